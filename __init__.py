@@ -1,0 +1,1 @@
+"""precast: language models as ahead-of-time compiled artifacts."""

@@ -1,0 +1,156 @@
+"""The command line. ``python cli.py …`` in a checkout and the installed ``precast …`` are the same."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+# XLA's own notes about devices are not for users; errors still show. Set before anything loads it.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+
+FAILED = 2
+
+
+def _lines_only(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns what a user can put right into one line on standard error and exit code 2."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        from precast.loaders.artifact.errors import PrecastError
+
+        try:
+            command(*args, **kwargs)
+        except PrecastError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(FAILED)
+        except BrokenPipeError:
+            # The reader has seen enough; what Python would flush at exit has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+    return wrapper
+
+
+def _numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected whole numbers with commas between, found {value!r}.") from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="precast", message="precast %(version)s")
+def main() -> None:
+    """Language models as ahead-of-time compiled artifacts."""
+
+
+@main.command()
+@click.argument("source", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; default artifacts/NAME-WEIGHTS.")
+@click.option("--buckets", default="64,128,512", show_default=True, callback=_numbers, help="Prompt lengths to compile prefill for.")
+@click.option("--context", type=int, help="Positions a sequence may have; default 2048 or the model's own limit.")
+@click.option("--slots", type=int, default=1, show_default=True, help="Sequences that decode together.")
+@click.option("--weights", default="float32", show_default=True, help="How weights are stored: float32.")
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@_lines_only
+def export(
+    source: str | None,
+    output: Path | None,
+    buckets: tuple[int, ...],
+    context: int | None,
+    slots: int,
+    weights: str,
+    overwrite: bool,
+) -> None:
+    """Compile SOURCE into an artifact.
+
+    SOURCE is a Hugging Face directory, a .gguf file or a hub id (org/name); without it the demo model
+    SmolLM2-135M-Instruct is fetched.
+    """
+    _need_export()
+    from precast.exporter import console
+    from precast.exporter.export import ExportOptions
+
+    options = ExportOptions(buckets=buckets, context=context, slots=slots, weights=weights, overwrite=overwrite)
+    console.run_export(source, output, options)
+
+
+def _need_export() -> None:
+    from importlib.util import find_spec
+
+    from precast.loaders.artifact.errors import PrecastError
+
+    missing = [name for name in ("jax", "flax", "transformers", "gguf", "safetensors", "rich") if find_spec(name) is None]
+    if missing:
+        raise PrecastError(
+            f"exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed:"
+            " pip install 'precast[export]'"
+        )
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", help="Text to continue, or to answer with --chat. Default: standard input.")
+@click.option("--ids", callback=_numbers, help="Token ids to continue instead of text: 1,2,3.")
+@click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@click.option("--system", help="System message of a chat.")
+@click.option("-n", "--max-tokens", type=int, help="Tokens to generate at most. Default: until the context is full.")
+@click.option("--temperature", type=float, help="0 is greedy. Default of this and the next: the model's own.")
+@click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all.")
+@click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability.")
+@click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the likeliest.")
+@click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that occurred less likely.")
+@click.option("--seed", type=int, help="Same seed, same tokens.")
+@click.option("--stop", multiple=True, help="Stop before this text. May be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on to the limit.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when done.")
+@click.option("--verify", is_flag=True, help="Hash every file again, whether or not it has changed.")
+@click.option("--target", help="Run this target of the artifact. Default: the first that fits.")
+@click.option("--compile", "may_compile", is_flag=True, help="Compile from StableHLO where no executable fits.")
+@_lines_only
+def run(
+    artifact: Path,
+    prompt: str | None,
+    ids: tuple[int, ...] | None,
+    chat: bool,
+    system: str | None,
+    ignore_eos: bool,
+    as_json: bool,
+    verify: bool,
+    target: str | None,
+    may_compile: bool,
+    **sampling: Any,
+) -> None:
+    """Generate from ARTIFACT: the folder of one, or a folder with exactly one in it.
+
+    With a terminal and no prompt it is an interactive chat.
+    """
+    from precast.loaders import console
+
+    console.run(
+        artifact,
+        console.Request(prompt=prompt, ids=ids, chat=chat, system=system, as_json=as_json),
+        console.LoadOptions(verify=verify, target=target, compile=may_compile),
+        console.SamplingOptions(ignore_eos=ignore_eos, **sampling),
+    )
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@_lines_only
+def inspect(artifact: Path, as_json: bool) -> None:
+    """Show what ARTIFACT holds: model, programs, cache, targets."""
+    from precast.loaders import inspect as inspecting
+
+    click.echo(inspecting.render(artifact, as_json=as_json))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What ``precast export`` shows while it works, and when it is done."""
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress as Bars, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
+
+from .export import ExportOptions, Progress, export
+from .sources import open_source
+from .targets.build import Built
+
+
+def run_export(spec: str | None, output: Path | None, options: ExportOptions) -> None:
+    """Exports with progress on standard error and a summary on standard output.
+
+    Raises:
+        PrecastError: for anything the user can put right.
+    """
+    started = time.perf_counter()
+    console = Console(stderr=True, highlight=False)
+    console.print(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}")
+    source = open_source(spec)
+    path = output or Path("artifacts") / f"{source.name}-{options.weights}"
+    built: list[Built] = []
+    with _bars(console) as bars:
+        manifest = export(source, path, options, _progress(console, bars, built))
+    Console(highlight=False).print(_summary(path, manifest, built, time.perf_counter() - started))
+
+
+def _bars(console: Console) -> Bars:
+    columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    return Bars(*columns, console=console, transient=True)
+
+
+def _progress(console: Console, bars: Bars, built: list[Built]) -> Progress:
+    task = bars.add_task("weights", total=None, visible=False)
+
+    def weights(done: int, total: int) -> None:
+        bars.update(task, completed=done, total=total, visible=done < total)
+
+    def program(b: Built) -> None:
+        built.append(b)
+        compiled = f", compiled {b.compile_s:.2f} s" if b.compile_s else ""
+        console.print(f"  {b.program.name:<14} lowered {b.lower_s:.2f} s{compiled}, {b.bytes / 1e3:.1f} kB")
+
+    return Progress(stage=console.print, weights=weights, built=program)
+
+
+def _summary(path: Path, manifest: Manifest, built: list[Built], seconds: float) -> Table:
+    table = Table(title=f"{path}", title_justify="left", caption_justify="left")
+    for name, justify in (("target", "left"), ("program", "left"), ("bytes", "right"), ("seconds", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for b in built:
+        table.add_row(b.target, b.program.name, f"{b.bytes:,}", f"{b.lower_s + b.compile_s:.2f}")
+    table.add_section()
+    table.add_row("", WEIGHTS_FILE, f"{manifest.files[WEIGHTS_FILE].bytes:,}", "")
+    table.add_row("", "whole artifact", f"{sum(f.bytes for f in manifest.files.values()):,}", f"{seconds:.2f}")
+    table.caption = f"answers checked against the reference; run it with: precast run {path}"
+    return table

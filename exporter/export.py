@@ -1,0 +1,272 @@
+"""The one function that does an export, from its source to a verified artifact."""
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from precast.loaders import load as loading
+from precast.loaders.artifact import files
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    FileEntry,
+    Manifest,
+    Model,
+    Provenance,
+    Target,
+    TokenizerFiles,
+)
+from precast.loaders.artifact.record import to_json
+from precast.loaders.artifact.weights import map_weights
+from precast.loaders.tokenizer import Tokenizer
+
+from . import golden, model_card
+from .models import ModelSpec, read_model
+from .models.parameters import Parameter, abstract_model
+from .programs import TABLES, Geometry, build_programs, cache_arrays
+from .sources.base import Source
+from .targets import TARGET_KINDS, TargetKind
+from .targets.build import Built, build_target
+from .weights import WeightPlan, plan_weights, write_model_weights
+
+TOKENIZER_FILE, TEMPLATE_FILE, GOLDEN_FILE = "tokenizer.json", "chat_template.jinja", "golden.json"
+PACKAGES = ("precast", "jax", "jaxlib", "flax", "numpy", "transformers", "gguf", "tokenizers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to make of a source.
+
+    Attributes:
+        buckets: prompt lengths to compile a prefill program for, ascending.
+        context: S, positions of a slot; None for the model's own limit, but not above `DEFAULT_CONTEXT`.
+        slots: B, sequences decoded together.
+        weights: how weights are stored: a key of `WEIGHT_TYPES`.
+        targets: keys of `TARGET_KINDS`.
+        overwrite: replace an artifact that is there already.
+    """
+
+    buckets: tuple[int, ...] = (64, 128, 512)
+    context: int | None = None
+    slots: int = 1
+    weights: str = "float32"
+    targets: tuple[str, ...] = tuple(TARGET_KINDS)
+    overwrite: bool = False
+
+
+DEFAULT_CONTEXT = 2048
+WEIGHT_TYPES = ("float32",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What an export tells while it works.
+
+    Attributes:
+        stage: called with what begins now, in words.
+        weights: called with bytes written and bytes in all.
+        built: called with each program that is done.
+    """
+
+    stage: Callable[[str], None]
+    weights: Callable[[int, int], None]
+    built: Callable[[Built], None]
+
+
+SILENT = Progress(stage=lambda _: None, weights=lambda *_: None, built=lambda _: None)
+
+
+def export(
+    source: Source, output: Path, options: ExportOptions = ExportOptions(), progress: Progress = SILENT
+) -> Manifest:
+    """Exports a model.
+
+    Everything is written beside `output` and takes its name only when the finished artifact has been loaded and
+    has given the reference's answers.
+
+    Raises:
+        PrecastError: for a source or options that cannot be exported faithfully, an output that exists, a disk
+            that is full, and an artifact that does not answer as the reference does.
+    """
+    spec = read_model(source.config, source.name)
+    geometry = _geometry(options, spec)
+    parameters = abstract_model(spec).parameters
+    plan = plan_weights(source, parameters, tied=spec.config.tied_embeddings)
+    _check_tokenizer(source, spec)
+    created = _today()
+    with files.new_folder(output, overwrite=options.overwrite) as folder:
+        progress.stage("writing weights")
+        digest = _write_weights(folder, spec, geometry, plan, progress)
+        _write_texts(folder, source)
+        targets = []
+        for kind in (TARGET_KINDS[name] for name in options.targets):
+            progress.stage(f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}")
+            targets.append(_build(kind, spec, geometry, folder, created, progress))
+        manifest = _manifest(source, spec, geometry, parameters, targets, created)
+        progress.stage("checking answers against the reference")
+        _record_golden(folder, manifest, spec, digest)
+        return _finish(folder, manifest, digest)
+
+
+def _geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
+    limit = spec.config.max_positions
+    context = min(DEFAULT_CONTEXT, limit) if options.context is None else options.context
+    if options.weights not in WEIGHT_TYPES:
+        raise PrecastError(f"--weights: {options.weights!r} is not supported, expected {' or '.join(WEIGHT_TYPES)}.")
+    if not 2 <= context <= limit:
+        raise PrecastError(f"--context: {context} is not possible, expected 2 to {limit} (the model's own limit).")
+    if not 1 <= options.slots <= 256:
+        raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to 256.")
+    _check_buckets(options.buckets, context)
+    return Geometry(capacity=context, slots=options.slots, buckets=tuple(sorted(options.buckets)))
+
+
+def _check_buckets(buckets: Sequence[int], context: int) -> None:
+    if not buckets:
+        raise PrecastError("--buckets: expected at least one prompt length, found none.")
+    for bucket in buckets:
+        if bucket < 1:
+            raise PrecastError(f"--buckets: {bucket} is not possible, expected prompt lengths of 1 or more.")
+        if bucket > context:
+            raise PrecastError(
+                f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
+            )
+        if buckets.count(bucket) > 1:
+            raise PrecastError(f"--buckets: {bucket} is named twice; name each length once.")
+
+
+def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
+    """Ids the tokenizer gives must have an embedding."""
+    tokenizer = Tokenizer.from_json(
+        source.tokenizer_json,
+        chat_template=source.chat_template,
+        bos_token=source.bos_token,
+        eos_token=source.eos_token,
+    )
+    if tokenizer.vocab_size > spec.config.vocab:
+        raise PrecastError(
+            f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {spec.config.vocab}; they"
+            " do not belong together."
+        )
+
+
+def _write_weights(
+    folder: Path, spec: ModelSpec, geometry: Geometry, plan: WeightPlan, progress: Progress
+) -> str:
+    tables = dict(zip(TABLES, spec.rope.tables(geometry.capacity), strict=True))
+    total, written = sum(4 * p.size for p in plan.parameters), 0
+
+    def report(count: int) -> None:
+        nonlocal written
+        written += count
+        progress.weights(written, total)
+
+    return write_model_weights(folder / WEIGHTS_FILE, plan, tables, report)
+
+
+def _write_texts(folder: Path, source: Source) -> None:
+    (folder / TOKENIZER_FILE).write_bytes(source.tokenizer_json)
+    if source.chat_template is not None:
+        (folder / TEMPLATE_FILE).write_text(source.chat_template, encoding="utf-8", newline="")
+
+
+def _build(
+    kind: TargetKind, spec: ModelSpec, geometry: Geometry, folder: Path, created: date, progress: Progress
+) -> Target:
+    programs = build_programs(spec, geometry, kind.ops)
+    return build_target(kind, programs, folder, created, progress.built)
+
+
+def _manifest(
+    source: Source,
+    spec: ModelSpec,
+    geometry: Geometry,
+    parameters: Sequence[Parameter],
+    targets: Sequence[Target],
+    created: date,
+) -> Manifest:
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=source.name,
+        model=_model(spec, parameters),
+        capacity=geometry.capacity,
+        slots=geometry.slots,
+        buckets=geometry.buckets,
+        cache=cache_arrays(spec.config, geometry),
+        targets=tuple(targets),
+        tokenizer=TokenizerFiles(
+            file=TOKENIZER_FILE,
+            chat_template=TEMPLATE_FILE if source.chat_template is not None else None,
+            bos_token=source.bos_token,
+            eos_token=source.eos_token,
+            eos_token_ids=source.eos_token_ids,
+        ),
+        sampling={key: float(value) for key, value in source.sampling.items()},
+        golden=GOLDEN_FILE,
+        provenance=Provenance(
+            source=source.name,
+            source_files={f.name: FileEntry(bytes=f.bytes, sha256=f.sha256) for f in source.files},
+            licence=source.licence,
+            created=created.isoformat(),
+            versions=_versions(),
+        ),
+        files={},
+    )
+
+
+def _model(spec: ModelSpec, parameters: Sequence[Parameter]) -> Model:
+    c = spec.config
+    return Model(
+        architecture=spec.model_type,
+        layers=c.layers,
+        width=c.width,
+        heads=c.heads,
+        kv_heads=c.kv_heads,
+        head_dim=c.head_dim,
+        ff_width=c.ff_width,
+        vocab=c.vocab,
+        parameters=sum(p.size for p in parameters),
+        weights="float32",
+        max_positions=c.max_positions,
+    )
+
+
+def _record_golden(folder: Path, manifest: Manifest, spec: ModelSpec, digest: str) -> None:
+    """Loads the artifact as a user would, and keeps its answers when they are the reference's."""
+    (folder / GOLDEN_FILE).write_bytes(golden.to_json(()))
+    _finish(folder, manifest, digest)
+    weights = map_weights(folder / WEIGHTS_FILE)
+    cases = golden.record(loading.load(folder), spec, weights, manifest.name)
+    (folder / GOLDEN_FILE).write_bytes(golden.to_json(cases))
+
+
+def _finish(folder: Path, manifest: Manifest, digest: str) -> Manifest:
+    """Writes the model card, and the manifest with every file's hash; returns the latter."""
+    (folder / "README.md").write_text(model_card.render(manifest), encoding="utf-8")
+    finished = dataclasses.replace(manifest, files=files.hash_files(folder, {WEIGHTS_FILE: digest}))
+    (folder / MANIFEST_FILE).write_text(to_json(finished), encoding="utf-8")
+    files.remember(folder / WEIGHTS_FILE, digest)
+    return finished
+
+
+def _today() -> date:
+    """The day of the export; SOURCE_DATE_EPOCH (reproducible-builds.org) sets it."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    return (datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)).date()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,94 @@
+"""Golden answers: what the artifact says, held against the uncached reference before it is shipped."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generate import Model
+from precast.loaders.sampling import SamplingParams
+
+from .models import ModelSpec
+from .models.parameters import abstract_model
+from .programs import TABLES
+
+TEXTS = ("The capital of France is", "def fibonacci(n):\n", "水は")
+TOKENS = 16
+# Logits of programs that sum in another order differ by about 1e-4 of their spread; two candidates closer than
+# this may rightly change places.
+TIE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+
+
+def prompts(model: Model) -> list[tuple[int, ...]]:
+    """Texts, and a prompt that is one token longer than the smallest bucket where the cache holds it."""
+    vocab, capacity = model.engine.vocab, model.engine.capacity
+    room = max(1, capacity - TOKENS)
+    spread = tuple(i * 7919 % vocab for i in range(1, min(model.manifest.buckets[0] + 2, room + 1)))
+    texts = [tuple(model.tokenizer.encode(text)[:room]) for text in TEXTS]
+    return [p for p in dict.fromkeys([*texts, spread]) if p and max(p) < vocab]
+
+
+def record(model: Model, spec: ModelSpec, weights: Mapping[str, np.ndarray], where: str) -> tuple[Case, ...]:
+    """Lets the artifact answer, and checks every token against the reference.
+
+    Returns:
+        The answers, each cut where the reference itself cannot tell two candidates apart.
+
+    Raises:
+        PrecastError: when the artifact says anything else than the reference: it must not be shipped.
+    """
+    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+    answers = [model.generate(prompt, params) for prompt in prompts(model)]
+    cases = [Case(prompt=a.prompt_token_ids, tokens=a.token_ids) for a in answers]
+    best, margins = _reference(spec, weights, [c.prompt + c.tokens for c in cases])
+    return tuple(_agreed(case, best[i], margins[i], where) for i, case in enumerate(cases))
+
+
+def _agreed(case: Case, best: np.ndarray, margins: np.ndarray, where: str) -> Case:
+    first = len(case.prompt) - 1
+    for i, token in enumerate(case.tokens):
+        if margins[first + i] < TIE:
+            return Case(prompt=case.prompt, tokens=case.tokens[:i])
+        if best[first + i] != token:
+            raise PrecastError(
+                f"{where}: the compiled programs answer {token} where the reference answers {best[first + i]} (prompt"
+                f" of {len(case.prompt)} tokens, answer token {i}); nothing was written: please report this."
+            )
+    return case
+
+
+def _reference(
+    spec: ModelSpec, weights: Mapping[str, np.ndarray], sequences: Sequence[tuple[int, ...]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The uncached forward pass: best next token and its lead over the second, each ``[B, T]``."""
+    model = abstract_model(spec)
+    length = max(map(len, sequences))
+    tokens = np.zeros((len(sequences), length), np.int32)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = sequence
+
+    def forward(tokens: Array, cos: Array, sin: Array, *arrays: Array) -> tuple[Array, Array]:
+        logits = model.bind(arrays).forward(tokens, cos, sin)
+        top, ids = jax.lax.top_k(logits, 2)
+        return ids[..., 0], top[..., 0] - top[..., 1]
+
+    # from_dlpack takes the mapped weights as they lie.
+    constants = [jnp.from_dlpack(weights[n]) for n in (*TABLES, *(p.name for p in model.parameters))]
+    best, margins = jax.jit(forward)(tokens, *constants)
+    return np.asarray(best), np.asarray(margins)
+
+
+def to_json(cases: Sequence[Case]) -> bytes:
+    records = [{"prompt_token_ids": c.prompt, "token_ids": c.tokens} for c in cases]
+    return (json.dumps({"greedy": records}, separators=(",", ":")) + "\n").encode()

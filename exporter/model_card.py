@@ -1,0 +1,31 @@
+"""The README.md of an artifact: what it is, made from what, under which licence, how to run it."""
+
+from precast.loaders.artifact.manifest import Manifest
+
+
+def render(manifest: Manifest) -> str:
+    """The model card as Markdown; a function of the manifest alone."""
+    m, p = manifest.model, manifest.provenance
+    compiled = ", ".join(f"{t.name} (jaxlib {t.jaxlib})" for t in manifest.targets if t.runtime == "pjrt")
+    sources = "\n".join(f"- `{name}`, sha256 `{entry.sha256}`" for name, entry in p.source_files.items())
+    return f"""# {manifest.name}
+
+An ahead-of-time compiled language model, written by precast {p.versions.get("precast", "")} on {p.created}.
+
+| | |
+|---|---|
+| model | {m.architecture}, {m.parameters / 1e6:.1f} million parameters, {m.layers} layers |
+| weights | {m.weights} |
+| context | {manifest.capacity} positions, {manifest.slots} {"slot" if manifest.slots == 1 else "slots"} |
+| prefill buckets | {", ".join(map(str, manifest.buckets))} |
+| compiled for | {compiled or "nothing; StableHLO alone"} |
+| licence | {p.licence or "not stated by the source; ask whoever published the model"} |
+
+Run it where precast is installed (`pip install precast`; jax is not needed):
+
+    precast run . --prompt "The capital of France is"
+
+Made from:
+
+{sources or "- weights in memory"}
+"""

@@ -1,0 +1,91 @@
+"""Strict reading of a config.json: what is not understood is an error, never dropped."""
+
+from collections.abc import Iterable, Mapping
+
+from precast.loaders.artifact.errors import PrecastError
+
+# Keys that say nothing about the forward pass of a decoder: bookkeeping, training, generation and output options.
+HARMLESS = frozenset(
+    """
+    _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout bos_token_id
+    chunk_size_feed_forward dtype embd_pdrop eos_token_id hidden_dropout id2label initializer_range
+    is_llama_config label2id model_type name_or_path output_attentions output_hidden_states pad_token_id
+    problem_type resid_pdrop return_dict return_dict_in_generate sep_token_id task_specific_params
+    tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed use_cache
+    unsloth_version
+    """.split()
+)
+
+
+class ConfigReader:
+    """Hands out a config's keys once each and names those that nobody asked for.
+
+    Attributes:
+        where: what messages call this config.
+    """
+
+    def __init__(self, config: Mapping[str, object], where: str) -> None:
+        self.where = where
+        self._left = dict(config)
+
+    def take(self, key: str, default: object = None) -> object:
+        """The value of `key`; `default` where it is absent or null."""
+        value = self._left.pop(key, None)
+        return default if value is None else value
+
+    def take_mapping(self, key: str) -> Mapping[str, object]:
+        value = self.take(key, {})
+        if not isinstance(value, Mapping):
+            raise self._wrong(key, "a table of parameters", value)
+        return value
+
+    def take_number(self, key: str, default: float) -> float:
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(key, "a number", value)
+        return value
+
+    def take_bool(self, key: str, default: bool) -> bool:
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false", value)
+        return value
+
+    def take_size(self, key: str, default: int | None = None) -> int:
+        """A whole number above zero; required where `default` is None."""
+        value = self.take(key, default)
+        if value is None:
+            raise PrecastError(f"{self.where}: key {key!r} is missing; is this the config.json of a decoder model?")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._wrong(key, "a whole number above 0", value)
+        return value
+
+    def need_positive(self, key: str) -> float:
+        value = self.take(key)
+        if value is None:
+            raise PrecastError(f"{self.where}: key {key!r} is missing.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise self._wrong(key, "a number above 0", value)
+        return value
+
+    def expect(self, key: str, *allowed: object) -> None:
+        """Refuses any value of `key` but those `allowed`; absent and null are fine."""
+        value = self.take(key, allowed[0])
+        if value not in allowed:
+            raise self._wrong(key, " or ".join(repr(a) for a in allowed), value)
+
+    def finish(self, harmless: Iterable[str] = ()) -> None:
+        """Refuses what nobody asked for, but for `HARMLESS` keys and nulls."""
+        unknown = sorted(
+            key
+            for key, value in self._left.items()
+            if value is not None and key not in HARMLESS and key not in harmless
+        )
+        if unknown:
+            raise PrecastError(
+                f"{self.where}: {', '.join(map(repr, unknown))} may change the model's maths and"
+                f" {'is' if len(unknown) == 1 else 'are'} not understood; this version cannot export the model faithfully."
+            )
+
+    def _wrong(self, key: str, expected: str, found: object) -> PrecastError:
+        return PrecastError(f"{self.where}: {key!r} is {found!r:.80}, expected {expected}.")

@@ -1,0 +1,85 @@
+"""A module's parameters as a flat list of names, which is how programs and artifacts know them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import jax
+from flax import nnx
+from jax import Array
+
+from . import ModelSpec
+from .decoder import Decoder
+
+# Where a checkpoint's layer number goes: parameters of this path are stacks of all layers.
+LAYERS = "model.layers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter of the model.
+
+    Attributes:
+        name: its path in the module ("model.layers.self_attn.q_proj.weight").
+        shape: as the programs take it; stacked ``[L, …]`` for what is in a layer.
+        sources: the checkpoint tensors it is made of, in order, each filling one entry of the first axis;
+            a single one fills it whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Shape of each of its sources in the checkpoint."""
+        return self.shape[1:] if self._is_stack else self.shape
+
+    @property
+    def _is_stack(self) -> bool:
+        # Single matrices and norms that share a block with stacks carry a first axis of one.
+        return self.name != "model.embed_tokens.weight"
+
+
+def _sources(name: str, layers: int) -> tuple[str, ...]:
+    if not name.startswith(LAYERS):
+        return (name,)
+    return tuple(f"{LAYERS}{i}.{name.removeprefix(LAYERS)}" for i in range(layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractModel:
+    """A model without weights: its parameters in a fixed order, and how to bind arrays to them."""
+
+    parameters: tuple[Parameter, ...]
+    bind: Callable[[Sequence[Array]], Decoder]
+
+
+def abstract_model(spec: ModelSpec) -> AbstractModel:
+    """Builds the module without allocating anything."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: spec.module(spec.config)))
+    flat = sorted((".".join(map(str, path)), path, leaf) for path, leaf in nnx.to_flat_state(state))
+    parameters = tuple(
+        Parameter(name=name, shape=tuple(leaf.shape), sources=_sources(name, spec.config.layers))
+        for name, _, leaf in flat
+    )
+
+    def bind(arrays: Sequence[Array]) -> Decoder:
+        bound = [(path, leaf.replace(array)) for (_, path, leaf), array in zip(flat, arrays, strict=True)]
+        return nnx.merge(graph, nnx.from_flat_state(bound))
+
+    return AbstractModel(parameters=parameters, bind=bind)
+
+
+def abstract_arrays(parameters: Sequence[Parameter], dtype: str) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(p.shape, dtype) for p in parameters]
+
+
+def unknown_sources(parameters: Sequence[Parameter], found: Mapping[str, object]) -> list[str]:
+    """Checkpoint tensors that no parameter is made of."""
+    used = {source for p in parameters for source in p.sources}
+    return sorted(set(found) - used)

@@ -1,0 +1,90 @@
+"""Where weights come from: a Hugging Face directory, a GGUF file, a hub id, the demo model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from precast.loaders.artifact.errors import PrecastError
+
+from .base import Source, SourceFile, SourceTensor
+
+__all__ = ["Source", "SourceFile", "SourceTensor", "open_source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """One kind of source: what it is called, which specs are one, and what opens it."""
+
+    name: str
+    matches: Callable[[str], bool]
+    open: Callable[[str], Source]
+
+
+# The readers' libraries are slow to import, and `--help` has to be quick: each opener imports its own reader.
+
+
+def _open_directory(spec: str) -> Source:
+    from .huggingface import open_huggingface
+
+    return open_huggingface(Path(spec))
+
+
+def _open_gguf(spec: str) -> Source:
+    from .gguf import open_gguf
+
+    return open_gguf(Path(spec))
+
+
+def _open_hub(spec: str) -> Source:
+    from .hub import open_hub
+
+    return open_hub(spec)
+
+
+def _is_hub_id(spec: str) -> bool:
+    from .hub import is_hub_id
+
+    return is_hub_id(spec)
+
+
+# In order: what is on this machine goes before what has to be fetched.
+_KINDS = (
+    _Kind(name="a Hugging Face directory", matches=lambda spec: Path(spec).is_dir(), open=_open_directory),
+    _Kind(
+        name="a .gguf file",
+        matches=lambda spec: spec.lower().endswith(".gguf") and Path(spec).is_file(),
+        open=_open_gguf,
+    ),
+    _Kind(
+        name="a hub id such as org/name or org/name@revision",
+        matches=lambda spec: _is_hub_id(spec) and not Path(spec).exists(),
+        open=_open_hub,
+    ),
+)
+
+
+def open_source(spec: str | None) -> Source:
+    """Open the model that `spec` names.
+
+    Args:
+        spec: a Hugging Face directory, a GGUF file, a hub id ("name" or "org/name", with "@revision" if
+            wanted), or None for the demo model.
+
+    Returns:
+        The source; tensors are read only when asked for.
+
+    Raises:
+        PrecastError: when `spec` is none of these, or when what it names cannot be read.
+    """
+    if spec is None:
+        from .demo import open_demo
+
+        return open_demo()
+    for kind in _KINDS:
+        if kind.matches(spec):
+            return kind.open(spec)
+    expected = ", ".join(kind.name for kind in _KINDS[:-1])
+    found = "a file of another kind" if Path(spec).is_file() else "nothing of that name here"
+    raise PrecastError(
+        f"{spec!r}: expected {expected} or {_KINDS[-1].name}, found {found}; check the spelling."
+    )

@@ -1,0 +1,66 @@
+"""What an export reads, whatever it came from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTensor:
+    """One tensor of a checkpoint, read only when asked for.
+
+    Attributes:
+        shape: its shape, as the Hugging Face checkpoint of the same model would have it (``[out, in]`` for a
+            linear layer).
+        dtype: the name of the type it is stored in ("float32", "bfloat16", "Q4_1", …); for messages and
+            provenance.
+        read: returns it as a float32 array of `shape`, freshly read; the caller owns the array.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file that an export was made from, for the artifact's provenance."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model to export.
+
+    Attributes:
+        name: a short lower-case name fit for a folder ("smollm2-135m-instruct").
+        config: the keys of a Hugging Face ``config.json``, ``model_type`` among them. A GGUF file's metadata
+            is translated to the same keys.
+        tensors: every tensor by its Hugging Face checkpoint name ("model.layers.0.self_attn.q_proj.weight").
+        tokenizer_json: the bytes of a ``tokenizer.json`` that the `tokenizers` library reads.
+        chat_template: the Jinja source of the chat template, or None.
+        bos_token: text of the beginning-of-sequence token, or None.
+        eos_token: text of the end-of-sequence token, or None.
+        eos_token_ids: ids at which generation stops.
+        sampling: defaults out of ``generation_config.json``, only of the keys temperature, top_k, top_p,
+            min_p, repetition_penalty; empty when it says nothing or says greedy (``do_sample`` false or
+            absent).
+        licence: SPDX name, or None where the source does not say.
+        files: what was read, hashed.
+    """
+
+    name: str
+    config: Mapping[str, object]
+    tensors: Mapping[str, SourceTensor]
+    tokenizer_json: bytes
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    eos_token_ids: tuple[int, ...]
+    sampling: Mapping[str, float | int]
+    licence: str | None
+    files: tuple[SourceFile, ...]

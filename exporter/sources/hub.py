@@ -1,0 +1,85 @@
+"""A model on the Hugging Face hub, by its id."""
+
+import re
+from pathlib import Path
+
+from precast.loaders.artifact.errors import PrecastError
+
+from .base import Source
+
+_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_HUB_ID = re.compile(rf"(?P<repo>(?:{_NAME}/)?(?P<name>{_NAME}))(?:@(?P<revision>[A-Za-z0-9._/-]+))?")
+
+# A name with such an ending is a file that is not there, not a model on the hub.
+_FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth", ".zip", ".onnx")
+
+# Neither pickles nor Python code are ever fetched.
+_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "README.md",
+)
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` has the form "name" or "org/name", with "@revision" if wanted."""
+    match = _HUB_ID.fullmatch(spec)
+    if match is None or "--" in match["repo"] or ".." in spec:  # the hub allows neither
+        return False
+    return not match["name"].lower().endswith(_FILE_ENDINGS)
+
+
+def open_hub(spec: str) -> Source:
+    """Fetch a model into the hub's cache (``HF_HOME``) and read it; a cached one is read without a network.
+
+    ``HF_HUB_OFFLINE`` and the other settings of huggingface-hub apply.
+
+    Raises:
+        PrecastError: when it cannot be fetched, or when it is a model that `open_huggingface` refuses.
+    """
+    from .huggingface import open_huggingface
+
+    match = _HUB_ID.fullmatch(spec)
+    if match is None:
+        raise PrecastError(
+            f"{spec!r}: expected a hub id such as org/name or org/name@revision; check the spelling."
+        )
+    return open_huggingface(_fetch(match["repo"], match["revision"]), name=match["name"])
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_PATTERNS)))
+    except Exception as error:  # also those of the HTTP library, which differs between versions of the hub's
+        raise PrecastError(_explain(repo, revision, error)) from error
+
+
+def _explain(repo: str, revision: str | None, error: Exception) -> str:
+    """One sentence for whatever huggingface-hub raised."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo}: is gated on the hub; accept its terms on its page there, then run `hf auth login`."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo}: has no revision {revision!r} on the hub; check the spelling."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{repo}: is neither a directory or .gguf file here nor a model on the hub that you may read; "
+            "check the spelling, or run `hf auth login` if it is private."
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return (
+            f"{repo}: is not, or not wholly, in the local hub cache, and the hub cannot be reached; connect "
+            "to the network (unset HF_HUB_OFFLINE if it is set), or name a directory or .gguf file."
+        )
+    reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return f"{repo}: cannot be fetched from the hub ({type(error).__name__}: {reason}); try again later."

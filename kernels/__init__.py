@@ -1,0 +1,17 @@
+"""C++ kernels for CPU, called by XLA through its FFI, under versioned names (``precast.matmul.v1``).
+
+The instruction set is chosen by CPUID at run time; `force_isa` overrides it, for tests and for comparisons.
+"""
+
+from . import _kernels
+from ._kernels import ABI_VERSION, force_isa, isa, targets
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets of `ISAS` that this CPU runs, narrowest first."""
+    return tuple(name for name in ISAS if _kernels.supported(name))
+
+
+__all__ = ["ABI_VERSION", "ISAS", "force_isa", "isa", "supported_isas", "targets"]

@@ -1,0 +1,1 @@
+"""The contract between exporter and loader: manifest, weight store, hashes, compatibility."""

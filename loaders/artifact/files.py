@@ -1,0 +1,215 @@
+"""Files of an artifact: names that stay inside, contents that match their hashes, folders that appear whole."""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from .errors import PrecastError
+from .manifest import MANIFEST_FILE, FileEntry
+
+_BLOCK = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Where precast keeps what it can make again: ``PRECAST_CACHE``, or ``precast`` in the user's cache folder."""
+    if own := os.environ.get("PRECAST_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precast"
+
+
+def member(root: Path, name: str) -> Path:
+    """The path of a file of the artifact at `root`.
+
+    Raises:
+        PrecastError: for a name that is absolute, has ``..`` or odd parts, or is not a plain file below `root`
+            reached without a symbolic link.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name != "/".join(parts) or any(p in ("..", ".", "/") or "\\" in p or "\0" in p for p in parts):
+        raise PrecastError(f"{root}: {name!r} is not the name of a file inside an artifact.")
+    path = root
+    for i, part in enumerate(parts):
+        path = path / part
+        try:
+            mode = path.lstat().st_mode
+        except OSError:
+            raise PrecastError(f"{root}: file {name!r} is missing; copy or export the artifact again.") from None
+        if not (stat.S_ISREG(mode) if i == len(parts) - 1 else stat.S_ISDIR(mode)):
+            raise PrecastError(f"{root}: {name!r} is not a plain file inside the artifact (a link, or a folder).")
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read once."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
+    """Reads a file whole; the bytes returned are the bytes that were hashed.
+
+    Raises:
+        PrecastError: when the file is not what the manifest says.
+    """
+    path = member(root, name)
+    _check_size(root, name, entry, path.stat().st_size)
+    data = path.read_bytes()
+    _check_hash(root, name, entry, hashlib.sha256(data).hexdigest())
+    return data
+
+
+def check_file(root: Path, name: str, entry: FileEntry, *, force: bool) -> Path:
+    """Checks a file too large to read whole at every start.
+
+    A file that passed before and has kept its device, inode, size and times is not read again, unless `force`.
+
+    Raises:
+        PrecastError: when the file is not what the manifest says.
+    """
+    path = member(root, name)
+    status = path.stat()
+    _check_size(root, name, entry, status.st_size)
+    identity = _identity(status)
+    if force or _remembered(identity) != entry.sha256:
+        _check_hash(root, name, entry, sha256_of(path))
+        remember(path, entry.sha256)
+    return path
+
+
+def remember(path: Path, digest: str) -> None:
+    """Notes that the file at `path` has this sha256. Where that cannot be written, it is hashed again next time."""
+    record = _record_of(_identity(path.stat()))
+    with suppress(OSError):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps({"sha256": digest}).encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that is whole or absent at any moment."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _identity(status: os.stat_result) -> str:
+    # The change time catches a rewrite whose author set the modification time back.
+    fields = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return "-".join(map(str, fields))
+
+
+def _record_of(identity: str) -> Path:
+    return cache_folder() / "verified" / f"{identity}.json"
+
+
+def _remembered(identity: str) -> str | None:
+    try:
+        value = json.loads(_record_of(identity).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value.get("sha256") if isinstance(value, dict) else None
+
+
+def _check_size(root: Path, name: str, entry: FileEntry, size: int) -> None:
+    if size != entry.bytes:
+        raise PrecastError(
+            f"{root}: file {name!r} has {size} bytes, expected {entry.bytes}; it is truncated or altered: copy or"
+            " export the artifact again."
+        )
+
+
+def _check_hash(root: Path, name: str, entry: FileEntry, digest: str) -> None:
+    if digest != entry.sha256:
+        raise PrecastError(
+            f"{root}: file {name!r} has sha256 {digest[:12]}…, expected {entry.sha256[:12]}…; it is altered: copy or"
+            " export the artifact again."
+        )
+
+
+def hash_files(root: Path, known: Mapping[str, str]) -> dict[str, FileEntry]:
+    """Every file below `root` but the manifest, hashed; `known` digests are taken as they are."""
+    entries = {}
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        name = path.relative_to(root).as_posix()
+        if name != MANIFEST_FILE:
+            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=known.get(name) or sha256_of(path))
+    return entries
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Gives a temporary sibling of `path` to fill; when the block ends well, it becomes `path` at once.
+
+    Whatever goes wrong, `path` is as it was and the temporary folder is gone.
+
+    Raises:
+        PrecastError: when `path` exists and `overwrite` is false or it is no artifact, and when the disk does not
+            take what is written.
+    """
+    _check_free(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+    except OSError as error:
+        raise PrecastError(f"{path}: cannot write there ({error.strerror}); choose another folder with -o.") from None
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for file in sorted(temporary.rglob("*"), reverse=True):
+            _sync(file)
+        _sync(temporary)
+        _check_free(path, overwrite)
+        _swap(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise PrecastError(
+            f"{path}: writing stopped ({error.strerror or error}); nothing was left behind: make room and export again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise PrecastError(f"{path}: exists already; choose another folder with -o, or replace it with --overwrite.")
+    if path.is_symlink() or not (path / MANIFEST_FILE).is_file():
+        raise PrecastError(f"{path}: exists and is no artifact, so --overwrite does not replace it; remove it yourself.")
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    """Renames `temporary` to `path`; an artifact that was there moves out of the way and is then removed."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    path.rename(old / "artifact")
+    try:
+        temporary.rename(path)
+    except BaseException:
+        (old / "artifact").rename(path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+

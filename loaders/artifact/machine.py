@@ -1,0 +1,86 @@
+"""What this machine is, from the standard library alone."""
+
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+# Names of /proc/cpuinfo that LLVM spells differently; the rest are alike.
+_LLVM_NAMES = {
+    "abm": "lzcnt",
+    "bmi1": "bmi",
+    "lahf_lm": "sahf",
+    "pclmulqdq": "pclmul",
+    "pni": "sse3",
+    "rdrand": "rdrnd",
+    "sse4_1": "sse4.1",
+    "sse4_2": "sse4.2",
+    "sha_ni": "sha",
+    "avx512_bf16": "avx512bf16",
+    "avx512_bitalg": "avx512bitalg",
+    "avx512_fp16": "avx512fp16",
+    "avx512_vbmi2": "avx512vbmi2",
+    "avx512_vnni": "avx512vnni",
+    "avx512_vp2intersect": "avx512vp2intersect",
+    "avx512_vpopcntdq": "avx512vpopcntdq",
+    "avx_vnni": "avxvnni",
+    "amx_bf16": "amx-bf16",
+    "amx_fp16": "amx-fp16",
+    "amx_int8": "amx-int8",
+    "amx_tile": "amx-tile",
+    "asimd": "neon",
+    "asimddp": "dotprod",
+    "asimdhp": "fullfp16",
+    "atomics": "lse",
+}
+
+# What a compiler for this family may emit. Everything else in /proc/cpuinfo (power, virtualisation, timers) does
+# not decide whether code runs.
+_CODEGEN = frozenset(
+    """
+    adx aes amx-bf16 amx-fp16 amx-int8 amx-tile avx avx2 avx512bf16 avx512bitalg avx512bw avx512cd avx512dq
+    avx512f avx512fp16 avx512ifma avx512vbmi avx512vbmi2 avx512vl avx512vnni avx512vp2intersect avx512vpopcntdq
+    avxvnni bmi bmi2 cx16 f16c fma fma4 gfni lzcnt movbe pclmul popcnt rdrnd rdseed sahf sha sse sse2 sse3 sse4.1
+    sse4.2 sse4a ssse3 tbm vaes vpclmulqdq xop
+    bf16 dotprod fullfp16 i8mm lse neon sve sve2
+    """.split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The machine that programs run on.
+
+    Attributes:
+        machine: processor family ("x86_64").
+        features: of the CPU, in LLVM's names, sorted.
+        jaxlib: installed version.
+        kernel_abi: of precast's kernels.
+        kernels: custom-call targets they offer.
+    """
+
+    machine: str
+    features: tuple[str, ...]
+    jaxlib: str
+    kernel_abi: int
+    kernels: tuple[str, ...]
+
+
+def processor_family() -> str:
+    name = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+@cache
+def cpu_features() -> tuple[str, ...]:
+    """Features of the CPU that compiled code may use; empty where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            names = {_LLVM_NAMES.get(name, name) for name in value.split()}
+            return tuple(sorted(names & _CODEGEN))
+    return ()

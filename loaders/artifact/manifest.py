@@ -1,0 +1,282 @@
+"""``manifest.json``: what an artifact holds. `artifacts/README.md` is the specification in prose."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from .errors import PrecastError
+from .record import from_json, parse_json
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+# Bytes of an element, by the name a manifest uses.
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "int32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """An argument or a result of a program.
+
+    Attributes:
+        name: unique among the program's arguments, or among its results.
+        role: "tokens", "positions", "start", "length", "slot", "cache", "table", "weight", "logits" or "token".
+        shape: axes in order.
+        dtype: a key of `DTYPE_BYTES`.
+        layout: axes from the slowest to the fastest in memory, as the compiler chose.
+        alias: of a result: the name of the argument whose memory it takes over, which is then used up.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: tuple[int, ...]
+    alias: str | None
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramMemory:
+    """What the compiler says a call needs, in bytes."""
+
+    arguments: int
+    results: int
+    aliased: int
+    temporary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled function: flat arguments in, flat results out.
+
+    Attributes:
+        name: "cache", "prefill_64", …, "decode".
+        kind: "cache" (makes an empty cache), "prefill" or "decode".
+        tokens: T of a prefill bucket; 1 for decode; 0 for cache.
+        executable: file of the serialised executable; None where the target has StableHLO alone.
+        stablehlo: file of the StableHLO portable artifact.
+        arguments: in the order the executable takes them.
+        results: in the order it returns them.
+        flops: multiplications and additions of the matrix products and of attention over the whole capacity.
+        memory: None where nothing was compiled.
+    """
+
+    name: str
+    kind: str
+    tokens: int
+    executable: str | None
+    stablehlo: str
+    arguments: tuple[Value, ...]
+    results: tuple[Value, ...]
+    flops: int
+    memory: ProgramMemory | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What programs were compiled for. A machine must match all of it.
+
+    Attributes:
+        name: unique in the artifact ("cpu-x86_64-avx2", "portable").
+        runtime: how it is executed: "pjrt" (deserialised) or "stablehlo" (compiled on request).
+        platform: XLA's name ("cpu").
+        machine: processor family ("x86_64", "aarch64"); "any" for StableHLO.
+        jaxlib: the version that compiled it, and the only one that loads it; "any" for StableHLO.
+        cpu_features: every feature that the build machine had and compiled code may use, in LLVM's names.
+        kernel_abi: ABI version of precast's kernels; 0 where none are called.
+        kernels: custom-call targets that the programs call.
+        xla_flags: XLA_FLAGS at compile time.
+        stablehlo_expires: ISO date until which the StableHLO is promised to compile with newer jaxlibs.
+        programs: all of the artifact's programs.
+    """
+
+    name: str
+    runtime: str
+    platform: str
+    machine: str
+    jaxlib: str
+    cpu_features: tuple[str, ...]
+    kernel_abi: int
+    kernels: tuple[str, ...]
+    xla_flags: str
+    stablehlo_expires: str
+    programs: tuple[Program, ...]
+
+    def of_kind(self, kind: str) -> tuple[Program, ...]:
+        return tuple(p for p in self.programs if p.kind == kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model's shape; letters are the design's.
+
+    Attributes:
+        architecture: Hugging Face ``model_type``.
+        layers: L.
+        width: D.
+        heads: N.
+        kv_heads: K.
+        head_dim: H.
+        ff_width: F.
+        vocab: V.
+        parameters: how many, counted once where they are shared.
+        weights: how they are stored: "float32".
+        max_positions: what the model was trained for.
+    """
+
+    architecture: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ff_width: int
+    vocab: int
+    parameters: int
+    weights: str
+    max_positions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheArray:
+    """One array of the cache, as every program of every target takes and returns it.
+
+    Attributes:
+        axes: the letters of its shape's axes, one each ("LBKSH").
+        window: positions a windowed layer keeps; 0 where it keeps all.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: str
+    dtype: str
+    layout: tuple[int, ...]
+    window: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFiles:
+    """The tokenizer, and what generation needs to know of it."""
+
+    file: str
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Where the artifact came from.
+
+    Attributes:
+        source: the source's name.
+        source_files: what was read, by name.
+        licence: SPDX name, or None where the source does not say.
+        created: ISO date of the export.
+        versions: of the packages that made it, by package.
+    """
+
+    source: str
+    source_files: Mapping[str, FileEntry]
+    licence: str | None
+    created: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of ``manifest.json``.
+
+    Attributes:
+        capacity: S, positions of a slot's cache.
+        slots: B, sequences decoded together.
+        buckets: prompt lengths that a prefill program exists for, ascending.
+        sampling: the model's own sampling defaults.
+        golden: file of recorded answers.
+        files: every file of the artifact but the manifest itself.
+    """
+
+    format_version: int
+    name: str
+    model: Model
+    capacity: int
+    slots: int
+    buckets: tuple[int, ...]
+    cache: tuple[CacheArray, ...]
+    targets: tuple[Target, ...]
+    tokenizer: TokenizerFiles
+    sampling: Mapping[str, float]
+    golden: str
+    provenance: Provenance
+    files: Mapping[str, FileEntry]
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Parses and checks the text of a manifest.
+
+    Raises:
+        PrecastError: for another format version, for any key or value out of place, for programs that disagree
+            with the cache or name files that are not listed.
+    """
+    value = parse_json(data, where)
+    _check_version(value, where)
+    manifest = from_json(Manifest, value, where)
+    _check_files(manifest, where)
+    for target in manifest.targets:
+        for program in target.programs:
+            _check_program(manifest, program, f"{where}: target {target.name!r}, program {program.name!r}")
+    return manifest
+
+
+def _check_version(value: Any, where: str) -> None:
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise PrecastError(f"{where}: expected a precast manifest with a format_version, found none.")
+    if version != FORMAT_VERSION:
+        raise PrecastError(
+            f"{where}: format version {version} is not the {FORMAT_VERSION} that this precast reads; "
+            + ("update precast." if version > FORMAT_VERSION else "export the model again.")
+        )
+
+
+def _check_files(manifest: Manifest, where: str) -> None:
+    named = {WEIGHTS_FILE, manifest.tokenizer.file, manifest.golden, manifest.tokenizer.chat_template}
+    for target in manifest.targets:
+        for program in target.programs:
+            named |= {program.executable, program.stablehlo}
+    for name in sorted(n for n in named if n is not None):
+        if name not in manifest.files:
+            raise PrecastError(f"{where}: file {name!r} is used but not listed under files.")
+
+
+def _check_program(manifest: Manifest, program: Program, where: str) -> None:
+    for values in (program.arguments, program.results):
+        if len({v.name for v in values}) != len(values):
+            raise PrecastError(f"{where}: two arguments or two results have the same name.")
+        for v in values:
+            if v.dtype not in DTYPE_BYTES:
+                raise PrecastError(f"{where}: {v.name!r} has dtype {v.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}.")
+    caches = {c.name: (c.shape, c.dtype, c.layout) for c in manifest.cache}
+    holders = (program.results,) if program.kind == "cache" else (program.arguments, program.results)
+    for values in holders:
+        found = {v.name: (v.shape, v.dtype, v.layout) for v in values if v.role == "cache"}
+        if found != caches:
+            raise PrecastError(f"{where}: its cache is not the artifact's: expected {caches}, found {found}.")
+    arguments = {v.name for v in program.arguments}
+    for result in program.results:
+        if result.alias is not None and result.alias not in arguments:
+            raise PrecastError(f"{where}: result {result.name!r} aliases {result.alias!r}, which is no argument.")

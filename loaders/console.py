@@ -1,0 +1,191 @@
+"""What ``precast run`` does: one prompt, or a conversation in the terminal."""
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .artifact.errors import PrecastError
+from .clock import process_age
+
+if TYPE_CHECKING:
+    from .generate import Completion, Message, Model, Stream
+    from .sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to generate from. At most one of `prompt` and `ids`."""
+
+    prompt: str | None
+    ids: tuple[int, ...] | None
+    chat: bool
+    system: str | None
+    as_json: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    verify: bool
+    target: str | None
+    compile: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """As the command line gives them: None leaves the model's own default."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+
+    def given(self) -> Mapping[str, Any]:
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+def run(artifact: Path, request: Request, load_options: LoadOptions, sampling: SamplingOptions) -> None:
+    """Loads the artifact and answers the request on standard output.
+
+    Raises:
+        PrecastError: for anything the user can put right.
+    """
+    _check(request)
+    interactive = request.prompt is None and request.ids is None and sys.stdin.isatty()
+    if interactive and request.as_json:
+        raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
+    text = _read_prompt(request) if not interactive else ""
+
+    # This process is ours, and nothing in it needs jax; jaxlib would import it wherever it is installed.
+    from .runtime.pjrt import block_jax
+
+    block_jax()
+    from .load import load
+
+    imported = process_age()
+    model = load(
+        artifact, verify=load_options.verify, target=load_options.target, compile=load_options.compile
+    )
+    loaded = process_age()
+    params = replace(model.default_sampling(), **sampling.given())
+    if interactive:
+        converse(model, params, request.system)
+    elif request.as_json:
+        asked = process_age()
+        completion = _stream(model, request, text, params).completion
+        print(_json_line(model, completion, imported=imported, loaded=loaded, asked=asked))
+    else:
+        _write_pieces(_stream(model, request, text, params))
+
+
+def _check(request: Request) -> None:
+    if request.prompt is not None and request.ids is not None:
+        raise PrecastError("--prompt and --ids both say what to continue; give one of them.")
+    if request.chat and request.ids is not None:
+        raise PrecastError("--chat needs text to put through the chat template; use --prompt instead of --ids.")
+
+
+def _read_prompt(request: Request) -> str:
+    if request.ids is not None:
+        return ""
+    if request.prompt is not None:
+        return request.prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PrecastError(f"standard input: expected a prompt in {error.encoding}, found other bytes.") from None
+
+
+def _messages(request: Request, text: str) -> "list[Message]":
+    system = [{"role": "system", "content": request.system}] if request.system else []
+    return [*system, {"role": "user", "content": text}]
+
+
+def _stream(model: "Model", request: Request, text: str, params: "SamplingParams") -> "Stream":
+    if request.ids is not None:
+        return model.stream(request.ids, params)
+    if request.chat or request.system:
+        if not text.strip():
+            raise PrecastError("prompt: expected some text, found none; give it with -p or pipe it in.")
+        return model.stream_chat(_messages(request, text), params)
+    return model.stream(text, params)
+
+
+def _write_pieces(stream: "Stream") -> None:
+    for piece in stream:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _json_line(
+    model: "Model", completion: "Completion", *, imported: float, loaded: float, asked: float
+) -> str:
+    timing = completion.timing
+    record = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "prompt_token_ids": completion.prompt_token_ids,
+        "finish_reason": completion.finish_reason,
+        "timing": {
+            "import_s": round(imported, 4),
+            "load_s": round(loaded - imported, 4),
+            "prefill_s": round(timing.prefill_s, 4),
+            "first_token_s": round(asked + timing.prefill_s, 4),
+            "decode_tokens_per_s": round(timing.decode_tokens_per_s, 2),
+        },
+        "target": model.target.name,
+        "compiles": model.compiles,
+    }
+    return json.dumps(record, ensure_ascii=False)
+
+
+def converse(model: "Model", params: "SamplingParams", system: str | None) -> None:
+    """A conversation in the terminal, until its end of input."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (gives input() a history and line editing)
+    target, capacity = model.target.name, model.engine.capacity
+    print(f"{model.manifest.name} on {target}, {capacity} positions. /reset forgets, /exit or Ctrl-D ends.")
+    opening: "list[Message]" = [{"role": "system", "content": system}] if system else []
+    messages = list(opening)
+    while (line := _ask()) is not None:
+        if line == "/reset":
+            messages = list(opening)
+        elif line:
+            messages = _answer(model, params, [*messages, {"role": "user", "content": line}])
+
+
+def _ask() -> str | None:
+    try:
+        line = input("> ").strip()
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print()
+        return ""
+    return None if line in ("/exit", "/quit") else line
+
+
+def _answer(model: "Model", params: "SamplingParams", messages: "list[Message]") -> "list[Message]":
+    """Prints the answer; returns the conversation with it, or without the question where none was possible."""
+    pieces: list[str] = []
+    try:
+        for piece in model.stream_chat(messages, params):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" …", end="")
+    except PrecastError as error:
+        print(f"error: {error} /reset starts over.")
+        return messages[:-1]
+    print()
+    return [*messages, {"role": "assistant", "content": "".join(pieces)}]

@@ -1,0 +1,157 @@
+"""An artifact's programs, loaded and bound to its weights: token ids in, logits and greedy tokens out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .artifact.manifest import Manifest, Program, Target
+from .runtime.pjrt import Buffer, Client, Executable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a call gives for each of its sequences.
+
+    Attributes:
+        token: the greedy token, ``[R]`` int32.
+        logits: ``[R, V]`` float32, still on the device.
+    """
+
+    token: np.ndarray
+    logits: Buffer
+
+
+@dataclass(kw_only=True)
+class Cache:
+    """The cache of B slots, by array name. A call takes its buffers over and puts new ones in their place."""
+
+    buffers: dict[str, Buffer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bound:
+    """A program with everything but its inputs and caches in place."""
+
+    program: Program
+    executable: Executable
+    constants: Sequence[Buffer]
+    inputs: Sequence[str] = field(init=False)
+    caches: Sequence[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Signatures begin with inputs, then caches, then constants; the exporter writes them so.
+        roles = {v.name: v.role for v in self.program.arguments}
+        caches = [name for name, role in roles.items() if role == "cache"]
+        constants = [name for name, role in roles.items() if role in ("table", "weight")]
+        inputs = [name for name in roles if name not in caches and name not in constants]
+        if [*inputs, *caches, *constants] != list(roles):
+            raise ValueError(f"{self.program.name}: arguments are not in the order inputs, caches, constants")
+        object.__setattr__(self, "inputs", inputs)
+        object.__setattr__(self, "caches", caches)
+
+    def __call__(self, inputs: Sequence[Buffer], cache: Cache) -> dict[str, Buffer]:
+        """Runs the program on `cache`; returns the other results by role."""
+        caches = [cache.buffers[name] for name in self.caches]
+        results = self.executable([*inputs, *caches, *self.constants])
+        others = {}
+        for value, buffer in zip(self.program.results, results, strict=True):
+            if value.role == "cache":
+                cache.buffers[value.name] = buffer
+            else:
+                others[value.role] = buffer
+        return others
+
+
+class Engine:
+    """The programs of one target.
+
+    Args:
+        manifest: of the artifact.
+        target: the target chosen.
+        executables: one for each of its programs, by name.
+        weights: arrays by name: weights and tables.
+        client: where to run.
+    """
+
+    def __init__(
+        self,
+        *,
+        manifest: Manifest,
+        target: Target,
+        executables: Mapping[str, Executable],
+        weights: Mapping[str, np.ndarray],
+        client: Client,
+    ) -> None:
+        self.capacity = manifest.capacity
+        self.slots = manifest.slots
+        self.vocab = manifest.model.vocab
+        self._client = client
+        constants = {name: client.put(array) for name, array in weights.items()}
+        bound = {
+            p.name: _Bound(
+                program=p,
+                executable=executables[p.name],
+                constants=[constants[v.name] for v in p.arguments if v.role in ("table", "weight")],
+            )
+            for p in target.programs
+        }
+        self._cache = bound[target.of_kind("cache")[0].name]
+        self._decode = bound[target.of_kind("decode")[0].name]
+        prefills = sorted(target.of_kind("prefill"), key=lambda p: p.tokens)
+        self._prefills = [(p.tokens, bound[p.name]) for p in prefills]
+
+    def new_cache(self) -> Cache:
+        """An empty cache of every slot. Memory is taken from the system as positions are filled."""
+        cache = Cache(buffers={})
+        self._cache([], cache)
+        return cache
+
+    def prefill(self, tokens: Sequence[int], cache: Cache, *, start: int = 0, slot: int = 0) -> Step:
+        """Runs a prompt through the smallest bucket that holds it, or through the largest in chunks.
+
+        Args:
+            tokens: one or more ids; ``start + len(tokens)`` must not exceed the capacity.
+            cache: to append to.
+            start: position of the first token.
+            slot: which sequence of the cache.
+
+        Returns:
+            The step after the last token (R = 1).
+        """
+        largest = self._prefills[-1][0]
+        for begin in range(0, len(tokens), largest):
+            chunk = tokens[begin : begin + largest]
+            results = self._prefill_chunk(chunk, cache, start + begin, slot)
+        return self._step(results)
+
+    def _prefill_chunk(
+        self, chunk: Sequence[int], cache: Cache, start: int, slot: int
+    ) -> dict[str, Buffer]:
+        bucket, program = next((t, p) for t, p in self._prefills if t >= len(chunk))
+        padded = np.zeros(bucket, np.int32)
+        padded[: len(chunk)] = chunk
+        scalars = {"length": len(chunk), "start": start, "slot": slot}
+        inputs = {"tokens": padded} | {name: np.array(value, np.int32) for name, value in scalars.items()}
+        return program([self._client.put(inputs[name]) for name in program.inputs], cache)
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int], cache: Cache) -> Step:
+        """Runs one token of every slot.
+
+        Args:
+            tokens: the newest token of each slot, ``[B]``.
+            positions: where it stands, ``[B]``; −1 for a slot that is not in use.
+            cache: to append to.
+
+        Returns:
+            The step of every slot (R = B); meaningless for slots not in use.
+        """
+        inputs = {"tokens": np.array(tokens, np.int32), "positions": np.array(positions, np.int32)}
+        return self._step(self._decode([self._client.put(inputs[n]) for n in self._decode.inputs], cache))
+
+    def logits(self, step: Step) -> np.ndarray:
+        """The step's logits ``[R, V]`` as a view."""
+        return self._client.get(step.logits)
+
+    def _step(self, results: Mapping[str, Buffer]) -> Step:
+        return Step(token=self._client.get(results["token"]), logits=results["logits"])

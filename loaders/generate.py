@@ -1,0 +1,227 @@
+"""Prompts to text: bucket choice is the engine's; here are the loop, the stop rules and the stream."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .artifact.errors import PrecastError
+from .artifact.manifest import Manifest, Target
+from .engine import Engine
+from .sampling import Sampler, SamplingParams
+from .stopping import StopStrings
+from .tokenizer import Tokenizer
+
+Message = Mapping[str, object]
+Prompt = str | Sequence[int]
+
+# Sampling defaults that an artifact may carry.
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds, from the start of the call.
+
+    Attributes:
+        prefill_s: the prompt through the model, and its first token chosen.
+        decode_s: from the first token to the last.
+        decode_tokens_per_s: tokens after the first over `decode_s`; 0 where there were none.
+    """
+
+    prefill_s: float
+    decode_s: float
+    decode_tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What a prompt was continued with.
+
+    Attributes:
+        text: without special tokens and without the stop string.
+        token_ids: every token generated, the end token or those of the stop string included.
+        prompt_token_ids: what the model was given.
+        finish_reason: "stop" (an end token or a stop string) or "length" (max_tokens, or the cache is full).
+        timing: of this call.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: str
+    timing: Timing
+
+
+class Stream:
+    """A generation under way: iterate it for pieces of text, then read `completion`.
+
+    Pieces never hold a broken character or a part of a stop string. Leaving the loop early stops the work.
+    """
+
+    def __init__(self, model: "Model", prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self._model = model
+        self._prompt = tuple(prompt_ids)
+        self._params = params
+        self._completion: Completion | None = None
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    @property
+    def completion(self) -> Completion:
+        """The whole result; runs whatever is left of the generation first."""
+        for _ in self._pieces:
+            pass
+        if self._completion is None:
+            raise RuntimeError("the generation was stopped before its end, so there is no completion")
+        return self._completion
+
+    def _run(self) -> Iterator[str]:
+        decoder, stops = self._model.tokenizer.stream(), StopStrings(self._params.stop)
+        text, ids, reason = "", [], "length"
+        started = time.perf_counter()
+        first = started
+        for token in self._model._tokens(self._prompt, self._params):
+            if not ids:
+                first = time.perf_counter()
+            ids.append(token)
+            ended = token in self._model.eos_token_ids and not self._params.ignore_eos
+            piece, stopped = ("", False) if ended else stops.push(decoder.push(token))
+            text += piece
+            if piece:
+                yield piece
+            if ended or stopped:
+                reason = "stop"
+                break
+        else:
+            stopped = False
+        finished = time.perf_counter()
+        if not stopped:
+            tail, stopped = stops.push(decoder.finish())
+            tail += "" if stopped else stops.flush()
+            text += tail
+            if tail:
+                yield tail
+        self._completion = Completion(
+            text=text,
+            token_ids=tuple(ids),
+            prompt_token_ids=self._prompt,
+            finish_reason=reason,
+            timing=_timing(started, first, finished, len(ids)),
+        )
+
+
+def _timing(started: float, first: float, finished: float, tokens: int) -> Timing:
+    decode = finished - first
+    return Timing(
+        prefill_s=first - started,
+        decode_s=decode,
+        decode_tokens_per_s=(tokens - 1) / decode if tokens > 1 else 0.0,
+    )
+
+
+class Model:
+    """A loaded artifact.
+
+    Attributes:
+        manifest: what the artifact says of itself.
+        target: which of its targets runs.
+        compiles: programs compiled while loading: 0 unless compiling from StableHLO was asked for.
+        tokenizer: of the model.
+        eos_token_ids: tokens that end a generation.
+    """
+
+    def __init__(
+        self, *, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, target: Target, compiles: int
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+        self.target = target
+        self.compiles = compiles
+        self.eos_token_ids = frozenset(manifest.tokenizer.eos_token_ids)
+
+    def default_sampling(self) -> SamplingParams:
+        """The model's own sampling defaults; greedy where it has none.
+
+        Raises:
+            PrecastError: when the artifact carries a default that is not understood or out of range.
+        """
+        known = {key: value for key, value in self.manifest.sampling.items() if key in SAMPLING_KEYS}
+        if unknown := sorted(set(self.manifest.sampling) - set(known)):
+            raise PrecastError(
+                f"{self.manifest.name}: sampling default {unknown[0]!r} is not known; expected {', '.join(SAMPLING_KEYS)}."
+            )
+        if "top_k" in known:
+            known["top_k"] = int(known["top_k"])
+        return dataclasses.replace(SamplingParams(), **known)
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
+        """Continues a prompt.
+
+        Args:
+            prompt: text, or token ids.
+            params: how to sample; the model's own defaults where None.
+
+        Raises:
+            PrecastError: for a prompt that is empty, does not leave room for a token in the cache, or has ids
+                outside the vocabulary.
+        """
+        return self.stream(prompt, params).completion
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """As `generate`, piece by piece. The prompt is checked at once, the work begins with the first piece."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._check_prompt(ids)
+        return Stream(self, ids, params or self.default_sampling())
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
+        """Answers a conversation.
+
+        Args:
+            messages: each with "role" and "content", oldest first.
+            params: as for `generate`.
+
+        Raises:
+            PrecastError: when the model has no chat template, or it refuses the messages; as for `generate`.
+        """
+        return self.stream_chat(messages, params).completion
+
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Stream:
+        """As `chat`, piece by piece."""
+        return self.stream(self.chat_prompt(messages), params)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids that a conversation is given to the model as."""
+        # Templates write the beginning-of-sequence token themselves.
+        return self.tokenizer.encode(self.tokenizer.render_chat(messages), add_special_tokens=False)
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        capacity, vocab = self.engine.capacity, self.engine.vocab
+        if not ids:
+            raise PrecastError("prompt: expected at least one token, found none; give the model some text.")
+        if len(ids) >= capacity:
+            raise PrecastError(
+                f"prompt: {len(ids)} tokens leave no room in a context of {capacity}; shorten it to {capacity - 1}"
+                " or fewer, or export with a larger --context."
+            )
+        for i, token in enumerate(ids):
+            if not 0 <= token < vocab:
+                raise PrecastError(f"prompt: token {i} is {token}, expected an id from 0 to {vocab - 1}.")
+
+    def _tokens(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
+        """Generated ids, until max_tokens or the end of the cache."""
+        room = self.engine.capacity - len(prompt)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        sampler = Sampler(params, prompt, self.engine.vocab)
+        # A cache of its own for each generation: two streams of one model do not disturb each other.
+        cache = self.engine.new_cache()
+        step = self.engine.prefill(prompt, cache)
+        idle = self.engine.slots - 1
+        for position in range(len(prompt), len(prompt) + limit):
+            token = int(step.token[0]) if sampler.is_greedy else sampler.sample(self.engine.logits(step)[0])
+            yield token
+            if position + 1 < len(prompt) + limit:
+                step = self.engine.decode([token, *[0] * idle], [position, *[-1] * idle], cache)

@@ -1,0 +1,120 @@
+"""What ``precast inspect`` shows: an artifact's manifest, for people and as JSON."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .artifact.manifest import Manifest, Program, Target
+from .load import find_artifact, read_manifest
+
+
+def render(path: Path, *, as_json: bool) -> str:
+    """The facts of the artifact at `path`.
+
+    Raises:
+        PrecastError: when there is no artifact, or it is not understood.
+    """
+    root = find_artifact(path)
+    facts = gather(read_manifest(root))
+    if as_json:
+        return json.dumps(facts, ensure_ascii=False)
+    return "\n".join(_lines(root, facts))
+
+
+def gather(manifest: Manifest) -> dict[str, Any]:
+    """Everything `render` shows, in plain JSON types."""
+    return {
+        "name": manifest.name,
+        "format_version": manifest.format_version,
+        "model": dataclasses.asdict(manifest.model),
+        "context": manifest.capacity,
+        "slots": manifest.slots,
+        "buckets": manifest.buckets,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "cache": {
+            "bytes": sum(array.bytes for array in manifest.cache),
+            "arrays": [dataclasses.asdict(array) for array in manifest.cache],
+        },
+        "targets": [_target(manifest, target) for target in manifest.targets],
+        "sampling": manifest.sampling,
+        "provenance": dataclasses.asdict(manifest.provenance),
+    }
+
+
+def _target(manifest: Manifest, target: Target) -> dict[str, Any]:
+    plain = ("name", "runtime", "platform", "machine", "jaxlib", "cpu_features", "kernel_abi", "kernels")
+    facts = {key: getattr(target, key) for key in (*plain, "stablehlo_expires")}
+    return facts | {"programs": [_program(manifest, program) for program in target.programs]}
+
+
+def _program(manifest: Manifest, program: Program) -> dict[str, Any]:
+    def size(name: str | None) -> int | None:
+        return None if name is None else manifest.files[name].bytes
+
+    return {
+        "name": program.name,
+        "executable_bytes": size(program.executable),
+        "stablehlo_bytes": size(program.stablehlo),
+        "flops": program.flops,
+        "memory": None if program.memory is None else dataclasses.asdict(program.memory),
+    }
+
+
+def _lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
+    m = facts["model"]
+    yield f"{facts['name']}  ({root}, format {facts['format_version']}, {_bytes(facts['bytes'])})"
+    yield (
+        f"  model    {m['architecture']}: {m['parameters'] / 1e6:.1f} M parameters, L={m['layers']} D={m['width']}"
+        f" N={m['heads']} K={m['kv_heads']} H={m['head_dim']} F={m['ff_width']} V={m['vocab']}, weights {m['weights']}"
+    )
+    yield (
+        f"  context  {facts['context']} positions, slots {facts['slots']}, prefill buckets"
+        f" {', '.join(map(str, facts['buckets']))}"
+    )
+    yield f"  cache    {_bytes(facts['cache']['bytes'])} when full"
+    for a in facts["cache"]["arrays"]:
+        axes = " ".join(f"{letter}={size}" for letter, size in zip(a["axes"], a["shape"], strict=True))
+        order = "".join(a["axes"][axis] for axis in a["layout"])
+        yield f"    {a['name']:<14} {axes}  {a['dtype']}, {order} from slowest to fastest, {_bytes(a['bytes'])}"
+    for target in facts["targets"]:
+        yield from _target_lines(target)
+    if facts["sampling"]:
+        yield "  sampling " + ", ".join(f"{k} {v:g}" for k, v in facts["sampling"].items())
+    origin = facts["provenance"]
+    yield f"  origin   {origin['source']}, licence {origin['licence'] or 'not stated'}, exported {origin['created']}"
+
+
+def _target_lines(target: dict[str, Any]) -> Iterable[str]:
+    needs = [f"jaxlib {target['jaxlib']}"] if target["jaxlib"] != "any" else ["compiled on request"]
+    needs += [f"kernels ABI {target['kernel_abi']}"] if target["kernel_abi"] else []
+    yield f"  target   {target['name']}: {', '.join(needs)}; StableHLO promised until {target['stablehlo_expires']}"
+    if target["cpu_features"]:
+        yield f"    needs  {' '.join(target['cpu_features'])}"
+    rows: list[Sequence[str]] = [("program", "executable", "StableHLO", "FLOPs", "temporary", "cache aliased")]
+    for p in target["programs"]:
+        memory = p["memory"] or {}
+        rows.append(
+            (
+                p["name"],
+                _bytes(p["executable_bytes"]),
+                _bytes(p["stablehlo_bytes"]),
+                f"{p['flops'] / 1e9:.2f} G",
+                _bytes(memory.get("temporary")),
+                _bytes(memory.get("aliased")),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        yield "    " + "  ".join((first, *rest))
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,146 @@
+"""From a folder to a model that generates."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .artifact import compat, files
+from .artifact.errors import PrecastError
+from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Target, parse_manifest
+from .artifact.weights import map_weights
+from .engine import Engine
+from .generate import Model
+from .runtime import pjrt
+from .tokenizer import Tokenizer
+
+
+def find_artifact(path: Path) -> Path:
+    """The artifact at `path`, or the only one in it.
+
+    Raises:
+        PrecastError: when there is none, or more than one.
+    """
+    if (path / MANIFEST_FILE).is_file():
+        return path
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise PrecastError(f"{path}: expected the folder of an artifact, but it {what}; precast export makes one.")
+    inside = sorted(p.parent for p in path.glob(f"*/{MANIFEST_FILE}") if not p.parent.name.startswith("."))
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        names = ", ".join(p.name for p in inside)
+        raise PrecastError(f"{path}: expected one artifact, found {len(inside)} ({names}); name one of them.")
+    raise PrecastError(f"{path}: expected an artifact, found no {MANIFEST_FILE} in it; precast export makes one.")
+
+
+def read_manifest(root: Path) -> Manifest:
+    """Reads and checks the manifest of the artifact at `root`.
+
+    Raises:
+        PrecastError: when it is missing or not understood.
+    """
+    return parse_manifest(files.member(root, MANIFEST_FILE).read_bytes(), str(root / MANIFEST_FILE))
+
+
+def load(
+    path: str | Path,
+    *,
+    verify: bool = False,
+    target: str | None = None,
+    compile: bool = False,
+    log: Callable[[str], None] | None = None,
+) -> Model:
+    """Loads an artifact: no tracing, and no compiling unless asked for.
+
+    Args:
+        path: its folder, or a folder with exactly one artifact in it.
+        verify: hash every file again, also those that were hashed before and have not changed since.
+        target: name of the target to run; the first that fits the machine by default.
+        compile: whether a target may be compiled from its StableHLO. Each compilation is logged.
+        log: where messages go; standard error by default.
+
+    Raises:
+        PrecastError: when the artifact is not whole, not understood, or does not run on this machine.
+    """
+    root = find_artifact(Path(path))
+    manifest = read_manifest(root)
+    chosen = compat.choose_target(
+        manifest, pjrt.this_machine(), str(root), name=target, may_compile=compile
+    )
+    contents = {
+        name: files.read_checked(root, name, entry)
+        for name, entry in manifest.files.items()
+        if name in _needed(manifest, chosen)
+    }
+    weights = map_weights(files.check_file(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], force=verify))
+    _check_weights(chosen, weights, root)
+    client = pjrt.client()
+    before = client.compiles
+    engine = Engine(
+        manifest=manifest,
+        target=chosen,
+        executables=_executables(root, chosen, contents, client, log or _to_stderr),
+        weights=weights,
+        client=client,
+    )
+    return Model(
+        engine=engine,
+        tokenizer=_tokenizer(manifest, contents),
+        manifest=manifest,
+        target=chosen,
+        compiles=client.compiles - before,
+    )
+
+
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _needed(manifest: Manifest, target: Target) -> set[str]:
+    """Files that are read whole: programs, tokenizer, template."""
+    programs = {p.stablehlo if target.runtime == "stablehlo" else p.executable for p in target.programs}
+    return {n for n in (*programs, manifest.tokenizer.file, manifest.tokenizer.chat_template) if n is not None}
+
+
+def _executables(
+    root: Path, target: Target, contents: dict[str, bytes], client: pjrt.Client, log: Callable[[str], None]
+) -> dict[str, pjrt.Executable]:
+    executables = {}
+    for program in target.programs:
+        if target.runtime == "stablehlo":
+            log(f"compiling {program.name} from StableHLO …")
+            executables[program.name] = client.compile(
+                contents[program.stablehlo], str(root / program.stablehlo)
+            )
+        elif program.executable is not None:
+            executables[program.name] = client.load(
+                contents[program.executable], str(root / program.executable)
+            )
+        else:
+            raise PrecastError(f"{root}: target {target.name!r} has no executable of program {program.name!r}.")
+    return executables
+
+
+def _check_weights(target: Target, weights: dict, root: Path) -> None:
+    for program in target.programs:
+        for value in program.arguments:
+            if value.role not in ("table", "weight"):
+                continue
+            array = weights.get(value.name)
+            if array is None or array.shape != value.shape or array.dtype.name != value.dtype:
+                found = "nothing" if array is None else f"{array.dtype.name} {list(array.shape)}"
+                raise PrecastError(
+                    f"{root}: program {program.name!r} expects weight {value.name!r} of {value.dtype}"
+                    f" {list(value.shape)}, {WEIGHTS_FILE} holds {found}."
+                )
+
+
+def _tokenizer(manifest: Manifest, contents: dict[str, bytes]) -> Tokenizer:
+    spec = manifest.tokenizer
+    return Tokenizer.from_json(
+        contents[spec.file],
+        chat_template=None if spec.chat_template is None else contents[spec.chat_template].decode("utf-8"),
+        bos_token=spec.bos_token,
+        eos_token=spec.eos_token,
+    )

@@ -1,0 +1,159 @@
+"""XLA's CPU client as jaxlib ships it, used without jax.
+
+Every unadvertised function of jaxlib that precast's loader calls stands in this file, and nowhere else: what a new
+jaxlib changes is changed here. Tested on each jaxlib of the supported range.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NewType
+
+import numpy as np
+from jaxlib import _jax, xla_client
+from jaxlib.version import __version__ as jaxlib_version
+
+from precast import kernels
+
+from ..artifact.errors import PrecastError
+from ..artifact.machine import Machine, cpu_features, processor_family
+
+# An array on the device. Opaque: only this module looks inside.
+Buffer = NewType("Buffer", object)
+
+_DLPACK_CPU = (1, 0)
+
+
+class _Capsule:
+    """What numpy.from_dlpack expects, around a capsule made by jaxlib."""
+
+    def __init__(self, capsule: Any) -> None:
+        self._capsule = capsule
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self._capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return _DLPACK_CPU
+
+
+class Executable:
+    """A loaded program. Calling it runs it to the end."""
+
+    def __init__(self, loaded: Any) -> None:
+        self._loaded = loaded
+
+    def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
+        """Runs the program.
+
+        Args:
+            arguments: in the order of its signature. Those that a result aliases are used up.
+
+        Returns:
+            Its results in order.
+
+        Raises:
+            PrecastError: when the program or one of its kernels refuses the arguments.
+        """
+        try:
+            results = self._loaded.execute_sharded(list(arguments))
+        except (_jax.JaxRuntimeError, ValueError) as error:
+            raise PrecastError(f"the program failed: {error}") from None
+        return [shards[0] for shards in results.disassemble_into_single_device_arrays()]
+
+    def temporary_bytes(self) -> int:
+        return int(self._loaded.get_compiled_memory_stats().temp_size_in_bytes)
+
+
+class Client:
+    """One device: the CPU, with a thread for every core this process may use."""
+
+    def __init__(self) -> None:
+        # Synchronous: a call returns when it is done, on the thread that made it. Nothing here runs side by side,
+        # and handing each step to another thread costs more than it hides.
+        self._client = _jax.get_tfrt_cpu_client(asynchronous=False)
+        self._device = self._client.local_devices()[0]
+        self._devices = _jax.DeviceList((self._device,))
+        self.compiles = 0
+
+    def load(self, serialized: bytes, where: str) -> Executable:
+        """Loads a serialised executable: no tracing, no compiling.
+
+        Raises:
+            PrecastError: when XLA does not take it.
+        """
+        try:
+            return Executable(
+                self._client.deserialize_executable(serialized, executable_devices=self._devices)
+            )
+        except (_jax.JaxRuntimeError, ValueError, RuntimeError) as error:
+            raise PrecastError(
+                f"{where}: XLA does not load this executable ({error}); export the model again with jaxlib"
+                f" {jaxlib_version}."
+            ) from None
+
+    def compile(self, stablehlo: bytes, where: str) -> Executable:
+        """Compiles a StableHLO portable artifact, and counts that it did.
+
+        Raises:
+            PrecastError: when XLA does not take it.
+        """
+        try:
+            module = _jax.mlir.deserialize_portable_artifact(stablehlo)
+            options = _jax.CompileOptions()
+            loaded = self._client.compile_and_load(module, self._devices, options)
+        except (_jax.JaxRuntimeError, ValueError, RuntimeError) as error:
+            raise PrecastError(
+                f"{where}: jaxlib {jaxlib_version} does not compile this StableHLO ({error}); export the model again."
+            ) from None
+        self.compiles += 1
+        return Executable(loaded)
+
+    def put(self, array: np.ndarray) -> Buffer:
+        """Hands an array to the device: as it lies where it starts on a 64-byte boundary, else copied.
+
+        The caller must not change the array afterwards.
+        """
+        return _jax.dlpack_managed_tensor_to_buffer(array.__dlpack__(), self._device, None)
+
+    def get(self, buffer: Buffer) -> np.ndarray:
+        """A read-only view of a buffer; valid until the buffer is used up by a call."""
+        return np.from_dlpack(_Capsule(_jax.buffer_to_dlpack_managed_tensor(buffer, None)))
+
+
+@cache
+def register_kernels() -> None:
+    """Makes precast's kernels known to XLA, in this process; before any program that calls them is loaded."""
+    for name, handler in kernels.targets().items():
+        xla_client.register_custom_call_target(name, handler, platform="cpu", api_version=1)
+
+
+@cache
+def client() -> Client:
+    """This process's client: one, because each starts a thread for every core."""
+    # jaxlib tries `import jax` whenever it makes an array. Where jax is not there, one failed search is enough.
+    if "jax" not in sys.modules and importlib.util.find_spec("jax") is None:
+        block_jax()
+    # Makes xla_client pass registrations on to XLA, as its own make_cpu_client does.
+    xla_client.register_custom_call_handler("cpu", _jax.register_custom_call_target)
+    register_kernels()
+    return Client()
+
+
+def block_jax() -> None:
+    """Keeps this process from importing jax, which jaxlib would do, and which takes longer than a whole run."""
+    sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
+
+
+def this_machine() -> Machine:
+    """The machine and what is installed on it, for the choice of a target."""
+    return Machine(
+        machine=processor_family(),
+        features=cpu_features(),
+        jaxlib=jaxlib_version,
+        kernel_abi=kernels.ABI_VERSION,
+        kernels=tuple(sorted(kernels.targets())),
+    )
+
+

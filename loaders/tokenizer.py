@@ -1,0 +1,281 @@
+"""Text to tokens and back: encoding, decoding token by token, chat prompts.
+
+`tokenizers` is imported when a tokenizer is made and jinja2 when the first chat is rendered, not before: the
+time from process start to first token counts.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from .artifact.errors import PrecastError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+    from .chat_template import ChatTemplate
+
+# SentencePiece's spelling of a raw byte: a token that exists for each byte, for text the vocabulary lacks.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Tokenizer:
+    """The tokenizer of an artifact. Make it with `Tokenizer.from_json`."""
+
+    def __init__(
+        self,
+        library: "LibraryTokenizer",
+        *,
+        chat_template: str | None,
+        bos_token: str | None,
+        eos_token: str | None,
+    ) -> None:
+        self._library = library
+        self._template_source = chat_template
+        self._bos_token = bos_token
+        self._eos_token = eos_token
+
+    @classmethod
+    def from_json(
+        cls, data: bytes, *, chat_template: str | None, bos_token: str | None, eos_token: str | None
+    ) -> "Tokenizer":
+        """Make a tokenizer from the bytes of a `tokenizer.json`.
+
+        Args:
+            data: the file, as the `tokenizers` library writes it.
+            chat_template: Jinja source, or None if the model has none.
+            bos_token: text of the beginning-of-sequence token, for the chat template.
+            eos_token: text of the end-of-sequence token, for the chat template.
+
+        Raises:
+            PrecastError: `data` is not a tokenizer.
+        """
+        import tokenizers
+
+        try:
+            library = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises bare Exception and ValueError
+            raise PrecastError(
+                f"tokenizer.json: expected a tokenizer that tokenizers {tokenizers.__version__} can read,"
+                f" found: {_one_line(error)}; export the artifact again."
+            ) from error
+        # A file may ask for prompts to be cut or padded, as it was in training; here that would lose text.
+        library.no_truncation()
+        library.no_padding()
+        return cls(library, chat_template=chat_template, bos_token=bos_token, eos_token=eos_token)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added tokens included. The model's V may be larger (padding)."""
+        return self._library.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`.
+
+        Encode a rendered chat with ``add_special_tokens=False``: templates write the beginning-of-sequence
+        token themselves.
+
+        Raises:
+            PrecastError: the text holds half of a surrogate pair, which no tokenizer can encode.
+        """
+        try:
+            return list(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise PrecastError(
+                f"Tokenizer: expected text that can be written as UTF-8, found: {_one_line(error)}."
+            ) from error
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`. Ids that no token has (a padded vocabulary) have no text.
+
+        Raises:
+            PrecastError: an id is negative or absurdly large.
+        """
+        try:
+            return self._library.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:
+            raise PrecastError(f"Tokenizer: expected token ids of 0 and above, found {list(ids)}.") from error
+
+    def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
+        """Return a decoder that takes one token at a time; each stream is one text."""
+        skipped = self._special_ids if skip_special_tokens else frozenset[int]()
+        kinds = self._decoder_kinds
+        if kinds == ("ByteLevel",):
+            return _ByteLevelStream(self._library, skipped)
+        return _PieceStream(self._library, skipped, byte_fallback="ByteFallback" in kinds)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Return the prompt for a conversation, by the model's chat template.
+
+        Raises:
+            PrecastError: there is no template, the messages are malformed, or the template fails.
+        """
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    @cached_property
+    def _template(self) -> "ChatTemplate":
+        if self._template_source is None:
+            raise PrecastError(
+                "Chat: this artifact has no chat template, so messages cannot become a prompt;"
+                " generate from plain text, or export the model with a template."
+            )
+        from .chat_template import ChatTemplate
+
+        return ChatTemplate(self._template_source, bos_token=self._bos_token, eos_token=self._eos_token)
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._library.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def _decoder_kinds(self) -> tuple[str, ...]:
+        """Types of the decoder's steps, in order, however they are nested."""
+        if self._library.decoder is None:
+            return ()
+        return tuple(_kinds(json.loads(self._library.decoder.__getstate__())))
+
+
+class TextStream:
+    """Decodes one text token by token; the cost of a token does not grow with the text.
+
+    What `push` returned so far, joined, is `decode` of the ids so far less a last incomplete character, and
+    with `finish` exactly `decode` of all ids. The exception is a decoder that takes text back: SentencePiece
+    breaks *every* character of a run of byte tokens once one of them is broken. Characters that were already
+    returned then stay as they are.
+    """
+
+    def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int]) -> None:
+        self._library = library
+        self._skipped = skipped
+
+    def push(self, token_id: int) -> str:
+        """Return the text that this token completes, "" while a character is incomplete."""
+        if token_id in self._skipped:
+            return ""
+        try:
+            token = self._library.id_to_token(token_id)
+        except OverflowError as error:
+            raise PrecastError(f"Tokenizer: expected a token id of 0 or above, found {token_id}.") from error
+        # Ids without a token have no text, and neither has a token whose name is empty.
+        return self._push(token_id, token) if token else ""
+
+    def finish(self) -> str:
+        """Return what remains: U+FFFD for bytes that never became a character."""
+        raise NotImplementedError
+
+    def _push(self, token_id: int, token: str) -> str:
+        raise NotImplementedError
+
+
+class _ByteLevelStream(TextStream):
+    """GPT-2's byte-level decoder: a text is the bytes of its tokens, one after another, read as UTF-8."""
+
+    def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int]) -> None:
+        super().__init__(library, skipped)
+        self._bytes_of = _byte_alphabet()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+    def _push(self, token_id: int, token: str) -> str:
+        try:
+            data = bytes([self._bytes_of[char] for char in token])
+        except KeyError:  # an added token, which is written as it is
+            data = token.encode()
+        return self._utf8.decode(data)
+
+
+class _PieceStream(TextStream):
+    """Any other decoder: the library decodes each piece behind the few pieces before it.
+
+    Those give what decoders look back at (is this the start of the text, where a leading space is dropped?).
+    Byte tokens are gathered until they make a character, so that a piece is always whole.
+    """
+
+    def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int], *, byte_fallback: bool) -> None:
+        super().__init__(library, skipped)
+        self._byte_fallback = byte_fallback
+        self._context: list[list[int]] = []  # the last pieces
+        self._ids: list[int] = []  # byte tokens of an incomplete character, and their bytes
+        self._bytes = b""
+        self._broken = False  # the current run of byte tokens cannot be UTF-8 any more
+
+    def finish(self) -> str:
+        return self._end_run()
+
+    def _push(self, token_id: int, token: str) -> str:
+        match = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
+        if match is None:
+            return self._end_run() + self._decode([token_id])
+        return self._push_byte(token_id, int(match[1], 16))
+
+    def _push_byte(self, token_id: int, byte: int) -> str:
+        if self._broken:
+            return "\N{REPLACEMENT CHARACTER}"
+        self._ids.append(token_id)
+        self._bytes += bytes([byte])
+        try:
+            self._bytes.decode()
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":
+                return ""
+            broken = self._end_run()
+            self._broken = True
+            return broken
+        piece, self._ids, self._bytes = self._ids, [], b""
+        return self._decode(piece)
+
+    def _end_run(self) -> str:
+        """Give up on an incomplete character: one U+FFFD for each byte, as the library does it."""
+        broken = "\N{REPLACEMENT CHARACTER}" * len(self._ids)
+        if self._ids:
+            self._remember(self._ids)
+        self._ids, self._bytes, self._broken = [], b"", False
+        return broken
+
+    def _decode(self, piece: list[int]) -> str:
+        before = [token_id for known in self._context for token_id in known]
+        known = self._library.decode(before, skip_special_tokens=False)
+        text = self._library.decode(before + piece, skip_special_tokens=False)
+        self._remember(piece)
+        return text[len(known) :]
+
+    def _remember(self, piece: list[int]) -> None:
+        self._context = [*self._context[-1:], piece]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for each byte (Radford et al., 2019: `bytes_to_unicode`), inverted.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on, in order.
+    """
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _kinds(decoder: Mapping[str, Any]) -> Iterator[str]:
+    if decoder["type"] == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _kinds(step)
+    else:
+        yield decoder["type"]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:300]

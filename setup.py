@@ -1,0 +1,41 @@
+"""Builds the CPU kernels; everything else about the package stands in pyproject.toml."""
+
+import importlib.util
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+
+def xla_headers() -> str:
+    """jaxlib's include folder, found without importing jaxlib."""
+    spec = importlib.util.find_spec("jaxlib")
+    if spec is None or spec.origin is None:
+        raise SystemExit("precast's kernels need the headers of jaxlib to build: pip install jaxlib==0.10.1")
+    return str(Path(spec.origin).parent / "include")
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "precast.kernels._kernels",
+            sources=sorted(str(path) for path in Path("kernels/src").glob("*.cc")),
+            depends=sorted(str(path) for path in Path("kernels/src").glob("*.h")),
+            language="c++",
+            define_macros=[("Py_LIMITED_API", "0x030B0000"), ("NDEBUG", None)],
+            py_limited_api=True,
+            extra_compile_args=[
+                "-isystem",
+                xla_headers(),
+                "-std=c++17",
+                "-O3",
+                "-ffp-contract=fast",
+                "-fvisibility=hidden",
+                "-fno-math-errno",
+                "-Wall",
+                "-Wextra",
+                "-Wno-psabi",
+            ],
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

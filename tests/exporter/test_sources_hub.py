@@ -1,0 +1,198 @@
+"""The hub: what is an id, and what its failures say. No test here needs a network."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from precast.exporter.sources import open_source
+from precast.exporter.sources.hub import is_hub_id
+from precast.loaders.artifact.errors import PrecastError
+
+NOWHERE = "http://127.0.0.1:9"  # the discard port: refused at once
+
+
+def opened(spec: str, home, **environment: str) -> subprocess.CompletedProcess:
+    """open_source in a process of its own, since huggingface-hub reads its settings once."""
+    code = (
+        "import sys\n"
+        "from precast.exporter.sources import open_source\n"
+        "from precast.loaders.artifact.errors import PrecastError\n"
+        "try: print(open_source(sys.argv[1]).name)\n"
+        "except PrecastError as error: print(error)\n"
+    )
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))}
+    return subprocess.run(
+        [sys.executable, "-c", code, spec],
+        env=kept | {"HF_HOME": str(home)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+
+def cache(home, repo: str, commit: str = "a" * 40) -> None:
+    """A snapshot as huggingface-hub leaves it."""
+    folder = home / "hub" / ("models--" + repo.replace("/", "--"))
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text('{"model_type": "llama"}')
+    (snapshot / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}}}))
+    save_file({"w": np.ones((2, 2), np.float32)}, snapshot / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spec", ["gpt2", "org/name", "org/name@main", "a-b/c.d_e@refs/pr/1", "Qwen/Qwen2.5-0.5B-Instruct"]
+)
+def test_hub_ids(spec):
+    assert is_hub_id(spec)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        ".",
+        "/abs/path",
+        "./model",
+        "a/b/c",
+        "model.gguf",
+        "org/x.safetensors",
+        "a b",
+        "a--b/c",
+        "org/",
+        "~/m",
+        "o/..",
+        "x@",
+    ],
+)
+def test_what_is_no_hub_id(spec):
+    assert not is_hub_id(spec)
+
+
+def test_what_is_nothing(tmp_path):
+    with pytest.raises(PrecastError) as caught:
+        open_source(str(tmp_path / "missing.gguf"))
+    assert str(caught.value) == (
+        f"'{tmp_path}/missing.gguf': expected a Hugging Face directory, a .gguf file or a hub id such as "
+        "org/name or org/name@revision, found nothing of that name here; check the spelling."
+    )
+
+
+def test_a_file_of_another_kind(tmp_path, monkeypatch):
+    (tmp_path / "notes").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PrecastError, match="found a file of another kind; check the spelling"):
+        open_source("notes")
+
+
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOWHERE}])
+def test_offline_and_not_cached(tmp_path, environment):
+    done = opened("org/name", tmp_path, **environment)
+    assert done.stdout.splitlines() == [
+        (
+            "org/name: is not, or not wholly, in the local hub cache, and the hub cannot be reached; "
+            "connect to the network (unset HF_HUB_OFFLINE if it is set), or name a directory or .gguf file."
+        )
+    ]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOWHERE}])
+@pytest.mark.parametrize("spec", ["org/My.Name", "org/My.Name@main", "org/My.Name@" + "a" * 40])
+def test_a_cached_snapshot_needs_no_network(tmp_path, environment, spec):
+    cache(tmp_path, "org/My.Name")
+    assert opened(spec, tmp_path, **environment).stdout == "my.name\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("GatedRepoError", "org/name: is gated on the hub; accept its terms"),
+        (
+            "RepositoryNotFoundError",
+            "org/name: is neither a directory or .gguf file here nor a model on the hub",
+        ),
+        ("RevisionNotFoundError", "org/name: has no revision 'v2' on the hub; check the spelling."),
+        ("LocalEntryNotFoundError", "the hub cannot be reached"),
+    ],
+)
+def test_the_hubs_own_errors(monkeypatch, name, expected):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, name)
+    error = kind.__new__(kind)  # their constructors want an HTTP response
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(PrecastError) as caught:
+        open_source("org/name@v2")
+    assert expected in str(caught.value)
+
+
+def test_any_other_error_is_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise RuntimeError("the disk is full.\nand more\nlines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(PrecastError) as caught:
+        open_source("org/name")
+    assert str(caught.value) == (
+        "org/name: cannot be fetched from the hub (RuntimeError: the disk is full); try again later."
+    )
+
+
+def test_neither_pickles_nor_code_are_asked_for(monkeypatch, tmp_path):
+    import fnmatch
+
+    import huggingface_hub
+
+    asked = {}
+
+    def note(repo, *, revision, allow_patterns):
+        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", note)
+    with pytest.raises(PrecastError, match=r"expected config\.json"):
+        open_source("org/name@v2")
+    assert (asked["repo"], asked["revision"]) == ("org/name", "v2")
+
+    def fetched(name):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in asked["patterns"])
+
+    assert fetched("model-00001-of-00002.safetensors")
+    assert not any(
+        map(fetched, ["pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "model.pt"])
+    )
+
+
+def test_importing_the_sources_is_cheap():
+    code = "import sys, precast.exporter.sources\nprint(*sorted(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {
+        "gguf",
+        "transformers",
+        "huggingface_hub",
+        "safetensors",
+        "tokenizers",
+        "ml_dtypes",
+        "yaml",
+        "jax",
+        "torch",
+    }
+    assert heavy.isdisjoint(loaded)

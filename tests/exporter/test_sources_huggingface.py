@@ -1,0 +1,350 @@
+"""Hugging Face directories: values, defaults, and every refusal."""
+
+import hashlib
+import json
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from precast.exporter.sources import open_source
+from precast.loaders.artifact.errors import PrecastError
+
+W = np.arange(12, dtype=np.float32).reshape(3, 4) / 8 - 0.5
+ONE = {"model.embed_tokens.weight": W}
+
+
+def refusal(folder) -> str:
+    with pytest.raises(PrecastError) as caught:
+        open_source(str(folder))
+    return str(caught.value)
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(np.float32, "float32"), (np.float16, "float16"), (ml_dtypes.bfloat16, "bfloat16")]
+)
+def test_tensors_come_as_float32(checkpoint, dtype, name):
+    source = open_source(str(checkpoint(tensors={"w": W.astype(dtype), "v": W[0].astype(dtype)})))
+    assert set(source.tensors) == {"w", "v"}
+    assert source.tensors["w"].shape == (3, 4)
+    assert source.tensors["w"].dtype == name
+    read = source.tensors["w"].read()
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, W)  # W is exact in all three types
+    np.testing.assert_array_equal(source.tensors["v"].read(), W[0])
+
+
+def test_bfloat16_keeps_every_bit(checkpoint):
+    bits = np.arange(0, 65536, 7, dtype=np.uint16)
+    bits = bits[~np.isnan(bits.view(ml_dtypes.bfloat16).astype(np.float32))]
+    source = open_source(str(checkpoint(tensors={"w": bits.view(ml_dtypes.bfloat16)})))
+    np.testing.assert_array_equal(source.tensors["w"].read().view(np.uint32), bits.astype(np.uint32) << 16)
+
+
+def test_the_caller_owns_what_it_reads(checkpoint):
+    tensor = open_source(str(checkpoint(tensors=ONE))).tensors["model.embed_tokens.weight"]
+    first = tensor.read()
+    first[:] = 7
+    np.testing.assert_array_equal(tensor.read(), W)
+
+
+def test_shards(checkpoint):
+    folder = checkpoint(
+        {"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}}
+    )
+    save_file({"a": W}, folder / "one.safetensors")
+    save_file({"b": W + 1, "extra": W + 2}, folder / "two.safetensors")
+    source = open_source(str(folder))
+    assert {name: float(tensor.read()[0, 0]) for name, tensor in source.tensors.items()} == {
+        "a": -0.5,
+        "b": 0.5,
+        "extra": 1.5,
+    }
+    assert [file.name for file in source.files[:4]] == [
+        "config.json",
+        "model.safetensors.index.json",
+        "one.safetensors",
+        "two.safetensors",
+    ]
+
+
+def test_reading_needs_the_tensor_and_its_raw_bytes_only(checkpoint):
+    big = np.ones((1024, 1024), ml_dtypes.bfloat16)
+    tensor = open_source(str(checkpoint(tensors={"w": big}))).tensors["w"]
+    tensor.read()
+    tracemalloc.start()
+    try:
+        tensor.read()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.05 * (4 + 2) * big.size
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(np.int64, "I64"), (np.int8, "I8"), (np.float64, "F64"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")],
+)
+def test_other_types_are_refused(checkpoint, dtype, name):
+    text = refusal(checkpoint(tensors={"w": np.ones((2, 2), dtype)}))
+    assert text.endswith(
+        f"w is stored as {name}, and only F32, F16 and BF16 are read; convert the checkpoint to one of these "
+        "first."
+    )
+
+
+def test_a_truncated_shard(checkpoint):
+    folder = checkpoint(tensors=ONE)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    text = refusal(folder)
+    assert text.startswith(f"{path}: is not a whole safetensors file (")
+    assert text.endswith(("and may be truncated; fetch it again.", "fetch the file again."))
+
+
+def test_an_index_that_names_a_missing_shard(checkpoint):
+    folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors"}}})
+    assert refusal(folder).endswith(
+        "names the shard one.safetensors, which is not there; fetch the missing file."
+    )
+
+
+def test_an_index_that_names_a_missing_tensor(checkpoint):
+    folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors"}}})
+    save_file({"b": W}, folder / "one.safetensors")
+    assert refusal(folder).endswith(
+        "one.safetensors: lacks a, which model.safetensors.index.json expects in it; fetch both files again."
+    )
+
+
+def test_an_index_that_reaches_outside(checkpoint):
+    folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "../one.safetensors"}}})
+    save_file({"a": W}, folder.parent / "one.safetensors")
+    assert "names a shard outside its own directory (../one.safetensors)" in refusal(folder)
+
+
+def test_an_index_without_a_map(checkpoint):
+    assert "expected a weight_map" in refusal(checkpoint({"model.safetensors.index.json": {"metadata": {}}}))
+
+
+def test_a_tensor_in_two_shards(checkpoint):
+    folder = checkpoint(
+        {"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}}
+    )
+    save_file({"a": W}, folder / "one.safetensors")
+    save_file({"a": W, "b": W}, folder / "two.safetensors")
+    assert "two.safetensors: holds a, which an earlier shard holds too" in refusal(folder)
+
+
+# --- what may be missing or wrong ---------------------------------------------------------------------------
+
+
+def test_an_empty_directory(tmp_path):
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: expected config.json, found an empty directory; name a Hugging Face model directory."
+    )
+
+
+def test_no_config(checkpoint):
+    assert "expected config.json, found a directory without it" in refusal(
+        checkpoint({"config.json": None}, ONE)
+    )
+
+
+def test_no_weights(checkpoint):
+    assert refusal(checkpoint()).endswith(
+        "expected weights in model.safetensors or model.safetensors.index.json, found neither; fetch the "
+        "files again."
+    )
+
+
+def test_pickled_weights(checkpoint):
+    assert refusal(checkpoint({"pytorch_model.bin": "pickle"})).endswith(
+        "has its weights only as a pickle (pytorch_model.bin), which can run code when it is read; convert "
+        "them to model.safetensors first."
+    )
+
+
+def test_no_tokenizer(checkpoint):
+    assert "expected tokenizer.json, found none; save the tokenizer in its fast form" in refusal(
+        checkpoint({"tokenizer.json": None}, ONE)
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json"]
+)
+def test_broken_json(checkpoint, name):
+    folder = checkpoint({name: '{"model_type": '}, ONE)
+    assert refusal(folder).startswith(f"{folder / name}: is not valid JSON (")
+
+
+def test_json_that_is_no_object(checkpoint):
+    assert refusal(checkpoint({"config.json": "[]"}, ONE)).endswith(
+        "expected a JSON object, found list; fetch the file again."
+    )
+
+
+def test_text_that_is_not_utf8(checkpoint):
+    folder = checkpoint(tensors=ONE)
+    (folder / "chat_template.jinja").write_bytes(b"abc\xff")
+    assert "expected UTF-8 text, found the byte 0xff at offset 3" in refusal(folder)
+
+
+def test_remote_code(checkpoint):
+    folder = checkpoint({"config.json": {"model_type": "x", "auto_map": {"AutoModel": "m.M"}}}, ONE)
+    assert "auto_map asks for Python code that came with the checkpoint, which is never run" in refusal(
+        folder
+    )
+
+
+def test_quantised_checkpoints(checkpoint):
+    folder = checkpoint({"config.json": {"quantization_config": {"quant_method": "gptq"}}}, ONE)
+    assert "quantization_config says that the weights are quantised already (gptq)" in refusal(folder)
+
+
+# --- tokens and templates -----------------------------------------------------------------------------------
+
+
+def test_special_tokens_as_text_or_object(checkpoint):
+    said = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>"}
+    source = open_source(str(checkpoint({"tokenizer_config.json": said}, ONE)))
+    assert (source.bos_token, source.eos_token) == ("<s>", "</s>")
+
+
+def test_a_null_token_is_none_whatever_the_config_says(checkpoint):
+    files = {
+        "tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"},
+        "special_tokens_map.json": {"bos_token": "<s>"},
+        "config.json": {"bos_token_id": 0},
+    }
+    assert open_source(str(checkpoint(files, ONE))).bos_token is None
+
+
+def test_special_tokens_map_fills_in(checkpoint):
+    files = {
+        "tokenizer_config.json": {"eos_token": "</s>"},
+        "special_tokens_map.json": {"bos_token": {"content": "<s>"}},
+    }
+    assert open_source(str(checkpoint(files, ONE))).bos_token == "<s>"
+
+
+def test_special_tokens_by_id_where_nothing_else_is(checkpoint):
+    source = open_source(str(checkpoint({"config.json": {"bos_token_id": 0, "eos_token_id": [1, 3]}}, ONE)))
+    assert (source.bos_token, source.eos_token) == ("<s>", "</s>")
+
+
+def test_a_special_token_that_is_a_number(checkpoint):
+    assert "expected eos_token to be text, found 2" in refusal(
+        checkpoint({"tokenizer_config.json": {"eos_token": 2}}, ONE)
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config.json": {"eos_token_id": [1, 3, 1]}, "config.json": {"eos_token_id": 2}}, (1, 3)),
+        ({"generation_config.json": {"eos_token_id": 3}}, (3,)),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": 2}}, (2,)),
+        ({"tokenizer_config.json": {"eos_token": "</s>"}}, (1,)),
+        ({"tokenizer_config.json": {"eos_token": "b"}}, (3,)),
+        ({}, ()),
+    ],
+)
+def test_eos_token_ids(checkpoint, files, expected):
+    assert open_source(str(checkpoint(files, ONE))).eos_token_ids == expected
+
+
+def test_eos_token_ids_that_are_none(checkpoint):
+    assert "expected eos_token_id to be token ids, found ['</s>']" in refusal(
+        checkpoint({"config.json": {"eos_token_id": ["</s>"]}}, ONE)
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"chat_template.jinja": "new", "tokenizer_config.json": {"chat_template": "old"}}, "new"),
+        ({"tokenizer_config.json": {"chat_template": "old"}}, "old"),
+        (
+            {
+                "tokenizer_config.json": {
+                    "chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]
+                }
+            },
+            "d",
+        ),
+        ({}, None),
+    ],
+)
+def test_chat_template(checkpoint, files, expected):
+    assert open_source(str(checkpoint(files, ONE))).chat_template == expected
+
+
+def test_named_templates_without_a_default(checkpoint):
+    files = {"tokenizer_config.json": {"chat_template": [{"name": "tool", "template": "t"}]}}
+    assert "expected a chat template named default, found tool; write" in refusal(checkpoint(files, ONE))
+
+
+# --- defaults, provenance -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None, "max_length": 9},
+            {"temperature": 0.6, "top_k": 20},
+        ),
+        ({"do_sample": False, "temperature": 0.6}, {}),
+        ({"temperature": 0.6}, {}),
+    ],
+)
+def test_sampling(checkpoint, generation, expected):
+    assert open_source(str(checkpoint({"generation_config.json": generation}, ONE))).sampling == expected
+
+
+def test_sampling_that_is_no_number(checkpoint):
+    files = {"generation_config.json": {"do_sample": True, "top_p": "high"}}
+    assert 'expected top_p to be a number, found "high"' in refusal(checkpoint(files, ONE))
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [x]\n---\n# Model\n", "Apache-2.0"),
+        ("---\r\nlicense: mit\r\n---\r\n", "MIT"),
+        ("---\nlicense: llama3.2\n---\n", "llama3.2"),
+        ("---\nlicense: other\nlicense_name: our-own\n---\n", "our-own"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "MIT"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("# license: mit\n", None),
+        ("---\nlicense: [\n---\n", None),
+        ("---\ntags: [x]\n---\n", None),
+    ],
+)
+def test_licence(checkpoint, card, expected):
+    assert open_source(str(checkpoint({"README.md": card}, ONE))).licence == expected
+
+
+def test_what_was_read_is_hashed(checkpoint):
+    folder = checkpoint({"README.md": "x", "notes.txt": "not read"}, ONE)
+    files = {file.name: file for file in open_source(str(folder)).files}
+    assert set(files) == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    data = (folder / "model.safetensors").read_bytes()
+    assert files["model.safetensors"].sha256 == hashlib.sha256(data).hexdigest()
+    assert files["model.safetensors"].bytes == len(data)
+
+
+def test_name_config_and_tokenizer_are_passed_on(checkpoint):
+    folder = checkpoint({"config.json": {"model_type": "llama", "rope_theta": 1e5}}, ONE)
+    source = open_source(str(folder))
+    assert source.name == "tiny-model_v1.5"
+    assert source.config == {"model_type": "llama", "rope_theta": 1e5}
+    assert source.tokenizer_json == (folder / "tokenizer.json").read_bytes()
+    assert json.loads(source.tokenizer_json)["model"]["vocab"]["a"] == 2

@@ -1,0 +1,261 @@
+"""Sampling against a plain NumPy reference, and against transformers' processors where torch is installed."""
+
+import math
+from dataclasses import FrozenInstanceError, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.sampling import Sampler, SamplingParams, kept_weights
+
+
+def reference(logits: np.ndarray, history: list[int], params: SamplingParams) -> np.ndarray:
+    """Probabilities [V], float64, as slowly and plainly as it can be said."""
+    scores = [float(x) for x in logits]
+    for token in set(history):
+        factor = float(np.float32(params.repetition_penalty))
+        scores[token] = scores[token] * factor if scores[token] < 0 else scores[token] / factor
+    scores = [score / params.temperature for score in scores]
+    if params.top_k:
+        kth = sorted(scores, reverse=True)[min(params.top_k, len(scores)) - 1]
+        scores = [score if score >= kth else -math.inf for score in scores]
+    top = max(scores)
+    weights = [math.exp(score - top) for score in scores]
+    if params.top_p < 1:
+        total, above = math.fsum(weights), 0.0
+        for token in sorted(range(len(weights)), key=lambda t: (-weights[t], t)):
+            mass = weights[token] / total
+            if 0 < above >= params.top_p:
+                weights[token] = 0.0
+            above += mass
+    weights = [weight if weight >= params.min_p * max(weights) else 0.0 for weight in weights]
+    return np.array(weights) / math.fsum(weights)
+
+
+def probabilities(logits: np.ndarray, history: list[int], params: SamplingParams) -> np.ndarray:
+    """What the sampler draws from, [V]."""
+    ids, weights = kept_weights(Sampler(params, history, logits.size)._penalised(logits), params)
+    dense = np.zeros(logits.size)
+    dense[slice(None) if ids is None else ids] = weights
+    return dense / dense.sum()
+
+
+# Quarters: differences are exact in float32, equal logits are common. Thresholds are odd numbers, so that no
+# sum of probabilities falls on one.
+LOGITS = st.lists(
+    st.one_of(st.integers(-40, 40).map(lambda n: n / 4), st.just(-math.inf)), min_size=1, max_size=40
+).filter(lambda values: max(values) > -math.inf)
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+    top_k=st.integers(0, 12),
+    top_p=st.sampled_from([1.0, 0.97131, 0.7313, 0.31337, 0.01]),
+    min_p=st.sampled_from([0.0, 0.0313, 0.3137]),
+    repetition_penalty=st.sampled_from([1.0, 2.0, 0.5]),
+)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[np.ndarray, list[int], SamplingParams]:
+    logits = np.array(draw(LOGITS), dtype=np.float32)
+    history = draw(st.lists(st.integers(0, logits.size - 1), max_size=6))
+    return logits, history, draw(PARAMS)
+
+
+@settings(deadline=None, max_examples=500)
+@given(case=cases())
+def test_probabilities_are_the_reference(case: tuple[np.ndarray, list[int], SamplingParams]) -> None:
+    expected, found = reference(*case), probabilities(*case)
+    assert np.array_equal(found > 0, expected > 1e-40)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-30)
+
+
+@settings(deadline=None, max_examples=300)
+@given(case=cases())
+def test_probabilities_are_those_of_transformers(
+    case: tuple[np.ndarray, list[int], SamplingParams],
+) -> None:
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits, history, params = case
+    chain = [process.TemperatureLogitsWarper(params.temperature)]
+    if history:
+        chain.insert(0, process.RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.top_k:
+        chain.append(process.TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        chain.append(process.TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        chain.append(process.MinPLogitsWarper(params.min_p))
+    scores, ids = torch.from_numpy(logits.copy())[None], torch.tensor([history], dtype=torch.int64)
+    for step in chain:
+        scores = step(ids, scores)
+    expected = torch.softmax(scores.double(), dim=-1)[0].numpy()
+    # Which of equal tokens top-p drops is up to torch's sort; here it is the highest id. Compare them sorted.
+    found = probabilities(logits, history, params)
+    np.testing.assert_allclose(np.sort(found), np.sort(expected), rtol=1e-4, atol=1e-30)
+    for same in (logits == level for level in set(logits.tolist()) if params.repetition_penalty == 1):
+        np.testing.assert_allclose(found[same].max(), expected[same].max(), rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("top_p", [0.001, 0.5, 0.9, 0.999])
+def test_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
+    """The histogram must cut where a full sort does."""
+    rng = np.random.default_rng(7)
+    logits = (rng.standard_normal(20_000) * spread).astype(np.float32)
+    found = probabilities(logits, [], SamplingParams(temperature=1.0, top_p=top_p))
+    weights = np.exp(logits - logits.max()).astype(np.float64)
+    order = np.argsort(-weights, kind="stable")
+    above = np.cumsum(weights[order]) - weights[order]
+    kept = order[above < top_p * weights.sum()]
+    # Where sums in another order round differently the edge may move by one token.
+    assert abs(np.count_nonzero(found) - kept.size) <= 1
+    assert len(set(np.flatnonzero(found)) ^ set(kept)) <= 1
+
+
+PLAIN = SamplingParams(temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        PLAIN,
+        SamplingParams(temperature=0.7, top_k=20),
+        SamplingParams(temperature=1.5, top_p=0.8, min_p=0.02),
+        SamplingParams(temperature=1.0, top_k=3, repetition_penalty=1.3),
+    ],
+)
+def test_draws_follow_the_probabilities(params: SamplingParams) -> None:
+    """Pearson's chi-square over 20,000 draws with a fixed seed."""
+    logits = np.random.default_rng(1).standard_normal(1500).astype(np.float32) * 2
+    prompt = [3, 5, 8]
+    expected = probabilities(logits, prompt, params)
+    sampler = Sampler(replace(params, seed=11), prompt, logits.size)
+    sampler.observe = lambda token_id: None  # keep the distribution fixed
+    draws = 20_000
+    counts = np.bincount([sampler.sample(logits) for _ in range(draws)], minlength=logits.size)
+    assert counts[expected == 0].sum() == 0
+    order = np.argsort(-expected)
+    large = order[expected[order] * draws >= 10]
+    rest = np.setdiff1d(order, large)
+    observed = np.append(counts[large], counts[rest].sum())
+    wanted = np.append(expected[large], expected[rest].sum()) * draws
+    observed, wanted = observed[wanted >= 1], wanted[wanted >= 1]
+    chi2, freedom = ((observed - wanted) ** 2 / wanted).sum(), wanted.size - 1
+    assert abs(chi2 - freedom) < 4 * math.sqrt(2 * max(freedom, 1))
+
+
+def test_the_same_seed_gives_the_same_tokens() -> None:
+    logits = np.random.default_rng(2).standard_normal((50, 1000)).astype(np.float32)
+
+    def run(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(temperature=1.0, top_p=0.95, seed=seed), [], 1000)
+        return [sampler.sample(row) for row in logits]
+
+    assert run(5) == run(5)
+    assert run(5) != run(6)
+    assert run(None) != run(None)
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    sampler = Sampler(SamplingParams(), [], 4)
+    assert sampler.is_greedy
+    assert sampler.sample(np.array([0, 2, 2, 1], np.float32)) == 1
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.3, [0, 1, 2]), (0.0, [0])])
+def test_the_nucleus_of_equals_are_the_lowest(top_p: float, kept: list[int]) -> None:
+    found = probabilities(np.zeros(8, np.float32), [], SamplingParams(temperature=1, top_p=top_p))
+    assert np.flatnonzero(found).tolist() == kept
+
+
+def test_a_penalty_sees_prompt_and_answer() -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), [0, 99], 4)  # 99 never comes out of the model
+    assert not sampler.is_greedy
+    logits = np.array([3.0, 2.0, 1.6, -1.0], np.float32)
+    given = logits.copy()
+    assert [sampler.sample(logits) for _ in range(3)] == [1, 2, 0]
+    assert np.array_equal(logits, given)  # the caller's array is not touched
+
+
+def test_tokens_of_probability_zero_are_never_drawn() -> None:
+    logits = np.full(2000, -np.inf, np.float32)
+    logits[[700, 1300]] = 0.0
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=0), [], 2000)
+    assert {sampler.sample(logits) for _ in range(200)} == {700, 1300}
+    sampler._rng = type("Edge", (), {"random": staticmethod(lambda: np.nextafter(1.0, 0.0))})()
+    assert sampler.sample(logits) == 1300
+    sampler._rng = type("Edge", (), {"random": staticmethod(lambda: 0.0)})()
+    assert sampler.sample(logits) == 700
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-6])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=0), [], 3)
+    assert sampler.sample(np.array([1.0, 3e38, -3e38], np.float32)) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ([0, np.nan, 1], r"^Sampling: the logit of token 1 is nan, so .* on this machine\.$"),
+        ([0, 1, np.inf], r"^Sampling: the logit of token 2 is inf, so .* on this machine\.$"),
+        ([-np.inf] * 3, r"^Sampling: every logit is -inf, so there is no token to choose\.$"),
+        ([0, 1], r"^Sampling: expected logits of shape \(3,\), found \(2,\)\.$"),
+        ([[0, 1, 2]], r"^Sampling: expected logits of shape \(3,\), found \(1, 3\)\.$"),
+    ],
+)
+def test_broken_logits_are_named(logits: list, message: str, temperature: float) -> None:
+    with pytest.raises(PrecastError, match=message):
+        Sampler(SamplingParams(temperature=temperature), [], 3).sample(np.array(logits, np.float32))
+
+
+def test_a_penalty_that_overflows_is_named() -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=1e-30), [0], 2)
+    with pytest.raises(PrecastError, match=r"^Sampling: the logit of token 0 is inf"):
+        sampler.sample(np.array([1e20, 0], np.float32))
+
+
+def test_negative_ids_are_refused() -> None:
+    with pytest.raises(PrecastError, match=r"^Sampling: token ids must not be negative, found -1\.$"):
+        Sampler(SamplingParams(), [-1], 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("max_tokens", 0, "an integer of at least 1"),
+        ("max_tokens", 1.5, "an integer of at least 1"),
+        ("max_tokens", True, "an integer of at least 1"),
+        ("temperature", -0.1, "a finite number at least 0"),
+        ("temperature", math.nan, "a finite number at least 0"),
+        ("temperature", math.inf, "a finite number at least 0"),
+        ("temperature", "1", "a finite number at least 0"),
+        ("top_k", -1, "an integer of at least 0"),
+        ("top_p", 1.01, "a finite number between 0 and 1"),
+        ("top_p", math.nan, "a finite number between 0 and 1"),
+        ("min_p", -0.5, "a finite number between 0 and 1"),
+        ("repetition_penalty", 0.0, "greater than 0"),
+        ("repetition_penalty", -1.0, "a finite number at least 0"),
+        ("seed", -1, "an integer of at least 0"),
+        ("seed", 1.0, "an integer of at least 0"),
+        ("stop", ("a", ""), "a list of non-empty strings"),
+        ("stop", "word", "a list of non-empty strings"),
+        ("ignore_eos", 1, "true or false"),
+    ],
+)
+def test_a_bad_parameter_is_one_sentence(field: str, value: object, wanted: str) -> None:
+    with pytest.raises(PrecastError, match=rf"^Sampling parameters: {field} must be {wanted}, found .*\.$"):
+        SamplingParams(**{field: value})
+
+
+def test_parameters_are_frozen_and_stop_is_a_tuple() -> None:
+    params = SamplingParams(stop=["a", "b"], top_k=np.int64(3), seed=2**80)
+    assert params.stop == ("a", "b")
+    with pytest.raises(FrozenInstanceError):
+        params.top_k = 1

@@ -1,0 +1,92 @@
+"""Stop strings against a plain reference, for every way to cut a text into pieces."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.stopping import StopStrings
+
+# Few letters, so that stop strings overlap themselves and one another.
+LETTERS = st.text(alphabet="abé", max_size=30)
+STOPS = st.lists(st.text(alphabet="abé", min_size=1, max_size=5), max_size=4)
+
+
+def until_stop(text: str, stops: list[str]) -> tuple[str, bool]:
+    """Text before the match that ends first (of those the longest), and whether there is one."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+def could_begin(text: str, stops: list[str]) -> int:
+    """Length of the longest suffix of `text` that begins a stop string."""
+    lengths = range(len(text), 0, -1)
+    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+@st.composite
+def pieces(draw: st.DrawFn) -> list[str]:
+    text = draw(LETTERS)
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+@settings(deadline=None, max_examples=1000)
+@given(pieces=pieces(), stops=STOPS)
+def test_what_is_shown_ends_where_the_first_stop_begins(pieces: list[str], stops: list[str]) -> None:
+    watch, shown, read = StopStrings(stops), "", ""
+    for piece in pieces:
+        text, stopped = watch.push(piece)
+        shown, read = shown + text, read + piece
+        expected, found = until_stop(read, stops)
+        assert stopped == found
+        if found:
+            assert shown == expected
+        else:  # no more and no less is held back than could still begin a stop string
+            assert shown == read[: len(read) - could_begin(read, stops)]
+    assert shown + watch.flush() == until_stop(read, stops)[0]
+
+
+def test_nothing_comes_after_a_stop() -> None:
+    watch = StopStrings(["END"])
+    assert watch.push("one E") == ("one ", False)
+    assert watch.push("ND two") == ("", True)
+    assert watch.push("three") == ("", True)
+    assert watch.flush() == ""
+
+
+def test_held_text_comes_out_at_the_end_once() -> None:
+    watch = StopStrings(["END"])
+    assert watch.push("the EN") == ("the ", False)
+    assert watch.flush() == "EN"
+    assert watch.flush() == ""
+
+
+def test_the_match_that_ends_first_wins_and_then_the_longest() -> None:
+    assert StopStrings(["abcd", "bc"]).push("xabcd") == ("xa", True)
+    assert StopStrings(["c", "abc"]).push("xabc") == ("x", True)
+
+
+def test_without_stop_strings_everything_passes() -> None:
+    watch = StopStrings([])
+    assert watch.push("all of it") == ("all of it", False)
+    assert watch.flush() == ""
+
+
+def test_a_long_text_of_false_starts_keeps_little() -> None:
+    """A stop string that nearly matches everywhere: work and memory stay linear in the text."""
+    watch = StopStrings(["a" * 1000 + "b"])
+    shown = "".join(watch.push("a" * 100)[0] for _ in range(1000))
+    assert len(shown) == 100_000 - 1000
+    assert len(watch.flush()) == 1000
+
+
+@pytest.mark.parametrize("stops", [[""], ["a", ""], [None], "abc"])
+def test_stop_strings_must_be_text(stops: object) -> None:
+    with pytest.raises(
+        PrecastError, match=r"^Stop strings: expected a list of non-empty strings, found .*\.$"
+    ):
+        StopStrings(stops)
