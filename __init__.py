@@ -1,1 +1,34 @@
-"""precast: language models as ahead-of-time compiled artifacts."""
+"""precast: language models as ahead-of-time compiled artifacts.
+
+model = precast.load("artifacts/smollm2-135m-instruct-float32")
+print(model.generate("The capital of France is", precast.SamplingParams(max_tokens=16)).text)
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .loaders.artifact.errors import PrecastError
+    from .loaders.generate import Completion, Model, Stream, Timing
+    from .loaders.load import load
+    from .loaders.sampling import SamplingParams
+
+__all__ = ["Completion", "Model", "PrecastError", "SamplingParams", "Stream", "Timing", "load"]
+
+_HOMES = {
+    "Completion": "generate",
+    "Model": "generate",
+    "PrecastError": "artifact.errors",
+    "SamplingParams": "sampling",
+    "Stream": "generate",
+    "Timing": "generate",
+    "load": "load",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Imported when first asked for: `import precast` alone costs nothing.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.loaders.{_HOMES[name]}"), name)

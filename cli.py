@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,19 @@ def main() -> None:
 
 @main.command()
 @click.argument("source", required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write; default artifacts/NAME-WEIGHTS.")
-@click.option("--buckets", default="64,128,512", show_default=True, callback=_numbers, help="Prompt lengths to compile prefill for.")
-@click.option("--context", type=int, help="Positions a sequence may have; default 2048 or the model's own limit.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder to write; default artifacts/NAME-WEIGHTS."
+)
+@click.option(
+    "--buckets",
+    default="64,128,512",
+    show_default=True,
+    callback=_numbers,
+    help="Prompt lengths to compile prefill for.",
+)
+@click.option(
+    "--context", type=int, help="Positions a sequence may have; default 2048 or the model's own limit."
+)
 @click.option("--slots", type=int, default=1, show_default=True, help="Sequences that decode together.")
 @click.option("--weights", default="float32", show_default=True, help="How weights are stored: float32.")
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
@@ -77,7 +87,9 @@ def export(
     from precast.exporter import console
     from precast.exporter.export import ExportOptions
 
-    options = ExportOptions(buckets=buckets, context=context, slots=slots, weights=weights, overwrite=overwrite)
+    options = ExportOptions(
+        buckets=buckets, context=context, slots=slots, weights=weights, overwrite=overwrite
+    )
     console.run_export(source, output, options)
 
 
@@ -86,7 +98,11 @@ def _need_export() -> None:
 
     from precast.loaders.artifact.errors import PrecastError
 
-    missing = [name for name in ("jax", "flax", "transformers", "gguf", "safetensors", "rich") if find_spec(name) is None]
+    missing = [
+        name
+        for name in ("jax", "flax", "transformers", "gguf", "safetensors", "rich")
+        if find_spec(name) is None
+    ]
     if missing:
         raise PrecastError(
             f"exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed:"
@@ -100,7 +116,9 @@ def _need_export() -> None:
 @click.option("--ids", callback=_numbers, help="Token ids to continue instead of text: 1,2,3.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
 @click.option("--system", help="System message of a chat.")
-@click.option("-n", "--max-tokens", type=int, help="Tokens to generate at most. Default: until the context is full.")
+@click.option(
+    "-n", "--max-tokens", type=int, help="Tokens to generate at most. Default: until the context is full."
+)
 @click.option("--temperature", type=float, help="0 is greedy. Default of this and the next: the model's own.")
 @click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all.")
 @click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability.")
@@ -112,7 +130,9 @@ def _need_export() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when done.")
 @click.option("--verify", is_flag=True, help="Hash every file again, whether or not it has changed.")
 @click.option("--target", help="Run this target of the artifact. Default: the first that fits.")
-@click.option("--compile", "may_compile", is_flag=True, help="Compile from StableHLO where no executable fits.")
+@click.option(
+    "--compile", "may_compile", is_flag=True, help="Compile from StableHLO where no executable fits."
+)
 @_lines_only
 def run(
     artifact: Path,

@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress as Bars, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
@@ -58,6 +59,8 @@ def _summary(path: Path, manifest: Manifest, built: list[Built], seconds: float)
         table.add_row(b.target, b.program.name, f"{b.bytes:,}", f"{b.lower_s + b.compile_s:.2f}")
     table.add_section()
     table.add_row("", WEIGHTS_FILE, f"{manifest.files[WEIGHTS_FILE].bytes:,}", "")
-    table.add_row("", "whole artifact", f"{sum(f.bytes for f in manifest.files.values()):,}", f"{seconds:.2f}")
+    table.add_row(
+        "", "whole artifact", f"{sum(f.bytes for f in manifest.files.values()):,}", f"{seconds:.2f}"
+    )
     table.caption = f"answers checked against the reference; run it with: precast run {path}"
     return table

@@ -107,7 +107,9 @@ def export(
         _write_texts(folder, source)
         targets = []
         for kind in (TARGET_KINDS[name] for name in options.targets):
-            progress.stage(f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}")
+            progress.stage(
+                f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}"
+            )
             targets.append(_build(kind, spec, geometry, folder, created, progress))
         manifest = _manifest(source, spec, geometry, parameters, targets, created)
         progress.stage("checking answers against the reference")
@@ -119,9 +121,13 @@ def _geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
     limit = spec.config.max_positions
     context = min(DEFAULT_CONTEXT, limit) if options.context is None else options.context
     if options.weights not in WEIGHT_TYPES:
-        raise PrecastError(f"--weights: {options.weights!r} is not supported, expected {' or '.join(WEIGHT_TYPES)}.")
+        raise PrecastError(
+            f"--weights: {options.weights!r} is not supported, expected {' or '.join(WEIGHT_TYPES)}."
+        )
     if not 2 <= context <= limit:
-        raise PrecastError(f"--context: {context} is not possible, expected 2 to {limit} (the model's own limit).")
+        raise PrecastError(
+            f"--context: {context} is not possible, expected 2 to {limit} (the model's own limit)."
+        )
     if not 1 <= options.slots <= 256:
         raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to 256.")
     _check_buckets(options.buckets, context)
@@ -152,8 +158,8 @@ def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
     )
     if tokenizer.vocab_size > spec.config.vocab:
         raise PrecastError(
-            f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {spec.config.vocab}; they"
-            " do not belong together."
+            f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {spec.config.vocab};"
+            " they do not belong together."
         )
 
 

@@ -39,11 +39,13 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
         for name in parameter.sources:
             _check_tensor(source, name, parameter.source_shape)
     left = unknown_sources(parameters, source.tensors)
-    ignored = [name for name in left if name.endswith(_IGNORED_ENDINGS) or (tied and name == "lm_head.weight")]
+    ignored = [
+        name for name in left if name.endswith(_IGNORED_ENDINGS) or (tied and name == "lm_head.weight")
+    ]
     if unknown := sorted(set(left) - set(ignored)):
         raise PrecastError(
             f"{source.name}: tensor {unknown[0]!r} belongs to no parameter of the model"
-            f"{f' (nor do {len(unknown) - 1} more)' if len(unknown) > 1 else ''}; the config and the weights do not fit."
+            f"{f' (nor do {len(unknown) - 1} more)' if len(unknown) > 1 else ''}; config and weights do not fit."
         )
     return WeightPlan(parameters=parameters, tensors=source.tensors, ignored=ignored)
 
@@ -51,7 +53,9 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
 def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
     tensor = source.tensors.get(name)
     if tensor is None:
-        raise PrecastError(f"{source.name}: tensor {name!r} is missing; the config and the weights do not fit.")
+        raise PrecastError(
+            f"{source.name}: tensor {name!r} is missing; the config and the weights do not fit."
+        )
     if tensor.shape != shape:
         raise PrecastError(
             f"{source.name}: tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)} by the config."
@@ -97,4 +101,6 @@ def _check_values(name: str, array: np.ndarray) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         total = array.sum(dtype=np.float64)
     if not np.isfinite(total):
-        raise PrecastError(f"{name}: the tensor holds values that are not finite numbers; is the checkpoint damaged?")
+        raise PrecastError(
+            f"{name}: the tensor holds values that are not finite numbers; is the checkpoint damaged?"
+        )

@@ -90,7 +90,9 @@ def _check(request: Request) -> None:
     if request.prompt is not None and request.ids is not None:
         raise PrecastError("--prompt and --ids both say what to continue; give one of them.")
     if request.chat and request.ids is not None:
-        raise PrecastError("--chat needs text to put through the chat template; use --prompt instead of --ids.")
+        raise PrecastError(
+            "--chat needs text to put through the chat template; use --prompt instead of --ids."
+        )
 
 
 def _read_prompt(request: Request) -> str:
@@ -101,7 +103,9 @@ def _read_prompt(request: Request) -> str:
     try:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise PrecastError(f"standard input: expected a prompt in {error.encoding}, found other bytes.") from None
+        raise PrecastError(
+            f"standard input: expected a prompt in {error.encoding}, found other bytes."
+        ) from None
 
 
 def _messages(request: Request, text: str) -> "list[Message]":
@@ -154,7 +158,7 @@ def converse(model: "Model", params: "SamplingParams", system: str | None) -> No
         import readline  # noqa: F401  (gives input() a history and line editing)
     target, capacity = model.target.name, model.engine.capacity
     print(f"{model.manifest.name} on {target}, {capacity} positions. /reset forgets, /exit or Ctrl-D ends.")
-    opening: "list[Message]" = [{"role": "system", "content": system}] if system else []
+    opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while (line := _ask()) is not None:
         if line == "/reset":

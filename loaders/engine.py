@@ -125,9 +125,7 @@ class Engine:
             results = self._prefill_chunk(chunk, cache, start + begin, slot)
         return self._step(results)
 
-    def _prefill_chunk(
-        self, chunk: Sequence[int], cache: Cache, start: int, slot: int
-    ) -> dict[str, Buffer]:
+    def _prefill_chunk(self, chunk: Sequence[int], cache: Cache, start: int, slot: int) -> dict[str, Buffer]:
         bucket, program = next((t, p) for t, p in self._prefills if t >= len(chunk))
         padded = np.zeros(bucket, np.int32)
         padded[: len(chunk)] = chunk

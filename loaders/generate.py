@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .artifact.errors import PrecastError
 from .artifact.manifest import Manifest, Target
@@ -80,7 +81,8 @@ class Stream:
 
     def _run(self) -> Iterator[str]:
         decoder, stops = self._model.tokenizer.stream(), StopStrings(self._params.stop)
-        text, ids, reason = "", [], "length"
+        text, reason = "", "length"
+        ids: list[int] = []
         started = time.perf_counter()
         first = started
         for token in self._model._tokens(self._prompt, self._params):
@@ -149,10 +151,11 @@ class Model:
         Raises:
             PrecastError: when the artifact carries a default that is not understood or out of range.
         """
-        known = {key: value for key, value in self.manifest.sampling.items() if key in SAMPLING_KEYS}
+        known: dict[str, Any] = {k: v for k, v in self.manifest.sampling.items() if k in SAMPLING_KEYS}
         if unknown := sorted(set(self.manifest.sampling) - set(known)):
             raise PrecastError(
-                f"{self.manifest.name}: sampling default {unknown[0]!r} is not known; expected {', '.join(SAMPLING_KEYS)}."
+                f"{self.manifest.name}: sampling default {unknown[0]!r} is unknown; expected one of"
+                f" {', '.join(SAMPLING_KEYS)}."
             )
         if "top_k" in known:
             known["top_k"] = int(known["top_k"])

@@ -92,7 +92,9 @@ def _target_lines(target: dict[str, Any]) -> Iterable[str]:
     yield f"  target   {target['name']}: {', '.join(needs)}; StableHLO promised until {target['stablehlo_expires']}"
     if target["cpu_features"]:
         yield f"    needs  {' '.join(target['cpu_features'])}"
-    rows: list[Sequence[str]] = [("program", "executable", "StableHLO", "FLOPs", "temporary", "cache aliased")]
+    rows: list[Sequence[str]] = [
+        ("program", "executable", "StableHLO", "FLOPs", "temporary", "cache aliased")
+    ]
     for p in target["programs"]:
         memory = p["memory"] or {}
         rows.append(
@@ -107,7 +109,10 @@ def _target_lines(target: dict[str, Any]) -> Iterable[str]:
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         yield "    " + "  ".join((first, *rest))
 
 

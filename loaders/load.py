@@ -24,14 +24,18 @@ def find_artifact(path: Path) -> Path:
         return path
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise PrecastError(f"{path}: expected the folder of an artifact, but it {what}; precast export makes one.")
+        raise PrecastError(
+            f"{path}: expected the folder of an artifact, but it {what}; precast export makes one."
+        )
     inside = sorted(p.parent for p in path.glob(f"*/{MANIFEST_FILE}") if not p.parent.name.startswith("."))
     if len(inside) == 1:
         return inside[0]
     if inside:
         names = ", ".join(p.name for p in inside)
         raise PrecastError(f"{path}: expected one artifact, found {len(inside)} ({names}); name one of them.")
-    raise PrecastError(f"{path}: expected an artifact, found no {MANIFEST_FILE} in it; precast export makes one.")
+    raise PrecastError(
+        f"{path}: expected an artifact, found no {MANIFEST_FILE} in it; precast export makes one."
+    )
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -40,7 +44,7 @@ def read_manifest(root: Path) -> Manifest:
     Raises:
         PrecastError: when it is missing or not understood.
     """
-    return parse_manifest(files.member(root, MANIFEST_FILE).read_bytes(), str(root / MANIFEST_FILE))
+    return parse_manifest(files.read(root, MANIFEST_FILE), str(root / MANIFEST_FILE))
 
 
 def load(
@@ -65,14 +69,15 @@ def load(
     """
     root = find_artifact(Path(path))
     manifest = read_manifest(root)
-    chosen = compat.choose_target(
-        manifest, pjrt.this_machine(), str(root), name=target, may_compile=compile
-    )
+    chosen = compat.choose_target(manifest, pjrt.this_machine(), str(root), name=target, may_compile=compile)
     contents = {
         name: files.read_checked(root, name, entry)
         for name, entry in manifest.files.items()
         if name in _needed(manifest, chosen)
     }
+    if verify:
+        for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):
+            files.check_file(root, name, manifest.files[name], force=True)
     weights = map_weights(files.check_file(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], force=verify))
     _check_weights(chosen, weights, root)
     client = pjrt.client()
@@ -100,7 +105,9 @@ def _to_stderr(message: str) -> None:
 def _needed(manifest: Manifest, target: Target) -> set[str]:
     """Files that are read whole: programs, tokenizer, template."""
     programs = {p.stablehlo if target.runtime == "stablehlo" else p.executable for p in target.programs}
-    return {n for n in (*programs, manifest.tokenizer.file, manifest.tokenizer.chat_template) if n is not None}
+    return {
+        n for n in (*programs, manifest.tokenizer.file, manifest.tokenizer.chat_template) if n is not None
+    }
 
 
 def _executables(
@@ -118,7 +125,9 @@ def _executables(
                 contents[program.executable], str(root / program.executable)
             )
         else:
-            raise PrecastError(f"{root}: target {target.name!r} has no executable of program {program.name!r}.")
+            raise PrecastError(
+                f"{root}: target {target.name!r} has no executable of program {program.name!r}."
+            )
     return executables
 
 

@@ -73,4 +73,6 @@ def _check_shape(shape: DecoderConfig, where: str) -> None:
             f" {shape.heads} and {shape.kv_heads}."
         )
     if shape.head_dim % 2:
-        raise PrecastError(f"{where}: expected an even head_dim for rotary positions, found {shape.head_dim}.")
+        raise PrecastError(
+            f"{where}: expected an even head_dim for rotary positions, found {shape.head_dim}."
+        )

@@ -55,7 +55,9 @@ class ConfigReader:
         """A whole number above zero; required where `default` is None."""
         value = self.take(key, default)
         if value is None:
-            raise PrecastError(f"{self.where}: key {key!r} is missing; is this the config.json of a decoder model?")
+            raise PrecastError(
+                f"{self.where}: key {key!r} is missing; is this the config.json of a decoder model?"
+            )
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self._wrong(key, "a whole number above 0", value)
         return value
@@ -84,7 +86,7 @@ class ConfigReader:
         if unknown:
             raise PrecastError(
                 f"{self.where}: {', '.join(map(repr, unknown))} may change the model's maths and"
-                f" {'is' if len(unknown) == 1 else 'are'} not understood; this version cannot export the model faithfully."
+                f" {'is' if len(unknown) == 1 else 'are'} not understood; precast cannot export the model faithfully."
             )
 
     def _wrong(self, key: str, expected: str, found: object) -> PrecastError:

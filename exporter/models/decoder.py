@@ -54,14 +54,14 @@ class Decoder(nnx.Module):
         """
         b, t = tokens.shape
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
-        angles = [jnp.broadcast_to(table[:t], (b, t, table.shape[1])) for table in (cos, sin)]
+        cos, sin = (jnp.broadcast_to(table[:t], (b, t, table.shape[1])) for table in (cos, sin))
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            heads_first = (jnp.swapaxes(a, 1, 2) for a in (k, v))  # [B, K, T, H]
-            return softmax_attention(q, *heads_first, mask, self.config.attention_scale)
+            k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))  # [B, K, T, H]
+            return softmax_attention(q, k, v, mask, self.config.attention_scale)
 
         def layer(index: Array, x: Array) -> Array:
-            return self.model.layers(x, index, *angles, attend, XLA_OPS)
+            return self.model.layers(x, index, cos, sin, attend, XLA_OPS)
 
         x = self.model.embed_tokens.weight[tokens]  # [B, T, D]
         x = jax.lax.fori_loop(0, self.config.layers, layer, x)
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
             Hidden states ``[R, T, D]`` before the final norm, and the cache.
         """
         positions = rows.starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [R, T]
-        angles = [table.at[positions].get(mode="clip") for table in (cos, sin)]  # [R, T, H / 2]
+        cos, sin = (table.at[positions].get(mode="clip") for table in (cos, sin))  # [R, T, H / 2]
 
         def layer(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
             x, cache = carry
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
                 out, cache = ops.attention(q, k, v, cache, index, rows, self.config.attention_scale)
                 return out
 
-            x = self.model.layers(x, index, *angles, attend, ops)
+            x = self.model.layers(x, index, cos, sin, attend, ops)
             return x, cache
 
         x = self.model.embed_tokens.weight[tokens]  # [R, T, D]

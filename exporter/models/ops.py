@@ -102,7 +102,16 @@ def _cpu_attention(
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, cache.keys, cache.values)]
     call = jax.ffi.ffi_call("precast.attention.v1", results, input_output_aliases={3: 1, 4: 2})
     out, keys, values = call(
-        q, k, v, cache.keys, cache.values, layer, rows.slots, rows.starts, rows.lengths, scale=np.float32(scale)
+        q,
+        k,
+        v,
+        cache.keys,
+        cache.values,
+        layer,
+        rows.slots,
+        rows.starts,
+        rows.lengths,
+        scale=np.float32(scale),
     )
     return out, Cache(keys, values)
 

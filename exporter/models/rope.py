@@ -72,7 +72,9 @@ def _llama3(frequencies: np.ndarray, parameters: ConfigReader) -> np.ndarray:
     high = parameters.need_positive("high_freq_factor")
     original = parameters.need_positive("original_max_position_embeddings")
     if high <= low:
-        raise PrecastError(f"{parameters.where}: expected high_freq_factor above low_freq_factor, found {high} and {low}.")
+        raise PrecastError(
+            f"{parameters.where}: expected high_freq_factor above low_freq_factor, found {high} and {low}."
+        )
     wavelengths = np.float32(2 * math.pi) / frequencies
     smooth = ((original / wavelengths - low) / (high - low)).astype(np.float32)
     blended = (1 - smooth) * frequencies / factor + smooth * frequencies

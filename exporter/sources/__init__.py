@@ -74,8 +74,18 @@ def open_source(spec: str | None) -> Source:
         The source; tensors are read only when asked for.
 
     Raises:
-        PrecastError: when `spec` is none of these, or when what it names cannot be read.
+        PrecastError: when `spec` is none of these, when what it names cannot be read, or when a package that
+            reads it is not installed.
     """
+    try:
+        return _open(spec)
+    except ModuleNotFoundError as error:
+        raise PrecastError(
+            f"exporting needs the package {error.name}, which is not installed; run pip install 'precast[export]'."
+        ) from error
+
+
+def _open(spec: str | None) -> Source:
     if spec is None:
         from .demo import open_demo
 

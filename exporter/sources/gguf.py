@@ -127,8 +127,8 @@ def _check_magic(path: Path) -> None:
 
 def _explain(path: Path, error: Exception) -> str:
     """The reader slices beyond the end without noticing, and fails on what it makes of the missing bytes."""
-    text = str(error)
-    if "version" in text or "is not a valid" in text or "uplicate" in text:
+    text = str(error).strip("'")
+    if any(word in text.lower() for word in ("version", "is not a valid", "duplicate")):
         return (
             f"{path}: is not a GGUF file that the gguf library knows ({text}); update it or convert the "
             "model again."

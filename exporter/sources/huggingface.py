@@ -187,7 +187,17 @@ def _tokenizer(folder: Path) -> dict[str, object]:
             f"{folder}: expected tokenizer.json, found none; save the tokenizer in its fast form "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))."
         )
-    return read_json(path)
+    document = read_json(path)
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower one
+        raise PrecastError(
+            f"{path}: is not a tokenizer that the tokenizers library reads ({error}); save it again, or update "
+            "the library."
+        ) from error
+    return document
 
 
 def _special_tokens(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax import export as jax_export
@@ -104,7 +105,7 @@ def _build_program(kind: TargetKind, spec: ProgramSpec, folder: Path) -> Built:
     compiled_at = time.perf_counter()
     files = {"stablehlo": stablehlo}
     if compiled is not None:
-        files["xla"] = bytes(compiled.runtime_executable().serialize())
+        files["xla"] = _serialized(compiled)
     for suffix, data in files.items():
         (folder / f"{spec.name}.{suffix}").write_bytes(data)
     return Built(
@@ -116,10 +117,17 @@ def _build_program(kind: TargetKind, spec: ProgramSpec, folder: Path) -> Built:
     )
 
 
-def _stablehlo(kind: TargetKind, spec: ProgramSpec, function: Callable) -> bytes:
+def _serialized(compiled: jax.stages.Compiled) -> bytes:
+    executable: Any = compiled.runtime_executable()
+    return bytes(executable.serialize())
+
+
+def _stablehlo(kind: TargetKind, spec: ProgramSpec, function: jax.stages.Wrapped) -> bytes:
     """The portable artifact inside what jax.export serialises: what jaxlib alone can compile."""
     checks = [jax_export.DisabledSafetyCheck.custom_call(name) for name in kind.ops.kernels]
-    exported = jax_export.export(function, platforms=["cpu"], disabled_checks=checks)(*spec.abstract_arguments())
+    exported = jax_export.export(function, platforms=["cpu"], disabled_checks=checks)(
+        *spec.abstract_arguments()
+    )
     if exported.module_kept_var_idx != tuple(range(len(spec.arguments))):
         raise RuntimeError(f"{spec.name}: jax.export dropped arguments: {exported.module_kept_var_idx}")
     return exported.mlir_module_serialized
@@ -139,7 +147,7 @@ def _program(spec: ProgramSpec, stem: str, compiled: jax.stages.Compiled | None)
     )
     if compiled is None:
         return program
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     inputs, outputs = compiled.input_formats[0], compiled.output_formats
     return dataclasses.replace(
         program,
@@ -155,10 +163,11 @@ def _program(spec: ProgramSpec, stem: str, compiled: jax.stages.Compiled | None)
     )
 
 
-def _with_layouts(values: Sequence[Value], formats: Sequence) -> tuple[Value, ...]:
+def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Value, ...]:
     """Values with the layouts that the compiler chose."""
     return tuple(
-        dataclasses.replace(v, layout=tuple(f.layout.major_to_minor)) for v, f in zip(values, formats, strict=True)
+        dataclasses.replace(v, layout=tuple(f.layout.major_to_minor))
+        for v, f in zip(values, formats, strict=True)
     )
 
 
@@ -172,5 +181,5 @@ def _check_cache_layouts(target: Target) -> None:
     }
     if len(layouts) != len({name for name, _ in layouts}):
         raise PrecastError(
-            f"target {target.name!r}: the compiler lays the cache out differently in different programs: {sorted(layouts)}."
+            f"target {target.name!r}: the compiler lays the cache out differently in different programs: {layouts}."
         )

@@ -189,7 +189,7 @@ ffi::Error AttentionHandler(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi
   if (!same(cache, cache_v.dimensions()) || !same(cache, new_k->dimensions()) ||
       !same(cache, new_v->dimensions()) || !same(key, v.dimensions()) || !same(query, out->dimensions()) ||
       key[0] != d.R || key[1] != d.T || key[3] != d.H || cache[2] != d.K || cache[4] != d.H || d.K < 1 ||
-      d.N % d.K != 0)
+      d.N < 1 || d.N % d.K != 0)
     return Bad("attention: q " + Shape(query) + ", k " + Shape(key) + ", v " + Shape(v.dimensions()) +
                ", caches " + Shape(cache) + " and " + Shape(cache_v.dimensions()) + " do not fit together");
   if (new_k->untyped_data() != cache_k.untyped_data() || new_v->untyped_data() != cache_v.untyped_data())

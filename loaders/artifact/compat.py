@@ -19,7 +19,9 @@ def mismatches(target: Target, machine: Machine) -> list[str]:
     if missing := sorted(set(target.cpu_features) - set(machine.features)):
         found.append(f"it uses CPU features that this machine lacks ({', '.join(missing)})")
     if target.kernel_abi not in (0, machine.kernel_abi):
-        found.append(f"it calls kernels of ABI {target.kernel_abi}, installed are those of ABI {machine.kernel_abi}")
+        found.append(
+            f"it calls kernels of ABI {target.kernel_abi}, installed are those of ABI {machine.kernel_abi}"
+        )
     if unknown := sorted(set(target.kernels) - set(machine.kernels)):
         found.append(f"it calls kernels that are not installed ({', '.join(unknown)})")
     return found

@@ -31,17 +31,25 @@ def member(root: Path, name: str) -> Path:
             reached without a symbolic link.
     """
     parts = PurePosixPath(name).parts
-    if not parts or name != "/".join(parts) or any(p in ("..", ".", "/") or "\\" in p or "\0" in p for p in parts):
+    if (
+        not parts
+        or name != "/".join(parts)
+        or any(p in ("..", ".", "/") or "\\" in p or "\0" in p for p in parts)
+    ):
         raise PrecastError(f"{root}: {name!r} is not the name of a file inside an artifact.")
     path = root
     for i, part in enumerate(parts):
         path = path / part
         try:
             mode = path.lstat().st_mode
-        except OSError:
-            raise PrecastError(f"{root}: file {name!r} is missing; copy or export the artifact again.") from None
+        except (OSError, UnicodeEncodeError):
+            raise PrecastError(
+                f"{root}: file {name!r} is missing; copy or export the artifact again."
+            ) from None
         if not (stat.S_ISREG(mode) if i == len(parts) - 1 else stat.S_ISDIR(mode)):
-            raise PrecastError(f"{root}: {name!r} is not a plain file inside the artifact (a link, or a folder).")
+            raise PrecastError(
+                f"{root}: {name!r} is not a plain file inside the artifact (a link, or a folder)."
+            )
     return path
 
 
@@ -51,15 +59,34 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def _reading(root: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PrecastError(
+            f"{root}: file {name!r} cannot be read ({error.strerror or error}); check its permissions and its disk."
+        ) from None
+
+
+def read(root: Path, name: str) -> bytes:
+    """Reads a file of the artifact at `root` whole, unchecked.
+
+    Raises:
+        PrecastError: when it is not there or cannot be read.
+    """
+    with _reading(root, name):
+        return member(root, name).read_bytes()
+
+
 def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
     """Reads a file whole; the bytes returned are the bytes that were hashed.
 
     Raises:
         PrecastError: when the file is not what the manifest says.
     """
-    path = member(root, name)
-    _check_size(root, name, entry, path.stat().st_size)
-    data = path.read_bytes()
+    _check_size(root, name, entry, member(root, name).stat().st_size)
+    data = read(root, name)
     _check_hash(root, name, entry, hashlib.sha256(data).hexdigest())
     return data
 
@@ -77,14 +104,21 @@ def check_file(root: Path, name: str, entry: FileEntry, *, force: bool) -> Path:
     _check_size(root, name, entry, status.st_size)
     identity = _identity(status)
     if force or _remembered(identity) != entry.sha256:
-        _check_hash(root, name, entry, sha256_of(path))
-        remember(path, entry.sha256)
+        with _reading(root, name):
+            digest = sha256_of(path)
+        _check_hash(root, name, entry, digest)
+        # The file as it was before it was read: what changes it from then on makes it another.
+        _remember(identity, digest)
     return path
 
 
 def remember(path: Path, digest: str) -> None:
     """Notes that the file at `path` has this sha256. Where that cannot be written, it is hashed again next time."""
-    record = _record_of(_identity(path.stat()))
+    _remember(_identity(path.stat()), digest)
+
+
+def _remember(identity: str, digest: str) -> None:
+    record = _record_of(identity)
     with suppress(OSError):
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(record, json.dumps({"sha256": digest}).encode())
@@ -116,7 +150,7 @@ def _record_of(identity: str) -> Path:
 def _remembered(identity: str) -> str | None:
     try:
         value = json.loads(_record_of(identity).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value.get("sha256") if isinstance(value, dict) else None
 
@@ -170,7 +204,9 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
     except OSError as error:
-        raise PrecastError(f"{path}: cannot write there ({error.strerror}); choose another folder with -o.") from None
+        raise PrecastError(
+            f"{path}: cannot write there ({error.strerror}); choose another folder with -o."
+        ) from None
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -179,7 +215,9 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         _sync(temporary)
         _check_free(path, overwrite)
         _swap(temporary, path)
-        _sync(path.parent)
+        # The artifact is there, whole: without this only a power cut could still lose its name.
+        with suppress(OSError):
+            _sync(path.parent)
     except OSError as error:
         raise PrecastError(
             f"{path}: writing stopped ({error.strerror or error}); nothing was left behind: make room and export again."
@@ -192,9 +230,13 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if not os.path.lexists(path):
         return
     if not overwrite:
-        raise PrecastError(f"{path}: exists already; choose another folder with -o, or replace it with --overwrite.")
+        raise PrecastError(
+            f"{path}: exists already; choose another folder with -o, or replace it with --overwrite."
+        )
     if path.is_symlink() or not (path / MANIFEST_FILE).is_file():
-        raise PrecastError(f"{path}: exists and is no artifact, so --overwrite does not replace it; remove it yourself.")
+        raise PrecastError(
+            f"{path}: exists and is no artifact, so --overwrite does not replace it; remove it yourself."
+        )
 
 
 def _swap(temporary: Path, path: Path) -> None:
@@ -203,13 +245,16 @@ def _swap(temporary: Path, path: Path) -> None:
         temporary.rename(path)
         return
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-    path.rename(old / "artifact")
     try:
-        temporary.rename(path)
+        path.rename(old / "artifact")
+        try:
+            temporary.rename(path)
+        except BaseException:
+            (old / "artifact").rename(path)
+            raise
     except BaseException:
-        (old / "artifact").rename(path)
+        # Removed only if empty: an old artifact that could not be put back is kept rather than lost.
+        with suppress(OSError):
+            old.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
+    shutil.rmtree(old, ignore_errors=True)

@@ -14,6 +14,10 @@ WEIGHTS_FILE = "weights.safetensors"
 
 # Bytes of an element, by the name a manifest uses.
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "int32": 4}
+# How a target is executed: deserialised, or compiled on request.
+RUNTIMES = ("pjrt", "stablehlo")
+
+_Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +240,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     _check_version(value, where)
     manifest = from_json(Manifest, value, where)
     _check_files(manifest, where)
+    _check_geometry(manifest, where)
     for target in manifest.targets:
+        _check_target(manifest, target, f"{where}: target {target.name!r}")
         for program in target.programs:
             _check_program(manifest, program, f"{where}: target {target.name!r}, program {program.name!r}")
     return manifest
@@ -263,20 +269,90 @@ def _check_files(manifest: Manifest, where: str) -> None:
             raise PrecastError(f"{where}: file {name!r} is used but not listed under files.")
 
 
+def _expect(where: str, what: str, expected: object, found: object) -> None:
+    if found != expected:
+        raise PrecastError(
+            f"{where}: {what}: expected {expected!r:.200}, found {found!r:.200}; export the model again."
+        )
+
+
+def _check_geometry(manifest: Manifest, where: str) -> None:
+    """Capacity, slots, buckets and cache must tell the same story: the programs' loops are driven by them."""
+    if manifest.slots < 1 or manifest.model.vocab < 1 or not manifest.buckets:
+        raise PrecastError(f"{where}: expected at least one slot, one token and one bucket, found none.")
+    if not 1 <= min(manifest.buckets) <= max(manifest.buckets) <= manifest.capacity:
+        raise PrecastError(
+            f"{where}: buckets: expected lengths from 1 to the capacity of {manifest.capacity}, found"
+            f" {list(manifest.buckets)!r:.200}."
+        )
+    _expect(where, "buckets", tuple(sorted(set(manifest.buckets))), manifest.buckets)
+    sizes = {"B": manifest.slots, "S": manifest.capacity}
+    for array in manifest.cache:
+        place = f"{where}: cache {array.name!r}"
+        _expect(place, "letters of its axes", len(array.shape), len(array.axes))
+        _expect(place, "axes in its layout", list(range(len(array.shape))), sorted(array.layout))
+        named = dict(zip(array.axes, array.shape, strict=True))
+        _expect(place, "slots and positions", sizes, {axis: named.get(axis) for axis in sizes})
+        _expect(place, "bytes", prod(array.shape) * DTYPE_BYTES.get(array.dtype, 0), array.bytes)
+
+
+def _check_target(manifest: Manifest, target: Target, where: str) -> None:
+    """A target has a runtime that is known, and each program that generating takes, once."""
+    if target.runtime not in RUNTIMES:
+        raise PrecastError(
+            f"{where}: runtime {target.runtime!r} is not known, expected one of {', '.join(RUNTIMES)}."
+        )
+    _expect(where, "targets of this name", 1, [t.name for t in manifest.targets].count(target.name))
+    kinds = sorted((p.kind, p.tokens) for p in target.programs)
+    needed = [("cache", 0), ("decode", 1), *(("prefill", tokens) for tokens in manifest.buckets)]
+    _expect(where, "kinds and lengths of its programs", needed, kinds)
+    _expect(where, "names of its programs", len(kinds), len({p.name for p in target.programs}))
+
+
+def _signature(manifest: Manifest, program: Program) -> tuple[dict[str, _Shape], dict[str, _Shape]]:
+    """Inputs and results but caches that a program of this kind has, by name and role alike."""
+    one, slots, vocab = 1, manifest.slots, manifest.model.vocab
+    if program.kind == "cache":
+        return {}, {}
+    if program.kind == "decode":
+        return {"tokens": (slots,), "positions": (slots,)}, {"token": (slots,), "logits": (slots, vocab)}
+    inputs: dict[str, _Shape] = {"tokens": (program.tokens,), "length": (), "start": (), "slot": ()}
+    return inputs, {"token": (one,), "logits": (one, vocab)}
+
+
+def _check_signature(manifest: Manifest, program: Program, where: str) -> None:
+    """Arguments are inputs, then caches, then constants; results are as the loader reads them."""
+    inputs, results = _signature(manifest, program)
+    order = {"cache": 1, "table": 2, "weight": 2}
+    places = [order.get(v.role, 0) for v in program.arguments]
+    _expect(where, "arguments in the order inputs, caches, constants", sorted(places), places)
+    given = {v.name: (v.role, v.shape) for v in program.arguments if v.role not in order}
+    _expect(where, "inputs", {name: (name, shape) for name, shape in inputs.items()}, given)
+    returned = {v.name: (v.role, v.shape) for v in program.results if v.role != "cache"}
+    _expect(where, "results", {name: (name, shape) for name, shape in results.items()}, returned)
+
+
 def _check_program(manifest: Manifest, program: Program, where: str) -> None:
+    _check_signature(manifest, program, where)
     for values in (program.arguments, program.results):
         if len({v.name for v in values}) != len(values):
             raise PrecastError(f"{where}: two arguments or two results have the same name.")
         for v in values:
             if v.dtype not in DTYPE_BYTES:
-                raise PrecastError(f"{where}: {v.name!r} has dtype {v.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}.")
+                raise PrecastError(
+                    f"{where}: {v.name!r} has dtype {v.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}."
+                )
     caches = {c.name: (c.shape, c.dtype, c.layout) for c in manifest.cache}
     holders = (program.results,) if program.kind == "cache" else (program.arguments, program.results)
     for values in holders:
         found = {v.name: (v.shape, v.dtype, v.layout) for v in values if v.role == "cache"}
         if found != caches:
-            raise PrecastError(f"{where}: its cache is not the artifact's: expected {caches}, found {found}.")
+            raise PrecastError(
+                f"{where}: its cache is not the artifact's: expected {caches}, found {found}; export the model again."
+            )
     arguments = {v.name for v in program.arguments}
     for result in program.results:
         if result.alias is not None and result.alias not in arguments:
-            raise PrecastError(f"{where}: result {result.name!r} aliases {result.alias!r}, which is no argument.")
+            raise PrecastError(
+                f"{where}: result {result.name!r} aliases {result.alias!r}, which is no argument."
+            )

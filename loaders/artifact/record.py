@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
@@ -30,9 +32,7 @@ def parse_json(data: bytes, where: str) -> Any:
     if len(data) > MAX_JSON_BYTES:
         raise PrecastError(f"{where}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {len(data)}.")
     try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-        )
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except RecursionError:
         raise PrecastError(f"{where}: the JSON is nested too deeply.") from None
     except ValueError as error:
@@ -67,7 +67,9 @@ def _fields(kind: type) -> Mapping[str, Any]:
 
 
 def _wrong(where: str, expected: str, value: Any) -> PrecastError:
-    return PrecastError(f"{where}: expected {expected}, found {value!r:.60}.")
+    # Lists and objects are named, not shown: showing one that is nested deeply may fail itself.
+    found = {list: "a list", dict: "an object"}.get(type(value)) or f"{value!r:.60}"
+    return PrecastError(f"{where}: expected {expected}, found {found}.")
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -90,15 +92,23 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _convert_scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is float and type(value) in (int, float):
+        return _convert_number(value, where)
     # bool is a subclass of int, and never meant where a number is.
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
         raise _wrong(where, names[kind], value)
-    if kind is int and not 0 <= value < 2**63:
+    if isinstance(value, int) and not 0 <= value < 2**63:
         raise _wrong(where, "a whole number from 0 to 2^63 - 1", value)
     return value
+
+
+def _convert_number(value: int | float, where: str) -> float:
+    # JSON has no infinity, but numbers such as 1e999 become one.
+    with suppress(OverflowError):
+        if math.isfinite(value):
+            return float(value)
+    raise PrecastError(f"{where}: expected a number that a float holds, found a larger one.")
 
 
 def _convert_record(kind: type, value: Any, where: str) -> Any:
@@ -108,8 +118,10 @@ def _convert_record(kind: type, value: Any, where: str) -> Any:
     separator = "." if "[" in where or ": " in where else ": "
     if unknown := sorted(set(value) - set(fields)):
         raise PrecastError(
-            f"{where}: key {unknown[0]!r} is not known to format version 1; was the artifact written by a newer precast?"
+            f"{where}: key {unknown[0]!r} is not known to format version 1; did a newer precast write it?"
         )
     if missing := sorted(set(fields) - set(value)):
         raise PrecastError(f"{where}: key {missing[0]!r} is missing.")
-    return kind(**{name: _convert(hint, value[name], f"{where}{separator}{name}") for name, hint in fields.items()})
+    return kind(
+        **{name: _convert(hint, value[name], f"{where}{separator}{name}") for name, hint in fields.items()}
+    )

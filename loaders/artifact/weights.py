@@ -22,6 +22,8 @@ from .record import parse_json
 ALIGNMENT = 64
 # safetensors' own bound on a header.
 _MAX_HEADER = 100 << 20
+# NumPy's own bound.
+_MAX_AXES = 64
 _DTYPES: Mapping[str, np.dtype] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
@@ -107,7 +109,9 @@ def map_weights(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise PrecastError(f"{path}: expected a safetensors file, found one whose header does not fit in it.")
+            raise PrecastError(
+                f"{path}: expected a safetensors file, found one whose header does not fit in it."
+            )
         header = parse_json(file.read(length), str(path))
         # Private and writable, because NumPy does not hand read-only arrays to a plain DLPack consumer. Nothing
         # writes to it, so no page of it is ever copied.
@@ -131,14 +135,18 @@ def _entry(path: Path, name: str, entry: object) -> _Entry:
     try:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError
+        if not isinstance(entry["shape"], list) or len(entry["shape"]) > _MAX_AXES:
+            raise ValueError
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, begin, end)):
             raise ValueError
         if end - begin != prod(shape) * dtype.itemsize:
             raise ValueError
     except (KeyError, TypeError, ValueError):
-        raise PrecastError(f"{path}: the header's entry of tensor {name!r} is not understood: {entry!r:.80}.") from None
+        raise PrecastError(
+            f"{path}: the header's entry of tensor {name!r} is not understood: {entry!r:.80}."
+        ) from None
     return name, dtype, shape, begin, end
 
 

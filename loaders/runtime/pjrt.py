@@ -100,9 +100,7 @@ class Client:
             PrecastError: when XLA does not take it.
         """
         try:
-            module = _jax.mlir.deserialize_portable_artifact(stablehlo)
-            options = _jax.CompileOptions()
-            loaded = self._client.compile_and_load(module, self._devices, options)
+            loaded = self._client.compile_and_load(stablehlo, self._devices, _jax.CompileOptions())
         except (_jax.JaxRuntimeError, ValueError, RuntimeError) as error:
             raise PrecastError(
                 f"{where}: jaxlib {jaxlib_version} does not compile this StableHLO ({error}); export the model again."
@@ -155,5 +153,3 @@ def this_machine() -> Machine:
         kernel_abi=kernels.ABI_VERSION,
         kernels=tuple(sorted(kernels.targets())),
     )
-
-

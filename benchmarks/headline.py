@@ -1,0 +1,205 @@
+"""The figures of the README: the demo model in float32, from export to the last token.
+
+Decoding one token reads every weight once, so bytes of weights over the bandwidth of memory is a lower bound on a
+step; the table shows what share of that limit a step reaches. Prefill is bound by arithmetic instead. Cold start is
+taken from the start of the process, interpreter and imports included, in fresh processes with files in the page
+cache.
+
+    python benchmarks/headline.py [--rounds 7]
+
+Prints a table and ends in one JSON line.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import machine
+
+PROMPT_TOKENS = 128
+DECODE_STEPS = 64
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def _prompt(length: int, vocab: int = 49152) -> list[int]:
+    return [i * 7919 % vocab for i in range(1, length + 1)]
+
+
+def _precast(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "precast.cli", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"precast {' '.join(arguments[:3])} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def export(folder: Path, context: int) -> tuple[Path, dict]:
+    """Exports the demo model; its time and the peak of its memory."""
+    artifact = folder / f"demo-{context}"
+    started = time.perf_counter()
+    _precast("export", "--output", str(artifact), "--context", str(context))
+    facts = {
+        "export_s": time.perf_counter() - started,
+        "export_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+    }
+    return artifact, facts
+
+
+def sizes(artifact: Path) -> dict:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    files = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    return {
+        "artifact_bytes": sum(files.values()),
+        "weights_bytes": files["weights.safetensors"],
+        "programs_bytes": sum(size for name, size in files.items() if name.startswith("programs/")),
+    }
+
+
+def cold_start(artifact: Path, rounds: int) -> dict:
+    """Fresh processes: from their start to the first token of a 128-token prompt."""
+    ids = ",".join(map(str, _prompt(PROMPT_TOKENS)))
+    timings = [
+        json.loads(_precast("run", str(artifact), "--ids", ids, "-n", "1", "--json"))["timing"]
+        for _ in range(rounds + 1)
+    ][1:]
+    return {
+        "cold_start_s": median([t["first_token_s"] for t in timings]),
+        "cold_start_spread_s": [
+            min(t["first_token_s"] for t in timings),
+            max(t["first_token_s"] for t in timings),
+        ],
+        "import_s": median([t["import_s"] for t in timings]),
+        "load_s": median([t["load_s"] for t in timings]),
+    }
+
+
+def _timed(work: Callable[[], object], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def warm(artifact: Path, rounds: int) -> dict:
+    """In this process: loading of programs, prefill, decode, bandwidth, memory. Call it in a fresh one."""
+    from precast.loaders.load import load, read_manifest
+    from precast.loaders.runtime import pjrt
+
+    pjrt.block_jax()
+    model = load(artifact)
+    resident = _resident()
+    engine, manifest = model.engine, read_manifest(artifact)
+    executables = [(artifact / p.executable).read_bytes() for p in model.target.programs if p.executable]
+    client = pjrt.client()
+    facts = {"programs_load_s": _timed(lambda: [client.load(e, "") for e in executables], rounds)}
+    for length in manifest.buckets:
+        if length < manifest.capacity:
+            ids = _prompt(length)
+            facts[f"prefill_{length}_s"] = _timed(
+                lambda ids=ids: engine.prefill(ids, engine.new_cache()), rounds
+            )
+    speeds, bandwidths = [], []
+    for _ in range(rounds):
+        bandwidths.append(machine.read_bandwidth(rounds=1))
+        speeds.append(_decode_speed(engine))
+    # Weights but the embedding's other rows: with tied embeddings the output head reads the whole matrix anyway.
+    weights = sum(v.bytes for v in model.target.of_kind("decode")[0].arguments if v.role == "weight")
+    best = max(bandwidths)
+    return facts | {
+        "decode_tokens_per_s": median(speeds),
+        "bandwidth_bytes_per_s": best,
+        "decode_limit_tokens_per_s": best / weights,
+        "decode_share_of_limit": median(speeds) / (best / weights),
+        "resident": resident,
+    }
+
+
+def _decode_speed(engine) -> float:
+    """Greedy tokens per second after a prompt of 128 tokens."""
+    cache = engine.new_cache()
+    step = engine.prefill(_prompt(PROMPT_TOKENS), cache)
+    started = time.perf_counter()
+    for position in range(PROMPT_TOKENS, PROMPT_TOKENS + DECODE_STEPS):
+        step = engine.decode([int(step.token[0])], [position], cache)
+    return DECODE_STEPS / (time.perf_counter() - started)
+
+
+def _resident() -> dict:
+    """Resident memory by kind, in bytes: what is the process's own, and what are pages of mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+    return {"own": int(fields["RssAnon"]) * 1024, "mapped": int(fields["RssFile"]) * 1024}
+
+
+def _table(facts: dict) -> str:
+    mb, ms = 1e6, 1e3
+    rows = [
+        ("cold start: process start to first token, 128-token prompt", f"{facts['cold_start_s']:.2f} s"),
+        ("of that: imports, loading", f"{facts['import_s']:.2f} s, {facts['load_s']:.2f} s"),
+        ("loading all programs", f"{facts['programs_load_s'] * ms:.0f} ms"),
+        (
+            "prefill of 64, 128 tokens",
+            f"{facts['prefill_64_s'] * ms:.0f}, {facts['prefill_128_s'] * ms:.0f} ms",
+        ),
+        ("prefill of 512 tokens", f"{facts['prefill_512_s'] * ms:.0f} ms"),
+        ("decode after 128 tokens, context 2048", f"{facts['decode_tokens_per_s']:.1f} tokens/s"),
+        (
+            "decode after 128 tokens, context 512",
+            f"{facts['context_512']['decode_tokens_per_s']:.1f} tokens/s:"
+            f" {facts['context_512']['decode_share_of_limit']:.0%} of what memory allows",
+        ),
+        ("memory read bandwidth, all cores", f"{facts['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
+        (
+            "resident after loading: own, mapped weights and libraries",
+            f"{facts['resident']['own'] / mb:.0f} MB, {facts['resident']['mapped'] / mb:.0f} MB",
+        ),
+        (
+            "artifact: weights, programs",
+            f"{facts['weights_bytes'] / mb:.1f} MB, {facts['programs_bytes'] / mb:.2f} MB",
+        ),
+        ("export: time, peak memory", f"{facts['export_s']:.1f} s, {facts['export_peak_bytes'] / mb:.0f} MB"),
+    ]
+    return "\n".join(
+        ["| SmolLM2-135M-Instruct, float32 | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows)]
+    )
+
+
+def _warm_child(artifact: Path, rounds: int) -> dict:
+    arguments = [sys.executable, __file__, "--warm", str(artifact), "--rounds", str(rounds)]
+    return json.loads(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warm", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.warm:
+        print(json.dumps(warm(arguments.warm, arguments.rounds)))
+        return
+    with tempfile.TemporaryDirectory(prefix="precast-benchmark-") as folder:
+        artifact, facts = export(Path(folder), 2048)
+        small, _ = export(Path(folder), 512)
+        facts |= sizes(artifact) | cold_start(artifact, arguments.rounds)
+        facts |= _warm_child(artifact, arguments.rounds)
+        facts["context_512"] = _warm_child(small, arguments.rounds)
+    print(_table(facts) + "\n")
+    print(json.dumps({"benchmark": "headline", **facts} | machine.describe()))
+
+
+if __name__ == "__main__":
+    main()

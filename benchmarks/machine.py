@@ -1,0 +1,55 @@
+"""What a benchmark ran on, for its JSON line: processor, cores, versions, and the bandwidth of memory."""
+
+import os
+import platform
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+
+def describe(packages: tuple[str, ...] = ("precast", "jax", "jaxlib", "numpy")) -> dict:
+    """Hardware and versions."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "versions": versions}
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            flags = " ".join(
+                f for f in ("avx2", "avx512f", "avx512_vnni") if f" {f} " in Path("/proc/cpuinfo").read_text()
+            )
+            return f"{name} ({flags})"
+    return platform.processor() or platform.machine()
+
+
+def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
+    """Bytes per second that all cores together read from memory: the best of several plain loops and rounds.
+
+    The limit of a decode step is the bytes it must read over this. Reductions of NumPy are used because they are
+    not ours; the fastest of them comes closest to what the memory gives.
+    """
+    cores = len(os.sched_getaffinity(0))
+    parts = [np.ones(megabytes * 1_000_000 // cores // 64 * 16, np.float32) for _ in range(cores)]
+    loops = (
+        lambda a: a.view(np.int32).max(),
+        lambda a: np.bitwise_or.reduce(a.view(np.uint64)),
+        lambda a: np.dot(a, a),
+    )
+    best = 0.0
+    with ThreadPoolExecutor(cores) as pool:
+        for loop in loops:
+            for _ in range(rounds):
+                started = time.perf_counter()
+                list(pool.map(loop, parts))
+                best = max(best, sum(p.nbytes for p in parts) / (time.perf_counter() - started))
+    return best
