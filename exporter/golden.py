@@ -39,8 +39,17 @@ def prompts(model: Model) -> list[tuple[int, ...]]:
     return [p for p in dict.fromkeys([*texts, spread]) if p and max(p) < vocab]
 
 
-def record(model: Model, spec: ModelSpec, weights: Mapping[str, np.ndarray], where: str) -> tuple[Case, ...]:
-    """Lets the artifact answer, and checks every token against the reference.
+def answers(model: Model) -> tuple[Case, ...]:
+    """Lets the artifact answer every prompt, greedily and past any end token."""
+    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+    completions = [model.generate(prompt, params) for prompt in prompts(model)]
+    return tuple(Case(prompt=c.prompt_token_ids, tokens=c.token_ids) for c in completions)
+
+
+def check(
+    cases: Sequence[Case], spec: ModelSpec, weights: Mapping[str, np.ndarray], where: str
+) -> tuple[Case, ...]:
+    """Holds every token against the reference.
 
     Returns:
         The answers, each cut where the reference itself cannot tell two candidates apart.
@@ -48,11 +57,8 @@ def record(model: Model, spec: ModelSpec, weights: Mapping[str, np.ndarray], whe
     Raises:
         PrecastError: when the artifact says anything else than the reference: it must not be shipped.
     """
-    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
-    answers = [model.generate(prompt, params) for prompt in prompts(model)]
-    cases = [Case(prompt=a.prompt_token_ids, tokens=a.token_ids) for a in answers]
-    best, margins = _reference(spec, weights, [c.prompt + c.tokens for c in cases])
-    return tuple(_agreed(case, best[i], margins[i], where) for i, case in enumerate(cases))
+    judged = _reference(spec, weights, [c.prompt + c.tokens for c in cases])
+    return tuple(_agreed(case, *verdict, where) for case, verdict in zip(cases, judged, strict=True))
 
 
 def _agreed(case: Case, best: np.ndarray, margins: np.ndarray, where: str) -> Case:
@@ -70,23 +76,24 @@ def _agreed(case: Case, best: np.ndarray, margins: np.ndarray, where: str) -> Ca
 
 def _reference(
     spec: ModelSpec, weights: Mapping[str, np.ndarray], sequences: Sequence[tuple[int, ...]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The uncached forward pass: best next token and its lead over the second, each ``[B, T]``."""
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The uncached forward pass: for each sequence the best next tokens and their leads over the second."""
     model = abstract_model(spec)
     length = max(map(len, sequences))
-    tokens = np.zeros((len(sequences), length), np.int32)
-    for row, sequence in zip(tokens, sequences, strict=True):
-        row[: len(sequence)] = sequence
 
     def forward(tokens: Array, cos: Array, sin: Array, *arrays: Array) -> tuple[Array, Array]:
-        logits = model.bind(arrays).forward(tokens, cos, sin)
-        top, ids = jax.lax.top_k(logits, 2)
-        return ids[..., 0], top[..., 0] - top[..., 1]
+        logits = model.bind(arrays).forward(tokens[None], cos, sin)[0]  # [T, V]
+        # Not top_k: on CPU it sorts the whole vocabulary, in three times the memory.
+        best = jnp.argmax(logits, axis=-1)
+        others = jnp.where(jnp.arange(logits.shape[1]) == best[:, None], -jnp.inf, logits)
+        return best, jnp.max(logits, axis=-1) - jnp.max(others, axis=-1)
 
-    # from_dlpack takes the mapped weights as they lie.
+    # One length for all, so that it compiles once; from_dlpack takes the mapped weights as they lie.
     constants = [jnp.from_dlpack(weights[n]) for n in (*TABLES, *(p.name for p in model.parameters))]
-    best, margins = jax.jit(forward)(tokens, *constants)
-    return np.asarray(best), np.asarray(margins)
+    run = jax.jit(forward)
+    padded = [np.array([*s, *[0] * (length - len(s))], np.int32) for s in sequences]
+    results = [run(tokens, *constants) for tokens in padded]
+    return [(np.asarray(best), np.asarray(margins)) for best, margins in results]
 
 
 def to_json(cases: Sequence[Case]) -> bytes:

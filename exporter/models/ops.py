@@ -52,7 +52,8 @@ class Ops:
 
 
 def _xla_linear(x: Array, weights: Sequence[Array], layer: Array) -> list[Array]:
-    return [jnp.einsum("MI,OI->MO", x, w[layer]) for w in weights]
+    # The only entry of a stack is taken as it lies; XLA copies what is sliced at an index it does not know.
+    return [jnp.einsum("MI,OI->MO", x, w[0] if len(w) == 1 else w[layer]) for w in weights]
 
 
 def softmax_attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al. 2021): which frequencies, and the tables made of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,17 +82,8 @@ def _llama3(frequencies: np.ndarray, parameters: ConfigReader) -> np.ndarray:
     return np.where(wavelengths < original / high, frequencies, scaled).astype(np.float32)
 
 
-def _precomputed(frequencies: np.ndarray, parameters: ConfigReader) -> np.ndarray:
-    """Each frequency divided by a factor of its own, as GGUF files store scaled RoPE."""
-    factors = parameters.take("factors")
-    if not isinstance(factors, list | tuple) or len(factors) != len(frequencies):
-        raise PrecastError(f"{parameters.where}: expected {len(frequencies)} factors, found {factors!r:.60}.")
-    return frequencies / np.asarray(factors, np.float32)
-
-
-SCALINGS: Mapping = {
+SCALINGS: Mapping[str, Callable[[np.ndarray, ConfigReader], np.ndarray]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
-    "precomputed": _precomputed,
 }

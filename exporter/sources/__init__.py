@@ -81,7 +81,8 @@ def open_source(spec: str | None) -> Source:
         return _open(spec)
     except ModuleNotFoundError as error:
         raise PrecastError(
-            f"exporting needs the package {error.name}, which is not installed; run pip install 'precast[export]'."
+            f"exporting needs the package {error.name}, which is not installed; run pip install "
+            "'precast[export]'."
         ) from error
 
 

@@ -5,6 +5,7 @@ The container is read with llama.cpp's own `gguf` library, which maps the file; 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -209,7 +210,15 @@ def _dequantise(tensor: _Tensor, heads: int | None) -> np.ndarray:
     for start in range(0, rows.shape[0], _SLAB):
         slab = slice(start, start + _SLAB)
         out[slab] = dequantize(rows[slab] if order is None else rows[order[slab]], tensor.type)
+    _let_go(tensor.data)
     return out.reshape(tensor.shape)
+
+
+def _let_go(array: np.ndarray) -> None:
+    """Gives the mapped file's pages back, which otherwise stay in this process until the export ends."""
+    mapping = getattr(array, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def half_split_order(rows: int, heads: int) -> np.ndarray:

@@ -55,12 +55,37 @@ def open_hub(spec: str) -> Source:
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
+
+    refused = _probe(repo, revision)
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(_PATTERNS),
+                local_files_only=refused is not None,
+            )
+        )
+    except Exception as error:  # also those of the HTTP library, which differs between versions of the hub's
+        # The hub's own answer says more than that nothing is cached.
+        told = refused if isinstance(refused, errors.HfHubHTTPError | ValueError) else error
+        raise PrecastError(_explain(repo, revision, told)) from error
+
+
+def _probe(repo: str, revision: str | None) -> Exception | None:
+    """What the hub says against fetching this model, or None.
+
+    `snapshot_download` asks without a time limit, and asks again and again for a revision that is a commit:
+    where packets vanish, it hangs for minutes. So the hub has to answer one question in time first.
+    """
+    from huggingface_hub import HfApi, constants
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_PATTERNS)))
-    except Exception as error:  # also those of the HTTP library, which differs between versions of the hub's
-        raise PrecastError(_explain(repo, revision, error)) from error
+        HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # as above
+        return error
+    return None
 
 
 def _explain(repo: str, revision: str | None, error: Exception) -> str:

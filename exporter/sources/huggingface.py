@@ -194,8 +194,8 @@ def _tokenizer(folder: Path) -> dict[str, object]:
         Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower one
         raise PrecastError(
-            f"{path}: is not a tokenizer that the tokenizers library reads ({error}); save it again, or update "
-            "the library."
+            f"{path}: is not a tokenizer that the tokenizers library reads ({error}); save it again, or "
+            "update the library."
         ) from error
     return document
 
