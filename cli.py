@@ -25,14 +25,22 @@ def _lines_only(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except PrecastError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(FAILED)
+            _fail(str(error))
         except BrokenPipeError:
             # The reader has seen enough; what Python would flush at exit has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:
+            # What the system refuses is for the user too, wherever it refuses it.
+            _fail(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its disk.")
 
     return wrapper
+
+
+def _fail(message: str) -> None:
+    # One line, also where a library's own message, quoted in ours, has several.
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(FAILED)
 
 
 def _numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:

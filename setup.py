@@ -19,7 +19,7 @@ setup(
         Extension(
             "precast.kernels._kernels",
             sources=sorted(str(path) for path in Path("kernels/src").glob("*.cc")),
-            depends=sorted(str(path) for path in Path("kernels/src").glob("*.h")),
+            depends=sorted(str(path) for path in Path("kernels/src").glob("*.[hi]*")),
             language="c++",
             define_macros=[("Py_LIMITED_API", "0x030B0000"), ("NDEBUG", None)],
             py_limited_api=True,

@@ -22,14 +22,16 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
         PrecastError: for anything the user can put right.
     """
     started = time.perf_counter()
-    console = Console(stderr=True, highlight=False)
+    # Names of files and models are text, whatever brackets and colons they have.
+    plain = {"highlight": False, "markup": False, "emoji": False}
+    console = Console(stderr=True, **plain)
     console.print(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}")
     source = open_source(spec)
     path = output or Path("artifacts") / f"{source.name}-{options.weights}"
     built: list[Built] = []
     with _bars(console) as bars:
         manifest = export(source, path, options, _progress(console, bars, built))
-    Console(highlight=False).print(_summary(path, manifest, built, time.perf_counter() - started))
+    Console(**plain).print(_summary(path, manifest, built, time.perf_counter() - started))
 
 
 def _bars(console: Console) -> Bars:

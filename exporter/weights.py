@@ -89,14 +89,20 @@ def write_model_weights(
             return
         for name in by_name[spec.name].sources:
             array = plan.tensors[name].read()
-            _check_values(name, array)
+            _check_array(name, array, by_name[spec.name].source_shape)
             yield array
             report(array.nbytes)
 
     return write_weights(path, specs, parts)
 
 
-def _check_values(name: str, array: np.ndarray) -> None:
+def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    # Of another shape but the same size, it would be written all the same, and in another order.
+    if array.shape != shape:
+        raise PrecastError(
+            f"{name}: expected shape {list(shape)}, found {list(array.shape)} when reading it; the source's"
+            " description of it is wrong: fetch the source again."
+        )
     # A sum is not a number, or infinite, when any of its terms is; cheaper than a mask of the array.
     with np.errstate(over="ignore", invalid="ignore"):
         total = array.sum(dtype=np.float64)

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from .artifact.errors import PrecastError
@@ -176,8 +177,7 @@ class Model:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """As `generate`, piece by piece. The prompt is checked at once, the work begins with the first piece."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_prompt(ids)
+        ids = self._checked_prompt(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         return Stream(self, ids, params or self.default_sampling())
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
@@ -201,9 +201,9 @@ class Model:
         # Templates write the beginning-of-sequence token themselves.
         return self.tokenizer.encode(self.tokenizer.render_chat(messages), add_special_tokens=False)
 
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def _checked_prompt(self, ids: Sequence[int]) -> list[int]:
         capacity, vocab = self.engine.capacity, self.engine.vocab
-        if not ids:
+        if len(ids) == 0:
             raise PrecastError("prompt: expected at least one token, found none; give the model some text.")
         if len(ids) >= capacity:
             raise PrecastError(
@@ -211,8 +211,11 @@ class Model:
                 " or fewer, or export with a larger --context."
             )
         for i, token in enumerate(ids):
-            if not 0 <= token < vocab:
-                raise PrecastError(f"prompt: token {i} is {token}, expected an id from 0 to {vocab - 1}.")
+            # Any kind of whole number, NumPy's included; a fraction or a truth value would be rounded in silence.
+            whole = isinstance(token, Integral) and not isinstance(token, bool)
+            if not whole or not 0 <= token < vocab:
+                raise PrecastError(f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}.")
+        return [int(token) for token in ids]
 
     def _tokens(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Generated ids, until max_tokens or the end of the cache."""

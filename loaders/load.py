@@ -1,5 +1,6 @@
 """From a folder to a model that generates."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,11 @@ def find_artifact(path: Path) -> Path:
     Raises:
         PrecastError: when there is none, or more than one.
     """
-    if (path / MANIFEST_FILE).is_file():
+    # The functions of os.path, unlike pathlib's, also answer for names that no file system takes.
+    if os.path.isfile(path / MANIFEST_FILE):
         return path
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.exists(path) else "does not exist"
         raise PrecastError(
             f"{path}: expected the folder of an artifact, but it {what}; precast export makes one."
         )

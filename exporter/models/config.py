@@ -33,6 +33,10 @@ class ConfigReader:
         value = self._left.pop(key, None)
         return default if value is None else value
 
+    def peek(self, key: str) -> object:
+        """The value of `key`, which is left for whoever takes it; None where it is absent."""
+        return self._left.get(key)
+
     def take_mapping(self, key: str) -> Mapping[str, object]:
         value = self.take(key, {})
         if not isinstance(value, Mapping):

@@ -34,11 +34,12 @@ def read_rope(config: ConfigReader, head_dim: int) -> Rope:
     Raises:
         PrecastError: for a RoPE type that is not understood, and for missing, unknown or unusable parameters.
     """
-    parameters = dict(config.take_mapping("rope_parameters"))
-    parameters |= config.take_mapping("rope_scaling")
+    parameters = _parameters(config)
     reader = ConfigReader(parameters, f"{config.where} rope parameters")
-    # transformers writes the old key beside the new one at times; they say the same or the file is broken.
-    theta = reader.take_number("rope_theta", config.take_number("rope_theta", 10_000.0))
+    theta = config.take_number("rope_theta", 10_000.0)
+    theta = reader.take_number("rope_theta", theta)
+    if not 0 < theta < math.inf:
+        raise PrecastError(f"{config.where}: 'rope_theta' is {theta!r}, expected a number above 0.")
     if config.take_number("partial_rotary_factor", reader.take_number("partial_rotary_factor", 1.0)) != 1.0:
         raise PrecastError(f"{config.where}: partial_rotary_factor other than 1 is not supported.")
     names = {str(value) for key in ("rope_type", "type") if (value := reader.take(key)) is not None}
@@ -54,6 +55,24 @@ def read_rope(config: ConfigReader, head_dim: int) -> Rope:
     scaled = SCALINGS[kind](frequencies, reader)
     reader.finish()
     return Rope(frequencies=scaled)
+
+
+def _parameters(config: ConfigReader) -> dict[str, object]:
+    """The table of parameters, under its older or its newer name.
+
+    transformers forgets the newer one where both are there; then they have to say the same.
+    """
+    tables = [dict(config.take_mapping(key)) for key in ("rope_parameters", "rope_scaling")]
+    newer, older = ({k: v for k, v in table.items() if v is not None} for table in tables)
+    if not newer or not older:
+        return newer or older
+    said = {"rope_theta": config.peek("rope_theta"), "rope_type": older.get("type"), **older}
+    if differing := sorted(key for key in newer if newer[key] != said.get(key)):
+        raise PrecastError(
+            f"{config.where}: rope_parameters and rope_scaling disagree about {', '.join(map(repr, differing))}; remove"
+            " the one that is wrong."
+        )
+    return newer | older
 
 
 def _default(frequencies: np.ndarray, _: ConfigReader) -> np.ndarray:

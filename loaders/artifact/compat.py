@@ -58,8 +58,10 @@ def choose_target(
 
 
 def _named(targets: Sequence[Target], name: str | None, where: str) -> Sequence[Target]:
+    if not targets:
+        raise PrecastError(f"{where}: expected at least one target, found none; export the model again.")
     chosen = [t for t in targets if name in (None, t.name)]
     if not chosen:
-        known = ", ".join(repr(t.name) for t in targets) or "none"
+        known = ", ".join(repr(t.name) for t in targets)
         raise PrecastError(f"{where}: target {name!r} is not in the artifact; it holds {known}.")
     return chosen

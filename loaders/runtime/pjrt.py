@@ -131,12 +131,19 @@ def register_kernels() -> None:
 def client() -> Client:
     """This process's client: one, because each starts a thread for every core."""
     # jaxlib tries `import jax` whenever it makes an array. Where jax is not there, one failed search is enough.
-    if "jax" not in sys.modules and importlib.util.find_spec("jax") is None:
+    if "jax" not in sys.modules and not _has_jax():
         block_jax()
     # Makes xla_client pass registrations on to XLA, as its own make_cpu_client does.
     xla_client.register_custom_call_handler("cpu", _jax.register_custom_call_target)
     register_kernels()
     return Client()
+
+
+def _has_jax() -> bool:
+    try:
+        return importlib.util.find_spec("jax") is not None
+    except ImportError:  # something in this process refuses it
+        return False
 
 
 def block_jax() -> None:

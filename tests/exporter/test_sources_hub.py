@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -44,7 +45,9 @@ def cache(home, repo: str, commit: str = "a" * 40) -> None:
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
     (snapshot / "config.json").write_text('{"model_type": "llama"}')
-    (snapshot / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}}}))
+    (snapshot / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "BPE", "vocab": {}, "merges": []}})
+    )
     save_file({"w": np.ones((2, 2), np.float32)}, snapshot / "model.safetensors")
 
 
@@ -105,6 +108,13 @@ def test_offline_and_not_cached(tmp_path, environment):
     assert "Traceback" not in done.stderr
 
 
+def test_a_hub_that_never_answers_is_given_up(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = opened("org/name", tmp_path, HF_ENDPOINT=endpoint, HF_HUB_ETAG_TIMEOUT="1")
+    assert "the hub cannot be reached" in done.stdout
+
+
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": NOWHERE}])
 @pytest.mark.parametrize("spec", ["org/My.Name", "org/My.Name@main", "org/My.Name@" + "a" * 40])
 def test_a_cached_snapshot_needs_no_network(tmp_path, environment, spec):
@@ -134,7 +144,12 @@ def test_the_hubs_own_errors(monkeypatch, name, expected):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    def not_cached(*_, local_files_only, **__):
+        assert local_files_only
+        raise errors.LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", not_cached)
     with pytest.raises(PrecastError) as caught:
         open_source("org/name@v2")
     assert expected in str(caught.value)
@@ -146,6 +161,7 @@ def test_any_other_error_is_one_sentence(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("the disk is full.\nand more\nlines")
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(PrecastError) as caught:
         open_source("org/name")
@@ -161,10 +177,12 @@ def test_neither_pickles_nor_code_are_asked_for(monkeypatch, tmp_path):
 
     asked = {}
 
-    def note(repo, *, revision, allow_patterns):
+    def note(repo, *, revision, allow_patterns, local_files_only):
+        assert not local_files_only
         asked.update(repo=repo, revision=revision, patterns=allow_patterns)
         return str(tmp_path)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", note)
     with pytest.raises(PrecastError, match=r"expected config\.json"):
         open_source("org/name@v2")
@@ -176,6 +194,16 @@ def test_neither_pickles_nor_code_are_asked_for(monkeypatch, tmp_path):
     assert fetched("model-00001-of-00002.safetensors")
     assert not any(
         map(fetched, ["pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "model.pt"])
+    )
+
+
+def test_a_package_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(PrecastError) as caught:
+        open_source("org/name")
+    assert str(caught.value) == (
+        "exporting needs the package huggingface_hub, which is not installed; run "
+        "pip install 'precast[export]'."
     )
 
 

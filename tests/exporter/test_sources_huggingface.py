@@ -184,6 +184,15 @@ def test_broken_json(checkpoint, name):
     assert refusal(folder).startswith(f"{folder / name}: is not valid JSON (")
 
 
+def test_a_tokenizer_that_does_not_load(checkpoint):
+    folder = checkpoint(
+        {"tokenizer.json": {"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}}, ONE
+    )
+    assert refusal(folder).startswith(
+        f"{folder / 'tokenizer.json'}: is not a tokenizer that the tokenizers library reads ("
+    )
+
+
 def test_json_that_is_no_object(checkpoint):
     assert refusal(checkpoint({"config.json": "[]"}, ONE)).endswith(
         "expected a JSON object, found list; fetch the file again."

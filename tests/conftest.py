@@ -1,0 +1,305 @@
+"""Fixtures that all tests share: a tiny model with a real tokenizer, exported once, and ways to break it.
+
+Nothing may write to a shared artifact; `artifact_copy` gives one that may be written to.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The vocabulary is larger than the tokenizer's, as padded models have it. 12 of 48 are no multiple of any vector.
+TINY_CONFIG: Mapping[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "intermediate_size": 80,
+    "vocab_size": 320,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = ["the quick brown fox jumps over the lazy dog", "def fibonacci(n): return n", "the cat sat on the mat"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps what tests make out of the user's cache; a demo model that is there already is not fetched again."""
+    from precast.loaders.artifact.files import cache_folder
+
+    folder, demo = tmp_path_factory.mktemp("cache"), cache_folder() / "demo"
+    if demo.is_dir():
+        (folder / "demo").symlink_to(demo.resolve())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRECAST_CACHE", str(folder))
+        yield
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for this test alone."""
+    monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "own-cache"))
+    return tmp_path / "own-cache"
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+def _tokenizer_json() -> bytes:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=sorted(alphabet), special_tokens=specials, show_progress=False
+    )
+    library.train_from_iterator(TEXT, trainer)
+    return library.to_str().encode()
+
+
+def _tensors(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Random weights by checkpoint name; strong enough that the answer depends on every token of the prompt."""
+    d, f = config["hidden_size"], config["intermediate_size"]
+    q, kv = (config[k] * config["head_dim"] for k in ("num_attention_heads", "num_key_value_heads"))
+    layer = {
+        "input_layernorm": (d,),
+        "self_attn.q_proj": (q, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q),
+        "post_attention_layernorm": (d,),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+    }
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], d), "model.norm.weight": (d,)}
+    for i in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], d)
+    return {name: _random(place, name, shape) for place, (name, shape) in enumerate(shapes.items())}
+
+
+def _random(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    if len(shape) == 1:
+        return 1 + values / 10
+    return values if "embed" in name else values * np.float32(1.5 * shape[1] ** -0.5)
+
+
+@pytest.fixture(scope="session")
+def tiny_source() -> Callable[..., Any]:
+    """Makes a `Source` in memory.
+
+    `config` replaces keys of the config (None drops one), and weights follow it; `tensors` then replaces weights
+    (None drops one); `fields` replaces fields of the source itself.
+    """
+    from precast.exporter.sources.base import Source, SourceTensor
+
+    tokenizer = _tokenizer_json()
+
+    def make(
+        *,
+        config: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, np.ndarray | None] | None = None,
+        fields: Mapping[str, Any] | None = None,
+    ) -> Source:
+        merged = {k: v for k, v in {**TINY_CONFIG, **(config or {})}.items() if v is not None}
+        arrays = _tensors({**TINY_CONFIG, **merged}) | dict(tensors or {})
+        source = Source(
+            name="tiny",
+            config=merged,
+            tensors={
+                name: SourceTensor(shape=array.shape, dtype="float32", read=array.copy)
+                for name, array in arrays.items()
+                if array is not None
+            },
+            tokenizer_json=tokenizer,
+            chat_template=TEMPLATE,
+            bos_token="<s>",
+            eos_token="</s>",
+            eos_token_ids=(1,),
+            sampling={},
+            licence="Apache-2.0",
+            files=(),
+        )
+        return dataclasses.replace(source, **(fields or {}))
+
+    return make
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path, tiny_source: Callable[..., Any]) -> Callable[..., Path]:
+    """Writes the tiny source as a Hugging Face directory; arguments as for `tiny_source`."""
+
+    def write(
+        *, config: Mapping[str, Any] | None = None, tensors: Mapping[str, np.ndarray | None] | None = None
+    ) -> Path:
+        from safetensors.numpy import save_file
+
+        source = tiny_source(config=config, tensors=tensors)
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        save_file({name: t.read() for name, t in source.tensors.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(source.config))
+        (folder / "tokenizer.json").write_bytes(source.tokenizer_json)
+        (folder / "chat_template.jinja").write_text(source.chat_template)
+        return folder
+
+    return write
+
+
+# --- artifacts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def export_tiny(
+    tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[..., Any]
+) -> Callable[..., Path]:
+    """Exports a source (the tiny one by default) into a folder of its own; keyword arguments are export options."""
+    from precast.exporter.export import ExportOptions, export
+
+    def make(source: Any = None, **options: Any) -> Path:
+        output = tmp_path_factory.mktemp("exported") / "tiny"
+        chosen = ExportOptions(**{"buckets": (8, 16), "context": 64, **options})
+        export(tiny_source() if source is None else source, output, chosen)
+        return output
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(export_tiny: Callable[..., Path]) -> Path:
+    """The tiny model, buckets 8 and 16, context 64. Not to be written to."""
+    return export_tiny()
+
+
+@pytest.fixture(scope="session")
+def slots_artifact(export_tiny: Callable[..., Path]) -> Path:
+    """The same with three slots. Not to be written to."""
+    return export_tiny(slots=3, targets=("cpu",))
+
+
+@pytest.fixture(scope="session")
+def depths(export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]) -> Mapping[int, Path]:
+    """The tiny model with 2 and with 12 layers, by depth. Not to be written to."""
+    return {n: export_tiny(tiny_source(config={"num_hidden_layers": n}), targets=("cpu",)) for n in (2, 12)}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_artifact: Path) -> Any:
+    """The tiny artifact, loaded."""
+    from precast.loaders.load import load
+
+    return load(tiny_artifact)
+
+
+@pytest.fixture(scope="session")
+def slots_model(slots_artifact: Path) -> Any:
+    """The artifact with three slots, loaded."""
+    from precast.loaders.load import load
+
+    return load(slots_artifact)
+
+
+@pytest.fixture
+def artifact_copy(tmp_path: Path, tiny_artifact: Path) -> Path:
+    """A copy of the tiny artifact that a test may break."""
+    return Path(shutil.copytree(tiny_artifact, tmp_path / "copy"))
+
+
+@pytest.fixture
+def edit_manifest() -> Callable[[Path, Callable[[dict[str, Any]], Any]], None]:
+    """Lets a function change the parsed manifest of an artifact, and writes it back."""
+
+    def edit(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+        value = json.loads((root / "manifest.json").read_text())
+        change(value)
+        (root / "manifest.json").write_text(json.dumps(value))
+
+    return edit
+
+
+# --- the reference ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_source: Callable[..., Any]) -> Callable[[Sequence[int]], np.ndarray]:
+    """The tiny model without cache, buckets or kernels: ids [T] to logits [T, V]. Compiled once, for T ≤ 64."""
+    import jax
+
+    from precast.exporter.models import read_model
+    from precast.exporter.models.parameters import abstract_model
+
+    source = tiny_source()
+    spec = read_model(source.config, source.name)
+    model = abstract_model(spec)
+    weights = [
+        np.stack([source.tensors[name].read() for name in p.sources]).reshape(p.shape) for p in model.parameters
+    ]
+    cos, sin = spec.rope.tables(64)
+    forward = jax.jit(lambda tokens, *arrays: model.bind(arrays).forward(tokens, cos, sin))
+
+    def logits(ids: Sequence[int]) -> np.ndarray:
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(forward(padded, *weights))[0, : len(ids)]
+
+    return logits
+
+
+# --- processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python in a process of its own, in the checkout, and returns what it said. It must not hang."""
+
+    def run(*arguments: str, stdin: str = "", env: Mapping[str, str] | None = None) -> Any:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            timeout=120,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Any]:
+    """Runs the command line in this process; the result has exit_code, stdout and stderr."""
+    # `precast run` keeps its process from importing jax from then on, but this process needs it: so it is first.
+    import jax  # noqa: F401
+    from click.testing import CliRunner
+
+    from precast.cli import main
+
+    def run(*arguments: object, stdin: str | bytes = "") -> Any:
+        return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
+
+    return run

@@ -1,0 +1,292 @@
+"""An export from start to finish: what it writes, what it refuses, and what it costs."""
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from precast.exporter import export as exporting
+from precast.exporter.export import ExportOptions, Progress, export
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.load import load, read_manifest
+from precast.loaders.sampling import SamplingParams
+
+QUICK = ExportOptions(buckets=(8,), context=32, targets=("cpu",))
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """What an export that must fail says; nothing may be left of it."""
+
+    def run(source, options=QUICK) -> str:
+        with pytest.raises(PrecastError) as raised:
+            export(source, tmp_path / "output" / "artifact", options)
+        assert not (tmp_path / "output").exists() or os.listdir(tmp_path / "output") == []
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    return run
+
+
+# --- what it writes -----------------------------------------------------------------------------------------
+
+
+def test_every_file_is_listed_with_its_hash(tiny_artifact):
+    manifest = read_manifest(tiny_artifact)
+    found = {p.relative_to(tiny_artifact).as_posix(): p for p in tiny_artifact.rglob("*") if p.is_file()}
+    assert manifest.files.keys() == found.keys() - {"manifest.json"}
+    for name, entry in manifest.files.items():
+        data = found[name].read_bytes()
+        assert (entry.bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_the_manifest_says_what_the_model_is(tiny_artifact, tiny_source):
+    manifest = read_manifest(tiny_artifact)
+    model = manifest.model
+    assert (model.architecture, model.layers, model.width, model.heads) == ("llama", 3, 48, 4)
+    assert (model.kv_heads, model.head_dim, model.ff_width, model.vocab) == (2, 12, 80, 320)
+    assert model.parameters == sum(np.prod(t.shape) for t in tiny_source().tensors.values())
+    assert (manifest.capacity, manifest.slots, manifest.buckets) == (64, 1, (8, 16))
+    assert manifest.tokenizer.eos_token_ids == (1,)
+    assert manifest.provenance.licence == "Apache-2.0"
+    assert {"jax", "jaxlib", "numpy", "python"} <= manifest.provenance.versions.keys()
+
+
+def test_the_golden_answers_are_replayed(tiny_artifact, tiny_model, reference):
+    cases = json.loads((tiny_artifact / "golden.json").read_text())["greedy"]
+    assert sum(len(case["token_ids"]) for case in cases) > 20
+    for case in cases:
+        prompt, expected = case["prompt_token_ids"], case["token_ids"]
+        params = SamplingParams(max_tokens=max(1, len(expected)), ignore_eos=True)
+        assert list(tiny_model.generate(prompt, params).token_ids)[: len(expected)] == expected
+        assert reference([*prompt, *expected]).argmax(-1)[len(prompt) - 1 : -1].tolist() == expected
+
+
+def test_an_artifact_that_answers_wrongly_is_not_shipped(refusal, tiny_source, monkeypatch):
+    original = exporting.golden._reference
+
+    def off_by_one(*arguments):
+        best, margins = original(*arguments)
+        return best + 1, margins
+
+    monkeypatch.setattr(exporting.golden, "_reference", off_by_one)
+    assert "the compiled programs answer" in refusal(tiny_source())
+
+
+def test_only_ties_of_the_reference_are_forgiven():
+    from precast.exporter.golden import TIE, Case, _agreed
+
+    case = Case(prompt=(1, 2), tokens=(5, 6, 7))
+    best, sure = np.array([0, 5, 9, 7, 0]), np.full(5, 1.0)
+    with pytest.raises(PrecastError, match="answer 6 where the reference answers 9"):
+        _agreed(case, best, sure, "x")
+    tied = np.array([1.0, 1.0, TIE / 2, 1.0, 1.0])
+    assert _agreed(case, best, tied, "x") == Case(prompt=(1, 2), tokens=(5,))
+
+
+def test_tied_embeddings_are_stored_once(tmp_path, tiny_source):
+    source = tiny_source(config={"tie_word_embeddings": True})
+    manifest = export(source, tmp_path / "a", QUICK)
+    names = {a.name for a in manifest.targets[0].programs[-1].arguments if a.role == "weight"}
+    assert "model.embed_tokens.weight" in names
+    assert not any(name.startswith("lm_head") for name in names)
+    assert manifest.model.parameters == sum(np.prod(t.shape) for t in source.tensors.values())
+
+
+def test_a_source_without_template_licence_or_special_tokens(tmp_path, tiny_source):
+    bare = {"chat_template": None, "licence": None, "bos_token": None, "eos_token": None, "eos_token_ids": ()}
+    manifest = export(tiny_source(fields=bare), tmp_path / "a", QUICK)
+    assert manifest.tokenizer.chat_template is None
+    assert not (tmp_path / "a" / "chat_template.jinja").exists()
+    model = load(tmp_path / "a")
+    assert model.generate("the cat").finish_reason == "length"
+    with pytest.raises(PrecastError, match="no chat template"):
+        model.chat([{"role": "user", "content": "x"}])
+
+
+def test_exports_of_one_day_are_the_same(export_tiny, monkeypatch):
+    """All but the executables, which XLA does not promise."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    first, second = (read_manifest(export_tiny(buckets=(8,), targets=("cpu",))) for _ in range(2))
+    assert first.provenance.created == "2023-11-14"
+    assert first.targets[0].stablehlo_expires == "2024-05-12"
+    same = {name for name, entry in first.files.items() if second.files[name] == entry}
+    assert {name for name in first.files if not name.endswith(".xla")} <= same
+
+
+def test_progress_is_told(tmp_path, tiny_source):
+    stages, weights, built = [], [], []
+    progress = Progress(
+        stage=stages.append, weights=lambda done, total: weights.append((done, total)), built=built.append
+    )
+    source = tiny_source()
+    export(source, tmp_path / "a", QUICK, progress)
+    total = 4 * sum(int(np.prod(t.shape)) for t in source.tensors.values())
+    assert weights[-1] == (total, total)
+    assert [done for done, _ in weights] == sorted(done for done, _ in weights)
+    assert [b.program.name for b in built] == ["cache", "prefill_8", "decode"]
+    assert stages == ["writing weights", "compiling target cpu", "checking answers against the reference"]
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+def test_buckets_are_sorted_and_the_context_is_the_model_s(tmp_path, tiny_source):
+    options = ExportOptions(buckets=(32, 1), targets=("cpu",))
+    manifest = export(tiny_source(config={"max_position_embeddings": 40}), tmp_path / "a", options)
+    assert (manifest.buckets, manifest.capacity) == ((1, 32), 40)
+
+
+def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
+    export(tiny_source(), tmp_path / "a", ExportOptions(buckets=(32,), context=32, targets=("cpu",)))
+    found = load(tmp_path / "a").generate([5] * 31, SamplingParams(ignore_eos=True))
+    assert len(found.token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"buckets": ()}, "--buckets: expected at least one prompt length, found none."),
+        ({"buckets": (0,)}, "--buckets: 0 is not possible"),
+        ({"buckets": (8, 8)}, "--buckets: 8 is named twice"),
+        ({"buckets": (33,), "context": 32}, "--buckets: 33 is larger than the context of 32"),
+        ({"context": 129}, "--context: 129 is not possible, expected 2 to 128"),
+        ({"slots": 0}, "--slots: 0 is not possible"),
+        ({"weights": "int2"}, "--weights: 'int2' is not supported"),
+    ],
+)
+def test_options_that_are_not_possible(refusal, tiny_source, options, text):
+    assert text in refusal(tiny_source(), ExportOptions(**{"buckets": (8,), **options}))
+
+
+# --- sources ------------------------------------------------------------------------------------------------
+
+
+def test_sources_that_do_not_fit_together(refusal, tiny_source):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    values = np.full((24, 48), np.nan, np.float32)
+    cases = [
+        (tiny_source(config={"model_type": "rwkv"}), "expected model_type to be one of llama, qwen2."),
+        (tiny_source(tensors={name: None}), f"tiny: tensor {name!r} is missing"),
+        (tiny_source(tensors={name: values[1:]}), f"tiny: tensor {name!r} has shape [23, 48], expected [24, 48]"),
+        (tiny_source(tensors={"odd": values}), "tiny: tensor 'odd' belongs to no parameter of the model"),
+        (tiny_source(tensors={name: values}), f"{name}: the tensor holds values that are not finite numbers"),
+        (tiny_source(config={"vocab_size": 299}), "the tokenizer has 300 tokens, the model embeds 299"),
+        (tiny_source(fields={"tokenizer_json": b"{}"}), "tokenizer.json: expected a tokenizer that tokenizers"),
+    ]
+    for source, text in cases:
+        assert text in refusal(source)
+
+
+def test_a_source_that_cannot_be_read_any_more(refusal, tiny_source):
+    """The disk that the checkpoint lies on fails in the middle."""
+    from precast.exporter.sources.base import SourceTensor
+
+    def fail():
+        raise OSError(errno.EIO, "Input/output error")
+
+    source = tiny_source()
+    tensors = dict(source.tensors)
+    name = "model.norm.weight"
+    tensors[name] = SourceTensor(shape=tensors[name].shape, dtype="float32", read=fail)
+    assert "Input/output error" in refusal(tiny_source(fields={"tensors": tensors}))
+
+
+@pytest.mark.parametrize("method", ["write_bytes", "write_text"])
+def test_a_disk_that_fills_up_at_any_file(refusal, tiny_source, monkeypatch, method):
+    """Every file that is written whole fails once."""
+    original, seen = getattr(Path, method), []
+
+    class Stop(Exception):
+        pass
+
+    for place in range(4 if method == "write_bytes" else 2):
+        seen.clear()
+
+        def write(path, *arguments, place=place, **options):
+            seen.append(path.name)
+            if len(seen) > place:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(path, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, write)
+            assert "writing stopped (No space left on device); nothing was left behind" in refusal(tiny_source())
+        assert len(seen) == place + 1
+
+
+# --- cost ---------------------------------------------------------------------------------------------------
+
+
+def test_programs_do_not_grow_with_depth(depths):
+    shallow, deep = (read_manifest(depths[n]) for n in (2, 12))
+    for one, other in zip(shallow.targets[0].programs, deep.targets[0].programs, strict=True):
+        assert one.name == other.name
+        assert len(one.arguments) == len(other.arguments) < 25
+        for kind in ("executable", "stablehlo"):
+            sizes = [m.files[getattr(one, kind)].bytes for m in (shallow, deep)]
+            assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
+            assert sizes[1] < 200_000
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import numpy as np
+from precast.exporter.export import ExportOptions, export
+from precast.exporter.sources.base import Source, SourceTensor
+
+vocab, width, layers, ff = map(int, sys.argv[3:])
+config = {
+    "model_type": "llama", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "intermediate_size": ff, "vocab_size": vocab, "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+kv = width // 2
+layer = {
+    "input_layernorm": (width,), "post_attention_layernorm": (width,), "self_attn.q_proj": (width, width),
+    "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width), "self_attn.o_proj": (width, width),
+    "mlp.gate_proj": (ff, width), "mlp.up_proj": (ff, width), "mlp.down_proj": (width, ff),
+}
+shapes = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
+for i in range(layers):
+    shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+
+def tensor(shape):
+    def read():
+        values = np.random.default_rng(sum(shape)).random(shape, np.float32)
+        values *= shape[-1] ** -0.5
+        return values
+    return SourceTensor(shape=shape, dtype="float32", read=read)
+
+source = Source(
+    name="big", config=config, tensors={name: tensor(shape) for name, shape in shapes.items()},
+    tokenizer_json=Path(sys.argv[1]).read_bytes(), chat_template=None, bos_token=None, eos_token=None,
+    eos_token_ids=(), sampling={}, licence=None, files=(),
+)
+export(source, Path(sys.argv[2]), ExportOptions(buckets=(8,), context=64, targets=("cpu",)))
+status = Path("/proc/self/status").read_text()
+peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+print(peak, 4 * sum(int(np.prod(s)) for s in shapes.values()), 4 * max(int(np.prod(s)) for s in shapes.values()))
+"""
+
+
+def test_the_weights_are_never_in_memory_twice(python, tmp_path, tiny_source):
+    """Peak resident memory, mapped pages of the finished file included, over that of a tiny model's export."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of a process is read from /proc")
+    (tmp_path / "tokenizer.json").write_bytes(tiny_source().tokenizer_json)
+
+    def peak(name: str, *sizes: int) -> list[int]:
+        result = python("-c", PEAK, str(tmp_path / "tokenizer.json"), str(tmp_path / name), *map(str, sizes))
+        assert result.returncode == 0, result.stderr
+        return list(map(int, result.stdout.split()))
+
+    baseline, _, _ = peak("small", 320, 64, 2, 96)
+    most, weights, largest = peak("large", 20_000, 512, 12, 1408)
+    assert weights > 180e6
+    assert most < baseline + 2 * weights + largest

@@ -1,0 +1,84 @@
+"""The C++ under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer, without XLA or Python around it."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from precast import kernels
+
+HERE = Path(__file__).parent / "sanitize"
+SOURCES = Path(kernels.__file__).parent / "src"
+WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Werror")
+MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREADS = ("-fsanitize=thread",)
+
+
+def compile_all(folder: Path, sources: list[Path], flags: tuple[str, ...], include: Path) -> Path:
+    """Compiles the sources, all at a time, and links them."""
+    compiler = (
+        os.environ.get("CXX", "g++"),
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-ffp-contract=fast",
+        *WARNINGS,
+        *flags,
+    )
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    commands = [
+        [*compiler, f"-I{SOURCES}", f"-I{include}", "-c", str(source), "-o", str(target)]
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    messages = [compilation.communicate()[1] for compilation in running]
+    assert [compilation.returncode for compilation in running] == [0] * len(running), "".join(messages)
+    subprocess.run([*compiler, *map(str, objects), "-o", str(folder / "driver")], check=True)
+    return folder / "driver"
+
+
+def require_sanitizer(folder: Path, flags: tuple[str, ...]) -> None:
+    """Skips where no program can be made with these flags, or none so made runs."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler")
+    program = folder / "empty.cc"
+    program.write_text("int main() {}\n")
+    command = [os.environ.get("CXX", "g++"), *flags, str(program), "-o", str(folder / "empty")]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip(f"the compiler has no {flags[0]}")
+    if subprocess.run([folder / "empty"], capture_output=True, check=False).returncode:
+        pytest.skip(f"a program made with {flags[0]} does not start on this machine")
+
+
+def assert_clean(command: list[str | Path]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory")
+    require_sanitizer(folder, MEMORY)
+    sources = [*SOURCES.glob("isa_*.cc"), SOURCES / "dispatch.cc", HERE / "driver.cc", HERE / "wide.cc"]
+    return compile_all(folder, sources, MEMORY, SOURCES)
+
+
+# "wide" is the source of the AVX-512 kernels, which every CPU runs.
+@pytest.mark.parametrize("name", [*kernels.ISAS, "wide"])
+def test_kernels_stay_within_their_buffers(driver: Path, name: str) -> None:
+    if name not in (*kernels.supported_isas(), "wide"):
+        pytest.skip(f"this CPU does not run {name}")
+    assert_clean([driver, name])
+
+
+def test_the_driver_refuses_an_unknown_name(driver: Path) -> None:
+    assert subprocess.run([driver, "sve3"], capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.parametrize("flags", [MEMORY, THREADS], ids=["memory", "threads"])
+def test_parallel_loops(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    require_sanitizer(tmp_path, flags)
+    program = compile_all(tmp_path, [HERE / "threads.cc"], (*flags, "-pthread"), HERE / "fake")
+    assert_clean([program])

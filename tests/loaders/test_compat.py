@@ -1,0 +1,129 @@
+"""Which target runs on which machine: every mismatch named, alone and together."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from precast.loaders.artifact.compat import choose_target, mismatches
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.machine import Machine, cpu_features, processor_family
+from precast.loaders.artifact.manifest import Target
+
+MACHINE = Machine(
+    machine="x86_64",
+    features=("avx", "avx2", "fma"),
+    jaxlib="0.10.1",
+    kernel_abi=3,
+    kernels=("precast.attention.v1", "precast.matmul.v1"),
+)
+COMPILED = Target(
+    name="cpu-x86_64-avx2",
+    runtime="pjrt",
+    platform="cpu",
+    machine="x86_64",
+    jaxlib="0.10.1",
+    cpu_features=("avx", "avx2"),
+    kernel_abi=3,
+    kernels=("precast.matmul.v1",),
+    xla_flags="",
+    stablehlo_expires="2030-01-01",
+    programs=(),
+)
+PORTABLE = dataclasses.replace(
+    COMPILED,
+    name="portable",
+    runtime="stablehlo",
+    machine="any",
+    jaxlib="any",
+    cpu_features=(),
+    kernel_abi=0,
+    kernels=(),
+)
+
+
+def choose(*targets, machine=MACHINE, name=None, may_compile=False):
+    manifest = SimpleNamespace(targets=targets)
+    return choose_target(manifest, machine, "art", name=name, may_compile=may_compile)
+
+
+def refusal(*targets, **options) -> str:
+    with pytest.raises(PrecastError) as raised:
+        choose(*targets, **options)
+    return str(raised.value)
+
+
+WRONG = {
+    "platform": ({"platform": "cuda"}, "it needs platform cuda, this loader runs cpu"),
+    "machine": ({"machine": "aarch64"}, "it is compiled for aarch64, this machine is x86_64"),
+    "jaxlib": ({"jaxlib": "0.12.0"}, "it is compiled by jaxlib 0.12.0, installed is 0.10.1"),
+    "cpu": (
+        {"cpu_features": ("avx", "avx512f", "amx-int8")},
+        "it uses CPU features that this machine lacks (amx-int8, avx512f)",
+    ),
+    "abi": ({"kernel_abi": 4}, "it calls kernels of ABI 4, installed are those of ABI 3"),
+    "kernels": (
+        {"kernels": ("precast.matmul.v1", "precast.z.v9", "precast.new.v2")},
+        "it calls kernels that are not installed (precast.new.v2, precast.z.v9)",
+    ),
+}
+
+
+def test_a_target_that_fits_has_no_mismatch():
+    assert mismatches(COMPILED, MACHINE) == []
+    assert mismatches(PORTABLE, MACHINE) == []
+
+
+@pytest.mark.parametrize(("change", "text"), WRONG.values(), ids=WRONG)
+def test_each_mismatch_alone(change, text):
+    assert mismatches(dataclasses.replace(COMPILED, **change), MACHINE) == [text]
+    message = refusal(dataclasses.replace(COMPILED, **change))
+    assert message.startswith(f"art: no target runs here: target 'cpu-x86_64-avx2': {text}. Export")
+    assert message.endswith("or compile from StableHLO with --compile.")
+
+
+def test_all_mismatches_together():
+    wrong = dataclasses.replace(COMPILED, **{k: v for change, _ in WRONG.values() for k, v in change.items()})
+    assert mismatches(wrong, MACHINE) == [text for _, text in WRONG.values()]
+    message = refusal(wrong)
+    assert all(text in message for _, text in WRONG.values())
+
+
+def test_the_first_target_that_fits_is_taken():
+    other = dataclasses.replace(COMPILED, name="cpu-x86_64-avx512f", cpu_features=("avx512f",))
+    assert choose(other, COMPILED, PORTABLE) is COMPILED
+    assert choose(COMPILED, other, PORTABLE) is COMPILED
+
+
+def test_stablehlo_is_never_compiled_unasked():
+    wrong = dataclasses.replace(COMPILED, jaxlib="9.9")
+    message = refusal(wrong, PORTABLE)
+    assert "target 'cpu-x86_64-avx2': it is compiled by jaxlib 9.9, installed is 0.10.1" in message
+    assert "target 'portable': it must be compiled first (--compile does so)" in message
+    assert choose(wrong, PORTABLE, may_compile=True) is PORTABLE
+    # An executable that fits goes before compiling, even where compiling is allowed.
+    assert choose(PORTABLE, may_compile=True) is PORTABLE
+    assert choose(COMPILED, PORTABLE, may_compile=True) is COMPILED
+
+
+def test_a_named_target_is_taken_or_refused_but_never_replaced():
+    wrong = dataclasses.replace(COMPILED, name="other", machine="aarch64")
+    assert choose(wrong, COMPILED, name="cpu-x86_64-avx2") is COMPILED
+    message = refusal(wrong, COMPILED, name="other")
+    assert "target 'other': it is compiled for aarch64" in message
+    assert "cpu-x86_64-avx2" not in message
+    assert refusal(COMPILED, PORTABLE, name="gpu") == (
+        "art: target 'gpu' is not in the artifact; it holds 'cpu-x86_64-avx2', 'portable'."
+    )
+
+
+def test_an_artifact_without_targets_is_refused():
+    assert refusal() == "art: expected at least one target, found none; export the model again."
+    assert refusal(name="cpu") == refusal()
+
+
+def test_this_machine_is_what_it_is():
+    assert processor_family() in ("x86_64", "aarch64")
+    features = cpu_features()
+    assert list(features) == sorted(set(features))
+    assert {"x86_64": "sse2", "aarch64": "neon"}[processor_family()] in features

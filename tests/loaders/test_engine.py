@@ -1,0 +1,148 @@
+"""Buckets, chunks, positions and slots, against the model without cache, buckets or kernels."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from precast.loaders.runtime import pjrt
+
+CAPACITY, VOCAB = 64, 320
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng([seed, length]).integers(0, VOCAB, length).tolist()
+
+
+def greedy(engine, cache, ids, count, *, slot=0) -> list[int]:
+    """Prefill and greedy decode of one slot, the others idle."""
+    step = engine.prefill(ids, cache, slot=slot)
+    tokens = [int(step.token[0])]
+    while len(tokens) < count:
+        batch, positions = np.zeros(engine.slots, int), np.full(engine.slots, -1)
+        batch[slot], positions[slot] = tokens[-1], len(ids) + len(tokens) - 1
+        tokens.append(int(engine.decode(batch, positions, cache).token[slot]))
+    return tokens
+
+
+def contents(cache) -> dict[str, np.ndarray]:
+    """A copy of the cache's arrays, [L, B, K, S, H]."""
+    return {name: pjrt.client().get(buffer).copy() for name, buffer in cache.buffers.items()}
+
+
+def assert_greedy(reference, ids, tokens) -> None:
+    """Every token is the reference's best one. Random weights make no ties, so none are forgiven."""
+    best = reference([*ids, *tokens]).argmax(-1)
+    assert tokens == best[len(ids) - 1 : -1].tolist()
+
+
+@pytest.mark.parametrize("length", range(1, CAPACITY))
+def test_every_prompt_length_answers_as_the_reference_does(tiny_model, reference, length):
+    engine, ids = tiny_model.engine, prompt(length)
+    count = min(6, CAPACITY - length)
+    assert_greedy(reference, ids, greedy(engine, engine.new_cache(), ids, count))
+
+
+def test_logits_are_the_reference_s_to_rounding(tiny_model, reference):
+    """Chunks, single steps and the last position of the cache; float32 sums in another order."""
+    engine, ids = tiny_model.engine, prompt(CAPACITY, seed=1)
+    expected = reference(ids)
+    for length in (1, 7, 8, 9, 16, 17, 33, 63):
+        cache = engine.new_cache()
+        step = engine.prefill(ids[:length], cache)
+        np.testing.assert_allclose(engine.logits(step)[0], expected[length - 1], rtol=2e-4, atol=2e-4)
+    step = engine.decode([ids[63]], [63], cache)
+    np.testing.assert_allclose(engine.logits(step)[0], expected[63], rtol=2e-4, atol=2e-4)
+
+
+def test_the_token_of_a_step_is_the_best_of_its_logits(tiny_model):
+    engine = tiny_model.engine
+    step = engine.prefill(prompt(5), engine.new_cache())
+    assert step.token.shape == (1,)
+    assert engine.logits(step).shape == (1, VOCAB)
+    assert step.token[0] == engine.logits(step)[0].argmax()
+
+
+@pytest.mark.parametrize("cut", [1, 3, 8, 15])
+def test_a_prompt_in_pieces_is_the_prompt_in_one(tiny_model, cut):
+    engine, ids = tiny_model.engine, prompt(16)
+    whole, pieces = engine.new_cache(), engine.new_cache()
+    one = engine.logits(engine.prefill(ids, whole))
+    engine.prefill(ids[:cut], pieces)
+    two = engine.logits(engine.prefill(ids[cut:], pieces, start=cut))
+    np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+    first, second = contents(whole), contents(pieces)
+    for name, array in first.items():
+        np.testing.assert_allclose(array[..., :16, :], second[name][..., :16, :], rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_in_a_cache_behind_the_prompt_never_matters(tiny_model, reference):
+    """A longer, older sequence lies where the new one's padding and future are."""
+    engine, cache = tiny_model.engine, tiny_model.engine.new_cache()
+    engine.prefill(prompt(60, seed=2), cache)
+    for length in (1, 5, 8, 13, 20):
+        ids = prompt(length, seed=3)
+        assert_greedy(reference, ids, greedy(engine, cache, ids, 4))
+
+
+def test_padding_is_never_written(tiny_model):
+    engine, cache = tiny_model.engine, tiny_model.engine.new_cache()
+    engine.prefill(prompt(40), cache)
+    before = contents(cache)
+    engine.prefill(prompt(3, seed=9), cache, start=10)  # a bucket of 8: five positions of padding
+    after = contents(cache)
+    for name, array in before.items():
+        rest = np.r_[0:10, 13:40]
+        np.testing.assert_array_equal(array[..., rest, :], after[name][..., rest, :])
+        assert not np.array_equal(array[..., 10:13, :], after[name][..., 10:13, :])
+
+
+# --- slots --------------------------------------------------------------------------------------------------
+
+
+def test_sequences_decoded_together_answer_as_alone(slots_model, reference):
+    engine, prompts = slots_model.engine, [prompt(n, seed=4) for n in (5, 23, 12)]
+    cache = engine.new_cache()
+    tokens = [[int(engine.prefill(ids, cache, slot=slot).token[0])] for slot, ids in enumerate(prompts)]
+    for _ in range(7):
+        positions = [len(ids) + len(done) - 1 for ids, done in zip(prompts, tokens, strict=True)]
+        step = engine.decode([done[-1] for done in tokens], positions, cache)
+        assert engine.logits(step).shape == (3, VOCAB)
+        for done, token in zip(tokens, step.token, strict=True):
+            done.append(int(token))
+    for slot, ids in enumerate(prompts):
+        assert_greedy(reference, ids, tokens[slot])
+        assert tokens[slot] == greedy(engine, engine.new_cache(), ids, 8, slot=slot)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_any_slot_answers_the_same_whatever_the_others_hold(slots_model, order):
+    engine, prompts = slots_model.engine, [prompt(n, seed=5) for n in (17, 3, 9)]
+    alone = [greedy(engine, engine.new_cache(), ids, 5) for ids in prompts]
+    cache = engine.new_cache()
+    for slot, index in enumerate(order):
+        assert greedy(engine, cache, prompts[index], 5, slot=slot) == alone[index]
+
+
+def test_slots_not_in_use_are_not_touched(slots_model):
+    engine, cache = slots_model.engine, slots_model.engine.new_cache()
+    for slot in range(3):
+        engine.prefill(prompt(20, seed=slot), cache, slot=slot)
+    before = contents(cache)
+    engine.prefill(prompt(11, seed=7), cache, slot=1, start=20)
+    engine.decode([0, 5, 0], [-1, 31, -1], cache)
+    after = contents(cache)
+    for name, array in before.items():
+        assert array[:, [0, 2]].tobytes() == after[name][:, [0, 2]].tobytes()
+        assert array[:, 1].tobytes() != after[name][:, 1].tobytes()
+
+
+def test_caches_are_independent(tiny_model):
+    engine, ids = tiny_model.engine, prompt(12)
+    first, second = engine.new_cache(), engine.new_cache()
+    step = engine.prefill(ids, first)
+    before = contents(first)
+    engine.prefill(prompt(30, seed=8), second)
+    for name, array in before.items():
+        np.testing.assert_array_equal(array[..., :12, :], contents(first)[name][..., :12, :])
+    assert step.token[0] == engine.prefill(ids, engine.new_cache()).token[0]

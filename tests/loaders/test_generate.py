@@ -1,0 +1,285 @@
+"""Generation: where it ends, what it costs, and that nothing of one leaks into another."""
+
+import dataclasses
+import itertools
+import sys
+
+import numpy as np
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generate import Model
+from precast.loaders.load import load
+from precast.loaders.sampling import SamplingParams
+
+CAPACITY, VOCAB = 64, 320
+PROMPT = [7, 200, 31]
+FREE = SamplingParams(ignore_eos=True)
+
+
+def with_manifest(model: Model, *, eos=None, sampling=None) -> Model:
+    """The same model with other end tokens or sampling defaults in its manifest."""
+    manifest = model.manifest
+    if eos is not None:
+        tokenizer = dataclasses.replace(manifest.tokenizer, eos_token_ids=tuple(eos))
+        manifest = dataclasses.replace(manifest, tokenizer=tokenizer)
+    if sampling is not None:
+        manifest = dataclasses.replace(manifest, sampling=sampling)
+    return Model(
+        engine=model.engine, tokenizer=model.tokenizer, manifest=manifest, target=model.target, compiles=0
+    )
+
+
+@pytest.fixture(scope="module")
+def free(tiny_model):
+    """The greedy answer to PROMPT, up to the end of the cache."""
+    return tiny_model.generate(PROMPT, FREE)
+
+
+def test_the_answer_is_the_reference_s(free, reference):
+    best = reference([*PROMPT, *free.token_ids]).argmax(-1)
+    assert list(free.token_ids) == best[len(PROMPT) - 1 : -1].tolist()
+    assert len(set(free.token_ids)) > 5  # or this would say little
+
+
+def test_what_a_completion_holds(free, tiny_model):
+    assert free.prompt_token_ids == tuple(PROMPT)
+    assert free.text == tiny_model.tokenizer.decode(free.token_ids)
+    assert free.timing.prefill_s > 0
+    assert free.timing.decode_s > 0
+    assert free.timing.decode_tokens_per_s == pytest.approx((len(free.token_ids) - 1) / free.timing.decode_s)
+
+
+def test_text_and_its_tokens_are_the_same_prompt(tiny_model):
+    text = "the quick brown fox"
+    ids = tiny_model.tokenizer.encode(text)
+    assert tiny_model.generate(text, FREE).token_ids == tiny_model.generate(ids, FREE).token_ids
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, lambda ids: np.array(ids, np.uint16)])
+def test_ids_may_come_in_any_sequence_of_whole_numbers(tiny_model, free, kind):
+    found = tiny_model.generate(kind(PROMPT), FREE)
+    assert found.token_ids == free.token_ids
+    assert [type(token) for token in found.prompt_token_ids] == [int] * 3
+
+
+# --- where it ends ------------------------------------------------------------------------------------------
+
+
+def test_the_end_token_ends_it_and_is_not_in_the_text(tiny_model, free):
+    end = next(token for token in free.token_ids if tiny_model.tokenizer.decode([token]).isascii())
+    cut = free.token_ids.index(end)
+    model = with_manifest(tiny_model, eos=[end])
+    found = model.generate(PROMPT, SamplingParams())
+    assert found.finish_reason == "stop"
+    assert found.token_ids == free.token_ids[: cut + 1]
+    assert found.text == tiny_model.tokenizer.decode(free.token_ids[:cut])
+    assert model.generate(PROMPT, FREE).token_ids == free.token_ids
+
+
+def test_any_of_several_end_tokens_ends_it(tiny_model, free):
+    ends = set(free.token_ids[2:6])
+    cut = next(i for i, token in enumerate(free.token_ids) if token in ends)
+    found = with_manifest(tiny_model, eos=sorted(ends)).generate(PROMPT, SamplingParams())
+    assert (found.token_ids, found.finish_reason) == (free.token_ids[: cut + 1], "stop")
+
+
+def test_an_end_token_that_comes_first_gives_no_text(tiny_model, free):
+    found = with_manifest(tiny_model, eos=free.token_ids[:1]).generate(PROMPT, SamplingParams())
+    assert (found.text, found.token_ids, found.finish_reason) == ("", free.token_ids[:1], "stop")
+    assert found.timing.decode_tokens_per_s == 0
+
+
+def test_a_stop_string_across_tokens_ends_it_and_never_shows(tiny_model, free):
+    """The stop string is made of the end of one token's text and the beginning of the next one's."""
+    pieces = [tiny_model.tokenizer.decode([token]) for token in free.token_ids]
+    place = next(
+        i
+        for i in range(1, len(pieces) - 1)
+        if all(p and "\N{REPLACEMENT CHARACTER}" not in p for p in pieces[i : i + 2])
+        and pieces[i][-1] + pieces[i + 1][0] not in tiny_model.tokenizer.decode(free.token_ids[: i + 1])
+    )
+    stop = pieces[place][-1] + pieces[place + 1][0]
+    stream = tiny_model.stream(PROMPT, SamplingParams(ignore_eos=True, stop=("never said", stop)))
+    shown = list(stream)
+    found = stream.completion
+    assert found.finish_reason == "stop"
+    assert found.token_ids == free.token_ids[: place + 2]
+    assert found.text == "".join(shown) == tiny_model.tokenizer.decode(free.token_ids[: place + 1])[:-1]
+
+
+def test_a_stop_string_that_never_comes_loses_nothing(tiny_model, free):
+    last = free.text[-1]
+    found = tiny_model.generate(PROMPT, SamplingParams(ignore_eos=True, stop=(last + "no more",)))
+    assert (found.text, found.finish_reason) == (free.text, "length")
+
+
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_max_tokens_ends_it(tiny_model, free, count):
+    found = tiny_model.generate(PROMPT, dataclasses.replace(FREE, max_tokens=count))
+    assert found.finish_reason == "length"
+    assert found.token_ids == free.token_ids[:count]
+
+
+@pytest.mark.parametrize("length", [1, 2, 62, 63])
+@pytest.mark.parametrize("wanted", [None, 1000])
+def test_the_end_of_the_cache_ends_it(tiny_model, length, wanted):
+    found = tiny_model.generate([3] * length, dataclasses.replace(FREE, max_tokens=wanted))
+    assert found.finish_reason == "length"
+    assert len(found.prompt_token_ids) + len(found.token_ids) == CAPACITY
+
+
+def test_an_end_token_at_the_last_place_is_a_stop(tiny_model, free):
+    """A token that fills the cache and ends the answer was the model's own end."""
+    once = [t for t in free.token_ids if free.token_ids.count(t) == 1]
+    end = once[-1]
+    cut = free.token_ids.index(end)
+    params = SamplingParams(max_tokens=cut + 1)
+    assert with_manifest(tiny_model, eos=[end]).generate(PROMPT, params).finish_reason == "stop"
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("", "prompt: expected at least one token, found none; give the model some text."),
+        ([], "prompt: expected at least one token, found none; give the model some text."),
+        (np.array([], int), "prompt: expected at least one token, found none; give the model some text."),
+        ([1] * CAPACITY, "prompt: 64 tokens leave no room in a context of 64; shorten it to 63 or fewer, or"),
+        ([1] * 100_000, "prompt: 100000 tokens leave no room in a context of 64"),
+        ("fox " * 500, "tokens leave no room in a context of 64"),
+        ([1, VOCAB], "prompt: token 1 is 320, expected an id from 0 to 319."),
+        ([-1], "prompt: token 0 is -1, expected an id from 0 to 319."),
+        ([5, 6, 2**31], "prompt: token 2 is 2147483648, expected an id from 0 to 319."),
+        ([10**30], "prompt: token 0 is 1000000000000000000000000000000, expected an id"),
+        ([1.5], "prompt: token 0 is 1.5, expected an id from 0 to 319."),
+        ([float("nan")], "prompt: token 0 is nan, expected an id from 0 to 319."),
+        ([True], "prompt: token 0 is True, expected an id from 0 to 319."),
+        ([None], "prompt: token 0 is None, expected an id from 0 to 319."),
+        (["12"], "prompt: token 0 is '12', expected an id from 0 to 319."),
+        ("half \ud83d", "expected text that can be written as UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("how", ["generate", "stream"])
+def test_prompts_that_cannot_be_continued(tiny_model, prompt, text, how):
+    """`stream` refuses at once, not with the first piece."""
+    with pytest.raises(PrecastError) as raised:
+        getattr(tiny_model, how)(prompt)
+    assert text in str(raised.value)
+
+
+def test_chats_are_rendered_and_checked_like_prompts(tiny_model):
+    messages = [{"role": "user", "content": "the cat"}]
+    ids = tiny_model.chat_prompt(messages)
+    assert tiny_model.tokenizer.decode(ids, skip_special_tokens=False) == (
+        "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tiny_model.chat(messages, FREE) .token_ids == tiny_model.generate(ids, FREE).token_ids
+    assert tiny_model.chat(messages, FREE).prompt_token_ids == tuple(ids)
+    with pytest.raises(PrecastError, match="leave no room in a context of 64"):
+        tiny_model.chat([{"role": "user", "content": "the cat " * 100}])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "text"),
+    [
+        ({"top_q": 1.0}, "sampling default 'top_q' is unknown; expected one of temperature, top_k, top_p"),
+        ({"temperature": -1.0}, "temperature must be a finite number at least 0"),
+    ],
+)
+def test_sampling_defaults_that_are_not_understood_are_refused(tiny_model, sampling, text):
+    with pytest.raises(PrecastError) as raised:
+        with_manifest(tiny_model, sampling=sampling).generate(PROMPT)
+    assert text in str(raised.value)
+
+
+def test_the_model_s_own_sampling_defaults_are_used(tiny_model):
+    model = with_manifest(tiny_model, sampling={"temperature": 0.7, "top_k": 5.0, "repetition_penalty": 1.5})
+    expected = SamplingParams(temperature=0.7, top_k=5, repetition_penalty=1.5)
+    assert model.default_sampling() == expected
+    assert isinstance(model.default_sampling().top_k, int)
+    greedy = with_manifest(tiny_model, sampling={"repetition_penalty": 1.5})
+    assert greedy.generate(PROMPT).token_ids == tiny_model.generate(
+        PROMPT, SamplingParams(repetition_penalty=1.5)
+    ).token_ids
+
+
+# --- seeds and streams --------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_tokens(tiny_model, free):
+    def sampled(seed):
+        params = SamplingParams(temperature=1.5, seed=seed, ignore_eos=True)
+        return tiny_model.generate(PROMPT, params).token_ids
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(5)} | {free.token_ids}) == 6
+
+
+def test_streams_side_by_side_do_not_disturb_each_other(tiny_model):
+    prompts = [PROMPT, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], PROMPT]
+    alone = [tiny_model.generate(ids, FREE) for ids in prompts]
+    streams = [tiny_model.stream(ids, FREE) for ids in prompts]
+    pieces = [[] for _ in streams]
+    for round_ in itertools.zip_longest(*streams):
+        for shown, piece in zip(pieces, round_, strict=True):
+            shown.append(piece or "")
+    for stream, shown, expected in zip(streams, pieces, alone, strict=True):
+        assert "".join(shown) == expected.text
+        assert stream.completion.token_ids == expected.token_ids
+
+
+def test_a_stream_left_early_stops_the_work_and_the_model_goes_on(tiny_model, free):
+    stream = tiny_model.stream(PROMPT, FREE)
+    next(iter(stream))
+    iter(stream).close()
+    with pytest.raises(RuntimeError, match="stopped before its end"):
+        _ = stream.completion
+    assert tiny_model.generate(PROMPT, FREE).token_ids == free.token_ids
+
+
+def test_a_model_with_slots_generates_in_the_first_of_them(slots_model, free):
+    assert slots_model.generate(PROMPT, FREE).token_ids == free.token_ids
+
+
+# --- cost ---------------------------------------------------------------------------------------------------
+
+
+def calls_of(work) -> int:
+    """Function calls that Python makes, its own and those into C."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_what_python_does_for_a_token_does_not_grow_with_the_model(depths):
+    def step(model) -> int:
+        cache = model.engine.new_cache()
+        model.engine.prefill(PROMPT, cache)
+        model.engine.decode([5], [3], cache)
+        return calls_of(lambda: model.engine.decode([5], [4], cache))
+
+    def token(model) -> float:
+        def generate(count):
+            return lambda: model.generate(PROMPT, dataclasses.replace(FREE, max_tokens=count))
+
+        generate(2)()
+        return (calls_of(generate(41)) - calls_of(generate(1))) / 40
+
+    models = [load(depths[n]) for n in (2, 12)]
+    assert len({step(model) for model in models}) == 1
+    # The tokens differ, and with them how often a character is whole and text is shown.
+    shallow, deep = map(token, models)
+    assert 5 < shallow < 200
+    assert deep == pytest.approx(shallow, rel=0.1)

@@ -1,0 +1,342 @@
+"""From a folder to a model: no tracing, no compiling, no jax; and nothing that is not what the manifest says."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.load import find_artifact, load, read_manifest
+from precast.loaders.runtime import pjrt
+from precast.loaders.sampling import SamplingParams
+
+PROMPT = [7, 200, 31]
+FREE = SamplingParams(ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def answer(tiny_model):
+    return tiny_model.generate(PROMPT, FREE).token_ids
+
+
+def refusal(path, **options) -> str:
+    with pytest.raises(PrecastError) as raised:
+        load(path, **options)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+# --- finding it ---------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_is_found_by_its_folder_or_the_folder_around_it(tiny_artifact):
+    assert find_artifact(tiny_artifact) == tiny_artifact
+    assert find_artifact(tiny_artifact.parent) == tiny_artifact
+
+
+def test_what_an_interrupted_export_left_is_not_found(tmp_path, tiny_artifact):
+    shutil.copytree(tiny_artifact, tmp_path / ".tiny.abc.partial")
+    with pytest.raises(PrecastError, match=r"found no manifest\.json in it"):
+        find_artifact(tmp_path)
+    shutil.copytree(tiny_artifact, tmp_path / "tiny")
+    assert find_artifact(tmp_path) == tmp_path / "tiny"
+
+
+def test_what_is_no_artifact_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two" / "b").mkdir(parents=True)
+    (tmp_path / "two" / "a").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "two" / name / "manifest.json").write_text("{}")
+    texts = {
+        "nowhere": "expected the folder of an artifact, but it does not exist; precast export makes one.",
+        "file": "expected the folder of an artifact, but it is a file; precast export makes one.",
+        "file/below": "expected the folder of an artifact, but it does not exist; precast export makes one.",
+        "empty": "expected an artifact, found no manifest.json in it; precast export makes one.",
+        "two": "expected one artifact, found 2 (a, b); name one of them.",
+    }
+    for name, text in texts.items():
+        assert refusal(tmp_path / name) == f"{tmp_path / name}: {text}"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "nul\0"], ids=["long", "deep", "nul"])
+def test_a_path_that_no_file_system_takes_is_refused(tmp_path, name):
+    assert "expected the folder of an artifact" in refusal(tmp_path / name)
+
+
+# --- whole and unaltered ------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_as_good(artifact_copy, answer, own_cache):
+    assert load(str(artifact_copy)).generate(PROMPT, FREE).token_ids == answer
+
+
+def loaded_files(root: Path) -> list[str]:
+    compiled = [f"programs/cpu/{n}.xla" for n in ("cache", "prefill_8", "prefill_16", "decode")]
+    return [*compiled, "weights.safetensors", "tokenizer.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "linked", "empty"])
+def test_any_damage_to_any_file_is_noticed_before_it_is_used(artifact_copy, own_cache, damage, tmp_path):
+    for name in loaded_files(artifact_copy):
+        path = artifact_copy / name
+        data = path.read_bytes()
+        path.unlink()
+        if damage == "linked":
+            (tmp_path / "elsewhere").write_bytes(data)
+            path.symlink_to(tmp_path / "elsewhere")
+        elif damage != "missing":
+            middle = len(data) // 2
+            flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+            path.write_bytes({"truncated": data[:-1], "altered": flipped, "empty": b""}[damage])
+        text = refusal(artifact_copy)
+        assert repr(name) in text
+        expected = {"missing": "is missing", "linked": "not a plain file", "altered": "has sha256"}
+        assert expected.get(damage, "it is truncated or altered") in text
+        path.unlink(missing_ok=True)
+        path.write_bytes(data)
+    assert load(artifact_copy).compiles == 0
+
+
+@pytest.mark.parametrize("name", ["golden.json", "README.md", "programs/portable/decode.stablehlo"])
+def test_verify_also_looks_at_files_that_are_not_loaded(artifact_copy, name):
+    with (artifact_copy / name).open("ab") as file:
+        file.write(b" ")
+    load(artifact_copy)
+    assert repr(name) in refusal(artifact_copy, verify=True)
+
+
+def test_verify_hashes_what_was_verified_before(artifact_copy, own_cache, monkeypatch):
+    from precast.loaders.artifact import files
+
+    seen = []
+    original = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: seen.append(path.name) or original(path))
+    load(artifact_copy)
+    load(artifact_copy)
+    assert seen == ["weights.safetensors"]
+    load(artifact_copy, verify=True)
+    assert seen.count("weights.safetensors") == 2
+
+
+def test_names_in_the_manifest_cannot_leave_the_artifact(artifact_copy, edit_manifest, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((artifact_copy / "tokenizer.json").read_bytes())
+
+    def outside(manifest):
+        manifest["files"]["../tokenizer.json"] = manifest["files"]["tokenizer.json"]
+        manifest["tokenizer"]["file"] = "../tokenizer.json"
+
+    edit_manifest(artifact_copy, outside)
+    assert "'../tokenizer.json' is not the name of a file inside an artifact" in refusal(artifact_copy)
+
+
+def test_weights_that_do_not_fit_the_programs_are_named(artifact_copy, edit_manifest):
+    def other_shape(manifest):
+        for program in manifest["targets"][0]["programs"][1:]:
+            weight = next(a for a in program["arguments"] if a["name"] == "model.norm.weight")
+            weight["shape"] = [1, 49]
+
+    edit_manifest(artifact_copy, other_shape)
+    assert refusal(artifact_copy).endswith(
+        "program 'prefill_8' expects weight 'model.norm.weight' of float32 [1, 49], weights.safetensors holds"
+        " float32 [1, 48]."
+    )
+
+
+def test_an_executable_that_is_none_is_refused_by_xla_in_one_line(artifact_copy, edit_manifest):
+    """Its hash is right, so only XLA can tell."""
+    from precast.loaders.artifact.files import sha256_of
+
+    path = artifact_copy / "programs/cpu/decode.xla"
+    path.write_bytes(b"no executable at all")
+
+    def own_up(manifest):
+        manifest["files"]["programs/cpu/decode.xla"] = {"bytes": 20, "sha256": sha256_of(path)}
+
+    edit_manifest(artifact_copy, own_up)
+    assert f"{path}: XLA does not load this executable" in refusal(artifact_copy)
+
+
+def test_another_machine_or_jaxlib_is_refused_before_anything_is_read(artifact_copy, edit_manifest):
+    def elsewhere(manifest):
+        manifest["targets"][0] |= {"jaxlib": "0.9.9", "machine": "riscv64"}
+        manifest["targets"][0]["cpu_features"].append("warp")
+
+    edit_manifest(artifact_copy, elsewhere)
+    for path in artifact_copy.rglob("*.xla"):
+        path.unlink()
+    text = refusal(artifact_copy)
+    for part in ("jaxlib 0.9.9, installed is", "compiled for riscv64", "lacks (warp)", "--compile"):
+        assert part in text
+
+
+# --- nothing is traced, nothing is compiled -----------------------------------------------------------------
+
+
+def test_nothing_is_compiled_unasked(tiny_artifact):
+    before = pjrt.client().compiles
+    model = load(tiny_artifact, compile=True)  # allowed, and yet not needed
+    model.generate(PROMPT, FREE)
+    assert model.compiles == 0
+    assert pjrt.client().compiles == before
+    assert model.target.runtime == "pjrt"
+
+
+def test_the_portable_target_is_compiled_on_request_and_says_so(tiny_artifact, answer):
+    said = []
+    model = load(tiny_artifact, target="portable", compile=True, log=said.append)
+    assert model.target.name == "portable"
+    assert model.compiles == len(model.target.programs) == 4
+    assert said == [f"compiling {p.name} from StableHLO …" for p in model.target.programs]
+    assert model.generate(PROMPT, FREE).token_ids == answer
+
+
+def test_the_portable_target_is_refused_where_compiling_is_not_asked_for(tiny_artifact):
+    assert "target 'portable': it must be compiled first" in refusal(tiny_artifact, target="portable")
+
+
+def test_the_stablehlo_of_the_compiled_target_gives_the_same(artifact_copy, edit_manifest, answer):
+    """It calls the kernels, and is compiled by jaxlib alone."""
+
+    def compile_it(manifest):
+        manifest["targets"][0]["runtime"] = "stablehlo"
+
+    edit_manifest(artifact_copy, compile_it)
+    model = load(artifact_copy, compile=True, log=lambda _: None)
+    assert model.compiles == 4
+    assert model.target.kernels
+    assert model.generate(PROMPT, FREE).token_ids == answer
+
+
+def test_jax_itself_sees_no_trace_and_no_compilation(tiny_artifact, answer, python):
+    """Its own monitoring counts; that it does count is shown by a jit behind."""
+    code = f"""
+import sys, json, jax
+from jax import monitoring
+seen = []
+monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.append(event))
+monitoring.register_event_listener(lambda event, **__: seen.append(event))
+from precast.loaders.load import load
+from precast.loaders.sampling import SamplingParams
+model = load({str(tiny_artifact)!r})
+ids = model.generate({PROMPT!r}, SamplingParams(ignore_eos=True)).token_ids
+work = [e for e in seen if "compile" in e or "trace" in e or "jaxpr" in e]
+del seen[:]
+jax.jit(lambda x: x * 2 + 1)(3.0)
+print(json.dumps([ids, model.compiles, work, seen]))
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    ids, compiles, work, control = json.loads(result.stdout)
+    assert tuple(ids) == answer
+    assert (compiles, work) == (0, [])
+    assert any(event.startswith("/jax/core/compile/") for event in control)
+
+
+BLOCKED = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {'jax', 'flax', 'transformers', 'safetensors', 'gguf', 'torch'}:
+            raise ImportError(name + " is refused here")
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_the_loader_works_where_jax_cannot_be_imported(tiny_artifact, answer, python):
+    code = f"""{BLOCKED}
+from precast.loaders.load import load
+from precast.loaders.sampling import SamplingParams
+print(*load({str(tiny_artifact)!r}).generate({PROMPT!r}, SamplingParams(ignore_eos=True)).token_ids)
+try:
+    import jax
+except ImportError:
+    print("no jax")
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    ids, jax = result.stdout.splitlines()
+    assert tuple(map(int, ids.split())) == answer
+    assert jax == "no jax"
+
+
+def test_only_light_modules_are_imported(tiny_artifact, python):
+    """What the loader imports decides how soon the first token comes."""
+    code = f"""
+import sys
+from precast.loaders.runtime.pjrt import block_jax
+block_jax()
+from precast.loaders.load import load
+load({str(tiny_artifact)!r}).generate("the cat")
+print(*sorted({{name.partition(".")[0] for name in sys.modules if sys.modules[name] is not None}}))
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    heavy = {"jax", "flax", "transformers", "torch", "tensorflow", "safetensors", "scipy", "jinja2", "rich", "pydantic"}
+    assert heavy.isdisjoint(result.stdout.split())
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_says_that_caches_are_taken_over_and_not_copied(tiny_artifact):
+    manifest = read_manifest(tiny_artifact)
+    cache = sum(array.bytes for array in manifest.cache)
+    for program in manifest.targets[0].programs:
+        if program.kind == "cache":
+            continue
+        aliases = {r.name: r.alias for r in program.results if r.role == "cache"}
+        assert aliases == {array.name: array.name for array in manifest.cache}
+        assert program.memory.aliased == cache
+        assert program.memory.arguments >= sum(a.bytes for a in program.arguments)
+
+
+def test_a_call_needs_no_room_for_even_one_layer_s_cache(export_tiny):
+    """A context long enough that a copy would show beside the activations."""
+    root = export_tiny(context=128, slots=64, buckets=(8,), targets=("cpu",))
+    manifest = read_manifest(root)
+    layer = sum(array.bytes for array in manifest.cache) / manifest.model.layers
+    model = load(root)
+    for program, bound in ((p, model.engine) for p in manifest.targets[0].programs if p.kind == "decode"):
+        assert program.memory.temporary < layer
+        cache = bound.new_cache()
+        bound.prefill(PROMPT, cache)
+        before = {name: address(buffer) for name, buffer in cache.buffers.items()}
+        bound.decode([5] * 64, [3] + [-1] * 63, cache)
+        bound.prefill(PROMPT, cache, start=4)
+        assert {name: address(buffer) for name, buffer in cache.buffers.items()} == before
+
+
+def address(buffer) -> int:
+    return pjrt.client().get(buffer).ctypes.data
+
+
+def test_the_live_executables_agree_with_the_manifest(tiny_artifact):
+    for program in read_manifest(tiny_artifact).targets[0].programs:
+        data = (tiny_artifact / program.executable).read_bytes()
+        assert pjrt.client().load(data, program.name).temporary_bytes() == program.memory.temporary
+
+
+def test_weights_are_used_where_they_lie(tiny_artifact):
+    """The client aliases the mapping: no second copy of the weights in memory."""
+    from precast.loaders.artifact.weights import map_weights
+
+    weights = map_weights(tiny_artifact / "weights.safetensors")
+    aligned = {name: array for name, array in weights.items() if array.ctypes.data % 64 == 0}
+    assert sum(a.nbytes for a in aligned.values()) > 0.95 * sum(a.nbytes for a in weights.values())
+    for array in aligned.values():
+        assert address(pjrt.client().put(array)) == array.ctypes.data
+
+
+def test_the_model_holds_what_inspect_and_golden_say(tiny_artifact, tiny_model):
+    golden = json.loads((tiny_artifact / "golden.json").read_text())["greedy"]
+    assert len(golden) >= 2
+    for case in golden:
+        params = SamplingParams(max_tokens=16, ignore_eos=True)
+        found = tiny_model.generate(case["prompt_token_ids"], params).token_ids
+        assert list(found)[: len(case["token_ids"])] == case["token_ids"]
+    assert any(len(case["prompt_token_ids"]) > 8 for case in golden)
+    assert re.fullmatch(r"cpu-(x86_64|aarch64)(-\w+)?", tiny_model.target.name)

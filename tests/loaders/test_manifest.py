@@ -1,0 +1,161 @@
+"""The manifest: read strictly, and in agreement with itself."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import FORMAT_VERSION, parse_manifest
+from precast.loaders.artifact.record import to_json
+
+
+@pytest.fixture(scope="module")
+def good(tiny_artifact):
+    return json.loads((tiny_artifact / "manifest.json").read_text())
+
+
+def error(value) -> str:
+    with pytest.raises(PrecastError) as raised:
+        parse_manifest(json.dumps(value).encode(), "m.json")
+    return str(raised.value)
+
+
+def changed(good, path, value):
+    """A copy with the value at a path of keys and places replaced; ... removes it."""
+    result = copy.deepcopy(good)
+    *way, last = path
+    place = result
+    for step in way:
+        place = place[step]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return result
+
+
+def test_round_trip(tiny_artifact):
+    data = (tiny_artifact / "manifest.json").read_bytes()
+    manifest = parse_manifest(data, "m.json")
+    assert to_json(manifest).encode() == data
+    assert (manifest.capacity, manifest.slots, manifest.buckets) == (64, 1, (8, 16))
+    assert [p.name for p in manifest.targets[0].programs] == ["cache", "prefill_8", "prefill_16", "decode"]
+    assert [t.runtime for t in manifest.targets] == ["pjrt", "stablehlo"]
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"), [(FORMAT_VERSION + 1, "update precast."), (10**30, "update precast."), (0, "again.")]
+)
+def test_another_format_version_is_named_before_anything_else(good, version, advice):
+    text = error(changed(good, ["format_version"], version) | {"unknown": 1})
+    assert text.startswith(f"m.json: format version {version} is not the {FORMAT_VERSION} that this precast")
+    assert text.endswith(advice)
+
+
+@pytest.mark.parametrize("value", [None, "1", True, 1.0, []])
+def test_a_format_version_is_a_whole_number(good, value):
+    assert error(changed(good, ["format_version"], value)).startswith("m.json: expected a precast manifest with a")
+
+
+@pytest.mark.parametrize("value", [[], 1, "x", {}, None])
+def test_other_json_is_no_manifest(value):
+    assert error(value) == "m.json: expected a precast manifest with a format_version, found none."
+
+
+PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 decode
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "text"),
+    [
+        (["rope"], 1, "m.json: key 'rope' is not known to format version 1"),
+        (["model", "rope"], 1, "m.json: model: key 'rope' is not known"),
+        (["targets", 1, "x"], 1, "m.json: targets[1]: key 'x' is not known"),
+        ([*PROGRAM, 2, "name"], 1, "m.json: targets[0].programs[2].name: expected a text, found 1"),
+        ([*PROGRAM, 2, "arguments", 0, "shape", 0], -1, "targets[0].programs[2].arguments[0].shape[0]: expected"),
+        (["files", "golden.json", "bytes"], "1", "m.json: files['golden.json'].bytes: expected a whole number"),
+        (["files", "golden.json"], ..., "m.json: file 'golden.json' is used but not listed under files."),
+        (["files", "weights.safetensors"], ..., "m.json: file 'weights.safetensors' is used but not listed"),
+        (["files", "programs/cpu/decode.xla"], ..., "file 'programs/cpu/decode.xla' is used but not listed"),
+        (["tokenizer", "file"], "../tokenizer.json", "file '../tokenizer.json' is used but not listed"),
+        (["sampling"], {"temperature": "hot"}, "m.json: sampling['temperature']: expected a number, found 'hot'"),
+        (["slots"], 0, "m.json: expected at least one slot, one token and one bucket"),
+        (["buckets"], [], "m.json: expected at least one slot, one token and one bucket"),
+        (["buckets"], [0, 16], "m.json: buckets: expected lengths from 1 to the capacity of 64, found [0, 16]"),
+        (["buckets"], [8, 65], "m.json: buckets: expected lengths from 1 to the capacity of 64, found [8, 65]"),
+        (["buckets"], [16, 8], "m.json: buckets: expected (8, 16), found (16, 8)"),
+        (["buckets"], [8, 32], "kinds and lengths of its programs: expected"),
+        (["capacity"], 1000, "m.json: cache 'cache.keys': slots and positions: expected {'B': 1, 'S': 1000}"),
+        (["slots"], 2, "m.json: cache 'cache.keys': slots and positions: expected {'B': 2, 'S': 64}"),
+        (["cache", 0, "axes"], "LBKS", "m.json: cache 'cache.keys': letters of its axes: expected 5, found 4"),
+        (["cache", 0, "layout"], [0, 1, 2, 3, 3], "m.json: cache 'cache.keys': axes in its layout"),
+        (["cache", 0, "bytes"], 1, "m.json: cache 'cache.keys': bytes: expected 18432, found 1"),
+        (["cache", 0, "dtype"], "float8", "m.json: cache 'cache.keys': bytes"),
+        (["cache", 1], ..., "its cache is not the artifact's"),
+        (["targets", 0, "runtime"], "pickle", "runtime 'pickle' is not known, expected one of pjrt, stablehlo."),
+        (["targets", 1, "name"], "TWIN", "targets of this name: expected 1, found 2"),
+        ([*PROGRAM, 3], ..., "kinds and lengths of its programs: expected [('cache', 0), ('decode', 1)"),
+        ([*PROGRAM, 3, "kind"], "train", "kinds and lengths of its programs"),
+        ([*PROGRAM, 1, "tokens"], 9, "kinds and lengths of its programs"),
+        ([*PROGRAM, 2, "name"], "prefill_8", "names of its programs: expected 4, found 3"),
+        ([*PROGRAM, 3, "arguments", 0, "dtype"], "int4", "'tokens' has dtype 'int4', expected one of"),
+        ([*PROGRAM, 3, "arguments", 0, "name"], "positions", "program 'decode': inputs: expected"),
+        ([*PROGRAM, 3, "arguments", 0, "role"], "weight", "arguments in the order inputs, caches, constants"),
+        ([*PROGRAM, 3, "arguments", 5, "name"], "rope.cos", "two arguments or two results have the same name."),
+        ([*PROGRAM, 3, "arguments", 2, "shape", 3], 65, "program 'decode': its cache is not the artifact's"),
+        ([*PROGRAM, 3, "results", 2, "shape", 0], 9, "program 'decode': its cache is not the artifact's"),
+        ([*PROGRAM, 3, "results", 2, "alias"], "nobody", "aliases 'nobody', which is no argument."),
+        ([*PROGRAM, 3, "results", 0], ..., "program 'decode': results: expected {'token': ('token', (1,))"),
+        ([*PROGRAM, 3, "results", 1, "shape"], [1, 9], "program 'decode': results: expected"),
+        ([*PROGRAM, 0, "results", 0], ..., "program 'cache': its cache is not the artifact's"),
+    ],
+)
+def test_every_disagreement_is_named(good, path, value, text):
+    value = good["targets"][0]["name"] if value == "TWIN" else value
+    assert text in error(changed(good, path, value))
+
+
+def test_every_key_of_every_record_is_needed(good):
+    """Removes each key in turn, wherever a record stands, and wants it named."""
+
+    def records(value, path):
+        free = path[-1:] in (["files"], ["versions"], ["sampling"], ["source_files"])  # keys are names here
+        if isinstance(value, dict) and not free:
+            yield from ((*path, key) for key in value)
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in items:
+            if not isinstance(key, int) or key == 0:  # the first of a list stands for all
+                yield from records(inner, [*path, key])
+
+    paths = list(records(good, []))
+    assert len(paths) > 60
+    for path in paths:
+        text = error(changed(good, path, ...))
+        assert "format_version" in text if path == ("format_version",) else f"key {path[-1]!r} is missing" in text
+
+
+def leaves(value, path=()):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from leaves(inner, (*path, key))
+
+
+JUNK = st.sampled_from([..., None, 0, 1, 2**40, 2**70, -1, 0.5, True, "", "x", "weight", "a/../b", [], {}, [1], [[]]])
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_change_is_read_or_refused_for_the_user(good, data):
+    value = good
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(sorted(leaves(value), key=str)))
+        value = changed(value, path, data.draw(JUNK))
+    try:
+        parse_manifest(json.dumps(value).encode(), "m.json")
+    except PrecastError as problem:
+        assert str(problem).startswith("m.json: ")
+        assert "\n" not in str(problem)

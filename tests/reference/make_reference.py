@@ -1,0 +1,564 @@
+"""Writes the reference files of this folder: what transformers with torch answers, in float32.
+
+Run by hand where torch and accelerate are installed::
+
+    python tests/reference/make_reference.py            # write everything again
+    python tests/reference/make_reference.py --check    # compute everything again and compare
+
+The tests compare precast with what is written here, so they need neither.
+
+``tiny/<name>/`` is a checkpoint with random weights as ``save_pretrained`` writes it, and its answers;
+``tiny/tokenizer.json`` belongs to all of them. ``demo.json`` holds answers of the demo model. Every step's best
+token leads by more than `MARGIN`, so that another order of summation cannot change an answer: for the tiny models
+seeds are tried until it is so, for the demo model prompts are.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+TINY = HERE / "tiny"
+DEMO = HERE / "demo.json"
+
+MARGIN = 1e-3
+
+# --- tiny checkpoints ---------------------------------------------------------------------------------------
+
+BUCKETS, CAPACITY = (8, 16, 32), 160
+LENGTHS = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70, 96, 143, 159)
+TOKENS = 20
+# To keep the files small, of most logits only every so many-th is kept.
+STRIDE = 20
+
+SHAPE = {
+    "vocab_size": 331,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    """A checkpoint to make.
+
+    Attributes:
+        config: what differs from `SHAPE`.
+        rope: scaling, as transformers 5 spells it; empty for none.
+        old_spelling: whether config.json says ``rope_theta`` and ``rope_scaling``, as transformers 4 wrote it.
+        dtype: what the weights are stored as.
+        shard_size: the largest file, as ``save_pretrained`` takes it.
+    """
+
+    name: str
+    model_type: str
+    tied: bool
+    theta: float
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    old_spelling: bool
+    dtype: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    shard_size: str = "1GB"
+
+
+TINIES = (
+    Tiny(
+        name="llama-tied-default",
+        model_type="llama",
+        tied=True,
+        theta=10000.0,
+        old_spelling=True,
+        dtype="bfloat16",
+        config={"head_dim": 16, "rms_norm_eps": 1e-5},
+    ),
+    Tiny(
+        name="llama-untied-linear-biases",
+        model_type="llama",
+        tied=False,
+        theta=5000.0,
+        rope=LINEAR,
+        old_spelling=True,
+        dtype="float16",
+        config={"head_dim": 8, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3},
+    ),
+    Tiny(
+        name="llama-untied-llama3-attention-bias",
+        model_type="llama",
+        tied=False,
+        theta=500000.0,
+        rope=LLAMA3,
+        old_spelling=False,
+        dtype="bfloat16",
+        config={"head_dim": 12, "attention_bias": True, "rms_norm_eps": 1e-5},
+    ),
+    Tiny(
+        name="llama-tied-llama3-mlp-bias",
+        model_type="llama",
+        tied=True,
+        theta=10000.0,
+        rope=LLAMA3,
+        old_spelling=True,
+        dtype="float32",
+        config={"mlp_bias": True, "num_key_value_heads": 6, "num_hidden_layers": 1},
+    ),
+    Tiny(
+        name="llama-tied-linear",
+        model_type="llama",
+        tied=True,
+        theta=20000.0,
+        rope=LINEAR,
+        old_spelling=False,
+        dtype="bfloat16",
+        config={"num_key_value_heads": 1, "rms_norm_eps": 1e-3},
+    ),
+    Tiny(
+        name="qwen2-tied-llama3",
+        model_type="qwen2",
+        tied=True,
+        theta=1000000.0,
+        rope=LLAMA3,
+        old_spelling=False,
+        dtype="bfloat16",
+    ),
+    Tiny(
+        name="qwen2-untied-linear-sharded",
+        model_type="qwen2",
+        tied=False,
+        theta=10000.0,
+        rope=LINEAR,
+        old_spelling=True,
+        dtype="float16",
+        config={"num_key_value_heads": 2, "num_hidden_layers": 3},
+        shard_size="40KB",
+    ),
+    Tiny(
+        name="qwen2-untied-default",
+        model_type="qwen2",
+        tied=False,
+        theta=1000000.0,
+        old_spelling=False,
+        dtype="bfloat16",
+        config={"num_key_value_heads": 6},
+    ),
+    Tiny(
+        name="qwen2-tied-linear",
+        model_type="qwen2",
+        tied=True,
+        theta=40000.0,
+        rope=LINEAR,
+        old_spelling=False,
+        dtype="bfloat16",
+        config={"num_key_value_heads": 1, "num_hidden_layers": 1},
+    ),
+    Tiny(
+        name="qwen2-untied-llama3",
+        model_type="qwen2",
+        tied=False,
+        theta=10000.0,
+        rope=LLAMA3,
+        old_spelling=True,
+        dtype="bfloat16",
+        config={"rms_norm_eps": 1e-5},
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyAnswers:
+    """What a tiny model answers.
+
+    Attributes:
+        prompts: token ids of each case.
+        tokens: greedy continuation of each.
+        margin: the smallest lead of any of these over the second best.
+        first: logits ``[cases, V]`` after each prompt.
+        last: logits ``[cases, ceil(V / STRIDE)]`` that each continuation's last token was chosen by.
+        uncached: logits ``[T, ceil(V / STRIDE)]`` of every position of `sequence`.
+    """
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    margin: float
+    first: np.ndarray
+    last: np.ndarray
+    uncached: np.ndarray
+
+    @property
+    def sequence(self) -> list[int]:
+        """The prompt that is filled up to the capacity, with its continuation."""
+        case = LENGTHS.index(143)
+        return self.prompts[case] + self.tokens[case]
+
+    @property
+    def varied(self) -> bool:
+        """Whether answers are not mostly one token again and again, which a broken model may say too."""
+        return sum(len(set(t)) for t in self.tokens) * 2 > sum(map(len, self.tokens))
+
+
+def tiny_prompts(seed: int, vocab: int) -> list[list[int]]:
+    random = np.random.RandomState(seed)
+    return [random.randint(3, vocab, length).tolist() for length in LENGTHS]
+
+
+def answer_tiny(folder: Path, prompts: Sequence[Sequence[int]]) -> TinyAnswers:
+    """What transformers answers for the checkpoint in `folder`."""
+    model = load_reference(folder)
+    runs = [generate(model, p, min(TOKENS, CAPACITY - len(p))) for p in prompts]
+    answers = TinyAnswers(
+        prompts=[list(p) for p in prompts],
+        tokens=[r.tokens for r in runs],
+        margin=min(r.margin for r in runs),
+        first=np.stack([r.logits[0] for r in runs]),
+        last=np.stack([r.logits[-1, ::STRIDE] for r in runs]),
+        uncached=np.empty(0),
+    )
+    object.__setattr__(answers, "uncached", uncached_logits(model, answers.sequence)[:, ::STRIDE])
+    return answers
+
+
+def make_tiny(tiny: Tiny) -> None:
+    """The first seed whose answers are far from any tie, and not monotonous."""
+    folder = TINY / tiny.name
+    for seed in itertools.count(1):
+        save_tiny(tiny, folder, seed)
+        answers = answer_tiny(folder, tiny_prompts(seed, SHAPE["vocab_size"]))
+        print(f"{tiny.name}: seed {seed}: margin {answers.margin:.2g}, varied: {answers.varied}")
+        if answers.margin > MARGIN and answers.varied:
+            break
+    record = {
+        "transformers": versions(),
+        "seed": seed,
+        "margin": answers.margin,
+        "cases": [
+            {"prompt_token_ids": p, "token_ids": t}
+            for p, t in zip(answers.prompts, answers.tokens, strict=True)
+        ],
+    }
+    write_json(folder / "reference.json", record)
+    np.savez(
+        folder / "reference.npz", first=answers.first, last=answers.last, uncached=answers.uncached
+    )
+
+
+def save_tiny(tiny: Tiny, folder: Path, seed: int) -> None:
+    """Writes a checkpoint with random weights, the way transformers does."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rope = {"rope_type": "default", **tiny.rope, "rope_theta": tiny.theta}
+    config = AutoConfig.for_model(
+        tiny.model_type, **(SHAPE | tiny.config), rope_parameters=rope, tie_word_embeddings=tiny.tied
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread, centre = scale(name, parameter, tied=tiny.tied)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + centre)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.to(getattr(torch, tiny.dtype)).save_pretrained(folder, max_shard_size=tiny.shard_size)
+    if tiny.old_spelling:
+        respell(folder / "config.json")
+
+
+def scale(name: str, parameter: Any, *, tied: bool) -> tuple[float, float]:
+    """Standard deviation and mean: every part has a say, and logits spread over a few units."""
+    if tied and "embed_tokens" in name:
+        return 0.25, 0.0  # a larger one would echo the newest token
+    if "norm" in name:
+        return 0.3, 1.0
+    if name.endswith("bias"):
+        return 0.3, 0.0
+    if "embed_tokens" in name or "lm_head" in name:
+        return 0.5, 0.0
+    return 1.2 * parameter.shape[1] ** -0.5, 0.0
+
+
+def respell(path: Path) -> None:
+    """Turns the RoPE keys and the type into what transformers 4 wrote."""
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if rope["rope_type"] == "linear":
+        rope["type"] = rope.pop("rope_type")
+    config["torch_dtype"] = config.pop("dtype")
+    config["transformers_version"] = "4.46.0"
+    write_json(path, config, indent=2)
+
+
+def write_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer small enough for every tiny vocabulary."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("e", "r"), ("Ġ", "a"), ("o", "n"), ("r", "e")]
+    specials = ["<s>", "<unk>", "</s>"]
+    words = [*specials, *alphabet, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
+    tokenizer.save(str(path), pretty=False)
+
+
+# --- the reference ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A greedy continuation: tokens, the logits ``[tokens, V]`` that chose them, and the smallest lead."""
+
+    tokens: list[int]
+    logits: np.ndarray
+    margin: float
+
+
+def load_reference(folder: Path, **options: Any) -> Any:
+    """The model in `folder` as transformers has it, in float32; it never ends a text by itself."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def generate(model: Any, prompt: Sequence[int], tokens: int) -> Run:
+    import torch
+
+    with torch.no_grad():
+        result = model.generate(
+            torch.tensor([list(prompt)]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=tokens,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    logits = torch.cat(result.logits).numpy()
+    found = result.sequences[0, len(prompt) :].tolist()
+    assert len(found) == tokens, f"expected {tokens} tokens, found {len(found)}"
+    best = np.partition(logits, -2, axis=-1)
+    return Run(tokens=found, logits=logits, margin=float((best[:, -1] - best[:, -2]).min()))
+
+
+def uncached_logits(model: Any, sequence: Sequence[int]) -> np.ndarray:
+    """Logits ``[T, V]`` of one pass over the whole sequence."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([list(sequence)]), use_cache=False).logits[0].numpy()
+
+
+def load_demo_reference() -> Any:
+    from precast.exporter.sources import demo
+
+    path = demo.fetch(demo.DEMO, demo.cache_folder() / "demo")
+    return load_reference(path.parent, gguf_file=path.name)
+
+
+# --- the demo model -----------------------------------------------------------------------------------------
+
+DEMO_TOKENS = 24
+DEMO_LENGTHS = (2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 600, 1000)
+
+PARAGRAPHS = (
+    "The lighthouse keeper counted the ships every evening and wrote their names into a green book. When the fog "
+    "came he rang the bell once a minute, and in the morning he walked down to the harbour to ask who had heard it. "
+    "Nobody ever said no, because the bell could be heard as far as the mill behind the second hill.",
+    "Am Abend saß die Gärtnerin vor dem Gewächshaus und schälte Äpfel. Es hatte den ganzen Tag geregnet, und über "
+    "den Beeten lag ein Geruch von Erde und Öl. „Morgen“, sagte sie, „fällen wir die große Eiche.“",
+    "L'été dernier, ma sœur a ouvert une petite boulangerie près de la gare. Où qu'on aille dans le quartier, on "
+    "sent le pain chaud dès cinq heures; même le maire, dit-on, y achète ses croissants.",
+    "清晨的市场里已经挤满了人。卖鱼的老人把冰块敲碎，铺在木板上，然后一边唱歌一边等客人。孩子们围着他，问他海有多深。",
+    "駅前の小さな本屋には、古い地図がたくさん置いてあります。店主は毎朝コーヒーを入れて、地図の上の道を指でなぞります。",
+    "def merge(left, right):\n    result = []\n    i = j = 0\n    while i < len(left) and j < len(right):\n        "
+    "if left[i] <= right[j]:\n            result.append(left[i])\n            i += 1\n        else:\n            "
+    "result.append(right[j])\n            j += 1\n    return result + left[i:] + right[j:]\n",
+    '{"order": 1042, "items": [{"name": "lamp", "price": 19.90, "tags": ["desk", "led"]}, {"name": "rug", '
+    '"price": 75, "tags": []}], "paid": false, "note": null}',
+    "Water boils at 100 °C at sea level; at 3,000 m it boils near 90 °C, which is why pasta takes longer in the "
+    "mountains. The pressure falls by about 11.3 Pa for every metre climbed, and the boiling point by 0.0033 °C.",
+    "🙂 Packing list: 🧦 socks, 🪥 toothbrush, 📷 camera, 🥾 boots. Weather: ☀️ → ⛅ → 🌧️. See you on the 🚂!",
+    "Three rules hold in this workshop. First, whoever takes a tool puts it back. Second, whoever breaks a tool says "
+    "so. Third, whoever finds a better way shows it to the others before the week is over.",
+)
+TEXTS = (
+    "The",
+    "\n",
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "To be honest, the best way to learn a language is",
+    "Wer den ganzen Tag im Büro sitzt, sollte am Abend",
+    "中国的首都是",
+    "日本で一番高い山は",
+    "Столица России — это",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n",
+    "#include <stdio.h>\n\nint main(void) {\n",
+    "SELECT name, COUNT(*) FROM orders WHERE",
+    "🙂🚀 Emoji are fun because 👩‍👩‍👧‍👦",
+    "1 + 1 = 2\n2 + 2 = 4\n3 + 3 =",
+    "   spaces   and\ttabs\r\n\r\nand lines",
+)
+CHATS = (
+    [{"role": "user", "content": "What is gravity?"}],
+    [
+        {"role": "system", "content": "You answer in one short sentence."},
+        {"role": "user", "content": "Name a fruit that is yellow."},
+        {"role": "assistant", "content": "A banana is yellow."},
+        {"role": "user", "content": "And one that is red? 🍎"},
+    ],
+)
+
+
+def demo_candidates(encode: Any, render: Any) -> Iterator[list[dict[str, Any]]]:
+    """The prompts, each with others to try when an answer comes close to a tie."""
+    for text in TEXTS:
+        # A text that comes too close is followed by a little more of itself.
+        variants = [text, *(text + more for more in (" ", " so", " and"))]
+        yield [{"text": t, "prompt_token_ids": encode(t)} for t in variants]
+    for messages in CHATS:
+        yield [{"messages": messages, "prompt_token_ids": render(messages)}]
+    document = encode("\n\n".join(PARAGRAPHS))
+    stream = list(itertools.islice(itertools.cycle(document), 4 * len(document)))
+    for length in DEMO_LENGTHS:
+        starts = range(7 * length % 100, 200)
+        yield [{"prompt_token_ids": stream[s : s + length]} for s in starts]
+
+
+def demo_tokenizer() -> tuple[Any, Any]:
+    """transformers' own reading of the file's tokenizer and chat template: ``encode`` and ``render``."""
+    from precast.exporter.sources import demo
+    from transformers import AutoTokenizer
+
+    path = demo.fetch(demo.DEMO, demo.cache_folder() / "demo")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+    def render(messages: Sequence[Mapping[str, str]]) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    return tokenizer.encode, render
+
+
+def make_demo() -> None:
+    from precast.exporter.sources.demo import DEMO as demo_file
+
+    model = load_demo_reference()
+    cases = []
+    for candidates in demo_candidates(*demo_tokenizer()):
+        for candidate in candidates:
+            run = generate(model, candidate["prompt_token_ids"], DEMO_TOKENS)
+            print(f"{len(candidate['prompt_token_ids'])} tokens: margin {run.margin:.2g}")
+            if run.margin > MARGIN:
+                cases.append({**candidate, "token_ids": run.tokens, "margin": round(run.margin, 5)})
+                break
+        else:
+            raise SystemExit(f"every candidate comes close to a tie: {candidates[0]}")
+    record = {"model": demo_file.member, "sha256": demo_file.sha256, "transformers": versions(), "cases": cases}
+    write_json(DEMO, record)
+
+
+# --- writing and checking -----------------------------------------------------------------------------------
+
+
+def versions() -> str:
+    import torch
+    import transformers
+
+    return f"{transformers.__version__}, torch {torch.__version__}"
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """JSON with one case a line, so that a change can be read."""
+    if indent is None and isinstance(value, dict) and "cases" in value:
+        lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in value["cases"])
+        head = json.dumps({k: v for k, v in value.items() if k != "cases"}, ensure_ascii=False)
+        path.write_text(f'{head[:-1]}, "cases": [\n{lines}\n]}}\n', encoding="utf-8")
+    else:
+        path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tiny_differences(folder: Path) -> list[str]:
+    """What the files of a tiny checkpoint say that transformers, asked again, does not."""
+    cases = json.loads((folder / "reference.json").read_text(encoding="utf-8"))["cases"]
+    now = answer_tiny(folder, [case["prompt_token_ids"] for case in cases])
+    found = [
+        f"{folder.name}: {len(case['prompt_token_ids'])} tokens: {case['token_ids']} is now {tokens}"
+        for case, tokens in zip(cases, now.tokens, strict=True)
+        if case["token_ids"] != tokens
+    ]
+    with np.load(folder / "reference.npz") as arrays:
+        for name in ("first", "last", "uncached"):
+            if (off := float(np.abs(arrays[name] - getattr(now, name)).max())) > 5e-5:
+                found.append(f"{folder.name}: logits {name!r} are off by {off:.2g}")
+    if now.margin <= MARGIN:
+        found.append(f"{folder.name}: the smallest margin is {now.margin:.2g}, expected more than {MARGIN}")
+    return found
+
+
+def demo_differences(model: Any, cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """As `tiny_differences`, for some of the demo model's cases."""
+    found = []
+    for case in cases:
+        run = generate(model, case["prompt_token_ids"], len(case["token_ids"]))
+        if run.tokens != case["token_ids"]:
+            found.append(f"{case.get('text')!r}: {case['token_ids']} is now {run.tokens}")
+        if run.margin <= MARGIN:
+            found.append(f"{case.get('text')!r}: the smallest margin is {run.margin:.2g}")
+    return found
+
+
+def check() -> list[str]:
+    found = [line for tiny in TINIES for line in tiny_differences(TINY / tiny.name)]
+    cases = json.loads(DEMO.read_text(encoding="utf-8"))["cases"]
+    return found + demo_differences(load_demo_reference(), cases)
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description="Write or check the reference files.")
+    parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
+    parser.add_argument("--only", choices=("tiny", "demo"), help="write only these")
+    options = parser.parse_args()
+    if options.check:
+        found = check()
+        print("\n".join(found) or "the reference files are up to date")
+        raise SystemExit(bool(found))
+    if options.only != "demo":
+        torch.set_num_threads(1)  # matrices this small are slower with more
+        write_tokenizer(TINY / "tokenizer.json")
+        for tiny in TINIES:
+            make_tiny(tiny)
+    if options.only != "tiny":
+        torch.set_num_threads(os.cpu_count() or 1)
+        make_demo()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""Every bad input through the command line: one line that says what to do, exit code 2, and nothing half-written."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+VOCAB, CAPACITY = 320, 64
+
+
+@pytest.fixture
+def refused(cli):
+    """Runs a command that must fail for the user's sake, and returns the sentence."""
+
+    def run(*arguments, stdin="") -> str:
+        result = cli(*arguments, stdin=stdin)
+        assert result.exit_code == 2, result.output
+        assert isinstance(result.exception, SystemExit)
+        assert "Traceback" not in result.output
+        lines = result.stderr.splitlines()
+        assert [line.startswith("error: ") for line in lines].count(True) == 1
+        assert lines[-1].startswith("error: ")
+        assert result.stdout == ""
+        return lines[-1].removeprefix("error: ")
+
+    return run
+
+
+# --- export -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def export_refused(refused, tmp_path):
+    """As `refused`, for an export; whatever goes wrong, no output and no scrap of it is left."""
+    parent = tmp_path / "output"
+
+    def run(source, *options) -> str:
+        text = refused("export", source, "-o", parent / "artifact", "--buckets", "8", "--context", "64", *options)
+        assert not parent.exists() or os.listdir(parent) == []
+        return text
+
+    return run
+
+
+def test_a_source_that_is_missing_or_empty(export_refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    (tmp_path / "model.zip").write_bytes(b"PK")
+    expected = {
+        "no/such/folder/anywhere": "expected a Hugging Face directory, a .gguf file or a hub id",
+        "missing.gguf": "expected a Hugging Face directory, a .gguf file or a hub id",
+        str(tmp_path / "model.zip"): "found a file of another kind",
+        str(tmp_path / "empty"): "expected config.json, found an empty directory; name a Hugging Face model directory",
+        str(tmp_path / "empty.gguf"): "empty.gguf",
+        "[/no] [bold]markup": "'[/no] [bold]markup': expected",
+        "line\nbreak/of/a": "expected a Hugging Face directory",
+        "x" * 5000: "",
+    }
+    for source, text in expected.items():
+        assert text in export_refused(source)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"model_type": "mamba"}, "architecture 'mamba' is not supported; expected model_type to be one of llama, qwen2"),
+        ({"model_type": None}, "architecture None is not supported; expected model_type to be one of llama, qwen2"),
+        ({"model_type": ["llama"]}, "architecture ['llama'] is not supported"),
+        ({"hidden_size": None}, "key 'hidden_size' is missing"),
+        ({"hidden_size": "48"}, "'hidden_size' is '48', expected a whole number above 0."),
+        ({"hidden_act": "relu"}, "'hidden_act' is 'relu', expected 'silu'."),
+        ({"num_key_value_heads": 3}, "expected num_attention_heads to be a multiple of num_key_value_heads"),
+        ({"sliding_window_pattern": 3}, "'sliding_window_pattern' may change the model's maths and is not understood"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE type 'yarn' is not supported; expected one of default"),
+        ({"auto_map": {}}, "auto_map asks for Python code that came with the checkpoint"),
+    ],
+)
+def test_a_source_whose_config_is_not_supported(export_refused, tiny_checkpoint, config, text):
+    folder = tiny_checkpoint()
+    merged = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in merged.items() if v is not None}))
+    assert text in export_refused(folder)
+
+
+NAME = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "text"),
+    [
+        ({NAME: None}, f"tensor '{NAME}' is missing; the config and the weights do not fit."),
+        ({NAME: np.zeros((48, 81), np.float32)}, f"'{NAME}' has shape [48, 81], expected [48, 80] by the config."),
+        ({NAME: np.zeros((80, 48), np.float32)}, f"'{NAME}' has shape [80, 48], expected [48, 80] by the config."),
+        (
+            {"model.layers.3.mlp.down_proj.weight": np.zeros((48, 80), np.float32)},
+            "tensor 'model.layers.3.mlp.down_proj.weight' belongs to no parameter of the model; config and",
+        ),
+        ({NAME: np.full((48, 80), np.nan, np.float32)}, f"{NAME}: the tensor holds values that are not finite"),
+        ({"lm_head.weight": None}, "tensor 'lm_head.weight' is missing"),
+        ({NAME: np.zeros((48, 80), np.int32)}, f"{NAME} is stored as I32, and only F32, F16 and BF16 are read"),
+    ],
+)
+def test_tensors_that_are_wrong_or_missing(export_refused, tiny_checkpoint, tensors, text):
+    assert text in export_refused(tiny_checkpoint(tensors=tensors))
+
+
+def test_a_truncated_weight_file(export_refused, tiny_checkpoint):
+    path = tiny_checkpoint() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "model.safetensors: is not a whole safetensors file" in export_refused(path.parent)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint):
+    folder = tiny_checkpoint(config={"vocab_size": 200})
+    assert "the tokenizer has 300 tokens, the model embeds 200; they do not belong together." in export_refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--buckets", "0"], "--buckets: 0 is not possible, expected prompt lengths of 1 or more."),
+        (["--buckets", "8,-4"], "--buckets: -4 is not possible, expected prompt lengths of 1 or more."),
+        (["--buckets=-4"], "--buckets: -4 is not possible, expected prompt lengths of 1 or more."),
+        (["--buckets", "8,16,8"], "--buckets: 8 is named twice; name each length once."),
+        (["--buckets", "8,65"], "--buckets: 65 is larger than the context of 64; leave it out or raise --context."),
+        (["--context", "129"], "--context: 129 is not possible, expected 2 to 128 (the model's own limit)."),
+        (["--context", "1"], "--context: 1 is not possible, expected 2 to 128 (the model's own limit)."),
+        (["--context", "-5"], "--context: -5 is not possible, expected 2 to 128 (the model's own limit)."),
+        (["--slots", "0"], "--slots: 0 is not possible, expected 1 to 256."),
+        (["--slots", "-1"], "--slots: -1 is not possible, expected 1 to 256."),
+        (["--slots", "257"], "--slots: 257 is not possible, expected 1 to 256."),
+        (["--weights", "int3"], "--weights: 'int3' is not supported, expected float32"),
+    ],
+)
+def test_options_that_are_not_possible(export_refused, tiny_checkpoint, options, text):
+    assert text in export_refused(tiny_checkpoint(), *options)
+
+
+def test_an_output_that_exists(refused, tiny_checkpoint, tmp_path, tiny_artifact):
+    source = tiny_checkpoint()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis").write_text("mine")
+    shutil.copytree(tiny_artifact, tmp_path / "artifact")
+    options = ("--buckets", "8", "--context", "64")
+    for name in ("file", "folder", "artifact"):
+        text = refused("export", source, "-o", tmp_path / name, *options)
+        assert text == (
+            f"{tmp_path / name}: exists already; choose another folder with -o, or replace it with --overwrite."
+        )
+    for name in ("file", "folder"):
+        text = refused("export", source, "-o", tmp_path / name, *options, "--overwrite")
+        assert text.endswith("exists and is no artifact, so --overwrite does not replace it; remove it yourself.")
+    assert "cannot write there" in refused("export", source, "-o", tmp_path / "file" / "below", *options)
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "thesis").read_text() == "mine"
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("place", ["weights", "tokenizer", "at the very end"])
+def test_a_disk_that_is_full(export_refused, tiny_checkpoint, monkeypatch, place):
+    source = tiny_checkpoint()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if place == "weights":
+        monkeypatch.setattr("precast.loaders.artifact.weights._pieces", full)
+    elif place == "tokenizer":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr(os, "fsync", full)
+    text = export_refused(source)
+    assert "writing stopped (No space left on device); nothing was left behind: make room and export again." in text
+
+
+def test_missing_packages_for_an_export(refused, monkeypatch):
+    import importlib.util
+
+    original = importlib.util.find_spec
+    hidden = lambda name, *rest: None if name in ("jax", "rich") else original(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    text = refused("export", "anything")
+    assert text == "exporting needs jax, rich, which are not installed: pip install 'precast[export]'"
+
+
+# --- run ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["-p", ""], "prompt: expected at least one token, found none; give the model some text."),
+        ([], "prompt: expected at least one token, found none; give the model some text."),
+        (["--chat", "-p", " \n"], "prompt: expected some text, found none; give it with -p or pipe it in."),
+        (["-p", "fox " * 200], f"tokens leave no room in a context of {CAPACITY}; shorten it to {CAPACITY - 1}"),
+        (["--ids", ",".join("5" * CAPACITY)], "prompt: 64 tokens leave no room in a context of 64"),
+        (["--ids", f"1,{VOCAB}"], f"prompt: token 1 is {VOCAB}, expected an id from 0 to {VOCAB - 1}."),
+        (["--ids", "-1"], f"prompt: token 0 is -1, expected an id from 0 to {VOCAB - 1}."),
+        (["--ids", str(2**40)], f"prompt: token 0 is {2**40}, expected an id from 0 to {VOCAB - 1}."),
+        (["-p", "a", "--ids", "1"], "--prompt and --ids both say what to continue; give one of them."),
+        (["--chat", "--ids", "1"], "--chat needs text to put through the chat template; use --prompt instead"),
+        (["-p", "a", "--target", "gpu"], "target 'gpu' is not in the artifact; it holds 'cpu-"),
+        (["-p", "a", "--target", "portable"], "target 'portable': it must be compiled first (--compile does so)"),
+        (["-p", "a", "-n", "0"], "max_tokens must be an integer of at least 1, found 0."),
+        (["-p", "a", "--temperature", "-1"], "temperature must be a finite number at least 0, found -1.0."),
+        (["-p", "a", "--temperature", "nan"], "temperature must be a finite number at least 0, found nan."),
+        (["-p", "a", "--top-p", "2"], "top_p must be a finite number between 0 and 1, found 2.0."),
+        (["-p", "a", "--top-k", "-1"], "top_k must be an integer of at least 0, found -1."),
+        (["-p", "a", "--seed", "-1"], "seed must be an integer of at least 0, found -1."),
+        (["-p", "a", "--repetition-penalty", "0"], "repetition_penalty must be greater than 0, found 0."),
+        (["-p", "a", "--stop", ""], "stop must be a list of non-empty strings"),
+    ],
+)
+def test_requests_that_cannot_be_answered(refused, tiny_artifact, options, text):
+    assert text in refused("run", tiny_artifact, *options)
+    assert text in refused("run", tiny_artifact, *options, "--json")
+
+
+def test_a_prompt_that_is_no_text(refused, tiny_artifact):
+    assert "standard input: expected a prompt in utf-8, found other bytes." in refused(
+        "run", tiny_artifact, stdin=b"\xff\xfe"
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "inspect"])
+def test_paths_that_hold_no_artifact_or_several(refused, tmp_path, command):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "two" / name).mkdir(parents=True)
+        (tmp_path / "two" / name / "manifest.json").write_text("{}")
+    options = ["-p", "x"] if command == "run" else []
+    for name, text in {
+        "nowhere": "expected the folder of an artifact, but it does not exist; precast export makes one.",
+        "x" * 5000: "expected the folder of an artifact, but it does not exist; precast export makes one.",
+        "file": "expected the folder of an artifact, but it is a file; precast export makes one.",
+        "empty": "expected an artifact, found no manifest.json in it; precast export makes one.",
+        "two": "expected one artifact, found 2 (a, b); name one of them.",
+    }.items():
+        assert refused(command, tmp_path / name, *options) == f"{tmp_path / name}: {text}"
+
+
+def set_key(*path_and_value):
+    *path, last, value = path_and_value
+
+    def change(manifest):
+        for key in path:
+            manifest = manifest[key]
+        manifest[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (set_key("rope", 1), "manifest.json: key 'rope' is not known to format version 1;"),
+        (set_key("model", "scale", 2), "manifest.json: model: key 'scale' is not known to format version 1;"),
+        (set_key("format_version", 2), "format version 2 is not the 1 that this precast reads; update precast."),
+        (set_key("format_version", 0), "format version 0 is not the 1 that this precast reads; export the model"),
+        (set_key("capacity", "64"), "manifest.json: capacity: expected a whole number, found '64'."),
+        (set_key("capacity", 128), "slots and positions: expected {'B': 1, 'S': 128}, found {'B': 1, 'S': 64}"),
+        (set_key("targets", []), "expected at least one target, found none; export the model again."),
+    ],
+)
+def test_manifests_that_are_not_understood(refused, artifact_copy, edit_manifest, change, text):
+    edit_manifest(artifact_copy, change)
+    assert text in refused("run", artifact_copy, "-p", "x")
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[]", b"null", b"[" * 100_000, b'{"a": NaN}'])
+def test_manifests_that_are_no_json(refused, artifact_copy, data):
+    (artifact_copy / "manifest.json").write_bytes(data)
+    for command in (("run", artifact_copy, "-p", "x"), ("inspect", artifact_copy)):
+        assert refused(*command).startswith(f"{artifact_copy / 'manifest.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"jaxlib": "0.9.0"}, r"it is compiled by jaxlib 0\.9\.0, installed is [\d.]+"),
+        ({"machine": "s390x"}, r"it is compiled for s390x, this machine is \w+"),
+        ({"cpu_features": ["avx1024"]}, r"it uses CPU features that this machine lacks \(avx1024\)"),
+        ({"kernel_abi": 99}, r"it calls kernels of ABI 99, installed are those of ABI \d+"),
+        ({"platform": "rocm"}, r"it needs platform rocm, this loader runs cpu"),
+    ],
+)
+def test_artifacts_of_another_machine(refused, artifact_copy, edit_manifest, change, text):
+    edit_manifest(artifact_copy, lambda manifest: manifest["targets"][0].update(change))
+    message = refused("run", artifact_copy, "-p", "x")
+    assert re.search(f"no target runs here: target 'cpu-[^']+': {text}; target 'portable': it must be compiled", message)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "programs/cpu/decode.xla", "tokenizer.json"])
+def test_files_that_are_truncated_or_altered_or_gone(refused, artifact_copy, own_cache, name):
+    path = artifact_copy / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    text = f"{artifact_copy}: file {name!r} has {len(data) - 1} bytes, expected {len(data)}; it is truncated or altered"
+    assert text in refused("run", artifact_copy, "-p", "x")
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert f"{artifact_copy}: file {name!r} has sha256 " in refused("run", artifact_copy, "-p", "x")
+    path.unlink()
+    assert f"{artifact_copy}: file {name!r} is missing; copy" in refused("run", artifact_copy, "-p", "x")
+
+
+def test_what_the_system_refuses_is_one_line_too(refused, tiny_artifact, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "/some/file")
+
+    monkeypatch.setattr("precast.loaders.load.map_weights", refuse)
+    assert refused("run", tiny_artifact, "-p", "x") == "/some/file: Permission denied; check the path and its disk."
+
+
+def test_a_real_process_says_the_same(tiny_artifact, python, tmp_path):
+    for arguments, text in (
+        (["run", str(tmp_path), "-p", "x"], "expected an artifact, found no manifest.json in it"),
+        (["run", str(tiny_artifact), "--ids", "999"], "prompt: token 0 is 999, expected an id from 0 to 319."),
+        (["inspect", str(tmp_path / "none")], "expected the folder of an artifact, but it does not exist"),
+    ):
+        result = python("cli.py", *arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("error: ")
+        assert text in line

@@ -1,0 +1,222 @@
+"""precast against transformers with torch, in float32, on tiny checkpoints of every supported shape.
+
+What transformers says was written down by ``tests/reference/make_reference.py``; where torch is installed, it is
+asked again.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from precast.exporter.export import ExportOptions, export
+from precast.exporter.models import read_model
+from precast.exporter.models.parameters import abstract_model
+from precast.exporter.sources import Source, open_source
+from precast.loaders.generate import Model
+from precast.loaders.load import load
+from precast.loaders.sampling import SamplingParams
+
+REFERENCE = Path(__file__).parent / "reference"
+TINY = REFERENCE / "tiny"
+NAMES = sorted(path.parent.name for path in TINY.glob("*/config.json"))
+
+# The checkpoints whose portable target is compared too.
+PORTABLE = ("llama-untied-linear-biases", "qwen2-tied-llama3")
+
+BUCKETS, CAPACITY = (8, 16, 32), 160
+STRIDE = 20
+# Logits spread over a few units, and float32 sums of some dozens of terms in another order differ by 1e-6 of that.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    prompt: list[int]
+    tokens: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A checkpoint, what transformers says of it, and what precast makes of it."""
+
+    folder: Path
+    source: Source
+    cases: Sequence[Case]
+    logits: Mapping[str, np.ndarray]
+    artifact: Path
+    model: Model
+
+    @property
+    def sequence(self) -> list[int]:
+        """The longest prompt with its continuation: as many tokens as the cache has positions."""
+        return max((case.prompt + case.tokens for case in self.cases if len(case.tokens) > 1), key=len)
+
+
+@pytest.fixture(scope="session")
+def export_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Exports a checkpoint of the reference, once."""
+    made: dict[str, Exported] = {}
+
+    def make(name: str) -> Exported:
+        if name not in made:
+            made[name] = _export(name, tmp_path_factory.mktemp("reference"))
+        return made[name]
+
+    return make
+
+
+def _export(name: str, work: Path) -> Exported:
+    folder = Path(shutil.copytree(TINY / name, work / name))
+    shutil.copy(TINY / "tokenizer.json", folder)
+    record = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
+    source = open_source(str(folder))
+    artifact = work / "artifact"
+    targets = ("cpu", "portable") if name in PORTABLE else ("cpu",)
+    export(source, artifact, ExportOptions(buckets=BUCKETS, context=CAPACITY, targets=targets))
+    with np.load(folder / "reference.npz") as arrays:
+        logits = dict(arrays)
+    cases = [Case(prompt=c["prompt_token_ids"], tokens=c["token_ids"]) for c in record["cases"]]
+    return Exported(
+        folder=folder, source=source, cases=cases, logits=logits, artifact=artifact, model=load(artifact)
+    )
+
+
+@pytest.fixture(params=NAMES)
+def exported(request: pytest.FixtureRequest, export_reference: Callable[[str], Exported]) -> Exported:
+    return export_reference(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_reference() -> Any:
+    """The script that writes the reference."""
+    spec = importlib.util.spec_from_file_location("make_reference", REFERENCE / "make_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _answers(model: Model, cases: Sequence[Case]) -> list[list[int]]:
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    return [list(model.generate(case.prompt, params).token_ids) for case in cases]
+
+
+def test_the_reference_covers_what_it_should(make_reference: Any) -> None:
+    assert sorted(tiny.name for tiny in make_reference.TINIES) == NAMES
+    assert (make_reference.BUCKETS, make_reference.CAPACITY, make_reference.STRIDE) == (BUCKETS, CAPACITY, STRIDE)
+    for model_type in ("llama", "qwen2"):
+        variants = [t for t in make_reference.TINIES if t.model_type == model_type]
+        assert {t.tied for t in variants} == {True, False}
+        assert {t.old_spelling for t in variants} == {True, False}
+        assert {t.rope.get("rope_type", "default") for t in variants} == {"default", "linear", "llama3"}
+
+
+def test_prompts_meet_every_edge(exported: Exported) -> None:
+    lengths = {len(case.prompt) for case in exported.cases}
+    assert {1, CAPACITY - 1} | {b + d for b in BUCKETS for d in (-1, 0, 1)} <= lengths
+    assert {min(20, CAPACITY - len(c.prompt)) - len(c.tokens) for c in exported.cases} == {0}
+    assert len(exported.sequence) == CAPACITY
+
+
+def test_greedy_tokens_are_those_of_transformers(exported: Exported) -> None:
+    assert _answers(exported.model, exported.cases) == [case.tokens for case in exported.cases]
+
+
+@pytest.mark.parametrize("name", PORTABLE)
+def test_the_portable_target_says_the_same(export_reference: Callable[[str], Exported], name: str) -> None:
+    exported = export_reference(name)
+    model = load(exported.artifact, target="portable", compile=True, log=lambda _: None)
+    assert model.target.runtime == "stablehlo"
+    assert _answers(model, exported.cases) == [case.tokens for case in exported.cases]
+
+
+def test_logits_of_prefill_and_decode(exported: Exported) -> None:
+    engine = exported.model.engine
+    for i, case in enumerate(exported.cases):
+        cache = engine.new_cache()
+        step = engine.prefill(case.prompt, cache)
+        first = np.array(engine.logits(step)[0])
+        for position, token in enumerate(case.tokens[:-1], start=len(case.prompt)):
+            step = engine.decode([token], [position], cache)
+        last = engine.logits(step)[0, ::STRIDE]
+        np.testing.assert_allclose(first, exported.logits["first"][i], rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(last, exported.logits["last"][i], rtol=0, atol=TOLERANCE)
+
+
+def _uncached(source: Source, sequence: Sequence[int]) -> np.ndarray:
+    """The Flax forward pass, straight from the source: logits ``[T, V]``."""
+    import jax
+
+    spec = read_model(source.config, source.name)
+    model = abstract_model(spec)
+    arrays = [
+        np.stack([source.tensors[name].read() for name in p.sources]).reshape(p.shape) for p in model.parameters
+    ]
+    cos, sin = spec.rope.tables(len(sequence))
+
+    def forward(tokens: Any, *weights: Any) -> Any:
+        return model.bind(weights).forward(tokens, cos, sin)
+
+    return np.asarray(jax.jit(forward)(np.array([sequence], np.int32), *arrays))[0]
+
+
+def test_the_uncached_pass_gives_every_logit(exported: Exported) -> None:
+    found = _uncached(exported.source, exported.sequence)
+    np.testing.assert_allclose(found[:, ::STRIDE], exported.logits["uncached"], rtol=0, atol=TOLERANCE)
+
+
+def test_a_wrong_frequency_would_be_seen(export_reference: Callable[[str], Exported]) -> None:
+    """The comparison is worth something: the model read without its RoPE scaling is not the same."""
+    exported = export_reference("llama-untied-linear-biases")
+    unscaled = dataclasses.replace(exported.source, config={**exported.source.config, "rope_scaling": None})
+    found = _uncached(unscaled, exported.sequence)
+    assert np.abs(found[:, ::STRIDE] - exported.logits["uncached"]).max() > 100 * TOLERANCE
+
+
+# --- where torch is installed -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reference_script(make_reference: Any) -> Iterator[Any]:
+    """The script, if it can run; one thread, because matrices this small are slower with more."""
+    torch = pytest.importorskip("torch", reason="the live comparison needs torch")
+    pytest.importorskip("transformers")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make_reference
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_reference_is_up_to_date(reference_script: Any, name: str) -> None:
+    assert reference_script.tiny_differences(TINY / name) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_uncached_pass_gives_every_logit_of_torch(
+    reference_script: Any, export_reference: Callable[[str], Exported], name: str
+) -> None:
+    exported = export_reference(name)
+    expected = reference_script.uncached_logits(reference_script.load_reference(exported.folder), exported.sequence)
+    found = _uncached(exported.source, exported.sequence)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_are_those_of_transformers(
+    reference_script: Any, export_reference: Callable[[str], Exported], name: str
+) -> None:
+    exported = export_reference(name)
+    state = reference_script.load_reference(exported.folder).state_dict()
+    assert set(state) - set(exported.source.tensors) <= {"lm_head.weight"}
+    for tensor_name, tensor in exported.source.tensors.items():
+        np.testing.assert_array_equal(tensor.read(), state[tensor_name].numpy(), err_msg=tensor_name)
