@@ -32,7 +32,9 @@ def _lines_only(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(1)
         except OSError as error:
             # What the system refuses is for the user too, wherever it refuses it.
-            _fail(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its disk.")
+            _fail(
+                f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its disk."
+            )
 
     return wrapper
 

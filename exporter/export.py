@@ -266,7 +266,12 @@ def _finish(folder: Path, manifest: Manifest, digest: str) -> Manifest:
 def _today() -> date:
     """The day of the export; SOURCE_DATE_EPOCH (reproducible-builds.org) sets it."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    return (datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)).date()
+    try:
+        return (datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)).date()
+    except (ValueError, OverflowError, OSError):
+        raise PrecastError(
+            f"SOURCE_DATE_EPOCH: expected seconds since 1970, found {epoch!r:.40}; correct or unset it."
+        ) from None
 
 
 def _versions() -> dict[str, str]:

@@ -214,7 +214,9 @@ class Model:
             # Any kind of whole number, NumPy's included; a fraction or a truth value would be rounded in silence.
             whole = isinstance(token, Integral) and not isinstance(token, bool)
             if not whole or not 0 <= token < vocab:
-                raise PrecastError(f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}.")
+                raise PrecastError(
+                    f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}."
+                )
         return [int(token) for token in ids]
 
     def _tokens(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:

@@ -255,7 +255,8 @@ def reference(tiny_source: Callable[..., Any]) -> Callable[[Sequence[int]], np.n
     spec = read_model(source.config, source.name)
     model = abstract_model(spec)
     weights = [
-        np.stack([source.tensors[name].read() for name in p.sources]).reshape(p.shape) for p in model.parameters
+        np.stack([source.tensors[name].read() for name in p.sources]).reshape(p.shape)
+        for p in model.parameters
     ]
     cos, sin = spec.rope.tables(64)
     forward = jax.jit(lambda tokens, *arrays: model.bind(arrays).forward(tokens, cos, sin))

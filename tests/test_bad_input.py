@@ -40,7 +40,9 @@ def export_refused(refused, tmp_path):
     parent = tmp_path / "output"
 
     def run(source, *options) -> str:
-        text = refused("export", source, "-o", parent / "artifact", "--buckets", "8", "--context", "64", *options)
+        text = refused(
+            "export", source, "-o", parent / "artifact", "--buckets", "8", "--context", "64", *options
+        )
         assert not parent.exists() or os.listdir(parent) == []
         return text
 
@@ -55,7 +57,9 @@ def test_a_source_that_is_missing_or_empty(export_refused, tmp_path):
         "no/such/folder/anywhere": "expected a Hugging Face directory, a .gguf file or a hub id",
         "missing.gguf": "expected a Hugging Face directory, a .gguf file or a hub id",
         str(tmp_path / "model.zip"): "found a file of another kind",
-        str(tmp_path / "empty"): "expected config.json, found an empty directory; name a Hugging Face model directory",
+        str(
+            tmp_path / "empty"
+        ): "expected config.json, found an empty directory; name a Hugging Face model directory",
         str(tmp_path / "empty.gguf"): "empty.gguf",
         "[/no] [bold]markup": "'[/no] [bold]markup': expected",
         "line\nbreak/of/a": "expected a Hugging Face directory",
@@ -68,15 +72,27 @@ def test_a_source_that_is_missing_or_empty(export_refused, tmp_path):
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"model_type": "mamba"}, "architecture 'mamba' is not supported; expected model_type to be one of llama, qwen2"),
-        ({"model_type": None}, "architecture None is not supported; expected model_type to be one of llama, qwen2"),
+        (
+            {"model_type": "mamba"},
+            "architecture 'mamba' is not supported; expected model_type to be one of llama, qwen2",
+        ),
+        (
+            {"model_type": None},
+            "architecture None is not supported; expected model_type to be one of llama, qwen2",
+        ),
         ({"model_type": ["llama"]}, "architecture ['llama'] is not supported"),
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
         ({"hidden_size": "48"}, "'hidden_size' is '48', expected a whole number above 0."),
         ({"hidden_act": "relu"}, "'hidden_act' is 'relu', expected 'silu'."),
         ({"num_key_value_heads": 3}, "expected num_attention_heads to be a multiple of num_key_value_heads"),
-        ({"sliding_window_pattern": 3}, "'sliding_window_pattern' may change the model's maths and is not understood"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "RoPE type 'yarn' is not supported; expected one of default"),
+        (
+            {"sliding_window_pattern": 3},
+            "'sliding_window_pattern' may change the model's maths and is not understood",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "RoPE type 'yarn' is not supported; expected one of default",
+        ),
         ({"auto_map": {}}, "auto_map asks for Python code that came with the checkpoint"),
     ],
 )
@@ -94,15 +110,27 @@ NAME = "model.layers.2.mlp.down_proj.weight"
     ("tensors", "text"),
     [
         ({NAME: None}, f"tensor '{NAME}' is missing; the config and the weights do not fit."),
-        ({NAME: np.zeros((48, 81), np.float32)}, f"'{NAME}' has shape [48, 81], expected [48, 80] by the config."),
-        ({NAME: np.zeros((80, 48), np.float32)}, f"'{NAME}' has shape [80, 48], expected [48, 80] by the config."),
+        (
+            {NAME: np.zeros((48, 81), np.float32)},
+            f"'{NAME}' has shape [48, 81], expected [48, 80] by the config.",
+        ),
+        (
+            {NAME: np.zeros((80, 48), np.float32)},
+            f"'{NAME}' has shape [80, 48], expected [48, 80] by the config.",
+        ),
         (
             {"model.layers.3.mlp.down_proj.weight": np.zeros((48, 80), np.float32)},
             "tensor 'model.layers.3.mlp.down_proj.weight' belongs to no parameter of the model; config and",
         ),
-        ({NAME: np.full((48, 80), np.nan, np.float32)}, f"{NAME}: the tensor holds values that are not finite"),
+        (
+            {NAME: np.full((48, 80), np.nan, np.float32)},
+            f"{NAME}: the tensor holds values that are not finite",
+        ),
         ({"lm_head.weight": None}, "tensor 'lm_head.weight' is missing"),
-        ({NAME: np.zeros((48, 80), np.int32)}, f"{NAME} is stored as I32, and only F32, F16 and BF16 are read"),
+        (
+            {NAME: np.zeros((48, 80), np.int32)},
+            f"{NAME} is stored as I32, and only F32, F16 and BF16 are read",
+        ),
     ],
 )
 def test_tensors_that_are_wrong_or_missing(export_refused, tiny_checkpoint, tensors, text):
@@ -117,7 +145,10 @@ def test_a_truncated_weight_file(export_refused, tiny_checkpoint):
 
 def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint):
     folder = tiny_checkpoint(config={"vocab_size": 200})
-    assert "the tokenizer has 300 tokens, the model embeds 200; they do not belong together." in export_refused(folder)
+    assert (
+        "the tokenizer has 300 tokens, the model embeds 200; they do not belong together."
+        in export_refused(folder)
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +158,10 @@ def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint)
         (["--buckets", "8,-4"], "--buckets: -4 is not possible, expected prompt lengths of 1 or more."),
         (["--buckets=-4"], "--buckets: -4 is not possible, expected prompt lengths of 1 or more."),
         (["--buckets", "8,16,8"], "--buckets: 8 is named twice; name each length once."),
-        (["--buckets", "8,65"], "--buckets: 65 is larger than the context of 64; leave it out or raise --context."),
+        (
+            ["--buckets", "8,65"],
+            "--buckets: 65 is larger than the context of 64; leave it out or raise --context.",
+        ),
         (["--context", "129"], "--context: 129 is not possible, expected 2 to 128 (the model's own limit)."),
         (["--context", "1"], "--context: 1 is not possible, expected 2 to 128 (the model's own limit)."),
         (["--context", "-5"], "--context: -5 is not possible, expected 2 to 128 (the model's own limit)."),
@@ -155,7 +189,9 @@ def test_an_output_that_exists(refused, tiny_checkpoint, tmp_path, tiny_artifact
         )
     for name in ("file", "folder"):
         text = refused("export", source, "-o", tmp_path / name, *options, "--overwrite")
-        assert text.endswith("exists and is no artifact, so --overwrite does not replace it; remove it yourself.")
+        assert text.endswith(
+            "exists and is no artifact, so --overwrite does not replace it; remove it yourself."
+        )
     assert "cannot write there" in refused("export", source, "-o", tmp_path / "file" / "below", *options)
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "thesis").read_text() == "mine"
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
@@ -175,7 +211,10 @@ def test_a_disk_that_is_full(export_refused, tiny_checkpoint, monkeypatch, place
     else:
         monkeypatch.setattr(os, "fsync", full)
     text = export_refused(source)
-    assert "writing stopped (No space left on device); nothing was left behind: make room and export again." in text
+    assert (
+        "writing stopped (No space left on device); nothing was left behind: make room and export again."
+        in text
+    )
 
 
 def test_missing_packages_for_an_export(refused, monkeypatch):
@@ -197,15 +236,24 @@ def test_missing_packages_for_an_export(refused, monkeypatch):
         (["-p", ""], "prompt: expected at least one token, found none; give the model some text."),
         ([], "prompt: expected at least one token, found none; give the model some text."),
         (["--chat", "-p", " \n"], "prompt: expected some text, found none; give it with -p or pipe it in."),
-        (["-p", "fox " * 200], f"tokens leave no room in a context of {CAPACITY}; shorten it to {CAPACITY - 1}"),
+        (
+            ["-p", "fox " * 200],
+            f"tokens leave no room in a context of {CAPACITY}; shorten it to {CAPACITY - 1}",
+        ),
         (["--ids", ",".join("5" * CAPACITY)], "prompt: 64 tokens leave no room in a context of 64"),
         (["--ids", f"1,{VOCAB}"], f"prompt: token 1 is {VOCAB}, expected an id from 0 to {VOCAB - 1}."),
         (["--ids", "-1"], f"prompt: token 0 is -1, expected an id from 0 to {VOCAB - 1}."),
         (["--ids", str(2**40)], f"prompt: token 0 is {2**40}, expected an id from 0 to {VOCAB - 1}."),
         (["-p", "a", "--ids", "1"], "--prompt and --ids both say what to continue; give one of them."),
-        (["--chat", "--ids", "1"], "--chat needs text to put through the chat template; use --prompt instead"),
+        (
+            ["--chat", "--ids", "1"],
+            "--chat needs text to put through the chat template; use --prompt instead",
+        ),
         (["-p", "a", "--target", "gpu"], "target 'gpu' is not in the artifact; it holds 'cpu-"),
-        (["-p", "a", "--target", "portable"], "target 'portable': it must be compiled first (--compile does so)"),
+        (
+            ["-p", "a", "--target", "portable"],
+            "target 'portable': it must be compiled first (--compile does so)",
+        ),
         (["-p", "a", "-n", "0"], "max_tokens must be an integer of at least 1, found 0."),
         (["-p", "a", "--temperature", "-1"], "temperature must be a finite number at least 0, found -1.0."),
         (["-p", "a", "--temperature", "nan"], "temperature must be a finite number at least 0, found nan."),
@@ -261,10 +309,19 @@ def set_key(*path_and_value):
     [
         (set_key("rope", 1), "manifest.json: key 'rope' is not known to format version 1;"),
         (set_key("model", "scale", 2), "manifest.json: model: key 'scale' is not known to format version 1;"),
-        (set_key("format_version", 2), "format version 2 is not the 1 that this precast reads; update precast."),
-        (set_key("format_version", 0), "format version 0 is not the 1 that this precast reads; export the model"),
+        (
+            set_key("format_version", 2),
+            "format version 2 is not the 1 that this precast reads; update precast.",
+        ),
+        (
+            set_key("format_version", 0),
+            "format version 0 is not the 1 that this precast reads; export the model",
+        ),
         (set_key("capacity", "64"), "manifest.json: capacity: expected a whole number, found '64'."),
-        (set_key("capacity", 128), "slots and positions: expected {'B': 1, 'S': 128}, found {'B': 1, 'S': 64}"),
+        (
+            set_key("capacity", 128),
+            "slots and positions: expected {'B': 1, 'S': 128}, found {'B': 1, 'S': 64}",
+        ),
         (set_key("targets", []), "expected at least one target, found none; export the model again."),
     ],
 )
@@ -293,7 +350,9 @@ def test_manifests_that_are_no_json(refused, artifact_copy, data):
 def test_artifacts_of_another_machine(refused, artifact_copy, edit_manifest, change, text):
     edit_manifest(artifact_copy, lambda manifest: manifest["targets"][0].update(change))
     message = refused("run", artifact_copy, "-p", "x")
-    assert re.search(f"no target runs here: target 'cpu-[^']+': {text}; target 'portable': it must be compiled", message)
+    assert re.search(
+        f"no target runs here: target 'cpu-[^']+': {text}; target 'portable': it must be compiled", message
+    )
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "programs/cpu/decode.xla", "tokenizer.json"])
@@ -314,13 +373,19 @@ def test_what_the_system_refuses_is_one_line_too(refused, tiny_artifact, monkeyp
         raise PermissionError(errno.EACCES, "Permission denied", "/some/file")
 
     monkeypatch.setattr("precast.loaders.load.map_weights", refuse)
-    assert refused("run", tiny_artifact, "-p", "x") == "/some/file: Permission denied; check the path and its disk."
+    assert (
+        refused("run", tiny_artifact, "-p", "x")
+        == "/some/file: Permission denied; check the path and its disk."
+    )
 
 
 def test_a_real_process_says_the_same(tiny_artifact, python, tmp_path):
     for arguments, text in (
         (["run", str(tmp_path), "-p", "x"], "expected an artifact, found no manifest.json in it"),
-        (["run", str(tiny_artifact), "--ids", "999"], "prompt: token 0 is 999, expected an id from 0 to 319."),
+        (
+            ["run", str(tiny_artifact), "--ids", "999"],
+            "prompt: token 0 is 999, expected an id from 0 to 319.",
+        ),
         (["inspect", str(tmp_path / "none")], "expected the folder of an artifact, but it does not exist"),
     ):
         result = python("cli.py", *arguments)

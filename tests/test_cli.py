@@ -82,7 +82,9 @@ def test_a_chat_goes_through_the_template(record, tiny_artifact, tiny_model):
     messages = [{"role": "system", "content": "be a cat"}, {"role": "user", "content": "the dog"}]
     found = record(tiny_artifact, "--chat", "--system", "be a cat", "-p", "the dog")
     assert found["prompt_token_ids"] == tiny_model.chat_prompt(messages)
-    assert record(tiny_artifact, "--chat", stdin="the dog")["prompt_token_ids"] == tiny_model.chat_prompt(messages[1:])
+    assert record(tiny_artifact, "--chat", stdin="the dog")["prompt_token_ids"] == tiny_model.chat_prompt(
+        messages[1:]
+    )
 
 
 def test_eos_ends_the_text_unless_it_is_ignored(record, artifact_copy, edit_manifest, answer):
@@ -117,7 +119,9 @@ def test_the_same_seed_gives_the_same_text(record, tiny_artifact, answer):
     assert len({tuple(sampled(seed)) for seed in range(4)} | {answer.token_ids}) == 5
 
 
-def test_what_is_not_given_is_the_model_s_own_default(record, artifact_copy, edit_manifest, answer, tiny_model):
+def test_what_is_not_given_is_the_model_s_own_default(
+    record, artifact_copy, edit_manifest, answer, tiny_model
+):
     from precast.loaders.sampling import SamplingParams
 
     edit_manifest(artifact_copy, lambda manifest: manifest["sampling"].update(repetition_penalty=1.7))
@@ -199,7 +203,12 @@ def test_the_installed_command_is_the_one_in_the_checkout(python, command):
     if not installed.is_file():
         pytest.skip("precast is not installed here, only importable")
     ours = python("cli.py", *command, "--help")
-    theirs = python("-c", f"import runpy, sys; sys.argv[0] = {str(installed)!r}; runpy.run_path(sys.argv[0])", *command, "--help")
+    theirs = python(
+        "-c",
+        f"import runpy, sys; sys.argv[0] = {str(installed)!r}; runpy.run_path(sys.argv[0])",
+        *command,
+        "--help",
+    )
     assert ours.returncode == theirs.returncode == 0
     assert ours.stdout.replace("cli.py", "precast") == theirs.stdout
 

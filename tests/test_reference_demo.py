@@ -92,7 +92,9 @@ def test_the_uncached_pass_chooses_the_same_tokens(demo_source: Source, demo_art
     """Given prompt and answer, every position of the answer has the recorded token as its best."""
     chosen = [c for c in CASES if len(c["prompt_token_ids"]) in (1, 64, 129) or "messages" in c]
     assert len(chosen) >= 5
-    best = _uncached_best(demo_source, demo_artifact, [c["prompt_token_ids"] + c["token_ids"] for c in chosen])
+    best = _uncached_best(
+        demo_source, demo_artifact, [c["prompt_token_ids"] + c["token_ids"] for c in chosen]
+    )
     for case, row in zip(chosen, best, strict=True):
         first = len(case["prompt_token_ids"]) - 1
         assert row[first : first + len(case["token_ids"])].tolist() == case["token_ids"]

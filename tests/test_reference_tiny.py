@@ -112,7 +112,11 @@ def _answers(model: Model, cases: Sequence[Case]) -> list[list[int]]:
 
 def test_the_reference_covers_what_it_should(make_reference: Any) -> None:
     assert sorted(tiny.name for tiny in make_reference.TINIES) == NAMES
-    assert (make_reference.BUCKETS, make_reference.CAPACITY, make_reference.STRIDE) == (BUCKETS, CAPACITY, STRIDE)
+    assert (make_reference.BUCKETS, make_reference.CAPACITY, make_reference.STRIDE) == (
+        BUCKETS,
+        CAPACITY,
+        STRIDE,
+    )
     for model_type in ("llama", "qwen2"):
         variants = [t for t in make_reference.TINIES if t.model_type == model_type]
         assert {t.tied for t in variants} == {True, False}
@@ -159,7 +163,8 @@ def _uncached(source: Source, sequence: Sequence[int]) -> np.ndarray:
     spec = read_model(source.config, source.name)
     model = abstract_model(spec)
     arrays = [
-        np.stack([source.tensors[name].read() for name in p.sources]).reshape(p.shape) for p in model.parameters
+        np.stack([source.tensors[name].read() for name in p.sources]).reshape(p.shape)
+        for p in model.parameters
     ]
     cos, sin = spec.rope.tables(len(sequence))
 
@@ -206,7 +211,9 @@ def test_the_uncached_pass_gives_every_logit_of_torch(
     reference_script: Any, export_reference: Callable[[str], Exported], name: str
 ) -> None:
     exported = export_reference(name)
-    expected = reference_script.uncached_logits(reference_script.load_reference(exported.folder), exported.sequence)
+    expected = reference_script.uncached_logits(
+        reference_script.load_reference(exported.folder), exported.sequence
+    )
     found = _uncached(exported.source, exported.sequence)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from .ops import Ops
-
 # Attention of one layer, however keys and values are kept: (q [R, T, N, H], k, v [R, T, K, H]) -> [R, T, N, H].
 Attend = Callable[[Array, Array, Array], Array]
+
+# Products of one x with weights of one layer, however the target computes them:
+# (x [M, in], weights each [L, out, in], layer) -> results each [M, out].
+Project = Callable[[Array, Sequence[Array], Array], list[Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +56,10 @@ class Linear(nnx.Module):
         self.bias = _parameter(layers, outputs) if bias else None
 
 
-def linears(x: Array, modules: Sequence[Linear], layer: Array, ops: Ops) -> list[Array]:
+def linears(x: Array, modules: Sequence[Linear], layer: Array, project: Project) -> list[Array]:
     """Several products of one x ``[…, in]``, in one call to the target's operation; each ``[…, out]``."""
     flat = x.reshape(-1, x.shape[-1])  # [M, in]
-    results = ops.linear(flat, [m.weight[...] for m in modules], layer)
+    results = project(flat, [m.weight[...] for m in modules], layer)
     biased = [y if m.bias is None else y + m.bias[layer] for m, y in zip(modules, results, strict=True)]
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in biased]
 
@@ -91,11 +93,13 @@ class Attention(nnx.Module):
         self.o_proj = Linear(c.layers, c.heads * c.head_dim, c.width, bias=c.out_bias)
         self.head_dim = c.head_dim
 
-    def __call__(self, x: Array, layer: Array, cos: Array, sin: Array, attend: Attend, ops: Ops) -> Array:
-        projected = linears(x, (self.q_proj, self.k_proj, self.v_proj), layer, ops)
+    def __call__(
+        self, x: Array, layer: Array, cos: Array, sin: Array, attend: Attend, project: Project
+    ) -> Array:
+        projected = linears(x, (self.q_proj, self.k_proj, self.v_proj), layer, project)
         q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in projected)  # [R, T, N or K, H]
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [R, T, N, H]
-        return linears(out.reshape(*out.shape[:2], -1), (self.o_proj,), layer, ops)[0]
+        return linears(out.reshape(*out.shape[:2], -1), (self.o_proj,), layer, project)[0]
 
 
 class GatedMLP(nnx.Module):
@@ -106,9 +110,9 @@ class GatedMLP(nnx.Module):
         self.up_proj = Linear(c.layers, c.width, c.ff_width, bias=c.mlp_bias)
         self.down_proj = Linear(c.layers, c.ff_width, c.width, bias=c.mlp_bias)
 
-    def __call__(self, x: Array, layer: Array, ops: Ops) -> Array:
-        gate, up = linears(x, (self.gate_proj, self.up_proj), layer, ops)
-        return linears(jax.nn.silu(gate) * up, (self.down_proj,), layer, ops)[0]
+    def __call__(self, x: Array, layer: Array, project: Project) -> Array:
+        gate, up = linears(x, (self.gate_proj, self.up_proj), layer, project)
+        return linears(jax.nn.silu(gate) * up, (self.down_proj,), layer, project)[0]
 
 
 class Layers(nnx.Module):
@@ -120,7 +124,9 @@ class Layers(nnx.Module):
         self.post_attention_layernorm = RMSNorm(c.layers, c.width, c.norm_eps)
         self.mlp = GatedMLP(c)
 
-    def __call__(self, x: Array, layer: Array, cos: Array, sin: Array, attend: Attend, ops: Ops) -> Array:
+    def __call__(
+        self, x: Array, layer: Array, cos: Array, sin: Array, attend: Attend, project: Project
+    ) -> Array:
         """Runs layer `layer`: x ``[R, T, D]`` to ``[R, T, D]``."""
-        x = x + self.self_attn(self.input_layernorm(x, layer), layer, cos, sin, attend, ops)
-        return x + self.mlp(self.post_attention_layernorm(x, layer), layer, ops)
+        x = x + self.self_attn(self.input_layernorm(x, layer), layer, cos, sin, attend, project)
+        return x + self.mlp(self.post_attention_layernorm(x, layer), layer, project)

@@ -37,6 +37,10 @@ class ConfigReader:
         """The value of `key`, which is left for whoever takes it; None where it is absent."""
         return self._left.get(key)
 
+    def is_null(self, key: str) -> bool:
+        """Whether `key` is there and says nothing; where that is not the same as its absence."""
+        return key in self._left and self._left[key] is None
+
     def take_mapping(self, key: str) -> Mapping[str, object]:
         value = self.take(key, {})
         if not isinstance(value, Mapping):

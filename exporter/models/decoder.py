@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from .blocks import DecoderConfig, Layers, Linear, RMSNorm, linears
+from .blocks import DecoderConfig, Layers, Linear, Project, RMSNorm, linears
 from .ops import XLA_OPS, Cache, Ops, Rows, softmax_attention
 
 
@@ -25,6 +25,12 @@ class Body(nnx.Module):
         self.norm = RMSNorm(1, c.width, c.norm_eps)
 
 
+def _projection(ops: Ops, used: Array | int) -> Project:
+    """The target's product, told how many rows are true."""
+    count = jnp.asarray(used, jnp.int32)
+    return lambda x, weights, layer: ops.linear(x, weights, layer, count)
+
+
 class Decoder(nnx.Module):
     """Parameters named as in checkpoints; the layers' stacked."""
 
@@ -35,11 +41,12 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Array, ops: Ops) -> Array:
         """Final norm and output head: x ``[R, D]`` to ``[R, V]``."""
+        project = _projection(ops, x.shape[0])
         first = jnp.int32(0)
         x = self.model.norm(x, first)
         if self.lm_head is not None:
-            return linears(x, (self.lm_head,), first, ops)[0]
-        return ops.linear(x, [self.model.embed_tokens.weight[...][None]], first)[0]
+            return linears(x, (self.lm_head,), first, project)[0]
+        return project(x, [self.model.embed_tokens.weight[...][None]], first)[0]
 
     def forward(self, tokens: Array, cos: Array, sin: Array) -> Array:
         """The reference: no cache, no kernels, every position at once.
@@ -56,12 +63,14 @@ class Decoder(nnx.Module):
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
         cos, sin = (jnp.broadcast_to(table[:t], (b, t, table.shape[1])) for table in (cos, sin))
 
+        project = _projection(XLA_OPS, b * t)
+
         def attend(q: Array, k: Array, v: Array) -> Array:
             k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))  # [B, K, T, H]
             return softmax_attention(q, k, v, mask, self.config.attention_scale)
 
         def layer(index: Array, x: Array) -> Array:
-            return self.model.layers(x, index, cos, sin, attend, XLA_OPS)
+            return self.model.layers(x, index, cos, sin, attend, project)
 
         x = self.model.embed_tokens.weight[tokens]  # [B, T, D]
         x = jax.lax.fori_loop(0, self.config.layers, layer, x)
@@ -86,6 +95,9 @@ class Decoder(nnx.Module):
         positions = rows.starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [R, T]
         cos, sin = (table.at[positions].get(mode="clip") for table in (cos, sin))  # [R, T, H / 2]
 
+        # Of one sequence, what is behind its length need not be computed; of several, their padding lies between.
+        project = _projection(ops, rows.lengths[0] if tokens.shape[0] == 1 else tokens.size)
+
         def layer(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
             x, cache = carry
 
@@ -94,7 +106,7 @@ class Decoder(nnx.Module):
                 out, cache = ops.attention(q, k, v, cache, index, rows, self.config.attention_scale)
                 return out
 
-            x = self.model.layers(x, index, cos, sin, attend, ops)
+            x = self.model.layers(x, index, cos, sin, attend, project)
             return x, cache
 
         x = self.model.embed_tokens.weight[tokens]  # [R, T, D]

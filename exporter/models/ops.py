@@ -38,20 +38,21 @@ class Ops:
     """What a target computes in its own way.
 
     Attributes:
-        linear: ``(x [M, in], weights each [L, out, in], layer) -> results each [M, out]``.
+        linear: ``(x [M, in], weights each [L, out, in], layer, used) -> results each [M, out]``; rows from `used` on
+            are padding, and what comes out for them means nothing.
         attention: ``(q [R, T, N, H], k and v [R, T, K, H], cache, layer, rows, scale) -> (out [R, T, N, H], cache)``
             with k and v appended to the cache; token t sees positions ``0 .. start + t``.
         empty_cache: ``shape -> keys and values`` of that shape, nothing in them.
         kernels: the custom-call targets it uses.
     """
 
-    linear: Callable[[Array, Sequence[Array], Array], list[Array]]
+    linear: Callable[[Array, Sequence[Array], Array, Array], list[Array]]
     attention: Callable[[Array, Array, Array, Cache, Array, Rows, float], tuple[Array, Cache]]
     empty_cache: Callable[[tuple[int, ...]], Cache]
     kernels: tuple[str, ...] = ()
 
 
-def _xla_linear(x: Array, weights: Sequence[Array], layer: Array) -> list[Array]:
+def _xla_linear(x: Array, weights: Sequence[Array], layer: Array, used: Array) -> list[Array]:
     # The only entry of a stack is taken as it lies; XLA copies what is sliced at an index it does not know.
     return [jnp.einsum("MI,OI->MO", x, w[0] if len(w) == 1 else w[layer]) for w in weights]
 
@@ -92,9 +93,9 @@ def _xla_attention(
     return softmax_attention(q, keys, values, mask, scale), cache
 
 
-def _cpu_linear(x: Array, weights: Sequence[Array], layer: Array) -> list[Array]:
+def _cpu_linear(x: Array, weights: Sequence[Array], layer: Array, used: Array) -> list[Array]:
     results = [jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype) for w in weights]
-    return list(jax.ffi.ffi_call("precast.matmul.v1", results)(x, layer, *weights))
+    return list(jax.ffi.ffi_call("precast.matmul.v1", results)(x, layer, used, *weights))
 
 
 def _cpu_attention(

@@ -24,7 +24,7 @@ def read_config(config: ConfigReader) -> tuple[DecoderConfig, Rope]:
         layers=layers,
         width=width,
         heads=heads,
-        kv_heads=config.take_size("num_key_value_heads", 32),
+        kv_heads=_kv_heads(config, heads),
         head_dim=config.take_size("head_dim", max(width // heads, 1)),
         ff_width=config.take_size("intermediate_size"),
         vocab=config.take_size("vocab_size"),
@@ -36,3 +36,8 @@ def read_config(config: ConfigReader) -> tuple[DecoderConfig, Rope]:
         mlp_bias=False,
     )
     return shape, read_rope(config, shape.head_dim)
+
+
+def _kv_heads(config: ConfigReader, heads: int) -> int:
+    """transformers has 32 where the key is absent, and one for each query head where it is null."""
+    return config.take_size("num_key_value_heads", heads if config.is_null("num_key_value_heads") else 32)

@@ -40,7 +40,7 @@ def read_rope(config: ConfigReader, head_dim: int) -> Rope:
     theta = reader.take_number("rope_theta", theta)
     if not 0 < theta < math.inf:
         raise PrecastError(f"{config.where}: 'rope_theta' is {theta!r}, expected a number above 0.")
-    if config.take_number("partial_rotary_factor", reader.take_number("partial_rotary_factor", 1.0)) != 1.0:
+    if any(place.take_number("partial_rotary_factor", 1.0) != 1.0 for place in (config, reader)):
         raise PrecastError(f"{config.where}: partial_rotary_factor other than 1 is not supported.")
     names = {str(value) for key in ("rope_type", "type") if (value := reader.take(key)) is not None}
     if len(names) > 1:
@@ -66,7 +66,8 @@ def _parameters(config: ConfigReader) -> dict[str, object]:
     newer, older = ({k: v for k, v in table.items() if v is not None} for table in tables)
     if not newer or not older:
         return newer or older
-    said = {"rope_theta": config.peek("rope_theta"), "rope_type": older.get("type"), **older}
+    spelt = {"rope_type": older.get("type"), "type": older.get("rope_type")}
+    said = {"rope_theta": config.peek("rope_theta"), **spelt, **older}
     if differing := sorted(key for key in newer if newer[key] != said.get(key)):
         raise PrecastError(
             f"{config.where}: rope_parameters and rope_scaling disagree about {', '.join(map(repr, differing))}; remove"

@@ -2,8 +2,10 @@
 
 import dataclasses
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -15,7 +17,7 @@ from jaxlib.version import __version__ as jaxlib_version
 
 from precast import kernels
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.machine import cpu_features, processor_family
+from precast.loaders.artifact.machine import CODEGEN_FEATURES, cpu_features, processor_family
 from precast.loaders.artifact.manifest import Program, ProgramMemory, Target, Value
 from precast.loaders.runtime.pjrt import register_kernels
 
@@ -24,6 +26,10 @@ from . import TargetKind
 
 # jax.export promises to read what it wrote for six months.
 STABLEHLO_LIFE = timedelta(days=180)
+
+# How LLVM spells a machine inside an executable: "+avx,+avx2,-avx512f,…".
+_FEATURE_LIST = re.compile(rb"(?:[+-][a-z0-9._-]+,){4,}[+-][a-z0-9._-]+")
+_ENABLED = re.compile(rb"(?<![a-z0-9._-])\+([a-z0-9._-]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +72,19 @@ def build_target(
     folder = root / "programs" / kind.name
     folder.mkdir(parents=True)
     built = []
-    for spec in programs:
-        built.append(_build_program(kind, spec, folder))
-        report(built[-1])
+    with _without_source_locations():
+        for spec in programs:
+            built.append(_build_program(kind, spec, folder))
+            report(built[-1])
     compiled = kind.runtime == "pjrt"
+    features = _features(root, built[-1].program) if compiled else ()
     target = Target(
-        name=_target_name(kind),
+        name=_target_name(kind, features),
         runtime=kind.runtime,
         platform="cpu",
         machine=processor_family() if compiled else "any",
         jaxlib=jaxlib_version if compiled else "any",
-        cpu_features=cpu_features() if compiled else (),
+        cpu_features=features,
         kernel_abi=kernels.ABI_VERSION if kind.ops.kernels else 0,
         kernels=kind.ops.kernels,
         xla_flags=os.environ.get("XLA_FLAGS", ""),
@@ -87,10 +95,32 @@ def build_target(
     return target
 
 
-def _target_name(kind: TargetKind) -> str:
+@contextmanager
+def _without_source_locations() -> Iterator[None]:
+    """Keeps paths and lines of this machine's Python files out of the programs."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
+
+
+def _features(root: Path, program: Program) -> tuple[str, ...]:
+    """CPU features that LLVM was allowed to use, read from what came out of it.
+
+    They are this machine's, unless XLA_FLAGS asked for fewer. The same list is what a machine is compared with.
+    """
+    data = b"" if program.executable is None else (root / program.executable).read_bytes()
+    found = {name.decode() for list_ in _FEATURE_LIST.findall(data) for name in _ENABLED.findall(list_)}
+    used = tuple(sorted(found & CODEGEN_FEATURES))
+    return used or cpu_features()
+
+
+def _target_name(kind: TargetKind, features: Sequence[str]) -> str:
     if kind.runtime != "pjrt":
         return kind.name
-    widest = next((f for f in ("avx512f", "avx2", "sve2", "neon") if f in cpu_features()), None)
+    widest = next((f for f in ("avx512f", "avx2", "sve2", "neon") if f in features), None)
     return "-".join(filter(None, (kind.name, processor_family(), widest)))
 
 

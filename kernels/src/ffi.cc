@@ -19,7 +19,7 @@ namespace ffi = xla::ffi;
 
 using Floats = ffi::AnyBuffer;
 using Ints = ffi::BufferR1<ffi::S32>;
-using Layer = ffi::BufferR0<ffi::S32>;
+using Scalar = ffi::BufferR0<ffi::S32>;
 
 // Bytes of weights a task streams: large enough to hide the cost of drawing it, small enough to share evenly.
 constexpr int64_t kTaskBytes = 96 * 1024;
@@ -47,10 +47,12 @@ struct Product {
   float* y;
 };
 
-ffi::Error MatmulHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Layer layer, ffi::RemainingArgs weights,
-                         ffi::RemainingRets results) {
+ffi::Error MatmulHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Scalar layer, Scalar true_rows,
+                         ffi::RemainingArgs weights, ffi::RemainingRets results) {
   const int64_t rows = x.dimensions()[0], in = x.dimensions()[1];
-  const int64_t index = layer.typed_data()[0];
+  const int64_t index = layer.typed_data()[0], used = true_rows.typed_data()[0];
+  if (used < 0 || used > rows)
+    return Bad("matmul: " + std::to_string(used) + " true rows of x " + Shape(x.dimensions()));
   if (weights.size() == 0 || weights.size() != results.size())
     return Bad("matmul: expected as many results as weights and at least one, found " +
                std::to_string(results.size()) + " and " + std::to_string(weights.size()));
@@ -80,8 +82,10 @@ ffi::Error MatmulHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Layer 
     while (task < products[i].first_task) --i;
     const Product& p = products[i];
     const int64_t o = (task - p.first_task) * p.chunk;
-    ops.matmul(x.typed_data(), rows, in, p.w + o * in, std::min(p.chunk, p.outs - o), p.y + o, p.outs);
+    ops.matmul(x.typed_data(), used, in, p.w + o * in, std::min(p.chunk, p.outs - o), p.y + o, p.outs);
   });
+  // Padding costs no products; it is zero, so that nothing downstream reads what was never written.
+  for (const Product& p : products) std::fill(p.y + used * p.outs, p.y + rows * p.outs, 0.0f);
   return ffi::Error::Success();
 }
 
@@ -178,7 +182,7 @@ void AttendBlock(ffi::ThreadPool& pool, const Ops& ops, const AttentionCall& c, 
 }
 
 ffi::Error AttentionHandler(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi::BufferR4<ffi::F32> k,
-                            ffi::BufferR4<ffi::F32> v, Floats cache_k, Floats cache_v, Layer layer, Ints slots,
+                            ffi::BufferR4<ffi::F32> v, Floats cache_k, Floats cache_v, Scalar layer, Ints slots,
                             Ints starts, Ints lengths, ffi::ResultBufferR4<ffi::F32> out,
                             ffi::Result<ffi::AnyBuffer> new_k, ffi::Result<ffi::AnyBuffer> new_v, float scale) {
   if (!IsFloat(cache_k, 5) || !IsFloat(cache_v, 5) || !IsFloat(*new_k, 5) || !IsFloat(*new_v, 5))
@@ -224,7 +228,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastMatmulV1, MatmulHandler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
-                                  .Arg<Layer>()
+                                  .Arg<Scalar>()
+                                  .Arg<Scalar>()
                                   .RemainingArgs()
                                   .RemainingRets());
 
@@ -236,7 +241,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastAttentionV1, AttentionHandler,
                                   .Arg<ffi::BufferR4<ffi::F32>>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
-                                  .Arg<Layer>()
+                                  .Arg<Scalar>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()
                                   .Arg<Ints>()

@@ -36,7 +36,7 @@ _LLVM_NAMES = {
 
 # What a compiler for this family may emit. Everything else in /proc/cpuinfo (power, virtualisation, timers) does
 # not decide whether code runs.
-_CODEGEN = frozenset(
+CODEGEN_FEATURES = frozenset(
     """
     adx aes amx-bf16 amx-fp16 amx-int8 amx-tile avx avx2 avx512bf16 avx512bitalg avx512bw avx512cd avx512dq
     avx512f avx512fp16 avx512ifma avx512vbmi avx512vbmi2 avx512vl avx512vnni avx512vp2intersect avx512vpopcntdq
@@ -82,5 +82,5 @@ def cpu_features() -> tuple[str, ...]:
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
             names = {_LLVM_NAMES.get(name, name) for name in value.split()}
-            return tuple(sorted(names & _CODEGEN))
+            return tuple(sorted(names & CODEGEN_FEATURES))
     return ()

@@ -67,14 +67,17 @@ def test_the_golden_answers_are_replayed(tiny_artifact, tiny_model, reference):
 
 
 def test_an_artifact_that_answers_wrongly_is_not_shipped(refusal, tiny_source, monkeypatch):
-    original = exporting.golden._reference
+    """Here the programs are right and the reference is given other weights; it only matters that they differ."""
+    original = exporting.map_weights
 
-    def off_by_one(*arguments):
-        best, margins = original(*arguments)
-        return best + 1, margins
+    def other_weights(path):
+        weights = original(path)
+        return weights | {"lm_head.weight": np.ascontiguousarray(weights["lm_head.weight"][:, ::-1])}
 
-    monkeypatch.setattr(exporting.golden, "_reference", off_by_one)
-    assert "the compiled programs answer" in refusal(tiny_source())
+    monkeypatch.setattr(exporting, "map_weights", other_weights)
+    text = refusal(tiny_source())
+    assert "tiny: the compiled programs answer" in text
+    assert "where the reference answers" in text
 
 
 def test_only_ties_of_the_reference_are_forgiven():
@@ -116,6 +119,12 @@ def test_exports_of_one_day_are_the_same(export_tiny, monkeypatch):
     assert first.targets[0].stablehlo_expires == "2024-05-12"
     same = {name for name, entry in first.files.items() if second.files[name] == entry}
     assert {name for name in first.files if not name.endswith(".xla")} <= same
+
+
+@pytest.mark.parametrize("epoch", ["yesterday", "1e9", "9" * 30])
+def test_a_day_that_is_none_is_refused(refusal, tiny_source, monkeypatch, epoch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    assert refusal(tiny_source()).startswith("SOURCE_DATE_EPOCH: expected seconds since 1970, found ")
 
 
 def test_progress_is_told(tmp_path, tiny_source):
@@ -172,11 +181,17 @@ def test_sources_that_do_not_fit_together(refusal, tiny_source):
     cases = [
         (tiny_source(config={"model_type": "rwkv"}), "expected model_type to be one of llama, qwen2."),
         (tiny_source(tensors={name: None}), f"tiny: tensor {name!r} is missing"),
-        (tiny_source(tensors={name: values[1:]}), f"tiny: tensor {name!r} has shape [23, 48], expected [24, 48]"),
+        (
+            tiny_source(tensors={name: values[1:]}),
+            f"tiny: tensor {name!r} has shape [23, 48], expected [24, 48]",
+        ),
         (tiny_source(tensors={"odd": values}), "tiny: tensor 'odd' belongs to no parameter of the model"),
         (tiny_source(tensors={name: values}), f"{name}: the tensor holds values that are not finite numbers"),
         (tiny_source(config={"vocab_size": 299}), "the tokenizer has 300 tokens, the model embeds 299"),
-        (tiny_source(fields={"tokenizer_json": b"{}"}), "tokenizer.json: expected a tokenizer that tokenizers"),
+        (
+            tiny_source(fields={"tokenizer_json": b"{}"}),
+            "tokenizer.json: expected a tokenizer that tokenizers",
+        ),
     ]
     for source, text in cases:
         assert text in refusal(source)
@@ -215,7 +230,9 @@ def test_a_disk_that_fills_up_at_any_file(refusal, tiny_source, monkeypatch, met
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, method, write)
-            assert "writing stopped (No space left on device); nothing was left behind" in refusal(tiny_source())
+            assert "writing stopped (No space left on device); nothing was left behind" in refusal(
+                tiny_source()
+            )
         assert len(seen) == place + 1
 
 
@@ -287,6 +304,8 @@ def test_the_weights_are_never_in_memory_twice(python, tmp_path, tiny_source):
         return list(map(int, result.stdout.split()))
 
     baseline, _, _ = peak("small", 320, 64, 2, 96)
+    print(baseline)
     most, weights, largest = peak("large", 20_000, 512, 12, 1408)
     assert weights > 180e6
+    print(baseline, most, weights, largest, (most - baseline) / weights); assert 0
     assert most < baseline + 2 * weights + largest

@@ -110,7 +110,9 @@ def test_tensors_that_belong_nowhere_are_named(source):
         "tiny: tensor 'model.layers.2.mlp.up_proj.weight' belongs to no parameter of the model; config and weights"
         " do not fit."
     )
-    assert "'a' belongs to no parameter of the model (nor do 2 more);" in refusal(source(a=extra, b=extra, c=extra))
+    assert "'a' belongs to no parameter of the model (nor do 2 more);" in refusal(
+        source(a=extra, b=extra, c=extra)
+    )
 
 
 def test_what_is_left_out_is_left_out_knowingly(source):

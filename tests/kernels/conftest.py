@@ -34,15 +34,18 @@ def jax() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def matmul(jax: ModuleType) -> Callable[..., list[np.ndarray]]:
-    """``(x [M, in], layer, weights each [L, out, in]) -> results each [M, out]``."""
+    """``(x [M, in], layer, weights each [L, out, in], used=M) -> results each [M, out]``."""
 
     @jax.jit
-    def call(x: Any, layer: Any, *weights: Any) -> Any:
+    def call(x: Any, layer: Any, used: Any, *weights: Any) -> Any:
         results = [jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), np.float32) for w in weights]
-        return jax.ffi.ffi_call("precast.matmul.v1", results)(x, layer, *weights)
+        return jax.ffi.ffi_call("precast.matmul.v1", results)(x, layer, used, *weights)
 
-    def run(x: np.ndarray, layer: int, weights: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [np.asarray(y) for y in call(x, np.int32(layer), *weights)]
+    def run(
+        x: np.ndarray, layer: int, weights: Sequence[np.ndarray], used: int | None = None
+    ) -> list[np.ndarray]:
+        true_rows = np.int32(len(x) if used is None else used)
+        return [np.asarray(y) for y in call(x, np.int32(layer), true_rows, *weights)]
 
     return run
 

@@ -31,7 +31,9 @@ def answers() -> list[np.ndarray]:
     # Some products are too small for a normal number: every thread must treat them alike.
     for rows, tiny in ((1, 1.0), (7, 1.0), (33, 1.0), (5, 1e-38)):
         x, w = normal(rows, 801) * np.float32(tiny), normal(2, 513, 801)
-        found += call("precast.matmul.v1", x, np.int32(1), w, results=[x[:, :1] + w[1, :, 0]])
+        found += call(
+            "precast.matmul.v1", x, np.int32(1), np.int32(len(x)), w, results=[x[:, :1] + w[1, :, 0]]
+        )
     for starts, lengths in (((600, 257), (1, 1)), ((40, 0), (30, 17))):
         q, k, v = normal(2, max(lengths), 6, 24), *(normal(2, max(lengths), 2, 24) for _ in range(2))
         caches = [normal(1, 2, 2, 700, 24) for _ in range(2)]

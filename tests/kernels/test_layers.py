@@ -28,10 +28,12 @@ def step(jax: ModuleType) -> Callable[..., Any]:
 
         def layer(index: Any, carry: Any) -> Any:
             x, cache = carry
-            q, keys, values = ops.linear(x.reshape(r * t, d), [weights.q, weights.k, weights.v], index)
+            q, keys, values = ops.linear(
+                x.reshape(r * t, d), [weights.q, weights.k, weights.v], index, np.int32(r * t)
+            )
             fresh = [a.reshape(r, t, k, h) for a in (keys, values)]
             out, cache = ops.attention(q.reshape(r, t, n, h), *fresh, cache, index, rows, h**-0.5)
-            (y,) = ops.linear(out.reshape(r * t, n * h), [weights.o], index)
+            (y,) = ops.linear(out.reshape(r * t, n * h), [weights.o], index, np.int32(r * t))
             return jax.numpy.tanh(x + y.reshape(r, t, d)), cache
 
         return jax.lax.fori_loop(0, weights.q.shape[0], layer, (x, cache))

@@ -57,6 +57,17 @@ def test_agrees_with_numpy(isa: str, matmul: Matmul, rows: int, size: int, outs:
             assert_product(y, x, w[layer])
 
 
+@pytest.mark.parametrize("used", [0, 1, 5, 8, 13])
+def test_padding_is_not_computed_and_is_zero(isa: str, matmul: Matmul, used: int) -> None:
+    rng = np.random.default_rng(used)
+    x = rng.standard_normal((13, 70), dtype=np.float32)
+    x[used:] = np.nan
+    weights = [rng.standard_normal((2, out, 70), dtype=np.float32) for out in (33, 9)]
+    for y, w in zip(matmul(x, 1, weights, used), weights, strict=True):
+        assert_product(y[:used], x[:used], w[1])
+        assert np.all(y[used:] == 0.0)
+
+
 # The fixture is the same for every example: it says which kernels run.
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(

@@ -140,6 +140,8 @@ BAD_MATMUL = {
     "int8 weights": ((ones(3, 5), 0, [ones(2, 4, 5), np.ones((2, 4, 5), np.int8)]), "at place 1"),
     "float16 x": ((np.ones((3, 5), np.float16), 0, [ones(2, 4, 5)]), "F16"),
     "x of three axes": ((ones(1, 3, 5), 0, [ones(2, 4, 5)]), "rank"),
+    "more true rows than rows": ((ones(3, 5), 0, [ones(2, 4, 5)], 4), "4 true rows of x [3, 5]"),
+    "negative true rows": ((ones(3, 5), 0, [ones(2, 4, 5)], -1), "-1 true rows of x [3, 5]"),
 }
 
 
@@ -167,7 +169,7 @@ def test_matmul_refuses_results(
     shapes = [jax.ShapeDtypeStruct(shape, F32) for shape in results]
     # Nobody would use the results of a call without any: it must count as having an effect to be made at all.
     call = jax.ffi.ffi_call("precast.matmul.v1", shapes, has_side_effect=True)
-    assert text in refusal(lambda: call(ones(3, 5), np.int32(0), *[ones(2, 4, 5)] * weights))
+    assert text in refusal(lambda: call(ones(3, 5), np.int32(0), np.int32(3), *[ones(2, 4, 5)] * weights))
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64])
@@ -176,4 +178,4 @@ def test_64_bit_x(jax: ModuleType, refusal: Callable[..., str], dtype: type) -> 
         call = jax.ffi.ffi_call("precast.matmul.v1", [jax.ShapeDtypeStruct((3, 4), F32)])
         x = np.ones((3, 5), dtype)
         found = "F64" if dtype is np.float64 else "S64"
-        assert f"got {found}" in refusal(lambda: call(x, np.int32(0), ones(2, 4, 5)))
+        assert f"got {found}" in refusal(lambda: call(x, np.int32(0), np.int32(3), ones(2, 4, 5)))

@@ -176,7 +176,7 @@ def test_chats_are_rendered_and_checked_like_prompts(tiny_model):
     assert tiny_model.tokenizer.decode(ids, skip_special_tokens=False) == (
         "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert tiny_model.chat(messages, FREE) .token_ids == tiny_model.generate(ids, FREE).token_ids
+    assert tiny_model.chat(messages, FREE).token_ids == tiny_model.generate(ids, FREE).token_ids
     assert tiny_model.chat(messages, FREE).prompt_token_ids == tuple(ids)
     with pytest.raises(PrecastError, match="leave no room in a context of 64"):
         tiny_model.chat([{"role": "user", "content": "the cat " * 100}])
@@ -201,9 +201,10 @@ def test_the_model_s_own_sampling_defaults_are_used(tiny_model):
     assert model.default_sampling() == expected
     assert isinstance(model.default_sampling().top_k, int)
     greedy = with_manifest(tiny_model, sampling={"repetition_penalty": 1.5})
-    assert greedy.generate(PROMPT).token_ids == tiny_model.generate(
-        PROMPT, SamplingParams(repetition_penalty=1.5)
-    ).token_ids
+    assert (
+        greedy.generate(PROMPT).token_ids
+        == tiny_model.generate(PROMPT, SamplingParams(repetition_penalty=1.5)).token_ids
+    )
 
 
 # --- seeds and streams --------------------------------------------------------------------------------------

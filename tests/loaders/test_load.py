@@ -275,7 +275,18 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules if sys.modules[na
 """
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
-    heavy = {"jax", "flax", "transformers", "torch", "tensorflow", "safetensors", "scipy", "jinja2", "rich", "pydantic"}
+    heavy = {
+        "jax",
+        "flax",
+        "transformers",
+        "torch",
+        "tensorflow",
+        "safetensors",
+        "scipy",
+        "jinja2",
+        "rich",
+        "pydantic",
+    }
     assert heavy.isdisjoint(result.stdout.split())
 
 

@@ -145,7 +145,7 @@ def tensor(begin=0, end=64, shape=(16,), dtype="F32", **more):
 
 def test_a_truncated_file_is_refused_at_every_length(path, tmp_path):
     data = path.read_bytes()
-    for length in [*range(0, 200), *range(200, len(data), 37), len(data) - 1]:
+    for length in [*range(200), *range(200, len(data), 37), len(data) - 1]:
         (tmp_path / "cut").write_bytes(data[:length])
         with pytest.raises(PrecastError, match=r"cut: "):
             map_weights(tmp_path / "cut")
@@ -154,14 +154,16 @@ def test_a_truncated_file_is_refused_at_every_length(path, tmp_path):
 def test_a_file_with_something_behind_is_refused(path):
     with path.open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(PrecastError, match="the tensors cover .* bytes of data, the file holds"):
+    with pytest.raises(PrecastError, match=r"the tensors cover .* bytes of data, the file holds"):
         map_weights(path)
 
 
 @pytest.mark.parametrize("length", [65, 1 << 20, 1 << 62, (1 << 64) - 1])
 def test_a_header_that_does_not_fit_is_refused(tmp_path, length):
     (tmp_path / "w").write_bytes(length.to_bytes(8, "little") + bytes(64))
-    with pytest.raises(PrecastError, match="expected a safetensors file, found one whose header does not fit"):
+    with pytest.raises(
+        PrecastError, match="expected a safetensors file, found one whose header does not fit"
+    ):
         map_weights(tmp_path / "w")
 
 
@@ -186,8 +188,14 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path, length):
         ({"a": tensor(shape=[2**32, 2**32])}, "entry of tensor 'a' is not understood"),
         ({"a": tensor(shape=[0, 2**70], end=0)}, "entry of tensor 'a' is not understood"),
         ({"a": tensor(shape=[1] * 65, end=4)}, "entry of tensor 'a' is not understood"),
-        ({"a": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}, "entry of tensor 'a' is not understood"),
-        ({"a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]}}, "entry of tensor 'a' is not understood"),
+        (
+            {"a": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}},
+            "entry of tensor 'a' is not understood",
+        ),
+        (
+            {"a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]}},
+            "entry of tensor 'a' is not understood",
+        ),
         ({"a": tensor(begin=-64, end=0)}, "entry of tensor 'a' is not understood"),
         ({"a": tensor(begin=64, end=0)}, "entry of tensor 'a' is not understood"),
         ({"a": tensor(begin=2**80, end=2**80 + 64)}, "entry of tensor 'a' is not understood"),
@@ -213,7 +221,9 @@ def test_a_header_that_does_not_describe_its_data_is_refused(tmp_path, header, t
 
 def test_entries_may_stand_in_any_order(tmp_path):
     """As in files that other tools write."""
-    header = json.dumps({"b": tensor(32, 64, [8]), "__metadata__": {"format": "pt"}, "a": tensor(0, 32, [8])}).encode()
+    header = json.dumps(
+        {"b": tensor(32, 64, [8]), "__metadata__": {"format": "pt"}, "a": tensor(0, 32, [8])}
+    ).encode()
     values = np.arange(16, dtype=np.float32)
     (tmp_path / "w").write_bytes(len(header).to_bytes(8, "little") + header + values.tobytes())
     same(map_weights(tmp_path / "w"), {"a": values[:8], "b": values[8:]})
@@ -231,14 +241,15 @@ def test_any_damage_to_the_header_is_read_or_refused_for_the_user(path, data):
         damaged[place] = data.draw(st.integers(0, 255) | st.sampled_from(b'0123456789-.,:[]{}"'))
     other = path.with_name("damaged")
     other.write_bytes(damaged)
+    weights, text = {}, f"{other}: "
     try:
         weights = map_weights(other)
     except PrecastError as error:
-        assert str(error).startswith(f"{other}: ")
-    else:
-        assert sum(w.nbytes for w in weights.values()) == len(original) - end
-        for w in weights.values():
-            w.tobytes()
+        text = str(error)
+    assert text.startswith(f"{other}: ")
+    assert not weights or sum(w.nbytes for w in weights.values()) == len(original) - end
+    for w in weights.values():
+        w.tobytes()
 
 
 @pytest.mark.parametrize("depth", range(900, 1000, 7))

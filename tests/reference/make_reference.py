@@ -257,9 +257,7 @@ def make_tiny(tiny: Tiny) -> None:
         ],
     }
     write_json(folder / "reference.json", record)
-    np.savez(
-        folder / "reference.npz", first=answers.first, last=answers.last, uncached=answers.uncached
-    )
+    np.savez(folder / "reference.npz", first=answers.first, last=answers.last, uncached=answers.uncached)
 
 
 def save_tiny(tiny: Tiny, folder: Path, seed: int) -> None:
@@ -314,7 +312,16 @@ def write_tokenizer(path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("e", "r"), ("Ġ", "a"), ("o", "n"), ("r", "e")]
+    merges = [
+        ("Ġ", "t"),
+        ("h", "e"),
+        ("Ġt", "he"),
+        ("i", "n"),
+        ("e", "r"),
+        ("Ġ", "a"),
+        ("o", "n"),
+        ("r", "e"),
+    ]
     specials = ["<s>", "<unk>", "</s>"]
     words = [*specials, *alphabet, *("".join(pair) for pair in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
@@ -479,7 +486,12 @@ def make_demo() -> None:
                 break
         else:
             raise SystemExit(f"every candidate comes close to a tie: {candidates[0]}")
-    record = {"model": demo_file.member, "sha256": demo_file.sha256, "transformers": versions(), "cases": cases}
+    record = {
+        "model": demo_file.member,
+        "sha256": demo_file.sha256,
+        "transformers": versions(),
+        "cases": cases,
+    }
     write_json(DEMO, record)
 
 
