@@ -22,16 +22,19 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
         PrecastError: for anything the user can put right.
     """
     started = time.perf_counter()
-    # Names of files and models are text, whatever brackets and colons they have.
-    plain = {"highlight": False, "markup": False, "emoji": False}
-    console = Console(stderr=True, **plain)
+    console = _console(stderr=True)
     console.print(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}")
     source = open_source(spec)
     path = output or Path("artifacts") / f"{source.name}-{options.weights}"
     built: list[Built] = []
     with _bars(console) as bars:
         manifest = export(source, path, options, _progress(console, bars, built))
-    Console(**plain).print(_summary(path, manifest, built, time.perf_counter() - started))
+    _console(stderr=False).print(_summary(path, manifest, built, time.perf_counter() - started))
+
+
+def _console(*, stderr: bool) -> Console:
+    # Names of files and models are text, whatever brackets and colons they have.
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def _bars(console: Console) -> Bars:

@@ -293,6 +293,11 @@ def test_paths_that_hold_no_artifact_or_several(refused, tmp_path, command):
         assert refused(command, tmp_path / name, *options) == f"{tmp_path / name}: {text}"
 
 
+def test_a_message_is_one_line_whatever_it_quotes(refused, tmp_path):
+    text = refused("run", tmp_path / "two\nlines", "-p", "x")
+    assert text.startswith(f"{tmp_path}/two lines: expected the folder of an artifact")
+
+
 def set_key(*path_and_value):
     *path, last, value = path_and_value
 

@@ -150,6 +150,8 @@ def test_tensors_are_those_of_transformers(transformers_model: Any, demo_source:
 
 
 def test_the_reference_is_up_to_date(script: Any, transformers_model: Any) -> None:
+    """The beginnings of three answers; ``make_reference.py --check`` compares everything."""
     chosen = [next(c for c in CASES if len(c["prompt_token_ids"]) == n) for n in (1, 65)]
     chosen.append(next(c for c in CASES if "messages" in c))
-    assert script.demo_differences(transformers_model, chosen) == []
+    beginnings = [{**case, "token_ids": case["token_ids"][:8]} for case in chosen]
+    assert script.demo_differences(transformers_model, beginnings) == []

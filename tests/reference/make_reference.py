@@ -7,10 +7,11 @@ Run by hand where torch and accelerate are installed::
 
 The tests compare precast with what is written here, so they need neither.
 
-``tiny/<name>/`` is a checkpoint with random weights as ``save_pretrained`` writes it, and its answers;
-``tiny/tokenizer.json`` belongs to all of them. ``demo.json`` holds answers of the demo model. Every step's best
-token leads by more than `MARGIN`, so that another order of summation cannot change an answer: for the tiny models
-seeds are tried until it is so, for the demo model prompts are.
+What is asked stands in ``tiny_checkpoints.json`` and ``demo_prompts.json``. ``tiny/<name>/`` is a checkpoint with
+random weights as ``save_pretrained`` writes it, and its answers; ``tiny/tokenizer.json`` belongs to all of them.
+``demo.json`` holds answers of the demo model. Every step's best token leads by more than `MARGIN`, so that another
+order of summation cannot change an answer: for the tiny models seeds are tried until it is so, for the demo model
+prompts are.
 """
 
 import argparse
@@ -36,6 +37,8 @@ MARGIN = 1e-3
 BUCKETS, CAPACITY = (8, 16, 32), 160
 LENGTHS = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70, 96, 143, 159)
 TOKENS = 20
+# Of these lengths, the one whose continuation fills the cache to its last position.
+FILLED = 143
 # To keep the files small, of most logits only every so many-th is kept.
 STRIDE = 20
 
@@ -49,14 +52,6 @@ SHAPE = {
     "max_position_embeddings": 512,
     "bos_token_id": 0,
     "eos_token_id": 2,
-}
-LINEAR = {"rope_type": "linear", "factor": 2.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
 }
 
 
@@ -83,106 +78,9 @@ class Tiny:
     shard_size: str = "1GB"
 
 
-TINIES = (
-    Tiny(
-        name="llama-tied-default",
-        model_type="llama",
-        tied=True,
-        theta=10000.0,
-        old_spelling=True,
-        dtype="bfloat16",
-        config={"head_dim": 16, "rms_norm_eps": 1e-5},
-    ),
-    Tiny(
-        name="llama-untied-linear-biases",
-        model_type="llama",
-        tied=False,
-        theta=5000.0,
-        rope=LINEAR,
-        old_spelling=True,
-        dtype="float16",
-        config={"head_dim": 8, "attention_bias": True, "mlp_bias": True, "num_hidden_layers": 3},
-    ),
-    Tiny(
-        name="llama-untied-llama3-attention-bias",
-        model_type="llama",
-        tied=False,
-        theta=500000.0,
-        rope=LLAMA3,
-        old_spelling=False,
-        dtype="bfloat16",
-        config={"head_dim": 12, "attention_bias": True, "rms_norm_eps": 1e-5},
-    ),
-    Tiny(
-        name="llama-tied-llama3-mlp-bias",
-        model_type="llama",
-        tied=True,
-        theta=10000.0,
-        rope=LLAMA3,
-        old_spelling=True,
-        dtype="float32",
-        config={"mlp_bias": True, "num_key_value_heads": 6, "num_hidden_layers": 1},
-    ),
-    Tiny(
-        name="llama-tied-linear",
-        model_type="llama",
-        tied=True,
-        theta=20000.0,
-        rope=LINEAR,
-        old_spelling=False,
-        dtype="bfloat16",
-        config={"num_key_value_heads": 1, "rms_norm_eps": 1e-3},
-    ),
-    Tiny(
-        name="qwen2-tied-llama3",
-        model_type="qwen2",
-        tied=True,
-        theta=1000000.0,
-        rope=LLAMA3,
-        old_spelling=False,
-        dtype="bfloat16",
-    ),
-    Tiny(
-        name="qwen2-untied-linear-sharded",
-        model_type="qwen2",
-        tied=False,
-        theta=10000.0,
-        rope=LINEAR,
-        old_spelling=True,
-        dtype="float16",
-        config={"num_key_value_heads": 2, "num_hidden_layers": 3},
-        shard_size="40KB",
-    ),
-    Tiny(
-        name="qwen2-untied-default",
-        model_type="qwen2",
-        tied=False,
-        theta=1000000.0,
-        old_spelling=False,
-        dtype="bfloat16",
-        config={"num_key_value_heads": 6},
-    ),
-    Tiny(
-        name="qwen2-tied-linear",
-        model_type="qwen2",
-        tied=True,
-        theta=40000.0,
-        rope=LINEAR,
-        old_spelling=False,
-        dtype="bfloat16",
-        config={"num_key_value_heads": 1, "num_hidden_layers": 1},
-    ),
-    Tiny(
-        name="qwen2-untied-llama3",
-        model_type="qwen2",
-        tied=False,
-        theta=10000.0,
-        rope=LLAMA3,
-        old_spelling=True,
-        dtype="bfloat16",
-        config={"rms_norm_eps": 1e-5},
-    ),
-)
+def tinies() -> list[Tiny]:
+    """The checkpoints, as ``tiny_checkpoints.json`` lists them."""
+    return [Tiny(**row) for row in json.loads((HERE / "tiny_checkpoints.json").read_text(encoding="utf-8"))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +93,8 @@ class TinyAnswers:
         margin: the smallest lead of any of these over the second best.
         first: logits ``[cases, V]`` after each prompt.
         last: logits ``[cases, ceil(V / STRIDE)]`` that each continuation's last token was chosen by.
-        uncached: logits ``[T, ceil(V / STRIDE)]`` of every position of `sequence`.
+        uncached: logits ``[T, ceil(V / STRIDE)]`` of every position of the prompt of `FILLED` tokens and its
+            continuation, in one pass.
     """
 
     prompts: list[list[int]]
@@ -204,12 +103,6 @@ class TinyAnswers:
     first: np.ndarray
     last: np.ndarray
     uncached: np.ndarray
-
-    @property
-    def sequence(self) -> list[int]:
-        """The prompt that is filled up to the capacity, with its continuation."""
-        case = LENGTHS.index(143)
-        return self.prompts[case] + self.tokens[case]
 
     @property
     def varied(self) -> bool:
@@ -226,16 +119,15 @@ def answer_tiny(folder: Path, prompts: Sequence[Sequence[int]]) -> TinyAnswers:
     """What transformers answers for the checkpoint in `folder`."""
     model = load_reference(folder)
     runs = [generate(model, p, min(TOKENS, CAPACITY - len(p))) for p in prompts]
-    answers = TinyAnswers(
+    filled = next(i for i, p in enumerate(prompts) if len(p) == FILLED)
+    return TinyAnswers(
         prompts=[list(p) for p in prompts],
         tokens=[r.tokens for r in runs],
         margin=min(r.margin for r in runs),
         first=np.stack([r.logits[0] for r in runs]),
         last=np.stack([r.logits[-1, ::STRIDE] for r in runs]),
-        uncached=np.empty(0),
+        uncached=uncached_logits(model, [*prompts[filled], *runs[filled].tokens])[:, ::STRIDE],
     )
-    object.__setattr__(answers, "uncached", uncached_logits(model, answers.sequence)[:, ::STRIDE])
-    return answers
 
 
 def make_tiny(tiny: Tiny) -> None:
@@ -393,64 +285,17 @@ def load_demo_reference() -> Any:
 DEMO_TOKENS = 24
 DEMO_LENGTHS = (2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 600, 1000)
 
-PARAGRAPHS = (
-    "The lighthouse keeper counted the ships every evening and wrote their names into a green book. When the fog "
-    "came he rang the bell once a minute, and in the morning he walked down to the harbour to ask who had heard it. "
-    "Nobody ever said no, because the bell could be heard as far as the mill behind the second hill.",
-    "Am Abend saß die Gärtnerin vor dem Gewächshaus und schälte Äpfel. Es hatte den ganzen Tag geregnet, und über "
-    "den Beeten lag ein Geruch von Erde und Öl. „Morgen“, sagte sie, „fällen wir die große Eiche.“",
-    "L'été dernier, ma sœur a ouvert une petite boulangerie près de la gare. Où qu'on aille dans le quartier, on "
-    "sent le pain chaud dès cinq heures; même le maire, dit-on, y achète ses croissants.",
-    "清晨的市场里已经挤满了人。卖鱼的老人把冰块敲碎，铺在木板上，然后一边唱歌一边等客人。孩子们围着他，问他海有多深。",
-    "駅前の小さな本屋には、古い地図がたくさん置いてあります。店主は毎朝コーヒーを入れて、地図の上の道を指でなぞります。",
-    "def merge(left, right):\n    result = []\n    i = j = 0\n    while i < len(left) and j < len(right):\n        "
-    "if left[i] <= right[j]:\n            result.append(left[i])\n            i += 1\n        else:\n            "
-    "result.append(right[j])\n            j += 1\n    return result + left[i:] + right[j:]\n",
-    '{"order": 1042, "items": [{"name": "lamp", "price": 19.90, "tags": ["desk", "led"]}, {"name": "rug", '
-    '"price": 75, "tags": []}], "paid": false, "note": null}',
-    "Water boils at 100 °C at sea level; at 3,000 m it boils near 90 °C, which is why pasta takes longer in the "
-    "mountains. The pressure falls by about 11.3 Pa for every metre climbed, and the boiling point by 0.0033 °C.",
-    "🙂 Packing list: 🧦 socks, 🪥 toothbrush, 📷 camera, 🥾 boots. Weather: ☀️ → ⛅ → 🌧️. See you on the 🚂!",
-    "Three rules hold in this workshop. First, whoever takes a tool puts it back. Second, whoever breaks a tool says "
-    "so. Third, whoever finds a better way shows it to the others before the week is over.",
-)
-TEXTS = (
-    "The",
-    "\n",
-    "The capital of France is",
-    "Once upon a time, in a village by the sea,",
-    "To be honest, the best way to learn a language is",
-    "Wer den ganzen Tag im Büro sitzt, sollte am Abend",
-    "中国的首都是",
-    "日本で一番高い山は",
-    "Столица России — это",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n",
-    "#include <stdio.h>\n\nint main(void) {\n",
-    "SELECT name, COUNT(*) FROM orders WHERE",
-    "🙂🚀 Emoji are fun because 👩‍👩‍👧‍👦",
-    "1 + 1 = 2\n2 + 2 = 4\n3 + 3 =",
-    "   spaces   and\ttabs\r\n\r\nand lines",
-)
-CHATS = (
-    [{"role": "user", "content": "What is gravity?"}],
-    [
-        {"role": "system", "content": "You answer in one short sentence."},
-        {"role": "user", "content": "Name a fruit that is yellow."},
-        {"role": "assistant", "content": "A banana is yellow."},
-        {"role": "user", "content": "And one that is red? 🍎"},
-    ],
-)
-
 
 def demo_candidates(encode: Any, render: Any) -> Iterator[list[dict[str, Any]]]:
     """The prompts, each with others to try when an answer comes close to a tie."""
-    for text in TEXTS:
+    prompts = json.loads((HERE / "demo_prompts.json").read_text(encoding="utf-8"))
+    for text in prompts["texts"]:
         # A text that comes too close is followed by a little more of itself.
         variants = [text, *(text + more for more in (" ", " so", " and"))]
         yield [{"text": t, "prompt_token_ids": encode(t)} for t in variants]
-    for messages in CHATS:
+    for messages in prompts["chats"]:
         yield [{"messages": messages, "prompt_token_ids": render(messages)}]
-    document = encode("\n\n".join(PARAGRAPHS))
+    document = encode("\n\n".join(prompts["paragraphs"]))
     stream = list(itertools.islice(itertools.cycle(document), 4 * len(document)))
     for length in DEMO_LENGTHS:
         starts = range(7 * length % 100, 200)
@@ -459,8 +304,9 @@ def demo_candidates(encode: Any, render: Any) -> Iterator[list[dict[str, Any]]]:
 
 def demo_tokenizer() -> tuple[Any, Any]:
     """transformers' own reading of the file's tokenizer and chat template: ``encode`` and ``render``."""
-    from precast.exporter.sources import demo
     from transformers import AutoTokenizer
+
+    from precast.exporter.sources import demo
 
     path = demo.fetch(demo.DEMO, demo.cache_folder() / "demo")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -546,7 +392,7 @@ def demo_differences(model: Any, cases: Sequence[Mapping[str, Any]]) -> list[str
 
 
 def check() -> list[str]:
-    found = [line for tiny in TINIES for line in tiny_differences(TINY / tiny.name)]
+    found = [line for tiny in tinies() for line in tiny_differences(TINY / tiny.name)]
     cases = json.loads(DEMO.read_text(encoding="utf-8"))["cases"]
     return found + demo_differences(load_demo_reference(), cases)
 
@@ -565,7 +411,7 @@ def main() -> None:
     if options.only != "demo":
         torch.set_num_threads(1)  # matrices this small are slower with more
         write_tokenizer(TINY / "tokenizer.json")
-        for tiny in TINIES:
+        for tiny in tinies():
             make_tiny(tiny)
     if options.only != "tiny":
         torch.set_num_threads(os.cpu_count() or 1)
