@@ -38,6 +38,8 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
     for parameter in parameters:
         for name in parameter.sources:
             _check_tensor(source, name, parameter.source_shape)
+    if tied and "lm_head.weight" in source.tensors:
+        _check_tied(source)
     left = unknown_sources(parameters, source.tensors)
     ignored = [
         name for name in left if name.endswith(_IGNORED_ENDINGS) or (tied and name == "lm_head.weight")
@@ -48,6 +50,16 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
             f"{f' (nor do {len(unknown) - 1} more)' if len(unknown) > 1 else ''}; config and weights do not fit."
         )
     return WeightPlan(parameters=parameters, tensors=source.tensors, ignored=ignored)
+
+
+def _check_tied(source: Source) -> None:
+    """A checkpoint may say that its head is the embedding, and bring another; which is meant, only its owner knows."""
+    head, embedding = (source.tensors[f"{name}.weight"].read() for name in ("lm_head", "model.embed_tokens"))
+    if not np.array_equal(head, embedding):
+        raise PrecastError(
+            f"{source.name}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; set it to"
+            " false in config.json to use both, or remove lm_head.weight."
+        )
 
 
 def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:

@@ -98,7 +98,7 @@ def build_target(
 @contextmanager
 def _without_source_locations() -> Iterator[None]:
     """Keeps paths and lines of this machine's Python files out of the programs."""
-    before = jax.config.jax_traceback_in_locations_limit
+    before = jax.config.values["jax_traceback_in_locations_limit"]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         yield

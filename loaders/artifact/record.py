@@ -68,7 +68,9 @@ def _fields(kind: type) -> Mapping[str, Any]:
 
 def _wrong(where: str, expected: str, value: Any) -> PrecastError:
     # Lists and objects are named, not shown: showing one that is nested deeply may fail itself.
-    found = {list: "a list", dict: "an object"}.get(type(value)) or f"{value!r:.60}"
+    found = (
+        "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else f"{value!r:.60}"
+    )
     return PrecastError(f"{where}: expected {expected}, found {found}.")
 
 
