@@ -156,11 +156,18 @@ def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
         bos_token=source.bos_token,
         eos_token=source.eos_token,
     )
-    if tokenizer.vocab_size > spec.config.vocab:
+    vocab = spec.config.vocab
+    if tokenizer.largest_id >= vocab:
         raise PrecastError(
-            f"{source.name}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeds {spec.config.vocab};"
+            f"{source.name}: the tokenizer has ids up to {tokenizer.largest_id}, the model embeds {vocab} tokens;"
             " they do not belong together."
         )
+    for token in source.eos_token_ids:
+        if not 0 <= token < vocab:
+            raise PrecastError(
+                f"{source.name}: end token {token} is outside the model's {vocab} tokens; correct eos_token_id in its"
+                " configuration."
+            )
 
 
 def _write_weights(

@@ -63,6 +63,11 @@ def check(
 
 def _agreed(case: Case, best: np.ndarray, margins: np.ndarray, where: str) -> Case:
     first = len(case.prompt) - 1
+    if not np.isfinite(margins[first : first + len(case.tokens)]).all():
+        raise PrecastError(
+            f"{where}: the reference's logits are not finite (prompt of {len(case.prompt)} tokens); the weights do not"
+            " compute in float32: nothing was written."
+        )
     for i, token in enumerate(case.tokens):
         if margins[first + i] < TIE:
             return Case(prompt=case.prompt, tokens=case.tokens[:i])

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .artifact import compat, files
@@ -84,16 +85,15 @@ def load(
     _check_weights(chosen, weights, root)
     client = pjrt.client()
     before = client.compiles
-    engine = Engine(
-        manifest=manifest,
-        target=chosen,
-        executables=_executables(root, chosen, contents, client, log or _to_stderr),
-        weights=weights,
-        client=client,
-    )
+    # XLA loads programs without holding Python's lock, and the tokenizer is parsed meanwhile: both take about as long.
+    with ThreadPoolExecutor(1) as background:
+        loading = background.submit(_executables, root, chosen, contents, client, log or _to_stderr)
+        tokenizer = _tokenizer(manifest, contents)
+        executables = loading.result()
+    engine = Engine(manifest=manifest, target=chosen, executables=executables, weights=weights, client=client)
     return Model(
         engine=engine,
-        tokenizer=_tokenizer(manifest, contents),
+        tokenizer=tokenizer,
         manifest=manifest,
         target=chosen,
         compiles=client.compiles - before,

@@ -72,6 +72,11 @@ class Tokenizer:
         """Number of tokens, added tokens included. The model's V may be larger (padding)."""
         return self._library.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id that any token has."""
+        return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
 

@@ -22,7 +22,9 @@ using Ints = ffi::BufferR1<ffi::S32>;
 using Scalar = ffi::BufferR0<ffi::S32>;
 
 // Bytes of weights a task streams: large enough to hide the cost of drawing it, small enough to share evenly.
-constexpr int64_t kTaskBytes = 96 * 1024;
+constexpr int64_t kTaskBytes = 128 * 1024;
+// Outputs of a task are a multiple of this: of every kColumns, so that blocks come out even.
+constexpr int64_t kTaskOutputs = 24;
 // Query rows (tokens times group) of an attention task.
 constexpr int64_t kAttentionRows = 24;
 // Positions of an attention task when a call brings few tokens; a constant, so that results do not depend on the
@@ -71,7 +73,7 @@ ffi::Error MatmulHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Scalar
     if (index < 0 || index >= shape[0])
       return Bad("matmul: layer " + std::to_string(index) + " of weights " + Shape(shape));
     const int64_t row_bytes = std::max<int64_t>(in * 4, 1);
-    const int64_t chunk = std::max<int64_t>(8, kTaskBytes / row_bytes / 8 * 8);
+    const int64_t chunk = std::max(kTaskOutputs, kTaskBytes / row_bytes / kTaskOutputs * kTaskOutputs);
     products.push_back({reinterpret_cast<const float*>(w->untyped_data()) + index * shape[1] * in, shape[1], chunk,
                         tasks, reinterpret_cast<float*>((*y)->untyped_data())});
     tasks += (shape[1] + chunk - 1) / chunk;

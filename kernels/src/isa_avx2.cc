@@ -15,7 +15,8 @@
 namespace precast {
 namespace avx2 {
 constexpr int kWidth = 8;
-constexpr int kColumns = 2;
+constexpr int kRows = 4;
+constexpr int kColumns = 3;
 #include "simd.inc"
 #include "matmul.inc"
 #include "attention.inc"

@@ -15,6 +15,7 @@
 namespace precast {
 namespace avx512 {
 constexpr int kWidth = 16;
+constexpr int kRows = 6;
 constexpr int kColumns = 4;
 #include "simd.inc"
 #include "matmul.inc"

@@ -7,7 +7,8 @@
 namespace precast {
 namespace portable {
 constexpr int kWidth = 4;
-constexpr int kColumns = 2;
+constexpr int kRows = 4;
+constexpr int kColumns = 3;
 #include "simd.inc"
 #include "matmul.inc"
 #include "attention.inc"

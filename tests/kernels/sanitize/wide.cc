@@ -7,6 +7,7 @@
 namespace precast {
 namespace wide {
 constexpr int kWidth = 16;
+constexpr int kRows = 6;
 constexpr int kColumns = 4;
 #include "simd.inc"
 #include "matmul.inc"
