@@ -187,7 +187,10 @@ def test_sources_that_do_not_fit_together(refusal, tiny_source):
         ),
         (tiny_source(tensors={"odd": values}), "tiny: tensor 'odd' belongs to no parameter of the model"),
         (tiny_source(tensors={name: values}), f"{name}: the tensor holds values that are not finite numbers"),
-        (tiny_source(config={"vocab_size": 299}), "the tokenizer has ids up to 299, the model embeds 299 tokens"),
+        (
+            tiny_source(config={"vocab_size": 299}),
+            "the tokenizer has ids up to 299, the model embeds 299 tokens",
+        ),
         (
             tiny_source(fields={"tokenizer_json": b"{}"}),
             "tokenizer.json: expected a tokenizer that tokenizers",

@@ -117,10 +117,21 @@ def test_tensors_that_belong_nowhere_are_named(source):
 
 def test_what_is_left_out_is_left_out_knowingly(source):
     extra = tensor(np.zeros(3, np.float32))
-    names = ("model__layers__0__self_attn__rotary_emb__inv_freq", "lm_head__weight")
-    plan = plan_weights(source(**dict.fromkeys(names, extra)), PARAMETERS, tied=True)
+    left_out = {
+        "model__layers__0__self_attn__rotary_emb__inv_freq": extra,
+        "lm_head__weight": tensor(source.arrays["model.embed_tokens.weight"]),
+    }
+    plan = plan_weights(source(**left_out), PARAMETERS, tied=True)
     assert sorted(plan.ignored) == ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
     assert "'lm_head.weight' belongs to no parameter" in refusal(source(lm_head__weight=extra), tied=False)
+
+
+def test_a_head_that_is_not_the_embedding_it_is_said_to_be_is_refused(source):
+    other = source.arrays["model.embed_tokens.weight"].copy()
+    other[5, 3] += 1
+    text = refusal(source(lm_head__weight=tensor(other)))
+    assert "tie_word_embeddings is true, but lm_head.weight differs from the embedding" in text
+    assert "set it to false in config.json to use both" in text
 
 
 @pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf], [np.inf, -np.inf], [np.nan, np.inf, 1]])
