@@ -183,4 +183,8 @@ def inspect(artifact: Path, as_json: bool) -> None:
 
 
 if __name__ == "__main__":
+    from importlib.util import find_spec
+
+    if find_spec("precast") is None:
+        _fail("precast is not installed in this Python; run: pip install -e '.[export]'")
     main()
