@@ -108,11 +108,8 @@ def _need_export() -> None:
 
     from precast.loaders.artifact.errors import PrecastError
 
-    missing = [
-        name
-        for name in ("jax", "flax", "transformers", "gguf", "safetensors", "rich")
-        if find_spec(name) is None
-    ]
+    used = ("jax", "flax", "gguf", "huggingface_hub", "ml_dtypes", "rich", "safetensors", "yaml")
+    missing = [name for name in used if find_spec(name) is None]
     if missing:
         raise PrecastError(
             f"exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed:"

@@ -1,9 +1,14 @@
 """Builds the CPU kernels; everything else about the package stands in pyproject.toml."""
 
+import importlib.metadata
 import importlib.util
+import re
 from pathlib import Path
 
 from setuptools import Extension, setup
+
+# The oldest supported jaxlib: it refuses handlers built against the headers of a newer one.
+NEWEST_HEADERS = (0, 10, 1)
 
 
 def xla_headers() -> str:
@@ -11,6 +16,12 @@ def xla_headers() -> str:
     spec = importlib.util.find_spec("jaxlib")
     if spec is None or spec.origin is None:
         raise SystemExit("precast's kernels need the headers of jaxlib to build: pip install jaxlib==0.10.1")
+    found = importlib.metadata.version("jaxlib")
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) > NEWEST_HEADERS:
+        raise SystemExit(
+            f"precast's kernels are built against the headers of jaxlib 0.10.1, found {found}: build without"
+            " --no-build-isolation, or pip install jaxlib==0.10.1 for the build"
+        )
     return str(Path(spec.origin).parent / "include")
 
 

@@ -3,11 +3,14 @@
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import jax
 
 from precast.loaders import load as loading
 from precast.loaders.artifact import files
@@ -25,6 +28,9 @@ from precast.loaders.artifact.manifest import (
 )
 from precast.loaders.artifact.record import to_json
 from precast.loaders.artifact.weights import map_weights
+from precast.loaders.chat_template import ChatTemplate
+from precast.loaders.generate import SAMPLING_KEYS
+from precast.loaders.sampling import SamplingParams
 from precast.loaders.tokenizer import Tokenizer
 
 from . import golden, model_card
@@ -37,7 +43,7 @@ from .targets.build import Built, build_target
 from .weights import WeightPlan, plan_weights, write_model_weights
 
 TOKENIZER_FILE, TEMPLATE_FILE, GOLDEN_FILE = "tokenizer.json", "chat_template.jinja", "golden.json"
-PACKAGES = ("precast", "jax", "jaxlib", "flax", "numpy", "transformers", "gguf", "tokenizers")
+PACKAGES = ("precast", "jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +106,11 @@ def export(
     parameters = abstract_model(spec).parameters
     plan = plan_weights(source, parameters, tied=spec.config.tied_embeddings)
     _check_tokenizer(source, spec)
+    sampling = _sampling(source)
     created = _today()
-    with files.new_folder(output, overwrite=options.overwrite) as folder:
+    if left_out := plan.left_out():
+        progress.stage(left_out)
+    with files.new_folder(output, overwrite=options.overwrite) as folder, _on_cpu():
         progress.stage("writing weights")
         digest = _write_weights(folder, spec, geometry, plan, progress)
         _write_texts(folder, source)
@@ -111,9 +120,12 @@ def export(
                 f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}"
             )
             targets.append(_build(kind, spec, geometry, folder, created, progress))
-        manifest = _manifest(source, spec, geometry, parameters, targets, created)
+        manifest = _manifest(
+            source, _model(spec, parameters, options.weights), geometry, spec, sampling, targets, created
+        )
         progress.stage("checking answers against the reference")
-        _record_golden(folder, manifest, spec, digest)
+        with jax.default_matmul_precision("highest"):  # for the reference; the programs are compiled already
+            _record_golden(folder, manifest, spec, digest)
         return _finish(folder, manifest, digest)
 
 
@@ -130,6 +142,7 @@ def _geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
         )
     if not 1 <= options.slots <= 256:
         raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to 256.")
+    _check_targets(options.targets)
     _check_buckets(options.buckets, context)
     return Geometry(capacity=context, slots=options.slots, buckets=tuple(sorted(options.buckets)))
 
@@ -148,8 +161,60 @@ def _check_buckets(buckets: Sequence[int], context: int) -> None:
             raise PrecastError(f"--buckets: {bucket} is named twice; name each length once.")
 
 
+def _check_targets(targets: Sequence[str]) -> None:
+    unknown = [repr(name) for name in targets if name not in TARGET_KINDS]
+    if not targets or unknown or len(set(targets)) < len(targets):
+        found = ", ".join(unknown) or ("one of them twice" if targets else "none")
+        raise PrecastError(
+            f"targets: expected one or more of {', '.join(TARGET_KINDS)}, each once, found {found}."
+        )
+
+
+@contextmanager
+def _on_cpu() -> Iterator[None]:
+    """Programs and reference are for CPUs, whatever else JAX finds here."""
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:
+        raise PrecastError(
+            "exporting compiles for CPUs, which JAX is told to leave alone here; add cpu to JAX_PLATFORMS or unset it."
+        ) from None
+    with jax.default_device(cpu):
+        yield
+
+
+def _sampling(source: Source) -> dict[str, float]:
+    """The model's own sampling defaults, once the loader has found nothing wrong with them."""
+    where = (
+        f"{source.name}: the sampling defaults in its generation_config.json or GGUF metadata cannot be used"
+    )
+    if unknown := sorted(set(source.sampling) - set(SAMPLING_KEYS)):
+        raise PrecastError(f"{where}: {unknown[0]!r} is unknown, expected one of {', '.join(SAMPLING_KEYS)}.")
+    try:
+        SamplingParams(**source.sampling)  # type: ignore[arg-type]  # which is what it checks
+        return {key: float(value) for key, value in source.sampling.items()}
+    except PrecastError as error:
+        wrong = str(error).removeprefix("Sampling parameters: ").rstrip(".")
+        raise PrecastError(f"{where}: {wrong}; correct or remove it there.") from None
+    except OverflowError:
+        raise PrecastError(f"{where}: a number is too large; correct or remove it there.") from None
+
+
+def _check_template(source: Source) -> None:
+    if source.chat_template is None:
+        return
+    try:
+        ChatTemplate(source.chat_template, bos_token=source.bos_token, eos_token=source.eos_token)
+    except PrecastError as error:
+        reason = str(error).rstrip(".")
+        raise PrecastError(
+            f"{source.name}: its chat template cannot be used ({reason}); correct or remove it there."
+        ) from None
+
+
 def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
-    """Ids the tokenizer gives must have an embedding."""
+    """Ids the tokenizer gives must have an embedding, and the chat template must compile."""
+    _check_template(source)
     tokenizer = Tokenizer.from_json(
         source.tokenizer_json,
         chat_template=source.chat_template,
@@ -199,16 +264,17 @@ def _build(
 
 def _manifest(
     source: Source,
-    spec: ModelSpec,
+    model: Model,
     geometry: Geometry,
-    parameters: Sequence[Parameter],
+    spec: ModelSpec,
+    sampling: Mapping[str, float],
     targets: Sequence[Target],
     created: date,
 ) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
         name=source.name,
-        model=_model(spec, parameters),
+        model=model,
         capacity=geometry.capacity,
         slots=geometry.slots,
         buckets=geometry.buckets,
@@ -221,7 +287,7 @@ def _manifest(
             eos_token=source.eos_token,
             eos_token_ids=source.eos_token_ids,
         ),
-        sampling={key: float(value) for key, value in source.sampling.items()},
+        sampling=sampling,
         golden=GOLDEN_FILE,
         provenance=Provenance(
             source=source.name,
@@ -234,7 +300,7 @@ def _manifest(
     )
 
 
-def _model(spec: ModelSpec, parameters: Sequence[Parameter]) -> Model:
+def _model(spec: ModelSpec, parameters: Sequence[Parameter], weights: str) -> Model:
     c = spec.config
     return Model(
         architecture=spec.model_type,
@@ -246,7 +312,7 @@ def _model(spec: ModelSpec, parameters: Sequence[Parameter]) -> Model:
         ff_width=c.ff_width,
         vocab=c.vocab,
         parameters=sum(p.size for p in parameters),
-        weights="float32",
+        weights=weights,
         max_positions=c.max_positions,
     )
 
@@ -256,7 +322,8 @@ def _record_golden(folder: Path, manifest: Manifest, spec: ModelSpec, digest: st
     (folder / GOLDEN_FILE).write_bytes(golden.to_json(()))
     _finish(folder, manifest, digest)
     # The loaded model is gone before the reference maps the weights again: they are in memory once at a time.
-    given = golden.answers(loading.load(folder))
+    # Compiling is for exports of StableHLO alone; an executable, where there is one, comes first.
+    given = golden.answers(loading.load(folder, compile=True, log=lambda _: None))
     cases = golden.check(given, spec, map_weights(folder / WEIGHTS_FILE), manifest.name)
     (folder / GOLDEN_FILE).write_bytes(golden.to_json(cases))
 

@@ -19,8 +19,8 @@ from .programs import TABLES
 
 TEXTS = ("The capital of France is", "def fibonacci(n):\n", "水は")
 TOKENS = 16
-# Logits of programs that sum in another order differ by about 1e-4 of their spread; two candidates closer than
-# this may rightly change places.
+# Programs that sum in another order give logits that differ by about 1e-5 of their spread (standard deviation); two
+# candidates closer than this share of it may rightly change places.
 TIE = 1e-3
 
 
@@ -58,7 +58,13 @@ def check(
         PrecastError: when the artifact says anything else than the reference: it must not be shipped.
     """
     judged = _reference(spec, weights, [c.prompt + c.tokens for c in cases])
-    return tuple(_agreed(case, *verdict, where) for case, verdict in zip(cases, judged, strict=True))
+    agreed = tuple(_agreed(case, *verdict, where) for case, verdict in zip(cases, judged, strict=True))
+    if not any(case.tokens for case in agreed):
+        raise PrecastError(
+            f"{where}: the reference finds no token likelier than another, so nothing can be checked; are the weights"
+            " those of a trained model?"
+        )
+    return agreed
 
 
 def _agreed(case: Case, best: np.ndarray, margins: np.ndarray, where: str) -> Case:
@@ -82,7 +88,7 @@ def _agreed(case: Case, best: np.ndarray, margins: np.ndarray, where: str) -> Ca
 def _reference(
     spec: ModelSpec, weights: Mapping[str, np.ndarray], sequences: Sequence[tuple[int, ...]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The uncached forward pass: for each sequence the best next tokens and their leads over the second."""
+    """The uncached forward pass: each sequence's best next tokens, and their leads in shares of the logits' spread."""
     model = abstract_model(spec)
     length = max(map(len, sequences))
 
@@ -91,7 +97,8 @@ def _reference(
         # Not top_k: on CPU it sorts the whole vocabulary, in three times the memory.
         best = jnp.argmax(logits, axis=-1)
         others = jnp.where(jnp.arange(logits.shape[1]) == best[:, None], -jnp.inf, logits)
-        return best, jnp.max(logits, axis=-1) - jnp.max(others, axis=-1)
+        lead = jnp.max(logits, axis=-1) - jnp.max(others, axis=-1)
+        return best, lead / jnp.maximum(jnp.std(logits, axis=-1), jnp.finfo(logits.dtype).tiny)
 
     # One length for all, so that it compiles once; from_dlpack takes the mapped weights as they lie.
     constants = [jnp.from_dlpack(weights[n]) for n in (*TABLES, *(p.name for p in model.parameters))]

@@ -21,7 +21,7 @@ An ahead-of-time compiled language model, written by precast {p.versions.get("pr
 | compiled for | {compiled or "nothing; StableHLO alone"} |
 | licence | {p.licence or "not stated by the source; ask whoever published the model"} |
 
-Run it where precast is installed (`pip install precast`; jax is not needed):
+Run it in this folder, where precast is installed; jax is not needed:
 
     precast run . --prompt "The capital of France is"
 

@@ -14,6 +14,7 @@ from .sources.base import Source, SourceTensor
 
 # Buffers that old checkpoints carry and the config says again.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
+_NAMED = 2  # of them, in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,13 @@ class WeightPlan:
     parameters: Sequence[Parameter]
     tensors: Mapping[str, SourceTensor]
     ignored: Sequence[str]
+
+    def left_out(self) -> str | None:
+        """What is left out, for people: the first names, and how many more; None where nothing is."""
+        if not self.ignored:
+            return None
+        more = len(self.ignored) - _NAMED
+        return f"leaving out {', '.join(self.ignored[:_NAMED])}" + (f", … ({more} more)" if more > 0 else "")
 
 
 def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool) -> WeightPlan:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,9 @@ def run(artifact: Path, request: Request, load_options: LoadOptions, sampling: S
     interactive = request.prompt is None and request.ids is None and sys.stdin.isatty()
     if interactive and request.as_json:
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
-    text = _read_prompt(request) if not interactive else ""
+    # A terminal that cannot show a character shows a question mark; it is no reason to stop.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
     # This process is ours, and nothing in it needs jax; jaxlib would import it wherever it is installed.
     from .runtime.pjrt import block_jax
@@ -78,12 +81,13 @@ def run(artifact: Path, request: Request, load_options: LoadOptions, sampling: S
     params = replace(model.default_sampling(), **sampling.given())
     if interactive:
         converse(model, params, request.system)
-    elif request.as_json:
-        asked = process_age()
-        completion = _stream(model, request, text, params).completion
-        print(_json_line(model, completion, imported=imported, loaded=loaded, asked=asked))
-    else:
-        _write_pieces(_stream(model, request, text, params))
+        return
+    stream = _stream(model, request, _read_prompt(request), params)
+    if not request.as_json:
+        _write_pieces(stream)
+        return
+    asked = process_age()
+    print(_json_line(model, stream.completion, imported=imported, loaded=loaded, asked=asked))
 
 
 def _check(request: Request) -> None:
@@ -149,11 +153,18 @@ def _json_line(
         "target": model.target.name,
         "compiles": model.compiles,
     }
-    return json.dumps(record, ensure_ascii=False)
+    # Escapes are JSON too, for an output that takes less than Unicode.
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    return json.dumps(record, ensure_ascii=not encoding.startswith("utf"))
 
 
 def converse(model: "Model", params: "SamplingParams", system: str | None) -> None:
     """A conversation in the terminal, until its end of input."""
+    if model.manifest.tokenizer.chat_template is None:
+        raise PrecastError(
+            f"{model.manifest.name}: the model has no chat template to talk through; give it"
+            " text to continue with --prompt."
+        )
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() a history and line editing)
     target, capacity = model.target.name, model.engine.capacity

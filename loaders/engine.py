@@ -118,7 +118,14 @@ class Engine:
 
         Returns:
             The step after the last token (R = 1).
+
+        Raises:
+            ValueError: for no tokens, positions outside the cache, or a slot that is not there.
         """
+        if not tokens or start < 0 or start + len(tokens) > self.capacity:
+            raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.capacity} positions")
+        if not 0 <= slot < self.slots:
+            raise ValueError(f"slot {slot} of {self.slots}")
         largest = self._prefills[-1][0]
         for begin in range(0, len(tokens), largest):
             chunk = tokens[begin : begin + largest]
@@ -143,7 +150,14 @@ class Engine:
 
         Returns:
             The step of every slot (R = B); meaningless for slots not in use.
+
+        Raises:
+            ValueError: for another number of slots, or a position outside the cache.
         """
+        if len(tokens) != self.slots or len(positions) != self.slots or max(positions) >= self.capacity:
+            raise ValueError(
+                f"tokens and positions {positions} do not fit {self.slots} slots of {self.capacity}"
+            )
         inputs = {"tokens": np.array(tokens, np.int32), "positions": np.array(positions, np.int32)}
         return self._step(self._decode([self._client.put(inputs[n]) for n in self._decode.inputs], cache))
 

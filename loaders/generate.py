@@ -27,7 +27,7 @@ class Timing:
 
     Attributes:
         prefill_s: the prompt through the model, and its first token chosen.
-        decode_s: from the first token to the last.
+        decode_s: from the first token to the last, without the time that the reader of a stream took.
         decode_tokens_per_s: tokens after the first over `decode_s`; 0 where there were none.
     """
 
@@ -85,7 +85,7 @@ class Stream:
         text, reason = "", "length"
         ids: list[int] = []
         started = time.perf_counter()
-        first = started
+        first, elsewhere = started, 0.0
         for token in self._model._tokens(self._prompt, self._params):
             if not ids:
                 first = time.perf_counter()
@@ -94,16 +94,22 @@ class Stream:
             piece, stopped = ("", False) if ended else stops.push(decoder.push(token))
             text += piece
             if piece:
+                # What the reader of the stream does with a piece is not the model's time.
+                given = time.perf_counter()
                 yield piece
+                elsewhere += time.perf_counter() - given
             if ended or stopped:
                 reason = "stop"
                 break
         else:
             stopped = False
-        finished = time.perf_counter()
+        finished = time.perf_counter() - elsewhere
         if not stopped:
             tail, stopped = stops.push(decoder.finish())
-            tail += "" if stopped else stops.flush()
+            if stopped:
+                reason = "stop"
+            else:
+                tail += stops.flush()
             text += tail
             if tail:
                 yield tail
@@ -177,8 +183,11 @@ class Model:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """As `generate`, piece by piece. The prompt is checked at once, the work begins with the first piece."""
-        ids = self._checked_prompt(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-        return Stream(self, ids, params or self.default_sampling())
+        if isinstance(prompt, bytes | bytearray):
+            raise PrecastError("prompt: expected text or token ids, found bytes; decode them first.")
+        # An empty text has no tokens of its own, whatever a tokenizer puts before it.
+        ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
+        return Stream(self, self._checked_prompt(ids), params or self.default_sampling())
 
     def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
         """Answers a conversation.

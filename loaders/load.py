@@ -4,11 +4,13 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 from .artifact import compat, files
 from .artifact.errors import PrecastError
 from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Target, parse_manifest
+from .artifact.record import MAX_JSON_BYTES
 from .artifact.weights import map_weights
 from .engine import Engine
 from .generate import Model
@@ -47,7 +49,7 @@ def read_manifest(root: Path) -> Manifest:
     Raises:
         PrecastError: when it is missing or not understood.
     """
-    return parse_manifest(files.read(root, MANIFEST_FILE), str(root / MANIFEST_FILE))
+    return parse_manifest(files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES), str(root / MANIFEST_FILE))
 
 
 def load(
@@ -80,11 +82,11 @@ def load(
     }
     if verify:
         for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):
-            files.check_file(root, name, manifest.files[name], force=True)
-    weights = map_weights(files.check_file(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], force=verify))
+            files.read_checked(root, name, manifest.files[name])
+    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], force=verify) as file:
+        weights = map_weights(file)
     _check_weights(chosen, weights, root)
     client = pjrt.client()
-    before = client.compiles
     # XLA loads programs without holding Python's lock, and the tokenizer is parsed meanwhile: both take about as long.
     with ThreadPoolExecutor(1) as background:
         loading = background.submit(_executables, root, chosen, contents, client, log or _to_stderr)
@@ -96,7 +98,7 @@ def load(
         tokenizer=tokenizer,
         manifest=manifest,
         target=chosen,
-        compiles=client.compiles - before,
+        compiles=sum(executable.compiled for executable in executables.values()),
     )
 
 
@@ -116,6 +118,10 @@ def _executables(
     root: Path, target: Target, contents: dict[str, bytes], client: pjrt.Client, log: Callable[[str], None]
 ) -> dict[str, pjrt.Executable]:
     executables = {}
+    if target.runtime == "stablehlo" and date.today().isoformat() > target.stablehlo_expires:
+        log(
+            f"{root}: the StableHLO was promised to compile until {target.stablehlo_expires}; trying all the same"
+        )
     for program in target.programs:
         if target.runtime == "stablehlo":
             log(f"compiling {program.name} from StableHLO …")
@@ -149,9 +155,15 @@ def _check_weights(target: Target, weights: dict, root: Path) -> None:
 
 def _tokenizer(manifest: Manifest, contents: dict[str, bytes]) -> Tokenizer:
     spec = manifest.tokenizer
+    try:
+        template = None if spec.chat_template is None else contents[spec.chat_template].decode("utf-8")
+    except UnicodeDecodeError:
+        raise PrecastError(
+            f"{manifest.name}: {spec.chat_template} is not UTF-8 text; export the model again."
+        ) from None
     return Tokenizer.from_json(
         contents[spec.file],
-        chat_template=None if spec.chat_template is None else contents[spec.chat_template].decode("utf-8"),
+        chat_template=template,
         bos_token=spec.bos_token,
         eos_token=spec.eos_token,
     )

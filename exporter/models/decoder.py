@@ -31,6 +31,11 @@ def _projection(ops: Ops, used: Array | int) -> Project:
     return lambda x, weights, layer: ops.linear(x, weights, layer, count)
 
 
+def _layer_number(index: Array) -> Array:
+    """A loop's index as the kernels take it: where JAX_ENABLE_X64 is set, loops count in int64."""
+    return index.astype(jnp.int32)
+
+
 class Decoder(nnx.Module):
     """Parameters named as in checkpoints; the layers' stacked."""
 
@@ -70,7 +75,7 @@ class Decoder(nnx.Module):
             return softmax_attention(q, k, v, mask, self.config.attention_scale)
 
         def layer(index: Array, x: Array) -> Array:
-            return self.model.layers(x, index, cos, sin, attend, project)
+            return self.model.layers(x, _layer_number(index), cos, sin, attend, project)
 
         x = self.model.embed_tokens.weight[tokens]  # [B, T, D]
         x = jax.lax.fori_loop(0, self.config.layers, layer, x)
@@ -100,13 +105,14 @@ class Decoder(nnx.Module):
 
         def layer(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
             x, cache = carry
+            number = _layer_number(index)
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal cache
-                out, cache = ops.attention(q, k, v, cache, index, rows, self.config.attention_scale)
+                out, cache = ops.attention(q, k, v, cache, number, rows, self.config.attention_scale)
                 return out
 
-            x = self.model.layers(x, index, cos, sin, attend, project)
+            x = self.model.layers(x, number, cos, sin, attend, project)
             return x, cache
 
         x = self.model.embed_tokens.weight[tokens]  # [R, T, D]

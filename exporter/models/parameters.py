@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-import jax
 from flax import nnx
 from jax import Array
 
@@ -73,10 +72,6 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
         return nnx.merge(graph, nnx.from_flat_state(bound))
 
     return AbstractModel(parameters=parameters, bind=bind)
-
-
-def abstract_arrays(parameters: Sequence[Parameter], dtype: str) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(p.shape, dtype) for p in parameters]
 
 
 def unknown_sources(parameters: Sequence[Parameter], found: Mapping[str, object]) -> list[str]:

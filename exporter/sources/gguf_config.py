@@ -140,7 +140,7 @@ def _refuse_unknown(path: Path, architecture: str, metadata: Mapping[str, Any]) 
         if short == key or short in _UNDERSTOOD or short in _HARMLESS or value in _NEUTRAL.get(short, ()):
             continue
         raise PrecastError(
-            f"{path}: has the metadata key {key} = {value!r}, which is not understood and may change the "
+            f"{path}: has the metadata key {key} = {value!r:.80}, which is not understood and may change the "
             "maths; use the model's Hugging Face checkpoint."
         )
 
@@ -179,7 +179,7 @@ class _Reader:
 
     def unexpected(self, key: str, expected: str, found: object) -> PrecastError:
         return PrecastError(
-            f"{self.path}: expected {self.prefix}.{key} to be {expected}, found {found!r}; use the model's "
+            f"{self.path}: expected {self.prefix}.{key} to be {expected}, found {found!r:.80}; use the model's "
             "Hugging Face checkpoint."
         )
 

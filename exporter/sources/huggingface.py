@@ -279,29 +279,39 @@ def _chat_template(folder: Path) -> str | None:
 
 def _sampling(folder: Path, generation: Mapping[str, object]) -> dict[str, float | int]:
     """The sampling defaults, if generation_config.json turns sampling on."""
-    if not generation.get("do_sample"):
+    do_sample = generation.get("do_sample")
+    if do_sample is not None and not isinstance(do_sample, bool):
+        raise PrecastError(
+            f"{folder / 'generation_config.json'}: expected do_sample to be true or false, found "
+            f"{json.dumps(do_sample):.80}; correct it."
+        )
+    if not do_sample:
         return {}
     said = {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise PrecastError(
                 f"{folder / 'generation_config.json'}: expected {key} to be a number, found "
-                f"{json.dumps(value)}; correct it."
+                f"{json.dumps(value):.80}; correct it."
             )
-    return said  # type: ignore[return-value]  # the loop above has looked
+    # transformers samples at temperature 1 where none is given; the loader would be greedy.
+    return {"temperature": 1.0, **said}  # type: ignore[dict-item]  # the loop above has looked
 
 
 def _licence(card: Path) -> str | None:
     """The `license` of a model card's front matter; a licence of its own goes by its `license_name`."""
-    match = re.match(r"---\s*\n(.*?)\n---", read_text(card), re.DOTALL) if card.is_file() else None
-    if match is None:
-        return None
-    import yaml  # type: ignore[import-untyped]  # comes with huggingface-hub
+    import yaml  # type: ignore[import-untyped]
 
     try:
-        front = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        return None  # the card is prose for people; only what it says plainly is taken
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        match = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+        front = yaml.safe_load(match[1]) if match else None
+    except OSError as error:
+        raise PrecastError(f"{card}: cannot be read ({error.strerror}); check its permissions.") from error
+    except Exception:
+        # The card is prose for people, of which only what is said plainly is taken; and PyYAML raises whatever
+        # Python says to a value, as ValueError to a date that is none.
+        return None
     if not isinstance(front, dict):
         return None
     licence = _first(front.get("license"))

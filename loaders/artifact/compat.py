@@ -1,6 +1,7 @@
 """Which of an artifact's targets run on a machine, decided from the manifest before anything is deserialised."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .errors import PrecastError
 from .machine import Machine
@@ -30,7 +31,7 @@ def mismatches(target: Target, machine: Machine) -> list[str]:
 def choose_target(
     manifest: Manifest, machine: Machine, where: str, *, name: str | None, may_compile: bool
 ) -> Target:
-    """The first target that matches the machine; StableHLO only when compiling was asked for.
+    """The first target whose executables match the machine; else, if asked for, the first that can be compiled.
 
     Args:
         manifest: of the artifact.
@@ -42,19 +43,27 @@ def choose_target(
     Raises:
         PrecastError: with every mismatch of every target considered, and what to do.
     """
-    targets = _named(manifest.targets, name, where)
     reasons = []
-    for target in targets:
+    targets = _named(manifest.targets, name, where)
+    executables = [t for t in targets if t.runtime != "stablehlo"]
+    others = [_to_compile(t) if may_compile else t for t in targets if may_compile or t not in executables]
+    for target in (*executables, *others):
         wrong = mismatches(target, machine)
         if target.runtime == "stablehlo" and not may_compile:
             wrong.append("it must be compiled first (--compile does so)")
         if not wrong:
             return target
         reasons.append(f"target {target.name!r}: {', and '.join(wrong)}")
+    advice = "" if may_compile else ", or compile from StableHLO with --compile"
     raise PrecastError(
-        f"{where}: no target runs here: {'; '.join(reasons)}. Export on a machine like this one, install what the"
-        " target needs, or compile from StableHLO with --compile."
+        f"{where}: no target runs here: {'; '.join(dict.fromkeys(reasons))}. Export on a machine like this one or"
+        f" install what the target needs{advice}."
     )
+
+
+def _to_compile(target: Target) -> Target:
+    """The target when its StableHLO is compiled here: for this machine, by this jaxlib, with the same kernels."""
+    return replace(target, runtime="stablehlo", machine="any", jaxlib="any", cpu_features=())
 
 
 def _named(targets: Sequence[Target], name: str | None, where: str) -> Sequence[Target]:

@@ -7,8 +7,10 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
+from secrets import token_hex
+from typing import BinaryIO
 
 from .errors import PrecastError
 from .manifest import MANIFEST_FILE, FileEntry
@@ -17,10 +19,19 @@ _BLOCK = 1 << 20
 
 
 def cache_folder() -> Path:
-    """Where precast keeps what it can make again: ``PRECAST_CACHE``, or ``precast`` in the user's cache folder."""
-    if own := os.environ.get("PRECAST_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precast"
+    """Where precast keeps what it can make again: ``PRECAST_CACHE``, or ``precast`` in the user's cache folder.
+
+    Raises:
+        PrecastError: when neither is set and the user has no home folder.
+    """
+    try:
+        if own := os.environ.get("PRECAST_CACHE"):
+            return Path(own).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precast"
+    except RuntimeError:
+        raise PrecastError(
+            "cache: this user has no home folder to keep it in; set PRECAST_CACHE to a folder."
+        ) from None
 
 
 def member(root: Path, name: str) -> Path:
@@ -56,7 +67,15 @@ def member(root: Path, name: str) -> Path:
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read once."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of(file)
+
+
+def digest_of(file: BinaryIO) -> str:
+    """Hex sha256 of an open file, from where it stands to its end."""
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -69,14 +88,17 @@ def _reading(root: Path, name: str) -> Iterator[None]:
         ) from None
 
 
-def read(root: Path, name: str) -> bytes:
+def read(root: Path, name: str, *, limit: int | None = None) -> bytes:
     """Reads a file of the artifact at `root` whole, unchecked.
 
     Raises:
-        PrecastError: when it is not there or cannot be read.
+        PrecastError: when it is not there, cannot be read, or has more than `limit` bytes.
     """
     with _reading(root, name):
-        return member(root, name).read_bytes()
+        path = member(root, name)
+        if limit is not None and (size := path.stat().st_size) > limit:
+            raise PrecastError(f"{path}: expected at most {limit} bytes, found {size}.")
+        return path.read_bytes()
 
 
 def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
@@ -91,25 +113,27 @@ def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
     return data
 
 
-def check_file(root: Path, name: str, entry: FileEntry, *, force: bool) -> Path:
-    """Checks a file too large to read whole at every start.
+def open_checked(root: Path, name: str, entry: FileEntry, *, force: bool) -> BinaryIO:
+    """Opens a file too large to read whole at every start, and checks what it has opened.
 
     A file that passed before and has kept its device, inode, size and times is not read again, unless `force`.
 
     Raises:
         PrecastError: when the file is not what the manifest says.
     """
-    path = member(root, name)
-    status = path.stat()
-    _check_size(root, name, entry, status.st_size)
-    identity = _identity(status)
-    if force or _remembered(identity) != entry.sha256:
-        with _reading(root, name):
-            digest = sha256_of(path)
-        _check_hash(root, name, entry, digest)
-        # The file as it was before it was read: what changes it from then on makes it another.
-        _remember(identity, digest)
-    return path
+    with _reading(root, name), ExitStack() as cleanup:
+        file = cleanup.enter_context(member(root, name).open("rb"))
+        status = os.fstat(file.fileno())
+        _check_size(root, name, entry, status.st_size)
+        identity = _identity(status)
+        if force or _remembered(identity) != entry.sha256:
+            digest = digest_of(file)
+            _check_hash(root, name, entry, digest)
+            # The file as it was before it was read: what changes it from then on makes it another.
+            _remember(identity, digest)
+        file.seek(0)
+        cleanup.pop_all()
+    return file
 
 
 def remember(path: Path, digest: str) -> None:
@@ -118,8 +142,8 @@ def remember(path: Path, digest: str) -> None:
 
 
 def _remember(identity: str, digest: str) -> None:
-    record = _record_of(identity)
-    with suppress(OSError):
+    with suppress(OSError, PrecastError):
+        record = _record_of(identity)
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(record, json.dumps({"sha256": digest}).encode())
 
@@ -150,7 +174,7 @@ def _record_of(identity: str) -> Path:
 def _remembered(identity: str) -> str | None:
     try:
         value = json.loads(_record_of(identity).read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, PrecastError):
         return None
     return value.get("sha256") if isinstance(value, dict) else None
 
@@ -202,14 +226,15 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     _check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
+        # Not mkdtemp: what becomes the artifact has the permissions that the user's other folders have.
+        temporary = path.parent / f".{path.name}.{token_hex(6)}.partial"
+        temporary.mkdir()
     except OSError as error:
         raise PrecastError(
             f"{path}: cannot write there ({error.strerror}); choose another folder with -o."
         ) from None
     try:
         yield temporary
-        temporary.chmod(0o755)
         for file in sorted(temporary.rglob("*"), reverse=True):
             _sync(file)
         _sync(temporary)

@@ -9,10 +9,12 @@ begins on a boundary too. The CPU runtime takes an array over as it lies only wh
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -96,8 +98,11 @@ def _pieces(
             raise ValueError(f"{spec.name}: expected {spec.bytes} bytes, found {written}")
 
 
-def map_weights(path: Path) -> dict[str, np.ndarray]:
+def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     """Maps a file written by `write_weights`; pages are read from disk when first touched.
+
+    Args:
+        source: its path, or the file itself, open and at its beginning, so that what is mapped is what was checked.
 
     Returns:
         Views into the mapping by tensor name. The mapping is private and lives as long as its views.
@@ -105,17 +110,17 @@ def map_weights(path: Path) -> dict[str, np.ndarray]:
     Raises:
         PrecastError: for a file that is not a safetensors file, or whose header does not describe exactly its data.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise PrecastError(
-                f"{path}: expected a safetensors file, found one whose header does not fit in it."
-            )
-        header = parse_json(file.read(length), str(path))
-        # Private and writable, because NumPy does not hand read-only arrays to a plain DLPack consumer. Nothing
-        # writes to it, so no page of it is ever copied.
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return map_weights(file)
+    path, size = Path(source.name), os.fstat(source.fileno()).st_size
+    length = int.from_bytes(source.read(8), "little")
+    if size < 8 or length > min(_MAX_HEADER, size - 8):
+        raise PrecastError(f"{path}: expected a safetensors file, found one whose header does not fit in it.")
+    header = parse_json(source.read(length), str(path))
+    # Private and writable, because NumPy does not hand read-only arrays to a plain DLPack consumer. Nothing writes to
+    # it, so no page of it is ever copied.
+    mapping = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
     if not isinstance(header, dict):
         raise PrecastError(f"{path}: expected a safetensors header, found {header!r:.60}.")
     entries = [_entry(path, name, e) for name, e in header.items() if name != "__metadata__"]

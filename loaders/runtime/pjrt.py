@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from functools import cache
+from threading import Lock
 from typing import Any, NewType
 
 import numpy as np
@@ -39,10 +40,15 @@ class _Capsule:
 
 
 class Executable:
-    """A loaded program. Calling it runs it to the end."""
+    """A loaded program. Calling it runs it to the end.
 
-    def __init__(self, loaded: Any) -> None:
+    Attributes:
+        compiled: whether it was compiled here, and not deserialised.
+    """
+
+    def __init__(self, loaded: Any, *, compiled: bool) -> None:
         self._loaded = loaded
+        self.compiled = compiled
 
     def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
         """Runs the program.
@@ -75,7 +81,6 @@ class Client:
         self._client = _jax.get_tfrt_cpu_client(asynchronous=False)
         self._device = self._client.local_devices()[0]
         self._devices = _jax.DeviceList((self._device,))
-        self.compiles = 0
 
     def load(self, serialized: bytes, where: str) -> Executable:
         """Loads a serialised executable: no tracing, no compiling.
@@ -84,17 +89,16 @@ class Client:
             PrecastError: when XLA does not take it.
         """
         try:
-            return Executable(
-                self._client.deserialize_executable(serialized, executable_devices=self._devices)
-            )
+            loaded = self._client.deserialize_executable(serialized, executable_devices=self._devices)
         except (_jax.JaxRuntimeError, ValueError, RuntimeError) as error:
             raise PrecastError(
                 f"{where}: XLA does not load this executable ({error}); export the model again with jaxlib"
                 f" {jaxlib_version}."
             ) from None
+        return Executable(loaded, compiled=False)
 
     def compile(self, stablehlo: bytes, where: str) -> Executable:
-        """Compiles a StableHLO portable artifact, and counts that it did.
+        """Compiles a StableHLO portable artifact.
 
         Raises:
             PrecastError: when XLA does not take it.
@@ -105,8 +109,7 @@ class Client:
             raise PrecastError(
                 f"{where}: jaxlib {jaxlib_version} does not compile this StableHLO ({error}); export the model again."
             ) from None
-        self.compiles += 1
-        return Executable(loaded)
+        return Executable(loaded, compiled=True)
 
     def put(self, array: np.ndarray) -> Buffer:
         """Hands an array to the device: as it lies where it starts on a 64-byte boundary, else copied.
@@ -127,9 +130,17 @@ def register_kernels() -> None:
         xla_client.register_custom_call_target(name, handler, platform="cpu", api_version=1)
 
 
-@cache
+_making_client = Lock()
+
+
 def client() -> Client:
     """This process's client: one, because each starts a thread for every core."""
+    with _making_client:
+        return _client()
+
+
+@cache
+def _client() -> Client:
     # jaxlib tries `import jax` whenever it makes an array. Where jax is not there, one failed search is enough.
     if "jax" not in sys.modules and not _has_jax():
         block_jax()

@@ -151,10 +151,11 @@ def test_a_value_that_llama_does_not_take(key: str, value: Any, message: str) ->
         ("layer_types", ["full_attention", "sliding_attention"]),
         ("layer_types", ["full_attention"]),
         ("layer_types", "full_attention"),
+        ("use_mrope", True),
     ],
 )
-def test_sliding_windows_are_refused(key: str, value: Any) -> None:
-    expected = "False" if key == "use_sliding_window" else "['full_attention', 'full_attention']"
+def test_sliding_windows_and_positions_in_pictures_are_refused(key: str, value: Any) -> None:
+    expected = "False" if key.startswith("use_") else "['full_attention', 'full_attention']"
     assert _refusal("qwen2", **{key: value}) == f"m/config.json: '{key}' is {value!r}, expected {expected}."
 
 
@@ -284,9 +285,10 @@ def test_a_key_that_changes_nothing(model_type: str, key: str, value: Any) -> No
         {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
         {"layer_types": ["full_attention", "full_attention"]},
         {"sliding_window": None},
+        {"use_mrope": False},
     ],
 )
-def test_windows_that_are_switched_off_change_nothing(changes: Mapping[str, Any]) -> None:
+def test_what_is_switched_off_changes_nothing(changes: Mapping[str, Any]) -> None:
     assert _read("qwen2", **changes).config == _read("qwen2").config
 
 

@@ -163,6 +163,9 @@ def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
         ({"buckets": (0,)}, "--buckets: 0 is not possible"),
         ({"buckets": (8, 8)}, "--buckets: 8 is named twice"),
         ({"buckets": (33,), "context": 32}, "--buckets: 33 is larger than the context of 32"),
+        ({"targets": ()}, "targets: expected one or more of cpu, portable, each once, found none."),
+        ({"targets": ("gpu",)}, "targets: expected one or more of cpu, portable, each once, found 'gpu'."),
+        ({"targets": ("cpu", "cpu")}, "each once, found one of them twice."),
         ({"context": 129}, "--context: 129 is not possible, expected 2 to 128"),
         ({"slots": 0}, "--slots: 0 is not possible"),
         ({"weights": "int2"}, "--weights: 'int2' is not supported"),
@@ -198,6 +201,97 @@ def test_sources_that_do_not_fit_together(refusal, tiny_source):
     ]
     for source, text in cases:
         assert text in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "text"),
+    [
+        ({"temperature": 1.0, "top_k": -1}, "top_k must be an integer of at least 0, found -1; correct"),
+        ({"top_k": 2.5}, "top_k must be an integer of at least 0, found 2.5; correct"),
+        ({"temperature": float("nan")}, "temperature must be a finite number at least 0, found nan; correct"),
+        ({"top_p": 1.5}, "top_p must be a finite number between 0 and 1, found 1.5; correct"),
+        ({"min_p": "low"}, "min_p must be a finite number between 0 and 1, found 'low'; correct"),
+        ({"temperature": 10**400}, "a number is too large; correct"),
+        ({"top_k": 10**400}, "a number is too large; correct"),
+        ({"typical_p": 0.5}, "'typical_p' is unknown, expected one of temperature, top_k, top_p"),
+        ({"max_tokens": 5}, "'max_tokens' is unknown"),
+    ],
+)
+def test_sampling_defaults_that_the_loader_would_refuse(refusal, tiny_source, sampling, text):
+    found = refusal(tiny_source(fields={"sampling": sampling}))
+    where = "tiny: the sampling defaults in its generation_config.json or GGUF metadata cannot be used: "
+    assert found.startswith(where + text)
+
+
+def test_sampling_defaults_are_the_loader_s(tmp_path, tiny_source):
+    source = tiny_source(fields={"sampling": {"temperature": 1, "top_k": 20}})
+    assert export(source, tmp_path / "a", QUICK).sampling == {"temperature": 1.0, "top_k": 20.0}
+    params = load(tmp_path / "a").default_sampling()
+    assert (params.temperature, params.top_k) == (1.0, 20)
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ messages", "{% for m in messages %}", "{% nonsense %}"])
+def test_a_chat_template_that_does_not_compile(refusal, tiny_source, template):
+    text = refusal(tiny_source(fields={"chat_template": template}))
+    assert text.startswith("tiny: its chat template cannot be used (The chat template failed at line 1: ")
+    assert text.endswith("); correct or remove it there.")
+
+
+def test_what_is_left_out_is_told(tmp_path, tiny_source):
+    stages = []
+    progress = Progress(stage=stages.append, weights=lambda *_: None, built=lambda _: None)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    export(tiny_source(tensors={name: np.ones(6, np.float32)}), tmp_path / "a", QUICK, progress)
+    assert stages[:2] == [f"leaving out {name}", "writing weights"]
+
+
+def test_it_compiles_for_the_cpu_and_checks_in_full_precision(tmp_path, tiny_source, monkeypatch):
+    """As on a machine where JAX computes elsewhere, and less precisely, by default."""
+    import jax
+
+    seen, original, record = [], exporting.build_target, exporting._record_golden
+
+    def build(*arguments):
+        seen.append(jax.config.jax_default_device)
+        return original(*arguments)
+
+    def check(*arguments):
+        seen.append((jax.config.jax_default_device, jax.config.jax_default_matmul_precision))
+        record(*arguments)
+
+    monkeypatch.setattr(exporting, "build_target", build)
+    monkeypatch.setattr(exporting, "_record_golden", check)
+    export(tiny_source(), tmp_path / "a", QUICK)
+    cpu = jax.devices("cpu")[0]
+    assert seen == [cpu, (cpu, "highest")]
+
+
+def test_jax_without_a_cpu(refusal, tiny_source, monkeypatch):
+    import jax
+
+    def devices(platform=None):
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert refusal(tiny_source()).endswith("add cpu to JAX_PLATFORMS or unset it.")
+
+
+WIDE = """
+import sys
+from pathlib import Path
+from precast.exporter.export import ExportOptions, export
+from precast.exporter.sources import open_source
+
+options = ExportOptions(buckets=(8,), context=32)
+manifest = export(open_source(sys.argv[1]), Path(sys.argv[2]), options)
+print(sorted({v.dtype for t in manifest.targets for p in t.programs for v in (*p.arguments, *p.results)}))
+"""
+
+
+def test_wide_numbers_of_jax_change_nothing(python, tmp_path, tiny_checkpoint):
+    result = python("-c", WIDE, str(tiny_checkpoint()), str(tmp_path / "a"), env={"JAX_ENABLE_X64": "1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "['float32', 'int32']\n"
 
 
 def test_a_source_that_cannot_be_read_any_more(refusal, tiny_source):

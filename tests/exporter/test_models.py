@@ -1,5 +1,6 @@
 """Positions, parameters and shapes: RoPE by hand and by transformers, and published models at full size."""
 
+import json
 import math
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from precast.exporter.models import ModelSpec, read_model
-from precast.exporter.models.parameters import AbstractModel, abstract_arrays, abstract_model, unknown_sources
+from precast.exporter.models.parameters import AbstractModel, abstract_model, unknown_sources
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -281,7 +282,7 @@ def test_published_models_run_in_the_abstract(name: str) -> None:
     model = abstract_model(spec)
     table = jax.ShapeDtypeStruct((64, spec.config.head_dim // 2), "float32")
     tokens = jax.ShapeDtypeStruct((1, 64), "int32")
-    weights = abstract_arrays(model.parameters, "float32")
+    weights = [jax.ShapeDtypeStruct(p.shape, "float32") for p in model.parameters]
     logits = jax.eval_shape(
         lambda t, c, s, *w: model.bind(w).forward(t, c, s), tokens, table, table, *weights
     )
@@ -301,3 +302,42 @@ def test_published_programs_have_shapes(name: str) -> None:
         results = jax.eval_shape(program.function, *program.abstract_arguments())
         found = [SimpleNamespace(shape=r.shape, dtype=str(r.dtype)) for r in results]
         assert found == [SimpleNamespace(shape=v.shape, dtype=v.dtype) for v in program.results]
+
+
+X64 = """
+import json, sys
+import jax
+from precast.exporter.models import read_model
+from precast.exporter.models.ops import CPU_OPS, XLA_OPS
+from precast.exporter.programs import Geometry, build_programs
+
+assert jax.config.jax_enable_x64
+spec = read_model(json.loads(sys.argv[1]), "tiny")
+for ops in (CPU_OPS, XLA_OPS):
+    for program in build_programs(spec, Geometry(capacity=32, slots=2, buckets=(8,)), ops):
+        lowered = jax.jit(program.function).lower(*program.abstract_arguments())
+        calls = [line for line in lowered.as_text().splitlines() if "custom_call @precast" in line]
+        found = [str(leaf.dtype) for leaf in jax.tree.leaves(lowered.out_info)]
+        print(program.name, len(calls), sum("i64>" in line.rpartition(" : (")[2] for line in calls),
+              found == [result.dtype for result in program.results])
+"""
+
+
+def test_programs_are_the_same_where_jax_has_wide_numbers(python) -> None:
+    """The kernels take int32, which a loop does not count in under JAX_ENABLE_X64."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 24,
+        "vocab_size": 40,
+        "max_position_embeddings": 64,
+    }
+    result = python("-c", X64, json.dumps(config), env={"JAX_ENABLE_X64": "1"})
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["cache", "prefill_8", "decode"] * 2
+    assert [int(line[1]) > 0 for line in lines] == [True] * 3 + [False] * 3
+    assert all(line[2:] == ["0", "True"] for line in lines)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from precast.exporter.sources import demo, open_source
+from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError
 
 CONTENT = b"not really a model" * 1000
@@ -156,20 +157,14 @@ def test_a_folder_that_cannot_be_made(tmp_path, pip):
         demo.fetch(SMALL, tmp_path / "file" / "demo")
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"PRECAST_CACHE": "/p", "XDG_CACHE_HOME": "/x"}, "/p"),
-        ({"XDG_CACHE_HOME": "/x"}, "/x/precast"),
-        ({"HOME": "/h"}, "/h/.cache/precast"),
-    ],
-)
-def test_cache_folder(monkeypatch, environment, expected):
-    for key in ("PRECAST_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(key, raising=False)
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-    assert str(demo.cache_folder()) == expected
+def test_the_cache_is_the_one_of_the_loader(monkeypatch, tmp_path):
+    """One folder, and one way to say where: PRECAST_CACHE."""
+    asked = []
+    monkeypatch.setenv("PRECAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo, "fetch", lambda file, folder: asked.append(folder) or tmp_path / "x.gguf")
+    with pytest.raises(PrecastError):
+        demo.open_demo()
+    assert asked == [files.cache_folder() / "demo"] == [tmp_path / "demo"]
 
 
 def test_the_pin_is_whole():

@@ -374,6 +374,43 @@ def test_refused_metadata(gguf_spec, tmp_path, metadata, expected):
     assert expected in refusal(gguf_spec(metadata=metadata).write(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected", "found"),
+    [
+        ("general.sampling.temp", "hot", "a number", "'hot'"),
+        ("general.sampling.top_k", 20.5, "a whole number", "20.5"),
+        ("general.sampling.top_p", True, "a number", "True"),
+        ("general.type", ["model"], "text", "['model']"),
+        ("split.count", "three", "a whole number", "'three'"),
+        ("tokenizer.chat_template", 7, "text", "7"),
+        ("tokenizer.ggml.add_bos_token", "yes", "true or false", "'yes'"),
+        ("tokenizer.ggml.bos_token_id", "<s>", "a whole number", "'<s>'"),
+        ("tokenizer.ggml.eos_token_id", [2], "a whole number", "[2]"),
+        ("tokenizer.ggml.eot_token_id", "</s>", "a whole number", "'</s>'"),
+        ("tokenizer.ggml.merges", [1, 2], "a list of texts", "[1, 2]"),
+        ("tokenizer.ggml.model", ["gpt2"], "text", "['gpt2']"),
+        ("tokenizer.ggml.pre", ["smollm"], "text", "['smollm']"),
+        ("tokenizer.ggml.scores", ["a"], "a list of numbers", "['a']"),
+        ("tokenizer.ggml.token_type", 3, "a list of whole numbers", "3"),
+        ("tokenizer.ggml.tokens", 49152, "a list of texts", "49152"),
+        ("tokenizer.ggml.tokens", [1], "a list of texts", "[1]"),
+    ],
+)
+def test_metadata_of_another_type(gguf_spec, tmp_path, key, value, expected, found):
+    path = gguf_spec(metadata={key: value}).write(tmp_path)
+    assert (
+        refusal(path) == f"{path}: expected {key} to be {expected}, found {found}; convert the model again."
+    )
+
+
+def test_an_architecture_that_is_a_list(gguf_spec, tmp_path):
+    """The library writes this key itself, so it is renamed, which moves the list behind it to its place."""
+    path = gguf_spec(metadata={"general.architectur_": ["llama"]}).write(tmp_path)
+    data = path.read_bytes().replace(b"general.architecture", b"general.architect_re")
+    path.write_bytes(data.replace(b"general.architectur_", b"general.architecture"))
+    assert refusal(path).startswith(f"{path}: expected general.architecture to be text, found ['llama'];")
+
+
 def test_other_architectures(gguf_spec, tmp_path):
     assert refusal(gguf_spec(architecture="mamba").write(tmp_path)).endswith(
         "holds a model of architecture mamba, and only llama and qwen2 are supported as GGUF; use the "

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from precast.exporter.sources.demo import DEMO, cache_folder, fetch
+from precast.exporter.sources.demo import DEMO, fetch
 from precast.exporter.sources.gguf_tokenizer import build_tokenizer
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.files import cache_folder
 
 HERE = Path("tiny.gguf")
 

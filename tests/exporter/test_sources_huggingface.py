@@ -310,6 +310,8 @@ def test_named_templates_without_a_default(checkpoint):
             {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None, "max_length": 9},
             {"temperature": 0.6, "top_k": 20},
         ),
+        ({"do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"do_sample": True, "temperature": None}, {"temperature": 1.0}),
         ({"do_sample": False, "temperature": 0.6}, {}),
         ({"temperature": 0.6}, {}),
     ],
@@ -321,6 +323,16 @@ def test_sampling(checkpoint, generation, expected):
 def test_sampling_that_is_no_number(checkpoint):
     files = {"generation_config.json": {"do_sample": True, "top_p": "high"}}
     assert 'expected top_p to be a number, found "high"' in refusal(checkpoint(files, ONE))
+
+
+def test_sampling_that_is_neither_on_nor_off(checkpoint):
+    files = {"generation_config.json": {"do_sample": "false"}}
+    assert 'expected do_sample to be true or false, found "false"' in refusal(checkpoint(files, ONE))
+
+
+def test_numbers_too_long_to_read(checkpoint):
+    folder = checkpoint({"generation_config.json": '{"top_k": ' + "9" * 5000 + "}"}, ONE)
+    assert refusal(folder).startswith(f"{folder / 'generation_config.json'}: is not valid JSON (")
 
 
 @pytest.mark.parametrize(
@@ -335,10 +347,19 @@ def test_sampling_that_is_no_number(checkpoint):
         ("# license: mit\n", None),
         ("---\nlicense: [\n---\n", None),
         ("---\ntags: [x]\n---\n", None),
+        ("---\nlicense: mit\ndate: 2024-02-31\n---\n", None),
+        ("---\nlicense: mit\nsteps: !!int ''\n---\n", None),
+        ("---\nlicense: mit\ntags: " + "[" * 5000 + "]" * 5000 + "\n---\n", None),
     ],
 )
 def test_licence(checkpoint, card, expected):
     assert open_source(str(checkpoint({"README.md": card}, ONE))).licence == expected
+
+
+def test_a_card_that_is_not_utf8_says_nothing(checkpoint):
+    folder = checkpoint(tensors=ONE)
+    (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\ncaf\xe9\n")
+    assert open_source(str(folder)).licence is None
 
 
 def test_what_was_read_is_hashed(checkpoint):

@@ -126,6 +126,19 @@ def test_what_is_left_out_is_left_out_knowingly(source):
     assert "'lm_head.weight' belongs to no parameter" in refusal(source(lm_head__weight=extra), tied=False)
 
 
+def test_what_is_left_out_is_named(source):
+    extra = tensor(np.zeros(3, np.float32))
+    buffers = {f"model__layers__{i}__self_attn__rotary_emb__inv_freq": extra for i in range(4)}
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
+
+    def told(**changes):
+        return plan_weights(source(**changes), PARAMETERS, tied=True).left_out()
+
+    assert told() is None
+    assert told(**dict(list(buffers.items())[:1])) == f"leaving out {names[0]}"
+    assert told(**buffers) == f"leaving out {names[0]}, {names[1]}, … (2 more)"
+
+
 def test_a_head_that_is_not_the_embedding_it_is_said_to_be_is_refused(source):
     other = source.arrays["model.embed_tokens.weight"].copy()
     other[5, 3] += 1

@@ -100,9 +100,19 @@ def test_stablehlo_is_never_compiled_unasked():
     message = refusal(wrong, PORTABLE)
     assert "target 'cpu-x86_64-avx2': it is compiled by jaxlib 9.9, installed is 0.10.1" in message
     assert "target 'portable': it must be compiled first (--compile does so)" in message
-    assert choose(wrong, PORTABLE, may_compile=True) is PORTABLE
+    assert choose(wrong, PORTABLE, may_compile=True).name == COMPILED.name
+
+
+def test_what_was_compiled_elsewhere_is_compiled_here_before_what_is_portable():
+    wrong = dataclasses.replace(COMPILED, jaxlib="9.9", machine="riscv64", cpu_features=("warp",))
+    chosen = choose(wrong, PORTABLE, may_compile=True)
+    assert (chosen.name, chosen.runtime) == (COMPILED.name, "stablehlo")
+    assert mismatches(chosen, MACHINE) == []
+    # Kernels that are not there cannot be compiled either.
+    other_abi = dataclasses.replace(wrong, kernel_abi=COMPILED.kernel_abi + 1)
+    assert choose(other_abi, PORTABLE, may_compile=True).name == PORTABLE.name
     # An executable that fits goes before compiling, even where compiling is allowed.
-    assert choose(PORTABLE, may_compile=True) is PORTABLE
+    assert choose(PORTABLE, may_compile=True) == PORTABLE
     assert choose(COMPILED, PORTABLE, may_compile=True) is COMPILED
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -284,3 +285,37 @@ def test_what_python_does_for_a_token_does_not_grow_with_the_model(depths):
     shallow, deep = map(token, models)
     assert 5 < shallow < 200
     assert deep == pytest.approx(shallow, rel=0.1)
+
+
+def test_bytes_and_empty_text_are_no_prompt(tiny_model):
+    with pytest.raises(PrecastError, match=r"expected text or token ids, found bytes; decode them first"):
+        tiny_model.stream(b"ab")
+    with pytest.raises(PrecastError, match=r"expected at least one token, found none"):
+        tiny_model.stream("")
+
+
+def test_the_reader_of_a_stream_costs_the_model_no_speed(tiny_model):
+    stream = tiny_model.stream([7, 200, 31], SamplingParams(max_tokens=12, ignore_eos=True))
+    began = time.perf_counter()
+    for _ in stream:
+        time.sleep(0.05)
+    took = time.perf_counter() - began
+    timing = stream.completion.timing
+    assert timing.prefill_s + timing.decode_s <= took - 0.05
+
+
+class Unfinished:
+    """A decoder whose tokens never make a whole character."""
+
+    def push(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return "\ufffd"
+
+
+@pytest.mark.parametrize(("stop", "text", "reason"), [("\ufffd", "", "stop"), ("x", "\ufffd", "length")])
+def test_a_stop_string_that_the_tail_completes_is_a_stop(tiny_model, monkeypatch, stop, text, reason):
+    monkeypatch.setattr(tiny_model.tokenizer, "stream", Unfinished)
+    answer = tiny_model.generate([7, 200, 31], SamplingParams(max_tokens=3, ignore_eos=True, stop=(stop,)))
+    assert (answer.text, answer.finish_reason) == (text, reason)

@@ -1,0 +1,51 @@
+"""What the exporter imports is what it declares and checks for: no package more, none less."""
+
+import ast
+import importlib.util
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from precast.cli import _need_export
+from precast.loaders.artifact.errors import PrecastError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODULES = {"pyyaml": "yaml"}  # packages whose module has another name
+
+
+def declared(requirements) -> set[str]:
+    names = (re.match(r"[\w-]+", requirement)[0] for requirement in requirements)
+    return {MODULES.get(name, name.replace("-", "_")) for name in names}
+
+
+def imported() -> set[str]:
+    """The top-level modules that any file of the exporter imports, anywhere in it."""
+    found = set()
+    for path in (ROOT / "exporter").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"precast"}
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """What is asked for where none of it is installed, as the sentence names it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PrecastError) as raised:
+        _need_export()
+    names = re.fullmatch(
+        r"exporting needs (.+), which are not installed: pip install 'precast\[export\]'", str(raised.value)
+    )
+    return set(names[1].split(", "))
+
+
+def test_declared_imported_and_checked_are_the_same(missing):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extra = declared(project["optional-dependencies"]["export"])
+    assert imported() - declared(project["dependencies"]) == extra == missing

@@ -1,0 +1,45 @@
+"""Building the kernels: which headers are taken."""
+
+import pytest
+
+# Says what it is told to build; the true one comes with the build, in whatever version.
+SETUPTOOLS = """
+def Extension(*_, extra_compile_args, **__):
+    return extra_compile_args[1]
+
+
+def setup(*, ext_modules, **_):
+    print(*ext_modules)
+"""
+
+
+@pytest.fixture
+def build(tmp_path, python):
+    """Runs setup.py where a jaxlib of this version is found first."""
+
+    def run(version):
+        (tmp_path / "setuptools.py").write_text(SETUPTOOLS)
+        (tmp_path / "jaxlib").mkdir()
+        (tmp_path / "jaxlib" / "__init__.py").write_text("raise AssertionError('it must not be imported')")
+        info = tmp_path / f"jaxlib-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: jaxlib\nVersion: {version}\n")
+        return python("setup.py", env={"PYTHONPATH": str(tmp_path)})
+
+    return run
+
+
+@pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1", "1.0"])
+def test_headers_of_a_newer_jaxlib_are_refused(build, version):
+    result = build(version)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"precast's kernels are built against the headers of jaxlib 0.10.1, found {version}: build without"
+        " --no-build-isolation, or pip install jaxlib==0.10.1 for the build\n"
+    )
+
+
+def test_headers_of_the_oldest_jaxlib_are_taken(build, tmp_path):
+    result = build("0.10.1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'jaxlib' / 'include'}\n"
