@@ -157,7 +157,7 @@ def _table(facts: dict) -> str:
             "decode after 128 tokens, context 512",
             f"{small['decode_tokens_per_s']:.1f} tokens/s: {small['decode_share_of_limit']:.0%} of the limit",
         ),
-        ("memory read bandwidth, all cores", f"{facts['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
+        ("memory read bandwidth in the same minutes", f"{small['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"),
         (
             "resident after these runs: own, mapped weights and libraries",
             f"{facts['resident']['own'] / mb:.0f} MB, {facts['resident']['mapped'] / mb:.0f} MB",
