@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint bench
 
 demo: $(DEMO)/manifest.json
-	$(BIN)/python cli.py run artifacts/ --chat --prompt "What is the capital of France?" --max-tokens 64
+	$(BIN)/python cli.py run $(DEMO) --chat --prompt "What is the capital of France?" --max-tokens 64
 
 $(DEMO)/manifest.json: | $(READY)
 	$(BIN)/python cli.py export --buckets 64,128,512 --output $(DEMO)

@@ -12,7 +12,7 @@ import click
 # XLA's own notes about devices are not for users; errors still show. Set before anything loads it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
-FAILED = 2
+FAILED, INTERRUPTED = 2, 130
 
 
 def _lines_only(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,6 +26,11 @@ def _lines_only(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except PrecastError as error:
             _fail(str(error))
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            sys.stdout.flush()
+            # At once: a compiler's threads that still work do not survive the usual way out of Python.
+            os._exit(INTERRUPTED)
         except BrokenPipeError:
             # The reader has seen enough; what Python would flush at exit has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,10 +124,14 @@ def _need_export() -> None:
 
 @main.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("-p", "--prompt", help="Text to continue, or to answer with --chat. Default: standard input.")
+@click.option(
+    "-p",
+    "--prompt",
+    help="Text to continue, or to answer with --chat. Default: standard input, less one final newline.",
+)
 @click.option("--ids", callback=_numbers, help="Token ids to continue instead of text: 1,2,3.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
-@click.option("--system", help="System message of a chat.")
+@click.option("--system", help="System message; implies --chat.")
 @click.option(
     "-n", "--max-tokens", type=int, help="Tokens to generate at most. Default: until the context is full."
 )
@@ -131,7 +140,7 @@ def _need_export() -> None:
 @click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability.")
 @click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the likeliest.")
 @click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that occurred less likely.")
-@click.option("--seed", type=int, help="Same seed, same tokens.")
+@click.option("--seed", type=int, help="Same seed, same tokens, where a temperature makes them differ.")
 @click.option("--stop", multiple=True, help="Stop before this text. May be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on to the limit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when done.")

@@ -8,9 +8,10 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from precast.loaders.artifact.files import check_free
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 
-from .export import ExportOptions, Progress, export
+from .export import ExportOptions, Progress, check_options, export
 from .sources import open_source
 from .targets.build import Built
 
@@ -22,6 +23,9 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
         PrecastError: for anything the user can put right.
     """
     started = time.perf_counter()
+    check_options(options)
+    if output is not None:
+        check_free(output, options.overwrite)
     console = _console(stderr=True)
     console.print(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}")
     source = open_source(spec)

@@ -132,31 +132,41 @@ def export(
 def _geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
     limit = spec.config.max_positions
     context = min(DEFAULT_CONTEXT, limit) if options.context is None else options.context
-    if options.weights not in WEIGHT_TYPES:
-        raise PrecastError(
-            f"--weights: {options.weights!r} is not supported, expected {' or '.join(WEIGHT_TYPES)}."
-        )
+    check_options(options)
     if not 2 <= context <= limit:
         raise PrecastError(
             f"--context: {context} is not possible, expected 2 to {limit} (the model's own limit)."
         )
-    if not 1 <= options.slots <= 256:
-        raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to 256.")
-    _check_targets(options.targets)
-    _check_buckets(options.buckets, context)
+    for bucket in options.buckets:
+        if bucket > context:
+            raise PrecastError(
+                f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
+            )
     return Geometry(capacity=context, slots=options.slots, buckets=tuple(sorted(options.buckets)))
 
 
-def _check_buckets(buckets: Sequence[int], context: int) -> None:
+def check_options(options: ExportOptions) -> None:
+    """Refuses what no model could be exported with, before one is read.
+
+    Raises:
+        PrecastError: naming the option.
+    """
+    if options.weights not in WEIGHT_TYPES:
+        raise PrecastError(
+            f"--weights: {options.weights!r} is not supported, expected {' or '.join(WEIGHT_TYPES)}."
+        )
+    if not 1 <= options.slots <= 256:
+        raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to 256.")
+    _check_targets(options.targets)
+    _check_buckets(options.buckets)
+
+
+def _check_buckets(buckets: Sequence[int]) -> None:
     if not buckets:
         raise PrecastError("--buckets: expected at least one prompt length, found none.")
     for bucket in buckets:
         if bucket < 1:
             raise PrecastError(f"--buckets: {bucket} is not possible, expected prompt lengths of 1 or more.")
-        if bucket > context:
-            raise PrecastError(
-                f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
-            )
         if buckets.count(bucket) > 1:
             raise PrecastError(f"--buckets: {bucket} is named twice; name each length once.")
 

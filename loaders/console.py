@@ -105,7 +105,8 @@ def _read_prompt(request: Request) -> str:
     if request.prompt is not None:
         return request.prompt
     try:
-        return sys.stdin.read()
+        # What a shell's echo or an editor puts at the end is not part of the prompt.
+        return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise PrecastError(
             f"standard input: expected a prompt in {error.encoding}, found other bytes."
@@ -174,6 +175,8 @@ def converse(model: "Model", params: "SamplingParams", system: str | None) -> No
     while (line := _ask()) is not None:
         if line == "/reset":
             messages = list(opening)
+        elif line.startswith("/"):
+            print("/reset forgets the conversation, /exit or Ctrl-D ends it.")
         elif line:
             messages = _answer(model, params, [*messages, {"role": "user", "content": line}])
 

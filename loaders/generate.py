@@ -71,6 +71,9 @@ class Stream:
     def __iter__(self) -> Iterator[str]:
         return self._pieces
 
+    def __next__(self) -> str:
+        return next(self._pieces)
+
     @property
     def completion(self) -> Completion:
         """The whole result; runs whatever is left of the generation first."""
@@ -185,6 +188,10 @@ class Model:
         """As `generate`, piece by piece. The prompt is checked at once, the work begins with the first piece."""
         if isinstance(prompt, bytes | bytearray):
             raise PrecastError("prompt: expected text or token ids, found bytes; decode them first.")
+        if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
+            raise PrecastError(f"prompt: expected text or token ids, found {type(prompt).__name__}.")
+        if params is not None and not isinstance(params, SamplingParams):
+            raise PrecastError(f"params: expected SamplingParams, found {type(params).__name__}.")
         # An empty text has no tokens of its own, whatever a tokenizer puts before it.
         ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
         return Stream(self, self._checked_prompt(ids), params or self.default_sampling())

@@ -90,7 +90,7 @@ class Tokenizer:
             return list(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise PrecastError(
-                f"Tokenizer: expected text that can be written as UTF-8, found: {_one_line(error)}."
+                "prompt: expected text in UTF-8, found bytes that are not; convert it first."
             ) from error
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

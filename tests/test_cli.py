@@ -72,7 +72,8 @@ def test_a_folder_with_one_artifact_will_do(record, tiny_artifact, answer):
 
 def test_a_prompt_may_be_piped_in(record, tiny_artifact, tiny_model):
     text = "the quick brown fox\n"
-    piped = record(tiny_artifact, stdin=text)
+    # One final newline, which echo and editors add, is not part of it.
+    piped = record(tiny_artifact, stdin=text + "\n")
     assert piped["prompt_token_ids"] == tiny_model.tokenizer.encode(text)
     given = record(tiny_artifact, "-p", text)
     assert (given["token_ids"], given["text"]) == (piped["token_ids"], piped["text"])
@@ -195,6 +196,18 @@ def test_help_needs_no_library(python):
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_an_interrupt_ends_it_at_once_and_says_so(python):
+    code = (
+        "from precast import cli\n"
+        "from precast.loaders import inspect\n"
+        "def interrupted(*_, **__): raise KeyboardInterrupt\n"
+        "inspect.render = interrupted\n"
+        "cli.main(['inspect', 'anywhere'])"
+    )
+    result = python("-c", code)
+    assert (result.returncode, result.stderr.split()) == (130, ["interrupted"])
 
 
 @pytest.mark.parametrize("command", [[], ["export"], ["run"], ["inspect"]])

@@ -223,7 +223,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         PrecastError: when `path` exists and `overwrite` is false or it is no artifact, and when the disk does not
             take what is written.
     """
-    _check_free(path, overwrite)
+    check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not mkdtemp: what becomes the artifact has the permissions that the user's other folders have.
@@ -238,7 +238,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         for file in sorted(temporary.rglob("*"), reverse=True):
             _sync(file)
         _sync(temporary)
-        _check_free(path, overwrite)
+        check_free(path, overwrite)
         _swap(temporary, path)
         # The artifact is there, whole: without this only a power cut could still lose its name.
         with suppress(OSError):
@@ -251,7 +251,12 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuses a folder that is there already, but for an artifact when `overwrite` is asked for.
+
+    Raises:
+        PrecastError: naming it.
+    """
     if not os.path.lexists(path):
         return
     if not overwrite:

@@ -5,6 +5,7 @@ jaxlib changes is changed here. Tested on each jaxlib of the supported range.
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -144,6 +145,8 @@ def _client() -> Client:
     # jaxlib tries `import jax` whenever it makes an array. Where jax is not there, one failed search is enough.
     if "jax" not in sys.modules and not _has_jax():
         block_jax()
+    # XLA's notes about its devices are not for users; errors still show.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     # Makes xla_client pass registrations on to XLA, as its own make_cpu_client does.
     xla_client.register_custom_call_handler("cpu", _jax.register_custom_call_target)
     register_kernels()

@@ -160,7 +160,7 @@ def test_an_end_token_at_the_last_place_is_a_stop(tiny_model, free):
         ([True], "prompt: token 0 is True, expected an id from 0 to 319."),
         ([None], "prompt: token 0 is None, expected an id from 0 to 319."),
         (["12"], "prompt: token 0 is '12', expected an id from 0 to 319."),
-        ("half \ud83d", "expected text that can be written as UTF-8"),
+        ("half \ud83d", "expected text in UTF-8, found bytes that are not"),
     ],
 )
 @pytest.mark.parametrize("how", ["generate", "stream"])

@@ -239,7 +239,7 @@ def test_a_bad_file_is_one_sentence(data: bytes) -> None:
 
 def test_text_that_is_not_unicode_is_one_sentence() -> None:
     with pytest.raises(
-        PrecastError, match=r"^Tokenizer: expected text that can be written as UTF-8, found: .*\.$"
+        PrecastError, match=r"^prompt: expected text in UTF-8, found bytes that are not; convert it first\.$"
     ):
         TOKENIZERS["byte_level"].encode("half a pair: \ud800")
 
