@@ -13,6 +13,10 @@ from threading import Lock
 from typing import Any, NewType
 
 import numpy as np
+
+# XLA's notes about its devices are not for users; errors still show. It looks once, when it is loaded.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+
 from jaxlib import _jax, xla_client
 from jaxlib.version import __version__ as jaxlib_version
 
@@ -145,8 +149,6 @@ def _client() -> Client:
     # jaxlib tries `import jax` whenever it makes an array. Where jax is not there, one failed search is enough.
     if "jax" not in sys.modules and not _has_jax():
         block_jax()
-    # XLA's notes about its devices are not for users; errors still show.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     # Makes xla_client pass registrations on to XLA, as its own make_cpu_client does.
     xla_client.register_custom_call_handler("cpu", _jax.register_custom_call_target)
     register_kernels()

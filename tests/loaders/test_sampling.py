@@ -69,7 +69,10 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, list[int], SamplingParams]:
 @given(case=cases())
 def test_probabilities_are_the_reference(case: tuple[np.ndarray, list[int], SamplingParams]) -> None:
     expected, found = reference(*case), probabilities(*case)
-    assert np.array_equal(found > 0, expected > 1e-40)
+    # What is filtered out is exactly zero; between zero and the smallest normal float32, rounding decides.
+    normal = float(np.finfo(np.float32).tiny)
+    assert np.all(found[expected >= 2 * normal] > 0)
+    assert np.all(expected[found > 0] > 0)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-30)
 
 
