@@ -18,6 +18,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
+    SAMPLING_KEYS,
     WEIGHTS_FILE,
     FileEntry,
     Manifest,
@@ -29,7 +30,6 @@ from precast.loaders.artifact.manifest import (
 from precast.loaders.artifact.record import to_json
 from precast.loaders.artifact.weights import map_weights
 from precast.loaders.chat_template import ChatTemplate
-from precast.loaders.generate import SAMPLING_KEYS
 from precast.loaders.sampling import SamplingParams
 from precast.loaders.tokenizer import Tokenizer
 

@@ -1,7 +1,7 @@
 """An artifact's programs, loaded and bound to its weights: token ids in, logits and greedy tokens out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,19 +36,8 @@ class _Bound:
     program: Program
     executable: Executable
     constants: Sequence[Buffer]
-    inputs: Sequence[str] = field(init=False)
-    caches: Sequence[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        # Signatures begin with inputs, then caches, then constants; the exporter writes them so.
-        roles = {v.name: v.role for v in self.program.arguments}
-        caches = [name for name, role in roles.items() if role == "cache"]
-        constants = [name for name, role in roles.items() if role in ("table", "weight")]
-        inputs = [name for name in roles if name not in caches and name not in constants]
-        if [*inputs, *caches, *constants] != list(roles):
-            raise ValueError(f"{self.program.name}: arguments are not in the order inputs, caches, constants")
-        object.__setattr__(self, "inputs", inputs)
-        object.__setattr__(self, "caches", caches)
+    inputs: Sequence[str]
+    caches: Sequence[str]
 
     def __call__(self, inputs: Sequence[Buffer], cache: Cache) -> dict[str, Buffer]:
         """Runs the program on `cache`; returns the other results by role."""
@@ -61,6 +50,17 @@ class _Bound:
             else:
                 others[value.role] = buffer
         return others
+
+
+def _bind(program: Program, executable: Executable, constants: Mapping[str, Buffer]) -> _Bound:
+    # Arguments are inputs, then caches, then constants: the manifest has been checked for that.
+    return _Bound(
+        program=program,
+        executable=executable,
+        constants=[constants[v.name] for v in program.arguments if v.role in ("table", "weight")],
+        inputs=[v.name for v in program.arguments if v.role not in ("cache", "table", "weight")],
+        caches=[v.name for v in program.arguments if v.role == "cache"],
+    )
 
 
 class Engine:
@@ -88,14 +88,7 @@ class Engine:
         self.vocab = manifest.model.vocab
         self._client = client
         constants = {name: client.put(array) for name, array in weights.items()}
-        bound = {
-            p.name: _Bound(
-                program=p,
-                executable=executables[p.name],
-                constants=[constants[v.name] for v in p.arguments if v.role in ("table", "weight")],
-            )
-            for p in target.programs
-        }
+        bound = {p.name: _bind(p, executables[p.name], constants) for p in target.programs}
         self._cache = bound[target.of_kind("cache")[0].name]
         self._decode = bound[target.of_kind("decode")[0].name]
         prefills = sorted(target.of_kind("prefill"), key=lambda p: p.tokens)

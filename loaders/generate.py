@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from .artifact.errors import PrecastError
-from .artifact.manifest import Manifest, Target
+from .artifact.manifest import SAMPLING_KEYS, Manifest, Target
 from .engine import Engine
 from .sampling import Sampler, SamplingParams
 from .stopping import StopStrings
@@ -16,9 +16,6 @@ from .tokenizer import Tokenizer
 
 Message = Mapping[str, object]
 Prompt = str | Sequence[int]
-
-# Sampling defaults that an artifact may carry.
-SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)

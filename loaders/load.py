@@ -76,9 +76,8 @@ def load(
     manifest = read_manifest(root)
     chosen = compat.choose_target(manifest, pjrt.this_machine(), str(root), name=target, may_compile=compile)
     contents = {
-        name: files.read_checked(root, name, entry)
-        for name, entry in manifest.files.items()
-        if name in _needed(manifest, chosen)
+        name: files.read_checked(root, name, manifest.files[name])
+        for name in sorted(_needed(manifest, chosen))
     }
     if verify:
         for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):

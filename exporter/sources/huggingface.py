@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import SAMPLING_KEYS
 
 from .base import Source, SourceTensor
 from .files import hash_file, read_json, read_text, slug, spdx
@@ -21,8 +22,6 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 # safetensors' names of the types that a float32 holds without loss.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
@@ -287,7 +286,7 @@ def _sampling(folder: Path, generation: Mapping[str, object]) -> dict[str, float
         )
     if not do_sample:
         return {}
-    said = {key: generation[key] for key in _SAMPLING if generation.get(key) is not None}
+    said = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise PrecastError(

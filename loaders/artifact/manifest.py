@@ -12,6 +12,9 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 
+# Sampling defaults that an artifact may carry.
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 # Bytes of an element, by the name a manifest uses.
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "int32": 4}
 # How a target is executed: deserialised, or compiled on request.
