@@ -93,9 +93,10 @@ def run(artifact: Path, request: Request, load_options: LoadOptions, sampling: S
 def _check(request: Request) -> None:
     if request.prompt is not None and request.ids is not None:
         raise PrecastError("--prompt and --ids both say what to continue; give one of them.")
-    if request.chat and request.ids is not None:
+    if (request.chat or request.system) and request.ids is not None:
+        option = "--chat" if request.chat else "--system"
         raise PrecastError(
-            "--chat needs text to put through the chat template; use --prompt instead of --ids."
+            f"{option} needs text to put through the chat template; use --prompt instead of --ids."
         )
 
 

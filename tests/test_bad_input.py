@@ -249,6 +249,10 @@ def test_missing_packages_for_an_export(refused, monkeypatch):
             ["--chat", "--ids", "1"],
             "--chat needs text to put through the chat template; use --prompt instead",
         ),
+        (
+            ["--system", "be brief", "--ids", "1"],
+            "--system needs text to put through the chat template; use --prompt instead",
+        ),
         (["-p", "a", "--target", "gpu"], "target 'gpu' is not in the artifact; it holds 'cpu-"),
         (
             ["-p", "a", "--target", "portable"],
