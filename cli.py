@@ -81,7 +81,16 @@ def main() -> None:
     "--context", type=int, help="Positions a sequence may have; default 2048 or the model's own limit."
 )
 @click.option("--slots", type=int, default=1, show_default=True, help="Sequences that decode together.")
-@click.option("--weights", default="float32", show_default=True, help="How weights are stored: float32.")
+@click.option(
+    "--weights",
+    default="int8",
+    show_default=True,
+    help="How weights are stored: float32, bfloat16, int8, int4.",
+)
+@click.option(
+    "--cache",
+    help="How keys and values are kept: float32, bfloat16, int8. Default: float32 with float32 weights, else bfloat16.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
 @_lines_only
 def export(
@@ -91,6 +100,7 @@ def export(
     context: int | None,
     slots: int,
     weights: str,
+    cache: str | None,
     overwrite: bool,
 ) -> None:
     """Compile SOURCE into an artifact.
@@ -103,21 +113,21 @@ def export(
     from precast.exporter.export import ExportOptions
 
     options = ExportOptions(
-        buckets=buckets, context=context, slots=slots, weights=weights, overwrite=overwrite
+        buckets=buckets, context=context, slots=slots, weights=weights, cache=cache, overwrite=overwrite
     )
     console.run_export(source, output, options)
 
 
-def _need_export() -> None:
+def _need_export(what: str = "exporting") -> None:
     from importlib.util import find_spec
 
     from precast.loaders.artifact.errors import PrecastError
 
-    used = ("jax", "flax", "gguf", "huggingface_hub", "ml_dtypes", "rich", "safetensors", "yaml")
+    used = ("jax", "flax", "gguf", "huggingface_hub", "rich", "safetensors", "yaml")
     missing = [name for name in used if find_spec(name) is None]
     if missing:
         raise PrecastError(
-            f"exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed:"
+            f"{what} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed:"
             " pip install 'precast[export]'"
         )
 
@@ -186,6 +196,49 @@ def inspect(artifact: Path, as_json: bool) -> None:
     from precast.loaders import inspect as inspecting
 
     click.echo(inspecting.render(artifact, as_json=as_json))
+
+
+@main.command("eval")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="Compare with this: another artifact, or a Hugging Face directory or .gguf file, computed in float32.",
+)
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="UTF-8 text to predict. Default: one that is shipped."
+)
+@click.option(
+    "--tokens", type=int, default=3072, show_default=True, help="Tokens of the text to use at most."
+)
+@click.option("--window", type=int, help="Tokens of a window. Default: 512, or the capacity if that is less.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@_lines_only
+def evaluate(
+    artifact: Path, reference: Path | None, text: Path | None, tokens: int, window: int | None, as_json: bool
+) -> None:
+    """Measure how well ARTIFACT predicts a text: perplexity.
+
+    With a reference also how far its predictions are from the reference's: the mean and the 99th percentile of
+    the divergence KL(reference || artifact) in nats per token, and how often both find the same token likeliest.
+
+    The text is tokenised without a chat template and cut into windows; a last, shorter window counts where it
+    has at least 64 tokens. The first half of each window is prefilled, the second half is fed token by token
+    through decode, and every prediction from the last prefilled position on is scored. A reference that is no
+    artifact computes each window at once, uncached and in float32, which needs the export extra.
+    """
+    from precast.loaders import eval_console
+
+    request = eval_console.Request(text=text, tokens=tokens, window=window, as_json=as_json)
+    if reference is None:
+        eval_console.run(artifact, request, None, jax=False)
+    elif eval_console.names_source(reference):
+        _need_export("a reference that is no artifact")
+        from precast.exporter.fidelity import open_reference
+
+        eval_console.run(artifact, request, lambda: open_reference(str(reference)), jax=True)
+    else:
+        eval_console.run(artifact, request, lambda: eval_console.open_artifact(reference), jax=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The figures of the README: the demo model in float32, from export to the last token.
+"""The figures of one artifact of the demo model, from export to the last token.
 
 Decoding one token reads every weight once, so bytes of weights over the bandwidth of memory is a lower bound on a
 step; the table shows what share of that limit a step reaches. Prefill is bound by arithmetic instead. Cold start is
@@ -102,7 +102,7 @@ def warm(artifact: Path, rounds: int) -> dict:
     engine, manifest = model.engine, read_manifest(artifact)
     executables = [(artifact / p.executable).read_bytes() for p in model.target.programs if p.executable]
     client = pjrt.client()
-    facts = {"programs_load_s": _timed(lambda: [client.load(e, "") for e in executables], rounds)}
+    facts = {"programs_load_s": _timed(lambda: [client.load(e, (), "") for e in executables], rounds)}
     for length in manifest.buckets:
         if length < manifest.capacity:
             ids = _prompt(length)

@@ -283,7 +283,11 @@ def _export(source, folder: Path) -> tuple[Path, dict]:
 
     spec = read_model(source.config, source.name)
     artifact = folder / source.name
-    export(source, artifact, ExportOptions(buckets=(PROMPT_TOKENS,), context=CAPACITY, targets=("cpu",)))
+    export(
+        source,
+        artifact,
+        ExportOptions(buckets=(PROMPT_TOKENS,), context=CAPACITY, weights="float32", targets=("cpu",)),
+    )
     facts = {
         "eps": spec.config.norm_eps,
         "frequencies": spec.rope.frequencies.tolist(),

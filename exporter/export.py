@@ -33,14 +33,15 @@ from precast.loaders.chat_template import ChatTemplate
 from precast.loaders.sampling import SamplingParams
 from precast.loaders.tokenizer import Tokenizer
 
-from . import golden, model_card
+from . import fidelity, golden, model_card
 from .models import ModelSpec, read_model
-from .models.parameters import Parameter, abstract_model
-from .programs import TABLES, Geometry, build_programs, cache_arrays
+from .models.parameters import Parameter
+from .programs import CACHE_TYPES, TABLES, Geometry, StoredModel, build_programs, cache_arrays, stored_model
+from .quantize import FORMATS
 from .sources.base import Source
 from .targets import TARGET_KINDS, TargetKind
 from .targets.build import Built, build_target
-from .weights import WeightPlan, plan_weights, write_model_weights
+from .weights import WeightPlan, plan_weights, stored_bytes, write_model_weights
 
 TOKENIZER_FILE, TEMPLATE_FILE, GOLDEN_FILE = "tokenizer.json", "chat_template.jinja", "golden.json"
 PACKAGES = ("precast", "jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
@@ -54,7 +55,8 @@ class ExportOptions:
         buckets: prompt lengths to compile a prefill program for, ascending.
         context: S, positions of a slot; None for the model's own limit, but not above `DEFAULT_CONTEXT`.
         slots: B, sequences decoded together.
-        weights: how weights are stored: a key of `WEIGHT_TYPES`.
+        weights: how weights are stored: a key of `FORMATS`.
+        cache: how keys and values are kept: one of `CACHE_TYPES`; None for what goes with the weights.
         targets: keys of `TARGET_KINDS`.
         overwrite: replace an artifact that is there already.
     """
@@ -62,13 +64,13 @@ class ExportOptions:
     buckets: tuple[int, ...] = (64, 128, 512)
     context: int | None = None
     slots: int = 1
-    weights: str = "float32"
+    weights: str = "int8"
+    cache: str | None = None
     targets: tuple[str, ...] = tuple(TARGET_KINDS)
     overwrite: bool = False
 
 
 DEFAULT_CONTEXT = 2048
-WEIGHT_TYPES = ("float32",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,8 @@ def export(
     """
     spec = read_model(source.config, source.name)
     geometry = _geometry(options, spec)
-    parameters = abstract_model(spec).parameters
+    stored = stored_model(spec, options.weights)
+    parameters = stored.parameters
     plan = plan_weights(source, parameters, tied=spec.config.tied_embeddings)
     _check_tokenizer(source, spec)
     sampling = _sampling(source)
@@ -112,20 +115,23 @@ def export(
         progress.stage(left_out)
     with files.new_folder(output, overwrite=options.overwrite) as folder, _on_cpu():
         progress.stage("writing weights")
-        digest = _write_weights(folder, spec, geometry, plan, progress)
+        digest = _write_weights(folder, stored, geometry, plan, progress)
         _write_texts(folder, source)
         targets = []
         for kind in (TARGET_KINDS[name] for name in options.targets):
             progress.stage(
                 f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}"
             )
-            targets.append(_build(kind, spec, geometry, folder, created, progress))
+            targets.append(_build(kind, stored, geometry, folder, created, progress))
         manifest = _manifest(
             source, _model(spec, parameters, options.weights), geometry, spec, sampling, targets, created
         )
         progress.stage("checking answers against the reference")
         with jax.default_matmul_precision("highest"):  # for the reference; the programs are compiled already
-            _record_golden(folder, manifest, spec, digest)
+            _record_golden(folder, manifest, stored, digest)
+        if not _is_exact(manifest):
+            progress.stage("measuring fidelity to the float32 model")
+            manifest = _with_fidelity(folder, manifest, spec, source)
         return _finish(folder, manifest, digest)
 
 
@@ -142,7 +148,11 @@ def _geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
             raise PrecastError(
                 f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
             )
-    return Geometry(capacity=context, slots=options.slots, buckets=tuple(sorted(options.buckets)))
+    # Reduced weights err more than a cache of half the bytes does; full ones are for who wants every digit.
+    cache = options.cache or ("float32" if options.weights == "float32" else "bfloat16")
+    return Geometry(
+        capacity=context, slots=options.slots, buckets=tuple(sorted(options.buckets)), cache=cache
+    )
 
 
 def check_options(options: ExportOptions) -> None:
@@ -151,10 +161,13 @@ def check_options(options: ExportOptions) -> None:
     Raises:
         PrecastError: naming the option.
     """
-    if options.weights not in WEIGHT_TYPES:
-        raise PrecastError(
-            f"--weights: {options.weights!r} is not supported, expected {' or '.join(WEIGHT_TYPES)}."
-        )
+    for option, value, known in (
+        ("weights", options.weights, tuple(FORMATS)),
+        ("cache", options.cache, (None, *CACHE_TYPES)),
+    ):
+        if value not in known:
+            names = ", ".join(name for name in known if name is not None)
+            raise PrecastError(f"--{option}: {value!r} is not supported, expected one of {names}.")
     if not 1 <= options.slots <= 256:
         raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to 256.")
     _check_targets(options.targets)
@@ -246,17 +259,17 @@ def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
 
 
 def _write_weights(
-    folder: Path, spec: ModelSpec, geometry: Geometry, plan: WeightPlan, progress: Progress
+    folder: Path, stored: StoredModel, geometry: Geometry, plan: WeightPlan, progress: Progress
 ) -> str:
-    tables = dict(zip(TABLES, spec.rope.tables(geometry.capacity), strict=True))
-    total, written = sum(4 * p.size for p in plan.parameters), 0
+    tables = dict(zip(TABLES, stored.spec.rope.tables(geometry.capacity), strict=True))
+    total, written = stored_bytes(plan.parameters, stored.formats), 0
 
     def report(count: int) -> None:
         nonlocal written
         written += count
         progress.weights(written, total)
 
-    return write_model_weights(folder / WEIGHTS_FILE, plan, tables, report)
+    return write_model_weights(folder / WEIGHTS_FILE, plan, stored.formats, tables, report)
 
 
 def _write_texts(folder: Path, source: Source) -> None:
@@ -266,9 +279,9 @@ def _write_texts(folder: Path, source: Source) -> None:
 
 
 def _build(
-    kind: TargetKind, spec: ModelSpec, geometry: Geometry, folder: Path, created: date, progress: Progress
+    kind: TargetKind, stored: StoredModel, geometry: Geometry, folder: Path, created: date, progress: Progress
 ) -> Target:
-    programs = build_programs(spec, geometry, kind.ops)
+    programs = build_programs(stored, geometry, kind.ops)
     return build_target(kind, programs, folder, created, progress.built)
 
 
@@ -306,6 +319,7 @@ def _manifest(
             created=created.isoformat(),
             versions=_versions(),
         ),
+        fidelity=None,
         files={},
     )
 
@@ -327,15 +341,26 @@ def _model(spec: ModelSpec, parameters: Sequence[Parameter], weights: str) -> Mo
     )
 
 
-def _record_golden(folder: Path, manifest: Manifest, spec: ModelSpec, digest: str) -> None:
+def _record_golden(folder: Path, manifest: Manifest, stored: StoredModel, digest: str) -> None:
     """Loads the artifact as a user would, and keeps its answers when they are the reference's."""
     (folder / GOLDEN_FILE).write_bytes(golden.to_json(()))
     _finish(folder, manifest, digest)
     # The loaded model is gone before the reference maps the weights again: they are in memory once at a time.
     # Compiling is for exports of StableHLO alone; an executable, where there is one, comes first.
+    tie = golden.TIE if _is_exact(manifest) else golden.REDUCED_TIE
     given = golden.answers(loading.load(folder, compile=True, log=lambda _: None))
-    cases = golden.check(given, spec, map_weights(folder / WEIGHTS_FILE), manifest.name)
+    cases = golden.check(given, stored, tie, map_weights(folder / WEIGHTS_FILE), manifest.name)
     (folder / GOLDEN_FILE).write_bytes(golden.to_json(cases))
+
+
+def _is_exact(manifest: Manifest) -> bool:
+    """Whether nothing is rounded to fewer bits than float32 has: then the golden answers say all there is to say."""
+    return manifest.model.weights == "float32" and manifest.cache[0].dtype == "float32"
+
+
+def _with_fidelity(folder: Path, manifest: Manifest, spec: ModelSpec, source: Source) -> Manifest:
+    model = loading.load(folder, compile=True, log=lambda _: None)
+    return dataclasses.replace(manifest, fidelity=fidelity.measure(model, spec, source))
 
 
 def _finish(folder: Path, manifest: Manifest, digest: str) -> Manifest:

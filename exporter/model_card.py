@@ -1,6 +1,6 @@
 """The README.md of an artifact: what it is, made from what, under which licence, how to run it."""
 
-from precast.loaders.artifact.manifest import Manifest
+from precast.loaders.artifact.manifest import Fidelity, Manifest
 
 
 def render(manifest: Manifest) -> str:
@@ -20,7 +20,7 @@ An ahead-of-time compiled language model, written by precast {p.versions.get("pr
 | prefill buckets | {", ".join(map(str, manifest.buckets))} |
 | compiled for | {compiled or "nothing; StableHLO alone"} |
 | licence | {p.licence or "not stated by the source; ask whoever published the model"} |
-
+{_fidelity(manifest.fidelity) if manifest.fidelity else ""}
 Run it in this folder, where precast is installed; jax is not needed:
 
     precast run . --prompt "The capital of France is"
@@ -28,4 +28,19 @@ Run it in this folder, where precast is installed; jax is not needed:
 Made from:
 
 {sources or "- weights in memory"}
+"""
+
+
+def _fidelity(f: Fidelity) -> str:
+    own, reference = (
+        "more than a float holds" if p is None else f"{p:.4f}" for p in (f.perplexity, f.reference_perplexity)
+    )
+    return f"""
+Measured against the source in float32, on {f.tokens:,} predictions of {f.text}:
+
+| | |
+|---|---|
+| perplexity | {own} (float32: {reference}) |
+| KL divergence | {f.kl_mean:.3g} nats per token on average, 99th percentile {f.kl_p99:.3g} |
+| same likeliest token | {f.top1:.2%} |
 """

@@ -1,32 +1,87 @@
 """The functions that become programs, with flat arguments and results: inputs, caches, constants, in that order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from precast.loaders.artifact.manifest import CacheArray, Value
+from precast.loaders.artifact.manifest import DTYPE_BYTES, CacheArray, Value
 
 from .models import ModelSpec
 from .models.blocks import DecoderConfig
-from .models.ops import Cache, Ops, Rows
-from .models.parameters import AbstractModel, abstract_model
+from .models.decoder import Decoder
+from .models.ops import Cache, Ops, Packed, Rows
+from .models.parameters import AbstractModel, Parameter, abstract_model
+from .quantize import FORMATS, StoredArray
+from .weights import formats_of
 
 TABLES = ("rope.cos", "rope.sin")
-CACHES = ("cache.keys", "cache.values")
+CACHE_TYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How much a set of programs holds: S positions for each of B slots, and the prefill buckets."""
+    """How much a set of programs holds: S positions for each of B slots, and the prefill buckets.
+
+    Attributes:
+        cache: type of the cached keys and values, one of `CACHE_TYPES`.
+    """
 
     capacity: int
     slots: int
     buckets: tuple[int, ...]
+    cache: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A model whose parameters are stored in given formats.
+
+    Attributes:
+        parameters: in the order of `formats` and of what `bind` takes.
+        formats: by parameter name, a key of `FORMATS`.
+    """
+
+    spec: ModelSpec
+    formats: Mapping[str, str]
+
+    @cached_property
+    def _abstract(self) -> AbstractModel:
+        return abstract_model(self.spec)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return self._abstract.parameters
+
+    def arrays(self) -> tuple[tuple[str, StoredArray], ...]:
+        """Every array of every parameter with its name in the artifact, in the order that `bind` takes them."""
+        return tuple((p.name + a.suffix, a) for p in self.parameters for a in stored_arrays(p, self.formats))
+
+    def bind(self, arrays: Sequence[Array]) -> Decoder:
+        """The module over arrays."""
+        left = iter(arrays)
+        counts = [len(stored_arrays(p, self.formats)) for p in self.parameters]
+        groups = [tuple(islice(left, count)) for count in counts]
+        return self._abstract.bind([g[0] if len(g) == 1 else Packed(*g) for g in groups])
+
+
+def stored_model(spec: ModelSpec, weights: str) -> StoredModel:
+    """A model whose weights are stored as `weights`, a key of `FORMATS`, says.
+
+    Raises:
+        PrecastError: for a format that is not known.
+    """
+    return StoredModel(spec=spec, formats=formats_of(abstract_model(spec).parameters, weights))
+
+
+def stored_arrays(parameter: Parameter, formats: Mapping[str, str]) -> tuple[StoredArray, ...]:
+    """What a parameter is stored as."""
+    return FORMATS[formats[parameter.name]].arrays(parameter.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,44 +117,55 @@ def _value(name: str, role: str, shape: Sequence[int], dtype: str, alias: str | 
 
 
 def cache_arrays(c: DecoderConfig, geometry: Geometry) -> tuple[CacheArray, ...]:
-    """Keys and values ``[L, B, K, S, H]``: a head's positions follow one another, as attention reads them."""
+    """Keys and values ``[L, B, K, S, H]``: a head's positions follow one another, as attention reads them.
+
+    Those of int8 have a scale for each position and head, ``[L, B, K, S]``.
+    """
     shape = (c.layers, geometry.slots, c.kv_heads, geometry.capacity, c.head_dim)
-    return tuple(
-        CacheArray(
-            name=name,
-            shape=shape,
-            axes="LBKSH",
-            dtype="float32",
-            layout=tuple(range(len(shape))),
-            window=0,
-            bytes=4 * int(np.prod(shape)),
-        )
-        for name in CACHES
+    arrays = [_cache_array(f"cache.{name}", "LBKSH", shape, geometry.cache) for name in ("keys", "values")]
+    if geometry.cache == "int8":
+        names = ("cache.key_scale", "cache.value_scale")
+        arrays += [_cache_array(name, "LBKS", shape[:-1], "float32") for name in names]
+    return tuple(arrays)
+
+
+def _cache_array(name: str, axes: str, shape: tuple[int, ...], dtype: str) -> CacheArray:
+    return CacheArray(
+        name=name,
+        shape=shape,
+        axes=axes,
+        dtype=dtype,
+        layout=tuple(range(len(shape))),
+        window=0,
+        bytes=DTYPE_BYTES[dtype] * int(np.prod(shape)),
     )
 
 
-def build_programs(spec: ModelSpec, geometry: Geometry, ops: Ops) -> tuple[ProgramSpec, ...]:
+def build_programs(model: StoredModel, geometry: Geometry, ops: Ops) -> tuple[ProgramSpec, ...]:
     """All programs of a target: the empty cache, a prefill for each bucket, and decode."""
-    builder = _Builder(spec=spec, geometry=geometry, ops=ops, model=abstract_model(spec))
+    builder = _Builder(model=model, geometry=geometry, ops=ops)
     return (builder.cache(), *(builder.prefill(t) for t in geometry.buckets), builder.decode())
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Builder:
-    spec: ModelSpec
+    model: StoredModel
     geometry: Geometry
     ops: Ops
-    model: AbstractModel
+
+    def _caches(self) -> tuple[CacheArray, ...]:
+        return cache_arrays(self.model.spec.config, self.geometry)
 
     def cache(self) -> ProgramSpec:
-        arrays = cache_arrays(self.spec.config, self.geometry)
+        arrays = self._caches()
+        abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
         return ProgramSpec(
             name="cache",
             kind="cache",
             tokens=0,
             arguments=(),
             results=tuple(_value(a.name, "cache", a.shape, a.dtype) for a in arrays),
-            function=partial(_empty_cache, ops=self.ops, shape=arrays[0].shape),
+            function=partial(self.ops.empty_cache, abstract),
             flops=0,
         )
 
@@ -123,8 +189,8 @@ class _Builder:
     def _program(
         self, name: str, kind: str, tokens: int, inputs: tuple[Value, ...], step: Callable, *, rows: int
     ) -> ProgramSpec:
-        c, capacity = self.spec.config, self.geometry.capacity
-        caches = cache_arrays(c, self.geometry)
+        c, capacity = self.model.spec.config, self.geometry.capacity
+        caches = self._caches()
         return ProgramSpec(
             name=name,
             kind=kind,
@@ -133,20 +199,22 @@ class _Builder:
                 *inputs,
                 *(_value(a.name, "cache", a.shape, a.dtype) for a in caches),
                 *(_value(table, "table", (capacity, c.head_dim // 2), "float32") for table in TABLES),
-                *(_value(p.name, "weight", p.shape, "float32") for p in self.model.parameters),
+                *(_value(name, "weight", a.shape, a.dtype) for name, a in self.model.arrays()),
             ),
             results=(
                 _value("token", "token", (rows,), "int32"),
                 _value("logits", "logits", (rows, c.vocab), "float32"),
                 *(_value(a.name, "cache", a.shape, a.dtype, alias=a.name) for a in caches),
             ),
-            function=partial(step, bind=self.model.bind, ops=self.ops),
+            function=partial(step, caches=len(caches), bind=self.model.bind, ops=self.ops),
             flops=_flops(c, capacity, tokens=tokens, rows=rows),
         )
 
 
-def _empty_cache(*, ops: Ops, shape: tuple[int, ...]) -> tuple[Array, ...]:
-    return tuple(ops.empty_cache(shape))
+def _step_arguments(arrays: Sequence[Array], caches: int) -> tuple[Cache, Array, Array, Sequence[Array]]:
+    """Cache, tables and weights out of what follows a program's inputs."""
+    cos, sin = arrays[caches : caches + len(TABLES)]
+    return Cache.of(arrays[:caches]), cos, sin, arrays[caches + len(TABLES) :]
 
 
 def _prefill(
@@ -154,18 +222,16 @@ def _prefill(
     length: Array,
     start: Array,
     slot: Array,
-    keys: Array,
-    values: Array,
-    cos: Array,
-    sin: Array,
-    *weights: Array,
-    bind: Callable,
+    *arrays: Array,
+    caches: int,
+    bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
     """One chunk of one slot's prompt: ``tokens [T]`` at ``start``, of which ``length`` are true."""
+    cache, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
     rows = Rows(slots=slot[None], starts=start[None], lengths=length[None])
-    x, cache = model.step(tokens[None], rows, cos, sin, Cache(keys, values), ops)  # [1, T, D]
+    x, cache = model.step(tokens[None], rows, cos, sin, cache, ops)  # [1, T, D]
     last = jax.lax.dynamic_slice_in_dim(x[0], length - 1, 1)  # [1, D]
     return _results(model.logits(last, ops), cache)
 
@@ -173,27 +239,25 @@ def _prefill(
 def _decode(
     tokens: Array,
     positions: Array,
-    keys: Array,
-    values: Array,
-    cos: Array,
-    sin: Array,
-    *weights: Array,
-    bind: Callable,
+    *arrays: Array,
+    caches: int,
+    bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
     """One token of every slot: ``tokens [B]`` at ``positions [B]``, −1 where a slot is not in use."""
+    cache, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
     rows = Rows(
         slots=jnp.arange(tokens.shape[0], dtype=jnp.int32),
         starts=jnp.maximum(positions, 0),
         lengths=(positions >= 0).astype(jnp.int32),
     )
-    x, cache = model.step(tokens[:, None], rows, cos, sin, Cache(keys, values), ops)  # [B, 1, D]
+    x, cache = model.step(tokens[:, None], rows, cos, sin, cache, ops)  # [B, 1, D]
     return _results(model.logits(x[:, 0], ops), cache)
 
 
 def _results(logits: Array, cache: Cache) -> tuple[Array, ...]:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, *cache
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, *cache.arrays()
 
 
 def _flops(c: DecoderConfig, capacity: int, *, tokens: int, rows: int) -> int:

@@ -1,8 +1,10 @@
 """From a checkpoint's tensors to the artifact's weight file, one tensor at a time."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -10,11 +12,14 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import TensorSpec, write_weights
 
 from .models.parameters import Parameter, unknown_sources
-from .sources.base import Source, SourceTensor
+from .quantize import FORMATS, Format
+from .sources.base import QuantisedBlocks, Source, SourceTensor
 
 # Buffers that old checkpoints carry and the config says again.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
 _NAMED = 2  # of them, in a message
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_MATRIX_AXES = 3  # of a stack [L, out, in]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,51 +87,119 @@ def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
+def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, str]:
+    """The format of each parameter, by name, when matrices are to be stored as `weights`.
+
+    Norms and biases stay float32. Embedding and output head are stored as int8 where the other matrices are int4:
+    they err the most, and every answer goes through them.
+
+    Raises:
+        PrecastError: for a format that is not known.
+    """
+    if weights not in FORMATS:
+        raise PrecastError(f"--weights: {weights!r} is not supported, expected one of {', '.join(FORMATS)}.")
+    return {p.name: _format_of(p, weights) for p in parameters}
+
+
+def _format_of(parameter: Parameter, weights: str) -> str:
+    if parameter.name in _VOCABULARY:
+        return "int8" if weights == "int4" else weights
+    return weights if len(parameter.shape) == _MATRIX_AXES else "float32"
+
+
+def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> int:
+    """Bytes that the parameters take in the weight file: what `write_model_weights` reports, added up."""
+    return sum(spec.bytes for p in parameters for spec in _specs(p, formats))
+
+
+def _specs(parameter: Parameter, formats: Mapping[str, str]) -> list[TensorSpec]:
+    return [
+        TensorSpec(name=parameter.name + array.suffix, shape=array.shape, dtype=array.numpy_dtype)
+        for array in FORMATS[formats[parameter.name]].arrays(parameter.shape)
+    ]
+
+
 def write_model_weights(
-    path: Path, plan: WeightPlan, tables: Mapping[str, np.ndarray], report: Callable[[int], None]
+    path: Path,
+    plan: WeightPlan,
+    formats: Mapping[str, str],
+    tables: Mapping[str, np.ndarray],
+    report: Callable[[int], None],
 ) -> str:
     """Writes weights and tables; no more than one source tensor is in memory at a time.
 
     Args:
         path: file to write.
         plan: what fills what.
+        formats: a key of `FORMATS` for every parameter, as `formats_of` gives them.
         tables: arrays that are computed, not read; written as they are.
-        report: called with the bytes of each piece written.
+        report: called with the bytes written of each source tensor, which make `stored_bytes` in all.
 
     Returns:
         The file's sha256.
 
     Raises:
-        PrecastError: when a tensor has values that are no numbers.
+        PrecastError: when a tensor has values that are no numbers, or too large for its format.
     """
-    by_name = {p.name: p for p in plan.parameters}
-    specs = [TensorSpec(name=p.name, shape=p.shape, dtype=np.dtype("<f4")) for p in plan.parameters]
+    specs = [spec for p in plan.parameters for spec in _specs(p, formats)]
     specs += [TensorSpec(name=n, shape=t.shape, dtype=t.dtype) for n, t in tables.items()]
+    return write_weights(path, specs, chain(tables.items(), _pieces(plan, formats, report)))
 
-    def parts(spec: TensorSpec) -> Iterable[np.ndarray]:
-        if spec.name in tables:
-            yield tables[spec.name]
-            return
-        for name in by_name[spec.name].sources:
-            array = plan.tensors[name].read()
-            _check_array(name, array, by_name[spec.name].source_shape)
-            yield array
-            report(array.nbytes)
 
-    return write_weights(path, specs, parts)
+def _pieces(
+    plan: WeightPlan, formats: Mapping[str, str], report: Callable[[int], None]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every source tensor as it is stored, with the name of the array of which it is the next part."""
+    for parameter in sorted(plan.parameters, key=lambda p: p.name):
+        stored = FORMATS[formats[parameter.name]]
+        names = [parameter.name + array.suffix for array in stored.arrays(parameter.shape)]
+        for name in parameter.sources:
+            arrays = _encode(name, plan.tensors[name], stored, parameter.source_shape)
+            yield from zip(names, arrays, strict=True)
+            report(sum(array.nbytes for array in arrays))
+            del arrays  # before the next tensor is read
+
+
+def _encode(
+    name: str, tensor: SourceTensor, stored: Format, shape: tuple[int, ...]
+) -> tuple[np.ndarray, ...]:
+    if tensor.blocks is not None and stored.takes_blocks:
+        blocks = tensor.blocks()
+        _check_blocks(name, blocks, shape)
+        if (arrays := stored.repack(blocks)) is not None:
+            return arrays
+        del blocks
+    array = tensor.read()
+    _check_array(name, array, shape)
+    return stored.encode(array, name)
+
+
+def _check_blocks(name: str, blocks: QuantisedBlocks, shape: tuple[int, ...]) -> None:
+    _check_shape(name, blocks.values.shape, shape)
+    for coefficients in (blocks.scale, blocks.minimum):
+        if coefficients is not None and not np.isfinite(coefficients).all():
+            _refuse_not_finite(name)
 
 
 def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
-    # Of another shape but the same size, it would be written all the same, and in another order.
-    if array.shape != shape:
-        raise PrecastError(
-            f"{name}: expected shape {list(shape)}, found {list(array.shape)} when reading it; the source's"
-            " description of it is wrong: fetch the source again."
-        )
+    _check_shape(name, array.shape, shape)
     # A sum is not a number, or infinite, when any of its terms is; cheaper than a mask of the array.
     with np.errstate(over="ignore", invalid="ignore"):
         total = array.sum(dtype=np.float64)
     if not np.isfinite(total):
+        _refuse_not_finite(name)
+
+
+def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    # Of another shape but the same size, it would be written all the same, and in another order.
+    if found != shape:
         raise PrecastError(
-            f"{name}: the tensor holds values that are not finite numbers; is the checkpoint damaged?"
+            f"{name}: expected shape {list(shape)}, found {list(found)} when reading it; the source's"
+            " description of it is wrong: fetch the source again."
         )
+
+
+def _refuse_not_finite(name: str) -> NoReturn:
+    raise PrecastError(
+        f"{name}: the tensor holds values that are not finite numbers; is the checkpoint damaged?"
+    )

@@ -1,11 +1,12 @@
 """An artifact's programs, loaded and bound to its weights: token ids in, logits and greedy tokens out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from .artifact.manifest import Manifest, Program, Target
+from .artifact.manifest import Manifest, Program, Target, Value
+from .artifact.weights import numpy_dtype
 from .runtime.pjrt import Buffer, Client, Executable
 
 
@@ -24,9 +25,15 @@ class Step:
 
 @dataclass(kw_only=True)
 class Cache:
-    """The cache of B slots, by array name. A call takes its buffers over and puts new ones in their place."""
+    """The cache of B slots. It belongs to one generation at a time.
+
+    Attributes:
+        buffers: by array name. A call takes them over and puts new ones in their place.
+        inputs: of each program that was called with it, by program and input name: written anew for every call.
+    """
 
     buffers: dict[str, Buffer]
+    inputs: dict[str, dict[str, tuple[np.ndarray, Buffer]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +42,31 @@ class _Bound:
 
     program: Program
     executable: Executable
+    client: Client
     constants: Sequence[Buffer]
-    inputs: Sequence[str]
+    inputs: Sequence[Value]
     caches: Sequence[str]
 
-    def __call__(self, inputs: Sequence[Buffer], cache: Cache) -> dict[str, Buffer]:
-        """Runs the program on `cache`; returns the other results by role."""
+    def __call__(self, inputs: Mapping[str, Sequence[int] | int], cache: Cache) -> dict[str, Buffer]:
+        """Runs the program on `cache`; returns the other results by role.
+
+        Args:
+            inputs: by name; what is shorter than the program's is zero behind it.
+            cache: to append to.
+        """
+        staged = cache.inputs.get(self.program.name)
+        if staged is None:
+            staged = {v.name: self.client.staging(v.shape, numpy_dtype(v.dtype)) for v in self.inputs}
+            cache.inputs[self.program.name] = staged
+        for name, (array, _) in staged.items():
+            given = inputs[name]
+            if isinstance(given, int):
+                array[...] = given
+            else:
+                array[: len(given)] = given
+                array[len(given) :] = 0
         caches = [cache.buffers[name] for name in self.caches]
-        results = self.executable([*inputs, *caches, *self.constants])
+        results = self.executable([*(buffer for _, buffer in staged.values()), *caches, *self.constants])
         others = {}
         for value, buffer in zip(self.program.results, results, strict=True):
             if value.role == "cache":
@@ -52,13 +76,16 @@ class _Bound:
         return others
 
 
-def _bind(program: Program, executable: Executable, constants: Mapping[str, Buffer]) -> _Bound:
+def _bind(
+    program: Program, executable: Executable, client: Client, constants: Mapping[str, Buffer]
+) -> _Bound:
     # Arguments are inputs, then caches, then constants: the manifest has been checked for that.
     return _Bound(
         program=program,
         executable=executable,
+        client=client,
         constants=[constants[v.name] for v in program.arguments if v.role in ("table", "weight")],
-        inputs=[v.name for v in program.arguments if v.role not in ("cache", "table", "weight")],
+        inputs=[v for v in program.arguments if v.role not in ("cache", "table", "weight")],
         caches=[v.name for v in program.arguments if v.role == "cache"],
     )
 
@@ -88,7 +115,7 @@ class Engine:
         self.vocab = manifest.model.vocab
         self._client = client
         constants = {name: client.put(array) for name, array in weights.items()}
-        bound = {p.name: _bind(p, executables[p.name], constants) for p in target.programs}
+        bound = {p.name: _bind(p, executables[p.name], client, constants) for p in target.programs}
         self._cache = bound[target.of_kind("cache")[0].name]
         self._decode = bound[target.of_kind("decode")[0].name]
         prefills = sorted(target.of_kind("prefill"), key=lambda p: p.tokens)
@@ -97,7 +124,7 @@ class Engine:
     def new_cache(self) -> Cache:
         """An empty cache of every slot. Memory is taken from the system as positions are filled."""
         cache = Cache(buffers={})
-        self._cache([], cache)
+        self._cache({}, cache)
         return cache
 
     def prefill(self, tokens: Sequence[int], cache: Cache, *, start: int = 0, slot: int = 0) -> Step:
@@ -126,12 +153,8 @@ class Engine:
         return self._step(results)
 
     def _prefill_chunk(self, chunk: Sequence[int], cache: Cache, start: int, slot: int) -> dict[str, Buffer]:
-        bucket, program = next((t, p) for t, p in self._prefills if t >= len(chunk))
-        padded = np.zeros(bucket, np.int32)
-        padded[: len(chunk)] = chunk
-        scalars = {"length": len(chunk), "start": start, "slot": slot}
-        inputs = {"tokens": padded} | {name: np.array(value, np.int32) for name, value in scalars.items()}
-        return program([self._client.put(inputs[name]) for name in program.inputs], cache)
+        program = next(p for t, p in self._prefills if t >= len(chunk))
+        return program({"tokens": chunk, "length": len(chunk), "start": start, "slot": slot}, cache)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], cache: Cache) -> Step:
         """Runs one token of every slot.
@@ -151,8 +174,7 @@ class Engine:
             raise ValueError(
                 f"tokens and positions {positions} do not fit {self.slots} slots of {self.capacity}"
             )
-        inputs = {"tokens": np.array(tokens, np.int32), "positions": np.array(positions, np.int32)}
-        return self._step(self._decode([self._client.put(inputs[n]) for n in self._decode.inputs], cache))
+        return self._step(self._decode({"tokens": tokens, "positions": positions}, cache))
 
     def logits(self, step: Step) -> np.ndarray:
         """The step's logits ``[R, V]`` as a view."""

@@ -39,6 +39,7 @@ def gather(manifest: Manifest) -> dict[str, Any]:
         },
         "targets": [_target(manifest, target) for target in manifest.targets],
         "sampling": manifest.sampling,
+        "fidelity": None if manifest.fidelity is None else dataclasses.asdict(manifest.fidelity),
         "provenance": dataclasses.asdict(manifest.provenance),
     }
 
@@ -82,8 +83,22 @@ def _lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
         yield from _target_lines(target)
     if facts["sampling"]:
         yield "  sampling " + ", ".join(f"{k} {v:g}" for k, v in facts["sampling"].items())
+    if facts["fidelity"]:
+        yield from _fidelity_lines(facts["fidelity"])
     origin = facts["provenance"]
     yield f"  origin   {origin['source']}, licence {origin['licence'] or 'not stated'}, exported {origin['created']}"
+
+
+def _fidelity_lines(f: dict[str, Any]) -> Iterable[str]:
+    own, reference = (
+        "beyond a float" if f[key] is None else f"{f[key]:.4f}"
+        for key in ("perplexity", "reference_perplexity")
+    )
+    yield (
+        f"  fidelity perplexity {own}, of the source in float32 {reference}; KL divergence {f['kl_mean']:.3g} nats per"
+        f" token, 99th percentile {f['kl_p99']:.3g}; same top token {f['top1']:.2%}"
+    )
+    yield f"           ({f['tokens']:,} predictions on {f['text']})"
 
 
 def _target_lines(target: dict[str, Any]) -> Iterable[str]:

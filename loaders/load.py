@@ -11,7 +11,7 @@ from .artifact import compat, files
 from .artifact.errors import PrecastError
 from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Target, parse_manifest
 from .artifact.record import MAX_JSON_BYTES
-from .artifact.weights import map_weights
+from .artifact.weights import map_weights, numpy_dtype
 from .engine import Engine
 from .generate import Model
 from .runtime import pjrt
@@ -122,14 +122,15 @@ def _executables(
             f"{root}: the StableHLO was promised to compile until {target.stablehlo_expires}; trying all the same"
         )
     for program in target.programs:
+        results = [pjrt.Result(value.shape, numpy_dtype(value.dtype)) for value in program.results]
         if target.runtime == "stablehlo":
             log(f"compiling {program.name} from StableHLO …")
             executables[program.name] = client.compile(
-                contents[program.stablehlo], str(root / program.stablehlo)
+                contents[program.stablehlo], results, str(root / program.stablehlo)
             )
         elif program.executable is not None:
             executables[program.name] = client.load(
-                contents[program.executable], str(root / program.executable)
+                contents[program.executable], results, str(root / program.executable)
             )
         else:
             raise PrecastError(

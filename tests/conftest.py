@@ -181,7 +181,7 @@ def export_tiny(
 
     def make(source: Any = None, **options: Any) -> Path:
         output = tmp_path_factory.mktemp("exported") / "tiny"
-        chosen = ExportOptions(**{"buckets": (8, 16), "context": 64, **options})
+        chosen = ExportOptions(**{"buckets": (8, 16), "context": 64, "weights": "float32", **options})
         export(tiny_source() if source is None else source, output, chosen)
         return output
 

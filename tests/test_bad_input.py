@@ -41,7 +41,17 @@ def export_refused(refused, tmp_path):
 
     def run(source, *options) -> str:
         text = refused(
-            "export", source, "-o", parent / "artifact", "--buckets", "8", "--context", "64", *options
+            "export",
+            source,
+            "-o",
+            parent / "artifact",
+            "--buckets",
+            "8",
+            "--context",
+            "64",
+            "--weights",
+            "float32",
+            *options,
         )
         assert not parent.exists() or os.listdir(parent) == []
         return text
@@ -168,7 +178,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint)
         (["--slots", "0"], "--slots: 0 is not possible, expected 1 to 256."),
         (["--slots", "-1"], "--slots: -1 is not possible, expected 1 to 256."),
         (["--slots", "257"], "--slots: 257 is not possible, expected 1 to 256."),
-        (["--weights", "int3"], "--weights: 'int3' is not supported, expected float32"),
+        (["--weights", "int3"], "--weights: 'int3' is not supported, expected one of float32, bfloat16"),
     ],
 )
 def test_options_that_are_not_possible(export_refused, tiny_checkpoint, options, text):
@@ -205,7 +215,7 @@ def test_a_disk_that_is_full(export_refused, tiny_checkpoint, monkeypatch, place
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if place == "weights":
-        monkeypatch.setattr("precast.loaders.artifact.weights._pieces", full)
+        monkeypatch.setattr("precast.loaders.artifact.weights._write_pieces", full)
     elif place == "tokenizer":
         monkeypatch.setattr(Path, "write_bytes", full)
     else:
@@ -316,15 +326,18 @@ def set_key(*path_and_value):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (set_key("rope", 1), "manifest.json: key 'rope' is not known to format version 1;"),
-        (set_key("model", "scale", 2), "manifest.json: model: key 'scale' is not known to format version 1;"),
+        (set_key("rope", 1), "manifest.json: key 'rope' is not known to this format version;"),
         (
-            set_key("format_version", 2),
-            "format version 2 is not the 1 that this precast reads; update precast.",
+            set_key("model", "scale", 2),
+            "manifest.json: model: key 'scale' is not known to this format version;",
+        ),
+        (
+            set_key("format_version", 3),
+            "format version 3 is not the 2 that this precast reads; update precast.",
         ),
         (
             set_key("format_version", 0),
-            "format version 0 is not the 1 that this precast reads; export the model",
+            "format version 0 is not the 2 that this precast reads; export the model",
         ),
         (set_key("capacity", "64"), "manifest.json: capacity: expected a whole number, found '64'."),
         (

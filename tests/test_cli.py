@@ -239,15 +239,27 @@ def test_export_then_run(cli, record, tiny_checkpoint, tmp_path, answer, monkeyp
     """From a Hugging Face directory, with the default place to write to."""
     source = tiny_checkpoint()
     monkeypatch.chdir(tmp_path)
-    result = cli("export", source, "--buckets", "16,8", "--context", "64")
+    result = cli("export", source, "--buckets", "16,8", "--context", "64", "--weights", "float32")
     assert result.exit_code == 0, result.output
     output = tmp_path / "artifacts" / "checkpoint-float32"
     assert "answers checked against the reference" in result.stdout
     assert "prefill_16" in result.stdout
     assert record(output, "--ids", PROMPT, "--ignore-eos")["token_ids"] == list(answer.token_ids)
     before = (output / "manifest.json").read_bytes()
-    assert cli("export", source, "--buckets", "8", "--context", "64").exit_code == 2
+    assert cli("export", source, "--buckets", "8", "--context", "64", "--weights", "float32").exit_code == 2
     assert (output / "manifest.json").read_bytes() == before
+
+
+def test_weights_are_int8_unless_asked_for_otherwise(cli, record, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli("export", tiny_checkpoint(), "--buckets", "8", "--context", "64")
+    assert result.exit_code == 0, result.output
+    output = tmp_path / "artifacts" / "checkpoint-int8"
+    assert len(record(output, "--ids", PROMPT, "--ignore-eos", "-n", "4")["token_ids"]) == 4
+    shown = cli("inspect", output).stdout
+    assert "weights int8" in shown
+    assert "bfloat16" in shown
+    assert "KL divergence" in shown
 
 
 def test_inspect_shows_the_facts(cli, tiny_artifact):

@@ -50,7 +50,7 @@ def demo_source() -> Source:
 def demo_artifact(demo_source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model with default buckets and context. Not to be written to."""
     output = tmp_path_factory.mktemp("demo") / "artifact"
-    export(demo_source, output, ExportOptions(targets=("cpu",)))
+    export(demo_source, output, ExportOptions(weights="float32", targets=("cpu",)))
     return output
 
 

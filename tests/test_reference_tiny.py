@@ -80,7 +80,9 @@ def _export(name: str, work: Path) -> Exported:
     source = open_source(str(folder))
     artifact = work / "artifact"
     targets = ("cpu", "portable") if name in PORTABLE else ("cpu",)
-    export(source, artifact, ExportOptions(buckets=BUCKETS, context=CAPACITY, targets=targets))
+    export(
+        source, artifact, ExportOptions(buckets=BUCKETS, context=CAPACITY, weights="float32", targets=targets)
+    )
     with np.load(folder / "reference.npz") as arrays:
         logits = dict(arrays)
     cases = [Case(prompt=c["prompt_token_ids"], tokens=c["token_ids"]) for c in record["cases"]]

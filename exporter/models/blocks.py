@@ -1,24 +1,18 @@
 """The pieces decoders are made of. A module holds the weights of **all** its layers, stacked ``[L, …]``, and is
-called with the index of one: programs loop over layers and nothing is sliced out of a stack that need not be.
+called for one, which is whose weights the target then takes: nothing is sliced out of a stack that need not be.
 
 Parameters are named as in checkpoints: ``model.layers.self_attn.q_proj.weight`` here is the stack of every
 ``model.layers.{i}.self_attn.q_proj.weight`` there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-# Attention of one layer, however keys and values are kept: (q [R, T, N, H], k, v [R, T, K, H]) -> [R, T, N, H].
-Attend = Callable[[Array, Array, Array], Array]
-
-# Products of one x with weights of one layer, however the target computes them:
-# (x [M, in], weights each [L, out, in], layer) -> results each [M, out].
-Project = Callable[[Array, Sequence[Array], Array], list[Array]]
+from .ops import Attend, LinearCall, Project
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +48,7 @@ class Linear(nnx.Module):
     def __init__(self, layers: int, inputs: int, outputs: int, *, bias: bool) -> None:
         self.weight = _parameter(layers, outputs, inputs)
         self.bias = _parameter(layers, outputs) if bias else None
-
-
-def linears(x: Array, modules: Sequence[Linear], layer: Array, project: Project) -> list[Array]:
-    """Several products of one x ``[…, in]``, in one call to the target's operation; each ``[…, out]``."""
-    flat = x.reshape(-1, x.shape[-1])  # [M, in]
-    results = project(flat, [m.weight[...] for m in modules], layer)
-    biased = [y if m.bias is None else y + m.bias[layer] for m, y in zip(modules, results, strict=True)]
-    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in biased]
+        self.outputs = outputs
 
 
 class RMSNorm(nnx.Module):
@@ -71,20 +58,41 @@ class RMSNorm(nnx.Module):
         self.weight = _parameter(layers, width)
         self.eps = eps
 
-    def __call__(self, x: Array, layer: Array) -> Array:
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x * scale * self.weight[layer]
 
+def linears(
+    x: Array,
+    modules: Sequence[Linear],
+    project: Project,
+    *,
+    norm: RMSNorm | None = None,
+    residual: Array | None = None,
+    gate: str = "",
+) -> list[Array]:
+    """Several products of one x ``[…, in]`` and what is around them, in one call to the target's operation.
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """RoPE on halves: x ``[R, T, N, H]``, cos and sin ``[R, T, H / 2]``."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    Args:
+        norm: applied to x before.
+        residual: ``[…, out]``, added to the only product.
+        gate: of two products, what the first goes through before it is multiplied with the second.
+
+    Returns:
+        Each product ``[…, out]``; with a gate a single one.
+    """
+    flat = x.reshape(-1, x.shape[-1])  # [M, in]
+    call = LinearCall(
+        weights=tuple(m.weight.get_value() for m in modules),
+        outs=tuple(m.outputs for m in modules),
+        biases=tuple(m.bias[...] for m in modules if m.bias is not None),
+        norm=None if norm is None else norm.weight[...],
+        eps=0.0 if norm is None else norm.eps,
+        residual=None if residual is None else residual.reshape(flat.shape[0], -1),
+        gate=gate,
+    )
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in project(flat, call)]
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.q_proj = Linear(c.layers, c.width, c.heads * c.head_dim, bias=c.qkv_bias)
@@ -93,13 +101,12 @@ class Attention(nnx.Module):
         self.o_proj = Linear(c.layers, c.heads * c.head_dim, c.width, bias=c.out_bias)
         self.head_dim = c.head_dim
 
-    def __call__(
-        self, x: Array, layer: Array, cos: Array, sin: Array, attend: Attend, project: Project
-    ) -> Array:
-        projected = linears(x, (self.q_proj, self.k_proj, self.v_proj), layer, project)
+    def __call__(self, x: Array, norm: RMSNorm, attend: Attend, project: Project) -> Array:
+        """``x + attention(norm(x))``."""
+        projected = linears(x, (self.q_proj, self.k_proj, self.v_proj), project, norm=norm)
         q, k, v = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in projected)  # [R, T, N or K, H]
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [R, T, N, H]
-        return linears(out.reshape(*out.shape[:2], -1), (self.o_proj,), layer, project)[0]
+        out = attend(q, k, v)  # [R, T, N, H]
+        return linears(out.reshape(*out.shape[:2], -1), (self.o_proj,), project, residual=x)[0]
 
 
 class GatedMLP(nnx.Module):
@@ -110,9 +117,10 @@ class GatedMLP(nnx.Module):
         self.up_proj = Linear(c.layers, c.width, c.ff_width, bias=c.mlp_bias)
         self.down_proj = Linear(c.layers, c.ff_width, c.width, bias=c.mlp_bias)
 
-    def __call__(self, x: Array, layer: Array, project: Project) -> Array:
-        gate, up = linears(x, (self.gate_proj, self.up_proj), layer, project)
-        return linears(jax.nn.silu(gate) * up, (self.down_proj,), layer, project)[0]
+    def __call__(self, x: Array, norm: RMSNorm, project: Project) -> Array:
+        """``x + mlp(norm(x))``."""
+        gated = linears(x, (self.gate_proj, self.up_proj), project, norm=norm, gate="silu")[0]
+        return linears(gated, (self.down_proj,), project, residual=x)[0]
 
 
 class Layers(nnx.Module):
@@ -124,9 +132,7 @@ class Layers(nnx.Module):
         self.post_attention_layernorm = RMSNorm(c.layers, c.width, c.norm_eps)
         self.mlp = GatedMLP(c)
 
-    def __call__(
-        self, x: Array, layer: Array, cos: Array, sin: Array, attend: Attend, project: Project
-    ) -> Array:
-        """Runs layer `layer`: x ``[R, T, D]`` to ``[R, T, D]``."""
-        x = x + self.self_attn(self.input_layernorm(x, layer), layer, cos, sin, attend, project)
-        return x + self.mlp(self.post_attention_layernorm(x, layer), layer, project)
+    def __call__(self, x: Array, attend: Attend, project: Project) -> Array:
+        """Runs one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
+        x = self.self_attn(x, self.input_layernorm, attend, project)
+        return self.mlp(x, self.post_attention_layernorm, project)

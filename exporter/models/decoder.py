@@ -5,15 +5,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from .blocks import DecoderConfig, Layers, Linear, Project, RMSNorm, linears
-from .ops import XLA_OPS, Cache, Ops, Rows, softmax_attention
+from .blocks import DecoderConfig, Layers, Linear, RMSNorm, linears
+from .ops import Cache, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
+from .xla_ops import XLA_OPS, rotate, softmax_attention
 
 
 class Embedding(nnx.Module):
-    """Token embeddings, weight ``[V, D]``."""
+    """Token embeddings, weight ``[V, D]``; packed as a stack of one."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.weight = nnx.Param(jnp.zeros((c.vocab, c.width), jnp.float32))
+        self.shape = (c.vocab, c.width)
+
+    def stack(self) -> Weight:
+        """The weights as ``[1, V, D]``, which is what an output head takes."""
+        weight: Weight = self.weight.get_value()
+        return weight if isinstance(weight, Packed) else weight[None]
+
+    def __call__(self, tokens: Array, ops: Ops) -> Array:
+        """Tokens ``[…]`` to ``[…, D]``."""
+        return ops.embed(tokens.reshape(-1), self.stack(), *self.shape).reshape(*tokens.shape, -1)
 
 
 class Body(nnx.Module):
@@ -23,17 +34,6 @@ class Body(nnx.Module):
         self.embed_tokens = Embedding(c)
         self.layers = Layers(c)
         self.norm = RMSNorm(1, c.width, c.norm_eps)
-
-
-def _projection(ops: Ops, used: Array | int) -> Project:
-    """The target's product, told how many rows are true."""
-    count = jnp.asarray(used, jnp.int32)
-    return lambda x, weights, layer: ops.linear(x, weights, layer, count)
-
-
-def _layer_number(index: Array) -> Array:
-    """A loop's index as the kernels take it: where JAX_ENABLE_X64 is set, loops count in int64."""
-    return index.astype(jnp.int32)
 
 
 class Decoder(nnx.Module):
@@ -46,12 +46,17 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Array, ops: Ops) -> Array:
         """Final norm and output head: x ``[R, D]`` to ``[R, V]``."""
-        project = _projection(ops, x.shape[0])
-        first = jnp.int32(0)
-        x = self.model.norm(x, first)
+        norm, embedding, all_rows = self.model.norm, self.model.embed_tokens, jnp.int32(x.shape[0])
+
+        def project(x: Array, call: LinearCall) -> list[Array]:
+            return ops.linear(x, call, jnp.int32(0), all_rows)
+
         if self.lm_head is not None:
-            return linears(x, (self.lm_head,), first, project)[0]
-        return project(x, [self.model.embed_tokens.weight[...][None]], first)[0]
+            return linears(x, (self.lm_head,), project, norm=norm)[0]
+        call = LinearCall(
+            weights=(embedding.stack(),), outs=embedding.shape[:1], norm=norm.weight[...], eps=norm.eps
+        )
+        return project(x, call)[0]
 
     def forward(self, tokens: Array, cos: Array, sin: Array) -> Array:
         """The reference: no cache, no kernels, every position at once.
@@ -66,18 +71,18 @@ class Decoder(nnx.Module):
         """
         b, t = tokens.shape
         mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
-        cos, sin = (jnp.broadcast_to(table[:t], (b, t, table.shape[1])) for table in (cos, sin))
-
-        project = _projection(XLA_OPS, b * t)
+        rotary = Rotary(*(jnp.broadcast_to(table[:t], (b, t, table.shape[1])) for table in (cos, sin)))
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))  # [B, K, T, H]
-            return softmax_attention(q, k, v, mask, self.config.attention_scale)
+            k, v = (jnp.swapaxes(a, 1, 2) for a in (rotate(k, rotary), v))  # [B, K, T, H]
+            return softmax_attention(rotate(q, rotary), k, v, mask, self.config.attention_scale)
+
+        all_rows = jnp.int32(b * t)
 
         def layer(index: Array, x: Array) -> Array:
-            return self.model.layers(x, _layer_number(index), cos, sin, attend, project)
+            return self.model.layers(x, attend, lambda x, call: XLA_OPS.linear(x, call, index, all_rows))
 
-        x = self.model.embed_tokens.weight[tokens]  # [B, T, D]
+        x = self.model.embed_tokens(tokens, XLA_OPS)  # [B, T, D]
         x = jax.lax.fori_loop(0, self.config.layers, layer, x)
         return self.logits(x.reshape(b * t, -1), XLA_OPS).reshape(b, t, -1)
 
@@ -98,22 +103,15 @@ class Decoder(nnx.Module):
             Hidden states ``[R, T, D]`` before the final norm, and the cache.
         """
         positions = rows.starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [R, T]
-        cos, sin = (table.at[positions].get(mode="clip") for table in (cos, sin))  # [R, T, H / 2]
+        rotary = Rotary(*(table.at[positions].get(mode="clip") for table in (cos, sin)))  # [R, T, H / 2]
 
         # Of one sequence, what is behind its length need not be computed; of several, their padding lies between.
-        project = _projection(ops, rows.lengths[0] if tokens.shape[0] == 1 else tokens.size)
-
-        def layer(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
-            x, cache = carry
-            number = _layer_number(index)
-
-            def attend(q: Array, k: Array, v: Array) -> Array:
-                nonlocal cache
-                out, cache = ops.attention(q, k, v, cache, number, rows, self.config.attention_scale)
-                return out
-
-            x = self.model.layers(x, number, cos, sin, attend, project)
-            return x, cache
-
-        x = self.model.embed_tokens.weight[tokens]  # [R, T, D]
-        return jax.lax.fori_loop(0, self.config.layers, layer, (x, cache))
+        used = rows.lengths[0] if tokens.shape[0] == 1 else jnp.int32(tokens.size)
+        c = self.config
+        stack = Stack(
+            layer=self.model.layers,
+            layers=c.layers,
+            heads=(c.heads, c.kv_heads, c.head_dim),
+            scale=c.attention_scale,
+        )
+        return ops.layers(stack, self.model.embed_tokens(tokens, ops), rotary, cache, rows, used)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from math import prod
 
 from flax import nnx
-from jax import Array
 
 from . import ModelSpec
 from .decoder import Decoder
+from .ops import Weight
 
 # Where a checkpoint's layer number goes: parameters of this path are stacks of all layers.
 LAYERS = "model.layers."
@@ -55,7 +55,7 @@ class AbstractModel:
     """A model without weights: its parameters in a fixed order, and how to bind arrays to them."""
 
     parameters: tuple[Parameter, ...]
-    bind: Callable[[Sequence[Array]], Decoder]
+    bind: Callable[[Sequence[Weight]], Decoder]
 
 
 def abstract_model(spec: ModelSpec) -> AbstractModel:
@@ -67,7 +67,7 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
         for name, _, leaf in flat
     )
 
-    def bind(arrays: Sequence[Array]) -> Decoder:
+    def bind(arrays: Sequence[Weight]) -> Decoder:
         bound = [(path, leaf.replace(array)) for (_, path, leaf), array in zip(flat, arrays, strict=True)]
         return nnx.merge(graph, nnx.from_flat_state(bound))
 

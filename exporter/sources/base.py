@@ -7,6 +7,23 @@ import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
+class QuantisedBlocks:
+    """A matrix ``[out, in]`` as a checkpoint stores it in groups of 32 inputs.
+
+    A weight is scale · value, or scale · value + minimum where there is one, each to be computed in float32.
+
+    Attributes:
+        values: ``[out, in]``; int8 without minimum, uint8 with one.
+        scale: float16 ``[out, in/32]``; may be negative.
+        minimum: float16 ``[out, in/32]``, or None.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray
+    minimum: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SourceTensor:
     """One tensor of a checkpoint, read only when asked for.
 
@@ -16,11 +33,14 @@ class SourceTensor:
         dtype: the name of the type it is stored in ("float32", "bfloat16", "Q4_1", …); for messages and
             provenance.
         read: returns it as a float32 array of `shape`, freshly read; the caller owns the array.
+        blocks: returns what `read` does before it is multiplied out, for a matrix that is stored in blocks which
+            `QuantisedBlocks` can say to the bit; else None.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+    blocks: Callable[[], QuantisedBlocks] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .base import Source, SourceTensor
+from .base import QuantisedBlocks, Source, SourceTensor
 from .files import hash_file, slug, spdx
 from .gguf_config import ARCHITECTURES, ROPE_FACTORS, translate_config
 from .gguf_metadata import check_types
@@ -41,6 +41,10 @@ _NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _TENSOR = re.compile(r"(?:(?P<layer>blk\.\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
+
+# Types whose blocks are handed on as they are: 32 values behind a scale, and a minimum where the type has one.
+_BLOCK = 32
+_COEFFICIENTS = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
 
 # The endings that converters and people put after a model's name.
 _QUANTISATION = re.compile(
@@ -177,6 +181,7 @@ def _tensors(path: Path, stored: Mapping[str, _Tensor], config: Mapping[str, Any
             shape=tensor.shape,
             dtype=tensor.type.name,
             read=partial(_dequantise, tensor, heads.get(match["part"])),
+            blocks=partial(_blocks, tensor, heads.get(match["part"])) if _in_blocks(tensor) else None,
         )
     return tensors
 
@@ -214,6 +219,42 @@ def _dequantise(tensor: _Tensor, heads: int | None) -> np.ndarray:
         out[slab] = dequantize(rows[slab] if order is None else rows[order[slab]], tensor.type)
     _let_go(tensor.data)
     return out.reshape(tensor.shape)
+
+
+def _in_blocks(tensor: _Tensor) -> bool:
+    return len(tensor.shape) == 2 and tensor.type.name in _COEFFICIENTS
+
+
+def _blocks(tensor: _Tensor, heads: int | None) -> QuantisedBlocks:
+    """The blocks of a matrix taken apart, its rows in the same order as `_dequantise` has them.
+
+    Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q8_0, block_q4_0, block_q4_1).
+    """
+    rows, columns = tensor.shape
+    kind, count = tensor.type.name, _COEFFICIENTS[tensor.type.name]
+    order = np.arange(rows) if heads is None else half_split_order(rows, heads)
+    values = np.empty((rows, columns), np.uint8)
+    coefficients = np.empty((count, rows, columns // _BLOCK), np.float16)
+    for start in range(0, rows, _SLAB):
+        slab = slice(start, start + _SLAB)
+        stored = tensor.data[order[slab]]
+        stored = stored.reshape(len(stored), columns // _BLOCK, -1)
+        head = np.ascontiguousarray(stored[..., : 2 * count]).view("<f2")
+        coefficients[:, slab] = np.moveaxis(head, -1, 0)
+        values[slab] = _values(kind, stored[..., 2 * count :]).reshape(-1, columns)
+    _let_go(tensor.data)
+    minimum = coefficients[1] if count > 1 else None
+    return QuantisedBlocks(
+        values=values if kind == "Q4_1" else values.view(np.int8), scale=coefficients[0], minimum=minimum
+    )
+
+
+def _values(kind: str, stored: np.ndarray) -> np.ndarray:
+    """The 32 values of each block; 16 bytes hold the first half in low nibbles, the second in high ones."""
+    if kind == "Q8_0":
+        return stored
+    values = np.concatenate([stored & 15, stored >> 4], axis=-1)
+    return values - np.uint8(8) if kind == "Q4_0" else values  # wraps, and is read as signed
 
 
 def _let_go(array: np.ndarray) -> None:

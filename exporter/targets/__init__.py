@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..models.ops import CPU_OPS, XLA_OPS, Ops
+from ..models.cpu_ops import CPU_OPS
+from ..models.ops import Ops
+from ..models.xla_ops import XLA_OPS
 
 
 @dataclass(frozen=True, kw_only=True)

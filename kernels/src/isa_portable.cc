@@ -1,21 +1,30 @@
 // Any CPU: vectors of four, which every compiler maps to what the target has (SSE2, NEON, scalars).
 #include <cmath>
 #include <cstdint>
+#include <memory>
+#include <utility>
 
 #include "ops.h"
 
 namespace precast {
+#define PRECAST_ISA 0
 namespace portable {
 constexpr int kWidth = 4;
 constexpr int kRows = 4;
+constexpr int kQuantRows = 4;
 constexpr int kColumns = 3;
 #include "simd.inc"
 #include "matmul.inc"
+#include "int8.inc"
+#include "quantized.inc"
+#include "linear.inc"
+#include "cache.inc"
 #include "attention.inc"
 }  // namespace portable
 
 const Ops& PortableOps() {
-  static constexpr Ops ops = {"portable", portable::Matmul, portable::Attention};
+  static constexpr Ops ops = {"portable", portable::kLinearOps, portable::StoreRows, portable::Attention,
+                              portable::MergeSpans};
   return ops;
 }
 }  // namespace precast

@@ -14,8 +14,10 @@ PyObject* Capsule(XLA_FFI_Handler* handler) {
 }
 
 PyObject* Targets(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:N,s:N,s:N}", "precast.attention.v1", Capsule(PrecastAttentionV1), "precast.matmul.v1",
-                       Capsule(PrecastMatmulV1), "precast.reserve.v1", Capsule(PrecastReserveV1));
+  return Py_BuildValue("{s:N,s:N,s:N,s:N,s:N}", "precast.attention.v2", Capsule(PrecastAttentionV2),
+                       "precast.embed.v1", Capsule(PrecastEmbedV1), "precast.layers.v1", Capsule(PrecastLayersV1),
+                       "precast.linear.v1", Capsule(PrecastLinearV1), "precast.reserve.v1",
+                       Capsule(PrecastReserveV1));
 }
 
 PyObject* Isa(PyObject*, PyObject*) { return PyUnicode_FromString(precast::CurrentOps().name); }

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import PrecastError
 from .record import from_json, parse_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -16,7 +16,14 @@ WEIGHTS_FILE = "weights.safetensors"
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 # Bytes of an element, by the name a manifest uses.
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "int32": 4}
+DTYPE_BYTES: Mapping[str, int] = {
+    "float32": 4,
+    "int32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int8": 1,
+    "uint8": 1,
+}
 # How a target is executed: deserialised, or compiled on request.
 RUNTIMES = ("pjrt", "stablehlo")
 
@@ -133,7 +140,7 @@ class Model:
         ff_width: F.
         vocab: V.
         parameters: how many, counted once where they are shared.
-        weights: how they are stored: "float32".
+        weights: how they are stored: "float32", "bfloat16", "int8" or "int4".
         max_positions: what the model was trained for.
     """
 
@@ -205,6 +212,31 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """How far the first target's predictions are from the float32 model it was made from; measured at export.
+
+    `precast.loaders.evaluate` describes the method.
+
+    Attributes:
+        text: name of the text.
+        tokens: predictions scored.
+        perplexity: of the artifact; None where it is more than a float holds.
+        reference_perplexity: of the float32 model; None as above.
+        kl_mean: mean KL(float32 model ‖ artifact), nats per token.
+        kl_p99: its 99th percentile.
+        top1: share of predictions where both find the same token likeliest, 0 to 1.
+    """
+
+    text: str
+    tokens: int
+    perplexity: float | None
+    reference_perplexity: float | None
+    kl_mean: float
+    kl_p99: float
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All of ``manifest.json``.
 
@@ -214,6 +246,7 @@ class Manifest:
         buckets: prompt lengths that a prefill program exists for, ascending.
         sampling: the model's own sampling defaults.
         golden: file of recorded answers.
+        fidelity: None where it was not measured.
         files: every file of the artifact but the manifest itself.
     """
 
@@ -230,6 +263,7 @@ class Manifest:
     golden: str
     provenance: Provenance
     files: Mapping[str, FileEntry]
+    fidelity: Fidelity | None
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:

@@ -120,7 +120,7 @@ def _convert_record(kind: type, value: Any, where: str) -> Any:
     separator = "." if "[" in where or ": " in where else ": "
     if unknown := sorted(set(value) - set(fields)):
         raise PrecastError(
-            f"{where}: key {unknown[0]!r} is not known to format version 1; did a newer precast write it?"
+            f"{where}: key {unknown[0]!r} is not known to this format version; did a newer precast write it?"
         )
     if missing := sorted(set(fields) - set(value)):
         raise PrecastError(f"{where}: key {missing[0]!r} is missing.")

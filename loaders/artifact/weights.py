@@ -10,8 +10,9 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +27,14 @@ ALIGNMENT = 64
 _MAX_HEADER = 100 << 20
 # NumPy's own bound.
 _MAX_AXES = 64
-_DTYPES: Mapping[str, np.dtype] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+_BFLOAT16 = "BF16"  # which NumPy lacks
+_DTYPES: Mapping[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I32": np.dtype("<i4"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -43,59 +51,86 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def numpy_dtype(name: str) -> np.dtype:
+    """The type that a manifest calls `name`."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes  # NumPy alone has no such type; float32 artifacts do without
+
+    dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
+    return dtype
+
+
+def _dtype(name: str) -> np.dtype:
+    """The type that a safetensors header calls `name`."""
+    return numpy_dtype("bfloat16") if name == _BFLOAT16 else _DTYPES[name]
+
+
 def _in_file_order(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: (spec.bytes % ALIGNMENT != 0, spec.name))
+
+
+def _name(spec: TensorSpec) -> str:
+    return _BFLOAT16 if spec.dtype.name == "bfloat16" else _NAMES[spec.dtype]
 
 
 def _header(specs: Sequence[TensorSpec]) -> bytes:
     entries, offset = {}, 0
     for spec in specs:
         place = [offset, offset + spec.bytes]
-        entries[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": place}
+        entries[spec.name] = {"dtype": _name(spec), "shape": list(spec.shape), "data_offsets": place}
         offset += spec.bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
-def write_weights(
-    path: Path, specs: Sequence[TensorSpec], parts: Callable[[TensorSpec], Iterable[np.ndarray]]
-) -> str:
-    """Writes tensors one part at a time, so that no more than a part is ever in memory.
+def write_weights(path: Path, specs: Sequence[TensorSpec], pieces: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Writes tensors piece by piece, so that no more than a piece is ever in memory.
 
     Args:
         path: the file to write; must not exist.
         specs: what to write, in any order.
-        parts: gives a tensor's contents in order, in arrays whose bytes follow one another in the file.
+        pieces: names of tensors, each with the next part of its contents. Parts of one tensor follow one another in
+            the file; those of several may come in any order.
 
     Returns:
         The file's sha256.
 
     Raises:
         OSError: when the disk does not take it.
+        ValueError: when the pieces are not what the specs say.
     """
-    digest = hashlib.sha256()
     ordered = _in_file_order(specs)
-    with path.open("xb") as file:
-        for data in _pieces(ordered, parts):
-            file.write(data)
-            digest.update(data)
-    return digest.hexdigest()
+    with path.open("x+b") as file:
+        file.write(_header(ordered))
+        _write_pieces(file, ordered, pieces)
+        # Only now: what is written in any order can be hashed in one order alone.
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _pieces(
-    specs: Sequence[TensorSpec], parts: Callable[[TensorSpec], Iterable[np.ndarray]]
-) -> Iterator[bytes | memoryview]:
-    yield _header(specs)
+def _write_pieces(
+    file: BinaryIO, specs: Sequence[TensorSpec], pieces: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    begins = dict(zip((s.name for s in specs), accumulate((s.bytes for s in specs), initial=0), strict=False))
+    start, by_name, written = file.tell(), {s.name: s for s in specs}, dict.fromkeys(begins, 0)
+    for name, piece in pieces:
+        spec = by_name.get(name)
+        if spec is None:
+            raise ValueError(f"{name}: was given to write, and is not among the tensors")
+        if piece.dtype != spec.dtype:
+            raise ValueError(f"{name}: expected parts of {spec.dtype}, found {piece.dtype}")
+        # Before it is written, and not into the next tensor.
+        if written[name] + piece.nbytes > spec.bytes:
+            raise ValueError(f"{name}: expected {spec.bytes} bytes, found {written[name] + piece.nbytes}")
+        file.seek(start + begins[name] + written[name])
+        file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        written[name] += piece.nbytes
+        del piece  # before the next one is made
     for spec in specs:
-        written = 0
-        for part in parts(spec):
-            if part.dtype != spec.dtype:
-                raise ValueError(f"{spec.name}: expected parts of {spec.dtype}, found {part.dtype}")
-            written += part.nbytes
-            yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
-        if written != spec.bytes:
-            raise ValueError(f"{spec.name}: expected {spec.bytes} bytes, found {written}")
+        if written[spec.name] != spec.bytes:
+            raise ValueError(f"{spec.name}: expected {spec.bytes} bytes, found {written[spec.name]}")
 
 
 def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
@@ -142,7 +177,7 @@ def _entry(path: Path, name: str, entry: object) -> _Entry:
             raise ValueError
         if not isinstance(entry["shape"], list) or len(entry["shape"]) > _MAX_AXES:
             raise ValueError
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        dtype, shape = _dtype(entry["dtype"]), tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, begin, end)):
             raise ValueError

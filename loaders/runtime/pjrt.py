@@ -4,10 +4,13 @@ Every unadvertised function of jaxlib that precast's loader calls stands in this
 jaxlib changes is changed here. Tested on each jaxlib of the supported range.
 """
 
+import ctypes
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 from typing import Any, NewType
@@ -29,6 +32,13 @@ from ..artifact.machine import Machine, cpu_features, processor_family
 Buffer = NewType("Buffer", object)
 
 _DLPACK_CPU = (1, 0)
+# From which on the CPU client takes an array as it lies.
+_ALIGNMENT = 64
+# Newer handlers check nothing; older ones can be told not to, which they would do by jax's Python code.
+_UNCHECKED = (True,) if "_skip_checks" in (_jax.array_result_handler.__doc__ or "") else ()
+# Where dlpack.h puts the code of an element's type in a DLManagedTensor (behind data, device and ndim), and its
+# code for bfloat16.
+_DLPACK_TYPE_CODE, _DLPACK_BFLOAT = 20, 4
 
 
 class _Capsule:
@@ -44,6 +54,33 @@ class _Capsule:
         return _DLPACK_CPU
 
 
+def _capsule(array: np.ndarray) -> Any:
+    """An array as a DLPack capsule. NumPy has none for bfloat16: it makes one of uint16, and the type is put right."""
+    if array.dtype.name != "bfloat16":
+        return array.__dlpack__()
+    capsule = array.view(np.uint16).__dlpack__()
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    code = ctypes.c_uint8.from_address(get_pointer(capsule, b"dltensor") + _DLPACK_TYPE_CODE)
+    code.value = _DLPACK_BFLOAT
+    return capsule
+
+
+@dataclass(frozen=True)
+class Result:
+    """What jaxlib asks about a result to make an array of it; the names are its.
+
+    Attributes:
+        shape: axes in order.
+        dtype: of its elements.
+        weak_type: jax's own; ours are not.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    weak_type: bool = False
+
+
 class Executable:
     """A loaded program. Calling it runs it to the end.
 
@@ -51,8 +88,9 @@ class Executable:
         compiled: whether it was compiled here, and not deserialised.
     """
 
-    def __init__(self, loaded: Any, *, compiled: bool) -> None:
+    def __init__(self, loaded: Any, handlers: Sequence[Any], *, compiled: bool) -> None:
         self._loaded = loaded
+        self._handlers = handlers
         self.compiled = compiled
 
     def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
@@ -71,7 +109,8 @@ class Executable:
             results = self._loaded.execute_sharded(list(arguments))
         except (_jax.JaxRuntimeError, ValueError) as error:
             raise PrecastError(f"the program failed: {error}") from None
-        return [shards[0] for shards in results.disassemble_into_single_device_arrays()]
+        # Told what they are, results become arrays without another vain search for jax, 40 µs each.
+        return list(results.consume_with_handlers(self._handlers))
 
     def temporary_bytes(self) -> int:
         return int(self._loaded.get_compiled_memory_stats().temp_size_in_bytes)
@@ -86,9 +125,19 @@ class Client:
         self._client = _jax.get_tfrt_cpu_client(asynchronous=False)
         self._device = self._client.local_devices()[0]
         self._devices = _jax.DeviceList((self._device,))
+        self._sharding = _jax.SingleDeviceSharding(self._device)
 
-    def load(self, serialized: bytes, where: str) -> Executable:
+    def _executable(self, loaded: Any, results: Sequence[Result], *, compiled: bool) -> Executable:
+        handlers = [_jax.array_result_handler(r, self._sharding, True, *_UNCHECKED) for r in results]
+        return Executable(loaded, handlers, compiled=compiled)
+
+    def load(self, serialized: bytes, results: Sequence[Result], where: str) -> Executable:
         """Loads a serialised executable: no tracing, no compiling.
+
+        Args:
+            serialized: the file's contents.
+            results: what it returns.
+            where: what messages call it.
 
         Raises:
             PrecastError: when XLA does not take it.
@@ -100,10 +149,10 @@ class Client:
                 f"{where}: XLA does not load this executable ({error}); export the model again with jaxlib"
                 f" {jaxlib_version}."
             ) from None
-        return Executable(loaded, compiled=False)
+        return self._executable(loaded, results, compiled=False)
 
-    def compile(self, stablehlo: bytes, where: str) -> Executable:
-        """Compiles a StableHLO portable artifact.
+    def compile(self, stablehlo: bytes, results: Sequence[Result], where: str) -> Executable:
+        """Compiles a StableHLO portable artifact; arguments as for `load`.
 
         Raises:
             PrecastError: when XLA does not take it.
@@ -114,14 +163,24 @@ class Client:
             raise PrecastError(
                 f"{where}: jaxlib {jaxlib_version} does not compile this StableHLO ({error}); export the model again."
             ) from None
-        return Executable(loaded, compiled=True)
+        return self._executable(loaded, results, compiled=True)
 
     def put(self, array: np.ndarray) -> Buffer:
         """Hands an array to the device: as it lies where it starts on a 64-byte boundary, else copied.
 
         The caller must not change the array afterwards.
         """
-        return _jax.dlpack_managed_tensor_to_buffer(array.__dlpack__(), self._device, None)
+        return _jax.dlpack_managed_tensor_to_buffer(_capsule(array), self._device, None)
+
+    def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
+        """An array and the buffer that shares its memory: what is written there between two calls, the next one sees.
+
+        Making a buffer takes longer than a small program; an input that is there for every call is made once.
+        """
+        memory = np.zeros(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
+        begin = -memory.ctypes.data % _ALIGNMENT
+        array = memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        return array, self.put(array)
 
     def get(self, buffer: Buffer) -> np.ndarray:
         """A read-only view of a buffer; valid until the buffer is used up by a call."""

@@ -15,7 +15,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.load import load, read_manifest
 from precast.loaders.sampling import SamplingParams
 
-QUICK = ExportOptions(buckets=(8,), context=32, targets=("cpu",))
+QUICK = ExportOptions(buckets=(8,), context=32, weights="float32", targets=("cpu",))
 
 
 @pytest.fixture
@@ -86,9 +86,9 @@ def test_only_ties_of_the_reference_are_forgiven():
     case = Case(prompt=(1, 2), tokens=(5, 6, 7))
     best, sure = np.array([0, 5, 9, 7, 0]), np.full(5, 1.0)
     with pytest.raises(PrecastError, match="answer 6 where the reference answers 9"):
-        _agreed(case, best, sure, "x")
+        _agreed(case, best, sure, TIE, "x")
     tied = np.array([1.0, 1.0, TIE / 2, 1.0, 1.0])
-    assert _agreed(case, best, tied, "x") == Case(prompt=(1, 2), tokens=(5,))
+    assert _agreed(case, best, tied, TIE, "x") == Case(prompt=(1, 2), tokens=(5,))
 
 
 def test_tied_embeddings_are_stored_once(tmp_path, tiny_source):
@@ -145,13 +145,17 @@ def test_progress_is_told(tmp_path, tiny_source):
 
 
 def test_buckets_are_sorted_and_the_context_is_the_model_s(tmp_path, tiny_source):
-    options = ExportOptions(buckets=(32, 1), targets=("cpu",))
+    options = ExportOptions(buckets=(32, 1), weights="float32", targets=("cpu",))
     manifest = export(tiny_source(config={"max_position_embeddings": 40}), tmp_path / "a", options)
     assert (manifest.buckets, manifest.capacity) == ((1, 32), 40)
 
 
 def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
-    export(tiny_source(), tmp_path / "a", ExportOptions(buckets=(32,), context=32, targets=("cpu",)))
+    export(
+        tiny_source(),
+        tmp_path / "a",
+        ExportOptions(buckets=(32,), context=32, weights="float32", targets=("cpu",)),
+    )
     found = load(tmp_path / "a").generate([5] * 31, SamplingParams(ignore_eos=True))
     assert len(found.token_ids) == 1
 
@@ -172,7 +176,7 @@ def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
     ],
 )
 def test_options_that_are_not_possible(refusal, tiny_source, options, text):
-    assert text in refusal(tiny_source(), ExportOptions(**{"buckets": (8,), **options}))
+    assert text in refusal(tiny_source(), ExportOptions(**{"buckets": (8,), "weights": "float32", **options}))
 
 
 # --- sources ------------------------------------------------------------------------------------------------
@@ -282,7 +286,7 @@ from pathlib import Path
 from precast.exporter.export import ExportOptions, export
 from precast.exporter.sources import open_source
 
-options = ExportOptions(buckets=(8,), context=32)
+options = ExportOptions(buckets=(8,), context=32, weights="float32")
 manifest = export(open_source(sys.argv[1]), Path(sys.argv[2]), options)
 print(sorted({v.dtype for t in manifest.targets for p in t.programs for v in (*p.arguments, *p.results)}))
 """
@@ -382,7 +386,7 @@ source = Source(
     tokenizer_json=Path(sys.argv[1]).read_bytes(), chat_template=None, bos_token=None, eos_token=None,
     eos_token_ids=(), sampling={}, licence=None, files=(),
 )
-export(source, Path(sys.argv[2]), ExportOptions(buckets=(8,), context=64, targets=("cpu",)))
+export(source, Path(sys.argv[2]), ExportOptions(buckets=(8,), context=64, weights="float32", targets=("cpu",)))
 status = Path("/proc/self/status").read_text()
 peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
 print(peak, 4 * sum(int(np.prod(s)) for s in shapes.values()), 4 * max(int(np.prod(s)) for s in shapes.values()))

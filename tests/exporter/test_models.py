@@ -289,16 +289,21 @@ def test_published_models_run_in_the_abstract(name: str) -> None:
     assert (logits.shape, logits.dtype) == ((1, 64, spec.config.vocab), np.float32)
 
 
+@pytest.mark.parametrize(
+    ("weights", "cache"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "int8"), ("int4", "bfloat16")],
+)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_programs_have_shapes(name: str) -> None:
+def test_published_programs_have_shapes(name: str, weights: str, cache: str) -> None:
     """Prefill and decode of the portable target, traced at full size; caches come back as they went in."""
     import jax
 
-    from precast.exporter.models.ops import XLA_OPS
-    from precast.exporter.programs import Geometry, build_programs
+    from precast.exporter.models.xla_ops import XLA_OPS
+    from precast.exporter.programs import Geometry, build_programs, stored_model
 
     spec = _spec(PUBLISHED[name][0])
-    for program in build_programs(spec, Geometry(capacity=256, slots=2, buckets=(32,)), XLA_OPS):
+    geometry = Geometry(capacity=256, slots=2, buckets=(32,), cache=cache)
+    for program in build_programs(stored_model(spec, weights), geometry, XLA_OPS):
         results = jax.eval_shape(program.function, *program.abstract_arguments())
         found = [SimpleNamespace(shape=r.shape, dtype=str(r.dtype)) for r in results]
         assert found == [SimpleNamespace(shape=v.shape, dtype=v.dtype) for v in program.results]
@@ -308,13 +313,14 @@ X64 = """
 import json, sys
 import jax
 from precast.exporter.models import read_model
-from precast.exporter.models.ops import CPU_OPS, XLA_OPS
-from precast.exporter.programs import Geometry, build_programs
+from precast.exporter.models.cpu_ops import CPU_OPS
+from precast.exporter.models.xla_ops import XLA_OPS
+from precast.exporter.programs import Geometry, build_programs, stored_model
 
 assert jax.config.jax_enable_x64
 spec = read_model(json.loads(sys.argv[1]), "tiny")
 for ops in (CPU_OPS, XLA_OPS):
-    for program in build_programs(spec, Geometry(capacity=32, slots=2, buckets=(8,)), ops):
+    for program in build_programs(stored_model(spec, "int8"), Geometry(capacity=32, slots=2, buckets=(8,)), ops):
         lowered = jax.jit(program.function).lower(*program.abstract_arguments())
         calls = [line for line in lowered.as_text().splitlines() if "custom_call @precast" in line]
         found = [str(leaf.dtype) for leaf in jax.tree.leaves(lowered.out_info)]

@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from precast.exporter.quantize import FORMATS
 from precast.exporter.sources import open_source
 from precast.exporter.sources.gguf_config import llama3_divisors
 from precast.loaders.artifact.errors import PrecastError
@@ -196,6 +197,69 @@ def test_quantised_values(gguf_spec, tiny, tmp_path, kind, decode, values, size,
     np.testing.assert_allclose(up.read(), decoded["blk.0.ffn_up.weight"], rtol=1e-6, atol=1e-6)
     again = interleave(q.read(), tiny.dims["N"])
     np.testing.assert_allclose(again, decoded["blk.0.attn_q.weight"], rtol=1e-6, atol=1e-6)
+
+
+def in_format(name: str, tensor) -> np.ndarray:
+    """A tensor's blocks as an artifact would store them, multiplied out."""
+    return FORMATS[name].decode(FORMATS[name].repack(tensor.blocks()), *tensor.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "halves", "format_"),
+    [("Q8_0", 34, 1, "int8"), ("Q4_0", 18, 1, "int4"), ("Q4_0", 18, 1, "int8"), ("Q4_1", 20, 2, "int4")],
+)
+def test_blocks_are_what_is_read(gguf_spec, tmp_path, kind, size, halves, format_):
+    """To the bit, rows of q and k put back alike, and over more rows than are read at a time."""
+    rows = {"token_embd": 1100, "blk.0.attn_q": 256, "blk.1.attn_k": 128, "blk.0.attn_v": 128}
+    raw = {f"{name}.weight": random_blocks(count, 8, size, halves) for name, count in rows.items()}
+    for data in raw.values():
+        blocks = data.reshape(-1, size)
+        blocks[::2, 1] |= 0x80  # half of the scales are negative, as Q4_0 has them
+        if kind == "Q8_0":
+            blocks[:, 2:][blocks[:, 2:] == 0x80] = 0x81  # -128, which no quantiser writes
+    tensors = {name: tensor for name, tensor in gguf_spec().tensors.items() if name not in raw}
+    spec = gguf_spec(tensors=tensors, raw={name: (data, kind) for name, data in raw.items()})
+    source = open_source(str(spec.write(tmp_path)))
+    names = (
+        "embed_tokens",
+        *(f"layers.{i}.self_attn.{part}_proj" for i, part in ((0, "q"), (1, "k"), (0, "v"))),
+    )
+    for name in names:
+        tensor = source.tensors[f"model.{name}.weight"]
+        found, read = in_format(format_, tensor), tensor.read()
+        # Zeros may differ in their sign: 0 · -d is -0, 8 · -d + 8d is +0.
+        np.testing.assert_array_equal((found + 0).view(np.uint32), (read + 0).view(np.uint32), err_msg=name)
+
+
+def test_blocks_of_rows_that_differ_are_put_back(gguf_spec, tiny, tmp_path):
+    """Against the tensor that was quantised, so that a mistake common to both ways of reading shows."""
+    original = gguf_spec().tensors["blk.0.attn_q.weight"]
+    tensors = gguf_spec().tensors | {"blk.0.attn_q.weight": interleave(original, tiny.dims["N"])}
+    spec = gguf_spec(tensors=tensors, types={"blk.0.attn_q.weight": "Q8_0"})
+    tensor = open_source(str(spec.write(tmp_path))).tensors["model.layers.0.self_attn.q_proj.weight"]
+    np.testing.assert_allclose(in_format("int8", tensor), original, atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q5_0", "Q5_1"])
+def test_other_types_have_no_blocks(gguf_spec, tmp_path, kind):
+    spec = gguf_spec(types={"blk.0.ffn_up.weight": kind})
+    assert open_source(str(spec.write(tmp_path))).tensors["model.layers.0.mlp.up_proj.weight"].blocks is None
+
+
+def test_a_quantised_vector_has_no_blocks(gguf_spec, tmp_path):
+    spec = gguf_spec(types={"output_norm.weight": "Q8_0"})
+    assert open_source(str(spec.write(tmp_path))).tensors["model.norm.weight"].blocks is None
+
+
+def test_the_least_byte_is_not_taken_as_it_is(gguf_spec, tmp_path):
+    """int8 is symmetric; -128 would not fit a negated value."""
+    data = random_blocks(256, 8, 34, 1)
+    data.reshape(-1, 34)[5, 9] = 0x80
+    tensors = {name: t for name, t in gguf_spec().tensors.items() if name != "blk.0.ffn_up.weight"}
+    spec = gguf_spec(tensors=tensors, raw={"blk.0.ffn_up.weight": (data, "Q8_0")})
+    tensor = open_source(str(spec.write(tmp_path))).tensors["model.layers.0.mlp.up_proj.weight"]
+    assert tensor.blocks().values.min() == -128
+    assert FORMATS["int8"].repack(tensor.blocks()) is None
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q5_0", "Q5_1", "TQ1_0", "TQ2_0", "MXFP4"])

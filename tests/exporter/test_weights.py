@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from precast.exporter.models.parameters import Parameter
-from precast.exporter.sources.base import SourceTensor
-from precast.exporter.weights import plan_weights, write_model_weights
+from precast.exporter.quantize import FORMATS
+from precast.exporter.sources.base import QuantisedBlocks, SourceTensor
+from precast.exporter.weights import formats_of, plan_weights, stored_bytes, write_model_weights
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import map_weights
 
@@ -51,9 +52,15 @@ def refusal(source, *, tied=True) -> str:
     return str(raised.value)
 
 
-def write(path, source, tables=None, report=lambda _: None) -> dict[str, np.ndarray]:
-    write_model_weights(path, plan_weights(source, PARAMETERS, tied=True), tables or {}, report)
+def write(path, source, tables=None, report=lambda _: None, weights="float32") -> dict[str, np.ndarray]:
+    plan = plan_weights(source, PARAMETERS, tied=True)
+    write_model_weights(path, plan, formats_of(PARAMETERS, weights), tables or {}, report)
     return map_weights(path)
+
+
+def stored(found, name) -> list[np.ndarray]:
+    """A parameter's arrays, in the order of its format."""
+    return [found[name + suffix] for suffix in ("", ".scale", ".minimum") if name + suffix in found]
 
 
 def test_layers_are_stacked_in_order_and_the_rest_is_as_it_was(source, tmp_path):
@@ -166,3 +173,135 @@ def test_a_reader_that_gives_another_shape_than_it_said_is_caught(source, tmp_pa
     lying = tensor(source.arrays[UP], lambda: source.arrays[UP].T.copy())
     with pytest.raises(PrecastError, match=r"expected shape \[3, 4\], found \[4, 3\] when reading it"):
         write(tmp_path / "w", source(**{UP.replace(".", "__"): lying}))
+
+
+# --- formats ------------------------------------------------------------------------------------------------
+
+
+def test_which_parameter_gets_which_format():
+    """Norms and biases by their axes, whatever they are called; the vocabulary by name."""
+    shapes = {
+        "model.embed_tokens.weight": (6, 4),
+        "lm_head.weight": (1, 6, 4),
+        "model.norm.weight": (1, 4),
+        "model.layers.q_norm.anything": (2, 4),
+        "model.layers.self_attn.q_proj.bias": (2, 4),
+        "model.layers.mlp.up_proj.weight": (2, 3, 4),
+    }
+    parameters = [Parameter(name=name, shape=shape, sources=(name,)) for name, shape in shapes.items()]
+    for weights in FORMATS:
+        vocabulary = "int8" if weights == "int4" else weights
+        expected = [vocabulary, vocabulary, "float32", "float32", "float32", weights]
+        assert formats_of(parameters, weights) == dict(zip(shapes, expected, strict=True))
+
+
+def test_a_format_that_is_not_known():
+    with pytest.raises(PrecastError) as raised:
+        formats_of(PARAMETERS, "int2")
+    assert str(raised.value) == (
+        "--weights: 'int2' is not supported, expected one of float32, bfloat16, int8, int4."
+    )
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_every_format_is_read_back(source, tmp_path, weights):
+    tables, reported = {"rope.cos": np.ones((5, 2), np.float32)}, []
+    found = write(tmp_path / "w", source(), tables, reported.append, weights)
+    formats = formats_of(PARAMETERS, weights)
+    names = [p.name + a.suffix for p in PARAMETERS for a in FORMATS[formats[p.name]].arrays(p.shape)]
+    assert found.keys() == {*names, *tables}
+    for parameter in PARAMETERS:
+        kept = FORMATS[formats[parameter.name]]
+        arrays = stored(found, parameter.name)
+        expected = kept.arrays(parameter.shape)
+        assert [(a.shape, a.dtype) for a in arrays] == [(a.shape, a.numpy_dtype) for a in expected]
+        for layer, name in enumerate(parameter.sources):
+            wanted = kept.encode(source.arrays[name])
+            # The embedding has no axis of layers where it is not packed, and nor have its contents.
+            ours = [
+                a.reshape(len(parameter.sources), *w.shape)[layer]
+                for a, w in zip(arrays, wanted, strict=True)
+            ]
+            for one, other in zip(ours, wanted, strict=True):
+                np.testing.assert_array_equal(one, other, err_msg=name)
+    assert sum(reported) == stored_bytes(PARAMETERS, formats) == sum(found[name].nbytes for name in names)
+    assert len(reported) == sum(len(p.sources) for p in PARAMETERS)
+
+
+def test_the_file_is_the_same_every_time(source, tmp_path):
+    for path in ("a", "b"):
+        write(tmp_path / path, source(), weights="int4")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_value_too_large_for_a_format_is_named(source, tmp_path):
+    array = source.arrays[UP].copy()
+    array[1, 1] = 1e6
+    with pytest.raises(PrecastError, match=f"^{UP}: holds a value of 1e\\+06, expected at most 65504"):
+        write(tmp_path / "w", source(**{UP.replace(".", "__"): tensor(array)}), weights="int4")
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers_are_refused_in_every_format(source, tmp_path, weights, value):
+    array = source.arrays[UP].copy()
+    array[1, 1] = value
+    with pytest.raises(PrecastError, match=f"^{UP}: the tensor holds values that are not finite numbers"):
+        write(tmp_path / "w", source(**{UP.replace(".", "__"): tensor(array)}), weights=weights)
+
+
+# --- blocks -------------------------------------------------------------------------------------------------
+
+BLOCKY = (Parameter(name="up", shape=(1, 3, 32), sources=("up",)),)
+
+
+def blocky(tiny_source, blocks, array=None):
+    def read():
+        assert array is not None, "the blocks should have been enough"
+        return array
+
+    up = SourceTensor(shape=(3, 32), dtype="Q8_0", read=read, blocks=lambda: blocks)
+    return dataclasses.replace(tiny_source(), tensors={"up": up})
+
+
+def blocks_of(low, *, scale=0.5, shape=(3, 32)):
+    values = np.random.default_rng(0).integers(low, 8, shape).astype(np.int8)
+    values[0, 0] = low
+    return QuantisedBlocks(values=values, scale=np.full((shape[0], shape[1] // 32), scale, np.float16))
+
+
+def write_blocks(path, source, weights):
+    plan = plan_weights(source, BLOCKY, tied=False)
+    write_model_weights(path, plan, formats_of(BLOCKY, weights), {}, lambda _: None)
+    return FORMATS[weights].decode([a[0] for a in stored(map_weights(path), "up")], 3, 32)
+
+
+@pytest.mark.parametrize(("weights", "low"), [("int8", -127), ("int8", -8), ("int4", -8)])
+def test_blocks_are_not_rounded_again(tiny_source, tmp_path, weights, low):
+    blocks = blocks_of(low)
+    found = write_blocks(tmp_path / "w", blocky(tiny_source, blocks), weights)
+    np.testing.assert_array_equal(found, blocks.values * np.float32(0.5))
+
+
+@pytest.mark.parametrize(
+    ("weights", "low"), [("int8", -128), ("int4", -127), ("bfloat16", -8), ("float32", -8)]
+)
+def test_blocks_that_do_not_fit_are_read_as_numbers(tiny_source, tmp_path, weights, low):
+    blocks = blocks_of(low)
+    array = blocks.values * np.float32(0.5)
+    found = write_blocks(tmp_path / "w", blocky(tiny_source, blocks, array), weights)
+    np.testing.assert_array_equal(found, FORMATS[weights].decode(FORMATS[weights].encode(array), 3, 32))
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", ["scale", "minimum"])
+def test_blocks_with_scales_that_are_no_numbers_are_refused(tiny_source, tmp_path, scale, part):
+    broken = np.array([[1], [scale], [1]], np.float16)
+    blocks = dataclasses.replace(blocks_of(0), **{part: broken})
+    with pytest.raises(PrecastError, match=r"^up: the tensor holds values that are not finite numbers"):
+        write_blocks(tmp_path / "w", blocky(tiny_source, blocks), "int4")
+
+
+def test_blocks_of_another_shape_are_caught(tiny_source, tmp_path):
+    with pytest.raises(PrecastError, match=r"^up: expected shape \[3, 32\], found \[1, 96\] when reading it"):
+        write_blocks(tmp_path / "w", blocky(tiny_source, blocks_of(-8, shape=(1, 96))), "int4")

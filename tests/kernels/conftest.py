@@ -33,42 +33,93 @@ def jax() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def matmul(jax: ModuleType) -> Callable[..., list[np.ndarray]]:
-    """``(x [M, in], layer, weights each [L, out, in], used=M) -> results each [M, out]``."""
+def linear(jax: ModuleType) -> Callable[..., list[np.ndarray]]:
+    """``(x [M, in], layer, weights each a list of stacks, outs, …) -> results each [M, out]``.
 
-    @jax.jit
-    def call(x: Any, layer: Any, used: Any, *weights: Any) -> Any:
-        results = [jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), np.float32) for w in weights]
-        return jax.ffi.ffi_call("precast.matmul.v1", results)(x, layer, used, *weights)
+    What may follow: used, norm and eps, biases, residual, gate.
+    """
+
+    @partial(jax.jit, static_argnames=("outs", "eps", "norm", "residual", "bias", "gate"))
+    def call(*operands: Any, outs: tuple[int, ...], eps: float, **attributes: Any) -> Any:
+        results = [jax.ShapeDtypeStruct((operands[0].shape[0], n), np.float32) for n in outs]
+        target = jax.ffi.ffi_call("precast.linear.v1", results)
+        return target(*operands, eps=np.float32(eps), **attributes)
 
     def run(
-        x: np.ndarray, layer: int, weights: Sequence[np.ndarray], used: int | None = None
+        x: np.ndarray,
+        layer: int,
+        weights: Sequence[Sequence[np.ndarray]],
+        outs: Sequence[int],
+        *,
+        used: int | None = None,
+        norm: np.ndarray | None = None,
+        eps: float = 0.0,
+        biases: Sequence[np.ndarray] = (),
+        residual: np.ndarray | None = None,
+        gate: str = "",
     ) -> list[np.ndarray]:
-        true_rows = np.int32(len(x) if used is None else used)
-        return [np.asarray(y) for y in call(x, np.int32(layer), true_rows, *weights)]
+        operands = [a for a in (norm, residual) if a is not None]
+        for i, arrays in enumerate(weights):
+            operands += [*arrays, *biases[i : i + 1]]
+        results = call(
+            x,
+            np.int32(layer),
+            np.int32(len(x) if used is None else used),
+            *operands,
+            outs=tuple(outs[:1] if gate else outs),
+            eps=eps,
+            norm=norm is not None,
+            residual=residual is not None,
+            bias=bool(biases),
+            gate=gate,
+        )
+        return [np.asarray(y) for y in results]
 
     return run
 
 
 @pytest.fixture(scope="session")
-def attention(jax: ModuleType) -> Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """``(q, k, v, keys, values, layer, slots, starts, lengths, scale=, aliases=) -> (out, keys, values)``.
+def embed(jax: ModuleType) -> Callable[..., np.ndarray]:
+    """``(tokens [M], arrays of the weights, V, D) -> [M, D]``."""
 
-    The caches given are copied, not changed. `aliases` says which argument which result reuses.
+    def run(tokens: np.ndarray, arrays: Sequence[np.ndarray], vocab: int, width: int) -> np.ndarray:
+        result = jax.ShapeDtypeStruct((len(tokens), width), np.float32)
+        return np.asarray(
+            jax.ffi.ffi_call("precast.embed.v1", result)(tokens, *arrays, vocab=np.int64(vocab))
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def attention(jax: ModuleType) -> Callable[..., tuple[np.ndarray, list[np.ndarray]]]:
+    """``(q, k, v, cos, sin, caches, layer, slots, starts, lengths, scale=, ...) -> (out, caches)``.
+
+    `caches` are keys and values, for int8 followed by the scales of each; those given are copied, not changed.
+    `aliases` says which operand which result reuses, instead of every cache its own.
     """
 
-    @partial(jax.jit, static_argnames=("scale", "aliases"))
-    def call(*arrays: Any, scale: float, aliases: tuple[tuple[int, int], ...]) -> Any:
-        results = [jax.ShapeDtypeStruct(arrays[i].shape, arrays[i].dtype) for i in (0, 3, 4)]
-        target = jax.ffi.ffi_call("precast.attention.v1", results, input_output_aliases=dict(aliases))
-        return target(*arrays, scale=np.float32(scale))
+    @partial(jax.jit, static_argnames=("aliases", "attributes"))
+    def call(
+        operands: Any, caches: Any, places: Any, *, aliases: tuple[tuple[int, int], ...], attributes: Any
+    ) -> Any:
+        results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (operands[0], *caches)]
+        target = jax.ffi.ffi_call("precast.attention.v2", results, input_output_aliases=dict(aliases))
+        return target(*operands, *caches, *places, **dict(attributes))
 
     def run(
-        *arrays: Any, scale: float, aliases: dict[int, int] | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        pairs = tuple(({3: 1, 4: 2} if aliases is None else aliases).items())
-        integers = [np.asarray(a, np.int32) for a in arrays[5:]]
-        out, keys, values = call(*arrays[:5], *integers, scale=scale, aliases=pairs)
-        return np.asarray(out), np.asarray(keys), np.asarray(values)
+        *operands: Any,
+        scale: float,
+        window: int = 0,
+        soft_cap: float = 0.0,
+        aliases: dict[int, int] | None = None,
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        caches, places = operands[5], [np.asarray(a, np.int32) for a in operands[6:]]
+        own = {5 + i: 1 + i for i in range(len(caches))}
+        pairs = tuple((own if aliases is None else aliases).items())
+        numbers = {"scale": np.float32(scale), "window": np.int64(window), "soft_cap": np.float32(soft_cap)}
+        attributes = tuple(numbers.items())
+        out, *after = call(operands[:5], caches, places, aliases=pairs, attributes=attributes)
+        return np.asarray(out), [np.asarray(a) for a in after]
 
     return run

@@ -6,13 +6,34 @@ A program of its own, because XLA counts the CPUs it may use once, when it is lo
 import hashlib
 import os
 import sys
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+
+ATTENTION = {"scale": np.float32(0.1), "window": np.int64(0), "soft_cap": np.float32(9)}
+LINEAR = {"norm": True, "eps": np.float32(1e-5), "residual": False, "bias": False, "gate": ""}
+STEPS = (
+    *(0, 0, -1, 1, 0, 0, 3, 0),
+    *(1, 1, 2, 3, 0, 0, 0, 0),
+    *(0, 4, 0, 0, 0, 0, 1, 0),
+    *(0, 5, -1, 1, 0, 1, 2, 0),
+    *(0, 6, 5, 0, 0, 0, 1, 0),
+)
+LAYERS = {
+    "layers": np.int64(3),
+    "heads": np.int64([2, 1, 60]),
+    "steps": np.int64(STEPS),
+    "outs": np.int64([120, 60, 60, 200, 300, 300, 200]),
+    "numbers": np.float32([1e-5, 0, 0.1, 0, 0, 0, 1e-5, 0, 0, 0]),
+}
 
 
 def answers() -> list[np.ndarray]:
     """Calls large enough for several tasks each, made with the instruction set in use."""
     import jax
+
+    from precast.exporter.quantize import FORMATS
 
     rng = np.random.default_rng(0)
 
@@ -20,30 +41,66 @@ def answers() -> list[np.ndarray]:
         return rng.standard_normal(shape, dtype=np.float32)
 
     def call(
-        name: str, *arguments: np.ndarray, results: list[np.ndarray], **options: object
+        name: str,
+        *arguments: np.ndarray,
+        results: list[np.ndarray],
+        aliases: dict[int, int] | None = None,
+        **attributes: Any,
     ) -> list[np.ndarray]:
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in results]
-        scale = {"scale": np.float32(0.1)} if "attention" in name else {}
-        target = jax.jit(lambda *a: jax.ffi.ffi_call(name, shapes, **options)(*a, **scale))
-        return [np.asarray(y) for y in target(*arguments)]
+        target = jax.ffi.ffi_call(name, shapes, input_output_aliases=aliases or {})
+        return [np.asarray(y) for y in jax.jit(lambda *a: target(*a, **attributes))(*arguments)]
+
+    def weights(name: str, layers: int, outs: int, size: int) -> list[np.ndarray]:
+        encoded = [FORMATS[name].encode(normal(outs, size) / np.float32(size**0.5)) for _ in range(layers)]
+        return [np.stack(arrays) for arrays in zip(*encoded, strict=True)]
+
+    def layers(name: str) -> list[np.ndarray]:
+        """A chunk and a step through three layers of width 200: two heads of 60 that share one of keys."""
+        found, caches = [], [np.zeros((3, 2, 1, 300, 60), np.float32)] * 2
+        shapes = ((120, 200), (60, 200), (60, 200), (200, 120), (300, 200), (300, 200), (200, 300))
+        q, k, v, o, gate, up, down = (weights(name, 3, *shape) for shape in shapes)
+        operands = [normal(3, 200), *q, *k, *v, *o, normal(3, 200), *gate, *up, *down]
+        for tokens, start in ((260, 0), (1, 260)):
+            x, angles = normal(2 * tokens, 200), normal(2, tokens, 30)
+            rows = [np.int32(row) for row in ((1, 0), (start, start), (tokens, 1))]
+            y, *caches = call(
+                "precast.layers.v1",
+                *(x, np.int32(len(x)), np.cos(angles), np.sin(angles), *caches, *rows, *operands),
+                results=[x, *caches],
+                aliases={4: 1, 5: 2},
+                **LAYERS,
+            )
+            found += [y, *caches]
+        return found
 
     found: list[np.ndarray] = []
-    # Some products are too small for a normal number: every thread must treat them alike.
-    for rows, tiny in ((1, 1.0), (7, 1.0), (33, 1.0), (5, 1e-38)):
-        x, w = normal(rows, 801) * np.float32(tiny), normal(2, 513, 801)
-        found += call(
-            "precast.matmul.v1", x, np.int32(1), np.int32(len(x)), w, results=[x[:, :1] + w[1, :, 0]]
-        )
-    for starts, lengths in (((600, 257), (1, 1)), ((40, 0), (30, 17))):
-        q, k, v = normal(2, max(lengths), 6, 24), *(normal(2, max(lengths), 2, 24) for _ in range(2))
-        caches = [normal(1, 2, 2, 700, 24) for _ in range(2)]
-        rows_of = [np.asarray(a, np.int32) for a in (0, (1, 0), starts, lengths)]
-        found += call(
-            "precast.attention.v1",
-            *(q, k, v, *caches, *rows_of),
-            results=[q, *caches],
-            input_output_aliases={3: 1, 4: 2},
-        )
+    for name in FORMATS:
+        first, second = weights(name, 2, 513, 801), weights(name, 2, 513, 801)
+        # Some products are too small for a normal number: every thread must treat them alike.
+        for rows, tiny in ((1, 1.0), (3, 1.0), (7, 1.0), (33, 1.0), (90, 1.0), (5, 1e-38)):
+            x = normal(rows, 801) * np.float32(tiny)
+            given, y = (x, np.int32(1), np.int32(rows), normal(2, 801)), np.zeros((rows, 513), np.float32)
+            found += call("precast.linear.v1", *given, *first, *second, results=[y, y], **LINEAR)
+            gated = LINEAR | {"gate": "silu", "residual": True}
+            found += call("precast.linear.v1", *given, y + 1, *first, *second, results=[y], **gated)
+        found += layers(name)
+    for kind in (np.float32, ml_dtypes.bfloat16, np.int8):
+        # A decode over several spans, prompts of several blocks, and one call too small to be shared out.
+        for starts, lengths in (((600, 257), (1, 1)), ((40, 0), (200, 117)), ((9, 3), (1, 1))):
+            T = max(lengths)
+            q, k, v = normal(2, T, 6, 24), normal(2, T, 2, 24), normal(2, T, 2, 24)
+            caches = [(20 * normal(1, 2, 2, 700, 24)).astype(kind) for _ in range(2)]
+            if kind is np.int8:
+                caches += [np.abs(normal(1, 2, 2, 700)) / 40 for _ in range(2)]
+            places = [np.asarray(a, np.int32) for a in (0, (1, 0), starts, lengths)]
+            found += call(
+                "precast.attention.v2",
+                *(q, k, v, normal(2, T, 7), normal(2, T, 7), *caches, *places),
+                results=[q, *caches],
+                aliases={5 + i: 1 + i for i in range(len(caches))},
+                **ATTENTION,
+            )
     return found
 
 

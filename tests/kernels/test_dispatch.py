@@ -64,6 +64,6 @@ def test_every_target_has_a_version() -> None:
 
 def test_the_exporter_uses_targets_there_are() -> None:
     pytest.importorskip("jax")
-    from precast.exporter.models.ops import CPU_OPS
+    from precast.exporter.models.cpu_ops import CPU_OPS
 
     assert set(CPU_OPS.kernels) <= set(kernels.targets())

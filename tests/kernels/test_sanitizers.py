@@ -11,6 +11,11 @@ from precast import kernels
 
 HERE = Path(__file__).parent / "sanitize"
 SOURCES = Path(kernels.__file__).parent / "src"
+KERNELS = [
+    *SOURCES.glob("isa_*.cc"),
+    *(SOURCES / f"{n}.cc" for n in ("dispatch", "linear_call", "attention_call")),
+]
+CHECKS = [HERE / f"{name}.cc" for name in ("driver", "wide", "linear", "calls")]
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Werror")
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREADS = ("-fsanitize=thread",)
@@ -61,8 +66,7 @@ def assert_clean(command: list[str | Path]) -> None:
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
     require_sanitizer(folder, MEMORY)
-    sources = [*SOURCES.glob("isa_*.cc"), SOURCES / "dispatch.cc", HERE / "driver.cc", HERE / "wide.cc"]
-    return compile_all(folder, sources, MEMORY, SOURCES)
+    return compile_all(folder, [*KERNELS, *CHECKS], (*MEMORY, "-pthread"), HERE / "fake")
 
 
 # "wide" is the source of the AVX-512 kernels, which every CPU runs.
@@ -77,8 +81,14 @@ def test_the_driver_refuses_an_unknown_name(driver: Path) -> None:
     assert subprocess.run([driver, "sve3"], capture_output=True, check=False).returncode == 2
 
 
+def test_calls_share_nothing_that_is_written(tmp_path: Path) -> None:
+    require_sanitizer(tmp_path, THREADS)
+    driver = compile_all(tmp_path, [*KERNELS, *CHECKS], (*THREADS, "-pthread"), HERE / "fake")
+    assert_clean([driver, kernels.supported_isas()[-1], "calls"])
+
+
 @pytest.mark.parametrize("flags", [MEMORY, THREADS], ids=["memory", "threads"])
-def test_parallel_loops(tmp_path: Path, flags: tuple[str, ...]) -> None:
+def test_teams(tmp_path: Path, flags: tuple[str, ...]) -> None:
     require_sanitizer(tmp_path, flags)
     program = compile_all(tmp_path, [HERE / "threads.cc"], (*flags, "-pthread"), HERE / "fake")
     assert_clean([program])

@@ -74,7 +74,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
 @pytest.mark.parametrize(
     ("path", "value", "text"),
     [
-        (["rope"], 1, "m.json: key 'rope' is not known to format version 1"),
+        (["rope"], 1, "m.json: key 'rope' is not known to this format version"),
         (["model", "rope"], 1, "m.json: model: key 'rope' is not known"),
         (["targets", 1, "x"], 1, "m.json: targets[1]: key 'x' is not known"),
         ([*PROGRAM, 2, "name"], 1, "m.json: targets[0].programs[2].name: expected a text, found 1"),

@@ -4,6 +4,7 @@ import hashlib
 import json
 from math import prod
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,12 +22,17 @@ ARRAYS = {
     "größe.日本": RANDOM.integers(-9, 9, (16,), np.int32),
     "scalar": np.array(7, np.int32),
     "nothing": np.zeros((2, 0, 3), np.float32),
+    "half": RANDOM.standard_normal((4, 8)).astype(np.float16),
+    "brain": RANDOM.standard_normal((3, 32)).astype(ml_dtypes.bfloat16),
+    "signed bytes": RANDOM.integers(-128, 128, (2, 64)).astype(np.int8),
+    "bytes": RANDOM.integers(0, 256, (64,)).astype(np.uint8),
+    "odd bytes": RANDOM.integers(0, 256, (5, 3)).astype(np.uint8),
 }
 
 
 def write(path, arrays=ARRAYS, parts=None) -> str:
     specs = [TensorSpec(name=n, shape=a.shape, dtype=a.dtype) for n, a in arrays.items()]
-    return write_weights(path, specs, parts or (lambda spec: [arrays[spec.name]]))
+    return write_weights(path, specs, arrays.items() if parts is None else parts)
 
 
 @pytest.fixture
@@ -102,8 +108,18 @@ def test_writing_to_a_view_does_not_reach_the_file(path):
 def test_parts_are_written_one_after_another(tmp_path):
     whole = np.arange(64, dtype=np.float32).reshape(4, 16)
     parts = [whole[:1], whole[1:].T.copy().T, whole[:0]]  # the second is not contiguous
-    write(tmp_path / "w", {"whole": whole}, lambda _: iter(parts))
+    write(tmp_path / "w", {"whole": whole}, (("whole", part) for part in parts))
     same(map_weights(tmp_path / "w"), {"whole": whole})
+
+
+@given(st.permutations([name for name, array in ARRAYS.items() for _ in range(max(1, array.size))]))
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_parts_of_several_tensors_may_come_in_any_order(tmp_path_factory, order):
+    folder = tmp_path_factory.mktemp("order")
+    left = {name: iter(np.split(array.reshape(-1), max(1, array.size))) for name, array in ARRAYS.items()}
+    digest = write(folder / "w", parts=((name, next(left[name])) for name in order))
+    same(map_weights(folder / "w"), ARRAYS)
+    assert digest == write(folder / "in order") == hashlib.sha256((folder / "w").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +133,31 @@ def test_parts_are_written_one_after_another(tmp_path):
 )
 def test_parts_that_do_not_make_the_tensor_are_refused(tmp_path, parts, text):
     with pytest.raises(ValueError, match=text):
-        write(tmp_path / "w", {"whole": np.zeros((4, 16), np.float32)}, lambda _: parts)
+        write(tmp_path / "w", {"whole": np.zeros((4, 16), np.float32)}, [("whole", p) for p in parts])
+
+
+def test_a_part_that_is_too_long_does_not_reach_the_next_tensor(tmp_path):
+    arrays = {"a": np.zeros(16, np.float32), "b": np.ones(16, np.float32)}
+    with pytest.raises(ValueError, match="a: expected 64 bytes, found 128"):
+        write(tmp_path / "w", arrays, [("b", arrays["b"]), ("a", arrays["a"]), ("a", arrays["a"])])
+    assert (tmp_path / "w").read_bytes().endswith(arrays["a"].tobytes() + arrays["b"].tobytes())
+
+
+def test_a_part_of_no_tensor_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="other: was given to write, and is not among the tensors"):
+        write(tmp_path / "w", {"a": np.zeros(16, np.float32)}, [("other", np.zeros(16, np.float32))])
+
+
+def test_bfloat16_alone_needs_its_library(python, tmp_path):
+    """Which takes a hundredth of a second to import."""
+    code = (
+        "import sys; from pathlib import Path; from precast.loaders.artifact.weights import map_weights\n"
+        "found = map_weights(Path(sys.argv[1])); print('ml_dtypes' in sys.modules, found['x'].dtype)"
+    )
+    for dtype, said in ((np.float16, "False float16"), (ml_dtypes.bfloat16, "True bfloat16")):
+        path = tmp_path / np.dtype(dtype).name
+        write(path, {"x": np.ones(32, dtype)})
+        assert python("-c", code, str(path)).stdout.strip() == said
 
 
 def test_no_file_is_overwritten(path):

@@ -1,14 +1,7 @@
 // Calls one instruction set's kernels, under sanitizers, on buffers that end where their contents end, and compares
-// with plain loops in double. Usage: driver avx2. Ends with 1 and a line on stderr at the first wrong number.
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-
-#include "ops.h"
+// with plain loops in double. Usage: driver avx2, or driver avx2 calls for whole calls alone. Ends with 1 and a line on
+// stderr at the first wrong number.
+#include "check.h"
 
 namespace precast {
 const Ops& WideOps();
@@ -18,60 +11,40 @@ namespace {
 
 using namespace precast;
 
-constexpr double kUnit = 1.0 / (1 << 24);
-std::mt19937 generator(20240229);
-
-int64_t Between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-
-// Exactly n floats of their own allocation: the byte before the first and the one behind the last are poisoned.
-struct Floats {
-  explicit Floats(int64_t n) : size(n), data(new float[static_cast<size_t>(n)]) {}
-  static Floats Normal(int64_t n) {
-    Floats floats(n);
-    std::normal_distribution<float> normal;
-    for (int64_t i = 0; i < n; ++i) floats[i] = normal(generator);
-    return floats;
-  }
-  float& operator[](int64_t i) { return data[static_cast<size_t>(i)]; }
-  float* get() { return data.get(); }
-  int64_t size;
-  std::unique_ptr<float[]> data;
-};
-
-[[noreturn]] void Fail(const char* what, double found, double expected) {
-  std::fprintf(stderr, "%s: found %.9g, expected %.9g\n", what, found, expected);
-  std::exit(1);
-}
-
-void Near(const char* what, double found, double expected, double tolerance) {
-  if (!(std::fabs(found - expected) <= tolerance)) Fail(what, found, expected);
-}
-
-void CheckMatmul(const Ops& ops, int64_t rows, int64_t in, int64_t outs, int64_t gap) {
-  Floats x = Floats::Normal(rows * in), w = Floats::Normal(outs * in);
-  const int64_t y_row = outs + gap;
-  Floats y((rows - 1) * y_row + outs);
-  for (int64_t i = 0; i < y.size; ++i) y[i] = -12345.0f;
-  ops.matmul(x.get(), rows, in, w.get(), outs, y.get(), y_row);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t o = 0; o < y_row && r * y_row + o < y.size; ++o) {
-      if (o >= outs) {
-        Near("matmul wrote between its rows", y[r * y_row + o], -12345.0, 0);
-        continue;
-      }
-      double sum = 0, size = 0;
-      for (int64_t i = 0; i < in; ++i) {
-        const double term = static_cast<double>(x[r * in + i]) * w[o * in + i];
-        sum += term;
-        size += std::fabs(term);
-      }
-      Near("matmul", y[r * y_row + o], sum, (static_cast<double>(in) / 4 + 8) * kUnit * size);
-    }
-}
-
 struct Case {
-  int64_t tokens, group, H, start, token, from, to;
+  int64_t tokens, group, H, P, start, token, from, to, window;
+  float cap;
+  CacheType type;
 };
+
+// Keys or values as a kernel stored them from floats, in allocations of their own.
+struct Stored {
+  Stored(const Ops& ops, CacheType type, int64_t rows, int64_t H)
+      : size(type == CacheType::kFloat32 ? 4 : type == CacheType::kBfloat16 ? 2 : 1),
+        bytes(new char[static_cast<size_t>(rows * H * size)]), scales(type == CacheType::kInt8 ? rows : 0) {
+    Floats x = Floats::Normal(rows * H), room(H);
+    ops.store_rows({x.get(), H, nullptr, nullptr, 0, rows, H, type, bytes.get(), Scales()}, room.get());
+    for (int64_t i = 0; i < rows * H; ++i) {
+      const double error = size == 4 ? 0 : size == 2 ? std::fabs(x[i]) / 256 : scales[i / H] * 0.50001;
+      Near("stored", At(i / H, i % H, H), x[i], error);
+    }
+  }
+  float* Scales() const { return scales.size == 0 ? nullptr : scales.get(); }
+  double At(int64_t row, int64_t h, int64_t H) {
+    const char* at = bytes.get() + (row * H + h) * size;
+    if (size == 1) return static_cast<double>(static_cast<signed char>(*at)) * scales[row];
+    uint32_t bits = 0;
+    std::memcpy(reinterpret_cast<char*>(&bits) + 4 - size, at, static_cast<size_t>(size));  // little-endian
+    float number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+  }
+  int64_t size;
+  std::unique_ptr<char[]> bytes;
+  Floats scales;
+};
+
+double CapOf(double score, float cap) { return cap > 0 ? cap * std::tanh(score / cap) : score; }
 
 // `tokens` of a call from `token` on, against positions [from, to); the cache ends with the last token's position.
 void CheckAttention(const Ops& ops, const Case& c) {
@@ -79,38 +52,51 @@ void CheckAttention(const Ops& ops, const Case& c) {
   const float scale = 0.3f;
   // Of the last token, only the heads of the group are there.
   Floats q = Floats::Normal((c.token + c.tokens - 1) * N * c.H + c.group * c.H);
-  Floats keys = Floats::Normal(filled * c.H), values = Floats::Normal(filled * c.H);
+  Floats cos = Floats::Normal((c.token + c.tokens) * c.P), sin = Floats::Normal((c.token + c.tokens) * c.P);
+  Stored keys(ops, c.type, filled, c.H), values(ops, c.type, filled, c.H);
   Floats out(rows * c.H), peak(rows), mass(rows), scratch(AttentionScratch(rows, c.H));
-  ops.attention({q.get(), N * c.H, keys.get(), values.get(), c.group, c.H, c.start, scale},
+  ops.attention({q.get(), N * c.H, cos.get(), sin.get(), c.P, c.type, keys.bytes.get(), values.bytes.get(),
+                 keys.Scales(), values.Scales(), c.group, c.H, c.start, c.window, scale, c.cap},
                 {c.token, c.tokens, c.from, c.to}, {out.get(), peak.get(), mass.get()}, scratch.get());
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = c.token + r / c.group, last = c.start + t + 1, end = c.to < last ? c.to : last;
+    const int64_t from = c.window > 0 && last - c.window > c.from ? last - c.window : c.from;
     const float* query = q.get() + t * N * c.H + r % c.group * c.H;
     double top = -INFINITY, sum = 0, bound = 0;
+    auto rotated = [&](int64_t h, bool size) -> double {
+      if (h >= 2 * c.P) return size ? std::fabs(query[h]) : query[h];
+      const int64_t i = h % c.P;
+      const double a = static_cast<double>(query[h]) * cos[t * c.P + i];
+      const double b = static_cast<double>(query[h < c.P ? h + c.P : i]) * sin[t * c.P + i];
+      return size ? std::fabs(a) + std::fabs(b) : h < c.P ? a - b : a + b;
+    };
     auto score = [&](int64_t s) {
       double dot = 0, size = 0;
       for (int64_t h = 0; h < c.H; ++h) {
-        const double term = static_cast<double>(query[h]) * keys[s * c.H + h] * scale;
-        dot += term;
-        size += std::fabs(term);
+        dot += rotated(h, false) * keys.At(s, h, c.H) * scale;
+        size += rotated(h, true) * std::fabs(keys.At(s, h, c.H)) * scale;
       }
-      bound = std::fmax(bound, size * (static_cast<double>(c.H) / 4 + 12) * kUnit);
-      return dot;
+      bound = std::fmax(bound, size * (static_cast<double>(c.H) / 4 + 16) * kUnit);
+      return CapOf(dot, c.cap);
     };
-    for (int64_t s = c.from; s < end; ++s) top = std::fmax(top, score(s));
-    if (c.from >= end) {
+    if (from >= end) {
       if (peak[r] != -INFINITY || mass[r] != 0.0f) Fail("mass of a row that sees nothing", mass[r], 0);
       for (int64_t h = 0; h < c.H; ++h) Near("answer of a row that sees nothing", out[r * c.H + h], 0, 0);
       continue;
     }
-    for (int64_t s = c.from; s < end; ++s) sum += std::exp(score(s) - top);
-    const double relative = 4 * bound + (static_cast<double>(end - c.from) + 32) * kUnit;
+    std::unique_ptr<double[]> weights(new double[static_cast<size_t>(end - from)]);
+    for (int64_t s = from; s < end; ++s) top = std::fmax(top, weights[static_cast<size_t>(s - from)] = score(s));
+    for (int64_t s = from; s < end; ++s) {
+      double& weight = weights[static_cast<size_t>(s - from)];
+      sum += weight = std::exp(weight - top);
+    }
+    const double relative = 4 * bound + (static_cast<double>(end - from) + 32) * kUnit;
     Near("attention's peak", peak[r], top, bound + kUnit);
     Near("attention's mass", mass[r], sum, sum * relative);
     for (int64_t h = 0; h < c.H; ++h) {
       double answer = 0, size = 0;
-      for (int64_t s = c.from; s < end; ++s) {
-        const double term = std::exp(score(s) - top) * values[s * c.H + h];
+      for (int64_t s = from; s < end; ++s) {
+        const double term = weights[static_cast<size_t>(s - from)] * values.At(s, h, c.H);
         answer += term;
         size += std::fabs(term);
       }
@@ -119,14 +105,61 @@ void CheckAttention(const Ops& ops, const Case& c) {
   }
 }
 
+// Rotated rows of tokens that lie apart, written side by side and nowhere else.
+void CheckStore(const Ops& ops, CacheType type, int64_t tokens, int64_t H, int64_t P) {
+  const int64_t apart = H + Between(0, 9), size = type == CacheType::kFloat32 ? 4 : type == CacheType::kBfloat16 ? 2 : 1;
+  Floats x = Floats::Normal((tokens - 1) * apart + H), cos = Floats::Normal(tokens * P), sin = Floats::Normal(tokens * P);
+  Floats room(H), scales(tokens);
+  std::unique_ptr<char[]> rows(new char[static_cast<size_t>(tokens * H * size)]);
+  ops.store_rows({x.get(), apart, cos.get(), sin.get(), P, tokens, H, type, rows.get(), scales.get()}, room.get());
+  if (type != CacheType::kFloat32) return;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t h = 0; h < H; ++h) {
+      const float* row = x.get() + t * apart;
+      double a = row[h], b = 0;
+      if (h < 2 * P) a *= cos[t * P + h % P], b = static_cast<double>(row[h < P ? h + P : h - P]) * sin[t * P + h % P];
+      float found;
+      std::memcpy(&found, rows.get() + (t * H + h) * 4, sizeof found);
+      Near("rotated", found, h < P ? a - b : a + b, 3 * kUnit * (std::fabs(a) + std::fabs(b)));
+    }
+}
+
+// Partials of several spans, of which some saw nothing; tokens of the answer lie apart.
+void CheckMerge(const Ops& ops, int64_t spans, int64_t tokens, int64_t group, int64_t H) {
+  const int64_t rows = tokens * group, stride = rows * (H + 2), apart = (group + 1) * H;
+  Floats partials = Floats::Normal(spans * stride), out((tokens - 1) * apart + group * H);
+  float *peak = partials.get() + rows * H, *mass = peak + rows;
+  for (int64_t s = 0; s < spans; ++s)
+    for (int64_t r = 0; r < rows; ++r) {
+      float& m = mass[s * stride + r];
+      m = std::fabs(m) + 0.5f;
+      if (spans == 1 || (s + r) % 3 > 0) continue;
+      m = 0.0f, peak[s * stride + r] = -INFINITY;
+      for (int64_t h = 0; h < H; ++h) partials[s * stride + r * H + h] = 0.0f;
+    }
+  ops.merge_spans({partials.get(), peak, mass}, stride, spans, rows, group, H, out.get(), apart);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t h = 0; h < H; ++h) {
+      double sum = 0, size = 0, all = 0;
+      for (int64_t s = 0; s < spans; ++s) {
+        const double share = std::exp(static_cast<double>(peak[s * stride + r]));
+        sum += share * partials[s * stride + r * H + h];
+        size += std::fabs(share * partials[s * stride + r * H + h]);
+        all += share * mass[s * stride + r];
+      }
+      Near("merged", out[r / group * apart + r % group * H + h], sum / all, size / all * 40 * kUnit);
+    }
+}
+
 // exp(x) to 3 units in the last place and its rounding, through an attention of one number a head: of scores 0, x, x, ... the last
 // but one (in whole vectors) or the second (in what is left) alone has a value, 1.
 void CheckExp(const Ops& ops, float x, int64_t positions, int64_t at) {
   Floats keys(positions), values(positions), q(1), out(1), peak(1), mass(1), scratch(AttentionScratch(1, 1));
   for (int64_t s = 0; s < positions; ++s) keys[s] = s ? x : 0.0f, values[s] = s == at ? 1.0f : 0.0f;
   q[0] = 1.0f;
-  ops.attention({q.get(), 1, keys.get(), values.get(), 1, 1, positions - 1, 1.0f}, {0, 1, 0, positions},
-                {out.get(), peak.get(), mass.get()}, scratch.get());
+  ops.attention({q.get(), 1, nullptr, nullptr, 0, CacheType::kFloat32, keys.get(), values.get(), nullptr, nullptr, 1, 1,
+                 positions - 1, 0, 1.0f, 0.0f},
+                {0, 1, 0, positions}, {out.get(), peak.get(), mass.get()}, scratch.get());
   const double expected = x < -87.0f ? 0.0 : std::exp(static_cast<double>(x));
   const double ulp = std::ldexp(1.0, std::ilogb(std::fmax(expected, 1e-37)) - 23);
   Near("exp", out[0], expected, x < -87.0f ? 0.0 : 3.5 * ulp);
@@ -142,36 +175,45 @@ void CheckAllExp(const Ops& ops) {
     for (int64_t positions : {2, 17}) CheckExp(ops, x, positions, 1);
 }
 
-void CheckAll(const Ops& ops) {
-  for (int64_t in : {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 769, 1537})
-    for (int64_t rows = 1; rows <= 13; ++rows) CheckMatmul(ops, rows, in, Between(1, in > 99 ? 9 : 34), rows % 3);
-  CheckMatmul(ops, 130, 33, 17, 0);
-  for (int i = 0; i < 300; ++i) {
+void CheckAttentions(const Ops& ops) {
+  const int64_t dims[] = {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 33, 64, 80, 100};
+  for (int i = 0; i < 600; ++i) {
     Case c;
+    c.type = static_cast<CacheType>(i % 3);
     c.group = Between(1, 7);
-    c.tokens = Between(1, 13);
-    const int64_t dims[] = {1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 31, 33, 64, 80, 100};
+    c.tokens = Between(1, i % 4 ? 5 : 13);
     c.H = dims[Between(0, 15)];
-    c.start = Between(0, i % 4 ? 40 : 200);
+    c.P = Between(0, c.H / 2);
+    c.start = Between(0, i % 4 ? 40 : i % 20 ? 200 : 600);
     c.token = i % 3 ? 0 : Between(0, 5);
+    c.window = i % 5 ? 0 : Between(1, 90);
+    c.cap = i % 7 ? 0.0f : 0.8f;
     const int64_t filled = c.start + c.token + c.tokens;
     // From the start, from somewhere, or behind what most of the tokens see; to the end, short of it, or past it.
     c.from = i % 2 ? 0 : Between(0, filled);
     c.to = c.from + Between(1, filled + 70);
     CheckAttention(ops, c);
   }
+  for (CacheType type : {CacheType::kFloat32, CacheType::kBfloat16, CacheType::kInt8})
+    for (int64_t H : dims) CheckStore(ops, type, Between(1, 5), H, Between(0, H / 2));
+  for (int64_t spans : {1, 2, 3, 9})
+    for (int64_t H : dims) CheckMerge(ops, spans, Between(1, 4), Between(1, 5), H);
   CheckAllExp(ops);
 }
 
 }  // namespace
 
 int main(int arguments, char** argument) {
-  if (arguments != 2) return 2;
+  const bool calls = arguments == 3 && std::strcmp(argument[2], "calls") == 0;
+  if (arguments != 2 && !calls) return 2;
   const bool wide = std::strcmp(argument[1], "wide") == 0;
   const Ops* ops = wide ? &WideOps() : FindOps(argument[1]);
   if (ops == nullptr) {
     std::fprintf(stderr, "this CPU has no kernels for '%s'\n", argument[1]);
     return 2;
   }
-  CheckAll(*ops);
+  if (!calls) CheckLinearOps(*ops);
+  if (!calls) CheckAttentions(*ops);
+  ForceOps(ops);
+  for (int64_t threads : {0, 1, 4}) CheckCalls(threads);
 }

@@ -1,5 +1,5 @@
-// Loops over a pool whose threads come late, under a sanitizer: each task runs once, is over when the loop is, its
-// writes are seen, and nothing of the loop is touched by a thread that comes when its memory is gone.
+// Teams of a pool whose threads come late, under a sanitizer: each task runs once, is over when its loop is, its writes
+// are seen by the caller and by the next loop, and nothing of a loop is touched when its memory is gone.
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -11,36 +11,117 @@
 
 namespace {
 
-bool Loop(xla::ffi::ThreadPool& pool, int64_t tasks) {
-  // On the heap, and freed at once: a late thread that touched it would be caught.
+using precast::Team;
+using xla::ffi::ThreadPool;
+
+// Counts in plain memory, freed with the body at once: a late thread that touched either would be caught.
+bool Loop(Team& team, int64_t tasks, bool slow) {
   auto counts = std::make_unique<std::vector<int>>(static_cast<size_t>(tasks));
-  auto add = [&counts, tasks](int64_t task) {
+  auto add = [&counts, tasks, slow](int64_t task) {
     // The last ones take their time: some of them are still at work when no task is left to draw.
-    if (task + 8 >= tasks) std::this_thread::sleep_for(std::chrono::microseconds(40 * (task % 3)));
+    if (slow && task + 8 >= tasks) std::this_thread::sleep_for(std::chrono::microseconds(40 * (task % 3)));
     ++(*counts)[static_cast<size_t>(task)];
   };
   auto body = std::make_unique<decltype(add)>(add);
-  precast::ParallelFor(pool, tasks, *body);
+  team.For(tasks, *body);
   body.reset();
   for (const int count : *counts)
     if (count != 1) return false;
   return true;
 }
 
+// A team for several loops, of as many tasks each or of other numbers in between.
+bool Loops(ThreadPool& pool, int64_t tasks, int loops, bool slow) {
+  Team team(pool);
+  for (int i = 0; i < loops; ++i)
+    if (!Loop(team, i % 3 == 2 ? tasks / 2 : tasks, slow)) return false;
+  return true;
+}
+
+// Every loop reads what the one before wrote, all of it by other threads in the other order.
+bool Chain(ThreadPool& pool, int64_t tasks, int loops) {
+  Team team(pool);
+  std::vector<int64_t> even(static_cast<size_t>(tasks), 1), odd(even);
+  for (int i = 0; i < loops; ++i) {
+    const std::vector<int64_t>& from = i % 2 ? odd : even;
+    std::vector<int64_t>& to = i % 2 ? even : odd;
+    team.For(tasks, [&](int64_t task) {
+      const auto at = static_cast<size_t>(task), other = static_cast<size_t>(tasks - 1 - task);
+      to[at] = from[other] + 1;
+    });
+    // The caller writes between the loops too, and helpers must see it.
+    for (int64_t& number : to) ++number;
+  }
+  for (const int64_t number : loops % 2 ? odd : even)
+    if (number != 1 + 2 * loops) return false;
+  return true;
+}
+
+// The caller is away between two loops for longer than helpers spin without yielding.
+bool Waiting(ThreadPool& pool) {
+  Team team(pool);
+  for (int i = 0; i < 3; ++i) {
+    if (!Loop(team, 50, true)) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+  return true;
+}
+
+// Two teams of one thread at a time, as a call from within a task would make them.
+bool Nested(ThreadPool& pool) {
+  Team outer(pool);
+  Team inner(pool);
+  for (int i = 0; i < 4; ++i)
+    if (!Loop(outer, 9, false) || !Loop(inner, 7, false)) return false;
+  return true;
+}
+
+// More loops than a lane has room to count.
+bool Many(ThreadPool& pool) {
+  Team team(pool);
+  int64_t sums[3] = {};
+  for (int64_t i = 0; i < 70000; ++i) {
+    team.For(3, [&](int64_t task) { sums[task] += i; });
+    if (sums[0] != sums[1] || sums[0] != sums[2] || sums[0] != i * (i + 1) / 2) return false;
+  }
+  return true;
+}
+
+// A team that never has a loop, or none worth sharing, asks for no thread and leaves none behind.
+bool Unused(ThreadPool& pool) {
+  { Team team(pool); }
+  Team team(pool);
+  return Loop(team, 0, false) && Loop(team, 1, false) && pool.scheduled() == 0;
+}
+
+int Check(bool ok, const char* what, int64_t threads, int64_t tasks) {
+  if (ok) return 0;
+  std::fprintf(stderr, "%s: %d threads, %d tasks\n", what, static_cast<int>(threads), static_cast<int>(tasks));
+  return 1;
+}
+
 }  // namespace
 
 int main() {
-  for (int64_t threads : {0, 1, 2, 5}) {
-    for (int64_t tasks : {0, 1, 2, 3, 8, 100}) {
-      for (int repeat = 0; repeat < 15; ++repeat) {
-        xla::ffi::ThreadPool pool(threads);
-        for (int loops = 0; loops < 3; ++loops)
-          if (!Loop(pool, tasks)) {
-            std::fprintf(stderr, "%d threads, %d tasks: not each ran once\n", static_cast<int>(threads),
-                         static_cast<int>(tasks));
-            return 1;
-          }
+  int wrong = 0;
+  for (const bool full : {false, true}) {
+    for (const int64_t threads : {0, 1, 2, 5}) {
+      {
+        ThreadPool pool(threads, full);
+        wrong += Check(Unused(pool), "unused", threads, 0);
       }
+      for (const int64_t tasks : {0, 1, 2, 3, 8, 100})
+        for (int repeat = 0; repeat < 8; ++repeat) {
+          ThreadPool pool(threads, full);
+          wrong += Check(Loops(pool, tasks, 1, true) && Loops(pool, tasks, 7, repeat % 2), "loops", threads, tasks);
+          wrong += Check(Chain(pool, tasks, 50 + repeat), "chain", threads, tasks);
+        }
+      ThreadPool pool(threads, full);
+      wrong += Check(Waiting(pool), "waiting", threads, 50);
+      wrong += Check(Nested(pool), "nested", threads, 9);
     }
   }
+  ThreadPool pool(2);
+  wrong += Check(Many(pool), "many", 2, 3);
+  return wrong == 0 ? 0 : 1;
 }

@@ -1,21 +1,29 @@
 // The source of the AVX-512 kernels, compiled for any CPU: its registers are emulated, its arithmetic is the same.
 #include <cmath>
 #include <cstdint>
+#include <memory>
+#include <utility>
 
 #include "ops.h"
 
 namespace precast {
+#define PRECAST_ISA 0
 namespace wide {
 constexpr int kWidth = 16;
 constexpr int kRows = 6;
+constexpr int kQuantRows = 6;
 constexpr int kColumns = 4;
 #include "simd.inc"
 #include "matmul.inc"
+#include "int8.inc"
+#include "quantized.inc"
+#include "linear.inc"
+#include "cache.inc"
 #include "attention.inc"
 }  // namespace wide
 
 const Ops& WideOps() {
-  static constexpr Ops ops = {"wide", wide::Matmul, wide::Attention};
+  static constexpr Ops ops = {"wide", wide::kLinearOps, wide::StoreRows, wide::Attention, wide::MergeSpans};
   return ops;
 }
 }  // namespace precast

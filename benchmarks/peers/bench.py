@@ -1,0 +1,274 @@
+"""precast against its peers: the same model, prompts, threads and bits, alternating in one run.
+
+Every contender loads once in a process of its own and answers on request; all but the one that works are stopped
+(SIGSTOP), so that no thread of theirs waits actively. Each round begins with the machine's own limits: the
+bandwidth of memory and the arithmetic peaks. Then, for each prompt length, every contender runs the prompt in an
+empty cache and decodes after it, in an order that turns with each round. A measurement during which others used
+more than a twentieth of the machine is repeated, and what they used stands in the results.
+
+Decoding is bound by memory (weights and the filled cache are read once a step), prefill by arithmetic; the figures
+of precast stand also as shares of those limits. Cold start is taken from the start of a fresh process to the first
+token, with all files in the page cache.
+
+    make bench                                        # builds .venv-bench, then runs this
+    python benchmarks/peers/bench.py --precast-python .venv/bin/python [--contenders NAME …] [--rounds 5]
+
+Writes benchmarks/results/peers.json and peers.svg, prints a table, and ends in one JSON line.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import derive
+import fidelity
+import limits
+import machine
+import picture
+import report
+from contenders import CAPACITY, CONTENDERS, REFERENCE, THREADS, Contender
+from processes import Worker, first_token, wait_for_quiet
+
+RESULTS = Path(__file__).parents[1] / "results"
+LENGTHS = (16, 128, 512, 2000)
+COLD_TOKENS = 128
+CONTEXTS, CONTEXT_FILLED = (512, 8192), 400
+VOCAB = 49152
+
+
+def prompt(length: int) -> list[int]:
+    return [i * 7919 % VOCAB for i in range(1, length + 1)]
+
+
+def steps_after(length: int) -> int:
+    return min(64, CAPACITY - length - 8)
+
+
+class Bench:
+    """One run: the workers, and what they measured."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.patience, self.retries, self.rounds = arguments.patience, arguments.retries, arguments.rounds
+        self.folder = folder
+        self.interpreters = {"peers": sys.executable, "precast": arguments.precast_python}
+        self.keep = arguments.keep_artifacts
+        self.contenders = {name: CONTENDERS[name] for name in arguments.contenders}
+        self.models = {name: self._model(c) for name, c in self.contenders.items()}
+        self.record = {name: {"label": c.label, "group": c.group} for name, c in self.contenders.items()}
+        self.machine = []
+
+    def _model(self, contender: Contender) -> Path:
+        if contender.model.startswith("precast-"):
+            _, weights, context = contender.model.split("-")
+            return derive.precast_artifact(weights, int(context), self.interpreters, keep=self.keep)
+        return derive.obtain(contender.model, self.interpreters)
+
+    def start(self, name: str, model: Path | None = None) -> Worker:
+        contender = self.contenders[name]
+        path = model or self.models[name]
+        return Worker(contender, path, self.interpreters[contender.interpreter], self.folder / f"{name}.log")
+
+    def measured(self, worker: Worker, **request: object) -> dict:
+        """The answer of the quietest attempt, with what others used."""
+        best = None
+        for _ in range(1 + self.retries):
+            wait_for_quiet(self.patience)
+            answer = worker.ask(**request)
+            if best is None or answer.others < best.others:
+                best = answer
+            if best.others <= 0.05:
+                break
+        return dict(best.values) | {"others": best.others}
+
+    def limits(self, peak: Path) -> dict:
+        """Bandwidth and peaks, now."""
+        wait_for_quiet(self.patience)
+        found = json.loads(subprocess.run([peak, str(THREADS)], check=True, capture_output=True).stdout)
+        found["read_bytes_per_s"] = max(found["read_bytes_per_s"], machine.read_bandwidth(rounds=2))
+        return found
+
+
+def compile_peak(folder: Path) -> Path:
+    binary, source = folder / "peak", Path(__file__).parents[1] / "peak.c"
+    flags = ["-O3", "-march=native", "-pthread"]
+    subprocess.run(["cc", *flags, str(source), "-o", str(binary)], check=True)
+    return binary
+
+
+def timed_rounds(bench: Bench, workers: Mapping[str, Worker], lengths: Sequence[int]) -> None:
+    """All contenders on all prompt lengths, round by round; fills the record."""
+    peak = compile_peak(bench.folder)
+    names = list(workers)
+    for name, worker in workers.items():
+        for length in lengths:
+            worker.ask(run=prompt(length), steps=2)
+        _say(f"warm: {name}")
+    runs = {name: {length: [] for length in lengths} for name in names}
+    for number in range(bench.rounds):
+        bench.machine.append(bench.limits(peak))
+        turned = names[number % len(names) :] + names[: number % len(names)]
+        for length in lengths:
+            for name in turned:
+                steps = steps_after(length)
+                answer = bench.measured(workers[name], run=prompt(length), steps=steps)
+                runs[name][length].append(answer)
+        _say(f"round {number + 1} of {bench.rounds}")
+    for name in names:
+        bench.record[name]["prompts"] = {
+            str(length): _summary(bench, name, length, runs[name][length]) for length in lengths
+        }
+
+
+def _summary(bench: Bench, name: str, length: int, runs: Sequence[Mapping]) -> dict:
+    summary = {
+        "prefill_s": limits.spread([r["prefill_s"] for r in runs]),
+        "decode_tokens_per_s": limits.spread([1 / r["step_s"] for r in runs]),
+        "others": limits.spread([r["others"] for r in runs]),
+    }
+    if name.startswith("precast"):
+        pairs = list(zip(runs, bench.machine, strict=True))
+        manifest = json.loads((bench.models[name] / "manifest.json").read_text())
+        filled = length + steps_after(length) / 2
+        decode = [limits.decode_share(manifest, r["step_s"], filled, m["read_bytes_per_s"]) for r, m in pairs]
+        peaks = [m.get("f32_fma", 0) if name.endswith("float32") else limits.int8_peak(m) for _, m in pairs]
+        work = limits.prompt_operations(manifest["model"], length)
+        prefill = [work / r["prefill_s"] / peak for (r, _), peak in zip(pairs, peaks, strict=True)]
+        summary["decode_share"] = limits.spread(decode)
+        summary["prefill_share"] = limits.spread(prefill)
+    return summary
+
+
+def memory(bench: Bench) -> None:
+    """Fresh processes: resident after loading, and after a prompt and some tokens."""
+    for name in bench.contenders:
+        worker = bench.start(name)
+        loaded = worker.ask(memory=True).values
+        worker.ask(run=prompt(COLD_TOKENS), steps=64)
+        bench.record[name]["resident_bytes"] = {
+            "loaded": dict(loaded),
+            "used": dict(worker.ask(memory=True).values),
+        }
+        worker.close()
+
+
+def cold_starts(bench: Bench) -> None:
+    times = {name: [] for name in bench.contenders}
+    for number in range(bench.rounds + 1):
+        for name, c in bench.contenders.items():
+            wait_for_quiet(bench.patience)
+            interpreter = bench.interpreters[c.interpreter]
+            seconds = first_token(c, bench.models[name], interpreter, prompt(COLD_TOKENS))
+            if number:  # the first fills the page cache
+                times[name].append(seconds)
+    for name, values in times.items():
+        bench.record[name]["cold_start_s"] = limits.spread(values)
+    _say("cold starts done")
+
+
+def contexts(bench: Bench) -> dict:
+    """precast's step at two capacities and the same filled length."""
+    found = {}
+    for name in (n for n in bench.contenders if n.startswith("precast")):
+        weights = name.removeprefix("precast-")
+        paths = {
+            s: derive.precast_artifact(weights, s, bench.interpreters, keep=bench.keep) for s in CONTEXTS
+        }
+        workers = {s: bench.start(name, path) for s, path in paths.items()}
+        steps = {s: [] for s in CONTEXTS}
+        for number in range(bench.rounds + 1):
+            for s, worker in workers.items():
+                answer = bench.measured(worker, run=prompt(CONTEXT_FILLED), steps=64)
+                if number:
+                    steps[s].append(answer["step_s"])
+        for worker in workers.values():
+            worker.close()
+        found[name] = {str(s): limits.spread(values) for s, values in steps.items()}
+        found[name]["ratio"] = limits.spread([b / a for a, b in zip(*steps.values(), strict=True)])
+    _say("contexts done")
+    return found
+
+
+def fidelities(bench: Bench, tokens: int) -> None:
+    asked = next((n for n in bench.contenders if n.startswith("precast")), None)
+    names = [n for n, c in bench.contenders.items() if c.group != "float"]
+    if REFERENCE not in bench.contenders or asked is None or not names:
+        _say("fidelity needs the reference, a precast contender and one of reduced bits: left out")
+        return
+    workers = {name: bench.start(name) for name in dict.fromkeys([REFERENCE, asked, *names])}
+    windows = workers[asked].ask(windows=[tokens, 512]).values["windows"]
+    chosen = {n: w for n, w in workers.items() if n == REFERENCE or n in names}
+    for name, figures in fidelity.measure(chosen, REFERENCE, windows, bench.folder).items():
+        bench.record[name]["fidelity"] = figures
+    for worker in workers.values():
+        worker.close()
+    _say("fidelity done")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    with tempfile.TemporaryDirectory(prefix="precast-bench-") as folder:
+        bench = Bench(arguments, Path(folder))
+        result = {"benchmark": "peers", "threads": THREADS, "capacity": CAPACITY, "rounds": arguments.rounds}
+        wanted = arguments.parts
+        versions = {}
+        if "timed" in wanted:
+            workers = {name: bench.start(name) for name in bench.contenders}
+            for worker in workers.values():
+                versions |= worker.hello["versions"]
+            timed_rounds(bench, workers, arguments.lengths)
+            for worker in workers.values():
+                worker.close()
+            result["machine"] = {
+                key: limits.spread([m[key] for m in bench.machine]) for key in bench.machine[0]
+            }
+        if "cold" in wanted:
+            cold_starts(bench)
+        if "memory" in wanted:
+            memory(bench)
+        if "contexts" in wanted:
+            result["contexts"] = contexts(bench)
+        if "fidelity" in wanted:
+            fidelities(bench, arguments.tokens)
+        described = machine.describe(())
+        described["versions"] |= versions
+        return result | {"contenders": bench.record} | described
+
+
+PARTS = ("timed", "cold", "memory", "contexts", "fidelity")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--precast-python", default=".venv/bin/python", help="has precast[export]")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tokens", type=int, default=3072, help="of the text that fidelity is measured on")
+    parser.add_argument("--patience", type=float, default=20, help="seconds to wait for a quiet machine")
+    parser.add_argument("--retries", type=int, default=2, help="of a measurement that others disturbed")
+    parser.add_argument("--keep-artifacts", action="store_true", help="do not export those that are there")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--report", type=Path, help="only print and draw this peers.json again")
+    arguments = parser.parse_args()
+    result = json.loads(arguments.report.read_text()) if arguments.report else measure(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        (arguments.output / "peers.json").write_text(json.dumps(result, indent=1) + "\n")
+    picture.draw(result, arguments.output / "peers.svg")
+    print(report.tables(result) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

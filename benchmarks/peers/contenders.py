@@ -1,0 +1,80 @@
+"""Who takes part: one row each. Standard library only; workers of any interpreter import it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+THREADS = 2
+CAPACITY = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One engine on one file.
+
+    Attributes:
+        label: what tables and pictures call it.
+        group: "int8", "int4" or "float": it is compared with those of its group.
+        worker: a module beside this one.
+        interpreter: "peers" or "precast": whose packages it needs.
+        model: name of the file or folder it runs, made by `derive`.
+        options: what the worker's `load` takes besides.
+    """
+
+    label: str
+    group: str
+    worker: str
+    interpreter: str
+    model: str
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+def _precast(weights: str) -> Contender:
+    group = "float" if weights == "float32" else weights
+    return Contender(
+        label=f"precast {weights}",
+        group=group,
+        worker="precast_worker",
+        interpreter="precast",
+        model=f"precast-{weights}-{CAPACITY}",
+    )
+
+
+def _llama_cpp(label: str, group: str, model: str) -> Contender:
+    return Contender(
+        label=f"llama.cpp {label}", group=group, worker="llama_cpp_worker", interpreter="peers", model=model
+    )
+
+
+def _openvino(label: str, group: str, model: str) -> Contender:
+    return Contender(
+        label=f"OpenVINO {label}", group=group, worker="openvino_worker", interpreter="peers", model=model
+    )
+
+
+CONTENDERS: Mapping[str, Contender] = {
+    "precast-int8": _precast("int8"),
+    "llama.cpp-q8_0": _llama_cpp("Q8_0", "int8", "q8_0.gguf"),
+    "openvino-int8": _openvino("INT8", "int8", "openvino-int8"),
+    "precast-int4": _precast("int4"),
+    "llama.cpp-q4_1": _llama_cpp("Q4_1", "int4", "q4_1.gguf"),
+    "llama.cpp-q4_0": _llama_cpp("Q4_0", "int4", "q4_0.gguf"),
+    "openvino-int4": _openvino("INT4", "int4", "openvino-int4"),
+    "precast-float32": _precast("float32"),
+    "llama.cpp-f16": _llama_cpp("F16", "float", "f16.gguf"),
+    "openvino-float": _openvino("f16", "float", "openvino-fp16"),
+    "transformers": Contender(
+        label="transformers float32",
+        group="float",
+        worker="transformers_worker",
+        interpreter="peers",
+        model="huggingface",
+    ),
+    "jit": Contender(
+        label="our Flax model, jax.jit",
+        group="float",
+        worker="jit_worker",
+        interpreter="precast",
+        model="huggingface",
+    ),
+}
+REFERENCE = "transformers"  # in float32: what the others' predictions are compared with

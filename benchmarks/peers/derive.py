@@ -1,0 +1,147 @@
+"""Every contender's file, out of the demo model's GGUF: made once, kept in precast's cache folder under bench/.
+
+    python derive.py NAME FOLDER     # in the interpreter that `MAKERS` says
+
+All of them come from the same float32 values: those that the GGUF's Q4_1 blocks and Q8_0 embedding stand for. So
+Q4_1 is the file itself, and loses nothing against the reference; every other format rounds once.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+# Columns of this model's matrices are 576 and 1536: multiples of 64, not of OpenVINO's usual 128.
+OPENVINO_GROUP = 64
+
+
+def huggingface(folder: Path) -> None:
+    """The model in float32 as transformers reads it."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from precast.exporter.sources import open_source
+
+    source = open_source(None)
+    folder.mkdir()
+    tensors = {name: np.ascontiguousarray(t.read()) for name, t in source.tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer.json").write_bytes(source.tokenizer_json)
+    tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": source.bos_token,
+        "eos_token": source.eos_token,
+        "chat_template": source.chat_template,
+        "clean_up_tokenization_spaces": False,
+    }
+    texts = {
+        "config.json": dict(source.config) | {"dtype": "float32"},
+        "tokenizer_config.json": tokenizer,
+        "generation_config.json": {"eos_token_id": list(source.eos_token_ids)},
+    }
+    for name, content in texts.items():
+        (folder / name).write_text(json.dumps(content, indent=1))
+
+
+def demo_gguf(path: Path) -> None:
+    """The demo model as it is published."""
+    from precast.exporter.sources import demo
+    from precast.loaders.artifact.files import cache_folder
+
+    shutil.copyfile(demo.fetch(demo.DEMO, cache_folder() / "demo"), path)
+
+
+def _gguf(source: str, file_type: str) -> Callable[[Path], None]:
+    """Another GGUF file by llama.cpp's own quantiser."""
+
+    def make(path: Path) -> None:
+        import llama_cpp as lib
+
+        parameters = lib.llama_model_quantize_default_params()
+        parameters.ftype = getattr(lib, f"LLAMA_FTYPE_{file_type}")
+        parameters.allow_requantize = True
+        parameters.nthread = os.cpu_count()
+        if lib.llama_model_quantize(str(cache(source)).encode(), str(path).encode(), parameters):
+            raise SystemExit(f"{path.name}: llama.cpp could not quantise {source}")
+
+    return make
+
+
+def _openvino(*options: str) -> Callable[[Path], None]:
+    """OpenVINO's intermediate representation and tokenizer, weights compressed by nncf."""
+
+    def make(folder: Path) -> None:
+        tool = Path(sys.executable).parent / "optimum-cli"
+        task = ("--task", "text-generation-with-past", "--library", "transformers")
+        command = [tool, "export", "openvino", "--model", cache("huggingface"), *task, *options, folder]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        subprocess.run(command, check=True, env=environment)
+
+    return make
+
+
+# By name: whose packages make it, what it is made of, and how.
+MAKERS: Mapping[str, tuple[str, tuple[str, ...], Callable[[Path], None]]] = {
+    "huggingface": ("precast", (), huggingface),
+    "q4_1.gguf": ("precast", (), demo_gguf),
+    "f32.gguf": ("peers", ("q4_1.gguf",), _gguf("q4_1.gguf", "ALL_F32")),
+    "f16.gguf": ("peers", ("f32.gguf",), _gguf("f32.gguf", "MOSTLY_F16")),
+    "q8_0.gguf": ("peers", ("f32.gguf",), _gguf("f32.gguf", "MOSTLY_Q8_0")),
+    "q4_0.gguf": ("peers", ("f32.gguf",), _gguf("f32.gguf", "MOSTLY_Q4_0")),
+    "openvino-fp16": ("peers", ("huggingface",), _openvino("--weight-format", "fp16")),
+    "openvino-int8": ("peers", ("huggingface",), _openvino("--weight-format", "int8")),
+    "openvino-int4": (
+        "peers",
+        ("huggingface",),
+        _openvino("--weight-format", "int4", "--group-size", str(OPENVINO_GROUP), "--ratio", "1.0"),
+    ),
+}
+
+
+def cache(name: str) -> Path:
+    """Where a derived file is, or will be."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PRECAST_CACHE") or Path(home) / "precast").expanduser() / "bench" / name
+
+
+def obtain(name: str, interpreters: Mapping[str, str]) -> Path:
+    """The derived file or folder, made first when it is missing; `interpreters` by "peers" and "precast"."""
+    path = cache(name)
+    if path.exists():
+        return path
+    whose, parts, _ = MAKERS[name]
+    for part in parts:
+        obtain(part, interpreters)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"making {path}", file=sys.stderr, flush=True)
+    subprocess.run([interpreters[whose], __file__, name, str(path)], check=True, stdout=sys.stderr)
+    return path
+
+
+def precast_artifact(weights: str, context: int, interpreters: Mapping[str, str], *, keep: bool) -> Path:
+    """An artifact of the demo model by this checkout; exported again each time unless told to keep."""
+    path = cache(f"precast-{weights}-{context}")
+    if keep and (path / "manifest.json").exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"exporting {path}", file=sys.stderr, flush=True)
+    options = ["--weights", weights, "--context", str(context), "--buckets", "16,64,128,512", "--overwrite"]
+    command = [interpreters["precast"], "-m", "precast.cli", "export", "-o", str(path), *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def main() -> None:
+    name, target = sys.argv[1], Path(sys.argv[2])
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".making-") as temporary:
+        made = Path(temporary) / target.name
+        MAKERS[name][2](made)
+        os.replace(made, target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""How far a contender's predictions are from the reference's: the method of `precast eval`, for any worker."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from processes import Worker
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Of rows of logits ``[T, V]``, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def divergences(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL(reference ‖ other) of each row, in nats."""
+    p, q = log_probabilities(reference), log_probabilities(other)
+    return (np.exp(p) * (p - q)).sum(axis=-1)
+
+
+def measure(
+    workers: dict[str, Worker], reference: str, windows: Sequence[Sequence[int]], folder: Path
+) -> dict:
+    """Mean and 99th percentile of the divergence and top-1 agreement, by contender, over windows of tokens.
+
+    The first half of a window is prefilled, the rest fed token by token.
+    """
+    kl = {name: [] for name in workers if name != reference}
+    same = {name: [] for name in kl}
+    for ids in windows:
+        first = len(ids) // 2 - 1
+        expected = _logits(workers[reference], ids, first, folder / "reference.npy")
+        for name in kl:
+            got = _logits(workers[name], ids, first, folder / "other.npy")
+            kl[name].append(divergences(expected, got))
+            same[name].append(expected.argmax(-1) == got.argmax(-1))
+    return {name: _summary(np.concatenate(kl[name]), np.concatenate(same[name])) for name in kl}
+
+
+def _logits(worker: Worker, ids: Sequence[int], first: int, path: Path) -> np.ndarray:
+    worker.ask(score=list(ids), first=first, out=str(path))
+    return np.load(path)
+
+
+def _summary(kl: np.ndarray, same: np.ndarray) -> dict:
+    return {
+        "kl_mean": float(kl.mean()),
+        "kl_p99": float(np.quantile(kl, 0.99)),
+        "top1": float(same.mean()),
+        "predictions": len(kl),
+    }

@@ -1,0 +1,54 @@
+"""What the machine allows: bytes that a decode step must read, operations that a prompt takes. Pure functions."""
+
+from collections.abc import Mapping
+from math import prod
+
+DTYPE_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
+
+
+def decode_program(manifest: Mapping) -> Mapping:
+    """The decode program of an artifact's compiled target."""
+    target = next(t for t in manifest["targets"] if t["runtime"] == "pjrt")
+    return next(p for p in target["programs"] if p["kind"] == "decode")
+
+
+def weight_bytes(manifest: Mapping) -> int:
+    """Bytes of weights that a step reads: all, where the embedding is the output head too.
+
+    Where it is not, the embedding's one row is little enough to leave out.
+    """
+    arguments = [a for a in decode_program(manifest)["arguments"] if a["role"] == "weight"]
+    untied = any(a["name"].startswith("lm_head.") for a in arguments)
+    read = [a for a in arguments if not (untied and a["name"].startswith("model.embed_tokens."))]
+    return sum(prod(a["shape"]) * DTYPE_BYTES[a["dtype"]] for a in read)
+
+
+def cache_bytes(manifest: Mapping, filled: float) -> float:
+    """Bytes of a cache with `filled` positions."""
+    return sum(array["bytes"] for array in manifest["cache"]) / manifest["capacity"] * filled
+
+
+def decode_share(manifest: Mapping, step_s: float, filled: float, bytes_per_s: float) -> float:
+    """What part of a step the reading of weights and filled cache takes at the machine's bandwidth."""
+    return (weight_bytes(manifest) + cache_bytes(manifest, filled)) / bytes_per_s / step_s
+
+
+def prompt_operations(model: Mapping, tokens: int) -> int:
+    """Multiplications and additions of a prompt: projections, causal attention, and logits of its last token."""
+    attention, key_values = model["heads"] * model["head_dim"], model["kv_heads"] * model["head_dim"]
+    projections = model["width"] * (2 * attention + 2 * key_values) + 3 * model["width"] * model["ff_width"]
+    scores = 2 * attention * (tokens + 1) // 2
+    return 2 * (model["layers"] * tokens * (projections + scores) + model["vocab"] * model["width"])
+
+
+def int8_peak(peak: Mapping[str, float]) -> float:
+    """Operations per second of the fastest int8 loop."""
+    return max(value for name, value in peak.items() if name.startswith("int8_"))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and extremes."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    return {"median": median, "min": ordered[0], "max": ordered[-1], "rounds": len(ordered)}

@@ -1,0 +1,43 @@
+"""precast, as `precast run` uses it: an artifact, its engine, and no jax."""
+
+from collections.abc import Iterator, Sequence
+
+from worker import timed_run
+
+
+class Precast:
+    packages = ("precast", "jaxlib", "numpy")
+
+    def __init__(self, model: str) -> None:
+        from precast.loaders.load import load
+        from precast.loaders.runtime import pjrt
+
+        pjrt.block_jax()
+        self._model = load(model)
+        self._engine = self._model.engine
+
+    def prefill(self, ids: Sequence[int]) -> int:
+        self._cache = self._engine.new_cache()
+        return int(self._engine.prefill(ids, self._cache).token[0])
+
+    def step(self, token: int, position: int) -> int:
+        return int(self._engine.decode([token], [position], self._cache).token[0])
+
+    def run(self, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
+        return timed_run(self, ids, steps)
+
+    def logits(self, ids: Sequence[int], first: int) -> Iterator[object]:
+        from precast.loaders.evaluate import ArtifactScorer
+
+        return ArtifactScorer(model=self._model).logits(ids, first)
+
+    def windows(self, tokens: int, window: int) -> list[list[int]]:
+        from precast.loaders import evaluate
+
+        text = evaluate.read_text(evaluate.SHIPPED_TEXT, tokens)
+        cut = evaluate.cut(evaluate.tokenize(self._model.tokenizer, text), tokens, window)
+        return [list(ids) for ids in cut]
+
+
+def load(model: str, options: dict) -> Precast:
+    return Precast(model, **options)

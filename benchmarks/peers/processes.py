@@ -1,0 +1,123 @@
+"""Workers as the driver sees them: started, asked, stopped while others measure, and watched for company."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from contenders import Contender
+
+WORKER = Path(__file__).parent / "worker.py"
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A worker's answer, and what part of the machine others used meanwhile (0 to 1)."""
+
+    values: Mapping
+    others: float
+
+
+def _machine_busy() -> float:
+    """CPU seconds that the whole machine has worked, in all processes."""
+    user, nice, system, _, _, irq, soft, steal, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    )
+    return (user + nice + system + irq + soft + steal) / _TICK
+
+
+def _process_busy(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICK
+
+
+def wait_for_quiet(patience: float, limit: float = 0.05) -> bool:
+    """Waits until others leave the machine alone for a moment, `patience` seconds at most."""
+    ends = time.monotonic() + patience
+    cores = len(os.sched_getaffinity(0))
+    while time.monotonic() < ends:
+        before = _machine_busy()
+        time.sleep(0.2)
+        if _machine_busy() - before <= limit * 0.2 * cores + 1 / _TICK:
+            return True
+    return False
+
+
+def command(contender: Contender, model: Path, interpreter: str) -> list[str]:
+    return [interpreter, str(WORKER), contender.worker, str(model), json.dumps(dict(contender.options))]
+
+
+def _environment() -> dict[str, str]:
+    # Nothing of the driver's environment steers a contender's threads; OpenMP's own defaults are the fastest when
+    # one works alone, and idle ones are stopped.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_", "GOMP_", "MKL_"))}
+    return kept | {"TF_CPP_MIN_LOG_LEVEL": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+
+
+def _die_with_parent() -> None:
+    """A stopped process would outlive a driver that was killed: prctl(PR_SET_PDEATHSIG, SIGKILL)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+class Worker:
+    """A contender's process: stopped by signal except while it answers."""
+
+    def __init__(self, contender: Contender, model: Path, interpreter: str, log: Path) -> None:
+        self._log = log
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command(contender, model, interpreter),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=_environment(),
+                preexec_fn=_die_with_parent,  # the driver has one thread
+            )
+        self.hello = self._read()
+        self._stop()
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"a worker failed:\n{self._log.read_text()[-2000:]}")
+        return json.loads(line)
+
+    def _stop(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def ask(self, **request: object) -> Answer:
+        pid, cores = self._process.pid, len(os.sched_getaffinity(0))
+        self._process.send_signal(signal.SIGCONT)
+        machine, own, started = _machine_busy(), _process_busy(pid), time.monotonic()
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        values = self._read()
+        foreign = (_machine_busy() - machine) - (_process_busy(pid) - own)
+        self._stop()
+        return Answer(values=values, others=max(0.0, foreign / cores / (time.monotonic() - started)))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def first_token(contender: Contender, model: Path, interpreter: str, ids: Sequence[int]) -> float:
+    """Seconds from the start of a fresh process to the first token of a prompt."""
+    started = time.clock_gettime(time.CLOCK_MONOTONIC)
+    done = subprocess.run(
+        [*command(contender, model, interpreter), json.dumps(list(ids))],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=_environment(),
+    )
+    if done.returncode or not done.stdout:
+        raise SystemExit(f"{contender.label} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[0])["first_token_at"] - started

@@ -1,0 +1,108 @@
+"""A contender in a process of its own: loads once, then answers lines of JSON.
+
+    python worker.py MODULE MODEL OPTIONS
+
+Commands, one a line on standard input, one answer a line on standard output:
+    {"run": ids, "steps": n}       -> {"prefill_s": …, "step_s": …, "tokens": […]}; a fresh cache, n greedy steps
+    {"memory": true}               -> {"anonymous": …, "file": …}, bytes resident
+    {"score": ids, "first": i, "out": path} -> {}; logits of the positions i … len − 2 as float32 in a .npy file
+    {"windows": [tokens, window]}  -> {"windows": [[…], …]}, of those that know how
+The first line it writes says that it is loaded: {"loaded_s": …, "versions": {…}}, and with --first-token IDS also
+"first_token_at", on the system's monotonic clock.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class Engine(Protocol):
+    """What a contender's module makes with ``load(model, options)``."""
+
+    packages: Sequence[str]
+
+    def prefill(self, ids: Sequence[int]) -> int:
+        """Runs a prompt in an empty cache; the greedy next token."""
+
+    def run(self, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
+        """Seconds of the prompt, seconds a step after it, and the tokens."""
+
+    def logits(self, ids: Sequence[int], first: int) -> Iterator[object]:
+        """Logits ``[V]`` of the positions ``first … len(ids) − 2``: prefill up to `first`, then a token at a time."""
+
+
+def timed_run(engine, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
+    """`Engine.run` for an engine with `prefill` and `step`."""
+    started = time.perf_counter()
+    tokens = [engine.prefill(ids)]
+    first = time.perf_counter()
+    for position in range(len(ids), len(ids) + steps):
+        tokens.append(engine.step(tokens[-1], position))
+    ended = time.perf_counter()
+    return first - started, (ended - first) / steps if steps else 0.0, tokens
+
+
+def resident() -> dict[str, int]:
+    """Bytes of this process in memory: its own, and pages of mapped files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
+    return {"anonymous": fields["RssAnon"] + fields["RssShmem"], "file": fields["RssFile"]}
+
+
+def _score(engine: Engine, ids: Sequence[int], first: int, out: str) -> dict:
+    import numpy as np
+
+    np.save(out, np.stack([np.array(row, np.float32) for row in engine.logits(ids, first)]))
+    return {}
+
+
+def answer(engine: Engine, command: dict) -> dict:
+    if "run" in command:
+        prefill, step, tokens = engine.run(command["run"], command["steps"])
+        return {"prefill_s": prefill, "step_s": step, "tokens": tokens}
+    if "memory" in command:
+        return resident()
+    if "score" in command:
+        return _score(engine, command["score"], command["first"], command["out"])
+    if "windows" in command:
+        return {"windows": engine.windows(*command["windows"])}
+    raise ValueError(f"unknown command {command!r:.60}")
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    # Libraries print what they like: the answers have a channel that nothing else knows.
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    module, model, options, *first = sys.argv[1:]
+    started = time.perf_counter()
+    engine = importlib.import_module(module).load(model, json.loads(options))
+    hello = {"loaded_s": time.perf_counter() - started}
+    if first:
+        engine.prefill(json.loads(first[0]))
+        hello["first_token_at"] = time.clock_gettime(time.CLOCK_MONOTONIC)
+    print(json.dumps(hello | {"versions": _versions(engine.packages)}), file=channel)
+    for line in sys.stdin:
+        print(json.dumps(answer(engine, json.loads(line))), file=channel)
+    channel.flush()
+    os._exit(0)  # some libraries take long to leave, or do not survive it
+
+
+if __name__ == "__main__":
+    main()

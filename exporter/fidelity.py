@@ -1,0 +1,185 @@
+"""How far an artifact's predictions are from those of the float32 model it was made from."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from precast.loaders import evaluate
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import Fidelity
+from precast.loaders.generate import Model
+from precast.loaders.tokenizer import Tokenizer
+
+from .models import ModelSpec, read_model
+from .models.parameters import abstract_model
+from .sources import open_source
+from .sources.base import Source
+from .weights import plan_weights
+
+# What an export measures: two windows of 512, or more of a smaller capacity.
+TOKENS = 1024
+_ALIGNMENT = 64  # from which on jax takes an array over without a copy
+
+
+class Reference:
+    """The uncached float32 forward pass, as a scorer: all positions of a window at once.
+
+    Args:
+        name: what messages call it.
+        spec: of the model.
+        weights: float32 arrays by parameter name, as the forward pass takes them.
+        tokenizer: of the model.
+        capacity: positions that a window may have.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        spec: ModelSpec,
+        weights: Mapping[str, np.ndarray],
+        tokenizer: Tokenizer,
+        capacity: int,
+    ) -> None:
+        model = abstract_model(spec)
+        self.name, self.tokenizer, self.capacity, self.vocab = name, tokenizer, capacity, spec.config.vocab
+        self._rope = spec.rope
+        self._width = 0
+        self._forward = jax.jit(
+            lambda tokens, cos, sin, *arrays: model.bind(arrays).forward(tokens[None], cos, sin)[0]
+        )
+        with _precisely():
+            self._weights: list[Array] = [jnp.from_dlpack(weights[p.name]) for p in model.parameters]
+
+    def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
+        # A shorter window is padded to the longest so far: no position sees what is behind it, and one
+        # program will do.
+        self._width = max(self._width, len(window))
+        padded = np.zeros(self._width, np.int32)
+        padded[: len(window)] = window
+        with _precisely():
+            rows = np.asarray(
+                self._forward(padded, *self._rope.tables(self._width), *self._weights)
+            )  # [W, V]
+        yield from rows[first : len(window) - 1]
+
+
+@contextmanager
+def _precisely() -> Iterator[None]:
+    """On the CPU, whatever else JAX finds here, and with products that are float32 throughout."""
+    try:
+        cpu = jax.devices("cpu")[0]
+    except RuntimeError:
+        raise PrecastError(
+            "the reference runs on CPUs, which JAX is told to leave alone here; add cpu to JAX_PLATFORMS or unset it."
+        ) from None
+    with jax.default_device(cpu), jax.default_matmul_precision("highest"):
+        yield
+
+
+def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
+    """A source's tensors in float32, one array for each parameter of the forward pass.
+
+    Raises:
+        PrecastError: when the tensors do not fit the model.
+    """
+    parameters = abstract_model(spec).parameters
+    plan = plan_weights(source, parameters, tied=spec.config.tied_embeddings)
+    arrays = {}
+    for parameter in parameters:
+        array = _aligned(parameter.shape)
+        places = array.reshape(len(parameter.sources), *parameter.source_shape)
+        for place, name in zip(places, parameter.sources, strict=True):
+            place[...] = plan.tensors[name].read()
+        arrays[parameter.name] = array
+    return arrays
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An uninitialised float32 array that jax need not copy."""
+    size = 4 * math.prod(shape)
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + size].view(np.float32).reshape(shape)
+
+
+def open_reference(path: str) -> Reference:
+    """The reference for what `path` names: a Hugging Face directory or a .gguf file.
+
+    Raises:
+        PrecastError: when it cannot be read or is not supported.
+    """
+    source = open_source(path)
+    spec = read_model(source.config, source.name)
+    tokenizer = Tokenizer.from_json(
+        source.tokenizer_json,
+        chat_template=source.chat_template,
+        bos_token=source.bos_token,
+        eos_token=source.eos_token,
+    )
+    return Reference(
+        name=source.name,
+        spec=spec,
+        weights=read_weights(source, spec),
+        tokenizer=tokenizer,
+        capacity=spec.config.max_positions,
+    )
+
+
+def measure(
+    model: Model,
+    spec: ModelSpec,
+    source: Source,
+    *,
+    weights: Mapping[str, np.ndarray] | None = None,
+    report: evaluate.Report = lambda done, total: None,
+) -> Fidelity | None:
+    """Measures a finished artifact against the float32 model it was made from, on the shipped text.
+
+    Args:
+        model: the artifact, loaded.
+        spec: of the model.
+        source: whose own tensors are the reference. They are read into one float32 copy, which is gone afterwards.
+        weights: float32 arrays by parameter name, where they are at hand already; then the source is not read.
+        report: called with predictions scored and predictions in all.
+
+    Returns:
+        The figures for the manifest; None where the capacity is too small for a window.
+
+    Raises:
+        PrecastError: when the logits of either are not finite.
+    """
+    artifact = evaluate.ArtifactScorer(model=model)
+    window = min(evaluate.DEFAULT_WINDOW, artifact.capacity)
+    text = evaluate.read_text(evaluate.SHIPPED_TEXT, TOKENS)
+    windows = evaluate.cut(evaluate.tokenize(model.tokenizer, text), TOKENS, window)
+    if window < evaluate.SMALLEST_WINDOW or not windows:
+        return None
+    reference = Reference(
+        name=f"{source.name} in float32",
+        spec=spec,
+        weights=read_weights(source, spec) if weights is None else weights,
+        tokenizer=model.tokenizer,
+        capacity=artifact.capacity,
+    )
+    scores = evaluate.evaluate(artifact, windows, reference, report)
+    return _fidelity(evaluate.SHIPPED_TEXT.name, scores)
+
+
+def _fidelity(text: str, scores: evaluate.Scores) -> Fidelity:
+    found = scores.comparison
+    assert found is not None  # there was a reference
+    return Fidelity(
+        text=text,
+        tokens=scores.tokens,
+        perplexity=scores.perplexity,
+        reference_perplexity=found.perplexity,
+        kl_mean=found.kl_mean,
+        kl_p99=found.kl_p99,
+        top1=found.top1,
+    )

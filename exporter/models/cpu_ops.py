@@ -1,0 +1,115 @@
+"""The operations as precast's kernels compute them; kernels/src says what each call takes."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .ops import Cache, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
+from .steps import record
+
+
+def _operands(weight: Weight) -> list[Array]:
+    """A weight as the kernels take it."""
+    return [weight] if not isinstance(weight, Packed) else [a for a in weight if a is not None]
+
+
+def _call_operands(call: LinearCall) -> list[Array]:
+    """The stacks of a call: norm, then each weight and its bias."""
+    operands = [] if call.norm is None else [call.norm]
+    for i, weight in enumerate(call.weights):
+        operands += [*_operands(weight), *call.biases[i : i + 1]]
+    return operands
+
+
+def _linear(x: Array, call: LinearCall, layer: Array, used: Array) -> list[Array]:
+    norm = [] if call.norm is None else [call.norm]
+    residual = [] if call.residual is None else [call.residual]
+    weights = _call_operands(call)[len(norm) :]
+    results = [jax.ShapeDtypeStruct((x.shape[0], n), x.dtype) for n in call.results]
+    target = jax.ffi.ffi_call("precast.linear.v1", results)
+    return list(
+        target(
+            x,
+            layer,
+            used,
+            *norm,
+            *residual,
+            *weights,
+            norm=call.norm is not None,
+            eps=np.float32(call.eps),
+            residual=call.residual is not None,
+            bias=bool(call.biases),
+            gate=call.gate,
+        )
+    )
+
+
+def _embed(tokens: Array, weight: Weight, vocab: int, width: int) -> Array:
+    result = jax.ShapeDtypeStruct((tokens.shape[0], width), jnp.float32)
+    target = jax.ffi.ffi_call("precast.embed.v1", result)
+    return target(tokens, *_operands(weight), vocab=np.int64(vocab))
+
+
+def _attention(
+    q: Array, k: Array, v: Array, rotary: Rotary, cache: Cache, layer: Array, rows: Rows, scale: float
+) -> tuple[Array, Cache]:
+    arrays = cache.arrays()
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, *arrays)]
+    aliases = {5 + i: 1 + i for i in range(len(arrays))}
+    target = jax.ffi.ffi_call("precast.attention.v2", results, input_output_aliases=aliases)
+    out, *caches = target(
+        q,
+        k,
+        v,
+        *rotary,
+        *arrays,
+        layer,
+        *rows,
+        scale=np.float32(scale),
+        window=np.int64(0),
+        soft_cap=np.float32(0.0),
+    )
+    return out, Cache.of(caches)
+
+
+def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
+    # The kernels never read an unfilled position: memory is reserved, and not touched until it is filled.
+    return tuple(jax.ffi.ffi_call("precast.reserve.v1", list(arrays))())
+
+
+def _layers(
+    stack: Stack, x: Array, rotary: Rotary, cache: Cache, rows: Rows, used: Array
+) -> tuple[Array, Cache]:
+    steps = record(stack.layer, x.shape, stack.heads, stack.scale)
+    arrays = cache.arrays()
+    flat = x.reshape(-1, x.shape[-1])
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (flat, *arrays)]
+    aliases = {4 + i: 1 + i for i in range(len(arrays))}
+    target = jax.ffi.ffi_call("precast.layers.v1", results, input_output_aliases=aliases)
+    y, *caches = target(
+        flat,
+        used,
+        *rotary,
+        *arrays,
+        *rows,
+        *(operand for call in steps.calls for operand in _call_operands(call)),
+        layers=np.int64(stack.layers),
+        heads=np.array(stack.heads, np.int64),
+        steps=np.array(steps.codes, np.int64),
+        outs=np.array(steps.outs, np.int64),
+        numbers=np.array(steps.numbers, np.float32),
+    )
+    return y.reshape(x.shape), Cache.of(caches)
+
+
+CPU_OPS = Ops(
+    linear=_linear,
+    embed=_embed,
+    attention=_attention,
+    layers=_layers,
+    empty_cache=_empty_cache,
+    kernels=("precast.embed.v1", "precast.layers.v1", "precast.linear.v1", "precast.reserve.v1"),
+)

@@ -1,0 +1,414 @@
+"""How a matrix of weights is stored: as it is, in half the bytes, or as small integers with shared scales.
+
+A linear layer's weight is ``[out, in]``; a stack of layers puts L in front. In the integer formats `GROUP` inputs of
+one output share a scale (and int4 a minimum), and `PANEL` outputs lie together, as the kernels read them:
+
+- int8: values ``[out/16, in/2, 16, 2]``, scale ``[out/16, in/32, 16]``; a weight is scale · value.
+- int4: two values a byte ``[out/16, in/8, 16, 4]``, low nibbles the first four of eight inputs; scale and minimum
+  ``[out/16, in/32, 16]``; a weight is scale · value + minimum.
+
+What pads out to whole panels and inputs to whole groups is zero: values, scales and minima. Padded values of a group
+that holds real ones decode to its minimum; what multiplies them must be zero.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from precast.loaders.artifact.errors import PrecastError
+
+from .sources.base import QuantisedBlocks
+
+GROUP = 32
+PANEL = 16
+
+# Weights quantised at a time: what is computed with then stays in the cache.
+_BLOCK = 1 << 18
+# Blocks at a time, at most: they are independent, NumPy computes without Python's lock, each takes about 12 MB.
+_THREADS = 8
+_HALF_MAX = float(np.finfo(np.float16).max)
+# What an int4 candidate leaves out of a group's range at its bottom and top (or adds, where negative). The last one
+# has 15 steps for 14, as weights need that were rounded to -7..7 before.
+_ENDS = (-0.03, 0.0, 0.03, 0.06)
+_CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14))
+# By how much an int8 candidate stretches a group before it is rounded.
+_STRETCHED = np.linspace(0.98, 1.02, 17).tolist()
+_REFITS = 2
+# Ranges below this are lost in float16 anyway, and their inverse is not in float32.
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One of the arrays that a parameter is stored as.
+
+    Attributes:
+        suffix: follows the parameter's name: "", ".scale" or ".minimum".
+        shape: as the programs take it.
+        dtype: "float32", "bfloat16", "float16", "int8" or "uint8".
+    """
+
+    suffix: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(ABC):
+    """A way to store weights.
+
+    Attributes:
+        name: its key in `FORMATS`.
+        largest: magnitude that it can hold.
+        takes_blocks: whether `repack` can ever succeed.
+    """
+
+    name: str
+    largest: float
+    takes_blocks: bool = False
+
+    @abstractmethod
+    def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
+        """What a parameter of this shape, ``[L, out, in]``, is stored as; a matrix alone counts as L = 1."""
+
+    @abstractmethod
+    def encode(self, matrix: np.ndarray, name: str = "a matrix") -> tuple[np.ndarray, ...]:
+        """Stores one layer's float32 matrix ``[out, in]``.
+
+        Returns:
+            Its arrays in the order of `arrays`, without the L axis.
+
+        Raises:
+            PrecastError: for a value that the format cannot hold, with `name` for the matrix.
+        """
+
+    @abstractmethod
+    def decode(self, arrays: Sequence[np.ndarray], rows: int, columns: int) -> np.ndarray:
+        """The float32 matrix ``[out, in]`` that one layer's arrays stand for."""
+
+    def repack(self, blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
+        """Stores what is quantised already, to the bit; None where this format cannot."""
+        return None
+
+    def _check(self, matrix: np.ndarray, name: str) -> None:
+        most = max(float(matrix.max()), -float(matrix.min())) if matrix.size else 0.0
+        if not most <= self.largest:  # nor is NaN
+            raise PrecastError(
+                f"{name}: holds a value of {most:.6g}, expected at most {self.largest:.6g}, the most that {self.name}"
+                " can hold; store the weights in a wider type."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plain(Format):
+    """Every weight by itself, in rows."""
+
+    def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
+        return (StoredArray("", shape, self.name),)
+
+    def encode(self, matrix: np.ndarray, name: str = "a matrix") -> tuple[np.ndarray, ...]:
+        self._check(matrix, name)
+        return (matrix.astype(StoredArray("", (), self.name).numpy_dtype, copy=False),)
+
+    def decode(self, arrays: Sequence[np.ndarray], rows: int, columns: int) -> np.ndarray:
+        return arrays[0].astype(np.float32).reshape(rows, columns)
+
+
+# The values of a block ``[n, G]`` (G groups of n), their scales ``[G]``, and their minima where there are.
+_Quantised = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grouped(Format):
+    """Integers in panels, with what a group of them shares.
+
+    Attributes:
+        dtype: of the packed values.
+        inputs: that a panel keeps together for each output: the last axis holds as many bytes.
+        nibbles: values in a byte.
+        shared: suffixes of what a group shares.
+        quantise: finds all that for groups ``[n, G]``.
+    """
+
+    dtype: str
+    inputs: int
+    nibbles: int
+    shared: tuple[str, ...]
+    quantise: Callable[[np.ndarray], _Quantised]
+
+    def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
+        layers, rows, columns = (1,) * (3 - len(shape)) + shape
+        panels, groups = -(-rows // PANEL), -(-columns // GROUP)
+        chunk = self.inputs * self.nibbles
+        values = (layers, panels, groups * GROUP // chunk, PANEL, self.inputs)
+        coefficients = (layers, panels, groups, PANEL)
+        return (
+            StoredArray("", values, self.dtype),
+            *(StoredArray(suffix, coefficients, "float16") for suffix in self.shared),
+        )
+
+    def encode(self, matrix: np.ndarray, name: str = "a matrix") -> tuple[np.ndarray, ...]:
+        self._check(matrix, name)
+        return self._store(matrix.shape, lambda rows: self._quantise_rows(matrix[rows]))
+
+    def decode(self, arrays: Sequence[np.ndarray], rows: int, columns: int) -> np.ndarray:
+        values = self._unpack(arrays[0])[:rows, :columns].astype(np.float32)
+        for i, coefficients in enumerate(arrays[1:]):
+            panels, groups, _ = coefficients.shape
+            each = coefficients.swapaxes(1, 2).reshape(panels * PANEL, groups)[:rows].astype(np.float32)
+            spread = np.repeat(each, GROUP, axis=1)[:, :columns]
+            values = values * spread if i == 0 else values + spread
+        return values
+
+    def repack(self, blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
+        found = _as_int4(blocks) if self.nibbles == 2 else _as_int8(blocks)
+        if found is None:
+            return None
+        return self._store(blocks.values.shape, lambda rows: tuple(part[rows] for part in found))
+
+    def _store(
+        self, shape: tuple[int, ...], quantised: Callable[[slice], tuple[np.ndarray, ...]]
+    ) -> tuple[np.ndarray, ...]:
+        """Packs values ``[rows, in]`` and coefficients ``[rows, groups]``, asked for some panels of rows at a time."""
+        arrays = [np.zeros(a.shape[1:], a.numpy_dtype) for a in self.arrays(shape)]
+
+        def store(rows: slice) -> None:
+            values, *coefficients = quantised(rows)
+            panels = slice(rows.start // PANEL, -(-rows.stop // PANEL))
+            arrays[0][panels] = self._pack(_padded(values, GROUP))
+            for array, found in zip(arrays[1:], coefficients, strict=True):
+                array[panels] = _padded(found, 1).reshape(-1, PANEL, found.shape[1]).swapaxes(1, 2)
+
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(store, _row_blocks(*shape)):
+                pass  # but for what one may raise
+        return tuple(arrays)
+
+    def _quantise_rows(self, block: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Values ``[rows, in]`` and coefficients ``[rows, groups]`` of a few rows."""
+        rows, columns = block.shape
+        whole = columns // GROUP * GROUP
+        parts = [(block[:, :whole], GROUP)] if whole else []
+        if whole < columns:  # a last group that is shorter is fitted to what it holds
+            parts.append((block[:, whole:], columns - whole))
+        found = []
+        for part, size in parts:
+            values, *coefficients = self.quantise(np.ascontiguousarray(part.reshape(-1, size).T))
+            found.append((values.T.reshape(rows, -1), *(c.reshape(rows, -1) for c in coefficients)))
+        return tuple(np.concatenate(pieces, axis=1) for pieces in zip(*found, strict=True))
+
+    def _pack(self, values: np.ndarray) -> np.ndarray:
+        split = values.astype(self.dtype).reshape(-1, PANEL, values.shape[1] // (self.nibbles * self.inputs),
+                                                  self.nibbles, self.inputs)  # fmt: skip
+        packed = split[..., 0, :] if self.nibbles == 1 else split[..., 0, :] | split[..., 1, :] << 4
+        return packed.swapaxes(1, 2)
+
+    def _unpack(self, packed: np.ndarray) -> np.ndarray:
+        parts = (packed,) if self.nibbles == 1 else (packed & 15, packed >> 4)
+        values = np.stack(parts, axis=-2)  # [panel, chunk, PANEL, nibble, input]
+        return values.swapaxes(1, 2).reshape(len(packed) * PANEL, -1)
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(PANEL, _BLOCK // max(columns, 1) // PANEL * PANEL)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
+    """With zeros up to whole panels of rows, and columns up to a multiple."""
+    rows, columns = array.shape
+    return np.pad(array, ((0, -rows % PANEL), (0, -columns % multiple)))
+
+
+# --- what is quantised already ------------------------------------------------------------------------------
+
+
+def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
+    if blocks.minimum is not None or blocks.values.min(initial=0) < -127:
+        return None
+    return blocks.values, blocks.scale
+
+
+def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
+    """Signed values -8..7 become 0..15 over a minimum of -8 scales, which is exact unless it overflows."""
+    low, high = blocks.values.min(initial=0), blocks.values.max(initial=0)
+    if blocks.minimum is not None:
+        return (blocks.values, blocks.scale, blocks.minimum) if low >= 0 and high <= 15 else None
+    minimum = -8 * blocks.scale.astype(np.float32)
+    if low < -8 or high > 7 or np.abs(minimum).max(initial=0) > _HALF_MAX:
+        return None
+    return (blocks.values + np.int8(8)).view(np.uint8), blocks.scale, minimum.astype(np.float16)
+
+
+# --- the search for scales ----------------------------------------------------------------------------------
+
+
+def _quantise_int8(x: np.ndarray) -> _Quantised:
+    """Values -127..127 and a scale for each column; scales around max / 127 are tried, and the best refitted."""
+    most = np.maximum(x.max(0), -x.min(0))
+    step = most / np.float32(127)
+    best, least = step, np.full(most.shape, np.inf, np.float32)
+    t = x * _inverse(step)
+    u, q = np.empty_like(t), np.empty_like(t)
+    for stretch in _STRETCHED:
+        np.multiply(t, np.float32(stretch), out=u)
+        np.clip(np.rint(u, out=q), -127, 127, out=q)
+        u -= q
+        # The error left once the scale is refitted to these values, from what rounding left of each.
+        qq, qu = np.maximum(_dot(q, q), 1), _dot(q, u)
+        error = (_dot(u, u) - qu * qu / qq) / np.float32(stretch**2)
+        better = error < least
+        least = np.where(better, error, least)
+        best = np.where(better, step * (1 + qu / qq) / np.float32(stretch), best)
+    return _closest(x, -127, 127, [(_near(best), None), (_near(step), None), (_above(step), None)])
+
+
+def _quantise_int4(x: np.ndarray) -> _Quantised:
+    """Values 0..15, a scale and a minimum for each column.
+
+    Several ranges are tried, clipped a little at either end or widened; each is rounded and its scale and minimum
+    refitted by least squares. The best is rounded and refitted again, and must then beat plain rounding.
+    """
+    low, high = x.min(0), x.max(0)
+    step = (high - low) / np.float32(15)
+    t = (x - low) * _inverse(step)
+    mean = t.mean(0)
+    scale, minimum = _search_int4(t, mean)
+    for _ in range(_REFITS):
+        q = np.clip(np.rint((t - minimum) * _inverse(scale)), 0, 15)
+        scale, minimum, _ = _fit(t, mean, q)
+    below = _below(low)
+    rest = (high - below) / np.float32(15)
+    return _closest(x, 0, 15, [
+        (_near(scale * step), _near(low + minimum * step)),
+        (_near(step), _near(low)),
+        # For groups far from zero, or of next to no magnitude, where float16 is the coarser grid.
+        (_near(rest), below),
+        (_above(rest), below),
+    ])  # fmt: skip
+
+
+def _search_int4(t: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The best of the clipped ranges for columns that span 0 to 15, as the scale and minimum fitted to it."""
+    q = np.empty_like(t)
+    scale = minimum = np.zeros(t.shape[1], np.float32)
+    most = np.full(t.shape[1], -np.inf, np.float32)
+    for bottom, top in _CLIPPED:
+        stretch = 1 / (1 - bottom - top)
+        np.multiply(t, np.float32(stretch), out=q)
+        q -= np.float32(15 * bottom * stretch)
+        np.clip(np.rint(q, out=q), 0, 15, out=q)
+        new_scale, new_minimum, explained = _fit(t, mean, q)
+        better = explained > most
+        scale, minimum = np.where(better, new_scale, scale), np.where(better, new_minimum, minimum)
+        most = np.where(better, explained, most)
+    return scale, minimum
+
+
+def _fit(t: np.ndarray, mean: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scale and minimum of least squared error for values q, and how much of t's variance they explain."""
+    total = q.sum(0)
+    covariance = _dot(q, t) - total * mean
+    variance = _dot(q, q) - total * total / len(t)
+    scale = covariance * _inverse(variance)
+    return scale, mean - scale * total / len(t), scale * covariance
+
+
+def _closest(
+    x: np.ndarray, lowest: int, highest: int, candidates: Sequence[tuple[np.ndarray, np.ndarray | None]]
+) -> _Quantised:
+    """The values for whichever stored scale (and minimum) leaves the least error in each column."""
+    (scale, minimum), *others = candidates
+    values, least = _rounded(x, lowest, highest, scale, minimum)
+    for other_scale, other_minimum in others:
+        other, error = _rounded(x, lowest, highest, other_scale, other_minimum)
+        better = error < least
+        least = np.where(better, error, least)
+        values = np.where(better, other, values)
+        scale = np.where(better, other_scale, scale)
+        if minimum is not None and other_minimum is not None:
+            minimum = np.where(better, other_minimum, minimum)
+    return (values, scale) if minimum is None else (values, scale, minimum)
+
+
+def _rounded(
+    x: np.ndarray, lowest: int, highest: int, scale: np.ndarray, minimum: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The closest values under stored coefficients, and the squared error of each column."""
+    scale = scale.astype(np.float32)
+    offset = np.float32(0) if minimum is None else minimum.astype(np.float32)
+    values = (x - offset) * _inverse(scale)
+    np.clip(np.rint(values, out=values), lowest, highest, out=values)
+    error = values * scale
+    error += offset
+    error -= x
+    return values, _dot(error, error)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("kg,kg->g", a, b)
+
+
+def _inverse(x: np.ndarray) -> np.ndarray:
+    """1 / x, and zero for what is next to nothing."""
+    return np.divide(np.float32(1), x, out=np.zeros_like(x), where=np.abs(x) > _TINY)
+
+
+def _near(x: np.ndarray) -> np.ndarray:
+    return np.clip(x, -_HALF_MAX, _HALF_MAX).astype(np.float16)
+
+
+def _below(x: np.ndarray) -> np.ndarray:
+    """The largest float16 that is not above x."""
+    half = _near(x)
+    with np.errstate(over="ignore"):
+        return np.where(half > x, np.nextafter(half, np.float16(-np.inf)), half)
+
+
+def _above(x: np.ndarray) -> np.ndarray:
+    """The smallest float16 that is not below x, or the largest there is."""
+    half = _near(x)
+    with np.errstate(over="ignore"):
+        up = np.nextafter(half, np.float16(np.inf))
+    return np.where((half < x) & np.isfinite(up), up, half)
+
+
+# --- the formats --------------------------------------------------------------------------------------------
+
+FORMATS: Mapping[str, Format] = {
+    f.name: f
+    for f in (
+        _Plain(name="float32", largest=float(np.finfo(np.float32).max)),
+        _Plain(name="bfloat16", largest=float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)),
+        _Grouped(
+            name="int8",
+            largest=127 * _HALF_MAX,
+            dtype="int8",
+            inputs=2,
+            nibbles=1,
+            shared=(".scale",),
+            takes_blocks=True,
+            quantise=_quantise_int8,
+        ),
+        _Grouped(
+            name="int4",
+            largest=_HALF_MAX,
+            dtype="uint8",
+            inputs=4,
+            nibbles=2,
+            shared=(".scale", ".minimum"),
+            takes_blocks=True,
+            quantise=_quantise_int4,
+        ),
+    )
+}

@@ -1,0 +1,163 @@
+// Cuts a call of attention into tasks: blocks of tokens, or spans of positions where there are few tokens.
+#include "attention_call.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+namespace precast {
+namespace {
+
+// Query rows (tokens times group) of a task: a tile of keys is prepared once for as many.
+constexpr int64_t kAttentionRows = 48;
+// Positions of a task when a call brings few tokens; a constant, so that results do not depend on the number of
+// threads.
+constexpr int64_t kSpan = 256;
+// Numbers appended, and query numbers times positions attended to, below which waking other threads costs more time
+// than they save: about 15 microseconds of one thread.
+constexpr int64_t kAloneAppend = 64 * 1024;
+constexpr int64_t kAloneAttend = 256 * 1024;
+
+// A sequence's share of the work: `blocks` of `block` tokens for each key/value head. A sequence of one block splits
+// the positions instead, into `spans` from `first` on: a decode step has as few blocks as heads.
+struct Sequence {
+  int64_t r, slot, start, length;
+  int64_t block, blocks;
+  int64_t first, span, spans;
+  int64_t first_task, first_float;
+};
+
+std::string SequenceText(const AttentionCall& c, int64_t r) {
+  return "sequence " + std::to_string(r) + " of slot " + std::to_string(c.slots[r]) + ", start " +
+         std::to_string(c.starts[r]) + " and length " + std::to_string(c.lengths[r]);
+}
+
+// The sequences that have tokens, and how each is cut into tasks.
+std::vector<Sequence> Plan(const AttentionCall& c) {
+  const AttentionShape& d = c.d;
+  const int64_t group = d.N / d.K, block = std::max<int64_t>(1, kAttentionRows / group);
+  std::vector<Sequence> plan;
+  int64_t task = 0, floats = 0;
+  for (int64_t r = 0; r < d.R; ++r) {
+    Sequence s = {r, c.slots[r], c.starts[r], c.lengths[r], block, 0, 0, d.S, 1, task, floats};
+    if (s.length == 0) continue;
+    s.blocks = (s.length + block - 1) / block;
+    s.block = std::min(block, s.length);
+    if (s.blocks == 1) {
+      if (c.window > 0) s.first = std::max<int64_t>(0, s.start + 1 - c.window);
+      s.span = kSpan;
+      s.spans = (s.start + s.length - s.first + kSpan - 1) / kSpan;
+    }
+    task += d.K * s.blocks * s.spans;
+    if (s.spans > 1) floats += d.K * s.spans * s.block * group * (d.H + 2);
+    plan.push_back(s);
+  }
+  return plan;
+}
+
+AttentionPartial PartialAt(float* at, int64_t rows, int64_t H) {
+  return {at, at + rows * H, at + rows * (H + 1)};
+}
+
+void Append(const AttentionCall& c, const Ops& ops, const Sequence& s, int64_t k, bool keys, float* scratch) {
+  const AttentionShape& d = c.d;
+  const CacheRows& cache = keys ? c.keys : c.values;
+  const int64_t row = c.CacheRow(s.slot, k) + s.start, angles = s.r * d.T * d.P;
+  ops.store_rows({(keys ? c.k : c.v) + (s.r * d.T * d.K + k) * d.H, d.K * d.H, c.cos + angles, c.sin + angles,
+                  keys ? d.P : 0, s.length, d.H, cache.type, cache.Row(row, d.H), cache.Scale(row)},
+                 scratch);
+}
+
+// One task: a block of tokens of one key/value head against all they see, or against one span of it. Where there is
+// but one span its answers are written at once.
+void AttendTask(const AttentionCall& c, const Ops& ops, const Sequence& s, int64_t task, float* partials) {
+  const AttentionShape& d = c.d;
+  const int64_t group = d.N / d.K, unit = task / s.spans, span = task % s.spans, k = unit % d.K;
+  // The last tokens see most: first drawn, they do not keep the others waiting at the end.
+  const int64_t token = (s.blocks - 1 - unit / d.K) * s.block, tokens = std::min(s.block, s.length - token);
+  const int64_t rows = tokens * group, angles = s.r * d.T * d.P, row = c.CacheRow(s.slot, k);
+  const int64_t query = (s.r * d.T * d.N + k * group) * d.H;
+  const AttentionHead head = {c.q + query, d.N * d.H, c.cos + angles, c.sin + angles, d.P, c.keys.type,
+                              c.keys.Row(row, d.H), c.values.Row(row, d.H), c.keys.Scale(row),
+                              c.values.Scale(row), group, d.H, s.start, c.window, c.scale, c.soft_cap};
+  const int64_t from = s.first + span * s.span, partial_floats = rows * (d.H + 2);
+  const int64_t own = s.spans > 1 ? 0 : partial_floats;
+  std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(AttentionScratch(rows, d.H) + own)]);
+  float* at = s.spans > 1 ? partials + s.first_float + (k * s.spans + span) * partial_floats : scratch.get();
+  const AttentionPartial partial = PartialAt(at, rows, d.H);
+  ops.attention(head, {token, tokens, from, from + s.span}, partial, scratch.get() + own);
+  if (s.spans == 1)
+    ops.merge_spans(partial, 0, 1, rows, group, d.H, c.out + query + token * d.N * d.H, d.N * d.H);
+}
+
+void MergeSequence(const AttentionCall& c, const Ops& ops, const Sequence& s, float* partials) {
+  const AttentionShape& d = c.d;
+  const int64_t group = d.N / d.K, rows = s.length * group, stride = rows * (d.H + 2);
+  for (int64_t k = 0; k < d.K; ++k)
+    ops.merge_spans(PartialAt(partials + s.first_float + k * s.spans * stride, rows, d.H), stride, s.spans, rows,
+                    group, d.H, c.out + (s.r * d.T * d.N + k * group) * d.H, d.N * d.H);
+}
+
+// Too little work is done by the calling thread alone.
+template <typename Body>
+void For(Team& team, bool alone, int64_t tasks, const Body& body) {
+  if (!alone) return team.For(tasks, body);
+  for (int64_t i = 0; i < tasks; ++i) body(i);
+}
+
+}  // namespace
+
+std::string CheckAttention(const AttentionCall& c) {
+  const AttentionShape& d = c.d;
+  if (c.layer < 0 || c.layer >= d.L)
+    return ("attention: layer " + std::to_string(c.layer) + " of caches of " + std::to_string(d.L) + " layers");
+  std::vector<char> used(static_cast<size_t>(d.B), 0);
+  for (int64_t r = 0; r < d.R; ++r) {
+    const int64_t slot = c.slots[r], start = c.starts[r], length = c.lengths[r];
+    if (length == 0) continue;
+    if (slot < 0 || slot >= d.B || start < 0 || length < 0 || length > d.T || start + length > d.S)
+      return ("attention: " + SequenceText(c, r) + " does not fit " + std::to_string(d.B) + " slots of " +
+                 std::to_string(d.S) + " positions and " + std::to_string(d.T) + " tokens");
+    if (used[static_cast<size_t>(slot)]++) return ("attention: two sequences in slot " + std::to_string(slot));
+  }
+  if (!(c.soft_cap >= 0.0f) || std::isinf(c.soft_cap) || c.window < 0)
+    return ("attention: expected a window and a finite soft_cap of at least 0, found " + std::to_string(c.window) +
+               " and " + std::to_string(c.soft_cap));
+  return "";
+}
+
+void RunAttention(Team& team, const AttentionCall& c) {
+  const AttentionShape& d = c.d;
+  for (int64_t r = 0; r < d.R; ++r) {
+    float* row = c.out + r * d.T * d.N * d.H;
+    std::fill(row + c.lengths[r] * d.N * d.H, row + d.T * d.N * d.H, 0.0f);
+  }
+  const std::vector<Sequence> plan = Plan(c);
+  if (plan.empty()) return;
+  const Ops& ops = CurrentOps();
+  int64_t appended = 0, attended = 0;
+  for (const Sequence& s : plan) {
+    appended += 2 * s.length * d.K * d.H;
+    attended += s.length * d.N * d.H * (s.start + s.length - s.first);
+  }
+  const int64_t stores = static_cast<int64_t>(plan.size()) * d.K * 2;
+  For(team, appended < kAloneAppend, stores, [&](int64_t i) {
+    std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(d.H)]);
+    Append(c, ops, plan[static_cast<size_t>(i / 2 / d.K)], i / 2 % d.K, i % 2 == 0, scratch.get());
+  });
+  const Sequence& last = plan.back();
+  const int64_t tasks = last.first_task + d.K * last.blocks * last.spans;
+  const int64_t floats =
+      last.first_float + (last.spans > 1 ? d.K * last.spans * last.length * d.N / d.K * (d.H + 2) : 0);
+  std::unique_ptr<float[]> partials(new float[static_cast<size_t>(floats)]);
+  For(team, attended < kAloneAttend, tasks, [&](int64_t task) {
+    size_t i = plan.size() - 1;
+    while (task < plan[i].first_task) --i;
+    AttendTask(c, ops, plan[i], task - plan[i].first_task, partials.get());
+  });
+  for (const Sequence& s : plan)
+    if (s.spans > 1) MergeSequence(c, ops, s, partials.get());
+}
+
+}  // namespace precast

@@ -1,0 +1,123 @@
+// Splits a linear call into tasks: first rows of activations are prepared, then weights stream past them.
+#include "linear_call.h"
+
+#include <algorithm>
+
+#include "ops.h"
+
+namespace precast {
+namespace {
+
+// Bytes of weights a task streams: large enough to hide the cost of drawing it, small enough to share evenly.
+constexpr int64_t kFloatTaskBytes = 128 * 1024, kPackedTaskBytes = 32 * 1024;
+// Outputs of a task of float weights are a multiple of this: of every kColumns, so that blocks come out even.
+constexpr int64_t kTaskOutputs = 24;
+// Bytes of quantised activations that stay in the second-level cache while panels pass by.
+constexpr int64_t kRowBytes = 400 * 1024;
+// Rows prepared by one task.
+constexpr int64_t kPrepareRows = 8;
+// Outputs a task has at most when it streams few wide rows.
+constexpr int64_t kTaskFloats = 256;
+
+bool IsPacked(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
+
+// Memory for the activations as the weights' formats need them: normed floats, and integers for packed weights.
+LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearCall& c) {
+  bool packed = false, int4 = false;
+  for (const LinearPart& part : c.parts) {
+    packed |= IsPacked(part.weight.format);
+    int4 |= part.weight.format == Format::kInt4;
+  }
+  LinearRows rows = {c.x, c.in, {}};
+  if (c.norm == nullptr && !packed) return rows;
+  const int64_t pad = RoundUp(c.in, kGroup), groups = pad / kGroup;
+  arena.Reset(c.rows * (c.in * 4 + pad * 4 + (1 + groups) * 4));
+  float* normed = c.norm == nullptr ? nullptr : arena.Take<float>(c.rows * c.in);
+  if (normed != nullptr) rows.x = normed;
+  QuantizedRows& to = rows.quantized;
+  if (packed) {
+    to = {arena.Take<int16_t>(c.rows * pad), nullptr, nullptr, arena.Take<float>(c.rows), nullptr, pad};
+    if (int4) to.sums = arena.Take<float>(c.rows * groups);
+    if (int4 && c.rows <= kFewRows) {
+      to.high = arena.Take<int8_t>(c.rows * pad);
+      to.low = arena.Take<int8_t>(c.rows * pad);
+    }
+  }
+  team.For((c.rows + kPrepareRows - 1) / kPrepareRows, [&](int64_t task) {
+    const int64_t end = std::min(c.rows, (task + 1) * kPrepareRows);
+    for (int64_t row = task * kPrepareRows; row < end; ++row) {
+      const float* x = c.x + row * c.in;
+      if (normed != nullptr) {
+        ops.normalize(x, c.norm, c.eps, c.in, normed + row * c.in);
+        x = normed + row * c.in;
+      }
+      if (packed) ops.quantize(x, c.in, row, to);
+    }
+  });
+  return rows;
+}
+
+int64_t TaskOutputs(const Weight& w, int64_t in, int64_t rows) {
+  if (!IsPacked(w.format)) {
+    const int64_t row_bytes = std::max<int64_t>(in * (w.format == Format::kFloat32 ? 4 : 2), 1);
+    return std::max(kTaskOutputs, kFloatTaskBytes / row_bytes / kTaskOutputs * kTaskOutputs);
+  }
+  if (rows > kFewRows) return kPanel;
+  const int64_t panel_bytes = RoundUp(in + 1, kGroup) * kPanel / (w.format == Format::kInt4 ? 2 : 1);
+  return std::max<int64_t>(1, kPackedTaskBytes / panel_bytes) * kPanel;
+}
+
+// Rows that pass the same weights together.
+int64_t RowChunk(const LinearCall& c) {
+  if (!IsPacked(c.parts[0].weight.format)) return std::max<int64_t>(c.rows, 1);
+  return std::max<int64_t>(24, kRowBytes / (2 * RoundUp(c.in + 1, kGroup)) / 24 * 24);
+}
+
+// Outputs [from, from + outs) of one part, finished.
+void Compute(const LinearOps& ops, const LinearCall& c, const LinearRows& x, const LinearPart& part, int64_t from,
+             int64_t outs) {
+  const int64_t chunk = RowChunk(c), y_row = part.weight.outs;
+  const bool gated = c.gate != Gate::kNone;
+  float few[kFewRows * kTaskFloats];
+  std::unique_ptr<float[]> many;
+  float* up = few;
+  if (gated && std::min(chunk, c.rows) * outs > kFewRows * kTaskFloats) {
+    many.reset(new float[static_cast<size_t>(std::min(chunk, c.rows) * outs)]);
+    up = many.get();
+  }
+  for (int64_t row = 0; row < c.rows; row += chunk) {
+    const int64_t rows = std::min(chunk, c.rows - row);
+    float* y = part.y + row * y_row + from;
+    ops.product(part.weight, x, row, rows, from, outs, y, y_row);
+    if (gated) ops.product(c.parts[1].weight, x, row, rows, from, outs, up, outs);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (part.bias != nullptr) ops.add(part.bias + from, outs, y + r * y_row);
+      if (gated) {
+        if (c.parts[1].bias != nullptr) ops.add(c.parts[1].bias + from, outs, up + r * outs);
+        ops.gate(c.gate, up + r * outs, outs, y + r * y_row);
+      }
+      if (c.residual != nullptr) ops.add(c.residual + (row + r) * y_row + from, outs, y + r * y_row);
+    }
+  }
+}
+
+}  // namespace
+
+void RunLinear(Team& team, Arena& arena, const LinearCall& c) {
+  const LinearOps& ops = CurrentOps().linear;
+  const LinearRows rows = Prepare(team, ops, arena, c);
+  int64_t tasks = 0;
+  for (size_t i = 0; i < c.results(); ++i) {
+    const int64_t step = TaskOutputs(c.parts[i].weight, c.in, c.rows);
+    tasks += (c.parts[i].weight.outs + step - 1) / step;
+  }
+  team.For(tasks, [&](int64_t task) {
+    for (const LinearPart& part : c.parts) {
+      const int64_t step = TaskOutputs(part.weight, c.in, c.rows), own = (part.weight.outs + step - 1) / step;
+      if (task < own) return Compute(ops, c, rows, part, task * step, std::min(step, part.weight.outs - task * step));
+      task -= own;
+    }
+  });
+}
+
+}  // namespace precast

@@ -1,0 +1,60 @@
+// A linear call with everything checked: y = norm(x) W^T + b, with a residual added or a gate applied.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "linear.h"
+#include "parallel.h"
+
+namespace precast {
+
+inline int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Memory that serves one call after another.
+class Arena {
+ public:
+  // Forgets what was taken and makes room for this many bytes, and 64 for each of up to eight arrays.
+  void Reset(int64_t bytes) {
+    const int64_t needed = bytes + 9 * kAlignment;
+    if (needed > size_) {
+      memory_.reset(new char[static_cast<size_t>(needed)]);
+      size_ = needed;
+    }
+    used_ = RoundUp(reinterpret_cast<int64_t>(memory_.get()), kAlignment) - reinterpret_cast<int64_t>(memory_.get());
+  }
+  template <typename T>
+  T* Take(int64_t n) {
+    T* taken = reinterpret_cast<T*>(memory_.get() + used_);
+    used_ += RoundUp(n * static_cast<int64_t>(sizeof(T)), kAlignment);
+    return taken;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 64;
+  std::unique_ptr<char[]> memory_;
+  int64_t size_ = 0, used_ = 0;
+};
+
+// One product of a call: weights of the layer, its bias if any, its result.
+struct LinearPart {
+  Weight weight;
+  const float* bias;
+  float* y;  // [rows, outs]
+};
+
+struct LinearCall {
+  int64_t rows, in;
+  const float* x;         // [rows, in]
+  const float* norm;      // [in], or null
+  float eps;
+  const float* residual;  // [rows, outs] of the only result, or null
+  Gate gate;              // of the first part by the second
+  std::vector<LinearPart> parts;
+
+  size_t results() const { return gate == Gate::kNone ? parts.size() : 1; }
+};
+
+void RunLinear(Team& team, Arena& arena, const LinearCall& call);
+
+}  // namespace precast

@@ -1,0 +1,140 @@
+// precast.linear: y = norm(x) W^T + b, with a residual added or a gate applied, in one call. precast.embed: rows of
+// the same kinds of weights.
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <string_view>
+
+#include "ffi.h"
+#include "operands.h"
+
+namespace precast {
+namespace {
+
+// Rows looked up by one task.
+constexpr int64_t kEmbedRows = 8;
+
+std::optional<Gate> GateOf(std::string_view name) {
+  if (name.empty()) return Gate::kNone;
+  if (name == "silu") return Gate::kSilu;
+  if (name == "gelu_tanh") return Gate::kGeluTanh;
+  return std::nullopt;
+}
+
+using Scalar = ffi::BufferR0<ffi::S32>;
+
+ffi::Error LinearHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Scalar layer_buffer, Scalar true_rows,
+                         ffi::RemainingArgs rest, ffi::RemainingRets results, bool norm, float eps, bool residual,
+                         bool bias, std::string_view gate) {
+  const int64_t all = x.dimensions()[0], in = x.dimensions()[1];
+  const int64_t used = true_rows.typed_data()[0], layer = layer_buffer.typed_data()[0];
+  const std::optional<Gate> known = GateOf(gate);
+  if (!known.has_value()) return Bad("linear: gate '" + std::string(gate) + "' is not known");
+  if (used < 0 || used > all)
+    return Bad("linear: " + std::to_string(used) + " true rows of x " + Shape(x.dimensions()));
+  if (results.size() == 0 || (results.size() > 1 && (residual || *known != Gate::kNone)))
+    return Bad("linear: expected one result, or several without residual and gate, found " +
+               std::to_string(results.size()));
+  LinearCall c = {used, in, x.typed_data(), nullptr, eps, nullptr, *known, {}};
+  std::vector<int64_t> outs;
+  for (size_t i = 0; i < results.size(); ++i) {
+    auto y = results.get<ffi::AnyBuffer>(i);
+    if (!y.has_value() || (*y)->element_type() != ffi::F32 || (*y)->dimensions().size() != 2 ||
+        (*y)->dimensions()[0] != all)
+      return Bad("linear: expected float32 results of as many rows as x " + Shape(x.dimensions()));
+    outs.push_back((*y)->dimensions()[1]);
+    c.parts.push_back({{}, nullptr, reinterpret_cast<float*>((*y)->untyped_data())});
+  }
+  Operands operands("linear", rest);
+  if (norm) c.norm = operands.TakeLayer<float>("norm", layer, ffi::F32, {in});
+  if (residual) c.residual = operands.Take<float>("residual", ffi::F32, {all, outs[0]});
+  if (c.gate != Gate::kNone) c.parts.push_back({{}, nullptr, nullptr});
+  for (size_t i = 0; i < c.parts.size(); ++i) {
+    const int64_t n = outs[std::min(i, outs.size() - 1)];
+    c.parts[i].weight = TakeWeight(operands, layer, n, in);
+    if (bias) c.parts[i].bias = operands.TakeLayer<float>("bias", layer, ffi::F32, {n});
+  }
+  if (!operands.AtEnd()) operands.Fail("more operands than weights, biases, norm and residual take");
+  if (operands.error().failure()) return operands.error();
+  Team team(pool);
+  Arena arena;
+  RunLinear(team, arena, c);
+  // Padding costs no products; it is zero, so that nothing downstream reads what was never written.
+  for (size_t i = 0; i < outs.size(); ++i)
+    std::fill(c.parts[i].y + used * outs[i], c.parts[i].y + all * outs[i], 0.0f);
+  return ffi::Error::Success();
+}
+
+// Element (o, k) of weights of `in` inputs.
+float Element(const Weight& w, int64_t o, int64_t k, int64_t in) {
+  const int64_t pad = RoundUp(in, kGroup), panel = o / kPanel, lane = o % kPanel;
+  const auto half = [&](const uint16_t* halves) {
+    return HalfToFloat(halves[(panel * (pad / kGroup) + k / kGroup) * kPanel + lane]);
+  };
+  switch (w.format) {
+    case Format::kFloat32: return static_cast<const float*>(w.values)[o * in + k];
+    case Format::kBfloat16: {
+      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(w.values)[o * in + k]) << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    }
+    case Format::kInt8: {
+      const auto* values = static_cast<const int8_t*>(w.values);
+      return half(w.scale) * values[((panel * (pad / 2) + k / 2) * kPanel + lane) * 2 + k % 2];
+    }
+    case Format::kInt4: {
+      const auto* values = static_cast<const uint8_t*>(w.values);
+      const uint8_t byte = values[((panel * (pad / 8) + k / 8) * kPanel + lane) * 4 + k % 4];
+      return half(w.scale) * (k % 8 < 4 ? byte & 15 : byte >> 4) + half(w.minimum);
+    }
+  }
+  return 0.0f;
+}
+
+ffi::Error EmbedHandler(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> tokens, ffi::RemainingArgs rest,
+                        ffi::ResultBufferR2<ffi::F32> result, int64_t vocab) {
+  const int64_t rows = tokens.dimensions()[0], width = result->dimensions()[1];
+  if (result->dimensions()[0] != rows || vocab < 0)
+    return Bad("embed: result " + Shape(result->dimensions()) + " for " + std::to_string(rows) + " tokens of " +
+               std::to_string(vocab));
+  Operands operands("embed", rest);
+  const Weight w = TakeWeight(operands, 0, vocab, width);
+  if (!operands.AtEnd()) operands.Fail("more operands than weights take");
+  if (operands.error().failure()) return operands.error();
+  for (int64_t r = 0; r < rows; ++r)
+    if (const int64_t token = tokens.typed_data()[r]; token < 0 || token >= vocab)
+      return Bad("embed: token " + std::to_string(token) + " of " + std::to_string(vocab));
+  Team(pool).For((rows + kEmbedRows - 1) / kEmbedRows, [&](int64_t task) {
+    for (int64_t r = task * kEmbedRows; r < std::min(rows, (task + 1) * kEmbedRows); ++r)
+      for (int64_t k = 0; k < width; ++k)
+        result->typed_data()[r * width + k] = Element(w, tokens.typed_data()[r], k, width);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastEmbedV1, EmbedHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Attr<int64_t>("vocab"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastLinearV1, LinearHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR2<ffi::F32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<bool>("norm")
+                                  .Attr<float>("eps")
+                                  .Attr<bool>("residual")
+                                  .Attr<bool>("bias")
+                                  .Attr<std::string_view>("gate"));
+
+}  // namespace precast

@@ -1,0 +1,401 @@
+"""Storage formats: the layout element by element, errors bounded and beaten, and nothing silently wrong."""
+
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from precast.exporter.quantize import FORMATS, GROUP, PANEL, StoredArray
+from precast.exporter.sources.base import QuantisedBlocks
+from precast.loaders.artifact.errors import PrecastError
+
+INT8, INT4 = FORMATS["int8"], FORMATS["int4"]
+INTEGERS = pytest.mark.parametrize("name", ["int8", "int4"])
+HALF_MAX = 65504.0
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 100))
+
+
+def normal(shape, seed=0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def again(name: str, matrix: np.ndarray) -> np.ndarray:
+    return FORMATS[name].decode(FORMATS[name].encode(matrix), *matrix.shape)
+
+
+def errors(matrix: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The squared error of each group of inputs, ``[out, groups]``."""
+    starts = np.arange(0, matrix.shape[1], GROUP)
+    return np.add.reduceat((matrix.astype(np.float64) - other) ** 2, starts, axis=1)
+
+
+def plain(name: str, matrix: np.ndarray) -> np.ndarray:
+    """Each group rounded over its whole range, group by group."""
+    out = np.zeros(matrix.shape)
+    for start in range(0, matrix.shape[1], GROUP):
+        group = matrix[:, start : start + GROUP].astype(np.float64)
+        low = group.min(1, keepdims=True) if name == "int4" else np.zeros((len(group), 1))
+        top = np.abs(group).max(1, keepdims=True) / 127
+        step = (group.max(1, keepdims=True) - low) / 15 if name == "int4" else top
+        step, low = step.astype(np.float16).astype(np.float64), low.astype(np.float16).astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = np.where(step > 0, np.rint((group - low) / step), 0)
+        out[:, start : start + GROUP] = (
+            step * np.clip(values, *((0, 15) if name == "int4" else (-127, 127))) + low
+        )
+    return out
+
+
+def element(name: str, arrays, o: int, k: int) -> np.float32:
+    """One weight, as the description of the formats says where it lies."""
+    scale = np.float32(arrays[1][o // 16, k // 32, o % 16])
+    if name == "int8":
+        return scale * np.float32(arrays[0][o // 16, k // 2, o % 16, k % 2])
+    byte = int(arrays[0][o // 16, k // 8, o % 16, k % 4])
+    value = byte & 15 if k % 8 < 4 else byte >> 4
+    return scale * np.float32(value) + np.float32(arrays[2][o // 16, k // 32, o % 16])
+
+
+def spread(coefficients: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """A scale or minimum for every weight."""
+    each = coefficients.swapaxes(1, 2).reshape(-1, coefficients.shape[1])[:rows].astype(np.float64)
+    return np.repeat(each, GROUP, axis=1)[:, :columns]
+
+
+# --- layout -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("float32", [("", (3, 20, 40), "float32")]),
+        ("bfloat16", [("", (3, 20, 40), "bfloat16")]),
+        ("int8", [("", (3, 2, 32, 16, 2), "int8"), (".scale", (3, 2, 2, 16), "float16")]),
+        (
+            "int4",
+            [
+                ("", (3, 2, 8, 16, 4), "uint8"),
+                (".scale", (3, 2, 2, 16), "float16"),
+                (".minimum", (3, 2, 2, 16), "float16"),
+            ],
+        ),
+    ],
+)
+def test_what_a_stack_is_stored_as(name, expected):
+    arrays = FORMATS[name].arrays((3, 20, 40))
+    assert arrays == tuple(StoredArray(*array) for array in expected)
+    encoded = FORMATS[name].encode(normal((20, 40)))
+    assert [(a.shape, a.dtype) for a in encoded] == [(a.shape[1:], a.numpy_dtype) for a in arrays]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("float32", (50, 40)), ("bfloat16", (50, 40)), ("int8", (1, 4, 32, 16, 2))]
+)
+def test_a_matrix_alone_is_a_stack_of_one_where_it_is_packed(name, shape):
+    assert FORMATS[name].arrays((50, 40))[0].shape == shape
+
+
+@INTEGERS
+@given(shape=shapes, seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=30)
+def test_every_weight_lies_where_the_kernels_look(name, shape, seed):
+    matrix = normal(shape, seed)
+    arrays = FORMATS[name].encode(matrix)
+    found = FORMATS[name].decode(arrays, *shape)
+    expected = [[element(name, arrays, o, k) for k in range(shape[1])] for o in range(shape[0])]
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.float32
+    # Wrongly placed, they would be off by as much as they are large.
+    assert np.abs(found - matrix).max() < 0.5
+
+
+@INTEGERS
+@given(shape=shapes)
+@settings(deadline=None, max_examples=30)
+def test_padding_is_zero(name, shape):
+    """Full of values that are far from zero, so that nothing is zero by chance."""
+    arrays = FORMATS[name].encode(normal(shape) + 100)
+    rows, columns = shape
+    values, groups = arrays[0], -(-columns // GROUP)
+    whole = np.zeros((PANEL * len(values), GROUP * groups), np.float32)
+    for coefficients in arrays[1:]:
+        flat = coefficients.swapaxes(1, 2).reshape(PANEL * len(values), groups)
+        assert not flat[rows:].any()
+    ones = [values, np.ones_like(arrays[1]), *(np.zeros_like(a) for a in arrays[2:])]
+    whole = FORMATS[name].decode(ones, *whole.shape)
+    assert not whole[rows:].any()
+    assert not whole[:, columns:].any()
+
+
+@INTEGERS
+def test_blocks_of_rows_make_no_difference(name):
+    matrix = normal((16 * 300, 96))
+    encoded = FORMATS[name].encode(matrix)
+    for panel in (0, 150, 299):
+        alone = FORMATS[name].encode(matrix[16 * panel : 16 * panel + 16])
+        for one, all_ in zip(alone, encoded, strict=True):
+            np.testing.assert_array_equal(one[0], all_[panel])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_view_that_is_not_contiguous(name):
+    matrix = normal((40, 20))
+    np.testing.assert_array_equal(again(name, matrix.T), again(name, np.ascontiguousarray(matrix.T)))
+
+
+@INTEGERS
+def test_scratch_is_bounded(name):
+    matrix = normal((512, 32768))
+    tracemalloc.start()
+    try:
+        FORMATS[name].encode(matrix)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 150e6
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+@INTEGERS
+@given(
+    shape=shapes,
+    seed=st.integers(0, 99),
+    magnitude=st.floats(-9, 4),
+    offset=st.sampled_from([0, 0, 1e-3, 1, 100]),
+)
+@settings(deadline=None, max_examples=120)
+def test_no_group_is_worse_than_plain_rounding(name, shape, seed, magnitude, offset):
+    matrix = ((normal(shape, seed) + np.float32(offset)) * 10**magnitude).astype(np.float32)
+    matrix = np.clip(matrix, -HALF_MAX, HALF_MAX)
+    found, limit = errors(matrix, again(name, matrix)), errors(matrix, plain(name, matrix))
+    most = np.float64(np.abs(matrix).max()) ** 2
+    assert (found <= limit * (1 + 1e-3) + GROUP * most * 1e-13).all()
+
+
+@pytest.mark.parametrize(("name", "part"), [("int8", 0.93), ("int4", 0.9)])
+@pytest.mark.parametrize("tails", [None, 5])
+def test_the_search_pays(name, part, tails):
+    random = np.random.default_rng(3)
+    matrix = random.standard_normal((64, 576)) if tails is None else random.standard_t(tails, (64, 576))
+    matrix = matrix.astype(np.float32)
+    found, limit = errors(matrix, again(name, matrix)), errors(matrix, plain(name, matrix))
+    assert np.sqrt(found.sum() / limit.sum()) < part
+
+
+@INTEGERS
+@given(shape=shapes, seed=st.integers(0, 99), magnitude=st.floats(-8, 3))
+@settings(deadline=None, max_examples=50)
+def test_values_are_the_closest_under_the_scale_that_is_stored(name, shape, seed, magnitude):
+    """Which they are not when they are rounded before the scale is."""
+    matrix = normal(shape, seed) * np.float32(10**magnitude)
+    stored = FORMATS[name]
+    arrays = stored.encode(matrix)
+    unscaled = [arrays[0], np.ones_like(arrays[1]), *(np.zeros_like(a) for a in arrays[2:])]
+    values = stored.decode(unscaled, *shape).astype(np.float64)
+    scale, minimum = (spread(a, *shape) for a in (*arrays[1:], np.zeros_like(arrays[1]))[:2])
+    error = np.abs(matrix - (scale * values + minimum))
+    slack = np.abs(matrix).max() * 1e-6  # of float32
+    for step in (-1, 1):
+        other = np.clip(values + step, *((0, 15) if name == "int4" else (-127, 127)))
+        assert (error <= np.abs(matrix - (scale * other + minimum)) + slack).all()
+
+
+@given(rows=st.integers(1, 20), groups=st.integers(1, 3), seed=st.integers(0, 999))
+@settings(deadline=None, max_examples=50)
+def test_what_lies_on_a_grid_is_kept(rows, groups, seed):
+    """Grids that reach both their ends in every group."""
+    random = np.random.default_rng(seed)
+    scale = random.uniform(1e-3, 1, (rows, groups, 1)).astype(np.float16).astype(np.float32)
+    values = random.integers(-127, 128, (rows, groups, GROUP)).astype(np.float32)
+    values[..., 7] = 127
+    m = (scale * values).reshape(rows, -1)
+    np.testing.assert_array_equal(again("int8", m), m)
+    minimum = (-8 * scale + random.uniform(-1, 1, scale.shape) * scale).astype(np.float16).astype(np.float32)
+    values = random.integers(0, 16, (rows, groups, GROUP)).astype(np.float32)
+    values[..., 3], values[..., 30] = 0, 15
+    m = (scale * values + minimum).reshape(rows, -1)
+    np.testing.assert_array_equal(again("int4", m), m)
+
+
+@pytest.mark.parametrize("most", [1, 7])
+def test_weights_that_were_rounded_to_few_symmetric_steps_are_kept(most):
+    """As ternary training and 4-bit training without a minimum leave them."""
+    values = np.random.default_rng(1).integers(-most, most + 1, (40, 64))
+    values[:, ::32], values[:, 1::32] = -most, most
+    matrix = values.astype(np.float32) * np.float32(0.0123)
+    for name in ("int8", "int4"):
+        np.testing.assert_allclose(again(name, matrix), matrix, rtol=0, atol=0.0123 * most * 2**-10)
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    matrix = np.array([[1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -0.0, 1e-40]], np.float32)
+    (stored,) = FORMATS["bfloat16"].encode(matrix)
+    assert stored.dtype == ml_dtypes.bfloat16
+    assert stored.astype(np.float64)[0, :4].tolist() == [1, 1 + 2**-6, 1 + 2**-7, 0]
+    np.testing.assert_array_equal(again("bfloat16", again("bfloat16", matrix)), again("bfloat16", matrix))
+
+
+def test_float32_is_left_as_it_is():
+    matrix = normal((5, 7))
+    np.testing.assert_array_equal(again("float32", matrix), matrix)
+
+
+# --- extremes -----------------------------------------------------------------------------------------------
+
+
+@INTEGERS
+def test_zeros_have_no_scale(name):
+    for array in FORMATS[name].encode(np.zeros((20, 70), np.float32)):
+        assert not array.any()
+
+
+@INTEGERS
+def test_a_group_of_zeros_among_others(name):
+    matrix = normal((3, 96))
+    matrix[1, 32:64] = 0
+    found = again(name, matrix)
+    assert not found[1, 32:64].any()
+    assert found[1, :32].any()
+
+
+@pytest.mark.parametrize("constant", [1.0, -0.375, 1000.0, -(2.0**-14), 65504.0, -65504.0])
+def test_a_constant_of_float16_is_exact_in_int4(constant):
+    matrix = np.full((5, 50), constant, np.float32)
+    np.testing.assert_array_equal(again("int4", matrix), matrix)
+
+
+def test_a_narrow_group_far_from_zero():
+    """Float16 has steps of a half there, and one of them lies within the group."""
+    matrix = np.linspace(1000.4, 1000.6, 64, dtype=np.float32).reshape(32, 2).T
+    assert np.abs(again("int4", matrix) - matrix).max() < 0.6 / 15
+
+
+@given(constant=st.floats(0.01, 60000), sign=st.sampled_from([-1, 1]))
+@settings(deadline=None, max_examples=60)
+def test_any_constant_is_nearly_exact_in_int4(constant, sign):
+    matrix = np.full((2, 40), sign * constant, np.float32)
+    # What float16 leaves of it is the scale, whose own steps are 2⁻²⁴ at the least, fifteen times over.
+    np.testing.assert_allclose(again("int4", matrix), matrix, rtol=2**-18, atol=2**-20)
+
+
+@INTEGERS
+@pytest.mark.parametrize("magnitude", [1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-20, 1e-38, 1e-44])
+def test_magnitudes_below_float16_are_kept_as_well_as_can_be(name, magnitude):
+    """The steps of float16 below its normal range are 2⁻²⁴ apart: no weight is further off than its own step."""
+    matrix = np.clip(normal((20, 70)), -3, 3) * np.float32(magnitude)
+    found = again(name, matrix)
+    step = 3 * magnitude * (2 / 15 if name == "int4" else 1 / 127) + 2**-24
+    assert np.isfinite(found).all()
+    assert np.abs(found - matrix).max() <= step
+    assert (errors(matrix, found) <= errors(matrix, np.zeros_like(matrix)) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize(("name", "most"), [("int8", 127 * HALF_MAX), ("int4", HALF_MAX)])
+def test_the_largest_values_that_fit(name, most):
+    matrix = np.clip(normal((20, 70)) * np.float32(most), -most, most).astype(np.float32)
+    found = again(name, matrix)
+    assert np.isfinite(found).all()
+    assert np.abs(found - matrix).max() <= most * (2 / 15 if name == "int4" else 1 / 127)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        (
+            "int8",
+            1e7,
+            "up: holds a value of 1e+07, expected at most 8.31901e+06, the most that int8 can hold;",
+        ),
+        ("int8", -3e38, "up: holds a value of 3e+38, expected at most 8.31901e+06"),
+        ("int4", 65536, "up: holds a value of 65536, expected at most 65504, the most that int4 can hold;"),
+        ("int4", -1e5, "up: holds a value of 100000, expected at most 65504"),
+        ("bfloat16", 3.4e38, "up: holds a value of 3.4e+38, expected at most 3.38953e+38"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name, value, text):
+    matrix = normal((4, 40))
+    matrix[3, 39] = value
+    with pytest.raises(PrecastError) as raised:
+        FORMATS[name].encode(matrix, "up")
+    assert str(raised.value).startswith(text)
+    assert str(raised.value).endswith("store the weights in a wider type.")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_refused(name, value):
+    matrix = normal((4, 40))
+    matrix[2, 3] = value
+    with pytest.raises(PrecastError, match=r"^gate: holds a value of (nan|inf), expected at most"):
+        FORMATS[name].encode(matrix, "gate")
+
+
+# --- blocks -------------------------------------------------------------------------------------------------
+
+
+def blocks(low: int, high: int, *, minimum: bool = False, rows: int = 20, groups: int = 3) -> QuantisedBlocks:
+    random = np.random.default_rng(5)
+    values = random.integers(low, high + 1, (rows, GROUP * groups)).astype(np.uint8 if minimum else np.int8)
+    values[0, :2] = low, high
+    scale = random.uniform(-1, 1, (rows, groups)).astype(np.float16)
+    least = random.uniform(-5, 5, (rows, groups)).astype(np.float16) if minimum else None
+    return QuantisedBlocks(values=values, scale=scale, minimum=least)
+
+
+def multiplied_out(found: QuantisedBlocks) -> np.ndarray:
+    scale, minimum = (
+        np.float32(0) if part is None else np.repeat(part.astype(np.float32), GROUP, axis=1)
+        for part in (found.scale, found.minimum)
+    )
+    return scale * found.values.astype(np.float32) + minimum
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("int8", blocks(-127, 127)),
+        ("int8", blocks(-8, 7)),
+        ("int4", blocks(-8, 7)),
+        ("int4", blocks(0, 15, minimum=True)),
+    ],
+)
+def test_blocks_are_taken_to_the_bit(name, given):
+    arrays = FORMATS[name].repack(given)
+    expected = multiplied_out(given)
+    np.testing.assert_array_equal(FORMATS[name].decode(arrays, *expected.shape), expected)
+    stored = FORMATS[name].arrays((1, *expected.shape))
+    assert [(a.shape, a.dtype) for a in arrays] == [(a.shape[1:], a.numpy_dtype) for a in stored]
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("int8", blocks(-128, 127)),
+        ("int8", blocks(0, 15, minimum=True)),
+        ("int4", blocks(-127, 127)),
+        ("int4", blocks(-9, 7)),
+        ("int4", blocks(-8, 8)),
+        ("int4", blocks(0, 16, minimum=True)),
+        ("float32", blocks(-8, 7)),
+        ("bfloat16", blocks(-8, 7)),
+    ],
+)
+def test_blocks_that_a_format_cannot_say_are_left(name, given):
+    assert FORMATS[name].repack(given) is None
+
+
+@pytest.mark.parametrize(
+    ("scale", "fits"), [(8188.0, True), (8192.0, False), (-8192.0, False), (2.0**-24, True)]
+)
+def test_a_minimum_of_eight_scales_must_fit(scale, fits):
+    given = QuantisedBlocks(values=blocks(-8, 7, groups=1).values, scale=np.full((20, 1), scale, np.float16))
+    arrays = INT4.repack(given)
+    assert (arrays is not None) == fits
+    if fits:
+        np.testing.assert_array_equal(INT4.decode(arrays, 20, 32), multiplied_out(given))

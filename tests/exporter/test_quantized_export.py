@@ -1,0 +1,126 @@
+"""Artifacts of every kind of weights and cache, against the uncached pass over the same stored weights."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from precast.exporter.models import read_model
+from precast.exporter.programs import TABLES, StoredModel, stored_model
+from precast.exporter.quantize import FORMATS
+from precast.loaders.artifact.weights import map_weights
+from precast.loaders.load import load
+
+PROMPT = [i * 7 % 60 for i in range(1, 22)]  # more than the largest bucket
+STEPS = 12
+# What may be lost, in shares of the logits' spread: float32 sums in another order; activations in 16 bits; keys and
+# values of eight bits and of seven.
+LOST = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
+KINDS = [
+    *((weights, "bfloat16") for weights in FORMATS),
+    ("int8", "float32"),
+    ("float32", "int8"),
+    ("int4", "int8"),
+]
+
+
+def forced(model: Any, ids: Sequence[int]) -> np.ndarray:
+    """Logits of the artifact: from the last token of the prompt on, and after each token of `ids` fed to decode."""
+    engine, cache = model.engine, model.engine.new_cache()
+    step = engine.prefill(ids[: len(PROMPT)], cache)
+    rows = [engine.logits(step)[0].copy()]
+    for position in range(len(PROMPT), len(ids)):
+        step = engine.decode([ids[position]], [position], cache)
+        rows.append(engine.logits(step)[0].copy())
+    return np.stack(rows)
+
+
+def uncached(model: StoredModel, root: Path, ids: Sequence[int]) -> np.ndarray:
+    """The same by the reference, with the weights of the artifact."""
+    import jax
+    import jax.numpy as jnp
+
+    arrays = map_weights(root / "weights.safetensors")
+    weights = [jnp.asarray(arrays[name]) for name, _ in model.arrays()]
+    tables = [jnp.asarray(arrays[name]) for name in TABLES]
+    run = jax.jit(lambda tokens, tables, weights: model.bind(weights).forward(tokens, *tables))
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(run(np.int32([ids]), tables, weights))[0, len(PROMPT) - 1 :]
+
+
+@pytest.mark.parametrize(("weights", "cache"), KINDS)
+def test_logits_are_the_references(
+    export_tiny: Callable[..., Path], tiny_source: Callable[..., Any], weights: str, cache: str
+) -> None:
+    root = export_tiny(weights=weights, cache=cache, targets=("cpu",))
+    source = tiny_source()
+    stored = stored_model(read_model(source.config, source.name), weights)
+    ids = PROMPT + [i * 11 % 60 for i in range(STEPS)]
+    found, expected = forced(load(root), ids), uncached(stored, root, ids)
+    lost = LOST[cache] + (1e-3 if weights in ("int8", "int4") else 0.0)
+    assert np.abs(found - expected).max() <= lost * np.ptp(expected)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+def test_the_portable_target_computes_the_same(export_tiny: Callable[..., Path], weights: str) -> None:
+    root = export_tiny(weights=weights)
+    compiled = load(root, target="portable", compile=True, log=lambda _: None)
+    ids = PROMPT + [i * 11 % 60 for i in range(STEPS)]
+    found, expected = forced(load(root), ids), forced(compiled, ids)
+    assert np.abs(found - expected).max() <= LOST["bfloat16"] * np.ptp(expected)
+
+
+def test_what_the_manifest_says(export_tiny: Callable[..., Path]) -> None:
+    manifest = load(export_tiny(weights="int4", cache="int8", targets=("cpu",))).manifest
+    assert manifest.model.weights == "int4"
+    assert [(a.name, a.dtype, a.axes) for a in manifest.cache] == [
+        ("cache.keys", "int8", "LBKSH"),
+        ("cache.values", "int8", "LBKSH"),
+        ("cache.key_scale", "float32", "LBKS"),
+        ("cache.value_scale", "float32", "LBKS"),
+    ]
+    assert manifest.fidelity is not None
+    assert manifest.fidelity.tokens > 0
+    found = {
+        v.name: v.dtype for v in manifest.targets[0].of_kind("decode")[0].arguments if v.role == "weight"
+    }
+    assert found["model.layers.mlp.up_proj.weight"] == "uint8"
+    assert found["model.layers.mlp.up_proj.weight.minimum"] == "float16"
+    assert found["model.embed_tokens.weight"] == "int8"
+    assert found["model.norm.weight"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("weights", "cache", "kept"),
+    [
+        ("float32", None, "float32"),
+        ("int8", None, "bfloat16"),
+        ("bfloat16", None, "bfloat16"),
+        ("int8", "int8", "int8"),
+    ],
+)
+def test_the_cache_goes_with_the_weights(
+    export_tiny: Callable[..., Path], weights: str, cache: str | None, kept: str
+) -> None:
+    manifest = load(export_tiny(weights=weights, cache=cache, targets=("cpu",))).manifest
+    assert {a.dtype for a in manifest.cache if a.axes == "LBKSH"} == {kept}
+    assert (manifest.fidelity is None) == (weights == "float32")
+
+
+def test_several_slots_decode_as_one(export_tiny: Callable[..., Path]) -> None:
+    """Three sequences of different lengths, one slot idle: each goes on as it would alone."""
+    one, four = (load(export_tiny(weights="int8", slots=n, targets=("cpu",))).engine for n in (1, 4))
+    prompts = {0: PROMPT[:5], 1: PROMPT, 3: PROMPT[:9]}
+    together = four.new_cache()
+    alone = {}
+    for slot, prompt in prompts.items():
+        four.prefill(prompt, together, slot=slot)
+        cache = one.new_cache()
+        one.prefill(prompt, cache)
+        alone[slot] = one.logits(one.decode([7], [len(prompt)], cache))[0].copy()
+    positions = [len(prompts[slot]) if slot in prompts else -1 for slot in range(4)]
+    found = four.logits(four.decode([7] * 4, positions, together))
+    for slot, expected in alone.items():
+        np.testing.assert_allclose(found[slot], expected, atol=2e-4 * np.ptp(expected))

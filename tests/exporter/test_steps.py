@@ -1,0 +1,142 @@
+"""What a layer asks of the target, recorded; and what cannot be."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from precast.exporter.models.ops import LinearCall, Packed
+from precast.exporter.models.steps import Steps, record
+
+SHAPE = (2, 3, 10)  # [R, T, D]
+HEADS = (4, 2, 5)  # N, K, H
+
+
+def call(*outs: int, size: int = 10, **around: Any) -> LinearCall:
+    return LinearCall(weights=tuple(jnp.zeros((2, out, size)) for out in outs), outs=outs, **around)
+
+
+def attention(x: Any, attend: Callable, project: Callable) -> Any:
+    """``x + attention(x)``."""
+    (n, k, h), flat = HEADS, x.reshape(-1, x.shape[-1])
+    q, keys, values = project(flat, call(n * h, k * h, k * h, norm=jnp.ones((2, 10)), eps=1e-5))
+    out = attend(*(a.reshape(2, 3, -1, h) for a in (q, keys, values)))
+    return project(out.reshape(6, n * h), call(10, size=20, residual=flat))[0].reshape(2, 3, 10)
+
+
+def test_a_layer_is_recorded() -> None:
+    def layer(x: Any, attend: Callable, project: Callable) -> Any:
+        x = attention(x, attend, project)
+        biases = (jnp.zeros((2, 7)), jnp.zeros((2, 7)))
+        gated = project(x.reshape(6, 10), call(7, 7, biases=biases, gate="gelu_tanh"))
+        assert [y.shape for y in gated] == [(6, 7)]
+        return project(gated[0], call(10, size=7, residual=x.reshape(6, -1)))[0].reshape(*x.shape)
+
+    steps = record(layer, SHAPE, HEADS, 0.25)
+    assert steps.codes == (
+        *(0, 0, -1, 1, 0, 0, 3, 0),  # values 1, 2 and 3: q, k and v of value 0
+        *(1, 1, 2, 3, 0, 0, 0, 0),  # 4
+        *(0, 4, 0, 0, 0, 0, 1, 0),  # 5: and value 0 added
+        *(0, 5, -1, 0, 1, 2, 2, 0),  # 6: gated
+        *(0, 6, 5, 0, 0, 0, 1, 0),  # 7
+    )
+    assert steps.outs == (20, 10, 10, 10, 7, 7, 10)
+    assert steps.numbers == (1e-5, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert [len(c.weights) for c in steps.calls] == [3, 1, 2, 1]
+
+
+def test_every_architecture_is_recorded() -> None:
+    """The kernels run the layers of all of them in one call."""
+    import jax
+
+    from precast.exporter.models import ARCHITECTURES, read_model
+    from precast.exporter.models.parameters import abstract_model
+
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 9}
+    for model_type in ARCHITECTURES:
+        spec = read_model({"model_type": model_type, **sizes}, "config.json")
+        model = abstract_model(spec)
+        found: list[Steps] = []
+
+        def trace(*weights: Any, model: Any = model, found: list[Steps] = found) -> Any:
+            found.append(record(model.bind(weights).model.layers, (1, 5, 12), (2, 1, 6), 1.0))
+            return 0
+
+        jax.eval_shape(trace, *(jax.ShapeDtypeStruct(p.shape, "float32") for p in model.parameters))
+        assert found[0].codes[::8] == (0, 1, 0, 0, 0)
+
+
+def test_packed_weights_are_handed_on() -> None:
+    packed = Packed(jnp.zeros((2, 1, 16, 16, 2), jnp.int8), jnp.zeros((2, 1, 1, 16), jnp.float16))
+    steps = record(
+        lambda x, _, project: project(x, LinearCall(weights=(packed,), outs=(10,)))[0], (6, 10), HEADS, 1.0
+    )
+    assert steps.calls[0].weights[0] is packed
+
+
+def after(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A layer with something else between its steps."""
+
+    def layer(x: Any, attend: Callable, project: Callable) -> Any:
+        x = change(attention(x, attend, project))
+        return project(x.reshape(6, 10), call(10))[0].reshape(2, 3, 10)
+
+    return layer
+
+
+OTHER = {
+    "a sum": lambda x: x + x,
+    "a sum with a number": lambda x: 1.0 + x,
+    "a product": lambda x: x * 2.0,
+    "a difference": lambda x: -x,
+    "a matrix product": lambda x: x @ jnp.ones((10, 10)),
+    "an array's sum": lambda x: jnp.ones(SHAPE) + x,
+    "an array's product": lambda x: np.float32(2) * x,
+    "a function": jnp.tanh,
+    "a slice": lambda x: x[:, :, ::-1],
+    "a concatenation": lambda x: jnp.concatenate([x, x]),
+    "a transposition": lambda x: jnp.swapaxes(x, 0, 1),
+    "a loop": lambda x: [row for row in x],
+    "a size that does not fit": lambda x: x.reshape(2, 3, 11),
+    "a size that does not divide": lambda x: x.reshape(-1, 7),
+}
+
+
+@pytest.mark.parametrize("change", OTHER.values(), ids=OTHER.keys())
+def test_anything_else_is_refused(change: Callable[[Any], Any]) -> None:
+    record(after(lambda x: x), SHAPE, HEADS, 1.0)
+    with pytest.raises(TypeError):
+        record(after(change), SHAPE, HEADS, 1.0)
+
+
+LAST = "a layer's result must be that of its last step"
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x, attend, project: jnp.ones(SHAPE),
+        lambda x, attend, project: project(x, call(10))[0] and x,
+        lambda x, attend, project: project(x, call(10, 10))[0],
+        lambda x, attend, project: project(x, call(11))[0],
+        lambda x, attend, project: project(x, call(10)),
+    ],
+    ids=["an array", "not the last step's", "not the last result", "another width", "a list"],
+)
+def test_the_result_must_be_the_last_steps(layer: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=LAST):
+        record(layer, SHAPE, HEADS, 1.0)
+
+
+def test_heads_are_those_that_were_said() -> None:
+    """The kernel takes them from there, not from what a layer makes of its values."""
+    with pytest.raises(TypeError, match=r"attention of heads .* where \(2, 2, 10\) were said"):
+        record(attention, SHAPE, (2, 2, 10), 1.0)
+
+
+def test_what_is_no_stand_in_is_refused() -> None:
+    with pytest.raises(TypeError, match="products are of what it is given"):
+        record(lambda x, _, project: project(x, call(10, residual=jnp.ones((6, 10))))[0], SHAPE, HEADS, 1.0)

@@ -1,0 +1,170 @@
+// The operations of a linear call, each by itself.
+#include "check.h"
+
+using namespace precast;
+
+Weights::Weights(Format kind, int64_t o, int64_t i)
+    : format(kind), packed(kind == Format::kInt8 || kind == Format::kInt4), outs(o), in(i),
+      pad((i + kGroup - 1) / kGroup * kGroup), panels((o + kPanel - 1) / kPanel),
+      values(kind == Format::kFloat32    ? o * i * 4
+             : kind == Format::kBfloat16 ? o * i * 2
+             : kind == Format::kInt8     ? panels * kPanel * pad
+                                         : panels * kPanel * pad / 2),
+      scale(packed ? panels * kPanel * pad / kGroup : 0, 0), minimum(scale.size, 0) {
+  std::normal_distribution<float> normal;
+  for (int64_t k = 0; packed && k < values.size; ++k) values[k] = static_cast<unsigned char>(Between(0, 255));
+  for (int64_t k = 0; !packed && k < o * i; ++k) {
+    const float number = normal(generator);
+    const size_t size = format == Format::kFloat32 ? 4 : 2;
+    std::memcpy(values.get() + k * static_cast<int64_t>(size), reinterpret_cast<const char*>(&number) + 4 - size, size);
+  }
+  for (int64_t row = 0; packed && row < outs; ++row)
+    for (int64_t k = 0; k < pad; k += kGroup) {
+      // From zero over what is not normal up to about 1; of either sign.
+      scale[Shared(row, k)] = static_cast<uint16_t>(Between(0, 9) ? Between(0, 0x3bff) : Between(0, 0x7ff));
+      minimum[Shared(row, k)] = static_cast<uint16_t>(Between(0, 0x3fff) | Between(0, 1) << 15);
+    }
+}
+
+double Weights::Whole(int64_t o, int64_t k) const {
+  const int64_t panel = o / kPanel, lane = o % kPanel;
+  if (format == Format::kInt8)
+    return static_cast<signed char>(values[((panel * (pad / 2) + k / 2) * kPanel + lane) * 2 + k % 2]);
+  if (format == Format::kInt4) {
+    const int byte = values[((panel * (pad / 8) + k / 8) * kPanel + lane) * 4 + k % 4];
+    return k % 8 < 4 ? byte & 15 : byte >> 4;
+  }
+  const int64_t size = format == Format::kFloat32 ? 4 : 2;
+  uint32_t bits = 0;
+  std::memcpy(reinterpret_cast<char*>(&bits) + 4 - size, values.get() + (o * in + k) * size, static_cast<size_t>(size));
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+double GateOf(Gate gate, double x) {
+  // 1 + tanh(u) is 2 / (1 + exp(-2u)), which loses nothing far below zero.
+  const double u = 0.79788456080286535588 * (x + 0.044715 * x * x * x);
+  return x / (1 + std::exp(gate == Gate::kSilu ? -x : -2 * u));
+}
+
+namespace {
+
+// Rows of activations in 16 bits, in buffers of exactly their sizes; `split` and `sums` as a call may leave them out.
+struct Rows {
+  Rows(const Ops& ops, const Floats& x, int64_t rows, int64_t in, bool split, bool sums)
+      : pad((in + kGroup - 1) / kGroup * kGroup), q(rows * pad, -77), high(split ? rows * pad : 0),
+        low(split ? rows * pad : 0), scale(rows), sum(sums ? rows * pad / kGroup : 0) {
+    view = {q.get(), split ? high.get() : nullptr, split ? low.get() : nullptr, scale.get(),
+            sums ? sum.get() : nullptr, pad};
+    for (int64_t row = rows; row-- > 0;) {
+      Floats own(in);  // so that nothing behind a row can be read
+      std::memcpy(own.get(), x.get() + row * in, static_cast<size_t>(in) * sizeof(float));
+      ops.linear.quantize(own.get(), in, row, view);
+    }
+    for (int64_t i = 0; i < rows * pad; ++i) {
+      const int64_t row = i / pad, k = i % pad;
+      const bool finite = scale[row] == scale[row];
+      if (k >= in || !finite) Near("quantised padding", q[i], 0, 0);
+      else Near("quantised", static_cast<double>(q[i]) * scale[row], x[row * in + k], 0.505 * scale[row] + 1e-30);
+      if (split) Near("high and low byte", high[i] * 256 + low[i], q[i], 0);
+    }
+    for (int64_t g = 0; g < sum.size; ++g) {
+      double total = 0;
+      for (int64_t k = 0; k < kGroup; ++k) total += q[g * kGroup + k];
+      Near("sum of a group", sum[g], total, 0);
+    }
+  }
+  int64_t pad;
+  Array<int16_t> q;
+  Array<int8_t> high, low;
+  Floats scale, sum;
+  QuantizedRows view;
+};
+
+// Rows [row, row + rows) of more, times outputs [from, from + outs) of more; results lie `gap` apart.
+void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64_t outs, int64_t gap, bool split) {
+  const bool packed = format == Format::kInt8 || format == Format::kInt4;
+  const int64_t row = Between(0, 2), from = packed ? kPanel * Between(0, 2) : Between(0, 5);
+  const Weights w(format, from + outs, in);
+  Floats x = Floats::Normal((row + rows) * in), y((rows - 1) * (outs + gap) + outs, -12345.0f);
+  const Rows quantized(ops, x, row + rows, in, packed && split, format == Format::kInt4);
+  ops.linear.product(w.View(), {packed ? nullptr : x.get(), in, quantized.view}, row, rows, from, outs, y.get(),
+                     outs + gap);
+  for (int64_t i = 0; i < y.size; ++i) {
+    const int64_t r = i / (outs + gap), o = i % (outs + gap);
+    if (o >= outs) {
+      Near("product wrote between its rows", y[i], -12345.0, 0);
+      continue;
+    }
+    double sum = 0, size = 0;
+    for (int64_t k = 0; k < in; ++k) {
+      const double a = packed ? static_cast<double>(quantized.q[(row + r) * quantized.pad + k]) * quantized.scale[row + r]
+                              : x[(row + r) * in + k];
+      sum += a * w.At(from + o, k);
+      size += std::fabs(a) * (std::fabs(w.Scale(from + o, k) * w.Whole(from + o, k)) + std::fabs(w.Minimum(from + o, k)));
+    }
+    Near("product", y[i], sum, (static_cast<double>(in) / 4 + 16) * kUnit * size + 1e-37);
+  }
+}
+
+void CheckNormalize(const Ops& ops, int64_t n) {
+  Floats x = Floats::Normal(n), weight = Floats::Normal(n), y(n);
+  ops.linear.normalize(x.get(), weight.get(), 1e-3f, n, y.get());
+  double squares = 0;
+  for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(x[i]) * x[i];
+  const double scale = 1 / std::sqrt(squares / static_cast<double>(n) + static_cast<double>(1e-3f));
+  for (int64_t i = 0; i < n; ++i)
+    Near("normed", y[i], x[i] * scale * weight[i],
+         std::fabs(x[i] * scale * weight[i]) * (static_cast<double>(n) / 4 + 16) * kUnit);
+}
+
+void CheckAddAndGate(const Ops& ops, int64_t n) {
+  Floats a = Floats::Normal(n), y = Floats::Normal(n), before(n);
+  std::memcpy(before.get(), y.get(), static_cast<size_t>(n) * sizeof(float));
+  ops.linear.add(a.get(), n, y.get());
+  for (int64_t i = 0; i < n; ++i) Near("added", y[i], before[i] + a[i], 0);
+  for (Gate gate : {Gate::kSilu, Gate::kGeluTanh})
+    for (float scale : {1e-30f, 1.0f, 12.0f, 300.0f}) {
+      for (int64_t i = 0; i < n; ++i) y[i] = before[i] * scale;
+      ops.linear.gate(gate, a.get(), n, y.get());
+      for (int64_t i = 0; i < n; ++i) {
+        const double x = before[i] * scale, expected = GateOf(gate, x) * a[i];
+        // GELU's exponent is a polynomial, whose rounding counts as often as it is large.
+        const double exponent = gate == Gate::kSilu ? std::fabs(x) : 2 * std::fabs(x + 0.05 * x * x * x);
+        Near("gated", y[i], expected, std::fabs(expected) * (exponent * 8 + 40) * kUnit + 1e-33);
+      }
+    }
+}
+
+// Rows that are not finite or next to nothing, in vectors and in what is left of them.
+void CheckOddRows(const Ops& ops) {
+  for (int64_t in : {1, 5, 32, 37, 64})
+    for (float value : {NAN, INFINITY, -INFINITY, 0.0f, 1e-35f, 1e-42f, 3e38f})
+      for (int64_t at : {int64_t{0}, in / 2, in - 1}) {
+        Floats x(2 * in, value == 3e38f ? -3e38f : 0.0f);
+        x[in + at] = value;
+        const Rows rows(ops, x, 2, in, true, true);
+        const bool finite = std::isfinite(value);
+        if (finite == std::isnan(rows.scale[1])) Fail("scale of an odd row", rows.scale[1], value);
+      }
+}
+
+}  // namespace
+
+void CheckLinearOps(const Ops& ops) {
+  for (Format format : kFormats) {
+    for (int64_t in : {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 769, 2081})
+      for (int64_t rows = 1; rows <= 9; ++rows)
+        CheckProduct(ops, format, rows, in, in > 99 ? Between(1, 9) : Between(1, 50), rows % 3, rows <= kFewRows);
+    CheckProduct(ops, format, 130, 33, 17, 0, false);
+    // What is left of many rows, which are not split into bytes.
+    for (int64_t rows = 1; rows <= kFewRows; ++rows) CheckProduct(ops, format, rows, 70, 33, 2, false);
+  }
+  for (int64_t n = 1; n <= 70; ++n) {
+    CheckNormalize(ops, n);
+    CheckAddAndGate(ops, n);
+  }
+  CheckNormalize(ops, 1537);
+  CheckOddRows(ops);
+}

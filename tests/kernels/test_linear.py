@@ -1,0 +1,326 @@
+"""precast.linear and precast.embed against NumPy in float64, for every format of weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from precast.exporter.quantize import FORMATS
+
+Linear = Callable[..., list[np.ndarray]]
+
+UNIT = 2.0**-24  # half an ulp of one: the relative error of one float32 operation
+SMALLEST = 2.0**-126  # below it XLA's threads count as zero
+ACTIVATION = 127 * 256  # the largest magnitude of an activation in 16 bits
+PACKED = ("int8", "int4")
+# (rows, in, outs): each a size beside a multiple of a vector, of a register block, of a panel or a group, of what is
+# summed in at a time, or of the rows of weights of a task.
+SHAPES = (
+    (1, 1, (1,)),
+    (1, 577, (65,)),
+    (1, 800, (1, 33)),
+    (2, 3, (7, 1, 15)),
+    (3, 17, (31,)),
+    (4, 8, (9, 63)),
+    (5, 63, (2,)),
+    (6, 15, (17,)),
+    (7, 1537, (8, 31)),
+    (8, 65, (33,)),
+    (9, 577, (15,)),
+    (13, 1537, (7,)),
+    (40, 9, (577,)),
+    (130, 800, (65, 3)),
+    (25, 2081, (17,)),
+    (1, 2, (1537,)),
+)
+LAYERS = st.integers(1, 4).flatmap(lambda layers: st.tuples(st.just(layers), st.integers(0, layers - 1)))
+
+
+def pack(name: str, stack: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """A stack ``[L, out, in]`` as the kernels take it, and the float64 numbers it then stands for."""
+    layers = [FORMATS[name].encode(matrix) for matrix in stack]
+    decoded = [FORMATS[name].decode(layer, *stack.shape[1:]) for layer in layers]
+    return [np.stack(arrays) for arrays in zip(*layers, strict=True)], np.stack(decoded).astype(np.float64)
+
+
+def tolerance(x: np.ndarray, w: np.ndarray, name: str) -> np.ndarray:
+    """What summing in lanes of four at least, and across them, may lose in float32; and 16 bits for activations."""
+    terms = x.shape[1]
+    lost = (terms / 4 + 8) * UNIT * (np.abs(x) @ np.abs(w).T) + terms * SMALLEST
+    if name not in PACKED:
+        return lost
+    top = np.abs(x).max(axis=1, initial=0.0, keepdims=True)
+    # Of int4, scale times value and minimum are summed apart.
+    magnitude = np.abs(w).sum(axis=1) + (
+        8 * np.abs(w).max(axis=1, initial=0.0) * terms if name == "int4" else 0.0
+    )
+    return 2 * lost + top * (0.5001 / ACTIVATION * np.abs(w).sum(axis=1) + 40 * UNIT * magnitude) + 1e-29
+
+
+def assert_product(y: np.ndarray, x: np.ndarray, w: np.ndarray, name: str = "float32") -> None:
+    x, w = x.astype(np.float64), w.astype(np.float64)
+    assert y.dtype == np.float32
+    assert y.shape == (x.shape[0], w.shape[0])
+    error = np.abs(y - x @ w.T) / tolerance(x, w, name)
+    assert error.max(initial=0.0) <= 1.0
+
+
+@pytest.fixture(params=FORMATS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize(("rows", "size", "outs"), SHAPES)
+def test_agrees_with_numpy(
+    isa: str, name: str, linear: Linear, rows: int, size: int, outs: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(rows + size)
+    x = rng.standard_normal((rows, size), dtype=np.float32)
+    packed = [pack(name, rng.standard_normal((2, out, size), dtype=np.float32)) for out in outs]
+    for layer in range(2):
+        results = linear(x, layer, [arrays for arrays, _ in packed], outs)
+        for y, (_, w) in zip(results, packed, strict=True):
+            assert_product(y, x, w[layer], name)
+
+
+@pytest.mark.parametrize("used", [0, 1, 5, 8, 13])
+def test_padding_is_not_computed_and_is_zero(isa: str, name: str, linear: Linear, used: int) -> None:
+    rng = np.random.default_rng(used)
+    x = rng.standard_normal((13, 70), dtype=np.float32)
+    x[used:] = np.nan
+    packed = [pack(name, rng.standard_normal((2, out, 70), dtype=np.float32)) for out in (33, 9)]
+    results = linear(x, 1, [arrays for arrays, _ in packed], (33, 9), used=used)
+    for y, (_, w) in zip(results, packed, strict=True):
+        assert_product(y[:used], x[:used], w[1], name)
+        assert np.all(y[used:] == 0.0)
+
+
+def whole_numbers(
+    name: str, rng: np.random.Generator, shape: Sequence[int]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """A stack of small whole numbers that the format holds exactly, packed, and as they are."""
+    values = rng.integers(-7, 9, shape).astype(np.float32)
+    if name not in PACKED:
+        return pack(name, values)[0], values
+    # Scale one, and for int4 minimum -7, wherever there is a weight.
+    arrays, _ = pack(name, np.where(np.arange(shape[2]) % 2, 8.0, -7.0) * np.ones(shape, np.float32))
+    blocks = FORMATS[name].arrays(tuple(shape))
+    stored = [np.zeros(a.shape, a.numpy_dtype) for a in blocks]
+    _, outs, size = shape
+    o, k = np.meshgrid(np.arange(outs), np.arange(size), indexing="ij")
+    if name == "int8":
+        stored[0][:, o // 16, k // 2, o % 16, k % 2] = values.astype(np.int8)
+    else:
+        shifted = (values + 7).astype(np.uint8) << np.where(k % 8 < 4, 0, 4).astype(np.uint8)
+        for half in (k % 8 < 4, k % 8 >= 4):
+            stored[0][:, (o // 16)[half], (k // 8)[half], (o % 16)[half], (k % 4)[half]] |= shifted[:, half]
+        stored[2][:, o // 16, k // 32, o % 16] = -7.0
+    stored[1][:, o // 16, k // 32, o % 16] = 1.0
+    assert [a.shape for a in arrays] == [a.shape for a in stored]
+    return stored, values
+
+
+# The fixtures are the same for every example: they say which kernels run on what.
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 41),
+    size=st.integers(1, 90),
+    outs=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    layers=LAYERS,
+)
+@example(rows=41, size=769, outs=[70, 1, 1, 9], layers=(2, 1))
+@example(rows=5, size=2049, outs=[17], layers=(1, 0))
+@example(rows=3, size=64, outs=[700], layers=(1, 0))
+def test_small_whole_numbers_are_summed_exactly(
+    isa: str, name: str, linear: Linear, rows: int, size: int, outs: list[int], layers: tuple[int, int]
+) -> None:
+    """Every element once and in its place: sums of small whole numbers leave no room for a tolerance."""
+    count, layer = layers
+    rng = np.random.default_rng(size)
+    x = rng.integers(-9, 10, (rows, size)).astype(np.float32)
+    if name in PACKED:
+        x[:, 0] = ACTIVATION  # makes the scale of activations one
+    weights = []
+    for out in outs:
+        arrays, values = whole_numbers(name, rng, (count, out, size))
+        for other in set(range(count)) - {layer}:
+            arrays[0 if name not in PACKED else 1][other] = np.nan  # one element of another layer would show
+        weights.append((arrays, values[layer].astype(np.float64)))
+    for y, (_, w) in zip(linear(x, layer, [a for a, _ in weights], outs), weights, strict=True):
+        np.testing.assert_array_equal(y, (x.astype(np.float64) @ w.T).astype(np.float32))
+
+
+@pytest.mark.parametrize(("rows", "size", "outs"), [(1, 17, 33), (7, 9, 15), (13, 800, 7)])
+@pytest.mark.parametrize("seed", range(4))
+def test_nan_and_infinity_land_where_numpy_puts_them(
+    isa: str, linear: Linear, rows: int, size: int, outs: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-2, 3, (rows, size)).astype(np.float32)
+    w = rng.integers(-2, 3, (2, outs, size)).astype(np.float32)
+    for array in (x, w[1]):
+        places = (rng.integers(0, array.shape[0], 3), rng.integers(0, array.shape[1], 3))
+        array[places] = rng.permutation(np.float32([np.nan, np.inf, -np.inf]))
+    x[0, -1] = np.inf  # the last column lies in a vector that is filled up with zeros
+    with np.errstate(invalid="ignore"):
+        expected = x.astype(np.float64) @ w[1].astype(np.float64).T
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        np.testing.assert_array_equal(linear(x, 1, [[w.astype(dtype)]], [outs])[0], expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 37, 39])
+@pytest.mark.parametrize("rows", [3, 9])
+@pytest.mark.parametrize("name", PACKED)
+def test_a_row_that_is_not_finite_has_no_answer(
+    isa: str, name: str, linear: Linear, rows: int, place: int, bad: float
+) -> None:
+    """Packed weights: the row's answers are NaN, and nobody else's are."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, 40), dtype=np.float32)
+    arrays, w = pack(name, rng.standard_normal((1, 33, 40), dtype=np.float32))
+    good = linear(x, 0, [arrays], [33])[0]
+    assert_product(good, x, w[0], name)
+    x[1, place] = bad
+    found = linear(x, 0, [arrays], [33])[0]
+    assert np.all(np.isnan(found[1]))
+    np.testing.assert_array_equal(np.delete(found, 1, 0), np.delete(good, 1, 0))
+
+
+def test_the_zeros_behind_a_partial_vector_meet_no_infinity(isa: str, linear: Linear) -> None:
+    """Infinity times a padding zero would be NaN: all of these are plus infinity."""
+    x, w = np.full((7, 19), np.inf, np.float32), np.ones((1, 9, 19), np.float32)
+    assert np.all(linear(x, 0, [[w]], [9])[0] == np.inf)
+
+
+@pytest.mark.parametrize(("x_scale", "w_scale"), [(1e30, 1e-30), (1e-30, 1e30), (1e30, 1e7), (1e-30, 1e-7)])
+def test_extreme_scales(isa: str, linear: Linear, x_scale: float, w_scale: float) -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((7, 65)) * x_scale).astype(np.float32)
+    w = (rng.standard_normal((2, 33, 65)) * w_scale).astype(np.float32)
+    assert_product(linear(x, 1, [[w]], [33])[0], x, w[1])
+
+
+@pytest.mark.parametrize("x_scale", [1e-42, 1e-31, 1e-25, 1.0, 1e30, 1e38])
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("rows", [2, 7])
+def test_extreme_activations(isa: str, name: str, linear: Linear, rows: int, x_scale: float) -> None:
+    rng = np.random.default_rng(1)
+    x = (rng.uniform(-1, 1, (rows, 65)) * x_scale).astype(np.float32)
+    arrays, w = pack(name, rng.uniform(-1e-3, 1e-3, (1, 33, 65)).astype(np.float32))
+    assert_product(linear(x, 0, [arrays], [33])[0], x, w[0], name)
+
+
+def test_overflow_is_infinite_and_underflow_zero(isa: str, linear: Linear) -> None:
+    big, small = np.full((3, 17), 1e30, np.float32), np.full((3, 17), 1e-30, np.float32)
+    assert np.all(linear(big, 0, [[big[None]]], [3])[0] == np.inf)
+    assert np.all(linear(big, 0, [[-big[None]]], [3])[0] == -np.inf)
+    assert np.all(linear(small, 0, [[small[None]]], [3])[0] == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "outs"), [(0, 5, (3,)), (3, 5, (0,)), (2, 5, (3, 0, 4)), (3, 0, (4,)), (9, 0, (4,))]
+)
+def test_empty_sizes(isa: str, linear: Linear, rows: int, size: int, outs: tuple[int, ...]) -> None:
+    x, weights = np.ones((rows, size), np.float32), [[np.ones((2, out, size), np.float32)] for out in outs]
+    for y, out in zip(linear(x, 1, weights, outs), outs, strict=True):
+        np.testing.assert_array_equal(y, np.full((rows, out), size, np.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("name", PACKED)
+def test_nothing_to_sum(isa: str, name: str, linear: Linear, rows: int) -> None:
+    stored = [np.zeros(a.shape, a.numpy_dtype) for a in FORMATS[name].arrays((1, 20, 0))]
+    assert np.all(linear(np.ones((rows, 0), np.float32), 0, [stored], [20])[0] == 0.0)
+
+
+def reference_gate(name: str, x: np.ndarray) -> np.ndarray:
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize(("rows", "size", "outs"), [(1, 70, 40), (3, 33, 17), (19, 96, 129), (300, 40, 33)])
+def test_norm_bias_and_residual(isa: str, name: str, linear: Linear, rows: int, size: int, outs: int) -> None:
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, size), dtype=np.float32)
+    norm, bias = (rng.standard_normal((2, n), dtype=np.float32) for n in (size, outs))
+    residual = rng.standard_normal((rows, outs), dtype=np.float32)
+    arrays, w = pack(name, rng.standard_normal((2, outs, size), dtype=np.float32))
+    found = linear(x, 1, [arrays], [outs], norm=norm, eps=1e-5, biases=[bias], residual=residual)[0]
+    normed = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-5) * norm[1]
+    expected = normed @ w[1].T + bias[1] + residual
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-3)
+    plain = linear(x, 1, [arrays], [outs], norm=norm, eps=1e-5)[0]
+    np.testing.assert_allclose(plain, normed @ w[1].T, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "size", "outs"), [(1, 70, 40), (3, 33, 17), (19, 96, 129), (300, 40, 33)])
+def test_gates(
+    isa: str, name: str, linear: Linear, rows: int, size: int, outs: int, gate: str, biased: bool
+) -> None:
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, size), dtype=np.float32) * 0.3
+    packed = [pack(name, rng.standard_normal((1, outs, size), dtype=np.float32)) for _ in range(2)]
+    biases = [rng.standard_normal((1, outs), dtype=np.float32) for _ in range(2)] if biased else []
+    found = linear(x, 0, [a for a, _ in packed], [outs, outs], biases=biases, gate=gate)
+    first, second = (
+        x.astype(np.float64) @ w[0].T + (biases[i][0] if biased else 0) for i, (_, w) in enumerate(packed)
+    )
+    assert len(found) == 1
+    np.testing.assert_allclose(found[0], reference_gate(gate, first) * second, rtol=2e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+def test_gates_far_out(isa: str, linear: Linear, gate: str) -> None:
+    """Where an exponential would overflow, and at NaN and infinity."""
+    values = np.float32([-np.inf, -1e30, -200, -90, -1e-30, 0, 1e-30, 90, 200, 1e30, np.inf, np.nan, -20])
+    x = values[:, None]
+    one, two = np.ones((1, 1, 1), np.float32), np.ones((1, 1, 1), np.float32)
+    found = linear(x, 0, [[one], [two]], [1, 1], gate=gate)[0][:, 0]
+    with np.errstate(all="ignore"):
+        expected = (
+            np.float32([0.0 if v < -80 else reference_gate(gate, np.float64(v)) for v in values]) * values
+        )
+    finite = np.isfinite(values)
+    np.testing.assert_allclose(found[finite], expected[finite], rtol=1e-5, atol=1e-25)
+    assert np.isnan(found[11])
+    assert found[10] == np.inf or np.isnan(found[10])
+
+
+def test_formats_may_be_mixed(isa: str, linear: Linear) -> None:
+    rng = np.random.default_rng(3)
+    for rows in (1, 4, 21):
+        x = rng.standard_normal((rows, 70), dtype=np.float32)
+        packed = {n: pack(n, rng.standard_normal((2, 33, 70), dtype=np.float32)) for n in FORMATS}
+        results = linear(x, 1, [a for a, _ in packed.values()], [33] * len(packed))
+        for y, (n, (_, w)) in zip(results, packed.items(), strict=True):
+            assert_product(y, x, w[1], n)
+
+
+def test_rows_do_not_depend_on_one_another(isa: str, name: str, linear: Linear) -> None:
+    """Of packed weights a row's answer is the same to the bit for few rows and for many of the same kind."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((37, 100), dtype=np.float32)
+    arrays, w = pack(name, rng.standard_normal((1, 50, 100), dtype=np.float32))
+    many = linear(x, 0, [arrays], [50])[0]
+    for rows in (5, 8, 36):
+        part = linear(x[:rows], 0, [arrays], [50])[0]
+        if name in PACKED:
+            np.testing.assert_array_equal(part, many[:rows])
+        assert_product(part, x[:rows], w[0], name)
+
+
+@pytest.mark.parametrize(("vocab", "width"), [(1, 1), (40, 17), (100, 64), (33, 576)])
+def test_embed(name: str, embed: Callable[..., Any], vocab: int, width: int) -> None:
+    rng = np.random.default_rng(vocab)
+    arrays, table = pack(name, rng.standard_normal((1, vocab, width), dtype=np.float32))
+    tokens = np.int32([0, vocab - 1, *rng.integers(0, vocab, 30)])
+    np.testing.assert_array_equal(embed(tokens, arrays, vocab, width), table[0][tokens].astype(np.float32))
+    assert embed(tokens[:0], arrays, vocab, width).shape == (0, width)

@@ -1,0 +1,102 @@
+"""The benchmark's arithmetic: limits, divergences, ratios and what the tables say of them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    """The folder's modules, which its scripts import by their bare names."""
+    monkeypatch.syspath_prepend(str(PEERS))
+    before = set(sys.modules)
+    import fidelity
+    import limits
+    import report
+
+    yield {"limits": limits, "report": report, "fidelity": fidelity}
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def _argument(name, shape, dtype):
+    return {"name": name, "role": "weight", "shape": shape, "dtype": dtype}
+
+
+def _manifest(*arguments):
+    decode = {"kind": "decode", "arguments": [{"role": "tokens"}, *arguments]}
+    return {
+        "targets": [{"runtime": "stablehlo"}, {"runtime": "pjrt", "programs": [decode]}],
+        "cache": [{"bytes": 1000}, {"bytes": 1000}],
+        "capacity": 100,
+    }
+
+
+def test_tied_weights_are_read_whole_and_an_untied_embedding_is_not(peers):
+    embedding = _argument("model.embed_tokens.weight", [10, 4], "int8")
+    scale = _argument("model.embed_tokens.weight.scale", [10], "float16")
+    head = _argument("lm_head.weight", [10, 4], "float32")
+    assert peers["limits"].weight_bytes(_manifest(embedding, scale)) == 60
+    assert peers["limits"].weight_bytes(_manifest(embedding, scale, head)) == 160
+
+
+def test_decode_share_counts_weights_and_filled_cache(peers):
+    manifest = _manifest(_argument("a", [100], "uint8"))
+    # 100 bytes of weights and 10 positions of 20 bytes, at 1000 bytes a second: 0.3 s at best.
+    assert peers["limits"].decode_share(manifest, 0.6, 10, 1000.0) == pytest.approx(0.5)
+
+
+def test_prompt_operations_by_hand(peers):
+    model = {"layers": 1, "width": 2, "heads": 1, "kv_heads": 1, "head_dim": 2, "ff_width": 3, "vocab": 5}
+    # A token: q, k, v, o of 2×2 and three of 2×3; it sees itself (scores and values: 2 + 2); the head is 5×2.
+    assert peers["limits"].prompt_operations(model, 1) == 2 * (16 + 18 + 4 + 10)
+
+
+def test_spread_of_an_even_number(peers):
+    assert peers["limits"].spread([4.0, 1.0, 2.0, 3.0]) == {
+        "median": 2.5,
+        "min": 1.0,
+        "max": 4.0,
+        "rounds": 4,
+    }
+
+
+def test_divergence_of_two_outcomes(peers):
+    rows = np.log(np.array([[0.5, 0.5], [0.9, 0.1]]))
+    other = np.log(np.array([[0.25, 0.75], [0.9, 0.1]])) + 3.0
+    expected = [0.5 * np.log(2) + 0.5 * np.log(2 / 3), 0.0]
+    np.testing.assert_allclose(peers["fidelity"].divergences(rows, other), expected, atol=1e-12)
+
+
+def _contender(label, group, prefill, decode):
+    figures = {"prefill_s": {"median": prefill}, "decode_tokens_per_s": {"median": decode}}
+    return {"label": label, "group": group, "prompts": {"128": figures}}
+
+
+def _result(*contenders):
+    return {"contenders": {name: c for name, c in contenders}}
+
+
+def test_each_figure_is_compared_with_the_best_peer_of_its_group(peers):
+    result = _result(
+        ("precast-int8", _contender("precast int8", "int8", 0.1, 90.0)),
+        ("llama.cpp-q8_0", _contender("llama.cpp Q8_0", "int8", 0.2, 100.0)),
+        ("openvino-int8", _contender("OpenVINO INT8", "int8", 0.05, 80.0)),
+        ("llama.cpp-q4_0", _contender("llama.cpp Q4_0", "int4", 0.01, 500.0)),
+    )
+    found = {r.figure: (r.peer, r.times) for r in peers["report"].ratios(result)}
+    assert found["prefill 128, ms"] == ("OpenVINO INT8", pytest.approx(0.5))
+    assert found["decode after 128, tokens/s"] == ("llama.cpp Q8_0", pytest.approx(0.9))
+    text = peers["report"].tables(result)
+    assert "- precast int8: prefill 128, ms: 0.50× of OpenVINO INT8" in text
+    assert "- precast int8: decode after 128, tokens/s: 0.90× of llama.cpp Q8_0" in text
+
+
+def test_without_peers_nothing_is_said_of_being_ahead(peers):
+    text = peers["report"].tables(_result(("precast-int8", _contender("precast int8", "int8", 0.1, 90.0))))
+    assert "behind" not in text
+    assert "| **precast int8** | 100 | 90.0 |" in text
