@@ -13,11 +13,11 @@ namespace {
 constexpr int64_t kAttentionRows = 48;
 // Positions of a task when a call brings few tokens; a constant, so that results do not depend on the number of
 // threads.
-constexpr int64_t kSpan = 256;
-// Numbers appended, and query numbers times positions attended to, below which waking other threads costs more time
-// than they save: about 15 microseconds of one thread.
-constexpr int64_t kAloneAppend = 64 * 1024;
-constexpr int64_t kAloneAttend = 256 * 1024;
+constexpr int64_t kSpan = 128;
+// Numbers appended, and query numbers times positions attended to, below which sharing costs more time than it saves:
+// about a microsecond of one thread.
+constexpr int64_t kAloneAppend = 4 * 1024;
+constexpr int64_t kAloneAttend = 16 * 1024;
 
 // A sequence's share of the work: `blocks` of `block` tokens for each key/value head. A sequence of one block splits
 // the positions instead, into `spans` from `first` on: a decode step has as few blocks as heads.
