@@ -1,6 +1,6 @@
 """precast: language models as ahead-of-time compiled artifacts.
 
-model = precast.load("artifacts/smollm2-135m-instruct-float32")
+model = precast.load("artifacts/smollm2-135m-instruct-int8")
 print(model.generate("The capital of France is", precast.SamplingParams(max_tokens=16)).text)
 """
 

@@ -349,7 +349,9 @@ def _record_golden(folder: Path, manifest: Manifest, stored: StoredModel, digest
     # Compiling is for exports of StableHLO alone; an executable, where there is one, comes first.
     tie = golden.TIE if _is_exact(manifest) else golden.REDUCED_TIE
     given = golden.answers(loading.load(folder, compile=True, log=lambda _: None))
-    cases = golden.check(given, stored, tie, map_weights(folder / WEIGHTS_FILE), manifest.name)
+    cases = golden.check(
+        given, stored, manifest.cache[0].dtype, tie, map_weights(folder / WEIGHTS_FILE), manifest.name
+    )
     (folder / GOLDEN_FILE).write_bytes(golden.to_json(cases))
 
 

@@ -20,8 +20,8 @@ TOKENS = 16
 # Programs that sum in another order give logits that differ by about 1e-5 of their spread (standard deviation); two
 # candidates closer than this share of it may rightly change places.
 TIE = 1e-3
-# The same where activations are rounded to 16 bits or the cache to fewer than float32's: the reference has the same
-# weights, but keeps everything else as it is.
+# The same where activations are rounded to 16 bits, or keys and values to the type of the cache: the reference has the
+# same weights and rounds alike, but what lies close to a border falls to either side of it.
 REDUCED_TIE = 0.05
 
 
@@ -48,11 +48,17 @@ def answers(model: Model) -> tuple[Case, ...]:
 
 
 def check(
-    cases: Sequence[Case], model: StoredModel, tie: float, weights: Mapping[str, np.ndarray], where: str
+    cases: Sequence[Case],
+    model: StoredModel,
+    cached: str,
+    tie: float,
+    weights: Mapping[str, np.ndarray],
+    where: str,
 ) -> tuple[Case, ...]:
     """Holds every token against the reference: the uncached forward pass with the weights as they are stored.
 
     Args:
+        cached: type of the cache, to which the reference rounds keys and values too.
         tie: leads of the likeliest token below this share of the logits' spread decide nothing.
 
     Returns:
@@ -61,7 +67,7 @@ def check(
     Raises:
         PrecastError: when the artifact says anything else than the reference: it must not be shipped.
     """
-    judged = _reference(model, weights, [c.prompt + c.tokens for c in cases])
+    judged = _reference(model, cached, weights, [c.prompt + c.tokens for c in cases])
     agreed = tuple(_agreed(case, *verdict, tie, where) for case, verdict in zip(cases, judged, strict=True))
     if not any(case.tokens for case in agreed):
         raise PrecastError(
@@ -90,13 +96,13 @@ def _agreed(case: Case, best: np.ndarray, margins: np.ndarray, tie: float, where
 
 
 def _reference(
-    model: StoredModel, weights: Mapping[str, np.ndarray], sequences: Sequence[tuple[int, ...]]
+    model: StoredModel, cached: str, weights: Mapping[str, np.ndarray], sequences: Sequence[tuple[int, ...]]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The uncached forward pass: each sequence's best next tokens, and their leads in shares of the logits' spread."""
     length = max(map(len, sequences))
 
     def forward(tokens: Array, cos: Array, sin: Array, *arrays: Array) -> tuple[Array, Array]:
-        logits = model.bind(arrays).forward(tokens[None], cos, sin)[0]  # [T, V]
+        logits = model.bind(arrays).forward(tokens[None], cos, sin, cached)[0]  # [T, V]
         # Not top_k: on CPU it sorts the whole vocabulary, in three times the memory.
         best = jnp.argmax(logits, axis=-1)
         others = jnp.where(jnp.arange(logits.shape[1]) == best[:, None], -jnp.inf, logits)

@@ -1,4 +1,4 @@
-"""C++ kernels for CPU, called by XLA through its FFI, under versioned names (``precast.matmul.v1``).
+"""C++ kernels for CPU, called by XLA through its FFI, under versioned names (``precast.linear.v1``).
 
 The instruction set is chosen by CPUID at run time; `force_isa` overrides it, for tests and for comparisons.
 """

@@ -60,11 +60,11 @@ class _Bound:
             cache.inputs[self.program.name] = staged
         for name, (array, _) in staged.items():
             given = inputs[name]
-            if isinstance(given, int):
+            if array.ndim == 0:
                 array[...] = given
             else:
-                array[: len(given)] = given
-                array[len(given) :] = 0
+                array[: len(given)] = given  # type: ignore[arg-type]
+                array[len(given) :] = 0  # type: ignore[arg-type]
         caches = [cache.buffers[name] for name in self.caches]
         results = self.executable([*(buffer for _, buffer in staged.values()), *caches, *self.constants])
         others = {}

@@ -7,7 +7,7 @@ from jax import Array
 
 from .blocks import DecoderConfig, Layers, Linear, RMSNorm, linears
 from .ops import Cache, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
-from .xla_ops import XLA_OPS, rotate, softmax_attention
+from .xla_ops import XLA_OPS, as_cached, rotate, softmax_attention
 
 
 class Embedding(nnx.Module):
@@ -58,13 +58,14 @@ class Decoder(nnx.Module):
         )
         return project(x, call)[0]
 
-    def forward(self, tokens: Array, cos: Array, sin: Array) -> Array:
+    def forward(self, tokens: Array, cos: Array, sin: Array, cached: str = "float32") -> Array:
         """The reference: no cache, no kernels, every position at once.
 
         Args:
             tokens: ``[B, T]`` int32.
             cos: ``[S, H / 2]`` with S ≥ T.
             sin: as `cos`.
+            cached: type that keys and values are rounded to, as a cache of that type would.
 
         Returns:
             Logits ``[B, T, V]`` float32.
@@ -74,7 +75,8 @@ class Decoder(nnx.Module):
         rotary = Rotary(*(jnp.broadcast_to(table[:t], (b, t, table.shape[1])) for table in (cos, sin)))
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            k, v = (jnp.swapaxes(a, 1, 2) for a in (rotate(k, rotary), v))  # [B, K, T, H]
+            kept = (as_cached(a, cached) for a in (rotate(k, rotary), v))
+            k, v = (jnp.swapaxes(a, 1, 2) for a in kept)  # [B, K, T, H]
             return softmax_attention(rotate(q, rotary), k, v, mask, self.config.attention_scale)
 
         all_rows = jnp.int32(b * t)

@@ -108,6 +108,14 @@ def _quantized(x: Array) -> tuple[Array, Array]:
     return jnp.round(x / divisor).astype(jnp.int8), scale
 
 
+def as_cached(x: Array, kind: str) -> Array:
+    """Keys or values ``[…, H]`` as a cache of this type gives them back, in float32."""
+    if kind == "int8":
+        values, scale = _quantized(x)
+        return values.astype(jnp.float32) * scale[..., None]
+    return x.astype(kind).astype(jnp.float32)
+
+
 def _stored(cache: Cache, k: Array, v: Array) -> Cache:
     """Keys and values as the cache keeps them."""
     if cache.key_scale is None:

@@ -31,6 +31,8 @@ inline ffi::Error CheckCaches(const AttentionOperands& rest) {
       !IsOf(caches[1], type, 5))
     return Bad("attention: expected float32, bfloat16 or int8 caches of 5 axes [L, B, K, S, H], keys and values "
                "alike");
+  if (const auto dims = caches[0].dimensions(); dims[1] < 1 || dims[3] < 1)
+    return Bad("attention: caches " + Shape(dims) + " of no slots or no positions");
   for (size_t i = 0; i < caches.size(); ++i) {
     const auto axes = caches[i < 2 ? 0 : i].dimensions(), cache = caches[0].dimensions();
     if (i >= 2 && (!IsOf(caches[i], ffi::F32, 4) || !std::equal(axes.begin(), axes.end(), cache.begin())))

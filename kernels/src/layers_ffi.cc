@@ -97,7 +97,7 @@ class Parser {
     const int64_t in = Width(x);
     const int64_t* outs = a_.outs.begin() + next_out_;
     next_out_ += static_cast<size_t>(weights);
-    if ((gated && outs[0] != outs[1]) || *std::min_element(outs, outs + weights) < 0 ||
+    if ((gated && outs[0] != outs[1]) || *std::min_element(outs, outs + weights) < 1 ||
         (residual != -1 && Width(residual) != outs[0]))
       return Fail("a linear step whose widths do not fit together");
     Step step = {kLinear, {x}, program_.values.size(), {}, {}, {}};
@@ -207,7 +207,7 @@ ffi::Error LayersHandler(ffi::ThreadPool pool, Floats2 x, Scalar true_rows, Floa
   if (heads.size() != 3 || heads[0] < 1 || heads[1] < 1 || heads[2] < 0 || heads[0] % heads[1] != 0)
     return Bad("layers: expected heads to be N, K and H, N a multiple of K");
   if (used < 0 || used > all) return Bad("layers: " + std::to_string(used) + " true rows of x " + Shape(x.dimensions()));
-  if (!Same(x.dimensions(), y->dimensions()) || !Same(angles, sin.dimensions()) || angles[0] * angles[1] != all ||
+  if (x.dimensions()[1] < 1 || !Same(x.dimensions(), y->dimensions()) || !Same(angles, sin.dimensions()) || angles[0] * angles[1] != all ||
       2 * angles[2] > heads[2])
     return Bad("layers: x " + Shape(x.dimensions()) + ", result " + Shape(y->dimensions()) + ", cos " + Shape(angles) +
                " and sin " + Shape(sin.dimensions()) + " do not fit together");

@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <thread>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -27,7 +29,8 @@ class Team {
     if (state_ != nullptr) state_->loop.store(kOver, std::memory_order_release);
   }
 
-  // Runs body(0) to body(tasks - 1), in any order, and returns when all are done.
+  // Runs body(0) to body(tasks - 1), in any order, and returns when all are done. What a body throws, the first of
+  // them, it throws on when no thread uses the body any more.
   template <typename Body>
   void For(int64_t tasks, const Body& body) {
     if (tasks <= 1 || threads_ == 1 || tasks > kMaxTasks) {
@@ -38,6 +41,7 @@ class Team {
     Work(*state_, 0);
     // What is left is a task per helper at most: microseconds, shorter than a sleep and a wake-up.
     for (int spins = 0; state_->done.load(std::memory_order_acquire) < tasks; ++spins) Pause(spins);
+    if (state_->failed.exchange(false, std::memory_order_acquire)) std::rethrow_exception(std::move(state_->error));
   }
 
  private:
@@ -61,6 +65,8 @@ class Team {
     std::atomic<int64_t> done{0};
     std::atomic<Function> function{nullptr};
     std::atomic<const void*> context{nullptr};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;  // written by who sets `failed`, read when all tasks are done
   };
 
   static uint64_t Left(uint64_t loop, int64_t next, int64_t end) {
@@ -127,7 +133,11 @@ class Team {
       if (next >= end) return false;
       const uint64_t now = own ? was + (uint64_t{1} << 24) : was - 1;
       if (!left.compare_exchange_weak(was, now, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-      function(context, own ? next : end - 1);
+      try {
+        function(context, own ? next : end - 1);
+      } catch (...) {
+        if (!s.failed.exchange(true, std::memory_order_relaxed)) s.error = std::current_exception();
+      }
       s.done.fetch_add(1, std::memory_order_release);
       return true;
     }

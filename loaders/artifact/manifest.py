@@ -24,6 +24,7 @@ DTYPE_BYTES: Mapping[str, int] = {
     "int8": 1,
     "uint8": 1,
 }
+_MAX_SLOTS = 1 << 16
 # How a target is executed: deserialised, or compiled on request.
 RUNTIMES = ("pjrt", "stablehlo")
 
@@ -317,6 +318,11 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
     """Capacity, slots, buckets and cache must tell the same story: the programs' loops are driven by them."""
     if manifest.slots < 1 or manifest.model.vocab < 1 or not manifest.buckets:
         raise PrecastError(f"{where}: expected at least one slot, one token and one bucket, found none.")
+    if manifest.capacity >= 2**31 or manifest.slots > _MAX_SLOTS:
+        raise PrecastError(
+            f"{where}: {manifest.slots} slots of {manifest.capacity} positions are more than any machine holds;"
+            " export the model again."
+        )
     if not 1 <= min(manifest.buckets) <= max(manifest.buckets) <= manifest.capacity:
         raise PrecastError(
             f"{where}: buckets: expected lengths from 1 to the capacity of {manifest.capacity}, found"
@@ -363,10 +369,11 @@ def _check_signature(manifest: Manifest, program: Program, where: str) -> None:
     order = {"cache": 1, "table": 2, "weight": 2}
     places = [order.get(v.role, 0) for v in program.arguments]
     _expect(where, "arguments in the order inputs, caches, constants", sorted(places), places)
-    given = {v.name: (v.role, v.shape) for v in program.arguments if v.role not in order}
-    _expect(where, "inputs", {name: (name, shape) for name, shape in inputs.items()}, given)
-    returned = {v.name: (v.role, v.shape) for v in program.results if v.role != "cache"}
-    _expect(where, "results", {name: (name, shape) for name, shape in results.items()}, returned)
+    given = {v.name: (v.role, v.shape, v.dtype) for v in program.arguments if v.role not in order}
+    _expect(where, "inputs", {name: (name, shape, "int32") for name, shape in inputs.items()}, given)
+    returned = {v.name: (v.role, v.shape, v.dtype) for v in program.results if v.role != "cache"}
+    types = {"token": "int32", "logits": "float32"}
+    _expect(where, "results", {name: (name, shape, types[name]) for name, shape in results.items()}, returned)
 
 
 def _check_program(manifest: Manifest, program: Program, where: str) -> None:

@@ -503,6 +503,12 @@ WIDTHS = "a linear step whose widths do not fit together"
 SCALED = "int8 caches come with key and value scales, others without"
 THESE = "are not of 2 layers and these heads"
 BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    # Widths of nothing: no operand would bound the others.
+    "no width": ({"x": ones(8, 0), "y": (8, 0)}, "x [8, 0], result [8, 0]"),
+    "a width of nothing": ({"outs": [0, *OUTS[1:]]}, WIDTHS),
+    "a huge width": ({"outs": [2**60, *OUTS[1:]]}, "weights of shape"),
+    "no slots": (cache_of(2, 0, 2, 9, 4), "of no slots or no positions"),
+    "no positions": (cache_of(2, 3, 2, 0, 4), "of no slots or no positions"),
     # Step codes, and the values they name.
     "unknown kind": (with_step(1, at0=2), "step of unknown kind 2"),
     "negative kind": (with_step(0, at0=-1), "step of unknown kind -1"),

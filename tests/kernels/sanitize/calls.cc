@@ -92,6 +92,9 @@ void CheckLinearCalls(xla::ffi::ThreadPool& pool) {
     CheckLinear(team, arena, rows, 50, {33, 20, 7, 48}, {kFormats[0], kFormats[3], kFormats[1], kFormats[2]},
                 {true, false, true, Gate::kNone});
   CheckLinear(team, arena, 3, 50, {33, 33}, {Format::kFloat32, Format::kInt4}, {true, true, false, Gate::kSilu});
+  // Tasks of the one kind of weights begin where the other's panels do.
+  for (int64_t rows : {2, 9})
+    CheckLinear(team, arena, rows, 2048, {150, 150}, {Format::kFloat32, Format::kInt8}, {true, false, false, Gate::kSilu});
 }
 
 // A cache of keys or values that holds numbers in every row.

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <memory>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -100,9 +101,38 @@ int Check(bool ok, const char* what, int64_t threads, int64_t tasks) {
   return 1;
 }
 
+// What a task throws comes out of the loop, once no thread uses its body any more; the team is good for another.
+bool Throws(xla::ffi::ThreadPool& pool) {
+  precast::Team team(pool);
+  bool caught = false;
+  {
+    auto counts = std::make_unique<std::vector<int>>(100);
+    try {
+      team.For(100, [&counts](int64_t task) {
+        if (task % 7 == 3) throw std::runtime_error("task");
+        ++(*counts)[static_cast<size_t>(task)];
+      });
+    } catch (const std::runtime_error&) {
+      caught = true;
+    }
+  }
+  std::vector<int> counts(50);
+  team.For(50, [&counts](int64_t task) { ++counts[static_cast<size_t>(task)]; });
+  for (const int count : counts) caught = caught && count == 1;
+  return caught;
+}
+
 }  // namespace
 
 int main() {
+  for (int64_t threads : {0, 1, 2, 5})
+    for (int repeat = 0; repeat < 15; ++repeat) {
+      xla::ffi::ThreadPool pool(threads);
+      if (!Throws(pool)) {
+        std::fprintf(stderr, "%d threads: what a task threw was lost\n", static_cast<int>(threads));
+        return 1;
+      }
+    }
   int wrong = 0;
   for (const bool full : {false, true}) {
     for (const int64_t threads : {0, 1, 2, 5}) {
