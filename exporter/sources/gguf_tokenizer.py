@@ -330,8 +330,18 @@ def _bpe(
         "byte_fallback": byte_fallback,
         "ignore_merges": ignore_merges,
         "vocab": vocabulary.of(*used),
-        "merges": list(merges),
+        "merges": _written(list(merges)),
     }
+
+
+def _written(merges: list[list[str]]) -> list[str] | list[list[str]]:
+    """Merges in the older spelling, "a b", where it says the same: it takes two thirds of the time to read.
+
+    It cannot spell a space in a token, and takes what begins with "#version" for a comment.
+    """
+    if any(" " in token or token.startswith("#version") for pair in merges for token in pair):
+        return merges
+    return [" ".join(pair) for pair in merges]
 
 
 def _added_tokens(vocabulary: _Vocabulary) -> list[dict[str, object]]:

@@ -402,3 +402,11 @@ def test_sentencepiece_refusals():
         in refusal(metadata | {"tokenizer.ggml.pre": "llama-bpe"})
     )
     assert "lacks one score for each token" in refusal(metadata | {"tokenizer.ggml.scores": [0.0]})
+
+
+def test_merges_are_written_the_short_way_where_it_says_the_same() -> None:
+    from precast.exporter.sources.gguf_tokenizer import _written
+
+    assert _written([["a", "b"], ["ab", "c"]]) == ["a b", "ab c"]
+    for odd in (["a ", "b"], ["#version", "b"]):
+        assert _written([["a", "b"], odd]) == [["a", "b"], odd]

@@ -148,7 +148,11 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         ([*PROGRAM, 3, "arguments", 2, "shape", 3], 65, "program 'decode': its cache is not the artifact's"),
         ([*PROGRAM, 3, "results", 2, "shape", 0], 9, "program 'decode': its cache is not the artifact's"),
         ([*PROGRAM, 3, "results", 2, "alias"], "nobody", "aliases 'nobody', which is no argument."),
-        ([*PROGRAM, 3, "results", 0], ..., "program 'decode': results: expected {'token': ('token', (1,), 'int32')"),
+        (
+            [*PROGRAM, 3, "results", 0],
+            ...,
+            "program 'decode': results: expected {'token': ('token', (1,), 'int32')",
+        ),
         ([*PROGRAM, 3, "results", 1, "shape"], [1, 9], "program 'decode': results: expected"),
         ([*PROGRAM, 0, "results", 0], ..., "program 'cache': its cache is not the artifact's"),
     ],
