@@ -3,8 +3,7 @@
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +33,7 @@ from precast.loaders.sampling import SamplingParams
 from precast.loaders.tokenizer import Tokenizer
 
 from . import fidelity, golden, model_card
+from .devices import on_cpu
 from .models import ModelSpec, read_model
 from .models.parameters import Parameter
 from .programs import CACHE_TYPES, TABLES, Geometry, StoredModel, build_programs, cache_arrays, stored_model
@@ -113,7 +113,7 @@ def export(
     created = _today()
     if left_out := plan.left_out():
         progress.stage(left_out)
-    with files.new_folder(output, overwrite=options.overwrite) as folder, _on_cpu():
+    with files.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("exporting compiles for"):
         progress.stage("writing weights")
         digest = _write_weights(folder, stored, geometry, plan, progress)
         _write_texts(folder, source)
@@ -191,19 +191,6 @@ def _check_targets(targets: Sequence[str]) -> None:
         raise PrecastError(
             f"targets: expected one or more of {', '.join(TARGET_KINDS)}, each once, found {found}."
         )
-
-
-@contextmanager
-def _on_cpu() -> Iterator[None]:
-    """Programs and reference are for CPUs, whatever else JAX finds here."""
-    try:
-        cpu = jax.devices("cpu")[0]
-    except RuntimeError:
-        raise PrecastError(
-            "exporting compiles for CPUs, which JAX is told to leave alone here; add cpu to JAX_PLATFORMS or unset it."
-        ) from None
-    with jax.default_device(cpu):
-        yield
 
 
 def _sampling(source: Source) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """How far an artifact's predictions are from those of the float32 model it was made from."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -10,11 +9,12 @@ import numpy as np
 from jax import Array
 
 from precast.loaders import evaluate
-from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Fidelity
+from precast.loaders.artifact.weights import aligned_zeros
 from precast.loaders.generate import Model
 from precast.loaders.tokenizer import Tokenizer
 
+from .devices import on_cpu
 from .models import ModelSpec, read_model
 from .models.parameters import abstract_model
 from .sources import open_source
@@ -23,7 +23,6 @@ from .weights import plan_weights
 
 # What an export measures: two windows of 512, or more of a smaller capacity.
 TOKENS = 1024
-_ALIGNMENT = 64  # from which on jax takes an array over without a copy
 
 
 class Reference:
@@ -72,13 +71,7 @@ class Reference:
 @contextmanager
 def _precisely() -> Iterator[None]:
     """On the CPU, whatever else JAX finds here, and with products that are float32 throughout."""
-    try:
-        cpu = jax.devices("cpu")[0]
-    except RuntimeError:
-        raise PrecastError(
-            "the reference runs on CPUs, which JAX is told to leave alone here; add cpu to JAX_PLATFORMS or unset it."
-        ) from None
-    with jax.default_device(cpu), jax.default_matmul_precision("highest"):
+    with on_cpu("the reference runs on"), jax.default_matmul_precision("highest"):
         yield
 
 
@@ -92,20 +85,12 @@ def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
     plan = plan_weights(source, parameters, tied=spec.config.tied_embeddings)
     arrays = {}
     for parameter in parameters:
-        array = _aligned(parameter.shape)
+        array = aligned_zeros(parameter.shape, np.dtype(np.float32))
         places = array.reshape(len(parameter.sources), *parameter.source_shape)
         for place, name in zip(places, parameter.sources, strict=True):
             place[...] = plan.tensors[name].read()
         arrays[parameter.name] = array
     return arrays
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """An uninitialised float32 array that jax need not copy."""
-    size = 4 * math.prod(shape)
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    begin = -memory.ctypes.data % _ALIGNMENT
-    return memory[begin : begin + size].view(np.float32).reshape(shape)
 
 
 def open_reference(path: str) -> Reference:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 
 import jax
@@ -43,20 +43,17 @@ class StoredModel:
     """A model whose parameters are stored in given formats.
 
     Attributes:
-        parameters: in the order of `formats` and of what `bind` takes.
+        abstract: the model without weights.
         formats: by parameter name, a key of `FORMATS`.
     """
 
     spec: ModelSpec
+    abstract: AbstractModel
     formats: Mapping[str, str]
-
-    @cached_property
-    def _abstract(self) -> AbstractModel:
-        return abstract_model(self.spec)
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        return self._abstract.parameters
+        return self.abstract.parameters
 
     def arrays(self) -> tuple[tuple[str, StoredArray], ...]:
         """Every array of every parameter with its name in the artifact, in the order that `bind` takes them."""
@@ -67,7 +64,7 @@ class StoredModel:
         left = iter(arrays)
         counts = [len(stored_arrays(p, self.formats)) for p in self.parameters]
         groups = [tuple(islice(left, count)) for count in counts]
-        return self._abstract.bind([g[0] if len(g) == 1 else Packed(*g) for g in groups])
+        return self.abstract.bind([g[0] if len(g) == 1 else Packed(*g) for g in groups])
 
 
 def stored_model(spec: ModelSpec, weights: str) -> StoredModel:
@@ -76,7 +73,8 @@ def stored_model(spec: ModelSpec, weights: str) -> StoredModel:
     Raises:
         PrecastError: for a format that is not known.
     """
-    return StoredModel(spec=spec, formats=formats_of(abstract_model(spec).parameters, weights))
+    abstract = abstract_model(spec)
+    return StoredModel(spec=spec, abstract=abstract, formats=formats_of(abstract.parameters, weights))
 
 
 def stored_arrays(parameter: Parameter, formats: Mapping[str, str]) -> tuple[StoredArray, ...]:

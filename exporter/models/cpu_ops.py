@@ -16,18 +16,19 @@ def _operands(weight: Weight) -> list[Array]:
     return [weight] if not isinstance(weight, Packed) else [a for a in weight if a is not None]
 
 
-def _call_operands(call: LinearCall) -> list[Array]:
-    """The stacks of a call: norm, then each weight and its bias."""
-    operands = [] if call.norm is None else [call.norm]
+def _given(array: Array | None) -> list[Array]:
+    return [] if array is None else [array]
+
+
+def _weights(call: LinearCall) -> list[Array]:
+    """Each weight of a call and its bias, if any."""
+    operands = []
     for i, weight in enumerate(call.weights):
         operands += [*_operands(weight), *call.biases[i : i + 1]]
     return operands
 
 
 def _linear(x: Array, call: LinearCall, layer: Array, used: Array) -> list[Array]:
-    norm = [] if call.norm is None else [call.norm]
-    residual = [] if call.residual is None else [call.residual]
-    weights = _call_operands(call)[len(norm) :]
     results = [jax.ShapeDtypeStruct((x.shape[0], n), x.dtype) for n in call.results]
     target = jax.ffi.ffi_call("precast.linear.v1", results)
     return list(
@@ -35,9 +36,9 @@ def _linear(x: Array, call: LinearCall, layer: Array, used: Array) -> list[Array
             x,
             layer,
             used,
-            *norm,
-            *residual,
-            *weights,
+            *_given(call.norm),
+            *_given(call.residual),
+            *_weights(call),
             norm=call.norm is not None,
             eps=np.float32(call.eps),
             residual=call.residual is not None,
@@ -95,7 +96,7 @@ def _layers(
         *rotary,
         *arrays,
         *rows,
-        *(operand for call in steps.calls for operand in _call_operands(call)),
+        *(operand for call in steps.calls for operand in (*_given(call.norm), *_weights(call))),
         layers=np.int64(stack.layers),
         heads=np.array(stack.heads, np.int64),
         steps=np.array(steps.codes, np.int64),

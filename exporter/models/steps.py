@@ -1,7 +1,7 @@
 """A layer as a list of steps, for the kernel that runs all layers in one call.
 
 `record` calls a layer with stand-ins for its arrays, and notes what it asks of the target: products and attention.
-A layer that does anything else with them fails here, and is looped over instead.
+A layer that does anything else with them fails here; `xla_ops.looped` is for such.
 """
 
 from collections.abc import Callable

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..quantize import GROUP, PANEL
 from .ops import Cache, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
 
 
@@ -36,7 +37,7 @@ def _unpacked_rows(weight: Packed, layer: Array, panels: Array | None = None) ->
         nibbles = jnp.stack([values & 15, values >> 4], axis=2)  # [P, I / 8, 2, 16, 4]
         values = nibbles.reshape(values.shape[0], -1, *values.shape[2:])  # [P, I / 4, 16, 4]
     matrix = jnp.swapaxes(values, 1, 2).reshape(values.shape[0], values.shape[2], -1)  # [P, 16, I]
-    groups = matrix.astype(jnp.float32).reshape(*matrix.shape[:2], -1, 32)  # [P, 16, I / 32, 32]
+    groups = matrix.astype(jnp.float32).reshape(*matrix.shape[:2], -1, GROUP)  # [P, 16, I / 32, 32]
     scale = jnp.swapaxes(take(weight.scale), 1, 2).astype(jnp.float32)[..., None]
     groups = groups * scale
     if weight.minimum is not None:
@@ -69,8 +70,8 @@ def _linear(x: Array, call: LinearCall, layer: Array, used: Array) -> list[Array
 def _embed(tokens: Array, weight: Weight, vocab: int, width: int) -> Array:
     if not isinstance(weight, Packed):
         return weight[0][tokens].astype(jnp.float32)
-    panels = _unpacked_rows(weight, jnp.int32(0), tokens // 16)  # [M, 16, in]
-    return jnp.take_along_axis(panels, (tokens % 16)[:, None, None], axis=1)[:, 0, :width]
+    panels = _unpacked_rows(weight, jnp.int32(0), tokens // PANEL)  # [M, 16, in]
+    return jnp.take_along_axis(panels, (tokens % PANEL)[:, None, None], axis=1)[:, 0, :width]
 
 
 def rotate(x: Array, rotary: Rotary) -> Array:

@@ -51,6 +51,14 @@ class TensorSpec:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that the CPU runtime takes over as they lie."""
+    size = prod(shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
 def numpy_dtype(name: str) -> np.dtype:
     """The type that a manifest calls `name`."""
     if name != "bfloat16":

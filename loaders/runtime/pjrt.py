@@ -6,7 +6,6 @@ jaxlib changes is changed here. Tested on each jaxlib of the supported range.
 
 import ctypes
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -27,13 +26,12 @@ from precast import kernels
 
 from ..artifact.errors import PrecastError
 from ..artifact.machine import Machine, cpu_features, processor_family
+from ..artifact.weights import aligned_zeros
 
 # An array on the device. Opaque: only this module looks inside.
 Buffer = NewType("Buffer", object)
 
 _DLPACK_CPU = (1, 0)
-# From which on the CPU client takes an array as it lies.
-_ALIGNMENT = 64
 # Newer handlers check nothing; older ones can be told not to, which they would do by jax's Python code.
 _UNCHECKED = (True,) if "_skip_checks" in (_jax.array_result_handler.__doc__ or "") else ()
 # Where dlpack.h puts the code of an element's type in a DLManagedTensor (behind data, device and ndim), and its
@@ -178,9 +176,7 @@ class Client:
 
         Making a buffer takes longer than a small program; an input that is there for every call is made once.
         """
-        memory = np.zeros(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
-        begin = -memory.ctypes.data % _ALIGNMENT
-        array = memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        array = aligned_zeros(shape, dtype)
         return array, self.put(array)
 
     def get(self, buffer: Buffer) -> np.ndarray:
