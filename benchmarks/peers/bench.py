@@ -1,10 +1,10 @@
 """precast against its peers: the same model, prompts, threads and bits, alternating in one run.
 
 Every contender loads once in a process of its own and answers on request; all but the one that works are stopped
-(SIGSTOP), so that no thread of theirs waits actively. Each round begins with the machine's own limits: the
-bandwidth of memory and the arithmetic peaks. Then, for each prompt length, every contender runs the prompt in an
-empty cache and decodes after it, in an order that turns with each round. A measurement during which others used
-more than a twentieth of the machine is repeated, and what they used stands in the results.
+(SIGSTOP), so that no thread of theirs waits actively. For each prompt length, every contender runs the prompt in an
+empty cache and decodes after it, in an order that turns with each round. The machine's own limits, the bandwidth of
+memory and the arithmetic peaks, are measured immediately before each measurement of precast. A measurement during
+which others used more than a twentieth of the machine is repeated, and what they used stands in the results.
 
 Decoding is bound by memory (weights and the filled cache are read once a step), prefill by arithmetic; the figures
 of precast stand also as shares of those limits. Cold start is taken from the start of a fresh process to the first
@@ -86,10 +86,11 @@ class Bench:
         return dict(best.values) | {"others": best.others}
 
     def limits(self, peak: Path) -> dict:
-        """Bandwidth and peaks, now."""
+        """Bandwidth and peaks, now; kept for the summary."""
         wait_for_quiet(self.patience)
         found = json.loads(subprocess.run([peak, str(THREADS)], check=True, capture_output=True).stdout)
         found["read_bytes_per_s"] = max(found["read_bytes_per_s"], machine.read_bandwidth(rounds=2))
+        self.machine.append(found)
         return found
 
 
@@ -110,13 +111,15 @@ def timed_rounds(bench: Bench, workers: Mapping[str, Worker], lengths: Sequence[
         _say(f"warm: {name}")
     runs = {name: {length: [] for length in lengths} for name in names}
     for number in range(bench.rounds):
-        bench.machine.append(bench.limits(peak))
         turned = names[number % len(names) :] + names[: number % len(names)]
         for length in lengths:
             for name in turned:
                 steps = steps_after(length)
+                # What memory gives changes within minutes, by who else uses the machine: a share of the limit means
+                # the limit of the same minute.
+                limit = {"limits": bench.limits(peak)} if name.startswith("precast") else {}
                 answer = bench.measured(workers[name], run=prompt(length), steps=steps)
-                runs[name][length].append(answer)
+                runs[name][length].append(answer | limit)
         _say(f"round {number + 1} of {bench.rounds}")
     for name in names:
         bench.record[name]["prompts"] = {
@@ -131,7 +134,7 @@ def _summary(bench: Bench, name: str, length: int, runs: Sequence[Mapping]) -> d
         "others": limits.spread([r["others"] for r in runs]),
     }
     if name.startswith("precast"):
-        pairs = list(zip(runs, bench.machine, strict=True))
+        pairs = [(r, r["limits"]) for r in runs]
         manifest = json.loads((bench.models[name] / "manifest.json").read_text())
         filled = length + steps_after(length) / 2
         decode = [limits.decode_share(manifest, r["step_s"], filled, m["read_bytes_per_s"]) for r, m in pairs]
@@ -226,9 +229,10 @@ def measure(arguments: argparse.Namespace) -> dict:
             timed_rounds(bench, workers, arguments.lengths)
             for worker in workers.values():
                 worker.close()
-            result["machine"] = {
-                key: limits.spread([m[key] for m in bench.machine]) for key in bench.machine[0]
-            }
+            if bench.machine:
+                result["machine"] = {
+                    key: limits.spread([m[key] for m in bench.machine]) for key in bench.machine[0]
+                }
         if "cold" in wanted:
             cold_starts(bench)
         if "memory" in wanted:

@@ -23,13 +23,16 @@ struct Weight {
   int64_t outs;
 };
 
-// Activations in 16 bits, a scale a row. `high` and `low` are the bytes of q (int4, few rows), `sums` the sums of its
-// groups (int4); null where not needed.
+// Activations as integers, each part null where no weight of the call needs it. For int8 weights: 16 bits and a scale
+// a row. For int4 and few rows: those, and the high and low bytes of q. For int4 and many rows: bytes, with a scale a
+// group, for which the products are half as many. `sums` are the sums of groups: of q, or of bytes times their scale.
 struct QuantizedRows {
-  int16_t* q;       // [rows, in_pad]
+  int16_t* q;          // [rows, in_pad]
   int8_t *high, *low;  // [rows, in_pad]
-  float* scale;     // [rows]
-  float* sums;      // [rows, in_pad / kGroup]
+  float* scale;        // [rows]
+  int8_t* bytes;       // [rows, in_pad]
+  float* group_scale;  // [rows, in_pad / kGroup]
+  float* sums;         // [rows, in_pad / kGroup]
   int64_t in_pad;
 };
 

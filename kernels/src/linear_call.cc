@@ -17,6 +17,8 @@ constexpr int64_t kTaskOutputs = 48;
 constexpr int64_t kRowBytes = 400 * 1024;
 // Rows prepared by one task.
 constexpr int64_t kPrepareRows = 8;
+// Rows of the residual asked for in advance: of each a task adds one or two lines, which no prefetching guesses.
+constexpr int64_t kResidualAhead = 12;
 // Outputs a task has at most when it streams few wide rows.
 constexpr int64_t kTaskFloats = 256;
 
@@ -24,24 +26,32 @@ bool IsPacked(Format format) { return format == Format::kInt8 || format == Forma
 
 // Memory for the activations as the weights' formats need them: normed floats, and integers for packed weights.
 LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearCall& c) {
-  bool packed = false, int4 = false;
+  bool int8 = false, int4 = false;
   for (const LinearPart& part : c.parts) {
-    packed |= IsPacked(part.weight.format);
+    int8 |= part.weight.format == Format::kInt8;
     int4 |= part.weight.format == Format::kInt4;
   }
   LinearRows rows = {c.x, c.in, {}};
-  if (c.norm == nullptr && !packed) return rows;
+  if (c.norm == nullptr && !int8 && !int4) return rows;
+  const bool few = c.rows <= kFewRows;
   const int64_t pad = RoundUp(c.in, kGroup), groups = pad / kGroup;
-  arena.Reset(c.rows * (c.in * 4 + pad * 4 + (1 + groups) * 4));
+  arena.Reset(c.rows * (c.in * 4 + pad * 4 + (1 + 2 * groups) * 4));
   float* normed = c.norm == nullptr ? nullptr : arena.Take<float>(c.rows * c.in);
   if (normed != nullptr) rows.x = normed;
   QuantizedRows& to = rows.quantized;
-  if (packed) {
-    to = {arena.Take<int16_t>(c.rows * pad), nullptr, nullptr, arena.Take<float>(c.rows), nullptr, pad};
-    if (int4) to.sums = arena.Take<float>(c.rows * groups);
-    if (int4 && c.rows <= kFewRows) {
+  to.in_pad = pad;
+  if (int8 || (int4 && few)) {
+    to.q = arena.Take<int16_t>(c.rows * pad);
+    to.scale = arena.Take<float>(c.rows);
+  }
+  if (int4) {
+    to.sums = arena.Take<float>(c.rows * groups);
+    if (few) {
       to.high = arena.Take<int8_t>(c.rows * pad);
       to.low = arena.Take<int8_t>(c.rows * pad);
+    } else {
+      to.bytes = arena.Take<int8_t>(c.rows * pad);
+      to.group_scale = arena.Take<float>(c.rows * groups);
     }
   }
   team.For((c.rows + kPrepareRows - 1) / kPrepareRows, [&](int64_t task) {
@@ -52,7 +62,7 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
         ops.normalize(x, c.norm, c.eps, c.in, normed + row * c.in);
         x = normed + row * c.in;
       }
-      if (packed) ops.quantize(x, c.in, row, to);
+      if (int8 || int4) ops.quantize(x, c.in, row, to);
     }
   });
   return rows;
@@ -97,7 +107,10 @@ void Compute(const LinearOps& ops, const LinearCall& c, const LinearRows& x, con
         if (c.parts[1].bias != nullptr) ops.add(c.parts[1].bias + from, outs, up + r * outs);
         ops.gate(c.gate, up + r * outs, outs, y + r * y_row);
       }
-      if (c.residual != nullptr) ops.add(c.residual + (row + r) * y_row + from, outs, y + r * y_row);
+      if (c.residual == nullptr) continue;
+      const float* residual = c.residual + (row + r) * y_row + from;
+      if (r + kResidualAhead < rows) __builtin_prefetch(residual + kResidualAhead * y_row);
+      ops.add(residual, outs, y + r * y_row);
     }
   }
 }

@@ -268,8 +268,9 @@ def test_agrees_with_xla_and_with_the_kernels_one_by_one(
         for ours, theirs in zip(*results, strict=True):
             assert_same_bits(ours, theirs)
         (y, *after), (theirs, their_cache) = results[0], answers[i]
-        # Activations in 16 bits; and a number of the cache that falls to the other side of a rounding border.
-        lost = (4e-6 if weights in ("float32", "bfloat16") else 4e-4) * np.abs(theirs).max()
+        # Activations in 16 bits, in 8 of many rows with int4 weights; and a number of the cache that falls to the other
+        # side of a rounding border.
+        lost = {"int8": 4e-4, "int4": 3e-2 if used > 4 else 4e-4}.get(weights, 4e-6) * np.abs(theirs).max()
         loose = lost + {"float32": 0.0, "bfloat16": 4e-3, "int8": 6e-3}[kind] * np.abs(theirs).max()
         for r, (_, _, length) in enumerate(places):
             assert np.all(np.isfinite(theirs[r, :length]))

@@ -15,12 +15,12 @@ struct Around {
   Gate gate;
 };
 
-// Products of a normed row with some weights, and how far off the kernels' may be: they round activations to 16 bits.
+// Products of a normed row with some weights, and how far off the kernels' may be: they round activations to a unit.
 struct Expected {
   double value, error;
 };
 
-Expected Dot(const std::vector<double>& x, double top, const Weights& w, int64_t o, const Floats* bias) {
+Expected Dot(const std::vector<double>& x, double unit, const Weights& w, int64_t o, const Floats* bias) {
   double sum = 0, size = 0, weights = 0;
   for (int64_t k = 0; k < w.in; ++k) {
     const double a = x[static_cast<size_t>(k)];
@@ -29,7 +29,7 @@ Expected Dot(const std::vector<double>& x, double top, const Weights& w, int64_t
     size += std::fabs(a) * (std::fabs(w.Scale(o, k) * w.Whole(o, k)) + std::fabs(w.Minimum(o, k)));
   }
   if (bias != nullptr) sum += (*bias)[o], size += std::fabs((*bias)[o]);
-  return {sum, (static_cast<double>(w.in) / 2 + 40) * kUnit * size + (w.packed ? top * weights * 0.51 / 32512 : 0)};
+  return {sum, (static_cast<double>(w.in) / 2 + 40) * kUnit * size + (w.packed ? unit * weights * 0.51 : 0)};
 }
 
 // Two calls with one team and one arena, as the layers of a decoder make them.
@@ -55,11 +55,13 @@ void CheckLinear(Team& team, Arena& arena, int64_t rows, int64_t in, const std::
     for (int64_t k = 0; around.norm && k < in; ++k)
       row[static_cast<size_t>(k)] *= norm[k] / std::sqrt(squares / static_cast<double>(in) + static_cast<double>(1e-3f));
     for (const double v : row) top = std::max(top, std::fabs(v));
+    // What activations are rounded to at most.
+    const auto unit = [&](const Weights& w) { return top / (w.format == Format::kInt4 && rows > kFewRows ? 127 : 32512); };
     for (size_t i = 0; i < call.results(); ++i)
       for (int64_t o = 0; o < outs[i]; ++o) {
-        Expected e = Dot(row, top, weights[i], o, around.bias ? &biases[i] : nullptr);
+        Expected e = Dot(row, unit(weights[i]), weights[i], o, around.bias ? &biases[i] : nullptr);
         if (around.gate != Gate::kNone) {
-          const Expected up = Dot(row, top, weights[1], o, around.bias ? &biases[1] : nullptr);
+          const Expected up = Dot(row, unit(weights[1]), weights[1], o, around.bias ? &biases[1] : nullptr);
           const double gated = GateOf(around.gate, e.value);
           // Neither gate is steeper than 1.2 anywhere.
           e = {gated * up.value, 1.2 * e.error * (std::fabs(up.value) + up.error) + std::fabs(gated) * up.error +

@@ -50,13 +50,18 @@ double GateOf(Gate gate, double x) {
 
 namespace {
 
-// Rows of activations in 16 bits, in buffers of exactly their sizes; `split` and `sums` as a call may leave them out.
+// Rows of activations in buffers of exactly their sizes, and only those that products of the format read: few rows of
+// int4 as two bytes, many as one with a scale a group.
 struct Rows {
-  Rows(const Ops& ops, const Floats& x, int64_t rows, int64_t in, bool split, bool sums)
-      : pad((in + kGroup - 1) / kGroup * kGroup), q(rows * pad, -77), high(split ? rows * pad : 0),
-        low(split ? rows * pad : 0), scale(rows), sum(sums ? rows * pad / kGroup : 0) {
-    view = {q.get(), split ? high.get() : nullptr, split ? low.get() : nullptr, scale.get(),
-            sums ? sum.get() : nullptr, pad};
+  Rows(const Ops& ops, const Floats& x, int64_t rows, int64_t in, Format format, bool few)
+      : pad((in + kGroup - 1) / kGroup * kGroup), int4(format == Format::kInt4), bytes_only(int4 && !few),
+        q(bytes_only ? 0 : rows * pad, -77), high(int4 && few ? rows * pad : 0), low(high.size),
+        bytes(bytes_only ? rows * pad : 0, -77), scale(bytes_only ? 0 : rows),
+        group_scale(bytes_only ? rows * pad / kGroup : 0), sum(int4 ? rows * pad / kGroup : 0) {
+    const auto some = [](auto& array) { return array.size == 0 ? nullptr : array.get(); };
+    view = {some(q), some(high), some(low), bytes_only ? nullptr : scale.get(), bytes_only ? bytes.get() : nullptr,
+            bytes_only ? group_scale.get() : nullptr, int4 ? sum.get() : nullptr, pad};
+    if (!bytes_only) view.q = q.get();
     for (int64_t row = rows; row-- > 0;) {
       Floats own(in);  // so that nothing behind a row can be read
       std::memcpy(own.get(), x.get() + row * in, static_cast<size_t>(in) * sizeof(float));
@@ -64,31 +69,38 @@ struct Rows {
     }
     for (int64_t i = 0; i < rows * pad; ++i) {
       const int64_t row = i / pad, k = i % pad;
-      const bool finite = scale[row] == scale[row];
-      if (k >= in || !finite) Near("quantised padding", q[i], 0, 0);
-      else Near("quantised", static_cast<double>(q[i]) * scale[row], x[row * in + k], 0.505 * scale[row] + 1e-30);
-      if (split) Near("high and low byte", high[i] * 256 + low[i], q[i], 0);
+      const double unit = Scale(row, k);
+      if (k >= in) Near("quantised padding", Whole(row, k), 0, 0);
+      else if (Finite(row)) Near("quantised", At(row, k), x[row * in + k], 0.505 * unit + 1e-30);
+      if (high.size > 0) Near("high and low byte", high[i] * 256 + low[i], q[i], 0);
     }
     for (int64_t g = 0; g < sum.size; ++g) {
       double total = 0;
-      for (int64_t k = 0; k < kGroup; ++k) total += q[g * kGroup + k];
-      Near("sum of a group", sum[g], total, 0);
+      for (int64_t k = 0; k < kGroup; ++k) total += bytes_only ? bytes[g * kGroup + k] : q[g * kGroup + k];
+      if (bytes_only) total *= group_scale[g];
+      if (Finite(g * kGroup / pad) && std::fabs(total) < 3e38) Near("sum of a group", sum[g], total, 2 * kUnit * std::fabs(total));
     }
   }
+  double Whole(int64_t row, int64_t k) const { return bytes_only ? bytes[row * pad + k] : q[row * pad + k]; }
+  double Scale(int64_t row, int64_t k) const { return bytes_only ? group_scale[(row * pad + k) / kGroup] : scale[row]; }
+  double At(int64_t row, int64_t k) const { return Whole(row, k) * Scale(row, k); }
+  bool Finite(int64_t row) const { return pad == 0 || !std::isnan(Scale(row, 0)); }
+
   int64_t pad;
+  bool int4, bytes_only;
   Array<int16_t> q;
-  Array<int8_t> high, low;
-  Floats scale, sum;
+  Array<int8_t> high, low, bytes;
+  Floats scale, group_scale, sum;
   QuantizedRows view;
 };
 
 // Rows [row, row + rows) of more, times outputs [from, from + outs) of more; results lie `gap` apart.
-void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64_t outs, int64_t gap, bool split) {
+void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64_t outs, int64_t gap, bool few) {
   const bool packed = format == Format::kInt8 || format == Format::kInt4;
   const int64_t row = Between(0, 2), from = packed ? kPanel * Between(0, 2) : Between(0, 5);
   const Weights w(format, from + outs, in);
   Floats x = Floats::Normal((row + rows) * in), y((rows - 1) * (outs + gap) + outs, -12345.0f);
-  const Rows quantized(ops, x, row + rows, in, packed && split, format == Format::kInt4);
+  const Rows quantized(ops, x, row + rows, in, format, few);
   ops.linear.product(w.View(), {packed ? nullptr : x.get(), in, quantized.view}, row, rows, from, outs, y.get(),
                      outs + gap);
   for (int64_t i = 0; i < y.size; ++i) {
@@ -99,8 +111,7 @@ void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64
     }
     double sum = 0, size = 0;
     for (int64_t k = 0; k < in; ++k) {
-      const double a = packed ? static_cast<double>(quantized.q[(row + r) * quantized.pad + k]) * quantized.scale[row + r]
-                              : x[(row + r) * in + k];
+      const double a = packed ? quantized.At(row + r, k) : x[(row + r) * in + k];
       sum += a * w.At(from + o, k);
       size += std::fabs(a) * (std::fabs(w.Scale(from + o, k) * w.Whole(from + o, k)) + std::fabs(w.Minimum(from + o, k)));
     }
@@ -144,9 +155,9 @@ void CheckOddRows(const Ops& ops) {
       for (int64_t at : {int64_t{0}, in / 2, in - 1}) {
         Floats x(2 * in, value == 3e38f ? -3e38f : 0.0f);
         x[in + at] = value;
-        const Rows rows(ops, x, 2, in, true, true);
-        const bool finite = std::isfinite(value);
-        if (finite == std::isnan(rows.scale[1])) Fail("scale of an odd row", rows.scale[1], value);
+        for (bool few : {true, false})
+          if (Rows(ops, x, 2, in, Format::kInt4, few).Finite(1) != std::isfinite(value))
+            Fail("scale of an odd row", few, value);
       }
 }
 
@@ -158,7 +169,7 @@ void CheckLinearOps(const Ops& ops) {
       for (int64_t rows = 1; rows <= 9; ++rows)
         CheckProduct(ops, format, rows, in, in > 99 ? Between(1, 9) : Between(1, 50), rows % 3, rows <= kFewRows);
     CheckProduct(ops, format, 130, 33, 17, 0, false);
-    // What is left of many rows, which are not split into bytes.
+    // What is left of many rows.
     for (int64_t rows = 1; rows <= kFewRows; ++rows) CheckProduct(ops, format, rows, 70, 33, 2, false);
   }
   for (int64_t n = 1; n <= 70; ++n) {
