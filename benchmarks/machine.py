@@ -32,11 +32,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
-    """Bytes per second that all cores together read from memory: the best of several plain loops and rounds.
+def read_bandwidth(megabytes: int = 512, rounds: int = 10) -> float:
+    """Bytes per second that all cores together read from memory: the fastest of several plain loops.
 
     The limit of a decode step is the bytes it must read over this. Reductions of NumPy are used because they are
-    not ours; the fastest of them comes closest to what the memory gives.
+    not ours; the fastest of them comes closest to what the memory gives. What it gives changes by a third from one
+    hundredth of a second to the next: a loop counts by all its rounds, as a step counts by all tokens, not by its best.
     """
     cores = len(os.sched_getaffinity(0))
     parts = [np.ones(megabytes * 1_000_000 // cores // 64 * 16, np.float32) for _ in range(cores)]
@@ -45,11 +46,11 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 5) -> float:
         lambda a: np.bitwise_or.reduce(a.view(np.uint64)),
         lambda a: np.dot(a, a),
     )
-    best = 0.0
+    seconds = [0.0] * len(loops)
     with ThreadPoolExecutor(cores) as pool:
-        for loop in loops:
-            for _ in range(rounds):
+        for _ in range(rounds):
+            for i, loop in enumerate(loops):
                 started = time.perf_counter()
                 list(pool.map(loop, parts))
-                best = max(best, sum(p.nbytes for p in parts) / (time.perf_counter() - started))
-    return best
+                seconds[i] += time.perf_counter() - started
+    return rounds * sum(p.nbytes for p in parts) / min(seconds)

@@ -89,7 +89,7 @@ class Bench:
         """Bandwidth and peaks, now; kept for the summary."""
         wait_for_quiet(self.patience)
         found = json.loads(subprocess.run([peak, str(THREADS)], check=True, capture_output=True).stdout)
-        found["read_bytes_per_s"] = max(found["read_bytes_per_s"], machine.read_bandwidth(rounds=2))
+        found["read_bytes_per_s"] = max(found["read_bytes_per_s"], machine.read_bandwidth())
         self.machine.append(found)
         return found
 
