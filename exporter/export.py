@@ -334,7 +334,10 @@ def _record_golden(folder: Path, manifest: Manifest, stored: StoredModel, digest
     _finish(folder, manifest, digest)
     # The loaded model is gone before the reference maps the weights again: they are in memory once at a time.
     # Compiling is for exports of StableHLO alone; an executable, where there is one, comes first.
-    tie = golden.TIE if _is_exact(manifest) else golden.REDUCED_TIE
+    if _is_exact(manifest):
+        tie = golden.TIE
+    else:
+        tie = golden.INT4_TIE if manifest.model.weights == "int4" else golden.REDUCED_TIE
     given = golden.answers(loading.load(folder, compile=True, log=lambda _: None))
     cases = golden.check(
         given, stored, manifest.cache[0].dtype, tie, map_weights(folder / WEIGHTS_FILE), manifest.name
