@@ -290,7 +290,7 @@ def _export(source, folder: Path) -> tuple[Path, dict]:
     )
     facts = {
         "eps": spec.config.norm_eps,
-        "frequencies": spec.rope.frequencies.tolist(),
+        "frequencies": spec.ropes[0].frequencies.tolist(),
         "max_positions": spec.config.max_positions,
     }
     return artifact, facts

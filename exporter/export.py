@@ -107,7 +107,7 @@ def export(
     geometry = _geometry(options, spec)
     stored = stored_model(spec, options.weights)
     parameters = stored.parameters
-    plan = plan_weights(source, parameters, tied=spec.config.tied_embeddings)
+    plan = plan_weights(spec.adapted(source), parameters, tied=spec.config.tied_embeddings)
     _check_tokenizer(source, spec)
     sampling = _sampling(source)
     created = _today()
@@ -248,7 +248,7 @@ def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
 def _write_weights(
     folder: Path, stored: StoredModel, geometry: Geometry, plan: WeightPlan, progress: Progress
 ) -> str:
-    tables = dict(zip(TABLES, stored.spec.rope.tables(geometry.capacity), strict=True))
+    tables = dict(zip(TABLES, stored.spec.tables(geometry.capacity), strict=True))
     total, written = stored_bytes(plan.parameters, stored.formats), 0
 
     def report(count: int) -> None:

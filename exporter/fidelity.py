@@ -34,6 +34,8 @@ class Reference:
         weights: float32 arrays by parameter name, as the forward pass takes them.
         tokenizer: of the model.
         capacity: positions that a window may have.
+        exported: capacity of the artifact that it is held against, which some kinds of RoPE depend on; None where
+            windows decide, as they do in transformers.
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class Reference:
         weights: Mapping[str, np.ndarray],
         tokenizer: Tokenizer,
         capacity: int,
+        exported: int | None = None,
     ) -> None:
         model = abstract_model(spec)
         self.name, self.tokenizer, self.capacity, self.vocab = name, tokenizer, capacity, spec.config.vocab
-        self._rope = spec.rope
+        self._spec, self._exported = spec, exported
         self._width = 0
         self._forward = jax.jit(
             lambda tokens, cos, sin, *arrays: model.bind(arrays).forward(tokens[None], cos, sin)[0]
@@ -61,10 +64,9 @@ class Reference:
         self._width = max(self._width, len(window))
         padded = np.zeros(self._width, np.int32)
         padded[: len(window)] = window
+        tables = (t[:, : self._width] for t in self._spec.tables(self._exported or self._width))
         with _precisely():
-            rows = np.asarray(
-                self._forward(padded, *self._rope.tables(self._width), *self._weights)
-            )  # [W, V]
+            rows = np.asarray(self._forward(padded, *tables, *self._weights))  # [W, V]
         yield from rows[first : len(window) - 1]
 
 
@@ -82,7 +84,7 @@ def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
         PrecastError: when the tensors do not fit the model.
     """
     parameters = abstract_model(spec).parameters
-    plan = plan_weights(source, parameters, tied=spec.config.tied_embeddings)
+    plan = plan_weights(spec.adapted(source), parameters, tied=spec.config.tied_embeddings)
     arrays = {}
     for parameter in parameters:
         array = aligned_zeros(parameter.shape, np.dtype(np.float32))
@@ -151,6 +153,7 @@ def measure(
         weights=read_weights(source, spec) if weights is None else weights,
         tokenizer=model.tokenizer,
         capacity=artifact.capacity,
+        exported=artifact.capacity,
     )
     scores = evaluate.evaluate(artifact, windows, reference, report)
     return _fidelity(evaluate.SHIPPED_TEXT.name, scores)

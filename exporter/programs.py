@@ -15,7 +15,7 @@ from precast.loaders.artifact.manifest import DTYPE_BYTES, CacheArray, Value
 from .models import ModelSpec
 from .models.blocks import DecoderConfig
 from .models.decoder import Decoder
-from .models.ops import Cache, Ops, Packed, Rows
+from .models.ops import Cache, Caches, Ops, Packed, Rows
 from .models.parameters import AbstractModel, Parameter, abstract_model
 from .quantize import FORMATS, StoredArray
 from .weights import formats_of
@@ -114,29 +114,59 @@ def _value(name: str, role: str, shape: Sequence[int], dtype: str, alias: str | 
     )
 
 
-def cache_arrays(c: DecoderConfig, geometry: Geometry) -> tuple[CacheArray, ...]:
-    """Keys and values ``[L, B, K, S, H]``: a head's positions follow one another, as attention reads them.
+# A ring is a multiple of as many positions.
+_RING_STEP = 16
 
-    Those of int8 have a scale for each position and head, ``[L, B, K, S]``.
+
+def ring_size(window: int, geometry: Geometry) -> int:
+    """Positions that a layer with this window keeps.
+
+    A chunk of a prompt is written before its tokens attend, and must not overwrite what the first of them sees.
     """
-    shape = (c.layers, geometry.slots, c.kv_heads, geometry.capacity, c.head_dim)
-    arrays = [_cache_array(f"cache.{name}", "LBKSH", shape, geometry.cache) for name in ("keys", "values")]
+    needed = window + max(geometry.buckets) - 1
+    return min(geometry.capacity, -(-needed // _RING_STEP) * _RING_STEP) if window else geometry.capacity
+
+
+def cache_groups(c: DecoderConfig, geometry: Geometry) -> tuple[tuple[CacheArray, ...], ...]:
+    """The arrays of each cache; layers that see equally far share one.
+
+    Keys and values ``[L, B, K, S, H]``: a head's positions follow one another, as attention reads them. Those of int8
+    have a scale for each position and head, ``[L, B, K, S]``.
+    """
+    windows = c.layer_windows
+    return tuple(
+        _cache_group(c, geometry, window, tuple(i for i, w in enumerate(windows) if w == window))
+        for window in sorted(set(windows))
+    )
+
+
+def _cache_group(
+    c: DecoderConfig, geometry: Geometry, window: int, layers: tuple[int, ...]
+) -> tuple[CacheArray, ...]:
+    shape = (len(layers), geometry.slots, c.kv_heads, ring_size(window, geometry), c.head_dim)
+    prefix = f"cache.window_{window}" if window else "cache"
+
+    def array(name: str, axes: str, shape: tuple[int, ...], dtype: str) -> CacheArray:
+        return CacheArray(
+            name=f"{prefix}.{name}",
+            shape=shape,
+            axes=axes,
+            dtype=dtype,
+            layout=tuple(range(len(shape))),
+            window=window,
+            layers=layers,
+            bytes=DTYPE_BYTES[dtype] * int(np.prod(shape)),
+        )
+
+    arrays = [array(name, "LBKSH", shape, geometry.cache) for name in ("keys", "values")]
     if geometry.cache == "int8":
-        names = ("cache.key_scale", "cache.value_scale")
-        arrays += [_cache_array(name, "LBKS", shape[:-1], "float32") for name in names]
+        arrays += [array(name, "LBKS", shape[:-1], "float32") for name in ("key_scale", "value_scale")]
     return tuple(arrays)
 
 
-def _cache_array(name: str, axes: str, shape: tuple[int, ...], dtype: str) -> CacheArray:
-    return CacheArray(
-        name=name,
-        shape=shape,
-        axes=axes,
-        dtype=dtype,
-        layout=tuple(range(len(shape))),
-        window=0,
-        bytes=DTYPE_BYTES[dtype] * int(np.prod(shape)),
-    )
+def cache_arrays(c: DecoderConfig, geometry: Geometry) -> tuple[CacheArray, ...]:
+    """The arrays of all caches, one after another."""
+    return tuple(array for group in cache_groups(c, geometry) for array in group)
 
 
 def build_programs(model: StoredModel, geometry: Geometry, ops: Ops) -> tuple[ProgramSpec, ...]:
@@ -189,6 +219,7 @@ class _Builder:
     ) -> ProgramSpec:
         c, capacity = self.model.spec.config, self.geometry.capacity
         caches = self._caches()
+        tables = (len(self.model.spec.ropes), capacity, self.model.spec.ropes[0].pairs)
         return ProgramSpec(
             name=name,
             kind=kind,
@@ -196,7 +227,7 @@ class _Builder:
             arguments=(
                 *inputs,
                 *(_value(a.name, "cache", a.shape, a.dtype) for a in caches),
-                *(_value(table, "table", (capacity, c.head_dim // 2), "float32") for table in TABLES),
+                *(_value(table, "table", tables, "float32") for table in TABLES),
                 *(_value(name, "weight", a.shape, a.dtype) for name, a in self.model.arrays()),
             ),
             results=(
@@ -204,15 +235,24 @@ class _Builder:
                 _value("logits", "logits", (rows, c.vocab), "float32"),
                 *(_value(a.name, "cache", a.shape, a.dtype, alias=a.name) for a in caches),
             ),
-            function=partial(step, caches=len(caches), bind=self.model.bind, ops=self.ops),
+            function=partial(
+                step,
+                caches=tuple(map(len, cache_groups(c, self.geometry))),
+                bind=self.model.bind,
+                ops=self.ops,
+            ),
             flops=_flops(c, capacity, tokens=tokens, rows=rows),
         )
 
 
-def _step_arguments(arrays: Sequence[Array], caches: int) -> tuple[Cache, Array, Array, Sequence[Array]]:
-    """Cache, tables and weights out of what follows a program's inputs."""
-    cos, sin = arrays[caches : caches + len(TABLES)]
-    return Cache.of(arrays[:caches]), cos, sin, arrays[caches + len(TABLES) :]
+def _step_arguments(
+    arrays: Sequence[Array], caches: Sequence[int]
+) -> tuple[Caches, Array, Array, Sequence[Array]]:
+    """Caches (of so many arrays each), tables and weights out of what follows a program's inputs."""
+    left = iter(arrays)
+    taken = tuple(Cache.of(tuple(islice(left, count))) for count in caches)
+    cos, sin = islice(left, len(TABLES))
+    return taken, cos, sin, tuple(left)
 
 
 def _prefill(
@@ -221,46 +261,50 @@ def _prefill(
     start: Array,
     slot: Array,
     *arrays: Array,
-    caches: int,
+    caches: Sequence[int],
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
     """One chunk of one slot's prompt: ``tokens [T]`` at ``start``, of which ``length`` are true."""
-    cache, cos, sin, weights = _step_arguments(arrays, caches)
+    held, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
     rows = Rows(slots=slot[None], starts=start[None], lengths=length[None])
-    x, cache = model.step(tokens[None], rows, cos, sin, cache, ops)  # [1, T, D]
+    x, held = model.step(tokens[None], rows, cos, sin, held, ops)  # [1, T, D]
     last = jax.lax.dynamic_slice_in_dim(x[0], length - 1, 1)  # [1, D]
-    return _results(model.logits(last, ops), cache)
+    return _results(model.logits(last, ops), held)
 
 
 def _decode(
     tokens: Array,
     positions: Array,
     *arrays: Array,
-    caches: int,
+    caches: Sequence[int],
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
     """One token of every slot: ``tokens [B]`` at ``positions [B]``, −1 where a slot is not in use."""
-    cache, cos, sin, weights = _step_arguments(arrays, caches)
+    held, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
     rows = Rows(
         slots=jnp.arange(tokens.shape[0], dtype=jnp.int32),
         starts=jnp.maximum(positions, 0),
         lengths=(positions >= 0).astype(jnp.int32),
     )
-    x, cache = model.step(tokens[:, None], rows, cos, sin, cache, ops)  # [B, 1, D]
-    return _results(model.logits(x[:, 0], ops), cache)
+    x, held = model.step(tokens[:, None], rows, cos, sin, held, ops)  # [B, 1, D]
+    return _results(model.logits(x[:, 0], ops), held)
 
 
-def _results(logits: Array, cache: Cache) -> tuple[Array, ...]:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32), logits, *cache.arrays()
+def _results(logits: Array, caches: Caches) -> tuple[Array, ...]:
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return token, logits, *(array for cache in caches for array in cache.arrays())
 
 
 def _flops(c: DecoderConfig, capacity: int, *, tokens: int, rows: int) -> int:
     """Multiplications and additions of a call: the compiler cannot count those inside kernels."""
     attention_width = c.heads * c.head_dim
-    projections = c.width * (2 * attention_width + 2 * c.kv_heads * c.head_dim) + 3 * c.width * c.ff_width
-    scores = 2 * attention_width * capacity
-    return 2 * rows * (tokens * c.layers * (projections + scores) + c.vocab * c.width)
+    experts = 1 if c.mixture is None else c.mixture.chosen
+    fed = 3 * c.width * c.ff_width * experts + (0 if c.mixture is None else c.width * c.mixture.experts)
+    projections = c.width * (2 * attention_width + 2 * c.kv_heads * c.head_dim) + fed
+    seen = sum(min(window, capacity) if window else capacity for window in c.layer_windows)
+    scores = 2 * attention_width * seen
+    return 2 * rows * (tokens * (c.layers * projections + scores) + c.vocab * c.width)

@@ -19,6 +19,7 @@ from .sources.base import QuantisedBlocks, Source, SourceTensor
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
 _NAMED = 2  # of them, in a message
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_ROUTER = ".mlp.gate.weight"  # of a mixture of experts: small, and what it decides cannot be undone
 _MATRIX_AXES = 3  # of a stack [L, out, in]
 
 
@@ -104,7 +105,8 @@ def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, st
 def _format_of(parameter: Parameter, weights: str) -> str:
     if parameter.name in _VOCABULARY:
         return "int8" if weights == "int4" else weights
-    return weights if len(parameter.shape) == _MATRIX_AXES else "float32"
+    matrix = len(parameter.shape) == _MATRIX_AXES and not parameter.name.endswith(_ROUTER)
+    return weights if matrix else "float32"
 
 
 def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> int:

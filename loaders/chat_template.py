@@ -14,6 +14,9 @@ from .chat_sandbox import Instrument, Limits, Meter, OverLimit, Refused, Sandbox
 
 __all__ = ["ChatTemplate", "Limits"]
 
+# Variables that have an argument, or a rule, of their own.
+_TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+
 
 class ChatTemplate:
     """A chat template, compiled. Renderings share nothing, so any thread may call `render`.
@@ -45,6 +48,8 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the prompt for `messages`.
 
@@ -53,28 +58,31 @@ class ChatTemplate:
                 missing or None where there are `tool_calls`. Other keys are handed to the template.
             add_generation_prompt: whether the prompt ends where the assistant's answer begins.
             tools: JSON schemas of functions, for templates that know about them.
+            documents: texts to answer from, each usually with `title` and `text`; for templates that know them.
+            variables: what else this template asks for by name (`enable_thinking`, `date_string`, …).
 
         Raises:
             PrecastError: the messages are malformed, the template refuses them or fails, or it was stopped.
         """
-        variables = {
+        given = {
+            **_checked_variables(variables or {}),
             **self._tokens,
             "messages": _checked_messages(messages),
-            "tools": None if tools is None else _plain(tools, "tools"),
-            "documents": None,
+            "tools": None if tools is None else _checked_objects(tools, "tools"),
+            "documents": None if documents is None else _checked_objects(documents, "documents"),
             "add_generation_prompt": add_generation_prompt,
         }
         sandbox = Sandbox(Meter(self._limits))
         template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
         try:
-            return _collect(template, variables, self._limits)
+            return _collect(template, given, self._limits)
         except Exception as error:
             raise _explained(error) from error
 
 
-def _collect(template: jinja2.Template, variables: dict[str, Any], limits: Limits) -> str:
+def _collect(template: jinja2.Template, given: dict[str, Any], limits: Limits) -> str:
     pieces, size = [], 0
-    for piece in template.generate(variables):
+    for piece in template.generate(given):
         size += len(piece)
         if size > limits.output:
             raise OverLimit(f"the prompt grew beyond {limits.output:,} characters")
@@ -126,6 +134,28 @@ def _checked_message(message: Any, where: str) -> dict[str, Any]:
     return plain
 
 
+def _checked_objects(values: Any, where: str) -> list[dict[str, Any]]:
+    """Tools or documents: a list of JSON objects."""
+    if not isinstance(values, (list, tuple)):
+        raise PrecastError(f"Chat: expected {where} to be a list of objects, found {type(values).__name__}.")
+    for index, value in enumerate(values):
+        if not isinstance(value, Mapping):
+            found = "a function; give its JSON schema" if callable(value) else type(value).__name__
+            raise PrecastError(f"Chat: expected {where}[{index}] to be a JSON object, found {found}.")
+    plain: list[dict[str, Any]] = _plain(values, where)
+    return plain
+
+
+def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    for name in variables:
+        if name in _TAKEN:
+            raise PrecastError(
+                f"Chat: the variable {name!r} of a template is not free; expected another name, or the argument."
+            )
+    plain: dict[str, Any] = _plain(variables, "variables")
+    return plain
+
+
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """Copy a value as plain JSON types: methods of any other object would be at the template's disposal."""
     if value is None or type(value) in (str, int, float, bool):
@@ -154,14 +184,15 @@ def _explained(error: Exception) -> PrecastError:
     text = " ".join(text.split()).rstrip(".")[:300]
     if isinstance(error, OverLimit):
         return PrecastError(f"The chat template was stopped, because {text}; use another template.")
+    line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else _line(error)
+    place = f" at line {line}" if line else ""
     if isinstance(error, Refused):
-        return PrecastError(f"The chat template refused these messages: {text}.")
+        return PrecastError(f"The chat template refused these messages{place}: {text}; change the messages.")
     if isinstance(error, RecursionError):
         text = "it calls itself too deeply"
     elif not isinstance(error, jinja2.TemplateError):
         text = f"{type(error).__name__}: {text}"
-    line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else _line(error)
-    return PrecastError(f"The chat template failed{f' at line {line}' if line else ''}: {text}.")
+    return PrecastError(f"The chat template failed{place}: {text}; correct it, or use another template.")
 
 
 def _line(error: Exception) -> int | None:

@@ -193,26 +193,42 @@ class Model:
         ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
         return Stream(self, self._checked_prompt(ids), params or self.default_sampling())
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Completion:
         """Answers a conversation.
 
         Args:
             messages: each with "role" and "content", oldest first.
             params: as for `generate`.
+            tools: JSON schemas of functions, for templates that know what to do with them.
 
         Raises:
             PrecastError: when the model has no chat template, or it refuses the messages; as for `generate`.
         """
-        return self.stream_chat(messages, params).completion
+        return self.stream_chat(messages, params, tools=tools).completion
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Stream:
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Stream:
         """As `chat`, piece by piece."""
-        return self.stream(self.chat_prompt(messages), params)
+        return self.stream(self.chat_prompt(messages, tools=tools), params)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+    def chat_prompt(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """The token ids that a conversation is given to the model as."""
+        text = self.tokenizer.render_chat(messages, tools=tools)
         # Templates write the beginning-of-sequence token themselves.
-        return self.tokenizer.encode(self.tokenizer.render_chat(messages), add_special_tokens=False)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _checked_prompt(self, ids: Sequence[int]) -> list[int]:
         capacity, vocab = self.engine.capacity, self.engine.vocab

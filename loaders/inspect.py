@@ -74,11 +74,15 @@ def _lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
         f"  context  {facts['context']} positions, slots {facts['slots']}, prefill buckets"
         f" {', '.join(map(str, facts['buckets']))}"
     )
-    yield f"  cache    {_bytes(facts['cache']['bytes'])} when full"
+    yield f"  cache    {_bytes(facts['cache']['bytes'])} when full{_saved(facts)}"
     for a in facts["cache"]["arrays"]:
         axes = " ".join(f"{letter}={size}" for letter, size in zip(a["axes"], a["shape"], strict=True))
         order = "".join(a["axes"][axis] for axis in a["layout"])
-        yield f"    {a['name']:<14} {axes}  {a['dtype']}, {order} from slowest to fastest, {_bytes(a['bytes'])}"
+        window = f", a ring for a window of {a['window']}" if a["window"] else ""
+        yield (
+            f"    {a['name']:<14} {axes}  {a['dtype']}, {order} from slowest to fastest, {_bytes(a['bytes'])}, layers"
+            f" {_ranges(a['layers'])}{window}"
+        )
     for target in facts["targets"]:
         yield from _target_lines(target)
     if facts["sampling"]:
@@ -87,6 +91,25 @@ def _lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
         yield from _fidelity_lines(facts["fidelity"])
     origin = facts["provenance"]
     yield f"  origin   {origin['source']}, licence {origin['licence'] or 'not stated'}, exported {origin['created']}"
+
+
+def _saved(facts: dict[str, Any]) -> str:
+    """What windows save, for people."""
+    arrays = facts["cache"]["arrays"]
+    whole = sum(a["bytes"] // a["shape"][a["axes"].index("S")] * facts["context"] for a in arrays)
+    saved = whole - facts["cache"]["bytes"]
+    return f" ({_bytes(saved)} less than without windows)" if saved else ""
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """Layers, with runs of neighbours as "0-4"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _fidelity_lines(f: dict[str, Any]) -> Iterable[str]:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # SentencePiece's spelling of a raw byte: a token that exists for each byte, for text the vocabulary lacks.
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
+# Steps of decoders that a stream can follow piece by piece, looking back at a few of them.
+_PIECEWISE = frozenset({"BPEDecoder", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
+
 
 class Tokenizer:
     """The tokenizer of an artifact. Make it with `Tokenizer.from_json`."""
@@ -51,7 +54,7 @@ class Tokenizer:
             eos_token: text of the end-of-sequence token, for the chat template.
 
         Raises:
-            PrecastError: `data` is not a tokenizer.
+            PrecastError: `data` is not a tokenizer, or has a decoder that cannot be followed token by token.
         """
         import tokenizers
 
@@ -65,7 +68,9 @@ class Tokenizer:
         # A file may ask for prompts to be cut or padded, as it was in training; here that would lose text.
         library.no_truncation()
         library.no_padding()
-        return cls(library, chat_template=chat_template, bos_token=bos_token, eos_token=eos_token)
+        made = cls(library, chat_template=chat_template, bos_token=bos_token, eos_token=eos_token)
+        made._check_decoder()
+        return made
 
     @property
     def vocab_size(self) -> int:
@@ -107,10 +112,9 @@ class Tokenizer:
     def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
         """Return a decoder that takes one token at a time; each stream is one text."""
         skipped = self._special_ids if skip_special_tokens else frozenset[int]()
-        kinds = self._decoder_kinds
-        if kinds == ("ByteLevel",):
+        if self._is_byte_level:
             return _ByteLevelStream(self._library, skipped)
-        return _PieceStream(self._library, skipped, byte_fallback="ByteFallback" in kinds)
+        return _PieceStream(self._library, skipped, byte_fallback="ByteFallback" in self._decoder_kinds)
 
     def render_chat(
         self,
@@ -118,13 +122,21 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the prompt for a conversation, by the model's chat template.
+        """Return the prompt for a conversation, by the model's chat template; arguments as `ChatTemplate.render`.
 
         Raises:
             PrecastError: there is no template, the messages are malformed, or the template fails.
         """
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return self._template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            variables=variables,
+        )
 
     @cached_property
     def _template(self) -> "ChatTemplate":
@@ -148,6 +160,21 @@ class Tokenizer:
         if self._library.decoder is None:
             return ()
         return tuple(_kinds(json.loads(self._library.decoder.__getstate__())))
+
+    @property
+    def _is_byte_level(self) -> bool:
+        # There is nothing left to fuse after it.
+        kinds = self._decoder_kinds
+        return kinds[:1] == ("ByteLevel",) and set(kinds[1:]) <= {"Fuse"}
+
+    def _check_decoder(self) -> None:
+        unknown = [kind for kind in self._decoder_kinds if kind not in _PIECEWISE]
+        if unknown and not self._is_byte_level:
+            raise PrecastError(
+                f"tokenizer.json: the decoder {' + '.join(self._decoder_kinds)} cannot be followed token by token"
+                f" (expected ByteLevel alone, or any of {', '.join(sorted(_PIECEWISE))}); use a checkpoint with"
+                " another tokenizer."
+            )
 
 
 class TextStream:

@@ -258,7 +258,7 @@ def reference(tiny_source: Callable[..., Any]) -> Callable[[Sequence[int]], np.n
         np.stack([source.tensors[name].read() for name in p.sources]).reshape(p.shape)
         for p in model.parameters
     ]
-    cos, sin = spec.rope.tables(64)
+    cos, sin = spec.tables(64)
     forward = jax.jit(lambda tokens, *arrays: model.bind(arrays).forward(tokens, cos, sin))
 
     def logits(ids: Sequence[int]) -> np.ndarray:

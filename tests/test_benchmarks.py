@@ -31,7 +31,7 @@ def _manifest(*arguments):
     decode = {"kind": "decode", "arguments": [{"role": "tokens"}, *arguments]}
     return {
         "targets": [{"runtime": "stablehlo"}, {"runtime": "pjrt", "programs": [decode]}],
-        "cache": [{"bytes": 1000}, {"bytes": 1000}],
+        "cache": [{"bytes": 1000, "shape": [1, 1, 1, 100, 1], "axes": "LBKSH"}] * 2,
         "capacity": 100,
     }
 

@@ -168,7 +168,7 @@ def _uncached(source: Source, sequence: Sequence[int]) -> np.ndarray:
         np.stack([source.tensors[name].read() for name in p.sources]).reshape(p.shape)
         for p in model.parameters
     ]
-    cos, sin = spec.rope.tables(len(sequence))
+    cos, sin = spec.tables(len(sequence))
 
     def forward(tokens: Any, *weights: Any) -> Any:
         return model.bind(weights).forward(tokens, cos, sin)

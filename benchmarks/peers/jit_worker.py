@@ -23,7 +23,7 @@ class Jit:
         read = [np.stack([source.tensors[s].read() for s in p.sources]) for p in self._stored.parameters]
         shapes = [array.shape for _, array in self._stored.arrays()]
         weights = [jax.numpy.asarray(a.reshape(s)) for a, s in zip(read, shapes, strict=True)]
-        tables = [jax.numpy.asarray(t) for t in self._stored.spec.rope.tables(CAPACITY)]
+        tables = [jax.numpy.asarray(t) for t in self._stored.spec.tables(CAPACITY)]
         self._constants = (*tables, *weights)
         self._programs = {}
 

@@ -1,6 +1,8 @@
 """Strict reading of a config.json: what is not understood is an error, never dropped."""
 
+import math
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from precast.loaders.artifact.errors import PrecastError
 
@@ -8,13 +10,16 @@ from precast.loaders.artifact.errors import PrecastError
 HARMLESS = frozenset(
     """
     _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout bos_token_id
-    chunk_size_feed_forward dtype embd_pdrop eos_token_id hidden_dropout id2label initializer_range
-    is_llama_config label2id model_type name_or_path output_attentions output_hidden_states pad_token_id
-    problem_type resid_pdrop return_dict return_dict_in_generate sep_token_id task_specific_params
+    cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id hidden_dropout id2label
+    initializer_range is_llama_config label2id model_type name_or_path output_attentions output_hidden_states
+    pad_token_id problem_type resid_pdrop return_dict return_dict_in_generate sep_token_id task_specific_params
     tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed use_cache
     unsloth_version
     """.split()
 )
+
+
+_T = TypeVar("_T")
 
 
 class ConfigReader:
@@ -44,45 +49,69 @@ class ConfigReader:
     def take_mapping(self, key: str) -> Mapping[str, object]:
         value = self.take(key, {})
         if not isinstance(value, Mapping):
-            raise self._wrong(key, "a table of parameters", value)
+            raise self.wrong(key, "a table of parameters", value)
         return value
 
     def take_number(self, key: str, default: float) -> float:
         value = self.take(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._wrong(key, "a number", value)
+            raise self.wrong(key, "a number", value)
         return value
 
     def take_bool(self, key: str, default: bool) -> bool:
         value = self.take(key, default)
         if not isinstance(value, bool):
-            raise self._wrong(key, "true or false", value)
+            raise self.wrong(key, "true or false", value)
         return value
 
-    def take_size(self, key: str, default: int | None = None) -> int:
-        """A whole number above zero; required where `default` is None."""
+    def take_choice(self, key: str, choices: Mapping[str, _T], default: str) -> _T:
+        """What `choices` has for the value of `key`."""
+        value = self.take(key, default)
+        if not isinstance(value, str) or value not in choices:
+            raise self.wrong(key, f"one of {', '.join(sorted(choices))}", value)
+        return choices[value]
+
+    def take_size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number of at least `least`; required where `default` is None."""
         value = self.take(key, default)
         if value is None:
             raise PrecastError(
                 f"{self.where}: key {key!r} is missing; is this the config.json of a decoder model?"
             )
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._wrong(key, "a whole number above 0", value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.wrong(key, "a whole number above 0" if least else "a whole number, 0 or more", value)
         return value
+
+    def take_nullable_size(self, key: str, default: int | None = None) -> int | None:
+        """A whole number above zero; None where it is null, which is not the same as absent."""
+        return None if self._says_none(key, default) else self.take_size(key, default)
+
+    def take_positive(self, key: str, default: float) -> float:
+        value = self.take_number(key, default)
+        if not 0 < value < math.inf:
+            raise self.wrong(key, "a number above 0", value)
+        return value
+
+    def take_nullable_positive(self, key: str, default: float | None = None) -> float | None:
+        """A number above zero; None where it is null, which is not the same as absent."""
+        return None if self._says_none(key, default) else self.take_positive(key, default or 0.0)
+
+    def _says_none(self, key: str, default: object) -> bool:
+        return self.is_null(key) or (default is None and key not in self._left)
 
     def need_positive(self, key: str) -> float:
         value = self.take(key)
         if value is None:
             raise PrecastError(f"{self.where}: key {key!r} is missing.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise self._wrong(key, "a number above 0", value)
+            raise self.wrong(key, "a number above 0", value)
         return value
 
     def expect(self, key: str, *allowed: object) -> None:
         """Refuses any value of `key` but those `allowed`; absent and null are fine."""
         value = self.take(key, allowed[0])
         if value not in allowed:
-            raise self._wrong(key, " or ".join(repr(a) for a in allowed), value)
+            raise self.wrong(key, " or ".join(repr(a) for a in allowed), value)
 
     def finish(self, harmless: Iterable[str] = ()) -> None:
         """Refuses what nobody asked for, but for `HARMLESS` keys and nulls."""
@@ -97,5 +126,6 @@ class ConfigReader:
                 f" {'is' if len(unknown) == 1 else 'are'} not understood; precast cannot export the model faithfully."
             )
 
-    def _wrong(self, key: str, expected: str, found: object) -> PrecastError:
+    def wrong(self, key: str, expected: str, found: object) -> PrecastError:
+        """The refusal of a value."""
         return PrecastError(f"{self.where}: {key!r} is {found!r:.80}, expected {expected}.")

@@ -7,8 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .ops import Cache, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
+from .ops import (
+    Attending,
+    Cache,
+    Caches,
+    ExpertsCall,
+    LinearCall,
+    NormCall,
+    Ops,
+    Packed,
+    Rotary,
+    Rows,
+    Stack,
+    Weight,
+)
 from .steps import record
+from .xla_ops import XLA_OPS
 
 
 def _operands(weight: Weight) -> list[Array]:
@@ -55,7 +69,14 @@ def _embed(tokens: Array, weight: Weight, vocab: int, width: int) -> Array:
 
 
 def _attention(
-    q: Array, k: Array, v: Array, rotary: Rotary, cache: Cache, layer: Array, rows: Rows, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    rotary: Rotary,
+    cache: Cache,
+    layer: Array,
+    rows: Rows,
+    how: Attending,
 ) -> tuple[Array, Cache]:
     arrays = cache.arrays()
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, *arrays)]
@@ -69,9 +90,9 @@ def _attention(
         *arrays,
         layer,
         *rows,
-        scale=np.float32(scale),
-        window=np.int64(0),
-        soft_cap=np.float32(0.0),
+        scale=np.float32(how.scale),
+        window=np.int64(how.window),
+        soft_cap=np.float32(how.soft_cap),
     )
     return out, Cache.of(caches)
 
@@ -81,36 +102,52 @@ def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
     return tuple(jax.ffi.ffi_call("precast.reserve.v1", list(arrays))())
 
 
+def _step_operands(call: LinearCall | NormCall | ExpertsCall) -> list[Array]:
+    """What a step of ``precast.layers`` takes, of every layer."""
+    match call:
+        case LinearCall():
+            return [*_given(call.norm), *_weights(call)]
+        case NormCall():
+            return [call.weight, *_given(call.bias)]
+        case ExpertsCall():
+            matrices = (array for weight in (call.gate, call.up, call.down) for array in _operands(weight))
+            return [*_given(call.norm), *matrices]
+
+
 def _layers(
-    stack: Stack, x: Array, rotary: Rotary, cache: Cache, rows: Rows, used: Array
-) -> tuple[Array, Cache]:
-    steps = record(stack.layer, x.shape, stack.heads, stack.scale)
-    arrays = cache.arrays()
+    stack: Stack, x: Array, rotary: Rotary, caches: Caches, rows: Rows, used: Array
+) -> tuple[Array, Caches]:
+    steps = record(stack, x.shape)
+    arrays = [array for cache in caches for array in cache.arrays()]
     flat = x.reshape(-1, x.shape[-1])
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (flat, *arrays)]
     aliases = {4 + i: 1 + i for i in range(len(arrays))}
-    target = jax.ffi.ffi_call("precast.layers.v1", results, input_output_aliases=aliases)
-    y, *caches = target(
+    target = jax.ffi.ffi_call("precast.layers.v2", results, input_output_aliases=aliases)
+    y, *after = target(
         flat,
         used,
         *rotary,
         *arrays,
         *rows,
-        *(operand for call in steps.calls for operand in (*_given(call.norm), *_weights(call))),
-        layers=np.int64(stack.layers),
+        *(operand for call in steps.calls for operand in _step_operands(call)),
         heads=np.array(stack.heads, np.int64),
+        windows=np.array(stack.windows, np.int64),
+        ropes=np.array(stack.ropes, np.int64),
         steps=np.array(steps.codes, np.int64),
         outs=np.array(steps.outs, np.int64),
         numbers=np.array(steps.numbers, np.float32),
     )
-    return y.reshape(x.shape), Cache.of(caches)
+    each = len(after) // len(caches)
+    return y.reshape(x.shape), tuple(Cache.of(after[i : i + each]) for i in range(0, len(after), each))
 
 
 CPU_OPS = Ops(
     linear=_linear,
+    normalize=XLA_OPS.normalize,
+    experts=XLA_OPS.experts,
     embed=_embed,
     attention=_attention,
     layers=_layers,
     empty_cache=_empty_cache,
-    kernels=("precast.embed.v1", "precast.layers.v1", "precast.linear.v1", "precast.reserve.v1"),
+    kernels=("precast.embed.v1", "precast.layers.v2", "precast.linear.v1", "precast.reserve.v1"),
 )

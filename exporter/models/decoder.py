@@ -1,13 +1,15 @@
-"""A decoder-only transformer with rotary positions: the uncached reference and the cached step, of one body."""
+"""A decoder-only transformer: the uncached reference and the cached step, of one body."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from .blocks import DecoderConfig, Layers, Linear, RMSNorm, linears
-from .ops import Cache, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
-from .xla_ops import XLA_OPS, as_cached, rotate, softmax_attention
+from .blocks import DecoderConfig, Linear, Norm, RMSNorm, linears, normalize
+from .ops import Attending, Caches, Calls, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
+from .xla_ops import XLA_OPS, as_cached, at_layer, layer_calls, rotate, sees, softmax_attention
 
 
 class Embedding(nnx.Module):
@@ -27,43 +29,98 @@ class Embedding(nnx.Module):
         return ops.embed(tokens.reshape(-1), self.stack(), *self.shape).reshape(*tokens.shape, -1)
 
 
+class Positions(nnx.Module):
+    """Learned embeddings of positions, weight ``[max_positions, D]``."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        self.weight = nnx.Param(jnp.zeros((c.max_positions, c.width), jnp.float32))
+
+    def __call__(self, positions: Array) -> Array:
+        """Positions ``[…]`` to ``[…, D]``."""
+        return self.weight[...].at[positions].get(mode="clip")
+
+
+# A module of all layers: built from a config, called with (x [R, T, D], calls).
+LayersClass = Callable[[DecoderConfig], nnx.Module]
+
+
 class Body(nnx.Module):
     """What checkpoints call ``model``."""
 
-    def __init__(self, c: DecoderConfig) -> None:
+    def __init__(
+        self, c: DecoderConfig, layers: LayersClass, norm: Callable[[int, int, float], Norm]
+    ) -> None:
         self.embed_tokens = Embedding(c)
-        self.layers = Layers(c)
-        self.norm = RMSNorm(1, c.width, c.norm_eps)
+        self.embed_positions = Positions(c) if c.learned_positions else None
+        self.layers = layers(c)
+        self.norm = norm(1, c.width, c.norm_eps)
 
 
 class Decoder(nnx.Module):
-    """Parameters named as in checkpoints; the layers' stacked."""
+    """Parameters named as in checkpoints; the layers' stacked.
 
-    def __init__(self, c: DecoderConfig) -> None:
+    Args:
+        c: the shape.
+        layers: module of all layers.
+        norm: class of the norm before the output head.
+    """
+
+    def __init__(
+        self, c: DecoderConfig, *, layers: LayersClass, norm: Callable[[int, int, float], Norm] = RMSNorm
+    ) -> None:
         self.config = c
-        self.model = Body(c)
-        self.lm_head = None if c.tied_embeddings else Linear(1, c.width, c.vocab, bias=False)
+        self.model = Body(c, layers, norm)
+        self.lm_head = None if c.tied_embeddings else Linear(1, c.width, c.vocab)
 
     def logits(self, x: Array, ops: Ops) -> Array:
         """Final norm and output head: x ``[R, D]`` to ``[R, V]``."""
-        norm, embedding, all_rows = self.model.norm, self.model.embed_tokens, jnp.int32(x.shape[0])
-
-        def project(x: Array, call: LinearCall) -> list[Array]:
-            return ops.linear(x, call, jnp.int32(0), all_rows)
-
+        norm, all_rows = self.model.norm, jnp.int32(x.shape[0])
+        calls = layer_calls(ops, jnp.int32(0), all_rows, _no_attention)
         if self.lm_head is not None:
-            return linears(x, (self.lm_head,), project, norm=norm)[0]
+            logits = linears(x, (self.lm_head,), calls, norm=norm)[0]
+        else:
+            logits = self._tied_logits(x, norm, calls)
+        c = self.config
+        if c.logit_scale != 1.0:
+            logits = logits * c.logit_scale
+        return c.logit_cap * jnp.tanh(logits / c.logit_cap) if c.logit_cap else logits
+
+    def _tied_logits(self, x: Array, norm: Norm, calls: Calls) -> Array:
+        embedding = self.model.embed_tokens
+        fused = isinstance(norm, RMSNorm)
         call = LinearCall(
-            weights=(embedding.stack(),), outs=embedding.shape[:1], norm=norm.weight[...], eps=norm.eps
+            weights=(embedding.stack(),),
+            outs=embedding.shape[:1],
+            norm=norm.weight[...] if fused else None,
+            eps=norm.eps if fused else 0.0,
         )
-        return project(x, call)[0]
+        return calls.project(x if fused else normalize(x, norm, calls), call)[0]
+
+    def embed(self, tokens: Array, positions: Array, ops: Ops) -> Array:
+        """What the first layer is given: tokens and their positions ``[R, T]`` to ``[R, T, D]``."""
+        x = self.model.embed_tokens(tokens, ops)
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        return x if self.model.embed_positions is None else x + self.model.embed_positions(positions)
+
+    def stack(self) -> Stack:
+        """The layers, as a target runs them."""
+        c = self.config
+        return Stack(
+            layer=self.model.layers,
+            heads=(c.heads, c.kv_heads, c.head_dim),
+            scale=c.score_scale,
+            soft_cap=c.attention_cap,
+            windows=c.layer_windows,
+            ropes=c.layer_ropes,
+        )
 
     def forward(self, tokens: Array, cos: Array, sin: Array, cached: str = "float32") -> Array:
         """The reference: no cache, no kernels, every position at once.
 
         Args:
             tokens: ``[B, T]`` int32.
-            cos: ``[S, H / 2]`` with S ≥ T.
+            cos: ``[Z, S, P]`` with S ≥ T.
             sin: as `cos`.
             cached: type that keys and values are rounded to, as a cache of that type would.
 
@@ -71,49 +128,51 @@ class Decoder(nnx.Module):
             Logits ``[B, T, V]`` float32.
         """
         b, t = tokens.shape
-        mask = jnp.broadcast_to(jnp.tril(jnp.ones((t, t), bool)), (b, t, t))
-        rotary = Rotary(*(jnp.broadcast_to(table[:t], (b, t, table.shape[1])) for table in (cos, sin)))
-
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            kept = (as_cached(a, cached) for a in (rotate(k, rotary), v))
-            k, v = (jnp.swapaxes(a, 1, 2) for a in kept)  # [B, K, T, H]
-            return softmax_attention(rotate(q, rotary), k, v, mask, self.config.attention_scale)
-
-        all_rows = jnp.int32(b * t)
+        stack = self.stack()
+        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+        shape = (len(cos), b, t, cos.shape[2])
+        rotary = Rotary(*(jnp.broadcast_to(table[:, None, :t], shape) for table in (cos, sin)))
+        how = Attending(scale=stack.scale, soft_cap=stack.soft_cap)
+        windows = jnp.asarray(stack.windows, jnp.int32)
 
         def layer(index: Array, x: Array) -> Array:
-            return self.model.layers(x, attend, lambda x, call: XLA_OPS.linear(x, call, index, all_rows))
+            turned = at_layer(stack.ropes, index, rotary)
 
-        x = self.model.embed_tokens(tokens, XLA_OPS)  # [B, T, D]
-        x = jax.lax.fori_loop(0, self.config.layers, layer, x)
+            def attend(q: Array, k: Array, v: Array) -> Array:
+                kept = (as_cached(a, cached) for a in (rotate(k, turned), v))
+                k, v = (jnp.swapaxes(a, 1, 2) for a in kept)  # [B, K, T, H]
+                return softmax_attention(
+                    rotate(q, turned), k, v, sees(positions, positions, windows[index]), how
+                )
+
+            return stack.layer(x, layer_calls(XLA_OPS, index, jnp.int32(b * t), attend))
+
+        x = jax.lax.fori_loop(0, stack.layers, layer, self.embed(tokens, positions, XLA_OPS))  # [B, T, D]
         return self.logits(x.reshape(b * t, -1), XLA_OPS).reshape(b, t, -1)
 
     def step(
-        self, tokens: Array, rows: Rows, cos: Array, sin: Array, cache: Cache, ops: Ops
-    ) -> tuple[Array, Cache]:
-        """Runs R sequences through all layers, appending to the cache.
+        self, tokens: Array, rows: Rows, cos: Array, sin: Array, caches: Caches, ops: Ops
+    ) -> tuple[Array, Caches]:
+        """Runs R sequences through all layers, appending to the caches.
 
         Args:
             tokens: ``[R, T]`` int32; what is behind a row's length is padding.
             rows: slot, start and length of each sequence.
-            cos: ``[S, H / 2]`` for the S positions of the cache.
+            cos: ``[Z, S, P]`` for the S positions that there are.
             sin: as `cos`.
-            cache: every layer's keys and values.
+            caches: keys and values, of each group of layers that see equally far.
             ops: how the target computes.
 
         Returns:
-            Hidden states ``[R, T, D]`` before the final norm, and the cache.
+            Hidden states ``[R, T, D]`` before the final norm, and the caches.
         """
         positions = rows.starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [R, T]
-        rotary = Rotary(*(table.at[positions].get(mode="clip") for table in (cos, sin)))  # [R, T, H / 2]
+        rotary = Rotary(*(table.at[:, positions].get(mode="clip") for table in (cos, sin)))  # [Z, R, T, P]
 
         # Of one sequence, what is behind its length need not be computed; of several, their padding lies between.
         used = rows.lengths[0] if tokens.shape[0] == 1 else jnp.int32(tokens.size)
-        c = self.config
-        stack = Stack(
-            layer=self.model.layers,
-            layers=c.layers,
-            heads=(c.heads, c.kv_heads, c.head_dim),
-            scale=c.attention_scale,
-        )
-        return ops.layers(stack, self.model.embed_tokens(tokens, ops), rotary, cache, rows, used)
+        return ops.layers(self.stack(), self.embed(tokens, positions, ops), rotary, caches, rows, used)
+
+
+def _no_attention(q: Array, k: Array, v: Array) -> Array:
+    raise TypeError("there is no attention outside the layers")

@@ -7,11 +7,15 @@ from math import prod
 from flax import nnx
 
 from . import ModelSpec
+from .blocks import DecoderConfig
 from .decoder import Decoder
 from .ops import Weight
 
-# Where a checkpoint's layer number goes: parameters of this path are stacks of all layers.
-LAYERS = "model.layers."
+# Where a checkpoint's layer number goes: parameters of this path are stacks of all layers. An expert's number goes
+# behind EXPERTS, whose parameters are stacks of all layers' experts.
+LAYERS, EXPERTS = "model.layers.", ".experts."
+# Matrices that are no stacks. Whatever else is not of the layers shares a block with what is, and is a stack of one.
+_PLAIN = ("model.embed_tokens.weight", "model.embed_positions.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +44,16 @@ class Parameter:
 
     @property
     def _is_stack(self) -> bool:
-        # Single matrices and norms that share a block with stacks carry a first axis of one.
-        return self.name != "model.embed_tokens.weight"
+        return self.name not in _PLAIN
 
 
-def _sources(name: str, layers: int) -> tuple[str, ...]:
+def _sources(name: str, c: DecoderConfig) -> tuple[str, ...]:
     if not name.startswith(LAYERS):
         return (name,)
-    return tuple(f"{LAYERS}{i}.{name.removeprefix(LAYERS)}" for i in range(layers))
+    names = [f"{LAYERS}{i}.{name.removeprefix(LAYERS)}" for i in range(c.layers)]
+    if EXPERTS not in name or c.mixture is None:
+        return tuple(names)
+    return tuple(n.replace(EXPERTS, f"{EXPERTS}{e}.") for n in names for e in range(c.mixture.experts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
     graph, state = nnx.split(nnx.eval_shape(lambda: spec.module(spec.config)))
     flat = sorted((".".join(map(str, path)), path, leaf) for path, leaf in nnx.to_flat_state(state))
     parameters = tuple(
-        Parameter(name=name, shape=tuple(leaf.shape), sources=_sources(name, spec.config.layers))
+        Parameter(name=name, shape=tuple(leaf.shape), sources=_sources(name, spec.config))
         for name, _, leaf in flat
     )
 

@@ -1,44 +1,32 @@
 """Qwen2 and Qwen2.5 (Yang et al. 2024): Llama's shape with biases on q, k and v."""
 
+from dataclasses import replace
+
 from .blocks import DecoderConfig
 from .config import ConfigReader
 from .rope import Rope, read_rope
+from .shape import FULL, SLIDING, read_shape, read_windows
 
 
-def read_config(config: ConfigReader) -> tuple[DecoderConfig, Rope]:
+def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
     """Reads a ``model_type: qwen2`` config.
 
     Raises:
-        PrecastError: for a key that changes the maths and is not understood, and for sliding windows.
+        PrecastError: for a key that changes the maths and is not understood.
     """
-    config.expect("hidden_act", "silu")
     config.expect("use_mrope", False)
-    # Without use_sliding_window the window's other two keys say nothing.
-    config.expect("use_sliding_window", False)
-    config.take("sliding_window")
-    config.take("max_window_layers")
-    heads = config.take_size("num_attention_heads")
-    width = config.take_size("hidden_size")
-    layers = config.take_size("num_hidden_layers")
-    config.expect("layer_types", ["full_attention"] * layers)
-    shape = DecoderConfig(
-        layers=layers,
-        width=width,
-        heads=heads,
-        kv_heads=_kv_heads(config, heads),
-        head_dim=config.take_size("head_dim", max(width // heads, 1)),
-        ff_width=config.take_size("intermediate_size"),
-        vocab=config.take_size("vocab_size"),
-        max_positions=config.take_size("max_position_embeddings", 32768),
-        norm_eps=config.take_number("rms_norm_eps", 1e-6),
-        tied_embeddings=config.take_bool("tie_word_embeddings", False),
-        qkv_bias=True,
-        out_bias=False,
-        mlp_bias=False,
-    )
-    return shape, read_rope(config, shape.head_dim)
+    shape = read_shape(config, max_positions=32768, kv_heads=32)
+    shape = replace(shape, windows=late_windows(config, shape.layers), qkv_bias=True)
+    return shape, (read_rope(config, shape.head_dim, shape.max_positions),)
 
 
-def _kv_heads(config: ConfigReader, heads: int) -> int:
-    """transformers has 32 where the key is absent, and one for each query head where it is null."""
-    return config.take_size("num_key_value_heads", heads if config.is_null("num_key_value_heads") else 32)
+def late_windows(config: ConfigReader, layers: int) -> tuple[int, ...]:
+    """The window of each layer: only layers from ``max_window_layers`` on have one, and only where it is in use."""
+    if not config.take_bool("use_sliding_window", False):
+        config.take("sliding_window")
+        config.take("max_window_layers")
+        return read_windows(config, None, [FULL] * layers)
+    window = config.take_nullable_size("sliding_window", 4096)
+    first = config.take_size("max_window_layers", 28, least=0)
+    late = layers if window is None else first
+    return read_windows(config, window, [SLIDING if i >= late else FULL for i in range(layers)])

@@ -1,19 +1,16 @@
 """A layer as a list of steps, for the kernel that runs all layers in one call.
 
-`record` calls a layer with stand-ins for its arrays, and notes what it asks of the target: products and attention.
-A layer that does anything else with them fails here; `xla_ops.looped` is for such.
+`record` calls a layer with stand-ins for its arrays, and notes what it asks of the target. A layer that does anything
+else with them fails here; `xla_ops.looped` is for such.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-from jax import Array
-
-from .ops import LinearCall
+from .ops import Calls, ExpertsCall, LinearCall, NormCall, Stack
 
 GATES = ("", "silu", "gelu_tanh")
-_LINEAR, _ATTENTION = 0, 1
+_LINEAR, _ATTENTION, _NORM, _EXPERTS = range(4)
 
 
 @dataclass(frozen=True)
@@ -44,59 +41,80 @@ class Steps:
     codes: tuple[int, ...]
     outs: tuple[int, ...]
     numbers: tuple[float, ...]
-    calls: tuple[LinearCall, ...]
-
-
-Layer = Callable[[Array, Callable, Callable], Array]
+    calls: tuple[LinearCall | NormCall | ExpertsCall, ...]
 
 
 class _Recorder:
-    def __init__(self, rows: int, heads: tuple[int, int, int], scale: float) -> None:
-        self._rows, self._heads, self._scale, self._values = rows, heads, scale, 1
+    def __init__(self, rows: int, stack: Stack) -> None:
+        self._rows, self._stack, self._values = rows, stack, 1
         self.codes: list[int] = []
         self.outs: list[int] = []
         self.numbers: list[float] = []
-        self.calls: list[LinearCall] = []
+        self.calls: list[LinearCall | NormCall | ExpertsCall] = []
+
+    def recording(self) -> Calls:
+        return Calls(
+            project=self.project,  # type: ignore[arg-type]
+            normalize=self.normalize,  # type: ignore[arg-type]
+            attend=self.attend,  # type: ignore[arg-type]
+            mix=self.mix,  # type: ignore[arg-type]
+        )
 
     def _new(self, shape: tuple[int, ...]) -> Stand:
         self._values += 1
         return Stand(self._values - 1, shape)
 
+    def _note(self, code: tuple[int, ...], numbers: tuple[float, float]) -> None:
+        self.codes += [*code, *[0] * (8 - len(code))]
+        self.numbers += numbers
+
     def project(self, x: Stand, call: LinearCall) -> list[Stand]:
-        if not all(isinstance(a, Stand | None) for a in (x, call.residual)):
-            raise TypeError("a layer's products are of what it is given and of other steps' results")
-        residual = -1 if call.residual is None else call.residual.value  # type: ignore[attr-defined]
+        given = _values(x, call.residual)
         flags = (call.norm is not None, bool(call.biases), GATES.index(call.gate), len(call.weights))
-        self.codes += [_LINEAR, x.value, residual, *map(int, flags), 0]
+        self._note((_LINEAR, *given, *map(int, flags)), (call.eps, 0.0))
         self.outs += call.outs
-        self.numbers += [call.eps, 0.0]
         self.calls.append(call)
         return [self._new((self._rows, n)) for n in call.results]
 
+    def normalize(self, x: Stand, call: NormCall) -> Stand:
+        given = _values(x, call.residual)
+        self._note((_NORM, *given, call.width, int(call.bias is not None)), (call.eps, 0.0))
+        self.calls.append(call)
+        return self._new(x.shape)
+
     def attend(self, q: Stand, k: Stand, v: Stand) -> Stand:
-        n, kv, h = self._heads
+        n, kv, h = self._stack.heads
         if [a.shape[-2:] for a in (q, k, v)] != [(n, h), (kv, h), (kv, h)]:
             raise TypeError(
-                f"attention of heads {[a.shape[-2:] for a in (q, k, v)]} where {self._heads} were said"
+                f"attention of heads {[a.shape[-2:] for a in (q, k, v)]} where {self._stack.heads} were said"
             )
-        self.codes += [_ATTENTION, q.value, k.value, v.value, 0, 0, 0, 0]
-        self.numbers += [self._scale, 0.0]
+        self._note((_ATTENTION, q.value, k.value, v.value), (self._stack.scale, self._stack.soft_cap))
         return self._new(q.shape)
 
+    def mix(self, x: Stand, scores: Stand, call: ExpertsCall) -> Stand:
+        given = _values(x, scores, call.residual)
+        how = (int(call.norm is not None), GATES.index(call.activation), call.experts, call.chosen)
+        self._note((_EXPERTS, *given, *how), (call.eps, float(call.renormalised)))
+        self.outs.append(call.ff_width)
+        self.calls.append(call)
+        return self._new(x.shape)
 
-def record(layer: Layer, shape: tuple[int, ...], heads: tuple[int, int, int], scale: float) -> Steps:
+
+def _values(*arrays: object) -> tuple[int, ...]:
+    """The numbers of values; -1 where there is none."""
+    if not all(isinstance(a, Stand | None) for a in arrays):
+        raise TypeError("a layer's steps are of what it is given and of other steps' results")
+    return tuple(-1 if a is None else a.value for a in arrays)  # type: ignore[attr-defined]
+
+
+def record(stack: Stack, shape: tuple[int, ...]) -> Steps:
     """Records what a layer does to an x of ``shape``, ``[R, T, D]``.
 
-    Args:
-        layer: ``(x, attend, project) -> x``.
-        heads: N, K and H.
-        scale: of attention scores.
-
     Raises:
-        TypeError: when the layer computes anything but products and attention.
+        TypeError: when the layer computes anything but what `Calls` offers.
     """
-    recorder = _Recorder(prod(shape[:-1]), heads, scale)
-    result = layer(Stand(0, shape), recorder.attend, recorder.project)  # type: ignore[arg-type]
+    recorder = _Recorder(prod(shape[:-1]), stack)
+    result = stack.layer(Stand(0, shape), recorder.recording())  # type: ignore[arg-type]
     if (
         not isinstance(result, Stand)
         or result.value != recorder._values - 1

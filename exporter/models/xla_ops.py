@@ -1,13 +1,28 @@
 """The maths of every operation in pure XLA."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ..quantize import GROUP, PANEL
-from .ops import Cache, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
+from .ops import (
+    Attending,
+    Cache,
+    Caches,
+    Calls,
+    ExpertsCall,
+    LinearCall,
+    NormCall,
+    Ops,
+    Packed,
+    Rotary,
+    Rows,
+    Stack,
+    Weight,
+)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -61,10 +76,50 @@ def _linear(x: Array, call: LinearCall, layer: Array, used: Array) -> list[Array
     if call.biases:
         results = [y + bias[layer] for y, bias in zip(results, call.biases, strict=True)]
     if call.gate:
-        results = [GATES[call.gate](results[0]) * results[1]]
+        gated = GATES[call.gate](results[0])
+        results = [gated * results[1] if len(results) == 2 else gated]
     if call.residual is not None:
         results = [results[0] + call.residual]
     return results
+
+
+def _normalize(x: Array, call: NormCall, layer: Array) -> Array:
+    pieces = x.reshape(*x.shape[:-1], -1, call.width)
+    if call.bias is None:
+        y = rms_norm(pieces, call.weight[layer], call.eps)
+    else:
+        centred = pieces - jnp.mean(pieces, axis=-1, keepdims=True)
+        y = rms_norm(centred, call.weight[layer], call.eps) + call.bias[layer]
+    y = y.reshape(x.shape)
+    return y if call.residual is None else y + call.residual
+
+
+def shares(scores: Array, chosen: int, *, renormalised: bool) -> Array:
+    """What each row takes of each expert's result: scores ``[M, E]`` to ``[M, E]``, zero for those not chosen."""
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    best, experts = jax.lax.top_k(probabilities, chosen)  # [M, chosen]
+    if renormalised:
+        best = best / jnp.sum(best, axis=-1, keepdims=True)
+    rows = jnp.arange(scores.shape[0])[:, None]
+    return jnp.zeros_like(scores).at[rows, experts].set(best)
+
+
+def _experts(x: Array, scores: Array, call: ExpertsCall, layer: Array, used: Array) -> Array:
+    if call.norm is not None:
+        x = rms_norm(x, call.norm[layer], call.eps)
+    parts = shares(scores, call.chosen, renormalised=call.renormalised)
+    width = x.shape[1]
+
+    # Every row goes through every expert: without kernels, shapes cannot depend on who is chosen.
+    def add(expert: Array, total: Array) -> Array:
+        at = layer * call.experts + expert
+        gate, up = (_matrix(w, at, call.ff_width, width) for w in (call.gate, call.up))  # [F, D]
+        gated = GATES[call.activation](jnp.einsum("MD,FD->MF", x, gate)) * jnp.einsum("MD,FD->MF", x, up)
+        down = _matrix(call.down, at, width, call.ff_width)  # [D, F]
+        return total + parts[:, expert, None] * jnp.einsum("MF,DF->MD", gated, down)
+
+    total = jax.lax.fori_loop(0, call.experts, add, jnp.zeros_like(x))
+    return total if call.residual is None else total + call.residual
 
 
 def _embed(tokens: Array, weight: Weight, vocab: int, width: int) -> Array:
@@ -75,13 +130,14 @@ def _embed(tokens: Array, weight: Weight, vocab: int, width: int) -> Array:
 
 
 def rotate(x: Array, rotary: Rotary) -> Array:
-    """RoPE on halves: x ``[R, T, N, H]``."""
-    first, second = jnp.split(x, 2, axis=-1)
+    """RoPE on halves: x ``[R, T, N, H]``, of which the first 2 P numbers are turned."""
+    pairs = rotary.cos.shape[-1]
+    first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
     cos, sin = rotary.cos[:, :, None], rotary.sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def softmax_attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
+def softmax_attention(q: Array, k: Array, v: Array, mask: Array, how: Attending) -> Array:
     """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
 
     Args:
@@ -89,17 +145,25 @@ def softmax_attention(q: Array, k: Array, v: Array, mask: Array, scale: float) -
         k: ``[B, K, S, H]``.
         v: ``[B, K, S, H]``.
         mask: ``[B, T, S]``, true where a token sees a position.
-        scale: what scores are multiplied by.
+        how: what becomes of scores; its window is the mask's business.
 
     Returns:
         ``[B, T, N, H]``.
     """
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[1], n // k.shape[1], h)  # [B, T, K, G, H]
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k) * scale
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k) * how.scale
+    if how.soft_cap:
+        scores = how.soft_cap * jnp.tanh(scores / how.soft_cap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
     out = jnp.einsum("BKGTS,BKSH->BTKGH", jax.nn.softmax(scores, axis=-1), v)
     return out.reshape(b, t, n, h)
+
+
+def sees(positions: Array, held: Array, window: int | Array) -> Array:
+    """Which token sees what: positions ``[R, T]`` and those of the keys ``[R, S]``, to ``[R, T, S]``."""
+    token, key = positions[:, :, None], held[:, None, :]
+    return (key >= 0) & (key <= token) & ((window == 0) | (key > token - window))
 
 
 def _quantized(x: Array) -> tuple[Array, Array]:
@@ -136,21 +200,30 @@ def _loaded(cache: Cache, layer: Array, slots: Array) -> tuple[Array, Array]:
 
 
 def _attention(
-    q: Array, k: Array, v: Array, rotary: Rotary, cache: Cache, layer: Array, rows: Rows, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    rotary: Rotary,
+    cache: Cache,
+    layer: Array,
+    rows: Rows,
+    how: Attending,
 ) -> tuple[Array, Cache]:
     q, k = rotate(q, rotary), rotate(k, rotary)
-    tokens, capacity = q.shape[1], cache.keys.shape[3]
+    tokens, size = q.shape[1], cache.keys.shape[3]
     step = jnp.arange(tokens, dtype=jnp.int32)
     positions = rows.starts[:, None] + step  # [R, T]
-    # Padding goes to a position that does not exist, and is dropped there.
-    places = jnp.where(step < rows.lengths[:, None], positions, capacity)
+    # Padding goes to a place that does not exist, and is dropped there.
+    places = jnp.where(step < rows.lengths[:, None], positions % size, size)
     index = (layer, rows.slots[:, None], slice(None), places)
     new = _stored(cache, k, v)
     pairs = zip(cache.arrays(), new.arrays(), strict=True)
     cache = Cache.of([old.at[index].set(added, mode="drop") for old, added in pairs])
-    mask = jnp.arange(capacity, dtype=jnp.int32) <= positions[:, :, None]  # [R, T, S]
+    # The newest position that can stand at each place; below 0 there is none yet.
+    last = (rows.starts + rows.lengths - 1)[:, None]  # [R, 1]
+    held = last - (last - jnp.arange(size, dtype=jnp.int32)) % size  # [R, S]
     keys, values = _loaded(cache, layer, rows.slots)
-    return softmax_attention(q, keys, values, mask, scale), cache
+    return softmax_attention(q, keys, values, sees(positions, held, how.window), how), cache
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
@@ -158,37 +231,77 @@ def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
     return tuple(jnp.zeros(a.shape, a.dtype) for a in arrays)
 
 
+def layer_calls(ops: Ops, layer: Array, used: Array, attend: Callable[[Array, Array, Array], Array]) -> Calls:
+    """A target's operations for one layer."""
+    return Calls(
+        project=lambda x, call: ops.linear(x, call, layer, used),
+        normalize=lambda x, call: ops.normalize(x, call, layer),
+        attend=attend,
+        mix=lambda x, scores, call: ops.experts(x, scores, call, layer, used),
+    )
+
+
+def at_layer(ropes: Sequence[int], layer: Array, rotary: Rotary) -> Rotary:
+    """The table ``[R, T, P]`` of a layer, of ``[Z, R, T, P]``."""
+    if len(rotary.cos) == 1:
+        return Rotary(rotary.cos[0], rotary.sin[0])
+    which = jnp.asarray(ropes, jnp.int32)[layer]
+    return Rotary(rotary.cos[which], rotary.sin[which])
+
+
 def looped(
-    linear: Callable[[Array, LinearCall, Array, Array], list[Array]],
-    attention: Callable[[Array, Array, Array, Rotary, Cache, Array, Rows, float], tuple[Array, Cache]],
-) -> Callable[[Stack, Array, Rotary, Cache, Rows, Array], tuple[Array, Cache]]:
-    """Layers as a loop of XLA's around a target's products and attention."""
+    ops: Callable[[], Ops],
+) -> Callable[[Stack, Array, Rotary, Caches, Rows, Array], tuple[Array, Caches]]:
+    """Layers as a loop of XLA's around a target's other operations, which `ops` returns."""
 
     def layers(
-        stack: Stack, x: Array, rotary: Rotary, cache: Cache, rows: Rows, used: Array
-    ) -> tuple[Array, Cache]:
-        def body(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
-            x, cache = carry
+        stack: Stack, x: Array, rotary: Rotary, caches: Caches, rows: Rows, used: Array
+    ) -> tuple[Array, Caches]:
+        target = ops()
+
+        def body(index: Array, carry: tuple[Array, Caches]) -> tuple[Array, Caches]:
+            x, caches = carry
             # As the kernels take it: where JAX_ENABLE_X64 is set, loops count in int64.
             layer = index.astype(jnp.int32)
 
             def attend(q: Array, k: Array, v: Array) -> Array:
-                nonlocal cache
-                out, cache = attention(q, k, v, rotary, cache, layer, rows, stack.scale)
+                nonlocal caches
+                out, caches = _attend(stack, target, layer, caches, (q, k, v, rotary, rows))
                 return out
 
-            x = stack.layer(x, attend, lambda x, call: linear(x, call, layer, used))
-            return x, cache
+            return stack.layer(x, layer_calls(target, layer, used, attend)), caches
 
-        return jax.lax.fori_loop(0, stack.layers, body, (x, cache))
+        return jax.lax.fori_loop(0, stack.layers, body, (x, caches))
 
     return layers
 
 
-XLA_OPS = Ops(
+def _attend(
+    stack: Stack, target: Ops, layer: Array, caches: Caches, given: tuple[Array, Array, Array, Rotary, Rows]
+) -> tuple[Array, Caches]:
+    """Attention of one layer with the cache that is its."""
+    q, k, v, rotary, rows = given
+    turned = at_layer(stack.ropes, layer, rotary)
+    groups, places = zip(*stack.places, strict=True)
+    place = layer if len(caches) == 1 else jnp.asarray(places, jnp.int32)[layer]
+
+    def run(group: int, caches: Caches) -> tuple[Array, Caches]:
+        out, cache = target.attention(q, k, v, turned, caches[group], place, rows, stack.attending(group))
+        return out, (*caches[:group], cache, *caches[group + 1 :])
+
+    if len(caches) == 1:
+        return run(0, caches)
+    branches = [partial(run, group) for group in range(len(caches))]
+    result: tuple[Array, Caches] = jax.lax.switch(jnp.asarray(groups, jnp.int32)[layer], branches, caches)
+    return result
+
+
+XLA_OPS: Ops = Ops(
     linear=_linear,
+    normalize=_normalize,
+    experts=_experts,
     embed=_embed,
     attention=_attention,
-    layers=looped(_linear, _attention),
+    layers=looped(lambda: XLA_OPS),
     empty_cache=_empty_cache,
 )

@@ -5,46 +5,20 @@ The container is read with llama.cpp's own `gguf` library, which maps the file; 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
-import mmap
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from precast.loaders.artifact.errors import PrecastError
 
-from .base import QuantisedBlocks, Source, SourceTensor
+from .base import Source
 from .files import hash_file, slug, spdx
-from .gguf_config import ARCHITECTURES, ROPE_FACTORS, translate_config
+from .gguf_config import read_architecture, translate_config
 from .gguf_metadata import check_types
+from .gguf_rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
+from .gguf_tensors import Stored, check_tensor_types, dequantise, source_tensors
 from .gguf_tokenizer import build_tokenizer
-
-# Rows dequantised at a time; small, because the library holds the result of one call twice.
-_SLAB = 512
-
-_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TENSOR = re.compile(r"(?:(?P<layer>blk\.\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
-
-# Types whose blocks are handed on as they are: 32 values behind a scale, and a minimum where the type has one.
-_BLOCK = 32
-_COEFFICIENTS = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
 
 # The endings that converters and people put after a model's name.
 _QUANTISATION = re.compile(
@@ -52,17 +26,12 @@ _QUANTISATION = re.compile(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Tensor:
-    """A tensor as the file has it: `data` is a view into the mapped file, its rows bytes where quantised."""
-
-    shape: tuple[int, ...]
-    type: Any
-    data: np.ndarray
+# Tokens that end a turn, by their text: files seldom say which token does.
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
 def open_gguf(path: Path, *, name: str | None = None) -> Source:
-    """Read a GGUF file of architecture llama or qwen2.
+    """Read a GGUF file of one of the architectures in `gguf_architectures`.
 
     Args:
         path: the file.
@@ -75,14 +44,17 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
     metadata, stored = _read(path)
     check_types(path, metadata)
     _check_whole_model(path, metadata)
-    factors = _factors(stored)
-    tensors = {gguf_name: tensor for gguf_name, tensor in stored.items() if gguf_name != ROPE_FACTORS}
-    shapes = {gguf_name: tensor.shape for gguf_name, tensor in tensors.items()}
+    architecture = read_architecture(path, metadata)
+    check_tensor_types(path, stored)
+    scaling = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS) if architecture.longrope else (ROPE_FACTORS,)
+    factors = {key: dequantise(stored[key]) for key in scaling if key in stored}
+    tensors = {key: tensor for key, tensor in stored.items() if key not in factors}
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
     config = translate_config(path, metadata, shapes, factors)
     return Source(
         name=slug(name or _stem(path)),
         config=config,
-        tensors=_tensors(path, tensors, config),
+        tensors=source_tensors(path, tensors, architecture, config),
         tokenizer_json=build_tokenizer(path, metadata),
         chat_template=metadata.get("tokenizer.chat_template") or None,
         bos_token=_token(path, metadata, "bos_token_id"),
@@ -97,7 +69,7 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
 # --- container ----------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     """Metadata and tensors; the reader's own records, many small arrays, are let go."""
     _check_magic(path)
     from gguf import GGUFReader
@@ -113,7 +85,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, _Tensor]]:
             f"{path}: is a big-endian GGUF file; convert it to little-endian (gguf-convert-endian) first."
         )
     return metadata, {
-        tensor.name: _Tensor(shape=shapes[tensor.name], type=tensor.tensor_type, data=tensor.data)
+        tensor.name: Stored(shape=shapes[tensor.name], type=tensor.tensor_type, data=tensor.data)
         for tensor in reader.tensors
     }
 
@@ -158,127 +130,6 @@ def _check_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
         )
 
 
-# --- tensors ------------------------------------------------------------------------------------------------
-
-
-def _tensors(path: Path, stored: Mapping[str, _Tensor], config: Mapping[str, Any]) -> dict[str, SourceTensor]:
-    _check_types(path, stored)
-    interleaved = ARCHITECTURES[config["model_type"]].interleaved
-    heads = (
-        {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-        if interleaved
-        else {}
-    )
-    tensors = {}
-    for name, tensor in stored.items():
-        match = _TENSOR.fullmatch(name)
-        if match is None or match["part"] not in _NAMES:
-            raise PrecastError(
-                f"{path}: holds the tensor {name}, which is not understood, so it cannot be left out."
-            )
-        layer = match["layer"].replace("blk", "model.layers") + "." if match["layer"] else ""
-        tensors[f"{layer}{_NAMES[match['part']]}.{match['kind']}"] = SourceTensor(
-            shape=tensor.shape,
-            dtype=tensor.type.name,
-            read=partial(_dequantise, tensor, heads.get(match["part"])),
-            blocks=partial(_blocks, tensor, heads.get(match["part"])) if _in_blocks(tensor) else None,
-        )
-    return tensors
-
-
-def _check_types(path: Path, stored: Mapping[str, _Tensor]) -> None:
-    """Refuse a type that cannot be dequantised before a long export begins."""
-    from gguf.constants import GGML_QUANT_SIZES
-    from gguf.quants import dequantize
-
-    by_type = {tensor.type: name for name, tensor in stored.items()}
-    for kind, name in by_type.items():
-        try:
-            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-        except NotImplementedError as error:
-            raise PrecastError(
-                f"{path}: {name} is stored as {kind.name}, which the gguf library cannot dequantise; convert "
-                "the model to another type."
-            ) from error
-
-
-def _dequantise(tensor: _Tensor, heads: int | None) -> np.ndarray:
-    """The tensor in float32, slab by slab; with `heads`, in the order of rows that Hugging Face has."""
-    from gguf.quants import dequantize
-
-    order = None if heads is None else half_split_order(tensor.shape[0], heads)
-    # A vector that is quantised would be one row; a plain one is as many rows of one value.
-    rows = (
-        tensor.data.reshape(tensor.shape[0], -1)
-        if len(tensor.shape) > 1 or order is not None
-        else tensor.data[None]
-    )
-    out = np.empty((rows.shape[0], int(np.prod(tensor.shape)) // max(rows.shape[0], 1)), np.float32)
-    for start in range(0, rows.shape[0], _SLAB):
-        slab = slice(start, start + _SLAB)
-        out[slab] = dequantize(rows[slab] if order is None else rows[order[slab]], tensor.type)
-    _let_go(tensor.data)
-    return out.reshape(tensor.shape)
-
-
-def _in_blocks(tensor: _Tensor) -> bool:
-    return len(tensor.shape) == 2 and tensor.type.name in _COEFFICIENTS
-
-
-def _blocks(tensor: _Tensor, heads: int | None) -> QuantisedBlocks:
-    """The blocks of a matrix taken apart, its rows in the same order as `_dequantise` has them.
-
-    Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q8_0, block_q4_0, block_q4_1).
-    """
-    rows, columns = tensor.shape
-    kind, count = tensor.type.name, _COEFFICIENTS[tensor.type.name]
-    order = np.arange(rows) if heads is None else half_split_order(rows, heads)
-    values = np.empty((rows, columns), np.uint8)
-    coefficients = np.empty((count, rows, columns // _BLOCK), np.float16)
-    for start in range(0, rows, _SLAB):
-        slab = slice(start, start + _SLAB)
-        stored = tensor.data[order[slab]]
-        stored = stored.reshape(len(stored), columns // _BLOCK, -1)
-        head = np.ascontiguousarray(stored[..., : 2 * count]).view("<f2")
-        coefficients[:, slab] = np.moveaxis(head, -1, 0)
-        values[slab] = _values(kind, stored[..., 2 * count :]).reshape(-1, columns)
-    _let_go(tensor.data)
-    minimum = coefficients[1] if count > 1 else None
-    return QuantisedBlocks(
-        values=values if kind == "Q4_1" else values.view(np.int8), scale=coefficients[0], minimum=minimum
-    )
-
-
-def _values(kind: str, stored: np.ndarray) -> np.ndarray:
-    """The 32 values of each block; 16 bytes hold the first half in low nibbles, the second in high ones."""
-    if kind == "Q8_0":
-        return stored
-    values = np.concatenate([stored & 15, stored >> 4], axis=-1)
-    return values - np.uint8(8) if kind == "Q4_0" else values  # wraps, and is read as signed
-
-
-def _let_go(array: np.ndarray) -> None:
-    """Gives the mapped file's pages back, which otherwise stay in this process until the export ends."""
-    mapping = getattr(array, "_mmap", None)
-    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def half_split_order(rows: int, heads: int) -> np.ndarray:
-    """Where each row of a Hugging Face q or k projection stands in a llama GGUF file, ``[rows]``.
-
-    llama.cpp rotates neighbours (0, 1), (2, 3), …; Hugging Face rotates the first half of a head against the
-    second. Its converter therefore interleaves the halves of each head, which this undoes: row ``2·i + half``
-    of a head in the file is row ``half·H/2 + i`` of that head. Source: `LlamaModel.permute` of
-    convert_hf_to_gguf.py.
-    """
-    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
-
-
-def _factors(stored: Mapping[str, _Tensor]) -> np.ndarray | None:
-    return _dequantise(stored[ROPE_FACTORS], None) if ROPE_FACTORS in stored else None
-
-
 # --- the rest of the metadata -------------------------------------------------------------------------------
 
 
@@ -302,8 +153,16 @@ def _token(path: Path, metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """End of sequence, of turn and of message, as far as the file names them."""
-    found = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom"))
+    """End of sequence, of turn and of message, as far as the file names them.
+
+    Where it names no end of turn, it is found by its text, as llama.cpp does: Gemma's and Phi's files have to end
+    answers with a token that they do not name.
+    """
+    found = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    if found[1] is None:
+        found += [
+            number for number, token in enumerate(metadata["tokenizer.ggml.tokens"]) if token in _TURN_ENDS
+        ]
     return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
 
 

@@ -1,9 +1,12 @@
-"""The types of a GGUF file's metadata: checked once, so that what reads it later may rely on them."""
+"""A GGUF file's metadata: types that are checked once, so that what reads it later may rely on them, and typed
+access to the keys of an architecture."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
@@ -75,3 +78,54 @@ def check_types(path: Path, metadata: Mapping[str, Any]) -> None:
                 f"{path}: expected {key} to be {expected.name}, found {metadata[key]!r:.80}; convert the model"
                 " again."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetadataReader:
+    """Typed access to the keys below an architecture's prefix, which are named here without it.
+
+    Attributes:
+        path: the file, for messages.
+        prefix: the architecture.
+        metadata: all of the file's metadata.
+    """
+
+    path: Path
+    prefix: str
+    metadata: Mapping[str, Any]
+
+    def get(self, key: str, default: object = None) -> object:
+        """A value, or `default` where the file has none; one value per layer is taken if all are the same.
+
+        Raises:
+            PrecastError: when there is neither.
+        """
+        value = self.metadata.get(f"{self.prefix}.{key}", default)
+        if value is None:
+            raise PrecastError(
+                f"{self.path}: lacks the metadata key {self.prefix}.{key}; convert the model again."
+            )
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            return value[0]
+        return value
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number, not below `least`."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.unexpected(key, "one positive whole number" if least else "one whole number", value)
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A float as it was written before it became a float32: 1e-05, not 9.999999747378752e-06."""
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.unexpected(key, "one number", value)
+        return float(str(np.float32(value)))
+
+    def unexpected(self, key: str, expected: str, found: object) -> PrecastError:
+        """The error for a key whose value cannot be carried over."""
+        return PrecastError(
+            f"{self.path}: expected {self.prefix}.{key} to be {expected}, found {found!r:.80}; use the model's "
+            "Hugging Face checkpoint."
+        )

@@ -7,134 +7,18 @@ be read.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from precast.loaders.artifact.errors import PrecastError
+from .gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from .gguf_vocabulary import TokenType, Vocabulary, read_vocabulary
 
-_PREFIX = "tokenizer.ggml."
+_SPACE = "▁"  # what stands for a space in SentencePiece's pieces
 
-# What this file reads, and what only says something about ids that the export does not use.
-_KNOWN = frozenset(
-    {
-        "model",
-        "pre",
-        "tokens",
-        "token_type",
-        "scores",
-        "merges",
-        "add_bos_token",
-        "add_eos_token",
-        "add_space_prefix",
-    }
-)
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "add_sep_token": (False,),
-    "remove_extra_whitespaces": (False,),
-    "precompiled_charsmap": ([], ""),
-    "token_type_count": (0, 1),
-}
-
-
-class TokenType(IntEnum):
-    """What a token is for; the numbers are llama.cpp's."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pre:
-    """A pre-tokenizer, which a byte-level GGUF file only names.
-
-    Attributes:
-        steps: how text is cut up, in the terms of tokenizer.json.
-        normalizer: what is done to text before that, in the same terms.
-        ignore_merges: whether a piece that is a token as a whole is taken as it is.
-        add_bos: whether BOS is added where the file does not say.
-    """
-
-    steps: tuple[Mapping[str, object], ...]
-    normalizer: Mapping[str, object] | None = None
-    ignore_merges: bool = False
-    add_bos: bool = False
-
-
-def _split(regex: str) -> Mapping[str, object]:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-def _byte_level(*, use_regex: bool) -> Mapping[str, object]:
-    """Bytes to printable characters; `use_regex` cuts as GPT-2 does first."""
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _words_split(*, digits: str) -> Mapping[str, object]:
-    """The cut of Llama 3 and Qwen2, which differ only in how many digits stay together."""
-    contractions, letters = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
-    others, spaces = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-    return _split("|".join((contractions, letters, digits, others, spaces)))
-
-
-_GPT2 = _Pre(steps=(_byte_level(use_regex=True),))
-_SMOLLM = _Pre(steps=({"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)))
-_LLAMA3 = _Pre(
-    steps=(_words_split(digits=r"\p{N}{1,3}"), _byte_level(use_regex=False)), ignore_merges=True, add_bos=True
-)
-_QWEN2 = _Pre(steps=(_words_split(digits=r"\p{N}"), _byte_level(use_regex=False)), normalizer={"type": "NFC"})
-# What llama.cpp itself does under this name, one cut after the other; no published tokenizer is like it.
-_DEFAULT = _Pre(
-    steps=(
-        _split(r"[\p{P}\$\+<=>\^~\|]+"),
-        _split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
-        _split(r"\p{N}+"),
-        _split(r"[0-9][0-9][0-9]"),
-        _byte_level(use_regex=False),
-    )
-)
-
-# By `tokenizer.ggml.pre`. A name belongs here only when its whole published tokenizer.json is known.
-_PRE_TOKENIZERS = {
-    "default": _DEFAULT,
-    "gpt-2": _GPT2,
-    "gpt2": _GPT2,
-    "llama-bpe": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "smollm": _SMOLLM,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Vocabulary:
-    """The metadata below ``tokenizer.ggml.``, its lists checked against each other."""
-
-    path: Path
-    metadata: Mapping[str, Any]
-    tokens: list[str]
-    types: list[int]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(f"{_PREFIX}{key}", default)
-
-    def of(self, *types: TokenType) -> dict[str, int]:
-        """The tokens of some types with their ids."""
-        return {
-            token: i
-            for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in types
-        }
-
-    def error(self, sentence: str) -> PrecastError:
-        return PrecastError(f"{self.path}: {sentence}")
+# Of Phi 3's special tokens these keep the spaces and line ends behind them, which the others swallow.
+_KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> bytes:
@@ -152,7 +36,7 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> bytes:
         PrecastError: for a kind of tokenizer, a pre-tokenizer or a key that is not supported, and for lists
             that do not fit together.
     """
-    vocabulary = _vocabulary(path, metadata)
+    vocabulary = read_vocabulary(path, metadata)
     kind = vocabulary.get("model")
     if kind not in _BUILDERS:
         raise vocabulary.error(
@@ -165,40 +49,7 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8")
 
 
-def _vocabulary(path: Path, metadata: Mapping[str, Any]) -> _Vocabulary:
-    tokens = metadata.get(f"{_PREFIX}tokens")
-    if not isinstance(tokens, list) or not tokens:
-        raise PrecastError(f"{path}: holds no vocabulary (tokenizer.ggml.tokens); convert the model again.")
-    types = metadata.get(f"{_PREFIX}token_type") or [int(TokenType.NORMAL)] * len(tokens)
-    vocabulary = _Vocabulary(path=path, metadata=metadata, tokens=tokens, types=types)
-    if len(types) != len(tokens):
-        raise vocabulary.error(
-            f"has {len(tokens)} tokens but {len(types)} token types; convert the model again."
-        )
-    if unknown := sorted(set(types) - set(TokenType)):
-        raise vocabulary.error(
-            f"has tokens of type {unknown[0]}, which is not understood; convert the model again."
-        )
-    _refuse_unknown(vocabulary)
-    used = [token for token, kind in zip(tokens, types, strict=True) if kind != TokenType.UNUSED]
-    if len(set(used)) != len(used):
-        twice = next(token for i, token in enumerate(used) if token in used[:i])
-        raise vocabulary.error(f"has the token {twice!r} twice; convert the model again.")
-    return vocabulary
-
-
-def _refuse_unknown(vocabulary: _Vocabulary) -> None:
-    for key, value in vocabulary.metadata.items():
-        short = key.removeprefix(_PREFIX)
-        if short == key or short in _KNOWN or short.endswith("_token_id") or value in _NEUTRAL.get(short, ()):
-            continue
-        raise vocabulary.error(
-            f"has the metadata key {key}, which is not understood and may change how text becomes tokens; "
-            "use the model's Hugging Face checkpoint."
-        )
-
-
-def _check_loads(vocabulary: _Vocabulary, text: str) -> None:
+def _check_loads(vocabulary: Vocabulary, text: str) -> None:
     from tokenizers import Tokenizer
 
     try:
@@ -212,7 +63,7 @@ def _check_loads(vocabulary: _Vocabulary, text: str) -> None:
 # --- byte-level BPE (GPT-2 and its kin) ---------------------------------------------------------------------
 
 
-def _byte_level_document(vocabulary: _Vocabulary) -> dict[str, object]:
+def _byte_level_document(vocabulary: Vocabulary) -> dict[str, object]:
     pre = _pre_tokenizer(vocabulary)
     merges = vocabulary.get("merges")
     if not isinstance(merges, list):
@@ -231,22 +82,22 @@ def _byte_level_document(vocabulary: _Vocabulary) -> dict[str, object]:
     }
 
 
-def _pre_tokenizer(vocabulary: _Vocabulary) -> _Pre:
+def _pre_tokenizer(vocabulary: Vocabulary) -> PreTokenizer:
     name = vocabulary.get("pre")
     if name is None:
         raise vocabulary.error(
             "does not say how text is cut up before merging (tokenizer.ggml.pre), so it comes from an "
             "outdated converter; convert the model again."
         )
-    if name not in _PRE_TOKENIZERS:
+    if name not in PRE_TOKENIZERS:
         raise vocabulary.error(
-            f"has the pre-tokenizer {name} (tokenizer.ggml.pre), and only {', '.join(_PRE_TOKENIZERS)} are "
+            f"has the pre-tokenizer {name} (tokenizer.ggml.pre), and only {', '.join(PRE_TOKENIZERS)} are "
             "supported; use the model's Hugging Face checkpoint."
         )
-    return _PRE_TOKENIZERS[name]
+    return PRE_TOKENIZERS[name]
 
 
-def _merge(vocabulary: _Vocabulary, merge: str) -> list[str]:
+def _merge(vocabulary: Vocabulary, merge: str) -> list[str]:
     pair = merge.split(" ")
     if len(pair) != 2 or not all(pair):
         raise vocabulary.error(f"has the merge {merge!r}, which is not two tokens; convert the model again.")
@@ -256,20 +107,21 @@ def _merge(vocabulary: _Vocabulary, merge: str) -> list[str]:
 # --- SentencePiece BPE (Llama 2 and its kin) ----------------------------------------------------------------
 
 
-def _sentencepiece_document(vocabulary: _Vocabulary) -> dict[str, object]:
+def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
     """Like tokenizer.json of Llama 2: spaces become ▁, one goes in front, unknown characters become bytes."""
     if vocabulary.get("pre", "default") != "default":
         raise vocabulary.error(
             f"has the pre-tokenizer {vocabulary.get('pre')} (tokenizer.ggml.pre), which a SentencePiece "
             "tokenizer does not have; use the model's Hugging Face checkpoint."
         )
+    vocabulary = _with_spaces(vocabulary)
     prefix = vocabulary.get("add_space_prefix", True)
-    in_front: list[object] = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    in_front: list[object] = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
     strip: list[object] = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    unspaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    unspaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     return {
-        "added_tokens": _added_tokens(vocabulary),
+        "added_tokens": _added_tokens(vocabulary, swallowing=_swallowing(vocabulary)),
         "normalizer": {"type": "Sequence", "normalizers": [*in_front, spaces]},
         "pre_tokenizer": None,
         "post_processor": _post_processor(vocabulary, add_bos=True),
@@ -286,11 +138,33 @@ def _sentencepiece_document(vocabulary: _Vocabulary) -> dict[str, object]:
     }
 
 
-def _merges_of_scores(vocabulary: _Vocabulary) -> list[list[str]]:
+def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
+    """Gemma's runs of spaces are found whole in the text, where they are spaces; older converters wrote ▁ for them."""
+    pairs = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    tokens = [
+        " " * len(token) if kind == TokenType.USER_DEFINED and not token.strip(_SPACE) else token
+        for token, kind in pairs
+    ]
+    found = replace(vocabulary, tokens=tokens).of(TokenType.USER_DEFINED)
+    if len(found) != vocabulary.types.count(TokenType.USER_DEFINED):
+        raise vocabulary.error("has a token of spaces both as spaces and as ▁; convert the model again.")
+    return replace(vocabulary, tokens=tokens)
+
+
+def _swallowing(vocabulary: Vocabulary) -> frozenset[str]:
+    """The tokens that take spaces and line ends behind them along: Phi 3's tokenizer.json says so, but not its
+    GGUF files, so that llama.cpp too knows it by the model."""
+    if vocabulary.metadata.get("general.architecture") != "phi3":
+        return frozenset()
+    found = vocabulary.of(TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+    return frozenset(found).difference(_KEEP_SPACES)
+
+
+def _merges_of_scores(vocabulary: Vocabulary) -> list[list[str]]:
     """Merges in the order in which SentencePiece would do them: highest score of the result first.
 
     SentencePiece joins whichever two neighbours make the piece of the highest score, so that each way of
-    cutting a piece in two pieces is a merge.
+    cutting a piece in two pieces is a merge. Equal scores are in the order that transformers' converter has.
     """
     scores = vocabulary.get("scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
@@ -299,20 +173,44 @@ def _merges_of_scores(vocabulary: _Vocabulary) -> list[list[str]]:
             "is made; convert the model again."
         )
     pieces = vocabulary.of(TokenType.NORMAL)
+    _refuse_unused(vocabulary, pieces)
     found = [
-        (-scores[number], -cut, piece[:cut], piece[cut:])
+        (-scores[number], -len(left), -len(right), number, left, right)
         for piece, number in pieces.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
+        for left, right in _cuts(piece, pieces)
     ]
-    return [[left, right] for _, _, left, right in sorted(found)]
+    if len({number for *_, number, _, _ in found}) > 1 and len({score for score, *_ in found}) == 1:
+        raise vocabulary.error(
+            "gives every piece the same score (tokenizer.ggml.scores), so that it does not say in which order they"
+            " are joined; use the model's Hugging Face checkpoint."
+        )
+    return [[left, right] for *_, left, right in sorted(found)]
+
+
+def _cuts(piece: str, pieces: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Every way to cut a piece into two pieces."""
+    for cut in range(1, len(piece)):
+        if piece[:cut] in pieces and piece[cut:] in pieces:
+            yield piece[:cut], piece[cut:]
+
+
+def _refuse_unused(vocabulary: Vocabulary, pieces: Mapping[str, int]) -> None:
+    """SentencePiece joins unused pieces too, and takes them apart again, which merges cannot say."""
+    unused = vocabulary.of(TokenType.UNUSED)
+    everything = {**pieces, **unused}
+    for piece in unused:
+        if any(True for _ in _cuts(piece, everything)):
+            raise vocabulary.error(
+                f"has the unused token {piece!r} that other pieces make, which cannot be carried over; use the"
+                " model's Hugging Face checkpoint."
+            )
 
 
 # --- shared by both -----------------------------------------------------------------------------------------
 
 
 def _bpe(
-    vocabulary: _Vocabulary,
+    vocabulary: Vocabulary,
     merges: Iterable[list[str]],
     *,
     unk_token: str | None = None,
@@ -344,8 +242,10 @@ def _written(merges: list[list[str]]) -> list[str] | list[list[str]]:
     return [" ".join(pair) for pair in merges]
 
 
-def _added_tokens(vocabulary: _Vocabulary) -> list[dict[str, object]]:
-    """The tokens that are found whole in the text, by id."""
+def _added_tokens(
+    vocabulary: Vocabulary, *, swallowing: frozenset[str] = frozenset()
+) -> list[dict[str, object]]:
+    """The tokens that are found whole in the text, by id; some take spaces behind them along."""
     special = vocabulary.of(TokenType.CONTROL, TokenType.UNKNOWN)
     found = special | vocabulary.of(TokenType.USER_DEFINED)
     return [
@@ -354,7 +254,7 @@ def _added_tokens(vocabulary: _Vocabulary) -> list[dict[str, object]]:
             "content": token,
             "single_word": False,
             "lstrip": False,
-            "rstrip": False,
+            "rstrip": token in swallowing,
             "normalized": False,
             "special": token in special,
         }
@@ -362,7 +262,7 @@ def _added_tokens(vocabulary: _Vocabulary) -> list[dict[str, object]]:
     ]
 
 
-def _post_processor(vocabulary: _Vocabulary, *, add_bos: bool) -> dict[str, object] | None:
+def _post_processor(vocabulary: Vocabulary, *, add_bos: bool) -> dict[str, object] | None:
     """Adds BOS and EOS if the metadata says so; `add_bos` is what holds where it says nothing."""
     before = [_special(vocabulary, "bos")] if vocabulary.get("add_bos_token", add_bos) else []
     after = [_special(vocabulary, "eos")] if vocabulary.get("add_eos_token", False) else []
@@ -385,7 +285,7 @@ def _post_processor(vocabulary: _Vocabulary, *, add_bos: bool) -> dict[str, obje
     }
 
 
-def _special(vocabulary: _Vocabulary, which: str) -> tuple[str, int]:
+def _special(vocabulary: Vocabulary, which: str) -> tuple[str, int]:
     number = vocabulary.get(f"{which}_token_id")
     if not isinstance(number, int) or not 0 <= number < len(vocabulary.tokens):
         raise vocabulary.error(

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -14,14 +14,49 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SAMPLING_KEYS
 
 from .base import Source, SourceTensor
-from .files import hash_file, read_json, read_text, slug, spdx
+from .files import hash_file, read_json, slug, spdx
+from .huggingface_tokenizer import (
+    chat_template,
+    eos_token_ids,
+    first,
+    optional_json,
+    read_tokenizer,
+    special_tokens,
+)
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_ADAPTER = "adapter_config.json"
+_MODELOPT = "hf_quant_config.json"
 
 # safetensors' names of the types that a float32 holds without loss.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Masks and tables that old checkpoints carry, in any type; only who asks for their values is refused.
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
+
+_ORIGINAL = "export the bfloat16, float16 or float32 checkpoint that it was made from"
+_INT4 = f"{_ORIGINAL}, with --weights int4"
+# What to do about weights that are quantised already, by `quant_method`; where transformers can undo it, how.
+_REMEDIES: Mapping[str, str] = {
+    "awq": _INT4,
+    "auto-round": _INT4,
+    "bitsandbytes": f"{_ORIGINAL}, or load it in transformers and save what model.dequantize() gives",
+    "compressed-tensors": f"{_ORIGINAL}, or load it with CompressedTensorsConfig(dequantize=True) and save that",
+    "fp8": f"{_ORIGINAL}, or load it with FineGrainedFP8Config(dequantize=True) and save that",
+    "gptq": _INT4,
+    "mxfp4": f"{_ORIGINAL}, or load it with Mxfp4Config(dequantize=True) and save that",
+}
+# What gives a method away where config.json is silent: endings of tensors that come with the weights.
+_TRACES = (
+    (".qweight", "gptq"),  # of AWQ too, for which there is the same to do
+    (".weight_packed", "compressed-tensors"),
+    (".weight_scale", "compressed-tensors"),
+    (".weight_scale_inv", "fp8"),
+    (".absmax", "bitsandbytes"),
+    (".SCB", "bitsandbytes"),
+    ("_proj_blocks", "mxfp4"),
+)
 
 
 def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
@@ -38,18 +73,18 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
     config = _config(folder)
     shards = _shards(folder)
     tensors = _tensors(folder, shards)
-    tokenizer = _tokenizer(folder)
-    generation = _optional_json(folder / "generation_config.json")
-    special = _special_tokens(folder, config, tokenizer)
+    tokenizer = read_tokenizer(folder)
+    generation = optional_json(folder / "generation_config.json")
+    special = special_tokens(folder, config, tokenizer)
     return Source(
         name=slug(name or folder.resolve().name),
         config=config,
         tensors=tensors,
         tokenizer_json=(folder / "tokenizer.json").read_bytes(),
-        chat_template=_chat_template(folder),
+        chat_template=chat_template(folder),
         bos_token=special["bos_token"],
         eos_token=special["eos_token"],
-        eos_token_ids=_eos_token_ids(folder, generation, config, tokenizer, special["eos_token"]),
+        eos_token_ids=eos_token_ids(folder, generation, config, tokenizer, special["eos_token"]),
         sampling=_sampling(folder, generation),
         licence=_licence(folder / "README.md"),
         files=tuple(hash_file(path) for path in _files_read(folder, shards)),
@@ -59,25 +94,42 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
 def _config(folder: Path) -> dict[str, object]:
     """config.json, unless it asks for something that would change the model behind our back."""
     path = folder / "config.json"
+    if (folder / _ADAPTER).is_file():
+        raise PrecastError(
+            f"{folder}: holds an adapter ({_ADAPTER}), which is only a change to another model; merge it into "
+            "that model (merge_and_unload() of peft) and export what save_pretrained writes."
+        )
     if not path.is_file():
         found = "an empty directory" if not any(folder.iterdir()) else "a directory without it"
         raise PrecastError(
             f"{folder}: expected config.json, found {found}; name a Hugging Face model directory."
         )
     config = read_json(path)
-    if "auto_map" in config:
-        raise PrecastError(
-            f"{path}: auto_map asks for Python code that came with the checkpoint, which is never run; use a "
-            "checkpoint of an architecture that transformers itself has."
-        )
-    if config.get("quantization_config"):
-        quantization: Any = config["quantization_config"]
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
-        raise PrecastError(
-            f"{path}: quantization_config says that the weights are quantised already ({method}); use the "
-            "checkpoint in bfloat16, float16 or float32, which the export quantises itself."
-        )
+    _refuse_quantised(folder, config)
     return config
+
+
+def _refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
+    for key, unsaid in (("quantization_config", "?"), ("compression_config", "compressed-tensors")):
+        if config.get(key):
+            method = _method(config[key], unsaid)
+            raise PrecastError(
+                f"{folder / 'config.json'}: {key} says that the weights are quantised already ({method}); "
+                f"{_REMEDIES.get(method, _ORIGINAL)}."
+            )
+    if (folder / _MODELOPT).is_file():
+        raise PrecastError(
+            f"{folder / _MODELOPT}: says that the weights are quantised already (modelopt); {_ORIGINAL}."
+        )
+
+
+def _method(quantization: object, unsaid: str) -> str:
+    """The name of a quantisation method; configs of bitsandbytes have not always said theirs."""
+    if not isinstance(quantization, dict):
+        return str(quantization)
+    if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
+        unsaid = "bitsandbytes"
+    return str(quantization.get("quant_method") or unsaid)
 
 
 # --- weights ------------------------------------------------------------------------------------------------
@@ -95,8 +147,10 @@ def _shards(folder: Path) -> dict[str, frozenset[str]]:
             f"{folder}: has its weights only as a pickle ({pickles[0]}), which can run code when it is read; "
             f"convert them to {_SINGLE} first."
         )
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
     raise PrecastError(
-        f"{folder}: expected weights in {_SINGLE} or {_INDEX}, found neither; fetch the files again."
+        f"{folder}: expected weights in {_SINGLE} or {_INDEX}, found "
+        f"{f'only {others[0]}' if others else 'neither'}; fetch the files again."
     )
 
 
@@ -141,18 +195,36 @@ def _tensors(folder: Path, shards: Mapping[str, frozenset[str]]) -> dict[str, So
 def _read_header(path: Path) -> dict[str, SourceTensor]:
     tensors = {}
     with _open_shard(path) as shard:
-        for name in shard.keys():  # noqa: SIM118 - a shard is no mapping
+        names = list(shard.keys())
+        for name in names:
             part = shard.get_slice(name)
             dtype = part.get_dtype()
+            read: Callable[[], np.ndarray] = partial(_read_tensor, path, name)
             if dtype not in _DTYPES:
-                raise PrecastError(
-                    f"{path}: {name} is stored as {dtype}, and only F32, F16 and BF16 are read; convert the "
-                    "checkpoint to one of these first."
-                )
+                read = partial(_refuse_dtype, path, name, dtype, _trace(names, dtype))
+                if not name.endswith(_BUFFERS):
+                    read()
             tensors[name] = SourceTensor(
-                shape=tuple(part.get_shape()), dtype=_DTYPES[dtype], read=partial(_read_tensor, path, name)
+                shape=tuple(part.get_shape()), dtype=_DTYPES.get(dtype, dtype), read=read
             )
     return tensors
+
+
+def _trace(names: Iterable[str], dtype: str) -> str | None:
+    """The method by which a file's weights seem to be quantised, or None."""
+    found = {method for ending, method in _TRACES for name in names if name.endswith(ending)}
+    fallback = "fp8" if dtype.startswith("F8_") else None
+    return next((method for _, method in _TRACES if method in found), fallback)
+
+
+def _refuse_dtype(path: Path, name: str, dtype: str, method: str | None) -> NoReturn:
+    seems = "gptq or awq" if method == "gptq" else method
+    remedy = (
+        "convert the checkpoint to one of these first"
+        if method is None
+        else f"the weights seem to be quantised already ({seems}): {_REMEDIES[method]}"
+    )
+    raise PrecastError(f"{path}: {name} is stored as {dtype}, and only F32, F16 and BF16 are read; {remedy}.")
 
 
 def _read_tensor(path: Path, name: str) -> np.ndarray:
@@ -176,104 +248,7 @@ def _open_shard(path: Path) -> Iterator[Any]:
         ) from error
 
 
-# --- tokenizer, template, defaults --------------------------------------------------------------------------
-
-
-def _tokenizer(folder: Path) -> dict[str, object]:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise PrecastError(
-            f"{folder}: expected tokenizer.json, found none; save the tokenizer in its fast form "
-            "(AutoTokenizer.from_pretrained(...).save_pretrained(...))."
-        )
-    document = read_json(path)
-    from tokenizers import Tokenizer
-
-    try:
-        Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower one
-        raise PrecastError(
-            f"{path}: is not a tokenizer that the tokenizers library reads ({error}); save it again, or "
-            "update the library."
-        ) from error
-    return document
-
-
-def _special_tokens(
-    folder: Path, config: Mapping[str, object], tokenizer: Mapping[str, object]
-) -> dict[str, str | None]:
-    """Text of bos and eos: as the tokenizer's files say, else by the ids in config.json."""
-    paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
-    said = {key: value for path in reversed(paths) for key, value in _optional_json(path).items()}
-    if not any(path.is_file() for path in paths):
-        texts: dict[Any, str] = {token_id: text for text, token_id in _token_ids(tokenizer).items()}
-        said = {key: texts.get(_first(config.get(f"{key}_id"))) for key in ("bos_token", "eos_token")}
-    return {key: _text(folder, key, said.get(key)) for key in ("bos_token", "eos_token")}
-
-
-def _text(folder: Path, key: str, token: object) -> str | None:
-    """A special token is written as its text, or as an object with its text in `content`."""
-    content = token.get("content") if isinstance(token, dict) else token
-    if content is not None and not isinstance(content, str):
-        raise PrecastError(
-            f"{folder / 'tokenizer_config.json'}: expected {key} to be text, found {token!r}; correct it."
-        )
-    return content
-
-
-def _token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Every token of a tokenizer.json with its id; added tokens go before the model's own."""
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    if isinstance(vocabulary, list):  # Unigram models list [token, score]
-        vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
-    return vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
-
-
-def _first(value: object) -> object:
-    return value[0] if isinstance(value, list) and value else value
-
-
-def _eos_token_ids(
-    folder: Path,
-    generation: Mapping[str, object],
-    config: Mapping[str, object],
-    tokenizer: Mapping[str, object],
-    eos_token: str | None,
-) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json's word, else config.json's, else the tokenizer's."""
-    by_text = _token_ids(tokenizer).get(eos_token) if eos_token is not None else None
-    for said in (generation.get("eos_token_id"), config.get("eos_token_id"), by_text):
-        if said is None:
-            continue
-        ids = said if isinstance(said, list) else [said]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise PrecastError(
-                f"{folder}: expected eos_token_id to be token ids, found {said!r}; correct the config."
-            )
-        return tuple(dict.fromkeys(ids))
-    return ()
-
-
-def _chat_template(folder: Path) -> str | None:
-    """chat_template.jinja, the newer place, else what tokenizer_config.json has or calls "default"."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_text(path)
-    template = _optional_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        if "default" not in named:
-            raise PrecastError(
-                f"{folder / 'tokenizer_config.json'}: expected a chat template named default, found "
-                f"{', '.join(map(str, named)) or 'none'}; write the wanted one to chat_template.jinja."
-            )
-        template = named["default"]
-    if template is not None and not isinstance(template, str):
-        raise PrecastError(
-            f"{folder / 'tokenizer_config.json'}: expected chat_template to be text, found "
-            f"{type(template).__name__}; write the template to chat_template.jinja."
-        )
-    return template
+# --- defaults, licence -------------------------------------------------------------------------------------
 
 
 def _sampling(folder: Path, generation: Mapping[str, object]) -> dict[str, float | int]:
@@ -313,15 +288,11 @@ def _licence(card: Path) -> str | None:
         return None
     if not isinstance(front, dict):
         return None
-    licence = _first(front.get("license"))
+    licence = first(front.get("license"))
     return spdx(front.get("license_name") or licence if licence == "other" else licence)
 
 
 # --- files --------------------------------------------------------------------------------------------------
-
-
-def _optional_json(path: Path) -> dict[str, object]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _files_read(folder: Path, shards: Mapping[str, object]) -> list[Path]:

@@ -40,14 +40,15 @@ std::vector<Sequence> Plan(const AttentionCall& c) {
   std::vector<Sequence> plan;
   int64_t task = 0, floats = 0;
   for (int64_t r = 0; r < d.R; ++r) {
-    Sequence s = {r, c.slots[r], c.starts[r], c.lengths[r], block, 0, 0, d.S, 1, task, floats};
+    Sequence s = {r, c.slots[r], c.starts[r], c.lengths[r], block, 0, 0, 0, 1, task, floats};
     if (s.length == 0) continue;
     s.blocks = (s.length + block - 1) / block;
     s.block = std::min(block, s.length);
+    if (c.window > 0) s.first = std::max<int64_t>(0, s.start + 1 - c.window);
+    s.span = s.start + s.length - s.first;
     if (s.blocks == 1) {
-      if (c.window > 0) s.first = std::max<int64_t>(0, s.start + 1 - c.window);
+      s.spans = (s.span + kSpan - 1) / kSpan;
       s.span = kSpan;
-      s.spans = (s.start + s.length - s.first + kSpan - 1) / kSpan;
     }
     task += d.K * s.blocks * s.spans;
     if (s.spans > 1) floats += d.K * s.spans * s.block * group * (d.H + 2);
@@ -63,10 +64,15 @@ AttentionPartial PartialAt(float* at, int64_t rows, int64_t H) {
 void Append(const AttentionCall& c, const Ops& ops, const Sequence& s, int64_t k, bool keys, float* scratch) {
   const AttentionShape& d = c.d;
   const CacheRows& cache = keys ? c.keys : c.values;
-  const int64_t row = c.CacheRow(s.slot, k) + s.start, angles = s.r * d.T * d.P;
-  ops.store_rows({(keys ? c.k : c.v) + (s.r * d.T * d.K + k) * d.H, d.K * d.H, c.cos + angles, c.sin + angles,
-                  keys ? d.P : 0, s.length, d.H, cache.type, cache.Row(row, d.H), cache.Scale(row)},
-                 scratch);
+  // What does not fit before the ring's end goes on at its beginning.
+  for (int64_t token = 0, n; token < s.length; token += n) {
+    const int64_t place = (s.start + token) % d.S, row = c.CacheRow(s.slot, k) + place;
+    n = std::min(s.length - token, d.S - place);
+    const int64_t at = s.r * d.T + token;
+    ops.store_rows({(keys ? c.k : c.v) + (at * d.K + k) * d.H, d.K * d.H, c.cos + at * d.P, c.sin + at * d.P,
+                    keys ? d.P : 0, n, d.H, cache.type, cache.Row(row, d.H), cache.Scale(row)},
+                   scratch);
+  }
 }
 
 // One task: a block of tokens of one key/value head against all they see, or against one span of it. Where there is
@@ -80,7 +86,7 @@ void AttendTask(const AttentionCall& c, const Ops& ops, const Sequence& s, int64
   const int64_t query = (s.r * d.T * d.N + k * group) * d.H;
   const AttentionHead head = {c.q + query, d.N * d.H, c.cos + angles, c.sin + angles, d.P, c.keys.type,
                               c.keys.Row(row, d.H), c.values.Row(row, d.H), c.keys.Scale(row),
-                              c.values.Scale(row), group, d.H, s.start, c.window, c.scale, c.soft_cap};
+                              c.values.Scale(row), group, d.H, d.S, s.start, c.window, c.scale, c.soft_cap};
   const int64_t from = s.first + span * s.span, partial_floats = rows * (d.H + 2);
   const int64_t own = s.spans > 1 ? 0 : partial_floats;
   std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(AttentionScratch(rows, d.H) + own)]);
@@ -99,13 +105,6 @@ void MergeSequence(const AttentionCall& c, const Ops& ops, const Sequence& s, fl
                     group, d.H, c.out + (s.r * d.T * d.N + k * group) * d.H, d.N * d.H);
 }
 
-// Too little work is done by the calling thread alone.
-template <typename Body>
-void For(Team& team, bool alone, int64_t tasks, const Body& body) {
-  if (!alone) return team.For(tasks, body);
-  for (int64_t i = 0; i < tasks; ++i) body(i);
-}
-
 }  // namespace
 
 std::string CheckAttention(const AttentionCall& c) {
@@ -116,9 +115,13 @@ std::string CheckAttention(const AttentionCall& c) {
   for (int64_t r = 0; r < d.R; ++r) {
     const int64_t slot = c.slots[r], start = c.starts[r], length = c.lengths[r];
     if (length == 0) continue;
-    if (slot < 0 || slot >= d.B || start < 0 || length < 0 || length > d.T || start + length > d.S)
+    if (slot < 0 || slot >= d.B || start < 0 || length < 0 || length > d.T || (c.window == 0 && start + length > d.S))
       return ("attention: " + SequenceText(c, r) + " does not fit " + std::to_string(d.B) + " slots of " +
                  std::to_string(d.S) + " positions and " + std::to_string(d.T) + " tokens");
+    // What the first token of the call sees must not have given its place to the last.
+    if (start + length > d.S && c.window > d.S - length + 1)
+      return ("attention: " + SequenceText(c, r) + " does not fit a ring of " + std::to_string(d.S) +
+                 " positions with a window of " + std::to_string(c.window));
     if (used[static_cast<size_t>(slot)]++) return ("attention: two sequences in slot " + std::to_string(slot));
   }
   if (!(c.soft_cap >= 0.0f) || std::isinf(c.soft_cap) || c.window < 0)

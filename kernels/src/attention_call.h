@@ -37,11 +37,12 @@ struct AttentionCall {
   float scale, soft_cap;
   int64_t window;
 
-  // The cache row of position 0.
+  // The cache row of place 0; position p stands at place p mod S.
   int64_t CacheRow(int64_t slot, int64_t k) const { return ((layer * d.B + slot) * d.K + k) * d.S; }
 };
 
-// What the numbers of a call say that cannot be run: a sequence outside the cache, two in one slot. Empty if nothing.
+// What the numbers of a call say that cannot be run: a sequence outside the cache, two in one slot, a ring too short
+// for what the call's tokens see. Empty if nothing.
 std::string CheckAttention(const AttentionCall& call);
 
 // Appends and attends; rows of `out` behind a sequence's length become zero.

@@ -4,13 +4,13 @@
 #include "xla/ffi/api/c_api.h"
 
 namespace precast {
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 }
 
 extern "C" {
 XLA_FFI_Error* PrecastEmbedV1(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PrecastLinearV1(XLA_FFI_CallFrame* call_frame);
-XLA_FFI_Error* PrecastLayersV1(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* PrecastLayersV2(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PrecastAttentionV2(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PrecastReserveV1(XLA_FFI_CallFrame* call_frame);
 }

@@ -61,8 +61,8 @@ inline float HalfToFloat(uint16_t half) {
 }
 
 struct LinearOps {
-  // y = x / sqrt(mean(x^2) + eps) * weight, of n elements.
-  void (*normalize)(const float* x, const float* weight, float eps, int64_t n, float* y);
+  // y = x / sqrt(mean(x^2) + eps) * weight, of n elements. Where there is a bias: that of x less its mean, plus bias.
+  void (*normalize)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* y);
   // Fills row `row` of `to`, each part of it that is not null, from `in` floats.
   void (*quantize)(const float* x, int64_t in, int64_t row, const QuantizedRows& to);
   // y[r * y_row + o] = x[row + r] . w[from + o] for r < rows, o < outs; of packed weights `from` begins a panel.
@@ -70,7 +70,7 @@ struct LinearOps {
                   float* y, int64_t y_row);
   // y[o] += added[o].
   void (*add)(const float* added, int64_t n, float* y);
-  // y[o] = gate(y[o]) * up[o].
+  // y[o] = gate(y[o]) * up[o], or without `up` gate(y[o]).
   void (*gate)(Gate gate, const float* up, int64_t n, float* y);
 };
 

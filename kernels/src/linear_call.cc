@@ -59,7 +59,7 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
     for (int64_t row = task * kPrepareRows; row < end; ++row) {
       const float* x = c.x + row * c.in;
       if (normed != nullptr) {
-        ops.normalize(x, c.norm, c.eps, c.in, normed + row * c.in);
+        ops.normalize(x, c.norm, nullptr, c.eps, c.in, normed + row * c.in);
         x = normed + row * c.in;
       }
       if (int8 || int4) ops.quantize(x, c.in, row, to);
@@ -88,11 +88,11 @@ int64_t RowChunk(const LinearCall& c) {
 void Compute(const LinearOps& ops, const LinearCall& c, const LinearRows& x, const LinearPart& part, int64_t from,
              int64_t outs) {
   const int64_t chunk = RowChunk(c), y_row = part.weight.outs;
-  const bool gated = c.gate != Gate::kNone;
+  const bool gated = c.gate != Gate::kNone, multiplied = gated && c.parts.size() > 1;
   float few[kFewRows * kTaskFloats];
   std::unique_ptr<float[]> many;
   float* up = few;
-  if (gated && std::min(chunk, c.rows) * outs > kFewRows * kTaskFloats) {
+  if (multiplied && std::min(chunk, c.rows) * outs > kFewRows * kTaskFloats) {
     many.reset(new float[static_cast<size_t>(std::min(chunk, c.rows) * outs)]);
     up = many.get();
   }
@@ -100,12 +100,12 @@ void Compute(const LinearOps& ops, const LinearCall& c, const LinearRows& x, con
     const int64_t rows = std::min(chunk, c.rows - row);
     float* y = part.y + row * y_row + from;
     ops.product(part.weight, x, row, rows, from, outs, y, y_row);
-    if (gated) ops.product(c.parts[1].weight, x, row, rows, from, outs, up, outs);
+    if (multiplied) ops.product(c.parts[1].weight, x, row, rows, from, outs, up, outs);
     for (int64_t r = 0; r < rows; ++r) {
       if (part.bias != nullptr) ops.add(part.bias + from, outs, y + r * y_row);
       if (gated) {
-        if (c.parts[1].bias != nullptr) ops.add(c.parts[1].bias + from, outs, up + r * outs);
-        ops.gate(c.gate, up + r * outs, outs, y + r * y_row);
+        if (multiplied && c.parts[1].bias != nullptr) ops.add(c.parts[1].bias + from, outs, up + r * outs);
+        ops.gate(c.gate, multiplied ? up + r * outs : nullptr, outs, y + r * y_row);
       }
       if (c.residual == nullptr) continue;
       const float* residual = c.residual + (row + r) * y_row + from;

@@ -1,4 +1,4 @@
-// A linear call with everything checked: y = norm(x) W^T + b, with a residual added or a gate applied.
+// A linear call with everything checked: y = norm(x) W^T + b, a gate applied, a residual added.
 #pragma once
 
 #include <memory>
@@ -49,7 +49,7 @@ struct LinearCall {
   const float* norm;      // [in], or null
   float eps;
   const float* residual;  // [rows, outs] of the only result, or null
-  Gate gate;              // of the first part by the second
+  Gate gate;              // of the first part, times the second if there is one
   std::vector<LinearPart> parts;
 
   size_t results() const { return gate == Gate::kNone ? parts.size() : 1; }

@@ -48,11 +48,12 @@ ffi::Error LinearHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Scalar
   Operands operands("linear", rest);
   if (norm) c.norm = operands.TakeLayer<float>("norm", layer, ffi::F32, {in});
   if (residual) c.residual = operands.Take<float>("residual", ffi::F32, {all, outs[0]});
-  if (c.gate != Gate::kNone) c.parts.push_back({{}, nullptr, nullptr});
   for (size_t i = 0; i < c.parts.size(); ++i) {
     const int64_t n = outs[std::min(i, outs.size() - 1)];
     c.parts[i].weight = TakeWeight(operands, layer, n, in);
     if (bias) c.parts[i].bias = operands.TakeLayer<float>("bias", layer, ffi::F32, {n});
+    // A gate has one weight, or a second whose product the first's is multiplied with.
+    if (i == 0 && c.gate != Gate::kNone && !operands.AtEnd()) c.parts.push_back({{}, nullptr, nullptr});
   }
   if (!operands.AtEnd()) operands.Fail("more operands than weights, biases, norm and residual take");
   if (operands.error().failure()) return operands.error();

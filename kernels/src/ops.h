@@ -32,10 +32,11 @@ struct AttentionHead {
   const float *cos, *sin;   // [T, pairs] of this sequence
   int64_t pairs;
   CacheType type;
-  const void *keys, *values;                // [S, H] of this layer, slot and head
+  const void *keys, *values;                // [S, H] of this layer, slot and head, a ring where there is a window
   const float *key_scales, *value_scales;   // [S] for int8, else null
   int64_t group;            // G: consecutive query heads that share this head
   int64_t head_dim;         // H
+  int64_t places;           // S: position p stands at place p mod S
   int64_t start;            // position of token 0; token t sees positions 0 .. start + t
   int64_t window;           // of those, if not 0, the last `window`
   float scale;

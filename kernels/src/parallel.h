@@ -148,4 +148,11 @@ class Team {
   std::shared_ptr<State> state_;
 };
 
+// Too little work is done by the calling thread alone.
+template <typename Body>
+void For(Team& team, bool alone, int64_t tasks, const Body& body) {
+  if (!alone) return team.For(tasks, body);
+  for (int64_t i = 0; i < tasks; ++i) body(i);
+}
+
 }  // namespace precast

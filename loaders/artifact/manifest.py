@@ -8,7 +8,7 @@ from typing import Any
 from .errors import PrecastError
 from .record import from_json, parse_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -164,7 +164,9 @@ class CacheArray:
 
     Attributes:
         axes: the letters of its shape's axes, one each ("LBKSH").
-        window: positions a windowed layer keeps; 0 where it keeps all.
+        window: positions that a token of these layers sees; 0 where it sees all. Then position p stands at place
+            p mod S of the array's own S.
+        layers: the model's layers that it holds, in the order of its first axis.
     """
 
     name: str
@@ -173,6 +175,7 @@ class CacheArray:
     dtype: str
     layout: tuple[int, ...]
     window: int
+    layers: tuple[int, ...]
     bytes: int
 
 
@@ -329,13 +332,21 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
             f" {list(manifest.buckets)!r:.200}."
         )
     _expect(where, "buckets", tuple(sorted(set(manifest.buckets))), manifest.buckets)
-    sizes = {"B": manifest.slots, "S": manifest.capacity}
     for array in manifest.cache:
         place = f"{where}: cache {array.name!r}"
         _expect(place, "letters of its axes", len(array.shape), len(array.axes))
         _expect(place, "axes in its layout", list(range(len(array.shape))), sorted(array.layout))
         named = dict(zip(array.axes, array.shape, strict=True))
-        _expect(place, "slots and positions", sizes, {axis: named.get(axis) for axis in sizes})
+        # Of layers with a window: what the first token of the longest chunk sees, and the chunk.
+        seen = array.window + max(manifest.buckets) - 1 if array.window else manifest.capacity
+        positions = named.get("S", 0)
+        if not min(seen, manifest.capacity) <= positions <= manifest.capacity:
+            raise PrecastError(
+                f"{place}: it keeps {positions} positions, expected {min(seen, manifest.capacity)} to"
+                f" {manifest.capacity}; export the model again."
+            )
+        sizes = {"B": manifest.slots, "L": len(array.layers)}
+        _expect(place, "slots and layers", sizes, {axis: named.get(axis) for axis in sizes})
         _expect(place, "bytes", prod(array.shape) * DTYPE_BYTES.get(array.dtype, 0), array.bytes)
 
 

@@ -24,6 +24,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+ACTIVATIONS = "one of gelu_fast, gelu_new, gelu_python_tanh, gelu_pytorch_tanh, silu, swish"
 ABSENT = object()
 
 
@@ -50,8 +51,14 @@ def test_an_architecture_that_is_not_supported(value: Any) -> None:
     with pytest.raises(PrecastError) as caught:
         read_model({k: v for k, v in {**BASE, "model_type": value}.items() if v is not ABSENT}, "c.json")
     assert str(caught.value) == (
-        f"c.json: architecture {found} is not supported; expected model_type to be one of llama, qwen2."
+        f"c.json: architecture {found} is not supported; expected model_type to be one of gemma2, gemma3_text, gpt2,"
+        " granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3."
     )
+
+
+def test_what_to_do_about_a_model_that_reads_pictures() -> None:
+    with pytest.raises(PrecastError, match="save its text model alone with transformers' Gemma3ForCausalLM"):
+        read_model({"model_type": "gemma3", "text_config": dict(BASE)}, "c.json")
 
 
 @both
@@ -91,8 +98,9 @@ def test_keys_of_llama_are_unknown_to_qwen2(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("hidden_act", "gelu", "'hidden_act' is 'gelu', expected 'silu'."),
-        ("hidden_act", "gelu_pytorch_tanh", "'hidden_act' is 'gelu_pytorch_tanh', expected 'silu'."),
+        ("hidden_act", "gelu", f"'hidden_act' is 'gelu', expected {ACTIVATIONS}."),
+        ("hidden_act", "relu", f"'hidden_act' is 'relu', expected {ACTIVATIONS}."),
+        ("hidden_act", ["silu"], f"'hidden_act' is ['silu'], expected {ACTIVATIONS}."),
         ("tie_word_embeddings", "true", "'tie_word_embeddings' is 'true', expected true or false."),
         ("tie_word_embeddings", 1, "'tie_word_embeddings' is 1, expected true or false."),
         ("rms_norm_eps", "1e-6", "'rms_norm_eps' is '1e-6', expected a number."),
@@ -145,18 +153,38 @@ def test_a_value_that_llama_does_not_take(key: str, value: Any, message: str) ->
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "value", [["full_attention"], "full_attention", ["full_attention", "linear_attention"]]
+)
+def test_layer_types_that_are_not_understood(value: Any) -> None:
+    assert _refusal("qwen2", layer_types=value) == (
+        f"m/config.json: 'layer_types' is {value!r}, expected full_attention or sliding_attention for each of 2 layers."
+    )
+
+
+@pytest.mark.parametrize("switch", [{}, {"use_sliding_window": True, "sliding_window": None}])
+def test_a_windowed_layer_without_a_window(switch: Mapping[str, Any]) -> None:
+    assert "'layer_types' has sliding_attention, but the config has no 'sliding_window' in use" in _refusal(
+        "qwen2", layer_types=["full_attention", "sliding_attention"], **switch
+    )
+
+
+def test_positions_in_pictures_are_refused() -> None:
+    assert _refusal("qwen2", use_mrope=True) == "m/config.json: 'use_mrope' is True, expected False."
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
     [
-        ("use_sliding_window", True),
-        ("layer_types", ["full_attention", "sliding_attention"]),
-        ("layer_types", ["full_attention"]),
-        ("layer_types", "full_attention"),
-        ("use_mrope", True),
+        ({"max_window_layers": 1}, (0, 4096)),
+        ({"max_window_layers": 0, "sliding_window": 5}, (5, 5)),
+        ({"max_window_layers": 2, "sliding_window": 5}, ()),
+        ({"max_window_layers": 0, "sliding_window": None}, ()),
+        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}, (5, 0)),
+        ({}, ()),
     ],
 )
-def test_sliding_windows_and_positions_in_pictures_are_refused(key: str, value: Any) -> None:
-    expected = "False" if key.startswith("use_") else "['full_attention', 'full_attention']"
-    assert _refusal("qwen2", **{key: value}) == f"m/config.json: '{key}' is {value!r}, expected {expected}."
+def test_windows_of_qwen2(changes: Mapping[str, Any], windows: tuple[int, ...]) -> None:
+    assert _read("qwen2", use_sliding_window=True, **changes).config.windows == windows
 
 
 @both
@@ -176,14 +204,12 @@ def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
     ("parameters", "message"),
     [
         (
-            {"rope_type": "dynamic", "factor": 2.0},
-            ": RoPE type 'dynamic' is not supported; expected one of default, linear, llama3.",
+            {"rope_type": "ntk", "factor": 2.0},
+            ": RoPE type 'ntk' is not supported; expected one of default, dynamic, linear, llama3, longrope, yarn.",
         ),
-        (
-            {"type": "yarn", "factor": 4.0},
-            ": RoPE type 'yarn' is not supported; expected one of default, linear, llama3.",
-        ),
-        ({"rope_type": "longrope"}, ": RoPE type 'longrope' is not supported"),
+        ({"type": "su", "factor": 4.0}, ": RoPE type 'su' is not supported"),
+        ({"rope_type": "yarn"}, " rope parameters: key 'factor' is missing."),
+        ({"rope_type": "longrope"}, " rope parameters: key 'short_factor' is missing."),
         (
             {"rope_type": "linear", "type": "dynamic", "factor": 2.0},
             ": rope_type and type disagree: dynamic and linear.",
@@ -271,12 +297,14 @@ def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[st
         ("rope_theta", 10000),
         ("partial_rotary_factor", 1.0),
         ("hidden_act", None),
+        ("hidden_act", "swish"),
+        ("cache_implementation", "hybrid"),
     ],
 )
 def test_a_key_that_changes_nothing(model_type: str, key: str, value: Any) -> None:
     plain, found = _read(model_type), _read(model_type, **{key: value})
     assert found.config == plain.config
-    np.testing.assert_array_equal(found.rope.frequencies, plain.rope.frequencies)
+    np.testing.assert_array_equal(found.ropes[0].frequencies, plain.ropes[0].frequencies)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +343,13 @@ def test_a_key_that_sets_the_shape(model_type: str, key: str, value: Any, field:
     assert getattr(_read(model_type).config, field) != value
 
 
+@both
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
+def test_an_activation_by_any_name(model_type: str, name: str) -> None:
+    assert _read(model_type, hidden_act=name).config.activation == "gelu_tanh"
+    assert _read(model_type).config.activation == "silu"
+
+
 def test_biases() -> None:
     plain, qwen2 = _read().config, _read("qwen2").config
     assert (plain.qkv_bias, plain.out_bias, plain.mlp_bias) == (False, False, False)
@@ -342,11 +377,11 @@ def test_both_spellings_of_rope_mean_the_same(scaling: Mapping[str, Any]) -> Non
     newer = _read(rope_parameters={"rope_theta": 5e5, **scaling})
     together = _read(rope_theta=5e5, rope_parameters={"rope_theta": 5e5, **scaling}, rope_scaling=scaling)
     for spec in (oldest, newer, together):
-        np.testing.assert_array_equal(spec.rope.frequencies, older.rope.frequencies)
-    assert not np.array_equal(older.rope.frequencies, _read(rope_theta=5e5).rope.frequencies)
-    assert not np.array_equal(older.rope.frequencies, _read(rope_scaling=scaling).rope.frequencies)
+        np.testing.assert_array_equal(spec.ropes[0].frequencies, older.ropes[0].frequencies)
+    assert not np.array_equal(older.ropes[0].frequencies, _read(rope_theta=5e5).ropes[0].frequencies)
+    assert not np.array_equal(older.ropes[0].frequencies, _read(rope_scaling=scaling).ropes[0].frequencies)
 
 
 def test_the_newer_theta_goes_before_the_older() -> None:
     found = _read(rope_theta=123.0, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    np.testing.assert_array_equal(found.rope.frequencies, _read(rope_theta=5e5).rope.frequencies)
+    np.testing.assert_array_equal(found.ropes[0].frequencies, _read(rope_theta=5e5).ropes[0].frequencies)

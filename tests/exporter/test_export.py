@@ -186,7 +186,10 @@ def test_sources_that_do_not_fit_together(refusal, tiny_source):
     name = "model.layers.0.self_attn.k_proj.weight"
     values = np.full((24, 48), np.nan, np.float32)
     cases = [
-        (tiny_source(config={"model_type": "rwkv"}), "expected model_type to be one of llama, qwen2."),
+        (
+            tiny_source(config={"model_type": "rwkv"}),
+            "expected model_type to be one of gemma2, gemma3_text, gpt2",
+        ),
         (tiny_source(tensors={name: None}), f"tiny: tensor {name!r} is missing"),
         (
             tiny_source(tensors={name: values[1:]}),

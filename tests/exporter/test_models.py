@@ -1,7 +1,6 @@
-"""Positions, parameters and shapes: RoPE by hand and by transformers, and published models at full size."""
+"""Parameters and shapes: names and stacks, and published models at full size."""
 
 import json
-import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -32,82 +31,6 @@ SMALL: Mapping[str, Any] = {
 
 def _spec(config: Mapping[str, Any], **changes: Any) -> ModelSpec:
     return read_model({**config, **changes}, "config.json")
-
-
-# --- RoPE ---------------------------------------------------------------------------------------------------
-
-
-def test_default_frequencies() -> None:
-    found = _spec(SMALL, head_dim=8, rope_theta=10000.0).rope.frequencies
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
-
-
-def test_linear_frequencies() -> None:
-    scaling = {"type": "linear", "factor": 2.0}
-    found = _spec(SMALL, head_dim=8, rope_theta=10000.0, rope_scaling=scaling).rope.frequencies
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, [0.5, 0.05, 0.005, 0.0005], rtol=1e-6)
-
-
-def test_llama3_frequencies() -> None:
-    """Wavelengths 2π·(1, 10, 100, 1000) over 32 positions: kept below 8, divided above 32."""
-    scaling = {**LLAMA3, "original_max_position_embeddings": 32}
-    found = _spec(SMALL, head_dim=8, rope_theta=10000.0, rope_scaling=scaling).rope.frequencies
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, [1.0, 0.1 / 8, 0.01 / 8, 0.001 / 8], rtol=1e-6)
-    # With 128 positions the second wavelength, 62.8, lies between 32 and 128 and is blended.
-    smooth = (128 / (20 * math.pi) - 1) / 3
-    blended = (1 - smooth) * 0.1 / 8 + smooth * 0.1
-    wider = {**scaling, "original_max_position_embeddings": 128}
-    found = _spec(SMALL, head_dim=8, rope_theta=10000.0, rope_scaling=wider).rope.frequencies
-    np.testing.assert_allclose(found, [1.0, blended, 0.01 / 8, 0.001 / 8], rtol=1e-6)
-
-
-def test_tables() -> None:
-    cos, sin = _spec(SMALL, head_dim=4, rope_theta=100.0).rope.tables(3)
-    angles = [[0.0, 0.0], [1.0, 0.1], [2.0, 0.2]]
-    assert (cos.shape, sin.shape, cos.dtype, sin.dtype) == ((3, 2), (3, 2), np.float32, np.float32)
-    np.testing.assert_allclose(cos, np.cos(angles), rtol=1e-6)
-    np.testing.assert_allclose(sin, np.sin(angles), rtol=1e-6)
-
-
-@pytest.mark.parametrize("theta", [10000.0, 500000.0, 1000000.0])
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}, LLAMA3])
-@pytest.mark.parametrize("head_dim", [12, 64, 128])
-def test_frequencies_and_tables_are_those_of_transformers(
-    theta: float, scaling: Mapping[str, Any] | None, head_dim: int
-) -> None:
-    torch = pytest.importorskip("torch", reason="the reference needs torch")
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
-    reference = LlamaRotaryEmbedding(
-        LlamaConfig(head_dim=head_dim, rope_parameters=parameters, max_position_embeddings=8192)
-    )
-    rope = _spec(SMALL, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling).rope
-    # Two libraries' powers differ in the last bit.
-    np.testing.assert_allclose(rope.frequencies, reference.inv_freq.numpy(), rtol=3e-7)
-    cos, sin = reference(torch.zeros(1), torch.arange(2048)[None])
-    # An angle of 2047 radians is known to about 2e-4.
-    for found, expected in zip(rope.tables(2048), (cos, sin), strict=True):
-        np.testing.assert_allclose(found, expected[0, :, : head_dim // 2].numpy(), rtol=0, atol=3e-4)
-
-
-def test_rope_init_functions_of_transformers_agree() -> None:
-    pytest.importorskip("torch", reason="the reference needs torch")
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    for scaling in ({"rope_type": "linear", "factor": 3.0}, LLAMA3, {**LLAMA3, "factor": 32.0}):
-        config = LlamaConfig(
-            head_dim=64, rope_parameters={**scaling, "rope_theta": 500000.0}, max_position_embeddings=131072
-        )
-        expected, factor = ROPE_INIT_FUNCTIONS[str(scaling["rope_type"])](config, "cpu")
-        found = _spec(SMALL, head_dim=64, rope_theta=500000.0, rope_scaling=scaling).rope.frequencies
-        assert factor == 1.0
-        np.testing.assert_allclose(found, expected.numpy(), rtol=3e-7)
 
 
 # --- parameters ---------------------------------------------------------------------------------------------
@@ -280,7 +203,7 @@ def test_published_models_run_in_the_abstract(name: str) -> None:
 
     spec = _spec(PUBLISHED[name][0])
     model = abstract_model(spec)
-    table = jax.ShapeDtypeStruct((64, spec.config.head_dim // 2), "float32")
+    table = jax.ShapeDtypeStruct((len(spec.ropes), 64, spec.ropes[0].pairs), "float32")
     tokens = jax.ShapeDtypeStruct((1, 64), "int32")
     weights = [jax.ShapeDtypeStruct(p.shape, "float32") for p in model.parameters]
     logits = jax.eval_shape(

@@ -9,7 +9,7 @@ import pytest
 
 from precast.exporter.quantize import FORMATS
 from precast.exporter.sources import open_source
-from precast.exporter.sources.gguf_config import llama3_divisors
+from precast.exporter.sources.gguf_rope import llama3_divisors
 from precast.loaders.artifact.errors import PrecastError
 
 EXACT = {
@@ -372,6 +372,15 @@ def test_qwen2_config(gguf_spec, tmp_path):
         ({"llama.rope.scaling.factor": 2.0}, "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
         ({"llama.rope.scale_linear": 2.0}, "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
         ({"llama.rope.scaling.type": "linear"}, "rope_scaling", None),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.original_context_length": 128,
+            },
+            "rope_scaling",
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        ),
         ({"llama.attention.layer_norm_rms_epsilon": 1e-6}, "rms_norm_eps", 1e-6),
         ({"llama.vocab_size": 275}, "vocab_size", 275),
         ({"llama.expert_count": 0}, "num_hidden_layers", 2),
@@ -415,12 +424,20 @@ def test_biases_show_in_the_config(gguf_spec, tmp_path):
         ),
         ({"llama.vocab_size": 300}, "expected llama.vocab_size to be the embedding's 275 rows, found 300"),
         (
-            {"llama.rope.scaling.type": "yarn"},
-            "expected llama.rope.scaling.type to be none or linear, found 'yarn'",
+            {"llama.rope.scaling.type": "su"},
+            "expected llama.rope.scaling.type to be none, linear or yarn, found 'su'",
         ),
         (
-            {"llama.expert_count": 8},
-            "has the metadata key llama.expert_count = 8, which is not understood and may change the maths",
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+            "lacks the metadata key llama.rope.scaling.original_context_length",
+        ),
+        (
+            {"llama.rope.scaling.attn_factor": 1.5},
+            "has the metadata key llama.rope.scaling.attn_factor = 1.5",
+        ),
+        (
+            {"llama.expert_group_count": 8},
+            "has the metadata key llama.expert_group_count = 8, which is not understood and may change the maths",
         ),
         (
             {"llama.attention.sliding_window": 4096},
@@ -477,8 +494,8 @@ def test_an_architecture_that_is_a_list(gguf_spec, tmp_path):
 
 def test_other_architectures(gguf_spec, tmp_path):
     assert refusal(gguf_spec(architecture="mamba").write(tmp_path)).endswith(
-        "holds a model of architecture mamba, and only llama and qwen2 are supported as GGUF; use the "
-        "model's Hugging Face checkpoint."
+        "holds a model of architecture mamba, and only llama, qwen2, qwen3, gemma2, gemma3, phi3, granite, olmo2, "
+        "smollm3 and qwen3moe are supported as GGUF; use the model's Hugging Face checkpoint."
     )
 
 
@@ -658,7 +675,22 @@ def test_what_the_file_does_not_say(gguf_spec, tmp_path):
     metadata = {"tokenizer.ggml.bos_token_id": None, "tokenizer.ggml.eos_token_id": None}
     source = open_source(str(gguf_spec(metadata=metadata).write(tmp_path)))
     assert (source.licence, source.chat_template, source.bos_token, source.eos_token) == (None,) * 4
-    assert (source.eos_token_ids, source.sampling) == ((), {})
+    assert source.sampling == {}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"eos_token_id": None}, (2,)),
+        ({"eos_token_id": 0}, (0, 2)),
+        ({"eos_token_id": 2}, (2,)),
+        ({"eos_token_id": 0, "eot_token_id": 1}, (0, 1)),
+    ],
+)
+def test_an_end_of_turn_that_is_not_named_is_known_by_its_text(gguf_spec, tmp_path, metadata, expected):
+    """<|im_end|> is token 2; whatever eot_token_id names goes before it."""
+    spec = gguf_spec(metadata={f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
+    assert open_source(str(spec.write(tmp_path))).eos_token_ids == expected
 
 
 def test_recommended_sampling(gguf_spec, tmp_path):

@@ -59,6 +59,14 @@ _CL100K = (
 )
 
 
+_ENDINGS = "(?:'(?:[sS]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD]))"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%(endings)s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%(endings)s"
+    r"|%(digits)s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
 def cut(pattern: str, pieces: list[str], flags: int = 0) -> list[str]:
     """Cut each piece at the matches of a pattern, keeping matches and what is between them."""
     out = []
@@ -74,9 +82,15 @@ def cut(pattern: str, pieces: list[str], flags: int = 0) -> list[str]:
 def pre_tokenize(pre: str, text: str) -> list[str]:
     if pre == "smollm":
         return cut(_GPT2, cut(r"\p{N}", [text]))
-    if pre == "gpt-2":
+    if pre in ("gpt-2", "olmo"):
         return cut(_GPT2, [text])
-    if pre == "llama-bpe":
+    if pre == "tekken":
+        return cut(_CASED % {"endings": "", "digits": r"\p{N}"}, [text])
+    if pre == "gpt-4o":
+        return cut(_CASED % {"endings": f"{_ENDINGS}?", "digits": r"\p{N}{1,3}"}, [text])
+    if pre == "falcon":
+        return cut(_GPT2, cut(r"[\p{P}$+<=>^`|~]+", [text]))
+    if pre in ("llama-bpe", "dbrx"):
         return cut(_CL100K % "{1,3}", [text], regex.IGNORECASE)
     if pre == "qwen2":
         return cut(_CL100K % "", [text], regex.IGNORECASE)
@@ -84,6 +98,9 @@ def pre_tokenize(pre: str, text: str) -> list[str]:
     pieces = cut(r"[\p{P}$+<=>^~|]+", [text])
     pieces = cut(_GPT2.removesuffix(r"|\s+"), pieces)
     return cut("[0-9][0-9][0-9]", cut(r"\p{N}+", pieces))
+
+
+NORMALISING = ("qwen2", "olmo")
 
 
 class PlainBpe:
@@ -107,13 +124,19 @@ class PlainBpe:
             if piece in self.whole:
                 ids.append(self.ids[piece])
                 continue
-            piece = unicodedata.normalize("NFC", piece) if self.pre == "qwen2" else piece
+            piece = unicodedata.normalize("NFC", piece) if self.pre in NORMALISING else piece
             for word in pre_tokenize(self.pre, piece):
-                ids += self.merge("".join(self.alphabet[byte] for byte in word.encode()))
+                printable = "".join(self.alphabet[byte] for byte in word.encode())
+                for part in self.cut_printable(printable):
+                    ids += self.merge(part)
         return ids
 
+    def cut_printable(self, word: str) -> list[str]:
+        """Falcon's tokenizer looks for digits after bytes have become characters, ² and ¼ among them."""
+        return cut("[0-9][0-9][0-9]", cut(r"\p{N}+", [word])) if self.pre == "falcon" else [word]
+
     def merge(self, word: str) -> list[int]:
-        if self.pre == "llama-bpe" and word in self.ids:
+        if self.pre in ("llama-bpe", "tekken") and word in self.ids:
             return [self.ids[word]]
         parts = [character for character in word if character in self.ids]
         while len(parts) > 1:
@@ -136,7 +159,10 @@ def refusal(metadata: dict) -> str:
     return str(caught.value)
 
 
-@pytest.fixture(params=["smollm", "gpt-2", "llama-bpe", "qwen2", "default"])
+PRES = ["smollm", "gpt-2", "llama-bpe", "qwen2", "default", "olmo", "dbrx", "tekken", "gpt-4o", "falcon"]
+
+
+@pytest.fixture(params=PRES)
 def pair(request, tiny):
     """The tiny vocabulary under each pre-tokenizer: as built, and in plain Python."""
     metadata = tiny.vocabulary() | {
@@ -174,7 +200,7 @@ def test_any_text(pair):
     def check(text):
         ids = ours.encode(text).ids
         assert ids == plain.encode(text)
-        if plain.pre != "qwen2":  # which normalises
+        if plain.pre not in NORMALISING:
             assert ours.decode(ids, skip_special_tokens=False) == text
 
     check()
@@ -213,6 +239,33 @@ def test_qwen2_is_as_transformers_has_it():
     assert byte_level | {"trim_offsets": False} == theirs["pre_tokenizer"]["pretokenizers"][1] | {
         "trim_offsets": False
     }
+
+
+@pytest.mark.parametrize(
+    "pre", ["llama-bpe", "dbrx", "tekken", "gpt-4o", "llama4", "qwen2", "deepseek-r1-qwen"]
+)
+def test_cuts_are_as_transformers_has_them(pre):
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    tokens = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}
+    metadata = tokens | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False}
+    ours = json.loads(build_tokenizer(HERE, metadata))["pre_tokenizer"]["pretokenizers"]
+    assert ours[0]["pattern"] == {"Regex": mapping.GGUF_PRE_TOKENIZER_SPLITS[pre]}
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [
+        ("phi-2", "gpt-2"),
+        ("starcoder", "smollm"),
+        ("refact", "smollm"),
+        ("llama4", "gpt-4o"),
+        ("llama3", "llama-bpe"),
+    ],
+)
+def test_names_of_the_same_cut(tiny, name, same):
+    metadata = tiny.vocabulary()
+    built_as = [build_tokenizer(HERE, metadata | {"tokenizer.ggml.pre": pre}) for pre in (name, same)]
+    assert built_as[0] == built_as[1]
 
 
 def test_a_piece_that_is_a_token_is_taken_whole_by_llama_3(tiny):
@@ -266,8 +319,8 @@ def test_the_same_metadata_gives_the_same_bytes(tiny):
     ("metadata", "expected"),
     [
         (
-            {"pre": "tekken"},
-            "has the pre-tokenizer tekken (tokenizer.ggml.pre), and only default, gpt-2, gpt2, llama-bpe",
+            {"pre": "deepseek-llm"},
+            "has the pre-tokenizer deepseek-llm (tokenizer.ggml.pre), and only default, gpt-2, gpt2, phi-2, olmo",
         ),
         ({"pre": None}, "does not say how text is cut up before merging (tokenizer.ggml.pre)"),
         ({"model": "rwkv"}, "has a tokenizer of kind rwkv, and only gpt2 and llama are supported"),

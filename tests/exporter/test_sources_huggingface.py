@@ -7,10 +7,12 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 from precast.exporter.sources import open_source
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.chat_template import ChatTemplate
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4) / 8 - 0.5
 ONE = {"model.embed_tokens.weight": W}
@@ -87,8 +89,7 @@ def test_reading_needs_the_tensor_and_its_raw_bytes_only(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"),
-    [(np.int64, "I64"), (np.int8, "I8"), (np.float64, "F64"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")],
+    ("dtype", "name"), [(np.int64, "I64"), (np.int8, "I8"), (np.float64, "F64"), (np.bool_, "BOOL")]
 )
 def test_other_types_are_refused(checkpoint, dtype, name):
     text = refusal(checkpoint(tensors={"w": np.ones((2, 2), dtype)}))
@@ -96,6 +97,65 @@ def test_other_types_are_refused(checkpoint, dtype, name):
         f"w is stored as {name}, and only F32, F16 and BF16 are read; convert the checkpoint to one of these "
         "first."
     )
+
+
+def test_types_may_differ_from_tensor_to_tensor_and_shard_to_shard(checkpoint):
+    folder = checkpoint(
+        {"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}}}
+    )
+    save_file({"a": W, "b": W.astype(np.float16)}, folder / "one.safetensors")
+    save_file({"c": W.astype(ml_dtypes.bfloat16)}, folder / "two.safetensors")
+    tensors = open_source(str(folder)).tensors
+    assert {name: t.dtype for name, t in tensors.items()} == {"a": "float32", "b": "float16", "c": "bfloat16"}
+    for tensor in tensors.values():
+        np.testing.assert_array_equal(tensor.read(), W)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+FP8, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        ({f"{Q}.weight": FP8}, ("(fp8)", "FineGrainedFP8Config(dequantize=True)")),
+        ({f"{Q}.weight": E5M2}, ("(fp8)", "FineGrainedFP8Config(dequantize=True)")),
+        ({f"{Q}.weight": FP8, f"{Q}.weight_scale_inv": np.float32}, ("(fp8)", "FineGrainedFP8Config")),
+        ({f"{Q}.weight": FP8, f"{Q}.weight_scale": np.float32}, ("(compressed-tensors)", "dequantize=True")),
+        (
+            {f"{Q}.qweight": np.int32, f"{Q}.g_idx": np.int32, f"{Q}.scales": np.float16},
+            ("(gptq or awq)", "with --weights int4"),
+        ),
+        ({f"{Q}.weight": np.uint8, f"{Q}.weight.absmax": np.uint8}, ("(bitsandbytes)", "model.dequantize()")),
+        ({f"{Q}.weight": np.int8, f"{Q}.SCB": np.float32}, ("(bitsandbytes)", "model.dequantize()")),
+        ({f"{Q}.weight_packed": np.int32}, ("(compressed-tensors)", "CompressedTensorsConfig")),
+        ({"model.layers.0.mlp.experts.gate_up_proj_blocks": np.uint8}, ("(mxfp4)", "Mxfp4Config")),
+    ],
+)
+def test_weights_that_are_quantised_already(checkpoint, stored, said):
+    text = refusal(checkpoint(tensors={name: np.ones((2, 2), dtype) for name, dtype in stored.items()}))
+    assert "and only F32, F16 and BF16 are read; the weights seem to be quantised already " in text
+    assert ": export the bfloat16, float16 or float32 checkpoint that it was made from" in text
+    assert text.endswith(".")
+    assert all(part in text for part in said)
+
+
+def test_masks_and_tables_may_have_any_type_as_long_as_nobody_reads_them(checkpoint):
+    tensors = {
+        "h.0.attn.bias": np.ones((1, 1, 4, 4), np.bool_),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float64),
+        "position_ids": np.arange(4),
+    }
+    source = open_source(str(checkpoint(tensors=ONE | tensors)))
+    assert {source.tensors[name].dtype for name in tensors} == {"BOOL", "F64", "I64"}
+    with pytest.raises(PrecastError, match=r"h\.0\.attn\.bias is stored as BOOL, and only F32, F16 and BF16"):
+        source.tensors["h.0.attn.bias"].read()
+    np.testing.assert_array_equal(source.tensors["model.embed_tokens.weight"].read(), W)
+
+
+def test_a_bias_that_ends_like_a_mask_is_a_weight(checkpoint):
+    text = refusal(checkpoint(tensors={"h.0.attn.c_attn.bias": np.ones(4, np.int8)}))
+    assert "h.0.attn.c_attn.bias is stored as I8" in text
 
 
 def test_a_truncated_shard(checkpoint):
@@ -205,16 +265,56 @@ def test_text_that_is_not_utf8(checkpoint):
     assert "expected UTF-8 text, found the byte 0xff at offset 3" in refusal(folder)
 
 
-def test_remote_code(checkpoint):
-    folder = checkpoint({"config.json": {"model_type": "x", "auto_map": {"AutoModel": "m.M"}}}, ONE)
-    assert "auto_map asks for Python code that came with the checkpoint, which is never run" in refusal(
+@pytest.mark.parametrize(
+    ("quantization", "method", "remedy"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq", ", with --weights int4."),
+        ({"quant_method": "awq"}, "awq", ", with --weights int4."),
+        ({"quant_method": "fp8"}, "fp8", "FineGrainedFP8Config(dequantize=True) and save that."),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "bitsandbytes",
+            "what model.dequantize() gives.",
+        ),
+        ({"load_in_8bit": True}, "bitsandbytes", "what model.dequantize() gives."),
+        (
+            {"quant_method": "compressed-tensors"},
+            "compressed-tensors",
+            "CompressedTensorsConfig(dequantize=True)",
+        ),
+        ({"quant_method": "mxfp4"}, "mxfp4", "Mxfp4Config(dequantize=True)"),
+        ({"quant_method": "aqlm"}, "aqlm", "checkpoint that it was made from."),
+        ({"bits": 4}, "?", "checkpoint that it was made from."),
+        ("int4", "int4", "checkpoint that it was made from."),
+    ],
+)
+def test_quantised_checkpoints(checkpoint, quantization, method, remedy):
+    text = refusal(checkpoint({"config.json": {"quantization_config": quantization}}, ONE))
+    assert f"quantization_config says that the weights are quantised already ({method}); export the " in text
+    assert remedy in text
+
+
+def test_quantisation_said_elsewhere(checkpoint):
+    folder = checkpoint({"config.json": {"compression_config": {"format": "float"}}}, ONE)
+    assert "compression_config says that the weights are quantised already (compressed-tensors)" in refusal(
         folder
+    )
+    (folder / "config.json").write_text("{}")
+    (folder / "hf_quant_config.json").write_text("{}")
+    assert refusal(folder).startswith(
+        f"{folder / 'hf_quant_config.json'}: says that the weights are quantised already (modelopt); export"
     )
 
 
-def test_quantised_checkpoints(checkpoint):
-    folder = checkpoint({"config.json": {"quantization_config": {"quant_method": "gptq"}}}, ONE)
-    assert "quantization_config says that the weights are quantised already (gptq)" in refusal(folder)
+def test_an_adapter(checkpoint):
+    text = refusal(checkpoint({"config.json": None, "adapter_config.json": {}}))
+    assert "holds an adapter (adapter_config.json), which is only a change to another model; merge it" in text
+
+
+def test_shards_without_their_index(checkpoint):
+    folder = checkpoint()
+    save_file({"a": W}, folder / "model-00001-of-00002.safetensors")
+    assert "found only model-00001-of-00002.safetensors; fetch the files again." in refusal(folder)
 
 
 # --- tokens and templates -----------------------------------------------------------------------------------
@@ -298,6 +398,39 @@ def test_chat_template(checkpoint, files, expected):
 def test_named_templates_without_a_default(checkpoint):
     files = {"tokenizer_config.json": {"chat_template": [{"name": "tool", "template": "t"}]}}
     assert "expected a chat template named default, found tool; write" in refusal(checkpoint(files, ONE))
+
+
+@pytest.mark.parametrize("said", [{}, {"add_bos_token": False}, {"add_eos_token": True}])
+@pytest.mark.parametrize("rule", ["<s> $A", "$A </s>", "$A"])
+def test_tokenizer_json_alone_decides_what_is_added_to_a_prompt(checkpoint, said, rule):
+    transformers = pytest.importorskip("transformers")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 0, "</s>": 1, "a": 2}, []))
+    library.add_special_tokens(["<s>", "</s>"])
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single=rule, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **said}
+    folder = checkpoint({"tokenizer_config.json": config, "tokenizer.json": library.to_str()}, ONE)
+    ours = tokenizers.Tokenizer.from_buffer(open_source(str(folder)).tokenizer_json).encode("aa").ids
+    assert ours == library.encode("aa").ids
+    assert ours == transformers.AutoTokenizer.from_pretrained(folder)("aa")["input_ids"]
+
+
+def test_a_template_gets_the_other_tokens_that_it_names(checkpoint):
+    awkward = "<p\"a'd\\>é😀"
+    files = {
+        "tokenizer_config.json": {
+            "pad_token": {"content": awkward},
+            "bos_token": "<s>",
+            "unk_token": "<unk>",
+        },
+        "special_tokens_map.json": {"sep_token": "<sep>"},
+        "chat_template.jinja": "\n{{ bos_token }}{{ pad_token }}{{ sep_token }}{{ unk_token_id }}{{ mask_token }}",
+    }
+    source = open_source(str(checkpoint(files, ONE)))
+    template = ChatTemplate(source.chat_template, bos_token=source.bos_token, eos_token=None)
+    assert template.render([{"role": "user", "content": ""}]) == f"\n<s>{awkward}<sep>"
+    assert "<unk>" not in source.chat_template
 
 
 # --- defaults, provenance -----------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """What a layer asks of the target, recorded; and what cannot be."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precast.exporter.models.ops import LinearCall, Packed
+from precast.exporter.models.ops import Calls, ExpertsCall, LinearCall, NormCall, Packed, Stack
 from precast.exporter.models.steps import Steps, record
 
 SHAPE = (2, 3, 10)  # [R, T, D]
@@ -18,23 +19,27 @@ def call(*outs: int, size: int = 10, **around: Any) -> LinearCall:
     return LinearCall(weights=tuple(jnp.zeros((2, out, size)) for out in outs), outs=outs, **around)
 
 
-def attention(x: Any, attend: Callable, project: Callable) -> Any:
+def stack(layer: Callable[[Any, Calls], Any], heads: tuple[int, int, int] = HEADS) -> Stack:
+    return Stack(layer=layer, heads=heads, scale=0.25, soft_cap=7.0, windows=(0, 4), ropes=(0, 0))
+
+
+def attention(x: Any, calls: Calls) -> Any:
     """``x + attention(x)``."""
     (n, k, h), flat = HEADS, x.reshape(-1, x.shape[-1])
-    q, keys, values = project(flat, call(n * h, k * h, k * h, norm=jnp.ones((2, 10)), eps=1e-5))
-    out = attend(*(a.reshape(2, 3, -1, h) for a in (q, keys, values)))
-    return project(out.reshape(6, n * h), call(10, size=20, residual=flat))[0].reshape(2, 3, 10)
+    q, keys, values = calls.project(flat, call(n * h, k * h, k * h, norm=jnp.ones((2, 10)), eps=1e-5))
+    out = calls.attend(*(a.reshape(2, 3, -1, h) for a in (q, keys, values)))
+    return calls.project(out.reshape(6, n * h), call(10, size=20, residual=flat))[0].reshape(2, 3, 10)
 
 
 def test_a_layer_is_recorded() -> None:
-    def layer(x: Any, attend: Callable, project: Callable) -> Any:
-        x = attention(x, attend, project)
+    def layer(x: Any, calls: Calls) -> Any:
+        x = attention(x, calls)
         biases = (jnp.zeros((2, 7)), jnp.zeros((2, 7)))
-        gated = project(x.reshape(6, 10), call(7, 7, biases=biases, gate="gelu_tanh"))
+        gated = calls.project(x.reshape(6, 10), call(7, 7, biases=biases, gate="gelu_tanh"))
         assert [y.shape for y in gated] == [(6, 7)]
-        return project(gated[0], call(10, size=7, residual=x.reshape(6, -1)))[0].reshape(*x.shape)
+        return calls.project(gated[0], call(10, size=7, residual=x.reshape(6, -1)))[0].reshape(*x.shape)
 
-    steps = record(layer, SHAPE, HEADS, 0.25)
+    steps = record(stack(layer), SHAPE)
     assert steps.codes == (
         *(0, 0, -1, 1, 0, 0, 3, 0),  # values 1, 2 and 3: q, k and v of value 0
         *(1, 1, 2, 3, 0, 0, 0, 0),  # 4
@@ -43,8 +48,48 @@ def test_a_layer_is_recorded() -> None:
         *(0, 6, 5, 0, 0, 0, 1, 0),  # 7
     )
     assert steps.outs == (20, 10, 10, 10, 7, 7, 10)
-    assert steps.numbers == (1e-5, 0.0, 0.25, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    assert [len(c.weights) for c in steps.calls] == [3, 1, 2, 1]
+    assert steps.numbers == (1e-5, 0.0, 0.25, 7.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert [len(c.weights) for c in steps.calls if isinstance(c, LinearCall)] == [3, 1, 2, 1]
+
+
+def test_norms_and_experts_are_recorded() -> None:
+    norm = NormCall(weight=jnp.zeros((2, 5)), eps=1e-6, width=5)
+    layer_norm = NormCall(weight=jnp.zeros((2, 10)), bias=jnp.zeros((2, 10)), eps=1e-5, width=10)
+    matrices = {name: jnp.zeros((6, 4, 10)) for name in ("gate", "up")} | {"down": jnp.zeros((6, 10, 4))}
+
+    def layer(x: Any, calls: Calls) -> Any:
+        flat = x.reshape(6, 10)
+        normed = calls.normalize(flat, norm)  # 1
+        scores = calls.project(normed, call(3))[0]  # 2
+        mixture = ExpertsCall(
+            **matrices,
+            experts=3,
+            ff_width=4,
+            chosen=2,
+            renormalised=True,
+            activation="gelu_tanh",
+            norm=jnp.zeros((2, 10)),
+            eps=1e-3,
+            residual=flat,
+        )
+        mixed = calls.mix(normed, scores, mixture)  # 3
+        return calls.normalize(mixed, replace(layer_norm, residual=flat)).reshape(*x.shape)  # 4
+
+    steps = record(stack(layer), SHAPE)
+    assert steps.codes == (
+        *(2, 0, -1, 5, 0, 0, 0, 0),
+        *(0, 1, -1, 0, 0, 0, 1, 0),
+        *(3, 1, 2, 0, 1, 2, 3, 2),
+        *(2, 3, 0, 10, 1, 0, 0, 0),
+    )
+    assert steps.outs == (3, 4)
+    assert steps.numbers == (1e-6, 0.0, 0.0, 0.0, 1e-3, 1.0, 1e-5, 0.0)
+
+
+def test_layers_of_one_window_share_a_cache() -> None:
+    found = Stack(layer=attention, heads=HEADS, scale=1.0, windows=(8, 0, 8, 8, 0), ropes=(0,) * 5)
+    assert found.groups == (0, 8)
+    assert found.places == ((1, 0), (0, 0), (1, 1), (1, 2), (0, 1))
 
 
 def test_every_architecture_is_recorded() -> None:
@@ -56,33 +101,37 @@ def test_every_architecture_is_recorded() -> None:
 
     sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 9}
+    gpt2 = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": 9}
     for model_type in ARCHITECTURES:
-        spec = read_model({"model_type": model_type, **sizes}, "config.json")
+        given = gpt2 if model_type == "gpt2" else sizes
+        spec = read_model({"model_type": model_type, **given}, "config.json")
         model = abstract_model(spec)
         found: list[Steps] = []
 
         def trace(*weights: Any, model: Any = model, found: list[Steps] = found) -> Any:
-            found.append(record(model.bind(weights).model.layers, (1, 5, 12), (2, 1, 6), 1.0))
+            found.append(record(model.bind(weights).stack(), (1, 5, 12)))
             return 0
 
         jax.eval_shape(trace, *(jax.ShapeDtypeStruct(p.shape, "float32") for p in model.parameters))
-        assert found[0].codes[::8] == (0, 1, 0, 0, 0)
+        assert found[0].codes[::8].count(1) == 1  # attention
 
 
 def test_packed_weights_are_handed_on() -> None:
     packed = Packed(jnp.zeros((2, 1, 16, 16, 2), jnp.int8), jnp.zeros((2, 1, 1, 16), jnp.float16))
     steps = record(
-        lambda x, _, project: project(x, LinearCall(weights=(packed,), outs=(10,)))[0], (6, 10), HEADS, 1.0
+        stack(lambda x, calls: calls.project(x, LinearCall(weights=(packed,), outs=(10,)))[0]), (6, 10)
     )
-    assert steps.calls[0].weights[0] is packed
+    (found,) = steps.calls
+    assert isinstance(found, LinearCall)
+    assert found.weights[0] is packed
 
 
 def after(change: Callable[[Any], Any]) -> Callable[..., Any]:
     """A layer with something else between its steps."""
 
-    def layer(x: Any, attend: Callable, project: Callable) -> Any:
-        x = change(attention(x, attend, project))
-        return project(x.reshape(6, 10), call(10))[0].reshape(2, 3, 10)
+    def layer(x: Any, calls: Calls) -> Any:
+        x = change(attention(x, calls))
+        return calls.project(x.reshape(6, 10), call(10))[0].reshape(2, 3, 10)
 
     return layer
 
@@ -107,9 +156,9 @@ OTHER = {
 
 @pytest.mark.parametrize("change", OTHER.values(), ids=OTHER.keys())
 def test_anything_else_is_refused(change: Callable[[Any], Any]) -> None:
-    record(after(lambda x: x), SHAPE, HEADS, 1.0)
+    record(stack(after(lambda x: x)), SHAPE)
     with pytest.raises(TypeError):
-        record(after(change), SHAPE, HEADS, 1.0)
+        record(stack(after(change)), SHAPE)
 
 
 LAST = "a layer's result must be that of its last step"
@@ -118,25 +167,25 @@ LAST = "a layer's result must be that of its last step"
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda x, attend, project: jnp.ones(SHAPE),
-        lambda x, attend, project: project(x, call(10))[0] and x,
-        lambda x, attend, project: project(x, call(10, 10))[0],
-        lambda x, attend, project: project(x, call(11))[0],
-        lambda x, attend, project: project(x, call(10)),
+        lambda x, calls: jnp.ones(SHAPE),
+        lambda x, calls: calls.project(x, call(10))[0] and x,
+        lambda x, calls: calls.project(x, call(10, 10))[0],
+        lambda x, calls: calls.project(x, call(11))[0],
+        lambda x, calls: calls.project(x, call(10)),
     ],
     ids=["an array", "not the last step's", "not the last result", "another width", "a list"],
 )
 def test_the_result_must_be_the_last_steps(layer: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match=LAST):
-        record(layer, SHAPE, HEADS, 1.0)
+        record(stack(layer), SHAPE)
 
 
 def test_heads_are_those_that_were_said() -> None:
     """The kernel takes them from there, not from what a layer makes of its values."""
     with pytest.raises(TypeError, match=r"attention of heads .* where \(2, 2, 10\) were said"):
-        record(attention, SHAPE, (2, 2, 10), 1.0)
+        record(stack(attention, (2, 2, 10)), SHAPE)
 
 
 def test_what_is_no_stand_in_is_refused() -> None:
-    with pytest.raises(TypeError, match="products are of what it is given"):
-        record(lambda x, _, project: project(x, call(10, residual=jnp.ones((6, 10))))[0], SHAPE, HEADS, 1.0)
+    with pytest.raises(TypeError, match="steps are of what it is given"):
+        record(stack(lambda x, calls: calls.project(x, call(10, residual=jnp.ones((6, 10))))[0]), SHAPE)

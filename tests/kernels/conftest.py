@@ -33,6 +33,19 @@ def jax() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def refusal(jax: ModuleType) -> Callable[[Callable[[], object]], str]:
+    """What a call was refused with."""
+
+    def refused(call: Callable[[], object]) -> str:
+        # Which of the two depends on whether jax has made this call before.
+        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="INVALID_ARGUMENT") as error:
+            jax.block_until_ready(call())
+        return str(error.value)
+
+    return refused
+
+
+@pytest.fixture(scope="session")
 def linear(jax: ModuleType) -> Callable[..., list[np.ndarray]]:
     """``(x [M, in], layer, weights each a list of stacks, outs, …) -> results each [M, out]``.
 

@@ -19,13 +19,17 @@ STEPS = (
     *(0, 4, 0, 0, 0, 0, 1, 0),
     *(0, 5, -1, 1, 0, 1, 2, 0),
     *(0, 6, 5, 0, 0, 0, 1, 0),
+    *(2, 7, 7, 200, 1, 0, 0, 0),
+    *(0, 8, -1, 0, 0, 0, 1, 0),
+    *(3, 8, 9, 8, 1, 1, 6, 2),
 )
 LAYERS = {
-    "layers": np.int64(3),
     "heads": np.int64([2, 1, 60]),
+    "windows": np.int64([0, 100, 0]),
+    "ropes": np.int64([1, 0, 1]),
     "steps": np.int64(STEPS),
-    "outs": np.int64([120, 60, 60, 200, 300, 300, 200]),
-    "numbers": np.float32([1e-5, 0, 0.1, 0, 0, 0, 1e-5, 0, 0, 0]),
+    "outs": np.int64([120, 60, 60, 200, 300, 300, 200, 6, 150]),
+    "numbers": np.float32([1e-5, 0, 0.1, 0, 0, 0, 1e-5, 0, 0, 0, 1e-5, 0, 0, 0, 1e-5, 1]),
 }
 
 
@@ -56,19 +60,27 @@ def answers() -> list[np.ndarray]:
         return [np.stack(arrays) for arrays in zip(*encoded, strict=True)]
 
     def layers(name: str) -> list[np.ndarray]:
-        """A chunk and a step through three layers of width 200: two heads of 60 that share one of keys."""
-        found, caches = [], [np.zeros((3, 2, 1, 300, 60), np.float32)] * 2
+        """A chunk and a step through three layers of width 200: two heads of 60 that share one of keys.
+
+        The second sees a hundred positions. Behind each layer stands a norm and a mixture of two of six experts.
+        """
+        found = []
+        caches = [
+            np.zeros((n, 2, 1, size, 60), np.float32) for n, size in ((2, 300), (2, 300), (1, 359), (1, 359))
+        ]
         shapes = ((120, 200), (60, 200), (60, 200), (200, 120), (300, 200), (300, 200), (200, 300))
         q, k, v, o, gate, up, down = (weights(name, 3, *shape) for shape in shapes)
         operands = [normal(3, 200), *q, *k, *v, *o, normal(3, 200), *gate, *up, *down]
+        operands += [normal(3, 200), normal(3, 200), *weights("float32", 3, 6, 200), normal(3, 200)]
+        operands += [a for shape in ((150, 200), (150, 200), (200, 150)) for a in weights(name, 18, *shape)]
         for tokens, start in ((260, 0), (1, 260)):
-            x, angles = normal(2 * tokens, 200), normal(2, tokens, 30)
+            x, angles = normal(2 * tokens, 200), normal(2, 2, tokens, 30)
             rows = [np.int32(row) for row in ((1, 0), (start, start), (tokens, 1))]
             y, *caches = call(
-                "precast.layers.v1",
+                "precast.layers.v2",
                 *(x, np.int32(len(x)), np.cos(angles), np.sin(angles), *caches, *rows, *operands),
                 results=[x, *caches],
-                aliases={4: 1, 5: 2},
+                aliases={4 + i: 1 + i for i in range(4)},
                 **LAYERS,
             )
             found += [y, *caches]

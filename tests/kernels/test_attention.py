@@ -23,7 +23,10 @@ KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A call's sizes; sequence r has ``lengths[r]`` tokens from ``starts[r]`` on, in slot ``slots[r]``."""
+    """A call's sizes; sequence r has ``lengths[r]`` tokens from ``starts[r]`` on, in slot ``slots[r]``.
+
+    With a window the S places may be a ring: position p stands at place p mod S.
+    """
 
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -83,8 +86,9 @@ def make(sizes: Sizes) -> Call:
         first = max(0, start + 1 - d.window) if d.window else 0
         for row, scale in zip(rows, scales, strict=True):
             if length and first < start:
-                seen = np.s_[d.layer, slot, :, first:start]
-                row[seen], scale[seen] = filled(rng, d.kind, (d.K, start - first, d.H))
+                rows_of, scales_of = (a[d.layer, slot] for a in (row, scale))
+                seen = np.s_[:, np.arange(first, start) % d.S]
+                rows_of[seen], scales_of[seen] = filled(rng, d.kind, (d.K, start - first, d.H))
     for r, length in enumerate(d.lengths):
         for a in (q, k, v, cos, sin):
             a[r, length:] = np.nan  # padding is as unfit to be read as what is not filled
@@ -143,11 +147,11 @@ def assert_appended(call: Call, after: list[np.ndarray]) -> None:
     for r, (slot, start, length) in enumerate(zip(d.slots, d.starts, d.lengths, strict=True)):
         if not length:
             continue
-        place = np.s_[d.layer, slot, :, start : start + length]
-        untouched[place] = False
+        places = np.s_[:, np.arange(start, start + length) % d.S]
+        untouched[d.layer, slot][places] = False
         for (x, error), rows, scale in zip(fresh, after[:2], scales, strict=True):
             x, error = (a[r, :length].swapaxes(0, 1) for a in (x, error))
-            assert_stored(d.kind, x, error, rows[place], scale[place])
+            assert_stored(d.kind, x, error, rows[d.layer, slot][places], scale[d.layer, slot][places])
     for old, new in zip(call.caches, after, strict=True):
         np.testing.assert_array_equal(as_bytes(old[untouched]), as_bytes(new[untouched]))
 
@@ -187,9 +191,10 @@ def expected(call: Call, after: list[np.ndarray]) -> tuple[np.ndarray, np.ndarra
         for t in range(length):
             first = max(0, start + t + 1 - d.window) if d.window else 0
             for n in range(d.K * d.G):
-                seen = (d.layer, slot, n // d.G, slice(first, start + t + 1))
+                seen = np.arange(first, start + t + 1) % d.S
                 query = Query(q[r, t, n], terms[r, t, n], call.scale, d.soft_cap)
-                out[r, t, n], tolerance[r, t, n] = softmax_attention(query, keys[seen], values[seen])
+                held = (a[d.layer, slot, n // d.G, seen] for a in (keys, values))
+                out[r, t, n], tolerance[r, t, n] = softmax_attention(query, *held)
     return out, tolerance
 
 
@@ -239,6 +244,19 @@ NAMED = {
     "a window that begins within a prompt": one(0, 150, S=160, window=64),
     "a soft cap": one(70, 40, S=120, soft_cap=1.5),
     "decode, a soft cap and a window": one(600, 1, S=601, soft_cap=0.5, window=400),
+    "a ring's end within a chunk": one(75, 20, window=40),
+    "a ring's last place": one(159, 1, window=30),
+    "a ring's first place": one(160, 1, window=30),
+    "a ring as short as may be": one(300, 20, S=59, window=40),
+    "a ring of one": one(77, 1, S=1, window=1),
+    "a full ring": one(64, 70, S=70, window=1),
+    "a ring's end within a chunk of blocks": one(1000, 130, S=260, window=100),
+    "decode over a ring's end": one(205, 1, S=100, window=100),
+    "decode over a ring's end, in spans": one(1300, 1, S=500, window=450, soft_cap=1.5),
+    "many queries over a ring's end, in spans": one(1300, 2, S=451, window=450, G=7),
+    "ragged rings": Sizes(
+        starts=(0, 700, 33, 10**9), lengths=(9, 3, 0, 5), slots=(3, 0, 1, 2), T=9, S=70, window=60
+    ),
 }
 
 
@@ -268,8 +286,10 @@ def calls(draw: st.DrawFn) -> Sizes:
     T, S = draw(st.sampled_from([1, 2, 5, 13, 33])), draw(st.sampled_from([33, 70, 129, 300]))
     slots = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))
     lengths = [draw(st.integers(0, T)) for _ in slots]
-    # Hypothesis likes ends: an empty cache and a full one come up often.
-    starts = [draw(st.integers(0, S - length)) for length in lengths]
+    window = draw(st.sampled_from([0, 1, 5, 64, 65, 299]))
+    # Hypothesis likes ends: an empty cache and a full one come up often. A ring may have been full for long.
+    rings = [0 < window <= S + 1 - length for length in lengths]
+    starts = [draw(st.integers(0, 3 * S if ring else S - n)) for n, ring in zip(lengths, rings, strict=True)]
     H = draw(st.sampled_from([2, 7, 8, 24]))
     return Sizes(
         starts=tuple(starts),
@@ -282,7 +302,7 @@ def calls(draw: st.DrawFn) -> Sizes:
         H=H,
         P=draw(st.integers(0, H // 2)),
         layer=draw(st.integers(0, 1)),
-        window=draw(st.sampled_from([0, 1, 5, 64, 65, 299])),
+        window=window,
         soft_cap=draw(st.sampled_from([0.0, 0.3, 30.0])),
         kind=draw(st.sampled_from(sorted(KINDS))),
         seed=draw(st.integers(0, 99)),

@@ -294,6 +294,25 @@ def test_gates(
 
 
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize(("rows", "size", "outs"), [(1, 70, 40), (19, 96, 129)])
+def test_gate_of_one(
+    isa: str, name: str, linear: Linear, rows: int, size: int, outs: int, gate: str, around: bool
+) -> None:
+    """An activation that nothing is multiplied with; the bias comes before it, the residual behind."""
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, size), dtype=np.float32) * 0.3
+    arrays, w = pack(name, rng.standard_normal((2, outs, size), dtype=np.float32))
+    bias, residual = (rng.standard_normal(shape, dtype=np.float32) for shape in ((2, outs), (rows, outs)))
+    given = {"biases": [bias], "residual": residual} if around else {}
+    (found,) = linear(x, 1, [arrays], [outs], gate=gate, **given)
+    product = x.astype(np.float64) @ w[1].T + (bias[1] if around else 0)
+    expected = reference_gate(gate, product) + (residual if around else 0)
+    lost = 1.13 * tolerance(x, w[1], name) + 1e-5 * np.abs(expected) + 1e-5
+    assert np.all(np.abs(found - expected) <= lost)
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
 def test_gates_far_out(isa: str, linear: Linear, gate: str) -> None:
     """Where an exponential would overflow, and at NaN and infinity."""
     values = np.float32([-np.inf, -1e30, -200, -90, -1e-30, 0, 1e-30, 90, 200, 1e30, np.inf, np.nan, -20])

@@ -1,7 +1,7 @@
 """Calls that do not make sense: the handlers say what is wrong, and never touch memory that is not theirs."""
 
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -9,19 +9,6 @@ import numpy as np
 import pytest
 
 F32 = np.float32
-
-
-@pytest.fixture(scope="module")
-def refusal(jax: ModuleType) -> Callable[[Callable[[], object]], str]:
-    """What a call was refused with."""
-
-    def refused(call: Callable[[], object]) -> str:
-        # Which of the two depends on whether jax has made this call before.
-        with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="INVALID_ARGUMENT") as error:
-            jax.block_until_ready(call())
-        return str(error.value)
-
-    return refused
 
 
 def arrays(**changed: Any) -> list[Any]:
@@ -167,6 +154,48 @@ def test_attention_refuses_windows_and_caps(
     assert f"a window and a finite soft_cap of at least 0, found {window} and" in text
 
 
+RINGS = {
+    "what the first token sees": (
+        {"starts": (6, 0)},
+        7,
+        "start 6 and length 4 does not fit a ring of 9 positions",
+    ),
+    "in a later round": (
+        {"starts": (40, 0)},
+        7,
+        "sequence 0 of slot 2, start 40 and length 4 does not fit a ring",
+    ),
+    "of one token": ({"starts": (9, 0), "lengths": (1, 3)}, 10, "9 positions with a window of 10"),
+    "by far": ({"starts": (6, 0)}, 2**63 - 1, f"9 positions with a window of {2**63 - 1}"),
+    "of the second": (
+        {"starts": (0, 2**31 - 1)},
+        8,
+        "sequence 1 of slot 0, start 2147483647 and length 3 does not fit",
+    ),
+    "negative start": ({"starts": (-1, 0)}, 3, "start -1 and length 4 does not fit 3 slots"),
+}
+
+
+@pytest.mark.parametrize(("changed", "window", "text"), RINGS.values(), ids=RINGS.keys())
+def test_attention_refuses_rings_that_are_too_short(
+    attention: Callable[..., Any],
+    refusal: Callable[..., str],
+    changed: dict[str, Any],
+    window: int,
+    text: str,
+) -> None:
+    assert text in refusal(lambda: attention(*arrays(**changed), scale=1.0, window=window))
+
+
+@pytest.mark.parametrize(
+    ("starts", "window"), [((6, 0), 6), ((2**31 - 1, 2**31 - 1), 6), ((5, 6), 2**63 - 1), ((5, 0), 99)]
+)
+def test_rings_that_are_long_enough_are_taken(
+    attention: Callable[..., Any], starts: tuple[int, int], window: int
+) -> None:
+    attention(*arrays(starts=starts), scale=1.0, window=window)
+
+
 def test_attention_refuses_attributes_of_other_types(jax: ModuleType, refusal: Callable[..., str]) -> None:
     *fresh, caches, layer, slots, starts, lengths = arrays()
     given = [*fresh, *caches, *(np.asarray(a, np.int32) for a in (layer, slots, starts, lengths))]
@@ -292,7 +321,6 @@ BAD_LINEAR: dict[str, tuple[dict[str, Any], str]] = {
         {"weights": [[W], [W]], "outs": [20, 20], "gate": "SILU"},
         "gate 'SILU' is not known",
     ),
-    "gate of one": ({"gate": "silu"}, "weights of a type that is not known, or too few operands"),
     "gate of three": (
         {"weights": [[W]] * 3, "outs": [20] * 3, "gate": "silu"},
         "more operands than weights, biases, norm and residual take",
@@ -411,252 +439,3 @@ def test_embed_refuses_results(jax: ModuleType, refusal: Callable[..., str]) -> 
     text = refusal(lambda: call(np.int32([0, 1]), TABLE, vocab=np.int64(20)))
     assert "embed: result [3, 40] for 2 tokens of 20" in text
     assert "S32" in refusal(lambda: call(np.int32([0, 1, 2]), TABLE, vocab=np.int32(21)))
-
-
-# --- layers -------------------------------------------------------------------------------------------------
-
-LAYERS_CACHE = (2, 3, 2, 9, 4)  # [L, B, K, S, H]
-LAYERS_INT8 = [np.zeros(LAYERS_CACHE, np.int8)] * 2 + [ones(*LAYERS_CACHE[:-1])] * 2
-LINEAR_QKV = (0, 0, -1, 1, 0, 0, 3, 0)
-ATTENTION = (1, 1, 2, 3, 0, 0, 0, 0)
-LINEAR_OUT = (0, 4, 0, 0, 1, 0, 1, 0)
-GATED = (0, 5, -1, 0, 0, 1, 2, 0)
-DOWN = (0, 6, 5, 0, 0, 0, 1, 0)
-STEPS = (LINEAR_QKV, ATTENTION, LINEAR_OUT, GATED, DOWN)
-OUTS = (24, 8, 8, 10, 14, 14, 10)
-WEIGHTS = [
-    *(ones(2, 10), ones(2, 24, 10), ones(2, 8, 10), ones(2, 8, 10)),
-    *(ones(2, 10, 24), ones(2, 10), ones(2, 14, 10), ones(2, 14, 10), ones(2, 10, 14)),
-]
-
-
-@pytest.fixture(scope="module")
-def layers(jax: ModuleType) -> Callable[..., Any]:
-    """A good call of precast.layers, two sequences of four tokens, with what is given put in its place."""
-
-    def run(**changed: Any) -> Any:
-        good: dict[str, Any] = {
-            "x": ones(8, 10),
-            "used": np.int32(8),
-            "cos": ones(2, 4, 2),
-            "sin": np.zeros((2, 4, 2), F32),
-            "caches": [np.zeros(LAYERS_CACHE, F32)] * 2,
-            "slots": np.int32([2, 0]),
-            "starts": np.int32([5, 0]),
-            "lengths": np.int32([4, 3]),
-            "weights": WEIGHTS,
-            "layers": 2,
-            "heads": (6, 2, 4),
-            "steps": STEPS,
-            "outs": OUTS,
-            "numbers": (1e-5, 0, 0.5, 0, 0, 0, 0, 0, 0, 0),
-            "y": (8, 10),
-            "results": None,
-            "aliases": None,
-        }
-        assert changed.keys() <= good.keys()
-        c = SimpleNamespace(**(good | changed))
-        shapes = [(a.shape, a.dtype) for a in c.caches] if c.results is None else c.results
-        results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in ((c.y, F32), *shapes)]
-        own = {4 + i: 1 + i for i in range(len(c.caches))}
-        aliases = own if c.aliases is None else c.aliases
-        call = jax.ffi.ffi_call("precast.layers.v1", results, input_output_aliases=aliases)
-        return call(
-            *(c.x, c.used, c.cos, c.sin, *c.caches, c.slots, c.starts, c.lengths, *c.weights),
-            layers=np.int64(c.layers),
-            heads=np.array(c.heads, np.int64),
-            steps=np.array([code for step in c.steps for code in step], np.int64),
-            outs=np.array(c.outs, np.int64),
-            numbers=np.array(c.numbers, F32),
-        )
-
-    return run
-
-
-def test_the_good_layers_are_taken(layers: Callable[..., Any]) -> None:
-    y, keys, _ = layers()
-    assert np.all(np.isfinite(y))
-    assert np.all(np.asarray(keys)[:, 2, :, 5:9] != 0.0)
-    assert np.all(np.asarray(keys)[:, 1] == 0.0)
-
-
-def with_step(place: int, **fields: int) -> dict[str, Any]:
-    """A step with some of its eight integers changed, by place: ``at2=7``."""
-    steps = [list(step) for step in STEPS]
-    for key, value in fields.items():
-        steps[place][int(key.removeprefix("at"))] = value
-    return {"steps": steps}
-
-
-def with_weight(place: int, array: np.ndarray | None) -> dict[str, Any]:
-    """Another operand in the place of one, or without it."""
-    return {"weights": [*WEIGHTS[:place], *([] if array is None else [array]), *WEIGHTS[place + 1 :]]}
-
-
-def cache_of(*shape: int) -> dict[str, Any]:
-    return {"caches": [np.zeros(shape, F32)] * 2}
-
-
-HEADS = "expected heads to be N, K and H, N a multiple of K"
-CODES = "expected layers, and steps of eight integers and two numbers each"
-WIDTHS = "a linear step whose widths do not fit together"
-SCALED = "int8 caches come with key and value scales, others without"
-THESE = "are not of 2 layers and these heads"
-BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
-    # Widths of nothing: no operand would bound the others.
-    "no width": ({"x": ones(8, 0), "y": (8, 0)}, "x [8, 0], result [8, 0]"),
-    "a width of nothing": ({"outs": [0, *OUTS[1:]]}, WIDTHS),
-    "a huge width": ({"outs": [2**60, *OUTS[1:]]}, "weights of shape"),
-    "no slots": (cache_of(2, 0, 2, 9, 4), "of no slots or no positions"),
-    "no positions": (cache_of(2, 3, 2, 0, 4), "of no slots or no positions"),
-    # Step codes, and the values they name.
-    "unknown kind": (with_step(1, at0=2), "step of unknown kind 2"),
-    "negative kind": (with_step(0, at0=-1), "step of unknown kind -1"),
-    "no steps": ({"steps": [], "numbers": ()}, CODES),
-    "seven integers": ({"steps": [*STEPS[:-1], DOWN[:-1]]}, CODES),
-    "too few numbers": ({"numbers": (0,) * 9}, CODES),
-    "too many numbers": ({"numbers": (0,) * 12}, CODES),
-    "its own result": (with_step(0, at1=1), "value 1 is not known yet"),
-    "a later value": (with_step(2, at1=6), "value 6 is not known yet"),
-    "a negative value": (with_step(2, at1=-1), "value -1 is not known yet"),
-    "a huge value": (with_step(2, at1=2**62), f"value {2**62} is not known yet"),
-    "an unknown residual": (with_step(2, at2=5), "value 5 is not known yet"),
-    "a negative residual": (with_step(2, at2=-2), "value -2 is not known yet"),
-    "unknown q": (with_step(1, at1=4), "value 4 is not known yet"),
-    "unknown v": (with_step(1, at3=-1), "value -1 is not known yet"),
-    "q of k's width": (with_step(1, at1=2), "attention of values that are not heads wide"),
-    "k of q's width": (with_step(1, at2=1), "attention of values that are not heads wide"),
-    "v of x's width": (with_step(1, at3=0), "attention of values that are not heads wide"),
-    "negative window": (with_step(1, at4=-1), "a window and a finite soft_cap of at least 0, found -1"),
-    "negative cap": ({"numbers": (0, 0, 1, -2, *(0,) * 6)}, "finite soft_cap of at least 0, found 0 and -2"),
-    "infinite cap": ({"numbers": (0, 0, 1, np.inf, *(0,) * 6)}, "finite soft_cap of at least 0"),
-    "unknown gate": (with_step(3, at5=3), "a linear step with gate 3 and 2 weights"),
-    "negative gate": (with_step(3, at5=-1), "a linear step with gate -1 and 2 weights"),
-    "gate of one": (with_step(2, at5=1), "a linear step with gate 1 and 1 weights"),
-    "gate of three": (with_step(0, at5=2), "a linear step with gate 2 and 3 weights"),
-    "no weights": (with_step(2, at6=0), "a linear step with gate 0 and 0 weights"),
-    "negative weights": (with_step(2, at6=-1), "a linear step with gate 0 and -1 weights"),
-    "more weights than widths": (with_step(4, at6=2), "a linear step with gate 0 and 2 weights"),
-    "more weights than any": ({**with_step(0, at6=65), "outs": (8,) * 99}, "gate 0 and 65 weights"),
-    "residual of three": (with_step(0, at2=0), "a linear step with gate 0 and 3 weights"),
-    # Widths.
-    "too few widths": ({"outs": OUTS[:-1]}, "a linear step with gate 0 and 1 weights"),
-    "too many widths": ({"outs": (*OUTS, 3)}, "more widths than the steps have weights"),
-    "negative width": ({"outs": (24, -8, *OUTS[2:])}, WIDTHS),
-    "gate of two widths": ({"outs": (*OUTS[:5], 15, 10)}, WIDTHS),
-    "residual of another width": (with_step(2, at2=1), WIDTHS),
-    "result of another width": (
-        {**with_step(4, at2=-1), **with_weight(8, ones(2, 9, 14)), "outs": (*OUTS[:-1], 9)},
-        "the last step's result is not as wide as what a layer is given",
-    ),
-    "weights of another width": ({"outs": (24, 8, 8, 10, 15, 15, 10)}, "weights of shape [2, 14, 10]"),
-    # Operands.
-    "norm of another width": (with_weight(0, ones(2, 11)), "norm of shape [2, 11]"),
-    "norm of one layer": (with_weight(0, ones(1, 10)), "layer 1 of norm [1, 10]"),
-    "weights of one layer": (with_weight(4, ones(1, 10, 24)), "layer 1 of weights [1, 10, 24]"),
-    "weights of other inputs": (with_weight(8, ones(2, 10, 13)), "weights of shape [2, 10, 13]"),
-    "bias of another width": (with_weight(5, ones(2, 9)), "bias of shape [2, 9]"),
-    "float16 weights": (
-        with_weight(4, np.ones((2, 10, 24), np.float16)),
-        "weights of a type that is not known",
-    ),
-    "int8 without its scale": (with_weight(4, np.ones((2, 1, 16, 16, 2), np.int8)), "scale of shape [2, 10]"),
-    "an operand too few": (with_weight(8, None), "too few operands"),
-    "no operands": ({"weights": []}, "operand norm is missing"),
-    "an operand too many": ({"weights": [*WEIGHTS, ones(2, 10)]}, "more operands than the steps take"),
-    # Rows, angles and heads.
-    "more true rows than rows": ({"used": np.int32(9)}, "9 true rows of x [8, 10]"),
-    "negative true rows": ({"used": np.int32(-1)}, "-1 true rows of x [8, 10]"),
-    "tokens behind the true rows": (
-        {"used": np.int32(6)},
-        "sequence 1 of length 3 ends behind the 6 true rows",
-    ),
-    "rows of the angles": ({"cos": ones(3, 4, 2), "sin": ones(3, 4, 2)}, "do not fit together"),
-    "cos and sin that differ": (
-        {"cos": ones(2, 4, 1)},
-        "cos [2, 4, 1] and sin [2, 4, 2] do not fit together",
-    ),
-    "more pairs than half a head": ({"cos": ones(2, 4, 3), "sin": ones(2, 4, 3)}, "do not fit together"),
-    "rows of the result": ({"y": (7, 10)}, "result [7, 10], cos"),
-    "width of the result": ({"y": (8, 11)}, "result [8, 11], cos"),
-    "two heads": ({"heads": (6, 2)}, HEADS),
-    "heads not a multiple": ({"heads": (6, 4, 4)}, HEADS),
-    "no key heads": ({"heads": (6, 0, 4)}, HEADS),
-    "no query heads": ({"heads": (0, 2, 4)}, HEADS),
-    "negative heads": ({"heads": (-6, -2, 4)}, HEADS),
-    "negative head dimension": ({"heads": (6, 2, -4)}, HEADS),
-    "other query heads": ({"heads": (4, 2, 4)}, "attention of values that are not heads wide"),
-    "other key heads": ({"heads": (6, 3, 4)}, THESE),
-    "other head dimension": ({"heads": (6, 2, 5)}, THESE),
-    "other layers": ({"layers": 3}, "are not of 3 layers and these heads"),
-    "no layers": ({"layers": 0, **cache_of(0, 3, 2, 9, 4)}, CODES),
-    "negative layers": ({"layers": -1}, "are not of -1 layers"),
-    # Caches.
-    "layers of the caches": (cache_of(3, 3, 2, 9, 4), THESE),
-    "heads of the caches": (cache_of(2, 3, 1, 9, 4), THESE),
-    "head dimension of the caches": (cache_of(2, 3, 2, 9, 3), THESE),
-    "fewer positions for values": (
-        {"caches": [np.zeros(LAYERS_CACHE, F32), np.zeros((2, 3, 2, 8, 4), F32)]},
-        "caches [2, 3, 2, 9, 4] and [2, 3, 2, 8, 4] " + THESE,
-    ),
-    "fewer slots for values": (
-        {"caches": [np.zeros(LAYERS_CACHE, F32), np.zeros((2, 2, 2, 9, 4), F32)]},
-        THESE,
-    ),
-    "shorter values": ({"caches": [np.zeros(LAYERS_CACHE, F32), np.zeros((2, 3, 2, 9, 3), F32)]}, THESE),
-    "caches of four axes": (cache_of(3, 2, 9, 4), CACHE),
-    "float16 caches": ({"caches": [np.zeros(LAYERS_CACHE, np.float16)] * 2}, CACHE),
-    "bfloat16 keys alone": (
-        {"caches": [np.zeros(LAYERS_CACHE, ml_dtypes.bfloat16), np.zeros(LAYERS_CACHE, F32)]},
-        CACHE,
-    ),
-    "int8 without scales": ({"caches": LAYERS_INT8[:2]}, SCALED),
-    "scales without int8": ({"caches": [np.zeros(LAYERS_CACHE, F32)] * 2 + LAYERS_INT8[2:]}, SCALED),
-    "one cache": ({"caches": LAYERS_INT8[:1]}, "expected 2 caches, or 4 with scales, as results"),
-    "one scale": ({"caches": LAYERS_INT8[:3]}, "expected 2 caches, or 4 with scales, as results"),
-    "scales of another shape": (
-        {"caches": [*LAYERS_INT8[:3], ones(2, 3, 2, 8)]},
-        "expected float32 scales [L, B, K, S] of caches [2, 3, 2, 9, 4], found [2, 3, 2, 8]",
-    ),
-    "float16 scales": (
-        {"caches": [*LAYERS_INT8[:3], np.ones(LAYERS_CACHE[:-1], np.float16)]},
-        "expected float32 scales",
-    ),
-    "no aliases": ({"aliases": {}}, "the cache results must alias the cache arguments"),
-    "keys alone aliased": ({"aliases": {4: 1}}, "the cache results must alias the cache arguments"),
-    "scales not aliased": (
-        {"caches": LAYERS_INT8, "aliases": {4: 1, 5: 2, 6: 3}},
-        "the cache results must alias the cache arguments",
-    ),
-    "results of another shape": (
-        {"results": [(LAYERS_CACHE, F32), ((2, 3, 2, 10, 4), F32)], "aliases": {4: 1}},
-        "cache result 1 [2, 3, 2, 10, 4] is not as its argument [2, 3, 2, 9, 4]",
-    ),
-    "results of another type": (
-        {"results": [(LAYERS_CACHE, np.int32), (LAYERS_CACHE, F32)], "aliases": {}},
-        "cache result 0",
-    ),
-    # Places in the caches.
-    "slot too high": ({"slots": np.int32([2, 3])}, "sequence 1 of slot 3, start 0 and length 3 does not fit"),
-    "slot negative": ({"slots": np.int32([-1, 0])}, "sequence 0 of slot -1"),
-    "slot twice": ({"slots": np.int32([2, 2])}, "two sequences in slot 2"),
-    "behind the capacity": ({"starts": np.int32([6, 0])}, "start 6 and length 4 does not fit 3 slots of 9"),
-    "start negative": ({"starts": np.int32([5, -1])}, "start -1 and length 3 does not fit"),
-    "length negative": ({"lengths": np.int32([4, -1])}, "length -1 does not fit"),
-    "more than its tokens": ({"lengths": np.int32([5, 3])}, "length 5 does not fit"),
-    "too few slots": ({"slots": np.int32([2])}, "slots, starts or lengths of shape [1]"),
-    "too many lengths": ({"lengths": np.int32([2, 1, 1])}, "slots, starts or lengths of shape [3]"),
-    "float starts": ({"starts": F32([5, 0])}, "slots, starts or lengths of shape [2] or of its type"),
-    # What comes first, whose types XLA checks.
-    "bfloat16 x": ({"x": np.ones((8, 10), ml_dtypes.bfloat16)}, "BF16"),
-    "x of three axes": ({"x": ones(2, 4, 10)}, "rank"),
-    "cos of two axes": ({"cos": ones(8, 2)}, "rank"),
-    "used of one axis": ({"used": np.int32([8])}, "rank"),
-}
-
-
-@pytest.mark.parametrize(("changed", "text"), BAD_LAYERS.values(), ids=BAD_LAYERS.keys())
-def test_layers_refuse(
-    layers: Callable[..., Any], refusal: Callable[..., str], changed: dict[str, Any], text: str
-) -> None:
-    assert text in refusal(lambda: layers(**changed))

@@ -13,9 +13,12 @@ HERE = Path(__file__).parent / "sanitize"
 SOURCES = Path(kernels.__file__).parent / "src"
 KERNELS = [
     *SOURCES.glob("isa_*.cc"),
-    *(SOURCES / f"{n}.cc" for n in ("dispatch", "linear_call", "attention_call")),
+    *(
+        SOURCES / f"{n}.cc"
+        for n in ("dispatch", "linear_call", "attention_call", "norm_call", "experts_call")
+    ),
 ]
-CHECKS = [HERE / f"{name}.cc" for name in ("driver", "wide", "linear", "calls")]
+CHECKS = [HERE / f"{name}.cc" for name in ("driver", "wide", "linear", "calls", "experts")]
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Werror")
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREADS = ("-fsanitize=thread",)

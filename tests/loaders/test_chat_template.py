@@ -38,6 +38,8 @@ TEMPLATES = {
     "recursive loop": "{% for x in [[1, [2]], [3]] recursive %}{{ loop(x) if x is iterable else x }}.{% endfor %}",
     "loop filter and else": "{% for m in messages if m.role == 'x' %}no{% else %}none{% endfor %}",
     "slices": "{{ messages[1:][0].role }}{{ messages[::-1][0].role }}{{ messages[0].content[-3:] }}{{ 'abc'[1] }}",
+    "documents": "{% for d in documents %}{{ loop.index }}. {{ d.title }}: {{ d['text'] }}\n{% endfor %}",
+    "own variables": "{% if think is defined and think is false %}no {% endif %}{{ level | default('high') }}{{ tags | join(',') }}",
     "strings": "{{ messages[1].content.strip().replace('b', 'B').split(' ')[0] }}{{ 'a,b'.split(',') | join('-') }}"
     "{{ '%s: %5.2f %%' % ('x', 1.5) }}{{ '{}-{:>4}'.format('a', 7) }}{{ 'x' | indent(2, true) }}{{ 'ab' * 3 }}",
     "filters": "{{ messages | map(attribute='role') | unique | list }}{{ messages | selectattr('role', 'equalto', 'user')"
@@ -53,6 +55,10 @@ TEMPLATES = {
 }
 
 
+DOCUMENTS = [{"title": "Größe", "text": "a < b"}, {"title": "two", "text": "\n"}]
+VARIABLES = {"think": False, "tags": ["x", "y"]}
+
+
 def render(source: str, *, limits: Limits | None = None, messages: list = CHAT, **settings) -> str:
     return ChatTemplate(source, bos_token="<s>", eos_token="</s>", limits=limits).render(messages, **settings)
 
@@ -63,12 +69,14 @@ def test_a_prompt_is_that_of_transformers(name: str) -> None:
     expected, _ = utils.render_jinja_template(
         [CHAT],
         tools=TOOLS,
+        documents=DOCUMENTS,
         chat_template=TEMPLATES[name],
         add_generation_prompt=True,
         bos_token="<s>",
         eos_token="</s>",
+        **VARIABLES,
     )
-    assert render(TEMPLATES[name], tools=TOOLS) == expected[0]
+    assert render(TEMPLATES[name], tools=TOOLS, documents=DOCUMENTS, variables=VARIABLES) == expected[0]
 
 
 @settings(deadline=None, max_examples=100)
@@ -141,7 +149,10 @@ def test_threads_render_at_once() -> None:
         ("{% from 'x' import y %}", "failed at line 1: another template cannot be included here"),
         ("{{ messages.items }}{{ ''.upper }}", "failed at line 1: a value of type .* cannot become text"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "failed at line 1: it calls itself too deeply"),
-        ("{{ raise_exception('roles must\n alternate.') }}", "refused these messages: roles must alternate"),
+        (
+            "{{ raise_exception('roles must\n alternate.') }}",
+            "refused these messages at line 1: roles must alternate",
+        ),
         ("{% if 1 %}" * 2000 + "{% endif %}" * 2000, "failed.*: .+"),
         ("{{ " + "(" * 5000 + ")" * 5000 + " }}", "failed.*: .+"),
         (
@@ -152,7 +163,9 @@ def test_threads_render_at_once() -> None:
     ],
 )
 def test_a_failure_is_one_sentence(source: str, message: str) -> None:
-    with pytest.raises(PrecastError, match=rf"^The chat template {message}( \(<template>, line \d+\))?\.$"):
+    advice = "change the messages" if "refused" in message else "correct it, or use another template"
+    place = r"( \(<template>, line \d+\))?"
+    with pytest.raises(PrecastError, match=rf"^The chat template {message}{place}; {advice}\.$"):
         render(source)
 
 
@@ -180,6 +193,34 @@ def test_a_failure_is_one_sentence(source: str, message: str) -> None:
 def test_malformed_messages_are_one_sentence(messages: object, message: str) -> None:
     with pytest.raises(PrecastError, match=rf"^Chat: {message}\.$"):
         render("x", messages=messages)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tools": {"type": "function"}}, "expected tools to be a list of objects, found dict"),
+        (
+            {"tools": [{}, print]},
+            r"expected tools\[1\] to be a JSON object, found a function; give its JSON schema",
+        ),
+        ({"documents": ["text"]}, r"expected documents\[0\] to be a JSON object, found str"),
+        (
+            {"documents": [{"text": object()}]},
+            "expected documents to hold only what JSON can hold, found a object",
+        ),
+        (
+            {"variables": {"f": print}},
+            "expected variables to hold only what JSON can hold, found a builtin_.*",
+        ),
+        (
+            {"variables": {"messages": []}},
+            "the variable 'messages' of a template is not free; expected another name, or the argument",
+        ),
+    ],
+)
+def test_other_malformed_arguments_are_one_sentence(given: dict, message: str) -> None:
+    with pytest.raises(PrecastError, match=rf"^Chat: {message}\.$"):
+        render("x", **given)
 
 
 def test_deep_messages_are_one_sentence() -> None:
@@ -293,7 +334,9 @@ def test_a_template_that_takes_too_much_is_stopped(source: str, reason: str) -> 
     ],
 )
 def test_an_operation_that_would_be_huge_is_refused(source: str, reason: str) -> None:
-    with pytest.raises(PrecastError, match=rf"^The chat template failed at line 1: {reason}\.$"):
+    with pytest.raises(
+        PrecastError, match=rf"^The chat template failed at line 1: {reason}; correct it, .*\.$"
+    ):
         render(source)
 
 

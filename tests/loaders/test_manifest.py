@@ -111,8 +111,18 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         ),
         (["buckets"], [16, 8], "m.json: buckets: expected (8, 16), found (16, 8)"),
         (["buckets"], [8, 32], "kinds and lengths of its programs: expected"),
-        (["capacity"], 1000, "m.json: cache 'cache.keys': slots and positions: expected {'B': 1, 'S': 1000}"),
-        (["slots"], 2, "m.json: cache 'cache.keys': slots and positions: expected {'B': 2, 'S': 64}"),
+        (
+            ["capacity"],
+            1000,
+            "m.json: cache 'cache.keys': it keeps 64 positions, expected 1000 to 1000; export",
+        ),
+        (["capacity"], 50, "m.json: cache 'cache.keys': it keeps 64 positions, expected 50 to 50; export"),
+        (["slots"], 2, "m.json: cache 'cache.keys': slots and layers: expected {'B': 2, 'L': 3}"),
+        (
+            ["cache", 0, "layers"],
+            [0, 1],
+            "m.json: cache 'cache.keys': slots and layers: expected {'B': 1, 'L': 2}",
+        ),
         (
             ["cache", 0, "axes"],
             "LBKS",

@@ -264,6 +264,15 @@ def test_chat_is_rendered_by_the_template() -> None:
     assert tokenizer.render_chat(messages, add_generation_prompt=False, tools=[{}]) == "<s>[user]hi</s>1"
 
 
+def test_a_chat_has_documents_and_what_else_its_template_asks_for() -> None:
+    template = "{{ documents[0].text if documents else 'none' }} {{ enable_thinking | default('unset') }}"
+    tokenizer = wrap(no_decoder(), chat_template=template)
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.render_chat(messages) == "none unset"
+    given = {"documents": [{"text": "a"}], "variables": {"enable_thinking": False}}
+    assert tokenizer.render_chat(messages, **given) == "a False"
+
+
 def test_chat_without_a_template_is_one_sentence() -> None:
     with pytest.raises(
         PrecastError, match=r"^Chat: this artifact has no chat template, .* with a template\.$"

@@ -61,7 +61,8 @@ void CheckLinear(Team& team, Arena& arena, int64_t rows, int64_t in, const std::
       for (int64_t o = 0; o < outs[i]; ++o) {
         Expected e = Dot(row, unit(weights[i]), weights[i], o, around.bias ? &biases[i] : nullptr);
         if (around.gate != Gate::kNone) {
-          const Expected up = Dot(row, unit(weights[1]), weights[1], o, around.bias ? &biases[1] : nullptr);
+          const Expected up = outs.size() == 1 ? Expected{1, 0}
+                                               : Dot(row, unit(weights[1]), weights[1], o, around.bias ? &biases[1] : nullptr);
           const double gated = GateOf(around.gate, e.value);
           // Neither gate is steeper than 1.2 anywhere.
           e = {gated * up.value, 1.2 * e.error * (std::fabs(up.value) + up.error) + std::fabs(gated) * up.error +
@@ -87,6 +88,8 @@ void CheckLinearCalls(xla::ffi::ThreadPool& pool) {
     for (int64_t rows : {1, 4, 6, 80})
       CheckLinear(team, arena, rows, 65, {70, 70}, three,
                   {rows > 1, rows % 4 == 0, rows != 6, rows % 2 ? Gate::kSilu : Gate::kGeluTanh});
+    for (int64_t rows : {1, 70})
+      CheckLinear(team, arena, rows, 65, {170}, three, {rows > 1, rows > 1, true, rows > 1 ? Gate::kSilu : Gate::kGeluTanh});
   }
   Team team(pool);
   Arena arena;
@@ -169,20 +172,20 @@ void CheckAttention(Team& team, const Call& c) {
           for (int64_t h = 0; h < d.H; ++h) Near("padding's answer", answer[h], 0, 0);
           continue;
         }
-        const int64_t head = n / (d.N / d.K), row = call.CacheRow(c.slots[i], head);
-        written[static_cast<size_t>(row + last)] = 1;
+        const int64_t head = n / (d.N / d.K), row = call.CacheRow(c.slots[i], head), place = row + last % d.S;
+        written[static_cast<size_t>(place)] = 1;
         for (int64_t h = 0; h < d.H; ++h) {
           const double key = Turned(k, cos, sin, token, d.K, head, h, d), value = v[(token * d.K + head) * d.H + h];
           const double step = c.type == CacheType::kInt8 ? 0.5001 : 0;
-          Near("appended key", keys.At(row + last, h), key, stored * 8 + stored * std::fabs(key) + (step > 0 ? step * keys.scales[row + last] : 0));
-          Near("appended value", values.At(row + last, h), value, stored * std::fabs(value) + (step > 0 ? step * values.scales[row + last] : 0));
+          Near("appended key", keys.At(place, h), key, stored * 8 + stored * std::fabs(key) + (step > 0 ? step * keys.scales[place] : 0));
+          Near("appended value", values.At(place, h), value, stored * std::fabs(value) + (step > 0 ? step * values.scales[place] : 0));
         }
         const int64_t from = c.window > 0 ? std::max<int64_t>(0, last + 1 - c.window) : 0;
         std::vector<double> scores;
         double top = -INFINITY, mass = 0;
         for (int64_t s = from; s <= last; ++s) {
           double score = 0;
-          for (int64_t h = 0; h < d.H; ++h) score += Turned(q, cos, sin, token, d.N, n, h, d) * keys.At(row + s, h) * 0.3;
+          for (int64_t h = 0; h < d.H; ++h) score += Turned(q, cos, sin, token, d.N, n, h, d) * keys.At(row + s % d.S, h) * 0.3;
           top = std::max(top, score);
           scores.push_back(score);
         }
@@ -190,8 +193,8 @@ void CheckAttention(Team& team, const Call& c) {
         for (int64_t h = 0; h < d.H; ++h) {
           double sum = 0, size = 0;
           for (int64_t s = from; s <= last; ++s) {
-            sum += scores[static_cast<size_t>(s - from)] * values.At(row + s, h);
-            size += scores[static_cast<size_t>(s - from)] * std::fabs(values.At(row + s, h));
+            sum += scores[static_cast<size_t>(s - from)] * values.At(row + s % d.S, h);
+            size += scores[static_cast<size_t>(s - from)] * std::fabs(values.At(row + s % d.S, h));
           }
           Near("attention call", answer[h], sum / mass, 2e-5 * size / mass + 1e-30);
         }
@@ -211,6 +214,12 @@ void CheckAttentionCalls(xla::ffi::ThreadPool& pool) {
     CheckAttention(team, {{2, 1, 8, 2, 40, 20, 1, 2, 1000}, type, {1, 0}, {999, 300}, {1, 1}, 0});
     CheckAttention(team, {{2, 3, 8, 2, 40, 0, 1, 2, 700}, type, {1, 0}, {650, 10}, {3, 2}, 300});
     CheckAttention(team, {{1, 2, 4, 4, 3, 1, 1, 1, 9}, type, {0}, {0}, {0}, 0});
+    // Rings: as short as may be, one whose end a chunk crosses, blocks, and spans of positions.
+    CheckAttention(team, {{1, 1, 2, 1, 5, 2, 1, 1, 1}, type, {0}, {9}, {1}, 1});
+    CheckAttention(team, {{3, 4, 6, 2, 12, 6, 2, 4, 30}, type, {2, 0, 3}, {58, 1000, 0}, {4, 4, 0}, 27});
+    CheckAttention(team, {{1, 70, 6, 3, 33, 16, 2, 2, 90}, type, {1}, {200}, {70}, 21});
+    CheckAttention(team, {{2, 3, 8, 2, 40, 0, 1, 2, 400}, type, {1, 0}, {798, 10}, {3, 2}, 300});
+    CheckAttention(team, {{1, 2, 12, 1, 8, 4, 1, 1, 301}, type, {0}, {600}, {2}, 300});
   }
 }
 
@@ -220,4 +229,5 @@ void CheckCalls(int64_t threads) {
   xla::ffi::ThreadPool pool(threads);
   CheckLinearCalls(pool);
   CheckAttentionCalls(pool);
+  CheckNormsAndExperts(pool);
 }

@@ -10,6 +10,7 @@
 #include <random>
 
 #include "ops.h"
+#include "parallel.h"
 
 constexpr double kUnit = 1.0 / (1 << 24);
 inline std::mt19937 generator(20240229);
@@ -93,6 +94,8 @@ constexpr precast::Format kFormats[] = {precast::Format::kFloat32, precast::Form
 double GateOf(precast::Gate gate, double x);
 
 void CheckLinearOps(const precast::Ops& ops);
+
+void CheckNormsAndExperts(xla::ffi::ThreadPool& pool);
 
 // Whole calls, with the instruction set in use, on a pool of so many threads.
 void CheckCalls(int64_t threads);

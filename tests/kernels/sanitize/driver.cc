@@ -46,17 +46,19 @@ struct Stored {
 
 double CapOf(double score, float cap) { return cap > 0 ? cap * std::tanh(score / cap) : score; }
 
-// `tokens` of a call from `token` on, against positions [from, to); the cache ends with the last token's position.
+// `tokens` of a call from `token` on, against positions [from, to); the cache ends with the last token's position, or,
+// with a window, is a ring.
 void CheckAttention(const Ops& ops, const Case& c) {
   const int64_t N = c.group + Between(0, 2), rows = c.tokens * c.group, filled = c.start + c.token + c.tokens;
   const float scale = 0.3f;
   // Of the last token, only the heads of the group are there.
   Floats q = Floats::Normal((c.token + c.tokens - 1) * N * c.H + c.group * c.H);
   Floats cos = Floats::Normal((c.token + c.tokens) * c.P), sin = Floats::Normal((c.token + c.tokens) * c.P);
-  Stored keys(ops, c.type, filled, c.H), values(ops, c.type, filled, c.H);
+  const int64_t places = c.window > 0 ? Between(c.window + c.tokens - 1, c.window + c.tokens + 40) : filled;
+  Stored keys(ops, c.type, places, c.H), values(ops, c.type, places, c.H);
   Floats out(rows * c.H), peak(rows), mass(rows), scratch(AttentionScratch(rows, c.H));
   ops.attention({q.get(), N * c.H, cos.get(), sin.get(), c.P, c.type, keys.bytes.get(), values.bytes.get(),
-                 keys.Scales(), values.Scales(), c.group, c.H, c.start, c.window, scale, c.cap},
+                 keys.Scales(), values.Scales(), c.group, c.H, places, c.start, c.window, scale, c.cap},
                 {c.token, c.tokens, c.from, c.to}, {out.get(), peak.get(), mass.get()}, scratch.get());
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = c.token + r / c.group, last = c.start + t + 1, end = c.to < last ? c.to : last;
@@ -73,8 +75,8 @@ void CheckAttention(const Ops& ops, const Case& c) {
     auto score = [&](int64_t s) {
       double dot = 0, size = 0;
       for (int64_t h = 0; h < c.H; ++h) {
-        dot += rotated(h, false) * keys.At(s, h, c.H) * scale;
-        size += rotated(h, true) * std::fabs(keys.At(s, h, c.H)) * scale;
+        dot += rotated(h, false) * keys.At(s % places, h, c.H) * scale;
+        size += rotated(h, true) * std::fabs(keys.At(s % places, h, c.H)) * scale;
       }
       bound = std::fmax(bound, size * (static_cast<double>(c.H) / 4 + 16) * kUnit);
       return CapOf(dot, c.cap);
@@ -96,7 +98,7 @@ void CheckAttention(const Ops& ops, const Case& c) {
     for (int64_t h = 0; h < c.H; ++h) {
       double answer = 0, size = 0;
       for (int64_t s = from; s < end; ++s) {
-        const double term = weights[static_cast<size_t>(s - from)] * values.At(s, h, c.H);
+        const double term = weights[static_cast<size_t>(s - from)] * values.At(s % places, h, c.H);
         answer += term;
         size += std::fabs(term);
       }
@@ -158,7 +160,7 @@ void CheckExp(const Ops& ops, float x, int64_t positions, int64_t at) {
   for (int64_t s = 0; s < positions; ++s) keys[s] = s ? x : 0.0f, values[s] = s == at ? 1.0f : 0.0f;
   q[0] = 1.0f;
   ops.attention({q.get(), 1, nullptr, nullptr, 0, CacheType::kFloat32, keys.get(), values.get(), nullptr, nullptr, 1, 1,
-                 positions - 1, 0, 1.0f, 0.0f},
+                 positions, positions - 1, 0, 1.0f, 0.0f},
                 {0, 1, 0, positions}, {out.get(), peak.get(), mass.get()}, scratch.get());
   const double expected = x < -87.0f ? 0.0 : std::exp(static_cast<double>(x));
   const double ulp = std::ldexp(1.0, std::ilogb(std::fmax(expected, 1e-37)) - 23);

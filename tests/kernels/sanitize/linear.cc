@@ -119,15 +119,20 @@ void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64
   }
 }
 
-void CheckNormalize(const Ops& ops, int64_t n) {
-  Floats x = Floats::Normal(n), weight = Floats::Normal(n), y(n);
-  ops.linear.normalize(x.get(), weight.get(), 1e-3f, n, y.get());
-  double squares = 0;
-  for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(x[i]) * x[i];
+// Root mean square normalisation; with a bias, of numbers less their mean.
+void CheckNormalize(const Ops& ops, int64_t n, bool biased) {
+  Floats x = Floats::Normal(n), weight = Floats::Normal(n), bias = Floats::Normal(n), y(n);
+  ops.linear.normalize(x.get(), weight.get(), biased ? bias.get() : nullptr, 1e-3f, n, y.get());
+  double squares = 0, mean = 0, size = 0;
+  for (int64_t i = 0; i < n; ++i) mean += static_cast<double>(x[i]) / static_cast<double>(n), size += std::fabs(x[i]);
+  if (!biased) mean = 0;
+  for (int64_t i = 0; i < n; ++i) squares += (x[i] - mean) * (x[i] - mean);
   const double scale = 1 / std::sqrt(squares / static_cast<double>(n) + static_cast<double>(1e-3f));
-  for (int64_t i = 0; i < n; ++i)
-    Near("normed", y[i], x[i] * scale * weight[i],
-         std::fabs(x[i] * scale * weight[i]) * (static_cast<double>(n) / 4 + 16) * kUnit);
+  for (int64_t i = 0; i < n; ++i) {
+    const double terms = std::fabs(x[i] - mean) + (biased ? std::fabs(x[i]) + size : 0);
+    Near("normed", y[i], (x[i] - mean) * scale * weight[i] + (biased ? bias[i] : 0),
+         (terms * scale * std::fabs(weight[i]) + (biased ? std::fabs(bias[i]) : 0)) * (static_cast<double>(n) / 4 + 16) * kUnit);
+  }
 }
 
 void CheckAddAndGate(const Ops& ops, int64_t n) {
@@ -136,16 +141,17 @@ void CheckAddAndGate(const Ops& ops, int64_t n) {
   ops.linear.add(a.get(), n, y.get());
   for (int64_t i = 0; i < n; ++i) Near("added", y[i], before[i] + a[i], 0);
   for (Gate gate : {Gate::kSilu, Gate::kGeluTanh})
-    for (float scale : {1e-30f, 1.0f, 12.0f, 300.0f}) {
-      for (int64_t i = 0; i < n; ++i) y[i] = before[i] * scale;
-      ops.linear.gate(gate, a.get(), n, y.get());
-      for (int64_t i = 0; i < n; ++i) {
-        const double x = before[i] * scale, expected = GateOf(gate, x) * a[i];
-        // GELU's exponent is a polynomial, whose rounding counts as often as it is large.
-        const double exponent = gate == Gate::kSilu ? std::fabs(x) : 2 * std::fabs(x + 0.05 * x * x * x);
-        Near("gated", y[i], expected, std::fabs(expected) * (exponent * 8 + 40) * kUnit + 1e-33);
+    for (bool alone : {false, true})
+      for (float scale : {1e-30f, 1.0f, 12.0f, 300.0f}) {
+        for (int64_t i = 0; i < n; ++i) y[i] = before[i] * scale;
+        ops.linear.gate(gate, alone ? nullptr : a.get(), n, y.get());
+        for (int64_t i = 0; i < n; ++i) {
+          const double x = before[i] * scale, expected = GateOf(gate, x) * (alone ? 1.0f : a[i]);
+          // GELU's exponent is a polynomial, whose rounding counts as often as it is large.
+          const double exponent = gate == Gate::kSilu ? std::fabs(x) : 2 * std::fabs(x + 0.05 * x * x * x);
+          Near("gated", y[i], expected, std::fabs(expected) * (exponent * 8 + 40) * kUnit + 1e-33);
+        }
       }
-    }
 }
 
 // Rows that are not finite or next to nothing, in vectors and in what is left of them.
@@ -173,9 +179,9 @@ void CheckLinearOps(const Ops& ops) {
     for (int64_t rows = 1; rows <= kFewRows; ++rows) CheckProduct(ops, format, rows, 70, 33, 2, false);
   }
   for (int64_t n = 1; n <= 70; ++n) {
-    CheckNormalize(ops, n);
+    for (bool biased : {false, true}) CheckNormalize(ops, n, biased);
     CheckAddAndGate(ops, n);
   }
-  CheckNormalize(ops, 1537);
+  for (bool biased : {false, true}) CheckNormalize(ops, 1537, biased);
   CheckOddRows(ops);
 }

@@ -1,0 +1,254 @@
+"""RoPE parameters that are missing, unknown, unusable or contradicting: refused by name."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from precast.exporter.models.config import ConfigReader
+from precast.exporter.models.rope import read_rope, read_rope_by_layer_type
+from precast.loaders.artifact.errors import PrecastError
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 2.0],
+    "long_factor": [4.0, 5.0],
+    "original_max_position_embeddings": 16,
+}
+
+
+def _read(keys: Mapping[str, Any], head_dim: int, options: Mapping[str, Any]) -> None:
+    reader = ConfigReader(keys, "config.json")
+    read_rope(reader, head_dim, 64, **options)
+    reader.finish()
+
+
+def _read_layered(keys: Mapping[str, Any]) -> None:
+    reader = ConfigReader(keys, "config.json")
+    thetas = {"full_attention": 1e6, "sliding_attention": 1e4}
+    read_rope_by_layer_type(reader, 4, 64, default_thetas=thetas)
+    reader.finish()
+
+
+def _refusal(keys: Mapping[str, Any], head_dim: int = 8, **options: Any) -> str:
+    with pytest.raises(PrecastError) as caught:
+        _read(keys, head_dim, options)
+    return str(caught.value)
+
+
+KNOWN = "expected one of default, dynamic, linear, llama3, longrope, yarn."
+
+
+@pytest.mark.parametrize("table", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rope_type": "proportional"}, f": RoPE type 'proportional' is not supported; {KNOWN}"),
+        ({"type": "su"}, f": RoPE type 'su' is not supported; {KNOWN}"),
+        ({"rope_type": 3}, f": RoPE type '3' is not supported; {KNOWN}"),
+        ({"rope_type": "yarn", "type": "linear"}, ": rope_type and type disagree: linear and yarn."),
+        ({"rope_theta": 0}, ": 'rope_theta' is 0, expected a number above 0."),
+        ({"rope_theta": float("nan")}, ": 'rope_theta' is nan, expected a number above 0."),
+        ({"partial_rotary_factor": 0.5}, ": partial_rotary_factor other than 1 is not supported."),
+        ({**DYNAMIC, "factor": None}, " rope parameters: key 'factor' is missing."),
+        ({**DYNAMIC, "factor": -1}, " rope parameters: 'factor' is -1, expected a number above 0."),
+        ({**LINEAR, "factor": math.inf}, " rope parameters: 'factor' is inf, expected a number above 0."),
+        ({**YARN, "factor": None}, " rope parameters: key 'factor' is missing."),
+        ({**YARN, "factor": "4"}, " rope parameters: 'factor' is '4', expected a number above 0."),
+        ({**YARN, "beta_fast": 0}, " rope parameters: 'beta_fast' is 0, expected a number above 0."),
+        ({**YARN, "beta_slow": True}, " rope parameters: 'beta_slow' is True, expected a number above 0."),
+        (
+            {**YARN, "beta_slow": 33},
+            " rope parameters: expected beta_fast not below beta_slow, found 32.0 and 33.",
+        ),
+        ({**YARN, "truncate": "no"}, " rope parameters: 'truncate' is 'no', expected true or false."),
+        ({**YARN, "mscale": 0}, " rope parameters: 'mscale' is 0, expected a number above 0."),
+        (
+            {**YARN, "mscale_all_dim": -1.0},
+            " rope parameters: 'mscale_all_dim' is -1.0, expected a number above 0.",
+        ),
+        (
+            {**YARN, "attention_factor": 0.0},
+            " rope parameters: 'attention_factor' is 0.0, expected a number above 0.",
+        ),
+        (
+            {**YARN, "rope_theta": 1.0},
+            " rope parameters: 'rope_theta' is 1.0, expected a number above 1 for yarn.",
+        ),
+        (
+            {**YARN, "original_max_position_embeddings": 1024.0},
+            " rope parameters: 'original_max_position_embeddings' is 1024.0, expected a whole number above 0.",
+        ),
+        (
+            {**LONGROPE, "original_max_position_embeddings": 1},
+            " rope parameters: 'original_max_position_embeddings' is 1, expected a whole number above 1.",
+        ),
+        ({**YARN, "short_factor": [1.0]}, " rope parameters: 'short_factor' may change the model's maths"),
+        ({**LONGROPE, "short_mscale": 1.1}, " rope parameters: 'short_mscale' may change the model's maths"),
+        ({**LONGROPE, "short_factor": None}, " rope parameters: key 'short_factor' is missing."),
+        ({**LONGROPE, "long_factor": None}, " rope parameters: key 'long_factor' is missing."),
+        (
+            {**LONGROPE, "long_factor": 4.0},
+            " rope parameters: 'long_factor' is 4.0, expected a list of numbers above 0.",
+        ),
+        (
+            {**LONGROPE, "long_factor": [4.0, "5"]},
+            " rope parameters: 'long_factor' is [4.0, '5'], expected a list of numbers above 0.",
+        ),
+        (
+            {**LONGROPE, "short_factor": [0.0, 1.0]},
+            " rope parameters: 'short_factor' is [0.0, 1.0], expected a list of numbers above 0.",
+        ),
+        (
+            {**LONGROPE, "short_factor": [1.0, 2.0, 3.0]},
+            " rope parameters: 'short_factor' has 3 numbers, expected 2, one for each pair turned.",
+        ),
+        (
+            {**LONGROPE, "long_factor": []},
+            " rope parameters: 'long_factor' has 0 numbers, expected 2, one for each pair turned.",
+        ),
+        ({**LONGROPE, "factor": 0.0}, " rope parameters: 'factor' is 0.0, expected a number above 0."),
+        (
+            {**LONGROPE, "attention_factor": "1"},
+            " rope parameters: 'attention_factor' is '1', expected a number above 0.",
+        ),
+        (
+            {**LLAMA3, "original_max_position_embeddings": None},
+            " rope parameters: key 'original_max_position_embeddings' is missing.",
+        ),
+        (
+            {**LLAMA3, "high_freq_factor": 1.0},
+            " rope parameters: expected high_freq_factor above low_freq_factor, found 1.0 and 1.0.",
+        ),
+        ({**LLAMA3, "truncate": True}, " rope parameters: 'truncate' may change the model's maths"),
+    ],
+)
+def test_parameters_that_are_refused(table: str, parameters: Mapping[str, Any], message: str) -> None:
+    assert _refusal({table: parameters}, head_dim=4).startswith(f"config.json{message}")
+
+
+@pytest.mark.parametrize(
+    ("factor", "found"), [(0.0, "0.0"), (-0.5, "-0.5"), (1.5, "1.5"), (float("nan"), "nan"), (0.1, "0.1")]
+)
+def test_parts_of_a_head_that_are_refused(factor: float, found: str) -> None:
+    assert _refusal({"partial_rotary_factor": factor}, partial=True) == (
+        f"config.json: 'partial_rotary_factor' is {found}, expected a number above 0 and not above 1 that leaves"
+        " something of a head of 8 dimensions."
+    )
+
+
+def test_parts_of_a_head_that_disagree() -> None:
+    keys = {"partial_rotary_factor": 1.0, "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}
+    assert _refusal(keys, partial=True) == (
+        "config.json: partial_rotary_factor is 0.5 and 1.0; remove the one that is wrong."
+    )
+    assert _refusal(keys) == "config.json: partial_rotary_factor other than 1 is not supported."
+
+
+@pytest.mark.parametrize("scaling", [{**LLAMA3, "original_max_position_embeddings": 32}, YARN, LONGROPE])
+@pytest.mark.parametrize("outside", [{"original_max_position_embeddings": 48}, {}])
+def test_original_positions_that_disagree(scaling: Mapping[str, Any], outside: Mapping[str, int]) -> None:
+    """transformers would take the ones outside, which a model may have by default."""
+    inside = scaling["original_max_position_embeddings"]
+    found = _refusal({"rope_scaling": scaling, **outside}, head_dim=4, original_positions=48)
+    assert found == (
+        f"config.json rope parameters: original_max_position_embeddings is {inside} here and 48 for the model; correct"
+        " the one that is wrong."
+    )
+
+
+@pytest.mark.parametrize(
+    ("newer", "older", "key"),
+    [
+        ({"rope_theta": 1e6}, {**LINEAR}, "rope_theta"),
+        ({"rope_type": "default"}, LINEAR, "rope_type"),
+        ({"rope_type": "yarn", "factor": 4.0}, {"type": "yarn", "factor": 2.0}, "factor"),
+        (LONGROPE, {**LONGROPE, "long_factor": [4.0, 6.0]}, "long_factor"),
+        ({**YARN, "truncate": False}, YARN, "truncate"),
+        ({**LINEAR, "partial_rotary_factor": 0.5}, LINEAR, "partial_rotary_factor"),
+    ],
+)
+def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[str, Any], key: str) -> None:
+    """transformers would drop the newer one without a word."""
+    found = _refusal({"rope_parameters": newer, "rope_scaling": older}, head_dim=4, partial=True)
+    assert found == (
+        f"config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the one that is wrong."
+    )
+
+
+# --- layer types, each with its own -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            ": rope_parameters has 'rope_theta', 'rope_type', expected a table for each of",
+        ),
+        (
+            {"rope_parameters": {"chunked_attention": LINEAR}},
+            (
+                ": rope_parameters has 'chunked_attention', expected a table for each of full_attention,"
+                " sliding_attention and nothing else."
+            ),
+        ),
+        (
+            {"rope_parameters": {"full_attention": 3}},
+            " full_attention: 'rope_parameters' is 3, expected a table",
+        ),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
+            " sliding_attention rope parameters: key 'factor' is missing.",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "proportional"}}},
+            " full_attention: RoPE type 'proportional' is not supported",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {**YARN, "truncate": False}}},
+            " full_attention: 'truncate' is False, expected True, because transformers",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {**LINEAR, "partial_rotary_factor": 0.5}}},
+            " full_attention: partial_rotary_factor other than 1 is not supported.",
+        ),
+        (
+            {"rope_scaling": {**LINEAR, "factor": 4.0}, "rope_parameters": {"full_attention": LINEAR}},
+            " full_attention: rope_parameters and rope_scaling disagree about 'factor'",
+        ),
+        (
+            {"rope_scaling": {**YARN, "truncate": False}},
+            " full_attention: 'truncate' is False, expected True, because transformers ignores it for a layer type.",
+        ),
+        ({"rope_theta": "1e6"}, " full_attention: 'rope_theta' is '1e6', expected a number."),
+        (
+            {"rope_local_base_freq": 0},
+            " sliding_attention: 'rope_local_base_freq' is 0, expected a number above 0.",
+        ),
+        ({"partial_rotary_factor": 0.5}, ": 'partial_rotary_factor' may change the model's maths"),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 1024},
+            ": 'original_max_position_embeddings' may change the model's maths",
+        ),
+        (
+            {"rope_scaling": {"full_attention": LINEAR}},
+            " full_attention rope parameters: 'full_attention' may change",
+        ),
+    ],
+)
+def test_layer_types_that_are_refused(keys: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(PrecastError) as caught:
+        _read_layered(keys)
+    assert str(caught.value).startswith(f"config.json{message}")
