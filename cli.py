@@ -236,9 +236,11 @@ def evaluate(
         _need_export("a reference that is no artifact")
         from precast.exporter.fidelity import open_reference
 
-        eval_console.run(artifact, request, lambda: open_reference(str(reference)), jax=True)
+        eval_console.run(
+            artifact, request, lambda capacity: open_reference(str(reference), capacity), jax=True
+        )
     else:
-        eval_console.run(artifact, request, lambda: eval_console.open_artifact(reference), jax=False)
+        eval_console.run(artifact, request, lambda _: eval_console.open_artifact(reference), jax=False)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from precast.loaders.sampling import SamplingParams
 from precast.loaders.tokenizer import Tokenizer
 
 from . import fidelity, golden, model_card
-from .devices import on_cpu
+from .devices import available_memory, on_cpu
 from .models import ModelSpec, read_model
 from .models.parameters import Parameter
 from .programs import CACHE_TYPES, TABLES, Geometry, StoredModel, build_programs, cache_arrays, stored_model
@@ -105,6 +105,7 @@ def export(
     """
     spec = read_model(source.config, source.name)
     geometry = _geometry(options, spec)
+    spec = spec.within(geometry.capacity)
     stored = stored_model(spec, options.weights)
     parameters = stored.parameters
     plan = plan_weights(spec.adapted(source), parameters, tied=spec.config.tied_embeddings)
@@ -130,8 +131,14 @@ def export(
         with jax.default_matmul_precision("highest"):  # for the reference; the programs are compiled already
             _record_golden(folder, manifest, stored, digest)
         if not _is_exact(manifest):
-            progress.stage("measuring fidelity to the float32 model")
-            manifest = _with_fidelity(folder, manifest, spec, source)
+            needed, free = fidelity.bytes_needed(spec), available_memory()
+            if free is not None and needed > free:
+                progress.stage(
+                    f"leaving fidelity out: the float32 model takes {needed >> 20} MiB of memory, {free >> 20} are free"
+                )
+            else:
+                progress.stage("measuring fidelity to the float32 model")
+                manifest = _with_fidelity(folder, manifest, spec, source)
         return _finish(folder, manifest, digest)
 
 
@@ -334,15 +341,22 @@ def _record_golden(folder: Path, manifest: Manifest, stored: StoredModel, digest
     _finish(folder, manifest, digest)
     # The loaded model is gone before the reference maps the weights again: they are in memory once at a time.
     # Compiling is for exports of StableHLO alone; an executable, where there is one, comes first.
-    if _is_exact(manifest):
-        tie = golden.TIE
-    else:
-        tie = golden.INT4_TIE if manifest.model.weights == "int4" else golden.REDUCED_TIE
     given = golden.answers(loading.load(folder, compile=True, log=lambda _: None))
     cases = golden.check(
-        given, stored, manifest.cache[0].dtype, tie, map_weights(folder / WEIGHTS_FILE), manifest.name
+        given,
+        stored,
+        manifest.cache[0].dtype,
+        _tie(manifest),
+        map_weights(folder / WEIGHTS_FILE),
+        manifest.name,
     )
     (folder / GOLDEN_FILE).write_bytes(golden.to_json(cases))
+
+
+def _tie(manifest: Manifest) -> float:
+    if _is_exact(manifest):
+        return golden.TIE
+    return golden.INT4_TIE if manifest.model.weights == "int4" else golden.REDUCED_TIE
 
 
 def _is_exact(manifest: Manifest) -> bool:

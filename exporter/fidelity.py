@@ -64,10 +64,15 @@ class Reference:
         self._width = max(self._width, len(window))
         padded = np.zeros(self._width, np.int32)
         padded[: len(window)] = window
-        tables = (t[:, : self._width] for t in self._spec.tables(self._exported or self._width))
+        tables = (self._fitted(t) for t in self._spec.tables(self._exported or len(window)))
         with _precisely():
             rows = np.asarray(self._forward(padded, *tables, *self._weights))  # [W, V]
         yield from rows[first : len(window) - 1]
+
+    def _fitted(self, table: np.ndarray) -> np.ndarray:
+        """A table ``[Z, S, P]`` for as many positions as the program takes; what is behind a window means nothing."""
+        missing = max(0, self._width - table.shape[1])
+        return np.pad(table, ((0, 0), (0, missing), (0, 0)))[:, : self._width]
 
 
 @contextmanager
@@ -95,8 +100,13 @@ def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
     return arrays
 
 
-def open_reference(path: str) -> Reference:
-    """The reference for what `path` names: a Hugging Face directory or a .gguf file.
+def bytes_needed(spec: ModelSpec) -> int:
+    """Memory that measuring takes: the float32 model."""
+    return 4 * sum(p.size for p in abstract_model(spec).parameters)
+
+
+def open_reference(path: str, exported: int | None = None) -> Reference:
+    """The reference for what `path` names: a Hugging Face directory or a .gguf file; `exported` as of `Reference`.
 
     Raises:
         PrecastError: when it cannot be read or is not supported.
@@ -115,6 +125,7 @@ def open_reference(path: str) -> Reference:
         weights=read_weights(source, spec),
         tokenizer=tokenizer,
         capacity=spec.config.max_positions,
+        exported=exported,
     )
 
 

@@ -303,7 +303,9 @@ def _flops(c: DecoderConfig, capacity: int, *, tokens: int, rows: int) -> int:
     """Multiplications and additions of a call: the compiler cannot count those inside kernels."""
     attention_width = c.heads * c.head_dim
     experts = 1 if c.mixture is None else c.mixture.chosen
-    fed = 3 * c.width * c.ff_width * experts + (0 if c.mixture is None else c.width * c.mixture.experts)
+    fed = (3 if c.gated else 2) * c.width * c.ff_width * experts + (
+        0 if c.mixture is None else c.width * c.mixture.experts
+    )
     projections = c.width * (2 * attention_width + 2 * c.kv_heads * c.head_dim) + fed
     seen = sum(min(window, capacity) if window else capacity for window in c.layer_windows)
     scores = 2 * attention_width * seen

@@ -147,6 +147,8 @@ def _checked_objects(values: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(variables, Mapping):
+        raise PrecastError(f"Chat: expected variables to be an object, found {type(variables).__name__}.")
     for name in variables:
         if name in _TAKEN:
             raise PrecastError(

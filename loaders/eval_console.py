@@ -54,14 +54,14 @@ def open_artifact(path: Path) -> "Scorer":
 
 
 def run(
-    artifact: Path, request: Request, open_reference: "Callable[[], Scorer] | None", *, jax: bool
+    artifact: Path, request: Request, open_reference: "Callable[[int], Scorer] | None", *, jax: bool
 ) -> None:
     """Measures the artifact and prints what was found on standard output.
 
     Args:
         artifact: as for `load`.
         request: what to measure.
-        open_reference: makes the reference; None for perplexity alone.
+        open_reference: makes the reference, given the artifact's capacity; None for perplexity alone.
         jax: whether the reference needs it; where it does not, nothing in this process may import it.
 
     Raises:
@@ -78,7 +78,7 @@ def run(
 
         block_jax()
     scorer = open_artifact(artifact)
-    reference = None if open_reference is None else open_reference()
+    reference = None if open_reference is None else open_reference(scorer.capacity)
     window = e.check_window(request.window, [scorer] if reference is None else [scorer, reference])
     if reference is not None:
         e.check_same_tokens(text, scorer, reference)

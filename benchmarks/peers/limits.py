@@ -24,9 +24,9 @@ def weight_bytes(manifest: Mapping) -> int:
 
 
 def cache_bytes(manifest: Mapping, filled: float) -> float:
-    """Bytes of a cache with `filled` positions."""
+    """Bytes that a step reads of a cache with `filled` positions."""
     positions = ((array, array["shape"][array["axes"].index("S")]) for array in manifest["cache"])
-    return sum(array["bytes"] / size * min(filled, size) for array, size in positions)
+    return sum(array["bytes"] / size * min(filled, array.get("window") or size) for array, size in positions)
 
 
 def decode_share(manifest: Mapping, step_s: float, filled: float, bytes_per_s: float) -> float:

@@ -96,6 +96,11 @@ class ModelSpec:
         cos, sin = zip(*(rope.tables(capacity) for rope in self.ropes), strict=True)
         return np.stack(cos), np.stack(sin)
 
+    def within(self, capacity: int) -> "ModelSpec":
+        """The model for so many positions: a window that is no smaller is none."""
+        windows = tuple(w if w < capacity else 0 for w in self.config.windows)
+        return replace(self, config=replace(self.config, windows=windows))
+
     def adapted(self, source: Source) -> Source:
         """The source with its tensors under the module's names.
 

@@ -31,6 +31,7 @@ class DecoderConfig:
     Attributes:
         qk_norm: whether q and k are normed: "" not, "head" each head by itself, "all" their heads together.
         activation: of the MLP: "silu" or "gelu_tanh".
+        gated: whether the activation is a gate of another product.
         attention_scale: what scores are multiplied by; by default 1 / sqrt(H).
         attention_cap: if not 0, scores s become ``cap · tanh(s / cap)``.
         windows: of each layer, how many positions a token sees; 0 for all. Empty for all of every layer.
@@ -57,6 +58,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: str = ""
     activation: str = "silu"
+    gated: bool = True
     attention_scale: float | None = None
     attention_cap: float = 0.0
     windows: tuple[int, ...] = ()

@@ -50,6 +50,7 @@ def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
         activation=config.take_choice("activation_function", ACTIVATIONS, "gelu_new"),
         attention_scale=None if config.take_bool("scale_attn_weights", True) else 1.0,
         learned_positions=True,
+        gated=False,
     )
     return shape, (no_rope(shape.head_dim),)
 

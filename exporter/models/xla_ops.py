@@ -209,21 +209,33 @@ def _attention(
     rows: Rows,
     how: Attending,
 ) -> tuple[Array, Cache]:
-    q, k = rotate(q, rotary), rotate(k, rotary)
-    tokens, size = q.shape[1], cache.keys.shape[3]
+    cache = _append(cache, layer, rows, rotate(k, rotary), v)
+    return _attend_to(cache, layer, rows, rotate(q, rotary), how), cache
+
+
+def _append(
+    cache: Cache, layer: Array, rows: Rows, k: Array, v: Array, written: bool | Array = True
+) -> Cache:
+    """The cache with keys and values ``[R, T, K, H]`` at their places, or as it was where `written` is false."""
+    tokens, size = k.shape[1], cache.keys.shape[3]
     step = jnp.arange(tokens, dtype=jnp.int32)
     positions = rows.starts[:, None] + step  # [R, T]
     # Padding goes to a place that does not exist, and is dropped there.
-    places = jnp.where(step < rows.lengths[:, None], positions % size, size)
+    places = jnp.where((step < rows.lengths[:, None]) & written, positions % size, size)
     index = (layer, rows.slots[:, None], slice(None), places)
-    new = _stored(cache, k, v)
-    pairs = zip(cache.arrays(), new.arrays(), strict=True)
-    cache = Cache.of([old.at[index].set(added, mode="drop") for old, added in pairs])
+    pairs = zip(cache.arrays(), _stored(cache, k, v).arrays(), strict=True)
+    return Cache.of([old.at[index].set(added, mode="drop") for old, added in pairs])
+
+
+def _attend_to(cache: Cache, layer: Array, rows: Rows, q: Array, how: Attending) -> Array:
+    """Attention of turned queries ``[R, T, N, H]`` to what a cache holds."""
+    positions = rows.starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)  # [R, T]
+    size = cache.keys.shape[3]
     # The newest position that can stand at each place; below 0 there is none yet.
     last = (rows.starts + rows.lengths - 1)[:, None]  # [R, 1]
     held = last - (last - jnp.arange(size, dtype=jnp.int32)) % size  # [R, S]
     keys, values = _loaded(cache, layer, rows.slots)
-    return softmax_attention(q, keys, values, sees(positions, held, how.window), how), cache
+    return softmax_attention(q, keys, values, sees(positions, held, how.window), how)
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
@@ -249,15 +261,27 @@ def at_layer(ropes: Sequence[int], layer: Array, rotary: Rotary) -> Rotary:
     return Rotary(rotary.cos[which], rotary.sin[which])
 
 
+# Attention of one layer with the cache that is its:
+# (stack, layer, caches, (q, k, v, rotary, rows)) -> (out, caches).
+_Given = tuple[Array, Array, Array, Rotary, Rows]
+_Attend = Callable[[Stack, Array, Caches, _Given], tuple[Array, Caches]]
+
+
 def looped(
-    ops: Callable[[], Ops],
+    ops: Callable[[], Ops], attend_one: _Attend | None = None
 ) -> Callable[[Stack, Array, Rotary, Caches, Rows, Array], tuple[Array, Caches]]:
-    """Layers as a loop of XLA's around a target's other operations, which `ops` returns."""
+    """Layers as a loop of XLA's around a target's other operations, which `ops` returns.
+
+    Args:
+        attend_one: attention of a layer where layers have several caches; None for the target's own, of which XLA
+            copies the caches.
+    """
 
     def layers(
         stack: Stack, x: Array, rotary: Rotary, caches: Caches, rows: Rows, used: Array
     ) -> tuple[Array, Caches]:
         target = ops()
+        one = partial(_attend, target) if attend_one is None or len(caches) == 1 else attend_one
 
         def body(index: Array, carry: tuple[Array, Caches]) -> tuple[Array, Caches]:
             x, caches = carry
@@ -266,7 +290,7 @@ def looped(
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal caches
-                out, caches = _attend(stack, target, layer, caches, (q, k, v, rotary, rows))
+                out, caches = one(stack, layer, caches, (q, k, v, rotary, rows))
                 return out
 
             return stack.layer(x, layer_calls(target, layer, used, attend)), caches
@@ -276,24 +300,45 @@ def looped(
     return layers
 
 
-def _attend(
-    stack: Stack, target: Ops, layer: Array, caches: Caches, given: tuple[Array, Array, Array, Rotary, Rows]
-) -> tuple[Array, Caches]:
-    """Attention of one layer with the cache that is its."""
+def _group_and_place(stack: Stack, layer: Array) -> tuple[Array, Array]:
+    """Which cache is a layer's, and which layer of that cache it is."""
+    groups, places = zip(*stack.places, strict=True)
+    return jnp.asarray(groups, jnp.int32)[layer], jnp.asarray(places, jnp.int32)[layer]
+
+
+def _attend(target: Ops, stack: Stack, layer: Array, caches: Caches, given: _Given) -> tuple[Array, Caches]:
     q, k, v, rotary, rows = given
     turned = at_layer(stack.ropes, layer, rotary)
-    groups, places = zip(*stack.places, strict=True)
-    place = layer if len(caches) == 1 else jnp.asarray(places, jnp.int32)[layer]
+    group, place = (None, layer) if len(caches) == 1 else _group_and_place(stack, layer)
 
-    def run(group: int, caches: Caches) -> tuple[Array, Caches]:
-        out, cache = target.attention(q, k, v, turned, caches[group], place, rows, stack.attending(group))
-        return out, (*caches[:group], cache, *caches[group + 1 :])
+    def run(number: int, caches: Caches) -> tuple[Array, Caches]:
+        out, cache = target.attention(q, k, v, turned, caches[number], place, rows, stack.attending(number))
+        return out, (*caches[:number], cache, *caches[number + 1 :])
 
-    if len(caches) == 1:
+    if group is None:
         return run(0, caches)
-    branches = [partial(run, group) for group in range(len(caches))]
-    result: tuple[Array, Caches] = jax.lax.switch(jnp.asarray(groups, jnp.int32)[layer], branches, caches)
+    result: tuple[Array, Caches] = jax.lax.switch(
+        group, [partial(run, number) for number in range(len(caches))], caches
+    )
     return result
+
+
+def _attend_in_place(stack: Stack, layer: Array, caches: Caches, given: _Given) -> tuple[Array, Caches]:
+    """Writes to every cache, to those of other layers nowhere: what a switch gave back, XLA would copy whole."""
+    q, k, v, rotary, rows = given
+    turned = at_layer(stack.ropes, layer, rotary)
+    q, k = rotate(q, turned), rotate(k, turned)
+    group, place = _group_and_place(stack, layer)
+    caches = tuple(
+        _append(cache, jnp.minimum(place, len(cache.keys) - 1), rows, k, v, group == number)
+        for number, cache in enumerate(caches)
+    )
+
+    def read(number: int, caches: Caches) -> Array:
+        return _attend_to(caches[number], place, rows, q, stack.attending(number))
+
+    out: Array = jax.lax.switch(group, [partial(read, number) for number in range(len(caches))], caches)
+    return out, caches
 
 
 XLA_OPS: Ops = Ops(
@@ -302,6 +347,6 @@ XLA_OPS: Ops = Ops(
     experts=_experts,
     embed=_embed,
     attention=_attention,
-    layers=looped(lambda: XLA_OPS),
+    layers=looped(lambda: XLA_OPS, _attend_in_place),
     empty_cache=_empty_cache,
 )

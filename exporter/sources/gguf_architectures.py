@@ -6,6 +6,7 @@ https://github.com/ggml-org/llama.cpp/tree/master/conversion.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import nextafter
 
 from .gguf_metadata import MetadataReader
 
@@ -154,7 +155,9 @@ def _phi3(reader: MetadataReader, _: Shapes) -> Config:
         "original_max_position_embeddings": reader.integer("rope.scaling.original_context_length", context),
     }
     if (rotated := reader.integer("rope.dimension_count", head_dim)) != head_dim:
-        config["partial_rotary_factor"] = rotated / head_dim
+        # The next float up, where the quotient times H comes out below the whole number it came from.
+        part = rotated / head_dim
+        config["partial_rotary_factor"] = part if int(part * head_dim) == rotated else nextafter(part, 1.0)
     return config
 
 

@@ -16,6 +16,8 @@ _FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth", ".zip"
 # Neither pickles nor Python code are ever fetched.
 _PATTERNS = (
     "config.json",
+    "hf_quant_config.json",
+    "adapter_config.json",
     "generation_config.json",
     "model.safetensors",
     "model-*.safetensors",

@@ -81,7 +81,7 @@ ffi::Error AttentionHandler(ffi::ThreadPool pool, Floats4 q, Floats4 k, Floats4 
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastAttentionV2, AttentionHandler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastAttentionV2, Guard<AttentionHandler>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats4>()

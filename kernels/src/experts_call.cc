@@ -1,5 +1,5 @@
-// Runs a mixture expert by expert, each with all the rows that chose it, in ascending order: a row's sum then does not
-// depend on who else is in the call, but for int4 weights, which take fewer bits of many rows.
+// Runs a mixture expert by expert, each with all the rows that chose it, in ascending order: a row's sum then depends on
+// who else is in the call by rounding alone (of int4 weights that of activations, which have fewer bits in many rows).
 #include "experts_call.h"
 
 #include <algorithm>

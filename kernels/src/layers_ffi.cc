@@ -20,6 +20,9 @@ using Scalar = ffi::BufferR0<ffi::S32>;
 using Floats2 = ffi::BufferR2<ffi::F32>;
 using Floats4 = ffi::BufferR4<ffi::F32>;
 
+// Numbers of all values together; far more than memory holds, and far less than an integer does.
+constexpr int64_t kMostNumbers = int64_t{1} << 42;
+
 // The distinct windows, ascending: each has a cache.
 std::vector<int64_t> Distinct(Integers windows) {
   std::vector<int64_t> distinct(windows.begin(), windows.end());
@@ -41,7 +44,7 @@ std::vector<LayerPlace> Places(Integers windows, Integers ropes, const std::vect
 }
 
 ffi::Error CheckLayers(Integers heads, Integers windows, Integers ropes, int64_t tables) {
-  if (heads.size() != 3 || heads[0] < 1 || heads[1] < 1 || heads[2] < 0 || heads[0] % heads[1] != 0)
+  if (heads.size() != 3 || heads[0] < 1 || heads[1] < 1 || heads[2] < 1 || heads[0] % heads[1] != 0)
     return Bad("layers: expected heads to be N, K and H, N a multiple of K");
   if (windows.size() == 0 || windows.size() != ropes.size())
     return Bad("layers: expected a window and a rotary table for each layer, found " + std::to_string(windows.size()) +
@@ -134,6 +137,10 @@ ffi::Error LayersHandler(ffi::ThreadPool pool, Floats2 x, Scalar true_rows, Floa
                        0, rows[0], rows[1], rows[2], nullptr, 0.0f, 0.0f, 0};
   Parser({steps, outs, numbers}, operands, program).Parse();
   if (operands.error().failure()) return operands.error();
+  int64_t width = 0;
+  for (const Value& value : program.values)
+    if (value.width > kMostNumbers || (width += value.width) > kMostNumbers / std::max<int64_t>(all, 1))
+      return Bad("layers: " + std::to_string(all) + " rows of values this wide are more than any machine holds");
   Team team(pool);
   RunLayers(team, program, all, x.typed_data(), y->typed_data());
   return ffi::Error::Success();
@@ -141,7 +148,7 @@ ffi::Error LayersHandler(ffi::ThreadPool pool, Floats2 x, Scalar true_rows, Floa
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastLayersV2, LayersHandler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastLayersV2, Guard<LayersHandler>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats2>()

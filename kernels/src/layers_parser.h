@@ -120,7 +120,8 @@ class Parser {
     const AttentionShape& d = program_.attention.d;
     for (int i = 1; i <= 3; ++i) {
       if (!Known(code[i])) return;
-      if (Width(code[i]) != (i == 1 ? d.N : d.K) * d.H) return Fail("attention of values that are not heads wide");
+      // Divided, not multiplied: a number of heads out of an attribute may be anything.
+      if (Width(code[i]) % d.H != 0 || Width(code[i]) / d.H != (i == 1 ? d.N : d.K)) return Fail("attention of values that are not heads wide");
     }
     for (const CacheGroup& group : program_.groups)
       if (const std::string wrong = CheckAttention(AttentionWith(program_.attention, group, step)); !wrong.empty())

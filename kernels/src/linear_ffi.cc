@@ -116,7 +116,7 @@ ffi::Error EmbedHandler(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> tokens, ff
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastEmbedV1, EmbedHandler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastEmbedV1, Guard<EmbedHandler>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR1<ffi::S32>>()
@@ -124,7 +124,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastEmbedV1, EmbedHandler,
                                   .Ret<ffi::BufferR2<ffi::F32>>()
                                   .Attr<int64_t>("vocab"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastLinearV1, LinearHandler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastLinearV1, Guard<LinearHandler>::Call,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()

@@ -348,6 +348,11 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
         sizes = {"B": manifest.slots, "L": len(array.layers)}
         _expect(place, "slots and layers", sizes, {axis: named.get(axis) for axis in sizes})
         _expect(place, "bytes", prod(array.shape) * DTYPE_BYTES.get(array.dtype, 0), array.bytes)
+        _expect(place, "layers in their order", tuple(sorted(set(array.layers))), array.layers)
+    kinds = {array.name.rpartition(".")[2] for array in manifest.cache}
+    for kind in sorted(kinds):
+        held = sorted(i for a in manifest.cache if a.name.rpartition(".")[2] == kind for i in a.layers)
+        _expect(f"{where}: caches of {kind}", "layers", list(range(manifest.model.layers)), held)
 
 
 def _check_target(manifest: Manifest, target: Target, where: str) -> None:
