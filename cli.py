@@ -72,10 +72,8 @@ def main() -> None:
 )
 @click.option(
     "--buckets",
-    default="64,128,512",
-    show_default=True,
     callback=_numbers,
-    help="Prompt lengths to compile prefill for.",
+    help="Prompt lengths to compile prefill for; default 64,128,512 as far as the context goes.",
 )
 @click.option(
     "--context", type=int, help="Positions a sequence may have; default 2048 or the model's own limit."
@@ -96,7 +94,7 @@ def main() -> None:
 def export(
     source: str | None,
     output: Path | None,
-    buckets: tuple[int, ...],
+    buckets: tuple[int, ...] | None,
     context: int | None,
     slots: int,
     weights: str,

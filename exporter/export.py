@@ -52,7 +52,8 @@ class ExportOptions:
     """What to make of a source.
 
     Attributes:
-        buckets: prompt lengths to compile a prefill program for, ascending.
+        buckets: prompt lengths to compile a prefill program for, ascending; None for those of `DEFAULT_BUCKETS` that
+            the context holds.
         context: S, positions of a slot; None for the model's own limit, but not above `DEFAULT_CONTEXT`.
         slots: B, sequences decoded together.
         weights: how weights are stored: a key of `FORMATS`.
@@ -61,7 +62,7 @@ class ExportOptions:
         overwrite: replace an artifact that is there already.
     """
 
-    buckets: tuple[int, ...] = (64, 128, 512)
+    buckets: tuple[int, ...] | None = None
     context: int | None = None
     slots: int = 1
     weights: str = "int8"
@@ -71,6 +72,7 @@ class ExportOptions:
 
 
 DEFAULT_CONTEXT = 2048
+DEFAULT_BUCKETS = (64, 128, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +114,9 @@ def export(
     _check_tokenizer(source, spec)
     sampling = _sampling(source)
     created = _today()
-    if left_out := plan.left_out():
-        progress.stage(left_out)
+    for remark in (plan.left_out(), _far_rope(spec, geometry.capacity)):
+        if remark is not None:
+            progress.stage(remark)
     with files.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("exporting compiles for"):
         progress.stage("writing weights")
         digest = _write_weights(folder, stored, geometry, plan, progress)
@@ -142,6 +145,17 @@ def export(
         return _finish(folder, manifest, digest)
 
 
+def _far_rope(spec: ModelSpec, capacity: int) -> str | None:
+    """What a user may not expect of RoPE whose frequencies depend on the length; None where there is nothing."""
+    near = [rope.reach for rope in spec.ropes if rope.reach is not None and rope.reach < capacity]
+    if not near:
+        return None
+    return (
+        f"this model's RoPE has other frequencies beyond {min(near)} positions: the artifact takes them for every"
+        f" prompt (transformers decides by the length at hand); --context {min(near)} keeps the nearer ones"
+    )
+
+
 def _geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
     limit = spec.config.max_positions
     context = min(DEFAULT_CONTEXT, limit) if options.context is None else options.context
@@ -150,16 +164,17 @@ def _geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
         raise PrecastError(
             f"--context: {context} is not possible, expected 2 to {limit} (the model's own limit)."
         )
-    for bucket in options.buckets:
+    buckets = options.buckets
+    if buckets is None:
+        buckets = tuple(b for b in DEFAULT_BUCKETS if b <= context) or (context,)
+    for bucket in buckets:
         if bucket > context:
             raise PrecastError(
                 f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
             )
     # Reduced weights err more than a cache of half the bytes does; full ones are for who wants every digit.
     cache = options.cache or ("float32" if options.weights == "float32" else "bfloat16")
-    return Geometry(
-        capacity=context, slots=options.slots, buckets=tuple(sorted(options.buckets)), cache=cache
-    )
+    return Geometry(capacity=context, slots=options.slots, buckets=tuple(sorted(buckets)), cache=cache)
 
 
 def check_options(options: ExportOptions) -> None:
@@ -178,7 +193,8 @@ def check_options(options: ExportOptions) -> None:
     if not 1 <= options.slots <= 256:
         raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to 256.")
     _check_targets(options.targets)
-    _check_buckets(options.buckets)
+    if options.buckets is not None:
+        _check_buckets(options.buckets)
 
 
 def _check_buckets(buckets: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.export import ExportOptions, export
+from precast.exporter.export import DEFAULT_BUCKETS, ExportOptions, export
 from precast.exporter.models import read_model
 from precast.exporter.models.parameters import abstract_model
 from precast.exporter.programs import TABLES
@@ -27,7 +27,7 @@ from precast.loaders.sampling import SamplingParams
 REFERENCE = Path(__file__).parent / "reference"
 RECORD = json.loads((REFERENCE / "demo.json").read_text(encoding="utf-8"))
 CASES: list[dict[str, Any]] = RECORD["cases"]
-BUCKETS = ExportOptions().buckets
+BUCKETS = DEFAULT_BUCKETS
 MARGIN = 1e-3
 
 

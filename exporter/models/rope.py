@@ -143,10 +143,10 @@ def _parameters(config: ConfigReader) -> dict[str, object]:
 
 def _kind(where: str, parameters: ConfigReader, types: Mapping[str, str]) -> str:
     """Which of `SCALINGS` the parameters are for."""
-    names = {str(value) for key in ("rope_type", "type") if (value := parameters.take(key)) is not None}
-    if len(names) > 1:
-        raise PrecastError(f"{where}: rope_type and type disagree: {' and '.join(sorted(names))}.")
-    name = names.pop() if names else "default"
+    said = [str(value) for key in ("rope_type", "type") if (value := parameters.take(key)) is not None]
+    if len(set(said)) > 1:
+        raise PrecastError(f"{where}: rope_type and type disagree: {' and '.join(said)}.")
+    name = said[0] if said else "default"
     if name not in types:
         raise PrecastError(
             f"{where}: RoPE type {name!r} is not supported; expected one of {', '.join(sorted(types))}."

@@ -69,13 +69,13 @@ def read_mixture(config: ConfigReader, *, experts: int, chosen: int, renormalise
         PrecastError: for numbers that do not go together.
     """
     names = ("num_experts", "num_local_experts")  # transformers takes one for the other
-    found = {config.take_size(name) for name in names if config.peek(name) is not None} or {experts}
-    if len(found) > 1:
+    found = [config.take_size(name) for name in names if config.peek(name) is not None] or [experts]
+    if len(set(found)) > 1:
         raise PrecastError(
-            f"{config.where}: {' and '.join(names)} disagree: {' and '.join(map(str, sorted(found)))}."
+            f"{config.where}: {' and '.join(names)} disagree: {' and '.join(map(str, found))}."
         )
     mixture = Mixture(
-        experts=found.pop(),
+        experts=found[0],
         chosen=config.take_size("num_experts_per_tok", chosen),
         renormalised=renormalised,
     )

@@ -212,7 +212,7 @@ def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
         ({"rope_type": "longrope"}, " rope parameters: key 'short_factor' is missing."),
         (
             {"rope_type": "linear", "type": "dynamic", "factor": 2.0},
-            ": rope_type and type disagree: dynamic and linear.",
+            ": rope_type and type disagree: linear and dynamic.",
         ),
         ({"rope_type": "linear"}, " rope parameters: key 'factor' is missing."),
         ({"rope_type": "linear", "factor": 0}, " rope parameters: 'factor' is 0, expected a number above 0."),

@@ -4,13 +4,15 @@ import errno
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from precast.exporter import export as exporting
-from precast.exporter.export import ExportOptions, Progress, export
+from precast.exporter.export import ExportOptions, Progress, _far_rope, _geometry, export
+from precast.exporter.models import read_model
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.load import load, read_manifest
 from precast.loaders.sampling import SamplingParams
@@ -142,6 +144,27 @@ def test_progress_is_told(tmp_path, tiny_source):
 
 
 # --- options ------------------------------------------------------------------------------------------------
+
+
+def test_buckets_are_by_default_those_that_fit(tmp_path, tiny_source):
+    options = ExportOptions(weights="float32", targets=("cpu",))
+    short = replace(options, context=40)
+    assert export(tiny_source(), tmp_path / "short", short).buckets == (40,)
+    assert _geometry(options, longrope(limit=600)).buckets == (64, 128, 512)
+    assert _geometry(options, longrope(limit=200)).buckets == (64, 128)
+
+
+def longrope(limit):
+    """A model whose RoPE changes beyond 96 positions."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"vocab_size": 9, "max_position_embeddings": limit, "original_max_position_embeddings": 96}
+    return read_model({"model_type": "phi3", **config, "rope_scaling": scaling}, "config.json")
+
+
+def test_rope_that_depends_on_the_context_is_told():
+    assert _far_rope(longrope(limit=600), 96) is None
+    assert "other frequencies beyond 96 positions" in _far_rope(longrope(limit=600), 97)
 
 
 def test_buckets_are_sorted_and_the_context_is_the_model_s(tmp_path, tiny_source):

@@ -57,7 +57,7 @@ KNOWN = "expected one of default, dynamic, linear, llama3, longrope, yarn."
         ({"rope_type": "proportional"}, f": RoPE type 'proportional' is not supported; {KNOWN}"),
         ({"type": "su"}, f": RoPE type 'su' is not supported; {KNOWN}"),
         ({"rope_type": 3}, f": RoPE type '3' is not supported; {KNOWN}"),
-        ({"rope_type": "yarn", "type": "linear"}, ": rope_type and type disagree: linear and yarn."),
+        ({"rope_type": "yarn", "type": "linear"}, ": rope_type and type disagree: yarn and linear."),
         ({"rope_theta": 0}, ": 'rope_theta' is 0, expected a number above 0."),
         ({"rope_theta": float("nan")}, ": 'rope_theta' is nan, expected a number above 0."),
         ({"partial_rotary_factor": 0.5}, ": partial_rotary_factor other than 1 is not supported."),
