@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 
@@ -27,13 +26,3 @@ def on_cpu(what: str) -> Iterator[None]:
         ) from None
     with jax.default_device(cpu):
         yield
-
-
-def available_memory() -> int | None:
-    """Bytes that this machine can give away without swapping; None where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0][1]) * 1024 if found else None

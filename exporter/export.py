@@ -33,7 +33,7 @@ from precast.loaders.sampling import SamplingParams
 from precast.loaders.tokenizer import Tokenizer
 
 from . import fidelity, golden, model_card
-from .devices import available_memory, on_cpu
+from .devices import on_cpu
 from .models import ModelSpec, read_model
 from .models.parameters import Parameter
 from .programs import CACHE_TYPES, TABLES, Geometry, StoredModel, build_programs, cache_arrays, stored_model
@@ -134,14 +134,8 @@ def export(
         with jax.default_matmul_precision("highest"):  # for the reference; the programs are compiled already
             _record_golden(folder, manifest, stored, digest)
         if not _is_exact(manifest):
-            needed, free = fidelity.bytes_needed(spec), available_memory()
-            if free is not None and needed > free:
-                progress.stage(
-                    f"leaving fidelity out: the float32 model takes {needed >> 20} MiB of memory, {free >> 20} are free"
-                )
-            else:
-                progress.stage("measuring fidelity to the float32 model")
-                manifest = _with_fidelity(folder, manifest, spec, source)
+            progress.stage("measuring fidelity to the float32 model")
+            manifest = _with_fidelity(folder, manifest, spec, source)
         return _finish(folder, manifest, digest)
 
 

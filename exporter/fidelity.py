@@ -15,6 +15,7 @@ from precast.loaders.generate import Model
 from precast.loaders.tokenizer import Tokenizer
 
 from .devices import on_cpu
+from .layerwise import LayerwiseReference
 from .models import ModelSpec, read_model
 from .models.parameters import abstract_model
 from .sources import open_source
@@ -100,11 +101,6 @@ def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
     return arrays
 
 
-def bytes_needed(spec: ModelSpec) -> int:
-    """Memory that measuring takes: the float32 model."""
-    return 4 * sum(p.size for p in abstract_model(spec).parameters)
-
-
 def open_reference(path: str, exported: int | None = None) -> Reference:
     """The reference for what `path` names: a Hugging Face directory or a .gguf file; `exported` as of `Reference`.
 
@@ -142,7 +138,7 @@ def measure(
     Args:
         model: the artifact, loaded.
         spec: of the model.
-        source: whose own tensors are the reference. They are read into one float32 copy, which is gone afterwards.
+        source: whose own tensors are the reference, read layer by layer for every window.
         weights: float32 arrays by parameter name, where they are at hand already; then the source is not read.
         report: called with predictions scored and predictions in all.
 
@@ -158,14 +154,16 @@ def measure(
     windows = evaluate.cut(evaluate.tokenize(model.tokenizer, text), TOKENS, window)
     if window < evaluate.SMALLEST_WINDOW or not windows:
         return None
-    reference = Reference(
-        name=f"{source.name} in float32",
-        spec=spec,
-        weights=read_weights(source, spec) if weights is None else weights,
-        tokenizer=model.tokenizer,
-        capacity=artifact.capacity,
-        exported=artifact.capacity,
-    )
+    name, tokenizer, capacity = f"{source.name} in float32", model.tokenizer, artifact.capacity
+    reference: evaluate.Scorer
+    if weights is None:
+        reference = LayerwiseReference(
+            name=name, spec=spec, source=source, tokenizer=tokenizer, capacity=capacity, precisely=_precisely
+        )
+    else:
+        reference = Reference(
+            name=name, spec=spec, weights=weights, tokenizer=tokenizer, capacity=capacity, exported=capacity
+        )
     scores = evaluate.evaluate(artifact, windows, reference, report)
     return _fidelity(evaluate.SHIPPED_TEXT.name, scores)
 

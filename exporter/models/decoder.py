@@ -132,23 +132,40 @@ class Decoder(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
         shape = (len(cos), b, t, cos.shape[2])
         rotary = Rotary(*(jnp.broadcast_to(table[:, None, :t], shape) for table in (cos, sin)))
-        how = Attending(scale=stack.scale, soft_cap=stack.soft_cap)
         windows = jnp.asarray(stack.windows, jnp.int32)
 
         def layer(index: Array, x: Array) -> Array:
-            turned = at_layer(stack.ropes, index, rotary)
-
-            def attend(q: Array, k: Array, v: Array) -> Array:
-                kept = (as_cached(a, cached) for a in (rotate(k, turned), v))
-                k, v = (jnp.swapaxes(a, 1, 2) for a in kept)  # [B, K, T, H]
-                return softmax_attention(
-                    rotate(q, turned), k, v, sees(positions, positions, windows[index]), how
-                )
-
-            return stack.layer(x, layer_calls(XLA_OPS, index, jnp.int32(b * t), attend))
+            return self.forward_layer(x, at_layer(stack.ropes, index, rotary), windows[index], index, cached)
 
         x = jax.lax.fori_loop(0, stack.layers, layer, self.embed(tokens, positions, XLA_OPS))  # [B, T, D]
         return self.logits(x.reshape(b * t, -1), XLA_OPS).reshape(b, t, -1)
+
+    def forward_layer(
+        self, x: Array, rotary: Rotary, window: Array, layer: Array, cached: str = "float32"
+    ) -> Array:
+        """One layer of the reference.
+
+        Args:
+            x: ``[B, T, D]``, all positions from the first on.
+            rotary: of this layer, ``[B, T, P]``.
+            window: of this layer; 0 for none.
+            layer: whose weights are taken.
+            cached: as of `forward`.
+
+        Returns:
+            ``[B, T, D]``.
+        """
+        b, t, _ = x.shape
+        stack = self.stack()
+        positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+        how = Attending(scale=stack.scale, soft_cap=stack.soft_cap)
+
+        def attend(q: Array, k: Array, v: Array) -> Array:
+            kept = (as_cached(a, cached) for a in (rotate(k, rotary), v))
+            k, v = (jnp.swapaxes(a, 1, 2) for a in kept)  # [B, K, T, H]
+            return softmax_attention(rotate(q, rotary), k, v, sees(positions, positions, window), how)
+
+        return stack.layer(x, layer_calls(XLA_OPS, layer, jnp.int32(b * t), attend))
 
     def step(
         self, tokens: Array, rows: Rows, cos: Array, sin: Array, caches: Caches, ops: Ops
