@@ -26,3 +26,10 @@ def on_cpu(what: str) -> Iterator[None]:
         ) from None
     with jax.default_device(cpu):
         yield
+
+
+@contextmanager
+def precisely() -> Iterator[None]:
+    """On the CPU, whatever else JAX finds here, and with products that are float32 throughout."""
+    with on_cpu("the reference runs on"), jax.default_matmul_precision("highest"):
+        yield

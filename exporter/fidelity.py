@@ -1,7 +1,6 @@
 """How far an artifact's predictions are from those of the float32 model it was made from."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,16 @@ from jax import Array
 
 from precast.loaders import evaluate
 from precast.loaders.artifact.manifest import Fidelity
-from precast.loaders.artifact.weights import aligned_zeros
 from precast.loaders.generate import Model
 from precast.loaders.tokenizer import Tokenizer
 
-from .devices import on_cpu
+from .devices import precisely
 from .layerwise import LayerwiseReference
 from .models import ModelSpec, read_model
 from .models.parameters import abstract_model
 from .sources import open_source
 from .sources.base import Source
-from .weights import plan_weights
+from .weights import plan_weights, read_floats
 
 # What an export measures: two windows of 512, or more of a smaller capacity.
 TOKENS = 1024
@@ -56,7 +54,7 @@ class Reference:
         self._forward = jax.jit(
             lambda tokens, cos, sin, *arrays: model.bind(arrays).forward(tokens[None], cos, sin)[0]
         )
-        with _precisely():
+        with precisely():
             self._weights: list[Array] = [jnp.from_dlpack(weights[p.name]) for p in model.parameters]
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
@@ -66,7 +64,7 @@ class Reference:
         padded = np.zeros(self._width, np.int32)
         padded[: len(window)] = window
         tables = (self._fitted(t) for t in self._spec.tables(self._exported or len(window)))
-        with _precisely():
+        with precisely():
             rows = np.asarray(self._forward(padded, *tables, *self._weights))  # [W, V]
         yield from rows[first : len(window) - 1]
 
@@ -74,13 +72,6 @@ class Reference:
         """A table ``[Z, S, P]`` for as many positions as the program takes; what is behind a window means nothing."""
         missing = max(0, self._width - table.shape[1])
         return np.pad(table, ((0, 0), (0, missing), (0, 0)))[:, : self._width]
-
-
-@contextmanager
-def _precisely() -> Iterator[None]:
-    """On the CPU, whatever else JAX finds here, and with products that are float32 throughout."""
-    with on_cpu("the reference runs on"), jax.default_matmul_precision("highest"):
-        yield
 
 
 def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
@@ -91,14 +82,7 @@ def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
     """
     parameters = abstract_model(spec).parameters
     plan = plan_weights(spec.adapted(source), parameters, tied=spec.config.tied_embeddings)
-    arrays = {}
-    for parameter in parameters:
-        array = aligned_zeros(parameter.shape, np.dtype(np.float32))
-        places = array.reshape(len(parameter.sources), *parameter.source_shape)
-        for place, name in zip(places, parameter.sources, strict=True):
-            place[...] = plan.tensors[name].read()
-        arrays[parameter.name] = array
-    return arrays
+    return {p.name: read_floats(plan.tensors, p, p.sources, p.shape) for p in parameters}
 
 
 def open_reference(path: str, exported: int | None = None) -> Reference:
@@ -158,7 +142,7 @@ def measure(
     reference: evaluate.Scorer
     if weights is None:
         reference = LayerwiseReference(
-            name=name, spec=spec, source=source, tokenizer=tokenizer, capacity=capacity, precisely=_precisely
+            name=name, spec=spec, source=source, tokenizer=tokenizer, capacity=capacity
         )
     else:
         reference = Reference(

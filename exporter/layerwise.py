@@ -1,7 +1,6 @@
 """The reference one layer at a time, for models whose float32 copy would not fit beside everything else."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import jax
@@ -9,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from precast.loaders.artifact.weights import aligned_zeros
 from precast.loaders.tokenizer import Tokenizer
 
+from .devices import precisely
 from .models import ModelSpec
 from .models.decoder import Decoder
 from .models.ops import Rotary
 from .models.parameters import LAYERS, Parameter, abstract_model
 from .models.xla_ops import XLA_OPS
 from .sources.base import Source, SourceTensor
-from .weights import plan_weights
+from .weights import plan_weights, read_floats
 
 
 class LayerwiseReference:
@@ -32,7 +31,6 @@ class LayerwiseReference:
         source: of its tensors.
         tokenizer: of the model.
         capacity: positions that a window may have, and of the artifact that it is held against.
-        precisely: what the computation runs within.
 
     Raises:
         PrecastError: when the tensors do not fit the model.
@@ -46,14 +44,13 @@ class LayerwiseReference:
         source: Source,
         tokenizer: Tokenizer,
         capacity: int,
-        precisely: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.name, self.tokenizer, self.capacity, self.vocab = name, tokenizer, capacity, spec.config.vocab
         c = spec.config
         parameters = abstract_model(spec).parameters
         plan = plan_weights(spec.adapted(source), parameters, tied=c.tied_embeddings)
         self._tensors: Mapping[str, SourceTensor] = plan.tensors
-        self._spec, self._parameters, self._precisely = spec, parameters, precisely
+        self._spec, self._parameters = spec, parameters
         self._one = abstract_model(replace(spec, config=replace(c, layers=1, windows=(), ropes=())))
         self._layer = jax.jit(self._run_layer)
         self._ends = jax.jit(lambda x, *arrays: self._bound(arrays).logits(x, XLA_OPS))
@@ -62,12 +59,12 @@ class LayerwiseReference:
         c = self._spec.config
         cos, sin = (table[:, None, : len(window)] for table in self._spec.tables(self.capacity))
         tokens = np.array([window], np.int32)
-        with self._precisely():
+        with precisely():
             x = self._bound(self._read("model.embed_")).embed(
                 jnp.asarray(tokens), jnp.arange(len(window))[None], XLA_OPS
             )
             for i, (seen, rope) in enumerate(zip(c.layer_windows, c.layer_ropes, strict=True)):
-                x = self._layer(x, cos[rope], sin[rope], np.int32(seen), *self._read(LAYERS, i))
+                x = self._layer(x, cos[rope], sin[rope], np.int32(seen), *self._read(LAYERS, layer=i))
             rows = np.asarray(self._ends(x[0], *self._read("model.norm", "lm_head", "model.embed_tokens")))
         yield from rows[first : len(window) - 1]
 
@@ -77,10 +74,8 @@ class LayerwiseReference:
     def _bound(self, arrays: Sequence[Array]) -> Decoder:
         return self._one.bind(arrays)
 
-    def _read(self, *wanted: str | int) -> list[Array]:
-        """An array for every parameter of one layer and what is around it; of those not wanted a single zero."""
-        prefixes = tuple(w for w in wanted if isinstance(w, str))
-        layer = next((w for w in wanted if isinstance(w, int)), 0)
+    def _read(self, *prefixes: str, layer: int = 0) -> list[Array]:
+        """An array for every parameter of a layer and of what is around it; of those not asked for a single zero."""
         return [
             jnp.from_dlpack(self._array(p, layer))
             if p.name.startswith(prefixes)
@@ -89,19 +84,8 @@ class LayerwiseReference:
         ]
 
     def _array(self, parameter: Parameter, layer: int) -> np.ndarray:
-        names: tuple[str, ...] = parameter.sources
-        if parameter.name.startswith(LAYERS):
-            each = len(names) // self._spec.config.layers
-            names = names[layer * each : (layer + 1) * each]
-        shape = (
-            parameter.source_shape
-            if len(parameter.source_shape) == len(parameter.shape)
-            else (
-                len(names),
-                *parameter.source_shape,
-            )
-        )
-        array = aligned_zeros(shape, np.dtype(np.float32))
-        for place, name in zip(array.reshape(len(names), *parameter.source_shape), names, strict=True):
-            place[...] = self._tensors[name].read()
-        return array
+        if not parameter.name.startswith(LAYERS):
+            return read_floats(self._tensors, parameter, parameter.sources, parameter.shape)
+        each = len(parameter.sources) // self._spec.config.layers
+        names = parameter.sources[layer * each : (layer + 1) * each]
+        return read_floats(self._tensors, parameter, names, (each, *parameter.source_shape))

@@ -9,7 +9,7 @@ from typing import NoReturn
 import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.weights import TensorSpec, write_weights
+from precast.loaders.artifact.weights import TensorSpec, aligned_zeros, write_weights
 
 from .models.parameters import Parameter, unknown_sources
 from .quantize import FORMATS, Format
@@ -64,6 +64,16 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
             f"{f' (nor do {len(unknown) - 1} more)' if len(unknown) > 1 else ''}; config and weights do not fit."
         )
     return WeightPlan(parameters=parameters, tensors=source.tensors, ignored=ignored)
+
+
+def read_floats(
+    tensors: Mapping[str, SourceTensor], parameter: Parameter, sources: Sequence[str], shape: tuple[int, ...]
+) -> np.ndarray:
+    """Some of a parameter's sources in float32, one behind the other in an array that XLA takes over as it lies."""
+    array = aligned_zeros(shape, np.dtype(np.float32))
+    for place, name in zip(array.reshape(len(sources), *parameter.source_shape), sources, strict=True):
+        place[...] = tensors[name].read()
+    return array
 
 
 def _check_tied(source: Source) -> None:
