@@ -45,7 +45,17 @@ def gather(manifest: Manifest) -> dict[str, Any]:
 
 
 def _target(manifest: Manifest, target: Target) -> dict[str, Any]:
-    plain = ("name", "runtime", "platform", "machine", "jaxlib", "cpu_features", "kernel_abi", "kernels")
+    plain = (
+        "name",
+        "runtime",
+        "platform",
+        "device",
+        "machine",
+        "jaxlib",
+        "cpu_features",
+        "kernel_abi",
+        "kernels",
+    )
     facts = {key: getattr(target, key) for key in (*plain, "stablehlo_expires")}
     return facts | {"programs": [_program(manifest, program) for program in target.programs]}
 

@@ -107,7 +107,7 @@ def _to_stderr(message: str) -> None:
 
 def _needed(manifest: Manifest, target: Target) -> set[str]:
     """Files that are read whole: programs, tokenizer, template."""
-    programs = {p.stablehlo if target.runtime == "stablehlo" else p.executable for p in target.programs}
+    programs = {target.file_of(p) for p in target.programs}
     return {
         n for n in (*programs, manifest.tokenizer.file, manifest.tokenizer.chat_template) if n is not None
     }
@@ -123,19 +123,12 @@ def _executables(
         )
     for program in target.programs:
         results = [pjrt.Result(value.shape, numpy_dtype(value.dtype)) for value in program.results]
+        name = target.file_of(program)
+        assert name is not None  # the manifest has been checked for that
+        make = client.compile if target.runtime == "stablehlo" else client.load
         if target.runtime == "stablehlo":
             log(f"compiling {program.name} from StableHLO …")
-            executables[program.name] = client.compile(
-                contents[program.stablehlo], results, str(root / program.stablehlo)
-            )
-        elif program.executable is not None:
-            executables[program.name] = client.load(
-                contents[program.executable], results, str(root / program.executable)
-            )
-        else:
-            raise PrecastError(
-                f"{root}: target {target.name!r} has no executable of program {program.name!r}."
-            )
+        executables[program.name] = make(contents[name], results, str(root / name))
     return executables
 
 

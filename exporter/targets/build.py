@@ -82,6 +82,7 @@ def build_target(
         name=_target_name(kind, features),
         runtime=kind.runtime,
         platform="cpu",
+        device="any",
         machine=processor_family() if compiled else "any",
         jaxlib=jaxlib_version if compiled else "any",
         cpu_features=features,

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import PrecastError
 from .record import from_json, parse_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -25,8 +25,8 @@ DTYPE_BYTES: Mapping[str, int] = {
     "uint8": 1,
 }
 _MAX_SLOTS = 1 << 16
-# How a target is executed: deserialised, or compiled on request.
-RUNTIMES = ("pjrt", "stablehlo")
+# How a target is executed: deserialised, compiled on request, or by TensorFlow.
+RUNTIMES = ("pjrt", "stablehlo", "savedmodel")
 
 _Shape = tuple[int, ...]
 
@@ -74,8 +74,8 @@ class Program:
         name: "cache", "prefill_64", …, "decode".
         kind: "cache" (makes an empty cache), "prefill" or "decode".
         tokens: T of a prefill bucket; 1 for decode; 0 for cache.
-        executable: file of the serialised executable; None where the target has StableHLO alone.
-        stablehlo: file of the StableHLO portable artifact.
+        executable: file of the serialised executable; None where the target has none.
+        stablehlo: file of the StableHLO portable artifact; None where the target has none. Targets may share it.
         arguments: in the order the executable takes them.
         results: in the order it returns them.
         flops: multiplications and additions of the matrix products and of attention over the whole capacity.
@@ -86,7 +86,7 @@ class Program:
     kind: str
     tokens: int
     executable: str | None
-    stablehlo: str
+    stablehlo: str | None
     arguments: tuple[Value, ...]
     results: tuple[Value, ...]
     flops: int
@@ -99,8 +99,10 @@ class Target:
 
     Attributes:
         name: unique in the artifact ("cpu-x86_64-avx2", "portable").
-        runtime: how it is executed: "pjrt" (deserialised) or "stablehlo" (compiled on request).
-        platform: XLA's name ("cpu").
+        runtime: how it is executed: "pjrt" (deserialised), "stablehlo" (compiled on request) or "savedmodel" (by
+            TensorFlow).
+        platform: XLA's name ("cpu", "cuda"); "any" where the program does not depend on it.
+        device: kind of device, as its driver names it; "any" where every device of the platform will do.
         machine: processor family ("x86_64", "aarch64"); "any" for StableHLO.
         jaxlib: the version that compiled it, and the only one that loads it; "any" for StableHLO.
         cpu_features: every feature that the build machine had and compiled code may use, in LLVM's names.
@@ -114,6 +116,7 @@ class Target:
     name: str
     runtime: str
     platform: str
+    device: str
     machine: str
     jaxlib: str
     cpu_features: tuple[str, ...]
@@ -125,6 +128,10 @@ class Target:
 
     def of_kind(self, kind: str) -> tuple[Program, ...]:
         return tuple(p for p in self.programs if p.kind == kind)
+
+    def file_of(self, program: Program) -> str | None:
+        """The file that this target's runtime reads of a program of its own."""
+        return program.stablehlo if self.runtime == "stablehlo" else program.executable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +373,10 @@ def _check_target(manifest: Manifest, target: Target, where: str) -> None:
     needed = [("cache", 0), ("decode", 1), *(("prefill", tokens) for tokens in manifest.buckets)]
     _expect(where, "kinds and lengths of its programs", needed, kinds)
     _expect(where, "names of its programs", len(kinds), len({p.name for p in target.programs}))
+    for program in target.programs:
+        if target.file_of(program) is None:
+            what = "StableHLO" if target.runtime == "stablehlo" else "executable"
+            raise PrecastError(f"{where}: program {program.name!r} has no {what}; export the model again.")
 
 
 def _signature(manifest: Manifest, program: Program) -> tuple[dict[str, _Shape], dict[str, _Shape]]:

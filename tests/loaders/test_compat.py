@@ -21,6 +21,7 @@ COMPILED = Target(
     name="cpu-x86_64-avx2",
     runtime="pjrt",
     platform="cpu",
+    device="any",
     machine="x86_64",
     jaxlib="0.10.1",
     cpu_features=("avx", "avx2"),

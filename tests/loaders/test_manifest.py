@@ -135,7 +135,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             ["targets", 0, "runtime"],
             "pickle",
-            "runtime 'pickle' is not known, expected one of pjrt, stablehlo.",
+            "runtime 'pickle' is not known, expected one of pjrt, stablehlo, savedmodel.",
         ),
         (["targets", 1, "name"], "TWIN", "targets of this name: expected 1, found 2"),
         ([*PROGRAM, 3], ..., "kinds and lengths of its programs: expected [('cache', 0), ('decode', 1)"),
