@@ -12,10 +12,10 @@ from precast.loaders.tokenizer import Tokenizer
 
 from .devices import precisely
 from .models import ModelSpec
-from .models.decoder import Decoder
 from .models.ops import Rotary
 from .models.parameters import LAYERS, Parameter, abstract_model
 from .models.xla_ops import XLA_OPS
+from .output_head import EMBEDDING, blockwise_logits, head_of
 from .sources.base import Source, SourceTensor
 from .weights import plan_weights, read_floats
 
@@ -51,35 +51,47 @@ class LayerwiseReference:
         plan = plan_weights(spec.adapted(source), parameters, tied=c.tied_embeddings)
         self._tensors: Mapping[str, SourceTensor] = plan.tensors
         self._spec, self._parameters = spec, parameters
-        self._one = abstract_model(replace(spec, config=replace(c, layers=1, windows=(), ropes=())))
+        self._one = replace(spec, config=replace(c, layers=1, windows=(), ropes=()))
+        self._bound = abstract_model(self._one).bind
         self._layer = jax.jit(self._run_layer)
-        self._ends = jax.jit(lambda x, *arrays: self._bound(arrays).logits(x, XLA_OPS))
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
         c = self._spec.config
         cos, sin = (table[:, None, : len(window)] for table in self._spec.tables(self.capacity))
-        tokens = np.array([window], np.int32)
         with precisely():
-            x = self._bound(self._read("model.embed_")).embed(
-                jnp.asarray(tokens), jnp.arange(len(window))[None], XLA_OPS
-            )
+            x = self._embedded(window)
             for i, (seen, rope) in enumerate(zip(c.layer_windows, c.layer_ropes, strict=True)):
-                x = self._layer(x, cos[rope], sin[rope], np.int32(seen), *self._read(LAYERS, layer=i))
-            rows = np.asarray(self._ends(x[0], *self._read("model.norm", "lm_head", "model.embed_tokens")))
-        yield from rows[first : len(window) - 1]
+                arrays = map(jnp.from_dlpack, self._read(LAYERS, layer=i))
+                # Waited for, so that no two layers' weights are in memory.
+                x = self._layer(x, cos[rope], sin[rope], np.int32(seen), *arrays).block_until_ready()
+            ends = self._read("model.norm", head_of(self._spec))
+            yield from blockwise_logits(
+                self._one,
+                lambda spec: abstract_model(spec).bind,
+                x[0, first : len(window) - 1],
+                dict(zip((p.name for p in self._parameters), ends, strict=True)),
+                packed=False,
+            )
+
+    def _embedded(self, window: Sequence[int]) -> Array:
+        """What the first layer is given, ``[1, T, D]``. Of the embedding only the window's rows become JAX's."""
+        used, tokens = np.unique(np.array(window), return_inverse=True)
+        arrays = [
+            array[used] if p.name == EMBEDDING else array
+            for p, array in zip(self._parameters, self._read("model.embed_"), strict=True)
+        ]
+        module = self._bound([*map(jnp.asarray, arrays)])
+        return module.embed(jnp.asarray(tokens[None], jnp.int32), jnp.arange(len(window))[None], XLA_OPS)
 
     def _run_layer(self, x: Array, cos: Array, sin: Array, window: Array, *arrays: Array) -> Array:
         return self._bound(arrays).forward_layer(x, Rotary(cos, sin), window, jnp.int32(0))
 
-    def _bound(self, arrays: Sequence[Array]) -> Decoder:
-        return self._one.bind(arrays)
-
-    def _read(self, *prefixes: str, layer: int = 0) -> list[Array]:
+    def _read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
         """An array for every parameter of a layer and of what is around it; of those not asked for a single zero."""
         return [
-            jnp.from_dlpack(self._array(p, layer))
+            self._array(p, layer)
             if p.name.startswith(prefixes)
-            else jnp.zeros((1,) * len(p.shape))
+            else np.zeros((1,) * len(p.shape), np.float32)
             for p in self._parameters
         ]
 

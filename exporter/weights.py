@@ -9,7 +9,7 @@ from typing import NoReturn
 import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.weights import TensorSpec, aligned_zeros, write_weights
+from precast.loaders.artifact.weights import ALIGNMENT, TensorSpec, aligned_zeros, write_weights
 
 from .models.parameters import Parameter, unknown_sources
 from .quantize import FORMATS, Format
@@ -70,10 +70,21 @@ def read_floats(
     tensors: Mapping[str, SourceTensor], parameter: Parameter, sources: Sequence[str], shape: tuple[int, ...]
 ) -> np.ndarray:
     """Some of a parameter's sources in float32, one behind the other in an array that XLA takes over as it lies."""
+    if len(sources) == 1:
+        return _aligned(tensors[sources[0]].read()).reshape(shape)
     array = aligned_zeros(shape, np.dtype(np.float32))
     for place, name in zip(array.reshape(len(sources), *parameter.source_shape), sources, strict=True):
         place[...] = tensors[name].read()
     return array
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The array itself where XLA takes it over as it lies: a copy of an embedding may be the largest thing there is."""
+    if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    copy = aligned_zeros(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 def _check_tied(source: Source) -> None:

@@ -128,6 +128,12 @@ class Decoder(nnx.Module):
             Logits ``[B, T, V]`` float32.
         """
         b, t = tokens.shape
+        x = self.hidden(tokens, cos, sin, cached)
+        return self.logits(x.reshape(b * t, -1), XLA_OPS).reshape(b, t, -1)
+
+    def hidden(self, tokens: Array, cos: Array, sin: Array, cached: str = "float32") -> Array:
+        """What `forward` has before the final norm, ``[B, T, D]``."""
+        b, t = tokens.shape
         stack = self.stack()
         positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
         shape = (len(cos), b, t, cos.shape[2])
@@ -137,8 +143,7 @@ class Decoder(nnx.Module):
         def layer(index: Array, x: Array) -> Array:
             return self.forward_layer(x, at_layer(stack.ropes, index, rotary), windows[index], index, cached)
 
-        x = jax.lax.fori_loop(0, stack.layers, layer, self.embed(tokens, positions, XLA_OPS))  # [B, T, D]
-        return self.logits(x.reshape(b * t, -1), XLA_OPS).reshape(b, t, -1)
+        return jax.lax.fori_loop(0, stack.layers, layer, self.embed(tokens, positions, XLA_OPS))
 
     def forward_layer(
         self, x: Array, rotary: Rotary, window: Array, layer: Array, cached: str = "float32"

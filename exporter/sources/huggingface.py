@@ -12,6 +12,7 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SAMPLING_KEYS
+from precast.loaders.artifact.weights import aligned_zeros
 
 from .base import Source, SourceTensor
 from .files import hash_file, read_json, slug, spdx
@@ -230,7 +231,9 @@ def _refuse_dtype(path: Path, name: str, dtype: str, method: str | None) -> NoRe
 def _read_tensor(path: Path, name: str) -> np.ndarray:
     with _open_shard(path) as shard:
         tensor: np.ndarray = shard.get_tensor(name)
-    return tensor.astype(np.float32, copy=False)
+    floats = aligned_zeros(tensor.shape, np.dtype(np.float32))
+    floats[...] = tensor
+    return floats
 
 
 @contextmanager
