@@ -4,12 +4,13 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifact.errors import PrecastError
+from .artifact.frozen import Frozen
 from .clock import process_age
 
 if TYPE_CHECKING:
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
     from .sampling import SamplingParams
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Frozen):
     """What to generate from. At most one of `prompt` and `ids`."""
 
     prompt: str | None
@@ -28,15 +28,14 @@ class Request:
     as_json: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
+class LoadOptions(Frozen):
     verify: bool
     target: str | None
     compile: bool
+    require_signature: Path | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
+class SamplingOptions(Frozen):
     """As the command line gives them: None leaves the model's own default."""
 
     max_tokens: int | None
@@ -53,7 +52,7 @@ class SamplingOptions:
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
-def run(artifact: Path, request: Request, load_options: LoadOptions, sampling: SamplingOptions) -> None:
+def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampling: SamplingOptions) -> None:
     """Loads the artifact and answers the request on standard output.
 
     Raises:
@@ -75,7 +74,11 @@ def run(artifact: Path, request: Request, load_options: LoadOptions, sampling: S
 
     imported = process_age()
     model = load(
-        artifact, verify=load_options.verify, target=load_options.target, compile=load_options.compile
+        artifact,
+        verify=load_options.verify,
+        target=load_options.target,
+        compile=load_options.compile,
+        require_signature=load_options.require_signature,
     )
     loaded = process_age()
     params = replace(model.default_sampling(), **sampling.given())
@@ -151,6 +154,7 @@ def _json_line(
             "prefill_s": round(timing.prefill_s, 4),
             "first_token_s": round(asked + timing.prefill_s, 4),
             "decode_tokens_per_s": round(timing.decode_tokens_per_s, 2),
+            "target": model.target.name,
         },
         "target": model.target.name,
         "compiles": model.compiles,

@@ -1,17 +1,20 @@
-"""An artifact's programs, loaded and bound to its weights: token ids in, logits and greedy tokens out."""
+"""An artifact's programs, loaded and bound to its weights: token ids in, logits and greedy tokens out.
 
-from collections.abc import Mapping, Sequence
+What runs them is behind `precast.loaders.runtime.interface`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from .artifact.frozen import Frozen
 from .artifact.manifest import Manifest, Program, Target, Value
 from .artifact.weights import numpy_dtype
-from .runtime.pjrt import Buffer, Client, Executable
+from .runtime.interface import Buffer, Client, Executable
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(Frozen):
     """What a call gives for each of its sequences.
 
     Attributes:
@@ -36,8 +39,7 @@ class Cache:
     inputs: dict[str, dict[str, tuple[np.ndarray, Buffer]]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Bound:
+class _Bound(Frozen):
     """A program with everything but its inputs and caches in place."""
 
     program: Program
@@ -90,6 +92,13 @@ def _bind(
     )
 
 
+def _laid_out(array: np.ndarray, layout: tuple[int, ...] | None) -> np.ndarray:
+    """An array with its axes in the order of a layout: as it is, where that is its own or None."""
+    if layout is None or layout == tuple(range(array.ndim)):
+        return array
+    return np.ascontiguousarray(array.transpose(layout))
+
+
 class Engine:
     """The programs of one target.
 
@@ -97,8 +106,9 @@ class Engine:
         manifest: of the artifact.
         target: the target chosen.
         executables: one for each of its programs, by name.
-        weights: arrays by name: weights and tables.
+        weights: arrays by name, those that the programs take: weights and tables.
         client: where to run.
+        unchanged: called before and after each step; raises when the weights have been written to meanwhile.
     """
 
     def __init__(
@@ -109,12 +119,14 @@ class Engine:
         executables: Mapping[str, Executable],
         weights: Mapping[str, np.ndarray],
         client: Client,
+        unchanged: Callable[[], None] = lambda: None,
     ) -> None:
         self.capacity = manifest.capacity
         self.slots = manifest.slots
         self.vocab = manifest.model.vocab
-        self._client = client
-        constants = {name: client.put(array) for name, array in weights.items()}
+        self._client, self._unchanged = client, unchanged
+        layouts = {v.name: v.layout for p in target.programs for v in p.arguments}
+        constants = {n: client.put(_laid_out(a, layouts.get(n))) for n, a in weights.items()}
         bound = {p.name: _bind(p, executables[p.name], client, constants) for p in target.programs}
         self._cache = bound[target.of_kind("cache")[0].name]
         self._decode = bound[target.of_kind("decode")[0].name]
@@ -146,6 +158,7 @@ class Engine:
             raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.capacity} positions")
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot} of {self.slots}")
+        self._unchanged()
         largest = self._prefills[-1][0]
         for begin in range(0, len(tokens), largest):
             chunk = tokens[begin : begin + largest]
@@ -174,6 +187,7 @@ class Engine:
             raise ValueError(
                 f"tokens and positions {positions} do not fit {self.slots} slots of {self.capacity}"
             )
+        self._unchanged()
         return self._step(self._decode({"tokens": tokens, "positions": positions}, cache))
 
     def logits(self, step: Step) -> np.ndarray:
@@ -181,4 +195,5 @@ class Engine:
         return self._client.get(step.logits)
 
     def _step(self, results: Mapping[str, Buffer]) -> Step:
+        self._unchanged()
         return Step(token=self._client.get(results["token"]), logits=results["logits"])

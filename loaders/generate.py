@@ -3,11 +3,11 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 from .artifact.errors import PrecastError
+from .artifact.frozen import Frozen
 from .artifact.manifest import SAMPLING_KEYS, Manifest, Target
 from .engine import Engine
 from .sampling import Sampler, SamplingParams
@@ -18,8 +18,7 @@ Message = Mapping[str, object]
 Prompt = str | Sequence[int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timing:
+class Timing(Frozen):
     """Seconds, from the start of the call.
 
     Attributes:
@@ -33,8 +32,7 @@ class Timing:
     decode_tokens_per_s: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
+class Completion(Frozen):
     """What a prompt was continued with.
 
     Attributes:

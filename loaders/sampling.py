@@ -6,17 +6,16 @@ so that settings found there mean the same here.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from .artifact.errors import PrecastError
+from .artifact.frozen import Frozen
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Frozen):
     """How to generate. The defaults are greedy and end at an end-of-sequence token or when the cache is full.
 
     Raises:

@@ -1,9 +1,12 @@
 """What this machine is, from the standard library alone."""
 
 import platform
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from .frozen import Frozen
 
 # Names of /proc/cpuinfo that LLVM spells differently; the rest are alike.
 _LLVM_NAMES = {
@@ -47,8 +50,17 @@ CODEGEN_FEATURES = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
+# Features that say how wide a CPU's vectors are, widest first.
+VECTOR_FEATURES = ("avx512f", "avx2", "avx", "sse4.2", "sve2", "neon")
+
+
+def vector_width(features: Iterable[str]) -> int:
+    """A rank of instruction sets: the wider the vectors, the larger."""
+    known = set(features)
+    return next((len(VECTOR_FEATURES) - i for i, f in enumerate(VECTOR_FEATURES) if f in known), 0)
+
+
+class Machine(Frozen):
     """The machine that programs run on.
 
     Attributes:
@@ -57,6 +69,9 @@ class Machine:
         jaxlib: installed version.
         kernel_abi: of precast's kernels.
         kernels: custom-call targets they offer.
+        tensorflow: whether TensorFlow is installed.
+        gpus: kinds of NVIDIA's that the driver names; "any" where it is there and does not tell.
+        cuda_plugin: installed version of jax's plugin for them; empty where it is not installed or of no use.
     """
 
     machine: str
@@ -64,6 +79,26 @@ class Machine:
     jaxlib: str
     kernel_abi: int
     kernels: tuple[str, ...]
+    tensorflow: bool = False
+    gpus: tuple[str, ...] = ()
+    cuda_plugin: str = ""
+
+
+def nvidia_gpus(root: Path = Path("/")) -> tuple[str, ...]:
+    """Kinds of NVIDIA's GPUs, as their driver names them, without asking it.
+
+    "any" alone where there is a driver that does not tell by files, as in Windows' Linux. What a process may use of
+    them only a client of the driver's knows.
+    """
+    kinds = []
+    for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        with suppress(OSError):
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+            kinds += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    if kinds:
+        return tuple(sorted(set(kinds)))
+    signs = ("dev/nvidiactl", "dev/dxg")
+    return ("any",) if any((root / sign).exists() for sign in signs) else ()
 
 
 def processor_family() -> str:

@@ -1,15 +1,18 @@
 """``manifest.json``: what an artifact holds. `artifacts/README.md` is the specification in prose."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from .errors import PrecastError
+from .frozen import Frozen
 from .record import from_json, parse_json
 
 FORMAT_VERSION = 4
 MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = (
+    "manifest.json.sig"  # over the manifest; it and the manifest are the files that no manifest lists
+)
 WEIGHTS_FILE = "weights.safetensors"
 
 # Sampling defaults that an artifact may carry.
@@ -31,8 +34,7 @@ RUNTIMES = ("pjrt", "stablehlo", "savedmodel")
 _Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Value:
+class Value(Frozen):
     """An argument or a result of a program.
 
     Attributes:
@@ -40,7 +42,8 @@ class Value:
         role: "tokens", "positions", "start", "length", "slot", "cache", "table", "weight", "logits" or "token".
         shape: axes in order.
         dtype: a key of `DTYPE_BYTES`.
-        layout: axes from the slowest to the fastest in memory, as the compiler chose.
+        layout: axes from the slowest to the fastest in memory, as the compiler chose. Programs take and return their
+            arrays with the axes in this order.
         alias: of a result: the name of the argument whose memory it takes over, which is then used up.
     """
 
@@ -55,9 +58,13 @@ class Value:
     def bytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def physical(self) -> tuple[int, ...]:
+        """The shape as it lies in memory, the slowest axis first: what the program itself calls its shape."""
+        return tuple(self.shape[axis] for axis in self.layout)
 
-@dataclass(frozen=True, kw_only=True)
-class ProgramMemory:
+
+class ProgramMemory(Frozen):
     """What the compiler says a call needs, in bytes."""
 
     arguments: int
@@ -66,8 +73,7 @@ class ProgramMemory:
     temporary: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Program:
+class Program(Frozen):
     """A compiled function: flat arguments in, flat results out.
 
     Attributes:
@@ -93,8 +99,7 @@ class Program:
     memory: ProgramMemory | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(Frozen):
     """What programs were compiled for. A machine must match all of it.
 
     Attributes:
@@ -134,8 +139,7 @@ class Target:
         return program.stablehlo if self.runtime == "stablehlo" else program.executable
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
+class Model(Frozen):
     """The model's shape; letters are the design's.
 
     Attributes:
@@ -165,12 +169,12 @@ class Model:
     max_positions: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheArray:
+class CacheArray(Frozen):
     """One array of the cache, as every program of every target takes and returns it.
 
     Attributes:
         axes: the letters of its shape's axes, one each ("LBKSH").
+        layout: that of the first target; another target may lay it out otherwise, as its own programs say.
         window: positions that a token of these layers sees; 0 where it sees all. Then position p stands at place
             p mod S of the array's own S.
         layers: the model's layers that it holds, in the order of its first axis.
@@ -186,8 +190,7 @@ class CacheArray:
     bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenizerFiles:
+class TokenizerFiles(Frozen):
     """The tokenizer, and what generation needs to know of it."""
 
     file: str
@@ -197,14 +200,12 @@ class TokenizerFiles:
     eos_token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
+class FileEntry(Frozen):
     bytes: int
     sha256: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Provenance:
+class Provenance(Frozen):
     """Where the artifact came from.
 
     Attributes:
@@ -222,8 +223,7 @@ class Provenance:
     versions: Mapping[str, str]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fidelity:
+class Fidelity(Frozen):
     """How far the first target's predictions are from the float32 model it was made from; measured at export.
 
     `precast.loaders.evaluate` describes the method.
@@ -247,8 +247,7 @@ class Fidelity:
     top1: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(Frozen):
     """All of ``manifest.json``.
 
     Attributes:
@@ -359,7 +358,9 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
     kinds = {array.name.rpartition(".")[2] for array in manifest.cache}
     for kind in sorted(kinds):
         held = sorted(i for a in manifest.cache if a.name.rpartition(".")[2] == kind for i in a.layers)
-        _expect(f"{where}: caches of {kind}", "layers", list(range(manifest.model.layers)), held)
+        # The number alone may be anything; so many layers are listed only once they are known to be there.
+        _expect(f"{where}: caches of {kind}", "number of layers", manifest.model.layers, len(held))
+        _expect(f"{where}: caches of {kind}", "layers", list(range(len(held))), held)
 
 
 def _check_target(manifest: Manifest, target: Target, where: str) -> None:
@@ -377,6 +378,19 @@ def _check_target(manifest: Manifest, target: Target, where: str) -> None:
         if target.file_of(program) is None:
             what = "StableHLO" if target.runtime == "stablehlo" else "executable"
             raise PrecastError(f"{where}: program {program.name!r} has no {what}; export the model again.")
+    _check_layouts(manifest, target, where)
+
+
+def _check_layouts(manifest: Manifest, target: Target, where: str) -> None:
+    """Caches and constants lie alike in all of a target's programs, and everything else row after row."""
+    first = manifest.targets[0] is target
+    layouts = {c.name: c.layout for c in manifest.cache} if first else {}
+    for value in (v for p in target.programs for v in (*p.arguments, *p.results)):
+        rows = tuple(range(len(value.shape)))
+        _expect(where, f"axes in the layout of {value.name!r}", rows, tuple(sorted(value.layout)))
+        shared = value.role in ("cache", "table", "weight")
+        expected = layouts.setdefault(value.name, value.layout) if shared else rows
+        _expect(where, f"layout of {value.name!r}", expected, value.layout)
 
 
 def _signature(manifest: Manifest, program: Program) -> tuple[dict[str, _Shape], dict[str, _Shape]]:
@@ -413,10 +427,10 @@ def _check_program(manifest: Manifest, program: Program, where: str) -> None:
                 raise PrecastError(
                     f"{where}: {v.name!r} has dtype {v.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}."
                 )
-    caches = {c.name: (c.shape, c.dtype, c.layout) for c in manifest.cache}
+    caches = {c.name: (c.shape, c.dtype) for c in manifest.cache}
     holders = (program.results,) if program.kind == "cache" else (program.arguments, program.results)
     for values in holders:
-        found = {v.name: (v.shape, v.dtype, v.layout) for v in values if v.role == "cache"}
+        found = {v.name: (v.shape, v.dtype) for v in values if v.role == "cache"}
         if found != caches:
             raise PrecastError(
                 f"{where}: its cache is not the artifact's: expected {caches}, found {found}; export the model again."

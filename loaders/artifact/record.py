@@ -5,7 +5,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
@@ -32,7 +32,11 @@ def parse_json(data: bytes, where: str) -> Any:
     if len(data) > MAX_JSON_BYTES:
         raise PrecastError(f"{where}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {len(data)}.")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        # An escape may stand for half of a surrogate pair, which no file name and no terminal takes.
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except RecursionError:
         raise PrecastError(f"{where}: the JSON is nested too deeply.") from None
     except ValueError as error:
@@ -46,7 +50,8 @@ def from_json(kind: type[Record], value: Any, where: str) -> Record:
         PrecastError: naming the place (``manifest.json: targets[0].programs[2].name``), what was expected and what
             was found.
     """
-    return typing.cast(Record, _convert(kind, value, where))
+    convert: _Converter = _converter(typing.cast(Hashable, kind))
+    return typing.cast(Record, convert(value, where))
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,70 +65,109 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-@cache
-def _fields(kind: type) -> Mapping[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+# Where a value stands: the text of the whole, or a place and a field's name or an item's number or key in brackets.
+# Put into words only when something is wrong with the value.
+_Place = str | tuple[Any, str]
 
 
-def _wrong(where: str, expected: str, value: Any) -> PrecastError:
+def _words(place: _Place) -> str:
+    if isinstance(place, str):
+        return place
+    outer, piece = _words(place[0]), place[1]
+    if piece.startswith("["):
+        return outer + piece
+    return f"{outer}{'.' if '[' in outer or ': ' in outer else ': '}{piece}"
+
+
+def _wrong(place: _Place, expected: str, value: Any) -> PrecastError:
     # Lists and objects are named, not shown: showing one that is nested deeply may fail itself.
     found = (
         "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else f"{value!r:.60}"
     )
-    return PrecastError(f"{where}: expected {expected}, found {found}.")
+    return PrecastError(f"{_words(place)}: expected {expected}, found {found}.")
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
+_Converter = Callable[[Any, _Place], Any]
+
+
+@cache
+def _converter(kind: Any) -> _Converter:
+    """What turns parsed JSON into a value of `kind`, or refuses it."""
     if dataclasses.is_dataclass(kind):
-        return _convert_record(typing.cast(type, kind), value, where)
-    origin = typing.get_origin(kind)
+        return _record(typing.cast(type, kind))
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else _convert(typing.get_args(kind)[0], value, where)
+        return _optional(_converter(arguments[0]))
     if origin is tuple:
-        if not isinstance(value, list):
-            raise _wrong(where, "a list", value)
-        item = typing.get_args(kind)[0]
-        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+        return _list(_converter(arguments[0]))
     if origin is Mapping:
+        return _mapping(_converter(arguments[1]))
+    return _number if kind is float else _scalar(kind)
+
+
+def _record(kind: type) -> _Converter:
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: _converter(hints[field.name]) for field in dataclasses.fields(kind)}
+
+    def convert(value: Any, place: _Place) -> Any:
         if not isinstance(value, dict):
-            raise _wrong(where, "an object", value)
-        item = typing.get_args(kind)[1]
-        return {key: _convert(item, v, f"{where}[{key!r}]") for key, v in value.items()}
-    return _convert_scalar(kind, value, where)
+            raise _wrong(place, "an object", value)
+        if value.keys() != fields.keys():
+            raise _wrong_keys(place, value.keys(), fields.keys())
+        return kind(**{name: item(value[name], (place, name)) for name, item in fields.items()})
+
+    return convert
 
 
-def _convert_scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is float and type(value) in (int, float):
-        return _convert_number(value, where)
-    # bool is a subclass of int, and never meant where a number is.
-    if type(value) is not kind:
-        names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-        raise _wrong(where, names[kind], value)
-    if isinstance(value, int) and not 0 <= value < 2**63:
-        raise _wrong(where, "a whole number from 0 to 2^63 - 1", value)
-    return value
+def _wrong_keys(place: _Place, found: Set[str], expected: Set[str]) -> PrecastError:
+    if unknown := sorted(found - expected):
+        return PrecastError(
+            f"{_words(place)}: key {unknown[0]!r} is not known to this format version; did a newer precast write it?"
+        )
+    return PrecastError(f"{_words(place)}: key {min(expected - found)!r} is missing.")
 
 
-def _convert_number(value: int | float, where: str) -> float:
+def _optional(item: _Converter) -> _Converter:
+    return lambda value, place: None if value is None else item(value, place)
+
+
+def _list(item: _Converter) -> _Converter:
+    def convert(value: Any, place: _Place) -> Any:
+        if not isinstance(value, list):
+            raise _wrong(place, "a list", value)
+        return tuple([item(v, (place, f"[{i}]")) for i, v in enumerate(value)])
+
+    return convert
+
+
+def _mapping(item: _Converter) -> _Converter:
+    def convert(value: Any, place: _Place) -> Any:
+        if not isinstance(value, dict):
+            raise _wrong(place, "an object", value)
+        return {key: item(v, (place, f"[{key!r}]")) for key, v in value.items()}
+
+    return convert
+
+
+def _scalar(kind: type) -> _Converter:
+    expected = {int: "a whole number", str: "a text", bool: "true or false"}[kind]
+
+    def convert(value: Any, place: _Place) -> Any:
+        # bool is a subclass of int, and never meant where a number is.
+        if type(value) is not kind:
+            raise _wrong(place, expected, value)
+        if isinstance(value, int) and not 0 <= value < 2**63:
+            raise _wrong(place, "a whole number from 0 to 2^63 - 1", value)
+        return value
+
+    return convert
+
+
+def _number(value: Any, place: _Place) -> float:
+    if type(value) not in (int, float):
+        raise _wrong(place, "a number", value)
     # JSON has no infinity, but numbers such as 1e999 become one.
     with suppress(OverflowError):
         if math.isfinite(value):
             return float(value)
-    raise PrecastError(f"{where}: expected a number that a float holds, found a larger one.")
-
-
-def _convert_record(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _wrong(where, "an object", value)
-    fields = _fields(kind)
-    separator = "." if "[" in where or ": " in where else ": "
-    if unknown := sorted(set(value) - set(fields)):
-        raise PrecastError(
-            f"{where}: key {unknown[0]!r} is not known to this format version; did a newer precast write it?"
-        )
-    if missing := sorted(set(fields) - set(value)):
-        raise PrecastError(f"{where}: key {missing[0]!r} is missing.")
-    return kind(
-        **{name: _convert(hint, value[name], f"{where}{separator}{name}") for name, hint in fields.items()}
-    )
+    raise PrecastError(f"{_words(place)}: expected a number that a float holds, found a larger one.")

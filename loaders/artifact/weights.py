@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .errors import PrecastError
+from .frozen import Frozen
 from .record import parse_json
 
 ALIGNMENT = 64
@@ -38,8 +38,7 @@ _DTYPES: Mapping[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
+class TensorSpec(Frozen):
     """A tensor to be written."""
 
     name: str

@@ -1,0 +1,59 @@
+"""Frozen dataclasses that cost a start nothing: a `dataclass` compiles six methods for every class, 1 ms in all."""
+
+from dataclasses import MISSING, Field, FrozenInstanceError, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Frozen:
+    """Base of frozen, keyword-only dataclasses, for classes that every start needs.
+
+    `dataclasses.fields`, `replace` and `asdict` take them as they take any other.
+    """
+
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __init_subclass__(cls) -> None:
+        cls.__doc__ = cls.__doc__ or cls.__name__  # else `dataclass` asks `inspect` for one
+        dataclass(init=False, repr=False, eq=False)(cls)
+
+    def __init__(self, **values: Any) -> None:
+        fields = type(self).__dataclass_fields__
+        if values.keys() != fields.keys():
+            values = self._completed(values)
+        self.__dict__.update(values)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Looks at the values; raises what is to be raised."""
+
+    def _completed(self, values: dict[str, Any]) -> dict[str, Any]:
+        fields = type(self).__dataclass_fields__
+        if unknown := sorted(values.keys() - fields.keys()):
+            raise TypeError(f"{type(self).__name__} has no field {unknown[0]!r}")
+        values = {n: f.default for n, f in fields.items() if f.default is not MISSING} | values
+        if missing := sorted(fields.keys() - values.keys()):
+            raise TypeError(f"{type(self).__name__} needs {', '.join(missing)}")
+        return values
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in type(self).__dataclass_fields__)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._values()))
+
+    def __repr__(self) -> str:
+        values = zip(type(self).__dataclass_fields__, self._values(), strict=True)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values)})"
