@@ -11,14 +11,17 @@ from pathlib import Path
 
 import jax
 
+from precast.loaders import isa, trial
 from precast.loaders import load as loading
 from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.golden import parse_golden
 from precast.loaders.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     SAMPLING_KEYS,
     WEIGHTS_FILE,
+    CacheArray,
     FileEntry,
     Manifest,
     Model,
@@ -29,8 +32,11 @@ from precast.loaders.artifact.manifest import (
 from precast.loaders.artifact.record import to_json
 from precast.loaders.artifact.weights import map_weights
 from precast.loaders.chat_template import ChatTemplate
+from precast.loaders.generate import Model as LoadedModel
+from precast.loaders.runtime.pjrt import this_machine
 from precast.loaders.sampling import SamplingParams
 from precast.loaders.tokenizer import Tokenizer
+from precast.loaders.verify import replay
 
 from . import fidelity, golden, model_card
 from .devices import on_cpu
@@ -39,8 +45,8 @@ from .models.parameters import Parameter
 from .programs import CACHE_TYPES, TABLES, Geometry, StoredModel, build_programs, cache_arrays, stored_model
 from .quantize import FORMATS
 from .sources.base import Source
-from .targets import TARGET_KINDS, TargetKind
-from .targets.build import Built, build_target
+from .targets import DEFAULT_TARGETS, TARGET_KINDS, TargetKind, savedmodel
+from .targets.build import Built, build_targets
 from .weights import WeightPlan, plan_weights, stored_bytes, write_model_weights
 
 TOKENIZER_FILE, TEMPLATE_FILE, GOLDEN_FILE = "tokenizer.json", "chat_template.jinja", "golden.json"
@@ -59,6 +65,8 @@ class ExportOptions:
         weights: how weights are stored: a key of `FORMATS`.
         cache: how keys and values are kept: one of `CACHE_TYPES`; None for what goes with the weights.
         targets: keys of `TARGET_KINDS`.
+        cpu_isas: instruction sets to compile executables for the CPU for: keys of `precast.loaders.isa.ISAS`, or
+            "native" for all that this machine has.
         overwrite: replace an artifact that is there already.
     """
 
@@ -67,7 +75,8 @@ class ExportOptions:
     slots: int = 1
     weights: str = "int8"
     cache: str | None = None
-    targets: tuple[str, ...] = tuple(TARGET_KINDS)
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    cpu_isas: tuple[str, ...] = (isa.NATIVE,)
     overwrite: bool = False
 
 
@@ -121,22 +130,23 @@ def export(
         progress.stage("writing weights")
         digest = _write_weights(folder, stored, geometry, plan, progress)
         _write_texts(folder, source)
-        targets = []
+        targets: list[Target] = []
         for kind in (TARGET_KINDS[name] for name in options.targets):
-            progress.stage(
-                f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}"
-            )
-            targets.append(_build(kind, stored, geometry, folder, created, progress))
+            targets += _build(kind, stored, geometry, folder, created, options.cpu_isas, progress)
         manifest = _manifest(
             source, _model(spec, parameters, options.weights), geometry, spec, sampling, targets, created
         )
         progress.stage("checking answers against the reference")
         with jax.default_matmul_precision("highest"):  # for the reference; the programs are compiled already
             _record_golden(folder, manifest, stored, digest)
+        if len(manifest.targets) > 1:
+            _check_savedmodels(folder, manifest, progress)
         if not _is_exact(manifest):
             progress.stage("measuring fidelity to the float32 model")
             manifest = _with_fidelity(folder, manifest, spec, source)
-        return _finish(folder, manifest, digest)
+        finished = _finish(folder, manifest, digest)
+        _replay_narrower(folder, finished, progress)
+        return finished
 
 
 def _far_rope(spec: ModelSpec, capacity: int) -> str | None:
@@ -187,6 +197,7 @@ def check_options(options: ExportOptions) -> None:
     if not 1 <= options.slots <= 256:
         raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to 256.")
     _check_targets(options.targets)
+    _check_isas(options.cpu_isas, options.targets)
     if options.buckets is not None:
         _check_buckets(options.buckets)
 
@@ -207,6 +218,25 @@ def _check_targets(targets: Sequence[str]) -> None:
         found = ", ".join(unknown) or ("one of them twice" if targets else "none")
         raise PrecastError(
             f"targets: expected one or more of {', '.join(TARGET_KINDS)}, each once, found {found}."
+        )
+    if any(TARGET_KINDS[name].runtime == "savedmodel" for name in targets):
+        savedmodel.check_packages()
+    for device in (TARGET_KINDS[name].device for name in targets):
+        if device is not None:
+            device()
+
+
+def _check_isas(isas: Sequence[str], targets: Sequence[str]) -> None:
+    if not isas or len(set(isas)) < len(isas):
+        found = "one of them twice" if isas else "none"
+        raise PrecastError(f"--cpu-isa: expected one or more instruction sets, each once, found {found}.")
+    for name in isas:
+        isa.check_isa(name)
+    if isas != (isa.NATIVE,) and "cpu" not in targets:
+        raise PrecastError("--cpu-isa: only the target cpu is compiled for it; add --target cpu.")
+    if isa.NATIVE in isas and (same := isa.same_as_native(isas)) is not None:
+        raise PrecastError(
+            f"--cpu-isa: native and {same} make the same target on this machine; name one of them."
         )
 
 
@@ -283,10 +313,16 @@ def _write_texts(folder: Path, source: Source) -> None:
 
 
 def _build(
-    kind: TargetKind, stored: StoredModel, geometry: Geometry, folder: Path, created: date, progress: Progress
-) -> Target:
+    kind: TargetKind,
+    stored: StoredModel,
+    geometry: Geometry,
+    folder: Path,
+    created: date,
+    isas: Sequence[str],
+    progress: Progress,
+) -> list[Target]:
     programs = build_programs(stored, geometry, kind.ops)
-    return build_target(kind, programs, folder, created, progress.built)
+    return build_targets(kind, programs, folder, created, isas, progress.stage, progress.built)
 
 
 def _manifest(
@@ -305,7 +341,7 @@ def _manifest(
         capacity=geometry.capacity,
         slots=geometry.slots,
         buckets=geometry.buckets,
-        cache=cache_arrays(spec.config, geometry),
+        cache=_cache(cache_arrays(spec.config, geometry), targets[0]),
         targets=tuple(targets),
         tokenizer=TokenizerFiles(
             file=TOKENIZER_FILE,
@@ -328,6 +364,12 @@ def _manifest(
     )
 
 
+def _cache(arrays: Sequence[CacheArray], target: Target) -> tuple[CacheArray, ...]:
+    """The cache's arrays as a target lays them out."""
+    layouts = {value.name: value.layout for value in target.of_kind("decode")[0].arguments}
+    return tuple(dataclasses.replace(array, layout=layouts[array.name]) for array in arrays)
+
+
 def _model(spec: ModelSpec, parameters: Sequence[Parameter], weights: str) -> Model:
     c = spec.config
     return Model(
@@ -348,10 +390,8 @@ def _model(spec: ModelSpec, parameters: Sequence[Parameter], weights: str) -> Mo
 def _record_golden(folder: Path, manifest: Manifest, stored: StoredModel, digest: str) -> None:
     """Loads the artifact as a user would, and keeps its answers when they are the reference's."""
     (folder / GOLDEN_FILE).write_bytes(golden.to_json(()))
-    _finish(folder, manifest, digest)
     # The loaded model is gone before the reference maps the weights again: they are in memory once at a time.
-    # Compiling is for exports of StableHLO alone; an executable, where there is one, comes first.
-    given = golden.answers(loading.load(folder, compile=True, log=lambda _: None))
+    given = _answers(folder, _finish(folder, manifest, digest))
     cases = golden.check(
         given,
         stored,
@@ -363,19 +403,64 @@ def _record_golden(folder: Path, manifest: Manifest, stored: StoredModel, digest
     (folder / GOLDEN_FILE).write_bytes(golden.to_json(cases))
 
 
+def _answers(folder: Path, manifest: Manifest) -> tuple[golden.Case, ...]:
+    """Lets the first target answer, and notes that it runs here: the first load will not have to try it."""
+    model = _load_first(folder, manifest)
+    given = golden.answers(model, _tie(manifest))
+    trial.remember(manifest, model.target, this_machine())
+    return given
+
+
+def _check_savedmodels(folder: Path, manifest: Manifest, progress: Progress) -> None:
+    """Lets each SavedModel beside other targets give the golden answers' first tokens."""
+    recorded = parse_golden((folder / GOLDEN_FILE).read_bytes(), manifest, GOLDEN_FILE)
+    for target in (t for t in manifest.targets if t.runtime == "savedmodel"):
+        progress.stage(f"checking answers of target {target.name}")
+        model = loading.load(folder, target=target.name, trusted=True, log=lambda _: None)
+        savedmodel.check_answers(model, recorded)
+        trial.remember(model.manifest, model.target, this_machine())
+
+
+def _replay_narrower(folder: Path, manifest: Manifest, progress: Progress) -> None:
+    """Lets every other target with executables of XLA give the recorded answers: they run here as well."""
+    recorded = parse_golden((folder / GOLDEN_FILE).read_bytes(), manifest, GOLDEN_FILE)
+    for target in manifest.targets[1:]:
+        if target.runtime != "pjrt":
+            continue
+        progress.stage(f"checking answers of target {target.name}")
+        model = loading.load(folder, target=target.name, trusted=True, log=lambda _: None)
+        found = replay(model, recorded, f"target {target.name!r}", lambda *_: None)
+        if found.problems:
+            raise PrecastError(f"{found.problems[0]} Nothing was written: please report this.")
+        trial.remember(manifest, target, this_machine())
+
+
+def _load_first(folder: Path, manifest: Manifest) -> LoadedModel:
+    """The first target, loaded; compiled where it is StableHLO alone."""
+    name = manifest.targets[0].name
+    return loading.load(folder, target=name, compile=True, trusted=True, log=lambda _: None)
+
+
 def _tie(manifest: Manifest) -> float:
     if _is_exact(manifest):
         return golden.TIE
-    return golden.INT4_TIE if manifest.model.weights == "int4" else golden.REDUCED_TIE
+    tie = golden.INT4_TIE if manifest.model.weights == "int4" else golden.REDUCED_TIE
+    return max(tie, golden.BFLOAT16_TIE) if _computes_bfloat16(manifest) else tie
 
 
 def _is_exact(manifest: Manifest) -> bool:
     """Whether nothing is rounded to fewer bits than float32 has: then the golden answers say all there is to say."""
-    return manifest.model.weights == "float32" and manifest.cache[0].dtype == "float32"
+    stored = manifest.model.weights == "float32" and manifest.cache[0].dtype == "float32"
+    return stored and not _computes_bfloat16(manifest)
+
+
+def _computes_bfloat16(manifest: Manifest) -> bool:
+    """Whether any target does: all of them are held against the same answers."""
+    return any(target.platform == "cuda" for target in manifest.targets)
 
 
 def _with_fidelity(folder: Path, manifest: Manifest, spec: ModelSpec, source: Source) -> Manifest:
-    model = loading.load(folder, compile=True, log=lambda _: None)
+    model = _load_first(folder, manifest)
     return dataclasses.replace(manifest, fidelity=fidelity.measure(model, spec, source))
 
 

@@ -4,9 +4,8 @@ from precast.loaders.artifact.manifest import Fidelity, Manifest
 
 
 def render(manifest: Manifest) -> str:
-    """The model card as Markdown; a function of the manifest alone."""
+    """The model card as Markdown; a function of the manifest alone, but of no target: those may be added later."""
     m, p = manifest.model, manifest.provenance
-    compiled = ", ".join(f"{t.name} (jaxlib {t.jaxlib})" for t in manifest.targets if t.runtime == "pjrt")
     sources = "\n".join(f"- `{name}`, sha256 `{entry.sha256}`" for name, entry in p.source_files.items())
     return f"""# {manifest.name}
 
@@ -18,7 +17,7 @@ An ahead-of-time compiled language model, written by precast {p.versions.get("pr
 | weights | {m.weights} |
 | context | {manifest.capacity} positions, {manifest.slots} {"slot" if manifest.slots == 1 else "slots"} |
 | prefill buckets | {", ".join(map(str, manifest.buckets))} |
-| compiled for | {compiled or "nothing; StableHLO alone"} |
+| compiled for | see `precast inspect .`; `precast check .` says whether it runs on a machine |
 | licence | {p.licence or "not stated by the source; ask whoever published the model"} |
 {_fidelity(manifest.fidelity) if manifest.fidelity else ""}
 Run it in this folder, where precast is installed; jax is not needed:

@@ -1,7 +1,7 @@
 """The functions that become programs, with flat arguments and results: inputs, caches, constants, in that order."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -105,7 +105,36 @@ class ProgramSpec:
         return tuple(i for i, a in enumerate(self.arguments) if a.name in aliased)
 
     def abstract_arguments(self) -> list[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.arguments]
+        return [jax.ShapeDtypeStruct(a.physical, a.dtype) for a in self.arguments]
+
+
+def arranged(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> ProgramSpec:
+    """The same program with its caches and weights laid out otherwise.
+
+    What it takes has the axes in the order of the layout, and is turned back first; what it returns is turned last.
+    For a compiler that would have chosen this layout itself, turning is another name for the same memory. So a program
+    needs no more of a runtime than arrays that lie row after row.
+
+    Args:
+        spec: the program, its layouts all of axes in order.
+        layouts: by name of an argument or a result, axes from the slowest to the fastest. Others stay as they are.
+    """
+
+    def laid_out(values: Sequence[Value]) -> tuple[Value, ...]:
+        return tuple(replace(v, layout=layouts.get(v.name, v.layout)) for v in values)
+
+    arguments, results = laid_out(spec.arguments), laid_out(spec.results)
+
+    def function(*arrays: Array) -> tuple[Array, ...]:
+        given = zip(arrays, arguments, strict=True)
+        returned = spec.function(*(_turned(a, tuple(np.argsort(v.layout).tolist())) for a, v in given))
+        return tuple(_turned(a, v.layout) for a, v in zip(returned, results, strict=True))
+
+    return replace(spec, arguments=arguments, results=results, function=function)
+
+
+def _turned(array: Array, axes: tuple[int, ...]) -> Array:
+    return array if axes == tuple(range(array.ndim)) else jnp.transpose(array, axes)
 
 
 def _value(name: str, role: str, shape: Sequence[int], dtype: str, alias: str | None = None) -> Value:

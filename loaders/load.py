@@ -2,20 +2,33 @@
 
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from . import trial
 from .artifact import compat, files
 from .artifact.errors import PrecastError
-from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Target, parse_manifest
+from .artifact.machine import Machine
+from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Program, Target, parse_manifest
 from .artifact.record import MAX_JSON_BYTES
 from .artifact.weights import map_weights, numpy_dtype
 from .engine import Engine
 from .generate import Model
 from .runtime import pjrt
+from .runtime.interface import Client, Executable
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .compile_cache import Made
+
+# Arrays by name, and what raises once their file is written to.
+_Constants = tuple[dict[str, np.ndarray], Callable[[], None]]
 
 
 def find_artifact(path: Path) -> Path:
@@ -43,13 +56,22 @@ def find_artifact(path: Path) -> Path:
     )
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Path, *, require_signature: Path | None = None) -> Manifest:
     """Reads and checks the manifest of the artifact at `root`.
 
+    Args:
+        root: the artifact's folder.
+        require_signature: file of a public key; the bytes that are parsed must have been signed with its private one.
+
     Raises:
-        PrecastError: when it is missing or not understood.
+        PrecastError: when it is missing, not signed as required, or not understood.
     """
-    return parse_manifest(files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES), str(root / MANIFEST_FILE))
+    data = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
+    if require_signature is not None:
+        from .signing import check_signature
+
+        check_signature(root, data, require_signature)
+    return parse_manifest(data, str(root / MANIFEST_FILE))
 
 
 def load(
@@ -58,45 +80,136 @@ def load(
     verify: bool = False,
     target: str | None = None,
     compile: bool = False,
+    trusted: bool = False,
+    require_signature: str | Path | None = None,
     log: Callable[[str], None] | None = None,
+    at: Callable[[str], None] | None = None,
 ) -> Model:
     """Loads an artifact: no tracing, and no compiling unless asked for.
 
     Args:
-        path: its folder, or a folder with exactly one artifact in it.
+        path: its folder, a folder with exactly one artifact in it, or a URL that one was pushed to, as a string:
+            it is then pulled into the cache folder, unless it is there already.
         verify: hash every file again, also those that were hashed before and have not changed since.
         target: name of the target to run; the first that fits the machine by default.
         compile: whether a target may be compiled from its StableHLO. Each compilation is logged.
+        trusted: whether its programs are loaded at once, also where they never ran on this machine; otherwise they
+            are tried in a child process first, once (`precast.loaders.trial`).
+        require_signature: file of a public key that the artifact must be signed with, before anything of it but the
+            manifest is looked at. What is so signed is trusted.
         log: where messages go; standard error by default.
+        at: told the name of each program before it is loaded.
 
     Raises:
         PrecastError: when the artifact is not whole, not understood, or does not run on this machine.
     """
+    key = None if require_signature is None else Path(require_signature)
+    if isinstance(path, str) and "://" in path:
+        from .store_pull import fetch
+
+        path = fetch(path, require_signature=key, log=log or _to_stderr)
     root = find_artifact(Path(path))
-    manifest = read_manifest(root)
-    chosen = compat.choose_target(manifest, pjrt.this_machine(), str(root), name=target, may_compile=compile)
+    manifest = read_manifest(root, require_signature=key)
+    machine = pjrt.this_machine()
+    chosen = compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)
     contents = {
         name: files.read_checked(root, name, manifest.files[name])
         for name in sorted(_needed(manifest, chosen))
     }
     if verify:
         for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):
-            files.read_checked(root, name, manifest.files[name])
-    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], force=verify) as file:
-        weights = map_weights(file)
-    _check_weights(chosen, weights, root)
-    client = pjrt.client()
+            files.open_checked(root, name, manifest.files[name], force=True).close()
+    constants = _constants(root, manifest, chosen, verify=verify)
+    # Before the target is tried, so that the child that tries it finds it compiled.
+    made = _compile_first(root, chosen, contents, machine, log or _to_stderr)
+    if not trusted and key is None:
+        trial.ensure(root, manifest, chosen, machine, compile=compile, log=log or _to_stderr)
+    client, executables_of = _runtime(
+        root, manifest, chosen, contents, made, verify=verify, log=log or _to_stderr, at=at or _nowhere
+    )
+    return _model(manifest, chosen, contents, constants, client, executables_of)
+
+
+def assemble(root: Path, manifest: Manifest, target: Target, executables: Mapping[str, bytes]) -> Model:
+    """A model of a target whose executables are not in the artifact yet.
+
+    Args:
+        root: the artifact.
+        manifest: of it, as it will be.
+        target: the new one.
+        executables: contents of its files, by name. They are trusted.
+
+    Raises:
+        PrecastError: as `load`.
+    """
+    names = sorted(_needed(manifest, target) - set(executables))
+    contents = {name: files.read_checked(root, name, manifest.files[name]) for name in names}
+    contents |= executables
+    constants = _constants(root, manifest, target, verify=False)
+    client, executables_of = _runtime(
+        root, manifest, target, contents, {}, verify=False, log=_to_stderr, at=_nowhere
+    )
+    return _model(manifest, target, contents, constants, client, executables_of)
+
+
+def _constants(root: Path, manifest: Manifest, target: Target, *, verify: bool) -> _Constants:
+    found = _weights(root, manifest, target, verify=verify)
+    _check_weights(target, found[0], root)
+    return found
+
+
+class _Beside(Thread):
+    """A call in a thread of its own. Not concurrent.futures, which takes 5 ms to import."""
+
+    def __init__(self, call: Callable[[], Mapping[str, Executable]]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self._error: BaseException | None = None
+        self._value: Mapping[str, Executable] = {}
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Mapping[str, Executable]:
+        """What the call gave, once it is joined; raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def _model(
+    manifest: Manifest,
+    target: Target,
+    contents: dict[str, bytes],
+    constants: _Constants,
+    client: Client,
+    executables_of: Callable[[], Mapping[str, Executable]],
+) -> Model:
+    weights, unchanged = constants
     # XLA loads programs without holding Python's lock, and the tokenizer is parsed meanwhile: both take about as long.
-    with ThreadPoolExecutor(1) as background:
-        loading = background.submit(_executables, root, chosen, contents, client, log or _to_stderr)
+    loading = _Beside(executables_of)
+    try:
         tokenizer = _tokenizer(manifest, contents)
-        executables = loading.result()
-    engine = Engine(manifest=manifest, target=chosen, executables=executables, weights=weights, client=client)
+    finally:
+        loading.join()
+    executables = loading.result()
+    engine = Engine(
+        manifest=manifest,
+        target=target,
+        executables=executables,
+        weights=weights,
+        client=client,
+        unchanged=unchanged,
+    )
     return Model(
         engine=engine,
         tokenizer=tokenizer,
         manifest=manifest,
-        target=chosen,
+        target=target,
         compiles=sum(executable.compiled for executable in executables.values()),
     )
 
@@ -105,31 +218,130 @@ def _to_stderr(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def _nowhere(_: str) -> None:
+    pass
+
+
 def _needed(manifest: Manifest, target: Target) -> set[str]:
     """Files that are read whole: programs, tokenizer, template."""
-    programs = {target.file_of(p) for p in target.programs}
+    # TensorFlow reads a SavedModel itself.
+    programs = {target.file_of(p) for p in target.programs if target.runtime != "savedmodel"}
     return {
         n for n in (*programs, manifest.tokenizer.file, manifest.tokenizer.chat_template) if n is not None
     }
 
 
-def _executables(
-    root: Path, target: Target, contents: dict[str, bytes], client: pjrt.Client, log: Callable[[str], None]
-) -> dict[str, pjrt.Executable]:
-    executables = {}
-    if target.runtime == "stablehlo" and date.today().isoformat() > target.stablehlo_expires:
+def _weights(
+    root: Path, manifest: Manifest, target: Target, *, verify: bool
+) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
+    """Weights and tables that the programs of a target take, and what raises once their file is written to.
+
+    Those of a SavedModel have their own.
+    """
+    own = target.runtime == "savedmodel"
+    if own and not verify:
+        return {}, lambda: None
+    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], force=verify) as file:
+        return ({}, lambda: None) if own else (map_weights(file), files.Watch(file).check)
+
+
+def _runtime(
+    root: Path,
+    manifest: Manifest,
+    target: Target,
+    contents: dict[str, bytes],
+    made: "Mapping[str, Made]",
+    *,
+    verify: bool,
+    log: Callable[[str], None],
+    at: Callable[[str], None],
+) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
+    """Where a target runs, and what loads its programs."""
+    if target.runtime != "savedmodel":
+        client = _client(target)
+        return client, partial(_executables, root, target, contents, made, client, at)
+    from .runtime import savedmodel  # which imports TensorFlow
+
+    log(f"{root}: TensorFlow runs target {target.name!r}, and compiles each program when it is first called")
+    at("the SavedModel")
+    return savedmodel.client(), partial(savedmodel.load, root, target, manifest.files, verify=verify)
+
+
+def _client(target: Target) -> pjrt.Client:
+    """The device that a target of XLA's runs on; "any" is the CPU."""
+    if target.platform != "cuda":
+        return pjrt.client()
+    from .runtime import cuda  # which takes the GPU
+
+    return cuda.client(target.device)
+
+
+def _compile_first(
+    root: Path,
+    target: Target,
+    contents: Mapping[str, bytes],
+    machine: Machine,
+    log: Callable[[str], None],
+) -> "dict[str, Made]":
+    """Executables of a target that is compiled on request, by program; none where it holds its own."""
+    if target.runtime != "stablehlo":
+        return {}
+    if date.today().isoformat() > target.stablehlo_expires:
         log(
             f"{root}: the StableHLO was promised to compile until {target.stablehlo_expires}; trying all the same"
         )
+    if target.platform == "cuda":
+        # What the child compiles, and the cache keeps, is for the CPU.
+        log(f"{root}: target {target.name!r}: compiling its programs for the GPU, as at every start …")
+        return {}
+    from .compile_cache import executables
+
+    programs = [(p.name, contents[_file_of(target, p)]) for p in target.programs]
+    return executables(programs, machine, f"{root}: target {target.name!r}", log)
+
+
+def _file_of(target: Target, program: Program) -> str:
+    name = target.file_of(program)
+    assert name is not None  # the manifest has been checked for that
+    return name
+
+
+def _executables(
+    root: Path,
+    target: Target,
+    contents: Mapping[str, bytes],
+    made: "Mapping[str, Made]",
+    client: pjrt.Client,
+    at: Callable[[str], None],
+) -> dict[str, pjrt.Executable]:
+    executables = {}
     for program in target.programs:
-        results = [pjrt.Result(value.shape, numpy_dtype(value.dtype)) for value in program.results]
-        name = target.file_of(program)
-        assert name is not None  # the manifest has been checked for that
-        make = client.compile if target.runtime == "stablehlo" else client.load
-        if target.runtime == "stablehlo":
-            log(f"compiling {program.name} from StableHLO …")
-        executables[program.name] = make(contents[name], results, str(root / name))
+        results = [
+            pjrt.Result(shape=value.physical, dtype=numpy_dtype(value.dtype)) for value in program.results
+        ]
+        name = _file_of(target, program)
+        at(program.name)
+        if (own := made.get(program.name)) is not None:
+            executables[program.name] = _load_made(client, own, results, str(root / name))
+        else:
+            make = client.compile if target.runtime == "stablehlo" else client.load
+            executables[program.name] = make(contents[name], results, str(root / name))
     return executables
+
+
+def _load_made(
+    client: pjrt.Client, made: "Made", results: Sequence[pjrt.Result], where: str
+) -> pjrt.Executable:
+    try:
+        executable = client.load(made.executable, results, where)
+    except PrecastError:
+        if made.now:
+            raise
+        # Compiled before, by a jaxlib of the same version that is not the same after all.
+        made = made.again()
+        executable = client.load(made.executable, results, where)
+    executable.compiled = made.now
+    return executable
 
 
 def _check_weights(target: Target, weights: dict, root: Path) -> None:

@@ -1,4 +1,8 @@
-"""The maths of every operation in pure XLA."""
+"""The maths of every operation in pure XLA.
+
+`xla_ops` makes the operations for a type: the factors of every product are rounded to it, and what is added up is
+float32 throughout, as are norms, softmax and logits.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -60,19 +64,34 @@ def _unpacked_rows(weight: Packed, layer: Array, panels: Array | None = None) ->
     return groups.reshape(matrix.shape)
 
 
-def _matrix(weight: Weight, layer: Array, outs: int, inputs: int) -> Array:
-    """A layer's weights as float32 ``[out, in]``."""
+def _matrix(weight: Weight, layer: Array, outs: int, inputs: int, compute: str) -> Array:
+    """A layer's weights ``[out, in]``, as a product takes them."""
     if not isinstance(weight, Packed):
-        return _at(weight, layer).astype(jnp.float32)
-    panels = _unpacked_rows(weight, layer)
+        return _at(weight, layer).astype(compute)
+    panels = _unpacked_rows(weight, layer).astype(compute)
     return panels.reshape(-1, panels.shape[-1])[:outs, :inputs]
 
 
-def _linear(x: Array, call: LinearCall, layer: Array, used: Array) -> list[Array]:
+def _product(axes: str, a: Array, b: Array, compute: str) -> Array:
+    """An einsum in float32 of factors rounded to `compute`."""
+    return jnp.einsum(axes, a.astype(compute), b.astype(compute), preferred_element_type=jnp.float32)
+
+
+def _times(x: Array, matrix: Array, compute: str) -> Array:
+    """x ``[M, in]`` times a matrix ``[out, in]``, as ``[M, out]``."""
+    if compute == "float32" or x.shape[0] > 1:
+        return _product("MI,OI->MO", x, matrix, compute)
+    # Of a single row GPUs are bound by the bytes of the matrix. XLA reads what it adds up right out of the stack of
+    # layers; for a dot it copies the layer's matrix out first, which makes three times the bytes.
+    return jnp.sum(matrix.astype(jnp.float32) * x.astype(compute).astype(jnp.float32), axis=-1)[None]
+
+
+def _linear(compute: str, x: Array, call: LinearCall, layer: Array, used: Array) -> list[Array]:
     if call.norm is not None:
         x = rms_norm(x, call.norm[layer], call.eps)
-    matrices = [_matrix(w, layer, n, x.shape[1]) for w, n in zip(call.weights, call.outs, strict=True)]
-    results = [jnp.einsum("MI,OI->MO", x, matrix) for matrix in matrices]
+    weights = zip(call.weights, call.outs, strict=True)
+    matrices = [_matrix(w, layer, n, x.shape[1], compute) for w, n in weights]
+    results = [_times(x, matrix, compute) for matrix in matrices]
     if call.biases:
         results = [y + bias[layer] for y, bias in zip(results, call.biases, strict=True)]
     if call.gate:
@@ -104,7 +123,7 @@ def shares(scores: Array, chosen: int, *, renormalised: bool) -> Array:
     return jnp.zeros_like(scores).at[rows, experts].set(best)
 
 
-def _experts(x: Array, scores: Array, call: ExpertsCall, layer: Array, used: Array) -> Array:
+def _experts(compute: str, x: Array, scores: Array, call: ExpertsCall, layer: Array, used: Array) -> Array:
     if call.norm is not None:
         x = rms_norm(x, call.norm[layer], call.eps)
     parts = shares(scores, call.chosen, renormalised=call.renormalised)
@@ -113,10 +132,11 @@ def _experts(x: Array, scores: Array, call: ExpertsCall, layer: Array, used: Arr
     # Every row goes through every expert: without kernels, shapes cannot depend on who is chosen.
     def add(expert: Array, total: Array) -> Array:
         at = layer * call.experts + expert
-        gate, up = (_matrix(w, at, call.ff_width, width) for w in (call.gate, call.up))  # [F, D]
-        gated = GATES[call.activation](jnp.einsum("MD,FD->MF", x, gate)) * jnp.einsum("MD,FD->MF", x, up)
-        down = _matrix(call.down, at, width, call.ff_width)  # [D, F]
-        return total + parts[:, expert, None] * jnp.einsum("MF,DF->MD", gated, down)
+        gate, up = (_matrix(w, at, call.ff_width, width, compute) for w in (call.gate, call.up))  # [F, D]
+        opened = GATES[call.activation](_product("MD,FD->MF", x, gate, compute))
+        gated = opened * _product("MD,FD->MF", x, up, compute)
+        down = _matrix(call.down, at, width, call.ff_width, compute)  # [D, F]
+        return total + parts[:, expert, None] * _product("MF,DF->MD", gated, down, compute)
 
     total = jax.lax.fori_loop(0, call.experts, add, jnp.zeros_like(x))
     return total if call.residual is None else total + call.residual
@@ -137,7 +157,9 @@ def rotate(x: Array, rotary: Rotary) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def softmax_attention(q: Array, k: Array, v: Array, mask: Array, how: Attending) -> Array:
+def softmax_attention(
+    q: Array, k: Array, v: Array, mask: Array, how: Attending, compute: str = "float32"
+) -> Array:
     """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
 
     Args:
@@ -146,17 +168,18 @@ def softmax_attention(q: Array, k: Array, v: Array, mask: Array, how: Attending)
         v: ``[B, K, S, H]``.
         mask: ``[B, T, S]``, true where a token sees a position.
         how: what becomes of scores; its window is the mask's business.
+        compute: what factors are rounded to.
 
     Returns:
-        ``[B, T, N, H]``.
+        ``[B, T, N, H]`` float32.
     """
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[1], n // k.shape[1], h)  # [B, T, K, G, H]
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k) * how.scale
+    scores = _product("BTKGH,BKSH->BKGTS", grouped, k, compute) * how.scale
     if how.soft_cap:
         scores = how.soft_cap * jnp.tanh(scores / how.soft_cap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    out = jnp.einsum("BKGTS,BKSH->BTKGH", jax.nn.softmax(scores, axis=-1), v)
+    out = _product("BKGTS,BKSH->BTKGH", jax.nn.softmax(scores, axis=-1), v, compute)
     return out.reshape(b, t, n, h)
 
 
@@ -189,17 +212,20 @@ def _stored(cache: Cache, k: Array, v: Array) -> Cache:
     return Cache(keys, values, key_scale, value_scale)
 
 
-def _loaded(cache: Cache, layer: Array, slots: Array) -> tuple[Array, Array]:
-    """Keys and values of some slots in float32, each ``[R, K, S, H]``."""
+def _loaded(cache: Cache, layer: Array, slots: Array, compute: str) -> tuple[Array, Array]:
+    """Keys and values of some slots as a product takes them, each ``[R, K, S, H]``."""
 
     def load(values: Array, scale: Array | None) -> Array:
+        if scale is None:
+            return values[layer, slots].astype(compute)
         floats = values[layer, slots].astype(jnp.float32)
-        return floats if scale is None else floats * scale[layer, slots][..., None]
+        return (floats * scale[layer, slots][..., None]).astype(compute)
 
     return load(cache.keys, cache.key_scale), load(cache.values, cache.value_scale)
 
 
 def _attention(
+    compute: str,
     q: Array,
     k: Array,
     v: Array,
@@ -210,7 +236,7 @@ def _attention(
     how: Attending,
 ) -> tuple[Array, Cache]:
     cache = _append(cache, layer, rows, rotate(k, rotary), v)
-    return _attend_to(cache, layer, rows, rotate(q, rotary), how), cache
+    return _attend_to(cache, layer, rows, rotate(q, rotary), how, compute), cache
 
 
 def _append(
@@ -227,15 +253,15 @@ def _append(
     return Cache.of([old.at[index].set(added, mode="drop") for old, added in pairs])
 
 
-def _attend_to(cache: Cache, layer: Array, rows: Rows, q: Array, how: Attending) -> Array:
+def _attend_to(cache: Cache, layer: Array, rows: Rows, q: Array, how: Attending, compute: str) -> Array:
     """Attention of turned queries ``[R, T, N, H]`` to what a cache holds."""
     positions = rows.starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)  # [R, T]
     size = cache.keys.shape[3]
     # The newest position that can stand at each place; below 0 there is none yet.
     last = (rows.starts + rows.lengths - 1)[:, None]  # [R, 1]
     held = last - (last - jnp.arange(size, dtype=jnp.int32)) % size  # [R, S]
-    keys, values = _loaded(cache, layer, rows.slots)
-    return softmax_attention(q, keys, values, sees(positions, held, how.window), how)
+    keys, values = _loaded(cache, layer, rows.slots, compute)
+    return softmax_attention(q, keys, values, sees(positions, held, how.window), how, compute)
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
@@ -323,7 +349,9 @@ def _attend(target: Ops, stack: Stack, layer: Array, caches: Caches, given: _Giv
     return result
 
 
-def _attend_in_place(stack: Stack, layer: Array, caches: Caches, given: _Given) -> tuple[Array, Caches]:
+def _attend_in_place(
+    compute: str, stack: Stack, layer: Array, caches: Caches, given: _Given
+) -> tuple[Array, Caches]:
     """Writes to every cache, to those of other layers nowhere: what a switch gave back, XLA would copy whole."""
     q, k, v, rotary, rows = given
     turned = at_layer(stack.ropes, layer, rotary)
@@ -335,18 +363,24 @@ def _attend_in_place(stack: Stack, layer: Array, caches: Caches, given: _Given) 
     )
 
     def read(number: int, caches: Caches) -> Array:
-        return _attend_to(caches[number], place, rows, q, stack.attending(number))
+        return _attend_to(caches[number], place, rows, q, stack.attending(number), compute)
 
     out: Array = jax.lax.switch(group, [partial(read, number) for number in range(len(caches))], caches)
     return out, caches
 
 
-XLA_OPS: Ops = Ops(
-    linear=_linear,
-    normalize=_normalize,
-    experts=_experts,
-    embed=_embed,
-    attention=_attention,
-    layers=looped(lambda: XLA_OPS, _attend_in_place),
-    empty_cache=_empty_cache,
-)
+def xla_ops(compute: str) -> Ops:
+    """The operations with factors of products rounded to `compute`: "float32" or "bfloat16"."""
+    ops = Ops(
+        linear=partial(_linear, compute),
+        normalize=_normalize,
+        experts=partial(_experts, compute),
+        embed=_embed,
+        attention=partial(_attention, compute),
+        layers=looped(lambda: ops, partial(_attend_in_place, compute)),
+        empty_cache=_empty_cache,
+    )
+    return ops
+
+
+XLA_OPS = xla_ops("float32")

@@ -1,7 +1,7 @@
 """XLA's CPU client as jaxlib ships it, used without jax.
 
-Every unadvertised function of jaxlib that precast's loader calls stands in this file, and nowhere else: what a new
-jaxlib changes is changed here. Tested on each jaxlib of the supported range.
+Every unadvertised function of jaxlib that precast's loader calls stands in this file, and nowhere else but, for GPUs,
+in `cuda` beside it: what a new jaxlib changes is changed here. Tested on each jaxlib of the supported range.
 """
 
 import ctypes
@@ -9,27 +9,26 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from threading import Lock
-from typing import Any, NewType
+from typing import Any
 
 import numpy as np
 
 # XLA's notes about its devices are not for users; errors still show. It looks once, when it is loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
-from jaxlib import _jax, xla_client
+from jaxlib import _jax
 from jaxlib.version import __version__ as jaxlib_version
 
 from precast import kernels
 
 from ..artifact.errors import PrecastError
-from ..artifact.machine import Machine, cpu_features, processor_family
+from ..artifact.frozen import Frozen
+from ..artifact.machine import Machine, cpu_features, nvidia_gpus, processor_family
+from ..artifact.manifest import ProgramMemory
 from ..artifact.weights import aligned_zeros
-
-# An array on the device. Opaque: only this module looks inside.
-Buffer = NewType("Buffer", object)
+from .interface import Buffer
 
 _DLPACK_CPU = (1, 0)
 # Newer handlers check nothing; older ones can be told not to, which they would do by jax's Python code.
@@ -65,8 +64,7 @@ def _capsule(array: np.ndarray) -> Any:
     return capsule
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Frozen):
     """What jaxlib asks about a result to make an array of it; the names are its.
 
     Attributes:
@@ -78,6 +76,11 @@ class Result:
     shape: tuple[int, ...]
     dtype: np.dtype
     weak_type: bool = False
+
+
+def _major_to_minor(layout: Any) -> tuple[int, ...]:
+    """Of a layout that XLA writes as {2,1,0}, the fastest axis first."""
+    return tuple(int(axis) for axis in reversed(str(layout).strip("{}").split(",")) if axis)
 
 
 class Executable:
@@ -114,21 +117,50 @@ class Executable:
     def temporary_bytes(self) -> int:
         return int(self._loaded.get_compiled_memory_stats().temp_size_in_bytes)
 
+    def serialize(self) -> bytes:
+        """What `Client.load` takes; the same program gives the same bytes."""
+        from .serialized import canonical
+
+        return canonical(bytes(self._loaded.serialize()))
+
+    def memory(self) -> ProgramMemory:
+        """What the compiler says a call needs."""
+        stats = self._loaded.get_compiled_memory_stats()
+        return ProgramMemory(
+            arguments=stats.argument_size_in_bytes,
+            results=stats.output_size_in_bytes,
+            aliased=stats.alias_size_in_bytes,
+            temporary=stats.temp_size_in_bytes,
+        )
+
+    def layouts(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Of arguments and of results: axes from the slowest to the fastest in memory."""
+        arguments, results = self._loaded.get_parameter_layouts(), self._loaded.get_output_layouts()
+        return [_major_to_minor(a) for a in arguments], [_major_to_minor(r) for r in results]
+
 
 class Client:
-    """One device: the CPU, with a thread for every core this process may use."""
+    """One device: the CPU, with a thread for every core this process may use.
 
-    def __init__(self) -> None:
-        # Synchronous: a call returns when it is done, on the thread that made it. Nothing here runs side by side,
-        # and handing each step to another thread costs more than it hides.
-        self._client = _jax.get_tfrt_cpu_client(asynchronous=False)
+    Args:
+        client: XLA's.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
         self._device = self._client.local_devices()[0]
         self._devices = _jax.DeviceList((self._device,))
         self._sharding = _jax.SingleDeviceSharding(self._device)
 
     def _executable(self, loaded: Any, results: Sequence[Result], *, compiled: bool) -> Executable:
-        handlers = [_jax.array_result_handler(r, self._sharding, True, *_UNCHECKED) for r in results]
-        return Executable(loaded, handlers, compiled=compiled)
+        return Executable(loaded, self._handlers(results), compiled=compiled)
+
+    def _handlers(self, results: Sequence[Result]) -> list[Any]:
+        return [_jax.array_result_handler(r, self._sharding, True, *_UNCHECKED) for r in results]
+
+    def _options(self) -> Any:
+        """How to compile."""
+        return _jax.CompileOptions()
 
     def load(self, serialized: bytes, results: Sequence[Result], where: str) -> Executable:
         """Loads a serialised executable: no tracing, no compiling.
@@ -157,7 +189,7 @@ class Client:
             PrecastError: when XLA does not take it.
         """
         try:
-            loaded = self._client.compile_and_load(stablehlo, self._devices, _jax.CompileOptions())
+            loaded = self._client.compile_and_load(stablehlo, self._devices, self._options())
         except (_jax.JaxRuntimeError, ValueError, RuntimeError) as error:
             raise PrecastError(
                 f"{where}: jaxlib {jaxlib_version} does not compile this StableHLO ({error}); export the model again."
@@ -184,11 +216,18 @@ class Client:
         return np.from_dlpack(_Capsule(_jax.buffer_to_dlpack_managed_tensor(buffer, None)))
 
 
+def size_of(buffer: Buffer) -> int:
+    """Bytes of a buffer as it is, whatever it was said to be."""
+    size: int = buffer.on_device_size_in_bytes()  # type: ignore[attr-defined]
+    return size
+
+
 @cache
 def register_kernels() -> None:
     """Makes precast's kernels known to XLA, in this process; before any program that calls them is loaded."""
     for name, handler in kernels.targets().items():
-        xla_client.register_custom_call_target(name, handler, platform="cpu", api_version=1)
+        # Not by way of xla_client, which takes 4 ms to import.
+        _jax.register_custom_call_target(name, handler, "cpu", 1)
 
 
 _making_client = Lock()
@@ -202,19 +241,24 @@ def client() -> Client:
 
 @cache
 def _client() -> Client:
-    # jaxlib tries `import jax` whenever it makes an array. Where jax is not there, one failed search is enough.
-    if "jax" not in sys.modules and not _has_jax():
-        block_jax()
-    # Makes xla_client pass registrations on to XLA, as its own make_cpu_client does.
-    xla_client.register_custom_call_handler("cpu", _jax.register_custom_call_target)
+    spare_jax()
     register_kernels()
-    return Client()
+    # Synchronous: a call returns when it is done, on the thread that made it. Nothing here runs side by side, and
+    # handing each step to another thread costs more than it hides.
+    return Client(_jax.get_tfrt_cpu_client(asynchronous=False))
 
 
-def _has_jax() -> bool:
+def spare_jax() -> None:
+    """jaxlib tries `import jax` whenever it makes an array. Where jax is not there, one failed search is enough."""
+    if "jax" not in sys.modules and not _is_installed("jax"):
+        block_jax()
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package could be imported; it is not."""
     try:
-        return importlib.util.find_spec("jax") is not None
-    except ImportError:  # something in this process refuses it
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # something in this process refuses it
         return False
 
 
@@ -231,4 +275,14 @@ def this_machine() -> Machine:
         jaxlib=jaxlib_version,
         kernel_abi=kernels.ABI_VERSION,
         kernels=tuple(sorted(kernels.targets())),
+        tensorflow=_is_installed("tensorflow"),
+        gpus=(gpus := nvidia_gpus()),
+        cuda_plugin=_cuda_plugin() if gpus else "",
     )
+
+
+def _cuda_plugin() -> str:
+    from . import cuda  # which builds on this file
+
+    plugin = cuda.find_plugin()
+    return "" if plugin is None else plugin.version

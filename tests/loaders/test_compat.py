@@ -1,6 +1,7 @@
 """Which target runs on which machine: every mismatch named, alone and together."""
 
 import dataclasses
+from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +56,7 @@ def refusal(*targets, **options) -> str:
 
 
 WRONG = {
-    "platform": ({"platform": "cuda"}, "it needs platform cuda, this loader runs cpu"),
+    "platform": ({"platform": "tpu"}, "it needs platform tpu, this loader runs cpu and cuda"),
     "machine": ({"machine": "aarch64"}, "it is compiled for aarch64, this machine is x86_64"),
     "jaxlib": ({"jaxlib": "0.12.0"}, "it is compiled by jaxlib 0.12.0, installed is 0.10.1"),
     "cpu": (
@@ -90,10 +91,42 @@ def test_all_mismatches_together():
     assert all(text in message for _, text in WRONG.values())
 
 
-def test_the_first_target_that_fits_is_taken():
-    other = dataclasses.replace(COMPILED, name="cpu-x86_64-avx512f", cpu_features=("avx512f",))
-    assert choose(other, COMPILED, PORTABLE) is COMPILED
-    assert choose(COMPILED, other, PORTABLE) is COMPILED
+WIDER = dataclasses.replace(COMPILED, name="cpu-x86_64-avx512f", cpu_features=("avx", "avx2", "avx512f"))
+NARROWER = dataclasses.replace(COMPILED, name="cpu-x86_64-sse4.2", cpu_features=("sse4.2",))
+SAVED = dataclasses.replace(PORTABLE, name="savedmodel", runtime="savedmodel")
+
+
+def test_the_widest_target_that_fits_is_taken():
+    for targets in permutations((WIDER, COMPILED, NARROWER, PORTABLE)):
+        assert choose(*targets) is COMPILED
+    with_avx512 = dataclasses.replace(MACHINE, features=("avx", "avx2", "avx512f", "fma", "sse4.2"))
+    for targets in permutations((WIDER, COMPILED, NARROWER, PORTABLE)):
+        assert choose(*targets, machine=with_avx512) is WIDER
+    old = dataclasses.replace(MACHINE, features=("sse4.2",))
+    assert choose(WIDER, COMPILED, NARROWER, machine=old) is NARROWER
+    text = refusal(WIDER, COMPILED, machine=old)
+    assert "lacks (avx, avx2, avx512f); target 'cpu-x86_64-avx2': it uses" in text
+
+
+def test_of_equals_the_first_is_taken():
+    twin = dataclasses.replace(COMPILED, name="twin")
+    assert choose(twin, COMPILED) is twin
+    assert choose(COMPILED, twin) is COMPILED
+
+
+def test_executables_go_before_a_savedmodel_and_that_before_compiling():
+    able = dataclasses.replace(MACHINE, tensorflow=True)
+    for targets in permutations((PORTABLE, SAVED, NARROWER)):
+        assert choose(*targets, machine=dataclasses.replace(able, features=("sse4.2",))) is NARROWER
+        assert choose(*targets, machine=able, may_compile=True) is SAVED
+        assert choose(*targets, may_compile=True).runtime == "stablehlo"
+
+
+def test_what_holds_no_stablehlo_is_not_compiled():
+    program = SimpleNamespace(stablehlo=None)
+    bare = dataclasses.replace(COMPILED, jaxlib="9.9", programs=(program,))
+    assert "it is compiled by jaxlib 9.9" in refusal(bare, may_compile=True)
+    assert choose(bare, PORTABLE, may_compile=True) is PORTABLE
 
 
 def test_stablehlo_is_never_compiled_unasked():

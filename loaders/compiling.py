@@ -1,0 +1,267 @@
+"""StableHLO to executables in a child process, by jaxlib alone: nothing is traced, and jax is not needed.
+
+A process of its own, because XLA takes an instruction set only from XLA_FLAGS and only when it is loaded, and because
+a compiler that crashes then ends nothing but the child. Parent and child exchange messages through pipes: a length in
+8 bytes, little-endian, then that many bytes. A request is a StableHLO artifact; the answer is JSON, with the
+executable behind it where there is one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import IO
+
+from . import isa as isas
+from .artifact.errors import PrecastError
+from .artifact.manifest import Program, ProgramMemory, Target, Value
+from .artifact.record import from_json
+
+_LENGTH_BYTES = 8
+_HERE = "child"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A program that has been compiled.
+
+    Attributes:
+        executable: what `pjrt.Client.load` takes.
+        memory: what the compiler says a call needs.
+        layouts: of arguments and of results.
+        seconds: that compiling took.
+    """
+
+    executable: bytes
+    memory: ProgramMemory
+    layouts: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]
+    seconds: float
+
+
+def compile_programs(
+    programs: Iterable[tuple[str, bytes]], where: str, *, isa: str = isas.NATIVE, log: Callable[[str], None]
+) -> dict[str, Compiled]:
+    """Compiles StableHLO artifacts one after another.
+
+    Args:
+        programs: names, and the artifacts, whose hashes have been checked.
+        where: what messages call their target.
+        isa: a key of `isa.ISAS`, or "native".
+        log: told what is being compiled.
+
+    Raises:
+        PrecastError: when XLA refuses one, when it crashes, and when no child can be started.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XLA_FLAGS": isas.xla_flags(isa, os.environ.get("XLA_FLAGS", "")),
+    }
+    # -P: nothing is imported from the folder that this happens to run in.
+    command = [sys.executable, "-P", "-m", __name__]
+    with tempfile.TemporaryFile() as errors:
+        try:
+            child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
+            )
+        except OSError as error:
+            raise PrecastError(f"{where}: no process to compile in can be started ({error}).") from None
+        try:
+            done = {}
+            for name, stablehlo in programs:
+                done[name] = _ask(child, name, stablehlo, where, isa, log, errors)
+            return done
+        finally:
+            _end(child)
+
+
+def _ask(
+    child: "subprocess.Popen[bytes]",
+    name: str,
+    stablehlo: bytes,
+    where: str,
+    isa: str,
+    log: Callable[[str], None],
+    errors: IO[bytes],
+) -> Compiled:
+    suffix = "" if isa == isas.NATIVE else f" for {isa}"
+    log(f"compiling {name} from StableHLO{suffix} …")
+    started = time.perf_counter()
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        _send(child.stdin, stablehlo)
+        answer = json.loads(_receive(child.stdout))
+        if "error" in answer:
+            hint = (
+                "" if isa == isas.NATIVE else f" It was compiled for {isa}; XLA may manage a wider --cpu-isa."
+            )
+            raise PrecastError(f"{where}: program {name!r}: {answer['error']}{hint}")
+        executable = _receive(child.stdout)
+    except (EOFError, BrokenPipeError):
+        raise PrecastError(_crashed(child, name, where, errors)) from None
+    return Compiled(
+        executable=executable,
+        memory=from_json(ProgramMemory, answer["memory"], name),
+        layouts=tuple(tuple(map(tuple, values)) for values in answer["layouts"]),  # type: ignore[arg-type]
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _crashed(child: "subprocess.Popen[bytes]", name: str, where: str, errors: IO[bytes]) -> str:
+    import signal
+
+    code = child.wait()
+    errors.seek(0)
+    said = errors.read().decode(errors="replace").strip().splitlines()
+    reason = said[-1][:300] if said else f"exit code {code}"
+    with suppress(ValueError):
+        if code < 0:
+            reason = signal.Signals(-code).name
+    advice = "; is there enough memory?" if reason == "SIGKILL" else "; export the model again."
+    return f"{where}: the process that compiled program {name!r} ended before it was done ({reason}){advice}"
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    # At the end of its input the child ends by itself, but not while it compiles.
+    if child.poll() is None:
+        child.kill()
+    for stream in (child.stdin, child.stdout):
+        with suppress(OSError):
+            if stream is not None:
+                stream.close()
+    child.wait()
+
+
+def _send(stream: IO[bytes], data: bytes) -> None:
+    stream.write(len(data).to_bytes(_LENGTH_BYTES, "little"))
+    stream.write(data)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> bytes:
+    head = stream.read(_LENGTH_BYTES)
+    length = int.from_bytes(head, "little")
+    data = stream.read(length)
+    if len(head) < _LENGTH_BYTES or len(data) < length:
+        raise EOFError
+    return data
+
+
+# --- a whole target -----------------------------------------------------------------------------------------
+
+
+def compile_target(
+    source: Target,
+    contents: Mapping[str, bytes],
+    name_of: Callable[[Sequence[str]], str],
+    where: str,
+    *,
+    isa: str,
+    jaxlib: str,
+    log: Callable[[str], None],
+) -> tuple[Target, dict[str, bytes], dict[str, Compiled]]:
+    """Compiles the StableHLO of a target into another target.
+
+    Args:
+        source: the target whose StableHLO is compiled.
+        contents: its StableHLO files, by name.
+        name_of: gives the new target's name, from the CPU features that it needs.
+        where: what messages call it.
+        isa: as for `compile_programs`.
+        jaxlib: version that compiles.
+        log: as for `compile_programs`.
+
+    Returns:
+        The target, the contents of its executables by their names in the artifact, which lie in a folder named after
+        it, and what was compiled by program.
+
+    Raises:
+        PrecastError: as `compile_programs`; for a program without StableHLO; and when the compiler used a wider
+            instruction set or other layouts than it was asked to.
+    """
+    wanted = [(p.name, contents[_stablehlo(p, where)]) for p in source.programs]
+    compiled = compile_programs(wanted, where, isa=isa, log=log)
+    executables = [c.executable for c in compiled.values()]
+    isas.check_not_wider(isa, executables, where)
+    features = isas.needed_features(executables)
+    name = name_of(features)
+    programs = tuple(_compiled_program(p, compiled[p.name], name, where) for p in source.programs)
+    target = replace(
+        source,
+        name=name,
+        runtime="pjrt",
+        platform="cpu",
+        device="any",
+        machine=isas.processor_family(),
+        jaxlib=jaxlib,
+        cpu_features=features,
+        xla_flags=isas.xla_flags(isa, os.environ.get("XLA_FLAGS", "")),
+        programs=programs,
+    )
+    files = {str(p.executable): compiled[p.name].executable for p in programs}
+    return target, files, compiled
+
+
+def _stablehlo(program: Program, where: str) -> str:
+    if program.stablehlo is None:
+        raise PrecastError(
+            f"{where}: program {program.name!r} has no StableHLO to compile; export the model again."
+        )
+    return program.stablehlo
+
+
+def _compiled_program(program: Program, compiled: Compiled, folder: str, where: str) -> Program:
+    arguments, results = compiled.layouts
+    for values, layouts in ((program.arguments, arguments), (program.results, results)):
+        _check_layouts(values, layouts, f"{where}: program {program.name!r}")
+    executable = f"programs/{folder}/{program.name}.xla"
+    return replace(program, executable=executable, memory=compiled.memory)
+
+
+def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], where: str) -> None:
+    """Weights lie in the artifact once, and caches go from program to program: all targets lay them out alike."""
+    if len(values) != len(layouts):
+        raise PrecastError(
+            f"{where}: its StableHLO has {len(layouts)} arguments or results, expected {len(values)}; export again."
+        )
+    for value, layout in zip(values, layouts, strict=True):
+        if value.layout != layout:
+            raise PrecastError(
+                f"{where}: this jaxlib lays {value.name!r} out as {list(layout)}, expected {list(value.layout)} as in"
+                " the artifact; export the model again with this jaxlib."
+            )
+
+
+# --- the child ----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Compiles what comes in until no more comes."""
+    # The parent reads messages there; what libraries print must not get between them.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    from .runtime import pjrt
+
+    pjrt.block_jax()
+    client = pjrt.client()
+    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        while True:
+            stablehlo = _receive(sys.stdin.buffer)
+            try:
+                executable = client.compile(stablehlo, (), _HERE)
+                facts = {"memory": vars(executable.memory()), "layouts": executable.layouts()}
+                _send(answers, json.dumps(facts).encode())
+                _send(answers, executable.serialize())
+            except PrecastError as error:
+                sentence = " ".join(str(error).split()).removeprefix(f"{_HERE}: ")
+                _send(answers, json.dumps({"error": sentence}).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What is inside an executable that XLA's CPU client has serialised: only as much as is needed to write it
+down the same way every time, and to look at its machine code.
+
+XLA compiles the kernels of a program on several threads and keeps their object files in the order in which they
+were done. Nothing depends on that order, but two compilations of the same program differ in it and in nothing else.
+So they are put in order.
+
+The file is a protocol buffer message ``SerDesMetadata`` behind its length, and then the message
+``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto), whose field 1 holds a ``CompilationResultProto``
+(xla/service/cpu/executable.proto), whose fields 8 are the object files and field 9 the machine compiled for. The wire
+format is https://protobuf.dev/programming-guides/encoding.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_RESULT, _OBJECT, _CONTENTS = 1, 8, 1
+_ELF = b"\x7fELF"
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A field: its number, its bytes with everything, and its value where it is one of bytes."""
+
+    number: int
+    raw: bytes
+    value: bytes
+
+
+class _Unknown(Exception):
+    """The bytes are not what this module knows."""
+
+
+def canonical(executable: bytes) -> bytes:
+    """The same executable with its object files in a fixed order; as it is where it is not of the form known."""
+    try:
+        head, fields = _split(executable)
+        return head + b"".join(_sorted_objects(f) if f.number == _RESULT else f.raw for f in fields)
+    except _Unknown:
+        return executable
+
+
+def object_files(executable: bytes) -> tuple[bytes, ...]:
+    """The ELF files inside; none where it is not of the form known."""
+    try:
+        results = [f.value for f in _split(executable)[1] if f.number == _RESULT]
+        objects = [f.value for result in results for f in _fields(result) if f.number == _OBJECT]
+        return tuple(f.value for value in objects for f in _fields(value) if f.number == _CONTENTS)
+    except _Unknown:
+        return ()
+
+
+def _split(executable: bytes) -> tuple[bytes, list[_Field]]:
+    """What stands before the message, and the message's fields."""
+    length, start = _varint(executable, 0)
+    if start + length > len(executable):
+        raise _Unknown
+    return executable[: start + length], list(_fields(executable[start + length :]))
+
+
+def _sorted_objects(field: _Field) -> bytes:
+    parts = list(_fields(field.value))
+    objects = iter(sorted(p.raw for p in parts if p.number == _OBJECT and _ELF in p.value))
+    value = b"".join(next(objects) if p.number == _OBJECT and _ELF in p.value else p.raw for p in parts)
+    # Nothing but the order has changed, so the field's own tag and length have not.
+    return field.raw[: len(field.raw) - len(field.value)] + value
+
+
+def _fields(data: bytes) -> Iterator[_Field]:
+    at = 0
+    while at < len(data):
+        tag, start = _varint(data, at)
+        kind, length = tag & 7, 0
+        if kind == _VARINT:
+            _, end = _varint(data, start)
+        elif kind == _BYTES:
+            length, start = _varint(data, start)
+            end = start + length
+        elif kind in (_FIXED64, _FIXED32):
+            end = start + (8 if kind == _FIXED64 else 4)
+        else:
+            raise _Unknown
+        if end > len(data):
+            raise _Unknown
+        yield _Field(tag >> 3, data[at:end], data[start:end] if kind == _BYTES else b"")
+        at = end
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise _Unknown
+        byte = data[at]
+        at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
+        if byte < 128:
+            return value, at

@@ -1,0 +1,331 @@
+"""A target added to an artifact that is there: whole at any moment, checked before it counts, weights untouched."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from precast.loaders import add_target as adding
+from precast.loaders import compiling, isa
+from precast.loaders.add_target import add_target, summary
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.machine import cpu_features
+from precast.loaders.load import load, read_manifest
+from precast.loaders.runtime import pjrt
+from precast.loaders.sampling import SamplingParams
+from precast.loaders.verify import check_files
+
+pytestmark = pytest.mark.skipif(
+    "avx2" not in cpu_features(), reason="this CPU has no narrower instruction set"
+)
+NAME = "cpu-x86_64-sse4.2"
+PROMPT = [7, 200, 31]
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """What the compiler makes of the tiny artifact, made once: programs are the same in all copies."""
+    made = {}
+
+    def compile_programs(programs, where, *, isa=isa.NATIVE, log):
+        programs = list(programs)
+        key = (isa, *(hashlib.sha256(code).digest() for _, code in programs))
+        if key not in made:
+            made[key] = compiling_for_real(programs, where, isa=isa, log=log)
+        return made[key]
+
+    compiling_for_real = compiling.compile_programs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "compile_programs", compile_programs)
+        yield
+
+
+@pytest.fixture
+def add(compiled_once, artifact_copy):
+    """Adds a target to the copy; gives what was done and what was said."""
+
+    def run(name="sse4.2", **options):
+        said: list[str] = []
+        return add_target(artifact_copy, isa=name, log=said.append, **options), said
+
+    return run
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def refused(add, artifact_copy):
+    """What is said of a target that is not added; the artifact must be as it was."""
+
+    def run(name="sse4.2", **options) -> str:
+        before = tree(artifact_copy)
+        with pytest.raises(PrecastError) as raised:
+            add(name, **options)
+        assert tree(artifact_copy) == before
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    return run
+
+
+# --- what is added ------------------------------------------------------------------------------------------
+
+
+def test_a_target_is_added_and_nothing_else_changes(add, artifact_copy, tiny_model):
+    before, weights = tree(artifact_copy), (artifact_copy / "weights.safetensors").stat()
+    added, _ = add()
+    after, manifest = tree(artifact_copy), read_manifest(artifact_copy)
+    assert after.keys() - before.keys() == {
+        f"programs/{NAME}/{p}.xla" for p in ("cache", "prefill_8", "prefill_16", "decode")
+    }
+    assert [name for name in before if after[name] != before[name]] == ["manifest.json"]
+    assert (artifact_copy / "weights.safetensors").stat() == weights
+    assert [t.name for t in manifest.targets] == ["cpu-x86_64-" + WIDEST, "portable", NAME]
+    assert (added.target, added.replaced, added.signature_removed) == (manifest.targets[-1], False, False)
+    assert manifest.targets[-1].programs[0].stablehlo == manifest.targets[0].programs[0].stablehlo
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    model = load(artifact_copy, target=NAME, verify=True)
+    assert model.generate(PROMPT, params).token_ids == tiny_model.generate(PROMPT, params).token_ids
+    assert model.compiles == 0
+    # The wider one is still what is taken.
+    assert load(artifact_copy).target.name == manifest.targets[0].name
+
+
+WIDEST = "avx512f" if "avx512f" in cpu_features() else "avx2"
+
+
+def test_what_a_person_is_told(add, artifact_copy):
+    (artifact_copy / "manifest.json.sig").write_text("signed")
+    added, said = add()
+    assert said[-1] == "checking its answers against the recorded ones"
+    lines = summary(added, artifact_copy)
+    assert lines[0].startswith(f"{artifact_copy}: target {NAME} added: 4 programs, ")
+    assert lines[0].endswith(f"jaxlib {pjrt.jaxlib_version}, {added.answers} answers as recorded")
+    assert lines[1].startswith("  needs ")
+    assert lines[2].startswith("  manifest.json.sig was removed: it was for the manifest as it was")
+    assert lines[3] == f"  run it with: precast run {artifact_copy} --target {NAME}"
+    assert not (artifact_copy / "manifest.json.sig").exists()
+
+
+def test_neither_jax_nor_a_trace_is_needed(artifact_copy, python):
+    code = f"""
+import sys
+from precast.cli import main
+try:
+    main(["add-target", {str(artifact_copy)!r}, "--cpu-isa", "sse4.2"])
+except SystemExit as end:
+    assert end.code == 0, end.code
+assert sys.modules["jax"] is None
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert f"target {NAME} added: 4 programs" in result.stdout
+    for program in ("cache", "prefill_8", "prefill_16", "decode"):
+        assert f"compiling {program} from StableHLO for sse4.2 …" in result.stderr
+    assert load(artifact_copy, target=NAME).compiles == 0
+
+
+def test_another_jaxlibs_target_keeps_its_name(add, artifact_copy, edit_manifest):
+    edit_manifest(artifact_copy, lambda m: m["targets"][0].update(jaxlib="0.9.9"))
+    added, _ = add("native")
+    assert added.target.name == f"cpu-x86_64-{WIDEST}-jaxlib{pjrt.jaxlib_version}"
+    assert load(artifact_copy).target.name == added.target.name
+
+
+def test_the_portable_form_is_compiled_on_request(add, artifact_copy):
+    added, _ = add("native", source="portable")
+    assert added.target.name == f"portable-x86_64-{WIDEST}"
+    assert (added.target.kernels, added.target.kernel_abi) == ((), 0)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_taken(add, refused, artifact_copy):
+    add()
+    assert refused() == (
+        f"{artifact_copy}: target {NAME!r} is there already; replace it with --overwrite, or run it with --target"
+        f" {NAME}."
+    )
+    assert "is there already" in refused("native")
+
+
+def test_overwrite_replaces(add, artifact_copy):
+    add()
+    for _ in range(3):
+        added, _ = add(overwrite=True)
+        assert added.replaced
+        manifest = read_manifest(artifact_copy)
+        assert [t.name for t in manifest.targets].count(NAME) == 1
+        assert load(artifact_copy, target=NAME, verify=True).compiles == 0
+        listed = set(manifest.files) | {"manifest.json"}
+        assert set(tree(artifact_copy)) == listed
+    # Also one of the export's own, whose StableHLO stays.
+    add("native", overwrite=True)
+    assert not list((artifact_copy / "programs" / "cpu").glob("*.xla"))
+    assert load(artifact_copy, verify=True).target.name == f"cpu-x86_64-{WIDEST}"
+
+
+def test_what_cannot_be_compiled(refused, artifact_copy, monkeypatch):
+    assert refused("mmx").startswith("--cpu-isa: 'mmx' is not known, expected one of native, sse4.2")
+    assert refused(source="gpu") == (
+        f"{artifact_copy}: target 'gpu' is not in the artifact, or holds no StableHLO for a CPU; those that do are"
+        f" 'cpu-x86_64-{WIDEST}', 'portable'."
+    )
+    monkeypatch.setattr(isa, "cpu_features", lambda: ("sse4.2",))
+    assert "wider than this machine, which lacks avx2" in refused("avx2")
+
+
+def test_stablehlo_that_is_altered(refused, artifact_copy):
+    path = artifact_copy / "programs" / "cpu" / "decode.stablehlo"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    assert "file 'programs/cpu/decode.stablehlo' has sha256" in refused()
+
+
+def test_wrong_answers(refused, artifact_copy, edit_manifest):
+    golden = artifact_copy / "golden.json"
+    recorded = json.loads(golden.read_text())
+    answer = next(a for a in recorded["greedy"] if a["token_ids"])
+    answer["token_ids"][0] = (answer["token_ids"][0] + 1) % 300
+    golden.write_text(json.dumps(recorded))
+    data = golden.read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(artifact_copy, lambda m: m["files"].update({"golden.json": entry}))
+    text = refused()
+    assert f"{artifact_copy}: target {NAME!r}: answer " in text
+    assert text.endswith("; the artifact is as it was.")
+
+
+def test_what_this_jaxlib_does_not_take(artifact_copy):
+    text = ""
+    with pytest.raises(PrecastError) as raised:
+        compiling.compile_programs([("decode", b"junk")], "x", isa="avx2", log=lambda _: None)
+    text = str(raised.value)
+    assert text.startswith(
+        f"x: program 'decode': jaxlib {pjrt.jaxlib_version} does not compile this StableHLO"
+    )
+    assert text.endswith("It was compiled for avx2; XLA may manage a wider --cpu-isa.")
+
+
+def test_a_compiler_that_crashes_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_there_is_no_such_flag=1")  # which ends the process that loads XLA
+    with pytest.raises(
+        PrecastError, match=r"^x: the process that compiled program 'decode' ended before it was done"
+    ):
+        compiling.compile_programs([("decode", b"junk")], "x", log=lambda _: None)
+
+
+# --- whole at any moment ------------------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """Like the signal that ends a process: nothing is there to handle it."""
+
+
+def stop_at(monkeypatch, n: int, error: Exception) -> list[str]:
+    """Makes the n-th call that changes or opens a file below programs/ or the manifest fail; the calls so far."""
+    seen: list[str] = []
+
+    def failing(name, real):
+        def call(*arguments, **options):
+            seen.append(name)
+            if len(seen) == n:
+                raise error
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("mkdir", "rename", "replace", "unlink"):
+        monkeypatch.setattr(Path, name, failing(name, getattr(Path, name)))
+    monkeypatch.setattr(os, "fsync", failing("fsync", os.fsync))
+    return seen
+
+
+def restore(root: Path, contents: dict[str, bytes]) -> None:
+    shutil.rmtree(root)
+    for name, data in contents.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, Stop()], ids=["full", "stopped"])
+def test_whatever_fails_the_artifact_is_whole(add, artifact_copy, monkeypatch, error):
+    monkeypatch.setattr(adding, "_replay", lambda *_: 5)  # which has its own tests, and takes long
+    before = tree(artifact_copy)
+    for n in range(1, 100):
+        restore(artifact_copy, before)
+        with monkeypatch.context() as patch:
+            seen = stop_at(patch, n, error)
+            try:
+                add()
+                failed = None
+            except (PrecastError, Stop) as raised:
+                failed = raised
+        if len(seen) < n:
+            break
+        if isinstance(failed, PrecastError):
+            assert str(failed).startswith(f"{artifact_copy}: the target cannot be added (No space left")
+            assert tree(artifact_copy) == before
+        manifest = read_manifest(artifact_copy)
+        added = NAME in {t.name for t in manifest.targets}
+        if not added:
+            assert {name: data for name, data in tree(artifact_copy).items() if name in before} == before
+        assert check_files(artifact_copy, manifest, lambda *_: None).problems == ()
+        # The next run succeeds, and leaves nothing of this one.
+        add(overwrite=added)
+        assert set(tree(artifact_copy)) == set(read_manifest(artifact_copy).files) | {"manifest.json"}
+    assert 10 < n < 99
+
+
+def test_what_a_killed_run_left_is_removed(add, artifact_copy):
+    programs = artifact_copy / "programs"
+    for name in (f".{NAME}.0123456789ab.partial", NAME, "cpu-x86_64-avx-jaxlib9"):
+        (programs / name).mkdir()
+        (programs / name / "decode.xla").write_bytes(b"half")
+    (programs / "mine").mkdir()
+    (programs / "mine" / "notes.txt").write_text("not of a killed run")
+    add()
+    assert sorted(p.name for p in programs.iterdir()) == ["cpu", NAME, "mine", "portable"]
+
+
+def test_an_artifact_that_cannot_be_written_to(refused, artifact_copy, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    assert refused() == (
+        f"{artifact_copy}: the target cannot be added (Read-only file system); the artifact must be on a disk with"
+        " room and in a folder that you may write to: copy it there."
+    )
+
+
+def test_two_at_once_wait_for_each_other(add, artifact_copy):
+    said: list[str] = []
+    waiting, results = threading.Event(), []
+
+    def log(line: str) -> None:
+        said.append(line)
+        if "waiting" in line:
+            waiting.set()
+
+    handle = os.open(artifact_copy, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    other = threading.Thread(target=lambda: results.append(add_target(artifact_copy, isa="sse4.2", log=log)))
+    other.start()
+    assert waiting.wait(30)
+    assert said == [f"{artifact_copy}: waiting for another precast add-target, which is at work there"]
+    assert NAME not in {t.name for t in read_manifest(artifact_copy).targets}
+    os.close(handle)
+    other.join(60)
+    assert results[0].target.name == NAME

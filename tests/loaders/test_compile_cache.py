@@ -1,0 +1,141 @@
+"""What ``run --compile`` compiles is kept: said, counted, and never trusted more than compiling again."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+from precast.loaders import compile_cache, compiling
+from precast.loaders.load import load
+from precast.loaders.sampling import SamplingParams
+
+PROMPT = [7, 200, 31]
+PROGRAMS = ("cache", "prefill_8", "prefill_16", "decode")
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, tiny_artifact) -> tuple[Path, list[str], int]:
+    """A cache with the portable target in it; what was said, and how much was compiled."""
+    folder, said = tmp_path_factory.mktemp("compiled"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRECAST_CACHE", str(folder))
+        model = load(tiny_artifact, target="portable", compile=True, trusted=True, log=said.append)
+    return folder, said, model.compiles
+
+
+@pytest.fixture
+def run(filled, tiny_artifact, tmp_path, monkeypatch):
+    """Loads the portable target with that cache, or a copy that was changed; gives the model and what was said."""
+
+    def again(change=None):
+        folder = filled[0]
+        if change is not None:
+            folder = tmp_path / "cache"
+            (folder / "compiled").mkdir(parents=True)
+            for entry in (filled[0] / "compiled").iterdir():
+                (folder / "compiled" / entry.name).write_bytes(entry.read_bytes())
+            change(folder / "compiled")
+        monkeypatch.setenv("PRECAST_CACHE", str(folder))
+        said: list[str] = []
+        model = load(tiny_artifact, target="portable", compile=True, trusted=True, log=said.append)
+        return model, said
+
+    return again
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda entry: entry.stat().st_size)
+
+
+def test_the_first_time_each_program_is_compiled_and_said(filled):
+    folder, said, compiles = filled
+    assert said == [f"compiling {name} from StableHLO …" for name in PROGRAMS]
+    assert compiles == 4
+    assert len(entries(folder / "compiled")) == 4
+
+
+def test_the_next_time_none_is_compiled_and_that_is_said(run, filled, tiny_artifact, tiny_model):
+    model, said = run()
+    where = f"{tiny_artifact}: target 'portable'"
+    assert said == [
+        f"{where}: all programs were compiled here before, and are taken from {filled[0]}/compiled"
+    ]
+    assert model.compiles == 0
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    assert model.generate(PROMPT, params).token_ids == tiny_model.generate(PROMPT, params).token_ids
+
+
+def flip(folder: Path) -> None:
+    entry = entries(folder)[0]
+    data = bytearray(entry.read_bytes())
+    data[len(data) // 2] ^= 1
+    entry.write_bytes(data)
+
+
+def truncate(folder: Path) -> None:
+    entries(folder)[0].write_bytes(entries(folder)[0].read_bytes()[:-1])
+
+
+def empty(folder: Path) -> None:
+    entries(folder)[0].write_bytes(b"")
+
+
+def remove(folder: Path) -> None:
+    entries(folder)[0].unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, empty, remove])
+def test_an_entry_that_is_broken_is_compiled_again(run, damage):
+    model, said = run(damage)  # the smallest entry is the program that makes an empty cache
+    assert re.search(r": 3 of 4 programs were compiled here before, and are taken from ", said[0])
+    assert said[1:] == ["compiling cache from StableHLO …"]
+    assert model.compiles == 1
+    assert len(model.generate(PROMPT, SamplingParams(max_tokens=4, ignore_eos=True)).token_ids) == 4
+
+
+def test_an_entry_that_xla_does_not_take_is_compiled_again(run):
+    def junk(folder: Path) -> None:
+        data = b"what another compiler made"
+        entries(folder)[0].write_bytes(hashlib.sha256(data).digest() + data)
+
+    model, said = run(junk)
+    assert "what was compiled of cache before cannot be used" in said[1]
+    assert said[2:] == ["compiling cache from StableHLO …"]
+    assert model.compiles == 1
+
+
+def test_a_cache_that_cannot_be_written_to_is_said(tiny_artifact, tmp_path, monkeypatch):
+    made = compiling.Compiled(executable=b"x", memory=None, layouts=((), ()), seconds=0.0)
+    monkeypatch.setattr(
+        compile_cache, "compile_programs", lambda programs, *_, **__: {n: made for n, _ in programs}
+    )
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "file" / "cache"))
+    said: list[str] = []
+    found = compile_cache.executables([("decode", b"code")], machine(), "art", said.append)
+    assert found["decode"].now
+    (line,) = said
+    assert line == (
+        f"art: will be compiled again at the next start, because {tmp_path}/file/cache/compiled cannot be written to;"
+        " set PRECAST_CACHE to a folder that can be."
+    )
+
+
+def machine(**changes):
+    from dataclasses import replace
+
+    from precast.loaders.runtime.pjrt import this_machine
+
+    return replace(this_machine(), **changes)
+
+
+def test_an_entry_is_for_one_compiler_and_one_machine(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    here = machine()
+    names = [compile_cache._entry(b"code", here), compile_cache._entry(b"other", here)]
+    for change in ({"jaxlib": "9.9"}, {"kernel_abi": 99}, {"features": ("sse2",)}, {"machine": "aarch64"}):
+        names.append(compile_cache._entry(b"code", machine(**change)))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX")
+    names.append(compile_cache._entry(b"code", here))
+    assert len(set(names)) == len(names)

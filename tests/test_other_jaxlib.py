@@ -1,0 +1,91 @@
+"""Artifacts between two jaxlibs: executables are refused by name, StableHLO compiles, either way.
+
+Runs where PRECAST_OTHER_PYTHON names an interpreter with precast and another jaxlib: `.ci/run` does so.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from precast.loaders.runtime.pjrt import jaxlib_version
+
+OTHER = os.environ.get("PRECAST_OTHER_PYTHON", "")
+pytestmark = pytest.mark.skipif(
+    not OTHER, reason="PRECAST_OTHER_PYTHON names no interpreter with another jaxlib"
+)
+ROOT = Path(__file__).resolve().parent.parent
+IDS = ("--ids", "7,200,31", "-n", "12", "--ignore-eos", "--temperature", "0", "--json")
+
+
+def other(*arguments: object) -> Any:
+    return subprocess.run(
+        [OTHER, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def other_jaxlib() -> str:
+    found = other("-c", "from jaxlib.version import __version__ as v; print(v)").stdout.strip()
+    assert found, f"{OTHER} has no jaxlib"
+    assert found != jaxlib_version, "both interpreters have the same jaxlib"
+    return found
+
+
+def tokens(result: Any, compiles: int) -> tuple[list[int], str]:
+    """The answer and the target of a run that must have compiled so many programs."""
+    stderr = result.stderr
+    assert (result.exit_code if hasattr(result, "exit_code") else result.returncode) == 0, stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["compiles"] == compiles, stderr
+    assert found["timing"]["target"] == found["target"]
+    return found["token_ids"], found["target"]
+
+
+def check(
+    root: Path, made_by: str, run_by: str, here: Callable[..., Any], there: Callable[..., Any], programs: int
+) -> None:
+    """An artifact made `here` meets the jaxlib that is `there`."""
+    answer, native = tokens(here("run", root, *IDS), 0)
+    refused = there("run", root, *IDS)
+    assert (refused.exit_code if hasattr(refused, "exit_code") else refused.returncode) == 2
+    assert f"target {native!r}: it is compiled by jaxlib {made_by}, installed is {run_by}" in refused.stderr
+    assert "or compile from StableHLO with --compile." in refused.stderr
+    # Compiled on request: the target whose executables do not fit, and the portable one.
+    assert tokens(there("run", root, *IDS, "--compile"), programs) == (answer, native)
+    again = there("run", root, *IDS, "--compile")
+    assert tokens(again, 0) == (answer, native)
+    assert "all programs were compiled here before" in again.stderr
+    assert tokens(there("run", root, *IDS, "--compile", "--target", "portable"), programs) == (
+        answer,
+        "portable",
+    )
+    # And once for all.
+    added = there("add-target", root)
+    assert f"target {native}-jaxlib{run_by} added: {programs} programs" in added.stdout, added.stderr
+    assert tokens(there("run", root, *IDS, "--verify"), 0) == (answer, f"{native}-jaxlib{run_by}")
+    assert tokens(here("run", root, *IDS), 0) == (answer, native)
+
+
+def test_what_was_made_here_runs_there(artifact_copy, other_jaxlib, cli, own_cache):
+    check(artifact_copy, jaxlib_version, other_jaxlib, cli, lambda *a: other("cli.py", *a), 4)
+
+
+def test_what_was_made_there_runs_here(tiny_checkpoint, tmp_path, other_jaxlib, python, own_cache):
+    # A process of its own: what is compiled in this one would be no proof that jax is not needed.
+    root = tmp_path / "made-there"
+    options = ("--buckets", "8", "--context", "64", "--weights", "float32")
+    made = other("cli.py", "export", tiny_checkpoint(), "-o", root, *options)
+    assert made.returncode == 0, made.stderr
+    check(
+        root,
+        other_jaxlib,
+        jaxlib_version,
+        lambda *a: other("cli.py", *a),
+        lambda *a: python("cli.py", *map(str, a)),
+        3,
+    )
