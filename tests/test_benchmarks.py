@@ -1,5 +1,7 @@
 """The benchmark's arithmetic: limits, divergences, ratios and what the tables say of them."""
 
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -100,3 +102,71 @@ def test_without_peers_nothing_is_said_of_being_ahead(peers):
     text = peers["report"].tables(_result(("precast-int8", _contender("precast int8", "int8", 0.1, 90.0))))
     assert "behind" not in text
     assert "| **precast int8** | 100 | 90.0 |" in text
+
+
+# --- benchmarks/gpu.py --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(PEERS.parent))
+    import gpu
+
+    yield gpu
+    for name in ("gpu", "machine"):
+        sys.modules.pop(name, None)
+
+
+def test_the_7b_shape_has_7b_parameters(gpu):
+    shapes = gpu.tensor_shapes(gpu.SHAPES["7b"])
+    assert sum(math.prod(shape) for shape in shapes.values()) == 7_241_732_096  # as Mistral 7B
+
+
+def test_random_tensors_are_the_same_every_time_and_as_large_as_trained_ones(gpu):
+    first, second = (gpu.random_tensor("model.layers.0.mlp.up_proj.weight", (64, 256)) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert first.std() == pytest.approx(1.5 / 16, rel=0.02)
+    assert not np.array_equal(first, gpu.random_tensor("model.layers.1.mlp.up_proj.weight", (64, 256)))
+
+
+def test_bytes_of_a_step_on_a_gpu(gpu):
+    embedding = _argument("model.embed_tokens.weight", [10, 4], "bfloat16")
+    head = _argument("lm_head.weight", [1, 10, 4], "bfloat16")
+    manifest = _manifest(embedding, head, _argument("a", [100], "int8"))
+    manifest["targets"] = [{"name": "cuda", **manifest["targets"][1]}]
+    # The head, the other weight, and a tenth of two caches of 1000 bytes.
+    assert gpu.step_bytes(manifest, "cuda", 10) == 80 + 100 + 200
+    manifest["targets"][0]["programs"][0]["arguments"].remove(head)
+    assert gpu.step_bytes(manifest, "cuda", 0) == 80 + 100
+
+
+def test_without_a_gpu_the_benchmark_ends_in_a_sentence(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit) as raised:
+        gpu.main()
+    expected = "benchmarks/gpu.py measures GPUs, and there is none: --target cuda needs a GPU that jax sees"
+    assert str(raised.value).startswith(expected)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu_for_this_test_alone(gpu, monkeypatch, capsys):
+    found = {"prefill_s": [0.5, 0.7, 0.6], "tokens_per_s": [4.0, 5.0, 6.0], "backend": "inductor"}
+    monkeypatch.setattr(gpu, "torch_in_a_child", lambda _: found)
+    options = "--shape tiny --platform cpu --steps 4 --rounds 2 --capacity 160 --gigabytes 0.01"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options.split()])
+    gpu.main()
+    *table, line = capsys.readouterr().out.strip().splitlines()
+    facts = json.loads(line)
+    assert (facts["benchmark"], facts["device"], facts["torch"]["backend"]) == ("gpu", "cpu", "inductor")
+    assert facts["limit_tokens_per_s"] == facts["bandwidth_bytes_per_s"] / facts["step_bytes"]
+    # Two layers, the head and norms in bfloat16 and float32, and 130 of 160 positions.
+    matrices = 2 * 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) + 2 * 512 * 64
+    assert facts["step_bytes"] == matrices + 4 * 5 * 64 + 2 * (2 * 2 * 160 * 16 * 2) * 130 // 160
+    assert facts["torch"]["decode_tokens_per_s"] == {"median": 5.0, "min": 4.0, "max": 6.0}
+    assert "| torch: decode | 5.0 tokens/s" in "\n".join(table)
+    assert "precast over torch" in "\n".join(table)
+
+
+def test_a_peer_that_is_not_there_is_named(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    assert gpu.torch_in_a_child(None) == {"skipped": "torch and transformers not installed"}

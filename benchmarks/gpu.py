@@ -1,0 +1,393 @@
+"""Decoding of a 7B shape on a GPU, in bfloat16, against the card's bandwidth and against transformers.
+
+Decoding one token reads every weight once and the filled part of the cache, so these bytes over the bandwidth of the
+card's memory are a lower bound on a step. The bandwidth is measured in the same process, right before. The model has
+the shape of Mistral 7B and random weights, which take as long as trained ones; it goes through precast's own export
+into an artifact, golden answers and all, and is loaded from there. The peer is transformers with torch.compile
+("reduce-overhead", which replays CUDA graphs): the same shape, a static cache, bfloat16, a process of its own.
+
+    python benchmarks/gpu.py [--shape 7b|tiny] [--platform cuda|cpu] [--steps 128] [--rounds 5]
+
+Needs a GPU of 24 GB or more, memory for the float32 reference that the export checks against (about 35 GB) and 15 GB
+of disk; without a GPU it says so and ends. On a CPU (--platform cpu --shape tiny) its figures mean nothing: that is for
+its own test. Prints a table and ends in one JSON line.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import machine
+
+PROMPT_TOKENS = 128
+PACKAGES = (
+    "precast",
+    "jax",
+    "jaxlib",
+    "jax-cuda12-pjrt",
+    "jax-cuda13-pjrt",
+    "numpy",
+    "torch",
+    "transformers",
+)
+_LLAMA = {
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+SHAPES: Mapping[str, Mapping[str, object]] = {
+    "7b": {
+        **_LLAMA,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+    "tiny": {
+        **_LLAMA,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+    },
+}
+
+
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+def tensor_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a Llama of this shape, by its name in a checkpoint."""
+    d, f, v = (int(str(config[k])) for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads, kv, h = (int(str(config[k])) for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    layer = {
+        "input_layernorm": (d,),
+        "self_attn.q_proj": (heads * h, d),
+        "self_attn.k_proj": (kv * h, d),
+        "self_attn.v_proj": (kv * h, d),
+        "self_attn.o_proj": (d, heads * h),
+        "post_attention_layernorm": (d,),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (v, d),
+        "model.norm.weight": (d,),
+        "lm_head.weight": (v, d),
+    }
+    for i in range(int(str(config["num_hidden_layers"]))):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes
+
+
+def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The same numbers for a name every time, so that nothing need be kept; as large as trained ones are."""
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+    values = np.random.default_rng(seed).integers(-127, 128, shape, np.int8).astype(np.float32)
+    values *= (1.0 if "embed" in name else 1.5 * shape[1] ** -0.5) / 73.6  # whose standard deviation is 73.6
+    return values
+
+
+def random_source(shape: str):
+    """A source of precast's exporter, made as it is read."""
+    from precast.exporter.sources.base import Source, SourceTensor
+
+    config = SHAPES[shape]
+    return Source(
+        name=f"random-{shape}",
+        config=config,
+        tensors={
+            name: SourceTensor(shape=size, dtype="bfloat16", read=partial(random_tensor, name, size))
+            for name, size in tensor_shapes(config).items()
+        },
+        tokenizer_json=_tokenizer(),
+        chat_template=None,
+        bos_token=None,
+        eos_token=None,
+        eos_token_ids=(),
+        sampling={},
+        licence=None,
+        files=(),
+    )
+
+
+def _tokenizer() -> bytes:
+    """Bytes as tokens: the benchmark gives ids, but an artifact has a tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer.to_str().encode()
+
+
+def prompt(vocab: int) -> list[int]:
+    return [i * 7919 % vocab for i in range(1, PROMPT_TOKENS + 1)]
+
+
+# --- the limit ----------------------------------------------------------------------------------------------
+
+
+def step_bytes(manifest: dict, target: str, filled: int) -> int:
+    """Bytes that a step must read: the weights, of an embedding that is not the head's a row, and the filled cache."""
+    programs = next(t for t in manifest["targets"] if t["name"] == target)["programs"]
+    decode = next(p for p in programs if p["kind"] == "decode")
+    weights = [a for a in decode["arguments"] if a["role"] == "weight"]
+    head = any(a["name"].startswith("lm_head.") for a in weights)
+    read = sum(_bytes(a) for a in weights if not (head and a["name"].startswith("model.embed_tokens.")))
+    cache = sum(a["bytes"] for a in manifest["cache"])
+    return read + cache * filled // manifest["capacity"]
+
+
+def _bytes(value: dict) -> int:
+    width = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "uint8": 1}[value["dtype"]]
+    return int(np.prod(value["shape"], dtype=np.int64)) * width
+
+
+def bandwidth(device, gigabytes: float, rounds: int) -> float:
+    """Bytes per second of a device's memory: the faster of reading alone, and of reading and writing."""
+    import jax
+    import jax.numpy as jnp
+
+    count = int(gigabytes * 1e9) // 4
+    loops: list[tuple[Callable, int]] = [(jnp.sum, 4 * count), (lambda x: x + 1, 8 * count)]
+    best = 0.0
+    with jax.default_device(device):
+        x = jnp.ones(count, jnp.float32)
+        for loop, size in loops:
+            run = jax.jit(loop)
+            run(x).block_until_ready()
+            started = time.perf_counter()
+            for _ in range(rounds):
+                y = run(x)
+            y.block_until_ready()
+            best = max(best, rounds * size / (time.perf_counter() - started))
+    return best
+
+
+# --- precast ------------------------------------------------------------------------------------------------
+
+
+def export_model(shape: str, platform: str, capacity: int, folder: Path) -> tuple[Path, float]:
+    """Exports the model for one target; the artifact and the seconds it took."""
+    from precast.exporter.export import ExportOptions, export
+
+    started, output = time.perf_counter(), folder / f"random-{shape}"
+    options = ExportOptions(
+        buckets=(PROMPT_TOKENS,), context=capacity, weights="bfloat16", targets=(platform,)
+    )
+    export(random_source(shape), output, options)
+    return output, time.perf_counter() - started
+
+
+def decode_speeds(artifact: Path, steps: int, rounds: int) -> dict:
+    """Prefill seconds and decoded tokens per second of an artifact, of every round."""
+    from precast.loaders.load import load
+
+    model = load(artifact)
+    engine, ids = model.engine, prompt(model.manifest.model.vocab)
+    prefills, speeds = [], []
+    for _ in range(rounds + 1):
+        cache = engine.new_cache()
+        started = time.perf_counter()
+        step = engine.prefill(ids, cache)
+        token = int(step.token[0])
+        decoding = time.perf_counter()
+        for position in range(len(ids), len(ids) + steps):
+            token = int(engine.decode([token], [position], cache).token[0])
+        prefills.append(decoding - started)
+        speeds.append(steps / (time.perf_counter() - decoding))
+    # The first round is for whatever is done once.
+    return {"target": model.target.name, "prefill_s": prefills[1:], "tokens_per_s": speeds[1:]}
+
+
+# --- the peer -----------------------------------------------------------------------------------------------
+
+
+def run_torch(shape: str, platform: str, capacity: int, steps: int, rounds: int, backend: str) -> dict:
+    """The same with transformers and torch.compile; call it in a process of its own."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    config = LlamaConfig(**{k: v for k, v in SHAPES[shape].items() if k != "model_type"})
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(platform):
+        model = LlamaForCausalLM(config).eval()
+    how = {"mode": "reduce-overhead"} if backend == "inductor" else {}
+    forward = torch.compile(model.forward, backend=backend, fullgraph=True, **how)
+    ids = torch.tensor([prompt(config.vocab_size)], device=platform)
+    prefills, speeds = [], []
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            cache = StaticCache(config=config, max_cache_len=capacity)
+            prefill, decode = _torch_round(torch, model, forward, cache, ids, steps)
+            prefills.append(prefill)
+            speeds.append(steps / decode)
+    return {"prefill_s": prefills[1:], "tokens_per_s": speeds[1:], "backend": backend}
+
+
+def _torch_round(torch, model, forward, cache, ids, steps: int) -> tuple[float, float]:
+    """Seconds of the prompt, and of all steps after it; each token goes to the host, as with precast."""
+    started = time.perf_counter()
+    places = torch.arange(ids.shape[1], device=ids.device)
+    out = model(input_ids=ids, past_key_values=cache, cache_position=places, use_cache=True)
+    token = out.logits[:, -1:].argmax(-1)
+    int(token)
+    decoding = time.perf_counter()
+    for position in range(ids.shape[1], ids.shape[1] + steps):
+        place = torch.tensor([position], device=ids.device)
+        out = forward(input_ids=token, past_key_values=cache, cache_position=place, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1).clone()
+        int(token)
+    return decoding - started, time.perf_counter() - decoding
+
+
+def torch_in_a_child(arguments: argparse.Namespace) -> dict:
+    """What `run_torch` gives, or why it gives nothing."""
+    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
+    if missing:
+        return {"skipped": f"{' and '.join(missing)} not installed"}
+    command = [sys.executable, __file__, "--peer", *sys.argv[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"skipped": (done.stderr.strip().splitlines() or ["failed"])[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def summary(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def report(facts: dict) -> str:
+    """The table."""
+    limit = facts["limit_tokens_per_s"]
+    rows = [
+        ("memory bandwidth, measured", f"{facts['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s"),
+        ("bytes of a step", f"{facts['step_bytes'] / 1e9:.3f} GB: at most {limit:.1f} tokens/s"),
+    ]
+    for name in ("precast", "torch"):
+        found = facts[name]
+        if "skipped" in found:
+            rows.append((name, f"not run: {found['skipped']}"))
+            continue
+        speed = found["decode_tokens_per_s"]["median"]
+        rows.append((f"{name}: decode", f"{speed:.1f} tokens/s: {speed / limit:.0%} of the limit"))
+        rows.append((f"{name}: prefill of {PROMPT_TOKENS}", f"{found['prefill_s']['median'] * 1e3:.1f} ms"))
+    if "skipped" not in facts["torch"]:
+        speeds = [facts[name]["decode_tokens_per_s"]["median"] for name in ("precast", "torch")]
+        rows.append(("precast over torch, decode", f"{speeds[0] / speeds[1]:.2f}×"))
+    head = f"{facts['shape']} on {facts['device']}, bfloat16, capacity {facts['capacity']}"
+    return "\n".join([f"| {head} | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def _figures(found: dict) -> dict:
+    if "skipped" in found:
+        return found
+    rest = {k: v for k, v in found.items() if k not in ("prefill_s", "tokens_per_s")}
+    return rest | {
+        "prefill_s": summary(found["prefill_s"]),
+        "decode_tokens_per_s": summary(found["tokens_per_s"]),
+    }
+
+
+def find_device(platform: str):
+    """The device to measure on; ends the benchmark with a sentence where there is none."""
+    if find_spec("jax") is None:
+        raise SystemExit("benchmarks/gpu.py exports the model itself: pip install 'precast[export]'.")
+    import jax
+
+    from precast.exporter.targets.cuda import cuda_device
+    from precast.loaders.artifact.errors import PrecastError
+
+    try:
+        return cuda_device() if platform == "cuda" else jax.devices("cpu")[0]
+    except PrecastError as error:
+        raise SystemExit(f"benchmarks/gpu.py measures GPUs, and there is none: {error}") from None
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """All figures."""
+    device = find_device(arguments.platform)
+    # First, while nothing here has taken memory of the device.
+    peer = torch_in_a_child(arguments)
+    with tempfile.TemporaryDirectory(prefix="precast-gpu-") as folder:
+        artifact, export_s = export_model(
+            arguments.shape, arguments.platform, arguments.capacity, Path(folder)
+        )
+        manifest = json.loads((artifact / "manifest.json").read_text())
+        rate = bandwidth(device, arguments.gigabytes, rounds=20)
+        found = decode_speeds(artifact, arguments.steps, arguments.rounds)
+    size = step_bytes(manifest, found["target"], PROMPT_TOKENS + arguments.steps // 2)
+    return {
+        "benchmark": "gpu",
+        "shape": arguments.shape,
+        "platform": arguments.platform,
+        "device": device.device_kind,
+        "capacity": arguments.capacity,
+        "prompt_tokens": PROMPT_TOKENS,
+        "steps": arguments.steps,
+        "rounds": arguments.rounds,
+        "export_s": export_s,
+        "bandwidth_bytes_per_s": rate,
+        "step_bytes": size,
+        "limit_tokens_per_s": rate / size,
+        "precast": _figures(found),
+        "torch": _figures(peer),
+    } | machine.describe(PACKAGES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--platform", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--capacity", type=int, default=512, help="positions of the cache")
+    parser.add_argument("--steps", type=int, default=128, help="tokens decoded in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--gigabytes", type=float, default=4.0, help="size of the array that bandwidth is measured on"
+    )
+    parser.add_argument("--torch-backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peer:
+        given = (arguments.shape, arguments.platform, arguments.capacity, arguments.steps, arguments.rounds)
+        print(json.dumps(run_torch(*given, arguments.torch_backend)))
+        return
+    facts = measure(arguments)
+    print(report(facts) + "\n")
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""The loader's CUDA client where there is no GPU: what is installed, what is refused, and its ways with memory.
+
+XLA's CPU client stands in for the GPU's behind the same interface: arrays are copied in and out, as they are there.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jaxlib import _jax
+
+from precast.loaders import load as loading
+from precast.loaders.artifact.compat import choose_target, mismatches
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.machine import Machine, nvidia_gpus
+from precast.loaders.artifact.manifest import Target, parse_manifest
+from precast.loaders.artifact.weights import numpy_dtype
+from precast.loaders.runtime import cuda, pjrt
+
+H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"
+MACHINE = Machine(
+    machine="x86_64",
+    features=(),
+    jaxlib="0.12.0.1",
+    kernel_abi=3,
+    kernels=(),
+    gpus=(H100,),
+    cuda_plugin="0.12.0.1",
+)
+TARGET = Target(
+    name="cuda-nvidia-h100-80gb-hbm3",
+    runtime="pjrt",
+    platform="cuda",
+    device=H100,
+    machine="any",
+    jaxlib="0.12.0.1",
+    cpu_features=(),
+    kernel_abi=0,
+    kernels=(),
+    xla_flags="",
+    stablehlo_expires="2030-01-01",
+    programs=(),
+)
+
+
+# --- what there is ------------------------------------------------------------------------------------------
+
+
+def driver(root: Path, *kinds: str) -> Path:
+    for i, kind in enumerate(kinds):
+        folder = root / f"proc/driver/nvidia/gpus/0000:0{i}:00.0"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t\t {kind}\nIRQ:   \t\t 35\nGPU UUID: \t GPU-0\n")
+    return root
+
+
+def test_gpus_are_named_by_the_driver_s_files(tmp_path):
+    assert nvidia_gpus(tmp_path) == ()
+    assert nvidia_gpus(driver(tmp_path / "one", H100)) == (H100,)
+    assert nvidia_gpus(driver(tmp_path / "three", H100, A100, H100)) == (A100, H100)
+    silent = tmp_path / "silent"
+    (silent / "dev").mkdir(parents=True)
+    (silent / "dev/dxg").touch()
+    assert nvidia_gpus(silent) == ("any",)
+
+
+def plugin(folder: Path, name: str, package: str, version: str, contents: bytes = b"") -> None:
+    (folder / "jax_plugins" / name).mkdir(parents=True)
+    (folder / "jax_plugins" / name / "xla_cuda_plugin.so").write_bytes(contents)
+    # Importing it would import jax; nobody does.
+    (folder / "jax_plugins" / name / "__init__.py").write_text("raise AssertionError\n")
+    info = folder / f"{package.replace('-', '_')}_pjrt-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}-pjrt\nVersion: {version}\n")
+
+
+def test_the_plugin_is_found_and_not_imported(tmp_path, monkeypatch):
+    importlib.metadata.version("numpy")  # which imports what it needs while it can
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert cuda.find_plugin() is None
+    plugin(tmp_path, "xla_cuda12", "jax-cuda12", "0.12.0.1")
+    found = cuda.find_plugin()
+    assert found is not None
+    assert (found.version, found.library.parent.name) == ("0.12.0.1", "xla_cuda12")
+    plugin(tmp_path, "xla_cuda13", "jax-cuda13", "0.12.0.1")
+    newer = cuda.find_plugin()
+    assert newer is not None
+    assert newer.library.parent.name == "xla_cuda13"
+
+
+def test_nothing_of_cuda_is_imported_where_there_is_no_gpu():
+    if nvidia_gpus():
+        pytest.skip("there is a GPU here")
+    code = (
+        "import sys; from precast.loaders.load import load; from precast.loaders.runtime import pjrt;"
+        "m = pjrt.this_machine(); assert (m.gpus, m.cuda_plugin) == ((), '');"
+        "assert not {'precast.loaders.runtime.cuda', 'importlib.metadata'} & set(sys.modules) - set(before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, numpy, jaxlib; before = set(sys.modules)\n{code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# --- what fits ----------------------------------------------------------------------------------------------
+
+WANTED = "pip install 'jax-cuda12-plugin[with-cuda]==0.12.0.1'"
+
+
+@pytest.mark.parametrize(
+    ("target", "machine", "expected"),
+    [
+        ({}, {}, []),
+        ({}, {"gpus": ("any",)}, []),
+        ({"device": "any"}, {"gpus": (A100,)}, []),
+        ({"device": f"{H100} MIG 1g.10gb"}, {}, []),
+        ({}, {"gpus": (A100, H100)}, []),
+        ({}, {"gpus": (), "cuda_plugin": ""}, ["it needs an NVIDIA GPU, this machine has none"]),
+        (
+            {},
+            {"cuda_plugin": ""},
+            [f"it needs jax's CUDA plugin 0.12.0.1, which is not installed: {WANTED}"],
+        ),
+        (
+            {},
+            {"cuda_plugin": "0.11.0"},
+            [f"it needs jax's CUDA plugin 0.12.0.1, installed is 0.11.0: {WANTED}"],
+        ),
+        ({}, {"gpus": (A100,)}, [f"it is compiled for {H100}, this machine has {A100}"]),
+        (
+            {"jaxlib": "0.10.1"},
+            {"gpus": (A100,), "cuda_plugin": ""},
+            [
+                f"it needs jax's CUDA plugin 0.12.0.1, which is not installed: {WANTED}",
+                f"it is compiled for {H100}, this machine has {A100}",
+                "it is compiled by jaxlib 0.10.1, installed is 0.12.0.1",
+            ],
+        ),
+    ],
+)
+def test_mismatches(target, machine, expected):
+    found = mismatches(dataclasses.replace(TARGET, **target), dataclasses.replace(MACHINE, **machine))
+    assert found == expected
+
+
+def test_what_was_compiled_for_another_gpu_is_compiled_for_this_one():
+    program = dataclasses.make_dataclass("Program", ["stablehlo"])("p.stablehlo")
+    target = dataclasses.replace(TARGET, programs=(program,))
+    manifest = dataclasses.make_dataclass("Manifest", ["targets"])((target,))
+    machine = dataclasses.replace(MACHINE, gpus=(A100,))
+    with pytest.raises(PrecastError, match="compiled for NVIDIA H100"):
+        choose_target(manifest, machine, "art", name=None, may_compile=False)
+    chosen = choose_target(manifest, machine, "art", name=None, may_compile=True)
+    assert (chosen.runtime, chosen.platform, chosen.device) == ("stablehlo", "cuda", "any")
+
+
+# --- the client ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stand_in():
+    """The CUDA client's code over XLA's CPU client, which runs side by side with its caller as GPUs do."""
+    pjrt.client()  # registers the kernels
+    return cuda.Client(_jax.get_tfrt_cpu_client(asynchronous=True))
+
+
+@pytest.fixture
+def no_client(monkeypatch):
+    """Forgets the process's client, and gives none back."""
+    cuda._client.cache_clear()
+    yield
+    cuda._client.cache_clear()
+
+
+TYPES = ("float32", "bfloat16", "float16", "int32", "int8", "uint8")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 4)])
+def test_arrays_are_copied_in_and_out(stand_in, dtype, shape):
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(numpy_dtype(dtype))
+    expected = array.copy()
+    buffer = stand_in.uploaded(array)
+    array[...] = 1
+    np.testing.assert_array_equal(stand_in.get(buffer), expected)
+    np.testing.assert_array_equal(stand_in.get(stand_in.put(expected)), expected)
+
+
+ADD = """
+module @add {
+  func.func public @main(%a: tensor<3xi32>, %b: tensor<3xi32>) -> (tensor<3xi32>) {
+    %0 = stablehlo.add %a, %b : tensor<3xi32>
+    return %0 : tensor<3xi32>
+  }
+}
+"""
+
+
+def test_staged_arrays_are_uploaded_at_every_call(stand_in):
+    results = [pjrt.Result(shape=(3,), dtype=np.dtype(np.int32))]
+    compiled = stand_in.compile(ADD.encode(), results, "add")
+    program = stand_in.load(compiled.serialize(), results, "add")
+    assert (compiled.compiled, program.compiled) == (True, False)
+    constant = stand_in.put(np.array([100, 200, 300], np.int32))
+    array, buffer = stand_in.staging((3,), np.dtype(np.int32))
+    kept = []
+    for i in range(4):
+        array[:] = i
+        kept += program([buffer, constant])
+    array[:] = 99
+    assert [stand_in.get(k).tolist() for k in kept] == [[100 + i, 200 + i, 300 + i] for i in range(4)]
+
+
+def test_a_program_that_refuses_its_arguments_is_a_sentence(stand_in):
+    program = stand_in.compile(ADD.encode(), [pjrt.Result(shape=(3,), dtype=np.dtype(np.int32))], "add")
+    with pytest.raises(PrecastError, match="the program failed"):
+        stand_in.get(program([stand_in.put(np.zeros(3, np.int32))] * 3)[0])
+
+
+def as_cuda(root: Path, device: str) -> None:
+    """Says of an artifact's first target that it is for a GPU."""
+    record = json.loads((root / "manifest.json").read_text())
+    record["targets"] = record["targets"][:1]
+    record["targets"][0] |= {
+        "name": "cuda",
+        "platform": "cuda",
+        "device": device,
+        "machine": "any",
+        "cpu_features": [],
+    }
+    (root / "manifest.json").write_text(json.dumps(record))
+    parse_manifest((root / "manifest.json").read_bytes(), "m")
+
+
+def greedy(model, prompt, count=8):
+    cache = model.engine.new_cache()
+    step = model.engine.prefill(prompt, cache)
+    tokens = [int(step.token[0])]
+    while len(tokens) < count:
+        step = model.engine.decode([tokens[-1]], [len(prompt) + len(tokens) - 1], cache)
+        tokens.append(int(step.token[0]))
+    return tokens
+
+
+def test_an_artifact_for_a_gpu_generates_through_the_client(artifact_copy, tiny_model, stand_in, monkeypatch):
+    as_cuda(artifact_copy, H100)
+    here = dataclasses.replace(pjrt.this_machine(), gpus=(H100,), cuda_plugin=pjrt.jaxlib_version)
+    monkeypatch.setattr(loading.pjrt, "this_machine", lambda: here)
+    asked = []
+    monkeypatch.setattr(cuda, "client", lambda device: asked.append(device) or stand_in)
+    model = loading.load(artifact_copy, trusted=True)
+    assert asked == [H100]
+    assert model.target.platform == "cuda"
+    for prompt in ([3], list(range(1, 12)), [i * 7 % 300 for i in range(40)]):
+        assert greedy(model, prompt) == greedy(tiny_model, prompt)
+
+
+def test_without_a_gpu_an_artifact_for_one_is_refused_from_its_manifest(artifact_copy, monkeypatch):
+    as_cuda(artifact_copy, H100)
+    nothing = dataclasses.replace(pjrt.this_machine(), gpus=(), cuda_plugin="")
+    monkeypatch.setattr(loading.pjrt, "this_machine", lambda: nothing)
+    with pytest.raises(PrecastError, match="target 'cuda': it needs an NVIDIA GPU, this machine has none"):
+        loading.load(artifact_copy)
+
+
+# --- making it ----------------------------------------------------------------------------------------------
+
+
+def test_a_missing_plugin_is_named(no_client, monkeypatch):
+    monkeypatch.setattr(cuda, "find_plugin", lambda: None)
+    with pytest.raises(PrecastError) as raised:
+        cuda.client("any")
+    assert str(raised.value) == (
+        "CUDA: jax's plugin for NVIDIA GPUs is not installed: pip install"
+        f" 'jax-cuda12-plugin[with-cuda]=={pjrt.jaxlib_version}'"
+    )
+
+
+def test_a_plugin_that_cannot_be_loaded_is_a_sentence(no_client, monkeypatch, tmp_path):
+    (tmp_path / "xla_cuda_plugin.so").write_bytes(b"no library")
+    found = cuda.Plugin(library=tmp_path / "xla_cuda_plugin.so", version="0.12.0.1")
+    monkeypatch.setattr(cuda, "find_plugin", lambda: found)
+    monkeypatch.setattr(cuda, "_NAME", "cuda_of_a_test")
+    with pytest.raises(
+        PrecastError, match=r"XLA's plugin 0\.12\.0\.1 finds no GPU that it can use"
+    ) as raised:
+        cuda.client("any")
+    assert "\n" not in str(raised.value)
+
+
+class Calls:
+    """Stands in for jaxlib's functions about plugins, and notes what is asked of them."""
+
+    def __init__(self, *, loaded=False):
+        self.loaded, self.initialized, self.asked = loaded, loaded, []
+
+    def pjrt_plugin_loaded(self, name):
+        return self.loaded
+
+    def pjrt_plugin_initialized(self, name):
+        return self.initialized
+
+    def load_pjrt_plugin_dynamically(self, name, path):
+        self.asked.append(("load", name, Path(path).name))
+
+    def initialize_pjrt_plugin(self, name):
+        self.asked.append(("initialize", name))
+
+    def generate_pjrt_gpu_plugin_options(self):
+        return {"platform_name": "cuda", "preallocate": False}
+
+    def make_c_api_client(self, name, options):
+        self.asked.append(("make", name, options))
+        return _jax.get_tfrt_cpu_client(asynchronous=True)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["first", "where jax has loaded it"])
+def test_the_client_is_made_of_the_plugin_once(no_client, monkeypatch, tmp_path, loaded):
+    calls = Calls(loaded=loaded)
+    monkeypatch.setattr(cuda, "xla_client", calls)
+    found = cuda.Plugin(library=tmp_path / "xla_cuda_plugin.so", version="0.12.0.1")
+    monkeypatch.setattr(cuda, "find_plugin", lambda: found)
+    first = cuda.client("any")
+    assert cuda.client("cpu") is first
+    options = {"platform_name": "cuda", "preallocate": False, "visible_devices": [0]}
+    before = [] if loaded else [("load", "cuda", "xla_cuda_plugin.so"), ("initialize", "cuda")]
+    assert calls.asked == [*before, ("make", "cuda", options)]
+    with pytest.raises(PrecastError) as raised:
+        cuda.client(H100)
+    assert str(raised.value) == (
+        f"CUDA: the executables are compiled for {H100}, this machine's first GPU is cpu; compile them here with"
+        " --compile, or choose another GPU with CUDA_VISIBLE_DEVICES."
+    )
+
+
+def test_nvidia_s_libraries_are_found_in_the_order_they_need_one_another(tmp_path, monkeypatch):
+    names = (
+        "cudnn/lib/libcudnn.so.9",
+        "cublas/lib/libcublasLt.so.12",
+        "cu13/lib/libcudart.so.13",
+        "cublas/lib/libcublas.so.12",
+    )
+    for name in names:
+        (tmp_path / "nvidia" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "nvidia" / name).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    found = [p.name for p in cuda._nvidia_libraries()]
+    assert found == ["libcudart.so.13", "libcublasLt.so.12", "libcublas.so.12", "libcudnn.so.9"]
+
+
+def test_the_compiler_is_told_where_nvidia_s_files_are(tmp_path, monkeypatch, stand_in):
+    (tmp_path / "nvidia/cuda_nvcc").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    options = stand_in._options()
+    assert options.executable_build_options.debug_options.xla_gpu_cuda_data_dir == str(
+        tmp_path / "nvidia/cuda_nvcc"
+    )
