@@ -1,0 +1,300 @@
+"""What ``precast check`` finds: everything about a machine that an artifact does not suit, from its manifest alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from .artifact import compat
+from .artifact.errors import PrecastError
+from .artifact.machine import Machine
+from .artifact.manifest import SIGNATURE_FILE, WEIGHTS_FILE, Manifest, Target
+from .resources import Memory, Processors
+from .units import size_text
+
+# A promise that ends sooner than this is worth a word.
+SOON_DAYS = 30
+
+# What a target may ask of a machine, one thing at a time, and values of its fields that ask for nothing.
+_ASPECTS = {
+    "TensorFlow": ("runtime",),
+    "platform": ("platform", "device"),
+    "machine": ("machine",),
+    "jaxlib": ("jaxlib",),
+    "CPU features": ("cpu_features",),
+    "kernels": ("kernel_abi", "kernels"),
+}
+_NOTHING: dict[str, Any] = {
+    "runtime": "pjrt",
+    "platform": "cpu",
+    "device": "any",
+    "machine": "any",
+    "jaxlib": "any",
+    "cpu_features": (),
+    "kernel_abi": 0,
+    "kernels": (),
+}
+# Narrowest last: the widest that a machine has is the one to export for.
+_ISAS = {"avx512": "avx512f", "avx2": "avx2", "avx": "avx", "sse4.2": "sse4.2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that does not suit, or soon will not.
+
+    Attributes:
+        what: the aspect: "jaxlib", "memory".
+        problem: what is needed and what was found.
+        remedy: what to do.
+    """
+
+    what: str
+    problem: str
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetReport:
+    """Attributes:
+    name: of the target.
+    runs: whether it runs as it is.
+    compiles: whether it does once it is compiled here.
+    mismatches: all that keeps it from running as it is.
+    """
+
+    name: str
+    runs: bool
+    compiles: bool
+    mismatches: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Memory, in bytes: weights, the cache of all slots when full, and the most that a program takes besides."""
+
+    weights: int
+    cache: int
+    temporary: int
+
+    @property
+    def all(self) -> int:
+        return self.weights + self.cache + self.temporary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `check` found.
+
+    Attributes:
+        root: the artifact.
+        name: its model's.
+        target: the one that would run; None where none would.
+        compiled: whether it would be compiled first.
+        targets: each of them.
+        problems: what else keeps it from running here.
+        notes: what does not, but is worth knowing.
+        expires: day until which its StableHLO is promised to compile; the first where targets differ.
+        days_left: until then; negative when it has passed.
+        signed: whether there is a signature; whose, and whether it holds, is not looked at.
+    """
+
+    root: Path
+    name: str
+    target: str | None
+    compiled: bool
+    targets: tuple[TargetReport, ...]
+    problems: tuple[Finding, ...]
+    notes: tuple[Finding, ...]
+    processors: Processors
+    need: Need
+    memory: Memory
+    expires: str
+    days_left: int
+    signed: bool
+
+    @property
+    def runs(self) -> bool:
+        return self.target is not None and not self.problems
+
+
+def check(
+    root: Path,
+    manifest: Manifest,
+    machine: Machine,
+    processors: Processors,
+    memory: Memory,
+    today: date,
+    *,
+    target: str | None = None,
+    compile: bool = False,
+) -> Report:
+    """Holds a manifest against a machine.
+
+    Args:
+        root: the artifact.
+        manifest: of it.
+        machine: what is there to run on.
+        processors: as above.
+        memory: as above.
+        today: for the promise of StableHLO.
+        target: the one to run; None for the best.
+        compile: whether one that must be compiled first will do.
+
+    Raises:
+        PrecastError: when there is no such target.
+    """
+    chosen = _choice(manifest, machine, root, target, compile)
+    named = [t for t in manifest.targets if target in (None, t.name)]
+    need = _need(manifest, chosen or named[0])
+    expires = min(_day(t.stablehlo_expires, root) for t in named)
+    days_left = (expires - today).days
+    return Report(
+        root=root,
+        name=manifest.name,
+        target=None if chosen is None else chosen.name,
+        compiled=chosen is not None and chosen.runtime == "stablehlo",
+        targets=tuple(_target(t, manifest, machine, root) for t in named),
+        problems=tuple(_too_little(need, memory.limit)),
+        notes=(
+            *_little_left(need, memory),
+            *_few_processors(processors),
+            *_promise(expires.isoformat(), days_left, root),
+        ),
+        processors=processors,
+        need=need,
+        memory=memory,
+        expires=expires.isoformat(),
+        days_left=days_left,
+        signed=(root / SIGNATURE_FILE).is_file(),
+    )
+
+
+def _choice(
+    manifest: Manifest, machine: Machine, root: Path, target: str | None, compile: bool
+) -> Target | None:
+    """The target that `load` would take, by the loader's own rule."""
+    if (target is not None and target not in {t.name for t in manifest.targets}) or not manifest.targets:
+        compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)  # which refuses
+    try:
+        return compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)
+    except PrecastError:
+        return None
+
+
+def _target(target: Target, manifest: Manifest, machine: Machine, root: Path) -> TargetReport:
+    compiles = _compiles(target, manifest, machine, root)
+    found = tuple(_mismatches(target, manifest, machine, root, compiles))
+    return TargetReport(name=target.name, runs=not found, compiles=compiles, mismatches=found)
+
+
+def _compiles(target: Target, manifest: Manifest, machine: Machine, root: Path) -> bool:
+    alone = replace(manifest, targets=(target,))
+    chosen = _choice(alone, machine, root, target.name, compile=True)
+    return chosen is not None and chosen.runtime == "stablehlo"
+
+
+def _mismatches(
+    target: Target, manifest: Manifest, machine: Machine, root: Path, compiles: bool
+) -> Iterator[Finding]:
+    nothing = replace(target, **_NOTHING)
+    left = compat.mismatches(target, machine)
+    for what, fields in _ASPECTS.items():
+        only = replace(nothing, **{field: getattr(target, field) for field in fields})
+        for problem in compat.mismatches(only, machine):
+            if problem in left:
+                left.remove(problem)
+                remedy = _remedy(what, target, manifest, machine, root, compiles)
+                # Some say what to do themselves.
+                problem, _, packages = problem.partition(": pip install ")
+                yield Finding(
+                    what=what, problem=problem, remedy=f"pip install {packages}" if packages else remedy
+                )
+    for problem in left:
+        yield Finding(what="target", problem=problem, remedy=f"precast add-target {root}")
+    if target.runtime == "stablehlo":
+        yield Finding(
+            what="compiling",
+            problem="it must be compiled first",
+            remedy=f"precast run {root} --target {target.name} --compile",
+        )
+
+
+def _remedy(
+    what: str, target: Target, manifest: Manifest, machine: Machine, root: Path, compiles: bool
+) -> str:
+    here = f"precast add-target {root}, or precast run {root} --compile" if compiles else ""
+    maker = manifest.provenance.versions.get("precast")
+    remedies = {
+        "TensorFlow": "pip install 'precast[savedmodel]'",
+        "platform": f"a machine with {target.platform}"
+        + (f" ({target.device})" if target.device != "any" else ""),
+        "machine": here or f"export on a {machine.machine} machine",
+        "jaxlib": f"pip install jaxlib=={target.jaxlib}" + (f", or {here}" if here else ""),
+        "CPU features": " or ".join(filter(None, (_isa(machine), here))),
+        "kernels": f"pip install precast{f'=={maker}' if maker else ''}, which made it, or export again",
+    }
+    return remedies[what]
+
+
+def _isa(machine: Machine) -> str:
+    widest = next((isa for isa, feature in _ISAS.items() if feature in machine.features), None)
+    return f"export with --cpu-isa {widest}" if widest else "export on a machine like this one"
+
+
+def _need(manifest: Manifest, target: Target) -> Need:
+    return Need(
+        weights=manifest.files[WEIGHTS_FILE].bytes,
+        cache=sum(array.bytes for array in manifest.cache),
+        temporary=max((p.memory.temporary for p in target.programs if p.memory is not None), default=0),
+    )
+
+
+def _too_little(need: Need, limit: int | None) -> Iterator[Finding]:
+    if limit is not None and need.all > limit:
+        yield Finding(
+            what="memory",
+            problem=f"it needs {size_text(need.all)} of memory, this machine or container has {size_text(limit)}",
+            remedy="more memory, or an export with fewer bits (--weights int8, int4) or a shorter --context",
+        )
+
+
+def _little_left(need: Need, memory: Memory) -> Iterator[Finding]:
+    if memory.available is not None and need.all > memory.available and need.all <= (memory.limit or 0):
+        yield Finding(
+            what="memory",
+            problem=f"it needs {size_text(need.all)} of memory, {size_text(memory.available)} are available now",
+            remedy="end what else runs here, or weights will be read from the disk again and again",
+        )
+
+
+def _few_processors(p: Processors) -> Iterator[Finding]:
+    if p.quota is not None and p.quota < p.usable:
+        cores = max(1, int(p.quota))
+        yield Finding(
+            what="threads",
+            problem=f"{p.usable} threads share the time of {p.quota:g} cores that the container may use",
+            remedy=f"give the process {cores} core{'' if cores == 1 else 's'} of its own: taskset -c 0"
+            + (f"-{cores - 1}" if cores > 1 else ""),
+        )
+
+
+def _promise(expires: str, days_left: int, root: Path) -> Iterator[Finding]:
+    if days_left < SOON_DAYS:
+        count = f"{abs(days_left)} day{'' if abs(days_left) == 1 else 's'}"
+        when = f"in {count}" if days_left >= 0 else f"{count} ago"
+        yield Finding(
+            what="StableHLO",
+            problem=f"its StableHLO is promised to compile with newer jaxlibs until {expires}, {when}",
+            remedy=f"add targets while that holds (precast add-target {root}), or export again",
+        )
+
+
+def _day(text: str, root: Path) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise PrecastError(
+            f"{root}: stablehlo_expires: expected a date such as 2027-01-31, found {text!r:.40}; export the model"
+            " again."
+        ) from None

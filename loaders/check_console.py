@@ -1,0 +1,96 @@
+"""What ``precast check`` prints."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .check import SOON_DAYS, Report, TargetReport, check
+from .units import shown, size_text
+
+
+def run(path: Path, *, target: str | None, compile: bool, as_json: bool) -> int:
+    """Checks the artifact at `path` against this machine, and prints what was found.
+
+    Returns:
+        The exit code: 0 when it runs here, 1 when it does not.
+
+    Raises:
+        PrecastError: when there is no artifact, it is not understood, or it has no such target.
+    """
+    from .resources import memory, processors
+    from .runtime.pjrt import block_jax
+
+    block_jax()
+    from .load import find_artifact, read_manifest
+    from .runtime.pjrt import this_machine
+
+    root = find_artifact(path)
+    report = check(
+        root,
+        read_manifest(root),
+        this_machine(),
+        processors(),
+        memory(),
+        datetime.now(UTC).date(),
+        target=target,
+        compile=compile,
+    )
+    print(
+        json.dumps(to_json(report), ensure_ascii=False) if as_json else "\n".join(map(shown, lines(report)))
+    )
+    return 0 if report.runs else 1
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The report in plain JSON types."""
+    facts = dataclasses.asdict(report)
+    return {
+        "runs": report.runs,
+        **facts,
+        "root": str(report.root),
+        "need": facts["need"] | {"all": report.need.all},
+    }
+
+
+def lines(report: Report) -> Iterator[str]:
+    """The report for people: whether it runs, the targets, the machine, and what to do."""
+    if report.runs:
+        how = ", compiled first" if report.compiled else ""
+        yield f"{report.name} runs here, as target {report.target}{how}  ({report.root})"
+    else:
+        yield f"{report.name} does not run here  ({report.root})"
+    for target in report.targets:
+        yield from _target(target)
+    yield from _facts(report)
+    for finding in (*report.problems, *report.notes):
+        yield f"  ! {finding.problem}"
+        yield f"      → {finding.remedy}"
+
+
+def _target(target: TargetReport) -> Iterable[str]:
+    if target.runs:
+        yield f"  target    {target.name}: fits"
+        return
+    yield f"  target    {target.name}: {'fits once it is compiled here' if target.compiles else 'does not fit'}"
+    # Of a target that is only ever compiled there is no more to say.
+    for finding in target.mismatches:
+        if finding.what != "compiling":
+            yield f"    ! {finding.problem}"
+        yield f"        → {finding.remedy}"
+
+
+def _facts(report: Report) -> Iterable[str]:
+    need, memory, p = report.need, report.memory, report.processors
+    parts = {"weights": need.weights, "cache": need.cache, "temporary": need.temporary}
+    yield (
+        f"  memory    needs {size_text(need.all)} ({', '.join(f'{k} {size_text(v)}' for k, v in parts.items())}),"
+        f" {size_text(memory.available)} of {size_text(memory.limit)} available"
+    )
+    share = "" if p.quota is None else f", for the time of {p.quota:g}"
+    yield f"  threads   {p.usable} of {p.cores} cores{share}"
+    if report.days_left >= SOON_DAYS:
+        yield f"  StableHLO promised to compile until {report.expires}, {report.days_left} days"
+    yield f"  signature {'there; whether it holds was not checked' if report.signed else 'none'}"

@@ -1,0 +1,117 @@
+"""What this process may use of the machine: processors and memory, a container's limits included."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# What version 1 of control groups says where there is no limit is a little below 2^63.
+_NO_LIMIT = 1 << 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processors:
+    """Attributes:
+    cores: that the machine has.
+    usable: those that this process may run on; XLA starts a thread for each.
+    quota: how many of them its control group lets it keep busy; None for all.
+    """
+
+    cores: int
+    usable: int
+    quota: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """In bytes; None where the system does not tell.
+
+    Attributes:
+        limit: what this process could have if nothing else ran: the machine's, or its control group's limit.
+        available: what it could have now.
+    """
+
+    limit: int | None
+    available: int | None
+
+
+def processors(system: Path = Path("/")) -> Processors:
+    cores = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    quotas = [q for folder in _groups(system, "cpu") if (q := _quota(folder)) is not None]
+    return Processors(cores=cores, usable=usable, quota=min(quotas, default=None))
+
+
+def memory(system: Path = Path("/")) -> Memory:
+    machine = _fields(system / "proc/meminfo")
+    total, free = (machine.get(key, 0) << 10 for key in ("MemTotal:", "MemAvailable:"))
+    found = [(total, free)] if total else []
+    found += [pair for folder in _groups(system, "memory") if (pair := _limit(folder)) is not None]
+    return Memory(
+        limit=min((limit for limit, _ in found), default=None),
+        available=min((left for _, left in found), default=None),
+    )
+
+
+def _groups(system: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups that this process is in, from its own to the outermost."""
+    text = _text(system / "proc/self/cgroup")
+    for line in text.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if number == "0":  # version 2
+            top = system / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = system / "sys/fs/cgroup" / controller
+        else:
+            continue
+        # Inside a container the name may be one of the world outside; then its own group is the top.
+        parts = [part for part in name.split("/") if part not in ("", "..")]
+        for n in range(len(parts), -1, -1):
+            folder = top.joinpath(*parts[:n])
+            if folder.is_dir():
+                yield folder
+
+
+def _limit(group: Path) -> tuple[int, int] | None:
+    """A group's limit, and what is left of it. Pages of files that were read are as good as free."""
+    for maximum, current, inactive in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit, used = (_number(group / name) for name in (maximum, current))
+        if limit is not None and limit < _NO_LIMIT:
+            kept = (used or 0) - _fields(group / "memory.stat").get(inactive, 0)
+            return limit, max(0, limit - kept)
+    return None
+
+
+def _quota(group: Path) -> float | None:
+    words = _text(group / "cpu.max").split()
+    if not words:
+        words = [_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    try:
+        quota, period = map(int, words)
+    except ValueError:  # "max", or nothing
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(_text(path))
+    except ValueError:
+        return None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines such as ``MemTotal:  16384 kB``: the first word, and the number behind it."""
+    words = [line.split() for line in _text(path).splitlines()]
+    return {w[0]: int(w[1]) for w in words if len(w) >= 2 and w[1].isdigit()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

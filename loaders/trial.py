@@ -1,0 +1,259 @@
+"""The first load on a machine, tried in a child process, so that a crash becomes a sentence.
+
+An executable that does not suit its machine does not raise an error, it ends the process: by SIGILL on another CPU,
+by SIGSEGV under another jaxlib. What a manifest says is compared before, but a manifest may be wrong. So the first
+time that a target of an artifact is loaded on a machine, a child process loads it and takes a few steps; when it
+survives, that is noted in the cache folder, and later loads only look for the note. This is no protection against an
+artifact that means harm: programs are native code, and signatures are there for that.
+"""
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .artifact.errors import PrecastError
+from .artifact.files import cache_folder, forget_old, write_atomically
+from .artifact.machine import Machine
+from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
+
+if TYPE_CHECKING:
+    from .engine import Cache
+    from .generate import Model
+
+# What a child may take: to start, to read weights from a slow disk, and to compile, where it has to.
+START_S, WEIGHT_BYTES_PER_S, COMPILE_S = 120, 20e6, 900
+# Exit codes of the child: a sentence stands in its last line.
+_REFUSED = 3
+_PROMPT = (1, 2, 3)
+_MARK, _SENTENCE = "at: ", "error: "
+
+
+def ensure(
+    root: Path,
+    manifest: Manifest,
+    target: Target,
+    machine: Machine,
+    *,
+    compile: bool,
+    log: Callable[[str], None],
+) -> None:
+    """Tries a target in a child process, unless it was tried on this machine before.
+
+    Where nothing can be noted, because the cache folder cannot be written to, it is tried at every load, and said.
+    Where no child process can be started it is not tried, and said.
+
+    Args:
+        root: the artifact, whose files have been checked.
+        manifest: of it.
+        target: the one chosen.
+        machine: this one.
+        compile: whether it is compiled first.
+        log: where messages go.
+
+    Raises:
+        PrecastError: when the child crashes or hangs, naming program and signal, or when it refuses the artifact.
+    """
+    if _record(manifest, target, machine).exists():
+        return
+    started = time.perf_counter()
+    if not _attempt(root, target, _limit_s(manifest, compile), compile, log):
+        return
+    if not remember(manifest, target, machine):
+        log(
+            f"{root}: tried in a process of its own first ({time.perf_counter() - started:.1f} s), as it will be at"
+            f" every start: {cache_folder()} cannot be written to; set PRECAST_CACHE to a folder that can be."
+        )
+
+
+def remember(manifest: Manifest, target: Target, machine: Machine) -> bool:
+    """Notes that a target runs on this machine. False where the note cannot be written."""
+    with suppress(OSError):
+        record = _record(manifest, target, machine)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        forget_old(record.parent)
+        write_atomically(record, b"")
+        return True
+    return False
+
+
+def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
+    """Named after all that decides whether the target runs: programs and signatures, weights, cache, machine."""
+    folders = tuple({f"{file.rpartition('/')[0]}/" for p in target.programs if (file := target.file_of(p))})
+    used = [name for name in manifest.files if name == WEIGHTS_FILE or name.startswith(folders)]
+    digests = [(name, manifest.files[name].sha256) for name in sorted(used)]
+    said = (digests, target, manifest.cache, manifest.capacity, manifest.slots, manifest.buckets, machine)
+    return cache_folder() / "tried" / hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+def _limit_s(manifest: Manifest, compile: bool) -> int:
+    return int(START_S + manifest.files[WEIGHTS_FILE].bytes / WEIGHT_BYTES_PER_S + COMPILE_S * compile)
+
+
+def _attempt(root: Path, target: Target, limit_s: int, compile: bool, log: Callable[[str], None]) -> bool:
+    """Runs the child. False where there is none to run.
+
+    Raises:
+        PrecastError: as `ensure`.
+    """
+    import subprocess
+
+    # An application frozen into one file has no interpreter to start: it would start itself.
+    if not sys.executable or getattr(sys, "frozen", False):
+        log(f"{root}: not tried in a process of its own first, because there is no Python to start.")
+        return False
+    options = ["--compile"] if compile else []
+    # -P: nothing is imported from the folder that this happens to run in.
+    command = [sys.executable, "-P", "-m", __name__, str(root), target.name, str(limit_s), *options]
+    try:
+        child = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            timeout=limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        where = _last(error.stdout or b"", _MARK)
+        raise PrecastError(_hung(root, target, where, limit_s)) from None
+    except (OSError, ValueError) as error:
+        log(f"{root}: not tried in a process of its own first, because none can be started ({error}).")
+        return False
+    if child.returncode != 0:
+        raise PrecastError(_failed(root, target, child.returncode, child.stdout, child.stderr, limit_s))
+    return True
+
+
+def _last(output: bytes, prefix: str) -> str | None:
+    """The last line that begins so, without its beginning."""
+    lines = output.decode(errors="replace").splitlines()
+    return next((line.removeprefix(prefix) for line in reversed(lines) if line.startswith(prefix)), None)
+
+
+def _hung(root: Path, target: Target, where: str | None, limit_s: int) -> str:
+    return (
+        f"{root}: target {target.name!r} was tried in a process of its own, which had not finished"
+        f" {where or 'starting'} after {limit_s} s; {_advice()}"
+    )
+
+
+def _failed(root: Path, target: Target, code: int, stdout: bytes, stderr: bytes, limit_s: int) -> str:
+    import signal
+
+    if code == _REFUSED and (sentence := _last(stdout, _SENTENCE)) is not None:
+        return sentence
+    where = _last(stdout, _MARK) or "starting"
+    if code == -getattr(signal, "SIGALRM", 0):
+        return _hung(root, target, where, limit_s)
+    begin = f"{root}: target {target.name!r} was tried in a process of its own, which"
+    if code >= 0:
+        said = stderr.decode(errors="replace").strip().splitlines()
+        return f"{begin} failed while {where} ({said[-1] if said else f'exit code {code}'}); {_advice()}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    if name == "SIGKILL":
+        return (
+            f"{begin} was killed while {where}, as the system does when memory runs out; precast check {root} tells"
+            " what it needs."
+        )
+    return f"{begin} crashed while {where} ({name}); {_advice()}"
+
+
+def _advice() -> str:
+    return "its programs do not suit this machine: compile them here with --compile, or export again."
+
+
+# --- the child ----------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int:
+    """Loads a target and takes a few steps, saying on standard output where it is.
+
+    Args:
+        arguments: the artifact, the name of the target, seconds that it may take; then "--compile" or nothing.
+    """
+    root, name, limit_s, *options = arguments
+    _restrict(int(limit_s))
+    # The parent reads what it is told; what libraries print must not pass for it.
+    told = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", errors="replace")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(line: str) -> None:
+        print(line, file=told, flush=True)
+
+    try:
+        attempt(Path(root), name, compile="--compile" in options, at=lambda place: say(_MARK + place))
+    except PrecastError as error:
+        say(_SENTENCE + " ".join(str(error).split()))
+        return _REFUSED
+    return 0
+
+
+def attempt(root: Path, name: str, *, compile: bool, at: Callable[[str], None]) -> None:
+    """Loads every program of a target, prefills a few tokens and decodes twice.
+
+    Args:
+        root: the artifact.
+        name: of the target.
+        compile: whether it may be compiled first.
+        at: told what begins now.
+
+    Raises:
+        PrecastError: as `load`, and when a program fails.
+    """
+    from .runtime.pjrt import block_jax
+
+    block_jax()
+    from .load import load
+
+    model = load(
+        root, target=name, compile=compile, trusted=True, log=lambda _: None, at=lambda p: at(f"loading {p}")
+    )
+    engine, target = model.engine, model.target
+    at(f"running {target.of_kind('cache')[0].name}")
+    cache = engine.new_cache()
+    _check_caches(model, cache, root)
+    # As many as leave room for two more; any ids will do, but they must be in the vocabulary.
+    prompt = [token % engine.vocab for token in _PROMPT][: max(1, engine.capacity - 2)]
+    at(f"running {min(target.of_kind('prefill'), key=lambda p: p.tokens).name}")
+    engine.prefill(prompt, cache)
+    at(f"running {target.of_kind('decode')[0].name}")
+    idle = engine.slots - 1
+    for position in range(len(prompt), min(len(prompt) + 2, engine.capacity)):
+        engine.decode([0, *[0] * idle], [position, *[-1] * idle], cache)
+
+
+def _check_caches(model: "Model", cache: "Cache", root: Path) -> None:
+    """A manifest may be wrong about its programs in a way that agrees with itself; what they return tells."""
+    from .runtime import pjrt
+
+    if model.target.platform != "cpu" or model.target.runtime == "savedmodel":
+        return  # others may pad what they keep
+    for array in model.manifest.cache:
+        if (found := pjrt.size_of(cache.buffers[array.name])) != array.bytes:
+            raise PrecastError(
+                f"{root}: its programs make a cache {array.name!r} of {found} bytes, expected {array.bytes} by the"
+                " manifest; export the model again."
+            )
+
+
+def _restrict(limit_s: int) -> None:
+    """No file with the memory of a crash, and an end also where the parent is gone."""
+    with suppress(ImportError, OSError, ValueError, AttributeError):
+        import resource
+        import signal
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(limit_s + 5)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

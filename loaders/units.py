@@ -1,0 +1,16 @@
+"""Numbers and names as people read them."""
+
+
+def shown(line: str) -> str:
+    """A line that quotes what strangers wrote, without the characters that a terminal obeys."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+def size_text(count: int | None) -> str:
+    """A number of bytes; a dash for None."""
+    if count is None:
+        return "–"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,120 @@
+"""What ``precast verify`` does and prints."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .units import shown, size_text
+
+if TYPE_CHECKING:
+    from .artifact.manifest import Manifest
+    from .verify import Files, Replay, Report
+
+
+def run(
+    path: Path, *, target: str | None, compile: bool, as_json: bool, require_signature: Path | None = None
+) -> int:
+    """Verifies the artifact at `path`, and prints what was found; one sentence on standard error where it differs.
+
+    Returns:
+        The exit code: 0 when it is what was exported and answers as it did, 1 when it differs.
+
+    Raises:
+        PrecastError: when there is no artifact, it is not understood, or it does not run on this machine.
+    """
+    from .runtime.pjrt import block_jax
+
+    block_jax()
+    from .load import find_artifact, read_manifest
+    from .verify import check_files
+
+    root = find_artifact(path)
+    manifest = read_manifest(root, require_signature=require_signature)
+    report = _progress()
+    files = check_files(root, manifest, report)
+    report("", 0, 0)
+    # What is not what it should be reaches no deserialiser.
+    played = None if files.problems else _replay(root, manifest, target, compile, require_signature, report)
+    problems = _problems(root, files, played)
+    if as_json:
+        facts = {
+            "name": manifest.name,
+            "root": str(root),
+            "ok": not problems,
+            "files": dataclasses.asdict(files),
+            "replay": None if played is None else dataclasses.asdict(played),
+            "problems": problems,
+        }
+        print(json.dumps(facts, ensure_ascii=False))
+    else:
+        print("\n".join(map(shown, _lines(root, manifest, files, played, problems))))
+    if problems:
+        more = f" ({len(problems) - 1} more differ)" if len(problems) > 1 else ""
+        print(f"error: {shown(' '.join(problems[0].split()))}{more}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _replay(
+    root: Path, manifest: "Manifest", target: str | None, compile: bool, key: Path | None, report: "Report"
+) -> "Replay":
+    from .artifact.files import read_checked
+    from .artifact.golden import parse_golden
+    from .load import load
+    from .verify import replay
+
+    data = read_checked(root, manifest.golden, manifest.files[manifest.golden])
+    golden = parse_golden(data, manifest, str(root / manifest.golden))
+    found = replay(
+        load(root, target=target, compile=compile, require_signature=key), golden, str(root), report
+    )
+    report("", 0, 0)
+    return found
+
+
+def _problems(root: Path, files: "Files", played: "Replay | None") -> list[str]:
+    beside = [
+        f"{root}: {name!r} is {'a link, and ' if (root / name).is_symlink() else ''}not listed in the manifest; remove"
+        " it, or copy the artifact again."
+        for name in files.unlisted
+    ]
+    return [*files.problems, *beside, *(() if played is None else played.problems)]
+
+
+def _lines(
+    root: Path, manifest: "Manifest", files: "Files", played: "Replay | None", problems: list[str]
+) -> Iterator[str]:
+    verdict = (
+        "is what was exported, and answers as it did" if not problems else "differs from what was exported"
+    )
+    yield f"{manifest.name} {verdict}  ({root})"
+    yield f"  files     {files.checked - len(files.problems)} of {files.checked} as listed, {size_text(files.bytes)}"
+    if played is None:
+        yield "  answers   not asked for: nothing is run of files that differ"
+    else:
+        yield f"  answers   {played.answers} prompts, {played.tokens} tokens, by target {played.target}"
+        yield (
+            f"  logits    {played.logits} compared, largest difference {played.difference:.2g}, {played.share:.0%} of"
+            " what is allowed"
+        )
+    for problem in problems:
+        yield f"  ! {problem}"
+
+
+def _progress() -> "Report":
+    """A line on a terminal that is gone when the work is done; nothing where nobody watches."""
+    if not sys.stderr.isatty():
+        return lambda what, done, total: None
+    shown = ""
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        line = f"{what} {done * 100 // total} %" if total else ""
+        if line != shown:
+            sys.stderr.write(f"\r\x1b[K{line}")
+            sys.stderr.flush()
+            shown = line
+
+    return report

@@ -1,0 +1,211 @@
+"""``precast check``: everything that does not suit at once, each with its remedy, from the manifest alone."""
+
+import dataclasses
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from precast.loaders.check import check
+from precast.loaders.check_console import lines
+from precast.loaders.load import read_manifest
+from precast.loaders.resources import Memory, Processors
+from precast.loaders.runtime.pjrt import this_machine
+
+GB = 1 << 30
+ROOT = Path("/art")
+TODAY = date(2026, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def good(tiny_artifact):
+    """The tiny artifact's manifest, with a StableHLO that is promised for a hundred days more."""
+    manifest = read_manifest(tiny_artifact)
+    targets = tuple(dataclasses.replace(t, stablehlo_expires="2026-04-11") for t in manifest.targets)
+    return dataclasses.replace(manifest, targets=targets)
+
+
+def with_target(manifest, **changes):
+    first, *others = manifest.targets
+    return dataclasses.replace(manifest, targets=(dataclasses.replace(first, **changes), *others))
+
+
+def examine(manifest, *, machine=None, processors=None, memory=None, today=TODAY, **options):
+    return check(
+        ROOT,
+        manifest,
+        machine or this_machine(),
+        processors or Processors(cores=8, usable=8, quota=None),
+        memory or Memory(limit=8 * GB, available=4 * GB),
+        today,
+        **options,
+    )
+
+
+def text(report) -> str:
+    return "\n".join(lines(report))
+
+
+def test_an_artifact_that_fits(good):
+    report = examine(good)
+    assert report.runs
+    assert report.target == good.targets[0].name
+    assert (report.problems, report.notes) == ((), ())
+    assert report.targets[0].mismatches == ()
+    first, *rest = text(report).splitlines()
+    assert first == f"tiny runs here, as target {good.targets[0].name}  (/art)"
+    assert "  StableHLO promised to compile until 2026-04-11, 100 days" in rest
+    assert "  signature none" in rest
+    assert len(rest) <= 8
+
+
+def test_every_mismatch_at_once_each_with_its_remedy(good):
+    machine = this_machine()
+    bad = with_target(
+        good,
+        jaxlib="0.9.9",
+        cpu_features=(*good.targets[0].cpu_features, "warp"),
+        kernel_abi=99,
+        kernels=("precast.new.v7",),
+        machine="riscv64",
+    )
+    report = examine(bad)
+    assert not report.runs
+    assert report.target is None
+    found = {(m.what, m.problem): m.remedy for m in report.targets[0].mismatches}
+    abi = f"it calls kernels of ABI 99, installed are those of ABI {machine.kernel_abi}"
+    assert set(found) == {
+        ("machine", f"it is compiled for riscv64, this machine is {machine.machine}"),
+        ("jaxlib", f"it is compiled by jaxlib 0.9.9, installed is {machine.jaxlib}"),
+        ("CPU features", "it uses CPU features that this machine lacks (warp)"),
+        ("kernels", abi),
+        ("kernels", "it calls kernels that are not installed (precast.new.v7)"),
+    }
+    maker = good.provenance.versions["precast"]
+    assert found["kernels", abi] == f"pip install precast=={maker}, which made it, or export again"
+    shown = text(report)
+    assert shown.startswith("tiny does not run here  (/art)\n")
+    for (_, problem), remedy in found.items():
+        assert f"    ! {problem}\n        → {remedy}\n" in shown
+
+
+def test_what_compiling_here_would_mend_says_so(good):
+    report = examine(with_target(good, jaxlib="0.9.9"))
+    (jaxlib,) = report.targets[0].mismatches
+    assert report.targets[0].compiles
+    assert jaxlib.remedy == (
+        "pip install jaxlib==0.9.9, or precast add-target /art, or precast run /art --compile"
+    )
+    compiled = examine(with_target(good, jaxlib="0.9.9"), compile=True)
+    assert (compiled.runs, compiled.compiled) == (True, True)
+    assert f"runs here, as target {compiled.target}, compiled first" in text(compiled)
+
+
+def test_a_target_that_is_only_ever_compiled(good):
+    report = examine(good, target="portable")
+    assert not report.runs
+    assert text(report).splitlines()[1:3] == [
+        "  target    portable: fits once it is compiled here",
+        "        → precast run /art --target portable --compile",
+    ]
+    assert examine(good, target="portable", compile=True).runs
+
+
+def test_another_platform_and_a_package_that_is_missing(good):
+    report = examine(with_target(good, platform="cuda", device="NVIDIA H100"))
+    found = report.targets[0].mismatches
+    assert found
+    assert {m.what for m in found} == {"platform"}
+    assert "a machine with cuda (NVIDIA H100)" in {m.remedy for m in found}
+    machine = dataclasses.replace(this_machine(), tensorflow=False)
+    report = examine(with_target(good, runtime="savedmodel", platform="any"), machine=machine)
+    (tensorflow,) = report.targets[0].mismatches
+    assert (tensorflow.what, tensorflow.remedy) == ("TensorFlow", "pip install 'precast[savedmodel]'")
+
+
+def test_memory(good):
+    need = examine(good).need
+    assert need.all == need.weights + need.cache + need.temporary
+    assert min(need.weights, need.cache, need.temporary) > 0
+    never = examine(good, memory=Memory(limit=need.all - 1, available=1))
+    assert not never.runs
+    assert [p.what for p in never.problems] == ["memory"]
+    assert "of memory, this machine or container has" in text(never)
+    now = examine(good, memory=Memory(limit=need.all, available=need.all - 1))
+    assert now.runs
+    assert [n.what for n in now.notes] == ["memory"]
+    assert examine(good, memory=Memory(limit=need.all, available=need.all)).notes == ()
+    assert examine(good, memory=Memory(limit=None, available=None)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("quota", "remedy"),
+    [(1.5, "1 core of its own: taskset -c 0"), (3.0, "3 cores of its own: taskset -c 0-2")],
+)
+def test_threads_that_share_less_time_than_they_are(good, quota, remedy):
+    report = examine(good, processors=Processors(cores=16, usable=8, quota=quota))
+    assert report.runs
+    (note,) = report.notes
+    assert note.problem == f"8 threads share the time of {quota:g} cores that the container may use"
+    assert note.remedy == f"give the process {remedy}"
+    assert f"8 of 16 cores, for the time of {quota:g}" in text(report)
+
+
+@pytest.mark.parametrize(
+    ("today", "when"),
+    [
+        (date(2026, 4, 1), "in 10 days"),
+        (date(2026, 4, 10), "in 1 day"),
+        (date(2026, 4, 11), "in 0 days"),
+        (date(2026, 4, 12), "1 day ago"),
+    ],
+)
+def test_a_promise_that_ends(good, today, when):
+    report = examine(good, today=today)
+    assert report.runs
+    (note,) = report.notes
+    assert note.problem == f"its StableHLO is promised to compile with newer jaxlibs until 2026-04-11, {when}"
+    assert "precast add-target /art" in note.remedy
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_it_in_text_in_json_and_by_its_exit_code(
+    cli, tiny_artifact, artifact_copy, edit_manifest
+):
+    result = cli("check", tiny_artifact)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("tiny runs here, as target cpu-")
+    found = json.loads(cli("check", tiny_artifact, "--json").stdout)
+    assert found["runs"] is True
+    assert found["targets"][0]["mismatches"] == []
+    assert found["need"]["all"] == sum(found["need"][k] for k in ("weights", "cache", "temporary"))
+    edit_manifest(artifact_copy, lambda m: m["targets"][0].update(jaxlib="0.9.9"))
+    assert cli("check", artifact_copy).exit_code == 1
+    assert cli("check", artifact_copy, "--compile").exit_code == 0
+    assert json.loads(cli("check", artifact_copy, "--json").stdout)["runs"] is False
+
+
+def test_only_the_manifest_is_read(cli, tiny_artifact, tmp_path):
+    (tmp_path / "manifest.json").write_bytes((tiny_artifact / "manifest.json").read_bytes())
+    assert cli("check", tmp_path).exit_code == 0
+
+
+def test_what_cannot_be_read_is_exit_code_2(cli, tmp_path, tiny_artifact, artifact_copy, edit_manifest):
+    assert cli("check", tmp_path / "none").exit_code == 2
+    result = cli("check", tiny_artifact, "--target", "gpu")
+    assert result.exit_code == 2
+    assert "target 'gpu' is not in the artifact; it holds 'cpu-" in result.stderr
+    edit_manifest(artifact_copy, lambda m: m["targets"][0].update(stablehlo_expires="soon"))
+    result = cli("check", artifact_copy)
+    assert result.exit_code == 2
+    assert "stablehlo_expires: expected a date such as 2027-01-31, found 'soon'" in result.stderr
+
+
+def test_names_from_the_manifest_do_not_reach_the_terminal_raw(cli, artifact_copy, edit_manifest):
+    edit_manifest(artifact_copy, lambda m: m.update(name="\x1b[2Jevil\n"))
+    result = cli("check", artifact_copy)
+    assert "\x1b" not in result.stdout
+    assert "\N{REPLACEMENT CHARACTER}[2Jevil" in result.stdout.splitlines()[0]

@@ -1,0 +1,214 @@
+"""The first load in a child process: a crash is a sentence, a success is noted and looked for by later loads."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from precast.loaders import trial
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.load import load, read_manifest
+from precast.loaders.runtime.pjrt import this_machine
+
+PROMPT = [7, 200, 31]
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """Command lines of child processes that a trial starts; they are run all the same."""
+    seen, original = [], subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **rest: seen.append(command) or original(command, **rest)
+    )
+    return seen
+
+
+def notes(cache):
+    return sorted((cache / "tried").iterdir()) if (cache / "tried").exists() else []
+
+
+def ensure(root, log=print, **changes):
+    manifest = read_manifest(root)
+    trial.ensure(root, manifest, manifest.targets[0], this_machine(), compile=False, log=log)
+
+
+def test_an_artifact_is_tried_once(tiny_artifact, own_cache, children):
+    said = []
+    load(tiny_artifact, log=said.append)
+    assert len(children) == 1
+    assert len(notes(own_cache)) == 1
+    load(tiny_artifact, log=said.append)
+    assert len(children) == 1
+    assert said == []
+
+
+def test_an_export_has_tried_what_it_made(tiny_artifact, children):
+    """In the cache of this session, where it was exported."""
+    load(tiny_artifact)
+    assert children == []
+
+
+def test_a_copy_is_the_same_artifact_and_an_altered_one_is_not(
+    tiny_artifact, artifact_copy, edit_manifest, own_cache, children
+):
+    load(tiny_artifact)
+    edit_manifest(artifact_copy, lambda m: m.update(name="another name"))
+    load(artifact_copy)
+    assert len(children) == 1
+    edit_manifest(artifact_copy, lambda m: m["targets"][0]["programs"][0].update(flops=1))
+    load(artifact_copy)
+    assert len(children) == len(notes(own_cache)) == 2
+
+
+def test_what_is_trusted_is_not_tried(tiny_artifact, own_cache, children):
+    load(tiny_artifact, trusted=True)
+    assert (children, notes(own_cache)) == ([], [])
+
+
+def test_the_note_depends_on_all_that_decides_whether_a_target_runs(tiny_artifact):
+    from dataclasses import replace
+
+    manifest, machine = read_manifest(tiny_artifact), this_machine()
+    target, other = manifest.targets
+    entry = replace(manifest.files["weights.safetensors"], sha256="0" * 64)
+    program = target.programs[0].executable
+    records = [
+        trial._record(manifest, target, machine),
+        trial._record(manifest, other, machine),
+        trial._record(manifest, target, replace(machine, jaxlib="9")),
+        trial._record(manifest, target, replace(machine, features=())),
+        trial._record(manifest, target, replace(machine, kernel_abi=9)),
+        trial._record(replace(manifest, capacity=8), target, machine),
+        trial._record(
+            replace(manifest, files={**manifest.files, "weights.safetensors": entry}), target, machine
+        ),
+        trial._record(replace(manifest, files={**manifest.files, program: entry}), target, machine),
+    ]
+    assert len(set(records)) == len(records)
+    same = replace(manifest, name="x", files={**manifest.files, "README.md": entry})
+    assert trial._record(same, target, machine) == records[0]
+
+
+def test_where_nothing_can_be_noted_it_is_tried_every_time_and_said(
+    tiny_artifact, tmp_path, monkeypatch, children
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "file" / "below"))
+    for count in (1, 2):
+        said = []
+        assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
+        assert len(children) == count
+        (line,) = (line for line in said if "in a process of its own" in line)
+        assert "as it will be at every start" in line
+        assert "cannot be written to; set PRECAST_CACHE to a folder that can be." in line
+
+
+@pytest.mark.parametrize("executable", ["", "/no/such/python"])
+def test_where_no_child_can_be_started_it_is_said_and_not_tried(
+    tiny_artifact, own_cache, monkeypatch, executable
+):
+    monkeypatch.setattr(sys, "executable", executable)
+    said = []
+    assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
+    (line,) = said
+    assert f"{tiny_artifact}: not tried in a process of its own first, because" in line
+    assert notes(own_cache) == []
+
+
+def child_that(monkeypatch, tmp_path, code):
+    """A Python that runs this code instead of what it is asked to."""
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\nimport os, signal, sys, time\n{code}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (
+            "print('at: loading decode', flush=True); os.kill(os.getpid(), signal.SIGSEGV)",
+            "which crashed while loading decode (SIGSEGV); its programs do not suit this machine: compile them here",
+        ),
+        (
+            "print('at: running prefill_8', flush=True); os.kill(os.getpid(), signal.SIGABRT)",
+            "which crashed while running prefill_8 (SIGABRT); its programs",
+        ),
+        ("os.kill(os.getpid(), signal.SIGBUS)", "which crashed while starting (SIGBUS); its programs"),
+        (
+            "os.kill(os.getpid(), signal.SIGRTMIN + 3)",
+            "which crashed while starting (signal 37); its programs",
+        ),
+        (
+            "print('at: loading decode', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
+            "which was killed while loading decode, as the system does when memory runs out; precast check",
+        ),
+        ("sys.exit('ImportError: gone')", "which failed while starting (ImportError: gone); its programs"),
+        ("sys.exit(5)", "which failed while starting (exit code 5); its programs"),
+        ("print('error: one sentence.'); sys.exit(3)", "one sentence."),
+        ("sys.exit(3)", "which failed while starting (exit code 3); its programs"),
+        ("signal.alarm(1); time.sleep(60)", "which had not finished starting after"),
+    ],
+)
+def test_whatever_happens_to_the_child_is_a_sentence(
+    tiny_artifact, tmp_path, own_cache, monkeypatch, code, text
+):
+    child_that(monkeypatch, tmp_path, code)
+    with pytest.raises(PrecastError) as raised:
+        ensure(tiny_artifact)
+    assert text in str(raised.value)
+    assert text == str(raised.value) or str(raised.value).startswith(f"{tiny_artifact}: target 'cpu-")
+    assert notes(own_cache) == []
+
+
+def test_a_child_that_hangs_is_ended(tiny_artifact, tmp_path, own_cache, monkeypatch):
+    child_that(monkeypatch, tmp_path, "print('at: loading decode', flush=True); time.sleep(60)")
+    monkeypatch.setattr(trial, "_limit_s", lambda *_: 1)
+    with pytest.raises(
+        PrecastError, match="which had not finished loading decode after 1 s; its programs do not"
+    ):
+        ensure(tiny_artifact)
+
+
+def test_the_child_says_where_it_is(tiny_artifact, python):
+    target = read_manifest(tiny_artifact).targets[0].name
+    result = python("-m", "precast.loaders.trial", str(tiny_artifact), target, "60")
+    assert result.returncode == 0, result.stderr
+    programs = ("cache", "prefill_8", "prefill_16", "decode")
+    running = ("cache", "prefill_8", "decode")
+    assert result.stdout.splitlines() == [
+        *(f"at: loading {name}" for name in programs),
+        *(f"at: running {name}" for name in running),
+    ]
+
+
+def test_the_child_passes_a_refusal_on(artifact_copy, python):
+    (artifact_copy / "tokenizer.json").unlink()
+    target = read_manifest(artifact_copy).targets[0].name
+    result = python("-m", "precast.loaders.trial", str(artifact_copy), target, "60")
+    assert result.returncode == 3
+    assert (
+        result.stdout
+        == f"error: {artifact_copy}: file 'tokenizer.json' is missing; copy or export the artifact again.\n"
+    )
+
+
+def test_the_child_ends_itself_where_its_parent_is_gone(tiny_artifact, python):
+    code = (
+        "import signal, time; from precast.loaders import trial\n"
+        "trial._restrict(-4)\n"  # and five seconds more
+        "time.sleep(60)"
+    )
+    assert python("-c", code).returncode == -signal.SIGALRM
+
+
+@pytest.mark.parametrize(
+    "options", [{"context": 2, "buckets": (1,)}, {"slots": 3, "context": 16, "buckets": (8,)}]
+)
+def test_small_contexts_and_several_slots(export_tiny, options, own_cache, children):
+    root = export_tiny(targets=("cpu",), **options)
+    for note in notes(own_cache):
+        note.unlink()
+    load(root)
+    assert len(children) == len(notes(own_cache)) == 1

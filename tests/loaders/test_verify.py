@@ -1,0 +1,149 @@
+"""``precast verify``: files as listed, and answers as recorded."""
+
+import json
+
+import numpy as np
+import pytest
+
+from precast.loaders.artifact.golden import parse_golden
+from precast.loaders.load import read_manifest
+from precast.loaders.verify import replay
+
+SILENT = lambda *_: None  # noqa: E731
+
+
+@pytest.fixture
+def golden(tiny_artifact):
+    manifest = read_manifest(tiny_artifact)
+    return parse_golden((tiny_artifact / "golden.json").read_bytes(), manifest, "g")
+
+
+def rewrite_golden(root, edit_manifest, change):
+    """Changes the golden answers, hash and all."""
+    from hashlib import sha256
+
+    value = json.loads((root / "golden.json").read_text())
+    change(value["greedy"])
+    data = json.dumps(value).encode()
+    (root / "golden.json").write_bytes(data)
+    entry = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+    edit_manifest(root, lambda manifest: manifest["files"].update({"golden.json": entry}))
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_an_artifact_that_is_what_it_was(cli, tiny_artifact, tiny_model):
+    result = cli("verify", tiny_artifact)
+    assert (result.exit_code, result.stderr) == (0, "")
+    first, files, answers, logits = result.stdout.splitlines()
+    assert first == f"tiny is what was exported, and answers as it did  ({tiny_artifact})"
+    manifest = read_manifest(tiny_artifact)
+    assert files.startswith(f"  files     {len(manifest.files)} of {len(manifest.files)} as listed, ")
+    assert answers.endswith(f"tokens, by target {tiny_model.target.name}")
+    assert "48 compared, largest difference" in logits
+    found = json.loads(cli("verify", tiny_artifact, "--json").stdout)
+    assert (found["ok"], found["problems"]) == (True, [])
+    assert found["files"]["bytes"] == sum(entry.bytes for entry in manifest.files.values())
+    assert found["replay"]["target"] == tiny_model.target.name
+    assert 0 <= found["replay"]["share"] < 0.5
+
+
+def test_another_target_answers_on_request(cli, tiny_artifact):
+    result = cli("verify", tiny_artifact, "--target", "portable", "--compile", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["ok"], found["replay"]["target"]) == (True, "portable")
+    assert found["replay"]["tokens"] > 50
+
+
+def test_every_file_that_differs_is_named_and_nothing_is_run(cli, artifact_copy):
+    for name in ("README.md", "programs/cpu/decode.stablehlo"):
+        with (artifact_copy / name).open("ab") as file:
+            file.write(b"x")
+    (artifact_copy / "tokenizer.json").unlink()
+    (artifact_copy / "note.txt").write_text("mine")
+    result = cli("verify", artifact_copy)
+    assert result.exit_code == 1
+    shown = result.stdout.splitlines()
+    assert shown[0] == f"tiny differs from what was exported  ({artifact_copy})"
+    assert "  answers   not asked for: nothing is run of files that differ" in shown
+    for name in ("'README.md'", "'programs/cpu/decode.stablehlo'", "'tokenizer.json'", "'note.txt'"):
+        assert any(line.startswith(f"  ! {artifact_copy}: ") and name in line for line in shown)
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith(f"error: {artifact_copy}: file 'README.md' has ")
+    assert sentence.endswith("(3 more differ)")
+    assert json.loads(cli("verify", artifact_copy, "--json").stdout)["replay"] is None
+
+
+def test_tokens_that_differ(cli, artifact_copy, edit_manifest):
+    def change(greedy):
+        greedy[1]["token_ids"][3] = 7
+
+    rewrite_golden(artifact_copy, edit_manifest, change)
+    result = cli("verify", artifact_copy)
+    assert result.exit_code == 1
+    (sentence,) = result.stderr.splitlines()
+    assert f"error: {artifact_copy}: answer 1: token 3 is " in sentence
+    assert "recorded is 7 (prompt of 10 tokens); this artifact on this machine does not" in sentence
+
+
+def test_logits_that_differ(cli, artifact_copy, edit_manifest):
+    def change(greedy):
+        greedy[2]["first_logits"]["values"][5] += 0.01
+
+    rewrite_golden(artifact_copy, edit_manifest, change)
+    result = cli("verify", artifact_copy, "--json")
+    assert result.exit_code == 1
+    (sentence,) = result.stderr.splitlines()
+    assert "answer 2: a logit of its first step differs by 0.01 from the one recorded, 0.0015" in sentence
+    found = json.loads(result.stdout)
+    assert found["problems"] == [sentence.removeprefix("error: ")]
+    assert found["replay"]["share"] > 5
+
+
+def test_golden_answers_are_read_strictly(cli, artifact_copy, edit_manifest):
+    rewrite_golden(artifact_copy, edit_manifest, lambda greedy: greedy[0].update(temperature=1))
+    result = cli("verify", artifact_copy)
+    assert result.exit_code == 2
+    assert "golden.json: greedy[0]: key 'temperature' is not known to this format version" in result.stderr
+
+
+def test_what_cannot_run_here_is_exit_code_2(cli, artifact_copy, edit_manifest):
+    edit_manifest(artifact_copy, lambda m: m["targets"][0].update(jaxlib="0.9.9"))
+    result = cli("verify", artifact_copy)
+    assert result.exit_code == 2
+    assert "it is compiled by jaxlib 0.9.9, installed is" in result.stderr
+
+
+# --- replaying ----------------------------------------------------------------------------------------------
+
+
+def test_progress_is_told(tiny_artifact, tiny_model, golden):
+    from precast.loaders.verify import check_files
+
+    seen = []
+    manifest = read_manifest(tiny_artifact)
+    check_files(tiny_artifact, manifest, lambda *told: seen.append(told))
+    total = sum(entry.bytes for entry in manifest.files.values())
+    assert seen[-1] == ("hashing", total, total)
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    seen.clear()
+    replay(tiny_model, golden, "x", lambda *told: seen.append(told))
+    assert seen == [("answering", i, len(golden.greedy)) for i in range(len(golden.greedy))]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_no_number_is_outside_any_tolerance(tiny_model, golden, monkeypatch, value):
+    original = tiny_model.engine.logits
+    monkeypatch.setattr(tiny_model.engine, "logits", lambda step: np.full_like(original(step), value))
+    found = replay(tiny_model, golden, "x", SILENT)
+    assert len(found.problems) == len(golden.greedy)
+    assert "a logit of its first step differs by" in found.problems[0]
+    assert found.difference == float("inf")
+
+
+def test_slots_answer_alike(slots_artifact, slots_model):
+    manifest = read_manifest(slots_artifact)
+    golden = parse_golden((slots_artifact / "golden.json").read_bytes(), manifest, "g")
+    assert replay(slots_model, golden, "x", SILENT).problems == ()
