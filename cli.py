@@ -59,6 +59,33 @@ def _numbers(_: click.Context, parameter: click.Parameter, value: str | None) ->
         raise click.BadParameter(f"expected whole numbers with commas between, found {value!r}.") from None
 
 
+class _Artifact(click.ParamType):
+    """The folder of an artifact, as a path, or the URL that one was pushed to, as the text it is."""
+
+    name = "path or url"
+
+    def convert(self, value: Any, _: click.Parameter | None, __: click.Context | None) -> Any:
+        return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+_ARTIFACT = _Artifact()
+_KEY = click.option(
+    "--require-signature",
+    metavar="KEY",
+    type=click.Path(path_type=Path),
+    help="Refuse an artifact that was not signed with this key: PEM file of the public one.",
+)
+
+
+def _local(artifact: Path | str, key: Path | None = None) -> Path:
+    """The artifact's folder; what a URL leads to is pulled first, unless it was before."""
+    if isinstance(artifact, Path):
+        return artifact
+    from precast.loaders.store_pull import fetch
+
+    return fetch(artifact, require_signature=key, log=lambda line: click.echo(line, err=True))
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="precast", message="precast %(version)s")
 def main() -> None:
@@ -89,6 +116,20 @@ def main() -> None:
     "--cache",
     help="How keys and values are kept: float32, bfloat16, int8. Default: float32 with float32 weights, else bfloat16.",
 )
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="What to make: cpu, portable, savedmodel, cuda. May be given several times. Default: cpu and portable.",
+)
+@click.option(
+    "--cpu-isa",
+    "cpu_isas",
+    multiple=True,
+    default=("native",),
+    show_default=True,
+    help="Instruction set to compile target cpu for: native, sse4.2, avx, avx2, avx512. May be given several times.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
 @_lines_only
 def export(
@@ -99,6 +140,8 @@ def export(
     slots: int,
     weights: str,
     cache: str | None,
+    targets: tuple[str, ...],
+    cpu_isas: tuple[str, ...],
     overwrite: bool,
 ) -> None:
     """Compile SOURCE into an artifact.
@@ -108,10 +151,17 @@ def export(
     """
     _need_export()
     from precast.exporter import console
-    from precast.exporter.export import ExportOptions
+    from precast.exporter.export import DEFAULT_TARGETS, ExportOptions
 
     options = ExportOptions(
-        buckets=buckets, context=context, slots=slots, weights=weights, cache=cache, overwrite=overwrite
+        buckets=buckets,
+        context=context,
+        slots=slots,
+        weights=weights,
+        cache=cache,
+        targets=targets or DEFAULT_TARGETS,
+        cpu_isas=cpu_isas,
+        overwrite=overwrite,
     )
     console.run_export(source, output, options)
 
@@ -131,7 +181,7 @@ def _need_export(what: str = "exporting") -> None:
 
 
 @main.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=_ARTIFACT)
 @click.option(
     "-p",
     "--prompt",
@@ -153,13 +203,14 @@ def _need_export(what: str = "exporting") -> None:
 @click.option("--ignore-eos", is_flag=True, help="Go on to the limit.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when done.")
 @click.option("--verify", is_flag=True, help="Hash every file again, whether or not it has changed.")
-@click.option("--target", help="Run this target of the artifact. Default: the first that fits.")
+@click.option("--target", help="Run this target of the artifact. Default: the best that fits.")
 @click.option(
     "--compile", "may_compile", is_flag=True, help="Compile from StableHLO where no executable fits."
 )
+@_KEY
 @_lines_only
 def run(
-    artifact: Path,
+    artifact: Path | str,
     prompt: str | None,
     ids: tuple[int, ...] | None,
     chat: bool,
@@ -169,9 +220,12 @@ def run(
     verify: bool,
     target: str | None,
     may_compile: bool,
+    require_signature: Path | None,
     **sampling: Any,
 ) -> None:
-    """Generate from ARTIFACT: the folder of one, or a folder with exactly one in it.
+    """Generate from ARTIFACT: the folder of one, a folder with exactly one in it, or the URL of one in a store.
+
+    From a URL it is pulled once, into the cache folder.
 
     With a terminal and no prompt it is an interactive chat.
     """
@@ -180,24 +234,117 @@ def run(
     console.run(
         artifact,
         console.Request(prompt=prompt, ids=ids, chat=chat, system=system, as_json=as_json),
-        console.LoadOptions(verify=verify, target=target, compile=may_compile),
+        console.LoadOptions(
+            verify=verify, target=target, compile=may_compile, require_signature=require_signature
+        ),
         console.SamplingOptions(ignore_eos=ignore_eos, **sampling),
     )
 
 
-@main.command()
+@main.command("add-target")
 @click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--cpu-isa",
+    default="native",
+    show_default=True,
+    help="Instruction set to compile for: native, sse4.2, avx, avx2, avx512.",
+)
+@click.option("--target", help="Target whose StableHLO is compiled. Default: the quickest that runs here.")
+@click.option("--overwrite", is_flag=True, help="Replace a target of the same name.")
+@_lines_only
+def add_target(artifact: Path, cpu_isa: str, target: str | None, overwrite: bool) -> None:
+    """Compile another target into ARTIFACT, from its StableHLO and by the jaxlib that is installed.
+
+    So it comes to run under another jaxlib, or on other CPUs, than it was exported for. Nothing is traced, and jax is
+    not needed. The target becomes part of the artifact when it has given the recorded answers.
+    """
+    # This process is ours, and nothing in it needs jax; jaxlib would import it wherever it is installed.
+    from precast.loaders.runtime.pjrt import block_jax
+
+    block_jax()
+    from precast.loaders import add_target as adding
+
+    def log(line: str) -> None:
+        click.echo(line, err=True)
+
+    added = adding.add_target(artifact, isa=cpu_isa, source=target, overwrite=overwrite, log=log)
+    for line in adding.summary(added, artifact):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("artifact", type=_ARTIFACT)
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
 @_lines_only
-def inspect(artifact: Path, as_json: bool) -> None:
+def inspect(artifact: Path | str, as_json: bool) -> None:
     """Show what ARTIFACT holds: model, programs, cache, targets."""
     from precast.loaders import inspect as inspecting
 
-    click.echo(inspecting.render(artifact, as_json=as_json))
+    click.echo(inspecting.render(_local(artifact), as_json=as_json))
+
+
+@main.command()
+@click.argument("artifact", type=_ARTIFACT)
+@click.option("--target", help="Ask about this target alone. Default: the first that fits.")
+@click.option(
+    "--compile", "may_compile", is_flag=True, help="A target that must be compiled here first will do."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as one line of JSON.")
+@_lines_only
+def check(artifact: Path | str, target: str | None, may_compile: bool, as_json: bool) -> None:
+    """Say whether ARTIFACT runs on this machine, and everything that keeps it from running.
+
+    Reads the manifest alone. Exit code 0: it runs here. 1: it does not. 2: it could not be read.
+    """
+    from precast.loaders import check_console
+
+    sys.exit(check_console.run(_local(artifact), target=target, compile=may_compile, as_json=as_json))
+
+
+@main.command()
+@click.argument("artifact", type=_ARTIFACT)
+@click.option("--target", help="Let this target answer. Default: the first that fits.")
+@click.option(
+    "--compile", "may_compile", is_flag=True, help="Compile from StableHLO where no executable fits."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as one line of JSON.")
+@_KEY
+@_lines_only
+def verify(
+    artifact: Path | str, target: str | None, may_compile: bool, as_json: bool, require_signature: Path | None
+) -> None:
+    """Hash every file of ARTIFACT, and let it answer again what it answered when it was exported.
+
+    Exit code 0: every file is what the manifest says, and answers and logits are those recorded. 1: something
+    differs. 2: it could not be read, or does not run on this machine.
+    """
+    from precast.loaders import verify_console
+
+    folder = _local(artifact, require_signature)
+    sys.exit(
+        verify_console.run(
+            folder, target=target, compile=may_compile, as_json=as_json, require_signature=require_signature
+        )
+    )
+
+
+@main.command()
+@click.argument("before", metavar="A", type=_ARTIFACT)
+@click.argument("after", metavar="B", type=_ARTIFACT)
+@click.option("--json", "as_json", is_flag=True, help="Print the differences as one line of JSON.")
+@_lines_only
+def diff(before: Path | str, after: Path | str, as_json: bool) -> None:
+    """Show what changed from artifact A to artifact B.
+
+    Exit code 0: nothing. 1: something. 2: one of them could not be read.
+    """
+    from precast.loaders import diff_console
+
+    sys.exit(diff_console.run(_local(before), _local(after), as_json=as_json))
 
 
 @main.command("eval")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=_ARTIFACT)
 @click.option(
     "--reference",
     type=click.Path(path_type=Path),
@@ -213,7 +360,12 @@ def inspect(artifact: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @_lines_only
 def evaluate(
-    artifact: Path, reference: Path | None, text: Path | None, tokens: int, window: int | None, as_json: bool
+    artifact: Path | str,
+    reference: Path | None,
+    text: Path | None,
+    tokens: int,
+    window: int | None,
+    as_json: bool,
 ) -> None:
     """Measure how well ARTIFACT predicts a text: perplexity.
 
@@ -227,18 +379,85 @@ def evaluate(
     """
     from precast.loaders import eval_console
 
+    folder = _local(artifact)
     request = eval_console.Request(text=text, tokens=tokens, window=window, as_json=as_json)
     if reference is None:
-        eval_console.run(artifact, request, None, jax=False)
+        eval_console.run(folder, request, None, jax=False)
     elif eval_console.names_source(reference):
         _need_export("a reference that is no artifact")
         from precast.exporter.fidelity import open_reference
 
-        eval_console.run(
-            artifact, request, lambda capacity: open_reference(str(reference), capacity), jax=True
-        )
+        eval_console.run(folder, request, lambda capacity: open_reference(str(reference), capacity), jax=True)
     else:
-        eval_console.run(artifact, request, lambda _: eval_console.open_artifact(reference), jax=False)
+        eval_console.run(folder, request, lambda _: eval_console.open_artifact(reference), jax=False)
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--key",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="PEM file of the private key: an elliptic curve key of P-256, P-384 or P-521.",
+)
+@_lines_only
+def sign(artifact: Path, key: Path) -> None:
+    """Sign ARTIFACT: write manifest.json.sig beside its manifest, which holds the sha256 of every other file.
+
+    A key's password is asked for, or taken from PRECAST_KEY_PASSWORD. The signature is OpenSSF model signing's, and
+    its own command verifies it too.
+    """
+    from precast.loaders import signing
+    from precast.loaders.load import find_artifact
+
+    def ask() -> str:
+        given = os.environ.get("PRECAST_KEY_PASSWORD")
+        return click.prompt(f"password of {key}", hide_input=True, err=True) if given is None else given
+
+    root = find_artifact(artifact)
+    fingerprint = signing.sign(root, key, ask)
+    click.echo(f"signed {root} with the key of sha256 {fingerprint}")
+    click.echo(f"check it with: precast run {root} --require-signature PUBLIC.pem")
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("url")
+@click.option(
+    "--verify", is_flag=True, help="Read back what is there already, and send again what is altered."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was sent as one line of JSON.")
+@_lines_only
+def push(artifact: Path, url: str, verify: bool, as_json: bool) -> None:
+    """Send ARTIFACT to URL: a folder of a store, and the name that the artifact gets in it.
+
+    Any store that fsspec knows: s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts of
+    one folder share what they have in common, so that a second version costs what changed.
+    """
+    from precast.loaders import store_console
+
+    store_console.push(artifact, url, verify=verify, as_json=as_json)
+
+
+@main.command()
+@click.argument("url")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder to write; default artifacts/NAME."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@_KEY
+@click.option("--json", "as_json", is_flag=True, help="Print what was fetched as one line of JSON.")
+@_lines_only
+def pull(
+    url: str, output: Path | None, overwrite: bool, require_signature: Path | None, as_json: bool
+) -> None:
+    """Fetch the artifact that was pushed to URL, and check every byte of it.
+
+    What has arrived is kept when it is interrupted, and the next pull goes on from there.
+    """
+    from precast.loaders import store_console
+
+    store_console.pull(url, output, overwrite=overwrite, require_signature=require_signature, as_json=as_json)
 
 
 if __name__ == "__main__":

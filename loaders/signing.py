@@ -1,0 +1,282 @@
+"""Detached signatures: who made an artifact, checked with a key that the reader already has, offline.
+
+``manifest.json`` holds the sha256 of every other file, so a signature over its bytes covers the artifact. It is
+made and checked by OpenSSF model signing (https://github.com/sigstore/model-transparency) and stands beside the
+manifest as a Sigstore bundle: a DSSE envelope around an in-toto statement that names the manifest's sha256. Keys
+are elliptic curve keys in PEM files.
+"""
+
+import base64
+import hashlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .artifact import files
+from .artifact.errors import PrecastError
+from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, parse_manifest
+from .artifact.record import MAX_JSON_BYTES, parse_json
+
+# More than any signature or key needs.
+MAX_SIGNATURE_BYTES = 1 << 20
+_MAX_KEY_BYTES = 1 << 16
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
+_SHA256 = re.compile("[0-9a-f]{64}")
+_PREDICATE = "https://model_signing/signature/v1.0"
+_NO_SIGNATURE = (
+    "expected a signature of OpenSSF model signing, found something else; have the artifact signed again."
+)
+
+
+def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
+    """Signs the artifact at `root`, after hashing every file of it, and writes ``manifest.json.sig``.
+
+    Args:
+        root: the artifact's folder.
+        key: file of the private key.
+        ask_password: called where the key is protected by a password.
+
+    Returns:
+        The sha256 of the public key.
+
+    Raises:
+        PrecastError: when the artifact is not whole, the key is no such key, or the password is wrong.
+    """
+    _need_library()
+    password, public = _open_private(key, ask_password)
+    manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
+    for name, entry in parse_manifest(manifest, str(root / MANIFEST_FILE)).files.items():
+        files.open_checked(root, name, entry, force=True).close()
+    signature = _sign(manifest, key, password)
+    _check_bundle(manifest, signature, public, str(key), str(root))
+    path = root / SIGNATURE_FILE
+    files.write_atomically(path, signature)
+    path.chmod((root / MANIFEST_FILE).stat().st_mode & 0o777)  # whoever reads the one reads the other
+    return _fingerprint(public)
+
+
+def verify_signature(root: Path, key: Path) -> None:
+    """Checks that the artifact's manifest, as it lies there, was signed by the owner of a key.
+
+    Raises:
+        PrecastError: as `check_signature`.
+    """
+    check_signature(root, files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES), key)
+
+
+def check_signature(root: Path, manifest: bytes, key: Path) -> None:
+    """Checks the signature in the folder against bytes of a manifest that have been read, and not parsed yet.
+
+    Args:
+        root: the artifact's folder.
+        manifest: contents of its manifest.
+        key: file of the public key.
+
+    Raises:
+        PrecastError: when there is no signature, it was made with another key or over another manifest, or the key
+            is none.
+    """
+    signature = None
+    if (root / SIGNATURE_FILE).exists():
+        signature = files.read(root, SIGNATURE_FILE, limit=MAX_SIGNATURE_BYTES)
+    check_bytes(manifest, signature, key, str(root))
+
+
+def check_bytes(manifest: bytes, signature: bytes | None, key: Path, where: str) -> None:
+    """As `check_signature`, of a signature that has been read too; None where the artifact has none.
+
+    Raises:
+        PrecastError: naming `where`.
+    """
+    _need_library()
+    public = _read_public(key)
+    if signature is None:
+        raise PrecastError(
+            f"{where}: expected a signature, found no {SIGNATURE_FILE}; ask for a copy that its maker has signed"
+            " (precast sign)."
+        )
+    _check_bundle(manifest, signature, public, str(key), where)
+
+
+def signed_digest(signature: bytes, where: str) -> str:
+    """The sha256 of the manifest that a signature says it is over. Whether it holds is another question.
+
+    Raises:
+        PrecastError: for what is no signature of this kind.
+    """
+    return _statement(signature, f"{where}: {SIGNATURE_FILE}")[1]
+
+
+def _check_bundle(manifest: bytes, signature: bytes, public: Any, key: str, where: str) -> None:
+    at = f"{where}: {SIGNATURE_FILE}"
+    hint, signed = _statement(signature, at)
+    if hint != _fingerprint(public):
+        raise PrecastError(
+            f"{at}: it was made with another key (sha256 {hint:.12}…), expected {key}"
+            f" (sha256 {_fingerprint(public):.12}…); ask the artifact's maker for theirs, or for a copy signed with it."
+        )
+    if signed != hashlib.sha256(manifest).hexdigest():
+        raise PrecastError(
+            f"{where}: {MANIFEST_FILE} is not the one that was signed; it was altered, or the signature is another"
+            " artifact's: copy the artifact again, or have it signed again."
+        )
+    _check_curve(manifest, signature, public, at)
+
+
+def _check_curve(manifest: bytes, signature: bytes, public: Any, at: str) -> None:
+    """The library's own check, of copies that nobody else can change while it reads them."""
+    from model_signing import verifying
+
+    with _copies(manifest, signature, _pem(public)) as (manifest_path, signature_path, key_path):
+        try:
+            config = verifying.Config().use_elliptic_key_verifier(public_key=key_path)
+            config.set_hashing_config(_hashing()).verify(manifest_path, signature_path)
+        except OSError:
+            raise
+        # It gives no promise about what it raises, and the bundle is a stranger's.
+        except Exception:
+            raise PrecastError(
+                f"{at}: the signature does not hold; it was altered: copy the artifact again, or have it signed again."
+            ) from None
+
+
+def _statement(signature: bytes, at: str) -> tuple[str, str]:
+    """Fingerprint of the key and sha256 of the manifest that a bundle claims; nothing of it is proven yet.
+
+    A statement about anything but one file is none of ours, however well it is signed.
+    """
+    try:
+        bundle = parse_json(signature, at)
+        hint = bundle["verificationMaterial"]["publicKey"]["hint"]
+        payload = parse_json(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True), at)
+        [resource] = payload["predicate"]["resources"]
+        if payload["predicateType"] != _PREDICATE or (resource["name"], resource["algorithm"]) != (
+            ".",
+            "sha256",
+        ):
+            raise ValueError
+        digest = resource["digest"]
+        if not _SHA256.fullmatch(hint) or not _SHA256.fullmatch(digest):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise PrecastError(f"{at}: {_NO_SIGNATURE}") from None
+    return hint, digest
+
+
+def _sign(manifest: bytes, key: Path, password: bytes | None) -> bytes:
+    from model_signing import signing
+
+    with _copies(manifest, b"", b"") as (manifest_path, signature_path, _):
+        # The library hands the password on as it is, and what it hands it to takes bytes.
+        config = signing.Config().use_elliptic_key_signer(private_key=key, password=password)
+        config.set_hashing_config(_hashing()).sign(manifest_path, signature_path)
+        return signature_path.read_bytes()
+
+
+def _hashing() -> Any:
+    from model_signing import hashing
+
+    config = hashing.Config().use_file_serialization(hashing_algorithm="sha256")
+    return config.set_ignored_paths(paths=[], ignore_git_paths=False)
+
+
+@contextmanager
+def _copies(manifest: bytes, signature: bytes, key: bytes) -> Iterator[tuple[Path, Path, Path]]:
+    """The library reads files: these are ours alone, so what it reads is what was given here."""
+    with tempfile.TemporaryDirectory(prefix="precast-") as folder:
+        paths = Path(folder, MANIFEST_FILE), Path(folder, SIGNATURE_FILE), Path(folder, "public.pem")
+        for path, data in zip(paths, (manifest, signature, key), strict=True):
+            path.write_bytes(data)
+        yield paths
+
+
+# --- keys ---------------------------------------------------------------------------------------------------
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_KEY_BYTES + 1)
+    except OSError as error:
+        raise PrecastError(
+            f"{path}: expected a key, which cannot be read ({error.strerror or error}); check the path."
+        ) from None
+    if len(data) > _MAX_KEY_BYTES:
+        raise PrecastError(f"{path}: expected a key in PEM, found more than {_MAX_KEY_BYTES} bytes.")
+    return data
+
+
+def _read_public(path: Path) -> Any:
+    from cryptography.hazmat.primitives import serialization
+
+    data = _read_key(path)
+    if b"PRIVATE KEY" in data:
+        raise PrecastError(
+            f"{path}: expected a public key, found a private one, which stays with its owner; openssl ec -in"
+            " PRIVATE.pem -pubout -out PUBLIC.pem writes the public one."
+        )
+    try:
+        key = serialization.load_pem_public_key(data)
+    except Exception:  # of several libraries, all of which mean the same
+        raise PrecastError(
+            f"{path}: expected a public key in PEM, found something else; openssl ec -in PRIVATE.pem -pubout -out"
+            " PUBLIC.pem writes one."
+        ) from None
+    return _of_known_curve(path, key)
+
+
+def _open_private(path: Path, ask_password: Callable[[], str]) -> tuple[bytes | None, Any]:
+    """Password, where there is one, and public key of a private key."""
+    from cryptography.hazmat.primitives import serialization
+
+    data = _read_key(path)
+    if b"PRIVATE KEY" not in data:
+        what = "a public key" if b"PUBLIC KEY" in data else "something else"
+        raise PrecastError(
+            f"{path}: expected a private key in PEM, found {what}; openssl ecparam -name prime256v1 -genkey -noout"
+            " -out PRIVATE.pem makes one."
+        )
+    password = None
+    if b"ENCRYPTED" in data:
+        password = ask_password().encode()
+    try:
+        key = serialization.load_pem_private_key(data, password)
+    except Exception:
+        what = "this password does not open it" if password is not None else "it cannot be read"
+        raise PrecastError(f"{path}: expected a private key in PEM; {what}.") from None
+    return password, _of_known_curve(path, key).public_key()
+
+
+def _of_known_curve(path: Path, key: Any) -> Any:
+    curve = getattr(getattr(key, "curve", None), "name", type(key).__name__.strip("_"))
+    if curve not in _CURVES:
+        raise PrecastError(
+            f"{path}: expected an elliptic curve key of P-256, P-384 or P-521, found {curve}; openssl ecparam -name"
+            " prime256v1 -genkey -noout -out PRIVATE.pem makes one."
+        )
+    return key
+
+
+def _pem(public: Any) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
+    data: bytes = public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return data
+
+
+def _fingerprint(public: Any) -> str:
+    return hashlib.sha256(_pem(public)).hexdigest()
+
+
+def _need_library() -> None:
+    try:
+        import model_signing  # noqa: F401
+    except ImportError as error:
+        raise PrecastError(
+            f"signatures need {error.name or 'model_signing'}, which is not installed: pip install 'precast[sign]'"
+        ) from None

@@ -1,0 +1,160 @@
+"""What pulling keeps on this machine, below ``pulled/`` of the cache folder.
+
+::
+
+    pieces/ab/abcd…        pieces that have arrived, until the artifact that they are for is complete
+    folders/HASH.json      index of a pulled artifact and where it is: its pieces need not be fetched for another
+    artifacts/SHA256/      artifacts pulled to be run from their URL, by their manifests' sha256
+    urls/HASH              manifest's sha256 that a URL led to last, for when it cannot be reached
+
+All of it is a convenience that may be deleted at any time. Nothing read from it is used before it has been hashed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from .artifact import files
+from .artifact.errors import PrecastError
+from .artifact.manifest import MANIFEST_FILE
+from .store_index import Index, Piece, parse_index
+
+# Age at which a piece that is being written, and one that is waiting for the others, is nobody's any more.
+_UNFINISHED_S, _ABANDONED_S = 3600, 30 * 24 * 3600
+_Place = tuple[Path, int]
+
+
+def folder() -> Path:
+    return files.cache_folder() / "pulled"
+
+
+def artifact_folder(manifest: str) -> Path:
+    """Where an artifact with this manifest is run from."""
+    return folder() / "artifacts" / manifest
+
+
+# --- pieces -------------------------------------------------------------------------------------------------
+
+
+def load_piece(piece: Piece) -> bytes | None:
+    """A piece that has arrived; None where it has not, or is not what it should be."""
+    try:
+        with (folder() / piece.path).open("rb") as file:
+            return _checked(file.read(piece.bytes + 1), piece)
+    except OSError:
+        return None
+
+
+def has_piece(piece: Piece) -> bool:
+    """Whether a piece of this name and size has arrived."""
+    try:
+        return (folder() / piece.path).stat().st_size == piece.bytes
+    except OSError:
+        return False
+
+
+def save_piece(piece: Piece, data: bytes) -> None:
+    path = folder() / piece.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, data)
+    except OSError as error:
+        raise PrecastError(
+            f"{folder()}: what arrives cannot be kept there ({error.strerror or error}); make room, or set"
+            " PRECAST_CACHE to another folder."
+        ) from None
+
+
+def drop_pieces(index: Index) -> None:
+    """Removes the pieces of an artifact that is complete, and what pulls left that never came to their end."""
+    for piece in index.pieces.values():
+        with suppress(OSError):
+            (folder() / piece.path).unlink()
+    now = time.time()
+    for path in (folder() / "pieces").glob("*/*"):
+        with suppress(OSError):
+            if now - path.stat().st_mtime > (_UNFINISHED_S if path.name.startswith(".") else _ABANDONED_S):
+                path.unlink()
+
+
+def _checked(data: bytes, piece: Piece) -> bytes | None:
+    return data if hashlib.sha256(data).hexdigest() == piece.sha256 else None
+
+
+# --- artifacts that are here --------------------------------------------------------------------------------
+
+
+def note_folder(path: Path, index: Index) -> None:
+    """Notes that the artifact of this index is in the folder `path`."""
+    note = {"folder": str(path.resolve()), "index": dataclasses.asdict(index)}
+    _write_note("folders", f"{_hash(str(path.resolve()))}.json", json.dumps(note))
+
+
+def places(wanted: Mapping[str, Piece]) -> dict[str, _Place]:
+    """Files and offsets where pieces may be found on this machine, by the piece's sha256."""
+    found: dict[str, _Place] = {}
+    for root, index in _noted():
+        for name, file in index.files.items():
+            at = 0
+            for piece in file.pieces:
+                if piece.sha256 in wanted:
+                    found.setdefault(piece.sha256, (root.joinpath(*files.parts_of(root, name)), at))
+                at += piece.bytes
+    return found
+
+
+def read_place(place: _Place, piece: Piece) -> bytes | None:
+    """The piece, if it is still there."""
+    path, offset = place
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return _checked(file.read(piece.bytes), piece)
+    except OSError:
+        return None
+
+
+def _noted() -> Iterator[tuple[Path, Index]]:
+    for path in sorted((folder() / "folders").glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError, PrecastError):
+            note = json.loads(path.read_bytes())
+            root = Path(note["folder"])
+            if not os.path.isdir(root):
+                path.unlink()
+                continue
+            yield root, parse_index(json.dumps(note["index"]).encode(), str(path))
+
+
+# --- URLs ---------------------------------------------------------------------------------------------------
+
+
+def note_url(url: str, manifest: str) -> None:
+    """Notes what a URL led to. The URL itself, which may hold secrets, is not written down."""
+    _write_note("urls", _hash(url), manifest)
+
+
+def last_of(url: str) -> Path | None:
+    """The artifact that a URL led to last, where it is still here."""
+    with suppress(OSError, ValueError):
+        manifest = (folder() / "urls" / _hash(url)).read_text("ascii").strip()
+        root = artifact_folder(manifest)
+        if len(manifest) == 64 and manifest.isalnum() and (root / MANIFEST_FILE).is_file():
+            return root
+    return None
+
+
+def _write_note(kind: str, name: str, text: str) -> None:
+    # Without the note something is fetched again, no more.
+    with suppress(OSError):
+        path = folder() / kind / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, text.encode())
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
