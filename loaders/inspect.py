@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .artifact.errors import printable
 from .artifact.manifest import Manifest, Program, Target
 from .load import find_artifact, read_manifest
+from .units import size_text
 
 
 def render(path: Path, *, as_json: bool) -> str:
@@ -20,7 +22,8 @@ def render(path: Path, *, as_json: bool) -> str:
     facts = gather(read_manifest(root))
     if as_json:
         return json.dumps(facts, ensure_ascii=False)
-    return "\n".join(_lines(root, facts))
+    # Names may hold line breaks and commands to a terminal.
+    return "\n".join(line if line.isprintable() else f"  {printable(line)}" for line in _lines(root, facts))
 
 
 def gather(manifest: Manifest) -> dict[str, Any]:
@@ -75,7 +78,7 @@ def _program(manifest: Manifest, program: Program) -> dict[str, Any]:
 
 def _lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
     m = facts["model"]
-    yield f"{facts['name']}  ({root}, format {facts['format_version']}, {_bytes(facts['bytes'])})"
+    yield f"{facts['name']}  ({root}, format {facts['format_version']}, {size_text(facts['bytes'])})"
     yield (
         f"  model    {m['architecture']}: {m['parameters'] / 1e6:.1f} M parameters, L={m['layers']} D={m['width']}"
         f" N={m['heads']} K={m['kv_heads']} H={m['head_dim']} F={m['ff_width']} V={m['vocab']}, weights {m['weights']}"
@@ -84,14 +87,14 @@ def _lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
         f"  context  {facts['context']} positions, slots {facts['slots']}, prefill buckets"
         f" {', '.join(map(str, facts['buckets']))}"
     )
-    yield f"  cache    {_bytes(facts['cache']['bytes'])} when full{_saved(facts)}"
+    yield f"  cache    {size_text(facts['cache']['bytes'])} when full{_saved(facts)}"
     for a in facts["cache"]["arrays"]:
         axes = " ".join(f"{letter}={size}" for letter, size in zip(a["axes"], a["shape"], strict=True))
         order = "".join(a["axes"][axis] for axis in a["layout"])
         window = f", a ring for a window of {a['window']}" if a["window"] else ""
         yield (
-            f"    {a['name']:<14} {axes}  {a['dtype']}, {order} from slowest to fastest, {_bytes(a['bytes'])}, layers"
-            f" {_ranges(a['layers'])}{window}"
+            f"    {a['name']:<14} {axes}  {a['dtype']}, {order} from slowest to fastest, {size_text(a['bytes'])},"
+            f" layers {_ranges(a['layers'])}{window}"
         )
     for target in facts["targets"]:
         yield from _target_lines(target)
@@ -108,7 +111,7 @@ def _saved(facts: dict[str, Any]) -> str:
     arrays = facts["cache"]["arrays"]
     whole = sum(a["bytes"] // a["shape"][a["axes"].index("S")] * facts["context"] for a in arrays)
     saved = whole - facts["cache"]["bytes"]
-    return f" ({_bytes(saved)} less than without windows)" if saved else ""
+    return f" ({size_text(saved)} less than without windows)" if saved else ""
 
 
 def _ranges(layers: Sequence[int]) -> str:
@@ -135,7 +138,12 @@ def _fidelity_lines(f: dict[str, Any]) -> Iterable[str]:
 
 
 def _target_lines(target: dict[str, Any]) -> Iterable[str]:
-    needs = [f"jaxlib {target['jaxlib']}"] if target["jaxlib"] != "any" else ["compiled on request"]
+    runs = {
+        "pjrt": f"jaxlib {target['jaxlib']}",
+        "stablehlo": "compiled on request",
+        "savedmodel": "TensorFlow",
+    }
+    needs = [runs[target["runtime"]]]
     needs += [f"kernels ABI {target['kernel_abi']}"] if target["kernel_abi"] else []
     yield f"  target   {target['name']}: {', '.join(needs)}; StableHLO promised until {target['stablehlo_expires']}"
     if target["cpu_features"]:
@@ -148,11 +156,11 @@ def _target_lines(target: dict[str, Any]) -> Iterable[str]:
         rows.append(
             (
                 p["name"],
-                _bytes(p["executable_bytes"]),
-                _bytes(p["stablehlo_bytes"]),
+                size_text(p["executable_bytes"]),
+                size_text(p["stablehlo_bytes"]),
                 f"{p['flops'] / 1e9:.2f} G",
-                _bytes(memory.get("temporary")),
-                _bytes(memory.get("aliased")),
+                size_text(memory.get("temporary")),
+                size_text(memory.get("aliased")),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -162,12 +170,3 @@ def _target_lines(target: dict[str, Any]) -> Iterable[str]:
             for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         yield "    " + "  ".join((first, *rest))
-
-
-def _bytes(count: int | None) -> str:
-    if count is None:
-        return "–"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

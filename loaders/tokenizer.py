@@ -4,10 +4,12 @@
 time from process start to first token counts.
 """
 
+import base64
 import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -58,13 +60,11 @@ class Tokenizer:
         """
         import tokenizers
 
-        try:
+        with _explained(
+            f"tokenizer.json: expected a tokenizer that tokenizers {tokenizers.__version__} can read"
+        ):
+            _check_charsmaps(data)
             library = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises bare Exception and ValueError
-            raise PrecastError(
-                f"tokenizer.json: expected a tokenizer that tokenizers {tokenizers.__version__} can read,"
-                f" found: {_one_line(error)}; export the artifact again."
-            ) from error
         # A file may ask for prompts to be cut or padded, as it was in training; here that would lose text.
         library.no_truncation()
         library.no_padding()
@@ -92,7 +92,10 @@ class Tokenizer:
             PrecastError: the text holds half of a surrogate pair, which no tokenizer can encode.
         """
         try:
-            return list(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
+            with _explained(
+                "tokenizer.json: expected a tokenizer that encodes any text", UnicodeEncodeError, TypeError
+            ):
+                return list(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise PrecastError(
                 "prompt: expected text in UTF-8, found bytes that are not; convert it first."
@@ -105,7 +108,7 @@ class Tokenizer:
             PrecastError: an id is negative or absurdly large.
         """
         try:
-            return self._library.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            return _decoded(self._library, list(ids), skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise PrecastError(f"Tokenizer: expected token ids of 0 and above, found {list(ids)}.") from error
 
@@ -278,8 +281,8 @@ class _PieceStream(TextStream):
 
     def _decode(self, piece: list[int]) -> str:
         before = [token_id for known in self._context for token_id in known]
-        known = self._library.decode(before, skip_special_tokens=False)
-        text = self._library.decode(before + piece, skip_special_tokens=False)
+        known = _decoded(self._library, before, skip_special_tokens=False)
+        text = _decoded(self._library, before + piece, skip_special_tokens=False)
         self._remember(piece)
         return text[len(known) :]
 
@@ -309,5 +312,48 @@ def _kinds(decoder: Mapping[str, Any]) -> Iterator[str]:
         yield decoder["type"]
 
 
-def _one_line(error: Exception) -> str:
+# A key of that name as it is, or one that may be it, with plain letters written as escapes.
+_CHARSMAP = re.compile(rb"precompiled_charsmap|\\u00[2-7]")
+
+
+def _check_charsmaps(data: bytes) -> None:
+    """Refuses a table of characters that claims to be larger than it is: the library would set that much memory aside.
+
+    Raises:
+        ValueError: for such a table.
+    """
+    left = [json.loads(data).get("normalizer")] if _CHARSMAP.search(data) else []
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            left += part.values()
+            if isinstance(table := part.get("precompiled_charsmap"), str):
+                raw = base64.b64decode(table)
+                # A table begins with the size of what follows first.
+                if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
+                    raise ValueError("a precompiled_charsmap is cut short")
+
+
+def _decoded(library: "LibraryTokenizer", ids: list[int], *, skip_special_tokens: bool) -> str:
+    with _explained("tokenizer.json: expected a tokenizer that decodes any tokens", OverflowError):
+        return library.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+@contextmanager
+def _explained(expected: str, *but: type[Exception]) -> Iterator[None]:
+    """Makes one sentence of what the library raises, but for errors that tell of the caller's own arguments."""
+    try:
+        yield
+    except but:
+        raise
+    except BaseException as error:
+        # It raises bare Exception and ValueError; a panic of its Rust code is no Exception at all.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise PrecastError(f"{expected}, found: {_one_line(error)}; export the artifact again.") from error
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".")[:300]

@@ -207,6 +207,23 @@ def depths(export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]) ->
 
 
 @pytest.fixture(scope="session")
+def savedmodel_artifact(export_tiny: Callable[..., Path]) -> Path:
+    """The tiny model for the CPU and as a SavedModel. Not to be written to."""
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("orbax.export")
+    return export_tiny(targets=("cpu", "savedmodel"))
+
+
+@pytest.fixture(scope="session")
+def windowed_savedmodel(export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]) -> Path:
+    """The same with int4 weights, an int8 cache, two slots, and layers with a window. Not to be written to."""
+    pytest.importorskip("tensorflow")
+    pytest.importorskip("orbax.export")
+    source = tiny_source(config={"model_type": "mistral", "sliding_window": 8})
+    return export_tiny(source, targets=("portable", "savedmodel"), weights="int4", cache="int8", slots=2)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_artifact: Path) -> Any:
     """The tiny artifact, loaded."""
     from precast.loaders.load import load

@@ -299,7 +299,7 @@ def test_paths_that_hold_no_artifact_or_several(refused, tmp_path, command):
     options = ["-p", "x"] if command == "run" else []
     for name, text in {
         "nowhere": "expected the folder of an artifact, but it does not exist; precast export makes one.",
-        "x" * 5000: "expected the folder of an artifact, but it does not exist; precast export makes one.",
+        "x" * 500: "expected the folder of an artifact, but it does not exist; precast export makes one.",
         "file": "expected the folder of an artifact, but it is a file; precast export makes one.",
         "empty": "expected an artifact, found no manifest.json in it; precast export makes one.",
         "two": "expected one artifact, found 2 (a, b); name one of them.",
@@ -332,12 +332,12 @@ def set_key(*path_and_value):
             "manifest.json: model: key 'scale' is not known to this format version;",
         ),
         (
-            set_key("format_version", 4),
-            "format version 4 is not the 3 that this precast reads; update precast.",
+            set_key("format_version", 5),
+            "format version 5 is not the 4 that this precast reads; update precast.",
         ),
         (
             set_key("format_version", 0),
-            "format version 0 is not the 3 that this precast reads; export the model",
+            "format version 0 is not the 4 that this precast reads; export the model",
         ),
         (set_key("capacity", "64"), "manifest.json: capacity: expected a whole number, found '64'."),
         (
@@ -366,7 +366,7 @@ def test_manifests_that_are_no_json(refused, artifact_copy, data):
         ({"machine": "s390x"}, r"it is compiled for s390x, this machine is \w+"),
         ({"cpu_features": ["avx1024"]}, r"it uses CPU features that this machine lacks \(avx1024\)"),
         ({"kernel_abi": 99}, r"it calls kernels of ABI 99, installed are those of ABI \d+"),
-        ({"platform": "rocm"}, r"it needs platform rocm, this loader runs cpu"),
+        ({"platform": "rocm"}, r"it needs platform rocm, this loader runs cpu and cuda"),
     ],
 )
 def test_artifacts_of_another_machine(refused, artifact_copy, edit_manifest, change, text):

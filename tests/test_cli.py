@@ -11,7 +11,7 @@ import pytest
 PROMPT = "7,200,31"
 # Of the issue that asked for the command; scripts read it.
 FIELDS = ["text", "token_ids", "prompt_token_ids", "finish_reason", "timing", "target", "compiles"]
-TIMING = ["import_s", "load_s", "prefill_s", "first_token_s", "decode_tokens_per_s"]
+TIMING = ["import_s", "load_s", "prefill_s", "first_token_s", "decode_tokens_per_s", "target"]
 
 
 @pytest.fixture
@@ -53,6 +53,7 @@ def test_the_times_of_a_fresh_process_add_up(tiny_artifact, python):
     result = python("cli.py", "run", str(tiny_artifact), "--ids", PROMPT, "--ignore-eos", "--json")
     assert result.returncode == 0, result.stderr
     timing = json.loads(result.stdout)["timing"]
+    assert timing.pop("target").startswith("cpu-")
     assert all(value > 0 for value in timing.values())
     assert timing["first_token_s"] >= timing["import_s"] + timing["load_s"] + timing["prefill_s"] - 1e-3
     assert timing["first_token_s"] < 60
@@ -133,7 +134,7 @@ def test_what_is_not_given_is_the_model_s_own_default(
     assert given["token_ids"] == list(answer.token_ids)
 
 
-def test_compiling_is_done_on_request_and_said(cli, tiny_artifact, answer):
+def test_compiling_is_done_on_request_and_said(cli, tiny_artifact, answer, own_cache):
     result = cli(
         "run", tiny_artifact, "--ids", PROMPT, "--ignore-eos", "--target", "portable", "--compile", "--json"
     )

@@ -27,6 +27,11 @@ def read_tokenizer(folder: Path) -> dict[str, object]:
             f"{folder}: expected tokenizer.json, found none; save the tokenizer in its fast form "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))."
         )
+    if optional_json(folder / _CONFIG).get("auto_map") is not None:
+        raise PrecastError(
+            f"{folder / _CONFIG}: auto_map asks for Python code that came with the checkpoint, which is never run;"
+            " remove it where tokenizer.json alone does the same."
+        )
     document = read_json(path)
     from tokenizers import Tokenizer
 

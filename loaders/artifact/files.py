@@ -1,21 +1,29 @@
 """Files of an artifact: names that stay inside, contents that match their hashes, folders that appear whole."""
 
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from secrets import token_hex
 from typing import BinaryIO
 
 from .errors import PrecastError
-from .manifest import MANIFEST_FILE, FileEntry
+from .manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry
 
 _BLOCK = 1 << 20
+_NOTES_KEPT_S = 180 * 24 * 3600
+# Linux's AT_FDCWD and RENAME_EXCHANGE, renameat2(2).
+_HERE, _RENAME_EXCHANGE = -100, 2
 
 
 def cache_folder() -> Path:
@@ -34,12 +42,11 @@ def cache_folder() -> Path:
         ) from None
 
 
-def member(root: Path, name: str) -> Path:
-    """The path of a file of the artifact at `root`.
+def parts_of(root: Path | str, name: str) -> tuple[str, ...]:
+    """The folders and the file that a name of the artifact at `root` has, whether or not they are there.
 
     Raises:
-        PrecastError: for a name that is absolute, has ``..`` or odd parts, or is not a plain file below `root`
-            reached without a symbolic link.
+        PrecastError: for a name that is absolute, or has ``..`` or odd parts.
     """
     parts = PurePosixPath(name).parts
     if (
@@ -48,7 +55,17 @@ def member(root: Path, name: str) -> Path:
         or any(p in ("..", ".", "/") or "\\" in p or "\0" in p for p in parts)
     ):
         raise PrecastError(f"{root}: {name!r} is not the name of a file inside an artifact.")
-    path = root
+    return parts
+
+
+def member(root: Path, name: str) -> Path:
+    """The path of a file of the artifact at `root`.
+
+    Raises:
+        PrecastError: for a name that is absolute, has ``..`` or odd parts, or is not a plain file below `root`
+            reached without a symbolic link.
+    """
+    parts, path = parts_of(root, name), root
     for i, part in enumerate(parts):
         path = path / part
         try:
@@ -70,11 +87,12 @@ def sha256_of(path: Path) -> str:
         return digest_of(file)
 
 
-def digest_of(file: BinaryIO) -> str:
-    """Hex sha256 of an open file, from where it stands to its end."""
+def digest_of(file: BinaryIO, report: Callable[[int], None] = lambda _: None) -> str:
+    """Hex sha256 of an open file, from where it stands to its end; `report` is told of bytes as they are read."""
     digest = hashlib.sha256()
     while block := file.read(_BLOCK):
         digest.update(block)
+        report(len(block))
     return digest.hexdigest()
 
 
@@ -129,11 +147,89 @@ def open_checked(root: Path, name: str, entry: FileEntry, *, force: bool) -> Bin
         if force or _remembered(identity) != entry.sha256:
             digest = digest_of(file)
             _check_hash(root, name, entry, digest)
+            _check_unchanged(str(root / name), file, status)
             # The file as it was before it was read: what changes it from then on makes it another.
             _remember(identity, digest)
         file.seek(0)
         cleanup.pop_all()
     return file
+
+
+class Watch:
+    """Notices when a file that is mapped is written to, which would change what has been checked.
+
+    Args:
+        file: open; it may be closed afterwards.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._name, self._status = file.name, os.fstat(file.fileno())
+        self._handle = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._handle)
+
+    def check(self) -> None:
+        """Costs about a microsecond.
+
+        Raises:
+            PrecastError: when the file is not as it was.
+        """
+        _check_unchanged(self._name, self._handle, self._status)
+
+
+def _check_unchanged(name: str, file: BinaryIO | int, before: os.stat_result) -> None:
+    # Not the change time: renaming and removing a file leave what is mapped of it as it was.
+    now = os.fstat(file if isinstance(file, int) else file.fileno())
+    if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise PrecastError(
+            f"{name}: was written to while it was in use; load the artifact again, and replace artifacts whole rather"
+            " than in place."
+        )
+
+
+def check_file(root: Path, name: str, entry: FileEntry, report: Callable[[int], None]) -> None:
+    """Reads a file from its first byte to its last, whatever is remembered of it.
+
+    Args:
+        root: the artifact.
+        name: of the file.
+        entry: what the manifest says of it.
+        report: told of bytes as they are read.
+
+    Raises:
+        PrecastError: when the file is not what the manifest says.
+    """
+    with _reading(root, name), member(root, name).open("rb") as file:
+        status = os.fstat(file.fileno())
+        _check_size(root, name, entry, status.st_size)
+        digest = digest_of(file, report)
+        _check_hash(root, name, entry, digest)
+        _remember(_identity(status), digest)
+
+
+def unlisted(root: Path, listed: Iterable[str]) -> list[str]:
+    """Names of what lies in the artifact's folder beside the files listed, the manifest and its signature.
+
+    Links are named whatever they lead to, and are not followed. Folders are named where nothing is in them.
+
+    Raises:
+        PrecastError: for a folder that cannot be read.
+    """
+    expected = {*listed, MANIFEST_FILE, SIGNATURE_FILE}
+    found = []
+
+    def refuse(error: OSError) -> None:
+        raise PrecastError(
+            f"{error.filename}: cannot be read ({error.strerror}); check its permissions."
+        ) from None
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        place = Path(folder)
+        inside = [*names, *(name for name in folders if (place / name).is_symlink())]
+        if not inside and not folders and place != root:
+            found.append(place.relative_to(root).as_posix() + "/")
+        relative = [(place / name).relative_to(root).as_posix() for name in inside]
+        found += [name for name in relative if name not in expected or (root / name).is_symlink()]
+    return sorted(found)
 
 
 def remember(path: Path, digest: str) -> None:
@@ -145,7 +241,17 @@ def _remember(identity: str, digest: str) -> None:
     with suppress(OSError, PrecastError):
         record = _record_of(identity)
         record.parent.mkdir(parents=True, exist_ok=True)
+        forget_old(record.parent)
         write_atomically(record, json.dumps({"sha256": digest}).encode())
+
+
+def forget_old(folder: Path) -> None:
+    """Removes notes of the cache folder that were written more than half a year ago."""
+    oldest = time.time() - _NOTES_KEPT_S
+    for note in folder.iterdir():
+        with suppress(OSError):
+            if note.stat().st_mtime < oldest:
+                note.unlink()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -196,11 +302,11 @@ def _check_hash(root: Path, name: str, entry: FileEntry, digest: str) -> None:
 
 
 def hash_files(root: Path, known: Mapping[str, str]) -> dict[str, FileEntry]:
-    """Every file below `root` but the manifest, hashed; `known` digests are taken as they are."""
+    """Every file below `root` but the manifest and its signature, hashed; `known` digests are taken as they are."""
     entries = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         name = path.relative_to(root).as_posix()
-        if name != MANIFEST_FILE:
+        if name not in (MANIFEST_FILE, SIGNATURE_FILE):
             entries[name] = FileEntry(bytes=path.stat().st_size, sha256=known.get(name) or sha256_of(path))
     return entries
 
@@ -226,9 +332,8 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Not mkdtemp: what becomes the artifact has the permissions that the user's other folders have.
-        temporary = path.parent / f".{path.name}.{token_hex(6)}.partial"
-        temporary.mkdir()
+        _remove_leftovers(path)
+        temporary, lock = _locked_folder(path)
     except OSError as error:
         raise PrecastError(
             f"{path}: cannot write there ({error.strerror}); choose another folder with -o."
@@ -239,7 +344,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         check_free(path, overwrite)
-        _swap(temporary, path)
+        _swap(temporary, path, overwrite)
         # The artifact is there, whole: without this only a power cut could still lose its name.
         with suppress(OSError):
             _sync(path.parent)
@@ -249,6 +354,35 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A temporary sibling of `path`, and the descriptor that locks it until this process ends, however it ends."""
+    # Not mkdtemp: what becomes the artifact has the permissions that the user's other folders have.
+    made = path.parent / f".{path.name}.{token_hex(6)}.new"
+    made.mkdir()
+    try:
+        lock = os.open(made, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: then nobody removes it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Under the name that others look at only now that it is locked.
+        return made.rename(made.with_suffix(".partial")), lock
+    except OSError:
+        made.rmdir()
+        raise
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what exports to `path` have left that were killed: temporary folders that nobody holds locked."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError):
+            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -269,10 +403,17 @@ def check_free(path: Path, overwrite: bool) -> None:
         )
 
 
-def _swap(temporary: Path, path: Path) -> None:
-    """Renames `temporary` to `path`; an artifact that was there moves out of the way and is then removed."""
+def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Renames `temporary` to `path`, at once; an artifact that was there has its name then, or is gone."""
     if not path.exists():
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # somebody else was quicker, by a moment
+                check_free(path, overwrite)
+            raise
+        return
+    if _exchange(temporary, path):
         return
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
     try:
@@ -288,3 +429,14 @@ def _swap(temporary: Path, path: Path) -> None:
             old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two folders change names, so that neither name is free for a moment; False where the system cannot."""
+    import ctypes  # costs a few milliseconds, and loading does without
+
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0)

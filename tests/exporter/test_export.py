@@ -84,13 +84,15 @@ def test_an_artifact_that_answers_wrongly_is_not_shipped(refusal, tiny_source, m
 
 def test_only_ties_of_the_reference_are_forgiven():
     from precast.exporter.golden import TIE, Case, _agreed
+    from precast.loaders.artifact.golden import FirstLogits
 
-    case = Case(prompt=(1, 2), tokens=(5, 6, 7))
-    best, sure = np.array([0, 5, 9, 7, 0]), np.full(5, 1.0)
+    first = FirstLogits(token_ids=(5,), values=(1.0,), tolerance=0.1)
+    case = Case(prompt=(1, 2), tokens=(5, 6, 7), first=first)
+    best, sure = np.array([5, 9, 7]), np.full(3, 1.0)
     with pytest.raises(PrecastError, match="answer 6 where the reference answers 9"):
         _agreed(case, best, sure, TIE, "x")
-    tied = np.array([1.0, 1.0, TIE / 2, 1.0, 1.0])
-    assert _agreed(case, best, tied, TIE, "x") == Case(prompt=(1, 2), tokens=(5,))
+    tied = np.array([1.0, TIE / 2, 1.0])
+    assert _agreed(case, best, tied, TIE, "x") == Case(prompt=(1, 2), tokens=(5,), first=first)
 
 
 def test_tied_embeddings_are_stored_once(tmp_path, tiny_source):
@@ -114,7 +116,7 @@ def test_a_source_without_template_licence_or_special_tokens(tmp_path, tiny_sour
 
 
 def test_exports_of_one_day_are_the_same(export_tiny, monkeypatch):
-    """All but the executables, which XLA does not promise."""
+    """All but the executables, in which XLA numbers a process's programs; test_targets has two processes."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     first, second = (read_manifest(export_tiny(buckets=(8,), targets=("cpu",))) for _ in range(2))
     assert first.provenance.created == "2023-11-14"
@@ -190,8 +192,14 @@ def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
         ({"buckets": (0,)}, "--buckets: 0 is not possible"),
         ({"buckets": (8, 8)}, "--buckets: 8 is named twice"),
         ({"buckets": (33,), "context": 32}, "--buckets: 33 is larger than the context of 32"),
-        ({"targets": ()}, "targets: expected one or more of cpu, portable, each once, found none."),
-        ({"targets": ("gpu",)}, "targets: expected one or more of cpu, portable, each once, found 'gpu'."),
+        (
+            {"targets": ()},
+            "targets: expected one or more of cpu, portable, cuda, savedmodel, each once, found none.",
+        ),
+        (
+            {"targets": ("gpu",)},
+            "targets: expected one or more of cpu, portable, cuda, savedmodel, each once, found 'gpu'.",
+        ),
         ({"targets": ("cpu", "cpu")}, "each once, found one of them twice."),
         ({"context": 129}, "--context: 129 is not possible, expected 2 to 128"),
         ({"slots": 0}, "--slots: 0 is not possible"),
@@ -279,7 +287,7 @@ def test_it_compiles_for_the_cpu_and_checks_in_full_precision(tmp_path, tiny_sou
     """As on a machine where JAX computes elsewhere, and less precisely, by default."""
     import jax
 
-    seen, original, record = [], exporting.build_target, exporting._record_golden
+    seen, original, record = [], exporting.build_targets, exporting._record_golden
 
     def build(*arguments):
         seen.append(jax.config.jax_default_device)
@@ -289,7 +297,7 @@ def test_it_compiles_for_the_cpu_and_checks_in_full_precision(tmp_path, tiny_sou
         seen.append((jax.config.jax_default_device, jax.config.jax_default_matmul_precision))
         record(*arguments)
 
-    monkeypatch.setattr(exporting, "build_target", build)
+    monkeypatch.setattr(exporting, "build_targets", build)
     monkeypatch.setattr(exporting, "_record_golden", check)
     export(tiny_source(), tmp_path / "a", QUICK)
     cpu = jax.devices("cpu")[0]

@@ -84,7 +84,7 @@ def test_what_is_no_plain_file_is_refused(root, name):
 def test_a_missing_file_is_named(root, name):
     with pytest.raises(PrecastError, match="is missing; copy or export the artifact again") as raised:
         files.member(root, name)
-    assert repr(name) in str(raised.value)
+    assert repr(name)[:200] in str(raised.value)  # of a long one the middle is left out
 
 
 # --- contents -----------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_rewrite_of_the_same_size_with_its_time_set_back_is_noticed(root, own_
     assert len(reads) == 2
 
 
-def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(root, own_cache, monkeypatch):
+def test_a_file_that_changes_while_it_is_hashed_is_refused_and_not_remembered(root, own_cache, monkeypatch):
     path, original = root / "a.bin", files.digest_of
     entry = entry_of(path)
 
@@ -182,7 +182,10 @@ def test_a_file_that_changes_while_it_is_hashed_is_hashed_again(root, own_cache,
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "digest_of", and_then_change)
-        checked(root, entry)
+        with pytest.raises(
+            PrecastError, match=r"a\.bin: was written to while it was in use; load the artifact again"
+        ):
+            checked(root, entry)
     with pytest.raises(PrecastError, match="sha256"):
         checked(root, entry)
 

@@ -183,7 +183,7 @@ def test_nothing_is_compiled_unasked(tiny_artifact):
     assert model.target.runtime == "pjrt"
 
 
-def test_the_portable_target_is_compiled_on_request_and_says_so(tiny_artifact, answer):
+def test_the_portable_target_is_compiled_on_request_and_says_so(tiny_artifact, answer, own_cache):
     said = []
     model = load(tiny_artifact, target="portable", compile=True, log=said.append)
     assert model.target.name == "portable"
@@ -196,7 +196,7 @@ def test_the_portable_target_is_refused_where_compiling_is_not_asked_for(tiny_ar
     assert "target 'portable': it must be compiled first" in refusal(tiny_artifact, target="portable")
 
 
-def test_the_stablehlo_of_the_compiled_target_gives_the_same(artifact_copy, edit_manifest, answer):
+def test_the_stablehlo_of_the_compiled_target_gives_the_same(artifact_copy, edit_manifest, answer, own_cache):
     """Where executables are of another jaxlib, theirs is compiled, by jaxlib alone, and calls the kernels."""
     edit_manifest(artifact_copy, lambda manifest: manifest["targets"][0].update(jaxlib="0.9.9"))
     assert "or compile from StableHLO with --compile" in refusal(artifact_copy)
@@ -243,7 +243,8 @@ print(json.dumps([ids, model.compiles, work, seen, asked]))
     assert tuple(ids) == answer
     assert (compiles, work) == (0, [])
     assert any(event.startswith("/jax/core/compile/") for event in control)
-    assert asked.count("compile_and_load") == 4
+    # What is compiled on request is compiled in a child process: nothing in this one ever is.
+    assert set(asked) == {"deserialize_executable"}
 
 
 BLOCKED = """
