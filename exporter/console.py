@@ -8,7 +8,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from precast.loaders.artifact.files import check_free
+from precast.loaders.artifact.folders import check_free
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 
 from .export import ExportOptions, Progress, check_options, export

@@ -13,7 +13,7 @@ import jax
 
 from precast.loaders import isa, trial
 from precast.loaders import load as loading
-from precast.loaders.artifact import files
+from precast.loaders.artifact import files, folders
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.golden import parse_golden
 from precast.loaders.artifact.manifest import (
@@ -126,7 +126,7 @@ def export(
     for remark in (plan.left_out(), _far_rope(spec, geometry.capacity)):
         if remark is not None:
             progress.stage(remark)
-    with files.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("exporting compiles for"):
+    with folders.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("exporting compiles for"):
         progress.stage("writing weights")
         digest = _write_weights(folder, stored, geometry, plan, progress)
         _write_texts(folder, source)

@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 
 from . import store_cache as cache
-from .artifact import files
+from .artifact import files, folders
 from .artifact.errors import PrecastError
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, parse_manifest
 from .artifact.record import MAX_JSON_BYTES
@@ -50,7 +50,7 @@ def pull(
     with _alone(root, log):
         manifest, fetched = _head(store, index, require_signature)
         if not _is_there(root, index, manifest):
-            files.check_free(root, overwrite)
+            folders.check_free(root, overwrite)
             fetched += _receive_or_find(store, index, root, overwrite, progress, manifest)
         elif SIGNATURE_FILE in index.files:
             _renew_signature(store, index, root)
@@ -211,7 +211,7 @@ def _receive(
             fetched += [piece] if was_fetched else []
             done += piece.bytes
             report(done, total)
-    with files.new_folder(root, overwrite=overwrite) as temporary:
+    with folders.new_folder(root, overwrite=overwrite) as temporary:
         for name, file in index.files.items():
             _write(store, file, temporary.joinpath(*files.parts_of(root, name)), name)
     files.remember(root / WEIGHTS_FILE, index.files[WEIGHTS_FILE].sha256)

@@ -156,7 +156,7 @@ def test_fault_12_killed_at_the_nth_write_an_artifact_is_whole_or_absent(tiny_ar
     code = f"""
 import importlib.util, os, shutil, sys
 from pathlib import Path
-from precast.loaders.artifact import files
+from precast.loaders.artifact import files, folders
 from precast.loaders.load import read_manifest
 spec = importlib.util.spec_from_file_location("disk", {str(Path(__file__).parent / "disk.py")!r})
 disk = importlib.util.module_from_spec(spec)
@@ -167,7 +167,7 @@ listed = ("weights.safetensors", "tokenizer.json", "programs/cpu/decode.xla")
 contents = {{name: (source / name).read_bytes() for name in (*listed, "manifest.json")}}
 
 def write(target, overwrite):
-    with files.new_folder(target, overwrite=overwrite) as folder:
+    with folders.new_folder(target, overwrite=overwrite) as folder:
         for name, data in contents.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)

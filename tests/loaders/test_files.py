@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from precast.loaders.artifact import files
+from precast.loaders.artifact import files, folders
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import FileEntry
 
@@ -238,7 +238,7 @@ def fill(folder: Path, text: str = "new") -> None:
 
 
 def make(path: Path, *, text: str = "new", overwrite: bool = False) -> None:
-    with files.new_folder(path, overwrite=overwrite) as folder:
+    with folders.new_folder(path, overwrite=overwrite) as folder:
         fill(folder, text)
 
 
@@ -251,7 +251,7 @@ WHOLE = ["manifest.json", "programs", "programs/cpu", "programs/cpu/decode.xla"]
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):
     target = tmp_path / "deep" / "target"
-    with files.new_folder(target, overwrite=False) as folder:
+    with folders.new_folder(target, overwrite=False) as folder:
         assert folder.parent == target.parent
         fill(folder)
         assert not target.exists()
@@ -270,7 +270,7 @@ def test_whatever_goes_wrong_nothing_is_left_and_nothing_is_lost(tmp_path, probl
         make(target, text="old")
 
     def work():
-        with files.new_folder(target, overwrite=there) as folder:
+        with folders.new_folder(target, overwrite=there) as folder:
             fill(folder)
             raise problem
 
@@ -319,7 +319,7 @@ def test_what_appears_while_the_block_runs_is_not_replaced(tmp_path):
     target = tmp_path / "target"
 
     def work():
-        with files.new_folder(target, overwrite=False) as folder:
+        with folders.new_folder(target, overwrite=False) as folder:
             fill(folder)
             target.mkdir()
 
@@ -342,7 +342,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_process_killed_inside_the_block_leaves_no_target(tmp_path, python):
     code = (
-        "import os, sys; from pathlib import Path; from precast.loaders.artifact.files import new_folder\n"
+        "import os, sys; from pathlib import Path; from precast.loaders.artifact.folders import new_folder\n"
         "with new_folder(Path(sys.argv[1]), overwrite=True) as folder:\n"
         "    (folder / 'manifest.json').write_text('half')\n"
         "    os._exit(9)"
@@ -446,7 +446,7 @@ if libc.unshare(0x00020000) or libc.mount(None, b"/", None, 0x44000, None):
 if libc.mount(b"none", place, b"tmpfs", 0, b"size=64k"):
     sys.exit(77)
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.files import new_folder
+from precast.loaders.artifact.folders import new_folder
 target = Path(sys.argv[1]) / "target"
 try:
     with new_folder(target, overwrite=False) as folder:
