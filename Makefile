@@ -6,8 +6,9 @@ DEMO := artifacts/smollm2-135m-instruct-int8
 READY := $(VENV)/.ready
 BENCH_VENV ?= .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
+BENCH_PRECAST ?= .venv-bench-precast
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench fuzz kill
 
 demo: $(DEMO)/manifest.json
 	$(BIN)/python cli.py run $(DEMO) --chat --prompt "What is the capital of France?" --max-tokens 64
@@ -24,10 +25,19 @@ lint: $(READY)
 	MYPYPATH=$(VENV)/types $(BIN)/mypy
 	$(BIN)/lint-imports
 
+# 20,000 mutated artifacts; 200 kills. Both say what they found, and how to see it again.
+fuzz: $(READY)
+	$(BIN)/python tests/fuzz/run.py --cases 20000 --seed 1 $(FUZZ_ARGS)
+
+kill: $(READY)
+	$(BIN)/python tests/fuzz/kill.py --kills 200 --seed 1 $(KILL_ARGS)
+
 bench: $(READY) $(BENCH_READY)
 	$(BIN)/python benchmarks/headline.py
 	$(BIN)/python benchmarks/three_mistakes.py
-	$(BENCH_VENV)/bin/python benchmarks/peers/bench.py --precast-python $(BIN)/python $(BENCH_ARGS)
+	$(PYTHON) -m venv $(BENCH_PRECAST)  # precast installed as its users and the peers are: an editable install starts later
+	$(BENCH_PRECAST)/bin/python -m pip install --quiet --constraint constraints.txt --force-reinstall '.[export]'
+	$(BENCH_VENV)/bin/python benchmarks/peers/bench.py --precast-python $(BENCH_PRECAST)/bin/python $(BENCH_ARGS)
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/src/*)
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,139 @@
+"""Makes the small artifact of this folder that is named after today and the format version at hand.
+
+    python tests/golden/make.py [--date 2026-11-22] [--output tests/golden] [--bare]
+
+Run it once for each format version, with the last code that writes it, and commit what it makes; nothing here is made
+again afterwards: it shows what later versions do with what was written then. It also runs in a checkout of an older
+precast (`PYTHONPATH` set to a folder with a link called `precast` to it). `--bare` leaves executables out, for a
+version that is refused at its manifest anyway.
+"""
+
+import argparse
+import json
+import shutil
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "vocab_size": 264,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}<assistant>"
+LARGEST = 150_000
+
+
+def tokenizer_json() -> bytes:
+    """A token for each byte, and two more."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Tokenizer(models.BPE({char: i + 2 for i, char in enumerate(alphabet)}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return library.to_str().encode()
+
+
+def tensors() -> dict[str, np.ndarray]:
+    d, f, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["head_dim"]
+    layer = {
+        "input_layernorm": (d,),
+        "self_attn.q_proj": (d, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, d),
+        "post_attention_layernorm": (d,),
+        "mlp.gate_proj": (f, d),
+        "mlp.up_proj": (f, d),
+        "mlp.down_proj": (d, f),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (CONFIG["vocab_size"], d),
+        "model.norm.weight": (d,),
+    }
+    for i in range(CONFIG["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    random = np.random.default_rng(0)
+    made = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return {name: 1 + v / 10 if v.ndim == 1 else v * np.float32(1.5 * d**-0.5) for name, v in made.items()}
+
+
+def source() -> Any:
+    """The tiny model as a `Source` in memory."""
+    from precast.exporter.sources.base import Source, SourceTensor
+
+    return Source(
+        name="golden",
+        config=CONFIG,
+        tensors={
+            name: SourceTensor(shape=array.shape, dtype="float32", read=array.copy)
+            for name, array in tensors().items()
+        },
+        tokenizer_json=tokenizer_json(),
+        chat_template=TEMPLATE,
+        bos_token="<s>",
+        eos_token="</s>",
+        eos_token_ids=(1,),
+        sampling={},
+        licence="Apache-2.0",
+        files=(),
+    )
+
+
+def export_golden(folder: Path) -> None:
+    """Exports for every target that this precast makes by default; weights in half the bytes where it can."""
+    from precast.exporter.export import ExportOptions, export
+    from precast.loaders.artifact.manifest import FORMAT_VERSION
+
+    # The first format knew float32 alone.
+    weights = "bfloat16" if FORMAT_VERSION > 1 else "float32"
+    export(source(), folder, ExportOptions(buckets=(8,), context=32, weights=weights))
+
+
+def strip(folder: Path) -> None:
+    """Leaves the executables out; the manifest still lists them."""
+    for path in folder.rglob("*.xla"):
+        path.unlink()
+
+
+def make(output: Path, day: str, *, bare: bool = False) -> Path:
+    """Returns the folder that was made."""
+    from precast.loaders.artifact.manifest import FORMAT_VERSION
+
+    folder = output / f"{day}-format-{FORMAT_VERSION}"
+    export_golden(folder)
+    if bare:
+        strip(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if size > LARGEST:
+        shutil.rmtree(folder)
+        raise SystemExit(f"{folder}: {size} bytes are more than the {LARGEST} that a repository should carry")
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--date", default=date.today().isoformat())
+    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--bare", action="store_true", help="leave the executables out")
+    arguments = parser.parse_args()
+    folder = make(arguments.output, arguments.date, bare=arguments.bare)
+    sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    print(json.dumps({"made": str(folder), "bytes": sum(sizes.values()), "files": sizes}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Disks that are full or may not be written to, and several processes at one name: whole artifacts, or sentences.
+
+A small disk is a tmpfs of a process's own mount namespace; where that is not allowed, these tests are skipped. What
+happens when any single write fails is tested in `loaders/test_files.py`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from precast.loaders.artifact import folders
+
+ROOT = Path(__file__).resolve().parent.parent
+# Runs a command in a mount namespace; as somebody who is root in it alone, where this user is not.
+NAMESPACE = (
+    ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+)
+
+HELPERS = """
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.load import load
+from precast.loaders.sampling import SamplingParams
+
+def mount(*arguments):
+    subprocess.run(["mount", *map(str, arguments)], check=True)
+
+def answer(path, **options):
+    model = load(path, log=lambda _: None, **options)
+    return model.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True)).token_ids
+
+def refusal(function):
+    try:
+        function()
+    except PrecastError as error:
+        return str(error)
+    return ""
+
+artifact, folder = Path(sys.argv[1]), Path(sys.argv[2])
+"""
+
+
+def in_namespace(script: str, *arguments: object) -> list:
+    """Runs a script that prints JSON; skips where there is no namespace to be had."""
+    allowed = subprocess.run([*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True)
+    if allowed.returncode:
+        pytest.skip("this user may not mount a small disk")
+    command = [*NAMESPACE, sys.executable, "-c", HELPERS + script, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+FULL = """
+from precast.loaders.add_target import add_target
+from precast.loaders.store_pull import pull
+from precast.loaders.store_push import push
+
+os.environ["PRECAST_CACHE"] = str(folder / "cache")
+disk, store = folder / "disk", f"file://{folder}/store/tiny"
+for path in (disk, folder / "store"):
+    path.mkdir()
+push(artifact, store, progress=lambda *_: None)
+mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", disk)
+total = sum(p.stat().st_size for p in artifact.rglob("*") if p.is_file())
+
+def size(count):
+    mount("-o", f"remount,size={count // 1024}k", disk)
+
+def fetch(path):
+    pull(store, path, overwrite=False, require_signature=None, log=lambda _: None, progress=lambda *_: None)
+
+said, whole = {}, answer(artifact)
+# The check for room beforehand is told that there is some.
+usage = shutil.disk_usage
+shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)
+for share in (0.1, 0.5, 0.9):
+    size(int(total * share))
+    said[f"pull {share}"] = refusal(lambda: fetch(disk / "tiny"))
+    assert os.listdir(disk) == [], os.listdir(disk)
+# The cache that pieces are kept in.
+os.environ["PRECAST_CACHE"] = str(disk / "cache")
+said["pull cache"] = refusal(lambda: fetch(folder / "pulled"))
+assert not (folder / "pulled").exists()
+shutil.rmtree(disk / "cache")
+shutil.disk_usage = usage
+os.environ["PRECAST_CACHE"] = str(folder / "cache")
+said["pull told before"] = refusal(lambda: fetch(disk / "tiny"))
+size(2 * total + 500_000)
+fetch(disk / "tiny")
+assert answer(disk / "tiny", verify=True) == whole
+# A target more.
+used = usage(disk).used
+before = (disk / "tiny" / "manifest.json").read_bytes()
+for room in (8192, 40_000):
+    size(used + room)
+    said[f"add-target {room}"] = refusal(lambda: add_target(disk / "tiny", source="portable", log=lambda _: None))
+    assert (disk / "tiny" / "manifest.json").read_bytes() == before
+    assert answer(disk / "tiny", verify=True) == whole
+size(used + 1_000_000)
+add_target(disk / "tiny", source="portable", log=lambda _: None)
+assert answer(disk / "tiny", verify=True) == whole
+# A cache with no room is one that does without.
+os.environ["PRECAST_CACHE"] = str(disk / "cache")
+(disk / "cache").mkdir()
+with (disk / "rest").open("wb", buffering=0) as rest:
+    try:
+        while rest.write(bytes(4096)):
+            pass
+    except OSError:
+        pass
+assert answer(artifact, verify=True) == whole
+assert answer(artifact, target="portable", compile=True) == whole
+print(json.dumps(said))
+"""
+
+
+def test_a_disk_that_is_full(tiny_artifact, tmp_path):
+    """pull, add-target and run --compile; what was there answers as before, and what goes on has room."""
+    said = in_namespace(FULL, tiny_artifact, tmp_path)
+    for share in (0.1, 0.5, 0.9):
+        assert "No space left on device" in said[f"pull {share}"]
+    assert "No space left on device" in said["pull cache"]
+    assert "MB are free; make room" in said["pull told before"]
+    assert "No space left on device" in said["add-target 8192"]
+    assert "No space left on device" in said["add-target 40000"]
+
+
+EXPORT = """
+sys.path.insert(0, "tests/golden")
+import make
+
+os.environ["PRECAST_CACHE"] = str(folder / "cache")
+disk = folder / "disk"
+disk.mkdir()
+mount("-t", "tmpfs", "-o", "size=32k", "tmpfs", disk)
+said = []
+for room in (32, 96):
+    mount("-o", f"remount,size={room}k", disk)
+    said.append(refusal(lambda: make.export_golden(disk / "tiny")))
+    assert os.listdir(disk) == [], os.listdir(disk)
+mount("-o", "remount,size=1m", disk)
+make.export_golden(disk / "tiny")
+answer(disk / "tiny", verify=True)
+print(json.dumps(said))
+"""
+
+
+def test_an_export_to_a_disk_that_is_full(tiny_artifact, tmp_path):
+    for text in in_namespace(EXPORT, tiny_artifact, tmp_path):
+        assert text.startswith(
+            f"{tmp_path}/disk/tiny: writing stopped (No space left on device); nothing was left"
+        )
+
+
+READ_ONLY = """
+whole = answer(artifact)
+mount("--bind", artifact, artifact)
+mount("-o", "remount,bind,ro", artifact)
+try:
+    (artifact / "x").write_text("")
+    raise SystemExit("it can be written to")
+except OSError:
+    pass
+assert answer(artifact, verify=True) == whole
+os.environ["PRECAST_CACHE"] = str(artifact / "cache")
+assert answer(artifact, verify=True) == whole
+assert answer(artifact, target="portable", compile=True) == whole
+from precast.loaders.add_target import add_target
+print(json.dumps([refusal(lambda: add_target(artifact, source="portable", log=lambda _: None))]))
+"""
+
+
+def test_an_artifact_that_may_only_be_read(artifact_copy, tmp_path, own_cache):
+    """It runs, also where the cache folder may not be written to either."""
+    (text,) = in_namespace(READ_ONLY, artifact_copy, tmp_path)
+    assert "Read-only file system" in text
+
+
+# --- several at one name ------------------------------------------------------------------------------------
+
+# In a process of its own: one that has threads, as JAX's has, must not fork.
+TWO = """
+import json, multiprocessing, os, sys
+from pathlib import Path
+from precast.loaders.artifact import files, folders
+from precast.loaders.artifact.errors import PrecastError
+
+def write(path, text, overwrite, together, said):
+    together.wait()
+    try:
+        with folders.new_folder(path, overwrite=overwrite) as folder:
+            for name in ("manifest.json", "weights.safetensors"):
+                (folder / name).write_text(text)
+    except PrecastError as error:
+        said.put(str(error))
+    else:
+        said.put("")
+
+overwrite, results = bool(int(sys.argv[2])), []
+context = multiprocessing.get_context("fork")
+for n in range(40):
+    path, together, said = Path(sys.argv[1]) / str(n) / "tiny", context.Barrier(2), context.Queue()
+    writers = [context.Process(target=write, args=(path, text, overwrite, together, said)) for text in "ab"]
+    for writer in writers:
+        writer.start()
+    texts = sorted(said.get(timeout=60) for _ in writers)
+    for writer in writers:
+        writer.join()
+    contents = [(path / name).read_text() for name in ("manifest.json", "weights.safetensors")]
+    results.append([str(path), texts, contents, os.listdir(path.parent)])
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_processes_that_export_to_one_name(tmp_path, python, overwrite):
+    """One wins; what is there is all of one's, and nothing is left of the other's."""
+    result = python("-c", TWO, str(tmp_path), str(int(overwrite)))
+    assert result.returncode == 0, result.stderr
+    for path, texts, contents, beside in json.loads(result.stdout):
+        assert contents in (["a", "a"], ["b", "b"])
+        assert beside == ["tiny"]
+        assert texts[0] == ""
+        assert texts[1].startswith(f"{path}: exists already; choose another folder" if not overwrite else "")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from precast.loaders.artifact import files, folders
+
+with folders.new_folder(Path(sys.argv[1]), overwrite=False) as folder:
+    (folder / "weights.safetensors").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, python):
+    assert python("-c", KILLED, str(tmp_path / "tiny")).returncode == -9
+    assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
+    with folders.new_folder(tmp_path / "other", overwrite=False) as folder:
+        (folder / "manifest.json").write_text("{}")
+    assert len(list(tmp_path.glob(".tiny.*.partial"))) == 1, "another name's is not its business"
+    with folders.new_folder(tmp_path / "tiny", overwrite=False) as folder:
+        (folder / "manifest.json").write_text("{}")
+        assert list(tmp_path.glob(".tiny.*.partial")) == [folder]
+        with suppress(KeyError), folders.new_folder(tmp_path / "tiny", overwrite=False):
+            raise KeyError
+        assert folder.is_dir(), "of one that is at work nothing is removed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "tiny"]

@@ -1,0 +1,82 @@
+"""Artifacts of the past (`tests/golden/`): each answers as it did when it was made, or is refused by its version."""
+
+import json
+import re
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import FORMAT_VERSION
+from precast.loaders.load import load, read_manifest
+from precast.loaders.sampling import SamplingParams
+
+HERE = Path(__file__).resolve().parent
+FOLDERS = sorted(p for p in (HERE / "golden").iterdir() if (p / "manifest.json").is_file())
+NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-format-(\d+)")
+# No artifact in a repository should be larger, all its files together.
+LARGEST = 150_000
+
+
+def version_of(folder: Path) -> int:
+    named = NAME.fullmatch(folder.name)
+    assert named is not None, (
+        f"{folder.name}: expected the day and the format version, like 2026-11-22-format-4"
+    )
+    date.fromisoformat(named[1])
+    return int(named[2])
+
+
+def readable() -> list[Path]:
+    return [folder for folder in FOLDERS if version_of(folder) == FORMAT_VERSION]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_it_is_small_and_named_after_its_format(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["format_version"] == version_of(folder)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= LARGEST
+
+
+@pytest.mark.parametrize("target", [None, "portable"])
+@pytest.mark.parametrize("folder", readable(), ids=lambda folder: folder.name)
+def test_what_is_read_answers_as_it_did(folder, target, own_cache):
+    """By its executables where they fit this machine and jaxlib, and by its StableHLO, compiled here."""
+    target = next(
+        (t.name for t in read_manifest(folder).targets if target and t.runtime == "stablehlo"), None
+    )
+    model = load(folder, target=target, compile=True, verify=True, log=lambda _: None)
+    answers = json.loads((folder / "golden.json").read_text())["greedy"]
+    assert answers
+    for answer in answers:
+        expected = tuple(answer["token_ids"])
+        if expected:  # none, where the first token was a tie
+            params = SamplingParams(ignore_eos=True, max_tokens=len(expected))
+            assert model.generate(answer["prompt_token_ids"], params).token_ids == expected
+
+
+@pytest.mark.parametrize(
+    "folder", [f for f in FOLDERS if f not in readable()], ids=lambda folder: folder.name
+)
+def test_what_is_not_read_is_refused_by_its_version(folder):
+    with pytest.raises(PrecastError) as raised:
+        load(folder, compile=True)
+    version = version_of(folder)
+    advice = "update precast." if version > FORMAT_VERSION else "export the model again."
+    assert str(raised.value) == (
+        f"{folder / 'manifest.json'}: format version {version} is not the {FORMAT_VERSION} that this precast reads;"
+        f" {advice}"
+    )
+
+
+def test_every_format_has_an_artifact_here_and_a_row_in_the_history():
+    """Who changes the format writes the row, and makes the artifact with tests/golden/make.py."""
+    versions = list(range(1, FORMAT_VERSION + 1))
+    assert sorted(map(version_of, FOLDERS)) == versions
+    page = (HERE.parent / "artifacts" / "README.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+) \| ([^|]+) \| ([^|]+) \|$", page.partition("\n## History\n")[2], re.MULTILINE
+    )
+    assert sorted(int(version) for version, _, _ in rows) == versions
+    assert f"version {FORMAT_VERSION}, and its history" in page
