@@ -36,7 +36,8 @@ bench: $(READY) $(BENCH_READY)
 	$(BIN)/python benchmarks/headline.py
 	$(BIN)/python benchmarks/three_mistakes.py
 	$(PYTHON) -m venv $(BENCH_PRECAST)  # precast installed as its users and the peers are: an editable install starts later
-	$(BENCH_PRECAST)/bin/python -m pip install --quiet --constraint constraints.txt --force-reinstall '.[export]'
+	$(BENCH_PRECAST)/bin/python -m pip install --quiet --constraint constraints.txt '.[export]'
+	$(BENCH_PRECAST)/bin/python -m pip install --quiet --force-reinstall --no-deps .
 	$(BENCH_VENV)/bin/python benchmarks/peers/bench.py --precast-python $(BENCH_PRECAST)/bin/python $(BENCH_ARGS)
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/src/*)
