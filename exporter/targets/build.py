@@ -96,7 +96,7 @@ def build_target(
         cpu_features=features,
         kernel_abi=kernels.ABI_VERSION if kind.ops.kernels else 0,
         kernels=kind.ops.kernels,
-        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        xla_flags=os.environ.get("XLA_FLAGS", "") if compiled else "",
         stablehlo_expires=(created + STABLEHLO_LIFE).isoformat(),
         programs=tuple(b.program for b in built),
     )

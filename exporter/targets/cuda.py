@@ -7,6 +7,7 @@ the same memory on. `precast.exporter.programs.arranged` says how a layout is pi
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 
 import jax
 from jax.experimental.layout import Format, Layout
@@ -34,14 +35,16 @@ def cuda_device() -> jax.Device:
     # The finished artifact is loaded in this process too, by a client of its own, and needs memory then. jax looks
     # when it first asks for devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
+    # jax asserts, rather than raises, where JAX_PLATFORMS names nothing that there is.
+    with suppress(RuntimeError, AssertionError):
         return jax.devices("cuda")[0]
-    except RuntimeError:
+    found = "nothing"
+    with suppress(RuntimeError, AssertionError):
         found = ", ".join(sorted({device.platform for device in jax.devices()}))
-        raise PrecastError(
-            f"--target cuda needs a GPU that jax sees; jax sees {found}. Export on a machine with an NVIDIA GPU and"
-            f" jax's CUDA plugin: pip install 'jax[cuda12]=={jax.__version__}'"
-        ) from None
+    raise PrecastError(
+        f"--target cuda needs a GPU that jax sees; jax sees {found}. Export on a machine with an NVIDIA GPU and"
+        f" jax's CUDA plugin: pip install 'jax[cuda12]=={jax.__version__}'"
+    )
 
 
 def decode_layouts(decode: ProgramSpec, device: jax.Device) -> Layouts:

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from precast.exporter import export as whole_export
+from precast.exporter.export import ExportOptions, export
 from precast.exporter.models import read_model
 from precast.exporter.programs import TABLES, Geometry, build_programs, stored_model
 from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets import savedmodel as exporting
 from precast.exporter.weights import plan_weights, write_model_weights
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.golden import Answer, FirstLogits, Golden
 from precast.loaders.load import load, read_manifest
 from precast.loaders.runtime.savedmodel import manifest_name, signature_name
 from precast.loaders.sampling import SamplingParams
+from precast.loaders.verify import OTHERWISE, Replay
 
 PROMPT = [7, 300, 12, 5, 101]
 FOLDER = "programs/savedmodel"
@@ -160,21 +162,23 @@ def test_names_of_signatures_lead_back_to_those_of_the_manifest(tiny_source):
     assert all("." not in signature_name(n) and manifest_name(signature_name(n)) == n for n in names)
 
 
-def test_an_export_asks_for_the_golden_answers(savedmodel_artifact):
-    model = load(savedmodel_artifact, target="savedmodel", trusted=True, log=lambda _: None)
-    token = int(model.engine.prefill(PROMPT, model.engine.new_cache()).token[0])
-    first = FirstLogits(token_ids=(0,), values=(0.0,), tolerance=0.0)
+def test_an_export_asks_for_the_golden_answers(tmp_path, tiny_source, monkeypatch):
+    def replay(model, recorded, where, report):
+        nothing = {"answers": 0, "tokens": 0, "logits": 0, "difference": 0.0, "share": 0.0}
+        assert model.target.runtime == "savedmodel"
+        assert max(len(answer.token_ids) for answer in recorded.greedy) == 4
+        assert any(len(answer.prompt_token_ids) > 8 for answer in recorded.greedy), "a chunked prompt"
+        problem = f"{where}: answer 0: token 0 is 1, recorded is 2; {OTHERWISE}"
+        return Replay(target=model.target.name, problems=(problem,), **nothing)
 
-    def recorded(*tokens):
-        return Golden(greedy=(Answer(prompt_token_ids=tuple(PROMPT), token_ids=tokens, first_logits=first),))
-
-    exporting.check_answers(model, recorded(token))
-    exporting.check_answers(model, recorded())
+    monkeypatch.setattr(whole_export, "replay", replay)
+    options = ExportOptions(buckets=(8,), context=64, targets=("cpu", "savedmodel"))
     with pytest.raises(PrecastError) as raised:
-        exporting.check_answers(model, recorded(token ^ 1))
-    assert f"target 'savedmodel' answers [{token}] where another target and the reference answer" in str(
-        raised.value
+        export(tiny_source(), tmp_path / "a", options)
+    assert str(raised.value).endswith(
+        "target 'savedmodel': answer 0: token 0 is 1, recorded is 2; nothing was written: please report this."
     )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Executables for several instruction sets in one artifact: what they share, what is in them, what is refused."""
 
+import dataclasses
 import re
 import struct
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from precast.exporter.export import ExportOptions, check_options
+from precast.exporter import export as exporting
+from precast.exporter.export import ExportOptions, check_options, export
 from precast.loaders import isa
 from precast.loaders.add_target import add_target
 from precast.loaders.artifact.errors import PrecastError
@@ -285,3 +287,19 @@ def test_what_is_not_understood_is_left_alone(change):
     data = change(executable(b"b", b"a"))
     assert canonical(data) == data
     assert object_files(data) == ()
+
+
+def test_a_further_target_that_answers_otherwise_is_not_shipped(tmp_path, tiny_source, monkeypatch):
+    original = exporting.replay
+
+    def replay(model, recorded, where, report):
+        found = original(model, recorded, where, report)
+        assert found.problems == ()
+        return dataclasses.replace(found, problems=(f"{where}: a token differs; {exporting.OTHERWISE}",))
+
+    monkeypatch.setattr(exporting, "replay", replay)
+    options = ExportOptions(buckets=(8,), context=64, targets=("cpu",), cpu_isas=("native", "sse4.2"))
+    with pytest.raises(PrecastError) as raised:
+        export(tiny_source(), tmp_path / "a", options)
+    assert str(raised.value).endswith("sse4.2': a token differs; nothing was written: please report this.")
+    assert list(tmp_path.iterdir()) == []
