@@ -1,5 +1,6 @@
 """What ``precast check`` finds: everything about a machine that an artifact does not suit, from its manifest alone."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
@@ -10,6 +11,7 @@ from .artifact import compat
 from .artifact.errors import PrecastError
 from .artifact.machine import Machine
 from .artifact.manifest import SIGNATURE_FILE, WEIGHTS_FILE, Manifest, Target
+from .isa import ISAS
 from .resources import Memory, Processors
 from .units import size_text
 
@@ -35,8 +37,7 @@ _NOTHING: dict[str, Any] = {
     "kernel_abi": 0,
     "kernels": (),
 }
-# Narrowest last: the widest that a machine has is the one to export for.
-_ISAS = {"avx512": "avx512f", "avx2": "avx2", "avx": "avx", "sse4.2": "sse4.2"}
+_TENSORFLOW = "'precast[savedmodel]'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,41 +205,54 @@ def _mismatches(
         for problem in compat.mismatches(only, machine):
             if problem in left:
                 left.remove(problem)
-                remedy = _remedy(what, target, manifest, machine, root, compiles)
-                # Some say what to do themselves.
-                problem, _, packages = problem.partition(": pip install ")
-                yield Finding(
-                    what=what, problem=problem, remedy=f"pip install {packages}" if packages else remedy
-                )
+                problem, remedy = _own_remedy(problem, machine)
+                remedy = remedy or _remedy(what, target, manifest, machine, root, compiles)
+                yield Finding(what=what, problem=problem, remedy=remedy)
     for problem in left:
-        yield Finding(what="target", problem=problem, remedy=f"precast add-target {root}")
+        yield Finding(what="target", problem=problem, remedy=_command("add-target", root))
     if target.runtime == "stablehlo":
         yield Finding(
             what="compiling",
             problem="it must be compiled first",
-            remedy=f"precast run {root} --target {target.name} --compile",
+            remedy=_command("run", root, "--target", target.name, "--compile"),
         )
+
+
+def _command(*words: object) -> str:
+    """A command of precast's to be copied into a shell, whatever strangers wrote into it."""
+    return shlex.join(("precast", *map(str, words)))
+
+
+def _own_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
+    """A problem, and what it says itself is to be done; None where it says nothing."""
+    for packages in (_TENSORFLOW, compat.cuda_packages(machine.jaxlib)):
+        # Not at the first "pip install": a manifest may have written that.
+        if problem.endswith(f": pip install {packages}"):
+            return problem.removesuffix(f": pip install {packages}"), f"pip install {packages}"
+    return problem, None
 
 
 def _remedy(
     what: str, target: Target, manifest: Manifest, machine: Machine, root: Path, compiles: bool
 ) -> str:
-    here = f"precast add-target {root}, or precast run {root} --compile" if compiles else ""
+    here = f"{_command('add-target', root)}, or {_command('run', root, '--compile')}" if compiles else ""
     maker = manifest.provenance.versions.get("precast")
+    made_it = shlex.quote(f"precast=={maker}" if maker else "precast")
     remedies = {
-        "TensorFlow": "pip install 'precast[savedmodel]'",
+        "TensorFlow": f"pip install {_TENSORFLOW}",
         "platform": f"a machine with {target.platform}"
         + (f" ({target.device})" if target.device != "any" else ""),
         "machine": here or f"export on a {machine.machine} machine",
-        "jaxlib": f"pip install jaxlib=={target.jaxlib}" + (f", or {here}" if here else ""),
+        "jaxlib": f"pip install {shlex.quote(f'jaxlib=={target.jaxlib}')}" + (f", or {here}" if here else ""),
         "CPU features": " or ".join(filter(None, (_isa(machine), here))),
-        "kernels": f"pip install precast{f'=={maker}' if maker else ''}, which made it, or export again",
+        "kernels": f"pip install {made_it}, which made it, or export again",
     }
     return remedies[what]
 
 
 def _isa(machine: Machine) -> str:
-    widest = next((isa for isa, feature in _ISAS.items() if feature in machine.features), None)
+    # They stand narrowest first.
+    widest = next((isa for isa in reversed(tuple(ISAS)) if ISAS[isa].needs in machine.features), None)
     return f"export with --cpu-isa {widest}" if widest else "export on a machine like this one"
 
 
@@ -286,7 +300,7 @@ def _promise(expires: str, days_left: int, root: Path) -> Iterator[Finding]:
         yield Finding(
             what="StableHLO",
             problem=f"its StableHLO is promised to compile with newer jaxlibs until {expires}, {when}",
-            remedy=f"add targets while that holds (precast add-target {root}), or export again",
+            remedy=f"add targets while that holds ({_command('add-target', root)}), or export again",
         )
 
 

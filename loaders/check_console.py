@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .artifact.errors import printable
 from .check import SOON_DAYS, Report, TargetReport, check
-from .units import shown, size_text
+from .units import size_text
 
 
 def run(path: Path, *, target: str | None, compile: bool, as_json: bool) -> int:
@@ -28,19 +29,18 @@ def run(path: Path, *, target: str | None, compile: bool, as_json: bool) -> int:
     from .runtime.pjrt import this_machine
 
     root = find_artifact(path)
+    manifest = read_manifest(root)
     report = check(
         root,
-        read_manifest(root),
-        this_machine(),
+        manifest,
+        this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets)),
         processors(),
         memory(),
         datetime.now(UTC).date(),
         target=target,
         compile=compile,
     )
-    print(
-        json.dumps(to_json(report), ensure_ascii=False) if as_json else "\n".join(map(shown, lines(report)))
-    )
+    print(json.dumps(to_json(report)) if as_json else "\n".join(map(printable, lines(report))))
     return 0 if report.runs else 1
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .units import shown
+from .artifact.errors import printable
+from .progress import line_on_terminal
 
 if TYPE_CHECKING:
     from .diff import Change
@@ -30,13 +31,16 @@ def run(before: Path, after: Path, *, as_json: bool) -> int:
     from .load import find_artifact, read_manifest
 
     a, b = (find_artifact(path) for path in (before, after))
-    sections = diff(a, read_manifest(a), b, read_manifest(b))
-    same = not any(sections.values())
-    print(
-        json.dumps(to_json(sections), ensure_ascii=False)
-        if as_json
-        else "\n".join(map(shown, lines(a, b, sections)))
+    show = line_on_terminal()
+    sections = diff(
+        a,
+        read_manifest(a),
+        b,
+        read_manifest(b),
+        lambda done, total: show(f"comparing weights {done * 100 // total} %" if done < total else ""),
     )
+    same = not any(sections.values())
+    print(json.dumps(to_json(sections)) if as_json else "\n".join(map(printable, lines(a, b, sections))))
     return 0 if same else 1
 
 

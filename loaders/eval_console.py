@@ -2,13 +2,13 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .artifact.errors import PrecastError
+from .progress import line_on_terminal
 
 if TYPE_CHECKING:
     from .evaluate import Comparison, Report, Scorer
@@ -115,16 +115,8 @@ def _compared(found: "Comparison | None") -> dict[str, float | None]:
 
 
 def _progress() -> "Report":
-    """A line on a terminal that is gone when the work is done; nothing where nobody watches."""
-    if not sys.stderr.isatty():
-        return lambda done, total: None
-
-    def report(done: int, total: int) -> None:
-        line = f"scored {done:,} of {total:,} predictions" if done < total else ""
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
-
-    return report
+    show = line_on_terminal()
+    return lambda done, total: show(f"scored {done:,} of {total:,} predictions" if done < total else "")
 
 
 def _lines(facts: dict[str, Any]) -> Iterable[str]:

@@ -21,9 +21,9 @@ def render(path: Path, *, as_json: bool) -> str:
     root = find_artifact(path)
     facts = gather(read_manifest(root))
     if as_json:
-        return json.dumps(facts, ensure_ascii=False)
+        return json.dumps(facts)
     # Names may hold line breaks and commands to a terminal.
-    return "\n".join(line if line.isprintable() else f"  {printable(line)}" for line in _lines(root, facts))
+    return "\n".join(map(printable, _lines(root, facts)))
 
 
 def gather(manifest: Manifest) -> dict[str, Any]:

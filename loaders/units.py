@@ -1,9 +1,4 @@
-"""Numbers and names as people read them."""
-
-
-def shown(line: str) -> str:
-    """A line that quotes what strangers wrote, without the characters that a terminal obeys."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+"""Numbers as people read them."""
 
 
 def size_text(count: int | None) -> str:

@@ -1,5 +1,6 @@
 """What ``precast verify`` finds: whether an artifact is what was exported, and still answers as it did."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from .artifact.manifest import Manifest
 from .generate import Model
 from .sampling import SamplingParams
 
-_OTHERWISE = (
+OTHERWISE = (
     "this artifact on this machine does not compute what was exported: do not use it here, and report this."
 )
 
@@ -43,8 +44,9 @@ class Replay:
     answers: golden answers asked for.
     tokens: of all of them.
     logits: compared.
-    difference: the largest, in logits.
-    share: the largest, as a share of what is allowed; 1 is the limit.
+    difference: the largest, in logits; None where it is no finite number.
+    share: the largest of an answer's difference as a share of what is allowed of that answer; 1 is the limit, None
+        as above, also where none is allowed.
     problems: a sentence for each answer that differs.
     """
 
@@ -52,8 +54,8 @@ class Replay:
     answers: int
     tokens: int
     logits: int
-    difference: float
-    share: float
+    difference: float | None
+    share: float | None
     problems: tuple[str, ...]
 
 
@@ -100,19 +102,29 @@ def replay(model: Model, golden: Golden, where: str, report: Report) -> Replay:
         if not found <= allowed:
             problems.append(
                 f"{where}: answer {i}: a logit of its first step differs by {found:.3g} from the one recorded,"
-                f" {allowed:.3g} are allowed; {_OTHERWISE}"
+                f" {allowed:.3g} are allowed; {OTHERWISE}"
             )
-        difference = max(difference, found) if found == found else float("inf")
-        share = max(share, difference / allowed) if allowed else share
+        worst = math.inf if math.isnan(found) else found
+        difference, share = max(difference, worst), max(share, _share(worst, allowed))
     return Replay(
         target=model.target.name,
         answers=len(golden.greedy),
         tokens=sum(len(a.token_ids) for a in golden.greedy),
         logits=sum(len(a.first_logits.token_ids) for a in golden.greedy),
-        difference=difference,
-        share=share,
+        difference=_finite(difference),
+        share=_finite(share),
         problems=tuple(problems),
     )
+
+
+def _share(found: float, allowed: float) -> float:
+    if allowed > 0:
+        return found / allowed
+    return math.inf if found else 0.0
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _tokens(model: Model, answer: Answer, where: str) -> list[str]:
@@ -126,7 +138,7 @@ def _tokens(model: Model, answer: Answer, where: str) -> list[str]:
     place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
     problem = (
         f"{where}: token {place} is {found[place]}, recorded is {expected[place]} (prompt of"
-        f" {len(answer.prompt_token_ids)} tokens); {_OTHERWISE}"
+        f" {len(answer.prompt_token_ids)} tokens); {OTHERWISE}"
     )
     return [problem]
 

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from .units import shown, size_text
+from .artifact.errors import printable
+from .progress import line_on_terminal
+from .units import size_text
 
 if TYPE_CHECKING:
     from .artifact.manifest import Manifest
@@ -37,7 +39,8 @@ def run(
     files = check_files(root, manifest, report)
     report("", 0, 0)
     # What is not what it should be reaches no deserialiser.
-    played = None if files.problems else _replay(root, manifest, target, compile, require_signature, report)
+    refused = bool(files.problems) or _in_a_savedmodel(manifest, files.unlisted)
+    played = None if refused else _replay(root, manifest, target, compile, require_signature, report)
     problems = _problems(root, files, played)
     if as_json:
         facts = {
@@ -48,13 +51,25 @@ def run(
             "replay": None if played is None else dataclasses.asdict(played),
             "problems": problems,
         }
-        print(json.dumps(facts, ensure_ascii=False))
+        print(json.dumps(facts, allow_nan=False))
     else:
-        print("\n".join(map(shown, _lines(root, manifest, files, played, problems))))
+        print("\n".join(map(printable, _lines(root, manifest, files, played, problems))))
     if problems:
         more = f" ({len(problems) - 1} more differ)" if len(problems) > 1 else ""
-        print(f"error: {shown(' '.join(problems[0].split()))}{more}", file=sys.stderr)
+        print(f"error: {printable(problems[0])}{more}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def _in_a_savedmodel(manifest: "Manifest", names: Iterable[str]) -> bool:
+    """Whether one of these is below the folder of a SavedModel, of which TensorFlow reads whatever it finds."""
+    folders = {
+        PurePosixPath(program.executable).parent
+        for target in manifest.targets
+        if target.runtime == "savedmodel"
+        for program in target.programs
+        if program.executable is not None
+    }
+    return any(PurePosixPath(name).is_relative_to(folder) for name in names for folder in folders)
 
 
 def _replay(
@@ -95,26 +110,13 @@ def _lines(
         yield "  answers   not asked for: nothing is run of files that differ"
     else:
         yield f"  answers   {played.answers} prompts, {played.tokens} tokens, by target {played.target}"
-        yield (
-            f"  logits    {played.logits} compared, largest difference {played.difference:.2g}, {played.share:.0%} of"
-            " what is allowed"
-        )
+        largest = "no number" if played.difference is None else f"{played.difference:.2g}"
+        share = "beyond" if played.share is None else f"{played.share:.0%} of"
+        yield f"  logits    {played.logits} compared, largest difference {largest}, {share} what is allowed"
     for problem in problems:
         yield f"  ! {problem}"
 
 
 def _progress() -> "Report":
-    """A line on a terminal that is gone when the work is done; nothing where nobody watches."""
-    if not sys.stderr.isatty():
-        return lambda what, done, total: None
-    shown = ""
-
-    def report(what: str, done: int, total: int) -> None:
-        nonlocal shown
-        line = f"{what} {done * 100 // total} %" if total else ""
-        if line != shown:
-            sys.stderr.write(f"\r\x1b[K{line}")
-            sys.stderr.flush()
-            shown = line
-
-    return report
+    show = line_on_terminal()
+    return lambda what, done, total: show(f"{what} {done * 100 // total} %" if total else "")

@@ -17,11 +17,12 @@ class PrecastError(Exception):
 
 
 def printable(text: str) -> str:
-    """One line that a terminal only shows: for what strangers wrote."""
+    """One line that a terminal only shows, indented as it was: for what strangers wrote."""
     if text.isprintable():
         return text
     shown = (c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return " ".join("".join(shown).split())
+    indent = len(text) - len(text.lstrip(" "))
+    return " " * indent + " ".join("".join(shown).split())
 
 
 def _one_line(message: str) -> str:

@@ -146,12 +146,15 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
     TensorFlow reads what it finds there, so nothing else may be.
     """
     named = {target.file_of(program) for program in target.programs}
-    first = PurePosixPath(next(iter(named)) or "")
+    executable = next(iter(named)) or ""
+    first = PurePosixPath(executable)
     if len(named) != 1 or first.name != SAVED_MODEL or len(first.parts) < 2:
         raise PrecastError(
             f"{root}: target {target.name!r}: expected the {SAVED_MODEL} of one folder as the executable of every"
             f" program, found {', '.join(map(str, sorted(map(str, named))))}; export the model again."
         )
+    # Before the folder is looked into: its name may lead elsewhere, by itself or by a link.
+    files.member(root, executable)
     inside = first.parent.as_posix()
     listed = {name for name in entries if name.startswith(f"{inside}/")}
     for name in sorted(set(_files_below(root, inside)) | listed):

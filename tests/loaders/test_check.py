@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from datetime import date
 from pathlib import Path
 
@@ -88,6 +89,60 @@ def test_every_mismatch_at_once_each_with_its_remedy(good):
     assert shown.startswith("tiny does not run here  (/art)\n")
     for (_, problem), remedy in found.items():
         assert f"    ! {problem}\n        → {remedy}\n" in shown
+
+
+HOSTILE = "1; touch $(x) `y` 'z'"
+
+
+def test_what_a_manifest_says_is_one_word_of_a_command(good):
+    """Remedies are copied into shells."""
+    provenance = dataclasses.replace(
+        good.provenance, versions={**good.provenance.versions, "precast": HOSTILE}
+    )
+    bad = dataclasses.replace(good, provenance=provenance)
+    bad = with_target(bad, jaxlib=HOSTILE, kernel_abi=99)
+    jaxlib, kernels = examine(bad).targets[0].mismatches
+    assert shlex.split(jaxlib.remedy.partition(", or precast")[0]) == [
+        "pip", "install", f"jaxlib=={HOSTILE}"
+    ]  # fmt: skip
+    assert shlex.split(kernels.remedy.partition(", which made it")[0]) == [
+        "pip", "install", f"precast=={HOSTILE}"
+    ]  # fmt: skip
+    only = dataclasses.replace(good, targets=(dataclasses.replace(good.targets[1], name=HOSTILE),))
+    (compiling,) = examine(only).targets[0].mismatches
+    assert shlex.split(compiling.remedy) == [
+        "precast", "run", "/art", "--target", HOSTILE, "--compile"
+    ]  # fmt: skip
+
+
+def test_the_artifact_s_path_is_one_word_of_a_command(good):
+    root = Path("/my models/a;b")
+    machine, memory = this_machine(), Memory(limit=8 * GB, available=4 * GB)
+    processors = Processors(cores=8, usable=8, quota=None)
+    report = check(root, with_target(good, jaxlib="0.9.9"), machine, processors, memory, date(2026, 4, 12))
+    remedies = [m.remedy for t in report.targets for m in t.mismatches] + [n.remedy for n in report.notes]
+    for remedy in remedies:
+        assert "/my models/a;b" not in remedy.replace("'/my models/a;b'", "")
+    assert sum("'/my models/a;b'" in remedy for remedy in remedies) == 3
+
+
+def test_a_remedy_is_never_what_a_manifest_says(good):
+    machine = dataclasses.replace(this_machine(), gpus=("NVIDIA H100",), cuda_plugin=this_machine().jaxlib)
+    bad = with_target(good, platform="cuda", device="A: pip install evil", machine="any", kernels=())
+    for finding in examine(bad, machine=machine).targets[0].mismatches:
+        assert not finding.remedy.startswith("pip install evil")
+
+
+def test_the_instruction_set_to_export_for_is_the_widest_that_is_there(good):
+    bad = with_target(good, cpu_features=("warp",), machine="any")
+    for features, isa in (
+        (("avx", "avx2", "sse4.2"), "avx2"),
+        (("sse4.2",), "sse4.2"),
+        (("avx512f",), "avx512"),
+    ):
+        machine = dataclasses.replace(this_machine(), features=features)
+        (finding,) = examine(bad, machine=machine).targets[0].mismatches
+        assert finding.remedy.startswith(f"export with --cpu-isa {isa} or ")
 
 
 def test_what_compiling_here_would_mend_says_so(good):
@@ -209,3 +264,15 @@ def test_names_from_the_manifest_do_not_reach_the_terminal_raw(cli, artifact_cop
     result = cli("check", artifact_copy)
     assert "\x1b" not in result.stdout
     assert "\N{REPLACEMENT CHARACTER}[2Jevil" in result.stdout.splitlines()[0]
+
+
+def test_json_is_for_any_terminal(cli, tiny_artifact, artifact_copy, edit_manifest):
+    edit_manifest(artifact_copy, lambda m: m.update(name="模型"))
+    for command in (
+        ("check", artifact_copy),
+        ("inspect", artifact_copy),
+        ("diff", tiny_artifact, artifact_copy),
+    ):
+        result = cli(*command, "--json")
+        assert result.stdout.isascii()
+        assert "模型" in str(json.loads(result.stdout))

@@ -54,6 +54,28 @@ def test_one_byte_of_one_tensor(compare, artifact_copy, edit_manifest):
     }
 
 
+def test_progress_is_told_and_shown_on_a_terminal(
+    cli, tiny_artifact, artifact_copy, edit_manifest, monkeypatch
+):
+    from precast.loaders import diff_console
+
+    path = artifact_copy / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    relist(artifact_copy, "weights.safetensors", edit_manifest)
+    told, lines = [], []
+    a, b = read_manifest(tiny_artifact), read_manifest(artifact_copy)
+    diff(tiny_artifact, a, artifact_copy, b, lambda *counts: told.append(counts))
+    done, totals = zip(*told, strict=True)
+    assert list(done) == sorted(done)
+    assert set(totals) == {done[-1]}
+    monkeypatch.setattr(diff_console, "line_on_terminal", lambda: lines.append)
+    cli("diff", tiny_artifact, artifact_copy)
+    assert lines[0].startswith("comparing weights ")
+    assert lines[-1] == ""
+
+
 def test_other_weights_and_another_geometry(cli, tiny_artifact, export_tiny):
     other = export_tiny(weights="int8", buckets=(8,), context=32, targets=("cpu",))
     result = cli("diff", tiny_artifact, other)

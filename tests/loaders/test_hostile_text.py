@@ -28,6 +28,10 @@ def test_printable_leaves_what_people_write():
         assert printable(text) == text
 
 
+def test_printable_keeps_what_a_line_is_indented_by():
+    assert printable("  ! a\u00a0b\x1b[2J\n  c") == "  ! a b�[2J c"
+
+
 def test_inspect_shows_no_commands_to_a_terminal(artifact_copy, edit_manifest):
     edit_manifest(artifact_copy, lambda manifest: manifest.update(name="\x1b]0;gone\x07\nsecond"))
     text = render(artifact_copy, as_json=False)

@@ -1,5 +1,6 @@
 """Running a SavedModel: with TensorFlow alone, and never with a file that the manifest does not vouch for."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -185,6 +186,63 @@ def test_a_link_in_its_folder_is_refused(copy, no_tensorflow, tmp_path):
     (copy / FOLDER / "variables").rename(tmp_path / "variables")
     (copy / FOLDER / "variables").symlink_to(tmp_path / "variables")
     assert "variables" in refusal(copy)
+
+
+@pytest.fixture
+def folders_listed(monkeypatch) -> list[Path]:
+    """Folders that the runtime has looked into."""
+    listed, scan = [], savedmodel.os.scandir
+
+    def scandir(folder):
+        listed.append(Path(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(savedmodel.os, "scandir", scandir)
+    return listed
+
+
+@pytest.mark.parametrize("where", ["..", "../..", "../outside", "programs/../../outside", "/", "./programs"])
+def test_no_folder_outside_the_artifact_is_looked_into(artifact_copy, no_tensorflow, folders_listed, where):
+    outside = artifact_copy.parent / "outside"
+    outside.mkdir()
+    (outside / "secret").touch()
+    executable = f"{where}/saved_model.pb"
+    assert refused_executable(artifact_copy, executable) == (
+        f"{artifact_copy}: {executable!r} is not the name of a file inside an artifact."
+    )
+    assert folders_listed == []
+
+
+@pytest.mark.parametrize("link", ["a", "a/b"])
+def test_a_link_in_place_of_its_folder_is_not_followed(artifact_copy, no_tensorflow, folders_listed, link):
+    outside = artifact_copy.parent / "outside"
+    (outside / "b").mkdir(parents=True)
+    for folder in (outside, outside / "b"):
+        (folder / "saved_model.pb").touch()
+    (artifact_copy / link).parent.mkdir(exist_ok=True)
+    (artifact_copy / link).symlink_to(outside)
+    text = refused_executable(artifact_copy, f"{link}/saved_model.pb")
+    assert "is not a plain file inside the artifact (a link, or a folder)" in text
+    assert folders_listed == []
+
+
+def refused_executable(artifact: Path, executable: str) -> str:
+    """What is said of a target whose programs are said to be in this file, which needs no TensorFlow."""
+    manifest = read_manifest(artifact)
+    programs = tuple(dataclasses.replace(p, executable=executable) for p in manifest.targets[0].programs)
+    target = dataclasses.replace(manifest.targets[0], runtime="savedmodel", programs=programs)
+    with pytest.raises(PrecastError) as raised:
+        savedmodel.load(artifact, target, manifest.files, verify=False)
+    return str(raised.value)
+
+
+def test_verify_says_so_of_an_unlisted_file_in_its_folder(cli, copy):
+    (copy / FOLDER / "assets").mkdir()
+    (copy / FOLDER / "assets/x").touch()
+    result = cli("verify", copy, "--target", "savedmodel")
+    assert result.exit_code == 1
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith(f"error: {copy}: '{FOLDER}/assets/x' is not listed in the manifest")
 
 
 def test_verify_hashes_what_it_does_not_read(copy):

@@ -1,6 +1,8 @@
 """``precast verify``: files as listed, and answers as recorded."""
 
+import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -102,6 +104,57 @@ def test_logits_that_differ(cli, artifact_copy, edit_manifest):
     assert found["replay"]["share"] > 5
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_difference_that_is_no_number_is_still_json(cli, tiny_artifact, monkeypatch, value):
+    from precast.loaders import verify
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    monkeypatch.setattr(verify, "_tokens", lambda *_: [])
+    monkeypatch.setattr(verify, "_difference", lambda model, answer: value)
+    result = cli("verify", tiny_artifact, "--json")
+    assert result.exit_code == 1
+    played = json.loads(result.stdout, parse_constant=no_constant)["replay"]
+    assert (played["difference"], played["share"]) == (None, None)
+    shown = cli("verify", tiny_artifact).stdout.splitlines()
+    assert "  logits    48 compared, largest difference no number, beyond what is allowed" in shown
+
+
+def test_a_name_that_no_encoding_has_is_still_json(python, artifact_copy):
+    (artifact_copy / "README.md").unlink()  # so that nothing is run
+    (artifact_copy / os.fsdecode(b"na\xefve")).touch()
+    result = python("-m", "precast.cli", "verify", artifact_copy, "--json", env={"PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+    assert json.loads(result.stdout)["files"]["unlisted"] == ["na\udcefve"]
+
+
+def test_nothing_is_run_where_tensorflow_would_read_an_unlisted_file(cli, artifact_copy, edit_manifest):
+    """The runtime refuses such a folder by an error; here it is what was found."""
+    folder = artifact_copy / "programs/model"
+    folder.mkdir()
+    (folder / "saved_model.pb").touch()
+
+    def change(manifest):
+        empty = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+        manifest["files"]["programs/model/saved_model.pb"] = empty
+        manifest["targets"][1]["runtime"] = "savedmodel"
+        for program in manifest["targets"][1]["programs"]:
+            program["executable"] = "programs/model/saved_model.pb"
+
+    edit_manifest(artifact_copy, change)
+    (artifact_copy / "note.txt").touch()
+    (artifact_copy / "programs/models").touch()
+    assert json.loads(cli("verify", artifact_copy, "--json").stdout)["replay"] is not None
+    (folder / "assets").mkdir()
+    (folder / "assets/x").touch()
+    result = cli("verify", artifact_copy, "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert (found["replay"], found["files"]["problems"]) == (None, [])
+    assert any("'programs/model/assets/x' is not listed" in problem for problem in found["problems"])
+
+
 def test_golden_answers_are_read_strictly(cli, artifact_copy, edit_manifest):
     rewrite_golden(artifact_copy, edit_manifest, lambda greedy: greedy[0].update(temperature=1))
     result = cli("verify", artifact_copy)
@@ -140,7 +193,37 @@ def test_a_logit_that_is_no_number_is_outside_any_tolerance(tiny_model, golden, 
     found = replay(tiny_model, golden, "x", SILENT)
     assert len(found.problems) == len(golden.greedy)
     assert "a logit of its first step differs by" in found.problems[0]
-    assert found.difference == float("inf")
+    assert (found.difference, found.share) == (None, None)
+
+
+def with_tolerances(golden, *tolerances):
+    """The first answers, each with another tolerance and no tokens."""
+    greedy = []
+    for answer, tolerance in zip(golden.greedy, tolerances, strict=False):
+        first = dataclasses.replace(answer.first_logits, tolerance=tolerance)
+        greedy.append(dataclasses.replace(answer, token_ids=(), first_logits=first))
+    return dataclasses.replace(golden, greedy=tuple(greedy))
+
+
+def test_each_difference_is_measured_by_its_own_tolerance(tiny_model, golden, monkeypatch):
+    from precast.loaders import verify
+
+    found = iter((0.5, 0.1))
+    monkeypatch.setattr(verify, "_difference", lambda model, answer: next(found))
+    played = replay(tiny_model, with_tolerances(golden, 1.0, 0.4), "x", SILENT)
+    assert (played.difference, played.share, played.problems) == (0.5, 0.5, ())
+
+
+@pytest.mark.parametrize(
+    ("found", "share"), [(0.0, 0.0), (1e-9, None), (float("nan"), None), (float("inf"), None)]
+)
+def test_where_no_difference_is_allowed(tiny_model, golden, monkeypatch, found, share):
+    from precast.loaders import verify
+
+    monkeypatch.setattr(verify, "_difference", lambda model, answer: found)
+    played = replay(tiny_model, with_tolerances(golden, 0.0), "x", SILENT)
+    assert played.share == share
+    assert bool(played.problems) == (share is None)
 
 
 def test_slots_answer_alike(slots_artifact, slots_model):
