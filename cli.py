@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ def _lines_only(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:
-        from precast.loaders.artifact.errors import PrecastError
+        from precast.loaders.artifact.errors import PrecastError, printable
 
+        # A terminal that cannot show a character shows a question mark; it is no reason to stop.
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
         try:
             command(*args, **kwargs)
         except PrecastError as error:
@@ -37,9 +41,8 @@ def _lines_only(command: Callable[..., None]) -> Callable[..., None]:
             sys.exit(1)
         except OSError as error:
             # What the system refuses is for the user too, wherever it refuses it.
-            _fail(
-                f"{error.filename or 'input or output'}: {error.strerror or error}; check the path and its disk."
-            )
+            what = f"{error.filename or 'input or output'}: {error.strerror or error}"
+            _fail(printable(f"{what}; check the path and its disk."))
 
     return wrapper
 
@@ -83,7 +86,14 @@ def _local(artifact: Path | str, key: Path | None = None) -> Path:
         return artifact
     from precast.loaders.store_pull import fetch
 
-    return fetch(artifact, require_signature=key, log=lambda line: click.echo(line, err=True))
+    return fetch(artifact, require_signature=key, log=_log)
+
+
+def _log(line: str) -> None:
+    from precast.loaders.artifact.errors import printable
+
+    # What strangers wrote may be in it.
+    click.echo(printable(line), err=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -263,13 +273,11 @@ def add_target(artifact: Path, cpu_isa: str, target: str | None, overwrite: bool
 
     block_jax()
     from precast.loaders import add_target as adding
+    from precast.loaders.artifact.errors import printable
 
-    def log(line: str) -> None:
-        click.echo(line, err=True)
-
-    added = adding.add_target(artifact, isa=cpu_isa, source=target, overwrite=overwrite, log=log)
+    added = adding.add_target(artifact, isa=cpu_isa, source=target, overwrite=overwrite, log=_log)
     for line in adding.summary(added, artifact):
-        click.echo(line)
+        click.echo(printable(line))
 
 
 @main.command()
@@ -431,7 +439,7 @@ def sign(artifact: Path, key: Path) -> None:
 def push(artifact: Path, url: str, verify: bool, as_json: bool) -> None:
     """Send ARTIFACT to URL: a folder of a store, and the name that the artifact gets in it.
 
-    Any store that fsspec knows: s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts of
+    A store that fsspec knows: s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts of
     one folder share what they have in common, so that a second version costs what changed.
     """
     from precast.loaders import store_console

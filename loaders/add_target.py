@@ -7,18 +7,23 @@ The order of the steps, so that the artifact is whole, old or new, whenever this
 
 1. The folder is locked (``flock``), so that two of these wait for each other. The lock ends with the process.
 2. What a killed run left below ``programs/`` is removed: ``.*.partial``, and folders of executables that no target has.
+   A signature that it had put aside, and that is the manifest's, is put back.
 3. The programs are compiled in a child process and loaded, and give the golden answers.
 4. They are written to ``programs/.NAME.*.partial/``, synced, and the folder is renamed to ``programs/NAME/``. The
    manifest does not know them yet, so the artifact is the old one still.
-5. A signature of the old manifest is removed: it would not fit the new one.
+5. A signature of the old manifest is put aside, below ``programs/``: it would not fit the new one. Killed now, the
+   artifact is the old one without its signature, until the next of these runs.
 6. The new manifest is written beside the old one, synced, and renamed over it. Now the artifact is the new one.
 7. With ``--overwrite``, the executables that were replaced are removed.
+
+An export or a pull may exchange the folder meanwhile, lock or not. So before steps 4 and 5 it is looked at again.
 """
 
 import fcntl
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -27,14 +32,14 @@ from secrets import token_hex
 
 from . import isa as isas
 from . import trial
-from .artifact import compat, files
+from .artifact import compat, files, folders
 from .artifact.errors import PrecastError
 from .artifact.golden import parse_golden
 from .artifact.machine import Machine
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry, Manifest, Target, parse_manifest
-from .artifact.record import to_json
+from .artifact.record import MAX_JSON_BYTES, to_json
 from .compiling import compile_target
-from .load import assemble, find_artifact, read_manifest
+from .load import assemble, find_artifact
 from .runtime import pjrt
 from .verify import replay
 
@@ -84,14 +89,25 @@ def add_target(
     """
     isas.check_isa(isa)
     root = find_artifact(path)
-    with _writing(root), _locked(root, log):
-        _remove_leftovers(root, read_manifest(root))
-        return _add(root, isa, source, overwrite, log)
+    with _writing(root), _locked(root, log) as handle:
+        held = _Held(root=root, handle=handle, data=files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES))
+        manifest = parse_manifest(held.data, str(root / MANIFEST_FILE))
+        held.check()
+        _remove_leftovers(held, manifest)
+        return _add(held, manifest, isa, source, overwrite, log)
 
 
-def _add(root: Path, isa: str, source: str | None, overwrite: bool, log: Callable[[str], None]) -> Added:
-    manifest, machine = read_manifest(root), pjrt.this_machine()
+def _add(
+    held: "_Held",
+    manifest: Manifest,
+    isa: str,
+    source: str | None,
+    overwrite: bool,
+    log: Callable[[str], None],
+) -> Added:
+    root, machine = held.root, pjrt.this_machine(cuda=False)
     chosen = _source(manifest, machine, root, source)
+    _check_names(chosen, root)
     kind = _kind(chosen)
     if (features := isas.expected_features(isa)) is not None:  # to refuse before anything is compiled
         _free_name(manifest, isas.target_name(kind, features), machine, overwrite, root)
@@ -109,11 +125,12 @@ def _add(root: Path, isa: str, source: str | None, overwrite: bool, log: Callabl
     changed = _with_target(manifest, target, executables)
     log("checking its answers against the recorded ones")
     answers = _replay(root, changed, target, executables)
-    folder = _write_programs(root, target, executables)
+    folder = _write_programs(held, target, executables)
     try:
-        signed = _replace_manifest(root, changed)
+        signed = _replace_manifest(held, changed)
     except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
+        if held.is_there():  # otherwise what has this name may be another's
+            _discard(folder)
         raise
     _remove_unlisted_of(root, manifest, changed)
     trial.remember(changed, target, machine)
@@ -152,6 +169,20 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
         replace(manifest, targets=bare), machine, str(root), name=name, may_compile=True
     )
     return next(t for t in compilable if t.name == chosen.name)
+
+
+def _check_names(source: Target, root: Path) -> None:
+    """Executables are named after their programs.
+
+    Raises:
+        PrecastError: for a program whose name is not one of a file.
+    """
+    for program in source.programs:
+        if len(files.parts_of(root, program.name)) != 1:
+            raise PrecastError(
+                f"{root}: target {source.name!r} has a program {program.name!r}, expected names without '/'; export the"
+                " model again."
+            )
 
 
 def _kind(source: Target) -> str:
@@ -228,9 +259,51 @@ def _replay(root: Path, manifest: Manifest, target: Target, executables: Mapping
 # --- files --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Held:
+    """The artifact that is locked.
+
+    Attributes:
+        root: its folder's name, which another folder may come to have.
+        handle: of the folder.
+        data: the manifest, as it was when it was locked.
+    """
+
+    root: Path
+    handle: int
+    data: bytes
+
+    def is_there(self) -> bool:
+        """Whether `root` is still the folder that is locked."""
+        try:
+            return os.path.samestat(self.root.stat(), os.fstat(self.handle))
+        except OSError:
+            return False
+
+    def check(self) -> None:
+        """Raises:
+        PrecastError: when `root` is another artifact now, or programs/ is no folder of it.
+        """
+        try:
+            same = self.is_there() and self.data == files.read(self.root, MANIFEST_FILE, limit=len(self.data))
+        except PrecastError:
+            same = False
+        if not same:
+            raise PrecastError(
+                f"{self.root}: was replaced while its target was compiled; run precast add-target again."
+            )
+        with suppress(FileNotFoundError):  # it is made where it is missing
+            mode = (self.root / _PROGRAMS).lstat().st_mode
+            if not stat.S_ISDIR(mode):
+                what = "link" if stat.S_ISLNK(mode) else "file"
+                raise PrecastError(
+                    f"{self.root}: {_PROGRAMS!r} is a {what}, expected a folder; copy or export the artifact again."
+                )
+
+
 @contextmanager
-def _locked(root: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Keeps others that add targets out of the artifact; waits for one that is at it."""
+def _locked(root: Path, log: Callable[[str], None]) -> Iterator[int]:
+    """Keeps others that add targets out of the artifact; waits for one that is at it. Gives the folder's descriptor."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -238,7 +311,7 @@ def _locked(root: Path, log: Callable[[str], None]) -> Iterator[None]:
         except BlockingIOError:
             log(f"{root}: waiting for another precast add-target, which is at work there")
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield handle
     finally:
         os.close(handle)
 
@@ -254,59 +327,85 @@ def _writing(root: Path) -> Iterator[None]:
         ) from error
 
 
-def _remove_leftovers(root: Path, manifest: Manifest) -> None:
+def _remove_leftovers(held: _Held, manifest: Manifest) -> None:
     """What runs that were killed have left below programs/, and nothing that could be anything else."""
     used = {PurePosixPath(name).parts[:2] for name in manifest.files}
-    if (root / _PROGRAMS).is_symlink():
+    if not (held.root / _PROGRAMS).exists():
         return
-    for folder in sorted((root / _PROGRAMS).iterdir()):
+    for folder in sorted((held.root / _PROGRAMS).iterdir()):
         if folder.is_symlink() or not folder.is_dir() or (_PROGRAMS, folder.name) in used:
             continue
         is_partial = folder.name.startswith(".") and folder.name.endswith(_PARTIAL)
+        if is_partial:
+            _put_signature_back(held, folder / SIGNATURE_FILE)
         if is_partial or all(file.suffix == ".xla" and file.is_file() for file in folder.iterdir()):
             shutil.rmtree(folder)
 
 
-def _write_programs(root: Path, target: Target, executables: Mapping[str, bytes]) -> Path:
+def _put_signature_back(held: _Held, kept: Path) -> None:
+    """Where a run was killed between putting the signature aside and replacing the manifest that it is of."""
+    from .signing import MAX_SIGNATURE_BYTES, signed_digest
+
+    signature = held.root / SIGNATURE_FILE
+    if os.path.lexists(signature) or kept.is_symlink() or not kept.is_file():
+        return
+    with suppress(PrecastError):
+        data = files.read(kept.parent, kept.name, limit=MAX_SIGNATURE_BYTES)
+        if signed_digest(data, str(kept.parent)) == hashlib.sha256(held.data).hexdigest():
+            kept.rename(signature)
+
+
+def _write_programs(held: _Held, target: Target, executables: Mapping[str, bytes]) -> Path:
     """Writes a folder of executables that is there whole or not at all, and returns it."""
-    final = root / PurePosixPath(next(iter(executables))).parent
+    final = held.root / PurePosixPath(next(iter(executables))).parent
     partial = final.parent / f".{target.name}.{token_hex(6)}{_PARTIAL}"
-    # Not mkdtemp: what becomes part of the artifact has the permissions that the user's other files have.
-    partial.mkdir()
+    held.check()
     try:
+        if not final.parent.exists():
+            final.parent.mkdir()
+        # Not mkdtemp: what becomes part of the artifact has the permissions that the user's other files have.
+        partial.mkdir()
         for name, data in executables.items():
             _write_synced(partial / PurePosixPath(name).name, data)
-        _sync(partial)
+        folders.sync(partial)
         partial.rename(final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _discard(partial)
         raise
     return final
 
 
-def _replace_manifest(root: Path, manifest: Manifest) -> bool:
+def _discard(folder: Path) -> None:
+    """Removes a folder below programs/, and that too where nothing else is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()
+
+
+def _replace_manifest(held: _Held, manifest: Manifest) -> bool:
     """Puts a manifest in the place of the old one; whether the old one was signed. Fails before it or not at all."""
-    data = to_json(manifest).encode()
+    root, data = held.root, to_json(manifest).encode()
     # What would be refused at the next load must not be written.
     parse_manifest(data, str(root / MANIFEST_FILE))
-    _sync(root / _PROGRAMS)
+    folders.sync(root / _PROGRAMS)
     temporary = root / _PROGRAMS / f".manifest.{token_hex(6)}{_PARTIAL}"
     temporary.mkdir()
     signature = root / SIGNATURE_FILE
-    signed = signature.exists()
+    signed, aside = signature.exists(), temporary / SIGNATURE_FILE
     try:
         _write_synced(temporary / MANIFEST_FILE, data)
-        if signed:
-            signature.rename(temporary / SIGNATURE_FILE)
+        held.check()
         try:
+            if signed:
+                signature.rename(aside)
             (temporary / MANIFEST_FILE).replace(root / MANIFEST_FILE)
         except BaseException:
-            if signed:
-                (temporary / SIGNATURE_FILE).rename(signature)
+            if aside.exists() and (temporary / MANIFEST_FILE).exists():
+                aside.rename(signature)
             raise
         # The new one is there, whole: without this only a power cut could still bring the old one back.
         with suppress(OSError):
-            _sync(root)
+            folders.sync(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return signed
@@ -327,14 +426,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def summary(added: Added, path: Path) -> Sequence[str]:

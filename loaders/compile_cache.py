@@ -2,7 +2,7 @@
 
 An entry is the sha256 of an executable and then the executable, in a file named after all that decides what a
 compiler makes: the StableHLO, jaxlib, the kernels' ABI, the CPU, XLA_FLAGS. An entry that is not what it says is as
-good as none.
+good as none. Those older than half a year are removed when another is written.
 """
 
 import hashlib
@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .artifact.files import cache_folder, write_atomically
+from .artifact.errors import PrecastError, printable
+from .artifact.files import cache_folder, forget_old, why_not_kept, write_atomically
 from .artifact.machine import Machine
 from .compiling import compile_programs
 
 # Part of every name: what changes here makes older entries unknown.
 _FORM = "1"
 _DIGEST_BYTES = 32
+# Where entries are, in the cache folder.
+_FOLDER = "compiled"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,7 @@ def executables(
 ) -> dict[str, Made]:
     """Executables for this machine, compiled in a child process where they are not there yet.
 
-    Where the cache folder cannot be written to, they are compiled every time, and the log says so.
+    Where the cache folder cannot be written to or there is none, they are compiled every time, and the log says so.
 
     Args:
         programs: names, and StableHLO artifacts whose hashes have been checked.
@@ -56,7 +59,7 @@ def executables(
     Raises:
         PrecastError: as `compile_programs`.
     """
-    known = {name: data for name, code in programs if (data := _read(_entry(code, machine))) is not None}
+    known = {name: data for name, code in programs if (data := _read(code, machine)) is not None}
     if known:
         count = "all" if len(known) == len(programs) else f"{len(known)} of {len(programs)}"
         log(f"{where}: {count} programs were compiled here before, and are taken from {_folder()}")
@@ -74,7 +77,7 @@ def _made_now(executable: bytes) -> Made:
 
 
 def _again(name: str, stablehlo: bytes, machine: Machine, where: str, log: Callable[[str], None]) -> Made:
-    log(f"{where}: what was compiled of {name} before cannot be used")
+    log(f"{where}: what was compiled of {printable(name)} before cannot be used")
     return _made_now(_compile([(name, stablehlo)], machine, where, log)[name])
 
 
@@ -85,17 +88,14 @@ def _compile(
     if not programs:
         return {}
     compiled = compile_programs(programs, where, log=log)
-    kept = [_write(_entry(code, machine), compiled[name].executable) for name, code in programs]
+    kept = [_write(code, machine, compiled[name].executable) for name, code in programs]
     if not all(kept):
-        log(
-            f"{where}: will be compiled again at the next start, because {_folder()} cannot be written to; set"
-            " PRECAST_CACHE to a folder that can be."
-        )
+        log(f"{where}: will be compiled again at the next start, because {why_not_kept(_FOLDER)}.")
     return {name: c.executable for name, c in compiled.items()}
 
 
 def _folder() -> Path:
-    return cache_folder() / "compiled"
+    return cache_folder() / _FOLDER
 
 
 def _entry(stablehlo: bytes, machine: Machine) -> Path:
@@ -104,18 +104,20 @@ def _entry(stablehlo: bytes, machine: Machine) -> Path:
     return _folder() / hashlib.sha256(repr(said).encode()).hexdigest()
 
 
-def _read(entry: Path) -> bytes | None:
+def _read(stablehlo: bytes, machine: Machine) -> bytes | None:
     try:
-        data = entry.read_bytes()
-    except OSError:
+        data = _entry(stablehlo, machine).read_bytes()
+    except (OSError, PrecastError):
         return None
     digest, executable = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     return executable if hashlib.sha256(executable).digest() == digest else None
 
 
-def _write(entry: Path, executable: bytes) -> bool:
-    with suppress(OSError):
+def _write(stablehlo: bytes, machine: Machine, executable: bytes) -> bool:
+    with suppress(OSError, PrecastError):
+        entry = _entry(stablehlo, machine)
         entry.parent.mkdir(parents=True, exist_ok=True)
+        forget_old(entry.parent)
         write_atomically(entry, hashlib.sha256(executable).digest() + executable)
         return True
     return False

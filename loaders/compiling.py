@@ -17,8 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import IO
 
+from . import child
 from . import isa as isas
-from .artifact.errors import PrecastError
+from .artifact.errors import PrecastError, printable
 from .artifact.manifest import Program, ProgramMemory, Target, Value
 from .artifact.record import from_json
 
@@ -57,31 +58,28 @@ def compile_programs(
     Raises:
         PrecastError: when XLA refuses one, when it crashes, and when no child can be started.
     """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": isas.xla_flags(isa, os.environ.get("XLA_FLAGS", "")),
-    }
-    # -P: nothing is imported from the folder that this happens to run in.
-    command = [sys.executable, "-P", "-m", __name__]
+    environment = child.environment() | {"XLA_FLAGS": isas.xla_flags(isa, os.environ.get("XLA_FLAGS", ""))}
+    command = child.command(__name__)
+    if command is None:
+        raise PrecastError(f"{where}: no process to compile in can be started (there is no Python to start).")
     with tempfile.TemporaryFile() as errors:
         try:
-            child = subprocess.Popen(
+            compiler = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise PrecastError(f"{where}: no process to compile in can be started ({error}).") from None
         try:
             done = {}
             for name, stablehlo in programs:
-                done[name] = _ask(child, name, stablehlo, where, isa, log, errors)
+                done[name] = _ask(compiler, name, stablehlo, where, isa, log, errors)
             return done
         finally:
-            _end(child)
+            _end(compiler)
 
 
 def _ask(
-    child: "subprocess.Popen[bytes]",
+    compiler: "subprocess.Popen[bytes]",
     name: str,
     stablehlo: bytes,
     where: str,
@@ -90,21 +88,21 @@ def _ask(
     errors: IO[bytes],
 ) -> Compiled:
     suffix = "" if isa == isas.NATIVE else f" for {isa}"
-    log(f"compiling {name} from StableHLO{suffix} …")
+    log(f"compiling {printable(name)} from StableHLO{suffix} …")
     started = time.perf_counter()
-    assert child.stdin is not None
-    assert child.stdout is not None
+    assert compiler.stdin is not None
+    assert compiler.stdout is not None
     try:
-        _send(child.stdin, stablehlo)
-        answer = json.loads(_receive(child.stdout))
+        _send(compiler.stdin, stablehlo)
+        answer = json.loads(_receive(compiler.stdout))
         if "error" in answer:
             hint = (
                 "" if isa == isas.NATIVE else f" It was compiled for {isa}; XLA may manage a wider --cpu-isa."
             )
             raise PrecastError(f"{where}: program {name!r}: {answer['error']}{hint}")
-        executable = _receive(child.stdout)
+        executable = _receive(compiler.stdout)
     except (EOFError, BrokenPipeError):
-        raise PrecastError(_crashed(child, name, where, errors)) from None
+        raise PrecastError(_crashed(compiler, name, where, errors)) from None
     return Compiled(
         executable=executable,
         memory=from_json(ProgramMemory, answer["memory"], name),
@@ -113,10 +111,10 @@ def _ask(
     )
 
 
-def _crashed(child: "subprocess.Popen[bytes]", name: str, where: str, errors: IO[bytes]) -> str:
+def _crashed(compiler: "subprocess.Popen[bytes]", name: str, where: str, errors: IO[bytes]) -> str:
     import signal
 
-    code = child.wait()
+    code = compiler.wait()
     errors.seek(0)
     said = errors.read().decode(errors="replace").strip().splitlines()
     reason = said[-1][:300] if said else f"exit code {code}"
@@ -127,15 +125,15 @@ def _crashed(child: "subprocess.Popen[bytes]", name: str, where: str, errors: IO
     return f"{where}: the process that compiled program {name!r} ended before it was done ({reason}){advice}"
 
 
-def _end(child: "subprocess.Popen[bytes]") -> None:
+def _end(compiler: "subprocess.Popen[bytes]") -> None:
     # At the end of its input the child ends by itself, but not while it compiles.
-    if child.poll() is None:
-        child.kill()
-    for stream in (child.stdin, child.stdout):
+    if compiler.poll() is None:
+        compiler.kill()
+    for stream in (compiler.stdin, compiler.stdout):
         with suppress(OSError):
             if stream is not None:
                 stream.close()
-    child.wait()
+    compiler.wait()
 
 
 def _send(stream: IO[bytes], data: bytes) -> None:

@@ -5,11 +5,10 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifact.errors import PrecastError
+from .artifact.errors import PrecastError, printable
 from .artifact.frozen import Frozen
 from .clock import process_age
 
@@ -62,9 +61,6 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
     interactive = request.prompt is None and request.ids is None and sys.stdin.isatty()
     if interactive and request.as_json:
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
-    # A terminal that cannot show a character shows a question mark; it is no reason to stop.
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
     # This process is ours, and nothing in it needs jax; jaxlib would import it wherever it is installed.
     from .runtime.pjrt import block_jax
@@ -174,7 +170,8 @@ def converse(model: "Model", params: "SamplingParams", system: str | None) -> No
     with suppress(ImportError):
         import readline  # noqa: F401  (gives input() a history and line editing)
     target, capacity = model.target.name, model.engine.capacity
-    print(f"{model.manifest.name} on {target}, {capacity} positions. /reset forgets, /exit or Ctrl-D ends.")
+    name = printable(model.manifest.name)
+    print(f"{name} on {printable(target)}, {capacity} positions. /reset forgets, /exit or Ctrl-D ends.")
     opening: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     while (line := _ask()) is not None:

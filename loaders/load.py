@@ -13,7 +13,7 @@ import numpy as np
 
 from . import trial
 from .artifact import compat, files
-from .artifact.errors import PrecastError
+from .artifact.errors import PrecastError, printable
 from .artifact.machine import Machine
 from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Program, Target, parse_manifest
 from .artifact.record import MAX_JSON_BYTES
@@ -104,22 +104,24 @@ def load(
         PrecastError: when the artifact is not whole, not understood, or does not run on this machine.
     """
     key = None if require_signature is None else Path(require_signature)
-    if isinstance(path, str) and "://" in path:
+    url = path if isinstance(path, str) and "://" in path else None
+    if url is not None:
         from .store_pull import fetch
 
-        path = fetch(path, require_signature=key, log=log or _to_stderr)
+        path = fetch(url, require_signature=key, log=log or _to_stderr)
     root = find_artifact(Path(path))
     manifest = read_manifest(root, require_signature=key)
-    machine = pjrt.this_machine()
+    machine = pjrt.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
     chosen = compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)
-    contents = {
-        name: files.read_checked(root, name, manifest.files[name])
-        for name in sorted(_needed(manifest, chosen))
-    }
-    if verify:
-        for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):
-            files.open_checked(root, name, manifest.files[name], force=True).close()
-    constants = _constants(root, manifest, chosen, verify=verify)
+    try:
+        contents, constants = _read(root, manifest, chosen, verify=verify)
+    except PrecastError as error:
+        if url is None:
+            raise
+        raise PrecastError(
+            f"{error} It was pulled to {root}: remove that folder, and pull it again."
+        ) from None
+    _check_weights(chosen, constants[0], root)
     # Before the target is tried, so that the child that tries it finds it compiled.
     made = _compile_first(root, chosen, contents, machine, log or _to_stderr)
     if not trusted and key is None:
@@ -145,17 +147,26 @@ def assemble(root: Path, manifest: Manifest, target: Target, executables: Mappin
     names = sorted(_needed(manifest, target) - set(executables))
     contents = {name: files.read_checked(root, name, manifest.files[name]) for name in names}
     contents |= executables
-    constants = _constants(root, manifest, target, verify=False)
+    constants = _weights(root, manifest, target, verify=False)
+    _check_weights(target, constants[0], root)
     client, executables_of = _runtime(
         root, manifest, target, contents, {}, verify=False, log=_to_stderr, at=_nowhere
     )
     return _model(manifest, target, contents, constants, client, executables_of)
 
 
-def _constants(root: Path, manifest: Manifest, target: Target, *, verify: bool) -> _Constants:
-    found = _weights(root, manifest, target, verify=verify)
-    _check_weights(target, found[0], root)
-    return found
+def _read(
+    root: Path, manifest: Manifest, target: Target, *, verify: bool
+) -> tuple[dict[str, bytes], _Constants]:
+    """The files that a target needs, each compared with the manifest: contents by name, and the weights."""
+    contents = {
+        name: files.read_checked(root, name, manifest.files[name])
+        for name in sorted(_needed(manifest, target))
+    }
+    if verify:
+        for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):
+            files.open_checked(root, name, manifest.files[name], force=True).close()
+    return contents, _weights(root, manifest, target, verify=verify)
 
 
 class _Beside(Thread):
@@ -215,7 +226,7 @@ def _model(
 
 
 def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
 
 
 def _nowhere(_: str) -> None:

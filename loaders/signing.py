@@ -58,15 +58,6 @@ def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
     return _fingerprint(public)
 
 
-def verify_signature(root: Path, key: Path) -> None:
-    """Checks that the artifact's manifest, as it lies there, was signed by the owner of a key.
-
-    Raises:
-        PrecastError: as `check_signature`.
-    """
-    check_signature(root, files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES), key)
-
-
 def check_signature(root: Path, manifest: bytes, key: Path) -> None:
     """Checks the signature in the folder against bytes of a manifest that have been read, and not parsed yet.
 

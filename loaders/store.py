@@ -8,6 +8,7 @@ layout of a store, `store_cache` what is kept on this machine.
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -77,14 +78,18 @@ def in_parallel(act: Callable[[Item], Result], items: Iterator[Item]) -> Generat
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def line_on_terminal(verb: str) -> Progress:
-    """A line on a terminal that is gone when the work is done; nothing where nobody watches."""
-    if not sys.stderr.isatty():
-        return lambda done, total: None
+@contextmanager
+def reporting(verb: str, progress: Progress | None) -> Iterator[Progress]:
+    """`progress`, or by default a line on a terminal that is gone when the block ends, also where it fails."""
+    if progress is not None or not sys.stderr.isatty():
+        yield progress or (lambda done, total: None)
+        return
 
-    def report(done: int, total: int) -> None:
-        line = f"{verb} {done / 1e6:,.1f} of {total / 1e6:,.1f} MB" if done < total else ""
+    def show(line: str) -> None:
         sys.stderr.write(f"\r\x1b[K{line}")
         sys.stderr.flush()
 
-    return report
+    try:
+        yield lambda done, total: show(f"{verb} {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+    finally:
+        show("")

@@ -16,7 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .artifact import files
@@ -31,6 +31,22 @@ _Place = tuple[Path, int]
 
 def folder() -> Path:
     return files.cache_folder() / "pulled"
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Turns what the system refuses while the block writes to the cache folder into a sentence.
+
+    Raises:
+        PrecastError: naming the folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise PrecastError(
+            f"{folder()}: what arrives cannot be kept there ({error.strerror or error}); make room, or set"
+            " PRECAST_CACHE to another folder."
+        ) from None
 
 
 def artifact_folder(manifest: str) -> Path:
@@ -60,14 +76,9 @@ def has_piece(piece: Piece) -> bool:
 
 def save_piece(piece: Piece, data: bytes) -> None:
     path = folder() / piece.path
-    try:
+    with keeping():
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_atomically(path, data)
-    except OSError as error:
-        raise PrecastError(
-            f"{folder()}: what arrives cannot be kept there ({error.strerror or error}); make room, or set"
-            " PRECAST_CACHE to another folder."
-        ) from None
 
 
 def drop_pieces(index: Index) -> None:

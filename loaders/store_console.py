@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from .artifact.errors import printable
 from .store import Moved
 from .store_pull import pull as pull_artifact
 from .store_push import push as push_artifact
@@ -53,4 +54,4 @@ def _json_line(found: Moved) -> str:
 
 
 def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)

@@ -11,10 +11,10 @@ from pathlib import Path
 from . import store_cache as cache
 from .artifact import files, folders
 from .artifact.errors import PrecastError
-from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, parse_manifest
+from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
 from .artifact.record import MAX_JSON_BYTES
-from .signing import check_bytes
-from .store import Moved, Progress, in_parallel, line_on_terminal, moved
+from .signing import check_bytes, signed_digest
+from .store import Moved, Progress, in_parallel, moved, reporting
 from .store_index import Index, Piece, StoredFile, check_against, parse_index
 from .store_remote import Missing, Store, Unreachable, open_store
 
@@ -48,20 +48,20 @@ def pull(
     index = _read_index(store)
     root = folder or Path("artifacts") / store.name
     with _alone(root, log):
-        manifest, fetched = _head(store, index, require_signature)
+        manifest, signature, fetched = _head(store, index, require_signature)
         if not _is_there(root, index, manifest):
             folders.check_free(root, overwrite)
             fetched += _receive_or_find(store, index, root, overwrite, progress, manifest)
-        elif SIGNATURE_FILE in index.files:
-            _renew_signature(store, index, root)
+        elif signature is not None:
+            _put_signature(root, signature)
     return moved(root, store, index, fetched)
 
 
 def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
     """The artifact that a URL leads to, in the cache folder; fetched unless it is there already.
 
-    A store that cannot be reached is no reason to stop where it was reached before: what the URL led to last is taken,
-    and said.
+    A copy of which a file has changed is mended. A store that cannot be reached is no reason to stop where it was
+    reached before: what the URL led to last is taken, and said.
 
     Raises:
         PrecastError: as `pull`.
@@ -76,23 +76,22 @@ def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
         log(f"{error} Going on with what was pulled on {pulled}.")
         return last
     root = cache.artifact_folder(index.manifest)
-    if not _has_sizes(root, index):
-        _fill_cache(store, index, root, require_signature, log)
+    if not _is_whole(root, index):
+        with cache.keeping():
+            _fill_cache(store, index, root, require_signature, log)
     elif SIGNATURE_FILE in index.files:
-        _renew_signature(store, index, root)
+        _renew_signature(store, index, root, require_signature, log)
     cache.note_url(url, index.manifest)
     return root
 
 
 def _fill_cache(store: Store, index: Index, root: Path, key: Path | None, log: _Log) -> None:
     with _alone(root, log):
-        _, fetched = _head(store, index, key)
-        if _has_sizes(root, index):  # another process was quicker
+        *_, fetched = _head(store, index, key)
+        if _is_whole(root, index):  # another process was quicker
             return
         if not (root / MANIFEST_FILE).exists():
             shutil.rmtree(root, ignore_errors=True)
-        for left in root.parent.glob(f".{root.name}.*.partial"):  # by a pull that was killed
-            shutil.rmtree(left, ignore_errors=True)
         fetched += _receive(store, index, root, overwrite=True, progress=None)
     size = sum(piece.bytes for piece in fetched)
     log(f"{store}: pulled {size / 1e6:,.1f} MB into {root}")
@@ -112,15 +111,28 @@ def _read_index(store: Store, *, attempts: int = 4) -> Index:
     return parse_index(data, f"{store}: {name}")
 
 
-def _head(store: Store, index: Index, key: Path | None) -> tuple[bytes, list[Piece]]:
-    """The manifest's bytes, checked against key and index, and the pieces that were fetched for that."""
+def _head(store: Store, index: Index, key: Path | None) -> tuple[bytes, bytes | None, list[Piece]]:
+    """The bytes of manifest and signature, checked against key and index, and the pieces fetched for that."""
     fetched: list[Piece] = []
     manifest = _join(store, index.files[MANIFEST_FILE], fetched)
-    if key is not None:
-        stored = index.files.get(SIGNATURE_FILE)
-        check_bytes(manifest, None if stored is None else _join(store, stored, fetched), key, str(store))
+    signature = _signature(store, index, manifest, key, fetched)
     check_against(index, parse_manifest(manifest, f"{store}: {MANIFEST_FILE}"), f"{store}: {store.name}.json")
-    return manifest, fetched
+    return manifest, signature, fetched
+
+
+def _signature(
+    store: Store, index: Index, manifest: bytes, key: Path | None, fetched: list[Piece]
+) -> bytes | None:
+    """The store's signature, checked with the key; without one it must at least be over this manifest."""
+    stored = index.files.get(SIGNATURE_FILE)
+    signature = None if stored is None else _join(store, stored, fetched)
+    if key is not None:
+        check_bytes(manifest, signature, key, str(store))
+    elif signature is not None and signed_digest(signature, str(store)) != index.manifest:
+        raise PrecastError(
+            f"{store}: {SIGNATURE_FILE} is not over this {MANIFEST_FILE}; have the artifact signed and pushed again."
+        )
+    return signature
 
 
 def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
@@ -138,7 +150,7 @@ def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
 
 
 def _has_sizes(root: Path, index: Index) -> bool:
-    """Whether every file is in the folder, as far as names and sizes tell; the loader hashes what it reads."""
+    """Whether every file is in the folder, as far as names and sizes tell."""
     try:
         manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
         return hashlib.sha256(manifest).hexdigest() == index.manifest and all(
@@ -148,6 +160,20 @@ def _has_sizes(root: Path, index: Index) -> bool:
         )
     except (OSError, PrecastError):
         return False
+
+
+def _is_whole(root: Path, index: Index) -> bool:
+    """Whether every file is what it should be. What was hashed before and has not changed since is not read again."""
+    if not _has_sizes(root, index):
+        return False
+    try:
+        for name, file in index.files.items():
+            if name not in (MANIFEST_FILE, SIGNATURE_FILE):
+                entry = FileEntry(bytes=file.bytes, sha256=file.sha256)
+                files.open_checked(root, name, entry, force=False).close()
+    except PrecastError:
+        return False
+    return True
 
 
 def _is_there(root: Path, index: Index, manifest: bytes) -> bool:
@@ -198,7 +224,7 @@ def _receive(
     store: Store, index: Index, root: Path, overwrite: bool, progress: Progress | None
 ) -> list[Piece]:
     """Fills the folder, and returns the pieces that were fetched."""
-    pieces, report = index.pieces, progress or line_on_terminal("pulled")
+    pieces = index.pieces
     total, done, fetched = sum(piece.bytes for piece in pieces.values()), 0, []
     _check_room(store, index, root)
     places = cache.places(pieces)
@@ -206,7 +232,10 @@ def _receive(
     def obtain(piece: Piece) -> tuple[Piece, bool]:
         return piece, _obtain(store, piece, places)[1]
 
-    with closing(in_parallel(obtain, iter(pieces.values()))) as results:
+    with (
+        reporting("pulled", progress) as report,
+        closing(in_parallel(obtain, iter(pieces.values()))) as results,
+    ):
         for piece, was_fetched in results:
             fetched += [piece] if was_fetched else []
             done += piece.bytes
@@ -260,21 +289,37 @@ def _check_room(store: Store, index: Index, root: Path) -> None:
         if size > free:
             raise PrecastError(
                 f"{store}: pulling it takes {size / 1e6:,.1f} MB in {there}, where {free / 1e6:,.1f} MB are free; make"
-                " room, or choose another folder with -o."
+                " room, or choose other folders: with -o, and with PRECAST_CACHE for what is kept meanwhile."
             )
 
 
 # --- in the folder ------------------------------------------------------------------------------------------
 
 
-def _renew_signature(store: Store, index: Index, root: Path) -> None:
-    """An artifact may be signed after it was pulled first."""
-    stored, path = index.files[SIGNATURE_FILE], root / SIGNATURE_FILE
+def _renew_signature(store: Store, index: Index, root: Path, key: Path | None, log: _Log) -> None:
+    """An artifact may be signed after it was pulled first. What does not hold replaces nothing, and is said."""
     with suppress(OSError, PrecastError):
-        if files.sha256_of(files.member(root, SIGNATURE_FILE)) == stored.sha256:
+        if files.sha256_of(files.member(root, SIGNATURE_FILE)) == index.files[SIGNATURE_FILE].sha256:
             return
-    files.write_atomically(path, _join(store, stored, []))
-    path.chmod((root / MANIFEST_FILE).stat().st_mode & 0o777)
+    try:
+        manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
+        if (signature := _signature(store, index, manifest, key, [])) is not None:
+            _put_signature(root, signature)
+    except PrecastError as error:
+        log(f"{error} Going on with what was pulled before.")
+
+
+def _put_signature(root: Path, signature: bytes) -> None:
+    path = root / SIGNATURE_FILE
+    try:
+        if path.is_file() and not path.is_symlink() and path.read_bytes() == signature:
+            return
+        files.write_atomically(path, signature)
+        path.chmod((root / MANIFEST_FILE).stat().st_mode & 0o777)
+    except OSError as error:
+        raise PrecastError(
+            f"{path}: cannot be written ({error.strerror or error}); check the folder's permissions and its disk."
+        ) from None
 
 
 @contextmanager
@@ -284,11 +329,15 @@ def _alone(root: Path, log: _Log) -> Iterator[None]:
 
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()
     path = cache.folder() / "locks" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"{root}: another process is pulling to it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with cache.keeping():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    with file:
+        # A file system without locks: then each fetches, and all but the first find that it is there.
+        with suppress(OSError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log(f"{root}: another process is pulling to it; waiting")
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield

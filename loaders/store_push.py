@@ -16,7 +16,7 @@ from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, File
 from .artifact.record import MAX_JSON_BYTES
 from .load import find_artifact
 from .signing import MAX_SIGNATURE_BYTES, signed_digest
-from .store import Moved, Progress, in_parallel, line_on_terminal, moved
+from .store import Moved, Progress, in_parallel, moved, reporting
 from .store_index import INDEX_VERSION, Index, Piece, StoredFile, lengths, tensor_starts
 from .store_remote import Store, open_store
 
@@ -41,14 +41,16 @@ def push(path: Path, url: str, *, verify: bool = False, progress: Progress | Non
     contents = _contents(root)
     files: dict[str, StoredFile] = {}
     total, done, sent = sum(content.entry.bytes for content in contents), 0, []
-    report = progress or line_on_terminal("sent")
     pieces = _cut_all(root, contents, files)
-    with closing(in_parallel(lambda given: _send(store, *given, verify), pieces)) as results:
+    with (
+        reporting("sent", progress) as report,
+        closing(in_parallel(lambda given: _send(store, *given, verify), pieces)) as results,
+    ):
         for piece, was_sent in results:
             sent += [piece] if was_sent else []
             done += piece.bytes
             report(done, total)
-    report(total, total)
+        report(total, total)
     index = Index(index_version=INDEX_VERSION, manifest=files[MANIFEST_FILE].sha256, files=files)
     store.write(f"{store.name}.json", (json.dumps(dataclasses.asdict(index)) + "\n").encode())
     return moved(root, store, index, sent)

@@ -1,4 +1,4 @@
-"""Where artifacts are pushed to and pulled from: a folder of any file system that fsspec knows, named by a URL.
+"""Where artifacts are pushed to and pulled from: a folder of a file system that fsspec knows, named by a URL.
 
 What a URL may hold of secrets (``s3://KEY:SECRET@bucket/…``) is in no message and on no disk.
 """
@@ -31,6 +31,8 @@ _FINAL = (
 _FINAL_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
 # What a web server says to a PUT that it has no use for.
 _READ_ONLY = (405, 501)
+# fsspec knows it, but not without its cache of listings, and shows files that are half written.
+_NO_STORES = ("sftp", "ssh")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -146,7 +148,8 @@ def open_store(url: str) -> Store:
     """Opens the store that a URL leads to; its last part is the name of an artifact.
 
     Raises:
-        PrecastError: when the URL is no such URL, or the package that its protocol needs is not installed.
+        PrecastError: when the URL is no such URL, or leads to no store, or the package that its protocol needs is not
+            installed.
     """
     shown = without_secrets(url)
     protocol, separator, rest = url.partition("://")
@@ -161,6 +164,10 @@ def open_store(url: str) -> Store:
     if not parent or not _NAME.fullmatch(name) or name == "pieces":
         raise PrecastError(
             f"{shown}: expected a folder and a name of letters, digits, '.', '_' and '-': s3://bucket/models/NAME."
+        )
+    if protocol in _NO_STORES:
+        raise PrecastError(
+            f"{shown}: {protocol}:// is no store that precast knows; mount the folder and give it as file:///folder/NAME."
         )
     files, folder = _file_system(protocol, parent, url)
     return Store(files=files, folder=f"{folder.rstrip('/')}/" if folder else "", name=name, url=url)
@@ -193,13 +200,7 @@ def _file_system(protocol: str, parent: str, url: str) -> tuple[Any, str]:
 
 def _package(protocol: str) -> str:
     packages = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-    packages |= {
-        "sftp": "paramiko",
-        "ssh": "paramiko",
-        "http": "aiohttp",
-        "https": "aiohttp",
-        "hf": "huggingface_hub",
-    }
+    packages |= {"http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
     name = packages.get(protocol)
     return f"{protocol}:// needs a package that is not installed" + (f": pip install {name}" if name else "")
 

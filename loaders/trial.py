@@ -13,11 +13,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .artifact.errors import PrecastError
-from .artifact.files import cache_folder, forget_old, write_atomically
+from .artifact.errors import PrecastError, printable
+from .artifact.files import cache_folder, forget_old, why_not_kept, write_atomically
 from .artifact.machine import Machine
 from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
 
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 
 # What a child may take: to start, to read weights from a slow disk, and to compile, where it has to.
 START_S, WEIGHT_BYTES_PER_S, COMPILE_S = 120, 20e6, 900
+# Whatever size a manifest says.
+_LONGEST_S = 24 * 3600
 # Exit codes of the child: a sentence stands in its last line.
 _REFUSED = 3
 _PROMPT = (1, 2, 3)
+# Where notes are, in the cache folder.
+_FOLDER = "tried"
 _MARK, _SENTENCE = "at: ", "error: "
 
 
@@ -44,7 +49,8 @@ def ensure(
 ) -> None:
     """Tries a target in a child process, unless it was tried on this machine before.
 
-    Where nothing can be noted, because the cache folder cannot be written to, it is tried at every load, and said.
+    Where nothing can be noted, because the cache folder cannot be written to or there is none, it is tried at every
+    load, and said.
     Where no child process can be started it is not tried, and said.
 
     Args:
@@ -58,7 +64,7 @@ def ensure(
     Raises:
         PrecastError: when the child crashes or hangs, naming program and signal, or when it refuses the artifact.
     """
-    if _record(manifest, target, machine).exists():
+    if _is_noted(manifest, target, machine):
         return
     started = time.perf_counter()
     if not _attempt(root, target, _limit_s(manifest, compile), compile, log):
@@ -66,13 +72,19 @@ def ensure(
     if not remember(manifest, target, machine):
         log(
             f"{root}: tried in a process of its own first ({time.perf_counter() - started:.1f} s), as it will be at"
-            f" every start: {cache_folder()} cannot be written to; set PRECAST_CACHE to a folder that can be."
+            f" every start: {why_not_kept(_FOLDER)}."
         )
+
+
+def _is_noted(manifest: Manifest, target: Target, machine: Machine) -> bool:
+    with suppress(OSError, PrecastError):
+        return _record(manifest, target, machine).exists()
+    return False
 
 
 def remember(manifest: Manifest, target: Target, machine: Machine) -> bool:
     """Notes that a target runs on this machine. False where the note cannot be written."""
-    with suppress(OSError):
+    with suppress(OSError, PrecastError):
         record = _record(manifest, target, machine)
         record.parent.mkdir(parents=True, exist_ok=True)
         forget_old(record.parent)
@@ -82,16 +94,25 @@ def remember(manifest: Manifest, target: Target, machine: Machine) -> bool:
 
 
 def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
-    """Named after all that decides whether the target runs: programs and signatures, weights, cache, machine."""
-    folders = tuple({f"{file.rpartition('/')[0]}/" for p in target.programs if (file := target.file_of(p))})
-    used = [name for name in manifest.files if name == WEIGHTS_FILE or name.startswith(folders)]
+    """Named after all that decides whether the target runs: programs and signatures, weights, cache, machine.
+
+    Raises:
+        PrecastError: where there is no cache folder.
+    """
+    if target.platform != "cuda":  # then nobody asks for GPUs
+        machine = replace(machine, gpus=(), cuda_plugin="")
+    programs = {file for p in target.programs if (file := target.file_of(p))}
+    # Also what lies beside them: the variables of a SavedModel.
+    folders = tuple(f"{folder}/" for file in programs if (folder := file.rpartition("/")[0]))
+    used = [n for n in manifest.files if n == WEIGHTS_FILE or n in programs or n.startswith(folders)]
     digests = [(name, manifest.files[name].sha256) for name in sorted(used)]
     said = (digests, target, manifest.cache, manifest.capacity, manifest.slots, manifest.buckets, machine)
-    return cache_folder() / "tried" / hashlib.sha256(repr(said).encode()).hexdigest()
+    return cache_folder() / _FOLDER / hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 def _limit_s(manifest: Manifest, compile: bool) -> int:
-    return int(START_S + manifest.files[WEIGHTS_FILE].bytes / WEIGHT_BYTES_PER_S + COMPILE_S * compile)
+    seconds = START_S + manifest.files[WEIGHTS_FILE].bytes / WEIGHT_BYTES_PER_S + COMPILE_S * compile
+    return int(min(seconds, _LONGEST_S))
 
 
 def _attempt(root: Path, target: Target, limit_s: int, compile: bool, log: Callable[[str], None]) -> bool:
@@ -102,19 +123,19 @@ def _attempt(root: Path, target: Target, limit_s: int, compile: bool, log: Calla
     """
     import subprocess
 
-    # An application frozen into one file has no interpreter to start: it would start itself.
-    if not sys.executable or getattr(sys, "frozen", False):
+    from . import child
+
+    options = ["--compile"] if compile else []
+    command = child.command(__name__, str(root), target.name, str(limit_s), *options)
+    if command is None:
         log(f"{root}: not tried in a process of its own first, because there is no Python to start.")
         return False
-    options = ["--compile"] if compile else []
-    # -P: nothing is imported from the folder that this happens to run in.
-    command = [sys.executable, "-P", "-m", __name__, str(root), target.name, str(limit_s), *options]
     try:
-        child = subprocess.run(
+        done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=child.environment(),
             timeout=limit_s,
             check=False,
         )
@@ -124,8 +145,8 @@ def _attempt(root: Path, target: Target, limit_s: int, compile: bool, log: Calla
     except (OSError, ValueError) as error:
         log(f"{root}: not tried in a process of its own first, because none can be started ({error}).")
         return False
-    if child.returncode != 0:
-        raise PrecastError(_failed(root, target, child.returncode, child.stdout, child.stderr, limit_s))
+    if done.returncode != 0:
+        raise PrecastError(_failed(root, target, done.returncode, done.stdout, done.stderr, limit_s))
     return True
 
 
@@ -189,7 +210,9 @@ def main(arguments: list[str]) -> int:
         print(line, file=told, flush=True)
 
     try:
-        attempt(Path(root), name, compile="--compile" in options, at=lambda place: say(_MARK + place))
+        attempt(
+            Path(root), name, compile="--compile" in options, at=lambda place: say(_MARK + printable(place))
+        )
     except PrecastError as error:
         say(_SENTENCE + " ".join(str(error).split()))
         return _REFUSED

@@ -257,6 +257,19 @@ def edit_manifest() -> Callable[[Path, Callable[[dict[str, Any]], Any]], None]:
     return edit
 
 
+@pytest.fixture
+def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home folder, who has set no folder for the cache either."""
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("PRECAST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setenv("HOME", str(tmp_path))  # for children
+
+
 # --- the reference ------------------------------------------------------------------------------------------
 
 

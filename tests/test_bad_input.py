@@ -222,8 +222,7 @@ def test_a_disk_that_is_full(export_refused, tiny_checkpoint, monkeypatch, place
         monkeypatch.setattr(os, "fsync", full)
     text = export_refused(source)
     assert (
-        "writing stopped (No space left on device); nothing was left behind: make room and export again."
-        in text
+        "writing stopped (No space left on device); nothing was left behind: make room and try again." in text
     )
 
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -197,6 +198,31 @@ def test_help_needs_no_library(python):
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["check", "inspect", "diff"])
+def test_a_terminal_that_shows_less_than_is_printed(artifact_copy, python, command):
+    """Neither a character that its encoding lacks nor a name that is none in any."""
+    odd = artifact_copy.rename(artifact_copy.with_name("odd-\udcff-→"))
+    paths = [str(odd)] * (2 if command == "diff" else 1)
+    result = python("cli.py", command, *paths, env={"PYTHONIOENCODING": "ascii:strict"})
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "odd-" in result.stdout
+
+
+def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
+    from precast import cli
+    from precast.loaders import console
+
+    cli._log("name \x1b]0;gone\x07")
+    manifest = SimpleNamespace(name="\x1b[2Jname", tokenizer=SimpleNamespace(chat_template="chat.jinja"))
+    target, engine = SimpleNamespace(name="cpu\x9b2J"), SimpleNamespace(capacity=64)
+    monkeypatch.setattr(console, "_ask", lambda: None)
+    console.converse(SimpleNamespace(manifest=manifest, target=target, engine=engine), None, None)
+    shown = capsys.readouterr()
+    assert shown.err == "name �]0;gone�\n"
+    assert shown.out.startswith("�[2Jname on cpu�2J, 64 positions.")
 
 
 def test_an_interrupt_ends_it_at_once_and_says_so(python):

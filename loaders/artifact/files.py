@@ -34,6 +34,14 @@ def cache_folder() -> Path:
         ) from None
 
 
+def why_not_kept(name: str) -> str:
+    """What to say where folder `name` of the cache folder takes nothing; with what to do, and without a full stop."""
+    try:
+        return f"{cache_folder() / name} cannot be written to; set PRECAST_CACHE to a folder that can be"
+    except PrecastError:
+        return "this user has no home folder to keep it in; set PRECAST_CACHE to a folder"
+
+
 def parts_of(root: Path | str, name: str) -> tuple[str, ...]:
     """The folders and the file that a name of the artifact at `root` has, whether or not they are there.
 

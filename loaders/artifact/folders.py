@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 
@@ -19,7 +19,8 @@ from .manifest import MANIFEST_FILE
 _HERE, _RENAME_EXCHANGE = -100, 2
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,16 +50,16 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield temporary
         for file in sorted(temporary.rglob("*"), reverse=True):
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         check_free(path, overwrite)
         _swap(temporary, path, overwrite)
         # The artifact is there, whole: without this only a power cut could still lose its name.
         with suppress(OSError):
-            _sync(path.parent)
+            sync(path.parent)
     except OSError as error:
         raise PrecastError(
-            f"{path}: writing stopped ({error.strerror or error}); nothing was left behind: make room and export again."
+            f"{path}: writing stopped ({error.strerror or error}); nothing was left behind: make room and try again."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -70,19 +71,20 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
     # Not mkdtemp: what becomes the artifact has the permissions that the user's other folders have.
     made = path.parent / f".{path.name}.{token_hex(6)}.new"
     made.mkdir()
-    try:
+    with ExitStack() as undo:
+        undo.callback(made.rmdir)
         lock = os.open(made, os.O_RDONLY)
+        undo.callback(os.close, lock)
         with suppress(OSError):  # a file system without locks: then nobody removes it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Under the name that others look at only now that it is locked.
-        return made.rename(made.with_suffix(".partial")), lock
-    except OSError:
-        made.rmdir()
-        raise
+        temporary = made.rename(made.with_suffix(".partial"))
+        undo.pop_all()
+    return temporary, lock
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what exports to `path` have left that were killed: temporary folders that nobody holds locked."""
+    """Removes temporary folders that nobody holds locked: those of exports and pulls to `path` that were killed."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)

@@ -1,5 +1,6 @@
 """What this machine is, from the standard library alone."""
 
+import os
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
@@ -70,7 +71,8 @@ class Machine(Frozen):
         kernel_abi: of precast's kernels.
         kernels: custom-call targets they offer.
         tensorflow: whether TensorFlow is installed.
-        gpus: kinds of NVIDIA's that the driver names; "any" where it is there and does not tell.
+        gpus: kinds of NVIDIA's that the driver names; "any" where it is there and does not tell; none where they are
+            hidden from this process, or nobody asked.
         cuda_plugin: installed version of jax's plugin for them; empty where it is not installed or of no use.
     """
 
@@ -85,11 +87,14 @@ class Machine(Frozen):
 
 
 def nvidia_gpus(root: Path = Path("/")) -> tuple[str, ...]:
-    """Kinds of NVIDIA's GPUs, as their driver names them, without asking it.
+    """Kinds of NVIDIA's GPUs, as their driver names them, without asking it; none where CUDA_VISIBLE_DEVICES hides all.
 
     "any" alone where there is a driver that does not tell by files, as in Windows' Linux. What a process may use of
     them only a client of the driver's knows.
     """
+    # The first that is no device ends the list.
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1"):
+        return ()
     kinds = []
     for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
         with suppress(OSError):

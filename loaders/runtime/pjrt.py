@@ -114,9 +114,6 @@ class Executable:
         except (_jax.JaxRuntimeError, ValueError) as error:
             raise PrecastError(f"the program failed: {error}") from None
 
-    def temporary_bytes(self) -> int:
-        return int(self._loaded.get_compiled_memory_stats().temp_size_in_bytes)
-
     def serialize(self) -> bytes:
         """What `Client.load` takes; the same program gives the same bytes."""
         from .serialized import canonical
@@ -267,8 +264,13 @@ def block_jax() -> None:
     sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
 
 
-def this_machine() -> Machine:
-    """The machine and what is installed on it, for the choice of a target."""
+def this_machine(*, cuda: bool = True) -> Machine:
+    """The machine and what is installed on it, for the choice of a target.
+
+    Args:
+        cuda: whether to look for GPUs and what they need, which takes 50 ms where there are any.
+    """
+    gpus = nvidia_gpus() if cuda else ()
     return Machine(
         machine=processor_family(),
         features=cpu_features(),
@@ -276,7 +278,7 @@ def this_machine() -> Machine:
         kernel_abi=kernels.ABI_VERSION,
         kernels=tuple(sorted(kernels.targets())),
         tensorflow=_is_installed("tensorflow"),
-        gpus=(gpus := nvidia_gpus()),
+        gpus=gpus,
         cuda_plugin=_cuda_plugin() if gpus else "",
     )
 

@@ -1,5 +1,6 @@
 """A target added to an artifact that is there: whole at any moment, checked before it counts, weights untouched."""
 
+import base64
 import errno
 import fcntl
 import hashlib
@@ -308,6 +309,172 @@ def test_an_artifact_that_cannot_be_written_to(refused, artifact_copy, monkeypat
         f"{artifact_copy}: the target cannot be added (Read-only file system); the artifact must be on a disk with"
         " room and in a folder that you may write to: copy it there."
     )
+
+
+@pytest.mark.parametrize("what", ["link", "file"])
+def test_programs_that_are_no_folder_of_the_artifact(refused, artifact_copy, tmp_path, what):
+    outside = tmp_path / "outside"
+    (artifact_copy / "programs").rename(outside)
+    if what == "link":
+        (artifact_copy / "programs").symlink_to(outside)
+    else:
+        (artifact_copy / "programs").write_text("")
+    before = tree(outside)
+    assert refused() == (
+        f"{artifact_copy}: 'programs' is a {what}, expected a folder; copy or export the artifact again."
+    )
+    assert tree(outside) == before
+
+
+def elsewhere(root: Path, edit_manifest) -> None:
+    """Puts StableHLO beside programs/, which is gone then."""
+    (root / "programs").rename(root / "code")
+
+    def move(manifest):
+        names = {name: name.replace("programs/", "code/", 1) for name in manifest["files"]}
+        manifest["files"] = {names[name]: entry for name, entry in manifest["files"].items()}
+        for program in (p for target in manifest["targets"] for p in target["programs"]):
+            for key in ("executable", "stablehlo"):
+                program[key] = names.get(program[key], program[key])
+
+    edit_manifest(root, move)
+
+
+def test_programs_is_made_where_it_is_missing_and_only_for_good(
+    add, artifact_copy, edit_manifest, monkeypatch
+):
+    monkeypatch.setattr(adding, "_replay", lambda *_: 5)
+    elsewhere(artifact_copy, edit_manifest)
+    for n in (1, 2, 3, 9):
+        with monkeypatch.context() as patch:
+            stop_at(patch, n, FULL)
+            with pytest.raises(PrecastError, match="No space left"):
+                add()
+        assert not (artifact_copy / "programs").exists()
+    add()
+    assert [p.name for p in (artifact_copy / "programs").iterdir()] == [NAME]
+
+
+def replaced_by_another(root: Path) -> None:
+    """As an export with --overwrite does; the other has a target of the same name."""
+    other = Path(shutil.copytree(root, root.with_name("other")))
+    (other / "programs" / NAME).mkdir(exist_ok=True)
+    (other / "programs" / NAME / "decode.xla").write_bytes(b"another's")
+    (other / "manifest.json").write_bytes(b"another's")
+    root.rename(root.with_name("old"))
+    other.rename(root)
+
+
+def changed_in_place(root: Path) -> None:
+    (root / "manifest.json").write_bytes((root / "manifest.json").read_bytes() + b"\n")
+
+
+def copied(root: Path) -> None:
+    """The same bytes in another folder."""
+    root.rename(root.with_name("old"))
+    shutil.copytree(root.with_name("old"), root)
+
+
+@pytest.mark.parametrize("change", [replaced_by_another, changed_in_place, copied])
+@pytest.mark.parametrize("before", ["_write_programs", "_replace_manifest"])
+def test_what_is_replaced_meanwhile_is_left_alone(add, artifact_copy, monkeypatch, change, before):
+    (artifact_copy / "manifest.json.sig").write_text("signed")
+    monkeypatch.setattr(adding, "_replay", lambda *_: 5)
+    step, others = getattr(adding, before), {}
+
+    def then(held, *rest):
+        change(held.root)
+        others.update(tree(held.root))
+        return step(held, *rest)
+
+    monkeypatch.setattr(adding, before, then)
+    with pytest.raises(PrecastError) as raised:
+        add()
+    assert str(raised.value) == (
+        f"{artifact_copy}: was replaced while its target was compiled; run precast add-target again."
+    )
+    if change is changed_in_place:  # then what was written there is this one's
+        others = {name: data for name, data in others.items() if f"/{NAME}/" not in name}
+    assert tree(artifact_copy) == others
+
+
+@pytest.mark.parametrize("name", ["a/b", "/decode", "..", "a\0b", "a\\b", ""])
+def test_a_program_whose_name_is_no_file_s(refused, artifact_copy, edit_manifest, monkeypatch, name):
+    monkeypatch.setattr(adding, "compile_target", None)  # it does not come to that
+    edit_manifest(
+        artifact_copy, lambda m: [t["programs"][-1].update(name=name) for t in m["targets"] if t["programs"]]
+    )
+    text = refused()
+    assert "is not the name of a file inside an artifact" in text or text == (
+        f"{artifact_copy}: target 'cpu-x86_64-{WIDEST}' has a program 'a/b', expected names without '/'; export the"
+        " model again."
+    )
+
+
+def bundle(manifest: bytes) -> bytes:
+    """What says it is a signature of this manifest."""
+    resource = {"name": ".", "algorithm": "sha256", "digest": hashlib.sha256(manifest).hexdigest()}
+    statement = {
+        "predicateType": "https://model_signing/signature/v1.0",
+        "predicate": {"resources": [resource]},
+    }
+    payload = base64.b64encode(json.dumps(statement).encode()).decode()
+    hint = {"publicKey": {"hint": "0" * 64}}
+    return json.dumps({"verificationMaterial": hint, "dsseEnvelope": {"payload": payload}}).encode()
+
+
+def killed_before_the_manifest_was_replaced(root: Path, signature: bytes) -> None:
+    folder = root / "programs" / ".manifest.0123456789ab.partial"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("the new one")
+    (folder / "manifest.json.sig").write_bytes(signature)
+
+
+def test_a_signature_that_a_killed_run_put_aside_is_put_back(refused, artifact_copy):
+    signature = bundle((artifact_copy / "manifest.json").read_bytes())
+    killed_before_the_manifest_was_replaced(artifact_copy, signature)
+    with pytest.raises(AssertionError):  # it is refused, and the artifact is as it was before the killed run
+        refused(source="gpu")
+    assert (artifact_copy / "manifest.json.sig").read_bytes() == signature
+    assert not list((artifact_copy / "programs").glob(".*"))
+
+
+@pytest.mark.parametrize("own", [None, b"own"])
+@pytest.mark.parametrize("signature", [bundle(b"another manifest"), b"junk"], ids=["another's", "junk"])
+def test_a_signature_that_does_not_fit_is_not(refused, artifact_copy, own, signature):
+    if own is not None:
+        (artifact_copy / "manifest.json.sig").write_bytes(own)
+    before = tree(artifact_copy)
+    killed_before_the_manifest_was_replaced(artifact_copy, signature)
+    with pytest.raises(AssertionError):
+        refused(source="gpu")
+    assert tree(artifact_copy) == before
+
+
+def test_a_signature_made_since_is_kept(refused, artifact_copy):
+    signature = bundle((artifact_copy / "manifest.json").read_bytes())
+    (artifact_copy / "manifest.json.sig").write_bytes(b"newer")
+    before = tree(artifact_copy)
+    killed_before_the_manifest_was_replaced(artifact_copy, signature)
+    with pytest.raises(AssertionError):
+        refused(source="gpu")
+    assert tree(artifact_copy) == before
+
+
+def test_a_signature_is_there_whatever_fails(add, artifact_copy, monkeypatch):
+    monkeypatch.setattr(adding, "_replay", lambda *_: 5)
+    (artifact_copy / "manifest.json.sig").write_text("signed")
+    before, rename = tree(artifact_copy), Path.rename
+
+    def failing(path, target):
+        rename(path, target)
+        if path.name == "manifest.json.sig" and Path(target).parent.name.endswith(".partial"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(KeyboardInterrupt):
+        add()
+    assert {name: data for name, data in tree(artifact_copy).items() if name in before} == before
 
 
 def test_two_at_once_wait_for_each_other(add, artifact_copy):

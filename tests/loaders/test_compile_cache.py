@@ -1,6 +1,7 @@
 """What ``run --compile`` compiles is kept: said, counted, and never trusted more than compiling again."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -105,11 +106,7 @@ def test_an_entry_that_xla_does_not_take_is_compiled_again(run):
     assert model.compiles == 1
 
 
-def test_a_cache_that_cannot_be_written_to_is_said(tiny_artifact, tmp_path, monkeypatch):
-    made = compiling.Compiled(executable=b"x", memory=None, layouts=((), ()), seconds=0.0)
-    monkeypatch.setattr(
-        compile_cache, "compile_programs", lambda programs, *_, **__: {n: made for n, _ in programs}
-    )
+def test_a_cache_that_cannot_be_written_to_is_said(tmp_path, monkeypatch, compiler):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "file" / "cache"))
     said: list[str] = []
@@ -120,6 +117,37 @@ def test_a_cache_that_cannot_be_written_to_is_said(tiny_artifact, tmp_path, monk
         f"art: will be compiled again at the next start, because {tmp_path}/file/cache/compiled cannot be written to;"
         " set PRECAST_CACHE to a folder that can be."
     )
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """One that takes no time."""
+    made = compiling.Compiled(executable=b"x", memory=None, layouts=((), ()), seconds=0.0)
+    monkeypatch.setattr(
+        compile_cache, "compile_programs", lambda programs, *_, **__: {n: made for n, _ in programs}
+    )
+
+
+def test_without_a_home_folder_it_is_compiled_every_time_and_said(homeless, compiler):
+    for _ in range(2):
+        said: list[str] = []
+        found = compile_cache.executables([("decode", b"code")], machine(), "art", said.append)
+        assert found["decode"].now
+        (line,) = said
+        assert line == (
+            "art: will be compiled again at the next start, because this user has no home folder to keep it in; set"
+            " PRECAST_CACHE to a folder."
+        )
+
+
+def test_what_was_compiled_long_ago_is_forgotten(tmp_path, monkeypatch, compiler):
+    monkeypatch.setenv("PRECAST_CACHE", str(tmp_path))
+    compile_cache.executables([("decode", b"old"), ("cache", b"new")], machine(), "art", lambda _: None)
+    old = compile_cache._entry(b"old", machine())
+    os.utime(old, (1, 1))
+    compile_cache.executables([("decode", b"newer")], machine(), "art", lambda _: None)
+    left = {compile_cache._entry(code, machine()) for code in (b"new", b"newer")}
+    assert set((tmp_path / "compiled").iterdir()) == left
 
 
 def machine(**changes):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jaxlib import _jax
 
+from precast.loaders import check_console
 from precast.loaders import load as loading
 from precast.loaders.artifact.compat import choose_target, mismatches
 from precast.loaders.artifact.errors import PrecastError
@@ -59,7 +60,38 @@ def driver(root: Path, *kinds: str) -> Path:
     return root
 
 
-def test_gpus_are_named_by_the_driver_s_files(tmp_path):
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [("", ()), ("-1", ()), (" -1,0", ()), ("0", (H100,)), ("GPU-0", (H100,)), (None, (H100,))],
+)
+def test_gpus_that_are_hidden_are_none(tmp_path, monkeypatch, visible, found):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert nvidia_gpus(driver(tmp_path, H100)) == found
+
+
+def test_only_where_a_target_is_for_a_gpu_somebody_looks_for_one(artifact_copy, monkeypatch, capsys):
+    looked = []
+    monkeypatch.setattr(pjrt, "nvidia_gpus", lambda: looked.append("gpus") or (H100,))
+    monkeypatch.setattr(pjrt, "_cuda_plugin", lambda: looked.append("plugin") or "0.1")
+    loading.load(artifact_copy, trusted=True)
+    check_console.run(artifact_copy, target=None, compile=False, as_json=True)
+    assert looked == []
+    assert pjrt.this_machine(cuda=False).gpus == ()
+    assert (pjrt.this_machine().gpus, pjrt.this_machine().cuda_plugin) == ((H100,), "0.1")
+    looked.clear()
+    as_cuda(artifact_copy, A100)
+    with pytest.raises(PrecastError, match=f"compiled for {A100}, this machine has {H100}"):
+        loading.load(artifact_copy, trusted=True)
+    assert looked == ["gpus", "plugin"]
+    check_console.run(artifact_copy, target=None, compile=False, as_json=True)
+    assert looked == ["gpus", "plugin"] * 2
+
+
+def test_gpus_are_named_by_the_driver_s_files(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert nvidia_gpus(tmp_path) == ()
     assert nvidia_gpus(driver(tmp_path / "one", H100)) == (H100,)
     assert nvidia_gpus(driver(tmp_path / "three", H100, A100, H100)) == (A100, H100)
@@ -253,7 +285,7 @@ def greedy(model, prompt, count=8):
 def test_an_artifact_for_a_gpu_generates_through_the_client(artifact_copy, tiny_model, stand_in, monkeypatch):
     as_cuda(artifact_copy, H100)
     here = dataclasses.replace(pjrt.this_machine(), gpus=(H100,), cuda_plugin=pjrt.jaxlib_version)
-    monkeypatch.setattr(loading.pjrt, "this_machine", lambda: here)
+    monkeypatch.setattr(loading.pjrt, "this_machine", lambda **_: here)
     asked = []
     monkeypatch.setattr(cuda, "client", lambda device: asked.append(device) or stand_in)
     model = loading.load(artifact_copy, trusted=True)
@@ -266,7 +298,7 @@ def test_an_artifact_for_a_gpu_generates_through_the_client(artifact_copy, tiny_
 def test_without_a_gpu_an_artifact_for_one_is_refused_from_its_manifest(artifact_copy, monkeypatch):
     as_cuda(artifact_copy, H100)
     nothing = dataclasses.replace(pjrt.this_machine(), gpus=(), cuda_plugin="")
-    monkeypatch.setattr(loading.pjrt, "this_machine", lambda: nothing)
+    monkeypatch.setattr(loading.pjrt, "this_machine", lambda **_: nothing)
     with pytest.raises(PrecastError, match="target 'cuda': it needs an NVIDIA GPU, this machine has none"):
         loading.load(artifact_copy)
 

@@ -355,6 +355,15 @@ def test_a_process_killed_inside_the_block_leaves_no_target(tmp_path, python):
     assert (target / "manifest.json").read_text() == "new"
 
 
+def test_a_folder_that_cannot_be_named_leaves_no_descriptor_open(tmp_path, monkeypatch):
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, "rename", full_disk)
+    with pytest.raises(PrecastError, match="cannot write there"):
+        make(tmp_path / "target")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert os.listdir(tmp_path) == []
+
+
 # --- full disks ---------------------------------------------------------------------------------------------
 
 
@@ -464,5 +473,8 @@ print(os.listdir(sys.argv[1]))
         pytest.skip("mounting is not allowed here")
     assert result.returncode == 0, result.stderr
     message, empty, full = result.stdout.splitlines()
-    assert "writing stopped (No space left on device); nothing was left behind: make room" in message
+    assert (
+        "writing stopped (No space left on device); nothing was left behind: make room and try again."
+        in message
+    )
     assert (empty, full) == ("[]", "['target']")

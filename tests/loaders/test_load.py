@@ -339,7 +339,7 @@ def address(buffer) -> int:
 def test_the_live_executables_agree_with_the_manifest(tiny_artifact):
     for program in read_manifest(tiny_artifact).targets[0].programs:
         data = (tiny_artifact / program.executable).read_bytes()
-        assert pjrt.client().load(data, (), program.name).temporary_bytes() == program.memory.temporary
+        assert pjrt.client().load(data, (), program.name).memory().temporary == program.memory.temporary
 
 
 def test_weights_are_used_where_they_lie(tiny_artifact):

@@ -72,7 +72,7 @@ def refusal(root: Path, key: Path) -> str:
 def test_a_signed_artifact_is_accepted_with_the_makers_key(artifact_copy, keys, name):
     fingerprint = signing.sign(artifact_copy, keys / f"{name}.pem", no_password)
     assert len(fingerprint) == 64
-    signing.verify_signature(artifact_copy, keys / f"{name}.pub.pem")
+    loading.read_manifest(artifact_copy, require_signature=keys / f"{name}.pub.pem")
     bundle = json.loads((artifact_copy / SIGNATURE).read_text())
     assert bundle["mediaType"] == "application/vnd.dev.sigstore.bundle.v0.3+json"
     mode = (artifact_copy / SIGNATURE).stat().st_mode
@@ -117,7 +117,7 @@ def test_model_signings_own_command_verifies_it_and_makes_such_signatures(signed
     assert command(*verify, keys / "maker.pub.pem") == 0
     assert command(*verify, keys / "other.pub.pem") != 0
     assert command("sign", "key", "--signature", signed / SIGNATURE, "--private_key", keys / "other.pem") == 0
-    signing.verify_signature(signed, keys / "other.pub.pem")
+    loading.read_manifest(signed, require_signature=keys / "other.pub.pem")
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
@@ -132,7 +132,7 @@ def test_keys_made_as_the_documentation_says(artifact_copy, tmp_path):
     lock = ["openssl", "ec", "-in", private, "-aes256", "-passout", "pass:open sesame", "-out", locked]
     subprocess.run(lock, check=True, capture_output=True)
     signing.sign(artifact_copy, locked, lambda: "open sesame")
-    signing.verify_signature(artifact_copy, public)
+    loading.read_manifest(artifact_copy, require_signature=public)
 
 
 # --- what does not ------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_damage_anywhere_in_signature_or_statement(signed, keys):
                 envelope["signatures"][0]["sig"] = damaged
             (signed / SIGNATURE).write_text(json.dumps(whole))
             with pytest.raises(PrecastError):
-                signing.verify_signature(signed, keys / "maker.pub.pem")
+                loading.read_manifest(signed, require_signature=keys / "maker.pub.pem")
         envelope["payload" if place == "payload" else "signatures"] = (
             text if place == "payload" else [{"sig": text, "keyid": ""}]
         )
@@ -323,7 +323,7 @@ def test_a_password(cli, artifact_copy, keys, monkeypatch):
     assert "this password does not open it" in refused.stderr
     monkeypatch.setenv("PRECAST_KEY_PASSWORD", "open sesame")
     assert cli("sign", artifact_copy, "--key", keys / "locked.pem").exit_code == 0
-    signing.verify_signature(artifact_copy, keys / "locked.pub.pem")
+    loading.read_manifest(artifact_copy, require_signature=keys / "locked.pub.pem")
 
 
 def test_only_what_is_whole_is_signed(artifact_copy, keys):

@@ -1,7 +1,10 @@
 """Stores: what is pushed comes back to the byte, what is there is not moved twice, and nothing hostile gets through."""
 
+import errno
+import fcntl
 import filecmp
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,7 +24,16 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.loaders import signing, store_cache, store_index, store_pull, store_push, store_remote
+from precast.loaders import load as loading
+from precast.loaders import (
+    signing,
+    store_cache,
+    store_console,
+    store_index,
+    store_pull,
+    store_push,
+    store_remote,
+)
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import parse_manifest
 
@@ -581,7 +593,7 @@ def test_a_signature_travels_along_and_is_checked_first(url, artifact_copy, tmp_
     assert traffic.reads == {"index": 1, "piece": 1}
     assert pull(url, tmp_path / "here", key=keys.maker.public).signed
     assert same_folder(artifact_copy, tmp_path / "here")
-    signing.verify_signature(tmp_path / "here", keys.maker.public)
+    loading.read_manifest(tmp_path / "here", require_signature=keys.maker.public)
 
 
 def test_a_signature_over_another_manifest_is_not_pushed(folder_url, artifact_copy, keys):
@@ -600,9 +612,81 @@ def test_an_artifact_signed_later_is_not_fetched_again(url, artifact_copy, keys,
     traffic.reads.clear()
     assert store_pull.fetch(url, require_signature=keys.maker.public, log=lambda _: None) == here
     assert traffic.reads == {"index": 1, "piece": 1}
-    signing.verify_signature(here, keys.maker.public)
+    loading.read_manifest(here, require_signature=keys.maker.public)
     pull(url, tmp_path / "here")
-    signing.verify_signature(tmp_path / "here", keys.maker.public)
+    loading.read_manifest(tmp_path / "here", require_signature=keys.maker.public)
+
+
+def put_signature(url: str, signature: bytes) -> None:
+    """What whoever owns the store can do: give an artifact another signature."""
+    path = Path(url.removeprefix("file://"))
+    index, digest = in_index(url), hashlib.sha256(signature).hexdigest()
+    (path.parent / "pieces" / digest[:2]).mkdir(exist_ok=True)
+    (path.parent / "pieces" / digest[:2] / digest).write_bytes(signature)
+    piece = {"bytes": len(signature), "sha256": digest}
+    index["files"]["manifest.json.sig"] = piece | {"pieces": [piece]}
+    path.with_suffix(".json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("by_other", "with_key", "text"),
+    [
+        (True, True, "it was made with another key"),
+        (False, True, "is not the one that was signed"),
+        (
+            False,
+            False,
+            "manifest.json.sig is not over this manifest.json; have the artifact signed and pushed",
+        ),
+    ],
+)
+def test_a_signature_that_does_not_hold_replaces_none(
+    folder_url, artifact_copy, keys, tmp_path, by_other, with_key, text
+):
+    key = keys.maker.public if with_key else None
+    signing.sign(artifact_copy, keys.maker.private, str)
+    good = (artifact_copy / "manifest.json.sig").read_bytes()
+    store_push.push(artifact_copy, folder_url)
+    here = store_pull.fetch(folder_url, require_signature=key, log=lambda _: None)
+    pull(folder_url, tmp_path / "here", key=key)
+    if not by_other:
+        replace(artifact_copy, "README.md", b"another card")
+    signing.sign(artifact_copy, keys.other.private if by_other else keys.maker.private, str)
+    put_signature(folder_url, (artifact_copy / "manifest.json.sig").read_bytes())
+    said = []
+    assert store_pull.fetch(folder_url, require_signature=key, log=said.append) == here
+    assert len(said) == 1
+    assert text in said[0]
+    assert said[0].endswith("Going on with what was pulled before.")
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        with pytest.raises(PrecastError, match=text):
+            pull(folder_url, folder, key=key)
+    assert not (tmp_path / "there").exists()
+    for folder in (here, tmp_path / "here"):
+        assert (folder / "manifest.json.sig").read_bytes() == good
+        loading.read_manifest(folder, require_signature=keys.maker.public)
+
+
+def test_a_signature_that_cannot_be_written_is_no_reason_to_stop(
+    folder_url, artifact_copy, keys, tmp_path, monkeypatch
+):
+    store_push.push(artifact_copy, folder_url)
+    here = store_pull.fetch(folder_url, require_signature=None, log=lambda _: None)
+    pull(folder_url, tmp_path / "here")
+    signing.sign(artifact_copy, keys.maker.private, str)
+    store_push.push(artifact_copy, folder_url)
+    write, said = store_pull.files.write_atomically, []
+
+    def refuse(path, data):
+        if path.name == "manifest.json.sig":
+            raise OSError(errno.EROFS, "Read-only file system")
+        write(path, data)
+
+    monkeypatch.setattr(store_pull.files, "write_atomically", refuse)
+    assert store_pull.fetch(folder_url, require_signature=None, log=said.append) == here
+    assert f"{here}/manifest.json.sig: cannot be written (Read-only file system); check" in said[0]
+    with pytest.raises(PrecastError, match="cannot be written"):
+        pull(folder_url, tmp_path / "here")
 
 
 # --- run from a URL -----------------------------------------------------------------------------------------
@@ -711,6 +795,106 @@ def test_a_damaged_copy_in_the_cache_is_made_anew(folder_url, tiny_artifact):
         assert same_folder(again, tiny_artifact)
 
 
+def flip(path: Path) -> None:
+    """Another byte, and no other size."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "weights.safetensors", "golden.json"])
+def test_an_altered_file_in_the_cache_is_fetched_again(folder_url, tiny_artifact, traffic, name):
+    store_push.push(tiny_artifact, folder_url)
+    here = store_pull.fetch(folder_url, require_signature=None, log=lambda _: None)
+    flip(here / name)
+    traffic.reads.clear()
+    assert store_pull.fetch(folder_url, require_signature=None, log=lambda _: None) == here
+    assert traffic.reads == {"index": 1, "piece": 1}
+    assert same_folder(here, tiny_artifact)
+
+
+def test_an_altered_file_in_the_cache_that_cannot_be_fetched(folder_url, tiny_artifact, traffic):
+    store_push.push(tiny_artifact, folder_url)
+    here = store_pull.fetch(folder_url, require_signature=None, log=lambda _: None)
+    flip(here / "tokenizer.json")
+
+    def fail(what, path):
+        raise ConnectionError("no route to host")
+
+    traffic.fail = fail
+    with pytest.raises(
+        PrecastError, match=r"'tokenizer\.json' has sha256 .* remove that folder, and pull it again\."
+    ):
+        loading.load(folder_url)
+    with pytest.raises(PrecastError, match=r"copy or export the artifact again\.$"):
+        loading.load(here)
+
+
+def test_a_cache_folder_that_cannot_be_written(folder_url, tiny_artifact, tmp_path, monkeypatch):
+    store_push.push(tiny_artifact, folder_url)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "file"))
+    text = r"what arrives cannot be kept there \(Not a directory\); make room, or set PRECAST_CACHE"
+    with pytest.raises(PrecastError, match=text):
+        loading.load(folder_url)
+    with pytest.raises(PrecastError, match=text):
+        pull(folder_url, tmp_path / "here")
+
+
+def test_a_file_system_without_locks(folder_url, tiny_artifact, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    store_push.push(tiny_artifact, folder_url)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    pull(folder_url, tmp_path / "here")
+    here = store_pull.fetch(folder_url, require_signature=None, log=lambda _: None)
+    assert same_folder(here, tiny_artifact)
+    assert same_folder(tmp_path / "here", tiny_artifact)
+
+
+def test_a_folder_that_somebody_fills_is_left_alone(folder_url, tiny_artifact):
+    """By a process that does not see our lock; one that nobody fills any more is removed."""
+    digest = store_push.push(tiny_artifact, folder_url).manifest
+    left, held = (store_cache.artifact_folder(f".{digest}.{n}.partial") for n in "ab")
+    left.mkdir(parents=True)
+    held.mkdir()
+    handle = os.open(held, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        store_pull.fetch(folder_url, require_signature=None, log=lambda _: None)
+    finally:
+        os.close(handle)
+    assert held.exists()
+    assert not left.exists()
+
+
+# --- what is printed ----------------------------------------------------------------------------------------
+
+
+def test_the_line_of_a_transfer_is_gone_when_it_fails(
+    folder_url, tiny_artifact, tmp_path, traffic, monkeypatch
+):
+    store_push.push(tiny_artifact, folder_url)
+    stop_after(traffic, "read", 7)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(PrecastError, match="access was refused"):
+        pull(folder_url, tmp_path / "here")
+    assert "pulled 0." in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+def test_messages_show_no_commands_to_a_terminal(capsys):
+    for say in (loading._to_stderr, store_console._to_stderr):
+        say("name \x1b]0;gone\x07\nsecond")
+        assert (
+            capsys.readouterr().err
+            == "name \N{REPLACEMENT CHARACTER}]0;gone\N{REPLACEMENT CHARACTER} second\n"
+        )
+
+
 # --- URLs ---------------------------------------------------------------------------------------------------
 
 
@@ -725,6 +909,10 @@ def test_a_damaged_copy_in_the_cache_is_made_anew(folder_url, tiny_artifact):
         ("https://host/tiny?token=topsecret", "expected a plain URL, without a query and of one protocol"),
         ("simplecache::s3://bucket/tiny", "expected a plain URL"),
         ("nosuch://bucket/tiny", "this URL cannot be opened (Protocol not known: nosuch); check it"),
+        (
+            "sftp://host/models/tiny",
+            "sftp:// is no store that precast knows; mount the folder and give it as file",
+        ),
         ("gs://bucket/tiny", "gs:// needs a package that is not installed: pip install gcsfs"),
     ],
 )

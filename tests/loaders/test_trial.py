@@ -1,12 +1,14 @@
 """The first load in a child process: a crash is a sentence, a success is noted and looked for by later loads."""
 
+import dataclasses
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from precast.loaders import trial
+from precast.loaders import child, compiling, trial
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.load import load, read_manifest
 from precast.loaders.runtime.pjrt import this_machine
@@ -67,26 +69,28 @@ def test_what_is_trusted_is_not_tried(tiny_artifact, own_cache, children):
 
 
 def test_the_note_depends_on_all_that_decides_whether_a_target_runs(tiny_artifact):
-    from dataclasses import replace
-
     manifest, machine = read_manifest(tiny_artifact), this_machine()
     target, other = manifest.targets
-    entry = replace(manifest.files["weights.safetensors"], sha256="0" * 64)
+    entry = dataclasses.replace(manifest.files["weights.safetensors"], sha256="0" * 64)
     program = target.programs[0].executable
     records = [
         trial._record(manifest, target, machine),
         trial._record(manifest, other, machine),
-        trial._record(manifest, target, replace(machine, jaxlib="9")),
-        trial._record(manifest, target, replace(machine, features=())),
-        trial._record(manifest, target, replace(machine, kernel_abi=9)),
-        trial._record(replace(manifest, capacity=8), target, machine),
+        trial._record(manifest, target, dataclasses.replace(machine, jaxlib="9")),
+        trial._record(manifest, target, dataclasses.replace(machine, features=())),
+        trial._record(manifest, target, dataclasses.replace(machine, kernel_abi=9)),
+        trial._record(dataclasses.replace(manifest, capacity=8), target, machine),
         trial._record(
-            replace(manifest, files={**manifest.files, "weights.safetensors": entry}), target, machine
+            dataclasses.replace(manifest, files={**manifest.files, "weights.safetensors": entry}),
+            target,
+            machine,
         ),
-        trial._record(replace(manifest, files={**manifest.files, program: entry}), target, machine),
+        trial._record(
+            dataclasses.replace(manifest, files={**manifest.files, program: entry}), target, machine
+        ),
     ]
     assert len(set(records)) == len(records)
-    same = replace(manifest, name="x", files={**manifest.files, "README.md": entry})
+    same = dataclasses.replace(manifest, name="x", files={**manifest.files, "README.md": entry})
     assert trial._record(same, target, machine) == records[0]
 
 
@@ -104,6 +108,55 @@ def test_where_nothing_can_be_noted_it_is_tried_every_time_and_said(
         assert "cannot be written to; set PRECAST_CACHE to a folder that can be." in line
 
 
+def test_without_a_home_folder_it_is_tried_every_time_and_said(tiny_artifact, homeless, children):
+    for count in (1, 2):
+        said = []
+        assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
+        assert len(children) == count
+        (line,) = (line for line in said if "in a process of its own" in line)
+        assert line.endswith(
+            "at every start: this user has no home folder to keep it in; set PRECAST_CACHE to a folder."
+        )
+
+
+def test_a_size_beyond_reason_is_a_day(tiny_artifact):
+    manifest = read_manifest(tiny_artifact)
+    assert trial._limit_s(manifest, False) == 120
+    assert trial._limit_s(manifest, True) == 1020
+    for size in (2**50, 2**63):
+        entry = dataclasses.replace(manifest.files["weights.safetensors"], bytes=size)
+        files = {**manifest.files, "weights.safetensors": entry}
+        assert trial._limit_s(dataclasses.replace(manifest, files=files), True) == 24 * 3600
+
+
+def test_gpus_are_no_matter_to_a_target_for_the_cpu(tiny_artifact):
+    manifest, machine = read_manifest(tiny_artifact), this_machine(cuda=False)
+    other = dataclasses.replace(machine, gpus=("H100",), cuda_plugin="0.1")
+    for target in manifest.targets:
+        record = trial._record(manifest, target, machine)
+        assert trial._record(manifest, target, other) == record
+        on_gpu = dataclasses.replace(target, platform="cuda")
+        assert trial._record(manifest, on_gpu, other) != trial._record(manifest, on_gpu, machine)
+
+
+def test_programs_beside_the_manifest_matter_and_what_lies_beside_them_does_not(tiny_artifact):
+    manifest, machine = read_manifest(tiny_artifact), this_machine(cuda=False)
+    target = manifest.targets[0]
+    programs = tuple(dataclasses.replace(p, executable=f"{p.name}.xla") for p in target.programs)
+    target = dataclasses.replace(target, programs=programs)
+    entry = manifest.files["weights.safetensors"]
+    files = {**manifest.files, **{p.executable: entry for p in programs}}
+    records = [
+        trial._record(dataclasses.replace(manifest, files={**files, **changed}), target, machine)
+        for changed in (
+            {},
+            {programs[0].executable: dataclasses.replace(entry, sha256="0" * 64)},
+            {"README.md": entry},
+        )
+    ]
+    assert records[0] == records[2] != records[1]
+
+
 @pytest.mark.parametrize("executable", ["", "/no/such/python"])
 def test_where_no_child_can_be_started_it_is_said_and_not_tried(
     tiny_artifact, own_cache, monkeypatch, executable
@@ -114,6 +167,51 @@ def test_where_no_child_can_be_started_it_is_said_and_not_tried(
     (line,) = said
     assert f"{tiny_artifact}: not tried in a process of its own first, because" in line
     assert notes(own_cache) == []
+
+
+# --- how children are started -------------------------------------------------------------------------------
+
+
+def test_a_child_imports_from_where_this_process_does_and_not_from_its_folder(monkeypatch):
+    monkeypatch.setattr(sys, "path", ["/one", "", b"/bytes", None, "/two"])
+    monkeypatch.setenv("PYTHONPATH", "/three")
+    monkeypatch.setenv("OTHER", "kept")
+    environment = child.environment()
+    assert environment["PYTHONPATH"] == f"/one{os.pathsep}/two"
+    assert environment["OTHER"] == "kept"
+    assert child.command("a.b", "c") == [sys.executable, "-P", "-m", "a.b", "c"]
+
+
+def test_odd_entries_of_the_path_keep_nothing_from_being_tried_and_compiled(
+    tiny_artifact, own_cache, monkeypatch, children
+):
+    monkeypatch.setattr(sys, "path", ["", *sys.path, b"/bytes", 3])
+    ensure(tiny_artifact)
+    assert len(children) == len(notes(own_cache)) == 1
+    program = read_manifest(tiny_artifact).targets[0].programs[0]
+    code = (tiny_artifact / program.stablehlo).read_bytes()
+    said = []
+    assert compiling.compile_programs([("one\x1b[2J", code)], "x", log=said.append)
+    assert said == ["compiling one\N{REPLACEMENT CHARACTER}[2J from StableHLO …"]
+
+
+@pytest.mark.parametrize("how", ["frozen", "no interpreter", "a path that no system takes"])
+def test_where_there_is_no_python_to_start_nothing_is_started(
+    tiny_artifact, own_cache, monkeypatch, children, how
+):
+    if how == "frozen":
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+    elif how == "no interpreter":
+        monkeypatch.setattr(sys, "executable", None)
+    else:
+        monkeypatch.setattr(sys, "path", [*sys.path, "/a\0b"])
+    said = []
+    ensure(tiny_artifact, log=said.append)
+    (line,) = said
+    assert line.startswith(f"{tiny_artifact}: not tried in a process of its own first, because")
+    with pytest.raises(PrecastError, match=r"^x: no process to compile in can be started \("):
+        compiling.compile_programs([("decode", b"code")], "x", log=said.append)
+    assert len(children) == (how == "a path that no system takes")
 
 
 def child_that(monkeypatch, tmp_path, code):
