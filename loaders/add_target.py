@@ -111,6 +111,8 @@ def _add(
     kind = _kind(chosen)
     if (features := isas.expected_features(isa)) is not None:  # to refuse before anything is compiled
         _free_name(manifest, isas.target_name(kind, features), machine, overwrite, root)
+    for name, entry in manifest.files.items():  # nothing is added to what is damaged
+        files.open_checked(root, name, entry, force=False).close()
     contents = {name: files.read_checked(root, name, manifest.files[name]) for name in _stablehlo(chosen)}
     target, executables, _ = compile_target(
         chosen,

@@ -36,6 +36,9 @@ _NO_STORES = ("sftp", "ssh")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+_NOT_FOUND = 404  # of HTTP
+
+
 class Missing(PrecastError):
     """What was asked for is not in the store."""
 
@@ -125,9 +128,10 @@ class Store:
         for wait in (*_WAITS[: attempts - 1], None):
             try:
                 return act()
-            except FileNotFoundError:
-                raise Missing(f"{self}: {path} is not there; check the URL.") from None
-            except Exception as error:
+            except Exception as raised:
+                error = _behind(raised)
+                if isinstance(error, FileNotFoundError):
+                    raise Missing(f"{self}: {path} is not there; check the URL.") from None
                 if _is_final(error):
                     raise PrecastError(f"{self}: {path}: {self._told(error)}") from None
                 if wait is None:
@@ -142,6 +146,18 @@ class Store:
         if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
             return f"access was refused ({text}); check the credentials, as this kind of store takes them."
         return f"the store does not answer as it should ({text}); check the URL and the connection, and try again."
+
+
+def _behind(error: Exception) -> Exception:
+    """What went wrong: of a web server that does not answer, or refuses, fsspec says that the file is not found."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    return (
+        error
+        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == _NOT_FOUND
+        else cause
+    )
 
 
 def open_store(url: str) -> Store:

@@ -191,6 +191,12 @@ def test_stablehlo_that_is_altered(refused, artifact_copy):
     assert "file 'programs/cpu/decode.stablehlo' has sha256" in refused()
 
 
+def test_an_artifact_that_is_damaged_elsewhere(refused, artifact_copy):
+    path = artifact_copy / "programs" / "cpu" / "decode.xla"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    assert "file 'programs/cpu/decode.xla' has sha256" in refused()
+
+
 def test_wrong_answers(refused, artifact_copy, edit_manifest):
     golden = artifact_copy / "golden.json"
     recorded = json.loads(golden.read_text())

@@ -768,9 +768,14 @@ def test_a_plain_web_server_is_a_store_to_pull_from(folder_url, tiny_artifact, t
             pull(url + "-none", tmp_path / "there")
         with pytest.raises(PrecastError, match="this store can only be read; push to another"):
             store_push.push(tiny_artifact, url + "-new")
+        kept = store_pull.fetch(url, require_signature=None, log=lambda _: None)
     finally:
         server.shutdown()
         server.server_close()
+    # fsspec says "not found" of a server that is not there.
+    said: list[str] = []
+    assert store_pull.fetch(url, require_signature=None, log=said.append) == kept
+    assert "cannot be reached" in said[0] or "does not answer" in said[0]
 
 
 def test_an_artifact_that_was_taken_away_is_not_run_from_the_cache(folder_url, tiny_artifact, tmp_path):
