@@ -193,7 +193,7 @@ def test_a_text_that_is_not_there(refused, tiny_artifact, tmp_path):
     expected = f"{path}: expected a text file, but it does not exist; check the spelling."
     assert refused(tiny_artifact, "--text", path) == expected
     assert str(tmp_path) in refused(tiny_artifact, "--text", tmp_path)
-    assert refused(tiny_artifact, "--text", "x" * 5000)
+    assert refused(tiny_artifact, "--text", "x" * 500)
 
 
 def test_a_text_too_short(refused, tiny_artifact, tmp_path, text):
@@ -235,7 +235,7 @@ def test_an_artifact_that_is_not_there(refused, tmp_path, tiny_artifact):
     assert refused(missing) == (
         f"{missing}: expected the folder of an artifact, but it does not exist; precast export makes one."
     )
-    for reference in (missing, "x" * 5000):
+    for reference in (missing, "x" * 500):
         assert refused(tiny_artifact, "--reference", reference) == (
             f"--reference: {reference} does not exist; expected an artifact, a Hugging Face directory or a .gguf file."
         )

@@ -1,6 +1,7 @@
 """Generation: where it ends, what it costs, and that nothing of one leaks into another."""
 
 import dataclasses
+import gc
 import itertools
 import sys
 import time
@@ -257,11 +258,14 @@ def calls_of(work) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.collect()
+    gc.disable()  # what the garbage of other tests has to say when it goes is not of this
     sys.setprofile(profile)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
