@@ -36,7 +36,15 @@ from .artifact import compat, files, folders
 from .artifact.errors import PrecastError
 from .artifact.golden import parse_golden
 from .artifact.machine import Machine
-from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry, Manifest, Target, parse_manifest
+from .artifact.manifest import (
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    WEIGHTS_FILE,
+    FileEntry,
+    Manifest,
+    Target,
+    parse_manifest,
+)
 from .artifact.record import MAX_JSON_BYTES, to_json
 from .compiling import compile_target
 from .load import assemble, find_artifact
@@ -111,8 +119,12 @@ def _add(
     kind = _kind(chosen)
     if (features := isas.expected_features(isa)) is not None:  # to refuse before anything is compiled
         _free_name(manifest, isas.target_name(kind, features), machine, overwrite, root)
-    for name, entry in manifest.files.items():  # nothing is added to what is damaged
-        files.open_checked(root, name, entry, force=False).close()
+    for (
+        name,
+        entry,
+    ) in manifest.files.items():  # nothing is added to what is damaged; weights are hashed when mapped
+        if name != WEIGHTS_FILE:
+            files.read_checked(root, name, entry)
     contents = {name: files.read_checked(root, name, manifest.files[name]) for name in _stablehlo(chosen)}
     target, executables, _ = compile_target(
         chosen,
