@@ -149,14 +149,18 @@ class Store:
 
 
 def _behind(error: Exception) -> Exception:
-    """What went wrong: of a web server that does not answer, or refuses, fsspec says that the file is not found."""
+    """What went wrong: of a web server that does not answer, or refuses, fsspec says that the file is not found.
+
+    Other stores have causes too, which say in their own words that nothing is there.
+    """
     cause = error.__cause__
-    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+    if not isinstance(error, FileNotFoundError) or isinstance(cause, FileNotFoundError):
         return error
+    status = getattr(cause, "status", _NOT_FOUND)
     return (
-        error
-        if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == _NOT_FOUND
-        else cause
+        cause
+        if isinstance(cause, OSError) or (isinstance(cause, Exception) and status != _NOT_FOUND)
+        else error
     )
 
 
