@@ -81,9 +81,9 @@ class ExportOptions:
 
 
 DEFAULT_CONTEXT = 2048
+DEFAULT_BUCKETS = (64, 128, 512)
 # Tokens of each golden answer that a SavedModel gives again: TensorFlow takes a second for what kernels do in 50 ms.
 _BEGINNING = 4
-DEFAULT_BUCKETS = (64, 128, 512)
 
 
 @dataclass(frozen=True, kw_only=True)

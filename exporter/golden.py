@@ -11,6 +11,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.golden import Answer, FirstLogits, Golden
 from precast.loaders.generate import Model
 from precast.loaders.sampling import SamplingParams
+from precast.loaders.verify import first_logits
 
 from .programs import StoredModel
 from .stored_reference import answer_logits
@@ -80,7 +81,7 @@ def answers(model: Model, tie: float) -> tuple[Case, ...]:
 
 
 def _first_logits(model: Model, prompt: Sequence[int], tie: float) -> FirstLogits:
-    logits = model.engine.logits(model.engine.prefill(prompt, model.engine.new_cache()))[0]
+    logits = first_logits(model, prompt)
     ids = np.argsort(-logits, kind="stable")[:LOGITS]
     # Six digits are more than any two machines agree on, and keep the file small.
     return FirstLogits(

@@ -124,7 +124,7 @@ def _add(
         entry,
     ) in manifest.files.items():  # nothing is added to what is damaged; weights are hashed when mapped
         if name != WEIGHTS_FILE:
-            files.read_checked(root, name, entry)
+            files.check_file(root, name, entry, note=False)
     contents = {name: files.read_checked(root, name, manifest.files[name]) for name in _stablehlo(chosen)}
     target, executables, _ = compile_target(
         chosen,

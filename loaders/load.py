@@ -103,12 +103,13 @@ def load(
     Raises:
         PrecastError: when the artifact is not whole, not understood, or does not run on this machine.
     """
+    log = log or _to_stderr
     key = None if require_signature is None else Path(require_signature)
     url = path if isinstance(path, str) and "://" in path else None
     if url is not None:
         from .store_pull import fetch
 
-        path = fetch(url, require_signature=key, log=log or _to_stderr)
+        path = fetch(url, require_signature=key, log=log)
     root = find_artifact(Path(path))
     manifest = read_manifest(root, require_signature=key)
     machine = pjrt.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
@@ -123,11 +124,11 @@ def load(
         ) from None
     _check_weights(chosen, constants[0], root)
     # Before the target is tried, so that the child that tries it finds it compiled.
-    made = _compile_first(root, chosen, contents, machine, log or _to_stderr)
+    made = _compile_first(root, chosen, contents, machine, log)
     if not trusted and key is None:
-        trial.ensure(root, manifest, chosen, machine, compile=compile, log=log or _to_stderr)
+        trial.ensure(root, manifest, chosen, machine, compile=compile, log=log)
     client, executables_of = _runtime(
-        root, manifest, chosen, contents, made, verify=verify, log=log or _to_stderr, at=at or _nowhere
+        root, manifest, chosen, contents, made, verify=verify, log=log, at=at or _nowhere
     )
     return _model(manifest, chosen, contents, constants, client, executables_of)
 

@@ -1,7 +1,7 @@
 """What ``precast verify`` finds: whether an artifact is what was exported, and still answers as it did."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,9 +143,13 @@ def _tokens(model: Model, answer: Answer, where: str) -> list[str]:
     return [problem]
 
 
+def first_logits(model: Model, prompt: Sequence[int]) -> np.ndarray:
+    """Logits ``[V]`` of the first step of an answer to a prompt, as a view."""
+    return model.engine.logits(model.engine.prefill(prompt, model.engine.new_cache()))[0]
+
+
 def _difference(model: Model, answer: Answer) -> float:
     """The largest difference of a recorded logit from this machine's; not a number where that is none."""
-    step = model.engine.prefill(answer.prompt_token_ids, model.engine.new_cache())
-    logits = model.engine.logits(step)[0]
+    logits = first_logits(model, answer.prompt_token_ids)
     found = logits[list(answer.first_logits.token_ids)].astype(np.float64)
     return float(np.abs(found - np.array(answer.first_logits.values)).max())

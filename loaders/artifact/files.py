@@ -186,7 +186,14 @@ def _check_unchanged(name: str, file: BinaryIO | int, before: os.stat_result) ->
         )
 
 
-def check_file(root: Path, name: str, entry: FileEntry, report: Callable[[int], None]) -> None:
+def check_file(
+    root: Path,
+    name: str,
+    entry: FileEntry,
+    report: Callable[[int], None] = lambda _: None,
+    *,
+    note: bool = True,
+) -> None:
     """Reads a file from its first byte to its last, whatever is remembered of it.
 
     Args:
@@ -194,6 +201,7 @@ def check_file(root: Path, name: str, entry: FileEntry, report: Callable[[int], 
         name: of the file.
         entry: what the manifest says of it.
         report: told of bytes as they are read.
+        note: whether it is noted in the cache folder, so that it need not be read again.
 
     Raises:
         PrecastError: when the file is not what the manifest says.
@@ -203,7 +211,8 @@ def check_file(root: Path, name: str, entry: FileEntry, report: Callable[[int], 
         _check_size(root, name, entry, status.st_size)
         digest = digest_of(file, report)
         _check_hash(root, name, entry, digest)
-        _remember(_identity(status), digest)
+        if note:
+            _remember(_identity(status), digest)
 
 
 def unlisted(root: Path, listed: Iterable[str]) -> list[str]:
