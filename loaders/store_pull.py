@@ -12,6 +12,7 @@ from . import store_cache as cache
 from .artifact import files, folders
 from .artifact.errors import PrecastError
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
+from .artifact.pages import HugeWriter
 from .artifact.record import MAX_JSON_BYTES
 from .signing import check_bytes, signed_digest
 from .store import Moved, Progress, in_parallel, moved, reporting
@@ -266,10 +267,12 @@ def _write(store: Store, file: StoredFile, path: Path, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with path.open("xb") as out:
+        writer, at = HugeWriter(out, file.bytes), 0
         for piece in file.pieces:
             data, _ = _obtain(store, piece)
             digest.update(data)
-            out.write(data)
+            writer.write(at, data)
+            at += len(data)
     if digest.hexdigest() != file.sha256:
         raise PrecastError(
             f"{store}: the pieces of {name!r} do not make the file that the manifest lists; push the artifact again."

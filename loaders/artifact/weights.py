@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import PrecastError
 from .frozen import Frozen
+from .pages import HugeWriter, prefer_huge
 from .record import parse_json
 
 ALIGNMENT = 64
@@ -109,19 +110,23 @@ def write_weights(path: Path, specs: Sequence[TensorSpec], pieces: Iterable[tupl
         ValueError: when the pieces are not what the specs say.
     """
     ordered = _in_file_order(specs)
+    header = _header(ordered)
     with path.open("x+b") as file:
-        file.write(_header(ordered))
-        _write_pieces(file, ordered, pieces)
+        writer = HugeWriter(file, len(header) + sum(spec.bytes for spec in ordered))
+        writer.write(0, header)
+        _write_pieces(writer, len(header), ordered, pieces)
         # Only now: what is written in any order can be hashed in one order alone.
         file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_pieces(
-    file: BinaryIO, specs: Sequence[TensorSpec], pieces: Iterable[tuple[str, np.ndarray]]
+    writer: HugeWriter, start: int, specs: Sequence[TensorSpec], pieces: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    begins = dict(zip((s.name for s in specs), accumulate((s.bytes for s in specs), initial=0), strict=False))
-    start, by_name, written = file.tell(), {s.name: s for s in specs}, dict.fromkeys(begins, 0)
+    begins = dict(
+        zip((s.name for s in specs), accumulate((s.bytes for s in specs), initial=start), strict=False)
+    )
+    by_name, written = {s.name: s for s in specs}, dict.fromkeys(begins, 0)
     for name, piece in pieces:
         spec = by_name.get(name)
         if spec is None:
@@ -131,8 +136,9 @@ def _write_pieces(
         # Before it is written, and not into the next tensor.
         if written[name] + piece.nbytes > spec.bytes:
             raise ValueError(f"{name}: expected {spec.bytes} bytes, found {written[name] + piece.nbytes}")
-        file.seek(start + begins[name] + written[name])
-        file.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+        writer.write(
+            begins[name] + written[name], np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+        )
         written[name] += piece.nbytes
         del piece  # before the next one is made
     for spec in specs:
@@ -163,6 +169,7 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     # Private and writable, because NumPy does not hand read-only arrays to a plain DLPack consumer. Nothing writes to
     # it, so no page of it is ever copied.
     mapping = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
+    prefer_huge(mapping)
     if not isinstance(header, dict):
         raise PrecastError(f"{path}: expected a safetensors header, found {header!r:.60}.")
     entries = [_entry(path, name, e) for name, e in header.items() if name != "__metadata__"]

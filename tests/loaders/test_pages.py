@@ -1,0 +1,83 @@
+"""Files written in huge pages: in any order, the same contents; where the system can, in huge pages."""
+
+import mmap
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from precast.loaders.artifact.pages import HUGE, HugeWriter, prefer_huge
+
+
+def contents(size: int) -> bytes:
+    return np.random.default_rng(size).integers(0, 256, size, np.uint8).tobytes()
+
+
+def write(path: Path, data: bytes, cuts: list[int], order: list[int]) -> None:
+    parts = list(pairwise([0, *sorted(cuts), len(data)]))
+    with path.open("xb") as file:
+        writer = HugeWriter(file, len(data))
+        for i in order:
+            begin, end = parts[i]
+            writer.write(begin, memoryview(data)[begin:end])
+
+
+SIZES = [0, 1, HUGE - 1, HUGE, HUGE + 1, 3 * HUGE + 4711]
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_parts_in_any_order_make_the_file(tmp_path_factory, data):
+    size = data.draw(st.sampled_from(SIZES))
+    near = [b + d for b in range(0, size + 1, HUGE) for d in (-1, 0, 1) if 0 <= b + d <= size]
+    cuts = data.draw(st.lists(st.sampled_from(near) | st.integers(0, size), max_size=6))
+    order = data.draw(st.permutations(range(len(cuts) + 1)))
+    path = tmp_path_factory.mktemp("pages") / "file"
+    write(path, contents(size), cuts, order)
+    assert path.read_bytes() == contents(size)
+
+
+def huge_pages_of(path: Path) -> int:
+    """Bytes of a file that are mapped in huge pages once all of it was read."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
+        prefer_huge(mapping)
+        for at in range(0, len(mapping), 4096):
+            mapping[at]
+        entries = Path("/proc/self/smaps").read_text().split("VmFlags")
+        lines = next(e for e in entries if str(path) in e).splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("FilePmdMapped"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_small_parts_lie_in_huge_pages_where_large_ones_do(tmp_path):
+    """What the file system and memory at hand can do is seen by a file written at once."""
+    data = contents(8 * HUGE)
+    (tmp_path / "at once").write_bytes(data)
+    if huge_pages_of(tmp_path / "at once") < 8 * HUGE:
+        pytest.skip("the file system keeps no huge pages here")
+    cuts = list(range(0, len(data), 10_007))
+    order = sorted(range(len(cuts) + 1), key=lambda i: i % 7)
+    write(tmp_path / "in parts", data, cuts, order)
+    assert huge_pages_of(tmp_path / "in parts") > 4 * HUGE
+
+
+def test_a_mapping_without_advice_is_left_alone(monkeypatch, tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    with (
+        (tmp_path / "file").open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping,
+    ):
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+        prefer_huge(mapping)
+        assert mapping[:] == b"abc"
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    with Path("/dev/full").open("r+b", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        HugeWriter(file, HUGE).write(7, b"x")
