@@ -300,7 +300,7 @@ def _prefill(
     rows = Rows(slots=slot[None], starts=start[None], lengths=length[None])
     x, held = model.step(tokens[None], rows, cos, sin, held, ops)  # [1, T, D]
     last = jax.lax.dynamic_slice_in_dim(x[0], length - 1, 1)  # [1, D]
-    return _results(model.logits(last, ops), held)
+    return _results(model.logits(last, ops), held, ops)
 
 
 def _decode(
@@ -320,12 +320,11 @@ def _decode(
         lengths=(positions >= 0).astype(jnp.int32),
     )
     x, held = model.step(tokens[:, None], rows, cos, sin, held, ops)  # [B, 1, D]
-    return _results(model.logits(x[:, 0], ops), held)
+    return _results(model.logits(x[:, 0], ops), held, ops)
 
 
-def _results(logits: Array, caches: Caches) -> tuple[Array, ...]:
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return token, logits, *(array for cache in caches for array in cache.arrays())
+def _results(logits: Array, caches: Caches, ops: Ops) -> tuple[Array, ...]:
+    return ops.argmax(logits), logits, *(array for cache in caches for array in cache.arrays())
 
 
 def _flops(c: DecoderConfig, capacity: int, *, tokens: int, rows: int) -> int:

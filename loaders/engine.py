@@ -14,7 +14,7 @@ from .artifact.weights import numpy_dtype
 from .runtime.interface import Buffer, Client, Executable
 
 
-class Step(Frozen):
+class Step:
     """What a call gives for each of its sequences.
 
     Attributes:
@@ -22,8 +22,12 @@ class Step(Frozen):
         logits: ``[R, V]`` float32, still on the device.
     """
 
-    token: np.ndarray
-    logits: Buffer
+    # Made for every token: after weights have passed through the caches, a `Frozen` takes 35 µs.
+    __slots__ = ("logits", "token")
+
+    def __init__(self, token: np.ndarray, logits: Buffer) -> None:
+        self.token = token
+        self.logits = logits
 
 
 @dataclass(kw_only=True)
@@ -62,11 +66,12 @@ class _Bound(Frozen):
             cache.inputs[self.program.name] = staged
         for name, (array, _) in staged.items():
             given = inputs[name]
-            if array.ndim == 0:
+            if isinstance(given, int):
                 array[...] = given
             else:
-                array[: len(given)] = given  # type: ignore[arg-type]
-                array[len(given) :] = 0  # type: ignore[arg-type]
+                array[: len(given)] = given
+                if len(given) < len(array):
+                    array[len(given) :] = 0
         caches = [cache.buffers[name] for name in self.caches]
         results = self.executable([*(buffer for _, buffer in staged.values()), *caches, *self.constants])
         others = {}
@@ -196,4 +201,4 @@ class Engine:
 
     def _step(self, results: Mapping[str, Buffer]) -> Step:
         self._unchanged()
-        return Step(token=self._client.get(results["token"]), logits=results["logits"])
+        return Step(self._client.get(results["token"]), results["logits"])

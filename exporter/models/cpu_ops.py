@@ -97,6 +97,12 @@ def _attention(
     return out, Cache.of(caches)
 
 
+def _argmax(logits: Array) -> Array:
+    result = jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32)
+    chosen: Array = jax.ffi.ffi_call("precast.argmax.v1", result)(logits)
+    return chosen
+
+
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
     # The kernels never read an unfilled position: memory is reserved, and not touched until it is filled.
     return tuple(jax.ffi.ffi_call("precast.reserve.v1", list(arrays))())
@@ -148,6 +154,13 @@ CPU_OPS = Ops(
     embed=_embed,
     attention=_attention,
     layers=_layers,
+    argmax=_argmax,
     empty_cache=_empty_cache,
-    kernels=("precast.embed.v1", "precast.layers.v2", "precast.linear.v1", "precast.reserve.v1"),
+    kernels=(
+        "precast.argmax.v1",
+        "precast.embed.v1",
+        "precast.layers.v2",
+        "precast.linear.v1",
+        "precast.reserve.v1",
+    ),
 )

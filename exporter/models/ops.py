@@ -242,6 +242,7 @@ class Ops:
             ``0 .. start + t``, or the last of them.
         layers: ``(stack, x [R, T, D], rotary, caches, rows, used) -> (x, caches)``: all layers, one after another; a
             cache for each of the stack's groups; of the R·T rows those from `used` on are padding.
+        argmax: ``logits [R, V] -> [R]`` int32, of each row the first of the largest.
         empty_cache: ``arrays -> arrays`` of these shapes and types, nothing in them.
         kernels: the custom-call targets it uses.
     """
@@ -252,5 +253,6 @@ class Ops:
     embed: Callable[[Array, Weight, int, int], Array]
     attention: Callable[[Array, Array, Array, Rotary, Cache, Array, Rows, Attending], tuple[Array, Cache]]
     layers: Callable[[Stack, Array, Rotary, Caches, Rows, Array], tuple[Array, Caches]]
+    argmax: Callable[[Array], Array]
     empty_cache: Callable[[Sequence[jax.ShapeDtypeStruct]], tuple[Array, ...]]
     kernels: tuple[str, ...] = ()

@@ -264,6 +264,10 @@ def _attend_to(cache: Cache, layer: Array, rows: Rows, q: Array, how: Attending,
     return softmax_attention(q, keys, values, sees(positions, held, how.window), how, compute)
 
 
+def _argmax(logits: Array) -> Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
     # Masked positions are multiplied by zero here, and zero times what happens to lie in memory may be NaN.
     return tuple(jnp.zeros(a.shape, a.dtype) for a in arrays)
@@ -378,6 +382,7 @@ def xla_ops(compute: str) -> Ops:
         embed=_embed,
         attention=partial(_attention, compute),
         layers=looped(lambda: ops, partial(_attend_in_place, compute)),
+        argmax=_argmax,
         empty_cache=_empty_cache,
     )
     return ops

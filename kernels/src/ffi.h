@@ -8,6 +8,7 @@ constexpr int kAbiVersion = 3;
 }
 
 extern "C" {
+XLA_FFI_Error* PrecastArgmaxV1(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PrecastEmbedV1(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PrecastLinearV1(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PrecastLayersV2(XLA_FFI_CallFrame* call_frame);

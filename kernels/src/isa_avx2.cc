@@ -30,11 +30,12 @@ constexpr int kColumns = 3;
 #include "linear.inc"
 #include "cache.inc"
 #include "attention.inc"
+#include "argmax.inc"
 }  // namespace avx2
 
 const Ops& Avx2Ops() {
   static constexpr Ops ops = {"avx2", avx2::kLinearOps, avx2::StoreRows, avx2::Attention,
-                              avx2::MergeSpans};
+                              avx2::MergeSpans, avx2::Argmax};
   return ops;
 }
 }  // namespace precast

@@ -30,11 +30,12 @@ constexpr int kColumns = 4;
 #include "linear.inc"
 #include "cache.inc"
 #include "attention.inc"
+#include "argmax.inc"
 }  // namespace avx512
 
 const Ops& Avx512Ops() {
   static constexpr Ops ops = {"avx512", avx512::kLinearOps, avx512::StoreRows, avx512::Attention,
-                              avx512::MergeSpans};
+                              avx512::MergeSpans, avx512::Argmax};
   return ops;
 }
 }  // namespace precast

@@ -20,11 +20,12 @@ constexpr int kColumns = 3;
 #include "linear.inc"
 #include "cache.inc"
 #include "attention.inc"
+#include "argmax.inc"
 }  // namespace portable
 
 const Ops& PortableOps() {
   static constexpr Ops ops = {"portable", portable::kLinearOps, portable::StoreRows, portable::Attention,
-                              portable::MergeSpans};
+                              portable::MergeSpans, portable::Argmax};
   return ops;
 }
 }  // namespace precast

@@ -26,8 +26,9 @@ bool IsPacked(Format format) { return format == Format::kInt8 || format == Forma
 
 // Memory for the activations as the weights' formats need them: normed floats, and integers for packed weights.
 LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearCall& c) {
-  bool int8 = false, int4 = false;
+  bool floats = false, int8 = false, int4 = false;
   for (const LinearPart& part : c.parts) {
+    floats |= !IsPacked(part.weight.format);
     int8 |= part.weight.format == Format::kInt8;
     int4 |= part.weight.format == Format::kInt4;
   }
@@ -35,9 +36,11 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
   if (c.norm == nullptr && !int8 && !int4) return rows;
   const bool few = c.rows <= kFewRows;
   const int64_t pad = RoundUp(c.in, kGroup), groups = pad / kGroup;
+  const int64_t tasks = (c.rows + kPrepareRows - 1) / kPrepareRows;
   arena.Reset(c.rows * (c.in * 4 + pad * 4 + (1 + 2 * groups) * 4));
-  float* normed = c.norm == nullptr ? nullptr : arena.Take<float>(c.rows * c.in);
-  if (normed != nullptr) rows.x = normed;
+  // Normed rows that are only quantised need not outlast the task that does both.
+  float* normed = c.norm == nullptr ? nullptr : arena.Take<float>((floats ? c.rows : tasks) * c.in);
+  if (normed != nullptr && floats) rows.x = normed;
   QuantizedRows& to = rows.quantized;
   to.in_pad = pad;
   if (int8 || (int4 && few)) {
@@ -54,13 +57,14 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
       to.group_scale = arena.Take<float>(c.rows * groups);
     }
   }
-  team.For((c.rows + kPrepareRows - 1) / kPrepareRows, [&](int64_t task) {
+  team.For(tasks, [&](int64_t task) {
     const int64_t end = std::min(c.rows, (task + 1) * kPrepareRows);
     for (int64_t row = task * kPrepareRows; row < end; ++row) {
       const float* x = c.x + row * c.in;
       if (normed != nullptr) {
-        ops.normalize(x, c.norm, nullptr, c.eps, c.in, normed + row * c.in);
-        x = normed + row * c.in;
+        float* to_row = normed + (floats ? row : task) * c.in;
+        ops.normalize(x, c.norm, nullptr, c.eps, c.in, to_row);
+        x = to_row;
       }
       if (int8 || int4) ops.quantize(x, c.in, row, to);
     }

@@ -67,6 +67,8 @@ struct Ops {
   // are `out_token` apart.
   void (*merge_spans)(const AttentionPartial& partial, int64_t stride, int64_t spans, int64_t rows, int64_t group,
                       int64_t head_dim, float* out, int64_t out_token);
+  // The index of the first of the largest of n >= 1 numbers; NaN is larger than any.
+  int64_t (*argmax)(const float* x, int64_t n);
 };
 
 // Positions scored at a time for many query rows: a tile of scores and of keys stays in the first-level cache.

@@ -105,6 +105,17 @@ def embed(jax: ModuleType) -> Callable[..., np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def argmax(jax: ModuleType) -> Callable[..., np.ndarray]:
+    """``x [R, V] -> [R]``."""
+
+    def run(x: np.ndarray) -> np.ndarray:
+        result = jax.ShapeDtypeStruct(x.shape[:1], np.int32)
+        return np.asarray(jax.ffi.ffi_call("precast.argmax.v1", result)(x))
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def attention(jax: ModuleType) -> Callable[..., tuple[np.ndarray, list[np.ndarray]]]:
     """``(q, k, v, cos, sin, caches, layer, slots, starts, lengths, scale=, ...) -> (out, caches)``.
 

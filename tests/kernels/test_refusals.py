@@ -434,6 +434,28 @@ def test_embed_refuses(
     assert text in refusal(lambda: embed(*given))
 
 
+@pytest.mark.parametrize(
+    ("shape", "results", "text"),
+    [
+        ((2, 0), 2, "argmax: result [2] of x [2, 0]"),
+        ((2, 3), 1, "argmax: result [1] of x [2, 3]"),
+        ((6,), 6, "rank"),
+    ],
+)
+def test_argmax_refuses(
+    jax: ModuleType, refusal: Callable[..., str], shape: tuple[int, ...], results: int, text: str
+) -> None:
+    call = jax.ffi.ffi_call("precast.argmax.v1", jax.ShapeDtypeStruct((results,), np.int32))
+    assert text in refusal(lambda: call(np.zeros(shape, F32)))
+
+
+def test_argmax_refuses_other_numbers(jax: ModuleType, refusal: Callable[..., str]) -> None:
+    call = jax.ffi.ffi_call("precast.argmax.v1", jax.ShapeDtypeStruct((2,), np.int32))
+    assert "F32" in refusal(lambda: call(np.zeros((2, 3), np.int32)))
+    call = jax.ffi.ffi_call("precast.argmax.v1", jax.ShapeDtypeStruct((2,), F32))
+    assert "S32" in refusal(lambda: call(np.zeros((2, 3), F32)))
+
+
 def test_embed_refuses_results(jax: ModuleType, refusal: Callable[..., str]) -> None:
     call = jax.ffi.ffi_call("precast.embed.v1", jax.ShapeDtypeStruct((3, 40), F32))
     text = refusal(lambda: call(np.int32([0, 1]), TABLE, vocab=np.int64(20)))

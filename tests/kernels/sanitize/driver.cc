@@ -203,6 +203,22 @@ void CheckAttentions(const Ops& ops) {
   CheckAllExp(ops);
 }
 
+// Against a plain loop; ties, NaN and infinities included.
+void CheckArgmax(const Ops& ops) {
+  for (int i = 0; i < 2000; ++i) {
+    const int64_t n = Between(1, i % 4 ? 80 : 3000);
+    Floats x = Floats::Normal(n);
+    for (int64_t k = 0; i % 3 == 0 && k < n; ++k) x[k] = static_cast<float>(Between(-2, 2));
+    if (i % 5 == 0) x[Between(0, n - 1)] = INFINITY;
+    if (i % 7 == 0) x[Between(0, n - 1)] = NAN;
+    for (int64_t k = 0; i % 11 == 0 && k < n; ++k) x[k] = -INFINITY;
+    int64_t expected = 0;
+    for (int64_t k = 1; k < n && !std::isnan(x[expected]); ++k)
+      if (std::isnan(x[k]) || x[k] > x[expected]) expected = k;
+    Near("argmax", static_cast<double>(ops.argmax(x.get(), n)), static_cast<double>(expected), 0.0);
+  }
+}
+
 }  // namespace
 
 int main(int arguments, char** argument) {
@@ -216,6 +232,7 @@ int main(int arguments, char** argument) {
   }
   if (!calls) CheckLinearOps(*ops);
   if (!calls) CheckAttentions(*ops);
+  if (!calls) CheckArgmax(*ops);
   ForceOps(ops);
   for (int64_t threads : {0, 1, 4}) CheckCalls(threads);
 }

@@ -112,10 +112,18 @@ std::vector<double> SharesOf(const float* scores, const Mixture& m) {
   return shares;
 }
 
-double Dot(const Weights& w, int64_t o, const std::vector<double>& x) {
-  double sum = 0;
-  for (int64_t k = 0; k < w.in; ++k) sum += w.At(o, k) * x[static_cast<size_t>(k)];
-  return sum;
+// A product, and the sum of its terms' sizes, of which a rounding of x loses a part.
+struct Product {
+  double value, size;
+};
+
+Product Dot(const Weights& w, int64_t o, const std::vector<double>& x) {
+  Product p = {0, 0};
+  for (int64_t k = 0; k < w.in; ++k) {
+    const double term = w.At(o, k) * x[static_cast<size_t>(k)];
+    p.value += term, p.size += std::fabs(term);
+  }
+  return p;
 }
 
 void CheckExperts(Team& team, Arena& linear, Arena& own, Format format, const Mixture& m) {
@@ -151,12 +159,15 @@ void CheckExperts(Team& team, Arena& linear, Arena& own, Format format, const Mi
       const auto at = static_cast<size_t>(kLayer * m.experts + e);
       std::vector<double> gated, size;
       for (int64_t f = 0; f < m.ff; ++f) {
-        gated.push_back(GateOf(m.gate, Dot(gates.all[at], f, row)) * Dot(ups.all[at], f, row));
-        size.push_back(std::fabs(gated.back()));
+        const Product gate = Dot(gates.all[at], f, row), up = Dot(ups.all[at], f, row);
+        const double opened = GateOf(m.gate, gate.value);
+        gated.push_back(opened * up.value);
+        // What is lost of one is multiplied by the other, however small their product is. No gate is steeper than 1.2.
+        size.push_back(std::fabs(opened) * up.size + 1.2 * gate.size * std::fabs(up.value));
       }
       const double most = *std::max_element(size.begin(), size.end());
       for (int64_t d = 0; d < D; ++d) {
-        sums[static_cast<size_t>(d)] += share * Dot(downs.all[at], d, gated);
+        sums[static_cast<size_t>(d)] += share * Dot(downs.all[at], d, gated).value;
         for (int64_t f = 0; f < m.ff; ++f) sizes[static_cast<size_t>(d)] += share * std::fabs(downs.all[at].At(d, f)) * most;
       }
     }

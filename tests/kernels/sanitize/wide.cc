@@ -20,10 +20,12 @@ constexpr int kColumns = 4;
 #include "linear.inc"
 #include "cache.inc"
 #include "attention.inc"
+#include "argmax.inc"
 }  // namespace wide
 
 const Ops& WideOps() {
-  static constexpr Ops ops = {"wide", wide::kLinearOps, wide::StoreRows, wide::Attention, wide::MergeSpans};
+  static constexpr Ops ops = {"wide", wide::kLinearOps, wide::StoreRows, wide::Attention, wide::MergeSpans,
+                              wide::Argmax};
   return ops;
 }
 }  // namespace precast
