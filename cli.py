@@ -239,6 +239,8 @@ def run(
 
     With a terminal and no prompt it is an interactive chat.
     """
+    # NumPy multiplies no matrices here, and its threads, once started, spin beside ours for a tenth of the start.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from precast.loaders import console
 
     console.run(

@@ -1,5 +1,6 @@
 """precast, as `precast run` uses it: an artifact, its engine, and no jax."""
 
+import os
 from collections.abc import Iterator, Sequence
 
 from worker import timed_run
@@ -9,6 +10,7 @@ class Precast:
     packages = ("precast", "jaxlib", "numpy")
 
     def __init__(self, model: str) -> None:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from precast.loaders.load import load
         from precast.loaders.runtime import pjrt
 
