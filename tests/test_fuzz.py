@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from random import Random
@@ -18,8 +19,19 @@ def fuzzing(monkeypatch):
     """The modules of the folder, which are scripts."""
     monkeypatch.syspath_prepend(str(FUZZ))
     yield
-    for name in ("kinds", "mutate", "templates", "worker"):
+    for name in ("kinds", "mutate", "run", "templates", "worker"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def signed(tiny_artifact, tmp_path, fuzzing) -> Path:
+    """The artifact, with a signature and the key for it."""
+    from run import sign_base
+
+    folder = tmp_path / "base" / "artifact"
+    shutil.copytree(tiny_artifact, folder)
+    sign_base(folder)
+    return folder
 
 
 def run(python, artifact, tmp_path, *options) -> list[str]:
@@ -41,10 +53,16 @@ def test_mutated_programs(tiny_artifact, python, tmp_path):
     assert json.loads(lines[-1])["findings"] == 0
 
 
-def test_a_case_can_be_made_again(tiny_artifact, fuzzing):
+def test_mutated_signatures(signed, python, tmp_path):
+    lines = run(python, signed, tmp_path, "--cases", "60", "--only", "signature", "--processes", "1")
+    assert json.loads(lines[-1])["findings"] == 0
+    assert re.search(r"^signature +60 +0 +[\d.]+ s +\d+ refused", "\n".join(lines), re.MULTILINE)
+
+
+def test_a_case_can_be_made_again(signed, fuzzing):
     import kinds
 
-    base = kinds.Base.read(tiny_artifact)
+    base = kinds.Base.read(signed)
     for kind in kinds.KINDS:
         cases = [kinds.make(base, kind, n) for n in range(6)]
         assert cases == [kinds.make(base, kind, n) for n in range(6)]

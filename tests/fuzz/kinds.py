@@ -4,6 +4,7 @@ A change of a file other than the manifest goes with its new hash into the manif
 hash check is passed, and what lies behind it is met.
 """
 
+import base64
 import copy
 import hashlib
 import json
@@ -17,7 +18,12 @@ from typing import Any
 from mutate import NAMES, mutate_bytes, mutate_json, odd_value, write_json
 from templates import program
 
-MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+MANIFEST, SIGNATURE, WEIGHTS = "manifest.json", "manifest.json.sig", "weights.safetensors"
+
+
+def key_of(root: Path) -> Path:
+    """The public key of who signed the artifact, beside its folder."""
+    return root.parent / "keys" / "public.pem"
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Case:
     verify: bool = False
     target: str | None = None
     index: bytes | None = None  # of a store to pull the artifact from, instead
+    signed: bool = False  # its signature is checked, instead
     texts: tuple[str, ...] = ("the cat",)
 
 
@@ -444,6 +451,24 @@ def store(base: Base, random: Random) -> Case:
     )
 
 
+def signature(base: Base, random: Random) -> Case:
+    """The signature, from its bytes to the statement that is signed in it; or another manifest than was signed."""
+    whole = base.files[SIGNATURE]
+    match random.randrange(4):
+        case 0:
+            return Case(changes={SIGNATURE: mutate_bytes(whole, random)}, signed=True)
+        case 1:
+            return Case(changes={SIGNATURE: write_json(mutate_json(json.loads(whole), random))}, signed=True)
+        case 2:
+            bundle = json.loads(whole)
+            statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
+            changed = write_json(mutate_json(statement, random))
+            bundle["dsseEnvelope"]["payload"] = base64.b64encode(changed).decode()
+            return Case(changes={SIGNATURE: write_json(bundle)}, signed=True)
+        case _:
+            return Case(changes={MANIFEST: mutate_bytes(base.files[MANIFEST], random)}, signed=True)
+
+
 @dataclass(frozen=True)
 class Kind:
     """How cases are made, their share of all cases, and seconds that one may take."""
@@ -462,12 +487,13 @@ KINDS: Mapping[str, Kind] = {
     "weights": Kind(weights, 0.12),
     "weights_and_manifest": Kind(weights_and_manifest, 0.03),
     "tokenizer": Kind(tokenizer, 0.12),
-    "template": Kind(template, 0.13),
+    "template": Kind(template, 0.11),
     "golden": Kind(golden, 0.03),
     "names": Kind(names, 0.04),
     "folder": Kind(folder, 0.03),
     "altered": Kind(altered, 0.02),
     "store": Kind(store, 0.04),
+    "signature": Kind(signature, 0.02),
     "stablehlo": Kind(stablehlo, 0.03, limit_s=120, native=True),
     "executable": Kind(executable, 0.06, limit_s=60, native=True),
 }

@@ -21,7 +21,7 @@ from typing import Any
 
 import kinds
 
-from precast.loaders import inspect, trial
+from precast.loaders import inspect, signing, trial
 from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.load import load
@@ -215,6 +215,17 @@ def exercise(root: Path, case: kinds.Case, problems: Problems, *, trusted: bool)
     return "loaded"
 
 
+def check_signature(place: Place, key: Path, problems: Problems) -> str:
+    """Asks for the signature of whoever made the whole artifact; "accepted" or "refused"."""
+    manifest = (place.root / kinds.MANIFEST).read_bytes()
+    problems.attempt("signature", lambda: signing.check_signature(place.root, manifest, key))
+    if problems.found or problems.refused:
+        return "refused"
+    if manifest != place.base.files[kinds.MANIFEST]:
+        problems.found.append("signature: it was accepted for another manifest")
+    return "accepted"
+
+
 def pull(place: Place, problems: Problems) -> str:
     """Pulls the artifact by the index that is there; "loaded" or "refused"."""
     from precast.loaders.store_pull import pull as pull_from
@@ -298,7 +309,10 @@ def main() -> None:
     place.offer(whole_index)
     pull(place, Problems())  # imports what pulling takes
     shutil.rmtree(place.pulled)
-    guard = Guard((*allowed, place.store, Path("/sys"), Path(f"/proc/{os.getpid()}")), written)
+    key = kinds.key_of(base.root)
+    if key.exists():
+        check_signature(place, key, Problems())
+    guard = Guard((*allowed, key.parent, place.store, Path("/sys"), Path(f"/proc/{os.getpid()}")), written)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -310,6 +324,8 @@ def main() -> None:
             with guard.watching(children=case.compile or not asked["trusted"]):
                 if case.index is not None:
                     outcome = pull(place, problems)
+                elif case.signed:
+                    outcome = check_signature(place, key, problems)
                 else:
                     outcome = exercise(place.root, case, problems, trusted=asked["trusted"])
             found = [*problems.found, *guard.found]
