@@ -1,5 +1,6 @@
 """What ``precast run`` does: one prompt, or a conversation in the terminal."""
 
+import gc
 import json
 import sys
 from collections.abc import Mapping
@@ -76,6 +77,8 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
         compile=load_options.compile,
         require_signature=load_options.require_signature,
     )
+    gc.freeze()
+    gc.enable()
     loaded = process_age()
     params = replace(model.default_sampling(), **sampling.given())
     if interactive:

@@ -328,3 +328,28 @@ def test_inspect_reads_nothing_but_the_manifest(cli, tmp_path, tiny_artifact):
     shutil.copy(tiny_artifact / "manifest.json", tmp_path)
     assert cli("inspect", tmp_path).exit_code == 0
     assert sys.modules.get("jax") is not None  # the test's own process stays as it was
+
+
+COLLECTING = """
+import gc, sys
+from click.testing import CliRunner
+from precast.cli import main
+from precast.loaders import load
+
+whole, seen = load.load, []
+def looked_at(*arguments, **options):
+    seen.append(gc.isenabled())
+    return whole(*arguments, **options)
+load.load = looked_at
+codes = []
+for options in (["-p", "a", "-n", "1"], ["-p", "a", "--target", "none"], ["-p", "a", "--ids", "1"]):
+    codes.append(CliRunner().invoke(main, ["run", sys.argv[1], *options]).exit_code)
+    assert gc.isenabled(), options
+assert (codes, seen) == ([0, 2, 2], [False, False]), (codes, seen)
+"""
+
+
+def test_a_start_leaves_the_collector_of_garbage_on(tiny_artifact, python):
+    """Whether it runs or is refused; while it loads there is nothing to collect."""
+    result = python("-c", COLLECTING, str(tiny_artifact))
+    assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 """precast, as `precast run` uses it: an artifact, its engine, and no jax."""
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 
@@ -10,12 +11,15 @@ class Precast:
     packages = ("precast", "jaxlib", "numpy")
 
     def __init__(self, model: str) -> None:
+        gc.disable()
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from precast.loaders.load import load
         from precast.loaders.runtime import pjrt
 
         pjrt.block_jax()
         self._model = load(model)
+        gc.freeze()
+        gc.enable()
         self._engine = self._model.engine
 
     def prefill(self, ids: Sequence[int]) -> int:
