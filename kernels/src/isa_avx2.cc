@@ -20,15 +20,14 @@ namespace precast {
 #define PRECAST_ISA 256
 namespace avx2 {
 constexpr int kWidth = 8;
-constexpr int kRows = 4;
 constexpr int kQuantRows = 6;
-constexpr int kColumns = 3;
 #include "simd.inc"
-#include "matmul.inc"
 #include "int8.inc"
 #include "quantized.inc"
-#include "linear.inc"
 #include "cache.inc"
+#include "panels.inc"
+#include "matmul.inc"
+#include "linear.inc"
 #include "attention.inc"
 #include "argmax.inc"
 }  // namespace avx2

@@ -20,15 +20,14 @@ namespace precast {
 #define PRECAST_ISA 512
 namespace avx512 {
 constexpr int kWidth = 16;
-constexpr int kRows = 6;
 constexpr int kQuantRows = 8;
-constexpr int kColumns = 4;
 #include "simd.inc"
-#include "matmul.inc"
 #include "int8.inc"
 #include "quantized.inc"
-#include "linear.inc"
 #include "cache.inc"
+#include "panels.inc"
+#include "matmul.inc"
+#include "linear.inc"
 #include "attention.inc"
 #include "argmax.inc"
 }  // namespace avx512

@@ -10,15 +10,14 @@ namespace precast {
 #define PRECAST_ISA 0
 namespace portable {
 constexpr int kWidth = 4;
-constexpr int kRows = 4;
 constexpr int kQuantRows = 4;
-constexpr int kColumns = 3;
 #include "simd.inc"
-#include "matmul.inc"
 #include "int8.inc"
 #include "quantized.inc"
-#include "linear.inc"
 #include "cache.inc"
+#include "panels.inc"
+#include "matmul.inc"
+#include "linear.inc"
 #include "attention.inc"
 #include "argmax.inc"
 }  // namespace portable
