@@ -1,6 +1,5 @@
 """The command line. ``python cli.py …`` in a checkout and the installed ``precast …`` are the same."""
 
-import gc
 import os
 import sys
 from collections.abc import Callable
@@ -240,23 +239,16 @@ def run(
 
     With a terminal and no prompt it is an interactive chat.
     """
-    # NumPy multiplies no matrices here, and its threads, once started, spin beside ours for a tenth of the start.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Nothing that a start makes is garbage, and looking for it takes a fortieth of it. `console.run` enables it again.
-    gc.disable()
-    try:
-        from precast.loaders import console
+    from precast.loaders import console
 
-        console.run(
-            artifact,
-            console.Request(prompt=prompt, ids=ids, chat=chat, system=system, as_json=as_json),
-            console.LoadOptions(
-                verify=verify, target=target, compile=may_compile, require_signature=require_signature
-            ),
-            console.SamplingOptions(ignore_eos=ignore_eos, **sampling),
-        )
-    finally:
-        gc.enable()
+    console.run(
+        artifact,
+        console.Request(prompt=prompt, ids=ids, chat=chat, system=system, as_json=as_json),
+        console.LoadOptions(
+            verify=verify, target=target, compile=may_compile, require_signature=require_signature
+        ),
+        console.SamplingOptions(ignore_eos=ignore_eos, **sampling),
+    )
 
 
 @main.command("add-target")

@@ -5,6 +5,8 @@ What runs them is behind `precast.loaders.runtime.interface`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -144,7 +146,9 @@ class Engine:
         self._cache({}, cache)
         return cache
 
-    def prefill(self, tokens: Sequence[int], cache: Cache, *, start: int = 0, slot: int = 0) -> Step:
+    def prefill(
+        self, tokens: Sequence[int], cache: Cache, *, start: SupportsIndex = 0, slot: SupportsIndex = 0
+    ) -> Step:
         """Runs a prompt through the smallest bucket that holds it, or through the largest in chunks.
 
         Args:
@@ -159,6 +163,7 @@ class Engine:
         Raises:
             ValueError: for no tokens, positions outside the cache, or a slot that is not there.
         """
+        start, slot = index(start), index(slot)  # NumPy's integers too
         if not tokens or start < 0 or start + len(tokens) > self.capacity:
             raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.capacity} positions")
         if not 0 <= slot < self.slots:

@@ -1,5 +1,6 @@
 """The command line: what `run` and `inspect` print, and that a deployed process stays light."""
 
+import gc
 import json
 import shutil
 import sys
@@ -330,26 +331,105 @@ def test_inspect_reads_nothing_but_the_manifest(cli, tmp_path, tiny_artifact):
     assert sys.modules.get("jax") is not None  # the test's own process stays as it was
 
 
-COLLECTING = """
-import gc, sys
-from click.testing import CliRunner
-from precast.cli import main
-from precast.loaders import load
-
-whole, seen = load.load, []
-def looked_at(*arguments, **options):
-    seen.append(gc.isenabled())
-    return whole(*arguments, **options)
-load.load = looked_at
-codes = []
-for options in (["-p", "a", "-n", "1"], ["-p", "a", "--target", "none"], ["-p", "a", "--ids", "1"]):
-    codes.append(CliRunner().invoke(main, ["run", sys.argv[1], *options]).exit_code)
-    assert gc.isenabled(), options
-assert (codes, seen) == ([0, 2, 2], [False, False]), (codes, seen)
-"""
+# --- what a start sets in the process -----------------------------------------------------------------------
 
 
-def test_a_start_leaves_the_collector_of_garbage_on(tiny_artifact, python):
-    """Whether it runs or is refused; while it loads there is nothing to collect."""
-    result = python("-c", COLLECTING, str(tiny_artifact))
+@pytest.fixture
+def collecting(monkeypatch):
+    """Whether garbage was collected: a list that grows when an artifact is read, and when it generates."""
+    from precast.loaders import load
+    from precast.loaders.generate import Model
+
+    seen = []
+
+    def watch(owner, name):
+        whole = getattr(owner, name)
+
+        def watched(*arguments, **options):
+            seen.append((name, gc.isenabled()))
+            return whole(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(load, "read_manifest")
+    watch(Model, "stream")
+    yield seen
+    gc.enable()
+
+
+REFUSED, RUNS = ("--target", "none"), ()
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("options", [RUNS, REFUSED])
+def test_garbage_is_collected_again_once_it_is_loaded(cli, tiny_artifact, collecting, options, on):
+    """By a caller that had it collected; nothing that a start makes is garbage."""
+    (gc.enable if on else gc.disable)()
+    before = gc.get_freeze_count()
+    result = cli("run", tiny_artifact, "-p", "a", "-n", "1", *options)
+    assert result.exit_code == (2 if options == REFUSED else 0), result.output
+    assert (gc.isenabled(), gc.get_freeze_count()) == (on, before)
+    assert collecting == [("read_manifest", False), ("stream", on)][: 1 if options == REFUSED else 2]
+
+
+def test_what_was_loaded_is_old_to_the_collector(python):
+    """So that the first collection of what is young, while it generates, does not go through all of it."""
+    code = (
+        "import gc\n"
+        "from pathlib import Path\n"
+        "from precast.loaders.console import starting\n"
+        "gc.disable()  # or the first collection comes before it is looked at\n"
+        "with starting(Path('anywhere')):\n"
+        "    made = [[] for _ in range(50_000)]\n"
+        "young = len(gc.get_objects(generation=0))\n"
+        "assert young < 5000, young"
+    )
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_what_a_caller_froze_stays_frozen(python):
+    code = (
+        "import gc\n"
+        "from pathlib import Path\n"
+        "from precast.loaders.console import starting\n"
+        "gc.freeze()\n"
+        "before = gc.get_freeze_count()\n"
+        "with starting(Path('anywhere')): pass\n"
+        "assert gc.get_freeze_count() >= before > 0"
+    )
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_garbage_is_collected_while_it_is_pulled(record, tiny_artifact, collecting, monkeypatch):
+    from precast.loaders import store_pull
+
+    def fetch(url, **_):
+        collecting.append((url, gc.isenabled()))
+        return tiny_artifact
+
+    monkeypatch.setattr(store_pull, "fetch", fetch)
+    record("s3://bucket/tiny", "--ids", PROMPT, "-n", "1")
+    assert collecting == [("s3://bucket/tiny", True), ("read_manifest", True), ("stream", True)]
+
+
+@pytest.mark.parametrize("own", [None, "3"])
+def test_numpy_starts_no_threads_unless_asked_to(tiny_artifact, python, own):
+    """OpenBLAS reads the variable when NumPy is imported, and children started later are not to inherit it."""
+    code = (
+        "import os, sys\n"
+        "from precast.cli import main\n"
+        f"own, name, seen = {own!r}, 'OPENBLAS_NUM_THREADS', []\n"
+        "os.environ.pop(name, None)\n"
+        "if own: os.environ[name] = own\n"
+        "class Watch:\n"
+        "    def find_spec(module, path=None, target=None):\n"
+        "        if module == 'numpy': seen.append(os.environ.get(name))\n"
+        "sys.meta_path.insert(0, Watch)\n"
+        "main(['run', sys.argv[1], '--ids', '7,200,31', '-n', '1'], standalone_mode=False)\n"
+        "assert seen == [own or '1'], seen\n"
+        "assert os.environ.get(name) == own"
+    )
+    result = python("-c", code, str(tiny_artifact))
     assert result.returncode == 0, result.stderr

@@ -1,8 +1,7 @@
 """precast, as `precast run` uses it: an artifact, its engine, and no jax."""
 
-import gc
-import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from worker import timed_run
 
@@ -11,15 +10,15 @@ class Precast:
     packages = ("precast", "jaxlib", "numpy")
 
     def __init__(self, model: str) -> None:
-        gc.disable()
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        from precast.loaders.load import load
-        from precast.loaders.runtime import pjrt
+        from precast.loaders.console import starting
 
-        pjrt.block_jax()
-        self._model = load(model)
-        gc.freeze()
-        gc.enable()
+        with starting(Path(model)):
+            from precast.loaders.runtime.pjrt import block_jax
+
+            block_jax()
+            from precast.loaders.load import load
+
+            self._model = load(model)
         self._engine = self._model.engine
 
     def prefill(self, ids: Sequence[int]) -> int:

@@ -141,8 +141,19 @@ def one(worker: Worker, kind: str, seed: int) -> tuple[dict[str, Any], str]:
 
 
 def plan(cases: int, first: int, only: str | None, *, signed: bool) -> list[tuple[str, int]]:
-    """Kinds and numbers, mixed, so that a short run meets all of them."""
+    """Kinds and numbers, mixed, so that a short run meets all of them.
+
+    Raises:
+        SystemExit: for a kind that there is not, and for signatures of an artifact that has none.
+    """
     chosen = only.split(",") if only else [name for name in kinds.KINDS if signed or name != "signature"]
+    if unknown := [name for name in chosen if name not in kinds.KINDS]:
+        raise SystemExit(f"--only: there is no kind {unknown[0]!r}; choose of {', '.join(kinds.KINDS)}.")
+    if "signature" in chosen and not signed:
+        raise SystemExit(
+            "--only signature needs a signed artifact with its public key in keys/public.pem beside its folder; sign it"
+            " with precast sign, or leave --artifact out."
+        )
     shares = {name: kinds.KINDS[name].share for name in chosen}
     total = sum(shares.values())
     counts = {name: max(1, round(cases * share / total)) for name, share in shares.items()}
@@ -269,9 +280,11 @@ def main() -> None:
     started = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="precast-fuzz-"))
     try:
-        base = options.artifact or make_base(folder / "base" / "artifact")
-        planned = plan(options.cases, first, options.only, signed=kinds.key_of(base).exists())
-        tallies = fuzz(base.resolve(), folder, planned, options.processes, options.findings)
+        # Resolved first: the key is looked for beside the folder, which "." does not name.
+        base = (options.artifact or make_base(folder / "base" / "artifact")).resolve()
+        signed = kinds.key_of(base).exists() and (base / kinds.SIGNATURE).exists()
+        planned = plan(options.cases, first, options.only, signed=signed)
+        tallies = fuzz(base, folder, planned, options.processes, options.findings)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found = [finding for tally in tallies.values() for finding in tally.findings]

@@ -5,6 +5,7 @@
 It reads lines of JSON (`kind`, `seed`, `trusted`) from standard input and answers each with a line.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -13,8 +14,9 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,23 @@ LONGEST_MESSAGE = 4100
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 
+# By event, the places that it changes: which argument names one, which the folder (a descriptor) that the name is
+# relative to, and whether a link there is followed. Where a symbolic link leads is no matter until somebody follows it;
+# a hard link is another name by which the file itself may be changed, so that file counts.
+CHANGES: Mapping[str, tuple[tuple[int, int | None, bool], ...]] = {
+    "os.remove": ((0, 1, False),),
+    "os.rmdir": ((0, 1, False),),
+    "os.mkdir": ((0, 2, False),),
+    "os.rename": ((0, 2, False), (1, 3, False)),
+    "os.link": ((0, 2, False), (0, 2, True), (1, 3, False)),
+    "os.symlink": ((1, 2, False),),
+    "os.truncate": ((0, None, True),),
+    "os.chmod": ((0, 2, True),),
+    "os.chown": ((0, 3, True),),
+    "os.utime": ((0, 3, True),),
+}
+
+
 class Guard:
     """Notes what a case opens, starts or changes where it has no business."""
 
@@ -40,58 +59,73 @@ class Guard:
         self._read = tuple(f"{os.path.realpath(p)}{os.sep}" for p in (*allowed, *written))
         self._written = tuple(f"{os.path.realpath(p)}{os.sep}" for p in written)
         self.active, self.children, self.found = False, False, list[str]()
+        self._thread, self._os_open = threading.local(), os.open
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.active:
+        if not self.active or getattr(self._thread, "looks", False):
             return
-        self.active = False  # what is done to look at an event is none
+        self._thread.looks = True  # what this thread does to look at an event is none
         try:
             if event == "open":
                 self._opened(*args)
-            elif event in (
-                "os.remove",
-                "os.rename",
-                "os.rmdir",
-                "os.mkdir",
-                "os.symlink",
-                "os.link",
-                "os.truncate",
-            ):
-                self._check(event, self._place(event, *args), self._written)
+            elif event in CHANGES:
+                for name, folder, follow in CHANGES[event]:
+                    at = -1 if folder is None else args[folder]
+                    self._check(event, args[name], self._written, at=at, follow=follow)
             elif event.startswith(
                 ("socket.", "os.system", "os.exec", "pty.", "ftplib", "urllib", "webbrowser", "pickle.")
             ) or (event == "subprocess.Popen" and not self.children):
                 self.found.append(f"{event} {args!r:.200}")
         finally:
-            self.active = True
+            self._thread.looks = False
 
-    def _place(self, event: str, path: Any, *more: Any) -> Any:
-        """What is removed; the standard library removes trees by names in folders that it has opened."""
-        if event in ("os.remove", "os.rmdir") and more[0] >= 0:
-            return os.path.join(os.readlink(f"/proc/self/fd/{more[0]}"), os.fsdecode(path))
-        return path
+    def _open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        """`os.open`, of which the event does not say what folder the name is relative to."""
+        self._thread.folder = dir_fd
+        try:
+            return self._os_open(path, flags, mode, dir_fd=dir_fd)
+        finally:
+            self._thread.folder = None
 
     def _opened(self, path: Any, mode: Any, flags: int) -> None:
-        if isinstance(path, int):
-            return
         written = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-        self._check("open", path, self._written if written else self._read)
+        folder = getattr(self._thread, "folder", None)
+        at = -1 if folder is None else folder
+        self._check("open", path, self._written if written else self._read, at=at, follow=True)
 
-    def _check(self, event: str, path: Any, allowed: tuple[str, ...]) -> None:
+    def _check(self, event: str, path: Any, allowed: tuple[str, ...], *, at: int, follow: bool) -> None:
         if isinstance(path, int):
-            return
-        real = os.path.realpath(os.fsdecode(path)) + os.sep
-        if not real.startswith(allowed) and real.rstrip(os.sep) not in ("/dev/null", "/dev/urandom"):
+            return  # it was looked at when it was opened
+        try:
+            real = where(os.fsdecode(path), at, follow=follow)
+        except (OSError, ValueError):
+            return  # no such descriptor, or no such name: nothing comes of it
+        if not f"{real}{os.sep}".startswith(allowed) and real not in ("/dev/null", "/dev/urandom"):
             self.found.append(f"{event} {real!r:.300}")
 
     @contextmanager
     def watching(self, *, children: bool) -> Iterator[None]:
         self.found, self.children, self.active = [], children, True
+        os.open = self._open
         try:
             yield
         finally:
-            self.active = False
+            os.open, self.active = self._os_open, False
+
+
+def where(path: str, at: int, *, follow: bool) -> str:
+    """Where a name leads that is relative to an open folder, or with -1 to the current one.
+
+    Raises:
+        OSError: when there is no such descriptor.
+    """
+    if at >= 0:
+        path = os.path.join(os.readlink(f"/proc/self/fd/{at}"), path)
+    folder, name = os.path.split(path.rstrip(os.sep))
+    if follow or name in ("", ".", ".."):
+        return os.path.realpath(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 class Place:
@@ -229,7 +263,18 @@ def check_signature(place: Place, key: Path, problems: Problems) -> str:
         return "refused"
     if manifest != place.base.files[kinds.MANIFEST]:
         problems.found.append("signature: it was accepted for another manifest")
+    signature = (place.root / kinds.SIGNATURE).read_bytes()
+    if signed_bytes(signature) != signed_bytes(place.base.files[kinds.SIGNATURE]):
+        problems.found.append("signature: it was accepted over another statement than was signed")
     return "accepted"
+
+
+def signed_bytes(signature: bytes) -> bytes | None:
+    """What a signature is over: the statement in it, however it is written there; None where there is none."""
+    try:
+        return base64.b64decode(json.loads(signature)["dsseEnvelope"]["payload"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def pull(place: Place, problems: Problems) -> str:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,20 @@ CHECKS = [HERE / f"{name}.cc" for name in ("driver", "wide", "linear", "calls", 
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Werror")
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREADS = ("-fsanitize=thread",)
+# For one compilation or one run, of which the slowest takes half a minute on an idle machine.
+LIMIT_S = 900
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
 
 
 def compile_all(folder: Path, sources: list[Path], flags: tuple[str, ...], include: Path) -> Path:
-    """Compiles the sources, all at a time, and links them."""
+    """Compiles the sources, as many at a time as there are CPUs, and links them."""
     compiler = (
         os.environ.get("CXX", "g++"),
         "-std=c++17",
@@ -40,9 +51,9 @@ def compile_all(folder: Path, sources: list[Path], flags: tuple[str, ...], inclu
         [*compiler, f"-I{SOURCES}", f"-I{include}", "-c", str(source), "-o", str(target)]
         for source, target in zip(sources, objects, strict=True)
     ]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    messages = [compilation.communicate()[1] for compilation in running]
-    assert [compilation.returncode for compilation in running] == [0] * len(running), "".join(messages)
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        done = list(pool.map(run, commands))
+    assert [one.returncode for one in done] == [0] * len(done), "".join(one.stderr for one in done)
     subprocess.run([*compiler, *map(str, objects), "-o", str(folder / "driver")], check=True)
     return folder / "driver"
 
@@ -61,7 +72,7 @@ def require_sanitizer(folder: Path, flags: tuple[str, ...]) -> None:
 
 
 def assert_clean(command: list[str | Path]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = run(command)
     assert result.returncode == 0, result.stderr
 
 

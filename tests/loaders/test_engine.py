@@ -97,6 +97,25 @@ def test_padding_is_never_written(tiny_model):
         assert not np.array_equal(array[..., 10:13, :], after[name][..., 10:13, :])
 
 
+@pytest.mark.parametrize("integer", [np.int32, np.int64, np.array])
+def test_start_and_slot_may_be_numpy_s_integers(slots_model, integer):
+    engine, ids = slots_model.engine, prompt(20)
+    ours, theirs = engine.new_cache(), engine.new_cache()
+    for cache, of in ((ours, int), (theirs, integer)):
+        engine.prefill(ids[:3], cache, start=of(0), slot=of(1))
+        engine.prefill(ids[3:], cache, start=of(3), slot=of(1))
+    for name, array in contents(ours).items():
+        # What lies behind the prompt, and in other slots, was never written.
+        np.testing.assert_array_equal(array[:, 1, :, :20], contents(theirs)[name][:, 1, :, :20])
+
+
+def test_start_and_slot_are_whole_numbers(tiny_model):
+    engine = tiny_model.engine
+    for place in ({"start": 1.0}, {"slot": 0.0}):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            engine.prefill(prompt(3), engine.new_cache(), **place)
+
+
 # --- slots --------------------------------------------------------------------------------------------------
 
 

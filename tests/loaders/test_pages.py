@@ -56,13 +56,24 @@ def huge_pages_of(path: Path) -> int:
 def test_small_parts_lie_in_huge_pages_where_large_ones_do(tmp_path):
     """What the file system and memory at hand can do is seen by a file written at once."""
     data = contents(8 * HUGE)
-    (tmp_path / "at once").write_bytes(data)
-    if huge_pages_of(tmp_path / "at once") < 8 * HUGE:
-        pytest.skip("the file system keeps no huge pages here")
     cuts = list(range(0, len(data), 10_007))
     order = sorted(range(len(cuts) + 1), key=lambda i: i % 7)
-    write(tmp_path / "in parts", data, cuts, order)
-    assert huge_pages_of(tmp_path / "in parts") >= HUGE  # as many as memory had together
+
+    def could_be_huge(name: str) -> bool:
+        (tmp_path / name).write_bytes(data)
+        return huge_pages_of(tmp_path / name) >= 8 * HUGE
+
+    if not could_be_huge("at once"):
+        pytest.skip("the file system keeps no huge pages here, or memory has none left")
+    for attempt in range(3):
+        path = tmp_path / f"in parts {attempt}"
+        write(path, data, cuts, order)
+        if huge_pages_of(path) >= HUGE:  # as many as memory had together
+            return
+        # Others use memory too: it counts only where there was enough of it before and after.
+        if not could_be_huge(f"at once, after {attempt}"):
+            pytest.skip("memory has no huge pages left")
+    pytest.fail("a file written in parts lies in small pages, one written at once in huge ones")
 
 
 def test_a_mapping_without_advice_is_left_alone(monkeypatch, tmp_path):
