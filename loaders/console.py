@@ -1,5 +1,6 @@
 """What ``precast run`` does: one prompt, or a conversation in the terminal."""
 
+import atexit
 import gc
 import json
 import os
@@ -69,6 +70,8 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
         from .runtime.pjrt import block_jax
 
         block_jax()
+        # Nor need anything be collected at its end, which would take a twentieth of a short answer's time.
+        atexit.register(gc.freeze)
         from .load import load
 
         imported = process_age()
