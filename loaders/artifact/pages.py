@@ -43,8 +43,9 @@ class HugeWriter:
         self._file.write(data)
 
 
-def prefer_huge(mapping: mmap.mmap) -> None:
-    """Asks that what is not in memory yet be read from disk in huge pages."""
+def prefer_huge(mapping: mmap.mmap, begin: int, end: int) -> None:
+    """Asks that what of a range is not in memory yet be read from disk in huge pages."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
+        begin -= begin % mmap.PAGESIZE
         with suppress(OSError):  # a kernel without them
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+            mapping.madvise(mmap.MADV_HUGEPAGE, begin, end - begin)

@@ -28,6 +28,8 @@ ALIGNMENT = 64
 _MAX_HEADER = 100 << 20
 # NumPy's own bound.
 _MAX_AXES = 64
+# Names of tensors that tell how they are read.
+_EMBEDDING, _HEAD = "model.embed_tokens.", "lm_head.weight"
 _BFLOAT16 = "BF16"  # which NumPy lacks
 _DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype("<f4"),
@@ -169,12 +171,15 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     # Private and writable, because NumPy does not hand read-only arrays to a plain DLPack consumer. Nothing writes to
     # it, so no page of it is ever copied.
     mapping = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
-    prefer_huge(mapping)
     if not isinstance(header, dict):
         raise PrecastError(f"{path}: expected a safetensors header, found {header!r:.60}.")
     entries = [_entry(path, name, e) for name, e in header.items() if name != "__metadata__"]
     _check_cover(path, entries, size - 8 - length)
     start = 8 + length
+    for name, _, _, begin, end in entries:
+        # Beside an output head of its own, of an embedding only the prompt's rows are read, each somewhere else.
+        if end > begin and not (name.startswith(_EMBEDDING) and _HEAD in header):
+            prefer_huge(mapping, start + begin, start + end)
     return {
         name: np.frombuffer(mapping, dtype, prod(shape), start + begin).reshape(shape)
         for name, dtype, shape, begin, _ in entries

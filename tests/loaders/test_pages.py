@@ -44,7 +44,7 @@ def test_parts_in_any_order_make_the_file(tmp_path_factory, data):
 def huge_pages_of(path: Path) -> int:
     """Bytes of a file that are mapped in huge pages once all of it was read."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-        prefer_huge(mapping)
+        prefer_huge(mapping, 0, len(mapping))
         for at in range(0, len(mapping), 4096):
             mapping[at]
         entries = Path("/proc/self/smaps").read_text().split("VmFlags")
@@ -83,7 +83,7 @@ def test_a_mapping_without_advice_is_left_alone(monkeypatch, tmp_path):
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping,
     ):
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-        prefer_huge(mapping)
+        prefer_huge(mapping, 0, len(mapping))
         assert mapping[:] == b"abc"
 
 

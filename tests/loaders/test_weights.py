@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import mmap
 from math import prod
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -298,3 +300,26 @@ def test_a_deep_header_is_refused_at_any_depth(tmp_path, depth):
     deep = b"[" * depth + b"]" * depth
     broken(tmp_path, deep)
     broken(tmp_path, b'{"a":' + deep + b"}")
+
+
+def asks_for_huge_pages(array: np.ndarray) -> bool:
+    at = array.ctypes.data + array.nbytes // 2
+    flags = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(n, 16) for n in first.split("-"))
+        elif first == "VmFlags:" and begin <= at < end:
+            flags = "hg" in line.split()
+    return flags
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux")
+@pytest.mark.parametrize("head", [True, False])
+def test_an_embedding_that_is_no_head_is_read_in_small_pages(tmp_path, head):
+    names = ["model.embed_tokens.weight", "model.layers.x", *(["lm_head.weight"] if head else [])]
+    write(tmp_path / "w", {n: np.zeros((64, 4096), np.float32) for n in names})
+    mapped = map_weights(tmp_path / "w")
+    if not asks_for_huge_pages(mapped["model.layers.x"]):
+        pytest.skip("this kernel has no huge pages")
+    assert [asks_for_huge_pages(mapped[n]) for n in names] == [not head, True, True][: len(names)]
