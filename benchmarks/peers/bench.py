@@ -138,7 +138,7 @@ def _summary(bench: Bench, name: str, length: int, runs: Sequence[Mapping]) -> d
         manifest = json.loads((bench.models[name] / "manifest.json").read_text())
         filled = length + steps_after(length) / 2
         decode = [limits.decode_share(manifest, r["step_s"], filled, m["read_bytes_per_s"]) for r, m in pairs]
-        peaks = [m.get("f32_fma", 0) if name.endswith("float32") else limits.int8_peak(m) for _, m in pairs]
+        peaks = [m.get("f32_fma", 0) if "float" in name else limits.int8_peak(m) for _, m in pairs]
         work = limits.prompt_operations(manifest["model"], length)
         prefill = [work / r["prefill_s"] / peak for (r, _), peak in zip(pairs, peaks, strict=True)]
         summary["decode_share"] = limits.spread(decode)
@@ -198,7 +198,7 @@ def contexts(bench: Bench) -> dict:
 
 def fidelities(bench: Bench, tokens: int) -> None:
     asked = next((n for n in bench.contenders if n.startswith("precast")), None)
-    names = [n for n, c in bench.contenders.items() if c.group != "float"]
+    names = [n for n, c in bench.contenders.items() if c.group != "float32"]
     if REFERENCE not in bench.contenders or asked is None or not names:
         _say("fidelity needs the reference, a precast contender and one of reduced bits: left out")
         return

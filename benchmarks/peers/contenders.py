@@ -28,11 +28,14 @@ class Contender:
     options: Mapping[str, object] = field(default_factory=dict)
 
 
+# What is compared has as many bits a weight.
+GROUPS: Mapping[str, str] = {"int8": "int8", "int4": "int4", "bfloat16": "float16", "float32": "float32"}
+
+
 def _precast(weights: str) -> Contender:
-    group = "float" if weights == "float32" else weights
     return Contender(
         label=f"precast {weights}",
-        group=group,
+        group=GROUPS[weights],
         worker="precast_worker",
         interpreter="precast",
         model=f"precast-{weights}-{CAPACITY}",
@@ -59,19 +62,20 @@ CONTENDERS: Mapping[str, Contender] = {
     "llama.cpp-q4_1": _llama_cpp("Q4_1", "int4", "q4_1.gguf"),
     "llama.cpp-q4_0": _llama_cpp("Q4_0", "int4", "q4_0.gguf"),
     "openvino-int4": _openvino("INT4", "int4", "openvino-int4"),
+    "precast-bfloat16": _precast("bfloat16"),
+    "llama.cpp-f16": _llama_cpp("F16", "float16", "f16.gguf"),
+    "openvino-float": _openvino("f16", "float16", "openvino-fp16"),
     "precast-float32": _precast("float32"),
-    "llama.cpp-f16": _llama_cpp("F16", "float", "f16.gguf"),
-    "openvino-float": _openvino("f16", "float", "openvino-fp16"),
     "transformers": Contender(
         label="transformers float32",
-        group="float",
+        group="float32",
         worker="transformers_worker",
         interpreter="peers",
         model="huggingface",
     ),
     "jit": Contender(
         label="our Flax model, jax.jit",
-        group="float",
+        group="float32",
         worker="jit_worker",
         interpreter="precast",
         model="huggingface",
