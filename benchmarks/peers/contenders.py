@@ -13,7 +13,7 @@ class Contender:
 
     Attributes:
         label: what tables and pictures call it.
-        group: "int8", "int4" or "float": it is compared with those of its group.
+        group: "int8", "int4", "float16" or "float32": it is compared with those of its group.
         worker: a module beside this one.
         interpreter: "peers" or "precast": whose packages it needs.
         model: name of the file or folder it runs, made by `derive`.
