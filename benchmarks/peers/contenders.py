@@ -28,14 +28,10 @@ class Contender:
     options: Mapping[str, object] = field(default_factory=dict)
 
 
-# What is compared has as many bits a weight.
-GROUPS: Mapping[str, str] = {"int8": "int8", "int4": "int4", "bfloat16": "float16", "float32": "float32"}
-
-
 def _precast(weights: str) -> Contender:
     return Contender(
         label=f"precast {weights}",
-        group=GROUPS[weights],
+        group="float16" if weights == "bfloat16" else weights,  # as many bits
         worker="precast_worker",
         interpreter="precast",
         model=f"precast-{weights}-{CAPACITY}",

@@ -10,7 +10,7 @@ namespace {
 
 // Bytes of weights a task streams: large enough to hide the cost of drawing it, small enough to share evenly.
 constexpr int64_t kFloatTaskBytes = 128 * 1024, kPackedTaskBytes = 32 * 1024;
-// Outputs of a task of float weights are a multiple of this: of every kColumns, so that blocks come out even, and of
+// Outputs of a task of float weights are a multiple of this: of every kSides, so that panels come out even, and of
 // kPanel, where a packed weight is gated with them.
 constexpr int64_t kTaskOutputs = 48;
 // Bytes of quantised activations that stay in the second-level cache while panels pass by.
