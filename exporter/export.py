@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,13 +19,13 @@ from precast.loaders.artifact.golden import Golden, parse_golden
 from precast.loaders.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
-    SAMPLING_KEYS,
     WEIGHTS_FILE,
     CacheArray,
     FileEntry,
     Manifest,
     Model,
     Provenance,
+    SamplingDefaults,
     Target,
     TokenizerFiles,
 )
@@ -240,16 +240,17 @@ def _check_isas(isas: Sequence[str], targets: Sequence[str]) -> None:
         )
 
 
-def _sampling(source: Source) -> dict[str, float]:
+def _sampling(source: Source) -> SamplingDefaults:
     """The model's own sampling defaults, once the loader has found nothing wrong with them."""
     where = (
         f"{source.name}: the sampling defaults in its generation_config.json or GGUF metadata cannot be used"
     )
-    if unknown := sorted(set(source.sampling) - set(SAMPLING_KEYS)):
-        raise PrecastError(f"{where}: {unknown[0]!r} is unknown, expected one of {', '.join(SAMPLING_KEYS)}.")
+    known = [field.name for field in dataclasses.fields(SamplingDefaults)]
+    if unknown := sorted(set(source.sampling) - set(known)):
+        raise PrecastError(f"{where}: {unknown[0]!r} is unknown, expected one of {', '.join(known)}.")
     try:
-        SamplingParams(**source.sampling)  # type: ignore[arg-type]  # which is what it checks
-        return {key: float(value) for key, value in source.sampling.items()}
+        params = SamplingParams(**source.sampling)  # type: ignore[arg-type]  # which is what it checks
+        return SamplingDefaults(**{key: getattr(params, key) for key in source.sampling})
     except PrecastError as error:
         wrong = str(error).removeprefix("Sampling parameters: ").rstrip(".")
         raise PrecastError(f"{where}: {wrong}; correct or remove it there.") from None
@@ -330,7 +331,7 @@ def _manifest(
     model: Model,
     geometry: Geometry,
     spec: ModelSpec,
-    sampling: Mapping[str, float],
+    sampling: SamplingDefaults,
     targets: Sequence[Target],
     created: date,
 ) -> Manifest:
@@ -346,6 +347,7 @@ def _manifest(
         tokenizer=TokenizerFiles(
             file=TOKENIZER_FILE,
             chat_template=TEMPLATE_FILE if source.chat_template is not None else None,
+            named_templates={},
             bos_token=source.bos_token,
             eos_token=source.eos_token,
             eos_token_ids=source.eos_token_ids,

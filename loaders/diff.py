@@ -157,6 +157,7 @@ def _tokenizer(m: Manifest) -> Facts:
     return {
         "tokenizer": _file(m, t.file),
         "chat template": _file(m, t.chat_template),
+        **{f"chat template {name}": _file(m, file) for name, file in t.named_templates.items()},
         "bos_token": t.bos_token,
         "eos_token": t.eos_token,
         "eos_token_ids": t.eos_token_ids,
@@ -178,7 +179,8 @@ def _origin(m: Manifest) -> Facts:
 def _other_files(m: Manifest) -> Facts:
     """Files that no other section compares."""
     programs = {n for t in m.targets for p in t.programs for n in (p.executable, p.stablehlo)}
-    known = {WEIGHTS_FILE, m.tokenizer.file, m.tokenizer.chat_template, m.golden, *programs}
+    texts = (m.tokenizer.file, m.tokenizer.chat_template, *m.tokenizer.named_templates.values())
+    known = {WEIGHTS_FILE, *texts, m.golden, *programs}
     return {name: _file(m, name) for name in sorted(set(m.files) - known)}
 
 
@@ -187,7 +189,7 @@ _SECTIONS: Mapping[str, Callable[[Manifest], Facts]] = {
     "model": _model,
     "geometry": _geometry,
     "tokenizer": _tokenizer,
-    "sampling": lambda m: m.sampling,
+    "sampling": lambda m: m.sampling.given(),
     "golden answers": lambda m: {"golden": _file(m, m.golden)},
     "fidelity": _fidelity,
     "origin": _origin,

@@ -8,7 +8,7 @@ from typing import Any
 
 from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
-from .artifact.manifest import SAMPLING_KEYS, Manifest, Target
+from .artifact.manifest import Manifest, Target
 from .engine import Engine
 from .sampling import Sampler, SamplingParams
 from .stopping import StopStrings
@@ -154,17 +154,9 @@ class Model:
         """The model's own sampling defaults; greedy where it has none.
 
         Raises:
-            PrecastError: when the artifact carries a default that is not understood or out of range.
+            PrecastError: when the artifact carries a default that is out of range.
         """
-        known: dict[str, Any] = {k: v for k, v in self.manifest.sampling.items() if k in SAMPLING_KEYS}
-        if unknown := sorted(set(self.manifest.sampling) - set(known)):
-            raise PrecastError(
-                f"{self.manifest.name}: sampling default {unknown[0]!r} is unknown; expected one of"
-                f" {', '.join(SAMPLING_KEYS)}."
-            )
-        if "top_k" in known:
-            known["top_k"] = int(known["top_k"])
-        return dataclasses.replace(SamplingParams(), **known)
+        return dataclasses.replace(SamplingParams(), **self.manifest.sampling.given())
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
         """Continues a prompt.

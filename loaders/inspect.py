@@ -41,7 +41,7 @@ def gather(manifest: Manifest) -> dict[str, Any]:
             "arrays": [dataclasses.asdict(array) for array in manifest.cache],
         },
         "targets": [_target(manifest, target) for target in manifest.targets],
-        "sampling": manifest.sampling,
+        "sampling": manifest.sampling.given(),
         "fidelity": None if manifest.fidelity is None else dataclasses.asdict(manifest.fidelity),
         "provenance": dataclasses.asdict(manifest.provenance),
     }
@@ -99,11 +99,20 @@ def _lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
     for target in facts["targets"]:
         yield from _target_lines(target)
     if facts["sampling"]:
-        yield "  sampling " + ", ".join(f"{k} {v:g}" for k, v in facts["sampling"].items())
+        yield "  sampling " + ", ".join(map(_setting, facts["sampling"].items()))
     if facts["fidelity"]:
         yield from _fidelity_lines(facts["fidelity"])
     origin = facts["provenance"]
     yield f"  origin   {origin['source']}, licence {origin['licence'] or 'not stated'}, exported {origin['created']}"
+
+
+def _setting(item: tuple[str, Any]) -> str:
+    name, value = item
+    if name == "stop":
+        return f"stop {', '.join(map(repr, value))}"
+    if isinstance(value, tuple):
+        return f"{name} ({len(value)})"
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def _saved(facts: dict[str, Any]) -> str:

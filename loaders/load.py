@@ -235,12 +235,12 @@ def _nowhere(_: str) -> None:
 
 
 def _needed(manifest: Manifest, target: Target) -> set[str]:
-    """Files that are read whole: programs, tokenizer, template."""
+    """Files that are read whole: programs, tokenizer, templates."""
     # TensorFlow reads a SavedModel itself.
     programs = {target.file_of(p) for p in target.programs if target.runtime != "savedmodel"}
-    return {
-        n for n in (*programs, manifest.tokenizer.file, manifest.tokenizer.chat_template) if n is not None
-    }
+    texts = manifest.tokenizer
+    names = (*programs, texts.file, texts.chat_template, *texts.named_templates.values())
+    return {n for n in names if n is not None}
 
 
 def _weights(

@@ -15,6 +15,10 @@ from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
 
 
+# Of integers that may have more bits than a manifest's whole numbers.
+_BITS = {"seed": 128}
+
+
 class SamplingParams(Frozen):
     """How to generate. The defaults are greedy and end at an end-of-sequence token or when the cache is full.
 
@@ -44,8 +48,10 @@ class SamplingParams(Frozen):
     def __post_init__(self) -> None:
         for name in ("max_tokens", "seed"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), low=1 if name == "max_tokens" else 0)
-        _check_integer("top_k", self.top_k, low=0)
+                self.__dict__[name] = _integer(
+                    name, getattr(self, name), low=1 if name == "max_tokens" else 0
+                )
+        self.__dict__["top_k"] = _integer("top_k", self.top_k, low=0)
         _check_real("temperature", self.temperature, low=0.0, high=math.inf)
         _check_real("top_p", self.top_p, low=0.0, high=1.0)
         _check_real("min_p", self.min_p, low=0.0, high=1.0)
@@ -56,14 +62,18 @@ class SamplingParams(Frozen):
             raise PrecastError(
                 f"Sampling parameters: ignore_eos must be true or false, found {self.ignore_eos!r}."
             )
-        object.__setattr__(self, "stop", _checked_stop(self.stop))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            self.__dict__[name] = float(getattr(self, name))
+        self.__dict__["stop"] = _checked_stop(self.stop)
 
 
-def _check_integer(name: str, value: Any, *, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
+def _integer(name: str, value: Any, *, low: int) -> int:
+    bits = _BITS.get(name, 63)
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value < 1 << bits:
         raise PrecastError(
-            f"Sampling parameters: {name} must be an integer of at least {low}, found {value!r}."
+            f"Sampling parameters: {name} must be an integer from {low} to 2^{bits} - 1, found {value!r:.60}."
         )
+    return int(value)
 
 
 def _check_real(name: str, value: Any, *, low: float, high: float) -> None:

@@ -331,12 +331,12 @@ def set_key(*path_and_value):
             "manifest.json: model: key 'scale' is not known to this format version;",
         ),
         (
-            set_key("format_version", 5),
-            "format version 5 is not the 4 that this precast reads; update precast.",
+            set_key("format_version", 6),
+            "format version 6 is not the 5 that this precast reads; update precast.",
         ),
         (
             set_key("format_version", 0),
-            "format version 0 is not the 4 that this precast reads; export the model",
+            "format version 0 is not the 5 that this precast reads; export the model",
         ),
         (set_key("capacity", "64"), "manifest.json: capacity: expected a whole number, found '64'."),
         (

@@ -9,6 +9,7 @@ import pytest
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import FORMAT_VERSION
+from precast.loaders.artifact.upgrade import UPGRADES
 from precast.loaders.load import load, read_manifest
 from precast.loaders.sampling import SamplingParams
 
@@ -29,7 +30,7 @@ def version_of(folder: Path) -> int:
 
 
 def readable() -> list[Path]:
-    return [folder for folder in FOLDERS if version_of(folder) == FORMAT_VERSION]
+    return [folder for folder in FOLDERS if version_of(folder) in (*UPGRADES, FORMAT_VERSION)]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

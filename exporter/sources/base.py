@@ -66,9 +66,8 @@ class Source:
         bos_token: text of the beginning-of-sequence token, or None.
         eos_token: text of the end-of-sequence token, or None.
         eos_token_ids: ids at which generation stops.
-        sampling: defaults out of ``generation_config.json``, only of the keys temperature, top_k, top_p,
-            min_p, repetition_penalty; empty when it says nothing or says greedy (``do_sample`` false or
-            absent).
+        sampling: defaults out of ``generation_config.json`` or a GGUF file's metadata, by field of the manifest's
+            `SamplingDefaults`; empty when there are none.
         licence: SPDX name, or None where the source does not say.
         files: what was read, hashed.
     """
@@ -81,6 +80,6 @@ class Source:
     bos_token: str | None
     eos_token: str | None
     eos_token_ids: tuple[int, ...]
-    sampling: Mapping[str, float | int]
+    sampling: Mapping[str, object]
     licence: str | None
     files: tuple[SourceFile, ...]

@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.manifest import SAMPLING_KEYS
 from precast.loaders.artifact.weights import aligned_zeros
 
 from .base import Source, SourceTensor
@@ -35,6 +34,8 @@ _MODELOPT = "hf_quant_config.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Masks and tables that old checkpoints carry, in any type; only who asks for their values is refused.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
+
+_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 _ORIGINAL = "export the bfloat16, float16 or float32 checkpoint that it was made from"
 _INT4 = f"{_ORIGINAL}, with --weights int4"
@@ -264,7 +265,7 @@ def _sampling(folder: Path, generation: Mapping[str, object]) -> dict[str, float
         )
     if not do_sample:
         return {}
-    said = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
+    said = {key: generation[key] for key in _SAMPLING_KEYS if generation.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise PrecastError(

@@ -7,16 +7,14 @@ from typing import Any
 from .errors import PrecastError
 from .frozen import Frozen
 from .record import from_json, parse_json
+from .upgrade import UPGRADES, upgraded
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST_FILE = "manifest.json"
 SIGNATURE_FILE = (
     "manifest.json.sig"  # over the manifest; it and the manifest are the files that no manifest lists
 )
 WEIGHTS_FILE = "weights.safetensors"
-
-# Sampling defaults that an artifact may carry.
-SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 # Bytes of an element, by the name a manifest uses.
 DTYPE_BYTES: Mapping[str, int] = {
@@ -191,13 +189,47 @@ class CacheArray(Frozen):
 
 
 class TokenizerFiles(Frozen):
-    """The tokenizer, and what generation needs to know of it."""
+    """The tokenizer, and what generation needs to know of it.
+
+    Attributes:
+        file: of the tokenizer.
+        chat_template: file of the default chat template; None where there is none.
+        named_templates: files of further chat templates, by name ("tool_use").
+        eos_token_ids: tokens that end a generation.
+    """
 
     file: str
     chat_template: str | None
+    named_templates: Mapping[str, str]
     bos_token: str | None
     eos_token: str | None
     eos_token_ids: tuple[int, ...]
+
+
+class SamplingDefaults(Frozen):
+    """The model's own sampling defaults, in the fields of `precast.loaders.sampling.SamplingParams`.
+
+    None, or an empty list, stands where the model has no default.
+    """
+
+    max_tokens: int | None = None
+    max_length: int | None = None
+    min_tokens: int | None = None
+    min_length: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    stop: tuple[str, ...] = ()
+
+    def given(self) -> dict[str, Any]:
+        """The defaults that the model has, by field."""
+        return {name: value for name, value in vars(self).items() if value not in (None, ())}
 
 
 class FileEntry(Frozen):
@@ -269,7 +301,7 @@ class Manifest(Frozen):
     cache: tuple[CacheArray, ...]
     targets: tuple[Target, ...]
     tokenizer: TokenizerFiles
-    sampling: Mapping[str, float]
+    sampling: SamplingDefaults
     golden: str
     provenance: Provenance
     files: Mapping[str, FileEntry]
@@ -280,12 +312,12 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     """Parses and checks the text of a manifest.
 
     Raises:
-        PrecastError: for another format version, for any key or value out of place, for programs that disagree
-            with the cache or name files that are not listed.
+        PrecastError: for a format version that is not read, for any key or value out of place, for programs that
+            disagree with the cache or name files that are not listed.
     """
     value = parse_json(data, where)
     _check_version(value, where)
-    manifest = from_json(Manifest, value, where)
+    manifest = from_json(Manifest, upgraded(value, where), where)
     _check_files(manifest, where)
     _check_geometry(manifest, where)
     for target in manifest.targets:
@@ -299,7 +331,7 @@ def _check_version(value: Any, where: str) -> None:
     version = value.get("format_version") if isinstance(value, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise PrecastError(f"{where}: expected a precast manifest with a format_version, found none.")
-    if version != FORMAT_VERSION:
+    if version not in (*UPGRADES, FORMAT_VERSION):
         raise PrecastError(
             f"{where}: format version {version} is not the {FORMAT_VERSION} that this precast reads; "
             + ("update precast." if version > FORMAT_VERSION else "export the model again.")
@@ -308,6 +340,7 @@ def _check_version(value: Any, where: str) -> None:
 
 def _check_files(manifest: Manifest, where: str) -> None:
     named = {WEIGHTS_FILE, manifest.tokenizer.file, manifest.golden, manifest.tokenizer.chat_template}
+    named |= set(manifest.tokenizer.named_templates.values())
     for target in manifest.targets:
         for program in target.programs:
             named |= {program.executable, program.stablehlo}

@@ -348,14 +348,14 @@ def values_of(manifest):
         (b" " * (16 << 20) + b"{}", "expected at most 16777216 bytes, found 16777218."),
         (b'{"a":' * 200_000, "nested too deeply"),
         (b"[" * 1_000_000, "nested too deeply"),
-        (b'{"format_version": 4, "format_version": 4}', "a key stands twice in one object"),
+        (b'{"format_version": 5, "format_version": 5}', "a key stands twice in one object"),
         (
             b'{"format_version": 99}',
-            "format version 99 is not the 4 that this precast reads; update precast.",
+            "format version 99 is not the 5 that this precast reads; update precast.",
         ),
         (b'{"format_version": ' + b"9" * 5000 + b"}", "manifest.json: "),
         (b'{"format_version": 1e999}', "manifest.json: "),
-        (b'{"format_version": 4, "name": "' + b"x" * (1 << 20) + b'"}', "key 'buckets' is missing"),
+        (b'{"format_version": 5, "name": "' + b"x" * (1 << 20) + b'"}', "key 'buckets' is missing"),
     ],
 )
 def test_fault_06_a_manifest_that_is_a_bomb(artifact_copy, refusal, data, text):

@@ -107,7 +107,7 @@ def test_other_weights_and_another_geometry(cli, tiny_artifact, export_tiny):
         (lambda m: m["provenance"]["versions"].update(jaxlib="9"), "versions", "jaxlib", ..., "9"),
         (lambda m: m["provenance"]["versions"].pop("numpy"), "versions", "numpy", ..., ABSENT),
         (lambda m: m["provenance"].update(licence="MIT"), "origin", "licence", "Apache-2.0", "MIT"),
-        (lambda m: m["sampling"].update(top_k=5), "sampling", "top_k", ABSENT, 5.0),
+        (lambda m: m["sampling"].update(top_k=5), "sampling", "top_k", ABSENT, 5),
         (lambda m: m.update(name="other"), "model", "name", "tiny", "other"),
         (lambda m: m["tokenizer"].update(eos_token_ids=[1, 2]), "tokenizer", "eos_token_ids", (1,), (1, 2)),
         (lambda m: m["targets"][1].update(xla_flags="-x"), "targets", "portable xla_flags", "", "-x"),

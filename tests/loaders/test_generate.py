@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import SamplingDefaults
 from precast.loaders.generate import Model
 from precast.loaders.load import load
 from precast.loaders.sampling import SamplingParams
@@ -26,7 +27,7 @@ def with_manifest(model: Model, *, eos=None, sampling=None) -> Model:
         tokenizer = dataclasses.replace(manifest.tokenizer, eos_token_ids=tuple(eos))
         manifest = dataclasses.replace(manifest, tokenizer=tokenizer)
     if sampling is not None:
-        manifest = dataclasses.replace(manifest, sampling=sampling)
+        manifest = dataclasses.replace(manifest, sampling=SamplingDefaults(**sampling))
     return Model(
         engine=model.engine, tokenizer=model.tokenizer, manifest=manifest, target=model.target, compiles=0
     )
@@ -184,21 +185,14 @@ def test_chats_are_rendered_and_checked_like_prompts(tiny_model):
         tiny_model.chat([{"role": "user", "content": "the cat " * 100}])
 
 
-@pytest.mark.parametrize(
-    ("sampling", "text"),
-    [
-        ({"top_q": 1.0}, "sampling default 'top_q' is unknown; expected one of temperature, top_k, top_p"),
-        ({"temperature": -1.0}, "temperature must be a finite number at least 0"),
-    ],
-)
-def test_sampling_defaults_that_are_not_understood_are_refused(tiny_model, sampling, text):
+def test_sampling_defaults_that_are_out_of_range_are_refused(tiny_model):
     with pytest.raises(PrecastError) as raised:
-        with_manifest(tiny_model, sampling=sampling).generate(PROMPT)
-    assert text in str(raised.value)
+        with_manifest(tiny_model, sampling={"temperature": -1.0}).generate(PROMPT)
+    assert "temperature must be a finite number at least 0" in str(raised.value)
 
 
 def test_the_model_s_own_sampling_defaults_are_used(tiny_model):
-    model = with_manifest(tiny_model, sampling={"temperature": 0.7, "top_k": 5.0, "repetition_penalty": 1.5})
+    model = with_manifest(tiny_model, sampling={"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.5})
     expected = SamplingParams(temperature=0.7, top_k=5, repetition_penalty=1.5)
     assert model.default_sampling() == expected
     assert isinstance(model.default_sampling().top_k, int)

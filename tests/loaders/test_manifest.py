@@ -68,6 +68,48 @@ def test_other_json_is_no_manifest(value):
     assert error(value) == "m.json: expected a precast manifest with a format_version, found none."
 
 
+def in_format_4(good):
+    """The same artifact as a precast of format 4 wrote it."""
+    sampling = {"temperature": 1.0, "top_k": 20.0}
+    tokenizer = {key: value for key, value in good["tokenizer"].items() if key != "named_templates"}
+    return {**good, "format_version": 4, "tokenizer": tokenizer, "sampling": sampling}
+
+
+def test_format_4_is_read_as_format_5(good):
+    found = parse_manifest(json.dumps(in_format_4(good)).encode(), "m.json")
+    assert json.loads(to_json(found)) == {**good, "sampling": found.sampling.__dict__ | FOUR_LISTS}
+    assert found.sampling.given() == {"temperature": 1.0, "top_k": 20}
+    assert isinstance(found.sampling.top_k, int)
+
+
+FOUR_LISTS = {key: [] for key in ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "stop")}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "text"),
+    [
+        (
+            ["tokenizer", "named_templates"],
+            {},
+            "m.json: tokenizer: key 'named_templates' is not known to this",
+        ),
+        (["sampling", "stop"], [], "m.json: sampling: key 'stop' is not known to this format version; did"),
+        (
+            ["sampling", "top_q"],
+            1.0,
+            "m.json: sampling: key 'top_q' is not known to this format version; did",
+        ),
+        (["sampling", "top_k"], 20.5, "m.json: sampling.top_k: expected a whole number, found 20.5"),
+        (["sampling", "top_k"], 1e300, "m.json: sampling.top_k: expected a whole number from 0 to 2^63 - 1"),
+        (["sampling"], [], "m.json: sampling: expected an object, found a list"),
+        (["sampling"], ..., "m.json: key 'sampling' is missing."),
+        (["tokenizer"], ..., "m.json: key 'tokenizer' is missing."),
+    ],
+)
+def test_format_4_is_read_as_strictly(good, path, value, text):
+    assert error(changed(in_format_4(good), path, value)).startswith(text)
+
+
 PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 decode
 
 
@@ -91,11 +133,16 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (["files", "golden.json"], ..., "m.json: file 'golden.json' is used but not listed under files."),
         (["files", "weights.safetensors"], ..., "m.json: file 'weights.safetensors' is used but not listed"),
         (["files", "programs/cpu/decode.xla"], ..., "file 'programs/cpu/decode.xla' is used but not listed"),
+        (
+            ["tokenizer", "named_templates"],
+            {"rag": "chat_templates/rag.jinja"},
+            "m.json: file 'chat_templates/rag.jinja' is used but not listed under files.",
+        ),
         (["tokenizer", "file"], "../tokenizer.json", "file '../tokenizer.json' is used but not listed"),
         (
-            ["sampling"],
-            {"temperature": "hot"},
-            "m.json: sampling['temperature']: expected a number, found 'hot'",
+            ["sampling", "temperature"],
+            "hot",
+            "m.json: sampling.temperature: expected a number, found 'hot'",
         ),
         (["slots"], 0, "m.json: expected at least one slot, one token and one bucket"),
         (["buckets"], [], "m.json: expected at least one slot, one token and one bucket"),
@@ -176,7 +223,8 @@ def test_every_key_of_every_record_is_needed(good):
     """Removes each key in turn, wherever a record stands, and wants it named."""
 
     def records(value, path):
-        free = path[-1:] in (["files"], ["versions"], ["sampling"], ["source_files"])  # keys are names here
+        names = ("files", "versions", "named_templates", "source_files")
+        free = bool(path) and path[-1] in names  # keys are names here
         if isinstance(value, dict) and not free:
             yield from ((*path, key) for key in value)
         items = (

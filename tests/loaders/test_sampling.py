@@ -1,6 +1,7 @@
 """Sampling against a plain NumPy reference, and against transformers' processors where torch is installed."""
 
 import math
+import re
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -232,28 +233,30 @@ def test_negative_ids_are_refused() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "wanted"),
     [
-        ("max_tokens", 0, "an integer of at least 1"),
-        ("max_tokens", 1.5, "an integer of at least 1"),
-        ("max_tokens", True, "an integer of at least 1"),
+        ("max_tokens", 0, "an integer from 1 to 2^63 - 1"),
+        ("max_tokens", 1.5, "an integer from 1 to 2^63 - 1"),
+        ("max_tokens", True, "an integer from 1 to 2^63 - 1"),
         ("temperature", -0.1, "a finite number at least 0"),
         ("temperature", math.nan, "a finite number at least 0"),
         ("temperature", math.inf, "a finite number at least 0"),
         ("temperature", "1", "a finite number at least 0"),
-        ("top_k", -1, "an integer of at least 0"),
+        ("top_k", -1, "an integer from 0 to 2^63 - 1"),
         ("top_p", 1.01, "a finite number between 0 and 1"),
         ("top_p", math.nan, "a finite number between 0 and 1"),
         ("min_p", -0.5, "a finite number between 0 and 1"),
         ("repetition_penalty", 0.0, "greater than 0"),
         ("repetition_penalty", -1.0, "a finite number at least 0"),
-        ("seed", -1, "an integer of at least 0"),
-        ("seed", 1.0, "an integer of at least 0"),
+        ("seed", -1, "an integer from 0 to 2^128 - 1"),
+        ("seed", 1.0, "an integer from 0 to 2^128 - 1"),
         ("stop", ("a", ""), "a list of non-empty strings"),
         ("stop", "word", "a list of non-empty strings"),
         ("ignore_eos", 1, "true or false"),
     ],
 )
 def test_a_bad_parameter_is_one_sentence(field: str, value: object, wanted: str) -> None:
-    with pytest.raises(PrecastError, match=rf"^Sampling parameters: {field} must be {wanted}, found .*\.$"):
+    with pytest.raises(
+        PrecastError, match=rf"^Sampling parameters: {field} must be {re.escape(wanted)}, found .*\.$"
+    ):
         SamplingParams(**{field: value})
 
 

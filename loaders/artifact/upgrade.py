@@ -1,0 +1,67 @@
+"""Manifests of earlier format versions, brought to the present one before they are read.
+
+An upgrade adds the keys that its version lacks, with the values that keep an artifact's answers as they were. Every
+other check is the present version's.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .errors import PrecastError
+
+# The sampling defaults of format 4, each optional. Format 5 has a key for every default, null where there is none.
+_SAMPLING_4 = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_SAMPLING_5: Mapping[str, Any] = {
+    "max_tokens": None,
+    "max_length": None,
+    "min_tokens": None,
+    "min_length": None,
+    "no_repeat_ngram_size": None,
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "bad_words_ids": [],
+    "stop": [],
+}
+
+
+def upgraded(value: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a manifest of any readable version as one of the present version.
+
+    Args:
+        value: parsed JSON with a known `format_version`. It is left as it is.
+        where: the file, for messages.
+
+    Raises:
+        PrecastError: a key of a later version stands in a manifest of an earlier one.
+    """
+    while (step := UPGRADES.get(value["format_version"])) is not None:
+        value = step(value, where)
+    return value
+
+
+def _from_4(value: dict[str, Any], where: str) -> dict[str, Any]:
+    tokenizer, sampling = value.get("tokenizer"), value.get("sampling")
+    if isinstance(tokenizer, dict):
+        tokenizer = _with(tokenizer, {"named_templates": {}}, f"{where}: tokenizer")
+    if isinstance(sampling, dict):
+        sampling = _with(sampling, _SAMPLING_5, f"{where}: sampling")
+        sampling = dict.fromkeys(_SAMPLING_4) | sampling | {"top_k": _whole(sampling.get("top_k"))}
+    known = {"tokenizer": tokenizer, "sampling": sampling}
+    return value | {key: new for key, new in known.items() if key in value} | {"format_version": 5}
+
+
+def _with(record: dict[str, Any], added: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if early := sorted(record.keys() & added.keys()):
+        raise PrecastError(
+            f"{where}: key {early[0]!r} is not known to this format version; did a newer precast write it?"
+        )
+    return {**record, **added}
+
+
+def _whole(top_k: Any) -> Any:
+    """Format 4 wrote every default as a float."""
+    return int(top_k) if isinstance(top_k, float) and top_k.is_integer() else top_k
+
+
+# By version: the step to the next one.
+UPGRADES: Mapping[int, Callable[[dict[str, Any], str], dict[str, Any]]] = {4: _from_4}
