@@ -14,7 +14,6 @@ import numpy as np
 from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
 
-
 # Of integers that may have more bits than a manifest's whole numbers.
 _BITS = {"seed": 128}
 
@@ -69,7 +68,8 @@ class SamplingParams(Frozen):
 
 def _integer(name: str, value: Any, *, low: int) -> int:
     bits = _BITS.get(name, 63)
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value < 1 << bits:
+    known = isinstance(value, Integral) and not isinstance(value, bool)
+    if not known or not low <= int(value) < 1 << bits:
         raise PrecastError(
             f"Sampling parameters: {name} must be an integer from {low} to 2^{bits} - 1, found {value!r:.60}."
         )
