@@ -59,6 +59,42 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "own-cache"
 
 
+# --- packages that most who work on this do without -----------------------------------------------------------
+
+# Fixtures that skip a test where their packages are missing. `pytest -m extra` runs the tests that use one.
+EXTRA_FIXTURES = frozenset({"torch", "savedmodel_packages"})
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if not EXTRA_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("extra")
+
+
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    """Return torch, for a live comparison with transformers."""
+    pytest.importorskip("transformers", reason="the live comparison needs transformers")
+    return pytest.importorskip("torch", reason="the live comparison needs torch")
+
+
+@pytest.fixture
+def one_thread(torch: Any) -> Iterator[Any]:
+    """Return torch held to one thread: matrices as small as these are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def savedmodel_packages() -> None:
+    """Skip where a SavedModel cannot be exported."""
+    pytest.importorskip("tensorflow", reason="a SavedModel needs TensorFlow")
+    pytest.importorskip("orbax.export", reason="a SavedModel needs orbax-export")
+
+
 # --- the model ----------------------------------------------------------------------------------------------
 
 
@@ -207,18 +243,16 @@ def depths(export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]) ->
 
 
 @pytest.fixture(scope="session")
-def savedmodel_artifact(export_tiny: Callable[..., Path]) -> Path:
+def savedmodel_artifact(savedmodel_packages: None, export_tiny: Callable[..., Path]) -> Path:
     """The tiny model for the CPU and as a SavedModel. Not to be written to."""
-    pytest.importorskip("tensorflow")
-    pytest.importorskip("orbax.export")
     return export_tiny(targets=("cpu", "savedmodel"))
 
 
 @pytest.fixture(scope="session")
-def windowed_savedmodel(export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]) -> Path:
+def windowed_savedmodel(
+    savedmodel_packages: None, export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]
+) -> Path:
     """The same with int4 weights, an int8 cache, two slots, and layers with a window. Not to be written to."""
-    pytest.importorskip("tensorflow")
-    pytest.importorskip("orbax.export")
     source = tiny_source(config={"model_type": "mistral", "sliding_window": 8})
     return export_tiny(source, targets=("portable", "savedmodel"), weights="int4", cache="int8", slots=2)
 

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,14 +193,9 @@ def test_a_wrong_frequency_would_be_seen(export_reference: Callable[[str], Expor
 
 
 @pytest.fixture
-def reference_script(make_reference: Any) -> Iterator[Any]:
-    """The script, if it can run; one thread, because matrices this small are slower with more."""
-    torch = pytest.importorskip("torch", reason="the live comparison needs torch")
-    pytest.importorskip("transformers")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield make_reference
-    torch.set_num_threads(before)
+def reference_script(one_thread: Any, make_reference: Any) -> Any:
+    """Return the script that writes the reference, where it can run."""
+    return make_reference
 
 
 @pytest.mark.parametrize("name", NAMES)

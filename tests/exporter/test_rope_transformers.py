@@ -88,11 +88,6 @@ def _spelt(how: str, theta: float, scaling: Mapping[str, Any]) -> dict[str, Any]
     return {"rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else dict(scaling)}
 
 
-@pytest.fixture(scope="module")
-def torch() -> Any:
-    return pytest.importorskip("torch", reason="the reference needs torch")
-
-
 @pytest.mark.parametrize(
     ("head_dim", "theta", "how"),
     [(6, 10000.0, "newer"), (12, 500000.0, "older"), (64, 1000000, "newer"), (128, 10000, "older")],

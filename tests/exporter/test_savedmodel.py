@@ -136,10 +136,10 @@ def test_weights_are_variables_stored_once_and_the_graph_does_not_grow_with_them
         assert abs(stored - once) < 10_000
 
 
-def test_a_full_disk_is_an_error_of_the_system_s(tiny_source, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_of_the_system_s(savedmodel_packages, tiny_source, tmp_path, monkeypatch):
     """Which is what an export cleans up after."""
-    tensorflow = pytest.importorskip("tensorflow")
-    export = pytest.importorskip("orbax.export")
+    import tensorflow
+    from orbax import export
 
     def save(*_):
         raise tensorflow.errors.ResourceExhaustedError(None, None, "No space left on device")
@@ -162,7 +162,7 @@ def test_names_of_signatures_lead_back_to_those_of_the_manifest(tiny_source):
     assert all("." not in signature_name(n) and manifest_name(signature_name(n)) == n for n in names)
 
 
-def test_an_export_asks_for_the_golden_answers(tmp_path, tiny_source, monkeypatch):
+def test_an_export_asks_for_the_golden_answers(savedmodel_packages, tmp_path, tiny_source, monkeypatch):
     def replay(model, recorded, where, report):
         nothing = {"answers": 0, "tokens": 0, "logits": 0, "difference": 0.0, "share": 0.0}
         assert model.target.runtime == "savedmodel"

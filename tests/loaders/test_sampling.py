@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import FrozenInstanceError, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,10 +81,10 @@ def test_probabilities_are_the_reference(case: tuple[np.ndarray, list[int], Samp
 @settings(deadline=None, max_examples=300)
 @given(case=cases())
 def test_probabilities_are_those_of_transformers(
-    case: tuple[np.ndarray, list[int], SamplingParams],
+    torch: Any, case: tuple[np.ndarray, list[int], SamplingParams]
 ) -> None:
-    torch = pytest.importorskip("torch")
-    process = pytest.importorskip("transformers.generation.logits_process")
+    from transformers.generation import logits_process as process
+
     logits, history, params = case
     chain = [process.TemperatureLogitsWarper(params.temperature)]
     if history:
