@@ -8,7 +8,7 @@ BENCH_VENV ?= .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 BENCH_PRECAST ?= .venv-bench-precast
 
-.PHONY: demo test lint bench fuzz kill
+.PHONY: demo test test-long lint bench fuzz kill
 
 demo: $(DEMO)/manifest.json
 	$(BIN)/python cli.py run $(DEMO) --chat --prompt "What is the capital of France?" --max-tokens 64
@@ -18,6 +18,10 @@ $(DEMO)/manifest.json: | $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Half an hour more: sanitizers at every vector width, architectures at every combination of weights and cache.
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
