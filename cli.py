@@ -268,10 +268,6 @@ def add_target(artifact: Path, cpu_isa: str, target: str | None, overwrite: bool
     So it comes to run under another jaxlib, or on other CPUs, than it was exported for. Nothing is traced, and jax is
     not needed. The target becomes part of the artifact when it has given the recorded answers.
     """
-    # This process is ours, and nothing in it needs jax; jaxlib would import it wherever it is installed.
-    from precast.loaders.runtime.pjrt import block_jax
-
-    block_jax()
     from precast.loaders import add_target as adding
     from precast.loaders.artifact.errors import printable
 
@@ -390,14 +386,14 @@ def evaluate(
     folder = _local(artifact)
     request = eval_console.Request(text=text, tokens=tokens, window=window, as_json=as_json)
     if reference is None:
-        eval_console.run(folder, request, None, jax=False)
+        eval_console.run(folder, request, None)
     elif eval_console.names_source(reference):
         _need_export("a reference that is no artifact")
         from precast.exporter.fidelity import open_reference
 
-        eval_console.run(folder, request, lambda capacity: open_reference(str(reference), capacity), jax=True)
+        eval_console.run(folder, request, lambda capacity: open_reference(str(reference), capacity))
     else:
-        eval_console.run(folder, request, lambda _: eval_console.open_artifact(reference), jax=False)
+        eval_console.run(folder, request, lambda _: eval_console.open_artifact(reference))
 
 
 @main.command()

@@ -97,7 +97,6 @@ def warm(artifact: Path, rounds: int) -> dict:
     from precast.loaders.load import load, read_manifest
     from precast.loaders.runtime import pjrt
 
-    pjrt.block_jax()
     model = load(artifact)
     engine, manifest = model.engine, read_manifest(artifact)
     executables = [(artifact / p.executable).read_bytes() for p in model.target.programs if p.executable]

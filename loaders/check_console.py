@@ -21,11 +21,8 @@ def run(path: Path, *, target: str | None, compile: bool, as_json: bool) -> int:
     Raises:
         PrecastError: when there is no artifact, it is not understood, or it has no such target.
     """
-    from .resources import memory, processors
-    from .runtime.pjrt import block_jax
-
-    block_jax()
     from .load import find_artifact, read_manifest
+    from .resources import memory, processors
     from .runtime.pjrt import this_machine
 
     root = find_artifact(path)

@@ -246,7 +246,6 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     from .runtime import pjrt
 
-    pjrt.block_jax()
     client = pjrt.client()
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:

@@ -66,11 +66,7 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
     with starting(artifact):
-        # This process is ours, and nothing in it needs jax; jaxlib would import it wherever it is installed.
-        from .runtime.pjrt import block_jax
-
-        block_jax()
-        # Nor need anything be collected at its end, which would take a twentieth of a short answer's time.
+        # At the end of a process of our own a collection frees nothing, and takes a twentieth of a short answer's time.
         atexit.register(gc.freeze)
         from .load import load
 

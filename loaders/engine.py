@@ -3,6 +3,7 @@
 What runs them is behind `precast.loaders.runtime.interface`.
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
@@ -134,6 +135,8 @@ class Engine:
         self._client, self._unchanged = client, unchanged
         layouts = {v.name: v.layout for p in target.programs for v in p.arguments}
         constants = {n: client.put(_laid_out(a, layouts.get(n))) for n, a in weights.items()}
+        release = weakref.finalize(self, client.free, tuple(constants.values()))
+        release.atexit = False  # the end of the process frees them sooner
         bound = {p.name: _bind(p, executables[p.name], client, constants) for p in target.programs}
         self._cache = bound[target.of_kind("cache")[0].name]
         self._decode = bound[target.of_kind("decode")[0].name]

@@ -53,16 +53,13 @@ def open_artifact(path: Path) -> "Scorer":
     return ArtifactScorer(model=load(path))
 
 
-def run(
-    artifact: Path, request: Request, open_reference: "Callable[[int], Scorer] | None", *, jax: bool
-) -> None:
+def run(artifact: Path, request: Request, open_reference: "Callable[[int], Scorer] | None") -> None:
     """Measures the artifact and prints what was found on standard output.
 
     Args:
         artifact: as for `load`.
         request: what to measure.
         open_reference: makes the reference, given the artifact's capacity; None for perplexity alone.
-        jax: whether the reference needs it; where it does not, nothing in this process may import it.
 
     Raises:
         PrecastError: for anything the user can put right.
@@ -73,10 +70,6 @@ def run(
         raise PrecastError(f"--tokens: {request.tokens} is not possible, expected 1 to {MOST_TOKENS}.")
     path = e.SHIPPED_TEXT if request.text is None else request.text
     text = e.read_text(path, request.tokens)
-    if not jax:
-        from .runtime.pjrt import block_jax
-
-        block_jax()
     scorer = open_artifact(artifact)
     reference = None if open_reference is None else open_reference(scorer.capacity)
     window = e.check_window(request.window, [scorer] if reference is None else [scorer, reference])

@@ -231,9 +231,6 @@ def attempt(root: Path, name: str, *, compile: bool, at: Callable[[str], None]) 
     Raises:
         PrecastError: as `load`, and when a program fails.
     """
-    from .runtime.pjrt import block_jax
-
-    block_jax()
     from .load import load
 
     model = load(

@@ -27,9 +27,6 @@ def run(
     Raises:
         PrecastError: when there is no artifact, it is not understood, or it does not run on this machine.
     """
-    from .runtime.pjrt import block_jax
-
-    block_jax()
     from .load import find_artifact, read_manifest
     from .verify import check_files
 

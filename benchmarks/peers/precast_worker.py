@@ -13,9 +13,6 @@ class Precast:
         from precast.loaders.console import starting
 
         with starting(Path(model)):
-            from precast.loaders.runtime.pjrt import block_jax
-
-            block_jax()
             from precast.loaders.load import load
 
             self._model = load(model)

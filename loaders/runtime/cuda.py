@@ -89,7 +89,6 @@ class Client(pjrt.Client):
 
     def __init__(self, client: Any) -> None:
         super().__init__(client)
-        self._place = _placement(self._device)
         self._kinds = _jax.HostBufferSemantics
 
     @property
@@ -112,26 +111,11 @@ class Client(pjrt.Client):
 
     def put(self, array: np.ndarray) -> Buffer:
         """Copies an array to the device. It must not change until something has been computed with it."""
-        return self._copied(array, self._kinds.IMMUTABLE_UNTIL_TRANSFER_COMPLETES)
+        return self._put(array, self._kinds.IMMUTABLE_UNTIL_TRANSFER_COMPLETES)
 
     def uploaded(self, array: np.ndarray) -> Buffer:
         """Copies an array to the device. It may change as soon as this returns."""
-        return self._copied(array, self._kinds.IMMUTABLE_ONLY_DURING_CALL)
-
-    def _copied(self, array: np.ndarray, semantics: Any) -> Buffer:
-        about = pjrt.Result(shape=array.shape, dtype=array.dtype)
-        return cast(
-            Buffer,
-            _jax.batched_device_put(
-                about,
-                self._place,
-                [array],
-                [self._device],
-                committed=True,
-                host_buffer_semantics=semantics,
-                enable_x64=False,
-            ),
-        )
+        return self._put(array, self._kinds.IMMUTABLE_ONLY_DURING_CALL)
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
         """An array, and itself as what stands for it: an `Executable` copies it over at every call."""
@@ -145,22 +129,6 @@ class Client(pjrt.Client):
         except (_jax.JaxRuntimeError, ValueError) as error:
             raise PrecastError(f"the program failed: {error}") from None
         return cast(np.ndarray, array)
-
-
-def _placement(device: Any) -> Any:
-    """A device, as arrays are told to lie on it."""
-    if not hasattr(_jax, "HloSharding"):
-        return _jax.SingleDeviceSharding(device)
-
-    class Placement(_jax.SingleDeviceSharding):
-        """Older jaxlibs ask for two things that jax's own class of this name has in Python."""
-
-        memory_kind = None
-
-        def _to_xla_hlo_sharding(self, _: int) -> Any:
-            return _jax.HloSharding.replicate()
-
-    return Placement(device)
 
 
 _making_client = Lock()
@@ -193,7 +161,6 @@ def _client() -> Client:
             f"CUDA: jax's plugin for NVIDIA GPUs is not installed: pip install"
             f" {cuda_packages(pjrt.jaxlib_version)}"
         )
-    pjrt.spare_jax()
     for library in _nvidia_libraries():
         # What cannot be loaded is missed by the plugin, if it is, which says so better.
         with suppress(OSError):

@@ -5,7 +5,7 @@ the next without looking inside. Device memory that the host does not see is the
 an array of the host's and a buffer that stands for it, which the executable copies over at every call.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NewType, Protocol
 
 import numpy as np
@@ -46,3 +46,6 @@ class Client(Protocol):
 
     def get(self, buffer: Buffer) -> np.ndarray:
         """A buffer's contents, not to be written to; valid until the buffer is used up by a call."""
+
+    def free(self, buffers: Iterable[Buffer]) -> None:
+        """Give up buffers that `put` made and no call will use again, and the arrays whose memory they share."""

@@ -4,21 +4,19 @@ Every unadvertised function of jaxlib that precast's loader calls stands in this
 in `cuda` beside it: what a new jaxlib changes is changed here. Tested on each jaxlib of the supported range.
 """
 
-import ctypes
 import importlib.util
-import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from threading import Lock
 from typing import Any, cast
 
 import numpy as np
 
-# XLA's notes about its devices are not for users; errors still show. It looks once, when it is loaded.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+from .quiet import quiet
 
-from jaxlib import _jax
+# XLA looks at the log level once, when it is loaded.
+with quiet("1"):
+    from jaxlib import _jax
 from jaxlib.version import __version__ as jaxlib_version
 
 from precast import kernels
@@ -32,22 +30,6 @@ from .interface import Buffer
 
 # Newer handlers check nothing; older ones can be told not to, which they would do by jax's Python code.
 _UNCHECKED = (True,) if "_skip_checks" in (_jax.array_result_handler.__doc__ or "") else ()
-# Where dlpack.h puts the code of an element's type in a DLManagedTensor (behind data, device and ndim), and its
-# code for bfloat16.
-_DLPACK_TYPE_CODE, _DLPACK_BFLOAT = 20, 4
-
-
-def _capsule(array: np.ndarray) -> Any:
-    """An array as a DLPack capsule. NumPy has none for bfloat16: it makes one of uint16, and the type is put right."""
-    if array.dtype.name != "bfloat16":
-        return array.__dlpack__()
-    capsule = array.view(np.uint16).__dlpack__()
-    # A prototype of our own: the attributes of pythonapi's functions are everybody's.
-    prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-    get_pointer = prototype(("PyCapsule_GetPointer", ctypes.pythonapi))
-    code = ctypes.c_uint8.from_address(get_pointer(capsule, b"dltensor") + _DLPACK_TYPE_CODE)
-    code.value = _DLPACK_BFLOAT
-    return capsule
 
 
 class Result(Frozen):
@@ -95,7 +77,7 @@ class Executable:
         """
         try:
             results = self._loaded.execute_sharded(list(arguments))
-            # Told what they are, results become arrays without another vain search for jax, 40 µs each.
+            # Told the type of each result, jaxlib makes arrays without a search for jax.
             return list(results.consume_with_handlers(self._handlers))
         except (_jax.JaxRuntimeError, ValueError) as error:
             raise PrecastError(f"the program failed: {error}") from None
@@ -133,7 +115,7 @@ class Client:
         self._client = client
         self._device = self._client.local_devices()[0]
         self._devices = _jax.DeviceList((self._device,))
-        self._sharding = _jax.SingleDeviceSharding(self._device)
+        self._sharding = placement(self._device)
 
     def _executable(self, loaded: Any, results: Sequence[Result], *, compiled: bool) -> Executable:
         return Executable(loaded, self._handlers(results), compiled=compiled)
@@ -184,7 +166,28 @@ class Client:
 
         The caller must not change the array afterwards.
         """
-        return _jax.dlpack_managed_tensor_to_buffer(_capsule(array), self._device, None)
+        return self._put(array, _jax.HostBufferSemantics.ZERO_COPY)
+
+    def _put(self, array: np.ndarray, semantics: Any) -> Buffer:
+        # Told the array's type, jaxlib does not search for jax: other ways in import it wherever it is installed.
+        about = Result(shape=array.shape, dtype=array.dtype)
+        made = _jax.batched_device_put(
+            about,
+            self._sharding,
+            [array],
+            [self._device],
+            committed=True,
+            host_buffer_semantics=semantics,
+            enable_x64=True,
+        )
+        return cast(Buffer, made)
+
+    def free(self, buffers: Iterable[Buffer]) -> None:
+        """Give up buffers that no call will use again, and the arrays whose memory they share."""
+        for buffer in buffers:
+            cast(Any, buffer).delete()
+        # XLA keeps those arrays until somebody asks.
+        _jax.collect_garbage()
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
         """An array and the buffer that shares its memory: what is written there between two calls, the next one sees.
@@ -197,6 +200,22 @@ class Client:
     def get(self, buffer: Buffer) -> np.ndarray:
         """A read-only view of a buffer; valid until the buffer is used up by a call. Not for bfloat16."""
         return np.asarray(memoryview(cast(Any, buffer)))
+
+
+def placement(device: Any) -> Any:
+    """A device, as arrays are told to lie on it."""
+    if not hasattr(_jax, "HloSharding"):
+        return _jax.SingleDeviceSharding(device)
+
+    class Placement(_jax.SingleDeviceSharding):
+        """Older jaxlibs ask for two things that jax's own class of this name has in Python."""
+
+        memory_kind = None
+
+        def _to_xla_hlo_sharding(self, _: int) -> Any:
+            return _jax.HloSharding.replicate()
+
+    return Placement(device)
 
 
 def size_of(buffer: Buffer) -> int:
@@ -224,17 +243,10 @@ def client() -> Client:
 
 @cache
 def _client() -> Client:
-    spare_jax()
     register_kernels()
     # Synchronous: a call returns when it is done, on the thread that made it. Nothing here runs side by side, and
     # handing each step to another thread costs more than it hides.
     return Client(_jax.get_tfrt_cpu_client(asynchronous=False))
-
-
-def spare_jax() -> None:
-    """jaxlib tries `import jax` whenever it makes an array. Where jax is not there, one failed search is enough."""
-    if "jax" not in sys.modules and not _is_installed("jax"):
-        block_jax()
 
 
 def _is_installed(package: str) -> bool:
@@ -243,11 +255,6 @@ def _is_installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):  # something in this process refuses it
         return False
-
-
-def block_jax() -> None:
-    """Keeps this process from importing jax, which jaxlib would do, and which takes longer than a whole run."""
-    sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
 
 
 def this_machine(*, cuda: bool = True) -> Machine:

@@ -5,7 +5,7 @@ program when that is first called.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -15,12 +15,12 @@ from ..artifact import files
 from ..artifact.errors import PrecastError
 from ..artifact.manifest import FileEntry, Program, Target, Value
 from .interface import Buffer
+from .quiet import quiet
 
 SAVED_MODEL = "saved_model.pb"
 
 # The device that precast is tested on, also where TensorFlow finds another.
 _DEVICE = "/CPU:0"
-_LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 # A SavedModel is a program that can do whatever TensorFlow can, files included. These are the operations that an
 # export consists of; what saves and restores variables is there for other loaders, and nothing that is run calls it.
 _OPERATIONS = frozenset(
@@ -81,6 +81,9 @@ class Client:
     def get(self, buffer: Buffer) -> np.ndarray:
         return np.asarray(cast(Any, buffer))
 
+    def free(self, buffers: Iterable[Buffer]) -> None:
+        """TensorFlow frees a tensor with its last reference."""
+
 
 def client() -> Client:
     """TensorFlow's CPU.
@@ -97,11 +100,10 @@ def import_tensorflow() -> Any:
     Raises:
         PrecastError: when it is not there, or cannot be imported.
     """
-    # It looks once, when it is loaded. At 1, which precast sets for XLA, it remarks on every large allocation.
-    if os.environ.get(_LOG_LEVEL, "1") == "1":
-        os.environ[_LOG_LEVEL] = "2"
     try:
-        import tensorflow
+        # It looks at the log level once, when it is loaded. At 1 it remarks on every large allocation.
+        with quiet("2"):
+            import tensorflow
     except ImportError as error:
         raise PrecastError(
             f"a SavedModel needs TensorFlow, which cannot be imported ({error}): pip install 'precast[savedmodel]'"
