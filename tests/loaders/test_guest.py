@@ -26,7 +26,7 @@ getenv.restype = ctypes.c_char_p
 
 def status():
     lines = [line.split() for line in open("/proc/self/status")]
-    return {words[0]: words[1:] for words in lines if words[0][:3] in ("Sig", "Cap", "Uma", "NoN", "Sec")} | {"SigQ:": 0}
+    return {w[0]: w[1:] for w in lines if w[0][:3] in ("Sig", "Cap", "NoN", "Sec") and w[0] != "SigQ:"}
 
 def snapshot():
     x = np.linspace(0.1, 1, 8)
