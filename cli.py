@@ -2,13 +2,27 @@
 
 import os
 import sys
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
+
+if __name__ == "__main__":
+    from importlib.util import find_spec
+
+    if find_spec("precast") is None:
+        click.echo(
+            "error: precast is not installed in this Python; run: pip install -e '.[export]'", err=True
+        )
+        sys.exit(2)
+
+from precast.loaders import options
+
+if TYPE_CHECKING:
+    from precast.loaders.console import LoadOptions, SamplingOptions
 
 # XLA's own notes about devices are not for users; errors still show. Set before anything loads it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
@@ -16,68 +30,71 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 FAILED, INTERRUPTED = 2, 130
 
 
-def _lines_only(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns what a user can put right into one line on standard error and exit code 2."""
+class _Commands(click.Group):
+    """The group of all commands. What a user can put right is one line, also where help is shown."""
 
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        from precast.loaders.artifact.errors import PrecastError, printable
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        from precast.loaders.terminal import open_closed_streams
 
-        # A terminal that cannot show a character shows a question mark; it is no reason to stop.
+        open_closed_streams()
+        # A terminal that cannot show a character shows a question mark.
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
-        try:
-            command(*args, **kwargs)
-        except PrecastError as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted", err=True)
-            sys.stdout.flush()
-            # At once: a compiler's threads that still work do not survive the usual way out of Python.
-            os._exit(INTERRUPTED)
-        except BrokenPipeError:
-            # The reader has seen enough; what Python would flush at exit has nowhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except OSError as error:
-            # What the system refuses is for the user too, wherever it refuses it.
-            what = f"{error.filename or 'input or output'}: {error.strerror or error}"
-            _fail(printable(f"{what}; check the path and its disk."))
+        with _lines_only():
+            return super().main(*arguments, **settings)
 
-    return wrapper
+    def invoke(self, context: click.Context) -> Any:
+        # Here as well: click answers an interrupt itself, in words of its own.
+        with _lines_only():
+            return super().invoke(context)
 
 
-def _fail(message: str) -> None:
-    # One line, also where a library's own message, quoted in ours, has several.
-    click.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(FAILED)
+@contextmanager
+def _lines_only() -> Iterator[None]:
+    """Turn what a user can put right into one line on standard error and exit code 2."""
+    from precast.loaders.artifact.errors import PrecastError, printable
 
-
-def _numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
     try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError:
-        raise click.BadParameter(f"expected whole numbers with commas between, found {value!r}.") from None
+        try:
+            yield
+        finally:
+            # Python would flush at its exit, where an error has a traceback.
+            sys.stdout.flush()
+    except PrecastError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted", err=True)
+        sys.stdout.flush()
+        # At once: a compiler's threads that still work do not survive the usual way out of Python.
+        os._exit(INTERRUPTED)
+    except BrokenPipeError:
+        _abandon_output()  # the reader has seen enough
+        sys.exit(1)
+    except OSError as error:
+        if sys.stdout in _abandon_output():
+            _fail(f"standard output: {error.strerror or error}; send it somewhere else.")
+        where = error.filename or "input or output"
+        _fail(printable(f"{where}: {error.strerror or error}; check the path and its disk."))
 
 
-class _Artifact(click.ParamType):
-    """The folder of an artifact, as a path, or the URL that one was pushed to, as the text it is."""
+def _abandon_output() -> list[TextIO]:
+    """Send the text that Python flushes at its exit nowhere, if its stream takes no more; return such streams."""
+    broken = []
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            broken.append(stream)
+    return broken
 
-    name = "path or url"
 
-    def convert(self, value: Any, _: click.Parameter | None, __: click.Context | None) -> Any:
-        return Path(value) if isinstance(value, str) and "://" not in value else value
-
-
-_ARTIFACT = _Artifact()
-_KEY = click.option(
-    "--require-signature",
-    metavar="KEY",
-    type=click.Path(path_type=Path),
-    help="Refuse an artifact that was not signed with this key: PEM file of the public one.",
-)
+def _fail(message: str) -> NoReturn:
+    # Standard error may be full or closed too, and then nobody listens.
+    with suppress(OSError):
+        # One line, also where a library's own message, quoted in ours, has several.
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(FAILED)
 
 
 def _local(artifact: Path | str, key: Path | None = None) -> Path:
@@ -96,7 +113,9 @@ def _log(line: str) -> None:
     click.echo(printable(line), err=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="precast", message="precast %(version)s")
 def main() -> None:
     """Language models as ahead-of-time compiled artifacts."""
@@ -109,7 +128,7 @@ def main() -> None:
 )
 @click.option(
     "--buckets",
-    callback=_numbers,
+    callback=options.numbers,
     help="Prompt lengths to compile prefill for; default 64,128,512 as far as the context goes.",
 )
 @click.option(
@@ -141,7 +160,6 @@ def main() -> None:
     help="Instruction set to compile target cpu for: native, sse4.2, avx, avx2, avx512. May be given several times.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
-@_lines_only
 def export(
     source: str | None,
     output: Path | None,
@@ -163,7 +181,7 @@ def export(
     from precast.exporter import console
     from precast.exporter.export import DEFAULT_TARGETS, ExportOptions
 
-    options = ExportOptions(
+    wanted = ExportOptions(
         buckets=buckets,
         context=context,
         slots=slots,
@@ -173,7 +191,7 @@ def export(
         cpu_isas=cpu_isas,
         overwrite=overwrite,
     )
-    console.run_export(source, output, options)
+    console.run_export(source, output, wanted)
 
 
 def _need_export(what: str = "exporting") -> None:
@@ -191,64 +209,38 @@ def _need_export(what: str = "exporting") -> None:
 
 
 @main.command()
-@click.argument("artifact", type=_ARTIFACT)
+@click.argument("artifact", type=options.ARTIFACT)
 @click.option(
     "-p",
     "--prompt",
     help="Text to continue, or to answer with --chat. Default: standard input, less one final newline.",
 )
-@click.option("--ids", callback=_numbers, help="Token ids to continue instead of text: 1,2,3.")
+@click.option("--ids", callback=options.numbers, help="Token ids to continue instead of text: 1,2,3.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
-@click.option("--system", help="System message; implies --chat.")
-@click.option(
-    "-n", "--max-tokens", type=int, help="Tokens to generate at most. Default: until the context is full."
-)
-@click.option("--temperature", type=float, help="0 is greedy. Default of this and the next: the model's own.")
-@click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all.")
-@click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability.")
-@click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the likeliest.")
-@click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that occurred less likely.")
-@click.option("--seed", type=int, help="Same seed, same tokens, where a temperature makes them differ.")
-@click.option("--stop", multiple=True, help="Stop before this text. May be given several times.")
-@click.option("--ignore-eos", is_flag=True, help="Go on to the limit.")
+@click.option("--system", help="System message, which may be empty; implies --chat.")
+@options.sampling
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when done.")
-@click.option("--verify", is_flag=True, help="Hash every file again, whether or not it has changed.")
-@click.option("--target", help="Run this target of the artifact. Default: the best that fits.")
-@click.option(
-    "--compile", "may_compile", is_flag=True, help="Compile from StableHLO where no executable fits."
-)
-@_KEY
-@_lines_only
+@options.loading
 def run(
     artifact: Path | str,
     prompt: str | None,
     ids: tuple[int, ...] | None,
     chat: bool,
     system: str | None,
-    ignore_eos: bool,
     as_json: bool,
-    verify: bool,
-    target: str | None,
-    may_compile: bool,
-    require_signature: Path | None,
-    **sampling: Any,
+    sampling: "SamplingOptions",
+    loading: "LoadOptions",
 ) -> None:
     """Generate from ARTIFACT: the folder of one, a folder with exactly one in it, or the URL of one in a store.
 
-    From a URL it is pulled once, into the cache folder.
+    An artifact at a URL is pulled once, into the cache folder.
 
     With a terminal and no prompt it is an interactive chat.
     """
     from precast.loaders import console
 
-    console.run(
-        artifact,
-        console.Request(prompt=prompt, ids=ids, chat=chat, system=system, as_json=as_json),
-        console.LoadOptions(
-            verify=verify, target=target, compile=may_compile, require_signature=require_signature
-        ),
-        console.SamplingOptions(ignore_eos=ignore_eos, **sampling),
-    )
+    request = console.Request(prompt=prompt, ids=ids, chat=chat, system=system, as_json=as_json)
+    console.run(artifact, request, loading, sampling)
 
 
 @main.command("add-target")
@@ -261,7 +253,6 @@ def run(
 )
 @click.option("--target", help="Target whose StableHLO is compiled. Default: the quickest that runs here.")
 @click.option("--overwrite", is_flag=True, help="Replace a target of the same name.")
-@_lines_only
 def add_target(artifact: Path, cpu_isa: str, target: str | None, overwrite: bool) -> None:
     """Compile another target into ARTIFACT, from its StableHLO and by the jaxlib that is installed.
 
@@ -277,9 +268,8 @@ def add_target(artifact: Path, cpu_isa: str, target: str | None, overwrite: bool
 
 
 @main.command()
-@click.argument("artifact", type=_ARTIFACT)
+@click.argument("artifact", type=options.ARTIFACT)
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
-@_lines_only
 def inspect(artifact: Path | str, as_json: bool) -> None:
     """Show what ARTIFACT holds: model, programs, cache, targets."""
     from precast.loaders import inspect as inspecting
@@ -288,13 +278,12 @@ def inspect(artifact: Path | str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("artifact", type=_ARTIFACT)
+@click.argument("artifact", type=options.ARTIFACT)
 @click.option("--target", help="Ask about this target alone. Default: the first that fits.")
 @click.option(
     "--compile", "may_compile", is_flag=True, help="A target that must be compiled here first will do."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one line of JSON.")
-@_lines_only
 def check(artifact: Path | str, target: str | None, may_compile: bool, as_json: bool) -> None:
     """Say whether ARTIFACT runs on this machine, and everything that keeps it from running.
 
@@ -306,14 +295,13 @@ def check(artifact: Path | str, target: str | None, may_compile: bool, as_json: 
 
 
 @main.command()
-@click.argument("artifact", type=_ARTIFACT)
+@click.argument("artifact", type=options.ARTIFACT)
 @click.option("--target", help="Let this target answer. Default: the first that fits.")
 @click.option(
     "--compile", "may_compile", is_flag=True, help="Compile from StableHLO where no executable fits."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one line of JSON.")
-@_KEY
-@_lines_only
+@options.KEY
 def verify(
     artifact: Path | str, target: str | None, may_compile: bool, as_json: bool, require_signature: Path | None
 ) -> None:
@@ -333,10 +321,9 @@ def verify(
 
 
 @main.command()
-@click.argument("before", metavar="A", type=_ARTIFACT)
-@click.argument("after", metavar="B", type=_ARTIFACT)
+@click.argument("before", metavar="A", type=options.ARTIFACT)
+@click.argument("after", metavar="B", type=options.ARTIFACT)
 @click.option("--json", "as_json", is_flag=True, help="Print the differences as one line of JSON.")
-@_lines_only
 def diff(before: Path | str, after: Path | str, as_json: bool) -> None:
     """Show what changed from artifact A to artifact B.
 
@@ -348,7 +335,7 @@ def diff(before: Path | str, after: Path | str, as_json: bool) -> None:
 
 
 @main.command("eval")
-@click.argument("artifact", type=_ARTIFACT)
+@click.argument("artifact", type=options.ARTIFACT)
 @click.option(
     "--reference",
     type=click.Path(path_type=Path),
@@ -362,7 +349,6 @@ def diff(before: Path | str, after: Path | str, as_json: bool) -> None:
 )
 @click.option("--window", type=int, help="Tokens of a window. Default: 512, or the capacity if that is less.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
-@_lines_only
 def evaluate(
     artifact: Path | str,
     reference: Path | None,
@@ -404,7 +390,6 @@ def evaluate(
     type=click.Path(path_type=Path),
     help="PEM file of the private key: an elliptic curve key of P-256, P-384 or P-521.",
 )
-@_lines_only
 def sign(artifact: Path, key: Path) -> None:
     """Sign ARTIFACT: write manifest.json.sig beside its manifest, which holds the sha256 of every other file.
 
@@ -431,7 +416,6 @@ def sign(artifact: Path, key: Path) -> None:
     "--verify", is_flag=True, help="Read back what is there already, and send again what is altered."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was sent as one line of JSON.")
-@_lines_only
 def push(artifact: Path, url: str, verify: bool, as_json: bool) -> None:
     """Send ARTIFACT to URL: a folder of a store, and the name that the artifact gets in it.
 
@@ -449,9 +433,8 @@ def push(artifact: Path, url: str, verify: bool, as_json: bool) -> None:
     "-o", "--output", type=click.Path(path_type=Path), help="Folder to write; default artifacts/NAME."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
-@_KEY
+@options.KEY
 @click.option("--json", "as_json", is_flag=True, help="Print what was fetched as one line of JSON.")
-@_lines_only
 def pull(
     url: str, output: Path | None, overwrite: bool, require_signature: Path | None, as_json: bool
 ) -> None:
@@ -465,8 +448,4 @@ def pull(
 
 
 if __name__ == "__main__":
-    from importlib.util import find_spec
-
-    if find_spec("precast") is None:
-        _fail("precast is not installed in this Python; run: pip install -e '.[export]'")
     main()

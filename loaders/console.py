@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .artifact.errors import PrecastError, printable
 from .artifact.frozen import Frozen
 from .clock import process_age
+from .terminal import escaped, harmless_pieces
 
 if TYPE_CHECKING:
     from .generate import Completion, Message, Model, Stream
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 
 class Request(Frozen):
-    """What to generate from. At most one of `prompt` and `ids`."""
+    """A prompt and its form. At most one of `prompt` and `ids`.
+
+    Attributes:
+        system: the system message, which may be empty; None for none.
+    """
 
     prompt: str | None
     ids: tuple[int, ...] | None
@@ -29,8 +34,15 @@ class Request(Frozen):
     system: str | None
     as_json: bool
 
+    @property
+    def templated(self) -> bool:
+        """Whether the prompt goes through the chat template."""
+        return self.chat or self.system is not None
+
 
 class LoadOptions(Frozen):
+    """How to load, as the command line gives it."""
+
     verify: bool
     target: str | None
     compile: bool
@@ -61,8 +73,9 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
         PrecastError: for anything the user can put right.
     """
     _check(request)
-    interactive = request.prompt is None and request.ids is None and sys.stdin.isatty()
-    if interactive and request.as_json:
+    asked = request.prompt is None and request.ids is None and sys.stdin.isatty()
+    interactive = asked and sys.stdout.isatty()
+    if asked and request.as_json:
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
     with starting(artifact):
@@ -121,7 +134,7 @@ def starting(artifact: Path | str) -> Iterator[None]:
 def _check(request: Request) -> None:
     if request.prompt is not None and request.ids is not None:
         raise PrecastError("--prompt and --ids both say what to continue; give one of them.")
-    if (request.chat or request.system) and request.ids is not None:
+    if request.templated and request.ids is not None:
         option = "--chat" if request.chat else "--system"
         raise PrecastError(
             f"{option} needs text to put through the chat template; use --prompt instead of --ids."
@@ -133,32 +146,38 @@ def _read_prompt(request: Request) -> str:
         return ""
     if request.prompt is not None:
         return request.prompt
+    if sys.stdin.isatty():
+        print("Type the prompt; Ctrl-D on a line of its own ends it.", file=sys.stderr)
     try:
-        # What a shell's echo or an editor puts at the end is not part of the prompt.
-        return sys.stdin.read().removesuffix("\n")
+        return piped_text(sys.stdin.read())
     except UnicodeDecodeError as error:
         raise PrecastError(
             f"standard input: expected a prompt in {error.encoding}, found other bytes."
         ) from None
 
 
-def _messages(request: Request, text: str) -> "list[Message]":
-    system = [{"role": "system", "content": request.system}] if request.system else []
-    return [*system, {"role": "user", "content": text}]
+def piped_text(text: str) -> str:
+    """A piped prompt without the marks of editors and shells: byte order mark, CRLF, one final newline."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
+
+
+def opening(system: str | None) -> "list[Message]":
+    """The messages before the user's first."""
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _stream(model: "Model", request: Request, text: str, params: "SamplingParams") -> "Stream":
     if request.ids is not None:
         return model.stream(request.ids, params)
-    if request.chat or request.system:
+    if request.templated:
         if not text.strip():
             raise PrecastError("prompt: expected some text, found none; give it with -p or pipe it in.")
-        return model.stream_chat(_messages(request, text), params)
+        return model.stream_chat([*opening(request.system), {"role": "user", "content": text}], params)
     return model.stream(text, params)
 
 
 def _write_pieces(stream: "Stream") -> None:
-    for piece in stream:
+    for piece in harmless_pieces(stream) if sys.stdout.isatty() else stream:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -186,7 +205,7 @@ def _json_line(
     }
     # Escapes are JSON too, for an output that takes less than Unicode.
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
-    return json.dumps(record, ensure_ascii=not encoding.startswith("utf"))
+    return escaped(json.dumps(record, ensure_ascii=not encoding.startswith("utf")))
 
 
 def converse(model: "Model", params: "SamplingParams", system: str | None) -> None:
@@ -201,11 +220,10 @@ def converse(model: "Model", params: "SamplingParams", system: str | None) -> No
     target, capacity = model.target.name, model.engine.capacity
     name = printable(model.manifest.name)
     print(f"{name} on {printable(target)}, {capacity} positions. /reset forgets, /exit or Ctrl-D ends.")
-    opening: list[Message] = [{"role": "system", "content": system}] if system else []
-    messages = list(opening)
+    messages = opening(system)
     while (line := _ask()) is not None:
         if line == "/reset":
-            messages = list(opening)
+            messages = opening(system)
         elif line.startswith("/"):
             print("/reset forgets the conversation, /exit or Ctrl-D ends it.")
         elif line:

@@ -1,6 +1,7 @@
 """The command line: what `run` and `inspect` print, and that a deployed process stays light."""
 
 import gc
+import io
 import json
 import shutil
 import sys
@@ -80,6 +81,101 @@ def test_a_prompt_may_be_piped_in(record, tiny_artifact, tiny_model):
     assert piped["prompt_token_ids"] == tiny_model.tokenizer.encode(text)
     given = record(tiny_artifact, "-p", text)
     assert (given["token_ids"], given["text"]) == (piped["token_ids"], piped["text"])
+
+
+@pytest.mark.parametrize(
+    ("piped", "prompt"),
+    [
+        (b"\xef\xbb\xbfthe fox", "the fox"),
+        (b"the fox\r\nthe dog\r\n", "the fox\nthe dog"),
+        (b"\xef\xbb\xbfthe\r\n\r\n", "the\n"),
+        (b"a\rb\n\r", "a\rb\n\r"),  # a carriage return alone is text
+        (b"the \xef\xbb\xbffox", "the \ufefffox"),  # as is a mark that is not at the start
+    ],
+)
+def test_what_editors_of_windows_add_is_not_part_of_a_piped_prompt(
+    record, tiny_artifact, tiny_model, monkeypatch, piped, prompt
+):
+    from precast.loaders import console
+
+    # The command's own standard input, which translates nothing; click's stand-in for it does.
+    stdin = io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8", newline="\n")
+    monkeypatch.setattr(console, "sys", SimpleNamespace(stdin=stdin, stdout=sys.stdout, stderr=sys.stderr))
+    found = record(tiny_artifact, "-n", "1")
+    assert found["prompt_token_ids"] == tiny_model.tokenizer.encode(prompt)
+
+
+def test_a_prompt_that_is_given_is_taken_as_it_is(record, tiny_artifact, tiny_model):
+    prompt = "\ufeffthe fox\r\nthe dog\r\n"
+    found = record(tiny_artifact, "-n", "1", "-p", prompt)
+    assert found["prompt_token_ids"] == tiny_model.tokenizer.encode(prompt)
+
+
+def test_an_empty_system_message_is_one(record, tiny_artifact, tiny_model):
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "the dog"}]
+    found = record(tiny_artifact, "--system", "", "-p", "the dog", "-n", "1")
+    assert found["prompt_token_ids"] == tiny_model.chat_prompt(messages)
+
+
+# --- a terminal ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_a_terminal(monkeypatch):
+    """Makes standard output a terminal for what `console.run` prints."""
+    from precast.loaders import console
+
+    class Terminal:
+        def __init__(self, stream):
+            self._stream = stream
+
+        def isatty(self):
+            return True
+
+        def __getattr__(self, name):
+            return getattr(self._stream, name)
+
+    class Sys:
+        @property
+        def stdout(self):
+            return Terminal(sys.stdout)
+
+        def __getattr__(self, name):
+            return getattr(sys, name)
+
+    def switch(on):
+        monkeypatch.setattr(console, "sys", Sys() if on else sys)
+
+    return switch
+
+
+def test_a_terminal_is_not_commanded_by_a_model(cli, tiny_artifact, monkeypatch, on_a_terminal):
+    """What goes to a file or a pipe is what the model said."""
+    from precast.loaders.generate import Model
+
+    said = ["a\x1b", "]52;c;eA==\x07", "b\r", "\n\x9b2J", "\u202e"]
+    monkeypatch.setattr(Model, "stream", lambda *_: iter(said))
+    on_a_terminal(True)
+    assert cli("run", tiny_artifact, "-p", "x").stdout == "a�]52;c;eA==�b\n�2J�\n"
+    on_a_terminal(False)
+    assert cli("run", tiny_artifact, "-p", "x").stdout_bytes.decode() == "".join(said) + "\n"
+
+
+def test_json_commands_no_terminal_either(cli, tiny_artifact, monkeypatch):
+    from precast.loaders.generate import Stream
+
+    completion = SimpleNamespace(
+        text="\x1b]0;x\x07\x9b2J\u202e é",
+        token_ids=(),
+        prompt_token_ids=(),
+        finish_reason="stop",
+        timing=SimpleNamespace(prefill_s=0.0, decode_tokens_per_s=0.0),
+    )
+    monkeypatch.setattr(Stream, "completion", completion)
+    line = cli("run", tiny_artifact, "-p", "x", "--json").stdout
+    assert line.removesuffix("\n").isprintable()
+    assert "é" in line
+    assert json.loads(line)["text"] == completion.text
 
 
 def test_a_chat_goes_through_the_template(record, tiny_artifact, tiny_model):
@@ -170,6 +266,20 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_artifact, python):
     )
     result = python("-c", code, str(tiny_artifact))
     assert result.stdout.split() == ["1"]
+
+
+def test_a_process_without_its_streams(tiny_artifact, python):
+    """As a shell's ``<&- >&-`` and some supervisors start it."""
+    code = (
+        "import os, subprocess, sys\n"
+        "command = [sys.executable, 'cli.py', 'run', sys.argv[1]]\n"
+        "run = subprocess.run(['sh', '-c', 'exec \"$@\" <&- >&-', 'sh', *command], stderr=subprocess.PIPE)\n"
+        "print(run.returncode, run.stderr.decode())"
+    )
+    result = python("-c", code, str(tiny_artifact))
+    assert result.stdout.split("\n")[0] == (
+        "2 error: prompt: expected at least one token, found none; give the model some text."
+    )
 
 
 # --- the process --------------------------------------------------------------------------------------------

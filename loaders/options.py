@@ -1,0 +1,115 @@
+"""Arguments and options that several commands share."""
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., None]
+
+
+def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Parse whole numbers with commas between."""
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"expected whole numbers with commas between, found {value!r}.") from None
+
+
+class Artifact(click.ParamType):
+    """The folder of an artifact, as a path, or the URL that one was pushed to, as text."""
+
+    name = "path or url"
+
+    def convert(self, value: Any, _: click.Parameter | None, __: click.Context | None) -> Any:
+        return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+ARTIFACT = Artifact()
+KEY = click.option(
+    "--require-signature",
+    metavar="KEY",
+    type=click.Path(path_type=Path),
+    help="Refuse an artifact that was not signed with this key: PEM file of the public one.",
+)
+_SAMPLING = (
+    click.option(
+        "-n",
+        "--max-tokens",
+        type=int,
+        help="Generate at most this many tokens. Default: until the context is full.",
+    ),
+    click.option(
+        "--temperature",
+        type=float,
+        help="0 is greedy. Default of this and the options below: the model's own.",
+    ),
+    click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all."),
+    click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability."),
+    click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the likeliest."),
+    click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that occurred less likely."),
+    click.option("--seed", type=int, help="Repeat the same choice of tokens where a temperature varies it."),
+    click.option("--stop", multiple=True, help="Stop before this text. May be given several times."),
+    click.option("--ignore-eos", is_flag=True, help="Continue past the end token, to the limit."),
+)
+_LOADING = (
+    click.option("--verify", is_flag=True, help="Hash every file again, also those that have not changed."),
+    click.option("--target", help="Run this target of the artifact. Default: the best that fits."),
+    click.option("--compile", is_flag=True, help="Compile from StableHLO where no executable fits."),
+    KEY,
+)
+
+
+def sampling(command: Command) -> Command:
+    """Give a command the options for sampling; it receives them as one argument, `sampling`."""
+
+    def gathered(values: dict[str, Any]) -> Any:
+        from .console import SamplingOptions
+
+        return SamplingOptions(**values)
+
+    return _gathering(command, _SAMPLING, "sampling", gathered)
+
+
+def loading(command: Command) -> Command:
+    """Give a command the options for loading an artifact; it receives them as one argument, `loading`."""
+
+    def gathered(values: dict[str, Any]) -> Any:
+        from .console import LoadOptions
+
+        return LoadOptions(**values)
+
+    return _gathering(command, _LOADING, "loading", gathered)
+
+
+def _gathering(
+    command: Command,
+    options: tuple[Callable[[Command], Command], ...],
+    name: str,
+    gathered: Callable[[dict[str, Any]], Any],
+) -> Command:
+    names = _names(options)
+
+    @wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        values = {key: arguments.pop(key) for key in names}
+        command(**arguments, **{name: gathered(values)})
+
+    decorated: Command = wrapper
+    for option in reversed(options):
+        decorated = option(decorated)
+    return decorated
+
+
+def _names(options: tuple[Callable[[Command], Command], ...]) -> list[str]:
+    """The names of the arguments that click passes for these options."""
+
+    def probe() -> None: ...
+
+    for option in options:
+        option(probe)
+    return [parameter.name for parameter in probe.__click_params__]  # type: ignore[attr-defined]

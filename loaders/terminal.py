@@ -1,0 +1,49 @@
+"""Standard streams, and text that a terminal only shows."""
+
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+
+# C0 but for tab and newline, DEL, C1, and the characters that reorder text around them (bidirectional embeddings,
+# overrides and isolates). The marks and joiners that scripts and emoji need are not among them.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+def open_closed_streams() -> None:
+    """Let standard streams that this process was started without read and write nothing.
+
+    Otherwise a file that is opened later would have the number of the closed stream, and receive its output.
+    """
+    for number, (name, mode) in enumerate(_STREAMS):
+        if getattr(sys, name) is not None:
+            continue
+        # The lowest free number is the stream's own, because those below it are open by now.
+        handle = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(handle, True)
+        setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+def harmless(text: str) -> str:
+    """The text with a visible character in place of each that would command a terminal."""
+    return _COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces of a text for a terminal; a line may end in a carriage return and a newline."""
+    held = ""
+    for piece in pieces:
+        text = held + piece
+        # A newline may follow in the next piece.
+        held = "\r" if text.endswith("\r") else ""
+        text = text.removesuffix("\r").replace("\r\n", "\n")
+        if text:
+            yield harmless(text)
+    if held:
+        yield harmless(held)
+
+
+def escaped(line: str) -> str:
+    """A line of JSON without characters that command a terminal; it holds the same value."""
+    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
