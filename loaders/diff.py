@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .artifact import files
-from .artifact.manifest import WEIGHTS_FILE, Manifest, Program, Target, Value
+from .artifact.manifest import WEIGHTS_FILE, Manifest, Program, Value
 from .artifact.weights import map_weights
 
 # Bytes of a tensor compared at a time.
@@ -92,16 +92,9 @@ def _geometry(m: Manifest) -> Facts:
 
 def _target_changes(a: Manifest, b: Manifest) -> tuple[Change, ...]:
     """Targets in one artifact alone are one change each; those in both are compared field by field."""
-    shared = {t.name for t in a.targets} & {t.name for t in b.targets}
-    programs = {
-        name: set.intersection(*({p.name for p in _named(m, name).programs} for m in (a, b)))
-        for name in shared
-    }
+    named = [{t.name: {p.name for p in t.programs} for t in m.targets} for m in (a, b)]
+    programs = {name: own & named[1][name] for name, own in named[0].items() if name in named[1]}
     return _changes(*(_targets(m, programs) for m in (a, b)))
-
-
-def _named(m: Manifest, name: str) -> Target:
-    return next(t for t in m.targets if t.name == name)
 
 
 def _targets(m: Manifest, shared: Mapping[str, set[str]]) -> Facts:

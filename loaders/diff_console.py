@@ -77,8 +77,9 @@ def _line(change: "Change") -> str:
 
 def _lists(before: Sequence[Any], after: Sequence[Any]) -> str:
     """Two lists: what is gone and what is new, or both where only their order differs."""
-    gone = [f"-{item}" for item in before if item not in after]
-    new = [f"+{item}" for item in after if item not in before]
+    old, now = set(before), set(after)
+    gone = [f"-{item}" for item in before if item not in now]
+    new = [f"+{item}" for item in after if item not in old]
     if len(gone) + len(new) > _ITEMS:
         return f"{len(gone)} of {len(before)} gone, {len(new)} new"
     return " ".join((*gone, *new)) or f"{_text(before)} → {_text(after)}"

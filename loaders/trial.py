@@ -11,7 +11,8 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -103,11 +104,24 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
         machine = replace(machine, gpus=(), cuda_plugin="")
     programs = {file for p in target.programs if (file := target.file_of(p))}
     # Also what lies beside them: the variables of a SavedModel.
-    folders = tuple(f"{folder}/" for file in programs if (folder := file.rpartition("/")[0]))
-    used = [n for n in manifest.files if n == WEIGHTS_FILE or n in programs or n.startswith(folders)]
+    folders = {f"{folder}/" for file in programs if (folder := file.rpartition("/")[0])}
+    used = {WEIGHTS_FILE, *programs, *_below(folders, manifest.files)}
     digests = [(name, manifest.files[name].sha256) for name in sorted(used)]
     said = (digests, target, manifest.cache, manifest.capacity, manifest.slots, manifest.buckets, machine)
     return cache_folder() / _FOLDER / hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:
+    """Yield the names that begin with one of the folders, in a time that does not grow with names times folders."""
+    tops: list[str] = []
+    for folder in sorted(folders):
+        if not tops or not folder.startswith(tops[-1]):
+            tops.append(folder)
+    for name in names:
+        # Of folders that are not inside one another, only the last that sorts before a name can be its beginning.
+        place = bisect_right(tops, name)
+        if place and name.startswith(tops[place - 1]):
+            yield name
 
 
 def _limit_s(manifest: Manifest, compile: bool) -> int:

@@ -1,5 +1,6 @@
 """``manifest.json``: what an artifact holds. `artifacts/README.md` is the specification in prose."""
 
+from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -320,7 +321,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     manifest = from_json(Manifest, upgraded(value, where), where)
     _check_files(manifest, where)
     _check_geometry(manifest, where)
+    names = Counter(target.name for target in manifest.targets)
     for target in manifest.targets:
+        _expect(f"{where}: target {target.name!r}", "targets of this name", 1, names[target.name])
         _check_target(manifest, target, f"{where}: target {target.name!r}")
         for program in target.programs:
             _check_program(manifest, program, f"{where}: target {target.name!r}, program {program.name!r}")
@@ -388,9 +391,11 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
         _expect(place, "slots and layers", sizes, {axis: named.get(axis) for axis in sizes})
         _expect(place, "bytes", prod(array.shape) * DTYPE_BYTES.get(array.dtype, 0), array.bytes)
         _expect(place, "layers in their order", tuple(sorted(set(array.layers))), array.layers)
-    kinds = {array.name.rpartition(".")[2] for array in manifest.cache}
-    for kind in sorted(kinds):
-        held = sorted(i for a in manifest.cache if a.name.rpartition(".")[2] == kind for i in a.layers)
+    held_by_kind: dict[str, list[int]] = {}
+    for array in manifest.cache:
+        held_by_kind.setdefault(array.name.rpartition(".")[2], []).extend(array.layers)
+    for kind, layers in sorted(held_by_kind.items()):
+        held = sorted(layers)
         # The number alone may be anything; so many layers are listed only once they are known to be there.
         _expect(f"{where}: caches of {kind}", "number of layers", manifest.model.layers, len(held))
         _expect(f"{where}: caches of {kind}", "layers", list(range(len(held))), held)
@@ -402,7 +407,6 @@ def _check_target(manifest: Manifest, target: Target, where: str) -> None:
         raise PrecastError(
             f"{where}: runtime {target.runtime!r} is not known, expected one of {', '.join(RUNTIMES)}."
         )
-    _expect(where, "targets of this name", 1, [t.name for t in manifest.targets].count(target.name))
     kinds = sorted((p.kind, p.tokens) for p in target.programs)
     needed = [("cache", 0), ("decode", 1), *(("prefill", tokens) for tokens in manifest.buckets)]
     _expect(where, "kinds and lengths of its programs", needed, kinds)
@@ -466,7 +470,8 @@ def _check_program(manifest: Manifest, program: Program, where: str) -> None:
         found = {v.name: (v.shape, v.dtype) for v in values if v.role == "cache"}
         if found != caches:
             raise PrecastError(
-                f"{where}: its cache is not the artifact's: expected {caches}, found {found}; export the model again."
+                f"{where}: its cache is not the artifact's: expected {caches!r:.200}, found {found!r:.200}; export the"
+                " model again."
             )
     arguments = {v.name for v in program.arguments}
     for result in program.results:
