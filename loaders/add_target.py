@@ -2,37 +2,17 @@
 
 By jaxlib alone: nothing is traced, and jax is not needed. Weights are not touched, and are not copied: every target
 takes the same. That is how an artifact comes to run under another jaxlib, or on an older CPU, than it was exported for.
-
-The order of the steps, so that the artifact is whole, old or new, whenever this process is killed:
-
-1. The folder is locked (``flock``), so that two of these wait for each other. The lock ends with the process.
-2. What a killed run left below ``programs/`` is removed: ``.*.partial``, and folders of executables that no target has.
-   A signature that it had put aside, and that is the manifest's, is put back.
-3. The programs are compiled in a child process and loaded, and give the golden answers.
-4. They are written to ``programs/.NAME.*.partial/``, synced, and the folder is renamed to ``programs/NAME/``. The
-   manifest does not know them yet, so the artifact is the old one still.
-5. A signature of the old manifest is put aside, below ``programs/``: it would not fit the new one. Killed now, the
-   artifact is the old one without its signature, until the next of these runs.
-6. The new manifest is written beside the old one, synced, and renamed over it. Now the artifact is the new one.
-7. With ``--overwrite``, the executables that were replaced are removed.
-
-An export or a pull may exchange the folder meanwhile, lock or not. So before steps 4 and 5 it is looked at again.
+`target_files` writes what comes out, in an order that leaves the artifact whole, old or new, at any moment.
 """
 
-import fcntl
 import hashlib
-import os
-import shutil
-import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from secrets import token_hex
 
 from . import isa as isas
 from . import trial
-from .artifact import compat, files, folders
+from .artifact import compat, files
 from .artifact.errors import PrecastError
 from .artifact.golden import parse_golden
 from .artifact.machine import Machine
@@ -45,13 +25,21 @@ from .artifact.manifest import (
     Target,
     parse_manifest,
 )
-from .artifact.record import MAX_JSON_BYTES, to_json
+from .artifact.record import MAX_JSON_BYTES
 from .compiling import compile_target
 from .load import assemble, find_artifact
 from .runtime import pjrt
+from .target_files import (
+    PROGRAMS,
+    Held,
+    adding,
+    locked,
+    remove_leftovers,
+    replace_manifest,
+    write_programs,
+    writing,
+)
 from .verify import replay
-
-_PROGRAMS, _PARTIAL = "programs", ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +85,16 @@ def add_target(
     """
     isas.check_isa(isa)
     root = find_artifact(path)
-    with _writing(root), _locked(root, log) as handle:
-        held = _Held(root=root, handle=handle, data=files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES))
+    with writing(root), locked(root, log) as handle:
+        held = Held(root=root, handle=handle, data=files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES))
         manifest = parse_manifest(held.data, str(root / MANIFEST_FILE))
         held.check()
-        _remove_leftovers(held, manifest)
+        remove_leftovers(held)
         return _add(held, manifest, isa, source, overwrite, log)
 
 
 def _add(
-    held: "_Held",
+    held: Held,
     manifest: Manifest,
     isa: str,
     source: str | None,
@@ -135,18 +123,13 @@ def _add(
         jaxlib=machine.jaxlib,
         log=log,
     )
-    target, executables = _in_free_folder(target, executables, manifest)
+    target, executables = _in_free_folder(target, executables, manifest, root)
     changed = _with_target(manifest, target, executables)
     log("checking its answers against the recorded ones")
     answers = _replay(root, changed, target, executables)
-    folder = _write_programs(held, target, executables)
-    try:
-        signed = _replace_manifest(held, changed)
-    except Exception:
-        if held.is_there():  # otherwise what has this name may be another's
-            _discard(folder)
-        raise
-    _remove_unlisted_of(root, manifest, changed)
+    with adding(held, changed) as work:
+        write_programs(held, work, executables)
+        signed = replace_manifest(held, work)
     trial.remember(changed, target, machine)
     return Added(
         target=target,
@@ -225,16 +208,16 @@ def _free_name(manifest: Manifest, name: str, machine: Machine, overwrite: bool,
 
 
 def _in_free_folder(
-    target: Target, executables: Mapping[str, bytes], manifest: Manifest
+    target: Target, executables: Mapping[str, bytes], manifest: Manifest, root: Path
 ) -> tuple[Target, dict[str, bytes]]:
-    """The target with its executables in a folder that the artifact as it is has no file in."""
-    used = {PurePosixPath(name).parts[1] for name in manifest.files if name.startswith(f"{_PROGRAMS}/")}
-    folder = target.name if target.name not in used else f"{target.name}.2"
-    if folder in used:  # it is the other one's turn again
-        raise PrecastError(f"target {target.name!r}: both folders for it are in use; export the model again.")
+    """The target with its executables in a folder that has nothing in it, listed in the manifest or not."""
+    used = {PurePosixPath(name).parts[1] for name in manifest.files if name.startswith(f"{PROGRAMS}/")}
+    used |= {path.name for path in (root / PROGRAMS).glob("*")}
+    names = (target.name, *(f"{target.name}.{n}" for n in range(2, len(used) + 3)))
+    folder = next(name for name in names if name not in used)
 
     def moved(name: str) -> str:
-        return f"{_PROGRAMS}/{folder}/{PurePosixPath(name).name}"
+        return f"{PROGRAMS}/{folder}/{PurePosixPath(name).name}"
 
     programs = tuple(replace(p, executable=moved(str(p.executable))) for p in target.programs)
     return replace(target, programs=programs), {moved(name): data for name, data in executables.items()}
@@ -268,178 +251,6 @@ def _replay(root: Path, manifest: Manifest, target: Target, executables: Mapping
     if found.problems:
         raise PrecastError(f"{found.problems[0].rstrip('.')}; the artifact is as it was.")
     return found.answers
-
-
-# --- files --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Held:
-    """The artifact that is locked.
-
-    Attributes:
-        root: its folder's name, which another folder may come to have.
-        handle: of the folder.
-        data: the manifest, as it was when it was locked.
-    """
-
-    root: Path
-    handle: int
-    data: bytes
-
-    def is_there(self) -> bool:
-        """Whether `root` is still the folder that is locked."""
-        try:
-            return os.path.samestat(self.root.stat(), os.fstat(self.handle))
-        except OSError:
-            return False
-
-    def check(self) -> None:
-        """Raises:
-        PrecastError: when `root` is another artifact now, or programs/ is no folder of it.
-        """
-        try:
-            same = self.is_there() and self.data == files.read(self.root, MANIFEST_FILE, limit=len(self.data))
-        except PrecastError:
-            same = False
-        if not same:
-            raise PrecastError(
-                f"{self.root}: was replaced while its target was compiled; run precast add-target again."
-            )
-        with suppress(FileNotFoundError):  # it is made where it is missing
-            mode = (self.root / _PROGRAMS).lstat().st_mode
-            if not stat.S_ISDIR(mode):
-                what = "link" if stat.S_ISLNK(mode) else "file"
-                raise PrecastError(
-                    f"{self.root}: {_PROGRAMS!r} is a {what}, expected a folder; copy or export the artifact again."
-                )
-
-
-@contextmanager
-def _locked(root: Path, log: Callable[[str], None]) -> Iterator[int]:
-    """Keeps others that add targets out of the artifact; waits for one that is at it. Gives the folder's descriptor."""
-    handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"{root}: waiting for another precast add-target, which is at work there")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield handle
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _writing(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PrecastError(
-            f"{root}: the target cannot be added ({error.strerror or error}); the artifact must be on a disk with room"
-            " and in a folder that you may write to: copy it there."
-        ) from error
-
-
-def _remove_leftovers(held: _Held, manifest: Manifest) -> None:
-    """What runs that were killed have left below programs/, and nothing that could be anything else."""
-    used = {PurePosixPath(name).parts[:2] for name in manifest.files}
-    if not (held.root / _PROGRAMS).exists():
-        return
-    for folder in sorted((held.root / _PROGRAMS).iterdir()):
-        if folder.is_symlink() or not folder.is_dir() or (_PROGRAMS, folder.name) in used:
-            continue
-        is_partial = folder.name.startswith(".") and folder.name.endswith(_PARTIAL)
-        if is_partial:
-            _put_signature_back(held, folder / SIGNATURE_FILE)
-        if is_partial or all(file.suffix == ".xla" and file.is_file() for file in folder.iterdir()):
-            shutil.rmtree(folder)
-
-
-def _put_signature_back(held: _Held, kept: Path) -> None:
-    """Where a run was killed between putting the signature aside and replacing the manifest that it is of."""
-    from .signing import MAX_SIGNATURE_BYTES, signed_digest
-
-    signature = held.root / SIGNATURE_FILE
-    if os.path.lexists(signature) or kept.is_symlink() or not kept.is_file():
-        return
-    with suppress(PrecastError):
-        data = files.read(kept.parent, kept.name, limit=MAX_SIGNATURE_BYTES)
-        if signed_digest(data, str(kept.parent)) == hashlib.sha256(held.data).hexdigest():
-            kept.rename(signature)
-
-
-def _write_programs(held: _Held, target: Target, executables: Mapping[str, bytes]) -> Path:
-    """Writes a folder of executables that is there whole or not at all, and returns it."""
-    final = held.root / PurePosixPath(next(iter(executables))).parent
-    partial = final.parent / f".{target.name}.{token_hex(6)}{_PARTIAL}"
-    held.check()
-    try:
-        if not final.parent.exists():
-            final.parent.mkdir()
-        # Not mkdtemp: what becomes part of the artifact has the permissions that the user's other files have.
-        partial.mkdir()
-        for name, data in executables.items():
-            _write_synced(partial / PurePosixPath(name).name, data)
-        folders.sync(partial)
-        partial.rename(final)
-    except BaseException:
-        _discard(partial)
-        raise
-    return final
-
-
-def _discard(folder: Path) -> None:
-    """Removes a folder below programs/, and that too where nothing else is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        folder.parent.rmdir()
-
-
-def _replace_manifest(held: _Held, manifest: Manifest) -> bool:
-    """Puts a manifest in the place of the old one; whether the old one was signed. Fails before it or not at all."""
-    root, data = held.root, to_json(manifest).encode()
-    # What would be refused at the next load must not be written.
-    parse_manifest(data, str(root / MANIFEST_FILE))
-    folders.sync(root / _PROGRAMS)
-    temporary = root / _PROGRAMS / f".manifest.{token_hex(6)}{_PARTIAL}"
-    temporary.mkdir()
-    signature = root / SIGNATURE_FILE
-    signed, aside = signature.exists(), temporary / SIGNATURE_FILE
-    try:
-        _write_synced(temporary / MANIFEST_FILE, data)
-        held.check()
-        try:
-            if signed:
-                signature.rename(aside)
-            (temporary / MANIFEST_FILE).replace(root / MANIFEST_FILE)
-        except BaseException:
-            if aside.exists() and (temporary / MANIFEST_FILE).exists():
-                aside.rename(signature)
-            raise
-        # The new one is there, whole: without this only a power cut could still bring the old one back.
-        with suppress(OSError):
-            folders.sync(root)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return signed
-
-
-def _remove_unlisted_of(root: Path, old: Manifest, new: Manifest) -> None:
-    """Removes the executables that were replaced. Those that cannot be removed are in nobody's way."""
-    with suppress(OSError, PrecastError):
-        for name in sorted(set(old.files) - set(new.files)):
-            path = files.member(root, name)
-            path.unlink()
-            with suppress(OSError):
-                path.parent.rmdir()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def summary(added: Added, path: Path) -> Sequence[str]:

@@ -250,8 +250,68 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, python):
     assert len(list(tmp_path.glob(".tiny.*.partial"))) == 1, "another name's is not its business"
     with folders.new_folder(tmp_path / "tiny", overwrite=False) as folder:
         (folder / "manifest.json").write_text("{}")
-        assert list(tmp_path.glob(".tiny.*.partial")) == [folder]
+        assert list(tmp_path.glob(".tiny.*.partial")) == [folder.parent]
         with suppress(KeyError), folders.new_folder(tmp_path / "tiny", overwrite=False):
             raise KeyError
         assert folder.is_dir(), "of one that is at work nothing is removed"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "tiny"]
+
+
+def _look_alikes(parent: Path) -> None:
+    """Folders, files, links and pipes of a user's, named and filled as temporary folders are."""
+    mark, text = folders._MARK, folders._MARK_TEXT
+    ours = ".tiny.precast-0123456789a{}.partial"
+    for name in (
+        ".tiny.backup.partial",
+        ".tiny.0123456789ab.partial",
+        ".tiny.partial",
+        ".tiny.precast-0.partial",
+    ):
+        (parent / name).mkdir()
+        (parent / name / mark).write_bytes(text)
+    for n, contents in enumerate((None, b"", text[:-1], text + b"more")):
+        (parent / ours.format(n)).mkdir()
+        if contents is not None:
+            (parent / ours.format(n) / mark).write_bytes(contents)
+    (parent / ours.format("a")).write_bytes(text)
+    os.mkfifo(parent / ours.format("b"))
+    (parent / "elsewhere").mkdir()
+    (parent / "elsewhere" / mark).write_bytes(text)
+    (parent / ours.format("c")).symlink_to(parent / "elsewhere")
+    for n, make in (
+        ("d", os.mkfifo),
+        ("e", os.mkdir),
+        ("f", lambda path: path.symlink_to("../elsewhere/" + mark)),
+    ):
+        (parent / ours.format(n)).mkdir()
+        make(parent / ours.format(n) / mark)
+
+
+def test_what_only_looks_like_a_temporary_folder_is_kept(tmp_path):
+    _look_alikes(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for overwrite in (False, True):
+        with folders.new_folder(tmp_path / "tiny", overwrite=overwrite) as folder:
+            (folder / "manifest.json").write_text("{}")
+    assert [p for p in before if not os.path.lexists(p)] == []
+    assert len(list(tmp_path.iterdir())) == len([p for p in before if p.parent == tmp_path]) + 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a folder to somebody else")
+def test_a_temporary_folder_of_another_user_s_is_kept(tmp_path):
+    made, lock = folders.marked_folder(tmp_path, "tiny")
+    os.close(lock)
+    os.chown(made, 12345, -1)
+    with folders.new_folder(tmp_path / "tiny", overwrite=False) as folder:
+        (folder / "manifest.json").write_text("{}")
+    assert made.is_dir()
+    os.chown(made, os.geteuid(), -1)
+    folders.remove_leftovers(tmp_path, "tiny")
+    assert not made.exists()
+
+
+def test_the_mark_is_no_part_of_an_artifact(tmp_path):
+    with folders.new_folder(tmp_path / "tiny", overwrite=False) as folder:
+        (folder / "manifest.json").write_text("{}")
+    assert os.listdir(tmp_path / "tiny") == ["manifest.json"]
+    assert os.listdir(tmp_path) == ["tiny"]

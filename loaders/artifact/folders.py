@@ -3,11 +3,12 @@
 import ctypes
 import errno
 import fcntl
-import glob
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -15,6 +16,10 @@ from secrets import token_hex
 from .errors import PrecastError
 from .manifest import MANIFEST_FILE
 
+# A file in every temporary folder made here. Only folders with it, and with a name of the form below, are removed.
+_MARK = "precast-partial"
+_MARK_TEXT = b"precast was filling this folder. Its next command that writes here removes it.\n"
+_TEMPORARY = re.compile(r"\.(.+)\.precast-[0-9a-f]{12}\.partial", re.DOTALL)
 # Linux's AT_FDCWD and RENAME_EXCHANGE, renameat2(2).
 _HERE, _RENAME_EXCHANGE = -100, 2
 
@@ -41,13 +46,16 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        temporary, lock = _locked_folder(path)
+        remove_leftovers(path.parent, path.name)
+        made, lock = marked_folder(path.parent, path.name)
     except OSError as error:
         raise PrecastError(
             f"{path}: cannot write there ({error.strerror}); choose another folder with -o."
         ) from None
     try:
+        # Inside of the marked folder, so that the mark does not become a part of the artifact.
+        temporary = made / path.name
+        temporary.mkdir()
         yield temporary
         for file in sorted(temporary.rglob("*"), reverse=True):
             sync(file)
@@ -62,37 +70,74 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
             f"{path}: writing stopped ({error.strerror or error}); nothing was left behind: make room and try again."
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
         os.close(lock)
 
 
-def _locked_folder(path: Path) -> tuple[Path, int]:
-    """A temporary sibling of `path`, and the descriptor that locks it until this process ends, however it ends."""
+def marked_folder(parent: Path, name: str) -> tuple[Path, int]:
+    """Make a temporary folder in `parent` that `remove_leftovers` knows as ours.
+
+    Args:
+        parent: the folder to make it in.
+        name: of the artifact or the part of one that it is for.
+
+    Returns:
+        The folder, and the descriptor that locks it until this process ends, however it ends.
+
+    Raises:
+        OSError: when the system refuses.
+    """
     # Not mkdtemp: what becomes the artifact has the permissions that the user's other folders have.
-    made = path.parent / f".{path.name}.{token_hex(6)}.new"
+    made = parent / f".{name}.precast-{token_hex(6)}.partial"
     made.mkdir()
     with ExitStack() as undo:
-        undo.callback(made.rmdir)
+        undo.callback(shutil.rmtree, made, ignore_errors=True)
         lock = os.open(made, os.O_RDONLY)
         undo.callback(os.close, lock)
         with suppress(OSError):  # a file system without locks: then nobody removes it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Under the name that others look at only now that it is locked.
-        temporary = made.rename(made.with_suffix(".partial"))
+        # Only now that it is locked: nobody removes a folder without the mark.
+        (made / _MARK).write_bytes(_MARK_TEXT)
         undo.pop_all()
-    return temporary, lock
+    return made, lock
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Removes temporary folders that nobody holds locked: those of exports and pulls to `path` that were killed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+def remove_leftovers(parent: Path, name: str, rescue: Callable[[Path], None] = lambda _: None) -> None:
+    """Remove temporary folders for `name` that killed processes of this user left, and nothing that only looks so.
+
+    Args:
+        parent: the folder that they are in.
+        name: as given to `marked_folder`.
+        rescue: called with each before it is removed.
+
+    Raises:
+        OSError: when `parent` cannot be read.
+    """
+    for left in sorted(parent.iterdir()):
+        form = _TEMPORARY.fullmatch(left.name)
+        if form is None or form[1] != name:
+            continue
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
+                if _is_marked(lock):
+                    rescue(left)
+                    shutil.rmtree(left)
             finally:
                 os.close(lock)
+
+
+def _is_marked(folder: int) -> bool:
+    """Tell whether an open folder is this user's and holds the mark."""
+    if os.fstat(folder).st_uid != os.geteuid():
+        return False
+    # Not blocking: a pipe of that name would wait for a writer.
+    mark = os.open(_MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    try:
+        return stat.S_ISREG(os.fstat(mark).st_mode) and os.read(mark, len(_MARK_TEXT) + 1) == _MARK_TEXT
+    finally:
+        os.close(mark)
 
 
 def check_free(path: Path, overwrite: bool) -> None:

@@ -8,13 +8,15 @@ import json
 import os
 import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from precast.loaders import add_target as adding
-from precast.loaders import compiling, isa
+from precast.loaders import compiling, isa, target_files
 from precast.loaders.add_target import add_target, summary
+from precast.loaders.artifact import folders
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import cpu_features
 from precast.loaders.load import load, read_manifest
@@ -295,15 +297,75 @@ def test_whatever_fails_the_artifact_is_whole(add, artifact_copy, monkeypatch, e
     assert 10 < n < 99
 
 
-def test_what_a_killed_run_left_is_removed(add, artifact_copy):
-    programs = artifact_copy / "programs"
-    for name in (f".{NAME}.0123456789ab.partial", NAME, "cpu-x86_64-avx-jaxlib9"):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_killed_run_left_is_removed(add, artifact_copy, monkeypatch, overwrite):
+    """Killed at each step, with no chance to tidy up, and then run again."""
+    monkeypatch.setattr(adding, "_replay", lambda *_: 5)
+    if overwrite:
+        add()
+    whole = tree(artifact_copy)
+    for n in range(1, 100):
+        restore(artifact_copy, whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(target_files, "_settle", lambda *_: None)
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            seen = stop_at(patch, n, Stop())
+            with suppress(Stop):
+                add(overwrite=overwrite)
+        if len(seen) < n:
+            break
+        added = NAME in {t.name for t in read_manifest(artifact_copy).targets}
+        add(overwrite=added or overwrite)
+        listed = set(read_manifest(artifact_copy).files) | {"manifest.json"}
+        assert set(tree(artifact_copy)) == listed, f"after {seen[-1]}, call {n}"
+    assert 10 < n < 99
+
+
+def look_alikes(programs: Path) -> None:
+    """Folders, files and links of a user's, named and filled as ours are."""
+    mark, text = folders._MARK, folders._MARK_TEXT
+    for name in (".mine.partial", ".add-target.0123456789ab.partial", "mine", "empty"):
         (programs / name).mkdir()
-        (programs / name / "decode.xla").write_bytes(b"half")
-    (programs / "mine").mkdir()
-    (programs / "mine" / "notes.txt").write_text("not of a killed run")
+    (programs / "mine" / "decode.xla").write_bytes(b"mine")
+    for n, contents in enumerate((None, b"", text[:-1], text + b"more")):
+        folder = programs / f".add-target.precast-00000000000{n}.partial"
+        folder.mkdir()
+        if contents is not None:
+            (folder / mark).write_bytes(contents)
+    for name in ("add-target.precast-01234567890g", "add-target.precast-0123", "other.precast-" + "0" * 12):
+        (programs / f".{name}.partial").mkdir()
+        (programs / f".{name}.partial" / mark).write_bytes(text)
+    (programs / f".add-target.precast-{'a' * 12}.partial").write_bytes(text)
+    outside = programs.parent.parent / "outside"
+    outside.mkdir()
+    (outside / mark).write_bytes(text)
+    (programs / f".add-target.precast-{'b' * 12}.partial").symlink_to(outside)
+
+
+def test_what_only_looks_like_ours_is_kept(add, artifact_copy, monkeypatch):
+    monkeypatch.setattr(adding, "_replay", lambda *_: 5)
+    programs = artifact_copy / "programs"
+    look_alikes(programs)
+    before = sorted(programs.parent.parent.rglob("*"))
     add()
-    assert sorted(p.name for p in programs.iterdir()) == ["cpu", NAME, "mine", "portable"]
+    add(overwrite=True)
+    assert [p for p in before if not os.path.lexists(p)] == []
+
+
+def test_a_file_that_is_no_longer_what_was_written_is_kept(add, artifact_copy, monkeypatch):
+    """The one that was killed had written it, and somebody has put another in its place."""
+    monkeypatch.setattr(adding, "_replay", lambda *_: 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(target_files, "_settle", lambda *_: None)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(adding, "replace_manifest", lambda *_: (_ for _ in ()).throw(Stop()))
+        with pytest.raises(Stop):
+            add()
+    (artifact_copy / "programs" / NAME / "decode.xla").write_bytes(b"mine")
+    add()
+    assert (artifact_copy / "programs" / NAME / "decode.xla").read_bytes() == b"mine"
+    assert os.listdir(artifact_copy / "programs" / NAME) == ["decode.xla"]
+    assert f"programs/{NAME}.2/decode.xla" in read_manifest(artifact_copy).files
 
 
 def test_an_artifact_that_cannot_be_written_to(refused, artifact_copy, monkeypatch):
@@ -382,7 +444,7 @@ def copied(root: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [replaced_by_another, changed_in_place, copied])
-@pytest.mark.parametrize("before", ["_write_programs", "_replace_manifest"])
+@pytest.mark.parametrize("before", ["write_programs", "replace_manifest"])
 def test_what_is_replaced_meanwhile_is_left_alone(add, artifact_copy, monkeypatch, change, before):
     (artifact_copy / "manifest.json.sig").write_text("signed")
     monkeypatch.setattr(adding, "_replay", lambda *_: 5)
@@ -400,7 +462,9 @@ def test_what_is_replaced_meanwhile_is_left_alone(add, artifact_copy, monkeypatc
         f"{artifact_copy}: was replaced while its target was compiled; run precast add-target again."
     )
     if change is changed_in_place:  # then what was written there is this one's
-        others = {name: data for name, data in others.items() if f"/{NAME}/" not in name}
+        others = {
+            name: data for name, data in others.items() if f"/{NAME}/" not in name and ".partial/" not in name
+        }
     assert tree(artifact_copy) == others
 
 
@@ -430,8 +494,8 @@ def bundle(manifest: bytes) -> bytes:
 
 
 def killed_before_the_manifest_was_replaced(root: Path, signature: bytes) -> None:
-    folder = root / "programs" / ".manifest.0123456789ab.partial"
-    folder.mkdir()
+    folder, lock = folders.marked_folder(root / "programs", "add-target")
+    os.close(lock)
     (folder / "manifest.json").write_text("the new one")
     (folder / "manifest.json.sig").write_bytes(signature)
 

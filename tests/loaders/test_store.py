@@ -34,6 +34,7 @@ from precast.loaders import (
     store_push,
     store_remote,
 )
+from precast.loaders.artifact import folders
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import parse_manifest
 
@@ -857,12 +858,11 @@ def test_a_file_system_without_locks(folder_url, tiny_artifact, tmp_path, monkey
 def test_a_folder_that_somebody_fills_is_left_alone(folder_url, tiny_artifact):
     """By a process that does not see our lock; one that nobody fills any more is removed."""
     digest = store_push.push(tiny_artifact, folder_url).manifest
-    left, held = (store_cache.artifact_folder(f".{digest}.{n}.partial") for n in "ab")
-    left.mkdir(parents=True)
-    held.mkdir()
-    handle = os.open(held, os.O_RDONLY)
+    parent = store_cache.artifact_folder(digest).parent
+    parent.mkdir(parents=True)
+    (left, closed), (held, handle) = (folders.marked_folder(parent, digest) for _ in "ab")
+    os.close(closed)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         store_pull.fetch(folder_url, require_signature=None, log=lambda _: None)
     finally:
         os.close(handle)
