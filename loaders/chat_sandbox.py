@@ -1,426 +1,403 @@
-"""A Jinja sandbox that is bounded in time, steps and memory, for templates written by strangers.
+"""A Jinja sandbox that is bounded in time, memory and work, for templates written by strangers.
 
-The bounds come from four places: the syntax tree is instrumented before it is compiled (`Instrument`), so that each
-turn of a loop, each macro and each piece of output is counted; operators, calls and filters are intercepted
-(`Sandbox`), so that a size is known before the value is made; only filters whose result can be bounded exist; and a
-clock is looked at with every count. Importing this module imports jinja2.
+Everything that a template can do is one of a closed set of operations, and each is counted before it runs:
+
+- The syntax tree is rewritten before it is compiled (`chat_instrument`): turns of loops, macros, comparisons, slices,
+  lists and `~` go through the sandbox. Operators, calls and attributes do so in any sandbox of jinja2.
+- A value has a weight, its size with shared parts written out (`chat_meter`). A list that holds the same list twice,
+  forty levels deep, weighs a trillion items, although it takes a few kilobytes.
+- Only filters, tests (`chat_filters`) and methods (`chat_methods`) exist whose cost follows from their arguments.
+
+A child process would be bounded by the system instead. But starting one takes longer than a hundred renderings, and
+many a program that holds a model cannot start one. Importing this module imports jinja2.
 """
 
-import functools
-import json
-import re
-import time
-from collections.abc import Callable, ItemsView, KeysView, Mapping, ValuesView
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from datetime import datetime
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.filters import FILTERS
-from jinja2.parser import Parser
-from jinja2.runtime import Context, Undefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+from jinja2.exceptions import SecurityError, UndefinedError
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro, Undefined
+from jinja2.sandbox import SandboxedEnvironment, safe_range
+from jinja2.utils import Cycler, Joiner, Namespace, missing, pass_context, pass_environment
+from markupsafe import Markup
 
+from .chat_filters import ALLOWED_FILTERS, ALLOWED_TESTS, NUMBER_BITS, WIDE, charge_format, check_number
+from .chat_instrument import Generator, TemplateTags, instrumented
+from .chat_meter import SCALARS, VIEWS, Lazy, Limits, Meter, OverLimit, width
+from .chat_methods import ATTRIBUTES, METHODS, charge
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much a template may do in one rendering; real templates stay far below."""
-
-    source: int = 1 << 18
-    """Characters of the template."""
-    steps: int = 5_000_000
-    """Nodes of the syntax tree, and items of printed lists."""
-    made: int = 1 << 28
-    """Characters of text made on the way; an item of a list counts as eight."""
-    output: int = 1 << 24
-    """Characters of the prompt."""
-    seconds: float = 10.0
-
-
-# Limits
-
-
-class OverLimit(Exception):
-    """A limit was reached. Nothing in jinja2 catches it while rendering."""
+_OPERANDS = (str, int, float, list, tuple, dict, range, type(None), Undefined)
+_DICT_NAMES = frozenset(dir(dict))
 
 
 class Refused(jinja2.TemplateError):
     """The template called raise_exception."""
 
 
-class Meter:
-    """What one rendering has used."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._steps = 0
-        self._made = 0
-        self._end = time.monotonic() + limits.seconds
-
-    def step(self, count: int = 1) -> bool:
-        """Count steps; True, so that it can stand in a condition."""
-        self._steps += count
-        if self._steps > self._limits.steps:
-            raise OverLimit(f"it took more than {self._limits.steps:,} steps")
-        if time.monotonic() > self._end:
-            raise OverLimit(f"it took longer than {self._limits.seconds:g} seconds")
-        return True
-
-    def make(self, size: int) -> None:
-        """Count text that was made or, better, is about to be."""
-        self._made += size
-        if self._made > self._limits.made:
-            raise OverLimit(f"it made more than {self._limits.made:,} characters of text")
-
-    def size(self, value: Any) -> int:
-        """Characters of `value` printed, roughly. Every item looked at is a step."""
-        total, left = 0, [value]
-        while left:
-            self.step()
-            item = left.pop()
-            if isinstance(item, (str, bytes)):
-                total += len(item)
-            elif isinstance(item, Mapping):
-                left += [*item.keys(), *item.values()]
-            elif isinstance(item, (list, tuple, set, KeysView, ValuesView, ItemsView)):
-                left += item
-            elif item is None or isinstance(item, (int, float, range, Undefined)):
-                total += 8 + (item.bit_length() // 3 if isinstance(item, int) else 16)
-            else:
-                raise jinja2.TemplateRuntimeError(f"a value of type {type(item).__name__} cannot become text")
-        return total
+def compiled(source: str, limits: Limits) -> tuple["Sandbox", CodeType]:
+    """Compile a template, within the limits."""
+    sandbox = Sandbox(Meter(limits))
+    return sandbox, sandbox.compile(instrumented(sandbox, sandbox.parse(source), limits))
 
 
-def _length(value: Any) -> int:
-    """What a text or list counts as when it is copied; other values are small."""
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    return 8 * len(value) if isinstance(value, (list, tuple)) else 1
+class ShortUndefined(Undefined):
+    """An undefined value whose message is short. It keeps the type of its owner alive, and not the owner."""
 
+    __slots__ = ()
 
-# Sizes of results that can be much larger than their arguments. Each function has the arguments of the method
-# or filter of that name and returns the number of characters that it is about to make.
+    def __init__(
+        self,
+        hint: str | None = None,
+        obj: Any = missing,
+        name: Any = None,
+        exc: type[jinja2.TemplateRuntimeError] = UndefinedError,
+    ) -> None:
+        if isinstance(name, str):
+            name = name if len(name) <= 200 else f"{name[:200]}…"
+        elif type(name) not in SCALARS or (isinstance(name, int) and name.bit_length() > 64):
+            name = type(name)
+        super().__init__(hint, obj if obj is missing else type(obj), name, exc)
 
-
-def _size_replace(text: Any, old: Any, new: Any, count: Any = None) -> int:
-    whole = str(text)
-    return len(whole) + whole.count(str(old)) * len(str(new))
-
-
-def _size_padded(text: Any, width: Any = 8, *_: Any) -> int:
-    return (len(text) + 1) * (1 + (abs(width) if isinstance(width, int) else 0))
-
-
-def _size_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> int:
-    whole = str(text)
-    return len(whole) + (whole.count("\n") + 2) * (width if isinstance(width, int) else len(width))
-
-
-def _size_join(separator: Any, items: Any) -> int:
-    return sum(len(item) + len(separator) for item in items)
-
-
-# In `%` and `{}` formats: a width or precision of four digits or more, or taken from an argument, or hidden
-# from this expression by nested brackets. Linear in the text: no two of its repeats can share a character.
-_WIDE = re.compile(
-    r"%(\([^()]*\))?[-# +.\d]*?(\*|\d{4})|%\([^()]*\(|\{[^{}:]*:[^{}]*?(\{|\d{4})",
-)
-
-
-def _size_format(template: str, values: int) -> int:
-    """Of a format string whose arguments have `values` characters in all: each field may print them all."""
-    if wide := _WIDE.search(template):
-        raise jinja2.TemplateRuntimeError(f"the width in the format {wide.group()!r} is too large")
-    return len(template) + (template.count("%") + template.count("{")) * (values + 999)
-
-
-_METHOD_SIZES: dict[str, Callable[..., int]] = {
-    "replace": _size_replace,
-    "join": _size_join,
-    **dict.fromkeys(("center", "ljust", "rjust", "zfill", "expandtabs"), _size_padded),
-}
-_METHODS_REFUSED = frozenset({"translate", "to_bytes"})
-
-
-# Filters
-
-
-_LIST_FILTERS = (
-    *(
-        "abs",
-        "attr",
-        "count",
-        "d",
-        "default",
-        "dictsort",
-        "first",
-        "float",
-        "groupby",
-        "int",
-        "items",
-        "last",
-    ),
-    *("length", "list", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr"),
-    *("sort", "unique"),
-)
-_TEXT_FILTERS = (
-    *("capitalize", "e", "escape", "lower", "safe", "string", "title", "trim", "truncate", "upper"),
-    *("urlencode", "wordcount"),
-)
-
-
-def _filters(meter: Meter) -> dict[str, Callable[..., Any]]:
-    def sized(size: Callable[..., int]) -> Callable[..., int]:
-        return lambda *args, **kwargs: meter.size([args, kwargs]) + size(*args, **kwargs)
-
-    def size_formatted(template: Any, *args: Any, **kwargs: Any) -> int:
-        return _size_format(str(template), meter.size([args, kwargs]))
-
-    made = {name: _counted(FILTERS[name], meter) for name in _LIST_FILTERS}
-    for name in _TEXT_FILTERS:
-        made[name] = _counted(FILTERS[name], meter, sized(lambda *args, **kwargs: 0))
-    made["replace"] = _counted(FILTERS["replace"], meter, sized(_size_replace))
-    made["indent"] = _counted(FILTERS["indent"], meter, sized(_size_indent))
-    made["format"] = _counted(FILTERS["format"], meter, sized(size_formatted))
-    made["round"] = _counted(FILTERS["round"], meter, _size_round)
-    made["sum"] = _counted(FILTERS["sum"], meter, _size_sum)
-    made["join"] = _join_filter(meter)
-    made["tojson"] = _tojson_filter(meter)
-    return made
-
-
-def _counted(
-    function: Callable[..., Any], meter: Meter, size: Callable[..., int] | None = None
-) -> Callable[..., Any]:
-    """Wrap a filter of jinja2: a step, and `size` of its arguments is counted before it runs."""
-    # Some filters are handed the environment or context first, which is marked on the function (and copied).
-    hidden = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        meter.step()
-        if size is not None:
-            meter.make(size(*args[hidden:], **kwargs))
-        result = function(*args, **kwargs)
-        meter.make(_length(result))
-        return result
-
-    return run
-
-
-def _size_round(value: Any, precision: Any = 0, *_: Any, **__: Any) -> int:
-    if isinstance(precision, int) and abs(precision) > 100:
-        raise jinja2.TemplateRuntimeError(f"cannot round to {precision} digits")
-    return 1
-
-
-def _size_sum(items: Any, attribute: Any = None, start: Any = 0) -> int:
-    if not isinstance(start, (int, float)):
-        raise jinja2.TemplateRuntimeError("sum adds numbers only")
-    return 1
-
-
-def _join_filter(meter: Meter) -> Callable[..., Any]:
-    builtin: Any = FILTERS["join"]
-
-    @jinja2.pass_eval_context
-    def join(context: Any, value: Any, d: Any = "", attribute: Any = None) -> Any:
-        items = list(value)
-        meter.make(meter.size(items) + meter.size(d) * len(items))
-        return builtin(context, items, d, attribute)
-
-    return join
-
-
-def _tojson_filter(meter: Meter) -> Callable[..., str]:
-    def tojson(
-        x: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        """As transformers has it: no HTML escapes, unlike jinja2's own."""
-        if isinstance(indent, int) and indent > 16:
-            raise jinja2.TemplateRuntimeError(f"cannot indent JSON by {indent}")
-        encoder = json.JSONEncoder(
-            ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    @property
+    def _undefined_message(self) -> str:
+        if self._undefined_hint:
+            return self._undefined_hint
+        name: Any = self._undefined_name
+        if self._undefined_obj is missing:
+            return f"{name!r} is undefined"
+        owner = "None" if self._undefined_obj is type(None) else f"{self._undefined_obj.__name__} object"
+        if isinstance(name, str):
+            return f"{owner!r} has no attribute {name!r}"
+        return (
+            f"{owner} has no element {f'of type {name.__name__}' if isinstance(name, type) else repr(name)}"
         )
-        pieces = []
-        for piece in encoder.iterencode(x):  # piece by piece, so that the size is known on the way
-            meter.step()
-            meter.make(len(piece))
-            pieces.append(piece)
-        return "".join(pieces)
-
-    return tojson
 
 
-# The environment
+class Sandbox(SandboxedEnvironment):
+    """The environment of one compilation or rendering, with its meter."""
 
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one rendering, with its meter."""
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = Generator
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self, meter: Meter) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
+            undefined=ShortUndefined,
             # Nothing is evaluated at compile time, where no meter runs.
             optimized=False,
-            finalize=jinja2.pass_context(lambda context, value: self._finalised(value)),
-            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+            finalize=_printed,
+            extensions=[TemplateTags, "jinja2.ext.loopcontrols"],
         )
         self.meter = meter
-        self.filters = _filters(meter)
-        self.globals.pop("lipsum")
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self.filters = {**ALLOWED_FILTERS}
+        self.tests = {**ALLOWED_TESTS}
+        self.globals = {**FUNCTIONS}
+
+    def with_meter(self, meter: Meter) -> "Sandbox":
+        """Return the environment of another rendering: a copy that shares everything but the meter."""
+        other = object.__new__(Sandbox)
+        other.__dict__.update(self.__dict__)
+        other.meter = meter
+        return other
+
+    def _compile(self, source: str, filename: str) -> CodeType:
+        if len(source) > self.meter.limits.code:
+            raise OverLimit(f"it becomes more than {self.meter.limits.code:,} characters of Python")
+        return super()._compile(source, filename)
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """Join the output of a macro, a block, or the whole template."""
+        return self.meter.joined("", list(pieces))
+
+    # Attributes and items
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """`obj.attribute`"""
+        if type(obj) is dict and attribute not in _DICT_NAMES:
+            value = obj.get(attribute, missing)
+        else:
+            value = self._attribute(obj, attribute)
+            if value is missing:
+                try:
+                    value = obj[attribute]
+                except (TypeError, LookupError):
+                    value = missing
+        return self.undefined(obj=obj, name=attribute) if value is missing else value
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """`obj[argument]`"""
+        if type(argument) is not str:
+            self.metered_operand(argument)
+        try:
+            return obj[argument]
+        except (TypeError, LookupError):
+            value = self._attribute(obj, str(argument)) if isinstance(argument, str) else missing
+        return self.undefined(obj=obj, name=argument) if value is missing else value
+
+    def _attribute(self, obj: Any, name: str) -> Any:
+        """Return an attribute that is allowed; an undefined value that says so, if it is not; or `missing`."""
+        if name in ATTRIBUTES.get(type(obj), ()):
+            value = getattr(obj, name)
+            if isinstance(obj, str) and name in ("format", "format_map"):
+                return Format(self, value)
+            return value
+        if type(obj) is TemplateNamespace and not name.startswith("_"):
+            return getattr(obj, name, missing)
+        if len(name) <= 200 and hasattr(obj, name):
+            return self.unsafe_undefined(obj, name)
+        return missing
+
+    # Calls and operators
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        meter = __self.meter
+        """`obj(…)`"""
+        meter, kind = __self.meter, type(__obj)
         meter.step()
-        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
-        if isinstance(owner, (str, bytes, int)):
-            if name in _METHODS_REFUSED:
-                raise SecurityError(f"the method {name!r} is not allowed")
-            args = (list(args[0]), *args[1:]) if name == "join" and args else args
-            # jinja2 adds its own arguments, which begin with an underscore.
-            named = [value for key, value in kwargs.items() if not key.startswith("_")]
-            meter.make(_length(owner) + sum(map(_length, (*args, *named))))
-            if name in _METHOD_SIZES and (args or named):
-                meter.make(_METHOD_SIZES[name](owner, *args, *named))
-        return super().call(__context, __obj, *args, **kwargs)
+        if kind is BuiltinMethodType or kind is MethodType:
+            named = {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN}
+            return __self._call_method(__obj, args, named)
+        if kind is Macro:
+            if __obj.catch_varargs or __obj.catch_kwargs:
+                meter.weigh([args, kwargs])
+        elif kind in (FunctionType, type) and __obj in _CALLED:
+            meter.make(512 + 16 * len(args) + 128 * len(kwargs))
+        elif kind not in _CALLABLE and not isinstance(__obj, Undefined):
+            raise TypeError(f"{kind.__name__!r} object is not callable")
+        return __context.call(__obj, *args, **kwargs)
+
+    def _call_method(self, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        owner, name = method.__self__, method.__name__
+        if name not in METHODS.get(type(owner), ()):
+            raise SecurityError(f"the method {name!r} is not allowed")
+        if name == "join" and args:
+            args = (self.meter.listed(args[0]), *args[1:])
+        charge(self.meter, owner, name, (*args, *kwargs.values()))
+        return method(*args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        self.meter.make(_size_binop(operator, left, right, self.meter))
-        return super().call_binop(context, operator, left, right)
+        """`left operator right`"""
+        _charge_operator(self.meter, operator, left, right)
+        return self.binop_table[operator](left, right)
 
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        wrapped = super().wrap_str_format(value)
-        if wrapped is None:
-            return None
+    # Methods that the instrumented tree calls.
 
-        @functools.wraps(wrapped)
-        def checked(*args: Any, **kwargs: Any) -> str:
-            self.meter.make(_size_format(value.__self__, self.meter.size([args, kwargs])))
-            return wrapped(*args, **kwargs)
+    def metered_turn(self, steps: int, kept: int) -> None:
+        """A body is about to run once."""
+        self.meter.step(steps)
+        self.meter.make(kept)
 
-        return checked
+    def metered_test(self) -> bool:
+        """The condition of a loop is about to be tested."""
+        self.meter.step()
+        self.meter.make(96)
+        return True
 
-    # What the instrumented tree calls.
-
-    def metered_step(self, count: int) -> bool:
-        return self.meter.step(count)
-
-    def metered_text(self, size: int) -> None:
-        self.meter.make(size)
-
-    def metered_concat(self, *values: Any) -> str:
-        self.meter.make(self.meter.size(values))
-        return "".join(map(str, values))
-
-    def metered_slice(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
-        result = value[start:stop:step]
-        self.meter.make(_length(result))
-        return result
-
-    def _finalised(self, value: Any) -> Any:
-        self.meter.make(self.meter.size(value))
+    def metered_operand(self, value: Any) -> Any:
+        """`value` is about to be compared or hashed."""
+        if type(value) is str:
+            self.meter.step(len(value) >> 6)
+        elif type(value) not in SCALARS:
+            self.meter.step(self.meter.weigh(value).steps)
         return value
 
+    def metered_container(self, value: Any) -> Any:
+        """Something is about to be looked for in `value`."""
+        if isinstance(value, Lazy):
+            return (self.metered_operand(item) for item in value)
+        if isinstance(value, (str, dict)):
+            return self.metered_sequence(value)
+        return self.metered_operand(value)
 
-def _size_binop(operator: str, left: Any, right: Any, meter: Meter) -> int:
-    """Characters that an operator is about to make; numbers are held to 4,096 bits."""
-    if operator == "+":
-        return _length(left) + _length(right)
-    if operator == "%":
-        return _size_format(left, meter.size(right)) if isinstance(left, str) else 1
-    if not isinstance(left, int) or not isinstance(right, int):
-        count = next((abs(value) for value in (left, right) if isinstance(value, int)), 1)
-        return (
-            1
-            if isinstance(left, float) or isinstance(right, float)
-            else _length(left) * _length(right) * count
-        )
-    bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
-    if bits > 4096:
-        raise jinja2.TemplateRuntimeError("a number grew beyond 4096 bits")
-    return 1
+    def metered_sequence(self, value: Any) -> Any:
+        """A constant is about to be looked for in `value`."""
+        if isinstance(value, str):
+            self.meter.step(len(value) >> 5)
+        elif isinstance(value, (list, tuple, range, *VIEWS)):
+            self.meter.step(len(value))
+        return value
+
+    def metered_new(self, value: Any) -> Any:
+        """A list, tuple or dict was written."""
+        self.meter.weigh(value)
+        return value
+
+    def metered_key(self, value: Any) -> Any:
+        """`value` is about to be a key of a dict. Numbers and tuples can be made to collide."""
+        if type(value) is str or type(value) in SCALARS - {int}:
+            return value
+        if type(value) is int and value.bit_length() < 60:
+            return value
+        raise jinja2.TemplateRuntimeError(f"a key of type {type(value).__name__} is not allowed")
+
+    def metered_arguments(self, value: Any) -> list[Any]:
+        """`value` is about to become arguments: `f(*value)`."""
+        return self.meter.listed(value)
+
+    def metered_keywords(self, value: Any) -> Any:
+        """`value` is about to become arguments: `f(**value)`."""
+        if not isinstance(value, dict):
+            raise TypeError(f"argument after ** must be a mapping, not {type(value).__name__!r}")
+        self.meter.step(len(value))
+        self.meter.make(256 + 128 * len(value))
+        return value
+
+    def metered_concat(self, *values: Any) -> str:
+        """`a ~ b`"""
+        return self.meter.joined("", [self.meter.text(value) for value in values])
+
+    def metered_slice(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
+        """`value[start:stop:step]`"""
+        part = slice(start, stop, step)
+        if isinstance(value, (str, list, tuple)):
+            count = len(range(*part.indices(len(value))))
+            self.meter.step(count >> 3)
+            self.meter.make(80 + count * (width(value) if isinstance(value, str) else 8))
+        return value[part]
 
 
-def _raise_exception(message: Any) -> NoReturn:
-    raise Refused(str(message))
+# jinja2 adds these to the arguments of every call.
+_JINJAS_OWN = ("_loop_vars", "_block_vars")
 
 
-def _strftime_now(format: str) -> str:
-    if len(format) > 256 or _WIDE.search(format):
+@pass_context
+def _printed(context: Context, value: Any) -> str:
+    """`{{ value }}`"""
+    if type(value) is str:
+        return value
+    environment: Any = context.environment
+    text: str = environment.meter.text(value)
+    return text
+
+
+def _charge_operator(meter: Meter, operator: str, left: Any, right: Any) -> None:
+    if not isinstance(left, _OPERANDS) or not isinstance(right, _OPERANDS):
+        kinds = f"{type(left).__name__!r} and {type(right).__name__!r}"
+        raise TypeError(f"unsupported operand type(s) for {operator}: {kinds}")
+    if isinstance(left, str) and operator == "%":
+        charge_format(meter, left, right)
+    elif isinstance(left, (int, float)) and isinstance(right, (int, float)):
+        _check_numbers(operator, left, right)
+    elif operator == "+":
+        _charge_sum(meter, left, right)
+    elif operator == "*":
+        _charge_repeat(meter, left, right)
+
+
+def _check_numbers(operator: str, left: Any, right: Any) -> None:
+    check_number(left)
+    check_number(right)
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() + right.bit_length() if operator == "*" else 0
+        if operator == "**" and right > 0:
+            bits = left.bit_length() * right
+        if bits > NUMBER_BITS:
+            raise jinja2.TemplateRuntimeError(f"a number grew beyond {NUMBER_BITS} bits")
+
+
+def _charge_sum(meter: Meter, left: Any, right: Any) -> None:
+    if isinstance(left, str) and isinstance(right, str):
+        count = len(left) + len(right)
+        factor = 6 if isinstance(left, Markup) or isinstance(right, Markup) else 1
+        meter.step(factor * count >> 6)
+        meter.make(80 + factor * count * max(width(left), width(right)))
+    elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+        meter.step(len(left) + len(right) >> 3)
+        meter.make(64 + 8 * (len(left) + len(right)))
+
+
+def _charge_repeat(meter: Meter, left: Any, right: Any) -> None:
+    times, value = (left, right) if isinstance(left, int) else (right, left)
+    if isinstance(times, int) and isinstance(value, (str, list, tuple)):
+        count = len(value) * max(0, times)
+        meter.step(count >> 6)
+        meter.make(80 + count * (width(value) if isinstance(value, str) else 8))
+
+
+class Format:
+    """The method `format` of a text, or `format_map`."""
+
+    __slots__ = ("_call", "_meter", "_text")
+
+    def __init__(self, sandbox: Sandbox, method: Any) -> None:
+        self._call: Any = sandbox.wrap_str_format(method)
+        self._meter = sandbox.meter
+        self._text: str = method.__self__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> str:
+        charge_format(self._meter, self._text, [args, kwargs])
+        text: str = self._call(*args, **kwargs)
+        return text
+
+
+# Functions
+
+
+class TemplateNamespace(Namespace):
+    """A namespace that takes no private names, as that of transformers."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no name that begins with an underscore, as {name[:100]!r}")
+
+
+@pass_environment
+def _dict(environment: Any, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+    if len(args) > 1:
+        raise TypeError(f"dict expected at most 1 argument, got {len(args)}")
+    pairs = args[0].items() if args and isinstance(args[0], dict) else args[0] if args else ()
+    made = {}
+    for key, value in environment.meter.listed(pairs):
+        environment.meter.make(128)
+        made[environment.metered_key(key)] = value
+    made.update(kwargs)
+    return environment.metered_new(made)
+
+
+@pass_environment
+def _namespace(environment: Any, *args: Any, **kwargs: Any) -> TemplateNamespace:
+    attributes = _dict(environment, *args, **kwargs)
+    for name in attributes:
+        _check_name(name)
+    return TemplateNamespace(attributes)
+
+
+def _range(*args: Any) -> range:
+    if any(isinstance(arg, int) and arg.bit_length() > 62 for arg in args):
+        raise OverflowError("Range too big")
+    return safe_range(*args)
+
+
+@pass_environment
+def _raise_exception(environment: Any, message: Any) -> NoReturn:
+    raise Refused(environment.meter.text(message))
+
+
+@pass_environment
+def _strftime_now(environment: Any, format: Any) -> str:
+    if not isinstance(format, str):
+        raise TypeError(f"strftime_now expects text, not {type(format).__name__!r}")
+    if len(format) > 256 or WIDE.search(format):
         raise jinja2.TemplateRuntimeError("the format of strftime_now is too long")
     return datetime.now().strftime(format)
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for training; for a prompt it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-class Instrument(NodeTransformer):
-    """Puts calls of the meter into a template's syntax tree, wherever it can repeat itself or make text."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self._count(node)
-        if node.test is not None:  # a test that fails never reaches the body
-            node.test = nodes.And(_call("metered_step", nodes.Const(1)), node.test)
-        return node
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        return self._count(node)
-
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        return self._count(node)
-
-    def visit_Block(self, node: nodes.Block) -> nodes.Node:
-        return self._count(node)
-
-    def visit_Output(self, node: nodes.Output) -> list[nodes.Node]:
-        self.generic_visit(node)
-        size = sum(len(part.data) for part in node.nodes if isinstance(part, nodes.TemplateData))
-        return [nodes.ExprStmt(_call("metered_text", nodes.Const(size))), node] if size else [node]
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _call("metered_concat", *node.nodes)
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        if not isinstance(node.arg, nodes.Slice):
-            return node
-        bounds = (node.arg.start, node.arg.stop, node.arg.step)
-        return _call("metered_slice", node.node, *(bound or nodes.Const(None) for bound in bounds))
-
-    def visit_Include(self, node: nodes.Stmt) -> NoReturn:
-        raise jinja2.TemplateSyntaxError("another template cannot be included here", node.lineno)
-
-    visit_Extends = visit_Import = visit_FromImport = visit_Include
-
-    def _count(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
-        """Charge the nodes of a body, all of them, each time that it runs."""
-        size = sum(1 for _ in node.find_all(nodes.Node))
-        self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call("metered_step", nodes.Const(size))))
-        return node
-
-
-def _call(method: str, *args: nodes.Expr) -> nodes.Call:
-    return nodes.Call(nodes.EnvironmentAttribute(method), list(args), [], None, None)
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "cycler": Cycler,
+    "dict": _dict,
+    "joiner": Joiner,
+    "namespace": _namespace,
+    "raise_exception": _raise_exception,
+    "range": _range,
+    "strftime_now": _strftime_now,
+}
+_CALLED = frozenset(FUNCTIONS.values())
+_CALLABLE = frozenset({BlockReference, Format, Joiner, LoopContext})

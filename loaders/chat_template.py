@@ -3,14 +3,14 @@
 Importing this module imports jinja2.
 """
 
-from collections.abc import Mapping, Sequence
-from types import CodeType
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
 
 from .artifact.errors import PrecastError
-from .chat_sandbox import Instrument, Limits, Meter, OverLimit, Refused, Sandbox
+from .chat_meter import Limits, Meter, OverLimit
+from .chat_sandbox import Refused, compiled
 
 __all__ = ["ChatTemplate", "Limits"]
 
@@ -40,7 +40,13 @@ class ChatTemplate:
             for name, token in (("bos_token", bos_token), ("eos_token", eos_token))
             if token is not None
         }
-        self._code = _compile(source, self._limits)
+        if len(source) > self._limits.source:
+            raise PrecastError(
+                f"Chat template: expected at most {self._limits.source:,} characters, found {len(source):,};"
+                " export the model with a shorter template."
+            )
+        # Python's own compiler has limits too: SyntaxError, RecursionError, MemoryError.
+        self._sandbox, self._code = _explaining(lambda: compiled(source, self._limits))
 
     def render(
         self,
@@ -72,39 +78,27 @@ class ChatTemplate:
             "documents": None if documents is None else _checked_objects(documents, "documents"),
             "add_generation_prompt": add_generation_prompt,
         }
-        sandbox = Sandbox(Meter(self._limits))
+        sandbox = self._sandbox.with_meter(Meter(self._limits))
         template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
-        try:
-            return _collect(template, given, self._limits)
-        except Exception as error:
-            raise _explained(error) from error
+        return _explaining(lambda: sandbox.concat(_pieces(template, given, self._limits)))
 
 
-def _collect(template: jinja2.Template, given: dict[str, Any], limits: Limits) -> str:
-    pieces, size = [], 0
+def _pieces(template: jinja2.Template, given: dict[str, Any], limits: Limits) -> Iterator[str]:
+    size = 0
     for piece in template.generate(given):
         size += len(piece)
         if size > limits.output:
             raise OverLimit(f"the prompt grew beyond {limits.output:,} characters")
-        pieces.append(piece)
-    return "".join(pieces)
+        yield piece
 
 
-def _compile(source: str, limits: Limits) -> CodeType:
-    if len(source) > limits.source:
-        raise PrecastError(
-            f"Chat template: expected at most {limits.source:,} characters, found {len(source):,};"
-            " export the model with a shorter template."
-        )
-    sandbox = Sandbox(Meter(limits))
+def _explaining(work: Callable[[], Any]) -> Any:
+    """Do the work. An error is raised as one sentence, without the traceback that keeps the work's values alive."""
     try:
-        tree = Instrument().visit(sandbox.parse(source))
-        tree.set_environment(sandbox)
-        return sandbox.compile(tree)
-    except (
-        Exception
-    ) as error:  # Python's own compiler has limits too: SyntaxError, RecursionError, MemoryError
-        raise _explained(error) from error
+        return work()
+    except Exception as error:
+        refusal = _explained(error)
+    raise refusal
 
 
 # Messages
@@ -182,7 +176,7 @@ def _explained(error: Exception) -> PrecastError:
     if isinstance(error, PrecastError):
         return error
     # A syntax error's own text repeats the place.
-    text = str(error.message if isinstance(error, jinja2.TemplateSyntaxError) else error)
+    text = _said(error.message if isinstance(error, jinja2.TemplateSyntaxError) else error)
     text = " ".join(text.split()).rstrip(".")[:300]
     if isinstance(error, OverLimit):
         return PrecastError(f"The chat template was stopped, because {text}; use another template.")
@@ -195,6 +189,14 @@ def _explained(error: Exception) -> PrecastError:
     elif not isinstance(error, jinja2.TemplateError):
         text = f"{type(error).__name__}: {text}"
     return PrecastError(f"The chat template failed{place}: {text}; correct it, or use another template.")
+
+
+def _said(error: Any) -> str:
+    """The beginning of an error's text, which a template may have made long."""
+    args = getattr(error, "args", (error,))
+    if len(args) == 1 and isinstance(args[0], str):
+        return repr(args[0][:1000]) if isinstance(error, KeyError) else args[0][:1000]
+    return str(error)[:1000]
 
 
 def _line(error: Exception) -> int | None:

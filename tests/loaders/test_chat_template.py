@@ -159,7 +159,11 @@ def test_threads_render_at_once() -> None:
             "{% for a in 'a' %}" * 25 + "{% endfor %}" * 25,
             "failed.*: SyntaxError: too many statically nested blocks",
         ),
-        ("{{ 'abc'.translate({97: 'x'}) }}", "failed at line 1: the method 'translate' is not allowed"),
+        (
+            "{{ 'abc'.translate({97: 'x'}) }}",
+            "failed at line 1: access to attribute 'translate' of 'str' object is unsafe",
+        ),
+        ("{% autoescape true %}{% endautoescape %}", "failed at line 1: autoescape is not available here"),
     ],
 )
 def test_a_failure_is_one_sentence(source: str, message: str) -> None:
@@ -240,68 +244,81 @@ def test_content_may_be_missing_where_tools_are_called() -> None:
 
 # Bounds. What is small enough to be allowed is shown by the templates above.
 
-SMALL = Limits(steps=20_000, made=100_000, output=5_000, seconds=60)
 STOPPED = r"^The chat template was stopped, because {}; use another template\.$"
-STEPS, MADE = "it took more than 20,000 steps", "it made more than 100,000 characters of text"
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"),
+    "source",
     [
-        ("{% for a in range(99999) %}{% endfor %}", STEPS),
-        ("{% for a in 'x' * 300 %}{% for b in 'x' * 300 %}{% endfor %}{% endfor %}", STEPS),
-        ("{% for a in range(99999) if false %}{% endfor %}", STEPS),
-        (
-            "{% macro f(n) %}{% if n %}{% set a = f(n - 1) ~ f(n - 1) %}{% endif %}{% endmacro %}{{ f(30) }}",
-            STEPS,
-        ),
-        (
-            "{% for x in [range(300)] * 300 recursive %}{% if x is iterable %}{{ loop(x) }}{% endif %}{% endfor %}",
-            STEPS,
-        ),
-        (
-            "{% block a %}{{ self.b() }}{{ self.b() }}{% endblock %}{% block b %}{% for x in range(9999) %}{% endfor %}{% endblock %}",
-            STEPS,
-        ),
-        ("{{ ['' ] * 12000 * 2 }}", MADE),
-        ("{% set a = [''] * 999 %}{% set b = [a] * 999 %}{{ b }}", STEPS),
-        ("{% set a = [''] * 999 %}{% set b = [a] * 999 %}{{ b | tojson }}", STEPS),
-        ("{% set a = [''] * 999 %}{% set b = [a] * 999 %}{% set c = b ~ '' %}", STEPS),
-        ("{% set a = ['x' * 9999] * 999 %}{% set b = a | string %}", MADE),
-        ("{% set a = ['x' * 9999] * 999 %}{% set b = a | join %}", MADE),
-        ("{% set a = ['x' * 9999] * 999 %}{% set b = ''.join(a) %}", MADE),
-        ("{% set a = ['x' * 9999] * 999 %}{% set b = '%s' % (a,) %}", MADE),
-        ("{% set a = ['x' * 9999] * 999 %}{% set b = '{}'.format(a) %}", MADE),
-        ("{% set a = ['x' * 9999] * 999 %}{% set b = '%s' | format(a) %}", MADE),
-        ("{% set a = ['x' * 9999] * 999 %}{% set b = a | tojson %}", MADE),
-        ("{{ 'x' * 10 ** 12 }}", MADE),
-        ("{{ 10 ** 12 * 'x' }}", MADE),
-        ("{{ 'x' * 99999 * 9 }}", MADE),
-        ("{% set s = 'x' * 9999 %}" + "{% set s = s ~ s %}" * 40, MADE),
-        ("{% set s = 'x' * 9999 %}" + "{% set s = s + s %}" * 40, MADE),
-        ("{% set s = 'x' * 9999 %}" + "{% set t = s[1:] %}" * 40, MADE),
-        ("{% set s = 'x' * 9999 %}" + "{% set t = s.upper() %}" * 40, MADE),
-        ("{% set s = 'x' * 9999 %}" + "{% set t = s | upper %}" * 40, MADE),
-        ("{% set s = 'x' * 999 %}{{ s.replace('', s) }}", MADE),
-        ("{% set s = 'x' * 999 %}{{ s | replace('x', s) }}", MADE),
-        ("{% set s = 'x' * 999 %}{{ s.join(s) }}", MADE),
-        ("{% set s = 'x' * 999 %}{{ s | join(s) }}", MADE),
-        ("{% set s = ['x' * 999] * 9 %}{{ s | map('replace', 'x', 'x' * 999) | list }}", MADE),
-        ("{{ 'x'.center(10 ** 9) }}", MADE),
-        ("{{ 'x'.encode().ljust(10 ** 9) }}", MADE),
-        ("{{ '\\t'.expandtabs(tabsize=10 ** 9) }}", MADE),
-        ("{{ 'x' | indent(10 ** 9) }}", MADE),
-        ("{% for a in range(500) %}{% set b %}" + "x" * 999 + "{% endset %}{% endfor %}", MADE),
-        ("{% for a in range(500) %}" + "x" * 99 + "{% endfor %}", "the prompt grew beyond 5,000 characters"),
-        (
-            "{% for a in range(999) %}{{ messages[0].content }}{% endfor %}",
-            r"the prompt grew beyond 5,000 characters",
-        ),
+        "{% for a in range(99999) %}{% endfor %}",
+        "{% for a in 'x' * 300 %}{% for b in 'x' * 300 %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) if false %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{% set a = f(n - 1) ~ f(n - 1) %}{% endif %}{% endmacro %}{{ f(30) }}",
+        "{% for x in [range(300)] * 300 recursive %}{% if x is iterable %}{{ loop(x) }}{% endif %}{% endfor %}",
+        "{% block a %}{{ self.b() }}{{ self.b() }}{% endblock %}{% block b %}{% for x in range(9999) %}{% endfor %}{% endblock %}",
     ],
 )
-def test_a_template_that_takes_too_much_is_stopped(source: str, reason: str) -> None:
-    with pytest.raises(PrecastError, match=STOPPED.format(reason)):
-        render(source, limits=SMALL)
+def test_a_template_that_takes_too_many_steps_is_stopped(source: str) -> None:
+    with pytest.raises(PrecastError, match=STOPPED.format("it took more than 20,000 steps")):
+        render(source, limits=Limits(steps=20_000, seconds=60))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ['' ] * 12000 * 2 }}",
+        "{% set a = [''] * 999 %}{% set b = [a] * 999 %}{{ b }}",
+        "{% set a = [''] * 999 %}{% set b = [a] * 999 %}{{ b | tojson }}",
+        "{% set a = [''] * 999 %}{% set b = [a] * 999 %}{% set c = b ~ '' %}",
+        "{% set a = ['x' * 9999] * 999 %}{% set b = a | string %}",
+        "{% set a = ['x' * 9999] * 999 %}{% set b = a | join %}",
+        "{% set a = ['x' * 9999] * 999 %}{% set b = ''.join(a) %}",
+        "{% set a = ['x' * 9999] * 999 %}{% set b = '%s' % (a,) %}",
+        "{% set a = ['x' * 9999] * 999 %}{% set b = '{}'.format(a) %}",
+        "{% set a = ['x' * 9999] * 999 %}{% set b = '%s' | format(a) %}",
+        "{% set a = ['x' * 999] * 999 %}{% set b = a | tojson %}",
+        "{{ 'x' * 10 ** 6 }}",
+        "{{ 10 ** 6 * 'x' }}",
+        "{{ 'x' * 99999 * 9 }}",
+        "{{ '中' * 40000 }}",
+        "{{ '😀' * 30000 }}",
+        "{% set s = 'x' * 9999 %}" + "{% set s = s ~ s %}" * 40,
+        "{% set s = 'x' * 9999 %}" + "{% set s = s + s %}" * 40,
+        "{% set s = 'x' * 9999 %}" + "{% set t = s[1:] %}" * 40,
+        "{% set s = 'x' * 9999 %}" + "{% set t = s.upper() %}" * 40,
+        "{% set s = 'x' * 9999 %}" + "{% set t = s | upper %}" * 40,
+        "{% set s = 'x' * 999 %}{{ s.replace('', s) }}",
+        "{% set s = 'x' * 999 %}{{ s | replace('x', s) }}",
+        "{% set s = 'x' * 999 %}{{ s.join(s) }}",
+        "{% set s = 'x' * 999 %}{{ s | join(s) }}",
+        "{% set s = ['x' * 999] * 9 %}{{ s | map('replace', 'x', 'x' * 999) | list }}",
+        "{{ 'x'.center(10 ** 6) }}",
+        "{{ '\\t'.expandtabs(tabsize=10 ** 6) }}",
+        "{{ 'x' | indent(10 ** 6) }}",
+        "{% for a in range(500) %}{% set b %}" + "x" * 999 + "{% endset %}{% endfor %}",
+        "{{ ('ab' * 5000) | list }}",
+        "{{ ('a,' * 1000).split(',') }}",
+        "{{ ('a ' * 1000).split() }}",
+        "{{ ('a\\n' * 1000).splitlines() }}",
+    ],
+)
+def test_a_template_that_makes_too_much_is_stopped(source: str) -> None:
+    with pytest.raises(
+        PrecastError, match=STOPPED.format("it made more than 100,000 bytes of text and lists")
+    ):
+        render(source, limits=Limits(made=100_000, seconds=60))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(500) %}" + "x" * 99 + "{% endfor %}",
+        "{% for a in range(999) %}{{ messages[0].content }}{% endfor %}",
+    ],
+)
+def test_a_template_that_writes_too_much_is_stopped(source: str) -> None:
+    with pytest.raises(PrecastError, match=STOPPED.format("the prompt grew beyond 5,000 characters")):
+        render(source, limits=Limits(output=5_000, seconds=60))
 
 
 @pytest.mark.parametrize(
@@ -325,11 +342,11 @@ def test_a_template_that_takes_too_much_is_stopped(source: str, reason: str) -> 
         ("{{ 1.5 | round(10 ** 9, 'ceil') }}", "cannot round to 1000000000 digits"),
         ("{{ [[1] * 9] * 9 | sum(start=[]) }}", "sum adds numbers only"),
         ("{{ [1] | tojson(indent=10 ** 9) }}", "cannot indent JSON by 1000000000"),
-        ("{{ 1 .to_bytes(10 ** 9) }}", "the method 'to_bytes' is not allowed"),
+        ("{{ 1 .to_bytes(10 ** 9) }}", "access to attribute 'to_bytes' of 'int' object is unsafe"),
         ("{{ strftime_now('%Y' * 999) }}", "the format of strftime_now is too long"),
         (
             "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}",
-            "a value of type Namespace cannot become text",
+            "a value of type TemplateNamespace cannot become text",
         ),
     ],
 )
@@ -360,5 +377,5 @@ def test_a_long_conversation_is_far_from_the_limits() -> None:
 
 def test_a_real_limit_stops_nested_loops() -> None:
     source = "{% for a in messages[0].content %}" * 3 + "{% endfor %}" * 3
-    with pytest.raises(PrecastError, match=STOPPED.format("it took .*")):
+    with pytest.raises(PrecastError, match=STOPPED.format("it (took|made) .*")):
         render(source, messages=[{"role": "user", "content": "x" * 5000}])

@@ -1,0 +1,461 @@
+"""The filters and tests that a chat template may use, each counted before it runs.
+
+They give what jinja2's own give. A name that is not listed here does not exist for a template. Importing this module
+imports jinja2.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+from jinja2.filters import FILTERS, make_attrgetter
+from jinja2.runtime import Context, Undefined
+from jinja2.tests import TESTS as JINJA_TESTS
+from jinja2.utils import pass_context, pass_environment
+from markupsafe import Markup
+
+from .chat_meter import SCALARS, Lazy, Meter, size
+from .chat_methods import charge, lines, replace
+
+NUMBER_BITS = 4096
+"""Bits of the largest number that a template can calculate with."""
+
+# In `%` and `{}` formats: a width or precision of four digits or more, or taken from an argument, or hidden
+# from this expression by nested brackets. Linear in the text: no two of its repeats can share a character.
+WIDE = re.compile(
+    r"%(\([^()]*\))?[-# +.\d]*?(\*|\d{4})|%\([^()]*\(|\{[^{}:]*:[^{}]*?(\{|\d{4})",
+)
+
+
+def charge_format(meter: Meter, template: str, values: Any) -> None:
+    """Count a format string that is about to be filled: each field may print all of the values."""
+    meter.step(len(template) >> 3)
+    if wide := WIDE.search(template):
+        raise jinja2.TemplateRuntimeError(f"the width in the format {wide.group()[:40]!r} is too large")
+    weight = meter.weigh(values)
+    if weight.opaque:
+        raise jinja2.TemplateRuntimeError(f"a value of type {weight.opaque} cannot become text")
+    fields = template.count("%") + template.count("{")
+    # A number takes up to 1,308 characters: 309 digits and three digits' worth of precision.
+    count = len(template) + fields * (weight.printed + 2048)
+    escaped = 5 if isinstance(template, Markup) else 1
+    wide_bytes = 4 if not template.isascii() or "c" in template else weight.width
+    meter.step(escaped * count >> 5)
+    meter.make(80 + escaped * count * wide_bytes)
+
+
+def check_number(value: Any) -> Any:
+    """Refuse a number that is too large to calculate with."""
+    if isinstance(value, int) and value.bit_length() > NUMBER_BITS:
+        raise jinja2.TemplateRuntimeError(f"a number grew beyond {NUMBER_BITS} bits")
+    return value
+
+
+# Text
+
+
+def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
+    """A filter that takes any value as text."""
+    function: Any = FILTERS[name]
+
+    @pass_environment
+    def run(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        meter = environment.meter
+        text = value if isinstance(value, str) else meter.text(value)
+        charge_for(meter, text, (*args, *kwargs.values()))
+        return function(text, *args, **kwargs)
+
+    return run
+
+
+def _like(method: str) -> Callable[[Meter, str, tuple[Any, ...]], None]:
+    return lambda meter, text, args: charge(meter, text, method, args)
+
+
+def _times(made: int, steps: int) -> Callable[[Meter, str, tuple[Any, ...]], None]:
+    """Charge `made` bytes and 1/`steps` steps for a character."""
+
+    def charge_for(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
+        meter.step(len(text) // steps)
+        meter.make(80 + made * len(text))
+
+    return charge_for
+
+
+@pass_environment
+def _replace(environment: Any, s: Any, old: Any, new: Any, count: Any = None) -> str:
+    meter: Meter = environment.meter
+    text, old, new = meter.text(s), meter.text(old), meter.text(new)
+    args = (old, new) if count is None else (old, new, count)
+    meter.step(len(text) >> 5)
+    made, steps = replace(meter, text, args)
+    meter.step(steps)
+    meter.make(made)
+    return text.replace(*args)
+
+
+def _on_plain_text(name: str, cost: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
+    """A filter that takes text, and fails with anything else."""
+    function: Any = FILTERS[name]
+    hidden = hasattr(function, "jinja_pass_arg")
+
+    @pass_environment
+    def run(environment: Any, s: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(s, str):
+            cost(environment.meter, s, (*args, *kwargs.values()))
+        elif not isinstance(s, Undefined):
+            raise TypeError(f"{name} expects text, not {type(s).__name__!r}")
+        return function(*(environment,) * hidden, s, *args, **kwargs)
+
+    return run
+
+
+def _cost_indent(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
+    meter.step(len(text) >> 4)
+    made, steps = lines(meter, text, ())
+    by = args[0] if args else 4
+    each = size(by) if isinstance(by, str) else 4 * abs(by) if isinstance(by, int) else 0
+    meter.step(steps)
+    meter.make(6 * made + (steps + 1) * each)
+
+
+def _cost_truncate(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
+    texts = [text, *(arg for arg in args if isinstance(arg, str))]
+    meter.step(sum(map(len, texts)) >> 5)
+    meter.make(6 * sum(map(size, texts)))
+
+
+@pass_environment
+def _format(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    template = value if isinstance(value, str) else environment.meter.text(value)
+    charge_format(environment.meter, template, [*args, kwargs])
+    return FILTERS["format"](template, *args, **kwargs)
+
+
+@pass_environment
+def _join(environment: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
+    meter: Meter = environment.meter
+    items = meter.listed(value)
+    if attribute is not None:
+        read = make_attrgetter(environment, _path(attribute))
+        items = [read(item) for item in items]
+    return meter.joined(meter.text(d), [meter.text(item) for item in items])
+
+
+@pass_environment
+def _urlencode(environment: Any, value: Any) -> str:
+    meter: Meter = environment.meter
+    if isinstance(value, Lazy):
+        value = meter.listed(value)
+    weight = meter.weigh(value)
+    if weight.opaque:
+        raise TypeError(f"urlencode expects text, not {weight.opaque!r}")
+    meter.step(weight.printed)
+    meter.make(64 * weight.printed)
+    encoded: str = FILTERS["urlencode"](value)
+    return encoded
+
+
+@pass_environment
+def _tojson(
+    environment: Any,
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: no HTML escapes, unlike jinja2's own."""
+    meter: Meter = environment.meter
+    if isinstance(indent, int) and indent > 16:
+        raise jinja2.TemplateRuntimeError(f"cannot indent JSON by {indent}")
+    weight = meter.weigh(x)
+    between = meter.weigh([separators, indent]).text + (indent if isinstance(indent, int) else 0) + 2
+    count = weight.printed + weight.items * between * (weight.depth + 1)
+    meter.step(weight.items + (count >> 5))
+    # The encoder collects pieces.
+    meter.make(80 + count * weight.width, spare=256 * weight.items)
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+# Numbers
+
+
+@pass_environment
+def _int(environment: Any, value: Any, default: Any = 0, base: Any = 10) -> Any:
+    if isinstance(value, str):
+        _number_text(environment.meter, value)
+    return check_number(FILTERS["int"](value, default, base))
+
+
+@pass_environment
+def _float(environment: Any, value: Any, default: Any = 0.0) -> Any:
+    if isinstance(value, str):
+        _number_text(environment.meter, value)
+    return FILTERS["float"](value, default)
+
+
+def _number_text(meter: Meter, text: str) -> None:
+    # What is no number is printed in an error, escaped.
+    meter.step(len(text) >> 2)
+    meter.make(0, spare=2 * size(text) + 48 * len(text))
+
+
+def _round(value: Any, precision: Any = 0, method: Any = "common") -> Any:
+    if isinstance(precision, int) and abs(precision) > 100:
+        raise jinja2.TemplateRuntimeError(f"cannot round to {precision} digits")
+    return FILTERS["round"](check_number(value), precision, method)
+
+
+@pass_environment
+def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
+    if not isinstance(start, (int, float)):
+        raise jinja2.TemplateRuntimeError("sum adds numbers only")
+    items = environment.meter.listed(iterable)
+    return FILTERS["sum"](environment, items, _path(attribute), start)
+
+
+# Lists
+
+
+def _path(attribute: Any) -> Any:
+    """Refuse an attribute of attributes that would take long to walk."""
+    if isinstance(attribute, str):
+        if len(attribute) > 1000 or attribute.count(".") + attribute.count(",") > 15:
+            raise jinja2.TemplateRuntimeError("an attribute has too many parts")
+    elif attribute is not None and type(attribute) not in SCALARS:
+        raise TypeError(f"an attribute must be text or a number, not {type(attribute).__name__!r}")
+    return attribute
+
+
+def _lazy(name: str) -> Callable[..., Any]:
+    function: Any = FILTERS[name]
+    attribute_first = name.endswith("attr")
+
+    @pass_context
+    def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Lazy:
+        environment: Any = context.environment
+        _path(kwargs.get("attribute"))
+        if attribute_first and args:
+            _path(args[0])
+        return Lazy(environment.meter, function(context, value, *args, **kwargs))
+
+    return run
+
+
+@pass_environment
+def _list(environment: Any, value: Any) -> list[Any]:
+    items: list[Any] = environment.meter.listed(value)
+    environment.meter.weigh(items)
+    return items
+
+
+def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
+    """A filter that compares items with each other; `parameters` are those after the value."""
+    function: Any = FILTERS[name]
+
+    @pass_environment
+    def run(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        items = environment.meter.listed(value)
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        _charge_order(environment.meter, items, _path(given.get("attribute")))
+        result = function(environment, items, *args, **kwargs)
+        if isinstance(result, list):
+            environment.meter.weigh(result)
+        return result
+
+    return run
+
+
+def _charge_order(meter: Meter, items: list[Any], attribute: Any) -> None:
+    """Count a sort: each level of merging compares each item once, and each is copied in lower case."""
+    weight = meter.weigh(items)
+    keys = 1 + attribute.count(",") if isinstance(attribute, str) else 1
+    levels = math.ceil(math.log2(len(items) + 2)) + 7
+    meter.step(keys * levels * weight.steps)
+    meter.step(keys * weight.text >> 2)
+    meter.make((64 + 200 * keys) * len(items), spare=12 * keys * weight.text)
+
+
+@pass_environment
+def _dictsort(
+    environment: Any, value: Any, case_sensitive: Any = False, by: Any = "key", reverse: Any = False
+) -> list[Any]:
+    if isinstance(value, dict):
+        _charge_order(environment.meter, environment.meter.listed(value.items()), None)
+    elif not isinstance(value, Undefined):
+        raise TypeError(f"dictsort expects a dict, not {type(value).__name__!r}")
+    result: list[Any] = FILTERS["dictsort"](value, case_sensitive, by, reverse)
+    environment.meter.weigh(result)
+    return result
+
+
+@pass_environment
+def _unique(environment: Any, value: Any, case_sensitive: Any = False, attribute: Any = None) -> Lazy:
+    items = _weighed(environment.meter, value)
+    return Lazy(environment.meter, FILTERS["unique"](environment, items, case_sensitive, _path(attribute)))
+
+
+def _weighed(meter: Meter, value: Any) -> Any:
+    """Yield the items of `value`, each about to be hashed and compared."""
+    for item in value:
+        weight = meter.weigh(item)
+        meter.step(1 + 2 * weight.steps + (weight.text >> 2))
+        meter.make(256 + 12 * weight.text)
+        meter.look()  # numbers made to collide take long to look up
+        yield item
+
+
+@pass_environment
+def _reverse(environment: Any, value: Any) -> Any:
+    meter: Meter = environment.meter
+    if isinstance(value, str):
+        meter.make(size(value))
+        meter.step(len(value) >> 4)
+        return value[::-1]
+    try:
+        return Lazy(meter, reversed(value))
+    except TypeError:
+        return meter.listed(value)[::-1]
+
+
+@pass_environment
+def _items(environment: Any, value: Any) -> Lazy:
+    return Lazy(environment.meter, FILTERS["items"](value))
+
+
+@pass_environment
+def _attr(environment: Any, obj: Any, name: Any) -> Any:
+    if not isinstance(name, str):
+        raise TypeError(f"attribute name must be text, not {type(name).__name__!r}")
+    if len(name) > 1000:
+        return environment.undefined(obj=obj, name=name)
+    return FILTERS["attr"](environment, obj, name)
+
+
+ALLOWED_FILTERS: dict[str, Callable[..., Any]] = {
+    # These take one look at a value, or fetch one item.
+    **{name: FILTERS[name] for name in ("abs", "count", "d", "default", "first", "last", "length")},
+    **{name: _lazy(name) for name in ("map", "reject", "rejectattr", "select", "selectattr")},
+    **dict.fromkeys(("e", "escape"), _on_text("e", _times(24, 16))),
+    "attr": _attr,
+    "capitalize": _on_text("capitalize", _like("capitalize")),
+    "dictsort": _dictsort,
+    "float": _float,
+    "format": _format,
+    "groupby": _ordered("groupby", ("attribute", "default", "case_sensitive")),
+    "indent": _on_plain_text("indent", _cost_indent),
+    "int": _int,
+    "items": _items,
+    "join": _join,
+    "list": _list,
+    "lower": _on_text("lower", _like("lower")),
+    "max": _ordered("max", ("case_sensitive", "attribute")),
+    "min": _ordered("min", ("case_sensitive", "attribute")),
+    "replace": _replace,
+    "reverse": _reverse,
+    "round": _round,
+    "safe": _on_text("safe", _times(4, 64)),
+    "sort": _ordered("sort", ("reverse", "case_sensitive", "attribute")),
+    "string": _on_text("string", _times(0, 64)),
+    "sum": _sum,
+    "title": _on_text("title", _times(192, 1)),
+    "tojson": _tojson,
+    "trim": _on_text("trim", _like("strip")),
+    "truncate": _on_plain_text("truncate", _cost_truncate),
+    "unique": _unique,
+    "upper": _on_text("upper", _like("upper")),
+    "urlencode": _urlencode,
+    "wordcount": _on_text("wordcount", _times(72, 1)),
+}
+
+
+# Tests
+
+TESTS: dict[str, Any] = {**JINJA_TESTS}
+
+
+def _comparison(name: str) -> Callable[..., Any]:
+    function: Any = TESTS[name]
+
+    @pass_environment
+    def run(environment: Any, value: Any, other: Any) -> Any:
+        return function(environment.metered_operand(value), environment.metered_operand(other))
+
+    return run
+
+
+def _of_number(name: str) -> Callable[..., Any]:
+    """A test by `%`, which would format a text."""
+    function: Any = TESTS[name]
+
+    def run(value: Any, *args: Any) -> Any:
+        for number in (value, *args):
+            if type(number) not in SCALARS and not isinstance(number, Undefined):
+                raise TypeError(f"{name} expects a number, not {type(number).__name__!r}")
+            check_number(number)
+        return function(value, *args)
+
+    return run
+
+
+def _of_text(name: str) -> Callable[..., Any]:
+    function: Any = TESTS[name]
+
+    @pass_environment
+    def run(environment: Any, value: Any) -> Any:
+        text = environment.meter.text(value)
+        environment.meter.step(len(text) >> 3)
+        return function(text)
+
+    return run
+
+
+def _of_name(name: str) -> Callable[..., Any]:
+    function: Any = TESTS[name]
+
+    @pass_environment
+    def run(environment: Any, value: Any) -> Any:
+        return function(environment, environment.metered_operand(value))
+
+    return run
+
+
+@pass_environment
+def _in(environment: Any, value: Any, seq: Any) -> Any:
+    return environment.metered_operand(value) in environment.metered_container(seq)
+
+
+ALLOWED_TESTS: dict[str, Callable[..., Any]] = {
+    **{
+        name: TESTS[name]
+        for name in (
+            *(
+                "boolean",
+                "callable",
+                "defined",
+                "escaped",
+                "false",
+                "float",
+                "integer",
+                "iterable",
+                "mapping",
+            ),
+            *("none", "number", "sameas", "sequence", "string", "true", "undefined"),
+        )
+    },
+    **{
+        name: _comparison(name)
+        for name in (
+            *("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt", "lessthan"),
+            *("<=", "le"),
+        )
+    },
+    **{name: _of_number(name) for name in ("odd", "even", "divisibleby")},
+    **{name: _of_text(name) for name in ("lower", "upper")},
+    **{name: _of_name(name) for name in ("filter", "test")},
+    "in": _in,
+}
