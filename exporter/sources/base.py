@@ -1,7 +1,7 @@
 """What an export reads, whatever it came from."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -70,6 +70,8 @@ class Source:
             `SamplingDefaults`; empty when there are none.
         licence: SPDX name, or None where the source does not say.
         files: what was read, hashed.
+        named_templates: Jinja sources of further chat templates by name ("tool_use", "rag").
+        remarks: sentences for whoever exports: what was mended, and what was left out.
     """
 
     name: str
@@ -83,3 +85,5 @@ class Source:
     sampling: Mapping[str, object]
     licence: str | None
     files: tuple[SourceFile, ...]
+    named_templates: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()

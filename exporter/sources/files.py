@@ -80,6 +80,15 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
+def optional_json(path: Path) -> dict[str, object]:
+    """A JSON file that may be missing: then an empty object.
+
+    Raises:
+        PrecastError: as `read_json`.
+    """
+    return read_json(path) if path.is_file() else {}
+
+
 def slug(text: str) -> str:
     """A name fit for a folder: lower case, and only letters, digits, ``.``, ``_`` and single ``-``."""
     return re.sub(r"[^a-z0-9._]+", "-", text.lower()).strip("-._") or "model"

@@ -14,15 +14,10 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import aligned_zeros
 
 from .base import Source, SourceTensor
-from .files import hash_file, read_json, slug, spdx
-from .huggingface_tokenizer import (
-    chat_template,
-    eos_token_ids,
-    first,
-    optional_json,
-    read_tokenizer,
-    special_tokens,
-)
+from .files import hash_file, optional_json, read_json, slug, spdx
+from .huggingface_templates import chat_templates, template_files
+from .huggingface_tokenizer import eos_token_ids, first, read_tokenizer, special_tokens
+from .huggingface_tokens import ADDED, CONFIG, TOKENS_MAP
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -77,19 +72,22 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
     tensors = _tensors(folder, shards)
     tokenizer = read_tokenizer(folder)
     generation = optional_json(folder / "generation_config.json")
-    special = special_tokens(folder, config, tokenizer)
+    special = special_tokens(config, tokenizer)
+    templates = chat_templates(folder, tokenizer.tokens.named)
     return Source(
         name=slug(name or folder.resolve().name),
         config=config,
         tensors=tensors,
-        tokenizer_json=(folder / "tokenizer.json").read_bytes(),
-        chat_template=chat_template(folder),
+        tokenizer_json=tokenizer.data,
+        chat_template=templates.default,
+        named_templates=templates.named,
         bos_token=special["bos_token"],
         eos_token=special["eos_token"],
-        eos_token_ids=eos_token_ids(folder, generation, config, tokenizer, special["eos_token"]),
+        eos_token_ids=eos_token_ids(folder, generation, config, tokenizer.document, special["eos_token"]),
         sampling=_sampling(folder, generation),
         licence=_licence(folder / "README.md"),
         files=tuple(hash_file(path) for path in _files_read(folder, shards)),
+        remarks=tokenizer.remarks,
     )
 
 
@@ -306,10 +304,10 @@ def _files_read(folder: Path, shards: Mapping[str, object]) -> list[Path]:
         *([_INDEX] if _SINGLE not in shards else []),
         *shards,
         "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
+        CONFIG,
+        TOKENS_MAP,
+        ADDED,
         "generation_config.json",
         "README.md",
     ]
-    return [folder / name for name in names if (folder / name).is_file()]
+    return [*(folder / name for name in names if (folder / name).is_file()), *template_files(folder)]

@@ -1,75 +1,72 @@
-"""The tokenizer's side of a Hugging Face directory: tokenizer.json, special tokens, chat template."""
+"""The tokenizer of a Hugging Face directory: tokenizer.json, and what the files beside it change about it."""
 
 import json
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .files import read_json, read_text
-
-_CONFIG = "tokenizer_config.json"
-# Tokens that transformers hands to chat templates and an artifact does not: the template itself gets their text.
-_TEMPLATE_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from .files import read_json
+from .huggingface_settings import check_settings, with_prefix_space
+from .huggingface_tokens import CONFIG, Tokens, read_tokens
 
 
-def optional_json(path: Path) -> dict[str, object]:
-    return read_json(path) if path.is_file() else {}
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFile:
+    """A tokenizer as an artifact holds it.
+
+    Attributes:
+        document: the tokenizer.json, with what the files beside it say of tokens.
+        data: the same as bytes: those of the file where nothing had to be changed.
+        tokens: the tokens beside the vocabulary.
+        remarks: sentences about settings that are left out.
+    """
+
+    document: Mapping[str, Any]
+    data: bytes
+    tokens: Tokens
+    remarks: tuple[str, ...]
 
 
-def read_tokenizer(folder: Path) -> dict[str, object]:
-    """tokenizer.json, when the tokenizers library reads it too."""
+def read_tokenizer(folder: Path) -> TokenizerFile:
+    """Read tokenizer.json and whatever the files beside it change about it.
+
+    Raises:
+        PrecastError: when it is missing or broken, and for a setting that cannot be carried over.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise PrecastError(
             f"{folder}: expected tokenizer.json, found none; save the tokenizer in its fast form "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))."
         )
-    if optional_json(folder / _CONFIG).get("auto_map") is not None:
-        raise PrecastError(
-            f"{folder / _CONFIG}: auto_map asks for Python code that came with the checkpoint, which is never run;"
-            " remove it where tokenizer.json alone does the same."
-        )
     document = read_json(path)
+    remarks = check_settings(folder / CONFIG, document)
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_file(str(path))
+        library = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower one
         raise PrecastError(
             f"{path}: is not a tokenizer that the tokenizers library reads ({error}); save it again, or "
             "update the library."
         ) from error
-    return document
+    tokens = read_tokens(folder, document, library)
+    changed = with_prefix_space(folder / CONFIG, document) | {"added_tokens": tokens.added}
+    if changed == {"added_tokens": [], **document}:
+        return TokenizerFile(document=document, data=path.read_bytes(), tokens=tokens, remarks=remarks)
+    data = json.dumps(changed, ensure_ascii=False, separators=(",", ":")).encode()
+    return TokenizerFile(document=changed, data=data, tokens=tokens, remarks=remarks)
 
 
-def special_tokens(
-    folder: Path, config: Mapping[str, object], tokenizer: Mapping[str, object]
-) -> dict[str, str | None]:
+def special_tokens(config: Mapping[str, object], tokenizer: TokenizerFile) -> dict[str, str | None]:
     """Text of bos and eos: as the tokenizer's files say, else by the ids in config.json."""
-    said = _said_of_tokens(folder)
-    if said is None:
-        texts: dict[Any, str] = {token_id: text for text, token_id in token_ids(tokenizer).items()}
-        said = {key: texts.get(first(config.get(f"{key}_id"))) for key in ("bos_token", "eos_token")}
-    return {key: _text(folder, key, said.get(key)) for key in ("bos_token", "eos_token")}
-
-
-def _said_of_tokens(folder: Path) -> dict[str, object] | None:
-    """What the tokenizer's own files say, the newer one first; None where there are none."""
-    paths = [folder / _CONFIG, folder / "special_tokens_map.json"]
-    if not any(path.is_file() for path in paths):
-        return None
-    return {key: value for path in reversed(paths) for key, value in optional_json(path).items()}
-
-
-def _text(folder: Path, key: str, token: object) -> str | None:
-    """A special token is written as its text, or as an object with its text in `content`."""
-    content = token.get("content") if isinstance(token, dict) else token
-    if content is not None and not isinstance(content, str):
-        raise PrecastError(f"{folder / _CONFIG}: expected {key} to be text, found {token!r}; correct it.")
-    return content
+    if tokenizer.tokens.is_named:
+        return {key: tokenizer.tokens.named.get(key) for key in ("bos_token", "eos_token")}
+    texts: dict[Any, str] = {token_id: text for text, token_id in token_ids(tokenizer.document).items()}
+    return {key: texts.get(first(config.get(f"{key}_id"))) for key in ("bos_token", "eos_token")}
 
 
 def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
@@ -104,42 +101,3 @@ def eos_token_ids(
             )
         return tuple(dict.fromkeys(ids))
     return ()
-
-
-def chat_template(folder: Path) -> str | None:
-    """The chat template, ready to be rendered with bos and eos alone; None where there is none."""
-    template = _written_template(folder)
-    return None if template is None else _with_tokens(folder, template)
-
-
-def _written_template(folder: Path) -> str | None:
-    """chat_template.jinja, the newer place, else what tokenizer_config.json has or calls "default"."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_text(path)
-    template = optional_json(folder / _CONFIG).get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        if "default" not in named:
-            raise PrecastError(
-                f"{folder / _CONFIG}: expected a chat template named default, found "
-                f"{', '.join(map(str, named)) or 'none'}; write the wanted one to chat_template.jinja."
-            )
-        template = named["default"]
-    if template is not None and not isinstance(template, str):
-        raise PrecastError(
-            f"{folder / _CONFIG}: expected chat_template to be text, found "
-            f"{type(template).__name__}; write the template to chat_template.jinja."
-        )
-    return template
-
-
-def _with_tokens(folder: Path, template: str) -> str:
-    """The template, behind definitions of the special tokens that it names beside bos and eos."""
-    said, lines = _said_of_tokens(folder) or {}, []
-    for key in _TEMPLATE_TOKENS:
-        text = _text(folder, key, said.get(key))
-        if text is not None and re.search(rf"\b{key}\b", template):
-            # JSON's escapes are Jinja's; the line's end goes with the tag (trim_blocks).
-            lines.append(f"{{% set {key} = {json.dumps(text, ensure_ascii=False)} %}}\n")
-    return "".join([*lines, template])

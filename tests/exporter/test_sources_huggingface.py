@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 
 from precast.exporter.sources import open_source
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.chat_template import ChatTemplate
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4) / 8 - 0.5
 ONE = {"model.embed_tokens.weight": W}
@@ -329,7 +328,6 @@ def test_special_tokens_as_text_or_object(checkpoint):
 def test_a_null_token_is_none_whatever_the_config_says(checkpoint):
     files = {
         "tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"},
-        "special_tokens_map.json": {"bos_token": "<s>"},
         "config.json": {"bos_token_id": 0},
     }
     assert open_source(str(checkpoint(files, ONE))).bos_token is None
@@ -375,31 +373,6 @@ def test_eos_token_ids_that_are_none(checkpoint):
     )
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"chat_template.jinja": "new", "tokenizer_config.json": {"chat_template": "old"}}, "new"),
-        ({"tokenizer_config.json": {"chat_template": "old"}}, "old"),
-        (
-            {
-                "tokenizer_config.json": {
-                    "chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]
-                }
-            },
-            "d",
-        ),
-        ({}, None),
-    ],
-)
-def test_chat_template(checkpoint, files, expected):
-    assert open_source(str(checkpoint(files, ONE))).chat_template == expected
-
-
-def test_named_templates_without_a_default(checkpoint):
-    files = {"tokenizer_config.json": {"chat_template": [{"name": "tool", "template": "t"}]}}
-    assert "expected a chat template named default, found tool; write" in refusal(checkpoint(files, ONE))
-
-
 @pytest.mark.parametrize("said", [{}, {"add_bos_token": False}, {"add_eos_token": True}])
 @pytest.mark.parametrize("rule", ["<s> $A", "$A </s>", "$A"])
 def test_tokenizer_json_alone_decides_what_is_added_to_a_prompt(checkpoint, said, rule):
@@ -414,23 +387,6 @@ def test_tokenizer_json_alone_decides_what_is_added_to_a_prompt(checkpoint, said
     ours = tokenizers.Tokenizer.from_buffer(open_source(str(folder)).tokenizer_json).encode("aa").ids
     assert ours == library.encode("aa").ids
     assert ours == transformers.AutoTokenizer.from_pretrained(folder)("aa")["input_ids"]
-
-
-def test_a_template_gets_the_other_tokens_that_it_names(checkpoint):
-    awkward = "<p\"a'd\\>é😀"
-    files = {
-        "tokenizer_config.json": {
-            "pad_token": {"content": awkward},
-            "bos_token": "<s>",
-            "unk_token": "<unk>",
-        },
-        "special_tokens_map.json": {"sep_token": "<sep>"},
-        "chat_template.jinja": "\n{{ bos_token }}{{ pad_token }}{{ sep_token }}{{ unk_token_id }}{{ mask_token }}",
-    }
-    source = open_source(str(checkpoint(files, ONE)))
-    template = ChatTemplate(source.chat_template, bos_token=source.bos_token, eos_token=None)
-    assert template.render([{"role": "user", "content": ""}]) == f"\n<s>{awkward}<sep>"
-    assert "<unk>" not in source.chat_template
 
 
 # --- defaults, provenance -----------------------------------------------------------------------------------
