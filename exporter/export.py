@@ -31,14 +31,12 @@ from precast.loaders.artifact.manifest import (
 )
 from precast.loaders.artifact.record import to_json
 from precast.loaders.artifact.weights import map_weights
-from precast.loaders.chat_template import ChatTemplate
 from precast.loaders.generate import Model as LoadedModel
 from precast.loaders.runtime.pjrt import this_machine
 from precast.loaders.sampling import SamplingParams
-from precast.loaders.tokenizer import Tokenizer
 from precast.loaders.verify import OTHERWISE, replay
 
-from . import fidelity, golden, model_card
+from . import fidelity, golden, model_card, texts
 from .devices import on_cpu
 from .models import ModelSpec, read_model
 from .models.parameters import Parameter
@@ -49,7 +47,7 @@ from .targets import DEFAULT_TARGETS, TARGET_KINDS, TargetKind, savedmodel
 from .targets.build import Built, build_targets
 from .weights import WeightPlan, plan_weights, stored_bytes, write_model_weights
 
-TOKENIZER_FILE, TEMPLATE_FILE, GOLDEN_FILE = "tokenizer.json", "chat_template.jinja", "golden.json"
+GOLDEN_FILE = "golden.json"
 PACKAGES = ("precast", "jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
 
 
@@ -125,13 +123,13 @@ def export(
     _check_tokenizer(source, spec)
     sampling = _sampling(source)
     created = _today()
-    for remark in (plan.left_out(), _far_rope(spec, geometry.capacity)):
+    for remark in (*source.remarks, plan.left_out(), _far_rope(spec, geometry.capacity)):
         if remark is not None:
             progress.stage(remark)
     with folders.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("exporting compiles for"):
         progress.stage("writing weights")
         digest = _write_weights(folder, stored, geometry, plan, progress)
-        _write_texts(folder, source)
+        texts.write_texts(folder, source)
         targets: list[Target] = []
         for kind in (TARGET_KINDS[name] for name in options.targets):
             targets += _build(kind, stored, geometry, folder, created, options.cpu_isas, progress)
@@ -258,27 +256,10 @@ def _sampling(source: Source) -> SamplingDefaults:
         raise PrecastError(f"{where}: a number is too large; correct or remove it there.") from None
 
 
-def _check_template(source: Source) -> None:
-    if source.chat_template is None:
-        return
-    try:
-        ChatTemplate(source.chat_template, bos_token=source.bos_token, eos_token=source.eos_token)
-    except PrecastError as error:
-        reason = str(error).rstrip(".")
-        raise PrecastError(
-            f"{source.name}: its chat template cannot be used ({reason}); correct or remove it there."
-        ) from None
-
-
 def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
-    """Ids the tokenizer gives must have an embedding, and the chat template must compile."""
-    _check_template(source)
-    tokenizer = Tokenizer.from_json(
-        source.tokenizer_json,
-        chat_template=source.chat_template,
-        bos_token=source.bos_token,
-        eos_token=source.eos_token,
-    )
+    """Ids the tokenizer gives must have an embedding, and the chat templates must compile."""
+    texts.check_templates(source)
+    tokenizer = texts.read_tokenizer(source)
     vocab = spec.config.vocab
     if tokenizer.largest_id >= vocab:
         raise PrecastError(
@@ -305,12 +286,6 @@ def _write_weights(
         progress.weights(written, total)
 
     return write_model_weights(folder / WEIGHTS_FILE, plan, stored.formats, tables, report)
-
-
-def _write_texts(folder: Path, source: Source) -> None:
-    (folder / TOKENIZER_FILE).write_bytes(source.tokenizer_json)
-    if source.chat_template is not None:
-        (folder / TEMPLATE_FILE).write_text(source.chat_template, encoding="utf-8", newline="")
 
 
 def _build(
@@ -345,9 +320,9 @@ def _manifest(
         cache=_cache(cache_arrays(spec.config, geometry), targets[0]),
         targets=tuple(targets),
         tokenizer=TokenizerFiles(
-            file=TOKENIZER_FILE,
-            chat_template=TEMPLATE_FILE if source.chat_template is not None else None,
-            named_templates={},
+            file=texts.TOKENIZER_FILE,
+            chat_template=texts.TEMPLATE_FILE if source.chat_template is not None else None,
+            named_templates=texts.named_files(source),
             bos_token=source.bos_token,
             eos_token=source.eos_token,
             eos_token_ids=source.eos_token_ids,

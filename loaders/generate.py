@@ -189,6 +189,7 @@ class Model:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
     ) -> Completion:
         """Answers a conversation.
 
@@ -196,11 +197,12 @@ class Model:
             messages: each with "role" and "content", oldest first.
             params: as for `generate`.
             tools: JSON schemas of functions, for templates that know what to do with them.
+            template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
 
         Raises:
-            PrecastError: when the model has no chat template, or it refuses the messages; as for `generate`.
+            PrecastError: when the model has no such chat template, or it refuses the messages; as for `generate`.
         """
-        return self.stream_chat(messages, params, tools=tools).completion
+        return self.stream_chat(messages, params, tools=tools, template=template).completion
 
     def stream_chat(
         self,
@@ -208,15 +210,20 @@ class Model:
         params: SamplingParams | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
     ) -> Stream:
         """As `chat`, piece by piece."""
-        return self.stream(self.chat_prompt(messages, tools=tools), params)
+        return self.stream(self.chat_prompt(messages, tools=tools, template=template), params)
 
     def chat_prompt(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
     ) -> list[int]:
         """The token ids that a conversation is given to the model as."""
-        text = self.tokenizer.render_chat(messages, tools=tools)
+        text = self.tokenizer.render_chat(messages, tools=tools, template=template)
         # Templates write the beginning-of-sequence token themselves.
         return self.tokenizer.encode(text, add_special_tokens=False)
 

@@ -372,15 +372,19 @@ def _check_weights(target: Target, weights: dict, root: Path) -> None:
 
 def _tokenizer(manifest: Manifest, contents: dict[str, bytes]) -> Tokenizer:
     spec = manifest.tokenizer
-    try:
-        template = None if spec.chat_template is None else contents[spec.chat_template].decode("utf-8")
-    except UnicodeDecodeError:
-        raise PrecastError(
-            f"{manifest.name}: {spec.chat_template} is not UTF-8 text; export the model again."
-        ) from None
+
+    def text(file: str) -> str:
+        try:
+            return contents[file].decode("utf-8")
+        except UnicodeDecodeError:
+            raise PrecastError(
+                f"{manifest.name}: {file} is not UTF-8 text; export the model again."
+            ) from None
+
     return Tokenizer.from_json(
         contents[spec.file],
-        chat_template=template,
+        chat_template=None if spec.chat_template is None else text(spec.chat_template),
+        named_templates={name: text(file) for name, file in spec.named_templates.items()},
         bos_token=spec.bos_token,
         eos_token=spec.eos_token,
     )

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .artifact.errors import PrecastError
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 # SentencePiece's spelling of a raw byte: a token that exists for each byte, for text the vocabulary lacks.
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+# The template for any conversation, and the one for conversations with tools, where a model has it.
+_DEFAULT, _TOOL_USE = "default", "tool_use"
 
 # Steps of decoders that a stream can follow piece by piece, looking back at a few of them.
 _PIECEWISE = frozenset({"BPEDecoder", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
@@ -35,25 +39,36 @@ class Tokenizer:
         library: "LibraryTokenizer",
         *,
         chat_template: str | None,
+        named_templates: Mapping[str, str],
         bos_token: str | None,
         eos_token: str | None,
     ) -> None:
         self._library = library
-        self._template_source = chat_template
+        self._templates = dict(named_templates)
+        if chat_template is not None:
+            self._templates[_DEFAULT] = chat_template
+        self._compiled: dict[str, ChatTemplate] = {}
         self._bos_token = bos_token
         self._eos_token = eos_token
 
     @classmethod
     def from_json(
-        cls, data: bytes, *, chat_template: str | None, bos_token: str | None, eos_token: str | None
+        cls,
+        data: bytes,
+        *,
+        chat_template: str | None,
+        bos_token: str | None,
+        eos_token: str | None,
+        named_templates: Mapping[str, str] = MappingProxyType({}),
     ) -> "Tokenizer":
         """Make a tokenizer from the bytes of a `tokenizer.json`.
 
         Args:
             data: the file, as the `tokenizers` library writes it.
-            chat_template: Jinja source, or None if the model has none.
+            chat_template: Jinja source of the default template, or None if the model has none.
             bos_token: text of the beginning-of-sequence token, for the chat template.
             eos_token: text of the end-of-sequence token, for the chat template.
+            named_templates: Jinja sources of further templates, by name ("tool_use", "rag").
 
         Raises:
             PrecastError: `data` is not a tokenizer, or has a decoder that cannot be followed token by token.
@@ -68,7 +83,13 @@ class Tokenizer:
         # A file may ask for prompts to be cut or padded, as it was in training; here that would lose text.
         library.no_truncation()
         library.no_padding()
-        made = cls(library, chat_template=chat_template, bos_token=bos_token, eos_token=eos_token)
+        made = cls(
+            library,
+            chat_template=chat_template,
+            named_templates=named_templates,
+            bos_token=bos_token,
+            eos_token=eos_token,
+        )
         made._check_decoder()
         return made
 
@@ -127,13 +148,19 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ) -> str:
-        """Return the prompt for a conversation, by the model's chat template; arguments as `ChatTemplate.render`.
+        """Return the prompt for a conversation, by one of the model's chat templates.
+
+        Args:
+            messages: this and the other arguments: as `ChatTemplate.render`.
+            template: name of the template; None for "tool_use" where there are tools and such a template, else for
+                the default one, as transformers chooses.
 
         Raises:
-            PrecastError: there is no template, the messages are malformed, or the template fails.
+            PrecastError: there is no such template, the messages are malformed, or the template fails.
         """
-        return self._template.render(
+        return self._template(template, tools).render(
             messages,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
@@ -141,16 +168,27 @@ class Tokenizer:
             variables=variables,
         )
 
-    @cached_property
-    def _template(self) -> "ChatTemplate":
-        if self._template_source is None:
+    def _template(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> "ChatTemplate":
+        if not self._templates:
             raise PrecastError(
                 "Chat: this artifact has no chat template, so messages cannot become a prompt;"
                 " generate from plain text, or export the model with a template."
             )
-        from .chat_template import ChatTemplate
+        if name is None:
+            name = _TOOL_USE if tools is not None and _TOOL_USE in self._templates else _DEFAULT
+            reason = "this artifact has no default chat template"
+        else:
+            reason = f"this artifact has no chat template named {name!r}"
+        if name not in self._templates:
+            known = ", ".join(sorted(self._templates))
+            raise PrecastError(f"Chat: {reason}; name one that it has (template=…, --template): {known}.")
+        if name not in self._compiled:
+            from .chat_template import ChatTemplate
 
-        return ChatTemplate(self._template_source, bos_token=self._bos_token, eos_token=self._eos_token)
+            self._compiled[name] = ChatTemplate(
+                self._templates[name], bos_token=self._bos_token, eos_token=self._eos_token
+            )
+        return self._compiled[name]
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

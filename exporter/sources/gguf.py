@@ -30,6 +30,9 @@ _QUANTISATION = re.compile(
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
+_TEMPLATE = "tokenizer.chat_template"
+
+
 def open_gguf(path: Path, *, name: str | None = None) -> Source:
     """Read a GGUF file of one of the architectures in `gguf_architectures`.
 
@@ -56,7 +59,8 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
         config=config,
         tensors=source_tensors(path, tensors, architecture, config),
         tokenizer_json=build_tokenizer(path, metadata),
-        chat_template=metadata.get("tokenizer.chat_template") or None,
+        chat_template=metadata.get(_TEMPLATE) or None,
+        named_templates=_named_templates(path, metadata),
         bos_token=_token(path, metadata, "bos_token_id"),
         eos_token=_token(path, metadata, "eos_token_id"),
         eos_token_ids=_eos_token_ids(metadata),
@@ -150,6 +154,18 @@ def _token(path: Path, metadata: Mapping[str, Any], key: str) -> str | None:
             "the model again."
         )
     return str(tokens[token_id])
+
+
+def _named_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates beside the default one; `tokenizer.chat_templates` lists no more than their names."""
+    prefix = f"{_TEMPLATE}."
+    keys = sorted(key for key in metadata if key.startswith(prefix) and key != f"{prefix}default")
+    for key in keys:
+        if not isinstance(metadata[key], str):
+            raise PrecastError(
+                f"{path}: expected {key} to be text, found {metadata[key]!r:.80}; convert the model again."
+            )
+    return {key.removeprefix(prefix): metadata[key] for key in keys}
 
 
 def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:

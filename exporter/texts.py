@@ -1,0 +1,65 @@
+"""The texts of an artifact: its tokenizer and its chat templates, checked and written."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.chat_template import ChatTemplate
+from precast.loaders.tokenizer import Tokenizer
+
+from .sources.base import Source
+
+TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
+
+
+def read_tokenizer(source: Source) -> Tokenizer:
+    """Make the tokenizer of a source, as the loader makes it."""
+    return Tokenizer.from_json(
+        source.tokenizer_json,
+        chat_template=source.chat_template,
+        named_templates=source.named_templates,
+        bos_token=source.bos_token,
+        eos_token=source.eos_token,
+    )
+
+
+def check_templates(source: Source) -> None:
+    """Refuse a chat template that cannot be compiled.
+
+    Raises:
+        PrecastError: for one that is too long or is not a template.
+    """
+    default = {} if source.chat_template is None else {None: source.chat_template}
+    for name, template in (default | dict(source.named_templates)).items():
+        try:
+            ChatTemplate(template, bos_token=source.bos_token, eos_token=source.eos_token)
+        except PrecastError as error:
+            which = "chat template" if name is None else f"chat template {name!r}"
+            raise PrecastError(
+                f"{source.name}: its {which} cannot be used ({str(error).rstrip('.')}); correct or remove it there."
+            ) from None
+
+
+def named_files(source: Source) -> dict[str, str]:
+    """The file of each named template: by its name where that is fit for a file, else by its number."""
+    files: dict[str, str] = {}
+    for number, name in enumerate(source.named_templates, 1):
+        fit = (
+            re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)
+            and f"chat_template.{name.lower()}.jinja" not in files.values()
+        )
+        files[name] = f"chat_template.{name.lower()}.jinja" if fit else f"chat_template.{number}.jinja"
+    return files
+
+
+def write_texts(folder: Path, source: Source) -> None:
+    """Write the tokenizer and the chat templates."""
+    (folder / TOKENIZER_FILE).write_bytes(source.tokenizer_json)
+    texts: Mapping[str, str] = {
+        file: source.named_templates[name] for name, file in named_files(source).items()
+    }
+    if source.chat_template is not None:
+        texts = {TEMPLATE_FILE: source.chat_template, **texts}
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8", newline="")
