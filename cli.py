@@ -220,6 +220,7 @@ def _need_export(what: str = "exporting") -> None:
 @click.option("--system", help="System message, which may be empty; implies --chat.")
 @options.sampling
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when done.")
+@options.STATS
 @options.loading
 def run(
     artifact: Path | str,
@@ -228,6 +229,7 @@ def run(
     chat: bool,
     system: str | None,
     as_json: bool,
+    stats: bool,
     sampling: "SamplingOptions",
     loading: "LoadOptions",
 ) -> None:
@@ -239,7 +241,27 @@ def run(
     """
     from precast.loaders import console
 
-    request = console.Request(prompt=prompt, ids=ids, chat=chat, system=system, as_json=as_json)
+    request = console.Request(prompt=prompt, ids=ids, chat=chat, system=system, as_json=as_json, stats=stats)
+    console.run(artifact, request, loading, sampling)
+
+
+@main.command()
+@click.argument("artifact", type=options.ARTIFACT)
+@click.option("--system", help="System message, which may be empty.")
+@options.sampling
+@options.STATS
+@options.loading
+def chat(
+    artifact: Path | str, system: str | None, stats: bool, sampling: "SamplingOptions", loading: "LoadOptions"
+) -> None:
+    """Talk with ARTIFACT, as with run: messages from the terminal, or one message from standard input.
+
+    The messages of former chats are kept in $XDG_STATE_HOME/precast/chat_history, for the arrow keys alone. Set
+    PRECAST_HISTORY to another file, or to off.
+    """
+    from precast.loaders import console
+
+    request = console.Request(prompt=None, ids=None, chat=True, system=system, as_json=False, stats=stats)
     console.run(artifact, request, loading, sampling)
 
 

@@ -1,4 +1,4 @@
-"""What ``precast run`` does: one prompt, or a conversation in the terminal."""
+"""``precast run``: load an artifact, and answer one prompt."""
 
 import atexit
 import gc
@@ -6,12 +6,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifact.errors import PrecastError, printable
+from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
 from .clock import process_age
 from .terminal import escaped, harmless_pieces
@@ -33,6 +33,7 @@ class Request(Frozen):
     chat: bool
     system: str | None
     as_json: bool
+    stats: bool
 
     @property
     def templated(self) -> bool:
@@ -73,9 +74,9 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
         PrecastError: for anything the user can put right.
     """
     _check(request)
-    asked = request.prompt is None and request.ids is None and sys.stdin.isatty()
-    interactive = asked and sys.stdout.isatty()
-    if asked and request.as_json:
+    typed = request.prompt is None and request.ids is None and sys.stdin.isatty()
+    interactive = typed and sys.stdout.isatty()
+    if typed and request.as_json:
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
     with starting(artifact):
@@ -94,14 +95,20 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
     loaded = process_age()
     params = replace(model.default_sampling(), **sampling.given())
     if interactive:
-        converse(model, params, request.system)
+        from .chat_console import converse
+
+        converse(model, params, request.system, stats=request.stats)
         return
     stream = _stream(model, request, _read_prompt(request), params)
-    if not request.as_json:
-        _write_pieces(stream)
-        return
     asked = process_age()
-    print(_json_line(model, stream.completion, imported=imported, loaded=loaded, asked=asked))
+    if request.as_json:
+        print(_json_line(model, stream.completion, imported=imported, loaded=loaded, asked=asked))
+    else:
+        _write_pieces(stream)
+    if request.stats:
+        from .speed import full
+
+        print(full([stream.completion], asked + stream.completion.timing.prefill_s), file=sys.stderr)
 
 
 @contextmanager
@@ -162,7 +169,7 @@ def piped_text(text: str) -> str:
 
 
 def opening(system: str | None) -> "list[Message]":
-    """The messages before the user's first."""
+    """Return the messages before the user's first."""
     return [] if system is None else [{"role": "system", "content": system}]
 
 
@@ -206,53 +213,3 @@ def _json_line(
     # Escapes are JSON too, for an output that takes less than Unicode.
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
     return escaped(json.dumps(record, ensure_ascii=not encoding.startswith("utf")))
-
-
-def converse(model: "Model", params: "SamplingParams", system: str | None) -> None:
-    """A conversation in the terminal, until its end of input."""
-    if model.manifest.tokenizer.chat_template is None:
-        raise PrecastError(
-            f"{model.manifest.name}: the model has no chat template to talk through; give it"
-            " text to continue with --prompt."
-        )
-    with suppress(ImportError):
-        import readline  # noqa: F401  (gives input() a history and line editing)
-    target, capacity = model.target.name, model.engine.capacity
-    name = printable(model.manifest.name)
-    print(f"{name} on {printable(target)}, {capacity} positions. /reset forgets, /exit or Ctrl-D ends.")
-    messages = opening(system)
-    while (line := _ask()) is not None:
-        if line == "/reset":
-            messages = opening(system)
-        elif line.startswith("/"):
-            print("/reset forgets the conversation, /exit or Ctrl-D ends it.")
-        elif line:
-            messages = _answer(model, params, [*messages, {"role": "user", "content": line}])
-
-
-def _ask() -> str | None:
-    try:
-        line = input("> ").strip()
-    except EOFError:
-        print()
-        return None
-    except KeyboardInterrupt:
-        print()
-        return ""
-    return None if line in ("/exit", "/quit") else line
-
-
-def _answer(model: "Model", params: "SamplingParams", messages: "list[Message]") -> "list[Message]":
-    """Prints the answer; returns the conversation with it, or without the question where none was possible."""
-    pieces: list[str] = []
-    try:
-        for piece in model.stream_chat(messages, params):
-            pieces.append(piece)
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" …", end="")
-    except PrecastError as error:
-        print(f"error: {error} /reset starts over.")
-        return messages[:-1]
-    print()
-    return [*messages, {"role": "assistant", "content": "".join(pieces)}]

@@ -30,6 +30,11 @@ class Artifact(click.ParamType):
 
 
 ARTIFACT = Artifact()
+STATS = click.option(
+    "--stats",
+    is_flag=True,
+    help="Print the speed at the end, on standard error: prompt, first token, answer.",
+)
 KEY = click.option(
     "--require-signature",
     metavar="KEY",

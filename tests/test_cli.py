@@ -324,13 +324,15 @@ def test_a_terminal_that_shows_less_than_is_printed(artifact_copy, python, comma
 
 def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
     from precast import cli
-    from precast.loaders import console
+    from precast.loaders import chat_console, chat_input
 
     cli._log("name \x1b]0;gone\x07")
     manifest = SimpleNamespace(name="\x1b[2Jname", tokenizer=SimpleNamespace(chat_template="chat.jinja"))
     target, engine = SimpleNamespace(name="cpu\x9b2J"), SimpleNamespace(capacity=64)
-    monkeypatch.setattr(console, "_ask", lambda: None)
-    console.converse(SimpleNamespace(manifest=manifest, target=target, engine=engine), None, None)
+    monkeypatch.setattr(chat_input, "messages", lambda: iter(()))
+    monkeypatch.setenv("PRECAST_HISTORY", "off")
+    model = SimpleNamespace(manifest=manifest, target=target, engine=engine)
+    chat_console.converse(model, None, None, stats=False)
     shown = capsys.readouterr()
     assert shown.err == "name �]0;gone�\n"
     assert shown.out.startswith("�[2Jname on cpu�2J, 64 positions.")

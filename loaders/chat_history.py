@@ -1,0 +1,126 @@
+"""The messages of former chats, in a file that only its user reads."""
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+# Bounds of the file: messages, bytes in all, bytes of one message.
+_MOST, _BYTES, _LONGEST = 1000, 1_000_000, 50_000
+SETTING = "PRECAST_HISTORY"
+
+
+def history_file() -> Path | None:
+    """The file of the history: ``PRECAST_HISTORY``, or one in the user's state folder; None where it is "off"."""
+    own = os.environ.get(SETTING)
+    if own == "off":
+        return None
+    try:
+        if own:
+            return Path(own).expanduser()
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError:  # a user without a home folder
+        return None
+    return Path(state) / "precast" / "chat_history"
+
+
+class History:
+    """Messages, oldest first, each a line of JSON in a file.
+
+    Attributes:
+        messages: those of former chats.
+        problem: a sentence that says why nothing is kept; None where it is kept, or not wanted.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.messages: list[str] = []
+        self.problem: str | None = None
+        if path is not None:
+            self._guarded(self._read)
+
+    def add(self, message: str) -> bool:
+        """Append a message to the file; return whether line editors take it."""
+        fits = _is_kept(message)
+        if fits and self._path is not None:
+            line = json.dumps(message).encode() + b"\n"
+            self._guarded(lambda path: _append(path, line))
+        return fits
+
+    def _guarded(self, work: Callable[[Path], None]) -> None:
+        """Do work on the file; a file that cannot be used is not tried again."""
+        assert self._path is not None
+        try:
+            work(self._path)
+        except OSError as error:
+            self.problem = (
+                f"the history of this chat is not kept: {self._path}: {error.strerror or error};"
+                f" set {SETTING} to another file, or to off."
+            )
+            self._path = None
+
+    def _read(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(_open(path), "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _BYTES))
+            lines = file.read().split(b"\n")[:-1]
+        found = [m for line in lines[-_MOST:] if (m := _parsed(line)) is not None]
+        self.messages = found
+        if size > _BYTES or len(lines) > _MOST:
+            _replace(path, b"".join(json.dumps(m).encode() + b"\n" for m in found[-_MOST // 2 :]))
+
+
+def _parsed(line: bytes) -> str | None:
+    """The message of a line; None for one that was cut off or changed."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, str) and _is_kept(message) else None
+
+
+def _is_kept(message: str) -> bool:
+    """Whether a message is short enough, and text that line editors take."""
+    try:
+        return 0 < len(message.encode()) <= _LONGEST and "\0" not in message
+    except UnicodeEncodeError:
+        return False
+
+
+def _open(path: Path) -> int:
+    """Open the file for reading and appending, and keep it from others.
+
+    Raises:
+        OSError: also for a link, and for what is not a file of this user.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    handle = os.open(path, flags, 0o600)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+            raise OSError("it is not a file of this user")
+        if stat.S_IMODE(found.st_mode) != 0o600:
+            os.fchmod(handle, 0o600)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _append(path: Path, line: bytes) -> None:
+    with os.fdopen(_open(path), "ab") as file:
+        file.write(line)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
