@@ -275,16 +275,27 @@ def chat(
 )
 @click.option("--target", help="Target whose StableHLO is compiled. Default: the quickest that runs here.")
 @click.option("--overwrite", is_flag=True, help="Replace a target of the same name.")
-def add_target(artifact: Path, cpu_isa: str, target: str | None, overwrite: bool) -> None:
+@options.KEY
+def add_target(
+    artifact: Path, cpu_isa: str, target: str | None, overwrite: bool, require_signature: Path | None
+) -> None:
     """Compile another target into ARTIFACT, from its StableHLO and by the jaxlib that is installed.
 
     So it comes to run under another jaxlib, or on other CPUs, than it was exported for. Nothing is traced, and jax is
-    not needed. The target becomes part of the artifact when it has given the recorded answers.
+    not needed. The target becomes part of the artifact when it has given the recorded answers. A signature is removed,
+    because it would no longer fit: sign the artifact again.
     """
     from precast.loaders import add_target as adding
     from precast.loaders.artifact.errors import printable
 
-    added = adding.add_target(artifact, isa=cpu_isa, source=target, overwrite=overwrite, log=_log)
+    added = adding.add_target(
+        artifact,
+        isa=cpu_isa,
+        source=target,
+        overwrite=overwrite,
+        require_signature=require_signature,
+        log=_log,
+    )
     for line in adding.summary(added, artifact):
         click.echo(printable(line))
 
@@ -292,11 +303,13 @@ def add_target(artifact: Path, cpu_isa: str, target: str | None, overwrite: bool
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
-def inspect(artifact: Path | str, as_json: bool) -> None:
+@options.KEY
+def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None) -> None:
     """Show what ARTIFACT holds: model, programs, cache, targets."""
     from precast.loaders import inspect as inspecting
 
-    click.echo(inspecting.render(_local(artifact), as_json=as_json))
+    folder = _local(artifact, require_signature)
+    click.echo(inspecting.render(folder, as_json=as_json, require_signature=require_signature))
 
 
 @main.command()
@@ -306,14 +319,22 @@ def inspect(artifact: Path | str, as_json: bool) -> None:
     "--compile", "may_compile", is_flag=True, help="A target that must be compiled here first will do."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one line of JSON.")
-def check(artifact: Path | str, target: str | None, may_compile: bool, as_json: bool) -> None:
+@options.KEY
+def check(
+    artifact: Path | str, target: str | None, may_compile: bool, as_json: bool, require_signature: Path | None
+) -> None:
     """Say whether ARTIFACT runs on this machine, and everything that keeps it from running.
 
     Reads the manifest alone. Exit code 0: it runs here. 1: it does not. 2: it could not be read.
     """
     from precast.loaders import check_console
 
-    sys.exit(check_console.run(_local(artifact), target=target, compile=may_compile, as_json=as_json))
+    folder = _local(artifact, require_signature)
+    sys.exit(
+        check_console.run(
+            folder, target=target, compile=may_compile, as_json=as_json, require_signature=require_signature
+        )
+    )
 
 
 @main.command()
@@ -346,14 +367,16 @@ def verify(
 @click.argument("before", metavar="A", type=options.ARTIFACT)
 @click.argument("after", metavar="B", type=options.ARTIFACT)
 @click.option("--json", "as_json", is_flag=True, help="Print the differences as one line of JSON.")
-def diff(before: Path | str, after: Path | str, as_json: bool) -> None:
+@options.KEY
+def diff(before: Path | str, after: Path | str, as_json: bool, require_signature: Path | None) -> None:
     """Show what changed from artifact A to artifact B.
 
     Exit code 0: nothing. 1: something. 2: one of them could not be read.
     """
     from precast.loaders import diff_console
 
-    sys.exit(diff_console.run(_local(before), _local(after), as_json=as_json))
+    a, b = (_local(artifact, require_signature) for artifact in (before, after))
+    sys.exit(diff_console.run(a, b, as_json=as_json, require_signature=require_signature))
 
 
 @main.command("eval")
@@ -371,6 +394,7 @@ def diff(before: Path | str, after: Path | str, as_json: bool) -> None:
 )
 @click.option("--window", type=int, help="Tokens of a window. Default: 512, or the capacity if that is less.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.KEY
 def evaluate(
     artifact: Path | str,
     reference: Path | None,
@@ -378,6 +402,7 @@ def evaluate(
     tokens: int,
     window: int | None,
     as_json: bool,
+    require_signature: Path | None,
 ) -> None:
     """Measure how well ARTIFACT predicts a text: perplexity.
 
@@ -387,21 +412,23 @@ def evaluate(
     The text is tokenised without a chat template and cut into windows; a last, shorter window counts where it
     has at least 64 tokens. The first half of each window is prefilled, the second half is fed token by token
     through decode, and every prediction from the last prefilled position on is scored. A reference that is no
-    artifact computes each window at once, uncached and in float32, which needs the export extra.
+    artifact computes each window at once, uncached and in float32, which needs the export extra. A signature is
+    required of both artifacts, but not of another kind of reference.
     """
     from precast.loaders import eval_console
 
-    folder = _local(artifact)
+    key = require_signature
+    folder = _local(artifact, key)
     request = eval_console.Request(text=text, tokens=tokens, window=window, as_json=as_json)
     if reference is None:
-        eval_console.run(folder, request, None)
+        eval_console.run(folder, request, None, key)
     elif eval_console.names_source(reference):
         _need_export("a reference that is no artifact")
         from precast.exporter.fidelity import open_reference
 
-        eval_console.run(folder, request, lambda capacity: open_reference(str(reference), capacity))
+        eval_console.run(folder, request, lambda capacity: open_reference(str(reference), capacity), key)
     else:
-        eval_console.run(folder, request, lambda _: eval_console.open_artifact(reference))
+        eval_console.run(folder, request, lambda _: eval_console.open_artifact(reference, key), key)
 
 
 @main.command()

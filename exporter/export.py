@@ -395,7 +395,7 @@ def _replay_others(folder: Path, manifest: Manifest, progress: Progress) -> None
         if target.runtime == "stablehlo":
             continue
         progress.stage(f"checking answers of target {target.name}")
-        model = loading.load(folder, target=target.name, trusted=True, log=lambda _: None)
+        model = loading.load_made(folder, target=target.name)
         asked = _beginnings(recorded) if target.runtime == "savedmodel" else recorded
         found = replay(model, asked, f"target {target.name!r}", lambda *_: None)
         if found.problems:
@@ -412,7 +412,7 @@ def _beginnings(recorded: Golden) -> Golden:
 def _load_first(folder: Path, manifest: Manifest) -> LoadedModel:
     """The first target, loaded; compiled where it is StableHLO alone."""
     name = manifest.targets[0].name
-    return loading.load(folder, target=name, compile=True, trusted=True, log=lambda _: None)
+    return loading.load_made(folder, target=name, compile=True)
 
 
 def _tie(manifest: Manifest) -> float:

@@ -29,6 +29,7 @@ from .artifact.record import MAX_JSON_BYTES
 from .compiling import compile_target
 from .load import assemble, find_artifact
 from .runtime import pjrt
+from .signing import check_signature
 from .target_files import (
     PROGRAMS,
     Held,
@@ -67,6 +68,7 @@ def add_target(
     isa: str = isas.NATIVE,
     source: str | None = None,
     overwrite: bool = False,
+    require_signature: Path | None = None,
     log: Callable[[str], None],
 ) -> Added:
     """Adds a target of executables for the CPU, by the jaxlib that is installed.
@@ -76,6 +78,7 @@ def add_target(
         isa: a key of `isa.ISAS`, or "native" for all that this machine has.
         source: name of the target whose StableHLO is compiled; the quickest that runs here by default.
         overwrite: replace a target of the same name.
+        require_signature: file of the public key that the artifact, as it is, must be signed with.
         log: told what is done.
 
     Raises:
@@ -87,6 +90,8 @@ def add_target(
     root = find_artifact(path)
     with writing(root), locked(root, log) as handle:
         held = Held(root=root, handle=handle, data=files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES))
+        if require_signature is not None:
+            check_signature(root, held.data, require_signature)
         manifest = parse_manifest(held.data, str(root / MANIFEST_FILE))
         held.check()
         remove_leftovers(held)

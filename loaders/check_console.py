@@ -12,7 +12,9 @@ from .check import SOON_DAYS, Report, TargetReport, check
 from .units import size_text
 
 
-def run(path: Path, *, target: str | None, compile: bool, as_json: bool) -> int:
+def run(
+    path: Path, *, target: str | None, compile: bool, as_json: bool, require_signature: Path | None = None
+) -> int:
     """Checks the artifact at `path` against this machine, and prints what was found.
 
     Returns:
@@ -26,7 +28,7 @@ def run(path: Path, *, target: str | None, compile: bool, as_json: bool) -> int:
     from .runtime.pjrt import this_machine
 
     root = find_artifact(path)
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, require_signature=require_signature)
     report = check(
         root,
         manifest,
@@ -37,23 +39,27 @@ def run(path: Path, *, target: str | None, compile: bool, as_json: bool) -> int:
         target=target,
         compile=compile,
     )
-    print(json.dumps(to_json(report)) if as_json else "\n".join(map(printable, lines(report))))
+    if as_json:
+        print(json.dumps(to_json(report, require_signature)))
+    else:
+        print("\n".join(map(printable, lines(report, require_signature))))
     return 0 if report.runs else 1
 
 
-def to_json(report: Report) -> dict[str, Any]:
-    """The report in plain JSON types."""
+def to_json(report: Report, key: Path | None = None) -> dict[str, Any]:
+    """The report in plain JSON types; `key` is the file of the public key that the signature was checked with."""
     facts = dataclasses.asdict(report)
     return {
         "runs": report.runs,
         **facts,
         "root": str(report.root),
         "need": facts["need"] | {"all": report.need.all},
+        "signature_checked": key is not None,
     }
 
 
-def lines(report: Report) -> Iterator[str]:
-    """The report for people: whether it runs, the targets, the machine, and what to do."""
+def lines(report: Report, key: Path | None = None) -> Iterator[str]:
+    """The report for people: whether it runs, the targets, the machine, and what to do. `key` as for `to_json`."""
     if report.runs:
         how = ", compiled first" if report.compiled else ""
         yield f"{report.name} runs here, as target {report.target}{how}  ({report.root})"
@@ -61,7 +67,7 @@ def lines(report: Report) -> Iterator[str]:
         yield f"{report.name} does not run here  ({report.root})"
     for target in report.targets:
         yield from _target(target)
-    yield from _facts(report)
+    yield from _facts(report, key)
     for finding in (*report.problems, *report.notes):
         yield f"  ! {finding.problem}"
         yield f"      → {finding.remedy}"
@@ -79,7 +85,7 @@ def _target(target: TargetReport) -> Iterable[str]:
         yield f"        → {finding.remedy}"
 
 
-def _facts(report: Report) -> Iterable[str]:
+def _facts(report: Report, key: Path | None) -> Iterable[str]:
     need, memory, p = report.need, report.memory, report.processors
     parts = {"weights": need.weights, "cache": need.cache, "temporary": need.temporary}
     yield (
@@ -90,4 +96,5 @@ def _facts(report: Report) -> Iterable[str]:
     yield f"  threads   {p.usable} of {p.cores} cores{share}"
     if report.days_left >= SOON_DAYS:
         yield f"  StableHLO promised to compile until {report.expires}, {report.days_left} days"
-    yield f"  signature {'there; whether it holds was not checked' if report.signed else 'none'}"
+    unchecked = "there; whether it holds was not checked" if report.signed else "none"
+    yield f"  signature {unchecked if key is None else f'holds, by the key {key}'}"

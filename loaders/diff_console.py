@@ -18,14 +18,14 @@ _LONGEST = 80
 _ITEMS = 8
 
 
-def run(before: Path, after: Path, *, as_json: bool) -> int:
+def run(before: Path, after: Path, *, as_json: bool, require_signature: Path | None = None) -> int:
     """Compares two artifacts and prints what differs.
 
     Returns:
         The exit code: 0 when nothing does, 1 when something does.
 
     Raises:
-        PrecastError: when one of them is no artifact or cannot be read.
+        PrecastError: when one of them is no artifact, is not signed as required, or cannot be read.
     """
     from .diff import diff, to_json
     from .load import find_artifact, read_manifest
@@ -34,9 +34,9 @@ def run(before: Path, after: Path, *, as_json: bool) -> int:
     show = line_on_terminal()
     sections = diff(
         a,
-        read_manifest(a),
+        read_manifest(a, require_signature=require_signature),
         b,
-        read_manifest(b),
+        read_manifest(b, require_signature=require_signature),
         lambda done, total: show(f"comparing weights {done * 100 // total} %" if done < total else ""),
     )
     same = not any(sections.values())

@@ -41,8 +41,12 @@ def names_source(reference: Path) -> bool:
     return os.path.isfile(reference) or os.path.isfile(reference / "config.json")
 
 
-def open_artifact(path: Path) -> "Scorer":
+def open_artifact(path: Path, key: Path | None = None) -> "Scorer":
     """Loads an artifact to be measured or to be measured against.
+
+    Args:
+        path: as for `load`.
+        key: file of the public key that it must be signed with.
 
     Raises:
         PrecastError: as `load`.
@@ -50,16 +54,22 @@ def open_artifact(path: Path) -> "Scorer":
     from .evaluate import ArtifactScorer
     from .load import load
 
-    return ArtifactScorer(model=load(path))
+    return ArtifactScorer(model=load(path, require_signature=key))
 
 
-def run(artifact: Path, request: Request, open_reference: "Callable[[int], Scorer] | None") -> None:
+def run(
+    artifact: Path,
+    request: Request,
+    open_reference: "Callable[[int], Scorer] | None",
+    require_signature: Path | None = None,
+) -> None:
     """Measures the artifact and prints what was found on standard output.
 
     Args:
         artifact: as for `load`.
         request: what to measure.
         open_reference: makes the reference, given the artifact's capacity; None for perplexity alone.
+        require_signature: file of the public key that the artifact must be signed with.
 
     Raises:
         PrecastError: for anything the user can put right.
@@ -70,7 +80,7 @@ def run(artifact: Path, request: Request, open_reference: "Callable[[int], Score
         raise PrecastError(f"--tokens: {request.tokens} is not possible, expected 1 to {MOST_TOKENS}.")
     path = e.SHIPPED_TEXT if request.text is None else request.text
     text = e.read_text(path, request.tokens)
-    scorer = open_artifact(artifact)
+    scorer = open_artifact(artifact, require_signature)
     reference = None if open_reference is None else open_reference(scorer.capacity)
     window = e.check_window(request.window, [scorer] if reference is None else [scorer, reference])
     if reference is not None:

@@ -12,14 +12,14 @@ from .load import find_artifact, read_manifest
 from .units import size_text
 
 
-def render(path: Path, *, as_json: bool) -> str:
+def render(path: Path, *, as_json: bool, require_signature: Path | None = None) -> str:
     """The facts of the artifact at `path`.
 
     Raises:
-        PrecastError: when there is no artifact, or it is not understood.
+        PrecastError: when there is no artifact, it is not signed as required, or it is not understood.
     """
     root = find_artifact(path)
-    facts = gather(read_manifest(root))
+    facts = gather(read_manifest(root, require_signature=require_signature))
     if as_json:
         return json.dumps(facts)
     # Names may hold line breaks and commands to a terminal.

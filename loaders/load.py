@@ -20,6 +20,7 @@ from .artifact.record import MAX_JSON_BYTES
 from .artifact.weights import map_weights, numpy_dtype
 from .engine import Engine
 from .generate import Model
+from .required import required_key
 from .runtime import pjrt
 from .runtime.interface import Client, Executable
 from .tokenizer import Tokenizer
@@ -96,7 +97,8 @@ def load(
         trusted: whether its programs are loaded at once, also where they never ran on this machine; otherwise they
             are tried in a child process first, once (`precast.loaders.trial`).
         require_signature: file of a public key that the artifact must be signed with, before anything of it but the
-            manifest is looked at. What is so signed is trusted.
+            manifest is looked at. What is so signed is trusted. None leaves it to PRECAST_REQUIRE_SIGNATURE and to
+            the machine's own key (`precast.loaders.required`), and does not switch them off.
         log: where messages go; standard error by default.
         at: told the name of each program before it is loaded.
 
@@ -104,7 +106,7 @@ def load(
         PrecastError: when the artifact is not whole, not understood, or does not run on this machine.
     """
     log = log or _to_stderr
-    key = None if require_signature is None else Path(require_signature)
+    key = required_key(require_signature)
     url = path if isinstance(path, str) and "://" in path else None
     if url is not None:
         from .store_pull import fetch
@@ -112,24 +114,75 @@ def load(
         path = fetch(url, require_signature=key, log=log)
     root = find_artifact(Path(path))
     manifest = read_manifest(root, require_signature=key)
-    machine = pjrt.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
-    chosen = compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)
     try:
-        contents, constants = _read(root, manifest, chosen, verify=verify)
-    except PrecastError as error:
+        return _load(
+            root,
+            manifest,
+            verify=verify,
+            target=target,
+            compile=compile,
+            trusted=trusted or key is not None,
+            log=log,
+            at=at or _nowhere,
+        )
+    except _NotWhole as error:
         if url is None:
             raise
         raise PrecastError(
             f"{error} It was pulled to {root}: remove that folder, and pull it again."
         ) from None
+
+
+def load_made(root: Path, *, target: str, compile: bool = False) -> Model:
+    """Load a target of an artifact that this process has written, which nobody can have signed yet.
+
+    Args:
+        root: the artifact.
+        target: name of the target.
+        compile: whether it may be compiled from its StableHLO.
+
+    Raises:
+        PrecastError: as `load`.
+    """
+    return _load(
+        root,
+        read_manifest(root),
+        verify=False,
+        target=target,
+        compile=compile,
+        trusted=True,
+        log=_nowhere,
+        at=_nowhere,
+    )
+
+
+class _NotWhole(PrecastError):
+    """A file of the artifact is not what its manifest says."""
+
+
+def _load(
+    root: Path,
+    manifest: Manifest,
+    *,
+    verify: bool,
+    target: str | None,
+    compile: bool,
+    trusted: bool,
+    log: Callable[[str], None],
+    at: Callable[[str], None],
+) -> Model:
+    machine = pjrt.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
+    chosen = compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)
+    try:
+        contents, constants = _read(root, manifest, chosen, verify=verify)
+    except PrecastError as error:
+        raise _NotWhole(str(error)) from None
     _check_weights(chosen, constants[0], root)
     # Before the target is tried, so that the child that tries it finds it compiled.
     made = _compile_first(root, chosen, contents, machine, log)
-    if not trusted and key is None:
+    if not trusted:
         trial.ensure(root, manifest, chosen, machine, compile=compile, log=log)
-    client, executables_of = _runtime(
-        root, manifest, chosen, contents, made, verify=verify, log=log, at=at or _nowhere
-    )
+    client, executables_of = _runtime(root, manifest, chosen, contents, made, verify=verify, log=log, at=at)
     return _model(manifest, chosen, contents, constants, client, executables_of)
 
 

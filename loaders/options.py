@@ -29,6 +29,13 @@ class Artifact(click.ParamType):
         return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
+def _required(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+    """The key that was named, or the one that the whole installation demands."""
+    from .required import required_key
+
+    return required_key(value)
+
+
 ARTIFACT = Artifact()
 STATS = click.option(
     "--stats",
@@ -39,7 +46,9 @@ KEY = click.option(
     "--require-signature",
     metavar="KEY",
     type=click.Path(path_type=Path),
-    help="Refuse an artifact that was not signed with this key: PEM file of the public one.",
+    callback=_required,
+    help="Refuse an artifact that was not signed with this key: PEM file of the public one. Default: the file that"
+    " PRECAST_REQUIRE_SIGNATURE names.",
 )
 _SAMPLING = (
     click.option(

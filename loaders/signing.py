@@ -92,6 +92,16 @@ def check_bytes(manifest: bytes, signature: bytes | None, key: Path, where: str)
     _check_bundle(manifest, signature, public, str(key), where)
 
 
+def fingerprint(key: Path) -> str:
+    """Return the sha256 of a public key, as signatures name it.
+
+    Raises:
+        PrecastError: when the file holds no such key.
+    """
+    _need_library()
+    return _fingerprint(_read_public(key))
+
+
 def signed_digest(signature: bytes, where: str) -> str:
     """The sha256 of the manifest that a signature says it is over. Whether it holds is another question.
 

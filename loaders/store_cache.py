@@ -4,8 +4,11 @@
 
     pieces/ab/abcd…        pieces that have arrived, until the artifact that they are for is complete
     folders/HASH.json      index of a pulled artifact and where it is: its pieces need not be fetched for another
-    artifacts/SHA256/      artifacts pulled to be run from their URL, by their manifests' sha256
-    urls/HASH              manifest's sha256 that a URL led to last, for when it cannot be reached
+    artifacts/KEY/SHA256/  artifacts pulled to be run from their URL, by their manifests' sha256
+    urls/KEY/HASH          manifest's sha256 that a URL led to last, for when it cannot be reached
+
+KEY is the sha256 of the public key that an artifact was checked with, or "unsigned": what a pull without a key brings
+never takes the place of what was checked with one, nor does what another key vouches for.
 
 All of it is a convenience that may be deleted at any time. Nothing read from it is used before it has been hashed.
 """
@@ -27,6 +30,8 @@ from .store_index import Index, Piece, parse_index
 # Age at which a piece that is being written, and one that is waiting for the others, is nobody's any more.
 _UNFINISHED_S, _ABANDONED_S = 3600, 30 * 24 * 3600
 _Place = tuple[Path, int]
+# In the place of a key's sha256.
+UNSIGNED = "unsigned"
 
 
 def folder() -> Path:
@@ -49,9 +54,9 @@ def keeping() -> Iterator[None]:
         ) from None
 
 
-def artifact_folder(manifest: str) -> Path:
-    """Where an artifact with this manifest is run from."""
-    return folder() / "artifacts" / manifest
+def artifact_folder(manifest: str, key: str) -> Path:
+    """Where an artifact with this manifest is run from, by who checks it with this key."""
+    return folder() / "artifacts" / key / manifest
 
 
 # --- pieces -------------------------------------------------------------------------------------------------
@@ -100,10 +105,27 @@ def _checked(data: bytes, piece: Piece) -> bytes | None:
 # --- artifacts that are here --------------------------------------------------------------------------------
 
 
-def note_folder(path: Path, index: Index) -> None:
-    """Notes that the artifact of this index is in the folder `path`."""
-    note = {"folder": str(path.resolve()), "index": dataclasses.asdict(index)}
-    _write_note("folders", f"{_hash(str(path.resolve()))}.json", json.dumps(note))
+def note_folder(path: Path, index: Index, key: str) -> None:
+    """Notes that the artifact of this index is in the folder `path`, and was checked with the key of this sha256."""
+    note = {"folder": str(path.resolve()), "index": dataclasses.asdict(index), "key": key}
+    _write_note("folders", _note_of(path), json.dumps(note))
+
+
+def _note_of(path: Path) -> str:
+    return f"{_hash(str(path.resolve()))}.json"
+
+
+def checked_with(path: Path) -> tuple[str, str] | None:
+    """The sha256 of the key and of the manifest that a folder's artifact was checked with when it was pulled.
+
+    None where no key was named, or where the folder holds another artifact now.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError, PrecastError):
+        note = json.loads((folder() / "folders" / _note_of(path)).read_bytes())
+        key, manifest = note["key"], note["index"]["manifest"]
+        if key != UNSIGNED and files.sha256_of(files.member(path, MANIFEST_FILE)) == manifest:
+            return key, manifest
+    return None
 
 
 def places(wanted: Mapping[str, Piece]) -> dict[str, _Place]:
@@ -144,16 +166,16 @@ def _noted() -> Iterator[tuple[Path, Index]]:
 # --- URLs ---------------------------------------------------------------------------------------------------
 
 
-def note_url(url: str, manifest: str) -> None:
+def note_url(url: str, manifest: str, key: str) -> None:
     """Notes what a URL led to. The URL itself, which may hold secrets, is not written down."""
-    _write_note("urls", _hash(url), manifest)
+    _write_note(f"urls/{key}", _hash(url), manifest)
 
 
-def last_of(url: str) -> Path | None:
-    """The artifact that a URL led to last, where it is still here."""
+def last_of(url: str, key: str) -> Path | None:
+    """The artifact that a URL led to last for who checks with this key, where it is still here."""
     with suppress(OSError, ValueError):
-        manifest = (folder() / "urls" / _hash(url)).read_text("ascii").strip()
-        root = artifact_folder(manifest)
+        manifest = (folder() / "urls" / key / _hash(url)).read_text("ascii").strip()
+        root = artifact_folder(manifest, key)
         if len(manifest) == 64 and manifest.isalnum() and (root / MANIFEST_FILE).is_file():
             return root
     return None

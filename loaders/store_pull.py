@@ -14,7 +14,7 @@ from .artifact.errors import PrecastError
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
 from .artifact.pages import HugeWriter
 from .artifact.record import MAX_JSON_BYTES
-from .signing import check_bytes, signed_digest
+from .signing import check_bytes, fingerprint, signed_digest
 from .store import Moved, Progress, in_parallel, moved, reporting
 from .store_index import Index, Piece, StoredFile, check_against, parse_index
 from .store_remote import Missing, Store, Unreachable, open_store
@@ -45,6 +45,7 @@ def pull(
         PrecastError: when the store cannot be reached, holds no such artifact, or one that is not whole, or when it is
             not signed as required.
     """
+    holder = _holder(require_signature)
     store = open_store(url)
     index = _read_index(store)
     root = folder or Path("artifacts") / store.name
@@ -52,10 +53,36 @@ def pull(
         manifest, signature, fetched = _head(store, index, require_signature)
         if not _is_there(root, index, manifest):
             folders.check_free(root, overwrite)
-            fetched += _receive_or_find(store, index, root, overwrite, progress, manifest)
-        elif signature is not None:
-            _put_signature(root, signature)
+            if require_signature is None:
+                _keep_what_was_checked(root)
+            fetched += _receive_or_find(store, index, root, holder, overwrite, progress, manifest)
+        elif require_signature is not None or cache.checked_with(root) is None:
+            if signature is not None:
+                _put_signature(root, signature)
+            cache.note_folder(root, index, holder)
     return moved(root, store, index, fetched)
+
+
+def _holder(key: Path | None) -> str:
+    """The name of the part of the cache that is kept for a key.
+
+    Raises:
+        PrecastError: when the file holds no key.
+    """
+    return cache.UNSIGNED if key is None else fingerprint(key)
+
+
+def _keep_what_was_checked(root: Path) -> None:
+    """Refuse to replace an artifact that was checked with a key by one that is not.
+
+    Raises:
+        PrecastError: naming the key.
+    """
+    if (checked := cache.checked_with(root)) is not None:
+        raise PrecastError(
+            f"{root}: its artifact was checked with the key of sha256 {checked[0]:.12}… when it was pulled, and is not"
+            " replaced by one that is not checked; name a key with --require-signature, or another folder with -o."
+        )
 
 
 def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
@@ -67,7 +94,8 @@ def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
     Raises:
         PrecastError: as `pull`.
     """
-    store, last = open_store(url), cache.last_of(url)
+    holder = _holder(require_signature)
+    store, last = open_store(url), cache.last_of(url, holder)
     try:
         index = _read_index(store, attempts=4 if last is None else 1)
     except Unreachable as error:
@@ -76,24 +104,24 @@ def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
         pulled = date.fromtimestamp((last / MANIFEST_FILE).stat().st_mtime)
         log(f"{error} Going on with what was pulled on {pulled}.")
         return last
-    root = cache.artifact_folder(index.manifest)
+    root = cache.artifact_folder(index.manifest, holder)
     if not _is_whole(root, index):
         with cache.keeping():
-            _fill_cache(store, index, root, require_signature, log)
+            _fill_cache(store, index, root, require_signature, holder, log)
     elif SIGNATURE_FILE in index.files:
         _renew_signature(store, index, root, require_signature, log)
-    cache.note_url(url, index.manifest)
+    cache.note_url(url, index.manifest, holder)
     return root
 
 
-def _fill_cache(store: Store, index: Index, root: Path, key: Path | None, log: _Log) -> None:
+def _fill_cache(store: Store, index: Index, root: Path, key: Path | None, holder: str, log: _Log) -> None:
     with _alone(root, log):
         *_, fetched = _head(store, index, key)
         if _is_whole(root, index):  # another process was quicker
             return
         if not (root / MANIFEST_FILE).exists():
             shutil.rmtree(root, ignore_errors=True)
-        fetched += _receive(store, index, root, overwrite=True, progress=None)
+        fetched += _receive(store, index, root, holder, overwrite=True, progress=None)
     size = sum(piece.bytes for piece in fetched)
     log(f"{store}: pulled {size / 1e6:,.1f} MB into {root}")
 
@@ -222,7 +250,7 @@ def _fetch(store: Store, piece: Piece) -> bytes:
 
 
 def _receive(
-    store: Store, index: Index, root: Path, overwrite: bool, progress: Progress | None
+    store: Store, index: Index, root: Path, holder: str, overwrite: bool, progress: Progress | None
 ) -> list[Piece]:
     """Fills the folder, and returns the pieces that were fetched."""
     pieces = index.pieces
@@ -246,17 +274,23 @@ def _receive(
             _write(store, file, temporary.joinpath(*files.parts_of(root, name)), name)
     files.remember(root / WEIGHTS_FILE, index.files[WEIGHTS_FILE].sha256)
     # First that these pieces are here, then away with their copies: another pull finds them at any moment.
-    cache.note_folder(root, index)
+    cache.note_folder(root, index, holder)
     cache.drop_pieces(index)
     return fetched
 
 
 def _receive_or_find(
-    store: Store, index: Index, root: Path, overwrite: bool, progress: Progress | None, manifest: bytes
+    store: Store,
+    index: Index,
+    root: Path,
+    holder: str,
+    overwrite: bool,
+    progress: Progress | None,
+    manifest: bytes,
 ) -> list[Piece]:
     """As `_receive`; that somebody else, with another cache folder, put the same artifact there first is as good."""
     try:
-        return _receive(store, index, root, overwrite, progress)
+        return _receive(store, index, root, holder, overwrite, progress)
     except PrecastError:
         if not _is_there(root, index, manifest):
             raise
