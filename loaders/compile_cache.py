@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from .artifact.errors import PrecastError, printable
-from .artifact.files import cache_folder, forget_old, why_not_kept, write_atomically
+from .artifact.files import forget_old, make_own, own_cache, why_not_kept, write_atomically
 from .artifact.machine import Machine
 from .compiling import compile_programs
 
@@ -95,7 +95,7 @@ def _compile(
 
 
 def _folder() -> Path:
-    return cache_folder() / _FOLDER
+    return own_cache(_FOLDER)
 
 
 def _entry(stablehlo: bytes, machine: Machine) -> Path:
@@ -116,7 +116,7 @@ def _read(stablehlo: bytes, machine: Machine) -> bytes | None:
 def _write(stablehlo: bytes, machine: Machine, executable: bytes) -> bool:
     with suppress(OSError, PrecastError):
         entry = _entry(stablehlo, machine)
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        make_own(entry.parent)
         forget_old(entry.parent)
         write_atomically(entry, hashlib.sha256(executable).digest() + executable)
         return True

@@ -107,6 +107,8 @@ def load(
     """
     log = log or _to_stderr
     key = required_key(require_signature)
+    if (problem := files.cache_problem("verified")) is not None:
+        log(f"{problem}.")
     url = path if isinstance(path, str) and "://" in path else None
     if url is not None:
         from .store_pull import fetch

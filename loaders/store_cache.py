@@ -35,7 +35,12 @@ UNSIGNED = "unsigned"
 
 
 def folder() -> Path:
-    return files.cache_folder() / "pulled"
+    """Where all of it is.
+
+    Raises:
+        PrecastError: where others may write to it, so that nothing is pulled through it.
+    """
+    return files.own_cache("pulled")
 
 
 @contextmanager
@@ -82,7 +87,7 @@ def has_piece(piece: Piece) -> bool:
 def save_piece(piece: Piece, data: bytes) -> None:
     path = folder() / piece.path
     with keeping():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_own(path.parent)
         files.write_atomically(path, data)
 
 
@@ -176,7 +181,7 @@ def last_of(url: str, key: str) -> Path | None:
     with suppress(OSError, ValueError):
         manifest = (folder() / "urls" / key / _hash(url)).read_text("ascii").strip()
         root = artifact_folder(manifest, key)
-        if len(manifest) == 64 and manifest.isalnum() and (root / MANIFEST_FILE).is_file():
+        if len(manifest) == 64 and manifest.isalnum() and files.sha256_of(root / MANIFEST_FILE) == manifest:
             return root
     return None
 
@@ -185,7 +190,7 @@ def _write_note(kind: str, name: str, text: str) -> None:
     # Without the note something is fetched again, no more.
     with suppress(OSError):
         path = folder() / kind / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_own(path.parent)
         files.write_atomically(path, text.encode())
 
 

@@ -116,6 +116,7 @@ def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
 
 def _fill_cache(store: Store, index: Index, root: Path, key: Path | None, holder: str, log: _Log) -> None:
     with _alone(root, log):
+        files.make_own(root.parent)
         *_, fetched = _head(store, index, key)
         if _is_whole(root, index):  # another process was quicker
             return
@@ -367,7 +368,7 @@ def _alone(root: Path, log: _Log) -> Iterator[None]:
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()
     path = cache.folder() / "locks" / name
     with cache.keeping():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_own(path.parent)
         file = path.open("w")
     with file:
         # A file system without locks: then each fetches, and all but the first find that it is there.

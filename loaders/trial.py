@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .artifact.errors import PrecastError, printable
-from .artifact.files import cache_folder, forget_old, why_not_kept, write_atomically
+from .artifact.files import forget_old, make_own, own_cache, why_not_kept, write_atomically
 from .artifact.machine import Machine
 from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
 
@@ -87,7 +87,7 @@ def remember(manifest: Manifest, target: Target, machine: Machine) -> bool:
     """Notes that a target runs on this machine. False where the note cannot be written."""
     with suppress(OSError, PrecastError):
         record = _record(manifest, target, machine)
-        record.parent.mkdir(parents=True, exist_ok=True)
+        make_own(record.parent)
         forget_old(record.parent)
         write_atomically(record, b"")
         return True
@@ -98,7 +98,7 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
     """Named after all that decides whether the target runs: programs and signatures, weights, cache, machine.
 
     Raises:
-        PrecastError: where there is no cache folder.
+        PrecastError: where there is no cache folder, or others may write to it.
     """
     if target.platform != "cuda":  # then nobody asks for GPUs
         machine = replace(machine, gpus=(), cuda_plugin="")
@@ -108,7 +108,7 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
     used = {WEIGHTS_FILE, *programs, *_below(folders, manifest.files)}
     digests = [(name, manifest.files[name].sha256) for name in sorted(used)]
     said = (digests, target, manifest.cache, manifest.capacity, manifest.slots, manifest.buckets, machine)
-    return cache_folder() / _FOLDER / hashlib.sha256(repr(said).encode()).hexdigest()
+    return own_cache(_FOLDER) / hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:

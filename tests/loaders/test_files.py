@@ -252,7 +252,7 @@ WHOLE = ["manifest.json", "programs", "programs/cpu", "programs/cpu/decode.xla"]
 def test_a_folder_appears_when_the_block_ends(tmp_path):
     target = tmp_path / "deep" / "target"
     with folders.new_folder(target, overwrite=False) as folder:
-        assert folder.parent == target.parent
+        assert folder.parent.parent == target.parent
         fill(folder)
         assert not target.exists()
     assert listing(target) == WHOLE
