@@ -355,9 +355,9 @@ def test_a_process_killed_inside_the_block_leaves_no_target(tmp_path, python):
     assert (target / "manifest.json").read_text() == "new"
 
 
-def test_a_folder_that_cannot_be_named_leaves_no_descriptor_open(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_marked_leaves_no_descriptor_open(tmp_path, monkeypatch):
     before = os.listdir("/proc/self/fd")
-    monkeypatch.setattr(os, "rename", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(PrecastError, match="cannot write there"):
         make(tmp_path / "target")
     assert len(os.listdir("/proc/self/fd")) == len(before)
