@@ -3,19 +3,26 @@
 Importing this module imports jinja2.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jinja2
 
 from .artifact.errors import PrecastError
+from .chat_messages import checked_messages, checked_objects, checked_variables, has_parts, in_parts, joined
 from .chat_meter import Limits, Meter, OverLimit
 from .chat_sandbox import Refused, compiled
 
 __all__ = ["ChatTemplate", "Limits"]
 
-# Variables that have an argument, or a rule, of their own.
-_TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+# A template that walks through the parts of a message's content, and one that asks for texts too.
+_WALKS, _ASKS = (
+    re.compile(r"\bin\s+[\w.]*\b(content\b|\w+\[.content.\])"),
+    re.compile(r"\bis\s+(not\s+)?string\b"),
+)
+_PROBE = "How are parts shown?"
 
 
 class ChatTemplate:
@@ -45,6 +52,7 @@ class ChatTemplate:
                 f"Chat template: expected at most {self._limits.source:,} characters, found {len(source):,};"
                 " export the model with a shorter template."
             )
+        self._walks = _WALKS.search(source) is not None and _ASKS.search(source) is None
         # Python's own compiler has limits too: SyntaxError, RecursionError, MemoryError.
         self._sandbox, self._code = _explaining(lambda: compiled(source, self._limits))
 
@@ -60,8 +68,10 @@ class ChatTemplate:
         """Return the prompt for `messages`.
 
         Args:
-            messages: each a dict with `role` (str) and `content` (str, or a list of parts); content may be
-                missing or None where there are `tool_calls`. Other keys are handed to the template.
+            messages: each a dict with `role` (str) and `content` (str, or a list of parts such as
+                ``{"type": "text", "text": "…"}``, which are joined by line ends for a template that knows texts
+                alone); content may be missing or None where another key says something (`tool_calls`). Other keys
+                are handed to the template, unless they are None.
             add_generation_prompt: whether the prompt ends where the assistant's answer begins.
             tools: JSON schemas of functions, for templates that know about them.
             documents: texts to answer from, each usually with `title` and `text`; for templates that know them.
@@ -70,17 +80,74 @@ class ChatTemplate:
         Raises:
             PrecastError: the messages are malformed, the template refuses them or fails, or it was stopped.
         """
-        given = {
-            **_checked_variables(variables or {}),
-            **self._tokens,
-            "messages": _checked_messages(messages),
-            "tools": None if tools is None else _checked_objects(tools, "tools"),
-            "documents": None if documents is None else _checked_objects(documents, "documents"),
+        return self.rendered(
+            self.values(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=tools,
+                documents=documents,
+                variables=variables,
+            )
+        )
+
+    def values(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Return what the caller gives to the template, checked and as plain JSON; arguments as `render`.
+
+        Raises:
+            PrecastError: an argument is malformed.
+        """
+        return {
+            **checked_variables(variables or {}),
+            "messages": self._fitting(checked_messages(messages)),
+            "tools": None if tools is None else checked_objects(tools, "tools"),
+            "documents": None if documents is None else checked_objects(documents, "documents"),
             "add_generation_prompt": add_generation_prompt,
         }
+
+    def rendered(self, values: Mapping[str, Any]) -> str:
+        """Return the prompt for `values`.
+
+        Raises:
+            PrecastError: the template refuses them or fails, or it was stopped.
+        """
+        given = {**values, **self._tokens}
         sandbox = self._sandbox.with_meter(Meter(self._limits))
         template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
         return _explaining(lambda: sandbox.concat(_pieces(template, given, self._limits)))
+
+    def _fitting(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with content in the form that the template knows: text, or a list of parts."""
+        if has_parts(messages):
+            return messages if self._shows_parts or not self._shows_text else joined(messages)
+        if self._walks and self._shows_parts and not self._shows_text:
+            return in_parts(messages)
+        return messages
+
+    @cached_property
+    def _shows_text(self) -> bool:
+        return _PROBE in self._probed(_PROBE)
+
+    @cached_property
+    def _shows_parts(self) -> bool:
+        """Whether the text of a part comes out, or the part as JSON, but not as Python writes it."""
+        shown = self._probed([{"type": "text", "text": _PROBE}])
+        return _PROBE in shown and f"'{_PROBE}'" not in shown
+
+    def _probed(self, content: Any) -> str:
+        """The prompt for one message, empty where the template refuses it."""
+        values = {"messages": [{"role": "user", "content": content}], "tools": None, "documents": None}
+        try:
+            return self.rendered({**values, "add_generation_prompt": True})
+        except PrecastError:
+            return ""
 
 
 def _pieces(template: jinja2.Template, given: dict[str, Any], limits: Limits) -> Iterator[str]:
@@ -99,73 +166,6 @@ def _explaining(work: Callable[[], Any]) -> Any:
     except Exception as error:
         refusal = _explained(error)
     raise refusal
-
-
-# Messages
-
-
-def _checked_messages(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, (list, tuple)) or not messages:
-        found = "an empty list" if messages in ([], ()) else type(messages).__name__
-        raise PrecastError(f"Chat: expected a list of at least one message, found {found}.")
-    return [_checked_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-
-
-def _checked_message(message: Any, where: str) -> dict[str, Any]:
-    wanted = 'a message {"role": text, "content": text or a list of parts}'
-    if not isinstance(message, Mapping):
-        raise PrecastError(f"Chat: expected {where} to be {wanted}, found {type(message).__name__}.")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str):
-        raise PrecastError(
-            f"Chat: expected {where} to be {wanted}, found a role of type {type(role).__name__}."
-        )
-    if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
-        raise PrecastError(
-            f"Chat: expected {where} to be {wanted}, found a content of type {type(content).__name__}."
-        )
-    plain: dict[str, Any] = _plain(message, where)
-    return plain
-
-
-def _checked_objects(values: Any, where: str) -> list[dict[str, Any]]:
-    """Tools or documents: a list of JSON objects."""
-    if not isinstance(values, (list, tuple)):
-        raise PrecastError(f"Chat: expected {where} to be a list of objects, found {type(values).__name__}.")
-    for index, value in enumerate(values):
-        if not isinstance(value, Mapping):
-            found = "a function; give its JSON schema" if callable(value) else type(value).__name__
-            raise PrecastError(f"Chat: expected {where}[{index}] to be a JSON object, found {found}.")
-    plain: list[dict[str, Any]] = _plain(values, where)
-    return plain
-
-
-def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(variables, Mapping):
-        raise PrecastError(f"Chat: expected variables to be an object, found {type(variables).__name__}.")
-    for name in variables:
-        if name in _TAKEN:
-            raise PrecastError(
-                f"Chat: the variable {name!r} of a template is not free; expected another name, or the argument."
-            )
-    plain: dict[str, Any] = _plain(variables, "variables")
-    return plain
-
-
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Copy a value as plain JSON types: methods of any other object would be at the template's disposal."""
-    if value is None or type(value) in (str, int, float, bool):
-        return value
-    if depth > 64:
-        raise PrecastError(f"Chat: {where} is nested more than 64 deep.")
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, where, depth + 1) for item in value]
-    if isinstance(value, Mapping) and all(type(key) is str for key in value):
-        return {key: _plain(item, where, depth + 1) for key, item in value.items()}
-    raise PrecastError(
-        f"Chat: expected {where} to hold only what JSON can hold, found a {type(value).__name__}"
-        f"{' with keys that are not text' if isinstance(value, Mapping) else ''}."
-    )
 
 
 # Errors
