@@ -64,8 +64,8 @@ def test_a_source_that_is_missing_or_empty(export_refused, tmp_path):
     (tmp_path / "empty.gguf").write_bytes(b"")
     (tmp_path / "model.zip").write_bytes(b"PK")
     expected = {
-        "no/such/folder/anywhere": "expected a Hugging Face directory, a .gguf file or a hub id",
-        "missing.gguf": "expected a Hugging Face directory, a .gguf file or a hub id",
+        "no/such/folder/anywhere": "expected a Hugging Face directory, a GGUF file or a hub id",
+        "missing.gguf": "expected a Hugging Face directory, a GGUF file or a hub id",
         str(tmp_path / "model.zip"): "found a file of another kind",
         str(
             tmp_path / "empty"

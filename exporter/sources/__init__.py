@@ -47,14 +47,22 @@ def _is_hub_id(spec: str) -> bool:
     return is_hub_id(spec)
 
 
+def _is_gguf(spec: str) -> bool:
+    """A GGUF file is known by its first bytes: the stores of other programs name files by their hash.
+
+    One that is called .gguf and is none gets a sentence of its reader's.
+    """
+    from .files import plain_file
+    from .gguf_container import MAGIC, first_bytes
+
+    path = Path(spec)
+    return plain_file(path) and (spec.lower().endswith(".gguf") or first_bytes(path) == MAGIC)
+
+
 # In order: what is on this machine goes before what has to be fetched.
 _KINDS = (
     _Kind(name="a Hugging Face directory", matches=lambda spec: Path(spec).is_dir(), open=_open_directory),
-    _Kind(
-        name="a .gguf file",
-        matches=lambda spec: spec.lower().endswith(".gguf") and Path(spec).is_file(),
-        open=_open_gguf,
-    ),
+    _Kind(name="a GGUF file", matches=_is_gguf, open=_open_gguf),
     _Kind(
         name="a hub id such as org/name or org/name@revision",
         matches=lambda spec: _is_hub_id(spec) and not Path(spec).exists(),
@@ -95,7 +103,14 @@ def _open(spec: str | None) -> Source:
         if kind.matches(spec):
             return kind.open(spec)
     expected = ", ".join(kind.name for kind in _KINDS[:-1])
-    found = "a file of another kind" if Path(spec).is_file() else "nothing of that name here"
-    raise PrecastError(
-        f"{spec!r}: expected {expected} or {_KINDS[-1].name}, found {found}; check the spelling."
-    )
+    raise PrecastError(f"{spec!r}: expected {expected} or {_KINDS[-1].name}, found {_found(spec)}.")
+
+
+def _found(spec: str) -> str:
+    """What is there instead, and what to do."""
+    path = Path(spec)
+    if not path.is_file():
+        return "nothing of that name here; check the spelling"
+    if path.suffix in (".safetensors", ".json", ".bin"):
+        return f"a file out of a directory; name the directory, {path.resolve().parent}"
+    return "a file of another kind; check the spelling"

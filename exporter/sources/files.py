@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
@@ -28,6 +29,44 @@ _SPDX = {
         "Unlicense",
     )
 }
+
+
+# By the kind that the mode of a path states.
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def plain_file(path: Path) -> bool:
+    """Return True for a file with a beginning and an end, False where there is nothing of that name.
+
+    Raises:
+        PrecastError: for anything else, such as a FIFO, on which reading would wait without end, and for a link to
+            nothing.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise PrecastError(
+                f"{path}: is a link to {path.readlink()}, which is not there; fetch the file again."
+            ) from None
+        return False
+    except OSError as error:
+        raise PrecastError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
+        ) from error
+    except ValueError:  # a NUL, or half of a surrogate pair: no file has such a name
+        return False
+    if kind != stat.S_IFREG:
+        raise PrecastError(
+            f"{path}: expected a file, found {_KINDS.get(kind, 'something else')}; replace it by the file."
+        )
+    return True
 
 
 def hash_file(path: Path) -> SourceFile:

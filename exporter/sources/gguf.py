@@ -1,8 +1,7 @@
 """A GGUF file: llama.cpp's container of metadata, tokenizer and (quantised) tensors.
 
-The container is read with llama.cpp's own `gguf` library, which maps the file; `gguf_config` and
-`gguf_tokenizer` translate what stands in its metadata. Format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+`gguf_container` reads the file; `gguf_config` and `gguf_tokenizer` translate its metadata; llama.cpp's own `gguf`
+library dequantises. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import re
@@ -15,9 +14,10 @@ from precast.loaders.artifact.errors import PrecastError
 from .base import Source
 from .files import hash_file, slug, spdx
 from .gguf_config import read_architecture, translate_config
+from .gguf_container import read_container
 from .gguf_metadata import check_types
 from .gguf_rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
-from .gguf_tensors import Stored, check_tensor_types, dequantise, source_tensors
+from .gguf_tensors import check_tensor_types, dequantise, source_tensors
 from .gguf_tokenizer import build_tokenizer
 
 # The endings that converters and people put after a model's name.
@@ -44,7 +44,8 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
         PrecastError: when the file is broken or one part of several, or holds an architecture, a metadata
             key, a tensor, a tensor type or a tokenizer that is not supported.
     """
-    metadata, stored = _read(path)
+    container = read_container(path)
+    metadata, stored = container.metadata, container.tensors
     check_types(path, metadata)
     _check_whole_model(path, metadata)
     architecture = read_architecture(path, metadata)
@@ -70,56 +71,7 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
     )
 
 
-# --- container ----------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Metadata and tensors; the reader's own records, many small arrays, are let go."""
-    _check_magic(path)
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
-        shapes = {tensor.name: tuple(reversed(tensor.shape.tolist())) for tensor in reader.tensors}
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        raise PrecastError(_explain(path, error)) from error
-    if reader.byte_order == "S":
-        raise PrecastError(
-            f"{path}: is a big-endian GGUF file; convert it to little-endian (gguf-convert-endian) first."
-        )
-    return metadata, {
-        tensor.name: Stored(shape=shapes[tensor.name], type=tensor.tensor_type, data=tensor.data)
-        for tensor in reader.tensors
-    }
-
-
-def _check_magic(path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            magic = stream.read(4)
-    except OSError as error:
-        raise PrecastError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
-        ) from error
-    if magic != b"GGUF":
-        raise PrecastError(
-            f"{path}: is not a GGUF file (expected it to begin with b'GGUF', found {magic!r})."
-        )
-
-
-def _explain(path: Path, error: Exception) -> str:
-    """The reader slices beyond the end without noticing, and fails on what it makes of the missing bytes."""
-    text = str(error).strip("'")
-    if any(word in text.lower() for word in ("version", "is not a valid", "duplicate")):
-        return (
-            f"{path}: is not a GGUF file that the gguf library knows ({text}); update it or convert the "
-            "model again."
-        )
-    return (
-        f"{path}: ends before its header or its tensors do (it has {path.stat().st_size:,} bytes), so it is "
-        "truncated or damaged; fetch it again."
-    )
+# --- the rest of the metadata -------------------------------------------------------------------------------
 
 
 def _check_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
@@ -132,9 +84,6 @@ def _check_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
         raise PrecastError(
             f"{path}: holds a {metadata['general.type']}, not a model; name the model's own GGUF file."
         )
-
-
-# --- the rest of the metadata -------------------------------------------------------------------------------
 
 
 def _stem(path: Path) -> str:

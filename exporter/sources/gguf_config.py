@@ -99,16 +99,18 @@ def translate_config(
     architecture = read_architecture(path, metadata)
     reader = MetadataReader(path=path, prefix=metadata["general.architecture"], metadata=metadata)
     _refuse_unknown(reader, architecture)
+    if (layers := reader.integer("block_count")) > len(shapes):
+        raise reader.unexpected("block_count", f"at most the {len(shapes)} tensors that the file has", layers)
     heads = reader.integer("attention.head_count")
     head_dim, rotated = _head_dims(reader, heads, partial=architecture.partial_rope)
-    theta = reader.number("rope.freq_base", 10000.0)
+    theta = reader.positive("rope.freq_base", 10000.0)
     return {
         "architectures": [architecture.model],
         "model_type": architecture.model_type,
         "vocab_size": _vocab_size(reader, shapes),
         "hidden_size": reader.integer("embedding_length"),
         "intermediate_size": reader.integer("feed_forward_length"),
-        "num_hidden_layers": reader.integer("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": reader.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -153,7 +155,8 @@ def _vocab_size(reader: MetadataReader, shapes: Shapes) -> int:
     rows = shapes["token_embd.weight"][0]
     if (tokens := len(reader.metadata.get("tokenizer.ggml.tokens", ()))) > rows:
         raise PrecastError(
-            f"{reader.path}: has {tokens} tokens, but an embedding of {rows} rows; convert the model again."
+            f"{reader.path}: has {tokens} tokens, but an embedding of {rows} rows: tokens were added to the tokenizer"
+            " alone, so call resize_token_embeddings on the model in transformers, save it, and convert it again."
         )
     if (found := reader.integer("vocab_size", rows)) != rows:
         raise reader.unexpected("vocab_size", f"the embedding's {rows} rows", found)

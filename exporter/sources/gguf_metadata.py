@@ -10,6 +10,9 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
+_LARGEST = (1 << 31) - 1  # of any size, as ggml and XLA count them
+_FLOAT32 = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Type:
@@ -110,18 +113,25 @@ class MetadataReader:
         return value
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number, not below `least`."""
+        """A whole number from `least` to the largest that a size can be."""
         value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
             raise self.unexpected(key, "one positive whole number" if least else "one whole number", value)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A float as it was written before it became a float32: 1e-05, not 9.999999747378752e-06."""
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _FLOAT32:
             raise self.unexpected(key, "one number", value)
         return float(str(np.float32(value)))
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number above zero."""
+        value = self.number(key, default)
+        if not value > 0:
+            raise self.unexpected(key, "a number above 0", value)
+        return value
 
     def unexpected(self, key: str, expected: str, found: object) -> PrecastError:
         """The error for a key whose value cannot be carried over."""

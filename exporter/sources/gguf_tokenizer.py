@@ -114,6 +114,11 @@ def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
             f"has the pre-tokenizer {vocabulary.get('pre')} (tokenizer.ggml.pre), which a SentencePiece "
             "tokenizer does not have; use the model's Hugging Face checkpoint."
         )
+    if vocabulary.get("token_type") is None:
+        raise vocabulary.error(
+            "lacks the metadata key tokenizer.ggml.token_type, which tells bytes and control tokens from words: the"
+            " converter was outdated, so convert the model again with a current one, or use its Hugging Face checkpoint."
+        )
     vocabulary = _with_spaces(vocabulary)
     prefix = vocabulary.get("add_space_prefix", True)
     in_front: list[object] = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []

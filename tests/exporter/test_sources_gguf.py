@@ -1,6 +1,7 @@
 """GGUF files: values, names, the order of rows, config keys, and every refusal."""
 
 import hashlib
+import json
 import math
 import tracemalloc
 
@@ -590,7 +591,9 @@ def test_a_truncated_header(gguf_spec, tmp_path, kept):
     data = path.read_bytes()
     header = len(data) - sum(tensor.nbytes for tensor in gguf_spec().tensors.values())
     path.write_bytes(data[: 4 + int(kept * header)])
-    assert refusal(path).startswith(f"{path}: ends before its header or its tensors do (it has ")
+    text = refusal(path)
+    assert text.startswith(f"{path}: at byte ")
+    assert text.endswith("so it is truncated or damaged; fetch it again.")
 
 
 @pytest.mark.parametrize("missing", [1, 1000, 100_000])
@@ -603,8 +606,9 @@ def test_tensor_data_beyond_the_end(gguf_spec, tmp_path, missing):
 def test_an_unknown_version(gguf_spec, tmp_path):
     path = gguf_spec().write(tmp_path)
     path.write_bytes(b"GGUF" + (9).to_bytes(4, "little") + path.read_bytes()[8:])
-    assert "is not a GGUF file that the gguf library knows (" in refusal(path)
-    assert "version 9" in refusal(path)
+    assert refusal(path) == (
+        f"{path}: at byte 4, expected GGUF version 2 or 3, found 9; convert the model again with a current converter."
+    )
 
 
 def test_an_unknown_tensor(gguf_spec, tmp_path):
@@ -706,3 +710,39 @@ def test_recommended_sampling(gguf_spec, tmp_path):
 def test_a_special_token_beyond_the_vocabulary(gguf_spec, tmp_path):
     path = gguf_spec(metadata={"tokenizer.ggml.eos_token_id": 999}).write(tmp_path)
     assert "tokenizer.ggml.eos_token_id is 999, beyond the vocabulary of 275" in refusal(path)
+
+
+# --- names of files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sha256-0123abcd", "model", "model.bin", "model.GGUF"])
+def test_a_gguf_file_is_known_by_its_first_bytes(gguf_spec, tmp_path, name):
+    """Other programs keep models in files named by their hash."""
+    path = gguf_spec().write(tmp_path).rename(tmp_path / name)
+    assert open_source(str(path)).config["model_type"] == "llama"
+
+
+def test_a_file_out_of_a_checkpoint_is_named_by_its_directory(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(16))
+    assert refusal(path).endswith(f"found a file out of a directory; name the directory, {tmp_path}.")
+
+
+def test_without_token_types_a_sentencepiece_tokenizer_cannot_be_made(gguf_spec, tmp_path):
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": None,
+        "tokenizer.ggml.token_type": None,
+    }
+    text = refusal(gguf_spec(metadata=metadata).write(tmp_path))
+    assert (
+        "lacks the metadata key tokenizer.ggml.token_type, which tells bytes and control tokens from words"
+        in text
+    )
+    assert text.endswith("convert the model again with a current one, or use its Hugging Face checkpoint.")
+
+
+def test_without_token_types_all_tokens_of_a_byte_level_tokenizer_are_normal(gguf_spec, tmp_path):
+    """As llama.cpp has it."""
+    path = gguf_spec(metadata={"tokenizer.ggml.token_type": None}).write(tmp_path)
+    assert len(json.loads(open_source(str(path)).tokenizer_json)["model"]["vocab"]) == 275

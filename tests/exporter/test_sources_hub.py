@@ -84,7 +84,7 @@ def test_what_is_nothing(tmp_path):
     with pytest.raises(PrecastError) as caught:
         open_source(str(tmp_path / "missing.gguf"))
     assert str(caught.value) == (
-        f"'{tmp_path}/missing.gguf': expected a Hugging Face directory, a .gguf file or a hub id such as "
+        f"'{tmp_path}/missing.gguf': expected a Hugging Face directory, a GGUF file or a hub id such as "
         "org/name or org/name@revision, found nothing of that name here; check the spelling."
     )
 

@@ -1,0 +1,339 @@
+"""The container of a GGUF file: its metadata, and where each tensor lies.
+
+A header states its own sizes. Each one is checked against the bytes that are left before anything of that size is
+made, so time and memory stay in proportion to the file, and a sparse file of any length is bounded too. Format and
+limits: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and gguf_init_from_file of ggml.
+"""
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from precast.loaders.artifact.errors import PrecastError
+
+from .files import plain_file
+from .gguf_tensors import Stored
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
+
+# The published files stay far below these. They bound what a header can make of a file that is large, or sparse.
+_MOST_KEYS = _MOST_TENSORS = 1 << 16
+_LONGEST_HEADER = 1 << 27
+_LONGEST_KEY, _LONGEST_NAME, _MOST_AXES = 65_535, 63, 4
+# The least that a key with its value takes, and a tensor's entry: its lengths and types without any text.
+_LEAST_KEY, _LEAST_TENSOR = 13, 24
+
+# The format's numbers of its types. A letter means the same to struct and to NumPy.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+# Types that NumPy has; rows of all others are bytes.
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
+
+# Texts of which every byte counts. Others describe the model to people: there, a byte that is not UTF-8 becomes U+FFFD.
+_EXACT = ("tokenizer.", "general.architecture", "general.type")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """A GGUF file without its meaning.
+
+    Attributes:
+        metadata: every value by its key, arrays as lists.
+        tensors: every tensor by its name, mapped and unread.
+    """
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Stored]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A tensor as the header describes it.
+
+    Attributes:
+        axes: its shape, innermost axis first.
+        type: the number of its type.
+        offset: of its data, from the first tensor's.
+        at: where the header describes it.
+    """
+
+    axes: tuple[int, ...]
+    type: int
+    offset: int
+    at: int
+
+
+def read_container(path: Path) -> Container:
+    """Read the header of a GGUF file and map its tensors.
+
+    Raises:
+        PrecastError: when the file cannot be read, is no little-endian GGUF file of a known version, or states
+            anything that does not fit into it.
+    """
+    _check_magic(path)
+    try:
+        mapped = np.memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise PrecastError(
+            f"{path}: cannot be mapped into memory ({error}); copy it to a local disk."
+        ) from error
+    cursor = _Cursor(path, mapped.data)
+    tensor_count, key_count = _read_counts(cursor)
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        _read_pair(cursor, metadata)
+    entries: dict[str, _Entry] = {}
+    for _ in range(tensor_count):
+        _read_entry(cursor, entries)
+    alignment = _alignment(cursor, metadata)
+    start = cursor.at + -cursor.at % alignment
+    tensors = {
+        name: _stored(cursor, mapped, name, entry, start, alignment) for name, entry in entries.items()
+    }
+    return Container(metadata=metadata, tensors=tensors)
+
+
+def _check_magic(path: Path) -> None:
+    if not plain_file(path):
+        raise PrecastError(f"{path}: there is no such file; check the path.")
+    magic = first_bytes(path)
+    if magic != MAGIC:
+        raise PrecastError(
+            f"{path}: is not a GGUF file (expected it to begin with {MAGIC!r}, found {magic!r})."
+        )
+
+
+def first_bytes(path: Path) -> bytes:
+    """Return the first four bytes of a plain file, by which a GGUF file is known.
+
+    Raises:
+        PrecastError: when it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(MAGIC))
+    except OSError as error:
+        raise PrecastError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
+        ) from error
+
+
+class _Cursor:
+    """A place in the header, which moves on over whatever is read.
+
+    Attributes:
+        path: the file, for messages.
+        at: the offset of the next byte.
+    """
+
+    def __init__(self, path: Path, data: memoryview) -> None:
+        self.path = path
+        self.at = len(MAGIC)
+        self._data = data
+
+    @property
+    def length(self) -> int:
+        return len(self._data)
+
+    def bytes(self, count: int, what: str) -> memoryview:
+        """Take `count` bytes of `what`."""
+        left = len(self._data) - self.at
+        if count > left:
+            raise self.error(
+                self.at,
+                f"expected {count:,} bytes of {what}, found {left:,} before the end, so it is truncated or damaged;"
+                " fetch it again",
+            )
+        if self.at + count > _LONGEST_HEADER:
+            raise self.error(
+                self.at,
+                f"expected a header of at most {_LONGEST_HEADER:,} bytes, found more; convert the model again",
+            )
+        taken = self._data[self.at : self.at + count]
+        self.at += count
+        return taken
+
+    def number(self, letter: str, what: str) -> Any:
+        """Take one scalar of a type by its letter."""
+        form = struct.Struct(f"<{letter}")
+        return form.unpack(self.bytes(form.size, what))[0]
+
+    def text(self, what: str, longest: int | None = None) -> memoryview:
+        """Take a string: its length, then its bytes."""
+        start = self.at
+        length = self.number("Q", f"the length of {what}")
+        if longest is not None and length > longest:
+            raise self.error(
+                start,
+                f"expected {what} to have at most {longest:,} bytes, found {length:,}; convert the model again",
+            )
+        return self.bytes(length, what)
+
+    def error(self, at: int, sentence: str) -> PrecastError:
+        """Return the error about what stands at an offset."""
+        return PrecastError(f"{self.path}: at byte {at:,}, {sentence}.")
+
+
+def _read_counts(cursor: _Cursor) -> tuple[int, int]:
+    """Return how many tensors and how many keys there are, once the version is known."""
+    version = cursor.number("I", "the version")
+    if version & 0xFFFF == 0:
+        raise PrecastError(
+            f"{cursor.path}: is a big-endian GGUF file; convert it to little-endian (gguf-convert-endian) first."
+        )
+    if version not in _VERSIONS:
+        expected = " or ".join(map(str, _VERSIONS))
+        raise cursor.error(
+            len(MAGIC),
+            f"expected GGUF version {expected}, found {version}; convert the model again with a"
+            " current converter",
+        )
+    start = cursor.at
+    tensors, keys = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of keys")
+    for count, most, least, what in (
+        (keys, _MOST_KEYS, _LEAST_KEY, "metadata keys"),
+        (tensors, _MOST_TENSORS, _LEAST_TENSOR, "tensors"),
+    ):
+        room = min(most, (cursor.length - cursor.at) // least)
+        if count > room:
+            raise cursor.error(
+                start,
+                f"expected at most {room:,} {what}, for which there is room, found {count:,}, so it is truncated or"
+                " damaged; fetch it again",
+            )
+    return tensors, keys
+
+
+# --- metadata -----------------------------------------------------------------------------------------------
+
+
+def _read_pair(cursor: _Cursor, metadata: dict[str, Any]) -> None:
+    start = cursor.at
+    key = str(cursor.text("a metadata key", _LONGEST_KEY), "utf-8", "replace")
+    if key in metadata:
+        raise cursor.error(start, f"found the metadata key {key:.80} a second time; convert the model again")
+    metadata[key] = _read_value(cursor, key, cursor.number("I", f"the type of {key:.80}"))
+
+
+def _read_value(cursor: _Cursor, key: str, kind: int) -> Any:
+    what = f"{key:.80}"
+    if kind in _SCALARS:
+        return cursor.number(_SCALARS[kind], what)
+    if kind == _STRING:
+        return _decoded(cursor, key, cursor.text(what))
+    if kind == _ARRAY:
+        return _read_array(cursor, key, what)
+    raise cursor.error(
+        cursor.at - 4, f"expected {what} to have a type from 0 to 12, found {kind}; convert the model again"
+    )
+
+
+def _read_array(cursor: _Cursor, key: str, what: str) -> list[Any]:
+    kind = cursor.number("I", f"the type in {what}")
+    count = cursor.number("Q", f"the length of {what}")
+    if kind in _SCALARS:
+        dtype = np.dtype(f"<{_SCALARS[kind]}")
+        values: list[Any] = np.frombuffer(cursor.bytes(count * dtype.itemsize, what), dtype).tolist()
+        return values
+    if kind == _STRING:
+        _check_room(cursor, count, what)
+        return [_decoded(cursor, key, cursor.text(what)) for _ in range(count)]
+    nested = "a list of lists" if kind == _ARRAY else f"values of type {kind}"
+    raise cursor.error(
+        cursor.at - 12,
+        f"expected {what} to be a list of numbers or texts, found {nested}; convert the model again",
+    )
+
+
+def _check_room(cursor: _Cursor, count: int, what: str) -> None:
+    """Every text takes eight bytes at least, for its length."""
+    if count * 8 > cursor.length - cursor.at:
+        cursor.bytes(count * 8, what)
+
+
+def _decoded(cursor: _Cursor, key: str, text: memoryview) -> str:
+    if not key.startswith(_EXACT):
+        return str(text, "utf-8", "replace")
+    try:
+        return str(text, "utf-8")
+    except UnicodeDecodeError as error:
+        at = cursor.at - len(text) + error.start
+        raise cursor.error(
+            at,
+            f"expected UTF-8 in {key:.80}, found the byte 0x{text[error.start]:02x} in {bytes(text[:40])!r}; the"
+            " converter has cut a character: convert the model again with a current one, or use its Hugging Face"
+            " checkpoint",
+        ) from error
+
+
+def _alignment(cursor: _Cursor, metadata: dict[str, Any]) -> int:
+    value = metadata.get(_ALIGNMENT_KEY, _ALIGNMENT)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value & (value - 1):
+        raise PrecastError(
+            f"{cursor.path}: expected {_ALIGNMENT_KEY} to be a power of two, found {value!r:.80}; convert the model"
+            " again."
+        )
+    return value
+
+
+# --- tensors ------------------------------------------------------------------------------------------------
+
+
+def _read_entry(cursor: _Cursor, entries: dict[str, _Entry]) -> None:
+    start = cursor.at
+    name = str(cursor.text("a tensor's name", _LONGEST_NAME), "utf-8", "replace")
+    if name in entries:
+        raise cursor.error(start, f"found the tensor {name} a second time; convert the model again")
+    count = cursor.number("I", f"the number of axes of {name}")
+    if not 1 <= count <= _MOST_AXES:
+        raise cursor.error(
+            cursor.at - 4,
+            f"expected {name} to have 1 to {_MOST_AXES} axes, found {count}; convert the model again",
+        )
+    axes = tuple(cursor.number("Q", f"the shape of {name}") for _ in range(count))
+    if 0 in axes:
+        raise cursor.error(
+            cursor.at - 8 * count,
+            f"expected {name} to have values, found shape {list(axes)}; convert the model again",
+        )
+    kind, offset = cursor.number("I", f"the type of {name}"), cursor.number("Q", f"the offset of {name}")
+    entries[name] = _Entry(axes=axes, type=kind, offset=offset, at=start)
+
+
+def _stored(
+    cursor: _Cursor, mapped: np.memmap[Any, Any], name: str, entry: _Entry, start: int, alignment: int
+) -> Stored:
+    """The tensor as a view into the mapped file, once it lies inside."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if entry.type not in set(GGMLQuantizationType):
+        raise cursor.error(
+            entry.at,
+            f"found the tensor {name} stored as type {entry.type}, which the installed gguf library does not know;"
+            " update it (pip install -U gguf) or convert the model to another type",
+        )
+    kind = GGMLQuantizationType(entry.type)
+    block, size = GGML_QUANT_SIZES[kind]
+    if entry.axes[0] % block:
+        raise cursor.error(
+            entry.at,
+            f"expected rows of {name} to have a multiple of {block} values ({kind.name}), found {entry.axes[0]};"
+            " convert the model again",
+        )
+    begin, length = start + entry.offset, prod(entry.axes) // block * size
+    if entry.offset % alignment or begin + length > cursor.length:
+        raise cursor.error(
+            entry.at,
+            f"expected the tensor {name} to lie inside, at a multiple of {alignment} bytes, found {length:,} bytes from"
+            f" {begin:,} on in a file of {cursor.length:,}, so it is truncated or damaged; fetch it again",
+        )
+    rows = tuple(reversed(entry.axes[1:]))
+    data = mapped[begin : begin + length].view(_DTYPES.get(kind.name, "u1")).reshape(*rows, -1)
+    return Stored(shape=(*rows, entry.axes[0]), type=kind, data=data)
