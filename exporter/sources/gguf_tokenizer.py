@@ -116,8 +116,9 @@ def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
         )
     if vocabulary.get("token_type") is None:
         raise vocabulary.error(
-            "lacks the metadata key tokenizer.ggml.token_type, which tells bytes and control tokens from words: the"
-            " converter was outdated, so convert the model again with a current one, or use its Hugging Face checkpoint."
+            "lacks the metadata key tokenizer.ggml.token_type, which tells bytes and control tokens from words:"
+            " the converter was outdated, so convert the model again with a current one, or use its Hugging Face"
+            " checkpoint."
         )
     vocabulary = _with_spaces(vocabulary)
     prefix = vocabulary.get("add_space_prefix", True)
