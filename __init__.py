@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .loaders.artifact.errors import PrecastError
-    from .loaders.generate import Completion, Model, Stream, Timing
+    from .loaders.generate import Model
     from .loaders.load import load
     from .loaders.sampling import SamplingParams
+    from .loaders.stream import Completion, Stream, Timing
 
 __all__ = ["Completion", "Model", "PrecastError", "SamplingParams", "Stream", "Timing", "load"]
 
 _HOMES = {
-    "Completion": "generate",
+    "Completion": "stream",
     "Model": "generate",
     "PrecastError": "artifact.errors",
     "SamplingParams": "sampling",
-    "Stream": "generate",
-    "Timing": "generate",
+    "Stream": "stream",
+    "Timing": "stream",
     "load": "load",
 }
 

@@ -17,8 +17,9 @@ from .clock import process_age
 from .terminal import escaped, harmless_pieces
 
 if TYPE_CHECKING:
-    from .generate import Completion, Message, Model, Stream
+    from .generate import Message, Model
     from .sampling import SamplingParams
+    from .stream import Completion, Stream
 
 
 class Request(Frozen):
@@ -102,7 +103,7 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
     stream = _stream(model, request, _read_prompt(request), params)
     asked = process_age()
     if request.as_json:
-        print(_json_line(model, stream.completion, imported=imported, loaded=loaded, asked=asked))
+        print(_json_line(model, stream.finish(), imported=imported, loaded=loaded, asked=asked))
     else:
         _write_pieces(stream)
     if request.stats:

@@ -1,136 +1,28 @@
-"""Prompts to text: bucket choice is the engine's; here are the loop, the stop rules and the stream."""
+"""A loaded artifact, which continues prompts and answers conversations."""
 
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import partial
 from numbers import Integral
 from typing import Any
 
 from .artifact.errors import PrecastError
-from .artifact.frozen import Frozen
 from .artifact.manifest import Manifest, Target
 from .engine import Engine
 from .sampling import Sampler, SamplingParams
 from .stopping import StopStrings
+from .stream import Completion, Progress, Stream, pieces
 from .tokenizer import Tokenizer
 
 Message = Mapping[str, object]
 Prompt = str | Sequence[int]
 
 
-class Timing(Frozen):
-    """Seconds, from the start of the call.
-
-    Attributes:
-        prefill_s: the prompt through the model, and its first token chosen.
-        decode_s: from the first token to the last, without the time that the reader of a stream took.
-        decode_tokens_per_s: tokens after the first over `decode_s`; 0 where there were none.
-    """
-
-    prefill_s: float
-    decode_s: float
-    decode_tokens_per_s: float
-
-
-class Completion(Frozen):
-    """What a prompt was continued with.
-
-    Attributes:
-        text: without special tokens and without the stop string.
-        token_ids: every token generated, the end token or those of the stop string included.
-        prompt_token_ids: what the model was given.
-        finish_reason: "stop" (an end token or a stop string) or "length" (max_tokens, or the cache is full).
-        timing: of this call.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_token_ids: tuple[int, ...]
-    finish_reason: str
-    timing: Timing
-
-
-class Stream:
-    """A generation under way: iterate it for pieces of text, then read `completion`.
-
-    Pieces never hold a broken character or a part of a stop string. Leaving the loop early stops the work.
-    """
-
-    def __init__(self, model: "Model", prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        self._model = model
-        self._prompt = tuple(prompt_ids)
-        self._params = params
-        self._completion: Completion | None = None
-        self._pieces = self._run()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def completion(self) -> Completion:
-        """The whole result; runs whatever is left of the generation first."""
-        for _ in self._pieces:
-            pass
-        if self._completion is None:
-            raise RuntimeError("the generation was stopped before its end, so there is no completion")
-        return self._completion
-
-    def _run(self) -> Iterator[str]:
-        decoder, stops = self._model.tokenizer.stream(), StopStrings(self._params.stop)
-        text, reason = "", "length"
-        ids: list[int] = []
-        started = time.perf_counter()
-        first, elsewhere = started, 0.0
-        for token in self._model._tokens(self._prompt, self._params):
-            if not ids:
-                first = time.perf_counter()
-            ids.append(token)
-            ended = token in self._model.eos_token_ids and not self._params.ignore_eos
-            piece, stopped = ("", False) if ended else stops.push(decoder.push(token))
-            text += piece
-            if piece:
-                # What the reader of the stream does with a piece is not the model's time.
-                given = time.perf_counter()
-                yield piece
-                elsewhere += time.perf_counter() - given
-            if ended or stopped:
-                reason = "stop"
-                break
-        else:
-            stopped = False
-        finished = time.perf_counter() - elsewhere
-        if not stopped:
-            tail, stopped = stops.push(decoder.finish())
-            if stopped:
-                reason = "stop"
-            else:
-                tail += stops.flush()
-            text += tail
-            if tail:
-                yield tail
-        self._completion = Completion(
-            text=text,
-            token_ids=tuple(ids),
-            prompt_token_ids=self._prompt,
-            finish_reason=reason,
-            timing=_timing(started, first, finished, len(ids)),
-        )
-
-
-def _timing(started: float, first: float, finished: float, tokens: int) -> Timing:
-    decode = finished - first
-    return Timing(
-        prefill_s=first - started,
-        decode_s=decode,
-        decode_tokens_per_s=(tokens - 1) / decode if tokens > 1 else 0.0,
-    )
-
-
 class Model:
     """A loaded artifact.
+
+    Threads may share a model: each generation has a cache of its own. A step uses all threads of the device, so that
+    generations side by side share its speed.
 
     Attributes:
         manifest: what the artifact says of itself.
@@ -169,7 +61,7 @@ class Model:
             PrecastError: for a prompt that is empty, does not leave room for a token in the cache, or has ids
                 outside the vocabulary.
         """
-        return self.stream(prompt, params).completion
+        return self.stream(prompt, params).finish()
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
         """As `generate`, piece by piece. The prompt is checked at once, the work begins with the first piece."""
@@ -181,7 +73,7 @@ class Model:
             raise PrecastError(f"params: expected SamplingParams, found {type(params).__name__}.")
         # An empty text has no tokens of its own, whatever a tokenizer puts before it.
         ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
-        return Stream(self, self._checked_prompt(ids), params or self.default_sampling())
+        return self._started(self._checked_prompt(ids), params or self.default_sampling())
 
     def chat(
         self,
@@ -202,7 +94,7 @@ class Model:
         Raises:
             PrecastError: when the model has no such chat template, or it refuses the messages; as for `generate`.
         """
-        return self.stream_chat(messages, params, tools=tools, template=template).completion
+        return self.stream_chat(messages, params, tools=tools, template=template).finish()
 
     def stream_chat(
         self,
@@ -244,6 +136,13 @@ class Model:
                     f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}."
                 )
         return [int(token) for token in ids]
+
+    def _started(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
+        progress = Progress()
+        ends: Set[int] = frozenset() if params.ignore_eos else self.eos_token_ids
+        decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
+        found = pieces(partial(self._tokens, prompt, params), decoder, stops, ends, progress)
+        return Stream(found, prompt, progress)
 
     def _tokens(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Generated ids, until max_tokens or the end of the cache."""

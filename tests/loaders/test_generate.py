@@ -232,8 +232,7 @@ def test_a_stream_left_early_stops_the_work_and_the_model_goes_on(tiny_model, fr
     stream = tiny_model.stream(PROMPT, FREE)
     next(iter(stream))
     iter(stream).close()
-    with pytest.raises(RuntimeError, match="stopped before its end"):
-        _ = stream.completion
+    assert stream.completion.finish_reason == "unfinished"
     assert tiny_model.generate(PROMPT, FREE).token_ids == free.token_ids
 
 
