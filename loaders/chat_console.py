@@ -12,8 +12,9 @@ from .console import opening
 from .terminal import harmless_pieces
 
 if TYPE_CHECKING:
-    from .generate import Completion, Message, Model
+    from .generate import Message, Model
     from .sampling import SamplingParams
+    from .stream import Completion
 
 
 def converse(model: "Model", params: "SamplingParams", system: str | None, *, stats: bool) -> None:

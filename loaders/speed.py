@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .generate import Completion
+    from .stream import Completion
 
 
 def brief(completion: "Completion") -> str:

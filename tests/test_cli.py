@@ -162,7 +162,7 @@ def test_a_terminal_is_not_commanded_by_a_model(cli, tiny_artifact, monkeypatch,
 
 
 def test_json_commands_no_terminal_either(cli, tiny_artifact, monkeypatch):
-    from precast.loaders.generate import Stream
+    from precast.loaders.stream import Stream
 
     completion = SimpleNamespace(
         text="\x1b]0;x\x07\x9b2J\u202e é",
