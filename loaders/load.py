@@ -41,20 +41,13 @@ def find_artifact(path: Path) -> Path:
     # The functions of os.path, unlike pathlib's, also answer for names that no file system takes.
     if os.path.isfile(path / MANIFEST_FILE):
         return path
-    if not os.path.isdir(path):
-        what = "is a file" if os.path.exists(path) else "does not exist"
-        raise PrecastError(
-            f"{path}: expected the folder of an artifact, but it {what}; precast export makes one."
-        )
-    inside = sorted(p.parent for p in path.glob(f"*/{MANIFEST_FILE}") if not p.parent.name.startswith("."))
+    candidates = path.glob(f"*/{MANIFEST_FILE}") if os.path.isdir(path) else ()
+    inside = sorted(p.parent for p in candidates if not p.parent.name.startswith("."))
     if len(inside) == 1:
         return inside[0]
-    if inside:
-        names = ", ".join(p.name for p in inside)
-        raise PrecastError(f"{path}: expected one artifact, found {len(inside)} ({names}); name one of them.")
-    raise PrecastError(
-        f"{path}: expected an artifact, found no {MANIFEST_FILE} in it; precast export makes one."
-    )
+    from .no_artifact import refusal  # which a start that succeeds does not need
+
+    raise refusal(path, inside)
 
 
 def read_manifest(root: Path, *, require_signature: Path | None = None) -> Manifest:

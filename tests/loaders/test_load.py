@@ -62,6 +62,50 @@ def test_what_is_no_artifact_is_refused(tmp_path):
         assert refusal(tmp_path / name) == f"{tmp_path / name}: {text}"
 
 
+def test_the_source_of_an_artifact_is_refused_with_the_command_that_makes_one(tmp_path, monkeypatch):
+    folders = ("a model", "one", "two", "hidden/.old/a", "artifacts/a", "artifacts/b", "deep/er/c", "org")
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+    for name in (
+        "a model/config.json",
+        "a model/model.safetensors",
+        "one/x.gguf",
+        "two/x.gguf",
+        "two/y.gguf",
+    ):
+        (tmp_path / name).write_text("")
+    (tmp_path / "renamed.bin").write_bytes(b"GGUF\3\0")
+    (tmp_path / "model.GGUF").write_bytes(b"")
+    for name in ("artifacts/a", "artifacts/b", "deep/er/c", "hidden/.old/a"):
+        (tmp_path / name / "manifest.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    make = "expected an artifact, found {}; make an artifact of it with: precast export {}"
+    expected = {
+        "model.GGUF": make.format("a GGUF file", "model.GGUF"),
+        "renamed.bin": make.format("a GGUF file", "renamed.bin"),
+        "one": make.format("a GGUF file in it", "one/x.gguf"),
+        "two": "expected an artifact, found no manifest.json in it; precast export makes one.",
+        "a model": make.format("a Hugging Face model", "'a model'"),
+        "a model/model.safetensors": make.format("weights of a Hugging Face model", "'a model'"),
+        "artifacts": "expected one artifact, found 2 (a, b); name one of them.",
+        ".": "expected an artifact, found 2 (artifacts/a, artifacts/b); name one of them.",
+        "elsewhere/model-1.5B": "expected the folder of an artifact, but it does not exist; a model of this name on the"
+        " Hugging Face hub becomes one with: precast export elsewhere/model-1.5B",
+        "org/model": "expected the folder of an artifact, but it does not exist; precast export makes one.",
+    }
+    (tmp_path / "deep").rename(tmp_path / ".deep")
+    for name, text in expected.items():
+        assert refusal(name) == f"{name}: {text}"
+    (tmp_path / "artifacts" / "b" / "manifest.json").unlink()
+    assert refusal(".") == ".: expected an artifact, found one below it; name that: artifacts/a"
+    for number in range(20):
+        (tmp_path / "artifacts" / f"n{number:02}").mkdir()
+        (tmp_path / "artifacts" / f"n{number:02}" / "manifest.json").write_text("{}")
+    assert refusal("artifacts").endswith(
+        "found 21 (a, n00, n01, n02, n03, n04, n05, n06, … 13 more); name one of them."
+    )
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000, "nul\0"], ids=["long", "deep", "nul"])
 def test_a_path_that_no_file_system_takes_is_refused(tmp_path, name):
     assert "expected the folder of an artifact" in refusal(tmp_path / name)
