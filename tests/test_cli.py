@@ -392,6 +392,7 @@ def test_export_then_run(cli, record, tiny_checkpoint, tmp_path, answer, monkeyp
 
 def test_weights_are_int8_unless_asked_for_otherwise(cli, record, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "artifacts" / "checkpoint-int8").mkdir(parents=True)  # empty, which is as good as none
     result = cli("export", tiny_checkpoint(), "--buckets", "8", "--context", "64")
     assert result.exit_code == 0, result.output
     output = tmp_path / "artifacts" / "checkpoint-int8"

@@ -141,12 +141,20 @@ def _is_marked(folder: int) -> bool:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuses a folder that is there already, but for an artifact when `overwrite` is asked for.
+    """Refuse a folder that exists, unless it is empty, or an artifact and `overwrite` is asked for.
 
     Raises:
         PrecastError: naming it.
     """
     if not os.path.lexists(path):
+        return
+    if _is_empty_folder(path):
+        # The new folder takes the place of the empty one.
+        if os.path.ismount(path) or path.samefile(os.curdir):
+            what = "a mount point" if os.path.ismount(path) else "the current folder"
+            raise PrecastError(
+                f"{path}: is {what}, which nothing can replace; choose a folder in it with -o."
+            )
         return
     if not overwrite:
         raise PrecastError(
@@ -156,6 +164,13 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise PrecastError(
             f"{path}: exists and is no artifact, so --overwrite does not replace it; remove it yourself."
         )
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return not path.is_symlink() and not os.listdir(path)
+    except OSError:  # a file, or a folder that this user may not read
+        return False
 
 
 def _swap(temporary: Path, path: Path, overwrite: bool) -> None:

@@ -322,11 +322,42 @@ def test_what_appears_while_the_block_runs_is_not_replaced(tmp_path):
         with folders.new_folder(target, overwrite=False) as folder:
             fill(folder)
             target.mkdir()
+            (target / "thesis.txt").write_text("years")
 
     with pytest.raises(PrecastError, match="exists already"):
         work()
     assert os.listdir(tmp_path) == ["target"]
-    assert os.listdir(target) == []
+    assert os.listdir(target) == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_folder_is_filled(tmp_path, overwrite):
+    target = tmp_path / "target"
+    target.mkdir()
+    make(target, overwrite=overwrite)
+    assert listing(target) == WHOLE
+    assert os.listdir(tmp_path) == ["target"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_empty_folders_that_nothing_can_replace_are_named(tmp_path, monkeypatch, overwrite):
+    here, mounted, link = (tmp_path / name for name in ("here", "mounted", "link"))
+    here.mkdir()
+    mounted.mkdir()
+    link.symlink_to(mounted)
+    monkeypatch.chdir(here)
+    for target in (Path("."), here):
+        with pytest.raises(PrecastError, match=r"is the current folder, which nothing can replace; choose a"):
+            make(target, overwrite=overwrite)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted)
+    with pytest.raises(
+        PrecastError, match="mounted: is a mount point, which nothing can replace; choose a folder in"
+    ):
+        make(mounted, overwrite=overwrite)
+    with pytest.raises(PrecastError, match="exists"):
+        make(link, overwrite=overwrite)
+    assert sorted(os.listdir(tmp_path)) == ["here", "link", "mounted"]
+    assert os.listdir(here) == os.listdir(mounted) == []
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
