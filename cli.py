@@ -2,11 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,7 +16,7 @@ if __name__ == "__main__":
         )
         sys.exit(2)
 
-from precast.loaders import options
+from precast.loaders import command, options
 
 if TYPE_CHECKING:
     from precast.loaders.console import LoadOptions, SamplingOptions
@@ -27,94 +24,9 @@ if TYPE_CHECKING:
 # XLA's own notes about devices are not for users; errors still show. Set before anything loads it.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
-FAILED, INTERRUPTED = 2, 130
-
-
-class _Commands(click.Group):
-    """The group of all commands. What a user can put right is one line, also where help is shown."""
-
-    def main(self, *arguments: Any, **settings: Any) -> Any:
-        from precast.loaders.terminal import open_closed_streams
-
-        open_closed_streams()
-        # A terminal that cannot show a character shows a question mark.
-        if isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-        with _lines_only():
-            return super().main(*arguments, **settings)
-
-    def invoke(self, context: click.Context) -> Any:
-        # Here as well: click answers an interrupt itself, in words of its own.
-        with _lines_only():
-            return super().invoke(context)
-
-
-@contextmanager
-def _lines_only() -> Iterator[None]:
-    """Turn what a user can put right into one line on standard error and exit code 2."""
-    from precast.loaders.artifact.errors import PrecastError, printable
-
-    try:
-        try:
-            yield
-        finally:
-            # Python would flush at its exit, where an error has a traceback.
-            sys.stdout.flush()
-    except PrecastError as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        click.echo("\ninterrupted", err=True)
-        sys.stdout.flush()
-        # At once: a compiler's threads that still work do not survive the usual way out of Python.
-        os._exit(INTERRUPTED)
-    except BrokenPipeError:
-        _abandon_output()  # the reader has seen enough
-        sys.exit(1)
-    except OSError as error:
-        if sys.stdout in _abandon_output():
-            _fail(f"standard output: {error.strerror or error}; send it somewhere else.")
-        where = error.filename or "input or output"
-        _fail(printable(f"{where}: {error.strerror or error}; check the path and its disk."))
-
-
-def _abandon_output() -> list[TextIO]:
-    """Send the text that Python flushes at its exit nowhere, if its stream takes no more; return such streams."""
-    broken = []
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            broken.append(stream)
-    return broken
-
-
-def _fail(message: str) -> NoReturn:
-    # Standard error may be full or closed too, and then nobody listens.
-    with suppress(OSError):
-        # One line, also where a library's own message, quoted in ours, has several.
-        click.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(FAILED)
-
-
-def _local(artifact: Path | str, key: Path | None = None) -> Path:
-    """The artifact's folder; what a URL leads to is pulled first, unless it was before."""
-    if isinstance(artifact, Path):
-        return artifact
-    from precast.loaders.store_pull import fetch
-
-    return fetch(artifact, require_signature=key, log=_log)
-
-
-def _log(line: str) -> None:
-    from precast.loaders.artifact.errors import printable
-
-    # What strangers wrote may be in it.
-    click.echo(printable(line), err=True)
-
 
 @click.group(
-    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=command.Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(package_name="precast", message="precast %(version)s")
 def main() -> None:
@@ -294,7 +206,7 @@ def add_target(
         source=target,
         overwrite=overwrite,
         require_signature=require_signature,
-        log=_log,
+        log=command.log,
     )
     for line in adding.summary(added, artifact):
         click.echo(printable(line))
@@ -308,7 +220,7 @@ def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None)
     """Show what ARTIFACT holds: model, programs, cache, targets."""
     from precast.loaders import inspect as inspecting
 
-    folder = _local(artifact, require_signature)
+    folder = command.local(artifact, require_signature)
     click.echo(inspecting.render(folder, as_json=as_json, require_signature=require_signature))
 
 
@@ -329,7 +241,7 @@ def check(
     """
     from precast.loaders import check_console
 
-    folder = _local(artifact, require_signature)
+    folder = command.local(artifact, require_signature)
     sys.exit(
         check_console.run(
             folder, target=target, compile=may_compile, as_json=as_json, require_signature=require_signature
@@ -355,7 +267,7 @@ def verify(
     """
     from precast.loaders import verify_console
 
-    folder = _local(artifact, require_signature)
+    folder = command.local(artifact, require_signature)
     sys.exit(
         verify_console.run(
             folder, target=target, compile=may_compile, as_json=as_json, require_signature=require_signature
@@ -375,7 +287,7 @@ def diff(before: Path | str, after: Path | str, as_json: bool, require_signature
     """
     from precast.loaders import diff_console
 
-    a, b = (_local(artifact, require_signature) for artifact in (before, after))
+    a, b = (command.local(artifact, require_signature) for artifact in (before, after))
     sys.exit(diff_console.run(a, b, as_json=as_json, require_signature=require_signature))
 
 
@@ -418,7 +330,7 @@ def evaluate(
     from precast.loaders import eval_console
 
     key = require_signature
-    folder = _local(artifact, key)
+    folder = command.local(artifact, key)
     request = eval_console.Request(text=text, tokens=tokens, window=window, as_json=as_json)
     if reference is None:
         eval_console.run(folder, request, None, key)

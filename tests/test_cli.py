@@ -323,10 +323,9 @@ def test_a_terminal_that_shows_less_than_is_printed(artifact_copy, python, comma
 
 
 def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
-    from precast import cli
-    from precast.loaders import chat_console, chat_input
+    from precast.loaders import chat_console, chat_input, command
 
-    cli._log("name \x1b]0;gone\x07")
+    command.log("name \x1b]0;gone\x07")
     manifest = SimpleNamespace(name="\x1b[2Jname", tokenizer=SimpleNamespace(chat_template="chat.jinja"))
     target, engine = SimpleNamespace(name="cpu\x9b2J"), SimpleNamespace(capacity=64)
     monkeypatch.setattr(chat_input, "messages", lambda: iter(()))

@@ -1,0 +1,93 @@
+"""The group of commands, and the one way in which all of them end."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import click
+
+from .artifact.errors import PrecastError, printable
+from .terminal import open_closed_streams
+
+FAILED, INTERRUPTED = 2, 130
+
+
+class Commands(click.Group):
+    """The group of all commands. What a user can put right is one line, also where help is shown."""
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        open_closed_streams()
+        # A terminal that cannot show a character shows a question mark.
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        with _lines_only():
+            return super().main(*arguments, **settings)
+
+    def invoke(self, context: click.Context) -> Any:
+        # Here as well: click answers an interrupt itself, in words of its own.
+        with _lines_only():
+            return super().invoke(context)
+
+
+@contextmanager
+def _lines_only() -> Iterator[None]:
+    """Turn what a user can put right into one line on standard error and exit code 2."""
+    try:
+        try:
+            yield
+        finally:
+            # Python would flush at its exit, where an error has a traceback.
+            sys.stdout.flush()
+    except PrecastError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted", err=True)
+        sys.stdout.flush()
+        # At once: a compiler's threads that still work do not survive the usual way out of Python.
+        os._exit(INTERRUPTED)
+    except BrokenPipeError:
+        _abandon_output()  # the reader has seen enough
+        sys.exit(1)
+    except OSError as error:
+        if sys.stdout in _abandon_output():
+            _fail(f"standard output: {error.strerror or error}; send it somewhere else.")
+        where = error.filename or "input or output"
+        _fail(printable(f"{where}: {error.strerror or error}; check the path and its disk."))
+
+
+def _abandon_output() -> list[TextIO]:
+    """Send the text that Python flushes at its exit nowhere, if its stream takes no more; return such streams."""
+    broken = []
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            broken.append(stream)
+    return broken
+
+
+def _fail(message: str) -> NoReturn:
+    # Standard error may be full or closed too, and then nobody listens.
+    with suppress(OSError):
+        # One line, also where a library's own message, quoted in ours, has several.
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(FAILED)
+
+
+def local(artifact: Path | str, key: Path | None = None) -> Path:
+    """The artifact's folder; what a URL leads to is pulled first, unless it was before."""
+    if isinstance(artifact, Path):
+        return artifact
+    from .store_pull import fetch
+
+    return fetch(artifact, require_signature=key, log=log)
+
+
+def log(line: str) -> None:
+    # What strangers wrote may be in it.
+    click.echo(printable(line), err=True)
