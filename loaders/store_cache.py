@@ -70,7 +70,7 @@ def artifact_folder(manifest: str, key: str) -> Path:
 def load_piece(piece: Piece) -> bytes | None:
     """A piece that has arrived; None where it has not, or is not what it should be."""
     try:
-        with (folder() / piece.path).open("rb") as file:
+        with files.open_plain(folder() / piece.path) as file:
             return _checked(file.read(piece.bytes + 1), piece)
     except OSError:
         return None
@@ -150,7 +150,7 @@ def read_place(place: _Place, piece: Piece) -> bytes | None:
     """The piece, if it is still there."""
     path, offset = place
     try:
-        with path.open("rb") as file:
+        with files.open_plain(path) as file:
             file.seek(offset)
             return _checked(file.read(piece.bytes), piece)
     except OSError:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from .artifact.errors import PrecastError
-from .artifact.files import parts_of
+from .artifact.files import open_plain, parts_of
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry, Manifest
 from .artifact.record import MAX_JSON_BYTES, from_json, parse_json
 from .signing import MAX_SIGNATURE_BYTES
@@ -151,7 +151,7 @@ def tensor_starts(path: Path) -> list[int]:
     Pieces cut there are the same in another file with the same tensor, wherever it stands: an artifact with a longer
     context, or with one tensor more, shares all other weights. A file that is not understood gives none.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _MAX_HEADER:
             return []

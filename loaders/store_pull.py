@@ -116,12 +116,12 @@ def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
 
 def _fill_cache(store: Store, index: Index, root: Path, key: Path | None, holder: str, log: _Log) -> None:
     with _alone(root, log):
-        files.make_own(root.parent)
         *_, fetched = _head(store, index, key)
         if _is_whole(root, index):  # another process was quicker
             return
         if not (root / MANIFEST_FILE).exists():
             shutil.rmtree(root, ignore_errors=True)
+        files.make_own(root.parent)
         fetched += _receive(store, index, root, holder, overwrite=True, progress=None)
     size = sum(piece.bytes for piece in fetched)
     log(f"{store}: pulled {size / 1e6:,.1f} MB into {root}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .artifact.errors import PrecastError
-from .artifact.files import member, read
+from .artifact.files import member, open_plain, read
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
 from .artifact.record import MAX_JSON_BYTES
 from .load import find_artifact
@@ -119,7 +119,7 @@ def _cut(root: Path, content: _Content) -> Iterator[tuple[Piece, bytes]]:
     path, size = member(root, content.name), content.entry.bytes
     starts = tensor_starts(path) if content.name == WEIGHTS_FILE else []
     digest = hashlib.sha256()
-    with path.open("rb") if content.data is None else io.BytesIO(content.data) as file:
+    with open_plain(path) if content.data is None else io.BytesIO(content.data) as file:
         for length in lengths(size, starts):
             data = file.read(length)
             if not data:

@@ -4,16 +4,19 @@ What a URL may hold of secrets (``s3://KEY:SECRET@bucket/…``) is in no message
 """
 
 import errno
+import os
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import random
 from secrets import token_hex
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from .artifact.errors import PrecastError
+from .artifact.files import open_plain
 
 Result = TypeVar("Result")
 
@@ -98,6 +101,8 @@ class Store:
             ) from None
 
     def _read(self, path: str, most: int) -> bytes:
+        if "file" in self.files.protocol:
+            return _read_plain(Path(path), most)
         if "http" not in self.files.protocol:
             data: bytes = self.files.cat_file(path, start=0, end=most + 1)
             return data
@@ -118,7 +123,7 @@ class Store:
         temporary = f"{path}.{token_hex(6)}.partial"
         try:
             self.files.pipe_file(temporary, data)
-            self.files.mv(temporary, path)
+            os.replace(temporary, path)  # and not `mv`, which moves into a folder of that name
         except BaseException:
             if self.files.exists(temporary):
                 self.files.rm_file(temporary)
@@ -132,6 +137,11 @@ class Store:
                 error = _behind(raised)
                 if isinstance(error, FileNotFoundError):
                     raise Missing(f"{self}: {path} is not there; check the URL.") from None
+                if isinstance(error, _NotPlain):
+                    raise PrecastError(
+                        f"{self}: {path} is not a plain file (a pipe, a device or a folder); remove it, and have the"
+                        " artifact pushed again."
+                    ) from None
                 if _is_final(error):
                     raise PrecastError(f"{self}: {path}: {self._told(error)}") from None
                 if wait is None:
@@ -146,6 +156,20 @@ class Store:
         if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
             return f"access was refused ({text}); check the credentials, as this kind of store takes them."
         return f"the store does not answer as it should ({text}); check the URL and the connection, and try again."
+
+
+def _read_plain(path: Path, most: int) -> bytes:
+    try:
+        with open_plain(path) as file:
+            return file.read(most + 1)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise _NotPlain from None
+        raise
+
+
+class _NotPlain(Exception):
+    """In the place of a file stands a pipe, a device or a folder."""
 
 
 def _behind(error: Exception) -> Exception:

@@ -1,5 +1,6 @@
 """Files of an artifact: names that stay inside, contents that match their hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -162,9 +163,31 @@ def member(root: Path, name: str) -> Path:
     return path
 
 
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file for reading, and nothing else: a pipe would wait for its writer, and a device never end.
+
+    Raises:
+        OSError: for what cannot be opened, and for what is no plain file.
+    """
+    return open(path, "rb", opener=_open_plain)
+
+
+def _open_plain(path: str, flags: int) -> int:
+    try:
+        handle = os.open(path, flags | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # of a socket
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
+    raise OSError(errno.EINVAL, "it is not a plain file", path)
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read once."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return digest_of(file)
 
 
@@ -197,7 +220,8 @@ def read(root: Path, name: str, *, limit: int | None = None) -> bytes:
         path = member(root, name)
         if limit is not None and (size := path.stat().st_size) > limit:
             raise PrecastError(f"{path}: expected at most {limit} bytes, found {size}.")
-        return path.read_bytes()
+        with open_plain(path) as file:
+            return file.read()
 
 
 def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
@@ -221,7 +245,7 @@ def open_checked(root: Path, name: str, entry: FileEntry, *, force: bool) -> Bin
         PrecastError: when the file is not what the manifest says.
     """
     with _reading(root, name), ExitStack() as cleanup:
-        file = cleanup.enter_context(member(root, name).open("rb"))
+        file = cleanup.enter_context(open_plain(member(root, name)))
         status = os.fstat(file.fileno())
         _check_size(root, name, entry, status.st_size)
         identity = _identity(status)
@@ -287,7 +311,7 @@ def check_file(
     Raises:
         PrecastError: when the file is not what the manifest says.
     """
-    with _reading(root, name), member(root, name).open("rb") as file:
+    with _reading(root, name), open_plain(member(root, name)) as file:
         status = os.fstat(file.fileno())
         _check_size(root, name, entry, status.st_size)
         digest = digest_of(file, report)

@@ -22,6 +22,7 @@ VARIABLE = "PRECAST_REQUIRE_SIGNATURE"
 # Commands that require a signature, with their other arguments. A is the artifact, B another that is signed.
 REQUIRING = {
     "run": ("A", "--ids", "1,2,3", "-n", "2"),
+    "chat": ("A",),
     "add-target": ("A",),
     "inspect": ("A",),
     "check": ("A",),
