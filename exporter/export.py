@@ -123,7 +123,12 @@ def export(
     _check_tokenizer(source, spec)
     sampling = _sampling(source)
     created = _today()
-    for remark in (*source.remarks, plan.left_out(), _far_rope(spec, geometry.capacity)):
+    for remark in (
+        *source.remarks,
+        *texts.marker_remarks(source),
+        plan.left_out(),
+        _far_rope(spec, geometry.capacity),
+    ):
         if remark is not None:
             progress.stage(remark)
     with folders.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("exporting compiles for"):

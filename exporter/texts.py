@@ -41,6 +41,37 @@ def check_templates(source: Source) -> None:
             ) from None
 
 
+# How chat markers are spelt.
+_MARKER = re.compile(r"<[|｜][^\s<>]{1,60}[|｜]>|</?[a-z]+_of_[a-z]+>|\[/?[A-Z_]{2,20}\]")
+_SYSTEM, _USER = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
+_SAMPLES = ([_SYSTEM, _USER, {"role": "assistant", "content": "c"}, _USER], [_USER])
+
+
+def marker_remarks(source: Source) -> tuple[str, ...]:
+    """Name the markers of the chat templates that become several tokens: most models know each as one.
+
+    They are found in a rendered conversation: added tokens cannot fail, so that these are markers which the tokenizer
+    has as words, or not at all. Some models were trained with such ones, which is why this is no refusal.
+    """
+    tokenizer = read_tokenizer(source)
+    names = [*([] if source.chat_template is None else ["default"]), *source.named_templates]
+    markers = sorted({marker for name in names for marker in _MARKER.findall(_sample(tokenizer, name))})
+    split = [marker for marker in markers if len(tokenizer.encode(marker, add_special_tokens=False)) != 1]
+    if not split:
+        return ()
+    return (f"the chat template writes markers that are not one token each: {', '.join(split[:5])}",)
+
+
+def _sample(tokenizer: Tokenizer, template: str) -> str:
+    """A conversation as a template renders it; empty where it refuses every one."""
+    for messages in _SAMPLES:
+        try:
+            return tokenizer.render_chat(messages, template=template)
+        except PrecastError:
+            continue
+    return ""
+
+
 def named_files(source: Source) -> dict[str, str]:
     """The file of each named template: by its name where that is fit for a file, else by its number."""
     files: dict[str, str] = {}

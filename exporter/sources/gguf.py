@@ -15,6 +15,7 @@ from .base import Source
 from .files import hash_file, slug, spdx
 from .gguf_config import read_architecture, translate_config
 from .gguf_container import read_container
+from .gguf_markers import marker_remarks
 from .gguf_metadata import check_types
 from .gguf_rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from .gguf_tensors import check_tensor_types, dequantise, source_tensors
@@ -68,6 +69,7 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
         sampling=_sampling(metadata),
         licence=spdx(metadata.get("general.license")),
         files=(hash_file(path),),
+        remarks=marker_remarks(metadata),
     )
 
 

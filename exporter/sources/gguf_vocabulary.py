@@ -1,12 +1,14 @@
 """The vocabulary in a GGUF file's metadata, its lists checked against each other."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from precast.loaders.artifact.errors import PrecastError
+
+from .gguf_markers import mended
 
 _PREFIX = "tokenizer.ggml."
 
@@ -100,6 +102,8 @@ def read_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
             f"has tokens of type {unknown[0]}, which is not understood; convert the model again."
         )
     _refuse_unknown(vocabulary)
+    types = mended(tokens, types, metadata)
+    vocabulary = replace(vocabulary, types=types)
     used = [token for token, kind in zip(tokens, types, strict=True) if kind != TokenType.UNUSED]
     if len(set(used)) != len(used):
         twice = next(token for i, token in enumerate(used) if token in used[:i])
