@@ -107,8 +107,15 @@ def quick_export(tiny_artifact, tiny_source, monkeypatch):
     return export
 
 
-@pytest.mark.parametrize("how", ["once", "for good"])
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("how", "there"),
+    [
+        ("once", False),
+        ("for good", True),
+        pytest.param("once", True, marks=pytest.mark.long),
+        pytest.param("for good", False, marks=pytest.mark.long),
+    ],
+)
 def test_fault_12_an_export_whose_nth_write_fails_is_whole_or_absent(
     quick_export, tiny_artifact, disks, tmp_path, own_cache, how, there
 ):

@@ -84,6 +84,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # "wide" is the source of the AVX-512 kernels, which every CPU runs.
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*kernels.ISAS, "wide"])
 def test_kernels_stay_within_their_buffers(driver: Path, name: str) -> None:
     if name not in (*kernels.supported_isas(), "wide"):
@@ -91,10 +92,12 @@ def test_kernels_stay_within_their_buffers(driver: Path, name: str) -> None:
     assert_clean([driver, name])
 
 
+@pytest.mark.long
 def test_the_driver_refuses_an_unknown_name(driver: Path) -> None:
     assert subprocess.run([driver, "sve3"], capture_output=True, check=False).returncode == 2
 
 
+@pytest.mark.long
 def test_calls_share_nothing_that_is_written(tmp_path: Path) -> None:
     require_sanitizer(tmp_path, THREADS)
     driver = compile_all(tmp_path, [*KERNELS, *CHECKS], (*THREADS, "-pthread"), HERE / "fake")
