@@ -8,9 +8,7 @@ executable behind it where there is one.
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -58,51 +56,39 @@ def compile_programs(
     Raises:
         PrecastError: when XLA refuses one, when it crashes, and when no child can be started.
     """
-    environment = child.environment() | {"XLA_FLAGS": isas.xla_flags(isa, os.environ.get("XLA_FLAGS", ""))}
-    command = child.command(__name__)
-    if command is None:
-        raise PrecastError(f"{where}: no process to compile in can be started (there is no Python to start).")
-    with tempfile.TemporaryFile() as errors:
-        try:
-            compiler = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment
-            )
-        except (OSError, ValueError) as error:
-            raise PrecastError(f"{where}: no process to compile in can be started ({error}).") from None
-        try:
-            done = {}
-            for name, stablehlo in programs:
-                done[name] = _ask(compiler, name, stablehlo, where, isa, log, errors)
-            return done
-        finally:
-            _end(compiler)
+    flags = isas.xla_flags(isa, os.environ.get("XLA_FLAGS", ""))
+    try:
+        with child.started(__name__, changes={"XLA_FLAGS": flags}) as compiler:
+            return {name: _ask(compiler, name, stablehlo, where, isa, log) for name, stablehlo in programs}
+    except child.NotStarted as reason:
+        raise PrecastError(f"{where}: no process to compile in can be started ({reason}).") from None
 
 
 def _ask(
-    compiler: "subprocess.Popen[bytes]",
+    compiler: child.Child,
     name: str,
     stablehlo: bytes,
     where: str,
     isa: str,
     log: Callable[[str], None],
-    errors: IO[bytes],
 ) -> Compiled:
     suffix = "" if isa == isas.NATIVE else f" for {isa}"
     log(f"compiling {printable(name)} from StableHLO{suffix} …")
     started = time.perf_counter()
-    assert compiler.stdin is not None
-    assert compiler.stdout is not None
+    stdin, stdout = compiler.process.stdin, compiler.process.stdout
+    assert stdin is not None
+    assert stdout is not None
     try:
-        _send(compiler.stdin, stablehlo)
-        answer = json.loads(_receive(compiler.stdout))
+        _send(stdin, stablehlo)
+        answer = json.loads(_receive(stdout))
         if "error" in answer:
             hint = (
                 "" if isa == isas.NATIVE else f" It was compiled for {isa}; XLA may manage a wider --cpu-isa."
             )
             raise PrecastError(f"{where}: program {name!r}: {answer['error']}{hint}")
-        executable = _receive(compiler.stdout)
+        executable = _receive(stdout)
     except (EOFError, BrokenPipeError):
-        raise PrecastError(_crashed(compiler, name, where, errors)) from None
+        raise PrecastError(_crashed(compiler, name, where)) from None
     return Compiled(
         executable=executable,
         memory=from_json(ProgramMemory, answer["memory"], name),
@@ -111,29 +97,12 @@ def _ask(
     )
 
 
-def _crashed(compiler: "subprocess.Popen[bytes]", name: str, where: str, errors: IO[bytes]) -> str:
-    import signal
-
-    code = compiler.wait()
-    errors.seek(0)
-    said = errors.read().decode(errors="replace").strip().splitlines()
-    reason = said[-1][:300] if said else f"exit code {code}"
-    with suppress(ValueError):
-        if code < 0:
-            reason = signal.Signals(-code).name
+def _crashed(compiler: child.Child, name: str, where: str) -> str:
+    reason = child.ending(compiler.process.wait())
+    if reason.startswith("exit code"):
+        reason = compiler.complaint() or reason
     advice = "; is there enough memory?" if reason == "SIGKILL" else "; export the model again."
     return f"{where}: the process that compiled program {name!r} ended before it was done ({reason}){advice}"
-
-
-def _end(compiler: "subprocess.Popen[bytes]") -> None:
-    # At the end of its input the child ends by itself, but not while it compiles.
-    if compiler.poll() is None:
-        compiler.kill()
-    for stream in (compiler.stdin, compiler.stdout):
-        with suppress(OSError):
-            if stream is not None:
-                stream.close()
-    compiler.wait()
 
 
 def _send(stream: IO[bytes], data: bytes) -> None:
@@ -241,9 +210,7 @@ def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], 
 
 def main() -> None:
     """Compiles what comes in until no more comes."""
-    # The parent reads messages there; what libraries print must not get between them.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers = child.answers()
     from .runtime import pjrt
 
     client = pjrt.client()

@@ -8,7 +8,6 @@ artifact that means harm: programs are native code, and signatures are there for
 """
 
 import hashlib
-import os
 import sys
 import time
 from bisect import bisect_right
@@ -24,6 +23,7 @@ from .artifact.machine import Machine
 from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
 
 if TYPE_CHECKING:
+    from .child import Child
     from .engine import Cache
     from .generate import Model
 
@@ -135,33 +135,33 @@ def _attempt(root: Path, target: Target, limit_s: int, compile: bool, log: Calla
     Raises:
         PrecastError: as `ensure`.
     """
-    import subprocess
-
     from . import child
 
     options = ["--compile"] if compile else []
-    command = child.command(__name__, str(root), target.name, str(limit_s), *options)
-    if command is None:
-        log(f"{root}: not tried in a process of its own first, because there is no Python to start.")
-        return False
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env=child.environment(),
-            timeout=limit_s,
-            check=False,
-        )
+        with child.started(__name__, str(root), target.name, str(limit_s), *options) as running:
+            _await_end(running, root, target, limit_s)
+    except child.NotStarted as reason:
+        log(f"{root}: not tried in a process of its own first, because none can be started ({reason}).")
+        return False
+    return True
+
+
+def _await_end(running: "Child", root: Path, target: Target, limit_s: int) -> None:
+    """Let the child finish.
+
+    Raises:
+        PrecastError: as `ensure`.
+    """
+    import subprocess
+
+    try:
+        said, _ = running.process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired as error:
         where = _last(error.stdout or b"", _MARK)
         raise PrecastError(_hung(root, target, where, limit_s)) from None
-    except (OSError, ValueError) as error:
-        log(f"{root}: not tried in a process of its own first, because none can be started ({error}).")
-        return False
-    if done.returncode != 0:
-        raise PrecastError(_failed(root, target, done.returncode, done.stdout, done.stderr, limit_s))
-    return True
+    if code := running.process.returncode:
+        raise PrecastError(_failed(root, target, code, said, running.complaint(), limit_s))
 
 
 def _last(output: bytes, prefix: str) -> str | None:
@@ -177,8 +177,10 @@ def _hung(root: Path, target: Target, where: str | None, limit_s: int) -> str:
     )
 
 
-def _failed(root: Path, target: Target, code: int, stdout: bytes, stderr: bytes, limit_s: int) -> str:
+def _failed(root: Path, target: Target, code: int, stdout: bytes, complaint: str, limit_s: int) -> str:
     import signal
+
+    from . import child
 
     if code == _REFUSED and (sentence := _last(stdout, _SENTENCE)) is not None:
         return sentence
@@ -186,13 +188,9 @@ def _failed(root: Path, target: Target, code: int, stdout: bytes, stderr: bytes,
     if code == -getattr(signal, "SIGALRM", 0):
         return _hung(root, target, where, limit_s)
     begin = f"{root}: target {target.name!r} was tried in a process of its own, which"
+    name = child.ending(code)
     if code >= 0:
-        said = stderr.decode(errors="replace").strip().splitlines()
-        return f"{begin} failed while {where} ({said[-1] if said else f'exit code {code}'}); {_advice()}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
+        return f"{begin} failed while {where} ({complaint or name}); {_advice()}"
     if name == "SIGKILL":
         return (
             f"{begin} was killed while {where}, as the system does when memory runs out; precast check {root} tells"
@@ -216,12 +214,13 @@ def main(arguments: list[str]) -> int:
     """
     root, name, limit_s, *options = arguments
     _restrict(int(limit_s))
-    # The parent reads what it is told; what libraries print must not pass for it.
-    told = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", errors="replace")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    from . import child
+
+    told = child.answers()
 
     def say(line: str) -> None:
-        print(line, file=told, flush=True)
+        told.write(f"{line}\n".encode(errors="replace"))
+        told.flush()
 
     try:
         attempt(

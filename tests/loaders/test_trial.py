@@ -19,10 +19,14 @@ PROMPT = [7, 200, 31]
 @pytest.fixture
 def children(monkeypatch):
     """Command lines of child processes that a trial starts; they are run all the same."""
-    seen, original = [], subprocess.run
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **rest: seen.append(command) or original(command, **rest)
-    )
+    seen, original = [], subprocess.Popen
+
+    def start(command, **rest):
+        if "precast.loaders.trial" in command:
+            seen.append(command)
+        return original(command, **rest)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     return seen
 
 
@@ -157,15 +161,13 @@ def test_programs_beside_the_manifest_matter_and_what_lies_beside_them_does_not(
     assert records[0] == records[2] != records[1]
 
 
-@pytest.mark.parametrize("executable", ["", "/no/such/python"])
-def test_where_no_child_can_be_started_it_is_said_and_not_tried(
-    tiny_artifact, own_cache, monkeypatch, executable
-):
-    monkeypatch.setattr(sys, "executable", executable)
+def test_where_no_child_can_be_started_it_is_said_and_not_tried(tiny_artifact, own_cache, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
     said = []
     assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
     (line,) = said
-    assert f"{tiny_artifact}: not tried in a process of its own first, because" in line
+    assert f"{tiny_artifact}: not tried in a process of its own first, because none can be started (" in line
+    assert "/no/such/python" in line
     assert notes(own_cache) == []
 
 
@@ -176,7 +178,9 @@ def test_a_child_imports_from_where_this_process_does_and_not_from_its_folder(mo
     monkeypatch.setattr(sys, "path", ["/one", "", b"/bytes", None, "/two"])
     monkeypatch.setenv("PYTHONPATH", "/three")
     monkeypatch.setenv("OTHER", "kept")
-    environment = child.environment()
+    monkeypatch.setenv(child.GUARD, "x")
+    environment = child.environment("a.b")
+    assert environment[child.GUARD] == "x,a.b"
     assert environment["PYTHONPATH"] == f"/one{os.pathsep}/two"
     assert environment["OTHER"] == "kept"
     assert child.command("a.b", "c") == [sys.executable, "-P", "-m", "a.b", "c"]
@@ -203,6 +207,8 @@ def test_where_there_is_no_python_to_start_nothing_is_started(
         monkeypatch.setattr(sys, "frozen", True, raising=False)
     elif how == "no interpreter":
         monkeypatch.setattr(sys, "executable", None)
+        for prefix in ("prefix", "base_prefix"):
+            monkeypatch.setattr(sys, prefix, "/no/such/folder")
     else:
         monkeypatch.setattr(sys, "path", [*sys.path, "/a\0b"])
     said = []
@@ -214,12 +220,81 @@ def test_where_there_is_no_python_to_start_nothing_is_started(
     assert len(children) == (how == "a path that no system takes")
 
 
-def child_that(monkeypatch, tmp_path, code):
-    """A Python that runs this code instead of what it is asked to."""
+def child_that(monkeypatch, tmp_path, code, ready=True):
+    """A Python that runs this code instead of what it is asked to, once it has said that it is ready."""
     script = tmp_path / "python"
-    script.write_text(f"#!{sys.executable}\nimport os, signal, sys, time\n{code}\n")
+    first = child.READY.decode() if ready else ""
+    script.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys, time\nprint({first!r}, end='', flush=True)\n{code}\n"
+    )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("sys.exit('getopt_long() error')", "getopt_long() error"),
+        ("sys.exit(3)", "exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("print('error: a sentence'); sys.exit(3)", "answers as something other than Python does"),
+        ("print('precast child'); time.sleep(600)", "answers as something other than Python does"),
+        ("time.sleep(600)", "did not become ready within 1 s"),
+    ],
+)
+def test_a_child_that_is_no_python_is_said_to_be_that(
+    tiny_artifact, tmp_path, own_cache, monkeypatch, code, reason
+):
+    monkeypatch.setattr(child, "START_S", 1 if "within" in reason else 60)
+    child_that(monkeypatch, tmp_path, code, ready=False)
+    said = []
+    ensure(tiny_artifact, log=said.append)
+    (line,) = said
+    assert line.startswith(
+        f"{tiny_artifact}: not tried in a process of its own first, because none can be started ({tmp_path}/python"
+    )
+    assert line.endswith(f"{reason}).")
+    assert notes(own_cache) == []
+    with pytest.raises(
+        PrecastError, match=r"^x: no process to compile in can be started \(.*/python"
+    ) as raised:
+        compiling.compile_programs([("decode", b"code")], "x", log=said.append)
+    assert str(raised.value).endswith(f"{reason}).")
+
+
+@pytest.mark.parametrize("name", ["uwsgi", "uwsgi_python3", "app", ""])
+def test_in_a_server_that_embeds_python_the_interpreter_beside_it_is_started(
+    tiny_artifact, own_cache, monkeypatch, children, name
+):
+    monkeypatch.setattr(sys, "executable", name and f"/usr/bin/{name}")
+    ensure(tiny_artifact, log=pytest.fail)
+    ((python, *_),) = children
+    assert python == f"{sys.prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    assert len(notes(own_cache)) == 1
+
+
+def test_an_application_that_starts_itself_does_so_once(tiny_artifact, tmp_path, own_cache):
+    app, log = tmp_path / "python-app", tmp_path / "log"
+    app.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.executable = {str(app)!r}\nopen({str(log)!r}, 'a').write('start\\n')\n"
+        f"import precast\nprecast.load({str(tiny_artifact)!r}, log=lambda s: print(s, file=open({str(log)!r}, 'a')))\n"
+    )
+    app.chmod(0o755)
+    result = subprocess.run([app], capture_output=True, text=True, timeout=300, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    first, second, inner, outer = log.read_text().splitlines()
+    assert first == second == "start"
+    start = f"{tiny_artifact}: not tried in a process of its own first, because none can be started ("
+    assert inner == f"{start}this process was started by precast.loaders.trial itself)."
+    assert outer == f"{start}{app}: exit code 0)."
+    assert notes(own_cache) == []
+
+
+def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
+    monkeypatch.setenv(child.GUARD, "precast.loaders.trial")
+    assert child.command("precast.loaders.compiling")[0] == sys.executable
+    with pytest.raises(child.NotStarted, match=r"started by precast\.loaders\.trial itself"):
+        child.command("precast.loaders.trial")
 
 
 @pytest.mark.parametrize(
@@ -281,6 +356,7 @@ def test_the_child_says_where_it_is(tiny_artifact, python):
     programs = ("cache", "prefill_8", "prefill_16", "decode")
     running = ("cache", "prefill_8", "decode")
     assert result.stdout.splitlines() == [
+        "precast child ready",
         *(f"at: loading {name}" for name in programs),
         *(f"at: running {name}" for name in running),
     ]
@@ -292,8 +368,8 @@ def test_the_child_passes_a_refusal_on(artifact_copy, python):
     result = python("-m", "precast.loaders.trial", str(artifact_copy), target, "600")
     assert result.returncode == 3
     assert (
-        result.stdout
-        == f"error: {artifact_copy}: file 'tokenizer.json' is missing; copy or export the artifact again.\n"
+        result.stdout == "precast child ready\n"
+        f"error: {artifact_copy}: file 'tokenizer.json' is missing; copy or export the artifact again.\n"
     )
 
 
