@@ -138,17 +138,16 @@ class Model:
         return [int(token) for token in ids]
 
     def _started(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
+        limit = params.limit(len(prompt), self.engine.capacity - len(prompt))
         progress = Progress()
         ends: Set[int] = frozenset() if params.ignore_eos else self.eos_token_ids
         decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
-        found = pieces(partial(self._tokens, prompt, params), decoder, stops, ends, progress)
+        found = pieces(partial(self._tokens, prompt, params, limit), decoder, stops, ends, progress)
         return Stream(found, prompt, progress)
 
-    def _tokens(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
-        """Generated ids, until max_tokens or the end of the cache."""
-        room = self.engine.capacity - len(prompt)
-        limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        sampler = Sampler(params, prompt, self.engine.vocab)
+    def _tokens(self, prompt: Sequence[int], params: SamplingParams, limit: int) -> Iterator[int]:
+        """At most `limit` generated ids."""
+        sampler = Sampler(params, prompt, self.engine.vocab, self.eos_token_ids)
         # A cache of its own for each generation: two streams of one model do not disturb each other.
         cache = self.engine.new_cache()
         step = self.engine.prefill(prompt, cache)

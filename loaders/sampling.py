@@ -1,32 +1,38 @@
 """How the next token is chosen from the logits: NumPy only, the same tokens for the same seed.
 
-The filters and their order are those of transformers (repetition penalty, temperature, top-k, top-p, min-p),
-so that settings found there mean the same here.
+The filters and their order are those of transformers (repetition penalty, forbidden tokens, temperature, top-k,
+top-p, min-p), so that settings found there mean the same here.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
 
-# Of integers that may have more bits than a manifest's whole numbers.
-_BITS = {"seed": 128}
+if TYPE_CHECKING:
+    from .forbidden import Forbidden
 
 
 class SamplingParams(Frozen):
-    """How to generate. The defaults are greedy and end at an end-of-sequence token or when the cache is full.
+    """How to generate. The defaults are greedy and end at an end-of-generation token or when the cache is full.
 
     Raises:
-        PrecastError: a value is of the wrong type or out of range.
+        PrecastError: a parameter is unknown, of the wrong type, out of range, or not given by its name.
     """
 
     max_tokens: int | None = None
     """Most tokens to generate; None: until the cache is full."""
+    max_length: int | None = None
+    """Most tokens of prompt and answer together; it has no effect where max_tokens is given."""
+    min_tokens: int = 0
+    """Choose no end-of-generation token before the answer has this many tokens."""
+    min_length: int = 0
+    """As min_tokens, for prompt and answer together; it has no effect where min_tokens is given."""
     temperature: float = 0.0
     """Divides the logits; 0 is greedy, and then top_k, top_p and min_p have no effect."""
     top_k: int = 0
@@ -37,37 +43,110 @@ class SamplingParams(Frozen):
     """Drop tokens less likely than this fraction of the most likely one; 0 is off."""
     repetition_penalty: float = 1.0
     """Makes tokens of the prompt and the answer less likely (CTRL, arXiv:1909.05858); 1 is off."""
+    no_repeat_ngram_size: int = 0
+    """Let no sequence of this many tokens occur twice in the prompt and the answer; 0 is off."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Tokens never to choose."""
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Tokens not to begin the answer with."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens never to complete. A single end-of-generation token is not forbidden."""
     seed: int | None = None
     """Seed of the draws; None draws fresh entropy."""
     stop: tuple[str, ...] = ()
     """Strings that end generation; they are not part of the answer."""
     ignore_eos: bool = False
-    """Go on after an end-of-sequence token."""
+    """Go on after an end-of-generation token."""
+
+    if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
+
+        def __init__(self, *values: Any, **fields: Any) -> None:
+            _check_names(values, fields)
+            super().__init__(**fields)
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "seed"):
-            if getattr(self, name) is not None:
-                self.__dict__[name] = _integer(
-                    name, getattr(self, name), low=1 if name == "max_tokens" else 0
-                )
-        self.__dict__["top_k"] = _integer("top_k", self.top_k, low=0)
-        _check_real("temperature", self.temperature, low=0.0, high=math.inf)
-        _check_real("top_p", self.top_p, low=0.0, high=1.0)
-        _check_real("min_p", self.min_p, low=0.0, high=1.0)
-        _check_real("repetition_penalty", self.repetition_penalty, low=0.0, high=math.inf)
+        checked = self.__dict__
+        for name, low in _WHOLE.items():
+            if checked[name] is not None or name not in _OPTIONAL:
+                checked[name] = _integer(name, checked[name], low=low)
+        for name, high in _REAL.items():
+            checked[name] = _real(name, checked[name], high=high)
         if self.repetition_penalty == 0:
             raise PrecastError("Sampling parameters: repetition_penalty must be greater than 0, found 0.")
         if not isinstance(self.ignore_eos, bool):
             raise PrecastError(
-                f"Sampling parameters: ignore_eos must be true or false, found {self.ignore_eos!r}."
+                f"Sampling parameters: ignore_eos must be true or false, found {self.ignore_eos!r:.60}."
             )
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            self.__dict__[name] = float(getattr(self, name))
-        self.__dict__["stop"] = _checked_stop(self.stop)
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            checked[name] = _token_ids(name, checked[name])
+        checked["bad_words_ids"] = _sequences("bad_words_ids", checked["bad_words_ids"])
+        checked["stop"] = _checked_stop(self.stop)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether some tokens may be forbidden."""
+        return bool(
+            self.min_tokens
+            or self.min_length
+            or self.no_repeat_ngram_size
+            or self.suppress_tokens
+            or self.begin_suppress_tokens
+            or self.bad_words_ids
+        )
+
+    def limit(self, prompt_tokens: int, room: int) -> int:
+        """Return the most tokens that a prompt may be continued by.
+
+        Args:
+            prompt_tokens: length of the prompt.
+            room: positions that the cache has left.
+
+        Raises:
+            PrecastError: the prompt reaches max_length.
+        """
+        if self.max_tokens is not None:
+            return min(self.max_tokens, room)
+        if self.max_length is None:
+            return room
+        if prompt_tokens >= self.max_length:
+            raise PrecastError(
+                f"prompt: its {prompt_tokens} tokens reach max_length, {self.max_length}; raise it, or give"
+                " max_tokens instead."
+            )
+        return min(self.max_length - prompt_tokens, room)
+
+
+# Lowest value of each whole number, and highest of each real one. Integers go up to 2^63 - 1, as a manifest's, but for
+# the seed: a generator's state has 128 bits.
+_WHOLE = {
+    "max_tokens": 1,
+    "max_length": 1,
+    "min_tokens": 0,
+    "min_length": 0,
+    "top_k": 0,
+    "no_repeat_ngram_size": 0,
+    "seed": 0,
+}
+_OPTIONAL = ("max_tokens", "max_length", "seed")
+_REAL = {"temperature": math.inf, "top_p": 1.0, "min_p": 1.0, "repetition_penalty": math.inf}
+_SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+
+def _check_names(values: tuple[object, ...], fields: Mapping[str, object]) -> None:
+    known = SamplingParams.__dataclass_fields__
+    if values:
+        raise PrecastError(
+            f"Sampling parameters: each must be given by its name (temperature=0.7), found {values[0]!r:.60}"
+            " without one."
+        )
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise PrecastError(
+            f"Sampling parameters: {unknown[0]!r} is not one of them, expected {', '.join(known)}."
+        )
 
 
 def _integer(name: str, value: Any, *, low: int) -> int:
-    bits = _BITS.get(name, 63)
+    bits = 128 if name == "seed" else 63
     known = isinstance(value, Integral) and not isinstance(value, bool)
     if not known or not low <= int(value) < 1 << bits:
         raise PrecastError(
@@ -76,61 +155,90 @@ def _integer(name: str, value: Any, *, low: int) -> int:
     return int(value)
 
 
-def _check_real(name: str, value: Any, *, low: float, high: float) -> None:
+def _real(name: str, value: Any, *, high: float) -> float:
+    """Return a number that is neither lost nor infinite in float32, the type that logits are computed in."""
     known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if known and math.isfinite(value) and low <= value <= high:
-        return
-    wanted = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-    raise PrecastError(f"Sampling parameters: {name} must be a finite number {wanted}, found {value!r}.")
+    value = value.item() if isinstance(value, np.generic) else value
+    # Compared before it is converted: an int may be more than a float holds.
+    if known and (value == 0 or _SMALLEST <= value <= min(high, _LARGEST)):
+        return float(value)
+    wanted = "at least 0" if math.isinf(high) else f"between 0 and {high:g}"
+    if known and 0 < value <= high and value < math.inf:
+        wanted += f" that float32 holds, which is 0 or from {_SMALLEST:.2g} to {_LARGEST:.2g}"
+    raise PrecastError(f"Sampling parameters: {name} must be a finite number {wanted}, found {value!r:.60}.")
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise PrecastError(f"Sampling parameters: {name} must be a list of token ids, found {value!r:.60}.")
+    return tuple(_integer(f"a token id of {name}", token, low=0) for token in value)
+
+
+def _sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(value, (tuple, list)) or not all(
+        isinstance(item, (tuple, list)) and item for item in value
+    ):
+        raise PrecastError(
+            f"Sampling parameters: {name} must be a list of lists of token ids, none empty, found {value!r:.60}."
+        )
+    return tuple(_token_ids(name, item) for item in value)
 
 
 def _checked_stop(stop: Any) -> tuple[str, ...]:
     if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
-        raise PrecastError(f"Sampling parameters: stop must be a list of non-empty strings, found {stop!r}.")
+        raise PrecastError(
+            f"Sampling parameters: stop must be a list of non-empty strings, found {stop!r:.60}."
+        )
     return tuple(stop)
 
 
 _BLOCK = 512  # weights summed together when drawing
-_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 class Sampler:
-    """Chooses tokens for one sequence. It remembers what was seen, for the repetition penalty.
+    """Chooses tokens for one sequence. It remembers the sequence, for the penalty and for forbidden tokens.
 
     Args:
         params: how to choose.
         prompt_ids: tokens of the prompt; ids of `vocab_size` and above never come out of the model and are
             ignored, as in transformers.
         vocab_size: V, the length of the logits.
+        end_ids: end-of-generation tokens, for min_tokens and min_length.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Iterable[int], vocab_size: int) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Iterable[int], vocab_size: int, end_ids: Iterable[int] = ()
+    ) -> None:
         self._params = params
         self._vocab_size = vocab_size
         self._seen: set[int] = set()
         self._rng = np.random.Generator(np.random.PCG64(params.seed))
-        for token_id in prompt_ids:
-            self.observe(token_id)
+        prompt = [_token(token) for token in prompt_ids]
+        self._forbidden = _forbidden(params, prompt, () if params.ignore_eos else end_ids)
+        self._seen.update(token for token in prompt if token < vocab_size)
 
     @property
     def is_greedy(self) -> bool:
         """Whether the choice is plain argmax: the program's own will do, and logits need not be fetched."""
-        return self._params.temperature == 0 and self._params.repetition_penalty == 1
+        params = self._params
+        return params.temperature == 0 and params.repetition_penalty == 1 and self._forbidden is None
 
     def observe(self, token_id: int) -> None:
-        """Record a token of the sequence that did not come from `sample`."""
-        if token_id < 0:
-            raise PrecastError(f"Sampling: token ids must not be negative, found {token_id}.")
+        """Record a token of the answer that did not come from `sample`."""
+        token_id = _token(token_id)
         if token_id < self._vocab_size:
-            self._seen.add(int(token_id))
+            self._seen.add(token_id)
+        if self._forbidden is not None:
+            self._forbidden.observe(token_id)
 
     def sample(self, logits: np.ndarray) -> int:
         """Choose the next token from logits [V] (float32) and record it.
 
         Raises:
-            PrecastError: the shape is not [V], or the logits hold NaN, +inf or nothing but -inf.
+            PrecastError: the shape is not [V], the logits hold NaN, +inf or nothing but -inf, or every token that
+                they allow is forbidden.
         """
-        scores = self._penalised(_checked(logits, self._vocab_size))
+        scores = self._allowed(self._penalised(_checked(logits, self._vocab_size)))
         if self._params.temperature == 0:
             token_id = int(np.argmax(scores))  # the first, so the lowest id, of equals
         else:
@@ -147,9 +255,41 @@ class Sampler:
         seen = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
         old = scores[seen]
         scores = scores.copy()
-        with np.errstate(over="ignore"):  # an overflow to +inf is reported by the check below
-            scores[seen] = np.where(old < 0, old * penalty, old / penalty)
-        return _checked(scores, self._vocab_size)
+        with np.errstate(over="ignore", under="ignore"):
+            new = np.where(old < 0, old * penalty, old / penalty)
+        # A finite logit stays finite: infinities could not be compared, and would forbid what is only penalised.
+        scores[seen] = np.where(np.isneginf(old), old, np.clip(new, -_LARGEST, _LARGEST))
+        return scores
+
+    def _allowed(self, scores: np.ndarray) -> np.ndarray:
+        if self._forbidden is None:
+            return scores
+        forbidden = [token for token in self._forbidden.tokens() if token < self._vocab_size]
+        if not forbidden:
+            return scores
+        scores = scores.copy()
+        scores[forbidden] = -np.inf
+        if np.isneginf(scores.max()):
+            raise PrecastError(
+                "Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to"
+                " choose; loosen them."
+            )
+        return scores
+
+
+def _forbidden(params: SamplingParams, prompt: list[int], end_ids: Iterable[int]) -> "Forbidden | None":
+    if not params.constrained:
+        return None
+    # Imported here: few models forbid anything, and a start is short.
+    from .forbidden import Forbidden
+
+    return Forbidden(params, prompt, end_ids)
+
+
+def _token(token_id: int) -> int:
+    if token_id < 0:
+        raise PrecastError(f"Sampling: token ids must not be negative, found {token_id}.")
+    return int(token_id)
 
 
 def _checked(logits: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -185,8 +325,7 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
     weights = scores if ids is None else scores[ids]
     with np.errstate(over="ignore", under="ignore"):  # -inf and then 0 are the right limits
         weights = weights - weights.max()
-        # A temperature too small for float32 is the limit of greedy; dividing by 0 would make 0/0.
-        weights /= np.float32(max(params.temperature, _SMALLEST))
+        weights /= np.float32(params.temperature)
         np.exp(weights, out=weights)
     if params.top_p < 1:
         weights *= _nucleus(weights, params.top_p)

@@ -4,6 +4,23 @@ from dataclasses import MISSING, Field, FrozenInstanceError, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 
+class _Signature:
+    """The constructor's signature, made from the fields when something asks for it."""
+
+    def __get__(self, _: object, owner: "type[Frozen]") -> Any:
+        from inspect import Parameter, Signature
+
+        defaults = {n: f.default for n, f in owner.__dataclass_fields__.items() if f.default is not MISSING}
+        return Signature(
+            [
+                Parameter(
+                    n, Parameter.KEYWORD_ONLY, default=defaults.get(n, Parameter.empty), annotation=f.type
+                )
+                for n, f in owner.__dataclass_fields__.items()
+            ]
+        )
+
+
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 class Frozen:
     """Base of frozen, keyword-only dataclasses, for classes that every start needs.
@@ -13,6 +30,8 @@ class Frozen:
 
     if TYPE_CHECKING:
         __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    else:
+        __signature__ = _Signature()  # for `help` and for notebooks; type checkers derive it from the fields
 
     def __init_subclass__(cls) -> None:
         cls.__doc__ = cls.__doc__ or cls.__name__  # else `dataclass` asks `inspect` for one

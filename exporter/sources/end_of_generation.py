@@ -1,0 +1,63 @@
+"""Tokens that end a generation, found by their text: one model stops at the same tokens, whatever it came as.
+
+Files seldom name all of them. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows only
+the ids that a config names.
+"""
+
+from collections.abc import Iterable, Mapping
+
+# Texts that no vocabulary has by chance: they count whatever type a file gives them.
+_UNMISTAKABLE = frozenset(
+    {
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",  # gpt-oss
+        "<|call|>",
+        "<|calls|>",  # Solar Open
+        "<|flush|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<｜end▁of▁sentence｜>",  # DeepSeek
+        "<turn|>",  # Gemma 4
+        "<|tool_response>",
+        "<|fim_pad|>",
+        "<|fim_repo|>",
+        "<|repo_name|>",
+        "<|file_sep|>",
+    }
+)
+# Texts that also occur as plain text: they count where they are special tokens.
+_IF_SPECIAL = frozenset(
+    {"</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "<fim-pad>", "<PAD>", "<fim-repo>", "<REPO>"}
+)
+# Of these, the first ends nothing where all of the others are there.
+_EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # it separates the messages of one answer
+    ("<|end|>", frozenset({"<|flush|>", "<|calls|>"})),
+    ("<|end|>", frozenset({"<|flush|>", "<|call|>"})),
+    ("</s>", frozenset({"<|tool_response>"})),
+)
+
+
+def ends_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the ids of tokens that end a generation, ascending.
+
+    Args:
+        special: the tokens that are found whole in a text, with their ids.
+        plain: all other tokens.
+    """
+    found = {text: i for text, i in plain.items() if text in _UNMISTAKABLE}
+    found |= {text: i for text, i in special.items() if text in _UNMISTAKABLE | _IF_SPECIAL}
+    for text, others in _EXCEPTIONS:
+        if others <= found.keys():
+            found.pop(text, None)
+    return tuple(sorted(found.values()))
+
+
+def together(named: Iterable[int | None], by_text: Iterable[int]) -> tuple[int, ...]:
+    """Return all ends once, those first that the model's files name."""
+    return tuple(dict.fromkeys(token for token in (*named, *by_text) if token is not None))
