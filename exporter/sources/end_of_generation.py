@@ -1,10 +1,13 @@
 """Tokens that end a generation, found by their text: one model stops at the same tokens, whatever it came as.
 
-Files seldom name all of them. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows only
-the ids that a config names.
+Files seldom name all of them. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows
+only the ids that a config names.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from precast.loaders.artifact.errors import PrecastError
 
 # Texts that no vocabulary has by chance: they count whatever type a file gives them.
 _UNMISTAKABLE = frozenset(
@@ -32,7 +35,19 @@ _UNMISTAKABLE = frozenset(
 )
 # Texts that also occur as plain text: they count where they are special tokens.
 _IF_SPECIAL = frozenset(
-    {"</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "<fim-pad>", "<PAD>", "<fim-repo>", "<REPO>"}
+    {
+        "</s>",
+        "<eos>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "[e~[",
+        "<fim-pad>",
+        "<PAD>",
+        "<fim-repo>",
+        "<REPO>",
+    }
 )
 # Of these, the first ends nothing where all of the others are there.
 _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
@@ -56,6 +71,17 @@ def ends_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> tuple[
         if others <= found.keys():
             found.pop(text, None)
     return tuple(sorted(found.values()))
+
+
+def named_ends(folder: Path, config: Mapping[str, object]) -> tuple[int, ...]:
+    """Return what config.json or generation_config.json says of end tokens: one id, several or none."""
+    said = config.get("eos_token_id")
+    ids = said if isinstance(said, list) else [] if said is None else [said]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise PrecastError(
+            f"{folder}: expected eos_token_id to be token ids, found {said!r:.80}; correct the config."
+        )
+    return tuple(ids)
 
 
 def together(named: Iterable[int | None], by_text: Iterable[int]) -> tuple[int, ...]:

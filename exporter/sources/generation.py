@@ -150,6 +150,8 @@ KEYS: Mapping[str, Key] = {
 
 # transformers' defaults where do_sample is true and a key is absent or null; what it has off is off here too.
 _SAMPLING_DEFAULTS: Mapping[str, object] = {"temperature": 1.0, "top_k": 50}
+# transformers' own max_length where nobody sets one. It says nothing about the model.
+_UNSET_LENGTH = 20
 # The first wins over the second.
 _PREFERRED = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
 _LISTS = frozenset({"bad_words_ids", "suppress_tokens", "begin_suppress_tokens"})
@@ -186,7 +188,9 @@ def read_generation(folder: Path, config: Mapping[str, object]) -> Generation:
         path, values = folder / "config.json", {key: config[key] for key in KEYS if key in config}
     values = {key: value for key, value in values.items() if value is not None}
     return Generation(
-        values=values, sampling=read_sampling(path, values), remarks=_remarks(path, sorted(values.keys() - KEYS.keys()))
+        values=values,
+        sampling=read_sampling(path, values),
+        remarks=_remarks(path, sorted(values.keys() - KEYS.keys())),
     )
 
 
@@ -212,7 +216,9 @@ def read_sampling(path: Path, values: Mapping[str, object]) -> dict[str, object]
     for key, value in values.items():
         if key in KEYS and (sampling or not KEYS[key].sampling):
             _check_refused(path, key, value)
-    wanted = (_SAMPLING_DEFAULTS if sampling else {}) | dict(values)
+    wanted = {**(_SAMPLING_DEFAULTS if sampling else {}), **values}
+    if wanted.get("max_length") == _UNSET_LENGTH:
+        del wanted["max_length"]
     for preferred, other in _PREFERRED:
         if preferred in wanted:
             wanted.pop(other, None)
@@ -225,7 +231,11 @@ def read_sampling(path: Path, values: Mapping[str, object]) -> dict[str, object]
 
 def _is_default(key: str) -> bool:
     known = KEYS.get(key)
-    return known is not None and known.treatment is Treatment.APPLIED and key not in ("do_sample", "eos_token_id")
+    return (
+        known is not None
+        and known.treatment is Treatment.APPLIED
+        and key not in ("do_sample", "eos_token_id")
+    )
 
 
 def _do_sample(path: Path, values: Mapping[str, object]) -> bool:
@@ -263,4 +273,6 @@ def _typed(path: Path, key: str, value: object) -> object:
 def _wrong(path: Path, key: str, expected: str, value: object) -> PrecastError:
     import json
 
-    return PrecastError(f"{path}: expected {key} to be {expected}, found {json.dumps(value):.80}; correct it.")
+    return PrecastError(
+        f"{path}: expected {key} to be {expected}, found {json.dumps(value):.80}; correct it."
+    )

@@ -15,6 +15,7 @@ from .base import Source
 from .files import hash_file, slug, spdx
 from .gguf_config import read_architecture, translate_config
 from .gguf_container import read_container
+from .gguf_generation import end_tokens, recommended_sampling
 from .gguf_markers import marker_remarks
 from .gguf_metadata import check_types
 from .gguf_rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
@@ -25,10 +26,6 @@ from .gguf_tokenizer import build_tokenizer
 _QUANTISATION = re.compile(
     r"[-._](?:(?:ud-)?(?:i?q\d|tq\d)[a-z0-9_]*|f16|f32|bf16|fp16|fp32|mxfp4|gguf)$", re.IGNORECASE
 )
-
-
-# Tokens that end a turn, by their text: files seldom say which token does.
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
 _TEMPLATE = "tokenizer.chat_template"
@@ -65,8 +62,8 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
         named_templates=_named_templates(path, metadata),
         bos_token=_token(path, metadata, "bos_token_id"),
         eos_token=_token(path, metadata, "eos_token_id"),
-        eos_token_ids=_eos_token_ids(metadata),
-        sampling=_sampling(metadata),
+        eos_token_ids=end_tokens(metadata),
+        sampling=recommended_sampling(path, metadata),
         licence=spdx(metadata.get("general.license")),
         files=(hash_file(path),),
         remarks=marker_remarks(metadata),
@@ -117,28 +114,3 @@ def _named_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
                 f"{path}: expected {key} to be text, found {metadata[key]!r:.80}; convert the model again."
             )
     return {key.removeprefix(prefix): metadata[key] for key in keys}
-
-
-def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """End of sequence, of turn and of message, as far as the file names them.
-
-    Where it names no end of turn, it is found by its text, as llama.cpp does: Gemma's and Phi's files have to end
-    answers with a token that they do not name.
-    """
-    found = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    if found[1] is None:
-        found += [
-            number for number, token in enumerate(metadata["tokenizer.ggml.tokens"]) if token in _TURN_ENDS
-        ]
-    return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
-
-
-def _sampling(metadata: Mapping[str, Any]) -> dict[str, float | int]:
-    """The recommended sampler, which newer converters copy out of generation_config.json.
-
-    The export checks that they are possible.
-    """
-    keys = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    keys |= {"penalty_repeat": "repetition_penalty"}
-    said = {theirs: metadata.get(f"general.sampling.{ours}") for ours, theirs in keys.items()}
-    return {key: value for key, value in said.items() if value is not None} if said["temperature"] else {}

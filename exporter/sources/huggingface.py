@@ -1,6 +1,5 @@
 """A Hugging Face directory: config.json, safetensors weights and tokenizer.json."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +13,11 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import aligned_zeros
 
 from .base import Source, SourceTensor
-from .files import hash_file, optional_json, read_json, slug, spdx
+from .end_of_generation import ends_by_text, named_ends, together
+from .files import hash_file, read_json, slug, spdx
+from .generation import read_generation, without_generation
 from .huggingface_templates import chat_templates, template_files
-from .huggingface_tokenizer import eos_token_ids, first, read_tokenizer, special_tokens
+from .huggingface_tokenizer import first, read_tokenizer, special_tokens, token_ids
 from .huggingface_tokens import ADDED, CONFIG, TOKENS_MAP
 
 _SINGLE = "model.safetensors"
@@ -29,8 +30,6 @@ _MODELOPT = "hf_quant_config.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Masks and tables that old checkpoints carry, in any type; only who asks for their values is refused.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
-
-_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 _ORIGINAL = "export the bfloat16, float16 or float32 checkpoint that it was made from"
 _INT4 = f"{_ORIGINAL}, with --weights int4"
@@ -71,23 +70,23 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
     shards = _shards(folder)
     tensors = _tensors(folder, shards)
     tokenizer = read_tokenizer(folder)
-    generation = optional_json(folder / "generation_config.json")
+    generation = read_generation(folder, config)
     special = special_tokens(config, tokenizer)
     templates = chat_templates(folder, tokenizer.tokens.named)
     return Source(
         name=slug(name or folder.resolve().name),
-        config=config,
+        config=without_generation(config),
         tensors=tensors,
         tokenizer_json=tokenizer.data,
         chat_template=templates.default,
         named_templates=templates.named,
         bos_token=special["bos_token"],
         eos_token=special["eos_token"],
-        eos_token_ids=eos_token_ids(folder, generation, config, tokenizer.document, special["eos_token"]),
-        sampling=_sampling(folder, generation),
+        eos_token_ids=_ends(folder, generation.values, config, tokenizer.document, special["eos_token"]),
+        sampling=generation.sampling,
         licence=_licence(folder / "README.md"),
         files=tuple(hash_file(path) for path in _files_read(folder, shards)),
-        remarks=tokenizer.remarks,
+        remarks=(*tokenizer.remarks, *generation.remarks),
     )
 
 
@@ -250,28 +249,25 @@ def _open_shard(path: Path) -> Iterator[Any]:
         ) from error
 
 
-# --- defaults, licence -------------------------------------------------------------------------------------
+# --- ends, licence ------------------------------------------------------------------------------------------
 
 
-def _sampling(folder: Path, generation: Mapping[str, object]) -> dict[str, float | int]:
-    """The sampling defaults, if generation_config.json turns sampling on."""
-    do_sample = generation.get("do_sample")
-    if do_sample is not None and not isinstance(do_sample, bool):
-        raise PrecastError(
-            f"{folder / 'generation_config.json'}: expected do_sample to be true or false, found "
-            f"{json.dumps(do_sample):.80}; correct it."
-        )
-    if not do_sample:
-        return {}
-    said = {key: generation[key] for key in _SAMPLING_KEYS if generation.get(key) is not None}
-    for key, value in said.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise PrecastError(
-                f"{folder / 'generation_config.json'}: expected {key} to be a number, found "
-                f"{json.dumps(value):.80}; correct it."
-            )
-    # transformers samples at temperature 1 where none is given; the loader would be greedy.
-    return {"temperature": 1.0, **said}  # type: ignore[dict-item]  # the loop above has looked
+def _ends(
+    folder: Path,
+    generation: Mapping[str, object],
+    config: Mapping[str, object],
+    tokenizer: Mapping[str, Any],
+    eos_token: str | None,
+) -> tuple[int, ...]:
+    """Where generation stops: at what generation_config.json, config.json and the tokenizer name, and by text."""
+    tokens = token_ids(tokenizer)
+    special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
+    named = (*named_ends(folder, generation), *named_ends(folder, config))
+    own = () if eos_token is None else (tokens.get(eos_token),)
+    vocab = config.get("vocab_size")
+    by_text = ends_by_text(special, tokens)
+    # A token that the model does not embed never comes.
+    return together((*named, *own), (i for i in by_text if not isinstance(vocab, int) or i < vocab))
 
 
 def _licence(card: Path) -> str | None:

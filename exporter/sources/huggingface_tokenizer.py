@@ -80,24 +80,3 @@ def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 def first(value: object) -> object:
     """The first of a list, or the value itself."""
     return value[0] if isinstance(value, list) and value else value
-
-
-def eos_token_ids(
-    folder: Path,
-    generation: Mapping[str, object],
-    config: Mapping[str, object],
-    tokenizer: Mapping[str, object],
-    eos_token: str | None,
-) -> tuple[int, ...]:
-    """Where generation stops: generation_config.json's word, else config.json's, else the tokenizer's."""
-    by_text = token_ids(tokenizer).get(eos_token) if eos_token is not None else None
-    for said in (generation.get("eos_token_id"), config.get("eos_token_id"), by_text):
-        if said is None:
-            continue
-        ids = said if isinstance(said, list) else [said]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise PrecastError(
-                f"{folder}: expected eos_token_id to be token ids, found {said!r}; correct the config."
-            )
-        return tuple(dict.fromkeys(ids))
-    return ()

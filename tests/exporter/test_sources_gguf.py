@@ -685,14 +685,14 @@ def test_what_the_file_does_not_say(gguf_spec, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
-        ({"eos_token_id": None}, (2,)),
+        ({"eos_token_id": None}, (0, 2)),
         ({"eos_token_id": 0}, (0, 2)),
-        ({"eos_token_id": 2}, (2,)),
-        ({"eos_token_id": 0, "eot_token_id": 1}, (0, 1)),
+        ({"eos_token_id": 2}, (2, 0)),
+        ({"eos_token_id": 0, "eot_token_id": 1}, (0, 1, 2)),
     ],
 )
-def test_an_end_of_turn_that_is_not_named_is_known_by_its_text(gguf_spec, tmp_path, metadata, expected):
-    """<|im_end|> is token 2; whatever eot_token_id names goes before it."""
+def test_ends_that_are_not_named_are_known_by_their_text(gguf_spec, tmp_path, metadata, expected):
+    """<|endoftext|> is token 0 and <|im_end|> token 2; what the file names goes before them."""
     spec = gguf_spec(metadata={f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
     assert open_source(str(spec.write(tmp_path))).eos_token_ids == expected
 
@@ -705,6 +705,21 @@ def test_recommended_sampling(gguf_spec, tmp_path):
     }
     sampling = open_source(str(gguf_spec(metadata=metadata).write(tmp_path))).sampling
     assert sampling == {"temperature": 0.5, "top_k": 20, "repetition_penalty": 1.5}
+
+
+def test_a_recommended_penalty_counts_without_a_temperature(gguf_spec, tmp_path):
+    metadata = {"general.sampling.top_k": 20, "general.sampling.penalty_repeat": 1.5}
+    assert open_source(str(gguf_spec(metadata=metadata).write(tmp_path))).sampling == {
+        "repetition_penalty": 1.5
+    }
+
+
+def test_a_recommended_sampler_that_precast_does_not_have(gguf_spec, tmp_path):
+    path = gguf_spec(metadata={"general.sampling.mirostat": 2}).write(tmp_path)
+    assert refusal(path) == (
+        f"{path}: general.sampling.mirostat is 2, a sampler that precast does not have; remove the key"
+        " (gguf_new_metadata.py --remove-metadata general.sampling.mirostat)."
+    )
 
 
 def test_a_special_token_beyond_the_vocabulary(gguf_spec, tmp_path):

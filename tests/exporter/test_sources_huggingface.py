@@ -355,15 +355,19 @@ def test_a_special_token_that_is_a_number(checkpoint):
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"generation_config.json": {"eos_token_id": [1, 3, 1]}, "config.json": {"eos_token_id": 2}}, (1, 3)),
-        ({"generation_config.json": {"eos_token_id": 3}}, (3,)),
-        ({"generation_config.json": {}, "config.json": {"eos_token_id": 2}}, (2,)),
+        (
+            {"generation_config.json": {"eos_token_id": [1, 3, 1]}, "config.json": {"eos_token_id": 2}},
+            (1, 3, 2),
+        ),
+        ({"generation_config.json": {"eos_token_id": 3}}, (3, 1)),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": 2}}, (2, 1)),
         ({"tokenizer_config.json": {"eos_token": "</s>"}}, (1,)),
-        ({"tokenizer_config.json": {"eos_token": "b"}}, (3,)),
-        ({}, ()),
+        ({"tokenizer_config.json": {"eos_token": "b"}}, (3, 1)),
+        ({}, (1,)),
     ],
 )
 def test_eos_token_ids(checkpoint, files, expected):
+    """All that the files name, and </s>, which is token 1, by its text."""
     assert open_source(str(checkpoint(files, ONE))).eos_token_ids == expected
 
 
@@ -397,10 +401,10 @@ def test_tokenizer_json_alone_decides_what_is_added_to_a_prompt(checkpoint, said
     [
         (
             {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None, "max_length": 9},
-            {"temperature": 0.6, "top_k": 20},
+            {"temperature": 0.6, "top_k": 20, "max_length": 9},
         ),
-        ({"do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
-        ({"do_sample": True, "temperature": None}, {"temperature": 1.0}),
+        ({"do_sample": True, "top_p": 0.9}, {"temperature": 1.0, "top_k": 50, "top_p": 0.9}),
+        ({"do_sample": True, "temperature": None}, {"temperature": 1.0, "top_k": 50}),
         ({"do_sample": False, "temperature": 0.6}, {}),
         ({"temperature": 0.6}, {}),
     ],
