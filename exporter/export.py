@@ -257,8 +257,6 @@ def _sampling(source: Source) -> SamplingDefaults:
     except PrecastError as error:
         wrong = str(error).removeprefix("Sampling parameters: ").rstrip(".")
         raise PrecastError(f"{where}: {wrong}; correct or remove it there.") from None
-    except OverflowError:
-        raise PrecastError(f"{where}: a number is too large; correct or remove it there.") from None
 
 
 def _check_tokenizer(source: Source, spec: ModelSpec) -> None:

@@ -60,12 +60,14 @@ class SamplingOptions(Frozen):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    min_tokens: int | None
     seed: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
 
     def given(self) -> Mapping[str, Any]:
-        return {key: value for key, value in vars(self).items() if value is not None}
+        return {key: value for key, value in vars(self).items() if value not in (None, ())}
 
 
 def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampling: SamplingOptions) -> None:

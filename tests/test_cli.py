@@ -232,6 +232,36 @@ def test_what_is_not_given_is_the_model_s_own_default(
     assert given["token_ids"] == list(answer.token_ids)
 
 
+def test_the_model_s_own_lists_are_kept_beside_other_options(
+    record, artifact_copy, edit_manifest, answer, tiny_model
+):
+    from precast.loaders.sampling import SamplingParams
+
+    first, second = answer.token_ids[:2]
+    stop = tiny_model.tokenizer.decode([second])
+    edit_manifest(
+        artifact_copy, lambda manifest: manifest["sampling"].update(suppress_tokens=[first], stop=[stop])
+    )
+    own = record(artifact_copy, "--ids", PROMPT, "--ignore-eos", "--no-repeat-ngram-size", "1", "-n", "30")
+    params = SamplingParams(
+        suppress_tokens=[first], stop=[stop], no_repeat_ngram_size=1, ignore_eos=True, max_tokens=30
+    )
+    assert own["token_ids"] == list(tiny_model.generate([7, 200, 31], params).token_ids)
+    assert first not in own["token_ids"]
+    assert len(set(own["token_ids"])) == len(own["token_ids"])
+
+
+def test_the_least_tokens_of_an_answer(record, artifact_copy, edit_manifest, answer):
+    def end_at_the_first(manifest):
+        manifest["tokenizer"]["eos_token_ids"] = [answer.token_ids[0]]
+
+    edit_manifest(artifact_copy, end_at_the_first)
+    assert len(record(artifact_copy, "--ids", PROMPT)["token_ids"]) == 1
+    found = record(artifact_copy, "--ids", PROMPT, "--min-tokens", "5", "-n", "9")["token_ids"]
+    assert answer.token_ids[0] not in found[:4]
+    assert len(found) >= 5
+
+
 def test_compiling_is_done_on_request_and_said(cli, tiny_artifact, answer, own_cache):
     result = cli(
         "run", tiny_artifact, "--ids", PROMPT, "--ignore-eos", "--target", "portable", "--compile", "--json"

@@ -15,6 +15,7 @@ from precast.exporter.export import ExportOptions, Progress, _far_rope, _geometr
 from precast.exporter.models import read_model
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
+from precast.loaders.inspect import render
 from precast.loaders.load import load, read_manifest
 from precast.loaders.sampling import SamplingParams
 
@@ -250,7 +251,18 @@ def test_sources_that_do_not_fit_together(refusal, tiny_source):
         ({"temperature": float("nan")}, "temperature must be a finite number at least 0, found nan; correct"),
         ({"top_p": 1.5}, "top_p must be a finite number between 0 and 1, found 1.5; correct"),
         ({"min_p": "low"}, "min_p must be a finite number between 0 and 1, found 'low'; correct"),
-        ({"temperature": 10**400}, "a number is too large; correct"),
+        (
+            {"temperature": 10**400},
+            "temperature must be a finite number at least 0 that float32 holds, which",
+        ),
+        (
+            {"bad_words_ids": [[]]},
+            "bad_words_ids must be a list of lists of token ids, none empty, found",
+        ),
+        (
+            {"suppress_tokens": [-1]},
+            "a token id of suppress_tokens must be an integer from 0 to 2^63 - 1, found -1;",
+        ),
         ({"top_k": 10**400}, "top_k must be an integer from 0 to 2^63 - 1, found 1000"),
         ({"typical_p": 0.5}, "'typical_p' is unknown, expected one of max_tokens, max_length, min_tokens"),
     ],
@@ -266,6 +278,25 @@ def test_sampling_defaults_are_the_loader_s(tmp_path, tiny_source):
     assert export(source, tmp_path / "a", QUICK).sampling == SamplingDefaults(temperature=1.0, top_k=20)
     params = load(tmp_path / "a").default_sampling()
     assert (params.temperature, params.top_k) == (1.0, 20)
+
+
+def test_sampling_defaults_that_are_lists(tmp_path, tiny_source):
+    """They pass through the manifest's JSON, to the loader and to `inspect`."""
+    said = {
+        "bad_words_ids": [[5, 6], [7]],
+        "suppress_tokens": [3],
+        "stop": ["a"],
+        "min_tokens": 4,
+        "max_length": 9,
+    }
+    export(tiny_source(fields={"sampling": said}), tmp_path / "a", QUICK)
+    params = load(tmp_path / "a").default_sampling()
+    assert params == SamplingParams(**said)
+    assert (params.bad_words_ids, params.stop) == (((5, 6), (7,)), ("a",))
+    shown = render(tmp_path / "a", as_json=False)
+    assert (
+        "  sampling max_length 9, min_tokens 4, suppress_tokens (1), bad_words_ids (2), stop 'a'\n" in shown
+    )
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "{{ messages", "{% for m in messages %}", "{% nonsense %}"])

@@ -203,6 +203,17 @@ def test_the_model_s_own_sampling_defaults_are_used(tiny_model):
     )
 
 
+def test_a_prompt_that_reaches_the_largest_length_is_refused(tiny_model):
+    params = SamplingParams(max_length=3, ignore_eos=True)
+    with pytest.raises(PrecastError) as raised:
+        tiny_model.stream(PROMPT, params)
+    assert str(raised.value) == (
+        "prompt: its 3 tokens reach max_length, 3; raise it, or give max_tokens instead."
+    )
+    params = dataclasses.replace(params, max_length=5)
+    assert len(tiny_model.generate(PROMPT, params).token_ids) == 2
+
+
 # --- seeds and streams --------------------------------------------------------------------------------------
 
 
