@@ -11,6 +11,7 @@ import numpy as np
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import ALIGNMENT, TensorSpec, aligned_zeros, write_weights
 
+from .models.names import HEAD
 from .models.parameters import Parameter, unknown_sources
 from .quantize import FORMATS, Format
 from .sources.base import QuantisedBlocks, Source, SourceTensor
@@ -18,7 +19,7 @@ from .sources.base import QuantisedBlocks, Source, SourceTensor
 # Buffers that old checkpoints carry and the config says again.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
 _NAMED = 2  # of them, in a message
-_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_VOCABULARY = ("model.embed_tokens.weight", HEAD)
 _ROUTER = ".mlp.gate.weight"  # of a mixture of experts: small, and what it decides cannot be undone
 _MATRIX_AXES = 3  # of a stack [L, out, in]
 
@@ -52,12 +53,10 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
     for parameter in parameters:
         for name in parameter.sources:
             _check_tensor(source, name, parameter.source_shape)
-    if tied and "lm_head.weight" in source.tensors:
+    if tied and HEAD in source.tensors:
         _check_tied(source)
     left = unknown_sources(parameters, source.tensors)
-    ignored = [
-        name for name in left if name.endswith(_IGNORED_ENDINGS) or (tied and name == "lm_head.weight")
-    ]
+    ignored = [name for name in left if name.endswith(_IGNORED_ENDINGS) or (tied and name == HEAD)]
     if unknown := sorted(set(left) - set(ignored)):
         raise PrecastError(
             f"{source.name}: tensor {unknown[0]!r} belongs to no parameter of the model"
@@ -99,6 +98,12 @@ def _check_tied(source: Source) -> None:
 
 def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
     tensor = source.tensors.get(name)
+    if tensor is None and name == HEAD:
+        raise PrecastError(
+            f"{source.name}: has no {HEAD}, though its config.json does not say that the output head is the embedding;"
+            ' if it is, set "tie_word_embeddings" to true there, and if the checkpoint was saved without its head (as'
+            " those that embed texts are), export the one that it was made from."
+        )
     if tensor is None:
         raise PrecastError(
             f"{source.name}: tensor {name!r} is missing; the config and the weights do not fit."

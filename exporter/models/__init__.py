@@ -27,12 +27,17 @@ from . import (
 from .blocks import DecoderConfig, LayerNorm, PostNormLayers, PreNormLayers, SandwichLayers
 from .config import ConfigReader
 from .decoder import Decoder
+from .names import Names
 from .rope import Rope
+from .shape import check_layer_types
 from .tensors import Tensors
 
 
 def _as_they_are(tensors: Tensors, _: DecoderConfig) -> Tensors:
     return tensors
+
+
+_NAMES = Names()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +49,13 @@ class Architecture:
             PrecastError for what it does not understand.
         module: the Flax module, built from the shape.
         adapt: a checkpoint's tensors under the module's names, cut and folded as it takes them.
+        names: names that its checkpoints have.
     """
 
     read_config: Callable[[ConfigReader], tuple[DecoderConfig, tuple[Rope, ...]]]
     module: Callable[[DecoderConfig], Decoder]
     adapt: Callable[[Tensors, DecoderConfig], Tensors] = _as_they_are
+    names: Names = _NAMES
 
 
 _PRE_NORM = partial(Decoder, layers=PreNormLayers)
@@ -61,7 +68,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma3_text": Architecture(
         read_config=gemma3_text.read_config, module=_SANDWICH, adapt=gemma3_text.adapt
     ),
-    "gpt2": Architecture(read_config=gpt2.read_config, module=_GPT2, adapt=gpt2.adapt),
+    "gpt2": Architecture(
+        read_config=gpt2.read_config,
+        module=_GPT2,
+        adapt=gpt2.adapt,
+        names=Names(body="transformer", embedding="wte"),
+    ),
     "granite": Architecture(read_config=granite.read_config, module=_PRE_NORM, adapt=granite.adapt),
     "llama": Architecture(read_config=llama.read_config, module=_PRE_NORM),
     "mistral": Architecture(read_config=mistral.read_config, module=_PRE_NORM),
@@ -90,6 +102,7 @@ class ModelSpec:
     ropes: tuple[Rope, ...]
     module: Callable[[DecoderConfig], Decoder]
     adapt: Callable[[Tensors, DecoderConfig], Tensors] = _as_they_are
+    names: Names = _NAMES
 
     def tables(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines of every position by every RoPE, each ``[Z, capacity, P]`` float32."""
@@ -108,7 +121,8 @@ class ModelSpec:
             PrecastError: when one that has to be cut or folded is missing, or has another shape.
         """
         try:
-            return replace(source, tensors=self.adapt(source.tensors, self.config))
+            tensors = self.names.complete(source.tensors, tied=self.config.tied_embeddings)
+            return replace(source, tensors=self.adapt(tensors, self.config))
         except PrecastError as error:
             raise PrecastError(f"{source.name}: {error}") from error
 
@@ -140,6 +154,7 @@ def read_model(config: Mapping[str, object], where: str) -> ModelSpec:
             f"{where}: auto_map asks for Python code that came with the checkpoint, which is never run; use a"
             " checkpoint of an architecture that transformers itself has."
         )
+    check_layer_types(reader, shape)
     reader.finish()
     _check_shape(shape, where)
     return ModelSpec(
@@ -148,6 +163,7 @@ def read_model(config: Mapping[str, object], where: str) -> ModelSpec:
         ropes=ropes,
         module=architecture.module,
         adapt=architecture.adapt,
+        names=architecture.names,
     )
 
 

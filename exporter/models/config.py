@@ -6,20 +6,13 @@ from typing import TypeVar
 
 from precast.loaders.artifact.errors import PrecastError
 
-# Keys that say nothing about the forward pass of a decoder: bookkeeping, training, generation and output options.
-HARMLESS = frozenset(
-    """
-    _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout bos_token_id
-    cache_implementation chunk_size_feed_forward dtype embd_pdrop eos_token_id hidden_dropout id2label
-    initializer_range is_llama_config label2id model_type name_or_path output_attentions output_hidden_states
-    pad_token_id problem_type resid_pdrop return_dict return_dict_in_generate sep_token_id task_specific_params
-    tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed use_cache
-    unsloth_version
-    """.split()
-)
-
+from .config_keys import HARMLESS, SWITCHES
 
 _T = TypeVar("_T")
+
+# Of float32, in which everything is computed, and of what XLA counts a size with.
+_LARGEST_NUMBER = 3.4e38
+_LARGEST_SIZE = (1 << 31) - 1
 
 
 class ConfigReader:
@@ -56,6 +49,8 @@ class ConfigReader:
         value = self.take(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(key, "a number", value)
+        if not abs(value) <= _LARGEST_NUMBER:
+            raise self.wrong(key, "a finite number", value)
         return value
 
     def take_bool(self, key: str, default: bool) -> bool:
@@ -71,8 +66,10 @@ class ConfigReader:
             raise self.wrong(key, f"one of {', '.join(sorted(choices))}", value)
         return choices[value]
 
-    def take_size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number of at least `least`; required where `default` is None."""
+    def take_size(
+        self, key: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST_SIZE
+    ) -> int:
+        """A whole number from `least` to `most`; required where `default` is None."""
         value = self.take(key, default)
         if value is None:
             raise PrecastError(
@@ -80,6 +77,8 @@ class ConfigReader:
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(key, "a whole number above 0" if least else "a whole number, 0 or more", value)
+        if value > most:
+            raise self.wrong(key, f"a whole number up to {most:,}", value)
         return value
 
     def take_nullable_size(self, key: str, default: int | None = None) -> int | None:
@@ -103,7 +102,7 @@ class ConfigReader:
         value = self.take(key)
         if value is None:
             raise PrecastError(f"{self.where}: key {key!r} is missing.")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST_NUMBER:
             raise self.wrong(key, "a number above 0", value)
         return value
 
@@ -113,19 +112,28 @@ class ConfigReader:
         if value not in allowed:
             raise self.wrong(key, " or ".join(repr(a) for a in allowed), value)
 
-    def finish(self, harmless: Iterable[str] = ()) -> None:
-        """Refuses what nobody asked for, but for `HARMLESS` keys and nulls."""
-        unknown = sorted(
-            key
-            for key, value in self._left.items()
-            if value is not None and key not in HARMLESS and key not in harmless
-        )
-        if unknown:
+    def finish(self) -> None:
+        """Refuse keys that nobody asked for, but for those of `HARMLESS`, `SWITCHES` that are off, and nulls."""
+        left = {k: v for k, v in self._left.items() if v is not None and k not in HARMLESS}
+        for key, switch in SWITCHES.items():
+            if key in left and not _is_one_of(left.pop(key), switch.off):
+                raise PrecastError(
+                    f"{self.where}: {key!r} is {self._left[key]!r:.80}, which {switch.means} and is not supported;"
+                    " remove the key if the model was trained without."
+                )
+        if left:
             raise PrecastError(
-                f"{self.where}: {', '.join(map(repr, unknown))} may change the model's maths and"
-                f" {'is' if len(unknown) == 1 else 'are'} not understood; precast cannot export the model faithfully."
+                f"{self.where}: {', '.join(map(repr, sorted(left)))} may change the model's maths and"
+                f" {'is' if len(left) == 1 else 'are'} not understood; remove {'it' if len(left) == 1 else 'them'} if"
+                " transformers' own class for this model_type has no such key, or else precast cannot export the model"
+                " faithfully."
             )
 
     def wrong(self, key: str, expected: str, found: object) -> PrecastError:
         """The refusal of a value."""
         return PrecastError(f"{self.where}: {key!r} is {found!r:.80}, expected {expected}.")
+
+
+def _is_one_of(value: object, allowed: Iterable[object]) -> bool:
+    """Whether a value is allowed; 0 is not False here, nor 1.0 one."""
+    return any(type(value) is type(one) and value == one for one in allowed)

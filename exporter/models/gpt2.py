@@ -8,7 +8,7 @@ from .blocks import MLP, Attention, DecoderConfig, LayerNorm
 from .config import ConfigReader
 from .ops import Calls
 from .rope import Rope, no_rope
-from .shape import ACTIVATIONS
+from .shape import ACTIVATIONS, MOST_LAYERS
 from .tensors import Tensors, split_rows, take, transposed
 
 # Keys about a head that pooled texts for other tasks, those that are said otherwise too, and of first versions.
@@ -34,7 +34,7 @@ def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
     if width % heads:
         raise config.wrong("n_head", f"a divisor of n_embd, which is {width}", heads)
     shape = DecoderConfig(
-        layers=config.take_size("n_layer"),
+        layers=config.take_size("n_layer", most=MOST_LAYERS),
         width=width,
         heads=heads,
         kv_heads=heads,
@@ -72,7 +72,7 @@ class GPT2Layers(nnx.Module):
 
 def adapt(tensors: Tensors, c: DecoderConfig) -> Tensors:
     """Llama's names, matrices as ``[out, in]``, and q, k and v apart."""
-    prefix = "transformer." if "transformer.wte.weight" in tensors else ""
+    prefix = "transformer."
     # As Llama's old checkpoints call them, which are known to be no weights.
     left = {n.replace(".attn.", ".self_attn.") if n.endswith(_MASKS) else n: t for n, t in tensors.items()}
     made = {

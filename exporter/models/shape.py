@@ -18,6 +18,10 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
+# Of any model there is, with room: every layer and every expert has names of its own, and every H has its tables.
+MOST_LAYERS = MOST_EXPERTS = 1024
+_MOST_HEAD_DIM = 1 << 16
+
 # What transformers calls layers whose tokens see all positions, and those whose tokens see the last of them.
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -48,11 +52,11 @@ def read_shape(
     width = config.take_size("hidden_size")
     every = kv_heads is None or config.is_null("num_key_value_heads")
     return DecoderConfig(
-        layers=config.take_size("num_hidden_layers"),
+        layers=config.take_size("num_hidden_layers", most=MOST_LAYERS),
         width=width,
         heads=heads,
         kv_heads=config.take_size("num_key_value_heads", heads if every else kv_heads),
-        head_dim=config.take_size("head_dim", head_dim or max(width // heads, 1)),
+        head_dim=config.take_size("head_dim", head_dim or max(width // heads, 1), most=_MOST_HEAD_DIM),
         ff_width=config.take_size("intermediate_size"),
         vocab=config.take_size("vocab_size"),
         max_positions=config.take_size("max_position_embeddings", max_positions),
@@ -69,7 +73,9 @@ def read_mixture(config: ConfigReader, *, experts: int, chosen: int, renormalise
         PrecastError: for numbers that do not go together.
     """
     names = ("num_experts", "num_local_experts")  # transformers takes one for the other
-    found = [config.take_size(name) for name in names if config.peek(name) is not None] or [experts]
+    found = [
+        config.take_size(name, most=MOST_EXPERTS) for name in names if config.peek(name) is not None
+    ] or [experts]
     if len(set(found)) > 1:
         raise PrecastError(
             f"{config.where}: {' and '.join(names)} disagree: {' and '.join(map(str, found))}."
@@ -117,3 +123,18 @@ def read_windows(config: ConfigReader, window: int | None, types: Sequence[str])
             " both or neither."
         )
     return tuple(window if t == SLIDING else 0 for t in found)
+
+
+def check_layer_types(config: ConfigReader, shape: DecoderConfig) -> None:
+    """Check the types of layers that an architecture does not read: newer configs have them all the same.
+
+    Raises:
+        PrecastError: for types of layers that are not those of the model.
+    """
+    found = config.take("layer_types")
+    types = [SLIDING if window else FULL for window in shape.windows or (0,) * shape.layers]
+    if found is not None and found != types:
+        raise PrecastError(
+            f"{config.where}: 'layer_types' is {found!r:.80}, but transformers gives all {shape.layers} layers of this"
+            f" architecture {types[0]}; remove the key, or correct it."
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from precast.exporter.models import ARCHITECTURES, ModelSpec, read_model
-from precast.exporter.models.config import HARMLESS
+from precast.exporter.models.config_keys import HARMLESS
 from precast.exporter.models.parameters import abstract_model
 from precast.loaders.artifact.errors import PrecastError
 

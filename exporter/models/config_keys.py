@@ -1,0 +1,152 @@
+"""Keys of config.json that no architecture reads: those that say nothing, and values of others that change nothing.
+
+transformers is the reference. It keeps keys that its classes do not know, and never looks at them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# Keys that say nothing about the forward pass of a decoder, by what they are for. Keys of generation_config.json may
+# stand in config.json too; the source has taken them out.
+HARMLESS = frozenset(
+    {
+        # Where the file comes from.
+        "architectures",
+        "_commit_hash",
+        "finetuning_task",
+        "is_llama_config",
+        "license",
+        "model_name",
+        "model_type",
+        "_name_or_path",
+        "name_or_path",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "_unsloth_version",
+        "unsloth_version",
+        # Which implementation of the same maths runs, and on which devices.
+        "attention_implementation",
+        "_attn_implementation",
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "base_model_ep_plan",
+        "base_model_pp_plan",
+        "base_model_tp_plan",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "_experts_implementation",
+        "experts_implementation",
+        "_experts_implementation_internal",
+        "flash_attention",
+        "flash_attn",
+        "_flash_attn_2_enabled",
+        "fused_rms_norm",
+        "gradient_checkpointing",
+        "_post_init_done",
+        "torchscript",
+        "use_cache",
+        "use_flash_attention",
+        "use_flash_attention_2",
+        "use_flash_attn",
+        "use_fused_rms_norm",
+        "use_gradient_checkpointing",
+        "use_sdpa",
+        # Types of the stored weights, which say their own.
+        "dtype",
+        "torch_dtype",
+        "use_bfloat16",
+        # Training.
+        "attention_dropout",
+        "attention_probs_dropout_prob",
+        "attn_dropout",
+        "classifier_dropout",
+        "dropout",
+        "embd_pdrop",
+        "embedding_dropout",
+        "ffn_dropout",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "initializer_range",
+        "resid_pdrop",
+        "residual_dropout",
+        "router_z_loss_coef",
+        "use_cut_cross_entropy",
+        # Lengths of training texts and of the tokenizer; max_position_embeddings is the model's.
+        "max_seq_len",
+        "max_seq_length",
+        "max_sequence_length",
+        "model_max_length",
+        "seq_len",
+        "seq_length",
+        # Tokens, and what else a call returns.
+        "bos_token_id",
+        "eos_token_id",
+        "output_attentions",
+        "_output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "tokenizer_class",
+        # Heads for other tasks, which a decoder with an output head does not have.
+        "id2label",
+        "label2id",
+        "_num_labels",
+        "num_labels",
+        "problem_type",
+        "task_specific_params",
+        "tf_legacy_loss",
+        # Decoders are decoders, whether they say so or not.
+        "is_decoder",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """A key that is harmless with some values.
+
+    Attributes:
+        off: those values.
+        means: words that follow "which", for any other.
+    """
+
+    off: tuple[object, ...]
+    means: str
+
+
+def _off(means: str, *off: object) -> Switch:
+    return Switch(off=off, means=means)
+
+
+_OTHER_ATTENTION = "is another attention"
+_OTHER_LAYERS = "makes other layers"
+
+# An architecture that reads a key itself does so first.
+SWITCHES: Mapping[str, Switch] = {
+    "add_cross_attention": _off("attends to an encoder", False),
+    "alibi": _off(_OTHER_ATTENTION, False),
+    "attention_bias": _off("adds biases that this architecture does not have", False),
+    "cross_attention_hidden_size": _off("attends to an encoder"),
+    "fp32_residual_connection": _off("computes in other types", False),
+    "is_causal": _off("lets tokens see what comes after them", True),
+    "is_encoder_decoder": _off("means an encoder and a decoder", False),
+    "lm_head_bias": _off("adds biases that this architecture does not have", False),
+    "mlp_bias": _off("adds biases that this architecture does not have", False),
+    "num_nextn_predict_layers": _off("means further layers that predict later tokens", 0),
+    "parallel_attn": _off(_OTHER_LAYERS, False),
+    "per_layer_config": _off(_OTHER_LAYERS, {}),
+    "prefix": _off("is put before every text", ""),
+    "pretraining_tp": _off("adds up products in another order", 1),
+    "pruned_heads": _off("means that heads are missing", {}, []),
+    "qk_layernorm": _off(_OTHER_LAYERS, False),
+    "rope_interleaved": _off("turns other pairs of numbers", False),
+    "tie_encoder_decoder": _off("means an encoder and a decoder", False),
+    "use_bidirectional_attention": _off("lets tokens see what comes after them", False),
+    "use_mrope": _off("has positions in three dimensions", False),
+    "use_parallel_residual": _off(_OTHER_LAYERS, False),
+    "use_sliding_window": _off(_OTHER_ATTENTION, False),
+}

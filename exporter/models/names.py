@@ -1,0 +1,52 @@
+"""Names of a checkpoint's tensors: as a model with an output head has them, whatever it was saved from."""
+
+from dataclasses import dataclass
+
+from precast.loaders.artifact.errors import PrecastError
+
+from .tensors import Tensors
+
+HEAD = "lm_head.weight"
+
+# What wraps a model puts its own name in front of every tensor's; transformers loads none of these.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel or DeepSpeed",
+    "_fsdp_wrapped_module.": "FSDP",
+    "base_model.model.": "peft",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """Names that an architecture's checkpoints have.
+
+    Attributes:
+        body: of the model below its output head, transformers' `base_model_prefix`.
+        embedding: of the token embedding, below the body.
+    """
+
+    body: str = "model"
+    embedding: str = "embed_tokens"
+
+    def complete(self, tensors: Tensors, *, tied: bool) -> Tensors:
+        """Return the tensors under the names that a model with a head has.
+
+        A body that was saved alone has names without its own; a head that is tied to the embedding may be all that
+        safetensors has kept of the two.
+
+        Raises:
+            PrecastError: when a wrapper has renamed all tensors.
+        """
+        for wrapper, owner in _WRAPPERS.items():
+            if tensors and all(name.startswith(wrapper) for name in tensors):
+                raise PrecastError(
+                    f"every tensor's name begins with {wrapper!r}, which {owner} has put there when the model was"
+                    " saved; load the model without the wrapper in transformers and save it with save_pretrained."
+                )
+        if not any(name.startswith(f"{self.body}.") for name in tensors):
+            tensors = {n if n == HEAD else f"{self.body}.{n}": t for n, t in tensors.items()}
+        embedding = f"{self.body}.{self.embedding}.weight"
+        if tied and embedding not in tensors and HEAD in tensors:
+            return {embedding if name == HEAD else name: tensor for name, tensor in tensors.items()}
+        return tensors
