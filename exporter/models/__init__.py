@@ -72,7 +72,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         read_config=gpt2.read_config,
         module=_GPT2,
         adapt=gpt2.adapt,
-        names=Names(body="transformer", embedding="wte"),
+        names=Names(body="transformer", embedding="wte", bare=True),
     ),
     "granite": Architecture(read_config=granite.read_config, module=_PRE_NORM, adapt=granite.adapt),
     "llama": Architecture(read_config=llama.read_config, module=_PRE_NORM),

@@ -47,8 +47,12 @@ class ConfigReader:
 
     def take_number(self, key: str, default: float) -> float:
         value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or _is_beyond_floats(value):
             raise self.wrong(key, "a number", value)
+        return value
+
+    def take_finite(self, key: str, default: float) -> float:
+        value = self.take_number(key, default)
         if not abs(value) <= _LARGEST_NUMBER:
             raise self.wrong(key, "a finite number", value)
         return value
@@ -132,6 +136,11 @@ class ConfigReader:
     def wrong(self, key: str, expected: str, found: object) -> PrecastError:
         """The refusal of a value."""
         return PrecastError(f"{self.where}: {key!r} is {found!r:.80}, expected {expected}.")
+
+
+def _is_beyond_floats(value: float) -> bool:
+    """Whether this is a whole number that no float is near to, which JSON allows."""
+    return isinstance(value, int) and abs(value) > _LARGEST_NUMBER
 
 
 def _is_one_of(value: object, allowed: Iterable[object]) -> bool:

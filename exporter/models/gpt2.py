@@ -42,7 +42,7 @@ def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
         ff_width=config.take_size("n_inner", 4 * width),
         vocab=config.take_size("vocab_size"),
         max_positions=config.take_size("n_positions", 1024),
-        norm_eps=config.take_number("layer_norm_epsilon", 1e-5),
+        norm_eps=config.take_finite("layer_norm_epsilon", 1e-5),
         tied_embeddings=config.take_bool("tie_word_embeddings", True),
         qkv_bias=True,
         out_bias=True,
@@ -72,7 +72,7 @@ class GPT2Layers(nnx.Module):
 
 def adapt(tensors: Tensors, c: DecoderConfig) -> Tensors:
     """Llama's names, matrices as ``[out, in]``, and q, k and v apart."""
-    prefix = "transformer."
+    prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
     # As Llama's old checkpoints call them, which are known to be no weights.
     left = {n.replace(".attn.", ".self_attn.") if n.endswith(_MASKS) else n: t for n, t in tensors.items()}
     made = {

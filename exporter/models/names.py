@@ -24,10 +24,12 @@ class Names:
     Attributes:
         body: of the model below its output head, transformers' `base_model_prefix`.
         embedding: of the token embedding, below the body.
+        bare: whether the architecture itself reads a body that was saved alone.
     """
 
     body: str = "model"
     embedding: str = "embed_tokens"
+    bare: bool = False
 
     def complete(self, tensors: Tensors, *, tied: bool) -> Tensors:
         """Return the tensors under the names that a model with a head has.
@@ -44,9 +46,11 @@ class Names:
                     f"every tensor's name begins with {wrapper!r}, which {owner} has put there when the model was"
                     " saved; load the model without the wrapper in transformers and save it with save_pretrained."
                 )
-        if not any(name.startswith(f"{self.body}.") for name in tensors):
-            tensors = {n if n == HEAD else f"{self.body}.{n}": t for n, t in tensors.items()}
-        embedding = f"{self.body}.{self.embedding}.weight"
+        prefix = f"{self.body}."
+        if not any(name.startswith(prefix) for name in tensors):
+            prefix = "" if self.bare else prefix
+            tensors = {n if n == HEAD else prefix + n: t for n, t in tensors.items()}
+        embedding = f"{prefix}{self.embedding}.weight"
         if tied and embedding not in tensors and HEAD in tensors:
             return {embedding if name == HEAD else name: tensor for name, tensor in tensors.items()}
         return tensors

@@ -60,7 +60,7 @@ def read_shape(
         ff_width=config.take_size("intermediate_size"),
         vocab=config.take_size("vocab_size"),
         max_positions=config.take_size("max_position_embeddings", max_positions),
-        norm_eps=config.take_number("rms_norm_eps", norm_eps),
+        norm_eps=config.take_finite("rms_norm_eps", norm_eps),
         tied_embeddings=config.take_bool("tie_word_embeddings", tied),
         activation=config.take_choice("hidden_act", ACTIVATIONS, "silu"),
     )
