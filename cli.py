@@ -212,6 +212,17 @@ def add_target(
         click.echo(printable(line))
 
 
+@main.command("list")
+@click.argument("folder", type=click.Path(path_type=Path), default="artifacts")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.KEY
+def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) -> None:
+    """Show the artifacts below FOLDER, by default the folder artifacts: what each is, and whether it runs here."""
+    from precast.loaders import list_console
+
+    list_console.run(folder, as_json=as_json, require_signature=require_signature)
+
+
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
 @click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
