@@ -369,6 +369,7 @@ def sign(artifact: Path, key: Path) -> None:
     its own command verifies it too.
     """
     from precast.loaders import signing
+    from precast.loaders.artifact.errors import printable
     from precast.loaders.load import find_artifact
 
     def ask() -> str:
@@ -377,8 +378,8 @@ def sign(artifact: Path, key: Path) -> None:
 
     root = find_artifact(artifact)
     fingerprint = signing.sign(root, key, ask)
-    click.echo(f"signed {root} with the key of sha256 {fingerprint}")
-    click.echo(f"check it with: precast run {root} --require-signature PUBLIC.pem")
+    click.echo(printable(f"signed {root} with the key of sha256 {fingerprint}"))
+    click.echo(printable(f"check it with: precast run {root} --require-signature PUBLIC.pem"))
 
 
 @main.command()

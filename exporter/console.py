@@ -8,6 +8,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColu
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from precast.loaders.artifact.errors import printable
 from precast.loaders.artifact.folders import check_free
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 
@@ -27,7 +28,7 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
     if output is not None:
         check_free(output, options.overwrite)
     console = _console(stderr=True)
-    console.print(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}")
+    console.print(printable(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}"))
     source = open_source(spec)
     path = output or Path("artifacts") / f"{source.name}-{options.weights}"
     built: list[Built] = []
@@ -57,11 +58,15 @@ def _progress(console: Console, bars: Bars, built: list[Built]) -> Progress:
         compiled = f", compiled {b.compile_s:.2f} s" if b.compile_s else ""
         console.print(f"  {b.program.name:<14} lowered {b.lower_s:.2f} s{compiled}, {b.bytes / 1e3:.1f} kB")
 
-    return Progress(stage=console.print, weights=weights, built=program)
+    def stage(words: str) -> None:
+        # Remarks quote the source.
+        console.print(printable(words))
+
+    return Progress(stage=stage, weights=weights, built=program)
 
 
 def _summary(path: Path, manifest: Manifest, built: list[Built], seconds: float) -> Table:
-    table = Table(title=f"{path}", title_justify="left", caption_justify="left")
+    table = Table(title=printable(str(path)), title_justify="left", caption_justify="left")
     for name, justify in (("target", "left"), ("program", "left"), ("bytes", "right"), ("seconds", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for b in built:
@@ -71,5 +76,5 @@ def _summary(path: Path, manifest: Manifest, built: list[Built], seconds: float)
     table.add_row(
         "", "whole artifact", f"{sum(f.bytes for f in manifest.files.values()):,}", f"{seconds:.2f}"
     )
-    table.caption = f"answers checked against the reference; run it with: precast run {path}"
+    table.caption = printable(f"answers checked against the reference; run it with: precast run {path}")
     return table

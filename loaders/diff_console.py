@@ -31,14 +31,14 @@ def run(before: Path, after: Path, *, as_json: bool, require_signature: Path | N
     from .load import find_artifact, read_manifest
 
     a, b = (find_artifact(path) for path in (before, after))
-    show = line_on_terminal()
-    sections = diff(
-        a,
-        read_manifest(a, require_signature=require_signature),
-        b,
-        read_manifest(b, require_signature=require_signature),
-        lambda done, total: show(f"comparing weights {done * 100 // total} %" if done < total else ""),
-    )
+    with line_on_terminal() as show:
+        sections = diff(
+            a,
+            read_manifest(a, require_signature=require_signature),
+            b,
+            read_manifest(b, require_signature=require_signature),
+            lambda done, total: show(f"comparing weights {done * 100 // total} %"),
+        )
     same = not any(sections.values())
     print(json.dumps(to_json(sections)) if as_json else "\n".join(map(printable, lines(a, b, sections))))
     return 0 if same else 1

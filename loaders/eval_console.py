@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .artifact.errors import PrecastError
-from .progress import line_on_terminal
+from .artifact.errors import PrecastError, printable
+from .progress import counted, line_on_terminal
 
 if TYPE_CHECKING:
-    from .evaluate import Comparison, Report, Scorer
+    from .evaluate import Comparison, Scorer
 
 
 MOST_TOKENS = 10_000_000
@@ -81,7 +81,11 @@ def run(
     path = e.SHIPPED_TEXT if request.text is None else request.text
     text = e.read_text(path, request.tokens)
     scorer = open_artifact(artifact, require_signature)
-    reference = None if open_reference is None else open_reference(scorer.capacity)
+    reference = None
+    if open_reference is not None:
+        with line_on_terminal() as show:
+            show("reading the reference …")
+            reference = open_reference(scorer.capacity)
     window = e.check_window(request.window, [scorer] if reference is None else [scorer, reference])
     if reference is not None:
         e.check_same_tokens(text, scorer, reference)
@@ -92,7 +96,8 @@ def run(
             f"{path}: {min(len(tokens.ids), request.tokens)} tokens are too few for a window, expected at least"
             f" {min(window, e.SHORTEST_LAST)}; give a longer text or a smaller --window."
         )
-    scores = e.evaluate(scorer, windows, reference, _progress())
+    with counted("scored", "predictions") as report:
+        scores = e.evaluate(scorer, windows, reference, report)
     facts = {
         "artifact": scorer.name,
         "text": path.name,
@@ -103,7 +108,7 @@ def run(
         "reference": None if reference is None else reference.name,
         **_compared(scores.comparison),
     }
-    print(json.dumps(facts) if request.as_json else "\n".join(_lines(facts)))
+    print(json.dumps(facts) if request.as_json else "\n".join(map(printable, _lines(facts))))
 
 
 def _compared(found: "Comparison | None") -> dict[str, float | None]:
@@ -115,11 +120,6 @@ def _compared(found: "Comparison | None") -> dict[str, float | None]:
         "kl_p99": found.kl_p99,
         "top1": found.top1,
     }
-
-
-def _progress() -> "Report":
-    show = line_on_terminal()
-    return lambda done, total: show(f"scored {done:,} of {total:,} predictions" if done < total else "")
 
 
 def _lines(facts: dict[str, Any]) -> Iterable[str]:

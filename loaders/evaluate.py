@@ -273,6 +273,7 @@ def evaluate(
     """
     _check_ids(windows, artifact)
     total, points = predictions(windows), []
+    report(0, total)
     for window in windows:
         for point in _points(artifact, window, reference):
             points.append(point)

@@ -5,7 +5,6 @@ interrupted transfer goes on where it stopped, and a second version costs what c
 layout of a store, `store_cache` what is kept on this machine.
 """
 
-import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .artifact.manifest import SIGNATURE_FILE
+from .progress import line_on_terminal
 from .store_index import Index, Piece
 from .store_remote import Store
 
@@ -81,15 +81,8 @@ def in_parallel(act: Callable[[Item], Result], items: Iterator[Item]) -> Generat
 @contextmanager
 def reporting(verb: str, progress: Progress | None) -> Iterator[Progress]:
     """`progress`, or by default a line on a terminal that is gone when the block ends, also where it fails."""
-    if progress is not None or not sys.stderr.isatty():
-        yield progress or (lambda done, total: None)
+    if progress is not None:
+        yield progress
         return
-
-    def show(line: str) -> None:
-        sys.stderr.write(f"\r\x1b[K{line}")
-        sys.stderr.flush()
-
-    try:
+    with line_on_terminal() as show:
         yield lambda done, total: show(f"{verb} {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
-    finally:
-        show("")

@@ -20,8 +20,8 @@ def push(artifact: Path, url: str, *, verify: bool, as_json: bool) -> None:
     if as_json:
         print(_json_line(found))
         return
-    print(f"pushed {found.path} to {found.store}: {_share(found, 'sent', 'the rest was there')}")
-    print(f"run it with: precast run {found.store}")
+    print(printable(f"pushed {found.path} to {found.store}: {_share(found, 'sent', 'the rest was there')}"))
+    print(printable(f"run it with: precast run {found.store}"))
 
 
 def pull(
@@ -39,8 +39,9 @@ def pull(
         print(_json_line(found))
         return
     signed = "signature checked" if require_signature else "signed" if found.signed else "not signed"
-    print(f"pulled {found.store} to {found.path}: {_share(found, 'fetched', 'the rest was here')}; {signed}")
-    print(f"run it with: precast run {found.path}")
+    share = _share(found, "fetched", "the rest was here")
+    print(printable(f"pulled {found.store} to {found.path}: {share}; {signed}"))
+    print(printable(f"run it with: precast run {found.path}"))
 
 
 def _share(found: Moved, done: str, rest: str) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,11 @@ def run(
 
     root = find_artifact(path)
     manifest = read_manifest(root, require_signature=require_signature)
-    report = _progress()
-    files = check_files(root, manifest, report)
-    report("", 0, 0)
+    with _progress() as report:
+        files = check_files(root, manifest, report)
     # What is not what it should be reaches no deserialiser.
     refused = bool(files.problems) or _in_a_savedmodel(manifest, files.unlisted)
-    played = None if refused else _replay(root, manifest, target, compile, require_signature, report)
+    played = None if refused else _replay(root, manifest, target, compile, require_signature)
     problems = _problems(root, files, played)
     if as_json:
         facts = {
@@ -70,7 +70,7 @@ def _in_a_savedmodel(manifest: "Manifest", names: Iterable[str]) -> bool:
 
 
 def _replay(
-    root: Path, manifest: "Manifest", target: str | None, compile: bool, key: Path | None, report: "Report"
+    root: Path, manifest: "Manifest", target: str | None, compile: bool, key: Path | None
 ) -> "Replay":
     from .artifact.files import read_checked
     from .artifact.golden import parse_golden
@@ -79,11 +79,9 @@ def _replay(
 
     data = read_checked(root, manifest.golden, manifest.files[manifest.golden])
     golden = parse_golden(data, manifest, str(root / manifest.golden))
-    found = replay(
-        load(root, target=target, compile=compile, require_signature=key), golden, str(root), report
-    )
-    report("", 0, 0)
-    return found
+    model = load(root, target=target, compile=compile, require_signature=key)
+    with _progress() as report:
+        return replay(model, golden, str(root), report)
 
 
 def _problems(root: Path, files: "Files", played: "Replay | None") -> list[str]:
@@ -114,6 +112,7 @@ def _lines(
         yield f"  ! {problem}"
 
 
-def _progress() -> "Report":
-    show = line_on_terminal()
-    return lambda what, done, total: show(f"{what} {done * 100 // total} %" if total else "")
+@contextmanager
+def _progress() -> "Iterator[Report]":
+    with line_on_terminal() as show:
+        yield lambda what, done, total: show(f"{what} {done * 100 // total} %")
