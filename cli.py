@@ -67,9 +67,8 @@ def main() -> None:
     "--cpu-isa",
     "cpu_isas",
     multiple=True,
-    default=("native",),
-    show_default=True,
-    help="Instruction set to compile target cpu for: native, sse4.2, avx, avx2, avx512. May be given several times.",
+    help="Instruction set to compile target cpu for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all that this"
+    " machine has. May be given several times. Default: x86-64-v2, and native on other machines.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
 def export(
@@ -100,7 +99,7 @@ def export(
         weights=weights,
         cache=cache,
         targets=targets or DEFAULT_TARGETS,
-        cpu_isas=cpu_isas,
+        cpu_isas=cpu_isas or None,
         overwrite=overwrite,
     )
     console.run_export(source, output, wanted)
@@ -181,15 +180,14 @@ def chat(
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "--cpu-isa",
-    default="native",
-    show_default=True,
-    help="Instruction set to compile for: native, sse4.2, avx, avx2, avx512.",
+    help="Instruction set to compile for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all that this machine has."
+    " Default: x86-64-v2, and native on other machines.",
 )
 @click.option("--target", help="Target whose StableHLO is compiled. Default: the quickest that runs here.")
 @click.option("--overwrite", is_flag=True, help="Replace a target of the same name.")
 @options.KEY
 def add_target(
-    artifact: Path, cpu_isa: str, target: str | None, overwrite: bool, require_signature: Path | None
+    artifact: Path, cpu_isa: str | None, target: str | None, overwrite: bool, require_signature: Path | None
 ) -> None:
     """Compile another target into ARTIFACT, from its StableHLO and by the jaxlib that is installed.
 

@@ -63,8 +63,8 @@ class ExportOptions:
         weights: how weights are stored: a key of `FORMATS`.
         cache: how keys and values are kept: one of `CACHE_TYPES`; None for what goes with the weights.
         targets: keys of `TARGET_KINDS`.
-        cpu_isas: instruction sets to compile executables for the CPU for: keys of `precast.loaders.isa.ISAS`, or
-            "native" for all that this machine has.
+        cpu_isas: instruction sets to compile executables for the CPU for: keys of `precast.loaders.isa.LEVELS`, or
+            "native" for all that this machine has; None for `precast.loaders.isa.default_isa`.
         overwrite: replace an artifact that is there already.
     """
 
@@ -74,7 +74,7 @@ class ExportOptions:
     weights: str = "int8"
     cache: str | None = None
     targets: tuple[str, ...] = DEFAULT_TARGETS
-    cpu_isas: tuple[str, ...] = (isa.NATIVE,)
+    cpu_isas: tuple[str, ...] | None = None
     overwrite: bool = False
 
 
@@ -123,6 +123,7 @@ def export(
     _check_tokenizer(source, spec)
     sampling = _sampling(source)
     created = _today()
+    isas = (isa.default_isa(),) if options.cpu_isas is None else options.cpu_isas
     for remark in (
         *source.remarks,
         *texts.marker_remarks(source),
@@ -137,7 +138,7 @@ def export(
         texts.write_texts(folder, source)
         targets: list[Target] = []
         for kind in (TARGET_KINDS[name] for name in options.targets):
-            targets += _build(kind, stored, geometry, folder, created, options.cpu_isas, progress)
+            targets += _build(kind, stored, geometry, folder, created, isas, progress)
         manifest = _manifest(
             source, _model(spec, parameters, options.weights), geometry, spec, sampling, targets, created
         )
@@ -200,7 +201,8 @@ def check_options(options: ExportOptions) -> None:
     if not 1 <= options.slots <= 256:
         raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to 256.")
     _check_targets(options.targets)
-    _check_isas(options.cpu_isas, options.targets)
+    if options.cpu_isas is not None:
+        _check_isas(options.cpu_isas, options.targets)
     if options.buckets is not None:
         _check_buckets(options.buckets)
 
@@ -235,12 +237,8 @@ def _check_isas(isas: Sequence[str], targets: Sequence[str]) -> None:
         raise PrecastError(f"--cpu-isa: expected one or more instruction sets, each once, found {found}.")
     for name in isas:
         isa.check_isa(name)
-    if isas != (isa.NATIVE,) and "cpu" not in targets:
+    if "cpu" not in targets:
         raise PrecastError("--cpu-isa: only the target cpu is compiled for it; add --target cpu.")
-    if isa.NATIVE in isas and (same := isa.same_as_native(isas)) is not None:
-        raise PrecastError(
-            f"--cpu-isa: native and {same} make the same target on this machine; name one of them."
-        )
 
 
 def _sampling(source: Source) -> SamplingDefaults:

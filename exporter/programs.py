@@ -14,7 +14,7 @@ from precast.loaders.artifact.manifest import DTYPE_BYTES, CacheArray, Value
 
 from .models import ModelSpec
 from .models.blocks import DecoderConfig
-from .models.decoder import Decoder
+from .models.decoder import Decoder, rows_at
 from .models.ops import Cache, Caches, Ops, Packed, Rows
 from .models.parameters import AbstractModel, Parameter, abstract_model
 from .quantize import FORMATS, StoredArray
@@ -299,7 +299,7 @@ def _prefill(
     model = bind(weights)
     rows = Rows(slots=slot[None], starts=start[None], lengths=length[None])
     x, held = model.step(tokens[None], rows, cos, sin, held, ops)  # [1, T, D]
-    last = jax.lax.dynamic_slice_in_dim(x[0], length - 1, 1)  # [1, D]
+    last = rows_at(x[0], (length - 1).reshape(1, 1))[0]  # [1, D]
     return _results(model.logits(last, ops), held, ops)
 
 
@@ -316,7 +316,7 @@ def _decode(
     model = bind(weights)
     rows = Rows(
         slots=jnp.arange(tokens.shape[0], dtype=jnp.int32),
-        starts=jnp.maximum(positions, 0),
+        starts=positions + (positions < 0),
         lengths=(positions >= 0).astype(jnp.int32),
     )
     x, held = model.step(tokens[:, None], rows, cos, sin, held, ops)  # [B, 1, D]

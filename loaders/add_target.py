@@ -65,7 +65,7 @@ class Added:
 def add_target(
     path: Path,
     *,
-    isa: str = isas.NATIVE,
+    isa: str | None = None,
     source: str | None = None,
     overwrite: bool = False,
     require_signature: Path | None = None,
@@ -75,7 +75,7 @@ def add_target(
 
     Args:
         path: the artifact, or a folder with exactly one in it.
-        isa: a key of `isa.ISAS`, or "native" for all that this machine has.
+        isa: a key of `isa.LEVELS`, or "native" for all that this machine has; None for `isa.default_isa`.
         source: name of the target whose StableHLO is compiled; the quickest that runs here by default.
         overwrite: replace a target of the same name.
         require_signature: file of the public key that the artifact, as it is, must be signed with.
@@ -86,6 +86,7 @@ def add_target(
             lacks, StableHLO that cannot be compiled here, a name that is taken, and programs that do not give the
             golden answers. The artifact is then as it was.
     """
+    isa = isas.default_isa() if isa is None else isa
     isas.check_isa(isa)
     root = find_artifact(path)
     with writing(root), locked(root, log) as handle:
@@ -110,8 +111,8 @@ def _add(
     chosen = _source(manifest, machine, root, source)
     _check_names(chosen, root)
     kind = _kind(chosen)
-    if (features := isas.expected_features(isa)) is not None:  # to refuse before anything is compiled
-        _free_name(manifest, isas.target_name(kind, features), machine, overwrite, root)
+    if isa != isas.NATIVE:  # to refuse before anything is compiled
+        _free_name(manifest, isas.target_name(kind, isas.LEVELS[isa].features), machine, overwrite, root)
     for (
         name,
         entry,
@@ -264,8 +265,7 @@ def summary(added: Added, path: Path) -> Sequence[str]:
     done = "replaced" if added.replaced else "added"
     facts = f"{len(target.programs)} programs, {added.bytes:,} bytes, jaxlib {target.jaxlib}"
     lines = [f"{path}: target {target.name} {done}: {facts}, {added.answers} answers as recorded"]
-    if target.cpu_features:
-        lines.append(f"  needs {' '.join(target.cpu_features)}")
+    lines.append(f"  runs on {isas.audience(target.machine, target.cpu_features)}")
     if added.signature_removed:
         lines.append(
             f"  {SIGNATURE_FILE} was removed: it was for the manifest as it was; sign the artifact again"

@@ -11,7 +11,7 @@ from .artifact import compat
 from .artifact.errors import PrecastError
 from .artifact.machine import Machine
 from .artifact.manifest import SIGNATURE_FILE, WEIGHTS_FILE, Manifest, Target
-from .isa import ISAS
+from .isa import widest_level
 from .resources import Memory, Processors
 from .units import size_text
 
@@ -251,9 +251,9 @@ def _remedy(
 
 
 def _isa(machine: Machine) -> str:
-    # They stand narrowest first.
-    widest = next((isa for isa in reversed(tuple(ISAS)) if ISAS[isa].needs in machine.features), None)
-    return f"export with --cpu-isa {widest}" if widest else "export on a machine like this one"
+    """What to export, so that it runs on this machine: a level that all of its features hold."""
+    level = widest_level(machine.features) if machine.machine == "x86_64" else None
+    return f"export with --cpu-isa {level}" if level else "export on a machine like this one"
 
 
 def _need(manifest: Manifest, target: Target) -> Need:

@@ -50,7 +50,7 @@ def compile_programs(
     Args:
         programs: names, and the artifacts, whose hashes have been checked.
         where: what messages call their target.
-        isa: a key of `isa.ISAS`, or "native".
+        isa: a key of `isa.LEVELS`, or "native".
         log: told what is being compiled.
 
     Raises:
@@ -131,6 +131,7 @@ def compile_target(
     *,
     isa: str,
     jaxlib: str,
+    folder: str | None = None,
     log: Callable[[str], None],
 ) -> tuple[Target, dict[str, bytes], dict[str, Compiled]]:
     """Compiles the StableHLO of a target into another target.
@@ -142,11 +143,11 @@ def compile_target(
         where: what messages call it.
         isa: as for `compile_programs`.
         jaxlib: version that compiles.
+        folder: of its executables, below ``programs/``; None for one named after the target.
         log: as for `compile_programs`.
 
     Returns:
-        The target, the contents of its executables by their names in the artifact, which lie in a folder named after
-        it, and what was compiled by program.
+        The target, the contents of its executables by their names in the artifact, and what was compiled by program.
 
     Raises:
         PrecastError: as `compile_programs`; for a program without StableHLO; and when the compiler used a wider
@@ -154,11 +155,9 @@ def compile_target(
     """
     wanted = [(p.name, contents[_stablehlo(p, where)]) for p in source.programs]
     compiled = compile_programs(wanted, where, isa=isa, log=log)
-    executables = [c.executable for c in compiled.values()]
-    isas.check_not_wider(isa, executables, where)
-    features = isas.needed_features(executables)
+    features = isas.needed_features(isa, {name: c.executable for name, c in compiled.items()}, where)
     name = name_of(features)
-    programs = tuple(_compiled_program(p, compiled[p.name], name, where) for p in source.programs)
+    programs = tuple(_compiled_program(p, compiled[p.name], folder or name, where) for p in source.programs)
     target = replace(
         source,
         name=name,
@@ -171,7 +170,7 @@ def compile_target(
         xla_flags=isas.xla_flags(isa, os.environ.get("XLA_FLAGS", "")),
         programs=programs,
     )
-    files = {str(p.executable): compiled[p.name].executable for p in programs}
+    files = {str(p.executable): isas.stating(compiled[p.name].executable, features) for p in programs}
     return target, files, compiled
 
 

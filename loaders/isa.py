@@ -1,146 +1,240 @@
-"""Instruction sets that XLA's compiler can be held to, and what its executables then need of a CPU.
+"""Instruction sets that executables for the CPU are made for, and the CPUs that run what came out.
 
-precast's own kernels are no part of this: they are in the wheel, for every instruction set they know, and choose one
-by CPUID when they run.
+An executable needs what its instructions use. A compiler may be allowed more than it uses, and on a new CPU more than
+was asked for, so every executable is disassembled. precast's own kernels are no part of this: the wheel holds them
+for every instruction set that they know, and they choose one by CPUID when they run.
 """
 
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .artifact.errors import PrecastError
-from .artifact.machine import CODEGEN_FEATURES, VECTOR_FEATURES, cpu_features, processor_family
-from .runtime.serialized import object_files
+from .artifact.machine import CODEGEN_FEATURES, cpu_features, processor_family
+from .instructions import Instruction, UnknownInstruction, instructions
+from .runtime.serialized import code_sections, object_files
 
 NATIVE = "native"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Isa:
-    """An instruction set.
+class Level:
+    """A level of x86-64, as the psABI defines them.
 
     Attributes:
-        flag: what XLA's ``xla_cpu_max_isa`` calls it.
-        needs: the feature, in LLVM's names, that a machine which has it has.
-        beyond: features, as a regular expression, that nothing compiled for it may use.
+        flag: its name as XLA's ``xla_cpu_max_isa``, which leaves more on than the level has.
+        features: what a machine must have and code may use, in LLVM's names, sorted.
+        since: the first CPUs that have it, and that jaxlib runs on.
+        without: CPUs that jaxlib runs on and that do not have it.
     """
 
     flag: str
-    needs: str
-    beyond: str
+    features: tuple[str, ...]
+    since: str
+    without: str
 
 
-# By the name that users give. XLA knows no others; on other processors than x86_64 it knows none.
-ISAS: Mapping[str, Isa] = {
-    "sse4.2": Isa(flag="SSE4_2", needs="sse4.2", beyond=r"avx.*|fma4?|f16c|xop|amx.*"),
-    "avx": Isa(flag="AVX", needs="avx", beyond=r"avx.+|fma4?|xop|amx.*"),
-    "avx2": Isa(flag="AVX2", needs="avx2", beyond=r"avx(512|10).*|amx.*"),
-    "avx512": Isa(flag="AVX512", needs="avx512f", beyond=r"avx10.*|amx.*"),
+def _sorted(*names: str) -> tuple[str, ...]:
+    return tuple(sorted(" ".join(names).split()))
+
+
+_V2 = "cx16 popcnt sahf sse sse2 sse3 sse4.1 sse4.2 ssse3"
+_V3 = "avx avx2 bmi bmi2 f16c fma lzcnt movbe"
+_V4 = "avx512bw avx512cd avx512dq avx512f avx512vl"
+# Narrowest first. https://gitlab.com/x86-psABIs/x86-64-ABI, "Micro-Architecture Levels".
+LEVELS: Mapping[str, Level] = {
+    "x86-64-v2": Level(
+        flag="SSE4_2",
+        features=_sorted(_V2),
+        # jaxlib's wheels are compiled for AVX.
+        since="every x86-64 CPU that jaxlib runs on: Intel since Sandy Bridge (2011), AMD since Bulldozer (2011)",
+        without="",
+    ),
+    "x86-64-v3": Level(
+        flag="AVX2",
+        features=_sorted(_V2, _V3),
+        since="Intel since Haswell (2013), AMD since Excavator (2015)",
+        without="CPUs and virtual machines without AVX2",
+    ),
+    "x86-64-v4": Level(
+        flag="AVX512",
+        features=_sorted(_V2, _V3, _V4),
+        since="Intel's Xeons since Skylake (2017), AMD since Zen 4 (2022)",
+        without="CPUs and virtual machines without AVX-512, as AMD's before Zen 4 and most of Intel's for desktops",
+    ),
 }
+# Names of before 0.3.
+_FORMER = {"sse4.2": "x86-64-v2", "avx": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 # How LLVM spells a machine inside an executable: "+avx,+avx2,-avx512f,…".
 _FEATURE_LIST = re.compile(rb"(?:[+-][a-z0-9._-]+,){4,}[+-][a-z0-9._-]+")
 _ENABLED = re.compile(rb"(?<![a-z0-9._-])\+([a-z0-9._-]+)")
-# A compiler emits these only for functions that name them (cryptography, random numbers, carry chains); XLA has none.
-_NEVER_EMITTED = frozenset("adx aes pclmul rdrnd rdseed sha vaes vpclmulqdq".split())
-# What one maker's CPUs have and others of the same age lack, and how its instructions begin. Bytes that only look so
-# keep the feature on the list; where none do, no such instruction is there.
-_SSE4A = rb"[\x66\xf2][\x40-\x4f]?\x0f[\x78\x79]|[\xf2\xf3][\x40-\x4f]?\x0f\x2b"
-# As it stands, and behind a VEX prefix (maps 2 and 3, 66) or an EVEX one.
-_GFNI = (
-    rb"\x0f\x38\xcf|\x0f\x3a[\xce\xcf]"
-    rb"|\xc4[\x02\x03\x22\x23\x42\x43\x62\x63\x82\x83\xa2\xa3\xc2\xc3\xe2\xe3]%s[\xce\xcf]|\x62...[\xce\xcf]"
-) % (b"[" + re.escape(bytes(range(1, 256, 4))) + b"]")
-_RARE: Mapping[str, re.Pattern[bytes]] = {
-    "sse4a": re.compile(_SSE4A, re.DOTALL),
-    "gfni": re.compile(_GFNI, re.DOTALL),
-}
+# What every x86-64 CPU has, and what comes with SSE 4.2; manifests do not name it.
+_UNSAID = frozenset({"64bit", "cmov", "crc32", "cx8", "fxsr", "mmx", "sse", "sse2", "x87"})
+
+
+def default_isa() -> str:
+    """The instruction set of a target unless another is asked for: the one that most machines have."""
+    return next((name for name in LEVELS if _lacks(name) == ()), NATIVE)
+
+
+def _lacks(level: str) -> tuple[str, ...]:
+    """Features of a level that this machine lacks."""
+    if processor_family() != "x86_64":
+        return LEVELS[level].features
+    return tuple(sorted(set(LEVELS[level].features) - set(cpu_features())))
 
 
 def check_isa(name: str) -> None:
-    """Refuses an instruction set that is unknown, or that this machine cannot try what is compiled for it on.
+    """Refuse an instruction set that is unknown, or that this machine cannot try an executable for on.
 
     Raises:
         PrecastError: naming the option, and what to do.
     """
     if name == NATIVE:
         return
-    if name not in ISAS:
-        raise PrecastError(f"--cpu-isa: {name!r} is not known, expected one of {', '.join((NATIVE, *ISAS))}.")
+    if name in _FORMER:
+        raise PrecastError(f"--cpu-isa: {name!r} was the name of before 0.3; write {_FORMER[name]}.")
+    if name not in LEVELS:
+        raise PrecastError(
+            f"--cpu-isa: {name!r} is not known, expected one of {', '.join((*LEVELS, NATIVE))}."
+        )
     if processor_family() != "x86_64":
         raise PrecastError(
-            f"--cpu-isa: {name} is an instruction set of x86_64, this machine is {processor_family()}; leave it out"
-            " (native), or add the target on a machine that has it: precast add-target."
+            f"--cpu-isa: {name} is a level of x86-64, this machine is {processor_family()}; leave it out (native), or"
+            " add the target on a machine that has it: precast add-target."
         )
-    if ISAS[name].needs not in cpu_features():
+    if lacks := _lacks(name):
         raise PrecastError(
-            f"--cpu-isa: {name} is wider than this machine, which lacks {ISAS[name].needs}, so its programs could"
-            " not be checked here; export on a machine that has it, or copy the artifact there and run precast"
-            f" add-target --cpu-isa {name}."
+            f"--cpu-isa: {name} is wider than this machine, which lacks {', '.join(lacks)}, so its programs could not"
+            " be checked here; export on a machine that has it, or copy the artifact there and run precast add-target"
+            f" --cpu-isa {name}."
         )
-
-
-def same_as_native(names: Iterable[str]) -> str | None:
-    """Which of these instruction sets gives a target of the same name as this machine's own; None where none does."""
-    widest = next((f for f in VECTOR_FEATURES if f in cpu_features()), None)
-    return next((name for name in names if name in ISAS and ISAS[name].needs == widest), None)
-
-
-def expected_features(name: str) -> tuple[str, ...] | None:
-    """Features, among them the widest, that a compilation will use; None where XLA_FLAGS has a say in it."""
-    if "xla_cpu_max_isa" in os.environ.get("XLA_FLAGS", ""):
-        return None
-    return cpu_features() if name == NATIVE else (ISAS[name].needs,)
 
 
 def xla_flags(isa: str, flags: str) -> str:
     """`flags`, the value of XLA_FLAGS, with what holds XLA to an instruction set. XLA looks when it is loaded."""
-    return flags if isa == NATIVE else f"{flags} --xla_cpu_max_isa={ISAS[isa].flag}".strip()
+    return flags if isa == NATIVE else f"{flags} --xla_cpu_max_isa={LEVELS[isa].flag}".strip()
 
 
-def check_not_wider(isa: str, executables: Iterable[bytes], where: str) -> None:
-    """Looks at what came out of the compiler.
+# --- what executables need --------------------------------------------------------------------------------------
+
+
+def needed_features(isa: str, executables: Mapping[str, bytes], where: str) -> tuple[str, ...]:
+    """CPU features that a machine must have to run a target's executables, in LLVM's names, sorted.
+
+    Those of a level are the level's, whatever of it is used: such a target runs on every machine of the level. Those
+    of "native" are the narrowest level's that holds them, and what else is used.
+
+    Args:
+        isa: a key of `LEVELS`, or "native".
+        executables: by their programs.
+        where: what messages call the target.
 
     Raises:
-        PrecastError: when it was allowed to use more than was asked for.
+        PrecastError: for an instruction beyond the level, or that is not known.
     """
-    if isa == NATIVE:
-        return
-    enabled = {name for data in executables for name in _enabled(data)}
-    if not enabled:
+    if processor_family() != "x86_64":
+        return tuple(sorted({f for data in executables.values() for f in _enabled(data)} & CODEGEN_FEATURES))
+    used = {
+        f for name, data in executables.items() for i in _checked(isa, name, data, where) for f in i.needs
+    }
+    level = isa if isa != NATIVE else _narrowest(used)
+    return _sorted(*LEVELS[level].features, *(used - set(LEVELS[level].features)))
+
+
+def _checked(isa: str, program: str, executable: bytes, where: str) -> Iterator[Instruction]:
+    """The instructions of an executable, each of which the level has."""
+    objects = object_files(executable)
+    if objects is None:
         raise PrecastError(
-            f"{where}: the executables do not say which CPU features they use, so --cpu-isa {isa} cannot be checked;"
-            " export without it."
+            f"{where}: program {program!r} is of a form that precast does not know, so the CPUs that run it cannot be"
+            " told; use a jaxlib that precast supports."
         )
-    if wider := sorted(name for name in enabled if re.fullmatch(ISAS[isa].beyond, name)):
+    try:
+        for instruction in (i for elf in objects for code in code_sections(elf) for i in instructions(code)):
+            if isa != NATIVE and (beyond := instruction.needs - set(LEVELS[isa].features)):
+                raise PrecastError(_wider(isa, program, instruction, sorted(beyond), where))
+            yield instruction
+    except UnknownInstruction as error:
+        advice = "" if isa == default_isa() else f" and export with --cpu-isa {default_isa()} instead"
         raise PrecastError(
-            f"{where}: XLA was asked for {isa} and allowed itself {', '.join(wider)}; is another xla_cpu_max_isa set"
-            " in XLA_FLAGS?"
-        )
+            f"{where}: program {program!r} holds an instruction that precast does not know ({error}), so the CPUs that"
+            f" run it cannot be told; please report this{advice}."
+        ) from None
 
 
-def needed_features(executables: Sequence[bytes]) -> tuple[str, ...]:
-    """CPU features that a machine must have to run these executables, in LLVM's names.
+def _wider(isa: str, program: str, instruction: Instruction, beyond: Sequence[str], where: str) -> str:
+    wider = [
+        name for name, level in LEVELS.items() if set(beyond) <= set(level.features) and not _lacks(name)
+    ]
+    return (
+        f"{where}: program {program!r}: XLA was asked for {isa} and used an instruction ({instruction.raw.hex()}) that"
+        f" needs {', '.join(beyond)}; use --cpu-isa {(wider or [NATIVE])[0]}, or unset xla_cpu_max_isa where XLA_FLAGS"
+        " holds it."
+    )
 
-    All that LLVM was allowed to use and may emit by itself, but for those few whose instructions are demonstrably
-    not there. What this machine has, where the executables do not say.
-    """
-    needed = {name for data in executables for name in _needed(data)}
-    return tuple(sorted(needed)) or cpu_features()
 
-
-def _needed(executable: bytes) -> set[str]:
-    code = object_files(executable) or (executable,)
-    absent = {name for name, begin in _RARE.items() if not any(map(begin.search, code))}
-    return (_enabled(executable) & CODEGEN_FEATURES) - _NEVER_EMITTED - absent
+def _narrowest(features: set[str]) -> str:
+    """The first level that holds all of these features that any level holds."""
+    known = features & set(list(LEVELS.values())[-1].features)
+    return next(name for name, level in LEVELS.items() if known <= set(level.features))
 
 
 def _enabled(executable: bytes) -> set[str]:
     return {n.decode() for list_ in _FEATURE_LIST.findall(executable) for n in _ENABLED.findall(list_)}
 
 
+def stating(executable: bytes, features: Sequence[str]) -> bytes:
+    """An executable that states these features as those it was compiled with, and no others.
+
+    XLA states all that its compiler was allowed, and tuning of one maker's CPUs. Its loader prints kilobytes about
+    each that a machine lacks, and then runs the code, which does not use them. What is not needed changes its sign.
+    """
+    if processor_family() != "x86_64":
+        return executable
+    stated = {f.encode() for f in (*features, *_UNSAID)}
+    return _FEATURE_LIST.sub(lambda found: _signed(found[0], stated), executable)
+
+
+def _signed(feature_list: bytes, stated: set[bytes]) -> bytes:
+    names = feature_list.split(b",")
+    return b",".join(b"-" + n[1:] if n[:1] == b"+" and n[1:] not in stated else n for n in names)
+
+
+# --- names, and who can run it -----------------------------------------------------------------------------------
+
+
 def target_name(kind: str, features: Sequence[str]) -> str:
-    """What a compiled target is called: ``cpu-x86_64-avx2``."""
-    widest = next((f for f in VECTOR_FEATURES if f in features), None)
-    return "-".join(filter(None, (kind, processor_family(), widest)))
+    """Name of a compiled target: ``cpu-x86-64-v2``, and ``cpu-x86-64-v3-gfni`` where it needs more than a level."""
+    if processor_family() != "x86_64":
+        return f"{kind}-{processor_family()}"
+    level, more = split(features)
+    return "-".join((kind, level, *more))
+
+
+def split(features: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The narrowest level that holds what any level holds of these features; and the others, sorted."""
+    level = _narrowest(set(features))
+    return level, tuple(sorted(set(features) - set(LEVELS[level].features)))
+
+
+def widest_level(features: Sequence[str]) -> str | None:
+    """The widest level that a machine with these features has; None where it has none."""
+    return next((n for n in reversed(list(LEVELS)) if set(LEVELS[n].features) <= set(features)), None)
+
+
+def audience(machine: str, features: Sequence[str]) -> str:
+    """The CPUs that run a target, in a line for people, and who is shut out.
+
+    Args:
+        machine: processor family that it is compiled for.
+        features: that it needs.
+    """
+    if machine != "x86_64":
+        return f"{machine} CPUs" + (f" with {' '.join(features)}" if features else "")
+    level, more = split(features)
+    facts = LEVELS[level]
+    extra = f", of those with {' '.join(more)}" if more else ""
+    without = f"; not {facts.without}" if facts.without else ""
+    return f"{facts.since} ({level}{extra}){without}"

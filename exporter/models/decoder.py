@@ -1,6 +1,7 @@
 """A decoder-only transformer: the uncached reference and the cached step, of one body."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Positions(nnx.Module):
 
     def __call__(self, positions: Array) -> Array:
         """Positions ``[…]`` to ``[…, D]``."""
-        return self.weight[...].at[positions].get(mode="clip")
+        return rows_at(self.weight[...], positions)
 
 
 # A module of all layers: built from a config, called with (x [R, T, D], calls).
@@ -189,11 +190,22 @@ class Decoder(nnx.Module):
             Hidden states ``[R, T, D]`` before the final norm, and the caches.
         """
         positions = rows.starts[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # [R, T]
-        rotary = Rotary(*(table.at[:, positions].get(mode="clip") for table in (cos, sin)))  # [Z, R, T, P]
+        each = jax.vmap(rows_at, (0, None))
+        rotary = Rotary(*(each(table, positions) for table in (cos, sin)))  # [Z, R, T, P]
 
         # Of one sequence, what is behind its length need not be computed; of several, their padding lies between.
         used = rows.lengths[0] if tokens.shape[0] == 1 else jnp.int32(tokens.size)
         return ops.layers(self.stack(), self.embed(tokens, positions, ops), rotary, caches, rows, used)
+
+
+def rows_at(table: Array, places: Array) -> Array:
+    """Rows of a table ``[S, P]`` at places ``[R, T]``, none of them negative.
+
+    Their numbers are unsigned to the compiler: keeping them from being negative is an instruction that CPUs before
+    x86-64-v3 lack, and that XLA cannot be told to leave out.
+    """
+    row = partial(jax.lax.dynamic_index_in_dim, table, keepdims=False)
+    return jax.vmap(jax.vmap(row))(places.astype(jnp.uint32))
 
 
 def _no_attention(q: Array, k: Array, v: Array) -> Array:

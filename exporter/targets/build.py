@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -18,12 +18,10 @@ from jaxlib.version import __version__ as jaxlib_version
 
 from precast import kernels
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.machine import processor_family
 from precast.loaders.artifact.manifest import Program, ProgramMemory, Target, Value
-from precast.loaders.compiling import compile_target
-from precast.loaders.isa import ISAS, NATIVE, needed_features, target_name
+from precast.loaders.compiling import Compiled, compile_target
+from precast.loaders.isa import LEVELS, NATIVE, target_name
 from precast.loaders.runtime.pjrt import register_kernels
-from precast.loaders.runtime.serialized import canonical
 
 from ..programs import ProgramSpec, arranged
 from . import TargetKind
@@ -60,7 +58,7 @@ def build_target(
     """Writes every program of a target below ``root/programs/<kind>/``.
 
     Args:
-        kind: which target.
+        kind: which target; one whose executables are not for the CPU, for which `build_targets` makes them.
         programs: built with the target's operations.
         root: the artifact's folder.
         created: day of the export.
@@ -83,17 +81,14 @@ def build_target(
             built.append(_build_program(kind, spec, folder, device))
             report(built[-1])
     compiled = kind.runtime == "pjrt"
-    # What runs on another device has nothing in it of the processor beside it.
-    for_cpu = compiled and kind.platform == "cpu"
-    features = _features(root, [b.program for b in built]) if for_cpu else ()
     target = Target(
-        name=_target_name(kind, features, device),
+        name=_target_name(kind, device),
         runtime=kind.runtime,
         platform=kind.platform,
         device="any" if device is None else device.device_kind,
-        machine=processor_family() if for_cpu else "any",
+        machine="any",
         jaxlib=jaxlib_version if compiled else "any",
-        cpu_features=features,
+        cpu_features=(),
         kernel_abi=kernels.ABI_VERSION if kind.ops.kernels else 0,
         kernels=kind.ops.kernels,
         xla_flags=os.environ.get("XLA_FLAGS", "") if compiled else "",
@@ -113,10 +108,10 @@ def build_targets(
     stage: Callable[[str], None],
     report: Callable[[Built], None],
 ) -> list[Target]:
-    """Writes a target, or several where executables for several instruction sets are asked for.
+    """Write a target, or several where executables for several instruction sets are asked for.
 
-    They share one StableHLO. The one for this machine is compiled as it was traced; XLA takes a narrower instruction
-    set only when a process starts, so those are compiled from the StableHLO in child processes.
+    Executables for the CPU are compiled in a child process, from one StableHLO: XLA takes an instruction set only
+    when a process starts, and this one has all that the machine has, for the reference.
 
     Args:
         isas: instruction sets that executables for the CPU are compiled for.
@@ -127,51 +122,64 @@ def build_targets(
     if kind.runtime != "pjrt" or kind.platform != "cpu":
         stage(f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}")
         return [build_target(kind, programs, root, created, report)]
-    native = NATIVE in isas
-    stage(f"{'compiling' if native else 'lowering'} target {kind.name}")
-    shared = kind if native else dataclasses.replace(kind, runtime="stablehlo")
-    first = build_target(shared, programs, root, created, report)
-    # The widest first: what an artifact's first target answers is what it is held to.
-    narrower = [isa for isa in reversed(tuple(ISAS)) if isa in isas]
-    others = [_narrower(first, kind, root, isa, stage, report) for isa in narrower]
-    return [first, *others] if native else others
+    stage(f"lowering target {kind.name}")
+    lowered: list[Built] = []
+    shared = dataclasses.replace(kind, runtime="stablehlo")
+    source = build_target(shared, programs, root, created, lowered.append)
+    made: list[Target] = []
+    # The widest first: what an artifact's first target answers is what it is held to. What native needs shows last.
+    for isa in (name for name in (*reversed(list(LEVELS)), NATIVE) if name in isas):
+        stage(f"compiling target {kind.name} for {isa}")
+        target, files, compiled = _compiled(source, kind, root, isa, is_first=not made)
+        if any(other.name == target.name for other in made):
+            stage(f"what {isa} gives needs {target.name.removeprefix(f'{kind.name}-')}, which is there")
+            continue
+        _write_executables(root, files)
+        for program in target.programs:
+            report(_built(target, program, files, compiled, lowered if not made else ()))
+        made.append(target)
+    return made
 
 
-def _narrower(
-    source: Target,
-    kind: TargetKind,
-    root: Path,
-    isa: str,
-    stage: Callable[[str], None],
-    report: Callable[[Built], None],
-) -> Target:
-    """The same programs compiled for an instruction set, from the StableHLO of `source`."""
-    stage(f"compiling target {kind.name} for {isa}")
+def _compiled(
+    source: Target, kind: TargetKind, root: Path, isa: str, *, is_first: bool
+) -> tuple[Target, dict[str, bytes], dict[str, Compiled]]:
+    """The programs of `source` compiled for an instruction set; the first target's lie beside their StableHLO."""
     names = {str(p.stablehlo) for p in source.programs}
-    target, files, compiled = compile_target(
+    return compile_target(
         source,
         {name: (root / name).read_bytes() for name in names},
         lambda features: target_name(kind.name, features),
         f"target {kind.name!r}",
         isa=isa,
         jaxlib=jaxlib_version,
+        folder=kind.name if is_first else None,
         log=lambda _: None,
     )
-    (root / "programs" / target.name).mkdir()
+
+
+def _write_executables(root: Path, files: Mapping[str, bytes]) -> None:
     for name, data in files.items():
+        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(data)
-    for program in target.programs:
-        made = compiled[program.name]
-        report(
-            Built(
-                target=target.name,
-                program=program,
-                lower_s=0.0,
-                compile_s=made.seconds,
-                bytes=len(made.executable),
-            )
-        )
-    return target
+
+
+def _built(
+    target: Target,
+    program: Program,
+    files: Mapping[str, bytes],
+    compiled: Mapping[str, Compiled],
+    lowered: Sequence[Built],
+) -> Built:
+    """What became of a program; with its lowering, where that is told with this target."""
+    before = next((b for b in lowered if b.program.name == program.name), None)
+    return Built(
+        target=target.name,
+        program=program,
+        lower_s=before.lower_s if before else 0.0,
+        compile_s=compiled[program.name].seconds,
+        bytes=len(files[str(program.executable)]) + (before.bytes if before else 0),
+    )
 
 
 @contextmanager
@@ -195,20 +203,10 @@ def _laid_out(
     return [arranged(spec, layouts) for spec in programs]
 
 
-def _features(root: Path, programs: Sequence[Program]) -> tuple[str, ...]:
-    """CPU features that a machine must have, read from what came out of the compiler.
-
-    They are this machine's, unless XLA_FLAGS asked for fewer. The same list is what a machine is compared with.
-    """
-    return needed_features([(root / p.executable).read_bytes() for p in programs if p.executable is not None])
-
-
-def _target_name(kind: TargetKind, features: Sequence[str], device: jax.Device | None) -> str:
-    if kind.runtime != "pjrt":
+def _target_name(kind: TargetKind, device: jax.Device | None) -> str:
+    if device is None:
         return kind.name
-    if device is not None:
-        return "-".join([kind.name, *re.findall(r"[a-z0-9]+", device.device_kind.lower())])
-    return target_name(kind.name, features)
+    return "-".join([kind.name, *re.findall(r"[a-z0-9]+", device.device_kind.lower())])
 
 
 def _build_program(kind: TargetKind, spec: ProgramSpec, folder: Path, device: jax.Device | None) -> Built:
@@ -231,7 +229,8 @@ def _build_program(kind: TargetKind, spec: ProgramSpec, folder: Path, device: ja
     compiled_at = time.perf_counter()
     files = {"stablehlo": stablehlo}
     if compiled is not None:
-        files["xla"] = _serialized(compiled, kind.platform)
+        executable: Any = compiled.runtime_executable()
+        files["xla"] = bytes(executable.serialize())
     for suffix, data in files.items():
         (folder / f"{spec.name}.{suffix}").write_bytes(data)
     return Built(
@@ -241,12 +240,6 @@ def _build_program(kind: TargetKind, spec: ProgramSpec, folder: Path, device: ja
         compile_s=compiled_at - lowered_at if compiled is not None else 0.0,
         bytes=sum(map(len, files.values())),
     )
-
-
-def _serialized(compiled: jax.stages.Compiled, platform: str) -> bytes:
-    executable: Any = compiled.runtime_executable()
-    data = bytes(executable.serialize())
-    return canonical(data) if platform == "cpu" else data
 
 
 def _stablehlo(kind: TargetKind, spec: ProgramSpec, function: jax.stages.Wrapped) -> bytes:

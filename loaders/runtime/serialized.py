@@ -11,11 +11,13 @@ The file is a protocol buffer message ``SerDesMetadata`` behind its length, and 
 format is https://protobuf.dev/programming-guides/encoding.
 """
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 _RESULT, _OBJECT, _CONTENTS = 1, 8, 1
 _ELF = b"\x7fELF"
+_SHT_PROGBITS, _SHF_EXECINSTR = 1, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -41,14 +43,27 @@ def canonical(executable: bytes) -> bytes:
         return executable
 
 
-def object_files(executable: bytes) -> tuple[bytes, ...]:
-    """The ELF files inside; none where it is not of the form known."""
+def object_files(executable: bytes) -> tuple[bytes, ...] | None:
+    """The ELF files inside; None where it is not of the form known."""
     try:
         results = [f.value for f in _split(executable)[1] if f.number == _RESULT]
         objects = [f.value for result in results for f in _fields(result) if f.number == _OBJECT]
         return tuple(f.value for value in objects for f in _fields(value) if f.number == _CONTENTS)
     except _Unknown:
-        return ()
+        return None
+
+
+def code_sections(elf: bytes) -> Iterator[bytes]:
+    """Contents of the sections of an ELF file that hold instructions (ELF-64: System V gABI, chapter 4).
+
+    Raises:
+        struct.error: when it is no ELF file.
+    """
+    offset, entry_bytes, count = struct.unpack_from("<Q10xHH", elf, 0x28)
+    for i in range(count):
+        _, kind, flags, _, start, size = struct.unpack_from("<IIQQQQ", elf, offset + i * entry_bytes)
+        if kind == _SHT_PROGBITS and flags & _SHF_EXECINSTR:
+            yield elf[start : start + size]
 
 
 def _split(executable: bytes) -> tuple[bytes, list[_Field]]:
