@@ -25,9 +25,9 @@ from precast.loaders.sampling import SamplingParams
 from precast.loaders.verify import check_files
 
 pytestmark = pytest.mark.skipif(
-    "avx2" not in cpu_features(), reason="this CPU has no narrower instruction set"
+    isa.widest_level(cpu_features()) in (None, "x86-64-v2"), reason="this CPU has no wider instruction set"
 )
-NAME = "cpu-x86_64-sse4.2"
+EXPORTED, NAME = "cpu-x86-64-v2", "cpu-x86-64-v3"
 PROMPT = [7, 200, 31]
 
 
@@ -53,7 +53,7 @@ def compiled_once():
 def add(compiled_once, artifact_copy):
     """Adds a target to the copy; gives what was done and what was said."""
 
-    def run(name="sse4.2", **options):
+    def run(name="x86-64-v3", **options):
         said: list[str] = []
         return add_target(artifact_copy, isa=name, log=said.append, **options), said
 
@@ -68,7 +68,7 @@ def tree(root: Path) -> dict[str, bytes]:
 def refused(add, artifact_copy):
     """What is said of a target that is not added; the artifact must be as it was."""
 
-    def run(name="sse4.2", **options) -> str:
+    def run(name="x86-64-v3", **options) -> str:
         before = tree(artifact_copy)
         with pytest.raises(PrecastError) as raised:
             add(name, **options)
@@ -91,18 +91,15 @@ def test_a_target_is_added_and_nothing_else_changes(add, artifact_copy, tiny_mod
     }
     assert [name for name in before if after[name] != before[name]] == ["manifest.json"]
     assert (artifact_copy / "weights.safetensors").stat() == weights
-    assert [t.name for t in manifest.targets] == ["cpu-x86_64-" + WIDEST, "portable", NAME]
+    assert [t.name for t in manifest.targets] == [EXPORTED, "portable", NAME]
     assert (added.target, added.replaced, added.signature_removed) == (manifest.targets[-1], False, False)
     assert manifest.targets[-1].programs[0].stablehlo == manifest.targets[0].programs[0].stablehlo
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     model = load(artifact_copy, target=NAME, verify=True)
     assert model.generate(PROMPT, params).token_ids == tiny_model.generate(PROMPT, params).token_ids
     assert model.compiles == 0
-    # The wider one is still what is taken.
-    assert load(artifact_copy).target.name == manifest.targets[0].name
-
-
-WIDEST = "avx512f" if "avx512f" in cpu_features() else "avx2"
+    # The wider one is taken from now on.
+    assert load(artifact_copy).target.name == NAME
 
 
 def test_what_a_person_is_told(add, artifact_copy):
@@ -112,7 +109,9 @@ def test_what_a_person_is_told(add, artifact_copy):
     lines = summary(added, artifact_copy)
     assert lines[0].startswith(f"{artifact_copy}: target {NAME} added: 4 programs, ")
     assert lines[0].endswith(f"jaxlib {pjrt.jaxlib_version}, {added.answers} answers as recorded")
-    assert lines[1].startswith("  needs ")
+    assert lines[1].startswith(
+        "  runs on Intel since Haswell (2013), AMD since Excavator (2015) (x86-64-v3); not "
+    )
     assert lines[2].startswith("  manifest.json.sig was removed: it was for the manifest as it was")
     assert lines[3] == f"  run it with: precast run {artifact_copy} --target {NAME}"
     assert not (artifact_copy / "manifest.json.sig").exists()
@@ -123,7 +122,7 @@ def test_neither_jax_nor_a_trace_is_needed(artifact_copy, python):
 import sys
 from precast.cli import main
 try:
-    main(["add-target", {str(artifact_copy)!r}, "--cpu-isa", "sse4.2"])
+    main(["add-target", {str(artifact_copy)!r}, "--cpu-isa", "x86-64-v3"])
 except SystemExit as end:
     assert end.code == 0, end.code
 assert "jax" not in sys.modules
@@ -132,20 +131,21 @@ assert "jax" not in sys.modules
     assert result.returncode == 0, result.stderr
     assert f"target {NAME} added: 4 programs" in result.stdout
     for program in ("cache", "prefill_8", "prefill_16", "decode"):
-        assert f"compiling {program} from StableHLO for sse4.2 …" in result.stderr
+        assert f"compiling {program} from StableHLO for x86-64-v3 …" in result.stderr
     assert load(artifact_copy, target=NAME).compiles == 0
 
 
 def test_another_jaxlibs_target_keeps_its_name(add, artifact_copy, edit_manifest):
     edit_manifest(artifact_copy, lambda m: m["targets"][0].update(jaxlib="0.9.9"))
-    added, _ = add("native")
-    assert added.target.name == f"cpu-x86_64-{WIDEST}-jaxlib{pjrt.jaxlib_version}"
+    added, _ = add(None)  # which is what the export made, too
+    assert added.target.name == f"{EXPORTED}-jaxlib{pjrt.jaxlib_version}"
     assert load(artifact_copy).target.name == added.target.name
 
 
 def test_the_portable_form_is_compiled_on_request(add, artifact_copy):
     added, _ = add("native", source="portable")
-    assert added.target.name == f"portable-x86_64-{WIDEST}"
+    assert added.target.name.startswith("portable-x86-64-v")
+    assert set(added.target.cpu_features) <= set(cpu_features())
     assert (added.target.kernels, added.target.kernel_abi) == ((), 0)
 
 
@@ -158,7 +158,7 @@ def test_a_name_that_is_taken(add, refused, artifact_copy):
         f"{artifact_copy}: target {NAME!r} is there already; replace it with --overwrite, or run it with --target"
         f" {NAME}."
     )
-    assert "is there already" in refused("native")
+    assert f"target {EXPORTED!r} is there already" in refused(None)
 
 
 def test_overwrite_replaces(add, artifact_copy):
@@ -172,19 +172,19 @@ def test_overwrite_replaces(add, artifact_copy):
         listed = set(manifest.files) | {"manifest.json"}
         assert set(tree(artifact_copy)) == listed
     # Also one of the export's own, whose StableHLO stays.
-    add("native", overwrite=True)
+    add(None, overwrite=True)
     assert not list((artifact_copy / "programs" / "cpu").glob("*.xla"))
-    assert load(artifact_copy, verify=True).target.name == f"cpu-x86_64-{WIDEST}"
+    assert load(artifact_copy, target=EXPORTED, verify=True).target.name == EXPORTED
 
 
 def test_what_cannot_be_compiled(refused, artifact_copy, monkeypatch):
-    assert refused("mmx").startswith("--cpu-isa: 'mmx' is not known, expected one of native, sse4.2")
+    assert refused("mmx").startswith("--cpu-isa: 'mmx' is not known, expected one of x86-64-v2, x86-64-v3")
     assert refused(source="gpu") == (
         f"{artifact_copy}: target 'gpu' is not in the artifact, or holds no StableHLO for a CPU; those that do are"
-        f" 'cpu-x86_64-{WIDEST}', 'portable'."
+        f" {EXPORTED!r}, 'portable'."
     )
-    monkeypatch.setattr(isa, "cpu_features", lambda: ("sse4.2",))
-    assert "wider than this machine, which lacks avx2" in refused("avx2")
+    monkeypatch.setattr(isa, "cpu_features", lambda: isa.LEVELS["x86-64-v2"].features)
+    assert "x86-64-v3 is wider than this machine, which lacks avx, avx2, bmi" in refused("x86-64-v3")
 
 
 def test_stablehlo_that_is_altered(refused, artifact_copy):
@@ -216,7 +216,7 @@ def test_wrong_answers(refused, artifact_copy, edit_manifest):
 def test_what_this_jaxlib_does_not_take(artifact_copy):
     text = ""
     with pytest.raises(PrecastError) as raised:
-        compiling.compile_programs([("decode", b"junk")], "x", isa="avx2", log=lambda _: None)
+        compiling.compile_programs([("decode", b"junk")], "x", isa="x86-64-v3", log=lambda _: None)
     text = str(raised.value)
     assert text.startswith(
         f"x: program 'decode': jaxlib {pjrt.jaxlib_version} does not compile this StableHLO"
@@ -476,7 +476,7 @@ def test_a_program_whose_name_is_no_file_s(refused, artifact_copy, edit_manifest
     )
     text = refused()
     assert "is not the name of a file inside an artifact" in text or text == (
-        f"{artifact_copy}: target 'cpu-x86_64-{WIDEST}' has a program 'a/b', expected names without '/'; export the"
+        f"{artifact_copy}: target {EXPORTED!r} has a program 'a/b', expected names without '/'; export the"
         " model again."
     )
 
@@ -558,7 +558,9 @@ def test_two_at_once_wait_for_each_other(add, artifact_copy):
 
     handle = os.open(artifact_copy, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    other = threading.Thread(target=lambda: results.append(add_target(artifact_copy, isa="sse4.2", log=log)))
+    other = threading.Thread(
+        target=lambda: results.append(add_target(artifact_copy, isa="x86-64-v3", log=log))
+    )
     other.start()
     assert waiting.wait(30)
     assert said == [f"{artifact_copy}: waiting for another precast add-target, which is at work there"]

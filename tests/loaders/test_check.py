@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from precast.loaders import isa
 from precast.loaders.check import check
 from precast.loaders.check_console import lines
 from precast.loaders.load import read_manifest
@@ -135,14 +136,16 @@ def test_a_remedy_is_never_what_a_manifest_says(good):
 
 def test_the_instruction_set_to_export_for_is_the_widest_that_is_there(good):
     bad = with_target(good, cpu_features=("warp",), machine="any")
-    for features, isa in (
-        (("avx", "avx2", "sse4.2"), "avx2"),
-        (("sse4.2",), "sse4.2"),
-        (("avx512f",), "avx512"),
-    ):
-        machine = dataclasses.replace(this_machine(), features=features)
+    for level, facts in isa.LEVELS.items():
+        machine = dataclasses.replace(this_machine(), machine="x86_64", features=(*facts.features, "aes"))
         (finding,) = examine(bad, machine=machine).targets[0].mismatches
-        assert finding.remedy.startswith(f"export with --cpu-isa {isa} or ")
+        assert finding.remedy.startswith(f"export with --cpu-isa {level} or ")
+    # A machine that misses one feature of the narrowest level has none; nor has another family.
+    few = isa.LEVELS["x86-64-v2"].features[1:]
+    for changes in ({"machine": "x86_64", "features": few}, {"machine": "aarch64", "features": ("neon",)}):
+        machine = dataclasses.replace(this_machine(), **changes)
+        (finding,) = examine(bad, machine=machine).targets[0].mismatches
+        assert finding.remedy.startswith("export on a machine like this one or ")
 
 
 def test_what_compiling_here_would_mend_says_so(good):
