@@ -11,6 +11,7 @@ from rich.table import Table
 from precast.loaders.artifact.errors import printable
 from precast.loaders.artifact.folders import check_free
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
+from precast.loaders.isa import audience_of
 
 from .export import ExportOptions, Progress, check_options, export
 from .sources import open_source
@@ -76,5 +77,8 @@ def _summary(path: Path, manifest: Manifest, built: list[Built], seconds: float)
     table.add_row(
         "", "whole artifact", f"{sum(f.bytes for f in manifest.files.values()):,}", f"{seconds:.2f}"
     )
-    table.caption = printable(f"answers checked against the reference; run it with: precast run {path}")
+    cpus = audience_of(manifest.targets)
+    facts = [f"runs on {cpus}"] if cpus else []
+    facts.append(f"answers checked against the reference; run it with: precast run {path}")
+    table.caption = "\n".join(map(printable, facts))
     return table

@@ -11,7 +11,7 @@ from .artifact import compat
 from .artifact.errors import PrecastError
 from .artifact.machine import Machine
 from .artifact.manifest import SIGNATURE_FILE, WEIGHTS_FILE, Manifest, Target
-from .isa import widest_level
+from .isa import audience_of, widest_level
 from .resources import Memory, Processors
 from .units import size_text
 
@@ -98,6 +98,7 @@ class Report:
         expires: day until which its StableHLO is promised to compile; the first where targets differ.
         days_left: until then; negative when it has passed.
         signed: whether there is a signature; whose, and whether it holds, is not looked at.
+        cpus: those that run it as it is, for people; None where no target is for the CPU.
     """
 
     root: Path
@@ -113,6 +114,7 @@ class Report:
     expires: str
     days_left: int
     signed: bool
+    cpus: str | None
 
     @property
     def runs(self) -> bool:
@@ -168,6 +170,7 @@ def check(
         expires=expires.isoformat(),
         days_left=days_left,
         signed=(root / SIGNATURE_FILE).is_file(),
+        cpus=audience_of(manifest.targets),
     )
 
 

@@ -67,6 +67,8 @@ def lines(report: Report, key: Path | None = None) -> Iterator[str]:
         yield f"{report.name} does not run here  ({report.root})"
     for target in report.targets:
         yield from _target(target)
+    if report.cpus:
+        yield f"  CPUs      {report.cpus}"
     yield from _facts(report, key)
     for finding in (*report.problems, *report.notes):
         yield f"  ! {finding.problem}"

@@ -82,9 +82,8 @@ def _ask(
         _send(stdin, stablehlo)
         answer = json.loads(_receive(stdout))
         if "error" in answer:
-            hint = (
-                "" if isa == isas.NATIVE else f" It was compiled for {isa}; XLA may manage a wider --cpu-isa."
-            )
+            wider = isas.next_level(isa)
+            hint = f" It was compiled for {isa}; XLA may manage --cpu-isa {wider}." if wider else ""
             raise PrecastError(f"{where}: program {name!r}: {answer['error']}{hint}")
         executable = _receive(stdout)
     except (EOFError, BrokenPipeError):

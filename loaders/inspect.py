@@ -8,6 +8,7 @@ from typing import Any
 
 from .artifact.errors import printable
 from .artifact.manifest import Manifest, Program, Target
+from .isa import audience
 from .load import find_artifact, read_manifest
 from .units import size_text
 
@@ -155,8 +156,8 @@ def _target_lines(target: dict[str, Any]) -> Iterable[str]:
     needs = [runs[target["runtime"]]]
     needs += [f"kernels ABI {target['kernel_abi']}"] if target["kernel_abi"] else []
     yield f"  target   {target['name']}: {', '.join(needs)}; StableHLO promised until {target['stablehlo_expires']}"
-    if target["cpu_features"]:
-        yield f"    needs  {' '.join(target['cpu_features'])}"
+    if (target["runtime"], target["platform"]) == ("pjrt", "cpu"):
+        yield f"    runs on {audience(target['machine'], target['cpu_features'])}"
     rows: list[Sequence[str]] = [
         ("program", "executable", "StableHLO", "FLOPs", "temporary", "cache aliased")
     ]

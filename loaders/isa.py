@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from .artifact.errors import PrecastError
 from .artifact.machine import CODEGEN_FEATURES, cpu_features, processor_family
+from .artifact.manifest import Target
 from .instructions import Instruction, UnknownInstruction, instructions
 from .runtime.serialized import code_sections, object_files
 
@@ -76,6 +77,13 @@ _UNSAID = frozenset({"64bit", "cmov", "crc32", "cx8", "fxsr", "mmx", "sse", "sse
 def default_isa() -> str:
     """The instruction set of a target unless another is asked for: the one that most machines have."""
     return next((name for name in LEVELS if _lacks(name) == ()), NATIVE)
+
+
+def next_level(isa: str) -> str | None:
+    """The level after this one, where this machine has it."""
+    names = list(LEVELS)
+    wider = names[names.index(isa) + 1 :] if isa in LEVELS else []
+    return wider[0] if wider and not _lacks(wider[0]) else None
 
 
 def _lacks(level: str) -> tuple[str, ...]:
@@ -238,3 +246,12 @@ def audience(machine: str, features: Sequence[str]) -> str:
     extra = f", of those with {' '.join(more)}" if more else ""
     without = f"; not {facts.without}" if facts.without else ""
     return f"{facts.since} ({level}{extra}){without}"
+
+
+def audience_of(targets: Sequence[Target]) -> str | None:
+    """The CPUs that run an artifact as it is, by the target that asks for least; None where none is for the CPU."""
+    compiled = [t for t in targets if t.runtime == "pjrt" and t.platform == "cpu"]
+    if not compiled:
+        return None
+    least = min(compiled, key=lambda t: len(t.cpu_features))
+    return audience(least.machine, least.cpu_features)

@@ -18,6 +18,7 @@ from .artifact.machine import Machine
 from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Program, Target, parse_manifest
 from .artifact.record import MAX_JSON_BYTES
 from .artifact.weights import map_weights, numpy_dtype
+from .custom_calls import check_calls
 from .engine import Engine
 from .generate import Model
 from .required import required_key
@@ -172,6 +173,7 @@ def _load(
         contents, constants = _read(root, manifest, chosen, verify=verify)
     except PrecastError as error:
         raise _NotWhole(str(error)) from None
+    check_calls(root, chosen, contents, machine.kernels)
     _check_weights(chosen, constants[0], root)
     # Before the target is tried, so that the child that tries it finds it compiled.
     made = _compile_first(root, chosen, contents, machine, log)

@@ -442,7 +442,7 @@ def test_inspect_shows_the_facts(cli, tiny_artifact):
         "prefill buckets 8, 16",
         "decode",
         "L=3",
-        "needs  ",
+        "runs on ",
         "jaxlib",
     ):
         assert fact in result.stdout

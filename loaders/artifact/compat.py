@@ -23,7 +23,7 @@ def mismatches(target: Target, machine: Machine) -> list[str]:
         found.append(f"it is compiled by jaxlib {target.jaxlib}, installed is {machine.jaxlib}")
     if missing := sorted(set(target.cpu_features) - set(machine.features)):
         found.append(f"it uses CPU features that this machine lacks ({', '.join(missing)})")
-    if target.kernel_abi not in (0, machine.kernel_abi):
+    if target.kernel_abi != machine.kernel_abi and (target.kernel_abi or target.kernels):
         found.append(
             f"it calls kernels of ABI {target.kernel_abi}, installed are those of ABI {machine.kernel_abi}"
         )

@@ -49,8 +49,8 @@ def test_fault_08_the_same_host_is_not_refused(tiny_artifact, cli, python):
 
 
 def test_fault_08_the_features_listed_are_those_that_the_programs_were_compiled_for(tiny_artifact):
-    """Vector instructions that LLVM might use, by what the executables say, are in the manifest and of this machine."""
-    from precast.loaders.artifact.machine import cpu_features
+    """XLA's loader compares what executables state with the machine: it is what the manifest names."""
+    from precast.loaders.artifact.machine import CODEGEN_FEATURES, cpu_features
     from precast.loaders.load import read_manifest
 
     target = read_manifest(tiny_artifact).targets[0]
@@ -61,7 +61,7 @@ def test_fault_08_the_features_listed_are_those_that_the_programs_were_compiled_
         for features in re.findall(rb"(?:[+-][a-z0-9._-]+,){4,}[+-][a-z0-9._-]+", data):
             found |= {f[1:].decode() for f in features.split(b",") if f.startswith(b"+")}
     assert found
-    assert {f for f in found if f.startswith(("avx", "amx", "fma", "sve"))} <= set(target.cpu_features)
+    assert found & CODEGEN_FEATURES == set(target.cpu_features)
 
 
 def spoil(data: bytes) -> bytes:
@@ -148,15 +148,40 @@ def test_fault_10_custom_calls_that_are_not_ours_are_refused(
 
 
 def test_fault_10_an_executable_that_calls_what_its_manifest_does_not_list(
-    artifact_copy, put, run_refused, own_cache
+    artifact_copy, put, run_refused, own_cache, monkeypatch
 ):
+    """Refused before XLA is given a byte of it: a call of ours, of XLA's, of nobody's; in what runs, or its HLO."""
+    from precast.loaders.runtime import pjrt
+
+    monkeypatch.setattr(pjrt.Client, "load", None)
     name = "programs/cpu/decode.xla"
     data = (artifact_copy / name).read_bytes()
-    assert b"precast.layers.v2" in data
-    put(artifact_copy, name, data.replace(b"precast.layers.v2", b"lapack_sgetrf_ffi"))
-    text = run_refused(artifact_copy)
-    assert f"{artifact_copy / name}: XLA does not load this executable" in text
-    assert "No FFI handler registered for lapack_sgetrf_ffi" in text
+    places = [m.start() for m in re.finditer(rb"precast\.layers\.v2", data)]
+    assert len(places) == 2
+    for call in (b"lapack_sgetrf_ffi", b"xla_python_gpu_cb", b"precast.norms.v22"):
+        for at in places:
+            put(artifact_copy, name, data[:at] + call + data[at + len(call) :])
+            assert run_refused(artifact_copy) == (
+                f"{artifact_copy}: target 'cpu-x86-64-v2': program 'decode' calls {call.decode()}, which the manifest"
+                " does not list among the target's kernels; export the model again."
+            )
+
+
+@pytest.mark.parametrize("left_out", ["precast.layers.v2", "precast.embed.v1"])
+def test_fault_10_a_manifest_that_lists_too_few_kernels(
+    artifact_copy, edit_manifest, refusal, own_cache, left_out
+):
+    edit_manifest(artifact_copy, lambda m: m["targets"][0]["kernels"].remove(left_out))
+    expected = f"program 'prefill_8' calls {left_out}, which the manifest does not list"
+    assert expected in refusal("run", artifact_copy, "--ids", "7")
+    # Nor is its StableHLO compiled.
+    edit_manifest(artifact_copy, change_target(runtime="stablehlo", jaxlib="any", cpu_features=[]))
+    assert expected in refusal("run", artifact_copy, "--target", "cpu-x86-64-v2", "--compile", "--ids", "7")
+
+
+def test_fault_10_no_abi_is_no_way_round_the_kernels_abi(without_programs, edit_manifest, run_refused):
+    edit_manifest(without_programs, change_target(kernel_abi=0))
+    assert "it calls kernels of ABI 0, installed are those of ABI" in run_refused(without_programs)
 
 
 def test_fault_10_stablehlo_that_calls_what_its_manifest_does_not_list(
@@ -165,9 +190,15 @@ def test_fault_10_stablehlo_that_calls_what_its_manifest_does_not_list(
     name = "programs/portable/decode.stablehlo"
     data = (artifact_copy / "programs/cpu/decode.stablehlo").read_bytes()
     assert b"precast.layers.v2" in data
-    put(artifact_copy, name, data.replace(b"precast.layers.v2", b"lapack_sgetrf_ffi"))
+    put(artifact_copy, name, data)
     text = refusal("run", artifact_copy, "--target", "portable", "--compile", "--ids", "7")
-    assert "lapack_sgetrf_ffi" in text
+    assert "target 'portable': program 'decode' calls precast.argmax.v1, precast.embed.v1, precast.la" in text
+    # What is not ours XLA does not find.
+    for kernel in (b"precast.layers.v2", b"precast.argmax.v1", b"precast.embed.v1", b"precast.linear.v1"):
+        data = data.replace(kernel, b"lapack_sgetrf_ffi"[: len(kernel)])
+    put(artifact_copy, name, data)
+    text = refusal("run", artifact_copy, "--target", "portable", "--compile", "--ids", "7")
+    assert "lapack_sgetrf_ff" in text
     assert "'decode'" in text or "decode.stablehlo" in text
 
 

@@ -84,6 +84,12 @@ def test_each_mismatch_alone(change, text):
     assert message.endswith("or compile from StableHLO with --compile.")
 
 
+def test_kernels_are_of_an_abi():
+    text = "it calls kernels of ABI 0, installed are those of ABI 3"
+    assert mismatches(dataclasses.replace(COMPILED, kernel_abi=0), MACHINE) == [text]
+    assert mismatches(dataclasses.replace(COMPILED, kernel_abi=0, kernels=()), MACHINE) == []
+
+
 def test_all_mismatches_together():
     wrong = dataclasses.replace(COMPILED, **{k: v for change, _ in WRONG.values() for k, v in change.items()})
     assert mismatches(wrong, MACHINE) == [text for _, text in WRONG.values()]

@@ -1,0 +1,57 @@
+"""Which functions outside themselves programs call, read from their bytes before anything deserialises them.
+
+In an executable of XLA's CPU client they stand twice: as ``custom_call_target``, field 28 of an ``HloInstructionProto``
+(xla/service/hlo.proto), and as ``target_name``, field 2 of the ``CustomCallThunkProto`` in field 16 of a ``ThunkProto``
+(xla/backends/cpu/runtime/thunk.proto). The second is what runs. In StableHLO they are strings among others, so there
+only the kernels that are installed can be told.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from .artifact.errors import PrecastError
+from .artifact.manifest import Target
+
+_HLO = re.compile(rb"\xe2\x01([\x03-\x7f])")
+_THUNK = re.compile(rb"\x82\x01[\x80-\xff]{0,4}[\x00-\x7f]\x08[\x00-\x08]\x12([\x03-\x7f])")
+# XLA's own begin with two underscores; they are parts of its compiler's output like any other.
+_NAME = re.compile(rb"(?!__)[A-Za-z_][A-Za-z0-9_.$]*")
+
+
+def called(executable: bytes) -> set[str]:
+    """Names of the custom calls in an executable of XLA's CPU client."""
+    found = set()
+    for pattern in (_HLO, _THUNK):
+        for match in pattern.finditer(executable):
+            name = executable[match.end() : match.end() + match[1][0]]
+            if len(name) == match[1][0] and _NAME.fullmatch(name):
+                found.add(name.decode())
+    return found
+
+
+def check_calls(root: Path, target: Target, contents: Mapping[str, bytes], installed: Iterable[str]) -> None:
+    """Refuse programs that call what their manifest does not list.
+
+    Args:
+        root: the artifact.
+        target: whose programs are about to be loaded or compiled.
+        contents: of its files, by name.
+        installed: kernels that could be called.
+
+    Raises:
+        PrecastError: naming program and call.
+    """
+    if target.runtime == "savedmodel" or target.platform == "cuda":
+        return  # TensorFlow's are checked where it loads them; XLA's GPU compiler calls libraries of its own
+    for program in target.programs:
+        data = contents.get(target.file_of(program) or "", b"")
+        if target.runtime == "stablehlo":
+            calls: Sequence[str] = [name for name in installed if name.encode() in data]
+        else:
+            calls = sorted(called(data))
+        if unlisted := [name for name in calls if name not in target.kernels]:
+            raise PrecastError(
+                f"{root}: target {target.name!r}: program {program.name!r} calls {', '.join(unlisted)}, which the"
+                " manifest does not list among the target's kernels; export the model again."
+            )
