@@ -16,6 +16,7 @@ from precast.exporter.models import read_model
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
 from precast.loaders.inspect import render
+from precast.loaders.isa import default_isa
 from precast.loaders.load import load, read_manifest
 from precast.loaders.sampling import SamplingParams
 
@@ -144,7 +145,12 @@ def test_progress_is_told(tmp_path, tiny_source):
     assert weights[-1] == (total, total)
     assert [done for done, _ in weights] == sorted(done for done, _ in weights)
     assert [b.program.name for b in built] == ["cache", "prefill_8", "decode"]
-    assert stages == ["writing weights", "compiling target cpu", "checking answers against the reference"]
+    assert stages == [
+        "writing weights",
+        "lowering target cpu",
+        f"compiling target cpu for {default_isa()}",
+        "checking answers against the reference",
+    ]
 
 
 # --- options ------------------------------------------------------------------------------------------------
