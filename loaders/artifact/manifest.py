@@ -102,7 +102,7 @@ class Target(Frozen):
     """What programs were compiled for. A machine must match all of it.
 
     Attributes:
-        name: unique in the artifact ("cpu-x86_64-avx2", "portable").
+        name: unique in the artifact ("cpu-x86-64-v2", "portable").
         runtime: how it is executed: "pjrt" (deserialised), "stablehlo" (compiled on request) or "savedmodel" (by
             TensorFlow).
         platform: XLA's name ("cpu", "cuda"); "any" where the program does not depend on it.
