@@ -30,7 +30,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 )
 @click.version_option(package_name="precast", message="precast %(version)s")
 def main() -> None:
-    """Language models as ahead-of-time compiled artifacts."""
+    """Compile language models ahead of time into artifacts, and run them without compiling."""
 
 
 @main.command()
@@ -144,11 +144,12 @@ def run(
     sampling: "SamplingOptions",
     loading: "LoadOptions",
 ) -> None:
-    """Generate from ARTIFACT: the folder of one, a folder with exactly one in it, or the URL of one in a store.
+    """Generate text with ARTIFACT.
 
-    An artifact at a URL is pulled once, into the cache folder.
+    ARTIFACT is the folder of an artifact, a folder that holds exactly one, or the URL of one in a store. From a URL it
+    is pulled once, into the cache folder.
 
-    With a terminal and no prompt it is an interactive chat.
+    Without a prompt, and with a terminal, it is an interactive chat.
     """
     from precast.loaders import console
 
@@ -165,10 +166,12 @@ def run(
 def chat(
     artifact: Path | str, system: str | None, stats: bool, sampling: "SamplingOptions", loading: "LoadOptions"
 ) -> None:
-    """Talk with ARTIFACT, as with run: messages from the terminal, or one message from standard input.
+    """Chat with ARTIFACT in the terminal.
 
-    The messages of former chats are kept in $XDG_STATE_HOME/precast/chat_history, for the arrow keys alone. Set
-    PRECAST_HISTORY to another file, or to off.
+    ARTIFACT is as for run. If standard input is no terminal, its text is the only message.
+
+    The arrow keys find your messages of former chats, which are kept in $XDG_STATE_HOME/precast/chat_history. Set
+    PRECAST_HISTORY to another file, or to off to keep none.
     """
     from precast.loaders import console
 
@@ -189,11 +192,11 @@ def chat(
 def add_target(
     artifact: Path, cpu_isa: str | None, target: str | None, overwrite: bool, require_signature: Path | None
 ) -> None:
-    """Compile another target into ARTIFACT, from its StableHLO and by the jaxlib that is installed.
+    """Compile ARTIFACT for another CPU or jaxlib.
 
-    So it comes to run under another jaxlib, or on other CPUs, than it was exported for. Nothing is traced, and jax is
-    not needed. The target becomes part of the artifact when it has given the recorded answers. A signature is removed,
-    because it would no longer fit: sign the artifact again.
+    The new target is compiled from the artifact's StableHLO, by the jaxlib that is installed. Nothing is traced, and
+    jax is not needed. The target becomes part of the artifact when it has given the recorded answers. A signature is
+    removed, because it would no longer fit: sign the artifact again.
     """
     from precast.loaders import add_target as adding
     from precast.loaders.artifact.errors import printable
@@ -215,7 +218,11 @@ def add_target(
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @options.KEY
 def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) -> None:
-    """Show the artifacts below FOLDER, by default the folder artifacts: what each is, and whether it runs here."""
+    """List the artifacts below FOLDER.
+
+    FOLDER is artifacts by default. The list tells the model, the size and whether the artifact runs here; of a broken
+    artifact it tells the reason.
+    """
     from precast.loaders import list_console
 
     list_console.run(folder, as_json=as_json, require_signature=require_signature)
@@ -244,7 +251,9 @@ def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None)
 def check(
     artifact: Path | str, target: str | None, may_compile: bool, as_json: bool, require_signature: Path | None
 ) -> None:
-    """Say whether ARTIFACT runs on this machine, and everything that keeps it from running.
+    """Tell if ARTIFACT runs on this machine.
+
+    The answer names everything that keeps it from running, and the remedy.
 
     Reads the manifest alone. Exit code 0: it runs here. 1: it does not. 2: it could not be read.
     """
@@ -269,7 +278,9 @@ def check(
 def verify(
     artifact: Path | str, target: str | None, may_compile: bool, as_json: bool, require_signature: Path | None
 ) -> None:
-    """Hash every file of ARTIFACT, and let it answer again what it answered when it was exported.
+    """Check the files and the recorded answers of ARTIFACT.
+
+    Every file is hashed, and the artifact answers again the prompts that it answered when it was exported.
 
     Exit code 0: every file is what the manifest says, and answers and logits are those recorded. 1: something
     differs. 2: it could not be read, or does not run on this machine.
@@ -325,10 +336,11 @@ def evaluate(
     as_json: bool,
     require_signature: Path | None,
 ) -> None:
-    """Measure how well ARTIFACT predicts a text: perplexity.
+    """Measure how well ARTIFACT predicts a text.
 
-    With a reference also how far its predictions are from the reference's: the mean and the 99th percentile of
-    the divergence KL(reference || artifact) in nats per token, and how often both find the same token likeliest.
+    The measure is perplexity. With a reference there is also the distance from the reference's predictions: the mean
+    and the 99th percentile of the divergence KL(reference || artifact) in nats per token, and how often both find the
+    same token likeliest.
 
     The text is tokenised without a chat template and cut into windows; a last, shorter window counts where it
     has at least 64 tokens. The first half of each window is prefilled, the second half is fed token by token
@@ -361,7 +373,9 @@ def evaluate(
     help="PEM file of the private key: an elliptic curve key of P-256, P-384 or P-521.",
 )
 def sign(artifact: Path, key: Path) -> None:
-    """Sign ARTIFACT: write manifest.json.sig beside its manifest, which holds the sha256 of every other file.
+    """Sign ARTIFACT.
+
+    The signature is manifest.json.sig, beside the manifest, which holds the sha256 of every other file.
 
     A key's password is asked for, or taken from PRECAST_KEY_PASSWORD. The signature is OpenSSF model signing's, and
     its own command verifies it too.
@@ -388,9 +402,10 @@ def sign(artifact: Path, key: Path) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was sent as one line of JSON.")
 def push(artifact: Path, url: str, verify: bool, as_json: bool) -> None:
-    """Send ARTIFACT to URL: a folder of a store, and the name that the artifact gets in it.
+    """Send ARTIFACT to a store.
 
-    A store that fsspec knows: s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts of
+    URL is a folder of the store and the name that the artifact gets in it. The store is one that fsspec knows:
+    s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts of
     one folder share what they have in common, so that a second version costs what changed.
     """
     from precast.loaders import store_console
@@ -409,9 +424,9 @@ def push(artifact: Path, url: str, verify: bool, as_json: bool) -> None:
 def pull(
     url: str, output: Path | None, overwrite: bool, require_signature: Path | None, as_json: bool
 ) -> None:
-    """Fetch the artifact that was pushed to URL, and check every byte of it.
+    """Fetch an artifact from a store.
 
-    What has arrived is kept when it is interrupted, and the next pull goes on from there.
+    URL is the one that it was pushed to. Every byte is checked. After an interruption the next pull goes on from there.
     """
     from precast.loaders import store_console
 

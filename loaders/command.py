@@ -27,6 +27,9 @@ class Commands(click.Group):
         with _lines_only():
             return super().main(*arguments, **settings)
 
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of use, not of the alphabet
+
     def invoke(self, context: click.Context) -> Any:
         # Here as well: click answers an interrupt itself, in words of its own.
         with _lines_only():

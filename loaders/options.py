@@ -40,7 +40,7 @@ ARTIFACT = Artifact()
 STATS = click.option(
     "--stats",
     is_flag=True,
-    help="Print the speed at the end, on standard error: prompt, first token, answer.",
+    help="Print the speed on standard error at the end: prompt, first token, answer.",
 )
 KEY = click.option(
     "--require-signature",
@@ -66,8 +66,8 @@ _SAMPLING = (
     click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability."),
     click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the likeliest."),
     click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that occurred less likely."),
-    click.option("--no-repeat-ngram-size", type=int, help="Let no sequence of this many tokens occur twice."),
-    click.option("--min-tokens", type=int, help="Let the answer not end before it has this many tokens."),
+    click.option("--no-repeat-ngram-size", type=int, help="Never repeat a sequence of this many tokens."),
+    click.option("--min-tokens", type=int, help="Generate at least this many tokens."),
     click.option("--seed", type=int, help="Repeat the same choice of tokens where a temperature varies it."),
     click.option("--stop", multiple=True, help="Stop before this text. May be given several times."),
     click.option("--ignore-eos", is_flag=True, help="Continue past the end token, to the limit."),
