@@ -82,6 +82,7 @@ class Model:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
+        literal: bool = False,
     ) -> Completion:
         """Answers a conversation.
 
@@ -90,11 +91,12 @@ class Model:
             params: as for `generate`.
             tools: JSON schemas of functions, for templates that know what to do with them.
             template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
+            literal: encode messages and tools as text alone, so that special-token text in them forges no turn.
 
         Raises:
             PrecastError: when the model has no such chat template, or it refuses the messages; as for `generate`.
         """
-        return self.stream_chat(messages, params, tools=tools, template=template).finish()
+        return self.stream_chat(messages, params, tools=tools, template=template, literal=literal).finish()
 
     def stream_chat(
         self,
@@ -103,9 +105,12 @@ class Model:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
+        literal: bool = False,
     ) -> Stream:
         """As `chat`, piece by piece."""
-        return self.stream(self.chat_prompt(messages, tools=tools, template=template), params)
+        return self.stream(
+            self.chat_prompt(messages, tools=tools, template=template, literal=literal), params
+        )
 
     def chat_prompt(
         self,
@@ -113,11 +118,10 @@ class Model:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
+        literal: bool = False,
     ) -> list[int]:
         """The token ids that a conversation is given to the model as."""
-        text = self.tokenizer.render_chat(messages, tools=tools, template=template)
-        # Templates write the beginning-of-sequence token themselves.
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode_chat(messages, tools=tools, template=template, literal=literal)
 
     def _checked_prompt(self, ids: Sequence[int]) -> list[int]:
         capacity, vocab = self.engine.capacity, self.engine.vocab

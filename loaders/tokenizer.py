@@ -9,16 +9,17 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .artifact.errors import PrecastError
+from .tokenizer_library import decoded, encoded, explained
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as LibraryTokenizer
 
+    from .chat_literal import LiteralChat
     from .chat_template import ChatTemplate
 
 # SentencePiece's spelling of a raw byte: a token that exists for each byte, for text the vocabulary lacks.
@@ -48,6 +49,7 @@ class Tokenizer:
         if chat_template is not None:
             self._templates[_DEFAULT] = chat_template
         self._compiled: dict[str, ChatTemplate] = {}
+        self._literal: dict[str, LiteralChat] = {}
         self._bos_token = bos_token
         self._eos_token = eos_token
 
@@ -75,7 +77,7 @@ class Tokenizer:
         """
         import tokenizers
 
-        with _explained(
+        with explained(
             f"tokenizer.json: expected a tokenizer that tokenizers {tokenizers.__version__} can read"
         ):
             _check_charsmaps(data)
@@ -112,15 +114,7 @@ class Tokenizer:
         Raises:
             PrecastError: the text holds half of a surrogate pair, which no tokenizer can encode.
         """
-        try:
-            with _explained(
-                "tokenizer.json: expected a tokenizer that encodes any text", UnicodeEncodeError, TypeError
-            ):
-                return list(self._library.encode(text, add_special_tokens=add_special_tokens).ids)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise PrecastError(
-                "prompt: expected text in UTF-8, found bytes that are not; convert it first."
-            ) from error
+        return list(encoded(self._library, text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`. Ids that no token has (a padded vocabulary) have no text.
@@ -129,7 +123,7 @@ class Tokenizer:
             PrecastError: an id is negative or absurdly large.
         """
         try:
-            return _decoded(self._library, list(ids), skip_special_tokens=skip_special_tokens)
+            return decoded(self._library, list(ids), skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise PrecastError(f"Tokenizer: expected token ids of 0 and above, found {list(ids)}.") from error
 
@@ -168,7 +162,60 @@ class Tokenizer:
             variables=variables,
         )
 
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
+        literal: bool = False,
+    ) -> list[int]:
+        """Return the token ids of a conversation.
+
+        Args:
+            messages: this and the other arguments: as `render_chat`.
+            literal: encode what the caller gives as text and nothing else: special-token text in a message does not
+                become a token, and so cannot forge a turn. Messages without such text get the same ids.
+
+        Raises:
+            PrecastError: as `render_chat` and `encode`; for text that cannot be encoded literally.
+        """
+        chosen = self._template(template, tools)
+        values = chosen.values(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            variables=variables,
+        )
+        if literal:
+            return self._literal_chat(template, tools).encode(values, chosen.rendered)
+        # Templates write the beginning-of-sequence token themselves.
+        return self.encode(chosen.rendered(values), add_special_tokens=False)
+
+    def _literal_chat(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> "LiteralChat":
+        name = self._chosen(name, tools)
+        if name not in self._literal:
+            from .chat_literal import LiteralChat
+
+            self._literal[name] = LiteralChat(self._library, self._templates[name])
+        return self._literal[name]
+
     def _template(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> "ChatTemplate":
+        name = self._chosen(name, tools)
+        if name not in self._compiled:
+            from .chat_template import ChatTemplate
+
+            self._compiled[name] = ChatTemplate(
+                self._templates[name], bos_token=self._bos_token, eos_token=self._eos_token
+            )
+        return self._compiled[name]
+
+    def _chosen(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """The name of the template to take."""
         if not self._templates:
             raise PrecastError(
                 "Chat: this artifact has no chat template, so messages cannot become a prompt;"
@@ -181,14 +228,8 @@ class Tokenizer:
             reason = f"this artifact has no chat template named {name!r}"
         if name not in self._templates:
             known = ", ".join(sorted(self._templates))
-            raise PrecastError(f"Chat: {reason}; name one that it has (template=…, --template): {known}.")
-        if name not in self._compiled:
-            from .chat_template import ChatTemplate
-
-            self._compiled[name] = ChatTemplate(
-                self._templates[name], bos_token=self._bos_token, eos_token=self._eos_token
-            )
-        return self._compiled[name]
+            raise PrecastError(f"Chat: {reason}; name one that it has (template=…): {known}.")
+        return name
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -319,8 +360,8 @@ class _PieceStream(TextStream):
 
     def _decode(self, piece: list[int]) -> str:
         before = [token_id for known in self._context for token_id in known]
-        known = _decoded(self._library, before, skip_special_tokens=False)
-        text = _decoded(self._library, before + piece, skip_special_tokens=False)
+        known = decoded(self._library, before, skip_special_tokens=False)
+        text = decoded(self._library, before + piece, skip_special_tokens=False)
         self._remember(piece)
         return text[len(known) :]
 
@@ -372,26 +413,3 @@ def _check_charsmaps(data: bytes) -> None:
                 # A table begins with the size of what follows first.
                 if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
                     raise ValueError("a precompiled_charsmap is cut short")
-
-
-def _decoded(library: "LibraryTokenizer", ids: list[int], *, skip_special_tokens: bool) -> str:
-    with _explained("tokenizer.json: expected a tokenizer that decodes any tokens", OverflowError):
-        return library.decode(ids, skip_special_tokens=skip_special_tokens)
-
-
-@contextmanager
-def _explained(expected: str, *but: type[Exception]) -> Iterator[None]:
-    """Makes one sentence of what the library raises, but for errors that tell of the caller's own arguments."""
-    try:
-        yield
-    except but:
-        raise
-    except BaseException as error:
-        # It raises bare Exception and ValueError; a panic of its Rust code is no Exception at all.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise PrecastError(f"{expected}, found: {_one_line(error)}; export the artifact again.") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")[:300]

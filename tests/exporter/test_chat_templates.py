@@ -76,7 +76,7 @@ def test_a_name_that_no_template_has(checkpoint):
     with pytest.raises(PrecastError) as caught:
         ours.render_chat(USER, template="tools")
     assert str(caught.value) == (
-        "Chat: this artifact has no chat template named 'tools'; name one that it has (template=…, --template): "
+        "Chat: this artifact has no chat template named 'tools'; name one that it has (template=…): "
         "default, rag, tool_use."
     )
 
@@ -86,8 +86,7 @@ def test_only_templates_with_a_name(checkpoint):
     with pytest.raises(PrecastError) as caught:
         ours.render_chat(USER)
     assert str(caught.value) == (
-        "Chat: this artifact has no default chat template; name one that it has (template=…, --template): "
-        "rag, tool_use."
+        "Chat: this artifact has no default chat template; name one that it has (template=…): rag, tool_use."
     )
     assert ours.render_chat(USER, tools=TOOLS) == "t"
 
