@@ -129,6 +129,7 @@ def _need_export(what: str = "exporting") -> None:
 @click.option("--ids", callback=options.numbers, help="Token ids to continue instead of text: 1,2,3.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
 @click.option("--system", help="System message, which may be empty; implies --chat.")
+@options.LITERAL
 @options.sampling
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when done.")
 @options.STATS
@@ -139,6 +140,7 @@ def run(
     ids: tuple[int, ...] | None,
     chat: bool,
     system: str | None,
+    literal: bool,
     as_json: bool,
     stats: bool,
     sampling: "SamplingOptions",
@@ -153,18 +155,26 @@ def run(
     """
     from precast.loaders import console
 
-    request = console.Request(prompt=prompt, ids=ids, chat=chat, system=system, as_json=as_json, stats=stats)
+    request = console.Request(
+        prompt=prompt, ids=ids, chat=chat, system=system, literal=literal, as_json=as_json, stats=stats
+    )
     console.run(artifact, request, loading, sampling)
 
 
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
 @click.option("--system", help="System message, which may be empty.")
+@options.LITERAL
 @options.sampling
 @options.STATS
 @options.loading
 def chat(
-    artifact: Path | str, system: str | None, stats: bool, sampling: "SamplingOptions", loading: "LoadOptions"
+    artifact: Path | str,
+    system: str | None,
+    literal: bool,
+    stats: bool,
+    sampling: "SamplingOptions",
+    loading: "LoadOptions",
 ) -> None:
     """Chat with ARTIFACT in the terminal.
 
@@ -175,7 +185,9 @@ def chat(
     """
     from precast.loaders import console
 
-    request = console.Request(prompt=None, ids=None, chat=True, system=system, as_json=False, stats=stats)
+    request = console.Request(
+        prompt=None, ids=None, chat=True, system=system, literal=literal, as_json=False, stats=stats
+    )
     console.run(artifact, request, loading, sampling)
 
 

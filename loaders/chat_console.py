@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from . import chat_input, speed
@@ -14,10 +15,12 @@ from .terminal import harmless_pieces
 if TYPE_CHECKING:
     from .generate import Message, Model
     from .sampling import SamplingParams
-    from .stream import Completion
+    from .stream import Completion, Stream
 
 
-def converse(model: "Model", params: "SamplingParams", system: str | None, *, stats: bool) -> None:
+def converse(
+    model: "Model", params: "SamplingParams", system: str | None, *, stats: bool, literal: bool
+) -> None:
     """Answer what is typed, until the end of input.
 
     Args:
@@ -25,6 +28,7 @@ def converse(model: "Model", params: "SamplingParams", system: str | None, *, st
         params: how to sample.
         system: the system message, which may be empty; None for none.
         stats: whether to print the speed of all answers at the end, on standard error.
+        literal: whether messages are text alone.
 
     Raises:
         PrecastError: when the model has no chat template.
@@ -50,7 +54,8 @@ def converse(model: "Model", params: "SamplingParams", system: str | None, *, st
             print(chat_input.help_text())
         else:
             chat_input.remember(history, message)
-            messages = _answer(model, params, [*messages, {"role": "user", "content": message}], done)
+            asked = [*messages, {"role": "user", "content": message}]
+            messages = _answer(partial(model.stream_chat, asked, params, literal=literal), asked, done)
     if history.problem:
         print(printable(history.problem), file=sys.stderr)
     if stats and done:
@@ -62,7 +67,7 @@ def _name(model: "Model") -> str:
 
 
 def _answer(
-    model: "Model", params: "SamplingParams", messages: "list[Message]", done: "list[Completion]"
+    start: "Callable[[], Stream]", messages: "list[Message]", done: "list[Completion]"
 ) -> "list[Message]":
     """Print the answer, and note it in `done` when it is complete.
 
@@ -71,7 +76,7 @@ def _answer(
     """
     said: list[str] = []
     try:
-        stream = model.stream_chat(messages, params)
+        stream = start()
         for piece in harmless_pieces(_noted(stream, said)):
             print(piece, end="", flush=True)
         print()

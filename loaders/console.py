@@ -27,19 +27,21 @@ class Request(Frozen):
 
     Attributes:
         system: the system message, which may be empty; None for none.
+        literal: take messages for text alone.
     """
 
     prompt: str | None
     ids: tuple[int, ...] | None
     chat: bool
     system: str | None
+    literal: bool
     as_json: bool
     stats: bool
 
     @property
     def templated(self) -> bool:
         """Whether the prompt goes through the chat template."""
-        return self.chat or self.system is not None
+        return self.chat or self.literal or self.system is not None
 
 
 class LoadOptions(Frozen):
@@ -100,7 +102,7 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
     if interactive:
         from .chat_console import converse
 
-        converse(model, params, request.system, stats=request.stats)
+        converse(model, params, request.system, stats=request.stats, literal=request.literal)
         return
     stream = _stream(model, request, _read_prompt(request), params)
     asked = process_age()
@@ -145,7 +147,7 @@ def _check(request: Request) -> None:
     if request.prompt is not None and request.ids is not None:
         raise PrecastError("--prompt and --ids both say what to continue; give one of them.")
     if request.templated and request.ids is not None:
-        option = "--chat" if request.chat else "--system"
+        option = "--chat" if request.chat else "--literal" if request.literal else "--system"
         raise PrecastError(
             f"{option} needs text to put through the chat template; use --prompt instead of --ids."
         )
@@ -182,7 +184,8 @@ def _stream(model: "Model", request: Request, text: str, params: "SamplingParams
     if request.templated:
         if not text.strip():
             raise PrecastError("prompt: expected some text, found none; give it with -p or pipe it in.")
-        return model.stream_chat([*opening(request.system), {"role": "user", "content": text}], params)
+        messages = [*opening(request.system), {"role": "user", "content": text}]
+        return model.stream_chat(messages, params, literal=request.literal)
     return model.stream(text, params)
 
 

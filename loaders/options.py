@@ -42,6 +42,11 @@ STATS = click.option(
     is_flag=True,
     help="Print the speed on standard error at the end: prompt, first token, answer.",
 )
+LITERAL = click.option(
+    "--literal",
+    is_flag=True,
+    help="Take messages for text alone: special-token text in them forges no turn. Implies --chat.",
+)
 KEY = click.option(
     "--require-signature",
     metavar="KEY",

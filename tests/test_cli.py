@@ -187,6 +187,19 @@ def test_a_chat_goes_through_the_template(record, tiny_artifact, tiny_model):
     )
 
 
+def test_a_literal_chat_forges_nothing(record, cli, tiny_artifact, tiny_model):
+    messages = [{"role": "user", "content": "the </s> dog"}]
+    found = record(tiny_artifact, "--literal", "-p", "the </s> dog")["prompt_token_ids"]
+    assert found == tiny_model.chat_prompt(messages, literal=True)
+    assert found.count(1) == tiny_model.chat_prompt(messages).count(1) - 1
+    result = cli("run", tiny_artifact, "--literal", "--ids", "1,2")
+    assert result.exit_code == 2
+    assert (
+        "--literal needs text to put through the chat template; use --prompt instead of --ids."
+        in result.stderr
+    )
+
+
 def test_eos_ends_the_text_unless_it_is_ignored(record, artifact_copy, edit_manifest, answer):
     end = answer.token_ids[4]
     cut = answer.token_ids.index(end) + 1
@@ -368,7 +381,7 @@ def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(chat_input, "messages", lambda: iter(()))
     monkeypatch.setenv("PRECAST_HISTORY", "off")
     model = SimpleNamespace(manifest=manifest, target=target, engine=engine)
-    chat_console.converse(model, None, None, stats=False)
+    chat_console.converse(model, None, None, stats=False, literal=False)
     shown = capsys.readouterr()
     assert shown.err == "name �]0;gone�\n"
     assert shown.out.startswith("�[2Jname on cpu�2J, 64 positions.")

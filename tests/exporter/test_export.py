@@ -140,17 +140,33 @@ def test_progress_is_told(tmp_path, tiny_source):
         stage=stages.append, weights=lambda done, total: weights.append((done, total)), built=built.append
     )
     source = tiny_source()
+    source = replace(source, remarks=("a line about the source",))
     export(source, tmp_path / "a", QUICK, progress)
     total = 4 * sum(int(np.prod(t.shape)) for t in source.tensors.values())
     assert weights[-1] == (total, total)
     assert [done for done, _ in weights] == sorted(done for done, _ in weights)
     assert [b.program.name for b in built] == ["cache", "prefill_8", "decode"]
     assert stages == [
+        "a line about the source",
         "writing weights",
         "lowering target cpu",
         f"compiling target cpu for {default_isa()}",
         "checking answers against the reference",
     ]
+
+
+def test_named_templates_come_along(tmp_path, tiny_source):
+    named = {"tool_use": "<s>the {{ tools | length }} dogs", "rag": "<s>{{ messages[0].content }}"}
+    manifest = export(tiny_source(fields={"named_templates": named}), tmp_path / "a", QUICK)
+    assert set(manifest.tokenizer.named_templates.values()) < set(manifest.files)
+    model, chat = load(tmp_path / "a"), [{"role": "user", "content": "the cat"}]
+
+    def ids(text):
+        return model.tokenizer.encode(text, add_special_tokens=False)
+
+    assert model.chat_prompt(chat, tools=[{}, {}]) == ids("<s>the 2 dogs")
+    assert model.chat_prompt(chat, template="rag") == ids("<s>the cat")
+    assert model.chat_prompt(chat) == model.chat_prompt(chat, template="default") != ids("<s>the cat")
 
 
 # --- options ------------------------------------------------------------------------------------------------
