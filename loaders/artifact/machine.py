@@ -118,7 +118,12 @@ def cpu_features() -> tuple[str, ...]:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return ()
-    for line in text.splitlines():
+    return features_of(text)
+
+
+def features_of(cpuinfo: str) -> tuple[str, ...]:
+    """The same from the contents of /proc/cpuinfo."""
+    for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
             names = {_LLVM_NAMES.get(name, name) for name in value.split()}
