@@ -25,6 +25,8 @@ def found(tiny_artifact, python, tmp_path_factory):
         ("--version",): CLOSED,
         ("run", tiny): CLOSED,  # which reads its standard input, and finds nothing
         ("run", "--help"): CLOSED,
+        ("chat", tiny): CLOSED,
+        ("list", tiny): CLOSED,
         ("check", tiny): CLOSED,
         ("verify", tiny): CLOSED,
         ("eval", tiny, "--text", str(text), "--tokens", "64", "--window", "64"): CLOSED,
