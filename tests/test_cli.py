@@ -264,6 +264,43 @@ def test_the_model_s_own_lists_are_kept_beside_other_options(
     assert len(set(own["token_ids"])) == len(own["token_ids"])
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        (
+            "--temperature",
+            "1e-300",
+            "temperature must be a finite number at least 0 that float32 holds, which is 0 or",
+        ),
+        (
+            "--top-p",
+            "5e-324",
+            "top_p must be a finite number between 0 and 1 that float32 holds, which is 0 or",
+        ),
+        (
+            "--repetition-penalty",
+            "1e39",
+            "repetition_penalty must be a finite number at least 0 that float32 holds",
+        ),
+        (
+            "--top-k",
+            str(2**80),
+            "top_k must be an integer from 0 to 2^63 - 1, found 1208925819614629174706176.",
+        ),
+        (
+            "--seed",
+            str(2**128),
+            "seed must be an integer from 0 to 2^128 - 1, found 34028236692093846346337460743",
+        ),
+        ("--min-tokens", "-1", "min_tokens must be an integer from 0 to 2^63 - 1, found -1."),
+    ],
+)
+def test_a_number_that_its_type_does_not_hold(cli, tiny_artifact, option, value, text):
+    result = cli("run", tiny_artifact, "--ids", PROMPT, option, value)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"Sampling parameters: {text}" in result.stderr.replace("\n", " ")
+
+
 def test_the_least_tokens_of_an_answer(record, artifact_copy, edit_manifest, answer):
     def end_at_the_first(manifest):
         manifest["tokenizer"]["eos_token_ids"] = [answer.token_ids[0]]

@@ -7,10 +7,13 @@ from typing import Any
 from precast.loaders.artifact.errors import PrecastError
 
 from .end_of_generation import ends_by_text, together
+from .gguf_markers import mended
 from .gguf_vocabulary import TokenType
 
-# Keys that name an end, as llama.cpp reads them: of sequence, of turn, of message, and those between files.
-_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+# Keys that name an end, as llama.cpp reads them: of sequence, of turn, of message; and those between files, which it
+# ignores where they name no token.
+_ENDS = ("eos", "eot", "eom")
+_BETWEEN_FILES = ("fim_pad", "fim_rep", "fim_sep")
 _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
 _SAMPLING = {
     "temp": "temperature",
@@ -27,14 +30,16 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the ids at which llama.cpp ends a generation: those that the file names, and those with a known text."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
+    types = mended(tokens, types, metadata)
     special: dict[str, int] = {}
     plain: dict[str, int] = {}
     for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
         if kind != TokenType.UNUSED:
             (special if kind in _SPECIAL else plain)[token] = number
-    return together(
-        (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _ENDS), ends_by_text(special, plain)
-    )
+    named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _ENDS]
+    others = [metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for key in _BETWEEN_FILES]
+    named += [token for token in others if 0 <= token < len(tokens)]
+    return together(named, ends_by_text(special, plain))
 
 
 def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, object]:

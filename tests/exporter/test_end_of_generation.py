@@ -6,6 +6,7 @@ import pytest
 
 from precast.exporter.sources.end_of_generation import _IF_SPECIAL, _UNMISTAKABLE, ends_by_text
 from precast.exporter.sources.gguf_generation import end_tokens
+from precast.exporter.sources.gguf_markers import mistyped
 from precast.exporter.sources.huggingface import _ends
 
 # llama.cpp's list (src/llama-vocab.cpp), tokens between files included.
@@ -40,12 +41,20 @@ def test_the_list_is_llama_cpp_s():
 
 
 @pytest.mark.parametrize("text", LLAMA_CPP)
-@pytest.mark.parametrize("kind", [NORMAL, CONTROL, USER_DEFINED])
+@pytest.mark.parametrize("kind", [CONTROL, USER_DEFINED])
 def test_one_model_stops_at_the_same_tokens(tmp_path, text, kind):
     tokens, types = ["a", "b", text, "c"], [NORMAL, NORMAL, kind, NORMAL]
-    expected = (2,) if kind != NORMAL or text in _UNMISTAKABLE else ()
-    assert end_tokens(as_gguf(tokens, types)) == expected
-    assert as_hub(tmp_path, tokens, types) == expected
+    assert end_tokens(as_gguf(tokens, types)) == (2,)
+    assert as_hub(tmp_path, tokens, types) == (2,)
+
+
+@pytest.mark.parametrize("text", LLAMA_CPP)
+def test_plain_text_ends_where_it_is_unmistakable(tmp_path, text):
+    """A GGUF file has its markers mended first; a tokenizer.json says itself what is a marker."""
+    tokens, types = ["a", "b", text, "c"], [NORMAL] * 4
+    assert as_hub(tmp_path, tokens, types) == ((2,) if text in _UNMISTAKABLE else ())
+    known = text in _UNMISTAKABLE or bool(mistyped(tokens, types, {}))
+    assert end_tokens(as_gguf(tokens, types)) == ((2,) if known else ())
 
 
 def test_an_unused_token_ends_nothing():
@@ -65,6 +74,11 @@ def test_what_is_named_goes_first(tmp_path):
         2,
         3,
     )
+
+
+def test_tokens_between_files_count_where_they_are_tokens():
+    tokens, types = ["a", "b", "c"], [NORMAL] * 3
+    assert end_tokens(as_gguf(tokens, types, eos=2, fim_rep=1, fim_pad=99)) == (2, 1)
 
 
 def test_a_token_that_is_not_embedded_never_comes(tmp_path):

@@ -116,6 +116,53 @@ def test_what_is_applied(tmp_path, said, expected):
 
 
 @pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (  # Llama 3.1 Instruct
+            {
+                "bos_token_id": 128000,
+                "do_sample": True,
+                "eos_token_id": [128001, 128008, 128009],
+                "temperature": 0.6,
+                "top_p": 0.9,
+                "transformers_version": "4.42.3",
+            },
+            {"temperature": 0.6, "top_k": 50, "top_p": 0.9},
+        ),
+        (  # Qwen 2.5 Instruct
+            {
+                "bos_token_id": 151643,
+                "pad_token_id": 151643,
+                "do_sample": True,
+                "eos_token_id": [151645, 151643],
+                "repetition_penalty": 1.05,
+                "temperature": 0.7,
+                "top_p": 0.8,
+                "top_k": 20,
+            },
+            {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05},
+        ),
+        (  # Gemma 3
+            {
+                "cache_implementation": "hybrid",
+                "do_sample": True,
+                "eos_token_id": [1, 106],
+                "top_k": 64,
+                "top_p": 0.95,
+            },
+            {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
+        ),
+        (  # Llama 2 chat
+            {"_from_model_config": True, "eos_token_id": 2, "max_length": 4096, "pad_token_id": 0},
+            {"max_length": 4096},
+        ),
+    ],
+)
+def test_published_files(tmp_path, said, expected):
+    assert read(tmp_path, **said) == expected
+
+
+@pytest.mark.parametrize(
     ("said", "text"),
     [
         (
