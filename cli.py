@@ -287,8 +287,14 @@ def check(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one line of JSON.")
 @options.KEY
+@options.THREADS
 def verify(
-    artifact: Path | str, target: str | None, may_compile: bool, as_json: bool, require_signature: Path | None
+    artifact: Path | str,
+    target: str | None,
+    may_compile: bool,
+    as_json: bool,
+    require_signature: Path | None,
+    threads: int | None,
 ) -> None:
     """Check the files and the recorded answers of ARTIFACT.
 
@@ -302,7 +308,12 @@ def verify(
     folder = command.local(artifact, require_signature)
     sys.exit(
         verify_console.run(
-            folder, target=target, compile=may_compile, as_json=as_json, require_signature=require_signature
+            folder,
+            target=target,
+            compile=may_compile,
+            as_json=as_json,
+            require_signature=require_signature,
+            threads=threads,
         )
     )
 
@@ -339,6 +350,7 @@ def diff(before: Path | str, after: Path | str, as_json: bool, require_signature
 @click.option("--window", type=int, help="Tokens of a window. Default: 512, or the capacity if that is less.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @options.KEY
+@options.THREADS
 def evaluate(
     artifact: Path | str,
     reference: Path | None,
@@ -347,6 +359,7 @@ def evaluate(
     window: int | None,
     as_json: bool,
     require_signature: Path | None,
+    threads: int | None,
 ) -> None:
     """Measure how well ARTIFACT predicts a text.
 
@@ -366,14 +379,18 @@ def evaluate(
     folder = command.local(artifact, key)
     request = eval_console.Request(text=text, tokens=tokens, window=window, as_json=as_json)
     if reference is None:
-        eval_console.run(folder, request, None, key)
+        eval_console.run(folder, request, None, key, threads)
     elif eval_console.names_source(reference):
         _need_export("a reference that is no artifact")
         from precast.exporter.fidelity import open_reference
 
-        eval_console.run(folder, request, lambda capacity: open_reference(str(reference), capacity), key)
+        eval_console.run(
+            folder, request, lambda capacity: open_reference(str(reference), capacity), key, threads
+        )
     else:
-        eval_console.run(folder, request, lambda _: eval_console.open_artifact(reference, key), key)
+        eval_console.run(
+            folder, request, lambda _: eval_console.open_artifact(reference, key, threads), key, threads
+        )
 
 
 @main.command()

@@ -7,12 +7,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from . import limits as limiting
 from .artifact import compat
 from .artifact.errors import PrecastError
 from .artifact.machine import Machine
-from .artifact.manifest import SIGNATURE_FILE, WEIGHTS_FILE, Manifest, Target
+from .artifact.manifest import SIGNATURE_FILE, Manifest, Target
 from .isa import audience_of, widest_level
-from .resources import Memory, Processors
+from .limits import Need
+from .resources import Limits, Memory, Processors
 from .units import size_text
 
 # A promise that ends sooner than this is worth a word.
@@ -71,19 +73,6 @@ class TargetReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
-    """Memory, in bytes: weights, the cache of all slots when full, and the most that a program takes besides."""
-
-    weights: int
-    cache: int
-    temporary: int
-
-    @property
-    def all(self) -> int:
-        return self.weights + self.cache + self.temporary
-
-
-@dataclass(frozen=True, kw_only=True)
 class Report:
     """What `check` found.
 
@@ -127,6 +116,7 @@ def check(
     machine: Machine,
     processors: Processors,
     memory: Memory,
+    limits: Limits,
     today: date,
     *,
     target: str | None = None,
@@ -140,6 +130,7 @@ def check(
         machine: what is there to run on.
         processors: as above.
         memory: as above.
+        limits: as above.
         today: for the promise of StableHLO.
         target: the one to run; None for the best.
         compile: whether one that must be compiled first will do.
@@ -149,7 +140,7 @@ def check(
     """
     chosen = _choice(manifest, machine, root, target, compile)
     named = [t for t in manifest.targets if target in (None, t.name)]
-    need = _need(manifest, chosen or named[0])
+    need = limiting.need(manifest, chosen or named[0])
     expires = min(_day(t.stablehlo_expires, root) for t in named)
     days_left = (expires - today).days
     return Report(
@@ -158,10 +149,9 @@ def check(
         target=None if chosen is None else chosen.name,
         compiled=chosen is not None and chosen.runtime == "stablehlo",
         targets=tuple(_target(t, manifest, machine, root) for t in named),
-        problems=tuple(_too_little(need, memory.limit)),
+        problems=(*_too_little(need, memory.limit), *_too_low(need, processors.threads, limits)),
         notes=(
             *_little_left(need, memory),
-            *_few_processors(processors),
             *_promise(expires.isoformat(), days_left, root),
         ),
         processors=processors,
@@ -259,14 +249,6 @@ def _isa(machine: Machine) -> str:
     return f"export with --cpu-isa {level}" if level else "export on a machine like this one"
 
 
-def _need(manifest: Manifest, target: Target) -> Need:
-    return Need(
-        weights=manifest.files[WEIGHTS_FILE].bytes,
-        cache=sum(array.bytes for array in manifest.cache),
-        temporary=max((p.memory.temporary for p in target.programs if p.memory is not None), default=0),
-    )
-
-
 def _too_little(need: Need, limit: int | None) -> Iterator[Finding]:
     if limit is not None and need.all > limit:
         yield Finding(
@@ -285,15 +267,9 @@ def _little_left(need: Need, memory: Memory) -> Iterator[Finding]:
         )
 
 
-def _few_processors(p: Processors) -> Iterator[Finding]:
-    if p.quota is not None and p.quota < p.usable:
-        cores = max(1, int(p.quota))
-        yield Finding(
-            what="threads",
-            problem=f"{p.usable} threads share the time of {p.quota:g} cores that the container may use",
-            remedy=f"give the process {cores} core{'' if cores == 1 else 's'} of its own: taskset -c 0"
-            + (f"-{cores - 1}" if cores > 1 else ""),
-        )
+def _too_low(needed: Need, threads: int, limits: Limits) -> Iterator[Finding]:
+    for problem, remedy in limiting.problems(needed, threads, limits):
+        yield Finding(what="limits", problem=problem, remedy=remedy)
 
 
 def _promise(expires: str, days_left: int, root: Path) -> Iterator[Finding]:

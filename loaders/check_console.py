@@ -23,18 +23,21 @@ def run(
     Raises:
         PrecastError: when there is no artifact, it is not understood, or it has no such target.
     """
+    from .limits import threads_started
     from .load import find_artifact, read_manifest
-    from .resources import memory, processors
+    from .resources import limits, memory, processors
     from .runtime.pjrt import this_machine
 
     root = find_artifact(path)
     manifest = read_manifest(root, require_signature=require_signature)
+    cores = processors()
     report = check(
         root,
         manifest,
         this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets)),
-        processors(),
+        cores,
         memory(),
+        limits(threads_started(cores.threads)),
         datetime.now(UTC).date(),
         target=target,
         compile=compile,
@@ -94,8 +97,8 @@ def _facts(report: Report, key: Path | None) -> Iterable[str]:
         f"  memory    needs {size_text(need.all)} ({', '.join(f'{k} {size_text(v)}' for k, v in parts.items())}),"
         f" {size_text(memory.available)} of {size_text(memory.limit)} available"
     )
-    share = "" if p.quota is None else f", for the time of {p.quota:g}"
-    yield f"  threads   {p.usable} of {p.cores} cores{share}"
+    share = "" if p.quota is None else f", the container may keep {p.quota:g} of them busy"
+    yield f"  threads   {p.threads}, on {p.usable} of {p.cores} cores{share}"
     if report.days_left >= SOON_DAYS:
         yield f"  StableHLO promised to compile until {report.expires}, {report.days_left} days"
     unchecked = "there; whether it holds was not checked" if report.signed else "none"

@@ -51,6 +51,7 @@ class LoadOptions(Frozen):
     target: str | None
     compile: bool
     require_signature: Path | None
+    threads: int | None
 
 
 class SamplingOptions(Frozen):
@@ -96,6 +97,7 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
             target=load_options.target,
             compile=load_options.compile,
             require_signature=load_options.require_signature,
+            threads=load_options.threads,
         )
     loaded = process_age()
     params = replace(model.default_sampling(), **sampling.given())

@@ -41,12 +41,13 @@ def names_source(reference: Path) -> bool:
     return os.path.isfile(reference) or os.path.isfile(reference / "config.json")
 
 
-def open_artifact(path: Path, key: Path | None = None) -> "Scorer":
+def open_artifact(path: Path, key: Path | None = None, threads: int | None = None) -> "Scorer":
     """Loads an artifact to be measured or to be measured against.
 
     Args:
         path: as for `load`.
         key: file of the public key that it must be signed with.
+        threads: that compute; None for the default.
 
     Raises:
         PrecastError: as `load`.
@@ -54,7 +55,7 @@ def open_artifact(path: Path, key: Path | None = None) -> "Scorer":
     from .evaluate import ArtifactScorer
     from .load import load
 
-    return ArtifactScorer(model=load(path, require_signature=key))
+    return ArtifactScorer(model=load(path, require_signature=key, threads=threads))
 
 
 def run(
@@ -62,6 +63,7 @@ def run(
     request: Request,
     open_reference: "Callable[[int], Scorer] | None",
     require_signature: Path | None = None,
+    threads: int | None = None,
 ) -> None:
     """Measures the artifact and prints what was found on standard output.
 
@@ -70,6 +72,7 @@ def run(
         request: what to measure.
         open_reference: makes the reference, given the artifact's capacity; None for perplexity alone.
         require_signature: file of the public key that the artifact must be signed with.
+        threads: that compute the artifact's part; None for the default.
 
     Raises:
         PrecastError: for anything the user can put right.
@@ -80,7 +83,7 @@ def run(
         raise PrecastError(f"--tokens: {request.tokens} is not possible, expected 1 to {MOST_TOKENS}.")
     path = e.SHIPPED_TEXT if request.text is None else request.text
     text = e.read_text(path, request.tokens)
-    scorer = open_artifact(artifact, require_signature)
+    scorer = open_artifact(artifact, require_signature, threads)
     reference = None
     if open_reference is not None:
         with line_on_terminal() as show:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import trial
+from . import limits, trial
 from .artifact import compat, files
 from .artifact.errors import PrecastError, printable
 from .artifact.machine import Machine
@@ -77,10 +77,13 @@ def load(
     compile: bool = False,
     trusted: bool = False,
     require_signature: str | Path | None = None,
+    threads: int | None = None,
     log: Callable[[str], None] | None = None,
     at: Callable[[str], None] | None = None,
 ) -> Model:
     """Loads an artifact: no tracing, and no compiling unless asked for.
+
+    Several threads may load at once, and share a model. Nothing that the process's other code sees is changed.
 
     Args:
         path: its folder, a folder with exactly one artifact in it, or a URL that one was pushed to, as a string:
@@ -93,6 +96,8 @@ def load(
         require_signature: file of a public key that the artifact must be signed with, before anything of it but the
             manifest is looked at. What is so signed is trusted. None leaves it to PRECAST_REQUIRE_SIGNATURE and to
             the machine's own key (`precast.loaders.required`), and does not switch them off.
+        threads: that compute, on the CPU by XLA. By default one on every core that this process may run on, but no
+            more than a container's quota of processor time keeps busy. Models with the same number share them.
         log: where messages go; standard error by default.
         at: told the name of each program before it is loaded.
 
@@ -118,6 +123,7 @@ def load(
             target=target,
             compile=compile,
             trusted=trusted or key is not None,
+            threads=limits.checked_threads(threads),
             log=log,
             at=at or _nowhere,
         )
@@ -147,6 +153,7 @@ def load_made(root: Path, *, target: str, compile: bool = False) -> Model:
         target=target,
         compile=compile,
         trusted=True,
+        threads=limits.checked_threads(None),
         log=_nowhere,
         at=_nowhere,
     )
@@ -164,11 +171,14 @@ def _load(
     target: str | None,
     compile: bool,
     trusted: bool,
+    threads: int,
     log: Callable[[str], None],
     at: Callable[[str], None],
 ) -> Model:
     machine = pjrt.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
     chosen = compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)
+    if chosen.runtime != "savedmodel" and chosen.platform != "cuda" and not pjrt.has_client(threads):
+        limits.ensure(root, manifest, chosen, threads)
     try:
         contents, constants = _read(root, manifest, chosen, verify=verify)
     except PrecastError as error:
@@ -179,7 +189,9 @@ def _load(
     made = _compile_first(root, chosen, contents, machine, log)
     if not trusted:
         trial.ensure(root, manifest, chosen, machine, compile=compile, log=log)
-    client, executables_of = _runtime(root, manifest, chosen, contents, made, verify=verify, log=log, at=at)
+    client, executables_of = _runtime(
+        root, manifest, chosen, contents, made, verify=verify, threads=threads, log=log, at=at
+    )
     return _model(manifest, chosen, contents, constants, client, executables_of)
 
 
@@ -201,7 +213,15 @@ def assemble(root: Path, manifest: Manifest, target: Target, executables: Mappin
     constants = _weights(root, manifest, target, verify=False)
     _check_weights(target, constants[0], root)
     client, executables_of = _runtime(
-        root, manifest, target, contents, {}, verify=False, log=_to_stderr, at=_nowhere
+        root,
+        manifest,
+        target,
+        contents,
+        {},
+        verify=False,
+        threads=limits.checked_threads(None),
+        log=_to_stderr,
+        at=_nowhere,
     )
     return _model(manifest, target, contents, constants, client, executables_of)
 
@@ -315,12 +335,13 @@ def _runtime(
     made: "Mapping[str, Made]",
     *,
     verify: bool,
+    threads: int,
     log: Callable[[str], None],
     at: Callable[[str], None],
 ) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
     """Where a target runs, and what loads its programs."""
     if target.runtime != "savedmodel":
-        client = _client(target)
+        client = _client(target, threads)
         return client, partial(_executables, root, target, contents, made, client, at)
     from .runtime import savedmodel  # which imports TensorFlow
 
@@ -329,10 +350,10 @@ def _runtime(
     return savedmodel.client(), partial(savedmodel.load, root, target, manifest.files, verify=verify)
 
 
-def _client(target: Target) -> pjrt.Client:
+def _client(target: Target, threads: int) -> pjrt.Client:
     """The device that a target of XLA's runs on; "any" is the CPU."""
     if target.platform != "cuda":
-        return pjrt.client()
+        return pjrt.client(threads)
     from .runtime import cuda  # which takes the GPU
 
     return cuda.client(target.device)

@@ -55,6 +55,12 @@ KEY = click.option(
     help="Refuse an artifact that was not signed with this key: PEM file of the public one. Default: the file that"
     " PRECAST_REQUIRE_SIGNATURE names.",
 )
+THREADS = click.option(
+    "--threads",
+    type=int,
+    help="Compute with this many threads. Default: one for every core that the process may use, and no more than its"
+    " container keeps busy.",
+)
 _SAMPLING = (
     click.option(
         "-n",
@@ -82,6 +88,7 @@ _LOADING = (
     click.option("--target", help="Run this target of the artifact. Default: the best that fits."),
     click.option("--compile", is_flag=True, help="Compile from StableHLO where no executable fits."),
     KEY,
+    THREADS,
 )
 
 

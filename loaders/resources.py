@@ -1,29 +1,52 @@
-"""What this process may use of the machine: processors and memory, a container's limits included."""
+"""What this process may use of the machine: processors, memory and threads, a container's limits included."""
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
+
+from .artifact.frozen import Frozen
+from .artifact.machine import usable_cores
 
 # What version 1 of control groups says where there is no limit is a little below 2^63.
 _NO_LIMIT = 1 << 60
 
 
-@dataclass(frozen=True, kw_only=True)
-class Processors:
-    """Attributes:
-    cores: that the machine has.
-    usable: those that this process may run on; XLA starts a thread for each.
-    quota: how many of them its control group lets it keep busy; None for all.
+class Processors(Frozen):
+    """The processors of a machine, and this process's share.
+
+    Attributes:
+        cores: that the machine has.
+        usable: those that this process may run on.
+        quota: how many of them its control group lets it keep busy; None for all.
     """
 
     cores: int
     usable: int
     quota: float | None
 
+    @property
+    def threads(self) -> int:
+        """How many threads compute by default: as many as always run.
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
+        With one more than the quota, all wait whenever the time of a period is spent, and spinning spends it.
+        """
+        return self.usable if self.quota is None else max(1, min(self.usable, int(self.quota)))
+
+
+class Limits(Frozen):
+    """The system's limits for this process; None where they leave enough.
+
+    Attributes:
+        address_space: bytes that it may still map (``ulimit -v``).
+        threads: threads that it could start, where those were too few (``ulimit -u``, pids.max of a container).
+    """
+
+    address_space: int | None
+    threads: int | None
+
+
+class Memory(Frozen):
     """In bytes; None where the system does not tell.
 
     Attributes:
@@ -36,10 +59,8 @@ class Memory:
 
 
 def processors(system: Path = Path("/")) -> Processors:
-    cores = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     quotas = [q for folder in _groups(system, "cpu") if (q := _quota(folder)) is not None]
-    return Processors(cores=cores, usable=usable, quota=min(quotas, default=None))
+    return Processors(cores=os.cpu_count() or 1, usable=usable_cores(), quota=min(quotas, default=None))
 
 
 def memory(system: Path = Path("/")) -> Memory:
@@ -51,6 +72,44 @@ def memory(system: Path = Path("/")) -> Memory:
         limit=min((limit for limit, _ in found), default=None),
         available=min((left for _, left in found), default=None),
     )
+
+
+def limits(threads: int) -> Limits:
+    """The limits for this process.
+
+    Args:
+        threads: how many are needed. They are started and ended again, which no limit of any kind escapes.
+    """
+    return Limits(address_space=_address_space(), threads=_startable(threads))
+
+
+def _address_space() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    words = _text(Path("/proc/self/statm")).split()
+    return max(0, limit - (int(words[0]) * resource.getpagesize() if words else 0))
+
+
+def _startable(wanted: int) -> int | None:
+    """Start so many threads side by side; return how many there were, or None for all."""
+    end, started = Event(), list[Thread]()
+    try:
+        for _ in range(wanted):
+            thread = Thread(target=end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        return len(started)
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
+    return None
 
 
 def _groups(system: Path, controller: str) -> Iterator[Path]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -14,11 +14,18 @@ from .units import size_text
 
 if TYPE_CHECKING:
     from .artifact.manifest import Manifest
+    from .generate import Model
     from .verify import Files, Replay, Report
 
 
 def run(
-    path: Path, *, target: str | None, compile: bool, as_json: bool, require_signature: Path | None = None
+    path: Path,
+    *,
+    target: str | None,
+    compile: bool,
+    as_json: bool,
+    require_signature: Path | None = None,
+    threads: int | None = None,
 ) -> int:
     """Verifies the artifact at `path`, and prints what was found; one sentence on standard error where it differs.
 
@@ -37,7 +44,15 @@ def run(
         files = check_files(root, manifest, report)
     # What is not what it should be reaches no deserialiser.
     refused = bool(files.problems) or _in_a_savedmodel(manifest, files.unlisted)
-    played = None if refused else _replay(root, manifest, target, compile, require_signature)
+
+    def opened() -> "Model":
+        from .load import load
+
+        return load(
+            root, target=target, compile=compile, require_signature=require_signature, threads=threads
+        )
+
+    played = None if refused else _replay(root, manifest, opened)
     problems = _problems(root, files, played)
     if as_json:
         facts = {
@@ -69,17 +84,14 @@ def _in_a_savedmodel(manifest: "Manifest", names: Iterable[str]) -> bool:
     return any(PurePosixPath(name).is_relative_to(folder) for name in names for folder in folders)
 
 
-def _replay(
-    root: Path, manifest: "Manifest", target: str | None, compile: bool, key: Path | None
-) -> "Replay":
+def _replay(root: Path, manifest: "Manifest", opened: "Callable[[], Model]") -> "Replay":
     from .artifact.files import read_checked
     from .artifact.golden import parse_golden
-    from .load import load
     from .verify import replay
 
     data = read_checked(root, manifest.golden, manifest.files[manifest.golden])
     golden = parse_golden(data, manifest, str(root / manifest.golden))
-    model = load(root, target=target, compile=compile, require_signature=key)
+    model = opened()
     with _progress() as report:
         return replay(model, golden, str(root), report)
 

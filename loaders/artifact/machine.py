@@ -106,6 +106,11 @@ def nvidia_gpus(root: Path = Path("/")) -> tuple[str, ...]:
     return ("any",) if any((root / sign).exists() for sign in signs) else ()
 
 
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor_family() -> str:
     name = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)

@@ -6,24 +6,31 @@ in `cuda` beside it: what a new jaxlib changes is changed here. Tested on each j
 
 import importlib.util
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from threading import Lock
 from typing import Any, cast
 
 import numpy as np
 
-from .quiet import quiet
+from ..artifact.errors import PrecastError
+from .quiet import quiet, variable
 
-# XLA looks at the log level once, when it is loaded.
-with quiet("1"):
-    from jaxlib import _jax
+try:
+    # XLA looks at the log level once, when it is loaded.
+    with quiet("1"):
+        from jaxlib import _jax
+except ImportError as error:
+    raise PrecastError(
+        f"jaxlib cannot be imported ({error}); install it again, or raise the limit of address space (ulimit -v) where"
+        " one is set."
+    ) from None
 from jaxlib.version import __version__ as jaxlib_version
 
 from precast import kernels
 
-from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
-from ..artifact.machine import Machine, cpu_features, nvidia_gpus, processor_family
+from ..artifact.machine import Machine, cpu_features, nvidia_gpus, processor_family, usable_cores
 from ..artifact.manifest import ProgramMemory
 from ..artifact.weights import aligned_zeros
 from .interface import Buffer
@@ -105,7 +112,7 @@ class Executable:
 
 
 class Client:
-    """One device: the CPU, with a thread for every core this process may use.
+    """One device: the CPU.
 
     Args:
         client: XLA's.
@@ -233,20 +240,34 @@ def register_kernels() -> None:
 
 
 _making_client = Lock()
+_clients: dict[int, Client] = {}
 
 
-def client() -> Client:
-    """This process's client: one, because each starts a thread for every core."""
+def client(threads: int | None = None) -> Client:
+    """This process's client of so many threads: models that compute with as many share it.
+
+    Args:
+        threads: that compute; None for one on every core that this process may run on.
+    """
     with _making_client:
-        return _client()
+        count = threads or usable_cores()
+        if count not in _clients:
+            _clients[count] = _client(count)
+        return _clients[count]
 
 
-@cache
-def _client() -> Client:
+def has_client(threads: int) -> bool:
+    """Whether this process has a client of so many threads already."""
+    return threads in _clients
+
+
+def _client(threads: int) -> Client:
     register_kernels()
-    # Synchronous: a call returns when it is done, on the thread that made it. Nothing here runs side by side, and
-    # handing each step to another thread costs more than it hides.
-    return Client(_jax.get_tfrt_cpu_client(asynchronous=False))
+    # XLA starts a thread for every core, or as many as this variable says when a client is made.
+    with nullcontext() if threads == usable_cores() else variable("NPROC", str(threads)):
+        # Synchronous: a call returns when it is done, on the thread that made it. Nothing here runs side by side, and
+        # handing each step to another thread costs more than it hides.
+        return Client(_jax.get_tfrt_cpu_client(asynchronous=False))
 
 
 def _is_installed(package: str) -> bool:

@@ -1,23 +1,25 @@
-"""Libraries of Google's that take the level of their log from the environment."""
+"""Environment variables that libraries read while they start, and that nobody else is to see."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 _LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
-@contextmanager
-def quiet(level: str) -> Iterator[None]:
-    """Set the log level while a library is loaded, unless the user has set one.
+def quiet(level: str) -> AbstractContextManager[None]:
+    """Set the log level of Google's libraries while one is loaded, unless the user has set one."""
+    return nullcontext() if _LEVEL in os.environ else variable(_LEVEL, level)
 
-    The variable stands in the environment that C code sees, and nowhere that Python code looks.
-    """
-    if _LEVEL in os.environ:
-        yield
-        return
-    os.putenv(_LEVEL, level)
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """Set a variable in the environment that C code sees; `os.environ` stays as it is."""
+    os.putenv(name, value)
     try:
         yield
     finally:
-        os.unsetenv(_LEVEL)
+        if (before := os.environ.get(name)) is None:
+            os.unsetenv(name)
+        else:
+            os.putenv(name, before)

@@ -12,11 +12,12 @@ from precast.loaders import isa
 from precast.loaders.check import check
 from precast.loaders.check_console import lines
 from precast.loaders.load import read_manifest
-from precast.loaders.resources import Memory, Processors
+from precast.loaders.resources import Limits, Memory, Processors
 from precast.loaders.runtime.pjrt import this_machine
 
 GB = 1 << 30
 ROOT = Path("/art")
+NO_LIMITS = Limits(address_space=None, threads=None)
 TODAY = date(2026, 1, 1)
 
 
@@ -33,13 +34,16 @@ def with_target(manifest, **changes):
     return dataclasses.replace(manifest, targets=(dataclasses.replace(first, **changes), *others))
 
 
-def examine(manifest, *, machine=None, processors=None, memory=None, today=TODAY, **options):
+def examine(
+    manifest, *, machine=None, processors=None, memory=None, limits=NO_LIMITS, today=TODAY, **options
+):
     return check(
         ROOT,
         manifest,
         machine or this_machine(),
         processors or Processors(cores=8, usable=8, quota=None),
         memory or Memory(limit=8 * GB, available=4 * GB),
+        limits,
         today,
         **options,
     )
@@ -120,7 +124,8 @@ def test_the_artifact_s_path_is_one_word_of_a_command(good):
     root = Path("/my models/a;b")
     machine, memory = this_machine(), Memory(limit=8 * GB, available=4 * GB)
     processors = Processors(cores=8, usable=8, quota=None)
-    report = check(root, with_target(good, jaxlib="0.9.9"), machine, processors, memory, date(2026, 4, 12))
+    manifest = with_target(good, jaxlib="0.9.9")
+    report = check(root, manifest, machine, processors, memory, NO_LIMITS, date(2026, 4, 12))
     remedies = [m.remedy for t in report.targets for m in t.mismatches] + [n.remedy for n in report.notes]
     for remedy in remedies:
         assert "/my models/a;b" not in remedy.replace("'/my models/a;b'", "")
@@ -197,17 +202,28 @@ def test_memory(good):
     assert examine(good, memory=Memory(limit=None, available=None)).notes == ()
 
 
-@pytest.mark.parametrize(
-    ("quota", "remedy"),
-    [(1.5, "1 core of its own: taskset -c 0"), (3.0, "3 cores of its own: taskset -c 0-2")],
-)
-def test_threads_that_share_less_time_than_they_are(good, quota, remedy):
+@pytest.mark.parametrize(("quota", "threads"), [(0.5, 1), (1.0, 1), (1.5, 1), (3.0, 3), (9.0, 8), (None, 8)])
+def test_threads_follow_the_quota(good, quota, threads):
     report = examine(good, processors=Processors(cores=16, usable=8, quota=quota))
     assert report.runs
-    (note,) = report.notes
-    assert note.problem == f"8 threads share the time of {quota:g} cores that the container may use"
-    assert note.remedy == f"give the process {remedy}"
-    assert f"8 of 16 cores, for the time of {quota:g}" in text(report)
+    assert report.notes == ()
+    share = "" if quota is None else f", the container may keep {quota:g} of them busy"
+    assert f"  threads   {threads}, on 8 of 16 cores{share}\n" in text(report)
+
+
+def test_limits_that_are_too_low(good):
+    """The same sentences as `load` refuses with."""
+    low = examine(good, limits=Limits(address_space=10 << 20, threads=3))
+    assert not low.runs
+    space, threads = low.problems
+    assert space.problem.startswith("it needs ")
+    assert space.problem.endswith("of address space, this process may take 10.5 MB more (ulimit -v)")
+    assert threads.problem == (
+        "XLA starts 33 threads, this process may start 3 more (ulimit -u, pids.max of the container)"
+    )
+    assert space.remedy == threads.remedy == "raise that limit, or compute with fewer threads (--threads 1)"
+    assert f"! {threads.problem}" in text(low)
+    assert examine(good, limits=Limits(address_space=1 << 40, threads=None)).problems == ()
 
 
 @pytest.mark.parametrize(

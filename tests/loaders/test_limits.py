@@ -1,0 +1,161 @@
+"""Limits of the system are a sentence before XLA meets them, and threads are as many as they should be."""
+
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from precast.loaders import limits, resources
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generate import Model
+from precast.loaders.load import load, read_manifest
+from precast.loaders.resources import Processors
+from precast.loaders.runtime import pjrt
+from precast.loaders.sampling import SamplingParams
+
+PROMPT = [7, 200, 31]
+FREE = SamplingParams(ignore_eos=True)
+
+
+def few_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """A system that lets this process have so many threads more."""
+    start, started = threading.Thread.start, list[threading.Thread]()
+
+    def limited(thread: threading.Thread) -> None:
+        if sum(other.is_alive() for other in started) >= most:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+        started.append(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+
+
+@pytest.mark.parametrize("most", [0, 1, 19])
+def test_too_few_threads_are_a_sentence(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    before = threading.active_count()
+    few_threads(monkeypatch, most)
+    with pytest.raises(PrecastError) as raised:
+        load(tiny_artifact, threads=5)
+    assert str(raised.value) == (
+        f"{tiny_artifact}: XLA starts 21 threads, this process may start {most} more (ulimit -u, pids.max of the"
+        " container); raise that limit, or compute with fewer threads (--threads 1)."
+    )
+    assert threading.active_count() == before
+
+
+def test_a_client_that_is_there_needs_no_threads(
+    tiny_artifact: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(tiny_artifact)
+    few_threads(monkeypatch, 1)  # which loads the programs
+    assert load(tiny_artifact).generate(PROMPT, FREE).token_ids == first.generate(PROMPT, FREE).token_ids
+
+
+def test_enough_threads_are_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_threads(monkeypatch, 7)
+    assert [resources.limits(n).threads for n in (7, 8)] == [None, 7]
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+import precast
+import precast.loaders.load
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[2]),) * 2)
+try:
+    model = precast.load(sys.argv[1], threads=2)
+    print("loaded", len(model.generate([7, 200, 31], precast.SamplingParams(max_tokens=4, ignore_eos=True)).token_ids))
+except precast.PrecastError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("beyond", "text"), [(-700 << 20, "refused"), (-1 << 20, "refused"), (8 << 20, "loaded")]
+)
+def test_address_space_is_a_sentence_or_enough(
+    tiny_artifact: Path, python: Any, beyond: int, text: str
+) -> None:
+    """Around the bound that `load` goes by, of a process that has tried the artifact before."""
+    manifest = read_manifest(tiny_artifact)
+    space = limits.need(manifest, manifest.targets[0]).all + limits._FIXED + 2 * limits._PER_THREAD
+    result = python("-c", UNDER_A_LIMIT, str(tiny_artifact), str(space + beyond))
+    assert (result.returncode, result.stderr) == (0, "")
+    if text == "loaded":
+        assert result.stdout == "loaded 4\n"
+    else:
+        assert result.stdout.startswith(f"{tiny_artifact}: it needs 9")
+        assert result.stdout.endswith(
+            "(ulimit -v); raise that limit, or compute with fewer threads (--threads 1).\n"
+        )
+
+
+def test_libraries_that_do_not_fit_are_a_sentence(tiny_artifact: Path) -> None:
+    command = 'ulimit -v 300000; exec "$0" -m precast.cli run "$1" -p x'
+    result = subprocess.run(
+        ["sh", "-c", command, sys.executable, str(tiny_artifact)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: jaxlib cannot be imported (")
+    assert result.stderr.count("\n") == 1
+
+
+# --- how many threads compute -------------------------------------------------------------------------------
+
+
+def pool_threads() -> int:
+    """Threads of XLA's pools in this process."""
+    count = 0
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread that has ended
+            count += (task / "comm").read_text().startswith("tf_XLAEigen")
+    return count
+
+
+def test_a_model_computes_with_as_many_threads_as_asked(tiny_artifact: Path, tiny_model: Model) -> None:
+    answer = tiny_model.generate(PROMPT, FREE).token_ids
+    before = pool_threads()
+    model = load(tiny_artifact, threads=7)
+    assert pool_threads() - before == 7
+    again = load(tiny_artifact, threads=7)
+    assert pool_threads() - before == 7
+    # The promise: answers do not depend on the number of threads.
+    assert model.generate(PROMPT, FREE).token_ids == again.generate(PROMPT, FREE).token_ids == answer
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(None, 6), (0.5, 1), (1.0, 1), (4.9, 4), (64.0, 6)])
+def test_threads_follow_the_quota_by_default(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, quota: float | None, expected: int
+) -> None:
+    asked = []
+    monkeypatch.setattr(resources, "processors", lambda: Processors(cores=8, usable=6, quota=quota))
+    client = pjrt.client
+    monkeypatch.setattr(pjrt, "client", lambda threads: asked.append(threads) or client())
+    load(tiny_artifact)
+    load(tiny_artifact, threads=9)
+    assert asked == [expected, 9]
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025, True, 1.5, "2"])
+def test_numbers_that_are_none_of_threads(tiny_artifact: Path, threads: Any) -> None:
+    with pytest.raises(PrecastError) as raised:
+        load(tiny_artifact, threads=threads)
+    assert str(raised.value) == f"threads: expected a whole number from 1 to 1024, found {threads!r}."
+
+
+@pytest.mark.parametrize("command", ["run", "verify", "eval", "chat"])
+def test_commands_take_threads(cli: Any, tiny_artifact: Path, command: str) -> None:
+    prompt = ("-p", "x") if command == "run" else ()
+    result = cli(command, tiny_artifact, *prompt, "--threads", "0")
+    assert result.exit_code == 2
+    assert "error: threads: expected a whole number from 1 to 1024, found 0.\n" in result.stderr
