@@ -18,6 +18,7 @@ from .models import ModelSpec, read_model
 from .models.parameters import abstract_model
 from .sources import open_source
 from .sources.base import Source
+from .texts import read_tokenizer
 from .weights import plan_weights, read_floats
 
 # What an export measures: two windows of 512, or more of a smaller capacity.
@@ -93,17 +94,11 @@ def open_reference(path: str, exported: int | None = None) -> Reference:
     """
     source = open_source(path)
     spec = read_model(source.config, source.name)
-    tokenizer = Tokenizer.from_json(
-        source.tokenizer_json,
-        chat_template=source.chat_template,
-        bos_token=source.bos_token,
-        eos_token=source.eos_token,
-    )
     return Reference(
         name=source.name,
         spec=spec,
         weights=read_weights(source, spec),
-        tokenizer=tokenizer,
+        tokenizer=read_tokenizer(source),
         capacity=spec.config.max_positions,
         exported=exported,
     )

@@ -105,7 +105,7 @@ class LiteralChat:
         return self._with_real(encoded(literal, text, add_special_tokens=False).ids, real, text)
 
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
-        """Whether a control token was written by the template; an unknown character may give one, too."""
+        """Return whether a control token was written by the template; an unknown character may give one, too."""
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):
             return False
@@ -169,7 +169,7 @@ def _marked(value: Any, texts: _Texts, marker: str) -> Any:
 
 
 def _is_control(token: "AddedToken", template: str) -> bool:
-    """Whether a token in a message could forge something; runs of spaces and the like are ordinary text."""
+    """Return whether a token in a message could forge something; runs of spaces and the like are ordinary text."""
     if token.special:
         return True
     is_marker = token.content in template or _SPELLING.fullmatch(token.content) is not None

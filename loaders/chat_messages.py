@@ -98,7 +98,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def has_parts(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the content of any message comes in parts."""
+    """Return whether the content of any message comes in parts."""
     return any(isinstance(message.get("content"), list) for message in messages)
 
 

@@ -137,7 +137,7 @@ class ChatTemplate:
 
     @cached_property
     def _shows_parts(self) -> bool:
-        """Whether the text of a part comes out, or the part as JSON, but not as Python writes it."""
+        """Return whether the text of a part comes out, or the part as JSON, but not as Python writes it."""
         shown = self._probed([{"type": "text", "text": _PROBE}])
         return _PROBE in shown and f"'{_PROBE}'" not in shown
 

@@ -88,12 +88,12 @@ def _is_on(value: object, document: Mapping[str, Any]) -> bool:
 
 
 def _names_another_file(value: object, document: Mapping[str, Any]) -> bool:
-    """Whether there is a tokenizer.json for other versions of transformers."""
+    """Return whether there is a tokenizer.json for other versions of transformers."""
     return value is not None and value != ["tokenizer.json"]
 
 
 def _is_not_mended(value: object, document: Mapping[str, Any]) -> bool:
-    """Whether transformers would replace the pre-tokenizer of a large vocabulary by another."""
+    """Return whether transformers would replace the pre-tokenizer of a large vocabulary by another."""
     return bool(value) and _MISTRAL not in _texts(document.get("pre_tokenizer"))
 
 
@@ -117,7 +117,7 @@ _REASONS: Mapping[str, str] = {
 
 
 def _cleans_up(settings: Mapping[str, object], document: Mapping[str, Any]) -> bool:
-    """Whether transformers edits decoded text: never with BPE, unless asked twice."""
+    """Return whether transformers edits decoded text: never with BPE, unless asked twice."""
     forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     is_bpe = (document.get("model") or {}).get("type") == "BPE"
     return bool(settings.get("clean_up_tokenization_spaces")) and (not is_bpe or bool(forced))

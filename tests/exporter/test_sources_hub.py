@@ -192,6 +192,8 @@ def test_neither_pickles_nor_code_are_asked_for(monkeypatch, tmp_path):
         return any(fnmatch.fnmatch(name, pattern) for pattern in asked["patterns"])
 
     assert fetched("model-00001-of-00002.safetensors")
+    texts = "added_tokens.json special_tokens_map.json tokenizer_config.json chat_template.jinja chat_template.json"
+    assert all(map(fetched, [*texts.split(), "additional_chat_templates/tool_use.jinja"]))
     assert not any(
         map(fetched, ["pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "model.pt"])
     )
