@@ -196,7 +196,7 @@ def chat(
 @click.option(
     "--cpu-isa",
     help="Instruction set to compile for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all that this machine has."
-    " Default: x86-64-v2, and native on other machines.",
+    " Default: x86-64-v2; native for --target portable and on other machines.",
 )
 @click.option("--target", help="Target whose StableHLO is compiled. Default: the quickest that runs here.")
 @click.option("--overwrite", is_flag=True, help="Replace a target of the same name.")

@@ -75,7 +75,8 @@ def add_target(
 
     Args:
         path: the artifact, or a folder with exactly one in it.
-        isa: a key of `isa.LEVELS`, or "native" for all that this machine has; None for `isa.default_isa`.
+        isa: a key of `isa.LEVELS`, or "native" for all that this machine has; None for
+            `isa.default_isa` where the programs call kernels, and "native" where XLA computes all.
         source: name of the target whose StableHLO is compiled; the quickest that runs here by default.
         overwrite: replace a target of the same name.
         require_signature: file of the public key that the artifact, as it is, must be signed with.
@@ -86,8 +87,8 @@ def add_target(
             lacks, StableHLO that cannot be compiled here, a name that is taken, and programs that do not give the
             golden answers. The artifact is then as it was.
     """
-    isa = isas.default_isa() if isa is None else isa
-    isas.check_isa(isa)
+    if isa is not None:
+        isas.check_isa(isa)
     root = find_artifact(path)
     with writing(root), locked(root, log) as handle:
         held = Held(root=root, handle=handle, data=files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES))
@@ -102,7 +103,7 @@ def add_target(
 def _add(
     held: Held,
     manifest: Manifest,
-    isa: str,
+    isa: str | None,
     source: str | None,
     overwrite: bool,
     log: Callable[[str], None],
@@ -111,6 +112,8 @@ def _add(
     chosen = _source(manifest, machine, root, source)
     _check_names(chosen, root)
     kind = _kind(chosen)
+    if isa is None:
+        isa = isas.default_isa() if chosen.kernels else isas.NATIVE
     if isa != isas.NATIVE:  # to refuse before anything is compiled
         _free_name(manifest, isas.target_name(kind, isas.LEVELS[isa].features), machine, overwrite, root)
     for (

@@ -198,10 +198,11 @@ def stating(executable: bytes, features: Sequence[str]) -> bytes:
 
     XLA states all that its compiler was allowed, and tuning of one maker's CPUs. Its loader prints kilobytes about
     each that a machine lacks, and then runs the code, which does not use them. What is not needed changes its sign.
+    So does AVX-512, needed or not: to a list with it the loader adds tuning features that no machine has.
     """
     if processor_family() != "x86_64":
         return executable
-    stated = {f.encode() for f in (*features, *_UNSAID)}
+    stated = {f.encode() for f in (*features, *_UNSAID) if not f.startswith("avx512")}
     return _FEATURE_LIST.sub(lambda found: _signed(found[0], stated), executable)
 
 

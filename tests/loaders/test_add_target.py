@@ -143,7 +143,7 @@ def test_another_jaxlibs_target_keeps_its_name(add, artifact_copy, edit_manifest
 
 
 def test_the_portable_form_is_compiled_on_request(add, artifact_copy):
-    added, _ = add("native", source="portable")
+    added, _ = add(None, source="portable")
     assert added.target.name.startswith("portable-x86-64-v")
     assert set(added.target.cpu_features) <= set(cpu_features())
     assert (added.target.kernels, added.target.kernel_abi) == ((), 0)
