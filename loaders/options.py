@@ -94,50 +94,28 @@ _LOADING = (
 
 def sampling(command: Command) -> Command:
     """Give a command the options for sampling; it receives them as one argument, `sampling`."""
-
-    def gathered(values: dict[str, Any]) -> Any:
-        from .console import SamplingOptions
-
-        return SamplingOptions(**values)
-
-    return _gathering(command, _SAMPLING, "sampling", gathered)
+    return _gathering(command, _SAMPLING, "sampling", "SamplingOptions")
 
 
 def loading(command: Command) -> Command:
     """Give a command the options for loading an artifact; it receives them as one argument, `loading`."""
-
-    def gathered(values: dict[str, Any]) -> Any:
-        from .console import LoadOptions
-
-        return LoadOptions(**values)
-
-    return _gathering(command, _LOADING, "loading", gathered)
+    return _gathering(command, _LOADING, "loading", "LoadOptions")
 
 
 def _gathering(
-    command: Command,
-    options: tuple[Callable[[Command], Command], ...],
-    name: str,
-    gathered: Callable[[dict[str, Any]], Any],
+    command: Command, options: tuple[Callable[[Command], Command], ...], name: str, kind: str
 ) -> Command:
-    names = _names(options)
+    """Decorate a command with options that are the fields of a class of `console`."""
 
     @wraps(command)
     def wrapper(**arguments: Any) -> None:
-        values = {key: arguments.pop(key) for key in names}
-        command(**arguments, **{name: gathered(values)})
+        from . import console
+
+        gathered = getattr(console, kind)
+        values = {key: arguments.pop(key) for key in gathered.__dataclass_fields__}
+        command(**arguments, **{name: gathered(**values)})
 
     decorated: Command = wrapper
     for option in reversed(options):
         decorated = option(decorated)
     return decorated
-
-
-def _names(options: tuple[Callable[[Command], Command], ...]) -> list[str]:
-    """The names of the arguments that click passes for these options."""
-
-    def probe() -> None: ...
-
-    for option in options:
-        option(probe)
-    return [parameter.name for parameter in probe.__click_params__]  # type: ignore[attr-defined]

@@ -1,13 +1,18 @@
 """Standard streams, and text that a terminal only shows."""
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 
 # C0 but for tab and newline, DEL, C1, and the characters that reorder text around them (bidirectional embeddings,
 # overrides and isolates). The marks and joiners that scripts and emoji need are not among them.
-_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_COMMANDS = (
+    *(set(range(0x20)) - {0x09, 0x0A}),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+)
+_SHOWN = dict.fromkeys(_COMMANDS, "\N{REPLACEMENT CHARACTER}")
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
@@ -27,7 +32,7 @@ def open_closed_streams() -> None:
 
 def harmless(text: str) -> str:
     """The text with a visible character in place of each that would command a terminal."""
-    return _COMMANDS.sub("\N{REPLACEMENT CHARACTER}", text)
+    return text.translate(_SHOWN)
 
 
 def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
@@ -46,4 +51,4 @@ def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 def escaped(line: str) -> str:
     """A line of JSON without characters that command a terminal; it holds the same value."""
-    return _COMMANDS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+    return line.translate({code: f"\\u{code:04x}" for code in _COMMANDS})
