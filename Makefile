@@ -8,7 +8,7 @@ BENCH_VENV ?= .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 BENCH_PRECAST ?= .venv-bench-precast
 
-.PHONY: demo test test-long lint bench fuzz kill
+.PHONY: demo test test-long lint bench fuzz kill interrupt
 
 demo: $(DEMO)/manifest.json
 	$(BIN)/python cli.py run $(DEMO) --chat --prompt "What is the capital of France?" --max-tokens 64
@@ -29,12 +29,15 @@ lint: $(READY)
 	MYPYPATH=$(VENV)/types $(BIN)/mypy
 	$(BIN)/lint-imports
 
-# 20,000 mutated artifacts; 200 kills. Both say what they found, and how to see it again.
+# 20,000 mutated artifacts; 200 kills; 130 interrupts. All say what they found, and how to see it again.
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz/run.py --cases 20000 --seed 1 $(FUZZ_ARGS)
 
 kill: $(READY)
 	$(BIN)/python tests/fuzz/kill.py --kills 200 --seed 1 $(KILL_ARGS)
+
+interrupt: $(READY)
+	$(BIN)/python tests/fuzz/interrupt.py --tries 130 --seed 1 $(INTERRUPT_ARGS)
 
 bench: $(READY) $(BENCH_READY)
 	$(BIN)/python benchmarks/headline.py

@@ -2,19 +2,21 @@
 
 import os
 import sys
+
+if __name__ == "__main__":
+    try:
+        from precast.start import main as start
+    except ModuleNotFoundError:
+        print(
+            "error: precast is not installed in this Python; run: pip install -e '.[export]'", file=sys.stderr
+        )
+        sys.exit(2)
+    sys.exit(start())
+
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-
-if __name__ == "__main__":
-    from importlib.util import find_spec
-
-    if find_spec("precast") is None:
-        click.echo(
-            "error: precast is not installed in this Python; run: pip install -e '.[export]'", err=True
-        )
-        sys.exit(2)
 
 from precast.loaders import command, options
 
@@ -411,11 +413,16 @@ def sign(artifact: Path, key: Path) -> None:
     """
     from precast.loaders import signing
     from precast.loaders.artifact.errors import printable
+    from precast.loaders.artifact.interrupt import raising
     from precast.loaders.load import find_artifact
 
     def ask() -> str:
         given = os.environ.get("PRECAST_KEY_PASSWORD")
-        return click.prompt(f"password of {key}", hide_input=True, err=True) if given is None else given
+        if given is not None:
+            return given
+        with raising():  # so that the terminal shows again what is typed
+            password: str = click.prompt(f"password of {key}", hide_input=True, err=True)
+            return password
 
     root = find_artifact(artifact)
     fingerprint = signing.sign(root, key, ask)
@@ -460,7 +467,3 @@ def pull(
     from precast.loaders import store_console
 
     store_console.pull(url, output, overwrite=overwrite, require_signature=require_signature, as_json=as_json)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,9 @@
 """What ``precast export`` shows while it works, and when it is done."""
 
+import os
+import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +13,7 @@ from rich.table import Table
 
 from precast.loaders.artifact.errors import printable
 from precast.loaders.artifact.folders import check_free
+from precast.loaders.artifact.interrupt import undoing
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 from precast.loaders.isa import audience_of
 
@@ -33,7 +37,7 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
     source = open_source(spec)
     path = output or Path("artifacts") / f"{source.name}-{options.weights}"
     built: list[Built] = []
-    with _bars(console) as bars:
+    with undoing(partial(_show_cursor, console)), _bars(console) as bars:
         manifest = export(source, path, options, _progress(console, bars, built))
     _console(stderr=False).print(_summary(path, manifest, built, time.perf_counter() - started))
 
@@ -41,6 +45,12 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
 def _console(*, stderr: bool) -> Console:
     # Names of files and models are text, whatever brackets and colons they have.
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def _show_cursor(console: Console) -> None:
+    """Bring back what bars hide, past everything that may be half written."""
+    if console.is_terminal:
+        os.write(sys.stderr.fileno(), b"\x1b[?25h")
 
 
 def _bars(console: Console) -> Bars:

@@ -20,6 +20,8 @@ GUARD = "PRECAST_CHILD_OF"
 READY = b"precast child ready\n"
 # For a Python to start and import, on a slow disk.
 START_S = 120
+# Linux's PR_SET_PDEATHSIG, prctl(2).
+_SET_DEATH_SIGNAL = 1
 
 
 class NotStarted(Exception):
@@ -88,6 +90,15 @@ def command(module: str, *arguments: str) -> list[str]:
         raise NotStarted("there is no Python to start")
     # -P: nothing is imported from the folder that this happens to run in.
     return [python, "-P", "-m", module, *arguments]
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process when the one that started it ends, however that comes about."""
+    import ctypes
+    import signal
+
+    with suppress(AttributeError, OSError):  # another system than Linux
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 
 def environment(module: str) -> dict[str, str]:
@@ -170,6 +181,7 @@ def answers() -> BinaryIO:
 
     What libraries print goes to standard error from now on, so that it does not pass for an answer.
     """
+    _end_with_parent()
     stream = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     stream.write(READY)

@@ -10,10 +10,11 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
+from .artifact import interrupt
 from .artifact.errors import PrecastError, printable
 from .terminal import open_closed_streams
 
-FAILED, INTERRUPTED = 2, 130
+FAILED = 2
 
 
 class Commands(click.Group):
@@ -48,10 +49,7 @@ def _lines_only() -> Iterator[None]:
     except PrecastError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        click.echo("\ninterrupted", err=True)
-        sys.stdout.flush()
-        # At once: a compiler's threads that still work do not survive the usual way out of Python.
-        os._exit(INTERRUPTED)
+        interrupt.end()
     except BrokenPipeError:
         _abandon_output()  # the reader has seen enough
         sys.exit(1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
+from .artifact.interrupt import raising
 from .clock import process_age
 from .terminal import escaped, harmless_pieces
 
@@ -104,7 +105,8 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
     if interactive:
         from .chat_console import converse
 
-        converse(model, params, request.system, stats=request.stats, literal=request.literal)
+        with raising():  # which ends an answer, and puts the terminal right
+            converse(model, params, request.system, stats=request.stats, literal=request.literal)
         return
     stream = _stream(model, request, _read_prompt(request), params)
     asked = process_age()

@@ -9,14 +9,17 @@ are elliptic curve keys in PEM files.
 import base64
 import hashlib
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .artifact import files
 from .artifact.errors import PrecastError
+from .artifact.interrupt import undoing
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, parse_manifest
 from .artifact.record import MAX_JSON_BYTES, parse_json
 
@@ -187,7 +190,7 @@ def _hashing() -> Any:
 @contextmanager
 def _copies(manifest: bytes, signature: bytes, key: bytes) -> Iterator[tuple[Path, Path, Path]]:
     """The library reads files: these are ours alone, so what it reads is what was given here."""
-    with tempfile.TemporaryDirectory(prefix="precast-") as folder:
+    with tempfile.TemporaryDirectory(prefix="precast-") as folder, undoing(partial(shutil.rmtree, folder)):
         paths = Path(folder, MANIFEST_FILE), Path(folder, SIGNATURE_FILE), Path(folder, "public.pem")
         for path, data in zip(paths, (manifest, signature, key), strict=True):
             path.write_bytes(data)

@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from .artifact.errors import PrecastError
 from .artifact.files import open_plain
+from .artifact.interrupt import undoing
 
 Result = TypeVar("Result")
 
@@ -120,14 +121,14 @@ class Store:
             return
         # Object stores show a file when it is whole; a folder does so for one that is renamed.
         self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
-        temporary = f"{path}.{token_hex(6)}.partial"
-        try:
-            self.files.pipe_file(temporary, data)
-            os.replace(temporary, path)  # and not `mv`, which moves into a folder of that name
-        except BaseException:
-            if self.files.exists(temporary):
-                self.files.rm_file(temporary)
-            raise
+        temporary = Path(f"{path}.{token_hex(6)}.partial")
+        with undoing(temporary.unlink):
+            try:
+                temporary.write_bytes(data)
+                os.replace(temporary, path)  # and not fsspec's `mv`, which moves into a folder of that name
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
 
     def _patiently(self, act: Callable[[], Result], path: str, attempts: int = len(_WAITS) + 1) -> Result:
         for wait in (*_WAITS[: attempts - 1], None):

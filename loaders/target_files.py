@@ -23,10 +23,12 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from .artifact import files, folders
 from .artifact.errors import PrecastError
+from .artifact.interrupt import undoing
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, Manifest, parse_manifest
 from .artifact.record import MAX_JSON_BYTES, to_json
 
@@ -129,22 +131,29 @@ def adding(held: Held, manifest: Manifest) -> Iterator[Path]:
     programs = held.root / PROGRAMS
     if not programs.exists():
         programs.mkdir()
-    work, lock = None, None
-    try:
-        work, lock = folders.marked_folder(programs, _PURPOSE)
-        _write_synced(work / _OLD, held.data)
-        _write_synced(work / MANIFEST_FILE, data)
-        folders.sync(work)
-        yield work
-    finally:
-        if held.is_there():  # otherwise what has this name may be another's
-            if work is not None:
-                _settle(held.root, work)
-                shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):
-                programs.rmdir()
-        if lock is not None:
-            os.close(lock)
+    work, lock = folders.temporary_name(programs, _PURPOSE), None
+    with undoing(partial(_tidy, held, work)):
+        try:
+            lock = folders.make_marked(work)
+            _write_synced(work / _OLD, held.data)
+            _write_synced(work / MANIFEST_FILE, data)
+            folders.sync(work)
+            yield work
+        finally:
+            _tidy(held, work)
+            if lock is not None:
+                os.close(lock)
+
+
+def _tidy(held: Held, work: Path) -> None:
+    """Settle, and remove the folder that says what is being done."""
+    if not held.is_there():  # what has this name may be another's
+        return
+    if work.exists():
+        _settle(held.root, work)
+        shutil.rmtree(work, ignore_errors=True)
+    with suppress(OSError):
+        work.parent.rmdir()
 
 
 def write_programs(held: Held, work: Path, executables: Mapping[str, bytes]) -> None:

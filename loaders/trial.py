@@ -212,10 +212,10 @@ def main(arguments: list[str]) -> int:
     Args:
         arguments: the artifact, the name of the target, seconds that it may take; then "--compile" or nothing.
     """
-    root, name, limit_s, *options = arguments
-    _restrict(int(limit_s))
     from . import child
 
+    root, name, limit_s, *options = arguments
+    _restrict(int(limit_s))
     told = child.answers()
 
     def say(line: str) -> None:

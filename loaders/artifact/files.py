@@ -9,10 +9,12 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from .errors import PrecastError
+from .interrupt import undoing
 from .manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry
 
 _BLOCK = 1 << 20
@@ -373,14 +375,15 @@ def write_atomically(path: Path, data: bytes) -> None:
     import tempfile  # 2 ms that a start which only reads does not need
 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with undoing(partial(os.unlink, temporary)):
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
 
 
 def _identity(status: os.stat_result) -> str:

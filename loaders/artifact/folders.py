@@ -10,10 +10,12 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
 from .errors import PrecastError
+from .interrupt import undoing
 from .manifest import MANIFEST_FILE
 
 # A file in every temporary folder made here. Only folders with it, and with a name of the form below, are removed.
@@ -44,62 +46,73 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
             take what is written.
     """
     check_free(path, overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path.parent, path.name)
-        made, lock = marked_folder(path.parent, path.name)
-    except OSError as error:
-        raise PrecastError(
-            f"{path}: cannot write there ({error.strerror}); choose another folder with -o."
-        ) from None
-    try:
-        # Inside of the marked folder, so that the mark does not become a part of the artifact.
-        temporary = made / path.name
-        temporary.mkdir()
-        yield temporary
-        for file in sorted(temporary.rglob("*"), reverse=True):
-            sync(file)
-        sync(temporary)
-        check_free(path, overwrite)
-        _swap(temporary, path, overwrite)
-        # The artifact is there, whole: without this only a power cut could still lose its name.
-        with suppress(OSError):
-            sync(path.parent)
-    except OSError as error:
-        raise PrecastError(
-            f"{path}: writing stopped ({error.strerror or error}); nothing was left behind: make room and try again."
-        ) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        os.close(lock)
+    made = temporary_name(path.parent, path.name)
+    with undoing(partial(shutil.rmtree, made, ignore_errors=True)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent, path.name)
+            lock = make_marked(made)
+        except OSError as error:
+            raise PrecastError(
+                f"{path}: cannot write there ({error.strerror}); choose another folder with -o."
+            ) from None
+        try:
+            # Inside of the marked folder, so that the mark does not become a part of the artifact.
+            temporary = made / path.name
+            temporary.mkdir()
+            yield temporary
+            _finish(temporary, path, overwrite)
+        except OSError as error:
+            raise PrecastError(
+                f"{path}: writing stopped ({error.strerror or error}); nothing was left behind: make room and try"
+                " again."
+            ) from error
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+            os.close(lock)
 
 
-def marked_folder(parent: Path, name: str) -> tuple[Path, int]:
-    """Make a temporary folder in `parent` that `remove_leftovers` knows as ours.
+def _finish(temporary: Path, path: Path, overwrite: bool) -> None:
+    """Give a folder that is complete its name, once all of it is on the disk."""
+    for file in sorted(temporary.rglob("*"), reverse=True):
+        sync(file)
+    sync(temporary)
+    check_free(path, overwrite)
+    _swap(temporary, path, overwrite)
+    # The artifact is there, whole: without this only a power cut could still lose its name.
+    with suppress(OSError):
+        sync(path.parent)
+
+
+def temporary_name(parent: Path, name: str) -> Path:
+    """A name for a temporary folder in `parent`, for `name`."""
+    return parent / f".{name}.precast-{token_hex(6)}.partial"
+
+
+def make_marked(folder: Path) -> int:
+    """Make a temporary folder that `remove_leftovers` knows as ours.
 
     Args:
-        parent: the folder to make it in.
-        name: of the artifact or the part of one that it is for.
+        folder: to make, with a name of `temporary_name`.
 
     Returns:
-        The folder, and the descriptor that locks it until this process ends, however it ends.
+        The descriptor that locks it until this process ends, however it ends.
 
     Raises:
         OSError: when the system refuses.
     """
     # Not mkdtemp: what becomes the artifact has the permissions that the user's other folders have.
-    made = parent / f".{name}.precast-{token_hex(6)}.partial"
-    made.mkdir()
+    folder.mkdir()
     with ExitStack() as undo:
-        undo.callback(shutil.rmtree, made, ignore_errors=True)
-        lock = os.open(made, os.O_RDONLY)
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        lock = os.open(folder, os.O_RDONLY)
         undo.callback(os.close, lock)
         with suppress(OSError):  # a file system without locks: then nobody removes it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Only now that it is locked: nobody removes a folder without the mark.
-        (made / _MARK).write_bytes(_MARK_TEXT)
+        (folder / _MARK).write_bytes(_MARK_TEXT)
         undo.pop_all()
-    return made, lock
+    return lock
 
 
 def remove_leftovers(parent: Path, name: str, rescue: Callable[[Path], None] = lambda _: None) -> None:
@@ -107,7 +120,7 @@ def remove_leftovers(parent: Path, name: str, rescue: Callable[[Path], None] = l
 
     Args:
         parent: the folder that they are in.
-        name: as given to `marked_folder`.
+        name: as given to `temporary_name`.
         rescue: called with each before it is removed.
 
     Raises:

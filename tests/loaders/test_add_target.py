@@ -494,8 +494,8 @@ def bundle(manifest: bytes) -> bytes:
 
 
 def killed_before_the_manifest_was_replaced(root: Path, signature: bytes) -> None:
-    folder, lock = folders.marked_folder(root / "programs", "add-target")
-    os.close(lock)
+    folder = folders.temporary_name(root / "programs", "add-target")
+    os.close(folders.make_marked(folder))
     (folder / "manifest.json").write_text("the new one")
     (folder / "manifest.json.sig").write_bytes(signature)
 

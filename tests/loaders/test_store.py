@@ -863,8 +863,9 @@ def test_a_folder_that_somebody_fills_is_left_alone(folder_url, tiny_artifact):
     digest = store_push.push(tiny_artifact, folder_url).manifest
     parent = store_cache.artifact_folder(digest, store_cache.UNSIGNED).parent
     parent.mkdir(parents=True)
-    (left, closed), (held, handle) = (folders.marked_folder(parent, digest) for _ in "ab")
-    os.close(closed)
+    left, held = (folders.temporary_name(parent, digest) for _ in "ab")
+    os.close(folders.make_marked(left))
+    handle = folders.make_marked(held)
     try:
         store_pull.fetch(folder_url, require_signature=None, log=lambda _: None)
     finally:

@@ -1,0 +1,282 @@
+"""Interrupts commands at random moments, as Ctrl-C does: each ends with 130 and one word, and leaves nothing behind.
+
+    python tests/fuzz/interrupt.py --tries 130 --seed 1
+
+The signal goes to the whole group of processes, as a terminal sends it, or to the command alone, by turns; no process
+of the group may be left then. A command may also have ended before. In the first moments, before the first line of
+precast is reached, it is Python that answers: that is counted apart.
+"""
+
+import argparse
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+LIMIT_S = 300
+# What is read before precast is ready for an interrupt.
+EARLY = ("__init__.py", "start.py", "loaders/__init__.py", "loaders/artifact/__init__.py")
+EARLY += ("loaders/artifact/interrupt.py",)
+# What a console script does.
+START = "import sys; from precast.start import main; sys.exit(main())"
+# Nothing of these is ours to say.
+NOISE = re.compile(
+    r"Traceback|Exception ignored|KeyboardInterrupt|Fatal Python error|terminate called|Aborted|error:"
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command to be interrupted.
+
+    Attributes:
+        arguments: of the command line.
+        made: the artifact that it makes or changes; None where it only reads.
+        terminal: whether it has one.
+    """
+
+    arguments: Sequence[str]
+    made: Path | None = None
+    terminal: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    said: str
+    left: list[str]
+
+
+def commands(folder: Path, base: Path, checkpoint: Path | None) -> dict[str, Command]:
+    """The commands, by name; export only where there is something to export."""
+    url, added = f"file://{folder}/store/tiny", folder / "add-target" / "tiny"
+    added.parent.mkdir(parents=True)
+    shutil.copytree(base, added)
+    made = folder / "export" / "tiny"
+    ids = ("--ids", "1,2,3", "--ignore-eos")
+    found = {
+        "run": Command(("run", str(base), *ids)),
+        "verify": Command(("verify", str(base))),
+        "eval": Command(("eval", str(base), "--tokens", "256")),
+        "check": Command(("check", str(base))),
+        "push": Command(("push", str(base), f"file://{folder}/pushed/tiny"), folder / "pushed" / "tiny"),
+        "pull": Command(
+            ("pull", url, "-o", str(folder / "pull" / "tiny"), "--overwrite"), folder / "pull" / "tiny"
+        ),
+        "run of a url": Command(("run", url, *ids)),
+        "add-target": Command(("add-target", str(added), "--target", "portable", "--overwrite"), added),
+        "chat": Command(("run", str(base), "--chat"), terminal=True),
+    }
+    if checkpoint is not None:
+        options = ("--buckets", "8", "--context", "32", "--weights", "float32", "--overwrite")
+        found["export"] = Command(("export", str(checkpoint), "-o", str(made), *options), made)
+    return found
+
+
+def start(command: Command) -> tuple[subprocess.Popen[bytes], int | None]:
+    """Start a command in a group of its own; with a terminal, give also the end that a person has."""
+    words = [sys.executable, "-c", START, *command.arguments]
+    if not command.terminal:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
+        ), None
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        words, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, start_new_session=True
+    )
+    os.close(theirs)
+    return process, ours
+
+
+def run(command: Command, after: float | None, whole_group: bool) -> Ended:
+    """Run a command and interrupt it `after` some seconds; not at all where that is None.
+
+    Raises:
+        TimeoutExpired: where it does not end.
+    """
+    process, terminal = start(command)
+    try:
+        if after is not None:
+            time.sleep(after)
+            if process.poll() is None:
+                (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+        if terminal is not None:
+            # A chat survives an interrupt that ends an answer or a line; the end of input ends it.
+            threading.Thread(target=_end_input, args=(process, terminal), daemon=True).start()
+        _, said = process.communicate(timeout=LIMIT_S)
+        left = _left_in_group(process.pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        if terminal is not None:
+            os.close(terminal)
+    return Ended(process.returncode, said.decode(errors="replace"), left)
+
+
+def _end_input(process: "subprocess.Popen[bytes]", terminal: int) -> None:
+    with suppress(OSError):
+        while process.poll() is None:
+            time.sleep(0.3)
+            os.write(terminal, b"\x04")
+
+
+def _left_in_group(group: int) -> list[str]:
+    """What still runs in a group of processes, once it has had a few seconds to end."""
+    end = time.monotonic() + 5
+    while (found := list(_in_group(group))) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def _in_group(group: int) -> Iterator[str]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, rest = path.read_text(errors="replace").rsplit(")", 1)
+            state, _, its_group = rest.split()[:3]
+            if int(its_group) == group and state != "Z":
+                yield f"{name})"
+
+
+def judge(name: str, command: Command, ended: Ended) -> tuple[str, str | None]:
+    """How a command ended, in words to be counted, and what was wrong."""
+    said = ended.said
+    if ended.code == 130 and said.split()[-1:] == ["interrupted"] and said.count("interrupted") == 1:
+        rest = said.rsplit("interrupted", 1)[0]
+        return "interrupted", f"said more: {rest[-500:]}" if NOISE.search(rest) else None
+    if ended.code == 0 and not NOISE.search(said):
+        return "ended before", None
+    if ended.code in (1, 130, -signal.SIGINT) and not _lines_of_ours(said):
+        return "before it was ready", None
+    if command.terminal and ended.code == 130 and not NOISE.search(said):
+        return "interrupted", None
+    return "wrong", f"exit code {ended.code}: {said[-1500:]}"
+
+
+def _lines_of_ours(said: str) -> list[str]:
+    """Places in files of precast's, behind those that make it ready, that a traceback names."""
+    early = {str(ROOT / name) for name in EARLY}
+    places = re.findall(r'File "([^"]+)"', said)
+    return [p for p in places if p.startswith(f"{ROOT}/") and "/.venv/" not in p and p not in early]
+
+
+def check(command: Command) -> str | None:
+    """What is wrong with what a command makes; it is whole or not there, and nothing lies beside it."""
+    from precast.loaders.artifact.errors import PrecastError
+    from precast.loaders.artifact.files import unlisted
+    from precast.loaders.load import read_manifest
+    from precast.loaders.verify import check_files
+
+    made = command.made
+    if made is None or not made.parent.exists():
+        return None
+    if beside := [p.name for p in made.parent.rglob("*") if ".partial" in p.name]:
+        return f"left behind: {beside}"
+    if not made.exists():
+        return None
+    try:
+        manifest = read_manifest(made)
+        problems = check_files(made, manifest, lambda *_: None).problems
+        return "; ".join((*problems, *unlisted(made, manifest.files))) or None
+    except PrecastError as error:
+        return str(error)
+
+
+def interrupt(name: str, command: Command, tries: int, random: Random) -> tuple[Counter[str], list[str]]:
+    """What came of interrupting a command, and what was wrong."""
+    outcomes: Counter[str] = Counter()
+    found: list[str] = []
+    started = time.monotonic()
+    first = run(command, None, True)
+    usual = time.monotonic() - started
+    if first.code != 0:
+        return outcomes, [f"{name}: not interrupted: exit code {first.code}: {first.said[-1000:]}"]
+    for number in range(tries):
+        after = random.uniform(0, 1.05 * usual)
+        ended = run(command, after, number % 2 == 0)
+        outcome, problem = judge(name, command, ended)
+        outcomes[outcome] += 1
+        problem = problem or check(command) or (f"still running: {ended.left}" if ended.left else None)
+        if problem:
+            found.append(f"{name}, after {after:.3f} of {usual:.3f} s: {problem}")
+    outcomes[f"{usual:.1f} s usually"] += 0
+    return outcomes, found
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """A small checkpoint in Hugging Face's form."""
+    from safetensors.numpy import save_file
+
+    sys.path.insert(0, str(HERE.parent / "golden"))
+    import make
+
+    folder.mkdir()
+    save_file(make.tensors(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(make.CONFIG))
+    (folder / "tokenizer.json").write_bytes(make.tokenizer_json())
+    (folder / "chat_template.jinja").write_text(make.TEMPLATE)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tries", type=int, default=130, help="in all")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", help="commands, with commas between")
+    parser.add_argument("--artifact", type=Path, help="one to work on; default: a tiny one is made")
+    options = parser.parse_args()
+    folder, began = Path(tempfile.mkdtemp(prefix="precast-interrupt-")), time.monotonic()
+    os.environ["PRECAST_CACHE"], os.environ["PRECAST_HISTORY"] = str(folder / "cache"), "off"
+    found: list[str] = []
+    try:
+        only = options.only and options.only.split(",")
+        checkpoint = make_checkpoint(folder / "checkpoint") if not only or "export" in only else None
+        base = options.artifact or _made(checkpoint or make_checkpoint(folder / "checkpoint"), folder)
+        _pushed(base, folder)
+        chosen = {n: c for n, c in commands(folder, base, checkpoint).items() if not only or n in only}
+        for number, (name, command) in enumerate(chosen.items()):
+            tries = (options.tries + number) // len(chosen)
+            outcomes, wrong = interrupt(name, command, tries, Random(f"{name}:{options.seed}"))
+            found += wrong
+            told = ", ".join(f"{count} {what}" if count else what for what, count in outcomes.items())
+            print(f"{name:<12}  {tries} tries  {len(wrong)} findings  {told}", flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for text in found[:20]:
+        print(text)
+    seconds = round(time.monotonic() - began)
+    print(json.dumps({"tries": options.tries, "findings": len(found), "seconds": seconds}))
+    sys.exit(1 if found else 0)
+
+
+def _made(checkpoint: Path, folder: Path) -> Path:
+    made = folder / "base"
+    options = ("--buckets", "8", "--context", "64", "--weights", "float32")
+    ended = run(Command(("export", str(checkpoint), "-o", str(made), *options)), None, True)
+    assert ended.code == 0, ended.said
+    return made
+
+
+def _pushed(base: Path, folder: Path) -> None:
+    from precast.loaders.store_push import push
+
+    push(base, f"file://{folder}/store/tiny", progress=lambda *_: None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Ctrl-C: one word and 130 at any moment, and nothing half done; a short run of `make interrupt`."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from precast.loaders.artifact import interrupt
+
+FUZZ = Path(__file__).resolve().parent / "fuzz"
+WORD = b"\ninterrupted\n"
+
+
+def test_interrupted_at_random_moments(tiny_artifact, python):
+    result = python(
+        *(str(FUZZ / "interrupt.py"), "--artifact", str(tiny_artifact), "--only", "run,pull", "--tries", "8")
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])["findings"] == 0
+
+
+def interrupted(code: str, *arguments: object, ignored: bool = False) -> tuple[int, bytes, bytes]:
+    """Start code that says "now" and goes on for ever, and interrupt it there: its exit code and its words."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    if ignored:
+        command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"now\n"
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=60)
+    return process.returncode, out, said
+
+
+READY = """
+import sys, time
+from pathlib import Path
+from precast.loaders.artifact import interrupt
+interrupt.install()
+def now():
+    print("now", flush=True)
+    time.sleep(60)
+"""
+# Moments at which an exception would be swallowed, told in other words, or too late.
+MOMENTS = {
+    "a destructor": "class A:\n def __del__(self): now()\nA()",
+    "a bare except": "try:\n now()\nexcept BaseException:\n time.sleep(60)",
+    "an import": "sys.path.insert(0, sys.argv[1])\nimport slow",
+    "a callback of C": "sorted([1, 2], key=lambda _: now())",
+    "the way out": "import atexit\natexit.register(now)",
+    "another thread's end": "import threading\nt = threading.Thread(target=time.sleep, args=(60,))\nt.start()\nnow()",
+    "weak references": "import weakref\nclass A: pass\na = A()\nweakref.finalize(a, now)\ndel a",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_one_word_wherever_it_comes(moment, tmp_path):
+    (tmp_path / "slow.py").write_text("import __main__\n__main__.now()")
+    assert interrupted(READY + MOMENTS[moment], tmp_path) == (130, b"", WORD)
+
+
+BLOCKS = """
+from precast.loaders.artifact import files, folders
+target = Path(sys.argv[1]) / "tiny"
+def half(path):
+    path.write_text("half")
+    now()
+"""
+WORK = {
+    "a folder": "with folders.new_folder(target, overwrite=False) as f: half(f / 'manifest.json')",
+    "a file": "import os\nos.replace = lambda *_: now()\nfiles.write_atomically(target, b'data')",
+    "a piece of a store": (
+        "import os\nfrom precast.loaders import store_remote\nos.replace = lambda *_: now()\n"
+        "store_remote.open_store(f'file://{target}').write('pieces', b'data')"
+    ),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_nothing_is_left_behind(work, tmp_path):
+    assert interrupted(READY + BLOCKS + WORK[work], tmp_path) == (130, b"", WORD)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("before", ["write_programs", "replace_manifest", None])
+def test_a_target_that_is_being_added_is_not_there(before, artifact_copy):
+    """Interrupted before a step, or after the last one, the artifact is whole and nothing lies in it."""
+    code = f"""
+from precast.loaders import target_files as t
+from precast.loaders.load import read_manifest
+from precast.loaders.artifact import files
+from dataclasses import replace
+root = Path(sys.argv[1])
+data = (root / "manifest.json").read_bytes()
+with t.locked(root, print) as handle:
+    held = t.Held(root=root, handle=handle, data=data)
+    manifest = read_manifest(root)
+    import hashlib
+    entry = files.FileEntry(bytes=4, sha256=hashlib.sha256(b"code").hexdigest())
+    with t.adding(held, replace(manifest, files={{**manifest.files, "programs/new/a.xla": entry}})) as work:
+        for step, arguments in (("write_programs", ({{"programs/new/a.xla": b"code"}},)), ("replace_manifest", ())):
+            if step == {before!r}: now()
+            getattr(t, step)(held, work, *arguments)
+        now()
+"""
+    from precast.loaders.artifact.files import unlisted
+    from precast.loaders.load import read_manifest
+
+    (artifact_copy / "manifest.json.sig").write_text("signed")
+    assert interrupted(READY + code, artifact_copy) == (130, b"", WORD)
+    manifest = read_manifest(artifact_copy)
+    assert ("programs/new/a.xla" in manifest.files) == (before is None)
+    assert unlisted(artifact_copy, manifest.files) == []
+
+
+def test_who_ignores_it_goes_on_ignoring_it():
+    """As nohup has it, and a shell for what runs in the background."""
+    code = READY.replace("time.sleep(60)", "time.sleep(1)") + "now()\nprint('done')"
+    assert interrupted(code, ignored=True) == (0, b"done\n", b"")
+
+
+def test_a_terminal_that_is_in_use_gets_python_s_own_exception():
+    code = (
+        READY + "try:\n with interrupt.raising(): now()\nexcept KeyboardInterrupt: print('put right')\nnow()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    for expected in (b"now\n", b"put right\n"):
+        assert process.stdout.readline() == expected
+        if expected == b"now\n":
+            process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == b"now\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", WORD)
+    assert process.returncode == 130
+
+
+def test_a_host_keeps_its_own_handler():
+    before = signal.getsignal(signal.SIGINT)
+    import precast.cli
+    import precast.start  # noqa: F401
+
+    with interrupt.undoing(lambda: None):
+        assert signal.getsignal(signal.SIGINT) is before
+    assert interrupt._UNDO == []
+
+
+def test_a_second_one_does_not_stop_the_tidying(tmp_path):
+    code = READY + (
+        "import os, signal\n"
+        "def undo():\n os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2); Path(sys.argv[1]).unlink()\n"
+        "with interrupt.undoing(undo): now()"
+    )
+    (tmp_path / "file").write_text("")
+    assert interrupted(code, tmp_path / "file") == (130, b"", WORD)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_undone_does_not_keep_the_rest_from_it(tmp_path):
+    code = READY + (
+        "with interrupt.undoing(Path(sys.argv[1]).unlink), interrupt.undoing(lambda: 1 / 0): now()"
+    )
+    (tmp_path / "file").write_text("")
+    assert interrupted(code, tmp_path / "file") == (130, b"", WORD)
+    assert os.listdir(tmp_path) == []
+
+
+def test_little_is_imported_before_it_is_ready(python):
+    """Until then it is Python that answers: each module more is a moment more."""
+    code = (
+        "import json, sys\nbefore = set(sys.modules)\nfrom precast.start import main\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    result = python("-c", code)
+    names = ["precast", "precast.loaders", "precast.loaders.artifact"]
+    expected = [*names, "precast.loaders.artifact.interrupt", "precast.start"]
+    found = json.loads(result.stdout)
+    assert [name for name in found if not name.startswith("__editable__")] == expected
+
+
+def test_a_child_ends_with_its_parent():
+    """However the parent ends: a child that tries or compiles programs does not go on alone."""
+    child = "import sys, time; from precast.loaders.child import answers; answers()"
+    parent = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child + '; time.sleep(60)'!r}], stdout=subprocess.PIPE)\n"
+        "child.stdout.readline()\nprint(child.pid, flush=True)\ntime.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 30
+    while _runs(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
