@@ -64,6 +64,31 @@ def test_one_word_wherever_it_comes(moment, tmp_path):
     assert interrupted(READY + MOMENTS[moment], tmp_path) == (130, b"", WORD)
 
 
+LONG = {
+    "in C": "import hashlib\nprint('now', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)",
+    "in C, in a block": (
+        "import hashlib\nwith interrupt.undoing(Path(sys.argv[1]).unlink):\n"
+        " print('now', flush=True)\n hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"
+    ),
+}
+
+
+@pytest.mark.parametrize("work", LONG)
+def test_compiled_code_that_takes_long_is_not_waited_for(work, tmp_path):
+    """It would run for half an hour, and does not look for signals."""
+    (tmp_path / "file").write_text("")
+    assert interrupted(READY + LONG[work], tmp_path / "file") == (130, b"", WORD)
+    assert os.listdir(tmp_path) == ([] if "block" in work else ["file"])
+
+
+def test_an_interrupt_that_was_answered_ends_nothing_later(tmp_path):
+    code = READY + (
+        "try:\n with interrupt.raising(): now()\nexcept KeyboardInterrupt: pass\n"
+        "time.sleep(2)\nprint('still here')"
+    )
+    assert interrupted(code) == (0, b"still here\n", b"")
+
+
 BLOCKS = """
 from precast.loaders.artifact import files, folders
 target = Path(sys.argv[1]) / "tiny"

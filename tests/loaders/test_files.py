@@ -117,8 +117,7 @@ def test_a_file_that_cannot_be_read_is_named(root, own_cache, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     entry = entry_of(root / "a.bin")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    monkeypatch.setattr(files, "digest_of", refuse)
+    monkeypatch.setattr(files, "open_plain", refuse)
     for check in (files.read_checked, lambda *a: files.open_checked(*a, force=False)):
         with pytest.raises(PrecastError, match=r"'a\.bin' cannot be read \(Permission denied\)"):
             check(root, "a.bin", entry)
