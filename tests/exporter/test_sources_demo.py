@@ -78,7 +78,11 @@ def test_config(source):
 
 def test_identity(source):
     assert (source.name, source.licence) == ("smollm2-135m-instruct", "Apache-2.0")
-    assert (source.bos_token, source.eos_token, source.eos_token_ids) == ("<|im_start|>", "<|im_end|>", (2,))
+    assert (source.bos_token, source.eos_token, source.eos_token_ids) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        (2, 0),
+    )
     assert source.chat_template.startswith("{% for message in messages %}")
     assert [(file.sha256, file.bytes) for file in source.files] == [(demo.DEMO.sha256, 98362432)]
 
