@@ -39,7 +39,10 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
     built: list[Built] = []
     with undoing(partial(_show_cursor, console)), _bars(console) as bars:
         manifest = export(source, path, options, _progress(console, bars, built))
-    _console(stderr=False).print(_summary(path, manifest, built, time.perf_counter() - started))
+    output_console = _console(stderr=False)
+    output_console.print(_summary(path, manifest, built, time.perf_counter() - started))
+    if (cpus := audience_of(manifest.targets)) is not None:
+        output_console.print(f"runs on {cpus}", soft_wrap=True)
 
 
 def _console(*, stderr: bool) -> Console:
@@ -87,8 +90,5 @@ def _summary(path: Path, manifest: Manifest, built: list[Built], seconds: float)
     table.add_row(
         "", "whole artifact", f"{sum(f.bytes for f in manifest.files.values()):,}", f"{seconds:.2f}"
     )
-    cpus = audience_of(manifest.targets)
-    facts = [f"runs on {cpus}"] if cpus else []
-    facts.append(f"answers checked against the reference; run it with: precast run {path}")
-    table.caption = "\n".join(map(printable, facts))
+    table.caption = printable(f"answers checked against the reference; run it with: precast run {path}")
     return table

@@ -123,7 +123,6 @@ def export(
     _check_tokenizer(source, spec)
     sampling = _sampling(source)
     created = _today()
-    isas = (isa.default_isa(),) if options.cpu_isas is None else options.cpu_isas
     for remark in (
         *source.remarks,
         *texts.marker_remarks(source),
@@ -138,7 +137,7 @@ def export(
         texts.write_texts(folder, source)
         targets: list[Target] = []
         for kind in (TARGET_KINDS[name] for name in options.targets):
-            targets += _build(kind, stored, geometry, folder, created, isas, progress)
+            targets += _build(kind, stored, geometry, folder, created, options.cpu_isas, progress)
         manifest = _manifest(
             source, _model(spec, parameters, options.weights), geometry, spec, sampling, targets, created
         )
@@ -295,7 +294,7 @@ def _build(
     geometry: Geometry,
     folder: Path,
     created: date,
-    isas: Sequence[str],
+    isas: Sequence[str] | None,
     progress: Progress,
 ) -> list[Target]:
     programs = build_programs(stored, geometry, kind.ops)

@@ -76,7 +76,8 @@ def add_target(
     Args:
         path: the artifact, or a folder with exactly one in it.
         isa: a key of `isa.LEVELS`, or "native" for all that this machine has; None for
-            `isa.default_isa` where the programs call kernels, and "native" where XLA computes all.
+            `isa.default_isa` where the programs call kernels, and "native" where XLA computes all; what XLA uses beyond
+            the default, as in programs exported before 0.3, the target then needs.
         source: name of the target whose StableHLO is compiled; the quickest that runs here by default.
         overwrite: replace a target of the same name.
         require_signature: file of the public key that the artifact, as it is, must be signed with.
@@ -112,6 +113,7 @@ def _add(
     chosen = _source(manifest, machine, root, source)
     _check_names(chosen, root)
     kind = _kind(chosen)
+    exact = isa is not None
     if isa is None:
         isa = isas.default_isa() if chosen.kernels else isas.NATIVE
     if isa != isas.NATIVE:  # to refuse before anything is compiled
@@ -129,6 +131,7 @@ def _add(
         lambda f: _free_name(manifest, isas.target_name(kind, f), machine, overwrite, root),
         f"{root}: target {chosen.name!r}",
         isa=isa,
+        exact=exact,
         jaxlib=machine.jaxlib,
         log=log,
     )

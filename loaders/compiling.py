@@ -129,6 +129,7 @@ def compile_target(
     where: str,
     *,
     isa: str,
+    exact: bool = True,
     jaxlib: str,
     folder: str | None = None,
     log: Callable[[str], None],
@@ -141,6 +142,7 @@ def compile_target(
         name_of: gives the new target's name, from the CPU features that it needs.
         where: what messages call it.
         isa: as for `compile_programs`.
+        exact: whether more than `isa` has is refused. Otherwise the target is for the level that its instructions need.
         jaxlib: version that compiles.
         folder: of its executables, below ``programs/``; None for one named after the target.
         log: as for `compile_programs`.
@@ -154,7 +156,9 @@ def compile_target(
     """
     wanted = [(p.name, contents[_stablehlo(p, where)]) for p in source.programs]
     compiled = compile_programs(wanted, where, isa=isa, log=log)
-    features = isas.needed_features(isa, {name: c.executable for name, c in compiled.items()}, where)
+    features = isas.needed_features(
+        isa if exact else isas.NATIVE, {name: c.executable for name, c in compiled.items()}, where
+    )
     name = name_of(features)
     programs = tuple(_compiled_program(p, compiled[p.name], folder or name, where) for p in source.programs)
     target = replace(

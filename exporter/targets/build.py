@@ -20,7 +20,7 @@ from precast import kernels
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Program, ProgramMemory, Target, Value
 from precast.loaders.compiling import Compiled, compile_target
-from precast.loaders.isa import LEVELS, NATIVE, target_name
+from precast.loaders.isa import LEVELS, NATIVE, default_isa, target_name
 from precast.loaders.runtime.pjrt import register_kernels
 
 from ..programs import ProgramSpec, arranged
@@ -104,7 +104,7 @@ def build_targets(
     programs: Sequence[ProgramSpec],
     root: Path,
     created: date,
-    isas: Sequence[str],
+    isas: Sequence[str] | None,
     stage: Callable[[str], None],
     report: Callable[[Built], None],
 ) -> list[Target]:
@@ -114,7 +114,8 @@ def build_targets(
     when a process starts, and this one has all that the machine has, for the reference.
 
     Args:
-        isas: instruction sets that executables for the CPU are compiled for.
+        isas: instruction sets that executables for the CPU are compiled for; None for the default one, where a target
+            for a wider one will do if XLA uses more.
         stage: told what begins.
 
     Other arguments, and errors, as for `build_target` and `precast.loaders.compiling.compile_target`.
@@ -128,9 +129,12 @@ def build_targets(
     source = build_target(shared, programs, root, created, lowered.append)
     made: list[Target] = []
     # The widest first: what an artifact's first target answers is what it is held to. What native needs shows last.
-    for isa in (name for name in (*reversed(list(LEVELS)), NATIVE) if name in isas):
+    wanted = (default_isa(),) if isas is None else isas
+    for isa in (name for name in (*reversed(list(LEVELS)), NATIVE) if name in wanted):
         stage(f"compiling target {kind.name} for {isa}")
-        target, files, compiled = _compiled(source, kind, root, isa, is_first=not made)
+        target, files, compiled = _compiled(
+            source, kind, root, isa, exact=isas is not None, is_first=not made
+        )
         if any(other.name == target.name for other in made):
             stage(f"what {isa} gives needs {target.name.removeprefix(f'{kind.name}-')}, which is there")
             continue
@@ -142,7 +146,7 @@ def build_targets(
 
 
 def _compiled(
-    source: Target, kind: TargetKind, root: Path, isa: str, *, is_first: bool
+    source: Target, kind: TargetKind, root: Path, isa: str, *, exact: bool, is_first: bool
 ) -> tuple[Target, dict[str, bytes], dict[str, Compiled]]:
     """The programs of `source` compiled for an instruction set; the first target's lie beside their StableHLO."""
     names = {str(p.stablehlo) for p in source.programs}
@@ -152,6 +156,7 @@ def _compiled(
         lambda features: target_name(kind.name, features),
         f"target {kind.name!r}",
         isa=isa,
+        exact=exact,
         jaxlib=jaxlib_version,
         folder=kind.name if is_first else None,
         log=lambda _: None,
