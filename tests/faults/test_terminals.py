@@ -93,7 +93,7 @@ def test_what_an_export_quotes(capsys, monkeypatch, tmp_path):
 
     def export(source: Any, path: Any, options: Any, progress: Any) -> Any:
         progress.stage(f"  remark on {HOSTILE}")
-        return SimpleNamespace(files={"weights.safetensors": SimpleNamespace(bytes=1)})
+        return SimpleNamespace(files={"weights.safetensors": SimpleNamespace(bytes=1)}, targets=())
 
     monkeypatch.setattr(console, "open_source", lambda _: SimpleNamespace(name=HOSTILE))
     monkeypatch.setattr(console, "export", export)
