@@ -14,11 +14,13 @@ from typing import Any, cast
 import numpy as np
 
 from ..artifact.errors import PrecastError
+from ..artifact.machine import Machine, cpu_features, nvidia_gpus, processor_family, usable_cores
+from .fitting import jaxlib_for_this_cpu
 from .quiet import quiet, variable
 
 try:
     # XLA looks at the log level once, when it is loaded.
-    with quiet("1"):
+    with jaxlib_for_this_cpu(), quiet("1"):
         from jaxlib import _jax
 except ImportError as error:
     raise PrecastError(
@@ -30,7 +32,6 @@ from jaxlib.version import __version__ as jaxlib_version
 from precast import kernels
 
 from ..artifact.frozen import Frozen
-from ..artifact.machine import Machine, cpu_features, nvidia_gpus, processor_family, usable_cores
 from ..artifact.manifest import ProgramMemory
 from ..artifact.weights import aligned_zeros
 from .interface import Buffer

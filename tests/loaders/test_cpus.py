@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from jaxlib import cpu_feature_guard
 
 from precast.loaders import isa
 from precast.loaders.artifact import compat
@@ -17,6 +18,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import Machine, features_of
 from precast.loaders.artifact.manifest import Target
 from precast.loaders.check import _isa
+from precast.loaders.runtime import fitting
 
 CPUS = json.loads((Path(__file__).parents[1] / "reference" / "cpus.json").read_text())
 LEVELS = tuple(isa.LEVELS)
@@ -131,6 +133,30 @@ def test_an_export_on_any_cpu(name, monkeypatch):
         else:
             with pytest.raises(PrecastError, match=f"{level} is wider than this machine, which lacks "):
                 isa.check_isa(level)
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_a_cpu_that_jaxlib_does_not_run_on_is_a_sentence(name, monkeypatch):
+    """Instead of SIGILL at jaxlib's first instruction."""
+
+    def refuse() -> None:
+        raise RuntimeError("This version of jaxlib was built using AVX instructions")
+
+    monkeypatch.setattr(cpu_feature_guard, "check_cpu_features", refuse)
+    monkeypatch.setattr(fitting, "cpu_features", lambda: machine(name).features)
+    monkeypatch.setattr(fitting, "processor_family", lambda: "x86_64")
+    if name not in WITHOUT_AVX:
+        with fitting.jaxlib_for_this_cpu():
+            return
+    with pytest.raises(PrecastError) as raised, fitting.jaxlib_for_this_cpu():
+        pass
+    assert str(raised.value).startswith(
+        "jaxlib cannot run on this CPU, which lacks AVX; use a CPU of 2011 or later"
+    )
+    # A jaxlib that was built for such a CPU says nothing.
+    monkeypatch.setattr(cpu_feature_guard, "check_cpu_features", lambda: None)
+    with fitting.jaxlib_for_this_cpu():
+        pass
 
 
 @pytest.mark.parametrize("level", LEVELS)
