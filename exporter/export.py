@@ -126,6 +126,7 @@ def export(
     for remark in (
         *source.remarks,
         *texts.marker_remarks(source),
+        texts.bare_tokens(source, spec.config.vocab),
         plan.left_out(),
         _far_rope(spec, geometry.capacity),
     ):
@@ -261,10 +262,10 @@ def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
     texts.check_templates(source)
     tokenizer = texts.read_tokenizer(source)
     vocab = spec.config.vocab
-    if tokenizer.largest_id >= vocab:
+    if tokenizer.largest_own_id >= vocab:
         raise PrecastError(
-            f"{source.name}: the tokenizer has ids up to {tokenizer.largest_id}, the model embeds {vocab} tokens;"
-            " they do not belong together."
+            f"{source.name}: the tokenizer has ids up to {tokenizer.largest_own_id}, not counting added tokens, and the"
+            f" model embeds {vocab} tokens; they do not belong together, so fetch both from one place."
         )
     for token in source.eos_token_ids:
         if not 0 <= token < vocab:

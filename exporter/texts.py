@@ -41,6 +41,8 @@ def check_templates(source: Source) -> None:
             ) from None
 
 
+_SHOWN = 5
+
 # How chat markers are spelt.
 _MARKER = re.compile(r"<[|｜][^\s<>]{1,60}[|｜]>|</?[a-z]+_of_[a-z]+>|\[/?[A-Z_]{2,20}\]")
 _SYSTEM, _USER = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
@@ -60,6 +62,17 @@ def marker_remarks(source: Source) -> tuple[str, ...]:
     if not split:
         return ()
     return (f"the chat template writes markers that are not one token each: {', '.join(split[:5])}",)
+
+
+def bare_tokens(source: Source, vocab: int) -> str | None:
+    """Name the added tokens that have no embedding; transformers loads such a model, and fails on a text with one."""
+    tokenizer = read_tokenizer(source)
+    bare = [tokenizer.token(i) for i in range(vocab, tokenizer.largest_id + 1)]
+    shown = [f"{token!r:.40}" for token in bare if token is not None]
+    if not shown:
+        return None
+    named = ", ".join(shown[:_SHOWN]) + (", …" if len(shown) > _SHOWN else "")
+    return f"added tokens from id {vocab} on have no embedding and are refused in prompts: {named}"
 
 
 def _sample(tokenizer: Tokenizer, template: str) -> str:

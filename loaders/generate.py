@@ -137,9 +137,14 @@ class Model:
             whole = isinstance(token, Integral) and not isinstance(token, bool)
             if not whole or not 0 <= token < vocab:
                 raise PrecastError(
-                    f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}."
+                    f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}{self._named(token)}."
                 )
         return [int(token) for token in ids]
+
+    def _named(self, token: object) -> str:
+        """Return the words about a token that was added to the tokenizer alone; transformers fails on it too."""
+        text = self.tokenizer.token(int(token)) if isinstance(token, Integral) else None
+        return "" if text is None else f"; leave out {text!r:.40}, for which the model has no embedding"
 
     def _started(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
         limit = params.limit(len(prompt), self.engine.capacity - len(prompt))

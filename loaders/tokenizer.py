@@ -105,6 +105,15 @@ class Tokenizer:
         """The largest id that any token has."""
         return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    @property
+    def largest_own_id(self) -> int:
+        """The largest id of a token that was not added to the vocabulary."""
+        return max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
+
+    def token(self, token_id: int) -> str | None:
+        """Return the spelling of a token, or None where no token has the id."""
+        return self._library.id_to_token(token_id) if 0 <= token_id <= self.largest_id else None
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
 

@@ -52,11 +52,11 @@ def _is_gguf(spec: str) -> bool:
 
     One that is called .gguf and is none gets a sentence of its reader's.
     """
-    from .files import plain_file
-    from .gguf_container import MAGIC, first_bytes
+    from .files import first_bytes, plain_file
+    from .gguf_container import MAGIC
 
     path = Path(spec)
-    return plain_file(path) and (spec.lower().endswith(".gguf") or first_bytes(path) == MAGIC)
+    return plain_file(path) and (spec.lower().endswith(".gguf") or first_bytes(path, len(MAGIC)) == MAGIC)
 
 
 # In order: what is on this machine goes before what has to be fetched.

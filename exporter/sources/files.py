@@ -1,12 +1,13 @@
 """What the readers share: hashing, JSON, names and licences."""
 
 import json
+import os
 import re
 import stat
 from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.files import sha256_of
+from precast.loaders.artifact.files import open_plain, sha256_of
 
 from .base import SourceFile
 
@@ -30,6 +31,12 @@ _SPDX = {
     )
 }
 
+
+# Of tokenizer.json, the longest of texts and JSON: published ones have up to 35 MB.
+_LONGEST_TEXT = 1 << 28
+
+# An escape that is a character only beside another one.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # By the kind that the mode of a path states.
 _KINDS = {
@@ -83,14 +90,56 @@ def hash_file(path: Path) -> SourceFile:
         ) from error
 
 
+# What a download leaves in the place of a file, by its first bytes, with what to do.
+_STAND_INS = (
+    (b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull` in its folder"),
+    (b"<!doctype html", "a web page; fetch the file itself, with a token if the model is gated"),
+    (b"<html", "a web page; fetch the file itself, with a token if the model is gated"),
+)
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the beginning of a plain file.
+
+    Raises:
+        PrecastError: when it cannot be read.
+    """
+    try:
+        with open_plain(path) as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise PrecastError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
+        ) from error
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Refuse what a download has left in the place of a file.
+
+    Raises:
+        PrecastError: naming it, and what to do.
+    """
+    begin = first_bytes(path, 32).lower()
+    for mark, found in _STAND_INS:
+        if begin.startswith(mark):
+            raise PrecastError(f"{path}: expected the model's file, found {found}.")
+
+
 def read_text(path: Path) -> str:
     """A file as UTF-8.
 
     Raises:
-        PrecastError: when it cannot be read or is not UTF-8.
+        PrecastError: when it cannot be read, is not UTF-8, or is longer than any such file.
     """
+    refuse_stand_in(path)
     try:
-        return path.read_text(encoding="utf-8")
+        with open_plain(path) as stream:
+            if (size := os.fstat(stream.fileno()).st_size) > _LONGEST_TEXT:
+                raise PrecastError(
+                    f"{path}: expected at most {_LONGEST_TEXT:,} bytes, found {size:,}; fetch the file again."
+                )
+            data = stream.read()
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as text is opened anywhere
     except OSError as error:
         raise PrecastError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
@@ -108,8 +157,15 @@ def read_json(path: Path) -> dict[str, object]:
     Raises:
         PrecastError: when it cannot be read, is not JSON or holds something else.
     """
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise PrecastError(
+            f"{path}: expected text, found half of a character ({error.object[error.start]!a}); save the file again."
+        ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise PrecastError(f"{path}: is not valid JSON ({error}); fetch the file again.") from error
     if not isinstance(value, dict):
@@ -125,7 +181,7 @@ def optional_json(path: Path) -> dict[str, object]:
     Raises:
         PrecastError: as `read_json`.
     """
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if plain_file(path) else {}
 
 
 def slug(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .files import read_json
+from .files import plain_file, read_json
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -182,7 +182,7 @@ def read_generation(folder: Path, config: Mapping[str, object]) -> Generation:
             type.
     """
     path = folder / GENERATION_CONFIG
-    if path.is_file():
+    if plain_file(path):
         values = read_json(path)
     else:
         path, values = folder / "config.json", {key: config[key] for key in KEYS if key in config}

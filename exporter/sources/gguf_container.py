@@ -15,7 +15,7 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .files import plain_file
+from .files import first_bytes, plain_file, refuse_stand_in
 from .gguf_tensors import Stored
 
 MAGIC = b"GGUF"
@@ -103,26 +103,12 @@ def read_container(path: Path) -> Container:
 def _check_magic(path: Path) -> None:
     if not plain_file(path):
         raise PrecastError(f"{path}: there is no such file; check the path.")
-    magic = first_bytes(path)
+    refuse_stand_in(path)
+    magic = first_bytes(path, len(MAGIC))
     if magic != MAGIC:
         raise PrecastError(
             f"{path}: is not a GGUF file (expected it to begin with {MAGIC!r}, found {magic!r})."
         )
-
-
-def first_bytes(path: Path) -> bytes:
-    """Return the first four bytes of a plain file, by which a GGUF file is known.
-
-    Raises:
-        PrecastError: when it cannot be read.
-    """
-    try:
-        with path.open("rb") as stream:
-            return stream.read(len(MAGIC))
-    except OSError as error:
-        raise PrecastError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
-        ) from error
 
 
 class _Cursor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .files import optional_json, read_text
+from .files import optional_json, plain_file, read_text
 from .huggingface_tokens import CONFIG
 
 DEFAULT = "default"
@@ -32,7 +32,7 @@ class Templates:
 
 def template_files(folder: Path) -> list[Path]:
     """The files of a directory that hold nothing but a template, in a fixed order."""
-    alone = [path for path in (folder / FILE, folder / LEGACY_FILE) if path.is_file()]
+    alone = [path for path in (folder / FILE, folder / LEGACY_FILE) if plain_file(path)]
     return [*alone, *sorted((folder / FOLDER).glob("*.jinja"))]
 
 
@@ -55,7 +55,7 @@ def chat_templates(folder: Path, tokens: Mapping[str, str]) -> Templates:
 
 
 def _of_files(folder: Path) -> dict[str, str]:
-    found = {DEFAULT: read_text(folder / FILE)} if (folder / FILE).is_file() else {}
+    found = {DEFAULT: read_text(folder / FILE)} if plain_file(folder / FILE) else {}
     paths = sorted((folder / FOLDER).glob("*.jinja"))
     return found | {path.name.removesuffix(".jinja"): read_text(path) for path in paths}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .files import read_json
+from .files import plain_file, read_json
 from .huggingface_settings import check_settings, with_prefix_space
 from .huggingface_tokens import CONFIG, Tokens, read_tokens
 
@@ -37,13 +37,12 @@ def read_tokenizer(folder: Path) -> TokenizerFile:
         PrecastError: when it is missing or broken, and for a setting that cannot be carried over.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not plain_file(path):
         raise PrecastError(
             f"{folder}: expected tokenizer.json, found none; save the tokenizer in its fast form "
             "(AutoTokenizer.from_pretrained(...).save_pretrained(...))."
         )
     document = read_json(path)
-    remarks = check_settings(folder / CONFIG, document)
     from tokenizers import Tokenizer
 
     try:
@@ -53,6 +52,7 @@ def read_tokenizer(folder: Path) -> TokenizerFile:
             f"{path}: is not a tokenizer that the tokenizers library reads ({error}); save it again, or "
             "update the library."
         ) from error
+    remarks = check_settings(folder / CONFIG, document)
     tokens = read_tokens(folder, document, library)
     changed = with_prefix_space(folder / CONFIG, document) | {"added_tokens": tokens.added}
     if changed == {"added_tokens": [], **document}:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .files import optional_json
+from .files import optional_json, plain_file
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -67,7 +67,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
     decoder = _decoder(folder, given, document)
     special = _special_texts(library) | _add(library, decoder, named, extra)
     texts = {key: _content(token) for key, token in named.items()}
-    is_named = any((folder / name).is_file() for name in (CONFIG, TOKENS_MAP))
+    is_named = any(plain_file(folder / name) for name in (CONFIG, TOKENS_MAP))
     return Tokens(added=_written(folder, document, library, special), named=texts, is_named=is_named)
 
 

@@ -169,7 +169,8 @@ def test_a_truncated_shard(checkpoint):
 def test_an_index_that_names_a_missing_shard(checkpoint):
     folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors"}}})
     assert refusal(folder).endswith(
-        "names the shard one.safetensors, which is not there; fetch the missing file."
+        "names the shard one.safetensors, which is not there; the download may have stopped early: fetch the missing"
+        " file."
     )
 
 
@@ -224,8 +225,8 @@ def test_no_weights(checkpoint):
 
 def test_pickled_weights(checkpoint):
     assert refusal(checkpoint({"pytorch_model.bin": "pickle"})).endswith(
-        "has its weights only as a pickle (pytorch_model.bin), which can run code when it is read; convert "
-        "them to model.safetensors first."
+        "found them only as a pickle (pytorch_model.bin), which can run code when it is read; convert "
+        "them to model.safetensors first, by from_pretrained and save_pretrained of transformers."
     )
 
 
@@ -313,7 +314,10 @@ def test_an_adapter(checkpoint):
 def test_shards_without_their_index(checkpoint):
     folder = checkpoint()
     save_file({"a": W}, folder / "model-00001-of-00002.safetensors")
-    assert "found only model-00001-of-00002.safetensors; fetch the files again." in refusal(folder)
+    assert (
+        "found only model-00001-of-00002.safetensors, a shard without its index; fetch model.safetensors.index"
+        in refusal(folder)
+    )
 
 
 # --- tokens and templates -----------------------------------------------------------------------------------

@@ -1,0 +1,76 @@
+"""A tokenizer with more tokens than the model embeds, as <pad> added without resizing makes it."""
+
+import json
+
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.load import load
+from precast.loaders.sampling import SamplingParams
+
+# The tiny tokenizer has ids up to 299.
+V = 300
+
+
+def with_tokens(source, *texts):
+    """The tokenizer.json of a source with special tokens added from id V on."""
+    document = json.loads(source.tokenizer_json)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    document["added_tokens"] += [{"id": V + i, "content": text, **flags} for i, text in enumerate(texts)]
+    return json.dumps(document).encode()
+
+
+@pytest.fixture(scope="module")
+def padded(export_tiny, tiny_source):
+    """The tiny model with as many embeddings as its tokenizer had tokens before <pad> came."""
+    source = tiny_source(config={"vocab_size": V})
+    data = with_tokens(source, "<pad>")
+    return load(
+        export_tiny(tiny_source(config={"vocab_size": V}, fields={"tokenizer_json": data}), targets=("cpu",))
+    )
+
+
+def test_texts_without_the_token_are_answered(padded):
+    assert padded.tokenizer.encode("<pad>") == [V]
+    found = padded.generate("the quick brown fox", SamplingParams(max_tokens=8, temperature=2.0, seed=1))
+    assert all(token < V for token in found.token_ids)
+
+
+def test_a_text_with_the_token_is_refused_before_the_model_sees_it(padded):
+    with pytest.raises(PrecastError) as caught:
+        padded.generate("the<pad>cat")
+    assert (
+        "is 300, expected an id from 0 to 299; leave out '<pad>', for which the model has no embedding."
+        in str(caught.value)
+    )
+    with pytest.raises(PrecastError, match=r"token 1 is 301, expected an id from 0 to 299\.$"):
+        padded.generate([1, 301])
+
+
+@pytest.mark.parametrize("field", ["suppress_tokens", "stop_token_ids", "begin_suppress_tokens"])
+def test_sampling_may_name_the_token(padded, field):
+    if field not in SamplingParams().__dir__():
+        pytest.skip("no such field")
+    assert padded.generate("the cat", SamplingParams(max_tokens=2, **{field: (V,)})).token_ids
+
+
+def test_an_export_names_the_tokens(export_tiny, tiny_source, tmp_path):
+    from precast.exporter import texts
+
+    source = tiny_source(config={"vocab_size": V})
+    data = with_tokens(source, *(f"<{i}>" for i in range(9)))
+    source = tiny_source(config={"vocab_size": V}, fields={"tokenizer_json": data})
+    assert texts.bare_tokens(source, V) == (
+        "added tokens from id 300 on have no embedding and are refused in prompts: '<0>', '<1>', '<2>', '<3>', '<4>', …"
+    )
+    assert texts.bare_tokens(source, V + 8) == (
+        "added tokens from id 308 on have no embedding and are refused in prompts: '<8>'"
+    )
+    assert texts.bare_tokens(source, V + 9) is None
+
+
+def test_a_vocabulary_that_is_larger_is_that_of_another_model(export_tiny, tiny_source):
+    with pytest.raises(
+        PrecastError, match="ids up to 299, not counting added tokens, and the model embeds 299 tokens"
+    ):
+        export_tiny(tiny_source(config={"vocab_size": V - 1}))
