@@ -66,9 +66,7 @@ def marker_remarks(source: Source) -> tuple[str, ...]:
 
 def bare_tokens(source: Source, vocab: int) -> str | None:
     """Name the added tokens that have no embedding; transformers loads such a model, and fails on a text with one."""
-    tokenizer = read_tokenizer(source)
-    bare = [tokenizer.token(i) for i in range(vocab, tokenizer.largest_id + 1)]
-    shown = [f"{token!r:.40}" for token in bare if token is not None]
+    shown = [f"{token!r:.40}" for token in read_tokenizer(source).tokens_from(vocab)]
     if not shown:
         return None
     named = ", ".join(shown[:_SHOWN]) + (", …" if len(shown) > _SHOWN else "")

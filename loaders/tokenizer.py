@@ -110,6 +110,11 @@ class Tokenizer:
         """The largest id of a token that was not added to the vocabulary."""
         return max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
 
+    def tokens_from(self, first: int) -> list[str]:
+        """Return the spelling of every token with an id of `first` or above, by id."""
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        return sorted((text for text, i in vocabulary.items() if i >= first), key=vocabulary.__getitem__)
+
     def token(self, token_id: int) -> str | None:
         """Return the spelling of a token, or None where no token has the id."""
         return self._library.id_to_token(token_id) if 0 <= token_id <= self.largest_id else None

@@ -136,7 +136,7 @@ NAME = "model.layers.2.mlp.down_proj.weight"
             {NAME: np.full((48, 80), np.nan, np.float32)},
             f"{NAME}: the tensor holds values that are not finite",
         ),
-        ({"lm_head.weight": None}, "tensor 'lm_head.weight' is missing"),
+        ({"lm_head.weight": None}, "has no lm_head.weight, though its config.json does not say"),
         (
             {NAME: np.zeros((48, 80), np.int32)},
             f"{NAME} is stored as I32, and only F32, F16 and BF16 are read",

@@ -47,14 +47,14 @@ def test_a_text_with_the_token_is_refused_before_the_model_sees_it(padded):
         padded.generate([1, 301])
 
 
-@pytest.mark.parametrize("field", ["suppress_tokens", "stop_token_ids", "begin_suppress_tokens"])
-def test_sampling_may_name_the_token(padded, field):
-    if field not in SamplingParams().__dir__():
-        pytest.skip("no such field")
-    assert padded.generate("the cat", SamplingParams(max_tokens=2, **{field: (V,)})).token_ids
+@pytest.mark.parametrize(
+    "fields", [{"suppress_tokens": (V,)}, {"begin_suppress_tokens": (V,)}, {"bad_words_ids": ((V,), (3, V))}]
+)
+def test_sampling_may_name_the_token(padded, fields):
+    assert padded.generate("the cat", SamplingParams(max_tokens=2, **fields)).token_ids
 
 
-def test_an_export_names_the_tokens(export_tiny, tiny_source, tmp_path):
+def test_an_export_names_the_tokens(tiny_source):
     from precast.exporter import texts
 
     source = tiny_source(config={"vocab_size": V})
