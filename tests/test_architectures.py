@@ -61,6 +61,18 @@ REDUCED = ["olmo2-tied-biases-linear" if name == "olmo2-three-heads" else name f
 WINDOWED = [name for name, record in RECORDS.items() if record["config"].get("sliding_window")]
 
 
+# One checkpoint of each architecture is tried in every run; its siblings repeat it with other options.
+EACH = [pytest.param(name, marks=() if name in FIRST else pytest.mark.long) for name in NAMES]
+# Four architectures between them have windows, mixtures, several RoPE tables and layers of their own kind.
+SHORT_TYPES = ("llama", "gemma3_text", "mixtral", "gpt2")
+
+
+def _short(names: Sequence[str]) -> list[Any]:
+    """Mark as long what is not of the architectures in `SHORT_TYPES`."""
+    types = {name: RECORDS[name]["config"]["model_type"] if name in RECORDS else name for name in names}
+    return [pytest.param(n, marks=() if types[n] in SHORT_TYPES else pytest.mark.long) for n in names]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """A checkpoint, what transformers says of it, and what precast makes of it."""
@@ -113,7 +125,7 @@ def _export(source: Source, artifact: Path, *, weights: str = "float32", targets
     export(source, artifact, options)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=EACH)
 def exported(request: pytest.FixtureRequest, export_checkpoint: Callable[[str], Exported]) -> Exported:
     return export_checkpoint(request.param)
 
@@ -213,7 +225,7 @@ def test_logits_of_prefill_and_decode(exported: Exported) -> None:
         np.testing.assert_allclose(last, logits["last"][i], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("name", [p for p in EACH if p.values[0] in WINDOWED])
 def test_layers_with_a_window_keep_a_ring(export_checkpoint: Callable[[str], Exported], name: str) -> None:
     manifest, window = export_checkpoint(name).model.manifest, RECORDS[name]["config"]["sliding_window"]
     ring = ring_size(window, Geometry(capacity=SCRIPT.CAPACITY, slots=1, buckets=SCRIPT.BUCKETS))
@@ -222,7 +234,7 @@ def test_layers_with_a_window_keep_a_ring(export_checkpoint: Callable[[str], Exp
     assert sorted(layer for array in keys for layer in array.layers) == list(range(manifest.model.layers))
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", _short(FIRST))
 def test_the_portable_target_says_the_same(export_checkpoint: Callable[[str], Exported], name: str) -> None:
     exported = export_checkpoint(name)
     model = load(exported.artifact, target="portable", compile=True, log=lambda _: None)
@@ -233,7 +245,7 @@ def test_the_portable_target_says_the_same(export_checkpoint: Callable[[str], Ex
 # --- configs that are not quite these -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", _short(list(ARCHITECTURES)))
 def test_a_changed_config_gives_the_numbers_of_transformers_or_none(
     open_checkpoint: Callable[[str], Source], model_type: str
 ) -> None:
@@ -279,7 +291,7 @@ def _fingerprint(source: Source) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("weights", list(LOST))
-@pytest.mark.parametrize("name", REDUCED)
+@pytest.mark.parametrize("name", _short(REDUCED))
 def test_fewer_bits_lose_little(
     export_checkpoint: Callable[[str], Exported], tmp_path: Path, name: str, weights: str
 ) -> None:
