@@ -3,7 +3,16 @@
 The instruction set is chosen by CPUID at run time; `force_isa` overrides it, for tests and for comparisons.
 """
 
-from . import _kernels
+from pathlib import Path
+
+from ..loaders.artifact.errors import PrecastError
+
+try:
+    from . import _kernels
+except ImportError as error:
+    raise PrecastError(
+        f"precast's kernels are not built ({error}); run: pip install -e {Path(__file__).resolve().parent.parent}"
+    ) from None
 from ._kernels import ABI_VERSION, force_isa, isa, targets
 
 ISAS = ("portable", "avx2", "avx512")
