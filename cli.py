@@ -8,7 +8,9 @@ if __name__ == "__main__":
 
     folder = os.path.dirname(os.path.abspath(__file__))
     if find_spec("precast") is None and os.path.basename(folder) == "precast":
-        sys.path.insert(1, os.path.dirname(folder))  # a clone that is not installed is the package all the same
+        sys.path.insert(
+            1, os.path.dirname(folder)
+        )  # a clone that is not installed is the package all the same
     try:
         from precast.start import main as start
     except ModuleNotFoundError:
