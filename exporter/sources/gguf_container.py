@@ -170,7 +170,7 @@ class _Cursor:
 def _read_counts(cursor: _Cursor) -> tuple[int, int]:
     """Return how many tensors and how many keys there are, once the version is known."""
     version = cursor.number("I", "the version")
-    if version & 0xFFFF == 0:
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
         raise PrecastError(
             f"{cursor.path}: is a big-endian GGUF file; convert it to little-endian (gguf-convert-endian) first."
         )

@@ -332,7 +332,8 @@ HARMFUL = {
         header(1, 1) + ARCHITECTURE + text(b"w") + struct.pack("<IQIQ", 1, 1, 0, 4),
         "to lie inside, at a multiple of 32 bytes",
     ),
-    "version": (header(0, 0, 1 << 31), "is a big-endian GGUF file"),
+    "version": (header(0, 0, 1 << 31), "expected GGUF version 2 or 3, found 2147483648"),
+    "version 0": (header(0, 0, 0), "expected GGUF version 2 or 3, found 0"),
     "version 1": (header(0, 0, 1), "expected GGUF version 2 or 3, found 1"),
 }
 
