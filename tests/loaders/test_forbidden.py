@@ -73,10 +73,10 @@ def test_forbidden_tokens_are_the_reference(params, prompt, answer, ends) -> Non
     assert forbidden(params, prompt, answer, ends) == reference(params, prompt, answer, ends)
 
 
-def processors(params: SamplingParams, prompt: list[int], ends: set[int]):
-    """The processors that transformers makes of the same settings, in its order."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+def processors(torch, params: SamplingParams, prompt: list[int], ends: set[int]):
+    """Return the processors that transformers makes of the same settings, in its order."""
+    import transformers
+
     said = transformers.GenerationConfig(
         no_repeat_ngram_size=params.no_repeat_ngram_size,
         bad_words_ids=[list(word) for word in params.bad_words_ids] or None,
@@ -100,14 +100,13 @@ def processors(params: SamplingParams, prompt: list[int], ends: set[int]):
     ends=ENDS,
     logits=st.lists(st.integers(-40, 40).map(lambda n: n / 4), min_size=V, max_size=V),
 )
-def test_scores_are_those_of_transformers(params, prompt, answer, ends, logits) -> None:
-    torch = pytest.importorskip("torch")
+def test_scores_are_those_of_transformers(torch, params, prompt, answer, ends, logits) -> None:
     only_ends = [word for word in params.bad_words_ids if not (len(word) == 1 and word[0] in ends)]
     if params.bad_words_ids and not only_ends:
         return  # transformers refuses a list of which nothing is left
     row = np.array(logits, np.float32)
     expected = torch.from_numpy(row.copy())[None]
-    for step in processors(params, prompt, ends):
+    for step in processors(torch, params, prompt, ends):
         expected = step(torch.tensor([[*prompt, *answer]]), expected)
     found = row.copy()
     found[list(forbidden(params, prompt, answer, ends))] = -np.inf
