@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 
@@ -10,6 +11,8 @@ from .artifact.machine import usable_cores
 
 # What version 1 of control groups says where there is no limit is a little below 2^63.
 _NO_LIMIT = 1 << 60
+# Threads that a user may have elsewhere; a limit this far above what is needed is not looked into.
+_IN_SIGHT = 4096
 
 
 class Processors(Frozen):
@@ -74,13 +77,34 @@ def memory(system: Path = Path("/")) -> Memory:
     )
 
 
-def limits(threads: int) -> Limits:
+def limits(threads: int, system: Path = Path("/")) -> Limits:
     """The limits for this process.
 
     Args:
-        threads: how many are needed. They are started and ended again, which no limit of any kind escapes.
+        threads: how many are needed. Where a limit is in sight they are started and ended again: the counts that the
+            system compares with its limits are not all to be seen.
+        system: root of the file system.
     """
-    return Limits(address_space=_address_space(), threads=_startable(threads))
+    space = _address_space()  # before threads take of it what later ones use again
+    few = _startable(threads) if _thread_limit(system) < threads + _IN_SIGHT else None
+    return Limits(address_space=space, threads=few)
+
+
+def _thread_limit(system: Path) -> int:
+    """At most how many threads this process may start more, as far as the limits tell that are there."""
+    found = [_NO_LIMIT]
+    for group in _groups(system, "pids"):
+        if (most := _number(group / "pids.max")) is not None:
+            found.append(most - (_number(group / "pids.current") or 0))
+    with suppress(ImportError):  # Windows
+        import resource
+
+        most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+        # Of all processes of the user, whose threads would take a while to count.
+        found += [most] if most != resource.RLIM_INFINITY else []
+        # Stacks are address space.
+        found += [0] if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY else []
+    return min(found)
 
 
 def _address_space() -> int | None:

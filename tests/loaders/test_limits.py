@@ -23,6 +23,7 @@ FREE = SamplingParams(ignore_eos=True)
 
 def few_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """A system that lets this process have so many threads more."""
+    monkeypatch.setattr(resources, "_thread_limit", lambda system: 1000)
     start, started = threading.Thread.start, list[threading.Thread]()
 
     def limited(thread: threading.Thread) -> None:
@@ -60,6 +61,34 @@ def test_a_client_that_is_there_needs_no_threads(
 def test_enough_threads_are_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     few_threads(monkeypatch, 7)
     assert [resources.limits(n).threads for n in (7, 8)] == [None, 7]
+
+
+def test_groups_that_limit_threads_are_seen(tmp_path: Path) -> None:
+    """The tightest of version 1 or 2, by what it has left."""
+    for name, text in {
+        "proc/self/cgroup": "8:pids:/a\n0::/a/b\n",
+        "sys/fs/cgroup/pids/a/pids.max": "100\n",
+        "sys/fs/cgroup/pids/a/pids.current": "30\n",
+        "sys/fs/cgroup/pids/pids.max": "max\n",
+        "sys/fs/cgroup/a/b/pids.max": "max\n",
+        "sys/fs/cgroup/a/pids.max": "90\n",
+        "sys/fs/cgroup/a/pids.current": "40\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert resources._thread_limit(tmp_path) == 50
+    assert resources.limits(10, tmp_path).threads is None
+    assert resources._thread_limit(tmp_path / "nothing") > 1000
+
+
+@pytest.mark.parametrize("kind", ["RLIMIT_NPROC", "RLIMIT_AS"])
+def test_limits_of_a_process_are_seen(python: Any, kind: str) -> None:
+    code = (
+        "import resource; from pathlib import Path; from precast.loaders import resources\n"
+        f"resource.setrlimit(resource.{kind}, (1 << 40, 1 << 40) if {kind!r} == 'RLIMIT_AS' else (77, 77))\n"
+        "print(resources._thread_limit(Path('/nothing')))"
+    )
+    assert python("-c", code).stdout == ("0\n" if kind == "RLIMIT_AS" else "77\n")
 
 
 UNDER_A_LIMIT = """
