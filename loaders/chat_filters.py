@@ -32,7 +32,7 @@ WIDE = re.compile(
 
 def charge_format(meter: Meter, template: str, values: Any) -> None:
     """Count a format string that is about to be filled: each field may print all of the values."""
-    meter.step(len(template) >> 3)
+    meter.step(len(template))
     if wide := WIDE.search(template):
         raise jinja2.TemplateRuntimeError(f"the width in the format {wide.group()[:40]!r} is too large")
     weight = meter.weigh(values)

@@ -27,7 +27,7 @@ class Limits:
     """Characters of the template."""
     nodes: int = 20_000
     """Nodes of its syntax tree."""
-    code: int = 1 << 19
+    code: int = 400_000
     """Characters of the Python code that the template becomes."""
     steps: int = 20_000_000
     """Nodes evaluated and items visited in one rendering; 64 characters copied count as one."""
@@ -147,7 +147,7 @@ class Meter:
             return known[1]
         if level > self.limits.depth:
             raise OverLimit(f"it put lists into lists, more than {self.limits.depth} deep")
-        self.step(count)
+        self.step(2 * count)
         self.make(256 + 8 * count)
         weight = self._sum(children, level)
         if weight.depth > self.limits.depth:
@@ -159,12 +159,24 @@ class Meter:
 
     def _sum(self, children: Iterable[Any], level: int) -> Weight:
         weight = Weight()
+        items = text = other = 0
+        widest = 1
         for child in children:
-            if type(child) is str and child.isascii():  # most parts, and the cheapest
-                weight.items += 1
-                weight.text += len(child)
+            kind = type(child)
+            items += 1
+            if kind is str:
+                text += len(child)
+                if not child.isascii():
+                    widest = max(widest, width(child))
+            elif kind is int:
+                other += 24 + child.bit_length()
             else:
                 weight.add(self._weigh(child, level + 1))
+                items -= 1
+        weight.items += items
+        weight.text += text
+        weight.other += other
+        weight.width = max(weight.width, widest)
         return weight
 
     # Text and lists

@@ -124,7 +124,7 @@ def replace(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
     places = places if most < 0 else min(places, most)
     count = len(text) + places * max(0, len(new) - len(old))
     # A text of narrow characters is widened first.
-    return 80 + (count + len(text)) * max(width(text), width(new)), places + (len(text) >> 5) + (count >> 6)
+    return 80 + (count + len(text)) * max(width(text), width(new)), places + (len(text) >> 4) + (count >> 6)
 
 
 def _join(meter: Meter, separator: str, args: tuple[Any, ...]) -> Cost:
