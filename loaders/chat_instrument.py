@@ -70,11 +70,20 @@ class _Instrument(NodeTransformer):
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._nodes = 0
+        self._names: set[str] = set()
+        self._scopes = 0
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         self._nodes += 1
         if self._nodes > self._limits.nodes:
             raise OverLimit(f"it has more than {self._limits.nodes:,} expressions and statements")
+        if isinstance(node, nodes.Name):
+            self._names.add(node.name)
+        elif isinstance(node, _SCOPES):
+            self._scopes += 1
+        # jinja2 copies its table of names for every branch and body.
+        if len(self._names) * self._scopes > self._limits.tables:
+            raise OverLimit("it has too many names for its conditions and loops")
         return super().visit(node, *args, **kwargs)
 
     # Bodies
@@ -163,6 +172,11 @@ class _Instrument(NodeTransformer):
     def visit_ScopedEvalContextModifier(self, node: nodes.Stmt) -> NoReturn:
         raise jinja2.TemplateSyntaxError("autoescape is not available here", node.lineno)
 
+
+_SCOPES: tuple[type[nodes.Node], ...] = (
+    *(nodes.AssignBlock, nodes.Block, nodes.CallBlock, nodes.FilterBlock, nodes.For, nodes.If, nodes.Macro),
+    *(nodes.Scope, nodes.With),
+)
 
 _KEPT: dict[type[nodes.Node], int] = {
     nodes.For: _LOOP_SIZE,

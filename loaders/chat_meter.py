@@ -3,6 +3,7 @@
 Importing this module imports jinja2.
 """
 
+import gc
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,8 @@ class Limits:
     """Characters of the template."""
     nodes: int = 20_000
     """Nodes of its syntax tree."""
+    tables: int = 500_000
+    """Names times conditions, loops and macros."""
     code: int = 400_000
     """Characters of the Python code that the template becomes."""
     steps: int = 20_000_000
@@ -132,6 +135,14 @@ class Meter:
         self._made += count
         if self._made + spare > self.limits.made:
             raise OverLimit(f"it made more than {self.limits.made:,} bytes of text and lists")
+
+    def end(self) -> None:
+        """Let go of the values: an error that somebody keeps may hold this meter, and objects of jinja2 are cycles."""
+        self._weights.clear()
+        if (
+            self._made > self.limits.made >> 2
+        ):  # Python counts objects before it collects cycles, not their bytes
+            gc.collect()
 
     # Weighing
 

@@ -192,16 +192,18 @@ _TEXT_METHODS: dict[str, CostOf] = {
         _classify,
     ),
 }
-_NUMBER_METHODS: dict[str, CostOf] = dict.fromkeys(
-    ("as_integer_ratio", "bit_count", "bit_length", "conjugate", "is_integer"), _nothing
-)
+_NUMBER_METHODS: dict[str, CostOf] = dict.fromkeys(("as_integer_ratio", "conjugate", "is_integer"), _nothing)
+_INTEGER_METHODS: dict[str, CostOf] = {
+    **_NUMBER_METHODS,
+    **dict.fromkeys(("bit_count", "bit_length"), _nothing),
+}
 _SEQUENCE_METHODS: dict[str, CostOf] = {"count": _find_item, "index": _find_item}
 
 METHODS: dict[type, dict[str, CostOf]] = {
     str: _TEXT_METHODS,
     Markup: _TEXT_METHODS,
-    int: _NUMBER_METHODS,
-    bool: _NUMBER_METHODS,
+    int: _INTEGER_METHODS,
+    bool: _INTEGER_METHODS,
     float: {**_NUMBER_METHODS, "hex": _nothing},
     list: {**_SEQUENCE_METHODS, "copy": _copy_list},
     tuple: _SEQUENCE_METHODS,

@@ -109,6 +109,10 @@ class Sandbox(SandboxedEnvironment):
             raise OverLimit(f"it becomes more than {self.meter.limits.code:,} characters of Python")
         return super()._compile(source, filename)
 
+    def handle_exception(self, source: str | None = None) -> NoReturn:
+        """Raise the error as it is. Rewritten by jinja2, it is part of a cycle that keeps every value alive."""
+        raise
+
     def concat(self, pieces: Iterable[str]) -> str:
         """Join the output of a macro, a block, or the whole template."""
         return self.meter.joined("", list(pieces))

@@ -4,7 +4,7 @@ Importing this module imports jinja2.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -119,9 +119,18 @@ class ChatTemplate:
             PrecastError: the template refuses them or fails, or it was stopped.
         """
         given = {**values, **self._tokens}
-        sandbox = self._sandbox.with_meter(Meter(self._limits))
+        meter = Meter(self._limits)
+        sandbox = self._sandbox.with_meter(meter)
         template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
-        return _explaining(lambda: sandbox.concat(_pieces(template, given, self._limits)))
+        context = template.new_context(given)
+        try:
+            pieces = template.root_render_func(context)
+            prompt: str = _explaining(lambda: sandbox.concat(_bounded(pieces, self._limits.output)))
+            return prompt
+        finally:
+            context.vars.clear()
+            context.parent.clear()
+            meter.end()
 
     def _fitting(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Messages with content in the form that the template knows: text, or a list of parts."""
@@ -150,12 +159,12 @@ class ChatTemplate:
             return ""
 
 
-def _pieces(template: jinja2.Template, given: dict[str, Any], limits: Limits) -> Iterator[str]:
+def _bounded(pieces: Iterable[str], most: int) -> Iterator[str]:
     size = 0
-    for piece in template.generate(given):
+    for piece in pieces:
         size += len(piece)
-        if size > limits.output:
-            raise OverLimit(f"the prompt grew beyond {limits.output:,} characters")
+        if size > most:
+            raise OverLimit(f"the prompt grew beyond {most:,} characters")
         yield piece
 
 
@@ -165,7 +174,10 @@ def _explaining(work: Callable[[], Any]) -> Any:
         return work()
     except Exception as error:
         refusal = _explained(error)
-    raise refusal
+    try:
+        raise refusal
+    finally:
+        del refusal, work  # else the error and this frame keep each other alive
 
 
 # Errors
@@ -200,10 +212,11 @@ def _said(error: Any) -> str:
 
 
 def _line(error: Exception) -> int | None:
-    """Line of the template at which it failed: jinja2 rewrites tracebacks so that they show it."""
-    line, frame = None, error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_filename == "<template>":
-            line = frame.tb_lineno
-        frame = frame.tb_next
+    """Return the line of the template at which it failed: the innermost frame of the template's code knows it."""
+    line, step = None, error.__traceback__
+    while step is not None:
+        template = step.tb_frame.f_globals.get("__jinja_template__")
+        if isinstance(template, jinja2.Template):
+            line = template.get_corresponding_lineno(step.tb_lineno)
+        step = step.tb_next
     return line
