@@ -7,7 +7,7 @@ import gc
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -44,6 +44,11 @@ class Limits:
     """Characters of the prompt."""
     seconds: float = 2.0
     """Time for one compilation, and for one rendering."""
+
+    def for_probe(self) -> "Limits":
+        """Return the limits of a rendering of one short message. They do not depend on how busy the machine is."""
+        steps = min(self.steps, 500_000)
+        return replace(self, steps=steps, operation=min(self.operation, steps), made=min(self.made, 1 << 24))
 
 
 class OverLimit(Exception):

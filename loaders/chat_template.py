@@ -118,14 +118,17 @@ class ChatTemplate:
         Raises:
             PrecastError: the template refuses them or fails, or it was stopped.
         """
+        return self._rendered(values, self._limits)
+
+    def _rendered(self, values: Mapping[str, Any], limits: Limits) -> str:
         given = {**values, **self._tokens}
-        meter = Meter(self._limits)
+        meter = Meter(limits)
         sandbox = self._sandbox.with_meter(meter)
         template = jinja2.Template.from_code(sandbox, self._code, sandbox.make_globals(None))
         context = template.new_context(given)
         try:
             pieces = template.root_render_func(context)
-            prompt: str = _explaining(lambda: sandbox.concat(_bounded(pieces, self._limits.output)))
+            prompt: str = _explaining(lambda: sandbox.concat(_bounded(pieces, limits.output)))
             return prompt
         finally:
             context.vars.clear()
@@ -154,7 +157,7 @@ class ChatTemplate:
         """The prompt for one message, empty where the template refuses it."""
         values = {"messages": [{"role": "user", "content": content}], "tools": None, "documents": None}
         try:
-            return self.rendered({**values, "add_generation_prompt": True})
+            return self._rendered({**values, "add_generation_prompt": True}, self._limits.for_probe())
         except PrecastError:
             return ""
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import jinja2.defaults
@@ -148,6 +149,14 @@ def test_a_template_with_many_names_and_conditions_is_refused() -> None:
         ChatTemplate(source, bos_token=None, eos_token=None, limits=Limits(seconds=60))
 
 
+def test_a_template_that_takes_long_is_probed_for_a_short_time() -> None:
+    source = "{{ messages[0].content }}{% for i in range(99999) %}{% set a = i * 2 %}{% endfor %}"
+    template = ChatTemplate(source, bos_token=None, eos_token=None, limits=Limits(seconds=60))
+    assert template.render(MESSAGES) == "hi"
+    with pytest.raises(PrecastError, match="took more than 500,000 steps"):
+        ChatTemplate(source, bos_token=None, eos_token=None, limits=Limits().for_probe()).render(MESSAGES)
+
+
 def test_an_error_keeps_none_of_the_templates_values_alive() -> None:
     with pytest.raises(PrecastError) as raised:
         render("{% set x = 'a' * 9999 %}{{ x.y.z }}")
@@ -251,7 +260,7 @@ def test_an_expression_gives_what_it_gives_in_transformers(make) -> None:
     for expression in make():
         source = f"{{{{ {expression} }}}}"
         try:
-            theirs = utils._compile_jinja_template(source).render(messages=MESSAGES)
+            theirs = utils._compile_jinja_template(source).render(messages=deepcopy(MESSAGES))
         except Exception:
             theirs = None
         try:
