@@ -51,7 +51,7 @@ def _console(*, stderr: bool) -> Console:
 
 
 def _show_cursor(console: Console) -> None:
-    """Bring back what bars hide, past everything that may be half written."""
+    """Show the cursor that progress bars hide, bypassing any stream with a half-written line."""
     if console.is_terminal:
         os.write(sys.stderr.fileno(), b"\x1b[?25h")
 

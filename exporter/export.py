@@ -53,7 +53,7 @@ PACKAGES = ("precast", "jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What to make of a source.
+    """How to export a source.
 
     Attributes:
         buckets: prompt lengths to compile a prefill program for, ascending; None for those of `DEFAULT_BUCKETS` that
@@ -258,7 +258,7 @@ def _sampling(source: Source) -> SamplingDefaults:
 
 
 def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
-    """Ids the tokenizer gives must have an embedding, and the chat templates must compile."""
+    """Refuse token ids without an embedding, and chat templates that do not compile."""
     texts.check_templates(source)
     tokenizer = texts.read_tokenizer(source)
     vocab = spec.config.vocab

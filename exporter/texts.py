@@ -14,7 +14,7 @@ TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 
 
 def read_tokenizer(source: Source) -> Tokenizer:
-    """Make the tokenizer of a source, as the loader makes it."""
+    """Make the tokenizer of a source as the loader does."""
     return Tokenizer.from_json(
         source.tokenizer_json,
         chat_template=source.chat_template,
@@ -43,17 +43,17 @@ def check_templates(source: Source) -> None:
 
 _SHOWN = 5
 
-# How chat markers are spelt.
+# The spelling of chat markers.
 _MARKER = re.compile(r"<[|｜][^\s<>]{1,60}[|｜]>|</?[a-z]+_of_[a-z]+>|\[/?[A-Z_]{2,20}\]")
 _SYSTEM, _USER = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
 _SAMPLES = ([_SYSTEM, _USER, {"role": "assistant", "content": "c"}, _USER], [_USER])
 
 
 def marker_remarks(source: Source) -> tuple[str, ...]:
-    """Name the markers of the chat templates that become several tokens: most models know each as one.
+    """Name the markers of the chat templates that become several tokens; most models have one token for each.
 
-    They are found in a rendered conversation: added tokens cannot fail, so that these are markers which the tokenizer
-    has as words, or not at all. Some models were trained with such ones, which is why this is no refusal.
+    The check encodes a rendered conversation. Added tokens always match whole, so the tokenizer has the reported
+    markers as words, or lacks them. Some models were trained like that, so the export only remarks on it.
     """
     tokenizer = read_tokenizer(source)
     names = [*([] if source.chat_template is None else ["default"]), *source.named_templates]
@@ -65,7 +65,7 @@ def marker_remarks(source: Source) -> tuple[str, ...]:
 
 
 def bare_tokens(source: Source, vocab: int) -> str | None:
-    """Name the added tokens that have no embedding; transformers loads such a model, and fails on a text with one."""
+    """Name the added tokens without an embedding; transformers loads such a model, and fails on a text with one."""
     shown = [f"{token!r:.40}" for token in read_tokenizer(source).tokens_from(vocab)]
     if not shown:
         return None
@@ -74,7 +74,7 @@ def bare_tokens(source: Source, vocab: int) -> str | None:
 
 
 def _sample(tokenizer: Tokenizer, template: str) -> str:
-    """A conversation as a template renders it; empty where it refuses every one."""
+    """Render a sample conversation; return an empty text if the template refuses every sample."""
     for messages in _SAMPLES:
         try:
             return tokenizer.render_chat(messages, template=template)
@@ -84,7 +84,7 @@ def _sample(tokenizer: Tokenizer, template: str) -> str:
 
 
 def named_files(source: Source) -> dict[str, str]:
-    """The file of each named template: by its name where that is fit for a file, else by its number."""
+    """Choose a file name for each named template: its own name if valid, else its number."""
     files: dict[str, str] = {}
     for number, name in enumerate(source.named_templates, 1):
         fit = (

@@ -45,8 +45,8 @@ class Architecture:
     """How a ``model_type`` is read and built.
 
     Attributes:
-        read_config: from a config to its shape and the RoPE of its layers, which ``shape.ropes`` points into; raises
-            PrecastError for what it does not understand.
+        read_config: returns the shape and the RoPE of the layers (indexed by ``shape.ropes``) for a config; raises
+            PrecastError for keys that it does not understand.
         module: the Flax module, built from the shape.
         adapt: a checkpoint's tensors under the module's names, cut and folded as it takes them.
         names: names that its checkpoints have.

@@ -10,7 +10,7 @@ from .config_keys import HARMLESS, SWITCHES
 
 _T = TypeVar("_T")
 
-# Of float32, in which everything is computed, and of what XLA counts a size with.
+# Largest float32, the type of all computation, and largest size that XLA can count.
 _LARGEST_NUMBER = 3.4e38
 _LARGEST_SIZE = (1 << 31) - 1
 
@@ -73,7 +73,7 @@ class ConfigReader:
     def take_size(
         self, key: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST_SIZE
     ) -> int:
-        """A whole number from `least` to `most`; required where `default` is None."""
+        """Return a whole number from `least` to `most`; require it if `default` is None."""
         value = self.take(key, default)
         if value is None:
             raise PrecastError(
@@ -117,7 +117,7 @@ class ConfigReader:
             raise self.wrong(key, " or ".join(repr(a) for a in allowed), value)
 
     def finish(self) -> None:
-        """Refuse keys that nobody asked for, but for those of `HARMLESS`, `SWITCHES` that are off, and nulls."""
+        """Refuse unread keys, except nulls, those in `HARMLESS`, and `SWITCHES` that are off."""
         left = {k: v for k, v in self._left.items() if v is not None and k not in HARMLESS}
         for key, switch in SWITCHES.items():
             if key in left and not _is_one_of(left.pop(key), switch.off):
@@ -139,10 +139,10 @@ class ConfigReader:
 
 
 def _is_beyond_floats(value: float) -> bool:
-    """Whether this is a whole number that no float is near to, which JSON allows."""
+    """Return True for an integer beyond the range of floats; JSON allows these."""
     return isinstance(value, int) and abs(value) > _LARGEST_NUMBER
 
 
 def _is_one_of(value: object, allowed: Iterable[object]) -> bool:
-    """Whether a value is allowed; 0 is not False here, nor 1.0 one."""
+    """Return True for an allowed value; 0 differs from False, and 1.0 from 1."""
     return any(type(value) is type(one) and value == one for one in allowed)

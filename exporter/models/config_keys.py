@@ -1,13 +1,13 @@
-"""Keys of config.json that no architecture reads: those that say nothing, and values of others that change nothing.
+"""Keys of config.json that no architecture reads: harmless keys, and keys with harmless values.
 
-transformers is the reference. It keeps keys that its classes do not know, and never looks at them.
+transformers is the reference. It keeps keys that its classes do not know, and ignores them.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Keys that say nothing about the forward pass of a decoder, by what they are for. Keys of generation_config.json may
-# stand in config.json too; the source has taken them out.
+# Keys that do not affect a decoder's forward pass, grouped by purpose. config.json may also hold keys of
+# generation_config.json; the source has already removed those.
 HARMLESS = frozenset(
     {
         # Where the file comes from.
@@ -53,7 +53,7 @@ HARMLESS = frozenset(
         "use_fused_rms_norm",
         "use_gradient_checkpointing",
         "use_sdpa",
-        # Types of the stored weights, which say their own.
+        # Types of the stored weights; the weight files state these themselves.
         "dtype",
         "torch_dtype",
         "use_bfloat16",
@@ -99,7 +99,7 @@ HARMLESS = frozenset(
         "problem_type",
         "task_specific_params",
         "tf_legacy_loss",
-        # Decoders are decoders, whether they say so or not.
+        # These are always decoders.
         "is_decoder",
     }
 )
@@ -110,8 +110,8 @@ class Switch:
     """A key that is harmless with some values.
 
     Attributes:
-        off: those values.
-        means: words that follow "which", for any other.
+        off: the harmless values.
+        means: words that follow "which" in the refusal of any other value.
     """
 
     off: tuple[object, ...]
@@ -125,7 +125,7 @@ def _off(means: str, *off: object) -> Switch:
 _OTHER_ATTENTION = "is another attention"
 _OTHER_LAYERS = "makes other layers"
 
-# An architecture that reads a key itself does so first.
+# An architecture that reads a key takes it before this table applies.
 SWITCHES: Mapping[str, Switch] = {
     "add_cross_attention": _off("attends to an encoder", False),
     "alibi": _off(_OTHER_ATTENTION, False),

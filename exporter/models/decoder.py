@@ -199,10 +199,10 @@ class Decoder(nnx.Module):
 
 
 def rows_at(table: Array, places: Array) -> Array:
-    """Rows of a table ``[S, P]`` at places ``[R, T]``, none of them negative.
+    """Return rows of a table ``[S, P]`` at non-negative indices ``[R, T]``.
 
-    Their numbers are unsigned to the compiler: keeping them from being negative is an instruction that CPUs before
-    x86-64-v3 lack, and that XLA cannot be told to leave out.
+    The indices are unsigned: XLA clamps signed ones with an instruction that CPUs before x86-64-v3 lack, and that
+    no flag turns off.
     """
     row = partial(jax.lax.dynamic_index_in_dim, table, keepdims=False)
     return jax.vmap(jax.vmap(row))(places.astype(jnp.uint32))

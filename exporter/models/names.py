@@ -1,4 +1,4 @@
-"""Names of a checkpoint's tensors: as a model with an output head has them, whatever it was saved from."""
+"""Names of a checkpoint's tensors, mapped to those of a model with an output head."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from .tensors import Tensors
 
 HEAD = "lm_head.weight"
 
-# What wraps a model puts its own name in front of every tensor's; transformers loads none of these.
+# A wrapper prefixes every tensor name with its own; transformers loads no such checkpoint.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DeepSpeed",
@@ -22,9 +22,9 @@ class Names:
     """Names that an architecture's checkpoints have.
 
     Attributes:
-        body: of the model below its output head, transformers' `base_model_prefix`.
+        body: prefix of the model without its output head, transformers' `base_model_prefix`.
         embedding: of the token embedding, below the body.
-        bare: whether the architecture itself reads a body that was saved alone.
+        bare: True if the architecture itself reads a body that was saved alone.
     """
 
     body: str = "model"
@@ -32,10 +32,10 @@ class Names:
     bare: bool = False
 
     def complete(self, tensors: Tensors, *, tied: bool) -> Tensors:
-        """Return the tensors under the names that a model with a head has.
+        """Return the tensors under the names of a model with a head.
 
-        A body that was saved alone has names without its own; a head that is tied to the embedding may be all that
-        safetensors has kept of the two.
+        The names of a body that was saved alone lack the body's prefix. Of a head tied to the embedding, safetensors
+        may have kept only the head.
 
         Raises:
             PrecastError: when a wrapper has renamed all tensors.

@@ -18,7 +18,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
-# Of any model there is, with room: every layer and every expert has names of its own, and every H has its tables.
+# Far above any existing model. Every layer and expert has its own tensor names, and every H its own tables.
 MOST_LAYERS = MOST_EXPERTS = 1024
 _MOST_HEAD_DIM = 1 << 16
 
@@ -126,10 +126,10 @@ def read_windows(config: ConfigReader, window: int | None, types: Sequence[str])
 
 
 def check_layer_types(config: ConfigReader, shape: DecoderConfig) -> None:
-    """Check the types of layers that an architecture does not read: newer configs have them all the same.
+    """Check `layer_types` for an architecture that does not read it; newer configs contain the key anyway.
 
     Raises:
-        PrecastError: for types of layers that are not those of the model.
+        PrecastError: the types differ from the model's layers.
     """
     found = config.take("layer_types")
     types = [SLIDING if window else FULL for window in shape.windows or (0,) * shape.layers]

@@ -48,9 +48,9 @@ def _is_hub_id(spec: str) -> bool:
 
 
 def _is_gguf(spec: str) -> bool:
-    """A GGUF file is known by its first bytes: the stores of other programs name files by their hash.
+    """Return True for a GGUF file by its first bytes: other programs' stores name files by their hash.
 
-    One that is called .gguf and is none gets a sentence of its reader's.
+    A file that is only named .gguf also counts; the reader then refuses it in one sentence.
     """
     from .files import first_bytes, plain_file
     from .gguf_container import MAGIC
@@ -107,7 +107,7 @@ def _open(spec: str | None) -> Source:
 
 
 def _found(spec: str) -> str:
-    """What is there instead, and what to do."""
+    """Describe the actual content of a path, and the remedy."""
     path = Path(spec)
     if not path.is_file():
         return "nothing of that name here; check the spelling"

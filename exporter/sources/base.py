@@ -69,9 +69,9 @@ class Source:
         sampling: defaults out of ``generation_config.json`` or a GGUF file's metadata, by field of the manifest's
             `SamplingDefaults`; empty when there are none.
         licence: SPDX name, or None where the source does not say.
-        files: what was read, hashed.
+        files: the files that were read, with their hashes.
         named_templates: Jinja sources of further chat templates by name ("tool_use", "rag").
-        remarks: sentences for whoever exports: what was mended, and what was left out.
+        remarks: sentences for the user about repairs and omissions.
     """
 
     name: str

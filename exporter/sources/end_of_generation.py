@@ -1,7 +1,7 @@
-"""Tokens that end a generation, found by their text: one model stops at the same tokens, whatever it came as.
+"""Tokens that end a generation, found by their text, so that a model stops at the same tokens from any source.
 
-Files seldom name all of them. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows
-only the ids that a config names.
+Model files seldom name all of these tokens. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp);
+transformers knows only the ids that a config names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
 
-# Texts that no vocabulary has by chance: they count whatever type a file gives them.
+# No vocabulary contains these texts by chance, so they count whatever type a file gives them.
 _UNMISTAKABLE = frozenset(
     {
         "<|eot_id|>",
@@ -33,7 +33,7 @@ _UNMISTAKABLE = frozenset(
         "<|file_sep|>",
     }
 )
-# Texts that also occur as plain text: they count where they are special tokens.
+# These also occur as plain text, so they count only as special tokens.
 _IF_SPECIAL = frozenset(
     {
         "</s>",
@@ -49,7 +49,7 @@ _IF_SPECIAL = frozenset(
         "<REPO>",
     }
 )
-# Of these, the first ends nothing where all of the others are there.
+# The first of these does not end a generation if all the others exist.
 _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
     ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # it separates the messages of one answer
     ("<|end|>", frozenset({"<|flush|>", "<|calls|>"})),
@@ -62,7 +62,7 @@ def ends_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> tuple[
     """Return the ids of tokens that end a generation, ascending.
 
     Args:
-        special: the tokens that are found whole in a text, with their ids.
+        special: ids of the tokens that a tokenizer always matches whole, by text.
         plain: all other tokens.
     """
     found = {text: i for text, i in plain.items() if text in _UNMISTAKABLE}
@@ -74,7 +74,7 @@ def ends_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> tuple[
 
 
 def named_ends(folder: Path, config: Mapping[str, object]) -> tuple[int, ...]:
-    """Return what config.json or generation_config.json says of end tokens: one id, several or none."""
+    """Return the end tokens of config.json or generation_config.json: one id, several or none."""
     said = config.get("eos_token_id")
     ids = said if isinstance(said, list) else [] if said is None else [said]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
@@ -85,5 +85,5 @@ def named_ends(folder: Path, config: Mapping[str, object]) -> tuple[int, ...]:
 
 
 def together(named: Iterable[int | None], by_text: Iterable[int]) -> tuple[int, ...]:
-    """Return all ends once, those first that the model's files name."""
+    """Return the end tokens without duplicates, those named by the model's files first."""
     return tuple(dict.fromkeys(token for token in (*named, *by_text) if token is not None))

@@ -32,13 +32,13 @@ _SPDX = {
 }
 
 
-# Of tokenizer.json, the longest of texts and JSON: published ones have up to 35 MB.
+# Limit for text and JSON files. The longest is tokenizer.json: published ones reach 35 MB.
 _LONGEST_TEXT = 1 << 28
 
-# An escape that is a character only beside another one.
+# A JSON escape for half of a surrogate pair.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-# By the kind that the mode of a path states.
+# Names of file kinds, by st_mode.
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -49,11 +49,10 @@ _KINDS = {
 
 
 def plain_file(path: Path) -> bool:
-    """Return True for a file with a beginning and an end, False where there is nothing of that name.
+    """Return True for a regular file, False if the path does not exist.
 
     Raises:
-        PrecastError: for anything else, such as a FIFO, on which reading would wait without end, and for a link to
-            nothing.
+        PrecastError: for anything else, such as a FIFO, which would block a reader forever, or a dangling link.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
@@ -90,7 +89,7 @@ def hash_file(path: Path) -> SourceFile:
         ) from error
 
 
-# What a download leaves in the place of a file, by its first bytes, with what to do.
+# Stand-ins that a download may leave in place of a file, by their first bytes, each with the remedy.
 _STAND_INS = (
     (b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull` in its folder"),
     (b"<!doctype html", "a web page; fetch the file itself, with a token if the model is gated"),
@@ -114,10 +113,10 @@ def first_bytes(path: Path, count: int) -> bytes:
 
 
 def refuse_stand_in(path: Path) -> None:
-    """Refuse what a download has left in the place of a file.
+    """Refuse a stand-in that a download left in place of a file.
 
     Raises:
-        PrecastError: naming it, and what to do.
+        PrecastError: names the stand-in and the remedy.
     """
     begin = first_bytes(path, 32).lower()
     for mark, found in _STAND_INS:
@@ -126,10 +125,10 @@ def refuse_stand_in(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A file as UTF-8.
+    """Return the text of a UTF-8 file.
 
     Raises:
-        PrecastError: when it cannot be read, is not UTF-8, or is longer than any such file.
+        PrecastError: the file cannot be read, is not UTF-8, or is longer than any such file should be.
     """
     refuse_stand_in(path)
     try:
@@ -176,7 +175,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def optional_json(path: Path) -> dict[str, object]:
-    """A JSON file that may be missing: then an empty object.
+    """Return the object of a JSON file, an empty one if the file is missing.
 
     Raises:
         PrecastError: as `read_json`.

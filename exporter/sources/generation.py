@@ -1,6 +1,6 @@
 """generation_config.json: every key of transformers' `GenerationConfig` is applied, harmless or refused.
 
-transformers' behaviour is the reference. A key that it does not know has no effect there; it is named and left out.
+transformers' behaviour is the reference. A key that it does not know has no effect; the export names and omits it.
 """
 
 from collections.abc import Mapping
@@ -28,10 +28,10 @@ class Key:
     """One key of transformers' `GenerationConfig`.
 
     Attributes:
-        treatment: of its value.
-        why: of a harmless key, the reason; of a refused one, the words that follow "which"; of an applied one,
-            where it goes.
-        neutral: values of a refused key that change nothing, beside null.
+        treatment: how an export treats the value.
+        why: the reason for a harmless key; the words that follow "which" for a refused one; the destination for an
+            applied one.
+        neutral: values of a refused key, besides null, that change nothing.
         sampling: the key has no effect without do_sample.
     """
 
@@ -55,7 +55,7 @@ def _refused(key: str, why: str, *neutral: object, sampling: bool = False) -> di
     return {key: Key(treatment=Treatment.REFUSED, why=why, neutral=neutral, sampling=sampling)}
 
 
-# Of an applied key: the field of `SamplingParams`, or the function that reads it.
+# For each applied key: the field of `SamplingParams`, or the function that reads it.
 KEYS: Mapping[str, Key] = {
     **_applied(
         max_length="max_length",
@@ -148,25 +148,25 @@ KEYS: Mapping[str, Key] = {
     **_refused("eta_cutoff", "drops tokens below a probability", 0, sampling=True),
 }
 
-# transformers' defaults where do_sample is true and a key is absent or null; what it has off is off here too.
+# transformers' defaults if do_sample is true and a key is absent or null; options off there are off here too.
 _SAMPLING_DEFAULTS: Mapping[str, object] = {"temperature": 1.0, "top_k": 50}
-# transformers' own max_length where nobody sets one. It says nothing about the model.
+# transformers' default max_length, which is not specific to the model.
 _UNSET_LENGTH = 20
-# The first wins over the second.
+# In each pair the first key overrides the second.
 _PREFERRED = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
 _LISTS = frozenset({"bad_words_ids", "suppress_tokens", "begin_suppress_tokens"})
-# Keys that say something about the model too.
+# Keys that also describe the model.
 _SHARED = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What a model's files say about generation.
+    """Generation settings from a model's files.
 
     Attributes:
         values: keys of transformers' `GenerationConfig` that are not null.
         sampling: defaults by field of the manifest's `SamplingDefaults`.
-        remarks: a sentence on each thing that is left out and has no effect in transformers either.
+        remarks: a sentence for each omitted key, which has no effect in transformers either.
     """
 
     values: Mapping[str, object]
@@ -175,7 +175,7 @@ class Generation:
 
 
 def read_generation(folder: Path, config: Mapping[str, object]) -> Generation:
-    """Read generation_config.json; where there is none, config.json's keys of that kind, as transformers does.
+    """Read generation_config.json or, without it, the same keys in config.json, as transformers does.
 
     Raises:
         PrecastError: a key would change the answers in a way that precast does not know, or a value is of the wrong
@@ -195,7 +195,7 @@ def read_generation(folder: Path, config: Mapping[str, object]) -> Generation:
 
 
 def without_generation(config: Mapping[str, object]) -> dict[str, object]:
-    """Return config.json without the keys that only say how to generate."""
+    """Return config.json without its generation settings."""
     return {key: value for key, value in config.items() if key not in KEYS or key in _SHARED}
 
 
@@ -256,7 +256,7 @@ def _check_refused(path: Path, key: str, value: object) -> None:
 
 
 def _typed(path: Path, key: str, value: object) -> object:
-    """Refuse what is of the wrong kind; the export checks ranges."""
+    """Refuse values of the wrong type; the export checks ranges."""
     if key == "stop_strings":
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -105,7 +105,7 @@ def _token(path: Path, metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def _named_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Chat templates beside the default one; `tokenizer.chat_templates` lists no more than their names."""
+    """Return the chat templates besides the default one; `tokenizer.chat_templates` lists only their names."""
     prefix = f"{_TEMPLATE}."
     keys = sorted(key for key in metadata if key.startswith(prefix) and key != f"{prefix}default")
     for key in keys:

@@ -1,8 +1,8 @@
-"""The container of a GGUF file: its metadata, and where each tensor lies.
+"""The container of a GGUF file: its metadata and the position of each tensor.
 
-A header states its own sizes. Each one is checked against the bytes that are left before anything of that size is
-made, so time and memory stay in proportion to the file, and a sparse file of any length is bounded too. Format and
-limits: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and gguf_init_from_file of ggml.
+A header states its own sizes. The reader checks each size against the remaining bytes before it allocates, so time and
+memory are proportional to the file. The limits below also bound sparse files of any length. Format and limits:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and gguf_init_from_file of ggml.
 """
 
 import struct
@@ -22,27 +22,27 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
 
-# The published files stay far below these. They bound what a header can make of a file that is large, or sparse.
+# Far above published files. They bound the cost of a header in a large or sparse file.
 _MOST_KEYS = _MOST_TENSORS = 1 << 16
 _LONGEST_HEADER = 1 << 27
 _LONGEST_KEY, _LONGEST_NAME, _MOST_AXES = 65_535, 63, 4
-# The least that a key with its value takes, and a tensor's entry: its lengths and types without any text.
+# Minimum bytes of a key with its value, and of a tensor's entry: lengths and types, with empty texts.
 _LEAST_KEY, _LEAST_TENSOR = 13, 24
 
-# The format's numbers of its types. A letter means the same to struct and to NumPy.
+# Types by their number in the format. Each letter means the same in struct and NumPy.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# Types that NumPy has; rows of all others are bytes.
+# Types that NumPy supports; all others are rows of bytes.
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
 
-# Texts of which every byte counts. Others describe the model to people: there, a byte that is not UTF-8 becomes U+FFFD.
+# Texts that must be exact. In all others, which only describe the model, bytes that are not UTF-8 become U+FFFD.
 _EXACT = ("tokenizer.", "general.architecture", "general.type")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """A GGUF file without its meaning.
+    """The uninterpreted contents of a GGUF file.
 
     Attributes:
         metadata: every value by its key, arrays as lists.
@@ -60,8 +60,8 @@ class _Entry:
     Attributes:
         axes: its shape, innermost axis first.
         type: the number of its type.
-        offset: of its data, from the first tensor's.
-        at: where the header describes it.
+        offset: of its data, relative to the first tensor's.
+        at: offset of its entry in the header.
     """
 
     axes: tuple[int, ...]
@@ -74,8 +74,8 @@ def read_container(path: Path) -> Container:
     """Read the header of a GGUF file and map its tensors.
 
     Raises:
-        PrecastError: when the file cannot be read, is no little-endian GGUF file of a known version, or states
-            anything that does not fit into it.
+        PrecastError: the file cannot be read, is not little-endian GGUF of a known version, or states a size that
+            exceeds it.
     """
     _check_magic(path)
     try:
@@ -112,7 +112,7 @@ def _check_magic(path: Path) -> None:
 
 
 class _Cursor:
-    """A place in the header, which moves on over whatever is read.
+    """A reading position in the header.
 
     Attributes:
         path: the file, for messages.
@@ -129,7 +129,7 @@ class _Cursor:
         return len(self._data)
 
     def bytes(self, count: int, what: str) -> memoryview:
-        """Take `count` bytes of `what`."""
+        """Read `count` bytes; `what` names them in errors."""
         left = len(self._data) - self.at
         if count > left:
             raise self.error(
@@ -147,12 +147,12 @@ class _Cursor:
         return taken
 
     def number(self, letter: str, what: str) -> Any:
-        """Take one scalar of a type by its letter."""
+        """Read one scalar of the type with this letter."""
         form = struct.Struct(f"<{letter}")
         return form.unpack(self.bytes(form.size, what))[0]
 
     def text(self, what: str, longest: int | None = None) -> memoryview:
-        """Take a string: its length, then its bytes."""
+        """Read a string: its length, then its bytes."""
         start = self.at
         length = self.number("Q", f"the length of {what}")
         if longest is not None and length > longest:
@@ -163,12 +163,12 @@ class _Cursor:
         return self.bytes(length, what)
 
     def error(self, at: int, sentence: str) -> PrecastError:
-        """Return the error about what stands at an offset."""
+        """Return an error about the bytes at an offset."""
         return PrecastError(f"{self.path}: at byte {at:,}, {sentence}.")
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int]:
-    """Return how many tensors and how many keys there are, once the version is known."""
+    """Check the version, then return the numbers of tensors and keys."""
     version = cursor.number("I", "the version")
     if int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS:
         raise PrecastError(
@@ -239,7 +239,7 @@ def _read_array(cursor: _Cursor, key: str, what: str) -> list[Any]:
 
 
 def _check_room(cursor: _Cursor, count: int, what: str) -> None:
-    """Every text takes eight bytes at least, for its length."""
+    """Check that the values fit into the remaining bytes; a text takes at least the eight bytes of its length."""
     if count * 8 > cursor.length - cursor.at:
         cursor.bytes(count * 8, what)
 
@@ -296,7 +296,7 @@ def _read_entry(cursor: _Cursor, entries: dict[str, _Entry]) -> None:
 def _stored(
     cursor: _Cursor, mapped: np.memmap[Any, Any], name: str, entry: _Entry, start: int, alignment: int
 ) -> Stored:
-    """The tensor as a view into the mapped file, once it lies inside."""
+    """Check that a tensor lies within the mapped file, and return a view of it."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if entry.type not in set(GGMLQuantizationType):

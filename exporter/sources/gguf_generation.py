@@ -1,4 +1,4 @@
-"""A GGUF file's word on generation: the tokens that end it, and the recommended sampler."""
+"""Generation settings of a GGUF file: end tokens and the recommended sampler."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +10,8 @@ from .end_of_generation import ends_by_text, together
 from .gguf_markers import mended
 from .gguf_vocabulary import TokenType
 
-# Keys that name an end, as llama.cpp reads them: of sequence, of turn, of message; and those between files, which it
-# ignores where they name no token.
+# Keys that name an end token, as llama.cpp reads them: end of sequence, turn and message, and file separators,
+# which it ignores if no such token exists.
 _ENDS = ("eos", "eot", "eom")
 _BETWEEN_FILES = ("fim_pad", "fim_rep", "fim_sep")
 _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
@@ -22,12 +22,12 @@ _SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-# Samplers that precast does not have, with the value that turns them off.
+# Samplers that precast lacks, with the value that turns each off.
 _REFUSED = {"mirostat": 0, "xtc_probability": 0}
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids at which llama.cpp ends a generation: those that the file names, and those with a known text."""
+    """Return the ids at which llama.cpp ends a generation: those named by the file, and those with a known text."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     types = mended(tokens, types, metadata)
@@ -43,7 +43,7 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, object]:
-    """Return the recommended sampler, which newer converters copy out of generation_config.json.
+    """Return the recommended sampler, which newer converters copy from generation_config.json.
 
     The export checks ranges.
 
@@ -58,7 +58,7 @@ def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, o
             )
     said = {field: metadata.get(f"general.sampling.{key}") for key, field in _SAMPLING.items()}
     given = {field: value for field, value in said.items() if value is not None}
-    # Without a temperature the answer is greedy, and then only the penalty has an effect.
+    # Without a temperature decoding is greedy, so only the penalty has an effect.
     return (
         given if given.get("temperature") else {k: v for k, v in given.items() if k == "repetition_penalty"}
     )

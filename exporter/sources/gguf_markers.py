@@ -1,8 +1,8 @@
-"""Chat markers that a GGUF file has as ordinary text.
+"""Repair chat markers that a GGUF file types as ordinary text.
 
-Converters often give `<|im_end|>` and its kin the type of a word, so that a prompt is cut into letters where the model
-knows one token. llama.cpp overrules the type of tokens that end a text or a turn, by their spelling; the markers of the
-file's own chat templates are mended here as well.
+Converters often type `<|im_end|>` and similar markers as words, so the tokenizer splits into pieces a marker that the
+model knows as one token. llama.cpp overrides the type of tokens that end a text or a turn, by their spelling. This
+module also repairs the markers in the file's own chat templates.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 _TEMPLATE = "tokenizer.chat_template"
 
-# Tokens that are never a word, whatever a file says: ends of texts and turns, and what frames a turn.
+# Tokens that are never words, whatever a file says: they end a text, or begin or end a turn.
 _KNOWN = frozenset(
     """
     <|begin_of_text|> <|end_of_text|> <|endoftext|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|>
@@ -19,18 +19,18 @@ _KNOWN = frozenset(
     <end_of_utterance> <EOT> _<EOT> [EOT] [EOS] <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜>
     """.split()
 )
-# How markers are spelt; a token of such a spelling that a chat template writes is one.
+# The spelling of markers. A token with such a spelling in a chat template is a marker.
 _SPELLING = re.compile(r"<[|｜][^\s<>]+[|｜]>|</?[a-z]+_of_[a-z]+>|</?s>|\[/?[A-Z_]+\]")
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def mistyped(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
-    """The ids of markers whose type is that of a word.
+    """Return the ids of markers that are typed as words.
 
     Args:
         tokens: the text of each token, by id.
-        types: what each is for, by llama.cpp's numbers.
+        types: llama.cpp's type number of each token.
         metadata: all of the file's metadata, with its chat templates.
     """
     written = _written(
@@ -44,7 +44,7 @@ def mistyped(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str,
 
 
 def _written(templates: Iterable[object]) -> frozenset[str]:
-    """The markers in the text of templates."""
+    """Return the markers in the text of templates."""
     return frozenset(
         marker
         for template in templates
@@ -54,13 +54,13 @@ def _written(templates: Iterable[object]) -> frozenset[str]:
 
 
 def mended(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
-    """The types of tokens, those of markers mended; arguments as `mistyped`."""
+    """Return the token types with those of markers repaired; arguments as `mistyped`."""
     wrong = frozenset(mistyped(tokens, types, metadata))
     return [_CONTROL if number in wrong else kind for number, kind in enumerate(types)]
 
 
 def marker_remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """A line that names the mended markers, where there are any; arguments as `mistyped`."""
+    """Return a line that names the repaired markers, if any; arguments as `mistyped`."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type")
     if not types or not (wrong := mistyped(tokens, types, metadata)):
         return ()

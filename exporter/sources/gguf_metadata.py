@@ -118,7 +118,7 @@ class MetadataReader:
         return value
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number from `least` to the largest that a size can be."""
+        """Return a whole number from `least` to the largest valid size."""
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
             raise self.unexpected(key, "one positive whole number" if least else "one whole number", value)
@@ -132,7 +132,7 @@ class MetadataReader:
         return float(str(np.float32(value)))
 
     def positive(self, key: str, default: float | None = None) -> float:
-        """A number above zero."""
+        """Return a number above zero."""
         value = self.number(key, default)
         if not value > 0:
             raise self.unexpected(key, "a number above 0", value)

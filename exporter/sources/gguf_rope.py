@@ -128,7 +128,7 @@ def _written(factors: np.ndarray) -> list[float]:
 
 def _check_attention_factor(reader: MetadataReader) -> None:
     """What cosines and sines are multiplied by; Hugging Face computes it where the config does not say it."""
-    original = reader.integer("rope.scaling.original_context_length", least=2)  # its logarithm divides
+    original = reader.integer("rope.scaling.original_context_length", least=2)  # its logarithm is a divisor
     stretch = reader.integer("context_length") / original
     implied = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     stated = reader.number("rope.scaling.attn_factor", 1.0)

@@ -106,14 +106,14 @@ def _ends(
     tokenizer: Mapping[str, Any],
     eos_token: str | None,
 ) -> tuple[int, ...]:
-    """Where generation stops: at what generation_config.json, config.json and the tokenizer name, and by text."""
+    """Return the end tokens named by generation_config.json, config.json and the tokenizer, and those found by text."""
     tokens = token_ids(tokenizer)
     special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
     named = (*named_ends(folder, generation), *named_ends(folder, config))
     own = () if eos_token is None else (tokens.get(eos_token),)
     vocab = config.get("vocab_size")
     by_text = ends_by_text(special, tokens)
-    # A token that the model does not embed never comes.
+    # The model never generates a token without an embedding.
     return together((*named, *own), (i for i in by_text if not isinstance(vocab, int) or i < vocab))
 
 

@@ -1,7 +1,7 @@
 """The keys of tokenizer_config.json: each is applied, harmless, or refused by name; any other is named to the user.
 
-The reference is transformers 5.23, where tokenizer.json decides about normaliser, pre-tokenizer, decoder and what is
-put around a text, and where tokenizer_config.json decides about added and special tokens and chat templates.
+The reference is transformers 5.23: tokenizer.json defines the normaliser, pre-tokenizer, decoder and post-processor;
+tokenizer_config.json defines added tokens, special tokens and chat templates.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from precast.loaders.artifact.errors import PrecastError
 
 from .files import optional_json
 
-# Read by huggingface_tokens, huggingface_templates and this file. So is every other key that ends in "_token".
+# Keys that huggingface_tokens, huggingface_templates and this file read, besides all that end in "_token".
 APPLIED = frozenset(
     """
     added_tokens_decoder add_prefix_space additional_special_tokens auto_map chat_template
@@ -22,7 +22,7 @@ APPLIED = frozenset(
     """.split()
 )
 HARMLESS = frozenset(
-    # Not read where there is a tokenizer.json.
+    # Keys that transformers ignores if there is a tokenizer.json.
     """
     add_bos_token add_eos_token from_slow merges merges_file normalizer_file sp_model_kwargs spm_file tokenizer_file
     tokenizer_object unk_id vocab vocab_file vocab_size
@@ -52,7 +52,7 @@ _MISTRAL = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{L
 
 
 def check_settings(path: Path, document: Mapping[str, Any]) -> tuple[str, ...]:
-    """Refuse settings that would change how text becomes tokens, and name those that are left out.
+    """Refuse settings that would change tokenisation, and name the settings that are left out.
 
     Args:
         path: tokenizer_config.json, which may be missing.
@@ -88,12 +88,12 @@ def _is_on(value: object, document: Mapping[str, Any]) -> bool:
 
 
 def _names_another_file(value: object, document: Mapping[str, Any]) -> bool:
-    """Return whether there is a tokenizer.json for other versions of transformers."""
+    """Return True if there is a tokenizer.json for other versions of transformers."""
     return value is not None and value != ["tokenizer.json"]
 
 
 def _is_not_mended(value: object, document: Mapping[str, Any]) -> bool:
-    """Return whether transformers would replace the pre-tokenizer of a large vocabulary by another."""
+    """Return True if transformers would replace the pre-tokenizer of a large vocabulary."""
     return bool(value) and _MISTRAL not in _texts(document.get("pre_tokenizer"))
 
 
@@ -117,14 +117,14 @@ _REASONS: Mapping[str, str] = {
 
 
 def _cleans_up(settings: Mapping[str, object], document: Mapping[str, Any]) -> bool:
-    """Return whether transformers edits decoded text: never with BPE, unless asked twice."""
+    """Return True if transformers edits decoded text; with BPE it needs two settings for that."""
     forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     is_bpe = (document.get("model") or {}).get("type") == "BPE"
     return bool(settings.get("clean_up_tokenization_spaces")) and (not is_bpe or bool(forced))
 
 
 def _texts(part: object) -> str:
-    """All texts in a part of tokenizer.json."""
+    """Yield all texts in a part of tokenizer.json."""
     if isinstance(part, dict):
         part = list(part.values())
     if isinstance(part, list):
@@ -134,20 +134,20 @@ def _texts(part: object) -> str:
 
 # --- a space in front ---------------------------------------------------------------------------------------------
 
-# The classes of transformers that heed add_prefix_space; the others leave it to tokenizer.json.
+# transformers' classes that apply add_prefix_space; the others rely on tokenizer.json.
 _BYTE_LEVEL = ("GPT2Tokenizer", "Qwen2Tokenizer")
 _SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 
 def with_prefix_space(path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer.json that heeds `add_prefix_space`: whether a text gets a space in front.
+    """Return a tokenizer.json that applies `add_prefix_space`, the setting for a space in front of a text.
 
     Args:
         path: tokenizer_config.json, which may be missing.
         document: tokenizer.json.
 
     Raises:
-        PrecastError: when a space is asked for that the tokenizer.json has no step for.
+        PrecastError: the setting asks for a space, but tokenizer.json has no step that adds one.
     """
     settings = optional_json(path)
     wanted, name = settings.get("add_prefix_space"), str(settings.get("tokenizer_class")).removesuffix("Fast")
@@ -170,7 +170,7 @@ _PIPELINE = ("normalizer", "pre_tokenizer", "decoder")
 
 
 def _types(part: object) -> list[str]:
-    """Types of a step of tokenizer.json and of those within it."""
+    """Yield the types of a step of tokenizer.json and of its nested steps."""
     if isinstance(part, list):
         return [kind for step in part for kind in _types(step)]
     if not isinstance(part, dict):
@@ -193,7 +193,7 @@ def _has_prefix(document: Mapping[str, Any]) -> bool:
 
 
 def _without_prefix(part: Any) -> Any:
-    """A step of tokenizer.json that neither puts a space in front nor takes one away; None where nothing is left."""
+    """Return a step of tokenizer.json without adding or removing a leading space; None if nothing is left."""
     if isinstance(part, list):
         return [left for left in map(_without_prefix, part) if left is not None]
     if not isinstance(part, dict):

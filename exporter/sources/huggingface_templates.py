@@ -1,4 +1,4 @@
-"""The chat templates of a Hugging Face directory: the default one, and those that have a name."""
+"""The chat templates of a Hugging Face directory: the default one and the named ones."""
 
 import json
 import re
@@ -22,7 +22,7 @@ class Templates:
     """The chat templates of a model.
 
     Attributes:
-        default: the one for any conversation, or None.
+        default: the default template, or None.
         named: the others by name ("tool_use", "rag").
     """
 
@@ -31,20 +31,20 @@ class Templates:
 
 
 def template_files(folder: Path) -> list[Path]:
-    """The files of a directory that hold nothing but a template, in a fixed order."""
+    """Return the template files of a directory, in a fixed order."""
     alone = [path for path in (folder / FILE, folder / LEGACY_FILE) if plain_file(path)]
     return [*alone, *sorted((folder / FOLDER).glob("*.jinja"))]
 
 
 def chat_templates(folder: Path, tokens: Mapping[str, str]) -> Templates:
-    """Read the chat templates of a directory, ready to be rendered with bos and eos alone.
+    """Read the chat templates of a directory; rendering them needs only bos and eos.
 
-    Files go before the configuration, as transformers has it: where there is any, tokenizer_config.json's are not
-    looked at. The older chat_template.json is taken where nothing else is.
+    Template files override tokenizer_config.json, as in transformers. The older chat_template.json counts only if
+    there is no other template.
 
     Args:
         folder: the directory.
-        tokens: text of each special token that has a name.
+        tokens: text of each named special token.
 
     Raises:
         PrecastError: for a template that is not text, or that has no name.
@@ -61,7 +61,7 @@ def _of_files(folder: Path) -> dict[str, str]:
 
 
 def _of_config(path: Path) -> dict[str, str]:
-    """The value of `chat_template`: text, or a list of named ones."""
+    """Read the value of `chat_template`: one template, or a list of named ones."""
     said = optional_json(path).get("chat_template")
     if said is None:
         return {}
@@ -81,9 +81,9 @@ def _of_config(path: Path) -> dict[str, str]:
 
 
 def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
-    """Put definitions of the special tokens that a template names, beside bos and eos, before it."""
+    """Prefix a template with definitions of the special tokens that it names, besides bos and eos."""
     lines = [
-        # JSON's escapes are Jinja's; the line's end goes with the tag (trim_blocks).
+        # JSON and Jinja share their escapes. trim_blocks removes the line end after the tag.
         f"{{% set {key} = {json.dumps(text, ensure_ascii=False)} %}}\n"
         for key, text in tokens.items()
         if key not in _GIVEN and key.isidentifier() and re.search(rf"\b{re.escape(key)}\b", template)

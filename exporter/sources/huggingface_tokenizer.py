@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory: tokenizer.json, and what the files beside it change about it."""
+"""The tokenizer of a Hugging Face directory: tokenizer.json, as changed by the files beside it."""
 
 import json
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ class TokenizerFile:
     """A tokenizer as an artifact holds it.
 
     Attributes:
-        document: the tokenizer.json, with what the files beside it say of tokens.
-        data: the same as bytes: those of the file where nothing had to be changed.
-        tokens: the tokens beside the vocabulary.
+        document: the tokenizer.json, with the tokens that the files beside it define.
+        data: the same as bytes; the file's own bytes if nothing changed.
+        tokens: the tokens besides the vocabulary.
         remarks: sentences about settings that are left out.
     """
 
@@ -31,10 +31,10 @@ class TokenizerFile:
 
 
 def read_tokenizer(folder: Path) -> TokenizerFile:
-    """Read tokenizer.json and whatever the files beside it change about it.
+    """Read tokenizer.json and apply the changes of the files beside it.
 
     Raises:
-        PrecastError: when it is missing or broken, and for a setting that cannot be carried over.
+        PrecastError: it is missing or broken, or a setting cannot be carried over.
     """
     path = folder / "tokenizer.json"
     if not plain_file(path):

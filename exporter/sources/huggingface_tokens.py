@@ -1,7 +1,7 @@
 """The added and special tokens of a Hugging Face directory.
 
 Five places may define one: tokenizer.json, `added_tokens_decoder` and the other keys of tokenizer_config.json,
-special_tokens_map.json and added_tokens.json. Which of them wins is not written down anywhere; this file follows
+special_tokens_map.json and added_tokens.json. Their precedence is undocumented; this file follows
 `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` of transformers 5.23, step by step.
 """
 
@@ -29,13 +29,13 @@ _SPECIFIC, _DECODER = "model_specific_special_tokens", "added_tokens_decoder"
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The tokens beside a tokenizer's own vocabulary.
+    """The tokens besides a tokenizer's own vocabulary.
 
     Attributes:
-        added: the list `added_tokens` of tokenizer.json, as it has to be for the same ids and texts.
+        added: the list `added_tokens` for tokenizer.json that gives the same ids and texts.
         named: the text of each special token that has a name ("bos_token", …, and the model's own, as
             "image_token"), where it has a text.
-        is_named: whether any file beside tokenizer.json and config.json speaks of special tokens.
+        is_named: True if a file other than tokenizer.json and config.json names special tokens.
     """
 
     added: list[dict[str, Any]]
@@ -63,7 +63,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
     named, extra = (
         _named(folder, given, specific),
         _extra(folder, given),
-    )  # which look at the types of values, too
+    )  # these functions also check the types of values
     decoder = _decoder(folder, given, document)
     special = _special_texts(library) | _add(library, decoder, named, extra)
     texts = {key: _content(token) for key, token in named.items()}
@@ -75,7 +75,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
 
 
 def _take_extra(given: dict[str, object]) -> None:
-    """Give the older name of the list of further special tokens its newer one."""
+    """Rename the list of further special tokens from its older key to the newer one."""
     if _EXTRA_BEFORE in given and not given.get(_EXTRA):
         given[_EXTRA] = given.pop(_EXTRA_BEFORE)
 
@@ -109,7 +109,7 @@ def _merge_map(folder: Path, given: dict[str, Any], specific: dict[str, object])
 def _named(
     folder: Path, given: Mapping[str, Any], specific: Mapping[str, object]
 ) -> dict[str, "AddedToken | str"]:
-    """Special tokens by name: those that every tokenizer may have, then the model's own."""
+    """Return special tokens by name: those that every tokenizer may have, then the model's own."""
     own = [
         key
         for key in given
@@ -120,7 +120,7 @@ def _named(
 
 
 def _extra(folder: Path, given: Mapping[str, Any]) -> list["AddedToken | str"]:
-    """Further special tokens, without a name."""
+    """Return further special tokens, which have no name."""
     key = _EXTRA if _EXTRA in given else _EXTRA_BEFORE
     tokens = given.get(key) or []
     if not isinstance(tokens, list):
@@ -131,12 +131,12 @@ def _extra(folder: Path, given: Mapping[str, Any]) -> list["AddedToken | str"]:
 
 
 def _decoder(folder: Path, given: Mapping[str, Any], document: Mapping[str, Any]) -> dict[int, "AddedToken"]:
-    """Added tokens by id: `added_tokens_decoder` alone, else those of added_tokens.json and of tokenizer.json."""
+    """Return added tokens by id, from `added_tokens_decoder` or else from added_tokens.json and tokenizer.json."""
     if _DECODER in given:
         path = folder / CONFIG
         entries = _mapping(path, _DECODER, given[_DECODER])
         return {_number(path, key): _token(path, _DECODER, entry) for key, entry in entries.items()}
-    # transformers looks at the list by its newer name alone, and not at what it has yet to make a token of.
+    # transformers reads only the newer key of the list, and skips entries that are not tokens yet.
     said = [*(given[key] for key in NAMED if given.get(key)), *(given.get(_EXTRA) or ())]
     special = {
         _content(_token_or_text(folder / CONFIG, _DECODER, token))
@@ -161,7 +161,7 @@ def _add(
     named: Mapping[str, "AddedToken | str"],
     extra: Iterable["AddedToken | str"],
 ) -> frozenset[str]:
-    """Add tokens in transformers' order, which decides about ids and flags; return the texts of special ones."""
+    """Add tokens in transformers' order, which determines ids and flags; return the texts of special ones."""
     tokens = [token for _, token in sorted(decoder.items())]
     known = {token.content for token in (*library.get_added_tokens_decoder().values(), *tokens)}
     tokens += [_as_token(token) for token in (*named.values(), *extra) if _content(token) not in known]
@@ -182,7 +182,7 @@ def _as_token(token: "AddedToken | str") -> "AddedToken":
 def _written(
     folder: Path, document: Mapping[str, Any], library: "Tokenizer", special: frozenset[str]
 ) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer, as tokenizer.json lists them; a token once special stays special."""
+    """Return the added tokens of a tokenizer, as tokenizer.json lists them; a special token stays special."""
     added = [
         {
             "id": number,
@@ -198,7 +198,7 @@ def _written(
 
 
 def _check_ids(folder: Path, document: Mapping[str, Any], added: list[dict[str, Any]]) -> None:
-    """Refuse tokens that get other ids when the written tokenizer.json is read."""
+    """Refuse tokens whose ids change when the written tokenizer.json is read."""
     from tokenizers import Tokenizer
 
     again = Tokenizer.from_str(json.dumps({**document, "added_tokens": added})).get_added_tokens_decoder()
@@ -225,7 +225,7 @@ def _added(text: str, *, is_special: bool) -> "AddedToken":
 
 
 def _token(path: Path, key: str, entry: object) -> "AddedToken":
-    """A token that is written as an object."""
+    """Read a token that is written as an object."""
     from tokenizers import AddedToken
 
     content = entry.get("content") if isinstance(entry, dict) else None

@@ -17,7 +17,7 @@ from .files import plain_file, read_json, refuse_stand_in
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Other files in which weights come, as a regular expression, each with what was found and what to do about it.
+# Other forms of weight files: a pattern of the name, a description and the remedy.
 _OTHERS = (
     (
         r"model\.safetensors\.index\..+\.json",
@@ -57,14 +57,14 @@ _OTHERS = (
     ),
 )
 
-# safetensors' names of the types that a float32 holds without loss.
+# safetensors' names for the types that float32 represents exactly.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Masks and tables that old checkpoints carry, in any type; only who asks for their values is refused.
+# Masks and tables in old checkpoints. They may have any type; only reading their values is refused.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
 
 ORIGINAL = "export the bfloat16, float16 or float32 checkpoint that it was made from"
 _INT4 = f"{ORIGINAL}, with --weights int4"
-# What to do about weights that are quantised already, by `quant_method`; where transformers can undo it, how.
+# Remedies for weights that are already quantised, by `quant_method`.
 REMEDIES: Mapping[str, str] = {
     "awq": _INT4,
     "auto-round": _INT4,
@@ -74,9 +74,9 @@ REMEDIES: Mapping[str, str] = {
     "gptq": _INT4,
     "mxfp4": f"{ORIGINAL}, or load it with Mxfp4Config(dequantize=True) and save that",
 }
-# What gives a method away where config.json is silent: endings of tensors that come with the weights.
+# Suffixes of tensor names that reveal a method if config.json does not name it.
 _TRACES = (
-    (".qweight", "gptq"),  # of AWQ too, for which there is the same to do
+    (".qweight", "gptq"),  # AWQ uses it too, with the same remedy
     (".weight_packed", "compressed-tensors"),
     (".weight_scale", "compressed-tensors"),
     (".weight_scale_inv", "fp8"),
@@ -87,7 +87,7 @@ _TRACES = (
 
 
 def find_shards(folder: Path) -> dict[str, frozenset[str]]:
-    """The weight files, each with the tensors that the index, if there is one, expects in it."""
+    """Return the weight files, each with the tensors that the index, if any, expects in it."""
     if plain_file(folder / SINGLE):
         return {SINGLE: frozenset()}
     if plain_file(folder / INDEX):
@@ -96,7 +96,7 @@ def find_shards(folder: Path) -> dict[str, frozenset[str]]:
 
 
 def _found(folder: Path) -> str:
-    """Return the first of `_OTHERS` that is there, with its remedy."""
+    """Return the first match of `_OTHERS`, with its remedy."""
     names = sorted(path.name for path in folder.iterdir())
     for pattern, remedy in _OTHERS:
         if (name := next((name for name in names if re.fullmatch(pattern, name)), None)) is not None:
@@ -128,7 +128,7 @@ def _indexed_shards(path: Path) -> dict[str, frozenset[str]]:
 
 
 def read_tensors(folder: Path, shards: Mapping[str, frozenset[str]]) -> dict[str, SourceTensor]:
-    """Every tensor of every shard; like transformers, also those that the index does not mention."""
+    """Return every tensor of every shard; like transformers, include those missing from the index."""
     tensors: dict[str, SourceTensor] = {}
     for shard, expected in shards.items():
         found = _read_header(folder / shard)
@@ -163,7 +163,7 @@ def _read_header(path: Path) -> dict[str, SourceTensor]:
 
 
 def _trace(names: Iterable[str], dtype: str) -> str | None:
-    """The method by which a file's weights seem to be quantised, or None."""
+    """Return the method that seems to have quantised a file's weights, or None."""
     found = {method for ending, method in _TRACES for name in names if name.endswith(ending)}
     fallback = "fp8" if dtype.startswith("F8_") else None
     return next((method for _, method in _TRACES if method in found), fallback)
@@ -189,7 +189,7 @@ def _read_tensor(path: Path, name: str) -> np.ndarray:
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[Any]:
-    """The mapped shard; safetensors checks on opening that header and file length agree."""
+    """Map a shard; safetensors checks that header and file length agree."""
     import ml_dtypes  # noqa: F401 - teaches numpy the name "bfloat16"
     from safetensors import SafetensorError, safe_open
 

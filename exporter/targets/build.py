@@ -55,10 +55,10 @@ def build_target(
     created: date,
     report: Callable[[Built], None],
 ) -> Target:
-    """Writes every program of a target below ``root/programs/<kind>/``.
+    """Write every program of a target below ``root/programs/<kind>/``.
 
     Args:
-        kind: which target; one whose executables are not for the CPU, for which `build_targets` makes them.
+        kind: the target. `build_targets` makes executables for the CPU instead.
         programs: built with the target's operations.
         root: the artifact's folder.
         created: day of the export.
@@ -108,15 +108,14 @@ def build_targets(
     stage: Callable[[str], None],
     report: Callable[[Built], None],
 ) -> list[Target]:
-    """Write a target, or several where executables for several instruction sets are asked for.
+    """Write a target, or one for each instruction set.
 
-    Executables for the CPU are compiled in a child process, from one StableHLO: XLA takes an instruction set only
-    when a process starts, and this one has all that the machine has, for the reference.
+    A child process compiles executables for the CPU, from one StableHLO: XLA reads its instruction set only at
+    process start, and this process uses all of the machine's for the reference.
 
     Args:
-        isas: instruction sets that executables for the CPU are compiled for; None for the default one, where a target
-            for a wider one will do if XLA uses more.
-        stage: told what begins.
+        isas: instruction sets to compile for, on the CPU; None for the default one, or a wider one if XLA uses more.
+        stage: called with the name of each stage as it begins.
 
     Other arguments, and errors, as for `build_target` and `precast.loaders.compiling.compile_target`.
     """
@@ -128,7 +127,7 @@ def build_targets(
     shared = dataclasses.replace(kind, runtime="stablehlo")
     source = build_target(shared, programs, root, created, lowered.append)
     made: list[Target] = []
-    # The widest first: what an artifact's first target answers is what it is held to. What native needs shows last.
+    # Widest first: the first target's answers become the recorded ones. Native last: its level is not known yet.
     wanted = (default_isa(),) if isas is None else isas
     for isa in (name for name in (*reversed(list(LEVELS)), NATIVE) if name in wanted):
         stage(f"compiling target {kind.name} for {isa}")
@@ -148,7 +147,7 @@ def build_targets(
 def _compiled(
     source: Target, kind: TargetKind, root: Path, isa: str, *, exact: bool, is_first: bool
 ) -> tuple[Target, dict[str, bytes], dict[str, Compiled]]:
-    """The programs of `source` compiled for an instruction set; the first target's lie beside their StableHLO."""
+    """Compile the programs of `source` for an instruction set; the first target's lie beside their StableHLO."""
     names = {str(p.stablehlo) for p in source.programs}
     return compile_target(
         source,
@@ -176,7 +175,7 @@ def _built(
     compiled: Mapping[str, Compiled],
     lowered: Sequence[Built],
 ) -> Built:
-    """What became of a program; with its lowering, where that is told with this target."""
+    """Describe a built program, with its lowering if this target reports it."""
     before = next((b for b in lowered if b.program.name == program.name), None)
     return Built(
         target=target.name,
