@@ -188,7 +188,7 @@ def _load(
     # Before the target is tried, so that the child that tries it finds it compiled.
     made = _compile_first(root, chosen, contents, machine, log)
     if not trusted:
-        trial.ensure(root, manifest, chosen, machine, compile=compile, log=log)
+        trial.ensure(root, manifest, chosen, machine, compile=compile, threads=threads, log=log)
     client, executables_of = _runtime(
         root, manifest, chosen, contents, made, verify=verify, threads=threads, log=log, at=at
     )

@@ -46,6 +46,7 @@ def ensure(
     machine: Machine,
     *,
     compile: bool,
+    threads: int,
     log: Callable[[str], None],
 ) -> None:
     """Tries a target in a child process, unless it was tried on this machine before.
@@ -60,6 +61,7 @@ def ensure(
         target: the one chosen.
         machine: this one.
         compile: whether it is compiled first.
+        threads: that compute; a limit of the system may leave no room for more.
         log: where messages go.
 
     Raises:
@@ -68,7 +70,7 @@ def ensure(
     if _is_noted(manifest, target, machine):
         return
     started = time.perf_counter()
-    if not _attempt(root, target, _limit_s(manifest, compile), compile, log):
+    if not _attempt(root, target, _limit_s(manifest, compile), compile, threads, log):
         return
     if not remember(manifest, target, machine):
         log(
@@ -129,7 +131,9 @@ def _limit_s(manifest: Manifest, compile: bool) -> int:
     return int(min(seconds, _LONGEST_S))
 
 
-def _attempt(root: Path, target: Target, limit_s: int, compile: bool, log: Callable[[str], None]) -> bool:
+def _attempt(
+    root: Path, target: Target, limit_s: int, compile: bool, threads: int, log: Callable[[str], None]
+) -> bool:
     """Runs the child. False where there is none to run.
 
     Raises:
@@ -139,7 +143,7 @@ def _attempt(root: Path, target: Target, limit_s: int, compile: bool, log: Calla
 
     options = ["--compile"] if compile else []
     try:
-        with child.started(__name__, str(root), target.name, str(limit_s), *options) as running:
+        with child.started(__name__, str(root), target.name, str(limit_s), str(threads), *options) as running:
             _await_end(running, root, target, limit_s)
     except child.NotStarted as reason:
         log(f"{root}: not tried in a process of its own first, because none can be started ({reason}).")
@@ -210,11 +214,12 @@ def main(arguments: list[str]) -> int:
     """Loads a target and takes a few steps, saying on standard output where it is.
 
     Args:
-        arguments: the artifact, the name of the target, seconds that it may take; then "--compile" or nothing.
+        arguments: the artifact, the name of the target, seconds that it may take, threads that compute; then
+            "--compile" or nothing.
     """
     from . import child
 
-    root, name, limit_s, *options = arguments
+    root, name, limit_s, threads, *options = arguments
     _restrict(int(limit_s))
     told = child.answers()
 
@@ -224,7 +229,11 @@ def main(arguments: list[str]) -> int:
 
     try:
         attempt(
-            Path(root), name, compile="--compile" in options, at=lambda place: say(_MARK + printable(place))
+            Path(root),
+            name,
+            compile="--compile" in options,
+            threads=int(threads),
+            at=lambda place: say(_MARK + printable(place)),
         )
     except PrecastError as error:
         say(_SENTENCE + " ".join(str(error).split()))
@@ -232,13 +241,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def attempt(root: Path, name: str, *, compile: bool, at: Callable[[str], None]) -> None:
+def attempt(root: Path, name: str, *, compile: bool, threads: int, at: Callable[[str], None]) -> None:
     """Loads every program of a target, prefills a few tokens and decodes twice.
 
     Args:
         root: the artifact.
         name: of the target.
         compile: whether it may be compiled first.
+        threads: that compute.
         at: told what begins now.
 
     Raises:
@@ -247,7 +257,13 @@ def attempt(root: Path, name: str, *, compile: bool, at: Callable[[str], None]) 
     from .load import load
 
     model = load(
-        root, target=name, compile=compile, trusted=True, log=lambda _: None, at=lambda p: at(f"loading {p}")
+        root,
+        target=name,
+        compile=compile,
+        trusted=True,
+        threads=threads,
+        log=lambda _: None,
+        at=lambda p: at(f"loading {p}"),
     )
     engine, target = model.engine, model.target
     at(f"running {target.of_kind('cache')[0].name}")

@@ -36,7 +36,7 @@ def notes(cache):
 
 def ensure(root, log=print, **changes):
     manifest = read_manifest(root)
-    trial.ensure(root, manifest, manifest.targets[0], this_machine(), compile=False, log=log)
+    trial.ensure(root, manifest, manifest.targets[0], this_machine(), compile=False, threads=1, log=log)
 
 
 def test_an_artifact_is_tried_once(tiny_artifact, own_cache, children):
@@ -47,6 +47,13 @@ def test_an_artifact_is_tried_once(tiny_artifact, own_cache, children):
     load(tiny_artifact, log=said.append)
     assert len(children) == 1
     assert said == []
+
+
+def test_a_trial_computes_with_as_many_threads_as_the_load(tiny_artifact, own_cache, children):
+    """A limit of threads or of address space may leave room for no more."""
+    load(tiny_artifact, threads=1)
+    ((*_, module, root, _, _, threads),) = children
+    assert (module, root, threads) == ("precast.loaders.trial", str(tiny_artifact), "1")
 
 
 def test_an_export_has_tried_what_it_made(tiny_artifact, children):
@@ -351,7 +358,7 @@ def test_a_child_that_hangs_is_ended(tiny_artifact, tmp_path, own_cache, monkeyp
 
 def test_the_child_says_where_it_is(tiny_artifact, python):
     target = read_manifest(tiny_artifact).targets[0].name
-    result = python("-m", "precast.loaders.trial", str(tiny_artifact), target, "600")
+    result = python("-m", "precast.loaders.trial", str(tiny_artifact), target, "600", "1")
     assert result.returncode == 0, result.stderr
     programs = ("cache", "prefill_8", "prefill_16", "decode")
     running = ("cache", "prefill_8", "decode")
@@ -365,7 +372,7 @@ def test_the_child_says_where_it_is(tiny_artifact, python):
 def test_the_child_passes_a_refusal_on(artifact_copy, python):
     (artifact_copy / "tokenizer.json").unlink()
     target = read_manifest(artifact_copy).targets[0].name
-    result = python("-m", "precast.loaders.trial", str(artifact_copy), target, "600")
+    result = python("-m", "precast.loaders.trial", str(artifact_copy), target, "600", "1")
     assert result.returncode == 3
     assert (
         result.stdout == "precast child ready\n"
