@@ -1,10 +1,13 @@
 """How the command ``precast`` starts: ready for Ctrl-C before it imports anything else."""
 
 from precast.loaders.artifact import interrupt
+from precast.loaders.streams import open_closed_streams
 
 
 def main() -> None:
     """Run the command line."""
+    # First, or the pipe of the handler would take the place of a closed stream.
+    open_closed_streams()
     interrupt.install()
     from precast.cli import main as run
 

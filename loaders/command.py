@@ -12,7 +12,7 @@ import click
 
 from .artifact import interrupt
 from .artifact.errors import PrecastError, printable
-from .terminal import open_closed_streams
+from .streams import open_closed_streams
 
 FAILED = 2
 

@@ -1,7 +1,5 @@
-"""Standard streams, and text that a terminal only shows."""
+"""Text that a terminal only shows."""
 
-import os
-import sys
 from collections.abc import Iterable, Iterator
 
 # C0 but for tab and newline, DEL, C1, and the characters that reorder text around them (bidirectional embeddings,
@@ -13,21 +11,6 @@ _COMMANDS = (
     *range(0x2066, 0x206A),
 )
 _SHOWN = dict.fromkeys(_COMMANDS, "\N{REPLACEMENT CHARACTER}")
-_STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
-
-
-def open_closed_streams() -> None:
-    """Let standard streams that this process was started without read and write nothing.
-
-    Otherwise a file that is opened later would have the number of the closed stream, and receive its output.
-    """
-    for number, (name, mode) in enumerate(_STREAMS):
-        if getattr(sys, name) is not None:
-            continue
-        # The lowest free number is the stream's own, because those below it are open by now.
-        handle = os.open(os.devnull, os.O_RDWR)
-        os.set_inheritable(handle, True)
-        setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def harmless(text: str) -> str:

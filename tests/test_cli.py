@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -348,17 +349,22 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_artifact, python):
     assert result.stdout.split() == ["1"]
 
 
-def test_a_process_without_its_streams(tiny_artifact, python):
-    """As a shell's ``<&- >&-`` and some supervisors start it."""
-    code = (
-        "import os, subprocess, sys\n"
-        "command = [sys.executable, 'cli.py', 'run', sys.argv[1]]\n"
-        "run = subprocess.run(['sh', '-c', 'exec \"$@\" <&- >&-', 'sh', *command], stderr=subprocess.PIPE)\n"
-        "print(run.returncode, run.stderr.decode())"
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+def test_a_process_without_its_streams(tiny_artifact, closed):
+    """As a shell and some supervisors start it: whatever the process opens takes the place of no stream."""
+    command = [sys.executable, "cli.py", "run", str(tiny_artifact)]
+    result = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        timeout=120,
+        check=False,
     )
-    result = python("-c", code, str(tiny_artifact))
-    assert result.stdout.split("\n")[0] == (
-        "2 error: prompt: expected at least one token, found none; give the model some text."
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: prompt: expected at least one token, found none; give the model some text.\n"
     )
 
 

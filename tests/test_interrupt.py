@@ -203,7 +203,7 @@ def test_little_is_imported_before_it_is_ready(python):
     )
     result = python("-c", code)
     names = ["precast", "precast.loaders", "precast.loaders.artifact"]
-    expected = [*names, "precast.loaders.artifact.interrupt", "precast.start"]
+    expected = [*names, "precast.loaders.artifact.interrupt", "precast.loaders.streams", "precast.start"]
     found = json.loads(result.stdout)
     assert [name for name in found if not name.startswith("__editable__")] == expected
 

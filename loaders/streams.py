@@ -1,0 +1,23 @@
+"""Standard streams that a process is started without.
+
+This is the first thing that a command does, so it imports only modules that Python itself has imported.
+"""
+
+import os
+import sys
+
+_STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+
+
+def open_closed_streams() -> None:
+    """Let standard streams that this process was started without read and write nothing.
+
+    Otherwise a file that is opened later would have the number of the closed stream, and receive its output.
+    """
+    for number, (name, mode) in enumerate(_STREAMS):
+        if getattr(sys, name) is not None:
+            continue
+        # The lowest free number is the stream's own, because those below it are open by now.
+        handle = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(handle, True)
+        setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
