@@ -49,6 +49,7 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         (folder / "demo").symlink_to(demo.resolve())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRECAST_CACHE", str(folder))
+        patch.delenv("PRECAST_REQUIRE_SIGNATURE", raising=False)
         yield
 
 
@@ -348,7 +349,7 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
             text=True,
             cwd=ROOT,
             env={**os.environ, **(env or {})},
-            timeout=120,
+            timeout=300,
             check=False,
         )
 

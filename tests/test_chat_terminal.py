@@ -54,7 +54,14 @@ class Terminal:
             stdin=other,
             stdout=other,
             stderr=other,
-            env={**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8:strict", **env},
+            # Without what this user likes: no colours, other keys.
+            env={
+                **{name: value for name, value in os.environ.items() if name != "NO_COLOR"},
+                "TERM": "xterm",
+                "INPUTRC": os.devnull,
+                "PYTHONIOENCODING": "utf-8:strict",
+                **env,
+            },
         )
         os.close(other)
 

@@ -85,7 +85,7 @@ def test_the_types_reach_a_user_s_program(installed: Path, tmp_path: Path) -> No
     ], result.stdout  # fmt: skip
     errors = [line for line in result.stdout.splitlines() if "error:" in line]
     assert [error.rpartition("[")[2] for error in errors[:1]] == ["arg-type]"], result.stdout
-    assert "precast" in (packages / "precast/py.typed").parent.name
+    assert (packages / "precast/py.typed").is_file()
 
 
 def test_every_public_name_is_there() -> None:

@@ -96,13 +96,15 @@ def test_a_target_says_what_it_was_held_to(several):
 
 @needs_v3
 def test_native_makes_no_second_target_of_a_level_that_is_there(export_tiny):
-    """The programs that call kernels leave XLA little to compile: they need no more than AVX2 on any CPU so far."""
-    root = export_tiny(buckets=(8,), weights="int8", targets=("cpu",), cpu_isas=("native", "x86-64-v3"))
-    assert [t.name for t in read_manifest(root).targets] == [V3]
-    assert sorted(p.name for p in (root / "programs").iterdir()) == ["cpu"]
     alone = export_tiny(buckets=(8,), weights="int8", targets=("cpu",), cpu_isas=("native",))
-    assert [t.name for t in read_manifest(alone).targets] == [V3]
-    assert set(read_manifest(alone).targets[0].cpu_features) <= set(cpu_features())
+    (native,) = read_manifest(alone).targets
+    assert set(native.cpu_features) <= set(cpu_features())
+    level = native.name.removeprefix("cpu-")
+    if level not in isa.LEVELS:
+        pytest.skip(f"native gives {level} on this CPU, which is more than a level")
+    root = export_tiny(buckets=(8,), weights="int8", targets=("cpu",), cpu_isas=("native", level))
+    assert [t.name for t in read_manifest(root).targets] == [native.name]
+    assert sorted(p.name for p in (root / "programs").iterdir()) == ["cpu"]
 
 
 # --- what is in the executables -----------------------------------------------------------------------------
