@@ -1,8 +1,8 @@
-"""What ``precast add-target`` does: compiles another target into an artifact that is there, from its StableHLO.
+"""``precast add-target``: compile a further target of an existing artifact from its StableHLO.
 
-By jaxlib alone: nothing is traced, and jax is not needed. Weights are not touched, and are not copied: every target
-takes the same. That is how an artifact comes to run under another jaxlib, or on an older CPU, than it was exported for.
-`target_files` writes what comes out, in an order that leaves the artifact whole, old or new, at any moment.
+jaxlib compiles it; nothing is traced, and jax is not needed. All targets share the weights, which stay untouched. A
+further target makes an artifact run under another jaxlib, or on an older CPU, than it was exported for. `target_files`
+writes the result in an order that keeps the artifact whole, old or new, at any moment.
 """
 
 import hashlib
@@ -71,17 +71,17 @@ def add_target(
     require_signature: Path | None = None,
     log: Callable[[str], None],
 ) -> Added:
-    """Adds a target of executables for the CPU, by the jaxlib that is installed.
+    """Add a target of executables for the CPU, compiled by the installed jaxlib.
 
     Args:
         path: the artifact, or a folder with exactly one in it.
-        isa: a key of `isa.LEVELS`, or "native" for all that this machine has; None for
-            `isa.default_isa` where the programs call kernels, and "native" where XLA computes all; what XLA uses beyond
-            the default, as in programs exported before 0.3, the target then needs.
+        isa: a key of `isa.LEVELS`, or "native" for all of this machine's features. None chooses `isa.default_isa` if
+            the programs call kernels, else "native". With None the target may need more than the default level if XLA
+            uses more, as for programs exported before 0.3.
         source: name of the target whose StableHLO is compiled; the quickest that runs here by default.
         overwrite: replace a target of the same name.
-        require_signature: file of the public key that the artifact, as it is, must be signed with.
-        log: told what is done.
+        require_signature: file of the public key that the artifact must be signed with before the change.
+        log: receives progress messages.
 
     Raises:
         PrecastError: for an artifact that is not whole or cannot be written to, an instruction set that this machine
@@ -116,7 +116,7 @@ def _add(
     exact = isa is not None
     if isa is None:
         isa = isas.default_isa() if chosen.kernels else isas.NATIVE
-    if isa != isas.NATIVE:  # to refuse before anything is compiled
+    if isa != isas.NATIVE:  # refuse before compiling anything
         _free_name(manifest, isas.target_name(kind, isas.LEVELS[isa].features), machine, overwrite, root)
     for (
         name,
@@ -222,7 +222,7 @@ def _free_name(manifest: Manifest, name: str, machine: Machine, overwrite: bool,
 def _in_free_folder(
     target: Target, executables: Mapping[str, bytes], manifest: Manifest, root: Path
 ) -> tuple[Target, dict[str, bytes]]:
-    """The target with its executables in a folder that has nothing in it, listed in the manifest or not."""
+    """Return the target with its executables in a folder that is free on disk and in the manifest."""
     used = {PurePosixPath(name).parts[1] for name in manifest.files if name.startswith(f"{PROGRAMS}/")}
     used |= {path.name for path in (root / PROGRAMS).glob("*")}
     names = (target.name, *(f"{target.name}.{n}" for n in range(2, len(used) + 3)))

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 def converse(
     model: "Model", params: "SamplingParams", system: str | None, *, stats: bool, literal: bool
 ) -> None:
-    """Answer what is typed, until the end of input.
+    """Answer typed messages until the end of input.
 
     Args:
         model: with a chat template.
         params: how to sample.
         system: the system message, which may be empty; None for none.
-        stats: whether to print the speed of all answers at the end, on standard error.
-        literal: whether messages are text alone.
+        stats: print the speed of all answers at the end, on standard error.
+        literal: treat messages as plain text.
 
     Raises:
         PrecastError: when the model has no chat template.
@@ -72,7 +72,7 @@ def _answer(
     """Print the answer, and note it in `done` when it is complete.
 
     Returns:
-        The conversation with the answer, or without the question where none was possible.
+        The conversation with the answer, or without the question if no answer was possible.
     """
     said: list[str] = []
     try:
@@ -97,6 +97,6 @@ def _noted(pieces: Iterable[str], said: list[str]) -> Iterator[str]:
 
 
 def _whisper(words: str) -> None:
-    """Print a line of little weight: dim, unless the user wants no colours."""
+    """Print a secondary line, dimmed unless the user wants no colours."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
     print(f"({words})" if plain else f"\x1b[2m{words}\x1b[0m")

@@ -1,7 +1,6 @@
 """The filters and tests that a chat template may use, each counted before it runs.
 
-They give what jinja2's own give. A name that is not listed here does not exist for a template. Importing this module
-imports jinja2.
+Their results equal those of jinja2's own. Templates see no other names. Importing this module imports jinja2.
 """
 
 import json
@@ -31,7 +30,7 @@ WIDE = re.compile(
 
 
 def charge_format(meter: Meter, template: str, values: Any) -> None:
-    """Count a format string that is about to be filled: each field may print all of the values."""
+    """Charge for filling a format string: each field may print all of the values."""
     meter.step(len(template))
     if wide := WIDE.search(template):
         raise jinja2.TemplateRuntimeError(f"the width in the format {wide.group()[:40]!r} is too large")
@@ -39,7 +38,7 @@ def charge_format(meter: Meter, template: str, values: Any) -> None:
     if weight.opaque:
         raise jinja2.TemplateRuntimeError(f"a value of type {weight.opaque} cannot become text")
     fields = template.count("%") + template.count("{")
-    # A number takes up to 1,308 characters: 309 digits and three digits' worth of precision.
+    # A number takes up to 1,308 characters: 309 digits, and a precision of three digits.
     count = len(template) + fields * (weight.printed + 2048)
     escaped = 5 if isinstance(template, Markup) else 1
     wide_bytes = 4 if not template.isascii() or "c" in template else weight.width
@@ -58,7 +57,7 @@ def check_number(value: Any) -> Any:
 
 
 def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """A filter that takes any value as text."""
+    """Make a filter that takes any value as text."""
     function: Any = FILTERS[name]
 
     @pass_environment
@@ -98,7 +97,7 @@ def _replace(environment: Any, s: Any, old: Any, new: Any, count: Any = None) ->
 
 
 def _on_plain_text(name: str, cost: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """A filter that takes text, and fails with anything else."""
+    """Make a filter that takes text and fails with anything else."""
     function: Any = FILTERS[name]
     hidden = hasattr(function, "jinja_pass_arg")
 
@@ -168,7 +167,7 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it: no HTML escapes, unlike jinja2's own."""
+    """Write JSON as transformers does: without HTML escapes, unlike jinja2's own filter."""
     meter: Meter = environment.meter
     if isinstance(indent, int) and indent > 16:
         raise jinja2.TemplateRuntimeError(f"cannot indent JSON by {indent}")
@@ -176,7 +175,7 @@ def _tojson(
     between = meter.weigh([separators, indent]).text + (indent if isinstance(indent, int) else 0) + 2
     count = weight.printed + weight.items * between * (weight.depth + 1)
     meter.step(weight.items + (count >> 5))
-    # The encoder collects pieces.
+    # The encoder collects the pieces in a list.
     meter.make(80 + count * weight.width, spare=256 * weight.items)
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -199,7 +198,7 @@ def _float(environment: Any, value: Any, default: Any = 0.0) -> Any:
 
 
 def _number_text(meter: Meter, text: str) -> None:
-    # What is no number is printed in an error, escaped.
+    # If it is not a number, an error prints it, escaped.
     meter.step(len(text) >> 2)
     meter.make(0, spare=2 * size(text) + 48 * len(text))
 
@@ -222,7 +221,7 @@ def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0)
 
 
 def _path(attribute: Any) -> Any:
-    """Refuse an attribute of attributes that would take long to walk."""
+    """Refuse a dotted attribute path that would take long to follow."""
     if isinstance(attribute, str):
         if len(attribute) > 1000 or attribute.count(".") + attribute.count(",") > 15:
             raise jinja2.TemplateRuntimeError("an attribute has too many parts")
@@ -254,7 +253,7 @@ def _list(environment: Any, value: Any) -> list[Any]:
 
 
 def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    """A filter that compares items with each other; `parameters` are those after the value."""
+    """Make a filter that compares items with each other; `parameters` are those after the value."""
     function: Any = FILTERS[name]
 
     @pass_environment
@@ -271,7 +270,7 @@ def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _charge_order(meter: Meter, items: list[Any], attribute: Any) -> None:
-    """Count a sort: each level of merging compares each item once, and each is copied in lower case."""
+    """Charge for a sort: each merge level compares each item once, and each item is copied in lower case."""
     weight = meter.weigh(items)
     keys = 1 + attribute.count(",") if isinstance(attribute, str) else 1
     levels = math.ceil(math.log2(len(items) + 2)) + 7
@@ -300,12 +299,12 @@ def _unique(environment: Any, value: Any, case_sensitive: Any = False, attribute
 
 
 def _weighed(meter: Meter, value: Any) -> Any:
-    """Yield the items of `value`, each about to be hashed and compared."""
+    """Yield the items of `value`, charging each for hashing and comparing."""
     for item in value:
         weight = meter.weigh(item)
         meter.step(1 + 2 * weight.steps + (weight.text >> 2))
         meter.make(256 + 12 * weight.text)
-        meter.look()  # numbers made to collide take long to look up
+        meter.look()  # numbers chosen to collide take long to look up
         yield item
 
 
@@ -337,7 +336,7 @@ def _attr(environment: Any, obj: Any, name: Any) -> Any:
 
 
 ALLOWED_FILTERS: dict[str, Callable[..., Any]] = {
-    # These take one look at a value, or fetch one item.
+    # These inspect one value or fetch one item.
     **{name: FILTERS[name] for name in ("abs", "count", "d", "default", "first", "last", "length")},
     **{name: _lazy(name) for name in ("map", "reject", "rejectattr", "select", "selectattr")},
     **dict.fromkeys(("e", "escape"), _on_text("e", _times(24, 16))),
@@ -389,7 +388,7 @@ def _comparison(name: str) -> Callable[..., Any]:
 
 
 def _of_number(name: str) -> Callable[..., Any]:
-    """A test by `%`, which would format a text."""
+    """Make a test that uses `%`, which on a text would format it."""
     function: Any = TESTS[name]
 
     def run(value: Any, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The messages of former chats, in a file that only its user reads."""
+"""The messages of earlier chats, in a file that only its user can read."""
 
 import json
 import os
@@ -6,13 +6,13 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-# Bounds of the file: messages, bytes in all, bytes of one message.
+# Limits of the file: messages, total bytes, bytes of one message.
 _MOST, _BYTES, _LONGEST = 1000, 1_000_000, 50_000
 SETTING = "PRECAST_HISTORY"
 
 
 def history_file() -> Path | None:
-    """The file of the history: ``PRECAST_HISTORY``, or one in the user's state folder; None where it is "off"."""
+    """Return the history file: ``PRECAST_HISTORY``, or one in the user's state folder; None if it is "off"."""
     own = os.environ.get(SETTING)
     if own == "off":
         return None
@@ -26,11 +26,11 @@ def history_file() -> Path | None:
 
 
 class History:
-    """Messages, oldest first, each a line of JSON in a file.
+    """Messages in a file, oldest first, one JSON line each.
 
     Attributes:
-        messages: those of former chats.
-        problem: a sentence that says why nothing is kept; None where it is kept, or not wanted.
+        messages: those of earlier chats.
+        problem: a sentence that explains why nothing is kept; None if the history works or is off.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -41,7 +41,7 @@ class History:
             self._guarded(self._read)
 
     def add(self, message: str) -> bool:
-        """Append a message to the file; return whether line editors take it."""
+        """Append a message to the file; return True if line editors accept it."""
         fits = _is_kept(message)
         if fits and self._path is not None:
             line = json.dumps(message).encode() + b"\n"
@@ -49,7 +49,7 @@ class History:
         return fits
 
     def _guarded(self, work: Callable[[Path], None]) -> None:
-        """Do work on the file; a file that cannot be used is not tried again."""
+        """Do work on the file; after a failure, do not try again."""
         assert self._path is not None
         try:
             work(self._path)
@@ -73,7 +73,7 @@ class History:
 
 
 def _parsed(line: bytes) -> str | None:
-    """The message of a line; None for one that was cut off or changed."""
+    """Parse the message in a line; return None for a truncated or altered line."""
     try:
         message = json.loads(line)
     except ValueError:
@@ -82,7 +82,7 @@ def _parsed(line: bytes) -> str | None:
 
 
 def _is_kept(message: str) -> bool:
-    """Whether a message is short enough, and text that line editors take."""
+    """Return True for a message that is short enough and that line editors accept."""
     try:
         return 0 < len(message.encode()) <= _LONGEST and "\0" not in message
     except UnicodeEncodeError:
@@ -90,10 +90,10 @@ def _is_kept(message: str) -> bool:
 
 
 def _open(path: Path) -> int:
-    """Open the file for reading and appending, and keep it from others.
+    """Open the file for reading and appending, with no access for others.
 
     Raises:
-        OSError: also for a link, and for what is not a file of this user.
+        OSError: also for a link, and for anything but a file of this user.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     handle = os.open(path, flags, 0o600)

@@ -1,4 +1,4 @@
-"""Messages that a person types: lines that are pasted together are one message."""
+"""Read typed messages; lines that are pasted together form one message."""
 
 import select
 import sys
@@ -12,14 +12,14 @@ COMMANDS = {
     "/exit": "end the chat, as Ctrl-D does",
 }
 QUOTES = '"""'
-# How long the rest of a paste may take to arrive, in seconds.
+# Seconds to wait for the rest of a paste.
 _PASTE_S = 0.02
 
 Read = Callable[[str], str]
 
 
 def help_text() -> str:
-    """The commands, and how to type more than one line."""
+    """Return the help on commands and on messages of several lines."""
     lines = [f"{name:<8} {meaning}" for name, meaning in COMMANDS.items()]
     return "\n".join(
         (*lines, f"{QUOTES:<8} begin and end a message of several lines; pasted lines need none")
@@ -27,13 +27,13 @@ def help_text() -> str:
 
 
 def prepare(history: History) -> None:
-    """Give `input` line editing, the history of former chats, and pasting of several lines, where the system can."""
+    """Give `input` line editing, the history of earlier chats, and pasting of several lines, where supported."""
     try:
         import readline
     except ImportError:
         return
     readline.set_auto_history(False)
-    # Off in Python, which executes pasted lines one by one; libedit does not know it.
+    # Python turns this off, because it executes pasted lines one by one. libedit lacks it.
     readline.parse_and_bind("set enable-bracketed-paste on")
     for message in history.messages:
         readline.add_history(message)
@@ -46,11 +46,11 @@ def remember(history: History, message: str) -> None:
 
 
 def messages(read: Read = input, waits: "Callable[[], bool] | None" = None) -> Iterator[str]:
-    """Yield what is typed, a message or a command at a time, until the end of input.
+    """Yield typed messages and commands one at a time until the end of input.
 
     Args:
         read: reads a line after a prompt, as `input`.
-        waits: whether more input has arrived.
+        waits: returns True if more input has arrived.
     """
     waits = waits or _waits
     while True:
@@ -63,7 +63,7 @@ def messages(read: Read = input, waits: "Callable[[], bool] | None" = None) -> I
         except UnicodeDecodeError as error:
             print(f"error: expected text in {error.encoding}, found other bytes.")
             continue
-        # A command that was typed ahead stands alone.
+        # A command typed ahead is not part of a message.
         last = [lines.pop()] if len(lines) > 1 and is_command(lines[-1]) else []
         for message in ("\n".join(lines).strip(), *last):
             if message:
@@ -74,19 +74,19 @@ def messages(read: Read = input, waits: "Callable[[], bool] | None" = None) -> I
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is a command; any other that begins with a slash is text."""
+    """Return True for a command; any other line that begins with a slash is text."""
     return line.strip() in COMMANDS
 
 
 def _read_message(lines: list[str], read: Read, waits: Callable[[], bool]) -> bool:
-    """Collect the lines of a message; return whether the input has ended."""
+    """Collect the lines of a message; return True at the end of input."""
     try:
         lines.append(read("> "))
-        # Quotes that are pasted belong to the text.
+        # Pasted quotes belong to the text.
         if lines[0].lstrip().startswith(QUOTES) and "\n" not in lines[0] and not waits():
             _read_quoted(lines, read)
             return False
-        # A terminal that brackets what is pasted gives all of it as one line; another gives line after line.
+        # A terminal with bracketed paste delivers a paste as one line; others deliver it line by line.
         while not is_command(lines[-1]) and waits():
             lines.append(read(""))
     except EOFError:
@@ -95,7 +95,7 @@ def _read_message(lines: list[str], read: Read, waits: Callable[[], bool]) -> bo
 
 
 def _read_quoted(lines: list[str], read: Read) -> None:
-    """Read on until the closing quotes, which are removed as the opening ones are."""
+    """Read until the closing quotes, and remove both pairs of quotes."""
     lines[0] = lines[0].lstrip().removeprefix(QUOTES)
     while not lines[-1].rstrip().endswith(QUOTES):
         lines.append(read("… "))

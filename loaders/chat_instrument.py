@@ -16,12 +16,12 @@ from jinja2.visitor import NodeTransformer
 
 from .chat_meter import Limits, Meter, OverLimit
 
-# Bytes for each turn of a body that a template can keep alive: a loop's context, a macro with its variables.
+# Bytes per run of a body that a template can keep alive: a loop's context, a macro with its variables.
 _LOOP_SIZE, _MACRO_SIZE, _OUTPUT_SIZE = 512, 2048, 16
 
 
 def instrumented(environment: jinja2.Environment, tree: nodes.Template, limits: Limits) -> nodes.Template:
-    """Return the tree with calls of the sandbox's `metered_…` methods, in place of `tree`."""
+    """Insert calls of the sandbox's `metered_…` methods into `tree`; return the tree to use in its place."""
     changed: nodes.Template = _Instrument(limits).visit(tree)
     changed.set_environment(environment)
     return changed
@@ -46,7 +46,7 @@ class TemplateTags(Extension):
 
 
 class Generator(CodeGenerator):
-    """Generates Python as jinja2 does, counts nodes, and calls the sandbox's own methods directly."""
+    """A code generator like jinja2's that counts nodes and calls the sandbox's methods directly."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = self.environment.meter  # type: ignore[attr-defined]
@@ -65,7 +65,7 @@ class Generator(CodeGenerator):
 
 
 class _Instrument(NodeTransformer):
-    """Calls the meter wherever a template can repeat itself, compare, or make text and lists."""
+    """A transformer that inserts meter calls wherever a template can repeat, compare, or make text and lists."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -89,7 +89,7 @@ class _Instrument(NodeTransformer):
     # Bodies
 
     def _body(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
-        """Charge the nodes of a body, all of them, each time that it runs."""
+        """Charge all nodes of a body each time that it runs."""
         before = self._nodes
         self.generic_visit(node)
         kept = 64
@@ -202,7 +202,7 @@ def _operand(node: nodes.Expr) -> nodes.Expr:
 
 
 def _cheap(left: nodes.Expr, operand: nodes.Operand) -> bool:
-    """A comparison with a constant ends at its length, whatever it is compared with."""
+    """Return True for a constant operand: comparing anything with it stops at the constant's length."""
     if operand.op in ("in", "notin"):
         return _constant(operand.expr)
     return isinstance(left, nodes.Const) or isinstance(operand.expr, nodes.Const)

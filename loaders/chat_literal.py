@@ -1,10 +1,10 @@
-"""Chats whose messages are text and nothing else: special-token text in a message cannot forge a turn.
+"""Encode chats whose messages are plain text: special-token text in a message cannot forge a turn.
 
-Before a template runs, each occurrence of a control token's text in what the caller gave is broken by a marker, a
-noncharacter of Unicode. The library then finds in the rendered prompt no control tokens but the template's own. Each of
-them is replaced by a stand-in, the markers are removed, and the whole is encoded once more by a tokenizer that knows
-the stand-ins and takes control tokens for plain text. So the text between two control tokens gets the ids that it has
-in place, and a chat without such text in its messages never comes here.
+Before a template runs, a marker (a Unicode noncharacter) splits each occurrence of a control token's text in the
+caller's values. In the rendered prompt the tokenizer then finds only the template's own control tokens. A stand-in
+replaces each of these, the markers are removed, and a second tokenizer encodes the result: it knows the stand-ins and
+treats control tokens as plain text. So text between two control tokens keeps the ids that it has in context. A chat
+without such text in its messages is encoded the ordinary way.
 """
 
 import json
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 _Flags = tuple[bool, bool, bool]  # lstrip, rstrip, normalized
 
-# Noncharacters, which Unicode sets aside for a program's own use.
+# Unicode reserves noncharacters for a program's internal use.
 _MARKERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-# How a token that marks something is spelt, whatever its flags say.
+# The spelling of marker tokens, whatever their flags say.
 _SPELLING = re.compile(r"<[|｜].+[|｜]>")
 
 
@@ -54,31 +54,31 @@ class LiteralChat:
         """Return the ids of a prompt.
 
         Args:
-            values: what the caller gives to the template, as plain JSON.
-            render: the template.
+            values: the caller's values for the template, as plain JSON.
+            render: renders the template.
 
         Raises:
-            PrecastError: as `render` and the tokenizer, and for text that the tokenizer makes a control token of even
-                as plain text.
+            PrecastError: as `render` and the tokenizer, and for text that becomes a control token even when encoded as
+                plain text.
         """
         marker = self._free_marker(values)
         marked = {**_marked(values, self._all, marker), "messages": self._marked_messages(values, marker)}
-        # JSON within a prompt may have the marker as an escape.
+        # JSON within a prompt may contain the marker as an escape.
         prompt = re.sub(rf"\\u{ord(marker):04x}", marker, render(marked), flags=re.IGNORECASE)
         if marker not in prompt:
             return list(encoded(self._library, prompt, add_special_tokens=False).ids)
         return self._encode(prompt, marker)
 
     def _marked_messages(self, values: Mapping[str, Any], marker: str) -> list[Any]:
-        """Messages with markers. The model's own may hold tokens that are not special (`<think>`, `<tool_call>`):
-        templates look for them there."""
+        """Insert markers into messages. The assistant's messages may keep tokens that are not special (`<think>`,
+        `<tool_call>`), because templates look for them there."""
         return [
             _marked(message, self._special if message["role"] == "assistant" else self._all, marker)
             for message in values["messages"]
         ]
 
     def _free_marker(self, values: Mapping[str, Any]) -> str:
-        """A marker that is in no text at hand, neither itself nor as JSON's escape."""
+        """Return a marker that no given text contains, directly or as a JSON escape."""
         text = (json.dumps(values, ensure_ascii=False) + self._template).lower()
         for marker in _MARKERS:
             if marker not in text and f"\\u{ord(marker):04x}" not in text:
@@ -96,7 +96,7 @@ class LiteralChat:
             if number in self._control and self._is_real(prompt, start, stop, number, marker):
                 token = self._control[number]
                 name, whole = stand_ins[_flags(token)], prompt[start:stop]
-                # The spaces that the token takes along stay: so does its stand-in.
+                # Keep the spaces that the token absorbs: its stand-in absorbs them too.
                 held = whole.replace(token.content, name, 1) if token.content in whole else name
                 pieces += [prompt[end:start], held]
                 real.append(number)
@@ -105,22 +105,22 @@ class LiteralChat:
         return self._with_real(encoded(literal, text, add_special_tokens=False).ids, real, text)
 
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
-        """Return whether a control token was written by the template; an unknown character may give one, too."""
+        """Return True if the template wrote a control token; an unknown character may produce one too."""
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):
             return False
-        # A token of one character has no inside: it stands between two markers.
+        # A marker cannot split a token of one character, so one stands on either side.
         return len(token.content) > 1 or prompt[max(start - 1, 0) : stop + 1] != f"{marker}{text}{marker}"
 
     def _with_real(self, ids: Sequence[int], real: Sequence[int], text: str) -> list[int]:
-        """Put control tokens back for their stand-ins."""
+        """Replace stand-ins by their control tokens."""
         literal, names = self._copy
         stand_ins = {literal.token_to_id(name) for name in names.values()}
         if sum(number in stand_ins for number in ids) != len(real):
             raise PrecastError("Chat: this tokenizer cannot encode content literally; encode it as it is.")
         plain = text.lower()
         for number in set(ids) & self._control.keys():
-            # An unknown character gives a control token as well, but not from its text.
+            # An unknown character also produces a control token, but not from the token's text.
             if (content := self._control[number].content).lower() in plain:
                 raise PrecastError(
                     f"Chat: the text {content!r} cannot be encoded literally, as the tokenizer has the token as a"
@@ -131,7 +131,7 @@ class LiteralChat:
 
 
 class _Texts:
-    """The texts of control tokens, ready to be found in others: in any case, for filters such as `lower`."""
+    """The texts of control tokens, matched regardless of case because of filters such as `lower`."""
 
     def __init__(self, contents: Sequence[str]) -> None:
         longest_first = sorted(contents, key=len, reverse=True)
@@ -142,7 +142,7 @@ class _Texts:
         self._sizes = range(1, max(map(len, contents), default=1))
 
     def marked(self, text: str, marker: str) -> str:
-        """Break what a token could be made of: whole texts within, and their parts at both ends."""
+        """Split token texts within a text, and parts of token texts at both of its ends."""
         pieces, end = [], 0
         for match in self._start.finditer(text):
             place = match.start() + (len(match[1]) > 1)
@@ -158,7 +158,7 @@ class _Texts:
 
 
 def _marked(value: Any, texts: _Texts, marker: str) -> Any:
-    """A value of plain JSON whose texts are marked, keys included."""
+    """Return a plain JSON value with markers in all texts, keys included."""
     if isinstance(value, str):
         return texts.marked(value, marker)
     if isinstance(value, list):
@@ -169,7 +169,7 @@ def _marked(value: Any, texts: _Texts, marker: str) -> Any:
 
 
 def _is_control(token: "AddedToken", template: str) -> bool:
-    """Return whether a token in a message could forge something; runs of spaces and the like are ordinary text."""
+    """Return True for a token that could forge structure; runs of spaces and the like are ordinary text."""
     if token.special:
         return True
     is_marker = token.content in template or _SPELLING.fullmatch(token.content) is not None
@@ -183,11 +183,11 @@ def _flags(token: "AddedToken") -> _Flags:
 def _literal_copy(
     library: "LibraryTokenizer", control: Collection["AddedToken"]
 ) -> tuple["LibraryTokenizer", dict[_Flags, str]]:
-    """A tokenizer that takes control tokens for text; and its stand-ins for them, by their flags."""
+    """Make a tokenizer that treats control tokens as text; return it with its stand-ins for them, by their flags."""
     from tokenizers import AddedToken, Tokenizer
 
     made = Tokenizer.from_str(library.to_str())
-    # Nobody can write these by guessing, and no marker is in them.
+    # These cannot be guessed, and contain no marker.
     names = {_flags(token): f"\U0001fffe{secrets.token_hex(16)}\U0001fffe" for token in control}
     copies = [
         AddedToken(

@@ -1,24 +1,25 @@
-"""The values that a chat template gets: checked, copied as plain JSON, and in the form that transformers hands on."""
+"""Check the values for a chat template, copy them as plain JSON, and bring them into transformers' form."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .artifact.errors import PrecastError
 
-# Variables that have an argument, or a rule, of their own.
+# Variables with their own argument or rule.
 _TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
-# Names that a message's reasoning goes by; templates read the first, those of gpt-oss the second.
+# Keys for a message's reasoning; templates read the first, those of gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Keys without which a message says nothing.
+# A message without content needs a key besides these.
 _FRAME = frozenset({"role", "content", "name"})
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """Messages as transformers hands them to a template: without keys that are null, as the OpenAI API returns them,
-    and with reasoning under each name that templates know.
+    """Return messages as transformers passes them to a template.
+
+    Keys with null values, which the OpenAI API returns, are left out. Reasoning gets each key that templates read.
 
     Raises:
-        PrecastError: for anything but a list of messages.
+        PrecastError: the value is not a list of messages.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         found = "an empty list" if messages in ([], ()) else type(messages).__name__
@@ -46,10 +47,10 @@ def _checked_message(message: Any, where: str) -> dict[str, Any]:
 
 
 def checked_objects(values: Any, where: str) -> list[dict[str, Any]]:
-    """Tools or documents: a list of JSON objects.
+    """Return tools or documents as a list of plain JSON objects.
 
     Raises:
-        PrecastError: for anything else.
+        PrecastError: the value is anything else.
     """
     if not isinstance(values, (list, tuple)):
         raise PrecastError(f"Chat: expected {where} to be a list of objects, found {type(values).__name__}.")
@@ -62,10 +63,10 @@ def checked_objects(values: Any, where: str) -> list[dict[str, Any]]:
 
 
 def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Further variables of a template.
+    """Return further variables of a template as plain JSON.
 
     Raises:
-        PrecastError: for a name that is taken, and for values that JSON cannot hold.
+        PrecastError: a name is taken, or JSON cannot represent a value.
     """
     if not isinstance(variables, Mapping):
         raise PrecastError(f"Chat: expected variables to be an object, found {type(variables).__name__}.")
@@ -79,7 +80,7 @@ def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Copy a value as plain JSON types: methods of any other object would be at the template's disposal."""
+    """Copy a value as plain JSON types: a template could call the methods of any other object."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if depth > 64:
@@ -98,15 +99,15 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def has_parts(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether the content of any message comes in parts."""
+    """Return True if the content of any message comes in parts."""
     return any(isinstance(message.get("content"), list) for message in messages)
 
 
 def joined(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose content in parts is one text, a line for each part, for templates that know texts alone.
+    """Join content in parts into one text, a line for each part, for templates that accept only text.
 
     Raises:
-        PrecastError: for a part that is not text.
+        PrecastError: a part is not text.
     """
     return [
         {**message, "content": "\n".join(_texts(message["content"], f"messages[{index}]"))}
@@ -129,7 +130,7 @@ def _texts(parts: Sequence[Any], where: str) -> Iterator[str]:
 
 
 def in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose content is a list of one part, for templates that know parts alone."""
+    """Turn text content into a list of one part, for templates that accept only parts."""
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}
         if isinstance(message.get("content"), str)

@@ -22,7 +22,7 @@ SCALARS = frozenset({int, float, bool, type(None)})
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much a template may do; real templates stay far below."""
+    """The limits of one rendering; real templates stay far below."""
 
     source: int = 1 << 17
     """Characters of the template."""
@@ -52,11 +52,11 @@ class Limits:
 
 
 class OverLimit(Exception):
-    """A limit was reached. Nothing in jinja2 catches it while rendering."""
+    """A template reached a limit. jinja2 never catches this exception while rendering."""
 
 
 class Weight:
-    """The size of a value as if every shared part of it were written out."""
+    """The size of a value, counting a shared part every time it occurs."""
 
     __slots__ = ("depth", "items", "opaque", "other", "text", "width")
 
@@ -78,12 +78,12 @@ class Weight:
 
     @property
     def steps(self) -> int:
-        """Steps to visit every part once, as comparing, hashing and copying do."""
+        """Return the steps that comparing, hashing or copying takes."""
         return self.items + (self.text >> 6)
 
     @property
     def printed(self) -> int:
-        """An upper bound of its characters in `repr` or JSON: an escape takes 6, of an astral character 12."""
+        """Return an upper bound of the characters in `repr` or JSON: an escape takes 6, for an astral character 12."""
         return self.text * (12 if self.width == 4 else 6) + self.other + 8 * self.items
 
 
@@ -91,7 +91,7 @@ def width(text: str) -> int:
     """Return the bytes that a character of `text` takes in memory."""
     if text.isascii():
         return 1
-    size = sys.getsizeof(text)  # with a cached encoding it is larger: an upper bound all the same
+    size = sys.getsizeof(text)  # getsizeof also counts a cached encoding, so this is an upper bound
     return 4 if size >= 76 + 4 * len(text) else 2 if size >= 74 + 2 * len(text) else 1
 
 
@@ -101,9 +101,9 @@ def size(text: str) -> int:
 
 
 class Meter:
-    """The amounts that one rendering has used."""
+    """The resources that one rendering has used."""
 
-    # Steps between two looks at the clock: about a millisecond.
+    # Steps between two checks of the clock: about a millisecond.
     _INTERVAL = 10_000
 
     def __init__(self, limits: Limits) -> None:
@@ -112,11 +112,11 @@ class Meter:
         self._next_look = 0
         self._made = 0
         self._end = time.monotonic() + limits.seconds
-        # Each container is weighed once. Kept alive here, since an id is reused after its owner's death.
+        # Each container is weighed once. It is kept alive here, because Python reuses the ids of dead objects.
         self._weights: dict[int, tuple[Any, Weight]] = {}
 
     def step(self, count: int = 1) -> None:
-        """Count steps that are about to be taken in one operation."""
+        """Charge the steps of an operation before it runs."""
         self._steps += count
         if self._steps > self._next_look:
             self._check(count)
@@ -131,12 +131,12 @@ class Meter:
         self._next_look = min(self._steps + self._INTERVAL, limits.steps)
 
     def look(self) -> None:
-        """Look at the clock."""
+        """Check the clock."""
         if time.monotonic() > self._end:
             raise OverLimit(f"it took longer than {self.limits.seconds:g} seconds")
 
     def make(self, count: int, spare: int = 0) -> None:
-        """Count bytes that are about to be made; `spare` ones are freed when the operation ends."""
+        """Charge bytes before they are allocated; `spare` bytes are freed when the operation ends."""
         self._made += count
         if self._made + spare > self.limits.made:
             raise OverLimit(f"it made more than {self.limits.made:,} bytes of text and lists")
@@ -152,7 +152,7 @@ class Meter:
     # Weighing
 
     def weigh(self, value: Any) -> Weight:
-        """Return the weight of any value. Work is in proportion to its parts in memory, not to its weight."""
+        """Return the weight of any value, in time proportional to its parts in memory."""
         return self._weigh(value, 0)
 
     def _weigh(self, value: Any, level: int) -> Weight:
@@ -212,7 +212,7 @@ class Meter:
         return str(value)
 
     def joined(self, separator: str, texts: list[str]) -> str:
-        """Return the texts in one."""
+        """Join texts into one."""
         count, widest = 0, width(separator)
         for text in texts:
             count += len(text)
@@ -238,7 +238,7 @@ class Meter:
 
 
 def _children(value: Any) -> tuple[Iterable[Any] | None, int]:
-    """Return the parts of a container and their number; None: the value is no container."""
+    """Return the parts of a container and their number; None if the value is not a container."""
     if isinstance(value, (list, tuple)):
         return value, len(value)
     if isinstance(value, dict):
@@ -266,14 +266,14 @@ def _leaf(value: Any) -> Weight:
 
 
 def _item_size(value: Any) -> int:
-    """Return the bytes of an item in a list of the items: a pointer, and the item where it is made for the list."""
+    """Return the bytes of a list per item: a pointer, plus the item itself if it is created for the list."""
     if isinstance(value, str):
         return 8 if value.isascii() else 88
     return 88 if isinstance(value, (range, ITEMS)) else 8
 
 
 class Lazy:
-    """An iterator of a filter that yields as it goes, counted item by item."""
+    """A lazy filter's iterator, charged item by item."""
 
     __slots__ = ("_items", "_meter")
 

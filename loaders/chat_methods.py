@@ -1,7 +1,7 @@
 """The methods and attributes that a chat template may use, each with the cost of a call.
 
-A name that is not listed here is refused, so a method that a new Python adds is refused too. A cost is a pair: bytes
-made, and steps. Importing this module imports jinja2.
+All other names are refused, including methods of future Pythons. A cost is a pair: bytes allocated, and steps.
+Importing this module imports jinja2.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def _fold(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _title(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    # A character may become three of four bytes each; the interpreter collects them in as much again.
+    # A character may become three of four bytes each; the interpreter buffers as much again.
     return 80 + 24 * len(text), len(text) >> 2
 
 
@@ -65,7 +65,7 @@ def _classify(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _strip(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Every character is looked up in those to remove."""
+    """Charge a look-up of every character among those to remove."""
     return size(text), len(text) * max(1, _longest(args)) >> 6
 
 
@@ -74,7 +74,7 @@ def _search(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _search_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    # Unlike the search forwards, it takes the product of the two lengths at worst.
+    # Unlike forward search, backward search may take the product of the two lengths.
     return 0, (len(text) >> 5) + (len(text) * _longest(args) >> 7)
 
 
@@ -102,7 +102,7 @@ def _partition_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def lines(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """At most one more than the characters that may end a line."""
+    """Return an upper bound of the lines: one more than the characters that may end a line."""
     count = 1 + sum(map(text.count, _LINE_ENDS))
     return size(text) + _PIECE * count, (len(text) >> 4) + count
 
@@ -123,7 +123,7 @@ def replace(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
     places = text.count(old)
     places = places if most < 0 else min(places, most)
     count = len(text) + places * max(0, len(new) - len(old))
-    # A text of narrow characters is widened first.
+    # A text of narrower characters is widened first.
     return 80 + (count + len(text)) * max(width(text), width(new)), places + (len(text) >> 4) + (count >> 6)
 
 
@@ -137,7 +137,7 @@ def _join(meter: Meter, separator: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _find_item(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
-    """Compare with every item; the error prints the item that is missing."""
+    """Charge a comparison with every item; the error prints the missing item."""
     wanted = meter.weigh(args)
     return wanted.printed * wanted.width, meter.weigh(owner).steps + wanted.steps
 
@@ -151,7 +151,7 @@ def _copy_dict(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
 
 
 def _look_up(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
-    """Hash the key."""
+    """Charge hashing the key."""
     return 0, 1 if args and type(args[0]) is str else meter.weigh(args).steps
 
 
@@ -218,7 +218,7 @@ METHODS: dict[type, dict[str, CostOf]] = {
     Cycler: dict.fromkeys(("next", "reset"), _nothing),
 }
 
-# What is read without a call.
+# Attributes that are read without a call.
 _DATA: dict[type, tuple[str, ...]] = {
     str: ("format", "format_map"),
     Markup: ("format", "format_map"),
@@ -244,11 +244,11 @@ ATTRIBUTES: dict[type, frozenset[str]] = {
 
 
 def charge(meter: Meter, owner: Any, name: str, args: tuple[Any, ...]) -> None:
-    """Count a call of a listed method, before it runs."""
+    """Charge a call of a listed method before it runs."""
     texts = [value for value in (owner, *args) if isinstance(value, str)]
-    meter.step(1 + (sum(map(len, texts)) >> 5))  # what it takes to find out the cost
+    meter.step(1 + (sum(map(len, texts)) >> 5))  # the cost of computing the cost
     made, steps = METHODS[type(owner)][name](meter, owner, args)
-    # Text that is marked as safe escapes what it meets: a character becomes five.
+    # Text marked as safe escapes other text that it meets: a character becomes five.
     factor = 6 if isinstance(owner, Markup) else 1
     meter.step(factor * steps)
     meter.make(factor * made)

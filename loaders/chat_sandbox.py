@@ -1,15 +1,15 @@
 """A Jinja sandbox that is bounded in time, memory and work, for templates written by strangers.
 
-Everything that a template can do is one of a closed set of operations, and each is counted before it runs:
+A template can only use a closed set of operations, and each is charged before it runs:
 
-- The syntax tree is rewritten before it is compiled (`chat_instrument`): turns of loops, macros, comparisons, slices,
-  lists and `~` go through the sandbox. Operators, calls and attributes do so in any sandbox of jinja2.
-- A value has a weight, its size with shared parts written out (`chat_meter`). A list that holds the same list twice,
-  forty levels deep, weighs a trillion items, although it takes a few kilobytes.
-- Only filters, tests (`chat_filters`) and methods (`chat_methods`) exist whose cost follows from their arguments.
+- The syntax tree is rewritten before it is compiled (`chat_instrument`): loop turns, macros, comparisons, slices,
+  lists and `~` go through the sandbox. Operators, calls and attributes do so in any jinja2 sandbox.
+- A value has a weight: its size, counting a shared part every time it occurs (`chat_meter`). A list that holds the same
+  list twice, forty levels deep, weighs a trillion items, although it takes a few kilobytes.
+- Filters, tests (`chat_filters`) and methods (`chat_methods`) exist only if their arguments determine their cost.
 
-A child process would be bounded by the system instead. But starting one takes longer than a hundred renderings, and
-many a program that holds a model cannot start one. Importing this module imports jinja2.
+The operating system could limit a child process instead. But starting one takes longer than a hundred renderings, and
+many host programs cannot start one. Importing this module imports jinja2.
 """
 
 from collections.abc import Callable, Iterable
@@ -44,7 +44,7 @@ def compiled(source: str, limits: Limits) -> tuple["Sandbox", CodeType]:
 
 
 class ShortUndefined(Undefined):
-    """An undefined value whose message is short. It keeps the type of its owner alive, and not the owner."""
+    """An undefined value with a short message. It keeps its owner's type alive, but not the owner."""
 
     __slots__ = ()
 
@@ -98,7 +98,7 @@ class Sandbox(SandboxedEnvironment):
         self.globals = {**FUNCTIONS}
 
     def with_meter(self, meter: Meter) -> "Sandbox":
-        """Return the environment of another rendering: a copy that shares everything but the meter."""
+        """Return an environment for another rendering: a copy that shares everything but the meter."""
         other = object.__new__(Sandbox)
         other.__dict__.update(self.__dict__)
         other.meter = meter
@@ -143,7 +143,7 @@ class Sandbox(SandboxedEnvironment):
         return self.undefined(obj=obj, name=argument) if value is missing else value
 
     def _attribute(self, obj: Any, name: str) -> Any:
-        """Return an attribute that is allowed; an undefined value that says so, if it is not; or `missing`."""
+        """Return an allowed attribute, an undefined value that names a refused one, or `missing`."""
         if name in ATTRIBUTES.get(type(obj), ()):
             value = getattr(obj, name)
             if isinstance(obj, str) and name in ("format", "format_map"):
@@ -190,18 +190,18 @@ class Sandbox(SandboxedEnvironment):
     # Methods that the instrumented tree calls.
 
     def metered_turn(self, steps: int, kept: int) -> None:
-        """A body is about to run once."""
+        """Charge one run of a body."""
         self.meter.step(steps)
         self.meter.make(kept)
 
     def metered_test(self) -> bool:
-        """The condition of a loop is about to be tested."""
+        """Charge one test of a loop's condition."""
         self.meter.step()
         self.meter.make(96)
         return True
 
     def metered_operand(self, value: Any) -> Any:
-        """`value` is about to be compared or hashed."""
+        """Charge comparing or hashing `value`."""
         if type(value) is str:
             self.meter.step(len(value) >> 6)
         elif type(value) not in SCALARS:
@@ -209,7 +209,7 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_container(self, value: Any) -> Any:
-        """Something is about to be looked for in `value`."""
+        """Charge a search in `value`."""
         if isinstance(value, Lazy):
             return (self.metered_operand(item) for item in value)
         if isinstance(value, (str, dict)):
@@ -217,7 +217,7 @@ class Sandbox(SandboxedEnvironment):
         return self.metered_operand(value)
 
     def metered_sequence(self, value: Any) -> Any:
-        """A constant is about to be looked for in `value`."""
+        """Charge a search for a constant in `value`."""
         if isinstance(value, str):
             self.meter.step(len(value) >> 5)
         elif isinstance(value, (list, tuple, range, *VIEWS)):
@@ -225,12 +225,12 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_new(self, value: Any) -> Any:
-        """A list, tuple or dict was written."""
+        """Charge a list, tuple or dict display."""
         self.meter.weigh(value)
         return value
 
     def metered_key(self, value: Any) -> Any:
-        """`value` is about to be a key of a dict. Numbers and tuples can be made to collide."""
+        """Charge the use of `value` as a dict key. Numbers and tuples can be chosen to collide."""
         if type(value) is str or type(value) in SCALARS - {int}:
             return value
         if type(value) is int and value.bit_length() < 60:
@@ -238,11 +238,11 @@ class Sandbox(SandboxedEnvironment):
         raise jinja2.TemplateRuntimeError(f"a key of type {type(value).__name__} is not allowed")
 
     def metered_arguments(self, value: Any) -> list[Any]:
-        """`value` is about to become arguments: `f(*value)`."""
+        """Charge unpacking `value` into arguments: `f(*value)`."""
         return self.meter.listed(value)
 
     def metered_keywords(self, value: Any) -> Any:
-        """`value` is about to become arguments: `f(**value)`."""
+        """Charge unpacking `value` into arguments: `f(**value)`."""
         if not isinstance(value, dict):
             raise TypeError(f"argument after ** must be a mapping, not {type(value).__name__!r}")
         self.meter.step(len(value))
@@ -341,7 +341,7 @@ class Format:
 
 
 class TemplateNamespace(Namespace):
-    """A namespace that takes no private names, as that of transformers."""
+    """A namespace that refuses private names, as in transformers."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)

@@ -17,7 +17,7 @@ from .chat_sandbox import Refused, compiled
 
 __all__ = ["ChatTemplate", "Limits"]
 
-# A template that walks through the parts of a message's content, and one that asks for texts too.
+# Match a template that iterates over the parts of a message's content, and one that tests for text.
 _WALKS, _ASKS = (
     re.compile(r"\bin\s+[\w.]*\b(content\b|\w+\[.content.\])"),
     re.compile(r"\bis\s+(not\s+)?string\b"),
@@ -53,7 +53,7 @@ class ChatTemplate:
                 " export the model with a shorter template."
             )
         self._walks = _WALKS.search(source) is not None and _ASKS.search(source) is None
-        # Python's own compiler has limits too: SyntaxError, RecursionError, MemoryError.
+        # Python's own compiler has limits: SyntaxError, RecursionError, MemoryError.
         self._sandbox, self._code = _explaining(lambda: compiled(source, self._limits))
 
     def render(
@@ -69,13 +69,13 @@ class ChatTemplate:
 
         Args:
             messages: each a dict with `role` (str) and `content` (str, or a list of parts such as
-                ``{"type": "text", "text": "…"}``, which are joined by line ends for a template that knows texts
-                alone); content may be missing or None where another key says something (`tool_calls`). Other keys
-                are handed to the template, unless they are None.
-            add_generation_prompt: whether the prompt ends where the assistant's answer begins.
-            tools: JSON schemas of functions, for templates that know about them.
-            documents: texts to answer from, each usually with `title` and `text`; for templates that know them.
-            variables: what else this template asks for by name (`enable_thinking`, `date_string`, …).
+                ``{"type": "text", "text": "…"}``, which are joined by line ends for a template that accepts only
+                    text). Content may be missing or None if the message has another key such as `tool_calls`. The
+                    template receives all other keys that are not None.
+                add_generation_prompt: end the prompt where the assistant's answer begins.
+                tools: JSON schemas of functions, for templates that support them.
+                documents: texts to answer from, each usually with `title` and `text`, for templates that support them.
+                variables: further variables of this template (`enable_thinking`, `date_string`, …).
 
         Raises:
             PrecastError: the messages are malformed, the template refuses them or fails, or it was stopped.
@@ -99,7 +99,7 @@ class ChatTemplate:
         documents: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
-        """Return what the caller gives to the template, checked and as plain JSON; arguments as `render`.
+        """Return the caller's values for the template, checked and as plain JSON; arguments as `render`.
 
         Raises:
             PrecastError: an argument is malformed.
@@ -136,7 +136,7 @@ class ChatTemplate:
             meter.end()
 
     def _fitting(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Messages with content in the form that the template knows: text, or a list of parts."""
+        """Return messages with content in the form that the template accepts: text, or a list of parts."""
         if has_parts(messages):
             return messages if self._shows_parts or not self._shows_text else joined(messages)
         if self._walks and self._shows_parts and not self._shows_text:
@@ -149,12 +149,12 @@ class ChatTemplate:
 
     @cached_property
     def _shows_parts(self) -> bool:
-        """Return whether the text of a part comes out, or the part as JSON, but not as Python writes it."""
+        """Return True if the template prints a part as text or as JSON, not as a Python repr."""
         shown = self._probed([{"type": "text", "text": _PROBE}])
         return _PROBE in shown and f"'{_PROBE}'" not in shown
 
     def _probed(self, content: Any) -> str:
-        """The prompt for one message, empty where the template refuses it."""
+        """Return the prompt for one message, empty if the template refuses it."""
         values = {"messages": [{"role": "user", "content": content}], "tools": None, "documents": None}
         try:
             return self._rendered({**values, "add_generation_prompt": True}, self._limits.for_probe())
@@ -172,7 +172,7 @@ def _bounded(pieces: Iterable[str], most: int) -> Iterator[str]:
 
 
 def _explaining(work: Callable[[], Any]) -> Any:
-    """Do the work. An error is raised as one sentence, without the traceback that keeps the work's values alive."""
+    """Run the work. Raise an error as one sentence, without the traceback that would keep the work's values alive."""
     try:
         return work()
     except Exception as error:
@@ -207,7 +207,7 @@ def _explained(error: Exception) -> PrecastError:
 
 
 def _said(error: Any) -> str:
-    """The beginning of an error's text, which a template may have made long."""
+    """Return the beginning of an error's text, which a template may have made long."""
     args = getattr(error, "args", (error,))
     if len(args) == 1 and isinstance(args[0], str):
         return repr(args[0][:1000]) if isinstance(error, KeyError) else args[0][:1000]

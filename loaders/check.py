@@ -74,20 +74,20 @@ class TargetReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `check` found.
+    """The result of `check`.
 
     Attributes:
         root: the artifact.
-        name: its model's.
-        target: the one that would run; None where none would.
-        compiled: whether it would be compiled first.
-        targets: each of them.
-        problems: what else keeps it from running here.
-        notes: what does not, but is worth knowing.
-        expires: day until which its StableHLO is promised to compile; the first where targets differ.
-        days_left: until then; negative when it has passed.
-        signed: whether there is a signature; whose, and whether it holds, is not looked at.
-        cpus: those that run it as it is, for people; None where no target is for the CPU.
+        name: the model's name.
+        target: the target that would run; None if none would.
+        compiled: True if that target would be compiled first.
+        targets: the findings on each target.
+        problems: other obstacles to running here.
+        notes: facts that are no obstacle but worth knowing.
+        expires: day until which its StableHLO is promised to compile; the earliest if targets differ.
+        days_left: days until `expires`; negative when it has passed.
+        signed: True if a signature exists; it is not checked.
+        cpus: a description of the CPUs that run it without compiling; None if no target is for the CPU.
     """
 
     root: Path
@@ -122,21 +122,21 @@ def check(
     target: str | None = None,
     compile: bool = False,
 ) -> Report:
-    """Holds a manifest against a machine.
+    """Compare a manifest with a machine.
 
     Args:
         root: the artifact.
-        manifest: of it.
-        machine: what is there to run on.
-        processors: as above.
-        memory: as above.
-        limits: as above.
-        today: for the promise of StableHLO.
-        target: the one to run; None for the best.
-        compile: whether one that must be compiled first will do.
+        manifest: its manifest.
+        machine: the machine's CPU, devices and libraries.
+        processors: the machine's processors.
+        memory: the machine's memory.
+        limits: the process's limits.
+        today: for the compatibility promise of StableHLO.
+        target: name of the target to run; None for the best.
+        compile: also accept a target that must be compiled first.
 
     Raises:
-        PrecastError: when there is no such target.
+        PrecastError: there is no such target.
     """
     chosen = _choice(manifest, machine, root, target, compile)
     named = [t for t in manifest.targets if target in (None, t.name)]
@@ -244,7 +244,7 @@ def _remedy(
 
 
 def _isa(machine: Machine) -> str:
-    """What to export, so that it runs on this machine: a level that all of its features hold."""
+    """Say how to export for this machine: for the widest level whose features it has."""
     level = widest_level(machine.features) if machine.machine == "x86_64" else None
     return f"export with --cpu-isa {level}" if level else "export on a machine like this one"
 

@@ -50,7 +50,7 @@ def run(
 
 
 def to_json(report: Report, key: Path | None = None) -> dict[str, Any]:
-    """The report in plain JSON types; `key` is the file of the public key that the signature was checked with."""
+    """Return the report in plain JSON types; `key` is the file of the public key that checked the signature."""
     facts = dataclasses.asdict(report)
     return {
         "runs": report.runs,
@@ -62,7 +62,7 @@ def to_json(report: Report, key: Path | None = None) -> dict[str, Any]:
 
 
 def lines(report: Report, key: Path | None = None) -> Iterator[str]:
-    """The report for people: whether it runs, the targets, the machine, and what to do. `key` as for `to_json`."""
+    """Return the report for people: verdict, targets, machine and remedies; `key` as for `to_json`."""
     if report.runs:
         how = ", compiled first" if report.compiled else ""
         yield f"{report.name} runs here, as target {report.target}{how}  ({report.root})"

@@ -1,8 +1,8 @@
-"""Child processes that do a part of the loader's work: the same Python, with the same packages.
+"""Child processes for parts of the loader's work, with the same Python and packages.
 
-A child first says that it runs. An executable that is no Python, and an application that embeds Python and starts
-itself, are known by their silence. A variable in a child's environment names the work it was started for, and no
-process starts another for the same work below it.
+A child first reports that it runs. A silent child is an executable other than Python, or an application that embeds
+Python and started itself. An environment variable of a child names its work, and no descendant starts another child for
+the same work.
 """
 
 import os
@@ -15,45 +15,45 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 if TYPE_CHECKING:
     import subprocess
 
-# Names the modules that a process and those above it were started for.
+# Names the modules that this process and its ancestors were started for.
 GUARD = "PRECAST_CHILD_OF"
 READY = b"precast child ready\n"
-# For a Python to start and import, on a slow disk.
+# Seconds for Python to start and import on a slow disk.
 START_S = 120
 # Linux's PR_SET_PDEATHSIG, prctl(2).
 _SET_DEATH_SIGNAL = 1
 
 
 class NotStarted(Exception):
-    """No child runs. The text is the reason, in words that go into a sentence's brackets."""
+    """The child did not start. The text is the reason, worded to stand in brackets."""
 
 
 class Child:
-    """A child process that runs.
+    """A running child process.
 
     Attributes:
-        process: with pipes.
+        process: the process, with pipes.
     """
 
     def __init__(self, process: "subprocess.Popen[bytes]", errors: IO[bytes]) -> None:
         self.process, self._errors = process, errors
 
     def complaint(self) -> str:
-        """The last line on its standard error; empty where there is none."""
+        """Return the last line of its standard error, or an empty text."""
         return _last_line(self._errors)
 
 
 @contextmanager
 def started(module: str, *arguments: str, changes: Mapping[str, str] | None = None) -> Iterator[Child]:
-    """Start a module of precast as a child process; it is ended behind the ``with`` block.
+    """Start a module of precast as a child process, and end it after the ``with`` block.
 
     Args:
-        module: its name; its `main` begins with `answers`.
-        arguments: of its command line.
-        changes: variables of its environment.
+        module: the module's name; its `main` begins with `answers`.
+        arguments: command-line arguments.
+        changes: environment variables to set.
 
     Raises:
-        NotStarted: when no child can be started, and when it does not become ready.
+        NotStarted: no child can be started, or it does not become ready.
     """
     import subprocess
     import tempfile
@@ -78,10 +78,10 @@ def started(module: str, *arguments: str, changes: Mapping[str, str] | None = No
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command line that runs a module of precast.
+    """Return the command line that runs a module of precast.
 
     Raises:
-        NotStarted: where there is no Python to start, or this process descends from such a child.
+        NotStarted: there is no Python to start, or this process descends from such a child.
     """
     if module in os.environ.get(GUARD, "").split(","):
         raise NotStarted(f"this process was started by {module} itself")
@@ -93,7 +93,7 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def _end_with_parent() -> None:
-    """Have the system end this process when the one that started it ends, however that comes about."""
+    """Have the system end this process when its parent ends for any reason."""
     import ctypes
     import signal
 
@@ -102,10 +102,9 @@ def _end_with_parent() -> None:
 
 
 def environment(module: str) -> dict[str, str]:
-    """This process's environment, with all that it imports from, and the guard.
+    """Return this process's environment, with its import path and the guard variable.
 
-    Without what is no text, which imports pass over, and without what is empty, which means the folder that the child
-    happens to run in.
+    Leave out path entries that are not text, which imports ignore, and empty ones, which mean the working folder.
     """
     folders = [folder for folder in sys.path if isinstance(folder, str) and folder]
     above = os.environ.get(GUARD)
@@ -114,8 +113,8 @@ def environment(module: str) -> dict[str, str]:
 
 
 def _python() -> str | None:
-    """The interpreter. `sys.executable` may be a server or an application that embeds Python."""
-    # An application frozen into one file has no interpreter beside it.
+    """Return the interpreter. `sys.executable` may be a server or an application that embeds Python."""
+    # An application frozen into one file comes without an interpreter.
     if getattr(sys, "frozen", False):
         return None
     if sys.executable and os.path.basename(sys.executable).lower().startswith(("python", "pypy")):
@@ -126,10 +125,10 @@ def _python() -> str | None:
 
 
 def _await_ready(process: "subprocess.Popen[bytes]", executable: str, errors: IO[bytes]) -> None:
-    """Read what a child says first.
+    """Read a child's report that it runs.
 
     Raises:
-        NotStarted: when that is anything else, or nothing.
+        NotStarted: the child says anything else, or nothing.
     """
     import selectors
 
@@ -137,7 +136,7 @@ def _await_ready(process: "subprocess.Popen[bytes]", executable: str, errors: IO
     found, until = b"", time.monotonic() + START_S
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        # Past Python's buffer: what follows the line is for others to read.
+        # Bypass Python's buffer: other code reads the bytes after the line.
         while READY.startswith(found) and found != READY:
             if not selector.select(max(0.0, until - time.monotonic())):
                 raise NotStarted(f"{executable} did not become ready within {START_S} s")
@@ -166,20 +165,20 @@ def _last_line(errors: IO[bytes]) -> str:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    # At the end of its input a child may end by itself, but not while it works.
+    # An idle child ends at the end of its input; a busy one must be ended.
     if process.poll() is None:
         process.kill()
     for stream in (process.stdin, process.stdout):
-        with suppress(OSError):  # where it has gone with words of ours unread
+        with suppress(OSError):  # the child ended without reading all of our data
             if stream is not None:
                 stream.close()
     process.wait()
 
 
 def answers() -> BinaryIO:
-    """In a child: say that it runs, and return the stream to its parent.
+    """In a child, report that it runs, and return the stream to its parent.
 
-    What libraries print goes to standard error from now on, so that it does not pass for an answer.
+    Redirect the output of libraries to standard error, so that it does not count as an answer.
     """
     _end_with_parent()
     stream = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

@@ -1,4 +1,4 @@
-"""The group of commands, and the one way in which all of them end."""
+"""The group of commands, and their common way to end."""
 
 import os
 import sys
@@ -18,11 +18,11 @@ FAILED = 2
 
 
 class Commands(click.Group):
-    """The group of all commands. What a user can put right is one line, also where help is shown."""
+    """The group of all commands. It reports user errors in one line, also for help output."""
 
     def main(self, *arguments: Any, **settings: Any) -> Any:
         open_closed_streams()
-        # A terminal that cannot show a character shows a question mark.
+        # A terminal without a character shows a question mark.
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
         with _lines_only():
@@ -32,19 +32,19 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of use, not of the alphabet
 
     def invoke(self, context: click.Context) -> Any:
-        # Here as well: click answers an interrupt itself, in words of its own.
+        # Also here, because click itself answers an interrupt, with another message.
         with _lines_only():
             return super().invoke(context)
 
 
 @contextmanager
 def _lines_only() -> Iterator[None]:
-    """Turn what a user can put right into one line on standard error and exit code 2."""
+    """Turn user errors into one line on standard error and exit code 2."""
     try:
         try:
             yield
         finally:
-            # Python would flush at its exit, where an error has a traceback.
+            # Flush now: at exit Python would print a traceback for an error.
             sys.stdout.flush()
     except PrecastError as error:
         _fail(str(error))
@@ -61,7 +61,7 @@ def _lines_only() -> Iterator[None]:
 
 
 def _abandon_output() -> list[TextIO]:
-    """Send the text that Python flushes at its exit nowhere, if its stream takes no more; return such streams."""
+    """Discard the text that Python would flush at exit to streams that accept no more; return these streams."""
     broken = []
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -73,15 +73,15 @@ def _abandon_output() -> list[TextIO]:
 
 
 def _fail(message: str) -> NoReturn:
-    # Standard error may be full or closed too, and then nobody listens.
+    # Standard error may be full or closed too; then the message is lost.
     with suppress(OSError):
-        # One line, also where a library's own message, quoted in ours, has several.
+        # One line, even if a quoted message of a library has several.
         click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(FAILED)
 
 
 def local(artifact: Path | str, key: Path | None = None) -> Path:
-    """The artifact's folder; what a URL leads to is pulled first, unless it was before."""
+    """Return the artifact's folder; pull a URL first, unless it was pulled before."""
     if isinstance(artifact, Path):
         return artifact
     from .store_pull import fetch
@@ -90,5 +90,5 @@ def local(artifact: Path | str, key: Path | None = None) -> Path:
 
 
 def log(line: str) -> None:
-    # What strangers wrote may be in it.
+    # It may contain text written by strangers.
     click.echo(printable(line), err=True)

@@ -38,8 +38,8 @@ def cache_folder() -> Path:
 
 
 def why_not_kept(name: str) -> str:
-    """What to say where folder `name` of the cache folder takes nothing; with what to do, and without a full stop."""
-    if cache_problem(name) is not None:  # which has been said
+    """Say why folder `name` of the cache folder cannot be written to, and the remedy, without a full stop."""
+    if cache_problem(name) is not None:  # the warning was given before
         return f"the cache folder {cache_folder()} is not used"
     try:
         return f"{cache_folder() / name} cannot be written to; set PRECAST_CACHE to a folder that can be"
@@ -52,10 +52,10 @@ class UntrustedCache(PrecastError):
 
 
 def own_cache(name: str) -> Path:
-    """Return a folder of the cache folder that nobody but this user and root can have written to.
+    """Return a part of the cache folder that only this user and root can have written to.
 
     Raises:
-        UntrustedCache: when somebody else can have.
+        UntrustedCache: somebody else can have written to it.
         PrecastError: as `cache_folder`.
     """
     if (problem := cache_problem(name)) is not None:
@@ -64,10 +64,10 @@ def own_cache(name: str) -> Path:
 
 
 def cache_problem(name: str) -> str | None:
-    """Say why nothing in a folder of the cache folder is used, and what to do; None where it may be.
+    """Explain why precast ignores a part of the cache folder, and give the remedy; return None if it is safe to use.
 
-    As ssh looks at its own folder: owner and mode of the folder and of those that it is in. A folder that is not there
-    yet is fine, because `make_own` makes it for this user alone.
+    Check owner and mode of the folder and its parents, as ssh does for its own folder. A missing folder is safe,
+    because `make_own` makes it for this user alone.
     """
     try:
         folder = cache_folder()
@@ -83,11 +83,11 @@ def cache_problem(name: str) -> str | None:
 
 
 def _untrusted(path: str, own: int) -> str | None:
-    """The first of a folder and its parents that another user can have written to, in words.
+    """Describe the first of a folder and its parents that another user can have written to.
 
     Args:
         path: of the folder, absolute.
-        own: length of the part of it that names the folder which is precast's alone, which no group may write to.
+        own: length of the path of precast's own folder within it; no group may write there.
     """
     users, place, linked = (0, os.geteuid()), path, False
     while True:
@@ -100,7 +100,7 @@ def _untrusted(path: str, own: int) -> str | None:
                 return f"{place} belongs to user {status.st_uid}, and this is user {users[1]}"
             is_link = stat.S_ISLNK(status.st_mode)
             linked = linked or is_link
-            # A group may write to what the folder is in, and anybody where the sticky bit keeps each to their own.
+            # A group may write to the parents, and anybody to a parent with the sticky bit: it protects others' files.
             inside = len(place) < own
             wrong = 0 if is_link else status.st_mode & (0o002 if inside else 0o022)
             if wrong and not (inside and status.st_mode & stat.S_ISVTX):
@@ -115,7 +115,7 @@ def _untrusted(path: str, own: int) -> str | None:
 
 
 def make_own(folder: Path) -> None:
-    """Make a folder of the cache folder and what it is in, where they are missing, for this user alone.
+    """Make a part of the cache folder and its missing parents, accessible to this user alone.
 
     Raises:
         OSError: when the system refuses.
@@ -166,10 +166,10 @@ def member(root: Path, name: str) -> Path:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a file for reading, and nothing else: a pipe would wait for its writer, and a device never end.
+    """Open a regular file for reading; a pipe would wait for its writer, and a device might never end.
 
     Raises:
-        OSError: for what cannot be opened, and for what is no plain file.
+        OSError: the path cannot be opened, or is not a regular file.
     """
     return open(path, "rb", opener=_open_plain)
 
@@ -178,7 +178,7 @@ def _open_plain(path: str, flags: int) -> int:
     try:
         handle = os.open(path, flags | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno != errno.ENXIO:  # of a socket
+        if error.errno != errno.ENXIO:  # a socket
             raise
     else:
         if stat.S_ISREG(os.fstat(handle).st_mode):

@@ -18,7 +18,7 @@ from .errors import PrecastError
 from .interrupt import undoing
 from .manifest import MANIFEST_FILE
 
-# A file in every temporary folder made here. Only folders with it, and with a name of the form below, are removed.
+# Every temporary folder contains this file. Only folders with it, and with a name of the form below, are removed.
 _MARK = "precast-partial"
 _MARK_TEXT = b"precast was filling this folder. Its next command that writes here removes it.\n"
 _TEMPORARY = re.compile(r"\.(.+)\.precast-[0-9a-f]{12}\.partial", re.DOTALL)
@@ -57,7 +57,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 f"{path}: cannot write there ({error.strerror}); choose another folder with -o."
             ) from None
         try:
-            # Inside of the marked folder, so that the mark does not become a part of the artifact.
+            # Inside the marked folder, so that the mark does not become part of the artifact.
             temporary = made / path.name
             temporary.mkdir()
             yield temporary
@@ -73,30 +73,30 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _finish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give a folder that is complete its name, once all of it is on the disk."""
+    """Sync a complete folder to disk, then give it its final name."""
     for file in sorted(temporary.rglob("*"), reverse=True):
         sync(file)
     sync(temporary)
     check_free(path, overwrite)
     _swap(temporary, path, overwrite)
-    # The artifact is there, whole: without this only a power cut could still lose its name.
+    # The artifact is complete: without this sync only a power cut could still lose its name.
     with suppress(OSError):
         sync(path.parent)
 
 
 def temporary_name(parent: Path, name: str) -> Path:
-    """A name for a temporary folder in `parent`, for `name`."""
+    """Return a path for a temporary folder in `parent`, for `name`."""
     return parent / f".{name}.precast-{token_hex(6)}.partial"
 
 
 def make_marked(folder: Path) -> int:
-    """Make a temporary folder that `remove_leftovers` knows as ours.
+    """Make a temporary folder with the mark that `remove_leftovers` looks for.
 
     Args:
-        folder: to make, with a name of `temporary_name`.
+        folder: its path, from `temporary_name`.
 
     Returns:
-        The descriptor that locks it until this process ends, however it ends.
+        A descriptor that locks the folder until this process ends.
 
     Raises:
         OSError: when the system refuses.
@@ -109,14 +109,14 @@ def make_marked(folder: Path) -> int:
         undo.callback(os.close, lock)
         with suppress(OSError):  # a file system without locks: then nobody removes it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Only now that it is locked: nobody removes a folder without the mark.
+        # Mark it only after locking it: unmarked folders are never removed.
         (folder / _MARK).write_bytes(_MARK_TEXT)
         undo.pop_all()
     return lock
 
 
 def remove_leftovers(parent: Path, name: str, rescue: Callable[[Path], None] = lambda _: None) -> None:
-    """Remove temporary folders for `name` that killed processes of this user left, and nothing that only looks so.
+    """Remove the marked temporary folders for `name` that killed processes of this user left.
 
     Args:
         parent: the folder that they are in.
@@ -154,15 +154,15 @@ def _is_marked(folder: int) -> bool:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuse a folder that exists, unless it is empty, or an artifact and `overwrite` is asked for.
+    """Refuse an existing folder, unless it is empty, or an artifact with `overwrite` set.
 
     Raises:
-        PrecastError: naming it.
+        PrecastError: names the folder.
     """
     if not os.path.lexists(path):
         return
     if _is_empty_folder(path):
-        # The new folder takes the place of the empty one.
+        # The new folder replaces the empty one.
         if os.path.ismount(path) or path.samefile(os.curdir):
             what = "a mount point" if os.path.ismount(path) else "the current folder"
             raise PrecastError(

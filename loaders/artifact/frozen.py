@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 
 class _Signature:
-    """The constructor's signature, made from the fields when something asks for it."""
+    """Compute the constructor's signature from the fields on access."""
 
     def __get__(self, _: object, owner: "type[Frozen]") -> Any:
         from inspect import Parameter, Signature

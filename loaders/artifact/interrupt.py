@@ -1,15 +1,15 @@
-"""Ctrl-C in a process of precast's own: it tidies up, says one word and ends with 130, whatever it was doing.
+"""Ctrl-C in precast's own processes: clean up, print one word and exit with 130 at any moment.
 
-No exception is raised for it. An exception may come up inside of anything: an import that is half done, a destructor,
-which swallows it, or a callback of compiled code, which may crash. Instead, a block that would leave something behind
-tells with `undoing` how it is removed, and the handler does that and ends the process. Only where a terminal must be
-put right again, as while a password is typed, `raising` brings Python's own KeyboardInterrupt back.
+The handler raises no exception, because one could surface anywhere: in a half-done import, in a destructor that
+swallows it, or in a callback of compiled code that crashes. Instead, a block that could leave something behind
+registers its clean-up with `undoing`; the handler runs the clean-ups and ends the process. `raising` restores Python's
+own KeyboardInterrupt where the terminal must be reset, as after typing a password.
 
-Python calls handlers between two of its own steps. While the main thread is inside of a compiler or a program, which
-may be for minutes, a thread that waits for the signal does what the handler would.
+Python runs signal handlers between two bytecode instructions. The main thread may spend minutes inside a compiler or a
+program; a second thread waits for the signal and does the handler's work then.
 
-This module is imported before any other, and imports next to nothing, so that there is hardly a moment without it.
-In a process of somebody else's no handler is installed, and `undoing` does nothing.
+This module is imported first and imports almost nothing, so that it is active from nearly the start. In a host process
+no handler is installed, and `undoing` does nothing.
 """
 
 import _thread
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import NoReturn
 else:
-    import _signal as signal  # which has all that is needed here, and imports no enumerations
+    import _signal as signal  # has everything needed here, without importing enum
 
 INTERRUPTED = 130
-# How long the main thread has to come to its handler, in seconds.
+# Seconds that the main thread has to reach its handler.
 _PATIENCE_S = 1.0
-# A process has one handler of a signal, and so one list of what it must undo.
+# A process has one handler per signal, and so one list of clean-ups.
 _UNDO: "list[Callable[[], object]]" = []
 _RAISING: "list[object]" = []
-# Signals that the main thread has come to.
+# Signals that the main thread has handled.
 _HANDLED: "list[int]" = []
 _ENDING = _thread.allocate_lock()
 
 
 class undoing:
-    """Have something undone if the process is interrupted while the block runs.
+    """Run `undo` if the process is interrupted while the block runs.
 
     Args:
-        undo: called at any moment, also where the block has not begun or has just ended.
+        undo: may be called at any moment, even just before the block begins or just after it ends.
     """
 
     def __init__(self, undo: "Callable[[], object]") -> None:
@@ -56,7 +56,7 @@ class undoing:
 
 
 class raising:
-    """Have KeyboardInterrupt raised while the block runs, as Python does."""
+    """Raise KeyboardInterrupt on Ctrl-C while the block runs, as Python does."""
 
     def __enter__(self) -> None:
         _RAISING.append(self)
@@ -68,7 +68,7 @@ class raising:
 
 
 def install() -> None:
-    """Take over SIGINT, unless who started this process wants it ignored."""
+    """Take over SIGINT, unless the parent process set it to be ignored."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return
     signal.signal(signal.SIGINT, _interrupted)
@@ -79,7 +79,7 @@ def install() -> None:
 
 
 def _watch(readable: int) -> None:
-    """End the process where the main thread does not come to do it."""
+    """End the process if the main thread does not do so in time."""
     while os.read(readable, 1):
         sleep(_PATIENCE_S)
         if not _HANDLED and not _RAISING:
@@ -88,16 +88,16 @@ def _watch(readable: int) -> None:
 
 
 def ignore() -> None:
-    """Ignore SIGINT from now on: the work is done, and all that is left is Python's own exit."""
+    """Ignore SIGINT from now on: the work is done, and only Python's own exit remains."""
     _HANDLED.append(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end() -> "NoReturn":
-    """Undo what is to be undone, say so, and end the process."""
-    # Once: the main thread may come to its handler after all, and waits here for the end.
+    """Run the clean-ups, print the word, and end the process."""
+    # Once: if the main thread reaches its handler after all, it waits here for the end.
     _ENDING.acquire()
-    # `ignore` is refused to a thread beside the main one. What cannot be undone is removed by the next command.
+    # `ignore` works in the main thread only. If a clean-up fails, the next command removes the remains.
     for step in (ignore, *reversed(_UNDO)):
         try:
             step()
@@ -106,7 +106,7 @@ def end() -> "NoReturn":
     try:
         os.write(2, b"\ninterrupted\n")
     finally:  # also where standard error is closed
-        # At once: a compiler's threads that still work do not survive the usual way out of Python.
+        # Exit at once: Python's ordinary exit can crash while a compiler's threads still run.
         os._exit(INTERRUPTED)
 
 

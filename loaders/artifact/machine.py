@@ -107,7 +107,7 @@ def nvidia_gpus(root: Path = Path("/")) -> tuple[str, ...]:
 
 
 def usable_cores() -> int:
-    """How many cores this process may run on."""
+    """Return the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -127,7 +127,7 @@ def cpu_features() -> tuple[str, ...]:
 
 
 def features_of(cpuinfo: str) -> tuple[str, ...]:
-    """The same from the contents of /proc/cpuinfo."""
+    """Return the features in the contents of /proc/cpuinfo."""
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):

@@ -190,10 +190,10 @@ class CacheArray(Frozen):
 
 
 class TokenizerFiles(Frozen):
-    """The tokenizer, and what generation needs to know of it.
+    """The tokenizer's files, and its tokens that generation needs.
 
     Attributes:
-        file: of the tokenizer.
+        file: the tokenizer's file.
         chat_template: file of the default chat template; None where there is none.
         named_templates: files of further chat templates, by name ("tool_use").
         eos_token_ids: tokens that end a generation.
@@ -210,7 +210,7 @@ class TokenizerFiles(Frozen):
 class SamplingDefaults(Frozen):
     """The model's own sampling defaults, in the fields of `precast.loaders.sampling.SamplingParams`.
 
-    None, or an empty list, stands where the model has no default.
+    None or an empty list means that the model has no default.
     """
 
     max_tokens: int | None = None
@@ -229,7 +229,7 @@ class SamplingDefaults(Frozen):
     stop: tuple[str, ...] = ()
 
     def given(self) -> dict[str, Any]:
-        """The defaults that the model has, by field."""
+        """Return the defaults that the model has, by field."""
         return {name: value for name, value in vars(self).items() if value not in (None, ())}
 
 
@@ -310,11 +310,11 @@ class Manifest(Frozen):
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Parses and checks the text of a manifest.
+    """Parse and check the text of a manifest.
 
     Raises:
-        PrecastError: for a format version that is not read, for any key or value out of place, for programs that
-            disagree with the cache or name files that are not listed.
+        PrecastError: the format version is unknown, a key or value is invalid, or a program disagrees with the cache
+            or names an unlisted file.
     """
     value = parse_json(data, where)
     _check_version(value, where)

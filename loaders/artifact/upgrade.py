@@ -1,7 +1,7 @@
-"""Manifests of earlier format versions, brought to the present one before they are read.
+"""Upgrade manifests of earlier format versions to the present version before they are parsed.
 
-An upgrade adds the keys that its version lacks, with the values that keep an artifact's answers as they were. Every
-other check is the present version's.
+An upgrade adds the keys that its version lacks, with values that leave an artifact's answers unchanged. All other
+checks are those of the present version.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import PrecastError
 
-# The sampling defaults of format 4, each optional. Format 5 has a key for every default, null where there is none.
+# The optional sampling defaults of format 4. Format 5 requires a key for every default; null means none.
 _SAMPLING_4 = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _SAMPLING_5: Mapping[str, Any] = {
     "max_tokens": None,
@@ -25,7 +25,7 @@ _SAMPLING_5: Mapping[str, Any] = {
 
 
 def upgraded(value: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a manifest of any readable version as one of the present version.
+    """Return a manifest of any supported version in the present version.
 
     Args:
         value: parsed JSON with a known `format_version`. It is left as it is.
@@ -63,5 +63,5 @@ def _whole(top_k: Any) -> Any:
     return int(top_k) if isinstance(top_k, float) and top_k.is_integer() else top_k
 
 
-# By version: the step to the next one.
+# The upgrade from each version to the next.
 UPGRADES: Mapping[int, Callable[[dict[str, Any], str], dict[str, Any]]] = {4: _from_4}
