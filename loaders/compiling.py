@@ -45,16 +45,16 @@ class Compiled:
 def compile_programs(
     programs: Iterable[tuple[str, bytes]], where: str, *, isa: str = isas.NATIVE, log: Callable[[str], None]
 ) -> dict[str, Compiled]:
-    """Compiles StableHLO artifacts one after another.
+    """Compile StableHLO programs one after another.
 
     Args:
-        programs: names, and the artifacts, whose hashes have been checked.
-        where: what messages call their target.
+        programs: hash-checked StableHLO by program name.
+        where: name of their target in messages.
         isa: a key of `isa.LEVELS`, or "native".
-        log: told what is being compiled.
+        log: called before each program is compiled.
 
     Raises:
-        PrecastError: when XLA refuses one, when it crashes, and when no child can be started.
+        PrecastError: XLA refuses a program or crashes, or no child can be started.
     """
     flags = isas.xla_flags(isa, os.environ.get("XLA_FLAGS", ""))
     try:
@@ -134,25 +134,25 @@ def compile_target(
     folder: str | None = None,
     log: Callable[[str], None],
 ) -> tuple[Target, dict[str, bytes], dict[str, Compiled]]:
-    """Compiles the StableHLO of a target into another target.
+    """Compile the StableHLO of a target into another target.
 
     Args:
         source: the target whose StableHLO is compiled.
         contents: its StableHLO files, by name.
-        name_of: gives the new target's name, from the CPU features that it needs.
-        where: what messages call it.
+        name_of: returns the new target's name, given the CPU features that it needs.
+        where: name of the target in messages.
         isa: as for `compile_programs`.
-        exact: whether more than `isa` has is refused. Otherwise the target is for the level that its instructions need.
+        exact: refuse instructions beyond `isa`. Otherwise the target is for the level that its instructions need.
         jaxlib: version that compiles.
-        folder: of its executables, below ``programs/``; None for one named after the target.
+        folder: folder of its executables, below ``programs/``; None for one named after the target.
         log: as for `compile_programs`.
 
     Returns:
-        The target, the contents of its executables by their names in the artifact, and what was compiled by program.
+        The target, its executables by their names in the artifact, and the compilation results by program.
 
     Raises:
-        PrecastError: as `compile_programs`; for a program without StableHLO; and when the compiler used a wider
-            instruction set or other layouts than it was asked to.
+        PrecastError: as `compile_programs`; a program has no StableHLO; or the compiler used a wider instruction set
+            or other layouts than requested.
     """
     wanted = [(p.name, contents[_stablehlo(p, where)]) for p in source.programs]
     compiled = compile_programs(wanted, where, isa=isa, log=log)

@@ -1,4 +1,4 @@
-"""``precast run``: load an artifact, and answer one prompt."""
+"""``precast run``: load an artifact and answer one prompt."""
 
 import atexit
 import gc
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 class Request(Frozen):
-    """A prompt and its form. At most one of `prompt` and `ids`.
+    """A prompt and its form. At most one of `prompt` and `ids` is set.
 
     Attributes:
         system: the system message, which may be empty; None for none.
-        literal: take messages for text alone.
+        literal: treat messages as plain text.
     """
 
     prompt: str | None
@@ -41,12 +41,12 @@ class Request(Frozen):
 
     @property
     def templated(self) -> bool:
-        """Whether the prompt goes through the chat template."""
+        """Return True if the prompt goes through the chat template."""
         return self.chat or self.literal or self.system is not None
 
 
 class LoadOptions(Frozen):
-    """How to load, as the command line gives it."""
+    """The command line's options for loading."""
 
     verify: bool
     target: str | None
@@ -87,7 +87,7 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
     with starting(artifact):
-        # At the end of a process of our own a collection frees nothing, and takes a twentieth of a short answer's time.
+        # Before this process exits, a garbage collection frees nothing and costs 5 % of a short answer's time.
         atexit.register(gc.freeze)
         from .load import load
 
@@ -105,7 +105,7 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
     if interactive:
         from .chat_console import converse
 
-        with raising():  # which ends an answer, and puts the terminal right
+        with raising():  # KeyboardInterrupt ends an answer and resets the terminal
             converse(model, params, request.system, stats=request.stats, literal=request.literal)
         return
     stream = _stream(model, request, _read_prompt(request), params)
@@ -173,7 +173,7 @@ def _read_prompt(request: Request) -> str:
 
 
 def piped_text(text: str) -> str:
-    """A piped prompt without the marks of editors and shells: byte order mark, CRLF, one final newline."""
+    """Strip the byte order mark, CRLF and one final newline of editors and shells from a piped prompt."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 

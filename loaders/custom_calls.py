@@ -1,9 +1,9 @@
-"""Which functions outside themselves programs call, read from their bytes before anything deserialises them.
+"""Read the custom calls of programs from their bytes, before anything deserialises them.
 
-In an executable of XLA's CPU client they stand twice: as ``custom_call_target``, field 28 of an ``HloInstructionProto``
+An executable of XLA's CPU client names each twice: as ``custom_call_target``, field 28 of an ``HloInstructionProto``
 (xla/service/hlo.proto), and as ``target_name``, field 2 of the ``CustomCallThunkProto`` in field 16 of a ``ThunkProto``
-(xla/backends/cpu/runtime/thunk.proto). The second is what runs. In StableHLO they are strings among others, so there
-only the kernels that are installed can be told.
+(xla/backends/cpu/runtime/thunk.proto). The second is the one that runs. StableHLO
+holds their names among its other strings, so only installed kernels can be recognised there.
 """
 
 import re
@@ -15,12 +15,12 @@ from .artifact.manifest import Target
 
 _HLO = re.compile(rb"\xe2\x01([\x03-\x7f])")
 _THUNK = re.compile(rb"\x82\x01[\x80-\xff]{0,4}[\x00-\x7f]\x08[\x00-\x08]\x12([\x03-\x7f])")
-# XLA's own begin with two underscores; they are parts of its compiler's output like any other.
+# Names with two leading underscores are XLA's own, and part of its compiler's ordinary output.
 _NAME = re.compile(rb"(?!__)[A-Za-z_][A-Za-z0-9_.$]*")
 
 
 def called(executable: bytes) -> set[str]:
-    """Names of the custom calls in an executable of XLA's CPU client."""
+    """Return the names of the custom calls in an executable of XLA's CPU client."""
     found = set()
     for pattern in (_HLO, _THUNK):
         for match in pattern.finditer(executable):
@@ -31,19 +31,19 @@ def called(executable: bytes) -> set[str]:
 
 
 def check_calls(root: Path, target: Target, contents: Mapping[str, bytes], installed: Iterable[str]) -> None:
-    """Refuse programs that call what their manifest does not list.
+    """Refuse programs with custom calls outside their manifest's list.
 
     Args:
         root: the artifact.
-        target: whose programs are about to be loaded or compiled.
-        contents: of its files, by name.
-        installed: kernels that could be called.
+        target: the target whose programs are about to be loaded or compiled.
+        contents: the target's files, by name.
+        installed: the installed kernels.
 
     Raises:
-        PrecastError: naming program and call.
+        PrecastError: names the program and the call.
     """
     if target.runtime == "savedmodel" or target.platform == "cuda":
-        return  # TensorFlow's are checked where it loads them; XLA's GPU compiler calls libraries of its own
+        return  # TensorFlow's programs are checked at their loading; XLA's GPU compiler calls its own libraries
     for program in target.programs:
         data = contents.get(target.file_of(program) or "", b"")
         if target.runtime == "stablehlo":

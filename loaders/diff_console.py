@@ -19,13 +19,13 @@ _ITEMS = 8
 
 
 def run(before: Path, after: Path, *, as_json: bool, require_signature: Path | None = None) -> int:
-    """Compares two artifacts and prints what differs.
+    """Compare two artifacts and print the differences.
 
     Returns:
-        The exit code: 0 when nothing does, 1 when something does.
+        The exit code: 0 without differences, else 1.
 
     Raises:
-        PrecastError: when one of them is no artifact, is not signed as required, or cannot be read.
+        PrecastError: one of them is not an artifact, is not signed as required, or cannot be read.
     """
     from .diff import diff, to_json
     from .load import find_artifact, read_manifest

@@ -136,7 +136,7 @@ class Engine:
         layouts = {v.name: v.layout for p in target.programs for v in p.arguments}
         constants = {n: client.put(_laid_out(a, layouts.get(n))) for n, a in weights.items()}
         release = weakref.finalize(self, client.free, tuple(constants.values()))
-        release.atexit = False  # the end of the process frees them sooner
+        release.atexit = False  # process exit frees them faster
         bound = {p.name: _bind(p, executables[p.name], client, constants) for p in target.programs}
         self._cache = bound[target.of_kind("cache")[0].name]
         self._decode = bound[target.of_kind("decode")[0].name]

@@ -42,12 +42,12 @@ def names_source(reference: Path) -> bool:
 
 
 def open_artifact(path: Path, key: Path | None = None, threads: int | None = None) -> "Scorer":
-    """Loads an artifact to be measured or to be measured against.
+    """Load an artifact to measure or to use as the reference.
 
     Args:
         path: as for `load`.
         key: file of the public key that it must be signed with.
-        threads: that compute; None for the default.
+        threads: number of computing threads; None for the default.
 
     Raises:
         PrecastError: as `load`.
@@ -65,14 +65,14 @@ def run(
     require_signature: Path | None = None,
     threads: int | None = None,
 ) -> None:
-    """Measures the artifact and prints what was found on standard output.
+    """Measure the artifact and print the result on standard output.
 
     Args:
         artifact: as for `load`.
         request: what to measure.
         open_reference: makes the reference, given the artifact's capacity; None for perplexity alone.
         require_signature: file of the public key that the artifact must be signed with.
-        threads: that compute the artifact's part; None for the default.
+        threads: number of computing threads for the artifact; None for the default.
 
     Raises:
         PrecastError: for anything the user can put right.

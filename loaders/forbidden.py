@@ -1,6 +1,6 @@
-"""Tokens that may not come next, as transformers forbids them.
+"""Tokens that may not come next, by transformers' rules.
 
-One class stands for these of its logits processors: NoRepeatNGram, NoBadWords, MinLength, MinNewTokensLength,
+One class replaces these logits processors: NoRepeatNGram, NoBadWords, MinLength, MinNewTokensLength,
 SuppressTokens and SuppressTokensAtBegin. Each sets logits to minus infinity, so their order has no effect.
 """
 
@@ -15,10 +15,10 @@ _Prefix = tuple[int, ...]
 
 
 class Forbidden:
-    """The tokens that one sequence may not go on with.
+    """The tokens that may not continue one sequence.
 
     Args:
-        params: what is forbidden.
+        params: the sampling parameters with the rules.
         prompt: tokens of the prompt.
         end_ids: end-of-generation tokens.
     """
@@ -45,7 +45,7 @@ class Forbidden:
             self._ngrams.setdefault(tuple(self._tokens[-self._size : -1]), set()).add(token)
 
     def tokens(self) -> Iterator[int]:
-        """Return the tokens that may not come next, in no order; some may come more than once."""
+        """Return the tokens that may not come next, unordered and possibly with duplicates."""
         length = len(self._tokens)
         return chain(
             self._always,
@@ -66,7 +66,7 @@ class Forbidden:
 
 
 def _by_prefix(words: Iterable[Sequence[int]]) -> dict[int, dict[_Prefix, list[int]]]:
-    """Return the last tokens of sequences of two and more by what comes before, by its length."""
+    """Group sequences of two or more tokens by prefix length, then by prefix; return their last tokens."""
     found: dict[int, dict[_Prefix, list[int]]] = {}
     for word in words:
         if len(word) > 1:

@@ -1,4 +1,4 @@
-"""A loaded artifact, which continues prompts and answers conversations."""
+"""A loaded artifact that continues prompts and answers conversations."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -21,14 +21,14 @@ Prompt = str | Sequence[int]
 class Model:
     """A loaded artifact.
 
-    Threads may share a model: each generation has a cache of its own. A step uses all threads of the device, so that
-    generations side by side share its speed.
+    Threads may share a model: each generation has its own cache. A step uses all threads of the device, so
+    concurrent generations share its speed.
 
     Attributes:
-        manifest: what the artifact says of itself.
-        target: which of its targets runs.
-        compiles: programs compiled while loading: 0 unless compiling from StableHLO was asked for.
-        tokenizer: of the model.
+        manifest: the artifact's manifest.
+        target: the target that runs.
+        compiles: number of programs compiled while loading: 0 unless compiling from StableHLO was requested.
+        tokenizer: the model's tokenizer.
         eos_token_ids: tokens that end a generation.
     """
 
@@ -43,10 +43,10 @@ class Model:
         self.eos_token_ids = frozenset(manifest.tokenizer.eos_token_ids)
 
     def default_sampling(self) -> SamplingParams:
-        """The model's own sampling defaults; greedy where it has none.
+        """The model's own sampling defaults, or greedy decoding if it has none.
 
         Raises:
-            PrecastError: when the artifact carries a default that is out of range.
+            PrecastError: a default in the artifact is out of range.
         """
         return dataclasses.replace(SamplingParams(), **self.manifest.sampling.given())
 
@@ -84,17 +84,17 @@ class Model:
         template: str | None = None,
         literal: bool = False,
     ) -> Completion:
-        """Answers a conversation.
+        """Answer a conversation.
 
         Args:
             messages: each with "role" and "content", oldest first.
             params: as for `generate`.
-            tools: JSON schemas of functions, for templates that know what to do with them.
+            tools: JSON schemas of functions, for templates that support them.
             template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
-            literal: encode messages and tools as text alone, so that special-token text in them forges no turn.
+            literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
 
-        Raises:
-            PrecastError: when the model has no such chat template, or it refuses the messages; as for `generate`.
+            Raises:
+                PrecastError: the model has no such chat template, or it refuses the messages; also as `generate`.
         """
         return self.stream_chat(messages, params, tools=tools, template=template, literal=literal).finish()
 
@@ -142,7 +142,7 @@ class Model:
         return [int(token) for token in ids]
 
     def _named(self, token: object) -> str:
-        """Return the words about a token that was added to the tokenizer alone; transformers fails on it too."""
+        """Describe a token that only the tokenizer has, without an embedding; transformers fails on it too."""
         text = self.tokenizer.token(int(token)) if isinstance(token, Integral) else None
         return "" if text is None else f"; leave out {text!r:.40}, for which the model has no embedding"
 
@@ -155,7 +155,7 @@ class Model:
         return Stream(found, prompt, progress)
 
     def _tokens(self, prompt: Sequence[int], params: SamplingParams, limit: int) -> Iterator[int]:
-        """At most `limit` generated ids."""
+        """Yield at most `limit` generated ids."""
         sampler = Sampler(params, prompt, self.engine.vocab, self.eos_token_ids)
         # A cache of its own for each generation: two streams of one model do not disturb each other.
         cache = self.engine.new_cache()

@@ -14,10 +14,10 @@ from .units import size_text
 
 
 def render(path: Path, *, as_json: bool, require_signature: Path | None = None) -> str:
-    """The facts of the artifact at `path`.
+    """Describe the artifact at `path`.
 
     Raises:
-        PrecastError: when there is no artifact, it is not signed as required, or it is not understood.
+        PrecastError: there is no artifact, it is not signed as required, or its format is unknown.
     """
     root = find_artifact(path)
     facts = gather(read_manifest(root, require_signature=require_signature))

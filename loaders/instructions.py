@@ -1,7 +1,7 @@
-"""Which CPU features the instructions of machine code for x86-64 need.
+"""Determine the CPU features that x86-64 machine code needs.
 
-A decoder of lengths and features alone, for code as LLVM emits it. Its tables say what is allowed: an instruction that
-they do not hold is an error that names its bytes, so that a new CPU's instruction never passes for an old one.
+The decoder finds only lengths and features, for code from LLVM. Its tables are an allowlist: an unlisted instruction is
+an error with its bytes, so a new CPU's instruction never passes for an old one.
 Encodings and features are those of Intel's Software Developer's Manual, volume 2, and of AMD's, volumes 3 and 4; the
 tests compare every opcode with capstone's answer.
 """
@@ -9,15 +9,15 @@ tests compare every opcode with capstone's answer.
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-# What every x86-64 CPU has.
+# The feature that every x86-64 CPU has.
 _BASE = "base"
-# What EVEX instructions and those on opmasks need: a CPU has all of these or none, but for one Xeon Phi.
+# The features for EVEX and opmask instructions: except for one Xeon Phi, a CPU has all of these or none.
 AVX512 = frozenset({"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"})
 _AVX512_CODE = "avx512"
 
 _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _LONGEST = 15
-# Mandatory prefixes, by the numbers that VEX and EVEX give them.
+# Mandatory prefixes, by their VEX and EVEX numbers.
 _NONE, _66, _F3, _F2 = range(4)
 
 # A map's opcodes by the feature that they need.
@@ -25,11 +25,11 @@ _Map = Mapping[str, frozenset[int]]
 
 
 class UnknownInstruction(Exception):
-    """Machine code that the tables do not hold; the message shows its first bytes."""
+    """Machine code that the tables do not list; the message shows its first bytes."""
 
 
 class Instruction(NamedTuple):
-    """Where it stands in the code, its bytes, and the CPU features that it needs, in LLVM's names."""
+    """An instruction: its offset in the code, its bytes, and the CPU features that it needs, in LLVM's names."""
 
     offset: int
     raw: bytes
@@ -37,13 +37,13 @@ class Instruction(NamedTuple):
 
 
 def _set(ranges: str) -> frozenset[int]:
-    """Opcodes written as "10-17 2b"."""
+    """Parse opcodes written as "10-17 2b"."""
     ends = (part.partition("-")[::2] for part in ranges.split())
     return frozenset(n for first, last in ends for n in range(int(first, 16), int(last or first, 16) + 1))
 
 
 def _map(**opcodes: str) -> _Map:
-    """A map by keywords; "_" stands for "." in the names of features."""
+    """Build a map from keywords; "_" stands for "." in the names of features."""
     return {name.replace("_", "."): _set(ranges) for name, ranges in opcodes.items()}
 
 
@@ -57,7 +57,7 @@ _ONE_BYTE_MODRM = _set(
     "00-03 08-0b 10-13 18-1b 20-23 28-2b 30-33 38-3b 63 69 6b 80-81 83-8f c0-c1 c6-c7 d0-d3 d8-df f6-f7 fe-ff"
 )
 _ONE_BYTE_IMM8 = _set("04 0c 14 1c 24 2c 34 3c 6a 6b 70-7f 80 83 a8 b0-b7 c0-c1 c6 e3 eb")
-# Of two bytes behind the prefix 66, but for calls and jumps.
+# Four bytes, or two after the prefix 66 except for calls and jumps.
 _ONE_BYTE_IMM32 = _set("05 0d 15 1d 25 2d 35 3d 68 69 81 a9 b8-bf c7 e8-e9")
 _MOV_IMM64, _RET_IMM16, _TEST, _BRANCHES, _SAHF = (
     _set("b8-bf"),
@@ -69,7 +69,7 @@ _MOV_IMM64, _RET_IMM16, _TEST, _BRANCHES, _SAHF = (
 
 # --- opcodes behind 0F, 0F 38 and 0F 3A, by mandatory prefix -------------------------------------------------
 
-_ANY_PREFIX = _set("18-1f")  # hints, which CPUs that do not know them pass over
+_ANY_PREFIX = _set("18-1f")  # hints, which older CPUs ignore
 _INTEGER = _set("0b 31 40-4f 80-9f a2-a5 ab-ad ae-b1 b3 b6-b7 ba-c1 c7-cf")
 _NO_MODRM, _JUMPS, _FENCES, _CMPXCHG = _set("0b 31 77 80-8f a2 c8-cf"), _set("80-8f"), 0xAE, 0xC7
 _IMM8 = _set("70-73 a4 ac ba c2 c4-c6")
@@ -103,7 +103,7 @@ _LEGACY: Mapping[tuple[int, int], _Map] = {
 
 # --- opcodes behind a VEX prefix -----------------------------------------------------------------------------
 
-# Those that work on integers in xmm registers since AVX, and in ymm registers since AVX2.
+# Integer instructions: xmm registers need AVX, ymm registers AVX2.
 _BY_WIDTH = "avx or avx2"
 _VEX: Mapping[tuple[int, int], _Map] = {
     (1, _NONE): _map(avx="10-17 28-29 2b 2e-2f 50-5f 77 c2 c6", avx512="41-42 44-47 4a-4b 90-93 98-99"),
@@ -147,7 +147,7 @@ _VEX: Mapping[tuple[int, int], _Map] = {
     },
     (3, _F2): _map(bmi2="f0"),
 }
-# Copies of one number to a whole register: from memory since AVX, from a register since AVX2.
+# Broadcasts: from memory they need AVX, from a register AVX2.
 _BROADCASTS = _set("18-19")
 _VZEROUPPER = 0x77
 
@@ -177,7 +177,7 @@ _EVEX: Mapping[tuple[int, int], _Map] = {
         gfni="ce-cf",
     ),
 }
-# On words with W, which came first; on bytes without.
+# Permutes of words (with W) and of bytes (without), which are a later extension.
 _PERMUTES = _set("75 7d 8d")
 
 
@@ -185,7 +185,7 @@ def instructions(code: bytes) -> Iterator[Instruction]:
     """Decode a section of code from end to end.
 
     Raises:
-        UnknownInstruction: at the first that the tables do not hold, or that the code ends in.
+        UnknownInstruction: an instruction is not listed, or the code ends within it.
     """
     at = 0
     while at < len(code):
@@ -199,7 +199,7 @@ def instructions(code: bytes) -> Iterator[Instruction]:
 
 
 class _Reader:
-    """One instruction, read byte by byte. IndexError and KeyError stand for what is not known."""
+    """Read one instruction byte by byte. IndexError and KeyError mean an unknown instruction."""
 
     def __init__(self, code: bytes, at: int) -> None:
         self._code, self.at = code, at
@@ -238,7 +238,7 @@ class _Reader:
         return _66 if 0x66 in self._prefixes else _NONE
 
     def _modrm(self) -> int:
-        """Read a ModRM byte and what belongs to it: SIB and displacement."""
+        """Read a ModRM byte with its SIB byte and displacement."""
         modrm = self._byte()
         mod, rm = modrm >> 6, modrm & 7
         if mod != 3:
@@ -274,7 +274,7 @@ class _Reader:
 
     def _integer(self, opcode: int, prefix: int) -> str:
         if opcode in _NO_MODRM:
-            if opcode in _JUMPS and prefix == _66:  # which Intel's and AMD's CPUs read differently
+            if opcode in _JUMPS and prefix == _66:  # Intel's and AMD's CPUs decode it differently
                 raise KeyError(opcode)
             self.at += 4 * (opcode in _JUMPS)
             return _BASE

@@ -1,8 +1,8 @@
-"""Instruction sets that executables for the CPU are made for, and the CPUs that run what came out.
+"""Instruction sets for CPU executables, and the CPUs that run the results.
 
-An executable needs what its instructions use. A compiler may be allowed more than it uses, and on a new CPU more than
-was asked for, so every executable is disassembled. precast's own kernels are no part of this: the wheel holds them
-for every instruction set that they know, and they choose one by CPUID when they run.
+An executable requires only the features that its instructions use. XLA may use fewer features than it is allowed and,
+on a new CPU, more than requested, so every executable is disassembled. precast's own kernels are exempt: the wheel
+holds them for several instruction sets, and they choose one by CPUID at run time.
 """
 
 import re
@@ -20,13 +20,13 @@ NATIVE = "native"
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A level of x86-64, as the psABI defines them.
+    """An x86-64 level as the psABI defines it.
 
     Attributes:
-        flag: its name as XLA's ``xla_cpu_max_isa``, which leaves more on than the level has.
-        features: what a machine must have and code may use, in LLVM's names, sorted.
-        since: the first CPUs that have it, and that jaxlib runs on.
-        without: CPUs that jaxlib runs on and that do not have it.
+        flag: value of XLA's ``xla_cpu_max_isa``, which leaves on more features than the level has.
+        features: the features that a machine must have and code may use, in LLVM's names, sorted.
+        since: the first CPUs that have the level and run jaxlib.
+        without: the CPUs that run jaxlib but lack the level.
     """
 
     flag: str
@@ -64,40 +64,40 @@ LEVELS: Mapping[str, Level] = {
         without="CPUs and virtual machines without AVX-512, as AMD's before Zen 4 and most of Intel's for desktops",
     ),
 }
-# Names of before 0.3.
+# Names used before 0.3.
 _FORMER = {"sse4.2": "x86-64-v2", "avx": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 # How LLVM spells a machine inside an executable: "+avx,+avx2,-avx512f,…".
 _FEATURE_LIST = re.compile(rb"(?:[+-][a-z0-9._-]+,){4,}[+-][a-z0-9._-]+")
 _ENABLED = re.compile(rb"(?<![a-z0-9._-])\+([a-z0-9._-]+)")
-# What every x86-64 CPU has, and what comes with SSE 4.2; manifests do not name it.
+# Features of every x86-64 CPU, and those implied by SSE 4.2; manifests omit them.
 _UNSAID = frozenset({"64bit", "cmov", "crc32", "cx8", "fxsr", "mmx", "sse", "sse2", "x87"})
 
 
 def default_isa() -> str:
-    """The instruction set of a target unless another is asked for: the one that most machines have."""
+    """Return the default instruction set: the one that most machines have."""
     return next((name for name in LEVELS if _lacks(name) == ()), NATIVE)
 
 
 def next_level(isa: str) -> str | None:
-    """The level after this one, where this machine has it."""
+    """Return the next level, if this machine has it."""
     names = list(LEVELS)
     wider = names[names.index(isa) + 1 :] if isa in LEVELS else []
     return wider[0] if wider and not _lacks(wider[0]) else None
 
 
 def _lacks(level: str) -> tuple[str, ...]:
-    """Features of a level that this machine lacks."""
+    """Return the features of a level that this machine lacks."""
     if processor_family() != "x86_64":
         return LEVELS[level].features
     return tuple(sorted(set(LEVELS[level].features) - set(cpu_features())))
 
 
 def check_isa(name: str) -> None:
-    """Refuse an instruction set that is unknown, or that this machine cannot try an executable for on.
+    """Refuse an instruction set that is unknown, or that this machine cannot execute.
 
     Raises:
-        PrecastError: naming the option, and what to do.
+        PrecastError: names the option and the remedy.
     """
     if name == NATIVE:
         return
@@ -121,7 +121,7 @@ def check_isa(name: str) -> None:
 
 
 def xla_flags(isa: str, flags: str) -> str:
-    """`flags`, the value of XLA_FLAGS, with what holds XLA to an instruction set. XLA looks when it is loaded."""
+    """Add the flag that limits XLA to an instruction set to `flags`, a value of XLA_FLAGS. XLA reads it when loaded."""
     return flags if isa == NATIVE else f"{flags} --xla_cpu_max_isa={LEVELS[isa].flag}".strip()
 
 
@@ -129,18 +129,18 @@ def xla_flags(isa: str, flags: str) -> str:
 
 
 def needed_features(isa: str, executables: Mapping[str, bytes], where: str) -> tuple[str, ...]:
-    """CPU features that a machine must have to run a target's executables, in LLVM's names, sorted.
+    """Return the CPU features that a target's executables need, in LLVM's names, sorted.
 
-    Those of a level are the level's, whatever of it is used: such a target runs on every machine of the level. Those
-    of "native" are the narrowest level's that holds them, and what else is used.
+    A target for a level needs the whole level, whatever its code uses, and runs on every machine of that level. A
+    "native" target needs the highest level that its code uses, and any features it uses outside the levels.
 
     Args:
         isa: a key of `LEVELS`, or "native".
-        executables: by their programs.
-        where: what messages call the target.
+        executables: the executables by program.
+        where: name of the target in messages.
 
     Raises:
-        PrecastError: for an instruction beyond the level, or that is not known.
+        PrecastError: an instruction is beyond the level or unknown.
     """
     if processor_family() != "x86_64":
         return tuple(sorted({f for data in executables.values() for f in _enabled(data)} & CODEGEN_FEATURES))
@@ -152,7 +152,7 @@ def needed_features(isa: str, executables: Mapping[str, bytes], where: str) -> t
 
 
 def _checked(isa: str, program: str, executable: bytes, where: str) -> Iterator[Instruction]:
-    """The instructions of an executable, each of which the level has."""
+    """Yield the instructions of an executable, and refuse any beyond the level."""
     objects = object_files(executable)
     if objects is None:
         raise PrecastError(
@@ -184,7 +184,7 @@ def _wider(isa: str, program: str, instruction: Instruction, beyond: Sequence[st
 
 
 def _narrowest(features: set[str]) -> str:
-    """The first level that holds all of these features that any level holds."""
+    """Return the narrowest level with all of these features that belong to any level."""
     known = features & set(list(LEVELS.values())[-1].features)
     return next(name for name, level in LEVELS.items() if known <= set(level.features))
 
@@ -194,11 +194,11 @@ def _enabled(executable: bytes) -> set[str]:
 
 
 def stating(executable: bytes, features: Sequence[str]) -> bytes:
-    """An executable that states these features as those it was compiled with, and no others.
+    """Return an executable whose list of compile-time features holds exactly these.
 
-    XLA states all that its compiler was allowed, and tuning of one maker's CPUs. Its loader prints kilobytes about
-    each that a machine lacks, and then runs the code, which does not use them. What is not needed changes its sign.
-    So does AVX-512, needed or not: to a list with it the loader adds tuning features that no machine has.
+    XLA lists every feature that its compiler was allowed, and one vendor's tuning features. For each that a machine
+    lacks, XLA's loader logs kilobytes, although the code does not use it. So the sign of unneeded features is flipped.
+    AVX-512 is always flipped, because to a list with it the loader adds tuning features that no machine has.
     """
     if processor_family() != "x86_64":
         return executable
@@ -215,7 +215,7 @@ def _signed(feature_list: bytes, stated: set[bytes]) -> bytes:
 
 
 def target_name(kind: str, features: Sequence[str]) -> str:
-    """Name of a compiled target: ``cpu-x86-64-v2``, and ``cpu-x86-64-v3-gfni`` where it needs more than a level."""
+    """Return a compiled target's name: ``cpu-x86-64-v2``, or ``cpu-x86-64-v3-gfni`` if it needs more than a level."""
     if processor_family() != "x86_64":
         return f"{kind}-{processor_family()}"
     level, more = split(features)
@@ -223,22 +223,22 @@ def target_name(kind: str, features: Sequence[str]) -> str:
 
 
 def split(features: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """The narrowest level that holds what any level holds of these features; and the others, sorted."""
+    """Return the narrowest level with all features that belong to any level, and the other features, sorted."""
     level = _narrowest(set(features))
     return level, tuple(sorted(set(features) - set(LEVELS[level].features)))
 
 
 def widest_level(features: Sequence[str]) -> str | None:
-    """The widest level that a machine with these features has; None where it has none."""
+    """Return the widest level that a machine with these features has, or None."""
     return next((n for n in reversed(list(LEVELS)) if set(LEVELS[n].features) <= set(features)), None)
 
 
 def audience(machine: str, features: Sequence[str]) -> str:
-    """The CPUs that run a target, in a line for people, and who is shut out.
+    """Describe in one line the CPUs that run a target, and those that cannot.
 
     Args:
         machine: processor family that it is compiled for.
-        features: that it needs.
+        features: features that it needs.
     """
     if machine != "x86_64":
         return f"{machine} CPUs" + (f" with {' '.join(features)}" if features else "")
@@ -250,7 +250,7 @@ def audience(machine: str, features: Sequence[str]) -> str:
 
 
 def audience_of(targets: Sequence[Target]) -> str | None:
-    """The CPUs that run an artifact as it is, by the target that asks for least; None where none is for the CPU."""
+    """Describe the CPUs that run an artifact's least demanding target; return None without a CPU target."""
     compiled = [t for t in targets if t.runtime == "pjrt" and t.platform == "cpu"]
     if not compiled:
         return None

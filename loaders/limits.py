@@ -1,4 +1,4 @@
-"""What loading takes, held against the system's limits: XLA ends the process where one of them is met."""
+"""Compare the needs of loading with the system's limits: XLA ends the process if it reaches one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +10,13 @@ from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
 from .units import size_text
 
 MOST_THREADS = 1024
-# Measured with jaxlib 0.10.1: address space that libraries and programs take besides weights and cache, and that
-# each computing thread takes: a stack, and heaps of 64 MB of its own and of others that follow it.
+# Measured with jaxlib 0.10.1: the address space of libraries and programs besides weights and cache, and that of each
+# computing thread: a stack, its own malloc arena of 64 MB, and those of the threads that it brings along.
 _FIXED, _PER_THREAD = 704 << 20, 112 << 20
 
 
 class Need(Frozen):
-    """Memory, in bytes: weights, the cache of all slots when full, and the most that a program takes besides."""
+    """Memory in bytes: weights, the full cache of all slots, and the largest extra memory of a program."""
 
     weights: int
     cache: int
@@ -28,7 +28,7 @@ class Need(Frozen):
 
 
 def need(manifest: Manifest, target: Target) -> Need:
-    """The memory that a target takes."""
+    """Return the memory that a target takes."""
     return Need(
         weights=manifest.files[WEIGHTS_FILE].bytes,
         cache=sum(array.bytes for array in manifest.cache),
@@ -37,17 +37,17 @@ def need(manifest: Manifest, target: Target) -> Need:
 
 
 def threads_started(computing: int) -> int:
-    """How many threads XLA's client starts in all, of either kind of supported jaxlib, and the loader one."""
+    """Return an upper bound of the threads that XLA's client (of any supported jaxlib) and the loader start."""
     return 1 + max(8 + 2 * computing, 4 * computing)
 
 
 def problems(needed: Need, computing: int, limits: resources.Limits) -> Iterator[tuple[str, str]]:
-    """Yield each limit that is too low, and what to do.
+    """Yield each limit that is too low, with the remedy.
 
     Args:
-        needed: by the target.
-        computing: threads that compute.
-        limits: of this process, asked for `threads_started`.
+        needed: memory that the target needs.
+        computing: number of computing threads.
+        limits: this process's limits, measured for `threads_started`.
     """
     fewer = ", or compute with fewer threads (--threads 1)" if computing > 1 else ""
     space = needed.all + _FIXED + computing * _PER_THREAD
@@ -65,10 +65,10 @@ def problems(needed: Need, computing: int, limits: resources.Limits) -> Iterator
 
 
 def ensure(root: Path, manifest: Manifest, target: Target, computing: int) -> None:
-    """Refuse to load where a limit is too low.
+    """Refuse to load if a limit is too low.
 
     Raises:
-        PrecastError: naming the first.
+        PrecastError: names the first such limit.
     """
     found = resources.limits(threads_started(computing))
     for problem, remedy in problems(need(manifest, target), computing, found):
@@ -76,10 +76,10 @@ def ensure(root: Path, manifest: Manifest, target: Target, computing: int) -> No
 
 
 def checked_threads(threads: int | None) -> int:
-    """The number of threads asked for; by default what the machine and the container's quota give.
+    """Return the requested number of threads, by default what machine and container quota allow.
 
     Raises:
-        PrecastError: for a number that is none of threads.
+        PrecastError: the number is not a valid number of threads.
     """
     if threads is None:
         return resources.processors().threads

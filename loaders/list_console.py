@@ -1,4 +1,4 @@
-"""What ``precast list`` prints."""
+"""The output of ``precast list``."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ def run(folder: Path, *, as_json: bool, require_signature: Path | None) -> None:
     """Print the artifacts below a folder.
 
     Raises:
-        PrecastError: when there is no such folder.
+        PrecastError: the folder does not exist.
     """
     found = list(artifacts_below(folder, require_signature=require_signature))
     if as_json:
@@ -28,7 +28,7 @@ def run(folder: Path, *, as_json: bool, require_signature: Path | None) -> None:
 
 
 def lines(found: Sequence[Listed]) -> Iterator[str]:
-    """A table of the artifacts, with the reason below each that cannot be read."""
+    """Format a table of the artifacts, with the reason below each unreadable one."""
     rows = [_HEAD, *(_row(one) for one in found)]
     widths = [max(map(len, column)) for column in zip(*(row for row in rows if len(row) > 1), strict=True)]
     problems = (None, *(one.problem for one in found))

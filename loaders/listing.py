@@ -1,4 +1,4 @@
-"""The artifacts below a folder: what each is, and whether it runs here."""
+"""Find the artifacts below a folder, describe each, and check if it runs here."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from .load import read_manifest
 from .runtime.pjrt import this_machine
 
-# Bytes of a manifest in which its version is looked for.
+# Search this many bytes of a manifest for its version.
 _HEAD = 4096
 
 
@@ -21,18 +21,18 @@ class Listed:
     """An artifact.
 
     Attributes:
-        path: of its folder.
-        problem: why it cannot be read; None where it can. Then the rest is None.
-        name: of the model.
-        architecture: of the model.
-        parameters: of the model.
-        weights: how they are stored.
+        path: the artifact's folder.
+        problem: the reason why it cannot be read, or None. All later fields are None if there is a problem.
+        name: the model's name.
+        architecture: the model's architecture.
+        parameters: the model's number of parameters.
+        weights: storage format of the weights.
         context: positions of a sequence.
-        bytes: of all files.
-        targets: their names.
-        target: the one that runs here; None where none does.
-        compiles: whether one runs here once it is compiled.
-        reason: why none runs here as it is; None where one does.
+        bytes: size of all files.
+        targets: names of the targets.
+        target: the target that runs here, or None.
+        compiles: True if a target runs here once it is compiled.
+        reason: the reason why no target runs here without compiling, or None.
     """
 
     path: Path
@@ -50,16 +50,16 @@ class Listed:
 
 
 def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> Iterator[Listed]:
-    """Yield every artifact in a folder and the folders below it, by path; hidden folders are left out.
+    """Yield every artifact in and below a folder, ordered by path; skip hidden folders.
 
     Args:
-        folder: to look in. It may be an artifact.
-        require_signature: file of a public key; what is not signed with its private one cannot be read.
+        folder: folder to search. It may be an artifact.
+        require_signature: file of a public key; artifacts without its signature are listed as unreadable.
 
     Raises:
-        PrecastError: when there is no such folder.
+        PrecastError: the folder does not exist.
     """
-    # The functions of os.path, unlike pathlib's, also answer for names that no file system takes.
+    # Unlike pathlib's, the functions of os.path also accept names that are invalid in any file system.
     if not os.path.isdir(folder):
         what = "is a file" if os.path.exists(folder) else "does not exist"
         raise PrecastError(f"{folder}: expected a folder, but it {what}; precast export writes to artifacts.")
@@ -71,7 +71,7 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
 
 
 def _folders(folder: Path) -> Iterator[Path | Listed]:
-    """Yield the folders that have a manifest, and those that cannot be looked into."""
+    """Yield the folders with a manifest, and unreadable folders."""
     if os.path.isfile(folder / MANIFEST_FILE):
         yield folder
         if _is_artifact(folder):
@@ -83,13 +83,13 @@ def _folders(folder: Path) -> Iterator[Path | Listed]:
         return
     for name in names:
         path = folder / name
-        # A link may be an artifact, but leads to no further folders: it could lead back.
+        # A link may lead to an artifact, but is not searched: it could lead back.
         if not path.is_symlink() or os.path.isfile(path / MANIFEST_FILE):
             yield from _folders(path)
 
 
 def _is_artifact(folder: Path) -> bool:
-    """Tell an artifact, however broken, from another program's folder with a file of the same name."""
+    """Return True for an artifact, however broken, and False for another program's folder with a manifest.json."""
     if os.path.exists(folder / WEIGHTS_FILE) or os.path.isdir(folder / "programs"):
         return True
     try:
@@ -124,7 +124,7 @@ def _listed(folder: Path, key: Path | None) -> Listed | None:
 
 
 def _runs(folder: Path, manifest: Manifest, machine: Machine) -> tuple[str | None, bool, str | None]:
-    """The target that runs here, whether one does once it is compiled, and why none does as it is."""
+    """Return the target that runs here, True if one runs once compiled, and the reason why none runs directly."""
     try:
         chosen = compat.choose_target(manifest, machine, str(folder), name=None, may_compile=False)
         return chosen.name, True, None
