@@ -115,6 +115,8 @@ def pieces(
         ends: ids that end the generation.
         progress: kept up to date.
     """
+    if progress.closing:  # by a task that was cancelled before the first step
+        return
     progress.begin()
     for token in tokens():
         progress.add(token)

@@ -232,3 +232,15 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_second_one_before_the_first_is_ignored_ends_the_process():
+    """As ``timeout -s INT`` sends two, to the process and to its group."""
+    code = READY + (
+        "import os, signal\n"
+        "ignore = interrupt.ignore\n"
+        "def late():\n interrupt.ignore = ignore; os.kill(os.getpid(), signal.SIGINT); ignore()\n"
+        "interrupt.ignore = late\n"
+        "now()"
+    )
+    assert interrupted(code) == (130, b"", WORD)

@@ -33,7 +33,8 @@ _UNDO: "list[Callable[[], object]]" = []
 _RAISING: "list[object]" = []
 # Signals that the main thread has handled.
 _HANDLED: "list[int]" = []
-_ENDING = _thread.allocate_lock()
+# Reentrant: a second signal may come before the first is ignored, and then ends the process in its place.
+_ENDING = _thread.RLock()
 
 
 class undoing:

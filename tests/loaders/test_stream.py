@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -252,3 +253,23 @@ def test_a_cancelled_task_ends_the_generation(
 
     asyncio.run(use())  # which waits for its worker threads
     assert (len(steps), len(caches), living(caches)) == (1, 1, 0)
+
+
+def test_a_task_cancelled_before_the_first_step_begins_nothing(tiny_model: Model, caches: list[Any]) -> None:
+    stream = tiny_model.stream(PROMPT, FREE)
+
+    async def use() -> list[str]:
+        release = threading.Event()
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        busy = asyncio.create_task(asyncio.to_thread(release.wait, 60))
+        waiting = asyncio.create_task(collected(stream))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        release.set()
+        await busy
+        return await collected(stream)
+
+    assert asyncio.run(use()) == []
+    assert (len(caches), stream.completion.finish_reason) == (0, "unfinished")
