@@ -10,7 +10,7 @@ without such text in its messages is encoded the ordinary way.
 import json
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,10 @@ class LiteralChat:
             PrecastError: as `render` and the tokenizer, and for text that becomes a control token even when encoded as
                 plain text.
         """
+        if self._misread:  # of next to no tokenizer
+            given = {key: value for key, value in values.items() if value is not None}
+            if self._misread & {*_names(given)} - {"messages"}:
+                raise _impossible()
         marker = self._free_marker(values)
         marked = {**_marked(values, self._all, marker), "messages": self._marked_messages(values, marker)}
         # JSON within a prompt may contain the marker as an escape.
@@ -68,6 +72,12 @@ class LiteralChat:
         if marker not in prompt:
             return list(encoded(self._library, prompt, add_special_tokens=False).ids)
         return self._encode(prompt, marker)
+
+    @cached_property
+    def _misread(self) -> frozenset[str]:
+        """Words of the template that a control token is made like: marked, they would not be what it asks for."""
+        words = set(re.findall(r"\w+", self._template))
+        return frozenset(word for word in words if self._all.marked(word, _MARKERS[0]) != word)
 
     def _marked_messages(self, values: Mapping[str, Any], marker: str) -> list[Any]:
         """Insert markers into messages. The assistant's messages may keep tokens that are not special (`<think>`,
@@ -117,7 +127,7 @@ class LiteralChat:
         literal, names = self._copy
         stand_ins = {literal.token_to_id(name) for name in names.values()}
         if sum(number in stand_ins for number in ids) != len(real):
-            raise PrecastError("Chat: this tokenizer cannot encode content literally; encode it as it is.")
+            raise _impossible()
         plain = text.lower()
         for number in set(ids) & self._control.keys():
             # An unknown character also produces a control token, but not from the token's text.
@@ -155,6 +165,21 @@ class _Texts:
         before = any(text[:size].lower() in self._ends for size in self._sizes)
         behind = any(text[-size:].lower() in self._begins for size in self._sizes)
         return f"{marker if before else ''}{whole}{marker if behind else ''}"
+
+
+def _impossible() -> PrecastError:
+    return PrecastError("Chat: this tokenizer cannot encode content literally; encode it as it is.")
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Yield the keys of plain JSON, and the roles of messages."""
+    if isinstance(value, Mapping):
+        yield from value
+        if isinstance(role := value.get("role"), str):
+            yield role
+    if isinstance(value, (list, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _names(item)
 
 
 def _marked(value: Any, texts: _Texts, marker: str) -> Any:

@@ -307,3 +307,20 @@ def test_the_control_tokens_are_those_of_transformers() -> None:
         ids = made.encode_chat(chat(content), literal=True)
         assert marks_of(made, ids) == marks_of(made, expected)
         assert json.dumps(made.decode(ids)) == json.dumps(theirs.decode(expected, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("word", ["user", "tool", "sop", "eop", "nor"])
+def test_a_control_token_like_a_word_of_the_template_loses_no_message(word: str) -> None:
+    """A mark within "content" or "user", or at its end, would make it another key, and another role."""
+    library = byte_level()
+    library.add_tokens([AddedToken(text, special=True) for text in (*SPECIAL, word)])
+    made = Tokenizer.from_json(
+        library.to_str().encode(), chat_template=CHATML, bos_token=None, eos_token=None
+    )
+    messages = [{"role": "user", "content": "I say nothing."}]
+    try:
+        ids = made.encode_chat(messages, literal=True)
+    except PrecastError as error:
+        assert str(error) == "Chat: this tokenizer cannot encode content literally; encode it as it is."
+        return
+    assert ids == made.encode_chat(messages)
