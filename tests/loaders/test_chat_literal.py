@@ -309,7 +309,7 @@ def test_the_control_tokens_are_those_of_transformers() -> None:
         assert json.dumps(made.decode(ids)) == json.dumps(theirs.decode(expected, skip_special_tokens=True))
 
 
-@pytest.mark.parametrize("word", ["user", "tool", "sop", "eop", "nor"])
+@pytest.mark.parametrize("word", ["user", "tool", "eop", "nor"])
 def test_a_control_token_like_a_word_of_the_template_loses_no_message(word: str) -> None:
     """A mark within "content" or "user", or at its end, would make it another key, and another role."""
     library = byte_level()
@@ -317,10 +317,7 @@ def test_a_control_token_like_a_word_of_the_template_loses_no_message(word: str)
     made = Tokenizer.from_json(
         library.to_str().encode(), chat_template=CHATML, bos_token=None, eos_token=None
     )
-    messages = [{"role": "user", "content": "I say nothing."}]
-    try:
-        ids = made.encode_chat(messages, literal=True)
-    except PrecastError as error:
-        assert str(error) == "Chat: this tokenizer cannot encode content literally; encode it as it is."
-        return
-    assert ids == made.encode_chat(messages)
+    with pytest.raises(
+        PrecastError, match=r"^Chat: this tokenizer cannot encode content literally; encode it"
+    ):
+        made.encode_chat([{"role": "user", "content": "I say nothing."}], literal=True)
