@@ -4,7 +4,7 @@ model = precast.load("artifacts/smollm2-135m-instruct-int8")
 print(model.generate("The capital of France is", precast.SamplingParams(max_tokens=16)).text)
 """
 
-TYPE_CHECKING = False  # typing takes some milliseconds, in which Ctrl-C is still Python's own
+TYPE_CHECKING = False  # importing typing takes milliseconds, during which Python would still handle Ctrl-C
 if TYPE_CHECKING:
     from .loaders.artifact.errors import PrecastError
     from .loaders.generate import Model

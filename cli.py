@@ -8,9 +8,7 @@ if __name__ == "__main__":
 
     folder = os.path.dirname(os.path.abspath(__file__))
     if find_spec("precast") is None and os.path.basename(folder) == "precast":
-        sys.path.insert(
-            1, os.path.dirname(folder)
-        )  # a clone that is not installed is the package all the same
+        sys.path.insert(1, os.path.dirname(folder))  # a clone without installation also serves as the package
     try:
         from precast.start import main as start
     except ModuleNotFoundError:
@@ -30,7 +28,7 @@ from precast.loaders import command, options
 if TYPE_CHECKING:
     from precast.loaders.console import LoadOptions, SamplingOptions
 
-# XLA's own notes about devices are not for users; errors still show. Set before anything loads it.
+# Hide XLA's notes about devices from users; errors still show. XLA reads this when loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
 
@@ -157,10 +155,10 @@ def run(
 ) -> None:
     """Generate text with ARTIFACT.
 
-    ARTIFACT is the folder of an artifact, a folder that holds exactly one, or the URL of one in a store. From a URL it
-    is pulled once, into the cache folder.
+    ARTIFACT is an artifact's folder, a folder that holds exactly one artifact, or the URL of an artifact in a store,
+    which is pulled once into the cache folder.
 
-    Without a prompt, and with a terminal, it is an interactive chat.
+    Without a prompt, on a terminal, the command starts an interactive chat.
     """
     from precast.loaders import console
 
@@ -187,10 +185,10 @@ def chat(
 ) -> None:
     """Chat with ARTIFACT in the terminal.
 
-    ARTIFACT is as for run. If standard input is no terminal, its text is the only message.
+    ARTIFACT is as for run. If standard input is not a terminal, its text is the only message.
 
-    The arrow keys find your messages of former chats, which are kept in $XDG_STATE_HOME/precast/chat_history. Set
-    PRECAST_HISTORY to another file, or to off to keep none.
+    The arrow keys recall your messages of earlier chats, stored in $XDG_STATE_HOME/precast/chat_history. Set
+    PRECAST_HISTORY to another file, or to off to store none.
     """
     from precast.loaders import console
 
@@ -204,7 +202,7 @@ def chat(
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "--cpu-isa",
-    help="Instruction set to compile for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all that this machine has."
+    help="Instruction set to compile for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all features of this machine."
     " Default: x86-64-v2; native for --target portable and on other machines.",
 )
 @click.option("--target", help="Target whose StableHLO is compiled. Default: the quickest that runs here.")
@@ -215,9 +213,9 @@ def add_target(
 ) -> None:
     """Compile ARTIFACT for another CPU or jaxlib.
 
-    The new target is compiled from the artifact's StableHLO, by the jaxlib that is installed. Nothing is traced, and
-    jax is not needed. The target becomes part of the artifact when it has given the recorded answers. A signature is
-    removed, because it would no longer fit: sign the artifact again.
+    The installed jaxlib compiles the new target from the artifact's StableHLO. Nothing is traced, and jax is not
+    needed. The target must give the recorded answers before it is added. The command removes a signature, because it
+    would no longer fit: sign the artifact again.
     """
     from precast.loaders import add_target as adding
     from precast.loaders.artifact.errors import printable
@@ -241,8 +239,8 @@ def add_target(
 def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) -> None:
     """List the artifacts below FOLDER.
 
-    FOLDER is artifacts by default. The list tells the model, the size and whether the artifact runs here; of a broken
-    artifact it tells the reason.
+    FOLDER is artifacts by default. The list shows each artifact's model and size, and if it runs here. For a broken
+    artifact it shows the reason.
     """
     from precast.loaders import list_console
 
@@ -272,11 +270,11 @@ def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None)
 def check(
     artifact: Path | str, target: str | None, may_compile: bool, as_json: bool, require_signature: Path | None
 ) -> None:
-    """Tell if ARTIFACT runs on this machine.
+    """Check if ARTIFACT runs on this machine.
 
-    The answer names everything that keeps it from running, and the remedy.
+    The answer names each obstacle and its remedy. The command reads only the manifest.
 
-    Reads the manifest alone. Exit code 0: it runs here. 1: it does not. 2: it could not be read.
+    Exit code 0: the artifact runs here. 1: it does not. 2: it could not be read.
     """
     from precast.loaders import check_console
 
@@ -307,7 +305,7 @@ def verify(
 ) -> None:
     """Check the files and the recorded answers of ARTIFACT.
 
-    Every file is hashed, and the artifact answers again the prompts that it answered when it was exported.
+    The command hashes every file, and repeats the prompts whose answers were recorded at export.
 
     Exit code 0: every file is what the manifest says, and answers and logits are those recorded. 1: something
     differs. 2: it could not be read, or does not run on this machine.
@@ -379,8 +377,8 @@ def evaluate(
     The text is tokenised without a chat template and cut into windows; a last, shorter window counts where it
     has at least 64 tokens. The first half of each window is prefilled, the second half is fed token by token
     through decode, and every prediction from the last prefilled position on is scored. A reference that is no
-    artifact computes each window at once, uncached and in float32, which needs the export extra. A signature is
-    required of both artifacts, but not of another kind of reference.
+    artifact computes each window at once, uncached and in float32, which needs the export extra. A required
+    signature applies to both artifacts, but not to another kind of reference.
     """
     from precast.loaders import eval_console
 
@@ -415,8 +413,8 @@ def sign(artifact: Path, key: Path) -> None:
 
     The signature is manifest.json.sig, beside the manifest, which holds the sha256 of every other file.
 
-    A key's password is asked for, or taken from PRECAST_KEY_PASSWORD. The signature is OpenSSF model signing's, and
-    its own command verifies it too.
+    The command asks for the key's password, or takes it from PRECAST_KEY_PASSWORD. The signature follows OpenSSF model
+    signing, whose own command also verifies it.
     """
     from precast.loaders import signing
     from precast.loaders.artifact.errors import printable
@@ -447,9 +445,9 @@ def sign(artifact: Path, key: Path) -> None:
 def push(artifact: Path, url: str, verify: bool, as_json: bool) -> None:
     """Send ARTIFACT to a store.
 
-    URL is a folder of the store and the name that the artifact gets in it. The store is one that fsspec knows:
-    s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts of
-    one folder share what they have in common, so that a second version costs what changed.
+    URL is a folder of a store plus the artifact's name in it. fsspec must support the store:
+    s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts in one folder share equal pieces,
+    so a second version adds only the changes.
     """
     from precast.loaders import store_console
 
@@ -469,7 +467,7 @@ def pull(
 ) -> None:
     """Fetch an artifact from a store.
 
-    URL is the one that it was pushed to. Every byte is checked. After an interruption the next pull goes on from there.
+    URL is the one that it was pushed to. Every byte is checked. After an interruption the next pull resumes.
     """
     from precast.loaders import store_console
 

@@ -1,4 +1,4 @@
-"""How the command ``precast`` starts: ready for Ctrl-C before it imports anything else."""
+"""Start the command ``precast``: handle Ctrl-C before importing anything else."""
 
 from precast.loaders.artifact import interrupt
 from precast.loaders.streams import open_closed_streams

@@ -46,7 +46,7 @@ def find_artifact(path: Path) -> Path:
     inside = sorted(p.parent for p in candidates if not p.parent.name.startswith("."))
     if len(inside) == 1:
         return inside[0]
-    from .no_artifact import refusal  # which a start that succeeds does not need
+    from .no_artifact import refusal  # a successful start does not need it
 
     raise refusal(path, inside)
 
@@ -81,28 +81,28 @@ def load(
     log: Callable[[str], None] | None = None,
     at: Callable[[str], None] | None = None,
 ) -> Model:
-    """Loads an artifact: no tracing, and no compiling unless asked for.
+    """Load an artifact without tracing, and without compiling unless requested.
 
-    Several threads may load at once, and share a model. Nothing that the process's other code sees is changed.
+    Several threads may load at once, and share a model. Loading changes no state that other code in the process sees.
 
     Args:
-        path: its folder, a folder with exactly one artifact in it, or a URL that one was pushed to, as a string:
-            it is then pulled into the cache folder, unless it is there already.
-        verify: hash every file again, also those that were hashed before and have not changed since.
+        path: the artifact's folder, a folder with exactly one artifact in it, or the URL string of a pushed one, which
+            is pulled into the cache folder unless it is there already.
+        verify: hash every file again, including unchanged files that were hashed before.
         target: name of the target to run; the first that fits the machine by default.
-        compile: whether a target may be compiled from its StableHLO. Each compilation is logged.
-        trusted: whether its programs are loaded at once, also where they never ran on this machine; otherwise they
-            are tried in a child process first, once (`precast.loaders.trial`).
-        require_signature: file of a public key that the artifact must be signed with, before anything of it but the
-            manifest is looked at. What is so signed is trusted. None leaves it to PRECAST_REQUIRE_SIGNATURE and to
-            the machine's own key (`precast.loaders.required`), and does not switch them off.
-        threads: that compute, on the CPU by XLA. By default one on every core that this process may run on, but no
-            more than a container's quota of processor time keeps busy. Models with the same number share them.
-        log: where messages go; standard error by default.
-        at: told the name of each program before it is loaded.
+        compile: allow compiling a target from its StableHLO. Each compilation is logged.
+        trusted: load programs that never ran on this machine directly, without a trial in a child process
+            (`precast.loaders.trial`).
+        require_signature: file of a public key. The artifact must be signed with it; only the manifest is read before
+            the check. A signed artifact is trusted. None applies PRECAST_REQUIRE_SIGNATURE and the machine's own key
+            (`precast.loaders.required`), which no argument switches off.
+        threads: number of XLA's computing threads on the CPU. The default is one per usable core, within a container's
+            CPU quota. Models with the same number share the threads.
+        log: receives messages; standard error by default.
+        at: called with the name of each program before it is loaded.
 
-    Raises:
-        PrecastError: when the artifact is not whole, not understood, or does not run on this machine.
+        Raises:
+            PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
     """
     log = log or _to_stderr
     key = required_key(require_signature)
@@ -136,12 +136,12 @@ def load(
 
 
 def load_made(root: Path, *, target: str, compile: bool = False) -> Model:
-    """Load a target of an artifact that this process has written, which nobody can have signed yet.
+    """Load a target of an artifact that this process has just written, and that is therefore unsigned.
 
     Args:
         root: the artifact.
         target: name of the target.
-        compile: whether it may be compiled from its StableHLO.
+        compile: allow compiling it from its StableHLO.
 
     Raises:
         PrecastError: as `load`.
@@ -305,7 +305,7 @@ def _nowhere(_: str) -> None:
 
 
 def _needed(manifest: Manifest, target: Target) -> set[str]:
-    """Files that are read whole: programs, tokenizer, templates."""
+    """Return the files to read whole: programs, tokenizer, templates."""
     # TensorFlow reads a SavedModel itself.
     programs = {target.file_of(p) for p in target.programs if target.runtime != "savedmodel"}
     texts = manifest.tokenizer

@@ -1,4 +1,4 @@
-"""Paths that are no artifact: what was found there, and what to do."""
+"""Explain paths that are not artifacts: the actual content, and the remedy."""
 
 import os
 import re
@@ -11,17 +11,17 @@ from .artifact.errors import PrecastError
 from .artifact.manifest import MANIFEST_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Names that a sentence lists.
+# A sentence lists at most this many names.
 _MOST_NAMES = 8
 _EXPECTED = "expected the folder of an artifact, but it"
 
 
 def refusal(path: Path, inside: Sequence[Path]) -> PrecastError:
-    """Explain why `path` is no artifact.
+    """Explain why `path` is not an artifact.
 
     Args:
-        path: as the user gave it.
-        inside: the artifacts that are folders in it: none, or more than one.
+        path: the path as the user gave it.
+        inside: the artifacts among its subfolders: none, or more than one.
     """
     if inside:
         return PrecastError(f"{path}: expected one artifact, found {_listed([p.name for p in inside])}")
@@ -55,12 +55,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """The manifests two folders down."""
+    """Return the manifests two folders down."""
     return (p for p in path.glob(f"*/*/{MANIFEST_FILE}") if not p.relative_to(path).parts[0].startswith("."))
 
 
 def _source_at(path: Path) -> tuple[str, Path] | None:
-    """The source of an artifact that a path holds: a description, and the path to export."""
+    """Describe the exportable model at a path; return the description and the path to export."""
     if os.path.isfile(path):
         if _is_gguf(path):
             return "a GGUF file", path
@@ -74,7 +74,7 @@ def _source_at(path: Path) -> tuple[str, Path] | None:
 
 
 def _is_gguf(path: Path) -> bool:
-    """Whether a file is GGUF, by its name or its first bytes."""
+    """Return True for a GGUF file, by its name or its first bytes."""
     if path.suffix.lower() == ".gguf":
         return True
     try:

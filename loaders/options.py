@@ -11,7 +11,7 @@ Command = Callable[..., None]
 
 
 def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Parse whole numbers with commas between."""
+    """Parse whole numbers separated by commas."""
     if value is None:
         return None
     try:
@@ -21,7 +21,7 @@ def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> 
 
 
 class Artifact(click.ParamType):
-    """The folder of an artifact, as a path, or the URL that one was pushed to, as text."""
+    """A parameter type: an artifact's folder, as a path, or the URL of a pushed one, as text."""
 
     name = "path or url"
 
@@ -30,7 +30,7 @@ class Artifact(click.ParamType):
 
 
 def _required(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
-    """The key that was named, or the one that the whole installation demands."""
+    """Return the given key, or the one that the whole installation requires."""
     from .required import required_key
 
     return required_key(value)
@@ -45,21 +45,21 @@ STATS = click.option(
 LITERAL = click.option(
     "--literal",
     is_flag=True,
-    help="Take messages for text alone: special-token text in them forges no turn. Implies --chat.",
+    help="Treat messages as plain text: special tokens spelt in them cannot forge a turn. Implies --chat.",
 )
 KEY = click.option(
     "--require-signature",
     metavar="KEY",
     type=click.Path(path_type=Path),
     callback=_required,
-    help="Refuse an artifact that was not signed with this key: PEM file of the public one. Default: the file that"
-    " PRECAST_REQUIRE_SIGNATURE names.",
+    help="Refuse an artifact without a signature by this key: a PEM file of the public key. Default: the file named by"
+    " PRECAST_REQUIRE_SIGNATURE.",
 )
 THREADS = click.option(
     "--threads",
     type=int,
-    help="Compute with this many threads. Default: one for every core that the process may use, and no more than its"
-    " container keeps busy.",
+    help="Compute with this many threads. Default: one per core that the process may use, within its container's CPU"
+    " quota.",
 )
 _SAMPLING = (
     click.option(
@@ -79,12 +79,12 @@ _SAMPLING = (
     click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that occurred less likely."),
     click.option("--no-repeat-ngram-size", type=int, help="Never repeat a sequence of this many tokens."),
     click.option("--min-tokens", type=int, help="Generate at least this many tokens."),
-    click.option("--seed", type=int, help="Repeat the same choice of tokens where a temperature varies it."),
+    click.option("--seed", type=int, help="Seed for sampling; the same seed gives the same tokens."),
     click.option("--stop", multiple=True, help="Stop before this text. May be given several times."),
     click.option("--ignore-eos", is_flag=True, help="Continue past the end token, to the limit."),
 )
 _LOADING = (
-    click.option("--verify", is_flag=True, help="Hash every file again, also those that have not changed."),
+    click.option("--verify", is_flag=True, help="Hash every file again, including unchanged ones."),
     click.option("--target", help="Run this target of the artifact. Default: the best that fits."),
     click.option("--compile", is_flag=True, help="Compile from StableHLO where no executable fits."),
     KEY,
@@ -105,7 +105,7 @@ def loading(command: Command) -> Command:
 def _gathering(
     command: Command, options: tuple[Callable[[Command], Command], ...], name: str, kind: str
 ) -> Command:
-    """Decorate a command with options that are the fields of a class of `console`."""
+    """Decorate a command with options that become the fields of a class in `console`."""
 
     @wraps(command)
     def wrapper(**arguments: Any) -> None:

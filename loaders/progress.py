@@ -1,4 +1,4 @@
-"""The progress of long work: one line on a terminal, a line now and then elsewhere."""
+"""Show the progress of long work: one changing line on a terminal, occasional lines elsewhere."""
 
 import os
 import sys
@@ -10,17 +10,17 @@ from .artifact.errors import printable
 
 Show = Callable[[str], None]
 Report = Callable[[int, int], None]
-# Seconds of work between two lines where standard error is no terminal; before the time left is told.
+# Seconds between two lines if standard error is no terminal; seconds of work before the time left is shown.
 _PAUSE_S, _SETTLED_S = 15.0, 2.0
-# Of a terminal that does not tell.
+# The width of a terminal that does not report it.
 _COLUMNS = 80
 
 
 @contextmanager
 def line_on_terminal() -> Iterator[Show]:
-    """Give a function that shows a line on standard error in place of the one before.
+    """Yield a function that replaces the progress line on standard error.
 
-    The line is gone when the block ends, also where it fails. Nothing is shown where standard error is no terminal.
+    The line is erased when the block ends, even with an error. Without a terminal nothing is shown.
     """
     if not sys.stderr.isatty():
         yield lambda line: None
@@ -29,7 +29,7 @@ def line_on_terminal() -> Iterator[Show]:
 
     def show(line: str) -> None:
         nonlocal last
-        # A line that wraps could not be replaced.
+        # A wrapped line could not be replaced.
         line = printable(line)[: _columns() - 1]
         if line != last:
             sys.stderr.write(f"\r\x1b[K{line}")
@@ -51,12 +51,12 @@ def _columns() -> int:
 
 @contextmanager
 def counted(verb: str, noun: str, clock: Callable[[], float] = time.monotonic) -> Iterator[Report]:
-    """Give a function that reports how much is done, of how much in all.
+    """Yield a function that reports the finished and the total amount of work.
 
     Args:
-        verb: of the work, as "scored".
-        noun: of its parts, as "predictions".
-        clock: gives seconds.
+        verb: participle for the work, such as "scored".
+        noun: name of its units, such as "predictions".
+        clock: returns seconds.
     """
     started = said = clock()
 

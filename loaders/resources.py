@@ -1,4 +1,4 @@
-"""What this process may use of the machine: processors, memory and threads, a container's limits included."""
+"""The processors, memory and threads that this process may use, including a container's limits."""
 
 import os
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ class Processors(Frozen):
     """The processors of a machine, and this process's share.
 
     Attributes:
-        cores: that the machine has.
-        usable: those that this process may run on.
-        quota: how many of them its control group lets it keep busy; None for all.
+        cores: the machine's number of cores.
+        usable: number of cores that this process may run on.
+        quota: number of cores that its control group lets it keep busy; None for all.
     """
 
     cores: int
@@ -30,9 +30,9 @@ class Processors(Frozen):
 
     @property
     def threads(self) -> int:
-        """How many threads compute by default: as many as always run.
+        """Return the default number of computing threads, within the quota.
 
-        With one more than the quota, all wait whenever the time of a period is spent, and spinning spends it.
+        With one thread more than the quota, spinning uses up each period's CPU time, and then all threads wait.
         """
         return self.usable if self.quota is None else max(1, min(self.usable, int(self.quota)))
 
@@ -42,7 +42,7 @@ class Limits(Frozen):
 
     Attributes:
         address_space: bytes that it may still map (``ulimit -v``).
-        threads: threads that it could start, where those were too few (``ulimit -u``, pids.max of a container).
+        threads: number of threads that it could start, if too few (``ulimit -u``, pids.max of a container).
     """
 
     address_space: int | None
@@ -50,11 +50,11 @@ class Limits(Frozen):
 
 
 class Memory(Frozen):
-    """In bytes; None where the system does not tell.
+    """Memory in bytes; None if the system does not report it.
 
     Attributes:
-        limit: what this process could have if nothing else ran: the machine's, or its control group's limit.
-        available: what it could have now.
+        limit: memory for this process if nothing else ran: the machine's, or its control group's limit.
+        available: memory that this process could have now.
     """
 
     limit: int | None
@@ -85,13 +85,13 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
             system compares with its limits are not all to be seen.
         system: root of the file system.
     """
-    space = _address_space()  # before threads take of it what later ones use again
+    space = _address_space()  # measured first, because threads take address space that later ones reuse
     few = _startable(threads) if _thread_limit(system) < threads + _IN_SIGHT else None
     return Limits(address_space=space, threads=few)
 
 
 def _thread_limit(system: Path) -> int:
-    """At most how many threads this process may start more, as far as the limits tell that are there."""
+    """Return an upper bound of the threads that this process may still start, by the limits that are set."""
     found = [_NO_LIMIT]
     for group in _groups(system, "pids"):
         if (most := _number(group / "pids.max")) is not None:
@@ -100,9 +100,9 @@ def _thread_limit(system: Path) -> int:
         import resource
 
         most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-        # Of all processes of the user, whose threads would take a while to count.
+        # This limit counts threads of all the user's processes, and counting those would take a while.
         found += [most] if most != resource.RLIM_INFINITY else []
-        # Stacks are address space.
+        # Thread stacks take address space.
         found += [0] if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY else []
     return min(found)
 
@@ -120,7 +120,7 @@ def _address_space() -> int | None:
 
 
 def _startable(wanted: int) -> int | None:
-    """Start so many threads side by side; return how many there were, or None for all."""
+    """Start this many concurrent threads; return the number that started, or None for all."""
     end, started = Event(), list[Thread]()
     try:
         for _ in range(wanted):
@@ -137,7 +137,7 @@ def _startable(wanted: int) -> int | None:
 
 
 def _groups(system: Path, controller: str) -> Iterator[Path]:
-    """Folders of the control groups that this process is in, from its own to the outermost."""
+    """Yield the folders of this process's control groups, from its own to the outermost."""
     text = _text(system / "proc/self/cgroup")
     for line in text.splitlines():
         number, _, rest = line.partition(":")
@@ -148,7 +148,7 @@ def _groups(system: Path, controller: str) -> Iterator[Path]:
             top = system / "sys/fs/cgroup" / controller
         else:
             continue
-        # Inside a container the name may be one of the world outside; then its own group is the top.
+        # Inside a container the name may belong to the host; then the container's own group is the top.
         parts = [part for part in name.split("/") if part not in ("", "..")]
         for n in range(len(parts), -1, -1):
             folder = top.joinpath(*parts[:n])
@@ -157,7 +157,7 @@ def _groups(system: Path, controller: str) -> Iterator[Path]:
 
 
 def _limit(group: Path) -> tuple[int, int] | None:
-    """A group's limit, and what is left of it. Pages of files that were read are as good as free."""
+    """Return a group's limit and the remaining memory. Cached file pages count as free."""
     for maximum, current, inactive in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

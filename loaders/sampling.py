@@ -1,7 +1,7 @@
-"""How the next token is chosen from the logits: NumPy only, the same tokens for the same seed.
+"""Choose the next token from the logits, with NumPy only, and the same tokens for the same seed.
 
 The filters and their order are those of transformers (repetition penalty, forbidden tokens, temperature, top-k,
-top-p, min-p), so that settings found there mean the same here.
+top-p, min-p), so settings mean the same in both.
 """
 
 import math
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class SamplingParams(Frozen):
-    """How to generate. The defaults are greedy and end at an end-of-generation token or when the cache is full.
+    """How to generate. By default decoding is greedy and ends at an end-of-generation token or when the cache is full.
 
     Raises:
         PrecastError: a parameter is unknown, of the wrong type, out of range, or not given by its name.
@@ -84,7 +84,7 @@ class SamplingParams(Frozen):
 
     @property
     def constrained(self) -> bool:
-        """Whether some tokens may be forbidden."""
+        """Return True if any parameter may forbid tokens."""
         return bool(
             self.min_tokens
             or self.min_length
@@ -95,11 +95,11 @@ class SamplingParams(Frozen):
         )
 
     def limit(self, prompt_tokens: int, room: int) -> int:
-        """Return the most tokens that a prompt may be continued by.
+        """Return the maximum number of tokens to generate after a prompt.
 
         Args:
             prompt_tokens: length of the prompt.
-            room: positions that the cache has left.
+            room: positions left in the cache.
 
         Raises:
             PrecastError: the prompt reaches max_length.
@@ -116,8 +116,8 @@ class SamplingParams(Frozen):
         return min(self.max_length - prompt_tokens, room)
 
 
-# Lowest value of each whole number, and highest of each real one. Integers go up to 2^63 - 1, as a manifest's, but for
-# the seed: a generator's state has 128 bits.
+# Minimum of each whole number, and maximum of each real one. Integers go up to 2^63 - 1, as in a manifest, except the
+# seed: a generator's state has 128 bits.
 _WHOLE = {
     "max_tokens": 1,
     "max_length": 1,
@@ -156,10 +156,10 @@ def _integer(name: str, value: Any, *, low: int) -> int:
 
 
 def _real(name: str, value: Any, *, high: float) -> float:
-    """Return a number that is neither lost nor infinite in float32, the type that logits are computed in."""
+    """Return a number that float32, the type of the logits, holds without underflow to zero or overflow."""
     known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     value = value.item() if isinstance(value, np.generic) else value
-    # Compared before it is converted: an int may be more than a float holds.
+    # Compare before converting: an int may exceed the range of a float.
     if known and (value == 0 or _SMALLEST <= value <= min(high, _LARGEST)):
         return float(value)
     wanted = "at least 0" if math.isinf(high) else f"between 0 and {high:g}"
@@ -196,10 +196,10 @@ _BLOCK = 512  # weights summed together when drawing
 
 
 class Sampler:
-    """Chooses tokens for one sequence. It remembers the sequence, for the penalty and for forbidden tokens.
+    """A sampler of tokens for one sequence, which it records for the penalty and for forbidden tokens.
 
     Args:
-        params: how to choose.
+        params: the sampling parameters.
         prompt_ids: tokens of the prompt; ids of `vocab_size` and above never come out of the model and are
             ignored, as in transformers.
         vocab_size: V, the length of the logits.
@@ -235,8 +235,8 @@ class Sampler:
         """Choose the next token from logits [V] (float32) and record it.
 
         Raises:
-            PrecastError: the shape is not [V], the logits hold NaN, +inf or nothing but -inf, or every token that
-                they allow is forbidden.
+            PrecastError: the shape is not [V], the logits contain NaN or +inf or only -inf, or every token that they
+                allow is forbidden.
         """
         scores = self._allowed(self._penalised(_checked(logits, self._vocab_size)))
         if self._params.temperature == 0:
@@ -257,7 +257,7 @@ class Sampler:
         scores = scores.copy()
         with np.errstate(over="ignore", under="ignore"):
             new = np.where(old < 0, old * penalty, old / penalty)
-        # A finite logit stays finite: infinities could not be compared, and would forbid what is only penalised.
+        # Keep finite logits finite: infinities do not compare, and would forbid tokens that are only penalised.
         scores[seen] = np.where(np.isneginf(old), old, np.clip(new, -_LARGEST, _LARGEST))
         return scores
 
@@ -280,7 +280,7 @@ class Sampler:
 def _forbidden(params: SamplingParams, prompt: list[int], end_ids: Iterable[int]) -> "Forbidden | None":
     if not params.constrained:
         return None
-    # Imported here: few models forbid anything, and a start is short.
+    # Imported here to keep the start short: few models forbid any tokens.
     from .forbidden import Forbidden
 
     return Forbidden(params, prompt, end_ids)

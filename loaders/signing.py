@@ -96,10 +96,10 @@ def check_bytes(manifest: bytes, signature: bytes | None, key: Path, where: str)
 
 
 def fingerprint(key: Path) -> str:
-    """Return the sha256 of a public key, as signatures name it.
+    """Return the sha256 of a public key, as in signatures.
 
     Raises:
-        PrecastError: when the file holds no such key.
+        PrecastError: the file does not contain a public key.
     """
     _need_library()
     return _fingerprint(_read_public(key))

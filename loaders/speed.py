@@ -1,4 +1,4 @@
-"""How fast an answer came, for people."""
+"""Format the speed of answers for people."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def brief(completion: "Completion") -> str:
-    """A few words about one answer."""
+    """Format the speed of one answer briefly."""
     timing, count = completion.timing, len(completion.token_ids)
     speed = f", {timing.decode_tokens_per_s:.1f} tokens/s" if count > 1 else ""
     limit = ", cut off at the limit" if completion.finish_reason == "length" else ""
@@ -15,11 +15,11 @@ def brief(completion: "Completion") -> str:
 
 
 def full(completions: "list[Completion]", first_token_s: float | None = None) -> str:
-    """A line about answers, as ``--stats`` asks for it.
+    """Format the speed of answers in one line, for ``--stats``.
 
     Args:
         completions: at least one.
-        first_token_s: seconds from the start of the process to the first token, where there is one answer.
+        first_token_s: seconds from the start of the process to the first token, for a single answer.
     """
     prompt = sum(len(c.prompt_token_ids) for c in completions)
     prefill = sum(c.timing.prefill_s for c in completions)

@@ -1,4 +1,4 @@
-"""What pulling keeps on this machine, below ``pulled/`` of the cache folder.
+"""The local files of pulls, below ``pulled/`` in the cache folder.
 
 ::
 
@@ -7,8 +7,8 @@
     artifacts/KEY/SHA256/  artifacts pulled to be run from their URL, by their manifests' sha256
     urls/KEY/HASH          manifest's sha256 that a URL led to last, for when it cannot be reached
 
-KEY is the sha256 of the public key that an artifact was checked with, or "unsigned": what a pull without a key brings
-never takes the place of what was checked with one, nor does what another key vouches for.
+KEY is the sha256 of the public key that an artifact was checked with, or "unsigned". So a pull without a key, or with
+another key, never replaces an artifact that was checked with a key.
 
 All of it is a convenience that may be deleted at any time. Nothing read from it is used before it has been hashed.
 """
@@ -30,15 +30,15 @@ from .store_index import Index, Piece, parse_index
 # Age at which a piece that is being written, and one that is waiting for the others, is nobody's any more.
 _UNFINISHED_S, _ABANDONED_S = 3600, 30 * 24 * 3600
 _Place = tuple[Path, int]
-# In the place of a key's sha256.
+# Stands for a key's sha256 in unchecked pulls.
 UNSIGNED = "unsigned"
 
 
 def folder() -> Path:
-    """Where all of it is.
+    """Return the folder of all these files.
 
     Raises:
-        PrecastError: where others may write to it, so that nothing is pulled through it.
+        PrecastError: others may write to it, so it is unsafe for pulling.
     """
     return files.own_cache("pulled")
 
@@ -60,7 +60,7 @@ def keeping() -> Iterator[None]:
 
 
 def artifact_folder(manifest: str, key: str) -> Path:
-    """Where an artifact with this manifest is run from, by who checks it with this key."""
+    """Return the folder that an artifact with this manifest and key runs from."""
     return folder() / "artifacts" / key / manifest
 
 
@@ -111,7 +111,7 @@ def _checked(data: bytes, piece: Piece) -> bytes | None:
 
 
 def note_folder(path: Path, index: Index, key: str) -> None:
-    """Notes that the artifact of this index is in the folder `path`, and was checked with the key of this sha256."""
+    """Record that the artifact of this index is in the folder `path`, and was checked with the key of this sha256."""
     note = {"folder": str(path.resolve()), "index": dataclasses.asdict(index), "key": key}
     _write_note("folders", _note_of(path), json.dumps(note))
 
@@ -121,9 +121,9 @@ def _note_of(path: Path) -> str:
 
 
 def checked_with(path: Path) -> tuple[str, str] | None:
-    """The sha256 of the key and of the manifest that a folder's artifact was checked with when it was pulled.
+    """Return the sha256 of the key and of the manifest with which a folder's artifact was checked when pulled.
 
-    None where no key was named, or where the folder holds another artifact now.
+    Return None if no key was used, or if the folder now holds another artifact.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, PrecastError):
         note = json.loads((folder() / "folders" / _note_of(path)).read_bytes())
@@ -177,7 +177,7 @@ def note_url(url: str, manifest: str, key: str) -> None:
 
 
 def last_of(url: str, key: str) -> Path | None:
-    """The artifact that a URL led to last for who checks with this key, where it is still here."""
+    """Return the artifact that a URL last led to with this key, if it is still here."""
     with suppress(OSError, ValueError):
         manifest = (folder() / "urls" / key / _hash(url)).read_text("ascii").strip()
         root = artifact_folder(manifest, key)

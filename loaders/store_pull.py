@@ -64,19 +64,19 @@ def pull(
 
 
 def _holder(key: Path | None) -> str:
-    """The name of the part of the cache that is kept for a key.
+    """Return the name of the cache's part for a key.
 
     Raises:
-        PrecastError: when the file holds no key.
+        PrecastError: the file does not contain a key.
     """
     return cache.UNSIGNED if key is None else fingerprint(key)
 
 
 def _keep_what_was_checked(root: Path) -> None:
-    """Refuse to replace an artifact that was checked with a key by one that is not.
+    """Refuse to replace an artifact that was checked with a key by an unchecked one.
 
     Raises:
-        PrecastError: naming the key.
+        PrecastError: names the key.
     """
     if (checked := cache.checked_with(root)) is not None:
         raise PrecastError(

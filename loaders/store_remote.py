@@ -125,7 +125,7 @@ class Store:
         with undoing(temporary.unlink):
             try:
                 temporary.write_bytes(data)
-                os.replace(temporary, path)  # and not fsspec's `mv`, which moves into a folder of that name
+                os.replace(temporary, path)  # fsspec's `mv` would move into an existing folder of that name
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
@@ -170,7 +170,7 @@ def _read_plain(path: Path, most: int) -> bytes:
 
 
 class _NotPlain(Exception):
-    """In the place of a file stands a pipe, a device or a folder."""
+    """A pipe, device or folder stands in place of a file."""
 
 
 def _behind(error: Exception) -> Exception:

@@ -1,4 +1,4 @@
-"""A generation under way: pieces of text as they come, and what they add up to."""
+"""A running generation: its pieces of text, and the result so far."""
 
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence, Set
@@ -10,7 +10,7 @@ from .artifact.frozen import Frozen
 from .stopping import StopStrings
 from .tokenizer import TextStream
 
-# `__anext__` cannot pass on StopIteration.
+# `__anext__` cannot raise StopIteration.
 _END = object()
 
 
@@ -18,8 +18,8 @@ class Timing(Frozen):
     """Seconds, from the start of the call.
 
     Attributes:
-        prefill_s: the prompt through the model, and its first token chosen.
-        decode_s: from the first token to the last, without the time that the reader of a stream took.
+        prefill_s: time to process the prompt and choose the first token.
+        decode_s: time from the first token to the last, without time spent by the reader of a stream.
         decode_tokens_per_s: tokens after the first over `decode_s`; 0 where there were none.
     """
 
@@ -51,9 +51,9 @@ class Progress:
     """The state of one generation.
 
     Attributes:
-        text: the pieces given out.
-        ids: tokens generated.
-        reason: for a `Completion`.
+        text: the pieces yielded so far.
+        ids: the generated tokens.
+        reason: the `finish_reason` of the `Completion`.
         closing: set from any thread to end the generation before its next token.
     """
 
@@ -68,14 +68,14 @@ class Progress:
         self._started = self._first = self._last = time.perf_counter()
 
     def add(self, token: int) -> None:
-        """Note a token that was generated just now."""
+        """Record a token that was just generated."""
         self._last = time.perf_counter() - self._elsewhere
         if not self.ids:
             self._first = self._last
         self.ids.append(token)
 
     def give(self, piece: str) -> Iterator[str]:
-        """Yield a piece of text, unless it is empty. The time that its reader takes is not the model's."""
+        """Yield a piece of text, unless it is empty. Exclude its reader's time from the timing."""
         self.text += piece
         if piece:
             given = time.perf_counter()
@@ -109,11 +109,11 @@ def pieces(
     """Yield the text of a generation.
 
     Args:
-        tokens: begins the generation; gives the ids one by one.
-        decoder: from ids to text.
+        tokens: begins the generation, and returns an iterator of ids.
+        decoder: converts ids to text.
         stops: the stop strings.
         ends: ids that end the generation.
-        progress: kept up to date.
+        progress: updated with each token.
     """
     if progress.closing:  # by a task that was cancelled before the first step
         return
@@ -139,17 +139,17 @@ def pieces(
 
 
 class Stream(Iterator[str], AsyncIterator[str]):
-    """A generation under way: iterate it for pieces of text, then read `completion`.
+    """A running generation: iterate it for pieces of text, then read `completion`.
 
     No piece holds a broken character or a part of a stop string. The first piece starts the work, and each piece is
     computed when it is asked for. The memory of the cache is freed at the end, by `close`, at the end of a ``with``
     block, or with the last reference to the stream, whichever comes first.
 
-    ``async for`` computes in a worker thread of the event loop's default executor, so that the loop is never blocked.
+    ``async for`` computes in a worker thread of the event loop's default executor, and so never blocks the loop.
     A cancelled task ends the generation before its next token.
 
-    A stream may be passed from thread to thread. Two threads that ask at once get different pieces, one after the
-    other; `close` waits for the step under way.
+    A stream may be passed between threads. Two threads that read at once get different pieces, one after the other;
+    `close` waits for the current step.
     """
 
     # The generator must not refer to the stream: a cycle would keep the cache until the next garbage collection.
@@ -175,7 +175,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self.close()
 
     def close(self) -> None:
-        """End the generation and free its cache. Do nothing at a second call."""
+        """End the generation and free its cache; do nothing if called again."""
         self._progress.closing = True
         with self._lock:
             self._pieces.close()
@@ -188,7 +188,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     @property
     def completion(self) -> Completion:
-        """The result so far; nothing is generated for it.
+        """The result so far, without generating more.
 
         The `finish_reason` of a stream that has not come to its end is "unfinished".
         """

@@ -1,7 +1,7 @@
-"""How another target becomes part of an artifact that is there, so that it is whole whenever this process is killed.
+"""Add a target to an existing artifact so that the artifact stays whole if this process is killed at any moment.
 
 1. The folder is locked (``flock``), so that two processes wait for each other. The lock ends with the process.
-2. Whatever killed processes left is settled, as in step 7.
+2. Remains of killed processes are settled, as in step 7.
 3. ``programs/.add-target.precast-*.partial/`` is made, with a mark, the old manifest and the new one.
 4. The executables are written there, synced, and their folder is renamed to ``programs/NAME/``. The artifact's manifest
    does not know them yet, so the artifact is the old one still.
@@ -38,12 +38,12 @@ _PURPOSE, _OLD, _EXECUTABLES = "add-target", "old.json", "executables"
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """The artifact that is locked.
+    """The locked artifact.
 
     Attributes:
-        root: its folder's name, which another folder may come to have.
-        handle: of the folder.
-        data: the manifest, as it was when it was locked.
+        root: the folder's path, which another folder may take over.
+        handle: the folder's descriptor.
+        data: the manifest at the time of locking.
     """
 
     root: Path
@@ -51,7 +51,7 @@ class Held:
     data: bytes
 
     def is_there(self) -> bool:
-        """Tell whether `root` is still the folder that is locked."""
+        """Return True if `root` is still the locked folder."""
         try:
             return os.path.samestat(self.root.stat(), os.fstat(self.handle))
         except OSError:
@@ -61,7 +61,7 @@ class Held:
         """Refuse an artifact that was exchanged.
 
         Raises:
-            PrecastError: when `root` is another artifact now, or programs/ is no folder of it.
+            PrecastError: `root` is now another artifact, or its programs/ is not a folder.
         """
         try:
             same = self.is_there() and self.data == files.read(self.root, MANIFEST_FILE, limit=len(self.data))
@@ -71,7 +71,7 @@ class Held:
             raise PrecastError(
                 f"{self.root}: was replaced while its target was compiled; run precast add-target again."
             )
-        with suppress(FileNotFoundError):  # it is made where it is missing
+        with suppress(FileNotFoundError):  # a missing one is created
             mode = (self.root / PROGRAMS).lstat().st_mode
             if not stat.S_ISDIR(mode):
                 what = "link" if stat.S_ISLNK(mode) else "file"
@@ -82,7 +82,7 @@ class Held:
 
 @contextmanager
 def locked(root: Path, log: Callable[[str], None]) -> Iterator[int]:
-    """Keep others that add targets out of the artifact; wait for one that is at it. Give the folder's descriptor."""
+    """Lock the artifact against other processes that add targets, and wait for a running one. Yield the descriptor."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -97,10 +97,10 @@ def locked(root: Path, log: Callable[[str], None]) -> Iterator[int]:
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Turn what the system refuses into a sentence.
+    """Turn OSError into a sentence.
 
     Raises:
-        PrecastError: naming the artifact.
+        PrecastError: names the artifact.
     """
     try:
         yield
@@ -112,20 +112,20 @@ def writing(root: Path) -> Iterator[None]:
 
 
 def remove_leftovers(held: Held) -> None:
-    """Settle and remove what processes that were killed left below programs/."""
+    """Settle and remove the remains of killed processes below programs/."""
     if (held.root / PROGRAMS).exists():
         folders.remove_leftovers(held.root / PROGRAMS, _PURPOSE, lambda left: _settle(held.root, left))
 
 
 @contextmanager
 def adding(held: Held, manifest: Manifest) -> Iterator[Path]:
-    """Give a folder that says what is being done; when the block ends, well or not, all is settled and it is gone.
+    """Yield a folder that records the change in progress; when the block ends in any way, settle and remove it.
 
     Raises:
-        PrecastError: when the artifact was exchanged.
+        PrecastError: the artifact was exchanged.
     """
     data = to_json(manifest).encode()
-    # What would be refused at the next load must not be written.
+    # Never write a manifest that the next load would refuse.
     parse_manifest(data, str(held.root / MANIFEST_FILE))
     held.check()
     programs = held.root / PROGRAMS
@@ -146,8 +146,8 @@ def adding(held: Held, manifest: Manifest) -> Iterator[Path]:
 
 
 def _tidy(held: Held, work: Path) -> None:
-    """Settle, and remove the folder that says what is being done."""
-    if not held.is_there():  # what has this name may be another's
+    """Settle, and remove the folder that records the change."""
+    if not held.is_there():  # the name may belong to another artifact now
         return
     if work.exists():
         _settle(held.root, work)
@@ -157,11 +157,11 @@ def _tidy(held: Held, work: Path) -> None:
 
 
 def write_programs(held: Held, work: Path, executables: Mapping[str, bytes]) -> None:
-    """Write a folder of executables that is there whole or not at all."""
+    """Write a folder of executables atomically."""
     final = held.root / PurePosixPath(next(iter(executables))).parent
     partial = work / _EXECUTABLES
     held.check()
-    # Not mkdtemp: what becomes part of the artifact has the permissions that the user's other files have.
+    # Unlike mkdtemp, give it the permissions of the user's other files, as it becomes part of the artifact.
     partial.mkdir()
     for name, data in executables.items():
         _write_synced(partial / PurePosixPath(name).name, data)
@@ -171,7 +171,7 @@ def write_programs(held: Held, work: Path, executables: Mapping[str, bytes]) -> 
 
 
 def replace_manifest(held: Held, work: Path) -> bool:
-    """Put the new manifest in the place of the old one, and tell whether the old one was signed."""
+    """Replace the old manifest by the new one; return True if the old one was signed."""
     root, signature = held.root, held.root / SIGNATURE_FILE
     held.check()
     signed, aside = signature.exists(), work / SIGNATURE_FILE
@@ -183,14 +183,14 @@ def replace_manifest(held: Held, work: Path) -> bool:
         if aside.exists() and (work / MANIFEST_FILE).exists():
             aside.rename(signature)
         raise
-    # The new one is there, whole: without this only a power cut could still bring the old one back.
+    # The new manifest is complete: without this sync only a power cut could still restore the old one.
     with suppress(OSError):
         folders.sync(root)
     return signed
 
 
 def _settle(root: Path, work: Path) -> None:
-    """Bring the artifact in line with its manifest, old or new. What cannot be removed is in nobody's way."""
+    """Make the artifact match its manifest, old or new. Files that cannot be removed do no harm."""
     with suppress(OSError, PrecastError):
         data = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
         _put_signature_back(root, work / SIGNATURE_FILE, data)
@@ -204,7 +204,7 @@ def _settle(root: Path, work: Path) -> None:
 
 
 def _remove_if(root: Path, name: str, sha256: str) -> None:
-    """Remove a file of the artifact that has this hash, and its folder where nothing else is in it."""
+    """Remove a file of the artifact if it has this hash, and its folder if that is then empty."""
     with suppress(OSError, PrecastError):
         path = files.member(root, name)
         if files.sha256_of(path) == sha256:
@@ -213,7 +213,7 @@ def _remove_if(root: Path, name: str, sha256: str) -> None:
 
 
 def _put_signature_back(root: Path, kept: Path, manifest: bytes) -> None:
-    """Where the signature was put aside, and the manifest that it is of was not replaced."""
+    """Restore a signature that was put aside, if it fits the manifest."""
     from .signing import MAX_SIGNATURE_BYTES, signed_digest
 
     signature = root / SIGNATURE_FILE

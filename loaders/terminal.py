@@ -1,9 +1,9 @@
-"""Text that a terminal only shows."""
+"""Text without control characters for terminals."""
 
 from collections.abc import Iterable, Iterator
 
-# C0 but for tab and newline, DEL, C1, and the characters that reorder text around them (bidirectional embeddings,
-# overrides and isolates). The marks and joiners that scripts and emoji need are not among them.
+# C0 except tab and newline, DEL, C1, and the characters that reorder nearby text (bidirectional embeddings, overrides
+# and isolates). The marks and joiners of scripts and emoji are not included.
 _COMMANDS = (
     *(set(range(0x20)) - {0x09, 0x0A}),
     *range(0x7F, 0xA0),
@@ -14,16 +14,16 @@ _SHOWN = dict.fromkeys(_COMMANDS, "\N{REPLACEMENT CHARACTER}")
 
 
 def harmless(text: str) -> str:
-    """The text with a visible character in place of each that would command a terminal."""
+    """Replace each character that could control a terminal by a visible one."""
     return text.translate(_SHOWN)
 
 
 def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces of a text for a terminal; a line may end in a carriage return and a newline."""
+    """Yield the pieces of a text, made harmless for a terminal; a line may end in a carriage return and a newline."""
     held = ""
     for piece in pieces:
         text = held + piece
-        # A newline may follow in the next piece.
+        # The newline may come with the next piece.
         held = "\r" if text.endswith("\r") else ""
         text = text.removesuffix("\r").replace("\r\n", "\n")
         if text:
@@ -33,5 +33,5 @@ def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def escaped(line: str) -> str:
-    """A line of JSON without characters that command a terminal; it holds the same value."""
+    """Escape the characters in a line of JSON that could control a terminal; its value stays the same."""
     return line.translate({code: f"\\u{code:04x}" for code in _COMMANDS})

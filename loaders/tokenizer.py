@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # SentencePiece's spelling of a raw byte: a token that exists for each byte, for text the vocabulary lacks.
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-# The template for any conversation, and the one for conversations with tools, where a model has it.
+# Names of the default template, and of the one for conversations with tools.
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 
 # Steps of decoders that a stream can follow piece by piece, looking back at a few of them.
@@ -73,7 +73,7 @@ class Tokenizer:
             named_templates: Jinja sources of further templates, by name ("tool_use", "rag").
 
         Raises:
-            PrecastError: `data` is not a tokenizer, or has a decoder that cannot be followed token by token.
+            PrecastError: `data` is not a tokenizer, or its decoder cannot run token by token.
         """
         import tokenizers
 
@@ -107,7 +107,7 @@ class Tokenizer:
 
     @property
     def largest_own_id(self) -> int:
-        """The largest id of a token that was not added to the vocabulary."""
+        """Return the largest id in the vocabulary without added tokens."""
         return max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
 
     def tokens_from(self, first: int) -> list[str]:
@@ -116,7 +116,7 @@ class Tokenizer:
         return sorted((text for text, i in vocabulary.items() if i >= first), key=vocabulary.__getitem__)
 
     def token(self, token_id: int) -> str | None:
-        """Return the spelling of a token, or None where no token has the id."""
+        """Return the spelling of a token, or None if no token has the id."""
         return self._library.id_to_token(token_id) if 0 <= token_id <= self.largest_id else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -162,8 +162,8 @@ class Tokenizer:
 
         Args:
             messages: this and the other arguments: as `ChatTemplate.render`.
-            template: name of the template; None for "tool_use" where there are tools and such a template, else for
-                the default one, as transformers chooses.
+            template: name of the template; None chooses as transformers does: "tool_use" if there are tools and such a
+                template, else the default one.
 
         Raises:
             PrecastError: there is no such template, the messages are malformed, or the template fails.
@@ -191,11 +191,11 @@ class Tokenizer:
 
         Args:
             messages: this and the other arguments: as `render_chat`.
-            literal: encode what the caller gives as text and nothing else: special-token text in a message does not
-                become a token, and so cannot forge a turn. Messages without such text get the same ids.
+            literal: encode the caller's values as plain text: special-token text in a message does not become a token,
+                and so cannot forge a turn. Messages without such text get the same ids.
 
         Raises:
-            PrecastError: as `render_chat` and `encode`; for text that cannot be encoded literally.
+            PrecastError: as `render_chat` and `encode`; or a text cannot be encoded literally.
         """
         chosen = self._template(template, tools)
         values = chosen.values(
@@ -229,7 +229,7 @@ class Tokenizer:
         return self._compiled[name]
 
     def _chosen(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        """The name of the template to take."""
+        """Return the name of the template to use."""
         if not self._templates:
             raise PrecastError(
                 "Chat: this artifact has no chat template, so messages cannot become a prompt;"

@@ -1,4 +1,4 @@
-"""The tokenizers library, with one sentence for whatever it raises."""
+"""Call the tokenizers library, and turn its errors into one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ def encoded(library: "LibraryTokenizer", text: str, *, add_special_tokens: bool)
     """Return the tokens of a text.
 
     Raises:
-        PrecastError: the text holds half of a surrogate pair, which no tokenizer can encode.
+        PrecastError: the text contains half of a surrogate pair, which no tokenizer can encode.
     """
     try:
         with explained(
@@ -40,13 +40,13 @@ def decoded(library: "LibraryTokenizer", ids: list[int], *, skip_special_tokens:
 
 @contextmanager
 def explained(expected: str, *but: type[Exception]) -> Iterator[None]:
-    """Make one sentence of what the library raises, but for errors that tell of the caller's own arguments."""
+    """Turn the library's errors into one sentence, except errors about the caller's arguments."""
     try:
         yield
     except but:
         raise
     except BaseException as error:
-        # It raises bare Exception and ValueError; a panic of its Rust code is no Exception at all.
+        # The library raises bare Exception and ValueError; a panic of its Rust code is a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise PrecastError(f"{expected}, found: {_one_line(error)}; export the artifact again.") from error

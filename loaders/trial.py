@@ -97,10 +97,10 @@ def remember(manifest: Manifest, target: Target, machine: Machine) -> bool:
 
 
 def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
-    """Named after all that decides whether the target runs: programs and signatures, weights, cache, machine.
+    """Return the record's path, derived from all that affects the trial: programs, signatures, weights, cache, machine.
 
     Raises:
-        PrecastError: where there is no cache folder, or others may write to it.
+        PrecastError: there is no cache folder, or others may write to it.
     """
     if target.platform != "cuda":  # then nobody asks for GPUs
         machine = replace(machine, gpus=(), cuda_plugin="")
@@ -114,13 +114,13 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
 
 
 def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:
-    """Yield the names that begin with one of the folders, in a time that does not grow with names times folders."""
+    """Yield the names below one of the folders, in less than names times folders steps."""
     tops: list[str] = []
     for folder in sorted(folders):
         if not tops or not folder.startswith(tops[-1]):
             tops.append(folder)
     for name in names:
-        # Of folders that are not inside one another, only the last that sorts before a name can be its beginning.
+        # Of folders that do not nest, only the last that sorts before a name can contain it.
         place = bisect_right(tops, name)
         if place and name.startswith(tops[place - 1]):
             yield name
@@ -152,7 +152,7 @@ def _attempt(
 
 
 def _await_end(running: "Child", root: Path, target: Target, limit_s: int) -> None:
-    """Let the child finish.
+    """Wait for the child to finish.
 
     Raises:
         PrecastError: as `ensure`.

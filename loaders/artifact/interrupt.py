@@ -16,7 +16,7 @@ import _thread
 import os
 from time import sleep
 
-TYPE_CHECKING = False  # typing takes some milliseconds
+TYPE_CHECKING = False  # importing typing takes milliseconds
 if TYPE_CHECKING:
     import signal
     from collections.abc import Callable

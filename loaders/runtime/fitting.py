@@ -1,4 +1,4 @@
-"""A CPU that jaxlib was not compiled for, told before jaxlib is loaded: its first instruction would end the process."""
+"""Refuse a CPU that jaxlib was not compiled for before jaxlib loads: an illegal instruction would end the process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from ..artifact.machine import cpu_features, processor_family
 
 @contextmanager
 def jaxlib_for_this_cpu() -> Iterator[None]:
-    """Stand around the import of jaxlib's library.
+    """Guard the import of jaxlib's library.
 
     Raises:
-        PrecastError: when this CPU lacks what jaxlib was compiled for, which is AVX in its wheels.
+        PrecastError: this CPU lacks a feature that jaxlib was compiled for, which is AVX in its wheels.
     """
     features = cpu_features()
     if features and processor_family() == "x86_64" and "avx" not in features:
-        from jaxlib import cpu_feature_guard  # which knows how jaxlib was built
+        from jaxlib import cpu_feature_guard  # which records how jaxlib was built
 
         try:
             cpu_feature_guard.check_cpu_features()

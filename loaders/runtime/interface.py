@@ -48,4 +48,4 @@ class Client(Protocol):
         """A buffer's contents, not to be written to; valid until the buffer is used up by a call."""
 
     def free(self, buffers: Iterable[Buffer]) -> None:
-        """Give up buffers that `put` made and no call will use again, and the arrays whose memory they share."""
+        """Release buffers from `put` that no call will use again, and the arrays whose memory they share."""

@@ -19,7 +19,7 @@ from .fitting import jaxlib_for_this_cpu
 from .quiet import quiet, variable
 
 try:
-    # XLA looks at the log level once, when it is loaded.
+    # XLA reads the log level once, when it is loaded.
     with jaxlib_for_this_cpu(), quiet("1"):
         from jaxlib import _jax
 except ImportError as error:
@@ -85,7 +85,7 @@ class Executable:
         """
         try:
             results = self._loaded.execute_sharded(list(arguments))
-            # Told the type of each result, jaxlib makes arrays without a search for jax.
+            # Given the type of each result, jaxlib makes arrays without importing jax.
             return list(results.consume_with_handlers(self._handlers))
         except (_jax.JaxRuntimeError, ValueError) as error:
             raise PrecastError(f"the program failed: {error}") from None
@@ -177,7 +177,7 @@ class Client:
         return self._put(array, _jax.HostBufferSemantics.ZERO_COPY)
 
     def _put(self, array: np.ndarray, semantics: Any) -> Buffer:
-        # Told the array's type, jaxlib does not search for jax: other ways in import it wherever it is installed.
+        # Given the array's type, jaxlib does not import jax; its other import paths do if jax is installed.
         about = Result(shape=array.shape, dtype=array.dtype)
         made = _jax.batched_device_put(
             about,
@@ -191,10 +191,10 @@ class Client:
         return cast(Buffer, made)
 
     def free(self, buffers: Iterable[Buffer]) -> None:
-        """Give up buffers that no call will use again, and the arrays whose memory they share."""
+        """Release buffers that no call will use again, and the arrays whose memory they share."""
         for buffer in buffers:
             cast(Any, buffer).delete()
-        # XLA keeps those arrays until somebody asks.
+        # XLA keeps those arrays until it is asked to collect them.
         _jax.collect_garbage()
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
@@ -211,12 +211,12 @@ class Client:
 
 
 def placement(device: Any) -> Any:
-    """A device, as arrays are told to lie on it."""
+    """Return the sharding that places arrays on one device."""
     if not hasattr(_jax, "HloSharding"):
         return _jax.SingleDeviceSharding(device)
 
     class Placement(_jax.SingleDeviceSharding):
-        """Older jaxlibs ask for two things that jax's own class of this name has in Python."""
+        """Older jaxlibs use two attributes that jax's own Python class adds."""
 
         memory_kind = None
 
@@ -245,10 +245,10 @@ _clients: dict[int, Client] = {}
 
 
 def client(threads: int | None = None) -> Client:
-    """This process's client of so many threads: models that compute with as many share it.
+    """Return this process's client with this many threads; models with the same number share it.
 
     Args:
-        threads: that compute; None for one on every core that this process may run on.
+        threads: number of computing threads; None for one per usable core.
     """
     with _making_client:
         count = threads or usable_cores()
@@ -258,15 +258,15 @@ def client(threads: int | None = None) -> Client:
 
 
 def has_client(threads: int) -> bool:
-    """Whether this process has a client of so many threads already."""
+    """Return True if this process already has a client with this many threads."""
     return threads in _clients
 
 
 def _client(threads: int) -> Client:
     register_kernels()
-    # XLA starts a thread for every core, or as many as this variable says when a client is made.
+    # XLA starts a thread per core, or as many as this variable says when a client is created.
     with nullcontext() if threads == usable_cores() else variable("NPROC", str(threads)):
-        # Synchronous: a call returns when it is done, on the thread that made it. Nothing here runs side by side, and
+        # Synchronous: a call computes on the calling thread and returns when done. Nothing here runs concurrently, and
         # handing each step to another thread costs more than it hides.
         return Client(_jax.get_tfrt_cpu_client(asynchronous=False))
 

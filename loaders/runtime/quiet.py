@@ -1,4 +1,4 @@
-"""Environment variables that libraries read while they start, and that nobody else is to see."""
+"""Set environment variables for libraries that read them at start, hidden from all other code."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ def quiet(level: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def variable(name: str, value: str) -> Iterator[None]:
-    """Set a variable in the environment that C code sees; `os.environ` stays as it is."""
+    """Set a variable in the environment of C code; `os.environ` stays as it is."""
     os.putenv(name, value)
     try:
         yield

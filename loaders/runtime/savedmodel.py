@@ -82,7 +82,7 @@ class Client:
         return np.asarray(cast(Any, buffer))
 
     def free(self, buffers: Iterable[Buffer]) -> None:
-        """TensorFlow frees a tensor with its last reference."""
+        """Do nothing: TensorFlow frees a tensor with its last reference."""
 
 
 def client() -> Client:
@@ -101,7 +101,7 @@ def import_tensorflow() -> Any:
         PrecastError: when it is not there, or cannot be imported.
     """
     try:
-        # It looks at the log level once, when it is loaded. At 1 it remarks on every large allocation.
+        # TensorFlow reads the log level once, when it is loaded. At 1 it logs every large allocation.
         with quiet("2"):
             import tensorflow
     except ImportError as error:

@@ -44,7 +44,7 @@ def canonical(executable: bytes) -> bytes:
 
 
 def object_files(executable: bytes) -> tuple[bytes, ...] | None:
-    """The ELF files inside; None where it is not of the form known."""
+    """Return the ELF files inside; None for an unknown form."""
     try:
         results = [f.value for f in _split(executable)[1] if f.number == _RESULT]
         objects = [f.value for result in results for f in _fields(result) if f.number == _OBJECT]
@@ -54,10 +54,10 @@ def object_files(executable: bytes) -> tuple[bytes, ...] | None:
 
 
 def code_sections(elf: bytes) -> Iterator[bytes]:
-    """Contents of the sections of an ELF file that hold instructions (ELF-64: System V gABI, chapter 4).
+    """Return the sections of an ELF file that hold instructions (ELF-64: System V gABI, chapter 4).
 
     Raises:
-        struct.error: when it is no ELF file.
+        struct.error: the data is not an ELF file.
     """
     offset, entry_bytes, count = struct.unpack_from("<Q10xHH", elf, 0x28)
     for i in range(count):
