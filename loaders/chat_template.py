@@ -70,12 +70,12 @@ class ChatTemplate:
         Args:
             messages: each a dict with `role` (str) and `content` (str, or a list of parts such as
                 ``{"type": "text", "text": "…"}``, which are joined by line ends for a template that accepts only
-                    text). Content may be missing or None if the message has another key such as `tool_calls`. The
-                    template receives all other keys that are not None.
-                add_generation_prompt: end the prompt where the assistant's answer begins.
-                tools: JSON schemas of functions, for templates that support them.
-                documents: texts to answer from, each usually with `title` and `text`, for templates that support them.
-                variables: further variables of this template (`enable_thinking`, `date_string`, …).
+                text). Content may be missing or None if the message has another key such as `tool_calls`. The
+                template receives all other keys that are not None.
+            add_generation_prompt: end the prompt where the assistant's answer begins.
+            tools: JSON schemas of functions, for templates that support them.
+            documents: texts to answer from, each usually with `title` and `text`, for templates that support them.
+            variables: further variables of this template (`enable_thinking`, `date_string`, …).
 
         Raises:
             PrecastError: the messages are malformed, the template refuses them or fails, or it was stopped.
