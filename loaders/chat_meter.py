@@ -7,12 +7,14 @@ import gc
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import jinja2
 from jinja2.runtime import Undefined
+
+from .artifact.frozen import Frozen
 
 _dict_views: dict[str, Any] = {}
 KEYS, VALUES, ITEMS = type(_dict_views.keys()), type(_dict_views.values()), type(_dict_views.items())
@@ -20,8 +22,7 @@ VIEWS = (KEYS, VALUES, ITEMS)
 SCALARS = frozenset({int, float, bool, type(None)})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(Frozen):
     """The limits of one rendering; real templates stay far below."""
 
     source: int = 1 << 17
