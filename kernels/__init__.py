@@ -5,11 +5,12 @@ The instruction set is chosen by CPUID at run time; `force_isa` overrides it, fo
 
 from pathlib import Path
 
-from ..loaders.artifact.errors import PrecastError
-
 try:
     from . import _kernels
 except ImportError as error:
+    # Not before: transformers looks for a package of this name, and finds this folder where a checkout is on the path.
+    from precast.loaders.artifact.errors import PrecastError
+
     raise PrecastError(
         f"precast's kernels are not built ({error}); run: pip install -e {Path(__file__).resolve().parent.parent}"
     ) from None

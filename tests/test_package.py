@@ -101,6 +101,14 @@ def test_python_m_precast_is_the_command_line(tmp_path: Path) -> None:
     assert result.stdout.startswith("Usage: python -m precast [OPTIONS] COMMAND [ARGS]...")
 
 
+def test_a_checkout_on_the_path_does_not_break_transformers() -> None:
+    """It asks for a package called kernels, and takes this folder for it; its tokenizers need the answer."""
+    code = "import transformers; transformers.AutoTokenizer; import kernels; print(kernels.__file__)"
+    result = run("-c", code, cwd=ROOT, HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{ROOT / 'kernels' / '__init__.py'}\n"
+
+
 # --- a clone --------------------------------------------------------------------------------------------------
 
 # Keeps the installed precast away from a process: all else that is installed stays.
