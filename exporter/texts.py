@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
@@ -84,14 +85,16 @@ def _sample(tokenizer: Tokenizer, template: str) -> str:
 
 
 def named_files(source: Source) -> dict[str, str]:
-    """Choose a file name for each named template: its own name if valid, else its number."""
+    """The file of each named template: by its name where that is fit for a file, else by a number that is free."""
     files: dict[str, str] = {}
+    taken: set[str] = set()
     for number, name in enumerate(source.named_templates, 1):
-        fit = (
-            re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name)
-            and f"chat_template.{name.lower()}.jinja" not in files.values()
+        fit = [name.lower()] if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) else []
+        endings = chain(fit, map(str, count(number)))
+        files[name] = next(
+            file for file in (f"chat_template.{ending}.jinja" for ending in endings) if file not in taken
         )
-        files[name] = f"chat_template.{name.lower()}.jinja" if fit else f"chat_template.{number}.jinja"
+        taken.add(files[name])
     return files
 
 

@@ -65,8 +65,9 @@ def special_tokens(config: Mapping[str, object], tokenizer: TokenizerFile) -> di
     """Text of bos and eos: as the tokenizer's files say, else by the ids in config.json."""
     if tokenizer.tokens.is_named:
         return {key: tokenizer.tokens.named.get(key) for key in ("bos_token", "eos_token")}
-    texts: dict[Any, str] = {token_id: text for text, token_id in token_ids(tokenizer.document).items()}
-    return {key: texts.get(first(config.get(f"{key}_id"))) for key in ("bos_token", "eos_token")}
+    texts = {token_id: text for text, token_id in token_ids(tokenizer.document).items()}
+    ids = {key: first(config.get(f"{key}_id")) for key in ("bos_token", "eos_token")}
+    return {key: texts.get(number) if isinstance(number, int) else None for key, number in ids.items()}
 
 
 def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:

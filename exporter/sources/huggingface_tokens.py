@@ -261,7 +261,7 @@ def _mapping(path: Path, key: str, value: object) -> dict[str, Any]:
 def _number(path: Path, value: object) -> int:
     try:
         return int(value)  # type: ignore[call-overload]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PrecastError(
             f"{path}: expected token ids, found {json.dumps(value):.80}; correct it."
         ) from None

@@ -172,7 +172,8 @@ def source_with(**named: str) -> Source:
 
 
 def test_templates_have_files_of_their_own(tmp_path):
-    source = source_with(**{"tool_use": "1", "Tool_Use": "2", "../x": "3", "rag": "4", "ä": "5"})
+    said = {"tool_use": "1", "Tool_Use": "2", "../x": "3", "rag": "4", "ä": "5", "8": "6", "7": "7", "ö": "8"}
+    source = source_with(**said)
     files = texts.named_files(source)
     assert files == {
         "tool_use": "chat_template.tool_use.jinja",
@@ -180,6 +181,9 @@ def test_templates_have_files_of_their_own(tmp_path):
         "../x": "chat_template.3.jinja",
         "rag": "chat_template.rag.jinja",
         "ä": "chat_template.5.jinja",
+        "8": "chat_template.8.jinja",
+        "7": "chat_template.7.jinja",
+        "ö": "chat_template.9.jinja",
     }
     texts.write_texts(tmp_path, source)
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}

@@ -196,17 +196,14 @@ def test_line_ends_are_as_text_is_opened_anywhere(checkpoint):
 
 # --- contents made to do harm -------------------------------------------------------------------------------
 
-JSON = [
-    name
-    for name in NAMES
-    if name.endswith(".json") and name not in ("adapter_config.json", "added_tokens.json")
-]
+JSON = [name for name in NAMES if name.endswith(".json") and name != "adapter_config.json"]
 VALUES = [
     None,
     True,
     -1,
     10**400,
     1.5,
+    float("inf"),
     "x",
     "\ud800",
     [],
@@ -290,6 +287,7 @@ def test_every_value_of_a_config_in_another_type(checkpoint, name):
         },
         "tokenizer_config.json": {"bos_token": "<s>", "added_tokens_decoder": {"0": {"content": "<s>"}}},
         "special_tokens_map.json": {"eos_token": {"content": "</s>"}},
+        "added_tokens.json": {"<s>": 0},
         "generation_config.json": {
             "eos_token_id": [1],
             "do_sample": True,
@@ -310,6 +308,18 @@ def test_every_value_of_a_config_in_another_type(checkpoint, name):
             except PrecastError as error:
                 text = str(error)
                 assert text.startswith(str(folder))
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_every_value_of_an_id_that_no_file_of_the_tokenizer_replaces(checkpoint, key):
+    folder = checkpoint({}, ONE)
+    for value in (*VALUES, [{}], [[1]]):
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", key: value}))
+        try:
+            open_source(str(folder))
+        except PrecastError as error:
+            text = str(error)
+            assert text.startswith(str(folder))
 
 
 def header(document: object, length: int | None = None) -> bytes:
