@@ -17,11 +17,11 @@ $(DEMO)/manifest.json: | $(READY)
 	$(BIN)/python cli.py export --buckets 64,128,512 --output $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS)
 
 # Half an hour more: sanitizers at every vector width, architectures at every combination of weights and cache.
 test-long: $(READY)
-	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	$(BIN)/pytest -m long $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
