@@ -60,7 +60,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "own-cache"
 
 
-# --- packages that most who work on this do without -----------------------------------------------------------
+# --- optional packages ------------------------------------------------------------------------------------------
 
 # Fixtures that skip a test where their packages are missing. `pytest -m extra` runs the tests that use one.
 EXTRA_FIXTURES = frozenset({"torch", "savedmodel_packages"})
@@ -82,7 +82,7 @@ def torch() -> Any:
 
 @pytest.fixture
 def one_thread(torch: Any) -> Iterator[Any]:
-    """Return torch held to one thread: matrices as small as these are slower with more."""
+    """Return torch limited to one thread: on such small matrices more threads are slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield torch

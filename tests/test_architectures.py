@@ -61,14 +61,14 @@ REDUCED = ["olmo2-tied-biases-linear" if name == "olmo2-three-heads" else name f
 WINDOWED = [name for name, record in RECORDS.items() if record["config"].get("sliding_window")]
 
 
-# One checkpoint of each architecture is tried in every run; its siblings repeat it with other options.
+# Every run tests one checkpoint of each architecture; its siblings vary the options.
 EACH = [pytest.param(name, marks=() if name in FIRST else pytest.mark.long) for name in NAMES]
-# Four architectures between them have windows, mixtures, several RoPE tables and layers of their own kind.
+# These four architectures cover windows, mixtures of experts, several RoPE tables and special layers.
 SHORT_TYPES = ("llama", "gemma3_text", "mixtral", "gpt2")
 
 
 def _short(names: Sequence[str]) -> list[Any]:
-    """Mark as long what is not of the architectures in `SHORT_TYPES`."""
+    """Mark the tests of architectures outside `SHORT_TYPES` as long."""
     types = {name: RECORDS[name]["config"]["model_type"] if name in RECORDS else name for name in names}
     return [pytest.param(n, marks=() if types[n] in SHORT_TYPES else pytest.mark.long) for n in names]
 
@@ -328,7 +328,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def live(one_thread: Any) -> Any:
-    """Return the script that writes the reference, where it can run."""
+    """Return the script that writes the reference, or skip if it cannot run."""
     return SCRIPT
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer with more tokens than the model embeds, as <pad> added without resizing makes it."""
+"""A tokenizer with more tokens than the model embeds, as after adding <pad> without resizing."""
 
 import json
 
@@ -13,7 +13,7 @@ V = 300
 
 
 def with_tokens(source, *texts):
-    """The tokenizer.json of a source with special tokens added from id V on."""
+    """Return a source's tokenizer.json with special tokens added from id V on."""
     document = json.loads(source.tokenizer_json)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     document["added_tokens"] += [{"id": V + i, "content": text, **flags} for i, text in enumerate(texts)]
@@ -22,7 +22,7 @@ def with_tokens(source, *texts):
 
 @pytest.fixture(scope="module")
 def padded(export_tiny, tiny_source):
-    """The tiny model with as many embeddings as its tokenizer had tokens before <pad> came."""
+    """Make the tiny model with as many embeddings as its tokenizer had tokens before <pad>."""
     source = tiny_source(config={"vocab_size": V})
     data = with_tokens(source, "<pad>")
     return load(

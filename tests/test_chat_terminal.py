@@ -1,4 +1,4 @@
-"""An interactive chat, driven through a pseudo terminal, and the parts it is made of."""
+"""An interactive chat, driven through a pseudo terminal, and its parts."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from precast.loaders import chat_console, chat_input, speed
 from precast.loaders.chat_history import History, history_file
 
 PROMPT = "> "
-# Ctrl-C needs a terminal that controls the process. The model answers with the conversation that it was given, as
-# JSON, and then with what would set a clipboard; to "wait" it does not answer.
+# Ctrl-C needs a controlling terminal. The model answers with its conversation as JSON, then with a sequence that would
+# set the clipboard; it never answers "wait".
 CHILD = r"""
 import fcntl, json, os, sys, termios, time
 from types import SimpleNamespace
@@ -66,7 +66,7 @@ class Terminal:
         os.close(other)
 
     def until(self, text, timeout=120):
-        """What is shown until it ends in a text, but for colours."""
+        """Return the output, without colours, until it ends in a text."""
         shown, end = b"", time.monotonic() + timeout
         while not plain(shown.decode(errors="replace")).endswith(text):
             ready, _, _ = select.select([self._own], [], [], max(0, end - time.monotonic()))
@@ -82,7 +82,7 @@ class Terminal:
         return self.until(until)
 
     def rest(self, data):
-        """What is shown from here to the end of the process."""
+        """Return the output from here to the end of the process."""
         os.write(self._own, data.encode())
         shown = self.until("\0nothing like it")
         self.process.wait(timeout=60)
@@ -96,7 +96,7 @@ class Terminal:
 
 @pytest.fixture
 def chat(tiny_artifact, tmp_path):
-    """Starts chats with the tiny artifact, whose history is `tmp_path / "history"`."""
+    """Start chats with the tiny artifact; the history is `tmp_path / "history"`."""
 
     @contextmanager
     def start(*options, **env):
@@ -117,7 +117,7 @@ def plain(shown):
 
 
 def asked(shown):
-    """The conversations that the model was given."""
+    """Return the conversations that the model received."""
     return [json.loads(found) for found in re.findall(r"\[\".*?\"\](?=�)", shown)]
 
 
@@ -127,7 +127,7 @@ def test_a_chat_in_a_terminal(chat, tmp_path):
         pasted = terminal.send("\x1b[200~one\rtwo\r\rthree\x1b[201~", until="three")
         assert asked(pasted) == []  # not before it is sent
         assert asked(terminal.send("\r")) == [["", "one\ntwo\n\nthree"]]
-        # A terminal that does not bracket what is pasted gives lines that arrive together.
+        # Without bracketed paste, a terminal delivers pasted lines together.
         shown = terminal.send("four\rfive\r")
         assert asked(shown) == [["", "one\ntwo\n\nthree", "four\nfive"]]
         assert "\x1b]" not in shown
@@ -171,7 +171,7 @@ def test_a_chat_without_line_editing_and_history(chat, tmp_path):
 
 
 def typed(*lines):
-    """The messages of lines, each of which is typed; those in one tuple arrive together."""
+    """Return the messages of typed lines; the lines in one tuple arrive together."""
     together = [group if isinstance(group, tuple) else (group,) for group in lines]
     waiting = [line for group in together for line in group]
     behind = [place < len(group) - 1 for group in together for place in range(len(group))]

@@ -99,7 +99,7 @@ def test_what_editors_of_windows_add_is_not_part_of_a_piped_prompt(
 ):
     from precast.loaders import console
 
-    # The command's own standard input, which translates nothing; click's stand-in for it does.
+    # Use the real standard input, which translates nothing; click's replacement does.
     stdin = io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8", newline="\n")
     monkeypatch.setattr(console, "sys", SimpleNamespace(stdin=stdin, stdout=sys.stdout, stderr=sys.stderr))
     found = record(tiny_artifact, "-n", "1")
@@ -123,7 +123,7 @@ def test_an_empty_system_message_is_one(record, tiny_artifact, tiny_model):
 
 @pytest.fixture
 def on_a_terminal(monkeypatch):
-    """Makes standard output a terminal for what `console.run` prints."""
+    """Make standard output a terminal for `console.run`."""
     from precast.loaders import console
 
     class Terminal:
@@ -151,7 +151,7 @@ def on_a_terminal(monkeypatch):
 
 
 def test_a_terminal_is_not_commanded_by_a_model(cli, tiny_artifact, monkeypatch, on_a_terminal):
-    """What goes to a file or a pipe is what the model said."""
+    """A file or a pipe receives the model's text unchanged."""
     from precast.loaders.generate import Model
 
     said = ["a\x1b", "]52;c;eA==\x07", "b\r", "\n\x9b2J", "\u202e"]
@@ -484,7 +484,7 @@ def test_export_then_run(cli, record, tiny_checkpoint, tmp_path, answer, monkeyp
 
 def test_weights_are_int8_unless_asked_for_otherwise(cli, record, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "artifacts" / "checkpoint-int8").mkdir(parents=True)  # empty, which is as good as none
+    (tmp_path / "artifacts" / "checkpoint-int8").mkdir(parents=True)  # an empty variable counts as unset
     result = cli("export", tiny_checkpoint(), "--buckets", "8", "--context", "64")
     assert result.exit_code == 0, result.output
     output = tmp_path / "artifacts" / "checkpoint-int8"

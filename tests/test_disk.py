@@ -258,7 +258,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, python):
 
 
 def _look_alikes(parent: Path) -> None:
-    """Folders, files, links and pipes of a user's, named and filled as temporary folders are."""
+    """Make a user's folders, files, links and pipes with names and contents like temporary folders."""
     mark, text = folders._MARK, folders._MARK_TEXT
     ours = ".tiny.precast-0123456789a{}.partial"
     for name in (

@@ -1,7 +1,7 @@
 """generation_config.json against transformers' generate(), on a tiny checkpoint with every setting that is applied.
 
-What transformers answers was written down by ``tests/reference/make_generation.py``; where torch is installed, it is
-asked again.
+``tests/reference/make_generation.py`` recorded transformers' answers; if torch is installed, the test also compares
+with transformers directly.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def model(script: Any, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def with_defaults(model: Model, folder: Path) -> Model:
-    """Return the model as an export of the folder would be: with its end tokens and its sampling defaults."""
+    """Return the model with the end tokens and sampling defaults that an export of the folder would have."""
     source = open_source(str(folder))
     tokenizer = dataclasses.replace(model.manifest.tokenizer, eos_token_ids=source.eos_token_ids)
     manifest = dataclasses.replace(
@@ -73,12 +73,12 @@ def test_every_case_is_recorded(script):
 
 
 def test_every_applied_key_has_a_case():
-    """But for those of do_sample, whose filters are compared in tests/loaders/test_sampling.py."""
+    """Except keys of do_sample: tests/loaders/test_sampling.py compares their filters."""
     used = {key for record in RECORDS for key in record["said"]}
     applied = {
         key for key, known in KEYS.items() if known.treatment is Treatment.APPLIED and not known.sampling
     }
-    assert applied - used == {"stop_strings"}  # generate() takes it with a tokenizer alone
+    assert applied - used == {"stop_strings"}  # generate() accepts it only with a tokenizer
 
 
 @pytest.mark.parametrize("record", [r for r in RECORDS if not r["in_config"]], ids=identity)

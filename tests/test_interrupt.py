@@ -1,4 +1,4 @@
-"""Ctrl-C: one word and 130 at any moment, and nothing half done; a short run of `make interrupt`."""
+"""Ctrl-C: one word and 130 at any moment, and nothing half done. This is a short run of `make interrupt`."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def test_interrupted_at_random_moments(tiny_artifact, python):
 
 
 def interrupted(code: str, *arguments: object, ignored: bool = False) -> tuple[int, bytes, bytes]:
-    """Start code that says "now" and goes on for ever, and interrupt it there: its exit code and its words."""
+    """Start code that prints "now" and runs forever, interrupt it, and return its exit code and output."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     if ignored:
         command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
@@ -46,7 +46,7 @@ def now():
     print("now", flush=True)
     time.sleep(60)
 """
-# Moments at which an exception would be swallowed, told in other words, or too late.
+# Moments at which an exception would be swallowed, reworded, or too late.
 MOMENTS = {
     "a destructor": "class A:\n def __del__(self): now()\nA()",
     "a bare except": "try:\n now()\nexcept BaseException:\n time.sleep(60)",
@@ -75,7 +75,7 @@ LONG = {
 
 @pytest.mark.parametrize("work", LONG)
 def test_compiled_code_that_takes_long_is_not_waited_for(work, tmp_path):
-    """It would run for half an hour, and does not look for signals."""
+    """It would run for half an hour without checking for signals."""
     (tmp_path / "file").write_text("")
     assert interrupted(READY + LONG[work], tmp_path / "file") == (130, b"", WORD)
     assert os.listdir(tmp_path) == ([] if "block" in work else ["file"])
@@ -114,7 +114,7 @@ def test_nothing_is_left_behind(work, tmp_path):
 
 @pytest.mark.parametrize("before", ["write_programs", "replace_manifest", None])
 def test_a_target_that_is_being_added_is_not_there(before, artifact_copy):
-    """Interrupted before a step, or after the last one, the artifact is whole and nothing lies in it."""
+    """After an interrupt before any step or after the last, the artifact is whole, with nothing extra in it."""
     code = f"""
 from precast.loaders import target_files as t
 from precast.loaders.load import read_manifest
@@ -144,7 +144,7 @@ with t.locked(root, print) as handle:
 
 
 def test_who_ignores_it_goes_on_ignoring_it():
-    """As nohup has it, and a shell for what runs in the background."""
+    """nohup ignores it, and so does a shell for background jobs."""
     code = READY.replace("time.sleep(60)", "time.sleep(1)") + "now()\nprint('done')"
     assert interrupted(code, ignored=True) == (0, b"done\n", b"")
 
@@ -196,7 +196,7 @@ def test_what_cannot_be_undone_does_not_keep_the_rest_from_it(tmp_path):
 
 
 def test_little_is_imported_before_it_is_ready(python):
-    """Until then it is Python that answers: each module more is a moment more."""
+    """Until then Python answers interrupts, and each further import extends that time."""
     code = (
         "import json, sys\nbefore = set(sys.modules)\nfrom precast.start import main\n"
         "print(json.dumps(sorted(set(sys.modules) - before)))"
@@ -209,7 +209,7 @@ def test_little_is_imported_before_it_is_ready(python):
 
 
 def test_a_child_ends_with_its_parent():
-    """However the parent ends: a child that tries or compiles programs does not go on alone."""
+    """However the parent ends, a child that tries or compiles programs must not continue alone."""
     child = "import sys, time; from precast.loaders.child import answers; answers()"
     parent = (
         "import subprocess, sys, time\n"

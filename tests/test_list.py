@@ -11,7 +11,7 @@ WHERE = "artifacts/good"
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, tiny_artifact, edit_manifest):
-    """Artifacts that run, do not run, and are broken, among folders of other programs."""
+    """Make artifacts that run, do not run, and are broken, among folders of other programs."""
     monkeypatch.chdir(tmp_path)
     root = Path("artifacts")
 

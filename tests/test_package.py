@@ -1,4 +1,4 @@
-"""The package as others have it: typed, run as a module, and as a clone that is not installed."""
+"""The package from outside: typed, run as a module, and as a clone that is not installed."""
 
 import shutil
 import subprocess
@@ -52,7 +52,7 @@ def run(*arguments: object, cwd: Path, **environment: str) -> "subprocess.Comple
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package as setuptools installs it, but for the kernels."""
+    """Make a folder with the package as setuptools installs it, without the kernels."""
     folder = tmp_path_factory.mktemp("installed")
     code = (
         "import runpy, sys, setuptools; sys.argv[1:] = ['-q', 'build_py', '--build-lib', sys.argv[1]]\n"
@@ -65,7 +65,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_types_reach_a_user_s_program(installed: Path, tmp_path: Path) -> None:
-    """mypy takes types of an installed package only where it finds py.typed."""
+    """mypy uses an installed package's types only if it finds py.typed."""
     (tmp_path / "user.py").write_text(USER)
     packages = tmp_path / "venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", "venv"], cwd=tmp_path, check=True)
@@ -111,7 +111,7 @@ def test_a_checkout_on_the_path_does_not_break_transformers() -> None:
 
 # --- a clone --------------------------------------------------------------------------------------------------
 
-# Keeps the installed precast away from a process: all else that is installed stays.
+# Hide only the installed precast from a process.
 ALONE = """
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
@@ -120,7 +120,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower(
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A checkout named precast, with kernels built."""
+    """Make a checkout named precast, with built kernels."""
     folder = tmp_path / "precast"
     folder.mkdir()
     for file in ("__init__.py", "__main__.py", "cli.py", "start.py"):

@@ -1,4 +1,4 @@
-"""Standard error holds precast's own words: XLA's notes about CPUs are for nobody, and its errors still show."""
+"""Standard error shows only precast's own messages and XLA's errors, without XLA's notes about CPUs."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from precast.loaders.artifact.machine import CODEGEN_FEATURES, cpu_features, pro
 from precast.loaders.load import read_manifest
 
 PROMPT = ("--ids", "7,200,31", "-n", "2")
-# What commands say while they work, a line each.
+# Messages of working commands, one line each.
 OWN = re.compile(
     r"reading .*|writing weights|lowering target \w+|compiling target cpu for .*"
     r"|  \w+ +lowered [0-9.]+ s(, compiled [0-9.]+ s)?, [0-9.]+ kB|checking answers .*"
@@ -23,9 +23,9 @@ OWN = re.compile(
 
 @pytest.fixture(scope="module")
 def said(python, tmp_path_factory) -> Callable[..., str]:
-    """Runs a command in a process of its own; gives what it printed on standard error.
+    """Run a command in its own process; return its standard error.
 
-    Its cache is not the export's: here every artifact is another machine's, and its first load is tried.
+    Its cache differs from the export's, so every artifact counts as another machine's, and its first load gets a trial.
     """
     caches = {"export": str(tmp_path_factory.mktemp("maker"))}
     other = str(tmp_path_factory.mktemp("user"))
@@ -41,7 +41,7 @@ def said(python, tmp_path_factory) -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def exported(said, tmp_path_factory, tiny_source) -> tuple[Path, str]:
-    """An artifact for all that this machine has, and what its export said."""
+    """Export a native artifact; return it with the export's messages."""
     from safetensors.numpy import save_file
 
     source, folder = tiny_source(), tmp_path_factory.mktemp("source")
@@ -98,7 +98,7 @@ pjrt.client().load(Path(sys.argv[1]).read_bytes(), (), "x")
 
 @pytest.fixture
 def loaded(python, tmp_path) -> Callable[[bytes], str]:
-    """What the loader of XLA prints about an executable."""
+    """Return the output of XLA's loader about an executable."""
 
     def load(executable: bytes) -> str:
         (tmp_path / "x.xla").write_bytes(executable)
@@ -117,12 +117,12 @@ def features(executable: bytes) -> bytes:
 
 @pytest.mark.skipif(processor_family() != "x86_64", reason="levels are those of x86-64")
 def test_an_executable_of_another_cpu_is_loaded_without_a_word(loaded, tiny_artifact):
-    """As XLA writes it on a machine with AVX-512: allowed more than this machine has, with tuning of its own."""
+    """XLA on a machine with AVX-512 writes such lists: more features than this machine has, and tuning features."""
     target = read_manifest(tiny_artifact).targets[0]
     data = (tiny_artifact / target.programs[-1].executable).read_bytes()
     stated = features(data)
     assert loaded(data) == ""
-    # Room of the same length for what is not of this machine.
+    # A placeholder of the same length for features that this machine lacks.
     names = stated.split(b",")
     lacked = CODEGEN_FEATURES - set(cpu_features())
     absent = [n for n in names if n.startswith(b"-") and n[1:].decode() in lacked - {"avx512f"}][:6]

@@ -125,7 +125,7 @@ def _uncached_best(source: Source, artifact: Path, sequences: Sequence[Sequence[
 
 @pytest.fixture(scope="module")
 def script(torch: Any) -> Any:
-    """Return the script that writes the reference, where it can run."""
+    """Return the script that writes the reference, or skip if it cannot run."""
     pytest.importorskip("accelerate", reason="the live comparison needs accelerate")
     spec = importlib.util.spec_from_file_location("make_reference", REFERENCE / "make_reference.py")
     assert spec is not None

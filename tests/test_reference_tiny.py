@@ -194,7 +194,7 @@ def test_a_wrong_frequency_would_be_seen(export_reference: Callable[[str], Expor
 
 @pytest.fixture
 def reference_script(one_thread: Any, make_reference: Any) -> Any:
-    """Return the script that writes the reference, where it can run."""
+    """Return the script that writes the reference, or skip if it cannot run."""
     return make_reference
 
 

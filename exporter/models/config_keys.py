@@ -10,7 +10,7 @@ from dataclasses import dataclass
 # generation_config.json; the source has already removed those.
 HARMLESS = frozenset(
     {
-        # Where the file comes from.
+        # Origin of the file.
         "architectures",
         "_commit_hash",
         "finetuning_task",
@@ -25,7 +25,7 @@ HARMLESS = frozenset(
         "unsloth_fixed",
         "_unsloth_version",
         "unsloth_version",
-        # Which implementation of the same maths runs, and on which devices.
+        # Choice of implementation and devices for the same maths.
         "attention_implementation",
         "_attn_implementation",
         "attn_implementation",

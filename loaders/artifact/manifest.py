@@ -99,7 +99,7 @@ class Program(Frozen):
 
 
 class Target(Frozen):
-    """What programs were compiled for. A machine must match all of it.
+    """A platform that programs were compiled for. A machine must match all fields.
 
     Attributes:
         name: unique in the artifact ("cpu-x86-64-v2", "portable").

@@ -1,4 +1,4 @@
-"""Chat markers: each is one token, in GGUF files that say otherwise too; and an export names those that are not."""
+"""Chat markers: each becomes one token, even if a GGUF file types it as a word; an export names the exceptions."""
 
 import dataclasses
 import json

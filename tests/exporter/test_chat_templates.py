@@ -1,4 +1,4 @@
-"""Chat templates of a source: which is read from where, and which the artifact's tokenizer then takes."""
+"""Chat templates of a source: where each is read, and which one the artifact's tokenizer chooses."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ def listed(**named: str) -> dict[str, Any]:
     return {"chat_template": [{"name": name, "template": template} for name, template in named.items()]}
 
 
-# The files of a directory, by a name for them.
+# The files of a directory, by the name of the case.
 PLACES: dict[str, dict[str, Any]] = {
     "text": {"tokenizer_config.json": {"chat_template": "old"}},
     "file": {"chat_template.jinja": "new", "tokenizer_config.json": {"chat_template": "old"}},
@@ -62,7 +62,7 @@ def test_the_template_is_the_one_that_transformers_takes(checkpoint, place, name
             expected = theirs.get_chat_template(name, tools)
         except ValueError:
             expected = None
-    else:  # transformers takes any other text for a template itself
+    else:  # transformers treats any other text as a template
         expected = theirs.chat_template if name == "default" and not has_named else None
     if expected is not None:
         assert ours.render_chat(USER, tools=tools, template=name) == expected

@@ -1,4 +1,4 @@
-"""Tensors by the names that checkpoints give them: saved without their head, tied, wrapped, in every architecture."""
+"""Tensor names of checkpoints saved without their head, tied or wrapped, in every architecture."""
 
 import importlib
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def body(model_type: str) -> str:
 
 
 def whole(script, model_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Config and tensors of a checkpoint, with all names written out."""
+    """Return config and tensors of a checkpoint, with full names."""
     record = script.subject(model_type)
     arrays = script.make_tensors(record)
     prefix = body(model_type)
@@ -41,7 +41,7 @@ def whole(script, model_type: str) -> tuple[dict[str, Any], dict[str, np.ndarray
 
 @pytest.fixture
 def planned(tiny_source):
-    """What fills each parameter, by parameter and source."""
+    """Return the source of each parameter."""
 
     def plan(config: Mapping[str, Any], arrays: Arrays) -> dict[str, np.ndarray]:
         spec = read_model(config, "config.json")
@@ -76,7 +76,7 @@ architectures = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 
 @architectures
 def test_names_without_the_body(script, planned, model_type):
-    """As a model without its head is saved, its head tied."""
+    """Saving a model without its head gives such names; the head is tied."""
     config, arrays = whole(script, model_type)
     config["tie_word_embeddings"] = True
     arrays.pop("lm_head.weight", None)
@@ -97,7 +97,7 @@ def test_names_without_the_body_beside_a_head(script, planned, model_type):
 
 @architectures
 def test_a_tied_head_that_alone_was_kept(script, planned, model_type):
-    """safetensors keeps one name of what is shared."""
+    """safetensors keeps one name of a shared tensor."""
     config, arrays = whole(script, model_type)
     config["tie_word_embeddings"] = True
     arrays.pop("lm_head.weight", None)

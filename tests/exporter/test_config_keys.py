@@ -52,7 +52,7 @@ architectures = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 
 @architectures
 def test_what_transformers_itself_writes(model_type):
-    """All keys of its class at their defaults: none is unknown."""
+    """No key of its classes, at its default, is unknown."""
     from transformers import AutoConfig
 
     made = AutoConfig.for_model(
@@ -65,7 +65,7 @@ def test_what_transformers_itself_writes(model_type):
 
 @architectures
 def test_attributes_of_every_config_of_transformers(model_type):
-    """Those that all classes share, as a file may have them: at their defaults they change nothing."""
+    """The attributes that all classes share change nothing at their defaults."""
     from transformers import PretrainedConfig
 
     plain = read(model_type)
@@ -85,7 +85,7 @@ def test_a_shared_attribute_has_its_place():
     assert not HARMLESS & SWITCHES.keys()
 
 
-# Of transformers 4, with their defaults; keys of generation_config.json are the source's.
+# Attributes of transformers 4 with their defaults; the source reads keys of generation_config.json.
 OLDER = {
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
@@ -194,7 +194,7 @@ HUGE = ((1 << 31) - 1, 1 << 31, 1 << 62, 10**40)
 @architectures
 @pytest.mark.parametrize("value", HUGE)
 def test_a_size_that_nothing_could_hold(model_type, value):
-    """Each is refused in a sentence, or leads to a shape that the tensors do not have; nothing is made of that size."""
+    """Each is refused in a sentence, or gives a shape unlike the tensors'; nothing of that size is allocated."""
     extra = {"num_experts": 4, "moe_intermediate_size": 16} if model_type in ("qwen3_moe", "mixtral") else {}
     sizes = {
         **config(model_type),

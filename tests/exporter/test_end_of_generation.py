@@ -9,7 +9,7 @@ from precast.exporter.sources.gguf_generation import end_tokens
 from precast.exporter.sources.gguf_markers import mistyped
 from precast.exporter.sources.huggingface import _ends
 
-# llama.cpp's list (src/llama-vocab.cpp), tokens between files included.
+# llama.cpp's list (src/llama-vocab.cpp), including tokens between files.
 LLAMA_CPP = """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
     <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜>
@@ -50,7 +50,7 @@ def test_one_model_stops_at_the_same_tokens(tmp_path, text, kind):
 
 @pytest.mark.parametrize("text", LLAMA_CPP)
 def test_plain_text_ends_where_it_is_unmistakable(tmp_path, text):
-    """A GGUF file has its markers mended first; a tokenizer.json says itself what is a marker."""
+    """The markers of a GGUF file are repaired first; a tokenizer.json marks its own."""
     tokens, types = ["a", "b", text, "c"], [NORMAL] * 4
     assert as_hub(tmp_path, tokens, types) == ((2,) if text in _UNMISTAKABLE else ())
     known = text in _UNMISTAKABLE or bool(mistyped(tokens, types, {}))

@@ -1,4 +1,4 @@
-"""Keys of generation_config.json: each is applied, harmless or refused, and none is dropped without a word."""
+"""Keys of generation_config.json: each is applied, harmless or refused; none is dropped silently."""
 
 import numpy as np
 import pytest
@@ -45,13 +45,13 @@ def read(tmp_path, **said):
 
 
 def test_every_key_of_transformers_is_listed():
-    """A newer transformers may have keys that nobody has thought about yet."""
+    """Detect new keys of newer versions of transformers."""
     transformers = pytest.importorskip("transformers", reason="the keys are transformers' own")
     assert set(vars(transformers.GenerationConfig())) - {"_original_object_hash"} - KEYS.keys() == set()
 
 
 def test_the_defaults_of_transformers_are_neutral(tmp_path):
-    """A file that spells out every default says nothing."""
+    """A file that spells out every default has no effect."""
     transformers = pytest.importorskip("transformers", reason="the defaults are transformers' own")
     said = transformers.GenerationConfig._get_default_generation_params()
     said = {key: value for key, value in said.items() if value is not None}

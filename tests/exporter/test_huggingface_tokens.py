@@ -14,7 +14,7 @@ from precast.exporter.sources.huggingface_tokenizer import read_tokenizer
 from precast.loaders.artifact.errors import PrecastError
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# The first is an added token of its own, the second a piece of the vocabulary, the others are neither.
+# The first is an added token, the second a piece of the vocabulary, the others are neither.
 MARKS = ("<a>", "new", "<b>", "<d e>")
 TEXTS = (
     "<a>",
@@ -36,7 +36,7 @@ NORMALIZERS = {
 
 
 def document(normalizer: str = "none", added: tuple[AddedToken, ...] = ()) -> dict[str, Any]:
-    """A tokenizer.json of letters, with `added` tokens."""
+    """Make a tokenizer.json of letters, with `added` tokens."""
     letters = [*"abcdefghijklmnopqrstuvwxyzA<>/▁ \n", "ne", "new"]
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<a>", *letters])}
     library = tokenizers.Tokenizer(models.BPE(vocabulary, [("n", "e"), ("ne", "w")], unk_token="<unk>"))
@@ -74,7 +74,7 @@ def token(content: str, **flags: bool) -> dict[str, Any]:
 
 
 def _places(mark: str, flags: dict[str, bool], number: int) -> dict[str, dict[str, Any]]:
-    """The files beside tokenizer.json that define one token, by the place."""
+    """Return the files beside tokenizer.json that define one token, by place."""
     full, config = token(mark, **flags), {"tokenizer_class": LIBRARY}
     typed = {"__type": "AddedToken", **full}
     return {
@@ -179,7 +179,7 @@ def test_what_wins_where_places_contradict_each_other(tmp_path, seed):
         "special_tokens_map": _any_map(rng) if rng.random() < 0.4 else None,
         "added_tokens": {m: numbers[m] for m in rng.sample(MARKS, 2)} if rng.random() < 0.4 else None,
     }
-    # A tokenizer in memory decodes a token that was once normalised as it was then; one that is read does not.
+    # A tokenizer in memory decodes a formerly normalised token as before; a reloaded tokenizer does not.
     plain = doc["normalizer"] is None or not any(entry["normalized"] for entry in first)
     compare(write(tmp_path, tokenizer=doc, **files), decoded=plain)
 
@@ -283,7 +283,7 @@ def test_a_space_that_tokenizer_json_cannot_put(tmp_path):
 
 
 def test_every_key_that_transformers_looks_for_is_known():
-    """A key of its tokenizers is applied, harmless, or ends in "_token"; and none is two of these."""
+    """Each key is exactly one of applied, harmless, or ending in "_token"."""
     import ast
 
     transformers = pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""The programs of every architecture keep to x86-64-v2, which XLA cannot be told to keep to."""
+"""The programs of every architecture stay within x86-64-v2, although no XLA flag enforces that."""
 
 import dataclasses
 import datetime
@@ -32,7 +32,7 @@ def _script() -> Any:
 
 SCRIPT = _script()
 RECORDS = SCRIPT.read_records()
-# Weights, cache and slots in turn: what differs between them lies in kernels.
+# Vary weights, cache and slots in turn: their differences lie in kernels.
 KINDS = (("int8", "bfloat16", 3), ("float32", "float32", 1), ("int4", "int8", 2), ("bfloat16", "float32", 1))
 
 
@@ -59,7 +59,7 @@ def lowered(tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_no_architecture_needs_more_than_the_default_level(lowered):
-    """Clamps of indices and of slots not in use became BMI's andn while their numbers were signed."""
+    """Clamps of signed indices, and of unused slots, used to compile to BMI's andn."""
     compiled = compile_programs(lowered.items(), "levels", isa="x86-64-v2", log=lambda _: None)
     executables = {name: c.executable for name, c in compiled.items()}
     assert isa.needed_features("x86-64-v2", executables, "levels") == isa.LEVELS["x86-64-v2"].features

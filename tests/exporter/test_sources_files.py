@@ -1,4 +1,4 @@
-"""What lies in the place of a checkpoint's files: pipes, folders, links, other formats, hostile contents."""
+"""Pipes, folders, links, other formats and hostile contents in place of a checkpoint's files."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from precast.loaders.artifact.errors import PrecastError
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4)
 ONE = {"model.embed_tokens.weight": W}
-# Every file that is read, with contents with which a checkpoint is read.
+# Every file that is read, with valid contents.
 FILES = {
     "config.json": {"model_type": "llama"},
     "tokenizer_config.json": {},
@@ -229,7 +229,7 @@ def test_json_that_is_none(checkpoint, name, text):
 
 
 def paths(value: object, above: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
-    """Where every value of a JSON document stands."""
+    """Yield the path of every value in a JSON document."""
     below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [above, *(path for key, inner in below for path in paths(inner, (*above, key)))][
         0 if above else 1 :

@@ -692,7 +692,7 @@ def test_what_the_file_does_not_say(gguf_spec, tmp_path):
     ],
 )
 def test_ends_that_are_not_named_are_known_by_their_text(gguf_spec, tmp_path, metadata, expected):
-    """<|endoftext|> is token 0 and <|im_end|> token 2; what the file names goes before them."""
+    """<|endoftext|> is token 0 and <|im_end|> token 2; tokens named by the file come first."""
     spec = gguf_spec(metadata={f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
     assert open_source(str(spec.write(tmp_path))).eos_token_ids == expected
 
@@ -732,7 +732,7 @@ def test_a_special_token_beyond_the_vocabulary(gguf_spec, tmp_path):
 
 @pytest.mark.parametrize("name", ["sha256-0123abcd", "model", "model.bin", "model.GGUF"])
 def test_a_gguf_file_is_known_by_its_first_bytes(gguf_spec, tmp_path, name):
-    """Other programs keep models in files named by their hash."""
+    """Other programs store models in files named by their hash."""
     path = gguf_spec().write(tmp_path).rename(tmp_path / name)
     assert open_source(str(path)).config["model_type"] == "llama"
 

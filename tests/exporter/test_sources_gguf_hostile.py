@@ -1,4 +1,4 @@
-"""GGUF headers that lie: every field of a small file set to every awkward value, and files made to do harm."""
+"""Lying GGUF headers: every field of a small file set to every awkward value, and malicious files."""
 
 import struct
 import tracemalloc
@@ -37,7 +37,7 @@ def bounded() -> Iterator[None]:
 
 
 def read(path: Path) -> Container | str:
-    """The container, or the one sentence against it; anything else fails the test."""
+    """Return the container or the one-sentence refusal; fail the test for anything else."""
     try:
         with bounded():
             return read_container(path)
@@ -71,7 +71,7 @@ TOKENS = text(b"tokenizer.ggml.tokens")
 
 
 def fields(data: bytes) -> list[tuple[int, str]]:
-    """Offset and letter of every number in the header of a well-formed file that is no part of a text."""
+    """Yield offset and type letter of every number in the header of a well-formed file."""
     found = [(4, "I"), (8, "Q"), (16, "Q")]
     at = 24
     tensors, keys = struct.unpack_from("<QQ", data, 8)
@@ -113,7 +113,7 @@ def fields(data: bytes) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def small(tmp_path):
-    """A file with a value of every type, lists, and tensors of three types."""
+    """Make a file with a value of every type, lists, and tensors of three types."""
     from gguf import GGMLQuantizationType, GGUFWriter
     from gguf.constants import GGUFValueType
 
@@ -171,7 +171,7 @@ def test_every_number_of_the_header_set_to_every_awkward_value(small):
 
 def test_a_file_cut_anywhere(small):
     data = small.read_bytes()
-    padding = 28  # behind the last tensor's 68 bytes
+    padding = 28  # after the last tensor's 68 bytes
     for length in (*range(0, len(data) - padding, 3), len(data) - padding - 1):
         small.write_bytes(data[:length])
         assert refusal(small).endswith(
@@ -230,11 +230,11 @@ BASE = {"attention.sliding_window": 64, "rope.scaling.original_context_length": 
 
 
 def read_with(gguf_spec, folder: Path, architecture: str, changes) -> str | None:
-    """Reads a model of whose numbers some are changed; the sentence against it, or None."""
+    """Read a model with some numbers changed; return the refusal, or None."""
     metadata = {f"{architecture}.{name}": number for name, number in (BASE | changes).items()}
     if architecture == "llama":
         metadata.pop("llama.attention.sliding_window")
-    # Its names are understood by every architecture; config and weights meet later.
+    # Every architecture knows its names; config and weights are compared later.
     tensors = {name: gguf_spec().tensors[name] for name in ("token_embd.weight", "output_norm.weight")}
     tensors |= FACTORS[architecture]
     path = gguf_spec(architecture=architecture, metadata=metadata, tensors=tensors).write(folder)
@@ -250,7 +250,7 @@ def read_with(gguf_spec, folder: Path, architecture: str, changes) -> str | None
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("architecture", FACTORS)
 def test_every_number_of_the_model_set_to_every_awkward_value(gguf_spec, tmp_path, architecture):
-    """Past the container: each is refused in a sentence, or makes a model that a config can say."""
+    """Beyond the container, each is refused in a sentence, or gives a model with a valid config."""
     assert read_with(gguf_spec, tmp_path, architecture, {}) is None
     found = [
         read_with(gguf_spec, tmp_path, architecture, {key: value})
@@ -357,7 +357,7 @@ def test_a_big_endian_file(tmp_path):
 
 
 def test_a_sparse_file_has_no_room_for_a_longer_header(tmp_path):
-    """Its length costs nothing, so the length alone is no bound."""
+    """A sparse file's length costs nothing, so it is not a sufficient bound."""
     path = tmp_path / "sparse.gguf"
     path.write_bytes(header(0, 2) + ARCHITECTURE + TOKENS + struct.pack("<IIQ", 9, 0, 1 << 33))
     with path.open("r+b") as file:
@@ -369,7 +369,7 @@ def test_a_sparse_file_has_no_room_for_a_longer_header(tmp_path):
 
 
 def replace_once(path: Path, old: bytes, new: bytes) -> int:
-    """Replaces bytes in a file, and returns where they stood."""
+    """Replace bytes in a file, and return their offset."""
     data = path.read_bytes()
     assert data.count(old) == 1
     path.write_bytes(data.replace(old, new))

@@ -371,7 +371,7 @@ def test_a_special_token_that_is_a_number(checkpoint):
     ],
 )
 def test_eos_token_ids(checkpoint, files, expected):
-    """All that the files name, and </s>, which is token 1, by its text."""
+    """All ids that the files name, and token 1 by its text </s>."""
     assert open_source(str(checkpoint(files, ONE))).eos_token_ids == expected
 
 

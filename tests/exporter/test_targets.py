@@ -26,7 +26,7 @@ V2, V3 = "cpu-x86-64-v2", "cpu-x86-64-v3"
 
 @pytest.fixture(scope="module")
 def several(export_tiny) -> Path:
-    """Executables for two levels, and the portable form."""
+    """Export executables for two levels, and the portable form."""
     return export_tiny(buckets=(8,), weights="int8", cpu_isas=("x86-64-v2", "x86-64-v3"))
 
 
@@ -111,7 +111,7 @@ def test_native_makes_no_second_target_of_a_level_that_is_there(export_tiny):
 
 
 def disassembled(root: Path, name: str) -> Iterator:
-    """Every instruction in the executables of a target, by a disassembler that is not ours."""
+    """Yield every instruction in the executables of a target, by an independent disassembler."""
     import capstone
 
     engine = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
@@ -128,7 +128,7 @@ def disassembled(root: Path, name: str) -> Iterator:
 
 
 def groups(root: Path, name: str) -> set[str]:
-    """Instruction sets of a target's instructions, and which vector registers they use."""
+    """Return the instruction sets and vector registers that a target's instructions use."""
     found = set()
     for i in disassembled(root, name):
         found |= {i.group_name(g) for g in i.groups}
@@ -143,7 +143,7 @@ BEYOND_V3 = {"avx512", "bwi", "dqi", "vlx", "cdi", "vnni", "sse4a", "fma4", "zmm
 @needs_v3
 def test_programs_hold_no_instruction_beyond_their_level(several):
     assert not groups(several, V2) & (BEYOND_V2 | BEYOND_V3)
-    # That others would be found: there are some in what is compiled for the next level.
+    # Prove that others would be found: executables for the next level contain some.
     assert "avx" in groups(several, V3)
     assert not groups(several, V3) & BEYOND_V3
 
@@ -155,7 +155,7 @@ def test_nor_do_programs_that_are_all_xla(artifact_copy):
     found = groups(artifact_copy, "portable-x86-64-v3")
     assert {"avx2", "bmi", "ymm"} <= found
     assert not found & BEYOND_V3
-    # XLA leaves instructions of v3 on when it is held to SSE 4.2; what uses them is not passed off as v2.
+    # XLA leaves v3 instructions on when limited to SSE 4.2; code that uses them must not count as v2.
     with pytest.raises(PrecastError) as raised:
         add_target(artifact_copy, isa="x86-64-v2", source="portable", log=lambda _: None)
     assert re.search(
@@ -228,7 +228,7 @@ GFNI, UNKNOWN = "c4e269cfc1", "d50000000000"  # gf2p8mulb xmm0, xmm2, xmm1; the 
 
 @pytest.fixture
 def code(monkeypatch):
-    """Stands for the reading of executables: they are machine code, in hexadecimal digits."""
+    """Replace the reading of executables: these are machine code in hexadecimal digits."""
     monkeypatch.setattr(isa, "object_files", lambda data: [data])
     monkeypatch.setattr(isa, "code_sections", lambda elf: [bytes.fromhex(elf.decode())])
     monkeypatch.setattr(isa, "processor_family", lambda: "x86_64")

@@ -1,4 +1,4 @@
-"""Runs commands with standard streams that are closed, full or without a reader, each in a fork of this process.
+"""Run commands with standard streams that are closed, full or without a reader, each in a fork of this process.
 
 Takes a JSON list of commands, each with its list of streams ("open", or "closed", "full" or "left" and a number), and
 prints a list of command, streams, exit code, output and errors.
@@ -21,7 +21,7 @@ def replace(number: int, handle: int) -> None:
 
 
 def arrange(streams: str, out: int, err: int) -> None:
-    """Make this process what Python starts with."""
+    """Reset this process to the state in which Python starts."""
     replace(0, os.open(os.devnull, os.O_RDONLY))
     replace(1, out)
     replace(2, err)
@@ -40,7 +40,7 @@ def arrange(streams: str, out: int, err: int) -> None:
 
 
 def run(command: Sequence[str]) -> int:
-    """The exit code of a command, as Python's own end would leave it."""
+    """Run a command; return the exit code that Python's own exit would give."""
     from precast.cli import main
 
     try:

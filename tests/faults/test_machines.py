@@ -49,7 +49,7 @@ def test_fault_08_the_same_host_is_not_refused(tiny_artifact, cli, python):
 
 
 def test_fault_08_the_features_listed_are_those_that_the_programs_were_compiled_for(tiny_artifact):
-    """XLA's loader compares what executables state with the machine: it is what the manifest names."""
+    """XLA's loader compares the features stated in executables with the machine; the manifest lists the same."""
     from precast.loaders.artifact.machine import CODEGEN_FEATURES, cpu_features
     from precast.loaders.load import read_manifest
 
@@ -150,7 +150,7 @@ def test_fault_10_custom_calls_that_are_not_ours_are_refused(
 def test_fault_10_an_executable_that_calls_what_its_manifest_does_not_list(
     artifact_copy, put, run_refused, own_cache, monkeypatch
 ):
-    """Refused before XLA is given a byte of it: a call of ours, of XLA's, of nobody's; in what runs, or its HLO."""
+    """Refuse it before XLA gets a byte: a call of our kernel, XLA's or an unknown one, in the thunks or the HLO."""
     from precast.loaders.runtime import pjrt
 
     monkeypatch.setattr(pjrt.Client, "load", None)
@@ -174,7 +174,7 @@ def test_fault_10_a_manifest_that_lists_too_few_kernels(
     edit_manifest(artifact_copy, lambda m: m["targets"][0]["kernels"].remove(left_out))
     expected = f"program 'prefill_8' calls {left_out}, which the manifest does not list"
     assert expected in refusal("run", artifact_copy, "--ids", "7")
-    # Nor is its StableHLO compiled.
+    # Its StableHLO is not compiled either.
     edit_manifest(artifact_copy, change_target(runtime="stablehlo", jaxlib="any", cpu_features=[]))
     assert expected in refusal("run", artifact_copy, "--target", "cpu-x86-64-v2", "--compile", "--ids", "7")
 
@@ -193,7 +193,7 @@ def test_fault_10_stablehlo_that_calls_what_its_manifest_does_not_list(
     put(artifact_copy, name, data)
     text = refusal("run", artifact_copy, "--target", "portable", "--compile", "--ids", "7")
     assert "target 'portable': program 'decode' calls precast.argmax.v1, precast.embed.v1, precast.la" in text
-    # What is not ours XLA does not find.
+    # XLA does not find functions other than ours.
     for kernel in (b"precast.layers.v2", b"precast.argmax.v1", b"precast.embed.v1", b"precast.linear.v1"):
         data = data.replace(kernel, b"lapack_sgetrf_ffi"[: len(kernel)])
     put(artifact_copy, name, data)

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or without a reader: every command ends in words of its own."""
+"""Standard streams that are closed, full, or without a reader: every command ends with its own message."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ WORKER = Path(__file__).with_name("streams.py")
 
 @pytest.fixture(scope="module")
 def found(tiny_artifact, python, tmp_path_factory):
-    """Exit code, output and errors, by command and streams."""
+    """Return exit code, output and errors, by command and streams."""
     folder = tmp_path_factory.mktemp("streams")
     text = folder / "prose.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 12)

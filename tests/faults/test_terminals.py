@@ -1,4 +1,4 @@
-"""Strings that strangers wrote into an artifact: whichever it is, no command sends it to a terminal as it is."""
+"""Strings by strangers in an artifact: no command sends any of them to a terminal unchanged."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ HOSTILE = "x\x1b]52;c;eA==\x07\x9b2J\r\x08\x7f\u202e\u2028\n"
 
 
 def strings(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The paths of all strings in JSON."""
+    """Yield the paths of all strings in JSON."""
     if isinstance(value, str):
         yield path
     elif isinstance(value, dict | list):
@@ -20,7 +20,7 @@ def strings(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def kind(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Strings at paths of one kind are read by the same code: those of all programs, of all files."""
+    """Return the kind of a path: the same code reads the strings of all programs, or of all files."""
     names = tuple("#" if isinstance(step, int) else step for step in path)
     return (*names[:1], "*", *names[2:]) if names[0] in ("files", "arrays") else names
 

@@ -1,10 +1,10 @@
-"""Interrupts commands at random moments, as Ctrl-C does: each ends with 130 and one word, and leaves nothing behind.
+"""Interrupt commands at random moments, as Ctrl-C does: each must end with 130 and one word, and leave nothing behind.
 
     python tests/fuzz/interrupt.py --tries 130 --seed 1
 
-The signal goes to the whole group of processes, as a terminal sends it, or to the command alone, by turns; no process
-of the group may be left then. A command may also have ended before. In the first moments, before the first line of
-precast is reached, it is Python that answers: that is counted apart.
+The signal goes alternately to the whole process group, as from a terminal, and to the command alone; afterwards no
+process of the group may remain. A command may also have ended before. Before precast's first line runs, Python itself
+answers the signal; these cases are counted separately.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from random import Random
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIMIT_S = 300
-# What is read before precast is ready for an interrupt.
+# Files that are imported before precast handles interrupts.
 EARLY = ("__init__.py", "start.py", "loaders/__init__.py", "loaders/artifact/__init__.py")
 EARLY += ("loaders/artifact/interrupt.py",)
-# What a console script does.
+# The code of a console script.
 START = "import sys; from precast.start import main; sys.exit(main())"
-# Nothing of these is ours to say.
+# precast must print none of these.
 NOISE = re.compile(
     r"Traceback|Exception ignored|KeyboardInterrupt|Fatal Python error|terminate called|Aborted|error:"
 )
@@ -45,9 +45,9 @@ class Command:
     """A command to be interrupted.
 
     Attributes:
-        arguments: of the command line.
-        made: the artifact that it makes or changes; None where it only reads.
-        terminal: whether it has one.
+        arguments: command-line arguments.
+        made: the artifact that it makes or changes; None if it only reads.
+        terminal: True if it runs on a terminal.
     """
 
     arguments: Sequence[str]
@@ -63,7 +63,7 @@ class Ended:
 
 
 def commands(folder: Path, base: Path, checkpoint: Path | None) -> dict[str, Command]:
-    """The commands, by name; export only where there is something to export."""
+    """Return the commands by name; include export only if there is a source."""
     url, added = f"file://{folder}/store/tiny", folder / "add-target" / "tiny"
     added.parent.mkdir(parents=True)
     shutil.copytree(base, added)
@@ -89,7 +89,7 @@ def commands(folder: Path, base: Path, checkpoint: Path | None) -> dict[str, Com
 
 
 def start(command: Command) -> tuple[subprocess.Popen[bytes], int | None]:
-    """Start a command in a group of its own; with a terminal, give also the end that a person has."""
+    """Start a command in its own process group; for one on a terminal, also return the user's end."""
     words = [sys.executable, "-c", START, *command.arguments]
     if not command.terminal:
         pipe = subprocess.PIPE
@@ -105,10 +105,10 @@ def start(command: Command) -> tuple[subprocess.Popen[bytes], int | None]:
 
 
 def run(command: Command, after: float | None, whole_group: bool) -> Ended:
-    """Run a command and interrupt it `after` some seconds; not at all where that is None.
+    """Run a command and interrupt it `after` some seconds, or never if None.
 
     Raises:
-        TimeoutExpired: where it does not end.
+        TimeoutExpired: the command does not end.
     """
     process, terminal = start(command)
     try:
@@ -137,7 +137,7 @@ def _end_input(process: "subprocess.Popen[bytes]", terminal: int) -> None:
 
 
 def _left_in_group(group: int) -> list[str]:
-    """What still runs in a group of processes, once it has had a few seconds to end."""
+    """Return the processes of a group that still run after a few seconds."""
     end = time.monotonic() + 5
     while (found := list(_in_group(group))) and time.monotonic() < end:
         time.sleep(0.05)
@@ -154,7 +154,7 @@ def _in_group(group: int) -> Iterator[str]:
 
 
 def judge(name: str, command: Command, ended: Ended) -> tuple[str, str | None]:
-    """How a command ended, in words to be counted, and what was wrong."""
+    """Classify the end of a command, and list its faults."""
     said = ended.said
     if ended.code == 130 and said.split()[-1:] == ["interrupted"] and said.count("interrupted") == 1:
         rest = said.rsplit("interrupted", 1)[0]
@@ -169,14 +169,14 @@ def judge(name: str, command: Command, ended: Ended) -> tuple[str, str | None]:
 
 
 def _lines_of_ours(said: str) -> list[str]:
-    """Places in files of precast's, behind those that make it ready, that a traceback names."""
+    """Return the places in precast's files that a traceback names, except those that install the handler."""
     early = {str(ROOT / name) for name in EARLY}
     places = re.findall(r'File "([^"]+)"', said)
     return [p for p in places if p.startswith(f"{ROOT}/") and "/.venv/" not in p and p not in early]
 
 
 def check(command: Command) -> str | None:
-    """What is wrong with what a command makes; it is whole or not there, and nothing lies beside it."""
+    """List faults in a command's result: it must be whole or absent, with nothing beside it."""
     from precast.loaders.artifact.errors import PrecastError
     from precast.loaders.artifact.files import unlisted
     from precast.loaders.load import read_manifest
@@ -198,7 +198,7 @@ def check(command: Command) -> str | None:
 
 
 def interrupt(name: str, command: Command, tries: int, random: Random) -> tuple[Counter[str], list[str]]:
-    """What came of interrupting a command, and what was wrong."""
+    """Interrupt a command; return its outcome and its faults."""
     outcomes: Counter[str] = Counter()
     found: list[str] = []
     started = time.monotonic()
@@ -219,7 +219,7 @@ def interrupt(name: str, command: Command, tries: int, random: Random) -> tuple[
 
 
 def make_checkpoint(folder: Path) -> Path:
-    """A small checkpoint in Hugging Face's form."""
+    """Make a small checkpoint in Hugging Face's format."""
     from safetensors.numpy import save_file
 
     sys.path.insert(0, str(HERE.parent / "golden"))

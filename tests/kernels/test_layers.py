@@ -296,7 +296,7 @@ ALL = [
 
 
 def _once(combinations: Sequence[tuple[str, str, str]]) -> list[Any]:
-    """Mark as long all but one combination of each case, of the first case one of each pair of formats."""
+    """Mark as long all but one combination of each case; of the first case keep one for each pair of formats."""
     names = list(dict.fromkeys(name for name, *_ in combinations))
     short = {("one", *pair) for pair in PAIRS}
     for place, name in enumerate(names[1:]):

@@ -98,7 +98,7 @@ def test_a_target_is_added_and_nothing_else_changes(add, artifact_copy, tiny_mod
     model = load(artifact_copy, target=NAME, verify=True)
     assert model.generate(PROMPT, params).token_ids == tiny_model.generate(PROMPT, params).token_ids
     assert model.compiles == 0
-    # The wider one is taken from now on.
+    # The wider target is chosen from now on.
     assert load(artifact_copy).target.name == NAME
 
 
@@ -299,7 +299,7 @@ def test_whatever_fails_the_artifact_is_whole(add, artifact_copy, monkeypatch, e
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_a_killed_run_left_is_removed(add, artifact_copy, monkeypatch, overwrite):
-    """Killed at each step, with no chance to tidy up, and then run again."""
+    """Kill it at each step without any clean-up, then run it again."""
     monkeypatch.setattr(adding, "_replay", lambda *_: 5)
     if overwrite:
         add()
@@ -322,7 +322,7 @@ def test_what_a_killed_run_left_is_removed(add, artifact_copy, monkeypatch, over
 
 
 def look_alikes(programs: Path) -> None:
-    """Folders, files and links of a user's, named and filled as ours are."""
+    """Make a user's folders, files and links with names and contents like ours."""
     mark, text = folders._MARK, folders._MARK_TEXT
     for name in (".mine.partial", ".add-target.0123456789ab.partial", "mine", "empty"):
         (programs / name).mkdir()
@@ -353,7 +353,7 @@ def test_what_only_looks_like_ours_is_kept(add, artifact_copy, monkeypatch):
 
 
 def test_a_file_that_is_no_longer_what_was_written_is_kept(add, artifact_copy, monkeypatch):
-    """The one that was killed had written it, and somebody has put another in its place."""
+    """The killed process wrote it, and then somebody replaced it."""
     monkeypatch.setattr(adding, "_replay", lambda *_: 5)
     with monkeypatch.context() as patch:
         patch.setattr(target_files, "_settle", lambda *_: None)

@@ -29,7 +29,7 @@ CALL = {
 RESULT = {"role": "tool", "name": "weather", "tool_call_id": "abcdef123", "content": '{"t": 20}'}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " two "}]}
 JOINED = {"role": "user", "content": "one\n two "}
-# Families whose templates print content in parts as Python writes it, leave it out or fail: they get a text.
+# Families whose templates print content in parts as a Python repr, omit it or fail: they get a text.
 TEXT_ALONE = ("gemma", "llama3", "qwen3", "mistral", "phi3", "granite")
 CHATS = {
     "short": [USER],

@@ -1,4 +1,4 @@
-"""Literal chats: whatever a message holds, the prompt has the control tokens of a harmless one, and the same text."""
+"""Literal chats: with any message the prompt has the control tokens of a harmless one, and the same text."""
 
 import json
 import tracemalloc
@@ -124,7 +124,7 @@ EVIL = [
 def test_a_message_forges_nothing(family: str, flags: str, content: str) -> None:
     made = make(FAMILIES[family](), CHATML, **FLAGS[flags])
     ids = made.encode_chat(chat(content, "b"), literal=True)
-    # A normalised token behind a step that puts spaces in front is found behind a space alone.
+    # If a step adds leading spaces, a normalised token only matches after a space.
     harmless = made.encode_chat(
         chat(" " if (family, flags, content) == ("prepended", "normalized", " ") else "a", "b")
     )
@@ -295,7 +295,7 @@ def test_long_content_takes_memory_of_its_own_size() -> None:
 
 
 def test_the_control_tokens_are_those_of_transformers() -> None:
-    """Special ones and those that the template writes; its own encoder gives the same control tokens."""
+    """These are special tokens and those that the template writes; transformers gives the same control tokens."""
     transformers = pytest.importorskip("transformers")
     library = byte_level()
     made = make(library, CHATML)

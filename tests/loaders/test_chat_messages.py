@@ -1,4 +1,4 @@
-"""Messages in every form that callers have them: null keys, reasoning, content in parts."""
+"""Messages in every form that callers use: null keys, reasoning, content in parts."""
 
 # ruff: noqa: E501 - a template is easier to read, and means the same, on one line
 
@@ -82,7 +82,7 @@ def test_a_message_that_says_nothing_is_refused(extra: dict[str, Any]) -> None:
 # --- content in parts ---------------------------------------------------------------------------------------------
 
 PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": " two "}]
-# Templates by how they take content: as text, as either, or as parts alone; all show what they are given.
+# Templates that accept content as text, as either, or only as parts; all print the content that they get.
 TEXT_ALONE = [
     "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}",
     "{% for m in messages %}{{ m.content }}{% endfor %}",

@@ -145,7 +145,7 @@ def test_the_instruction_set_to_export_for_is_the_widest_that_is_there(good):
         machine = dataclasses.replace(this_machine(), machine="x86_64", features=(*facts.features, "aes"))
         (finding,) = examine(bad, machine=machine).targets[0].mismatches
         assert finding.remedy.startswith(f"export with --cpu-isa {level} or ")
-    # A machine that misses one feature of the narrowest level has none; nor has another family.
+    # A machine that lacks one feature of the narrowest level has no level; nor does another family.
     few = isa.LEVELS["x86-64-v2"].features[1:]
     for changes in ({"machine": "x86_64", "features": few}, {"machine": "aarch64", "features": ("neon",)}):
         machine = dataclasses.replace(this_machine(), **changes)
@@ -212,7 +212,7 @@ def test_threads_follow_the_quota(good, quota, threads):
 
 
 def test_limits_that_are_too_low(good):
-    """The same sentences as `load` refuses with."""
+    """`check` prints the same sentences as `load`."""
     low = examine(good, limits=Limits(address_space=10 << 20, threads=3))
     assert not low.runs
     space, threads = low.problems

@@ -1,4 +1,4 @@
-"""Which targets run on which CPUs, decided by the loader's own code from lines of /proc/cpuinfo.
+"""The targets that run on each CPU, decided by the loader's own code from lines of /proc/cpuinfo.
 
 tests/reference/cpus.json holds the "flags" of real machines, most of them as archspec's tests have them (Apache-2.0 or
 MIT), and of virtual machines that hide features.
@@ -22,7 +22,7 @@ from precast.loaders.runtime import fitting
 
 CPUS = json.loads((Path(__file__).parents[1] / "reference" / "cpus.json").read_text())
 LEVELS = tuple(isa.LEVELS)
-# Levels that each has. jaxlib itself needs AVX, which those marked lack.
+# The levels of each CPU. jaxlib itself needs AVX, which the marked CPUs lack.
 NONE, V2, V3, V4 = ((), LEVELS[:1], LEVELS[:2], LEVELS)
 WITHOUT_AVX = {"Nehalem", "Goldmont Plus", "Opteron K10", "KVM guest, kvm64", "KVM guest, x86-64-v2-AES"}
 EXPECTED = {
@@ -75,7 +75,7 @@ def target(features: tuple[str, ...], name: str | None = None) -> Target:
 
 
 def chosen(targets: tuple[Target, ...], name: str) -> str | None:
-    """The target that the loader takes on a CPU; None where it refuses them all."""
+    """Return the target that the loader chooses on a CPU; None if it refuses all."""
     manifest = SimpleNamespace(targets=targets)
     try:
         return compat.choose_target(manifest, machine(name), "art", name=None, may_compile=False).name
@@ -107,7 +107,7 @@ def test_what_a_default_export_makes_runs_wherever_jaxlib_does(name):
 @pytest.mark.parametrize("name", CPUS)
 @pytest.mark.parametrize("maker", CPUS)
 def test_advice_is_never_circular(maker, name):
-    """A target for all that one CPU has, checked on another: what is told to do makes a target that runs there."""
+    """Check a native target of one CPU on another: following the advice must give a target that runs there."""
     has = machine(maker).features
     old = target(has, "cpu-x86_64-avx2")
     if not set(has) - set(machine(name).features):
@@ -124,7 +124,7 @@ def test_advice_is_never_circular(maker, name):
 
 @pytest.mark.parametrize("name", CPUS)
 def test_an_export_on_any_cpu(name, monkeypatch):
-    """What it makes by default; and that a level which the CPU lacks is refused there."""
+    """The default target is the same on any CPU, and a level that the CPU lacks is refused."""
     monkeypatch.setattr(isa, "cpu_features", lambda: machine(name).features)
     assert isa.default_isa() == ("x86-64-v2" if EXPECTED[name] else "native")
     for level in LEVELS:
@@ -137,7 +137,7 @@ def test_an_export_on_any_cpu(name, monkeypatch):
 
 @pytest.mark.parametrize("name", CPUS)
 def test_a_cpu_that_jaxlib_does_not_run_on_is_a_sentence(name, monkeypatch):
-    """Instead of SIGILL at jaxlib's first instruction."""
+    """The message replaces SIGILL at jaxlib's first instruction."""
 
     def refuse() -> None:
         raise RuntimeError("This version of jaxlib was built using AVX instructions")

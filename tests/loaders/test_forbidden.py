@@ -33,7 +33,7 @@ ENDS = st.sets(TOKEN, max_size=2)
 
 
 def attempt(call):
-    """What a call returns, and the text of its refusal."""
+    """Return a call's result and the text of its refusal."""
     try:
         return call(), None
     except PrecastError as error:
@@ -41,7 +41,7 @@ def attempt(call):
 
 
 def reference(params: SamplingParams, prompt: list[int], answer: list[int], ends: set[int]) -> set[int]:
-    """Every token that may not come next, as slowly and plainly as it can be said."""
+    """Return every token that may not come next, by the simplest code."""
     text, ends = [*prompt, *answer], set() if params.ignore_eos else ends
     least = len(prompt) + params.min_tokens if params.min_tokens else params.min_length
     found = set(params.suppress_tokens)
@@ -58,7 +58,7 @@ def reference(params: SamplingParams, prompt: list[int], answer: list[int], ends
 
 
 def forbidden(params: SamplingParams, prompt: list[int], answer: list[int], ends: set[int]) -> set[int]:
-    """The tokens that a sampler never chooses next."""
+    """Return the tokens that a sampler never chooses next."""
     sampler = Sampler(params, prompt, V, ends)
     for token in answer:
         sampler.observe(token)
@@ -74,7 +74,7 @@ def test_forbidden_tokens_are_the_reference(params, prompt, answer, ends) -> Non
 
 
 def processors(torch, params: SamplingParams, prompt: list[int], ends: set[int]):
-    """Return the processors that transformers makes of the same settings, in its order."""
+    """Return transformers' processors for the same settings, in its order."""
     import transformers
 
     said = transformers.GenerationConfig(
@@ -103,7 +103,7 @@ def processors(torch, params: SamplingParams, prompt: list[int], ends: set[int])
 def test_scores_are_those_of_transformers(torch, params, prompt, answer, ends, logits) -> None:
     only_ends = [word for word in params.bad_words_ids if not (len(word) == 1 and word[0] in ends)]
     if params.bad_words_ids and not only_ends:
-        return  # transformers refuses a list of which nothing is left
+        return  # transformers refuses a list that is empty after filtering
     row = np.array(logits, np.float32)
     expected = torch.from_numpy(row.copy())[None]
     for step in processors(torch, params, prompt, ends):
@@ -200,7 +200,7 @@ EXTREMES = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=1000)
 @given(said=st.one_of(ANY, EXTREMES), prompt=PROMPT, ends=ENDS, rows=st.lists(ROW, min_size=1, max_size=4))
 def test_what_is_accepted_chooses_a_token(said, prompt, ends, rows) -> None:
-    """No settings that are accepted crash the sampler, warn, or choose a token that cannot come."""
+    """Accepted settings never crash the sampler, warn, or choose an impossible token."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         params, refused = attempt(lambda: SamplingParams(**said))

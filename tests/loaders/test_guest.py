@@ -1,4 +1,4 @@
-"""Somebody else's process is after a load as it was before."""
+"""A load leaves the host process unchanged."""
 
 import json
 from pathlib import Path

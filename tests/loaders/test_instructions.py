@@ -8,7 +8,7 @@ from precast.loaders.instructions import AVX512, UnknownInstruction, instruction
 
 capstone = pytest.importorskip("capstone")
 
-# Features by capstone's groups. Where it names none, our own tables are held to less.
+# Features by capstone's groups. Where it names none, our tables are checked less strictly.
 GROUPS = {
     "sse3": {"sse3"},
     "ssse3": {"ssse3"},
@@ -28,7 +28,7 @@ GROUPS = {
     "cdi": AVX512,
     "vlx": AVX512,
 }
-# Nothing that a level lacks, or that a compiler emits.
+# Groups that every level has, or that compilers never emit.
 OTHERS = {
     "sse1",
     "sse2",
@@ -47,7 +47,7 @@ OTHERS |= {"branch_relative", "int", "privilege", "vm", "iret"}
 # Register and memory operands of every size of displacement.
 MODRM = (0xC1, 0x01, 0x41, 0x81, 0x04, 0x05, 0x44, 0xD9, 0x84)
 REST = bytes.fromhex("112233445566770809")
-# Which capstone reads in a way of its own: operand-size prefixes that CPUs pass over.
+# capstone decodes these differently: CPUs ignore their operand-size prefixes.
 EXCEPT = ("ret", "vmread", "vmwrite")
 
 
@@ -94,7 +94,7 @@ def test_every_opcode_is_as_capstone_has_it_or_unknown(kind):
             except UnknownInstruction:
                 continue
             if expected is None or expected.mnemonic in EXCEPT:
-                continue  # what no CPU decodes no compiler emits
+                continue  # compilers emit no code that no CPU decodes
             known += 1
             assert len(found.raw) == expected.size, f"{code.hex()}: {expected.mnemonic}"
             for group in map(expected.group_name, expected.groups):
@@ -110,7 +110,7 @@ def test_every_opcode_is_as_capstone_has_it_or_unknown(kind):
         ("f20f12c1", ("sse3",)),
         ("f30fb8c1", ("popcnt",)),
         ("0fbcc1", ()),
-        ("f30fbcc1", ("bmi",)),  # tzcnt; an older CPU takes it for bsf, and answers otherwise
+        ("f30fbcc1", ("bmi",)),  # tzcnt; an older CPU decodes it as bsf, with other results
         ("f30fbdc1", ("lzcnt",)),
         ("9f", ("sahf",)),
         ("480fc70f", ("cx16",)),

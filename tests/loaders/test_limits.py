@@ -1,4 +1,4 @@
-"""Limits of the system are a sentence before XLA meets them, and threads are as many as they should be."""
+"""System limits give a sentence before XLA reaches them, and the number of threads is right."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ FREE = SamplingParams(ignore_eos=True)
 
 
 def few_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """A system that lets this process have so many threads more."""
+    """Simulate a system that lets this process start only this many more threads."""
     monkeypatch.setattr(resources, "_thread_limit", lambda system: 1000)
     start, started = threading.Thread.start, list[threading.Thread]()
 
@@ -111,7 +111,7 @@ except precast.PrecastError as error:
 def test_address_space_is_a_sentence_or_enough(
     tiny_artifact: Path, python: Any, beyond: int, text: str
 ) -> None:
-    """Around the bound that `load` goes by, of a process that has tried the artifact before."""
+    """Test limits around the bound in `load`, in a process whose trial is already recorded."""
     manifest = read_manifest(tiny_artifact)
     space = limits.need(manifest, manifest.targets[0]).all + limits._FIXED + 2 * limits._PER_THREAD
     result = python("-c", UNDER_A_LIMIT, str(tiny_artifact), str(space + beyond))
@@ -143,7 +143,7 @@ def test_libraries_that_do_not_fit_are_a_sentence(tiny_artifact: Path) -> None:
 
 
 def pool_threads() -> int:
-    """Threads of XLA's pools in this process."""
+    """Return the threads of XLA's pools in this process."""
     count = 0
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # a thread that has ended

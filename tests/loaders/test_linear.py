@@ -1,6 +1,6 @@
-"""Commands that read a manifest take a time that grows with its length, and not with its square.
+"""Commands that read a manifest take linear time in its length, not quadratic.
 
-Work is counted, not timed: attribute reads of records, and calls, for lists of one length and of four times that.
+The tests count calls and attribute reads of records instead of time, for lists of one length and of four times it.
 """
 
 import json
@@ -28,7 +28,7 @@ ROOT = Path("artifact")
 
 @pytest.fixture(scope="module")
 def template(tiny_artifact: Path) -> Mapping[str, Any]:
-    """The manifest of the tiny artifact, with one bucket of one token and no cache, so that lists can be long."""
+    """Return the tiny artifact's manifest with one bucket of one token and no cache, so that lists can be long."""
     value = json.loads((tiny_artifact / "manifest.json").read_text())
     target = value["targets"][0]
     one = [p for p in target["programs"] if p["name"] != "prefill_16"]
@@ -49,7 +49,7 @@ def many_targets(m: Any, n: int) -> None:
 
 
 def many_programs(m: Any, n: int) -> None:
-    """One prefill program a bucket, each in a folder of its own."""
+    """Make one prefill program per bucket, each in its own folder."""
     target, m["capacity"], m["buckets"] = m["targets"][0], n + 8, list(range(1, n + 1))
     (old,) = [p for p in target["programs"] if p["kind"] == "prefill"]
     others = [p for p in target["programs"] if p["kind"] != "prefill"]

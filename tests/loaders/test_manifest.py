@@ -69,7 +69,7 @@ def test_other_json_is_no_manifest(value):
 
 
 def in_format_4(good):
-    """The same artifact as a precast of format 4 wrote it."""
+    """Return the same artifact as written by a precast with format 4."""
     sampling = {"temperature": 1.0, "top_k": 20.0}
     tokenizer = {key: value for key, value in good["tokenizer"].items() if key != "named_templates"}
     return {**good, "format_version": 4, "tokenizer": tokenizer, "sampling": sampling}

@@ -1,4 +1,4 @@
-"""The cache folder: what another user can have written there is not used, and that is said."""
+"""The cache folder: precast ignores files that another user can have written, and says so."""
 
 import json
 import os
@@ -21,20 +21,20 @@ def give(path: Path) -> None:
 
 
 def linked(folder: Path) -> None:
-    """A link of a stranger's, to a folder that is in order."""
+    """Make a stranger's link to a safe folder."""
     folder.rename(folder.with_name("elsewhere"))
     folder.symlink_to(folder.with_name("elsewhere"))
     give(folder)
 
 
 def to_a_stranger_s(folder: Path) -> None:
-    """Our own link, to a folder of a stranger's."""
+    """Make our own link to a stranger's folder."""
     folder.rename(folder.with_name("elsewhere"))
     folder.symlink_to(folder.with_name("elsewhere"))
     give(folder.with_name("elsewhere"))
 
 
-# How a cache folder may be a stranger's, and what is said.
+# Ways in which a cache folder may be unsafe, each with the message.
 WRONG = {
     "group": (lambda folder: folder.chmod(0o770), "others may write to {folder} (mode 770)"),
     "others": (lambda folder: folder.chmod(0o707), "others may write to {folder} (mode 707)"),
@@ -55,7 +55,7 @@ CASES = [pytest.param(name, marks=as_root if "12345" in text else ()) for name, 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache folder in order, in a folder that a test may spoil."""
+    """Make a safe cache folder, in a folder that a test may change."""
     folder = tmp_path / "parent" / "cache"
     monkeypatch.setenv("PRECAST_CACHE", str(folder))
     files.make_own(folder / "verified")
@@ -84,7 +84,7 @@ def test_a_folder_that_others_may_write_to_is_not_used(cache, case):
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o500])
 @pytest.mark.parametrize("parent", [0o755, 0o775, 0o1777])
 def test_a_folder_in_order_is_used(cache, mode, parent):
-    """A group may write to what the folder is in: it may take the folder away, and not make one of this user's."""
+    """A group may write to the parent: it can move the folder away, but cannot make one that belongs to this user."""
     cache.chmod(mode)
     cache.parent.chmod(parent)
     try:
@@ -108,7 +108,7 @@ def test_what_is_made_is_this_user_s_alone_whatever_the_umask(tmp_path, monkeypa
 
 @pytest.fixture
 def forged(cache, artifact_copy, tiny_model, monkeypatch):
-    """A cache in which a stranger has noted that altered weights are whole and that the target ran here."""
+    """Make a cache where a stranger recorded altered weights as whole, and the target as tried."""
     weights = artifact_copy / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"evil")
     manifest = loading.read_manifest(artifact_copy)

@@ -1,4 +1,4 @@
-"""Pipes, devices, sockets and folders in the place of files: everything ends at once, with a sentence."""
+"""Pipes, devices, sockets and folders in place of files: every command ends at once, with a sentence."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture
 def instead(own_cache) -> Iterator[Callable[[Path, str], None]]:
-    """Put something of another kind in the place of a file; whatever waits for it is freed at the end."""
+    """Replace a file by something of another kind; unblock all waiting readers at the end."""
     pipes: list[Path] = []
 
     def put(path: Path, kind: str) -> None:
@@ -138,7 +138,7 @@ def test_a_signature(instead, artifact_copy, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_pulled_before_is_fetched_again(instead, url, tiny_artifact, tmp_path, kind):
-    """Pieces are looked for in folders that were pulled to; there they may have become anything."""
+    """Pieces are also sought in folders of earlier pulls, whose files may have become anything."""
     store_push.push(tiny_artifact, url)
     pull(url, tmp_path / "first")
     for path in sorted(p for p in (tmp_path / "first").rglob("*") if p.is_file()):

@@ -1,4 +1,4 @@
-"""A key that is required is required everywhere, and what was checked with one is not replaced by what was not."""
+"""A required key is required everywhere, and unchecked artifacts never replace checked ones."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ REQUIRING = {
     "pull": ("file://A",),
 }
 MORE = [("diff", ("A", "B")), ("eval", ("B", "--reference", "A"))]
-# The others, and why they do not ask for one.
+# The other commands, and the reasons why they need no signature.
 EXEMPT = {
     "export": "makes an artifact, which nobody can have signed",
     "sign": "makes the signature, of files that it hashes",
@@ -43,7 +43,7 @@ EXEMPT = {
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory) -> SimpleNamespace:
-    """Key pairs of two makers: files of the private and the public key."""
+    """Make key pairs of two makers: files of the private and the public key."""
     folder, found = tmp_path_factory.mktemp("keys"), SimpleNamespace()
     pem, text = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     for name in "ab":
@@ -201,7 +201,7 @@ def unreachable(monkeypatch) -> None:
 def test_what_was_checked_with_a_key_stays_whatever_the_url_leads_to_for_others(
     versions, url, keys, monkeypatch, then
 ):
-    """Checked with key a; then the store changes, and somebody runs it with key b or without one."""
+    """Check with key a; then the store changes, and somebody runs it with key b or without a key."""
     versions("a", url)
     checked = fetch(url, keys.a.public)
     before = contents(checked)
@@ -212,7 +212,7 @@ def test_what_was_checked_with_a_key_stays_whatever_the_url_leads_to_for_others(
     assert contents(checked) == before
     with pytest.raises(PrecastError, match=r"expected a signature|made with another key"):
         fetch(url, keys.a.public)
-    # Out of reach, each goes on with what was checked with the same key, or was not checked.
+    # If the store is unreachable, each key's runs, and those without a key, use their own last artifact.
     unreachable(monkeypatch)
     assert fetch(url, keys.a.public) == checked
     assert fetch(url, None if then == "none" else keys.b.public) == other
@@ -234,7 +234,7 @@ def test_without_a_key_first_and_with_one_then(versions, url, keys, monkeypatch)
 
 
 def test_another_signature_of_the_same_artifact_takes_no_place(versions, url, keys, tmp_path):
-    """The store gives the very artifact, signed by somebody else; without a key nobody notices."""
+    """The store serves the same artifact, signed by somebody else; without a key nobody notices."""
     versions("a", url)
     checked = fetch(url, keys.a.public)
     store_pull.pull(url, tmp_path / "here", overwrite=False, require_signature=keys.a.public, log=print)
@@ -268,7 +268,7 @@ def test_a_pull_without_a_key_does_not_replace_a_folder_that_was_checked(version
     versions("none", url)
     with pytest.raises(PrecastError, match="its artifact was checked with the key"):
         pull(None)
-    # What somebody has put there since is theirs, and not what was checked.
+    # Files that somebody put there since were not checked.
     shutil.rmtree(here)
     shutil.copytree(tmp_path / "version-a", here)
     assert pull(None) == "card of none"
@@ -276,7 +276,7 @@ def test_a_pull_without_a_key_does_not_replace_a_folder_that_was_checked(version
 
 
 def test_a_signature_is_removed_by_add_target_and_must_be_made_again(cli, unsigned_and_signed, keys):
-    """Only the part that refuses: `test_add_target` covers the removal."""
+    """Test only the refusal; `test_add_target` covers the removal."""
     _, signed = unsigned_and_signed
     before = contents(signed)
     result = cli("add-target", signed, "--require-signature", keys.b.public)

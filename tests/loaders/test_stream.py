@@ -1,4 +1,4 @@
-"""Streams: what they free and when, what they say of themselves, and that threads and event loops may have them."""
+"""Streams: freeing memory, reporting results, and use from threads and event loops."""
 
 import asyncio
 import gc
@@ -20,7 +20,7 @@ FREE = SamplingParams(ignore_eos=True)
 
 @pytest.fixture
 def caches(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Weak references to every cache made meanwhile. Nothing may need the garbage collector to free one."""
+    """Collect weak references to every cache made meanwhile. Freeing one must not need the garbage collector."""
     made: list[Any] = []
     new_cache = tiny_model.engine.new_cache
 
@@ -118,7 +118,7 @@ def test_a_completion_generates_nothing(tiny_model: Model, caches: list[Any], fr
     next(stream)
     assert stream.completion.finish_reason == "unfinished"
     assert len(stream.completion.token_ids) < 5
-    # Nor does it end anything.
+    # It does not end anything either.
     assert stream.finish().token_ids == free.token_ids
     assert stream.completion.finish_reason == "length"
 
@@ -162,7 +162,7 @@ def test_threads_share_a_stream(tiny_model: Model, free: Completion) -> None:
 
 
 def test_another_thread_closes_a_stream(tiny_model: Model, caches: list[Any], free: Completion) -> None:
-    """`close` waits for the step under way, and the reader then sees the end."""
+    """`close` waits for the current step, and the reader then sees the end."""
     stream = tiny_model.stream(PROMPT, FREE)
     decode, inside, goes_on = tiny_model.engine.decode, threading.Event(), threading.Event()
 
@@ -228,7 +228,7 @@ def test_the_event_loop_goes_on_while_a_piece_is_computed(
 def test_a_cancelled_task_ends_the_generation(
     tiny_model: Model, caches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where no piece comes, which alone would give the reader's thread back."""
+    """This must work even if no piece arrives, which would otherwise block the reader's thread."""
     monkeypatch.setattr(type(tiny_model.tokenizer.stream()), "push", lambda self, token: "")
     decode, inside, goes_on = tiny_model.engine.decode, threading.Event(), threading.Event()
 

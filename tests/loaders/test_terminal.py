@@ -1,4 +1,4 @@
-"""Text for a terminal: no character of it is a command."""
+"""Text for a terminal: no character controls it."""
 
 import json
 import unicodedata

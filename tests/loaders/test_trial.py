@@ -228,7 +228,7 @@ def test_where_there_is_no_python_to_start_nothing_is_started(
 
 
 def child_that(monkeypatch, tmp_path, code, ready=True):
-    """A Python that runs this code instead of what it is asked to, once it has said that it is ready."""
+    """Make a Python that reports ready, then runs this code instead of its task."""
     script = tmp_path / "python"
     first = child.READY.decode() if ready else ""
     script.write_text(

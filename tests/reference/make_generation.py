@@ -1,4 +1,4 @@
-"""Writes generation.json: what transformers' generate() answers for settings of generation_config.json, in float32.
+"""Write generation.json: the answers of transformers' generate() for settings of generation_config.json, in float32.
 
 Run by hand where torch is installed::
 
@@ -29,7 +29,7 @@ GREEDY = "greedy"
 
 
 def cases(greedy: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Return settings by name; `greedy` is the answer without any."""
+    """Return settings by name; `greedy` has none."""
     first, second, third = greedy[:3]
     ends = {"eos_token_id": first}
     return {
@@ -65,7 +65,7 @@ def cases(greedy: Sequence[int]) -> dict[str, dict[str, Any]]:
 
 
 def settings(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a file: the case's own, beside a limit and an end token that never comes."""
+    """Return the keys of a file: the case's own, plus a limit and an end token that never comes."""
     return {"max_new_tokens": TOKENS, "eos_token_id": 330, **said}
 
 
@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, said: Mapping[str, Any], *, in_config: bool) 
 
 
 def answer(folder: Path) -> tuple[list[int], float]:
-    """Return what transformers answers, and by how much the best token leads at least."""
+    """Return transformers' answer and the smallest lead of a best token."""
     import torch
     from transformers import AutoModelForCausalLM
 
