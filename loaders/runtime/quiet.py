@@ -8,8 +8,11 @@ _LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
 def quiet(level: str) -> AbstractContextManager[None]:
-    """Set the log level of Google's libraries while one is loaded, unless the user has set one."""
-    return nullcontext() if _LEVEL in os.environ else variable(_LEVEL, level)
+    """Set the log level of Google's libraries while one is loaded, unless the user has set another than 1.
+
+    The command line sets 1, for the libraries that an export loads, and TensorFlow needs 2.
+    """
+    return variable(_LEVEL, level) if os.environ.get(_LEVEL, "1") == "1" else nullcontext()
 
 
 @contextmanager

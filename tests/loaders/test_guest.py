@@ -1,10 +1,14 @@
 """A load leaves the host process unchanged."""
 
+import ctypes
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from precast.loaders.runtime.quiet import quiet
 
 HOST = """
 import asyncio, ctypes, decimal, faulthandler, gc, json, locale, os, random, resource, signal, sys, threading, warnings
@@ -108,3 +112,20 @@ def test_nothing_that_a_host_sees_changes(
         changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
         assert changed == {}, moment
     assert list(seen) == ["imported", "loaded", "generated", "streaming", "dropped"]
+
+
+@pytest.mark.parametrize(("before", "inside"), [(None, b"2"), ("1", b"2"), ("0", b"0"), ("3", b"3")])
+def test_a_library_is_quiet_whoever_loads_it(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, inside: bytes
+) -> None:
+    """Below the command line, too, which sets the level to 1."""
+    name = "TF_CPP_MIN_LOG_LEVEL"
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    with quiet("2"):
+        assert getenv(name.encode()) == inside
+        assert os.environ.get(name) == before
+    assert getenv(name.encode()) == (before and before.encode())
