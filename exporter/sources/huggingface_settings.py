@@ -65,9 +65,7 @@ def check_settings(path: Path, document: Mapping[str, Any]) -> tuple[str, ...]:
     for key, refused in _REFUSED.items():
         if refused(settings.get(key), document):
             raise PrecastError(f"{path}: {_REASONS[key]}.")
-    unknown = sorted(
-        key for key in settings if key not in APPLIED | HARMLESS and not (key.endswith("_token") and key)
-    )
+    unknown = sorted(key for key in settings if key not in APPLIED | HARMLESS and not key.endswith("_token"))
     remarks = []
     if unknown:
         remarks.append(f"tokenizer_config.json: left out, as its meaning is unknown: {', '.join(unknown)}")
