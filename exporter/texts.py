@@ -85,7 +85,7 @@ def _sample(tokenizer: Tokenizer, template: str) -> str:
 
 
 def named_files(source: Source) -> dict[str, str]:
-    """The file of each named template: by its name where that is fit for a file, else by a number that is free."""
+    """Choose a file name for each named template: its own name if valid and free, else a free number."""
     files: dict[str, str] = {}
     taken: set[str] = set()
     for number, name in enumerate(source.named_templates, 1):

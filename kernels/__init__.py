@@ -8,7 +8,7 @@ from pathlib import Path
 try:
     from . import _kernels
 except ImportError as error:
-    # Not before: transformers looks for a package of this name, and finds this folder where a checkout is on the path.
+    # Imported late: transformers looks for a package of this name, and finds this folder if a checkout is on the path.
     from precast.loaders.artifact.errors import PrecastError
 
     raise PrecastError(

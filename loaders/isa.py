@@ -102,7 +102,7 @@ def check_isa(name: str) -> None:
     if name == NATIVE:
         return
     if name in _FORMER:
-        raise PrecastError(f"--cpu-isa: {name!r} was the name of before 0.3; write {_FORMER[name]}.")
+        raise PrecastError(f"--cpu-isa: {name!r} is the name used before 0.3; write {_FORMER[name]}.")
     if name not in LEVELS:
         raise PrecastError(
             f"--cpu-isa: {name!r} is not known, expected one of {', '.join((*LEVELS, NATIVE))}."

@@ -192,7 +192,7 @@ def test_instruction_sets_that_cannot_be_had_are_refused(machine):
         "--cpu-isa: 'mmx' is not known, expected one of x86-64-v2, x86-64-v3, x86-64-v4, native."
     )
     for former, level in (("sse4.2", "v2"), ("avx", "v2"), ("avx2", "v3"), ("avx512", "v4")):
-        assert refusal(cpu_isas=(former,)).endswith(f"the name of before 0.3; write x86-64-{level}.")
+        assert refusal(cpu_isas=(former,)).endswith(f"the name used before 0.3; write x86-64-{level}.")
     text = refusal(cpu_isas=("x86-64-v2", "x86-64-v4"))
     assert text.startswith("--cpu-isa: x86-64-v4 is wider than this machine, which lacks avx512bw, avx512cd")
     assert text.endswith("copy the artifact there and run precast add-target --cpu-isa x86-64-v4.")
