@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # Fixtures that skip a test where their packages are missing. `pytest -m extra` runs the tests that use one.
 EXTRA_FIXTURES = frozenset({"torch", "savedmodel_packages"})
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs with SIGINT ignored, which children would inherit.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
