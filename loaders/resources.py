@@ -1,14 +1,17 @@
 """The processors, memory and threads that this process may use, including a container's limits."""
 
 import os
+from _thread import LockType, allocate_lock, start_new_thread
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from threading import Event, Thread
+from time import monotonic, sleep
 
 from .artifact.frozen import Frozen
 from .artifact.machine import usable_cores
 
+# Seconds for a started thread to pass; one that finds no memory never does.
+_PASS_S = 2.0
 # What version 1 of control groups says where there is no limit is a little below 2^63.
 _NO_LIMIT = 1 << 60
 # Threads that a user may have elsewhere; a limit this far above what is needed is not looked into.
@@ -121,19 +124,22 @@ def _address_space() -> int | None:
 
 def _startable(wanted: int) -> int | None:
     """Start this many concurrent threads; return the number that started, or None for all."""
-    end, started = Event(), list[Thread]()
-    try:
-        for _ in range(wanted):
-            thread = Thread(target=end.wait, daemon=True)
-            thread.start()
-            started.append(thread)
-    except RuntimeError:
-        return len(started)
-    finally:
-        end.set()
-        for thread in started:
-            thread.join()
-    return None
+    # Not `Thread.start`, which waits forever for a thread that finds no memory for its first step.
+    gate, passed, started = allocate_lock(), list[None](), 0
+    with gate, suppress(RuntimeError, MemoryError):
+        while started < wanted:
+            start_new_thread(_pass, (gate, passed))
+            started += 1
+    end = monotonic() + _PASS_S
+    while len(passed) < started and monotonic() < end:
+        sleep(0.0005)
+    return None if len(passed) >= wanted else len(passed)
+
+
+def _pass(gate: LockType, passed: list[None]) -> None:
+    """Wait at a gate, and note that it was passed."""
+    with gate:
+        passed.append(None)
 
 
 def _groups(system: Path, controller: str) -> Iterator[Path]:

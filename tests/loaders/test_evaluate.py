@@ -195,7 +195,7 @@ def test_what_is_scored_is_each_next_token_of_the_second_half():
     seen = []
     scores = e.evaluate(table, [window, (0, 0, 1)], report=lambda *counts: seen.append(counts))
     assert table.asked == [(window, 3), ((0, 0, 1), 0)]
-    assert seen == [(n, 6) for n in range(1, 7)]
+    assert seen == [(n, 6) for n in range(7)]
     assert scores == e.Scores(
         tokens=6, perplexity=pytest.approx((2 * 4 * 2 * 2 * 2 * 4) ** (1 / 6)), comparison=None
     )

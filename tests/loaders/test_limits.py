@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,23 @@ FREE = SamplingParams(ignore_eos=True)
 def few_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """Simulate a system that lets this process start only this many more threads."""
     monkeypatch.setattr(resources, "_thread_limit", lambda system: 1000)
-    start, started = threading.Thread.start, list[threading.Thread]()
+    start, started = resources.start_new_thread, Counter[object]()
 
-    def limited(thread: threading.Thread) -> None:
-        if sum(other.is_alive() for other in started) >= most:
+    def limited(function: Callable[..., None], arguments: tuple[Any, ...]) -> int:
+        gate = arguments[0]  # all threads of one trial wait at the same gate
+        if started[gate] >= most:
             raise RuntimeError("can't start new thread")
-        start(thread)
-        started.append(thread)
+        started[gate] += 1
+        return start(function, arguments)
 
-    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr(resources, "start_new_thread", limited)
+
+
+def test_a_thread_that_never_runs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory for its first step a thread starts, and does nothing."""
+    monkeypatch.setattr(resources, "_thread_limit", lambda system: 0)
+    monkeypatch.setattr(resources, "start_new_thread", lambda *_: 1)
+    assert resources.limits(3).threads == 0
 
 
 @pytest.mark.parametrize("most", [0, 1, 19])
