@@ -143,8 +143,9 @@ class Model:
 
     def _named(self, token: object) -> str:
         """Describe a token that only the tokenizer has, without an embedding; transformers fails on it too."""
-        known = isinstance(token, Integral) and token >= self.engine.vocab
-        text = self.tokenizer.token(int(token)) if known else None
+        if not isinstance(token, Integral) or int(token) < self.engine.vocab:
+            return ""
+        text = self.tokenizer.token(int(token))
         return "" if text is None else f"; leave out {text!r:.40}, for which the model has no embedding"
 
     def _started(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
