@@ -19,7 +19,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.frozen import Frozen
 from precast.loaders.artifact.machine import Machine
 from precast.loaders.artifact.manifest import Manifest, parse_manifest
-from precast.loaders.resources import Memory, Processors
+from precast.loaders.resources import Limits, Memory, Processors
 
 MACHINE = Machine(machine="x86_64", features=("avx",), jaxlib="1", kernel_abi=3, kernels=())
 ENTRY = {"bytes": 1, "sha256": "0" * 64}
@@ -102,7 +102,9 @@ LISTS: Mapping[str, Callable[[Any, int], None]] = {
 
 def checked(m: Manifest, _: Manifest) -> None:
     cores, memory = Processors(cores=1, usable=1, quota=None), Memory(limit=None, available=None)
-    report = check.check(ROOT, m, MACHINE, cores, memory, date(2026, 1, 1))
+    report = check.check(
+        ROOT, m, MACHINE, cores, memory, Limits(address_space=None, threads=None), date(2026, 1, 1)
+    )
     list(check_console.lines(report))
     check_console.to_json(report)
 
