@@ -200,9 +200,11 @@ def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], 
             f"{where}: its StableHLO has {len(layouts)} arguments or results, expected {len(values)}; export again."
         )
     for value, layout in zip(values, layouts, strict=True):
-        if value.layout != layout:
+        # A program takes an array with its axes in the order of `value.layout`, and lays that array out.
+        found = tuple(value.layout[axis] for axis in layout)
+        if found != value.layout:
             raise PrecastError(
-                f"{where}: this jaxlib lays {value.name!r} out as {list(layout)}, expected {list(value.layout)} as in"
+                f"{where}: this jaxlib lays {value.name!r} out as {list(found)}, expected {list(value.layout)} as in"
                 " the artifact; export the model again with this jaxlib."
             )
 

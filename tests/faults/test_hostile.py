@@ -90,7 +90,7 @@ def test_fault_01_nothing_that_unpickles_is_imported():
         ("{% import 'os' as os %}{{ os.mkdir('ran') }}", "another template cannot be included here"),
         ("{% for a in range(99999) %}" + "{% set b = 1 %}" * 99 + "{% endfor %}", "was stopped, because it"),
         ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", ""),
-        ("{{ 'x' * 10 ** 12 }}", "it made more than 268,435,456 characters of text"),
+        ("{{ 'x' * 10 ** 12 }}", "one operation would take more than 2,000,000 steps"),
         ("{{ 10 ** (10 ** 10) }}", "a number grew beyond 4096 bits"),
         (
             "{% for a in range(9000) %}" + "x" * 9999 + "{% endfor %}",
@@ -447,7 +447,10 @@ def test_fault_07_an_id_beyond_the_model_never_reaches_it(artifact_copy, put, re
     tokenizer["model"]["vocab"]["<evil>"] = 4_000_000_000
     put(artifact_copy, "tokenizer.json", json.dumps(tokenizer).encode())
     found = refusal("run", artifact_copy, "-p", "<evil>")
-    assert found == "prompt: token 0 is 4000000000, expected an id from 0 to 319."
+    assert found == (
+        "prompt: token 0 is 4000000000, expected an id from 0 to 319; leave out '<evil>', for which the model has no"
+        " embedding."
+    )
 
 
 def test_fault_07_an_enormous_text_is_refused(tiny_artifact, refusal):
