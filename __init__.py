@@ -7,20 +7,20 @@ print(model.generate("The capital of France is", precast.SamplingParams(max_toke
 TYPE_CHECKING = False  # importing typing takes milliseconds, during which Python would still handle Ctrl-C
 if TYPE_CHECKING:
     from .loaders.artifact.errors import PrecastError
-    from .loaders.generate import Model
+    from .loaders.generation.model import Model
+    from .loaders.generation.sampling import SamplingParams
+    from .loaders.generation.stream import Completion, Stream, Timing
     from .loaders.load import load
-    from .loaders.sampling import SamplingParams
-    from .loaders.stream import Completion, Stream, Timing
 
 __all__ = ["Completion", "Model", "PrecastError", "SamplingParams", "Stream", "Timing", "load"]
 
 _HOMES = {
-    "Completion": "stream",
-    "Model": "generate",
+    "Completion": "generation.stream",
+    "Model": "generation.model",
     "PrecastError": "artifact.errors",
-    "SamplingParams": "sampling",
-    "Stream": "stream",
-    "Timing": "stream",
+    "SamplingParams": "generation.sampling_params",
+    "Stream": "generation.stream",
+    "Timing": "generation.stream",
     "load": "load",
 }
 

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from precast.loaders import command, options
+from precast.loaders.console import command, options
 
 if TYPE_CHECKING:
-    from precast.loaders.console import LoadOptions, SamplingOptions
+    from precast.loaders.console.run import LoadOptions, SamplingOptions
 
 # Hide XLA's notes about devices from users; errors still show. XLA reads this when loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
@@ -160,7 +160,7 @@ def run(
 
     Without a prompt, on a terminal, the command starts an interactive chat.
     """
-    from precast.loaders import console
+    from precast.loaders.console import run as console
 
     request = console.Request(
         prompt=prompt, ids=ids, chat=chat, system=system, literal=literal, as_json=as_json, stats=stats
@@ -190,7 +190,7 @@ def chat(
     The arrow keys recall your messages of earlier chats, stored in $XDG_STATE_HOME/precast/chat_history. Set
     PRECAST_HISTORY to another file, or to off to store none.
     """
-    from precast.loaders import console
+    from precast.loaders.console import run as console
 
     request = console.Request(
         prompt=None, ids=None, chat=True, system=system, literal=literal, as_json=False, stats=stats
@@ -242,7 +242,7 @@ def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) 
     FOLDER is artifacts by default. The list shows each artifact's model and size, and if it runs here. For a broken
     artifact it shows the reason.
     """
-    from precast.loaders import list_console
+    from precast.loaders.console import listing as list_console
 
     list_console.run(folder, as_json=as_json, require_signature=require_signature)
 
@@ -253,7 +253,7 @@ def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) 
 @options.KEY
 def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None) -> None:
     """Show what ARTIFACT holds: model, programs, cache, targets."""
-    from precast.loaders import inspect as inspecting
+    from precast.loaders.audit import inspect as inspecting
 
     folder = command.local(artifact, require_signature)
     click.echo(inspecting.render(folder, as_json=as_json, require_signature=require_signature))
@@ -276,7 +276,7 @@ def check(
 
     Exit code 0: the artifact runs here. 1: it does not. 2: it could not be read.
     """
-    from precast.loaders import check_console
+    from precast.loaders.console import check as check_console
 
     folder = command.local(artifact, require_signature)
     sys.exit(
@@ -310,7 +310,7 @@ def verify(
     Exit code 0: every file is what the manifest says, and answers and logits are those recorded. 1: something
     differs. 2: it could not be read, or does not run on this machine.
     """
-    from precast.loaders import verify_console
+    from precast.loaders.console import verify as verify_console
 
     folder = command.local(artifact, require_signature)
     sys.exit(
@@ -335,7 +335,7 @@ def diff(before: Path | str, after: Path | str, as_json: bool, require_signature
 
     Exit code 0: nothing. 1: something. 2: one of them could not be read.
     """
-    from precast.loaders import diff_console
+    from precast.loaders.console import diff as diff_console
 
     a, b = (command.local(artifact, require_signature) for artifact in (before, after))
     sys.exit(diff_console.run(a, b, as_json=as_json, require_signature=require_signature))
@@ -380,7 +380,7 @@ def evaluate(
     artifact computes each window at once, uncached and in float32, which needs the export extra. A required
     signature applies to both artifacts, but not to another kind of reference.
     """
-    from precast.loaders import eval_console
+    from precast.loaders.console import evaluate as eval_console
 
     key = require_signature
     folder = command.local(artifact, key)
@@ -389,7 +389,7 @@ def evaluate(
         eval_console.run(folder, request, None, key, threads)
     elif eval_console.names_source(reference):
         _need_export("a reference that is no artifact")
-        from precast.exporter.fidelity import open_reference
+        from precast.exporter.reference.fidelity import open_reference
 
         eval_console.run(
             folder, request, lambda capacity: open_reference(str(reference), capacity), key, threads
@@ -419,7 +419,7 @@ def sign(artifact: Path, key: Path) -> None:
     from precast.loaders import signing
     from precast.loaders.artifact.errors import printable
     from precast.loaders.artifact.interrupt import raising
-    from precast.loaders.load import find_artifact
+    from precast.loaders.locate import find_artifact
 
     def ask() -> str:
         given = os.environ.get("PRECAST_KEY_PASSWORD")
@@ -449,7 +449,7 @@ def push(artifact: Path, url: str, verify: bool, as_json: bool) -> None:
     s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts in one folder share equal pieces,
     so a second version adds only the changes.
     """
-    from precast.loaders import store_console
+    from precast.loaders.console import store as store_console
 
     store_console.push(artifact, url, verify=verify, as_json=as_json)
 
@@ -469,6 +469,6 @@ def pull(
 
     URL is the one that it was pushed to. Every byte is checked. After an interruption the next pull resumes.
     """
-    from precast.loaders import store_console
+    from precast.loaders.console import store as store_console
 
     store_console.pull(url, output, overwrite=overwrite, require_signature=require_signature, as_json=as_json)

@@ -1,7 +1,7 @@
 """Start the command ``precast``: handle Ctrl-C before importing anything else."""
 
 from precast.loaders.artifact import interrupt
-from precast.loaders.streams import open_closed_streams
+from precast.loaders.console.streams import open_closed_streams
 
 
 def main() -> None:

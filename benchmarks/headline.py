@@ -94,7 +94,8 @@ def _timed(work: Callable[[], object], rounds: int) -> float:
 
 def warm(artifact: Path, rounds: int) -> dict:
     """In this process: loading of programs, prefill, decode, bandwidth, memory. Call it in a fresh one."""
-    from precast.loaders.load import load, read_manifest
+    from precast.loaders.load import load
+    from precast.loaders.locate import read_manifest
     from precast.loaders.runtime import pjrt
 
     model = load(artifact)

@@ -185,7 +185,7 @@ def run_variant(name: str, artifact: Path, facts: dict, prompt: Sequence[int], t
 
     from precast.loaders.artifact.manifest import parse_manifest
     from precast.loaders.artifact.weights import map_weights
-    from precast.loaders.clock import process_age
+    from precast.loaders.console.clock import process_age
 
     compiles = 0
 

@@ -15,11 +15,11 @@ from precast.loaders.artifact.errors import printable
 from precast.loaders.artifact.folders import check_free
 from precast.loaders.artifact.interrupt import undoing
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
-from precast.loaders.isa import audience_of
+from precast.loaders.compiling.isa import audience_of
 
 from .export import ExportOptions, Progress, check_options, export
 from .sources import open_source
-from .targets.build import Built
+from .targets.built import Built
 
 
 def run_export(spec: str | None, output: Path | None, options: ExportOptions) -> None:

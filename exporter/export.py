@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 
-from precast.loaders import isa, trial
 from precast.loaders import load as loading
 from precast.loaders.artifact import files, folders
 from precast.loaders.artifact.errors import PrecastError
@@ -31,20 +30,23 @@ from precast.loaders.artifact.manifest import (
 )
 from precast.loaders.artifact.record import to_json
 from precast.loaders.artifact.weights import map_weights
-from precast.loaders.generate import Model as LoadedModel
-from precast.loaders.runtime.pjrt import this_machine
-from precast.loaders.sampling import SamplingParams
-from precast.loaders.verify import OTHERWISE, replay
+from precast.loaders.audit.verify import OTHERWISE, replay
+from precast.loaders.compiling import isa, trial
+from precast.loaders.generation.model import Model as LoadedModel
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.runtime.installed import this_machine
 
-from . import fidelity, golden, model_card, texts
+from . import model_card, texts
 from .devices import on_cpu
 from .models import ModelSpec, read_model
 from .models.parameters import Parameter
 from .programs import CACHE_TYPES, TABLES, Geometry, StoredModel, build_programs, cache_arrays, stored_model
 from .quantize import FORMATS
+from .reference import fidelity, golden
 from .sources.base import Source
 from .targets import DEFAULT_TARGETS, TARGET_KINDS, TargetKind, savedmodel
-from .targets.build import Built, build_targets
+from .targets.build import build_targets
+from .targets.built import Built
 from .weights import WeightPlan, plan_weights, stored_bytes, write_model_weights
 
 GOLDEN_FILE = "golden.json"
@@ -63,8 +65,8 @@ class ExportOptions:
         weights: how weights are stored: a key of `FORMATS`.
         cache: how keys and values are kept: one of `CACHE_TYPES`; None for what goes with the weights.
         targets: keys of `TARGET_KINDS`.
-        cpu_isas: instruction sets to compile executables for the CPU for: keys of `precast.loaders.isa.LEVELS`, or
-            "native" for all that this machine has; None for `precast.loaders.isa.default_isa`.
+        cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or
+            "native" for all that this machine has; None for `precast.loaders.compiling.isa.default_isa`.
         overwrite: replace an artifact that is there already.
     """
 

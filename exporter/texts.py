@@ -6,8 +6,8 @@ from itertools import chain, count
 from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.chat_template import ChatTemplate
-from precast.loaders.tokenizer import Tokenizer
+from precast.loaders.text.chat_template import ChatTemplate
+from precast.loaders.text.tokenizer import Tokenizer
 
 from .sources.base import Source
 

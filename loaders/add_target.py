@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from . import isa as isas
-from . import trial
 from .artifact import compat, files
 from .artifact.errors import PrecastError
 from .artifact.golden import parse_golden
@@ -26,9 +24,13 @@ from .artifact.manifest import (
     parse_manifest,
 )
 from .artifact.record import MAX_JSON_BYTES
-from .compiling import compile_target
-from .load import assemble, find_artifact
-from .runtime import pjrt
+from .audit.verify import replay
+from .compiling import isa as isas
+from .compiling import trial
+from .compiling.compiler import compile_target
+from .load import assemble
+from .locate import find_artifact
+from .runtime import installed
 from .signing import check_signature
 from .target_files import (
     PROGRAMS,
@@ -40,7 +42,6 @@ from .target_files import (
     write_programs,
     writing,
 )
-from .verify import replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ def _add(
     overwrite: bool,
     log: Callable[[str], None],
 ) -> Added:
-    root, machine = held.root, pjrt.this_machine(cuda=False)
+    root, machine = held.root, installed.this_machine(cuda=False)
     chosen = _source(manifest, machine, root, source)
     _check_names(chosen, root)
     kind = _kind(chosen)

@@ -1,6 +1,5 @@
 """From a folder to a model that generates."""
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -11,62 +10,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import limits, trial
 from .artifact import compat, files
+from .artifact.custom_calls import check_calls
 from .artifact.errors import PrecastError, printable
 from .artifact.machine import Machine
-from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Program, Target, parse_manifest
-from .artifact.record import MAX_JSON_BYTES
+from .artifact.manifest import WEIGHTS_FILE, Manifest, Program, Target
 from .artifact.weights import map_weights, numpy_dtype
-from .custom_calls import check_calls
-from .engine import Engine
-from .generate import Model
-from .required import required_key
-from .runtime import pjrt
+from .compiling import trial
+from .generation.engine import Engine
+from .generation.model import Model
+from .locate import find_artifact, read_manifest
+from .required_key import required_key
+from .runtime import installed, limits, pjrt
 from .runtime.interface import Client, Executable
-from .tokenizer import Tokenizer
+from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .compile_cache import Made
+    from .compiling.cache import Made
 
 # Arrays by name, and what raises once their file is written to.
 _Constants = tuple[dict[str, np.ndarray], Callable[[], None]]
-
-
-def find_artifact(path: Path) -> Path:
-    """The artifact at `path`, or the only one in it.
-
-    Raises:
-        PrecastError: when there is none, or more than one.
-    """
-    # The functions of os.path, unlike pathlib's, also answer for names that no file system takes.
-    if os.path.isfile(path / MANIFEST_FILE):
-        return path
-    candidates = path.glob(f"*/{MANIFEST_FILE}") if os.path.isdir(path) else ()
-    inside = sorted(p.parent for p in candidates if not p.parent.name.startswith("."))
-    if len(inside) == 1:
-        return inside[0]
-    from .no_artifact import refusal  # a successful start does not need it
-
-    raise refusal(path, inside)
-
-
-def read_manifest(root: Path, *, require_signature: Path | None = None) -> Manifest:
-    """Reads and checks the manifest of the artifact at `root`.
-
-    Args:
-        root: the artifact's folder.
-        require_signature: file of a public key; the bytes that are parsed must have been signed with its private one.
-
-    Raises:
-        PrecastError: when it is missing, not signed as required, or not understood.
-    """
-    data = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
-    if require_signature is not None:
-        from .signing import check_signature
-
-        check_signature(root, data, require_signature)
-    return parse_manifest(data, str(root / MANIFEST_FILE))
 
 
 def load(
@@ -92,10 +55,10 @@ def load(
         target: name of the target to run; the first that fits the machine by default.
         compile: allow compiling a target from its StableHLO. Each compilation is logged.
         trusted: load programs that never ran on this machine directly, without a trial in a child process
-            (`precast.loaders.trial`).
+            (`precast.loaders.compiling.trial`).
         require_signature: file of a public key. The artifact must be signed with it; only the manifest is read before
             the check. A signed artifact is trusted. None applies PRECAST_REQUIRE_SIGNATURE and the machine's own key
-            (`precast.loaders.required`), which no argument switches off.
+            (`precast.loaders.required_key`), which no argument switches off.
         threads: number of XLA's computing threads on the CPU. The default is one per usable core, within a container's
             CPU quota. Models with the same number share the threads.
         log: receives messages; standard error by default.
@@ -110,7 +73,7 @@ def load(
         log(f"{problem}.")
     url = path if isinstance(path, str) and "://" in path else None
     if url is not None:
-        from .store_pull import fetch
+        from .store.pull import fetch
 
         path = fetch(url, require_signature=key, log=log)
     root = find_artifact(Path(path))
@@ -175,7 +138,7 @@ def _load(
     log: Callable[[str], None],
     at: Callable[[str], None],
 ) -> Model:
-    machine = pjrt.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
+    machine = installed.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
     chosen = compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)
     if chosen.runtime != "savedmodel" and chosen.platform != "cuda" and not pjrt.has_client(threads):
         limits.ensure(root, manifest, chosen, threads)
@@ -377,7 +340,7 @@ def _compile_first(
         # What the child compiles, and the cache keeps, is for the CPU.
         log(f"{root}: target {target.name!r}: compiling its programs for the GPU, as at every start …")
         return {}
-    from .compile_cache import executables
+    from .compiling.cache import executables
 
     programs = [(p.name, contents[_file_of(target, p)]) for p in target.programs]
     return executables(programs, machine, f"{root}: target {target.name!r}", log)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
 
 # The tiny tokenizer has ids up to 299.
 V = 300

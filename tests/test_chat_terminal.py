@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from precast.loaders import chat_console, chat_input, speed
-from precast.loaders.chat_history import History, history_file
+from precast.loaders.console import chat as chat_console
+from precast.loaders.console import chat_input, speed
+from precast.loaders.console.chat_history import History, history_file
 
 PROMPT = "> "
 # Ctrl-C needs a controlling terminal. The model answers with its conversation as JSON, then with a sequence that would
@@ -26,7 +27,7 @@ from types import SimpleNamespace
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from precast.cli import main
-from precast.loaders.generate import Model
+from precast.loaders.generation.model import Model
 
 class Stream:
     timing = SimpleNamespace(prefill_s=0.25, decode_s=0.5, decode_tokens_per_s=8.0)

@@ -33,7 +33,7 @@ def record(cli):
 
 @pytest.fixture(scope="module")
 def answer(tiny_model):
-    from precast.loaders.sampling import SamplingParams
+    from precast.loaders.generation.sampling_params import SamplingParams
 
     return tiny_model.generate([7, 200, 31], SamplingParams(ignore_eos=True))
 
@@ -97,7 +97,7 @@ def test_a_prompt_may_be_piped_in(record, tiny_artifact, tiny_model):
 def test_what_editors_of_windows_add_is_not_part_of_a_piped_prompt(
     record, tiny_artifact, tiny_model, monkeypatch, piped, prompt
 ):
-    from precast.loaders import console
+    from precast.loaders.console import run as console
 
     # Use the real standard input, which translates nothing; click's replacement does.
     stdin = io.TextIOWrapper(io.BytesIO(piped), encoding="utf-8", newline="\n")
@@ -124,7 +124,7 @@ def test_an_empty_system_message_is_one(record, tiny_artifact, tiny_model):
 @pytest.fixture
 def on_a_terminal(monkeypatch):
     """Make standard output a terminal for `console.run`."""
-    from precast.loaders import console
+    from precast.loaders.console import run as console
 
     class Terminal:
         def __init__(self, stream):
@@ -152,7 +152,7 @@ def on_a_terminal(monkeypatch):
 
 def test_a_terminal_is_not_commanded_by_a_model(cli, tiny_artifact, monkeypatch, on_a_terminal):
     """A file or a pipe receives the model's text unchanged."""
-    from precast.loaders.generate import Model
+    from precast.loaders.generation.model import Model
 
     said = ["a\x1b", "]52;c;eA==\x07", "b\r", "\n\x9b2J", "\u202e"]
     monkeypatch.setattr(Model, "stream", lambda *_: iter(said))
@@ -163,7 +163,7 @@ def test_a_terminal_is_not_commanded_by_a_model(cli, tiny_artifact, monkeypatch,
 
 
 def test_json_commands_no_terminal_either(cli, tiny_artifact, monkeypatch):
-    from precast.loaders.stream import Stream
+    from precast.loaders.generation.stream import Stream
 
     completion = SimpleNamespace(
         text="\x1b]0;x\x07\x9b2J\u202e é",
@@ -236,7 +236,7 @@ def test_the_same_seed_gives_the_same_text(record, tiny_artifact, answer):
 def test_what_is_not_given_is_the_model_s_own_default(
     record, artifact_copy, edit_manifest, answer, tiny_model
 ):
-    from precast.loaders.sampling import SamplingParams
+    from precast.loaders.generation.sampling_params import SamplingParams
 
     edit_manifest(artifact_copy, lambda manifest: manifest["sampling"].update(repetition_penalty=1.7))
     own = record(artifact_copy, "--ids", PROMPT, "--ignore-eos")
@@ -249,7 +249,7 @@ def test_what_is_not_given_is_the_model_s_own_default(
 def test_the_model_s_own_lists_are_kept_beside_other_options(
     record, artifact_copy, edit_manifest, answer, tiny_model
 ):
-    from precast.loaders.sampling import SamplingParams
+    from precast.loaders.generation.sampling_params import SamplingParams
 
     first, second = answer.token_ids[:2]
     stop = tiny_model.tokenizer.decode([second])
@@ -416,7 +416,8 @@ def test_a_terminal_that_shows_less_than_is_printed(artifact_copy, python, comma
 
 
 def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
-    from precast.loaders import chat_console, chat_input, command
+    from precast.loaders.console import chat as chat_console
+    from precast.loaders.console import chat_input, command
 
     command.log("name \x1b]0;gone\x07")
     manifest = SimpleNamespace(name="\x1b[2Jname", tokenizer=SimpleNamespace(chat_template="chat.jinja"))
@@ -433,7 +434,7 @@ def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
 def test_an_interrupt_ends_it_at_once_and_says_so(python):
     code = (
         "from precast import cli\n"
-        "from precast.loaders import inspect\n"
+        "from precast.loaders.audit import inspect\n"
         "def interrupted(*_, **__): raise KeyboardInterrupt\n"
         "inspect.render = interrupted\n"
         "cli.main(['inspect', 'anywhere'])"
@@ -543,7 +544,7 @@ def test_inspect_reads_nothing_but_the_manifest(cli, tmp_path, tiny_artifact):
 def collecting(monkeypatch):
     """Whether garbage was collected: a list that grows when an artifact is read, and when it generates."""
     from precast.loaders import load
-    from precast.loaders.generate import Model
+    from precast.loaders.generation.model import Model
 
     seen = []
 
@@ -582,7 +583,7 @@ def test_what_was_loaded_is_old_to_the_collector(python):
     code = (
         "import gc\n"
         "from pathlib import Path\n"
-        "from precast.loaders.console import starting\n"
+        "from precast.loaders.console.run import starting\n"
         "gc.disable()  # or the first collection comes before it is looked at\n"
         "with starting(Path('anywhere')):\n"
         "    made = [[] for _ in range(50_000)]\n"
@@ -597,7 +598,7 @@ def test_what_a_caller_froze_stays_frozen(python):
     code = (
         "import gc\n"
         "from pathlib import Path\n"
-        "from precast.loaders.console import starting\n"
+        "from precast.loaders.console.run import starting\n"
         "gc.freeze()\n"
         "before = gc.get_freeze_count()\n"
         "with starting(Path('anywhere')): pass\n"
@@ -608,7 +609,7 @@ def test_what_a_caller_froze_stays_frozen(python):
 
 
 def test_garbage_is_collected_while_it_is_pulled(record, tiny_artifact, collecting, monkeypatch):
-    from precast.loaders import store_pull
+    from precast.loaders.store import pull as store_pull
 
     def fetch(url, **_):
         collecting.append((url, gc.isenabled()))

@@ -26,7 +26,7 @@ import json, os, shutil, subprocess, sys
 from pathlib import Path
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
+from precast.loaders.generation.sampling_params import SamplingParams
 
 def mount(*arguments):
     subprocess.run(["mount", *map(str, arguments)], check=True)
@@ -59,8 +59,8 @@ def in_namespace(script: str, *arguments: object) -> list:
 
 FULL = """
 from precast.loaders.add_target import add_target
-from precast.loaders.store_pull import pull
-from precast.loaders.store_push import push
+from precast.loaders.store.pull import pull
+from precast.loaders.store.push import push
 
 os.environ["PRECAST_CACHE"] = str(folder / "cache")
 disk, store = folder / "disk", f"file://{folder}/store/tiny"

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from precast.loaders import evaluate as e
 from precast.loaders import progress
+from precast.loaders.audit import evaluate as e
 
 KEYS = ["artifact", "text", "window", "windows", "tokens", "perplexity", "reference"]
 COMPARED = ["reference_perplexity", "kl_mean", "kl_p99", "top1"]

@@ -16,7 +16,7 @@ from precast.exporter.export import ExportOptions, export
 from precast.exporter.sources import open_source
 from precast.exporter.sources.generation import KEYS, Treatment
 from precast.loaders.artifact.manifest import SamplingDefaults
-from precast.loaders.generate import Model
+from precast.loaders.generation.model import Model
 from precast.loaders.load import load
 
 HERE = Path(__file__).parent / "reference"

@@ -10,8 +10,9 @@ import pytest
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import FORMAT_VERSION
 from precast.loaders.artifact.upgrade import UPGRADES
-from precast.loaders.load import load, read_manifest
-from precast.loaders.sampling import SamplingParams
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+from precast.loaders.locate import read_manifest
 
 HERE = Path(__file__).resolve().parent
 FOLDERS = sorted(p for p in (HERE / "golden").iterdir() if (p / "manifest.json").is_file())

@@ -100,7 +100,7 @@ WORK = {
     "a folder": "with folders.new_folder(target, overwrite=False) as f: half(f / 'manifest.json')",
     "a file": "import os\nos.replace = lambda *_: now()\nfiles.write_atomically(target, b'data')",
     "a piece of a store": (
-        "import os\nfrom precast.loaders import store_remote\nos.replace = lambda *_: now()\n"
+        "import os\nfrom precast.loaders.store import remote as store_remote\nos.replace = lambda *_: now()\n"
         "store_remote.open_store(f'file://{target}').write('pieces', b'data')"
     ),
 }
@@ -117,7 +117,7 @@ def test_a_target_that_is_being_added_is_not_there(before, artifact_copy):
     """After an interrupt before any step or after the last, the artifact is whole, with nothing extra in it."""
     code = f"""
 from precast.loaders import target_files as t
-from precast.loaders.load import read_manifest
+from precast.loaders.locate import read_manifest
 from precast.loaders.artifact import files
 from dataclasses import replace
 root = Path(sys.argv[1])
@@ -134,7 +134,7 @@ with t.locked(root, print) as handle:
         now()
 """
     from precast.loaders.artifact.files import unlisted
-    from precast.loaders.load import read_manifest
+    from precast.loaders.locate import read_manifest
 
     (artifact_copy / "manifest.json.sig").write_text("signed")
     assert interrupted(READY + code, artifact_copy) == (130, b"", WORD)
@@ -203,14 +203,19 @@ def test_little_is_imported_before_it_is_ready(python):
     )
     result = python("-c", code)
     names = ["precast", "precast.loaders", "precast.loaders.artifact"]
-    expected = [*names, "precast.loaders.artifact.interrupt", "precast.loaders.streams", "precast.start"]
+    expected = [
+        *names,
+        "precast.loaders.artifact.interrupt",
+        "precast.loaders.console.streams",
+        "precast.start",
+    ]
     found = json.loads(result.stdout)
     assert [name for name in found if not name.startswith("__editable__")] == expected
 
 
 def test_a_child_ends_with_its_parent():
     """However the parent ends, a child that tries or compiles programs must not continue alone."""
-    child = "import sys, time; from precast.loaders.child import answers; answers()"
+    child = "import sys, time; from precast.loaders.compiling.child import answers; answers()"
     parent = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child + '; time.sleep(60)'!r}], stdout=subprocess.PIPE)\n"

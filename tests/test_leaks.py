@@ -7,7 +7,7 @@ import gc, json, os, sys
 from pathlib import Path
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
+from precast.loaders.generation.sampling_params import SamplingParams
 
 def now():
     gc.collect()

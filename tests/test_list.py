@@ -126,7 +126,7 @@ def test_what_is_no_folder_is_refused(cli, tmp_path, name, what):
 
 
 def test_folders_that_cannot_be_read_are_named(cli, folder, monkeypatch):
-    from precast.loaders import listing
+    from precast.loaders.audit import listing
 
     scandir = listing.os.scandir
 

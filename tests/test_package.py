@@ -79,9 +79,9 @@ def test_the_types_reach_a_user_s_program(installed: Path, tmp_path: Path) -> No
     )
     result = run("-m", "mypy", *options, "--cache-dir", tmp_path / "cache", "user.py", cwd=tmp_path)
     revealed = [line.split('"')[1] for line in result.stdout.splitlines() if "Revealed type" in line]
-    completion = "precast.loaders.stream.Completion"
+    completion = "precast.loaders.generation.stream.Completion"
     assert [name.removeprefix("builtins.") for name in revealed] == [
-        "precast.loaders.generate.Model", "str", "float", "str", completion, "str",
+        "precast.loaders.generation.model.Model", "str", "float", "str", completion, "str",
     ], result.stdout  # fmt: skip
     errors = [line for line in result.stdout.splitlines() if "error:" in line]
     assert [error.rpartition("[")[2] for error in errors[:1]] == ["arg-type]"], result.stdout

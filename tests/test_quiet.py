@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from precast.loaders import isa
 from precast.loaders.artifact.machine import CODEGEN_FEATURES, cpu_features, processor_family
-from precast.loaders.load import read_manifest
+from precast.loaders.compiling import isa
+from precast.loaders.locate import read_manifest
 
 PROMPT = ("--ids", "7,200,31", "-n", "2")
 # Messages of working commands, one line each.

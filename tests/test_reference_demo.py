@@ -20,9 +20,9 @@ from precast.exporter.programs import TABLES
 from precast.exporter.sources import Source, open_source
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import map_weights
-from precast.loaders.generate import Model
+from precast.loaders.generation.model import Model
+from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
 
 REFERENCE = Path(__file__).parent / "reference"
 RECORD = json.loads((REFERENCE / "demo.json").read_text(encoding="utf-8"))

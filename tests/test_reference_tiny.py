@@ -20,9 +20,9 @@ from precast.exporter.export import ExportOptions, export
 from precast.exporter.models import read_model
 from precast.exporter.models.parameters import abstract_model
 from precast.exporter.sources import Source, open_source
-from precast.loaders.generate import Model
+from precast.loaders.generation.model import Model
+from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
 
 REFERENCE = Path(__file__).parent / "reference"
 TINY = REFERENCE / "tiny"

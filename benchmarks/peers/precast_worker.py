@@ -10,7 +10,7 @@ class Precast:
     packages = ("precast", "jaxlib", "numpy")
 
     def __init__(self, model: str) -> None:
-        from precast.loaders.console import starting
+        from precast.loaders.console.run import starting
 
         with starting(Path(model)):
             from precast.loaders.load import load
@@ -29,12 +29,12 @@ class Precast:
         return timed_run(self, ids, steps)
 
     def logits(self, ids: Sequence[int], first: int) -> Iterator[object]:
-        from precast.loaders.evaluate import ArtifactScorer
+        from precast.loaders.audit.evaluate import ArtifactScorer
 
         return ArtifactScorer(model=self._model).logits(ids, first)
 
     def windows(self, tokens: int, window: int) -> list[list[int]]:
-        from precast.loaders import evaluate
+        from precast.loaders.audit import evaluate
 
         text = evaluate.read_text(evaluate.SHIPPED_TEXT, tokens)
         cut = evaluate.cut(evaluate.tokenize(self._model.tokenizer, text), tokens, window)

@@ -9,7 +9,7 @@ import numpy as np
 from precast.loaders.artifact.errors import PrecastError
 
 from ..sources.base import Source
-from . import (
+from .architectures import (
     gemma2,
     gemma3_text,
     gpt2,

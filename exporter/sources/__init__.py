@@ -24,13 +24,13 @@ class _Kind:
 
 
 def _open_directory(spec: str) -> Source:
-    from .huggingface import open_huggingface
+    from .huggingface.source import open_huggingface
 
     return open_huggingface(Path(spec))
 
 
 def _open_gguf(spec: str) -> Source:
-    from .gguf import open_gguf
+    from .gguf.source import open_gguf
 
     return open_gguf(Path(spec))
 
@@ -53,7 +53,7 @@ def _is_gguf(spec: str) -> bool:
     A file that is only named .gguf also counts; the reader then refuses it in one sentence.
     """
     from .files import first_bytes, plain_file
-    from .gguf_container import MAGIC
+    from .gguf.container import MAGIC
 
     path = Path(spec)
     return plain_file(path) and (spec.lower().endswith(".gguf") or first_bytes(path, len(MAGIC)) == MAGIC)

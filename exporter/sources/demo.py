@@ -55,7 +55,7 @@ def open_demo() -> Source:
     Raises:
         PrecastError: when it is not cached and cannot be fetched.
     """
-    from .gguf import open_gguf
+    from .gguf.source import open_gguf
 
     source = open_gguf(fetch(DEMO, cache_folder() / "demo"), name="smollm2-135m-instruct")
     return replace(source, licence="Apache-2.0")

@@ -49,7 +49,7 @@ def open_hub(spec: str) -> Source:
     Raises:
         PrecastError: when it cannot be fetched, or when it is a model that `open_huggingface` refuses.
     """
-    from .huggingface import open_huggingface
+    from .huggingface.source import open_huggingface
 
     match = _HUB_ID.fullmatch(spec)
     if match is None:

@@ -4,10 +4,8 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import date, timedelta
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +17,15 @@ from jaxlib.version import __version__ as jaxlib_version
 from precast import kernels
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Program, ProgramMemory, Target, Value
-from precast.loaders.compiling import Compiled, compile_target
-from precast.loaders.isa import LEVELS, NATIVE, default_isa, target_name
+from precast.loaders.compiling.compiler import Compiled, compile_target
+from precast.loaders.compiling.isa import LEVELS, NATIVE, default_isa, target_name
 from precast.loaders.runtime.pjrt import register_kernels
 
 from ..programs import ProgramSpec, arranged
 from . import TargetKind
+from .built import STABLEHLO_LIFE, Built, without_source_locations
+from .savedmodel import build_savedmodel
 from .stablehlo import for_all_jaxlibs
-
-# jax.export promises to read what it wrote for six months.
-STABLEHLO_LIFE = timedelta(days=180)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """A program that has been written, for progress and summary.
-
-    Attributes:
-        lower_s: seconds to trace and lower it, twice: for the executable and for the StableHLO.
-        compile_s: seconds to compile it; 0 where nothing was compiled.
-        bytes: of its files.
-    """
-
-    target: str
-    program: Program
-    lower_s: float
-    compile_s: float
-    bytes: int
 
 
 def build_target(
@@ -68,8 +48,6 @@ def build_target(
         PrecastError: when the compiler gives the cache different layouts in different programs.
     """
     if kind.runtime == "savedmodel":
-        from .savedmodel import build_savedmodel  # which builds on this file
-
         return build_savedmodel(kind, programs, root, created, report)
     register_kernels()
     folder = root / "programs" / kind.name
@@ -117,7 +95,7 @@ def build_targets(
         isas: instruction sets to compile for, on the CPU; None for the default one, or a wider one if XLA uses more.
         stage: called with the name of each stage as it begins.
 
-    Other arguments, and errors, as for `build_target` and `precast.loaders.compiling.compile_target`.
+    Other arguments, and errors, as for `build_target` and `precast.loaders.compiling.compiler.compile_target`.
     """
     if kind.runtime != "pjrt" or kind.platform != "cpu":
         stage(f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}")
@@ -184,17 +162,6 @@ def _built(
         compile_s=compiled[program.name].seconds,
         bytes=len(files[str(program.executable)]) + (before.bytes if before else 0),
     )
-
-
-@contextmanager
-def without_source_locations() -> Iterator[None]:
-    """Keeps paths and lines of this machine's Python files out of the programs."""
-    before = jax.config.values["jax_traceback_in_locations_limit"]
-    jax.config.update("jax_traceback_in_locations_limit", 0)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def _laid_out(

@@ -28,7 +28,7 @@ from precast.loaders.runtime.savedmodel import (
 
 from ..programs import ProgramSpec
 from . import TargetKind
-from .build import STABLEHLO_LIFE, Built, without_source_locations
+from .built import STABLEHLO_LIFE, Built, without_source_locations
 
 # Roles of what becomes a variable. Constants would stand in the graph, whose message holds 2 GB at most.
 _CONSTANTS = ("table", "weight")

@@ -208,7 +208,7 @@ class TokenizerFiles(Frozen):
 
 
 class SamplingDefaults(Frozen):
-    """The model's own sampling defaults, in the fields of `precast.loaders.sampling.SamplingParams`.
+    """The model's own sampling defaults, in the fields of `precast.loaders.generation.sampling.SamplingParams`.
 
     None or an empty list means that the model has no default.
     """
@@ -259,7 +259,7 @@ class Provenance(Frozen):
 class Fidelity(Frozen):
     """How far the first target's predictions are from the float32 model it was made from; measured at export.
 
-    `precast.loaders.evaluate` describes the method.
+    `precast.loaders.audit.evaluate` describes the method.
 
     Attributes:
         text: name of the text.

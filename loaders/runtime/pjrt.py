@@ -4,7 +4,6 @@ Every unadvertised function of jaxlib that precast's loader calls stands in this
 in `cuda` beside it: what a new jaxlib changes is changed here. Tested on each jaxlib of the supported range.
 """
 
-import importlib.util
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -14,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from ..artifact.errors import PrecastError
-from ..artifact.machine import Machine, cpu_features, nvidia_gpus, processor_family, usable_cores
+from ..artifact.machine import usable_cores
 from .fitting import jaxlib_for_this_cpu
 from .quiet import quiet, variable
 
@@ -269,37 +268,3 @@ def _client(threads: int) -> Client:
         # Synchronous: a call computes on the calling thread and returns when done. Nothing here runs concurrently, and
         # handing each step to another thread costs more than it hides.
         return Client(_jax.get_tfrt_cpu_client(asynchronous=False))
-
-
-def _is_installed(package: str) -> bool:
-    """Whether a package could be imported; it is not."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # something in this process refuses it
-        return False
-
-
-def this_machine(*, cuda: bool = True) -> Machine:
-    """The machine and what is installed on it, for the choice of a target.
-
-    Args:
-        cuda: whether to look for GPUs and what they need, which takes 50 ms where there are any.
-    """
-    gpus = nvidia_gpus() if cuda else ()
-    return Machine(
-        machine=processor_family(),
-        features=cpu_features(),
-        jaxlib=jaxlib_version,
-        kernel_abi=kernels.ABI_VERSION,
-        kernels=tuple(sorted(kernels.targets())),
-        tensorflow=_is_installed("tensorflow"),
-        gpus=gpus,
-        cuda_plugin=_cuda_plugin() if gpus else "",
-    )
-
-
-def _cuda_plugin() -> str:
-    from . import cuda  # which builds on this file
-
-    plugin = cuda.find_plugin()
-    return "" if plugin is None else plugin.version

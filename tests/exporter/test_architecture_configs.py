@@ -318,9 +318,9 @@ def test_what_is_refused(model_type: str, changes: dict[str, Any], message: str)
 def test_the_worked_example_is_the_file() -> None:
     root = Path(__file__).parents[2]
     guide = (root / "docs" / "adding-an-architecture.md").read_text(encoding="utf-8")
-    example = (root / "exporter" / "models" / "olmo2.py").read_text(encoding="utf-8")
+    example = (root / "exporter" / "models" / "architectures" / "olmo2.py").read_text(encoding="utf-8")
     assert f"```python\n{example}```" in guide
-    assert f"`exporter/models/olmo2.py`, {len(example.splitlines())} lines:" in guide
+    assert f"`exporter/models/architectures/olmo2.py`, {len(example.splitlines())} lines:" in guide
     row = '    "olmo2": Architecture(read_config=olmo2.read_config, module=_POST_NORM),\n'
     assert f"```python\n{row}```" in guide
     assert row in (root / "exporter" / "models" / "__init__.py").read_text(encoding="utf-8")

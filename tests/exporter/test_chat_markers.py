@@ -7,8 +7,8 @@ import pytest
 
 from precast.exporter import texts
 from precast.exporter.sources import open_source
-from precast.exporter.sources.gguf_markers import mistyped
-from precast.exporter.sources.gguf_vocabulary import TokenType
+from precast.exporter.sources.gguf.markers import mistyped
+from precast.exporter.sources.gguf.vocabulary import TokenType
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -8,9 +8,9 @@ import pytest
 from precast.exporter import texts
 from precast.exporter.sources import open_source
 from precast.exporter.sources.base import Source
-from precast.exporter.sources.huggingface_templates import chat_templates
+from precast.exporter.sources.huggingface.templates import chat_templates
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.chat_template import ChatTemplate
+from precast.loaders.text.chat_template import ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "f"}}]

@@ -20,8 +20,8 @@ from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets.cuda import CUDA_OPS, cuda_device, decode_layouts
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Value, parse_manifest
+from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
 
 PROMPTS = ([5], list(range(1, 8)), [7 * i % 320 for i in range(30)])
 

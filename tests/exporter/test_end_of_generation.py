@@ -5,9 +5,9 @@ import json
 import pytest
 
 from precast.exporter.sources.end_of_generation import _IF_SPECIAL, _UNMISTAKABLE, ends_by_text
-from precast.exporter.sources.gguf_generation import end_tokens
-from precast.exporter.sources.gguf_markers import mistyped
-from precast.exporter.sources.huggingface import _ends
+from precast.exporter.sources.gguf.generation import end_tokens
+from precast.exporter.sources.gguf.markers import mistyped
+from precast.exporter.sources.huggingface.source import _ends
 
 # llama.cpp's list (src/llama-vocab.cpp), including tokens between files.
 LLAMA_CPP = """

@@ -15,10 +15,11 @@ from precast.exporter.export import ExportOptions, Progress, _far_rope, _geometr
 from precast.exporter.models import read_model
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
-from precast.loaders.inspect import render
-from precast.loaders.isa import default_isa
-from precast.loaders.load import load, read_manifest
-from precast.loaders.sampling import SamplingParams
+from precast.loaders.audit.inspect import render
+from precast.loaders.compiling.isa import default_isa
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+from precast.loaders.locate import read_manifest
 
 QUICK = ExportOptions(buckets=(8,), context=32, weights="float32", targets=("cpu",))
 
@@ -86,7 +87,7 @@ def test_an_artifact_that_answers_wrongly_is_not_shipped(refusal, tiny_source, m
 
 
 def test_only_ties_of_the_reference_are_forgiven():
-    from precast.exporter.golden import TIE, Case, _agreed
+    from precast.exporter.reference.golden import TIE, Case, _agreed
     from precast.loaders.artifact.golden import FirstLogits
 
     first = FirstLogits(token_ids=(5,), values=(1.0,), tolerance=0.1)

@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from precast.exporter import fidelity, model_card
+from precast.exporter import model_card
 from precast.exporter.models import read_model
-from precast.loaders import inspect
+from precast.exporter.reference import fidelity
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Fidelity, parse_manifest
 from precast.loaders.artifact.record import to_json
+from precast.loaders.audit import inspect
 from precast.loaders.load import load
 
 FIGURES = {

@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from precast.exporter.sources.huggingface_settings import APPLIED, HARMLESS
-from precast.exporter.sources.huggingface_tokenizer import read_tokenizer
+from precast.exporter.sources.huggingface.settings import APPLIED, HARMLESS
+from precast.exporter.sources.huggingface.tokenizer import read_tokenizer
 from precast.loaders.artifact.errors import PrecastError
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

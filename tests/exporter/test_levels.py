@@ -13,9 +13,9 @@ from precast.exporter.programs import Geometry, build_programs, stored_model
 from precast.exporter.sources import open_source
 from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets.build import build_target
-from precast.loaders import isa
 from precast.loaders.artifact.machine import cpu_features, processor_family
-from precast.loaders.compiling import compile_programs
+from precast.loaders.compiling import isa
+from precast.loaders.compiling.compiler import compile_programs
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 pytestmark = pytest.mark.skipif(

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precast.exporter import output_head
 from precast.exporter.models import read_model
 from precast.exporter.programs import TABLES, stored_model
-from precast.exporter.stored_reference import answer_logits
+from precast.exporter.reference import output_head
+from precast.exporter.reference.stored import answer_logits
 from precast.exporter.weights import plan_weights, write_model_weights
 from precast.loaders.artifact.weights import map_weights
 

@@ -16,10 +16,11 @@ from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets import savedmodel as exporting
 from precast.exporter.weights import plan_weights, write_model_weights
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.load import load, read_manifest
+from precast.loaders.audit.verify import OTHERWISE, Replay
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+from precast.loaders.locate import read_manifest
 from precast.loaders.runtime.savedmodel import manifest_name, signature_name
-from precast.loaders.sampling import SamplingParams
-from precast.loaders.verify import OTHERWISE, Replay
 
 PROMPT = [7, 300, 12, 5, 101]
 FOLDER = "programs/savedmodel"

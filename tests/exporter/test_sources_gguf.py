@@ -10,7 +10,7 @@ import pytest
 
 from precast.exporter.quantize import FORMATS
 from precast.exporter.sources import open_source
-from precast.exporter.sources.gguf_rope import llama3_divisors
+from precast.exporter.sources.gguf.rope import llama3_divisors
 from precast.loaders.artifact.errors import PrecastError
 
 EXACT = {

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from precast.exporter.sources.gguf_tokenizer import build_tokenizer
+from precast.exporter.sources.gguf.tokenizer import build_tokenizer
 from precast.loaders.artifact.errors import PrecastError
 
 HERE = Path("tiny.gguf")

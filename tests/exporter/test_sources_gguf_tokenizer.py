@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from precast.exporter.sources.demo import DEMO, fetch
-from precast.exporter.sources.gguf_tokenizer import build_tokenizer
+from precast.exporter.sources.gguf.tokenizer import build_tokenizer
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.files import cache_folder
 
@@ -458,7 +458,7 @@ def test_sentencepiece_refusals():
 
 
 def test_merges_are_written_the_short_way_where_it_says_the_same() -> None:
-    from precast.exporter.sources.gguf_tokenizer import _written
+    from precast.exporter.sources.gguf.tokenizer import _written
 
     assert _written([["a", "b"], ["ab", "c"]]) == ["a b", "ab c"]
     for odd in (["a ", "b"], ["#version", "b"]):

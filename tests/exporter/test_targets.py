@@ -9,13 +9,14 @@ import pytest
 
 from precast.exporter import export as exporting
 from precast.exporter.export import ExportOptions, check_options, export
-from precast.loaders import isa
 from precast.loaders.add_target import add_target
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import cpu_features, processor_family
-from precast.loaders.load import load, read_manifest
+from precast.loaders.compiling import isa
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+from precast.loaders.locate import read_manifest
 from precast.loaders.runtime.serialized import canonical, code_sections, object_files
-from precast.loaders.sampling import SamplingParams
 
 PROMPT = [7, 200, 31]
 needs_v3 = pytest.mark.skipif(

@@ -77,8 +77,8 @@ def in_a_fork(command: Sequence[str], streams: str) -> tuple[int, str, str]:
 
 def main() -> None:
     # Imported once, for all the forks.
-    import precast.loaders.check
-    import precast.loaders.console
+    import precast.loaders.audit.check
+    import precast.loaders.console.run
     import precast.loaders.load  # noqa: F401
 
     results = [

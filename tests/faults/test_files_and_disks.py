@@ -13,9 +13,10 @@ from precast.exporter import export as exporting
 from precast.exporter.export import ExportOptions
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.files import cache_folder
-from precast.loaders.load import load, read_manifest
-from precast.loaders.sampling import SamplingParams
-from precast.loaders.verify import check_files
+from precast.loaders.audit.verify import check_files
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+from precast.loaders.locate import read_manifest
 
 PROMPT = [7, 200, 31]
 FREE = SamplingParams(ignore_eos=True)
@@ -164,7 +165,7 @@ def test_fault_12_killed_at_the_nth_write_an_artifact_is_whole_or_absent(tiny_ar
 import importlib.util, os, shutil, sys
 from pathlib import Path
 from precast.loaders.artifact import files, folders
-from precast.loaders.load import read_manifest
+from precast.loaders.locate import read_manifest
 spec = importlib.util.spec_from_file_location("disk", {str(Path(__file__).parent / "disk.py")!r})
 disk = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(disk)

@@ -51,7 +51,7 @@ def test_fault_08_the_same_host_is_not_refused(tiny_artifact, cli, python):
 def test_fault_08_the_features_listed_are_those_that_the_programs_were_compiled_for(tiny_artifact):
     """XLA's loader compares the features stated in executables with the machine; the manifest lists the same."""
     from precast.loaders.artifact.machine import CODEGEN_FEATURES, cpu_features
-    from precast.loaders.load import read_manifest
+    from precast.loaders.locate import read_manifest
 
     target = read_manifest(tiny_artifact).targets[0]
     assert set(target.cpu_features) <= set(cpu_features())
@@ -204,7 +204,7 @@ def test_fault_10_stablehlo_that_calls_what_its_manifest_does_not_list(
 
 def test_fault_10_the_manifest_lists_every_custom_call_that_was_compiled_in(tiny_artifact):
     from precast import kernels
-    from precast.loaders.load import read_manifest
+    from precast.loaders.locate import read_manifest
 
     for target in read_manifest(tiny_artifact).targets:
         assert set(target.kernels) <= set(kernels.targets())
@@ -224,7 +224,7 @@ def test_fault_10_the_manifest_lists_every_custom_call_that_was_compiled_in(tiny
 
 def instructions(root) -> dict[str, int]:
     """How many instructions XLA runs of each program, counted in the executables as the loader takes them."""
-    from precast.loaders.load import read_manifest
+    from precast.loaders.locate import read_manifest
     from precast.loaders.runtime import pjrt
 
     counts = {}

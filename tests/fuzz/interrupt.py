@@ -179,8 +179,8 @@ def check(command: Command) -> str | None:
     """List faults in a command's result: it must be whole or absent, with nothing beside it."""
     from precast.loaders.artifact.errors import PrecastError
     from precast.loaders.artifact.files import unlisted
-    from precast.loaders.load import read_manifest
-    from precast.loaders.verify import check_files
+    from precast.loaders.audit.verify import check_files
+    from precast.loaders.locate import read_manifest
 
     made = command.made
     if made is None or not made.parent.exists():
@@ -273,7 +273,7 @@ def _made(checkpoint: Path, folder: Path) -> Path:
 
 
 def _pushed(base: Path, folder: Path) -> None:
-    from precast.loaders.store_push import push
+    from precast.loaders.store.push import push
 
     push(base, f"file://{folder}/store/tiny", progress=lambda *_: None)
 

@@ -57,7 +57,7 @@ def commands(folder: Path, base: Path) -> list[Command]:
     # Imported before anything forks; none of these starts a thread.
     from precast.exporter.export import ExportOptions, export
     from precast.loaders.add_target import add_target
-    from precast.loaders.store_pull import pull
+    from precast.loaders.store.pull import pull
 
     made, added, pulled = (folder / name / "tiny" for name in ("export", "add-target", "pull"))
     added.parent.mkdir(parents=True)
@@ -117,8 +117,8 @@ def in_child(function: Callable[[], object], log: Path, kill_after: float | None
 
 def check(command: Command) -> None:
     """The artifact is whole, and answers."""
+    from precast.loaders.generation.sampling_params import SamplingParams
     from precast.loaders.load import load
-    from precast.loaders.sampling import SamplingParams
 
     if command.absent and not os.path.lexists(command.artifact):
         return
@@ -129,7 +129,7 @@ def check(command: Command) -> None:
 def leftovers(command: Command) -> list[str]:
     """What stands beside an artifact, or in it without being listed, after a command has ended well."""
     from precast.loaders.artifact.files import unlisted
-    from precast.loaders.load import read_manifest
+    from precast.loaders.locate import read_manifest
 
     beside = [p.name for p in command.artifact.parent.iterdir() if p != command.artifact]
     return beside + unlisted(command.artifact, read_manifest(command.artifact).files)
@@ -210,7 +210,7 @@ def main() -> None:
 
 
 def _push(base: Path, folder: Path) -> None:
-    from precast.loaders.store_push import push
+    from precast.loaders.store.push import push
 
     (folder / "store").mkdir()
     push(base, f"file://{folder}/store/tiny", progress=lambda *_: None)

@@ -23,11 +23,13 @@ from typing import Any
 
 import kinds
 
-from precast.loaders import inspect, signing, trial
+from precast.loaders import signing
 from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.audit import inspect
+from precast.loaders.compiling import trial
+from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
 
 # What a case may take beyond a process that has loaded and run the artifact.
 MEMORY = 2 << 30
@@ -279,7 +281,7 @@ def signed_bytes(signature: bytes) -> bytes | None:
 
 def pull(place: Place, problems: Problems) -> str:
     """Pulls the artifact by the index that is there; "loaded" or "refused"."""
-    from precast.loaders.store_pull import pull as pull_from
+    from precast.loaders.store.pull import pull as pull_from
 
     folder, silent = place.pulled / "tiny", lambda *_: None
     url = f"file://{place.store}/tiny"
@@ -299,7 +301,7 @@ def pull(place: Place, problems: Problems) -> str:
 
 def _golden(root: Path, attempt: Callable[[str, Callable[[], Any]], Any]) -> None:
     from precast.loaders.artifact.golden import parse_golden
-    from precast.loaders.load import read_manifest
+    from precast.loaders.locate import read_manifest
 
     def read() -> None:
         manifest = read_manifest(root)

@@ -19,9 +19,9 @@ from pathlib import Path
 from random import Random
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.chat_filters import ALLOWED_FILTERS, ALLOWED_TESTS
-from precast.loaders.chat_methods import METHODS
-from precast.loaders.chat_template import ChatTemplate, Limits
+from precast.loaders.text.chat_filters import ALLOWED_FILTERS, ALLOWED_TESTS
+from precast.loaders.text.chat_methods import METHODS
+from precast.loaders.text.chat_template import ChatTemplate, Limits
 
 HANG = 120.0
 SLOW = 4.0

@@ -14,15 +14,18 @@ from pathlib import Path
 import pytest
 
 from precast.loaders import add_target as adding
-from precast.loaders import compiling, isa, target_files
+from precast.loaders import target_files
 from precast.loaders.add_target import add_target, summary
 from precast.loaders.artifact import folders
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import cpu_features
-from precast.loaders.load import load, read_manifest
+from precast.loaders.audit.verify import check_files
+from precast.loaders.compiling import compiler as compiling
+from precast.loaders.compiling import isa
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+from precast.loaders.locate import read_manifest
 from precast.loaders.runtime import pjrt
-from precast.loaders.sampling import SamplingParams
-from precast.loaders.verify import check_files
 
 pytestmark = pytest.mark.skipif(
     isa.widest_level(cpu_features()) in (None, "x86-64-v2"), reason="this CPU has no wider instruction set"

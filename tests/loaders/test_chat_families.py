@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.chat_template import ChatTemplate
+from precast.loaders.text.chat_template import ChatTemplate
 
 SYSTEM = {"role": "system", "content": " Be brief. "}
 USER = {"role": "user", "content": "How warm is it in 日本? <b>&'\n"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.chat_template import ChatTemplate
+from precast.loaders.text.chat_template import ChatTemplate
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 

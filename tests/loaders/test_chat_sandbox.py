@@ -15,10 +15,10 @@ from jinja2.tests import TESTS
 from markupsafe import Markup
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.chat_filters import ALLOWED_FILTERS, ALLOWED_TESTS
-from precast.loaders.chat_methods import ATTRIBUTES, METHODS
-from precast.loaders.chat_sandbox import FUNCTIONS
-from precast.loaders.chat_template import ChatTemplate, Limits
+from precast.loaders.text.chat_filters import ALLOWED_FILTERS, ALLOWED_TESTS
+from precast.loaders.text.chat_methods import ATTRIBUTES, METHODS
+from precast.loaders.text.chat_sandbox import FUNCTIONS
+from precast.loaders.text.chat_template import ChatTemplate, Limits
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 CHILD = Path(__file__).with_name("template_child.py")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.chat_template import ChatTemplate, Limits
+from precast.loaders.text.chat_template import ChatTemplate, Limits
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from precast.loaders import isa
-from precast.loaders.check import check
-from precast.loaders.check_console import lines
-from precast.loaders.load import read_manifest
-from precast.loaders.resources import Limits, Memory, Processors
-from precast.loaders.runtime.pjrt import this_machine
+from precast.loaders.audit.check import check
+from precast.loaders.compiling import isa
+from precast.loaders.console.check import lines
+from precast.loaders.locate import read_manifest
+from precast.loaders.runtime.installed import this_machine
+from precast.loaders.runtime.resources import Limits, Memory, Processors
 
 GB = 1 << 30
 ROOT = Path("/art")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from precast.loaders import compile_cache, compiling
+from precast.loaders.compiling import cache as compile_cache
+from precast.loaders.compiling import compiler as compiling
+from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
 
 PROMPT = [7, 200, 31]
 PROGRAMS = ("cache", "prefill_8", "prefill_16", "decode")
@@ -153,7 +154,7 @@ def test_what_was_compiled_long_ago_is_forgotten(tmp_path, monkeypatch, compiler
 def machine(**changes):
     from dataclasses import replace
 
-    from precast.loaders.runtime.pjrt import this_machine
+    from precast.loaders.runtime.installed import this_machine
 
     return replace(this_machine(), **changes)
 

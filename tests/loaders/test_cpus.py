@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 from jaxlib import cpu_feature_guard
 
-from precast.loaders import isa
 from precast.loaders.artifact import compat
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import Machine, features_of
 from precast.loaders.artifact.manifest import Target
-from precast.loaders.check import _isa
+from precast.loaders.audit.check import _isa
+from precast.loaders.compiling import isa
 from precast.loaders.runtime import fitting
 
 CPUS = json.loads((Path(__file__).parents[1] / "reference" / "cpus.json").read_text())

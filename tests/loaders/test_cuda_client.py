@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from jaxlib import _jax
 
-from precast.loaders import check_console
 from precast.loaders import load as loading
 from precast.loaders.artifact.compat import choose_target, mismatches
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import Machine, nvidia_gpus
 from precast.loaders.artifact.manifest import Target, parse_manifest
 from precast.loaders.artifact.weights import numpy_dtype
-from precast.loaders.runtime import cuda, pjrt
+from precast.loaders.console import check as check_console
+from precast.loaders.runtime import cuda, installed, pjrt
 
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"
 MACHINE = Machine(
@@ -79,8 +79,8 @@ def test_only_where_a_target_is_for_a_gpu_somebody_looks_for_one(artifact_copy, 
     loading.load(artifact_copy, trusted=True)
     check_console.run(artifact_copy, target=None, compile=False, as_json=True)
     assert looked == []
-    assert pjrt.this_machine(cuda=False).gpus == ()
-    assert (pjrt.this_machine().gpus, pjrt.this_machine().cuda_plugin) == ((H100,), "0.1")
+    assert installed.this_machine(cuda=False).gpus == ()
+    assert (installed.this_machine().gpus, installed.this_machine().cuda_plugin) == ((H100,), "0.1")
     looked.clear()
     as_cuda(artifact_copy, A100)
     with pytest.raises(PrecastError, match=f"compiled for {A100}, this machine has {H100}"):
@@ -129,8 +129,8 @@ def test_nothing_of_cuda_is_imported_where_there_is_no_gpu():
     if nvidia_gpus():
         pytest.skip("there is a GPU here")
     code = (
-        "import sys; from precast.loaders.load import load; from precast.loaders.runtime import pjrt;"
-        "m = pjrt.this_machine(); assert (m.gpus, m.cuda_plugin) == ((), '');"
+        "import sys; from precast.loaders.load import load; from precast.loaders.runtime import installed, pjrt;"
+        "m = installed.this_machine(); assert (m.gpus, m.cuda_plugin) == ((), '');"
         "assert not {'precast.loaders.runtime.cuda', 'importlib.metadata'} & set(sys.modules) - set(before)"
     )
     done = subprocess.run(
@@ -284,8 +284,8 @@ def greedy(model, prompt, count=8):
 
 def test_an_artifact_for_a_gpu_generates_through_the_client(artifact_copy, tiny_model, stand_in, monkeypatch):
     as_cuda(artifact_copy, H100)
-    here = dataclasses.replace(pjrt.this_machine(), gpus=(H100,), cuda_plugin=pjrt.jaxlib_version)
-    monkeypatch.setattr(loading.pjrt, "this_machine", lambda **_: here)
+    here = dataclasses.replace(installed.this_machine(), gpus=(H100,), cuda_plugin=pjrt.jaxlib_version)
+    monkeypatch.setattr(loading.installed, "this_machine", lambda **_: here)
     asked = []
     monkeypatch.setattr(cuda, "client", lambda device: asked.append(device) or stand_in)
     model = loading.load(artifact_copy, trusted=True)
@@ -297,8 +297,8 @@ def test_an_artifact_for_a_gpu_generates_through_the_client(artifact_copy, tiny_
 
 def test_without_a_gpu_an_artifact_for_one_is_refused_from_its_manifest(artifact_copy, monkeypatch):
     as_cuda(artifact_copy, H100)
-    nothing = dataclasses.replace(pjrt.this_machine(), gpus=(), cuda_plugin="")
-    monkeypatch.setattr(loading.pjrt, "this_machine", lambda **_: nothing)
+    nothing = dataclasses.replace(installed.this_machine(), gpus=(), cuda_plugin="")
+    monkeypatch.setattr(loading.installed, "this_machine", lambda **_: nothing)
     with pytest.raises(PrecastError, match="target 'cuda': it needs an NVIDIA GPU, this machine has none"):
         loading.load(artifact_copy)
 

@@ -7,8 +7,8 @@ from hashlib import sha256
 
 import pytest
 
-from precast.loaders.diff import ABSENT, diff
-from precast.loaders.load import read_manifest
+from precast.loaders.audit.diff import ABSENT, diff
+from precast.loaders.locate import read_manifest
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_one_byte_of_one_tensor(compare, artifact_copy, edit_manifest):
 def test_progress_is_told_and_shown_on_a_terminal(
     cli, tiny_artifact, artifact_copy, edit_manifest, monkeypatch
 ):
-    from precast.loaders import diff_console
+    from precast.loaders.console import diff as diff_console
 
     path = artifact_copy / "weights.safetensors"
     data = bytearray(path.read_bytes())

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.loaders import evaluate as e
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.audit import evaluate as e
 from precast.loaders.load import load
 
 VOCAB = 320

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.sampling import Sampler, SamplingParams
+from precast.loaders.generation.sampling import Sampler, SamplingParams
 
 V = 6  # so few tokens that sequences repeat
 TOKEN = st.integers(0, V - 1)

@@ -11,9 +11,9 @@ import pytest
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
-from precast.loaders.generate import Model
+from precast.loaders.generation.model import Model
+from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
 
 CAPACITY, VOCAB = 64, 320
 PROMPT = [7, 200, 31]

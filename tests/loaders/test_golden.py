@@ -6,7 +6,7 @@ import pytest
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.golden import parse_golden
-from precast.loaders.load import read_manifest
+from precast.loaders.locate import read_manifest
 
 
 @pytest.fixture(scope="module")

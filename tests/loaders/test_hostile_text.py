@@ -9,8 +9,8 @@ import pytest
 from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError, printable
 from precast.loaders.artifact.record import parse_json
-from precast.loaders.inspect import render
-from precast.loaders.tokenizer import Tokenizer
+from precast.loaders.audit.inspect import render
+from precast.loaders.text.tokenizer import Tokenizer
 
 
 def test_a_message_is_one_printable_line_of_bounded_length():

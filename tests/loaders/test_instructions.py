@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from precast.loaders.instructions import AVX512, UnknownInstruction, instructions
+from precast.loaders.compiling.instructions import AVX512, UnknownInstruction, instructions
 
 capstone = pytest.importorskip("capstone")
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from precast.loaders import limits, resources
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.generate import Model
-from precast.loaders.load import load, read_manifest
-from precast.loaders.resources import Processors
-from precast.loaders.runtime import pjrt
-from precast.loaders.sampling import SamplingParams
+from precast.loaders.generation.model import Model
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+from precast.loaders.locate import read_manifest
+from precast.loaders.runtime import limits, pjrt, resources
+from precast.loaders.runtime.resources import Processors
 
 PROMPT = [7, 200, 31]
 FREE = SamplingParams(ignore_eos=True)
@@ -94,7 +94,7 @@ def test_groups_that_limit_threads_are_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["RLIMIT_NPROC", "RLIMIT_AS"])
 def test_limits_of_a_process_are_seen(python: Any, kind: str) -> None:
     code = (
-        "import resource; from pathlib import Path; from precast.loaders import resources\n"
+        "import resource; from pathlib import Path; from precast.loaders.runtime import resources\n"
         f"resource.setrlimit(resource.{kind}, (1 << 40, 1 << 40) if {kind!r} == 'RLIMIT_AS' else (77, 77))\n"
         "print(resources._thread_limit(Path('/nothing')))"
     )

@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
-from precast.loaders import check, check_console, diff, diff_console, inspect, trial
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.frozen import Frozen
 from precast.loaders.artifact.machine import Machine
 from precast.loaders.artifact.manifest import Manifest, parse_manifest
-from precast.loaders.resources import Limits, Memory, Processors
+from precast.loaders.audit import check, diff, inspect
+from precast.loaders.compiling import trial
+from precast.loaders.console import check as check_console
+from precast.loaders.console import diff as diff_console
+from precast.loaders.runtime.resources import Limits, Memory, Processors
 
 MACHINE = Machine(machine="x86_64", features=("avx",), jaxlib="1", kernel_abi=3, kernels=())
 ENTRY = {"bytes": 1, "sha256": "0" * 64}

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.load import find_artifact, load, read_manifest
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+from precast.loaders.locate import find_artifact, read_manifest
 from precast.loaders.runtime import pjrt
-from precast.loaders.sampling import SamplingParams
 
 PROMPT = [7, 200, 31]
 FREE = SamplingParams(ignore_eos=True)
@@ -261,7 +262,7 @@ monitoring.register_event_duration_secs_listener(lambda event, *_, **__: seen.ap
 monitoring.register_event_listener(lambda event, **__: seen.append(event))
 from precast.loaders.load import load
 from precast.loaders.runtime import pjrt
-from precast.loaders.sampling import SamplingParams
+from precast.loaders.generation.sampling_params import SamplingParams
 
 asked = []
 class Watched:
@@ -304,7 +305,7 @@ sys.meta_path.insert(0, Refuse())
 def test_the_loader_works_where_jax_cannot_be_imported(tiny_artifact, answer, python):
     code = f"""{BLOCKED}
 from precast.loaders.load import load
-from precast.loaders.sampling import SamplingParams
+from precast.loaders.generation.sampling_params import SamplingParams
 print(*load({str(tiny_artifact)!r}).generate({PROMPT!r}, SamplingParams(ignore_eos=True)).token_ids)
 try:
     import jax

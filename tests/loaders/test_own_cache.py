@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from precast.loaders import compile_cache, store_pull, store_push, trial
 from precast.loaders import load as loading
 from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.compiling import cache as compile_cache
+from precast.loaders.compiling import trial
+from precast.loaders.store import pull as store_pull
+from precast.loaders.store import push as store_push
 
 STRANGER = 12345
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to somebody else")
@@ -146,7 +149,7 @@ def test_a_trial_is_taken_again_where_its_note_is_not_believed(cache, tiny_artif
 
 
 def test_nothing_that_was_compiled_is_taken_from_there(cache, monkeypatch):
-    from precast.loaders.runtime.pjrt import this_machine
+    from precast.loaders.runtime.installed import this_machine
 
     machine = this_machine(cuda=False)
     assert compile_cache._write(b"code", machine, b"executable")

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from precast.loaders import load as loading
-from precast.loaders import signing, store_cache, store_pull, store_push, store_remote
+from precast.loaders import signing
 from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.store import cache as store_cache
+from precast.loaders.store import pull as store_pull
+from precast.loaders.store import push as store_push
+from precast.loaders.store import remote as store_remote
 
 LIMIT_S = 60
 

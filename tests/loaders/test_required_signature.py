@@ -14,8 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 import precast
 from precast.cli import main
 from precast.loaders import load as loading
-from precast.loaders import required, signing, store_pull, store_push
+from precast.loaders import required_key as required
+from precast.loaders import signing
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.store import pull as store_pull
+from precast.loaders.store import push as store_push
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.json.sig"
 VARIABLE = "PRECAST_REQUIRE_SIGNATURE"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from precast.loaders.resources import Memory, memory, processors
+from precast.loaders.runtime.resources import Memory, memory, processors
 
 GB = 1 << 30
 MEMINFO = "MemTotal:       16777216 kB\nMemFree:  1 kB\nMemAvailable:    8388608 kB\n"

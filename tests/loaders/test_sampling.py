@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.sampling import Sampler, SamplingParams, kept_weights
+from precast.loaders.generation.sampling import Sampler, SamplingParams, kept_weights
 
 
 def reference(logits: np.ndarray, history: list[int], params: SamplingParams) -> np.ndarray:

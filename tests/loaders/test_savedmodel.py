@@ -14,9 +14,10 @@ import pytest
 from precast.loaders.artifact import compat
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import Machine
-from precast.loaders.load import load, read_manifest
-from precast.loaders.runtime import pjrt, savedmodel
-from precast.loaders.sampling import SamplingParams
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+from precast.loaders.locate import read_manifest
+from precast.loaders.runtime import installed, savedmodel
 
 FOLDER = "programs/savedmodel"
 PROMPTS = [[7], [300, 12, 5, 101], list(range(20, 28)), list(range(40, 80))]
@@ -114,10 +115,10 @@ WITHOUT_JAX = """
 import json, sys
 sys.modules["jax"] = None
 from precast.loaders.load import load
-from precast.loaders.runtime import pjrt
-from precast.loaders.sampling import SamplingParams
+from precast.loaders.runtime import installed, pjrt
+from precast.loaders.generation.sampling_params import SamplingParams
 
-pjrt.this_machine()
+installed.this_machine()
 assert "tensorflow" not in sys.modules
 model = load(sys.argv[1], target="savedmodel", trusted=True, log=lambda _: None)
 print(json.dumps(model.generate([7, 300, 12], SamplingParams(max_tokens=6, ignore_eos=True)).token_ids))
@@ -362,7 +363,7 @@ def test_it_is_chosen_when_nothing_else_fits(savedmodel_artifact):
         return compat.choose_target(manifest, machine, "here", name=None, may_compile=False).runtime
 
     assert chosen(bare(tensorflow=True)) == "savedmodel"
-    assert chosen(pjrt.this_machine()) == "pjrt"
+    assert chosen(installed.this_machine()) == "pjrt"
     with pytest.raises(PrecastError) as raised:
         chosen(bare())
     assert (
@@ -372,9 +373,9 @@ def test_it_is_chosen_when_nothing_else_fits(savedmodel_artifact):
 
 
 def test_the_machine_tells_whether_tensorflow_is_there(monkeypatch):
-    assert pjrt.this_machine().tensorflow == (importlib.util.find_spec("tensorflow") is not None)
+    assert installed.this_machine().tensorflow == (importlib.util.find_spec("tensorflow") is not None)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    assert pjrt.this_machine().tensorflow is False
+    assert installed.this_machine().tensorflow is False
 
 
 def test_a_tensorflow_that_cannot_be_imported_is_a_sentence(monkeypatch):

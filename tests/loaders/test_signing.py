@@ -12,8 +12,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from precast.loaders import load as loading
-from precast.loaders import signing, trial
+from precast.loaders import signing
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.compiling import trial
 
 SIGNATURE = "manifest.json.sig"
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.stopping import StopStrings
+from precast.loaders.generation.stopping import StopStrings
 
 # Few letters, so that stop strings overlap themselves and one another.
 LETTERS = st.text(alphabet="abé", max_size=30)

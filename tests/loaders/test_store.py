@@ -25,18 +25,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.loaders import load as loading
-from precast.loaders import (
-    signing,
-    store_cache,
-    store_console,
-    store_index,
-    store_pull,
-    store_push,
-    store_remote,
-)
+from precast.loaders import signing
 from precast.loaders.artifact import folders
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import parse_manifest
+from precast.loaders.console import store as store_console
+from precast.loaders.store import cache as store_cache
+from precast.loaders.store import index as store_index
+from precast.loaders.store import pull as store_pull
+from precast.loaders.store import push as store_push
+from precast.loaders.store import remote as store_remote
 
 BUCKET = "models"
 

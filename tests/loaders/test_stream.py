@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from precast.loaders.generate import Model
-from precast.loaders.sampling import SamplingParams
-from precast.loaders.stream import Completion, Stream
+from precast.loaders.generation.model import Model
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.generation.stream import Completion, Stream
 
 PROMPT = [7, 200, 31]
 FREE = SamplingParams(ignore_eos=True)

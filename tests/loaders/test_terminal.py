@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from precast.loaders.terminal import escaped, harmless, harmless_pieces
+from precast.loaders.console.terminal import escaped, harmless, harmless_pieces
 
 COMMANDS = [
     "\x1b]52;c;cm0gLXJm\x07",  # sets the clipboard

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.tokenizer import Tokenizer
+from precast.loaders.text.tokenizer import Tokenizer
 
 TEXT = [
     "the cat sat on the mat — naïve café, 日本語 😀",
@@ -294,7 +294,7 @@ def test_jinja_is_imported_with_the_first_chat_only() -> None:
     code = """if True:
         import sys
         import tokenizers
-        from precast.loaders.tokenizer import Tokenizer
+        from precast.loaders.text.tokenizer import Tokenizer
         data = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).to_str().encode()
         made = Tokenizer.from_json(data, chat_template="x", bos_token=None, eos_token=None)
         made.stream().push(made.encode("a")[0])

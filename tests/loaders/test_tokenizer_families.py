@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.generate import Model
-from precast.loaders.tokenizer import Tokenizer
+from precast.loaders.generation.model import Model
+from precast.loaders.text.tokenizer import Tokenizer
 
 CORPUS = [
     "the cat sat on the mat, and the dog sat on the cat",

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
-from precast.loaders import child, compiling, trial
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.load import load, read_manifest
-from precast.loaders.runtime.pjrt import this_machine
+from precast.loaders.compiling import child, trial
+from precast.loaders.compiling import compiler as compiling
+from precast.loaders.load import load
+from precast.loaders.locate import read_manifest
+from precast.loaders.runtime.installed import this_machine
 
 PROMPT = [7, 200, 31]
 
@@ -22,7 +24,7 @@ def children(monkeypatch):
     seen, original = [], subprocess.Popen
 
     def start(command, **rest):
-        if "precast.loaders.trial" in command:
+        if "precast.loaders.trial_worker" in command:
             seen.append(command)
         return original(command, **rest)
 
@@ -53,7 +55,7 @@ def test_a_trial_computes_with_as_many_threads_as_the_load(tiny_artifact, own_ca
     """A limit of threads or of address space may leave room for no more."""
     load(tiny_artifact, threads=1)
     ((*_, module, root, _, _, threads),) = children
-    assert (module, root, threads) == ("precast.loaders.trial", str(tiny_artifact), "1")
+    assert (module, root, threads) == ("precast.loaders.trial_worker", str(tiny_artifact), "1")
 
 
 def test_an_export_has_tried_what_it_made(tiny_artifact, children):
@@ -292,16 +294,16 @@ def test_an_application_that_starts_itself_does_so_once(tiny_artifact, tmp_path,
     first, second, inner, outer = log.read_text().splitlines()
     assert first == second == "start"
     start = f"{tiny_artifact}: not tried in a process of its own first, because none can be started ("
-    assert inner == f"{start}this process was started by precast.loaders.trial itself)."
+    assert inner == f"{start}this process was started by precast.loaders.trial_worker itself)."
     assert outer == f"{start}{app}: exit code 0)."
     assert notes(own_cache) == []
 
 
 def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
-    monkeypatch.setenv(child.GUARD, "precast.loaders.trial")
-    assert child.command("precast.loaders.compiling")[0] == sys.executable
+    monkeypatch.setenv(child.GUARD, "precast.loaders.trial_worker")
+    assert child.command("precast.loaders.compiling.compiler")[0] == sys.executable
     with pytest.raises(child.NotStarted, match=r"started by precast\.loaders\.trial itself"):
-        child.command("precast.loaders.trial")
+        child.command("precast.loaders.trial_worker")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_a_child_that_hangs_is_ended(tiny_artifact, tmp_path, own_cache, monkeyp
 
 def test_the_child_says_where_it_is(tiny_artifact, python):
     target = read_manifest(tiny_artifact).targets[0].name
-    result = python("-m", "precast.loaders.trial", str(tiny_artifact), target, "600", "1")
+    result = python("-m", "precast.loaders.trial_worker", str(tiny_artifact), target, "600", "1")
     assert result.returncode == 0, result.stderr
     programs = ("cache", "prefill_8", "prefill_16", "decode")
     running = ("cache", "prefill_8", "decode")
@@ -372,7 +374,7 @@ def test_the_child_says_where_it_is(tiny_artifact, python):
 def test_the_child_passes_a_refusal_on(artifact_copy, python):
     (artifact_copy / "tokenizer.json").unlink()
     target = read_manifest(artifact_copy).targets[0].name
-    result = python("-m", "precast.loaders.trial", str(artifact_copy), target, "600", "1")
+    result = python("-m", "precast.loaders.trial_worker", str(artifact_copy), target, "600", "1")
     assert result.returncode == 3
     assert (
         result.stdout == "precast child ready\n"
@@ -382,7 +384,7 @@ def test_the_child_passes_a_refusal_on(artifact_copy, python):
 
 def test_the_child_ends_itself_where_its_parent_is_gone(tiny_artifact, python):
     code = (
-        "import signal, time; from precast.loaders import trial\n"
+        "import signal, time; from precast.loaders.compiling import trial\n"
         "trial._restrict(-4)\n"  # and five seconds more
         "time.sleep(60)"
     )

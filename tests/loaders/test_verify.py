@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from precast.loaders.artifact.golden import parse_golden
-from precast.loaders.load import read_manifest
-from precast.loaders.verify import replay
+from precast.loaders.audit.verify import replay
+from precast.loaders.locate import read_manifest
 
 SILENT = lambda *_: None  # noqa: E731
 
@@ -106,7 +106,7 @@ def test_logits_that_differ(cli, artifact_copy, edit_manifest):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_difference_that_is_no_number_is_still_json(cli, tiny_artifact, monkeypatch, value):
-    from precast.loaders import verify
+    from precast.loaders.audit import verify
 
     def no_constant(name):
         raise AssertionError(f"{name} is not JSON")
@@ -173,7 +173,7 @@ def test_what_cannot_run_here_is_exit_code_2(cli, artifact_copy, edit_manifest):
 
 
 def test_progress_is_told(tiny_artifact, tiny_model, golden):
-    from precast.loaders.verify import check_files
+    from precast.loaders.audit.verify import check_files
 
     seen = []
     manifest = read_manifest(tiny_artifact)
@@ -206,7 +206,7 @@ def with_tolerances(golden, *tolerances):
 
 
 def test_each_difference_is_measured_by_its_own_tolerance(tiny_model, golden, monkeypatch):
-    from precast.loaders import verify
+    from precast.loaders.audit import verify
 
     found = iter((0.5, 0.1))
     monkeypatch.setattr(verify, "_difference", lambda model, answer: next(found))
@@ -218,7 +218,7 @@ def test_each_difference_is_measured_by_its_own_tolerance(tiny_model, golden, mo
     ("found", "share"), [(0.0, 0.0), (1e-9, None), (float("nan"), None), (float("inf"), None)]
 )
 def test_where_no_difference_is_allowed(tiny_model, golden, monkeypatch, found, share):
-    from precast.loaders import verify
+    from precast.loaders.audit import verify
 
     monkeypatch.setattr(verify, "_difference", lambda model, answer: found)
     played = replay(tiny_model, with_tolerances(golden, 0.0), "x", SILENT)

@@ -1,0 +1,161 @@
+"""How far an artifact's predictions are from those of the float32 model it was made from."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from precast.loaders.artifact.manifest import Fidelity
+from precast.loaders.audit import evaluate
+from precast.loaders.generation.model import Model
+from precast.loaders.text.tokenizer import Tokenizer
+
+from ..devices import precisely
+from ..models import ModelSpec, read_model
+from ..models.parameters import abstract_model
+from ..sources import open_source
+from ..sources.base import Source
+from ..texts import read_tokenizer
+from ..weights import plan_weights, read_floats
+from .layerwise import LayerwiseReference
+
+# What an export measures: two windows of 512, or more of a smaller capacity.
+TOKENS = 1024
+
+
+class Reference:
+    """The uncached float32 forward pass, as a scorer: all positions of a window at once.
+
+    Args:
+        name: what messages call it.
+        spec: of the model.
+        weights: float32 arrays by parameter name, as the forward pass takes them.
+        tokenizer: of the model.
+        capacity: positions that a window may have.
+        exported: capacity of the artifact that it is held against, which some kinds of RoPE depend on; None where
+            windows decide, as they do in transformers.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        spec: ModelSpec,
+        weights: Mapping[str, np.ndarray],
+        tokenizer: Tokenizer,
+        capacity: int,
+        exported: int | None = None,
+    ) -> None:
+        model = abstract_model(spec)
+        self.name, self.tokenizer, self.capacity, self.vocab = name, tokenizer, capacity, spec.config.vocab
+        self._spec, self._exported = spec, exported
+        self._width = 0
+        self._forward = jax.jit(
+            lambda tokens, cos, sin, *arrays: model.bind(arrays).forward(tokens[None], cos, sin)[0]
+        )
+        with precisely():
+            self._weights: list[Array] = [jnp.from_dlpack(weights[p.name]) for p in model.parameters]
+
+    def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
+        # A shorter window is padded to the longest so far: no position sees what is behind it, and one
+        # program will do.
+        self._width = max(self._width, len(window))
+        padded = np.zeros(self._width, np.int32)
+        padded[: len(window)] = window
+        tables = (self._fitted(t) for t in self._spec.tables(self._exported or len(window)))
+        with precisely():
+            rows = np.asarray(self._forward(padded, *tables, *self._weights))  # [W, V]
+        yield from rows[first : len(window) - 1]
+
+    def _fitted(self, table: np.ndarray) -> np.ndarray:
+        """A table ``[Z, S, P]`` for as many positions as the program takes; what is behind a window means nothing."""
+        missing = max(0, self._width - table.shape[1])
+        return np.pad(table, ((0, 0), (0, missing), (0, 0)))[:, : self._width]
+
+
+def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
+    """A source's tensors in float32, one array for each parameter of the forward pass.
+
+    Raises:
+        PrecastError: when the tensors do not fit the model.
+    """
+    parameters = abstract_model(spec).parameters
+    plan = plan_weights(spec.adapted(source), parameters, tied=spec.config.tied_embeddings)
+    return {p.name: read_floats(plan.tensors, p, p.sources, p.shape) for p in parameters}
+
+
+def open_reference(path: str, exported: int | None = None) -> Reference:
+    """The reference for what `path` names: a Hugging Face directory or a .gguf file; `exported` as of `Reference`.
+
+    Raises:
+        PrecastError: when it cannot be read or is not supported.
+    """
+    source = open_source(path)
+    spec = read_model(source.config, source.name)
+    return Reference(
+        name=source.name,
+        spec=spec,
+        weights=read_weights(source, spec),
+        tokenizer=read_tokenizer(source),
+        capacity=spec.config.max_positions,
+        exported=exported,
+    )
+
+
+def measure(
+    model: Model,
+    spec: ModelSpec,
+    source: Source,
+    *,
+    weights: Mapping[str, np.ndarray] | None = None,
+    report: evaluate.Report = lambda done, total: None,
+) -> Fidelity | None:
+    """Measures a finished artifact against the float32 model it was made from, on the shipped text.
+
+    Args:
+        model: the artifact, loaded.
+        spec: of the model.
+        source: whose own tensors are the reference, read layer by layer for every window.
+        weights: float32 arrays by parameter name, where they are at hand already; then the source is not read.
+        report: called with predictions scored and predictions in all.
+
+    Returns:
+        The figures for the manifest; None where the capacity is too small for a window.
+
+    Raises:
+        PrecastError: when the logits of either are not finite.
+    """
+    artifact = evaluate.ArtifactScorer(model=model)
+    window = min(evaluate.DEFAULT_WINDOW, artifact.capacity)
+    text = evaluate.read_text(evaluate.SHIPPED_TEXT, TOKENS)
+    windows = evaluate.cut(evaluate.tokenize(model.tokenizer, text), TOKENS, window)
+    if window < evaluate.SMALLEST_WINDOW or not windows:
+        return None
+    name, tokenizer, capacity = f"{source.name} in float32", model.tokenizer, artifact.capacity
+    reference: evaluate.Scorer
+    if weights is None:
+        reference = LayerwiseReference(
+            name=name, spec=spec, source=source, tokenizer=tokenizer, capacity=capacity
+        )
+    else:
+        reference = Reference(
+            name=name, spec=spec, weights=weights, tokenizer=tokenizer, capacity=capacity, exported=capacity
+        )
+    scores = evaluate.evaluate(artifact, windows, reference, report)
+    return _fidelity(evaluate.SHIPPED_TEXT.name, scores)
+
+
+def _fidelity(text: str, scores: evaluate.Scores) -> Fidelity:
+    found = scores.comparison
+    assert found is not None  # there was a reference
+    return Fidelity(
+        text=text,
+        tokens=scores.tokens,
+        perplexity=scores.perplexity,
+        reference_perplexity=found.perplexity,
+        kl_mean=found.kl_mean,
+        kl_p99=found.kl_p99,
+        top1=found.top1,
+    )

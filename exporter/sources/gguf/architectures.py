@@ -1,0 +1,313 @@
+"""What differs between the architectures that a GGUF file may hold, one entry each.
+
+Names and conventions are those of llama.cpp's converter, which the entries undo:
+https://github.com/ggml-org/llama.cpp/tree/master/conversion.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import nextafter
+
+from .metadata import MetadataReader
+
+# The shape of every tensor by GGUF name, outermost axis first.
+Shapes = Mapping[str, tuple[int, ...]]
+Config = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How a ``general.architecture`` becomes a Hugging Face checkpoint.
+
+    Attributes:
+        model_type: Hugging Face's name for it.
+        model: transformers' class, for `architectures`.
+        names: Hugging Face's name of each part; a part of a layer without "model.layers.N.". "{}" stands for the
+            number of an expert, whose matrices are stacked in one tensor.
+        details: the keys of config.json that only some architectures have.
+        understood: metadata keys, without prefix, that `details` reads.
+        interleaved: whether rows of q and k are permuted for llama.cpp's interleaved RoPE.
+        norm_offset: what the converter has added to the weights of norms.
+        longrope: whether there may be RoPE factors for short and long contexts.
+        partial_rope: whether RoPE may turn only a part of a head.
+    """
+
+    model_type: str
+    model: str
+    names: Mapping[str, str]
+    details: Callable[[MetadataReader, Shapes], Config]
+    understood: frozenset[str] = frozenset()
+    interleaved: bool = False
+    norm_offset: float = 0.0
+    longrope: bool = False
+    partial_rope: bool = False
+
+
+_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_PRE_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_LLAMA = _ENDS | _PRE_NORMS | _ATTENTION | _MLP
+_SANDWICH_NORMS = _POST_NORMS | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
+
+# llama.cpp has no other for these architectures.
+_SILU: Config = {"hidden_act": "silu"}
+_GELU: Config = {"hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _biases(shapes: Shapes) -> Config:
+    return {"attention_bias": "blk.0.attn_q.bias" in shapes, "mlp_bias": "blk.0.ffn_gate.bias" in shapes}
+
+
+def _llama(_: MetadataReader, shapes: Shapes) -> Config:
+    return _SILU | _biases(shapes)
+
+
+def _qwen2(_: MetadataReader, __: Shapes) -> Config:
+    return dict(_SILU)
+
+
+def _qwen3(_: MetadataReader, shapes: Shapes) -> Config:
+    return _SILU | {"attention_bias": "blk.0.attn_q.bias" in shapes}
+
+
+# --- Gemma --------------------------------------------------------------------------------------------------
+
+_WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+# RoPE's base in layers with a window: as llama.cpp's converter writes it, and as Ollama's does.
+_LOCAL_BASES = ("rope.freq_base_swa", "rope.local.freq_base")
+# Layers of the models whose scores are scaled by D / N instead of H, which the file does not say.
+_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+
+
+def _query_scalar(reader: MetadataReader) -> Config:
+    """llama.cpp tells the 27B models by their depth, and so has every file been made."""
+    heads = reader.integer("attention.head_count")
+    by_width = reader.integer("embedding_length") // heads
+    by_head = reader.integer("attention.key_length", by_width)
+    wide = reader.integer("block_count") == _SCALED_BY_WIDTH[reader.prefix]
+    return {"query_pre_attn_scalar": by_width if wide else by_head}
+
+
+def _layer_types(reader: MetadataReader, period: int) -> list[str]:
+    """Every `period`-th layer sees all positions, unless the file says which layers do."""
+    layers = reader.integer("block_count")
+    stated = reader.metadata.get(f"{reader.prefix}.{_PATTERN}", period)
+    if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:
+        stated = [bool((layer + 1) % stated) for layer in range(layers)]
+    if not isinstance(stated, list) or not all(isinstance(windowed, bool) for windowed in stated):
+        raise reader.unexpected(_PATTERN, "a period or true and false by layer", stated)
+    if len(stated) < layers:
+        raise reader.unexpected(_PATTERN, f"one for each of {layers} layers", stated)
+    return ["sliding_attention" if windowed else "full_attention" for windowed in stated[:layers]]
+
+
+def _gemma3(reader: MetadataReader, _: Shapes) -> Config:
+    local = next(
+        (key for key in _LOCAL_BASES if f"{reader.prefix}.{key}" in reader.metadata), _LOCAL_BASES[0]
+    )
+    reader.number("rope.freq_base")  # without one, other layers' base would be guessed
+    return {
+        **_GELU,
+        **_query_scalar(reader),
+        "attention_bias": False,
+        "sliding_window": reader.integer(_WINDOW),
+        "layer_types": _layer_types(reader, 6),
+        "rope_local_base_freq": reader.number(local, 10000.0),
+    }
+
+
+_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+
+
+def _gemma2(reader: MetadataReader, _: Shapes) -> Config:
+    """llama.cpp takes Gemma 2's published caps where a file says none."""
+    return {
+        **_GELU,
+        **_query_scalar(reader),
+        **{key: reader.number(key, default) for key, default in _CAPS.items()},
+        "attention_bias": False,
+        "sliding_window": reader.integer(_WINDOW),
+        "layer_types": _layer_types(reader, 2),
+    }
+
+
+# --- Phi 3 --------------------------------------------------------------------------------------------------
+
+
+def _phi3(reader: MetadataReader, _: Shapes) -> Config:
+    head_dim = reader.integer("embedding_length") // reader.integer("attention.head_count")
+    context = reader.integer("context_length")
+    config: Config = {
+        **_SILU,
+        # 0 stands for none; without the key, the converter was one that dropped the window.
+        "sliding_window": reader.integer(_WINDOW, least=0) or None,
+        "original_max_position_embeddings": reader.integer("rope.scaling.original_context_length", context),
+    }
+    if (rotated := reader.integer("rope.dimension_count", head_dim)) != head_dim:
+        # The next float up, where the quotient times H comes out below the whole number it came from.
+        part = rotated / head_dim
+        config["partial_rotary_factor"] = part if int(part * head_dim) == rotated else nextafter(part, 1.0)
+    return config
+
+
+# --- others -------------------------------------------------------------------------------------------------
+
+_GRANITE_SCALES = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+
+
+def _granite(reader: MetadataReader, shapes: Shapes) -> Config:
+    scales = {theirs: reader.number(ours) for ours, theirs in _GRANITE_SCALES.items()}
+    return _SILU | _biases(shapes) | scales
+
+
+def _smollm3(reader: MetadataReader, shapes: Shapes) -> Config:
+    """Every fourth layer has no RoPE: llama.cpp knows only this, and the file does not say it."""
+    layers = reader.integer("block_count")
+    turned = [int((layer + 1) % 4 != 0) for layer in range(layers)]
+    return _SILU | _biases(shapes) | {"no_rope_layers": turned, "use_sliding_window": False}
+
+
+_EXPERT_KEYS = frozenset({"expert_count", "expert_used_count"})
+
+
+def _mixtral(reader: MetadataReader, _: Shapes) -> Config:
+    return {
+        **_SILU,
+        "num_local_experts": reader.integer("expert_count"),
+        "num_experts_per_tok": reader.integer("expert_used_count"),
+        "sliding_window": None,
+    }
+
+
+def _qwen3moe(reader: MetadataReader, shapes: Shapes) -> Config:
+    """llama.cpp makes the shares of the chosen experts add up to one, whatever the checkpoint says."""
+    return {
+        **_qwen3(reader, shapes),
+        "num_experts": reader.integer("expert_count"),
+        "num_experts_per_tok": reader.integer("expert_used_count"),
+        "moe_intermediate_size": reader.integer("expert_feed_forward_length"),
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+_PHI3_NAMES = (
+    _ENDS
+    | _PRE_NORMS
+    | {
+        "attn_qkv": "self_attn.qkv_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_up": "mlp.gate_up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+)
+_MIXTRAL_NAMES = (
+    _ENDS
+    | _PRE_NORMS
+    | _ATTENTION
+    | {
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    }
+)
+_QWEN3MOE_NAMES = (
+    _ENDS
+    | _PRE_NORMS
+    | _ATTENTION
+    | _QK_NORMS
+    | {
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+        "ffn_up_exps": "mlp.experts.{}.up_proj",
+        "ffn_down_exps": "mlp.experts.{}.down_proj",
+    }
+)
+
+# By `general.architecture`.
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(
+        model_type="llama", model="LlamaForCausalLM", names=_LLAMA, details=_llama, interleaved=True
+    ),
+    "qwen2": Architecture(model_type="qwen2", model="Qwen2ForCausalLM", names=_LLAMA, details=_qwen2),
+    "qwen3": Architecture(
+        model_type="qwen3", model="Qwen3ForCausalLM", names=_LLAMA | _QK_NORMS, details=_qwen3
+    ),
+    "gemma2": Architecture(
+        model_type="gemma2",
+        model="Gemma2ForCausalLM",
+        names=_ENDS | _ATTENTION | _MLP | _SANDWICH_NORMS,
+        details=_gemma2,
+        understood=frozenset({_WINDOW, *_CAPS}),
+        norm_offset=1.0,
+    ),
+    "gemma3": Architecture(
+        model_type="gemma3_text",
+        model="Gemma3ForCausalLM",
+        names=_ENDS | _ATTENTION | _QK_NORMS | _MLP | _SANDWICH_NORMS,
+        details=_gemma3,
+        understood=frozenset({_WINDOW, _PATTERN, *_LOCAL_BASES}),
+        norm_offset=1.0,
+    ),
+    "phi3": Architecture(
+        model_type="phi3",
+        model="Phi3ForCausalLM",
+        names=_PHI3_NAMES,
+        details=_phi3,
+        understood=frozenset({_WINDOW, "rope.scaling.attn_factor"}),
+        longrope=True,
+        partial_rope=True,
+    ),
+    "granite": Architecture(
+        model_type="granite",
+        model="GraniteForCausalLM",
+        names=_LLAMA,
+        details=_granite,
+        understood=frozenset(_GRANITE_SCALES),
+        interleaved=True,
+    ),
+    "olmo2": Architecture(
+        model_type="olmo2",
+        model="Olmo2ForCausalLM",
+        names=_ENDS | _ATTENTION | _QK_NORMS | _MLP | _POST_NORMS,
+        details=_qwen3,
+    ),
+    "smollm3": Architecture(
+        model_type="smollm3", model="SmolLM3ForCausalLM", names=_LLAMA, details=_smollm3, interleaved=True
+    ),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe",
+        model="Qwen3MoeForCausalLM",
+        names=_QWEN3MOE_NAMES,
+        details=_qwen3moe,
+        understood=_EXPERT_KEYS | {"expert_feed_forward_length"},
+    ),
+}
+
+# What goes by "llama" in a GGUF file when it has experts.
+MIXTRAL = Architecture(
+    model_type="mixtral",
+    model="MixtralForCausalLM",
+    names=_MIXTRAL_NAMES,
+    details=_mixtral,
+    understood=_EXPERT_KEYS,
+    interleaved=True,
+)

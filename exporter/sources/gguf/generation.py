@@ -1,0 +1,64 @@
+"""Generation settings of a GGUF file: end tokens and the recommended sampler."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from precast.loaders.artifact.errors import PrecastError
+
+from ..end_of_generation import ends_by_text, together
+from .markers import mended
+from .vocabulary import TokenType
+
+# Keys that name an end token, as llama.cpp reads them: end of sequence, turn and message, and file separators,
+# which it ignores if no such token exists.
+_ENDS = ("eos", "eot", "eom")
+_BETWEEN_FILES = ("fim_pad", "fim_rep", "fim_sep")
+_SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+# Samplers that precast lacks, with the value that turns each off.
+_REFUSED = {"mirostat": 0, "xtc_probability": 0}
+
+
+def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids at which llama.cpp ends a generation: those named by the file, and those with a known text."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
+    types = mended(tokens, types, metadata)
+    special: dict[str, int] = {}
+    plain: dict[str, int] = {}
+    for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind != TokenType.UNUSED:
+            (special if kind in _SPECIAL else plain)[token] = number
+    named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _ENDS]
+    others = [metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for key in _BETWEEN_FILES]
+    named += [token for token in others if 0 <= token < len(tokens)]
+    return together(named, ends_by_text(special, plain))
+
+
+def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, object]:
+    """Return the recommended sampler, which newer converters copy from generation_config.json.
+
+    The export checks ranges.
+
+    Raises:
+        PrecastError: the file recommends a sampler that precast does not have.
+    """
+    for key, off in _REFUSED.items():
+        if (value := metadata.get(f"general.sampling.{key}", off)) != off:
+            raise PrecastError(
+                f"{path}: general.sampling.{key} is {value!r:.60}, a sampler that precast does not have; remove the key"
+                f" (gguf_new_metadata.py --remove-metadata general.sampling.{key})."
+            )
+    said = {field: metadata.get(f"general.sampling.{key}") for key, field in _SAMPLING.items()}
+    given = {field: value for field, value in said.items() if value is not None}
+    # Without a temperature decoding is greedy, so only the penalty has an effect.
+    return (
+        given if given.get("temperature") else {k: v for k, v in given.items() if k == "repetition_penalty"}
+    )

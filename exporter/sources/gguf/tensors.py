@@ -1,0 +1,196 @@
+"""The tensors of a GGUF file, under the names and in the order that Hugging Face's checkpoints have."""
+
+import mmap
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from precast.loaders.artifact.errors import PrecastError
+
+from ..base import QuantisedBlocks, SourceTensor
+from .architectures import Architecture
+
+# Rows dequantised at a time; small, because the library holds the result of one call twice.
+_SLAB = 512
+
+_NAME = re.compile(r"(?:(?P<layer>blk\.\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
+
+# Types whose blocks are handed on as they are: 32 values behind a scale, and a minimum where the type has one.
+_BLOCK = 32
+_COEFFICIENTS = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor as the file has it.
+
+    Attributes:
+        shape: outermost axis first.
+        type: gguf's `GGMLQuantizationType`.
+        data: a view into the mapped file, its rows bytes where quantised.
+        heads: of q and k, whose rows are permuted: how many.
+        offset: what the converter has added to every value.
+    """
+
+    shape: tuple[int, ...]
+    type: Any
+    data: np.ndarray
+    heads: int | None = None
+    offset: float = 0.0
+
+
+def source_tensors(
+    path: Path, stored: Mapping[str, Stored], architecture: Architecture, config: Mapping[str, Any]
+) -> dict[str, SourceTensor]:
+    """Every tensor by its Hugging Face name.
+
+    Args:
+        path: the file, for messages.
+        stored: the file's tensors without those that only say how RoPE is scaled.
+        architecture: of the file.
+        config: its config, as `translate_config` gives it.
+
+    Raises:
+        PrecastError: for a tensor that is not understood.
+    """
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    tensors: dict[str, SourceTensor] = {}
+    for gguf_name, tensor in stored.items():
+        match = _NAME.fullmatch(gguf_name)
+        if match is None or match["part"] not in architecture.names:
+            raise PrecastError(
+                f"{path}: holds the tensor {gguf_name}, which is not understood, so it cannot be left out."
+            )
+        layer = match["layer"].replace("blk", "model.layers") + "." if match["layer"] else ""
+        name = f"{layer}{architecture.names[match['part']]}.{match['kind']}"
+        meant = replace(
+            tensor,
+            heads=heads.get(match["part"]) if architecture.interleaved else None,
+            offset=architecture.norm_offset if match["part"].endswith("norm") else 0.0,
+        )
+        tensors |= {each: _source(one) for each, one in _matrices(path, gguf_name, name, meant)}
+    return tensors
+
+
+def _matrices(path: Path, gguf_name: str, name: str, tensor: Stored) -> Iterator[tuple[str, Stored]]:
+    """The tensor itself, or of a stack ``[E, …]`` each expert's."""
+    if "{}" not in name:
+        yield name, tensor
+        return
+    if len(tensor.shape) != 3:
+        raise PrecastError(
+            f"{path}: expected {gguf_name} to be a stack of matrices, found shape {list(tensor.shape)};"
+            " convert the model again."
+        )
+    for expert in range(tensor.shape[0]):
+        yield name.format(expert), replace(tensor, shape=tensor.shape[1:], data=tensor.data[expert])
+
+
+def _source(tensor: Stored) -> SourceTensor:
+    in_blocks = len(tensor.shape) == 2 and tensor.type.name in _COEFFICIENTS and not tensor.offset
+    return SourceTensor(
+        shape=tensor.shape,
+        dtype=tensor.type.name,
+        read=partial(dequantise, tensor),
+        blocks=partial(_blocks, tensor) if in_blocks else None,
+    )
+
+
+def check_tensor_types(path: Path, stored: Mapping[str, Stored]) -> None:
+    """Refuses a type that cannot be dequantised before a long export begins.
+
+    Raises:
+        PrecastError: naming the tensor and its type.
+    """
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    by_type = {tensor.type: name for name, tensor in stored.items()}
+    for kind, name in by_type.items():
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError as error:
+            raise PrecastError(
+                f"{path}: {name} is stored as {kind.name}, which the gguf library cannot dequantise; convert "
+                "the model to another type."
+            ) from error
+
+
+def dequantise(tensor: Stored) -> np.ndarray:
+    """The tensor in float32, slab by slab; without its offset, and its rows in the order of Hugging Face."""
+    from gguf.quants import dequantize
+
+    order = _order(tensor)
+    # A vector that is quantised would be one row; a plain one is as many rows of one value.
+    rows = (
+        tensor.data.reshape(tensor.shape[0], -1)
+        if len(tensor.shape) > 1 or order is not None
+        else tensor.data[None]
+    )
+    out = np.empty((rows.shape[0], int(np.prod(tensor.shape)) // max(rows.shape[0], 1)), np.float32)
+    for start in range(0, rows.shape[0], _SLAB):
+        slab = slice(start, start + _SLAB)
+        out[slab] = dequantize(rows[slab] if order is None else rows[order[slab]], tensor.type)
+    _let_go(tensor.data)
+    if tensor.offset:
+        out -= np.float32(tensor.offset)
+    return out.reshape(tensor.shape)
+
+
+def _blocks(tensor: Stored) -> QuantisedBlocks:
+    """The blocks of a matrix taken apart, its rows in the same order as `dequantise` has them.
+
+    Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q8_0, block_q4_0, block_q4_1).
+    """
+    rows, columns = tensor.shape
+    kind, count = tensor.type.name, _COEFFICIENTS[tensor.type.name]
+    order = _order(tensor)
+    values = np.empty((rows, columns), np.uint8)
+    coefficients = np.empty((count, rows, columns // _BLOCK), np.float16)
+    for start in range(0, rows, _SLAB):
+        slab = slice(start, start + _SLAB)
+        stored = tensor.data[slab if order is None else order[slab]]
+        stored = stored.reshape(len(stored), columns // _BLOCK, -1)
+        head = np.ascontiguousarray(stored[..., : 2 * count]).view("<f2")
+        coefficients[:, slab] = np.moveaxis(head, -1, 0)
+        values[slab] = _values(kind, stored[..., 2 * count :]).reshape(-1, columns)
+    _let_go(tensor.data)
+    minimum = coefficients[1] if count > 1 else None
+    return QuantisedBlocks(
+        values=values if kind == "Q4_1" else values.view(np.int8), scale=coefficients[0], minimum=minimum
+    )
+
+
+def _values(kind: str, stored: np.ndarray) -> np.ndarray:
+    """The 32 values of each block; 16 bytes hold the first half in low nibbles, the second in high ones."""
+    if kind == "Q8_0":
+        return stored
+    values = np.concatenate([stored & 15, stored >> 4], axis=-1)
+    return values - np.uint8(8) if kind == "Q4_0" else values  # wraps, and is read as signed
+
+
+def _let_go(array: np.ndarray) -> None:
+    """Gives the mapped file's pages back, which otherwise stay in this process until the export ends."""
+    mapping = getattr(array, "_mmap", None)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _order(tensor: Stored) -> np.ndarray | None:
+    return None if tensor.heads is None else half_split_order(tensor.shape[0], tensor.heads)
+
+
+def half_split_order(rows: int, heads: int) -> np.ndarray:
+    """Where each row of a Hugging Face q or k projection stands in a llama GGUF file, ``[rows]``.
+
+    llama.cpp rotates neighbours (0, 1), (2, 3), …; Hugging Face rotates the first half of a head against the
+    second. Its converter therefore interleaves the halves of each head, which this undoes: row ``2·i + half``
+    of a head in the file is row ``half·H/2 + i`` of that head. Source: `LlamaModel.permute` of
+    convert_hf_to_gguf.py.
+    """
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)

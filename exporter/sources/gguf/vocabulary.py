@@ -1,0 +1,122 @@
+"""The vocabulary in a GGUF file's metadata, its lists checked against each other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from precast.loaders.artifact.errors import PrecastError
+
+from .markers import mended
+
+_PREFIX = "tokenizer.ggml."
+
+# What this file reads, and what only says something about ids that the export does not use.
+_KNOWN = frozenset(
+    {
+        "model",
+        "pre",
+        "tokens",
+        "token_type",
+        "scores",
+        "merges",
+        "add_bos_token",
+        "add_eos_token",
+        "add_space_prefix",
+    }
+)
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "add_sep_token": (False,),
+    "remove_extra_whitespaces": (False,),
+    "precompiled_charsmap": ([], ""),
+    "token_type_count": (0, 1),
+}
+
+
+class TokenType(IntEnum):
+    """What a token is for; the numbers are llama.cpp's."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """The metadata below ``tokenizer.ggml.``.
+
+    Attributes:
+        path: the file, for messages.
+        metadata: all of its metadata.
+        tokens: the text of each token, by id.
+        types: what each is for.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tokens: list[str]
+    types: list[int]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, named without its prefix."""
+        return self.metadata.get(f"{_PREFIX}{key}", default)
+
+    def of(self, *types: TokenType) -> dict[str, int]:
+        """The tokens of some types with their ids."""
+        return {
+            token: i
+            for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if kind in types
+        }
+
+    def error(self, sentence: str) -> PrecastError:
+        """An error about the file, which "has …" or "lacks …" something."""
+        return PrecastError(f"{self.path}: {sentence}")
+
+
+def read_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
+    """Reads what stands below ``tokenizer.ggml.``.
+
+    Args:
+        path: the file, for messages.
+        metadata: all of its metadata.
+
+    Raises:
+        PrecastError: for lists that do not fit together, and for a key that is not understood.
+    """
+    tokens = metadata.get(f"{_PREFIX}tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise PrecastError(f"{path}: holds no vocabulary (tokenizer.ggml.tokens); convert the model again.")
+    types = metadata.get(f"{_PREFIX}token_type") or [int(TokenType.NORMAL)] * len(tokens)
+    vocabulary = Vocabulary(path=path, metadata=metadata, tokens=tokens, types=types)
+    if len(types) != len(tokens):
+        raise vocabulary.error(
+            f"has {len(tokens)} tokens but {len(types)} token types; convert the model again."
+        )
+    if unknown := sorted(set(types) - set(TokenType)):
+        raise vocabulary.error(
+            f"has tokens of type {unknown[0]}, which is not understood; convert the model again."
+        )
+    _refuse_unknown(vocabulary)
+    types = mended(tokens, types, metadata)
+    vocabulary = replace(vocabulary, types=types)
+    used = [token for token, kind in zip(tokens, types, strict=True) if kind != TokenType.UNUSED]
+    if len(set(used)) != len(used):
+        twice = next(token for i, token in enumerate(used) if token in used[:i])
+        raise vocabulary.error(f"has the token {twice!r} twice; convert the model again.")
+    return vocabulary
+
+
+def _refuse_unknown(vocabulary: Vocabulary) -> None:
+    for key, value in vocabulary.metadata.items():
+        short = key.removeprefix(_PREFIX)
+        if short == key or short in _KNOWN or short.endswith("_token_id") or value in _NEUTRAL.get(short, ()):
+            continue
+        raise vocabulary.error(
+            f"has the metadata key {key}, which is not understood and may change how text becomes tokens; "
+            "use the model's Hugging Face checkpoint."
+        )

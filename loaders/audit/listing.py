@@ -1,0 +1,137 @@
+"""Find the artifacts below a folder, describe each, and check if it runs here."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..artifact import compat
+from ..artifact.errors import PrecastError
+from ..artifact.machine import Machine
+from ..artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from ..locate import read_manifest
+from ..runtime.installed import this_machine
+
+# Search this many bytes of a manifest for its version.
+_HEAD = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """An artifact.
+
+    Attributes:
+        path: the artifact's folder.
+        problem: the reason why it cannot be read, or None. All later fields are None if there is a problem.
+        name: the model's name.
+        architecture: the model's architecture.
+        parameters: the model's number of parameters.
+        weights: storage format of the weights.
+        context: positions of a sequence.
+        bytes: size of all files.
+        targets: names of the targets.
+        target: the target that runs here, or None.
+        compiles: True if a target runs here once it is compiled.
+        reason: the reason why no target runs here without compiling, or None.
+    """
+
+    path: Path
+    problem: str | None = None
+    name: str | None = None
+    architecture: str | None = None
+    parameters: int | None = None
+    weights: str | None = None
+    context: int | None = None
+    bytes: int | None = None
+    targets: tuple[str, ...] | None = None
+    target: str | None = None
+    compiles: bool | None = None
+    reason: str | None = None
+
+
+def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> Iterator[Listed]:
+    """Yield every artifact in and below a folder, ordered by path; skip hidden folders.
+
+    Args:
+        folder: folder to search. It may be an artifact.
+        require_signature: file of a public key; artifacts without its signature are listed as unreadable.
+
+    Raises:
+        PrecastError: the folder does not exist.
+    """
+    # Unlike pathlib's, the functions of os.path also accept names that are invalid in any file system.
+    if not os.path.isdir(folder):
+        what = "is a file" if os.path.exists(folder) else "does not exist"
+        raise PrecastError(f"{folder}: expected a folder, but it {what}; precast export writes to artifacts.")
+    for path in _folders(folder):
+        if isinstance(path, Listed):
+            yield path
+        elif (found := _listed(path, require_signature)) is not None:
+            yield found
+
+
+def _folders(folder: Path) -> Iterator[Path | Listed]:
+    """Yield the folders with a manifest, and unreadable folders."""
+    if os.path.isfile(folder / MANIFEST_FILE):
+        yield folder
+        if _is_artifact(folder):
+            return
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    except OSError as error:
+        yield Listed(path=folder, problem=f"{folder}: {error.strerror or error}.")
+        return
+    for name in names:
+        path = folder / name
+        # A link may lead to an artifact, but is not searched: it could lead back.
+        if not path.is_symlink() or os.path.isfile(path / MANIFEST_FILE):
+            yield from _folders(path)
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Return True for an artifact, however broken, and False for another program's folder with a manifest.json."""
+    if os.path.exists(folder / WEIGHTS_FILE) or os.path.isdir(folder / "programs"):
+        return True
+    try:
+        with open(folder / MANIFEST_FILE, "rb") as file:
+            return b'"format_version"' in file.read(_HEAD)
+    except OSError:
+        return False
+
+
+def _listed(folder: Path, key: Path | None) -> Listed | None:
+    if not _is_artifact(folder):
+        return None
+    try:
+        manifest = read_manifest(folder, require_signature=key)
+    except PrecastError as error:
+        return Listed(path=folder, problem=str(error))
+    machine = this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
+    target, compiles, reason = _runs(folder, manifest, machine)
+    return Listed(
+        path=folder,
+        name=manifest.name,
+        architecture=manifest.model.architecture,
+        parameters=manifest.model.parameters,
+        weights=manifest.model.weights,
+        context=manifest.capacity,
+        bytes=sum(entry.bytes for entry in manifest.files.values()),
+        targets=tuple(t.name for t in manifest.targets),
+        target=target,
+        compiles=compiles,
+        reason=reason,
+    )
+
+
+def _runs(folder: Path, manifest: Manifest, machine: Machine) -> tuple[str | None, bool, str | None]:
+    """Return the target that runs here, True if one runs once compiled, and the reason why none runs directly."""
+    try:
+        chosen = compat.choose_target(manifest, machine, str(folder), name=None, may_compile=False)
+        return chosen.name, True, None
+    except PrecastError as error:
+        reason = str(error)
+    try:
+        compat.choose_target(manifest, machine, str(folder), name=None, may_compile=True)
+    except PrecastError:
+        return None, False, reason
+    return None, True, reason

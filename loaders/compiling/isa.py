@@ -1,0 +1,258 @@
+"""Instruction sets for CPU executables, and the CPUs that run the results.
+
+An executable requires only the features that its instructions use. XLA may use fewer features than it is allowed and,
+on a new CPU, more than requested, so every executable is disassembled. precast's own kernels are exempt: the wheel
+holds them for several instruction sets, and they choose one by CPUID at run time.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..artifact.errors import PrecastError
+from ..artifact.machine import CODEGEN_FEATURES, cpu_features, processor_family
+from ..artifact.manifest import Target
+from ..runtime.serialized import code_sections, object_files
+from .instructions import Instruction, UnknownInstruction, instructions
+
+NATIVE = "native"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """An x86-64 level as the psABI defines it.
+
+    Attributes:
+        flag: value of XLA's ``xla_cpu_max_isa``, which leaves on more features than the level has.
+        features: the features that a machine must have and code may use, in LLVM's names, sorted.
+        since: the first CPUs that have the level and run jaxlib.
+        without: the CPUs that run jaxlib but lack the level.
+    """
+
+    flag: str
+    features: tuple[str, ...]
+    since: str
+    without: str
+
+
+def _sorted(*names: str) -> tuple[str, ...]:
+    return tuple(sorted(" ".join(names).split()))
+
+
+_V2 = "cx16 popcnt sahf sse sse2 sse3 sse4.1 sse4.2 ssse3"
+_V3 = "avx avx2 bmi bmi2 f16c fma lzcnt movbe"
+_V4 = "avx512bw avx512cd avx512dq avx512f avx512vl"
+# Narrowest first. https://gitlab.com/x86-psABIs/x86-64-ABI, "Micro-Architecture Levels".
+LEVELS: Mapping[str, Level] = {
+    "x86-64-v2": Level(
+        flag="SSE4_2",
+        features=_sorted(_V2),
+        # jaxlib's wheels are compiled for AVX.
+        since="every x86-64 CPU that jaxlib runs on: Intel since Sandy Bridge (2011), AMD since Bulldozer (2011)",
+        without="",
+    ),
+    "x86-64-v3": Level(
+        flag="AVX2",
+        features=_sorted(_V2, _V3),
+        since="Intel since Haswell (2013), AMD since Excavator (2015)",
+        without="CPUs and virtual machines without AVX2",
+    ),
+    "x86-64-v4": Level(
+        flag="AVX512",
+        features=_sorted(_V2, _V3, _V4),
+        since="Intel's Xeons since Skylake (2017), AMD since Zen 4 (2022)",
+        without="CPUs and virtual machines without AVX-512, as AMD's before Zen 4 and most of Intel's for desktops",
+    ),
+}
+# Names used before 0.3.
+_FORMER = {"sse4.2": "x86-64-v2", "avx": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+
+# How LLVM spells a machine inside an executable: "+avx,+avx2,-avx512f,…".
+_FEATURE_LIST = re.compile(rb"(?:[+-][a-z0-9._-]+,){4,}[+-][a-z0-9._-]+")
+_ENABLED = re.compile(rb"(?<![a-z0-9._-])\+([a-z0-9._-]+)")
+# Features of every x86-64 CPU, and those implied by SSE 4.2; manifests omit them.
+_UNSAID = frozenset({"64bit", "cmov", "crc32", "cx8", "fxsr", "mmx", "sse", "sse2", "x87"})
+
+
+def default_isa() -> str:
+    """Return the default instruction set: the one that most machines have."""
+    return next((name for name in LEVELS if _lacks(name) == ()), NATIVE)
+
+
+def next_level(isa: str) -> str | None:
+    """Return the next level, if this machine has it."""
+    names = list(LEVELS)
+    wider = names[names.index(isa) + 1 :] if isa in LEVELS else []
+    return wider[0] if wider and not _lacks(wider[0]) else None
+
+
+def _lacks(level: str) -> tuple[str, ...]:
+    """Return the features of a level that this machine lacks."""
+    if processor_family() != "x86_64":
+        return LEVELS[level].features
+    return tuple(sorted(set(LEVELS[level].features) - set(cpu_features())))
+
+
+def check_isa(name: str) -> None:
+    """Refuse an instruction set that is unknown, or that this machine cannot execute.
+
+    Raises:
+        PrecastError: names the option and the remedy.
+    """
+    if name == NATIVE:
+        return
+    if name in _FORMER:
+        raise PrecastError(f"--cpu-isa: {name!r} is the name used before 0.3; write {_FORMER[name]}.")
+    if name not in LEVELS:
+        raise PrecastError(
+            f"--cpu-isa: {name!r} is not known, expected one of {', '.join((*LEVELS, NATIVE))}."
+        )
+    if processor_family() != "x86_64":
+        raise PrecastError(
+            f"--cpu-isa: {name} is a level of x86-64, this machine is {processor_family()}; leave it out (native), or"
+            " add the target on a machine that has it: precast add-target."
+        )
+    if lacks := _lacks(name):
+        raise PrecastError(
+            f"--cpu-isa: {name} is wider than this machine, which lacks {', '.join(lacks)}, so its programs could not"
+            " be checked here; export on a machine that has it, or copy the artifact there and run precast add-target"
+            f" --cpu-isa {name}."
+        )
+
+
+def xla_flags(isa: str, flags: str) -> str:
+    """Add the flag that limits XLA to an instruction set to `flags`, a value of XLA_FLAGS. XLA reads it when loaded."""
+    return flags if isa == NATIVE else f"{flags} --xla_cpu_max_isa={LEVELS[isa].flag}".strip()
+
+
+# --- what executables need --------------------------------------------------------------------------------------
+
+
+def needed_features(isa: str, executables: Mapping[str, bytes], where: str) -> tuple[str, ...]:
+    """Return the CPU features that a target's executables need, in LLVM's names, sorted.
+
+    A target for a level needs the whole level, whatever its code uses, and runs on every machine of that level. A
+    "native" target needs the highest level that its code uses, and any features it uses outside the levels.
+
+    Args:
+        isa: a key of `LEVELS`, or "native".
+        executables: the executables by program.
+        where: name of the target in messages.
+
+    Raises:
+        PrecastError: an instruction is beyond the level or unknown.
+    """
+    if processor_family() != "x86_64":
+        return tuple(sorted({f for data in executables.values() for f in _enabled(data)} & CODEGEN_FEATURES))
+    used = {
+        f for name, data in executables.items() for i in _checked(isa, name, data, where) for f in i.needs
+    }
+    level = isa if isa != NATIVE else _narrowest(used)
+    return _sorted(*LEVELS[level].features, *(used - set(LEVELS[level].features)))
+
+
+def _checked(isa: str, program: str, executable: bytes, where: str) -> Iterator[Instruction]:
+    """Yield the instructions of an executable, and refuse any beyond the level."""
+    objects = object_files(executable)
+    if objects is None:
+        raise PrecastError(
+            f"{where}: program {program!r} is of a form that precast does not know, so the CPUs that run it cannot be"
+            " told; use a jaxlib that precast supports."
+        )
+    try:
+        for instruction in (i for elf in objects for code in code_sections(elf) for i in instructions(code)):
+            if isa != NATIVE and (beyond := instruction.needs - set(LEVELS[isa].features)):
+                raise PrecastError(_wider(isa, program, instruction, sorted(beyond), where))
+            yield instruction
+    except UnknownInstruction as error:
+        advice = "" if isa == default_isa() else f" and export with --cpu-isa {default_isa()} instead"
+        raise PrecastError(
+            f"{where}: program {program!r} holds an instruction that precast does not know ({error}), so the CPUs that"
+            f" run it cannot be told; please report this{advice}."
+        ) from None
+
+
+def _wider(isa: str, program: str, instruction: Instruction, beyond: Sequence[str], where: str) -> str:
+    wider = [
+        name for name, level in LEVELS.items() if set(beyond) <= set(level.features) and not _lacks(name)
+    ]
+    return (
+        f"{where}: program {program!r}: XLA was asked for {isa} and used an instruction ({instruction.raw.hex()}) that"
+        f" needs {', '.join(beyond)}; use --cpu-isa {(wider or [NATIVE])[0]}, or unset xla_cpu_max_isa where XLA_FLAGS"
+        " holds it."
+    )
+
+
+def _narrowest(features: set[str]) -> str:
+    """Return the narrowest level with all of these features that belong to any level."""
+    known = features & set(list(LEVELS.values())[-1].features)
+    return next(name for name, level in LEVELS.items() if known <= set(level.features))
+
+
+def _enabled(executable: bytes) -> set[str]:
+    return {n.decode() for list_ in _FEATURE_LIST.findall(executable) for n in _ENABLED.findall(list_)}
+
+
+def stating(executable: bytes, features: Sequence[str]) -> bytes:
+    """Return an executable whose list of compile-time features holds exactly these.
+
+    XLA lists every feature that its compiler was allowed, and one vendor's tuning features. For each that a machine
+    lacks, XLA's loader logs kilobytes, although the code does not use it. So the sign of unneeded features is flipped.
+    AVX-512 is always flipped, because to a list with it the loader adds tuning features that no machine has.
+    """
+    if processor_family() != "x86_64":
+        return executable
+    stated = {f.encode() for f in (*features, *_UNSAID) if not f.startswith("avx512")}
+    return _FEATURE_LIST.sub(lambda found: _signed(found[0], stated), executable)
+
+
+def _signed(feature_list: bytes, stated: set[bytes]) -> bytes:
+    names = feature_list.split(b",")
+    return b",".join(b"-" + n[1:] if n[:1] == b"+" and n[1:] not in stated else n for n in names)
+
+
+# --- names, and who can run it -----------------------------------------------------------------------------------
+
+
+def target_name(kind: str, features: Sequence[str]) -> str:
+    """Return a compiled target's name: ``cpu-x86-64-v2``, or ``cpu-x86-64-v3-gfni`` if it needs more than a level."""
+    if processor_family() != "x86_64":
+        return f"{kind}-{processor_family()}"
+    level, more = split(features)
+    return "-".join((kind, level, *more))
+
+
+def split(features: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Return the narrowest level with all features that belong to any level, and the other features, sorted."""
+    level = _narrowest(set(features))
+    return level, tuple(sorted(set(features) - set(LEVELS[level].features)))
+
+
+def widest_level(features: Sequence[str]) -> str | None:
+    """Return the widest level that a machine with these features has, or None."""
+    return next((n for n in reversed(list(LEVELS)) if set(LEVELS[n].features) <= set(features)), None)
+
+
+def audience(machine: str, features: Sequence[str]) -> str:
+    """Describe in one line the CPUs that run a target, and those that cannot.
+
+    Args:
+        machine: processor family that it is compiled for.
+        features: features that it needs.
+    """
+    if machine != "x86_64":
+        return f"{machine} CPUs" + (f" with {' '.join(features)}" if features else "")
+    level, more = split(features)
+    facts = LEVELS[level]
+    extra = f", of those with {' '.join(more)}" if more else ""
+    without = f"; not {facts.without}" if facts.without else ""
+    return f"{facts.since} ({level}{extra}){without}"
+
+
+def audience_of(targets: Sequence[Target]) -> str | None:
+    """Describe the CPUs that run an artifact's least demanding target; return None without a CPU target."""
+    compiled = [t for t in targets if t.runtime == "pjrt" and t.platform == "cpu"]
+    if not compiled:
+        return None
+    least = min(compiled, key=lambda t: len(t.cpu_features))
+    return audience(least.machine, least.cpu_features)

@@ -1,0 +1,105 @@
+"""What ``precast check`` prints."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..artifact.errors import printable
+from ..artifact.units import size_text
+from ..audit.check import SOON_DAYS, Report, TargetReport, check
+
+
+def run(
+    path: Path, *, target: str | None, compile: bool, as_json: bool, require_signature: Path | None = None
+) -> int:
+    """Checks the artifact at `path` against this machine, and prints what was found.
+
+    Returns:
+        The exit code: 0 when it runs here, 1 when it does not.
+
+    Raises:
+        PrecastError: when there is no artifact, it is not understood, or it has no such target.
+    """
+    from ..locate import find_artifact, read_manifest
+    from ..runtime.installed import this_machine
+    from ..runtime.limits import threads_started
+    from ..runtime.resources import limits, memory, processors
+
+    root = find_artifact(path)
+    manifest = read_manifest(root, require_signature=require_signature)
+    cores = processors()
+    report = check(
+        root,
+        manifest,
+        this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets)),
+        cores,
+        memory(),
+        limits(threads_started(cores.threads)),
+        datetime.now(UTC).date(),
+        target=target,
+        compile=compile,
+    )
+    if as_json:
+        print(json.dumps(to_json(report, require_signature)))
+    else:
+        print("\n".join(map(printable, lines(report, require_signature))))
+    return 0 if report.runs else 1
+
+
+def to_json(report: Report, key: Path | None = None) -> dict[str, Any]:
+    """Return the report in plain JSON types; `key` is the file of the public key that checked the signature."""
+    facts = dataclasses.asdict(report)
+    return {
+        "runs": report.runs,
+        **facts,
+        "root": str(report.root),
+        "need": facts["need"] | {"all": report.need.all},
+        "signature_checked": key is not None,
+    }
+
+
+def lines(report: Report, key: Path | None = None) -> Iterator[str]:
+    """Return the report for people: verdict, targets, machine and remedies; `key` as for `to_json`."""
+    if report.runs:
+        how = ", compiled first" if report.compiled else ""
+        yield f"{report.name} runs here, as target {report.target}{how}  ({report.root})"
+    else:
+        yield f"{report.name} does not run here  ({report.root})"
+    for target in report.targets:
+        yield from _target(target)
+    if report.cpus:
+        yield f"  CPUs      {report.cpus}"
+    yield from _facts(report, key)
+    for finding in (*report.problems, *report.notes):
+        yield f"  ! {finding.problem}"
+        yield f"      → {finding.remedy}"
+
+
+def _target(target: TargetReport) -> Iterable[str]:
+    if target.runs:
+        yield f"  target    {target.name}: fits"
+        return
+    yield f"  target    {target.name}: {'fits once it is compiled here' if target.compiles else 'does not fit'}"
+    # Of a target that is only ever compiled there is no more to say.
+    for finding in target.mismatches:
+        if finding.what != "compiling":
+            yield f"    ! {finding.problem}"
+        yield f"        → {finding.remedy}"
+
+
+def _facts(report: Report, key: Path | None) -> Iterable[str]:
+    need, memory, p = report.need, report.memory, report.processors
+    parts = {"weights": need.weights, "cache": need.cache, "temporary": need.temporary}
+    yield (
+        f"  memory    needs {size_text(need.all)} ({', '.join(f'{k} {size_text(v)}' for k, v in parts.items())}),"
+        f" {size_text(memory.available)} of {size_text(memory.limit)} available"
+    )
+    share = "" if p.quota is None else f", the container may keep {p.quota:g} of them busy"
+    yield f"  threads   {p.threads}, on {p.usable} of {p.cores} cores{share}"
+    if report.days_left >= SOON_DAYS:
+        yield f"  StableHLO promised to compile until {report.expires}, {report.days_left} days"
+    unchecked = "there; whether it holds was not checked" if report.signed else "none"
+    yield f"  signature {unchecked if key is None else f'holds, by the key {key}'}"

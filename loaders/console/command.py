@@ -1,0 +1,94 @@
+"""The group of commands, and their common way to end."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import click
+
+from ..artifact import interrupt
+from ..artifact.errors import PrecastError, printable
+from .streams import open_closed_streams
+
+FAILED = 2
+
+
+class Commands(click.Group):
+    """The group of all commands. It reports user errors in one line, also for help output."""
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        open_closed_streams()
+        # A terminal without a character shows a question mark.
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        with _lines_only():
+            return super().main(*arguments, **settings)
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of use, not of the alphabet
+
+    def invoke(self, context: click.Context) -> Any:
+        # Also here, because click itself answers an interrupt, with another message.
+        with _lines_only():
+            return super().invoke(context)
+
+
+@contextmanager
+def _lines_only() -> Iterator[None]:
+    """Turn user errors into one line on standard error and exit code 2."""
+    try:
+        try:
+            yield
+        finally:
+            # Flush now: at exit Python would print a traceback for an error.
+            sys.stdout.flush()
+    except PrecastError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        interrupt.end()
+    except BrokenPipeError:
+        _abandon_output()  # the reader has seen enough
+        sys.exit(1)
+    except OSError as error:
+        if sys.stdout in _abandon_output():
+            _fail(f"standard output: {error.strerror or error}; send it somewhere else.")
+        where = error.filename or "input or output"
+        _fail(printable(f"{where}: {error.strerror or error}; check the path and its disk."))
+
+
+def _abandon_output() -> list[TextIO]:
+    """Discard the text that Python would flush at exit to streams that accept no more; return these streams."""
+    broken = []
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            broken.append(stream)
+    return broken
+
+
+def _fail(message: str) -> NoReturn:
+    # Standard error may be full or closed too; then the message is lost.
+    with suppress(OSError):
+        # One line, even if a quoted message of a library has several.
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(FAILED)
+
+
+def local(artifact: Path | str, key: Path | None = None) -> Path:
+    """Return the artifact's folder; pull a URL first, unless it was pulled before."""
+    if isinstance(artifact, Path):
+        return artifact
+    from ..store.pull import fetch
+
+    return fetch(artifact, require_signature=key, log=log)
+
+
+def log(line: str) -> None:
+    # It may contain text written by strangers.
+    click.echo(printable(line), err=True)

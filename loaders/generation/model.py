@@ -1,0 +1,170 @@
+"""A loaded artifact that continues prompts and answers conversations."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+from ..artifact.errors import PrecastError
+from ..artifact.manifest import Manifest, Target
+from ..text.tokenizer import Tokenizer
+from .engine import Engine
+from .sampling import Sampler, SamplingParams
+from .stopping import StopStrings
+from .stream import Completion, Progress, Stream, pieces
+
+Message = Mapping[str, object]
+Prompt = str | Sequence[int]
+
+
+class Model:
+    """A loaded artifact.
+
+    Threads may share a model: each generation has its own cache. A step uses all threads of the device, so
+    concurrent generations share its speed.
+
+    Attributes:
+        manifest: the artifact's manifest.
+        target: the target that runs.
+        compiles: number of programs compiled while loading: 0 unless compiling from StableHLO was requested.
+        tokenizer: the model's tokenizer.
+        eos_token_ids: tokens that end a generation.
+    """
+
+    def __init__(
+        self, *, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, target: Target, compiles: int
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+        self.target = target
+        self.compiles = compiles
+        self.eos_token_ids = frozenset(manifest.tokenizer.eos_token_ids)
+
+    def default_sampling(self) -> SamplingParams:
+        """The model's own sampling defaults, or greedy decoding if it has none.
+
+        Raises:
+            PrecastError: a default in the artifact is out of range.
+        """
+        return dataclasses.replace(SamplingParams(), **self.manifest.sampling.given())
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
+        """Continues a prompt.
+
+        Args:
+            prompt: text, or token ids.
+            params: how to sample; the model's own defaults where None.
+
+        Raises:
+            PrecastError: for a prompt that is empty, does not leave room for a token in the cache, or has ids
+                outside the vocabulary.
+        """
+        return self.stream(prompt, params).finish()
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """As `generate`, piece by piece. The prompt is checked at once, the work begins with the first piece."""
+        if isinstance(prompt, bytes | bytearray):
+            raise PrecastError("prompt: expected text or token ids, found bytes; decode them first.")
+        if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
+            raise PrecastError(f"prompt: expected text or token ids, found {type(prompt).__name__}.")
+        if params is not None and not isinstance(params, SamplingParams):
+            raise PrecastError(f"params: expected SamplingParams, found {type(params).__name__}.")
+        # An empty text has no tokens of its own, whatever a tokenizer puts before it.
+        ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
+        return self._started(self._checked_prompt(ids), params or self.default_sampling())
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        literal: bool = False,
+    ) -> Completion:
+        """Answer a conversation.
+
+        Args:
+            messages: each with "role" and "content", oldest first.
+            params: as for `generate`.
+            tools: JSON schemas of functions, for templates that support them.
+            template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
+            literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
+
+            Raises:
+                PrecastError: the model has no such chat template, or it refuses the messages; also as `generate`.
+        """
+        return self.stream_chat(messages, params, tools=tools, template=template, literal=literal).finish()
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        literal: bool = False,
+    ) -> Stream:
+        """As `chat`, piece by piece."""
+        return self.stream(
+            self.chat_prompt(messages, tools=tools, template=template, literal=literal), params
+        )
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        literal: bool = False,
+    ) -> list[int]:
+        """The token ids that a conversation is given to the model as."""
+        return self.tokenizer.encode_chat(messages, tools=tools, template=template, literal=literal)
+
+    def _checked_prompt(self, ids: Sequence[int]) -> list[int]:
+        capacity, vocab = self.engine.capacity, self.engine.vocab
+        if len(ids) == 0:
+            raise PrecastError("prompt: expected at least one token, found none; give the model some text.")
+        if len(ids) >= capacity:
+            raise PrecastError(
+                f"prompt: {len(ids)} tokens leave no room in a context of {capacity}; shorten it to {capacity - 1}"
+                " or fewer, or export with a larger --context."
+            )
+        for i, token in enumerate(ids):
+            # Any kind of whole number, NumPy's included; a fraction or a truth value would be rounded in silence.
+            whole = isinstance(token, Integral) and not isinstance(token, bool)
+            if not whole or not 0 <= token < vocab:
+                raise PrecastError(
+                    f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}{self._named(token)}."
+                )
+        return [int(token) for token in ids]
+
+    def _named(self, token: object) -> str:
+        """Describe a token that only the tokenizer has, without an embedding; transformers fails on it too."""
+        if not isinstance(token, Integral) or int(token) < self.engine.vocab:
+            return ""
+        text = self.tokenizer.token(int(token))
+        return "" if text is None else f"; leave out {text!r:.40}, for which the model has no embedding"
+
+    def _started(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
+        limit = params.limit(len(prompt), self.engine.capacity - len(prompt))
+        progress = Progress()
+        ends: Set[int] = frozenset() if params.ignore_eos else self.eos_token_ids
+        decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
+        found = pieces(partial(self._tokens, prompt, params, limit), decoder, stops, ends, progress)
+        return Stream(found, prompt, progress)
+
+    def _tokens(self, prompt: Sequence[int], params: SamplingParams, limit: int) -> Iterator[int]:
+        """Yield at most `limit` generated ids."""
+        sampler = Sampler(params, prompt, self.engine.vocab, self.eos_token_ids)
+        # A cache of its own for each generation: two streams of one model do not disturb each other.
+        cache = self.engine.new_cache()
+        step = self.engine.prefill(prompt, cache)
+        idle = self.engine.slots - 1
+        for position in range(len(prompt), len(prompt) + limit):
+            token = int(step.token[0]) if sampler.is_greedy else sampler.sample(self.engine.logits(step)[0])
+            yield token
+            if position + 1 < len(prompt) + limit:
+                step = self.engine.decode([token, *[0] * idle], [position, *[-1] * idle], cache)

@@ -1,0 +1,90 @@
+"""Compare the needs of loading with the system's limits: XLA ends the process if it reaches one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..artifact.errors import PrecastError
+from ..artifact.frozen import Frozen
+from ..artifact.manifest import WEIGHTS_FILE, Manifest, Target
+from ..artifact.units import size_text
+from . import resources
+
+MOST_THREADS = 1024
+# Measured with jaxlib 0.10.1: the address space of libraries and programs besides weights and cache, and that of each
+# computing thread: a stack, its own malloc arena of 64 MB, and those of the threads that it brings along.
+_FIXED, _PER_THREAD = 704 << 20, 112 << 20
+
+
+class Need(Frozen):
+    """Memory in bytes: weights, the full cache of all slots, and the largest extra memory of a program."""
+
+    weights: int
+    cache: int
+    temporary: int
+
+    @property
+    def all(self) -> int:
+        return self.weights + self.cache + self.temporary
+
+
+def need(manifest: Manifest, target: Target) -> Need:
+    """Return the memory that a target takes."""
+    return Need(
+        weights=manifest.files[WEIGHTS_FILE].bytes,
+        cache=sum(array.bytes for array in manifest.cache),
+        temporary=max((p.memory.temporary for p in target.programs if p.memory is not None), default=0),
+    )
+
+
+def threads_started(computing: int) -> int:
+    """Return an upper bound of the threads that XLA's client (of any supported jaxlib) and the loader start."""
+    return 1 + max(8 + 2 * computing, 4 * computing)
+
+
+def problems(needed: Need, computing: int, limits: resources.Limits) -> Iterator[tuple[str, str]]:
+    """Yield each limit that is too low, with the remedy.
+
+    Args:
+        needed: memory that the target needs.
+        computing: number of computing threads.
+        limits: this process's limits, measured for `threads_started`.
+    """
+    fewer = ", or compute with fewer threads (--threads 1)" if computing > 1 else ""
+    space = needed.all + _FIXED + computing * _PER_THREAD
+    if limits.address_space is not None and limits.address_space < space:
+        left = size_text(limits.address_space)
+        problem = (
+            f"it needs {size_text(space)} of address space, this process may take {left} more (ulimit -v)"
+        )
+        yield problem, f"raise that limit{fewer}"
+    if limits.threads is not None:
+        problem = (
+            f"XLA starts {threads_started(computing)} threads, this process may start {limits.threads} more"
+        )
+        yield f"{problem} (ulimit -u, pids.max of the container)", f"raise that limit{fewer}"
+
+
+def ensure(root: Path, manifest: Manifest, target: Target, computing: int) -> None:
+    """Refuse to load if a limit is too low.
+
+    Raises:
+        PrecastError: names the first such limit.
+    """
+    found = resources.limits(threads_started(computing))
+    for problem, remedy in problems(need(manifest, target), computing, found):
+        raise PrecastError(f"{root}: {problem}; {remedy}.")
+
+
+def checked_threads(threads: int | None) -> int:
+    """Return the requested number of threads, by default what machine and container quota allow.
+
+    Raises:
+        PrecastError: the number is not a valid number of threads.
+    """
+    if threads is None:
+        return resources.processors().threads
+    if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+        raise PrecastError(
+            f"threads: expected a whole number from 1 to {MOST_THREADS}, found {threads!r:.40}."
+        )
+    return threads

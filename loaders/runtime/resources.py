@@ -1,0 +1,206 @@
+"""The processors, memory and threads that this process may use, including a container's limits."""
+
+import os
+from _thread import LockType, allocate_lock, start_new_thread
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic, sleep
+
+from ..artifact.frozen import Frozen
+from ..artifact.machine import usable_cores
+
+# Seconds for a started thread to pass; one that finds no memory never does.
+_PASS_S = 2.0
+# What version 1 of control groups says where there is no limit is a little below 2^63.
+_NO_LIMIT = 1 << 60
+# Threads that a user may have elsewhere; a limit this far above what is needed is not looked into.
+_IN_SIGHT = 4096
+
+
+class Processors(Frozen):
+    """The processors of a machine, and this process's share.
+
+    Attributes:
+        cores: the machine's number of cores.
+        usable: number of cores that this process may run on.
+        quota: number of cores that its control group lets it keep busy; None for all.
+    """
+
+    cores: int
+    usable: int
+    quota: float | None
+
+    @property
+    def threads(self) -> int:
+        """Return the default number of computing threads, within the quota.
+
+        With one thread more than the quota, spinning uses up each period's CPU time, and then all threads wait.
+        """
+        return self.usable if self.quota is None else max(1, min(self.usable, int(self.quota)))
+
+
+class Limits(Frozen):
+    """The system's limits for this process; None where they leave enough.
+
+    Attributes:
+        address_space: bytes that it may still map (``ulimit -v``).
+        threads: number of threads that it could start, if too few (``ulimit -u``, pids.max of a container).
+    """
+
+    address_space: int | None
+    threads: int | None
+
+
+class Memory(Frozen):
+    """Memory in bytes; None if the system does not report it.
+
+    Attributes:
+        limit: memory for this process if nothing else ran: the machine's, or its control group's limit.
+        available: memory that this process could have now.
+    """
+
+    limit: int | None
+    available: int | None
+
+
+def processors(system: Path = Path("/")) -> Processors:
+    quotas = [q for folder in _groups(system, "cpu") if (q := _quota(folder)) is not None]
+    return Processors(cores=os.cpu_count() or 1, usable=usable_cores(), quota=min(quotas, default=None))
+
+
+def memory(system: Path = Path("/")) -> Memory:
+    machine = _fields(system / "proc/meminfo")
+    total, free = (machine.get(key, 0) << 10 for key in ("MemTotal:", "MemAvailable:"))
+    found = [(total, free)] if total else []
+    found += [pair for folder in _groups(system, "memory") if (pair := _limit(folder)) is not None]
+    return Memory(
+        limit=min((limit for limit, _ in found), default=None),
+        available=min((left for _, left in found), default=None),
+    )
+
+
+def limits(threads: int, system: Path = Path("/")) -> Limits:
+    """The limits for this process.
+
+    Args:
+        threads: how many are needed. Where a limit is in sight they are started and ended again: the counts that the
+            system compares with its limits are not all to be seen.
+        system: root of the file system.
+    """
+    space = _address_space()  # measured first, because threads take address space that later ones reuse
+    few = _startable(threads) if _thread_limit(system) < threads + _IN_SIGHT else None
+    return Limits(address_space=space, threads=few)
+
+
+def _thread_limit(system: Path) -> int:
+    """Return an upper bound of the threads that this process may still start, by the limits that are set."""
+    found = [_NO_LIMIT]
+    for group in _groups(system, "pids"):
+        if (most := _number(group / "pids.max")) is not None:
+            found.append(most - (_number(group / "pids.current") or 0))
+    with suppress(ImportError):  # Windows
+        import resource
+
+        most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+        # This limit counts threads of all the user's processes, and counting those would take a while.
+        found += [most] if most != resource.RLIM_INFINITY else []
+        # Thread stacks take address space.
+        found += [0] if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY else []
+    return min(found)
+
+
+def _address_space() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return None
+    words = _text(Path("/proc/self/statm")).split()
+    return max(0, limit - (int(words[0]) * resource.getpagesize() if words else 0))
+
+
+def _startable(wanted: int) -> int | None:
+    """Start this many concurrent threads; return the number that started, or None for all."""
+    # Not `Thread.start`, which waits forever for a thread that finds no memory for its first step.
+    gate, passed, started = allocate_lock(), list[None](), 0
+    with gate, suppress(RuntimeError, MemoryError):
+        while started < wanted:
+            start_new_thread(_pass, (gate, passed))
+            started += 1
+    end = monotonic() + _PASS_S
+    while len(passed) < started and monotonic() < end:
+        sleep(0.0005)
+    return None if len(passed) >= wanted else len(passed)
+
+
+def _pass(gate: LockType, passed: list[None]) -> None:
+    """Wait at a gate, and note that it was passed."""
+    with gate:
+        passed.append(None)
+
+
+def _groups(system: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's control groups, from its own to the outermost."""
+    text = _text(system / "proc/self/cgroup")
+    for line in text.splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if number == "0":  # version 2
+            top = system / "sys/fs/cgroup"
+        elif controller in controllers.split(","):
+            top = system / "sys/fs/cgroup" / controller
+        else:
+            continue
+        # Inside a container the name may belong to the host; then the container's own group is the top.
+        parts = [part for part in name.split("/") if part not in ("", "..")]
+        for n in range(len(parts), -1, -1):
+            folder = top.joinpath(*parts[:n])
+            if folder.is_dir():
+                yield folder
+
+
+def _limit(group: Path) -> tuple[int, int] | None:
+    """Return a group's limit and the remaining memory. Cached file pages count as free."""
+    for maximum, current, inactive in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit, used = (_number(group / name) for name in (maximum, current))
+        if limit is not None and limit < _NO_LIMIT:
+            kept = (used or 0) - _fields(group / "memory.stat").get(inactive, 0)
+            return limit, max(0, limit - kept)
+    return None
+
+
+def _quota(group: Path) -> float | None:
+    words = _text(group / "cpu.max").split()
+    if not words:
+        words = [_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    try:
+        quota, period = map(int, words)
+    except ValueError:  # "max", or nothing
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(_text(path))
+    except ValueError:
+        return None
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines such as ``MemTotal:  16384 kB``: the first word, and the number behind it."""
+    words = [line.split() for line in _text(path).splitlines()]
+    return {w[0]: int(w[1]) for w in words if len(w) >= 2 and w[1].isdigit()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,133 @@
+"""From a folder to a store."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..artifact.errors import PrecastError
+from ..artifact.files import member, open_plain, read
+from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
+from ..artifact.record import MAX_JSON_BYTES
+from ..locate import find_artifact
+from ..signing import MAX_SIGNATURE_BYTES, signed_digest
+from .index import INDEX_VERSION, Index, Piece, StoredFile, lengths, tensor_starts
+from .remote import Store, open_store
+from .transfer import Moved, Progress, in_parallel, moved, reporting
+
+
+def push(path: Path, url: str, *, verify: bool = False, progress: Progress | None = None) -> Moved:
+    """Sends an artifact to a store.
+
+    Every file is hashed on the way and compared with the manifest. The index, with which the artifact appears in the
+    store, is sent last; nothing is ever removed from a store.
+
+    Args:
+        path: the artifact's folder, or a folder with exactly one in it.
+        url: of the store, with the name that the artifact gets in it at the end.
+        verify: read back the pieces that are in the store already, and send those again that are altered.
+        progress: told how far it is; a line on the terminal by default.
+
+    Raises:
+        PrecastError: when the artifact is not whole, or the store does not take it.
+    """
+    root = find_artifact(path)
+    store = open_store(url)
+    contents = _contents(root)
+    files: dict[str, StoredFile] = {}
+    total, done, sent = sum(content.entry.bytes for content in contents), 0, []
+    pieces = _cut_all(root, contents, files)
+    with (
+        reporting("sent", progress) as report,
+        closing(in_parallel(lambda given: _send(store, *given, verify), pieces)) as results,
+    ):
+        for piece, was_sent in results:
+            sent += [piece] if was_sent else []
+            done += piece.bytes
+            report(done, total)
+        report(total, total)
+    index = Index(index_version=INDEX_VERSION, manifest=files[MANIFEST_FILE].sha256, files=files)
+    store.write(f"{store.name}.json", (json.dumps(dataclasses.asdict(index)) + "\n").encode())
+    return moved(root, store, index, sent)
+
+
+def _send(store: Store, piece: Piece, data: bytes, verify: bool) -> tuple[Piece, bool]:
+    """Sends a piece that is not there, and says whether it was sent."""
+    if store.size(piece.path) == piece.bytes and not (verify and _is_altered(store, piece)):
+        return piece, False
+    store.write(piece.path, data)
+    return piece, True
+
+
+def _is_altered(store: Store, piece: Piece) -> bool:
+    return hashlib.sha256(store.read(piece.path, piece.bytes)).hexdigest() != piece.sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """A file to send. Its `data` where it has been read, or None."""
+
+    name: str
+    entry: FileEntry
+    data: bytes | None = None
+
+
+def _contents(root: Path) -> list[_Content]:
+    manifest = read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
+    listed = parse_manifest(manifest, str(root / MANIFEST_FILE)).files
+    contents = [_in_memory(MANIFEST_FILE, manifest)]
+    if os.path.lexists(root / SIGNATURE_FILE):
+        signature = read(root, SIGNATURE_FILE, limit=MAX_SIGNATURE_BYTES)
+        if signed_digest(signature, str(root)) != contents[0].entry.sha256:
+            raise PrecastError(
+                f"{root}: {SIGNATURE_FILE} is not over this {MANIFEST_FILE}, which changed since; sign the artifact"
+                " again, or remove the signature."
+            )
+        contents.append(_in_memory(SIGNATURE_FILE, signature))
+    return contents + [_Content(name=name, entry=entry) for name, entry in sorted(listed.items())]
+
+
+def _in_memory(name: str, data: bytes) -> _Content:
+    entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return _Content(name=name, entry=entry, data=data)
+
+
+def _cut_all(
+    root: Path, contents: Sequence[_Content], files: dict[str, StoredFile]
+) -> Iterator[tuple[Piece, bytes]]:
+    """Every piece once, with its bytes; `files` fills with what they make up."""
+    seen = set()
+    for content in contents:
+        pieces = []
+        for piece, data in _cut(root, content):
+            pieces.append(piece)
+            if piece.sha256 not in seen:
+                seen.add(piece.sha256)
+                yield piece, data
+        files[content.name] = StoredFile(
+            bytes=content.entry.bytes, sha256=content.entry.sha256, pieces=tuple(pieces)
+        )
+
+
+def _cut(root: Path, content: _Content) -> Iterator[tuple[Piece, bytes]]:
+    """The pieces of a file, which is compared with the manifest when its end is reached."""
+    path, size = member(root, content.name), content.entry.bytes
+    starts = tensor_starts(path) if content.name == WEIGHTS_FILE else []
+    digest = hashlib.sha256()
+    with open_plain(path) if content.data is None else io.BytesIO(content.data) as file:
+        for length in lengths(size, starts):
+            data = file.read(length)
+            if not data:
+                break
+            digest.update(data)
+            yield Piece(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), data
+        if digest.hexdigest() != content.entry.sha256 or file.read(1):
+            raise PrecastError(
+                f"{root}: file {content.name!r} is not what the manifest says; it was altered: copy or export the"
+                " artifact again."
+            )

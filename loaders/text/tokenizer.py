@@ -1,0 +1,429 @@
+"""Text to tokens and back: encoding, decoding token by token, chat prompts.
+
+`tokenizers` is imported when a tokenizer is made and jinja2 when the first chat is rendered, not before: the
+time from process start to first token counts.
+"""
+
+import base64
+import codecs
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ..artifact.errors import PrecastError
+from .tokenizer_library import decoded, encoded, explained
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as LibraryTokenizer
+
+    from .chat_literal import LiteralChat
+    from .chat_template import ChatTemplate
+
+# SentencePiece's spelling of a raw byte: a token that exists for each byte, for text the vocabulary lacks.
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+# Names of the default template, and of the one for conversations with tools.
+_DEFAULT, _TOOL_USE = "default", "tool_use"
+
+# Steps of decoders that a stream can follow piece by piece, looking back at a few of them.
+_PIECEWISE = frozenset({"BPEDecoder", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
+
+
+class Tokenizer:
+    """The tokenizer of an artifact. Make it with `Tokenizer.from_json`."""
+
+    def __init__(
+        self,
+        library: "LibraryTokenizer",
+        *,
+        chat_template: str | None,
+        named_templates: Mapping[str, str],
+        bos_token: str | None,
+        eos_token: str | None,
+    ) -> None:
+        self._library = library
+        self._templates = dict(named_templates)
+        if chat_template is not None:
+            self._templates[_DEFAULT] = chat_template
+        self._compiled: dict[str, ChatTemplate] = {}
+        self._literal: dict[str, LiteralChat] = {}
+        self._bos_token = bos_token
+        self._eos_token = eos_token
+
+    @classmethod
+    def from_json(
+        cls,
+        data: bytes,
+        *,
+        chat_template: str | None,
+        bos_token: str | None,
+        eos_token: str | None,
+        named_templates: Mapping[str, str] = MappingProxyType({}),
+    ) -> "Tokenizer":
+        """Make a tokenizer from the bytes of a `tokenizer.json`.
+
+        Args:
+            data: the file, as the `tokenizers` library writes it.
+            chat_template: Jinja source of the default template, or None if the model has none.
+            bos_token: text of the beginning-of-sequence token, for the chat template.
+            eos_token: text of the end-of-sequence token, for the chat template.
+            named_templates: Jinja sources of further templates, by name ("tool_use", "rag").
+
+        Raises:
+            PrecastError: `data` is not a tokenizer, or its decoder cannot run token by token.
+        """
+        import tokenizers
+
+        with explained(
+            f"tokenizer.json: expected a tokenizer that tokenizers {tokenizers.__version__} can read"
+        ):
+            _check_charsmaps(data)
+            library = tokenizers.Tokenizer.from_buffer(data)
+        # A file may ask for prompts to be cut or padded, as it was in training; here that would lose text.
+        library.no_truncation()
+        library.no_padding()
+        made = cls(
+            library,
+            chat_template=chat_template,
+            named_templates=named_templates,
+            bos_token=bos_token,
+            eos_token=eos_token,
+        )
+        made._check_decoder()
+        return made
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added tokens included. The model's V may be larger (padding)."""
+        return self._library.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that any token has."""
+        return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @property
+    def largest_own_id(self) -> int:
+        """Return the largest id in the vocabulary without added tokens."""
+        return max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
+
+    def tokens_from(self, first: int) -> list[str]:
+        """Return the spelling of every token with an id of `first` or above, by id."""
+        vocabulary = self._library.get_vocab(with_added_tokens=True)
+        return sorted((text for text, i in vocabulary.items() if i >= first), key=vocabulary.__getitem__)
+
+    def token(self, token_id: int) -> str | None:
+        """Return the spelling of a token, or None if no token has the id."""
+        return self._library.id_to_token(token_id) if 0 <= token_id <= self.largest_id else None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`.
+
+        Encode a rendered chat with ``add_special_tokens=False``: templates write the beginning-of-sequence
+        token themselves.
+
+        Raises:
+            PrecastError: the text holds half of a surrogate pair, which no tokenizer can encode.
+        """
+        return list(encoded(self._library, text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`. Ids that no token has (a padded vocabulary) have no text.
+
+        Raises:
+            PrecastError: an id is negative or absurdly large.
+        """
+        try:
+            return decoded(self._library, list(ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:
+            raise PrecastError(f"Tokenizer: expected token ids of 0 and above, found {list(ids)}.") from error
+
+    def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
+        """Return a decoder that takes one token at a time; each stream is one text."""
+        skipped = self._special_ids if skip_special_tokens else frozenset[int]()
+        if self._is_byte_level:
+            return _ByteLevelStream(self._library, skipped)
+        return _PieceStream(self._library, skipped, byte_fallback="ByteFallback" in self._decoder_kinds)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
+    ) -> str:
+        """Return the prompt for a conversation, by one of the model's chat templates.
+
+        Args:
+            messages: this and the other arguments: as `ChatTemplate.render`.
+            template: name of the template; None chooses as transformers does: "tool_use" if there are tools and such a
+                template, else the default one.
+
+        Raises:
+            PrecastError: there is no such template, the messages are malformed, or the template fails.
+        """
+        return self._template(template, tools).render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            variables=variables,
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
+        literal: bool = False,
+    ) -> list[int]:
+        """Return the token ids of a conversation.
+
+        Args:
+            messages: this and the other arguments: as `render_chat`.
+            literal: encode the caller's values as plain text: special-token text in a message does not become a token,
+                and so cannot forge a turn. Messages without such text get the same ids.
+
+        Raises:
+            PrecastError: as `render_chat` and `encode`; or a text cannot be encoded literally.
+        """
+        chosen = self._template(template, tools)
+        values = chosen.values(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            documents=documents,
+            variables=variables,
+        )
+        if literal:
+            return self._literal_chat(template, tools).encode(values, chosen.rendered)
+        # Templates write the beginning-of-sequence token themselves.
+        return self.encode(chosen.rendered(values), add_special_tokens=False)
+
+    def _literal_chat(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> "LiteralChat":
+        name = self._chosen(name, tools)
+        if name not in self._literal:
+            from .chat_literal import LiteralChat
+
+            self._literal[name] = LiteralChat(self._library, self._templates[name])
+        return self._literal[name]
+
+    def _template(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> "ChatTemplate":
+        name = self._chosen(name, tools)
+        if name not in self._compiled:
+            from .chat_template import ChatTemplate
+
+            self._compiled[name] = ChatTemplate(
+                self._templates[name], bos_token=self._bos_token, eos_token=self._eos_token
+            )
+        return self._compiled[name]
+
+    def _chosen(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """Return the name of the template to use."""
+        if not self._templates:
+            raise PrecastError(
+                "Chat: this artifact has no chat template, so messages cannot become a prompt;"
+                " generate from plain text, or export the model with a template."
+            )
+        if name is None:
+            name = _TOOL_USE if tools is not None and _TOOL_USE in self._templates else _DEFAULT
+            reason = "this artifact has no default chat template"
+        else:
+            reason = f"this artifact has no chat template named {name!r}"
+        if name not in self._templates:
+            known = ", ".join(sorted(self._templates))
+            raise PrecastError(f"Chat: {reason}; name one that it has (template=…): {known}.")
+        return name
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._library.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @cached_property
+    def _decoder_kinds(self) -> tuple[str, ...]:
+        """Types of the decoder's steps, in order, however they are nested."""
+        if self._library.decoder is None:
+            return ()
+        return tuple(_kinds(json.loads(self._library.decoder.__getstate__())))
+
+    @property
+    def _is_byte_level(self) -> bool:
+        # There is nothing left to fuse after it.
+        kinds = self._decoder_kinds
+        return kinds[:1] == ("ByteLevel",) and set(kinds[1:]) <= {"Fuse"}
+
+    def _check_decoder(self) -> None:
+        unknown = [kind for kind in self._decoder_kinds if kind not in _PIECEWISE]
+        if unknown and not self._is_byte_level:
+            raise PrecastError(
+                f"tokenizer.json: the decoder {' + '.join(self._decoder_kinds)} cannot be followed token by token"
+                f" (expected ByteLevel alone, or any of {', '.join(sorted(_PIECEWISE))}); use a checkpoint with"
+                " another tokenizer."
+            )
+
+
+class TextStream:
+    """Decodes one text token by token; the cost of a token does not grow with the text.
+
+    What `push` returned so far, joined, is `decode` of the ids so far less a last incomplete character, and
+    with `finish` exactly `decode` of all ids. The exception is a decoder that takes text back: SentencePiece
+    breaks *every* character of a run of byte tokens once one of them is broken. Characters that were already
+    returned then stay as they are.
+    """
+
+    def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int]) -> None:
+        self._library = library
+        self._skipped = skipped
+
+    def push(self, token_id: int) -> str:
+        """Return the text that this token completes, "" while a character is incomplete."""
+        if token_id in self._skipped:
+            return ""
+        try:
+            token = self._library.id_to_token(token_id)
+        except OverflowError as error:
+            raise PrecastError(f"Tokenizer: expected a token id of 0 or above, found {token_id}.") from error
+        # Ids without a token have no text, and neither has a token whose name is empty.
+        return self._push(token_id, token) if token else ""
+
+    def finish(self) -> str:
+        """Return what remains: U+FFFD for bytes that never became a character."""
+        raise NotImplementedError
+
+    def _push(self, token_id: int, token: str) -> str:
+        raise NotImplementedError
+
+
+class _ByteLevelStream(TextStream):
+    """GPT-2's byte-level decoder: a text is the bytes of its tokens, one after another, read as UTF-8."""
+
+    def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int]) -> None:
+        super().__init__(library, skipped)
+        self._bytes_of = _byte_alphabet()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+    def _push(self, token_id: int, token: str) -> str:
+        try:
+            data = bytes([self._bytes_of[char] for char in token])
+        except KeyError:  # an added token, which is written as it is
+            data = token.encode()
+        return self._utf8.decode(data)
+
+
+class _PieceStream(TextStream):
+    """Any other decoder: the library decodes each piece behind the few pieces before it.
+
+    Those give what decoders look back at (is this the start of the text, where a leading space is dropped?).
+    Byte tokens are gathered until they make a character, so that a piece is always whole.
+    """
+
+    def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int], *, byte_fallback: bool) -> None:
+        super().__init__(library, skipped)
+        self._byte_fallback = byte_fallback
+        self._context: list[list[int]] = []  # the last pieces
+        self._ids: list[int] = []  # byte tokens of an incomplete character, and their bytes
+        self._bytes = b""
+        self._broken = False  # the current run of byte tokens cannot be UTF-8 any more
+
+    def finish(self) -> str:
+        return self._end_run()
+
+    def _push(self, token_id: int, token: str) -> str:
+        match = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
+        if match is None:
+            return self._end_run() + self._decode([token_id])
+        return self._push_byte(token_id, int(match[1], 16))
+
+    def _push_byte(self, token_id: int, byte: int) -> str:
+        if self._broken:
+            return "\N{REPLACEMENT CHARACTER}"
+        self._ids.append(token_id)
+        self._bytes += bytes([byte])
+        try:
+            self._bytes.decode()
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":
+                return ""
+            broken = self._end_run()
+            self._broken = True
+            return broken
+        piece, self._ids, self._bytes = self._ids, [], b""
+        return self._decode(piece)
+
+    def _end_run(self) -> str:
+        """Give up on an incomplete character: one U+FFFD for each byte, as the library does it."""
+        broken = "\N{REPLACEMENT CHARACTER}" * len(self._ids)
+        if self._ids:
+            self._remember(self._ids)
+        self._ids, self._bytes, self._broken = [], b"", False
+        return broken
+
+    def _decode(self, piece: list[int]) -> str:
+        before = [token_id for known in self._context for token_id in known]
+        known = decoded(self._library, before, skip_special_tokens=False)
+        text = decoded(self._library, before + piece, skip_special_tokens=False)
+        self._remember(piece)
+        return text[len(known) :]
+
+    def _remember(self, piece: list[int]) -> None:
+        self._context = [*self._context[-1:], piece]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for each byte (Radford et al., 2019: `bytes_to_unicode`), inverted.
+
+    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on, in order.
+    """
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _kinds(decoder: Mapping[str, Any]) -> Iterator[str]:
+    if decoder["type"] == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _kinds(step)
+    else:
+        yield decoder["type"]
+
+
+# A key of that name as it is, or one that may be it, with plain letters written as escapes.
+_CHARSMAP = re.compile(rb"precompiled_charsmap|\\u00[2-7]")
+
+
+def _check_charsmaps(data: bytes) -> None:
+    """Refuses a table of characters that claims to be larger than it is: the library would set that much memory aside.
+
+    Raises:
+        ValueError: for such a table.
+    """
+    left = [json.loads(data).get("normalizer")] if _CHARSMAP.search(data) else []
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, dict):
+            left += part.values()
+            if isinstance(table := part.get("precompiled_charsmap"), str):
+                raw = base64.b64decode(table)
+                # A table begins with the size of what follows first.
+                if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
+                    raise ValueError("a precompiled_charsmap is cut short")
