@@ -354,7 +354,7 @@ def diff(before: Path | str, after: Path | str, as_json: bool, require_signature
 @click.option(
     "--tokens", type=int, default=3072, show_default=True, help="Tokens of the text to use at most."
 )
-@click.option("--window", type=int, help="Tokens of a window. Default: 512, or the capacity if that is less.")
+@click.option("--window", type=int, help="Tokens of a window. Default: 512, or the context if that is less.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @options.KEY
 @options.THREADS
@@ -392,7 +392,7 @@ def evaluate(
         from precast.exporter.reference.fidelity import open_reference
 
         eval_console.run(
-            folder, request, lambda capacity: open_reference(str(reference), capacity), key, threads
+            folder, request, lambda context: open_reference(str(reference), context), key, threads
         )
     else:
         eval_console.run(

@@ -104,7 +104,7 @@ def warm(artifact: Path, rounds: int) -> dict:
     client = pjrt.client()
     facts = {"programs_load_s": _timed(lambda: [client.load(e, (), "") for e in executables], rounds)}
     for length in manifest.buckets:
-        if length < manifest.capacity:
+        if length < manifest.context:
             ids = _prompt(length)
             facts[f"prefill_{length}_s"] = _timed(
                 lambda ids=ids: engine.prefill(ids, engine.new_cache()), rounds

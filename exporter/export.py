@@ -22,7 +22,7 @@ from precast.loaders.artifact.manifest import (
     CacheArray,
     FileEntry,
     Manifest,
-    Model,
+    ModelInfo,
     Provenance,
     SamplingDefaults,
     Target,
@@ -32,7 +32,7 @@ from precast.loaders.artifact.record import to_json
 from precast.loaders.artifact.weights import map_weights
 from precast.loaders.audit.verify import OTHERWISE, replay
 from precast.loaders.compiling import isa, trial
-from precast.loaders.generation.model import Model as LoadedModel
+from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.runtime.installed import this_machine
 
@@ -118,7 +118,7 @@ def export(
     """
     spec = read_model(source.config, source.name)
     geometry = _geometry(options, spec)
-    spec = spec.within(geometry.capacity)
+    spec = spec.within(geometry.context)
     stored = stored_model(spec, options.weights)
     parameters = stored.parameters
     plan = plan_weights(spec.adapted(source), parameters, tied=spec.config.tied_embeddings)
@@ -130,7 +130,7 @@ def export(
         *texts.marker_remarks(source),
         texts.bare_tokens(source, spec.config.vocab),
         plan.left_out(),
-        _far_rope(spec, geometry.capacity),
+        _far_rope(spec, geometry.context),
     ):
         if remark is not None:
             progress.stage(remark)
@@ -155,9 +155,9 @@ def export(
         return finished
 
 
-def _far_rope(spec: ModelSpec, capacity: int) -> str | None:
+def _far_rope(spec: ModelSpec, context: int) -> str | None:
     """What a user may not expect of RoPE whose frequencies depend on the length; None where there is nothing."""
-    near = [rope.reach for rope in spec.ropes if rope.reach is not None and rope.reach < capacity]
+    near = [rope.reach for rope in spec.ropes if rope.reach is not None and rope.reach < context]
     if not near:
         return None
     return (
@@ -184,7 +184,7 @@ def _geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
             )
     # Reduced weights err more than a cache of half the bytes does; full ones are for who wants every digit.
     cache = options.cache or ("float32" if options.weights == "float32" else "bfloat16")
-    return Geometry(capacity=context, slots=options.slots, buckets=tuple(sorted(buckets)), cache=cache)
+    return Geometry(context=context, slots=options.slots, buckets=tuple(sorted(buckets)), cache=cache)
 
 
 def check_options(options: ExportOptions) -> None:
@@ -280,7 +280,7 @@ def _check_tokenizer(source: Source, spec: ModelSpec) -> None:
 def _write_weights(
     folder: Path, stored: StoredModel, geometry: Geometry, plan: WeightPlan, progress: Progress
 ) -> str:
-    tables = dict(zip(TABLES, stored.spec.tables(geometry.capacity), strict=True))
+    tables = dict(zip(TABLES, stored.spec.tables(geometry.context), strict=True))
     total, written = stored_bytes(plan.parameters, stored.formats), 0
 
     def report(count: int) -> None:
@@ -306,7 +306,7 @@ def _build(
 
 def _manifest(
     source: Source,
-    model: Model,
+    model: ModelInfo,
     geometry: Geometry,
     spec: ModelSpec,
     sampling: SamplingDefaults,
@@ -317,7 +317,7 @@ def _manifest(
         format_version=FORMAT_VERSION,
         name=source.name,
         model=model,
-        capacity=geometry.capacity,
+        capacity=geometry.context,
         slots=geometry.slots,
         buckets=geometry.buckets,
         cache=_cache(cache_arrays(spec.config, geometry), targets[0]),
@@ -350,9 +350,9 @@ def _cache(arrays: Sequence[CacheArray], target: Target) -> tuple[CacheArray, ..
     return tuple(dataclasses.replace(array, layout=layouts[array.name]) for array in arrays)
 
 
-def _model(spec: ModelSpec, parameters: Sequence[Parameter], weights: str) -> Model:
+def _model(spec: ModelSpec, parameters: Sequence[Parameter], weights: str) -> ModelInfo:
     c = spec.config
-    return Model(
+    return ModelInfo(
         architecture=spec.model_type,
         layers=c.layers,
         width=c.width,
@@ -412,7 +412,7 @@ def _beginnings(recorded: Golden) -> Golden:
     return dataclasses.replace(recorded, greedy=tuple(answers))
 
 
-def _load_first(folder: Path, manifest: Manifest) -> LoadedModel:
+def _load_first(folder: Path, manifest: Manifest) -> Model:
     """The first target, loaded; compiled where it is StableHLO alone."""
     name = manifest.targets[0].name
     return loading.load_made(folder, target=name, compile=True)

@@ -15,7 +15,7 @@ An ahead-of-time compiled language model, written by precast {p.versions.get("pr
 |---|---|
 | model | {m.architecture}, {m.parameters / 1e6:.1f} million parameters, {m.layers} layers |
 | weights | {m.weights} |
-| context | {manifest.capacity} positions, {manifest.slots} {"slot" if manifest.slots == 1 else "slots"} |
+| context | {manifest.context} positions, {manifest.slots} {"slot" if manifest.slots == 1 else "slots"} |
 | prefill buckets | {", ".join(map(str, manifest.buckets))} |
 | compiled for | see `precast inspect .`; `precast check .` says whether it runs on a machine |
 | licence | {p.licence or "not stated by the source; ask whoever published the model"} |

@@ -15,7 +15,7 @@ from precast.loaders.artifact.manifest import DTYPE_BYTES, CacheArray, Value
 from .models import ModelSpec
 from .models.blocks import DecoderConfig
 from .models.decoder import Decoder, rows_at
-from .models.ops import Cache, Caches, Ops, Packed, Rows
+from .models.ops import KVCache, KVCaches, Ops, Packed, Rows
 from .models.parameters import AbstractModel, Parameter, abstract_model
 from .quantize import FORMATS, StoredArray
 from .weights import formats_of
@@ -32,7 +32,7 @@ class Geometry:
         cache: type of the cached keys and values, one of `CACHE_TYPES`.
     """
 
-    capacity: int
+    context: int
     slots: int
     buckets: tuple[int, ...]
     cache: str = "float32"
@@ -153,7 +153,7 @@ def ring_size(window: int, geometry: Geometry) -> int:
     A chunk of a prompt is written before its tokens attend, and must not overwrite what the first of them sees.
     """
     needed = window + max(geometry.buckets) - 1
-    return min(geometry.capacity, -(-needed // _RING_STEP) * _RING_STEP) if window else geometry.capacity
+    return min(geometry.context, -(-needed // _RING_STEP) * _RING_STEP) if window else geometry.context
 
 
 def cache_groups(c: DecoderConfig, geometry: Geometry) -> tuple[tuple[CacheArray, ...], ...]:
@@ -246,9 +246,9 @@ class _Builder:
     def _program(
         self, name: str, kind: str, tokens: int, inputs: tuple[Value, ...], step: Callable, *, rows: int
     ) -> ProgramSpec:
-        c, capacity = self.model.spec.config, self.geometry.capacity
+        c, context = self.model.spec.config, self.geometry.context
         caches = self._caches()
-        tables = (len(self.model.spec.ropes), capacity, self.model.spec.ropes[0].pairs)
+        tables = (len(self.model.spec.ropes), context, self.model.spec.ropes[0].pairs)
         return ProgramSpec(
             name=name,
             kind=kind,
@@ -270,16 +270,16 @@ class _Builder:
                 bind=self.model.bind,
                 ops=self.ops,
             ),
-            flops=_flops(c, capacity, tokens=tokens, rows=rows),
+            flops=_flops(c, context, tokens=tokens, rows=rows),
         )
 
 
 def _step_arguments(
     arrays: Sequence[Array], caches: Sequence[int]
-) -> tuple[Caches, Array, Array, Sequence[Array]]:
-    """Caches (of so many arrays each), tables and weights out of what follows a program's inputs."""
+) -> tuple[KVCaches, Array, Array, Sequence[Array]]:
+    """KVCaches (of so many arrays each), tables and weights out of what follows a program's inputs."""
     left = iter(arrays)
-    taken = tuple(Cache.of(tuple(islice(left, count))) for count in caches)
+    taken = tuple(KVCache.of(tuple(islice(left, count))) for count in caches)
     cos, sin = islice(left, len(TABLES))
     return taken, cos, sin, tuple(left)
 
@@ -323,11 +323,11 @@ def _decode(
     return _results(model.logits(x[:, 0], ops), held, ops)
 
 
-def _results(logits: Array, caches: Caches, ops: Ops) -> tuple[Array, ...]:
+def _results(logits: Array, caches: KVCaches, ops: Ops) -> tuple[Array, ...]:
     return ops.argmax(logits), logits, *(array for cache in caches for array in cache.arrays())
 
 
-def _flops(c: DecoderConfig, capacity: int, *, tokens: int, rows: int) -> int:
+def _flops(c: DecoderConfig, context: int, *, tokens: int, rows: int) -> int:
     """Multiplications and additions of a call: the compiler cannot count those inside kernels."""
     attention_width = c.heads * c.head_dim
     experts = 1 if c.mixture is None else c.mixture.chosen
@@ -335,6 +335,6 @@ def _flops(c: DecoderConfig, capacity: int, *, tokens: int, rows: int) -> int:
         0 if c.mixture is None else c.width * c.mixture.experts
     )
     projections = c.width * (2 * attention_width + 2 * c.kv_heads * c.head_dim) + fed
-    seen = sum(min(window, capacity) if window else capacity for window in c.layer_windows)
+    seen = sum(min(window, context) if window else context for window in c.layer_windows)
     scores = 2 * attention_width * seen
     return 2 * rows * (tokens * (c.layers * projections + scores) + c.vocab * c.width)

@@ -8,7 +8,7 @@ from pathlib import Path
 from .artifact.errors import PrecastError, printable
 from .compiling import child
 from .compiling.trial import MARK, REFUSED, SENTENCE
-from .generation.engine import Cache
+from .generation.engine import KVCache
 from .generation.model import Model
 from .load import load
 from .runtime import pjrt
@@ -72,16 +72,16 @@ def attempt(root: Path, name: str, *, compile: bool, threads: int, at: Callable[
     cache = engine.new_cache()
     _check_caches(model, cache, root)
     # As many as leave room for two more; any ids will do, but they must be in the vocabulary.
-    prompt = [token % engine.vocab for token in _PROMPT][: max(1, engine.capacity - 2)]
+    prompt = [token % engine.vocab for token in _PROMPT][: max(1, engine.context - 2)]
     at(f"running {min(target.of_kind('prefill'), key=lambda p: p.tokens).name}")
     engine.prefill(prompt, cache)
     at(f"running {target.of_kind('decode')[0].name}")
     idle = engine.slots - 1
-    for position in range(len(prompt), min(len(prompt) + 2, engine.capacity)):
+    for position in range(len(prompt), min(len(prompt) + 2, engine.context)):
         engine.decode([0, *[0] * idle], [position, *[-1] * idle], cache)
 
 
-def _check_caches(model: Model, cache: Cache, root: Path) -> None:
+def _check_caches(model: Model, cache: KVCache, root: Path) -> None:
     """A manifest may be wrong about its programs in a way that agrees with itself; what they return tells."""
     if model.target.platform != "cpu" or model.target.runtime == "savedmodel":
         return  # others may pad what they keep

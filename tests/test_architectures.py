@@ -228,7 +228,7 @@ def test_logits_of_prefill_and_decode(exported: Exported) -> None:
 @pytest.mark.parametrize("name", [p for p in EACH if p.values[0] in WINDOWED])
 def test_layers_with_a_window_keep_a_ring(export_checkpoint: Callable[[str], Exported], name: str) -> None:
     manifest, window = export_checkpoint(name).model.manifest, RECORDS[name]["config"]["sliding_window"]
-    ring = ring_size(window, Geometry(capacity=SCRIPT.CAPACITY, slots=1, buckets=SCRIPT.BUCKETS))
+    ring = ring_size(window, Geometry(context=SCRIPT.CAPACITY, slots=1, buckets=SCRIPT.BUCKETS))
     keys = [array for array in manifest.cache if array.name.endswith("keys")]
     assert {array.window: array.shape[3] for array in keys}[window] == ring < SCRIPT.CAPACITY // 2
     assert sorted(layer for array in keys for layer in array.layers) == list(range(manifest.model.layers))

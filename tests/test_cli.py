@@ -421,7 +421,7 @@ def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
 
     command.log("name \x1b]0;gone\x07")
     manifest = SimpleNamespace(name="\x1b[2Jname", tokenizer=SimpleNamespace(chat_template="chat.jinja"))
-    target, engine = SimpleNamespace(name="cpu\x9b2J"), SimpleNamespace(capacity=64)
+    target, engine = SimpleNamespace(name="cpu\x9b2J"), SimpleNamespace(context=64)
     monkeypatch.setattr(chat_input, "messages", lambda: iter(()))
     monkeypatch.setenv("PRECAST_HISTORY", "off")
     model = SimpleNamespace(manifest=manifest, target=target, engine=engine)

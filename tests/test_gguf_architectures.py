@@ -505,8 +505,8 @@ def assert_same_model(one: ModelSpec, other: ModelSpec) -> None:
     others = {"windows": other.config.layer_windows, "ropes": other.config.layer_ropes}
     assert dataclasses.replace(one.config, **windows) == dataclasses.replace(other.config, **others)
     assert one.model_type == other.model_type
-    for capacity in (32, 256):  # longrope has other frequencies for each
-        for table, same in zip(one.tables(capacity), other.tables(capacity), strict=True):
+    for context in (32, 256):  # longrope has other frequencies for each
+        for table, same in zip(one.tables(context), other.tables(context), strict=True):
             np.testing.assert_array_equal(bits(table), bits(same))
 
 

@@ -30,7 +30,7 @@ class Jit:
     def _program(self, name: str, bucket: int):
         """The jitted function of a prompt length, or of decode, and how many caches it has."""
         if name not in self._programs:
-            geometry = Geometry(capacity=CAPACITY, slots=1, buckets=(bucket,))
+            geometry = Geometry(context=CAPACITY, slots=1, buckets=(bucket,))
             programs = {p.name: p for p in build_programs(self._stored, geometry, XLA_OPS)}
             program = programs[name]
             self._programs[name] = jax.jit(program.function, donate_argnums=program.donated)

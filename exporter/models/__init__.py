@@ -104,14 +104,14 @@ class ModelSpec:
     adapt: Callable[[Tensors, DecoderConfig], Tensors] = _as_they_are
     names: Names = _NAMES
 
-    def tables(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines of every position by every RoPE, each ``[Z, capacity, P]`` float32."""
-        cos, sin = zip(*(rope.tables(capacity) for rope in self.ropes), strict=True)
+    def tables(self, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines of every position by every RoPE, each ``[Z, context, P]`` float32."""
+        cos, sin = zip(*(rope.tables(context) for rope in self.ropes), strict=True)
         return np.stack(cos), np.stack(sin)
 
-    def within(self, capacity: int) -> "ModelSpec":
+    def within(self, context: int) -> "ModelSpec":
         """The model for so many positions: a window that is no smaller is none."""
-        windows = tuple(w if w < capacity else 0 for w in self.config.windows)
+        windows = tuple(w if w < context else 0 for w in self.config.windows)
         return replace(self, config=replace(self.config, windows=windows))
 
     def adapted(self, source: Source) -> Source:

@@ -9,9 +9,9 @@ from jax import Array
 
 from .ops import (
     Attending,
-    Cache,
-    Caches,
     ExpertsCall,
+    KVCache,
+    KVCaches,
     LinearCall,
     NormCall,
     Ops,
@@ -73,11 +73,11 @@ def _attention(
     k: Array,
     v: Array,
     rotary: Rotary,
-    cache: Cache,
+    cache: KVCache,
     layer: Array,
     rows: Rows,
     how: Attending,
-) -> tuple[Array, Cache]:
+) -> tuple[Array, KVCache]:
     arrays = cache.arrays()
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, *arrays)]
     aliases = {5 + i: 1 + i for i in range(len(arrays))}
@@ -94,7 +94,7 @@ def _attention(
         window=np.int64(how.window),
         soft_cap=np.float32(how.soft_cap),
     )
-    return out, Cache.of(caches)
+    return out, KVCache.of(caches)
 
 
 def _argmax(logits: Array) -> Array:
@@ -121,8 +121,8 @@ def _step_operands(call: LinearCall | NormCall | ExpertsCall) -> list[Array]:
 
 
 def _layers(
-    stack: Stack, x: Array, rotary: Rotary, caches: Caches, rows: Rows, used: Array
-) -> tuple[Array, Caches]:
+    stack: Stack, x: Array, rotary: Rotary, caches: KVCaches, rows: Rows, used: Array
+) -> tuple[Array, KVCaches]:
     steps = record(stack, x.shape)
     arrays = [array for cache in caches for array in cache.arrays()]
     flat = x.reshape(-1, x.shape[-1])
@@ -144,7 +144,7 @@ def _layers(
         numbers=np.array(steps.numbers, np.float32),
     )
     each = len(after) // len(caches)
-    return y.reshape(x.shape), tuple(Cache.of(after[i : i + each]) for i in range(0, len(after), each))
+    return y.reshape(x.shape), tuple(KVCache.of(after[i : i + each]) for i in range(0, len(after), each))
 
 
 CPU_OPS = Ops(

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 
 from .blocks import DecoderConfig, Linear, Norm, RMSNorm, linears, normalize
-from .ops import Attending, Caches, Calls, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
+from .ops import Attending, Calls, KVCaches, LinearCall, Ops, Packed, Rotary, Rows, Stack, Weight
 from .xla_ops import XLA_OPS, as_cached, at_layer, layer_calls, rotate, sees, softmax_attention
 
 
@@ -174,8 +174,8 @@ class Decoder(nnx.Module):
         return stack.layer(x, layer_calls(XLA_OPS, layer, jnp.int32(b * t), attend))
 
     def step(
-        self, tokens: Array, rows: Rows, cos: Array, sin: Array, caches: Caches, ops: Ops
-    ) -> tuple[Array, Caches]:
+        self, tokens: Array, rows: Rows, cos: Array, sin: Array, caches: KVCaches, ops: Ops
+    ) -> tuple[Array, KVCaches]:
         """Runs R sequences through all layers, appending to the caches.
 
         Args:

@@ -25,10 +25,10 @@ class Packed(NamedTuple):
 Weight = Array | Packed
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of some layers and every slot, each ``[L, B, K, S, H]``; of int8 the scales ``[L, B, K, S]``.
 
-    Position p stands at place p mod S: of layers with a window, S is less than the capacity, and a new position takes
+    Position p stands at place p mod S: of layers with a window, S is less than the context, and a new position takes
     the place of one that no token sees any more.
     """
 
@@ -38,7 +38,7 @@ class Cache(NamedTuple):
     value_scale: Array | None = None
 
     @classmethod
-    def of(cls, arrays: Sequence[Array]) -> "Cache":
+    def of(cls, arrays: Sequence[Array]) -> "KVCache":
         return cls(*arrays)
 
     def arrays(self) -> tuple[Array, ...]:
@@ -46,7 +46,7 @@ class Cache(NamedTuple):
 
 
 # One for every group of layers that see equally far.
-Caches = tuple[Cache, ...]
+KVCaches = tuple[KVCache, ...]
 
 
 class Rows(NamedTuple):
@@ -251,8 +251,8 @@ class Ops:
     normalize: Callable[[Array, NormCall, Array], Array]
     experts: Callable[[Array, Array, ExpertsCall, Array, Array], Array]
     embed: Callable[[Array, Weight, int, int], Array]
-    attention: Callable[[Array, Array, Array, Rotary, Cache, Array, Rows, Attending], tuple[Array, Cache]]
-    layers: Callable[[Stack, Array, Rotary, Caches, Rows, Array], tuple[Array, Caches]]
+    attention: Callable[[Array, Array, Array, Rotary, KVCache, Array, Rows, Attending], tuple[Array, KVCache]]
+    layers: Callable[[Stack, Array, Rotary, KVCaches, Rows, Array], tuple[Array, KVCaches]]
     argmax: Callable[[Array], Array]
     empty_cache: Callable[[Sequence[jax.ShapeDtypeStruct]], tuple[Array, ...]]
     kernels: tuple[str, ...] = ()

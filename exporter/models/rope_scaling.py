@@ -19,12 +19,12 @@ class Rope:
     """How fast each of the P pairs of a head is turned, the first 2 P of its H dimensions.
 
     LongRoPE has two sets of frequencies. transformers chooses by the length of what it is given, at every step anew;
-    an export has to choose once, and does so by its capacity, as vLLM does by max_model_len.
+    an export has to choose once, and does so by its context, as vLLM does by max_model_len.
 
     Attributes:
         frequencies: ``[P]`` float32, radians per position; a zero turns nothing.
         magnitude: what cosines and sines are multiplied by.
-        reach: largest capacity that `frequencies` are for; None for any.
+        reach: largest context that `frequencies` are for; None for any.
         far_frequencies: ``[P]``, for larger capacities; None where those are refused.
     """
 
@@ -38,31 +38,31 @@ class Rope:
         """P: pairs of a head that are turned."""
         return len(self.frequencies)
 
-    def at_capacity(self, capacity: int) -> np.ndarray:
-        """The frequencies ``[P]`` of an export with this capacity.
+    def at_context(self, context: int) -> np.ndarray:
+        """The frequencies ``[P]`` of an export with this context.
 
         Raises:
-            PrecastError: for a capacity at which they depend on the length at hand.
+            PrecastError: for a context at which they depend on the length at hand.
         """
-        if self.reach is None or capacity <= self.reach:
+        if self.reach is None or context <= self.reach:
             return self.frequencies
         if self.far_frequencies is None:
             raise PrecastError(
-                f"--context: {capacity} is not possible, because beyond {self.reach} positions the frequencies of this"
+                f"--context: {context} is not possible, because beyond {self.reach} positions the frequencies of this"
                 f" model's RoPE depend on the length at hand; expected {self.reach} at most."
             )
         return self.far_frequencies
 
-    def tables(self, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines of every position, each ``[capacity, P]`` float32.
+    def tables(self, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines of every position, each ``[context, P]`` float32.
 
         Angles are rounded to float32 before the cosine, as in the code that such models are trained with.
 
         Raises:
-            PrecastError: as `at_capacity`.
+            PrecastError: as `at_context`.
         """
-        frequencies = np.asarray(self.at_capacity(capacity), np.float32)
-        angles = np.arange(capacity, dtype=np.float32)[:, None] * frequencies
+        frequencies = np.asarray(self.at_context(context), np.float32)
+        angles = np.arange(context, dtype=np.float32)[:, None] * frequencies
         magnitude = np.float32(self.magnitude)
         return magnitude * np.cos(angles), magnitude * np.sin(angles)
 

@@ -14,10 +14,10 @@ from jax import Array
 from ..quantize import GROUP, PANEL
 from .ops import (
     Attending,
-    Cache,
-    Caches,
     Calls,
     ExpertsCall,
+    KVCache,
+    KVCaches,
     LinearCall,
     NormCall,
     Ops,
@@ -204,15 +204,15 @@ def as_cached(x: Array, kind: str) -> Array:
     return x.astype(kind).astype(jnp.float32)
 
 
-def _stored(cache: Cache, k: Array, v: Array) -> Cache:
+def _stored(cache: KVCache, k: Array, v: Array) -> KVCache:
     """Keys and values as the cache keeps them."""
     if cache.key_scale is None:
-        return Cache(k.astype(cache.keys.dtype), v.astype(cache.values.dtype))
+        return KVCache(k.astype(cache.keys.dtype), v.astype(cache.values.dtype))
     (keys, key_scale), (values, value_scale) = _quantized(k), _quantized(v)
-    return Cache(keys, values, key_scale, value_scale)
+    return KVCache(keys, values, key_scale, value_scale)
 
 
-def _loaded(cache: Cache, layer: Array, slots: Array, compute: str) -> tuple[Array, Array]:
+def _loaded(cache: KVCache, layer: Array, slots: Array, compute: str) -> tuple[Array, Array]:
     """Keys and values of some slots as a product takes them, each ``[R, K, S, H]``."""
 
     def load(values: Array, scale: Array | None) -> Array:
@@ -230,18 +230,18 @@ def _attention(
     k: Array,
     v: Array,
     rotary: Rotary,
-    cache: Cache,
+    cache: KVCache,
     layer: Array,
     rows: Rows,
     how: Attending,
-) -> tuple[Array, Cache]:
+) -> tuple[Array, KVCache]:
     cache = _append(cache, layer, rows, rotate(k, rotary), v)
     return _attend_to(cache, layer, rows, rotate(q, rotary), how, compute), cache
 
 
 def _append(
-    cache: Cache, layer: Array, rows: Rows, k: Array, v: Array, written: bool | Array = True
-) -> Cache:
+    cache: KVCache, layer: Array, rows: Rows, k: Array, v: Array, written: bool | Array = True
+) -> KVCache:
     """The cache with keys and values ``[R, T, K, H]`` at their places, or as it was where `written` is false."""
     tokens, size = k.shape[1], cache.keys.shape[3]
     step = jnp.arange(tokens, dtype=jnp.int32)
@@ -250,10 +250,10 @@ def _append(
     places = jnp.where((step < rows.lengths[:, None]) & written, positions % size, size)
     index = (layer, rows.slots[:, None], slice(None), places)
     pairs = zip(cache.arrays(), _stored(cache, k, v).arrays(), strict=True)
-    return Cache.of([old.at[index].set(added, mode="drop") for old, added in pairs])
+    return KVCache.of([old.at[index].set(added, mode="drop") for old, added in pairs])
 
 
-def _attend_to(cache: Cache, layer: Array, rows: Rows, q: Array, how: Attending, compute: str) -> Array:
+def _attend_to(cache: KVCache, layer: Array, rows: Rows, q: Array, how: Attending, compute: str) -> Array:
     """Attention of turned queries ``[R, T, N, H]`` to what a cache holds."""
     positions = rows.starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)  # [R, T]
     size = cache.keys.shape[3]
@@ -294,12 +294,12 @@ def at_layer(ropes: Sequence[int], layer: Array, rotary: Rotary) -> Rotary:
 # Attention of one layer with the cache that is its:
 # (stack, layer, caches, (q, k, v, rotary, rows)) -> (out, caches).
 _Given = tuple[Array, Array, Array, Rotary, Rows]
-_Attend = Callable[[Stack, Array, Caches, _Given], tuple[Array, Caches]]
+_Attend = Callable[[Stack, Array, KVCaches, _Given], tuple[Array, KVCaches]]
 
 
 def looped(
     ops: Callable[[], Ops], attend_one: _Attend | None = None
-) -> Callable[[Stack, Array, Rotary, Caches, Rows, Array], tuple[Array, Caches]]:
+) -> Callable[[Stack, Array, Rotary, KVCaches, Rows, Array], tuple[Array, KVCaches]]:
     """Layers as a loop of XLA's around a target's other operations, which `ops` returns.
 
     Args:
@@ -308,12 +308,12 @@ def looped(
     """
 
     def layers(
-        stack: Stack, x: Array, rotary: Rotary, caches: Caches, rows: Rows, used: Array
-    ) -> tuple[Array, Caches]:
+        stack: Stack, x: Array, rotary: Rotary, caches: KVCaches, rows: Rows, used: Array
+    ) -> tuple[Array, KVCaches]:
         target = ops()
         one = partial(_attend, target) if attend_one is None or len(caches) == 1 else attend_one
 
-        def body(index: Array, carry: tuple[Array, Caches]) -> tuple[Array, Caches]:
+        def body(index: Array, carry: tuple[Array, KVCaches]) -> tuple[Array, KVCaches]:
             x, caches = carry
             # As the kernels take it: where JAX_ENABLE_X64 is set, loops count in int64.
             layer = index.astype(jnp.int32)
@@ -336,26 +336,28 @@ def _group_and_place(stack: Stack, layer: Array) -> tuple[Array, Array]:
     return jnp.asarray(groups, jnp.int32)[layer], jnp.asarray(places, jnp.int32)[layer]
 
 
-def _attend(target: Ops, stack: Stack, layer: Array, caches: Caches, given: _Given) -> tuple[Array, Caches]:
+def _attend(
+    target: Ops, stack: Stack, layer: Array, caches: KVCaches, given: _Given
+) -> tuple[Array, KVCaches]:
     q, k, v, rotary, rows = given
     turned = at_layer(stack.ropes, layer, rotary)
     group, place = (None, layer) if len(caches) == 1 else _group_and_place(stack, layer)
 
-    def run(number: int, caches: Caches) -> tuple[Array, Caches]:
+    def run(number: int, caches: KVCaches) -> tuple[Array, KVCaches]:
         out, cache = target.attention(q, k, v, turned, caches[number], place, rows, stack.attending(number))
         return out, (*caches[:number], cache, *caches[number + 1 :])
 
     if group is None:
         return run(0, caches)
-    result: tuple[Array, Caches] = jax.lax.switch(
+    result: tuple[Array, KVCaches] = jax.lax.switch(
         group, [partial(run, number) for number in range(len(caches))], caches
     )
     return result
 
 
 def _attend_in_place(
-    compute: str, stack: Stack, layer: Array, caches: Caches, given: _Given
-) -> tuple[Array, Caches]:
+    compute: str, stack: Stack, layer: Array, caches: KVCaches, given: _Given
+) -> tuple[Array, KVCaches]:
     """Writes to every cache, to those of other layers nowhere: what a switch gave back, XLA would copy whole."""
     q, k, v, rotary, rows = given
     turned = at_layer(stack.ropes, layer, rotary)
@@ -366,7 +368,7 @@ def _attend_in_place(
         for number, cache in enumerate(caches)
     )
 
-    def read(number: int, caches: Caches) -> Array:
+    def read(number: int, caches: KVCaches) -> Array:
         return _attend_to(caches[number], place, rows, q, stack.attending(number), compute)
 
     out: Array = jax.lax.switch(group, [partial(read, number) for number in range(len(caches))], caches)

@@ -21,7 +21,7 @@ from ..texts import read_tokenizer
 from ..weights import plan_weights, read_floats
 from .layerwise import LayerwiseReference
 
-# What an export measures: two windows of 512, or more of a smaller capacity.
+# What an export measures: two windows of 512, or more of a smaller context.
 TOKENS = 1024
 
 
@@ -33,8 +33,8 @@ class Reference:
         spec: of the model.
         weights: float32 arrays by parameter name, as the forward pass takes them.
         tokenizer: of the model.
-        capacity: positions that a window may have.
-        exported: capacity of the artifact that it is held against, which some kinds of RoPE depend on; None where
+        context: positions that a window may have.
+        exported: context of the artifact that it is held against, which some kinds of RoPE depend on; None where
             windows decide, as they do in transformers.
     """
 
@@ -45,11 +45,11 @@ class Reference:
         spec: ModelSpec,
         weights: Mapping[str, np.ndarray],
         tokenizer: Tokenizer,
-        capacity: int,
+        context: int,
         exported: int | None = None,
     ) -> None:
         model = abstract_model(spec)
-        self.name, self.tokenizer, self.capacity, self.vocab = name, tokenizer, capacity, spec.config.vocab
+        self.name, self.tokenizer, self.context, self.vocab = name, tokenizer, context, spec.config.vocab
         self._spec, self._exported = spec, exported
         self._width = 0
         self._forward = jax.jit(
@@ -99,7 +99,7 @@ def open_reference(path: str, exported: int | None = None) -> Reference:
         spec=spec,
         weights=read_weights(source, spec),
         tokenizer=read_tokenizer(source),
-        capacity=spec.config.max_positions,
+        context=spec.config.max_positions,
         exported=exported,
     )
 
@@ -122,26 +122,26 @@ def measure(
         report: called with predictions scored and predictions in all.
 
     Returns:
-        The figures for the manifest; None where the capacity is too small for a window.
+        The figures for the manifest; None where the context is too small for a window.
 
     Raises:
         PrecastError: when the logits of either are not finite.
     """
     artifact = evaluate.ArtifactScorer(model=model)
-    window = min(evaluate.DEFAULT_WINDOW, artifact.capacity)
+    window = min(evaluate.DEFAULT_WINDOW, artifact.context)
     text = evaluate.read_text(evaluate.SHIPPED_TEXT, TOKENS)
     windows = evaluate.cut(evaluate.tokenize(model.tokenizer, text), TOKENS, window)
     if window < evaluate.SMALLEST_WINDOW or not windows:
         return None
-    name, tokenizer, capacity = f"{source.name} in float32", model.tokenizer, artifact.capacity
+    name, tokenizer, context = f"{source.name} in float32", model.tokenizer, artifact.context
     reference: evaluate.Scorer
     if weights is None:
         reference = LayerwiseReference(
-            name=name, spec=spec, source=source, tokenizer=tokenizer, capacity=capacity
+            name=name, spec=spec, source=source, tokenizer=tokenizer, context=context
         )
     else:
         reference = Reference(
-            name=name, spec=spec, weights=weights, tokenizer=tokenizer, capacity=capacity, exported=capacity
+            name=name, spec=spec, weights=weights, tokenizer=tokenizer, context=context, exported=context
         )
     scores = evaluate.evaluate(artifact, windows, reference, report)
     return _fidelity(evaluate.SHIPPED_TEXT.name, scores)

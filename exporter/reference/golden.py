@@ -56,8 +56,8 @@ class Case:
 
 def prompts(model: Model) -> list[tuple[int, ...]]:
     """Texts, and a prompt that is one token longer than the smallest bucket where the cache holds it."""
-    vocab, capacity = model.engine.vocab, model.engine.capacity
-    room = max(1, capacity - TOKENS)
+    vocab, context = model.engine.vocab, model.engine.context
+    room = max(1, context - TOKENS)
     spread = tuple(i * 7919 % vocab for i in range(1, min(model.manifest.buckets[0] + 2, room + 1)))
     texts = [tuple(model.tokenizer.encode(text)[:room]) for text in TEXTS]
     return [p for p in dict.fromkeys([*texts, spread]) if p and max(p) < vocab]

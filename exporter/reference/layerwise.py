@@ -30,7 +30,7 @@ class LayerwiseReference:
         spec: of the model.
         source: of its tensors.
         tokenizer: of the model.
-        capacity: positions that a window may have, and of the artifact that it is held against.
+        context: positions that a window may have, and of the artifact that it is held against.
 
     Raises:
         PrecastError: when the tensors do not fit the model.
@@ -43,9 +43,9 @@ class LayerwiseReference:
         spec: ModelSpec,
         source: Source,
         tokenizer: Tokenizer,
-        capacity: int,
+        context: int,
     ) -> None:
-        self.name, self.tokenizer, self.capacity, self.vocab = name, tokenizer, capacity, spec.config.vocab
+        self.name, self.tokenizer, self.context, self.vocab = name, tokenizer, context, spec.config.vocab
         c = spec.config
         parameters = abstract_model(spec).parameters
         plan = plan_weights(spec.adapted(source), parameters, tied=c.tied_embeddings)
@@ -57,7 +57,7 @@ class LayerwiseReference:
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
         c = self._spec.config
-        cos, sin = (table[:, None, : len(window)] for table in self._spec.tables(self.capacity))
+        cos, sin = (table[:, None, : len(window)] for table in self._spec.tables(self.context))
         with precisely():
             x = self._embedded(window)
             for i, (seen, rope) in enumerate(zip(c.layer_windows, c.layer_ropes, strict=True)):

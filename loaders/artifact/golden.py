@@ -61,12 +61,12 @@ def parse_golden(data: bytes, manifest: Manifest, where: str) -> Golden:
 def _check(answer: Answer, manifest: Manifest, where: str) -> None:
     first, vocab = answer.first_logits, manifest.model.vocab
     length = len(answer.prompt_token_ids) + len(answer.token_ids)
-    if not answer.prompt_token_ids or length > manifest.capacity:
+    if not answer.prompt_token_ids or length > manifest.context:
         raise PrecastError(
-            f"{where}: a prompt and an answer of {length} tokens do not fit a context of {manifest.capacity}; export"
+            f"{where}: a prompt and an answer of {length} tokens do not fit a context of {manifest.context}; export"
             " the model again."
         )
-    if len(answer.prompt_token_ids) >= manifest.capacity:
+    if len(answer.prompt_token_ids) >= manifest.context:
         raise PrecastError(f"{where}: the prompt leaves no room for an answer; export the model again.")
     if max((*answer.prompt_token_ids, *answer.token_ids, *first.token_ids)) >= vocab:
         raise PrecastError(f"{where}: a token is outside the model's {vocab}; export the model again.")

@@ -138,7 +138,7 @@ class Target(Frozen):
         return program.stablehlo if self.runtime == "stablehlo" else program.executable
 
 
-class Model(Frozen):
+class ModelInfo(Frozen):
     """The model's shape; letters are the design's.
 
     Attributes:
@@ -284,7 +284,7 @@ class Manifest(Frozen):
     """All of ``manifest.json``.
 
     Attributes:
-        capacity: S, positions of a slot's cache.
+        capacity: the context length, under its name in the file.
         slots: B, sequences decoded together.
         buckets: prompt lengths that a prefill program exists for, ascending.
         sampling: the model's own sampling defaults.
@@ -295,7 +295,7 @@ class Manifest(Frozen):
 
     format_version: int
     name: str
-    model: Model
+    model: ModelInfo
     capacity: int
     slots: int
     buckets: tuple[int, ...]
@@ -307,6 +307,11 @@ class Manifest(Frozen):
     provenance: Provenance
     files: Mapping[str, FileEntry]
     fidelity: Fidelity | None
+
+    @property
+    def context(self) -> int:
+        """S, the most positions that a sequence may have."""
+        return self.capacity
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -363,14 +368,14 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
     """Capacity, slots, buckets and cache must tell the same story: the programs' loops are driven by them."""
     if manifest.slots < 1 or manifest.model.vocab < 1 or not manifest.buckets:
         raise PrecastError(f"{where}: expected at least one slot, one token and one bucket, found none.")
-    if manifest.capacity >= 2**31 or manifest.slots > _MAX_SLOTS:
+    if manifest.context >= 2**31 or manifest.slots > _MAX_SLOTS:
         raise PrecastError(
-            f"{where}: {manifest.slots} slots of {manifest.capacity} positions are more than any machine holds;"
+            f"{where}: {manifest.slots} slots of {manifest.context} positions are more than any machine holds;"
             " export the model again."
         )
-    if not 1 <= min(manifest.buckets) <= max(manifest.buckets) <= manifest.capacity:
+    if not 1 <= min(manifest.buckets) <= max(manifest.buckets) <= manifest.context:
         raise PrecastError(
-            f"{where}: buckets: expected lengths from 1 to the capacity of {manifest.capacity}, found"
+            f"{where}: buckets: expected lengths from 1 to the context of {manifest.context}, found"
             f" {list(manifest.buckets)!r:.200}."
         )
     _expect(where, "buckets", tuple(sorted(set(manifest.buckets))), manifest.buckets)
@@ -380,12 +385,12 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
         _expect(place, "axes in its layout", list(range(len(array.shape))), sorted(array.layout))
         named = dict(zip(array.axes, array.shape, strict=True))
         # Of layers with a window: what the first token of the longest chunk sees, and the chunk.
-        seen = array.window + max(manifest.buckets) - 1 if array.window else manifest.capacity
+        seen = array.window + max(manifest.buckets) - 1 if array.window else manifest.context
         positions = named.get("S", 0)
-        if not min(seen, manifest.capacity) <= positions <= manifest.capacity:
+        if not min(seen, manifest.context) <= positions <= manifest.context:
             raise PrecastError(
-                f"{place}: it keeps {positions} positions, expected {min(seen, manifest.capacity)} to"
-                f" {manifest.capacity}; export the model again."
+                f"{place}: it keeps {positions} positions, expected {min(seen, manifest.context)} to"
+                f" {manifest.context}; export the model again."
             )
         sizes = {"B": manifest.slots, "L": len(array.layers)}
         _expect(place, "slots and layers", sizes, {axis: named.get(axis) for axis in sizes})
@@ -419,7 +424,7 @@ def _check_target(manifest: Manifest, target: Target, where: str) -> None:
 
 
 def _check_layouts(manifest: Manifest, target: Target, where: str) -> None:
-    """Caches and constants lie alike in all of a target's programs, and everything else row after row."""
+    """KVCaches and constants lie alike in all of a target's programs, and everything else row after row."""
     first = manifest.targets[0] is target
     layouts = {c.name: c.layout for c in manifest.cache} if first else {}
     for value in (v for p in target.programs for v in (*p.arguments, *p.results)):

@@ -87,7 +87,7 @@ def _model(m: Manifest) -> Facts:
 
 def _geometry(m: Manifest) -> Facts:
     arrays = {f"{c.name} {key}": value for c in m.cache for key, value in _flat(c) if key != "name"}
-    return {"capacity": m.capacity, "slots": m.slots, "buckets": m.buckets, **arrays}
+    return {"context": m.context, "slots": m.slots, "buckets": m.buckets, **arrays}
 
 
 def _target_changes(a: Manifest, b: Manifest) -> tuple[Change, ...]:

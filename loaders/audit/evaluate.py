@@ -40,7 +40,7 @@ class Scorer(Protocol):
         name: what messages call it.
         tokenizer: of the model.
         vocab: V, the length of its logits.
-        capacity: positions that a window may have.
+        context: positions that a window may have.
     """
 
     @property
@@ -50,7 +50,7 @@ class Scorer(Protocol):
     @property
     def vocab(self) -> int: ...
     @property
-    def capacity(self) -> int: ...
+    def context(self) -> int: ...
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
         """Logits ``[V]`` of the positions ``first … len(window) − 2``, each a view that the next may overwrite."""
@@ -75,8 +75,8 @@ class ArtifactScorer:
         return self.model.engine.vocab
 
     @property
-    def capacity(self) -> int:
-        return self.model.engine.capacity
+    def context(self) -> int:
+        return self.model.engine.context
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
         engine = self.model.engine
@@ -165,12 +165,12 @@ def check_window(window: int | None, scorers: Sequence[Scorer]) -> int:
     Raises:
         PrecastError: for a window too small to be halved, or longer than a model's positions.
     """
-    smallest = min(scorers, key=lambda s: s.capacity)
+    smallest = min(scorers, key=lambda s: s.context)
     if window is None:
-        window = min(DEFAULT_WINDOW, smallest.capacity)
-    if not SMALLEST_WINDOW <= window <= smallest.capacity:
+        window = min(DEFAULT_WINDOW, smallest.context)
+    if not SMALLEST_WINDOW <= window <= smallest.context:
         raise PrecastError(
-            f"--window: {window} is not possible, expected {SMALLEST_WINDOW} to {smallest.capacity} (the positions of"
+            f"--window: {window} is not possible, expected {SMALLEST_WINDOW} to {smallest.context} (the positions of"
             f" {smallest.name})."
         )
     return window
@@ -264,7 +264,7 @@ def evaluate(
 
     Args:
         artifact: whose predictions are scored.
-        windows: token ids, each at most as long as both models' capacity. At least one.
+        windows: token ids, each at most as long as both models' context. At least one.
         reference: what they are compared with.
         report: called with predictions scored and predictions in all.
 

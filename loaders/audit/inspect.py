@@ -33,7 +33,7 @@ def gather(manifest: Manifest) -> dict[str, Any]:
         "name": manifest.name,
         "format_version": manifest.format_version,
         "model": dataclasses.asdict(manifest.model),
-        "context": manifest.capacity,
+        "context": manifest.context,
         "slots": manifest.slots,
         "buckets": manifest.buckets,
         "bytes": sum(entry.bytes for entry in manifest.files.values()),

@@ -114,7 +114,7 @@ def _listed(folder: Path, key: Path | None) -> Listed | None:
         architecture=manifest.model.architecture,
         parameters=manifest.model.parameters,
         weights=manifest.model.weights,
-        context=manifest.capacity,
+        context=manifest.context,
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         targets=tuple(t.name for t in manifest.targets),
         target=target,

@@ -107,7 +107,7 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
     folders = {f"{folder}/" for file in programs if (folder := file.rpartition("/")[0])}
     used = {WEIGHTS_FILE, *programs, *_below(folders, manifest.files)}
     digests = [(name, manifest.files[name].sha256) for name in sorted(used)]
-    said = (digests, target, manifest.cache, manifest.capacity, manifest.slots, manifest.buckets, machine)
+    said = (digests, target, manifest.cache, manifest.context, manifest.slots, manifest.buckets, machine)
     return own_cache(_FOLDER) / hashlib.sha256(repr(said).encode()).hexdigest()
 
 

@@ -40,7 +40,7 @@ def converse(
     history = History(history_file())
     chat_input.prepare(history)
     print(
-        f"{_name(model)}, {model.engine.capacity} positions. /help lists the commands, Ctrl-D ends the chat."
+        f"{_name(model)}, {model.engine.context} positions. /help lists the commands, Ctrl-D ends the chat."
     )
     done: list[Completion] = []
     messages = opening(system)

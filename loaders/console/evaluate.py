@@ -70,7 +70,7 @@ def run(
     Args:
         artifact: as for `load`.
         request: what to measure.
-        open_reference: makes the reference, given the artifact's capacity; None for perplexity alone.
+        open_reference: makes the reference, given the artifact's context; None for perplexity alone.
         require_signature: file of the public key that the artifact must be signed with.
         threads: number of computing threads for the artifact; None for the default.
 
@@ -88,7 +88,7 @@ def run(
     if open_reference is not None:
         with line_on_terminal() as show:
             show("reading the reference …")
-            reference = open_reference(scorer.capacity)
+            reference = open_reference(scorer.context)
     window = e.check_window(request.window, [scorer] if reference is None else [scorer, reference])
     if reference is not None:
         e.check_same_tokens(text, scorer, reference)

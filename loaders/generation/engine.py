@@ -34,7 +34,7 @@ class Step:
 
 
 @dataclass(kw_only=True)
-class Cache:
+class KVCache:
     """The cache of B slots. It belongs to one generation at a time.
 
     Attributes:
@@ -56,7 +56,7 @@ class _Bound(Frozen):
     inputs: Sequence[Value]
     caches: Sequence[str]
 
-    def __call__(self, inputs: Mapping[str, Sequence[int] | int], cache: Cache) -> dict[str, Buffer]:
+    def __call__(self, inputs: Mapping[str, Sequence[int] | int], cache: KVCache) -> dict[str, Buffer]:
         """Runs the program on `cache`; returns the other results by role.
 
         Args:
@@ -129,7 +129,7 @@ class Engine:
         client: Client,
         unchanged: Callable[[], None] = lambda: None,
     ) -> None:
-        self.capacity = manifest.capacity
+        self.context = manifest.context
         self.slots = manifest.slots
         self.vocab = manifest.model.vocab
         self._client, self._unchanged = client, unchanged
@@ -143,19 +143,19 @@ class Engine:
         prefills = sorted(target.of_kind("prefill"), key=lambda p: p.tokens)
         self._prefills = [(p.tokens, bound[p.name]) for p in prefills]
 
-    def new_cache(self) -> Cache:
+    def new_cache(self) -> KVCache:
         """An empty cache of every slot. Memory is taken from the system as positions are filled."""
-        cache = Cache(buffers={})
+        cache = KVCache(buffers={})
         self._cache({}, cache)
         return cache
 
     def prefill(
-        self, tokens: Sequence[int], cache: Cache, *, start: SupportsIndex = 0, slot: SupportsIndex = 0
+        self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex = 0, slot: SupportsIndex = 0
     ) -> Step:
         """Runs a prompt through the smallest bucket that holds it, or through the largest in chunks.
 
         Args:
-            tokens: one or more ids; ``start + len(tokens)`` must not exceed the capacity.
+            tokens: one or more ids; ``start + len(tokens)`` must not exceed the context.
             cache: to append to.
             start: position of the first token.
             slot: which sequence of the cache.
@@ -167,8 +167,8 @@ class Engine:
             ValueError: for no tokens, positions outside the cache, or a slot that is not there.
         """
         start, slot = index(start), index(slot)  # NumPy's integers too
-        if not tokens or start < 0 or start + len(tokens) > self.capacity:
-            raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.capacity} positions")
+        if not tokens or start < 0 or start + len(tokens) > self.context:
+            raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.context} positions")
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot} of {self.slots}")
         self._unchanged()
@@ -178,11 +178,13 @@ class Engine:
             results = self._prefill_chunk(chunk, cache, start + begin, slot)
         return self._step(results)
 
-    def _prefill_chunk(self, chunk: Sequence[int], cache: Cache, start: int, slot: int) -> dict[str, Buffer]:
+    def _prefill_chunk(
+        self, chunk: Sequence[int], cache: KVCache, start: int, slot: int
+    ) -> dict[str, Buffer]:
         program = next(p for t, p in self._prefills if t >= len(chunk))
         return program({"tokens": chunk, "length": len(chunk), "start": start, "slot": slot}, cache)
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int], cache: Cache) -> Step:
+    def decode(self, tokens: Sequence[int], positions: Sequence[int], cache: KVCache) -> Step:
         """Runs one token of every slot.
 
         Args:
@@ -196,9 +198,9 @@ class Engine:
         Raises:
             ValueError: for another number of slots, or a position outside the cache.
         """
-        if len(tokens) != self.slots or len(positions) != self.slots or max(positions) >= self.capacity:
+        if len(tokens) != self.slots or len(positions) != self.slots or max(positions) >= self.context:
             raise ValueError(
-                f"tokens and positions {positions} do not fit {self.slots} slots of {self.capacity}"
+                f"tokens and positions {positions} do not fit {self.slots} slots of {self.context}"
             )
         self._unchanged()
         return self._step(self._decode({"tokens": tokens, "positions": positions}, cache))

@@ -124,12 +124,12 @@ class Model:
         return self.tokenizer.encode_chat(messages, tools=tools, template=template, literal=literal)
 
     def _checked_prompt(self, ids: Sequence[int]) -> list[int]:
-        capacity, vocab = self.engine.capacity, self.engine.vocab
+        context, vocab = self.engine.context, self.engine.vocab
         if len(ids) == 0:
             raise PrecastError("prompt: expected at least one token, found none; give the model some text.")
-        if len(ids) >= capacity:
+        if len(ids) >= context:
             raise PrecastError(
-                f"prompt: {len(ids)} tokens leave no room in a context of {capacity}; shorten it to {capacity - 1}"
+                f"prompt: {len(ids)} tokens leave no room in a context of {context}; shorten it to {context - 1}"
                 " or fewer, or export with a larger --context."
             )
         for i, token in enumerate(ids):
@@ -149,7 +149,7 @@ class Model:
         return "" if text is None else f"; leave out {text!r:.40}, for which the model has no embedding"
 
     def _started(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
-        limit = params.limit(len(prompt), self.engine.capacity - len(prompt))
+        limit = params.limit(len(prompt), self.engine.context - len(prompt))
         progress = Progress()
         ends: Set[int] = frozenset() if params.ignore_eos else self.eos_token_ids
         decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)

@@ -120,7 +120,7 @@ def tiny_programs(weights, ops=XLA_OPS, **config):
         "tie_word_embeddings": False,
     }
     model = stored_model(read_model({**tiny, **config}, "tiny").within(32), weights)
-    return model, Geometry(capacity=32, slots=1, buckets=(8,), cache="bfloat16"), ops
+    return model, Geometry(context=32, slots=1, buckets=(8,), cache="bfloat16"), ops
 
 
 # --- the whole way ------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_the_manifest_says_what_the_model_is(tiny_artifact, tiny_source):
     assert (model.architecture, model.layers, model.width, model.heads) == ("llama", 3, 48, 4)
     assert (model.kv_heads, model.head_dim, model.ff_width, model.vocab) == (2, 12, 80, 320)
     assert model.parameters == sum(np.prod(t.shape) for t in tiny_source().tensors.values())
-    assert (manifest.capacity, manifest.slots, manifest.buckets) == (64, 1, (8, 16))
+    assert (manifest.context, manifest.slots, manifest.buckets) == (64, 1, (8, 16))
     assert manifest.tokenizer.eos_token_ids == (1,)
     assert manifest.provenance.licence == "Apache-2.0"
     assert {"jax", "jaxlib", "numpy", "python"} <= manifest.provenance.versions.keys()
@@ -197,7 +197,7 @@ def test_rope_that_depends_on_the_context_is_told():
 def test_buckets_are_sorted_and_the_context_is_the_model_s(tmp_path, tiny_source):
     options = ExportOptions(buckets=(32, 1), weights="float32", targets=("cpu",))
     manifest = export(tiny_source(config={"max_position_embeddings": 40}), tmp_path / "a", options)
-    assert (manifest.buckets, manifest.capacity) == ((1, 32), 40)
+    assert (manifest.buckets, manifest.context) == ((1, 32), 40)
 
 
 def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):

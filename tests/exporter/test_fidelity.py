@@ -47,7 +47,7 @@ def scorer(source, spec, tiny_model):
         spec=spec,
         weights=fidelity.read_weights(source, spec),
         tokenizer=tiny_model.tokenizer,
-        capacity=128,
+        context=128,
     )
 
 
@@ -89,7 +89,7 @@ def test_weights_that_do_not_fit_are_refused(spec, tiny_source):
 
 def test_a_checkpoint_is_a_reference(tiny_checkpoint, reference):
     opened = fidelity.open_reference(str(tiny_checkpoint()))
-    assert (opened.vocab, opened.capacity, opened.name) == (320, 128, "checkpoint")
+    assert (opened.vocab, opened.context, opened.name) == (320, 128, "checkpoint")
     np.testing.assert_allclose(
         list(opened.logits(ids(20), 9)), reference(ids(20))[9:-1], rtol=1e-5, atol=1e-5
     )
@@ -133,7 +133,7 @@ def test_weights_at_hand_are_not_read_again(tiny_model, spec, source, tiny_sourc
 
 
 @pytest.mark.parametrize(("context", "tokens"), [(8, 512), (100, 500)])
-def test_any_capacity_with_room_for_a_window_is_measured(export_tiny, source, spec, context, tokens):
+def test_any_context_with_room_for_a_window_is_measured(export_tiny, source, spec, context, tokens):
     # 1,024 tokens are 128 windows of 8; or ten of 100, the last 24 left out.
     model = load(export_tiny(buckets=(4,), context=context, slots=2, targets=("cpu",)))
     found = fidelity.measure(model, spec, source)
@@ -141,7 +141,7 @@ def test_any_capacity_with_room_for_a_window_is_measured(export_tiny, source, sp
     assert found.top1 == 1
 
 
-def test_a_capacity_without_room_is_not_measured(export_tiny, source, spec):
+def test_a_context_without_room_is_not_measured(export_tiny, source, spec):
     model = load(export_tiny(buckets=(4,), context=7, targets=("cpu",)))
     assert fidelity.measure(model, spec, source) is None
 

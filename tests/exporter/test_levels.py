@@ -49,7 +49,7 @@ def lowered(tmp_path_factory) -> dict[str, bytes]:
         source = open_source(str(folder / name))
         spec = read_model(source.config, source.name).within(SCRIPT.CAPACITY)
         weights, cache, slots = KINDS[i % len(KINDS)]
-        geometry = Geometry(capacity=SCRIPT.CAPACITY, slots=slots, buckets=(8,), cache=cache)
+        geometry = Geometry(context=SCRIPT.CAPACITY, slots=slots, buckets=(8,), cache=cache)
         specs = build_programs(stored_model(spec, weights), geometry, kind.ops)
         target = build_target(kind, specs, folder, datetime.date(2026, 1, 1), lambda _: None)
         for program in target.programs:

@@ -225,7 +225,7 @@ def test_published_programs_have_shapes(name: str, weights: str, cache: str) -> 
     from precast.exporter.programs import Geometry, build_programs, stored_model
 
     spec = _spec(PUBLISHED[name][0])
-    geometry = Geometry(capacity=256, slots=2, buckets=(32,), cache=cache)
+    geometry = Geometry(context=256, slots=2, buckets=(32,), cache=cache)
     for program in build_programs(stored_model(spec, weights), geometry, XLA_OPS):
         results = jax.eval_shape(program.function, *program.abstract_arguments())
         found = [SimpleNamespace(shape=r.shape, dtype=str(r.dtype)) for r in results]
@@ -243,7 +243,7 @@ from precast.exporter.programs import Geometry, build_programs, stored_model
 assert jax.config.jax_enable_x64
 spec = read_model(json.loads(sys.argv[1]), "tiny")
 for ops in (CPU_OPS, XLA_OPS):
-    for program in build_programs(stored_model(spec, "int8"), Geometry(capacity=32, slots=2, buckets=(8,)), ops):
+    for program in build_programs(stored_model(spec, "int8"), Geometry(context=32, slots=2, buckets=(8,)), ops):
         lowered = jax.jit(program.function).lower(*program.abstract_arguments())
         calls = [line for line in lowered.as_text().splitlines() if "custom_call @precast" in line]
         found = [str(leaf.dtype) for leaf in jax.tree.leaves(lowered.out_info)]

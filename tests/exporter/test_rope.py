@@ -51,7 +51,7 @@ def _refusal(keys: Mapping[str, Any], **options: Any) -> str:
 
 
 def _check(rope: Rope, frequencies: list[float], magnitude: float = 1.0) -> None:
-    """Of every capacity."""
+    """Of every context."""
     assert rope.frequencies.dtype == np.float32
     assert (rope.reach, rope.far_frequencies, rope.pairs) == (None, None, len(frequencies))
     np.testing.assert_allclose(rope.frequencies, frequencies, rtol=1e-6)
@@ -145,11 +145,11 @@ def test_yarn_and_longrope_stretch_the_models_own_positions_by_default() -> None
     assert (found.reach, found.magnitude) == (40, 1.0)
 
 
-def test_longrope_frequencies_are_those_of_the_capacity() -> None:
+def test_longrope_frequencies_are_those_of_the_context() -> None:
     rope = _rope({"rope_theta": 100.0, "rope_scaling": LONGROPE}, head_dim=4)
     assert rope.pairs == 2
-    for capacity, expected in {1: [1.0, 0.05], 16: [1.0, 0.05], 17: [0.25, 0.02], 64: [0.25, 0.02]}.items():
-        found = rope.at_capacity(capacity)
+    for context, expected in {1: [1.0, 0.05], 16: [1.0, 0.05], 17: [0.25, 0.02], 64: [0.25, 0.02]}.items():
+        found = rope.at_context(context)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=1e-6)
     cos, sin = rope.tables(17)
@@ -258,11 +258,11 @@ def test_angles_at_large_positions() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(theta=st.floats(2.0, 1e8), half=st.integers(1, 128), capacity=st.integers(1, 70))
-def test_tables_turn_by_one_position_after_the_other(theta: float, half: int, capacity: int) -> None:
+@given(theta=st.floats(2.0, 1e8), half=st.integers(1, 128), context=st.integers(1, 70))
+def test_tables_turn_by_one_position_after_the_other(theta: float, half: int, context: int) -> None:
     rope = _rope({"rope_theta": theta}, head_dim=2 * half)
-    cos, sin = (table.astype(np.float64) for table in rope.tables(capacity))
-    assert cos.shape == sin.shape == (capacity, half)
+    cos, sin = (table.astype(np.float64) for table in rope.tables(context))
+    assert cos.shape == sin.shape == (context, half)
     np.testing.assert_allclose(cos**2 + sin**2, 1.0, rtol=0, atol=1e-6)
     turned = (cos + 1j * sin)[:-1] * np.exp(1j * rope.frequencies.astype(np.float64))
     np.testing.assert_allclose((cos + 1j * sin)[1:], turned, rtol=0, atol=1e-5)
@@ -287,9 +287,9 @@ def test_both_spellings_mean_the_same(scaling: Mapping[str, Any]) -> None:
         {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 100.0, **scaling}},
     )
     first, *others = (_rope(keys, head_dim=4) for keys in spellings)
-    for capacity in (16, 64):
+    for context in (16, 64):
         for other in others:
-            for found, expected in zip(other.tables(capacity), first.tables(capacity), strict=True):
+            for found, expected in zip(other.tables(context), first.tables(context), strict=True):
                 np.testing.assert_array_equal(found, expected)
     assert not np.array_equal(first.frequencies, _rope({"rope_scaling": scaling}, head_dim=4).frequencies)
 

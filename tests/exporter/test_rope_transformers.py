@@ -107,11 +107,11 @@ def test_tables_are_those_of_transformers(
         **_spelt(how, theta, _published(head_dim)[name]),
     )
     reference = LlamaRotaryEmbedding(config)
-    for capacity in (POSITIONS, POSITIONS + 1, 2 * POSITIONS):
-        cos, sin = reference(torch.zeros(1), torch.arange(capacity)[None])
+    for context in (POSITIONS, POSITIONS + 1, 2 * POSITIONS):
+        cos, sin = reference(torch.zeros(1), torch.arange(context)[None])
         # Two libraries' powers differ in the last bit, and so do the ends of blends.
-        np.testing.assert_allclose(rope.at_capacity(capacity), reference.inv_freq.numpy(), rtol=1e-6)
-        for found, expected in zip(rope.tables(capacity), (cos, sin), strict=True):
+        np.testing.assert_allclose(rope.at_context(context), reference.inv_freq.numpy(), rtol=1e-6)
+        for found, expected in zip(rope.tables(context), (cos, sin), strict=True):
             np.testing.assert_allclose(found, expected[0, :, : head_dim // 2].numpy(), rtol=0, atol=3e-5)
     assert rope.magnitude == pytest.approx(reference.attention_scaling, rel=1e-12)
 
@@ -128,8 +128,8 @@ def test_what_transformers_saves_means_the_same(torch: Any, name: str) -> None:
     assert "rope_scaling" not in saved
     again = _rope({"rope_parameters": saved["rope_parameters"]}, head_dim=12, max_positions=2 * POSITIONS)
     once = _rope(_spelt("older", 1e6, scaling), head_dim=12, max_positions=2 * POSITIONS)
-    for capacity in (POSITIONS, 2 * POSITIONS):
-        for found, expected in zip(again.tables(capacity), once.tables(capacity), strict=True):
+    for context in (POSITIONS, 2 * POSITIONS):
+        for found, expected in zip(again.tables(context), once.tables(context), strict=True):
             np.testing.assert_array_equal(found, expected)
 
 
@@ -225,9 +225,9 @@ def test_phi3_is_that_of_transformers(torch: Any, name: str, heads: int, part: f
     options: dict[str, Any] = {"partial": True, "original_positions": 4096, "types": PHI3_TYPES}
     rope = _rope(keys(), head_dim, 2 * POSITIONS, **options)
     assert rope.pairs == len(reference.inv_freq)
-    for capacity in (POSITIONS, POSITIONS + 1):
-        tables = reference(torch.zeros(1), torch.arange(capacity)[None])
-        for found, expected in zip(rope.tables(capacity), tables, strict=True):
+    for context in (POSITIONS, POSITIONS + 1):
+        tables = reference(torch.zeros(1), torch.arange(context)[None])
+        for found, expected in zip(rope.tables(context), tables, strict=True):
             np.testing.assert_allclose(found, expected[0, :, : rope.pairs].numpy(), rtol=0, atol=3e-5)
 
 
@@ -252,7 +252,7 @@ def test_layer_types_are_those_of_transformers(torch: Any, name: str, how: str) 
     reference = Gemma3RotaryEmbedding(config)
     ropes = _layered(keys(), head_dim=12, max_positions=2 * POSITIONS)
     for kind, rope in ropes.items():
-        for capacity in (POSITIONS, POSITIONS + 1):
-            tables = reference(torch.zeros(1), torch.arange(capacity)[None], layer_type=kind)
-            for found, expected in zip(rope.tables(capacity), tables, strict=True):
+        for context in (POSITIONS, POSITIONS + 1):
+            tables = reference(torch.zeros(1), torch.arange(context)[None], layer_type=kind)
+            for found, expected in zip(rope.tables(context), tables, strict=True):
                 np.testing.assert_allclose(found, expected[0, :, :6].numpy(), rtol=0, atol=3e-5)

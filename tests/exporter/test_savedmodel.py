@@ -116,7 +116,7 @@ def written(source, folder: Path) -> Path:
     tables = dict(zip(TABLES, spec.tables(64), strict=True))
     plan = plan_weights(spec.adapted(source), stored.parameters, tied=False)
     write_model_weights(folder / "weights.safetensors", plan, stored.formats, tables, lambda _: None)
-    geometry = Geometry(capacity=64, slots=1, buckets=(8, 16))
+    geometry = Geometry(context=64, slots=1, buckets=(8, 16))
     programs = build_programs(stored, geometry, kind.ops)
     exporting.build_savedmodel(kind, programs, folder, date.today(), lambda _: None)
     return folder
@@ -153,7 +153,7 @@ def test_a_full_disk_is_an_error_of_the_system_s(savedmodel_packages, tiny_sourc
 def test_names_of_signatures_lead_back_to_those_of_the_manifest(tiny_source):
     source = tiny_source(config={"model_type": "mistral", "sliding_window": 8})
     model = stored_model(read_model(source.config, source.name), "int8")
-    geometry = Geometry(capacity=64, slots=1, buckets=(8,), cache="int8")
+    geometry = Geometry(context=64, slots=1, buckets=(8,), cache="int8")
     programs = build_programs(model, geometry, TARGET_KINDS["savedmodel"].ops)
     names = {
         v.name for p in programs for v in (*p.arguments, *p.results) if v.role not in ("table", "weight")

@@ -375,7 +375,7 @@ def test_fault_06_a_manifest_that_is_a_bomb(artifact_copy, refusal, data, text):
     [
         (lambda m: m.update(slots=2**40), "are more than any machine holds"),
         (lambda m: m.update(capacity=2**40), "are more than any machine holds"),
-        (lambda m: m.update(buckets=list(range(1, 10**5))), "expected lengths from 1 to the capacity"),
+        (lambda m: m.update(buckets=list(range(1, 10**5))), "expected lengths from 1 to the context"),
         (lambda m: m["model"].update(layers=2**40), "number of layers: expected 1099511627776, found 3"),
         (lambda m: m.update(targets=m["targets"] * 50), "targets of this name: expected 1, found 50"),
     ],

@@ -459,9 +459,9 @@ def empty(case: Case, kind: str) -> list[list[np.ndarray]]:
 
 
 def caches_of(groups: Sequence[Sequence[np.ndarray]]) -> tuple[Any, ...]:
-    from precast.exporter.models.ops import Cache
+    from precast.exporter.models.ops import KVCache
 
-    return tuple(Cache.of([a.copy() for a in arrays]) for arrays in groups)
+    return tuple(KVCache.of([a.copy() for a in arrays]) for arrays in groups)
 
 
 def arrays_of(caches: Sequence[Any]) -> list[list[np.ndarray]]:
@@ -512,7 +512,7 @@ def held(case: Case, group: int, calls: int) -> np.ndarray:
 def merged(
     case: Case, kind: str, calls: int, groups: Sequence[Sequence[np.ndarray]]
 ) -> list[list[np.ndarray]]:
-    """Caches that hold something only where it may be read."""
+    """KVCaches that hold something only where it may be read."""
     found = []
     for group, (arrays, nothing) in enumerate(zip(groups, empty(case, kind), strict=True)):
         here = held(case, group, calls)[None, :, None, :]
@@ -623,11 +623,11 @@ def test_donated_caches_are_written_in_place(
     isa: str, jax: ModuleType, both: SimpleNamespace, run: Callable[..., Any], name: str, kind: str
 ) -> None:
     from precast.exporter.models.cpu_ops import CPU_OPS
-    from precast.exporter.models.ops import Cache
+    from precast.exporter.models.ops import KVCache
 
     case = CASES[name]
     caches = tuple(
-        Cache.of(CPU_OPS.empty_cache([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]))
+        KVCache.of(CPU_OPS.empty_cache([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]))
         for arrays in empty(case, kind)
     )
     given = [array for cache in caches for array in cache.arrays()]

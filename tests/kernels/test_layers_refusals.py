@@ -204,7 +204,7 @@ BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     "other head dimension": ({"heads": (6, 2, 5)}, THESE),
     "other layers": ({"windows": (0,) * 3, "ropes": (0,) * 3}, "are not of 3 layers and these heads"),
     "no layers": ({"windows": (), "ropes": (), **cache_of(0, 3, 2, 9, 4)}, "found 0 and 0"),
-    # Caches.
+    # KVCaches.
     "layers of the caches": (cache_of(3, 3, 2, 9, 4), THESE),
     "heads of the caches": (cache_of(2, 3, 1, 9, 4), THESE),
     "head dimension of the caches": (cache_of(2, 3, 2, 9, 3), THESE),

@@ -87,7 +87,7 @@ def test_other_weights_and_another_geometry(cli, tiny_artifact, export_tiny):
         "    ~ model.embed_tokens.weight: float32 [320, 48] → int8 [1, 20, 32, 16, 2]",
         "    + lm_head.weight.scale: float16 [1, 20, 2, 16]",
         "    ~ weights: float32 → int8",
-        "    ~ capacity: 64 → 32",
+        "    ~ context: 64 → 32",
         "    ~ buckets: -16",
         "    ~ cache.keys dtype: float32 → bfloat16",
     ):

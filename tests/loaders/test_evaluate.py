@@ -27,7 +27,7 @@ class Table:
 
     def __init__(self, rows, name="table"):
         self.rows, self.name = np.asarray(rows, np.float32), name
-        self.capacity, self.vocab = self.rows.shape
+        self.context, self.vocab = self.rows.shape
         self.asked = []
 
     def logits(self, window, first):
@@ -287,22 +287,22 @@ def test_another_model_is_told_apart(tiny_model, depths):
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
-def fake(name="model", capacity=64, vocab=300, size=290, plain=(5, 6)):
+def fake(name="model", context=64, vocab=300, size=290, plain=(5, 6)):
     tokenizer = SimpleNamespace(vocab_size=size, encode=lambda _, add_special_tokens=True: list(plain))
-    return SimpleNamespace(name=name, capacity=capacity, vocab=vocab, tokenizer=tokenizer)
+    return SimpleNamespace(name=name, context=context, vocab=vocab, tokenizer=tokenizer)
 
 
 def test_the_window_is_the_default_where_every_model_has_room():
-    assert e.check_window(None, [fake(capacity=2048), fake(capacity=600)]) == 512
-    assert e.check_window(None, [fake(capacity=2048), fake(capacity=100)]) == 100
-    assert e.check_window(100, [fake(capacity=100)]) == 100
-    assert e.check_window(8, [fake(capacity=100)]) == 8
+    assert e.check_window(None, [fake(context=2048), fake(context=600)]) == 512
+    assert e.check_window(None, [fake(context=2048), fake(context=100)]) == 100
+    assert e.check_window(100, [fake(context=100)]) == 100
+    assert e.check_window(8, [fake(context=100)]) == 8
 
 
 @pytest.mark.parametrize(("window", "found"), [(101, 101), (7, 7), (0, 0), (-1, -1)])
 def test_a_window_outside_the_models_is_refused(window, found):
     with pytest.raises(PrecastError) as raised:
-        e.check_window(window, [fake(capacity=2048), fake("short", capacity=100)])
+        e.check_window(window, [fake(context=2048), fake("short", context=100)])
     assert str(raised.value) == (
         f"--window: {found} is not possible, expected 8 to 100 (the positions of short)."
     )
@@ -324,4 +324,4 @@ def test_models_with_other_tokens_are_refused(other, text):
         e.check_same_tokens("text", fake(), fake("reference", **other))
     assert str(raised.value).startswith(text)
     assert str(raised.value).endswith("compare models with the same tokenizer.")
-    e.check_same_tokens("text", fake(), fake("reference", capacity=9))
+    e.check_same_tokens("text", fake(), fake("reference", context=9))

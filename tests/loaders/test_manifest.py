@@ -41,7 +41,7 @@ def test_round_trip(tiny_artifact):
     data = (tiny_artifact / "manifest.json").read_bytes()
     manifest = parse_manifest(data, "m.json")
     assert to_json(manifest).encode() == data
-    assert (manifest.capacity, manifest.slots, manifest.buckets) == (64, 1, (8, 16))
+    assert (manifest.context, manifest.slots, manifest.buckets) == (64, 1, (8, 16))
     assert [p.name for p in manifest.targets[0].programs] == ["cache", "prefill_8", "prefill_16", "decode"]
     assert [t.runtime for t in manifest.targets] == ["pjrt", "stablehlo"]
 
@@ -149,12 +149,12 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             ["buckets"],
             [0, 16],
-            "m.json: buckets: expected lengths from 1 to the capacity of 64, found [0, 16]",
+            "m.json: buckets: expected lengths from 1 to the context of 64, found [0, 16]",
         ),
         (
             ["buckets"],
             [8, 65],
-            "m.json: buckets: expected lengths from 1 to the capacity of 64, found [8, 65]",
+            "m.json: buckets: expected lengths from 1 to the context of 64, found [8, 65]",
         ),
         (["buckets"], [16, 8], "m.json: buckets: expected (8, 16), found (16, 8)"),
         (["buckets"], [8, 32], "kinds and lengths of its programs: expected"),

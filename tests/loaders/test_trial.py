@@ -384,8 +384,8 @@ def test_the_child_passes_a_refusal_on(artifact_copy, python):
 
 def test_the_child_ends_itself_where_its_parent_is_gone(tiny_artifact, python):
     code = (
-        "import signal, time; from precast.loaders.compiling import trial\n"
-        "trial._restrict(-4)\n"  # and five seconds more
+        "import signal, time; from precast.loaders import trial_worker\n"
+        "trial_worker._restrict(-4)\n"  # and five seconds more
         "time.sleep(60)"
     )
     assert python("-c", code).returncode == -signal.SIGALRM

@@ -16,7 +16,7 @@ Config = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class GgufArchitecture:
     """How a ``general.architecture`` becomes a Hugging Face checkpoint.
 
     Attributes:
@@ -243,15 +243,15 @@ _QWEN3MOE_NAMES = (
 )
 
 # By `general.architecture`.
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture(
+ARCHITECTURES: Mapping[str, GgufArchitecture] = {
+    "llama": GgufArchitecture(
         model_type="llama", model="LlamaForCausalLM", names=_LLAMA, details=_llama, interleaved=True
     ),
-    "qwen2": Architecture(model_type="qwen2", model="Qwen2ForCausalLM", names=_LLAMA, details=_qwen2),
-    "qwen3": Architecture(
+    "qwen2": GgufArchitecture(model_type="qwen2", model="Qwen2ForCausalLM", names=_LLAMA, details=_qwen2),
+    "qwen3": GgufArchitecture(
         model_type="qwen3", model="Qwen3ForCausalLM", names=_LLAMA | _QK_NORMS, details=_qwen3
     ),
-    "gemma2": Architecture(
+    "gemma2": GgufArchitecture(
         model_type="gemma2",
         model="Gemma2ForCausalLM",
         names=_ENDS | _ATTENTION | _MLP | _SANDWICH_NORMS,
@@ -259,7 +259,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         understood=frozenset({_WINDOW, *_CAPS}),
         norm_offset=1.0,
     ),
-    "gemma3": Architecture(
+    "gemma3": GgufArchitecture(
         model_type="gemma3_text",
         model="Gemma3ForCausalLM",
         names=_ENDS | _ATTENTION | _QK_NORMS | _MLP | _SANDWICH_NORMS,
@@ -267,7 +267,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         understood=frozenset({_WINDOW, _PATTERN, *_LOCAL_BASES}),
         norm_offset=1.0,
     ),
-    "phi3": Architecture(
+    "phi3": GgufArchitecture(
         model_type="phi3",
         model="Phi3ForCausalLM",
         names=_PHI3_NAMES,
@@ -276,7 +276,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         longrope=True,
         partial_rope=True,
     ),
-    "granite": Architecture(
+    "granite": GgufArchitecture(
         model_type="granite",
         model="GraniteForCausalLM",
         names=_LLAMA,
@@ -284,16 +284,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         understood=frozenset(_GRANITE_SCALES),
         interleaved=True,
     ),
-    "olmo2": Architecture(
+    "olmo2": GgufArchitecture(
         model_type="olmo2",
         model="Olmo2ForCausalLM",
         names=_ENDS | _ATTENTION | _QK_NORMS | _MLP | _POST_NORMS,
         details=_qwen3,
     ),
-    "smollm3": Architecture(
+    "smollm3": GgufArchitecture(
         model_type="smollm3", model="SmolLM3ForCausalLM", names=_LLAMA, details=_smollm3, interleaved=True
     ),
-    "qwen3moe": Architecture(
+    "qwen3moe": GgufArchitecture(
         model_type="qwen3_moe",
         model="Qwen3MoeForCausalLM",
         names=_QWEN3MOE_NAMES,
@@ -303,7 +303,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 # What goes by "llama" in a GGUF file when it has experts.
-MIXTRAL = Architecture(
+MIXTRAL = GgufArchitecture(
     model_type="mixtral",
     model="MixtralForCausalLM",
     names=_MIXTRAL_NAMES,

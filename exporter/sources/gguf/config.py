@@ -8,7 +8,7 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .architectures import ARCHITECTURES, MIXTRAL, Architecture, Shapes
+from .architectures import ARCHITECTURES, MIXTRAL, GgufArchitecture, Shapes
 from .metadata import MetadataReader
 from .rope import read_rope_scaling
 
@@ -60,7 +60,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 _HARMLESS = frozenset({"tensor_data_layout", "rope.scaling.finetuned"})
 
 
-def read_architecture(path: Path, metadata: Mapping[str, Any]) -> Architecture:
+def read_architecture(path: Path, metadata: Mapping[str, Any]) -> GgufArchitecture:
     """What the file holds.
 
     Args:
@@ -125,7 +125,7 @@ def translate_config(
     }
 
 
-def _refuse_unknown(reader: MetadataReader, architecture: Architecture) -> None:
+def _refuse_unknown(reader: MetadataReader, architecture: GgufArchitecture) -> None:
     known = _UNDERSTOOD | _HARMLESS | architecture.understood
     for key, value in reader.metadata.items():
         short = key.removeprefix(f"{reader.prefix}.")

@@ -13,7 +13,7 @@ import numpy as np
 from precast.loaders.artifact.errors import PrecastError
 
 from ..base import QuantisedBlocks, SourceTensor
-from .architectures import Architecture
+from .architectures import GgufArchitecture
 
 # Rows dequantised at a time; small, because the library holds the result of one call twice.
 _SLAB = 512
@@ -45,7 +45,7 @@ class Stored:
 
 
 def source_tensors(
-    path: Path, stored: Mapping[str, Stored], architecture: Architecture, config: Mapping[str, Any]
+    path: Path, stored: Mapping[str, Stored], architecture: GgufArchitecture, config: Mapping[str, Any]
 ) -> dict[str, SourceTensor]:
     """Every tensor by its Hugging Face name.
 
