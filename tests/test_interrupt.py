@@ -206,6 +206,7 @@ def test_little_is_imported_before_it_is_ready(python):
     expected = [
         *names,
         "precast.loaders.artifact.interrupt",
+        "precast.loaders.console",
         "precast.loaders.console.streams",
         "precast.start",
     ]

@@ -74,8 +74,8 @@ def test_gpus_that_are_hidden_are_none(tmp_path, monkeypatch, visible, found):
 
 def test_only_where_a_target_is_for_a_gpu_somebody_looks_for_one(artifact_copy, monkeypatch, capsys):
     looked = []
-    monkeypatch.setattr(pjrt, "nvidia_gpus", lambda: looked.append("gpus") or (H100,))
-    monkeypatch.setattr(pjrt, "_cuda_plugin", lambda: looked.append("plugin") or "0.1")
+    monkeypatch.setattr(installed, "nvidia_gpus", lambda: looked.append("gpus") or (H100,))
+    monkeypatch.setattr(installed, "_cuda_plugin", lambda: looked.append("plugin") or "0.1")
     loading.load(artifact_copy, trusted=True)
     check_console.run(artifact_copy, target=None, compile=False, as_json=True)
     assert looked == []

@@ -280,7 +280,7 @@ def test_chat_without_a_template_is_one_sentence() -> None:
         TOKENIZERS["llama"].render_chat([{"role": "user", "content": "hi"}])
 
 
-@pytest.mark.parametrize("module", ["sampling", "stopping", "tokenizer"])
+@pytest.mark.parametrize("module", ["generation.sampling", "generation.stopping", "text.tokenizer"])
 def test_importing_is_cheap(module: str) -> None:
     code = (
         f"import sys, precast.loaders.{module};"

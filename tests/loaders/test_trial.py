@@ -302,7 +302,7 @@ def test_an_application_that_starts_itself_does_so_once(tiny_artifact, tmp_path,
 def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
     monkeypatch.setenv(child.GUARD, "precast.loaders.trial_worker")
     assert child.command("precast.loaders.compiling.compiler")[0] == sys.executable
-    with pytest.raises(child.NotStarted, match=r"started by precast\.loaders\.trial itself"):
+    with pytest.raises(child.NotStarted, match=r"started by precast\.loaders\.trial_worker itself"):
         child.command("precast.loaders.trial_worker")
 
 
