@@ -418,14 +418,14 @@ def sign(artifact: Path, key: Path) -> None:
     """
     from precast.loaders import signing
     from precast.loaders.artifact.errors import printable
-    from precast.loaders.artifact.interrupt import raising
+    from precast.loaders.artifact.interrupt import raise_on_interrupt
     from precast.loaders.locate import find_artifact
 
     def ask() -> str:
         given = os.environ.get("PRECAST_KEY_PASSWORD")
         if given is not None:
             return given
-        with raising():  # so that the terminal shows again what is typed
+        with raise_on_interrupt():  # so that the terminal shows again what is typed
             password: str = click.prompt(f"password of {key}", hide_input=True, err=True)
             return password
 

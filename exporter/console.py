@@ -13,7 +13,7 @@ from rich.table import Table
 
 from precast.loaders.artifact.errors import printable
 from precast.loaders.artifact.folders import check_free
-from precast.loaders.artifact.interrupt import undoing
+from precast.loaders.artifact.interrupt import on_interrupt
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 from precast.loaders.compiling.isa import audience_of
 
@@ -37,7 +37,7 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
     source = open_source(spec)
     path = output or Path("artifacts") / f"{source.name}-{options.weights}"
     built: list[Built] = []
-    with undoing(partial(_show_cursor, console)), _bars(console) as bars:
+    with on_interrupt(partial(_show_cursor, console)), _bars(console) as bars:
         manifest = export(source, path, options, _progress(console, bars, built))
     output_console = _console(stderr=False)
     output_console.print(_summary(path, manifest, built, time.perf_counter() - started))

@@ -446,7 +446,7 @@ def _finish(folder: Path, manifest: Manifest, digest: str) -> Manifest:
     (folder / "README.md").write_text(model_card.render(manifest), encoding="utf-8")
     finished = dataclasses.replace(manifest, files=files.hash_files(folder, {WEIGHTS_FILE: digest}))
     (folder / MANIFEST_FILE).write_text(to_json(finished), encoding="utf-8")
-    files.remember(folder / WEIGHTS_FILE, digest)
+    files.record_hash(folder / WEIGHTS_FILE, digest)
     return finished
 
 

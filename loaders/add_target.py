@@ -124,7 +124,7 @@ def _add(
         entry,
     ) in manifest.files.items():  # nothing is added to what is damaged; weights are hashed when mapped
         if name != WEIGHTS_FILE:
-            files.check_file(root, name, entry, note=False)
+            files.rehash_file(root, name, entry, note=False)
     contents = {name: files.read_checked(root, name, manifest.files[name]) for name in _stablehlo(chosen)}
     target, executables, _ = compile_target(
         chosen,
@@ -176,7 +176,7 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
         replace(t, runtime="stablehlo", machine="any", jaxlib="any", cpu_features=()) for t in compilable
     )
     chosen = compat.choose_target(
-        replace(manifest, targets=bare), machine, str(root), name=name, may_compile=True
+        replace(manifest, targets=bare), machine, str(root), name=name, allow_compile=True
     )
     return next(t for t in compilable if t.name == chosen.name)
 
@@ -188,7 +188,7 @@ def _check_names(source: Target, root: Path) -> None:
         PrecastError: for a program whose name is not one of a file.
     """
     for program in source.programs:
-        if len(files.parts_of(root, program.name)) != 1:
+        if len(files.split_name(root, program.name)) != 1:
             raise PrecastError(
                 f"{root}: target {source.name!r} has a program {program.name!r}, expected names without '/'; export the"
                 " model again."

@@ -139,7 +139,7 @@ def _load(
     at: Callable[[str], None],
 ) -> Model:
     machine = installed.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
-    chosen = compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)
+    chosen = compat.choose_target(manifest, machine, str(root), name=target, allow_compile=compile)
     if chosen.runtime != "savedmodel" and chosen.platform != "cuda" and not pjrt.has_client(threads):
         limits.ensure(root, manifest, chosen, threads)
     try:
@@ -199,7 +199,7 @@ def _read(
     }
     if verify:
         for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):
-            files.open_checked(root, name, manifest.files[name], force=True).close()
+            files.open_checked(root, name, manifest.files[name], rehash=True).close()
     return contents, _weights(root, manifest, target, verify=verify)
 
 
@@ -286,7 +286,7 @@ def _weights(
     own = target.runtime == "savedmodel"
     if own and not verify:
         return {}, lambda: None
-    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], force=verify) as file:
+    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], rehash=verify) as file:
         return ({}, lambda: None) if own else (map_weights(file), files.Watch(file).check)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from .artifact import files
 from .artifact.errors import PrecastError
-from .artifact.interrupt import undoing
+from .artifact.interrupt import on_interrupt
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, parse_manifest
 from .artifact.record import MAX_JSON_BYTES, parse_json
 
@@ -52,7 +52,7 @@ def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
     password, public = _open_private(key, ask_password)
     manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
     for name, entry in parse_manifest(manifest, str(root / MANIFEST_FILE)).files.items():
-        files.open_checked(root, name, entry, force=True).close()
+        files.open_checked(root, name, entry, rehash=True).close()
     signature = _sign(manifest, key, password)
     _check_bundle(manifest, signature, public, str(key), str(root))
     path = root / SIGNATURE_FILE
@@ -190,7 +190,10 @@ def _hashing() -> Any:
 @contextmanager
 def _copies(manifest: bytes, signature: bytes, key: bytes) -> Iterator[tuple[Path, Path, Path]]:
     """The library reads files: these are ours alone, so what it reads is what was given here."""
-    with tempfile.TemporaryDirectory(prefix="precast-") as folder, undoing(partial(shutil.rmtree, folder)):
+    with (
+        tempfile.TemporaryDirectory(prefix="precast-") as folder,
+        on_interrupt(partial(shutil.rmtree, folder)),
+    ):
         paths = Path(folder, MANIFEST_FILE), Path(folder, SIGNATURE_FILE), Path(folder, "public.pem")
         for path, data in zip(paths, (manifest, signature, key), strict=True):
             path.write_bytes(data)

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 
 from .artifact import files, folders
 from .artifact.errors import PrecastError
-from .artifact.interrupt import undoing
+from .artifact.interrupt import on_interrupt
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, Manifest, parse_manifest
 from .artifact.record import MAX_JSON_BYTES, to_json
 
@@ -132,7 +132,7 @@ def adding(held: Held, manifest: Manifest) -> Iterator[Path]:
     if not programs.exists():
         programs.mkdir()
     work, lock = folders.temporary_name(programs, _PURPOSE), None
-    with undoing(partial(_tidy, held, work)):
+    with on_interrupt(partial(_tidy, held, work)):
         try:
             lock = folders.make_marked(work)
             _write_synced(work / _OLD, held.data)
@@ -206,7 +206,7 @@ def _settle(root: Path, work: Path) -> None:
 def _remove_if(root: Path, name: str, sha256: str) -> None:
     """Remove a file of the artifact if it has this hash, and its folder if that is then empty."""
     with suppress(OSError, PrecastError):
-        path = files.member(root, name)
+        path = files.member_path(root, name)
         if files.sha256_of(path) == sha256:
             path.unlink()
             path.parent.rmdir()

@@ -67,7 +67,7 @@ def test_one_word_wherever_it_comes(moment, tmp_path):
 LONG = {
     "in C": "import hashlib\nprint('now', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)",
     "in C, in a block": (
-        "import hashlib\nwith interrupt.undoing(Path(sys.argv[1]).unlink):\n"
+        "import hashlib\nwith interrupt.on_interrupt(Path(sys.argv[1]).unlink):\n"
         " print('now', flush=True)\n hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"
     ),
 }
@@ -83,7 +83,7 @@ def test_compiled_code_that_takes_long_is_not_waited_for(work, tmp_path):
 
 def test_an_interrupt_that_was_answered_ends_nothing_later(tmp_path):
     code = READY + (
-        "try:\n with interrupt.raising(): now()\nexcept KeyboardInterrupt: pass\n"
+        "try:\n with interrupt.raise_on_interrupt(): now()\nexcept KeyboardInterrupt: pass\n"
         "time.sleep(2)\nprint('still here')"
     )
     assert interrupted(code) == (0, b"still here\n", b"")
@@ -133,14 +133,14 @@ with t.locked(root, print) as handle:
             getattr(t, step)(held, work, *arguments)
         now()
 """
-    from precast.loaders.artifact.files import unlisted
+    from precast.loaders.artifact.files import unlisted_files
     from precast.loaders.locate import read_manifest
 
     (artifact_copy / "manifest.json.sig").write_text("signed")
     assert interrupted(READY + code, artifact_copy) == (130, b"", WORD)
     manifest = read_manifest(artifact_copy)
     assert ("programs/new/a.xla" in manifest.files) == (before is None)
-    assert unlisted(artifact_copy, manifest.files) == []
+    assert unlisted_files(artifact_copy, manifest.files) == []
 
 
 def test_who_ignores_it_goes_on_ignoring_it():
@@ -151,7 +151,8 @@ def test_who_ignores_it_goes_on_ignoring_it():
 
 def test_a_terminal_that_is_in_use_gets_python_s_own_exception():
     code = (
-        READY + "try:\n with interrupt.raising(): now()\nexcept KeyboardInterrupt: print('put right')\nnow()"
+        READY
+        + "try:\n with interrupt.raise_on_interrupt(): now()\nexcept KeyboardInterrupt: print('put right')\nnow()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
@@ -170,16 +171,16 @@ def test_a_host_keeps_its_own_handler():
     import precast.cli
     import precast.start  # noqa: F401
 
-    with interrupt.undoing(lambda: None):
+    with interrupt.on_interrupt(lambda: None):
         assert signal.getsignal(signal.SIGINT) is before
-    assert interrupt._UNDO == []
+    assert interrupt._CLEAN_UPS == []
 
 
 def test_a_second_one_does_not_stop_the_tidying(tmp_path):
     code = READY + (
         "import os, signal\n"
         "def undo():\n os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2); Path(sys.argv[1]).unlink()\n"
-        "with interrupt.undoing(undo): now()"
+        "with interrupt.on_interrupt(undo): now()"
     )
     (tmp_path / "file").write_text("")
     assert interrupted(code, tmp_path / "file") == (130, b"", WORD)
@@ -188,7 +189,7 @@ def test_a_second_one_does_not_stop_the_tidying(tmp_path):
 
 def test_what_cannot_be_undone_does_not_keep_the_rest_from_it(tmp_path):
     code = READY + (
-        "with interrupt.undoing(Path(sys.argv[1]).unlink), interrupt.undoing(lambda: 1 / 0): now()"
+        "with interrupt.on_interrupt(Path(sys.argv[1]).unlink), interrupt.on_interrupt(lambda: 1 / 0): now()"
     )
     (tmp_path / "file").write_text("")
     assert interrupted(code, tmp_path / "file") == (130, b"", WORD)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.files import cache_folder, make_own, sha256_of
-from precast.loaders.artifact.interrupt import undoing
+from precast.loaders.artifact.files import cache_folder, make_private, sha256_of
+from precast.loaders.artifact.interrupt import on_interrupt
 
 from .base import Source
 
@@ -72,11 +72,11 @@ def fetch(file: WheelFile, folder: Path) -> Path:
     if target.is_file() and sha256_of(target) == file.sha256:
         return target
     try:
-        make_own(folder)
+        make_private(folder)
         # Next to the target, so that the last step is a rename and a small /tmp does not matter.
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
-            undoing(partial(shutil.rmtree, temporary)),
+            on_interrupt(partial(shutil.rmtree, temporary)),
         ):
             unpacked = _unpack(file, _download(file, Path(temporary)))
             os.replace(unpacked, target)

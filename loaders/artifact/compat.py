@@ -54,7 +54,7 @@ def _cuda_mismatches(target: Target, machine: Machine) -> list[str]:
 
 
 def choose_target(
-    manifest: Manifest, machine: Machine, where: str, *, name: str | None, may_compile: bool
+    manifest: Manifest, machine: Machine, where: str, *, name: str | None, allow_compile: bool
 ) -> Target:
     """The best target among those that match the machine.
 
@@ -66,7 +66,7 @@ def choose_target(
         machine: to run on.
         where: what messages call the artifact.
         name: the target to take; None for the best.
-        may_compile: whether a target that must be compiled first will do. Where nothing else matches, those
+        allow_compile: whether a target that must be compiled first will do. Where nothing else matches, those
             with executables are compiled too, from their StableHLO.
 
     Raises:
@@ -74,17 +74,17 @@ def choose_target(
     """
     targets = _named(manifest.targets, name, where)
     candidates = [*targets]
-    if may_compile:
+    if allow_compile:
         candidates += [_to_compile(t) for t in targets if t.runtime == "pjrt" and _has_stablehlo(t)]
     wrong = {i: mismatches(target, machine) for i, target in enumerate(candidates)}
     for i, target in enumerate(candidates):
-        if target.runtime == "stablehlo" and not may_compile:
+        if target.runtime == "stablehlo" and not allow_compile:
             wrong[i].append("it must be compiled first (--compile does so)")
     fitting = [target for i, target in enumerate(candidates) if not wrong[i]]
     if fitting:
         return min(fitting, key=_preference)  # the first of several that are as good
     reasons = [f"target {t.name!r}: {', and '.join(wrong[i])}" for i, t in enumerate(candidates)]
-    advice = "" if may_compile else ", or compile from StableHLO with --compile"
+    advice = "" if allow_compile else ", or compile from StableHLO with --compile"
     raise PrecastError(
         f"{where}: no target runs here: {'; '.join(dict.fromkeys(reasons))}. Export on a machine like this one or"
         f" install what the target needs{advice}."

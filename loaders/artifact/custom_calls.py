@@ -19,7 +19,7 @@ _THUNK = re.compile(rb"\x82\x01[\x80-\xff]{0,4}[\x00-\x7f]\x08[\x00-\x08]\x12([\
 _NAME = re.compile(rb"(?!__)[A-Za-z_][A-Za-z0-9_.$]*")
 
 
-def called(executable: bytes) -> set[str]:
+def custom_calls_in(executable: bytes) -> set[str]:
     """Return the names of the custom calls in an executable of XLA's CPU client."""
     found = set()
     for pattern in (_HLO, _THUNK):
@@ -49,7 +49,7 @@ def check_calls(root: Path, target: Target, contents: Mapping[str, bytes], insta
         if target.runtime == "stablehlo":
             calls: Sequence[str] = [name for name in installed if name.encode() in data]
         else:
-            calls = sorted(called(data))
+            calls = sorted(custom_calls_in(data))
         if unlisted := [name for name in calls if name not in target.kernels]:
             raise PrecastError(
                 f"{root}: target {target.name!r}: program {program.name!r} calls {', '.join(unlisted)}, which the"

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from .errors import PrecastError
-from .interrupt import undoing
+from .interrupt import on_interrupt
 from .manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry
 
 _BLOCK = 1 << 20
@@ -37,7 +37,7 @@ def cache_folder() -> Path:
         ) from None
 
 
-def why_not_kept(name: str) -> str:
+def unwritable_reason(name: str) -> str:
     """Say why folder `name` of the cache folder cannot be written to, and the remedy, without a full stop."""
     if cache_problem(name) is not None:  # the warning was given before
         return f"the cache folder {cache_folder()} is not used"
@@ -51,7 +51,7 @@ class UntrustedCache(PrecastError):
     """The cache folder may have been written to by another user."""
 
 
-def own_cache(name: str) -> Path:
+def trusted_cache(name: str) -> Path:
     """Return a part of the cache folder that only this user and root can have written to.
 
     Raises:
@@ -67,7 +67,7 @@ def cache_problem(name: str) -> str | None:
     """Explain why precast ignores a part of the cache folder, and give the remedy; return None if it is safe to use.
 
     Check owner and mode of the folder and its parents, as ssh does for its own folder. A missing folder is safe,
-    because `make_own` makes it for this user alone.
+    because `make_private` makes it for this user alone.
     """
     try:
         folder = cache_folder()
@@ -114,19 +114,19 @@ def _untrusted(path: str, own: int) -> str | None:
     return _untrusted(real, len(real) - (len(path) - own)) if real != path else None
 
 
-def make_own(folder: Path) -> None:
+def make_private(folder: Path) -> None:
     """Make a part of the cache folder and its missing parents, accessible to this user alone.
 
     Raises:
         OSError: when the system refuses.
     """
     if not folder.is_dir():
-        make_own(folder.parent)
+        make_private(folder.parent)
         with suppress(FileExistsError):
             folder.mkdir(0o700)
 
 
-def parts_of(root: Path | str, name: str) -> tuple[str, ...]:
+def split_name(root: Path | str, name: str) -> tuple[str, ...]:
     """The folders and the file that a name of the artifact at `root` has, whether or not they are there.
 
     Raises:
@@ -142,14 +142,14 @@ def parts_of(root: Path | str, name: str) -> tuple[str, ...]:
     return parts
 
 
-def member(root: Path, name: str) -> Path:
+def member_path(root: Path, name: str) -> Path:
     """The path of a file of the artifact at `root`.
 
     Raises:
         PrecastError: for a name that is absolute, has ``..`` or odd parts, or is not a plain file below `root`
             reached without a symbolic link.
     """
-    parts, path = parts_of(root, name), root
+    parts, path = split_name(root, name), root
     for i, part in enumerate(parts):
         path = path / part
         try:
@@ -219,7 +219,7 @@ def read(root: Path, name: str, *, limit: int | None = None) -> bytes:
         PrecastError: when it is not there, cannot be read, or has more than `limit` bytes.
     """
     with _reading(root, name):
-        path = member(root, name)
+        path = member_path(root, name)
         if limit is not None and (size := path.stat().st_size) > limit:
             raise PrecastError(f"{path}: expected at most {limit} bytes, found {size}.")
         with open_plain(path) as file:
@@ -232,31 +232,31 @@ def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
     Raises:
         PrecastError: when the file is not what the manifest says.
     """
-    _check_size(root, name, entry, member(root, name).stat().st_size)
+    _check_size(root, name, entry, member_path(root, name).stat().st_size)
     data = read(root, name)
     _check_hash(root, name, entry, hashlib.sha256(data).hexdigest())
     return data
 
 
-def open_checked(root: Path, name: str, entry: FileEntry, *, force: bool) -> BinaryIO:
+def open_checked(root: Path, name: str, entry: FileEntry, *, rehash: bool) -> BinaryIO:
     """Opens a file too large to read whole at every start, and checks what it has opened.
 
-    A file that passed before and has kept its device, inode, size and times is not read again, unless `force`.
+    A file that passed before and has kept its device, inode, size and times is not read again, unless `rehash`.
 
     Raises:
         PrecastError: when the file is not what the manifest says.
     """
     with _reading(root, name), ExitStack() as cleanup:
-        file = cleanup.enter_context(open_plain(member(root, name)))
+        file = cleanup.enter_context(open_plain(member_path(root, name)))
         status = os.fstat(file.fileno())
         _check_size(root, name, entry, status.st_size)
         identity = _identity(status)
-        if force or _remembered(identity) != entry.sha256:
+        if rehash or _remembered(identity) != entry.sha256:
             digest = digest_of(file)
             _check_hash(root, name, entry, digest)
             _check_unchanged(str(root / name), file, status)
             # The file as it was before it was read: what changes it from then on makes it another.
-            _remember(identity, digest)
+            _record_hash(identity, digest)
         file.seek(0)
         cleanup.pop_all()
     return file
@@ -293,7 +293,7 @@ def _check_unchanged(name: str, file: BinaryIO | int, before: os.stat_result) ->
         )
 
 
-def check_file(
+def rehash_file(
     root: Path,
     name: str,
     entry: FileEntry,
@@ -313,16 +313,16 @@ def check_file(
     Raises:
         PrecastError: when the file is not what the manifest says.
     """
-    with _reading(root, name), open_plain(member(root, name)) as file:
+    with _reading(root, name), open_plain(member_path(root, name)) as file:
         status = os.fstat(file.fileno())
         _check_size(root, name, entry, status.st_size)
         digest = digest_of(file, report)
         _check_hash(root, name, entry, digest)
         if note:
-            _remember(_identity(status), digest)
+            _record_hash(_identity(status), digest)
 
 
-def unlisted(root: Path, listed: Iterable[str]) -> list[str]:
+def unlisted_files(root: Path, listed: Iterable[str]) -> list[str]:
     """Names of what lies in the artifact's folder beside the files listed, the manifest and its signature.
 
     Links are named whatever they lead to, and are not followed. Folders are named where nothing is in them.
@@ -348,20 +348,20 @@ def unlisted(root: Path, listed: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def remember(path: Path, digest: str) -> None:
+def record_hash(path: Path, digest: str) -> None:
     """Notes that the file at `path` has this sha256. Where that cannot be written, it is hashed again next time."""
-    _remember(_identity(path.stat()), digest)
+    _record_hash(_identity(path.stat()), digest)
 
 
-def _remember(identity: str, digest: str) -> None:
+def _record_hash(identity: str, digest: str) -> None:
     with suppress(OSError, PrecastError):
         record = _record_of(identity)
-        make_own(record.parent)
-        forget_old(record.parent)
+        make_private(record.parent)
+        remove_old(record.parent)
         write_atomically(record, json.dumps({"sha256": digest}).encode())
 
 
-def forget_old(folder: Path) -> None:
+def remove_old(folder: Path) -> None:
     """Removes notes of the cache folder that were written more than half a year ago."""
     oldest = time.time() - _NOTES_KEPT_S
     for note in folder.iterdir():
@@ -375,7 +375,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     import tempfile  # 2 ms that a start which only reads does not need
 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with undoing(partial(os.unlink, temporary)):
+    with on_interrupt(partial(os.unlink, temporary)):
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -393,7 +393,7 @@ def _identity(status: os.stat_result) -> str:
 
 
 def _record_of(identity: str) -> Path:
-    return own_cache("verified") / f"{identity}.json"
+    return trusted_cache("verified") / f"{identity}.json"
 
 
 def _remembered(identity: str) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from .errors import PrecastError
-from .interrupt import undoing
+from .interrupt import on_interrupt
 from .manifest import MANIFEST_FILE
 
 # Every temporary folder contains this file. Only folders with it, and with a name of the form below, are removed.
@@ -47,7 +47,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_free(path, overwrite)
     made = temporary_name(path.parent, path.name)
-    with undoing(partial(shutil.rmtree, made, ignore_errors=True)):
+    with on_interrupt(partial(shutil.rmtree, made, ignore_errors=True)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path.parent, path.name)

@@ -2,14 +2,14 @@
 
 The handler raises no exception, because one could surface anywhere: in a half-done import, in a destructor that
 swallows it, or in a callback of compiled code that crashes. Instead, a block that could leave something behind
-registers its clean-up with `undoing`; the handler runs the clean-ups and ends the process. `raising` restores Python's
-own KeyboardInterrupt where the terminal must be reset, as after typing a password.
+registers its clean-up with `on_interrupt`; the handler runs the clean-ups and ends the process. `raise_on_interrupt`
+restores Python's own KeyboardInterrupt where the terminal must be reset, as after typing a password.
 
 Python runs signal handlers between two bytecode instructions. The main thread may spend minutes inside a compiler or a
 program; a second thread waits for the signal and does the handler's work then.
 
 This module is imported first and imports almost nothing, so that it is active from nearly the start. In a host process
-no handler is installed, and `undoing` does nothing.
+no handler is installed, and `on_interrupt` has no effect.
 """
 
 import _thread
@@ -29,7 +29,7 @@ INTERRUPTED = 130
 # Seconds that the main thread has to reach its handler.
 _PATIENCE_S = 1.0
 # A process has one handler per signal, and so one list of clean-ups.
-_UNDO: "list[Callable[[], object]]" = []
+_CLEAN_UPS: "list[Callable[[], object]]" = []
 _RAISING: "list[object]" = []
 # Signals that the main thread has handled.
 _HANDLED: "list[int]" = []
@@ -37,26 +37,26 @@ _HANDLED: "list[int]" = []
 _ENDING = _thread.RLock()
 
 
-class undoing:
-    """Run `undo` if the process is interrupted while the block runs.
+class on_interrupt:
+    """Run `clean_up` if the process is interrupted while the block runs.
 
     Args:
-        undo: may be called at any moment, even just before the block begins or just after it ends.
+        clean_up: a call that is safe at any moment, even just before the block begins or just after it ends.
     """
 
-    def __init__(self, undo: "Callable[[], object]") -> None:
-        self._undo = undo
+    def __init__(self, clean_up: "Callable[[], object]") -> None:
+        self._clean_up = clean_up
 
     def __enter__(self) -> None:
-        _UNDO.append(self._undo)
+        _CLEAN_UPS.append(self._clean_up)
 
     def __exit__(
         self, _: "type[BaseException] | None", __: "BaseException | None", ___: "TracebackType | None"
     ) -> None:
-        _UNDO.remove(self._undo)
+        _CLEAN_UPS.remove(self._clean_up)
 
 
-class raising:
+class raise_on_interrupt:
     """Raise KeyboardInterrupt on Ctrl-C while the block runs, as Python does."""
 
     def __enter__(self) -> None:
@@ -96,10 +96,10 @@ def ignore() -> None:
 
 def end() -> "NoReturn":
     """Run the clean-ups, print the word, and end the process."""
-    # Once: if the main thread reaches its handler after all, it waits here for the end.
+    # If the main thread reaches its handler after all, it waits here until the process ends.
     _ENDING.acquire()
     # `ignore` works in the main thread only. If a clean-up fails, the next command removes the remains.
-    for step in (ignore, *reversed(_UNDO)):
+    for step in (ignore, *reversed(_CLEAN_UPS)):
         try:
             step()
         except BaseException:

@@ -123,10 +123,10 @@ def cpu_features() -> tuple[str, ...]:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return ()
-    return features_of(text)
+    return parse_cpu_features(text)
 
 
-def features_of(cpuinfo: str) -> tuple[str, ...]:
+def parse_cpu_features(cpuinfo: str) -> tuple[str, ...]:
     """Return the features in the contents of /proc/cpuinfo."""
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import PrecastError
 from .frozen import Frozen
 from .record import from_json, parse_json
-from .upgrade import UPGRADES, upgraded
+from .upgrade import UPGRADES, upgrade
 
 FORMAT_VERSION = 5
 MANIFEST_FILE = "manifest.json"
@@ -323,7 +323,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     """
     value = parse_json(data, where)
     _check_version(value, where)
-    manifest = from_json(Manifest, upgraded(value, where), where)
+    manifest = from_json(Manifest, upgrade(value, where), where)
     _check_files(manifest, where)
     _check_geometry(manifest, where)
     names = Counter(target.name for target in manifest.targets)

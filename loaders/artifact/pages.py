@@ -9,10 +9,10 @@ import mmap
 from contextlib import suppress
 from typing import BinaryIO
 
-HUGE = 2 << 20
+HUGE_PAGE = 2 << 20
 
 
-class HugeWriter:
+class HugePageWriter:
     """Writes a file of known size in any order.
 
     Args:
@@ -23,7 +23,7 @@ class HugeWriter:
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
         self._begun: set[int] = set()
-        self._zeros = bytes(min(HUGE, size))
+        self._zeros = bytes(min(HUGE_PAGE, size))
 
     def write(self, at: int, data: bytes | memoryview) -> None:
         """Writes bytes at an offset.
@@ -31,10 +31,10 @@ class HugeWriter:
         Raises:
             OSError: when the disk does not take them.
         """
-        for page in range(at // HUGE, -(-(at + len(data)) // HUGE)):
-            begin = page * HUGE
+        for page in range(at // HUGE_PAGE, -(-(at + len(data)) // HUGE_PAGE)):
+            begin = page * HUGE_PAGE
             # What covers a huge page makes one itself; for a part of one, zeros make it first.
-            whole = at <= begin and begin + HUGE <= at + len(data)
+            whole = at <= begin and begin + HUGE_PAGE <= at + len(data)
             if page not in self._begun and not whole:
                 self._file.seek(begin)
                 self._file.write(self._zeros[: self._size - begin])
@@ -43,7 +43,7 @@ class HugeWriter:
         self._file.write(data)
 
 
-def prefer_huge(mapping: mmap.mmap, begin: int, end: int) -> None:
+def advise_huge_pages(mapping: mmap.mmap, begin: int, end: int) -> None:
     """Asks that what of a range is not in memory yet be read from disk in huge pages."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
         begin -= begin % mmap.PAGESIZE

@@ -24,7 +24,7 @@ _SAMPLING_5: Mapping[str, Any] = {
 }
 
 
-def upgraded(value: dict[str, Any], where: str) -> dict[str, Any]:
+def upgrade(value: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a manifest of any supported version in the present version.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 
 from .errors import PrecastError
 from .frozen import Frozen
-from .pages import HugeWriter, prefer_huge
+from .pages import HugePageWriter, advise_huge_pages
 from .record import parse_json
 
 ALIGNMENT = 64
@@ -114,7 +114,7 @@ def write_weights(path: Path, specs: Sequence[TensorSpec], pieces: Iterable[tupl
     ordered = _in_file_order(specs)
     header = _header(ordered)
     with path.open("x+b") as file:
-        writer = HugeWriter(file, len(header) + sum(spec.bytes for spec in ordered))
+        writer = HugePageWriter(file, len(header) + sum(spec.bytes for spec in ordered))
         writer.write(0, header)
         _write_pieces(writer, len(header), ordered, pieces)
         # Only now: what is written in any order can be hashed in one order alone.
@@ -123,7 +123,7 @@ def write_weights(path: Path, specs: Sequence[TensorSpec], pieces: Iterable[tupl
 
 
 def _write_pieces(
-    writer: HugeWriter, start: int, specs: Sequence[TensorSpec], pieces: Iterable[tuple[str, np.ndarray]]
+    writer: HugePageWriter, start: int, specs: Sequence[TensorSpec], pieces: Iterable[tuple[str, np.ndarray]]
 ) -> None:
     begins = dict(
         zip((s.name for s in specs), accumulate((s.bytes for s in specs), initial=start), strict=False)
@@ -179,7 +179,7 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     for name, _, _, begin, end in entries:
         # Beside an output head of its own, of an embedding only the prompt's rows are read, each somewhere else.
         if end > begin and not (name.startswith(_EMBEDDING) and _HEAD in header):
-            prefer_huge(mapping, start + begin, start + end)
+            advise_huge_pages(mapping, start + begin, start + end)
     return {
         name: np.frombuffer(mapping, dtype, prod(shape), start + begin).reshape(shape)
         for name, dtype, shape, begin, _ in entries

@@ -169,9 +169,11 @@ def _choice(
 ) -> Target | None:
     """The target that `load` would take, by the loader's own rule."""
     if (target is not None and target not in {t.name for t in manifest.targets}) or not manifest.targets:
-        compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)  # which refuses
+        compat.choose_target(
+            manifest, machine, str(root), name=target, allow_compile=compile
+        )  # which refuses
     try:
-        return compat.choose_target(manifest, machine, str(root), name=target, may_compile=compile)
+        return compat.choose_target(manifest, machine, str(root), name=target, allow_compile=compile)
     except PrecastError:
         return None
 

@@ -205,7 +205,7 @@ def _weights(before: Path, a: Manifest, after: Path, b: Manifest, report: Report
 
 
 def _tensors(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
-    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], force=False) as file:
+    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], rehash=False) as file:
         return map_weights(file)
 
 

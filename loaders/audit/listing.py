@@ -126,12 +126,12 @@ def _listed(folder: Path, key: Path | None) -> Listed | None:
 def _runs(folder: Path, manifest: Manifest, machine: Machine) -> tuple[str | None, bool, str | None]:
     """Return the target that runs here, True if one runs once compiled, and the reason why none runs directly."""
     try:
-        chosen = compat.choose_target(manifest, machine, str(folder), name=None, may_compile=False)
+        chosen = compat.choose_target(manifest, machine, str(folder), name=None, allow_compile=False)
         return chosen.name, True, None
     except PrecastError as error:
         reason = str(error)
     try:
-        compat.choose_target(manifest, machine, str(folder), name=None, may_compile=True)
+        compat.choose_target(manifest, machine, str(folder), name=None, allow_compile=True)
     except PrecastError:
         return None, False, reason
     return None, True, reason

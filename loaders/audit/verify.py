@@ -74,14 +74,14 @@ def check_files(root: Path, manifest: Manifest, report: Report) -> Files:
 
     for name, entry in sorted(manifest.files.items()):
         try:
-            files.check_file(root, name, entry, read)
+            files.rehash_file(root, name, entry, read)
         except PrecastError as error:
             problems.append(str(error))
     return Files(
         checked=len(manifest.files),
         bytes=total,
         problems=tuple(problems),
-        unlisted=tuple(files.unlisted(root, manifest.files)),
+        unlisted=tuple(files.unlisted_files(root, manifest.files)),
     )
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ..artifact.errors import PrecastError, printable
-from ..artifact.files import forget_old, make_own, own_cache, why_not_kept, write_atomically
+from ..artifact.files import make_private, remove_old, trusted_cache, unwritable_reason, write_atomically
 from ..artifact.machine import Machine
 from .compiler import compile_programs
 
@@ -90,12 +90,12 @@ def _compile(
     compiled = compile_programs(programs, where, log=log)
     kept = [_write(code, machine, compiled[name].executable) for name, code in programs]
     if not all(kept):
-        log(f"{where}: will be compiled again at the next start, because {why_not_kept(_FOLDER)}.")
+        log(f"{where}: will be compiled again at the next start, because {unwritable_reason(_FOLDER)}.")
     return {name: c.executable for name, c in compiled.items()}
 
 
 def _folder() -> Path:
-    return own_cache(_FOLDER)
+    return trusted_cache(_FOLDER)
 
 
 def _entry(stablehlo: bytes, machine: Machine) -> Path:
@@ -116,8 +116,8 @@ def _read(stablehlo: bytes, machine: Machine) -> bytes | None:
 def _write(stablehlo: bytes, machine: Machine, executable: bytes) -> bool:
     with suppress(OSError, PrecastError):
         entry = _entry(stablehlo, machine)
-        make_own(entry.parent)
-        forget_old(entry.parent)
+        make_private(entry.parent)
+        remove_old(entry.parent)
         write_atomically(entry, hashlib.sha256(executable).digest() + executable)
         return True
     return False

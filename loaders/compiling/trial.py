@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifact.errors import PrecastError
-from ..artifact.files import forget_old, make_own, own_cache, why_not_kept, write_atomically
+from ..artifact.files import make_private, remove_old, trusted_cache, unwritable_reason, write_atomically
 from ..artifact.machine import Machine
 from ..artifact.manifest import WEIGHTS_FILE, Manifest, Target
 
@@ -73,7 +73,7 @@ def ensure(
     if not remember(manifest, target, machine):
         log(
             f"{root}: tried in a process of its own first ({time.perf_counter() - started:.1f} s), as it will be at"
-            f" every start: {why_not_kept(_FOLDER)}."
+            f" every start: {unwritable_reason(_FOLDER)}."
         )
 
 
@@ -87,8 +87,8 @@ def remember(manifest: Manifest, target: Target, machine: Machine) -> bool:
     """Notes that a target runs on this machine. False where the note cannot be written."""
     with suppress(OSError, PrecastError):
         record = _record(manifest, target, machine)
-        make_own(record.parent)
-        forget_old(record.parent)
+        make_private(record.parent)
+        remove_old(record.parent)
         write_atomically(record, b"")
         return True
     return False
@@ -108,7 +108,7 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
     used = {WEIGHTS_FILE, *programs, *_below(folders, manifest.files)}
     digests = [(name, manifest.files[name].sha256) for name in sorted(used)]
     said = (digests, target, manifest.cache, manifest.context, manifest.slots, manifest.buckets, machine)
-    return own_cache(_FOLDER) / hashlib.sha256(repr(said).encode()).hexdigest()
+    return trusted_cache(_FOLDER) / hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
-from ..artifact.interrupt import raising
+from ..artifact.interrupt import raise_on_interrupt
 from .clock import process_age
 from .terminal import escaped, harmless_pieces
 
@@ -105,7 +105,7 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
     if interactive:
         from .chat import converse
 
-        with raising():  # KeyboardInterrupt ends an answer and resets the terminal
+        with raise_on_interrupt():  # KeyboardInterrupt ends an answer and resets the terminal
             converse(model, params, request.system, stats=request.stats, literal=request.literal)
         return
     stream = _stream(model, request, _read_prompt(request), params)

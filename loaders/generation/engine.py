@@ -17,7 +17,7 @@ from ..artifact.weights import numpy_dtype
 from ..runtime.interface import Buffer, Client, Executable
 
 
-class Step:
+class StepOutput:
     """What a call gives for each of its sequences.
 
     Attributes:
@@ -151,7 +151,7 @@ class Engine:
 
     def prefill(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex = 0, slot: SupportsIndex = 0
-    ) -> Step:
+    ) -> StepOutput:
         """Runs a prompt through the smallest bucket that holds it, or through the largest in chunks.
 
         Args:
@@ -184,7 +184,7 @@ class Engine:
         program = next(p for t, p in self._prefills if t >= len(chunk))
         return program({"tokens": chunk, "length": len(chunk), "start": start, "slot": slot}, cache)
 
-    def decode(self, tokens: Sequence[int], positions: Sequence[int], cache: KVCache) -> Step:
+    def decode(self, tokens: Sequence[int], positions: Sequence[int], cache: KVCache) -> StepOutput:
         """Runs one token of every slot.
 
         Args:
@@ -205,10 +205,10 @@ class Engine:
         self._unchanged()
         return self._step(self._decode({"tokens": tokens, "positions": positions}, cache))
 
-    def logits(self, step: Step) -> np.ndarray:
+    def logits(self, step: StepOutput) -> np.ndarray:
         """The step's logits ``[R, V]`` as a view."""
         return self._client.get(step.logits)
 
-    def _step(self, results: Mapping[str, Buffer]) -> Step:
+    def _step(self, results: Mapping[str, Buffer]) -> StepOutput:
         self._unchanged()
-        return Step(self._client.get(results["token"]), results["logits"])
+        return StepOutput(self._client.get(results["token"]), results["logits"])

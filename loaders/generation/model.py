@@ -12,7 +12,7 @@ from ..text.tokenizer import Tokenizer
 from .engine import Engine
 from .sampling import Sampler, SamplingParams
 from .stopping import StopStrings
-from .stream import Completion, Progress, Stream, pieces
+from .stream import Completion, GenerationState, Stream, pieces
 
 Message = Mapping[str, object]
 Prompt = str | Sequence[int]
@@ -150,11 +150,11 @@ class Model:
 
     def _started(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
         limit = params.limit(len(prompt), self.engine.context - len(prompt))
-        progress = Progress()
+        state = GenerationState()
         ends: Set[int] = frozenset() if params.ignore_eos else self.eos_token_ids
         decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
-        found = pieces(partial(self._tokens, prompt, params, limit), decoder, stops, ends, progress)
-        return Stream(found, prompt, progress)
+        found = pieces(partial(self._tokens, prompt, params, limit), decoder, stops, ends, state)
+        return Stream(found, prompt, state)
 
     def _tokens(self, prompt: Sequence[int], params: SamplingParams, limit: int) -> Iterator[int]:
         """Yield at most `limit` generated ids."""

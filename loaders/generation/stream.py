@@ -47,7 +47,7 @@ class Completion(Frozen):
     timing: Timing
 
 
-class Progress:
+class GenerationState:
     """The state of one generation.
 
     Attributes:
@@ -104,7 +104,7 @@ def pieces(
     decoder: TextStream,
     stops: StopStrings,
     ends: Set[int],
-    progress: Progress,
+    state: GenerationState,
 ) -> Generator[str, None, None]:
     """Yield the text of a generation.
 
@@ -113,29 +113,29 @@ def pieces(
         decoder: converts ids to text.
         stops: the stop strings.
         ends: ids that end the generation.
-        progress: updated with each token.
+        state: updated with each token.
     """
-    if progress.closing:  # by a task that was cancelled before the first step
+    if state.closing:  # by a task that was cancelled before the first step
         return
-    progress.begin()
+    state.begin()
     for token in tokens():
-        progress.add(token)
+        state.add(token)
         if token in ends:
-            progress.reason = "stop"
+            state.reason = "stop"
             break
         piece, stopped = stops.push(decoder.push(token))
-        yield from progress.give(piece)
+        yield from state.give(piece)
         if stopped:
-            progress.reason = "stop"
+            state.reason = "stop"
             return
-        if progress.closing:
+        if state.closing:
             return
     else:
-        progress.reason = "length"
+        state.reason = "length"
     tail, stopped = stops.push(decoder.finish())
     if stopped:
-        progress.reason = "stop"
-    yield from progress.give(tail if stopped else tail + stops.flush())
+        state.reason = "stop"
+    yield from state.give(tail if stopped else tail + stops.flush())
 
 
 class Stream(Iterator[str], AsyncIterator[str]):
@@ -154,9 +154,9 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     # The generator must not refer to the stream: a cycle would keep the cache until the next garbage collection.
     def __init__(
-        self, pieces: Generator[str, None, None], prompt_ids: Sequence[int], progress: Progress
+        self, pieces: Generator[str, None, None], prompt_ids: Sequence[int], state: GenerationState
     ) -> None:
-        self._pieces, self._prompt, self._progress = pieces, tuple(prompt_ids), progress
+        self._pieces, self._prompt, self._state = pieces, tuple(prompt_ids), state
         self._lock = RLock()
 
     def __iter__(self) -> Self:
@@ -176,7 +176,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     def close(self) -> None:
         """End the generation and free its cache; do nothing if called again."""
-        self._progress.closing = True
+        self._state.closing = True
         with self._lock:
             self._pieces.close()
 
@@ -193,7 +193,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         The `finish_reason` of a stream that has not come to its end is "unfinished".
         """
         with self._lock:
-            return self._progress.completion(self._prompt)
+            return self._state.completion(self._prompt)
 
     def __aiter__(self) -> Self:
         return self
@@ -204,7 +204,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         try:
             piece = await asyncio.to_thread(next, self, _END)
         except asyncio.CancelledError:
-            self._progress.closing = True
+            self._state.closing = True
             raise
         if piece is _END:
             raise StopAsyncIteration
@@ -222,5 +222,5 @@ class Stream(Iterator[str], AsyncIterator[str]):
         """Do as `close`, without blocking the event loop."""
         import asyncio
 
-        self._progress.closing = True
+        self._state.closing = True
         await asyncio.to_thread(self.close)

@@ -156,7 +156,7 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
             f" program, found {', '.join(map(str, sorted(map(str, named))))}; export the model again."
         )
     # Before the folder is looked into: its name may lead elsewhere, by itself or by a link.
-    files.member(root, executable)
+    files.member_path(root, executable)
     inside = first.parent.as_posix()
     listed = {name for name in entries if name.startswith(f"{inside}/")}
     for name in sorted(set(_files_below(root, inside)) | listed):
@@ -165,7 +165,7 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
                 f"{root}: file {name!r} is not listed in the manifest, and TensorFlow would read it; remove it, or copy"
                 " or export the artifact again."
             )
-        files.open_checked(root, name, entries[name], force=verify).close()
+        files.open_checked(root, name, entries[name], rehash=verify).close()
     return root / inside
 
 

@@ -40,7 +40,7 @@ def folder() -> Path:
     Raises:
         PrecastError: others may write to it, so it is unsafe for pulling.
     """
-    return files.own_cache("pulled")
+    return files.trusted_cache("pulled")
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def has_piece(piece: Piece) -> bool:
 def save_piece(piece: Piece, data: bytes) -> None:
     path = folder() / piece.path
     with keeping():
-        files.make_own(path.parent)
+        files.make_private(path.parent)
         files.write_atomically(path, data)
 
 
@@ -128,7 +128,7 @@ def checked_with(path: Path) -> tuple[str, str] | None:
     with suppress(OSError, ValueError, KeyError, TypeError, PrecastError):
         note = json.loads((folder() / "folders" / _note_of(path)).read_bytes())
         key, manifest = note["key"], note["index"]["manifest"]
-        if key != UNSIGNED and files.sha256_of(files.member(path, MANIFEST_FILE)) == manifest:
+        if key != UNSIGNED and files.sha256_of(files.member_path(path, MANIFEST_FILE)) == manifest:
             return key, manifest
     return None
 
@@ -141,7 +141,7 @@ def places(wanted: Mapping[str, Piece]) -> dict[str, _Place]:
             at = 0
             for piece in file.pieces:
                 if piece.sha256 in wanted:
-                    found.setdefault(piece.sha256, (root.joinpath(*files.parts_of(root, name)), at))
+                    found.setdefault(piece.sha256, (root.joinpath(*files.split_name(root, name)), at))
                 at += piece.bytes
     return found
 
@@ -190,7 +190,7 @@ def _write_note(kind: str, name: str, text: str) -> None:
     # Without the note something is fetched again, no more.
     with suppress(OSError):
         path = folder() / kind / name
-        files.make_own(path.parent)
+        files.make_private(path.parent)
         files.write_atomically(path, text.encode())
 
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from ..artifact.errors import PrecastError
-from ..artifact.files import open_plain, parts_of
+from ..artifact.files import open_plain, split_name
 from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry, Manifest
 from ..artifact.record import MAX_JSON_BYTES, from_json, parse_json
 from ..signing import MAX_SIGNATURE_BYTES
@@ -96,7 +96,7 @@ def parse_index(data: bytes, where: str) -> Index:
 
 
 def _check_file(name: str, file: StoredFile, where: str) -> None:
-    parts_of(where, name)
+    split_name(where, name)
     if not all(_SHA256.fullmatch(digest) for digest in (file.sha256, *(p.sha256 for p in file.pieces))):
         raise PrecastError(f"{where}: file {name!r}: expected sha256 as 64 hex digits, found something else.")
     if not all(1 <= piece.bytes <= MOST_PIECE_BYTES for piece in file.pieces):

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..artifact import files, folders
 from ..artifact.errors import PrecastError
 from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
-from ..artifact.pages import HugeWriter
+from ..artifact.pages import HugePageWriter
 from ..artifact.record import MAX_JSON_BYTES
 from ..signing import check_bytes, fingerprint, signed_digest
 from . import cache
@@ -121,7 +121,7 @@ def _fill_cache(store: Store, index: Index, root: Path, key: Path | None, holder
             return
         if not (root / MANIFEST_FILE).exists():
             shutil.rmtree(root, ignore_errors=True)
-        files.make_own(root.parent)
+        files.make_private(root.parent)
         fetched += _receive(store, index, root, holder, overwrite=True, progress=None)
     size = sum(piece.bytes for piece in fetched)
     log(f"{store}: pulled {size / 1e6:,.1f} MB into {root}")
@@ -184,7 +184,7 @@ def _has_sizes(root: Path, index: Index) -> bool:
     try:
         manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
         return hashlib.sha256(manifest).hexdigest() == index.manifest and all(
-            files.member(root, name).stat().st_size == file.bytes
+            files.member_path(root, name).stat().st_size == file.bytes
             for name, file in index.files.items()
             if name != SIGNATURE_FILE
         )
@@ -200,7 +200,7 @@ def _is_whole(root: Path, index: Index) -> bool:
         for name, file in index.files.items():
             if name not in (MANIFEST_FILE, SIGNATURE_FILE):
                 entry = FileEntry(bytes=file.bytes, sha256=file.sha256)
-                files.open_checked(root, name, entry, force=False).close()
+                files.open_checked(root, name, entry, rehash=False).close()
     except PrecastError:
         return False
     return True
@@ -212,7 +212,7 @@ def _is_there(root: Path, index: Index, manifest: bytes) -> bool:
         return False
     listed = parse_manifest(manifest, str(root)).files
     try:
-        return all(files.sha256_of(files.member(root, n)) == entry.sha256 for n, entry in listed.items())
+        return all(files.sha256_of(files.member_path(root, n)) == entry.sha256 for n, entry in listed.items())
     except (OSError, PrecastError):
         return False
 
@@ -272,8 +272,8 @@ def _receive(
             report(done, total)
     with folders.new_folder(root, overwrite=overwrite) as temporary:
         for name, file in index.files.items():
-            _write(store, file, temporary.joinpath(*files.parts_of(root, name)), name)
-    files.remember(root / WEIGHTS_FILE, index.files[WEIGHTS_FILE].sha256)
+            _write(store, file, temporary.joinpath(*files.split_name(root, name)), name)
+    files.record_hash(root / WEIGHTS_FILE, index.files[WEIGHTS_FILE].sha256)
     # First that these pieces are here, then away with their copies: another pull finds them at any moment.
     cache.note_folder(root, index, holder)
     cache.drop_pieces(index)
@@ -302,7 +302,7 @@ def _write(store: Store, file: StoredFile, path: Path, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with path.open("xb") as out:
-        writer, at = HugeWriter(out, file.bytes), 0
+        writer, at = HugePageWriter(out, file.bytes), 0
         for piece in file.pieces:
             data, _ = _obtain(store, piece)
             digest.update(data)
@@ -337,7 +337,7 @@ def _check_room(store: Store, index: Index, root: Path) -> None:
 def _renew_signature(store: Store, index: Index, root: Path, key: Path | None, log: _Log) -> None:
     """An artifact may be signed after it was pulled first. What does not hold replaces nothing, and is said."""
     with suppress(OSError, PrecastError):
-        if files.sha256_of(files.member(root, SIGNATURE_FILE)) == index.files[SIGNATURE_FILE].sha256:
+        if files.sha256_of(files.member_path(root, SIGNATURE_FILE)) == index.files[SIGNATURE_FILE].sha256:
             return
     try:
         manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
@@ -368,7 +368,7 @@ def _alone(root: Path, log: _Log) -> Iterator[None]:
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()
     path = cache.folder() / "locks" / name
     with cache.keeping():
-        files.make_own(path.parent)
+        files.make_private(path.parent)
         file = path.open("w")
     with file:
         # A file system without locks: then each fetches, and all but the first find that it is there.

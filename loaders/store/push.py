@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..artifact.errors import PrecastError
-from ..artifact.files import member, open_plain, read
+from ..artifact.files import member_path, open_plain, read
 from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
 from ..artifact.record import MAX_JSON_BYTES
 from ..locate import find_artifact
@@ -116,7 +116,7 @@ def _cut_all(
 
 def _cut(root: Path, content: _Content) -> Iterator[tuple[Piece, bytes]]:
     """The pieces of a file, which is compared with the manifest when its end is reached."""
-    path, size = member(root, content.name), content.entry.bytes
+    path, size = member_path(root, content.name), content.entry.bytes
     starts = tensor_starts(path) if content.name == WEIGHTS_FILE else []
     digest = hashlib.sha256()
     with open_plain(path) if content.data is None else io.BytesIO(content.data) as file:

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from ..artifact.errors import PrecastError
 from ..artifact.files import open_plain
-from ..artifact.interrupt import undoing
+from ..artifact.interrupt import on_interrupt
 
 Result = TypeVar("Result")
 
@@ -122,7 +122,7 @@ class Store:
         # Object stores show a file when it is whole; a folder does so for one that is renamed.
         self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
         temporary = Path(f"{path}.{token_hex(6)}.partial")
-        with undoing(temporary.unlink):
+        with on_interrupt(temporary.unlink):
             try:
                 temporary.write_bytes(data)
                 os.replace(temporary, path)  # fsspec's `mv` would move into an existing folder of that name

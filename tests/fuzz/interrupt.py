@@ -178,7 +178,7 @@ def _lines_of_ours(said: str) -> list[str]:
 def check(command: Command) -> str | None:
     """List faults in a command's result: it must be whole or absent, with nothing beside it."""
     from precast.loaders.artifact.errors import PrecastError
-    from precast.loaders.artifact.files import unlisted
+    from precast.loaders.artifact.files import unlisted_files
     from precast.loaders.audit.verify import check_files
     from precast.loaders.locate import read_manifest
 
@@ -192,7 +192,7 @@ def check(command: Command) -> str | None:
     try:
         manifest = read_manifest(made)
         problems = check_files(made, manifest, lambda *_: None).problems
-        return "; ".join((*problems, *unlisted(made, manifest.files))) or None
+        return "; ".join((*problems, *unlisted_files(made, manifest.files))) or None
     except PrecastError as error:
         return str(error)
 

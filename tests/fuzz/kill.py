@@ -128,11 +128,11 @@ def check(command: Command) -> None:
 
 def leftovers(command: Command) -> list[str]:
     """What stands beside an artifact, or in it without being listed, after a command has ended well."""
-    from precast.loaders.artifact.files import unlisted
+    from precast.loaders.artifact.files import unlisted_files
     from precast.loaders.locate import read_manifest
 
     beside = [p.name for p in command.artifact.parent.iterdir() if p != command.artifact]
-    return beside + unlisted(command.artifact, read_manifest(command.artifact).files)
+    return beside + unlisted_files(command.artifact, read_manifest(command.artifact).files)
 
 
 def kill(command: Command, kills: int, random: Random, log: Path) -> tuple[Counter[str], list[str]]:

@@ -44,9 +44,9 @@ PORTABLE = dataclasses.replace(
 )
 
 
-def choose(*targets, machine=MACHINE, name=None, may_compile=False):
+def choose(*targets, machine=MACHINE, name=None, allow_compile=False):
     manifest = SimpleNamespace(targets=targets)
-    return choose_target(manifest, machine, "art", name=name, may_compile=may_compile)
+    return choose_target(manifest, machine, "art", name=name, allow_compile=allow_compile)
 
 
 def refusal(*targets, **options) -> str:
@@ -124,15 +124,15 @@ def test_executables_go_before_a_savedmodel_and_that_before_compiling():
     able = dataclasses.replace(MACHINE, tensorflow=True)
     for targets in permutations((PORTABLE, SAVED, NARROWER)):
         assert choose(*targets, machine=dataclasses.replace(able, features=("sse4.2",))) is NARROWER
-        assert choose(*targets, machine=able, may_compile=True) is SAVED
-        assert choose(*targets, may_compile=True).runtime == "stablehlo"
+        assert choose(*targets, machine=able, allow_compile=True) is SAVED
+        assert choose(*targets, allow_compile=True).runtime == "stablehlo"
 
 
 def test_what_holds_no_stablehlo_is_not_compiled():
     program = SimpleNamespace(stablehlo=None)
     bare = dataclasses.replace(COMPILED, jaxlib="9.9", programs=(program,))
-    assert "it is compiled by jaxlib 9.9" in refusal(bare, may_compile=True)
-    assert choose(bare, PORTABLE, may_compile=True) is PORTABLE
+    assert "it is compiled by jaxlib 9.9" in refusal(bare, allow_compile=True)
+    assert choose(bare, PORTABLE, allow_compile=True) is PORTABLE
 
 
 def test_stablehlo_is_never_compiled_unasked():
@@ -140,20 +140,20 @@ def test_stablehlo_is_never_compiled_unasked():
     message = refusal(wrong, PORTABLE)
     assert "target 'cpu-x86_64-avx2': it is compiled by jaxlib 9.9, installed is 0.10.1" in message
     assert "target 'portable': it must be compiled first (--compile does so)" in message
-    assert choose(wrong, PORTABLE, may_compile=True).name == COMPILED.name
+    assert choose(wrong, PORTABLE, allow_compile=True).name == COMPILED.name
 
 
 def test_what_was_compiled_elsewhere_is_compiled_here_before_what_is_portable():
     wrong = dataclasses.replace(COMPILED, jaxlib="9.9", machine="riscv64", cpu_features=("warp",))
-    chosen = choose(wrong, PORTABLE, may_compile=True)
+    chosen = choose(wrong, PORTABLE, allow_compile=True)
     assert (chosen.name, chosen.runtime) == (COMPILED.name, "stablehlo")
     assert mismatches(chosen, MACHINE) == []
     # Kernels that are not there cannot be compiled either.
     other_abi = dataclasses.replace(wrong, kernel_abi=COMPILED.kernel_abi + 1)
-    assert choose(other_abi, PORTABLE, may_compile=True).name == PORTABLE.name
+    assert choose(other_abi, PORTABLE, allow_compile=True).name == PORTABLE.name
     # An executable that fits goes before compiling, even where compiling is allowed.
-    assert choose(PORTABLE, may_compile=True) == PORTABLE
-    assert choose(COMPILED, PORTABLE, may_compile=True) is COMPILED
+    assert choose(PORTABLE, allow_compile=True) == PORTABLE
+    assert choose(COMPILED, PORTABLE, allow_compile=True) is COMPILED
 
 
 def test_a_named_target_is_taken_or_refused_but_never_replaced():

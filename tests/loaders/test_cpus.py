@@ -14,7 +14,7 @@ from jaxlib import cpu_feature_guard
 
 from precast.loaders.artifact import compat
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.machine import Machine, features_of
+from precast.loaders.artifact.machine import Machine, parse_cpu_features
 from precast.loaders.artifact.manifest import Target
 from precast.loaders.audit.check import _isa
 from precast.loaders.compiling import isa
@@ -53,7 +53,7 @@ EXPECTED = {
 
 
 def machine(name: str) -> Machine:
-    features = features_of(f"processor\t: 0\nflags\t\t: {CPUS[name]}\nbugs\t\t:\n")
+    features = parse_cpu_features(f"processor\t: 0\nflags\t\t: {CPUS[name]}\nbugs\t\t:\n")
     return Machine(machine="x86_64", features=features, jaxlib="0.10.1", kernel_abi=3, kernels=())
 
 
@@ -78,7 +78,7 @@ def chosen(targets: tuple[Target, ...], name: str) -> str | None:
     """Return the target that the loader chooses on a CPU; None if it refuses all."""
     manifest = SimpleNamespace(targets=targets)
     try:
-        return compat.choose_target(manifest, machine(name), "art", name=None, may_compile=False).name
+        return compat.choose_target(manifest, machine(name), "art", name=None, allow_compile=False).name
     except PrecastError:
         return None
 

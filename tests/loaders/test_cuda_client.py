@@ -189,8 +189,8 @@ def test_what_was_compiled_for_another_gpu_is_compiled_for_this_one():
     manifest = dataclasses.make_dataclass("Manifest", ["targets"])((target,))
     machine = dataclasses.replace(MACHINE, gpus=(A100,))
     with pytest.raises(PrecastError, match="compiled for NVIDIA H100"):
-        choose_target(manifest, machine, "art", name=None, may_compile=False)
-    chosen = choose_target(manifest, machine, "art", name=None, may_compile=True)
+        choose_target(manifest, machine, "art", name=None, allow_compile=False)
+    chosen = choose_target(manifest, machine, "art", name=None, allow_compile=True)
     assert (chosen.runtime, chosen.platform, chosen.device) == ("stablehlo", "cuda", "any")
 
 

@@ -39,8 +39,8 @@ def entry_of(path: Path) -> FileEntry:
 
 
 def test_names_of_plain_files_are_found(root):
-    assert files.member(root, "a.bin") == root / "a.bin"
-    assert files.member(root, "inside/b.bin") == root / "inside" / "b.bin"
+    assert files.member_path(root, "a.bin") == root / "a.bin"
+    assert files.member_path(root, "inside/b.bin") == root / "inside" / "b.bin"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_names_of_plain_files_are_found(root):
 )
 def test_names_that_may_leave_the_folder_are_refused(root, name):
     with pytest.raises(PrecastError, match="is not the name of a file inside an artifact") as raised:
-        files.member(root, name)
+        files.member_path(root, name)
     assert repr(name) in str(raised.value)
 
 
@@ -77,13 +77,13 @@ def test_names_that_may_leave_the_folder_are_refused(root, name):
 )
 def test_what_is_no_plain_file_is_refused(root, name):
     with pytest.raises(PrecastError, match="is not a plain file inside the artifact"):
-        files.member(root, name)
+        files.member_path(root, name)
 
 
 @pytest.mark.parametrize("name", ["none", "inside/none", "x" * 5000, "\udc80", "x\ud800"])
 def test_a_missing_file_is_named(root, name):
     with pytest.raises(PrecastError, match="is missing; copy or export the artifact again") as raised:
-        files.member(root, name)
+        files.member_path(root, name)
     assert repr(name)[:200] in str(raised.value)  # of a long one the middle is left out
 
 
@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_read_is_named(root, own_cache, monkeypatch):
 
     entry = entry_of(root / "a.bin")
     monkeypatch.setattr(files, "open_plain", refuse)
-    for check in (files.read_checked, lambda *a: files.open_checked(*a, force=False)):
+    for check in (files.read_checked, lambda *a: files.open_checked(*a, rehash=False)):
         with pytest.raises(PrecastError, match=r"'a\.bin' cannot be read \(Permission denied\)"):
             check(root, "a.bin", entry)
 
@@ -135,8 +135,8 @@ def reads(monkeypatch) -> list[Path]:
     return seen
 
 
-def checked(root: Path, entry: FileEntry, *, force: bool = False) -> Path:
-    with files.open_checked(root, "a.bin", entry, force=force) as file:
+def checked(root: Path, entry: FileEntry, *, rehash: bool = False) -> Path:
+    with files.open_checked(root, "a.bin", entry, rehash=rehash) as file:
         assert file.tell() == 0
         return Path(file.name)
 
@@ -145,7 +145,7 @@ def test_a_file_that_has_not_changed_is_hashed_once(root, own_cache, reads):
     entry = entry_of(root / "a.bin")
     assert checked(root, entry) == checked(root, entry) == root / "a.bin"
     assert len(reads) == 1
-    checked(root, entry, force=True)
+    checked(root, entry, rehash=True)
     assert len(reads) == 2
 
 

@@ -82,12 +82,12 @@ def test_a_tokenizer_that_fails_while_it_encodes(tokenizer_with):
 
 def test_notes_of_the_cache_are_removed_after_half_a_year(artifact_copy, own_cache):
     weights = artifact_copy / "weights.safetensors"
-    files.remember(weights, "0")
+    files.record_hash(weights, "0")
     (old,) = (own_cache / "verified").iterdir()
     for age, left in ((100, 2), (200, 1)):
         os.utime(old, (time.time() - age * 86400,) * 2)
         os.utime(weights)
-        files.remember(weights, "0")
+        files.record_hash(weights, "0")
         if age == 100:
             assert len(list((own_cache / "verified").iterdir())) == left
     assert not old.exists()

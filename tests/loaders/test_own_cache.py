@@ -61,7 +61,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     """Make a safe cache folder, in a folder that a test may change."""
     folder = tmp_path / "parent" / "cache"
     monkeypatch.setenv("PRECAST_CACHE", str(folder))
-    files.make_own(folder / "verified")
+    files.make_private(folder / "verified")
     return folder
 
 
@@ -73,10 +73,10 @@ def sentence(case: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_folder_that_others_may_write_to_is_not_used(cache, case):
-    assert files.own_cache("verified") == cache / "verified"
+    assert files.trusted_cache("verified") == cache / "verified"
     text = sentence(case, cache)
     with pytest.raises(files.UntrustedCache) as raised:
-        files.own_cache("verified")
+        files.trusted_cache("verified")
     assert str(raised.value).startswith(text)
     advice = f", or run chmod -R go-w {cache}" if "mode" in text else ""
     assert str(raised.value).endswith(
@@ -91,8 +91,8 @@ def test_a_folder_in_order_is_used(cache, mode, parent):
     cache.chmod(mode)
     cache.parent.chmod(parent)
     try:
-        assert files.own_cache("verified") == cache / "verified"
-        assert files.own_cache("compiled") == cache / "compiled"
+        assert files.trusted_cache("verified") == cache / "verified"
+        assert files.trusted_cache("compiled") == cache / "compiled"
     finally:
         cache.chmod(0o700)
 
@@ -101,7 +101,7 @@ def test_what_is_made_is_this_user_s_alone_whatever_the_umask(tmp_path, monkeypa
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "a" / "b"))
     before = os.umask(0)
     try:
-        files.make_own(files.own_cache("verified"))
+        files.make_private(files.trusted_cache("verified"))
     finally:
         os.umask(before)
     for folder in ("a", "a/b", "a/b/verified"):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from precast.loaders.artifact.pages import HUGE, HugeWriter, prefer_huge
+from precast.loaders.artifact.pages import HUGE_PAGE, HugePageWriter, advise_huge_pages
 
 
 def contents(size: int) -> bytes:
@@ -20,20 +20,20 @@ def contents(size: int) -> bytes:
 def write(path: Path, data: bytes, cuts: list[int], order: list[int]) -> None:
     parts = list(pairwise([0, *sorted(cuts), len(data)]))
     with path.open("xb") as file:
-        writer = HugeWriter(file, len(data))
+        writer = HugePageWriter(file, len(data))
         for i in order:
             begin, end = parts[i]
             writer.write(begin, memoryview(data)[begin:end])
 
 
-SIZES = [0, 1, HUGE - 1, HUGE, HUGE + 1, 3 * HUGE + 4711]
+SIZES = [0, 1, HUGE_PAGE - 1, HUGE_PAGE, HUGE_PAGE + 1, 3 * HUGE_PAGE + 4711]
 
 
 @given(st.data())
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_parts_in_any_order_make_the_file(tmp_path_factory, data):
     size = data.draw(st.sampled_from(SIZES))
-    near = [b + d for b in range(0, size + 1, HUGE) for d in (-1, 0, 1) if 0 <= b + d <= size]
+    near = [b + d for b in range(0, size + 1, HUGE_PAGE) for d in (-1, 0, 1) if 0 <= b + d <= size]
     cuts = data.draw(st.lists(st.sampled_from(near) | st.integers(0, size), max_size=6))
     order = data.draw(st.permutations(range(len(cuts) + 1)))
     path = tmp_path_factory.mktemp("pages") / "file"
@@ -44,7 +44,7 @@ def test_parts_in_any_order_make_the_file(tmp_path_factory, data):
 def huge_pages_of(path: Path) -> int:
     """Bytes of a file that are mapped in huge pages once all of it was read."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
-        prefer_huge(mapping, 0, len(mapping))
+        advise_huge_pages(mapping, 0, len(mapping))
         for at in range(0, len(mapping), 4096):
             mapping[at]
         entries = Path("/proc/self/smaps").read_text().split("VmFlags")
@@ -55,20 +55,20 @@ def huge_pages_of(path: Path) -> int:
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
 def test_small_parts_lie_in_huge_pages_where_large_ones_do(tmp_path):
     """What the file system and memory at hand can do is seen by a file written at once."""
-    data = contents(8 * HUGE)
+    data = contents(8 * HUGE_PAGE)
     cuts = list(range(0, len(data), 10_007))
     order = sorted(range(len(cuts) + 1), key=lambda i: i % 7)
 
     def could_be_huge(name: str) -> bool:
         (tmp_path / name).write_bytes(data)
-        return huge_pages_of(tmp_path / name) >= 8 * HUGE
+        return huge_pages_of(tmp_path / name) >= 8 * HUGE_PAGE
 
     if not could_be_huge("at once"):
         pytest.skip("the file system keeps no huge pages here, or memory has none left")
     for attempt in range(3):
         path = tmp_path / f"in parts {attempt}"
         write(path, data, cuts, order)
-        if huge_pages_of(path) >= HUGE:  # as many as memory had together
+        if huge_pages_of(path) >= HUGE_PAGE:  # as many as memory had together
             return
         # Others use memory too: it counts only where there was enough of it before and after.
         if not could_be_huge(f"at once, after {attempt}"):
@@ -83,7 +83,7 @@ def test_a_mapping_without_advice_is_left_alone(monkeypatch, tmp_path):
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping,
     ):
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-        prefer_huge(mapping, 0, len(mapping))
+        advise_huge_pages(mapping, 0, len(mapping))
         assert mapping[:] == b"abc"
 
 
@@ -91,4 +91,4 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with Path("/dev/full").open("r+b", buffering=0) as file, pytest.raises(OSError, match="No space"):
-        HugeWriter(file, HUGE).write(7, b"x")
+        HugePageWriter(file, HUGE_PAGE).write(7, b"x")

@@ -360,7 +360,7 @@ def test_it_is_chosen_when_nothing_else_fits(savedmodel_artifact):
     manifest = read_manifest(savedmodel_artifact)
 
     def chosen(machine):
-        return compat.choose_target(manifest, machine, "here", name=None, may_compile=False).runtime
+        return compat.choose_target(manifest, machine, "here", name=None, allow_compile=False).runtime
 
     assert chosen(bare(tensorflow=True)) == "savedmodel"
     assert chosen(installed.this_machine()) == "pjrt"

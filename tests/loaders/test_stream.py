@@ -179,7 +179,7 @@ def test_another_thread_closes_a_stream(tiny_model: Model, caches: list[Any], fr
         assert inside.wait(60)
         closer = threading.Thread(target=stream.close)
         closer.start()
-        while not stream._progress.closing:
+        while not stream._state.closing:
             pass
         goes_on.set()
         closer.join(60)
