@@ -400,7 +400,7 @@ def _replay_others(folder: Path, manifest: Manifest, progress: Progress) -> None
         progress.stage(f"checking answers of target {target.name}")
         model = loading.load_made(folder, target=target.name)
         asked = _beginnings(recorded) if target.runtime == "savedmodel" else recorded
-        found = replay(model, asked, f"target {target.name!r}", lambda *_: None)
+        found = replay(model, asked, f"target {target.name!r}")
         if found.problems:
             problem = found.problems[0].removesuffix(OTHERWISE)
             raise PrecastError(f"{problem}nothing was written: please report this.")

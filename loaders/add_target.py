@@ -260,7 +260,7 @@ def _replay(root: Path, manifest: Manifest, target: Target, executables: Mapping
         files.read_checked(root, manifest.golden, manifest.files[manifest.golden]), manifest, manifest.golden
     )
     model = assemble(root, manifest, target, executables)
-    found = replay(model, recorded, f"{root}: target {target.name!r}", lambda *_: None)
+    found = replay(model, recorded, f"{root}: target {target.name!r}")
     if found.problems:
         raise PrecastError(f"{found.problems[0].rstrip('.')}; the artifact is as it was.")
     return found.answers

@@ -1,4 +1,4 @@
-"""Show the progress of long work: one changing line on a terminal, occasional lines elsewhere."""
+"""Progress of long work: the type of its callbacks, and its display on standard error."""
 
 import os
 import sys
@@ -7,24 +7,56 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .artifact.errors import printable
+from .artifact.frozen import Frozen
 
-Show = Callable[[str], None]
-Report = Callable[[int, int], None]
-# Seconds between two lines if standard error is no terminal; seconds of work before the time left is shown.
+# Seconds between two lines if standard error is no terminal; seconds of a step before its time left is shown.
 _PAUSE_S, _SETTLED_S = 15.0, 2.0
 # The width of a terminal that does not report it.
 _COLUMNS = 80
 
 
-@contextmanager
-def line_on_terminal() -> Iterator[Show]:
-    """Yield a function that replaces the progress line on standard error.
+class Step(Frozen):
+    """The state of long work.
 
-    The line is erased when the block ends, even with an error. Without a terminal nothing is shown.
+    Attributes:
+        text: the work, as a participle: "hashing", "comparing weights".
+        done: finished units.
+        total: units in all; 0 if unknown.
+        unit: name of the units: "predictions". A display converts "bytes" to megabytes.
     """
-    if not sys.stderr.isatty():
-        yield lambda line: None
-        return
+
+    text: str
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+
+
+Progress = Callable[[Step], None]
+
+
+def silent(_: Step) -> None:
+    """Ignore progress."""
+
+
+@contextmanager
+def show_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Progress]:
+    """Yield a function that shows progress on standard error.
+
+    On a terminal each step replaces the one before, and the line is erased when the block ends, even with an error.
+    Elsewhere a line is printed every 15 seconds at most.
+
+    Args:
+        clock: returns seconds.
+    """
+    with _line_on_terminal() if sys.stderr.isatty() else _occasional_lines(clock) as show:
+        yield _with_time_left(show, clock)
+
+
+_Show = Callable[[Step, str], None]
+
+
+@contextmanager
+def _line_on_terminal() -> Iterator[_Show]:
     last = ""
 
     def show(line: str) -> None:
@@ -37,7 +69,7 @@ def line_on_terminal() -> Iterator[Show]:
             last = line
 
     try:
-        yield show
+        yield lambda _, line: show(line)
     finally:
         show("")
 
@@ -50,34 +82,41 @@ def _columns() -> int:
 
 
 @contextmanager
-def counted(verb: str, noun: str, clock: Callable[[], float] = time.monotonic) -> Iterator[Report]:
-    """Yield a function that reports the finished and the total amount of work.
+def _occasional_lines(clock: Callable[[], float]) -> Iterator[_Show]:
+    printed = clock()
 
-    Args:
-        verb: participle for the work, such as "scored".
-        noun: name of its units, such as "predictions".
-        clock: returns seconds.
-    """
-    started = said = clock()
+    def show(step: Step, line: str) -> None:
+        nonlocal printed
+        is_last = 0 < step.total <= step.done
+        if not is_last and clock() - printed >= _PAUSE_S:
+            printed = clock()
+            print(printable(line), file=sys.stderr)
 
-    def line(done: int, total: int) -> str:
-        return f"{verb} {done:,} of {total:,} {noun}{_time_left(clock() - started, done, total)}"
-
-    def print_now_and_then(done: int, total: int) -> None:
-        nonlocal said
-        if done < total and clock() - said >= _PAUSE_S:
-            said = clock()
-            print(line(done, total), file=sys.stderr)
-
-    with line_on_terminal() as show:
-        if sys.stderr.isatty():
-            yield lambda done, total: show(line(done, total))
-        else:
-            yield print_now_and_then
+    yield show
 
 
-def _time_left(elapsed: float, done: int, total: int) -> str:
-    if not done or elapsed < _SETTLED_S:
+def _with_time_left(show: _Show, clock: Callable[[], float]) -> Progress:
+    started, text = clock(), ""
+
+    def progress(step: Step) -> None:
+        nonlocal started, text
+        if step.text != text:
+            started, text = clock(), step.text
+        show(step, _line(step) + _time_left(step, clock() - started))
+
+    return progress
+
+
+def _line(step: Step) -> str:
+    if not step.total:
+        return f"{step.text} …"
+    if step.unit == "bytes":
+        return f"{step.text}: {step.done / 1e6:,.1f} of {step.total / 1e6:,.1f} MB"
+    return f"{step.text}: {step.done:,} of {step.total:,} {step.unit}"
+
+
+def _time_left(step: Step, elapsed: float) -> str:
+    if not step.done or elapsed < _SETTLED_S:
         return ""
-    left = round(elapsed / done * (total - done))
+    left = round(elapsed / step.done * (step.total - step.done))
     return f", {left // 60}:{left % 60:02} left"

@@ -4,6 +4,7 @@ Nothing may write to a shared artifact; `artifact_copy` gives one that may be wr
 """
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -297,6 +299,20 @@ def edit_manifest() -> Callable[[Path, Callable[[dict[str, Any]], Any]], None]:
         (root / "manifest.json").write_text(json.dumps(value))
 
     return edit
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A terminal that shows progress in place of standard error."""
+    from precast.loaders import progress
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stream = Terminal()
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
+    return stream
 
 
 @pytest.fixture

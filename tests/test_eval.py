@@ -1,15 +1,12 @@
 """``precast eval``: what it prints, with references of every kind, and what it refuses."""
 
-import io
 import json
 import math
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from precast.loaders import progress
 from precast.loaders.audit import evaluate as e
 
 KEYS = ["artifact", "text", "window", "windows", "tokens", "perplexity", "reference"]
@@ -305,45 +302,13 @@ def test_the_method_is_in_the_help(cli):
 # --- progress -----------------------------------------------------------------------------------------------
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_is_a_line_on_a_terminal(cli, tiny_artifact, text, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=terminal))
+def test_progress_is_a_line_on_a_terminal(cli, tiny_artifact, text, terminal):
     options = ("--text", text, "--tokens", "64", "--window", "32")
     quiet = cli("eval", tiny_artifact, *options)
     assert quiet.exit_code == 0
     shown = terminal.getvalue().split("\r\x1b[K")
-    assert shown[:3] == ["", "scored 0 of 32 predictions", "scored 1 of 32 predictions"]
-    assert shown[-2:] == ["scored 32 of 32 predictions", ""]
+    assert shown[:3] == ["", "scoring: 0 of 32 predictions", "scoring: 1 of 32 predictions"]
+    assert shown[-2:] == ["scoring: 32 of 32 predictions", ""]
     terminal.truncate(0)
     assert cli("eval", tiny_artifact, *options, "--reference", tiny_artifact).exit_code == 0
     assert "reading the reference …" in terminal.getvalue()
-
-
-def test_progress_is_a_line_now_and_then_elsewhere(capsys):
-    times = iter((0.0, 1.0, 15.0, 15.0, 15.0, 16.0, 29.0, 300.0, 300.0, 300.0, 301.0))
-    with progress.counted("scored", "predictions", lambda: next(times)) as report:
-        for done in (1, 2, 3, 4, 100):
-            report(done, 1000)
-        report(1000, 1000)
-    assert capsys.readouterr().err == (
-        "scored 2 of 1,000 predictions, 124:45 left\nscored 100 of 1,000 predictions, 45:00 left\n"
-    )
-
-
-def test_a_line_of_progress_is_gone_when_the_work_fails(monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=terminal))
-
-    def fail():
-        with progress.line_on_terminal() as show:
-            show("a name \x1b]0;x\x07\nand " + "x" * 100)
-            raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no"):
-        fail()
-    assert terminal.getvalue() == f"\r\x1b[Ka name �]0;x� and {'x' * 61}\r\x1b[K"

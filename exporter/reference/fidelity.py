@@ -10,6 +10,7 @@ from jax import Array
 from precast.loaders.artifact.manifest import Fidelity
 from precast.loaders.audit import evaluate
 from precast.loaders.generation.model import Model
+from precast.loaders.progress import Progress, silent
 from precast.loaders.text.tokenizer import Tokenizer
 
 from ..devices import precisely
@@ -110,7 +111,7 @@ def measure(
     source: Source,
     *,
     weights: Mapping[str, np.ndarray] | None = None,
-    report: evaluate.Report = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Fidelity | None:
     """Measures a finished artifact against the float32 model it was made from, on the shipped text.
 
@@ -119,7 +120,7 @@ def measure(
         spec: of the model.
         source: whose own tensors are the reference, read layer by layer for every window.
         weights: float32 arrays by parameter name, where they are at hand already; then the source is not read.
-        report: called with predictions scored and predictions in all.
+        progress: receives the number of predictions scored.
 
     Returns:
         The figures for the manifest; None where the context is too small for a window.
@@ -143,7 +144,7 @@ def measure(
         reference = Reference(
             name=name, spec=spec, weights=weights, tokenizer=tokenizer, context=context, exported=context
         )
-    scores = evaluate.evaluate(artifact, windows, reference, report)
+    scores = evaluate.evaluate(artifact, windows, reference, progress)
     return _fidelity(evaluate.SHIPPED_TEXT.name, scores)
 
 

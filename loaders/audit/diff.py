@@ -11,11 +11,10 @@ import numpy as np
 from ..artifact import files
 from ..artifact.manifest import WEIGHTS_FILE, Manifest, Program, Value
 from ..artifact.weights import map_weights
+from ..progress import Progress, Step, silent
 
 # Bytes of a tensor compared at a time.
 _BLOCK = 1 << 24
-# Told of bytes compared, and of how many.
-Report = Callable[[int, int], None]
 
 
 class _Absent:
@@ -40,7 +39,7 @@ class Change:
 
 
 def diff(
-    before: Path, a: Manifest, after: Path, b: Manifest, report: Report = lambda *_: None
+    before: Path, a: Manifest, after: Path, b: Manifest, progress: Progress = silent
 ) -> dict[str, tuple[Change, ...]]:
     """Compares two artifacts.
 
@@ -51,7 +50,7 @@ def diff(
         a: its manifest.
         after: the second.
         b: its manifest.
-        report: told how far the comparison of weights is.
+        progress: receives the comparison's state.
 
     Returns:
         Changes by section; all sections are there.
@@ -61,7 +60,7 @@ def diff(
     """
     sections = {name: _changes(facts(a), facts(b)) for name, facts in _SECTIONS.items()}
     return {
-        "weights": _weights(before, a, after, b, report),
+        "weights": _weights(before, a, after, b, progress),
         "targets": _target_changes(a, b),
         **sections,
     }
@@ -194,14 +193,14 @@ _SECTIONS: Mapping[str, Callable[[Manifest], Facts]] = {
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def _weights(before: Path, a: Manifest, after: Path, b: Manifest, report: Report) -> tuple[Change, ...]:
+def _weights(before: Path, a: Manifest, after: Path, b: Manifest, progress: Progress) -> tuple[Change, ...]:
     if a.files[WEIGHTS_FILE] == b.files[WEIGHTS_FILE]:
         return ()
     old, new = _tensors(before, a), _tensors(after, b)
     shapes = [{name: _shape(array) for name, array in tensors.items()} for tensors in (old, new)]
     changes = _changes(*shapes)
     alike = [name for name in old if name in new and shapes[0][name] == shapes[1][name]]
-    return (*changes, *_contents({name: (old[name], new[name]) for name in alike}, report))
+    return (*changes, *_contents({name: (old[name], new[name]) for name in alike}, progress))
 
 
 def _tensors(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
@@ -213,12 +212,12 @@ def _shape(array: np.ndarray) -> str:
     return f"{array.dtype.name} {list(array.shape)}"
 
 
-def _contents(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], report: Report) -> Iterator[Change]:
+def _contents(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], progress: Progress) -> Iterator[Change]:
     done, total = 0, sum(old.nbytes for old, _ in pairs.values())
     for name, (old, new) in pairs.items():
         differing = _differing(old, new)
         done += old.nbytes
-        report(done, total)
+        progress(Step(text="comparing weights", done=done, total=total, unit="bytes"))
         if differing:
             # Of equal type and shape: what differs is how many bytes.
             yield Change(what=name, before=_shape(old), after=f"{differing} of {old.nbytes} bytes differ")

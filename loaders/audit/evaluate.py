@@ -13,8 +13,9 @@ artifact's. Logits become log-probabilities in float64, position by position: no
 times vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from ..artifact.errors import PrecastError
 from ..generation.model import Model
+from ..progress import Progress, Step, silent
 from ..text.tokenizer import Tokenizer
 
 DEFAULT_TOKENS, DEFAULT_WINDOW = 3072, 512
@@ -29,8 +31,6 @@ SHORTEST_LAST, SMALLEST_WINDOW = 64, 8
 SHIPPED_TEXT = Path(__file__).parent / "data" / "persuasion.txt"
 # Tokens of prose have 4 characters; no more of a file is read than any N tokens could need.
 _CHARACTERS_PER_TOKEN = 64
-
-Report = Callable[[int, int], None]
 
 
 class Scorer(Protocol):
@@ -258,7 +258,7 @@ def evaluate(
     artifact: Scorer,
     windows: Sequence[Sequence[int]],
     reference: Scorer | None = None,
-    report: Report = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Scores:
     """Scores every prediction in the second halves of the windows.
 
@@ -266,18 +266,19 @@ def evaluate(
         artifact: whose predictions are scored.
         windows: token ids, each at most as long as both models' context. At least one.
         reference: what they are compared with.
-        report: called with predictions scored and predictions in all.
+        progress: receives the number of predictions scored.
 
     Raises:
         PrecastError: for a token outside the vocabulary, and for logits that are not finite.
     """
     _check_ids(windows, artifact)
     total, points = predictions(windows), []
-    report(0, total)
+    step = partial(Step, text="scoring", total=total, unit="predictions")
+    progress(step(done=0))
     for window in windows:
         for point in _points(artifact, window, reference):
             points.append(point)
-            report(len(points), total)
+            progress(step(done=len(points)))
     losses, *compared = np.array(points).T
     return Scores(
         tokens=total,

@@ -1,7 +1,7 @@
 """What ``precast verify`` finds: whether an artifact is what was exported, and still answers as it did."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +13,11 @@ from ..artifact.golden import Answer, Golden
 from ..artifact.manifest import Manifest
 from ..generation.model import Model
 from ..generation.sampling_params import SamplingParams
+from ..progress import Progress, Step, silent
 
 OTHERWISE = (
     "this artifact on this machine does not compute what was exported: do not use it here, and report this."
 )
-
-# Told what is worked on, and how much of it is done of how much.
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ class Replay:
     problems: tuple[str, ...]
 
 
-def check_files(root: Path, manifest: Manifest, report: Report) -> Files:
+def check_files(root: Path, manifest: Manifest, progress: Progress = silent) -> Files:
     """Hashes every file of the manifest, and looks for others.
 
     Raises:
@@ -70,7 +68,7 @@ def check_files(root: Path, manifest: Manifest, report: Report) -> Files:
     def read(count: int) -> None:
         nonlocal done
         done += count
-        report("hashing", done, total)
+        progress(Step(text="hashing", done=done, total=total, unit="bytes"))
 
     for name, entry in sorted(manifest.files.items()):
         try:
@@ -85,7 +83,7 @@ def check_files(root: Path, manifest: Manifest, report: Report) -> Files:
     )
 
 
-def replay(model: Model, golden: Golden, where: str, report: Report) -> Replay:
+def replay(model: Model, golden: Golden, where: str, progress: Progress = silent) -> Replay:
     """Lets a loaded artifact give its golden answers again, and compares tokens and logits.
 
     Raises:
@@ -94,7 +92,7 @@ def replay(model: Model, golden: Golden, where: str, report: Report) -> Replay:
     problems: list[str] = []
     difference = share = 0.0
     for i, answer in enumerate(golden.greedy):
-        report("answering", i, len(golden.greedy))
+        progress(Step(text="answering", done=i, total=len(golden.greedy), unit="prompts"))
         problems += _tokens(model, answer, f"{where}: answer {i}")
         found = _difference(model, answer)
         allowed = answer.first_logits.tolerance

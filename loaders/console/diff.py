@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import printable
-from ..progress import line_on_terminal
+from ..progress import show_progress
 
 if TYPE_CHECKING:
     from ..audit.diff import Change
@@ -31,13 +31,13 @@ def run(before: Path, after: Path, *, as_json: bool, require_signature: Path | N
     from ..locate import find_artifact, read_manifest
 
     a, b = (find_artifact(path) for path in (before, after))
-    with line_on_terminal() as show:
+    with show_progress() as progress:
         sections = diff(
             a,
             read_manifest(a, require_signature=require_signature),
             b,
             read_manifest(b, require_signature=require_signature),
-            lambda done, total: show(f"comparing weights {done * 100 // total} %"),
+            progress,
         )
     same = not any(sections.values())
     print(json.dumps(to_json(sections)) if as_json else "\n".join(map(printable, lines(a, b, sections))))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import PrecastError, printable
-from ..progress import counted, line_on_terminal
+from ..progress import Step, show_progress
 
 if TYPE_CHECKING:
     from ..audit.evaluate import Comparison, Scorer
@@ -86,8 +86,8 @@ def run(
     scorer = open_artifact(artifact, require_signature, threads)
     reference = None
     if open_reference is not None:
-        with line_on_terminal() as show:
-            show("reading the reference …")
+        with show_progress() as progress:
+            progress(Step(text="reading the reference"))
             reference = open_reference(scorer.context)
     window = e.check_window(request.window, [scorer] if reference is None else [scorer, reference])
     if reference is not None:
@@ -99,8 +99,8 @@ def run(
             f"{path}: {min(len(tokens.ids), request.tokens)} tokens are too few for a window, expected at least"
             f" {min(window, e.SHORTEST_LAST)}; give a longer text or a smaller --window."
         )
-    with counted("scored", "predictions") as report:
-        scores = e.evaluate(scorer, windows, reference, report)
+    with show_progress() as progress:
+        scores = e.evaluate(scorer, windows, reference, progress)
     facts = {
         "artifact": scorer.name,
         "text": path.name,

@@ -4,17 +4,16 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ..artifact.errors import printable
 from ..artifact.units import size_text
-from ..progress import line_on_terminal
+from ..progress import show_progress
 
 if TYPE_CHECKING:
     from ..artifact.manifest import Manifest
-    from ..audit.verify import Files, Replay, Report
+    from ..audit.verify import Files, Replay
     from ..generation.model import Model
 
 
@@ -40,8 +39,8 @@ def run(
 
     root = find_artifact(path)
     manifest = read_manifest(root, require_signature=require_signature)
-    with _progress() as report:
-        files = check_files(root, manifest, report)
+    with show_progress() as progress:
+        files = check_files(root, manifest, progress)
     # What is not what it should be reaches no deserialiser.
     refused = bool(files.problems) or _in_a_savedmodel(manifest, files.unlisted)
 
@@ -92,8 +91,8 @@ def _replay(root: Path, manifest: "Manifest", opened: "Callable[[], Model]") -> 
     data = read_checked(root, manifest.golden, manifest.files[manifest.golden])
     golden = parse_golden(data, manifest, str(root / manifest.golden))
     model = opened()
-    with _progress() as report:
-        return replay(model, golden, str(root), report)
+    with show_progress() as progress:
+        return replay(model, golden, str(root), progress)
 
 
 def _problems(root: Path, files: "Files", played: "Replay | None") -> list[str]:
@@ -122,9 +121,3 @@ def _lines(
         yield f"  logits    {played.logits} compared, largest difference {largest}, {share} what is allowed"
     for problem in problems:
         yield f"  ! {problem}"
-
-
-@contextmanager
-def _progress() -> "Iterator[Report]":
-    with line_on_terminal() as show:
-        yield lambda what, done, total: show(f"{what} {done * 100 // total} %")

@@ -13,11 +13,12 @@ from ..artifact.errors import PrecastError
 from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
 from ..artifact.pages import HugePageWriter
 from ..artifact.record import MAX_JSON_BYTES
+from ..progress import Progress, Step
 from ..signing import check_bytes, fingerprint, signed_digest
 from . import cache
 from .index import Index, Piece, StoredFile, check_against, parse_index
 from .remote import Missing, Store, Unreachable, open_store
-from .transfer import Moved, Progress, in_parallel, moved, reporting
+from .transfer import Moved, in_parallel, moved, showing
 
 _Log = Callable[[str], None]
 
@@ -39,7 +40,7 @@ def pull(
         overwrite: replace another artifact in the folder.
         require_signature: file of a public key; no more than manifest and signature is fetched before it is checked.
         log: where messages go.
-        progress: told how far it is; a line on the terminal by default.
+        progress: receives the number of bytes done; shown on standard error by default.
 
     Raises:
         PrecastError: when the store cannot be reached, holds no such artifact, or one that is not whole, or when it is
@@ -263,13 +264,13 @@ def _receive(
         return piece, _obtain(store, piece, places)[1]
 
     with (
-        reporting("pulled", progress) as report,
+        showing(progress) as show,
         closing(in_parallel(obtain, iter(pieces.values()))) as results,
     ):
         for piece, was_fetched in results:
             fetched += [piece] if was_fetched else []
             done += piece.bytes
-            report(done, total)
+            show(Step(text="pulling", done=done, total=total, unit="bytes"))
     with folders.new_folder(root, overwrite=overwrite) as temporary:
         for name, file in index.files.items():
             _write(store, file, temporary.joinpath(*files.split_name(root, name)), name)

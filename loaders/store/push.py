@@ -15,10 +15,11 @@ from ..artifact.files import member_path, open_plain, read
 from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
 from ..artifact.record import MAX_JSON_BYTES
 from ..locate import find_artifact
+from ..progress import Progress, Step
 from ..signing import MAX_SIGNATURE_BYTES, signed_digest
 from .index import INDEX_VERSION, Index, Piece, StoredFile, lengths, tensor_starts
 from .remote import Store, open_store
-from .transfer import Moved, Progress, in_parallel, moved, reporting
+from .transfer import Moved, in_parallel, moved, showing
 
 
 def push(path: Path, url: str, *, verify: bool = False, progress: Progress | None = None) -> Moved:
@@ -31,7 +32,7 @@ def push(path: Path, url: str, *, verify: bool = False, progress: Progress | Non
         path: the artifact's folder, or a folder with exactly one in it.
         url: of the store, with the name that the artifact gets in it at the end.
         verify: read back the pieces that are in the store already, and send those again that are altered.
-        progress: told how far it is; a line on the terminal by default.
+        progress: receives the number of bytes done; shown on standard error by default.
 
     Raises:
         PrecastError: when the artifact is not whole, or the store does not take it.
@@ -43,14 +44,14 @@ def push(path: Path, url: str, *, verify: bool = False, progress: Progress | Non
     total, done, sent = sum(content.entry.bytes for content in contents), 0, []
     pieces = _cut_all(root, contents, files)
     with (
-        reporting("sent", progress) as report,
+        showing(progress) as show,
         closing(in_parallel(lambda given: _send(store, *given, verify), pieces)) as results,
     ):
         for piece, was_sent in results:
             sent += [piece] if was_sent else []
             done += piece.bytes
-            report(done, total)
-        report(total, total)
+            show(Step(text="pushing", done=done, total=total, unit="bytes"))
+        show(Step(text="pushing", done=total, total=total, unit="bytes"))
     index = Index(index_version=INDEX_VERSION, manifest=files[MANIFEST_FILE].sha256, files=files)
     store.write(f"{store.name}.json", (json.dumps(dataclasses.asdict(index)) + "\n").encode())
     return moved(root, store, index, sent)

@@ -7,21 +7,19 @@ layout of a store, `store_cache` what is kept on this machine.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from ..artifact.manifest import SIGNATURE_FILE
-from ..progress import line_on_terminal
+from ..progress import Progress, show_progress
 from .index import Index, Piece
 from .remote import Store
 
 _THREADS = 8
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# Told how many of how many bytes are done.
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +76,6 @@ def in_parallel(act: Callable[[Item], Result], items: Iterator[Item]) -> Generat
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-@contextmanager
-def reporting(verb: str, progress: Progress | None) -> Iterator[Progress]:
-    """`progress`, or by default a line on a terminal that is gone when the block ends, also where it fails."""
-    if progress is not None:
-        yield progress
-        return
-    with line_on_terminal() as show:
-        yield lambda done, total: show(f"{verb} {done / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+def showing(progress: Progress | None) -> AbstractContextManager[Progress]:
+    """Yield `progress`, or by default a function that shows progress on standard error."""
+    return show_progress() if progress is None else nullcontext(progress)

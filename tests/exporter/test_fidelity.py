@@ -100,7 +100,9 @@ def test_a_checkpoint_is_a_reference(tiny_checkpoint, reference):
 
 def test_a_float32_artifact_is_its_source_to_rounding(tiny_model, spec, source):
     seen = []
-    found = fidelity.measure(tiny_model, spec, source, report=lambda *counts: seen.append(counts))
+    found = fidelity.measure(
+        tiny_model, spec, source, progress=lambda step: seen.append((step.done, step.total))
+    )
     assert (found.text, found.tokens) == ("persuasion.txt", 512)  # 16 windows of 64, half of each
     assert (seen[0], seen[-1]) == ((0, 512), (512, 512))
     assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-5)

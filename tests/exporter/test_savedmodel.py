@@ -164,7 +164,7 @@ def test_names_of_signatures_lead_back_to_those_of_the_manifest(tiny_source):
 
 
 def test_an_export_asks_for_the_golden_answers(savedmodel_packages, tmp_path, tiny_source, monkeypatch):
-    def replay(model, recorded, where, report):
+    def replay(model, recorded, where):
         nothing = {"answers": 0, "tokens": 0, "logits": 0, "difference": 0.0, "share": 0.0}
         assert model.target.runtime == "savedmodel"
         assert max(len(answer.token_ids) for answer in recorded.greedy) == 4

@@ -350,8 +350,8 @@ def test_what_is_not_understood_is_left_alone(change):
 def test_a_further_target_that_answers_otherwise_is_not_shipped(tmp_path, tiny_source, monkeypatch):
     original = exporting.replay
 
-    def replay(model, recorded, where, report):
-        found = original(model, recorded, where, report)
+    def replay(model, recorded, where):
+        found = original(model, recorded, where)
         assert found.problems == ()
         return dataclasses.replace(found, problems=(f"{where}: a token differs; {exporting.OTHERWISE}",))
 

@@ -9,6 +9,7 @@ import pytest
 
 from precast.loaders.audit.diff import ABSENT, diff
 from precast.loaders.locate import read_manifest
+from precast.loaders.progress import Step
 
 
 @pytest.fixture
@@ -65,16 +66,17 @@ def test_progress_is_told_and_shown_on_a_terminal(
     data[-1] ^= 1
     path.write_bytes(data)
     relist(artifact_copy, "weights.safetensors", edit_manifest)
-    told, lines = [], []
+    told: list[Step] = []
+    shown: list[Step] = []
     a, b = read_manifest(tiny_artifact), read_manifest(artifact_copy)
-    diff(tiny_artifact, a, artifact_copy, b, lambda *counts: told.append(counts))
-    done, totals = zip(*told, strict=True)
-    assert list(done) == sorted(done)
-    assert set(totals) == {done[-1]}
-    monkeypatch.setattr(diff_console, "line_on_terminal", lambda: nullcontext(lines.append))
+    diff(tiny_artifact, a, artifact_copy, b, told.append)
+    done = [step.done for step in told]
+    assert done == sorted(done)
+    assert {step.total for step in told} == {done[-1]}
+    monkeypatch.setattr(diff_console, "show_progress", lambda: nullcontext(shown.append))
     cli("diff", tiny_artifact, artifact_copy)
-    assert lines[0].startswith("comparing weights ")
-    assert lines[-1] == "comparing weights 100 %"
+    assert shown == told
+    assert {(step.text, step.unit) for step in shown} == {("comparing weights", "bytes")}
 
 
 def test_other_weights_and_another_geometry(cli, tiny_artifact, export_tiny):

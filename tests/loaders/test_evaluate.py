@@ -193,7 +193,9 @@ def test_what_is_scored_is_each_next_token_of_the_second_half():
     table = Table(logits)
     window = (0, 1, 2, 0, 0, 1, 0, 0)  # four are prefilled; 0, 1, 0, 0 are predicted
     seen = []
-    scores = e.evaluate(table, [window, (0, 0, 1)], report=lambda *counts: seen.append(counts))
+    scores = e.evaluate(
+        table, [window, (0, 0, 1)], progress=lambda step: seen.append((step.done, step.total))
+    )
     assert table.asked == [(window, 3), ((0, 0, 1), 0)]
     assert seen == [(n, 6) for n in range(7)]
     assert scores == e.Scores(

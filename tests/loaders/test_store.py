@@ -4,7 +4,6 @@ import errno
 import fcntl
 import filecmp
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -875,23 +874,18 @@ def test_a_folder_that_somebody_fills_is_left_alone(folder_url, tiny_artifact):
 # --- what is printed ----------------------------------------------------------------------------------------
 
 
-def test_the_line_of_a_transfer_is_gone_when_it_fails(
-    folder_url, tiny_artifact, tmp_path, traffic, monkeypatch
-):
+def test_the_line_of_a_transfer_is_gone_when_it_fails(folder_url, tiny_artifact, tmp_path, traffic, terminal):
     store_push.push(tiny_artifact, folder_url)
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", terminal)
 
     # Not after a number of pieces: threads fetch them, and which of their results is seen first is chance.
     def fail_once_shown(what, path):
-        if "pulled 0." in terminal.getvalue():
+        if "pulling: 0." in terminal.getvalue():
             raise PermissionError("the token has expired")
 
     traffic.fail = fail_once_shown
     with pytest.raises(PrecastError, match="access was refused"):
         pull(folder_url, tmp_path / "here")
-    assert "pulled 0." in terminal.getvalue()
+    assert "pulling: 0." in terminal.getvalue()
     assert terminal.getvalue().endswith("\r\x1b[K")
 
 

@@ -10,8 +10,7 @@ import pytest
 from precast.loaders.artifact.golden import parse_golden
 from precast.loaders.audit.verify import replay
 from precast.loaders.locate import read_manifest
-
-SILENT = lambda *_: None  # noqa: E731
+from precast.loaders.progress import Step
 
 
 @pytest.fixture
@@ -177,20 +176,21 @@ def test_progress_is_told(tiny_artifact, tiny_model, golden):
 
     seen = []
     manifest = read_manifest(tiny_artifact)
-    check_files(tiny_artifact, manifest, lambda *told: seen.append(told))
+    check_files(tiny_artifact, manifest, seen.append)
     total = sum(entry.bytes for entry in manifest.files.values())
-    assert seen[-1] == ("hashing", total, total)
-    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1] == Step(text="hashing", done=total, total=total, unit="bytes")
+    assert [step.done for step in seen] == sorted(step.done for step in seen)
     seen.clear()
-    replay(tiny_model, golden, "x", lambda *told: seen.append(told))
-    assert seen == [("answering", i, len(golden.greedy)) for i in range(len(golden.greedy))]
+    replay(tiny_model, golden, "x", seen.append)
+    count = len(golden.greedy)
+    assert seen == [Step(text="answering", done=i, total=count, unit="prompts") for i in range(count)]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_logit_that_is_no_number_is_outside_any_tolerance(tiny_model, golden, monkeypatch, value):
     original = tiny_model.engine.logits
     monkeypatch.setattr(tiny_model.engine, "logits", lambda step: np.full_like(original(step), value))
-    found = replay(tiny_model, golden, "x", SILENT)
+    found = replay(tiny_model, golden, "x")
     assert len(found.problems) == len(golden.greedy)
     assert "a logit of its first step differs by" in found.problems[0]
     assert (found.difference, found.share) == (None, None)
@@ -210,7 +210,7 @@ def test_each_difference_is_measured_by_its_own_tolerance(tiny_model, golden, mo
 
     found = iter((0.5, 0.1))
     monkeypatch.setattr(verify, "_difference", lambda model, answer: next(found))
-    played = replay(tiny_model, with_tolerances(golden, 1.0, 0.4), "x", SILENT)
+    played = replay(tiny_model, with_tolerances(golden, 1.0, 0.4), "x")
     assert (played.difference, played.share, played.problems) == (0.5, 0.5, ())
 
 
@@ -221,7 +221,7 @@ def test_where_no_difference_is_allowed(tiny_model, golden, monkeypatch, found, 
     from precast.loaders.audit import verify
 
     monkeypatch.setattr(verify, "_difference", lambda model, answer: found)
-    played = replay(tiny_model, with_tolerances(golden, 0.0), "x", SILENT)
+    played = replay(tiny_model, with_tolerances(golden, 0.0), "x")
     assert played.share == share
     assert bool(played.problems) == (share is None)
 
@@ -229,4 +229,4 @@ def test_where_no_difference_is_allowed(tiny_model, golden, monkeypatch, found, 
 def test_slots_answer_alike(slots_artifact, slots_model):
     manifest = read_manifest(slots_artifact)
     golden = parse_golden((slots_artifact / "golden.json").read_bytes(), manifest, "g")
-    assert replay(slots_model, golden, "x", SILENT).problems == ()
+    assert replay(slots_model, golden, "x").problems == ()
