@@ -4,6 +4,7 @@ Nothing may write to a shared artifact; `artifact_copy` gives one that may be wr
 """
 
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -103,6 +104,21 @@ def savedmodel_packages() -> None:
     """Skip where a SavedModel cannot be exported."""
     pytest.importorskip("tensorflow", reason="a SavedModel needs TensorFlow")
     pytest.importorskip("orbax.export", reason="a SavedModel needs orbax-export")
+
+
+@pytest.fixture(scope="session")
+def import_reference_script() -> Callable[[str], Any]:
+    """Import a script of `tests/reference` by its name without ".py"."""
+
+    def import_script(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "reference" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return import_script
 
 
 # --- the model ----------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ with transformers directly.
 """
 
 import dataclasses
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,9 @@ def identity(record: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
+def script(import_reference_script: Callable[[str], Any]) -> Any:
     """Return the script that writes the reference."""
-    spec = importlib.util.spec_from_file_location("make_generation", HERE / "make_generation.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_reference_script("make_generation")
 
 
 @pytest.fixture(scope="module")

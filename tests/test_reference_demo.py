@@ -4,9 +4,8 @@ What transformers says was written down by ``tests/reference/make_reference.py``
 asked again for some prompts. Every recorded step's best token leads clearly, so nothing may differ.
 """
 
-import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +123,10 @@ def _uncached_best(source: Source, artifact: Path, sequences: Sequence[Sequence[
 
 
 @pytest.fixture(scope="module")
-def script(torch: Any) -> Any:
+def script(torch: Any, import_reference_script: Callable[[str], Any]) -> Any:
     """Return the script that writes the reference, or skip if it cannot run."""
     pytest.importorskip("accelerate", reason="the live comparison needs accelerate")
-    spec = importlib.util.spec_from_file_location("make_reference", REFERENCE / "make_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_reference_script("make_reference")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ asked again.
 """
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -97,14 +96,9 @@ def exported(request: pytest.FixtureRequest, export_reference: Callable[[str], E
 
 
 @pytest.fixture(scope="session")
-def make_reference() -> Any:
+def make_reference(import_reference_script: Callable[[str], Any]) -> Any:
     """The script that writes the reference."""
-    spec = importlib.util.spec_from_file_location("make_reference", REFERENCE / "make_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_reference_script("make_reference")
 
 
 def _answers(model: Model, cases: Sequence[Case]) -> list[list[int]]:

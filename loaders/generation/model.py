@@ -121,7 +121,10 @@ class Model:
         literal: bool = False,
     ) -> list[int]:
         """The token ids that a conversation is given to the model as."""
-        return self.tokenizer.encode_chat(messages, tools=tools, template=template, literal=literal)
+        from ..text.chat_messages import ChatOptions
+
+        options = ChatOptions(tools=tools)
+        return self.tokenizer.encode_chat(messages, options, template=template, literal=literal)
 
     def _checked_prompt(self, ids: Sequence[int]) -> list[int]:
         context, vocab = self.engine.context, self.engine.vocab

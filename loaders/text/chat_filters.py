@@ -16,7 +16,7 @@ from jinja2.tests import TESTS as JINJA_TESTS
 from jinja2.utils import pass_context, pass_environment
 from markupsafe import Markup
 
-from .chat_meter import SCALARS, Lazy, Meter, size
+from .chat_meter import SCALARS, LazyItems, Meter, size
 from .chat_methods import charge, lines, replace
 
 NUMBER_BITS = 4096
@@ -43,7 +43,7 @@ def charge_format(meter: Meter, template: str, values: Any) -> None:
     escaped = 5 if isinstance(template, Markup) else 1
     wide_bytes = 4 if not template.isascii() or "c" in template else weight.width
     meter.step(escaped * count >> 5)
-    meter.make(80 + escaped * count * wide_bytes)
+    meter.allocate(80 + escaped * count * wide_bytes)
 
 
 def check_number(value: Any) -> Any:
@@ -63,7 +63,7 @@ def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None
     @pass_environment
     def run(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         meter = environment.meter
-        text = value if isinstance(value, str) else meter.text(value)
+        text = value if isinstance(value, str) else meter.to_text(value)
         charge_for(meter, text, (*args, *kwargs.values()))
         return function(text, *args, **kwargs)
 
@@ -79,7 +79,7 @@ def _times(made: int, steps: int) -> Callable[[Meter, str, tuple[Any, ...]], Non
 
     def charge_for(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
         meter.step(len(text) // steps)
-        meter.make(80 + made * len(text))
+        meter.allocate(80 + made * len(text))
 
     return charge_for
 
@@ -87,12 +87,12 @@ def _times(made: int, steps: int) -> Callable[[Meter, str, tuple[Any, ...]], Non
 @pass_environment
 def _replace(environment: Any, s: Any, old: Any, new: Any, count: Any = None) -> str:
     meter: Meter = environment.meter
-    text, old, new = meter.text(s), meter.text(old), meter.text(new)
+    text, old, new = meter.to_text(s), meter.to_text(old), meter.to_text(new)
     args = (old, new) if count is None else (old, new, count)
     meter.step(len(text) >> 5)
     made, steps = replace(meter, text, args)
     meter.step(steps)
-    meter.make(made)
+    meter.allocate(made)
     return text.replace(*args)
 
 
@@ -118,18 +118,18 @@ def _cost_indent(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
     by = args[0] if args else 4
     each = size(by) if isinstance(by, str) else 4 * abs(by) if isinstance(by, int) else 0
     meter.step(steps)
-    meter.make(6 * made + (steps + 1) * each)
+    meter.allocate(6 * made + (steps + 1) * each)
 
 
 def _cost_truncate(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
     texts = [text, *(arg for arg in args if isinstance(arg, str))]
     meter.step(sum(map(len, texts)) >> 5)
-    meter.make(6 * sum(map(size, texts)))
+    meter.allocate(6 * sum(map(size, texts)))
 
 
 @pass_environment
 def _format(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-    template = value if isinstance(value, str) else environment.meter.text(value)
+    template = value if isinstance(value, str) else environment.meter.to_text(value)
     charge_format(environment.meter, template, [*args, kwargs])
     return FILTERS["format"](template, *args, **kwargs)
 
@@ -137,23 +137,23 @@ def _format(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
 @pass_environment
 def _join(environment: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
     meter: Meter = environment.meter
-    items = meter.listed(value)
+    items = meter.to_list(value)
     if attribute is not None:
         read = make_attrgetter(environment, _path(attribute))
         items = [read(item) for item in items]
-    return meter.joined(meter.text(d), [meter.text(item) for item in items])
+    return meter.join(meter.to_text(d), [meter.to_text(item) for item in items])
 
 
 @pass_environment
 def _urlencode(environment: Any, value: Any) -> str:
     meter: Meter = environment.meter
-    if isinstance(value, Lazy):
-        value = meter.listed(value)
+    if isinstance(value, LazyItems):
+        value = meter.to_list(value)
     weight = meter.weigh(value)
     if weight.opaque:
         raise TypeError(f"urlencode expects text, not {weight.opaque!r}")
     meter.step(weight.printed)
-    meter.make(64 * weight.printed)
+    meter.allocate(64 * weight.printed)
     encoded: str = FILTERS["urlencode"](value)
     return encoded
 
@@ -176,7 +176,7 @@ def _tojson(
     count = weight.printed + weight.items * between * (weight.depth + 1)
     meter.step(weight.items + (count >> 5))
     # The encoder collects the pieces in a list.
-    meter.make(80 + count * weight.width, spare=256 * weight.items)
+    meter.allocate(80 + count * weight.width, temporary=256 * weight.items)
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -200,7 +200,7 @@ def _float(environment: Any, value: Any, default: Any = 0.0) -> Any:
 def _number_text(meter: Meter, text: str) -> None:
     # If it is not a number, an error prints it, escaped.
     meter.step(len(text) >> 2)
-    meter.make(0, spare=2 * size(text) + 48 * len(text))
+    meter.allocate(0, temporary=2 * size(text) + 48 * len(text))
 
 
 def _round(value: Any, precision: Any = 0, method: Any = "common") -> Any:
@@ -213,7 +213,7 @@ def _round(value: Any, precision: Any = 0, method: Any = "common") -> Any:
 def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0) -> Any:
     if not isinstance(start, (int, float)):
         raise jinja2.TemplateRuntimeError("sum adds numbers only")
-    items = environment.meter.listed(iterable)
+    items = environment.meter.to_list(iterable)
     return FILTERS["sum"](environment, items, _path(attribute), start)
 
 
@@ -235,19 +235,19 @@ def _lazy(name: str) -> Callable[..., Any]:
     attribute_first = name.endswith("attr")
 
     @pass_context
-    def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> Lazy:
+    def run(context: Context, value: Any, *args: Any, **kwargs: Any) -> LazyItems:
         environment: Any = context.environment
         _path(kwargs.get("attribute"))
         if attribute_first and args:
             _path(args[0])
-        return Lazy(environment.meter, function(context, value, *args, **kwargs))
+        return LazyItems(environment.meter, function(context, value, *args, **kwargs))
 
     return run
 
 
 @pass_environment
 def _list(environment: Any, value: Any) -> list[Any]:
-    items: list[Any] = environment.meter.listed(value)
+    items: list[Any] = environment.meter.to_list(value)
     environment.meter.weigh(items)
     return items
 
@@ -258,7 +258,7 @@ def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
 
     @pass_environment
     def run(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        items = environment.meter.listed(value)
+        items = environment.meter.to_list(value)
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         _charge_order(environment.meter, items, _path(given.get("attribute")))
         result = function(environment, items, *args, **kwargs)
@@ -276,7 +276,7 @@ def _charge_order(meter: Meter, items: list[Any], attribute: Any) -> None:
     levels = math.ceil(math.log2(len(items) + 2)) + 7
     meter.step(keys * levels * weight.steps)
     meter.step(keys * weight.text >> 2)
-    meter.make((64 + 200 * keys) * len(items), spare=12 * keys * weight.text)
+    meter.allocate((64 + 200 * keys) * len(items), temporary=12 * keys * weight.text)
 
 
 @pass_environment
@@ -284,7 +284,7 @@ def _dictsort(
     environment: Any, value: Any, case_sensitive: Any = False, by: Any = "key", reverse: Any = False
 ) -> list[Any]:
     if isinstance(value, dict):
-        _charge_order(environment.meter, environment.meter.listed(value.items()), None)
+        _charge_order(environment.meter, environment.meter.to_list(value.items()), None)
     elif not isinstance(value, Undefined):
         raise TypeError(f"dictsort expects a dict, not {type(value).__name__!r}")
     result: list[Any] = FILTERS["dictsort"](value, case_sensitive, by, reverse)
@@ -293,9 +293,11 @@ def _dictsort(
 
 
 @pass_environment
-def _unique(environment: Any, value: Any, case_sensitive: Any = False, attribute: Any = None) -> Lazy:
+def _unique(environment: Any, value: Any, case_sensitive: Any = False, attribute: Any = None) -> LazyItems:
     items = _weighed(environment.meter, value)
-    return Lazy(environment.meter, FILTERS["unique"](environment, items, case_sensitive, _path(attribute)))
+    return LazyItems(
+        environment.meter, FILTERS["unique"](environment, items, case_sensitive, _path(attribute))
+    )
 
 
 def _weighed(meter: Meter, value: Any) -> Any:
@@ -303,8 +305,8 @@ def _weighed(meter: Meter, value: Any) -> Any:
     for item in value:
         weight = meter.weigh(item)
         meter.step(1 + 2 * weight.steps + (weight.text >> 2))
-        meter.make(256 + 12 * weight.text)
-        meter.look()  # numbers chosen to collide take long to look up
+        meter.allocate(256 + 12 * weight.text)
+        meter.check_time()  # numbers chosen to collide take long to look up
         yield item
 
 
@@ -312,18 +314,18 @@ def _weighed(meter: Meter, value: Any) -> Any:
 def _reverse(environment: Any, value: Any) -> Any:
     meter: Meter = environment.meter
     if isinstance(value, str):
-        meter.make(size(value))
+        meter.allocate(size(value))
         meter.step(len(value) >> 4)
         return value[::-1]
     try:
-        return Lazy(meter, reversed(value))
+        return LazyItems(meter, reversed(value))
     except TypeError:
-        return meter.listed(value)[::-1]
+        return meter.to_list(value)[::-1]
 
 
 @pass_environment
-def _items(environment: Any, value: Any) -> Lazy:
-    return Lazy(environment.meter, FILTERS["items"](value))
+def _items(environment: Any, value: Any) -> LazyItems:
+    return LazyItems(environment.meter, FILTERS["items"](value))
 
 
 @pass_environment
@@ -406,7 +408,7 @@ def _of_text(name: str) -> Callable[..., Any]:
 
     @pass_environment
     def run(environment: Any, value: Any) -> Any:
-        text = environment.meter.text(value)
+        text = environment.meter.to_text(value)
         environment.meter.step(len(text) >> 3)
         return function(text)
 

@@ -14,15 +14,15 @@ from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.visitor import NodeTransformer
 
-from .chat_meter import Limits, Meter, OverLimit
+from .chat_meter import LimitExceeded, Limits, Meter
 
 # Bytes per run of a body that a template can keep alive: a loop's context, a macro with its variables.
 _LOOP_SIZE, _MACRO_SIZE, _OUTPUT_SIZE = 512, 2048, 16
 
 
-def instrumented(environment: jinja2.Environment, tree: nodes.Template, limits: Limits) -> nodes.Template:
+def instrument(environment: jinja2.Environment, tree: nodes.Template, limits: Limits) -> nodes.Template:
     """Insert calls of the sandbox's `metered_…` methods into `tree`; return the tree to use in its place."""
-    changed: nodes.Template = _Instrument(limits).visit(tree)
+    changed: nodes.Template = _Instrumenter(limits).visit(tree)
     changed.set_environment(environment)
     return changed
 
@@ -45,7 +45,7 @@ class TemplateTags(Extension):
             yield token
 
 
-class Generator(CodeGenerator):
+class MeteredCodeGenerator(CodeGenerator):
     """A code generator like jinja2's that counts nodes and calls the sandbox's methods directly."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ class Generator(CodeGenerator):
         self.write(")")
 
 
-class _Instrument(NodeTransformer):
+class _Instrumenter(NodeTransformer):
     """A transformer that inserts meter calls wherever a template can repeat, compare, or make text and lists."""
 
     def __init__(self, limits: Limits) -> None:
@@ -76,14 +76,14 @@ class _Instrument(NodeTransformer):
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         self._nodes += 1
         if self._nodes > self._limits.nodes:
-            raise OverLimit(f"it has more than {self._limits.nodes:,} expressions and statements")
+            raise LimitExceeded(f"it has more than {self._limits.nodes:,} expressions and statements")
         if isinstance(node, nodes.Name):
             self._names.add(node.name)
         elif isinstance(node, _SCOPES):
             self._scopes += 1
         # jinja2 copies its table of names for every branch and body.
         if len(self._names) * self._scopes > self._limits.tables:
-            raise OverLimit("it has too many names for its conditions and loops")
+            raise LimitExceeded("it has too many names for its conditions and loops")
         return super().visit(node, *args, **kwargs)
 
     # Bodies
@@ -162,7 +162,7 @@ class _Instrument(NodeTransformer):
 
     visit_Filter = visit_Test = visit_Call
 
-    # Refused
+    # TemplateRefusal
 
     def visit_Include(self, node: nodes.Stmt) -> NoReturn:
         raise jinja2.TemplateSyntaxError("another template cannot be included here", node.lineno)

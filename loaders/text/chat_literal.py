@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import PrecastError
-from .tokenizer_library import encoded
+from .tokenizer_library import encode
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -43,8 +43,8 @@ class LiteralChat:
         added = library.get_added_tokens_decoder()
         self._control = {number: token for number, token in added.items() if _is_control(token, template)}
         contents = [token.content for token in self._control.values()]
-        self._all = _Texts(contents)
-        self._special = _Texts([token.content for token in self._control.values() if token.special])
+        self._all = _TokenTexts(contents)
+        self._special = _TokenTexts([token.content for token in self._control.values() if token.special])
 
     @cached_property
     def _copy(self) -> "tuple[LibraryTokenizer, dict[_Flags, str]]":
@@ -70,7 +70,7 @@ class LiteralChat:
         # JSON within a prompt may contain the marker as an escape.
         prompt = re.sub(rf"\\u{ord(marker):04x}", marker, render(marked), flags=re.IGNORECASE)
         if marker not in prompt:
-            return list(encoded(self._library, prompt, add_special_tokens=False).ids)
+            return list(encode(self._library, prompt, add_special_tokens=False).ids)
         return self._encode(prompt, marker)
 
     @cached_property
@@ -100,7 +100,7 @@ class LiteralChat:
 
     def _encode(self, prompt: str, marker: str) -> list[int]:
         literal, stand_ins = self._copy
-        found = encoded(self._library, prompt, add_special_tokens=False)
+        found = encode(self._library, prompt, add_special_tokens=False)
         pieces, real, end = [], [], 0
         for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
             if number in self._control and self._is_real(prompt, start, stop, number, marker):
@@ -112,7 +112,7 @@ class LiteralChat:
                 real.append(number)
                 end = stop
         text = "".join([*pieces, prompt[end:]]).replace(marker, "")
-        return self._with_real(encoded(literal, text, add_special_tokens=False).ids, real, text)
+        return self._with_real(encode(literal, text, add_special_tokens=False).ids, real, text)
 
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
         """Return True if the template wrote a control token; an unknown character may produce one too."""
@@ -140,7 +140,7 @@ class LiteralChat:
         return [next(given) if number in stand_ins else number for number in ids]
 
 
-class _Texts:
+class _TokenTexts:
     """The texts of control tokens, matched regardless of case because of filters such as `lower`."""
 
     def __init__(self, contents: Sequence[str]) -> None:
@@ -182,7 +182,7 @@ def _names(value: Any) -> Iterator[str]:
             yield from _names(item)
 
 
-def _marked(value: Any, texts: _Texts, marker: str) -> Any:
+def _marked(value: Any, texts: _TokenTexts, marker: str) -> Any:
     """Return a plain JSON value with markers in all texts, keys included."""
     if isinstance(value, str):
         return texts.marked(value, marker)

@@ -1,22 +1,39 @@
-"""Check the values for a chat template, copy them as plain JSON, and bring them into transformers' form."""
+"""The values that a chat template receives: checked, copied as plain JSON, in the form that transformers uses."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..artifact.errors import PrecastError
+from ..artifact.frozen import Frozen
 
-# Variables with their own argument or rule.
-_TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
-# Keys for a message's reasoning; templates read the first, those of gpt-oss the second.
+# Variables that callers set through an argument, or cannot set at all.
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+# Keys of a message's reasoning. Most templates read the first, those of gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# A message without content needs a key besides these.
-_FRAME = frozenset({"role", "content", "name"})
+# A message without content needs a key other than these.
+_COMMON_KEYS = frozenset({"role", "content", "name"})
 
 
-def checked_messages(messages: Any) -> list[dict[str, Any]]:
+class ChatOptions(Frozen):
+    """The inputs of a chat template besides the messages.
+
+    Attributes:
+        add_generation_prompt: end the prompt where the assistant's answer begins.
+        tools: JSON schemas of functions, for templates that support them.
+        documents: texts to answer from, each usually with `title` and `text`, for templates that support them.
+        variables: further variables of the template (`enable_thinking`, `date_string`, …).
+    """
+
+    add_generation_prompt: bool = True
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] | None = None
+
+
+def plain_messages(messages: Any) -> list[dict[str, Any]]:
     """Return messages as transformers passes them to a template.
 
-    Keys with null values, which the OpenAI API returns, are left out. Reasoning gets each key that templates read.
+    Omit keys whose value is null, which the OpenAI API returns. Store reasoning under each key that templates read.
 
     Raises:
         PrecastError: the value is not a list of messages.
@@ -24,10 +41,10 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, (list, tuple)) or not messages:
         found = "an empty list" if messages in ([], ()) else type(messages).__name__
         raise PrecastError(f"Chat: expected a list of at least one message, found {found}.")
-    return [_checked_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def _checked_message(message: Any, where: str) -> dict[str, Any]:
+def _plain_message(message: Any, where: str) -> dict[str, Any]:
     wanted = 'a message {"role": text, "content": text or a list of parts}'
     if not isinstance(message, Mapping):
         raise PrecastError(f"Chat: expected {where} to be {wanted}, found {type(message).__name__}.")
@@ -36,21 +53,21 @@ def _checked_message(message: Any, where: str) -> dict[str, Any]:
         raise PrecastError(
             f"Chat: expected {where} to be {wanted}, found a role of type {type(role).__name__}."
         )
-    says_more = any(value is not None for key, value in message.items() if key not in _FRAME)
-    if not isinstance(content, (str, list)) and not (content is None and says_more):
+    has_other_keys = any(value is not None for key, value in message.items() if key not in _COMMON_KEYS)
+    if not isinstance(content, (str, list)) and not (content is None and has_other_keys):
         raise PrecastError(
             f"Chat: expected {where} to be {wanted}, found a content of type {type(content).__name__}."
         )
-    plain = {key: value for key, value in _plain(message, where).items() if value is not None}
+    plain = {key: value for key, value in _plain_json(message, where).items() if value is not None}
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
-def checked_objects(values: Any, where: str) -> list[dict[str, Any]]:
+def plain_objects(values: Any, where: str) -> list[dict[str, Any]]:
     """Return tools or documents as a list of plain JSON objects.
 
     Raises:
-        PrecastError: the value is anything else.
+        PrecastError: the value is not a list of JSON objects.
     """
     if not isinstance(values, (list, tuple)):
         raise PrecastError(f"Chat: expected {where} to be a list of objects, found {type(values).__name__}.")
@@ -58,39 +75,39 @@ def checked_objects(values: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(value, Mapping):
             found = "a function; give its JSON schema" if callable(value) else type(value).__name__
             raise PrecastError(f"Chat: expected {where}[{index}] to be a JSON object, found {found}.")
-    plain: list[dict[str, Any]] = _plain(values, where)
+    plain: list[dict[str, Any]] = _plain_json(values, where)
     return plain
 
 
-def checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Return further variables of a template as plain JSON.
 
     Raises:
-        PrecastError: a name is taken, or JSON cannot represent a value.
+        PrecastError: a name is reserved, or JSON cannot represent a value.
     """
     if not isinstance(variables, Mapping):
         raise PrecastError(f"Chat: expected variables to be an object, found {type(variables).__name__}.")
     for name in variables:
-        if name in _TAKEN:
+        if name in _RESERVED:
             raise PrecastError(
-                f"Chat: the variable {name!r} of a template is not free; expected another name, or the argument."
+                f"Chat: the variable {name!r} is reserved; choose another name, or use the option of that name."
             )
-    plain: dict[str, Any] = _plain(variables, "variables")
+    plain: dict[str, Any] = _plain_json(variables, "variables")
     return plain
 
 
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Copy a value as plain JSON types: a template could call the methods of any other object."""
+def _plain_json(value: Any, where: str, depth: int = 0) -> Any:
+    """Copy a value as plain JSON types, because a template could call the methods of any other object."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if depth > 64:
-        raise PrecastError(f"Chat: {where} is nested more than 64 deep.")
+        raise PrecastError(f"Chat: expected {where} to be nested at most 64 deep, found more; flatten it.")
     if isinstance(value, (list, tuple)):
-        return [_plain(item, where, depth + 1) for item in value]
+        return [_plain_json(item, where, depth + 1) for item in value]
     if isinstance(value, Mapping) and all(type(key) is str for key in value):
-        return {key: _plain(item, where, depth + 1) for key, item in value.items()}
+        return {key: _plain_json(item, where, depth + 1) for key, item in value.items()}
     raise PrecastError(
-        f"Chat: expected {where} to hold only what JSON can hold, found a {type(value).__name__}"
+        f"Chat: expected {where} to be plain JSON, found a value of type {type(value).__name__}"
         f"{' with keys that are not text' if isinstance(value, Mapping) else ''}."
     )
 
@@ -99,37 +116,37 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def has_parts(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Return True if the content of any message comes in parts."""
+    """Return True if the content of any message is a list of parts."""
     return any(isinstance(message.get("content"), list) for message in messages)
 
 
-def joined(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Join content in parts into one text, a line for each part, for templates that accept only text.
+def join_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join content in parts into one text, one line a part, for templates that accept only text.
 
     Raises:
         PrecastError: a part is not text.
     """
     return [
-        {**message, "content": "\n".join(_texts(message["content"], f"messages[{index}]"))}
+        {**message, "content": "\n".join(_part_texts(message["content"], f"messages[{index}]"))}
         if isinstance(message.get("content"), list)
         else dict(message)
         for index, message in enumerate(messages)
     ]
 
 
-def _texts(parts: Sequence[Any], where: str) -> Iterator[str]:
+def _part_texts(parts: Sequence[Any], where: str) -> Iterator[str]:
     for part in parts:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise PrecastError(
-                f"Chat: {where} has a part of type {kind!r:.40}, and the model's chat template takes text alone;"
-                " leave the part out."
+                f"Chat: {where} has a part of type {kind!r:.40}, but the model's chat template accepts only text;"
+                " remove the part."
             )
         yield text
 
 
-def in_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def as_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Turn text content into a list of one part, for templates that accept only parts."""
     return [
         {**message, "content": [{"type": "text", "text": message["content"]}]}

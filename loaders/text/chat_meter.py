@@ -1,4 +1,4 @@
-"""Count the work, the memory and the time of one rendering of a chat template.
+"""Meter the work, the memory and the time of one rendering of a chat template.
 
 Importing this module imports jinja2.
 """
@@ -23,7 +23,7 @@ SCALARS = frozenset({int, float, bool, type(None)})
 
 
 class Limits(Frozen):
-    """The limits of one rendering; real templates stay far below."""
+    """The limits of one rendering. Published templates stay far below them."""
 
     source: int = 1 << 17
     """Characters of the template."""
@@ -34,42 +34,46 @@ class Limits(Frozen):
     code: int = 400_000
     """Characters of the Python code that the template becomes."""
     steps: int = 20_000_000
-    """Nodes evaluated and items visited in one rendering; 64 characters copied count as one."""
+    """Nodes evaluated and items visited in one rendering; copying 64 characters counts as one."""
     operation: int = 2_000_000
-    """Steps of one operation inside the interpreter, where Ctrl-C waits: 0.2 seconds at most."""
-    made: int = 1 << 27
-    """Bytes of text and lists made in one rendering, whether they are kept or not."""
+    """Steps of one operation inside the interpreter, which delays Ctrl-C: at most 0.2 seconds."""
+    allocated: int = 1 << 27
+    """Bytes of text and lists allocated in one rendering, including those freed again."""
     depth: int = 100
     """Lists within lists."""
     output: int = 1 << 24
     """Characters of the prompt."""
     seconds: float = 2.0
-    """Time for one compilation, and for one rendering."""
+    """CPU time of the thread for one compilation, and for one rendering. A busy machine does not use it up."""
+    wall_seconds: float = 60.0
+    """Wall-clock time for the same, for a machine that swaps."""
 
     def for_probe(self) -> "Limits":
-        """Return the limits of a rendering of one short message. They do not depend on how busy the machine is."""
+        """Return the limits for rendering one short message, low enough in steps that time never decides."""
         steps = min(self.steps, 500_000)
-        return replace(self, steps=steps, operation=min(self.operation, steps), made=min(self.made, 1 << 24))
+        allocated = min(self.allocated, 1 << 24)
+        return replace(self, steps=steps, operation=min(self.operation, steps), allocated=allocated)
 
 
-class OverLimit(Exception):
-    """A template reached a limit. jinja2 never catches this exception while rendering."""
+class LimitExceeded(Exception):
+    """A template exceeded a limit. jinja2 never catches this exception while rendering."""
 
 
 class Weight:
-    """The size of a value, counting a shared part every time it occurs."""
+    """The size of a value. A part that occurs several times counts each time."""
 
     __slots__ = ("depth", "items", "opaque", "other", "text", "width")
 
     def __init__(self) -> None:
         self.items = 1
         self.text = 0  # characters of its strings
-        self.width = 1  # bytes of the widest character
-        self.other = 0  # characters of its numbers and other small values, printed
+        self.width = 1  # bytes a character, for the widest
+        self.other = 0  # characters of its numbers and other small values when printed
         self.depth = 0
-        self.opaque = ""  # the type of a part that cannot be printed
+        self.opaque = ""  # type of a part that cannot be printed
 
     def add(self, part: "Weight") -> None:
+        """Add the weight of a part."""
         self.items += part.items
         self.text += part.text
         self.other += part.other
@@ -79,81 +83,83 @@ class Weight:
 
     @property
     def steps(self) -> int:
-        """Return the steps that comparing, hashing or copying takes."""
+        """Return the steps of comparing, hashing or copying the value."""
         return self.items + (self.text >> 6)
 
     @property
     def printed(self) -> int:
-        """Return an upper bound of the characters in `repr` or JSON: an escape takes 6, for an astral character 12."""
+        """Return an upper bound of the characters in `repr` or JSON, where an escape takes 6, beyond U+FFFF 12."""
         return self.text * (12 if self.width == 4 else 6) + self.other + 8 * self.items
 
 
 def width(text: str) -> int:
-    """Return the bytes that a character of `text` takes in memory."""
+    """Return an upper bound of the bytes that a character of `text` takes in memory."""
     if text.isascii():
         return 1
-    size = sys.getsizeof(text)  # getsizeof also counts a cached encoding, so this is an upper bound
+    size = sys.getsizeof(text)  # includes a cached encoding
     return 4 if size >= 76 + 4 * len(text) else 2 if size >= 74 + 2 * len(text) else 1
 
 
 def size(text: str) -> int:
-    """Return the bytes that a copy of `text` takes."""
+    """Return an upper bound of the bytes that a copy of `text` takes."""
     return 80 + len(text) * width(text)
 
 
 class Meter:
     """The resources that one rendering has used."""
 
-    # Steps between two checks of the clock: about a millisecond.
+    # Steps between two checks of the clocks: about a millisecond.
     _INTERVAL = 10_000
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._steps = 0
-        self._next_look = 0
-        self._made = 0
-        self._end = time.monotonic() + limits.seconds
-        # Each container is weighed once. It is kept alive here, because Python reuses the ids of dead objects.
+        self._next_check = 0
+        self._allocated = 0
+        self._cpu_deadline = time.thread_time() + limits.seconds
+        self._wall_deadline = time.monotonic() + limits.wall_seconds
+        # Each container is weighed once. The reference keeps it alive, because Python reuses the ids of dead objects.
         self._weights: dict[int, tuple[Any, Weight]] = {}
 
     def step(self, count: int = 1) -> None:
         """Charge the steps of an operation before it runs."""
         self._steps += count
-        if self._steps > self._next_look:
+        if self._steps > self._next_check:
             self._check(count)
 
     def _check(self, count: int) -> None:
         limits = self.limits
         if count > limits.operation:
-            raise OverLimit(f"one operation would take more than {limits.operation:,} steps")
+            raise LimitExceeded(f"one operation would take more than {limits.operation:,} steps")
         if self._steps > limits.steps:
-            raise OverLimit(f"it took more than {limits.steps:,} steps")
-        self.look()
-        self._next_look = min(self._steps + self._INTERVAL, limits.steps)
+            raise LimitExceeded(f"it took more than {limits.steps:,} steps")
+        self.check_time()
+        self._next_check = min(self._steps + self._INTERVAL, limits.steps)
 
-    def look(self) -> None:
-        """Check the clock."""
-        if time.monotonic() > self._end:
-            raise OverLimit(f"it took longer than {self.limits.seconds:g} seconds")
+    def check_time(self) -> None:
+        """Raise LimitExceeded if the time is up. Call it from the thread that made the meter."""
+        if time.thread_time() > self._cpu_deadline:
+            raise LimitExceeded(f"it took more than {self.limits.seconds:g} seconds of processor time")
+        if time.monotonic() > self._wall_deadline:
+            raise LimitExceeded(f"it took longer than {self.limits.wall_seconds:g} seconds")
 
-    def make(self, count: int, spare: int = 0) -> None:
-        """Charge bytes before they are allocated; `spare` bytes are freed when the operation ends."""
-        self._made += count
-        if self._made + spare > self.limits.made:
-            raise OverLimit(f"it made more than {self.limits.made:,} bytes of text and lists")
+    def allocate(self, count: int, temporary: int = 0) -> None:
+        """Charge bytes before an operation allocates them, and `temporary` bytes that it frees when it ends."""
+        self._allocated += count
+        if self._allocated + temporary > self.limits.allocated:
+            raise LimitExceeded(f"it allocated more than {self.limits.allocated:,} bytes of text and lists")
 
-    def end(self) -> None:
-        """Let go of the values: an error that somebody keeps may hold this meter, and objects of jinja2 are cycles."""
+    def release(self) -> None:
+        """Release the values. A stored error may keep this meter alive, and jinja2's objects form cycles."""
         self._weights.clear()
-        if (
-            self._made > self.limits.made >> 2
-        ):  # Python counts objects before it collects cycles, not their bytes
+        # Python decides by the number of objects when to collect cycles, not by their bytes.
+        if self._allocated > self.limits.allocated >> 2:
             gc.collect()
 
     # Weighing
 
     def weigh(self, value: Any) -> Weight:
-        """Return the weight of any value, in time proportional to its parts in memory."""
+        """Return the weight of any value, in time proportional to the memory that it takes."""
         return self._weigh(value, 0)
 
     def _weigh(self, value: Any, level: int) -> Weight:
@@ -163,14 +169,14 @@ class Meter:
         if (known := self._weights.get(id(value))) is not None:
             return known[1]
         if level > self.limits.depth:
-            raise OverLimit(f"it put lists into lists, more than {self.limits.depth} deep")
+            raise LimitExceeded(f"it nested lists more than {self.limits.depth} deep")
         self.step(2 * count)
-        self.make(256 + 8 * count)
+        self.allocate(256 + 8 * count)
         weight = self._sum(children, level)
         if weight.depth > self.limits.depth:
-            raise OverLimit(f"it put lists into lists, more than {self.limits.depth} deep")
+            raise LimitExceeded(f"it nested lists more than {self.limits.depth} deep")
         if weight.steps > self.limits.operation:
-            raise OverLimit(f"a list of its lists holds more than {self.limits.operation:,} items")
+            raise LimitExceeded(f"a list of its lists holds more than {self.limits.operation:,} items")
         self._weights[id(value)] = value, weight
         return weight
 
@@ -198,21 +204,21 @@ class Meter:
 
     # Text and lists
 
-    def text(self, value: Any) -> str:
+    def to_text(self, value: Any) -> str:
         """Return `str(value)`."""
         if type(value) is str:
             return value
         if isinstance(value, str):
-            self.make(size(value))
+            self.allocate(size(value))
             return str(value)
         weight = self.weigh(value)
         if weight.opaque:
             raise jinja2.TemplateRuntimeError(f"a value of type {weight.opaque} cannot become text")
         self.step(weight.printed >> 5)
-        self.make(80 + weight.printed * weight.width)
+        self.allocate(80 + weight.printed * weight.width)
         return str(value)
 
-    def joined(self, separator: str, texts: list[str]) -> str:
+    def join(self, separator: str, texts: list[str]) -> str:
         """Join texts into one."""
         count, widest = 0, width(separator)
         for text in texts:
@@ -221,25 +227,25 @@ class Meter:
                 widest = max(widest, width(text))
         count += len(separator) * len(texts)
         self.step(len(texts) + (count >> 6))
-        self.make(80 + count * widest)
+        self.allocate(80 + count * widest)
         return separator.join(texts)
 
-    def listed(self, value: Any) -> list[Any]:
+    def to_list(self, value: Any) -> list[Any]:
         """Return `list(value)`."""
         if isinstance(value, (str, list, tuple, dict, range, *VIEWS)):
             self.step(len(value))
-            self.make(64 + len(value) * _item_size(value))
+            self.allocate(64 + len(value) * _item_size(value))
             return list(value)
         made = []
         for item in value:
             self.step()
-            self.make(96)
+            self.allocate(96)
             made.append(item)
         return made
 
 
 def _children(value: Any) -> tuple[Iterable[Any] | None, int]:
-    """Return the parts of a container and their number; None if the value is not a container."""
+    """Return the parts of a container and their number, or None and 0 for any other value."""
     if isinstance(value, (list, tuple)):
         return value, len(value)
     if isinstance(value, dict):
@@ -267,19 +273,19 @@ def _leaf(value: Any) -> Weight:
 
 
 def _item_size(value: Any) -> int:
-    """Return the bytes of a list per item: a pointer, plus the item itself if it is created for the list."""
+    """Return the bytes an item of a list takes: a pointer, plus the item itself if the list creates it."""
     if isinstance(value, str):
         return 8 if value.isascii() else 88
     return 88 if isinstance(value, (range, ITEMS)) else 8
 
 
-class Lazy:
-    """A lazy filter's iterator, charged item by item."""
+class LazyItems:
+    """The iterator of a lazy filter. It charges each item."""
 
     __slots__ = ("_items", "_meter")
 
     def __init__(self, meter: Meter, items: Iterable[Any]) -> None:
-        meter.make(1024)
+        meter.allocate(1024)
         self._meter = meter
         self._items = iter(items)
 
@@ -288,5 +294,5 @@ class Lazy:
 
     def __next__(self) -> Any:
         self._meter.step()
-        self._meter.make(96)
+        self._meter.allocate(96)
         return next(self._items)

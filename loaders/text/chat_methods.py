@@ -251,4 +251,4 @@ def charge(meter: Meter, owner: Any, name: str, args: tuple[Any, ...]) -> None:
     # Text marked as safe escapes other text that it meets: a character becomes five.
     factor = 6 if isinstance(owner, Markup) else 1
     meter.step(factor * steps)
-    meter.make(factor * made)
+    meter.allocate(factor * made)

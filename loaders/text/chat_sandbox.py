@@ -25,22 +25,22 @@ from jinja2.utils import Cycler, Joiner, Namespace, missing, pass_context, pass_
 from markupsafe import Markup
 
 from .chat_filters import ALLOWED_FILTERS, ALLOWED_TESTS, NUMBER_BITS, WIDE, charge_format, check_number
-from .chat_instrument import Generator, TemplateTags, instrumented
-from .chat_meter import SCALARS, VIEWS, Lazy, Limits, Meter, OverLimit, width
+from .chat_instrument import MeteredCodeGenerator, TemplateTags, instrument
+from .chat_meter import SCALARS, VIEWS, LazyItems, LimitExceeded, Limits, Meter, width
 from .chat_methods import ATTRIBUTES, METHODS, charge
 
 _OPERANDS = (str, int, float, list, tuple, dict, range, type(None), Undefined)
 _DICT_NAMES = frozenset(dir(dict))
 
 
-class Refused(jinja2.TemplateError):
+class TemplateRefusal(jinja2.TemplateError):
     """The template called raise_exception."""
 
 
-def compiled(source: str, limits: Limits) -> tuple["Sandbox", CodeType]:
+def compile_template(source: str, limits: Limits) -> tuple["Sandbox", CodeType]:
     """Compile a template, within the limits."""
     sandbox = Sandbox(Meter(limits))
-    return sandbox, sandbox.compile(instrumented(sandbox, sandbox.parse(source), limits))
+    return sandbox, sandbox.compile(instrument(sandbox, sandbox.parse(source), limits))
 
 
 class ShortUndefined(Undefined):
@@ -79,7 +79,7 @@ class ShortUndefined(Undefined):
 class Sandbox(SandboxedEnvironment):
     """The environment of one compilation or rendering, with its meter."""
 
-    code_generator_class = Generator
+    code_generator_class = MeteredCodeGenerator
     intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
 
     def __init__(self, meter: Meter) -> None:
@@ -89,7 +89,7 @@ class Sandbox(SandboxedEnvironment):
             undefined=ShortUndefined,
             # Nothing is evaluated at compile time, where no meter runs.
             optimized=False,
-            finalize=_printed,
+            finalize=_print_value,
             extensions=[TemplateTags, "jinja2.ext.loopcontrols"],
         )
         self.meter = meter
@@ -106,7 +106,7 @@ class Sandbox(SandboxedEnvironment):
 
     def _compile(self, source: str, filename: str) -> CodeType:
         if len(source) > self.meter.limits.code:
-            raise OverLimit(f"it becomes more than {self.meter.limits.code:,} characters of Python")
+            raise LimitExceeded(f"it becomes more than {self.meter.limits.code:,} characters of Python")
         return super()._compile(source, filename)
 
     def handle_exception(self, source: str | None = None) -> NoReturn:
@@ -115,7 +115,7 @@ class Sandbox(SandboxedEnvironment):
 
     def concat(self, pieces: Iterable[str]) -> str:
         """Join the output of a macro, a block, or the whole template."""
-        return self.meter.joined("", list(pieces))
+        return self.meter.join("", list(pieces))
 
     # Attributes and items
 
@@ -147,7 +147,7 @@ class Sandbox(SandboxedEnvironment):
         if name in ATTRIBUTES.get(type(obj), ()):
             value = getattr(obj, name)
             if isinstance(obj, str) and name in ("format", "format_map"):
-                return Format(self, value)
+                return FormatMethod(self, value)
             return value
         if type(obj) is TemplateNamespace and not name.startswith("_"):
             return getattr(obj, name, missing)
@@ -167,9 +167,9 @@ class Sandbox(SandboxedEnvironment):
         if kind is Macro:
             if __obj.catch_varargs or __obj.catch_kwargs:
                 meter.weigh([args, kwargs])
-        elif kind in (FunctionType, type) and __obj in _CALLED:
-            meter.make(512 + 16 * len(args) + 128 * len(kwargs))
-        elif kind not in _CALLABLE and not isinstance(__obj, Undefined):
+        elif kind in (FunctionType, type) and __obj in _CALLABLE_FUNCTIONS:
+            meter.allocate(512 + 16 * len(args) + 128 * len(kwargs))
+        elif kind not in _CALLABLE_TYPES and not isinstance(__obj, Undefined):
             raise TypeError(f"{kind.__name__!r} object is not callable")
         return __context.call(__obj, *args, **kwargs)
 
@@ -178,7 +178,7 @@ class Sandbox(SandboxedEnvironment):
         if name not in METHODS.get(type(owner), ()):
             raise SecurityError(f"the method {name!r} is not allowed")
         if name == "join" and args:
-            args = (self.meter.listed(args[0]), *args[1:])
+            args = (self.meter.to_list(args[0]), *args[1:])
         charge(self.meter, owner, name, (*args, *kwargs.values()))
         return method(*args, **kwargs)
 
@@ -192,12 +192,12 @@ class Sandbox(SandboxedEnvironment):
     def metered_turn(self, steps: int, kept: int) -> None:
         """Charge one run of a body."""
         self.meter.step(steps)
-        self.meter.make(kept)
+        self.meter.allocate(kept)
 
     def metered_test(self) -> bool:
         """Charge one test of a loop's condition."""
         self.meter.step()
-        self.meter.make(96)
+        self.meter.allocate(96)
         return True
 
     def metered_operand(self, value: Any) -> Any:
@@ -210,7 +210,7 @@ class Sandbox(SandboxedEnvironment):
 
     def metered_container(self, value: Any) -> Any:
         """Charge a search in `value`."""
-        if isinstance(value, Lazy):
+        if isinstance(value, LazyItems):
             return (self.metered_operand(item) for item in value)
         if isinstance(value, (str, dict)):
             return self.metered_sequence(value)
@@ -239,19 +239,19 @@ class Sandbox(SandboxedEnvironment):
 
     def metered_arguments(self, value: Any) -> list[Any]:
         """Charge unpacking `value` into arguments: `f(*value)`."""
-        return self.meter.listed(value)
+        return self.meter.to_list(value)
 
     def metered_keywords(self, value: Any) -> Any:
         """Charge unpacking `value` into arguments: `f(**value)`."""
         if not isinstance(value, dict):
             raise TypeError(f"argument after ** must be a mapping, not {type(value).__name__!r}")
         self.meter.step(len(value))
-        self.meter.make(256 + 128 * len(value))
+        self.meter.allocate(256 + 128 * len(value))
         return value
 
     def metered_concat(self, *values: Any) -> str:
         """`a ~ b`"""
-        return self.meter.joined("", [self.meter.text(value) for value in values])
+        return self.meter.join("", [self.meter.to_text(value) for value in values])
 
     def metered_slice(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
         """`value[start:stop:step]`"""
@@ -259,7 +259,7 @@ class Sandbox(SandboxedEnvironment):
         if isinstance(value, (str, list, tuple)):
             count = len(range(*part.indices(len(value))))
             self.meter.step(count >> 3)
-            self.meter.make(80 + count * (width(value) if isinstance(value, str) else 8))
+            self.meter.allocate(80 + count * (width(value) if isinstance(value, str) else 8))
         return value[part]
 
 
@@ -268,12 +268,12 @@ _JINJAS_OWN = ("_loop_vars", "_block_vars")
 
 
 @pass_context
-def _printed(context: Context, value: Any) -> str:
+def _print_value(context: Context, value: Any) -> str:
     """`{{ value }}`"""
     if type(value) is str:
         return value
     environment: Any = context.environment
-    text: str = environment.meter.text(value)
+    text: str = environment.meter.to_text(value)
     return text
 
 
@@ -307,10 +307,10 @@ def _charge_sum(meter: Meter, left: Any, right: Any) -> None:
         count = len(left) + len(right)
         factor = 6 if isinstance(left, Markup) or isinstance(right, Markup) else 1
         meter.step(factor * count >> 6)
-        meter.make(80 + factor * count * max(width(left), width(right)))
+        meter.allocate(80 + factor * count * max(width(left), width(right)))
     elif isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         meter.step(len(left) + len(right) >> 3)
-        meter.make(64 + 8 * (len(left) + len(right)))
+        meter.allocate(64 + 8 * (len(left) + len(right)))
 
 
 def _charge_repeat(meter: Meter, left: Any, right: Any) -> None:
@@ -318,10 +318,10 @@ def _charge_repeat(meter: Meter, left: Any, right: Any) -> None:
     if isinstance(times, int) and isinstance(value, (str, list, tuple)):
         count = len(value) * max(0, times)
         meter.step(count >> 6)
-        meter.make(80 + count * (width(value) if isinstance(value, str) else 8))
+        meter.allocate(80 + count * (width(value) if isinstance(value, str) else 8))
 
 
-class Format:
+class FormatMethod:
     """The method `format` of a text, or `format_map`."""
 
     __slots__ = ("_call", "_meter", "_text")
@@ -359,8 +359,8 @@ def _dict(environment: Any, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         raise TypeError(f"dict expected at most 1 argument, got {len(args)}")
     pairs = args[0].items() if args and isinstance(args[0], dict) else args[0] if args else ()
     made = {}
-    for key, value in environment.meter.listed(pairs):
-        environment.meter.make(128)
+    for key, value in environment.meter.to_list(pairs):
+        environment.meter.allocate(128)
         made[environment.metered_key(key)] = value
     made.update(kwargs)
     return environment.metered_new(made)
@@ -382,7 +382,7 @@ def _range(*args: Any) -> range:
 
 @pass_environment
 def _raise_exception(environment: Any, message: Any) -> NoReturn:
-    raise Refused(environment.meter.text(message))
+    raise TemplateRefusal(environment.meter.to_text(message))
 
 
 @pass_environment
@@ -403,5 +403,5 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "range": _range,
     "strftime_now": _strftime_now,
 }
-_CALLED = frozenset(FUNCTIONS.values())
-_CALLABLE = frozenset({BlockReference, Format, Joiner, LoopContext})
+_CALLABLE_FUNCTIONS = frozenset(FUNCTIONS.values())
+_CALLABLE_TYPES = frozenset({BlockReference, FormatMethod, Joiner, LoopContext})

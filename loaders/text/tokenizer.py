@@ -1,7 +1,6 @@
-"""Text to tokens and back: encoding, decoding token by token, chat prompts.
+"""The tokenizer of an artifact: encoding, decoding token by token, chat prompts.
 
-`tokenizers` is imported when a tokenizer is made and jinja2 when the first chat is rendered, not before: the
-time from process start to first token counts.
+Making a tokenizer imports `tokenizers`, and the first chat imports jinja2, because imports delay the first token.
 """
 
 import base64
@@ -14,26 +13,27 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import PrecastError
-from .tokenizer_library import decoded, encoded, explained
+from .tokenizer_library import decode, encode, translate_errors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as LibraryTokenizer
 
     from .chat_literal import LiteralChat
+    from .chat_messages import ChatOptions
     from .chat_template import ChatTemplate
 
-# SentencePiece's spelling of a raw byte: a token that exists for each byte, for text the vocabulary lacks.
+# SentencePiece's spelling of a byte token. There is one for each byte, for text that the vocabulary lacks.
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-# Names of the default template, and of the one for conversations with tools.
+# Names of the default template and of the template for conversations with tools.
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 
-# Steps of decoders that a stream can follow piece by piece, looking back at a few of them.
+# Types of decoders that a stream can follow piece by piece, with a few pieces as context.
 _PIECEWISE = frozenset({"BPEDecoder", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
 
 
 class Tokenizer:
-    """The tokenizer of an artifact. Make it with `Tokenizer.from_json`."""
+    """The tokenizer of an artifact. `Tokenizer.from_json` makes one."""
 
     def __init__(
         self,
@@ -66,52 +66,52 @@ class Tokenizer:
         """Make a tokenizer from the bytes of a `tokenizer.json`.
 
         Args:
-            data: the file, as the `tokenizers` library writes it.
-            chat_template: Jinja source of the default template, or None if the model has none.
+            data: the contents of the file, in the format of the `tokenizers` library.
+            chat_template: Jinja source of the default template, or None.
             bos_token: text of the beginning-of-sequence token, for the chat template.
             eos_token: text of the end-of-sequence token, for the chat template.
             named_templates: Jinja sources of further templates, by name ("tool_use", "rag").
 
         Raises:
-            PrecastError: `data` is not a tokenizer, or its decoder cannot run token by token.
+            PrecastError: `data` is not a tokenizer, or its decoder cannot work token by token.
         """
         import tokenizers
 
-        with explained(
+        with translate_errors(
             f"tokenizer.json: expected a tokenizer that tokenizers {tokenizers.__version__} can read"
         ):
             _check_charsmaps(data)
             library = tokenizers.Tokenizer.from_buffer(data)
-        # A file may ask for prompts to be cut or padded, as it was in training; here that would lose text.
+        # A file may keep truncation and padding from training, which would change prompts.
         library.no_truncation()
         library.no_padding()
-        made = cls(
+        tokenizer = cls(
             library,
             chat_template=chat_template,
             named_templates=named_templates,
             bos_token=bos_token,
             eos_token=eos_token,
         )
-        made._check_decoder()
-        return made
+        tokenizer._check_decoder()
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added tokens included. The model's V may be larger (padding)."""
+        """The number of tokens, including added tokens. The model's V may be larger (padding)."""
         return self._library.get_vocab_size(with_added_tokens=True)
 
     @property
     def largest_id(self) -> int:
-        """The largest id that any token has."""
+        """The largest id of any token, or -1."""
         return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def largest_own_id(self) -> int:
-        """Return the largest id in the vocabulary without added tokens."""
+        """The largest id in the vocabulary without added tokens, or -1."""
         return max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
 
     def tokens_from(self, first: int) -> list[str]:
-        """Return the spelling of every token with an id of `first` or above, by id."""
+        """Return the spelling of every token with an id of at least `first`, in ascending order of ids."""
         vocabulary = self._library.get_vocab(with_added_tokens=True)
         return sorted((text for text, i in vocabulary.items() if i >= first), key=vocabulary.__getitem__)
 
@@ -126,23 +126,23 @@ class Tokenizer:
         token themselves.
 
         Raises:
-            PrecastError: the text holds half of a surrogate pair, which no tokenizer can encode.
+            PrecastError: the text contains half of a surrogate pair, which no tokenizer can encode.
         """
-        return list(encoded(self._library, text, add_special_tokens=add_special_tokens).ids)
+        return list(encode(self._library, text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of `ids`. Ids that no token has (a padded vocabulary) have no text.
+        """Return the text of `ids`. An id without a token, as in a padded vocabulary, has no text.
 
         Raises:
             PrecastError: an id is negative or absurdly large.
         """
         try:
-            return decoded(self._library, list(ids), skip_special_tokens=skip_special_tokens)
+            return decode(self._library, list(ids), skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise PrecastError(f"Tokenizer: expected token ids of 0 and above, found {list(ids)}.") from error
 
     def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
-        """Return a decoder that takes one token at a time; each stream is one text."""
+        """Return a decoder of one text, which takes one token at a time."""
         skipped = self._special_ids if skip_special_tokens else frozenset[int]()
         if self._is_byte_level:
             return _ByteLevelStream(self._library, skipped)
@@ -151,75 +151,59 @@ class Tokenizer:
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
+        options: "ChatOptions | None" = None,
         *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        variables: Mapping[str, Any] | None = None,
         template: str | None = None,
     ) -> str:
-        """Return the prompt for a conversation, by one of the model's chat templates.
+        """Return the prompt for a conversation, rendered by one of the model's chat templates.
 
         Args:
-            messages: this and the other arguments: as `ChatTemplate.render`.
+            messages: as for `ChatTemplate.render`.
+            options: the template's other inputs; None means the defaults.
             template: name of the template; None chooses as transformers does: "tool_use" if there are tools and such a
                 template, else the default one.
 
         Raises:
-            PrecastError: there is no such template, the messages are malformed, or the template fails.
+            PrecastError: the model has no such template, an argument is malformed, or the template fails.
         """
-        return self._template(template, tools).render(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            documents=documents,
-            variables=variables,
-        )
+        return self._template(self._template_name(template, options)).render(messages, options)
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
+        options: "ChatOptions | None" = None,
         *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        variables: Mapping[str, Any] | None = None,
         template: str | None = None,
         literal: bool = False,
     ) -> list[int]:
         """Return the token ids of a conversation.
 
         Args:
-            messages: this and the other arguments: as `render_chat`.
+            messages: as for `ChatTemplate.render`.
+            options: as for `render_chat`.
+            template: as for `render_chat`.
             literal: encode the caller's values as plain text: special-token text in a message does not become a token,
                 and so cannot forge a turn. Messages without such text get the same ids.
 
         Raises:
             PrecastError: as `render_chat` and `encode`; or a text cannot be encoded literally.
         """
-        chosen = self._template(template, tools)
-        values = chosen.values(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            documents=documents,
-            variables=variables,
-        )
+        name = self._template_name(template, options)
+        compiled = self._template(name)
+        values = compiled.values(messages, options)
         if literal:
-            return self._literal_chat(template, tools).encode(values, chosen.rendered)
+            return self._literal_chat(name).encode(values, compiled.render_values)
         # Templates write the beginning-of-sequence token themselves.
-        return self.encode(chosen.rendered(values), add_special_tokens=False)
+        return self.encode(compiled.render_values(values), add_special_tokens=False)
 
-    def _literal_chat(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> "LiteralChat":
-        name = self._chosen(name, tools)
+    def _literal_chat(self, name: str) -> "LiteralChat":
         if name not in self._literal:
             from .chat_literal import LiteralChat
 
             self._literal[name] = LiteralChat(self._library, self._templates[name])
         return self._literal[name]
 
-    def _template(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> "ChatTemplate":
-        name = self._chosen(name, tools)
+    def _template(self, name: str) -> "ChatTemplate":
         if name not in self._compiled:
             from .chat_template import ChatTemplate
 
@@ -228,15 +212,20 @@ class Tokenizer:
             )
         return self._compiled[name]
 
-    def _chosen(self, name: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        """Return the name of the template to use."""
+    def _template_name(self, name: str | None, options: "ChatOptions | None") -> str:
+        """Return `name`, or the name of the template that suits `options`.
+
+        Raises:
+            PrecastError: the model has no such template.
+        """
         if not self._templates:
             raise PrecastError(
                 "Chat: this artifact has no chat template, so messages cannot become a prompt;"
                 " generate from plain text, or export the model with a template."
             )
         if name is None:
-            name = _TOOL_USE if tools is not None and _TOOL_USE in self._templates else _DEFAULT
+            has_tools = options is not None and options.tools is not None
+            name = _TOOL_USE if has_tools and _TOOL_USE in self._templates else _DEFAULT
             reason = "this artifact has no default chat template"
         else:
             reason = f"this artifact has no chat template named {name!r}"
@@ -252,14 +241,14 @@ class Tokenizer:
 
     @cached_property
     def _decoder_kinds(self) -> tuple[str, ...]:
-        """Types of the decoder's steps, in order, however they are nested."""
+        """The types of the decoder's steps in order, with nested sequences flattened."""
         if self._library.decoder is None:
             return ()
         return tuple(_kinds(json.loads(self._library.decoder.__getstate__())))
 
     @property
     def _is_byte_level(self) -> bool:
-        # There is nothing left to fuse after it.
+        # Fuse has no effect after ByteLevel, which returns one piece.
         kinds = self._decoder_kinds
         return kinds[:1] == ("ByteLevel",) and set(kinds[1:]) <= {"Fuse"}
 
@@ -267,19 +256,19 @@ class Tokenizer:
         unknown = [kind for kind in self._decoder_kinds if kind not in _PIECEWISE]
         if unknown and not self._is_byte_level:
             raise PrecastError(
-                f"tokenizer.json: the decoder {' + '.join(self._decoder_kinds)} cannot be followed token by token"
+                f"tokenizer.json: the decoder {' + '.join(self._decoder_kinds)} cannot work token by token"
                 f" (expected ByteLevel alone, or any of {', '.join(sorted(_PIECEWISE))}); use a checkpoint with"
                 " another tokenizer."
             )
 
 
 class TextStream:
-    """Decodes one text token by token; the cost of a token does not grow with the text.
+    """A decoder of one text, token by token. The cost of a token is independent of the text's length.
 
-    What `push` returned so far, joined, is `decode` of the ids so far less a last incomplete character, and
-    with `finish` exactly `decode` of all ids. The exception is a decoder that takes text back: SentencePiece
-    breaks *every* character of a run of byte tokens once one of them is broken. Characters that were already
-    returned then stay as they are.
+    The results of `push`, joined, are `decode` of the ids so far without an incomplete character at the end. With the
+    result of `finish` they are `decode` of all ids. The exception is a decoder that takes text back: SentencePiece
+    replaces *every* character of a run of byte tokens by U+FFFD if one of them is broken. A stream cannot replace
+    characters that it has returned.
     """
 
     def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int]) -> None:
@@ -287,18 +276,22 @@ class TextStream:
         self._skipped = skipped
 
     def push(self, token_id: int) -> str:
-        """Return the text that this token completes, "" while a character is incomplete."""
+        """Return the text that this token completes, or "" if a character is still incomplete.
+
+        Raises:
+            PrecastError: the id is negative or absurdly large.
+        """
         if token_id in self._skipped:
             return ""
         try:
             token = self._library.id_to_token(token_id)
         except OverflowError as error:
             raise PrecastError(f"Tokenizer: expected a token id of 0 or above, found {token_id}.") from error
-        # Ids without a token have no text, and neither has a token whose name is empty.
+        # An id without a token has no text, nor has a token with an empty name.
         return self._push(token_id, token) if token else ""
 
     def finish(self) -> str:
-        """Return what remains: U+FFFD for bytes that never became a character."""
+        """Return the rest of the text: U+FFFD for the bytes of an incomplete character."""
         raise NotImplementedError
 
     def _push(self, token_id: int, token: str) -> str:
@@ -306,7 +299,7 @@ class TextStream:
 
 
 class _ByteLevelStream(TextStream):
-    """GPT-2's byte-level decoder: a text is the bytes of its tokens, one after another, read as UTF-8."""
+    """GPT-2's byte-level decoder, which joins the bytes of all tokens and reads them as UTF-8."""
 
     def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int]) -> None:
         super().__init__(library, skipped)
@@ -319,25 +312,25 @@ class _ByteLevelStream(TextStream):
     def _push(self, token_id: int, token: str) -> str:
         try:
             data = bytes([self._bytes_of[char] for char in token])
-        except KeyError:  # an added token, which is written as it is
+        except KeyError:  # an added token, which is plain text
             data = token.encode()
         return self._utf8.decode(data)
 
 
 class _PieceStream(TextStream):
-    """Any other decoder: the library decodes each piece behind the few pieces before it.
+    """Any other decoder: the library decodes each piece together with the two pieces before it.
 
-    Those give what decoders look back at (is this the start of the text, where a leading space is dropped?).
-    Byte tokens are gathered until they make a character, so that a piece is always whole.
+    Decoders need that context, for example to drop a leading space only at the start of a text. Byte tokens wait until
+    they form a character, so that every piece is whole.
     """
 
     def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int], *, byte_fallback: bool) -> None:
         super().__init__(library, skipped)
         self._byte_fallback = byte_fallback
-        self._context: list[list[int]] = []  # the last pieces
-        self._ids: list[int] = []  # byte tokens of an incomplete character, and their bytes
-        self._bytes = b""
-        self._broken = False  # the current run of byte tokens cannot be UTF-8 any more
+        self._context: list[list[int]] = []  # the last two pieces
+        self._ids: list[int] = []  # byte tokens of an incomplete character
+        self._bytes = b""  # their bytes
+        self._broken = False  # the current run of byte tokens is no longer valid UTF-8
 
     def finish(self) -> str:
         return self._end_run()
@@ -365,7 +358,7 @@ class _PieceStream(TextStream):
         return self._decode(piece)
 
     def _end_run(self) -> str:
-        """Give up on an incomplete character: one U+FFFD for each byte, as the library does it."""
+        """Replace each byte of an incomplete character by U+FFFD, as the library does."""
         broken = "\N{REPLACEMENT CHARACTER}" * len(self._ids)
         if self._ids:
             self._remember(self._ids)
@@ -374,8 +367,8 @@ class _PieceStream(TextStream):
 
     def _decode(self, piece: list[int]) -> str:
         before = [token_id for known in self._context for token_id in known]
-        known = decoded(self._library, before, skip_special_tokens=False)
-        text = decoded(self._library, before + piece, skip_special_tokens=False)
+        known = decode(self._library, before, skip_special_tokens=False)
+        text = decode(self._library, before + piece, skip_special_tokens=False)
         self._remember(piece)
         return text[len(known) :]
 
@@ -384,9 +377,9 @@ class _PieceStream(TextStream):
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte (Radford et al., 2019: `bytes_to_unicode`), inverted.
+    """Return the byte for each character of GPT-2's alphabet (Radford et al., 2019: `bytes_to_unicode`, inverted).
 
-    Printable bytes of Latin-1 stand for themselves, the others for the characters from U+0100 on, in order.
+    Printable characters of Latin-1 stand for their own byte, and those from U+0100 on for the other bytes, in order.
     """
     printable = {
         *range(ord("!"), ord("~") + 1),
@@ -398,6 +391,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _kinds(decoder: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the types of a decoder's steps."""
     if decoder["type"] == "Sequence":
         for step in decoder["decoders"]:
             yield from _kinds(step)
@@ -405,15 +399,15 @@ def _kinds(decoder: Mapping[str, Any]) -> Iterator[str]:
         yield decoder["type"]
 
 
-# A key of that name as it is, or one that may be it, with plain letters written as escapes.
+# The key, or any JSON escape of an ASCII letter, which the key may be written with.
 _CHARSMAP = re.compile(rb"precompiled_charsmap|\\u00[2-7]")
 
 
 def _check_charsmaps(data: bytes) -> None:
-    """Refuses a table of characters that claims to be larger than it is: the library would set that much memory aside.
+    """Check the declared size of SentencePiece's character tables, because the library allocates that size.
 
     Raises:
-        ValueError: for such a table.
+        ValueError: a table is shorter than it declares.
     """
     left = [json.loads(data).get("normalizer")] if _CHARSMAP.search(data) else []
     while left:
@@ -424,6 +418,6 @@ def _check_charsmaps(data: bytes) -> None:
             left += part.values()
             if isinstance(table := part.get("precompiled_charsmap"), str):
                 raw = base64.b64decode(table)
-                # A table begins with the size of what follows first.
+                # A table begins with the size in bytes of its first section, which follows.
                 if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
-                    raise ValueError("a precompiled_charsmap is cut short")
+                    raise ValueError("a precompiled_charsmap is truncated")

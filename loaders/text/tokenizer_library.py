@@ -1,4 +1,4 @@
-"""Call the tokenizers library, and turn its errors into one sentence."""
+"""Calls of the tokenizers library, with its errors translated into one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,42 +11,50 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as LibraryTokenizer
 
 
-def encoded(library: "LibraryTokenizer", text: str, *, add_special_tokens: bool) -> "Encoding":
-    """Return the tokens of a text.
+def encode(library: "LibraryTokenizer", text: str, *, add_special_tokens: bool) -> "Encoding":
+    """Encode a text.
+
+    Returns:
+        The ids, with their offsets in the text.
 
     Raises:
         PrecastError: the text contains half of a surrogate pair, which no tokenizer can encode.
     """
     try:
-        with explained(
+        with translate_errors(
             "tokenizer.json: expected a tokenizer that encodes any text", UnicodeEncodeError, TypeError
         ):
             return library.encode(text, add_special_tokens=add_special_tokens)
     except (UnicodeEncodeError, TypeError) as error:
         raise PrecastError(
-            "prompt: expected text in UTF-8, found bytes that are not; convert it first."
+            "prompt: expected text in UTF-8, found other bytes; convert the text first."
         ) from error
 
 
-def decoded(library: "LibraryTokenizer", ids: list[int], *, skip_special_tokens: bool) -> str:
-    """Return the text of tokens.
+def decode(library: "LibraryTokenizer", ids: list[int], *, skip_special_tokens: bool) -> str:
+    """Return the text of token ids.
 
     Raises:
         OverflowError: an id is negative or absurdly large.
     """
-    with explained("tokenizer.json: expected a tokenizer that decodes any tokens", OverflowError):
+    with translate_errors("tokenizer.json: expected a tokenizer that decodes any tokens", OverflowError):
         return library.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 @contextmanager
-def explained(expected: str, *but: type[Exception]) -> Iterator[None]:
-    """Turn the library's errors into one sentence, except errors about the caller's arguments."""
+def translate_errors(expected: str, *but: type[Exception]) -> Iterator[None]:
+    """Raise the library's errors as a PrecastError.
+
+    Args:
+        expected: the beginning of the error text: where, and what was expected.
+        but: errors about the caller's arguments, which pass.
+    """
     try:
         yield
     except but:
         raise
     except BaseException as error:
-        # The library raises bare Exception and ValueError; a panic of its Rust code is a BaseException.
+        # The library raises bare Exception and ValueError. A panic of its Rust code is a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise PrecastError(f"{expected}, found: {_one_line(error)}; export the artifact again.") from error

@@ -10,7 +10,7 @@ from precast.exporter.sources import open_source
 from precast.exporter.sources.base import Source
 from precast.exporter.sources.huggingface.templates import chat_templates
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.text.chat_template import ChatTemplate
+from precast.loaders.text.chat_template import ChatOptions, ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
@@ -65,10 +65,10 @@ def test_the_template_is_the_one_that_transformers_takes(checkpoint, place, name
     else:  # transformers treats any other text as a template
         expected = theirs.chat_template if name == "default" and not has_named else None
     if expected is not None:
-        assert ours.render_chat(USER, tools=tools, template=name) == expected
+        assert ours.render_chat(USER, ChatOptions(tools=tools), template=name) == expected
         return
     with pytest.raises(PrecastError, match=r"^Chat: this artifact has no "):
-        ours.render_chat(USER, tools=tools, template=name)
+        ours.render_chat(USER, ChatOptions(tools=tools), template=name)
 
 
 def test_a_name_that_no_template_has(checkpoint):
@@ -88,7 +88,7 @@ def test_only_templates_with_a_name(checkpoint):
     assert str(caught.value) == (
         "Chat: this artifact has no default chat template; name one that it has (template=…): rag, tool_use."
     )
-    assert ours.render_chat(USER, tools=TOOLS) == "t"
+    assert ours.render_chat(USER, ChatOptions(tools=TOOLS)) == "t"
 
 
 def test_the_oldest_file_is_taken_where_nothing_else_is(checkpoint):
@@ -143,7 +143,7 @@ def test_a_gguf_file_has_named_templates_too(tmp_path, gguf_spec):
     }
     source = open_source(str(gguf_spec(metadata=metadata).write(tmp_path)))
     assert (source.chat_template, source.named_templates) == ("d", {"tool_use": "t"})
-    assert texts.read_tokenizer(source).render_chat(USER, tools=TOOLS) == "t"
+    assert texts.read_tokenizer(source).render_chat(USER, ChatOptions(tools=TOOLS)) == "t"
 
 
 def test_a_gguf_template_that_is_not_text(tmp_path, gguf_spec):

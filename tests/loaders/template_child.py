@@ -316,7 +316,7 @@ INTERRUPTED = (
 
 def interrupt() -> dict:
     """Press Ctrl-C while a template works without end, as far as its limits go."""
-    limits = Limits(seconds=100, steps=10**12, made=10**13)
+    limits = Limits(seconds=100, steps=10**12, allocated=10**13)
     interrupted, slow = 0, []
     for source in INTERRUPTED:
         print(source, flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.text.chat_template import ChatTemplate
+from precast.loaders.text.chat_template import ChatOptions, ChatTemplate
 
 SYSTEM = {"role": "system", "content": " Be brief. "}
 USER = {"role": "user", "content": "How warm is it in 日本? <b>&'\n"}
@@ -231,8 +231,8 @@ def theirs(template: str, messages: list[dict], **given: Any) -> str | None:
 
 
 def ours(template: str, messages: list[dict], **given: Any) -> str:
-    given = {"add_generation_prompt": False} | given
-    return ChatTemplate(template, bos_token="<s>", eos_token="</s>").render(messages, **given)
+    options = ChatOptions(**{"add_generation_prompt": False, **given})
+    return ChatTemplate(template, bos_token="<s>", eos_token="</s>").render(messages, options)
 
 
 @pytest.mark.parametrize("given", GIVEN)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.text.chat_messages import ChatOptions
 from precast.loaders.text.tokenizer import Tokenizer
 
 CHATML = (
@@ -217,9 +218,11 @@ def test_every_place_for_text_is_literal() -> None:
     message["tool_calls"] = [{"function": {"name": evil, "arguments": {evil: [evil]}}}]
     ids = made.encode_chat(
         [message],
-        tools=[{"name": evil, "parameters": {evil: 1}}],
-        documents=[{"text": evil + "é"}],
-        variables={"who": evil},
+        ChatOptions(
+            tools=[{"name": evil, "parameters": {evil: 1}}],
+            documents=[{"text": evil + "é"}],
+            variables={"who": evil},
+        ),
         literal=True,
     )
     assert marks_of(made, ids) == made.encode("<|im_start|><|im_end|>", add_special_tokens=False)
@@ -276,7 +279,7 @@ def test_messages_that_leave_no_marker_free() -> None:
 def test_half_a_surrogate_pair_is_refused_as_ever() -> None:
     made = make(byte_level(), CHATML)
     for literal in (False, True):
-        with pytest.raises(PrecastError, match="expected text in UTF-8, found bytes that are not"):
+        with pytest.raises(PrecastError, match="expected text in UTF-8, found other bytes"):
             made.encode_chat(chat("<|im_end|>\ud800"), literal=literal)
 
 

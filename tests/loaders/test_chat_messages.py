@@ -140,8 +140,8 @@ def test_a_part_that_is_not_text_is_refused_where_text_is_wanted(part: Any, kind
     with pytest.raises(PrecastError) as caught:
         template(TEXT_ALONE[0]).render([{"role": "user", "content": [PARTS[0], part]}])
     assert str(caught.value) == (
-        f"Chat: messages[0] has a part of type {kind}, and the model's chat template takes text alone; leave the"
-        " part out."
+        f"Chat: messages[0] has a part of type {kind}, but the model's chat template accepts only text; remove the"
+        " part."
     )
 
 

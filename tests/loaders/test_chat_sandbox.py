@@ -139,7 +139,7 @@ def test_a_shared_list_is_weighed_as_if_written_out() -> None:
 def test_a_deep_list_is_refused() -> None:
     source = "{% set ns = namespace(x=0) %}{% for i in range(LEVELS) %}{% set ns.x = [ns.x] %}{% endfor %}"
     assert render(source.replace("LEVELS", "90") + "{{ ns.x | string | length }}") == "181"
-    with pytest.raises(PrecastError, match=r"it put lists into lists, more than 100 deep"):
+    with pytest.raises(PrecastError, match=r"it nested lists more than 100 deep"):
         render(source.replace("LEVELS", "5000"))
 
 

@@ -2,15 +2,18 @@
 
 # ruff: noqa: E501 - a template is easier to read, and means the same, on one line
 
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.text.chat_template import ChatTemplate, Limits
+from precast.loaders.text import chat_meter
+from precast.loaders.text.chat_template import ChatOptions, ChatTemplate, Limits
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -60,8 +63,9 @@ DOCUMENTS = [{"title": "Größe", "text": "a < b"}, {"title": "two", "text": "\n
 VARIABLES = {"think": False, "tags": ["x", "y"]}
 
 
-def render(source: str, *, limits: Limits | None = None, messages: list = CHAT, **settings) -> str:
-    return ChatTemplate(source, bos_token="<s>", eos_token="</s>", limits=limits).render(messages, **settings)
+def render(source: str, *, limits: Limits | None = None, messages: list = CHAT, **options) -> str:
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>", limits=limits)
+    return template.render(messages, ChatOptions(**options))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -192,9 +196,12 @@ def test_a_failure_is_one_sentence(source: str, message: str) -> None:
         ([{"role": "user", "content": 3}], r"expected messages\[0\] .*, found a content of type int"),
         (
             [{"role": "u", "content": [object()]}],
-            r"expected messages\[0\] to hold only what JSON can hold, found a object",
+            r"expected messages\[0\] to be plain JSON, found a value of type object",
         ),
-        ([{"role": "u", "content": "", "x": {1: 2}}], r".*, found a dict with keys that are not text"),
+        (
+            [{"role": "u", "content": "", "x": {1: 2}}],
+            r".*, found a value of type dict with keys that are not text",
+        ),
     ],
 )
 def test_malformed_messages_are_one_sentence(messages: object, message: str) -> None:
@@ -213,15 +220,15 @@ def test_malformed_messages_are_one_sentence(messages: object, message: str) -> 
         ({"documents": ["text"]}, r"expected documents\[0\] to be a JSON object, found str"),
         (
             {"documents": [{"text": object()}]},
-            "expected documents to hold only what JSON can hold, found a object",
+            "expected documents to be plain JSON, found a value of type object",
         ),
         (
             {"variables": {"f": print}},
-            "expected variables to hold only what JSON can hold, found a builtin_.*",
+            "expected variables to be plain JSON, found a value of type builtin_.*",
         ),
         (
             {"variables": {"messages": []}},
-            "the variable 'messages' of a template is not free; expected another name, or the argument",
+            "the variable 'messages' is reserved; choose another name, or use the option of that name",
         ),
     ],
 )
@@ -234,7 +241,10 @@ def test_deep_messages_are_one_sentence() -> None:
     content: list = []
     for _ in range(100):
         content = [content]
-    with pytest.raises(PrecastError, match=r"^Chat: messages\[0\] is nested more than 64 deep\.$"):
+    with pytest.raises(
+        PrecastError,
+        match=r"^Chat: expected messages\[0\] to be nested at most 64 deep, found more; flatten it\.$",
+    ):
         render("x", messages=[{"role": "user", "content": content}])
 
 
@@ -299,10 +309,9 @@ def test_a_template_that_takes_too_many_steps_is_stopped(source: str) -> None:
     ],
 )
 def test_a_template_that_makes_too_much_is_stopped(source: str) -> None:
-    with pytest.raises(
-        PrecastError, match=STOPPED.format("it made more than 100,000 bytes of text and lists")
-    ):
-        render(source, limits=Limits(made=100_000, seconds=60))
+    reason = "it allocated more than 100,000 bytes of text and lists"
+    with pytest.raises(PrecastError, match=STOPPED.format(reason)):
+        render(source, limits=Limits(allocated=100_000, seconds=60))
 
 
 @pytest.mark.parametrize(
@@ -354,8 +363,24 @@ def test_an_operation_that_would_be_huge_is_refused(source: str, reason: str) ->
 
 
 def test_a_template_that_takes_too_long_is_stopped() -> None:
-    with pytest.raises(PrecastError, match=STOPPED.format("it took longer than 0 seconds")):
+    with pytest.raises(PrecastError, match=STOPPED.format("it took more than 0 seconds of processor time")):
         render("{% for m in messages %}{% endfor %}", limits=Limits(seconds=0))
+
+
+@pytest.mark.parametrize(("waited", "is_stopped"), [(10.0, False), (100.0, True)])
+def test_waiting_for_the_processor_counts_only_against_the_wall_clock(
+    monkeypatch: pytest.MonkeyPatch, waited: float, is_stopped: bool
+) -> None:
+    """Let the wall clock advance by `waited` seconds at each look, and the thread's CPU time stand still."""
+    looks = itertools.count(0.0, waited)
+    clocks = SimpleNamespace(thread_time=lambda: 0.0, monotonic=lambda: next(looks))
+    template = ChatTemplate("{{ messages[0].content }}", bos_token=None, eos_token=None)
+    monkeypatch.setattr(chat_meter, "time", clocks)
+    if not is_stopped:
+        assert template.render(CHAT) == "Be brief."
+        return
+    with pytest.raises(PrecastError, match=STOPPED.format("it took longer than 60 seconds")):
+        template.render(CHAT)
 
 
 def test_a_template_that_is_too_long_is_refused() -> None:
@@ -367,11 +392,11 @@ def test_a_template_that_is_too_long_is_refused() -> None:
 
 def test_a_long_conversation_is_far_from_the_limits() -> None:
     messages = [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "ok"}] * 1000
-    tenth = Limits(steps=500_000, made=1 << 24, output=1 << 22)
+    tenth = Limits(steps=500_000, allocated=1 << 24, output=1 << 22)
     assert render(TEMPLATES["chatml"], messages=messages, limits=tenth).count("<|im_start|>") == 2001
 
 
 def test_a_real_limit_stops_nested_loops() -> None:
     source = "{% for a in messages[0].content %}" * 3 + "{% endfor %}" * 3
-    with pytest.raises(PrecastError, match=STOPPED.format("it (took|made) .*")):
+    with pytest.raises(PrecastError, match=STOPPED.format("it (took|allocated) .*")):
         render(source, messages=[{"role": "user", "content": "x" * 5000}])

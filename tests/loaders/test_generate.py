@@ -162,7 +162,7 @@ def test_an_end_token_at_the_last_place_is_a_stop(tiny_model, free):
         ([True], "prompt: token 0 is True, expected an id from 0 to 319."),
         ([None], "prompt: token 0 is None, expected an id from 0 to 319."),
         (["12"], "prompt: token 0 is '12', expected an id from 0 to 319."),
-        ("half \ud83d", "expected text in UTF-8, found bytes that are not"),
+        ("half \ud83d", "expected text in UTF-8, found other bytes"),
     ],
 )
 @pytest.mark.parametrize("how", ["generate", "stream"])

@@ -72,7 +72,7 @@ def refusal(data: bytes) -> str:
 def test_a_table_of_characters_that_claims_to_be_larger_than_it_is(tokenizer_with, key, table):
     data = tokenizer_with(normalizer={"type": "Precompiled", "precompiled_charsmap": table})
     text = refusal(data.replace(b"precompiled_charsmap", key.encode()))
-    assert "a precompiled_charsmap is cut short; export the artifact again." in text
+    assert "a precompiled_charsmap is truncated; export the artifact again." in text
 
 
 def test_a_tokenizer_that_fails_while_it_encodes(tokenizer_with):

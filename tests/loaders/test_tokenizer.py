@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.text.chat_messages import ChatOptions
 from precast.loaders.text.tokenizer import Tokenizer
 
 TEXT = [
@@ -239,7 +240,7 @@ def test_a_bad_file_is_one_sentence(data: bytes) -> None:
 
 def test_text_that_is_not_unicode_is_one_sentence() -> None:
     with pytest.raises(
-        PrecastError, match=r"^prompt: expected text in UTF-8, found bytes that are not; convert it first\.$"
+        PrecastError, match=r"^prompt: expected text in UTF-8, found other bytes; convert the text first\.$"
     ):
         TOKENIZERS["byte_level"].encode("half a pair: \ud800")
 
@@ -261,7 +262,10 @@ def test_chat_is_rendered_by_the_template() -> None:
     tokenizer = wrap(no_decoder(), chat_template=template)
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.render_chat(messages) == "<s>[user]hi</s>[assistant]"
-    assert tokenizer.render_chat(messages, add_generation_prompt=False, tools=[{}]) == "<s>[user]hi</s>1"
+    assert (
+        tokenizer.render_chat(messages, ChatOptions(add_generation_prompt=False, tools=[{}]))
+        == "<s>[user]hi</s>1"
+    )
 
 
 def test_a_chat_has_documents_and_what_else_its_template_asks_for() -> None:
@@ -269,8 +273,8 @@ def test_a_chat_has_documents_and_what_else_its_template_asks_for() -> None:
     tokenizer = wrap(no_decoder(), chat_template=template)
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.render_chat(messages) == "none unset"
-    given = {"documents": [{"text": "a"}], "variables": {"enable_thinking": False}}
-    assert tokenizer.render_chat(messages, **given) == "a False"
+    options = ChatOptions(documents=[{"text": "a"}], variables={"enable_thinking": False})
+    assert tokenizer.render_chat(messages, options) == "a False"
 
 
 def test_chat_without_a_template_is_one_sentence() -> None:

@@ -368,6 +368,6 @@ def test_a_decoder_that_no_stream_can_follow_is_one_sentence(family, decoder, na
     library.decoder = decoder
     with pytest.raises(
         PrecastError,
-        match=rf"^tokenizer\.json: the decoder {name} cannot be followed token by token .*another tokenizer\.$",
+        match=rf"^tokenizer\.json: the decoder {name} cannot work token by token .*another tokenizer\.$",
     ):
         Tokenizer.from_json(library.to_str().encode(), chat_template=None, bos_token=None, eos_token=None)
