@@ -1,62 +1,77 @@
-# make demo, make test, make lint: each does all of its own set-up, in $(VENV); make bench also in $(BENCH_VENV).
+# Each target does all of its own set-up in $(VENV); `make bench` also uses $(BENCH_VENV). `make` alone shows the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := artifacts/smollm2-135m-instruct-int8
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.ready-docs
 BENCH_VENV ?= .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 BENCH_PRECAST ?= .venv-bench-precast
+PIP_INSTALL = .ci/pip_install.py --constraint constraints.txt
 
-.PHONY: demo test test-long lint bench fuzz kill interrupt
+.PHONY: help demo test test-long lint docs bench fuzz kill interrupt
 
-demo: $(DEMO)/manifest.json
+help:  ## show the targets
+	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(DEMO)/manifest.json  ## set up, export SmolLM2-135M-Instruct, ask it a question (3 to 6 minutes)
 	$(BIN)/python cli.py run $(DEMO) --chat --prompt "What is the capital of France?" --max-tokens 64
+	@echo "Next: . $(BIN)/activate && precast chat artifacts/"
 
 $(DEMO)/manifest.json: | $(READY)
 	$(BIN)/python cli.py export --buckets 64,128,512 --output $(DEMO)
 
-test: $(READY)
+test: $(READY)  ## set up and run the tests (15 to 25 minutes on two cores)
+	@echo "running the tests: 15 to 25 minutes on two cores"
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-# Half an hour more: sanitizers at every vector width, architectures at every combination of weights and cache.
-test-long: $(READY)
+test-long: $(READY)  ## half an hour more: sanitizers at each vector width, architectures with all weights and caches
 	$(BIN)/pytest -m long $(PYTEST_ARGS)
 
-lint: $(READY)
+lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/types $(BIN)/mypy
 	$(BIN)/lint-imports
 
-# 20,000 mutated artifacts; 200 kills; 130 interrupts. All say what they found, and how to see it again.
-fuzz: $(READY)
+docs: $(DOCS_READY)  ## build the documentation into site/
+	PRECAST_TYPES=$(VENV)/types $(BIN)/mkdocs build --strict
+
+# Each reports its findings and how to repeat them.
+fuzz: $(READY)  ## load 20,000 mutated artifacts
 	$(BIN)/python tests/fuzz/run.py --cases 20000 --seed 1 $(FUZZ_ARGS)
 
-kill: $(READY)
+kill: $(READY)  ## kill export, add-target and pull 200 times
 	$(BIN)/python tests/fuzz/kill.py --kills 200 --seed 1 $(KILL_ARGS)
 
-interrupt: $(READY)
+interrupt: $(READY)  ## press Ctrl-C in ten commands, 130 times
 	$(BIN)/python tests/fuzz/interrupt.py --tries 130 --seed 1 $(INTERRUPT_ARGS)
 
-bench: $(READY) $(BENCH_READY)
+bench: $(READY) $(BENCH_READY)  ## compare with llama.cpp, OpenVINO, transformers and jax.jit (6 GB of packages)
 	$(BIN)/python benchmarks/headline.py
 	$(BIN)/python benchmarks/three_mistakes.py
-	$(PYTHON) -m venv $(BENCH_PRECAST)  # precast installed as its users and the peers are: an editable install starts later
-	$(BENCH_PRECAST)/bin/python -m pip install --quiet --constraint constraints.txt '.[export]'
-	$(BENCH_PRECAST)/bin/python -m pip install --quiet --force-reinstall --no-deps .
+	$(PYTHON) -m venv $(BENCH_PRECAST)  # installed as for users and as the peers are: an editable install starts later
+	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) '.[export]'
+	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps .
 	$(BENCH_VENV)/bin/python benchmarks/peers/bench.py --precast-python $(BENCH_PRECAST)/bin/python $(BENCH_ARGS)
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/src/*)
+	@echo "installing precast and its packages into $(VENV): 2 to 4 minutes, 1.2 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,dev]'
+	@$(BIN)/python .ci/pip_install.py --upgrade pip
+	@$(BIN)/python $(PIP_INSTALL) --editable '.[export,dev]'
 	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/precast  # mypy sees the folders as the package
+	touch $@
+
+$(DOCS_READY): $(READY)
+	@$(BIN)/python $(PIP_INSTALL) 'precast[docs]'
 	touch $@
 
 # The peers: about 6 GB of packages, and ten minutes of compiling llama.cpp for this processor.
 $(BENCH_READY): benchmarks/peers-requirements.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
-	$(BENCH_VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(BENCH_VENV)/bin/python -m pip install --quiet --requirement $<
+	$(BENCH_VENV)/bin/python .ci/pip_install.py --upgrade pip
+	$(BENCH_VENV)/bin/python .ci/pip_install.py --requirement $<
 	touch $@
