@@ -64,8 +64,8 @@ def load(
         log: receives messages; standard error by default.
         at: called with the name of each program before it is loaded.
 
-        Raises:
-            PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
+    Raises:
+        PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
     """
     log = log or _to_stderr
     key = required_key(require_signature)

@@ -93,8 +93,8 @@ class Model:
             template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
 
-            Raises:
-                PrecastError: the model has no such chat template, or it refuses the messages; also as `generate`.
+        Raises:
+            PrecastError: the model has no such chat template, or it refuses the messages; also as `generate`.
         """
         return self.stream_chat(messages, params, tools=tools, template=template, literal=literal).finish()
 
