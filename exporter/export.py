@@ -387,7 +387,7 @@ def _answers(folder: Path, manifest: Manifest) -> tuple[golden.Case, ...]:
     """Lets the first target answer, and notes that it runs here: the first load will not have to try it."""
     model = _load_first(folder, manifest)
     given = golden.answers(model, _tie(manifest))
-    trial.remember(manifest, model.target, this_machine())
+    trial.record_success(manifest, model.target, this_machine())
     return given
 
 
@@ -398,13 +398,13 @@ def _replay_others(folder: Path, manifest: Manifest, progress: Progress) -> None
         if target.runtime == "stablehlo":
             continue
         progress.stage(f"checking answers of target {target.name}")
-        model = loading.load_made(folder, target=target.name)
+        model = loading.load_export(folder, target=target.name)
         asked = _beginnings(recorded) if target.runtime == "savedmodel" else recorded
         found = replay(model, asked, f"target {target.name!r}")
         if found.problems:
             problem = found.problems[0].removesuffix(OTHERWISE)
             raise PrecastError(f"{problem}nothing was written: please report this.")
-        trial.remember(manifest, target, this_machine())
+        trial.record_success(manifest, target, this_machine())
 
 
 def _beginnings(recorded: Golden) -> Golden:
@@ -415,7 +415,7 @@ def _beginnings(recorded: Golden) -> Golden:
 def _load_first(folder: Path, manifest: Manifest) -> Model:
     """The first target, loaded; compiled where it is StableHLO alone."""
     name = manifest.targets[0].name
-    return loading.load_made(folder, target=name, compile=True)
+    return loading.load_export(folder, target=name, allow_compile=True)
 
 
 def _tie(manifest: Manifest) -> float:

@@ -28,7 +28,7 @@ from .audit.verify import replay
 from .compiling import isa as isas
 from .compiling import trial
 from .compiling.compiler import compile_target
-from .load import assemble
+from .load import load_new_target
 from .locate import find_artifact
 from .runtime import installed
 from .signing import check_signature
@@ -143,7 +143,7 @@ def _add(
     with adding(held, changed) as work:
         write_programs(held, work, executables)
         signed = replace_manifest(held, work)
-    trial.remember(changed, target, machine)
+    trial.record_success(changed, target, machine)
     return Added(
         target=target,
         bytes=sum(map(len, executables.values())),
@@ -259,7 +259,7 @@ def _replay(root: Path, manifest: Manifest, target: Target, executables: Mapping
     recorded = parse_golden(
         files.read_checked(root, manifest.golden, manifest.files[manifest.golden]), manifest, manifest.golden
     )
-    model = assemble(root, manifest, target, executables)
+    model = load_new_target(root, manifest, target, executables)
     found = replay(model, recorded, f"{root}: target {target.name!r}")
     if found.problems:
         raise PrecastError(f"{found.problems[0].rstrip('.')}; the artifact is as it was.")

@@ -1,4 +1,4 @@
-"""From a folder to a model that generates."""
+"""Load an artifact: locate it, choose a target, check the files that it needs, and return a model."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 from .artifact import compat, files
 from .artifact.custom_calls import check_calls
 from .artifact.errors import PrecastError, printable
+from .artifact.frozen import Frozen
 from .artifact.machine import Machine
 from .artifact.manifest import WEIGHTS_FILE, Manifest, Program, Target
 from .artifact.weights import map_weights, numpy_dtype
@@ -26,43 +27,43 @@ from .runtime.interface import Client, Executable
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .compiling.cache import Made
-
-# Arrays by name, and what raises once their file is written to.
-_Constants = tuple[dict[str, np.ndarray], Callable[[], None]]
+    from .compiling.cache import LocalExecutable
+    from .progress import Progress
 
 
 def load(
     path: str | Path,
     *,
-    verify: bool = False,
+    rehash: bool = False,
     target: str | None = None,
-    compile: bool = False,
+    allow_compile: bool = False,
     trusted: bool = False,
     require_signature: str | Path | None = None,
     threads: int | None = None,
     log: Callable[[str], None] | None = None,
-    at: Callable[[str], None] | None = None,
+    progress: "Progress | None" = None,
 ) -> Model:
     """Load an artifact without tracing, and without compiling unless requested.
 
     Several threads may load at once, and share a model. Loading changes no state that other code in the process sees.
 
     Args:
-        path: the artifact's folder, a folder with exactly one artifact in it, or the URL string of a pushed one, which
-            is pulled into the cache folder unless it is there already.
-        verify: hash every file again, including unchanged files that were hashed before.
+        path: the artifact's folder, a folder with exactly one artifact in it, or the URL string of a pushed artifact,
+            which is pulled into the cache folder on first use.
+        rehash: hash every file again, including unchanged files that were hashed before.
         target: name of the target to run; the first that fits the machine by default.
-        compile: allow compiling a target from its StableHLO. Each compilation is logged.
+        allow_compile: allow compiling a target from its StableHLO. Each compilation is logged.
         trusted: load programs that never ran on this machine directly, without a trial in a child process
             (`precast.loaders.compiling.trial`).
         require_signature: file of a public key. The artifact must be signed with it; only the manifest is read before
             the check. A signed artifact is trusted. None applies PRECAST_REQUIRE_SIGNATURE and the machine's own key
             (`precast.loaders.required_key`), which no argument switches off.
-        threads: number of XLA's computing threads on the CPU. The default is one per usable core, within a container's
-            CPU quota. Models with the same number share the threads.
+        threads: number of computing threads on the CPU. The default is one per usable core, within a container's CPU
+            quota. XLA's threads are shared by the models that ask for the same number. TensorFlow, which runs a
+            SavedModel, has one number for the whole process, and takes it only before its first operation; a GPU takes
+            none. A number without effect is logged.
         log: receives messages; standard error by default.
-        at: called with the name of each program before it is loaded.
+        progress: receives each program before it is loaded.
 
     Raises:
         PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
@@ -71,6 +72,16 @@ def load(
     key = required_key(require_signature)
     if (problem := files.cache_problem("verified")) is not None:
         log(f"{problem}.")
+    options = _Options(
+        target=target,
+        rehash=rehash,
+        allow_compile=allow_compile,
+        trusted=trusted or key is not None,
+        threads=limits.checked_threads(threads),
+        requested_threads=threads,
+        log=log,
+        progress=progress,
+    )
     url = path if isinstance(path, str) and "://" in path else None
     if url is not None:
         from .store.pull import fetch
@@ -79,18 +90,8 @@ def load(
     root = find_artifact(Path(path))
     manifest = read_manifest(root, require_signature=key)
     try:
-        return _load(
-            root,
-            manifest,
-            verify=verify,
-            target=target,
-            compile=compile,
-            trusted=trusted or key is not None,
-            threads=limits.checked_threads(threads),
-            log=log,
-            at=at or _nowhere,
-        )
-    except _NotWhole as error:
+        return _load(root, manifest, options)
+    except _DamagedArtifact as error:
         if url is None:
             raise
         raise PrecastError(
@@ -98,177 +99,154 @@ def load(
         ) from None
 
 
-def load_made(root: Path, *, target: str, compile: bool = False) -> Model:
-    """Load a target of an artifact that this process has just written, and that is therefore unsigned.
+def load_export(root: Path, *, target: str, allow_compile: bool = False) -> Model:
+    """Load a target of an artifact that this process has just exported: trusted, and not signed yet.
 
     Args:
-        root: the artifact.
+        root: the artifact's folder.
         target: name of the target.
-        compile: allow compiling it from its StableHLO.
+        allow_compile: allow compiling the target from its StableHLO.
 
     Raises:
         PrecastError: as `load`.
     """
-    return _load(
-        root,
-        read_manifest(root),
-        verify=False,
+    options = _Options(
         target=target,
-        compile=compile,
+        allow_compile=allow_compile,
         trusted=True,
         threads=limits.checked_threads(None),
-        log=_nowhere,
-        at=_nowhere,
+        log=_ignore,
     )
+    return _load(root, read_manifest(root), options)
 
 
-class _NotWhole(PrecastError):
-    """A file of the artifact is not what its manifest says."""
-
-
-def _load(
-    root: Path,
-    manifest: Manifest,
-    *,
-    verify: bool,
-    target: str | None,
-    compile: bool,
-    trusted: bool,
-    threads: int,
-    log: Callable[[str], None],
-    at: Callable[[str], None],
+def load_new_target(
+    root: Path, manifest: Manifest, target: Target, executables: Mapping[str, bytes]
 ) -> Model:
-    machine = installed.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
-    chosen = compat.choose_target(manifest, machine, str(root), name=target, allow_compile=compile)
-    if chosen.runtime != "savedmodel" and chosen.platform != "cuda" and not pjrt.has_client(threads):
-        limits.ensure(root, manifest, chosen, threads)
-    try:
-        contents, constants = _read(root, manifest, chosen, verify=verify)
-    except PrecastError as error:
-        raise _NotWhole(str(error)) from None
-    check_calls(root, chosen, contents, machine.kernels)
-    _check_weights(chosen, constants[0], root)
-    # Before the target is tried, so that the child that tries it finds it compiled.
-    made = _compile_first(root, chosen, contents, machine, log)
-    if not trusted:
-        trial.ensure(root, manifest, chosen, machine, compile=compile, threads=threads, log=log)
-    client, executables_of = _runtime(
-        root, manifest, chosen, contents, made, verify=verify, threads=threads, log=log, at=at
-    )
-    return _model(manifest, chosen, contents, constants, client, executables_of)
-
-
-def assemble(root: Path, manifest: Manifest, target: Target, executables: Mapping[str, bytes]) -> Model:
-    """A model of a target whose executables are not in the artifact yet.
+    """Load a target whose executables are not in the artifact yet.
 
     Args:
-        root: the artifact.
-        manifest: of it, as it will be.
-        target: the new one.
-        executables: contents of its files, by name. They are trusted.
+        root: the artifact's folder.
+        manifest: the artifact's manifest with the new target in it.
+        target: the new target.
+        executables: its trusted executables, by their names in the artifact.
 
     Raises:
         PrecastError: as `load`.
     """
-    names = sorted(_needed(manifest, target) - set(executables))
-    contents = {name: files.read_checked(root, name, manifest.files[name]) for name in names}
-    contents |= executables
-    constants = _weights(root, manifest, target, verify=False)
-    _check_weights(target, constants[0], root)
-    client, executables_of = _runtime(
-        root,
-        manifest,
-        target,
-        contents,
-        {},
-        verify=False,
-        threads=limits.checked_threads(None),
-        log=_to_stderr,
-        at=_nowhere,
+    artifact = _check_files(root, manifest, target, rehash=False, trusted=executables)
+    _check_weights(artifact)
+    options = _Options(trusted=True, threads=limits.checked_threads(None), log=_to_stderr)
+    return _model(artifact, {}, options)
+
+
+class _Options(Frozen):
+    """The options of a load, as for `load`, except for the threads.
+
+    Attributes:
+        threads: number of XLA's computing threads.
+        requested_threads: that number if the caller chose it, else None.
+    """
+
+    target: str | None = None
+    rehash: bool = False
+    allow_compile: bool = False
+    trusted: bool
+    threads: int
+    requested_threads: int | None = None
+    log: Callable[[str], None]
+    progress: "Progress | None" = None
+
+
+class _CheckedArtifact(Frozen):
+    """A target and the files that it needs, all of them as the manifest says.
+
+    Attributes:
+        root: the artifact's folder.
+        manifest: the artifact's manifest.
+        target: the target to run.
+        contents: bytes of programs, tokenizer and templates, by file.
+        weights: arrays by name, mapped from their file; none for a SavedModel, which has its own.
+        check_unchanged: raises PrecastError if the file of the weights has been written to since.
+    """
+
+    root: Path
+    manifest: Manifest
+    target: Target
+    contents: Mapping[str, bytes]
+    weights: Mapping[str, np.ndarray]
+    check_unchanged: Callable[[], None]
+
+
+class _DamagedArtifact(PrecastError):
+    """A file of the artifact differs from its entry in the manifest."""
+
+
+def _load(root: Path, manifest: Manifest, options: _Options) -> Model:
+    machine = installed.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
+    target = compat.choose_target(
+        manifest, machine, str(root), name=options.target, allow_compile=options.allow_compile
     )
-    return _model(manifest, target, contents, constants, client, executables_of)
+    if _runs_on_xla_cpu(target):
+        has_client = pjrt.has_client(options.threads)
+        limits.ensure(root, manifest, target, options.threads, has_client=has_client)
+    try:
+        artifact = _check_files(root, manifest, target, rehash=options.rehash, trusted={})
+    except PrecastError as error:
+        raise _DamagedArtifact(str(error)) from None
+    check_calls(root, target, artifact.contents, machine.kernels)
+    _check_weights(artifact)
+    # Before the trial, whose child process then finds the programs compiled.
+    compiled = _compile(artifact, machine, options)
+    if not options.trusted:
+        trial.ensure(
+            root,
+            manifest,
+            target,
+            machine,
+            allow_compile=options.allow_compile,
+            threads=options.requested_threads,
+            log=options.log,
+        )
+    return _model(artifact, compiled, options)
 
 
-def _read(
-    root: Path, manifest: Manifest, target: Target, *, verify: bool
-) -> tuple[dict[str, bytes], _Constants]:
-    """The files that a target needs, each compared with the manifest: contents by name, and the weights."""
-    contents = {
-        name: files.read_checked(root, name, manifest.files[name])
-        for name in sorted(_needed(manifest, target))
-    }
-    if verify:
+# --- check --------------------------------------------------------------------------------------------------
+
+
+def _check_files(
+    root: Path, manifest: Manifest, target: Target, *, rehash: bool, trusted: Mapping[str, bytes]
+) -> _CheckedArtifact:
+    """Read the files that a target needs, and compare them with the manifest.
+
+    Args:
+        root: the artifact's folder.
+        manifest: the artifact's manifest.
+        target: the target.
+        rehash: compare all files of the artifact, including unchanged ones that were compared before.
+        trusted: contents that need not be read, by file.
+
+    Raises:
+        PrecastError: names the first file that differs.
+    """
+    names = _needed(manifest, target) - set(trusted)
+    contents = {name: files.read_checked(root, name, manifest.files[name]) for name in sorted(names)}
+    if rehash:
         for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):
             files.open_checked(root, name, manifest.files[name], rehash=True).close()
-    return contents, _weights(root, manifest, target, verify=verify)
-
-
-class _Beside(Thread):
-    """A call in a thread of its own. Not concurrent.futures, which takes 5 ms to import."""
-
-    def __init__(self, call: Callable[[], Mapping[str, Executable]]) -> None:
-        super().__init__(daemon=True)
-        self._call = call
-        self._error: BaseException | None = None
-        self._value: Mapping[str, Executable] = {}
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._value = self._call()
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> Mapping[str, Executable]:
-        """What the call gave, once it is joined; raises what it raised."""
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-def _model(
-    manifest: Manifest,
-    target: Target,
-    contents: dict[str, bytes],
-    constants: _Constants,
-    client: Client,
-    executables_of: Callable[[], Mapping[str, Executable]],
-) -> Model:
-    weights, unchanged = constants
-    # XLA loads programs without holding Python's lock, and the tokenizer is parsed meanwhile: both take about as long.
-    loading = _Beside(executables_of)
-    try:
-        tokenizer = _tokenizer(manifest, contents)
-    finally:
-        loading.join()
-    executables = loading.result()
-    engine = Engine(
+    weights, check_unchanged = _read_weights(root, manifest, target, rehash=rehash)
+    return _CheckedArtifact(
+        root=root,
         manifest=manifest,
         target=target,
-        executables=executables,
+        contents={**contents, **trusted},
         weights=weights,
-        client=client,
-        unchanged=unchanged,
+        check_unchanged=check_unchanged,
     )
-    return Model(
-        engine=engine,
-        tokenizer=tokenizer,
-        manifest=manifest,
-        target=target,
-        compiles=sum(executable.compiled for executable in executables.values()),
-    )
-
-
-def _to_stderr(message: str) -> None:
-    print(printable(message), file=sys.stderr)
-
-
-def _nowhere(_: str) -> None:
-    pass
 
 
 def _needed(manifest: Manifest, target: Target) -> set[str]:
-    """Return the files to read whole: programs, tokenizer, templates."""
+    """Return the names of the files to read whole: programs, tokenizer, templates."""
     # TensorFlow reads a SavedModel itself.
     programs = {target.file_of(p) for p in target.programs if target.runtime != "savedmodel"}
     texts = manifest.tokenizer
@@ -276,74 +254,214 @@ def _needed(manifest: Manifest, target: Target) -> set[str]:
     return {n for n in names if n is not None}
 
 
-def _weights(
-    root: Path, manifest: Manifest, target: Target, *, verify: bool
+def _read_weights(
+    root: Path, manifest: Manifest, target: Target, *, rehash: bool
 ) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
-    """Weights and tables that the programs of a target take, and what raises once their file is written to.
+    """Map weights and tables; return them by name, with a function that raises if their file has been written to.
 
-    Those of a SavedModel have their own.
+    A SavedModel has its own, so nothing is mapped for it.
     """
-    own = target.runtime == "savedmodel"
-    if own and not verify:
+    has_own = target.runtime == "savedmodel"
+    if has_own and not rehash:
         return {}, lambda: None
-    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], rehash=verify) as file:
-        return ({}, lambda: None) if own else (map_weights(file), files.Watch(file).check)
+    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], rehash=rehash) as file:
+        return ({}, lambda: None) if has_own else (map_weights(file), files.Watch(file).check)
+
+
+def _check_weights(artifact: _CheckedArtifact) -> None:
+    """Compare the weights with the programs' signatures.
+
+    Raises:
+        PrecastError: names the first that is missing or of another type or shape.
+    """
+    for program in artifact.target.programs:
+        for value in program.arguments:
+            if value.role not in ("table", "weight"):
+                continue
+            array = artifact.weights.get(value.name)
+            if array is None or array.shape != value.shape or array.dtype.name != value.dtype:
+                found = "nothing" if array is None else f"{array.dtype.name} {list(array.shape)}"
+                raise PrecastError(
+                    f"{artifact.root}: program {program.name!r} expects weight {value.name!r} of {value.dtype}"
+                    f" {list(value.shape)}, {WEIGHTS_FILE} holds {found}."
+                )
+
+
+# --- run ----------------------------------------------------------------------------------------------------
+
+
+def _model(
+    artifact: _CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", options: _Options
+) -> Model:
+    client, load_executables = _runtime(artifact, compiled, options)
+    # XLA releases Python's lock while it loads programs, and parsing the tokenizer takes about as long.
+    loading = _BackgroundCall(load_executables)
+    try:
+        tokenizer = _tokenizer(artifact)
+    finally:
+        loading.join()
+    executables = loading.result()
+    engine = Engine(
+        manifest=artifact.manifest,
+        target=artifact.target,
+        executables=executables,
+        weights=artifact.weights,
+        client=client,
+        unchanged=artifact.check_unchanged,
+    )
+    return Model(
+        engine=engine,
+        tokenizer=tokenizer,
+        manifest=artifact.manifest,
+        target=artifact.target,
+        compiles=sum(executable.compiled for executable in executables.values()),
+    )
+
+
+class _BackgroundCall(Thread):
+    """A call in its own thread. concurrent.futures would take 5 ms to import."""
+
+    def __init__(self, call: Callable[[], Mapping[str, Executable]]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self._error: BaseException | None = None
+        self._result: Mapping[str, Executable] = {}
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = self._call()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Mapping[str, Executable]:
+        """Return the call's result, or raise its error. The thread must have been joined."""
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def _tokenizer(artifact: _CheckedArtifact) -> Tokenizer:
+    spec = artifact.manifest.tokenizer
+
+    def text(file: str) -> str:
+        try:
+            return artifact.contents[file].decode("utf-8")
+        except UnicodeDecodeError:
+            raise PrecastError(
+                f"{artifact.manifest.name}: {file} is not UTF-8 text; export the model again."
+            ) from None
+
+    return Tokenizer.from_json(
+        artifact.contents[spec.file],
+        chat_template=None if spec.chat_template is None else text(spec.chat_template),
+        named_templates={name: text(file) for name, file in spec.named_templates.items()},
+        bos_token=spec.bos_token,
+        eos_token=spec.eos_token,
+    )
+
+
+def _runs_on_xla_cpu(target: Target) -> bool:
+    """Return True if XLA's CPU client runs the target, as it does "any" platform's."""
+    return target.runtime != "savedmodel" and target.platform != "cuda"
 
 
 def _runtime(
-    root: Path,
-    manifest: Manifest,
-    target: Target,
-    contents: dict[str, bytes],
-    made: "Mapping[str, Made]",
-    *,
-    verify: bool,
-    threads: int,
-    log: Callable[[str], None],
-    at: Callable[[str], None],
+    artifact: _CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", options: _Options
 ) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
-    """Where a target runs, and what loads its programs."""
-    if target.runtime != "savedmodel":
-        client = _client(target, threads)
-        return client, partial(_executables, root, target, contents, made, client, at)
+    """Return the device that the target runs on, and a function that loads its programs."""
+    root, target = artifact.root, artifact.target
+    if target.runtime == "savedmodel":
+        return _tensorflow(artifact, options)
+    if target.platform == "cuda":
+        from .runtime import cuda  # whose import loads CUDA's libraries
+
+        if options.requested_threads is not None:
+            options.log(f"{root}: target {target.name!r} runs on the GPU, so the number of threads is ignored")
+        client: pjrt.Client = cuda.client(target.device)
+    else:
+        client = pjrt.client(options.threads)
+    return client, partial(_load_executables, artifact, compiled, client, options)
+
+
+def _tensorflow(
+    artifact: _CheckedArtifact, options: _Options
+) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
     from .runtime import savedmodel  # which imports TensorFlow
 
-    log(f"{root}: TensorFlow runs target {target.name!r}, and compiles each program when it is first called")
-    at("the SavedModel")
-    return savedmodel.client(), partial(savedmodel.load, root, target, manifest.files, verify=verify)
+    root, target = artifact.root, artifact.target
+    options.log(
+        f"{root}: TensorFlow runs target {target.name!r}, and compiles each program when it is first called"
+    )
+    _report(options, "the SavedModel")
+    client = savedmodel.client()
+    if options.requested_threads is not None and not savedmodel.set_threads(options.requested_threads):
+        options.log(
+            f"{root}: TensorFlow already runs in this process, so the number of threads is ignored"
+        )
+    return client, partial(savedmodel.load, root, target, artifact.manifest.files, rehash=options.rehash)
 
 
-def _client(target: Target, threads: int) -> pjrt.Client:
-    """The device that a target of XLA's runs on; "any" is the CPU."""
-    if target.platform != "cuda":
-        return pjrt.client(threads)
-    from .runtime import cuda  # which takes the GPU
-
-    return cuda.client(target.device)
-
-
-def _compile_first(
-    root: Path,
-    target: Target,
-    contents: Mapping[str, bytes],
-    machine: Machine,
-    log: Callable[[str], None],
-) -> "dict[str, Made]":
-    """Executables of a target that is compiled on request, by program; none where it holds its own."""
+def _compile(
+    artifact: _CheckedArtifact, machine: Machine, options: _Options
+) -> "dict[str, LocalExecutable]":
+    """Compile a StableHLO target for the CPU in a child process; return executables by program, else none."""
+    root, target = artifact.root, artifact.target
     if target.runtime != "stablehlo":
         return {}
     if date.today().isoformat() > target.stablehlo_expires:
-        log(
+        options.log(
             f"{root}: the StableHLO was promised to compile until {target.stablehlo_expires}; trying all the same"
         )
     if target.platform == "cuda":
-        # What the child compiles, and the cache keeps, is for the CPU.
-        log(f"{root}: target {target.name!r}: compiling its programs for the GPU, as at every start …")
+        # The child compiles, and the cache keeps, executables for the CPU only.
+        options.log(
+            f"{root}: target {target.name!r}: compiling its programs for the GPU, as at every start …"
+        )
         return {}
     from .compiling.cache import executables
 
-    programs = [(p.name, contents[_file_of(target, p)]) for p in target.programs]
-    return executables(programs, machine, f"{root}: target {target.name!r}", log)
+    programs = [(p.name, artifact.contents[_file_of(target, p)]) for p in target.programs]
+    where = f"{root}: target {target.name!r}"
+    return executables(programs, machine, where, threads=options.threads, log=options.log)
+
+
+def _load_executables(
+    artifact: _CheckedArtifact,
+    compiled: "Mapping[str, LocalExecutable]",
+    client: pjrt.Client,
+    options: _Options,
+) -> dict[str, pjrt.Executable]:
+    """Load the programs of a target of XLA's, or compile those that are not in `compiled`."""
+    target, executables = artifact.target, {}
+    for program in target.programs:
+        results = [
+            pjrt.Result(shape=value.physical, dtype=numpy_dtype(value.dtype)) for value in program.results
+        ]
+        name = _file_of(target, program)
+        where = str(artifact.root / name)
+        _report(options, program.name)
+        if (local := compiled.get(program.name)) is not None:
+            executables[program.name] = _load_local(client, local, results, where)
+        else:
+            make = client.compile if target.runtime == "stablehlo" else client.load
+            executables[program.name] = make(artifact.contents[name], results, where)
+    return executables
+
+
+def _load_local(
+    client: pjrt.Client, local: "LocalExecutable", results: Sequence[pjrt.Result], where: str
+) -> pjrt.Executable:
+    try:
+        executable = client.load(local.executable, results, where)
+    except PrecastError:
+        if local.is_new:
+            raise
+        # A different jaxlib of the same version compiled the cached one.
+        local = local.recompile()
+        executable = client.load(local.executable, results, where)
+    executable.compiled = local.is_new
+    return executable
 
 
 def _file_of(target: Target, program: Program) -> str:
@@ -352,73 +470,20 @@ def _file_of(target: Target, program: Program) -> str:
     return name
 
 
-def _executables(
-    root: Path,
-    target: Target,
-    contents: Mapping[str, bytes],
-    made: "Mapping[str, Made]",
-    client: pjrt.Client,
-    at: Callable[[str], None],
-) -> dict[str, pjrt.Executable]:
-    executables = {}
-    for program in target.programs:
-        results = [
-            pjrt.Result(shape=value.physical, dtype=numpy_dtype(value.dtype)) for value in program.results
-        ]
-        name = _file_of(target, program)
-        at(program.name)
-        if (own := made.get(program.name)) is not None:
-            executables[program.name] = _load_made(client, own, results, str(root / name))
-        else:
-            make = client.compile if target.runtime == "stablehlo" else client.load
-            executables[program.name] = make(contents[name], results, str(root / name))
-    return executables
+# --- messages -----------------------------------------------------------------------------------------------
 
 
-def _load_made(
-    client: pjrt.Client, made: "Made", results: Sequence[pjrt.Result], where: str
-) -> pjrt.Executable:
-    try:
-        executable = client.load(made.executable, results, where)
-    except PrecastError:
-        if made.now:
-            raise
-        # Compiled before, by a jaxlib of the same version that is not the same after all.
-        made = made.again()
-        executable = client.load(made.executable, results, where)
-    executable.compiled = made.now
-    return executable
+def _report(options: _Options, name: str) -> None:
+    """Report that a program is about to be loaded."""
+    if options.progress is not None:
+        from .progress import Step  # a start without progress saves the import
+
+        options.progress(Step(text=f"loading {name}"))
 
 
-def _check_weights(target: Target, weights: dict, root: Path) -> None:
-    for program in target.programs:
-        for value in program.arguments:
-            if value.role not in ("table", "weight"):
-                continue
-            array = weights.get(value.name)
-            if array is None or array.shape != value.shape or array.dtype.name != value.dtype:
-                found = "nothing" if array is None else f"{array.dtype.name} {list(array.shape)}"
-                raise PrecastError(
-                    f"{root}: program {program.name!r} expects weight {value.name!r} of {value.dtype}"
-                    f" {list(value.shape)}, {WEIGHTS_FILE} holds {found}."
-                )
+def _to_stderr(message: str) -> None:
+    print(printable(message), file=sys.stderr)
 
 
-def _tokenizer(manifest: Manifest, contents: dict[str, bytes]) -> Tokenizer:
-    spec = manifest.tokenizer
-
-    def text(file: str) -> str:
-        try:
-            return contents[file].decode("utf-8")
-        except UnicodeDecodeError:
-            raise PrecastError(
-                f"{manifest.name}: {file} is not UTF-8 text; export the model again."
-            ) from None
-
-    return Tokenizer.from_json(
-        contents[spec.file],
-        chat_template=None if spec.chat_template is None else text(spec.chat_template),
-        named_templates={name: text(file) for name, file in spec.named_templates.items()},
-        bos_token=spec.bos_token,
-        eos_token=spec.eos_token,
-    )
+def _ignore(_: str) -> None:
+    pass

@@ -1,90 +1,84 @@
-"""The child process of a trial: load a target, take a few steps, and say where it is."""
+"""The child process of a trial: load a target, take a few steps, and report each before it begins."""
 
-import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .artifact.errors import PrecastError, printable
 from .compiling import child
-from .compiling.trial import MARK, REFUSED, SENTENCE
 from .generation.engine import KVCache
 from .generation.model import Model
 from .load import load
+from .progress import Progress, Step
 from .runtime import pjrt
 
 _PROMPT = (1, 2, 3)
 
 
-def main(arguments: list[str]) -> int:
-    """Loads a target and takes a few steps, saying on standard output where it is.
+def main() -> None:
+    child.serve(_answer)
+
+
+def _answer(request: Mapping[str, Any], _: bytes, report: child.Report) -> child.Answer:
+    """Try the target of a request of `precast.loaders.compiling.trial`."""
+    attempt(
+        Path(request["root"]),
+        request["target"],
+        allow_compile=request["allow_compile"],
+        threads=request["threads"],
+        progress=lambda step: report(printable(step.text)),
+    )
+    return {}, b""
+
+
+def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, progress: Progress) -> None:
+    """Load every program of a target, prefill a few tokens and decode twice.
 
     Args:
-        arguments: the artifact, the name of the target, seconds that it may take, threads that compute; then
-            "--compile" or nothing.
-    """
-    root, name, limit_s, threads, *options = arguments
-    _restrict(int(limit_s))
-    told = child.answers()
-
-    def say(line: str) -> None:
-        told.write(f"{line}\n".encode(errors="replace"))
-        told.flush()
-
-    try:
-        attempt(
-            Path(root),
-            name,
-            compile="--compile" in options,
-            threads=int(threads),
-            at=lambda place: say(MARK + printable(place)),
-        )
-    except PrecastError as error:
-        say(SENTENCE + " ".join(str(error).split()))
-        return REFUSED
-    return 0
-
-
-def attempt(root: Path, name: str, *, compile: bool, threads: int, at: Callable[[str], None]) -> None:
-    """Loads every program of a target, prefills a few tokens and decodes twice.
-
-    Args:
-        root: the artifact.
-        name: of the target.
-        compile: whether it may be compiled first.
-        threads: that compute.
-        at: told what begins now.
+        root: the artifact's folder.
+        name: name of the target.
+        allow_compile: allow compiling the target from its StableHLO.
+        threads: number of computing threads; None for the default.
+        progress: receives each step before it begins.
 
     Raises:
-        PrecastError: as `load`, and when a program fails.
+        PrecastError: as `load`; or a program fails.
     """
     model = load(
         root,
         target=name,
-        compile=compile,
+        allow_compile=allow_compile,
         trusted=True,
         threads=threads,
         log=lambda _: None,
-        at=lambda p: at(f"loading {p}"),
+        progress=progress,
     )
     engine, target = model.engine, model.target
-    at(f"running {target.of_kind('cache')[0].name}")
+
+    def begin(program: str) -> None:
+        progress(Step(text=f"running {program}"))
+
+    begin(target.of_kind("cache")[0].name)
     cache = engine.new_cache()
     _check_caches(model, cache, root)
-    # As many as leave room for two more; any ids will do, but they must be in the vocabulary.
+    # Any ids within the vocabulary will do; leave room for two more tokens.
     prompt = [token % engine.vocab for token in _PROMPT][: max(1, engine.context - 2)]
-    at(f"running {min(target.of_kind('prefill'), key=lambda p: p.tokens).name}")
+    begin(min(target.of_kind("prefill"), key=lambda p: p.tokens).name)
     engine.prefill(prompt, cache)
-    at(f"running {target.of_kind('decode')[0].name}")
+    begin(target.of_kind("decode")[0].name)
     idle = engine.slots - 1
     for position in range(len(prompt), min(len(prompt) + 2, engine.context)):
         engine.decode([0, *[0] * idle], [position, *[-1] * idle], cache)
 
 
 def _check_caches(model: Model, cache: KVCache, root: Path) -> None:
-    """A manifest may be wrong about its programs in a way that agrees with itself; what they return tells."""
+    """Compare the sizes of the cache's arrays with the manifest, which may be wrong but consistent.
+
+    Raises:
+        PrecastError: names the first array of another size.
+    """
     if model.target.platform != "cpu" or model.target.runtime == "savedmodel":
-        return  # others may pad what they keep
+        return  # other platforms may pad their arrays
     for array in model.manifest.cache:
         if (found := pjrt.size_of(cache.buffers[array.name])) != array.bytes:
             raise PrecastError(
@@ -93,16 +87,5 @@ def _check_caches(model: Model, cache: KVCache, root: Path) -> None:
             )
 
 
-def _restrict(limit_s: int) -> None:
-    """No file with the memory of a crash, and an end also where the parent is gone."""
-    with suppress(ImportError, OSError, ValueError, AttributeError):
-        import resource
-        import signal
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(limit_s + 5)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -237,7 +237,7 @@ def test_layers_with_a_window_keep_a_ring(export_checkpoint: Callable[[str], Exp
 @pytest.mark.parametrize("name", _short(FIRST))
 def test_the_portable_target_says_the_same(export_checkpoint: Callable[[str], Exported], name: str) -> None:
     exported = export_checkpoint(name)
-    model = load(exported.artifact, target="portable", compile=True, log=lambda _: None)
+    model = load(exported.artifact, target="portable", allow_compile=True, log=lambda _: None)
     assert model.target.runtime == "stablehlo"
     assert _answers(model, exported.record) == _expected(exported.record)
 

@@ -94,7 +94,7 @@ os.environ["PRECAST_CACHE"] = str(folder / "cache")
 said["pull told before"] = refusal(lambda: fetch(disk / "tiny"))
 size(2 * total + 500_000)
 fetch(disk / "tiny")
-assert answer(disk / "tiny", verify=True) == whole
+assert answer(disk / "tiny", rehash=True) == whole
 # A target more.
 used = usage(disk).used
 before = (disk / "tiny" / "manifest.json").read_bytes()
@@ -102,10 +102,10 @@ for room in (8192, 40_000):
     size(used + room)
     said[f"add-target {room}"] = refusal(lambda: add_target(disk / "tiny", source="portable", log=lambda _: None))
     assert (disk / "tiny" / "manifest.json").read_bytes() == before
-    assert answer(disk / "tiny", verify=True) == whole
+    assert answer(disk / "tiny", rehash=True) == whole
 size(used + 1_000_000)
 add_target(disk / "tiny", source="portable", log=lambda _: None)
-assert answer(disk / "tiny", verify=True) == whole
+assert answer(disk / "tiny", rehash=True) == whole
 # A cache with no room is one that does without.
 os.environ["PRECAST_CACHE"] = str(disk / "cache")
 (disk / "cache").mkdir()
@@ -115,8 +115,8 @@ with (disk / "rest").open("wb", buffering=0) as rest:
             pass
     except OSError:
         pass
-assert answer(artifact, verify=True) == whole
-assert answer(artifact, target="portable", compile=True) == whole
+assert answer(artifact, rehash=True) == whole
+assert answer(artifact, target="portable", allow_compile=True) == whole
 print(json.dumps(said))
 """
 
@@ -147,7 +147,7 @@ for room in (32, 96):
     assert os.listdir(disk) == [], os.listdir(disk)
 mount("-o", "remount,size=1m", disk)
 make.export_golden(disk / "tiny")
-answer(disk / "tiny", verify=True)
+answer(disk / "tiny", rehash=True)
 print(json.dumps(said))
 """
 
@@ -168,10 +168,10 @@ try:
     raise SystemExit("it can be written to")
 except OSError:
     pass
-assert answer(artifact, verify=True) == whole
+assert answer(artifact, rehash=True) == whole
 os.environ["PRECAST_CACHE"] = str(artifact / "cache")
-assert answer(artifact, verify=True) == whole
-assert answer(artifact, target="portable", compile=True) == whole
+assert answer(artifact, rehash=True) == whole
+assert answer(artifact, target="portable", allow_compile=True) == whole
 from precast.loaders.add_target import add_target
 print(json.dumps([refusal(lambda: add_target(artifact, source="portable", log=lambda _: None))]))
 """

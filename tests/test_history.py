@@ -48,7 +48,7 @@ def test_what_is_read_answers_as_it_did(folder, target, own_cache):
     target = next(
         (t.name for t in read_manifest(folder).targets if target and t.runtime == "stablehlo"), None
     )
-    model = load(folder, target=target, compile=True, verify=True, log=lambda _: None)
+    model = load(folder, target=target, allow_compile=True, rehash=True, log=lambda _: None)
     answers = json.loads((folder / "golden.json").read_text())["greedy"]
     assert answers
     for answer in answers:
@@ -63,7 +63,7 @@ def test_what_is_read_answers_as_it_did(folder, target, own_cache):
 )
 def test_what_is_not_read_is_refused_by_its_version(folder):
     with pytest.raises(PrecastError) as raised:
-        load(folder, compile=True)
+        load(folder, allow_compile=True)
     version = version_of(folder)
     advice = "update precast." if version > FORMAT_VERSION else "export the model again."
     assert str(raised.value) == (

@@ -134,7 +134,7 @@ def test_greedy_tokens_are_those_of_transformers(exported: Exported) -> None:
 @pytest.mark.parametrize("name", PORTABLE)
 def test_the_portable_target_says_the_same(export_reference: Callable[[str], Exported], name: str) -> None:
     exported = export_reference(name)
-    model = load(exported.artifact, target="portable", compile=True, log=lambda _: None)
+    model = load(exported.artifact, target="portable", allow_compile=True, log=lambda _: None)
     assert model.target.runtime == "stablehlo"
     assert _answers(model, exported.cases) == [case.tokens for case in exported.cases]
 

@@ -17,7 +17,7 @@ from jaxlib.version import __version__ as jaxlib_version
 from precast import kernels
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Program, ProgramMemory, Target, Value
-from precast.loaders.compiling.compiler import Compiled, compile_target
+from precast.loaders.compiling.compiler import Compilation, compile_target
 from precast.loaders.compiling.isa import LEVELS, NATIVE, default_isa, target_name
 from precast.loaders.runtime.pjrt import register_kernels
 
@@ -124,7 +124,7 @@ def build_targets(
 
 def _compiled(
     source: Target, kind: TargetKind, root: Path, isa: str, *, exact: bool, is_first: bool
-) -> tuple[Target, dict[str, bytes], dict[str, Compiled]]:
+) -> tuple[Target, dict[str, bytes], dict[str, Compilation]]:
     """Compile the programs of `source` for an instruction set; the first target's lie beside their StableHLO."""
     names = {str(p.stablehlo) for p in source.programs}
     return compile_target(
@@ -150,7 +150,7 @@ def _built(
     target: Target,
     program: Program,
     files: Mapping[str, bytes],
-    compiled: Mapping[str, Compiled],
+    compiled: Mapping[str, Compilation],
     lowered: Sequence[Built],
 ) -> Built:
     """Describe a built program, with its lowering if this target reports it."""

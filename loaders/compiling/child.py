@@ -1,16 +1,27 @@
 """Child processes for parts of the loader's work, with the same Python and packages.
 
-A child first reports that it runs. A silent child is an executable other than Python, or an application that embeds
-Python and started itself. An environment variable of a child names its work, and no descendant starts another child for
-the same work.
+Parent and child exchange messages through pipes. A message is a line of JSON, followed by as many bytes of data as its
+"data" says:
+
+1. The child writes `READY` as soon as it runs. A child that writes anything else, or nothing, is an executable other
+   than Python, or an application that embeds Python and has started itself.
+2. The parent sends a request: {"request": {…}}.
+3. The child reports its progress any number of times, {"progress": "…"}, and then sends either an answer, {"answer":
+   {…}}, or a sentence about its failure, {"error": "…"}. Steps 2 and 3 may repeat.
+4. The parent closes the pipe, and the child exits.
+
+An environment variable of a child names its work, and no descendant starts another child for the same work.
 """
 
+import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
+
+from ..artifact.errors import PrecastError
 
 if TYPE_CHECKING:
     import subprocess
@@ -20,36 +31,181 @@ GUARD = "PRECAST_CHILD_OF"
 READY = b"precast child ready\n"
 # Seconds for Python to start and import on a slow disk.
 START_S = 120
+# Seconds for a child to exit after it has closed its pipe, or after its time is up and its parent does not kill it.
+EXIT_S = 5
+_PIECE_BYTES = 1 << 20
 # Linux's PR_SET_PDEATHSIG, prctl(2).
 _SET_DEATH_SIGNAL = 1
+
+Answer = tuple[Mapping[str, Any], bytes]
+Report = Callable[[str], None]
 
 
 class NotStarted(Exception):
     """The child did not start. The text is the reason, worded to stand in brackets."""
 
 
-class Child:
-    """A running child process.
+class Refused(Exception):
+    """The child answered with an error. The text is the child's sentence."""
+
+
+class Crash(Exception):
+    """The child ended without an answer.
 
     Attributes:
-        process: the process, with pipes.
+        code: exit code, negative for a signal.
+        reason: the signal, or the last line on its standard error, or else the exit code in words.
+    """
+
+    def __init__(self, code: int, complaint: str) -> None:
+        self.code = code
+        self.reason = (complaint if code >= 0 else "") or ending(code)
+        super().__init__(self.reason)
+
+
+# --- the parent ---------------------------------------------------------------------------------------------
+
+
+class Child:
+    """A running child process, seen from its parent.
+
+    Attributes:
+        process: the process.
     """
 
     def __init__(self, process: "subprocess.Popen[bytes]", errors: IO[bytes]) -> None:
-        self.process, self._errors = process, errors
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.process = process
+        self._errors = errors
+        self._input, self._output = process.stdin, process.stdout
+        self._received = bytearray()
 
-    def complaint(self) -> str:
-        """Return the last line of its standard error, or an empty text."""
-        return _last_line(self._errors)
+    def await_ready(self, name: str) -> None:
+        """Wait for the child's report that it runs.
+
+        Args:
+            name: the executable, for messages.
+
+        Raises:
+            NotStarted: the child says anything else, or nothing.
+        """
+        until = time.monotonic() + START_S
+        try:
+            # A line of another program may never end.
+            while READY.startswith(self._received) and len(self._received) < len(READY):
+                self._receive_more(until)
+        except TimeoutError:
+            raise NotStarted(f"{name} did not become ready within {START_S} s") from None
+        except EOFError:
+            code = self._exit_code()
+            raise NotStarted(f"{name}: {_last_line(self._errors) or ending(code)}") from None
+        if not self._received.startswith(READY):
+            raise NotStarted(f"{name} answers as something other than Python does")
+        del self._received[: len(READY)]
+
+    def ask(
+        self,
+        request: Mapping[str, Any],
+        data: bytes = b"",
+        *,
+        limit_s: int | None = None,
+        report: Report = lambda _: None,
+    ) -> Answer:
+        """Send a request, and wait for its answer.
+
+        Args:
+            request: values that JSON can hold.
+            data: bytes that belong to the request.
+            limit_s: seconds that the answer may take; None for any time.
+            report: receives the child's progress.
+
+        Returns:
+            The answer's values, and the bytes that belong to it.
+
+        Raises:
+            Refused: the child answers with an error.
+            Crash: the child ends without an answer.
+            TimeoutError: the time is up.
+        """
+        until = None if limit_s is None else time.monotonic() + limit_s
+        try:
+            _send(self._input, {"request": request, "limit_s": limit_s}, data)
+            while True:
+                message, received = self._receive(until)
+                if "progress" not in message:
+                    break
+                report(str(message["progress"]))
+        except (EOFError, BrokenPipeError):
+            raise Crash(self._exit_code(), _last_line(self._errors)) from None
+        if "error" in message:
+            raise Refused(str(message["error"]))
+        return message["answer"], received
+
+    def close(self) -> None:
+        """End the child."""
+        # An idle child exits at the end of its input; a busy one must be killed.
+        if self.process.poll() is None:
+            self.process.kill()
+        for stream in (self._input, self._output):
+            with suppress(OSError):  # the child ended without reading all of our data
+                stream.close()
+        self.process.wait()
+
+    def _receive(self, until: float | None) -> tuple[Mapping[str, Any], bytes]:
+        while b"\n" not in self._received:
+            self._receive_more(until)
+        line = self._take(self._received.index(b"\n") + 1)
+        try:
+            message = json.loads(line)
+            size = int(message["data"])
+        except (ValueError, KeyError, TypeError):  # a library wrote into the pipe
+            raise Crash(0, f"unexpected output: {line[:80]!r}") from None
+        while len(self._received) < size:
+            self._receive_more(until)
+        return message, self._take(size)
+
+    def _receive_more(self, until: float | None) -> None:
+        """Read at least one byte.
+
+        Raises:
+            EOFError: the child has closed its end.
+            TimeoutError: the time is up.
+        """
+        import selectors
+
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._output, selectors.EVENT_READ)
+            if not selector.select(None if until is None else max(0.0, until - time.monotonic())):
+                raise TimeoutError
+        # Not by the stream, whose buffer would hide bytes from the selector.
+        piece = os.read(self._output.fileno(), _PIECE_BYTES)
+        if not piece:
+            raise EOFError
+        self._received += piece
+
+    def _take(self, count: int) -> bytes:
+        taken = bytes(self._received[:count])
+        del self._received[:count]
+        return taken
+
+    def _exit_code(self) -> int:
+        """Return the exit code of a child that has closed its end."""
+        import subprocess
+
+        try:
+            return self.process.wait(EXIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
 
 @contextmanager
-def started(module: str, *arguments: str, changes: Mapping[str, str] | None = None) -> Iterator[Child]:
+def started(module: str, *, changes: Mapping[str, str] | None = None) -> Iterator[Child]:
     """Start a module of precast as a child process, and end it after the ``with`` block.
 
     Args:
-        module: the module's name; its `main` begins with `answers`.
-        arguments: command-line arguments.
+        module: the module's name; its `main` calls `serve`.
         changes: environment variables to set.
 
     Raises:
@@ -58,7 +214,7 @@ def started(module: str, *arguments: str, changes: Mapping[str, str] | None = No
     import subprocess
     import tempfile
 
-    line, surroundings = command(module, *arguments), environment(module) | dict(changes or {})
+    line, variables = command(module), environment(module) | dict(changes or {})
     try:
         errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed below)
     except OSError as error:
@@ -66,18 +222,19 @@ def started(module: str, *arguments: str, changes: Mapping[str, str] | None = No
     with errors:
         try:
             process = subprocess.Popen(
-                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=surroundings
+                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=variables
             )
         except (OSError, ValueError) as error:
             raise NotStarted(str(error)) from None
+        child = Child(process, errors)
         try:
-            _await_ready(process, line[0], errors)
-            yield Child(process, errors)
+            child.await_ready(line[0])
+            yield child
         finally:
-            _end(process)
+            child.close()
 
 
-def command(module: str, *arguments: str) -> list[str]:
+def command(module: str) -> list[str]:
     """Return the command line that runs a module of precast.
 
     Raises:
@@ -88,17 +245,8 @@ def command(module: str, *arguments: str) -> list[str]:
     python = _python()
     if python is None:
         raise NotStarted("there is no Python to start")
-    # -P: nothing is imported from the folder that this happens to run in.
-    return [python, "-P", "-m", module, *arguments]
-
-
-def _end_with_parent() -> None:
-    """Have the system end this process when its parent ends for any reason."""
-    import ctypes
-    import signal
-
-    with suppress(AttributeError, OSError):  # another system than Linux
-        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+    # -P: import nothing from the working folder.
+    return [python, "-P", "-m", module]
 
 
 def environment(module: str) -> dict[str, str]:
@@ -124,32 +272,8 @@ def _python() -> str | None:
     return next((path for path in paths if os.access(path, os.X_OK)), None)
 
 
-def _await_ready(process: "subprocess.Popen[bytes]", executable: str, errors: IO[bytes]) -> None:
-    """Read a child's report that it runs.
-
-    Raises:
-        NotStarted: the child says anything else, or nothing.
-    """
-    import selectors
-
-    assert process.stdout is not None
-    found, until = b"", time.monotonic() + START_S
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        # Bypass Python's buffer: other code reads the bytes after the line.
-        while READY.startswith(found) and found != READY:
-            if not selector.select(max(0.0, until - time.monotonic())):
-                raise NotStarted(f"{executable} did not become ready within {START_S} s")
-            piece = os.read(process.stdout.fileno(), len(READY) - len(found))
-            if not piece:
-                raise NotStarted(f"{executable}: {_last_line(errors) or ending(process.wait())}")
-            found += piece
-    if found != READY:
-        raise NotStarted(f"{executable} answers as something other than Python does")
-
-
 def ending(code: int) -> str:
-    """Say how a process ended: "SIGSEGV", or "exit code 3"."""
+    """Describe the end of a process: "SIGSEGV", or "exit code 3"."""
     import signal
 
     try:
@@ -164,25 +288,83 @@ def _last_line(errors: IO[bytes]) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    # An idle child ends at the end of its input; a busy one must be ended.
-    if process.poll() is None:
-        process.kill()
-    for stream in (process.stdin, process.stdout):
-        with suppress(OSError):  # the child ended without reading all of our data
-            if stream is not None:
-                stream.close()
-    process.wait()
+# --- the child ----------------------------------------------------------------------------------------------
 
 
-def answers() -> BinaryIO:
-    """In a child, report that it runs, and return the stream to its parent.
+def serve(answer: Callable[[Mapping[str, Any], bytes, Report], Answer]) -> None:
+    """Answer the parent's requests until it closes the pipe.
 
-    Redirect the output of libraries to standard error, so that it does not count as an answer.
+    Args:
+        answer: returns the answer to a request, given the request's values and data, and a function that reports
+            progress. A PrecastError becomes the error that the parent receives.
+    """
+    output = ready()
+    with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        while True:
+            message, data = _read(sys.stdin.buffer)
+            _limit_time(message["limit_s"])
+            try:
+                values, result = answer(
+                    message["request"], data, lambda text: _send(output, {"progress": text})
+                )
+                _send(output, {"answer": values}, result)
+            except PrecastError as error:
+                _send(output, {"error": " ".join(str(error).split())})
+
+
+def ready() -> BinaryIO:
+    """Report to the parent that this child runs, and return the stream to it.
+
+    Redirect the output of libraries to standard error, so that it does not count as a message. Disable core dumps, and
+    end this process with its parent.
     """
     _end_with_parent()
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     stream = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     stream.write(READY)
     stream.flush()
     return stream
+
+
+def _end_with_parent() -> None:
+    """Have the system end this process when its parent ends for any reason."""
+    import ctypes
+    import signal
+
+    with suppress(AttributeError, OSError):  # another system than Linux
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+
+
+def _limit_time(limit_s: int | None) -> None:
+    """Have the system end this process soon after its time is up, in case the parent does not."""
+    import signal
+
+    with suppress(AttributeError):  # Windows
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(0 if limit_s is None else limit_s + EXIT_S)
+
+
+# --- messages -----------------------------------------------------------------------------------------------
+
+
+def _send(stream: IO[bytes], message: Mapping[str, Any], data: bytes = b"") -> None:
+    stream.write(json.dumps({**message, "data": len(data)}).encode() + b"\n")
+    stream.write(data)
+    stream.flush()
+
+
+def _read(stream: BinaryIO) -> tuple[Mapping[str, Any], bytes]:
+    """Read a message.
+
+    Raises:
+        EOFError: the parent has closed the pipe.
+    """
+    line = stream.readline()
+    if not line:
+        raise EOFError
+    message = json.loads(line)
+    return message, stream.read(message["data"])

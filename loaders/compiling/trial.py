@@ -1,10 +1,10 @@
-"""The first load on a machine, tried in a child process, so that a crash becomes a sentence.
+"""Try a target in a child process before its first load on a machine, so that a crash becomes an error message.
 
-An executable that does not suit its machine does not raise an error, it ends the process: by SIGILL on another CPU,
-by SIGSEGV under another jaxlib. What a manifest says is compared before, but a manifest may be wrong. So the first
-time that a target of an artifact is loaded on a machine, a child process loads it and takes a few steps; when it
-survives, that is noted in the cache folder, and later loads only look for the note. This is no protection against an
-artifact that means harm: programs are native code, and signatures are there for that.
+An executable that does not suit its machine raises no error but ends the process: with SIGILL on another CPU, with
+SIGSEGV under another jaxlib. The loader compares the manifest with the machine, but a manifest may be wrong. So before
+the first load of a target on a machine, a child process loads it and takes a few steps. A record of its success in the
+cache folder spares later loads the trial. A trial is no protection against malicious artifacts, since programs are
+native code; signatures are.
 """
 
 import hashlib
@@ -17,24 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifact.errors import PrecastError
-from ..artifact.files import make_private, remove_old, trusted_cache, unwritable_reason, write_atomically
+from ..artifact.files import remove_old, make_private, trusted_cache, unwritable_reason, write_atomically
 from ..artifact.machine import Machine
 from ..artifact.manifest import WEIGHTS_FILE, Manifest, Target
 
 if TYPE_CHECKING:
-    from .child import Child
+    from .child import Crash
 
-# What a child may take: to start, to read weights from a slow disk, and to compile, where it has to.
+# Time for a child to start, to read weights from a slow disk, and to compile.
 START_S, WEIGHT_BYTES_PER_S, COMPILE_S = 120, 20e6, 900
-# Whatever size a manifest says.
+# The longest time, whatever size a manifest states.
 _LONGEST_S = 24 * 3600
-# The module that the child process runs. A name, for it builds on `load`, which builds on this file.
+# The child's module, by name: it imports `load`, which imports this module.
 WORKER = "precast.loaders.trial_worker"
-# Exit codes of the child: a sentence stands in its last line.
-REFUSED = 3
-# Where notes are, in the cache folder.
+# The records' folder in the cache folder.
 _FOLDER = "tried"
-MARK, SENTENCE = "at: ", "error: "
 
 
 def ensure(
@@ -43,48 +40,49 @@ def ensure(
     target: Target,
     machine: Machine,
     *,
-    compile: bool,
-    threads: int,
+    allow_compile: bool,
+    threads: int | None,
     log: Callable[[str], None],
 ) -> None:
-    """Tries a target in a child process, unless it was tried on this machine before.
+    """Try a target in a child process, unless it was tried on this machine before.
 
-    Where nothing can be noted, because the cache folder cannot be written to or there is none, it is tried at every
-    load, and said.
-    Where no child process can be started it is not tried, and said.
+    Without a cache folder that can be written to, every load tries the target, and logs that. If no child process can
+    be started, the target is not tried, which is logged too.
 
     Args:
         root: the artifact, whose files have been checked.
-        manifest: of it.
-        target: the one chosen.
-        machine: this one.
-        compile: whether it is compiled first.
-        threads: that compute; a limit of the system may leave no room for more.
-        log: where messages go.
+        manifest: the artifact's manifest.
+        target: the target.
+        machine: this machine.
+        allow_compile: allow the child to compile the target.
+        threads: the child's number of computing threads, because a limit of the system may leave no room for more; None
+            for the default.
+        log: receives messages.
 
     Raises:
-        PrecastError: when the child crashes or hangs, naming program and signal, or when it refuses the artifact.
+        PrecastError: the child crashes or hangs (the message names program and signal), or refuses the artifact.
     """
-    if _is_noted(manifest, target, machine):
+    if _is_recorded(manifest, target, machine):
         return
     started = time.perf_counter()
-    if not _attempt(root, target, _limit_s(manifest, compile), compile, threads, log):
+    limit_s = _limit_s(manifest, allow_compile)
+    if not _attempt(root, target, limit_s=limit_s, allow_compile=allow_compile, threads=threads, log=log):
         return
-    if not remember(manifest, target, machine):
+    if not record_success(manifest, target, machine):
         log(
             f"{root}: tried in a process of its own first ({time.perf_counter() - started:.1f} s), as it will be at"
             f" every start: {unwritable_reason(_FOLDER)}."
         )
 
 
-def _is_noted(manifest: Manifest, target: Target, machine: Machine) -> bool:
+def _is_recorded(manifest: Manifest, target: Target, machine: Machine) -> bool:
     with suppress(OSError, PrecastError):
         return _record(manifest, target, machine).exists()
     return False
 
 
-def remember(manifest: Manifest, target: Target, machine: Machine) -> bool:
-    """Notes that a target runs on this machine. False where the note cannot be written."""
+def record_success(manifest: Manifest, target: Target, machine: Machine) -> bool:
+    """Record that a target runs on this machine. Return False if the record cannot be written."""
     with suppress(OSError, PrecastError):
         record = _record(manifest, target, machine)
         make_private(record.parent)
@@ -100,15 +98,15 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
     Raises:
         PrecastError: there is no cache folder, or others may write to it.
     """
-    if target.platform != "cuda":  # then nobody asks for GPUs
+    if target.platform != "cuda":  # `machine` need not list GPUs then
         machine = replace(machine, gpus=(), cuda_plugin="")
     programs = {file for p in target.programs if (file := target.file_of(p))}
-    # Also what lies beside them: the variables of a SavedModel.
+    # A SavedModel's variables lie beside its program.
     folders = {f"{folder}/" for file in programs if (folder := file.rpartition("/")[0])}
     used = {WEIGHTS_FILE, *programs, *_below(folders, manifest.files)}
     digests = [(name, manifest.files[name].sha256) for name in sorted(used)]
-    said = (digests, target, manifest.cache, manifest.context, manifest.slots, manifest.buckets, machine)
-    return trusted_cache(_FOLDER) / hashlib.sha256(repr(said).encode()).hexdigest()
+    key = (digests, target, manifest.cache, manifest.context, manifest.slots, manifest.buckets, machine)
+    return trusted_cache(_FOLDER) / hashlib.sha256(repr(key).encode()).hexdigest()
 
 
 def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:
@@ -118,87 +116,77 @@ def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:
         if not tops or not folder.startswith(tops[-1]):
             tops.append(folder)
     for name in names:
-        # Of folders that do not nest, only the last that sorts before a name can contain it.
+        # Among folders that do not nest, only the last that sorts before a name can contain it.
         place = bisect_right(tops, name)
         if place and name.startswith(tops[place - 1]):
             yield name
 
 
-def _limit_s(manifest: Manifest, compile: bool) -> int:
-    seconds = START_S + manifest.files[WEIGHTS_FILE].bytes / WEIGHT_BYTES_PER_S + COMPILE_S * compile
+def _limit_s(manifest: Manifest, allow_compile: bool) -> int:
+    """Return the seconds that a trial may take."""
+    seconds = START_S + manifest.files[WEIGHTS_FILE].bytes / WEIGHT_BYTES_PER_S + COMPILE_S * allow_compile
     return int(min(seconds, _LONGEST_S))
 
 
 def _attempt(
-    root: Path, target: Target, limit_s: int, compile: bool, threads: int, log: Callable[[str], None]
+    root: Path,
+    target: Target,
+    *,
+    limit_s: int,
+    allow_compile: bool,
+    threads: int | None,
+    log: Callable[[str], None],
 ) -> bool:
-    """Runs the child. False where there is none to run.
+    """Run the child process; return False if none can be started.
 
     Raises:
         PrecastError: as `ensure`.
     """
     from . import child
 
-    options = ["--compile"] if compile else []
+    request = {
+        "root": str(root),
+        "target": target.name,
+        "allow_compile": allow_compile,
+        "threads": threads,
+    }
+    steps = ["starting"]
     try:
-        with child.started(WORKER, str(root), target.name, str(limit_s), str(threads), *options) as running:
-            _await_end(running, root, target, limit_s)
+        with child.started(WORKER) as running:
+            running.ask(request, limit_s=limit_s, report=steps.append)
     except child.NotStarted as reason:
         log(f"{root}: not tried in a process of its own first, because none can be started ({reason}).")
         return False
+    except child.Refused as sentence:
+        raise PrecastError(str(sentence)) from None
+    except TimeoutError:
+        raise PrecastError(_timeout_text(root, target, steps[-1], limit_s)) from None
+    except child.Crash as crash:
+        raise PrecastError(_crash_text(root, target, crash, steps[-1], limit_s)) from None
     return True
 
 
-def _await_end(running: "Child", root: Path, target: Target, limit_s: int) -> None:
-    """Wait for the child to finish.
-
-    Raises:
-        PrecastError: as `ensure`.
-    """
-    import subprocess
-
-    try:
-        said, _ = running.process.communicate(timeout=limit_s)
-    except subprocess.TimeoutExpired as error:
-        where = _last(error.stdout or b"", MARK)
-        raise PrecastError(_hung(root, target, where, limit_s)) from None
-    if code := running.process.returncode:
-        raise PrecastError(_failed(root, target, code, said, running.complaint(), limit_s))
-
-
-def _last(output: bytes, prefix: str) -> str | None:
-    """The last line that begins so, without its beginning."""
-    lines = output.decode(errors="replace").splitlines()
-    return next((line.removeprefix(prefix) for line in reversed(lines) if line.startswith(prefix)), None)
-
-
-def _hung(root: Path, target: Target, where: str | None, limit_s: int) -> str:
+def _timeout_text(root: Path, target: Target, step: str, limit_s: int) -> str:
     return (
-        f"{root}: target {target.name!r} was tried in a process of its own, which had not finished"
-        f" {where or 'starting'} after {limit_s} s; {_advice()}"
+        f"{root}: target {target.name!r} was tried in a process of its own, which had not finished {step} after"
+        f" {limit_s} s; {_advice()}"
     )
 
 
-def _failed(root: Path, target: Target, code: int, stdout: bytes, complaint: str, limit_s: int) -> str:
+def _crash_text(root: Path, target: Target, crash: "Crash", step: str, limit_s: int) -> str:
     import signal
 
-    from . import child
-
-    if code == REFUSED and (sentence := _last(stdout, SENTENCE)) is not None:
-        return sentence
-    where = _last(stdout, MARK) or "starting"
-    if code == -getattr(signal, "SIGALRM", 0):
-        return _hung(root, target, where, limit_s)
+    if crash.code == -getattr(signal, "SIGALRM", 0):
+        return _timeout_text(root, target, step, limit_s)
     begin = f"{root}: target {target.name!r} was tried in a process of its own, which"
-    name = child.ending(code)
-    if code >= 0:
-        return f"{begin} failed while {where} ({complaint or name}); {_advice()}"
-    if name == "SIGKILL":
+    if crash.code >= 0:
+        return f"{begin} failed while {step} ({crash.reason}); {_advice()}"
+    if crash.code == -signal.SIGKILL:
         return (
-            f"{begin} was killed while {where}, as the system does when memory runs out; precast check {root} tells"
+            f"{begin} was killed while {step}, as the system does when memory runs out; precast check {root} tells"
             " what it needs."
         )
-    return f"{begin} crashed while {where} ({name}); {_advice()}"
+    return f"{begin} crashed while {step} ({crash.reason}); {_advice()}"
 
 
 def _advice() -> str:

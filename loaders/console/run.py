@@ -94,9 +94,9 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
         imported = process_age()
         model = load(
             artifact,
-            verify=load_options.verify,
+            rehash=load_options.verify,
             target=load_options.target,
-            compile=load_options.compile,
+            allow_compile=load_options.compile,
             require_signature=load_options.require_signature,
             threads=load_options.threads,
         )

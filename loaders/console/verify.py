@@ -48,7 +48,7 @@ def run(
         from ..load import load
 
         return load(
-            root, target=target, compile=compile, require_signature=require_signature, threads=threads
+            root, target=target, allow_compile=compile, require_signature=require_signature, threads=threads
         )
 
     played = None if refused else _replay(root, manifest, opened)

@@ -1,4 +1,4 @@
-"""Compare the needs of loading with the system's limits: XLA ends the process if it reaches one."""
+"""Compare the needs of loading with the system's limits: XLA ends the process when it reaches one."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,10 @@ from . import resources
 
 MOST_THREADS = 1024
 # Measured with jaxlib 0.10.1: the address space of libraries and programs besides weights and cache, and that of each
-# computing thread: a stack, its own malloc arena of 64 MB, and those of the threads that it brings along.
+# computing thread: a stack, a malloc arena of 64 MB, and the same for its helper threads.
 _FIXED, _PER_THREAD = 704 << 20, 112 << 20
+# Measured likewise: the address space of a further model's programs, where libraries and threads are there already.
+_FURTHER = 16 << 20
 
 
 class Need(Frozen):
@@ -41,37 +43,48 @@ def threads_started(computing: int) -> int:
     return 1 + max(8 + 2 * computing, 4 * computing)
 
 
-def problems(needed: Need, computing: int, limits: resources.Limits) -> Iterator[tuple[str, str]]:
+def problems(
+    needed: Need, computing: int, limits: resources.Limits, *, has_client: bool = False
+) -> Iterator[tuple[str, str]]:
     """Yield each limit that is too low, with the remedy.
 
     Args:
         needed: memory that the target needs.
         computing: number of computing threads.
         limits: this process's limits, measured for `threads_started`.
+        has_client: True if the threads run already.
     """
-    fewer = ", or compute with fewer threads (--threads 1)" if computing > 1 else ""
-    space = needed.all + _FIXED + computing * _PER_THREAD
+    fewer = ", or compute with fewer threads (--threads 1)" if computing > 1 and not has_client else ""
+    space = needed.all + (_FURTHER if has_client else _FIXED + computing * _PER_THREAD)
     if limits.address_space is not None and limits.address_space < space:
         left = size_text(limits.address_space)
         problem = (
             f"it needs {size_text(space)} of address space, this process may take {left} more (ulimit -v)"
         )
         yield problem, f"raise that limit{fewer}"
-    if limits.threads is not None:
+    if limits.threads is not None and not has_client:
         problem = (
             f"XLA starts {threads_started(computing)} threads, this process may start {limits.threads} more"
         )
         yield f"{problem} (ulimit -u, pids.max of the container)", f"raise that limit{fewer}"
 
 
-def ensure(root: Path, manifest: Manifest, target: Target, computing: int) -> None:
+def ensure(root: Path, manifest: Manifest, target: Target, computing: int, *, has_client: bool) -> None:
     """Refuse to load if a limit is too low.
+
+    Args:
+        root: the artifact, for messages.
+        manifest: the artifact's manifest.
+        target: the target to load.
+        computing: number of computing threads.
+        has_client: True if this process has a client of XLA's with this many threads, as after another load.
 
     Raises:
         PrecastError: names the first such limit.
     """
-    found = resources.limits(threads_started(computing))
-    for problem, remedy in problems(need(manifest, target), computing, found):
+    found = resources.limits(0 if has_client else threads_started(computing))
+    needed = need(manifest, target)
+    for problem, remedy in problems(needed, computing, found, has_client=has_client):
         raise PrecastError(f"{root}: {problem}; {remedy}.")
 
 

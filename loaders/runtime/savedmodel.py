@@ -1,7 +1,7 @@
-"""TensorFlow as the runtime: the signatures of a SavedModel are the programs, its variables the weights.
+"""TensorFlow as the runtime: a SavedModel's signatures are the programs, its variables the weights.
 
-TensorFlow is imported when a SavedModel is loaded and not before; neither jax nor jaxlib takes part. It compiles each
-program when that is first called.
+Only loading a SavedModel imports TensorFlow. Neither jax nor jaxlib takes part. TensorFlow compiles each program at its
+first call.
 """
 
 import os
@@ -19,10 +19,10 @@ from .quiet import quiet
 
 SAVED_MODEL = "saved_model.pb"
 
-# The device that precast is tested on, also where TensorFlow finds another.
+# Use the CPU, on which precast is tested, even if TensorFlow finds a GPU.
 _DEVICE = "/CPU:0"
-# A SavedModel is a program that can do whatever TensorFlow can, files included. These are the operations that an
-# export consists of; what saves and restores variables is there for other loaders, and nothing that is run calls it.
+# A SavedModel is untrusted code that could write files and more. These are the operations of an export. Those that save
+# and restore variables are missing: they are for other loaders, and no function that runs calls them.
 _OPERATIONS = frozenset(
     """
     AssignVariableOp Const DisableCopyOnRead Identity NoOp PartitionedCall Placeholder PreventGradient ReadVariableOp
@@ -32,17 +32,17 @@ _OPERATIONS = frozenset(
 
 
 def signature_name(name: str) -> str:
-    """What a signature calls an argument or a result: TensorFlow takes no dots, and no name has two underscores."""
+    """Return a signature's name for an argument or result: TensorFlow allows no dots, and ours have no "__"."""
     return name.replace(".", "__")
 
 
 def manifest_name(name: str) -> str:
-    """What the manifest calls an argument or a result of a signature."""
+    """Return the manifest's name for an argument or result of a signature."""
     return name.replace("__", ".")
 
 
 class Executable:
-    """A signature. TensorFlow compiles it when it is first called."""
+    """A signature of a SavedModel. TensorFlow compiles it at its first call."""
 
     compiled = True
 
@@ -53,7 +53,7 @@ class Executable:
         self._results = [signature_name(v.name) for v in program.results]
 
     def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
-        """Runs the program; as `interface.Executable` says."""
+        """Run the program, as `interface.Executable` describes."""
         tf = self._tensorflow
         try:
             with tf.device(_DEVICE):
@@ -65,7 +65,7 @@ class Executable:
 
 
 class Client:
-    """TensorFlow's CPU. A buffer is a tensor of TensorFlow's, or an array to make one of at the next call."""
+    """TensorFlow's CPU. A buffer is a TensorFlow tensor, or an array that the next call converts to one."""
 
     def __init__(self, tensorflow: Any) -> None:
         self._tensorflow = tensorflow
@@ -86,22 +86,22 @@ class Client:
 
 
 def client() -> Client:
-    """TensorFlow's CPU.
+    """Return TensorFlow's CPU.
 
     Raises:
-        PrecastError: when TensorFlow is not there, or cannot be imported.
+        PrecastError: TensorFlow is not installed, or cannot be imported.
     """
     return Client(import_tensorflow())
 
 
 def import_tensorflow() -> Any:
-    """TensorFlow, with its remarks kept to itself.
+    """Import TensorFlow, without its log messages.
 
     Raises:
-        PrecastError: when it is not there, or cannot be imported.
+        PrecastError: TensorFlow is not installed, or cannot be imported.
     """
     try:
-        # TensorFlow reads the log level once, when it is loaded. At 1 it logs every large allocation.
+        # TensorFlow reads the log level once, when it is loaded. At level 1 it logs every large allocation.
         with quiet("2"):
             import tensorflow
     except ImportError as error:
@@ -111,28 +111,41 @@ def import_tensorflow() -> Any:
     return tensorflow
 
 
+def set_threads(threads: int) -> bool:
+    """Set the number of TensorFlow's computing threads in this process, all models together.
+
+    Return False if TensorFlow runs with another number already: it starts its threads at its first operation.
+    """
+    threading = import_tensorflow().config.threading
+    try:
+        threading.set_intra_op_parallelism_threads(threads)
+    except RuntimeError:
+        return False
+    return True
+
+
 def load(
-    root: Path, target: Target, entries: Mapping[str, FileEntry], *, verify: bool
+    root: Path, target: Target, entries: Mapping[str, FileEntry], *, rehash: bool
 ) -> dict[str, Executable]:
-    """Loads a target's SavedModel: its programs by name, with the weights as its variables.
+    """Load a target's SavedModel, with the weights as its variables; return its programs by name.
 
     Args:
-        root: folder of the artifact.
-        target: of runtime "savedmodel".
-        entries: the artifact's files.
-        verify: hash the variables again, also where they were hashed before and have not changed since.
+        root: the artifact's folder.
+        target: a target with the runtime "savedmodel".
+        entries: the artifact's files, as the manifest lists them.
+        rehash: hash the variables again, even if they were hashed before and are unchanged.
 
     Raises:
-        PrecastError: when its folder holds anything but what the manifest lists, for an operation that no export
-            has, for signatures other than the manifest's, and when TensorFlow does not read it.
+        PrecastError: the SavedModel's folder holds unlisted files, the SavedModel has an operation that no export has or
+            signatures other than the manifest's, or TensorFlow cannot read it.
     """
-    folder = _checked_folder(root, target, entries, verify=verify)
+    folder = _checked_folder(root, target, entries, rehash=rehash)
     tf = import_tensorflow()
     _check_operations(folder / SAVED_MODEL)
     try:
         with tf.device(_DEVICE):
             signatures = tf.saved_model.load(str(folder)).signatures
-    except Exception as error:  # whatever it stumbles over: its documentation names none
+    except Exception as error:  # TensorFlow documents none
         raise PrecastError(
             f"{folder}: TensorFlow {tf.__version__} does not load this SavedModel ({error}); export the model again"
             " with this version, or install the one it was exported with."
@@ -142,10 +155,11 @@ def load(
     return {p.name: Executable(tf, signatures[p.name], p) for p in target.programs}
 
 
-def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry], *, verify: bool) -> Path:
-    """The folder of a SavedModel, once each of its files has been found to be the one that the manifest lists.
+def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry], *, rehash: bool) -> Path:
+    """Return a SavedModel's folder after comparing its files with the manifest.
 
-    TensorFlow reads what it finds there, so nothing else may be.
+    Raises:
+        PrecastError: a file differs from the manifest, or is not listed: TensorFlow may read any file of the folder.
     """
     named = {target.file_of(program) for program in target.programs}
     executable = next(iter(named)) or ""
@@ -155,7 +169,7 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
             f"{root}: target {target.name!r}: expected the {SAVED_MODEL} of one folder as the executable of every"
             f" program, found {', '.join(map(str, sorted(map(str, named))))}; export the model again."
         )
-    # Before the folder is looked into: its name may lead elsewhere, by itself or by a link.
+    # First check that neither the name nor a link leads out of the artifact.
     files.member_path(root, executable)
     inside = first.parent.as_posix()
     listed = {name for name in entries if name.startswith(f"{inside}/")}
@@ -165,12 +179,12 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
                 f"{root}: file {name!r} is not listed in the manifest, and TensorFlow would read it; remove it, or copy"
                 " or export the artifact again."
             )
-        files.open_checked(root, name, entries[name], rehash=verify).close()
+        files.open_checked(root, name, entries[name], rehash=rehash).close()
     return root / inside
 
 
 def _files_below(root: Path, folder: str) -> Iterator[str]:
-    """Names of everything below a folder of the artifact that is no folder itself; links are not followed."""
+    """Yield the names of everything but folders below a folder of the artifact, without following links."""
     try:
         with os.scandir(root / folder) as found:
             entries = list(found)
@@ -187,7 +201,11 @@ def _files_below(root: Path, folder: str) -> Iterator[str]:
 
 
 def _check_operations(path: Path) -> None:
-    """Refuses a SavedModel whose functions could do anything but compute."""
+    """Refuse a SavedModel whose functions could do anything but compute.
+
+    Raises:
+        PrecastError: names the operations that no export has.
+    """
     from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
@@ -197,7 +215,7 @@ def _check_operations(path: Path) -> None:
         raise PrecastError(
             f"{path}: expected a SavedModel, found something else; export the model again."
         ) from None
-    # Of such a model TensorFlow runs functions alone; of others it would run the graph around them.
+    # TensorFlow runs only the functions of such a model; of other models it would run the whole graph.
     if len(graphs) != 1 or not graphs[0].HasField("object_graph_def"):
         raise PrecastError(
             f"{path}: expected one graph of TensorFlow 2, found another; export the model again."
@@ -239,5 +257,5 @@ def _check_signature(function: Any, program: Program, folder: Path) -> None:
 
 
 def _described(value: Value) -> str:
-    """A value as TensorFlow writes a tensor's type: "int32 (8,)"."""
+    """Return a value's type in TensorFlow's notation: "int32 (8,)"."""
     return f"{value.dtype} {value.shape}"

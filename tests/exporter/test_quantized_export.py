@@ -66,7 +66,7 @@ def test_logits_are_the_references(
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 def test_the_portable_target_computes_the_same(export_tiny: Callable[..., Path], weights: str) -> None:
     root = export_tiny(weights=weights)
-    compiled = load(root, target="portable", compile=True, log=lambda _: None)
+    compiled = load(root, target="portable", allow_compile=True, log=lambda _: None)
     ids = PROMPT + [i * 11 % 60 for i in range(STEPS)]
     found, expected = forced(load(root), ids), forced(compiled, ids)
     assert np.abs(found - expected).max() <= LOST["bfloat16"] * np.ptp(expected)

@@ -42,8 +42,8 @@ class Case:
     """A mutated artifact, as changes to the whole one, and how it is loaded."""
 
     changes: Mapping[str, Change]
-    compile: bool = False
-    verify: bool = False
+    allow_compile: bool = False
+    rehash: bool = False
     target: str | None = None
     index: bytes | None = None  # of a store to pull the artifact from, instead
     signed: bool = False  # its signature is checked, instead
@@ -111,7 +111,7 @@ def _some_texts(random: Random) -> tuple[str, ...]:
 def manifest(base: Base, random: Random) -> Case:
     tree = mutate_json(base.manifest, random)
     return Case(
-        changes={MANIFEST: write_json(tree)}, compile=random.random() < 0.05, verify=random.random() < 0.2
+        changes={MANIFEST: write_json(tree)}, allow_compile=random.random() < 0.05, rehash=random.random() < 0.2
     )
 
 
@@ -205,7 +205,7 @@ def stablehlo(base: Base, random: Random) -> Case:
         if target["runtime"] == "pjrt":
             tree["targets"][0]["jaxlib"] = "0.0.1"
 
-    return Case(changes=base.rehashed({name: data}, edit), compile=True)
+    return Case(changes=base.rehashed({name: data}, edit), allow_compile=True)
 
 
 def executable(base: Base, random: Random) -> Case:
@@ -366,13 +366,13 @@ def template(base: Base, random: Random) -> Case:
 def golden(base: Base, random: Random) -> Case:
     tree = mutate_json(json.loads(base.files["golden.json"]), random)
     data = write_json(tree) if random.random() < 0.8 else mutate_bytes(base.files["golden.json"], random)
-    return Case(changes=base.rehashed({"golden.json": data}), verify=random.random() < 0.3)
+    return Case(changes=base.rehashed({"golden.json": data}), rehash=random.random() < 0.3)
 
 
 def altered(base: Base, random: Random) -> Case:
     """A file that is not what its hash says."""
     name = random.choice([n for n in base.files if n != MANIFEST])
-    return Case(changes={name: mutate_bytes(base.files[name], random)}, verify=True)
+    return Case(changes={name: mutate_bytes(base.files[name], random)}, rehash=True)
 
 
 def folder(base: Base, random: Random) -> Case:
@@ -421,7 +421,7 @@ def folder(base: Base, random: Random) -> Case:
             json.dumps(random.choice(listed)).encode(), json.dumps(random.choice(NAMES)).encode()
         )
         changes.setdefault(MANIFEST, tree_text)
-    return Case(changes=changes, verify=random.random() < 0.5)
+    return Case(changes=changes, rehash=random.random() < 0.5)
 
 
 def names(base: Base, random: Random) -> Case:
@@ -440,7 +440,7 @@ def names(base: Base, random: Random) -> Case:
             "link": Special("link", "../outside/secret"),
             "pipe": Special("pipe"),
         }
-    return Case(changes=changes, verify=random.random() < 0.5)
+    return Case(changes=changes, rehash=random.random() < 0.5)
 
 
 def store(base: Base, random: Random) -> Case:

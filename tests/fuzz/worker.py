@@ -236,8 +236,8 @@ def exercise(root: Path, case: kinds.Case, problems: Problems, *, trusted: bool)
         "load",
         lambda: load(
             root,
-            compile=case.compile,
-            verify=case.verify,
+            allow_compile=case.allow_compile,
+            rehash=case.rehash,
             trusted=trusted,
             target=case.target,
             log=lambda _: None,
@@ -293,7 +293,7 @@ def pull(place: Place, problems: Problems) -> str:
         if folder.exists():
             problems.found.append("pull: it was refused, and left a folder")
         return "refused"
-    problems.attempt("load what was pulled", lambda: load(folder, verify=True, trusted=True, log=silent))
+    problems.attempt("load what was pulled", lambda: load(folder, rehash=True, trusted=True, log=silent))
     if problems.refused:
         problems.found.append("pull: what was pulled is not whole")
     return "loaded"
@@ -324,7 +324,7 @@ def warm_up(root: Path, base: kinds.Base) -> None:
     problems = Problems()
     exercise(root, kinds.Case(changes={}, texts=kinds.TEXTS), problems, trusted=True)
     names = [t["name"] for t in base.manifest["targets"] if any(p["stablehlo"] for p in t["programs"])]
-    case = kinds.Case(changes={}, compile=True, target=names[-1])
+    case = kinds.Case(changes={}, allow_compile=True, target=names[-1])
     exercise(root, case, problems, trusted=True)
     if problems.found:
         raise SystemExit(f"the whole artifact fails: {problems.found}")
@@ -374,7 +374,7 @@ def main() -> None:
         try:
             place.apply(dict(case.changes))
             place.offer(case.index or whole_index)
-            with guard.watching(children=case.compile or not asked["trusted"]):
+            with guard.watching(children=case.allow_compile or not asked["trusted"]):
                 if case.index is not None:
                     outcome = pull(place, problems)
                 elif case.signed:

@@ -98,7 +98,7 @@ def test_a_target_is_added_and_nothing_else_changes(add, artifact_copy, tiny_mod
     assert (added.target, added.replaced, added.signature_removed) == (manifest.targets[-1], False, False)
     assert manifest.targets[-1].programs[0].stablehlo == manifest.targets[0].programs[0].stablehlo
     params = SamplingParams(max_tokens=16, ignore_eos=True)
-    model = load(artifact_copy, target=NAME, verify=True)
+    model = load(artifact_copy, target=NAME, rehash=True)
     assert model.generate(PROMPT, params).token_ids == tiny_model.generate(PROMPT, params).token_ids
     assert model.compiles == 0
     # The wider target is chosen from now on.
@@ -171,13 +171,13 @@ def test_overwrite_replaces(add, artifact_copy):
         assert added.replaced
         manifest = read_manifest(artifact_copy)
         assert [t.name for t in manifest.targets].count(NAME) == 1
-        assert load(artifact_copy, target=NAME, verify=True).compiles == 0
+        assert load(artifact_copy, target=NAME, rehash=True).compiles == 0
         listed = set(manifest.files) | {"manifest.json"}
         assert set(tree(artifact_copy)) == listed
     # Also one of the export's own, whose StableHLO stays.
     add(None, overwrite=True)
     assert not list((artifact_copy / "programs" / "cpu").glob("*.xla"))
-    assert load(artifact_copy, target=EXPORTED, verify=True).target.name == EXPORTED
+    assert load(artifact_copy, target=EXPORTED, rehash=True).target.name == EXPORTED
 
 
 def test_what_cannot_be_compiled(refused, artifact_copy, monkeypatch):

@@ -22,7 +22,7 @@ def filled(tmp_path_factory, tiny_artifact) -> tuple[Path, list[str], int]:
     folder, said = tmp_path_factory.mktemp("compiled"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRECAST_CACHE", str(folder))
-        model = load(tiny_artifact, target="portable", compile=True, trusted=True, log=said.append)
+        model = load(tiny_artifact, target="portable", allow_compile=True, trusted=True, log=said.append)
     return folder, said, model.compiles
 
 
@@ -40,7 +40,7 @@ def run(filled, tiny_artifact, tmp_path, monkeypatch):
             change(folder / "compiled")
         monkeypatch.setenv("PRECAST_CACHE", str(folder))
         said: list[str] = []
-        model = load(tiny_artifact, target="portable", compile=True, trusted=True, log=said.append)
+        model = load(tiny_artifact, target="portable", allow_compile=True, trusted=True, log=said.append)
         return model, said
 
     return again

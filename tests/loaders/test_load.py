@@ -151,7 +151,7 @@ def test_verify_also_looks_at_files_that_are_not_loaded(artifact_copy, name):
     with (artifact_copy / name).open("ab") as file:
         file.write(b" ")
     load(artifact_copy)
-    assert repr(name) in refusal(artifact_copy, verify=True)
+    assert repr(name) in refusal(artifact_copy, rehash=True)
 
 
 def test_verify_hashes_what_was_verified_before(artifact_copy, own_cache, monkeypatch):
@@ -163,7 +163,7 @@ def test_verify_hashes_what_was_verified_before(artifact_copy, own_cache, monkey
     load(artifact_copy)
     load(artifact_copy)
     assert seen == ["weights.safetensors"]
-    load(artifact_copy, verify=True)
+    load(artifact_copy, rehash=True)
     assert seen.count("weights.safetensors") == 2
 
 
@@ -222,7 +222,7 @@ def test_another_machine_or_jaxlib_is_refused_before_anything_is_read(artifact_c
 
 
 def test_nothing_is_compiled_unasked(tiny_artifact):
-    model = load(tiny_artifact, compile=True)  # allowed, and yet not needed
+    model = load(tiny_artifact, allow_compile=True)  # allowed, and yet not needed
     model.generate(PROMPT, FREE)
     assert model.compiles == 0
     assert model.target.runtime == "pjrt"
@@ -230,7 +230,7 @@ def test_nothing_is_compiled_unasked(tiny_artifact):
 
 def test_the_portable_target_is_compiled_on_request_and_says_so(tiny_artifact, answer, own_cache):
     said = []
-    model = load(tiny_artifact, target="portable", compile=True, log=said.append)
+    model = load(tiny_artifact, target="portable", allow_compile=True, log=said.append)
     assert model.target.name == "portable"
     assert model.compiles == len(model.target.programs) == 4
     assert said == [f"compiling {p.name} from StableHLO …" for p in model.target.programs]
@@ -245,7 +245,7 @@ def test_the_stablehlo_of_the_compiled_target_gives_the_same(artifact_copy, edit
     """Where executables are of another jaxlib, theirs is compiled, by jaxlib alone, and calls the kernels."""
     edit_manifest(artifact_copy, lambda manifest: manifest["targets"][0].update(jaxlib="0.9.9"))
     assert "or compile from StableHLO with --compile" in refusal(artifact_copy)
-    model = load(artifact_copy, compile=True, log=lambda _: None)
+    model = load(artifact_copy, allow_compile=True, log=lambda _: None)
     assert model.compiles == 4
     assert model.target.name.startswith("cpu-")
     assert model.target.kernels
@@ -279,7 +279,7 @@ work = [e for e in seen if "compile" in e or "trace" in e or "jaxpr" in e]
 work += [name for name in asked if "compile" in name]
 del seen[:], asked[:]
 jax.jit(lambda x: x * 2 + 1)(3.0)
-load({str(tiny_artifact)!r}, target="portable", compile=True, log=lambda _: None)
+load({str(tiny_artifact)!r}, target="portable", allow_compile=True, log=lambda _: None)
 print(json.dumps([ids, model.compiles, work, seen, asked]))
 """
     result = python("-c", code)

@@ -105,7 +105,7 @@ def test_a_push_puts_a_file_there_or_says_that_it_cannot(instead, url, tiny_arti
 @pytest.mark.parametrize("verb", ["load", "push", "verify"])
 def test_in_an_artifact(instead, cli, url, artifact_copy, kind, verb):
     acts = {
-        "load": lambda: loading.load(artifact_copy, verify=True, trusted=True),
+        "load": lambda: loading.load(artifact_copy, rehash=True, trusted=True),
         "push": lambda: store_push.push(artifact_copy, url),
     }
     names = (

@@ -87,7 +87,7 @@ def test_small_weights_an_int8_cache_windows_and_slots(windowed_savedmodel):
     logits = []
     for target in ("savedmodel", "portable"):
         engine = load(
-            windowed_savedmodel, target=target, compile=True, trusted=True, log=lambda _: None
+            windowed_savedmodel, target=target, allow_compile=True, trusted=True, log=lambda _: None
         ).engine
         cache = engine.new_cache()
         rows = [engine.logits(engine.prefill(PROMPTS[3], cache, slot=1))[0]]
@@ -233,7 +233,7 @@ def refused_executable(artifact: Path, executable: str) -> str:
     programs = tuple(dataclasses.replace(p, executable=executable) for p in manifest.targets[0].programs)
     target = dataclasses.replace(manifest.targets[0], runtime="savedmodel", programs=programs)
     with pytest.raises(PrecastError) as raised:
-        savedmodel.load(artifact, target, manifest.files, verify=False)
+        savedmodel.load(artifact, target, manifest.files, rehash=False)
     return str(raised.value)
 
 
@@ -250,7 +250,7 @@ def test_verify_hashes_what_it_does_not_read(copy):
     data = bytearray((copy / "weights.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "weights.safetensors").write_bytes(data)
-    assert "'weights.safetensors' has sha256" in refusal(copy, verify=True)
+    assert "'weights.safetensors' has sha256" in refusal(copy, rehash=True)
     load(copy, target="savedmodel", trusted=True, log=lambda _: None)
 
 
