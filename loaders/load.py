@@ -290,9 +290,7 @@ def _check_weights(artifact: _CheckedArtifact) -> None:
 # --- run ----------------------------------------------------------------------------------------------------
 
 
-def _model(
-    artifact: _CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", options: _Options
-) -> Model:
+def _model(artifact: _CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", options: _Options) -> Model:
     client, load_executables = _runtime(artifact, compiled, options)
     # XLA releases Python's lock while it loads programs, and parsing the tokenizer takes about as long.
     loading = _BackgroundCall(load_executables)
@@ -377,7 +375,9 @@ def _runtime(
         from .runtime import cuda  # whose import loads CUDA's libraries
 
         if options.requested_threads is not None:
-            options.log(f"{root}: target {target.name!r} runs on the GPU, so the number of threads is ignored")
+            options.log(
+                f"{root}: target {target.name!r} runs on the GPU, so the number of threads is ignored"
+            )
         client: pjrt.Client = cuda.client(target.device)
     else:
         client = pjrt.client(options.threads)
@@ -396,15 +396,11 @@ def _tensorflow(
     _report(options, "the SavedModel")
     client = savedmodel.client()
     if options.requested_threads is not None and not savedmodel.set_threads(options.requested_threads):
-        options.log(
-            f"{root}: TensorFlow already runs in this process, so the number of threads is ignored"
-        )
+        options.log(f"{root}: TensorFlow already runs in this process, so the number of threads is ignored")
     return client, partial(savedmodel.load, root, target, artifact.manifest.files, rehash=options.rehash)
 
 
-def _compile(
-    artifact: _CheckedArtifact, machine: Machine, options: _Options
-) -> "dict[str, LocalExecutable]":
+def _compile(artifact: _CheckedArtifact, machine: Machine, options: _Options) -> "dict[str, LocalExecutable]":
     """Compile a StableHLO target for the CPU in a child process; return executables by program, else none."""
     root, target = artifact.root, artifact.target
     if target.runtime != "stablehlo":

@@ -136,6 +136,6 @@ def test_an_executable_of_another_cpu_is_loaded_without_a_word(loaded, tiny_arti
     wide = data.replace(stated, other)
     # XLA's errors do show.
     assert "is not  supported on the host machine" in loaded(wide)
-    assert loaded(isa.stating(wide, target.cpu_features)) == ""
-    tuned = isa.stating(wide, (*target.cpu_features, *isa.LEVELS["x86-64-v4"].features))
+    assert loaded(isa.declare_features(wide, target.cpu_features)) == ""
+    tuned = isa.declare_features(wide, (*target.cpu_features, *isa.LEVELS["x86-64-v4"].features))
     assert b"+avx512" not in features(tuned)

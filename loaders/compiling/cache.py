@@ -1,8 +1,8 @@
 """Executables compiled by ``run --compile``, in the cache folder for the next time.
 
 An entry consists of an executable's sha256 and the executable. The file's name is a hash of all that affects the
-compiler's output: StableHLO, jaxlib, the kernels' ABI, the CPU, the number of threads, XLA_FLAGS. An entry that does not
-match its hash is ignored. Writing an entry removes those older than half a year.
+compiler's output: StableHLO, jaxlib, the kernels' ABI, the CPU, the number of threads, XLA_FLAGS. An entry whose hash
+is wrong is ignored. Writing an entry removes those older than half a year.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from ..artifact.errors import PrecastError, printable
-from ..artifact.files import remove_old, make_private, trusted_cache, unwritable_reason, write_atomically
+from ..artifact.files import make_private, remove_old, trusted_cache, unwritable_reason, write_atomically
 from ..artifact.frozen import Frozen
 from ..artifact.machine import Machine
 from .compiler import compile_programs
@@ -68,7 +68,9 @@ def executables(
     cached = {name: entry for name, code in programs if (entry := compiler.cached(name, code)) is not None}
     if cached:
         count = "all" if len(cached) == len(programs) else f"{len(cached)} of {len(programs)}"
-        log(f"{where}: {count} programs were compiled here before, and are taken from {trusted_cache(_FOLDER)}")
+        log(
+            f"{where}: {count} programs were compiled here before, and are taken from {trusted_cache(_FOLDER)}"
+        )
     return cached | compiler.compile([(name, code) for name, code in programs if name not in cached])
 
 

@@ -130,13 +130,14 @@ class Child:
         """
         until = None if limit_s is None else time.monotonic() + limit_s
         try:
-            _send(self._input, {"request": request, "limit_s": limit_s}, data)
+            with suppress(BrokenPipeError):  # read the last messages of a child that crashed
+                _send(self._input, {"request": request, "limit_s": limit_s}, data)
             while True:
                 message, received = self._receive(until)
                 if "progress" not in message:
                     break
                 report(str(message["progress"]))
-        except (EOFError, BrokenPipeError):
+        except EOFError:
             raise Crash(self._exit_code(), _last_line(self._errors)) from None
         if "error" in message:
             raise Refused(str(message["error"]))
@@ -160,7 +161,7 @@ class Child:
             message = json.loads(line)
             size = int(message["data"])
         except (ValueError, KeyError, TypeError):  # a library wrote into the pipe
-            raise Crash(0, f"unexpected output: {line[:80]!r}") from None
+            raise Crash(0, f"unexpected output: {line[:80].rstrip()!r}") from None
         while len(self._received) < size:
             self._receive_more(until)
         return message, self._take(size)

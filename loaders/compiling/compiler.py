@@ -136,7 +136,9 @@ def compile_target(
         isa if exact else isas.NATIVE, {name: c.executable for name, c in compilations.items()}, where
     )
     name = name_of(features)
-    programs = tuple(_compiled_program(p, compilations[p.name], folder or name, where) for p in source.programs)
+    programs = tuple(
+        _compiled_program(p, compilations[p.name], folder or name, where) for p in source.programs
+    )
     target = replace(
         source,
         name=name,
@@ -149,7 +151,9 @@ def compile_target(
         xla_flags=isas.xla_flags(isa, os.environ.get("XLA_FLAGS", "")),
         programs=programs,
     )
-    files = {str(p.executable): isas.declare_features(compilations[p.name].executable, features) for p in programs}
+    files = {
+        str(p.executable): isas.declare_features(compilations[p.name].executable, features) for p in programs
+    }
     return target, files, compilations
 
 

@@ -193,7 +193,7 @@ def _enabled(executable: bytes) -> set[str]:
     return {n.decode() for list_ in _FEATURE_LIST.findall(executable) for n in _ENABLED.findall(list_)}
 
 
-def stating(executable: bytes, features: Sequence[str]) -> bytes:
+def declare_features(executable: bytes, features: Sequence[str]) -> bytes:
     """Return an executable whose list of compile-time features holds exactly these.
 
     XLA lists every feature that its compiler was allowed, and one vendor's tuning features. For each that a machine

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifact.errors import PrecastError
-from ..artifact.files import remove_old, make_private, trusted_cache, unwritable_reason, write_atomically
+from ..artifact.files import make_private, remove_old, trusted_cache, unwritable_reason, write_atomically
 from ..artifact.machine import Machine
 from ..artifact.manifest import WEIGHTS_FILE, Manifest, Target
 

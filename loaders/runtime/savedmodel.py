@@ -136,8 +136,8 @@ def load(
         rehash: hash the variables again, even if they were hashed before and are unchanged.
 
     Raises:
-        PrecastError: the SavedModel's folder holds unlisted files, the SavedModel has an operation that no export has or
-            signatures other than the manifest's, or TensorFlow cannot read it.
+        PrecastError: the folder holds unlisted files, the SavedModel has an operation that no export has or signatures
+            other than the manifest's, or TensorFlow cannot read it.
     """
     folder = _checked_folder(root, target, entries, rehash=rehash)
     tf = import_tensorflow()

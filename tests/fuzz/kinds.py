@@ -111,7 +111,9 @@ def _some_texts(random: Random) -> tuple[str, ...]:
 def manifest(base: Base, random: Random) -> Case:
     tree = mutate_json(base.manifest, random)
     return Case(
-        changes={MANIFEST: write_json(tree)}, allow_compile=random.random() < 0.05, rehash=random.random() < 0.2
+        changes={MANIFEST: write_json(tree)},
+        allow_compile=random.random() < 0.05,
+        rehash=random.random() < 0.2,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from precast.loaders.compiling import cache as compile_cache
+from precast.loaders.compiling import child
 from precast.loaders.compiling import compiler as compiling
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
@@ -102,7 +103,7 @@ def test_an_entry_that_xla_does_not_take_is_compiled_again(run):
         entries(folder)[0].write_bytes(hashlib.sha256(data).digest() + data)
 
     model, said = run(junk)
-    assert "what was compiled of cache before cannot be used" in said[1]
+    assert "the executable compiled of cache before cannot be used" in said[1]
     assert said[2:] == ["compiling cache from StableHLO …"]
     assert model.compiles == 1
 
@@ -111,8 +112,8 @@ def test_a_cache_that_cannot_be_written_to_is_said(tmp_path, monkeypatch, compil
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "file" / "cache"))
     said: list[str] = []
-    found = compile_cache.executables([("decode", b"code")], machine(), "art", said.append)
-    assert found["decode"].now
+    found = executables([("decode", b"code")], log=said.append)
+    assert found["decode"].is_new
     (line,) = said
     assert line == (
         f"art: will be compiled again at the next start, because {tmp_path}/file/cache/compiled cannot be written to;"
@@ -123,7 +124,7 @@ def test_a_cache_that_cannot_be_written_to_is_said(tmp_path, monkeypatch, compil
 @pytest.fixture
 def compiler(monkeypatch):
     """One that takes no time."""
-    made = compiling.Compiled(executable=b"x", memory=None, layouts=((), ()), seconds=0.0)
+    made = compiling.Compilation(executable=b"x", memory=None, layouts=((), ()), seconds=0.0)
     monkeypatch.setattr(
         compile_cache, "compile_programs", lambda programs, *_, **__: {n: made for n, _ in programs}
     )
@@ -132,8 +133,8 @@ def compiler(monkeypatch):
 def test_without_a_home_folder_it_is_compiled_every_time_and_said(homeless, compiler):
     for _ in range(2):
         said: list[str] = []
-        found = compile_cache.executables([("decode", b"code")], machine(), "art", said.append)
-        assert found["decode"].now
+        found = executables([("decode", b"code")], log=said.append)
+        assert found["decode"].is_new
         (line,) = said
         assert line == (
             "art: will be compiled again at the next start, because this user has no home folder to keep it in; set"
@@ -143,11 +144,11 @@ def test_without_a_home_folder_it_is_compiled_every_time_and_said(homeless, comp
 
 def test_what_was_compiled_long_ago_is_forgotten(tmp_path, monkeypatch, compiler):
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path))
-    compile_cache.executables([("decode", b"old"), ("cache", b"new")], machine(), "art", lambda _: None)
-    old = compile_cache._entry(b"old", machine())
+    executables([("decode", b"old"), ("cache", b"new")])
+    old = entry(b"old")
     os.utime(old, (1, 1))
-    compile_cache.executables([("decode", b"newer")], machine(), "art", lambda _: None)
-    left = {compile_cache._entry(code, machine()) for code in (b"new", b"newer")}
+    executables([("decode", b"newer")])
+    left = {entry(code) for code in (b"new", b"newer")}
     assert set((tmp_path / "compiled").iterdir()) == left
 
 
@@ -159,12 +160,39 @@ def machine(**changes):
     return replace(this_machine(), **changes)
 
 
+def executables(programs, log=lambda _: None):
+    return compile_cache.executables(programs, machine(), "art", threads=1, log=log)
+
+
+def entry(code: bytes, threads: int = 1, **changes) -> Path:
+    compiler = compile_cache._CachingCompiler(
+        machine=machine(**changes), where="art", threads=threads, log=print
+    )
+    return compiler._entry(code)
+
+
 def test_an_entry_is_for_one_compiler_and_one_machine(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    here = machine()
-    names = [compile_cache._entry(b"code", here), compile_cache._entry(b"other", here)]
+    names = [entry(b"code"), entry(b"other"), entry(b"code", threads=2)]
     for change in ({"jaxlib": "9.9"}, {"kernel_abi": 99}, {"features": ("sse2",)}, {"machine": "aarch64"}):
-        names.append(compile_cache._entry(b"code", machine(**change)))
+        names.append(entry(b"code", **change))
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX")
-    names.append(compile_cache._entry(b"code", here))
+    names.append(entry(b"code"))
     assert len(set(names)) == len(names)
+
+
+def test_programs_are_compiled_with_as_many_threads_as_the_load(tiny_artifact, own_cache, monkeypatch):
+    """A limit of threads may leave room for no more."""
+    asked, original = [], child.Child.ask
+
+    def ask(self, request, *rest, **options):
+        asked.append(request["threads"])
+        return original(self, request, *rest, **options)
+
+    monkeypatch.setattr(child.Child, "ask", ask)
+    options = {"target": "portable", "allow_compile": True, "trusted": True}
+    assert load(tiny_artifact, threads=1, log=lambda _: None, **options).compiles == 4
+    assert asked == [1] * 4
+    # XLA splits loops among its threads at compile time.
+    assert load(tiny_artifact, threads=2, log=lambda _: None, **options).compiles == 4
+    assert load(tiny_artifact, threads=1, log=lambda _: None, **options).compiles == 0

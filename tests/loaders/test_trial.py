@@ -1,6 +1,7 @@
 """The first load in a child process: a crash is a sentence, a success is noted and looked for by later loads."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -38,7 +39,7 @@ def notes(cache):
 
 def ensure(root, log=print, **changes):
     manifest = read_manifest(root)
-    trial.ensure(root, manifest, manifest.targets[0], this_machine(), compile=False, threads=1, log=log)
+    trial.ensure(root, manifest, manifest.targets[0], this_machine(), allow_compile=False, threads=1, log=log)
 
 
 def test_an_artifact_is_tried_once(tiny_artifact, own_cache, children):
@@ -51,11 +52,23 @@ def test_an_artifact_is_tried_once(tiny_artifact, own_cache, children):
     assert said == []
 
 
-def test_a_trial_computes_with_as_many_threads_as_the_load(tiny_artifact, own_cache, children):
+@pytest.mark.parametrize("threads", [1, None])
+def test_a_trial_computes_with_as_many_threads_as_the_load(
+    tiny_artifact, own_cache, children, monkeypatch, threads
+):
     """A limit of threads or of address space may leave room for no more."""
-    load(tiny_artifact, threads=1)
-    ((*_, module, root, _, _, threads),) = children
-    assert (module, root, threads) == ("precast.loaders.trial_worker", str(tiny_artifact), "1")
+    asked, original = [], child.Child.ask
+
+    def ask(self, request, *rest, **options):
+        asked.append(request)
+        return original(self, request, *rest, **options)
+
+    monkeypatch.setattr(child.Child, "ask", ask)
+    load(tiny_artifact, threads=threads)
+    ((*_, module),) = children
+    (request,) = asked
+    assert (module, request["root"]) == ("precast.loaders.trial_worker", str(tiny_artifact))
+    assert request["threads"] == threads
 
 
 def test_an_export_has_tried_what_it_made(tiny_artifact, children):
@@ -192,7 +205,7 @@ def test_a_child_imports_from_where_this_process_does_and_not_from_its_folder(mo
     assert environment[child.GUARD] == "x,a.b"
     assert environment["PYTHONPATH"] == f"/one{os.pathsep}/two"
     assert environment["OTHER"] == "kept"
-    assert child.command("a.b", "c") == [sys.executable, "-P", "-m", "a.b", "c"]
+    assert child.command("a.b") == [sys.executable, "-P", "-m", "a.b"]
 
 
 def test_odd_entries_of_the_path_keep_nothing_from_being_tried_and_compiled(
@@ -234,7 +247,8 @@ def child_that(monkeypatch, tmp_path, code, ready=True):
     script = tmp_path / "python"
     first = child.READY.decode() if ready else ""
     script.write_text(
-        f"#!{sys.executable}\nimport os, signal, sys, time\nprint({first!r}, end='', flush=True)\n{code}\n"
+        f"#!{sys.executable}\nimport json, os, signal, sys, time\nprint({first!r}, end='', flush=True)\n"
+        f"def say(**message): print(json.dumps(message | {{'data': 0}}), flush=True)\n{code}\n"
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
@@ -310,11 +324,11 @@ def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
     ("code", "text"),
     [
         (
-            "print('at: loading decode', flush=True); os.kill(os.getpid(), signal.SIGSEGV)",
+            "say(progress='loading decode'); os.kill(os.getpid(), signal.SIGSEGV)",
             "which crashed while loading decode (SIGSEGV); its programs do not suit this machine: compile them here",
         ),
         (
-            "print('at: running prefill_8', flush=True); os.kill(os.getpid(), signal.SIGABRT)",
+            "say(progress='running prefill_8'); os.kill(os.getpid(), signal.SIGABRT)",
             "which crashed while running prefill_8 (SIGABRT); its programs",
         ),
         ("os.kill(os.getpid(), signal.SIGBUS)", "which crashed while starting (SIGBUS); its programs"),
@@ -323,12 +337,16 @@ def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
             "which crashed while starting (signal 37); its programs",
         ),
         (
-            "print('at: loading decode', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
+            "say(progress='loading decode'); os.kill(os.getpid(), signal.SIGKILL)",
             "which was killed while loading decode, as the system does when memory runs out; precast check",
         ),
         ("sys.exit('ImportError: gone')", "which failed while starting (ImportError: gone); its programs"),
         ("sys.exit(5)", "which failed while starting (exit code 5); its programs"),
-        ("print('error: one sentence.'); sys.exit(3)", "one sentence."),
+        ("say(error='one sentence.'); sys.exit(3)", "one sentence."),
+        (
+            "print('[1]', flush=True); time.sleep(60)",
+            "which failed while starting (unexpected output: b'[1]'); its",
+        ),
         ("sys.exit(3)", "which failed while starting (exit code 3); its programs"),
         ("signal.alarm(1); time.sleep(60)", "which had not finished starting after"),
     ],
@@ -345,7 +363,7 @@ def test_whatever_happens_to_the_child_is_a_sentence(
 
 
 def test_a_child_that_hangs_is_ended(tiny_artifact, tmp_path, own_cache, monkeypatch):
-    child_that(monkeypatch, tmp_path, "print('at: loading decode', flush=True); time.sleep(600)")
+    child_that(monkeypatch, tmp_path, "say(progress='loading decode'); time.sleep(600)")
     # On a busy machine it may take seconds until a child says where it is.
     for limit_s in (1, 5, 60):
         monkeypatch.setattr(trial, "_limit_s", lambda *_, limit_s=limit_s: limit_s)
@@ -358,37 +376,51 @@ def test_a_child_that_hangs_is_ended(tiny_artifact, tmp_path, own_cache, monkeyp
     assert notes(own_cache) == []
 
 
-def test_the_child_says_where_it_is(tiny_artifact, python):
-    target = read_manifest(tiny_artifact).targets[0].name
-    result = python("-m", "precast.loaders.trial_worker", str(tiny_artifact), target, "600", "1")
+def answer_of_worker(python, root):
+    """Run the trial's child process by hand; return its result and the messages that it wrote."""
+    target = read_manifest(root).targets[0].name
+    request = {"root": str(root), "target": target, "allow_compile": False, "threads": 1}
+    message = {"request": request, "limit_s": 600, "data": 0}
+    result = python("-m", "precast.loaders.trial_worker", stdin=f"{json.dumps(message)}\n")
     assert result.returncode == 0, result.stderr
+    ready, *messages = result.stdout.splitlines()
+    assert ready == "precast child ready"
+    return [json.loads(line) for line in messages]
+
+
+def test_the_child_reports_its_steps(tiny_artifact, python):
     programs = ("cache", "prefill_8", "prefill_16", "decode")
     running = ("cache", "prefill_8", "decode")
-    assert result.stdout.splitlines() == [
-        "precast child ready",
-        *(f"at: loading {name}" for name in programs),
-        *(f"at: running {name}" for name in running),
+    assert answer_of_worker(python, tiny_artifact) == [
+        *({"progress": f"loading {name}", "data": 0} for name in programs),
+        *({"progress": f"running {name}", "data": 0} for name in running),
+        {"answer": {}, "data": 0},
     ]
 
 
 def test_the_child_passes_a_refusal_on(artifact_copy, python):
     (artifact_copy / "tokenizer.json").unlink()
-    target = read_manifest(artifact_copy).targets[0].name
-    result = python("-m", "precast.loaders.trial_worker", str(artifact_copy), target, "600", "1")
-    assert result.returncode == 3
-    assert (
-        result.stdout == "precast child ready\n"
-        f"error: {artifact_copy}: file 'tokenizer.json' is missing; copy or export the artifact again.\n"
-    )
+    text = f"{artifact_copy}: file 'tokenizer.json' is missing; copy or export the artifact again."
+    assert answer_of_worker(python, artifact_copy) == [{"error": text, "data": 0}]
 
 
-def test_the_child_ends_itself_where_its_parent_is_gone(tiny_artifact, python):
+def test_the_child_ends_itself_where_its_parent_is_gone(python):
     code = (
-        "import signal, time; from precast.loaders import trial_worker\n"
-        "trial_worker._restrict(-4)\n"  # and five seconds more
+        "import time; from precast.loaders.compiling import child\n"
+        "child._limit_time(-4)\n"  # and five seconds more
         "time.sleep(60)"
     )
     assert python("-c", code).returncode == -signal.SIGALRM
+
+
+def test_a_child_without_a_limit_goes_on(python):
+    code = (
+        "import time; from precast.loaders.compiling import child\n"
+        "child._limit_time(-4)\n"
+        "child._limit_time(None)\n"
+        "time.sleep(2)"
+    )
+    assert python("-c", code).returncode == 0
 
 
 @pytest.mark.parametrize(
