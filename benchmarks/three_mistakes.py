@@ -218,8 +218,8 @@ def _qwen2_source():
     """A 24-layer Qwen2 of the 0.5B shape with random weights, as a source like any other."""
     from tokenizers import Tokenizer, models
 
-    from precast.exporter.models import read_model
     from precast.exporter.models.parameters import abstract_model
+    from precast.exporter.models.registry import read_model
     from precast.exporter.sources.base import Source, SourceTensor
 
     config = {
@@ -268,7 +268,7 @@ def _qwen2_source():
 
 
 def _demo_source():
-    from precast.exporter.sources import open_source
+    from precast.exporter.sources.open import open_source
 
     return open_source(None)
 
@@ -279,7 +279,7 @@ MODELS = {"smollm2": _demo_source, "qwen2": _qwen2_source}
 def _export(source, folder: Path) -> tuple[Path, dict]:
     """The artifact, and the facts about the model that the variants need and the artifact's programs do not."""
     from precast.exporter.export import ExportOptions, export
-    from precast.exporter.models import read_model
+    from precast.exporter.models.registry import read_model
 
     spec = read_model(source.config, source.name)
     artifact = folder / source.name

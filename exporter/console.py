@@ -18,7 +18,7 @@ from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 from precast.loaders.compiling.isa import audience_of
 
 from .export import ExportOptions, Progress, check_options, export
-from .sources import open_source
+from .sources.open import open_source
 from .targets.built import Built
 
 

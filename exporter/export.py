@@ -38,8 +38,8 @@ from precast.loaders.runtime.installed import this_machine
 
 from . import model_card, texts
 from .devices import on_cpu
-from .models import ModelSpec, read_model
 from .models.parameters import Parameter
+from .models.registry import ModelSpec, read_model
 from .programs import CACHE_TYPES, TABLES, Geometry, StoredModel, build_programs, cache_arrays, stored_model
 from .quantize import FORMATS
 from .reference import fidelity, golden
@@ -118,10 +118,10 @@ def export(
     """
     spec = read_model(source.config, source.name)
     geometry = _geometry(options, spec)
-    spec = spec.within(geometry.context)
+    spec = spec.with_context(geometry.context)
     stored = stored_model(spec, options.weights)
     parameters = stored.parameters
-    plan = plan_weights(spec.adapted(source), parameters, tied=spec.config.tied_embeddings)
+    plan = plan_weights(spec.adapt(source), parameters, tied=spec.config.tied_embeddings)
     _check_tokenizer(source, spec)
     sampling = _sampling(source)
     created = _today()
@@ -157,7 +157,9 @@ def export(
 
 def _far_rope(spec: ModelSpec, context: int) -> str | None:
     """What a user may not expect of RoPE whose frequencies depend on the length; None where there is nothing."""
-    near = [rope.reach for rope in spec.ropes if rope.reach is not None and rope.reach < context]
+    near = [
+        rope.max_context for rope in spec.ropes if rope.max_context is not None and rope.max_context < context
+    ]
     if not near:
         return None
     return (

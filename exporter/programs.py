@@ -12,11 +12,11 @@ from jax import Array
 
 from precast.loaders.artifact.manifest import DTYPE_BYTES, CacheArray, Value
 
-from .models import ModelSpec
 from .models.blocks import DecoderConfig
-from .models.decoder import Decoder, rows_at
-from .models.ops import KVCache, KVCaches, Ops, Packed, Rows
+from .models.decoder import Decoder, gather_rows
+from .models.ops import Batch, KVCache, KVCaches, Ops, PackedWeight
 from .models.parameters import AbstractModel, Parameter, abstract_model
+from .models.registry import ModelSpec
 from .quantize import FORMATS, StoredArray
 from .weights import formats_of
 
@@ -64,7 +64,7 @@ class StoredModel:
         left = iter(arrays)
         counts = [len(stored_arrays(p, self.formats)) for p in self.parameters]
         groups = [tuple(islice(left, count)) for count in counts]
-        return self.abstract.bind([g[0] if len(g) == 1 else Packed(*g) for g in groups])
+        return self.abstract.bind([g[0] if len(g) == 1 else PackedWeight(*g) for g in groups])
 
 
 def stored_model(spec: ModelSpec, weights: str) -> StoredModel:
@@ -279,7 +279,7 @@ def _step_arguments(
 ) -> tuple[KVCaches, Array, Array, Sequence[Array]]:
     """KVCaches (of so many arrays each), tables and weights out of what follows a program's inputs."""
     left = iter(arrays)
-    taken = tuple(KVCache.of(tuple(islice(left, count))) for count in caches)
+    taken = tuple(KVCache.from_arrays(tuple(islice(left, count))) for count in caches)
     cos, sin = islice(left, len(TABLES))
     return taken, cos, sin, tuple(left)
 
@@ -297,9 +297,9 @@ def _prefill(
     """One chunk of one slot's prompt: ``tokens [T]`` at ``start``, of which ``length`` are true."""
     held, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
-    rows = Rows(slots=slot[None], starts=start[None], lengths=length[None])
-    x, held = model.step(tokens[None], rows, cos, sin, held, ops)  # [1, T, D]
-    last = rows_at(x[0], (length - 1).reshape(1, 1))[0]  # [1, D]
+    batch = Batch(slots=slot[None], starts=start[None], lengths=length[None])
+    x, held = model.step(tokens[None], batch, cos, sin, held, ops)  # [1, T, D]
+    last = gather_rows(x[0], (length - 1).reshape(1, 1))[0]  # [1, D]
     return _results(model.logits(last, ops), held, ops)
 
 
@@ -314,12 +314,12 @@ def _decode(
     """One token of every slot: ``tokens [B]`` at ``positions [B]``, −1 where a slot is not in use."""
     held, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
-    rows = Rows(
+    batch = Batch(
         slots=jnp.arange(tokens.shape[0], dtype=jnp.int32),
         starts=positions + (positions < 0),
         lengths=(positions >= 0).astype(jnp.int32),
     )
-    x, held = model.step(tokens[:, None], rows, cos, sin, held, ops)  # [B, 1, D]
+    x, held = model.step(tokens[:, None], batch, cos, sin, held, ops)  # [B, 1, D]
     return _results(model.logits(x[:, 0], ops), held, ops)
 
 
@@ -330,7 +330,7 @@ def _results(logits: Array, caches: KVCaches, ops: Ops) -> tuple[Array, ...]:
 def _flops(c: DecoderConfig, context: int, *, tokens: int, rows: int) -> int:
     """Multiplications and additions of a call: the compiler cannot count those inside kernels."""
     attention_width = c.heads * c.head_dim
-    experts = 1 if c.mixture is None else c.mixture.chosen
+    experts = 1 if c.mixture is None else c.mixture.experts_per_token
     fed = (3 if c.gated else 2) * c.width * c.ff_width * experts + (
         0 if c.mixture is None else c.width * c.mixture.experts
     )

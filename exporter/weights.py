@@ -11,8 +11,8 @@ import numpy as np
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import ALIGNMENT, TensorSpec, aligned_zeros, write_weights
 
-from .models.names import HEAD
 from .models.parameters import Parameter, unknown_sources
+from .models.tensor_names import HEAD
 from .quantize import FORMATS, Format
 from .sources.base import QuantisedBlocks, Source, SourceTensor
 

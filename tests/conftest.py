@@ -352,8 +352,8 @@ def reference(tiny_source: Callable[..., Any]) -> Callable[[Sequence[int]], np.n
     """The tiny model without cache, buckets or kernels: ids [T] to logits [T, V]. Compiled once, for T ≤ 64."""
     import jax
 
-    from precast.exporter.models import read_model
     from precast.exporter.models.parameters import abstract_model
+    from precast.exporter.models.registry import read_model
 
     source = tiny_source()
     spec = read_model(source.config, source.name)

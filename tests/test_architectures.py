@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from precast.exporter.export import ExportOptions, export
-from precast.exporter.models import ARCHITECTURES, read_model
 from precast.exporter.models.parameters import abstract_model
+from precast.exporter.models.registry import ARCHITECTURES, read_model
 from precast.exporter.programs import Geometry, ring_size
 from precast.exporter.reference.fidelity import read_weights
-from precast.exporter.sources import Source, open_source
+from precast.exporter.sources.base import Source
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from precast.exporter.export import ExportOptions, export
-from precast.exporter.sources import open_source
 from precast.exporter.sources.generation import KEYS, Treatment
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.manifest import SamplingDefaults
 from precast.loaders.generation.model import Model
 from precast.loaders.load import load

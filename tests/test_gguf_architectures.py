@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.models import ModelSpec, read_model
 from precast.exporter.models.parameters import abstract_model, unknown_sources
-from precast.exporter.sources import Source, open_source
+from precast.exporter.models.registry import ModelSpec, read_model
+from precast.exporter.sources.base import Source
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
 D, N, K, F, V = 64, 4, 2, 96, 300
@@ -521,7 +522,7 @@ def reference(spec: ModelSpec) -> Callable[[Source], np.ndarray]:
     forward = jax.jit(lambda *arrays: model.bind(arrays).forward(tokens, cos, sin))
 
     def logits(source: Source) -> np.ndarray:
-        tensors = spec.adapted(source).tensors
+        tensors = spec.adapt(source).tensors
         assert not unknown_sources(model.parameters, tensors)
         arrays = (np.stack([tensors[name].read() for name in p.sources]) for p in model.parameters)
         shaped = [array.reshape(p.shape) for array, p in zip(arrays, model.parameters, strict=True)]
@@ -546,7 +547,7 @@ def test_a_gguf_file_is_the_checkpoint_it_was_made_from(case: Case, tmp_path: Pa
             np.testing.assert_array_equal(bits(found), bits(expected), err_msg=name)
     specs = [read_model(source.config, source.name) for source in (checkpoint, file)]
     assert_same_model(*specs)
-    adapted = [spec.adapted(source).tensors for spec, source in zip(specs, (checkpoint, file), strict=True)]
+    adapted = [spec.adapt(source).tensors for spec, source in zip(specs, (checkpoint, file), strict=True)]
     assert adapted[0].keys() == adapted[1].keys()
     for name in adapted[0]:
         np.testing.assert_array_equal(
@@ -575,8 +576,8 @@ def test_a_quantised_file_keeps_its_blocks(name: str, kind: str, tmp_path: Path)
     checkpoint, file = open_both(case, tmp_path, matrices, kind)
     specs = [read_model(source.config, source.name) for source in (checkpoint, file)]
     assert_same_model(*specs)
-    adapted = specs[1].adapted(file).tensors
-    for tensor, expected in specs[0].adapted(checkpoint).tensors.items():
+    adapted = specs[1].adapt(file).tensors
+    for tensor, expected in specs[0].adapt(checkpoint).tensors.items():
         np.testing.assert_array_equal(adapted[tensor].read(), expected.read(), err_msg=tensor)
         assert (adapted[tensor].blocks is None) == (len(expected.shape) == 1), tensor
         if adapted[tensor].blocks is not None:

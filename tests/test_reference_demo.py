@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from precast.exporter.export import DEFAULT_BUCKETS, ExportOptions, export
-from precast.exporter.models import read_model
 from precast.exporter.models.parameters import abstract_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.programs import TABLES
-from precast.exporter.sources import Source, open_source
+from precast.exporter.sources.base import Source
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import map_weights
 from precast.loaders.generation.model import Model

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from precast.exporter.export import ExportOptions, export
-from precast.exporter.models import read_model
 from precast.exporter.models.parameters import abstract_model
-from precast.exporter.sources import Source, open_source
+from precast.exporter.models.registry import read_model
+from precast.exporter.sources.base import Source
+from precast.exporter.sources.open import open_source
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load

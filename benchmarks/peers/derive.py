@@ -24,7 +24,7 @@ def huggingface(folder: Path) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from precast.exporter.sources import open_source
+    from precast.exporter.sources.open import open_source
 
     source = open_source(None)
     folder.mkdir()

@@ -8,10 +8,10 @@ import numpy as np
 from contenders import CAPACITY
 from worker import timed_run
 
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.models.xla_ops import XLA_OPS
 from precast.exporter.programs import Geometry, build_programs, stored_model
-from precast.exporter.sources import open_source
+from precast.exporter.sources.open import open_source
 
 
 class Jit:

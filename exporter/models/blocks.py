@@ -1,7 +1,9 @@
-"""The pieces decoders are made of. A module holds the weights of **all** its layers, stacked ``[L, …]``, and is
-called for one, which is whose weights the target then takes: nothing is sliced out of a stack that need not be.
+"""The modules that decoders are made of.
 
-Parameters are named as in checkpoints: ``model.layers.self_attn.q_proj.weight`` here is the stack of every
+A module holds the weights of **all** its layers, stacked ``[L, …]``, but a call runs a single layer. The target then
+reads the weights of that layer in place, without slicing the stack.
+
+Parameters have the names of checkpoints: ``model.layers.self_attn.q_proj.weight`` here is the stack of all
 ``model.layers.{i}.self_attn.q_proj.weight`` there.
 """
 
@@ -12,35 +14,40 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from .ops import Calls, ExpertsCall, LinearCall, NormCall
+from .ops import ExpertsCall, LayerOps, LinearCall, NormCall
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """How many experts a mixture has, and how a row's are chosen; as in `ops.ExpertsCall`."""
+    """The number of experts and the routing of a mixture; attributes as in `ops.ExpertsCall`."""
 
     experts: int
-    chosen: int
+    experts_per_token: int
     renormalised: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder. Letters are the design's: L, D, N, K, H, F, V.
+    """The dimensions and options of a decoder. Letters in docstrings are the design's: L, D, N, K, H, F, V.
 
     Attributes:
-        qk_norm: whether q and k are normed: "" not, "head" each head by itself, "all" their heads together.
-        activation: of the MLP: "silu" or "gelu_tanh".
-        gated: whether the activation is a gate of another product.
-        attention_scale: what scores are multiplied by; by default 1 / sqrt(H).
+        layers, width, heads, kv_heads, head_dim, ff_width, vocab: L, D, N, K, H, F, V.
+        max_positions: context length of the model itself.
+        norm_eps: epsilon of all norms.
+        tied_embeddings: True if the output head is the token embedding.
+        qkv_bias, out_bias, mlp_bias: True if q, k and v, the attention's output, or the MLP have biases.
+        qk_norm: norm of q and k: "" for none, "head" for each head separately, "all" for all heads together.
+        activation: activation of the MLP, "silu" or "gelu_tanh".
+        gated: True if the activation gates a second product.
+        attention_scale: factor of the attention scores; None for 1 / sqrt(H).
         attention_cap: if not 0, scores s become ``cap · tanh(s / cap)``.
-        windows: of each layer, how many positions a token sees; 0 for all. Empty for all of every layer.
-        ropes: of each layer, which of the model's RoPE tables it takes. Empty for the first of every layer.
-        learned_positions: whether positions are embedded, instead of rotating heads.
-        embedding_scale: what embeddings are multiplied by.
-        logit_scale: what logits are multiplied by.
+        windows: for each layer, the positions that a token sees, 0 for all; empty for all positions in every layer.
+        ropes: for each layer, the index of its RoPE among the model's; empty for the first in every layer.
+        learned_positions: True if positions are embedded instead of rotating heads.
+        embedding_scale: factor of the token embeddings.
+        logit_scale: factor of the logits.
         logit_cap: if not 0, logits are capped as scores are.
-        mixture: where the MLP is one.
+        mixture: the mixture of experts in place of the MLP, or None.
     """
 
     layers: int
@@ -71,16 +78,17 @@ class DecoderConfig:
 
     @property
     def score_scale(self) -> float:
+        """Factor of the attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
-        """Of each layer."""
+        """The window of each layer."""
         return self.windows or (0,) * self.layers
 
     @property
     def layer_ropes(self) -> tuple[int, ...]:
-        """Of each layer."""
+        """The index of each layer's RoPE."""
         return self.ropes or (0,) * self.layers
 
 
@@ -118,8 +126,12 @@ class LayerNorm(nnx.Module):
 Norm = RMSNorm | LayerNorm
 
 
-def normalize(x: Array, norm: Norm, calls: Calls, *, residual: Array | None = None) -> Array:
-    """``norm(x)`` of pieces of the norm's width, and `residual` added, if any: x ``[…, D]`` to ``[…, D]``."""
+def normalize(x: Array, norm: Norm, ops: LayerOps, *, residual: Array | None = None) -> Array:
+    """Normalise x ``[…, D]`` in pieces of the norm's width and add `residual`, if any.
+
+    Returns:
+        ``[…, D]``.
+    """
     flat = x.reshape(-1, x.shape[-1])
     call = NormCall(
         weight=norm.weight[...],
@@ -128,30 +140,30 @@ def normalize(x: Array, norm: Norm, calls: Calls, *, residual: Array | None = No
         bias=None if norm.bias is None else norm.bias[...],
         residual=None if residual is None else residual.reshape(*flat.shape),
     )
-    return calls.normalize(flat, call).reshape(*x.shape)
+    return ops.normalize(flat, call).reshape(*x.shape)
 
 
-def linears(
+def project(
     x: Array,
     modules: Sequence[Linear],
-    calls: Calls,
+    ops: LayerOps,
     *,
     norm: Norm | None = None,
     residual: Array | None = None,
     gate: str = "",
 ) -> list[Array]:
-    """Several products of one x ``[…, in]`` and what is around them, in one call to the target's operation.
+    """Multiply one x ``[…, in]`` with several weights in one call to the target, fused with the operations around.
 
     Args:
-        norm: applied to x before.
+        norm: applied to x first.
         residual: ``[…, out]``, added to the only product.
-        gate: what the first of two products goes through before it is multiplied with the second; or the only one.
+        gate: activation of the first of two products, which then multiplies the second; or of the only product.
 
     Returns:
-        Each product ``[…, out]``; with a gate a single one.
+        The products, each ``[…, out]``; with a gate a single one.
     """
     if isinstance(norm, LayerNorm):
-        x, norm = normalize(x, norm, calls), None
+        x, norm = normalize(x, norm, ops), None
     flat = x.reshape(-1, x.shape[-1])  # [M, in]
     call = LinearCall(
         weights=tuple(m.weight.get_value() for m in modules),
@@ -162,7 +174,7 @@ def linears(
         residual=None if residual is None else residual.reshape(flat.shape[0], -1),
         gate=gate,
     )
-    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in calls.project(flat, call)]
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in ops.project(flat, call)]
 
 
 class Attention(nnx.Module):
@@ -174,26 +186,26 @@ class Attention(nnx.Module):
         self.k_proj = Linear(c.layers, c.width, keys, bias=c.qkv_bias)
         self.v_proj = Linear(c.layers, c.width, keys, bias=c.qkv_bias)
         self.o_proj = Linear(c.layers, queries, c.width, bias=c.out_bias)
-        # What nnx once has as None cannot become a module.
+        # nnx cannot replace an attribute initialised to None with a module, so each is assigned once.
         widths = {"": None, "head": (c.head_dim, c.head_dim), "all": (queries, keys)}[c.qk_norm]
         self.q_norm = RMSNorm(c.layers, widths[0], c.norm_eps) if widths else None
         self.k_norm = RMSNorm(c.layers, widths[1], c.norm_eps) if widths else None
         self.head_dim = c.head_dim
 
     def __call__(
-        self, x: Array, calls: Calls, *, norm: Norm | None = None, residual: Array | None = None
+        self, x: Array, ops: LayerOps, *, norm: Norm | None = None, residual: Array | None = None
     ) -> Array:
-        """``residual + attention(norm(x))``."""
-        q, k, v = linears(x, (self.q_proj, self.k_proj, self.v_proj), calls, norm=norm)
+        """Return ``residual + attention(norm(x))``."""
+        q, k, v = project(x, (self.q_proj, self.k_proj, self.v_proj), ops, norm=norm)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = normalize(q, self.q_norm, calls), normalize(k, self.k_norm, calls)
+            q, k = normalize(q, self.q_norm, ops), normalize(k, self.k_norm, ops)
         heads = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in (q, k, v))  # [R, T, N or K, H]
-        out = calls.attend(*heads)  # [R, T, N, H]
-        return linears(out.reshape(*out.shape[:2], -1), (self.o_proj,), calls, residual=residual)[0]
+        out = ops.attend(*heads)  # [R, T, N, H]
+        return project(out.reshape(*out.shape[:2], -1), (self.o_proj,), ops, residual=residual)[0]
 
 
 class GatedMLP(nnx.Module):
-    """A gated linear unit (Shazeer 2020): SwiGLU or GeGLU by the activation."""
+    """A gated linear unit (Shazeer 2020): SwiGLU or GeGLU, depending on the activation."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.gate_proj = Linear(c.layers, c.width, c.ff_width, bias=c.mlp_bias)
@@ -202,11 +214,11 @@ class GatedMLP(nnx.Module):
         self.activation = c.activation
 
     def __call__(
-        self, x: Array, calls: Calls, *, norm: Norm | None = None, residual: Array | None = None
+        self, x: Array, ops: LayerOps, *, norm: Norm | None = None, residual: Array | None = None
     ) -> Array:
-        """``residual + mlp(norm(x))``."""
-        gated = linears(x, (self.gate_proj, self.up_proj), calls, norm=norm, gate=self.activation)[0]
-        return linears(gated, (self.down_proj,), calls, residual=residual)[0]
+        """Return ``residual + mlp(norm(x))``."""
+        gated = project(x, (self.gate_proj, self.up_proj), ops, norm=norm, gate=self.activation)[0]
+        return project(gated, (self.down_proj,), ops, residual=residual)[0]
 
 
 class MLP(nnx.Module):
@@ -218,15 +230,15 @@ class MLP(nnx.Module):
         self.activation = c.activation
 
     def __call__(
-        self, x: Array, calls: Calls, *, norm: Norm | None = None, residual: Array | None = None
+        self, x: Array, ops: LayerOps, *, norm: Norm | None = None, residual: Array | None = None
     ) -> Array:
-        """``residual + mlp(norm(x))``."""
-        active = linears(x, (self.up_proj,), calls, norm=norm, gate=self.activation)[0]
-        return linears(active, (self.down_proj,), calls, residual=residual)[0]
+        """Return ``residual + mlp(norm(x))``."""
+        active = project(x, (self.up_proj,), ops, norm=norm, gate=self.activation)[0]
+        return project(active, (self.down_proj,), ops, residual=residual)[0]
 
 
 class Experts(nnx.Module):
-    """The gated MLPs of a mixture: stacks of L E matrices, layer after layer."""
+    """The gated MLPs of a mixture: stacks of L · E matrices, ordered by layer."""
 
     def __init__(self, c: DecoderConfig, experts: int) -> None:
         stack = c.layers * experts
@@ -236,7 +248,7 @@ class Experts(nnx.Module):
 
 
 class MixtureMLP(nnx.Module):
-    """A mixture of experts (Shazeer et al. 2017), `gate` the router."""
+    """A mixture of experts (Shazeer et al. 2017); `gate` is the router."""
 
     def __init__(self, c: DecoderConfig) -> None:
         assert c.mixture is not None
@@ -244,28 +256,28 @@ class MixtureMLP(nnx.Module):
         self.gate = Linear(c.layers, c.width, c.mixture.experts)
         self.experts = Experts(c, c.mixture.experts)
 
-    def __call__(self, x: Array, calls: Calls, *, norm: RMSNorm, residual: Array) -> Array:
-        """``residual + mlp(norm(x))``."""
+    def __call__(self, x: Array, ops: LayerOps, *, norm: RMSNorm, residual: Array) -> Array:
+        """Return ``residual + mlp(norm(x))``."""
         flat = x.reshape(-1, x.shape[-1])
-        scores = linears(flat, (self.gate,), calls, norm=norm)[0]  # [M, E]
+        scores = project(flat, (self.gate,), ops, norm=norm)[0]  # [M, E]
         call = ExpertsCall(
             gate=self.experts.gate_proj.weight.get_value(),
             up=self.experts.up_proj.weight.get_value(),
             down=self.experts.down_proj.weight.get_value(),
             experts=self.mixture.experts,
             ff_width=self.ff_width,
-            chosen=self.mixture.chosen,
+            experts_per_token=self.mixture.experts_per_token,
             renormalised=self.mixture.renormalised,
             activation=self.activation,
             norm=norm.weight[...],
             eps=norm.eps,
             residual=residual.reshape(*flat.shape),
         )
-        return calls.mix(flat, scores, call).reshape(*x.shape)
+        return ops.mix(flat, scores, call).reshape(*x.shape)
 
 
 class PreNormLayers(nnx.Module):
-    """All L layers of Llama's kind: what goes into attention and MLP is normed, what comes out is added."""
+    """All L layers in the style of Llama: norms before attention and MLP."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.input_layernorm = RMSNorm(c.layers, c.width, c.norm_eps)
@@ -273,14 +285,14 @@ class PreNormLayers(nnx.Module):
         self.post_attention_layernorm = RMSNorm(c.layers, c.width, c.norm_eps)
         self.mlp = GatedMLP(c) if c.mixture is None else MixtureMLP(c)
 
-    def __call__(self, x: Array, calls: Calls) -> Array:
-        """Runs one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
-        x = self.self_attn(x, calls, norm=self.input_layernorm, residual=x)
-        return self.mlp(x, calls, norm=self.post_attention_layernorm, residual=x)
+    def __call__(self, x: Array, ops: LayerOps) -> Array:
+        """Run one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
+        x = self.self_attn(x, ops, norm=self.input_layernorm, residual=x)
+        return self.mlp(x, ops, norm=self.post_attention_layernorm, residual=x)
 
 
 class PostNormLayers(nnx.Module):
-    """All L layers of OLMo 2's kind: only what comes out of attention and MLP is normed."""
+    """All L layers in the style of OLMo 2: norms after attention and MLP."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.self_attn = Attention(c)
@@ -288,14 +300,14 @@ class PostNormLayers(nnx.Module):
         self.mlp = GatedMLP(c)
         self.post_feedforward_layernorm = RMSNorm(c.layers, c.width, c.norm_eps)
 
-    def __call__(self, x: Array, calls: Calls) -> Array:
-        """Runs one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
-        x = normalize(self.self_attn(x, calls), self.post_attention_layernorm, calls, residual=x)
-        return normalize(self.mlp(x, calls), self.post_feedforward_layernorm, calls, residual=x)
+    def __call__(self, x: Array, ops: LayerOps) -> Array:
+        """Run one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
+        x = normalize(self.self_attn(x, ops), self.post_attention_layernorm, ops, residual=x)
+        return normalize(self.mlp(x, ops), self.post_feedforward_layernorm, ops, residual=x)
 
 
 class SandwichLayers(nnx.Module):
-    """All L layers of Gemma 2's kind: what goes into attention and MLP is normed, and what comes out too."""
+    """All L layers in the style of Gemma 2: norms before and after attention and MLP."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.input_layernorm = RMSNorm(c.layers, c.width, c.norm_eps)
@@ -305,9 +317,9 @@ class SandwichLayers(nnx.Module):
         self.mlp = GatedMLP(c)
         self.post_feedforward_layernorm = RMSNorm(c.layers, c.width, c.norm_eps)
 
-    def __call__(self, x: Array, calls: Calls) -> Array:
-        """Runs one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
-        attended = self.self_attn(x, calls, norm=self.input_layernorm)
-        x = normalize(attended, self.post_attention_layernorm, calls, residual=x)
-        fed = self.mlp(x, calls, norm=self.pre_feedforward_layernorm)
-        return normalize(fed, self.post_feedforward_layernorm, calls, residual=x)
+    def __call__(self, x: Array, ops: LayerOps) -> Array:
+        """Run one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
+        attended = self.self_attn(x, ops, norm=self.input_layernorm)
+        x = normalize(attended, self.post_attention_layernorm, ops, residual=x)
+        fed = self.mlp(x, ops, norm=self.pre_feedforward_layernorm)
+        return normalize(fed, self.post_feedforward_layernorm, ops, residual=x)

@@ -1,4 +1,4 @@
-"""Strict reading of a config.json: what is not understood is an error, never dropped."""
+"""A strict reader of config.json: a key that is not understood is an error, never dropped."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .config_keys import HARMLESS, SWITCHES
+from .config_keys import HARMLESS, UNSUPPORTED
 
 _T = TypeVar("_T")
 
@@ -16,10 +16,10 @@ _LARGEST_SIZE = (1 << 31) - 1
 
 
 class ConfigReader:
-    """Hands out a config's keys once each and names those that nobody asked for.
+    """The keys of a config, each of which can be taken once.
 
     Attributes:
-        where: what messages call this config.
+        where: name of the config in messages.
     """
 
     def __init__(self, config: Mapping[str, object], where: str) -> None:
@@ -27,44 +27,48 @@ class ConfigReader:
         self._left = dict(config)
 
     def take(self, key: str, default: object = None) -> object:
-        """The value of `key`; `default` where it is absent or null."""
+        """Return the value of `key` and mark it as read; `default` if it is absent or null."""
         value = self._left.pop(key, None)
         return default if value is None else value
 
     def peek(self, key: str) -> object:
-        """The value of `key`, which is left for whoever takes it; None where it is absent."""
+        """Return the value of `key` without marking it as read; None if it is absent."""
         return self._left.get(key)
 
     def is_null(self, key: str) -> bool:
-        """Whether `key` is there and says nothing; where that is not the same as its absence."""
+        """Return True if `key` is present and null, for keys where null and absence differ."""
         return key in self._left and self._left[key] is None
 
     def take_mapping(self, key: str) -> Mapping[str, object]:
+        """Return a table of parameters; an empty one by default."""
         value = self.take(key, {})
         if not isinstance(value, Mapping):
             raise self.wrong(key, "a table of parameters", value)
         return value
 
     def take_number(self, key: str, default: float) -> float:
+        """Return a number within the range of float32, or an infinity."""
         value = self.take(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or _is_beyond_floats(value):
             raise self.wrong(key, "a number", value)
         return value
 
     def take_finite(self, key: str, default: float) -> float:
+        """Return a number within the range of float32."""
         value = self.take_number(key, default)
         if not abs(value) <= _LARGEST_NUMBER:
             raise self.wrong(key, "a finite number", value)
         return value
 
     def take_bool(self, key: str, default: bool) -> bool:
+        """Return true or false."""
         value = self.take(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false", value)
         return value
 
     def take_choice(self, key: str, choices: Mapping[str, _T], default: str) -> _T:
-        """What `choices` has for the value of `key`."""
+        """Return the entry of `choices` for the value of `key`."""
         value = self.take(key, default)
         if not isinstance(value, str) or value not in choices:
             raise self.wrong(key, f"one of {', '.join(sorted(choices))}", value)
@@ -86,44 +90,37 @@ class ConfigReader:
         return value
 
     def take_nullable_size(self, key: str, default: int | None = None) -> int | None:
-        """A whole number above zero; None where it is null, which is not the same as absent."""
-        return None if self._says_none(key, default) else self.take_size(key, default)
+        """Return a whole number above zero; None if the key is null, which differs from absence."""
+        return None if self._is_none(key, default) else self.take_size(key, default)
 
     def take_positive(self, key: str, default: float) -> float:
+        """Return a finite number above zero."""
         value = self.take_number(key, default)
         if not 0 < value < math.inf:
             raise self.wrong(key, "a number above 0", value)
         return value
 
     def take_nullable_positive(self, key: str, default: float | None = None) -> float | None:
-        """A number above zero; None where it is null, which is not the same as absent."""
-        return None if self._says_none(key, default) else self.take_positive(key, default or 0.0)
+        """Return a number above zero; None if the key is null, which differs from absence."""
+        return None if self._is_none(key, default) else self.take_positive(key, default or 0.0)
 
-    def _says_none(self, key: str, default: object) -> bool:
+    def _is_none(self, key: str, default: object) -> bool:
         return self.is_null(key) or (default is None and key not in self._left)
 
-    def need_positive(self, key: str) -> float:
-        value = self.take(key)
-        if value is None:
-            raise PrecastError(f"{self.where}: key {key!r} is missing.")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST_NUMBER:
-            raise self.wrong(key, "a number above 0", value)
-        return value
-
     def expect(self, key: str, *allowed: object) -> None:
-        """Refuses any value of `key` but those `allowed`; absent and null are fine."""
+        """Refuse any value of `key` except those `allowed`; absence and null are allowed too."""
         value = self.take(key, allowed[0])
         if value not in allowed:
             raise self.wrong(key, " or ".join(repr(a) for a in allowed), value)
 
     def finish(self) -> None:
-        """Refuse unread keys, except nulls, those in `HARMLESS`, and `SWITCHES` that are off."""
+        """Refuse unread keys, except nulls, those in `HARMLESS`, and `UNSUPPORTED` keys with a neutral value."""
         left = {k: v for k, v in self._left.items() if v is not None and k not in HARMLESS}
-        for key, switch in SWITCHES.items():
-            if key in left and not _is_one_of(left.pop(key), switch.off):
+        for key, unsupported in UNSUPPORTED.items():
+            if key in left and not _is_one_of(left.pop(key), unsupported.neutral):
                 raise PrecastError(
-                    f"{self.where}: {key!r} is {self._left[key]!r:.80}, which {switch.means} and is not supported;"
-                    " remove the key if the model was trained without."
+                    f"{self.where}: {key!r} is {self._left[key]!r:.80}, which {unsupported.effect} and is not"
+                    " supported; remove the key if the model was trained without it."
                 )
         if left:
             raise PrecastError(
@@ -134,7 +131,7 @@ class ConfigReader:
             )
 
     def wrong(self, key: str, expected: str, found: object) -> PrecastError:
-        """The refusal of a value."""
+        """Return an error for a value of the wrong kind."""
         return PrecastError(f"{self.where}: {key!r} is {found!r:.80}, expected {expected}.")
 
 

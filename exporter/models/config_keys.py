@@ -1,4 +1,4 @@
-"""Keys of config.json that no architecture reads: harmless keys, and keys with harmless values.
+"""Keys of config.json that no architecture reads: harmless keys, and keys supported only with neutral values.
 
 transformers is the reference. It keeps keys that its classes do not know, and ignores them.
 """
@@ -80,7 +80,7 @@ HARMLESS = frozenset(
         "model_max_length",
         "seq_len",
         "seq_length",
-        # Tokens, and what else a call returns.
+        # Tokens, and additional results of a call.
         "bos_token_id",
         "eos_token_id",
         "output_attentions",
@@ -91,7 +91,7 @@ HARMLESS = frozenset(
         "return_dict_in_generate",
         "sep_token_id",
         "tokenizer_class",
-        # Heads for other tasks, which a decoder with an output head does not have.
+        # Heads for other tasks; a decoder has only an output head.
         "id2label",
         "label2id",
         "_num_labels",
@@ -99,54 +99,54 @@ HARMLESS = frozenset(
         "problem_type",
         "task_specific_params",
         "tf_legacy_loss",
-        # These are always decoders.
+        # All supported models are decoders.
         "is_decoder",
     }
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Switch:
-    """A key that is harmless with some values.
+class UnsupportedKey:
+    """A key whose effect is not supported, so only its neutral values are.
 
     Attributes:
-        off: the harmless values.
-        means: words that follow "which" in the refusal of any other value.
+        neutral: values without an effect.
+        effect: words that follow "which" in the refusal of any other value.
     """
 
-    off: tuple[object, ...]
-    means: str
+    neutral: tuple[object, ...]
+    effect: str
 
 
-def _off(means: str, *off: object) -> Switch:
-    return Switch(off=off, means=means)
+def _unsupported(effect: str, *neutral: object) -> UnsupportedKey:
+    return UnsupportedKey(neutral=neutral, effect=effect)
 
 
-_OTHER_ATTENTION = "is another attention"
-_OTHER_LAYERS = "makes other layers"
+_OTHER_ATTENTION = "selects another kind of attention"
+_OTHER_LAYERS = "changes the layers"
 
 # An architecture that reads a key takes it before this table applies.
-SWITCHES: Mapping[str, Switch] = {
-    "add_cross_attention": _off("attends to an encoder", False),
-    "alibi": _off(_OTHER_ATTENTION, False),
-    "attention_bias": _off("adds biases that this architecture does not have", False),
-    "cross_attention_hidden_size": _off("attends to an encoder"),
-    "fp32_residual_connection": _off("computes in other types", False),
-    "is_causal": _off("lets tokens see what comes after them", True),
-    "is_encoder_decoder": _off("means an encoder and a decoder", False),
-    "lm_head_bias": _off("adds biases that this architecture does not have", False),
-    "mlp_bias": _off("adds biases that this architecture does not have", False),
-    "num_nextn_predict_layers": _off("means further layers that predict later tokens", 0),
-    "parallel_attn": _off(_OTHER_LAYERS, False),
-    "per_layer_config": _off(_OTHER_LAYERS, {}),
-    "prefix": _off("is put before every text", ""),
-    "pretraining_tp": _off("adds up products in another order", 1),
-    "pruned_heads": _off("means that heads are missing", {}, []),
-    "qk_layernorm": _off(_OTHER_LAYERS, False),
-    "rope_interleaved": _off("turns other pairs of numbers", False),
-    "tie_encoder_decoder": _off("means an encoder and a decoder", False),
-    "use_bidirectional_attention": _off("lets tokens see what comes after them", False),
-    "use_mrope": _off("has positions in three dimensions", False),
-    "use_parallel_residual": _off(_OTHER_LAYERS, False),
-    "use_sliding_window": _off(_OTHER_ATTENTION, False),
+UNSUPPORTED: Mapping[str, UnsupportedKey] = {
+    "add_cross_attention": _unsupported("attends to an encoder", False),
+    "alibi": _unsupported(_OTHER_ATTENTION, False),
+    "attention_bias": _unsupported("adds biases that this architecture does not have", False),
+    "cross_attention_hidden_size": _unsupported("attends to an encoder"),
+    "fp32_residual_connection": _unsupported("changes the types of the computation", False),
+    "is_causal": _unsupported("lets tokens see what comes after them", True),
+    "is_encoder_decoder": _unsupported("describes an encoder-decoder model", False),
+    "lm_head_bias": _unsupported("adds biases that this architecture does not have", False),
+    "mlp_bias": _unsupported("adds biases that this architecture does not have", False),
+    "num_nextn_predict_layers": _unsupported("adds layers that predict later tokens", 0),
+    "parallel_attn": _unsupported(_OTHER_LAYERS, False),
+    "per_layer_config": _unsupported(_OTHER_LAYERS, {}),
+    "prefix": _unsupported("precedes every text", ""),
+    "pretraining_tp": _unsupported("changes the order of sums", 1),
+    "pruned_heads": _unsupported("removes heads", {}, []),
+    "qk_layernorm": _unsupported(_OTHER_LAYERS, False),
+    "rope_interleaved": _unsupported("rotates other pairs of dimensions", False),
+    "tie_encoder_decoder": _unsupported("describes an encoder-decoder model", False),
+    "use_bidirectional_attention": _unsupported("lets tokens see what comes after them", False),
+    "use_mrope": _unsupported("has positions in three dimensions", False),
+    "use_parallel_residual": _unsupported(_OTHER_LAYERS, False),
+    "use_sliding_window": _unsupported(_OTHER_ATTENTION, False),
 }

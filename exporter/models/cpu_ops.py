@@ -1,4 +1,4 @@
-"""The operations as precast's kernels compute them; kernels/src says what each call takes."""
+"""The operations computed by precast's kernels; kernels/src documents the operands of each call."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ import numpy as np
 from jax import Array
 
 from .ops import (
-    Attending,
+    AttentionParams,
+    Batch,
     ExpertsCall,
     KVCache,
     KVCaches,
+    LayerStack,
     LinearCall,
     NormCall,
     Ops,
-    Packed,
+    PackedWeight,
     Rotary,
-    Rows,
-    Stack,
     Weight,
 )
 from .steps import record
@@ -26,16 +26,16 @@ from .xla_ops import XLA_OPS
 
 
 def _operands(weight: Weight) -> list[Array]:
-    """A weight as the kernels take it."""
-    return [weight] if not isinstance(weight, Packed) else [a for a in weight if a is not None]
+    """Return a weight as a kernel's operands."""
+    return [weight] if not isinstance(weight, PackedWeight) else [a for a in weight if a is not None]
 
 
-def _given(array: Array | None) -> list[Array]:
+def _optional(array: Array | None) -> list[Array]:
     return [] if array is None else [array]
 
 
 def _weights(call: LinearCall) -> list[Array]:
-    """Each weight of a call and its bias, if any."""
+    """Return each weight of a call, followed by its bias, if any."""
     operands = []
     for i, weight in enumerate(call.weights):
         operands += [*_operands(weight), *call.biases[i : i + 1]]
@@ -50,8 +50,8 @@ def _linear(x: Array, call: LinearCall, layer: Array, used: Array) -> list[Array
             x,
             layer,
             used,
-            *_given(call.norm),
-            *_given(call.residual),
+            *_optional(call.norm),
+            *_optional(call.residual),
             *_weights(call),
             norm=call.norm is not None,
             eps=np.float32(call.eps),
@@ -75,8 +75,8 @@ def _attention(
     rotary: Rotary,
     cache: KVCache,
     layer: Array,
-    rows: Rows,
-    how: Attending,
+    batch: Batch,
+    params: AttentionParams,
 ) -> tuple[Array, KVCache]:
     arrays = cache.arrays()
     results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (q, *arrays)]
@@ -89,12 +89,12 @@ def _attention(
         *rotary,
         *arrays,
         layer,
-        *rows,
-        scale=np.float32(how.scale),
-        window=np.int64(how.window),
-        soft_cap=np.float32(how.soft_cap),
+        *batch,
+        scale=np.float32(params.scale),
+        window=np.int64(params.window),
+        soft_cap=np.float32(params.soft_cap),
     )
-    return out, KVCache.of(caches)
+    return out, KVCache.from_arrays(caches)
 
 
 def _argmax(logits: Array) -> Array:
@@ -104,24 +104,24 @@ def _argmax(logits: Array) -> Array:
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
-    # The kernels never read an unfilled position: memory is reserved, and not touched until it is filled.
+    # The kernels never read an unfilled position, so memory is reserved but stays untouched until it is filled.
     return tuple(jax.ffi.ffi_call("precast.reserve.v1", list(arrays))())
 
 
 def _step_operands(call: LinearCall | NormCall | ExpertsCall) -> list[Array]:
-    """What a step of ``precast.layers`` takes, of every layer."""
+    """Return the operands of a step of ``precast.layers``, for all layers."""
     match call:
         case LinearCall():
-            return [*_given(call.norm), *_weights(call)]
+            return [*_optional(call.norm), *_weights(call)]
         case NormCall():
-            return [call.weight, *_given(call.bias)]
+            return [call.weight, *_optional(call.bias)]
         case ExpertsCall():
             matrices = (array for weight in (call.gate, call.up, call.down) for array in _operands(weight))
-            return [*_given(call.norm), *matrices]
+            return [*_optional(call.norm), *matrices]
 
 
 def _layers(
-    stack: Stack, x: Array, rotary: Rotary, caches: KVCaches, rows: Rows, used: Array
+    stack: LayerStack, x: Array, rotary: Rotary, caches: KVCaches, batch: Batch, used: Array
 ) -> tuple[Array, KVCaches]:
     steps = record(stack, x.shape)
     arrays = [array for cache in caches for array in cache.arrays()]
@@ -134,7 +134,7 @@ def _layers(
         used,
         *rotary,
         *arrays,
-        *rows,
+        *batch,
         *(operand for call in steps.calls for operand in _step_operands(call)),
         heads=np.array(stack.heads, np.int64),
         windows=np.array(stack.windows, np.int64),
@@ -144,7 +144,9 @@ def _layers(
         numbers=np.array(steps.numbers, np.float32),
     )
     each = len(after) // len(caches)
-    return y.reshape(x.shape), tuple(KVCache.of(after[i : i + each]) for i in range(0, len(after), each))
+    return y.reshape(x.shape), tuple(
+        KVCache.from_arrays(after[i : i + each]) for i in range(0, len(after), each)
+    )
 
 
 CPU_OPS = Ops(

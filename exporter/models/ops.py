@@ -1,7 +1,7 @@
-"""What differs between targets, as values; everything else is plain jax.numpy.
+"""The operations that differ between targets, as values; everything else is plain jax.numpy.
 
 `xla_ops.XLA_OPS` is the maths in pure XLA, for the portable StableHLO and for any platform. `cpu_ops.CPU_OPS` calls
-precast's kernels, which read stacked weights and the filled part of the cache in place.
+precast's kernels, which read stacked weights and the filled part of the KV cache in place.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +12,8 @@ import jax
 from jax import Array
 
 
-class Packed(NamedTuple):
-    """A stack of weights in small integers, as `exporter.quantize` lays them out: int8, or int4 where there is a
-    minimum."""
+class PackedWeight(NamedTuple):
+    """A stack of quantised weights in the layout of `exporter.quantize`: int8, or int4 with a minimum."""
 
     values: Array
     scale: Array
@@ -22,14 +21,14 @@ class Packed(NamedTuple):
 
 
 # A stack of weights: [L, out, in] in float32 or bfloat16, or packed.
-Weight = Array | Packed
+Weight = Array | PackedWeight
 
 
 class KVCache(NamedTuple):
-    """Keys and values of some layers and every slot, each ``[L, B, K, S, H]``; of int8 the scales ``[L, B, K, S]``.
+    """Keys and values of some layers and all slots, each ``[L, B, K, S, H]``; scales ``[L, B, K, S]`` if int8.
 
-    Position p stands at place p mod S: of layers with a window, S is less than the context, and a new position takes
-    the place of one that no token sees any more.
+    The cache is a ring: position p lies at index p mod S. S is less than the context for layers with a window, where
+    a new position replaces one that no token sees any more.
     """
 
     keys: Array
@@ -38,22 +37,22 @@ class KVCache(NamedTuple):
     value_scale: Array | None = None
 
     @classmethod
-    def of(cls, arrays: Sequence[Array]) -> "KVCache":
+    def from_arrays(cls, arrays: Sequence[Array]) -> "KVCache":
         return cls(*arrays)
 
     def arrays(self) -> tuple[Array, ...]:
         return tuple(a for a in self if a is not None)
 
 
-# One for every group of layers that see equally far.
+# One cache for each group of layers with the same window.
 KVCaches = tuple[KVCache, ...]
 
 
-class Rows(NamedTuple):
-    """Where the R sequences of a call lie in the cache, each ``[R]`` int32.
+class Batch(NamedTuple):
+    """The R sequences of a call: slot, first position and length of each, all ``[R]`` int32.
 
-    Row r's tokens ``0 .. length - 1`` stand at positions ``start .. start + length - 1`` of slot ``slot``; what is
-    behind `length` is padding: never written, its results meaningless.
+    The tokens ``0 .. length - 1`` of a sequence take the positions ``start .. start + length - 1`` of its slot. Tokens
+    from `length` on are padding: never written to the cache, and their results are meaningless.
     """
 
     slots: Array
@@ -62,9 +61,10 @@ class Rows(NamedTuple):
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the angles at the tokens of a call, each ``[R, T, P]``: P pairs of a head are turned.
+    """Cosines and sines of the RoPE angles at the tokens of a call, each ``[R, T, P]``.
 
-    What is behind them, if 2 P < H, is left. Layers take theirs out of Z such tables, ``[Z, R, T, P]``.
+    RoPE rotates P pairs of a head and leaves the dimensions from 2 P on unchanged. Before a layer selects its table,
+    the arrays hold all Z tables: ``[Z, R, T, P]``.
     """
 
     cos: Array
@@ -73,15 +73,17 @@ class Rotary(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCall:
-    """Products of one x with weights of one layer, and what is done around them.
+    """Products of one x with weights of one layer, fused with the operations around them.
 
     Attributes:
         weights: stacks of out × in.
-        outs: how many outputs each has; packed weights are padded.
-        biases: ``[L, out]`` of each, or nothing.
-        norm: weight ``[L, D]`` of an RMSNorm of x before, or None; `eps` is its.
+        outs: outputs of each weight, without the padding of packed ones.
+        biases: ``[L, out]`` for each weight, or empty.
+        norm: weight ``[L, D]`` of an RMSNorm that is applied to x first, or None.
+        eps: epsilon of `norm`.
         residual: ``[M, out]``, added to the only result, or None.
-        gate: "silu" or "gelu_tanh": of two products, that of the first, times the second; of one, that of it; else "".
+        gate: "silu", "gelu_tanh" or "". Of two products, the activation of the first times the second; of one, its
+            activation.
     """
 
     weights: tuple[Weight, ...]
@@ -100,14 +102,14 @@ class LinearCall:
 
 @dataclass(frozen=True, kw_only=True)
 class NormCall:
-    """Normalisation of x in pieces of `width` numbers, each by itself: a row, or every head of a row.
+    """Normalisation of each piece of `width` numbers of x: of a row, or of each head in a row.
 
     Attributes:
         weight: ``[L, width]``.
-        eps: added to the mean of the squares.
-        width: numbers of a piece.
-        bias: ``[L, width]``: then the mean is subtracted first (LayerNorm, Ba et al. 2016); None for RMSNorm.
-        residual: as large as x, added to the result, or None.
+        eps: added to the mean square.
+        width: numbers in a piece.
+        bias: ``[L, width]`` for LayerNorm (Ba et al. 2016), which also subtracts the mean; None for RMSNorm.
+        residual: same shape as x, added to the result, or None.
     """
 
     weight: Array
@@ -119,20 +121,21 @@ class NormCall:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsCall:
-    """A mixture of gated MLPs, of which every row goes through the `chosen` that its scores are highest for.
+    """A mixture of gated MLPs: each row goes through the experts with its highest scores.
 
-    A row's result is the sum of its experts' results, each times its share: the softmax of the scores, of all E or,
-    where `renormalised`, of the chosen alone.
+    The result of a row is the sum of its experts' results, weighted by the softmax of the scores over all E experts
+    or, if `renormalised`, over the row's experts only.
 
     Attributes:
         gate, up: stacks ``[L E, F, D]``.
         down: stack ``[L E, D, F]``.
         experts: E.
         ff_width: F.
-        chosen: experts of a row.
-        renormalised: whether the shares of the chosen add up to one.
+        experts_per_token: experts of each row.
+        renormalised: True if the weights of a row's experts add up to one.
         activation: "silu" or "gelu_tanh".
-        norm: weight ``[L, D]`` of an RMSNorm of x before, or None; `eps` is its.
+        norm: weight ``[L, D]`` of an RMSNorm that is applied to x first, or None.
+        eps: epsilon of `norm`.
         residual: ``[M, D]``, added to the result, or None.
     """
 
@@ -141,7 +144,7 @@ class ExpertsCall:
     down: Weight
     experts: int
     ff_width: int
-    chosen: int
+    experts_per_token: int
     renormalised: bool
     activation: str
     norm: Array | None = None
@@ -150,14 +153,14 @@ class ExpertsCall:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calls:
-    """What a layer may ask of its target, which knows the layer's number.
+class LayerOps:
+    """The operations of a target, bound to one layer.
 
     Attributes:
         project: ``(x [M, in], call) -> results each [M, out]``.
         normalize: ``(x [M, n width], call) -> [M, n width]``.
-        attend: ``(q [R, T, N, H], k and v [R, T, K, H]) -> [R, T, N, H]``: turns q and k by their positions, keeps k
-            and v, and attends to what the layer's tokens see.
+        attend: ``(q [R, T, N, H], k and v [R, T, K, H]) -> [R, T, N, H]``: rotates q and k by their positions, appends
+            k and v to the KV cache, and computes attention over the positions that each token sees.
         mix: ``(x [M, D], scores [M, E], call) -> [M, D]``.
     """
 
@@ -168,13 +171,13 @@ class Calls:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attending:
-    """What attention does with scores.
+class AttentionParams:
+    """Parameters of attention in a layer.
 
     Attributes:
-        scale: what they are multiplied by.
-        soft_cap: if not 0, they become ``soft_cap · tanh(score / soft_cap)``.
-        window: if not 0, how many positions a token sees, its own among them.
+        scale: factor of the scores.
+        soft_cap: if not 0, scores become ``soft_cap · tanh(score / soft_cap)``.
+        window: positions that a token sees, including its own; 0 for all.
     """
 
     scale: float
@@ -183,19 +186,19 @@ class Attending:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stack:
+class LayerStack:
     """All layers of a decoder.
 
     Attributes:
-        layer: ``(x [R, T, D], calls) -> x``, the same for every layer.
+        layer: ``(x [R, T, D], ops) -> x``, the same function for every layer.
         heads: N, K and H.
-        scale: what attention scores are multiplied by.
-        soft_cap: as in `Attending`.
-        windows: of each layer, as in `Attending`.
-        ropes: of each layer, which of the call's Z tables turns its heads.
+        scale: factor of the attention scores.
+        windows: window of each layer, as in `AttentionParams`.
+        ropes: index of each layer's table among the call's Z RoPE tables.
+        soft_cap: as in `AttentionParams`.
     """
 
-    layer: Callable[[Array, Calls], Array]
+    layer: Callable[[Array, LayerOps], Array]
     heads: tuple[int, int, int]
     scale: float
     windows: tuple[int, ...]
@@ -208,51 +211,53 @@ class Stack:
         return len(self.windows)
 
     @property
-    def groups(self) -> tuple[int, ...]:
-        """The windows that there are, in the order of the caches: layers of one window share a cache."""
+    def cache_windows(self) -> tuple[int, ...]:
+        """The window of each KV cache; layers with the same window share a cache."""
         return tuple(sorted(set(self.windows)))
 
     @property
-    def places(self) -> tuple[tuple[int, int], ...]:
-        """For each layer, which of the caches is its, and which layer of that cache it is."""
-        seen = dict.fromkeys(self.groups, 0)
+    def cache_places(self) -> tuple[tuple[int, int], ...]:
+        """For each layer, the index of its KV cache and its own index in that cache."""
+        seen = dict.fromkeys(self.cache_windows, 0)
         places = []
         for window in self.windows:
-            places.append((self.groups.index(window), seen[window]))
+            places.append((self.cache_windows.index(window), seen[window]))
             seen[window] += 1
         return tuple(places)
 
-    def attending(self, group: int) -> Attending:
-        """How layers of a cache attend."""
-        return Attending(scale=self.scale, soft_cap=self.soft_cap, window=self.groups[group])
+    def attention_params(self, cache: int) -> AttentionParams:
+        """Return the parameters of the layers that share the KV cache with this index."""
+        return AttentionParams(scale=self.scale, soft_cap=self.soft_cap, window=self.cache_windows[cache])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """What a target computes in its own way.
+    """The operations of a target.
 
     Attributes:
-        linear: ``(x [M, in], call, layer, used) -> results each [M, out]``; rows from `used` on are padding, and what
-            comes out for them means nothing.
+        linear: ``(x [M, in], call, layer, used) -> results each [M, out]``; rows from `used` on are padding, and their
+            results are meaningless.
         normalize: ``(x [M, n width], call, layer) -> [M, n width]``.
         experts: ``(x [M, D], scores [M, E], call, layer, used) -> [M, D]``.
         embed: ``(tokens [M], weight [1, V, D], V, D) -> [M, D]`` float32.
-        attention: ``(q [R, T, N, H], k and v [R, T, K, H], rotary, cache, layer of it, rows, attending) ->
-            (out [R, T, N, H], cache)``: rotates q and k, appends k and v to the cache; token t sees positions
-            ``0 .. start + t``, or the last of them.
-        layers: ``(stack, x [R, T, D], rotary, caches, rows, used) -> (x, caches)``: all layers, one after another; a
-            cache for each of the stack's groups; of the R·T rows those from `used` on are padding.
-        argmax: ``logits [R, V] -> [R]`` int32, of each row the first of the largest.
-        empty_cache: ``arrays -> arrays`` of these shapes and types, nothing in them.
-        kernels: the custom-call targets it uses.
+        attention: ``(q [R, T, N, H], k and v [R, T, K, H], rotary, cache, its layer, batch, params) ->
+            (out [R, T, N, H], cache)``: rotates q and k and appends k and v to the cache; token t sees positions
+            ``0 .. start + t``, or those of them in its window.
+        layers: ``(stack, x [R, T, D], rotary, caches, batch, used) -> (x, caches)``: all layers, one after another,
+            with one cache for each of the stack's `cache_windows`; of the R·T rows those from `used` on are padding.
+        argmax: ``logits [R, V] -> [R]`` int32, the first index of the largest logit in each row.
+        empty_cache: ``arrays -> arrays`` of the same shapes and types, without contents.
+        kernels: the custom-call targets in use.
     """
 
     linear: Callable[[Array, LinearCall, Array, Array], list[Array]]
     normalize: Callable[[Array, NormCall, Array], Array]
     experts: Callable[[Array, Array, ExpertsCall, Array, Array], Array]
     embed: Callable[[Array, Weight, int, int], Array]
-    attention: Callable[[Array, Array, Array, Rotary, KVCache, Array, Rows, Attending], tuple[Array, KVCache]]
-    layers: Callable[[Stack, Array, Rotary, KVCaches, Rows, Array], tuple[Array, KVCaches]]
+    attention: Callable[
+        [Array, Array, Array, Rotary, KVCache, Array, Batch, AttentionParams], tuple[Array, KVCache]
+    ]
+    layers: Callable[[LayerStack, Array, Rotary, KVCaches, Batch, Array], tuple[Array, KVCaches]]
     argmax: Callable[[Array], Array]
     empty_cache: Callable[[Sequence[jax.ShapeDtypeStruct]], tuple[Array, ...]]
     kernels: tuple[str, ...] = ()

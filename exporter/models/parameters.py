@@ -1,4 +1,4 @@
-"""A module's parameters as a flat list of names, which is how programs and artifacts know them."""
+"""A module's parameters as a flat list of names, the form in which programs and artifacts refer to them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,15 +6,16 @@ from math import prod
 
 from flax import nnx
 
-from . import ModelSpec
 from .blocks import DecoderConfig
 from .decoder import Decoder
 from .ops import Weight
+from .registry import ModelSpec
 
-# Where a checkpoint's layer number goes: parameters of this path are stacks of all layers. An expert's number goes
-# behind EXPERTS, whose parameters are stacks of all layers' experts.
+# In a checkpoint's names, a layer's number follows LAYERS and an expert's number follows EXPERTS. The parameters here
+# are stacks over all layers, and over all experts of all layers.
 LAYERS, EXPERTS = "model.layers.", ".experts."
-# Matrices that are no stacks. Whatever else is not of the layers shares a block with what is, and is a stack of one.
+# Matrices outside the layers that are not stacks. All other parameters outside the layers are stacks of one, because
+# their modules are those of the layers.
 _PLAIN = ("model.embed_tokens.weight", "model.embed_positions.weight")
 
 
@@ -23,10 +24,10 @@ class Parameter:
     """A parameter of the model.
 
     Attributes:
-        name: its path in the module ("model.layers.self_attn.q_proj.weight").
-        shape: as the programs take it; stacked ``[L, …]`` for what is in a layer.
-        sources: the checkpoint tensors it is made of, in order, each filling one entry of the first axis;
-            a single one fills it whole.
+        name: path in the module ("model.layers.self_attn.q_proj.weight").
+        shape: shape as an argument of the programs; stacked ``[L, …]`` inside layers.
+        sources: checkpoint tensors, in order, each of which fills one entry of the first axis; a single one fills the
+            whole parameter.
     """
 
     name: str
@@ -35,11 +36,12 @@ class Parameter:
 
     @property
     def size(self) -> int:
+        """Number of values."""
         return prod(self.shape)
 
     @property
     def source_shape(self) -> tuple[int, ...]:
-        """Shape of each of its sources in the checkpoint."""
+        """Shape of each source in the checkpoint."""
         return self.shape[1:] if self._is_stack else self.shape
 
     @property
@@ -58,15 +60,20 @@ def _sources(name: str, c: DecoderConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractModel:
-    """A model without weights: its parameters in a fixed order, and how to bind arrays to them."""
+    """A model without weights.
+
+    Attributes:
+        parameters: the parameters in a fixed order.
+        bind: returns the module with arrays, in the order of `parameters`, as its weights.
+    """
 
     parameters: tuple[Parameter, ...]
     bind: Callable[[Sequence[Weight]], Decoder]
 
 
 def abstract_model(spec: ModelSpec) -> AbstractModel:
-    """Builds the module without allocating anything."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: spec.module(spec.config)))
+    """Build the module of a model without allocating arrays."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: spec.architecture.module(spec.config)))
     flat = sorted((".".join(map(str, path)), path, leaf) for path, leaf in nnx.to_flat_state(state))
     parameters = tuple(
         Parameter(name=name, shape=tuple(leaf.shape), sources=_sources(name, spec.config))
@@ -81,6 +88,6 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
 
 
 def unknown_sources(parameters: Sequence[Parameter], found: Mapping[str, object]) -> list[str]:
-    """Checkpoint tensors that no parameter is made of."""
+    """Return the names of checkpoint tensors that belong to no parameter, sorted."""
     used = {source for p in parameters for source in p.sources}
     return sorted(set(found) - used)

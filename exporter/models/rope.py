@@ -1,4 +1,4 @@
-"""Rotary position embeddings, as configs spell them; rope_scaling.py has what they mean."""
+"""Readers of the RoPE keys of configs; rope_scaling.py computes the frequencies."""
 
 import math
 from collections.abc import Mapping
@@ -8,28 +8,28 @@ import numpy as np
 from precast.loaders.artifact.errors import PrecastError
 
 from .config import ConfigReader
-from .rope_scaling import ORIGINAL, SCALINGS, Base, Rope
+from .rope_scaling import ORIGINAL, SCALINGS, Rope, UnscaledRope
 
 __all__ = ["Rope", "no_rope", "read_rope", "read_rope_by_layer_type"]
 
-# What a config calls a scaling, and which that is.
+# The scalings by their names in configs.
 TYPES: Mapping[str, str] = {name: name for name in SCALINGS}
 
-# Where older files have a layer type's base, and its scaling, if it may have one.
-_OLDER: Mapping[str, tuple[str, ...]] = {
+# The keys of older configs for a layer type: its base, and its scaling if it may have one.
+_OLDER_KEYS: Mapping[str, tuple[str, ...]] = {
     "full_attention": ("rope_theta", "rope_scaling"),
     "sliding_attention": ("rope_local_base_freq",),
 }
-_PART = "partial_rotary_factor"
+_PARTIAL = "partial_rotary_factor"
 
 
 def no_rope(head_dim: int) -> Rope:
-    """A RoPE that turns nothing, for layers without; with a `head_dim` of 0 for models without (P = 0)."""
+    """Return a RoPE that rotates nothing, for layers without RoPE; a `head_dim` of 0 is for models without it."""
     return Rope(frequencies=np.zeros(head_dim // 2, np.float32))
 
 
 def read_rope(
-    config: ConfigReader,
+    reader: ConfigReader,
     head_dim: int,
     max_positions: int,
     *,
@@ -39,81 +39,87 @@ def read_rope(
     original_positions: int | None = None,
     types: Mapping[str, str] = TYPES,
 ) -> Rope:
-    """Reads the RoPE keys of a config, in both spellings.
+    """Read the RoPE keys of a config, in both spellings.
 
-    Older files have ``rope_theta`` and ``rope_scaling``, newer ones ``rope_parameters`` with everything in it.
+    Older configs have ``rope_theta`` and ``rope_scaling``, newer ones ``rope_parameters`` with everything in it.
 
     Args:
-        config: of the model.
+        reader: the config.
         head_dim: H.
-        max_positions: the config's max_position_embeddings, or what stands for it.
-        default_theta: the base where the config has none.
-        theta_key: what the base is called outside ``rope_parameters``.
-        partial: whether the model's code turns only a part of a head where partial_rotary_factor says so.
-        original_positions: original_max_position_embeddings where the config has none, for models that have such a
-            key of their own; it is then taken whatever the RoPE type is.
-        types: RoPE types that the model may have, as configs call them, each with its name in `SCALINGS`.
+        max_positions: max_position_embeddings of the config, or its default.
+        default_theta: default of the base.
+        theta_key: name of the base outside ``rope_parameters``.
+        partial: True if the model's code applies partial_rotary_factor, which rotates only a part of each head.
+        original_positions: default of original_max_position_embeddings, for models that have the key themselves; the
+            key is then taken for every RoPE type.
+        types: RoPE types of the model by their names in configs, each with its name in `SCALINGS`.
 
     Raises:
-        PrecastError: for a RoPE type that is not understood, and for missing, unknown, contradicting or unusable
-            parameters.
+        PrecastError: the RoPE type is not supported, or a parameter is missing, unknown, contradictory or unusable.
     """
-    parameters = ConfigReader(_parameters(config), f"{config.where} rope parameters")
-    theta = parameters.take_number("rope_theta", config.take_number(theta_key, default_theta))
+    parameters = ConfigReader(_parameters(reader), f"{reader.where} rope parameters")
+    theta = parameters.take_number("rope_theta", reader.take_number(theta_key, default_theta))
     if not 0 < theta < math.inf:
-        raise config.wrong(theta_key, "a number above 0", theta)
-    dims = _turned(config, parameters, head_dim, partial)
-    kind = _kind(config.where, parameters, types)
-    original = _original(config, original_positions, kind)
-    base = Base(theta=theta, dims=dims, max_positions=max_positions, original=original)
-    rope = SCALINGS[kind](base, parameters)
+        raise reader.wrong(theta_key, "a number above 0", theta)
+    dims = _rotary_dims(reader, parameters, head_dim, partial)
+    scaling = _scaling_type(reader.where, parameters, types)
+    original = _original(reader, original_positions, scaling)
+    base = UnscaledRope(theta=theta, dims=dims, max_positions=max_positions, original=original)
+    rope = SCALINGS[scaling](base, parameters)
     parameters.finish()
     return rope
 
 
 def read_rope_by_layer_type(
-    config: ConfigReader, head_dim: int, max_positions: int, *, default_thetas: Mapping[str, float]
+    reader: ConfigReader, head_dim: int, max_positions: int, *, default_thetas: Mapping[str, float]
 ) -> dict[str, Rope]:
-    """Reads the RoPE keys of a config whose layer types have each their own, in both spellings.
+    """Read the RoPE keys of a config with a RoPE for each layer type, in both spellings.
 
-    In newer files ``rope_parameters`` has a table for each type. In older ones ``rope_theta`` and ``rope_scaling``
-    are those of "full_attention", and ``rope_local_base_freq`` is the base of "sliding_attention", which is not scaled.
+    In newer configs ``rope_parameters`` has a table for each type. In older ones ``rope_theta`` and ``rope_scaling``
+    belong to "full_attention", and ``rope_local_base_freq`` is the base of "sliding_attention", which is not scaled.
 
     Args:
-        config: of the model.
+        reader: the config.
         head_dim: H.
-        max_positions: the config's max_position_embeddings, or what stands for it.
-        default_thetas: the layer types, each with its base where the config has none.
+        max_positions: max_position_embeddings of the config, or its default.
+        default_thetas: default of the base for each layer type.
 
     Returns:
-        Of each layer type, in that order.
+        The RoPE of each layer type, in the order of `default_thetas`.
 
     Raises:
-        PrecastError: as `read_rope`, and for tables of other layer types.
+        PrecastError: as `read_rope`, and if there are tables for other layer types.
     """
-    newer = config.take_mapping("rope_parameters")
+    newer = reader.take_mapping("rope_parameters")
     if unknown := sorted(
         key for key, value in newer.items() if key not in default_thetas and value is not None
     ):
         raise PrecastError(
-            f"{config.where}: rope_parameters has {', '.join(map(repr, unknown))}, expected a table for each of"
+            f"{reader.where}: rope_parameters has {', '.join(map(repr, unknown))}, expected a table for each of"
             f" {', '.join(default_thetas)} and nothing else."
         )
     return {
-        kind: _of_layers(config, kind, newer.get(kind), head_dim, max_positions, theta)
-        for kind, theta in default_thetas.items()
+        layer_type: _read_layer_type(
+            reader, layer_type, newer.get(layer_type), head_dim, max_positions, theta
+        )
+        for layer_type, theta in default_thetas.items()
     }
 
 
-def _of_layers(
-    config: ConfigReader, kind: str, newer: object, head_dim: int, max_positions: int, default_theta: float
+def _read_layer_type(
+    reader: ConfigReader,
+    layer_type: str,
+    newer: object,
+    head_dim: int,
+    max_positions: int,
+    default_theta: float,
 ) -> Rope:
-    """The RoPE of one layer type, whose keys are looked at as if they were a config."""
-    keys = _OLDER.get(kind, ())
-    said = {"rope_parameters": newer, **{key: config.take(key) for key in keys}}
-    alone = ConfigReader(said, f"{config.where} {kind}")
-    for table in said.values():
-        # transformers asks for it beside the tables of the layer types, where it cannot be.
+    """Read the RoPE of one layer type from its keys, presented as a config."""
+    keys = _OLDER_KEYS.get(layer_type, ())
+    stated = {"rope_parameters": newer, **{key: reader.take(key) for key in keys}}
+    alone = ConfigReader(stated, f"{reader.where} {layer_type}")
+    for table in stated.values():
+        # transformers looks for the key beside the tables of the layer types, and so never finds it.
         if isinstance(table, Mapping) and table.get("truncate") not in (None, True):
             raise alone.wrong(
                 "truncate", "True, because transformers ignores it for a layer type", table["truncate"]
@@ -122,31 +128,31 @@ def _of_layers(
     return read_rope(alone, head_dim, max_positions, default_theta=default_theta, theta_key=theta_key)
 
 
-def _parameters(config: ConfigReader) -> dict[str, object]:
-    """The table of parameters, under its older or its newer name.
+def _parameters(reader: ConfigReader) -> dict[str, object]:
+    """Return the table of parameters, under its older or its newer name.
 
-    transformers forgets the newer one where both are there; then they have to say the same.
+    transformers ignores the newer one if both are present, so the two must agree.
     """
-    tables = [dict(config.take_mapping(key)) for key in ("rope_parameters", "rope_scaling")]
+    tables = [dict(reader.take_mapping(key)) for key in ("rope_parameters", "rope_scaling")]
     newer, older = ({k: v for k, v in table.items() if v is not None} for table in tables)
     if not newer or not older:
         return newer or older
-    spelt = {"rope_type": older.get("type"), "type": older.get("rope_type")}
-    said = {"rope_theta": config.peek("rope_theta"), _PART: config.peek(_PART), **spelt, **older}
-    if differing := sorted(key for key in newer if newer[key] != said.get(key)):
+    type_keys = {"rope_type": older.get("type"), "type": older.get("rope_type")}
+    stated = {"rope_theta": reader.peek("rope_theta"), _PARTIAL: reader.peek(_PARTIAL), **type_keys, **older}
+    if differing := sorted(key for key in newer if newer[key] != stated.get(key)):
         raise PrecastError(
-            f"{config.where}: rope_parameters and rope_scaling disagree about {', '.join(map(repr, differing))}; remove"
+            f"{reader.where}: rope_parameters and rope_scaling disagree about {', '.join(map(repr, differing))}; remove"
             " the one that is wrong."
         )
     return newer | older
 
 
-def _kind(where: str, parameters: ConfigReader, types: Mapping[str, str]) -> str:
-    """Which of `SCALINGS` the parameters are for."""
-    said = [str(value) for key in ("rope_type", "type") if (value := parameters.take(key)) is not None]
-    if len(set(said)) > 1:
-        raise PrecastError(f"{where}: rope_type and type disagree: {' and '.join(said)}.")
-    name = said[0] if said else "default"
+def _scaling_type(where: str, parameters: ConfigReader, types: Mapping[str, str]) -> str:
+    """Return the key of `SCALINGS` that the parameters name."""
+    stated = [str(value) for key in ("rope_type", "type") if (value := parameters.take(key)) is not None]
+    if len(set(stated)) > 1:
+        raise PrecastError(f"{where}: rope_type and type disagree: {' and '.join(stated)}.")
+    name = stated[0] if stated else "default"
     if name not in types:
         raise PrecastError(
             f"{where}: RoPE type {name!r} is not supported; expected one of {', '.join(sorted(types))}."
@@ -154,27 +160,29 @@ def _kind(where: str, parameters: ConfigReader, types: Mapping[str, str]) -> str
     return types[name]
 
 
-def _turned(config: ConfigReader, parameters: ConfigReader, head_dim: int, partial: bool) -> int:
-    """How many dimensions of a head are turned: a part of it, if any, rounded down."""
-    parts = {place.take_number(_PART, 1.0) for place in (config, parameters) if place.peek(_PART) is not None}
+def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, partial: bool) -> int:
+    """Return the rotated dimensions of a head: all, or the partial factor's share, rounded down."""
+    parts = {
+        place.take_number(_PARTIAL, 1.0) for place in (reader, parameters) if place.peek(_PARTIAL) is not None
+    }
     if not partial and parts - {1.0}:
-        raise PrecastError(f"{config.where}: {_PART} other than 1 is not supported.")
+        raise PrecastError(f"{reader.where}: {_PARTIAL} other than 1 is not supported.")
     if len(parts) > 1:
         raise PrecastError(
-            f"{config.where}: {_PART} is {' and '.join(map(str, sorted(parts)))}; remove the one that is wrong."
+            f"{reader.where}: {_PARTIAL} is {' and '.join(map(str, sorted(parts)))}; remove the one that is wrong."
         )
     part = parts.pop() if parts else 1.0
     if not 0 < part <= 1 or int(head_dim * part) < 1:
         raise PrecastError(
-            f"{config.where}: {_PART!r} is {part!r}, expected a number above 0 and not above 1 that leaves something"
-            f" of a head of {head_dim} dimensions."
+            f"{reader.where}: {_PARTIAL!r} is {part!r}, expected a number above 0 and at most 1 that rotates at"
+            f" least one of a head's {head_dim} dimensions."
         )
     return int(head_dim * part)
 
 
-def _original(config: ConfigReader, default: int | None, kind: str) -> int | None:
-    """Positions before the stretching, where the config has the key outside the parameters."""
-    # Elsewhere the key says nothing of RoPE, and whoever reads the config has to know it.
-    if default is None and kind not in ("llama3", "longrope", "yarn"):
+def _original(reader: ConfigReader, default: int | None, scaling: str) -> int | None:
+    """Return the original context length if the config has the key outside the parameters."""
+    # For other types the key has nothing to do with RoPE; the architecture must take it or it is refused.
+    if default is None and scaling not in ("llama3", "longrope", "yarn"):
         return None
-    return default if config.peek(ORIGINAL) is None else config.take_size(ORIGINAL)
+    return default if reader.peek(ORIGINAL) is None else reader.take_size(ORIGINAL)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021): frequencies, how they are stretched, and the tables made of them."""
+"""Rotary position embeddings (Su et al. 2021): frequencies, their scaling to longer contexts, and the tables."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,47 +16,47 @@ ORIGINAL = "original_max_position_embeddings"
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """How fast each of the P pairs of a head is turned, the first 2 P of its H dimensions.
+    """The frequencies of the P rotated pairs of a head, which are the first 2 P of its H dimensions.
 
-    LongRoPE has two sets of frequencies. transformers chooses by the length of what it is given, at every step anew;
-    an export has to choose once, and does so by its context, as vLLM does by max_model_len.
+    LongRoPE has two sets of frequencies. transformers chooses between them by the current length, at every step. An
+    export has to choose once and does so by its context, as vLLM does by max_model_len.
 
     Attributes:
-        frequencies: ``[P]`` float32, radians per position; a zero turns nothing.
-        magnitude: what cosines and sines are multiplied by.
-        reach: largest context that `frequencies` are for; None for any.
-        far_frequencies: ``[P]``, for larger capacities; None where those are refused.
+        frequencies: ``[P]`` float32, radians per position; a pair with frequency 0 is not rotated.
+        magnitude: factor of cosines and sines.
+        max_context: largest context for which `frequencies` hold; None for any.
+        long_frequencies: ``[P]``, for larger contexts; None if those are refused.
     """
 
     frequencies: np.ndarray
     magnitude: float = 1.0
-    reach: int | None = None
-    far_frequencies: np.ndarray | None = None
+    max_context: int | None = None
+    long_frequencies: np.ndarray | None = None
 
     @property
     def pairs(self) -> int:
-        """P: pairs of a head that are turned."""
+        """P: rotated pairs of a head."""
         return len(self.frequencies)
 
     def at_context(self, context: int) -> np.ndarray:
-        """The frequencies ``[P]`` of an export with this context.
+        """Return the frequencies ``[P]`` of an export with this context.
 
         Raises:
-            PrecastError: for a context at which they depend on the length at hand.
+            PrecastError: beyond `max_context` the frequencies would depend on the current length.
         """
-        if self.reach is None or context <= self.reach:
+        if self.max_context is None or context <= self.max_context:
             return self.frequencies
-        if self.far_frequencies is None:
+        if self.long_frequencies is None:
             raise PrecastError(
-                f"--context: {context} is not possible, because beyond {self.reach} positions the frequencies of this"
-                f" model's RoPE depend on the length at hand; expected {self.reach} at most."
+                f"--context: expected at most {self.max_context}, found {context}; beyond that, the frequencies of this"
+                " model's RoPE would depend on the current length."
             )
-        return self.far_frequencies
+        return self.long_frequencies
 
     def tables(self, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines of every position, each ``[context, P]`` float32.
+        """Return cosines and sines of every position, each ``[context, P]`` float32.
 
-        Angles are rounded to float32 before the cosine, as in the code that such models are trained with.
+        Angles are rounded to float32 before the cosine, as in the code that trained such models.
 
         Raises:
             PrecastError: as `at_context`.
@@ -68,14 +68,14 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
-    """What scalings start from.
+class UnscaledRope:
+    """The RoPE that a scaling starts from.
 
     Attributes:
-        theta: positions per radian of the slowest pair, if there were one more.
-        dims: dimensions of a head that are turned.
-        max_positions: as the config says.
-        original: positions before the stretching, where the config says so outside the parameters.
+        theta: the base.
+        dims: rotated dimensions of a head.
+        max_positions: max_position_embeddings of the config.
+        original: original context length, if the config has it outside the parameters.
     """
 
     theta: float
@@ -85,9 +85,9 @@ class Base:
 
     @property
     def periods(self) -> np.ndarray:
-        """``[P]`` float32, positions per radian; an odd dimension out has a pair of its own."""
+        """``[P]`` float32, positions per radian; an odd last dimension has its own pair."""
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
-        # float32 powers differ between machines in the last bit; rounded ones of float64 do not.
+        # The last bit of float32 powers differs between machines; rounded float64 powers agree.
         return (np.float64(np.float32(self.theta)) ** exponents.astype(np.float64)).astype(np.float32)
 
     @property
@@ -101,7 +101,7 @@ def _is_positive(value: object) -> TypeGuard[float]:
 
 
 def _positive(parameters: ConfigReader, key: str, default: float | None = None) -> float:
-    """A number above zero; required where `default` is None."""
+    """Return a number above zero; the key is required if `default` is None."""
     value = parameters.take(key, default)
     if value is None:
         raise _missing(parameters, key)
@@ -111,7 +111,7 @@ def _positive(parameters: ConfigReader, key: str, default: float | None = None) 
 
 
 def _divisors(parameters: ConfigReader, key: str, pairs: int) -> np.ndarray:
-    """A list of P numbers above zero, as float32."""
+    """Return a list of P numbers above zero as float32."""
     values = parameters.take(key)
     if values is None:
         raise _missing(parameters, key)
@@ -119,7 +119,7 @@ def _divisors(parameters: ConfigReader, key: str, pairs: int) -> np.ndarray:
         raise parameters.wrong(key, "a list of numbers above 0", values)
     if len(values) != pairs:
         raise PrecastError(
-            f"{parameters.where}: {key!r} has {len(values)} numbers, expected {pairs}, one for each pair turned."
+            f"{parameters.where}: {key!r} has {len(values)} numbers, expected {pairs}, one for each rotated pair."
         )
     return np.array(values, np.float32)
 
@@ -128,16 +128,16 @@ def _missing(parameters: ConfigReader, key: str) -> PrecastError:
     return PrecastError(f"{parameters.where}: key {key!r} is missing.")
 
 
-def _original(base: Base, parameters: ConfigReader, default: int | None = None) -> int:
-    """Positions before the stretching, as said among the parameters or outside them; else the default, if any."""
+def _original(base: UnscaledRope, parameters: ConfigReader, default: int | None = None) -> int:
+    """Return the original context length from the parameters or the config, or else the default."""
     inside = None if parameters.peek(ORIGINAL) is None else parameters.take_size(ORIGINAL)
-    said = [n for n in (inside, base.original) if n is not None]
-    if len(set(said)) > 1:
+    stated = [n for n in (inside, base.original) if n is not None]
+    if len(set(stated)) > 1:
         raise PrecastError(
-            f"{parameters.where}: {ORIGINAL} is {said[0]} here and {said[1]} for the model; correct the one that is"
+            f"{parameters.where}: {ORIGINAL} is {stated[0]} here and {stated[1]} for the model; correct the one that is"
             " wrong."
         )
-    found = said[0] if said else default
+    found = stated[0] if stated else default
     if found is None:
         raise _missing(parameters, ORIGINAL)
     if found < 2:
@@ -145,26 +145,26 @@ def _original(base: Base, parameters: ConfigReader, default: int | None = None) 
     return found
 
 
-def _default(base: Base, _: ConfigReader) -> Rope:
+def _default(base: UnscaledRope, _: ConfigReader) -> Rope:
     return Rope(frequencies=base.frequencies)
 
 
-def _linear(base: Base, parameters: ConfigReader) -> Rope:
+def _linear(base: UnscaledRope, parameters: ConfigReader) -> Rope:
     """Position interpolation (Chen et al. 2023)."""
     return Rope(frequencies=base.frequencies / np.float32(_positive(parameters, "factor")))
 
 
-def _dynamic(base: Base, parameters: ConfigReader) -> Rope:
-    """NTK-aware scaling by the length at hand (emozilla 2023): changes nothing up to the model's own positions.
+def _dynamic(base: UnscaledRope, parameters: ConfigReader) -> Rope:
+    """NTK-aware scaling by the current length (emozilla 2023): no change up to the model's own context length.
 
-    Beyond them, every length has frequencies of its own, whatever the factor.
+    Beyond that, each length has its own frequencies, whatever the factor.
     """
     _positive(parameters, "factor")
-    return Rope(frequencies=base.frequencies, reach=base.max_positions)
+    return Rope(frequencies=base.frequencies, max_context=base.max_positions)
 
 
-def _llama3(base: Base, parameters: ConfigReader) -> Rope:
-    """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between blended."""
+def _llama3(base: UnscaledRope, parameters: ConfigReader) -> Rope:
+    """Llama 3.1: divide low frequencies by the factor, keep high ones, interpolate in between."""
     factor = np.float32(_positive(parameters, "factor"))
     low = _positive(parameters, "low_freq_factor")
     high = _positive(parameters, "high_freq_factor")
@@ -181,33 +181,35 @@ def _llama3(base: Base, parameters: ConfigReader) -> Rope:
     return Rope(frequencies=np.where(wavelengths < original / high, frequencies, scaled).astype(np.float32))
 
 
-def _yarn(base: Base, parameters: ConfigReader) -> Rope:
-    """YaRN (Peng et al. 2023): pairs that turn often are kept, rare ones divided, those between blended."""
+def _yarn(base: UnscaledRope, parameters: ConfigReader) -> Rope:
+    """YaRN (Peng et al. 2023): keep high frequencies, divide low ones by the factor, interpolate in between."""
     factor = _positive(parameters, "factor")
     magnitude = _yarn_magnitude(factor, parameters)
     low, high = _yarn_range(base, parameters)
     pairs = np.arange(len(base.periods), dtype=np.float32)
-    divided = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)  # [P], how much of each
+    divided = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)  # [P], share of the division
     kept = 1 - divided
     slow = np.float32(1) / (np.float32(factor) * base.periods)
     return Rope(frequencies=slow * (1 - kept) + base.frequencies * kept, magnitude=magnitude)
 
 
 def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
-    """Section 3.4 of the paper; DeepSeek's variant divides two such."""
+    """Return the factor of section 3.4 of the paper; DeepSeek's variant divides two of them."""
 
-    def of(weight: float) -> float:
+    def magnitude(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    both = all(parameters.peek(key) is not None for key in ("mscale", "mscale_all_dim"))
+    has_both = all(parameters.peek(key) is not None for key in ("mscale", "mscale_all_dim"))
     above, below = _positive(parameters, "mscale", 1.0), _positive(parameters, "mscale_all_dim", 1.0)
-    return _positive(parameters, "attention_factor", of(above) / of(below) if both else of(1.0))
+    return _positive(
+        parameters, "attention_factor", magnitude(above) / magnitude(below) if has_both else magnitude(1.0)
+    )
 
 
-def _yarn_range(base: Base, parameters: ConfigReader) -> tuple[float, float]:
-    """Between which pairs the blending goes on; by how often they turn in the original positions."""
+def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, float]:
+    """Return the pairs between which to interpolate, by their rotations over the original context."""
     fast, slow = _positive(parameters, "beta_fast", 32.0), _positive(parameters, "beta_slow", 1.0)
-    whole = parameters.take_bool("truncate", True)
+    truncate = parameters.take_bool("truncate", True)
     original = _original(base, parameters, base.max_positions)
     if fast < slow:
         raise PrecastError(
@@ -220,28 +222,28 @@ def _yarn_range(base: Base, parameters: ConfigReader) -> tuple[float, float]:
         return base.dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base.theta))
 
     low, high = pair(fast), pair(slow)
-    if whole:
+    if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, base.dims - 1)
     return low, high + 0.001 if high == low else high
 
 
-def _longrope(base: Base, parameters: ConfigReader) -> Rope:
-    """LongRoPE (Ding et al. 2024): each pair has a divisor of its own, and another beyond the original positions."""
+def _longrope(base: UnscaledRope, parameters: ConfigReader) -> Rope:
+    """LongRoPE (Ding et al. 2024): a divisor for each pair, and other divisors beyond the original context."""
     original = _original(base, parameters, base.max_positions)
     factor = _positive(parameters, "factor", base.max_positions / original)
-    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     periods = base.periods
     near, far = (_divisors(parameters, key, len(periods)) for key in ("short_factor", "long_factor"))
     return Rope(
         frequencies=np.float32(1) / (near * periods),
-        magnitude=_positive(parameters, "attention_factor", usual),
-        reach=original,
-        far_frequencies=np.float32(1) / (far * periods),
+        magnitude=_positive(parameters, "attention_factor", default),
+        max_context=original,
+        long_frequencies=np.float32(1) / (far * periods),
     )
 
 
-SCALINGS: Mapping[str, Callable[[Base, ConfigReader], Rope]] = {
+SCALINGS: Mapping[str, Callable[[UnscaledRope, ConfigReader], Rope]] = {
     "default": _default,
     "dynamic": _dynamic,
     "linear": _linear,

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors as a module takes them: renamed, cut, turned or scaled, and still read only when asked for."""
+"""A checkpoint's tensors renamed, split, transposed or scaled for a module, and still read only on demand."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,10 +15,12 @@ Tensors = Mapping[str, SourceTensor]
 
 
 def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> SourceTensor:
-    """Takes a tensor out of those left. What is made of it goes by another name, so its own is checked here.
+    """Remove a tensor from `left` and return it.
+
+    The parameter split from the tensor has another name, so the checkpoint's own name is checked here.
 
     Raises:
-        PrecastError: when it is missing or has another shape.
+        PrecastError: the tensor is missing or has another shape.
     """
     tensor = left.pop(name, None)
     if tensor is None:
@@ -31,22 +33,22 @@ def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> So
 
 
 def split_rows(tensor: SourceTensor, parts: Mapping[str, int]) -> dict[str, SourceTensor]:
-    """Its rows as tensors of their own: by name, how many each has."""
+    """Split a tensor by rows into named tensors; `parts` maps each name to its number of rows."""
     ends = list(accumulate(parts.values()))
-    return {name: _rows(tensor, end - parts[name], end) for name, end in zip(parts, ends, strict=True)}
+    return {name: _slice_rows(tensor, end - parts[name], end) for name, end in zip(parts, ends, strict=True)}
 
 
-def _rows(tensor: SourceTensor, start: int, stop: int) -> SourceTensor:
+def _slice_rows(tensor: SourceTensor, start: int, stop: int) -> SourceTensor:
     blocks = tensor.blocks
     return replace(
         tensor,
         shape=(stop - start, *tensor.shape[1:]),
         read=lambda: tensor.read()[start:stop].copy(),
-        blocks=None if blocks is None else lambda: _block_rows(blocks(), start, stop),
+        blocks=None if blocks is None else lambda: _slice_blocks(blocks(), start, stop),
     )
 
 
-def _block_rows(blocks: QuantisedBlocks, start: int, stop: int) -> QuantisedBlocks:
+def _slice_blocks(blocks: QuantisedBlocks, start: int, stop: int) -> QuantisedBlocks:
     minimum = blocks.minimum
     return QuantisedBlocks(
         values=blocks.values[start:stop].copy(),
@@ -55,8 +57,8 @@ def _block_rows(blocks: QuantisedBlocks, start: int, stop: int) -> QuantisedBloc
     )
 
 
-def transposed(tensor: SourceTensor) -> SourceTensor:
-    """``[in, out]`` as ``[out, in]``."""
+def transpose(tensor: SourceTensor) -> SourceTensor:
+    """Transpose ``[in, out]`` to ``[out, in]``."""
     return replace(
         tensor,
         shape=tensor.shape[::-1],
@@ -65,13 +67,13 @@ def transposed(tensor: SourceTensor) -> SourceTensor:
     )
 
 
-def scaled(tensor: SourceTensor, factor: float) -> SourceTensor:
-    """Its values times a factor, in float32; blocks could not say the product to the bit."""
+def scale(tensor: SourceTensor, factor: float) -> SourceTensor:
+    """Multiply the values by a factor, in float32; quantised blocks cannot represent the product exactly."""
     return replace(tensor, read=lambda: tensor.read() * np.float32(factor), blocks=None)
 
 
-def with_norms_plus_one(tensors: Tensors) -> Tensors:
-    """Weights of norms that are stored as their difference from one, as what x is multiplied by."""
+def add_one_to_norms(tensors: Tensors) -> Tensors:
+    """Add one to the weights of norms, which a checkpoint stores as the difference from one."""
     return {name: _plus_one(t) if name.endswith("norm.weight") else t for name, t in tensors.items()}
 
 
@@ -79,31 +81,31 @@ def _plus_one(tensor: SourceTensor) -> SourceTensor:
     return replace(tensor, read=lambda: tensor.read() + np.float32(1.0), blocks=None)
 
 
-def with_experts_apart(tensors: Tensors, c: DecoderConfig) -> Tensors:
-    """The experts of every layer as matrices of their own, where a checkpoint has them in one tensor.
+def split_experts(tensors: Tensors, config: DecoderConfig) -> Tensors:
+    """Split the stacked experts of every layer into one matrix per expert.
 
-    Newer ones may have ``mlp.experts.gate_up_proj`` ``[E, 2 F, D]`` and ``mlp.experts.down_proj`` ``[E, D, F]``.
+    Newer checkpoints have ``mlp.experts.gate_up_proj`` ``[E, 2 F, D]`` and ``mlp.experts.down_proj`` ``[E, D, F]``.
 
     Raises:
-        PrecastError: when only one of the two is there, or one has another shape.
+        PrecastError: one of the two tensors is missing, or has another shape.
     """
-    assert c.mixture is not None
-    left, made, last = dict(tensors), dict[str, SourceTensor](), _Last()
-    experts, width, ff = c.mixture.experts, c.width, c.ff_width
-    for prefix in (f"model.layers.{i}.mlp.experts." for i in range(c.layers)):
+    assert config.mixture is not None
+    left, split, reader = dict(tensors), dict[str, SourceTensor](), _StackReader()
+    experts, width, ff = config.mixture.experts, config.width, config.ff_width
+    for prefix in (f"model.layers.{i}.mlp.experts." for i in range(config.layers)):
         fused, down = f"{prefix}gate_up_proj", f"{prefix}down_proj"
         if fused not in left and down not in left:
             continue
         stack = take(left, fused, (experts, 2 * ff, width))
-        made |= _matrices(stack, last, 0, ff, f"{prefix}{{}}.gate_proj.weight")
-        made |= _matrices(stack, last, ff, 2 * ff, f"{prefix}{{}}.up_proj.weight")
+        split |= _matrices(stack, reader, 0, ff, f"{prefix}{{}}.gate_proj.weight")
+        split |= _matrices(stack, reader, ff, 2 * ff, f"{prefix}{{}}.up_proj.weight")
         stack = take(left, down, (experts, width, ff))
-        made |= _matrices(stack, last, 0, width, f"{prefix}{{}}.down_proj.weight")
-    return left | made
+        split |= _matrices(stack, reader, 0, width, f"{prefix}{{}}.down_proj.weight")
+    return left | split
 
 
-class _Last:
-    """Reads tensors of which one matrix after another is asked for: each once, and kept until its last one is."""
+class _StackReader:
+    """A reader of stacks that reads each stack once and keeps it until its last matrix has been read."""
 
     def __init__(self) -> None:
         self._tensor: SourceTensor | None = None
@@ -111,7 +113,7 @@ class _Last:
 
     def read(self, tensor: SourceTensor, matrix: int) -> np.ndarray:
         if self._tensor is not tensor:
-            self._array = np.empty(0, np.float32)  # before the next is read
+            self._array = np.empty(0, np.float32)  # frees the previous array before the next read
             self._tensor, self._array = tensor, tensor.read()
         array = self._array
         if matrix == tensor.shape[0] - 1:
@@ -119,14 +121,16 @@ class _Last:
         return array[matrix]
 
 
-def _matrices(stack: SourceTensor, last: _Last, start: int, stop: int, name: str) -> dict[str, SourceTensor]:
-    """Some rows of every matrix of a stack ``[E, rows, in]``."""
+def _matrices(
+    stack: SourceTensor, reader: _StackReader, start: int, stop: int, name: str
+) -> dict[str, SourceTensor]:
+    """Return the rows ``start .. stop`` of every matrix of a stack ``[E, rows, in]``, by name."""
 
-    def reader(matrix: int) -> Callable[[], np.ndarray]:
-        return lambda: last.read(stack, matrix)[start:stop].copy()
+    def read_matrix(matrix: int) -> Callable[[], np.ndarray]:
+        return lambda: reader.read(stack, matrix)[start:stop].copy()
 
     shape = (stop - start, stack.shape[2])
     return {
-        name.format(i): replace(stack, shape=shape, read=reader(i), blocks=None)
+        name.format(i): replace(stack, shape=shape, read=read_matrix(i), blocks=None)
         for i in range(stack.shape[0])
     }

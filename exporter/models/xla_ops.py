@@ -1,7 +1,7 @@
 """The maths of every operation in pure XLA.
 
-`xla_ops` makes the operations for a type: the factors of every product are rounded to it, and what is added up is
-float32 throughout, as are norms, softmax and logits.
+`xla_ops` builds the operations for a compute type: factors of products are rounded to it. Sums, norms, softmax and
+logits are float32 throughout.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,24 +13,24 @@ from jax import Array
 
 from ..quantize import GROUP, PANEL
 from .ops import (
-    Attending,
-    Calls,
+    AttentionParams,
+    Batch,
     ExpertsCall,
     KVCache,
     KVCaches,
+    LayerOps,
+    LayerStack,
     LinearCall,
     NormCall,
     Ops,
-    Packed,
+    PackedWeight,
     Rotary,
-    Rows,
-    Stack,
     Weight,
 )
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Root mean square normalisation (Zhang and Sennrich 2019) of the last axis."""
+    """Apply root mean square normalisation (Zhang and Sennrich 2019) to the last axis."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * weight
 
 
@@ -40,16 +40,16 @@ GATES: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def _at(stack: Array, layer: Array) -> Array:
-    # The only entry of a stack is taken as it lies; XLA copies what is sliced at an index it does not know.
+def _layer_slice(stack: Array, layer: Array) -> Array:
+    # XLA copies a slice at an unknown index, so the only entry of a stack is read in place.
     return stack[0] if len(stack) == 1 else stack[layer]
 
 
-def _unpacked_rows(weight: Packed, layer: Array, panels: Array | None = None) -> Array:
-    """Weights of a layer as float32 ``[panels, 16, in]``, padding included; of some panels, or of all."""
+def _dequantise(weight: PackedWeight, layer: Array, panels: Array | None = None) -> Array:
+    """Return a layer's weights as float32 ``[panels, 16, in]`` with padding, for some panels or for all."""
 
     def take(stack: Array) -> Array:
-        return _at(stack, layer) if panels is None else _at(stack, layer)[panels]
+        return _layer_slice(stack, layer) if panels is None else _layer_slice(stack, layer)[panels]
 
     values = take(weight.values)  # [P, I / 2, 16, 2] or [P, I / 8, 16, 4]
     if weight.minimum is not None:
@@ -64,25 +64,25 @@ def _unpacked_rows(weight: Packed, layer: Array, panels: Array | None = None) ->
     return groups.reshape(matrix.shape)
 
 
-def _matrix(weight: Weight, layer: Array, outs: int, inputs: int, compute: str) -> Array:
-    """A layer's weights ``[out, in]``, as a product takes them."""
-    if not isinstance(weight, Packed):
-        return _at(weight, layer).astype(compute)
-    panels = _unpacked_rows(weight, layer).astype(compute)
+def _layer_matrix(weight: Weight, layer: Array, outs: int, inputs: int, compute: str) -> Array:
+    """Return a layer's weights ``[out, in]`` in the compute type."""
+    if not isinstance(weight, PackedWeight):
+        return _layer_slice(weight, layer).astype(compute)
+    panels = _dequantise(weight, layer).astype(compute)
     return panels.reshape(-1, panels.shape[-1])[:outs, :inputs]
 
 
 def _product(axes: str, a: Array, b: Array, compute: str) -> Array:
-    """An einsum in float32 of factors rounded to `compute`."""
+    """Return an einsum in float32 of factors rounded to `compute`."""
     return jnp.einsum(axes, a.astype(compute), b.astype(compute), preferred_element_type=jnp.float32)
 
 
-def _times(x: Array, matrix: Array, compute: str) -> Array:
-    """x ``[M, in]`` times a matrix ``[out, in]``, as ``[M, out]``."""
+def _multiply(x: Array, matrix: Array, compute: str) -> Array:
+    """Multiply x ``[M, in]`` with a matrix ``[out, in]`` to ``[M, out]``."""
     if compute == "float32" or x.shape[0] > 1:
         return _product("MI,OI->MO", x, matrix, compute)
-    # Of a single row GPUs are bound by the bytes of the matrix. XLA reads what it adds up right out of the stack of
-    # layers; for a dot it copies the layer's matrix out first, which makes three times the bytes.
+    # With a single row, GPUs are bound by the bytes of the matrix. XLA fuses this sum with the read from the stack of
+    # layers; for a dot it first copies the layer's matrix, which triples the bytes.
     return jnp.sum(matrix.astype(jnp.float32) * x.astype(compute).astype(jnp.float32), axis=-1)[None]
 
 
@@ -90,8 +90,8 @@ def _linear(compute: str, x: Array, call: LinearCall, layer: Array, used: Array)
     if call.norm is not None:
         x = rms_norm(x, call.norm[layer], call.eps)
     weights = zip(call.weights, call.outs, strict=True)
-    matrices = [_matrix(w, layer, n, x.shape[1], compute) for w, n in weights]
-    results = [_times(x, matrix, compute) for matrix in matrices]
+    matrices = [_layer_matrix(w, layer, n, x.shape[1], compute) for w, n in weights]
+    results = [_multiply(x, matrix, compute) for matrix in matrices]
     if call.biases:
         results = [y + bias[layer] for y, bias in zip(results, call.biases, strict=True)]
     if call.gate:
@@ -113,10 +113,10 @@ def _normalize(x: Array, call: NormCall, layer: Array) -> Array:
     return y if call.residual is None else y + call.residual
 
 
-def shares(scores: Array, chosen: int, *, renormalised: bool) -> Array:
-    """What each row takes of each expert's result: scores ``[M, E]`` to ``[M, E]``, zero for those not chosen."""
+def routing_weights(scores: Array, experts_per_token: int, *, renormalised: bool) -> Array:
+    """Return each row's weight for each expert, ``[M, E]`` from scores ``[M, E]``; 0 for experts of other rows."""
     probabilities = jax.nn.softmax(scores, axis=-1)
-    best, experts = jax.lax.top_k(probabilities, chosen)  # [M, chosen]
+    best, experts = jax.lax.top_k(probabilities, experts_per_token)  # [M, experts of a row]
     if renormalised:
         best = best / jnp.sum(best, axis=-1, keepdims=True)
     rows = jnp.arange(scores.shape[0])[:, None]
@@ -126,16 +126,18 @@ def shares(scores: Array, chosen: int, *, renormalised: bool) -> Array:
 def _experts(compute: str, x: Array, scores: Array, call: ExpertsCall, layer: Array, used: Array) -> Array:
     if call.norm is not None:
         x = rms_norm(x, call.norm[layer], call.eps)
-    parts = shares(scores, call.chosen, renormalised=call.renormalised)
+    parts = routing_weights(scores, call.experts_per_token, renormalised=call.renormalised)
     width = x.shape[1]
 
-    # Every row goes through every expert: without kernels, shapes cannot depend on who is chosen.
+    # Every row goes through every expert: without kernels, shapes cannot depend on the routing.
     def add(expert: Array, total: Array) -> Array:
         at = layer * call.experts + expert
-        gate, up = (_matrix(w, at, call.ff_width, width, compute) for w in (call.gate, call.up))  # [F, D]
+        gate, up = (
+            _layer_matrix(w, at, call.ff_width, width, compute) for w in (call.gate, call.up)
+        )  # [F, D]
         opened = GATES[call.activation](_product("MD,FD->MF", x, gate, compute))
         gated = opened * _product("MD,FD->MF", x, up, compute)
-        down = _matrix(call.down, at, width, call.ff_width, compute)  # [D, F]
+        down = _layer_matrix(call.down, at, width, call.ff_width, compute)  # [D, F]
         return total + parts[:, expert, None] * _product("MF,DF->MD", gated, down, compute)
 
     total = jax.lax.fori_loop(0, call.experts, add, jnp.zeros_like(x))
@@ -143,14 +145,14 @@ def _experts(compute: str, x: Array, scores: Array, call: ExpertsCall, layer: Ar
 
 
 def _embed(tokens: Array, weight: Weight, vocab: int, width: int) -> Array:
-    if not isinstance(weight, Packed):
+    if not isinstance(weight, PackedWeight):
         return weight[0][tokens].astype(jnp.float32)
-    panels = _unpacked_rows(weight, jnp.int32(0), tokens // PANEL)  # [M, 16, in]
+    panels = _dequantise(weight, jnp.int32(0), tokens // PANEL)  # [M, 16, in]
     return jnp.take_along_axis(panels, (tokens % PANEL)[:, None, None], axis=1)[:, 0, :width]
 
 
 def rotate(x: Array, rotary: Rotary) -> Array:
-    """RoPE on halves: x ``[R, T, N, H]``, of which the first 2 P numbers are turned."""
+    """Apply RoPE to halves: rotate the first 2 P numbers of each head of x ``[R, T, N, H]``."""
     pairs = rotary.cos.shape[-1]
     first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
     cos, sin = rotary.cos[:, :, None], rotary.sin[:, :, None]
@@ -158,62 +160,68 @@ def rotate(x: Array, rotary: Rotary) -> Array:
 
 
 def softmax_attention(
-    q: Array, k: Array, v: Array, mask: Array, how: Attending, compute: str = "float32"
+    q: Array, k: Array, v: Array, mask: Array, params: AttentionParams, compute: str = "float32"
 ) -> Array:
-    """Grouped-query attention (Ainslie et al. 2023), softmax in float32.
+    """Compute grouped-query attention (Ainslie et al. 2023), with softmax in float32.
 
     Args:
         q: ``[B, T, N, H]``.
         k: ``[B, K, S, H]``.
         v: ``[B, K, S, H]``.
-        mask: ``[B, T, S]``, true where a token sees a position.
-        how: what becomes of scores; its window is the mask's business.
-        compute: what factors are rounded to.
+        mask: ``[B, T, S]``, true if the token sees the position.
+        params: scale and cap of the scores; `mask` already applies the window.
+        compute: type to which factors are rounded.
 
     Returns:
         ``[B, T, N, H]`` float32.
     """
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[1], n // k.shape[1], h)  # [B, T, K, G, H]
-    scores = _product("BTKGH,BKSH->BKGTS", grouped, k, compute) * how.scale
-    if how.soft_cap:
-        scores = how.soft_cap * jnp.tanh(scores / how.soft_cap)
+    scores = _product("BTKGH,BKSH->BKGTS", grouped, k, compute) * params.scale
+    if params.soft_cap:
+        scores = params.soft_cap * jnp.tanh(scores / params.soft_cap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
     out = _product("BKGTS,BKSH->BTKGH", jax.nn.softmax(scores, axis=-1), v, compute)
     return out.reshape(b, t, n, h)
 
 
-def sees(positions: Array, held: Array, window: int | Array) -> Array:
-    """Which token sees what: positions ``[R, T]`` and those of the keys ``[R, S]``, to ``[R, T, S]``."""
-    token, key = positions[:, :, None], held[:, None, :]
+def attention_mask(positions: Array, key_positions: Array, window: int | Array) -> Array:
+    """Return the mask ``[R, T, S]`` of causal attention.
+
+    Args:
+        positions: of the tokens, ``[R, T]``.
+        key_positions: of the keys, ``[R, S]``; negative for an empty place.
+        window: positions that a token sees; 0 for all.
+    """
+    token, key = positions[:, :, None], key_positions[:, None, :]
     return (key >= 0) & (key <= token) & ((window == 0) | (key > token - window))
 
 
-def _quantized(x: Array) -> tuple[Array, Array]:
-    """Rows ``[…, H]`` as int8, and their scales ``[…]``."""
+def _quantise(x: Array) -> tuple[Array, Array]:
+    """Quantise rows ``[…, H]`` to int8 with scales ``[…]``."""
     scale = jnp.max(jnp.abs(x), axis=-1) / 127.0
     divisor = jnp.where(scale == 0.0, 1.0, scale)[..., None]
     return jnp.round(x / divisor).astype(jnp.int8), scale
 
 
-def as_cached(x: Array, kind: str) -> Array:
-    """Keys or values ``[…, H]`` as a cache of this type gives them back, in float32."""
-    if kind == "int8":
-        values, scale = _quantized(x)
+def round_to_cache(x: Array, dtype: str) -> Array:
+    """Return keys or values ``[…, H]``, in float32, as a KV cache of this type returns them."""
+    if dtype == "int8":
+        values, scale = _quantise(x)
         return values.astype(jnp.float32) * scale[..., None]
-    return x.astype(kind).astype(jnp.float32)
+    return x.astype(dtype).astype(jnp.float32)
 
 
-def _stored(cache: KVCache, k: Array, v: Array) -> KVCache:
-    """Keys and values as the cache keeps them."""
+def _to_cache_dtype(cache: KVCache, k: Array, v: Array) -> KVCache:
+    """Convert keys and values to the cache's type."""
     if cache.key_scale is None:
         return KVCache(k.astype(cache.keys.dtype), v.astype(cache.values.dtype))
-    (keys, key_scale), (values, value_scale) = _quantized(k), _quantized(v)
+    (keys, key_scale), (values, value_scale) = _quantise(k), _quantise(v)
     return KVCache(keys, values, key_scale, value_scale)
 
 
-def _loaded(cache: KVCache, layer: Array, slots: Array, compute: str) -> tuple[Array, Array]:
-    """Keys and values of some slots as a product takes them, each ``[R, K, S, H]``."""
+def _read_cache(cache: KVCache, layer: Array, slots: Array, compute: str) -> tuple[Array, Array]:
+    """Return keys and values of some slots in the compute type, each ``[R, K, S, H]``."""
 
     def load(values: Array, scale: Array | None) -> Array:
         if scale is None:
@@ -232,36 +240,40 @@ def _attention(
     rotary: Rotary,
     cache: KVCache,
     layer: Array,
-    rows: Rows,
-    how: Attending,
+    batch: Batch,
+    params: AttentionParams,
 ) -> tuple[Array, KVCache]:
-    cache = _append(cache, layer, rows, rotate(k, rotary), v)
-    return _attend_to(cache, layer, rows, rotate(q, rotary), how, compute), cache
+    cache = _append(cache, layer, batch, rotate(k, rotary), v)
+    return _attend_cached(cache, layer, batch, rotate(q, rotary), params, compute), cache
 
 
 def _append(
-    cache: KVCache, layer: Array, rows: Rows, k: Array, v: Array, written: bool | Array = True
+    cache: KVCache, layer: Array, batch: Batch, k: Array, v: Array, is_written: bool | Array = True
 ) -> KVCache:
-    """The cache with keys and values ``[R, T, K, H]`` at their places, or as it was where `written` is false."""
+    """Write keys and values ``[R, T, K, H]`` to the cache; leave the cache unchanged if `is_written` is false."""
     tokens, size = k.shape[1], cache.keys.shape[3]
     step = jnp.arange(tokens, dtype=jnp.int32)
-    positions = rows.starts[:, None] + step  # [R, T]
-    # Padding goes to a place that does not exist, and is dropped there.
-    places = jnp.where((step < rows.lengths[:, None]) & written, positions % size, size)
-    index = (layer, rows.slots[:, None], slice(None), places)
-    pairs = zip(cache.arrays(), _stored(cache, k, v).arrays(), strict=True)
-    return KVCache.of([old.at[index].set(added, mode="drop") for old, added in pairs])
+    positions = batch.starts[:, None] + step  # [R, T]
+    # Padding is written to an index beyond the cache, and so dropped.
+    places = jnp.where((step < batch.lengths[:, None]) & is_written, positions % size, size)
+    index = (layer, batch.slots[:, None], slice(None), places)
+    pairs = zip(cache.arrays(), _to_cache_dtype(cache, k, v).arrays(), strict=True)
+    return KVCache.from_arrays([old.at[index].set(added, mode="drop") for old, added in pairs])
 
 
-def _attend_to(cache: KVCache, layer: Array, rows: Rows, q: Array, how: Attending, compute: str) -> Array:
-    """Attention of turned queries ``[R, T, N, H]`` to what a cache holds."""
-    positions = rows.starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)  # [R, T]
+def _attend_cached(
+    cache: KVCache, layer: Array, batch: Batch, q: Array, params: AttentionParams, compute: str
+) -> Array:
+    """Compute attention of rotated queries ``[R, T, N, H]`` over the contents of a cache."""
+    positions = batch.starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)  # [R, T]
     size = cache.keys.shape[3]
-    # The newest position that can stand at each place; below 0 there is none yet.
-    last = (rows.starts + rows.lengths - 1)[:, None]  # [R, 1]
-    held = last - (last - jnp.arange(size, dtype=jnp.int32)) % size  # [R, S]
-    keys, values = _loaded(cache, layer, rows.slots, compute)
-    return softmax_attention(q, keys, values, sees(positions, held, how.window), how, compute)
+    # The newest position at each place of the ring; negative if the place is empty.
+    last = (batch.starts + batch.lengths - 1)[:, None]  # [R, 1]
+    key_positions = last - (last - jnp.arange(size, dtype=jnp.int32)) % size  # [R, S]
+    keys, values = _read_cache(cache, layer, batch.slots, compute)
+    return softmax_attention(
+        q, keys, values, attention_mask(positions, key_positions, params.window), params, compute
+    )
 
 
 def _argmax(logits: Array) -> Array:
@@ -269,13 +281,15 @@ def _argmax(logits: Array) -> Array:
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
-    # Masked positions are multiplied by zero here, and zero times what happens to lie in memory may be NaN.
+    # Masked positions are multiplied by zero, but uninitialised memory may hold NaN.
     return tuple(jnp.zeros(a.shape, a.dtype) for a in arrays)
 
 
-def layer_calls(ops: Ops, layer: Array, used: Array, attend: Callable[[Array, Array, Array], Array]) -> Calls:
-    """A target's operations for one layer."""
-    return Calls(
+def layer_ops(
+    ops: Ops, layer: Array, used: Array, attend: Callable[[Array, Array, Array], Array]
+) -> LayerOps:
+    """Bind a target's operations to one layer."""
+    return LayerOps(
         project=lambda x, call: ops.linear(x, call, layer, used),
         normalize=lambda x, call: ops.normalize(x, call, layer),
         attend=attend,
@@ -283,107 +297,114 @@ def layer_calls(ops: Ops, layer: Array, used: Array, attend: Callable[[Array, Ar
     )
 
 
-def at_layer(ropes: Sequence[int], layer: Array, rotary: Rotary) -> Rotary:
-    """The table ``[R, T, P]`` of a layer, of ``[Z, R, T, P]``."""
+def layer_rotary(ropes: Sequence[int], layer: Array, rotary: Rotary) -> Rotary:
+    """Select the table ``[R, T, P]`` of a layer from ``[Z, R, T, P]``."""
     if len(rotary.cos) == 1:
         return Rotary(rotary.cos[0], rotary.sin[0])
     which = jnp.asarray(ropes, jnp.int32)[layer]
     return Rotary(rotary.cos[which], rotary.sin[which])
 
 
-# Attention of one layer with the cache that is its:
-# (stack, layer, caches, (q, k, v, rotary, rows)) -> (out, caches).
-_Given = tuple[Array, Array, Array, Rotary, Rows]
-_Attend = Callable[[Stack, Array, KVCaches, _Given], tuple[Array, KVCaches]]
+# q, k, v, rotary, batch.
+_AttentionInputs = tuple[Array, Array, Array, Rotary, Batch]
+# Attention of one layer with its cache: (stack, layer, caches, inputs) -> (out, caches).
+_Attend = Callable[[LayerStack, Array, KVCaches, _AttentionInputs], tuple[Array, KVCaches]]
 
 
-def looped(
-    ops: Callable[[], Ops], attend_one: _Attend | None = None
-) -> Callable[[Stack, Array, Rotary, KVCaches, Rows, Array], tuple[Array, KVCaches]]:
-    """Layers as a loop of XLA's around a target's other operations, which `ops` returns.
+def layer_loop(
+    ops: Callable[[], Ops], attend_several: _Attend | None = None
+) -> Callable[[LayerStack, Array, Rotary, KVCaches, Batch, Array], tuple[Array, KVCaches]]:
+    """Return an operation `layers` that runs the layers in an XLA loop around the target's other operations.
 
     Args:
-        attend_one: attention of a layer where layers have several caches; None for the target's own, of which XLA
-            copies the caches.
+        ops: returns the target's operations.
+        attend_several: attention of a layer when there are several KV caches. None takes the target's own attention, at
+            the price of a copy of the caches.
     """
 
     def layers(
-        stack: Stack, x: Array, rotary: Rotary, caches: KVCaches, rows: Rows, used: Array
+        stack: LayerStack, x: Array, rotary: Rotary, caches: KVCaches, batch: Batch, used: Array
     ) -> tuple[Array, KVCaches]:
         target = ops()
-        one = partial(_attend, target) if attend_one is None or len(caches) == 1 else attend_one
+        own = partial(_attend, target)
+        attend_layer = own if attend_several is None or len(caches) == 1 else attend_several
 
         def body(index: Array, carry: tuple[Array, KVCaches]) -> tuple[Array, KVCaches]:
             x, caches = carry
-            # As the kernels take it: where JAX_ENABLE_X64 is set, loops count in int64.
+            # The kernels take int32, but with JAX_ENABLE_X64 the loop counts in int64.
             layer = index.astype(jnp.int32)
 
             def attend(q: Array, k: Array, v: Array) -> Array:
                 nonlocal caches
-                out, caches = one(stack, layer, caches, (q, k, v, rotary, rows))
+                out, caches = attend_layer(stack, layer, caches, (q, k, v, rotary, batch))
                 return out
 
-            return stack.layer(x, layer_calls(target, layer, used, attend)), caches
+            return stack.layer(x, layer_ops(target, layer, used, attend)), caches
 
         return jax.lax.fori_loop(0, stack.layers, body, (x, caches))
 
     return layers
 
 
-def _group_and_place(stack: Stack, layer: Array) -> tuple[Array, Array]:
-    """Which cache is a layer's, and which layer of that cache it is."""
-    groups, places = zip(*stack.places, strict=True)
-    return jnp.asarray(groups, jnp.int32)[layer], jnp.asarray(places, jnp.int32)[layer]
+def _cache_place(stack: LayerStack, layer: Array) -> tuple[Array, Array]:
+    """Return the index of a layer's KV cache and the layer's index in that cache."""
+    caches, places = zip(*stack.cache_places, strict=True)
+    return jnp.asarray(caches, jnp.int32)[layer], jnp.asarray(places, jnp.int32)[layer]
 
 
 def _attend(
-    target: Ops, stack: Stack, layer: Array, caches: KVCaches, given: _Given
+    target: Ops, stack: LayerStack, layer: Array, caches: KVCaches, inputs: _AttentionInputs
 ) -> tuple[Array, KVCaches]:
-    q, k, v, rotary, rows = given
-    turned = at_layer(stack.ropes, layer, rotary)
-    group, place = (None, layer) if len(caches) == 1 else _group_and_place(stack, layer)
+    q, k, v, rotary, batch = inputs
+    layer_table = layer_rotary(stack.ropes, layer, rotary)
+    cache_index, place = (None, layer) if len(caches) == 1 else _cache_place(stack, layer)
 
     def run(number: int, caches: KVCaches) -> tuple[Array, KVCaches]:
-        out, cache = target.attention(q, k, v, turned, caches[number], place, rows, stack.attending(number))
+        out, cache = target.attention(
+            q, k, v, layer_table, caches[number], place, batch, stack.attention_params(number)
+        )
         return out, (*caches[:number], cache, *caches[number + 1 :])
 
-    if group is None:
+    if cache_index is None:
         return run(0, caches)
     result: tuple[Array, KVCaches] = jax.lax.switch(
-        group, [partial(run, number) for number in range(len(caches))], caches
+        cache_index, [partial(run, number) for number in range(len(caches))], caches
     )
     return result
 
 
 def _attend_in_place(
-    compute: str, stack: Stack, layer: Array, caches: KVCaches, given: _Given
+    compute: str, stack: LayerStack, layer: Array, caches: KVCaches, inputs: _AttentionInputs
 ) -> tuple[Array, KVCaches]:
-    """Writes to every cache, to those of other layers nowhere: what a switch gave back, XLA would copy whole."""
-    q, k, v, rotary, rows = given
-    turned = at_layer(stack.ropes, layer, rotary)
-    q, k = rotate(q, turned), rotate(k, turned)
-    group, place = _group_and_place(stack, layer)
+    """Run attention of a layer when there are several KV caches.
+
+    Writes to every cache, but drops the writes to those of other layers: XLA copies a cache that a switch returns.
+    """
+    q, k, v, rotary, batch = inputs
+    layer_table = layer_rotary(stack.ropes, layer, rotary)
+    q, k = rotate(q, layer_table), rotate(k, layer_table)
+    cache_index, place = _cache_place(stack, layer)
     caches = tuple(
-        _append(cache, jnp.minimum(place, len(cache.keys) - 1), rows, k, v, group == number)
+        _append(cache, jnp.minimum(place, len(cache.keys) - 1), batch, k, v, cache_index == number)
         for number, cache in enumerate(caches)
     )
 
     def read(number: int, caches: KVCaches) -> Array:
-        return _attend_to(caches[number], place, rows, q, stack.attending(number), compute)
+        return _attend_cached(caches[number], place, batch, q, stack.attention_params(number), compute)
 
-    out: Array = jax.lax.switch(group, [partial(read, number) for number in range(len(caches))], caches)
+    out: Array = jax.lax.switch(cache_index, [partial(read, number) for number in range(len(caches))], caches)
     return out, caches
 
 
 def xla_ops(compute: str) -> Ops:
-    """The operations with factors of products rounded to `compute`: "float32" or "bfloat16"."""
+    """Return the operations with factors of products rounded to `compute`, "float32" or "bfloat16"."""
     ops = Ops(
         linear=partial(_linear, compute),
         normalize=_normalize,
         experts=partial(_experts, compute),
         embed=_embed,
         attention=partial(_attention, compute),
-        layers=looped(lambda: ops, partial(_attend_in_place, compute)),
+        layers=layer_loop(lambda: ops, partial(_attend_in_place, compute)),
         argmax=_argmax,
         empty_cache=_empty_cache,
     )

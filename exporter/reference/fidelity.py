@@ -14,10 +14,10 @@ from precast.loaders.progress import Progress, silent
 from precast.loaders.text.tokenizer import Tokenizer
 
 from ..devices import precisely
-from ..models import ModelSpec, read_model
 from ..models.parameters import abstract_model
-from ..sources import open_source
+from ..models.registry import ModelSpec, read_model
 from ..sources.base import Source
+from ..sources.open import open_source
 from ..texts import read_tokenizer
 from ..weights import plan_weights, read_floats
 from .layerwise import LayerwiseReference
@@ -83,7 +83,7 @@ def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
         PrecastError: when the tensors do not fit the model.
     """
     parameters = abstract_model(spec).parameters
-    plan = plan_weights(spec.adapted(source), parameters, tied=spec.config.tied_embeddings)
+    plan = plan_weights(spec.adapt(source), parameters, tied=spec.config.tied_embeddings)
     return {p.name: read_floats(plan.tensors, p, p.sources, p.shape) for p in parameters}
 
 

@@ -11,9 +11,9 @@ from jax import Array
 from precast.loaders.text.tokenizer import Tokenizer
 
 from ..devices import precisely
-from ..models import ModelSpec
 from ..models.ops import Rotary
 from ..models.parameters import LAYERS, Parameter, abstract_model
+from ..models.registry import ModelSpec
 from ..models.xla_ops import XLA_OPS
 from ..sources.base import Source, SourceTensor
 from ..weights import plan_weights, read_floats
@@ -48,7 +48,7 @@ class LayerwiseReference:
         self.name, self.tokenizer, self.context, self.vocab = name, tokenizer, context, spec.config.vocab
         c = spec.config
         parameters = abstract_model(spec).parameters
-        plan = plan_weights(spec.adapted(source), parameters, tied=c.tied_embeddings)
+        plan = plan_weights(spec.adapt(source), parameters, tied=c.tied_embeddings)
         self._tensors: Mapping[str, SourceTensor] = plan.tensors
         self._spec, self._parameters = spec, parameters
         self._one = replace(spec, config=replace(c, layers=1, windows=(), ropes=()))

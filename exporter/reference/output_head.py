@@ -8,8 +8,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ..models import ModelSpec
 from ..models.decoder import Decoder
+from ..models.registry import ModelSpec
 from ..models.xla_ops import XLA_OPS
 from ..quantize import PANEL
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..models import ModelSpec
 from ..models.parameters import abstract_model
+from ..models.registry import ModelSpec
 from ..programs import TABLES, StoredModel
 from .output_head import Bind, blockwise_logits, head_of
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.models import ModelSpec, read_model
 from precast.exporter.models.parameters import abstract_model, unknown_sources
+from precast.exporter.models.registry import ModelSpec, read_model
 from precast.exporter.sources.base import QuantisedBlocks, Source, SourceTensor
 from precast.loaders.artifact.errors import PrecastError
 
@@ -49,7 +49,7 @@ class Checkpoint:
         return SourceTensor(shape=self.arrays[name].shape, dtype="float32", read=read)
 
     def adapted(self, spec: ModelSpec) -> Mapping[str, SourceTensor]:
-        return spec.adapted(_source(self.tensors)).tensors
+        return spec.adapt(_source(self.tensors)).tensors
 
 
 def _source(tensors: Mapping[str, SourceTensor]) -> Source:
@@ -157,7 +157,7 @@ def test_blocks_are_cut_with_their_rows(with_minimum: bool) -> None:
     name = "model.layers.0.self_attn.qkv_proj.weight"
     tensors = dict(Checkpoint(_phi3_shapes(spec)).tensors)
     tensors[name] = replace(tensors[name], blocks=lambda: blocks)
-    cut = spec.adapt(tensors, spec.config)["model.layers.0.self_attn.k_proj.weight"].blocks
+    cut = spec.architecture.adapt(tensors, spec.config)["model.layers.0.self_attn.k_proj.weight"].blocks
     assert cut is not None
     found = cut()
     np.testing.assert_array_equal(found.values, blocks.values[64:96])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.models import ARCHITECTURES, ModelSpec, read_model
+from precast.exporter.models.registry import ARCHITECTURES, ModelSpec, read_model
 from precast.loaders.artifact.errors import PrecastError
 
 # What has to be said; everything else has a default.
@@ -219,12 +219,12 @@ def test_what_a_key_means(model_type: str, changes: dict[str, Any], fields: dict
 
 def test_experts() -> None:
     moe = _read("qwen3_moe").config.mixture
-    assert (moe.experts, moe.chosen, moe.renormalised) == (128, 8, False)
+    assert (moe.experts, moe.experts_per_token, moe.renormalised) == (128, 8, False)
     moe = _read("qwen3_moe", num_experts=9, num_experts_per_tok=2, norm_topk_prob=True).config.mixture
-    assert (moe.experts, moe.chosen, moe.renormalised) == (9, 2, True)
+    assert (moe.experts, moe.experts_per_token, moe.renormalised) == (9, 2, True)
     assert _read("qwen3_moe", num_local_experts=9).config.mixture.experts == 9
     mixtral = _read("mixtral").config.mixture
-    assert (mixtral.experts, mixtral.chosen, mixtral.renormalised) == (8, 2, True)
+    assert (mixtral.experts, mixtral.experts_per_token, mixtral.renormalised) == (8, 2, True)
 
 
 _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
@@ -323,4 +323,4 @@ def test_the_worked_example_is_the_file() -> None:
     assert f"`exporter/models/architectures/olmo2.py`, {len(example.splitlines())} lines:" in guide
     row = '    "olmo2": Architecture(read_config=olmo2.read_config, module=_POST_NORM),\n'
     assert f"```python\n{row}```" in guide
-    assert row in (root / "exporter" / "models" / "__init__.py").read_text(encoding="utf-8")
+    assert row in (root / "exporter" / "models" / "registry.py").read_text(encoding="utf-8")

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from precast.exporter import texts
-from precast.exporter.sources import open_source
-from precast.exporter.sources.gguf.markers import mistyped
+from precast.exporter.sources.gguf.markers import mistyped_markers
 from precast.exporter.sources.gguf.vocabulary import TokenType
+from precast.exporter.sources.open import open_source
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -66,7 +66,7 @@ def test_known_markers_are_mended_without_a_template(tmp_path, gguf_spec, tiny):
 )
 def test_which_types_are_wrong(token, kind, template, wrong):
     for key in ("tokenizer.chat_template", "tokenizer.chat_template.tool_use"):
-        assert mistyped(["a", token], [1, kind], {key: template}) == ([1] if wrong else [])
+        assert mistyped_markers(["a", token], [1, kind], {key: template}) == ([1] if wrong else [])
 
 
 def test_a_marker_that_the_tokenizer_has_as_a_word_is_named(tmp_path, gguf_spec, tiny):

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from precast.exporter import texts
-from precast.exporter.sources import open_source
 from precast.exporter.sources.base import Source
 from precast.exporter.sources.huggingface.templates import chat_templates
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.text.chat_template import ChatOptions, ChatTemplate
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.models import ARCHITECTURES, read_model
 from precast.exporter.models.parameters import abstract_model
+from precast.exporter.models.registry import ARCHITECTURES, read_model
 from precast.exporter.sources.base import SourceTensor
 from precast.exporter.weights import plan_weights
 from precast.loaders.artifact.errors import PrecastError
@@ -49,7 +49,7 @@ def planned(tiny_source):
             name: SourceTensor(shape=array.shape, dtype="float32", read=array.copy)
             for name, array in arrays.items()
         }
-        source = spec.adapted(tiny_source(fields={"name": "m", "config": config, "tensors": tensors}))
+        source = spec.adapt(tiny_source(fields={"name": "m", "config": config, "tensors": tensors}))
         found = plan_weights(source, abstract_model(spec).parameters, tied=spec.config.tied_embeddings)
         return {name: found.tensors[name].read() for p in found.parameters for name in p.sources}
 
@@ -135,8 +135,8 @@ def test_names_behind_that_of_a_wrapper(script, planned, wrapper, owner):
     with pytest.raises(PrecastError) as caught:
         planned(config, {wrapper + name: array for name, array in arrays.items()})
     assert str(caught.value) == (
-        f"m: every tensor's name begins with '{wrapper}', which {owner} has put there when the model was saved; load"
-        " the model without the wrapper in transformers and save it with save_pretrained."
+        f"m: every tensor's name begins with '{wrapper}', a prefix that {owner} adds when it saves a model;"
+        " load the model without the wrapper in transformers and save it with save_pretrained."
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.models import ModelSpec, read_model
+from precast.exporter.models.registry import ModelSpec, read_model
 from precast.loaders.artifact.errors import PrecastError
 
 BASE: Mapping[str, Any] = {

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.models import ARCHITECTURES, ModelSpec, read_model
-from precast.exporter.models.config_keys import HARMLESS, SWITCHES
+from precast.exporter.models.config_keys import HARMLESS, UNSUPPORTED
 from precast.exporter.models.parameters import abstract_model
+from precast.exporter.models.registry import ARCHITECTURES, ModelSpec, read_model
 from precast.loaders.artifact.errors import PrecastError
 
 SIZES: Mapping[str, Any] = {
@@ -77,12 +77,12 @@ def test_attributes_of_every_config_of_transformers(model_type):
 def test_a_shared_attribute_has_its_place():
     from transformers import PretrainedConfig
 
-    assert set(vars(PretrainedConfig())) - HARMLESS - SWITCHES.keys() == set()
+    assert set(vars(PretrainedConfig())) - HARMLESS - UNSUPPORTED.keys() == set()
     parameters = inspect.signature(PretrainedConfig.__init__).parameters
     assert {
         name for name in parameters if name not in ("self", "kwargs")
-    } - HARMLESS - SWITCHES.keys() == set()
-    assert not HARMLESS & SWITCHES.keys()
+    } - HARMLESS - UNSUPPORTED.keys() == set()
+    assert not HARMLESS & UNSUPPORTED.keys()
 
 
 # Attributes of transformers 4 with their defaults; the source reads keys of generation_config.json.
@@ -159,12 +159,12 @@ def test_types_of_layers_that_are_all_alike(model_type, changes, kind):
         )
 
 
-@pytest.mark.parametrize("key", SWITCHES)
+@pytest.mark.parametrize("key", UNSUPPORTED)
 def test_a_switch(key):
     """Off, it changes nothing; on, it is refused by name. Llama reads some of them itself."""
-    for value in SWITCHES[key].off:
+    for value in UNSUPPORTED[key].neutral:
         assert_same(read("gemma2", **{key: value}), read("gemma2"))
-    on: Any = next(value for value in (True, 7, "x") if value not in SWITCHES[key].off)
+    on: Any = next(value for value in (True, 7, "x") if value not in UNSUPPORTED[key].neutral)
     if key == "attention_bias":
         assert refusal("qwen2", **{key: on}).startswith(
             "m/config.json: 'attention_bias' is True, which adds biases"
@@ -177,8 +177,8 @@ def test_a_switch(key):
 
 def test_a_switch_that_is_on_says_what_it_means():
     assert refusal(is_encoder_decoder=True) == (
-        "m/config.json: 'is_encoder_decoder' is True, which means an encoder and a decoder and is not supported; remove"
-        " the key if the model was trained without."
+        "m/config.json: 'is_encoder_decoder' is True, which describes an encoder-decoder model and is not supported;"
+        " remove the key if the model was trained without it."
     )
 
 

@@ -17,7 +17,7 @@ import dataclasses, datetime, json, sys, tempfile
 from pathlib import Path
 import jax
 from jax.experimental import topologies
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.programs import Geometry, build_programs, stored_model
 from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets.build import build_target
@@ -36,7 +36,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 jax.devices("cpu")
 device = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices[0]
 config, weights = json.loads(sys.argv[1]), sys.argv[2]
-model = stored_model(read_model(config, "m").within(256), weights)
+model = stored_model(read_model(config, "m").with_context(256), weights)
 kind = dataclasses.replace(TARGET_KINDS["cuda"], device=lambda: device)
 programs = build_programs(model, Geometry(context=256, slots=1, buckets=(64,), cache="bfloat16"), kind.ops)
 with tempfile.TemporaryDirectory() as folder:

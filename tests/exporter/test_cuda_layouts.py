@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.exporter import export as exporting
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.models.xla_ops import XLA_OPS, xla_ops
 from precast.exporter.programs import Geometry, ProgramSpec, arranged, build_programs, stored_model
 from precast.exporter.targets import TARGET_KINDS
@@ -119,7 +119,7 @@ def tiny_programs(weights, ops=XLA_OPS, **config):
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
-    model = stored_model(read_model({**tiny, **config}, "tiny").within(32), weights)
+    model = stored_model(read_model({**tiny, **config}, "tiny").with_context(32), weights)
     return model, Geometry(context=32, slots=1, buckets=(8,), cache="bfloat16"), ops
 
 

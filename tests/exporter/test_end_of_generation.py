@@ -6,7 +6,7 @@ import pytest
 
 from precast.exporter.sources.end_of_generation import _IF_SPECIAL, _UNMISTAKABLE, ends_by_text
 from precast.exporter.sources.gguf.generation import end_tokens
-from precast.exporter.sources.gguf.markers import mistyped
+from precast.exporter.sources.gguf.markers import mistyped_markers
 from precast.exporter.sources.huggingface.source import _ends
 
 # llama.cpp's list (src/llama-vocab.cpp), including tokens between files.
@@ -53,7 +53,7 @@ def test_plain_text_ends_where_it_is_unmistakable(tmp_path, text):
     """The markers of a GGUF file are repaired first; a tokenizer.json marks its own."""
     tokens, types = ["a", "b", text, "c"], [NORMAL] * 4
     assert as_hub(tmp_path, tokens, types) == ((2,) if text in _UNMISTAKABLE else ())
-    known = text in _UNMISTAKABLE or bool(mistyped(tokens, types, {}))
+    known = text in _UNMISTAKABLE or bool(mistyped_markers(tokens, types, {}))
     assert end_tokens(as_gguf(tokens, types)) == ((2,) if known else ())
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from precast.exporter import export as exporting
 from precast.exporter.export import ExportOptions, Progress, _far_rope, _geometry, export
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
 from precast.loaders.audit.inspect import render
@@ -372,7 +372,7 @@ WIDE = """
 import sys
 from pathlib import Path
 from precast.exporter.export import ExportOptions, export
-from precast.exporter.sources import open_source
+from precast.exporter.sources.open import open_source
 
 options = ExportOptions(buckets=(8,), context=32, weights="float32")
 manifest = export(open_source(sys.argv[1]), Path(sys.argv[2]), options)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from precast.exporter import model_card
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.reference import fidelity
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Fidelity, parse_manifest

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from precast.exporter.sources import open_source
 from precast.exporter.sources.generation import KEYS, Treatment, read_sampling, without_generation
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
 ONE = {"model.embed_tokens.weight": np.ones((4, 2), np.float32)}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from precast.exporter.models import ARCHITECTURES, read_model
+from precast.exporter.models.registry import ARCHITECTURES, read_model
 from precast.exporter.programs import Geometry, build_programs, stored_model
-from precast.exporter.sources import open_source
+from precast.exporter.sources.open import open_source
 from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets.build import build_target
 from precast.loaders.artifact.machine import cpu_features, processor_family
@@ -47,7 +47,7 @@ def lowered(tmp_path_factory) -> dict[str, bytes]:
         folder = tmp_path_factory.mktemp("levels")
         SCRIPT.write_checkpoint(folder / name, RECORDS[name])
         source = open_source(str(folder / name))
-        spec = read_model(source.config, source.name).within(SCRIPT.CAPACITY)
+        spec = read_model(source.config, source.name).with_context(SCRIPT.CAPACITY)
         weights, cache, slots = KINDS[i % len(KINDS)]
         geometry = Geometry(context=SCRIPT.CAPACITY, slots=slots, buckets=(8,), cache=cache)
         specs = build_programs(stored_model(spec, weights), geometry, kind.ops)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.models import ModelSpec, read_model
 from precast.exporter.models.parameters import AbstractModel, abstract_model, unknown_sources
+from precast.exporter.models.registry import ModelSpec, read_model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -235,7 +235,7 @@ def test_published_programs_have_shapes(name: str, weights: str, cache: str) -> 
 X64 = """
 import json, sys
 import jax
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.models.cpu_ops import CPU_OPS
 from precast.exporter.models.xla_ops import XLA_OPS
 from precast.exporter.programs import Geometry, build_programs, stored_model

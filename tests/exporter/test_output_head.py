@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.programs import TABLES, stored_model
 from precast.exporter.reference import output_head
 from precast.exporter.reference.stored import answer_logits
@@ -20,7 +20,7 @@ def test_blocks_of_the_vocabulary(tmp_path, tiny_source, monkeypatch, weights, t
     """The tiny model's 320 tokens are no multiple of the block, and 48 of 16 outputs at a time are."""
     source = tiny_source(config={"tie_word_embeddings": tied})
     stored = stored_model(read_model(source.config, source.name), weights)
-    plan = plan_weights(stored.spec.adapted(source), stored.parameters, tied=tied)
+    plan = plan_weights(stored.spec.adapt(source), stored.parameters, tied=tied)
     tables = dict(zip(TABLES, stored.spec.tables(64), strict=True))
     write_model_weights(tmp_path / "w", plan, stored.formats, tables, lambda _: None)
     arrays = map_weights(tmp_path / "w")

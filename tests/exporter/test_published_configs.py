@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.models import ARCHITECTURES, ModelSpec, read_model
 from precast.exporter.models.config_keys import HARMLESS
 from precast.exporter.models.parameters import abstract_model
+from precast.exporter.models.registry import ARCHITECTURES, ModelSpec, read_model
 from precast.loaders.artifact.errors import PrecastError
 
 # As the models' own config.json has them, but for the divisors of LongRoPE, which are stand-ins.

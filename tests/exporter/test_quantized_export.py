@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.programs import TABLES, StoredModel, stored_model
 from precast.exporter.quantize import FORMATS
 from precast.loaders.artifact.weights import map_weights

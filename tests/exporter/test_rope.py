@@ -53,7 +53,7 @@ def _refusal(keys: Mapping[str, Any], **options: Any) -> str:
 def _check(rope: Rope, frequencies: list[float], magnitude: float = 1.0) -> None:
     """Of every context."""
     assert rope.frequencies.dtype == np.float32
-    assert (rope.reach, rope.far_frequencies, rope.pairs) == (None, None, len(frequencies))
+    assert (rope.max_context, rope.long_frequencies, rope.pairs) == (None, None, len(frequencies))
     np.testing.assert_allclose(rope.frequencies, frequencies, rtol=1e-6)
     assert rope.magnitude == pytest.approx(magnitude, rel=1e-12)
 
@@ -142,7 +142,7 @@ def test_yarn_and_longrope_stretch_the_models_own_positions_by_default() -> None
     np.testing.assert_array_equal(found.frequencies, _scaled(YARN).frequencies)
     longrope = {k: v for k, v in LONGROPE.items() if k != "original_max_position_embeddings"}
     found = _scaled(longrope, head_dim=4, max_positions=40)
-    assert (found.reach, found.magnitude) == (40, 1.0)
+    assert (found.max_context, found.magnitude) == (40, 1.0)
 
 
 def test_longrope_frequencies_are_those_of_the_context() -> None:
@@ -182,8 +182,8 @@ def test_dynamic_scaling_changes_nothing_up_to_the_models_own_positions() -> Non
     with pytest.raises(PrecastError) as caught:
         found.tables(65)
     assert str(caught.value) == (
-        "--context: 65 is not possible, because beyond 64 positions the frequencies of this model's RoPE depend on the"
-        " length at hand; expected 64 at most."
+        "--context: expected at most 64, found 65; beyond that, the frequencies of this model's RoPE would depend on"
+        " the current length."
     )
 
 
@@ -316,7 +316,7 @@ def test_the_original_positions_may_stand_at_the_top(scaling: Mapping[str, Any])
         _rope(above, head_dim=4, original_positions=4096),
     ):
         np.testing.assert_array_equal(found.frequencies, inside.frequencies)
-        assert (found.reach, found.magnitude) == (inside.reach, inside.magnitude)
+        assert (found.max_context, found.magnitude) == (inside.max_context, inside.magnitude)
 
 
 def test_original_positions_that_say_nothing() -> None:
@@ -333,7 +333,7 @@ def test_names_of_a_models_own(name: str) -> None:
     found = _scaled({**LONGROPE, "rope_type": name}, head_dim=4, types=PHI3_TYPES)
     expected = _scaled(LONGROPE, head_dim=4)
     np.testing.assert_array_equal(found.frequencies, expected.frequencies)
-    assert (found.reach, found.magnitude) == (expected.reach, expected.magnitude)
+    assert (found.max_context, found.magnitude) == (expected.max_context, expected.magnitude)
     assert "RoPE type 'linear' is not supported; expected one of default, longrope, su, yarn." in _refusal(
         {"rope_scaling": LINEAR}, types=PHI3_TYPES
     )

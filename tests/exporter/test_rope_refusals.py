@@ -112,11 +112,11 @@ KNOWN = "expected one of default, dynamic, linear, llama3, longrope, yarn."
         ),
         (
             {**LONGROPE, "short_factor": [1.0, 2.0, 3.0]},
-            " rope parameters: 'short_factor' has 3 numbers, expected 2, one for each pair turned.",
+            " rope parameters: 'short_factor' has 3 numbers, expected 2, one for each rotated pair.",
         ),
         (
             {**LONGROPE, "long_factor": []},
-            " rope parameters: 'long_factor' has 0 numbers, expected 2, one for each pair turned.",
+            " rope parameters: 'long_factor' has 0 numbers, expected 2, one for each rotated pair.",
         ),
         ({**LONGROPE, "factor": 0.0}, " rope parameters: 'factor' is 0.0, expected a number above 0."),
         (
@@ -143,8 +143,8 @@ def test_parameters_that_are_refused(table: str, parameters: Mapping[str, Any], 
 )
 def test_parts_of_a_head_that_are_refused(factor: float, found: str) -> None:
     assert _refusal({"partial_rotary_factor": factor}, partial=True) == (
-        f"config.json: 'partial_rotary_factor' is {found}, expected a number above 0 and not above 1 that leaves"
-        " something of a head of 8 dimensions."
+        f"config.json: 'partial_rotary_factor' is {found}, expected a number above 0 and at most 1 that"
+        " rotates at least one of a head's 8 dimensions."
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from precast.exporter import export as whole_export
 from precast.exporter.export import ExportOptions, export
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.programs import TABLES, Geometry, build_programs, stored_model
 from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets import savedmodel as exporting
@@ -111,10 +111,10 @@ def sizes(artifact: Path) -> tuple[int, int, int]:
 
 def written(source, folder: Path) -> Path:
     """The weights and the SavedModel of an artifact, without what else an export does."""
-    kind, spec = TARGET_KINDS["savedmodel"], read_model(source.config, source.name).within(64)
+    kind, spec = TARGET_KINDS["savedmodel"], read_model(source.config, source.name).with_context(64)
     stored = stored_model(spec, "float32")
     tables = dict(zip(TABLES, spec.tables(64), strict=True))
-    plan = plan_weights(spec.adapted(source), stored.parameters, tied=False)
+    plan = plan_weights(spec.adapt(source), stored.parameters, tied=False)
     write_model_weights(folder / "weights.safetensors", plan, stored.formats, tables, lambda _: None)
     geometry = Geometry(context=64, slots=1, buckets=(8, 16))
     programs = build_programs(stored, geometry, kind.ops)

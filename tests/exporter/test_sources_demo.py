@@ -9,7 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from precast.exporter.sources import demo, open_source
+from precast.exporter.sources import demo
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from precast.exporter.quantize import FORMATS
-from precast.exporter.sources import open_source
 from precast.exporter.sources.gguf.rope import llama3_divisors
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
 EXACT = {

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from precast.exporter.models import read_model
-from precast.exporter.sources import open_source
+from precast.exporter.models.registry import read_model
 from precast.exporter.sources.gguf.container import Container, read_container
 from precast.exporter.sources.gguf.source import open_gguf
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
 WIDTHS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from precast.exporter.sources import open_source
 from precast.exporter.sources.hub import is_hub_id
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port: refused at once
@@ -21,7 +21,7 @@ def opened(spec: str, home, **environment: str) -> subprocess.CompletedProcess:
     """open_source in a process of its own, since huggingface-hub reads its settings once."""
     code = (
         "import sys\n"
-        "from precast.exporter.sources import open_source\n"
+        "from precast.exporter.sources.open import open_source\n"
         "from precast.loaders.artifact.errors import PrecastError\n"
         "try: print(open_source(sys.argv[1]).name)\n"
         "except PrecastError as error: print(error)\n"
@@ -210,7 +210,7 @@ def test_a_package_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_importing_the_sources_is_cheap():
-    code = "import sys, precast.exporter.sources\nprint(*sorted(sys.modules))"
+    code = "import sys, precast.exporter.sources.open\nprint(*sorted(sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import save_file
 
-from precast.exporter.sources import open_source
+from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4) / 8 - 0.5

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from precast.exporter.models.ops import Calls, ExpertsCall, LinearCall, NormCall, Packed, Stack
+from precast.exporter.models.ops import ExpertsCall, LayerOps, LayerStack, LinearCall, NormCall, PackedWeight
 from precast.exporter.models.steps import Steps, record
 
 SHAPE = (2, 3, 10)  # [R, T, D]
@@ -19,25 +19,25 @@ def call(*outs: int, size: int = 10, **around: Any) -> LinearCall:
     return LinearCall(weights=tuple(jnp.zeros((2, out, size)) for out in outs), outs=outs, **around)
 
 
-def stack(layer: Callable[[Any, Calls], Any], heads: tuple[int, int, int] = HEADS) -> Stack:
-    return Stack(layer=layer, heads=heads, scale=0.25, soft_cap=7.0, windows=(0, 4), ropes=(0, 0))
+def stack(layer: Callable[[Any, LayerOps], Any], heads: tuple[int, int, int] = HEADS) -> LayerStack:
+    return LayerStack(layer=layer, heads=heads, scale=0.25, soft_cap=7.0, windows=(0, 4), ropes=(0, 0))
 
 
-def attention(x: Any, calls: Calls) -> Any:
+def attention(x: Any, ops: LayerOps) -> Any:
     """``x + attention(x)``."""
     (n, k, h), flat = HEADS, x.reshape(-1, x.shape[-1])
-    q, keys, values = calls.project(flat, call(n * h, k * h, k * h, norm=jnp.ones((2, 10)), eps=1e-5))
-    out = calls.attend(*(a.reshape(2, 3, -1, h) for a in (q, keys, values)))
-    return calls.project(out.reshape(6, n * h), call(10, size=20, residual=flat))[0].reshape(2, 3, 10)
+    q, keys, values = ops.project(flat, call(n * h, k * h, k * h, norm=jnp.ones((2, 10)), eps=1e-5))
+    out = ops.attend(*(a.reshape(2, 3, -1, h) for a in (q, keys, values)))
+    return ops.project(out.reshape(6, n * h), call(10, size=20, residual=flat))[0].reshape(2, 3, 10)
 
 
 def test_a_layer_is_recorded() -> None:
-    def layer(x: Any, calls: Calls) -> Any:
-        x = attention(x, calls)
+    def layer(x: Any, ops: LayerOps) -> Any:
+        x = attention(x, ops)
         biases = (jnp.zeros((2, 7)), jnp.zeros((2, 7)))
-        gated = calls.project(x.reshape(6, 10), call(7, 7, biases=biases, gate="gelu_tanh"))
+        gated = ops.project(x.reshape(6, 10), call(7, 7, biases=biases, gate="gelu_tanh"))
         assert [y.shape for y in gated] == [(6, 7)]
-        return calls.project(gated[0], call(10, size=7, residual=x.reshape(6, -1)))[0].reshape(*x.shape)
+        return ops.project(gated[0], call(10, size=7, residual=x.reshape(6, -1)))[0].reshape(*x.shape)
 
     steps = record(stack(layer), SHAPE)
     assert steps.codes == (
@@ -57,23 +57,23 @@ def test_norms_and_experts_are_recorded() -> None:
     layer_norm = NormCall(weight=jnp.zeros((2, 10)), bias=jnp.zeros((2, 10)), eps=1e-5, width=10)
     matrices = {name: jnp.zeros((6, 4, 10)) for name in ("gate", "up")} | {"down": jnp.zeros((6, 10, 4))}
 
-    def layer(x: Any, calls: Calls) -> Any:
+    def layer(x: Any, ops: LayerOps) -> Any:
         flat = x.reshape(6, 10)
-        normed = calls.normalize(flat, norm)  # 1
-        scores = calls.project(normed, call(3))[0]  # 2
+        normed = ops.normalize(flat, norm)  # 1
+        scores = ops.project(normed, call(3))[0]  # 2
         mixture = ExpertsCall(
             **matrices,
             experts=3,
             ff_width=4,
-            chosen=2,
+            experts_per_token=2,
             renormalised=True,
             activation="gelu_tanh",
             norm=jnp.zeros((2, 10)),
             eps=1e-3,
             residual=flat,
         )
-        mixed = calls.mix(normed, scores, mixture)  # 3
-        return calls.normalize(mixed, replace(layer_norm, residual=flat)).reshape(*x.shape)  # 4
+        mixed = ops.mix(normed, scores, mixture)  # 3
+        return ops.normalize(mixed, replace(layer_norm, residual=flat)).reshape(*x.shape)  # 4
 
     steps = record(stack(layer), SHAPE)
     assert steps.codes == (
@@ -87,17 +87,17 @@ def test_norms_and_experts_are_recorded() -> None:
 
 
 def test_layers_of_one_window_share_a_cache() -> None:
-    found = Stack(layer=attention, heads=HEADS, scale=1.0, windows=(8, 0, 8, 8, 0), ropes=(0,) * 5)
-    assert found.groups == (0, 8)
-    assert found.places == ((1, 0), (0, 0), (1, 1), (1, 2), (0, 1))
+    found = LayerStack(layer=attention, heads=HEADS, scale=1.0, windows=(8, 0, 8, 8, 0), ropes=(0,) * 5)
+    assert found.cache_windows == (0, 8)
+    assert found.cache_places == ((1, 0), (0, 0), (1, 1), (1, 2), (0, 1))
 
 
 def test_every_architecture_is_recorded() -> None:
     """The kernels run the layers of all of them in one call."""
     import jax
 
-    from precast.exporter.models import ARCHITECTURES, read_model
     from precast.exporter.models.parameters import abstract_model
+    from precast.exporter.models.registry import ARCHITECTURES, read_model
 
     sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 9}
@@ -117,9 +117,9 @@ def test_every_architecture_is_recorded() -> None:
 
 
 def test_packed_weights_are_handed_on() -> None:
-    packed = Packed(jnp.zeros((2, 1, 16, 16, 2), jnp.int8), jnp.zeros((2, 1, 1, 16), jnp.float16))
+    packed = PackedWeight(jnp.zeros((2, 1, 16, 16, 2), jnp.int8), jnp.zeros((2, 1, 1, 16), jnp.float16))
     steps = record(
-        stack(lambda x, calls: calls.project(x, LinearCall(weights=(packed,), outs=(10,)))[0]), (6, 10)
+        stack(lambda x, ops: ops.project(x, LinearCall(weights=(packed,), outs=(10,)))[0]), (6, 10)
     )
     (found,) = steps.calls
     assert isinstance(found, LinearCall)
@@ -129,9 +129,9 @@ def test_packed_weights_are_handed_on() -> None:
 def after(change: Callable[[Any], Any]) -> Callable[..., Any]:
     """A layer with something else between its steps."""
 
-    def layer(x: Any, calls: Calls) -> Any:
-        x = change(attention(x, calls))
-        return calls.project(x.reshape(6, 10), call(10))[0].reshape(2, 3, 10)
+    def layer(x: Any, ops: LayerOps) -> Any:
+        x = change(attention(x, ops))
+        return ops.project(x.reshape(6, 10), call(10))[0].reshape(2, 3, 10)
 
     return layer
 
@@ -161,17 +161,17 @@ def test_anything_else_is_refused(change: Callable[[Any], Any]) -> None:
         record(stack(after(change)), SHAPE)
 
 
-LAST = "a layer's result must be that of its last step"
+LAST = "a layer must return the result of its last step"
 
 
 @pytest.mark.parametrize(
     "layer",
     [
-        lambda x, calls: jnp.ones(SHAPE),
-        lambda x, calls: calls.project(x, call(10))[0] and x,
-        lambda x, calls: calls.project(x, call(10, 10))[0],
-        lambda x, calls: calls.project(x, call(11))[0],
-        lambda x, calls: calls.project(x, call(10)),
+        lambda x, ops: jnp.ones(SHAPE),
+        lambda x, ops: ops.project(x, call(10))[0] and x,
+        lambda x, ops: ops.project(x, call(10, 10))[0],
+        lambda x, ops: ops.project(x, call(11))[0],
+        lambda x, ops: ops.project(x, call(10)),
     ],
     ids=["an array", "not the last step's", "not the last result", "another width", "a list"],
 )
@@ -182,10 +182,10 @@ def test_the_result_must_be_the_last_steps(layer: Callable[..., Any]) -> None:
 
 def test_heads_are_those_that_were_said() -> None:
     """The kernel takes them from there, not from what a layer makes of its values."""
-    with pytest.raises(TypeError, match=r"attention of heads .* where \(2, 2, 10\) were said"):
+    with pytest.raises(TypeError, match=r"expected attention heads \(2, 2, 10\), found "):
         record(stack(attention, (2, 2, 10)), SHAPE)
 
 
 def test_what_is_no_stand_in_is_refused() -> None:
-    with pytest.raises(TypeError, match="steps are of what it is given"):
-        record(stack(lambda x, calls: calls.project(x, call(10, residual=jnp.ones((6, 10))))[0]), SHAPE)
+    with pytest.raises(TypeError, match="takes only the layer's input"):
+        record(stack(lambda x, ops: ops.project(x, call(10, residual=jnp.ones((6, 10))))[0]), SHAPE)

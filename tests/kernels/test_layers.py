@@ -323,7 +323,7 @@ def norms(case: Case) -> dict[str, int]:
 @memoised
 def weights_of(case: Case, name: str) -> dict[str, Any]:
     """Norms, biases, and weights as the format stores them; scores of experts are float32's."""
-    from precast.exporter.models.ops import Packed
+    from precast.exporter.models.ops import PackedWeight
 
     rng, found = np.random.default_rng(case.width), {}
     for key, (out, size) in matrices(case).items():
@@ -331,7 +331,7 @@ def weights_of(case: Case, name: str) -> dict[str, Any]:
         stack = rng.standard_normal((case.layers * each, out, size), dtype=np.float32) / np.float32(size**0.5)
         encoded = [FORMATS["float32" if key == "router" else name].encode(matrix) for matrix in stack]
         arrays = [np.stack(parts) for parts in zip(*encoded, strict=True)]
-        found[key] = arrays[0] if len(arrays) == 1 else Packed(*arrays)
+        found[key] = arrays[0] if len(arrays) == 1 else PackedWeight(*arrays)
         if case.biased:
             found[key + ".bias"] = rng.standard_normal((case.layers, out), dtype=np.float32) / 4
     for key, width in norms(case).items():
@@ -342,7 +342,7 @@ def weights_of(case: Case, name: str) -> dict[str, Any]:
 
 
 class Layer:
-    """A decoder's layer as `Stack` takes it."""
+    """A decoder's layer as `LayerStack` takes it."""
 
     def __init__(self, case: Case, weights: dict[str, Any]) -> None:
         self.case, self.weights = case, weights
@@ -393,7 +393,7 @@ class Layer:
             **{key: w[key] for key in ("gate", "up", "down")},
             experts=experts,
             ff_width=self.case.ff,
-            chosen=chosen,
+            experts_per_token=chosen,
             renormalised=renormalised,
             activation=self.case.gate,
             residual=None if not self.case.attends else x,
@@ -416,11 +416,11 @@ class Layer:
 @pytest.fixture(scope="module")
 def run(jax: ModuleType) -> Callable[..., Any]:
     """``(layers, case, weights, x [R, T, D], rotary, caches, rows, used) -> (x, caches)``; uses up the caches."""
-    from precast.exporter.models.ops import Stack
+    from precast.exporter.models.ops import LayerStack
 
     @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
     def run(layers: Any, case: Case, weights: Any, *arrays: Any) -> Any:
-        stack = Stack(
+        stack = LayerStack(
             layer=Layer(case, weights),
             heads=case.heads,
             scale=case.heads[2] ** -0.5,
@@ -435,16 +435,16 @@ def run(jax: ModuleType) -> Callable[..., Any]:
 
 def inputs_of(case: Case, tokens: int, places: Sequence[Place]) -> tuple[Any, Any, Any, np.int32]:
     """x, rotary, rows and used of a call."""
-    from precast.exporter.models.ops import Rotary, Rows
+    from precast.exporter.models.ops import Batch, Rotary
 
     rng = np.random.default_rng(tokens + places[0][1])
     x = rng.standard_normal((len(places), tokens, case.width), dtype=np.float32)
     pairs = case.heads[2] // 2 if case.pairs is None else case.pairs
     shape = (1 + max(case.ropes, default=0), len(places), tokens, pairs)
     angles = rng.uniform(-3, 3, shape).astype(np.float32)
-    rows = Rows(*(np.int32(column) for column in zip(*places, strict=True)))
-    used = rows.lengths[0] if len(places) == 1 else np.int32(len(places) * tokens)
-    return x, Rotary(np.cos(angles), np.sin(angles)), rows, used
+    batch = Batch(*(np.int32(column) for column in zip(*places, strict=True)))
+    used = batch.lengths[0] if len(places) == 1 else np.int32(len(places) * tokens)
+    return x, Rotary(np.cos(angles), np.sin(angles)), batch, used
 
 
 def empty(case: Case, kind: str) -> list[list[np.ndarray]]:
@@ -461,7 +461,7 @@ def empty(case: Case, kind: str) -> list[list[np.ndarray]]:
 def caches_of(groups: Sequence[Sequence[np.ndarray]]) -> tuple[Any, ...]:
     from precast.exporter.models.ops import KVCache
 
-    return tuple(KVCache.of([a.copy() for a in arrays]) for arrays in groups)
+    return tuple(KVCache.from_arrays([a.copy() for a in arrays]) for arrays in groups)
 
 
 def arrays_of(caches: Sequence[Any]) -> list[list[np.ndarray]]:
@@ -564,9 +564,9 @@ def layers_in(case: Case, groups: Sequence[Sequence[np.ndarray]], call: int) -> 
 def both(jax: ModuleType) -> SimpleNamespace:
     """The kernels' layers: all in one call, and one by one in a loop of XLA's."""
     from precast.exporter.models.cpu_ops import CPU_OPS
-    from precast.exporter.models.xla_ops import looped
+    from precast.exporter.models.xla_ops import layer_loop
 
-    return SimpleNamespace(call=CPU_OPS.layers, loop=looped(lambda: CPU_OPS))
+    return SimpleNamespace(call=CPU_OPS.layers, loop=layer_loop(lambda: CPU_OPS))
 
 
 def lost_of(weights: str, kind: str, *, many: bool) -> tuple[float, float]:
@@ -627,7 +627,7 @@ def test_donated_caches_are_written_in_place(
 
     case = CASES[name]
     caches = tuple(
-        KVCache.of(CPU_OPS.empty_cache([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]))
+        KVCache.from_arrays(CPU_OPS.empty_cache([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]))
         for arrays in empty(case, kind)
     )
     given = [array for cache in caches for array in cache.arrays()]

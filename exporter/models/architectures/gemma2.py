@@ -1,49 +1,48 @@
-"""Gemma 2 (Gemma team 2024): every other layer with a window, scores and logits capped, norms before and behind."""
+"""Gemma 2 (Gemma team 2024): alternating windows, capped scores and logits, norms before and after each block."""
 
 from dataclasses import replace
 
 from ..blocks import DecoderConfig
+from ..common_keys import ACTIVATIONS, FULL, SLIDING, read_common_keys, read_windows
 from ..config import ConfigReader
 from ..rope import Rope, read_rope
-from ..shape import ACTIVATIONS, FULL, SLIDING, read_shape, read_windows
-from ..tensors import Tensors, with_norms_plus_one
+from ..tensors import Tensors, add_one_to_norms
 
 
-def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
-    """Reads a ``model_type: gemma2`` config.
+def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
+    """Read a ``model_type: gemma2`` config.
 
     Raises:
-        PrecastError: for a key that changes the maths and is not understood.
+        PrecastError: a key has a value that is not supported.
     """
-    shape = read_gemma(config, max_positions=8192)
-    window = config.take_nullable_size("sliding_window", 4096)
-    types = [FULL if i % 2 else SLIDING for i in range(shape.layers)]
-    shape = replace(
-        shape,
-        windows=read_windows(config, window, types),
-        attention_cap=config.take_nullable_positive("attn_logit_softcapping", 50.0) or 0.0,
-        logit_cap=config.take_nullable_positive("final_logit_softcapping", 30.0) or 0.0,
+    config = read_gemma(reader, max_positions=8192)
+    window = reader.take_nullable_size("sliding_window", 4096)
+    types = [FULL if i % 2 else SLIDING for i in range(config.layers)]
+    config = replace(
+        config,
+        windows=read_windows(reader, window, types),
+        attention_cap=reader.take_nullable_positive("attn_logit_softcapping", 50.0) or 0.0,
+        logit_cap=reader.take_nullable_positive("final_logit_softcapping", 30.0) or 0.0,
     )
-    return shape, (read_rope(config, shape.head_dim, shape.max_positions),)
+    return config, (read_rope(reader, config.head_dim, config.max_positions),)
 
 
-def read_gemma(config: ConfigReader, *, max_positions: int) -> DecoderConfig:
-    """What Gemma 2 and 3 have in common."""
-    config.expect("use_bidirectional_attention", False)
-    # The activation of Gemma 1, which hidden_activation has taken the place of.
-    config.expect("hidden_act", "gelu_pytorch_tanh", "gelu")
-    attention_bias = config.take_bool("attention_bias", False)
-    shape = read_shape(config, max_positions=max_positions, kv_heads=4, head_dim=256, tied=True)
+def read_gemma(reader: ConfigReader, *, max_positions: int) -> DecoderConfig:
+    """Read the keys that Gemma 2 and 3 share."""
+    reader.expect("use_bidirectional_attention", False)
+    # The key of Gemma 1; hidden_activation replaces it.
+    reader.expect("hidden_act", "gelu_pytorch_tanh", "gelu")
+    config = read_common_keys(
+        reader, max_positions=max_positions, kv_heads=4, head_dim=256, tied=True, attention_bias=True
+    )
     return replace(
-        shape,
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
-        activation=config.take_choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
-        attention_scale=config.take_positive("query_pre_attn_scalar", 256) ** -0.5,
-        embedding_scale=shape.width**0.5,
+        config,
+        activation=reader.take_choice("hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+        attention_scale=reader.take_positive("query_pre_attn_scalar", 256) ** -0.5,
+        embedding_scale=config.width**0.5,
     )
 
 
 def adapt(tensors: Tensors, _: DecoderConfig) -> Tensors:
-    """Norms multiply by 1 + their weight."""
-    return with_norms_plus_one(tensors)
+    """Add one to the weights of norms, which are stored as the difference from one."""
+    return add_one_to_norms(tensors)

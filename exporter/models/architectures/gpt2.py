@@ -5,58 +5,58 @@ from jax import Array
 
 from ...sources.base import SourceTensor
 from ..blocks import MLP, Attention, DecoderConfig, LayerNorm
+from ..common_keys import ACTIVATIONS, MOST_LAYERS
 from ..config import ConfigReader
-from ..ops import Calls
+from ..ops import LayerOps
 from ..rope import Rope, no_rope
-from ..shape import ACTIVATIONS, MOST_LAYERS
-from ..tensors import Tensors, split_rows, take, transposed
+from ..tensors import Tensors, split_rows, take, transpose
 
-# Keys about a head that pooled texts for other tasks, those that are said otherwise too, and of first versions.
+# Keys of a pooling head for other tasks, of early versions, and duplicates of other keys.
 _UNUSED = """
     _num_labels attn_pdrop n_ctx n_special output_past predict_special_tokens reorder_and_upcast_attn
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 """.split()
-# Masks that were once stored as if they were weights.
+# Attention masks, which old checkpoints store beside the weights.
 _MASKS = (".attn.bias", ".attn.masked_bias")
 
 
-def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
-    """Reads a ``model_type: gpt2`` config.
+def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
+    """Read a ``model_type: gpt2`` config.
 
     Raises:
-        PrecastError: for a key that changes the maths and is not understood.
+        PrecastError: a key has a value that is not supported.
     """
     for key in _UNUSED:
-        config.take(key)
-    config.expect("add_cross_attention", False)
-    config.expect("scale_attn_by_inverse_layer_idx", False)
-    width, heads = config.take_size("n_embd"), config.take_size("n_head")
+        reader.take(key)
+    reader.expect("add_cross_attention", False)
+    reader.expect("scale_attn_by_inverse_layer_idx", False)
+    width, heads = reader.take_size("n_embd"), reader.take_size("n_head")
     if width % heads:
-        raise config.wrong("n_head", f"a divisor of n_embd, which is {width}", heads)
-    shape = DecoderConfig(
-        layers=config.take_size("n_layer", most=MOST_LAYERS),
+        raise reader.wrong("n_head", f"a divisor of n_embd, which is {width}", heads)
+    config = DecoderConfig(
+        layers=reader.take_size("n_layer", most=MOST_LAYERS),
         width=width,
         heads=heads,
         kv_heads=heads,
         head_dim=width // heads,
-        ff_width=config.take_size("n_inner", 4 * width),
-        vocab=config.take_size("vocab_size"),
-        max_positions=config.take_size("n_positions", 1024),
-        norm_eps=config.take_finite("layer_norm_epsilon", 1e-5),
-        tied_embeddings=config.take_bool("tie_word_embeddings", True),
+        ff_width=reader.take_size("n_inner", 4 * width),
+        vocab=reader.take_size("vocab_size"),
+        max_positions=reader.take_size("n_positions", 1024),
+        norm_eps=reader.take_finite("layer_norm_epsilon", 1e-5),
+        tied_embeddings=reader.take_bool("tie_word_embeddings", True),
         qkv_bias=True,
         out_bias=True,
         mlp_bias=True,
-        activation=config.take_choice("activation_function", ACTIVATIONS, "gelu_new"),
-        attention_scale=None if config.take_bool("scale_attn_weights", True) else 1.0,
+        activation=reader.take_choice("activation_function", ACTIVATIONS, "gelu_new"),
+        attention_scale=None if reader.take_bool("scale_attn_weights", True) else 1.0,
         learned_positions=True,
         gated=False,
     )
-    return shape, (no_rope(shape.head_dim),)
+    return config, (no_rope(config.head_dim),)
 
 
 class GPT2Layers(nnx.Module):
-    """All L layers: what goes into attention and MLP is normed, what comes out is added."""
+    """All L layers: LayerNorms before attention and MLP."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.input_layernorm = LayerNorm(c.layers, c.width, c.norm_eps)
@@ -64,43 +64,48 @@ class GPT2Layers(nnx.Module):
         self.post_attention_layernorm = LayerNorm(c.layers, c.width, c.norm_eps)
         self.mlp = MLP(c)
 
-    def __call__(self, x: Array, calls: Calls) -> Array:
-        """Runs one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
-        x = self.self_attn(x, calls, norm=self.input_layernorm, residual=x)
-        return self.mlp(x, calls, norm=self.post_attention_layernorm, residual=x)
+    def __call__(self, x: Array, ops: LayerOps) -> Array:
+        """Run one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
+        x = self.self_attn(x, ops, norm=self.input_layernorm, residual=x)
+        return self.mlp(x, ops, norm=self.post_attention_layernorm, residual=x)
 
 
-def adapt(tensors: Tensors, c: DecoderConfig) -> Tensors:
-    """Llama's names, matrices as ``[out, in]``, and q, k and v apart."""
+def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
+    """Rename to Llama's names, transpose matrices to ``[out, in]`` and split the fused q, k and v."""
     prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
-    # As Llama's old checkpoints call them, which are known to be no weights.
+    # Under the names in Llama's old checkpoints, masks are recognised and ignored later.
     left = {n.replace(".attn.", ".self_attn.") if n.endswith(_MASKS) else n: t for n, t in tensors.items()}
     made = {
-        "model.embed_tokens.weight": take(left, f"{prefix}wte.weight", (c.vocab, c.width)),
-        "model.embed_positions.weight": take(left, f"{prefix}wpe.weight", (c.max_positions, c.width)),
-        **_pair(left, f"{prefix}ln_f", "model.norm", (c.width,)),
+        "model.embed_tokens.weight": take(left, f"{prefix}wte.weight", (config.vocab, config.width)),
+        "model.embed_positions.weight": take(
+            left, f"{prefix}wpe.weight", (config.max_positions, config.width)
+        ),
+        **_pair(left, f"{prefix}ln_f", "model.norm", (config.width,)),
     }
-    for i in range(c.layers):
-        made |= _layer(left, f"{prefix}h.{i}.", f"model.layers.{i}.", c)
+    for i in range(config.layers):
+        made |= _layer(left, f"{prefix}h.{i}.", f"model.layers.{i}.", config)
     return left | made
 
 
-def _layer(left: dict[str, SourceTensor], old: str, new: str, c: DecoderConfig) -> dict[str, SourceTensor]:
+def _layer(
+    left: dict[str, SourceTensor], old: str, new: str, config: DecoderConfig
+) -> dict[str, SourceTensor]:
+    """Return the tensors of a layer under Llama's names."""
     made = {
-        **_pair(left, f"{old}ln_1", f"{new}input_layernorm", (c.width,)),
-        **_pair(left, f"{old}ln_2", f"{new}post_attention_layernorm", (c.width,)),
-        **_pair(left, f"{old}attn.c_proj", f"{new}self_attn.o_proj", (c.width, c.width)),
-        **_pair(left, f"{old}mlp.c_fc", f"{new}mlp.up_proj", (c.width, c.ff_width)),
-        **_pair(left, f"{old}mlp.c_proj", f"{new}mlp.down_proj", (c.ff_width, c.width)),
+        **_pair(left, f"{old}ln_1", f"{new}input_layernorm", (config.width,)),
+        **_pair(left, f"{old}ln_2", f"{new}post_attention_layernorm", (config.width,)),
+        **_pair(left, f"{old}attn.c_proj", f"{new}self_attn.o_proj", (config.width, config.width)),
+        **_pair(left, f"{old}mlp.c_fc", f"{new}mlp.up_proj", (config.width, config.ff_width)),
+        **_pair(left, f"{old}mlp.c_proj", f"{new}mlp.down_proj", (config.ff_width, config.width)),
     }
-    for kind, fused in _pair(left, f"{old}attn.c_attn", "", (c.width, 3 * c.width)).items():
-        made |= split_rows(fused, {f"{new}self_attn.{part}_proj{kind}": c.width for part in "qkv"})
+    for kind, fused in _pair(left, f"{old}attn.c_attn", "", (config.width, 3 * config.width)).items():
+        made |= split_rows(fused, {f"{new}self_attn.{part}_proj{kind}": config.width for part in "qkv"})
     return made
 
 
 def _pair(
     left: dict[str, SourceTensor], old: str, new: str, shape: tuple[int, ...]
 ) -> dict[str, SourceTensor]:
-    """Weight and bias of a module under another name; to a weight ``[D]``, being turned means nothing."""
+    """Return weight and bias of a module under a new name; transposing has no effect on a weight ``[D]``."""
     weight, bias = take(left, f"{old}.weight", shape), take(left, f"{old}.bias", shape[-1:])
-    return {f"{new}.weight": transposed(weight), f"{new}.bias": bias}
+    return {f"{new}.weight": transpose(weight), f"{new}.bias": bias}

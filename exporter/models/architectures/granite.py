@@ -1,53 +1,49 @@
-"""Granite 3 (IBM 2024): Llama's shape with four multipliers."""
+"""Granite 3 (IBM 2024): Llama's layers with four multipliers."""
 
 from dataclasses import dataclass
 
 from ..blocks import DecoderConfig
+from ..common_keys import read_common_keys
 from ..config import ConfigReader
 from ..rope import Rope, read_rope
-from ..shape import read_shape
-from ..tensors import Tensors, scaled
+from ..tensors import Tensors, scale
 
-# Whose results are multiplied before they are added to what went in.
-_ADDED = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
+# Weights whose results go into the residual sum.
+_RESIDUAL = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraniteConfig(DecoderConfig):
-    """A decoder's shape.
+    """A decoder's config with Granite's residual multiplier.
 
     Attributes:
-        residual_scale: what the results of attention and MLP are multiplied by. `adapt` folds it into the weights.
+        residual_scale: factor of the results of attention and MLP in the residual sum; `adapt` folds it into weights.
     """
 
     residual_scale: float = 1.0
 
 
-def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
-    """Reads a ``model_type: granite`` config.
+def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
+    """Read a ``model_type: granite`` config.
 
     Raises:
-        PrecastError: for a key that changes the maths and is not understood.
+        PrecastError: a key has a value that is not supported.
     """
-    attention_bias = config.take_bool("attention_bias", False)
-    said = {
-        **vars(read_shape(config, max_positions=2048)),
-        "qkv_bias": attention_bias,
-        "out_bias": attention_bias,
-        "mlp_bias": config.take_bool("mlp_bias", False),
-        "attention_scale": config.take_positive("attention_multiplier", 1.0),
-        "embedding_scale": config.take_positive("embedding_multiplier", 1.0),
-        "logit_scale": 1.0 / config.take_positive("logits_scaling", 1.0),
-        "residual_scale": config.take_positive("residual_multiplier", 1.0),
+    fields = {
+        **vars(read_common_keys(reader, max_positions=2048, attention_bias=True, mlp_bias=True)),
+        "attention_scale": reader.take_positive("attention_multiplier", 1.0),
+        "embedding_scale": reader.take_positive("embedding_multiplier", 1.0),
+        "logit_scale": 1.0 / reader.take_positive("logits_scaling", 1.0),
+        "residual_scale": reader.take_positive("residual_multiplier", 1.0),
     }
-    shape = GraniteConfig(**said)
-    return shape, (read_rope(config, shape.head_dim, shape.max_positions),)
+    config = GraniteConfig(**fields)
+    return config, (read_rope(reader, config.head_dim, config.max_positions),)
 
 
 def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
-    """Multiplies what is added to the residual in its weights, once, rather than in every step."""
+    """Multiply the weights whose results go into the residual sum, once, instead of scaling in every step."""
     assert isinstance(config, GraniteConfig)
     factor = config.residual_scale
     if factor == 1.0:
         return tensors
-    return {name: scaled(t, factor) if name.endswith(_ADDED) else t for name, t in tensors.items()}
+    return {name: scale(t, factor) if name.endswith(_RESIDUAL) else t for name, t in tensors.items()}

@@ -1,26 +1,18 @@
-"""Llama 1 to 3 and the many models of its shape (Touvron et al. 2023; SmolLM2 among them)."""
-
-from dataclasses import replace
+"""Llama 1 to 3 and the many models with the same layers, SmolLM2 among them (Touvron et al. 2023)."""
 
 from ..blocks import DecoderConfig
+from ..common_keys import read_common_keys
 from ..config import ConfigReader
 from ..rope import Rope, read_rope
-from ..shape import read_shape
 
 
-def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
-    """Reads a ``model_type: llama`` config.
+def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
+    """Read a ``model_type: llama`` config.
 
     Raises:
-        PrecastError: for a key that changes the maths and is not understood.
+        PrecastError: a key has a value that is not supported.
     """
-    config.expect("rope_interleaved", False)
-    config.expect("pretraining_tp", 1)
-    attention_bias = config.take_bool("attention_bias", False)
-    shape = replace(
-        read_shape(config, max_positions=2048),
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
-        mlp_bias=config.take_bool("mlp_bias", False),
-    )
-    return shape, (read_rope(config, shape.head_dim, shape.max_positions),)
+    reader.expect("rope_interleaved", False)
+    reader.expect("pretraining_tp", 1)
+    config = read_common_keys(reader, max_positions=2048, attention_bias=True, mlp_bias=True)
+    return config, (read_rope(reader, config.head_dim, config.max_positions),)

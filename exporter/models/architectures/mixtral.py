@@ -1,45 +1,45 @@
-"""Mixtral (Jiang et al. 2024): Mistral's shape, the MLP a mixture of experts."""
+"""Mixtral (Jiang et al. 2024): Mistral's layers with a mixture of experts as MLP."""
 
 from dataclasses import replace
 
 from ...sources.base import SourceTensor
 from ..blocks import DecoderConfig
+from ..common_keys import read_common_keys, read_mixture, uniform_windows
 from ..config import ConfigReader
 from ..rope import Rope, read_rope
-from ..shape import read_mixture, read_shape, same_window
-from ..tensors import Tensors, take, with_experts_apart
+from ..tensors import Tensors, split_experts, take
 
 
-def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
-    """Reads a ``model_type: mixtral`` config.
+def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
+    """Read a ``model_type: mixtral`` config.
 
     Raises:
-        PrecastError: for a key that changes the maths and is not understood.
+        PrecastError: a key has a value that is not supported.
     """
     for training in ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"):
-        config.take(training)
-    shape = read_shape(config, max_positions=131_072, norm_eps=1e-5, kv_heads=8)
-    shape = replace(
-        shape,
-        windows=same_window(config.take_nullable_size("sliding_window"), shape.layers),
-        mixture=read_mixture(config, experts=8, chosen=2, renormalised=True),
+        reader.take(training)
+    config = read_common_keys(reader, max_positions=131_072, norm_eps=1e-5, kv_heads=8)
+    config = replace(
+        config,
+        windows=uniform_windows(reader.take_nullable_size("sliding_window"), config.layers),
+        mixture=read_mixture(reader, experts=8, experts_per_token=2, renormalised=True),
     )
-    return shape, (read_rope(config, shape.head_dim, shape.max_positions, default_theta=1_000_000.0),)
+    return config, (read_rope(reader, config.head_dim, config.max_positions, default_theta=1_000_000.0),)
 
 
-def adapt(tensors: Tensors, c: DecoderConfig) -> Tensors:
-    """The names that Qwen3's mixtures have; newer checkpoints have them already."""
-    assert c.mixture is not None
+def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
+    """Rename the experts to the names of Qwen3's mixtures, which newer checkpoints already have."""
+    assert config.mixture is not None
     if not any(".block_sparse_moe." in name for name in tensors):
-        return with_experts_apart(tensors, c)
-    left, made = dict(tensors), dict[str, SourceTensor]()
-    inner, outer = (c.ff_width, c.width), (c.width, c.ff_width)
+        return split_experts(tensors, config)
+    left, renamed = dict(tensors), dict[str, SourceTensor]()
+    inner, outer = (config.ff_width, config.width), (config.width, config.ff_width)
     parts = (("w1", "gate_proj", inner), ("w3", "up_proj", inner), ("w2", "down_proj", outer))
-    for i in range(c.layers):
+    for i in range(config.layers):
         old, new = f"model.layers.{i}.block_sparse_moe.", f"model.layers.{i}.mlp."
-        made[f"{new}gate.weight"] = take(left, f"{old}gate.weight", (c.mixture.experts, c.width))
-        for e in range(c.mixture.experts):
-            for theirs, ours, shape in parts:
-                tensor = take(left, f"{old}experts.{e}.{theirs}.weight", shape)
-                made[f"{new}experts.{e}.{ours}.weight"] = tensor
-    return left | made
+        renamed[f"{new}gate.weight"] = take(left, f"{old}gate.weight", (config.mixture.experts, config.width))
+        for e in range(config.mixture.experts):
+            for old_part, new_part, shape in parts:
+                tensor = take(left, f"{old}experts.{e}.{old_part}.weight", shape)
+                renamed[f"{new}experts.{e}.{new_part}.weight"] = tensor
+    return left | renamed

@@ -1,24 +1,21 @@
-"""OLMo 2 (OLMo team 2024): norms behind attention and MLP instead of before them, and over all heads of q and of k."""
+"""OLMo 2 (OLMo team 2024): norms after attention and MLP instead of before, and over all heads of q and of k."""
 
 from dataclasses import replace
 
 from ..blocks import DecoderConfig
+from ..common_keys import read_common_keys
 from ..config import ConfigReader
 from ..rope import Rope, read_rope
-from ..shape import read_shape
 
 
-def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
-    """Reads a ``model_type: olmo2`` config.
+def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
+    """Read a ``model_type: olmo2`` config.
 
     Raises:
-        PrecastError: for a key that changes the maths and is not understood.
+        PrecastError: a key has a value that is not supported.
     """
-    attention_bias = config.take_bool("attention_bias", False)
-    shape = replace(
-        read_shape(config, max_positions=2048, norm_eps=1e-5),
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
+    config = replace(
+        read_common_keys(reader, max_positions=2048, norm_eps=1e-5, attention_bias=True),
         qk_norm="all",
     )
-    return shape, (read_rope(config, shape.head_dim, shape.max_positions),)
+    return config, (read_rope(reader, config.head_dim, config.max_positions),)

@@ -1,27 +1,24 @@
-"""Qwen3 (Yang et al. 2025): Qwen2's shape without its biases, each head of q and k normed."""
+"""Qwen3 (Yang et al. 2025): Qwen2's layers without biases, with a norm on each head of q and k."""
 
 from dataclasses import replace
 
 from ..blocks import DecoderConfig
+from ..common_keys import read_common_keys
 from ..config import ConfigReader
 from ..rope import Rope, read_rope
-from ..shape import read_shape
 from .qwen2 import late_windows
 
 
-def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
-    """Reads a ``model_type: qwen3`` config.
+def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
+    """Read a ``model_type: qwen3`` config.
 
     Raises:
-        PrecastError: for a key that changes the maths and is not understood.
+        PrecastError: a key has a value that is not supported.
     """
-    attention_bias = config.take_bool("attention_bias", False)
-    shape = read_shape(config, max_positions=32768, kv_heads=32, head_dim=128)
-    shape = replace(
-        shape,
-        windows=late_windows(config, shape.layers),
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
+    config = read_common_keys(reader, max_positions=32768, kv_heads=32, head_dim=128, attention_bias=True)
+    config = replace(
+        config,
+        windows=late_windows(reader, config.layers),
         qk_norm="head",
     )
-    return shape, (read_rope(config, shape.head_dim, shape.max_positions),)
+    return config, (read_rope(reader, config.head_dim, config.max_positions),)

@@ -3,41 +3,38 @@
 from dataclasses import replace
 
 from ..blocks import DecoderConfig
+from ..common_keys import read_common_keys, read_mixture, uniform_windows
 from ..config import ConfigReader
 from ..rope import Rope, read_rope
-from ..shape import read_mixture, read_shape, same_window
-from ..tensors import with_experts_apart as adapt
+from ..tensors import split_experts as adapt
 
 __all__ = ["adapt", "read_config"]
 
 
-def read_config(config: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
-    """Reads a ``model_type: qwen3_moe`` config.
+def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
+    """Read a ``model_type: qwen3_moe`` config.
 
     Raises:
-        PrecastError: for a key that changes the maths and is not understood, and for layers without experts.
+        PrecastError: a key has a value that is not supported, such as layers without experts.
     """
-    config.expect("mlp_only_layers", [])
-    config.expect("decoder_sparse_step", 1)
+    reader.expect("mlp_only_layers", [])
+    reader.expect("decoder_sparse_step", 1)
     for training in ("output_router_logits", "router_aux_loss_coef"):
-        config.take(training)
-    config.take("max_window_layers")  # of Qwen3; here all layers are alike
-    attention_bias = config.take_bool("attention_bias", False)
-    shape = read_shape(config, max_positions=32768, kv_heads=4)
-    shape = replace(
-        shape,
-        ff_width=config.take_size("moe_intermediate_size", 768),
-        windows=_windows(config, shape.layers),
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
+        reader.take(training)
+    reader.take("max_window_layers")  # a key of Qwen3; here all layers have the same window
+    config = read_common_keys(reader, max_positions=32768, kv_heads=4, attention_bias=True)
+    config = replace(
+        config,
+        ff_width=reader.take_size("moe_intermediate_size", 768),
+        windows=_windows(reader, config.layers),
         qk_norm="head",
         mixture=read_mixture(
-            config, experts=128, chosen=8, renormalised=config.take_bool("norm_topk_prob", False)
+            reader, experts=128, experts_per_token=8, renormalised=reader.take_bool("norm_topk_prob", False)
         ),
     )
-    return shape, (read_rope(config, shape.head_dim, shape.max_positions),)
+    return config, (read_rope(reader, config.head_dim, config.max_positions),)
 
 
-def _windows(config: ConfigReader, layers: int) -> tuple[int, ...]:
-    window = config.take_nullable_size("sliding_window", 4096)
-    return same_window(window if config.take_bool("use_sliding_window", False) else None, layers)
+def _windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
+    window = reader.take_nullable_size("sliding_window", 4096)
+    return uniform_windows(window if reader.take_bool("use_sliding_window", False) else None, layers)

@@ -24,8 +24,8 @@ class GgufArchitecture:
         model: transformers' class, for `architectures`.
         names: Hugging Face's name of each part; a part of a layer without "model.layers.N.". "{}" stands for the
             number of an expert, whose matrices are stacked in one tensor.
-        details: the keys of config.json that only some architectures have.
-        understood: metadata keys, without prefix, that `details` reads.
+        extra_keys: the keys of config.json that only some architectures have.
+        known_keys: metadata keys, without prefix, that `details` reads.
         interleaved: whether rows of q and k are permuted for llama.cpp's interleaved RoPE.
         norm_offset: what the converter has added to the weights of norms.
         longrope: whether there may be RoPE factors for short and long contexts.
@@ -35,8 +35,8 @@ class GgufArchitecture:
     model_type: str
     model: str
     names: Mapping[str, str]
-    details: Callable[[MetadataReader, Shapes], Config]
-    understood: frozenset[str] = frozenset()
+    extra_keys: Callable[[MetadataReader, Shapes], Config]
+    known_keys: frozenset[str] = frozenset()
     interleaved: bool = False
     norm_offset: float = 0.0
     longrope: bool = False
@@ -245,34 +245,34 @@ _QWEN3MOE_NAMES = (
 # By `general.architecture`.
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "llama": GgufArchitecture(
-        model_type="llama", model="LlamaForCausalLM", names=_LLAMA, details=_llama, interleaved=True
+        model_type="llama", model="LlamaForCausalLM", names=_LLAMA, extra_keys=_llama, interleaved=True
     ),
-    "qwen2": GgufArchitecture(model_type="qwen2", model="Qwen2ForCausalLM", names=_LLAMA, details=_qwen2),
+    "qwen2": GgufArchitecture(model_type="qwen2", model="Qwen2ForCausalLM", names=_LLAMA, extra_keys=_qwen2),
     "qwen3": GgufArchitecture(
-        model_type="qwen3", model="Qwen3ForCausalLM", names=_LLAMA | _QK_NORMS, details=_qwen3
+        model_type="qwen3", model="Qwen3ForCausalLM", names=_LLAMA | _QK_NORMS, extra_keys=_qwen3
     ),
     "gemma2": GgufArchitecture(
         model_type="gemma2",
         model="Gemma2ForCausalLM",
         names=_ENDS | _ATTENTION | _MLP | _SANDWICH_NORMS,
-        details=_gemma2,
-        understood=frozenset({_WINDOW, *_CAPS}),
+        extra_keys=_gemma2,
+        known_keys=frozenset({_WINDOW, *_CAPS}),
         norm_offset=1.0,
     ),
     "gemma3": GgufArchitecture(
         model_type="gemma3_text",
         model="Gemma3ForCausalLM",
         names=_ENDS | _ATTENTION | _QK_NORMS | _MLP | _SANDWICH_NORMS,
-        details=_gemma3,
-        understood=frozenset({_WINDOW, _PATTERN, *_LOCAL_BASES}),
+        extra_keys=_gemma3,
+        known_keys=frozenset({_WINDOW, _PATTERN, *_LOCAL_BASES}),
         norm_offset=1.0,
     ),
     "phi3": GgufArchitecture(
         model_type="phi3",
         model="Phi3ForCausalLM",
         names=_PHI3_NAMES,
-        details=_phi3,
-        understood=frozenset({_WINDOW, "rope.scaling.attn_factor"}),
+        extra_keys=_phi3,
+        known_keys=frozenset({_WINDOW, "rope.scaling.attn_factor"}),
         longrope=True,
         partial_rope=True,
     ),
@@ -280,25 +280,25 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         model_type="granite",
         model="GraniteForCausalLM",
         names=_LLAMA,
-        details=_granite,
-        understood=frozenset(_GRANITE_SCALES),
+        extra_keys=_granite,
+        known_keys=frozenset(_GRANITE_SCALES),
         interleaved=True,
     ),
     "olmo2": GgufArchitecture(
         model_type="olmo2",
         model="Olmo2ForCausalLM",
         names=_ENDS | _ATTENTION | _QK_NORMS | _MLP | _POST_NORMS,
-        details=_qwen3,
+        extra_keys=_qwen3,
     ),
     "smollm3": GgufArchitecture(
-        model_type="smollm3", model="SmolLM3ForCausalLM", names=_LLAMA, details=_smollm3, interleaved=True
+        model_type="smollm3", model="SmolLM3ForCausalLM", names=_LLAMA, extra_keys=_smollm3, interleaved=True
     ),
     "qwen3moe": GgufArchitecture(
         model_type="qwen3_moe",
         model="Qwen3MoeForCausalLM",
         names=_QWEN3MOE_NAMES,
-        details=_qwen3moe,
-        understood=_EXPERT_KEYS | {"expert_feed_forward_length"},
+        extra_keys=_qwen3moe,
+        known_keys=_EXPERT_KEYS | {"expert_feed_forward_length"},
     ),
 }
 
@@ -307,7 +307,7 @@ MIXTRAL = GgufArchitecture(
     model_type="mixtral",
     model="MixtralForCausalLM",
     names=_MIXTRAL_NAMES,
-    details=_mixtral,
-    understood=_EXPERT_KEYS,
+    extra_keys=_mixtral,
+    known_keys=_EXPERT_KEYS,
     interleaved=True,
 )

@@ -121,12 +121,12 @@ def translate_config(
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-        **architecture.details(reader, shapes),
+        **architecture.extra_keys(reader, shapes),
     }
 
 
 def _refuse_unknown(reader: MetadataReader, architecture: GgufArchitecture) -> None:
-    known = _UNDERSTOOD | _HARMLESS | architecture.understood
+    known = _UNDERSTOOD | _HARMLESS | architecture.known_keys
     for key, value in reader.metadata.items():
         short = key.removeprefix(f"{reader.prefix}.")
         if short == key or short in known or value in _NEUTRAL.get(short, ()):

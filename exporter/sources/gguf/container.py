@@ -16,7 +16,7 @@ import numpy as np
 from precast.loaders.artifact.errors import PrecastError
 
 from ..files import first_bytes, plain_file, refuse_stand_in
-from .tensors import Stored
+from .tensors import GgufTensor
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -50,7 +50,7 @@ class Container:
     """
 
     metadata: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, GgufTensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +295,7 @@ def _read_entry(cursor: _Cursor, entries: dict[str, _Entry]) -> None:
 
 def _stored(
     cursor: _Cursor, mapped: np.memmap[Any, Any], name: str, entry: _Entry, start: int, alignment: int
-) -> Stored:
+) -> GgufTensor:
     """Check that a tensor lies within the mapped file, and return a view of it."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -322,4 +322,4 @@ def _stored(
         )
     rows = tuple(reversed(entry.axes[1:]))
     data = mapped[begin : begin + length].view(_DTYPES.get(kind.name, "u1")).reshape(*rows, -1)
-    return Stored(shape=(*rows, entry.axes[0]), type=kind, data=data)
+    return GgufTensor(shape=(*rows, entry.axes[0]), type=kind, data=data)

@@ -7,7 +7,7 @@ from typing import Any
 from precast.loaders.artifact.errors import PrecastError
 
 from ..end_of_generation import ends_by_text, together
-from .markers import mended
+from .markers import repaired_types
 from .vocabulary import TokenType
 
 # Keys that name an end token, as llama.cpp reads them: end of sequence, turn and message, and file separators,
@@ -30,7 +30,7 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the ids at which llama.cpp ends a generation: those named by the file, and those with a known text."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
-    types = mended(tokens, types, metadata)
+    types = repaired_types(tokens, types, metadata)
     special: dict[str, int] = {}
     plain: dict[str, int] = {}
     for number, (token, kind) in enumerate(zip(tokens, types, strict=True)):

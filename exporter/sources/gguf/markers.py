@@ -25,7 +25,7 @@ _SPELLING = re.compile(r"<[|｜][^\s<>]+[|｜]>|</?[a-z]+_of_[a-z]+>|</?s>|\[/?[
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
-def mistyped(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
+def mistyped_markers(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
     """Return the ids of markers that are typed as words.
 
     Args:
@@ -53,16 +53,16 @@ def _written(templates: Iterable[object]) -> frozenset[str]:
     )
 
 
-def mended(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
-    """Return the token types with those of markers repaired; arguments as `mistyped`."""
-    wrong = frozenset(mistyped(tokens, types, metadata))
+def repaired_types(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
+    """Return the token types with those of markers repaired; arguments as `mistyped_markers`."""
+    wrong = frozenset(mistyped_markers(tokens, types, metadata))
     return [_CONTROL if number in wrong else kind for number, kind in enumerate(types)]
 
 
 def marker_remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a line that names the repaired markers, if any; arguments as `mistyped`."""
+    """Return a line that names the repaired markers, if any; arguments as `mistyped_markers`."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type")
-    if not types or not (wrong := mistyped(tokens, types, metadata)):
+    if not types or not (wrong := mistyped_markers(tokens, types, metadata)):
         return ()
     named = ", ".join(tokens[number] for number in wrong[:5])
     more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""

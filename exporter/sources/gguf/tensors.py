@@ -26,7 +26,7 @@ _COEFFICIENTS = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class GgufTensor:
     """A tensor as the file has it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Stored:
 
 
 def source_tensors(
-    path: Path, stored: Mapping[str, Stored], architecture: GgufArchitecture, config: Mapping[str, Any]
+    path: Path, stored: Mapping[str, GgufTensor], architecture: GgufArchitecture, config: Mapping[str, Any]
 ) -> dict[str, SourceTensor]:
     """Every tensor by its Hugging Face name.
 
@@ -77,7 +77,7 @@ def source_tensors(
     return tensors
 
 
-def _matrices(path: Path, gguf_name: str, name: str, tensor: Stored) -> Iterator[tuple[str, Stored]]:
+def _matrices(path: Path, gguf_name: str, name: str, tensor: GgufTensor) -> Iterator[tuple[str, GgufTensor]]:
     """The tensor itself, or of a stack ``[E, …]`` each expert's."""
     if "{}" not in name:
         yield name, tensor
@@ -91,7 +91,7 @@ def _matrices(path: Path, gguf_name: str, name: str, tensor: Stored) -> Iterator
         yield name.format(expert), replace(tensor, shape=tensor.shape[1:], data=tensor.data[expert])
 
 
-def _source(tensor: Stored) -> SourceTensor:
+def _source(tensor: GgufTensor) -> SourceTensor:
     in_blocks = len(tensor.shape) == 2 and tensor.type.name in _COEFFICIENTS and not tensor.offset
     return SourceTensor(
         shape=tensor.shape,
@@ -101,7 +101,7 @@ def _source(tensor: Stored) -> SourceTensor:
     )
 
 
-def check_tensor_types(path: Path, stored: Mapping[str, Stored]) -> None:
+def check_tensor_types(path: Path, stored: Mapping[str, GgufTensor]) -> None:
     """Refuses a type that cannot be dequantised before a long export begins.
 
     Raises:
@@ -121,7 +121,7 @@ def check_tensor_types(path: Path, stored: Mapping[str, Stored]) -> None:
             ) from error
 
 
-def dequantise(tensor: Stored) -> np.ndarray:
+def dequantise(tensor: GgufTensor) -> np.ndarray:
     """The tensor in float32, slab by slab; without its offset, and its rows in the order of Hugging Face."""
     from gguf.quants import dequantize
 
@@ -142,7 +142,7 @@ def dequantise(tensor: Stored) -> np.ndarray:
     return out.reshape(tensor.shape)
 
 
-def _blocks(tensor: Stored) -> QuantisedBlocks:
+def _blocks(tensor: GgufTensor) -> QuantisedBlocks:
     """The blocks of a matrix taken apart, its rows in the same order as `dequantise` has them.
 
     Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q8_0, block_q4_0, block_q4_1).
@@ -181,7 +181,7 @@ def _let_go(array: np.ndarray) -> None:
         mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def _order(tensor: Stored) -> np.ndarray | None:
+def _order(tensor: GgufTensor) -> np.ndarray | None:
     return None if tensor.heads is None else half_split_order(tensor.shape[0], tensor.heads)
 
 

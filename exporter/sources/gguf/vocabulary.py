@@ -8,7 +8,7 @@ from typing import Any
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .markers import mended
+from .markers import repaired_types
 
 _PREFIX = "tokenizer.ggml."
 
@@ -102,7 +102,7 @@ def read_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
             f"has tokens of type {unknown[0]}, which is not understood; convert the model again."
         )
     _refuse_unknown(vocabulary)
-    types = mended(tokens, types, metadata)
+    types = repaired_types(tokens, types, metadata)
     vocabulary = replace(vocabulary, types=types)
     used = [token for token, kind in zip(tokens, types, strict=True) if kind != TokenType.UNUSED]
     if len(set(used)) != len(used):

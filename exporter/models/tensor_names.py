@@ -18,37 +18,37 @@ _WRAPPERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Names:
-    """Names that an architecture's checkpoints have.
+class TensorNames:
+    """Tensor names in the checkpoints of an architecture.
 
     Attributes:
         body: prefix of the model without its output head, transformers' `base_model_prefix`.
-        embedding: of the token embedding, below the body.
-        bare: True if the architecture itself reads a body that was saved alone.
+        embedding: name of the token embedding below the body.
+        allows_bare: True if the architecture itself reads the names of a body that was saved alone.
     """
 
     body: str = "model"
     embedding: str = "embed_tokens"
-    bare: bool = False
+    allows_bare: bool = False
 
-    def complete(self, tensors: Tensors, *, tied: bool) -> Tensors:
+    def canonicalise(self, tensors: Tensors, *, tied: bool) -> Tensors:
         """Return the tensors under the names of a model with a head.
 
         The names of a body that was saved alone lack the body's prefix. Of a head tied to the embedding, safetensors
         may have kept only the head.
 
         Raises:
-            PrecastError: when a wrapper has renamed all tensors.
+            PrecastError: a wrapper has renamed all tensors.
         """
         for wrapper, owner in _WRAPPERS.items():
             if tensors and all(name.startswith(wrapper) for name in tensors):
                 raise PrecastError(
-                    f"every tensor's name begins with {wrapper!r}, which {owner} has put there when the model was"
-                    " saved; load the model without the wrapper in transformers and save it with save_pretrained."
+                    f"every tensor's name begins with {wrapper!r}, a prefix that {owner} adds when it saves a model;"
+                    " load the model without the wrapper in transformers and save it with save_pretrained."
                 )
         prefix = f"{self.body}."
         if not any(name.startswith(prefix) for name in tensors):
-            prefix = "" if self.bare else prefix
+            prefix = "" if self.allows_bare else prefix
             tensors = {n if n == HEAD else prefix + n: t for n, t in tensors.items()}
         embedding = f"{prefix}{self.embedding}.weight"
         if tied and embedding not in tensors and HEAD in tensors:

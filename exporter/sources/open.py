@@ -1,0 +1,116 @@
+"""Where weights come from: a Hugging Face directory, a GGUF file, a hub id, the demo model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from precast.loaders.artifact.errors import PrecastError
+
+from .base import Source, SourceFile, SourceTensor
+
+__all__ = ["Source", "SourceFile", "SourceTensor", "open_source"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """One kind of source: what it is called, which specs are one, and what opens it."""
+
+    name: str
+    matches: Callable[[str], bool]
+    open: Callable[[str], Source]
+
+
+# The readers' libraries are slow to import, and `--help` has to be quick: each opener imports its own reader.
+
+
+def _open_directory(spec: str) -> Source:
+    from .huggingface.source import open_huggingface
+
+    return open_huggingface(Path(spec))
+
+
+def _open_gguf(spec: str) -> Source:
+    from .gguf.source import open_gguf
+
+    return open_gguf(Path(spec))
+
+
+def _open_hub(spec: str) -> Source:
+    from .hub import open_hub
+
+    return open_hub(spec)
+
+
+def _is_hub_id(spec: str) -> bool:
+    from .hub import is_hub_id
+
+    return is_hub_id(spec)
+
+
+def _is_gguf(spec: str) -> bool:
+    """Return True for a GGUF file by its first bytes: other programs' stores name files by their hash.
+
+    A file that is only named .gguf also counts; the reader then refuses it in one sentence.
+    """
+    from .files import first_bytes, plain_file
+    from .gguf.container import MAGIC
+
+    path = Path(spec)
+    return plain_file(path) and (spec.lower().endswith(".gguf") or first_bytes(path, len(MAGIC)) == MAGIC)
+
+
+# In order: what is on this machine goes before what has to be fetched.
+_KINDS = (
+    _Kind(name="a Hugging Face directory", matches=lambda spec: Path(spec).is_dir(), open=_open_directory),
+    _Kind(name="a GGUF file", matches=_is_gguf, open=_open_gguf),
+    _Kind(
+        name="a hub id such as org/name or org/name@revision",
+        matches=lambda spec: _is_hub_id(spec) and not Path(spec).exists(),
+        open=_open_hub,
+    ),
+)
+
+
+def open_source(spec: str | None) -> Source:
+    """Open the model that `spec` names.
+
+    Args:
+        spec: a Hugging Face directory, a GGUF file, a hub id ("name" or "org/name", with "@revision" if
+            wanted), or None for the demo model.
+
+    Returns:
+        The source; tensors are read only when asked for.
+
+    Raises:
+        PrecastError: when `spec` is none of these, when what it names cannot be read, or when a package that
+            reads it is not installed.
+    """
+    try:
+        return _open(spec)
+    except ModuleNotFoundError as error:
+        raise PrecastError(
+            f"exporting needs the package {error.name}, which is not installed; run pip install "
+            "'precast[export]'."
+        ) from error
+
+
+def _open(spec: str | None) -> Source:
+    if spec is None:
+        from .demo import open_demo
+
+        return open_demo()
+    for kind in _KINDS:
+        if kind.matches(spec):
+            return kind.open(spec)
+    expected = ", ".join(kind.name for kind in _KINDS[:-1])
+    raise PrecastError(f"{spec!r}: expected {expected} or {_KINDS[-1].name}, found {_found(spec)}.")
+
+
+def _found(spec: str) -> str:
+    """Describe the actual content of a path, and the remedy."""
+    path = Path(spec)
+    if not path.is_file():
+        return "nothing of that name here; check the spelling"
+    if path.suffix in (".safetensors", ".json", ".bin"):
+        return f"a file out of a directory; name the directory, {path.resolve().parent}"
+    return "a file of another kind; check the spelling"
