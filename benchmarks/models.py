@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from precast.exporter.models import read_model
+from precast.exporter.models.registry import read_model
 from precast.exporter.programs import Geometry, cache_arrays, stored_model
 from precast.exporter.weights import stored_bytes
 
