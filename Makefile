@@ -8,6 +8,8 @@ DOCS_READY := $(VENV)/.ready-docs
 BENCH_VENV ?= .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 BENCH_PRECAST ?= .venv-bench-precast
+# Tests of one file share their fixtures, so a file stays with one worker. A worker takes up to 4 GB.
+PYTEST = $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP_INSTALL = .ci/pip_install.py --constraint constraints.txt
 
 .PHONY: help demo test test-long lint docs bench fuzz kill interrupt
@@ -25,10 +27,10 @@ $(DEMO)/manifest.json: | $(READY)
 
 test: $(READY)  ## set up and run the tests (15 to 25 minutes on two cores)
 	@echo "running the tests: 15 to 25 minutes on two cores"
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-long: $(READY)  ## half an hour more: sanitizers at each vector width, architectures with all weights and caches
-	$(BIN)/pytest -m long $(PYTEST_ARGS)
+	$(PYTEST) -m long $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
