@@ -1,4 +1,4 @@
-"""What an export reads, whatever it came from."""
+"""The model that an export reads, independent of the kind of source."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,12 +8,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class QuantisedBlocks:
-    """A matrix ``[out, in]`` as a checkpoint stores it in groups of 32 inputs.
+    """A matrix ``[out, in]`` in a checkpoint's own quantisation, in groups of 32 inputs.
 
-    A weight is scale · value, or scale · value + minimum where there is one, each to be computed in float32.
+    A weight is scale · value, or scale · value + minimum if there is a minimum, computed in float32.
 
     Attributes:
-        values: ``[out, in]``; int8 without minimum, uint8 with one.
+        values: ``[out, in]``; int8 without a minimum, uint8 with one.
         scale: float16 ``[out, in/32]``; may be negative.
         minimum: float16 ``[out, in/32]``, or None.
     """
@@ -25,16 +25,14 @@ class QuantisedBlocks:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceTensor:
-    """One tensor of a checkpoint, read only when asked for.
+    """A tensor of a checkpoint, read only on demand.
 
     Attributes:
-        shape: its shape, as the Hugging Face checkpoint of the same model would have it (``[out, in]`` for a
-            linear layer).
-        dtype: the name of the type it is stored in ("float32", "bfloat16", "Q4_1", …); for messages and
-            provenance.
-        read: returns it as a float32 array of `shape`, freshly read; the caller owns the array.
-        blocks: returns what `read` does before it is multiplied out, for a matrix that is stored in blocks which
-            `QuantisedBlocks` can say to the bit; else None.
+        shape: shape in the model's Hugging Face checkpoint (``[out, in]`` for a linear layer).
+        dtype: name of the stored type ("float32", "bfloat16", "Q4_1", …), for messages and provenance.
+        read: returns a new float32 array of `shape`, which the caller owns.
+        blocks: returns the tensor before dequantisation, for a matrix that `QuantisedBlocks` represents exactly; None
+            for any other.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +43,7 @@ class SourceTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file that an export was made from, for the artifact's provenance."""
+    """A file that an export has read, for the artifact's provenance."""
 
     name: str
     bytes: int
@@ -57,19 +55,19 @@ class Source:
     """A model to export.
 
     Attributes:
-        name: a short lower-case name fit for a folder ("smollm2-135m-instruct").
-        config: the keys of a Hugging Face ``config.json``, ``model_type`` among them. A GGUF file's metadata
-            is translated to the same keys.
-        tensors: every tensor by its Hugging Face checkpoint name ("model.layers.0.self_attn.q_proj.weight").
-        tokenizer_json: the bytes of a ``tokenizer.json`` that the `tokenizers` library reads.
-        chat_template: the Jinja source of the chat template, or None.
+        name: a short lower-case name suitable for a folder ("smollm2-135m-instruct").
+        config: keys of a Hugging Face ``config.json``, including ``model_type``. A GGUF file's metadata is translated
+            to the same keys.
+        tensors: all tensors by their names in the Hugging Face checkpoint ("model.layers.0.self_attn.q_proj.weight").
+        tokenizer_json: contents of a ``tokenizer.json`` for the `tokenizers` library.
+        chat_template: Jinja source of the chat template, or None.
         bos_token: text of the beginning-of-sequence token, or None.
         eos_token: text of the end-of-sequence token, or None.
-        eos_token_ids: ids at which generation stops.
-        sampling: defaults out of ``generation_config.json`` or a GGUF file's metadata, by field of the manifest's
-            `SamplingDefaults`; empty when there are none.
-        licence: SPDX name, or None where the source does not say.
-        files: the files that were read, with their hashes.
+        eos_token_ids: ids of the tokens that end a generation.
+        sampling: defaults from ``generation_config.json`` or a GGUF file's metadata, by field of the manifest's
+            `SamplingDefaults`; may be empty.
+        licence: SPDX name, or None if the source names no licence.
+        files: the files read, with their hashes.
         named_templates: Jinja sources of further chat templates by name ("tool_use", "rag").
         remarks: sentences for the user about repairs and omissions.
     """

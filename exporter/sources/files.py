@@ -1,4 +1,4 @@
-"""What the readers share: hashing, JSON, names and licences."""
+"""Helpers that the readers of all sources share: hashing, JSON, names and licences."""
 
 import json
 import os
@@ -11,8 +11,7 @@ from precast.loaders.artifact.files import open_plain, sha256_of
 
 from .base import SourceFile
 
-# Hugging Face and GGUF write licences in lower case, SPDX does not; a licence that is not here is passed on
-# as written.
+# Hugging Face and GGUF write licences in lower case, unlike SPDX. Other licences are passed on as written.
 _SPDX = {
     name.lower(): name
     for name in (
@@ -52,41 +51,41 @@ def plain_file(path: Path) -> bool:
     """Return True for a regular file, False if the path does not exist.
 
     Raises:
-        PrecastError: for anything else, such as a FIFO, which would block a reader forever, or a dangling link.
+        PrecastError: the path is anything else, such as a FIFO, which would block a reader forever, or a dangling link.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise PrecastError(
-                f"{path}: is a link to {path.readlink()}, which is not there; fetch the file again."
+                f"{path}: is a link to {path.readlink()}, which does not exist; fetch the file again."
             ) from None
         return False
     except OSError as error:
-        raise PrecastError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
-        ) from error
-    except ValueError:  # a NUL, or half of a surrogate pair: no file has such a name
+        raise _unreadable(path, error) from error
+    except ValueError:  # no file name contains a NUL or half of a surrogate pair
         return False
     if kind != stat.S_IFREG:
         raise PrecastError(
-            f"{path}: expected a file, found {_KINDS.get(kind, 'something else')}; replace it by the file."
+            f"{path}: expected a file, found {_KINDS.get(kind, 'something else')}; replace it with the file."
         )
     return True
 
 
+def _unreadable(path: Path, error: OSError) -> PrecastError:
+    return PrecastError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions.")
+
+
 def hash_file(path: Path) -> SourceFile:
-    """Name, size and sha256 of a file, which is read in pieces.
+    """Return name, size and sha256 of a file.
 
     Raises:
-        PrecastError: when it cannot be read.
+        PrecastError: the file cannot be read.
     """
     try:
         return SourceFile(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(path))
     except OSError as error:
-        raise PrecastError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
-        ) from error
+        raise _unreadable(path, error) from error
 
 
 # Stand-ins that a download may leave in place of a file, by their first bytes, each with the remedy.
@@ -98,25 +97,23 @@ _STAND_INS = (
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """Return the beginning of a plain file.
+    """Return the first bytes of a plain file.
 
     Raises:
-        PrecastError: when it cannot be read.
+        PrecastError: the file cannot be read.
     """
     try:
         with open_plain(path) as stream:
             return stream.read(count)
     except OSError as error:
-        raise PrecastError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
-        ) from error
+        raise _unreadable(path, error) from error
 
 
 def refuse_stand_in(path: Path) -> None:
     """Refuse a stand-in that a download left in place of a file.
 
     Raises:
-        PrecastError: names the stand-in and the remedy.
+        PrecastError: the file is a stand-in; the error names the remedy.
     """
     begin = first_bytes(path, 32).lower()
     for mark, found in _STAND_INS:
@@ -138,11 +135,9 @@ def read_text(path: Path) -> str:
                     f"{path}: expected at most {_LONGEST_TEXT:,} bytes, found {size:,}; fetch the file again."
                 )
             data = stream.read()
-        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # as text is opened anywhere
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")  # universal newlines
     except OSError as error:
-        raise PrecastError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions."
-        ) from error
+        raise _unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise PrecastError(
             f"{path}: expected UTF-8 text, found the byte 0x{error.object[error.start]:02x} at offset "
@@ -151,10 +146,10 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON file that holds an object.
+    """Return the object in a JSON file.
 
     Raises:
-        PrecastError: when it cannot be read, is not JSON or holds something else.
+        PrecastError: the file cannot be read, is not valid JSON, or contains something else than an object.
     """
     text = read_text(path)
     try:
@@ -165,7 +160,10 @@ def read_json(path: Path) -> dict[str, object]:
         raise PrecastError(
             f"{path}: expected text, found half of a character ({error.object[error.start]!a}); save the file again."
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number with thousands of digits raises a plain ValueError
         raise PrecastError(f"{path}: is not valid JSON ({error}); fetch the file again.") from error
     if not isinstance(value, dict):
         raise PrecastError(
@@ -175,7 +173,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def optional_json(path: Path) -> dict[str, object]:
-    """Return the object of a JSON file, an empty one if the file is missing.
+    """Return the object in a JSON file, or an empty one if the file is missing.
 
     Raises:
         PrecastError: as `read_json`.
@@ -184,12 +182,12 @@ def optional_json(path: Path) -> dict[str, object]:
 
 
 def slug(text: str) -> str:
-    """A name fit for a folder: lower case, and only letters, digits, ``.``, ``_`` and single ``-``."""
+    """Return a name suitable for a folder: lower case, with only letters, digits, ``.``, ``_`` and single ``-``."""
     return re.sub(r"[^a-z0-9._]+", "-", text.lower()).strip("-._") or "model"
 
 
 def spdx(licence: object) -> str | None:
-    """A licence as SPDX spells it where that is known, otherwise as the source does; None for none."""
+    """Return a licence in SPDX's spelling if it is known, or else as written; None if there is none."""
     if not isinstance(licence, str) or not licence.strip():
         return None
     return _SPDX.get(licence.strip().lower(), licence.strip())

@@ -10,7 +10,7 @@ from .base import Source
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?P<repo>(?:{_NAME}/)?(?P<name>{_NAME}))(?:@(?P<revision>[A-Za-z0-9._/-]+))?")
 
-# A name with such an ending is a file that is not there, not a model on the hub.
+# A name with such an ending means a missing file, not a model on the hub.
 _FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth", ".zip", ".onnx")
 
 # Neither pickles nor Python code are ever fetched.
@@ -34,7 +34,7 @@ _PATTERNS = (
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether `spec` has the form "name" or "org/name", with "@revision" if wanted."""
+    """Return True if `spec` has the form "name" or "org/name", optionally with "@revision"."""
     match = _HUB_ID.fullmatch(spec)
     if match is None or "--" in match["repo"] or ".." in spec:  # the hub allows neither
         return False
@@ -42,12 +42,12 @@ def is_hub_id(spec: str) -> bool:
 
 
 def open_hub(spec: str) -> Source:
-    """Fetch a model into the hub's cache (``HF_HOME``) and read it; a cached one is read without a network.
+    """Fetch a model into the hub's cache (``HF_HOME``) and read it; a cached model needs no network.
 
     ``HF_HUB_OFFLINE`` and the other settings of huggingface-hub apply.
 
     Raises:
-        PrecastError: when it cannot be fetched, or when it is a model that `open_huggingface` refuses.
+        PrecastError: the model cannot be fetched, or `open_huggingface` refuses it.
     """
     from .huggingface.source import open_huggingface
 
@@ -72,17 +72,19 @@ def _fetch(repo: str, revision: str | None) -> Path:
                 local_files_only=refused is not None,
             )
         )
-    except Exception as error:  # also those of the HTTP library, which differs between versions of the hub's
-        # The hub's own answer says more than that nothing is cached.
-        told = refused if isinstance(refused, errors.HfHubHTTPError | ValueError) else error
-        raise PrecastError(_explain(repo, revision, told)) from error
+    except (
+        Exception
+    ) as error:  # includes the HTTP library's, which differs between versions of huggingface-hub
+        # The hub's own answer explains more than the absence of a cached copy.
+        reason = refused if isinstance(refused, errors.HfHubHTTPError | ValueError) else error
+        raise PrecastError(_explain(repo, revision, reason)) from error
 
 
 def _probe(repo: str, revision: str | None) -> Exception | None:
-    """What the hub says against fetching this model, or None.
+    """Return the hub's objection to fetching this model, or None.
 
-    `snapshot_download` asks without a time limit, and asks again and again for a revision that is a commit:
-    where packets vanish, it hangs for minutes. So the hub has to answer one question in time first.
+    `snapshot_download` asks without a time limit, and repeatedly if the revision is a commit, so it hangs for minutes
+    when packets vanish. The hub must therefore answer one question in time first.
     """
     from huggingface_hub import HfApi, constants
 
@@ -94,7 +96,7 @@ def _probe(repo: str, revision: str | None) -> Exception | None:
 
 
 def _explain(repo: str, revision: str | None, error: Exception) -> str:
-    """One sentence for whatever huggingface-hub raised."""
+    """Return one sentence for an error of huggingface-hub."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):

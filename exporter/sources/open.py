@@ -1,4 +1,4 @@
-"""Where weights come from: a Hugging Face directory, a GGUF file, a hub id, the demo model."""
+"""Open a model from any kind of source: a Hugging Face directory, a GGUF file, a hub id or the demo model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,21 +6,25 @@ from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .base import Source, SourceFile, SourceTensor
-
-__all__ = ["Source", "SourceFile", "SourceTensor", "open_source"]
+from .base import Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """One kind of source: what it is called, which specs are one, and what opens it."""
+    """A kind of source.
+
+    Attributes:
+        name: words for it in messages.
+        matches: returns True if a spec names such a source.
+        open: opens the source that a spec names.
+    """
 
     name: str
     matches: Callable[[str], bool]
     open: Callable[[str], Source]
 
 
-# The readers' libraries are slow to import, and `--help` has to be quick: each opener imports its own reader.
+# The readers' libraries are slow to import, so each opener imports its own reader: `--help` must be quick.
 
 
 def _open_directory(spec: str) -> Source:
@@ -48,9 +52,9 @@ def _is_hub_id(spec: str) -> bool:
 
 
 def _is_gguf(spec: str) -> bool:
-    """Return True for a GGUF file by its first bytes: other programs' stores name files by their hash.
+    """Return True for a GGUF file by its first bytes, because other programs' stores name files by their hash.
 
-    A file that is only named .gguf also counts; the reader then refuses it in one sentence.
+    A file also counts if only its name ends in .gguf; the reader then refuses it in one sentence.
     """
     from .files import first_bytes, plain_file
     from .gguf.container import MAGIC
@@ -59,7 +63,7 @@ def _is_gguf(spec: str) -> bool:
     return plain_file(path) and (spec.lower().endswith(".gguf") or first_bytes(path, len(MAGIC)) == MAGIC)
 
 
-# In order: what is on this machine goes before what has to be fetched.
+# In order of precedence: local sources come before those that must be fetched.
 _KINDS = (
     _Kind(name="a Hugging Face directory", matches=lambda spec: Path(spec).is_dir(), open=_open_directory),
     _Kind(name="a GGUF file", matches=_is_gguf, open=_open_gguf),
@@ -75,15 +79,14 @@ def open_source(spec: str | None) -> Source:
     """Open the model that `spec` names.
 
     Args:
-        spec: a Hugging Face directory, a GGUF file, a hub id ("name" or "org/name", with "@revision" if
-            wanted), or None for the demo model.
+        spec: a Hugging Face directory, a GGUF file, a hub id ("name" or "org/name", optionally with "@revision"), or
+            None for the demo model.
 
     Returns:
-        The source; tensors are read only when asked for.
+        The source; tensors are read only on demand.
 
     Raises:
-        PrecastError: when `spec` is none of these, when what it names cannot be read, or when a package that
-            reads it is not installed.
+        PrecastError: `spec` is none of these, the model cannot be read, or a package that reads it is not installed.
     """
     try:
         return _open(spec)
@@ -107,10 +110,10 @@ def _open(spec: str | None) -> Source:
 
 
 def _found(spec: str) -> str:
-    """Describe the actual content of a path, and the remedy."""
+    """Describe what a path is, and the remedy."""
     path = Path(spec)
     if not path.is_file():
         return "nothing of that name here; check the spelling"
     if path.suffix in (".safetensors", ".json", ".bin"):
-        return f"a file out of a directory; name the directory, {path.resolve().parent}"
+        return f"one file of a directory; name the directory, {path.resolve().parent}"
     return "a file of another kind; check the spelling"

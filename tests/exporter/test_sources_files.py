@@ -67,11 +67,11 @@ def make_device(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (make_pipe, "expected a file, found a FIFO; replace it by the file."),
-        (make_folder, "expected a file, found a folder; replace it by the file."),
-        (make_device, "expected a file, found a device; replace it by the file."),
+        (make_pipe, "expected a file, found a FIFO; replace it with the file."),
+        (make_folder, "expected a file, found a folder; replace it with the file."),
+        (make_device, "expected a file, found a device; replace it with the file."),
         (make_loop, "cannot be read ("),
-        (make_link_to_nothing, "is a link to not-fetched, which is not there; fetch the file again."),
+        (make_link_to_nothing, "is a link to not-fetched, which does not exist; fetch the file again."),
     ],
 )
 def test_no_file_in_the_place_of_one(checkpoint, name, make, found):
@@ -95,7 +95,7 @@ def test_a_pipe_in_the_place_of_a_shard(checkpoint):
 def test_a_pipe_in_the_place_of_a_gguf_file(tmp_path, name):
     make_pipe(tmp_path / name)
     assert refusal(tmp_path / name) == (
-        f"{tmp_path / name}: expected a file, found a FIFO; replace it by the file."
+        f"{tmp_path / name}: expected a file, found a FIFO; replace it with the file."
     )
 
 

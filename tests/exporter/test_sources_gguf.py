@@ -740,7 +740,7 @@ def test_a_gguf_file_is_known_by_its_first_bytes(gguf_spec, tmp_path, name):
 def test_a_file_out_of_a_checkpoint_is_named_by_its_directory(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(16))
-    assert refusal(path).endswith(f"found a file out of a directory; name the directory, {tmp_path}.")
+    assert refusal(path).endswith(f"found one file of a directory; name the directory, {tmp_path}.")
 
 
 def test_without_token_types_a_sentencepiece_tokenizer_cannot_be_made(gguf_spec, tmp_path):
