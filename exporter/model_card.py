@@ -1,26 +1,27 @@
-"""The README.md of an artifact: what it is, made from what, under which licence, how to run it."""
+"""The model card of an artifact (README.md): the model, its origin and licence, and how to run it."""
 
 from precast.loaders.artifact.manifest import Fidelity, Manifest
 
 
 def render(manifest: Manifest) -> str:
-    """The model card as Markdown; a function of the manifest alone, but of no target: those may be added later."""
-    m, p = manifest.model, manifest.provenance
-    sources = "\n".join(f"- `{name}`, sha256 `{entry.sha256}`" for name, entry in p.source_files.items())
+    """Return the model card as Markdown. It omits the targets, because `add-target` may add some later."""
+    model, provenance = manifest.model, manifest.provenance
+    version, files = provenance.versions.get("precast", ""), provenance.source_files
+    sources = "\n".join(f"- `{name}`, sha256 `{entry.sha256}`" for name, entry in files.items())
     return f"""# {manifest.name}
 
-An ahead-of-time compiled language model, written by precast {p.versions.get("precast", "")} on {p.created}.
+An ahead-of-time compiled language model, written by precast {version} on {provenance.created}.
 
 | | |
 |---|---|
-| model | {m.architecture}, {m.parameters / 1e6:.1f} million parameters, {m.layers} layers |
-| weights | {m.weights} |
+| model | {model.architecture}, {model.parameters / 1e6:.1f} million parameters, {model.layers} layers |
+| weights | {model.weights} |
 | context | {manifest.context} positions, {manifest.slots} {"slot" if manifest.slots == 1 else "slots"} |
 | prefill buckets | {", ".join(map(str, manifest.buckets))} |
-| compiled for | see `precast inspect .`; `precast check .` says whether it runs on a machine |
-| licence | {p.licence or "not stated by the source; ask whoever published the model"} |
+| compiled for | see `precast inspect .`; `precast check .` tells whether it runs on this machine |
+| licence | {provenance.licence or "not stated by the source; ask the publisher of the model"} |
 {_fidelity(manifest.fidelity) if manifest.fidelity else ""}
-Run it in this folder, where precast is installed; jax is not needed:
+Run it from this folder, with precast installed; jax is not needed:
 
     precast run . --prompt "The capital of France is"
 
@@ -30,16 +31,17 @@ Made from:
 """
 
 
-def _fidelity(f: Fidelity) -> str:
+def _fidelity(fidelity: Fidelity) -> str:
     own, reference = (
-        "more than a float holds" if p is None else f"{p:.4f}" for p in (f.perplexity, f.reference_perplexity)
+        "beyond the range of a float" if perplexity is None else f"{perplexity:.4f}"
+        for perplexity in (fidelity.perplexity, fidelity.reference_perplexity)
     )
     return f"""
-Measured against the source in float32, on {f.tokens:,} predictions of {f.text}:
+Measured against the source in float32, on {fidelity.tokens:,} predictions of {fidelity.text}:
 
 | | |
 |---|---|
 | perplexity | {own} (float32: {reference}) |
-| KL divergence | {f.kl_mean:.3g} nats per token on average, 99th percentile {f.kl_p99:.3g} |
-| same likeliest token | {f.top1:.2%} |
+| KL divergence | {fidelity.kl_mean:.3g} nats per token on average, 99th percentile {fidelity.kl_p99:.3g} |
+| same most likely token | {fidelity.top1:.2%} |
 """

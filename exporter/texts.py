@@ -1,7 +1,7 @@
-"""The texts of an artifact: its tokenizer and its chat templates, checked and written."""
+"""Check and write the texts of an artifact: its tokenizer and its chat templates."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 
@@ -15,7 +15,11 @@ TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 
 
 def read_tokenizer(source: Source) -> Tokenizer:
-    """Make the tokenizer of a source as the loader does."""
+    """Return the tokenizer of a source, made as the loader makes it.
+
+    Raises:
+        PrecastError: the source's `tokenizer_json` is not a tokenizer, or its decoder cannot work token by token.
+    """
     return Tokenizer.from_json(
         source.tokenizer_json,
         chat_template=source.chat_template,
@@ -26,10 +30,10 @@ def read_tokenizer(source: Source) -> Tokenizer:
 
 
 def check_templates(source: Source) -> None:
-    """Refuse a chat template that cannot be compiled.
+    """Compile every chat template of a source.
 
     Raises:
-        PrecastError: for one that is too long or is not a template.
+        PrecastError: a template is too long, or it is not a template.
     """
     default = {} if source.chat_template is None else {None: source.chat_template}
     for name, template in (default | dict(source.named_templates)).items():
@@ -38,11 +42,12 @@ def check_templates(source: Source) -> None:
         except PrecastError as error:
             which = "chat template" if name is None else f"chat template {name!r}"
             raise PrecastError(
-                f"{source.name}: its {which} cannot be used ({str(error).rstrip('.')}); correct or remove it there."
+                f"{source.name}: its {which} is unusable ({str(error).rstrip('.')}); correct or remove it there."
             ) from None
 
 
-_SHOWN = 5
+# Names that a remark lists; "…" stands for the others.
+_LISTED = 5
 
 # The spelling of chat markers.
 _MARKER = re.compile(r"<[|｜][^\s<>]{1,60}[|｜]>|</?[a-z]+_of_[a-z]+>|\[/?[A-Z_]{2,20}\]")
@@ -51,10 +56,10 @@ _SAMPLES = ([_SYSTEM, _USER, {"role": "assistant", "content": "c"}, _USER], [_US
 
 
 def marker_remarks(source: Source) -> tuple[str, ...]:
-    """Name the markers of the chat templates that become several tokens; most models have one token for each.
+    """Return a remark on the markers in chat templates that become several tokens; most models have one for each.
 
-    The check encodes a rendered conversation. Added tokens always match whole, so the tokenizer has the reported
-    markers as words, or lacks them. Some models were trained like that, so the export only remarks on it.
+    The markers come from a rendered conversation. An added token always matches whole, so the vocabulary has a reported
+    marker as an ordinary word, or lacks it. Some models were trained like that, so this is not an error.
     """
     tokenizer = read_tokenizer(source)
     names = [*([] if source.chat_template is None else ["default"]), *source.named_templates]
@@ -62,20 +67,30 @@ def marker_remarks(source: Source) -> tuple[str, ...]:
     split = [marker for marker in markers if len(tokenizer.encode(marker, add_special_tokens=False)) != 1]
     if not split:
         return ()
-    return (f"the chat template writes markers that are not one token each: {', '.join(split[:5])}",)
+    return (f"the chat template writes markers that are not one token each: {_listed(split)}",)
 
 
 def bare_tokens(source: Source, vocab: int) -> str | None:
-    """Name the added tokens without an embedding; transformers loads such a model, and fails on a text with one."""
-    shown = [f"{token!r:.40}" for token in read_tokenizer(source).tokens_from(vocab)]
-    if not shown:
+    """Return a remark on the added tokens without an embedding, or None.
+
+    transformers loads such a model, but fails on a text with such a token.
+
+    Args:
+        source: the source.
+        vocab: number of the model's embeddings.
+    """
+    bare = [f"{token!r:.40}" for token in read_tokenizer(source).tokens_from(vocab)]
+    if not bare:
         return None
-    named = ", ".join(shown[:_SHOWN]) + (", …" if len(shown) > _SHOWN else "")
-    return f"added tokens from id {vocab} on have no embedding and are refused in prompts: {named}"
+    return f"added tokens from id {vocab} on have no embedding and are refused in prompts: {_listed(bare)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (", …" if len(names) > _LISTED else "")
 
 
 def _sample(tokenizer: Tokenizer, template: str) -> str:
-    """Render a sample conversation; return an empty text if the template refuses every sample."""
+    """Return a rendered sample conversation, or "" if the template refuses every sample."""
     for messages in _SAMPLES:
         try:
             return tokenizer.render_chat(messages, template=template)
@@ -85,12 +100,12 @@ def _sample(tokenizer: Tokenizer, template: str) -> str:
 
 
 def named_files(source: Source) -> dict[str, str]:
-    """Choose a file name for each named template: its own name if valid and free, else a free number."""
+    """Return a file name for each named template: with its own name if valid and free, else with a free number."""
     files: dict[str, str] = {}
     taken: set[str] = set()
     for number, name in enumerate(source.named_templates, 1):
-        fit = [name.lower()] if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) else []
-        endings = chain(fit, map(str, count(number)))
+        own = [name.lower()] if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) else []
+        endings = chain(own, map(str, count(number)))
         files[name] = next(
             file for file in (f"chat_template.{ending}.jinja" for ending in endings) if file not in taken
         )
@@ -99,7 +114,7 @@ def named_files(source: Source) -> dict[str, str]:
 
 
 def write_texts(folder: Path, source: Source) -> None:
-    """Write the tokenizer and the chat templates."""
+    """Write the tokenizer and the chat templates of `source` into `folder`."""
     (folder / TOKENIZER_FILE).write_bytes(source.tokenizer_json)
     texts: Mapping[str, str] = {
         file: source.named_templates[name] for name, file in named_files(source).items()

@@ -139,7 +139,7 @@ NAME = "model.layers.2.mlp.down_proj.weight"
         ({"lm_head.weight": None}, "has no lm_head.weight, though its config.json does not say"),
         (
             {NAME: np.zeros((48, 80), np.int32)},
-            f"{NAME} is stored as I32, and only F32, F16 and BF16 are read",
+            f"expected {NAME} to be F32, F16 or BF16, found I32",
         ),
     ],
 )
@@ -150,7 +150,7 @@ def test_tensors_that_are_wrong_or_missing(export_refused, tiny_checkpoint, tens
 def test_a_truncated_weight_file(export_refused, tiny_checkpoint):
     path = tiny_checkpoint() / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert "model.safetensors: is not a whole safetensors file" in export_refused(path.parent)
+    assert "model.safetensors: is not a complete safetensors file" in export_refused(path.parent)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint):

@@ -1,7 +1,7 @@
-"""Tokens that end a generation, found by their text, so that a model stops at the same tokens from any source.
+"""The tokens that end a generation, found by their text.
 
-Model files seldom name all of these tokens. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp);
-transformers knows only the ids that a config names.
+Model files seldom name all of these tokens, so the text makes a model stop at the same tokens from any source. The
+list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows only the ids that a config names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
 
-# No vocabulary contains these texts by chance, so they count whatever type a file gives them.
+# No vocabulary contains these texts by chance, so they count with any token type.
 _UNMISTAKABLE = frozenset(
     {
         "<|eot_id|>",
@@ -49,7 +49,7 @@ _IF_SPECIAL = frozenset(
         "<REPO>",
     }
 )
-# The first of these does not end a generation if all the others exist.
+# The first token does not end a generation if the vocabulary has all of the others.
 _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
     ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # it separates the messages of one answer
     ("<|end|>", frozenset({"<|flush|>", "<|calls|>"})),
@@ -58,12 +58,12 @@ _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
 )
 
 
-def ends_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> tuple[int, ...]:
+def end_tokens_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> tuple[int, ...]:
     """Return the ids of tokens that end a generation, ascending.
 
     Args:
-        special: ids of the tokens that a tokenizer always matches whole, by text.
-        plain: all other tokens.
+        special: ids of the special tokens, by text. A tokenizer always matches them whole.
+        plain: ids of all other tokens, by text.
     """
     found = {text: i for text, i in plain.items() if text in _UNMISTAKABLE}
     found |= {text: i for text, i in special.items() if text in _UNMISTAKABLE | _IF_SPECIAL}
@@ -73,17 +73,21 @@ def ends_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> tuple[
     return tuple(sorted(found.values()))
 
 
-def named_ends(folder: Path, config: Mapping[str, object]) -> tuple[int, ...]:
-    """Return the end tokens of config.json or generation_config.json: one id, several or none."""
-    said = config.get("eos_token_id")
-    ids = said if isinstance(said, list) else [] if said is None else [said]
+def named_end_tokens(folder: Path, config: Mapping[str, object]) -> tuple[int, ...]:
+    """Return the end tokens that config.json or generation_config.json names: any number of ids.
+
+    Raises:
+        PrecastError: `eos_token_id` is neither an id nor a list of ids.
+    """
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise PrecastError(
-            f"{folder}: expected eos_token_id to be token ids, found {said!r:.80}; correct the config."
+            f"{folder}: expected eos_token_id to be token ids, found {value!r:.80}; correct the config."
         )
     return tuple(ids)
 
 
-def together(named: Iterable[int | None], by_text: Iterable[int]) -> tuple[int, ...]:
-    """Return the end tokens without duplicates, those named by the model's files first."""
+def merge_end_tokens(named: Iterable[int | None], by_text: Iterable[int]) -> tuple[int, ...]:
+    """Return all end tokens without duplicates, those that the model's files name first."""
     return tuple(dict.fromkeys(token for token in (*named, *by_text) if token is not None))

@@ -1,6 +1,6 @@
 """generation_config.json: every key of transformers' `GenerationConfig` is applied, harmless or refused.
 
-transformers' behaviour is the reference. A key that it does not know has no effect; the export names and omits it.
+transformers is the reference. It ignores unknown keys; so does the export, but names them.
 """
 
 from collections.abc import Mapping
@@ -28,34 +28,35 @@ class Key:
     """One key of transformers' `GenerationConfig`.
 
     Attributes:
-        treatment: how an export treats the value.
-        why: the reason for a harmless key; the words that follow "which" for a refused one; the destination for an
-            applied one.
-        neutral: values of a refused key, besides null, that change nothing.
-        sampling: the key has no effect without do_sample.
+        treatment: treatment by an export.
+        target: for an applied key, the field of `SamplingParams` that it sets, or the function that reads it.
+        reason: for a harmless key, the reason; for a refused key, its effect, as a clause that follows "which".
+        neutral: values of a refused key, besides null, that have no effect.
+        sampling: True for a key that has an effect only with do_sample.
     """
 
     treatment: Treatment
-    why: str
+    target: str = ""
+    reason: str = ""
     neutral: tuple[object, ...] = ()
     sampling: bool = False
 
 
-def _applied(*, sampling: bool = False, **fields: str) -> dict[str, Key]:
+def _applied(*, sampling: bool = False, **targets: str) -> dict[str, Key]:
     return {
-        key: Key(treatment=Treatment.APPLIED, why=field, sampling=sampling) for key, field in fields.items()
+        key: Key(treatment=Treatment.APPLIED, target=target, sampling=sampling)
+        for key, target in targets.items()
     }
 
 
-def _harmless(why: str, *keys: str) -> dict[str, Key]:
-    return {key: Key(treatment=Treatment.HARMLESS, why=why) for key in keys}
+def _harmless(reason: str, *keys: str) -> dict[str, Key]:
+    return {key: Key(treatment=Treatment.HARMLESS, reason=reason) for key in keys}
 
 
-def _refused(key: str, why: str, *neutral: object, sampling: bool = False) -> dict[str, Key]:
-    return {key: Key(treatment=Treatment.REFUSED, why=why, neutral=neutral, sampling=sampling)}
+def _refused(key: str, effect: str, *neutral: object, sampling: bool = False) -> dict[str, Key]:
+    return {key: Key(treatment=Treatment.REFUSED, reason=effect, neutral=neutral, sampling=sampling)}
 
 
-# For each applied key: the field of `SamplingParams`, or the function that reads it.
 KEYS: Mapping[str, Key] = {
     **_applied(
         max_length="max_length",
@@ -78,21 +79,23 @@ KEYS: Mapping[str, Key] = {
         min_p="min_p",
         sampling=True,
     ),
-    **_harmless("it says who wrote the file", "transformers_version", "_from_model_config", "_commit_hash"),
-    **_harmless("the tokenizer puts it before a text", "bos_token_id"),
-    **_harmless("one sequence is generated at a time, so nothing is padded", "pad_token_id"),
-    **_harmless("only encoder-decoder models have it", "decoder_start_token_id"),
     **_harmless(
-        "it only steers a beam search, and num_beams above 1 is refused",
+        "it describes the origin of the file", "transformers_version", "_from_model_config", "_commit_hash"
+    ),
+    **_harmless("tokenizer.json determines whether a text begins with it", "bos_token_id"),
+    **_harmless("sequences are generated one at a time, so there is no padding", "pad_token_id"),
+    **_harmless("only encoder-decoder models use it", "decoder_start_token_id"),
+    **_harmless(
+        "it only affects a beam search, and num_beams above 1 is refused",
         "early_stopping",
         "length_penalty",
         "diversity_penalty",
     ),
-    **_harmless("it scales all probabilities alike", "renormalize_logits"),
-    **_harmless("logits that are no numbers are an error here", "remove_invalid_values"),
-    **_harmless("each call gives one answer", "num_return_sequences"),
+    **_harmless("it scales all probabilities by the same factor", "renormalize_logits"),
+    **_harmless("a NaN among the logits is an error here", "remove_invalid_values"),
+    **_harmless("each call returns one answer", "num_return_sequences"),
     **_harmless(
-        "it only adds to what generate() returns",
+        "it only adds to the results of generate()",
         "output_attentions",
         "output_hidden_states",
         "output_scores",
@@ -100,7 +103,7 @@ KEYS: Mapping[str, Key] = {
         "return_dict_in_generate",
     ),
     **_harmless(
-        "it says how transformers computes, not what",
+        "it affects how transformers computes, not the result",
         "use_cache",
         "cache_implementation",
         "cache_config",
@@ -112,7 +115,7 @@ KEYS: Mapping[str, Key] = {
         "continuous_batching_config",
     ),
     **_harmless(
-        "it only makes drafts, which the model itself accepts or not",
+        "it only affects drafts, and the model itself accepts or rejects each of their tokens",
         "use_mtp",
         "num_assistant_tokens",
         "num_assistant_tokens_schedule",
@@ -125,33 +128,33 @@ KEYS: Mapping[str, Key] = {
         "speculation_type",
     ),
     **_harmless("it needs a second model in the call", "assistant_ensemble_weight"),
-    **_refused("is_assistant", "makes the model the draft of another one", False),
-    **_refused("num_beams", "is a beam search", 1),
-    **_refused("num_beam_groups", "is a beam search", 1),
-    **_refused("constraints", "is a beam search", []),
-    **_refused("force_words_ids", "is a beam search", []),
-    **_refused("penalty_alpha", "is a contrastive search", 0),
-    **_refused("dola_layers", "contrasts the logits of layers"),
-    **_refused("max_time", "ends answers by the clock"),
+    **_refused("is_assistant", "makes this a draft model for another one", False),
+    **_refused("num_beams", "asks for a beam search", 1),
+    **_refused("num_beam_groups", "asks for a beam search", 1),
+    **_refused("constraints", "asks for a beam search", []),
+    **_refused("force_words_ids", "asks for a beam search", []),
+    **_refused("penalty_alpha", "asks for a contrastive search", 0),
+    **_refused("dola_layers", "contrasts the logits of different layers"),
+    **_refused("max_time", "limits the time of an answer"),
     **_refused("token_healing", "changes the end of the prompt", False),
-    **_refused("guidance_scale", "runs the model twice a token", 1),
+    **_refused("guidance_scale", "runs the model twice for each token", 1),
     **_refused("sequence_bias", "changes logits", [], {}),
     **_refused("exponential_decay_length_penalty", "changes logits"),
     **_refused("watermarking_config", "changes logits"),
     **_refused("encoder_repetition_penalty", "changes the logits of the prompt's tokens", 1),
-    **_refused("encoder_no_repeat_ngram_size", "forbids sequences of the prompt", 0),
+    **_refused("encoder_no_repeat_ngram_size", "forbids token sequences of the prompt", 0),
     **_refused("forced_bos_token_id", "forces the first token"),
     **_refused("forced_eos_token_id", "forces the last token"),
-    **_refused("typical_p", "filters tokens by how typical they are", 1, sampling=True),
+    **_refused("typical_p", "filters tokens by typicality", 1, sampling=True),
     **_refused("top_h", "filters tokens by their entropy", sampling=True),
-    **_refused("epsilon_cutoff", "drops tokens below a probability", 0, sampling=True),
-    **_refused("eta_cutoff", "drops tokens below a probability", 0, sampling=True),
+    **_refused("epsilon_cutoff", "removes tokens below a probability", 0, sampling=True),
+    **_refused("eta_cutoff", "removes tokens below a probability", 0, sampling=True),
 }
 
-# transformers' defaults if do_sample is true and a key is absent or null; options off there are off here too.
+# transformers' defaults if do_sample is true and a key is absent or null. Other options are off by default in both.
 _SAMPLING_DEFAULTS: Mapping[str, object] = {"temperature": 1.0, "top_k": 50}
-# transformers' default max_length, which is not specific to the model.
-_UNSET_LENGTH = 20
+# transformers' default max_length, which does not describe the model.
+_DEFAULT_MAX_LENGTH = 20
 # In each pair the first key overrides the second.
 _PREFERRED = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
 _LISTS = frozenset({"bad_words_ids", "suppress_tokens", "begin_suppress_tokens"})
@@ -165,8 +168,8 @@ class Generation:
 
     Attributes:
         values: keys of transformers' `GenerationConfig` that are not null.
-        sampling: defaults by field of the manifest's `SamplingDefaults`.
-        remarks: a sentence for each omitted key, which has no effect in transformers either.
+        sampling: sampling defaults, by field of the manifest's `SamplingDefaults`.
+        remarks: a sentence that names the ignored keys, if any.
     """
 
     values: Mapping[str, object]
@@ -178,8 +181,7 @@ def read_generation(folder: Path, config: Mapping[str, object]) -> Generation:
     """Read generation_config.json or, without it, the same keys in config.json, as transformers does.
 
     Raises:
-        PrecastError: a key would change the answers in a way that precast does not know, or a value is of the wrong
-            type.
+        PrecastError: precast does not support a key that changes the answers, or a value has the wrong type.
     """
     path = folder / GENERATION_CONFIG
     if plain_file(path):
@@ -202,28 +204,34 @@ def without_generation(config: Mapping[str, object]) -> dict[str, object]:
 def _remarks(path: Path, unknown: list[str]) -> tuple[str, ...]:
     if not unknown:
         return ()
-    return (f"{path.name}: {', '.join(unknown)}: transformers' generate() ignores this, and so does precast",)
+    return (f"{path.name}: ignored, as by transformers' generate(): {', '.join(unknown)}",)
 
 
 def read_sampling(path: Path, values: Mapping[str, object]) -> dict[str, object]:
     """Return the sampling defaults that transformers' `generate` would use.
 
     Args:
-        path: the file, for messages.
-        values: its keys that are not null.
+        path: the file, for error messages.
+        values: the keys of the file that are not null.
+
+    Returns:
+        The defaults, by field of the manifest's `SamplingDefaults`.
+
+    Raises:
+        PrecastError: precast does not support a key that changes the answers, or a value has the wrong type.
     """
     sampling = _do_sample(path, values)
     for key, value in values.items():
         if key in KEYS and (sampling or not KEYS[key].sampling):
             _check_refused(path, key, value)
     wanted = {**(_SAMPLING_DEFAULTS if sampling else {}), **values}
-    if wanted.get("max_length") == _UNSET_LENGTH:
+    if wanted.get("max_length") == _DEFAULT_MAX_LENGTH:
         del wanted["max_length"]
     for preferred, other in _PREFERRED:
         if preferred in wanted:
             wanted.pop(other, None)
     return {
-        KEYS[key].why: _typed(path, key, value)
+        KEYS[key].target: _checked(path, key, value)
         for key, value in wanted.items()
         if _is_default(key) and (sampling or not KEYS[key].sampling) and value != []
     }
@@ -250,13 +258,13 @@ def _check_refused(path: Path, key: str, value: object) -> None:
     if known.treatment is not Treatment.REFUSED or value in known.neutral:
         return
     raise PrecastError(
-        f"{path}: {key} is {value!r:.60}, which {known.why}, and precast does not do that; remove the key to export the"
-        " model without it."
+        f"{path}: {key} is {value!r:.60}, which {known.reason}, but precast does not support that; remove the key to"
+        " export the model without it."
     )
 
 
-def _typed(path: Path, key: str, value: object) -> object:
-    """Refuse values of the wrong type; the export checks ranges."""
+def _checked(path: Path, key: str, value: object) -> object:
+    """Return `value` if it has the right type; the export checks ranges later."""
     if key == "stop_strings":
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -195,7 +195,7 @@ def test_a_named_template_that_cannot_be_used():
     with pytest.raises(PrecastError) as caught:
         texts.check_templates(source_with(rag="{% if %}"))
     assert str(caught.value).startswith(
-        "m: its chat template 'rag' cannot be used (The chat template failed at line 1"
+        "m: its chat template 'rag' is unusable (The chat template failed at line 1"
     )
     assert str(caught.value).endswith("; correct or remove it there.")
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from precast.exporter.sources.end_of_generation import _IF_SPECIAL, _UNMISTAKABLE, ends_by_text
+from precast.exporter.sources.end_of_generation import _IF_SPECIAL, _UNMISTAKABLE, end_tokens_by_text
 from precast.exporter.sources.gguf.generation import end_tokens
 from precast.exporter.sources.gguf.markers import mistyped_markers
-from precast.exporter.sources.huggingface.source import _ends
+from precast.exporter.sources.huggingface.source import _end_tokens
 
-# llama.cpp's list (src/llama-vocab.cpp), including tokens between files.
+# llama.cpp's list (src/llama-vocab.cpp). The last line has padding and the tokens between files, which count, too.
 LLAMA_CPP = """
     <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
     <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜>
@@ -32,10 +32,10 @@ def as_hub(tmp_path, tokens, types, config=None, generation=None, eos_token=None
     ]
     vocabulary = {t: i for i, t in enumerate(tokens)}
     document = {"model": {"vocab": vocabulary}, "added_tokens": added}
-    return _ends(tmp_path, generation or {}, config or {}, json.loads(json.dumps(document)), eos_token)
+    return _end_tokens(tmp_path, generation or {}, config or {}, json.loads(json.dumps(document)), eos_token)
 
 
-def test_the_list_is_llama_cpp_s():
+def test_the_list_is_that_of_llama_cpp():
     assert sorted(_UNMISTAKABLE | _IF_SPECIAL) == sorted(LLAMA_CPP)
     assert not _UNMISTAKABLE & _IF_SPECIAL
 
@@ -49,15 +49,15 @@ def test_one_model_stops_at_the_same_tokens(tmp_path, text, kind):
 
 
 @pytest.mark.parametrize("text", LLAMA_CPP)
-def test_plain_text_ends_where_it_is_unmistakable(tmp_path, text):
-    """The markers of a GGUF file are repaired first; a tokenizer.json marks its own."""
+def test_a_plain_token_ends_a_generation_if_its_text_is_unmistakable(tmp_path, text):
+    """Compare both sources. Only a GGUF file has the types of its chat markers repaired first."""
     tokens, types = ["a", "b", text, "c"], [NORMAL] * 4
     assert as_hub(tmp_path, tokens, types) == ((2,) if text in _UNMISTAKABLE else ())
     known = text in _UNMISTAKABLE or bool(mistyped_markers(tokens, types, {}))
     assert end_tokens(as_gguf(tokens, types)) == ((2,) if known else ())
 
 
-def test_an_unused_token_ends_nothing():
+def test_an_unused_token_is_no_end():
     assert end_tokens(as_gguf(["a", "<|im_end|>"], [NORMAL, UNUSED])) == ()
 
 
@@ -65,7 +65,7 @@ def test_a_file_without_types():
     assert end_tokens({"tokenizer.ggml.tokens": ["</s>", "<|im_end|>"]}) == (1,)
 
 
-def test_what_is_named_goes_first(tmp_path):
+def test_named_tokens_go_first(tmp_path):
     tokens, types = ["a", "b", "<|im_end|>", "<|endoftext|>"], [NORMAL, NORMAL, CONTROL, CONTROL]
     assert end_tokens(as_gguf(tokens, types, eos=3, eom=1)) == (3, 1, 2)
     assert as_hub(tmp_path, tokens, types, {"eos_token_id": 3}, {"eos_token_id": [1, 3]}, "a") == (1, 3, 0, 2)
@@ -76,12 +76,12 @@ def test_what_is_named_goes_first(tmp_path):
     )
 
 
-def test_tokens_between_files_count_where_they_are_tokens():
+def test_named_tokens_between_files_count_if_they_exist():
     tokens, types = ["a", "b", "c"], [NORMAL] * 3
     assert end_tokens(as_gguf(tokens, types, eos=2, fim_rep=1, fim_pad=99)) == (2, 1)
 
 
-def test_a_token_that_is_not_embedded_never_comes(tmp_path):
+def test_a_token_without_an_embedding_is_no_end(tmp_path):
     tokens, types = ["a", "<|im_end|>", "<|endoftext|>"], [NORMAL, CONTROL, CONTROL]
     assert as_hub(tmp_path, tokens, types, {"vocab_size": 2}) == (1,)
 
@@ -99,6 +99,6 @@ def test_a_token_that_is_not_embedded_never_comes(tmp_path):
         (("<|channel|>", "<|message|>", "<|start|>", "<|im_start|>", "<pad>"), ()),
     ],
 )
-def test_a_separator_of_messages_is_no_end(texts, ends):
+def test_a_token_that_separates_messages_is_no_end(texts, ends):
     ids = {text: number for number, text in enumerate(texts)}
-    assert ends_by_text(ids, {}) == tuple(sorted(ids[text] for text in ends))
+    assert end_tokens_by_text(ids, {}) == tuple(sorted(ids[text] for text in ends))

@@ -325,7 +325,7 @@ def test_sampling_defaults_that_are_lists(tmp_path, tiny_source):
 @pytest.mark.parametrize("template", ["{% if %}", "{{ messages", "{% for m in messages %}", "{% nonsense %}"])
 def test_a_chat_template_that_does_not_compile(refusal, tiny_source, template):
     text = refusal(tiny_source(fields={"chat_template": template}))
-    assert text.startswith("tiny: its chat template cannot be used (The chat template failed at line 1: ")
+    assert text.startswith("tiny: its chat template is unusable (The chat template failed at line 1: ")
     assert text.endswith("); correct or remove it there.")
 
 

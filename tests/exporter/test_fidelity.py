@@ -203,7 +203,7 @@ def test_the_model_card_shows_them(measured):
     for row in (
         "| perplexity | 12.3457 (float32: 12.2500) |",
         "| KL divergence | 0.00123 nats per token on average, 99th percentile 0.0204 |",
-        "| same likeliest token | 98.77% |",
+        "| same most likely token | 98.77% |",
     ):
         assert f"\n{row}\n" in card
     assert "\n\n\n" not in card
@@ -221,5 +221,5 @@ def test_nothing_is_shown_of_what_was_not_measured(artifact_copy, edit_manifest)
 def test_a_perplexity_that_no_float_holds_is_said_in_words(artifact_copy, edit_manifest):
     edit_manifest(artifact_copy, lambda m: m.update(fidelity=FIGURES | {"perplexity": None}))
     manifest = parse_manifest((artifact_copy / "manifest.json").read_bytes(), "m.json")
-    assert "| perplexity | more than a float holds (float32: 12.2500) |" in model_card.render(manifest)
+    assert "| perplexity | beyond the range of a float (float32: 12.2500) |" in model_card.render(manifest)
     assert "perplexity beyond a float, of the" in inspect.render(artifact_copy, as_json=False)

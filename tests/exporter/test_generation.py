@@ -1,4 +1,4 @@
-"""Keys of generation_config.json: each is applied, harmless or refused; none is dropped silently."""
+"""The keys of generation_config.json: each is applied, harmless or refused, and none is ignored silently."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from precast.loaders.artifact.errors import PrecastError
 ONE = {"model.embed_tokens.weight": np.ones((4, 2), np.float32)}
 GREEDY = {}
 SAMPLED = {"temperature": 1.0, "top_k": 50}
-# A value of each refused key that would change the answers.
+# For each refused key, a value that would change the answers.
 HOSTILE = {
     "is_assistant": True,
     "num_beams": 4,
@@ -45,13 +45,13 @@ def read(tmp_path, **said):
 
 
 def test_every_key_of_transformers_is_listed():
-    """Detect new keys of newer versions of transformers."""
+    """Detect keys that newer versions of transformers add."""
     transformers = pytest.importorskip("transformers", reason="the keys are transformers' own")
     assert set(vars(transformers.GenerationConfig())) - {"_original_object_hash"} - KEYS.keys() == set()
 
 
 def test_the_defaults_of_transformers_are_neutral(tmp_path):
-    """A file that spells out every default has no effect."""
+    """Read a file that contains every default: it has no effect."""
     transformers = pytest.importorskip("transformers", reason="the defaults are transformers' own")
     said = transformers.GenerationConfig._get_default_generation_params()
     said = {key: value for key, value in said.items() if value is not None}
@@ -65,28 +65,28 @@ def test_every_refused_key_has_a_hostile_value():
 
 
 @pytest.mark.parametrize("key", refused())
-def test_what_would_change_the_answers_is_refused_by_name(checkpoint, key):
+def test_keys_that_change_the_answers_are_refused_by_name(checkpoint, key):
     folder = checkpoint({"generation_config.json": {"do_sample": True, key: HOSTILE[key]}}, ONE)
     with pytest.raises(PrecastError) as raised:
         open_source(str(folder))
     value = f"{HOSTILE[key]!r:.60}"
     assert str(raised.value) == (
-        f"{folder / 'generation_config.json'}: {key} is {value}, which {KEYS[key].why}, and precast does not do that;"
-        " remove the key to export the model without it."
+        f"{folder / 'generation_config.json'}: {key} is {value}, which {KEYS[key].reason}, but precast does not support"
+        " that; remove the key to export the model without it."
     )
 
 
 @pytest.mark.parametrize("key", refused())
-def test_what_says_nothing_is_not_refused(tmp_path, key):
+def test_neutral_values_of_refused_keys_are_accepted(tmp_path, key):
     for value in KEYS[key].neutral:
         assert read(tmp_path, **{key: value, "do_sample": True}) == SAMPLED
-    if KEYS[key].sampling:  # without do_sample transformers warns, and is greedy
+    if KEYS[key].sampling:  # without do_sample transformers warns and ignores the key
         assert read(tmp_path, **{key: HOSTILE[key]}) == GREEDY
 
 
 @pytest.mark.parametrize("key", [key for key, known in KEYS.items() if known.treatment is Treatment.HARMLESS])
-def test_what_is_harmless_has_a_reason_and_no_effect(tmp_path, key):
-    assert KEYS[key].why
+def test_harmless_keys_have_a_reason_and_no_effect(tmp_path, key):
+    assert KEYS[key].reason
     for value in (True, 7, "text", [1], {"a": 1}):
         assert read(tmp_path, **{key: value}) == GREEDY
 
@@ -111,7 +111,7 @@ def test_what_is_harmless_has_a_reason_and_no_effect(tmp_path, key):
         ({"begin_suppress_tokens": [4]}, {"begin_suppress_tokens": [4]}),
     ],
 )  # fmt: skip
-def test_what_is_applied(tmp_path, said, expected):
+def test_applied_keys(tmp_path, said, expected):
     assert read(tmp_path, **said) == expected
 
 
@@ -178,7 +178,7 @@ def test_published_files(tmp_path, said, expected):
         ({"do_sample": 1}, "expected do_sample to be true or false, found 1; correct it."),
     ],
 )
-def test_values_of_the_wrong_kind(tmp_path, said, text):
+def test_values_of_the_wrong_type(tmp_path, said, text):
     with pytest.raises(PrecastError) as raised:
         read(tmp_path, **said)
     assert str(raised.value) == f"{tmp_path / 'generation_config.json'}: {text}"
@@ -189,13 +189,12 @@ def test_keys_that_transformers_does_not_know_are_named(checkpoint):
     source = open_source(str(checkpoint({"generation_config.json": said}, ONE)))
     (remark,) = source.remarks
     assert remark == (
-        "generation_config.json: chat_format, max_window_size: transformers' generate() ignores this, and so does"
-        " precast"
+        "generation_config.json: ignored, as by transformers' generate(): chat_format, max_window_size"
     )
     assert source.sampling == {}
 
 
-def test_keys_in_config_json_count_where_there_is_no_other_file(checkpoint):
+def test_keys_in_config_json_count_without_generation_config_json(checkpoint):
     config = {"model_type": "llama", "repetition_penalty": 1.5, "num_beams": 1, "eos_token_id": 1}
     source = open_source(str(checkpoint({"config.json": config}, ONE)))
     assert source.sampling == {"repetition_penalty": 1.5}
@@ -203,7 +202,7 @@ def test_keys_in_config_json_count_where_there_is_no_other_file(checkpoint):
     assert source.remarks == ()
 
 
-def test_keys_in_config_json_do_not_count_beside_the_other_file(checkpoint):
+def test_keys_in_config_json_do_not_count_beside_generation_config_json(checkpoint):
     config = {"model_type": "llama", "repetition_penalty": 1.5, "num_beams": 4}
     source = open_source(str(checkpoint({"config.json": config, "generation_config.json": {}}, ONE)))
     assert source.sampling == {}
@@ -215,11 +214,11 @@ def test_a_refusal_names_config_json(checkpoint):
     with pytest.raises(PrecastError) as raised:
         open_source(str(folder))
     assert str(raised.value).startswith(
-        f"{folder / 'config.json'}: num_beams is 4, which is a beam search, and"
+        f"{folder / 'config.json'}: num_beams is 4, which asks for a beam search, but"
     )
 
 
-def test_ids_stay_in_the_config():
+def test_token_ids_stay_in_the_config():
     config = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "top_k": 5, "hidden_size": 8}
     assert without_generation(config) == {
         "bos_token_id": 1,

@@ -1,4 +1,4 @@
-"""Special and added tokens from the five places that may define them: ids and texts are those of transformers."""
+"""Special and added tokens from the five places that may define them: ids and texts equal those of transformers."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from precast.exporter.sources.huggingface.tokenizer import read_tokenizer
 from precast.loaders.artifact.errors import PrecastError
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# The first is an added token, the second a piece of the vocabulary, the others are neither.
+# "<a>" and "new" are in the vocabulary, the others are not.
 MARKS = ("<a>", "new", "<b>", "<d e>")
 TEXTS = (
     "<a>",
@@ -74,7 +74,7 @@ def token(content: str, **flags: bool) -> dict[str, Any]:
 
 
 def _places(mark: str, flags: dict[str, bool], number: int) -> dict[str, dict[str, Any]]:
-    """Return the files beside tokenizer.json that define one token, by place."""
+    """Return the files beside tokenizer.json that define one token, for each place."""
     full, config = token(mark, **flags), {"tokenizer_class": LIBRARY}
     typed = {"__type": "AddedToken", **full}
     return {
@@ -103,7 +103,7 @@ FLAGGED = ("added_tokens_decoder", "a name", "extra", "map")
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_a_token_from_any_place_is_that_of_transformers(tmp_path, place, normalizer):
+def test_a_token_from_any_place_is_as_in_transformers(tmp_path, place, normalizer):
     doc = document(normalizer)
     following = len(doc["model"]["vocab"])
     for index, mark in enumerate(MARKS[:3]):
@@ -167,7 +167,7 @@ def _any_map(rng: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_what_wins_where_places_contradict_each_other(tmp_path, seed):
+def test_precedence_of_contradicting_places(tmp_path, seed):
     rng = random.Random(seed)
     first = [_any_token(rng) for _ in range(rng.randint(0, 3))]
     doc = document(rng.choice(list(NORMALIZERS)), tuple(AddedToken(**entry) for entry in first))
@@ -179,7 +179,7 @@ def test_what_wins_where_places_contradict_each_other(tmp_path, seed):
         "special_tokens_map": _any_map(rng) if rng.random() < 0.4 else None,
         "added_tokens": {m: numbers[m] for m in rng.sample(MARKS, 2)} if rng.random() < 0.4 else None,
     }
-    # A tokenizer in memory decodes a formerly normalised token as before; a reloaded tokenizer does not.
+    # A tokenizer in memory decodes a token by its old flag `normalized`; a reloaded tokenizer by the new one.
     plain = doc["normalizer"] is None or not any(entry["normalized"] for entry in first)
     compare(write(tmp_path, tokenizer=doc, **files), decoded=plain)
 
@@ -205,13 +205,13 @@ def test_the_ids_without_transformers(tmp_path):
     }
 
 
-def test_a_tokenizer_json_that_says_it_all_is_kept_as_it_is(tmp_path):
+def test_a_complete_tokenizer_json_stays_unchanged(tmp_path):
     folder = write(tmp_path, tokenizer=document(added=(AddedToken("<a>", special=True),)))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<a>"}')
     assert read_tokenizer(folder).data == (folder / "tokenizer.json").read_bytes()
 
 
-# --- a space in front ---------------------------------------------------------------------------------------------
+# --- leading space ------------------------------------------------------------------------------------------------
 
 
 def _sentencepiece(normalizer: str = "spaces") -> dict[str, Any]:
@@ -251,14 +251,14 @@ def _byte_level() -> dict[str, Any]:
         (None, _byte_level),
     ],
 )
-def test_a_space_in_front(tmp_path, wanted, name, make):
+def test_add_prefix_space(tmp_path, wanted, name, make):
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "add_prefix_space": wanted}
     config |= {} if name is None else {"tokenizer_class": name}
     texts = ("new", " new", "a new\n b", "")
     compare(write(tmp_path, tokenizer=make(), tokenizer_config=config), texts=texts)
 
 
-def test_no_space_in_front_where_a_normaliser_puts_it(tmp_path):
+def test_add_prefix_space_off_removes_the_step_of_a_normaliser(tmp_path):
     config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False, "unk_token": "<unk>"}
     named = {"bos_token": "<s>", "eos_token": "</s>"}
     compare(
@@ -267,14 +267,14 @@ def test_no_space_in_front_where_a_normaliser_puts_it(tmp_path):
     )
 
 
-def test_a_space_that_tokenizer_json_cannot_put(tmp_path):
+def test_add_prefix_space_without_a_step_that_adds_one(tmp_path):
     config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": True}
     folder = write(tmp_path, tokenizer=document(), tokenizer_config=config)
     with pytest.raises(PrecastError) as caught:
         read_tokenizer(folder)
     assert str(caught.value) == (
-        f"{folder / 'tokenizer_config.json'}: add_prefix_space asks for a space in front of a text, which "
-        "tokenizer.json does not put; save the tokenizer again (AutoTokenizer.from_pretrained(...)"
+        f"{folder / 'tokenizer_config.json'}: add_prefix_space asks for a space before a text, but no step "
+        "of tokenizer.json adds one; save the tokenizer again (AutoTokenizer.from_pretrained(...)"
         ".save_pretrained(...))."
     )
 
@@ -306,7 +306,7 @@ def test_every_key_that_transformers_looks_for_is_known():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
                 keys |= {argument.arg for argument in node.args.args} - {"self"}
-    # Arguments of other methods of the same files: where a file is fetched, saved or padded.
+    # Arguments of other methods of the same files, which fetch, save or pad.
     keys -= set(
         """_from_pipeline proxies subfolder revision token cache_dir force_download gguf_file commit_message repo_id
         use_source_tokenizer tokenizer post_processor _json_padding _json_truncation _spm_precompiled_charsmap
@@ -320,14 +320,14 @@ def test_every_key_that_transformers_looks_for_is_known():
 def test_a_key_of_unknown_meaning_is_named(tmp_path):
     config = {"fold_case": True, "odd": 1, "image_token": "<a>", "model_max_length": 5}
     read = read_tokenizer(write(tmp_path, tokenizer=document(), tokenizer_config=config))
-    assert read.remarks == ("tokenizer_config.json: left out, as its meaning is unknown: fold_case, odd",)
+    assert read.remarks == ("tokenizer_config.json: ignored, because the meaning is unknown: fold_case, odd",)
 
 
 @pytest.mark.parametrize(
     ("kind", "twice", "named"),
     [("BPE", False, False), ("BPE", True, True), ("Unigram", False, True)],
 )
-def test_cleaning_up_is_named_where_transformers_does_it(tmp_path, kind, twice, named):
+def test_clean_up_is_named_if_transformers_applies_it(tmp_path, kind, twice, named):
     doc = document()
     if kind == "Unigram":
         doc["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]}
@@ -336,7 +336,8 @@ def test_cleaning_up_is_named_where_transformers_does_it(tmp_path, kind, twice, 
     remarks = read_tokenizer(write(tmp_path, tokenizer=doc, tokenizer_config=config)).remarks
     assert bool(remarks) == named
     assert (
-        not named or "clean_up_tokenization_spaces, which takes spaces before punctuation out" in remarks[0]
+        not named
+        or "ignored clean_up_tokenization_spaces, which removes spaces before punctuation" in remarks[0]
     )
 
 
@@ -345,13 +346,13 @@ def test_cleaning_up_is_named_where_transformers_does_it(tmp_path, kind, twice, 
     [
         (
             {"split_special_tokens": True},
-            "asks for special tokens to be cut like any text, chat markers included",
+            "split_special_tokens makes special tokens plain text, including chat markers",
         ),
         (
             {"fast_tokenizer_files": ["tokenizer.4.0.json"]},
             "keep the newest as tokenizer.json and remove the key.",
         ),
-        ({"fix_mistral_regex": True}, "asks for another pre-tokenizer than tokenizer.json has; save the"),
+        ({"fix_mistral_regex": True}, "asks for a pre-tokenizer other than that of tokenizer.json; save the"),
         ({"bos_token": 5}, "expected bos_token to be text, found 5; correct it."),
         (
             {"image_token": {"text": "x"}},
@@ -381,7 +382,7 @@ def test_cleaning_up_is_named_where_transformers_does_it(tmp_path, kind, twice, 
         ),
     ],
 )
-def test_what_is_refused(tmp_path, config, said):
+def test_refused_settings(tmp_path, config, said):
     folder = write(tmp_path, tokenizer=document(), tokenizer_config=config)
     with pytest.raises(PrecastError) as caught:
         read_tokenizer(folder)
@@ -398,7 +399,7 @@ def test_settings_that_are_off_are_not_refused(tmp_path):
     assert read_tokenizer(write(tmp_path, tokenizer=document(), tokenizer_config=config)).remarks == ()
 
 
-def test_an_added_token_whose_id_is_no_number(tmp_path):
+def test_an_added_token_whose_id_is_not_a_number(tmp_path):
     folder = write(tmp_path, tokenizer=document(), added_tokens={"<b>": "many"})
     with pytest.raises(PrecastError, match='expected token ids, found "many"; correct it'):
         read_tokenizer(folder)

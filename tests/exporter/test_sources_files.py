@@ -111,7 +111,7 @@ def test_a_pipe_in_the_place_of_a_gguf_file(tmp_path, name):
         ),
         (
             "model.safetensors.index.fp16.json",
-            "rename it to model.safetensors.index.json, and leave its shards",
+            "rename it to model.safetensors.index.json, and keep the names",
         ),
         (
             "model.fp16-00001-of-00002.safetensors",
@@ -123,7 +123,7 @@ def test_a_pipe_in_the_place_of_a_gguf_file(tmp_path, name):
         ),
         (
             "consolidated.safetensors",
-            "which has the names of its maker's own code; fetch the files called model*",
+            "whose tensors have the publisher's own names; fetch the files model*",
         ),
         (
             "adapter_model.safetensors",
@@ -131,16 +131,16 @@ def test_a_pipe_in_the_place_of_a_gguf_file(tmp_path, name):
         ),
         (
             "weights.safetensors",
-            "found only weights.safetensors; rename it to model.safetensors if it holds the whole",
+            "found only weights.safetensors; rename it to model.safetensors if it contains the whole",
         ),
-        ("tiny-Q8_0.gguf", "found only tiny-Q8_0.gguf; name that file itself, "),
+        ("tiny-Q8_0.gguf", "found only tiny-Q8_0.gguf; export that file itself, "),
         (
             "pytorch_model.bin",
-            "found them only as a pickle (pytorch_model.bin), which can run code when it is read;",
+            "found only a pickle (pytorch_model.bin), which can run code when it is loaded;",
         ),
-        ("model.pth", "found them only as a pickle (model.pth)"),
-        ("tf_model.h5", "found only tf_model.h5 of another framework; load it in transformers 4"),
-        ("flax_model.msgpack", "found only flax_model.msgpack of another framework"),
+        ("model.pth", "found only a pickle (model.pth)"),
+        ("tf_model.h5", "found only tf_model.h5, from another framework; load it with transformers 4"),
+        ("flax_model.msgpack", "found only flax_model.msgpack, from another framework"),
     ],
 )
 def test_weights_of_another_name_or_format(checkpoint, name, found):
@@ -158,7 +158,7 @@ def test_shards_that_are_missing(checkpoint):
     folder = checkpoint({"model.safetensors.index.json": {"weight_map": shards}})
     save_file({"a": W}, folder / "one.safetensors")
     assert refusal(folder).endswith(
-        "names the shard three.safetensors, which is not there (nor are 1 more); the download may have stopped early:"
+        "lists the shard three.safetensors, which is missing (and 1 more); the download may be incomplete:"
         " fetch the missing files."
     )
 
@@ -357,7 +357,7 @@ def test_a_weight_file_made_to_do_harm(checkpoint, data):
     path.write_bytes(data + bytes(8))
     tracemalloc.start()
     try:
-        assert refusal(folder).startswith(f"{path}: is not a whole safetensors file (")
+        assert refusal(folder).startswith(f"{path}: is not a complete safetensors file (")
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
     finally:
         tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""Hugging Face directories: values, defaults, and every refusal."""
+"""Hugging Face directories: values, defaults and all error texts."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def test_bfloat16_keeps_every_bit(checkpoint):
     np.testing.assert_array_equal(source.tensors["w"].read().view(np.uint32), bits.astype(np.uint32) << 16)
 
 
-def test_the_caller_owns_what_it_reads(checkpoint):
+def test_each_read_returns_a_new_array(checkpoint):
     tensor = open_source(str(checkpoint(tensors=ONE))).tensors["model.embed_tokens.weight"]
     first = tensor.read()
     first[:] = 7
@@ -74,7 +74,7 @@ def test_shards(checkpoint):
     ]
 
 
-def test_reading_needs_the_tensor_and_its_raw_bytes_only(checkpoint):
+def test_reading_needs_memory_for_the_tensor_and_its_raw_bytes_only(checkpoint):
     big = np.ones((1024, 1024), ml_dtypes.bfloat16)
     tensor = open_source(str(checkpoint(tensors={"w": big}))).tensors["w"]
     tensor.read()
@@ -93,8 +93,7 @@ def test_reading_needs_the_tensor_and_its_raw_bytes_only(checkpoint):
 def test_other_types_are_refused(checkpoint, dtype, name):
     text = refusal(checkpoint(tensors={"w": np.ones((2, 2), dtype)}))
     assert text.endswith(
-        f"w is stored as {name}, and only F32, F16 and BF16 are read; convert the checkpoint to one of these "
-        "first."
+        f"expected w to be F32, F16 or BF16, found {name}; convert the checkpoint to one of these first."
     )
 
 
@@ -131,15 +130,16 @@ FP8, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
         ({"model.layers.0.mlp.experts.gate_up_proj_blocks": np.uint8}, ("(mxfp4)", "Mxfp4Config")),
     ],
 )
-def test_weights_that_are_quantised_already(checkpoint, stored, said):
+def test_weights_that_are_already_quantised(checkpoint, stored, said):
     text = refusal(checkpoint(tensors={name: np.ones((2, 2), dtype) for name, dtype in stored.items()}))
-    assert "and only F32, F16 and BF16 are read; the weights seem to be quantised already " in text
-    assert ": export the bfloat16, float16 or float32 checkpoint that it was made from" in text
+    assert "to be F32, F16 or BF16, found " in text
+    assert "; the weights seem to be already quantised " in text
+    assert ": export the original checkpoint in bfloat16, float16 or float32" in text
     assert text.endswith(".")
     assert all(part in text for part in said)
 
 
-def test_masks_and_tables_may_have_any_type_as_long_as_nobody_reads_them(checkpoint):
+def test_masks_and_tables_may_have_any_type_unless_read(checkpoint):
     tensors = {
         "h.0.attn.bias": np.ones((1, 1, 4, 4), np.bool_),
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float64),
@@ -147,14 +147,14 @@ def test_masks_and_tables_may_have_any_type_as_long_as_nobody_reads_them(checkpo
     }
     source = open_source(str(checkpoint(tensors=ONE | tensors)))
     assert {source.tensors[name].dtype for name in tensors} == {"BOOL", "F64", "I64"}
-    with pytest.raises(PrecastError, match=r"h\.0\.attn\.bias is stored as BOOL, and only F32, F16 and BF16"):
+    with pytest.raises(PrecastError, match=r"expected h\.0\.attn\.bias to be F32, F16 or BF16, found BOOL;"):
         source.tensors["h.0.attn.bias"].read()
     np.testing.assert_array_equal(source.tensors["model.embed_tokens.weight"].read(), W)
 
 
 def test_a_bias_that_ends_like_a_mask_is_a_weight(checkpoint):
     text = refusal(checkpoint(tensors={"h.0.attn.c_attn.bias": np.ones(4, np.int8)}))
-    assert "h.0.attn.c_attn.bias is stored as I8" in text
+    assert "expected h.0.attn.c_attn.bias to be F32, F16 or BF16, found I8" in text
 
 
 def test_a_truncated_shard(checkpoint):
@@ -162,15 +162,14 @@ def test_a_truncated_shard(checkpoint):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     text = refusal(folder)
-    assert text.startswith(f"{path}: is not a whole safetensors file (")
-    assert text.endswith(("and may be truncated; fetch it again.", "fetch the file again."))
+    assert text.startswith(f"{path}: is not a complete safetensors file (")
+    assert text.endswith("and may be truncated; fetch the file again.")
 
 
 def test_an_index_that_names_a_missing_shard(checkpoint):
     folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors"}}})
     assert refusal(folder).endswith(
-        "names the shard one.safetensors, which is not there; the download may have stopped early: fetch the missing"
-        " file."
+        "lists the shard one.safetensors, which is missing; the download may be incomplete: fetch the missing file."
     )
 
 
@@ -178,14 +177,14 @@ def test_an_index_that_names_a_missing_tensor(checkpoint):
     folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors"}}})
     save_file({"b": W}, folder / "one.safetensors")
     assert refusal(folder).endswith(
-        "one.safetensors: lacks a, which model.safetensors.index.json expects in it; fetch both files again."
+        "one.safetensors: lacks the tensor a, which model.safetensors.index.json places in it; fetch both files again."
     )
 
 
 def test_an_index_that_reaches_outside(checkpoint):
     folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "../one.safetensors"}}})
     save_file({"a": W}, folder.parent / "one.safetensors")
-    assert "names a shard outside its own directory (../one.safetensors)" in refusal(folder)
+    assert "lists a shard outside its own directory (../one.safetensors)" in refusal(folder)
 
 
 def test_an_index_without_a_map(checkpoint):
@@ -198,10 +197,10 @@ def test_a_tensor_in_two_shards(checkpoint):
     )
     save_file({"a": W}, folder / "one.safetensors")
     save_file({"a": W, "b": W}, folder / "two.safetensors")
-    assert "two.safetensors: holds a, which an earlier shard holds too" in refusal(folder)
+    assert "two.safetensors: contains the tensor a, and so does an earlier shard" in refusal(folder)
 
 
-# --- what may be missing or wrong ---------------------------------------------------------------------------
+# --- missing and broken files --------------------------------------------------------------------------------
 
 
 def test_an_empty_directory(tmp_path):
@@ -211,9 +210,7 @@ def test_an_empty_directory(tmp_path):
 
 
 def test_no_config(checkpoint):
-    assert "expected config.json, found a directory without it" in refusal(
-        checkpoint({"config.json": None}, ONE)
-    )
+    assert "expected config.json, found none" in refusal(checkpoint({"config.json": None}, ONE))
 
 
 def test_no_weights(checkpoint):
@@ -225,8 +222,8 @@ def test_no_weights(checkpoint):
 
 def test_pickled_weights(checkpoint):
     assert refusal(checkpoint({"pytorch_model.bin": "pickle"})).endswith(
-        "found them only as a pickle (pytorch_model.bin), which can run code when it is read; convert "
-        "them to model.safetensors first, by from_pretrained and save_pretrained of transformers."
+        "found only a pickle (pytorch_model.bin), which can run code when it is loaded; convert it to"
+        " model.safetensors first, with transformers' from_pretrained and save_pretrained."
     )
 
 
@@ -249,11 +246,11 @@ def test_a_tokenizer_that_does_not_load(checkpoint):
         {"tokenizer.json": {"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}}, ONE
     )
     assert refusal(folder).startswith(
-        f"{folder / 'tokenizer.json'}: is not a tokenizer that the tokenizers library reads ("
+        f"{folder / 'tokenizer.json'}: expected a tokenizer that the tokenizers library can read, found"
     )
 
 
-def test_json_that_is_no_object(checkpoint):
+def test_json_that_is_not_an_object(checkpoint):
     assert refusal(checkpoint({"config.json": "[]"}, ONE)).endswith(
         "expected a JSON object, found list; fetch the file again."
     )
@@ -270,45 +267,45 @@ def test_text_that_is_not_utf8(checkpoint):
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq", ", with --weights int4."),
         ({"quant_method": "awq"}, "awq", ", with --weights int4."),
-        ({"quant_method": "fp8"}, "fp8", "FineGrainedFP8Config(dequantize=True) and save that."),
+        ({"quant_method": "fp8"}, "fp8", "FineGrainedFP8Config(dequantize=True) and save it."),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
             "bitsandbytes",
-            "what model.dequantize() gives.",
+            "the result of model.dequantize().",
         ),
-        ({"load_in_8bit": True}, "bitsandbytes", "what model.dequantize() gives."),
+        ({"load_in_8bit": True}, "bitsandbytes", "the result of model.dequantize()."),
         (
             {"quant_method": "compressed-tensors"},
             "compressed-tensors",
             "CompressedTensorsConfig(dequantize=True)",
         ),
         ({"quant_method": "mxfp4"}, "mxfp4", "Mxfp4Config(dequantize=True)"),
-        ({"quant_method": "aqlm"}, "aqlm", "checkpoint that it was made from."),
-        ({"bits": 4}, "?", "checkpoint that it was made from."),
-        ("int4", "int4", "checkpoint that it was made from."),
+        ({"quant_method": "aqlm"}, "aqlm", "original checkpoint in bfloat16, float16 or float32."),
+        ({"bits": 4}, "?", "original checkpoint in bfloat16, float16 or float32."),
+        ("int4", "int4", "original checkpoint in bfloat16, float16 or float32."),
     ],
 )
 def test_quantised_checkpoints(checkpoint, quantization, method, remedy):
     text = refusal(checkpoint({"config.json": {"quantization_config": quantization}}, ONE))
-    assert f"quantization_config says that the weights are quantised already ({method}); export the " in text
+    assert f"quantization_config says that the weights are already quantised ({method}); export the " in text
     assert remedy in text
 
 
-def test_quantisation_said_elsewhere(checkpoint):
+def test_quantisation_in_other_keys_and_files(checkpoint):
     folder = checkpoint({"config.json": {"compression_config": {"format": "float"}}}, ONE)
-    assert "compression_config says that the weights are quantised already (compressed-tensors)" in refusal(
+    assert "compression_config says that the weights are already quantised (compressed-tensors)" in refusal(
         folder
     )
     (folder / "config.json").write_text("{}")
     (folder / "hf_quant_config.json").write_text("{}")
     assert refusal(folder).startswith(
-        f"{folder / 'hf_quant_config.json'}: says that the weights are quantised already (modelopt); export"
+        f"{folder / 'hf_quant_config.json'}: says that the weights are already quantised (modelopt); export"
     )
 
 
 def test_an_adapter(checkpoint):
     text = refusal(checkpoint({"config.json": None, "adapter_config.json": {}}))
-    assert "holds an adapter (adapter_config.json), which is only a change to another model; merge it" in text
+    assert "contains an adapter (adapter_config.json), which only modifies another model; merge it" in text
 
 
 def test_shards_without_their_index(checkpoint):
@@ -345,7 +342,7 @@ def test_special_tokens_map_fills_in(checkpoint):
     assert open_source(str(checkpoint(files, ONE))).bos_token == "<s>"
 
 
-def test_special_tokens_by_id_where_nothing_else_is(checkpoint):
+def test_special_tokens_by_id_without_any_other_source(checkpoint):
     source = open_source(str(checkpoint({"config.json": {"bos_token_id": 0, "eos_token_id": [1, 3]}}, ONE)))
     assert (source.bos_token, source.eos_token) == ("<s>", "</s>")
 
@@ -375,7 +372,7 @@ def test_eos_token_ids(checkpoint, files, expected):
     assert open_source(str(checkpoint(files, ONE))).eos_token_ids == expected
 
 
-def test_eos_token_ids_that_are_none(checkpoint):
+def test_eos_token_ids_that_are_not_ids(checkpoint):
     assert "expected eos_token_id to be token ids, found ['</s>']" in refusal(
         checkpoint({"config.json": {"eos_token_id": ["</s>"]}}, ONE)
     )
@@ -417,7 +414,7 @@ def test_sampling(checkpoint, generation, expected):
     assert open_source(str(checkpoint({"generation_config.json": generation}, ONE))).sampling == expected
 
 
-def test_sampling_that_is_no_number(checkpoint):
+def test_sampling_that_is_not_a_number(checkpoint):
     files = {"generation_config.json": {"do_sample": True, "top_p": "high"}}
     assert 'expected top_p to be a number, found "high"' in refusal(checkpoint(files, ONE))
 
@@ -453,13 +450,13 @@ def test_licence(checkpoint, card, expected):
     assert open_source(str(checkpoint({"README.md": card}, ONE))).licence == expected
 
 
-def test_a_card_that_is_not_utf8_says_nothing(checkpoint):
+def test_a_card_that_is_not_utf8_has_no_licence(checkpoint):
     folder = checkpoint(tensors=ONE)
     (folder / "README.md").write_bytes(b"---\nlicense: mit\n---\ncaf\xe9\n")
     assert open_source(str(folder)).licence is None
 
 
-def test_what_was_read_is_hashed(checkpoint):
+def test_the_files_read_are_hashed(checkpoint):
     folder = checkpoint({"README.md": "x", "notes.txt": "not read"}, ONE)
     files = {file.name: file for file in open_source(str(folder)).files}
     assert set(files) == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}

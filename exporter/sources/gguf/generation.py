@@ -6,7 +6,7 @@ from typing import Any
 
 from precast.loaders.artifact.errors import PrecastError
 
-from ..end_of_generation import ends_by_text, together
+from ..end_of_generation import end_tokens_by_text, merge_end_tokens
 from .markers import repaired_types
 from .vocabulary import TokenType
 
@@ -39,7 +39,7 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _ENDS]
     others = [metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for key in _BETWEEN_FILES]
     named += [token for token in others if 0 <= token < len(tokens)]
-    return together(named, ends_by_text(special, plain))
+    return merge_end_tokens(named, end_tokens_by_text(special, plain))
 
 
 def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A Hugging Face directory: config.json, safetensors weights and tokenizer.json."""
+"""Read a Hugging Face directory: config.json, safetensors weights and tokenizer.json."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from precast.loaders.artifact.errors import PrecastError
 
 from ..base import Source
-from ..end_of_generation import ends_by_text, named_ends, together
+from ..end_of_generation import end_tokens_by_text, merge_end_tokens, named_end_tokens
 from ..files import hash_file, plain_file, read_json, slug, spdx
 from ..generation import read_generation, without_generation
 from .templates import chat_templates, template_files
@@ -21,17 +21,17 @@ _MODELOPT = "hf_quant_config.json"
 
 
 def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
-    """Read a directory as `save_pretrained` writes it.
+    """Return the model of a directory in the layout of transformers' `save_pretrained`.
 
     Args:
         folder: the directory.
-        name: a name for the model; None takes the directory's.
+        name: name of the model; None means the directory's name.
 
     Raises:
-        PrecastError: when something is missing, broken, quantised, of an unsupported type, a pickle, or needs
-            code that the checkpoint brings along.
+        PrecastError: a file is missing or broken, the weights are quantised, a pickle or of an unsupported type, or the
+            model needs the checkpoint's own code.
     """
-    config = _config(folder)
+    config = _read_config(folder)
     shards = find_shards(folder)
     tensors = read_tensors(folder, shards)
     tokenizer = read_tokenizer(folder)
@@ -47,7 +47,9 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
         named_templates=templates.named,
         bos_token=special["bos_token"],
         eos_token=special["eos_token"],
-        eos_token_ids=_ends(folder, generation.values, config, tokenizer.document, special["eos_token"]),
+        eos_token_ids=_end_tokens(
+            folder, generation.values, config, tokenizer.document, special["eos_token"]
+        ),
         sampling=generation.sampling,
         licence=_licence(folder / "README.md"),
         files=tuple(hash_file(path) for path in _files_read(folder, shards)),
@@ -55,16 +57,20 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
     )
 
 
-def _config(folder: Path) -> dict[str, object]:
-    """config.json, unless it asks for something that would change the model behind our back."""
+def _read_config(folder: Path) -> dict[str, object]:
+    """Return config.json.
+
+    Raises:
+        PrecastError: it is missing, or the directory has an adapter or quantised weights.
+    """
     path = folder / "config.json"
     if plain_file(folder / _ADAPTER):
         raise PrecastError(
-            f"{folder}: holds an adapter ({_ADAPTER}), which is only a change to another model; merge it into "
-            "that model (merge_and_unload() of peft) and export what save_pretrained writes."
+            f"{folder}: contains an adapter ({_ADAPTER}), which only modifies another model; merge it into that"
+            " model (peft's merge_and_unload()) and export the result of save_pretrained."
         )
     if not plain_file(path):
-        found = "an empty directory" if not any(folder.iterdir()) else "a directory without it"
+        found = "none" if any(folder.iterdir()) else "an empty directory"
         raise PrecastError(
             f"{folder}: expected config.json, found {found}; name a Hugging Face model directory."
         )
@@ -74,51 +80,51 @@ def _config(folder: Path) -> dict[str, object]:
 
 
 def _refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
-    for key, unsaid in (("quantization_config", "?"), ("compression_config", "compressed-tensors")):
+    for key, default in (("quantization_config", "?"), ("compression_config", "compressed-tensors")):
         if config.get(key):
-            method = _method(config[key], unsaid)
+            method = _method(config[key], default)
             raise PrecastError(
-                f"{folder / 'config.json'}: {key} says that the weights are quantised already ({method}); "
+                f"{folder / 'config.json'}: {key} says that the weights are already quantised ({method}); "
                 f"{REMEDIES.get(method, ORIGINAL)}."
             )
     if plain_file(folder / _MODELOPT):
         raise PrecastError(
-            f"{folder / _MODELOPT}: says that the weights are quantised already (modelopt); {ORIGINAL}."
+            f"{folder / _MODELOPT}: says that the weights are already quantised (modelopt); {ORIGINAL}."
         )
 
 
-def _method(quantization: object, unsaid: str) -> str:
-    """The name of a quantisation method; configs of bitsandbytes have not always said theirs."""
+def _method(quantization: object, default: str) -> str:
+    """Return the name of a quantisation method. Old configs of bitsandbytes do not state it."""
     if not isinstance(quantization, dict):
         return str(quantization)
     if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
-        unsaid = "bitsandbytes"
-    return str(quantization.get("quant_method") or unsaid)
+        default = "bitsandbytes"
+    return str(quantization.get("quant_method") or default)
 
 
-# --- ends, licence ------------------------------------------------------------------------------------------
+# --- end tokens, licence --------------------------------------------------------------------------------------
 
 
-def _ends(
+def _end_tokens(
     folder: Path,
     generation: Mapping[str, object],
     config: Mapping[str, object],
     tokenizer: Mapping[str, Any],
     eos_token: str | None,
 ) -> tuple[int, ...]:
-    """Return the end tokens named by generation_config.json, config.json and the tokenizer, and those found by text."""
+    """Return the end tokens that both configs and the tokenizer name, and those found by their text."""
     tokens = token_ids(tokenizer)
     special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
-    named = (*named_ends(folder, generation), *named_ends(folder, config))
+    named = (*named_end_tokens(folder, generation), *named_end_tokens(folder, config))
     own = () if eos_token is None else (tokens.get(eos_token),)
     vocab = config.get("vocab_size")
-    by_text = ends_by_text(special, tokens)
+    by_text = end_tokens_by_text(special, tokens)
     # The model never generates a token without an embedding.
-    return together((*named, *own), (i for i in by_text if not isinstance(vocab, int) or i < vocab))
+    return merge_end_tokens((*named, *own), (i for i in by_text if not isinstance(vocab, int) or i < vocab))
 
 
 def _licence(card: Path) -> str | None:
-    """The `license` of a model card's front matter; a licence of its own goes by its `license_name`."""
+    """Return `license` of a model card's front matter, or `license_name` if `license` is "other"."""
     import yaml  # type: ignore[import-untyped]
 
     if not plain_file(card):
@@ -130,8 +136,8 @@ def _licence(card: Path) -> str | None:
     except OSError as error:
         raise PrecastError(f"{card}: cannot be read ({error.strerror}); check its permissions.") from error
     except Exception:
-        # The card is prose for people, of which only what is said plainly is taken; and PyYAML raises whatever
-        # Python says to a value, as ValueError to a date that is none.
+        # A card is prose for people, so broken metadata means no licence. PyYAML raises any error of Python's types,
+        # such as ValueError for an impossible date.
         return None
     if not isinstance(front, dict):
         return None
@@ -143,7 +149,7 @@ def _licence(card: Path) -> str | None:
 
 
 def _files_read(folder: Path, shards: Mapping[str, object]) -> list[Path]:
-    """What this reader looks at, in a fixed order."""
+    """Return the files that this reader reads, in a fixed order."""
     names = [
         "config.json",
         *([INDEX] if SINGLE not in shards else []),

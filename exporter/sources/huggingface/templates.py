@@ -1,4 +1,4 @@
-"""The chat templates of a Hugging Face directory: the default one and the named ones."""
+"""Read the chat templates of a Hugging Face directory: the default template and the named ones."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from .tokens import CONFIG
 
 DEFAULT = "default"
 FILE, LEGACY_FILE, FOLDER = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
-# An artifact's tokenizer gives these to a template itself.
+# The artifact's tokenizer passes these to a template.
 _GIVEN = ("bos_token", "eos_token")
 
 
@@ -22,8 +22,8 @@ class Templates:
     """The chat templates of a model.
 
     Attributes:
-        default: the default template, or None.
-        named: the others by name ("tool_use", "rag").
+        default: Jinja source of the default template, or None.
+        named: Jinja sources of the others, by name ("tool_use", "rag").
     """
 
     default: str | None
@@ -37,35 +37,35 @@ def template_files(folder: Path) -> list[Path]:
 
 
 def chat_templates(folder: Path, tokens: Mapping[str, str]) -> Templates:
-    """Read the chat templates of a directory; rendering them needs only bos and eos.
+    """Return the chat templates of a directory, which need only the variables bos_token and eos_token.
 
     Template files override tokenizer_config.json, as in transformers. The older chat_template.json counts only if
     there is no other template.
 
     Args:
         folder: the directory.
-        tokens: text of each named special token.
+        tokens: texts of special tokens, by name ("pad_token"). A template that uses one gets a definition of it.
 
     Raises:
-        PrecastError: for a template that is not text, or that has no name.
+        PrecastError: a template is not text, or has no name.
     """
-    found = _of_files(folder) or _of_config(folder / CONFIG) or _of_config(folder / LEGACY_FILE)
+    found = _from_files(folder) or _from_config(folder / CONFIG) or _from_config(folder / LEGACY_FILE)
     ready = {name: with_tokens(template, tokens) for name, template in found.items()}
     return Templates(default=ready.pop(DEFAULT, None), named=dict(sorted(ready.items())))
 
 
-def _of_files(folder: Path) -> dict[str, str]:
+def _from_files(folder: Path) -> dict[str, str]:
     found = {DEFAULT: read_text(folder / FILE)} if plain_file(folder / FILE) else {}
     paths = sorted((folder / FOLDER).glob("*.jinja"))
     return found | {path.name.removesuffix(".jinja"): read_text(path) for path in paths}
 
 
-def _of_config(path: Path) -> dict[str, str]:
-    """Read the value of `chat_template`: one template, or a list of named ones."""
-    said = optional_json(path).get("chat_template")
-    if said is None:
+def _from_config(path: Path) -> dict[str, str]:
+    """Return the templates of the key `chat_template`: one template, or a list of named ones."""
+    value = optional_json(path).get("chat_template")
+    if value is None:
         return {}
-    entries = said if isinstance(said, list) else [{"name": DEFAULT, "template": said}]
+    entries = value if isinstance(value, list) else [{"name": DEFAULT, "template": value}]
     found = {}
     for entry in entries:
         name, template = (
@@ -81,9 +81,9 @@ def _of_config(path: Path) -> dict[str, str]:
 
 
 def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
-    """Prefix a template with definitions of the special tokens that it names, besides bos and eos."""
+    """Return a template that begins with definitions of the special tokens that it uses, except bos and eos."""
     lines = [
-        # JSON and Jinja share their escapes. trim_blocks removes the line end after the tag.
+        # Jinja reads the escapes of JSON. trim_blocks removes the line end after the tag.
         f"{{% set {key} = {json.dumps(text, ensure_ascii=False)} %}}\n"
         for key, text in tokens.items()
         if key not in _GIVEN and key.isidentifier() and re.search(rf"\b{re.escape(key)}\b", template)

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory: tokenizer.json, as changed by the files beside it."""
+"""Read the tokenizer of a Hugging Face directory: tokenizer.json, modified by the files beside it."""
 
 import json
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from .tokens import CONFIG, Tokens, read_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerFile:
-    """A tokenizer as an artifact holds it.
+    """The tokenizer.json for an artifact.
 
     Attributes:
-        document: the tokenizer.json, with the tokens that the files beside it define.
-        data: the same as bytes; the file's own bytes if nothing changed.
-        tokens: the tokens besides the vocabulary.
-        remarks: sentences about settings that are left out.
+        document: the parsed tokenizer.json, including the tokens that the files beside it define.
+        data: the same as bytes, which are the bytes of the source's file if the documents are equal.
+        tokens: added and special tokens.
+        remarks: sentences about ignored settings.
     """
 
     document: Mapping[str, Any]
@@ -31,10 +31,10 @@ class TokenizerFile:
 
 
 def read_tokenizer(folder: Path) -> TokenizerFile:
-    """Read tokenizer.json and apply the changes of the files beside it.
+    """Return the tokenizer.json of a directory, modified as the files beside it ask.
 
     Raises:
-        PrecastError: it is missing or broken, or a setting cannot be carried over.
+        PrecastError: the file is missing or broken, or a setting cannot be applied.
     """
     path = folder / "tokenizer.json"
     if not plain_file(path):
@@ -47,10 +47,10 @@ def read_tokenizer(folder: Path) -> TokenizerFile:
 
     try:
         library = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower one
+    except Exception as error:  # tokenizers raises no narrower type
         raise PrecastError(
-            f"{path}: is not a tokenizer that the tokenizers library reads ({error}); save it again, or "
-            "update the library."
+            f"{path}: expected a tokenizer that the tokenizers library can read, found another file ({error}); save it"
+            " again, or update the library."
         ) from error
     remarks = check_settings(folder / CONFIG, document)
     tokens = read_tokens(folder, document, library)
@@ -62,8 +62,8 @@ def read_tokenizer(folder: Path) -> TokenizerFile:
 
 
 def special_tokens(config: Mapping[str, object], tokenizer: TokenizerFile) -> dict[str, str | None]:
-    """Text of bos and eos: as the tokenizer's files say, else by the ids in config.json."""
-    if tokenizer.tokens.is_named:
+    """Return the texts of bos and eos from the tokenizer's files, or else by their ids in config.json."""
+    if tokenizer.tokens.has_own_files:
         return {key: tokenizer.tokens.named.get(key) for key in ("bos_token", "eos_token")}
     texts = {token_id: text for text, token_id in token_ids(tokenizer.document).items()}
     ids = {key: first(config.get(f"{key}_id")) for key in ("bos_token", "eos_token")}
@@ -71,7 +71,7 @@ def special_tokens(config: Mapping[str, object], tokenizer: TokenizerFile) -> di
 
 
 def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Every token of a tokenizer.json with its id; added tokens go before the model's own."""
+    """Return the id of every token of a tokenizer.json. Added tokens override the vocabulary."""
     vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
     if isinstance(vocabulary, list):  # Unigram models list [token, score]
         vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
@@ -79,5 +79,5 @@ def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 
 
 def first(value: object) -> object:
-    """The first of a list, or the value itself."""
+    """Return the first element of a list, or any other value itself."""
     return value[0] if isinstance(value, list) and value else value

@@ -1,6 +1,6 @@
-"""The added and special tokens of a Hugging Face directory.
+"""Read the added and special tokens of a Hugging Face directory.
 
-Five places may define one: tokenizer.json, `added_tokens_decoder` and the other keys of tokenizer_config.json,
+Five places may define a token: tokenizer.json, `added_tokens_decoder` and the other keys of tokenizer_config.json,
 special_tokens_map.json and added_tokens.json. Their precedence is undocumented; this file follows
 `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init__` of transformers 5.23, step by step.
 """
@@ -29,100 +29,102 @@ _SPECIFIC, _DECODER = "model_specific_special_tokens", "added_tokens_decoder"
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The tokens besides a tokenizer's own vocabulary.
+    """The added and special tokens of a tokenizer.
 
     Attributes:
-        added: the list `added_tokens` for tokenizer.json that gives the same ids and texts.
-        named: the text of each special token that has a name ("bos_token", …, and the model's own, as
-            "image_token"), where it has a text.
-        is_named: True if a file other than tokenizer.json and config.json names special tokens.
+        added: value of `added_tokens` for tokenizer.json that gives the same ids and texts.
+        named: texts of the special tokens that have a name: "bos_token" and so on, and the model's own names, such as
+            "image_token".
+        has_own_files: True if the directory has tokenizer_config.json or special_tokens_map.json.
     """
 
     added: list[dict[str, Any]]
     named: Mapping[str, str]
-    is_named: bool
+    has_own_files: bool
 
 
 def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer") -> Tokens:
-    """Find the added tokens of a directory.
+    """Return the added and special tokens of a directory.
 
     Args:
         folder: the directory.
         document: its tokenizer.json.
-        library: the tokenizer that `document` makes. Tokens are added to it.
+        library: the tokenizer of `document`. The function adds tokens to it.
 
     Raises:
-        PrecastError: for a token that is neither text nor an object with its text in `content`, and for tokens that
-            cannot be written to a tokenizer.json.
+        PrecastError: a token is neither text nor an object with its text in `content`, or a tokenizer.json cannot
+            express the tokens.
     """
-    given = dict(optional_json(folder / CONFIG))
-    _take_extra(given)
-    specific = _take_specific(folder, given)
-    if _DECODER not in given:
-        _merge_map(folder, given, specific)
-    named, extra = (
-        _named(folder, given, specific),
-        _extra(folder, given),
-    )  # these functions also check the types of values
-    decoder = _decoder(folder, given, document)
+    settings = dict(optional_json(folder / CONFIG))
+    _rename_extra(settings)
+    own = _take_own(folder, settings)
+    if _DECODER not in settings:
+        _merge_map(folder, settings, own)
+    # Both functions check types, on which the next one relies.
+    named, extra = _named(folder, settings, own), _extra(folder, settings)
+    decoder = _decoder(folder, settings, document)
     special = _special_texts(library) | _add(library, decoder, named, extra)
     texts = {key: _content(token) for key, token in named.items()}
-    is_named = any(plain_file(folder / name) for name in (CONFIG, TOKENS_MAP))
-    return Tokens(added=_written(folder, document, library, special), named=texts, is_named=is_named)
+    has_own_files = any(plain_file(folder / name) for name in (CONFIG, TOKENS_MAP))
+    return Tokens(
+        added=_entries(folder, document, library, special), named=texts, has_own_files=has_own_files
+    )
 
 
-# --- what the files say, as transformers merges it ----------------------------------------------------------------
+# --- merging the files as transformers does -----------------------------------------------------------------------
 
 
-def _take_extra(given: dict[str, object]) -> None:
-    """Rename the list of further special tokens from its older key to the newer one."""
-    if _EXTRA_BEFORE in given and not given.get(_EXTRA):
-        given[_EXTRA] = given.pop(_EXTRA_BEFORE)
+def _rename_extra(settings: dict[str, object]) -> None:
+    """Rename the list of further special tokens from its older key to its newer key."""
+    if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
+        settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
 
 
-def _take_specific(folder: Path, given: dict[str, Any]) -> dict[str, object]:
-    """Take the special tokens with a name of their own, as "image_token", out of the configuration."""
+def _take_own(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
+    """Remove the special tokens with names of the model's own, such as "image_token", and return them."""
     names = [
-        key for key in given if key.endswith("_token") and key not in NAMED and isinstance(given[key], str)
+        key
+        for key in settings
+        if key.endswith("_token") and key not in NAMED and isinstance(settings[key], str)
     ]
-    specific: dict[str, object] = {key: given.pop(key) for key in names}
-    if isinstance(given.get(_EXTRA), dict):
-        specific |= given.pop(_EXTRA)
-    return specific or _mapping(folder / CONFIG, _SPECIFIC, given.get(_SPECIFIC))
+    own: dict[str, object] = {key: settings.pop(key) for key in names}
+    if isinstance(settings.get(_EXTRA), dict):
+        own |= settings.pop(_EXTRA)
+    return own or _mapping(folder / CONFIG, _SPECIFIC, settings.get(_SPECIFIC))
 
 
-def _merge_map(folder: Path, given: dict[str, Any], specific: dict[str, object]) -> None:
-    """Let special_tokens_map.json overrule tokenizer_config.json."""
+def _merge_map(folder: Path, settings: dict[str, Any], own: dict[str, object]) -> None:
+    """Override tokenizer_config.json by special_tokens_map.json."""
     path = folder / TOKENS_MAP
     for key, value in optional_json(path).items():
         if key == _EXTRA and isinstance(value, list):
-            known = list(given.get(_EXTRA) or [])
-            given[key] = known + [token for token in value if token not in known]
+            known = list(settings.get(_EXTRA) or [])
+            settings[key] = known + [token for token in value if token not in known]
         elif isinstance(value, dict) and key != _EXTRA:
-            given[key] = {**value, "special": True}
+            settings[key] = {**value, "special": True}
         else:
-            given[key] = value
-    if isinstance(given.get(_EXTRA), dict):
-        specific |= given.pop(_EXTRA)
+            settings[key] = value
+    if isinstance(settings.get(_EXTRA), dict):
+        own |= settings.pop(_EXTRA)
 
 
 def _named(
-    folder: Path, given: Mapping[str, Any], specific: Mapping[str, object]
+    folder: Path, settings: Mapping[str, Any], own: Mapping[str, object]
 ) -> dict[str, "AddedToken | str"]:
-    """Return special tokens by name: those that every tokenizer may have, then the model's own."""
-    own = [
+    """Return special tokens by name: the names that every tokenizer may have, then the model's own names."""
+    names = [
         key
-        for key in given
-        if key.endswith("_token") and key not in NAMED and isinstance(given[key], str | dict)
+        for key in settings
+        if key.endswith("_token") and key not in NAMED and isinstance(settings[key], str | dict)
     ]
-    said = {key: given[key] for key in (*NAMED, *own) if given.get(key) is not None} | dict(specific)
-    return {key: _token_or_text(folder / CONFIG, key, value) for key, value in said.items()}
+    values = {key: settings[key] for key in (*NAMED, *names) if settings.get(key) is not None} | dict(own)
+    return {key: _token_or_text(folder / CONFIG, key, value) for key, value in values.items()}
 
 
-def _extra(folder: Path, given: Mapping[str, Any]) -> list["AddedToken | str"]:
+def _extra(folder: Path, settings: Mapping[str, Any]) -> list["AddedToken | str"]:
     """Return further special tokens, which have no name."""
-    key = _EXTRA if _EXTRA in given else _EXTRA_BEFORE
-    tokens = given.get(key) or []
+    key = _EXTRA if _EXTRA in settings else _EXTRA_BEFORE
+    tokens = settings.get(key) or []
     if not isinstance(tokens, list):
         raise PrecastError(
             f"{folder / CONFIG}: expected {key} to be a list of tokens, found {json.dumps(tokens):.80}; correct it."
@@ -130,17 +132,19 @@ def _extra(folder: Path, given: Mapping[str, Any]) -> list["AddedToken | str"]:
     return [_token_or_text(folder / CONFIG, key, token) for token in tokens]
 
 
-def _decoder(folder: Path, given: Mapping[str, Any], document: Mapping[str, Any]) -> dict[int, "AddedToken"]:
+def _decoder(
+    folder: Path, settings: Mapping[str, Any], document: Mapping[str, Any]
+) -> dict[int, "AddedToken"]:
     """Return added tokens by id, from `added_tokens_decoder` or else from added_tokens.json and tokenizer.json."""
-    if _DECODER in given:
+    if _DECODER in settings:
         path = folder / CONFIG
-        entries = _mapping(path, _DECODER, given[_DECODER])
+        entries = _mapping(path, _DECODER, settings[_DECODER])
         return {_number(path, key): _token(path, _DECODER, entry) for key, entry in entries.items()}
-    # transformers reads only the newer key of the list, and skips entries that are not tokens yet.
-    said = [*(given[key] for key in NAMED if given.get(key)), *(given.get(_EXTRA) or ())]
+    # transformers reads only the newer key of the list, and skips entries that it has not converted to tokens.
+    values = [*(settings[key] for key in NAMED if settings.get(key)), *(settings.get(_EXTRA) or ())]
     special = {
         _content(_token_or_text(folder / CONFIG, _DECODER, token))
-        for token in said
+        for token in values
         if isinstance(token, str) or "__type" not in token
     }
     decoder = {
@@ -152,7 +156,7 @@ def _decoder(folder: Path, given: Mapping[str, Any], document: Mapping[str, Any]
     return decoder
 
 
-# --- adding them --------------------------------------------------------------------------------------------------
+# --- adding tokens ------------------------------------------------------------------------------------------------
 
 
 def _add(
@@ -161,7 +165,7 @@ def _add(
     named: Mapping[str, "AddedToken | str"],
     extra: Iterable["AddedToken | str"],
 ) -> frozenset[str]:
-    """Add tokens in transformers' order, which determines ids and flags; return the texts of special ones."""
+    """Add tokens in transformers' order, which determines ids and flags, and return the texts of special tokens."""
     tokens = [token for _, token in sorted(decoder.items())]
     known = {token.content for token in (*library.get_added_tokens_decoder().values(), *tokens)}
     tokens += [_as_token(token) for token in (*named.values(), *extra) if _content(token) not in known]
@@ -179,10 +183,10 @@ def _as_token(token: "AddedToken | str") -> "AddedToken":
     return AddedToken(token, special=True) if isinstance(token, str) else token
 
 
-def _written(
+def _entries(
     folder: Path, document: Mapping[str, Any], library: "Tokenizer", special: frozenset[str]
 ) -> list[dict[str, Any]]:
-    """Return the added tokens of a tokenizer, as tokenizer.json lists them; a special token stays special."""
+    """Return `added_tokens` of tokenizer.json for a tokenizer. The tokens in `special` are special."""
     added = [
         {
             "id": number,
@@ -198,12 +202,16 @@ def _written(
 
 
 def _check_ids(folder: Path, document: Mapping[str, Any], added: list[dict[str, Any]]) -> None:
-    """Refuse tokens whose ids change when the written tokenizer.json is read."""
+    """Read the tokenizer.json back and compare the ids.
+
+    Raises:
+        PrecastError: a token has another id.
+    """
     from tokenizers import Tokenizer
 
-    again = Tokenizer.from_str(json.dumps({**document, "added_tokens": added})).get_added_tokens_decoder()
+    reread = Tokenizer.from_str(json.dumps({**document, "added_tokens": added})).get_added_tokens_decoder()
     for entry in added:
-        token = again.get(entry["id"])
+        token = reread.get(entry["id"])
         if token is None or token.content != entry["content"]:
             raise PrecastError(
                 f"{folder}: the added token {entry['content']!r} cannot keep its id in a tokenizer.json; save the "
@@ -225,7 +233,7 @@ def _added(text: str, *, is_special: bool) -> "AddedToken":
 
 
 def _token(path: Path, key: str, entry: object) -> "AddedToken":
-    """Read a token that is written as an object."""
+    """Return a token from its object form."""
     from tokenizers import AddedToken
 
     content = entry.get("content") if isinstance(entry, dict) else None

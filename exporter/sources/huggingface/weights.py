@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face directory: safetensors, in one file or in shards."""
+"""Read the weights of a Hugging Face directory: safetensors, in one file or in shards."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,64 +17,64 @@ from ..files import plain_file, read_json, refuse_stand_in
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Other forms of weight files: a pattern of the name, a description and the remedy.
+# Other weight files: a pattern of the name, and a description with the remedy.
 _OTHERS = (
     (
         r"model\.safetensors\.index\..+\.json",
-        "only the variant {name}; rename it to {index}, and leave its shards as they are called",
+        "only the variant {name}; rename it to {index}, and keep the names of its shards",
     ),
     (r"model\.[^-]+\.safetensors", "only the variant {name}; rename it to {single}"),
     (r"model.*-\d+-of-\d+\.safetensors", "only {name}, a shard without its index; fetch {index} too"),
     (
         r"consolidated.*\.safetensors",
         (
-            "only {name}, which has the names of its maker's own code; fetch the files called model*.safetensors,"
-            " or convert it with the script that transformers has for this architecture"
+            "only {name}, whose tensors have the publisher's own names; fetch the files model*.safetensors, or convert"
+            " it with transformers' script for this architecture"
         ),
     ),
     (
         r"adapter_model\.safetensors",
         (
-            "only an adapter ({name}); merge it into its model (merge_and_unload() of peft) and export what"
-            " save_pretrained writes"
+            "only an adapter ({name}); merge it into its model (peft's merge_and_unload()) and export the result of"
+            " save_pretrained"
         ),
     ),
-    (r".+\.safetensors", "only {name}; rename it to {single} if it holds the whole model"),
-    (r".+\.gguf", "only {name}; name that file itself, {folder}/{name}"),
+    (r".+\.safetensors", "only {name}; rename it to {single} if it contains the whole model"),
+    (r".+\.gguf", "only {name}; export that file itself, {folder}/{name}"),
     (
         r".+\.(bin|pt|pth|ckpt)",
         (
-            "them only as a pickle ({name}), which can run code when it is read; convert them to {single} first, by"
-            " from_pretrained and save_pretrained of transformers"
+            "only a pickle ({name}), which can run code when it is loaded; convert it to {single} first, with"
+            " transformers' from_pretrained and save_pretrained"
         ),
     ),
     (
         r".+\.(h5|msgpack)",
         (
-            "only {name} of another framework; load it in transformers 4 (from_tf=True or from_flax=True) and save it"
-            " with save_pretrained"
+            "only {name}, from another framework; load it with transformers 4 (from_tf=True or from_flax=True) and save"
+            " it with save_pretrained"
         ),
     ),
 )
 
 # safetensors' names for the types that float32 represents exactly.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Masks and tables in old checkpoints. They may have any type; only reading their values is refused.
+# Masks and tables in old checkpoints. They may have any type, because no architecture reads their values.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
 
-ORIGINAL = "export the bfloat16, float16 or float32 checkpoint that it was made from"
+ORIGINAL = "export the original checkpoint in bfloat16, float16 or float32"
 _INT4 = f"{ORIGINAL}, with --weights int4"
 # Remedies for weights that are already quantised, by `quant_method`.
 REMEDIES: Mapping[str, str] = {
     "awq": _INT4,
     "auto-round": _INT4,
-    "bitsandbytes": f"{ORIGINAL}, or load it in transformers and save what model.dequantize() gives",
-    "compressed-tensors": f"{ORIGINAL}, or load it with CompressedTensorsConfig(dequantize=True) and save that",
-    "fp8": f"{ORIGINAL}, or load it with FineGrainedFP8Config(dequantize=True) and save that",
+    "bitsandbytes": f"{ORIGINAL}, or load it in transformers and save the result of model.dequantize()",
+    "compressed-tensors": f"{ORIGINAL}, or load it with CompressedTensorsConfig(dequantize=True) and save it",
+    "fp8": f"{ORIGINAL}, or load it with FineGrainedFP8Config(dequantize=True) and save it",
     "gptq": _INT4,
-    "mxfp4": f"{ORIGINAL}, or load it with Mxfp4Config(dequantize=True) and save that",
+    "mxfp4": f"{ORIGINAL}, or load it with Mxfp4Config(dequantize=True) and save it",
 }
-# Suffixes of tensor names that reveal a method if config.json does not name it.
+# Suffixes of tensor names that reveal a quantisation method that config.json does not name.
 _TRACES = (
     (".qweight", "gptq"),  # AWQ uses it too, with the same remedy
     (".weight_packed", "compressed-tensors"),
@@ -87,7 +87,11 @@ _TRACES = (
 
 
 def find_shards(folder: Path) -> dict[str, frozenset[str]]:
-    """Return the weight files, each with the tensors that the index, if any, expects in it."""
+    """Return the weight files, each with the tensors that the index places in it (none without an index).
+
+    Raises:
+        PrecastError: there are no weight files, or the index is broken or lists a missing file.
+    """
     if plain_file(folder / SINGLE):
         return {SINGLE: frozenset()}
     if plain_file(folder / INDEX):
@@ -96,7 +100,7 @@ def find_shards(folder: Path) -> dict[str, frozenset[str]]:
 
 
 def _found(folder: Path) -> str:
-    """Return the first match of `_OTHERS`, with its remedy."""
+    """Describe the first file that matches `_OTHERS`, with the remedy."""
     names = sorted(path.name for path in folder.iterdir())
     for pattern, remedy in _OTHERS:
         if (name := next((name for name in names if re.fullmatch(pattern, name)), None)) is not None:
@@ -116,29 +120,33 @@ def _indexed_shards(path: Path) -> dict[str, frozenset[str]]:
     for shard in sorted(shards):
         if Path(shard).name != shard:
             raise PrecastError(
-                f"{path}: names a shard outside its own directory ({shard}); fetch the file again."
+                f"{path}: lists a shard outside its own directory ({shard}); fetch the file again."
             )
     if missing := [shard for shard in sorted(shards) if not plain_file(path.parent / shard)]:
-        more = f" (nor are {len(missing) - 1} more)" if len(missing) > 1 else ""
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise PrecastError(
-            f"{path}: names the shard {missing[0]}, which is not there{more}; the download may have stopped"
-            f" early: fetch the missing file{'s' if more else ''}."
+            f"{path}: lists the shard {missing[0]}, which is missing{more}; the download may be incomplete: fetch the"
+            f" missing file{'s' if more else ''}."
         )
     return dict(sorted(shards.items()))
 
 
 def read_tensors(folder: Path, shards: Mapping[str, frozenset[str]]) -> dict[str, SourceTensor]:
-    """Return every tensor of every shard; like transformers, include those missing from the index."""
+    """Return every tensor of every shard, including tensors missing from the index, as transformers does.
+
+    Raises:
+        PrecastError: a shard is broken, lacks a tensor, repeats one, or has one of an unsupported type.
+    """
     tensors: dict[str, SourceTensor] = {}
     for shard, expected in shards.items():
         found = _read_header(folder / shard)
         if missing := sorted(expected - found.keys()):
             raise PrecastError(
-                f"{folder / shard}: lacks {missing[0]}, which {INDEX} expects in it; fetch both files again."
+                f"{folder / shard}: lacks the tensor {missing[0]}, which {INDEX} places in it; fetch both files again."
             )
-        if twice := sorted(tensors.keys() & found.keys()):
+        if repeated := sorted(tensors.keys() & found.keys()):
             raise PrecastError(
-                f"{folder / shard}: holds {twice[0]}, which an earlier shard holds too; keep one of them."
+                f"{folder / shard}: contains the tensor {repeated[0]}, and so does an earlier shard; keep one of them."
             )
         tensors |= found
     return tensors
@@ -163,20 +171,20 @@ def _read_header(path: Path) -> dict[str, SourceTensor]:
 
 
 def _trace(names: Iterable[str], dtype: str) -> str | None:
-    """Return the method that seems to have quantised a file's weights, or None."""
+    """Return the quantisation method that the tensors of a file suggest, or None."""
     found = {method for ending, method in _TRACES for name in names if name.endswith(ending)}
     fallback = "fp8" if dtype.startswith("F8_") else None
     return next((method for _, method in _TRACES if method in found), fallback)
 
 
 def _refuse_dtype(path: Path, name: str, dtype: str, method: str | None) -> NoReturn:
-    seems = "gptq or awq" if method == "gptq" else method
+    likely = "gptq or awq" if method == "gptq" else method
     remedy = (
         "convert the checkpoint to one of these first"
         if method is None
-        else f"the weights seem to be quantised already ({seems}): {REMEDIES[method]}"
+        else f"the weights seem to be already quantised ({likely}): {REMEDIES[method]}"
     )
-    raise PrecastError(f"{path}: {name} is stored as {dtype}, and only F32, F16 and BF16 are read; {remedy}.")
+    raise PrecastError(f"{path}: expected {name} to be F32, F16 or BF16, found {dtype}; {remedy}.")
 
 
 def _read_tensor(path: Path, name: str) -> np.ndarray:
@@ -189,8 +197,12 @@ def _read_tensor(path: Path, name: str) -> np.ndarray:
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[Any]:
-    """Map a shard; safetensors checks that header and file length agree."""
-    import ml_dtypes  # noqa: F401 - teaches numpy the name "bfloat16"
+    """Map a shard. safetensors checks that header and file length agree.
+
+    Raises:
+        PrecastError: the file is not a complete safetensors file.
+    """
+    import ml_dtypes  # noqa: F401 - registers "bfloat16" with numpy
     from safetensors import SafetensorError, safe_open
 
     refuse_stand_in(path)
@@ -199,5 +211,5 @@ def _open_shard(path: Path) -> Iterator[Any]:
             yield shard
     except (SafetensorError, OSError, UnicodeError) as error:
         raise PrecastError(
-            f"{path}: is not a whole safetensors file ({error}) and may be truncated; fetch the file again."
+            f"{path}: is not a complete safetensors file ({error}) and may be truncated; fetch the file again."
         ) from error
