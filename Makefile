@@ -39,7 +39,7 @@ lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/lint-imports
 
 docs: $(DOCS_READY)  ## build the documentation into site/
-	PRECAST_TYPES=$(VENV)/types $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 PRECAST_TYPES=$(VENV)/types $(BIN)/mkdocs build --strict
 
 # Each reports its findings and how to repeat them.
 fuzz: $(READY)  ## load 20,000 mutated artifacts

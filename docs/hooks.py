@@ -1,12 +1,19 @@
-"""Pages and pictures from outside docs/ for the site, with links that work in the repository and on the site alike."""
+"""Complete the site: pages and pictures from outside docs/, links to them, and the reference of the command line.
 
+Links work in the repository and on the site alike.
+"""
+
+import inspect
 import posixpath
 import re
 from pathlib import Path
 
+import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from precast import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,6 +24,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
 }
 RESULTS = "benchmarks/results"
+COMMANDS = "<!-- commands -->"  # the place of the generated reference
 
 _LINK = re.compile(r'(?<=\]\()[^)\s#]+|(?<=src=")[^"]+|(?<=srcset=")[^"]+')
 
@@ -47,7 +55,26 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         folder = page.file.url if in_html else posixpath.dirname(name)
         return posixpath.relpath(target, folder or ".")
 
-    return _LINK.sub(translated, markdown)
+    return _LINK.sub(translated, markdown).replace(COMMANDS, command_reference(cli.main))
+
+
+def command_reference(group: click.Group) -> str:
+    """Return the reference of a group's commands in Markdown: usage, help, and a table of options."""
+    parent = click.Context(group, info_name="precast")
+    return "\n\n".join(_section(group.commands[name], parent) for name in group.list_commands(parent))
+
+
+def _section(command: click.Command, parent: click.Context) -> str:
+    context = click.Context(command, info_name=command.name, parent=parent)
+    options = [p.get_help_record(context) for p in command.params if isinstance(p, click.Option)]
+    rows = [f"| `{_cell(names)}` | {_cell(text)} |" for names, text in filter(None, options)]
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    parts = [f"## precast {command.name}", f"```\n{usage}\n```", inspect.cleandoc(command.help or "")]
+    return "\n\n".join([*parts, "\n".join(["| option | meaning |", "|---|---|", *rows])])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _on_site(path: str) -> str:
