@@ -183,7 +183,7 @@ def run_variant(name: str, artifact: Path, facts: dict, prompt: Sequence[int], t
     """Generates in this process; call it in a fresh one."""
     import jax
 
-    from precast.loaders.artifact.manifest import parse_manifest
+    from precast.loaders.artifact.manifest_parser import parse_manifest
     from precast.loaders.artifact.weights import map_weights
     from precast.loaders.console.clock import process_age
 

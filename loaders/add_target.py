@@ -14,15 +14,8 @@ from .artifact import compat, files
 from .artifact.errors import PrecastError
 from .artifact.golden import parse_golden
 from .artifact.machine import Machine
-from .artifact.manifest import (
-    MANIFEST_FILE,
-    SIGNATURE_FILE,
-    WEIGHTS_FILE,
-    FileEntry,
-    Manifest,
-    Target,
-    parse_manifest,
-)
+from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, Manifest, Target
+from .artifact.manifest_parser import parse_manifest
 from .artifact.record import MAX_JSON_BYTES
 from .audit.verify import replay
 from .compiling import isa as isas
@@ -124,7 +117,7 @@ def _add(
         entry,
     ) in manifest.files.items():  # nothing is added to what is damaged; weights are hashed when mapped
         if name != WEIGHTS_FILE:
-            files.rehash_file(root, name, entry, note=False)
+            files.rehash_file(root, name, entry, record=False)
     contents = {name: files.read_checked(root, name, manifest.files[name]) for name in _stablehlo(chosen)}
     target, executables, _ = compile_target(
         chosen,

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from .artifact import files
-from .artifact.manifest import MANIFEST_FILE, Manifest, parse_manifest
+from .artifact.manifest import MANIFEST_FILE, Manifest
+from .artifact.manifest_parser import parse_manifest
 from .artifact.record import MAX_JSON_BYTES
 
 

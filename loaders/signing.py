@@ -20,7 +20,8 @@ from typing import Any
 from .artifact import files
 from .artifact.errors import PrecastError
 from .artifact.interrupt import on_interrupt
-from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, parse_manifest
+from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE
+from .artifact.manifest_parser import parse_manifest
 from .artifact.record import MAX_JSON_BYTES, parse_json
 
 # More than any signature or key needs.

@@ -200,7 +200,7 @@ def test_an_output_that_exists(refused, tiny_checkpoint, tmp_path, tiny_artifact
     for name in ("file", "folder"):
         text = refused("export", source, "-o", tmp_path / name, *options, "--overwrite")
         assert text.endswith(
-            "exists and is no artifact, so --overwrite does not replace it; remove it yourself."
+            "exists and is not an artifact, so --overwrite does not replace it; remove it yourself."
         )
     assert "cannot write there" in refused("export", source, "-o", tmp_path / "file" / "below", *options)
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "thesis").read_text() == "mine"
@@ -347,7 +347,7 @@ def set_key(*path_and_value):
         (set_key("capacity", "64"), "manifest.json: capacity: expected a whole number, found '64'."),
         (
             set_key("capacity", 128),
-            "cache 'cache.keys': it keeps 64 positions, expected 128 to 128; export the model again.",
+            "cache 'cache.keys': expected 128 to 128 positions, found 64; export the model again.",
         ),
         (set_key("targets", []), "expected at least one target, found none; export the model again."),
     ],
@@ -367,11 +367,11 @@ def test_manifests_that_are_no_json(refused, artifact_copy, data):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"jaxlib": "0.9.0"}, r"it is compiled by jaxlib 0\.9\.0, installed is [\d.]+"),
-        ({"machine": "s390x"}, r"it is compiled for s390x, this machine is \w+"),
+        ({"jaxlib": "0.9.0"}, r"it was compiled by jaxlib 0\.9\.0, but [\d.]+ is installed"),
+        ({"machine": "s390x"}, r"it was compiled for s390x, but this machine is \w+"),
         ({"cpu_features": ["avx1024"]}, r"it uses CPU features that this machine lacks \(avx1024\)"),
-        ({"kernel_abi": 99}, r"it calls kernels of ABI 99, installed are those of ABI \d+"),
-        ({"platform": "rocm"}, r"it needs platform rocm, this loader runs cpu and cuda"),
+        ({"kernel_abi": 99}, r"it calls kernels of ABI 99, but ABI \d+ is installed"),
+        ({"platform": "rocm"}, r"it needs platform rocm, but this loader runs cpu and cuda"),
     ],
 )
 def test_artifacts_of_another_machine(refused, artifact_copy, edit_manifest, change, text):

@@ -98,7 +98,7 @@ def test_a_list_as_json(cli, folder, tiny_model):
     assert good["bytes"] > good["parameters"] > 50_000
     other = found["artifacts/below/deeper/other jaxlib"]
     assert (other["target"], other["compiles"]) == (None, True)
-    assert "it is compiled by jaxlib 0.9.0" in other["reason"]
+    assert "it was compiled by jaxlib 0.9.0" in other["reason"]
     elsewhere = found["artifacts/elsewhere"]
     assert (elsewhere["target"], elsewhere["compiles"]) == (None, False)
     assert "it calls kernels of ABI 99" in elsewhere["reason"]

@@ -1,4 +1,4 @@
-"""Which of an artifact's targets run on a machine, decided from the manifest before anything is deserialised."""
+"""Match an artifact's targets with a machine, by the manifest alone: nothing is deserialised."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,23 +9,23 @@ from .manifest import Manifest, Target
 
 
 def mismatches(target: Target, machine: Machine) -> list[str]:
-    """Every reason why `target` does not run on `machine`: what it needs, and what was found."""
+    """Return every reason why a target cannot run on a machine: the requirement, and what was found."""
     found = []
     if target.platform == "cuda":
         found += _cuda_mismatches(target, machine)
     elif target.platform not in ("any", "cpu"):
-        found.append(f"it needs platform {target.platform}, this loader runs cpu and cuda")
+        found.append(f"it needs platform {target.platform}, but this loader runs cpu and cuda")
     if target.runtime == "savedmodel" and not machine.tensorflow:
         found.append("it needs TensorFlow, which is not installed: pip install 'precast[savedmodel]'")
     if target.machine not in ("any", machine.machine):
-        found.append(f"it is compiled for {target.machine}, this machine is {machine.machine}")
+        found.append(f"it was compiled for {target.machine}, but this machine is {machine.machine}")
     if target.jaxlib not in ("any", machine.jaxlib):
-        found.append(f"it is compiled by jaxlib {target.jaxlib}, installed is {machine.jaxlib}")
+        found.append(f"it was compiled by jaxlib {target.jaxlib}, but {machine.jaxlib} is installed")
     if missing := sorted(set(target.cpu_features) - set(machine.features)):
         found.append(f"it uses CPU features that this machine lacks ({', '.join(missing)})")
     if target.kernel_abi != machine.kernel_abi and (target.kernel_abi or target.kernels):
         found.append(
-            f"it calls kernels of ABI {target.kernel_abi}, installed are those of ABI {machine.kernel_abi}"
+            f"it calls kernels of ABI {target.kernel_abi}, but ABI {machine.kernel_abi} is installed"
         )
     if unknown := sorted(set(target.kernels) - set(machine.kernels)):
         found.append(f"it calls kernels that are not installed ({', '.join(unknown)})")
@@ -33,56 +33,58 @@ def mismatches(target: Target, machine: Machine) -> list[str]:
 
 
 def cuda_packages(jaxlib: str) -> str:
-    """What pip is told to install for GPUs beside a jaxlib: the plugin of the same version, and CUDA."""
+    """Return the pip requirement for GPUs: CUDA and jax's plugin, in the version of `jaxlib`."""
     return f"'jax-cuda12-plugin[with-cuda]=={jaxlib}'"
 
 
 def _cuda_mismatches(target: Target, machine: Machine) -> list[str]:
     if not machine.gpus:
-        return ["it needs an NVIDIA GPU, this machine has none"]
+        return ["it needs an NVIDIA GPU, but this machine has none"]
     found = []
     if machine.cuda_plugin != machine.jaxlib:
-        instead = f"installed is {machine.cuda_plugin}" if machine.cuda_plugin else "which is not installed"
+        instead = (
+            f"but {machine.cuda_plugin} is installed" if machine.cuda_plugin else "which is not installed"
+        )
         found.append(
             f"it needs jax's CUDA plugin {machine.jaxlib}, {instead}: pip install {cuda_packages(machine.jaxlib)}"
         )
-    # The driver's files name a card, its client also the part of one that this process may use.
+    # The driver's files name a whole card. Its client may add a suffix for a partition (MIG).
     known = any(gpu == "any" or target.device.startswith(gpu) for gpu in machine.gpus)
     if target.device != "any" and not known:
-        found.append(f"it is compiled for {target.device}, this machine has {', '.join(machine.gpus)}")
+        found.append(f"it was compiled for {target.device}, but this machine has {', '.join(machine.gpus)}")
     return found
 
 
 def choose_target(
     manifest: Manifest, machine: Machine, where: str, *, name: str | None, allow_compile: bool
 ) -> Target:
-    """The best target among those that match the machine.
+    """Return the best target that matches the machine.
 
-    Executables of XLA go before a SavedModel, and that before what must be compiled first; then a GPU before the CPU;
-    then the wider instruction set; then what stands first in the manifest.
+    XLA executables rank above a SavedModel, and a SavedModel above a target that must be compiled first. Ties go to a
+    GPU over the CPU, then to the wider instruction set, then to the first in the manifest.
 
     Args:
-        manifest: of the artifact.
-        machine: to run on.
-        where: what messages call the artifact.
-        name: the target to take; None for the best.
-        allow_compile: whether a target that must be compiled first will do. Where nothing else matches, those
-            with executables are compiled too, from their StableHLO.
+        manifest: the artifact's manifest.
+        machine: the machine that will run the target.
+        where: the artifact's name in messages.
+        name: name of the only target to consider; None considers all.
+        allow_compile: permission to compile a target from its StableHLO. It extends to targets whose executables do
+            not fit the machine.
 
     Raises:
-        PrecastError: with every mismatch of every target considered, and what to do.
+        PrecastError: no target matches. The message lists every mismatch and a remedy.
     """
     targets = _named(manifest.targets, name, where)
     candidates = [*targets]
     if allow_compile:
-        candidates += [_to_compile(t) for t in targets if t.runtime == "pjrt" and _has_stablehlo(t)]
+        candidates += [_as_stablehlo(t) for t in targets if t.runtime == "pjrt" and _has_stablehlo(t)]
     wrong = {i: mismatches(target, machine) for i, target in enumerate(candidates)}
     for i, target in enumerate(candidates):
         if target.runtime == "stablehlo" and not allow_compile:
             wrong[i].append("it must be compiled first (--compile does so)")
     fitting = [target for i, target in enumerate(candidates) if not wrong[i]]
     if fitting:
-        return min(fitting, key=_preference)  # the first of several that are as good
+        return min(fitting, key=_preference)
     reasons = [f"target {t.name!r}: {', and '.join(wrong[i])}" for i, t in enumerate(candidates)]
     advice = "" if allow_compile else ", or compile from StableHLO with --compile"
     raise PrecastError(
@@ -92,10 +94,10 @@ def choose_target(
 
 
 def _preference(target: Target) -> tuple[int, ...]:
-    """The smaller, the better."""
+    """Return a sort key: the best target has the smallest."""
     runtime = ("pjrt", "savedmodel", "stablehlo").index(target.runtime)
     platform = {"cuda": 0, "cpu": 1}.get(target.platform, 2)
-    # Of what is compiled here, all have the same instruction set, and programs that call kernels are quicker.
+    # Targets compiled here share one instruction set; those that call kernels are faster.
     return runtime, platform, -vector_width(target.cpu_features), -bool(target.kernels)
 
 
@@ -103,8 +105,8 @@ def _has_stablehlo(target: Target) -> bool:
     return all(program.stablehlo is not None for program in target.programs)
 
 
-def _to_compile(target: Target) -> Target:
-    """The target when its StableHLO is compiled here: for this machine, by this jaxlib, with the same kernels."""
+def _as_stablehlo(target: Target) -> Target:
+    """Return the target for compiling on this machine: any jaxlib and CPU, the same kernels."""
     return replace(target, runtime="stablehlo", device="any", machine="any", jaxlib="any", cpu_features=())
 
 

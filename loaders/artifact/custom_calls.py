@@ -1,9 +1,9 @@
-"""Read the custom calls of programs from their bytes, before anything deserialises them.
+"""Find the custom calls of programs in their bytes, before anything deserialises them.
 
-An executable of XLA's CPU client names each twice: as ``custom_call_target``, field 28 of an ``HloInstructionProto``
-(xla/service/hlo.proto), and as ``target_name``, field 2 of the ``CustomCallThunkProto`` in field 16 of a ``ThunkProto``
-(xla/backends/cpu/runtime/thunk.proto). The second is the one that runs. StableHLO
-holds their names among its other strings, so only installed kernels can be recognised there.
+An executable of XLA's CPU client names each custom call twice: as ``custom_call_target``, field 28 of an
+``HloInstructionProto`` (xla/service/hlo.proto), and as ``target_name``, field 2 of the ``CustomCallThunkProto`` in
+field 16 of a ``ThunkProto`` (xla/backends/cpu/runtime/thunk.proto). XLA runs the second. StableHLO stores these names
+among its other strings, where only the names of installed kernels can be recognised.
 """
 
 import re
@@ -15,7 +15,7 @@ from .manifest import Target
 
 _HLO = re.compile(rb"\xe2\x01([\x03-\x7f])")
 _THUNK = re.compile(rb"\x82\x01[\x80-\xff]{0,4}[\x00-\x7f]\x08[\x00-\x08]\x12([\x03-\x7f])")
-# Names with two leading underscores are XLA's own, and part of its compiler's ordinary output.
+# XLA's own custom calls start with two underscores; its compiler emits them for ordinary operations.
 _NAME = re.compile(rb"(?!__)[A-Za-z_][A-Za-z0-9_.$]*")
 
 
@@ -31,7 +31,7 @@ def custom_calls_in(executable: bytes) -> set[str]:
 
 
 def check_calls(root: Path, target: Target, contents: Mapping[str, bytes], installed: Iterable[str]) -> None:
-    """Refuse programs with custom calls outside their manifest's list.
+    """Check that programs call only the kernels that the manifest lists.
 
     Args:
         root: the artifact.
@@ -40,10 +40,11 @@ def check_calls(root: Path, target: Target, contents: Mapping[str, bytes], insta
         installed: the installed kernels.
 
     Raises:
-        PrecastError: names the program and the call.
+        PrecastError: a program makes another custom call.
     """
+    # A SavedModel is checked when TensorFlow loads it. XLA's GPU programs call libraries such as cuBLAS.
     if target.runtime == "savedmodel" or target.platform == "cuda":
-        return  # TensorFlow's programs are checked at their loading; XLA's GPU compiler calls its own libraries
+        return
     for program in target.programs:
         data = contents.get(target.file_of(program) or "", b"")
         if target.runtime == "stablehlo":

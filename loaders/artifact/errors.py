@@ -1,15 +1,15 @@
-"""The one exception that a user is meant to read."""
+"""PrecastError, the exception for errors that the user can fix."""
 
-# More than any sentence of ours; less than a file can put into one.
-_LONGEST = 4000
+# Longer than any message of precast's own; a message may quote a file, whose text can be of any length.
+_MAX_LENGTH = 4000
 
 
 class PrecastError(Exception):
-    """Something the user can put right.
+    """An error that the user can fix.
 
-    The message is one sentence: where, what was expected, what was found, what to do. The command line prints
-    it without a traceback and exits with code 2. It may quote what strangers wrote, so it is made one line of printable
-    characters, of bounded length: a terminal does what control characters say.
+    The message is one sentence: where, what was expected, what was found, what to do. The command line prints it
+    without a traceback and exits with code 2. It may quote untrusted text, so it is reduced to one line of printable
+    characters, at most 4,000: a terminal would obey control characters.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,7 +17,7 @@ class PrecastError(Exception):
 
 
 def printable(text: str) -> str:
-    """One line that a terminal only shows, indented as it was: for what strangers wrote."""
+    """Return untrusted text as one line of printable characters, with its indentation kept."""
     if text.isprintable():
         return text
     shown = (c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -26,6 +26,6 @@ def printable(text: str) -> str:
 
 
 def _one_line(message: str) -> str:
-    if len(message) > _LONGEST:
-        message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
+    if len(message) > _MAX_LENGTH:
+        message = f"{message[: _MAX_LENGTH // 2]} … {message[-_MAX_LENGTH // 2 :]}"
     return printable(message)

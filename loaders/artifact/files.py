@@ -1,4 +1,7 @@
-"""Files of an artifact: names that stay inside, contents that match their hashes."""
+"""Read an artifact's files: reject names that lead outside, and contents that do not match their hashes.
+
+The cache folder records which files have been hashed.
+"""
 
 import errno
 import hashlib
@@ -18,14 +21,17 @@ from .interrupt import on_interrupt
 from .manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry
 
 _BLOCK = 1 << 20
-_NOTES_KEPT_S = 180 * 24 * 3600
+# Half a year.
+_MAX_AGE_S = 180 * 24 * 3600
 
 
 def cache_folder() -> Path:
-    """Where precast keeps what it can make again: ``PRECAST_CACHE``, or ``precast`` in the user's cache folder.
+    """Return the cache folder: ``PRECAST_CACHE``, or ``precast`` in the user's own cache folder.
+
+    Every file in it can be computed or fetched again.
 
     Raises:
-        PrecastError: when neither is set and the user has no home folder.
+        PrecastError: no variable names a folder, and the user has no home folder.
     """
     try:
         if own := os.environ.get("PRECAST_CACHE"):
@@ -38,8 +44,8 @@ def cache_folder() -> Path:
 
 
 def unwritable_reason(name: str) -> str:
-    """Say why folder `name` of the cache folder cannot be written to, and the remedy, without a full stop."""
-    if cache_problem(name) is not None:  # the warning was given before
+    """Explain, without a full stop, why subfolder `name` of the cache cannot be written to; name the remedy."""
+    if cache_problem(name) is not None:  # `load` has already given the full warning
         return f"the cache folder {cache_folder()} is not used"
     try:
         return f"{cache_folder() / name} cannot be written to; set PRECAST_CACHE to a folder that can be"
@@ -48,14 +54,14 @@ def unwritable_reason(name: str) -> str:
 
 
 class UntrustedCache(PrecastError):
-    """The cache folder may have been written to by another user."""
+    """Another user may have written to the cache folder."""
 
 
 def trusted_cache(name: str) -> Path:
-    """Return a part of the cache folder that only this user and root can have written to.
+    """Return a subfolder of the cache folder that only this user and root can write to.
 
     Raises:
-        UntrustedCache: somebody else can have written to it.
+        UntrustedCache: another user can write to it.
         PrecastError: as `cache_folder`.
     """
     if (problem := cache_problem(name)) is not None:
@@ -64,10 +70,10 @@ def trusted_cache(name: str) -> Path:
 
 
 def cache_problem(name: str) -> str | None:
-    """Explain why precast ignores a part of the cache folder, and give the remedy; return None if it is safe to use.
+    """Explain why a subfolder of the cache folder is untrusted, and name the remedy; return None if it is safe to use.
 
     Check owner and mode of the folder and its parents, as ssh does for its own folder. A missing folder is safe,
-    because `make_private` makes it for this user alone.
+    because `make_private` creates it for this user alone.
     """
     try:
         folder = cache_folder()
@@ -83,11 +89,11 @@ def cache_problem(name: str) -> str | None:
 
 
 def _untrusted(path: str, own: int) -> str | None:
-    """Describe the first of a folder and its parents that another user can have written to.
+    """Describe the first folder on a path that another user can write to; return None if there is none.
 
     Args:
-        path: of the folder, absolute.
-        own: length of the path of precast's own folder within it; no group may write there.
+        path: absolute path of a folder.
+        own: length of the leading part of `path` that is the cache folder. No group may write to it or below it.
     """
     users, place, linked = (0, os.geteuid()), path, False
     while True:
@@ -100,10 +106,10 @@ def _untrusted(path: str, own: int) -> str | None:
                 return f"{place} belongs to user {status.st_uid}, and this is user {users[1]}"
             is_link = stat.S_ISLNK(status.st_mode)
             linked = linked or is_link
-            # A group may write to the parents, and anybody to a parent with the sticky bit: it protects others' files.
-            inside = len(place) < own
-            wrong = 0 if is_link else status.st_mode & (0o002 if inside else 0o022)
-            if wrong and not (inside and status.st_mode & stat.S_ISVTX):
+            # Parents may be writable by their group. The sticky bit protects files in a world-writable parent.
+            is_parent = len(place) < own
+            wrong = 0 if is_link else status.st_mode & (0o002 if is_parent else 0o022)
+            if wrong and not (is_parent and status.st_mode & stat.S_ISVTX):
                 return f"others may write to {place} (mode {stat.S_IMODE(status.st_mode):o})"
         if place == "/":
             break
@@ -115,10 +121,10 @@ def _untrusted(path: str, own: int) -> str | None:
 
 
 def make_private(folder: Path) -> None:
-    """Make a part of the cache folder and its missing parents, accessible to this user alone.
+    """Create a folder and its missing parents with access for this user alone.
 
     Raises:
-        OSError: when the system refuses.
+        OSError: the folder cannot be created.
     """
     if not folder.is_dir():
         make_private(folder.parent)
@@ -127,10 +133,10 @@ def make_private(folder: Path) -> None:
 
 
 def split_name(root: Path | str, name: str) -> tuple[str, ...]:
-    """The folders and the file that a name of the artifact at `root` has, whether or not they are there.
+    """Split the name of an artifact's file into its folders and its file name; the file may be missing.
 
     Raises:
-        PrecastError: for a name that is absolute, or has ``..`` or odd parts.
+        PrecastError: the name is absolute, not normalised, or contains ``..``, a backslash or a NUL.
     """
     parts = PurePosixPath(name).parts
     if (
@@ -143,11 +149,11 @@ def split_name(root: Path | str, name: str) -> tuple[str, ...]:
 
 
 def member_path(root: Path, name: str) -> Path:
-    """The path of a file of the artifact at `root`.
+    """Return the path of an artifact's file.
 
     Raises:
-        PrecastError: for a name that is absolute, has ``..`` or odd parts, or is not a plain file below `root`
-            reached without a symbolic link.
+        PrecastError: as `split_name`; also if the file is missing, is not a regular file, or is reached through a
+            symlink.
     """
     parts, path = split_name(root, name), root
     for i, part in enumerate(parts):
@@ -166,7 +172,7 @@ def member_path(root: Path, name: str) -> Path:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a regular file for reading; a pipe would wait for its writer, and a device might never end.
+    """Open a regular file for reading; a pipe could block forever, and a device might never end.
 
     Raises:
         OSError: the path cannot be opened, or is not a regular file.
@@ -188,17 +194,17 @@ def _open_plain(path: str, flags: int) -> int:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read once."""
+    """Return the sha256 of a file, in hex."""
     with open_plain(path) as file:
         return digest_of(file)
 
 
-def digest_of(file: BinaryIO, report: Callable[[int], None] = lambda _: None) -> str:
-    """Hex sha256 of an open file, from where it stands to its end; `report` is told of bytes as they are read."""
+def digest_of(file: BinaryIO, on_read: Callable[[int], None] = lambda _: None) -> str:
+    """Return the sha256, in hex, of an open file from its current position; pass each block's size to `on_read`."""
     digest = hashlib.sha256()
     while block := file.read(_BLOCK):
         digest.update(block)
-        report(len(block))
+        on_read(len(block))
     return digest.hexdigest()
 
 
@@ -213,10 +219,15 @@ def _reading(root: Path, name: str) -> Iterator[None]:
 
 
 def read(root: Path, name: str, *, limit: int | None = None) -> bytes:
-    """Reads a file of the artifact at `root` whole, unchecked.
+    """Return the contents of an artifact's file without comparing them with its hash.
+
+    Args:
+        root: the artifact's folder.
+        name: the file's name in the manifest.
+        limit: maximum size in bytes.
 
     Raises:
-        PrecastError: when it is not there, cannot be read, or has more than `limit` bytes.
+        PrecastError: the file is missing, unreadable, or larger than `limit`.
     """
     with _reading(root, name):
         path = member_path(root, name)
@@ -227,10 +238,10 @@ def read(root: Path, name: str, *, limit: int | None = None) -> bytes:
 
 
 def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
-    """Reads a file whole; the bytes returned are the bytes that were hashed.
+    """Return the contents of a file after comparing these same bytes with the file's hash.
 
     Raises:
-        PrecastError: when the file is not what the manifest says.
+        PrecastError: the file does not match `entry`.
     """
     _check_size(root, name, entry, member_path(root, name).stat().st_size)
     data = read(root, name)
@@ -239,23 +250,30 @@ def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
 
 
 def open_checked(root: Path, name: str, entry: FileEntry, *, rehash: bool) -> BinaryIO:
-    """Opens a file too large to read whole at every start, and checks what it has opened.
+    """Open a file that is too large to hash at every start, and check it.
 
-    A file that passed before and has kept its device, inode, size and times is not read again, unless `rehash`.
+    The hash of a file is recorded in the cache folder, and is valid while its device, inode, size and times stay the
+    same.
+
+    Args:
+        root: the artifact's folder.
+        name: the file's name in the manifest.
+        entry: the file's size and hash in the manifest.
+        rehash: hash the file even if its hash is recorded.
 
     Raises:
-        PrecastError: when the file is not what the manifest says.
+        PrecastError: the file does not match `entry`.
     """
     with _reading(root, name), ExitStack() as cleanup:
         file = cleanup.enter_context(open_plain(member_path(root, name)))
         status = os.fstat(file.fileno())
         _check_size(root, name, entry, status.st_size)
         identity = _identity(status)
-        if rehash or _remembered(identity) != entry.sha256:
+        if rehash or _recorded_hash(identity) != entry.sha256:
             digest = digest_of(file)
             _check_hash(root, name, entry, digest)
             _check_unchanged(str(root / name), file, status)
-            # The file as it was before it was read: what changes it from then on makes it another.
+            # The identity from before the read: a later change gives the file another.
             _record_hash(identity, digest)
         file.seek(0)
         cleanup.pop_all()
@@ -263,10 +281,10 @@ def open_checked(root: Path, name: str, entry: FileEntry, *, rehash: bool) -> Bi
 
 
 class Watch:
-    """Notices when a file that is mapped is written to, which would change what has been checked.
+    """A detector for writes to a mapped file, which would change bytes that have been checked.
 
     Args:
-        file: open; it may be closed afterwards.
+        file: the open file; it may be closed afterwards.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -275,16 +293,16 @@ class Watch:
         weakref.finalize(self, os.close, self._handle)
 
     def check(self) -> None:
-        """Costs about a microsecond.
+        """Compare the file's size and modification time with the original ones, in about a microsecond.
 
         Raises:
-            PrecastError: when the file is not as it was.
+            PrecastError: the file was written to.
         """
         _check_unchanged(self._name, self._handle, self._status)
 
 
 def _check_unchanged(name: str, file: BinaryIO | int, before: os.stat_result) -> None:
-    # Not the change time: renaming and removing a file leave what is mapped of it as it was.
+    # The change time is left out: renaming or removing a file changes it, but not the mapped contents.
     now = os.fstat(file if isinstance(file, int) else file.fileno())
     if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise PrecastError(
@@ -297,38 +315,39 @@ def rehash_file(
     root: Path,
     name: str,
     entry: FileEntry,
-    report: Callable[[int], None] = lambda _: None,
+    on_read: Callable[[int], None] = lambda _: None,
     *,
-    note: bool = True,
+    record: bool = True,
 ) -> None:
-    """Reads a file from its first byte to its last, whatever is remembered of it.
+    """Hash a whole file again and compare it with the manifest.
 
     Args:
-        root: the artifact.
-        name: of the file.
-        entry: what the manifest says of it.
-        report: told of bytes as they are read.
-        note: whether it is noted in the cache folder, so that it need not be read again.
+        root: the artifact's folder.
+        name: the file's name in the manifest.
+        entry: the file's size and hash in the manifest.
+        on_read: called with the size of each block.
+        record: record the hash in the cache folder, so that `open_checked` need not hash the file.
 
     Raises:
-        PrecastError: when the file is not what the manifest says.
+        PrecastError: the file does not match `entry`.
     """
     with _reading(root, name), open_plain(member_path(root, name)) as file:
         status = os.fstat(file.fileno())
         _check_size(root, name, entry, status.st_size)
-        digest = digest_of(file, report)
+        digest = digest_of(file, on_read)
         _check_hash(root, name, entry, digest)
-        if note:
+        if record:
             _record_hash(_identity(status), digest)
 
 
 def unlisted_files(root: Path, listed: Iterable[str]) -> list[str]:
-    """Names of what lies in the artifact's folder beside the files listed, the manifest and its signature.
+    """Return the names of files in an artifact's folder that its manifest does not list, sorted.
 
-    Links are named whatever they lead to, and are not followed. Folders are named where nothing is in them.
+    The manifest and its signature count as listed. Symlinks are always reported and never followed. An empty folder is
+    reported with a slash after its name.
 
     Raises:
-        PrecastError: for a folder that cannot be read.
+        PrecastError: a folder cannot be read.
     """
     expected = {*listed, MANIFEST_FILE, SIGNATURE_FILE}
     found = []
@@ -349,30 +368,30 @@ def unlisted_files(root: Path, listed: Iterable[str]) -> list[str]:
 
 
 def record_hash(path: Path, digest: str) -> None:
-    """Notes that the file at `path` has this sha256. Where that cannot be written, it is hashed again next time."""
+    """Record in the cache folder that the file at `path` has this sha256, if the cache folder can be written to."""
     _record_hash(_identity(path.stat()), digest)
 
 
 def _record_hash(identity: str, digest: str) -> None:
     with suppress(OSError, PrecastError):
-        record = _record_of(identity)
+        record = _record_path(identity)
         make_private(record.parent)
         remove_old(record.parent)
         write_atomically(record, json.dumps({"sha256": digest}).encode())
 
 
 def remove_old(folder: Path) -> None:
-    """Removes notes of the cache folder that were written more than half a year ago."""
-    oldest = time.time() - _NOTES_KEPT_S
-    for note in folder.iterdir():
+    """Remove the files in a folder that were written more than half a year ago."""
+    oldest = time.time() - _MAX_AGE_S
+    for file in folder.iterdir():
         with suppress(OSError):
-            if note.stat().st_mtime < oldest:
-                note.unlink()
+            if file.stat().st_mtime < oldest:
+                file.unlink()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is whole or absent at any moment."""
-    import tempfile  # 2 ms that a start which only reads does not need
+    """Write a file through a temporary one and a rename, so that it is never half written."""
+    import tempfile  # 2 ms of import, which a start that only reads avoids
 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with on_interrupt(partial(os.unlink, temporary)):
@@ -387,18 +406,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _identity(status: os.stat_result) -> str:
-    # The change time catches a rewrite whose author set the modification time back.
+    # The change time reveals a rewrite whose modification time was set back.
     fields = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return "-".join(map(str, fields))
 
 
-def _record_of(identity: str) -> Path:
+def _record_path(identity: str) -> Path:
     return trusted_cache("verified") / f"{identity}.json"
 
 
-def _remembered(identity: str) -> str | None:
+def _recorded_hash(identity: str) -> str | None:
     try:
-        value = json.loads(_record_of(identity).read_bytes())
+        value = json.loads(_record_path(identity).read_bytes())
     except (OSError, ValueError, RecursionError, PrecastError):
         return None
     return value.get("sha256") if isinstance(value, dict) else None
@@ -421,7 +440,12 @@ def _check_hash(root: Path, name: str, entry: FileEntry, digest: str) -> None:
 
 
 def hash_files(root: Path, known: Mapping[str, str]) -> dict[str, FileEntry]:
-    """Every file below `root` but the manifest and its signature, hashed; `known` digests are taken as they are."""
+    """Return the size and hash of every file below `root` except the manifest and its signature.
+
+    Args:
+        root: the artifact's folder.
+        known: sha256 of files that need not be hashed, by name.
+    """
     entries = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         name = path.relative_to(root).as_posix()

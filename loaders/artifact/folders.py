@@ -1,4 +1,4 @@
-"""Folders that appear whole. Apart from `files`, because every start reads and few write."""
+"""Create folders atomically. Apart from `files`, because every start reads files and few write folders."""
 
 import ctypes
 import errno
@@ -18,16 +18,16 @@ from .errors import PrecastError
 from .interrupt import on_interrupt
 from .manifest import MANIFEST_FILE
 
-# Every temporary folder contains this file. Only folders with it, and with a name of the form below, are removed.
+# Marks a temporary folder. Leftovers are removed only if they contain this file and match the pattern below.
 _MARK = "precast-partial"
 _MARK_TEXT = b"precast was filling this folder. Its next command that writes here removes it.\n"
 _TEMPORARY = re.compile(r"\.(.+)\.precast-[0-9a-f]{12}\.partial", re.DOTALL)
-# Linux's AT_FDCWD and RENAME_EXCHANGE, renameat2(2).
-_HERE, _RENAME_EXCHANGE = -100, 2
+# From Linux's headers, for renameat2(2).
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -37,28 +37,27 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Gives a temporary sibling of `path` to fill; when the block ends well, it becomes `path` at once.
+    """Yield an empty temporary folder, and rename it to `path` when the block succeeds.
 
-    Whatever goes wrong, `path` is as it was and the temporary folder is gone.
+    If the block fails, `path` is unchanged and the temporary folder is removed.
 
     Raises:
-        PrecastError: when `path` exists and `overwrite` is false or it is no artifact, and when the disk does not
-            take what is written.
+        PrecastError: `path` exists and may not be replaced (`check_free`), or writing fails.
     """
     check_free(path, overwrite)
-    made = temporary_name(path.parent, path.name)
-    with on_interrupt(partial(shutil.rmtree, made, ignore_errors=True)):
+    marked = temporary_name(path.parent, path.name)
+    with on_interrupt(partial(shutil.rmtree, marked, ignore_errors=True)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path.parent, path.name)
-            lock = make_marked(made)
+            lock = make_marked(marked)
         except OSError as error:
             raise PrecastError(
                 f"{path}: cannot write there ({error.strerror}); choose another folder with -o."
             ) from None
         try:
-            # Inside the marked folder, so that the mark does not become part of the artifact.
-            temporary = made / path.name
+            # Inside the marked folder, so that the mark stays out of the artifact.
+            temporary = marked / path.name
             temporary.mkdir()
             yield temporary
             _finish(temporary, path, overwrite)
@@ -68,84 +67,84 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 " again."
             ) from error
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(marked, ignore_errors=True)
             os.close(lock)
 
 
 def _finish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Sync a complete folder to disk, then give it its final name."""
+    """Flush a complete folder to disk, then give it its final name."""
     for file in sorted(temporary.rglob("*"), reverse=True):
         sync(file)
     sync(temporary)
     check_free(path, overwrite)
     _swap(temporary, path, overwrite)
-    # The artifact is complete: without this sync only a power cut could still lose its name.
+    # The artifact is complete; this sync keeps its new name through a power cut.
     with suppress(OSError):
         sync(path.parent)
 
 
 def temporary_name(parent: Path, name: str) -> Path:
-    """Return a path for a temporary folder in `parent`, for `name`."""
+    """Return a fresh path in `parent` for a temporary folder that will become `name`."""
     return parent / f".{name}.precast-{token_hex(6)}.partial"
 
 
 def make_marked(folder: Path) -> int:
-    """Make a temporary folder with the mark that `remove_leftovers` looks for.
+    """Create a temporary folder with the mark that `remove_leftovers` looks for.
 
     Args:
-        folder: its path, from `temporary_name`.
+        folder: a path from `temporary_name`.
 
     Returns:
-        A descriptor that locks the folder until this process ends.
+        A file descriptor whose lock protects the folder until this process ends.
 
     Raises:
-        OSError: when the system refuses.
+        OSError: the folder cannot be created.
     """
-    # Not mkdtemp: what becomes the artifact has the permissions that the user's other folders have.
+    # Not mkdtemp, which removes the permissions of group and others.
     folder.mkdir()
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         lock = os.open(folder, os.O_RDONLY)
         undo.callback(os.close, lock)
-        with suppress(OSError):  # a file system without locks: then nobody removes it
+        with suppress(OSError):  # a file system without locks, where `remove_leftovers` removes nothing
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Mark it only after locking it: unmarked folders are never removed.
+        # Mark the folder only after locking it: unmarked folders are never removed.
         (folder / _MARK).write_bytes(_MARK_TEXT)
         undo.pop_all()
     return lock
 
 
 def remove_leftovers(parent: Path, name: str, rescue: Callable[[Path], None] = lambda _: None) -> None:
-    """Remove the marked temporary folders for `name` that killed processes of this user left.
+    """Remove the marked temporary folders for `name` that this user's killed processes left behind.
 
     Args:
-        parent: the folder that they are in.
-        name: as given to `temporary_name`.
-        rescue: called with each before it is removed.
+        parent: the folder that contains them.
+        name: the name given to `temporary_name`.
+        rescue: called with each folder before its removal.
 
     Raises:
-        OSError: when `parent` cannot be read.
+        OSError: `parent` cannot be read.
     """
-    for left in sorted(parent.iterdir()):
-        form = _TEMPORARY.fullmatch(left.name)
-        if form is None or form[1] != name:
+    for leftover in sorted(parent.iterdir()):
+        match = _TEMPORARY.fullmatch(leftover.name)
+        if match is None or match[1] != name:
             continue
         with suppress(OSError):
-            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+            lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_marked(lock):
-                    rescue(left)
-                    shutil.rmtree(left)
+                    rescue(leftover)
+                    shutil.rmtree(leftover)
             finally:
                 os.close(lock)
 
 
 def _is_marked(folder: int) -> bool:
-    """Tell whether an open folder is this user's and holds the mark."""
+    """Return True if an open folder belongs to this user and contains the mark."""
     if os.fstat(folder).st_uid != os.geteuid():
         return False
-    # Not blocking: a pipe of that name would wait for a writer.
+    # Non-blocking, because a named pipe would wait for a writer.
     mark = os.open(_MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     try:
         return stat.S_ISREG(os.fstat(mark).st_mode) and os.read(mark, len(_MARK_TEXT) + 1) == _MARK_TEXT
@@ -154,15 +153,17 @@ def _is_marked(folder: int) -> bool:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuse an existing folder, unless it is empty, or an artifact with `overwrite` set.
+    """Check that a new folder may take this path.
+
+    The path may be free, an empty folder, or with `overwrite` an artifact.
 
     Raises:
-        PrecastError: names the folder.
+        PrecastError: the path is taken.
     """
     if not os.path.lexists(path):
         return
     if _is_empty_folder(path):
-        # The new folder replaces the empty one.
+        # The new folder would replace the empty one.
         if os.path.ismount(path) or path.samefile(os.curdir):
             what = "a mount point" if os.path.ismount(path) else "the current folder"
             raise PrecastError(
@@ -175,7 +176,7 @@ def check_free(path: Path, overwrite: bool) -> None:
         )
     if path.is_symlink() or not (path / MANIFEST_FILE).is_file():
         raise PrecastError(
-            f"{path}: exists and is no artifact, so --overwrite does not replace it; remove it yourself."
+            f"{path}: exists and is not an artifact, so --overwrite does not replace it; remove it yourself."
         )
 
 
@@ -187,12 +188,12 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Renames `temporary` to `path`, at once; an artifact that was there has its name then, or is gone."""
+    """Rename `temporary` to `path`. An existing artifact ends up under the temporary name, or is removed."""
     if not overwrite or not path.exists():
         try:
             temporary.rename(path)
         except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # somebody else was quicker, by a moment
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process created it meanwhile
                 check_free(path, overwrite)
             raise
         return
@@ -207,7 +208,7 @@ def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
             (old / "artifact").rename(path)
             raise
     except BaseException:
-        # Removed only if empty: an old artifact that could not be put back is kept rather than lost.
+        # rmdir removes only an empty folder: if restoring the old artifact failed, it stays here.
         with suppress(OSError):
             old.rmdir()
         raise
@@ -215,9 +216,9 @@ def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Lets two folders change names, so that neither name is free for a moment; False where the system cannot."""
+    """Swap the names of two folders atomically; return False if the system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
         return False
-    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)

@@ -1,4 +1,4 @@
-"""``golden.json``: answers that an artifact must reproduce, wherever it runs."""
+"""``golden.json``: recorded answers that an artifact must reproduce on every machine."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from .record import from_json, parse_json
 
 @dataclass(frozen=True, kw_only=True)
 class FirstLogits:
-    """Logits of a prompt's last token, of the likeliest tokens.
+    """The largest logits after a prompt.
 
     Attributes:
-        token_ids: which, likeliest first.
-        values: their logits, as the first target gave them at export.
-        tolerance: how far another machine's may be from them.
+        token_ids: tokens with the largest logits, in descending order.
+        values: their logits, as the first target computed them at export.
+        tolerance: largest absolute difference allowed on another machine or target.
     """
 
     token_ids: tuple[int, ...]
@@ -24,12 +24,12 @@ class FirstLogits:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a prompt is continued with.
+    """A golden answer.
 
     Attributes:
         prompt_token_ids: the prompt.
-        token_ids: the greedy answer, end tokens ignored; none where the first token is a tie.
-        first_logits: of the answer's first step.
+        token_ids: the greedy continuation, which does not stop at end tokens; empty if the first token is a tie.
+        first_logits: the largest logits of the first step.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -39,16 +39,21 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Golden:
-    """All of ``golden.json``."""
+    """The contents of ``golden.json``."""
 
     greedy: tuple[Answer, ...]
 
 
 def parse_golden(data: bytes, manifest: Manifest, where: str) -> Golden:
-    """Parses and checks the golden answers of an artifact.
+    """Parse and check the golden answers of an artifact.
+
+    Args:
+        data: contents of the file.
+        manifest: the artifact's manifest.
+        where: the file's path, for messages.
 
     Raises:
-        PrecastError: for any key or value out of place, and for answers that this model cannot give.
+        PrecastError: a key or value is invalid, or an answer is impossible for this model.
     """
     golden = from_json(Golden, parse_json(data, where), where)
     if not golden.greedy:

@@ -1,4 +1,4 @@
-"""What this machine is, from the standard library alone."""
+"""Describe this machine with the standard library alone."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .frozen import Frozen
 
-# Names of /proc/cpuinfo that LLVM spells differently; the rest are alike.
+# Features that /proc/cpuinfo and LLVM spell differently.
 _LLVM_NAMES = {
     "abm": "lzcnt",
     "bmi1": "bmi",
@@ -38,8 +38,8 @@ _LLVM_NAMES = {
     "atomics": "lse",
 }
 
-# What a compiler for this family may emit. Everything else in /proc/cpuinfo (power, virtualisation, timers) does
-# not decide whether code runs.
+# Features that determine the instructions of compiled code. The others in /proc/cpuinfo concern power,
+# virtualisation or timers.
 CODEGEN_FEATURES = frozenset(
     """
     adx aes amx-bf16 amx-fp16 amx-int8 amx-tile avx avx2 avx512bf16 avx512bitalg avx512bw avx512cd avx512dq
@@ -51,29 +51,28 @@ CODEGEN_FEATURES = frozenset(
 )
 
 
-# Features that say how wide a CPU's vectors are, widest first.
+# Features that imply the width of a CPU's vectors, widest first.
 VECTOR_FEATURES = ("avx512f", "avx2", "avx", "sse4.2", "sve2", "neon")
 
 
 def vector_width(features: Iterable[str]) -> int:
-    """A rank of instruction sets: the wider the vectors, the larger."""
+    """Return a rank for the vector width of an instruction set: larger is wider, 0 is unknown."""
     known = set(features)
     return next((len(VECTOR_FEATURES) - i for i, f in enumerate(VECTOR_FEATURES) if f in known), 0)
 
 
 class Machine(Frozen):
-    """The machine that programs run on.
+    """The machine that runs programs.
 
     Attributes:
         machine: processor family ("x86_64").
-        features: of the CPU, in LLVM's names, sorted.
-        jaxlib: installed version.
-        kernel_abi: of precast's kernels.
-        kernels: custom-call targets they offer.
-        tensorflow: whether TensorFlow is installed.
-        gpus: kinds of NVIDIA's that the driver names; "any" where it is there and does not tell; none where they are
-            hidden from this process, or nobody asked.
-        cuda_plugin: installed version of jax's plugin for them; empty where it is not installed or of no use.
+        features: CPU features in LLVM's names, sorted.
+        jaxlib: installed version of jaxlib.
+        kernel_abi: ABI version of precast's installed kernels.
+        kernels: custom-call targets of precast's installed kernels.
+        tensorflow: True if TensorFlow is installed.
+        gpus: NVIDIA GPU models, as from `nvidia_gpus`; empty if no target needs one.
+        cuda_plugin: installed version of jax's CUDA plugin; empty if it is missing or no target needs it.
     """
 
     machine: str
@@ -87,23 +86,26 @@ class Machine(Frozen):
 
 
 def nvidia_gpus(root: Path = Path("/")) -> tuple[str, ...]:
-    """Kinds of NVIDIA's GPUs, as their driver names them, without asking it; none where CUDA_VISIBLE_DEVICES hides all.
+    """Return the models of NVIDIA GPUs, by the driver's files, without loading the driver.
 
-    "any" alone where there is a driver that does not tell by files, as in Windows' Linux. What a process may use of
-    them only a client of the driver's knows.
+    A driver without such files, as under WSL, gives ("any",). If CUDA_VISIBLE_DEVICES hides every GPU, the result is
+    empty. Otherwise it includes GPUs that the variable hides.
+
+    Args:
+        root: root of the file system.
     """
-    # The first that is no device ends the list.
+    # CUDA ends the list at the first invalid device.
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1"):
         return ()
-    kinds = []
+    models = []
     for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
         with suppress(OSError):
             lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-            kinds += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
-    if kinds:
-        return tuple(sorted(set(kinds)))
-    signs = ("dev/nvidiactl", "dev/dxg")
-    return ("any",) if any((root / sign).exists() for sign in signs) else ()
+            models += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    if models:
+        return tuple(sorted(set(models)))
+    device_files = ("dev/nvidiactl", "dev/dxg")
+    return ("any",) if any((root / file).exists() for file in device_files) else ()
 
 
 def usable_cores() -> int:
@@ -112,13 +114,14 @@ def usable_cores() -> int:
 
 
 def processor_family() -> str:
+    """Return the processor family, such as "x86_64" or "aarch64"."""
     name = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
 @cache
 def cpu_features() -> tuple[str, ...]:
-    """Features of the CPU that compiled code may use; empty where the system does not tell."""
+    """Return the CPU features that compiled code may use, in LLVM's names; empty without /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -127,7 +130,7 @@ def cpu_features() -> tuple[str, ...]:
 
 
 def parse_cpu_features(cpuinfo: str) -> tuple[str, ...]:
-    """Return the features in the contents of /proc/cpuinfo."""
+    """Return the features in the contents of /proc/cpuinfo, in LLVM's names, sorted."""
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):

@@ -1,23 +1,18 @@
-"""``manifest.json``: what an artifact holds. `artifacts/README.md` is the specification in prose."""
+"""``manifest.json``: the description of an artifact. `artifacts/README.md` is the specification in prose."""
 
-from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from .errors import PrecastError
 from .frozen import Frozen
-from .record import from_json, parse_json
-from .upgrade import UPGRADES, upgrade
 
 FORMAT_VERSION = 5
 MANIFEST_FILE = "manifest.json"
-SIGNATURE_FILE = (
-    "manifest.json.sig"  # over the manifest; it and the manifest are the files that no manifest lists
-)
+# A signature over the manifest. The manifest lists every file except itself and this one.
+SIGNATURE_FILE = "manifest.json.sig"
 WEIGHTS_FILE = "weights.safetensors"
 
-# Bytes of an element, by the name a manifest uses.
+# Bytes of an element, by dtype.
 DTYPE_BYTES: Mapping[str, int] = {
     "float32": 4,
     "int32": 4,
@@ -26,11 +21,8 @@ DTYPE_BYTES: Mapping[str, int] = {
     "int8": 1,
     "uint8": 1,
 }
-_MAX_SLOTS = 1 << 16
-# How a target is executed: deserialised, compiled on request, or by TensorFlow.
+# Values of `Target.runtime`.
 RUNTIMES = ("pjrt", "stablehlo", "savedmodel")
-
-_Shape = tuple[int, ...]
 
 
 class Value(Frozen):
@@ -43,7 +35,8 @@ class Value(Frozen):
         dtype: a key of `DTYPE_BYTES`.
         layout: axes from the slowest to the fastest in memory, as the compiler chose. Programs take and return their
             arrays with the axes in this order.
-        alias: of a result: the name of the argument whose memory it takes over, which is then used up.
+        alias: for a result that reuses an argument's memory, the argument's name. The argument is donated: the call
+            invalidates it.
     """
 
     name: str
@@ -55,16 +48,24 @@ class Value(Frozen):
 
     @property
     def bytes(self) -> int:
+        """Size in bytes."""
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     @property
     def physical(self) -> tuple[int, ...]:
-        """The shape as it lies in memory, the slowest axis first: what the program itself calls its shape."""
+        """The shape in the order of the layout, slowest axis first, which is the executable's own shape."""
         return tuple(self.shape[axis] for axis in self.layout)
 
 
 class ProgramMemory(Frozen):
-    """What the compiler says a call needs, in bytes."""
+    """The memory of one call, in bytes, as the compiler reports it.
+
+    Attributes:
+        arguments: the arguments.
+        results: the results.
+        aliased: the part of `results` that reuses the memory of arguments.
+        temporary: scratch memory, without that of precast's kernels.
+    """
 
     arguments: int
     results: int
@@ -73,18 +74,18 @@ class ProgramMemory(Frozen):
 
 
 class Program(Frozen):
-    """A compiled function: flat arguments in, flat results out.
+    """A compiled function with flat arguments and results.
 
     Attributes:
-        name: "cache", "prefill_64", …, "decode".
-        kind: "cache" (makes an empty cache), "prefill" or "decode".
+        name: unique in the target: "cache", "prefill_64", …, "decode".
+        kind: "cache" (creates an empty KV cache), "prefill" or "decode".
         tokens: T of a prefill bucket; 1 for decode; 0 for cache.
-        executable: file of the serialised executable; None where the target has none.
-        stablehlo: file of the StableHLO portable artifact; None where the target has none. Targets may share it.
-        arguments: in the order the executable takes them.
-        results: in the order it returns them.
-        flops: multiplications and additions of the matrix products and of attention over the whole capacity.
-        memory: None where nothing was compiled.
+        executable: file of the serialised executable; None if the target has only StableHLO.
+        stablehlo: file of the StableHLO portable artifact, which targets may share; None if there is none.
+        arguments: arguments in the executable's order.
+        results: results in the executable's order.
+        flops: multiplications and additions of the matrix products and of attention over the whole context.
+        memory: memory of a call; None if nothing was compiled.
     """
 
     name: str
@@ -99,22 +100,22 @@ class Program(Frozen):
 
 
 class Target(Frozen):
-    """A platform that programs were compiled for. A machine must match all fields.
+    """The machine and runtime that programs were compiled for, and the programs.
 
     Attributes:
         name: unique in the artifact ("cpu-x86-64-v2", "portable").
-        runtime: how it is executed: "pjrt" (deserialised), "stablehlo" (compiled on request) or "savedmodel" (by
-            TensorFlow).
-        platform: XLA's name ("cpu", "cuda"); "any" where the program does not depend on it.
-        device: kind of device, as its driver names it; "any" where every device of the platform will do.
+        runtime: "pjrt" (executables that jaxlib deserialises), "stablehlo" (compiled on request) or "savedmodel"
+            (executed by TensorFlow).
+        platform: XLA's name ("cpu", "cuda"); "any" for portable programs.
+        device: model of the device, as its driver names it; "any" for every device of the platform.
         machine: processor family ("x86_64", "aarch64"); "any" for StableHLO.
-        jaxlib: the version that compiled it, and the only one that loads it; "any" for StableHLO.
-        cpu_features: every feature that the build machine had and compiled code may use, in LLVM's names.
-        kernel_abi: ABI version of precast's kernels; 0 where none are called.
+        jaxlib: the version that compiled the executables, and the only one that loads them; "any" for StableHLO.
+        cpu_features: features that the machine must have, in LLVM's names.
+        kernel_abi: ABI version of precast's kernels; 0 if no kernel is called.
         kernels: custom-call targets that the programs call.
         xla_flags: XLA_FLAGS at compile time.
-        stablehlo_expires: ISO date until which the StableHLO is promised to compile with newer jaxlibs.
-        programs: all of the artifact's programs.
+        stablehlo_expires: ISO date of the end of the promise that newer jaxlibs compile the StableHLO.
+        programs: one program for the cache, one for decode, and one for each bucket.
     """
 
     name: str
@@ -131,28 +132,29 @@ class Target(Frozen):
     programs: tuple[Program, ...]
 
     def of_kind(self, kind: str) -> tuple[Program, ...]:
+        """Return the programs of one kind."""
         return tuple(p for p in self.programs if p.kind == kind)
 
     def file_of(self, program: Program) -> str | None:
-        """The file that this target's runtime reads of a program of its own."""
+        """Return the file of one of this target's programs, in the form that its runtime reads."""
         return program.stablehlo if self.runtime == "stablehlo" else program.executable
 
 
 class ModelInfo(Frozen):
-    """The model's shape; letters are the design's.
+    """The model's architecture and shape.
 
     Attributes:
         architecture: Hugging Face ``model_type``.
-        layers: L.
-        width: D.
-        heads: N.
-        kv_heads: K.
-        head_dim: H.
-        ff_width: F.
-        vocab: V.
-        parameters: how many, counted once where they are shared.
-        weights: how they are stored: "float32", "bfloat16", "int8" or "int4".
-        max_positions: what the model was trained for.
+        layers: number of layers, L.
+        width: model width, D.
+        heads: query heads, N.
+        kv_heads: key/value heads, K.
+        head_dim: head dimension, H.
+        ff_width: feed-forward width, F.
+        vocab: vocabulary size, V.
+        parameters: number of parameters; shared ones count once.
+        weights: storage format of the weights: "float32", "bfloat16", "int8" or "int4".
+        max_positions: context length that the model was trained for.
     """
 
     architecture: str
@@ -169,14 +171,18 @@ class ModelInfo(Frozen):
 
 
 class CacheArray(Frozen):
-    """One array of the cache, as every program of every target takes and returns it.
+    """One array of the KV cache, an argument and a result of the programs of every target.
 
     Attributes:
-        axes: the letters of its shape's axes, one each ("LBKSH").
-        layout: that of the first target; another target may lay it out otherwise, as its own programs say.
-        window: positions that a token of these layers sees; 0 where it sees all. Then position p stands at place
-            p mod S of the array's own S.
-        layers: the model's layers that it holds, in the order of its first axis.
+        name: the name among a program's arguments and results ("cache.keys").
+        shape: axes in order.
+        axes: one letter for each axis of the shape ("LBKSH").
+        dtype: a key of `DTYPE_BYTES`.
+        layout: the first target's layout; another target's programs may declare another.
+        window: number of positions that a token of these layers attends to; 0 for all. An array with a window is a
+            ring buffer: position p is stored at index p mod S, where S is the array's own.
+        layers: indices of the model's layers in the array, in the order of its first axis.
+        bytes: size in bytes.
     """
 
     name: str
@@ -190,12 +196,14 @@ class CacheArray(Frozen):
 
 
 class TokenizerFiles(Frozen):
-    """The tokenizer's files, and its tokens that generation needs.
+    """The tokenizer's files and special tokens.
 
     Attributes:
         file: the tokenizer's file.
-        chat_template: file of the default chat template; None where there is none.
+        chat_template: file of the default chat template; None if the model has none.
         named_templates: files of further chat templates, by name ("tool_use").
+        bos_token: beginning-of-sequence token, for chat templates.
+        eos_token: end-of-sequence token, for chat templates.
         eos_token_ids: tokens that end a generation.
     """
 
@@ -234,19 +242,21 @@ class SamplingDefaults(Frozen):
 
 
 class FileEntry(Frozen):
+    """A file's size in bytes, and its sha256 in hex."""
+
     bytes: int
     sha256: str
 
 
 class Provenance(Frozen):
-    """Where the artifact came from.
+    """The origin of an artifact.
 
     Attributes:
         source: the source's name.
-        source_files: what was read, by name.
-        licence: SPDX name, or None where the source does not say.
+        source_files: the source's files that were read, by name.
+        licence: SPDX identifier; None if the source states no licence.
         created: ISO date of the export.
-        versions: of the packages that made it, by package.
+        versions: versions of the packages that exported it, by package.
     """
 
     source: str
@@ -257,18 +267,18 @@ class Provenance(Frozen):
 
 
 class Fidelity(Frozen):
-    """How far the first target's predictions are from the float32 model it was made from; measured at export.
+    """The distance between the predictions of the first target and of the float32 model, measured at export.
 
     `precast.loaders.audit.evaluate` describes the method.
 
     Attributes:
         text: name of the text.
-        tokens: predictions scored.
-        perplexity: of the artifact; None where it is more than a float holds.
-        reference_perplexity: of the float32 model; None as above.
-        kl_mean: mean KL(float32 model ‖ artifact), nats per token.
-        kl_p99: its 99th percentile.
-        top1: share of predictions where both find the same token likeliest, 0 to 1.
+        tokens: number of predictions scored.
+        perplexity: perplexity of the artifact; None if it overflows a float.
+        reference_perplexity: perplexity of the float32 model; None if it overflows a float.
+        kl_mean: mean of KL(float32 model ‖ artifact), in nats per token.
+        kl_p99: 99th percentile of the same.
+        top1: share of predictions with the same most likely token, 0 to 1.
     """
 
     text: str
@@ -281,16 +291,24 @@ class Fidelity(Frozen):
 
 
 class Manifest(Frozen):
-    """All of ``manifest.json``.
+    """The contents of ``manifest.json``.
 
     Attributes:
+        format_version: version of the artifact format.
+        name: the model's name.
+        model: the model's architecture and shape.
         capacity: the context length, under its name in the file.
         slots: B, sequences decoded together.
-        buckets: prompt lengths that a prefill program exists for, ascending.
+        buckets: prompt lengths with a prefill program of their own, ascending.
+        cache: arrays of the KV cache.
+        targets: targets in the exporter's order; the first is the reference for cache layouts, golden answers and
+            fidelity.
+        tokenizer: the tokenizer's files and special tokens.
         sampling: the model's own sampling defaults.
-        golden: file of recorded answers.
-        fidelity: None where it was not measured.
-        files: every file of the artifact but the manifest itself.
+        golden: file of the golden answers.
+        provenance: origin of the artifact.
+        files: size and hash of every file except the manifest and its signature, by name.
+        fidelity: distance from the float32 model; None if it was not measured.
     """
 
     format_version: int
@@ -312,175 +330,3 @@ class Manifest(Frozen):
     def context(self) -> int:
         """S, the most positions that a sequence may have."""
         return self.capacity
-
-
-def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Parse and check the text of a manifest.
-
-    Raises:
-        PrecastError: the format version is unknown, a key or value is invalid, or a program disagrees with the cache
-            or names an unlisted file.
-    """
-    value = parse_json(data, where)
-    _check_version(value, where)
-    manifest = from_json(Manifest, upgrade(value, where), where)
-    _check_files(manifest, where)
-    _check_geometry(manifest, where)
-    names = Counter(target.name for target in manifest.targets)
-    for target in manifest.targets:
-        _expect(f"{where}: target {target.name!r}", "targets of this name", 1, names[target.name])
-        _check_target(manifest, target, f"{where}: target {target.name!r}")
-        for program in target.programs:
-            _check_program(manifest, program, f"{where}: target {target.name!r}, program {program.name!r}")
-    return manifest
-
-
-def _check_version(value: Any, where: str) -> None:
-    version = value.get("format_version") if isinstance(value, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise PrecastError(f"{where}: expected a precast manifest with a format_version, found none.")
-    if version not in (*UPGRADES, FORMAT_VERSION):
-        raise PrecastError(
-            f"{where}: format version {version} is not the {FORMAT_VERSION} that this precast reads; "
-            + ("update precast." if version > FORMAT_VERSION else "export the model again.")
-        )
-
-
-def _check_files(manifest: Manifest, where: str) -> None:
-    named = {WEIGHTS_FILE, manifest.tokenizer.file, manifest.golden, manifest.tokenizer.chat_template}
-    named |= set(manifest.tokenizer.named_templates.values())
-    for target in manifest.targets:
-        for program in target.programs:
-            named |= {program.executable, program.stablehlo}
-    for name in sorted(n for n in named if n is not None):
-        if name not in manifest.files:
-            raise PrecastError(f"{where}: file {name!r} is used but not listed under files.")
-
-
-def _expect(where: str, what: str, expected: object, found: object) -> None:
-    if found != expected:
-        raise PrecastError(
-            f"{where}: {what}: expected {expected!r:.200}, found {found!r:.200}; export the model again."
-        )
-
-
-def _check_geometry(manifest: Manifest, where: str) -> None:
-    """Capacity, slots, buckets and cache must tell the same story: the programs' loops are driven by them."""
-    if manifest.slots < 1 or manifest.model.vocab < 1 or not manifest.buckets:
-        raise PrecastError(f"{where}: expected at least one slot, one token and one bucket, found none.")
-    if manifest.context >= 2**31 or manifest.slots > _MAX_SLOTS:
-        raise PrecastError(
-            f"{where}: {manifest.slots} slots of {manifest.context} positions are more than any machine holds;"
-            " export the model again."
-        )
-    if not 1 <= min(manifest.buckets) <= max(manifest.buckets) <= manifest.context:
-        raise PrecastError(
-            f"{where}: buckets: expected lengths from 1 to the context of {manifest.context}, found"
-            f" {list(manifest.buckets)!r:.200}."
-        )
-    _expect(where, "buckets", tuple(sorted(set(manifest.buckets))), manifest.buckets)
-    for array in manifest.cache:
-        place = f"{where}: cache {array.name!r}"
-        _expect(place, "letters of its axes", len(array.shape), len(array.axes))
-        _expect(place, "axes in its layout", list(range(len(array.shape))), sorted(array.layout))
-        named = dict(zip(array.axes, array.shape, strict=True))
-        # Of layers with a window: what the first token of the longest chunk sees, and the chunk.
-        seen = array.window + max(manifest.buckets) - 1 if array.window else manifest.context
-        positions = named.get("S", 0)
-        if not min(seen, manifest.context) <= positions <= manifest.context:
-            raise PrecastError(
-                f"{place}: it keeps {positions} positions, expected {min(seen, manifest.context)} to"
-                f" {manifest.context}; export the model again."
-            )
-        sizes = {"B": manifest.slots, "L": len(array.layers)}
-        _expect(place, "slots and layers", sizes, {axis: named.get(axis) for axis in sizes})
-        _expect(place, "bytes", prod(array.shape) * DTYPE_BYTES.get(array.dtype, 0), array.bytes)
-        _expect(place, "layers in their order", tuple(sorted(set(array.layers))), array.layers)
-    held_by_kind: dict[str, list[int]] = {}
-    for array in manifest.cache:
-        held_by_kind.setdefault(array.name.rpartition(".")[2], []).extend(array.layers)
-    for kind, layers in sorted(held_by_kind.items()):
-        held = sorted(layers)
-        # The number alone may be anything; so many layers are listed only once they are known to be there.
-        _expect(f"{where}: caches of {kind}", "number of layers", manifest.model.layers, len(held))
-        _expect(f"{where}: caches of {kind}", "layers", list(range(len(held))), held)
-
-
-def _check_target(manifest: Manifest, target: Target, where: str) -> None:
-    """A target has a runtime that is known, and each program that generating takes, once."""
-    if target.runtime not in RUNTIMES:
-        raise PrecastError(
-            f"{where}: runtime {target.runtime!r} is not known, expected one of {', '.join(RUNTIMES)}."
-        )
-    kinds = sorted((p.kind, p.tokens) for p in target.programs)
-    needed = [("cache", 0), ("decode", 1), *(("prefill", tokens) for tokens in manifest.buckets)]
-    _expect(where, "kinds and lengths of its programs", needed, kinds)
-    _expect(where, "names of its programs", len(kinds), len({p.name for p in target.programs}))
-    for program in target.programs:
-        if target.file_of(program) is None:
-            what = "StableHLO" if target.runtime == "stablehlo" else "executable"
-            raise PrecastError(f"{where}: program {program.name!r} has no {what}; export the model again.")
-    _check_layouts(manifest, target, where)
-
-
-def _check_layouts(manifest: Manifest, target: Target, where: str) -> None:
-    """KVCaches and constants lie alike in all of a target's programs, and everything else row after row."""
-    first = manifest.targets[0] is target
-    layouts = {c.name: c.layout for c in manifest.cache} if first else {}
-    for value in (v for p in target.programs for v in (*p.arguments, *p.results)):
-        rows = tuple(range(len(value.shape)))
-        _expect(where, f"axes in the layout of {value.name!r}", rows, tuple(sorted(value.layout)))
-        shared = value.role in ("cache", "table", "weight")
-        expected = layouts.setdefault(value.name, value.layout) if shared else rows
-        _expect(where, f"layout of {value.name!r}", expected, value.layout)
-
-
-def _signature(manifest: Manifest, program: Program) -> tuple[dict[str, _Shape], dict[str, _Shape]]:
-    """Inputs and results but caches that a program of this kind has, by name and role alike."""
-    one, slots, vocab = 1, manifest.slots, manifest.model.vocab
-    if program.kind == "cache":
-        return {}, {}
-    if program.kind == "decode":
-        return {"tokens": (slots,), "positions": (slots,)}, {"token": (slots,), "logits": (slots, vocab)}
-    inputs: dict[str, _Shape] = {"tokens": (program.tokens,), "length": (), "start": (), "slot": ()}
-    return inputs, {"token": (one,), "logits": (one, vocab)}
-
-
-def _check_signature(manifest: Manifest, program: Program, where: str) -> None:
-    """Arguments are inputs, then caches, then constants; results are as the loader reads them."""
-    inputs, results = _signature(manifest, program)
-    order = {"cache": 1, "table": 2, "weight": 2}
-    places = [order.get(v.role, 0) for v in program.arguments]
-    _expect(where, "arguments in the order inputs, caches, constants", sorted(places), places)
-    given = {v.name: (v.role, v.shape, v.dtype) for v in program.arguments if v.role not in order}
-    _expect(where, "inputs", {name: (name, shape, "int32") for name, shape in inputs.items()}, given)
-    returned = {v.name: (v.role, v.shape, v.dtype) for v in program.results if v.role != "cache"}
-    types = {"token": "int32", "logits": "float32"}
-    _expect(where, "results", {name: (name, shape, types[name]) for name, shape in results.items()}, returned)
-
-
-def _check_program(manifest: Manifest, program: Program, where: str) -> None:
-    _check_signature(manifest, program, where)
-    for values in (program.arguments, program.results):
-        if len({v.name for v in values}) != len(values):
-            raise PrecastError(f"{where}: two arguments or two results have the same name.")
-        for v in values:
-            if v.dtype not in DTYPE_BYTES:
-                raise PrecastError(
-                    f"{where}: {v.name!r} has dtype {v.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}."
-                )
-    caches = {c.name: (c.shape, c.dtype) for c in manifest.cache}
-    holders = (program.results,) if program.kind == "cache" else (program.arguments, program.results)
-    for values in holders:
-        found = {v.name: (v.shape, v.dtype) for v in values if v.role == "cache"}
-        if found != caches:
-            raise PrecastError(
-                f"{where}: its cache is not the artifact's: expected {caches!r:.200}, found {found!r:.200}; export the"
-                " model again."
-            )
-    arguments = {v.name for v in program.arguments}
-    for result in program.results:
-        if result.alias is not None and result.alias not in arguments:
-            raise PrecastError(
-                f"{where}: result {result.name!r} aliases {result.alias!r}, which is no argument."
-            )

@@ -1,4 +1,4 @@
-"""Explain paths that are not artifacts: the actual content, and the remedy."""
+"""Explain what a path contains that is not an artifact, and name the remedy."""
 
 import os
 import re
@@ -17,7 +17,7 @@ _EXPECTED = "expected the folder of an artifact, but it"
 
 
 def refusal(path: Path, inside: Sequence[Path]) -> PrecastError:
-    """Explain why `path` is not an artifact.
+    """Return the error for a path that is not an artifact.
 
     Args:
         path: the path as the user gave it.
@@ -55,7 +55,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """Return the manifests two folders down."""
+    """Yield the manifests two levels down, outside hidden folders."""
     return (p for p in path.glob(f"*/*/{MANIFEST_FILE}") if not p.relative_to(path).parts[0].startswith("."))
 
 

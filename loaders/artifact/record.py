@@ -1,4 +1,4 @@
-"""Frozen dataclasses to and from JSON, strictly: every key known, every type checked, every error with its place."""
+"""Convert frozen dataclasses to and from JSON: strict about keys and types, with the place of every error."""
 
 import dataclasses
 import json
@@ -14,26 +14,31 @@ from .errors import PrecastError
 
 Record = TypeVar("Record")
 
-# More than any manifest needs; less than it takes to hurt a machine.
+# Far above the size of any manifest, and small enough to parse safely.
 MAX_JSON_BYTES = 16 << 20
 
 
 def to_json(record: Any) -> str:
-    """JSON text of a dataclass, keys in field order, with a newline at the end."""
+    """Return a dataclass as JSON text, with keys in field order and a final newline."""
     return json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parses JSON text of at most `MAX_JSON_BYTES`.
+    """Parse untrusted JSON text.
+
+    Args:
+        data: the text, UTF-8.
+        where: the source of the text, for messages.
 
     Raises:
-        PrecastError: naming `where`, for text that is too long, too deep, not UTF-8, not JSON, or has a key twice.
+        PrecastError: the text is longer than `MAX_JSON_BYTES`, nested too deeply, not UTF-8, not JSON, or repeats a
+            key within an object.
     """
     if len(data) > MAX_JSON_BYTES:
         raise PrecastError(f"{where}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {len(data)}.")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        # An escape may stand for half of a surrogate pair, which no file name and no terminal takes.
+        # An escape may encode a lone surrogate, which breaks file names and terminals.
         if b"\\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
@@ -44,11 +49,16 @@ def parse_json(data: bytes, where: str) -> Any:
 
 
 def from_json(kind: type[Record], value: Any, where: str) -> Record:
-    """Builds a dataclass from parsed JSON.
+    """Build a dataclass from parsed JSON.
+
+    Args:
+        kind: the dataclass.
+        value: the parsed JSON.
+        where: the source of the JSON, for messages.
 
     Raises:
-        PrecastError: naming the place (``manifest.json: targets[0].programs[2].name``), what was expected and what
-            was found.
+        PrecastError: a key is unknown or missing, or a value has the wrong type. The message names the place
+            (``manifest.json: targets[0].programs[2].name``).
     """
     convert: _Converter = _converter(typing.cast(Hashable, kind))
     return typing.cast(Record, convert(value, where))
@@ -57,7 +67,7 @@ def from_json(kind: type[Record], value: Any, where: str) -> Record:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key occurs twice in one object")
     return result
 
 
@@ -65,26 +75,26 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-# Where a value stands: the text of the whole, or a place and a field's name or an item's number or key in brackets.
-# Put into words only when something is wrong with the value.
+# The position of a value: the name of the source, or an outer position with a field's name or with an index or key in
+# brackets. It is formatted only for an error.
 _Place = str | tuple[Any, str]
 
 
-def _words(place: _Place) -> str:
+def _formatted(place: _Place) -> str:
     if isinstance(place, str):
         return place
-    outer, piece = _words(place[0]), place[1]
+    outer, piece = _formatted(place[0]), place[1]
     if piece.startswith("["):
         return outer + piece
     return f"{outer}{'.' if '[' in outer or ': ' in outer else ': '}{piece}"
 
 
 def _wrong(place: _Place, expected: str, value: Any) -> PrecastError:
-    # Lists and objects are named, not shown: showing one that is nested deeply may fail itself.
+    # The message shows no lists or objects: repr of a deeply nested one can exceed the recursion limit.
     found = (
         "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else f"{value!r:.60}"
     )
-    return PrecastError(f"{_words(place)}: expected {expected}, found {found}.")
+    return PrecastError(f"{_formatted(place)}: expected {expected}, found {found}.")
 
 
 _Converter = Callable[[Any, _Place], Any]
@@ -92,7 +102,7 @@ _Converter = Callable[[Any, _Place], Any]
 
 @cache
 def _converter(kind: Any) -> _Converter:
-    """What turns parsed JSON into a value of `kind`, or refuses it."""
+    """Return the function that converts parsed JSON to a value of `kind`, or raises PrecastError."""
     if dataclasses.is_dataclass(kind):
         return _record(typing.cast(type, kind))
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -122,9 +132,10 @@ def _record(kind: type) -> _Converter:
 def _wrong_keys(place: _Place, found: Set[str], expected: Set[str]) -> PrecastError:
     if unknown := sorted(found - expected):
         return PrecastError(
-            f"{_words(place)}: key {unknown[0]!r} is not known to this format version; did a newer precast write it?"
+            f"{_formatted(place)}: key {unknown[0]!r} is not known to this format version; did a newer precast write"
+            " it?"
         )
-    return PrecastError(f"{_words(place)}: key {min(expected - found)!r} is missing.")
+    return PrecastError(f"{_formatted(place)}: key {min(expected - found)!r} is missing.")
 
 
 def _optional(item: _Converter) -> _Converter:
@@ -153,7 +164,7 @@ def _scalar(kind: type) -> _Converter:
     expected = {int: "a whole number", str: "a text", bool: "true or false"}[kind]
 
     def convert(value: Any, place: _Place) -> Any:
-        # bool is a subclass of int, and never meant where a number is.
+        # Not isinstance: bool is a subclass of int.
         if type(value) is not kind:
             raise _wrong(place, expected, value)
         if isinstance(value, int) and not 0 <= value < 2**63:
@@ -166,8 +177,8 @@ def _scalar(kind: type) -> _Converter:
 def _number(value: Any, place: _Place) -> float:
     if type(value) not in (int, float):
         raise _wrong(place, "a number", value)
-    # JSON has no infinity, but numbers such as 1e999 become one.
+    # JSON has no infinity, but Python parses 1e999 as one.
     with suppress(OverflowError):
         if math.isfinite(value):
             return float(value)
-    raise PrecastError(f"{_words(place)}: expected a number that a float holds, found a larger one.")
+    raise PrecastError(f"{_formatted(place)}: expected a number that a float holds, found a larger one.")

@@ -1,8 +1,8 @@
-"""Numbers as people read them."""
+"""Format quantities for people."""
 
 
 def size_text(count: int | None) -> str:
-    """A number of bytes; a dash for None."""
+    """Format a number of bytes, as in "1.2 MB"; None becomes a dash."""
     if count is None:
         return "–"
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -1,7 +1,7 @@
-"""Upgrade manifests of earlier format versions to the present version before they are parsed.
+"""Upgrade manifests of earlier format versions to the current version before they are parsed.
 
-An upgrade adds the keys that its version lacks, with values that leave an artifact's answers unchanged. All other
-checks are those of the present version.
+An upgrade adds the keys that the earlier version lacks, with values that leave an artifact's answers unchanged. The
+current version's checks apply to the result.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,14 +25,14 @@ _SAMPLING_5: Mapping[str, Any] = {
 
 
 def upgrade(value: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a manifest of any supported version in the present version.
+    """Return a manifest of any supported version in the current version.
 
     Args:
-        value: parsed JSON with a known `format_version`. It is left as it is.
-        where: the file, for messages.
+        value: parsed JSON with a known `format_version`. It is not modified.
+        where: the file's path, for messages.
 
     Raises:
-        PrecastError: a key of a later version stands in a manifest of an earlier one.
+        PrecastError: a manifest of an earlier version has a key of a later one.
     """
     while (step := UPGRADES.get(value["format_version"])) is not None:
         value = step(value, where)
@@ -59,7 +59,7 @@ def _with(record: dict[str, Any], added: Mapping[str, Any], where: str) -> dict[
 
 
 def _whole(top_k: Any) -> Any:
-    """Format 4 wrote every default as a float."""
+    """Convert top_k to an integer: format 4 stored every default as a float."""
     return int(top_k) if isinstance(top_k, float) and top_k.is_integer() else top_k
 
 

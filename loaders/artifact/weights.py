@@ -1,9 +1,9 @@
-"""``weights.safetensors``: one copy of the weights, mapped and never parsed or copied.
+"""``weights.safetensors``: one copy of the weights, memory-mapped and passed to XLA without a copy.
 
-A valid safetensors file (header length as 8 bytes little-endian, a JSON header, then the data) that keeps two
-rules beyond the format's own: the header is padded with spaces until the data begins on a 64-byte boundary, and
-tensors whose sizes are no multiple of 64 come last, so that every tensor but those behind the first such one
-begins on a boundary too. The CPU runtime takes an array over as it lies only when it is so aligned.
+The file is a valid safetensors file: the header's length in 8 bytes, little-endian; a JSON header; the data. Two rules
+go beyond that format. The header is padded with spaces so that the data starts on a 64-byte boundary. Tensors whose
+size is not a multiple of 64 bytes come last, so that all tensors before them, and the first of them, start on a
+boundary. XLA's CPU client uses an array zero-copy only if it is aligned to 64 bytes.
 """
 
 import hashlib
@@ -24,11 +24,10 @@ from .pages import HugePageWriter, advise_huge_pages
 from .record import parse_json
 
 ALIGNMENT = 64
-# safetensors' own bound on a header.
+# The limit of the safetensors library.
 _MAX_HEADER = 100 << 20
-# NumPy's own bound.
+# NumPy's limit.
 _MAX_AXES = 64
-# Names of tensors that tell how they are read.
 _EMBEDDING, _HEAD = "model.embed_tokens.", "lm_head.weight"
 _BFLOAT16 = "BF16"  # which NumPy lacks
 _DTYPES: Mapping[str, np.dtype] = {
@@ -42,7 +41,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorSpec(Frozen):
-    """A tensor to be written."""
+    """Name, shape and dtype of a tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,11 +49,12 @@ class TensorSpec(Frozen):
 
     @property
     def bytes(self) -> int:
+        """Size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros that the CPU runtime takes over as they lie."""
+    """Return zeros that XLA's CPU client can use zero-copy: aligned to 64 bytes."""
     size = prod(shape) * dtype.itemsize
     memory = np.zeros(size + ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % ALIGNMENT
@@ -62,17 +62,17 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The type that a manifest calls `name`."""
+    """Return the dtype with a manifest's name, a key of `DTYPE_BYTES`."""
     if name != "bfloat16":
         return np.dtype(name)
-    import ml_dtypes  # NumPy alone has no such type; float32 artifacts do without
+    import ml_dtypes  # only for bfloat16, which NumPy lacks
 
     dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
     return dtype
 
 
 def _dtype(name: str) -> np.dtype:
-    """The type that a safetensors header calls `name`."""
+    """Return the dtype with a safetensors header's name."""
     return numpy_dtype("bfloat16") if name == _BFLOAT16 else _DTYPES[name]
 
 
@@ -96,20 +96,20 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
 
 
 def write_weights(path: Path, specs: Sequence[TensorSpec], pieces: Iterable[tuple[str, np.ndarray]]) -> str:
-    """Writes tensors piece by piece, so that no more than a piece is ever in memory.
+    """Write tensors piece by piece, with one piece in memory at a time.
 
     Args:
-        path: the file to write; must not exist.
-        specs: what to write, in any order.
-        pieces: names of tensors, each with the next part of its contents. Parts of one tensor follow one another in
-            the file; those of several may come in any order.
+        path: the file to create; it must not exist.
+        specs: the tensors, in any order.
+        pieces: pairs of a tensor's name and the next part of its contents. Parts of one tensor come in order; parts of
+            different tensors may be interleaved.
 
     Returns:
-        The file's sha256.
+        The file's sha256, in hex.
 
     Raises:
-        OSError: when the disk does not take it.
-        ValueError: when the pieces are not what the specs say.
+        OSError: writing fails.
+        ValueError: the pieces do not match the specs.
     """
     ordered = _in_file_order(specs)
     header = _header(ordered)
@@ -117,7 +117,7 @@ def write_weights(path: Path, specs: Sequence[TensorSpec], pieces: Iterable[tupl
         writer = HugePageWriter(file, len(header) + sum(spec.bytes for spec in ordered))
         writer.write(0, header)
         _write_pieces(writer, len(header), ordered, pieces)
-        # Only now: what is written in any order can be hashed in one order alone.
+        # Hash at the end, because the pieces may arrive out of order.
         file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -132,33 +132,33 @@ def _write_pieces(
     for name, piece in pieces:
         spec = by_name.get(name)
         if spec is None:
-            raise ValueError(f"{name}: was given to write, and is not among the tensors")
+            raise ValueError(f"{name}: expected one of the specified tensors, found a piece of another")
         if piece.dtype != spec.dtype:
             raise ValueError(f"{name}: expected parts of {spec.dtype}, found {piece.dtype}")
-        # Before it is written, and not into the next tensor.
+        # Check before writing, to protect the next tensor.
         if written[name] + piece.nbytes > spec.bytes:
             raise ValueError(f"{name}: expected {spec.bytes} bytes, found {written[name] + piece.nbytes}")
         writer.write(
             begins[name] + written[name], np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
         )
         written[name] += piece.nbytes
-        del piece  # before the next one is made
+        del piece  # free its memory before the generator creates the next
     for spec in specs:
         if written[spec.name] != spec.bytes:
             raise ValueError(f"{spec.name}: expected {spec.bytes} bytes, found {written[spec.name]}")
 
 
 def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
-    """Maps a file written by `write_weights`; pages are read from disk when first touched.
+    """Map a file written by `write_weights`; the system reads its pages from disk on first access.
 
     Args:
-        source: its path, or the file itself, open and at its beginning, so that what is mapped is what was checked.
+        source: the file's path, or the checked file itself, open and at its start.
 
     Returns:
-        Views into the mapping by tensor name. The mapping is private and lives as long as its views.
+        Arrays by tensor name, views of a private mapping that lives as long as they do.
 
     Raises:
-        PrecastError: for a file that is not a safetensors file, or whose header does not describe exactly its data.
+        PrecastError: the file is not a safetensors file, or its header does not describe its data exactly.
     """
     if isinstance(source, Path):
         with source.open("rb") as file:
@@ -168,8 +168,8 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     if size < 8 or length > min(_MAX_HEADER, size - 8):
         raise PrecastError(f"{path}: expected a safetensors file, found one whose header does not fit in it.")
     header = parse_json(source.read(length), str(path))
-    # Private and writable, because NumPy does not hand read-only arrays to a plain DLPack consumer. Nothing writes to
-    # it, so no page of it is ever copied.
+    # NumPy exports only writable arrays through DLPack, so the mapping is private and writable (copy-on-write).
+    # Nothing writes to it, so no page is ever copied.
     mapping = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
     if not isinstance(header, dict):
         raise PrecastError(f"{path}: expected a safetensors header, found {header!r:.60}.")
@@ -177,7 +177,7 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     _check_cover(path, entries, size - 8 - length)
     start = 8 + length
     for name, _, _, begin, end in entries:
-        # Beside an output head of its own, of an embedding only the prompt's rows are read, each somewhere else.
+        # A model with a separate output head reads only the prompt's rows of its embedding, which are scattered.
         if end > begin and not (name.startswith(_EMBEDDING) and _HEAD in header):
             advise_huge_pages(mapping, start + begin, start + end)
     return {
@@ -190,7 +190,7 @@ _Entry = tuple[str, np.dtype, tuple[int, ...], int, int]
 
 
 def _entry(path: Path, name: str, entry: object) -> _Entry:
-    """One tensor of a header: name, type, shape, begin and end; its size is what its shape says."""
+    """Parse one tensor of an untrusted header; check that its size matches its shape and dtype."""
     try:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError
@@ -210,7 +210,7 @@ def _entry(path: Path, name: str, entry: object) -> _Entry:
 
 
 def _check_cover(path: Path, entries: Sequence[_Entry], size: int) -> None:
-    """Tensors must follow one another without gap or overlap, to the end of the file."""
+    """Check that the tensors cover the data to the end of the file without gaps or overlaps."""
     at = 0
     for name, _, _, begin, end in sorted(entries, key=lambda e: (e[3], e[4])):
         if begin != at:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ..artifact import files, folders
 from ..artifact.errors import PrecastError
-from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, parse_manifest
+from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry
+from ..artifact.manifest_parser import parse_manifest
 from ..artifact.pages import HugePageWriter
 from ..artifact.record import MAX_JSON_BYTES
 from ..progress import Progress, Step

@@ -19,7 +19,8 @@ from precast.exporter.programs import Geometry, ProgramSpec, arranged, build_pro
 from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets.cuda import CUDA_OPS, cuda_device, decode_layouts
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.manifest import Value, parse_manifest
+from precast.loaders.artifact.manifest import Value
+from precast.loaders.artifact.manifest_parser import parse_manifest
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 

@@ -10,7 +10,8 @@ from precast.exporter.programs import ProgramSpec
 from precast.exporter.targets import DEFAULT_TARGETS, TARGET_KINDS
 from precast.exporter.targets.build import _stablehlo
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.manifest import Value, parse_manifest
+from precast.loaders.artifact.manifest import Value
+from precast.loaders.artifact.manifest_parser import parse_manifest
 from precast.loaders.artifact.weights import numpy_dtype
 from precast.loaders.runtime import pjrt
 

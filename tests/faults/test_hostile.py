@@ -348,7 +348,7 @@ def values_of(manifest):
         (b" " * (16 << 20) + b"{}", "expected at most 16777216 bytes, found 16777218."),
         (b'{"a":' * 200_000, "nested too deeply"),
         (b"[" * 1_000_000, "nested too deeply"),
-        (b'{"format_version": 5, "format_version": 5}', "a key stands twice in one object"),
+        (b'{"format_version": 5, "format_version": 5}', "a key occurs twice in one object"),
         (
             b'{"format_version": 99}',
             "format version 99 is not the 5 that this precast reads; update precast.",
@@ -388,7 +388,7 @@ def test_fault_06_counts_without_bound(artifact_copy, edit_manifest, run_refused
 def test_fault_06_a_weights_header_that_is_a_bomb(artifact_copy, put, run_refused):
     for text, expected in (
         (b'{"a":' * 100_000, "nested too deeply"),
-        (b'{"a":1,"a":1}', "a key stands twice in one object"),
+        (b'{"a":1,"a":1}', "a key occurs twice in one object"),
         (b"x" * 128, "expected JSON"),
         (b"[]" + b" " * 62, "expected a safetensors header, found []"),
         (b" " * (17 << 20), "expected at most 16777216 bytes of JSON, found 17825792."),

@@ -80,10 +80,10 @@ def test_every_mismatch_at_once_each_with_its_remedy(good):
     assert not report.runs
     assert report.target is None
     found = {(m.what, m.problem): m.remedy for m in report.targets[0].mismatches}
-    abi = f"it calls kernels of ABI 99, installed are those of ABI {machine.kernel_abi}"
+    abi = f"it calls kernels of ABI 99, but ABI {machine.kernel_abi} is installed"
     assert set(found) == {
-        ("machine", f"it is compiled for riscv64, this machine is {machine.machine}"),
-        ("jaxlib", f"it is compiled by jaxlib 0.9.9, installed is {machine.jaxlib}"),
+        ("machine", f"it was compiled for riscv64, but this machine is {machine.machine}"),
+        ("jaxlib", f"it was compiled by jaxlib 0.9.9, but {machine.jaxlib} is installed"),
         ("CPU features", "it uses CPU features that this machine lacks (warp)"),
         ("kernels", abi),
         ("kernels", "it calls kernels that are not installed (precast.new.v7)"),

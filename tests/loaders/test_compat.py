@@ -56,14 +56,14 @@ def refusal(*targets, **options) -> str:
 
 
 WRONG = {
-    "platform": ({"platform": "tpu"}, "it needs platform tpu, this loader runs cpu and cuda"),
-    "machine": ({"machine": "aarch64"}, "it is compiled for aarch64, this machine is x86_64"),
-    "jaxlib": ({"jaxlib": "0.12.0"}, "it is compiled by jaxlib 0.12.0, installed is 0.10.1"),
+    "platform": ({"platform": "tpu"}, "it needs platform tpu, but this loader runs cpu and cuda"),
+    "machine": ({"machine": "aarch64"}, "it was compiled for aarch64, but this machine is x86_64"),
+    "jaxlib": ({"jaxlib": "0.12.0"}, "it was compiled by jaxlib 0.12.0, but 0.10.1 is installed"),
     "cpu": (
         {"cpu_features": ("avx", "avx512f", "amx-int8")},
         "it uses CPU features that this machine lacks (amx-int8, avx512f)",
     ),
-    "abi": ({"kernel_abi": 4}, "it calls kernels of ABI 4, installed are those of ABI 3"),
+    "abi": ({"kernel_abi": 4}, "it calls kernels of ABI 4, but ABI 3 is installed"),
     "kernels": (
         {"kernels": ("precast.matmul.v1", "precast.z.v9", "precast.new.v2")},
         "it calls kernels that are not installed (precast.new.v2, precast.z.v9)",
@@ -85,7 +85,7 @@ def test_each_mismatch_alone(change, text):
 
 
 def test_kernels_are_of_an_abi():
-    text = "it calls kernels of ABI 0, installed are those of ABI 3"
+    text = "it calls kernels of ABI 0, but ABI 3 is installed"
     assert mismatches(dataclasses.replace(COMPILED, kernel_abi=0), MACHINE) == [text]
     assert mismatches(dataclasses.replace(COMPILED, kernel_abi=0, kernels=()), MACHINE) == []
 
@@ -131,14 +131,14 @@ def test_executables_go_before_a_savedmodel_and_that_before_compiling():
 def test_what_holds_no_stablehlo_is_not_compiled():
     program = SimpleNamespace(stablehlo=None)
     bare = dataclasses.replace(COMPILED, jaxlib="9.9", programs=(program,))
-    assert "it is compiled by jaxlib 9.9" in refusal(bare, allow_compile=True)
+    assert "it was compiled by jaxlib 9.9" in refusal(bare, allow_compile=True)
     assert choose(bare, PORTABLE, allow_compile=True) is PORTABLE
 
 
 def test_stablehlo_is_never_compiled_unasked():
     wrong = dataclasses.replace(COMPILED, jaxlib="9.9")
     message = refusal(wrong, PORTABLE)
-    assert "target 'cpu-x86_64-avx2': it is compiled by jaxlib 9.9, installed is 0.10.1" in message
+    assert "target 'cpu-x86_64-avx2': it was compiled by jaxlib 9.9, but 0.10.1 is installed" in message
     assert "target 'portable': it must be compiled first (--compile does so)" in message
     assert choose(wrong, PORTABLE, allow_compile=True).name == COMPILED.name
 
@@ -160,7 +160,7 @@ def test_a_named_target_is_taken_or_refused_but_never_replaced():
     wrong = dataclasses.replace(COMPILED, name="other", machine="aarch64")
     assert choose(wrong, COMPILED, name="cpu-x86_64-avx2") is COMPILED
     message = refusal(wrong, COMPILED, name="other")
-    assert "target 'other': it is compiled for aarch64" in message
+    assert "target 'other': it was compiled for aarch64" in message
     assert "cpu-x86_64-avx2" not in message
     assert refusal(COMPILED, PORTABLE, name="gpu") == (
         "art: target 'gpu' is not in the artifact; it holds 'cpu-x86_64-avx2', 'portable'."

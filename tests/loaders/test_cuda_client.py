@@ -18,7 +18,8 @@ from precast.loaders import load as loading
 from precast.loaders.artifact.compat import choose_target, mismatches
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import Machine, nvidia_gpus
-from precast.loaders.artifact.manifest import Target, parse_manifest
+from precast.loaders.artifact.manifest import Target
+from precast.loaders.artifact.manifest_parser import parse_manifest
 from precast.loaders.artifact.weights import numpy_dtype
 from precast.loaders.console import check as check_console
 from precast.loaders.runtime import cuda, installed, pjrt
@@ -83,7 +84,7 @@ def test_only_where_a_target_is_for_a_gpu_somebody_looks_for_one(artifact_copy, 
     assert (installed.this_machine().gpus, installed.this_machine().cuda_plugin) == ((H100,), "0.1")
     looked.clear()
     as_cuda(artifact_copy, A100)
-    with pytest.raises(PrecastError, match=f"compiled for {A100}, this machine has {H100}"):
+    with pytest.raises(PrecastError, match=f"compiled for {A100}, but this machine has {H100}"):
         loading.load(artifact_copy, trusted=True)
     assert looked == ["gpus", "plugin"]
     check_console.run(artifact_copy, target=None, compile=False, as_json=True)
@@ -155,7 +156,7 @@ WANTED = "pip install 'jax-cuda12-plugin[with-cuda]==0.12.0.1'"
         ({"device": "any"}, {"gpus": (A100,)}, []),
         ({"device": f"{H100} MIG 1g.10gb"}, {}, []),
         ({}, {"gpus": (A100, H100)}, []),
-        ({}, {"gpus": (), "cuda_plugin": ""}, ["it needs an NVIDIA GPU, this machine has none"]),
+        ({}, {"gpus": (), "cuda_plugin": ""}, ["it needs an NVIDIA GPU, but this machine has none"]),
         (
             {},
             {"cuda_plugin": ""},
@@ -164,16 +165,16 @@ WANTED = "pip install 'jax-cuda12-plugin[with-cuda]==0.12.0.1'"
         (
             {},
             {"cuda_plugin": "0.11.0"},
-            [f"it needs jax's CUDA plugin 0.12.0.1, installed is 0.11.0: {WANTED}"],
+            [f"it needs jax's CUDA plugin 0.12.0.1, but 0.11.0 is installed: {WANTED}"],
         ),
-        ({}, {"gpus": (A100,)}, [f"it is compiled for {H100}, this machine has {A100}"]),
+        ({}, {"gpus": (A100,)}, [f"it was compiled for {H100}, but this machine has {A100}"]),
         (
             {"jaxlib": "0.10.1"},
             {"gpus": (A100,), "cuda_plugin": ""},
             [
                 f"it needs jax's CUDA plugin 0.12.0.1, which is not installed: {WANTED}",
-                f"it is compiled for {H100}, this machine has {A100}",
-                "it is compiled by jaxlib 0.10.1, installed is 0.12.0.1",
+                f"it was compiled for {H100}, but this machine has {A100}",
+                "it was compiled by jaxlib 0.10.1, but 0.12.0.1 is installed",
             ],
         ),
     ],
@@ -299,7 +300,9 @@ def test_without_a_gpu_an_artifact_for_one_is_refused_from_its_manifest(artifact
     as_cuda(artifact_copy, H100)
     nothing = dataclasses.replace(installed.this_machine(), gpus=(), cuda_plugin="")
     monkeypatch.setattr(loading.installed, "this_machine", lambda **_: nothing)
-    with pytest.raises(PrecastError, match="target 'cuda': it needs an NVIDIA GPU, this machine has none"):
+    with pytest.raises(
+        PrecastError, match="target 'cuda': it needs an NVIDIA GPU, but this machine has none"
+    ):
         loading.load(artifact_copy)
 
 

@@ -306,7 +306,7 @@ def test_only_artifacts_are_ever_replaced(tmp_path):
     before = listing(tmp_path)
     for target in (folder, file, link, dangling):
         with pytest.raises(
-            PrecastError, match="exists and is no artifact, so --overwrite does not replace it"
+            PrecastError, match="exists and is not an artifact, so --overwrite does not replace it"
         ):
             make(target, overwrite=True)
         with pytest.raises(PrecastError, match="exists already"):

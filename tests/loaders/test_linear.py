@@ -17,7 +17,8 @@ import pytest
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.frozen import Frozen
 from precast.loaders.artifact.machine import Machine
-from precast.loaders.artifact.manifest import Manifest, parse_manifest
+from precast.loaders.artifact.manifest import Manifest
+from precast.loaders.artifact.manifest_parser import parse_manifest
 from precast.loaders.audit import check, diff, inspect
 from precast.loaders.compiling import trial
 from precast.loaders.console import check as check_console

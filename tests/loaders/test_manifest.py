@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.manifest import FORMAT_VERSION, parse_manifest
+from precast.loaders.artifact.manifest import FORMAT_VERSION
+from precast.loaders.artifact.manifest_parser import parse_manifest
 from precast.loaders.artifact.record import to_json
 
 
@@ -161,9 +162,9 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             ["capacity"],
             1000,
-            "m.json: cache 'cache.keys': it keeps 64 positions, expected 1000 to 1000; export",
+            "m.json: cache 'cache.keys': expected 1000 to 1000 positions, found 64; export",
         ),
-        (["capacity"], 50, "m.json: cache 'cache.keys': it keeps 64 positions, expected 50 to 50; export"),
+        (["capacity"], 50, "m.json: cache 'cache.keys': expected 50 to 50 positions, found 64; export"),
         (["slots"], 2, "m.json: cache 'cache.keys': slots and layers: expected {'B': 2, 'L': 3}"),
         (
             ["cache", 0, "layers"],
@@ -204,7 +205,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         ),
         ([*PROGRAM, 3, "arguments", 2, "shape", 3], 65, "program 'decode': its cache is not the artifact's"),
         ([*PROGRAM, 3, "results", 2, "shape", 0], 9, "program 'decode': its cache is not the artifact's"),
-        ([*PROGRAM, 3, "results", 2, "alias"], "nobody", "aliases 'nobody', which is no argument."),
+        ([*PROGRAM, 3, "results", 2, "alias"], "nobody", "aliases 'nobody', which is not an argument."),
         (
             [*PROGRAM, 3, "results", 0],
             ...,

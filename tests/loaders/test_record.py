@@ -119,7 +119,7 @@ def test_unknown_keys_are_named():
 
 
 def test_a_key_given_twice_is_refused():
-    with pytest.raises(PrecastError, match=r"m\.json: .*a key stands twice"):
+    with pytest.raises(PrecastError, match=r"m\.json: .*a key occurs twice"):
         read(json.dumps(GOOD)[:-1] + ', "flag": false}')
 
 

@@ -27,7 +27,7 @@ from precast.loaders import load as loading
 from precast.loaders import signing
 from precast.loaders.artifact import folders
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.manifest import parse_manifest
+from precast.loaders.artifact.manifest_parser import parse_manifest
 from precast.loaders.console import store as store_console
 from precast.loaders.store import cache as store_cache
 from precast.loaders.store import index as store_index
@@ -466,7 +466,7 @@ def test_a_hostile_index(folder_url, tiny_artifact, tmp_path, case):
         (b"", "expected JSON"),
         (b"<html>not found</html>", "expected JSON"),
         (b"[]", "expected an index of version 1, found none"),
-        (b'{"index_version": 1, "index_version": 1}', "a key stands twice"),
+        (b'{"index_version": 1, "index_version": 1}', "a key occurs twice"),
         (b"[" * 100_000, "nested too deeply"),
         (b" " * ((16 << 20) + 1), "expected at most 16777216 bytes of JSON"),
         (b"\xff\xfe", "expected JSON"),
@@ -511,7 +511,7 @@ def test_a_folder_that_is_no_artifact_is_left_alone(folder_url, tiny_artifact, t
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
     for folder in (tmp_path / "mine", tmp_path / "link"):
-        with pytest.raises(PrecastError, match="is no artifact, so --overwrite does not replace it"):
+        with pytest.raises(PrecastError, match="is not an artifact, so --overwrite does not replace it"):
             pull(folder_url, folder, overwrite=True)
     assert os.listdir(tmp_path / "mine") == ["notes.txt"]
 

@@ -165,7 +165,7 @@ def test_what_cannot_run_here_is_exit_code_2(cli, artifact_copy, edit_manifest):
     edit_manifest(artifact_copy, lambda m: m["targets"][0].update(jaxlib="0.9.9"))
     result = cli("verify", artifact_copy)
     assert result.exit_code == 2
-    assert "it is compiled by jaxlib 0.9.9, installed is" in result.stderr
+    assert "it was compiled by jaxlib 0.9.9, but" in result.stderr
 
 
 # --- replaying ----------------------------------------------------------------------------------------------

@@ -146,7 +146,9 @@ def test_a_part_that_is_too_long_does_not_reach_the_next_tensor(tmp_path):
 
 
 def test_a_part_of_no_tensor_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="other: was given to write, and is not among the tensors"):
+    with pytest.raises(
+        ValueError, match="other: expected one of the specified tensors, found a piece of another"
+    ):
         write(tmp_path / "w", {"a": np.zeros(16, np.float32)}, [("other", np.zeros(16, np.float32))])
 
 
@@ -216,7 +218,7 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path, length):
         (b"[" * 50_000, "nested too deeply"),
         (b"[" * 980 + b"]" * 980, ""),
         (b"\xff", "expected JSON"),
-        (b'{"a":1,"a":1}', "a key stands twice"),
+        (b'{"a":1,"a":1}', "a key occurs twice"),
         ({"a": 1}, "entry of tensor 'a' is not understood: 1."),
         ({"a": tensor(more=1)}, "entry of tensor 'a' is not understood"),
         ({"a": {"dtype": "F32", "shape": [16]}}, "entry of tensor 'a' is not understood"),
