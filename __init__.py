@@ -4,7 +4,8 @@ model = precast.load("artifacts/smollm2-135m-instruct-int8")
 print(model.generate("The capital of France is", precast.SamplingParams(max_tokens=16)).text)
 """
 
-TYPE_CHECKING = False  # importing typing takes milliseconds, during which Python would still handle Ctrl-C
+# Importing typing would take milliseconds.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .loaders.artifact.errors import PrecastError
     from .loaders.generation.model import Model
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "Model", "PrecastError", "SamplingParams", "Stream", "Timing", "load"]
 
-_HOMES = {
+_MODULES = {
     "Completion": "generation.stream",
     "Model": "generation.model",
     "PrecastError": "artifact.errors",
@@ -30,9 +31,9 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    # Imported when first asked for: `import precast` alone costs nothing.
-    if name not in _HOMES:
+    # Lazy imports keep `import precast` fast.
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.loaders.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.loaders.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Start the command ``precast``: handle Ctrl-C before importing anything else."""
+"""The entry point of the command ``precast``. It installs the handler for Ctrl-C before it imports anything else."""
 
 from precast.loaders.artifact import interrupt
 from precast.loaders.console.streams import open_closed_streams
@@ -6,7 +6,7 @@ from precast.loaders.console.streams import open_closed_streams
 
 def main() -> None:
     """Run the command line."""
-    # First, or the pipe of the handler would take the place of a closed stream.
+    # Open closed streams first; otherwise the handler's pipe would take their file descriptors.
     open_closed_streams()
     interrupt.install()
     from precast.cli import main as run

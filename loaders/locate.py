@@ -1,4 +1,4 @@
-"""Find an artifact, and read its manifest."""
+"""Find an artifact and read its manifest."""
 
 import os
 from pathlib import Path
@@ -10,32 +10,33 @@ from .artifact.record import MAX_JSON_BYTES
 
 
 def find_artifact(path: Path) -> Path:
-    """The artifact at `path`, or the only one in it.
+    """Return the folder of the artifact at `path`, or of the only artifact among its subfolders.
 
     Raises:
-        PrecastError: when there is none, or more than one.
+        PrecastError: there is no artifact, or more than one.
     """
-    # The functions of os.path, unlike pathlib's, also answer for names that no file system takes.
+    # os.path returns False for names that no file system allows; pathlib raises an error.
     if os.path.isfile(path / MANIFEST_FILE):
         return path
     candidates = path.glob(f"*/{MANIFEST_FILE}") if os.path.isdir(path) else ()
     inside = sorted(p.parent for p in candidates if not p.parent.name.startswith("."))
     if len(inside) == 1:
         return inside[0]
-    from .artifact.no_artifact import refusal  # a successful start does not need it
+    from .artifact.no_artifact import refusal  # only for an error
 
     raise refusal(path, inside)
 
 
 def read_manifest(root: Path, *, require_signature: Path | None = None) -> Manifest:
-    """Reads and checks the manifest of the artifact at `root`.
+    """Read and check the manifest of the artifact at `root`.
 
     Args:
         root: the artifact's folder.
-        require_signature: file of a public key; the bytes that are parsed must have been signed with its private one.
+        require_signature: file of a public key. The manifest's signature is verified with it before parsing; None
+            skips verification.
 
     Raises:
-        PrecastError: when it is missing, not signed as required, or not understood.
+        PrecastError: the manifest is missing, not signed with this key, or invalid.
     """
     data = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
     if require_signature is not None:

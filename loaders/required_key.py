@@ -1,24 +1,24 @@
-"""The key that artifacts must be signed with, set by a command, a call or the whole installation."""
+"""The public key that artifacts must be signed with, set by a call, the environment or the machine."""
 
 import os
 from pathlib import Path
 
-# The variable names a key for this environment, the file is the key for every user of this machine.
-VARIABLE = "PRECAST_REQUIRE_SIGNATURE"
+# The variable names a key file; the system key applies to all users of this machine.
+ENVIRONMENT_VARIABLE = "PRECAST_REQUIRE_SIGNATURE"
 SYSTEM_KEY = Path("/etc/precast/require-signature.pem")
 
 
 def required_key(given: str | Path | None) -> Path | None:
-    """Return the file of the public key that an artifact must be signed with, or None.
+    """Return the file of the public key that artifacts must be signed with; None if signatures are optional.
 
-    A given key overrides the environment's, and that overrides the machine's. No argument switches the requirement off.
+    A given key overrides the environment's, which overrides the machine's. No argument switches the requirement off.
 
     Args:
-        given: the key named by an option or an argument.
+        given: file of the key named by an option or an argument.
     """
     if given is not None:
         return Path(given)
-    if named := os.environ.get(VARIABLE):
+    if named := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(named).expanduser()
-    # Also if it is a dangling link: then no artifact loads, rather than any.
+    # lexists is also True for a dangling symlink. Then no artifact loads, rather than every one.
     return SYSTEM_KEY if os.path.lexists(SYSTEM_KEY) else None

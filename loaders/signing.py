@@ -1,9 +1,9 @@
-"""Detached signatures: who made an artifact, checked with a key that the reader already has, offline.
+"""Detached signatures: prove an artifact's origin offline, with a public key that the reader already has.
 
-``manifest.json`` holds the sha256 of every other file, so a signature over its bytes covers the artifact. It is
-made and checked by OpenSSF model signing (https://github.com/sigstore/model-transparency) and stands beside the
-manifest as a Sigstore bundle: a DSSE envelope around an in-toto statement that names the manifest's sha256. Keys
-are elliptic curve keys in PEM files.
+``manifest.json`` contains the sha256 of every other file, so a signature over its bytes covers the artifact. OpenSSF
+model signing (https://github.com/sigstore/model-transparency) creates and verifies the signature. It is stored beside
+the manifest as a Sigstore bundle: a DSSE envelope around an in-toto statement with the manifest's sha256. Keys are
+elliptic curve keys in PEM files.
 """
 
 import base64
@@ -24,7 +24,7 @@ from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE
 from .artifact.manifest_parser import parse_manifest
 from .artifact.record import MAX_JSON_BYTES, parse_json
 
-# More than any signature or key needs.
+# Far above the size of any signature or key.
 MAX_SIGNATURE_BYTES = 1 << 20
 _MAX_KEY_BYTES = 1 << 16
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -36,18 +36,19 @@ _NO_SIGNATURE = (
 
 
 def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
-    """Signs the artifact at `root`, after hashing every file of it, and writes ``manifest.json.sig``.
+    """Hash every file of an artifact, sign its manifest, and write ``manifest.json.sig``.
 
     Args:
         root: the artifact's folder.
         key: file of the private key.
-        ask_password: called where the key is protected by a password.
+        ask_password: called for the password of an encrypted key.
 
     Returns:
         The sha256 of the public key.
 
     Raises:
-        PrecastError: when the artifact is not whole, the key is no such key, or the password is wrong.
+        PrecastError: a file does not match the manifest, the key is not a supported private key, or the password is
+            wrong.
     """
     _need_library()
     password, public = _open_private(key, ask_password)
@@ -58,21 +59,21 @@ def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
     _check_bundle(manifest, signature, public, str(key), str(root))
     path = root / SIGNATURE_FILE
     files.write_atomically(path, signature)
-    path.chmod((root / MANIFEST_FILE).stat().st_mode & 0o777)  # whoever reads the one reads the other
+    path.chmod((root / MANIFEST_FILE).stat().st_mode & 0o777)  # readable by the manifest's readers
     return _fingerprint(public)
 
 
 def check_signature(root: Path, manifest: bytes, key: Path) -> None:
-    """Checks the signature in the folder against bytes of a manifest that have been read, and not parsed yet.
+    """Verify an artifact's signature over a manifest that has not been parsed yet.
 
     Args:
-        root: the artifact's folder.
-        manifest: contents of its manifest.
+        root: the artifact's folder, with the signature.
+        manifest: contents of the manifest, untrusted.
         key: file of the public key.
 
     Raises:
-        PrecastError: when there is no signature, it was made with another key or over another manifest, or the key
-            is none.
+        PrecastError: the signature is missing, invalid, or made with another key or over another manifest; or the file
+            `key` is not a supported public key.
     """
     signature = None
     if (root / SIGNATURE_FILE).exists():
@@ -81,10 +82,16 @@ def check_signature(root: Path, manifest: bytes, key: Path) -> None:
 
 
 def check_bytes(manifest: bytes, signature: bytes | None, key: Path, where: str) -> None:
-    """As `check_signature`, of a signature that has been read too; None where the artifact has none.
+    """Verify a signature in memory.
+
+    Args:
+        manifest: contents of the manifest, untrusted.
+        signature: contents of the signature; None if the artifact has none.
+        key: file of the public key.
+        where: the artifact's name in messages.
 
     Raises:
-        PrecastError: naming `where`.
+        PrecastError: as `check_signature`.
     """
     _need_library()
     public = _read_public(key)
@@ -97,20 +104,20 @@ def check_bytes(manifest: bytes, signature: bytes | None, key: Path, where: str)
 
 
 def fingerprint(key: Path) -> str:
-    """Return the sha256 of a public key, as in signatures.
+    """Return the sha256 of a public key, in the form that signatures use.
 
     Raises:
-        PrecastError: the file does not contain a public key.
+        PrecastError: the file does not contain a supported public key.
     """
     _need_library()
     return _fingerprint(_read_public(key))
 
 
 def signed_digest(signature: bytes, where: str) -> str:
-    """The sha256 of the manifest that a signature says it is over. Whether it holds is another question.
+    """Return the sha256 of the manifest that a signature claims to cover, without verifying the signature.
 
     Raises:
-        PrecastError: for what is no signature of this kind.
+        PrecastError: the bytes are not a signature of OpenSSF model signing.
     """
     return _statement(signature, f"{where}: {SIGNATURE_FILE}")[1]
 
@@ -128,11 +135,11 @@ def _check_bundle(manifest: bytes, signature: bytes, public: Any, key: str, wher
             f"{where}: {MANIFEST_FILE} is not the one that was signed; it was altered, or the signature is another"
             " artifact's: copy the artifact again, or have it signed again."
         )
-    _check_curve(manifest, signature, public, at)
+    _verify(manifest, signature, public, at)
 
 
-def _check_curve(manifest: bytes, signature: bytes, public: Any, at: str) -> None:
-    """The library's own check, of copies that nobody else can change while it reads them."""
+def _verify(manifest: bytes, signature: bytes, public: Any, at: str) -> None:
+    """Let the library verify the signature, on private copies that no other process can change."""
     from model_signing import verifying
 
     with _copies(manifest, signature, _pem(public)) as (manifest_path, signature_path, key_path):
@@ -141,7 +148,7 @@ def _check_curve(manifest: bytes, signature: bytes, public: Any, at: str) -> Non
             config.set_hashing_config(_hashing()).verify(manifest_path, signature_path)
         except OSError:
             raise
-        # It gives no promise about what it raises, and the bundle is a stranger's.
+        # The library documents no exceptions, and the bundle is untrusted.
         except Exception:
             raise PrecastError(
                 f"{at}: the signature does not hold; it was altered: copy the artifact again, or have it signed again."
@@ -149,9 +156,10 @@ def _check_curve(manifest: bytes, signature: bytes, public: Any, at: str) -> Non
 
 
 def _statement(signature: bytes, at: str) -> tuple[str, str]:
-    """Fingerprint of the key and sha256 of the manifest that a bundle claims; nothing of it is proven yet.
+    """Return the key's fingerprint and the manifest's sha256 that a bundle claims, without verifying them.
 
-    A statement about anything but one file is none of ours, however well it is signed.
+    Raises:
+        PrecastError: the bundle is not a statement about exactly one file.
     """
     try:
         bundle = parse_json(signature, at)
@@ -175,7 +183,7 @@ def _sign(manifest: bytes, key: Path, password: bytes | None) -> bytes:
     from model_signing import signing
 
     with _copies(manifest, b"", b"") as (manifest_path, signature_path, _):
-        # The library hands the password on as it is, and what it hands it to takes bytes.
+        # The library passes the password to cryptography, which requires bytes.
         config = signing.Config().use_elliptic_key_signer(private_key=key, password=password)
         config.set_hashing_config(_hashing()).sign(manifest_path, signature_path)
         return signature_path.read_bytes()
@@ -190,7 +198,7 @@ def _hashing() -> Any:
 
 @contextmanager
 def _copies(manifest: bytes, signature: bytes, key: bytes) -> Iterator[tuple[Path, Path, Path]]:
-    """The library reads files: these are ours alone, so what it reads is what was given here."""
+    """Yield private files with the given contents, because the library reads only files."""
     with (
         tempfile.TemporaryDirectory(prefix="precast-") as folder,
         on_interrupt(partial(shutil.rmtree, folder)),
@@ -228,16 +236,16 @@ def _read_public(path: Path) -> Any:
         )
     try:
         key = serialization.load_pem_public_key(data)
-    except Exception:  # of several libraries, all of which mean the same
+    except Exception:  # cryptography raises many types for an invalid key
         raise PrecastError(
             f"{path}: expected a public key in PEM, found something else; openssl ec -in PRIVATE.pem -pubout -out"
             " PUBLIC.pem writes one."
         ) from None
-    return _of_known_curve(path, key)
+    return _checked_curve(path, key)
 
 
 def _open_private(path: Path, ask_password: Callable[[], str]) -> tuple[bytes | None, Any]:
-    """Password, where there is one, and public key of a private key."""
+    """Open a private key; return its password, None if it is not encrypted, and its public key."""
     from cryptography.hazmat.primitives import serialization
 
     data = _read_key(path)
@@ -255,10 +263,11 @@ def _open_private(path: Path, ask_password: Callable[[], str]) -> tuple[bytes | 
     except Exception:
         what = "this password does not open it" if password is not None else "it cannot be read"
         raise PrecastError(f"{path}: expected a private key in PEM; {what}.") from None
-    return password, _of_known_curve(path, key).public_key()
+    return password, _checked_curve(path, key).public_key()
 
 
-def _of_known_curve(path: Path, key: Any) -> Any:
+def _checked_curve(path: Path, key: Any) -> Any:
+    """Return a key after checking that its curve is supported."""
     curve = getattr(getattr(key, "curve", None), "name", type(key).__name__.strip("_"))
     if curve not in _CURVES:
         raise PrecastError(

@@ -1,6 +1,6 @@
-"""An artifact's programs, loaded and bound to its weights: token ids in, logits and greedy tokens out.
+"""Run an artifact's programs on its weights: token ids in, greedy tokens and logits out.
 
-What runs them is behind `precast.loaders.runtime.interface`.
+`precast.loaders.runtime.interface` describes the runtimes that execute the programs.
 """
 
 import weakref
@@ -18,14 +18,15 @@ from ..runtime.interface import Buffer, Client, Executable
 
 
 class StepOutput:
-    """What a call gives for each of its sequences.
+    """The results of one call for each of its R sequences.
 
     Attributes:
-        token: the greedy token, ``[R]`` int32.
-        logits: ``[R, V]`` float32, still on the device.
+        token: greedy tokens, int32 [R].
+        logits: logits, float32 [R, V], still on the device.
     """
 
-    # Made for every token: after weights have passed through the caches, a `Frozen` takes 35 µs.
+    # Not a `Frozen`: one is created for every token, after the weights have evicted everything else from the CPU's
+    # caches; a `Frozen` then takes 35 µs.
     __slots__ = ("logits", "token")
 
     def __init__(self, token: np.ndarray, logits: Buffer) -> None:
@@ -35,19 +36,19 @@ class StepOutput:
 
 @dataclass(kw_only=True)
 class KVCache:
-    """The cache of B slots. It belongs to one generation at a time.
+    """A KV cache of B slots. It is not thread-safe: one generation uses it at a time.
 
     Attributes:
-        buffers: by array name. A call takes them over and puts new ones in their place.
-        inputs: of each program that was called with it, by program and input name: written anew for every call.
+        buffers: the cache's arrays by name. Each call donates them to the program and stores its results.
+        inputs: staging buffers by program and input name, which every call overwrites.
     """
 
     buffers: dict[str, Buffer]
     inputs: dict[str, dict[str, tuple[np.ndarray, Buffer]]] = field(default_factory=dict)
 
 
-class _Bound(Frozen):
-    """A program with everything but its inputs and caches in place."""
+class _BoundProgram(Frozen):
+    """A program with its weights and tables; a call needs only inputs and a KV cache."""
 
     program: Program
     executable: Executable
@@ -57,11 +58,11 @@ class _Bound(Frozen):
     caches: Sequence[str]
 
     def __call__(self, inputs: Mapping[str, Sequence[int] | int], cache: KVCache) -> dict[str, Buffer]:
-        """Runs the program on `cache`; returns the other results by role.
+        """Run the program, update the cache, and return the other results by role.
 
         Args:
-            inputs: by name; what is shorter than the program's is zero behind it.
-            cache: to append to.
+            inputs: inputs by name; a short sequence is padded with zeros.
+            cache: the KV cache to append to.
         """
         staged = cache.inputs.get(self.program.name)
         if staged is None:
@@ -88,9 +89,9 @@ class _Bound(Frozen):
 
 def _bind(
     program: Program, executable: Executable, client: Client, constants: Mapping[str, Buffer]
-) -> _Bound:
-    # Arguments are inputs, then caches, then constants: the manifest has been checked for that.
-    return _Bound(
+) -> _BoundProgram:
+    # The manifest's check guarantees the order of arguments: inputs, caches, constants.
+    return _BoundProgram(
         program=program,
         executable=executable,
         client=client,
@@ -100,23 +101,25 @@ def _bind(
     )
 
 
-def _laid_out(array: np.ndarray, layout: tuple[int, ...] | None) -> np.ndarray:
-    """An array with its axes in the order of a layout: as it is, where that is its own or None."""
+def _in_layout(array: np.ndarray, layout: tuple[int, ...] | None) -> np.ndarray:
+    """Return an array with its axes in the order of a layout, without a copy if they are in that order already."""
     if layout is None or layout == tuple(range(array.ndim)):
         return array
     return np.ascontiguousarray(array.transpose(layout))
 
 
 class Engine:
-    """The programs of one target.
+    """The programs of one target, bound to their weights.
+
+    Threads may share an engine if each uses a KV cache of its own.
 
     Args:
-        manifest: of the artifact.
-        target: the target chosen.
-        executables: one for each of its programs, by name.
-        weights: arrays by name, those that the programs take: weights and tables.
-        client: where to run.
-        unchanged: called before and after each step; raises when the weights have been written to meanwhile.
+        manifest: the artifact's manifest.
+        target: the target to run.
+        executables: the target's executables by program name.
+        weights: weights and tables by name.
+        client: the runtime's client.
+        check_weights: called before and after each step; it raises PrecastError if the weights' file was written to.
     """
 
     def __init__(
@@ -127,14 +130,14 @@ class Engine:
         executables: Mapping[str, Executable],
         weights: Mapping[str, np.ndarray],
         client: Client,
-        unchanged: Callable[[], None] = lambda: None,
+        check_weights: Callable[[], None] = lambda: None,
     ) -> None:
         self.context = manifest.context
         self.slots = manifest.slots
         self.vocab = manifest.model.vocab
-        self._client, self._unchanged = client, unchanged
+        self._client, self._check_weights = client, check_weights
         layouts = {v.name: v.layout for p in target.programs for v in p.arguments}
-        constants = {n: client.put(_laid_out(a, layouts.get(n))) for n, a in weights.items()}
+        constants = {n: client.put(_in_layout(a, layouts.get(n))) for n, a in weights.items()}
         release = weakref.finalize(self, client.free, tuple(constants.values()))
         release.atexit = False  # process exit frees them faster
         bound = {p.name: _bind(p, executables[p.name], client, constants) for p in target.programs}
@@ -144,7 +147,7 @@ class Engine:
         self._prefills = [(p.tokens, bound[p.name]) for p in prefills]
 
     def new_cache(self) -> KVCache:
-        """An empty cache of every slot. Memory is taken from the system as positions are filled."""
+        """Return an empty KV cache for all slots. The system allocates its memory as positions are filled."""
         cache = KVCache(buffers={})
         self._cache({}, cache)
         return cache
@@ -152,31 +155,32 @@ class Engine:
     def prefill(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex = 0, slot: SupportsIndex = 0
     ) -> StepOutput:
-        """Runs a prompt through the smallest bucket that holds it, or through the largest in chunks.
+        """Run a prompt through the smallest bucket that holds it, or through the largest in chunks.
 
         Args:
             tokens: one or more ids; ``start + len(tokens)`` must not exceed the context.
-            cache: to append to.
+            cache: the KV cache to append to.
             start: position of the first token.
-            slot: which sequence of the cache.
+            slot: the sequence's slot in the cache.
 
         Returns:
-            The step after the last token (R = 1).
+            Token and logits after the last token (R = 1).
 
         Raises:
-            ValueError: for no tokens, positions outside the cache, or a slot that is not there.
+            ValueError: there are no tokens, a position is outside the context, or the slot does not exist.
+            PrecastError: the weights' file was written to.
         """
-        start, slot = index(start), index(slot)  # NumPy's integers too
+        start, slot = index(start), index(slot)  # accept NumPy's integers
         if not tokens or start < 0 or start + len(tokens) > self.context:
             raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.context} positions")
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot} of {self.slots}")
-        self._unchanged()
+        self._check_weights()
         largest = self._prefills[-1][0]
         for begin in range(0, len(tokens), largest):
             chunk = tokens[begin : begin + largest]
             results = self._prefill_chunk(chunk, cache, start + begin, slot)
-        return self._step(results)
+        return self._output(results)
 
     def _prefill_chunk(
         self, chunk: Sequence[int], cache: KVCache, start: int, slot: int
@@ -185,30 +189,31 @@ class Engine:
         return program({"tokens": chunk, "length": len(chunk), "start": start, "slot": slot}, cache)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int], cache: KVCache) -> StepOutput:
-        """Runs one token of every slot.
+        """Run the next token of every slot.
 
         Args:
-            tokens: the newest token of each slot, ``[B]``.
-            positions: where it stands, ``[B]``; −1 for a slot that is not in use.
-            cache: to append to.
+            tokens: the newest token of each slot, [B].
+            positions: positions of these tokens, [B]; −1 for an idle slot.
+            cache: the KV cache to append to.
 
         Returns:
-            The step of every slot (R = B); meaningless for slots not in use.
+            Token and logits of every slot (R = B); meaningless for idle slots.
 
         Raises:
-            ValueError: for another number of slots, or a position outside the cache.
+            ValueError: the number of slots differs, or a position is outside the context.
+            PrecastError: the weights' file was written to.
         """
         if len(tokens) != self.slots or len(positions) != self.slots or max(positions) >= self.context:
             raise ValueError(
                 f"tokens and positions {positions} do not fit {self.slots} slots of {self.context}"
             )
-        self._unchanged()
-        return self._step(self._decode({"tokens": tokens, "positions": positions}, cache))
+        self._check_weights()
+        return self._output(self._decode({"tokens": tokens, "positions": positions}, cache))
 
     def logits(self, step: StepOutput) -> np.ndarray:
-        """The step's logits ``[R, V]`` as a view."""
+        """Return a step's logits on the host, float32 [R, V]; do not write to them."""
         return self._client.get(step.logits)
 
-    def _step(self, results: Mapping[str, Buffer]) -> StepOutput:
-        self._unchanged()
+    def _output(self, results: Mapping[str, Buffer]) -> StepOutput:
+        self._check_weights()
         return StepOutput(self._client.get(results["token"]), results["logits"])

@@ -1,6 +1,6 @@
-"""Tokens that may not come next, by transformers' rules.
+"""Find the tokens that may not come next, by transformers' rules.
 
-One class replaces these logits processors: NoRepeatNGram, NoBadWords, MinLength, MinNewTokensLength,
+One class replaces these logits processors of transformers: NoRepeatNGram, NoBadWords, MinLength, MinNewTokensLength,
 SuppressTokens and SuppressTokensAtBegin. Each sets logits to minus infinity, so their order has no effect.
 """
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _Prefix = tuple[int, ...]
 
 
-class Forbidden:
+class ForbiddenTokens:
     """The tokens that may not continue one sequence.
 
     Args:
@@ -27,7 +27,7 @@ class Forbidden:
         self._ends = frozenset(end_ids)
         self._prompt = len(prompt)
         # min_tokens wins over min_length, as min_new_tokens does in transformers.
-        self._least = self._prompt + params.min_tokens if params.min_tokens else params.min_length
+        self._min_length = self._prompt + params.min_tokens if params.min_tokens else params.min_length
         self._at_begin = params.begin_suppress_tokens
         words = [word for word in params.bad_words_ids if len(word) > 1 or word[0] not in self._ends]
         self._always = {*params.suppress_tokens, *(word[0] for word in words if len(word) == 1)}
@@ -50,7 +50,7 @@ class Forbidden:
         return chain(
             self._always,
             self._at_begin if length == self._prompt else (),
-            self._ends if length < self._least else (),
+            self._ends if length < self._min_length else (),
             *(self._ending_words(size) for size in self._words if size <= length),
             self._repeated(),
         )
@@ -66,7 +66,7 @@ class Forbidden:
 
 
 def _by_prefix(words: Iterable[Sequence[int]]) -> dict[int, dict[_Prefix, list[int]]]:
-    """Group sequences of two or more tokens by prefix length, then by prefix; return their last tokens."""
+    """Map prefix length to prefix to last tokens, for the sequences of two or more tokens."""
     found: dict[int, dict[_Prefix, list[int]]] = {}
     for word in words:
         if len(word) > 1:

@@ -1,4 +1,4 @@
-"""A loaded artifact that continues prompts and answers conversations."""
+"""A loaded artifact: it continues prompts and answers conversations."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -21,7 +21,7 @@ Prompt = str | Sequence[int]
 class Model:
     """A loaded artifact.
 
-    Threads may share a model: each generation has its own cache. A step uses all threads of the device, so
+    Threads may share a model: each generation has a KV cache of its own. A step uses all threads of the device, so
     concurrent generations share its speed.
 
     Attributes:
@@ -43,7 +43,7 @@ class Model:
         self.eos_token_ids = frozenset(manifest.tokenizer.eos_token_ids)
 
     def default_sampling(self) -> SamplingParams:
-        """The model's own sampling defaults, or greedy decoding if it has none.
+        """Return the model's own sampling defaults, or greedy decoding if it has none.
 
         Raises:
             PrecastError: a default in the artifact is out of range.
@@ -51,29 +51,32 @@ class Model:
         return dataclasses.replace(SamplingParams(), **self.manifest.sampling.given())
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
-        """Continues a prompt.
+        """Continue a prompt.
 
         Args:
             prompt: text, or token ids.
-            params: how to sample; the model's own defaults where None.
+            params: the sampling parameters; None uses the model's own defaults.
 
         Raises:
-            PrecastError: for a prompt that is empty, does not leave room for a token in the cache, or has ids
-                outside the vocabulary.
+            PrecastError: the prompt is empty, fills the context, or contains ids outside the vocabulary; or the
+                artifact's weights were written to since loading.
         """
         return self.stream(prompt, params).finish()
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
-        """As `generate`, piece by piece. The prompt is checked at once, the work begins with the first piece."""
+        """Continue a prompt as `generate` does, piece by piece.
+
+        The prompt is checked at once. The computation starts when the first piece is read.
+        """
         if isinstance(prompt, bytes | bytearray):
             raise PrecastError("prompt: expected text or token ids, found bytes; decode them first.")
         if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
             raise PrecastError(f"prompt: expected text or token ids, found {type(prompt).__name__}.")
         if params is not None and not isinstance(params, SamplingParams):
             raise PrecastError(f"params: expected SamplingParams, found {type(params).__name__}.")
-        # An empty text has no tokens of its own, whatever a tokenizer puts before it.
+        # Empty text counts as no tokens, even if the tokenizer adds a special one.
         ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
-        return self._started(self._checked_prompt(ids), params or self.default_sampling())
+        return self._new_stream(self._checked_prompt(ids), params or self.default_sampling())
 
     def chat(
         self,
@@ -87,14 +90,15 @@ class Model:
         """Answer a conversation.
 
         Args:
-            messages: each with "role" and "content", oldest first.
-            params: as for `generate`.
+            messages: mappings with "role" and "content", oldest first.
+            params: the sampling parameters; None uses the model's own defaults.
             tools: JSON schemas of functions, for templates that support them.
             template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
 
         Raises:
-            PrecastError: the model has no such chat template, or it refuses the messages; also as `generate`.
+            PrecastError: the model has no such chat template, or the template rejects the messages; also as
+                `generate`.
         """
         return self.stream_chat(messages, params, tools=tools, template=template, literal=literal).finish()
 
@@ -107,7 +111,7 @@ class Model:
         template: str | None = None,
         literal: bool = False,
     ) -> Stream:
-        """As `chat`, piece by piece."""
+        """Answer a conversation as `chat` does, piece by piece."""
         return self.stream(
             self.chat_prompt(messages, tools=tools, template=template, literal=literal), params
         )
@@ -120,7 +124,7 @@ class Model:
         template: str | None = None,
         literal: bool = False,
     ) -> list[int]:
-        """The token ids that a conversation is given to the model as."""
+        """Return the token ids of a conversation's prompt; the arguments are those of `chat`."""
         from ..text.chat_messages import ChatOptions
 
         options = ChatOptions(tools=tools)
@@ -136,33 +140,33 @@ class Model:
                 " or fewer, or export with a larger --context."
             )
         for i, token in enumerate(ids):
-            # Any kind of whole number, NumPy's included; a fraction or a truth value would be rounded in silence.
-            whole = isinstance(token, Integral) and not isinstance(token, bool)
-            if not whole or not 0 <= token < vocab:
+            # Accept NumPy's integers; int() would silently accept fractions and booleans.
+            is_integer = isinstance(token, Integral) and not isinstance(token, bool)
+            if not is_integer or not 0 <= token < vocab:
                 raise PrecastError(
-                    f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}{self._named(token)}."
+                    f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}{self._advice(token)}."
                 )
         return [int(token) for token in ids]
 
-    def _named(self, token: object) -> str:
-        """Describe a token that only the tokenizer has, without an embedding; transformers fails on it too."""
+    def _advice(self, token: object) -> str:
+        """Return the advice for a token that the tokenizer knows and the model lacks; transformers fails on it too."""
         if not isinstance(token, Integral) or int(token) < self.engine.vocab:
             return ""
         text = self.tokenizer.token(int(token))
         return "" if text is None else f"; leave out {text!r:.40}, for which the model has no embedding"
 
-    def _started(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
+    def _new_stream(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
         limit = params.limit(len(prompt), self.engine.context - len(prompt))
         state = GenerationState()
         ends: Set[int] = frozenset() if params.ignore_eos else self.eos_token_ids
         decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
-        found = pieces(partial(self._tokens, prompt, params, limit), decoder, stops, ends, state)
-        return Stream(found, prompt, state)
+        text = pieces(partial(self._tokens, prompt, params, limit), decoder, stops, ends, state)
+        return Stream(text, prompt, state)
 
     def _tokens(self, prompt: Sequence[int], params: SamplingParams, limit: int) -> Iterator[int]:
         """Yield at most `limit` generated ids."""
         sampler = Sampler(params, prompt, self.engine.vocab, self.eos_token_ids)
-        # A cache of its own for each generation: two streams of one model do not disturb each other.
+        # Each generation has its own cache, so that streams of one model are independent.
         cache = self.engine.new_cache()
         step = self.engine.prefill(prompt, cache)
         idle = self.engine.slots - 1

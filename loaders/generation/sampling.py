@@ -1,4 +1,4 @@
-"""Choose the next token from the logits, with NumPy only, and the same tokens for the same seed.
+"""Choose the next token from the logits with NumPy, reproducibly for a given seed.
 
 The filters and their order are those of transformers (repetition penalty, forbidden tokens, temperature, top-k,
 top-p, min-p), so settings mean the same in both.
@@ -13,20 +13,23 @@ from ..artifact.errors import PrecastError
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from .forbidden import Forbidden
+    from .forbidden import ForbiddenTokens
 
 
 _LARGEST = float(np.finfo(np.float32).max)
-_BLOCK = 512  # weights summed together when drawing
+# Weights per block when drawing.
+_BLOCK = 512
 
 
 class Sampler:
-    """A sampler of tokens for one sequence, which it records for the penalty and for forbidden tokens.
+    """A sampler for one sequence. It records the tokens, for the penalty and for forbidden tokens.
+
+    It is not thread-safe.
 
     Args:
         params: the sampling parameters.
-        prompt_ids: tokens of the prompt; ids of `vocab_size` and above never come out of the model and are
-            ignored, as in transformers.
+        prompt_ids: tokens of the prompt; ids of `vocab_size` and above are ignored, as in transformers, because the
+            model never predicts them.
         vocab_size: V, the length of the logits.
         end_ids: end-of-generation tokens, for min_tokens and min_length.
     """
@@ -44,12 +47,12 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the choice is plain argmax: the program's own will do, and logits need not be fetched."""
+        """True if sampling is a plain argmax, so that the program's own token can be used without the logits."""
         params = self._params
         return params.temperature == 0 and params.repetition_penalty == 1 and self._forbidden is None
 
     def observe(self, token_id: int) -> None:
-        """Record a token of the answer that did not come from `sample`."""
+        """Record a token of the answer that `sample` did not choose."""
         token_id = _token(token_id)
         if token_id < self._vocab_size:
             self._seen.add(token_id)
@@ -57,15 +60,17 @@ class Sampler:
             self._forbidden.observe(token_id)
 
     def sample(self, logits: np.ndarray) -> int:
-        """Choose the next token from logits [V] (float32) and record it.
+        """Choose the next token and record it; of tokens tied for the argmax, choose the lowest id.
+
+        Args:
+            logits: float32 [V].
 
         Raises:
-            PrecastError: the shape is not [V], the logits contain NaN or +inf or only -inf, or every token that they
-                allow is forbidden.
+            PrecastError: the shape is not [V], the logits contain NaN or +inf, or no token is left to choose.
         """
         scores = self._allowed(self._penalised(_checked(logits, self._vocab_size)))
         if self._params.temperature == 0:
-            token_id = int(np.argmax(scores))  # the first, so the lowest id, of equals
+            token_id = int(np.argmax(scores))
         else:
             ids, weights = kept_weights(scores, self._params)
             index = _draw(weights, self._rng.random())
@@ -82,7 +87,7 @@ class Sampler:
         scores = scores.copy()
         with np.errstate(over="ignore", under="ignore"):
             new = np.where(old < 0, old * penalty, old / penalty)
-        # Keep finite logits finite: infinities do not compare, and would forbid tokens that are only penalised.
+        # Keep finite logits finite, because an infinite one would be forbidden rather than penalised.
         scores[seen] = np.where(np.isneginf(old), old, np.clip(new, -_LARGEST, _LARGEST))
         return scores
 
@@ -102,13 +107,13 @@ class Sampler:
         return scores
 
 
-def _forbidden(params: SamplingParams, prompt: list[int], end_ids: Iterable[int]) -> "Forbidden | None":
-    if not params.constrained:
+def _forbidden(params: SamplingParams, prompt: list[int], end_ids: Iterable[int]) -> "ForbiddenTokens | None":
+    if not params.is_constrained:
         return None
-    # Imported here to keep the start short: few models forbid any tokens.
-    from .forbidden import Forbidden
+    # A lazy import, because few models forbid any tokens.
+    from .forbidden import ForbiddenTokens
 
-    return Forbidden(params, prompt, end_ids)
+    return ForbiddenTokens(params, prompt, end_ids)
 
 
 def _token(token_id: int) -> int:
@@ -118,19 +123,19 @@ def _token(token_id: int) -> int:
 
 
 def _checked(logits: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Return the logits as float32 [V] if a token can be chosen from them."""
+    """Return the logits as float32 [V] after checking that a token can be chosen from them."""
     scores = np.asarray(logits, dtype=np.float32)
     if scores.shape != (vocab_size,):
         raise PrecastError(f"Sampling: expected logits of shape ({vocab_size},), found {scores.shape}.")
-    top = scores.max()  # NaN if any is
+    top = scores.max()  # NaN if any logit is NaN
     if np.isfinite(top):
         return scores
     if np.isneginf(top):
         raise PrecastError("Sampling: every logit is -inf, so there is no token to choose.")
     bad = int(np.argmax(~(scores < np.inf)))
     raise PrecastError(
-        f"Sampling: the logit of token {bad} is {scores[bad]}, so the model's output cannot be used;"
-        " verify the artifact, its weights or programs compute something broken on this machine."
+        f"Sampling: the logit of token {bad} is {scores[bad]}, so the model's output cannot be used; run precast"
+        " verify to find out whether this artifact computes correctly on this machine."
     )
 
 
@@ -138,14 +143,14 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
     """Apply temperature, top-k, top-p and min-p.
 
     Args:
-        scores: float32 [V], at least one finite, none NaN or +inf; the penalty is applied already.
-        params: temperature above 0.
+        scores: penalised logits, float32 [V]; at least one is finite, none is NaN or +inf.
+        params: the parameters, with a temperature above 0.
 
     Returns:
-        ids [n], ascending, of the candidates (None: all of them, n = V), and float32 weights [n] proportional
-        to their probabilities: the largest is 1, those of dropped tokens are 0.
+        The ids [n] of the candidates in ascending order (None: all of them, n = V), and their float32 weights [n],
+        proportional to the probabilities: the largest is 1, those of dropped tokens are 0.
     """
-    # Top-k goes before the temperature here because it does not depend on it, and leaves less to compute.
+    # Top-k is independent of the temperature. Applied first, it leaves fewer weights to compute.
     ids = _top_k(scores, params.top_k)
     weights = scores if ids is None else scores[ids]
     with np.errstate(over="ignore", under="ignore"):  # -inf and then 0 are the right limits
@@ -160,7 +165,7 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 
 
 def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
-    """Ids of the k largest scores and of all equal to the k-th, ascending; None for all ids."""
+    """Return the ids of the k largest scores and of ties with the k-th, ascending; None for all ids."""
     if k == 0 or k >= scores.size:
         return None
     place = scores.size - k
@@ -168,30 +173,31 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Which tokens have less than `top_p` of the probability in the tokens ranked above them, as a mask [n].
+    """Return the mask [n] of top-p: tokens whose higher-ranked tokens together have less than `top_p`.
 
-    Ranked by weight, then lowest id first. Nothing is sorted but the few tokens around the edge: the upper
-    bits of a non-negative float32 order like the float, so a histogram over them finds where the edge lies.
+    Tokens are ranked by weight, then by ascending id. A full sort is not needed: the upper bits of non-negative
+    float32 values have the same order as the values, so a histogram of these bits finds the bin with the boundary, and
+    only that bin is sorted.
     """
-    buckets = weights.view(np.uint32) >> np.uint32(16)
-    reached = np.cumsum(np.bincount(buckets, weights=weights)[::-1])  # from the heaviest bucket down, float64
+    bins = weights.view(np.uint32) >> np.uint32(16)
+    reached = np.cumsum(np.bincount(bins, weights=weights)[::-1])  # from the highest bin down, float64
     wanted = top_p * reached[-1]
-    place = int(np.searchsorted(reached, wanted))  # so many buckets fit whole
-    edge = reached.size - 1 - place
-    members = np.flatnonzero(buckets == edge)
+    whole_bins = int(np.searchsorted(reached, wanted))
+    boundary = reached.size - 1 - whole_bins
+    members = np.flatnonzero(bins == boundary)
     order = members[np.argsort(-weights[members], kind="stable")]
     mass = weights[order].astype(np.float64)
-    above = np.cumsum(mass) - mass + (reached[place - 1] if place else 0.0)
-    keep = buckets > edge
+    above = np.cumsum(mass) - mass + (reached[whole_bins - 1] if whole_bins else 0.0)
+    keep = bins > boundary
     keep[order[above < wanted]] = True
-    keep[np.argmax(weights)] = True  # at least one, also for top_p = 0
+    keep[np.argmax(weights)] = True  # keep at least one, even for top_p = 0
     return keep
 
 
 def _draw(weights: np.ndarray, uniform: float) -> int:
-    """Index drawn by inverting the cumulative distribution, in float64, at `uniform` in [0, 1).
+    """Draw an index by inverting the cumulative distribution, in float64, at `uniform` in [0, 1).
 
-    Blocks are summed first, so that only one block needs running sums.
+    A first search over sums of blocks finds the block; a second over its running sums finds the index.
     """
     starts = np.arange(0, weights.size, _BLOCK)
     blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
@@ -203,6 +209,6 @@ def _draw(weights: np.ndarray, uniform: float) -> int:
 
 
 def _first_above(cumulative: np.ndarray, target: float) -> int:
-    """First index whose running sum exceeds the target; never one of weight 0, even if rounded up."""
+    """Return the first index whose running sum exceeds the target; never an index of weight 0, even after rounding."""
     found = np.searchsorted(cumulative, target, side="right")
     return int(min(found, np.searchsorted(cumulative, cumulative[-1], side="left")))

@@ -1,4 +1,4 @@
-"""The parameters of generation, checked where they are made."""
+"""The parameters of generation, checked on construction."""
 
 import math
 from collections.abc import Mapping
@@ -12,44 +12,46 @@ from ..artifact.frozen import Frozen
 
 
 class SamplingParams(Frozen):
-    """How to generate. By default decoding is greedy and ends at an end-of-generation token or when the cache is full.
+    """Immutable parameters of a generation; threads may share them.
+
+    By default decoding is greedy, and ends at an end-of-generation token or when the context is full.
 
     Raises:
-        PrecastError: a parameter is unknown, of the wrong type, out of range, or not given by its name.
+        PrecastError: a parameter is unknown, of the wrong type, out of range, or given without its name.
     """
 
     max_tokens: int | None = None
-    """Most tokens to generate; None: until the cache is full."""
+    """Maximum number of tokens to generate; None: until the context is full."""
     max_length: int | None = None
-    """Most tokens of prompt and answer together; it has no effect where max_tokens is given."""
+    """Maximum length of prompt and answer together, in tokens; ignored if max_tokens is given."""
     min_tokens: int = 0
-    """Choose no end-of-generation token before the answer has this many tokens."""
+    """Minimum length of the answer, in tokens: no end-of-generation token is chosen before."""
     min_length: int = 0
-    """As min_tokens, for prompt and answer together; it has no effect where min_tokens is given."""
+    """Minimum length of prompt and answer together; ignored if min_tokens is given."""
     temperature: float = 0.0
-    """Divides the logits; 0 is greedy, and then top_k, top_p and min_p have no effect."""
+    """Divisor of the logits; 0 is greedy, and then top_k, top_p and min_p have no effect."""
     top_k: int = 0
     """Keep the k most likely tokens, and those tied with the last of them; 0 is off."""
     top_p: float = 1.0
-    """Keep the fewest most likely tokens that together reach this probability; 1 is off."""
+    """Keep the smallest set of most likely tokens that together reach this probability; 1 is off."""
     min_p: float = 0.0
     """Drop tokens less likely than this fraction of the most likely one; 0 is off."""
     repetition_penalty: float = 1.0
-    """Makes tokens of the prompt and the answer less likely (CTRL, arXiv:1909.05858); 1 is off."""
+    """Make tokens of the prompt and the answer less likely (CTRL, arXiv:1909.05858); 1 is off."""
     no_repeat_ngram_size: int = 0
-    """Let no sequence of this many tokens occur twice in the prompt and the answer; 0 is off."""
+    """Forbid sequences of this many tokens that occurred before in the prompt or the answer; 0 is off."""
     suppress_tokens: tuple[int, ...] = ()
-    """Tokens never to choose."""
+    """Tokens that are never chosen."""
     begin_suppress_tokens: tuple[int, ...] = ()
-    """Tokens not to begin the answer with."""
+    """Tokens that may not start the answer."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    """Sequences of tokens never to complete. A single end-of-generation token is not forbidden."""
+    """Token sequences that are never completed. A single end-of-generation token is not forbidden."""
     seed: int | None = None
-    """Seed of the draws; None draws fresh entropy."""
+    """Seed of the random numbers; None uses fresh entropy."""
     stop: tuple[str, ...] = ()
     """Strings that end generation; they are not part of the answer."""
     ignore_eos: bool = False
-    """Go on after an end-of-generation token."""
+    """Continue after an end-of-generation token."""
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
 
@@ -76,8 +78,8 @@ class SamplingParams(Frozen):
         checked["stop"] = _checked_stop(self.stop)
 
     @property
-    def constrained(self) -> bool:
-        """Return True if any parameter may forbid tokens."""
+    def is_constrained(self) -> bool:
+        """True if any parameter may forbid tokens."""
         return bool(
             self.min_tokens
             or self.min_length
@@ -92,7 +94,7 @@ class SamplingParams(Frozen):
 
         Args:
             prompt_tokens: length of the prompt.
-            room: positions left in the cache.
+            room: positions left in the context.
 
         Raises:
             PrecastError: the prompt reaches max_length.
@@ -149,7 +151,7 @@ def _integer(name: str, value: Any, *, low: int) -> int:
 
 
 def _real(name: str, value: Any, *, high: float) -> float:
-    """Return a number that float32, the type of the logits, holds without underflow to zero or overflow."""
+    """Return a number within the range of float32, the type of the logits."""
     known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     value = value.item() if isinstance(value, np.generic) else value
     # Compare before converting: an int may exceed the range of a float.

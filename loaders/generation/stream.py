@@ -10,17 +10,17 @@ from ..artifact.frozen import Frozen
 from ..text.tokenizer import TextStream
 from .stopping import StopStrings
 
-# `__anext__` cannot raise StopIteration.
+# Marks the end for `__anext__`, where StopIteration is not allowed.
 _END = object()
 
 
 class Timing(Frozen):
-    """Seconds, from the start of the call.
+    """The duration of a generation.
 
     Attributes:
-        prefill_s: time to process the prompt and choose the first token.
-        decode_s: time from the first token to the last, without time spent by the reader of a stream.
-        decode_tokens_per_s: tokens after the first over `decode_s`; 0 where there were none.
+        prefill_s: seconds from the start to the first token.
+        decode_s: seconds from the first token to the last, without the time spent by the reader of a stream.
+        decode_tokens_per_s: number of tokens after the first, divided by `decode_s`; 0 without such tokens.
     """
 
     prefill_s: float
@@ -29,15 +29,15 @@ class Timing(Frozen):
 
 
 class Completion(Frozen):
-    """A prompt's continuation.
+    """The continuation of a prompt. It is immutable.
 
     Attributes:
-        text: without special tokens and without the stop string.
-        token_ids: every token generated, the end token or those of the stop string included.
-        prompt_token_ids: the model's input.
-        finish_reason: "stop" (an end token or a stop string), "length" (max_tokens, or the cache is full), or
-            "unfinished" (a stream that was closed, or has not come to its end).
-        timing: of this call.
+        text: the text, without special tokens and the stop string.
+        token_ids: all generated tokens, including the end token and those of the stop string.
+        prompt_token_ids: tokens of the prompt.
+        finish_reason: "stop" (an end token or a stop string), "length" (max_tokens, max_length or a full context), or
+            "unfinished" (a stream that was closed or is still running).
+        timing: duration of the generation.
     """
 
     text: str
@@ -48,20 +48,20 @@ class Completion(Frozen):
 
 
 class GenerationState:
-    """The state of one generation.
+    """The state of one generation. Only `closing` may be set from another thread.
 
     Attributes:
-        text: the pieces yielded so far.
-        ids: the generated tokens.
+        text: the text yielded so far.
+        ids: the tokens generated so far.
         reason: the `finish_reason` of the `Completion`.
-        closing: set from any thread to end the generation before its next token.
+        closing: request to end the generation before its next token.
     """
 
     def __init__(self) -> None:
         self.text, self.reason, self.closing = "", "unfinished", False
         self.ids: list[int] = []
         self._started = self._first = self._last = time.perf_counter()
-        self._elsewhere = 0.0
+        self._reader_s = 0.0
 
     def begin(self) -> None:
         """Start the clock."""
@@ -69,21 +69,21 @@ class GenerationState:
 
     def add(self, token: int) -> None:
         """Record a token that was just generated."""
-        self._last = time.perf_counter() - self._elsewhere
+        self._last = time.perf_counter() - self._reader_s
         if not self.ids:
             self._first = self._last
         self.ids.append(token)
 
-    def give(self, piece: str) -> Iterator[str]:
+    def emit(self, piece: str) -> Iterator[str]:
         """Yield a piece of text, unless it is empty. Exclude its reader's time from the timing."""
         self.text += piece
         if piece:
-            given = time.perf_counter()
+            emitted = time.perf_counter()
             yield piece
-            self._elsewhere += time.perf_counter() - given
+            self._reader_s += time.perf_counter() - emitted
 
     def completion(self, prompt: Sequence[int]) -> Completion:
-        """The result so far."""
+        """Return the result so far."""
         decode, tokens = self._last - self._first, len(self.ids)
         timing = Timing(
             prefill_s=self._first - self._started,
@@ -106,16 +106,16 @@ def pieces(
     ends: Set[int],
     state: GenerationState,
 ) -> Generator[str, None, None]:
-    """Yield the text of a generation.
+    """Yield the text of a generation in pieces.
 
     Args:
-        tokens: begins the generation, and returns an iterator of ids.
-        decoder: converts ids to text.
-        stops: the stop strings.
+        tokens: a function that starts the generation and returns an iterator of ids.
+        decoder: the decoder of ids to text.
+        stops: the filter for stop strings.
         ends: ids that end the generation.
-        state: updated with each token.
+        state: the state to update with each token.
     """
-    if state.closing:  # by a task that was cancelled before the first step
+    if state.closing:  # a task was cancelled before the first step
         return
     state.begin()
     for token in tokens():
@@ -124,7 +124,7 @@ def pieces(
             state.reason = "stop"
             break
         piece, stopped = stops.push(decoder.push(token))
-        yield from state.give(piece)
+        yield from state.emit(piece)
         if stopped:
             state.reason = "stop"
             return
@@ -135,24 +135,25 @@ def pieces(
     tail, stopped = stops.push(decoder.finish())
     if stopped:
         state.reason = "stop"
-    yield from state.give(tail if stopped else tail + stops.flush())
+    yield from state.emit(tail if stopped else tail + stops.flush())
 
 
 class Stream(Iterator[str], AsyncIterator[str]):
-    """A running generation: iterate it for pieces of text, then read `completion`.
+    """A running generation: iterate over its pieces of text, then read `completion`.
 
-    No piece holds a broken character or a part of a stop string. The first piece starts the work, and each piece is
-    computed when it is asked for. The memory of the cache is freed at the end, by `close`, at the end of a ``with``
-    block, or with the last reference to the stream, whichever comes first.
+    A piece contains no incomplete character and no part of a stop string. Each piece is computed on demand. The KV
+    cache is freed at the end of the generation, by `close`, at the end of a ``with`` block, or with the last reference
+    to the stream, whichever comes first.
 
-    ``async for`` computes in a worker thread of the event loop's default executor, and so never blocks the loop.
-    A cancelled task ends the generation before its next token.
+    ``async for`` computes in a worker thread of the event loop's default executor, so it never blocks the loop. A
+    cancelled task ends the generation before its next token.
 
-    A stream may be passed between threads. Two threads that read at once get different pieces, one after the other;
-    `close` waits for the current step.
+    A stream is thread-safe: threads that read concurrently get different pieces, one after the other. `close` may be
+    called from any thread, and waits for the current step.
     """
 
-    # The generator must not refer to the stream: a cycle would keep the cache until the next garbage collection.
+    # The generator must not refer to the stream: a reference cycle would keep the KV cache until the next garbage
+    # collection.
     def __init__(
         self, pieces: Generator[str, None, None], prompt_ids: Sequence[int], state: GenerationState
     ) -> None:
@@ -175,22 +176,22 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self.close()
 
     def close(self) -> None:
-        """End the generation and free its cache; do nothing if called again."""
+        """End the generation and free its KV cache; further calls have no effect."""
         self._state.closing = True
         with self._lock:
             self._pieces.close()
 
     def finish(self) -> Completion:
-        """Generate the rest, and return the whole result."""
+        """Generate the rest, and return the complete result."""
         for _ in self:
             pass
         return self.completion
 
     @property
     def completion(self) -> Completion:
-        """The result so far, without generating more.
+        """The result so far; reading it generates nothing.
 
-        The `finish_reason` of a stream that has not come to its end is "unfinished".
+        The `finish_reason` of a running stream is "unfinished".
         """
         with self._lock:
             return self._state.completion(self._prompt)
@@ -219,7 +220,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Do as `close`, without blocking the event loop."""
+        """Close the stream as `close` does, without blocking the event loop."""
         import asyncio
 
         self._state.closing = True
