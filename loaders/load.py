@@ -305,7 +305,7 @@ def _model(artifact: _CheckedArtifact, compiled: "Mapping[str, LocalExecutable]"
         executables=executables,
         weights=artifact.weights,
         client=client,
-        check_weights=artifact.check_unchanged,
+        check_unchanged=artifact.check_unchanged,
     )
     return Model(
         engine=engine,

@@ -119,7 +119,7 @@ class Engine:
         executables: the target's executables by program name.
         weights: weights and tables by name.
         client: the runtime's client.
-        check_weights: called before and after each step; it raises PrecastError if the weights' file was written to.
+        check_unchanged: called before and after each step; it raises PrecastError if the weights' file was written to.
     """
 
     def __init__(
@@ -130,12 +130,12 @@ class Engine:
         executables: Mapping[str, Executable],
         weights: Mapping[str, np.ndarray],
         client: Client,
-        check_weights: Callable[[], None] = lambda: None,
+        check_unchanged: Callable[[], None] = lambda: None,
     ) -> None:
         self.context = manifest.context
         self.slots = manifest.slots
         self.vocab = manifest.model.vocab
-        self._client, self._check_weights = client, check_weights
+        self._client, self._check_unchanged = client, check_unchanged
         layouts = {v.name: v.layout for p in target.programs for v in p.arguments}
         constants = {n: client.put(_in_layout(a, layouts.get(n))) for n, a in weights.items()}
         release = weakref.finalize(self, client.free, tuple(constants.values()))
@@ -175,7 +175,7 @@ class Engine:
             raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.context} positions")
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot} of {self.slots}")
-        self._check_weights()
+        self._check_unchanged()
         largest = self._prefills[-1][0]
         for begin in range(0, len(tokens), largest):
             chunk = tokens[begin : begin + largest]
@@ -207,7 +207,7 @@ class Engine:
             raise ValueError(
                 f"tokens and positions {positions} do not fit {self.slots} slots of {self.context}"
             )
-        self._check_weights()
+        self._check_unchanged()
         return self._output(self._decode({"tokens": tokens, "positions": positions}, cache))
 
     def logits(self, step: StepOutput) -> np.ndarray:
@@ -215,5 +215,5 @@ class Engine:
         return self._client.get(step.logits)
 
     def _output(self, results: Mapping[str, Buffer]) -> StepOutput:
-        self._check_weights()
+        self._check_unchanged()
         return StepOutput(self._client.get(results["token"]), results["logits"])
