@@ -688,7 +688,7 @@ def test_an_attention_factor_that_is_not_what_the_lengths_imply(tmp_path: Path) 
 
     case = dataclasses.replace(CASES["phi3 with longrope"], metadata=write)
     assert (
-        "expected phi3.rope.scaling.attn_factor to be 1, as the context lengths have it, found 1.19"
+        "expected phi3.rope.scaling.attn_factor to be 1, which the context lengths imply, found 1.19"
         in refusal(case, tmp_path)
     )
 

@@ -182,12 +182,12 @@ def test_what_cannot_be_carried_over():
     pieces = ["▁a", "▁", "a", "aa"]
     same = metadata_of(pieces, [-1000.0] * 4)
     assert (
-        "gives every piece the same score (tokenizer.ggml.scores), so that it does not say in which order"
+        "gives every piece the same score (tokenizer.ggml.scores), so the order in which they are joined is unknown"
         in (refusal(same))
     )
     built(metadata_of(["▁a", "▁", "a"], [-1000.0] * 3))  # of a single one, no order is asked
     unused = metadata_of(pieces, [0.0, -2.0, -3.0, -1.0], token_type=[2, 3, 3] + [6] * 256 + [1, 1, 1, 5])
-    assert "has the unused token 'aa' that other pieces make" in refusal(unused)
+    assert "has the unused token 'aa' that other pieces form" in refusal(unused)
     padded = metadata_of(
         [*pieces[:3], "[PAD0]"], [0.0, -2.0, -3.0, -1.0], token_type=[2, 3, 3] + [6] * 256 + [1, 1, 1, 5]
     )
@@ -237,7 +237,7 @@ def test_runs_of_spaces_are_found_whole_however_they_are_spelt():
 
 def test_a_run_of_spaces_in_both_spellings():
     metadata = metadata_of(["  ", "▁▁"], [0.0, 0.0], token_type=[2, 3, 3] + [6] * 256 + [4, 4])
-    assert "has a token of spaces both as spaces and as ▁" in refusal(metadata)
+    assert "has a token of spaces written both with spaces and with ▁" in refusal(metadata)
 
 
 def test_no_space_goes_in_front_and_none_is_taken_away():

@@ -322,13 +322,16 @@ def test_the_same_metadata_gives_the_same_bytes(tiny):
             {"pre": "deepseek-llm"},
             "has the pre-tokenizer deepseek-llm (tokenizer.ggml.pre), and only default, gpt-2, gpt2, phi-2, olmo",
         ),
-        ({"pre": None}, "does not say how text is cut up before merging (tokenizer.ggml.pre)"),
+        (
+            {"pre": None},
+            "lacks the metadata key tokenizer.ggml.pre, which names the pre-tokenizer, so it comes from an outdated",
+        ),
         ({"model": "rwkv"}, "has a tokenizer of kind rwkv, and only gpt2 and llama are supported"),
         ({"tokens": None}, "holds no vocabulary (tokenizer.ggml.tokens)"),
         ({"token_type": [1]}, "tokens but 1 token types"),
         ({"merges": None}, "lacks the metadata key tokenizer.ggml.merges"),
-        ({"merges": ["a b c"]}, "has the merge 'a b c', which is not two tokens"),
-        ({"merges": ["a zz"]}, "has a tokenizer that does not fit together ("),
+        ({"merges": ["a b c"]}, "expected merges of two tokens, found 'a b c'"),
+        ({"merges": ["a zz"]}, "has an inconsistent tokenizer ("),
         (
             {"add_bos_token": True, "bos_token_id": None},
             "has the BOS token added to every text, but tokenizer.ggml.bos_token_id names no token (None)",
@@ -458,8 +461,8 @@ def test_sentencepiece_refusals():
 
 
 def test_merges_are_written_the_short_way_where_it_says_the_same() -> None:
-    from precast.exporter.sources.gguf.tokenizer import _written
+    from precast.exporter.sources.gguf.tokenizer import _spell_merges
 
-    assert _written([["a", "b"], ["ab", "c"]]) == ["a b", "ab c"]
+    assert _spell_merges([["a", "b"], ["ab", "c"]]) == ["a b", "ab c"]
     for odd in (["a ", "b"], ["#version", "b"]):
-        assert _written([["a", "b"], odd]) == [["a", "b"], odd]
+        assert _spell_merges([["a", "b"], odd]) == [["a", "b"], odd]

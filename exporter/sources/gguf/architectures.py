@@ -1,4 +1,4 @@
-"""What differs between the architectures that a GGUF file may hold, one entry each.
+"""The architectures that a GGUF file may contain, one entry each.
 
 Names and conventions are those of llama.cpp's converter, which the entries undo:
 https://github.com/ggml-org/llama.cpp/tree/master/conversion.
@@ -17,19 +17,19 @@ Config = dict[str, object]
 
 @dataclass(frozen=True, kw_only=True)
 class GgufArchitecture:
-    """How a ``general.architecture`` becomes a Hugging Face checkpoint.
+    """The translation of a ``general.architecture`` to a Hugging Face checkpoint.
 
     Attributes:
-        model_type: Hugging Face's name for it.
+        model_type: Hugging Face's name of the architecture.
         model: transformers' class, for `architectures`.
-        names: Hugging Face's name of each part; a part of a layer without "model.layers.N.". "{}" stands for the
-            number of an expert, whose matrices are stacked in one tensor.
-        extra_keys: the keys of config.json that only some architectures have.
-        known_keys: metadata keys, without prefix, that `details` reads.
-        interleaved: whether rows of q and k are permuted for llama.cpp's interleaved RoPE.
-        norm_offset: what the converter has added to the weights of norms.
-        longrope: whether there may be RoPE factors for short and long contexts.
-        partial_rope: whether RoPE may turn only a part of a head.
+        names: Hugging Face's name of each part, without "model.layers.N." for parts of layers. "{}" is the number of an
+            expert, whose matrices are stacked in one tensor.
+        extra_keys: returns the keys of config.json that only some architectures have.
+        known_keys: metadata keys, without prefix, that `extra_keys` reads.
+        interleaved: True if rows of q and k are permuted for llama.cpp's interleaved RoPE.
+        norm_offset: constant that the converter adds to the weights of norms.
+        longrope: True if the file may have RoPE factors for short and long contexts.
+        partial_rope: True if RoPE may rotate only a part of a head.
     """
 
     model_type: str
@@ -60,7 +60,7 @@ _POST_NORMS = {
 _LLAMA = _ENDS | _PRE_NORMS | _ATTENTION | _MLP
 _SANDWICH_NORMS = _POST_NORMS | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
 
-# llama.cpp has no other for these architectures.
+# llama.cpp's only activations for these architectures.
 _SILU: Config = {"hidden_act": "silu"}
 _GELU: Config = {"hidden_activation": "gelu_pytorch_tanh"}
 
@@ -84,14 +84,14 @@ def _qwen3(_: MetadataReader, shapes: Shapes) -> Config:
 # --- Gemma --------------------------------------------------------------------------------------------------
 
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
-# RoPE's base in layers with a window: as llama.cpp's converter writes it, and as Ollama's does.
+# Keys of the RoPE base in layers with a window, by llama.cpp's converter and by Ollama's.
 _LOCAL_BASES = ("rope.freq_base_swa", "rope.local.freq_base")
-# Layers of the models whose scores are scaled by D / N instead of H, which the file does not say.
+# Number of layers of the 27B models, whose scores are scaled by D / N instead of H; the file does not say so.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
 
 def _query_scalar(reader: MetadataReader) -> Config:
-    """llama.cpp tells the 27B models by their depth, and so has every file been made."""
+    """Return Gemma's scale of scores; llama.cpp recognises 27B models by their depth, and so does this function."""
     heads = reader.integer("attention.head_count")
     by_width = reader.integer("embedding_length") // heads
     by_head = reader.integer("attention.key_length", by_width)
@@ -100,7 +100,7 @@ def _query_scalar(reader: MetadataReader) -> Config:
 
 
 def _layer_types(reader: MetadataReader, period: int) -> list[str]:
-    """Every `period`-th layer sees all positions, unless the file says which layers do."""
+    """Return the type of each layer: every `period`-th has full attention, unless the file says otherwise."""
     layers = reader.integer("block_count")
     stated = reader.metadata.get(f"{reader.prefix}.{_PATTERN}", period)
     if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:
@@ -116,7 +116,7 @@ def _gemma3(reader: MetadataReader, _: Shapes) -> Config:
     local = next(
         (key for key in _LOCAL_BASES if f"{reader.prefix}.{key}" in reader.metadata), _LOCAL_BASES[0]
     )
-    reader.number("rope.freq_base")  # without one, other layers' base would be guessed
+    reader.number("rope.freq_base")  # required, because the default differs between layer types
     return {
         **_GELU,
         **_query_scalar(reader),
@@ -131,7 +131,7 @@ _CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 def _gemma2(reader: MetadataReader, _: Shapes) -> Config:
-    """llama.cpp takes Gemma 2's published caps where a file says none."""
+    """Return Gemma 2's keys; as in llama.cpp, the caps default to the published ones."""
     return {
         **_GELU,
         **_query_scalar(reader),
@@ -150,12 +150,12 @@ def _phi3(reader: MetadataReader, _: Shapes) -> Config:
     context = reader.integer("context_length")
     config: Config = {
         **_SILU,
-        # 0 stands for none; without the key, the converter was one that dropped the window.
+        # 0 means none. A file without the key comes from a converter that drops the window.
         "sliding_window": reader.integer(_WINDOW, least=0) or None,
         "original_max_position_embeddings": reader.integer("rope.scaling.original_context_length", context),
     }
     if (rotated := reader.integer("rope.dimension_count", head_dim)) != head_dim:
-        # The next float up, where the quotient times H comes out below the whole number it came from.
+        # If rounding makes the product with H too small, the next float up gives the right dimension.
         part = rotated / head_dim
         config["partial_rotary_factor"] = part if int(part * head_dim) == rotated else nextafter(part, 1.0)
     return config
@@ -172,15 +172,15 @@ _GRANITE_SCALES = {
 
 
 def _granite(reader: MetadataReader, shapes: Shapes) -> Config:
-    scales = {theirs: reader.number(ours) for ours, theirs in _GRANITE_SCALES.items()}
+    scales = {key: reader.number(gguf_key) for gguf_key, key in _GRANITE_SCALES.items()}
     return _SILU | _biases(shapes) | scales
 
 
 def _smollm3(reader: MetadataReader, shapes: Shapes) -> Config:
-    """Every fourth layer has no RoPE: llama.cpp knows only this, and the file does not say it."""
+    """Return SmolLM3's keys; as in llama.cpp, every fourth layer has no RoPE, which the file does not say."""
     layers = reader.integer("block_count")
-    turned = [int((layer + 1) % 4 != 0) for layer in range(layers)]
-    return _SILU | _biases(shapes) | {"no_rope_layers": turned, "use_sliding_window": False}
+    has_rope = [int((layer + 1) % 4 != 0) for layer in range(layers)]
+    return _SILU | _biases(shapes) | {"no_rope_layers": has_rope, "use_sliding_window": False}
 
 
 _EXPERT_KEYS = frozenset({"expert_count", "expert_used_count"})
@@ -196,7 +196,7 @@ def _mixtral(reader: MetadataReader, _: Shapes) -> Config:
 
 
 def _qwen3moe(reader: MetadataReader, shapes: Shapes) -> Config:
-    """llama.cpp makes the shares of the chosen experts add up to one, whatever the checkpoint says."""
+    """Return Qwen3's keys; llama.cpp always renormalises the weights of a token's experts."""
     return {
         **_qwen3(reader, shapes),
         "num_experts": reader.integer("expert_count"),
@@ -302,7 +302,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
 }
 
-# What goes by "llama" in a GGUF file when it has experts.
+# A GGUF file with experts names this architecture "llama" too.
 MIXTRAL = GgufArchitecture(
     model_type="mixtral",
     model="MixtralForCausalLM",

@@ -1,4 +1,4 @@
-"""A GGUF file's metadata as the keys of a Hugging Face config.json."""
+"""The keys of a Hugging Face config.json from a GGUF file's metadata."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +12,8 @@ from .architectures import ARCHITECTURES, MIXTRAL, GgufArchitecture, Shapes
 from .metadata import MetadataReader
 from .rope import read_rope_scaling
 
-# Keys below the architecture's own prefix that are translated.
-_UNDERSTOOD = frozenset(
+# Translated keys, without the architecture's prefix.
+_TRANSLATED = frozenset(
     {
         "block_count",
         "context_length",
@@ -34,7 +34,7 @@ _UNDERSTOOD = frozenset(
     }
 )
 
-# Keys that change nothing while they have one of these values.
+# Keys without an effect if they have one of these values.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -56,19 +56,19 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_parallel_residual": (False,),
 }
 
-# Keys about how the file was made.
+# Keys about the origin of the file.
 _HARMLESS = frozenset({"tensor_data_layout", "rope.scaling.finetuned"})
 
 
 def read_architecture(path: Path, metadata: Mapping[str, Any]) -> GgufArchitecture:
-    """What the file holds.
+    """Return the architecture of a file.
 
     Args:
         path: the file, for messages.
-        metadata: all of its metadata.
+        metadata: all metadata of the file.
 
     Raises:
-        PrecastError: for an architecture that is not supported.
+        PrecastError: the architecture is not supported.
     """
     name = str(metadata.get("general.architecture"))
     if name not in ARCHITECTURES:
@@ -83,18 +83,17 @@ def read_architecture(path: Path, metadata: Mapping[str, Any]) -> GgufArchitectu
 def translate_config(
     path: Path, metadata: Mapping[str, Any], shapes: Shapes, factors: Mapping[str, np.ndarray]
 ) -> dict[str, object]:
-    """The config.json that the model's Hugging Face checkpoint would have.
+    """Return the config.json of the model's Hugging Face checkpoint.
 
     Args:
         path: the file, for messages.
-        metadata: all of its metadata.
-        shapes: the shape of every other tensor than `factors`, by GGUF name, outermost axis first.
-        factors: the tensors of RoPE factors that the architecture may have, by GGUF name, each ``[P]``: what each
-            RoPE frequency is divided by.
+        metadata: all metadata of the file.
+        shapes: shapes of all tensors except `factors`, by GGUF name, outermost axis first.
+        factors: tensors of RoPE factors, by GGUF name, each ``[P]``: divisors of the RoPE frequencies.
 
     Raises:
-        PrecastError: for an unsupported architecture, a key that is missing, not understood or at odds with
-            the tensors, or a scaling of RoPE that cannot be carried over exactly.
+        PrecastError: the architecture is not supported; a key is missing, not understood or contradicts the tensors; or
+            a RoPE scaling cannot be converted exactly.
     """
     architecture = read_architecture(path, metadata)
     reader = MetadataReader(path=path, prefix=metadata["general.architecture"], metadata=metadata)
@@ -126,7 +125,7 @@ def translate_config(
 
 
 def _refuse_unknown(reader: MetadataReader, architecture: GgufArchitecture) -> None:
-    known = _UNDERSTOOD | _HARMLESS | architecture.known_keys
+    known = _TRANSLATED | _HARMLESS | architecture.known_keys
     for key, value in reader.metadata.items():
         short = key.removeprefix(f"{reader.prefix}.")
         if short == key or short in known or value in _NEUTRAL.get(short, ()):
@@ -138,7 +137,7 @@ def _refuse_unknown(reader: MetadataReader, architecture: GgufArchitecture) -> N
 
 
 def _head_dims(reader: MetadataReader, heads: int, *, partial: bool) -> tuple[int, int]:
-    """H, of keys and values alike, and how much of it RoPE turns: all, unless `partial`."""
+    """Return H and the dimensions that RoPE rotates, which are all of H unless `partial`."""
     head_dim = reader.integer("attention.key_length", reader.integer("embedding_length") // heads)
     if (values := reader.integer("attention.value_length", head_dim)) != head_dim:
         raise reader.unexpected("attention.value_length", f"the head dimension {head_dim}", values)
@@ -149,7 +148,7 @@ def _head_dims(reader: MetadataReader, heads: int, *, partial: bool) -> tuple[in
 
 
 def _vocab_size(reader: MetadataReader, shapes: Shapes) -> int:
-    """V, which is the rows of the embedding."""
+    """Return V, the number of rows of the embedding."""
     if "token_embd.weight" not in shapes:
         raise PrecastError(f"{reader.path}: lacks the tensor token_embd.weight; convert the model again.")
     rows = shapes["token_embd.weight"][0]

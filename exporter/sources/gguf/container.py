@@ -128,7 +128,7 @@ class _Cursor:
     def length(self) -> int:
         return len(self._data)
 
-    def bytes(self, count: int, what: str) -> memoryview:
+    def read(self, count: int, what: str) -> memoryview:
         """Read `count` bytes; `what` names them in errors."""
         left = len(self._data) - self.at
         if count > left:
@@ -149,7 +149,7 @@ class _Cursor:
     def number(self, letter: str, what: str) -> Any:
         """Read one scalar of the type with this letter."""
         form = struct.Struct(f"<{letter}")
-        return form.unpack(self.bytes(form.size, what))[0]
+        return form.unpack(self.read(form.size, what))[0]
 
     def text(self, what: str, longest: int | None = None) -> memoryview:
         """Read a string: its length, then its bytes."""
@@ -160,7 +160,7 @@ class _Cursor:
                 start,
                 f"expected {what} to have at most {longest:,} bytes, found {length:,}; convert the model again",
             )
-        return self.bytes(length, what)
+        return self.read(length, what)
 
     def error(self, at: int, sentence: str) -> PrecastError:
         """Return an error about the bytes at an offset."""
@@ -226,7 +226,7 @@ def _read_array(cursor: _Cursor, key: str, what: str) -> list[Any]:
     count = cursor.number("Q", f"the length of {what}")
     if kind in _SCALARS:
         dtype = np.dtype(f"<{_SCALARS[kind]}")
-        values: list[Any] = np.frombuffer(cursor.bytes(count * dtype.itemsize, what), dtype).tolist()
+        values: list[Any] = np.frombuffer(cursor.read(count * dtype.itemsize, what), dtype).tolist()
         return values
     if kind == _STRING:
         _check_room(cursor, count, what)
@@ -241,7 +241,7 @@ def _read_array(cursor: _Cursor, key: str, what: str) -> list[Any]:
 def _check_room(cursor: _Cursor, count: int, what: str) -> None:
     """Check that the values fit into the remaining bytes; a text takes at least the eight bytes of its length."""
     if count * 8 > cursor.length - cursor.at:
-        cursor.bytes(count * 8, what)
+        cursor.read(count * 8, what)
 
 
 def _decoded(cursor: _Cursor, key: str, text: memoryview) -> str:

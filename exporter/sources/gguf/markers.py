@@ -66,6 +66,4 @@ def marker_remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     named = ", ".join(tokens[number] for number in wrong[:5])
     more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return (
-        f"the GGUF file has chat markers typed as words: {named}{more}; each is taken for one control token",
-    )
+    return (f"the GGUF file has chat markers typed as words: {named}{more}; each becomes one control token",)

@@ -1,5 +1,8 @@
-"""A GGUF file's metadata: types that are checked once, so that what reads it later may rely on them, and typed
-access to the keys of an architecture."""
+"""A GGUF file's metadata.
+
+`check_types` checks the types of all general keys once, so that later readers can rely on them. `MetadataReader` gives
+typed access to the keys of an architecture.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,13 +13,18 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
-_LARGEST = (1 << 31) - 1  # of any size, as ggml and XLA count them
+_LARGEST = (1 << 31) - 1  # largest size in ggml and XLA
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Type:
-    """What a value has to be: its name in messages, and the test."""
+    """A type of a value.
+
+    Attributes:
+        name: words for it in messages.
+        holds: returns True for a value of the type.
+    """
 
     name: str
     holds: Callable[[Any], bool]
@@ -38,7 +46,7 @@ _NUMBER = _Type(
     name="a number", holds=lambda value: isinstance(value, int | float) and not isinstance(value, bool)
 )
 
-# Those of the keys below the architecture's own prefix are checked where they are read.
+# `MetadataReader` checks the keys below the architecture's prefix.
 _TYPES: Mapping[str, _Type] = {
     "general.architecture": _TEXT,
     "general.sampling.min_p": _NUMBER,
@@ -71,14 +79,14 @@ _TYPES: Mapping[str, _Type] = {
 
 
 def check_types(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Looks at every key that a reader takes as it is.
+    """Check the types of the keys that readers use without further checks.
 
     Args:
         path: the file, for messages.
-        metadata: all of its metadata; keys may be absent.
+        metadata: all metadata of the file; keys may be absent.
 
     Raises:
-        PrecastError: naming the first key whose value is of another type than the format says.
+        PrecastError: a value has the wrong type; the error names the first such key.
     """
     for key, expected in _TYPES.items():
         if key in metadata and not expected.holds(metadata[key]):
@@ -90,12 +98,12 @@ def check_types(path: Path, metadata: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MetadataReader:
-    """Typed access to the keys below an architecture's prefix, which are named here without it.
+    """Typed access to the keys of an architecture, named here without its prefix.
 
     Attributes:
         path: the file, for messages.
         prefix: the architecture.
-        metadata: all of the file's metadata.
+        metadata: all metadata of the file.
     """
 
     path: Path
@@ -103,10 +111,10 @@ class MetadataReader:
     metadata: Mapping[str, Any]
 
     def get(self, key: str, default: object = None) -> object:
-        """A value, or `default` where the file has none; one value per layer is taken if all are the same.
+        """Return a value, or `default` if the file has none; equal values for all layers count as one.
 
         Raises:
-            PrecastError: when there is neither.
+            PrecastError: the file has no value and there is no default.
         """
         value = self.metadata.get(f"{self.prefix}.{key}", default)
         if value is None:
@@ -125,7 +133,7 @@ class MetadataReader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A float as it was written before it became a float32: 1e-05, not 9.999999747378752e-06."""
+        """Return the shortest decimal that gives the float32: 1e-05, not 9.999999747378752e-06."""
         value = self.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _FLOAT32:
             raise self.unexpected(key, "one number", value)
@@ -139,7 +147,7 @@ class MetadataReader:
         return value
 
     def unexpected(self, key: str, expected: str, found: object) -> PrecastError:
-        """The error for a key whose value cannot be carried over."""
+        """Return an error for a key whose value cannot be converted."""
         return PrecastError(
             f"{self.path}: expected {self.prefix}.{key} to be {expected}, found {found!r:.80}; use the model's "
             "Hugging Face checkpoint."

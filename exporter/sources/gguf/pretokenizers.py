@@ -1,4 +1,4 @@
-"""How text is cut up before merging, which a byte-level GGUF file only names."""
+"""Pre-tokenizers of byte-level vocabularies, which a GGUF file only names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class PreTokenizer:
-    """What stands behind a name.
+    """The steps of a tokenizer before BPE merging.
 
     Attributes:
-        steps: how text is cut up, in the terms of tokenizer.json.
-        normalizer: what is done to text before that, in the same terms.
-        ignore_merges: whether a piece that is a token as a whole is taken as it is.
-        add_bos: whether BOS is added where the file does not say.
+        steps: pre-tokenizers in the terms of tokenizer.json.
+        normalizer: normalizer of the text in the same terms, or None.
+        ignore_merges: True if a piece that is a token itself is not merged from parts.
+        add_bos: default for adding BOS if the file does not say.
     """
 
     steps: tuple[Mapping[str, object], ...]
@@ -26,7 +26,7 @@ def _split(regex: str) -> Mapping[str, object]:
 
 
 def _byte_level(*, use_regex: bool) -> Mapping[str, object]:
-    """Bytes to printable characters; `use_regex` cuts as GPT-2 does first."""
+    """Map bytes to printable characters; `use_regex` first splits as GPT-2 does."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
@@ -36,13 +36,13 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _words(*, digits: str) -> tuple[Mapping[str, object], ...]:
-    """The cut of cl100k, Llama 3 and Qwen2, which differ only in how many digits stay together."""
+    """Split as cl100k, Llama 3 and Qwen2 do; they differ only in the number of digits in a piece."""
     letters, others = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     return _split("|".join((_ENDINGS, letters, digits, others, _SPACES))), _byte_level(use_regex=False)
 
 
 def _cased_words(*, digits: str, endings: str) -> tuple[Mapping[str, object], ...]:
-    """The cut of o200k and Tekken: words also end before a capital."""
+    """Split as o200k and Tekken do: words also end before a capital."""
     start, upper, lower = (
         r"[^\r\n\p{L}\p{N}]?",
         r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
@@ -71,7 +71,7 @@ _FALCON = PreTokenizer(
         _split(r"[0-9][0-9][0-9]"),
     )
 )
-# What llama.cpp itself does under this name, one cut after the other; no published tokenizer is like it.
+# llama.cpp's own splits under this name, in sequence; no published tokenizer has them.
 _DEFAULT = PreTokenizer(
     steps=(
         _split(r"[\p{P}\$\+<=>\^~\|]+"),
@@ -82,7 +82,7 @@ _DEFAULT = PreTokenizer(
     )
 )
 
-# By `tokenizer.ggml.pre`. A name belongs here only when its whole published tokenizer.json is known.
+# By `tokenizer.ggml.pre`. A name belongs here only if its complete published tokenizer.json is known.
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "default": _DEFAULT,
     "gpt-2": _GPT2,

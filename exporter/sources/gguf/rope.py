@@ -1,4 +1,4 @@
-"""RoPE scaling out of a GGUF file, as the `rope_scaling` of a Hugging Face config."""
+"""RoPE scaling of a GGUF file, as the `rope_scaling` of a Hugging Face config."""
 
 import math
 from collections.abc import Mapping
@@ -9,35 +9,35 @@ from precast.loaders.artifact.errors import PrecastError
 
 from .metadata import MetadataReader
 
-# Divisors of the frequencies, ``[P]``: one tensor that holds for every context, or two for short and long ones.
+# Tensors of frequency divisors, ``[P]``: one for all contexts, or two for short and long ones.
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
-# The constants that every Llama 3.x shares; only `factor` differs between them (8 for 3.1, 32 for 3.2).
+# Constants of all Llama 3.x models; only `factor` differs (8 for 3.1, 32 for 3.2).
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read_rope_scaling(
     reader: MetadataReader, theta: float, rotated: int, factors: Mapping[str, np.ndarray]
 ) -> dict[str, object] | None:
-    """What stands under `rope_scaling` in the model's config.json.
+    """Return the `rope_scaling` of the model's config.json, or None.
 
     Args:
         reader: the architecture's keys.
         theta: base of the frequencies.
-        rotated: how many numbers of a head are turned, 2 P.
-        factors: those of the tensors named above that the file has.
+        rotated: rotated dimensions of a head, 2 P.
+        factors: the file's tensors of factors, by the names above.
 
     Raises:
-        PrecastError: for a scaling that cannot be carried over exactly.
+        PrecastError: the scaling cannot be converted exactly.
     """
     if LONG_FACTORS in factors or SHORT_FACTORS in factors:
         return _longrope(reader, rotated, factors)
     if (attention := reader.number("rope.scaling.attn_factor", 1.0)) != 1.0:
         raise reader.unexpected("rope.scaling.attn_factor", f"1 without the tensor {LONG_FACTORS}", attention)
     stated = _stated(reader)
-    baked = factors.get(ROPE_FACTORS)
-    recovered = None if baked is None else _recover_llama3(reader, theta, rotated, baked)
+    divisors = factors.get(ROPE_FACTORS)
+    recovered = None if divisors is None else _recover_llama3(reader, theta, rotated, divisors)
     if recovered is not None and stated is not None:
         raise reader.unexpected(
             "rope.scaling.factor", f"1 beside the tensor {ROPE_FACTORS}", stated["factor"]
@@ -46,7 +46,7 @@ def read_rope_scaling(
 
 
 def _stated(reader: MetadataReader) -> dict[str, object] | None:
-    """The scaling that the keys name; like llama.cpp, a factor without a type is a linear one."""
+    """Return the scaling that the keys state; as in llama.cpp, a factor without a type means linear scaling."""
     kind = reader.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise reader.unexpected("rope.scaling.type", "none, linear or yarn", kind)
@@ -65,30 +65,29 @@ def _stated(reader: MetadataReader) -> dict[str, object] | None:
 def _recover_llama3(
     reader: MetadataReader, theta: float, rotated: int, factors: np.ndarray
 ) -> dict[str, object] | None:
-    """The Llama 3 scaling that `factors` were computed from, or None if they are all one.
+    """Return the Llama 3 scaling behind `factors`, or None if all are one.
 
-    llama.cpp's converter bakes the scaling into one divisor per frequency. Its parameters are found again by
-    computing the divisors from the published constants and comparing; any other divisors are refused.
+    llama.cpp's converter stores the scaling as one divisor per frequency. This function computes the divisors from the
+    published constants and compares; it refuses any other divisors.
     """
     factor = float(factors.max())
     if factor == 1.0 and float(factors.min()) == 1.0:
         return None
     expected = llama3_divisors(theta, rotated, factor)
-    # The converter computes in float32, whence the tolerance; any other constant differs by far more.
+    # The tolerance covers the converter's float32 arithmetic; other constants differ far more.
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0.0):
         raise PrecastError(
-            f"{reader.path}: holds RoPE factors ({ROPE_FACTORS}) that are not those of Llama 3.x, which "
-            "alone can be carried over exactly; use the model's Hugging Face checkpoint."
+            f"{reader.path}: expected the RoPE factors of Llama 3.x ({ROPE_FACTORS}), the only ones that can be"
+            " converted exactly, found others; use the model's Hugging Face checkpoint."
         )
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 
 def llama3_divisors(theta: float, rotated: int, factor: float) -> np.ndarray:
-    """What Llama 3.x divides each RoPE frequency by, ``[P]`` in float64.
+    """Return Llama 3.x's divisor of each RoPE frequency, ``[P]`` float64.
 
-    Wavelengths over ``original / low`` are stretched `factor` times, those under ``original / high`` not at
-    all, and between the two lies a linear blend of the frequencies. Source: `_compute_llama3_parameters` of
-    transformers.
+    Frequencies with wavelengths above ``original / low`` are divided by `factor`, those below ``original / high`` are
+    kept, and those in between are interpolated linearly. Source: `_compute_llama3_parameters` of transformers.
     """
     frequencies = theta ** -(np.arange(0, rotated, 2) / rotated)
     turns = _LLAMA3["original_max_position_embeddings"] * frequencies / (2 * np.pi)
@@ -101,7 +100,7 @@ def llama3_divisors(theta: float, rotated: int, factor: float) -> np.ndarray:
 
 
 def _longrope(reader: MetadataReader, rotated: int, factors: Mapping[str, np.ndarray]) -> dict[str, object]:
-    """Divisors for short and for long contexts (Ding et al. 2024), with the attention factor that they imply."""
+    """Return LongRoPE's divisors for short and long contexts (Ding et al. 2024); check the attention factor."""
     for name in (LONG_FACTORS, SHORT_FACTORS):
         if name not in factors or factors[name].shape != (rotated // 2,):
             found = list(factors[name].shape) if name in factors else "none"
@@ -116,23 +115,23 @@ def _longrope(reader: MetadataReader, rotated: int, factors: Mapping[str, np.nda
     _check_attention_factor(reader)
     return {
         "rope_type": "longrope",
-        "long_factor": _written(factors[LONG_FACTORS]),
-        "short_factor": _written(factors[SHORT_FACTORS]),
+        "long_factor": _shortest(factors[LONG_FACTORS]),
+        "short_factor": _shortest(factors[SHORT_FACTORS]),
     }
 
 
-def _written(factors: np.ndarray) -> list[float]:
-    """As they were written before they became float32, and nothing else when they become it again."""
+def _shortest(factors: np.ndarray) -> list[float]:
+    """Return the shortest decimal that gives each float32, such as 1.1 instead of 1.10000002."""
     return [float(str(value)) for value in factors]
 
 
 def _check_attention_factor(reader: MetadataReader) -> None:
-    """What cosines and sines are multiplied by; Hugging Face computes it where the config does not say it."""
-    original = reader.integer("rope.scaling.original_context_length", least=2)  # its logarithm is a divisor
+    """Check the factor of cosines and sines, which Hugging Face computes from the context lengths."""
+    original = reader.integer("rope.scaling.original_context_length", least=2)  # log(1) would divide by zero
     stretch = reader.integer("context_length") / original
     implied = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     stated = reader.number("rope.scaling.attn_factor", 1.0)
     if not math.isclose(stated, implied, rel_tol=1e-6):
         raise reader.unexpected(
-            "rope.scaling.attn_factor", f"{implied:.6g}, as the context lengths have it", stated
+            "rope.scaling.attn_factor", f"{implied:.6g}, which the context lengths imply", stated
         )

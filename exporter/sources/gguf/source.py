@@ -1,7 +1,7 @@
 """A GGUF file: llama.cpp's container of metadata, tokenizer and (quantised) tensors.
 
-`gguf_container` reads the file; `gguf_config` and `gguf_tokenizer` translate its metadata; llama.cpp's own `gguf`
-library dequantises. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+`container` reads the file, `config` and `tokenizer` translate its metadata, and llama.cpp's own `gguf` library
+dequantises. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 import re
@@ -22,7 +22,7 @@ from .rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from .tensors import check_tensor_types, dequantise, source_tensors
 from .tokenizer import build_tokenizer
 
-# The endings that converters and people put after a model's name.
+# Quantisation suffixes of model names.
 _QUANTISATION = re.compile(
     r"[-._](?:(?:ud-)?(?:i?q\d|tq\d)[a-z0-9_]*|f16|f32|bf16|fp16|fp32|mxfp4|gguf)$", re.IGNORECASE
 )
@@ -32,15 +32,15 @@ _TEMPLATE = "tokenizer.chat_template"
 
 
 def open_gguf(path: Path, *, name: str | None = None) -> Source:
-    """Read a GGUF file of one of the architectures in `gguf_architectures`.
+    """Open a GGUF file of a supported architecture.
 
     Args:
         path: the file.
-        name: a name for the model; None takes the file's, without the name of a quantisation at its end.
+        name: name of the model; None for the file's name without a quantisation suffix.
 
     Raises:
-        PrecastError: when the file is broken or one part of several, or holds an architecture, a metadata
-            key, a tensor, a tensor type or a tokenizer that is not supported.
+        PrecastError: the file is damaged or one part of several, or its architecture, a metadata key, a tensor, a
+            tensor type or its tokenizer is not supported.
     """
     container = read_container(path)
     metadata, stored = container.metadata, container.tensors
@@ -70,7 +70,7 @@ def open_gguf(path: Path, *, name: str | None = None) -> Source:
     )
 
 
-# --- the rest of the metadata -------------------------------------------------------------------------------
+# --- other metadata -----------------------------------------------------------------------------------------
 
 
 def _check_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
@@ -86,12 +86,12 @@ def _check_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _stem(path: Path) -> str:
-    """The file's name without ending and quantisation: "Qwen2-0.5B-Q4_K_M.gguf" becomes "Qwen2-0.5B"."""
+    """Return the file name without ending and quantisation: "Qwen2-0.5B" for "Qwen2-0.5B-Q4_K_M.gguf"."""
     return _QUANTISATION.sub("", path.stem) or path.stem
 
 
 def _token(path: Path, metadata: Mapping[str, Any], key: str) -> str | None:
-    """The text of a special token; `build_tokenizer` has checked the list by the time this looks into it."""
+    """Return the text of a special token. `build_tokenizer` has already checked the list of tokens."""
     token_id = metadata.get(f"tokenizer.ggml.{key}")
     if token_id is None:
         return None

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, under the names and in the order that Hugging Face's checkpoints have."""
+"""The tensors of a GGUF file, under the names and in the order of Hugging Face checkpoints."""
 
 import mmap
 import re
@@ -15,26 +15,27 @@ from precast.loaders.artifact.errors import PrecastError
 from ..base import QuantisedBlocks, SourceTensor
 from .architectures import GgufArchitecture
 
-# Rows dequantised at a time; small, because the library holds the result of one call twice.
+# Rows dequantised at a time; small, because the library holds two copies of a call's result.
 _SLAB = 512
 
 _NAME = re.compile(r"(?:(?P<layer>blk\.\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
 
-# Types whose blocks are handed on as they are: 32 values behind a scale, and a minimum where the type has one.
+# Types whose blocks are passed on without conversion: coefficients per block of 32 values, a scale and in some types
+# a minimum.
 _BLOCK = 32
 _COEFFICIENTS = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """A tensor as the file has it.
+    """A tensor as stored in the file.
 
     Attributes:
         shape: outermost axis first.
         type: gguf's `GGMLQuantizationType`.
-        data: a view into the mapped file, its rows bytes where quantised.
-        heads: of q and k, whose rows are permuted: how many.
-        offset: what the converter has added to every value.
+        data: view of the mapped file; rows of bytes if quantised.
+        heads: number of heads of q or k with permuted rows, or None.
+        offset: constant that the converter added to every value.
     """
 
     shape: tuple[int, ...]
@@ -47,16 +48,16 @@ class GgufTensor:
 def source_tensors(
     path: Path, stored: Mapping[str, GgufTensor], architecture: GgufArchitecture, config: Mapping[str, Any]
 ) -> dict[str, SourceTensor]:
-    """Every tensor by its Hugging Face name.
+    """Return all tensors by Hugging Face name.
 
     Args:
         path: the file, for messages.
-        stored: the file's tensors without those that only say how RoPE is scaled.
-        architecture: of the file.
-        config: its config, as `translate_config` gives it.
+        stored: the file's tensors without those of RoPE factors.
+        architecture: the file's architecture.
+        config: the file's config from `translate_config`.
 
     Raises:
-        PrecastError: for a tensor that is not understood.
+        PrecastError: a tensor is unknown.
     """
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors: dict[str, SourceTensor] = {}
@@ -64,21 +65,22 @@ def source_tensors(
         match = _NAME.fullmatch(gguf_name)
         if match is None or match["part"] not in architecture.names:
             raise PrecastError(
-                f"{path}: holds the tensor {gguf_name}, which is not understood, so it cannot be left out."
+                f"{path}: holds the unknown tensor {gguf_name}, which may change the maths; use the model's Hugging"
+                " Face checkpoint."
             )
         layer = match["layer"].replace("blk", "model.layers") + "." if match["layer"] else ""
         name = f"{layer}{architecture.names[match['part']]}.{match['kind']}"
-        meant = replace(
+        prepared = replace(
             tensor,
             heads=heads.get(match["part"]) if architecture.interleaved else None,
             offset=architecture.norm_offset if match["part"].endswith("norm") else 0.0,
         )
-        tensors |= {each: _source(one) for each, one in _matrices(path, gguf_name, name, meant)}
+        tensors |= {each: _source(matrix) for each, matrix in _matrices(path, gguf_name, name, prepared)}
     return tensors
 
 
 def _matrices(path: Path, gguf_name: str, name: str, tensor: GgufTensor) -> Iterator[tuple[str, GgufTensor]]:
-    """The tensor itself, or of a stack ``[E, …]`` each expert's."""
+    """Yield the tensor itself, or the matrix of each expert in a stack ``[E, …]``."""
     if "{}" not in name:
         yield name, tensor
         return
@@ -92,20 +94,20 @@ def _matrices(path: Path, gguf_name: str, name: str, tensor: GgufTensor) -> Iter
 
 
 def _source(tensor: GgufTensor) -> SourceTensor:
-    in_blocks = len(tensor.shape) == 2 and tensor.type.name in _COEFFICIENTS and not tensor.offset
+    has_blocks = len(tensor.shape) == 2 and tensor.type.name in _COEFFICIENTS and not tensor.offset
     return SourceTensor(
         shape=tensor.shape,
         dtype=tensor.type.name,
         read=partial(dequantise, tensor),
-        blocks=partial(_blocks, tensor) if in_blocks else None,
+        blocks=partial(_blocks, tensor) if has_blocks else None,
     )
 
 
 def check_tensor_types(path: Path, stored: Mapping[str, GgufTensor]) -> None:
-    """Refuses a type that cannot be dequantised before a long export begins.
+    """Refuse a type that cannot be dequantised, before a long export begins.
 
     Raises:
-        PrecastError: naming the tensor and its type.
+        PrecastError: a tensor has such a type; the error names both.
     """
     from gguf.constants import GGML_QUANT_SIZES
     from gguf.quants import dequantize
@@ -122,11 +124,11 @@ def check_tensor_types(path: Path, stored: Mapping[str, GgufTensor]) -> None:
 
 
 def dequantise(tensor: GgufTensor) -> np.ndarray:
-    """The tensor in float32, slab by slab; without its offset, and its rows in the order of Hugging Face."""
+    """Return a tensor in float32, without its offset and with rows in the order of Hugging Face."""
     from gguf.quants import dequantize
 
     order = _order(tensor)
-    # A vector that is quantised would be one row; a plain one is as many rows of one value.
+    # A vector is one row, because a quantised block cannot be split; only plain vectors are permuted, as rows of one.
     rows = (
         tensor.data.reshape(tensor.shape[0], -1)
         if len(tensor.shape) > 1 or order is not None
@@ -136,14 +138,14 @@ def dequantise(tensor: GgufTensor) -> np.ndarray:
     for start in range(0, rows.shape[0], _SLAB):
         slab = slice(start, start + _SLAB)
         out[slab] = dequantize(rows[slab] if order is None else rows[order[slab]], tensor.type)
-    _let_go(tensor.data)
+    _release_pages(tensor.data)
     if tensor.offset:
         out -= np.float32(tensor.offset)
     return out.reshape(tensor.shape)
 
 
 def _blocks(tensor: GgufTensor) -> QuantisedBlocks:
-    """The blocks of a matrix taken apart, its rows in the same order as `dequantise` has them.
+    """Return the blocks of a matrix, with rows in the order of `dequantise`.
 
     Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q8_0, block_q4_0, block_q4_1).
     """
@@ -159,7 +161,7 @@ def _blocks(tensor: GgufTensor) -> QuantisedBlocks:
         head = np.ascontiguousarray(stored[..., : 2 * count]).view("<f2")
         coefficients[:, slab] = np.moveaxis(head, -1, 0)
         values[slab] = _values(kind, stored[..., 2 * count :]).reshape(-1, columns)
-    _let_go(tensor.data)
+    _release_pages(tensor.data)
     minimum = coefficients[1] if count > 1 else None
     return QuantisedBlocks(
         values=values if kind == "Q4_1" else values.view(np.int8), scale=coefficients[0], minimum=minimum
@@ -167,15 +169,15 @@ def _blocks(tensor: GgufTensor) -> QuantisedBlocks:
 
 
 def _values(kind: str, stored: np.ndarray) -> np.ndarray:
-    """The 32 values of each block; 16 bytes hold the first half in low nibbles, the second in high ones."""
+    """Return the 32 values of each block; low nibbles of the 16 bytes hold the first half, high ones the second."""
     if kind == "Q8_0":
         return stored
     values = np.concatenate([stored & 15, stored >> 4], axis=-1)
-    return values - np.uint8(8) if kind == "Q4_0" else values  # wraps, and is read as signed
+    return values - np.uint8(8) if kind == "Q4_0" else values  # wraps; the caller reads the bytes as int8
 
 
-def _let_go(array: np.ndarray) -> None:
-    """Gives the mapped file's pages back, which otherwise stay in this process until the export ends."""
+def _release_pages(array: np.ndarray) -> None:
+    """Release the pages of the mapped file, which would otherwise stay resident until the export ends."""
     mapping = getattr(array, "_mmap", None)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)
@@ -186,11 +188,10 @@ def _order(tensor: GgufTensor) -> np.ndarray | None:
 
 
 def half_split_order(rows: int, heads: int) -> np.ndarray:
-    """Where each row of a Hugging Face q or k projection stands in a llama GGUF file, ``[rows]``.
+    """Return the row in a llama GGUF file of each row of a Hugging Face q or k projection, ``[rows]``.
 
-    llama.cpp rotates neighbours (0, 1), (2, 3), …; Hugging Face rotates the first half of a head against the
-    second. Its converter therefore interleaves the halves of each head, which this undoes: row ``2·i + half``
-    of a head in the file is row ``half·H/2 + i`` of that head. Source: `LlamaModel.permute` of
-    convert_hf_to_gguf.py.
+    llama.cpp rotates neighbours (0, 1), (2, 3), …; Hugging Face rotates the first half of a head against the second.
+    Its converter therefore interleaves the halves of each head, and this function undoes it: row ``2·i + half`` of a
+    head in the file is row ``half·H/2 + i`` of that head. Source: `LlamaModel.permute` of convert_hf_to_gguf.py.
     """
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)

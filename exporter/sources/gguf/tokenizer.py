@@ -1,9 +1,8 @@
-"""A GGUF file's tokenizer as a tokenizer.json.
+"""A tokenizer.json from a GGUF file's tokenizer.
 
-transformers has a converter too (`transformers.integrations.gguf`), but as of 5.23 it gives every byte-level
-vocabulary whose pre-tokenizer it does not list the one of GPT-2, "smollm" among them, without a word, and it
-leaves out Qwen2's normaliser and Llama 3's `ignore_merges`. So the JSON is written here, as a table that can
-be read.
+transformers has a converter too (`transformers.integrations.gguf`), but as of 5.23 it silently gives GPT-2's
+pre-tokenizer to every byte-level vocabulary whose own it does not list, "smollm" among them. It also omits Qwen2's
+normalizer and Llama 3's `ignore_merges`. This module therefore writes the JSON itself.
 """
 
 import json
@@ -15,26 +14,24 @@ from typing import Any
 from .pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from .vocabulary import TokenType, Vocabulary, read_vocabulary
 
-_SPACE = "▁"  # what stands for a space in SentencePiece's pieces
+_SPACE = "▁"  # a space in SentencePiece's pieces
 
-# Of Phi 3's special tokens these keep the spaces and line ends behind them, which the others swallow.
+# Phi 3's special tokens that do not strip the spaces and line ends after them.
 _KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> bytes:
-    """The tokenizer.json of a GGUF file.
+    """Return the tokenizer.json of a GGUF file.
 
-    Control tokens become special added tokens, user-defined ones added tokens that are not special; unused
-    ones are left out. BOS and EOS are added as the metadata says, and where it says nothing, as llama.cpp
-    does.
+    Control tokens become special added tokens, user-defined tokens become added tokens, and unused tokens are left out.
+    BOS and EOS are added as the metadata says or, if it does not, as llama.cpp does.
 
     Args:
         path: the file, for messages.
-        metadata: all of its metadata.
+        metadata: all metadata of the file.
 
     Raises:
-        PrecastError: for a kind of tokenizer, a pre-tokenizer or a key that is not supported, and for lists
-            that do not fit together.
+        PrecastError: the kind of tokenizer, its pre-tokenizer or a key is not supported, or lists are inconsistent.
     """
     vocabulary = read_vocabulary(path, metadata)
     kind = vocabulary.get("model")
@@ -54,9 +51,9 @@ def _check_loads(vocabulary: Vocabulary, text: str) -> None:
 
     try:
         Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises no narrower one, as for a merge out of the vocabulary
+    except Exception as error:  # tokenizers raises no narrower class
         raise vocabulary.error(
-            f"has a tokenizer that does not fit together ({error}); convert the model again."
+            f"has an inconsistent tokenizer ({error}); convert the model again."
         ) from error
 
 
@@ -86,8 +83,8 @@ def _pre_tokenizer(vocabulary: Vocabulary) -> PreTokenizer:
     name = vocabulary.get("pre")
     if name is None:
         raise vocabulary.error(
-            "does not say how text is cut up before merging (tokenizer.ggml.pre), so it comes from an "
-            "outdated converter; convert the model again."
+            "lacks the metadata key tokenizer.ggml.pre, which names the pre-tokenizer, so it comes from an "
+            "outdated converter; convert the model again with a current one."
         )
     if name not in PRE_TOKENIZERS:
         raise vocabulary.error(
@@ -100,7 +97,7 @@ def _pre_tokenizer(vocabulary: Vocabulary) -> PreTokenizer:
 def _merge(vocabulary: Vocabulary, merge: str) -> list[str]:
     pair = merge.split(" ")
     if len(pair) != 2 or not all(pair):
-        raise vocabulary.error(f"has the merge {merge!r}, which is not two tokens; convert the model again.")
+        raise vocabulary.error(f"expected merges of two tokens, found {merge!r}; convert the model again.")
     return pair
 
 
@@ -108,7 +105,7 @@ def _merge(vocabulary: Vocabulary, merge: str) -> list[str]:
 
 
 def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
-    """Like tokenizer.json of Llama 2: spaces become ▁, one goes in front, unknown characters become bytes."""
+    """Return the document, like Llama 2's: spaces become ▁, one is prepended, unknown characters become bytes."""
     if vocabulary.get("pre", "default") != "default":
         raise vocabulary.error(
             f"has the pre-tokenizer {vocabulary.get('pre')} (tokenizer.ggml.pre), which a SentencePiece "
@@ -116,8 +113,8 @@ def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
         )
     if vocabulary.get("token_type") is None:
         raise vocabulary.error(
-            "lacks the metadata key tokenizer.ggml.token_type, which tells bytes and control tokens from words:"
-            " the converter was outdated, so convert the model again with a current one, or use its Hugging Face"
+            "lacks the metadata key tokenizer.ggml.token_type, which tells bytes and control tokens from words, so"
+            " it comes from an outdated converter; convert the model again with a current one, or use its Hugging Face"
             " checkpoint."
         )
     vocabulary = _with_spaces(vocabulary)
@@ -127,7 +124,7 @@ def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     unspaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     return {
-        "added_tokens": _added_tokens(vocabulary, swallowing=_swallowing(vocabulary)),
+        "added_tokens": _added_tokens(vocabulary, stripping=_stripping(vocabulary)),
         "normalizer": {"type": "Sequence", "normalizers": [*in_front, spaces]},
         "pre_tokenizer": None,
         "post_processor": _post_processor(vocabulary, add_bos=True),
@@ -138,76 +135,83 @@ def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
         "model": _bpe(
             vocabulary,
             _merges_of_scores(vocabulary),
-            unk_token=next(iter(vocabulary.of(TokenType.UNKNOWN)), None),
-            byte_fallback=bool(vocabulary.of(TokenType.BYTE)),
+            unk_token=next(iter(vocabulary.of_types(TokenType.UNKNOWN)), None),
+            byte_fallback=bool(vocabulary.of_types(TokenType.BYTE)),
         ),
     }
 
 
 def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
-    """Gemma's runs of spaces are found whole in the text, where they are spaces; older converters wrote ▁ for them."""
+    """Return the vocabulary with runs of ▁ in user-defined tokens as spaces.
+
+    Gemma's runs of spaces are matched in the text before spaces become ▁, but older converters wrote them with ▁.
+    """
     pairs = zip(vocabulary.tokens, vocabulary.types, strict=True)
     tokens = [
         " " * len(token) if kind == TokenType.USER_DEFINED and not token.strip(_SPACE) else token
         for token, kind in pairs
     ]
-    found = replace(vocabulary, tokens=tokens).of(TokenType.USER_DEFINED)
+    found = replace(vocabulary, tokens=tokens).of_types(TokenType.USER_DEFINED)
     if len(found) != vocabulary.types.count(TokenType.USER_DEFINED):
-        raise vocabulary.error("has a token of spaces both as spaces and as ▁; convert the model again.")
+        raise vocabulary.error(
+            "has a token of spaces written both with spaces and with ▁; convert the model again."
+        )
     return replace(vocabulary, tokens=tokens)
 
 
-def _swallowing(vocabulary: Vocabulary) -> frozenset[str]:
-    """The tokens that take spaces and line ends behind them along: Phi 3's tokenizer.json says so, but not its
-    GGUF files, so that llama.cpp too knows it by the model."""
+def _stripping(vocabulary: Vocabulary) -> frozenset[str]:
+    """Return the tokens that strip spaces and line ends after them.
+
+    Phi 3's tokenizer.json says so, but its GGUF files do not, and llama.cpp also identifies them by the architecture.
+    """
     if vocabulary.metadata.get("general.architecture") != "phi3":
         return frozenset()
-    found = vocabulary.of(TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+    found = vocabulary.of_types(TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
     return frozenset(found).difference(_KEEP_SPACES)
 
 
 def _merges_of_scores(vocabulary: Vocabulary) -> list[list[str]]:
-    """Merges in the order in which SentencePiece would do them: highest score of the result first.
+    """Return merges in the order in which SentencePiece joins pieces: highest score of the result first.
 
-    SentencePiece joins whichever two neighbours make the piece of the highest score, so that each way of
-    cutting a piece in two pieces is a merge. Equal scores are in the order that transformers' converter has.
+    SentencePiece joins the two neighbours that form the piece with the highest score, so every split of a piece into
+    two pieces is a merge. Merges of equal score are in the order of transformers' converter.
     """
     scores = vocabulary.get("scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
         raise vocabulary.error(
-            "lacks one score for each token (tokenizer.ggml.scores), from which a SentencePiece tokenizer "
-            "is made; convert the model again."
+            "lacks one score for each token (tokenizer.ggml.scores), which determine the merges of a "
+            "SentencePiece tokenizer; convert the model again."
         )
-    pieces = vocabulary.of(TokenType.NORMAL)
+    pieces = vocabulary.of_types(TokenType.NORMAL)
     _refuse_unused(vocabulary, pieces)
     found = [
         (-scores[number], -len(left), -len(right), number, left, right)
         for piece, number in pieces.items()
-        for left, right in _cuts(piece, pieces)
+        for left, right in _splits(piece, pieces)
     ]
     if len({number for *_, number, _, _ in found}) > 1 and len({score for score, *_ in found}) == 1:
         raise vocabulary.error(
-            "gives every piece the same score (tokenizer.ggml.scores), so that it does not say in which order they"
-            " are joined; use the model's Hugging Face checkpoint."
+            "gives every piece the same score (tokenizer.ggml.scores), so the order in which they are joined is"
+            " unknown; use the model's Hugging Face checkpoint."
         )
     return [[left, right] for *_, left, right in sorted(found)]
 
 
-def _cuts(piece: str, pieces: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Every way to cut a piece into two pieces."""
+def _splits(piece: str, pieces: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield every split of a piece into two pieces."""
     for cut in range(1, len(piece)):
         if piece[:cut] in pieces and piece[cut:] in pieces:
             yield piece[:cut], piece[cut:]
 
 
 def _refuse_unused(vocabulary: Vocabulary, pieces: Mapping[str, int]) -> None:
-    """SentencePiece joins unused pieces too, and takes them apart again, which merges cannot say."""
-    unused = vocabulary.of(TokenType.UNUSED)
+    """Refuse unused pieces that can form: SentencePiece joins and splits them again, which merges cannot express."""
+    unused = vocabulary.of_types(TokenType.UNUSED)
     everything = {**pieces, **unused}
     for piece in unused:
-        if any(True for _ in _cuts(piece, everything)):
+        if any(True for _ in _splits(piece, everything)):
             raise vocabulary.error(
-                f"has the unused token {piece!r} that other pieces make, which cannot be carried over; use the"
+                f"has the unused token {piece!r} that other pieces form, which cannot be converted; use the"
                 " model's Hugging Face checkpoint."
             )
 
@@ -233,15 +237,15 @@ def _bpe(
         "fuse_unk": unk_token is not None,
         "byte_fallback": byte_fallback,
         "ignore_merges": ignore_merges,
-        "vocab": vocabulary.of(*used),
-        "merges": _written(list(merges)),
+        "vocab": vocabulary.of_types(*used),
+        "merges": _spell_merges(list(merges)),
     }
 
 
-def _written(merges: list[list[str]]) -> list[str] | list[list[str]]:
-    """Merges in the older spelling, "a b", where it says the same: it takes two thirds of the time to read.
+def _spell_merges(merges: list[list[str]]) -> list[str] | list[list[str]]:
+    """Return merges in the older spelling, "a b", if it is equivalent: it loads in two thirds of the time.
 
-    It cannot spell a space in a token, and takes what begins with "#version" for a comment.
+    The older spelling has no spaces inside tokens, and lines that begin with "#version" are comments.
     """
     if any(" " in token or token.startswith("#version") for pair in merges for token in pair):
         return merges
@@ -249,18 +253,18 @@ def _written(merges: list[list[str]]) -> list[str] | list[list[str]]:
 
 
 def _added_tokens(
-    vocabulary: Vocabulary, *, swallowing: frozenset[str] = frozenset()
+    vocabulary: Vocabulary, *, stripping: frozenset[str] = frozenset()
 ) -> list[dict[str, object]]:
-    """The tokens that are found whole in the text, by id; some take spaces behind them along."""
-    special = vocabulary.of(TokenType.CONTROL, TokenType.UNKNOWN)
-    found = special | vocabulary.of(TokenType.USER_DEFINED)
+    """Return the tokens that are matched whole in the text, by id."""
+    special = vocabulary.of_types(TokenType.CONTROL, TokenType.UNKNOWN)
+    found = special | vocabulary.of_types(TokenType.USER_DEFINED)
     return [
         {
             "id": number,
             "content": token,
             "single_word": False,
             "lstrip": False,
-            "rstrip": token in swallowing,
+            "rstrip": token in stripping,
             "normalized": False,
             "special": token in special,
         }
@@ -269,7 +273,7 @@ def _added_tokens(
 
 
 def _post_processor(vocabulary: Vocabulary, *, add_bos: bool) -> dict[str, object] | None:
-    """Adds BOS and EOS if the metadata says so; `add_bos` is what holds where it says nothing."""
+    """Add BOS and EOS if the metadata says so; `add_bos` is the default for BOS."""
     before = [_special(vocabulary, "bos")] if vocabulary.get("add_bos_token", add_bos) else []
     after = [_special(vocabulary, "eos")] if vocabulary.get("add_eos_token", False) else []
     if not before and not after:

@@ -1,4 +1,4 @@
-"""The vocabulary in a GGUF file's metadata, its lists checked against each other."""
+"""The vocabulary in a GGUF file's metadata, with its lists checked against each other."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +12,8 @@ from .markers import repaired_types
 
 _PREFIX = "tokenizer.ggml."
 
-# What this file reads, and what only says something about ids that the export does not use.
+# Keys that the tokenizer's reader uses, and keys without an effect if they have one of the given values. Keys that end
+# in _token_id are harmless too.
 _KNOWN = frozenset(
     {
         "model",
@@ -35,7 +36,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 
 
 class TokenType(IntEnum):
-    """What a token is for; the numbers are llama.cpp's."""
+    """The kind of a token, with llama.cpp's numbers."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -51,9 +52,9 @@ class Vocabulary:
 
     Attributes:
         path: the file, for messages.
-        metadata: all of its metadata.
-        tokens: the text of each token, by id.
-        types: what each is for.
+        metadata: all metadata of the file.
+        tokens: text of each token, by id.
+        types: `TokenType` of each token, by id.
     """
 
     path: Path
@@ -62,11 +63,11 @@ class Vocabulary:
     types: list[int]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, named without its prefix."""
+        """Return the value of a key, named without its prefix."""
         return self.metadata.get(f"{_PREFIX}{key}", default)
 
-    def of(self, *types: TokenType) -> dict[str, int]:
-        """The tokens of some types with their ids."""
+    def of_types(self, *types: TokenType) -> dict[str, int]:
+        """Return the tokens of some types with their ids."""
         return {
             token: i
             for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
@@ -74,19 +75,19 @@ class Vocabulary:
         }
 
     def error(self, sentence: str) -> PrecastError:
-        """An error about the file, which "has …" or "lacks …" something."""
+        """Return an error about the file; the sentence continues the path, as in "lacks …"."""
         return PrecastError(f"{self.path}: {sentence}")
 
 
 def read_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
-    """Reads what stands below ``tokenizer.ggml.``.
+    """Read the keys below ``tokenizer.ggml.``.
 
     Args:
         path: the file, for messages.
-        metadata: all of its metadata.
+        metadata: all metadata of the file.
 
     Raises:
-        PrecastError: for lists that do not fit together, and for a key that is not understood.
+        PrecastError: the lists contradict each other, or a key is not understood.
     """
     tokens = metadata.get(f"{_PREFIX}tokens")
     if not isinstance(tokens, list) or not tokens:
