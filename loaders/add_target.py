@@ -1,8 +1,8 @@
 """``precast add-target``: compile a further target of an existing artifact from its StableHLO.
 
-jaxlib compiles it; nothing is traced, and jax is not needed. All targets share the weights, which stay untouched. A
-further target makes an artifact run under another jaxlib, or on an older CPU, than it was exported for. `target_files`
-writes the result in an order that keeps the artifact whole, old or new, at any moment.
+A further target makes an artifact run under another jaxlib, or on an older CPU, than it was exported for. jaxlib alone
+compiles it, without tracing. All targets share the weights, which stay untouched. `target_files` writes the result so
+that the artifact is whole at any moment, either the old one or the new one.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from .artifact import compat, files
 from .artifact.errors import PrecastError
+from .artifact.frozen import Frozen
 from .artifact.golden import parse_golden
 from .artifact.machine import Machine
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, Manifest, Target
@@ -27,33 +28,55 @@ from .runtime import installed
 from .signing import check_signature
 from .target_files import (
     PROGRAMS,
-    Held,
-    adding,
-    locked,
+    LockedArtifact,
+    explain_os_errors,
+    lock,
+    record_change,
     remove_leftovers,
     replace_manifest,
     write_programs,
-    writing,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Added:
-    """What was done.
+class Addition:
+    """The result of adding a target.
 
     Attributes:
-        target: the new one, as it stands in the manifest.
-        bytes: of its executables.
-        answers: golden answers that it gave.
-        replaced: whether a target of the same name was.
-        signature_removed: whether the artifact was signed, and is no more.
+        target: the new target, as the manifest describes it.
+        executable_bytes: size of its executables.
+        answers: number of golden answers that it reproduced.
+        has_replaced: True if it replaced a target of the same name.
+        signature_removed: True if the artifact was signed, which it no longer is.
     """
 
     target: Target
-    bytes: int
+    executable_bytes: int
     answers: int
-    replaced: bool
+    has_replaced: bool
     signature_removed: bool
+
+
+class _Request(Frozen):
+    """The options of `add_target` that decide what is compiled."""
+
+    isa: str | None
+    source: str | None
+    overwrite: bool
+
+
+class _NewTarget(Frozen):
+    """A compiled target.
+
+    Attributes:
+        target: the target, as the manifest will describe it.
+        executables: contents of its executables, by their names in the artifact.
+        manifest: the artifact's manifest with the target in it.
+    """
+
+    target: Target
+    executables: Mapping[str, bytes]
+    manifest: Manifest
 
 
 def add_target(
@@ -64,93 +87,111 @@ def add_target(
     overwrite: bool = False,
     require_signature: Path | None = None,
     log: Callable[[str], None],
-) -> Added:
+) -> Addition:
     """Add a target of executables for the CPU, compiled by the installed jaxlib.
 
     Args:
-        path: the artifact, or a folder with exactly one in it.
+        path: the artifact's folder, or a folder with exactly one artifact in it.
         isa: a key of `isa.LEVELS`, or "native" for all of this machine's features. None chooses `isa.default_isa` if
             the programs call kernels, else "native". With None the target may need more than the default level if XLA
             uses more, as for programs exported before 0.3.
-        source: name of the target whose StableHLO is compiled; the quickest that runs here by default.
+        source: name of the target whose StableHLO is compiled; the fastest that runs here by default.
         overwrite: replace a target of the same name.
         require_signature: file of the public key that the artifact must be signed with before the change.
-        log: receives progress messages.
+        log: receives a message before each stage.
 
     Raises:
-        PrecastError: for an artifact that is not whole or cannot be written to, an instruction set that this machine
-            lacks, StableHLO that cannot be compiled here, a name that is taken, and programs that do not give the
-            golden answers. The artifact is then as it was.
+        PrecastError: the artifact is damaged or cannot be written to, this machine lacks the instruction set, this
+            jaxlib cannot compile the StableHLO, the name is taken, or the programs do not reproduce the golden answers.
+            The artifact is then unchanged.
     """
     if isa is not None:
         isas.check_isa(isa)
     root = find_artifact(path)
-    with writing(root), locked(root, log) as handle:
-        held = Held(root=root, handle=handle, data=files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES))
+    request = _Request(isa=isa, source=source, overwrite=overwrite)
+    with explain_os_errors(root), lock(root, log) as handle:
+        artifact = LockedArtifact(
+            root=root, handle=handle, data=files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
+        )
         if require_signature is not None:
-            check_signature(root, held.data, require_signature)
-        manifest = parse_manifest(held.data, str(root / MANIFEST_FILE))
-        held.check()
-        remove_leftovers(held)
-        return _add(held, manifest, isa, source, overwrite, log)
+            check_signature(root, artifact.data, require_signature)
+        manifest = parse_manifest(artifact.data, str(root / MANIFEST_FILE))
+        artifact.check()
+        remove_leftovers(artifact)
+        return _add(artifact, manifest, request, log)
 
 
 def _add(
-    held: Held,
-    manifest: Manifest,
-    isa: str | None,
-    source: str | None,
-    overwrite: bool,
-    log: Callable[[str], None],
-) -> Added:
-    root, machine = held.root, installed.this_machine(cuda=False)
-    chosen = _source(manifest, machine, root, source)
-    _check_names(chosen, root)
-    kind = _kind(chosen)
-    exact = isa is not None
+    artifact: LockedArtifact, manifest: Manifest, request: _Request, log: Callable[[str], None]
+) -> Addition:
+    root, machine = artifact.root, installed.this_machine(cuda=False)
+    new = _compile(root, manifest, machine, request, log)
+    log("checking its answers against the recorded ones")
+    answers = _replay(root, new)
+    with record_change(artifact, new.manifest) as folder:
+        write_programs(artifact, folder, new.executables)
+        was_signed = replace_manifest(artifact, folder)
+    trial.record_success(new.manifest, new.target, machine)
+    return Addition(
+        target=new.target,
+        executable_bytes=sum(map(len, new.executables.values())),
+        answers=answers,
+        has_replaced=new.target.name in {t.name for t in manifest.targets},
+        signature_removed=was_signed,
+    )
+
+
+def _compile(
+    root: Path, manifest: Manifest, machine: Machine, request: _Request, log: Callable[[str], None]
+) -> _NewTarget:
+    """Compile the new target.
+
+    Raises:
+        PrecastError: as `add_target`.
+    """
+    source = _source(manifest, machine, root, request.source)
+    _check_names(source, root)
+    kind = _kind(source)
+    isa = request.isa
     if isa is None:
-        isa = isas.default_isa() if chosen.kernels else isas.NATIVE
-    if isa != isas.NATIVE:  # refuse before compiling anything
-        _free_name(manifest, isas.target_name(kind, isas.LEVELS[isa].features), machine, overwrite, root)
-    for (
-        name,
-        entry,
-    ) in manifest.files.items():  # nothing is added to what is damaged; weights are hashed when mapped
+        isa = isas.default_isa() if source.kernels else isas.NATIVE
+
+    def name_of(features: Sequence[str]) -> str:
+        return _free_name(
+            manifest, isas.target_name(kind, features), machine, overwrite=request.overwrite, root=root
+        )
+
+    if isa != isas.NATIVE:  # refuse a name before the compilation
+        name_of(isas.LEVELS[isa].features)
+    # Add nothing to a damaged artifact. The weights are hashed when they are mapped.
+    for name, entry in manifest.files.items():
         if name != WEIGHTS_FILE:
             files.rehash_file(root, name, entry, record=False)
-    contents = {name: files.read_checked(root, name, manifest.files[name]) for name in _stablehlo(chosen)}
+    contents = {name: files.read_checked(root, name, manifest.files[name]) for name in _stablehlo(source)}
     target, executables, _ = compile_target(
-        chosen,
+        source,
         contents,
-        lambda f: _free_name(manifest, isas.target_name(kind, f), machine, overwrite, root),
-        f"{root}: target {chosen.name!r}",
+        name_of,
+        f"{root}: target {source.name!r}",
         isa=isa,
-        exact=exact,
+        exact=request.isa is not None,
         jaxlib=machine.jaxlib,
         log=log,
     )
     target, executables = _in_free_folder(target, executables, manifest, root)
     changed = _with_target(manifest, target, executables)
-    log("checking its answers against the recorded ones")
-    answers = _replay(root, changed, target, executables)
-    with adding(held, changed) as work:
-        write_programs(held, work, executables)
-        signed = replace_manifest(held, work)
-    trial.record_success(changed, target, machine)
-    return Added(
-        target=target,
-        bytes=sum(map(len, executables.values())),
-        answers=answers,
-        replaced=target.name in {t.name for t in manifest.targets},
-        signature_removed=signed,
-    )
+    return _NewTarget(target=target, executables=executables, manifest=changed)
 
 
-# --- what to compile, and what to call it -------------------------------------------------------------------
+# --- source and name ----------------------------------------------------------------------------------------
 
 
 def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) -> Target:
-    """The target to compile, by the loader's own rule for what it compiles on request."""
+    """Return the target whose StableHLO is compiled, by the rule of ``run --compile``.
+
+    Raises:
+        PrecastError: no target of this name holds StableHLO for a CPU, or none at all does.
+    """
     compilable = [
         t
         for t in manifest.targets
@@ -164,7 +205,7 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
         )
     if not compilable:
         raise PrecastError(f"{root}: no target holds StableHLO for a CPU; export the model again.")
-    # With the executables out of the way: it is the StableHLO that must suit the machine.
+    # Only the StableHLO must suit the machine, so make the executables fit any.
     bare = tuple(
         replace(t, runtime="stablehlo", machine="any", jaxlib="any", cpu_features=()) for t in compilable
     )
@@ -175,10 +216,10 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
 
 
 def _check_names(source: Target, root: Path) -> None:
-    """Executables are named after their programs.
+    """Check the programs' names, after which executables are named.
 
     Raises:
-        PrecastError: for a program whose name is not one of a file.
+        PrecastError: a program's name is not a file name.
     """
     for program in source.programs:
         if len(files.split_name(root, program.name)) != 1:
@@ -189,7 +230,7 @@ def _check_names(source: Target, root: Path) -> None:
 
 
 def _kind(source: Target) -> str:
-    """Targets whose programs call precast's kernels are called cpu-…, those of pure XLA portable-…"""
+    """Return the first part of a name: "cpu" for a target that calls precast's kernels, "portable" for pure XLA."""
     return "cpu" if source.kernels else "portable"
 
 
@@ -197,11 +238,11 @@ def _stablehlo(target: Target) -> list[str]:
     return sorted({p.stablehlo for p in target.programs if p.stablehlo is not None})
 
 
-def _free_name(manifest: Manifest, name: str, machine: Machine, overwrite: bool, root: Path) -> str:
-    """`name`, or where another jaxlib's target has that, the same with this jaxlib's version.
+def _free_name(manifest: Manifest, name: str, machine: Machine, *, overwrite: bool, root: Path) -> str:
+    """Return `name`, with this jaxlib's version if another jaxlib's target has the name.
 
     Raises:
-        PrecastError: when this jaxlib's target is there, unless it may be replaced.
+        PrecastError: this jaxlib's target has the name, and may not be replaced.
     """
     taken = {t.name: t for t in manifest.targets}
     if name in taken and taken[name].jaxlib != machine.jaxlib:
@@ -230,7 +271,7 @@ def _in_free_folder(
 
 
 def _with_target(manifest: Manifest, target: Target, executables: Mapping[str, bytes]) -> Manifest:
-    """The manifest with the target in the place of the one of its name, or behind the others."""
+    """Return the manifest with the target, which replaces one of its name or else comes last."""
     targets = [target if t.name == target.name else t for t in manifest.targets]
     if target.name not in {t.name for t in manifest.targets}:
         targets.append(target)
@@ -243,32 +284,31 @@ def _with_target(manifest: Manifest, target: Target, executables: Mapping[str, b
     return replace(manifest, targets=tuple(targets), files=dict(sorted(entries.items())))
 
 
-def _replay(root: Path, manifest: Manifest, target: Target, executables: Mapping[str, bytes]) -> int:
-    """Lets the target give the golden answers; how many there are.
+def _replay(root: Path, new: _NewTarget) -> int:
+    """Replay the golden answers with the new target; return their number.
 
     Raises:
-        PrecastError: when an answer differs.
+        PrecastError: an answer differs.
     """
-    recorded = parse_golden(
-        files.read_checked(root, manifest.golden, manifest.files[manifest.golden]), manifest, manifest.golden
-    )
-    model = load_new_target(root, manifest, target, executables)
-    found = replay(model, recorded, f"{root}: target {target.name!r}")
+    manifest, where = new.manifest, f"{root}: target {new.target.name!r}"
+    data = files.read_checked(root, manifest.golden, manifest.files[manifest.golden])
+    recorded = parse_golden(data, manifest, manifest.golden)
+    found = replay(load_new_target(root, manifest, new.target, new.executables), recorded, where)
     if found.problems:
         raise PrecastError(f"{found.problems[0].rstrip('.')}; the artifact is as it was.")
     return found.answers
 
 
-def summary(added: Added, path: Path) -> Sequence[str]:
-    """What a person is told."""
-    target = added.target
-    done = "replaced" if added.replaced else "added"
-    facts = f"{len(target.programs)} programs, {added.bytes:,} bytes, jaxlib {target.jaxlib}"
-    lines = [f"{path}: target {target.name} {done}: {facts}, {added.answers} answers as recorded"]
+def summary(addition: Addition, path: Path) -> Sequence[str]:
+    """Return the lines that tell the user the result."""
+    target = addition.target
+    done = "replaced" if addition.has_replaced else "added"
+    facts = f"{len(target.programs)} programs, {addition.executable_bytes:,} bytes, jaxlib {target.jaxlib}"
+    lines = [f"{path}: target {target.name} {done}: {facts}, {addition.answers} answers as recorded"]
     lines.append(f"  runs on {isas.audience(target.machine, target.cpu_features)}")
-    if added.signature_removed:
+    if addition.signature_removed:
         lines.append(
-            f"  {SIGNATURE_FILE} was removed: it was for the manifest as it was; sign the artifact again"
+            f"  {SIGNATURE_FILE} was removed, because it signed the old manifest; sign the artifact again"
         )
     lines.append(f"  run it with: precast run {path} --target {target.name}")
     return lines

@@ -407,7 +407,7 @@ def _compile(artifact: _CheckedArtifact, machine: Machine, options: _Options) ->
         return {}
     if date.today().isoformat() > target.stablehlo_expires:
         options.log(
-            f"{root}: the StableHLO was promised to compile until {target.stablehlo_expires}; trying all the same"
+            f"{root}: its StableHLO was promised to compile until {target.stablehlo_expires}; compiling it anyway"
         )
     if target.platform == "cuda":
         # The child compiles, and the cache keeps, executables for the CPU only.

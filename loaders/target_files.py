@@ -1,18 +1,18 @@
 """Add a target to an existing artifact so that the artifact stays whole if this process is killed at any moment.
 
-1. The folder is locked (``flock``), so that two processes wait for each other. The lock ends with the process.
-2. Remains of killed processes are settled, as in step 7.
-3. ``programs/.add-target.precast-*.partial/`` is made, with a mark, the old manifest and the new one.
-4. The executables are written there, synced, and their folder is renamed to ``programs/NAME/``. The artifact's manifest
-   does not know them yet, so the artifact is the old one still.
-5. A signature of the old manifest is put aside there: it would not fit the new one. Killed now, the artifact is the old
-   one without its signature, until step 2 of the next process.
-6. The new manifest is renamed over the old one. Now the artifact is the new one.
-7. Settling: the signature is put back if it fits the artifact's manifest; files are removed that one of the two
-   manifests lists and the artifact's does not, as long as they are what was listed; then the folder is removed.
+1. Lock the folder (``flock``), so that two processes wait for each other. The lock ends with the process.
+2. Settle the remains of killed processes, as in step 7.
+3. Make ``programs/.add-target.precast-*.partial/`` with a mark, the old manifest and the new one.
+4. Write and sync the executables there, and rename their folder to ``programs/NAME/``. The artifact is still the old
+   one, because its manifest does not list them.
+5. Move the signature of the old manifest there, because it does not fit the new one. If the process is killed now, the
+   artifact is the old one without its signature, until step 2 of the next process.
+6. Rename the new manifest over the old one. Now the artifact is the new one.
+7. Settle: put the signature back if it fits the artifact's manifest; remove the files that only the other manifest
+   lists, if their hashes are as listed; then remove the folder.
 
-Nothing else below ``programs/`` is ever removed. An export or a pull may exchange the artifact's folder meanwhile, lock
-or not, so it is looked at again before steps 3, 4 and 5.
+Nothing else below ``programs/`` is ever removed. An export or a pull may replace the artifact's folder in spite of the
+lock, so steps 3, 4 and 5 first check that it is still the same.
 """
 
 import fcntl
@@ -38,11 +38,11 @@ _PURPOSE, _OLD, _EXECUTABLES = "add-target", "old.json", "executables"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
-    """The locked artifact.
+class LockedArtifact:
+    """An artifact that this process has locked.
 
     Attributes:
-        root: the folder's path, which another folder may take over.
+        root: the folder's path, at which another process may put another folder.
         handle: the folder's descriptor.
         data: the manifest at the time of locking.
     """
@@ -59,7 +59,7 @@ class Held:
             return False
 
     def check(self) -> None:
-        """Refuse an artifact that was exchanged.
+        """Check that the artifact has not been replaced.
 
         Raises:
             PrecastError: `root` is now another artifact, or its programs/ is not a folder.
@@ -72,7 +72,7 @@ class Held:
             raise PrecastError(
                 f"{self.root}: was replaced while its target was compiled; run precast add-target again."
             )
-        with suppress(FileNotFoundError):  # a missing one is created
+        with suppress(FileNotFoundError):  # `record_change` makes a missing one
             mode = (self.root / PROGRAMS).lstat().st_mode
             if not stat.S_ISDIR(mode):
                 what = "link" if stat.S_ISLNK(mode) else "file"
@@ -82,8 +82,8 @@ class Held:
 
 
 @contextmanager
-def locked(root: Path, log: Callable[[str], None]) -> Iterator[int]:
-    """Lock the artifact against other processes that add targets, and wait for a running one. Yield the descriptor."""
+def lock(root: Path, log: Callable[[str], None]) -> Iterator[int]:
+    """Lock an artifact against other processes that add targets, after waiting for them; yield its descriptor."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -97,12 +97,8 @@ def locked(root: Path, log: Callable[[str], None]) -> Iterator[int]:
 
 
 @contextmanager
-def writing(root: Path) -> Iterator[None]:
-    """Turn OSError into a sentence.
-
-    Raises:
-        PrecastError: names the artifact.
-    """
+def explain_os_errors(root: Path) -> Iterator[None]:
+    """Turn OSError into PrecastError, with the artifact and a remedy in its text."""
     try:
         yield
     except OSError as error:
@@ -112,94 +108,96 @@ def writing(root: Path) -> Iterator[None]:
         ) from error
 
 
-def remove_leftovers(held: Held) -> None:
+def remove_leftovers(artifact: LockedArtifact) -> None:
     """Settle and remove the remains of killed processes below programs/."""
-    if (held.root / PROGRAMS).exists():
-        folders.remove_leftovers(held.root / PROGRAMS, _PURPOSE, lambda left: _settle(held.root, left))
+    if (artifact.root / PROGRAMS).exists():
+        folders.remove_leftovers(
+            artifact.root / PROGRAMS, _PURPOSE, lambda left: _settle(artifact.root, left)
+        )
 
 
 @contextmanager
-def adding(held: Held, manifest: Manifest) -> Iterator[Path]:
-    """Yield a folder that records the change in progress; when the block ends in any way, settle and remove it.
+def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path]:
+    """Yield a folder that records the change to a new manifest; settle and remove it when the block ends in any way.
 
     Raises:
-        PrecastError: the artifact was exchanged.
+        PrecastError: the artifact was replaced.
     """
     data = to_json(manifest).encode()
     # Never write a manifest that the next load would refuse.
-    parse_manifest(data, str(held.root / MANIFEST_FILE))
-    held.check()
-    programs = held.root / PROGRAMS
+    parse_manifest(data, str(artifact.root / MANIFEST_FILE))
+    artifact.check()
+    programs = artifact.root / PROGRAMS
     if not programs.exists():
         programs.mkdir()
-    work, lock = folders.temporary_name(programs, _PURPOSE), None
-    with on_interrupt(partial(_tidy, held, work)):
+    folder, mark = folders.temporary_name(programs, _PURPOSE), None
+    with on_interrupt(partial(_tidy, artifact, folder)):
         try:
-            lock = folders.make_marked(work)
-            _write_synced(work / _OLD, held.data)
-            _write_synced(work / MANIFEST_FILE, data)
-            folders.sync(work)
-            yield work
+            mark = folders.make_marked(folder)
+            _write_synced(folder / _OLD, artifact.data)
+            _write_synced(folder / MANIFEST_FILE, data)
+            folders.sync(folder)
+            yield folder
         finally:
-            _tidy(held, work)
-            if lock is not None:
-                os.close(lock)
+            _tidy(artifact, folder)
+            if mark is not None:
+                os.close(mark)
 
 
-def _tidy(held: Held, work: Path) -> None:
-    """Settle, and remove the folder that records the change."""
-    if not held.is_there():  # the name may belong to another artifact now
+def _tidy(artifact: LockedArtifact, folder: Path) -> None:
+    """Settle, and remove the folder that records a change."""
+    if not artifact.is_there():  # the name may belong to another artifact now
         return
-    if work.exists():
-        _settle(held.root, work)
-        shutil.rmtree(work, ignore_errors=True)
+    if folder.exists():
+        _settle(artifact.root, folder)
+        shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
-        work.parent.rmdir()
+        folder.parent.rmdir()
 
 
-def write_programs(held: Held, work: Path, executables: Mapping[str, bytes]) -> None:
+def write_programs(artifact: LockedArtifact, folder: Path, executables: Mapping[str, bytes]) -> None:
     """Write a folder of executables atomically."""
-    final = held.root / PurePosixPath(next(iter(executables))).parent
-    partial = work / _EXECUTABLES
-    held.check()
-    # Unlike mkdtemp, give it the permissions of the user's other files, as it becomes part of the artifact.
-    partial.mkdir()
+    final = artifact.root / PurePosixPath(next(iter(executables))).parent
+    unfinished = folder / _EXECUTABLES
+    artifact.check()
+    # Unlike mkdtemp, give it the permissions of the user's other files: it becomes part of the artifact.
+    unfinished.mkdir()
     for name, data in executables.items():
-        _write_synced(partial / PurePosixPath(name).name, data)
-    folders.sync(partial)
-    partial.rename(final)
+        _write_synced(unfinished / PurePosixPath(name).name, data)
+    folders.sync(unfinished)
+    unfinished.rename(final)
     folders.sync(final.parent)
 
 
-def replace_manifest(held: Held, work: Path) -> bool:
+def replace_manifest(artifact: LockedArtifact, folder: Path) -> bool:
     """Replace the old manifest by the new one; return True if the old one was signed."""
-    root, signature = held.root, held.root / SIGNATURE_FILE
-    held.check()
-    signed, aside = signature.exists(), work / SIGNATURE_FILE
+    root, signature = artifact.root, artifact.root / SIGNATURE_FILE
+    artifact.check()
+    signed, aside = signature.exists(), folder / SIGNATURE_FILE
     try:
         if signed:
             signature.rename(aside)
-        (work / MANIFEST_FILE).replace(root / MANIFEST_FILE)
+        (folder / MANIFEST_FILE).replace(root / MANIFEST_FILE)
     except BaseException:
-        if aside.exists() and (work / MANIFEST_FILE).exists():
+        if aside.exists() and (folder / MANIFEST_FILE).exists():
             aside.rename(signature)
         raise
-    # The new manifest is complete: without this sync only a power cut could still restore the old one.
+    # The new manifest is complete. Without this sync, only a power cut could restore the old one.
     with suppress(OSError):
         folders.sync(root)
     return signed
 
 
-def _settle(root: Path, work: Path) -> None:
+def _settle(root: Path, folder: Path) -> None:
     """Make the artifact match its manifest, old or new. Files that cannot be removed do no harm."""
     with suppress(OSError, PrecastError):
         data = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
-        _put_signature_back(root, work / SIGNATURE_FILE, data)
+        _put_signature_back(root, folder / SIGNATURE_FILE, data)
         listed = parse_manifest(data, str(root)).files
         for name in (_OLD, MANIFEST_FILE):
-            if not (work / name).exists():
+            if not (folder / name).exists():
                 continue
-            noted = parse_manifest(files.read(work, name, limit=MAX_JSON_BYTES), str(work)).files
+            noted = parse_manifest(files.read(folder, name, limit=MAX_JSON_BYTES), str(folder)).files
             for file in sorted(set(noted) - set(listed)):
                 _remove_if(root, file, noted[file].sha256)
 

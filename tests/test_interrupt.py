@@ -122,15 +122,16 @@ from precast.loaders.artifact import files
 from dataclasses import replace
 root = Path(sys.argv[1])
 data = (root / "manifest.json").read_bytes()
-with t.locked(root, print) as handle:
-    held = t.Held(root=root, handle=handle, data=data)
+with t.lock(root, print) as handle:
+    artifact = t.LockedArtifact(root=root, handle=handle, data=data)
     manifest = read_manifest(root)
     import hashlib
     entry = files.FileEntry(bytes=4, sha256=hashlib.sha256(b"code").hexdigest())
-    with t.adding(held, replace(manifest, files={{**manifest.files, "programs/new/a.xla": entry}})) as work:
+    changed = replace(manifest, files={{**manifest.files, "programs/new/a.xla": entry}})
+    with t.record_change(artifact, changed) as folder:
         for step, arguments in (("write_programs", ({{"programs/new/a.xla": b"code"}},)), ("replace_manifest", ())):
             if step == {before!r}: now()
-            getattr(t, step)(held, work, *arguments)
+            getattr(t, step)(artifact, folder, *arguments)
         now()
 """
     from precast.loaders.artifact.files import unlisted_files
@@ -217,7 +218,7 @@ def test_little_is_imported_before_it_is_ready(python):
 
 def test_a_child_ends_with_its_parent():
     """However the parent ends, a child that tries or compiles programs must not continue alone."""
-    child = "import sys, time; from precast.loaders.compiling.child import answers; answers()"
+    child = "import sys, time; from precast.loaders.compiling.child import ready; ready()"
     parent = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child + '; time.sleep(60)'!r}], stdout=subprocess.PIPE)\n"

@@ -114,7 +114,7 @@ class _CachingCompiler(Frozen):
         return LocalExecutable(executable=executable, is_new=False, recompile=recompile)
 
     def _recompile(self, name: str, stablehlo: bytes) -> LocalExecutable:
-        self.log(f"{self.where}: the executable compiled of {printable(name)} before cannot be used")
+        self.log(f"{self.where}: XLA refuses the cached executable of {printable(name)}")
         return self.compile([(name, stablehlo)])[name]
 
     def _write(self, stablehlo: bytes, executable: bytes) -> bool:

@@ -67,7 +67,7 @@ def compile_programs(
                 log(f"compiling {printable(name)} from StableHLO{suffix} …")
                 compilations[name] = _compile(compiler, name, stablehlo, where, isa, threads)
     except child.NotStarted as reason:
-        raise PrecastError(f"{where}: no process to compile in can be started ({reason}).") from None
+        raise PrecastError(f"{where}: the compiler's child process cannot be started ({reason}).") from None
     return compilations
 
 

@@ -1,4 +1,4 @@
-"""Instruction sets for CPU executables, and the CPUs that run the results.
+"""Instruction sets of CPU executables, and the CPUs that can run them.
 
 An executable requires only the features that its instructions use. XLA may use fewer features than it is allowed and,
 on a new CPU, more than requested, so every executable is disassembled. precast's own kernels are exempt: the wheel
@@ -67,11 +67,11 @@ LEVELS: Mapping[str, Level] = {
 # Names used before 0.3.
 _FORMER = {"sse4.2": "x86-64-v2", "avx": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
-# How LLVM spells a machine inside an executable: "+avx,+avx2,-avx512f,…".
+# LLVM's notation for a machine inside an executable: "+avx,+avx2,-avx512f,…".
 _FEATURE_LIST = re.compile(rb"(?:[+-][a-z0-9._-]+,){4,}[+-][a-z0-9._-]+")
 _ENABLED = re.compile(rb"(?<![a-z0-9._-])\+([a-z0-9._-]+)")
 # Features of every x86-64 CPU, and those implied by SSE 4.2; manifests omit them.
-_UNSAID = frozenset({"64bit", "cmov", "crc32", "cx8", "fxsr", "mmx", "sse", "sse2", "x87"})
+_IMPLIED = frozenset({"64bit", "cmov", "crc32", "cx8", "fxsr", "mmx", "sse", "sse2", "x87"})
 
 
 def default_isa() -> str:
@@ -156,8 +156,8 @@ def _checked(isa: str, program: str, executable: bytes, where: str) -> Iterator[
     objects = object_files(executable)
     if objects is None:
         raise PrecastError(
-            f"{where}: program {program!r} is of a form that precast does not know, so the CPUs that run it cannot be"
-            " told; use a jaxlib that precast supports."
+            f"{where}: program {program!r} has a form that precast does not know, so precast cannot tell which CPUs run"
+            " it; use a jaxlib that precast supports."
         )
     try:
         for instruction in (i for elf in objects for code in code_sections(elf) for i in instructions(code)):
@@ -167,8 +167,8 @@ def _checked(isa: str, program: str, executable: bytes, where: str) -> Iterator[
     except UnknownInstruction as error:
         advice = "" if isa == default_isa() else f" and export with --cpu-isa {default_isa()} instead"
         raise PrecastError(
-            f"{where}: program {program!r} holds an instruction that precast does not know ({error}), so the CPUs that"
-            f" run it cannot be told; please report this{advice}."
+            f"{where}: program {program!r} holds an instruction that precast does not know ({error}), so precast cannot"
+            f" tell which CPUs run it; please report this{advice}."
         ) from None
 
 
@@ -194,15 +194,16 @@ def _enabled(executable: bytes) -> set[str]:
 
 
 def declare_features(executable: bytes, features: Sequence[str]) -> bytes:
-    """Return an executable whose list of compile-time features holds exactly these.
+    """Return the executable with only these features enabled in its list of compile-time features.
 
-    XLA lists every feature that its compiler was allowed, and one vendor's tuning features. For each that a machine
-    lacks, XLA's loader logs kilobytes, although the code does not use it. So the sign of unneeded features is flipped.
-    AVX-512 is always flipped, because to a list with it the loader adds tuning features that no machine has.
+    XLA enables every feature that its compiler was allowed to use, and one vendor's tuning features. Its loader logs
+    kilobytes for each that a machine lacks, although the code does not use it, so this flips the sign of unneeded
+    features. It always flips AVX-512, because to a list with AVX-512 the loader adds tuning features that no machine
+    has.
     """
     if processor_family() != "x86_64":
         return executable
-    stated = {f.encode() for f in (*features, *_UNSAID) if not f.startswith("avx512")}
+    stated = {f.encode() for f in (*features, *_IMPLIED) if not f.startswith("avx512")}
     return _FEATURE_LIST.sub(lambda found: _signed(found[0], stated), executable)
 
 
@@ -211,18 +212,18 @@ def _signed(feature_list: bytes, stated: set[bytes]) -> bytes:
     return b",".join(b"-" + n[1:] if n[:1] == b"+" and n[1:] not in stated else n for n in names)
 
 
-# --- names, and who can run it -----------------------------------------------------------------------------------
+# --- names and audiences -----------------------------------------------------------------------------------------
 
 
 def target_name(kind: str, features: Sequence[str]) -> str:
     """Return a compiled target's name: ``cpu-x86-64-v2``, or ``cpu-x86-64-v3-gfni`` if it needs more than a level."""
     if processor_family() != "x86_64":
         return f"{kind}-{processor_family()}"
-    level, more = split(features)
+    level, more = level_and_extras(features)
     return "-".join((kind, level, *more))
 
 
-def split(features: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+def level_and_extras(features: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """Return the narrowest level with all features that belong to any level, and the other features, sorted."""
     level = _narrowest(set(features))
     return level, tuple(sorted(set(features) - set(LEVELS[level].features)))
@@ -242,7 +243,7 @@ def audience(machine: str, features: Sequence[str]) -> str:
     """
     if machine != "x86_64":
         return f"{machine} CPUs" + (f" with {' '.join(features)}" if features else "")
-    level, more = split(features)
+    level, more = level_and_extras(features)
     facts = LEVELS[level]
     extra = f", of those with {' '.join(more)}" if more else ""
     without = f"; not {facts.without}" if facts.without else ""

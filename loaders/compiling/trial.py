@@ -70,7 +70,7 @@ def ensure(
         return
     if not record_success(manifest, target, machine):
         log(
-            f"{root}: tried in a process of its own first ({time.perf_counter() - started:.1f} s), as it will be at"
+            f"{root}: tried in a child process first ({time.perf_counter() - started:.1f} s), as it will be at"
             f" every start: {unwritable_reason(_FOLDER)}."
         )
 
@@ -155,7 +155,7 @@ def _attempt(
         with child.started(WORKER) as running:
             running.ask(request, limit_s=limit_s, report=steps.append)
     except child.NotStarted as reason:
-        log(f"{root}: not tried in a process of its own first, because none can be started ({reason}).")
+        log(f"{root}: not tried in a child process first, because none can be started ({reason}).")
         return False
     except child.Refused as sentence:
         raise PrecastError(str(sentence)) from None
@@ -168,7 +168,7 @@ def _attempt(
 
 def _timeout_text(root: Path, target: Target, step: str, limit_s: int) -> str:
     return (
-        f"{root}: target {target.name!r} was tried in a process of its own, which had not finished {step} after"
+        f"{root}: target {target.name!r} was tried in a child process, which had not finished {step} after"
         f" {limit_s} s; {_advice()}"
     )
 
@@ -178,7 +178,7 @@ def _crash_text(root: Path, target: Target, crash: "Crash", step: str, limit_s: 
 
     if crash.code == -getattr(signal, "SIGALRM", 0):
         return _timeout_text(root, target, step, limit_s)
-    begin = f"{root}: target {target.name!r} was tried in a process of its own, which"
+    begin = f"{root}: target {target.name!r} was tried in a child process, which"
     if crash.code >= 0:
         return f"{begin} failed while {step} ({crash.reason}); {_advice()}"
     if crash.code == -signal.SIGKILL:

@@ -1,1 +1,1 @@
-"""Ways to execute an artifact's programs, one a file. Programs, buffers and arrays in; buffers out."""
+"""Ways to execute an artifact's programs, one file each, behind the interface in `interface`."""

@@ -1,8 +1,7 @@
-"""XLA's CUDA client, out of the plugin that jax's packages for NVIDIA GPUs bring, used without jax.
+"""XLA's CUDA client from the plugin in jax's packages for NVIDIA GPUs, used without jax.
 
-A plugin is a shared library with XLA's C interface in it; the Python around it, which imports jax, is left alone. What
-`pjrt` says of unadvertised functions of jaxlib is true of this file too: those that only a device with a memory of its
-own needs stand here, and all others there.
+A plugin is a shared library with XLA's C interface. The Python package around it imports jax, so it is not imported.
+Like `pjrt`, this file holds calls of jaxlib's private functions: those that only a device with separate memory needs.
 """
 
 import ctypes
@@ -23,12 +22,12 @@ from ..artifact.errors import PrecastError
 from . import pjrt
 from .interface import Buffer
 
-# What jax calls the platform, and the packages that bring it, by what they call themselves. The newer goes first.
+# jax's name for the platform; the plugins' package names by their modules, newest first.
 _NAME = "cuda"
 _PACKAGES = {"xla_cuda13": "jax-cuda13", "xla_cuda12": "jax-cuda12"}
 _LIBRARY = "xla_cuda_plugin.so"
-# NVIDIA's libraries, out of its own packages, each after those that it needs; where they are not there, the system's
-# are found as usual.
+# NVIDIA's libraries in its Python packages, each after its dependencies. The linker finds the system's if they are
+# missing.
 _NVIDIA = "cudart nvrtc nvJitLink cublasLt cublas nccl cupti cusparse cusolver cufft nvshmem_host cudnn"
 
 
@@ -37,8 +36,8 @@ class Plugin:
     """An installed plugin.
 
     Attributes:
-        library: the shared library.
-        version: of its package; it goes with the jaxlib of the same version.
+        library: path of the shared library.
+        version: version of its package, and of the jaxlib that it belongs to.
     """
 
     library: Path
@@ -46,7 +45,7 @@ class Plugin:
 
 
 def find_plugin() -> Plugin | None:
-    """The installed CUDA plugin of jax; None where there is none. Nothing of it is imported or loaded."""
+    """Return the installed CUDA plugin of jax, or None, without importing or loading it."""
     from importlib.metadata import PackageNotFoundError, version
 
     for folder in _folders("jax_plugins"):
@@ -59,32 +58,32 @@ def find_plugin() -> Plugin | None:
 
 
 def _folders(package: str) -> Sequence[Path]:
-    """Where a namespace package has its parts."""
+    """Return the folders of a namespace package."""
     spec = PathFinder.find_spec(package)
     return [Path(p) for p in (spec.submodule_search_locations or ())] if spec is not None else []
 
 
 class Executable(pjrt.Executable):
-    """A program on a GPU. Calling it returns before it has run; what fails then, fails in `Client.get`."""
+    """A program on a GPU. A call returns before the program has finished; `Client.get` raises its errors."""
 
     def __init__(self, loaded: Any, handlers: Sequence[Any], client: "Client", *, compiled: bool) -> None:
         super().__init__(loaded, handlers, compiled=compiled)
         self._on = client
 
     def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
-        """Runs the program; as `pjrt.Executable`. Arrays that `Client.staging` gave are copied over first."""
+        """Run the program, as `pjrt.Executable` does, after copying the arrays of `Client.staging` to the GPU."""
         return super().__call__([self._on.uploaded(a) if isinstance(a, np.ndarray) else a for a in arguments])
 
     def serialize(self) -> bytes:
-        """What `Client.load` takes."""
+        """Return the input of `Client.load`."""
         return bytes(self._loaded.serialize())
 
 
 class Client(pjrt.Client):
-    """A device with a memory of its own: what it works on is copied there, what it answers is copied back.
+    """A device with separate memory: arguments are copied to it, results are copied back.
 
     Args:
-        client: XLA's.
+        client: XLA's client.
     """
 
     def __init__(self, client: Any) -> None:
@@ -93,7 +92,7 @@ class Client(pjrt.Client):
 
     @property
     def device_kind(self) -> str:
-        """As the driver names it."""
+        """The driver's name for the device."""
         return str(self._device.device_kind)
 
     def _executable(self, loaded: Any, results: Sequence[pjrt.Result], *, compiled: bool) -> Executable:
@@ -101,7 +100,7 @@ class Client(pjrt.Client):
 
     def _options(self) -> Any:
         options = super()._options()
-        # Where the compiler looks for NVIDIA's device library and assembler.
+        # The compiler needs NVIDIA's device library and assembler.
         for folder in _folders("nvidia"):
             for name in ("cuda_nvcc", "cu13"):
                 if (folder / name).is_dir():
@@ -110,20 +109,24 @@ class Client(pjrt.Client):
         return options
 
     def put(self, array: np.ndarray) -> Buffer:
-        """Copies an array to the device. It must not change until something has been computed with it."""
+        """Copy an array to the device. The array must not change before a computation has used the copy."""
         return self._put(array, self._kinds.IMMUTABLE_UNTIL_TRANSFER_COMPLETES)
 
     def uploaded(self, array: np.ndarray) -> Buffer:
-        """Copies an array to the device. It may change as soon as this returns."""
+        """Copy an array to the device. The array may change as soon as this returns."""
         return self._put(array, self._kinds.IMMUTABLE_ONLY_DURING_CALL)
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """An array, and itself as what stands for it: an `Executable` copies it over at every call."""
+        """Return a zeroed array, also in place of its buffer: an `Executable` copies it to the GPU at every call."""
         array = np.zeros(shape, dtype)
         return array, cast(Buffer, array)
 
     def get(self, buffer: Buffer) -> np.ndarray:
-        """Waits for a buffer, and copies it to the host."""
+        """Wait for a buffer, and copy it to the host.
+
+        Raises:
+            PrecastError: the program that computes it fails.
+        """
         try:
             array, _ = cast(Any, buffer)._single_device_array_to_np_array_did_copy()
         except (_jax.JaxRuntimeError, ValueError) as error:
@@ -135,13 +138,13 @@ _making_client = Lock()
 
 
 def client(device: str) -> Client:
-    """This process's client of the first GPU.
+    """Return this process's client for the first GPU.
 
     Args:
-        device: kind that the GPU must be of, or "any".
+        device: expected kind of the GPU, or "any".
 
     Raises:
-        PrecastError: when the plugin is not installed, finds no GPU, or finds one of another kind.
+        PrecastError: the plugin is not installed, or finds no GPU or one of another kind.
     """
     with _making_client:
         made = _client()
@@ -162,16 +165,16 @@ def _client() -> Client:
             f" {cuda_packages(pjrt.jaxlib_version)}"
         )
     for library in _nvidia_libraries():
-        # What cannot be loaded is missed by the plugin, if it is, which says so better.
+        # If the plugin needs a library that cannot be loaded, its own error is better.
         with suppress(OSError):
             ctypes.CDLL(str(library))
     try:
-        # In a process where jax has loaded it, it is there already.
+        # jax may have loaded the plugin in this process.
         if not xla_client.pjrt_plugin_loaded(_NAME):
             xla_client.load_pjrt_plugin_dynamically(_NAME, str(plugin.library))
         if not xla_client.pjrt_plugin_initialized(_NAME):
             xla_client.initialize_pjrt_plugin(_NAME)
-        # One GPU: each that a client may see, it takes most of the memory of.
+        # One GPU: a client takes most of the memory of each that it sees.
         options = {**xla_client.generate_pjrt_gpu_plugin_options(), "visible_devices": [0]}
         return Client(xla_client.make_c_api_client(_NAME, options))
     except (_jax.JaxRuntimeError, RuntimeError, ValueError) as error:

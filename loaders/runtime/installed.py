@@ -1,4 +1,4 @@
-"""Describe this machine and what is installed on it."""
+"""This machine, and the packages installed on it that a target may need."""
 
 import importlib.util
 
@@ -10,18 +10,18 @@ from ..artifact.machine import Machine, cpu_features, nvidia_gpus, processor_fam
 
 
 def _is_installed(package: str) -> bool:
-    """Whether a package could be imported; it is not."""
+    """Return True if a package can be imported, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # something in this process refuses it
+    except (ImportError, ValueError):  # blocked in this process
         return False
 
 
 def this_machine(*, cuda: bool = True) -> Machine:
-    """The machine and what is installed on it, for the choice of a target.
+    """Describe this machine for the choice of a target.
 
     Args:
-        cuda: whether to look for GPUs and what they need, which takes 50 ms where there are any.
+        cuda: look for GPUs and jax's plugin for them, which takes 50 ms on a machine with GPUs.
     """
     gpus = nvidia_gpus() if cuda else ()
     return Machine(
@@ -37,7 +37,7 @@ def this_machine(*, cuda: bool = True) -> Machine:
 
 
 def _cuda_plugin() -> str:
-    from . import cuda  # slow to import, and needed only where there is a GPU
+    from . import cuda  # slow to import, and needed only with a GPU
 
     plugin = cuda.find_plugin()
     return "" if plugin is None else plugin.version

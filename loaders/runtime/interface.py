@@ -1,8 +1,8 @@
-"""What the engine asks of a runtime. `pjrt` and `savedmodel` are the two there are; a third offers the same.
+"""The interface between the engine and the runtimes `pjrt`, `cuda` and `savedmodel`.
 
-A runtime makes a `Client` and, of a target's programs, an `Executable` each. The engine hands buffers from one call to
-the next without looking inside. Device memory that the host does not see is the client's business: `staging` then gives
-an array of the host's and a buffer that stands for it, which the executable copies over at every call.
+A runtime provides a `Client`, and an `Executable` for each program of a target. The engine passes buffers from one call
+to the next without looking inside. If a device has separate memory, `staging` returns an array in the host's memory and
+a placeholder for its buffer, and the executable copies the array to the device at every call.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,28 +10,28 @@ from typing import NewType, Protocol
 
 import numpy as np
 
-# An array of a runtime. Opaque: only the module of the runtime looks inside.
+# An array of a runtime, opaque to all code outside the runtime's module.
 Buffer = NewType("Buffer", object)
 
 
 class Executable(Protocol):
-    """A loaded program. Calling it runs it to the end."""
+    """A loaded program."""
 
     @property
     def compiled(self) -> bool:
-        """Whether it is compiled here, and not deserialised."""
+        """True if this process or its child compiles it, False if it was deserialised."""
 
     def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
-        """Runs the program.
+        """Run the program.
 
         Args:
-            arguments: in the order of its signature in the manifest. Those that a result aliases are used up.
+            arguments: arguments in the order of the manifest's signature. A call consumes those that a result aliases.
 
         Returns:
-            Its results in order.
+            The results in the order of the signature.
 
         Raises:
-            PrecastError: when the program refuses the arguments.
+            PrecastError: the program refuses the arguments.
         """
 
 
@@ -39,13 +39,13 @@ class Client(Protocol):
     """One device."""
 
     def put(self, array: np.ndarray) -> Buffer:
-        """Hands an array to the device; the caller must not change it afterwards."""
+        """Hand an array to the device. The caller must not change it afterwards."""
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """An array and a buffer of it: what is written there between two calls, the next one sees."""
+        """Return a zeroed array and its buffer: a call sees what was written to the array before it."""
 
     def get(self, buffer: Buffer) -> np.ndarray:
-        """A buffer's contents, not to be written to; valid until the buffer is used up by a call."""
+        """Return a buffer's contents, read-only, valid until a call consumes the buffer."""
 
     def free(self, buffers: Iterable[Buffer]) -> None:
         """Release buffers from `put` that no call will use again, and the arrays whose memory they share."""

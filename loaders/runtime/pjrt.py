@@ -1,7 +1,7 @@
-"""XLA's CPU client as jaxlib ships it, used without jax.
+"""XLA's CPU client from jaxlib, used without jax.
 
-Every unadvertised function of jaxlib that precast's loader calls stands in this file, and nowhere else but, for GPUs,
-in `cuda` beside it: what a new jaxlib changes is changed here. Tested on each jaxlib of the supported range.
+All private functions of jaxlib that the loader calls are in this file, or in `cuda` if only GPUs need them, so that a
+new jaxlib requires changes nowhere else. The tests run on each supported jaxlib.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,12 @@ import numpy as np
 
 from ..artifact.errors import PrecastError
 from ..artifact.machine import usable_cores
-from .fitting import jaxlib_for_this_cpu
-from .quiet import quiet, variable
+from .native_libraries import check_cpu, quiet, variable
 
 try:
     # XLA reads the log level once, when it is loaded.
-    with jaxlib_for_this_cpu(), quiet("1"):
+    check_cpu()
+    with quiet("1"):
         from jaxlib import _jax
 except ImportError as error:
     raise PrecastError(
@@ -35,17 +35,17 @@ from ..artifact.manifest import ProgramMemory
 from ..artifact.weights import aligned_zeros
 from .interface import Buffer
 
-# Newer handlers check nothing; older ones can be told not to, which they would do by jax's Python code.
+# Have older result handlers skip their checks, which need jax's Python code; newer ones check nothing.
 _UNCHECKED = (True,) if "_skip_checks" in (_jax.array_result_handler.__doc__ or "") else ()
 
 
 class Result(Frozen):
-    """What jaxlib asks about a result to make an array of it; the names are its.
+    """The type of a result, with the attributes that jaxlib needs to make an array.
 
     Attributes:
-        shape: axes in order.
-        dtype: of its elements.
-        weak_type: jax's own; ours are not.
+        shape: sizes of the axes in order.
+        dtype: type of the elements.
+        weak_type: jax's mark for types of Python scalars; always False here.
     """
 
     shape: tuple[int, ...]
@@ -54,15 +54,15 @@ class Result(Frozen):
 
 
 def _major_to_minor(layout: Any) -> tuple[int, ...]:
-    """Of a layout that XLA writes as {2,1,0}, the fastest axis first."""
+    """Return the axes of a layout, slowest first; XLA writes them fastest first: {2,1,0}."""
     return tuple(int(axis) for axis in reversed(str(layout).strip("{}").split(",")) if axis)
 
 
 class Executable:
-    """A loaded program. Calling it runs it to the end.
+    """A loaded program. A call returns when the program has finished.
 
     Attributes:
-        compiled: whether it was compiled here, and not deserialised.
+        compiled: True if this process or its child compiled it, False if it was deserialised.
     """
 
     def __init__(self, loaded: Any, handlers: Sequence[Any], *, compiled: bool) -> None:
@@ -71,32 +71,32 @@ class Executable:
         self.compiled = compiled
 
     def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
-        """Runs the program.
+        """Run the program.
 
         Args:
-            arguments: in the order of its signature. Those that a result aliases are used up.
+            arguments: arguments in the order of the signature. A call consumes those that a result aliases.
 
         Returns:
-            Its results in order.
+            The results in the order of the signature.
 
         Raises:
-            PrecastError: when the program or one of its kernels refuses the arguments.
+            PrecastError: the program or one of its kernels refuses the arguments.
         """
         try:
             results = self._loaded.execute_sharded(list(arguments))
-            # Given the type of each result, jaxlib makes arrays without importing jax.
+            # With the results' types at hand, jaxlib makes arrays without importing jax.
             return list(results.consume_with_handlers(self._handlers))
         except (_jax.JaxRuntimeError, ValueError) as error:
             raise PrecastError(f"the program failed: {error}") from None
 
     def serialize(self) -> bytes:
-        """What `Client.load` takes; the same program gives the same bytes."""
+        """Return the input of `Client.load`; the same program gives the same bytes."""
         from .serialized import canonical
 
         return canonical(bytes(self._loaded.serialize()))
 
     def memory(self) -> ProgramMemory:
-        """What the compiler says a call needs."""
+        """Return the memory that a call needs, as the compiler says."""
         stats = self._loaded.get_compiled_memory_stats()
         return ProgramMemory(
             arguments=stats.argument_size_in_bytes,
@@ -106,16 +106,16 @@ class Executable:
         )
 
     def layouts(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-        """Of arguments and of results: axes from the slowest to the fastest in memory."""
+        """Return the layouts of arguments and of results: axes from the slowest to the fastest in memory."""
         arguments, results = self._loaded.get_parameter_layouts(), self._loaded.get_output_layouts()
         return [_major_to_minor(a) for a in arguments], [_major_to_minor(r) for r in results]
 
 
 class Client:
-    """One device: the CPU.
+    """The CPU as one device.
 
     Args:
-        client: XLA's.
+        client: XLA's client.
     """
 
     def __init__(self, client: Any) -> None:
@@ -131,19 +131,19 @@ class Client:
         return [_jax.array_result_handler(r, self._sharding, True, *_UNCHECKED) for r in results]
 
     def _options(self) -> Any:
-        """How to compile."""
+        """Return the compiler's options."""
         return _jax.CompileOptions()
 
     def load(self, serialized: bytes, results: Sequence[Result], where: str) -> Executable:
-        """Loads a serialised executable: no tracing, no compiling.
+        """Load a serialised executable, without tracing or compiling.
 
         Args:
             serialized: the file's contents.
-            results: what it returns.
-            where: what messages call it.
+            results: types of the program's results.
+            where: name of the program in messages.
 
         Raises:
-            PrecastError: when XLA does not take it.
+            PrecastError: XLA refuses it.
         """
         try:
             loaded = self._client.deserialize_executable(serialized, executable_devices=self._devices)
@@ -155,10 +155,10 @@ class Client:
         return self._executable(loaded, results, compiled=False)
 
     def compile(self, stablehlo: bytes, results: Sequence[Result], where: str) -> Executable:
-        """Compiles a StableHLO portable artifact; arguments as for `load`.
+        """Compile a StableHLO portable artifact; arguments as for `load`.
 
         Raises:
-            PrecastError: when XLA does not take it.
+            PrecastError: XLA refuses it.
         """
         try:
             loaded = self._client.compile_and_load(stablehlo, self._devices, self._options())
@@ -169,14 +169,14 @@ class Client:
         return self._executable(loaded, results, compiled=True)
 
     def put(self, array: np.ndarray) -> Buffer:
-        """Hands an array to the device: as it lies where it starts on a 64-byte boundary, else copied.
+        """Hand an array to the device: zero-copy if it starts on a 64-byte boundary, else as a copy.
 
         The caller must not change the array afterwards.
         """
         return self._put(array, _jax.HostBufferSemantics.ZERO_COPY)
 
     def _put(self, array: np.ndarray, semantics: Any) -> Buffer:
-        # Given the array's type, jaxlib does not import jax; its other import paths do if jax is installed.
+        # With the array's type at hand, jaxlib does not import jax, as its other functions do.
         about = Result(shape=array.shape, dtype=array.dtype)
         made = _jax.batched_device_put(
             about,
@@ -193,19 +193,19 @@ class Client:
         """Release buffers that no call will use again, and the arrays whose memory they share."""
         for buffer in buffers:
             cast(Any, buffer).delete()
-        # XLA keeps those arrays until it is asked to collect them.
+        # XLA keeps those arrays until their collection is requested.
         _jax.collect_garbage()
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """An array and the buffer that shares its memory: what is written there between two calls, the next one sees.
+        """Return a zeroed array and a buffer that shares its memory: a call sees what was written before it.
 
-        Making a buffer takes longer than a small program; an input that is there for every call is made once.
+        Making a buffer takes longer than a small program, so inputs of every call are made once.
         """
         array = aligned_zeros(shape, dtype)
         return array, self.put(array)
 
     def get(self, buffer: Buffer) -> np.ndarray:
-        """A read-only view of a buffer; valid until the buffer is used up by a call. Not for bfloat16."""
+        """Return a read-only view of a buffer, valid until a call consumes the buffer. Not for bfloat16."""
         return np.asarray(memoryview(cast(Any, buffer)))
 
 
@@ -226,16 +226,16 @@ def placement(device: Any) -> Any:
 
 
 def size_of(buffer: Buffer) -> int:
-    """Bytes of a buffer as it is, whatever it was said to be."""
+    """Return a buffer's actual size in bytes, independent of its declared type."""
     size: int = buffer.on_device_size_in_bytes()  # type: ignore[attr-defined]
     return size
 
 
 @cache
 def register_kernels() -> None:
-    """Makes precast's kernels known to XLA, in this process; before any program that calls them is loaded."""
+    """Register precast's kernels with XLA in this process, before programs that call them are loaded."""
     for name, handler in kernels.targets().items():
-        # Not by way of xla_client, which takes 4 ms to import.
+        # xla_client would take 4 ms to import.
         _jax.register_custom_call_target(name, handler, "cpu", 1)
 
 

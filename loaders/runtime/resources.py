@@ -10,11 +10,11 @@ from time import monotonic, sleep
 from ..artifact.frozen import Frozen
 from ..artifact.machine import usable_cores
 
-# Seconds for a started thread to pass; one that finds no memory never does.
+# Seconds for a started thread to take its first step; a thread without memory for its stack never does.
 _PASS_S = 2.0
-# What version 1 of control groups says where there is no limit is a little below 2^63.
+# Control groups of version 1 state a number just below 2^63 in place of no limit.
 _NO_LIMIT = 1 << 60
-# Threads that a user may have elsewhere; a limit this far above what is needed is not looked into.
+# Threads that a user may have elsewhere: a limit higher than this plus the need is not tested.
 _IN_SIGHT = 4096
 
 
@@ -41,11 +41,11 @@ class Processors(Frozen):
 
 
 class Limits(Frozen):
-    """The system's limits for this process; None where they leave enough.
+    """The system's limits for this process; None if they leave enough.
 
     Attributes:
         address_space: bytes that it may still map (``ulimit -v``).
-        threads: number of threads that it could start, if too few (``ulimit -u``, pids.max of a container).
+        threads: number of threads that it can start, if too few (``ulimit -u``, pids.max of a container).
     """
 
     address_space: int | None
@@ -57,7 +57,7 @@ class Memory(Frozen):
 
     Attributes:
         limit: memory for this process if nothing else ran: the machine's, or its control group's limit.
-        available: memory that this process could have now.
+        available: memory that this process can still take.
     """
 
     limit: int | None
@@ -65,11 +65,13 @@ class Memory(Frozen):
 
 
 def processors(system: Path = Path("/")) -> Processors:
+    """Read the processors from the files of a system with this root."""
     quotas = [q for folder in _groups(system, "cpu") if (q := _quota(folder)) is not None]
     return Processors(cores=os.cpu_count() or 1, usable=usable_cores(), quota=min(quotas, default=None))
 
 
 def memory(system: Path = Path("/")) -> Memory:
+    """Read the memory from the files of a system with this root."""
     machine = _fields(system / "proc/meminfo")
     total, free = (machine.get(key, 0) << 10 for key in ("MemTotal:", "MemAvailable:"))
     found = [(total, free)] if total else []
@@ -81,14 +83,14 @@ def memory(system: Path = Path("/")) -> Memory:
 
 
 def limits(threads: int, system: Path = Path("/")) -> Limits:
-    """The limits for this process.
+    """Return the limits for this process.
 
     Args:
-        threads: how many are needed. Where a limit is in sight they are started and ended again: the counts that the
-            system compares with its limits are not all to be seen.
+        threads: number of threads needed. Near a limit they are started and ended again, because the counts that the
+            system compares with its limits are partly hidden.
         system: root of the file system.
     """
-    space = _address_space()  # measured first, because threads take address space that later ones reuse
+    space = _address_space()  # measured before threads take address space, which later ones reuse
     few = _startable(threads) if _thread_limit(system) < threads + _IN_SIGHT else None
     return Limits(address_space=space, threads=few)
 
@@ -124,7 +126,7 @@ def _address_space() -> int | None:
 
 def _startable(wanted: int) -> int | None:
     """Start this many concurrent threads; return the number that started, or None for all."""
-    # Not `Thread.start`, which waits forever for a thread that finds no memory for its first step.
+    # `Thread.start` would wait forever for a thread without memory for its first step.
     gate, passed, started = allocate_lock(), list[None](), 0
     with gate, suppress(RuntimeError, MemoryError):
         while started < wanted:
@@ -137,7 +139,7 @@ def _startable(wanted: int) -> int | None:
 
 
 def _pass(gate: LockType, passed: list[None]) -> None:
-    """Wait at a gate, and note that it was passed."""
+    """Wait for the gate to open, and record the passage."""
     with gate:
         passed.append(None)
 
@@ -194,7 +196,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Lines such as ``MemTotal:  16384 kB``: the first word, and the number behind it."""
+    """Return the number after the first word of each line such as ``MemTotal:  16384 kB``."""
     words = [line.split() for line in _text(path).splitlines()]
     return {w[0]: int(w[1]) for w in words if len(w) >= 2 and w[1].isdigit()}
 

@@ -15,7 +15,7 @@ from ..artifact import files
 from ..artifact.errors import PrecastError
 from ..artifact.manifest import FileEntry, Program, Target, Value
 from .interface import Buffer
-from .quiet import quiet
+from .native_libraries import quiet
 
 SAVED_MODEL = "saved_model.pb"
 

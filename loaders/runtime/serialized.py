@@ -1,14 +1,12 @@
-"""What is inside an executable that XLA's CPU client has serialised: only as much as is needed to write it
-down the same way every time, and to look at its machine code.
+"""The serialised form of XLA's CPU executables, read far enough to order their object files and to find machine code.
 
-XLA compiles the kernels of a program on several threads and keeps their object files in the order in which they
-were done. Nothing depends on that order, but two compilations of the same program differ in it and in nothing else.
-So they are put in order.
+XLA compiles the kernels of a program on several threads, and stores their object files in the order of completion.
+Nothing depends on that order, so `canonical` sorts them: two compilations of a program then give the same bytes.
 
-The file is a protocol buffer message ``SerDesMetadata`` behind its length, and then the message
-``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto), whose field 1 holds a ``CompilationResultProto``
-(xla/service/cpu/executable.proto), whose fields 8 are the object files and field 9 the machine compiled for. The wire
-format is https://protobuf.dev/programming-guides/encoding.
+The file is a protocol buffer message ``SerDesMetadata`` after its length, followed by the message
+``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto). Field 1 of that holds a ``CompilationResultProto``
+(xla/service/cpu/executable.proto), whose fields 8 are the object files and field 9 the target machine. The wire format
+is https://protobuf.dev/programming-guides/encoding.
 """
 
 import struct
@@ -23,23 +21,29 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 @dataclass(frozen=True)
 class _Field:
-    """A field: its number, its bytes with everything, and its value where it is one of bytes."""
+    """A field of a message.
+
+    Attributes:
+        number: the field's number.
+        raw: the encoded field with its tag.
+        value: the bytes of a field of bytes, else empty.
+    """
 
     number: int
     raw: bytes
     value: bytes
 
 
-class _Unknown(Exception):
-    """The bytes are not what this module knows."""
+class _UnknownForm(Exception):
+    """The bytes do not have the form that this module knows."""
 
 
 def canonical(executable: bytes) -> bytes:
-    """The same executable with its object files in a fixed order; as it is where it is not of the form known."""
+    """Return the executable with its object files in a fixed order, or unchanged if its form is unknown."""
     try:
         head, fields = _split(executable)
         return head + b"".join(_sorted_objects(f) if f.number == _RESULT else f.raw for f in fields)
-    except _Unknown:
+    except _UnknownForm:
         return executable
 
 
@@ -49,12 +53,12 @@ def object_files(executable: bytes) -> tuple[bytes, ...] | None:
         results = [f.value for f in _split(executable)[1] if f.number == _RESULT]
         objects = [f.value for result in results for f in _fields(result) if f.number == _OBJECT]
         return tuple(f.value for value in objects for f in _fields(value) if f.number == _CONTENTS)
-    except _Unknown:
+    except _UnknownForm:
         return None
 
 
 def code_sections(elf: bytes) -> Iterator[bytes]:
-    """Return the sections of an ELF file that hold instructions (ELF-64: System V gABI, chapter 4).
+    """Yield the sections of an ELF file that hold instructions (ELF-64: System V gABI, chapter 4).
 
     Raises:
         struct.error: the data is not an ELF file.
@@ -67,18 +71,19 @@ def code_sections(elf: bytes) -> Iterator[bytes]:
 
 
 def _split(executable: bytes) -> tuple[bytes, list[_Field]]:
-    """What stands before the message, and the message's fields."""
+    """Return the bytes before the message, and the message's fields."""
     length, start = _varint(executable, 0)
     if start + length > len(executable):
-        raise _Unknown
+        raise _UnknownForm
     return executable[: start + length], list(_fields(executable[start + length :]))
 
 
 def _sorted_objects(field: _Field) -> bytes:
+    """Return the encoded field with its object files sorted."""
     parts = list(_fields(field.value))
     objects = iter(sorted(p.raw for p in parts if p.number == _OBJECT and _ELF in p.value))
     value = b"".join(next(objects) if p.number == _OBJECT and _ELF in p.value else p.raw for p in parts)
-    # Nothing but the order has changed, so the field's own tag and length have not.
+    # Only the order has changed, so the field keeps its tag and length.
     return field.raw[: len(field.raw) - len(field.value)] + value
 
 
@@ -95,18 +100,19 @@ def _fields(data: bytes) -> Iterator[_Field]:
         elif kind in (_FIXED64, _FIXED32):
             end = start + (8 if kind == _FIXED64 else 4)
         else:
-            raise _Unknown
+            raise _UnknownForm
         if end > len(data):
-            raise _Unknown
+            raise _UnknownForm
         yield _Field(tag >> 3, data[at:end], data[start:end] if kind == _BYTES else b"")
         at = end
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """Decode a variable-length integer; return it and the position after it."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:
-            raise _Unknown
+            raise _UnknownForm
         byte = data[at]
         at, value, shift = at + 1, value | (byte & 127) << shift, shift + 7
         if byte < 128:

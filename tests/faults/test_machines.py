@@ -94,7 +94,7 @@ def test_fault_08_code_that_this_cpu_lacks_is_a_sentence_and_no_crash(
     assert spoil(data) != data
     put(artifact_copy, name, spoil(data))
     expected = (
-        f"{artifact_copy}: target 'cpu-[^']+' was tried in a process of its own, which crashed while running"
+        f"{artifact_copy}: target 'cpu-[^']+' was tried in a child process, which crashed while running"
         rf" {program} \(SIGILL\); its programs do not suit this machine: compile them here with --compile, or export"
         " again."
     )
@@ -130,7 +130,7 @@ def test_fault_09_what_another_jaxlib_wrote_is_a_sentence_even_where_the_manifes
         put(artifact_copy, name, changed)
         text = run_refused(artifact_copy)
         assert f"{artifact_copy}" in text
-        assert "XLA does not load this executable" in text or "was tried in a process of its own" in text
+        assert "XLA does not load this executable" in text or "was tried in a child process" in text
 
 
 # --- 10: custom calls ---------------------------------------------------------------------------------------

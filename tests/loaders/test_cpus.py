@@ -18,7 +18,7 @@ from precast.loaders.artifact.machine import Machine, parse_cpu_features
 from precast.loaders.artifact.manifest import Target
 from precast.loaders.audit.check import _isa
 from precast.loaders.compiling import isa
-from precast.loaders.runtime import fitting
+from precast.loaders.runtime import native_libraries
 
 CPUS = json.loads((Path(__file__).parents[1] / "reference" / "cpus.json").read_text())
 LEVELS = tuple(isa.LEVELS)
@@ -143,20 +143,19 @@ def test_a_cpu_that_jaxlib_does_not_run_on_is_a_sentence(name, monkeypatch):
         raise RuntimeError("This version of jaxlib was built using AVX instructions")
 
     monkeypatch.setattr(cpu_feature_guard, "check_cpu_features", refuse)
-    monkeypatch.setattr(fitting, "cpu_features", lambda: machine(name).features)
-    monkeypatch.setattr(fitting, "processor_family", lambda: "x86_64")
+    monkeypatch.setattr(native_libraries, "cpu_features", lambda: machine(name).features)
+    monkeypatch.setattr(native_libraries, "processor_family", lambda: "x86_64")
     if name not in WITHOUT_AVX:
-        with fitting.jaxlib_for_this_cpu():
-            return
-    with pytest.raises(PrecastError) as raised, fitting.jaxlib_for_this_cpu():
-        pass
+        native_libraries.check_cpu()
+        return
+    with pytest.raises(PrecastError) as raised:
+        native_libraries.check_cpu()
     assert str(raised.value).startswith(
         "jaxlib cannot run on this CPU, which lacks AVX; use a CPU of 2011 or later"
     )
-    # A jaxlib that was built for such a CPU says nothing.
+    # A jaxlib that was built for such a CPU does not refuse it.
     monkeypatch.setattr(cpu_feature_guard, "check_cpu_features", lambda: None)
-    with fitting.jaxlib_for_this_cpu():
-        pass
+    native_libraries.check_cpu()
 
 
 @pytest.mark.parametrize("level", LEVELS)

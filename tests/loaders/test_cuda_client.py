@@ -289,8 +289,14 @@ def test_an_artifact_for_a_gpu_generates_through_the_client(artifact_copy, tiny_
     monkeypatch.setattr(loading.installed, "this_machine", lambda **_: here)
     asked = []
     monkeypatch.setattr(cuda, "client", lambda device: asked.append(device) or stand_in)
-    model = loading.load(artifact_copy, trusted=True)
-    assert asked == [H100]
+    messages = []
+    loading.load(artifact_copy, trusted=True, threads=2, log=messages.append)
+    assert messages == [
+        f"{artifact_copy}: target 'cuda' runs on the GPU, so the number of threads is ignored"
+    ]
+    del messages[:], asked[:]
+    model = loading.load(artifact_copy, trusted=True, log=messages.append)
+    assert (asked, messages) == ([H100], [])
     assert model.target.platform == "cuda"
     for prompt in ([3], list(range(1, 12)), [i * 7 % 300 for i in range(40)]):
         assert greedy(model, prompt) == greedy(tiny_model, prompt)

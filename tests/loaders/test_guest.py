@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from precast.loaders.runtime.quiet import quiet
+from precast.loaders.runtime.native_libraries import quiet
 
 HOST = """
 import asyncio, ctypes, decimal, faulthandler, gc, json, locale, os, random, resource, signal, sys, threading, warnings

@@ -1,5 +1,6 @@
 """System limits give a sentence before XLA reaches them, and the number of threads is right."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -132,6 +133,41 @@ def test_address_space_is_a_sentence_or_enough(
         assert result.stdout.startswith(f"{tiny_artifact}: it needs 9")
         assert result.stdout.endswith(
             "(ulimit -v); raise that limit, or compute with fewer threads (--threads 1).\n"
+        )
+
+
+SECOND_UNDER_A_LIMIT = """
+import resource, sys
+import precast
+def answer(path):
+    model = precast.load(path, threads=2, trusted=True)
+    return len(model.generate([7, 200, 31], precast.SamplingParams(max_tokens=4, ignore_eos=True)).token_ids)
+answer(sys.argv[1])
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[2]),) * 2)
+try:
+    print("loaded", answer(sys.argv[1]))
+except precast.PrecastError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("beyond", "text"), [(-2 << 20, "refused"), (2 << 20, "loaded")])
+def test_the_memory_of_a_second_model_counts(
+    tiny_artifact: Path, python: Any, beyond: int, text: str
+) -> None:
+    """Its threads do not: the first model started them."""
+    manifest = read_manifest(tiny_artifact)
+    space = limits.need(manifest, manifest.targets[0]).all + limits._FURTHER
+    result = python("-c", SECOND_UNDER_A_LIMIT, str(tiny_artifact), str(space + beyond))
+    assert (result.returncode, result.stderr) == (0, "")
+    if text == "loaded":
+        assert result.stdout == "loaded 4\n"
+    else:
+        assert re.fullmatch(
+            rf"{tiny_artifact}: it needs \d+\.\d MB of address space, this process may take \d+\.\d MB more"
+            r" \(ulimit -v\); raise that limit\.\n",
+            result.stdout,
         )
 
 

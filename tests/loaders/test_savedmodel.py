@@ -347,6 +347,47 @@ def test_signatures_of_another_model_are_refused(copy, windowed_savedmodel):
     assert "signature 'cache': expected results {'cache__keys': 'float32 (3, 1, 2, 64, 12)'" in refusal(copy)
 
 
+# --- threads --------------------------------------------------------------------------------------------------
+
+THREADS = """
+import sys
+from pathlib import Path
+from precast.loaders.load import load
+from precast.loaders.generation.sampling_params import SamplingParams
+
+def run(threads):
+    messages = []
+    model = load(sys.argv[1], target="savedmodel", trusted=True, threads=threads, log=messages.append)
+    model.generate([7, 300, 12], SamplingParams(max_tokens=2, ignore_eos=True))
+    import tensorflow as tf
+    print(tf.config.threading.get_intra_op_parallelism_threads(), *messages[1:])
+
+if sys.argv[2] == "host first":
+    import tensorflow as tf
+    tf.constant(1)
+for threads in map(int, sys.argv[3:]):
+    run(threads or None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("host", "threads", "expected"),
+    [
+        ("no host", (3, 3, 5), ("3", "3", "3 ignored")),
+        ("no host", (0, 3), ("0", "0 ignored")),
+        ("host first", (3, 0), ("0 ignored", "0")),
+    ],
+)
+def test_tensorflow_takes_a_number_of_threads_once(savedmodel_artifact, python, host, threads, expected):
+    """0 in TensorFlow's settings means its default; None of ours leaves them alone."""
+    result = python("-c", THREADS, str(savedmodel_artifact), host, *map(str, threads))
+    assert result.returncode == 0, result.stderr
+    ignored = (
+        f"{savedmodel_artifact}: TensorFlow already runs in this process, so the number of threads is ignored"
+    )
+    assert result.stdout.splitlines() == [line.replace("ignored", ignored) for line in expected]
+
+
 # --- where it runs --------------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,7 @@ def test_where_nothing_can_be_noted_it_is_tried_every_time_and_said(
         said = []
         assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
         assert len(children) == count
-        (line,) = (line for line in said if "in a process of its own" in line)
+        (line,) = (line for line in said if "in a child process" in line)
         assert "as it will be at every start" in line
         assert "cannot be written to; set PRECAST_CACHE to a folder that can be." in line
 
@@ -139,7 +139,7 @@ def test_without_a_home_folder_it_is_tried_every_time_and_said(tiny_artifact, ho
         said = []
         assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
         assert len(children) == count
-        (line,) = (line for line in said if "in a process of its own" in line)
+        (line,) = (line for line in said if "in a child process" in line)
         assert line.endswith(
             "at every start: this user has no home folder to keep it in; set PRECAST_CACHE to a folder."
         )
@@ -188,7 +188,7 @@ def test_where_no_child_can_be_started_it_is_said_and_not_tried(tiny_artifact, o
     said = []
     assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
     (line,) = said
-    assert f"{tiny_artifact}: not tried in a process of its own first, because none can be started (" in line
+    assert f"{tiny_artifact}: not tried in a child process first, because none can be started (" in line
     assert "/no/such/python" in line
     assert notes(own_cache) == []
 
@@ -236,8 +236,8 @@ def test_where_there_is_no_python_to_start_nothing_is_started(
     said = []
     ensure(tiny_artifact, log=said.append)
     (line,) = said
-    assert line.startswith(f"{tiny_artifact}: not tried in a process of its own first, because")
-    with pytest.raises(PrecastError, match=r"^x: no process to compile in can be started \("):
+    assert line.startswith(f"{tiny_artifact}: not tried in a child process first, because")
+    with pytest.raises(PrecastError, match=r"^x: the compiler's child process cannot be started \("):
         compiling.compile_programs([("decode", b"code")], "x", log=said.append)
     assert len(children) == (how == "a path that no system takes")
 
@@ -274,12 +274,12 @@ def test_a_child_that_is_no_python_is_said_to_be_that(
     ensure(tiny_artifact, log=said.append)
     (line,) = said
     assert line.startswith(
-        f"{tiny_artifact}: not tried in a process of its own first, because none can be started ({tmp_path}/python"
+        f"{tiny_artifact}: not tried in a child process first, because none can be started ({tmp_path}/python"
     )
     assert line.endswith(f"{reason}).")
     assert notes(own_cache) == []
     with pytest.raises(
-        PrecastError, match=r"^x: no process to compile in can be started \(.*/python"
+        PrecastError, match=r"^x: the compiler's child process cannot be started \(.*/python"
     ) as raised:
         compiling.compile_programs([("decode", b"code")], "x", log=said.append)
     assert str(raised.value).endswith(f"{reason}).")
@@ -307,7 +307,7 @@ def test_an_application_that_starts_itself_does_so_once(tiny_artifact, tmp_path,
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     first, second, inner, outer = log.read_text().splitlines()
     assert first == second == "start"
-    start = f"{tiny_artifact}: not tried in a process of its own first, because none can be started ("
+    start = f"{tiny_artifact}: not tried in a child process first, because none can be started ("
     assert inner == f"{start}this process was started by precast.loaders.trial_worker itself)."
     assert outer == f"{start}{app}: exit code 0)."
     assert notes(own_cache) == []

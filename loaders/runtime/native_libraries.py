@@ -1,0 +1,50 @@
+"""Import native libraries: on a CPU that can run them, and without their log messages."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from ..artifact.errors import PrecastError
+from ..artifact.machine import cpu_features, processor_family
+
+_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+
+
+def check_cpu() -> None:
+    """Refuse a CPU that jaxlib was not compiled for, before an illegal instruction in jaxlib ends the process.
+
+    Raises:
+        PrecastError: this CPU lacks a feature that jaxlib was compiled for, which is AVX in its wheels.
+    """
+    features = cpu_features()
+    if features and processor_family() == "x86_64" and "avx" not in features:
+        from jaxlib import cpu_feature_guard  # records the features that jaxlib was compiled for
+
+        try:
+            cpu_feature_guard.check_cpu_features()
+        except RuntimeError:
+            raise PrecastError(
+                "jaxlib cannot run on this CPU, which lacks AVX; use a CPU of 2011 or later, or have the virtual"
+                " machine show the features of its host (CPU type host)."
+            ) from None
+
+
+def quiet(level: str) -> AbstractContextManager[None]:
+    """Set the log level of Google's libraries while one is imported, unless the user has set a level other than 1.
+
+    The command line sets 1 for the libraries that an export imports; TensorFlow needs 2.
+    """
+    return variable(_LEVEL, level) if os.environ.get(_LEVEL, "1") == "1" else nullcontext()
+
+
+@contextmanager
+def variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for C code, without changing `os.environ`."""
+    os.putenv(name, value)
+    try:
+        yield
+    finally:
+        if (before := os.environ.get(name)) is None:
+            os.unsetenv(name)
+        else:
+            os.putenv(name, before)
