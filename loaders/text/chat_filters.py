@@ -1,6 +1,7 @@
-"""The filters and tests that a chat template may use, each counted before it runs.
+"""The filters and tests that a chat template may use. Each is charged before it runs.
 
-Their results equal those of jinja2's own. Templates see no other names. Importing this module imports jinja2.
+The results equal those of jinja2's own filters and tests. A template sees no others. Importing this module imports
+jinja2.
 """
 
 import json
@@ -20,17 +21,17 @@ from .chat_meter import SCALARS, LazyItems, Meter, size
 from .chat_methods import charge, lines, replace
 
 NUMBER_BITS = 4096
-"""Bits of the largest number that a template can calculate with."""
+"""The most bits of a number that a template may calculate with."""
 
-# In `%` and `{}` formats: a width or precision of four digits or more, or taken from an argument, or hidden
-# from this expression by nested brackets. Linear in the text: no two of its repeats can share a character.
+# In `%` and `{}` formats: a width or precision of at least four digits, or one from an argument, or nested brackets,
+# which could hide either. Matching takes linear time, because no two repeats can match the same character.
 WIDE = re.compile(
     r"%(\([^()]*\))?[-# +.\d]*?(\*|\d{4})|%\([^()]*\(|\{[^{}:]*:[^{}]*?(\{|\d{4})",
 )
 
 
 def charge_format(meter: Meter, template: str, values: Any) -> None:
-    """Charge for filling a format string: each field may print all of the values."""
+    """Charge the formatting of a string, in which each field may print all of the values."""
     meter.step(len(template))
     if wide := WIDE.search(template):
         raise jinja2.TemplateRuntimeError(f"the width in the format {wide.group()[:40]!r} is too large")
@@ -38,7 +39,7 @@ def charge_format(meter: Meter, template: str, values: Any) -> None:
     if weight.opaque:
         raise jinja2.TemplateRuntimeError(f"a value of type {weight.opaque} cannot become text")
     fields = template.count("%") + template.count("{")
-    # A number takes up to 1,308 characters: 309 digits, and a precision of three digits.
+    # A number takes up to 1,308 characters: 309 digits before the point and a precision of up to 999.
     count = len(template) + fields * (weight.printed + 2048)
     escaped = 5 if isinstance(template, Markup) else 1
     wide_bytes = 4 if not template.isascii() or "c" in template else weight.width
@@ -47,7 +48,11 @@ def charge_format(meter: Meter, template: str, values: Any) -> None:
 
 
 def check_number(value: Any) -> Any:
-    """Refuse a number that is too large to calculate with."""
+    """Return `value`.
+
+    Raises:
+        TemplateRuntimeError: the number is too large to calculate with.
+    """
     if isinstance(value, int) and value.bit_length() > NUMBER_BITS:
         raise jinja2.TemplateRuntimeError(f"a number grew beyond {NUMBER_BITS} bits")
     return value
@@ -57,7 +62,7 @@ def check_number(value: Any) -> Any:
 
 
 def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """Make a filter that takes any value as text."""
+    """Return a filter that converts any value to text."""
     function: Any = FILTERS[name]
 
     @pass_environment
@@ -71,15 +76,16 @@ def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None
 
 
 def _like(method: str) -> Callable[[Meter, str, tuple[Any, ...]], None]:
+    """Charge as for a method of text."""
     return lambda meter, text, args: charge(meter, text, method, args)
 
 
-def _times(made: int, steps: int) -> Callable[[Meter, str, tuple[Any, ...]], None]:
-    """Charge `made` bytes and 1/`steps` steps for a character."""
+def _per_character(count: int, characters: int) -> Callable[[Meter, str, tuple[Any, ...]], None]:
+    """Charge `count` bytes for each character, and one step for so many `characters`."""
 
     def charge_for(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
-        meter.step(len(text) // steps)
-        meter.allocate(80 + made * len(text))
+        meter.step(len(text) // characters)
+        meter.allocate(80 + count * len(text))
 
     return charge_for
 
@@ -97,9 +103,9 @@ def _replace(environment: Any, s: Any, old: Any, new: Any, count: Any = None) ->
 
 
 def _on_plain_text(name: str, cost: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """Make a filter that takes text and fails with anything else."""
+    """Return a filter that raises an error for any value other than text."""
     function: Any = FILTERS[name]
-    hidden = hasattr(function, "jinja_pass_arg")
+    takes_environment = hasattr(function, "jinja_pass_arg")
 
     @pass_environment
     def run(environment: Any, s: Any, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +113,7 @@ def _on_plain_text(name: str, cost: Callable[[Meter, str, tuple[Any, ...]], None
             cost(environment.meter, s, (*args, *kwargs.values()))
         elif not isinstance(s, Undefined):
             raise TypeError(f"{name} expects text, not {type(s).__name__!r}")
-        return function(*(environment,) * hidden, s, *args, **kwargs)
+        return function(*(environment,) * takes_environment, s, *args, **kwargs)
 
     return run
 
@@ -198,7 +204,7 @@ def _float(environment: Any, value: Any, default: Any = 0.0) -> Any:
 
 
 def _number_text(meter: Meter, text: str) -> None:
-    # If it is not a number, an error prints it, escaped.
+    # Text that is not a number occurs in the error, escaped.
     meter.step(len(text) >> 2)
     meter.allocate(0, temporary=2 * size(text) + 48 * len(text))
 
@@ -221,7 +227,12 @@ def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0)
 
 
 def _path(attribute: Any) -> Any:
-    """Refuse a dotted attribute path that would take long to follow."""
+    """Return an attribute path.
+
+    Raises:
+        TemplateRuntimeError: following the path would take too long.
+        TypeError: the path is neither text nor a number.
+    """
     if isinstance(attribute, str):
         if len(attribute) > 1000 or attribute.count(".") + attribute.count(",") > 15:
             raise jinja2.TemplateRuntimeError("an attribute has too many parts")
@@ -253,14 +264,14 @@ def _list(environment: Any, value: Any) -> list[Any]:
 
 
 def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    """Make a filter that compares items with each other; `parameters` are those after the value."""
+    """Return a filter that compares items with each other; `parameters` follow the value in its signature."""
     function: Any = FILTERS[name]
 
     @pass_environment
     def run(environment: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         items = environment.meter.to_list(value)
-        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        _charge_order(environment.meter, items, _path(given.get("attribute")))
+        arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        _charge_order(environment.meter, items, _path(arguments.get("attribute")))
         result = function(environment, items, *args, **kwargs)
         if isinstance(result, list):
             environment.meter.weigh(result)
@@ -270,7 +281,7 @@ def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _charge_order(meter: Meter, items: list[Any], attribute: Any) -> None:
-    """Charge for a sort: each merge level compares each item once, and each item is copied in lower case."""
+    """Charge a sort, which compares each item once at each merge level, and copies each item in lower case."""
     weight = meter.weigh(items)
     keys = 1 + attribute.count(",") if isinstance(attribute, str) else 1
     levels = math.ceil(math.log2(len(items) + 2)) + 7
@@ -294,19 +305,19 @@ def _dictsort(
 
 @pass_environment
 def _unique(environment: Any, value: Any, case_sensitive: Any = False, attribute: Any = None) -> LazyItems:
-    items = _weighed(environment.meter, value)
+    items = _charged_items(environment.meter, value)
     return LazyItems(
         environment.meter, FILTERS["unique"](environment, items, case_sensitive, _path(attribute))
     )
 
 
-def _weighed(meter: Meter, value: Any) -> Any:
-    """Yield the items of `value`, charging each for hashing and comparing."""
+def _charged_items(meter: Meter, value: Any) -> Any:
+    """Yield the items of `value`, and charge each for hashing and comparing."""
     for item in value:
         weight = meter.weigh(item)
         meter.step(1 + 2 * weight.steps + (weight.text >> 2))
         meter.allocate(256 + 12 * weight.text)
-        meter.check_time()  # numbers chosen to collide take long to look up
+        meter.check_time()  # numbers with colliding hashes take long to look up
         yield item
 
 
@@ -338,10 +349,10 @@ def _attr(environment: Any, obj: Any, name: Any) -> Any:
 
 
 ALLOWED_FILTERS: dict[str, Callable[..., Any]] = {
-    # These inspect one value or fetch one item.
+    # jinja2's own: these inspect one value or fetch one item.
     **{name: FILTERS[name] for name in ("abs", "count", "d", "default", "first", "last", "length")},
     **{name: _lazy(name) for name in ("map", "reject", "rejectattr", "select", "selectattr")},
-    **dict.fromkeys(("e", "escape"), _on_text("e", _times(24, 16))),
+    **dict.fromkeys(("e", "escape"), _on_text("e", _per_character(24, 16))),
     "attr": _attr,
     "capitalize": _on_text("capitalize", _like("capitalize")),
     "dictsort": _dictsort,
@@ -359,18 +370,18 @@ ALLOWED_FILTERS: dict[str, Callable[..., Any]] = {
     "replace": _replace,
     "reverse": _reverse,
     "round": _round,
-    "safe": _on_text("safe", _times(4, 64)),
+    "safe": _on_text("safe", _per_character(4, 64)),
     "sort": _ordered("sort", ("reverse", "case_sensitive", "attribute")),
-    "string": _on_text("string", _times(0, 64)),
+    "string": _on_text("string", _per_character(0, 64)),
     "sum": _sum,
-    "title": _on_text("title", _times(192, 1)),
+    "title": _on_text("title", _per_character(192, 1)),
     "tojson": _tojson,
     "trim": _on_text("trim", _like("strip")),
     "truncate": _on_plain_text("truncate", _cost_truncate),
     "unique": _unique,
     "upper": _on_text("upper", _like("upper")),
     "urlencode": _urlencode,
-    "wordcount": _on_text("wordcount", _times(72, 1)),
+    "wordcount": _on_text("wordcount", _per_character(72, 1)),
 }
 
 
@@ -390,7 +401,7 @@ def _comparison(name: str) -> Callable[..., Any]:
 
 
 def _of_number(name: str) -> Callable[..., Any]:
-    """Make a test that uses `%`, which on a text would format it."""
+    """Return a test that accepts only numbers, because its `%` would format a text."""
     function: Any = TESTS[name]
 
     def run(value: Any, *args: Any) -> Any:

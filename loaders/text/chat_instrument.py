@@ -1,4 +1,4 @@
-"""Rewrite the syntax tree of a chat template so that its operations go through the sandbox.
+"""Rewrite the syntax tree of a chat template so that the sandbox executes its operations.
 
 Importing this module imports jinja2.
 """
@@ -16,29 +16,35 @@ from jinja2.visitor import NodeTransformer
 
 from .chat_meter import LimitExceeded, Limits, Meter
 
-# Bytes per run of a body that a template can keep alive: a loop's context, a macro with its variables.
+# Bytes that one run of a body can keep alive: a loop's context, a macro with its variables, a piece of output.
 _LOOP_SIZE, _MACRO_SIZE, _OUTPUT_SIZE = 512, 2048, 16
 
 
 def instrument(environment: jinja2.Environment, tree: nodes.Template, limits: Limits) -> nodes.Template:
-    """Insert calls of the sandbox's `metered_…` methods into `tree`; return the tree to use in its place."""
+    """Insert calls of the sandbox's `metered_…` methods into `tree`, and return the new tree.
+
+    Raises:
+        LimitExceeded: the tree is too large.
+        TemplateSyntaxError: the template uses a statement that the sandbox lacks.
+    """
     changed: nodes.Template = _Instrumenter(limits).visit(tree)
     changed.set_environment(environment)
     return changed
 
 
 class TemplateTags(Extension):
-    """Parse `{% generation %}`, which marks the assistant's words for training and changes nothing in a prompt."""
+    """A parser of `{% generation %}`, which marks the assistant's text for training and has no effect on a prompt."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """Return the body as a scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
 
     def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
-        """Count the tokens as the parser reads them."""
+        """Yield the tokens, and charge each."""
         meter: Meter = self.environment.meter  # type: ignore[attr-defined]
         for token in stream:
             meter.step(10)
@@ -46,7 +52,7 @@ class TemplateTags(Extension):
 
 
 class MeteredCodeGenerator(CodeGenerator):
-    """A code generator like jinja2's that counts nodes and calls the sandbox's methods directly."""
+    """jinja2's code generator, but it charges each node and calls the sandbox's methods directly."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = self.environment.meter  # type: ignore[attr-defined]
@@ -65,7 +71,7 @@ class MeteredCodeGenerator(CodeGenerator):
 
 
 class _Instrumenter(NodeTransformer):
-    """A transformer that inserts meter calls wherever a template can repeat, compare, or make text and lists."""
+    """A transformer that inserts meter calls wherever a template repeats, compares, or makes text and lists."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -81,7 +87,7 @@ class _Instrumenter(NodeTransformer):
             self._names.add(node.name)
         elif isinstance(node, _SCOPES):
             self._scopes += 1
-        # jinja2 copies its table of names for every branch and body.
+        # jinja2 copies its table of names for each branch and body.
         if len(self._names) * self._scopes > self._limits.tables:
             raise LimitExceeded("it has too many names for its conditions and loops")
         return super().visit(node, *args, **kwargs)
@@ -89,7 +95,7 @@ class _Instrumenter(NodeTransformer):
     # Bodies
 
     def _body(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
-        """Charge all nodes of a body each time that it runs."""
+        """Charge all nodes of a body whenever it runs."""
         before = self._nodes
         self.generic_visit(node)
         kept = 64
@@ -102,7 +108,7 @@ class _Instrumenter(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self._body(node)
-        if node.test is not None:  # a test that fails never reaches the body
+        if node.test is not None:  # an item that fails the test never reaches the body
             node.test = nodes.And(_call("metered_test"), node.test)
         return node
 
@@ -162,7 +168,7 @@ class _Instrumenter(NodeTransformer):
 
     visit_Filter = visit_Test = visit_Call
 
-    # TemplateRefusal
+    # Statements that the sandbox lacks
 
     def visit_Include(self, node: nodes.Stmt) -> NoReturn:
         raise jinja2.TemplateSyntaxError("another template cannot be included here", node.lineno)
@@ -202,7 +208,7 @@ def _operand(node: nodes.Expr) -> nodes.Expr:
 
 
 def _cheap(left: nodes.Expr, operand: nodes.Operand) -> bool:
-    """Return True for a constant operand: comparing anything with it stops at the constant's length."""
+    """Return True if an operand is constant, because a comparison ends at the length of the constant."""
     if operand.op in ("in", "notin"):
         return _constant(operand.expr)
     return isinstance(left, nodes.Const) or isinstance(operand.expr, nodes.Const)

@@ -1,10 +1,12 @@
 """Encode chats whose messages are plain text: special-token text in a message cannot forge a turn.
 
-Before a template runs, a marker (a Unicode noncharacter) splits each occurrence of a control token's text in the
-caller's values. In the rendered prompt the tokenizer then finds only the template's own control tokens. A stand-in
-replaces each of these, the markers are removed, and a second tokenizer encodes the result: it knows the stand-ins and
-treats control tokens as plain text. So text between two control tokens keeps the ids that it has in context. A chat
-without such text in its messages is encoded the ordinary way.
+1. Before the template runs, a marker (a Unicode noncharacter) splits each occurrence of a control token's text in the
+   caller's values.
+2. In the rendered prompt the tokenizer finds only the template's own control tokens. A stand-in replaces each of them.
+3. The markers are removed, and a second tokenizer encodes the result. It knows the stand-ins and treats control tokens
+   as plain text, so that text between two control tokens gets the same ids as in the ordinary encoding.
+
+A chat without the text of control tokens is encoded in the ordinary way.
 """
 
 import json
@@ -25,16 +27,16 @@ _Flags = tuple[bool, bool, bool]  # lstrip, rstrip, normalized
 
 # Unicode reserves noncharacters for a program's internal use.
 _MARKERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-# The spelling of marker tokens, whatever their flags say.
+# The usual spelling of control tokens; some tokenizers do not flag them as special.
 _SPELLING = re.compile(r"<[|｜].+[|｜]>")
 
 
 class LiteralChat:
-    """Encodes the chats of one template literally.
+    """A literal encoder for the chats of one template.
 
     Args:
-        library: the tokenizer. It is copied, and the copy changed.
-        template: source of the template: added tokens that it writes are control tokens, special or not.
+        library: the tokenizer, which stays unchanged.
+        template: source of the template. Added tokens that occur in it are control tokens, special or not.
     """
 
     def __init__(self, library: "LibraryTokenizer", template: str) -> None:
@@ -42,13 +44,14 @@ class LiteralChat:
         self._template = template
         added = library.get_added_tokens_decoder()
         self._control = {number: token for number, token in added.items() if _is_control(token, template)}
-        contents = [token.content for token in self._control.values()]
-        self._all = _TokenTexts(contents)
-        self._special = _TokenTexts([token.content for token in self._control.values() if token.special])
+        self._all_texts = _TokenTexts([token.content for token in self._control.values()])
+        self._special_texts = _TokenTexts(
+            [token.content for token in self._control.values() if token.special]
+        )
 
     @cached_property
-    def _copy(self) -> "tuple[LibraryTokenizer, dict[_Flags, str]]":
-        return _literal_copy(self._library, self._control.values())
+    def _literal(self) -> "tuple[LibraryTokenizer, dict[_Flags, str]]":
+        return _literal_tokenizer(self._library, self._control.values())
 
     def encode(self, values: Mapping[str, Any], render: Callable[[Mapping[str, Any]], str]) -> list[int]:
         """Return the ids of a prompt.
@@ -58,86 +61,89 @@ class LiteralChat:
             render: renders the template.
 
         Raises:
-            PrecastError: as `render` and the tokenizer, and for text that becomes a control token even when encoded as
-                plain text.
+            PrecastError: as `render` and the tokenizer; or a text becomes a control token even when encoded as plain
+                text.
         """
-        if self._misread:  # of next to no tokenizer
-            given = {key: value for key, value in values.items() if value is not None}
-            if self._misread & {*_names(given)} - {"messages"}:
-                raise _impossible()
+        if self._split_words:  # very rare
+            present = {key: value for key, value in values.items() if value is not None}
+            if self._split_words & {*_names(present)} - {"messages"}:
+                raise _unsupported()
         marker = self._free_marker(values)
-        marked = {**_marked(values, self._all, marker), "messages": self._marked_messages(values, marker)}
-        # JSON within a prompt may contain the marker as an escape.
+        marked = {**_mark(values, self._all_texts, marker), "messages": self._mark_messages(values, marker)}
+        # JSON in a prompt may contain the marker as an escape.
         prompt = re.sub(rf"\\u{ord(marker):04x}", marker, render(marked), flags=re.IGNORECASE)
         if marker not in prompt:
             return list(encode(self._library, prompt, add_special_tokens=False).ids)
         return self._encode(prompt, marker)
 
     @cached_property
-    def _misread(self) -> frozenset[str]:
-        """Words of the template that a control token is made like: marked, they would not be what it asks for."""
+    def _split_words(self) -> frozenset[str]:
+        """The template's words that a marker would split. A key or role of that name would no longer match."""
         words = set(re.findall(r"\w+", self._template))
-        return frozenset(word for word in words if self._all.marked(word, _MARKERS[0]) != word)
+        return frozenset(word for word in words if self._all_texts.mark(word, _MARKERS[0]) != word)
 
-    def _marked_messages(self, values: Mapping[str, Any], marker: str) -> list[Any]:
-        """Insert markers into messages. The assistant's messages may keep tokens that are not special (`<think>`,
-        `<tool_call>`), because templates look for them there."""
+    def _mark_messages(self, values: Mapping[str, Any], marker: str) -> list[Any]:
+        """Return the messages with markers.
+
+        The assistant's messages keep control tokens that are not special, such as `<think>` and `<tool_call>`, because
+        templates search for them.
+        """
         return [
-            _marked(message, self._special if message["role"] == "assistant" else self._all, marker)
+            _mark(message, self._special_texts if message["role"] == "assistant" else self._all_texts, marker)
             for message in values["messages"]
         ]
 
     def _free_marker(self, values: Mapping[str, Any]) -> str:
-        """Return a marker that no given text contains, directly or as a JSON escape."""
+        """Return a marker that occurs neither in the values nor in the template, not even as a JSON escape."""
         text = (json.dumps(values, ensure_ascii=False) + self._template).lower()
         for marker in _MARKERS:
             if marker not in text and f"\\u{ord(marker):04x}" not in text:
                 return marker
         raise PrecastError(
-            f"Chat: the messages use each of the {len(_MARKERS)} noncharacters U+FDD0 to U+FDEF, one of which literal"
-            " content needs; remove one."
+            f"Chat: the messages use all {len(_MARKERS)} noncharacters U+FDD0 to U+FDEF, and literal content needs a"
+            " free one; remove one from the messages."
         )
 
     def _encode(self, prompt: str, marker: str) -> list[int]:
-        literal, stand_ins = self._copy
+        literal, stand_ins = self._literal
         found = encode(self._library, prompt, add_special_tokens=False)
         pieces, real, end = [], [], 0
         for number, (start, stop) in zip(found.ids, found.offsets, strict=True):
             if number in self._control and self._is_real(prompt, start, stop, number, marker):
                 token = self._control[number]
                 name, whole = stand_ins[_flags(token)], prompt[start:stop]
-                # Keep the spaces that the token absorbs: its stand-in absorbs them too.
-                held = whole.replace(token.content, name, 1) if token.content in whole else name
-                pieces += [prompt[end:start], held]
+                # Keep the spaces that the token absorbs, because its stand-in absorbs them, too.
+                stand_in = whole.replace(token.content, name, 1) if token.content in whole else name
+                pieces += [prompt[end:start], stand_in]
                 real.append(number)
                 end = stop
         text = "".join([*pieces, prompt[end:]]).replace(marker, "")
-        return self._with_real(encode(literal, text, add_special_tokens=False).ids, real, text)
+        return self._restore(encode(literal, text, add_special_tokens=False).ids, real, text)
 
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
-        """Return True if the template wrote a control token; an unknown character may produce one too."""
+        """Return True if the template wrote the control token. An unknown character may produce one, too."""
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):
             return False
-        # A marker cannot split a token of one character, so one stands on either side.
+        # A marker cannot split a token of one character, so there is one on either side.
         return len(token.content) > 1 or prompt[max(start - 1, 0) : stop + 1] != f"{marker}{text}{marker}"
 
-    def _with_real(self, ids: Sequence[int], real: Sequence[int], text: str) -> list[int]:
-        """Replace stand-ins by their control tokens."""
-        literal, names = self._copy
+    def _restore(self, ids: Sequence[int], real: Sequence[int], text: str) -> list[int]:
+        """Replace stand-ins by their control tokens, which are `real` in order."""
+        literal, names = self._literal
         stand_ins = {literal.token_to_id(name) for name in names.values()}
         if sum(number in stand_ins for number in ids) != len(real):
-            raise _impossible()
+            raise _unsupported()
         plain = text.lower()
         for number in set(ids) & self._control.keys():
             # An unknown character also produces a control token, but not from the token's text.
             if (content := self._control[number].content).lower() in plain:
                 raise PrecastError(
-                    f"Chat: the text {content!r} cannot be encoded literally, as the tokenizer has the token as a"
-                    " word, too; remove it from the messages."
+                    f"Chat: the text {content!r} cannot be encoded literally, because the vocabulary also has it as a"
+                    " word; remove it from the messages."
                 )
-        given = iter(real)
-        return [next(given) if number in stand_ins else number for number in ids]
+        remaining = iter(real)
+        return [next(remaining) if number in stand_ins else number for number in ids]
 
 
 class _TokenTexts:
@@ -151,8 +157,8 @@ class _TokenTexts:
         self._ends = {content[size:].lower() for content in contents for size in range(1, len(content))}
         self._sizes = range(1, max(map(len, contents), default=1))
 
-    def marked(self, text: str, marker: str) -> str:
-        """Split token texts within a text, and parts of token texts at both of its ends."""
+    def mark(self, text: str, marker: str) -> str:
+        """Split token texts in a text, and separate parts of token texts at both of its ends."""
         pieces, end = [], 0
         for match in self._start.finditer(text):
             place = match.start() + (len(match[1]) > 1)
@@ -163,12 +169,12 @@ class _TokenTexts:
                 end += 1
         whole = "".join([*pieces, text[end:]])
         before = any(text[:size].lower() in self._ends for size in self._sizes)
-        behind = any(text[-size:].lower() in self._begins for size in self._sizes)
-        return f"{marker if before else ''}{whole}{marker if behind else ''}"
+        after = any(text[-size:].lower() in self._begins for size in self._sizes)
+        return f"{marker if before else ''}{whole}{marker if after else ''}"
 
 
-def _impossible() -> PrecastError:
-    return PrecastError("Chat: this tokenizer cannot encode content literally; encode it as it is.")
+def _unsupported() -> PrecastError:
+    return PrecastError("Chat: this tokenizer cannot encode content literally; turn off literal.")
 
 
 def _names(value: Any) -> Iterator[str]:
@@ -182,37 +188,37 @@ def _names(value: Any) -> Iterator[str]:
             yield from _names(item)
 
 
-def _marked(value: Any, texts: _TokenTexts, marker: str) -> Any:
-    """Return a plain JSON value with markers in all texts, keys included."""
+def _mark(value: Any, texts: _TokenTexts, marker: str) -> Any:
+    """Return a plain JSON value with markers in all texts, including keys."""
     if isinstance(value, str):
-        return texts.marked(value, marker)
+        return texts.mark(value, marker)
     if isinstance(value, list):
-        return [_marked(item, texts, marker) for item in value]
+        return [_mark(item, texts, marker) for item in value]
     if isinstance(value, Mapping):
-        return {texts.marked(key, marker): _marked(item, texts, marker) for key, item in value.items()}
+        return {texts.mark(key, marker): _mark(item, texts, marker) for key, item in value.items()}
     return value
 
 
 def _is_control(token: "AddedToken", template: str) -> bool:
-    """Return True for a token that could forge structure; runs of spaces and the like are ordinary text."""
+    """Return True for a token that could forge a turn. Added tokens for runs of spaces are ordinary text."""
     if token.special:
         return True
-    is_marker = token.content in template or _SPELLING.fullmatch(token.content) is not None
-    return is_marker and not token.content.isspace()
+    looks_like_one = token.content in template or _SPELLING.fullmatch(token.content) is not None
+    return looks_like_one and not token.content.isspace()
 
 
 def _flags(token: "AddedToken") -> _Flags:
     return bool(token.lstrip), bool(token.rstrip), bool(token.normalized)
 
 
-def _literal_copy(
+def _literal_tokenizer(
     library: "LibraryTokenizer", control: Collection["AddedToken"]
 ) -> tuple["LibraryTokenizer", dict[_Flags, str]]:
-    """Make a tokenizer that treats control tokens as text; return it with its stand-ins for them, by their flags."""
+    """Return a tokenizer that treats control tokens as text, and its stand-ins for them, by the tokens' flags."""
     from tokenizers import AddedToken, Tokenizer
 
-    made = Tokenizer.from_str(library.to_str())
-    # These cannot be guessed, and contain no marker.
+    literal = Tokenizer.from_str(library.to_str())
+    # A caller cannot guess these names. They contain no marker.
     names = {_flags(token): f"\U0001fffe{secrets.token_hex(16)}\U0001fffe" for token in control}
     copies = [
         AddedToken(
@@ -229,6 +235,6 @@ def _literal_copy(
         AddedToken(name, lstrip=lstrip, rstrip=rstrip, normalized=normalized, special=False)
         for (lstrip, rstrip, normalized), name in names.items()
     ]
-    made.add_tokens([*copies, *stand_ins])
-    made.encode_special_tokens = True
-    return made, names
+    literal.add_tokens([*copies, *stand_ins])
+    literal.encode_special_tokens = True
+    return literal, names

@@ -1,6 +1,6 @@
-"""The methods and attributes that a chat template may use, each with the cost of a call.
+"""The methods and attributes that a chat template may use, with the cost of a call.
 
-All other names are refused, including methods of future Pythons. A cost is a pair: bytes allocated, and steps.
+The sandbox refuses all other names, including methods that future Pythons add.
 Importing this module imports jinja2.
 """
 
@@ -15,14 +15,15 @@ from markupsafe import Markup
 from .chat_meter import ITEMS, KEYS, VALUES, Meter, size, width
 
 Cost = tuple[int, int]
+"""The cost of a call: bytes allocated, and steps."""
 CostOf = Callable[[Meter, Any, tuple[Any, ...]], Cost]
-"""The cost of a method: of its owner and all its arguments."""
+"""A function that returns the cost of a method call from the owner and all arguments."""
 
 _SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
 _LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-# A piece of text in a list: its object and its place.
+# Bytes of a piece of text in a list: the object and the pointer.
 _PIECE = 104
 
 
@@ -45,7 +46,7 @@ def _copy(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
     return size(text), len(text) >> 6
 
 
-def _nothing(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
+def _constant(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
     return 256, 1
 
 
@@ -56,7 +57,7 @@ def _fold(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _title(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    # A character may become three of four bytes each; the interpreter buffers as much again.
+    # One character may become three, of four bytes each. The interpreter's buffer takes as much again.
     return 80 + 24 * len(text), len(text) >> 2
 
 
@@ -65,7 +66,7 @@ def _classify(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _strip(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Charge a look-up of every character among those to remove."""
+    """Charge comparing each character with those to remove."""
     return size(text), len(text) * max(1, _longest(args)) >> 6
 
 
@@ -74,7 +75,7 @@ def _search(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _search_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    # Unlike forward search, backward search may take the product of the two lengths.
+    # Unlike a forward search, a backward search may take time proportional to the product of both lengths.
     return 0, (len(text) >> 5) + (len(text) * _longest(args) >> 7)
 
 
@@ -102,7 +103,7 @@ def _partition_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def lines(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Return an upper bound of the lines: one more than the characters that may end a line."""
+    """Charge an upper bound of the lines: one more than the characters that may end a line."""
     count = 1 + sum(map(text.count, _LINE_ENDS))
     return size(text) + _PIECE * count, (len(text) >> 4) + count
 
@@ -118,12 +119,12 @@ def _tabs(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def replace(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Count the places first, as the method does."""
+    """Charge the result, after counting the occurrences as the method does."""
     old, new, most = _text(args, 0), _text(args, 1), _number(args, 2, -1)
     places = text.count(old)
     places = places if most < 0 else min(places, most)
     count = len(text) + places * max(0, len(new) - len(old))
-    # A text of narrower characters is widened first.
+    # The method first widens a text whose characters take fewer bytes.
     return 80 + (count + len(text)) * max(width(text), width(new)), places + (len(text) >> 4) + (count >> 6)
 
 
@@ -137,7 +138,7 @@ def _join(meter: Meter, separator: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _find_item(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
-    """Charge a comparison with every item; the error prints the missing item."""
+    """Charge a comparison with every item, and an error that prints the missing item."""
     wanted = meter.weigh(args)
     return wanted.printed * wanted.width, meter.weigh(owner).steps + wanted.steps
 
@@ -192,10 +193,10 @@ _TEXT_METHODS: dict[str, CostOf] = {
         _classify,
     ),
 }
-_NUMBER_METHODS: dict[str, CostOf] = dict.fromkeys(("as_integer_ratio", "conjugate", "is_integer"), _nothing)
+_NUMBER_METHODS: dict[str, CostOf] = dict.fromkeys(("as_integer_ratio", "conjugate", "is_integer"), _constant)
 _INTEGER_METHODS: dict[str, CostOf] = {
     **_NUMBER_METHODS,
-    **dict.fromkeys(("bit_count", "bit_length"), _nothing),
+    **dict.fromkeys(("bit_count", "bit_length"), _constant),
 }
 _SEQUENCE_METHODS: dict[str, CostOf] = {"count": _find_item, "index": _find_item}
 
@@ -204,21 +205,21 @@ METHODS: dict[type, dict[str, CostOf]] = {
     Markup: _TEXT_METHODS,
     int: _INTEGER_METHODS,
     bool: _INTEGER_METHODS,
-    float: {**_NUMBER_METHODS, "hex": _nothing},
+    float: {**_NUMBER_METHODS, "hex": _constant},
     list: {**_SEQUENCE_METHODS, "copy": _copy_list},
     tuple: _SEQUENCE_METHODS,
     _GroupTuple: _SEQUENCE_METHODS,
     range: _SEQUENCE_METHODS,
     dict: {
-        **dict.fromkeys(("items", "keys", "values"), _nothing),
+        **dict.fromkeys(("items", "keys", "values"), _constant),
         "get": _look_up,
         "copy": _copy_dict,
     },
-    LoopContext: {"cycle": _nothing, "changed": _compare},
-    Cycler: dict.fromkeys(("next", "reset"), _nothing),
+    LoopContext: {"cycle": _constant, "changed": _compare},
+    Cycler: dict.fromkeys(("next", "reset"), _constant),
 }
 
-# Attributes that are read without a call.
+# Attributes that a template may read without a call.
 _DATA: dict[type, tuple[str, ...]] = {
     str: ("format", "format_map"),
     Markup: ("format", "format_map"),
@@ -240,15 +241,15 @@ _DATA: dict[type, tuple[str, ...]] = {
 ATTRIBUTES: dict[type, frozenset[str]] = {
     kind: frozenset((*METHODS.get(kind, ()), *_DATA.get(kind, ()))) for kind in (*METHODS, *_DATA)
 }
-"""The attributes of each type that a template may read. A type that is not listed has none."""
+"""The attributes that a template may read, by type. Any other type has none."""
 
 
 def charge(meter: Meter, owner: Any, name: str, args: tuple[Any, ...]) -> None:
-    """Charge a call of a listed method before it runs."""
+    """Charge a call of a method in `METHODS` before it runs."""
     texts = [value for value in (owner, *args) if isinstance(value, str)]
     meter.step(1 + (sum(map(len, texts)) >> 5))  # the cost of computing the cost
     made, steps = METHODS[type(owner)][name](meter, owner, args)
-    # Text marked as safe escapes other text that it meets: a character becomes five.
+    # A Markup escapes other text that it is combined with, and one character may become five.
     factor = 6 if isinstance(owner, Markup) else 1
     meter.step(factor * steps)
     meter.allocate(factor * made)

@@ -1,15 +1,16 @@
-"""A Jinja sandbox that is bounded in time, memory and work, for templates written by strangers.
+"""A Jinja sandbox with limits on time, memory and work, for untrusted templates.
 
-A template can only use a closed set of operations, and each is charged before it runs:
+A template can use only a closed set of operations, and each is charged before it runs:
 
-- The syntax tree is rewritten before it is compiled (`chat_instrument`): loop turns, macros, comparisons, slices,
-  lists and `~` go through the sandbox. Operators, calls and attributes do so in any jinja2 sandbox.
-- A value has a weight: its size, counting a shared part every time it occurs (`chat_meter`). A list that holds the same
-  list twice, forty levels deep, weighs a trillion items, although it takes a few kilobytes.
-- Filters, tests (`chat_filters`) and methods (`chat_methods`) exist only if their arguments determine their cost.
+- `chat_instrument` rewrites the syntax tree before compilation, so that the sandbox also executes loop turns, macros,
+  comparisons, slices, lists and `~`. Any jinja2 sandbox executes operators, calls and attributes.
+- `chat_meter` weighs values. The weight is the size of a value with shared parts counted each time. A list that has the
+  same list twice, forty levels deep, weighs a trillion items, although it takes a few kilobytes.
+- `chat_filters` and `chat_methods` list the filters, tests and methods whose arguments determine their cost. There are
+  no others.
 
-The operating system could limit a child process instead. But starting one takes longer than a hundred renderings, and
-many host programs cannot start one. Importing this module imports jinja2.
+A child process with limits of the operating system is no alternative: it takes longer to start than a hundred
+renderings, and many host programs cannot start one. Importing this module imports jinja2.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,17 +35,22 @@ _DICT_NAMES = frozenset(dir(dict))
 
 
 class TemplateRefusal(jinja2.TemplateError):
-    """The template called raise_exception."""
+    """The exception of a template's call of `raise_exception`."""
 
 
 def compile_template(source: str, limits: Limits) -> tuple["Sandbox", CodeType]:
-    """Compile a template, within the limits."""
+    """Compile a template within the limits.
+
+    Raises:
+        LimitExceeded: the template exceeds a limit.
+        TemplateSyntaxError: the source is not a template.
+    """
     sandbox = Sandbox(Meter(limits))
     return sandbox, sandbox.compile(instrument(sandbox, sandbox.parse(source), limits))
 
 
 class ShortUndefined(Undefined):
-    """An undefined value with a short message. It keeps its owner's type alive, but not the owner."""
+    """An undefined value with a short message. It refers to its owner's type, so that the owner can be freed."""
 
     __slots__ = ()
 
@@ -98,7 +104,7 @@ class Sandbox(SandboxedEnvironment):
         self.globals = {**FUNCTIONS}
 
     def with_meter(self, meter: Meter) -> "Sandbox":
-        """Return an environment for another rendering: a copy that shares everything but the meter."""
+        """Return an environment for another rendering, which shares everything but the meter."""
         other = object.__new__(Sandbox)
         other.__dict__.update(self.__dict__)
         other.meter = meter
@@ -110,17 +116,17 @@ class Sandbox(SandboxedEnvironment):
         return super()._compile(source, filename)
 
     def handle_exception(self, source: str | None = None) -> NoReturn:
-        """Raise the error as it is. Rewritten by jinja2, it is part of a cycle that keeps every value alive."""
+        """Raise the current error. jinja2's own handler creates a reference cycle that keeps every value alive."""
         raise
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """Join the output of a macro, a block, or the whole template."""
+        """Join the output of a macro, a block or the whole template."""
         return self.meter.join("", list(pieces))
 
     # Attributes and items
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """`obj.attribute`"""
+        """Return `obj.attribute`."""
         if type(obj) is dict and attribute not in _DICT_NAMES:
             value = obj.get(attribute, missing)
         else:
@@ -133,7 +139,7 @@ class Sandbox(SandboxedEnvironment):
         return self.undefined(obj=obj, name=attribute) if value is missing else value
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """`obj[argument]`"""
+        """Return `obj[argument]`."""
         if type(argument) is not str:
             self.metered_operand(argument)
         try:
@@ -143,7 +149,7 @@ class Sandbox(SandboxedEnvironment):
         return self.undefined(obj=obj, name=argument) if value is missing else value
 
     def _attribute(self, obj: Any, name: str) -> Any:
-        """Return an allowed attribute, an undefined value that names a refused one, or `missing`."""
+        """Return an allowed attribute, an undefined value for a refused one, or `missing`."""
         if name in ATTRIBUTES.get(type(obj), ()):
             value = getattr(obj, name)
             if isinstance(obj, str) and name in ("format", "format_map"):
@@ -158,11 +164,11 @@ class Sandbox(SandboxedEnvironment):
     # Calls and operators
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """`obj(…)`"""
+        """Return `obj(…)`."""
         meter, kind = __self.meter, type(__obj)
         meter.step()
         if kind is BuiltinMethodType or kind is MethodType:
-            named = {name: value for name, value in kwargs.items() if name not in _JINJAS_OWN}
+            named = {name: value for name, value in kwargs.items() if name not in _JINJA_ARGUMENTS}
             return __self._call_method(__obj, args, named)
         if kind is Macro:
             if __obj.catch_varargs or __obj.catch_kwargs:
@@ -183,11 +189,11 @@ class Sandbox(SandboxedEnvironment):
         return method(*args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """`left operator right`"""
+        """Return `left operator right`."""
         _charge_operator(self.meter, operator, left, right)
         return self.binop_table[operator](left, right)
 
-    # Methods that the instrumented tree calls.
+    # Methods that the rewritten syntax tree calls
 
     def metered_turn(self, steps: int, kept: int) -> None:
         """Charge one run of a body."""
@@ -225,12 +231,16 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_new(self, value: Any) -> Any:
-        """Charge a list, tuple or dict display."""
+        """Charge a new list, tuple or dict."""
         self.meter.weigh(value)
         return value
 
     def metered_key(self, value: Any) -> Any:
-        """Charge the use of `value` as a dict key. Numbers and tuples can be chosen to collide."""
+        """Return a dict key.
+
+        Raises:
+            TemplateRuntimeError: the hashes of such keys could be made to collide.
+        """
         if type(value) is str or type(value) in SCALARS - {int}:
             return value
         if type(value) is int and value.bit_length() < 60:
@@ -238,11 +248,11 @@ class Sandbox(SandboxedEnvironment):
         raise jinja2.TemplateRuntimeError(f"a key of type {type(value).__name__} is not allowed")
 
     def metered_arguments(self, value: Any) -> list[Any]:
-        """Charge unpacking `value` into arguments: `f(*value)`."""
+        """Charge the unpacking of `value` into arguments: `f(*value)`."""
         return self.meter.to_list(value)
 
     def metered_keywords(self, value: Any) -> Any:
-        """Charge unpacking `value` into arguments: `f(**value)`."""
+        """Charge the unpacking of `value` into keyword arguments: `f(**value)`."""
         if not isinstance(value, dict):
             raise TypeError(f"argument after ** must be a mapping, not {type(value).__name__!r}")
         self.meter.step(len(value))
@@ -250,11 +260,11 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_concat(self, *values: Any) -> str:
-        """`a ~ b`"""
+        """Return `a ~ b`."""
         return self.meter.join("", [self.meter.to_text(value) for value in values])
 
     def metered_slice(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
-        """`value[start:stop:step]`"""
+        """Return `value[start:stop:step]`."""
         part = slice(start, stop, step)
         if isinstance(value, (str, list, tuple)):
             count = len(range(*part.indices(len(value))))
@@ -263,13 +273,13 @@ class Sandbox(SandboxedEnvironment):
         return value[part]
 
 
-# jinja2 adds these to the arguments of every call.
-_JINJAS_OWN = ("_loop_vars", "_block_vars")
+# jinja2 adds these to the arguments of each call.
+_JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")
 
 
 @pass_context
 def _print_value(context: Context, value: Any) -> str:
-    """`{{ value }}`"""
+    """Return the text of `{{ value }}`."""
     if type(value) is str:
         return value
     environment: Any = context.environment
@@ -322,7 +332,7 @@ def _charge_repeat(meter: Meter, left: Any, right: Any) -> None:
 
 
 class FormatMethod:
-    """The method `format` of a text, or `format_map`."""
+    """The method `format` or `format_map` of a text."""
 
     __slots__ = ("_call", "_meter", "_text")
 
@@ -341,7 +351,7 @@ class FormatMethod:
 
 
 class TemplateNamespace(Namespace):
-    """A namespace that refuses private names, as in transformers."""
+    """A namespace that refuses private names, as that of transformers does."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)
@@ -350,7 +360,9 @@ class TemplateNamespace(Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace takes no name that begins with an underscore, as {name[:100]!r}")
+        raise SecurityError(
+            f"a namespace accepts no name that begins with an underscore, such as {name[:100]!r}"
+        )
 
 
 @pass_environment

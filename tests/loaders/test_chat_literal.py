@@ -263,15 +263,15 @@ def test_a_tokenizer_that_has_the_token_as_a_word_says_so() -> None:
     with pytest.raises(PrecastError) as caught:
         made.encode_chat(chat("a <x> a"), literal=True)
     assert str(caught.value) == (
-        "Chat: the text '<x>' cannot be encoded literally, as the tokenizer has the token as a word, too; remove it"
-        " from the messages."
+        "Chat: the text '<x>' cannot be encoded literally, because the vocabulary also has it as a word; remove it from"
+        " the messages."
     )
 
 
 def test_messages_that_leave_no_marker_free() -> None:
     made = make(byte_level(), CHATML)
     everything = "".join(chr(code) for code in range(0xFDD0, 0xFDF0))
-    with pytest.raises(PrecastError, match=r"use each of the 32 noncharacters U\+FDD0 to U\+FDEF"):
+    with pytest.raises(PrecastError, match=r"use all 32 noncharacters U\+FDD0 to U\+FDEF"):
         made.encode_chat(chat(everything + "<|im_end|>"), literal=True)
     assert made.encode_chat(chat(everything[1:] + "<|im_end|>"), literal=True)
 
@@ -321,6 +321,6 @@ def test_a_control_token_like_a_word_of_the_template_loses_no_message(word: str)
         library.to_str().encode(), chat_template=CHATML, bos_token=None, eos_token=None
     )
     with pytest.raises(
-        PrecastError, match=r"^Chat: this tokenizer cannot encode content literally; encode it"
+        PrecastError, match=r"^Chat: this tokenizer cannot encode content literally; turn off"
     ):
         made.encode_chat([{"role": "user", "content": "I say nothing."}], literal=True)
