@@ -36,17 +36,17 @@ class Installation:
         """Take one line of pip's output into account."""
         if package := _PACKAGE.match(line):
             self.packages.add(package[1].lower().replace("-", "_"))
-            self.stage = "fetching packages"
+            self.stage = "fetching"
         elif size := _SIZE.match(line):
             self.megabytes += float(size[1]) * _MEGABYTES[size[2]]
         elif line.startswith("  Building "):
             self.stage = "compiling the kernels"
         elif line.startswith("Installing collected packages"):
-            self.stage = f"installing {line.count(',') + 1} packages"
+            self.stage = "installing"
 
     def __str__(self) -> str:
         seconds = int(time.monotonic() - self.started)
-        fetched = f"{len(self.packages)} packages, {self.megabytes:.0f} MB fetched"
+        fetched = f"{len(self.packages)} found, {self.megabytes:.0f} MB fetched"
         return f"  {seconds // 60}:{seconds % 60:02}  {fetched}; {self.stage}"
 
 
