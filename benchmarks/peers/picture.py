@@ -1,11 +1,11 @@
-"""peers.svg: horizontal bars, legible on a white page and on a dark one."""
+"""Draw peers.svg: horizontal bars that are legible on white and dark pages."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import report
 
-# Mid-tones: enough contrast on GitHub's white and on its dark grey. What is ours is orange.
+# Mid-tones with enough contrast on white and on dark grey. precast is orange.
 TEXT, PEER, OURS = "#7d8590", "#6e93b8", "#d9822b"
 PANELS = (
     ("decode after 128 tokens, tokens/s", report._decode(128)),
@@ -25,7 +25,7 @@ _STYLE = {
 
 
 def draw(result: Mapping, path: Path) -> None:
-    """Draws what was measured; the same figures always give the same bytes."""
+    """Draw a benchmark's result into `path`. The same figures always give the same bytes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -48,7 +48,7 @@ def draw(result: Mapping, path: Path) -> None:
 def _panel(axis, title: str, figure: report.Figure, rows: list[Mapping]) -> None:
     found = [(c, v) for c in rows if (v := report.value(c, figure)) is not None]
     better = "more is better" if figure[2] else "less is better"
-    # One that is many times slower would leave the others no room: its bar is cut, its figure says so.
+    # Cut the bars of outliers, which would leave no room for the others; an arrow marks them.
     middle = sorted(v for _, v in found)[len(found) // 2]
     limit = 4 * middle
     for place, (contender, value) in enumerate(found):
