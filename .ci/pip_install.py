@@ -40,7 +40,7 @@ class Installation:
         elif size := _SIZE.match(line):
             self.megabytes += float(size[1]) * _MEGABYTES[size[2]]
         elif line.startswith("  Building "):
-            self.stage = "compiling the kernels"
+            self.stage = "compiling the kernels, 1 to 2 minutes"
         elif line.startswith("Installing collected packages"):
             self.stage = "installing"
 
