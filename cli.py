@@ -18,14 +18,17 @@ if __name__ == "__main__":
         sys.exit(2)
     sys.exit(start())
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from precast.loaders.console import command, options
+from precast.loaders.console.extras import need_export
 
 if TYPE_CHECKING:
+    from precast.loaders.audit.evaluate import Scorer
     from precast.loaders.console.run import LoadOptions, SamplingOptions
 
 # Hide XLA's notes about devices from users; errors still show. XLA reads this when loaded.
@@ -95,7 +98,7 @@ def export(
     SOURCE is a Hugging Face directory, a .gguf file or a hub id (org/name); without it the demo model
     SmolLM2-135M-Instruct is fetched.
     """
-    _need_export()
+    need_export()
     from precast.exporter import console
     from precast.exporter.export import DEFAULT_TARGETS, ExportOptions
 
@@ -110,20 +113,6 @@ def export(
         overwrite=overwrite,
     )
     console.run_export(source, output, wanted)
-
-
-def _need_export(what: str = "exporting") -> None:
-    from importlib.util import find_spec
-
-    from precast.loaders.artifact.errors import PrecastError
-
-    used = ("jax", "flax", "gguf", "huggingface_hub", "rich", "safetensors", "yaml")
-    missing = [name for name in used if find_spec(name) is None]
-    if missing:
-        raise PrecastError(
-            f"{what} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed:"
-            " pip install 'precast[export]'"
-        )
 
 
 @main.command()
@@ -152,20 +141,20 @@ def run(
     stats: bool,
     sampling: "SamplingOptions",
     loading: "LoadOptions",
-) -> None:
+) -> int:
     """Generate text with ARTIFACT.
 
     ARTIFACT is an artifact's folder, a folder that holds exactly one artifact, or the URL of an artifact in a store,
     which is pulled once into the cache folder.
 
     Without a prompt, on a terminal, the command starts an interactive chat.
+
+    Exit code 0: success. 2: an error.
     """
     from precast.loaders.console import run as console
 
-    request = console.Request(
-        prompt=prompt, ids=ids, chat=chat, system=system, literal=literal, as_json=as_json, stats=stats
-    )
-    console.run(artifact, request, loading, sampling)
+    text = console.Prompt(text=prompt, ids=ids, chat=chat, system=system, literal=literal)
+    return console.run(artifact, text, sampling=sampling, loading=loading, as_json=as_json, stats=stats)
 
 
 @main.command()
@@ -182,177 +171,178 @@ def chat(
     stats: bool,
     sampling: "SamplingOptions",
     loading: "LoadOptions",
-) -> None:
+) -> int:
     """Chat with ARTIFACT in the terminal.
 
     ARTIFACT is as for run. If standard input is not a terminal, its text is the only message.
 
     The arrow keys recall your messages of earlier chats, stored in $XDG_STATE_HOME/precast/chat_history. Set
     PRECAST_HISTORY to another file, or to off to store none.
-    """
-    from precast.loaders.console import run as console
 
-    request = console.Request(
-        prompt=None, ids=None, chat=True, system=system, literal=literal, as_json=False, stats=stats
+    Exit code 0: success. 2: an error.
+    """
+    from precast.loaders.console import chat as console
+
+    return console.run(
+        artifact, system=system, literal=literal, sampling=sampling, loading=loading, stats=stats
     )
-    console.run(artifact, request, loading, sampling)
 
 
 @main.command("add-target")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=options.PATH)
 @click.option(
     "--cpu-isa",
     help="Instruction set to compile for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all features of this machine."
     " Default: x86-64-v2; native for --target portable and on other machines.",
 )
-@click.option("--target", help="Target whose StableHLO is compiled. Default: the quickest that runs here.")
+@click.option("--target", help="Compile this target's StableHLO. Default: the fastest that runs here.")
 @click.option("--overwrite", is_flag=True, help="Replace a target of the same name.")
 @options.KEY
 def add_target(
     artifact: Path, cpu_isa: str | None, target: str | None, overwrite: bool, require_signature: Path | None
-) -> None:
+) -> int:
     """Compile ARTIFACT for another CPU or jaxlib.
 
     The installed jaxlib compiles the new target from the artifact's StableHLO. Nothing is traced, and jax is not
-    needed. The target must give the recorded answers before it is added. The command removes a signature, because it
+    needed. The target must give the golden answers before it is added. The command removes a signature, because it
     would no longer fit: sign the artifact again.
-    """
-    from precast.loaders import add_target as adding
-    from precast.loaders.artifact.errors import printable
 
-    added = adding.add_target(
-        artifact,
-        isa=cpu_isa,
-        source=target,
-        overwrite=overwrite,
-        require_signature=require_signature,
-        log=command.log,
+    Exit code 0: success. 2: an error.
+    """
+    from precast.loaders.console import add_target as console
+
+    return console.run(
+        artifact, cpu_isa=cpu_isa, target=target, overwrite=overwrite, require_signature=require_signature
     )
-    for line in adding.summary(added, artifact):
-        click.echo(printable(line))
 
 
 @main.command("list")
-@click.argument("folder", type=click.Path(path_type=Path), default="artifacts")
+@click.argument("folder", type=options.PATH, default="artifacts")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @options.KEY
-def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) -> None:
+def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) -> int:
     """List the artifacts below FOLDER.
 
     FOLDER is artifacts by default. The list shows each artifact's model and size, and if it runs here. For a broken
     artifact it shows the reason.
+
+    Exit code 0: success. 2: an error.
     """
-    from precast.loaders.console import listing as list_console
+    from precast.loaders.console import listing as console
 
-    list_console.run(folder, as_json=as_json, require_signature=require_signature)
+    return console.run(folder, as_json=as_json, require_signature=require_signature)
 
 
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @options.KEY
-def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None) -> None:
-    """Show what ARTIFACT holds: model, programs, cache, targets."""
-    from precast.loaders.audit import inspect as inspecting
+def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None) -> int:
+    """Show what ARTIFACT holds: model, programs, KV cache, targets.
 
-    folder = command.local(artifact, require_signature)
-    click.echo(inspecting.render(folder, as_json=as_json, require_signature=require_signature))
+    Exit code 0: success. 2: an error.
+    """
+    from precast.loaders.console import inspect as console
+
+    return console.run(artifact, as_json=as_json, require_signature=require_signature)
 
 
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
-@click.option("--target", help="Ask about this target alone. Default: the first that fits.")
+@click.option("--target", help="Check only this target. Default: all, until one fits.")
 @click.option(
-    "--compile", "may_compile", is_flag=True, help="A target that must be compiled here first will do."
+    "--compile",
+    "allow_compile",
+    is_flag=True,
+    help="Accept a target that must first be compiled from StableHLO on this machine.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as one line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @options.KEY
 def check(
-    artifact: Path | str, target: str | None, may_compile: bool, as_json: bool, require_signature: Path | None
-) -> None:
+    artifact: Path | str,
+    target: str | None,
+    allow_compile: bool,
+    as_json: bool,
+    require_signature: Path | None,
+) -> int:
     """Check if ARTIFACT runs on this machine.
 
     The answer names each obstacle and its remedy. The command reads only the manifest.
 
-    Exit code 0: the artifact runs here. 1: it does not. 2: it could not be read.
+    Exit code 0: the artifact runs here. 1: it does not. 2: an error, such as an artifact that cannot be read.
     """
-    from precast.loaders.console import check as check_console
+    from precast.loaders.console import check as console
 
-    folder = command.local(artifact, require_signature)
-    sys.exit(
-        check_console.run(
-            folder, target=target, compile=may_compile, as_json=as_json, require_signature=require_signature
-        )
+    return console.run(
+        artifact,
+        target=target,
+        allow_compile=allow_compile,
+        as_json=as_json,
+        require_signature=require_signature,
     )
 
 
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
-@click.option("--target", help="Let this target answer. Default: the first that fits.")
-@click.option(
-    "--compile", "may_compile", is_flag=True, help="Compile from StableHLO where no executable fits."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as one line of JSON.")
+@click.option("--target", help="Replay the answers with this target. Default: the first that fits.")
+@options.COMPILE
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @options.KEY
 @options.THREADS
 def verify(
     artifact: Path | str,
     target: str | None,
-    may_compile: bool,
+    allow_compile: bool,
     as_json: bool,
     require_signature: Path | None,
     threads: int | None,
-) -> None:
-    """Check the files and the recorded answers of ARTIFACT.
+) -> int:
+    """Verify the files and the golden answers of ARTIFACT.
 
-    The command hashes every file, and repeats the prompts whose answers were recorded at export.
+    The command hashes every file, and replays the prompts whose answers were recorded at export.
 
-    Exit code 0: every file is what the manifest says, and answers and logits are those recorded. 1: something
-    differs. 2: it could not be read, or does not run on this machine.
+    Exit code 0: files, answers, and logits are as exported. 1: something differs. 2: an error, such as an artifact
+    that cannot be read or does not run on this machine.
     """
-    from precast.loaders.console import verify as verify_console
+    from precast.loaders.console import verify as console
 
-    folder = command.local(artifact, require_signature)
-    sys.exit(
-        verify_console.run(
-            folder,
-            target=target,
-            compile=may_compile,
-            as_json=as_json,
-            require_signature=require_signature,
-            threads=threads,
-        )
+    return console.run(
+        artifact,
+        target=target,
+        allow_compile=allow_compile,
+        as_json=as_json,
+        require_signature=require_signature,
+        threads=threads,
     )
 
 
 @main.command()
 @click.argument("before", metavar="A", type=options.ARTIFACT)
 @click.argument("after", metavar="B", type=options.ARTIFACT)
-@click.option("--json", "as_json", is_flag=True, help="Print the differences as one line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @options.KEY
-def diff(before: Path | str, after: Path | str, as_json: bool, require_signature: Path | None) -> None:
-    """Show what changed from artifact A to artifact B.
+def diff(before: Path | str, after: Path | str, as_json: bool, require_signature: Path | None) -> int:
+    """Show the differences between the artifacts A and B.
 
-    Exit code 0: nothing. 1: something. 2: one of them could not be read.
+    Exit code 0: the artifacts are the same. 1: they differ. 2: an error, such as an artifact that cannot be read.
     """
-    from precast.loaders.console import diff as diff_console
+    from precast.loaders.console import diff as console
 
-    a, b = (command.local(artifact, require_signature) for artifact in (before, after))
-    sys.exit(diff_console.run(a, b, as_json=as_json, require_signature=require_signature))
+    return console.run(before, after, as_json=as_json, require_signature=require_signature)
 
 
 @main.command("eval")
 @click.argument("artifact", type=options.ARTIFACT)
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     help="Compare with this: another artifact, or a Hugging Face directory or .gguf file, computed in float32.",
 )
 @click.option(
-    "--text", type=click.Path(path_type=Path), help="UTF-8 text to predict. Default: one that is shipped."
+    "--text", type=options.PATH, help="UTF-8 text to predict. Default: a text that precast contains."
 )
 @click.option(
-    "--tokens", type=int, default=3072, show_default=True, help="Tokens of the text to use at most."
+    "--tokens", type=int, default=3072, show_default=True, help="Use at most this many tokens of the text."
 )
 @click.option("--window", type=int, help="Tokens of a window. Default: 512, or the context if that is less.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
@@ -367,108 +357,106 @@ def evaluate(
     as_json: bool,
     require_signature: Path | None,
     threads: int | None,
-) -> None:
+) -> int:
     """Measure how well ARTIFACT predicts a text.
 
-    The measure is perplexity. With a reference there is also the distance from the reference's predictions: the mean
-    and the 99th percentile of the divergence KL(reference || artifact) in nats per token, and how often both find the
-    same token likeliest.
+    The measure is perplexity. A reference adds the distance from its predictions: the mean and the 99th percentile of
+    the divergence KL(reference || artifact) in nats per token, and how often both agree on the likeliest token.
 
-    The text is tokenised without a chat template and cut into windows; a last, shorter window counts where it
-    has at least 64 tokens. The first half of each window is prefilled, the second half is fed token by token
-    through decode, and every prediction from the last prefilled position on is scored. A reference that is no
-    artifact computes each window at once, uncached and in float32, which needs the export extra. A required
-    signature applies to both artifacts, but not to another kind of reference.
+    The text is tokenised without a chat template and cut into windows; a last, shorter window counts if it has at
+    least 64 tokens. The first half of each window is prefilled, the second half is fed token by token through decode,
+    and every prediction from the last prefilled position on is scored. A reference that is not an artifact computes
+    each window at once, without a cache and in float32; this needs the export extra. A required signature applies to
+    both artifacts, but not to another kind of reference.
+
+    Exit code 0: success. 2: an error.
     """
-    from precast.loaders.console import evaluate as eval_console
+    from precast.loaders.console import evaluate as console
 
-    key = require_signature
-    folder = command.local(artifact, key)
-    request = eval_console.Request(text=text, tokens=tokens, window=window, as_json=as_json)
-    if reference is None:
-        eval_console.run(folder, request, None, key, threads)
-    elif eval_console.names_source(reference):
-        _need_export("a reference that is no artifact")
-        from precast.exporter.reference.fidelity import open_reference
+    return console.run(
+        artifact,
+        console.TextOptions(path=text, tokens=tokens, window=window),
+        reference=reference,
+        source_opener=_source_opener,
+        as_json=as_json,
+        require_signature=require_signature,
+        threads=threads,
+    )
 
-        eval_console.run(
-            folder, request, lambda context: open_reference(str(reference), context), key, threads
-        )
-    else:
-        eval_console.run(
-            folder, request, lambda _: eval_console.open_artifact(reference, key, threads), key, threads
-        )
+
+def _source_opener() -> "Callable[[str, int], Scorer]":
+    """Return the function that opens a source as a reference.
+
+    Raises:
+        PrecastError: the export extra is not installed.
+    """
+    need_export("a reference that is not an artifact")
+    from precast.exporter.reference.fidelity import open_reference
+
+    return open_reference
 
 
 @main.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=options.PATH)
 @click.option(
     "--key",
     required=True,
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     help="PEM file of the private key: an elliptic curve key of P-256, P-384 or P-521.",
 )
-def sign(artifact: Path, key: Path) -> None:
+def sign(artifact: Path, key: Path) -> int:
     """Sign ARTIFACT.
 
     The signature is manifest.json.sig, beside the manifest, which holds the sha256 of every other file.
 
     The command asks for the key's password, or takes it from PRECAST_KEY_PASSWORD. The signature follows OpenSSF model
     signing, whose own command also verifies it.
+
+    Exit code 0: success. 2: an error.
     """
-    from precast.loaders import signing
-    from precast.loaders.artifact.errors import printable
-    from precast.loaders.artifact.interrupt import raise_on_interrupt
-    from precast.loaders.locate import find_artifact
+    from precast.loaders.console import sign as console
 
-    def ask() -> str:
-        given = os.environ.get("PRECAST_KEY_PASSWORD")
-        if given is not None:
-            return given
-        with raise_on_interrupt():  # so that the terminal shows again what is typed
-            password: str = click.prompt(f"password of {key}", hide_input=True, err=True)
-            return password
-
-    root = find_artifact(artifact)
-    fingerprint = signing.sign(root, key, ask)
-    click.echo(printable(f"signed {root} with the key of sha256 {fingerprint}"))
-    click.echo(printable(f"check it with: precast run {root} --require-signature PUBLIC.pem"))
+    return console.run(artifact, key=key)
 
 
 @main.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=options.PATH)
 @click.argument("url")
 @click.option(
-    "--verify", is_flag=True, help="Read back what is there already, and send again what is altered."
+    "--rehash", is_flag=True, help="Read back the pieces in the store, and send damaged ones again."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what was sent as one line of JSON.")
-def push(artifact: Path, url: str, verify: bool, as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+def push(artifact: Path, url: str, rehash: bool, as_json: bool) -> int:
     """Send ARTIFACT to a store.
 
     URL is a folder of a store plus the artifact's name in it. fsspec must support the store:
     s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts in one folder share equal pieces,
     so a second version adds only the changes.
-    """
-    from precast.loaders.console import store as store_console
 
-    store_console.push(artifact, url, verify=verify, as_json=as_json)
+    Exit code 0: success. 2: an error.
+    """
+    from precast.loaders.console import push as console
+
+    return console.run(artifact, url, rehash=rehash, as_json=as_json)
 
 
 @main.command()
 @click.argument("url")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder to write; default artifacts/NAME."
-)
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@click.option("-o", "--output", type=options.PATH, help="Folder to write; default artifacts/NAME.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 @options.KEY
-@click.option("--json", "as_json", is_flag=True, help="Print what was fetched as one line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 def pull(
     url: str, output: Path | None, overwrite: bool, require_signature: Path | None, as_json: bool
-) -> None:
+) -> int:
     """Fetch an artifact from a store.
 
     URL is the one that it was pushed to. Every byte is checked. After an interruption the next pull resumes.
-    """
-    from precast.loaders.console import store as store_console
 
-    store_console.pull(url, output, overwrite=overwrite, require_signature=require_signature, as_json=as_json)
+    Exit code 0: success. 2: an error.
+    """
+    from precast.loaders.console import pull as console
+
+    return console.run(
+        url, output=output, overwrite=overwrite, require_signature=require_signature, as_json=as_json
+    )

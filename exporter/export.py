@@ -30,7 +30,7 @@ from precast.loaders.artifact.manifest import (
 )
 from precast.loaders.artifact.record import to_json
 from precast.loaders.artifact.weights import map_weights
-from precast.loaders.audit.verify import OTHERWISE, replay
+from precast.loaders.audit.verify import DO_NOT_USE, replay
 from precast.loaders.compiling import isa, trial
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
@@ -404,7 +404,7 @@ def _replay_others(folder: Path, manifest: Manifest, progress: Progress) -> None
         asked = _beginnings(recorded) if target.runtime == "savedmodel" else recorded
         found = replay(model, asked, f"target {target.name!r}")
         if found.problems:
-            problem = found.problems[0].removesuffix(OTHERWISE)
+            problem = found.problems[0].removesuffix(DO_NOT_USE)
             raise PrecastError(f"{problem}nothing was written: please report this.")
         trial.record_success(manifest, target, this_machine())
 

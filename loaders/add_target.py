@@ -15,7 +15,7 @@ from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
 from .artifact.golden import parse_golden
 from .artifact.machine import Machine
-from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry, Manifest, Target
+from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileEntry, Manifest, Target
 from .artifact.manifest_parser import parse_manifest
 from .artifact.record import MAX_JSON_BYTES
 from .audit.verify import replay
@@ -297,18 +297,3 @@ def _replay(root: Path, new: _NewTarget) -> int:
     if found.problems:
         raise PrecastError(f"{found.problems[0].rstrip('.')}; the artifact is as it was.")
     return found.answers
-
-
-def summary(addition: Addition, path: Path) -> Sequence[str]:
-    """Return the lines that tell the user the result."""
-    target = addition.target
-    done = "replaced" if addition.has_replaced else "added"
-    facts = f"{len(target.programs)} programs, {addition.executable_bytes:,} bytes, jaxlib {target.jaxlib}"
-    lines = [f"{path}: target {target.name} {done}: {facts}, {addition.answers} answers as recorded"]
-    lines.append(f"  runs on {isas.audience(target.machine, target.cpu_features)}")
-    if addition.signature_removed:
-        lines.append(
-            f"  {SIGNATURE_FILE} was removed, because it signed the old manifest; sign the artifact again"
-        )
-    lines.append(f"  run it with: precast run {path} --target {target.name}")
-    return lines

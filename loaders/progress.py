@@ -38,40 +38,62 @@ def silent(_: Step) -> None:
     """Ignore progress."""
 
 
-@contextmanager
-def show_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Progress]:
-    """Yield a function that shows progress on standard error.
+class Display:
+    """Progress and messages on standard error.
 
-    On a terminal each step replaces the one before, and the line is erased when the block ends, even with an error.
-    Elsewhere a line is printed every 15 seconds at most.
-
-    Args:
-        clock: returns seconds.
+    On a terminal each step replaces the one before. Elsewhere a line is printed every 15 seconds at most.
     """
-    with _line_on_terminal() if sys.stderr.isatty() else _occasional_lines(clock) as show:
-        yield _with_time_left(show, clock)
 
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start a display.
 
-_Show = Callable[[Step, str], None]
+        Args:
+            clock: returns seconds.
+        """
+        self._clock = clock
+        self._on_terminal = sys.stderr.isatty()
+        self._started = self._printed = clock()
+        self._text = self._line = ""
 
+    def __call__(self, step: Step) -> None:
+        """Show a step."""
+        now = self._clock()
+        if step.text != self._text:
+            self._started, self._text = now, step.text
+        line = printable(_line(step) + _time_left(step, now - self._started))
+        is_last = 0 < step.total <= step.done
+        if self._on_terminal:
+            self._replace(line)
+        elif not is_last and now - self._printed >= _PAUSE_S:
+            self._printed = now
+            print(line, file=sys.stderr)
 
-@contextmanager
-def _line_on_terminal() -> Iterator[_Show]:
-    last = ""
+    def log(self, message: str) -> None:
+        """Print a message that stays on the screen."""
+        self.clear()
+        print(printable(message), file=sys.stderr)
 
-    def show(line: str) -> None:
-        nonlocal last
+    def clear(self) -> None:
+        """Erase the line on a terminal."""
+        self._replace("")
+
+    def _replace(self, line: str) -> None:
         # A wrapped line could not be replaced.
-        line = printable(line)[: _columns() - 1]
-        if line != last:
+        line = line[: _columns() - 1]
+        if line != self._line:
             sys.stderr.write(f"\r\x1b[K{line}")
             sys.stderr.flush()
-            last = line
+            self._line = line
 
+
+@contextmanager
+def show_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Display]:
+    """Yield a display whose line is erased when the block ends, even with an error."""
+    display = Display(clock)
     try:
-        yield lambda _, line: show(line)
+        yield display
     finally:
-        show("")
+        display.clear()
 
 
 def _columns() -> int:
@@ -79,32 +101,6 @@ def _columns() -> int:
         return os.get_terminal_size(sys.stderr.fileno()).columns or _COLUMNS
     except OSError:
         return _COLUMNS
-
-
-@contextmanager
-def _occasional_lines(clock: Callable[[], float]) -> Iterator[_Show]:
-    printed = clock()
-
-    def show(step: Step, line: str) -> None:
-        nonlocal printed
-        is_last = 0 < step.total <= step.done
-        if not is_last and clock() - printed >= _PAUSE_S:
-            printed = clock()
-            print(printable(line), file=sys.stderr)
-
-    yield show
-
-
-def _with_time_left(show: _Show, clock: Callable[[], float]) -> Progress:
-    started, text = clock(), ""
-
-    def progress(step: Step) -> None:
-        nonlocal started, text
-        if step.text != text:
-            started, text = clock(), step.text
-        show(step, _line(step) + _time_left(step, clock() - started))
-
-    return progress
 
 
 def _line(step: Step) -> str:

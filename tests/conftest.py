@@ -408,3 +408,24 @@ def cli() -> Callable[..., Any]:
         return CliRunner().invoke(main, [str(a) for a in arguments], input=stdin)
 
     return run
+
+
+@pytest.fixture
+def record(cli: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls ``precast run --json`` and parses the line."""
+
+    def run(*arguments: object, stdin: str | bytes = "") -> Any:
+        result = cli("run", *arguments, "--json", stdin=stdin)
+        assert result.exit_code == 0, result.output
+        (line,) = result.stdout.splitlines()
+        return json.loads(line)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def answer(tiny_model: Any) -> Any:
+    """The tiny model's greedy answer to the ids 7, 200 and 31."""
+    from precast.loaders.generation.sampling_params import SamplingParams
+
+    return tiny_model.generate([7, 200, 31], SamplingParams(ignore_eos=True))

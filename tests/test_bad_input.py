@@ -1,4 +1,4 @@
-"""Every bad input through the command line: one line that says what to do, exit code 2, and nothing half-written."""
+"""Bad input on the command line: one line with a remedy, exit code 2, and no half-written output."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ VOCAB, CAPACITY = 320, 64
 
 @pytest.fixture
 def refused(cli):
-    """Runs a command that must fail for the user's sake, and returns the sentence."""
+    """Return a function that runs a command, which must fail, and returns the error."""
 
     def run(*arguments, stdin="") -> str:
         result = cli(*arguments, stdin=stdin)
@@ -36,7 +36,7 @@ def refused(cli):
 
 @pytest.fixture
 def export_refused(refused, tmp_path):
-    """As `refused`, for an export; whatever goes wrong, no output and no scrap of it is left."""
+    """Return a function like `refused` for an export, which must leave no output."""
     parent = tmp_path / "output"
 
     def run(source, *options) -> str:
@@ -218,7 +218,7 @@ def test_a_disk_that_is_full(export_refused, tiny_checkpoint, monkeypatch, place
         monkeypatch.setattr("precast.loaders.artifact.weights._write_pieces", full)
     elif place == "tokenizer":
         write = Path.write_bytes
-        # Not the mark of the temporary folder, which is written before.
+        # Not the marker of the temporary folder, which is written first.
         monkeypatch.setattr(
             Path,
             "write_bytes",
@@ -259,7 +259,7 @@ def test_missing_packages_for_an_export(refused, monkeypatch):
         (["--ids", f"1,{VOCAB}"], f"prompt: token 1 is {VOCAB}, expected an id from 0 to {VOCAB - 1}."),
         (["--ids", "-1"], f"prompt: token 0 is -1, expected an id from 0 to {VOCAB - 1}."),
         (["--ids", str(2**40)], f"prompt: token 0 is {2**40}, expected an id from 0 to {VOCAB - 1}."),
-        (["-p", "a", "--ids", "1"], "--prompt and --ids both say what to continue; give one of them."),
+        (["-p", "a", "--ids", "1"], "--prompt and --ids are alternatives; give one of them."),
         (
             ["--chat", "--ids", "1"],
             "--chat needs text to put through the chat template; use --prompt instead",

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from precast.loaders.console import chat as chat_console
 from precast.loaders.console import chat_input, speed
+from precast.loaders.console import conversation as chat_console
 from precast.loaders.console.chat_history import History, history_file
 
 PROMPT = "> "
@@ -55,7 +55,7 @@ class Terminal:
             stdin=other,
             stdout=other,
             stderr=other,
-            # Without what this user likes: no colours, other keys.
+            # Remove the user's settings for colours and keys.
             env={
                 **{name: value for name, value in os.environ.items() if name != "NO_COLOR"},
                 "TERM": "xterm",
@@ -126,7 +126,7 @@ def test_a_chat_in_a_terminal(chat, tmp_path):
     with chat("--system", "", "--stats") as (terminal, opening):
         assert re.search(r"^tiny on cpu-\S+, 64 positions\. /help lists the commands, Ctrl-D ends", opening)
         pasted = terminal.send("\x1b[200~one\rtwo\r\rthree\x1b[201~", until="three")
-        assert asked(pasted) == []  # not before it is sent
+        assert asked(pasted) == []  # nothing is sent yet
         assert asked(terminal.send("\r")) == [["", "one\ntwo\n\nthree"]]
         # Without bracketed paste, a terminal delivers pasted lines together.
         shown = terminal.send("four\rfive\r")
@@ -144,7 +144,7 @@ def test_a_chat_in_a_terminal(chat, tmp_path):
         terminal.send("wait\r", until='"wait"]')
         assert " …" in terminal.send("\x03")
         terminal.send("half a line", until="half a line")
-        time.sleep(0.5)  # a signal that comes just before readline waits is seen only with the next key
+        time.sleep(0.5)  # readline sees an earlier signal only with the next key
         terminal.send("\x03")
         assert asked(terminal.send("go on\r"))[0][-2:] == ["wait", "go on"]
         end = terminal.rest("/exit\r")
@@ -337,10 +337,10 @@ def test_a_chat_with_piped_input_answers_once(cli, tiny_artifact):
 
 def test_the_dim_line_is_plain_where_colours_are_not_wanted(monkeypatch, capsys):
     monkeypatch.delenv("NO_COLOR", raising=False)
-    chat_console._whisper("words")  # this is no terminal
+    chat_console._print_aside("words")  # this is no terminal
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    chat_console._whisper("words")
+    chat_console._print_aside("words")
     monkeypatch.setenv("NO_COLOR", "1")
-    chat_console._whisper("words")
+    chat_console._print_aside("words")
     assert capsys.readouterr().out == "(words)\n\x1b[2mwords\x1b[0m\n(words)\n"

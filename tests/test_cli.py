@@ -1,41 +1,18 @@
-"""The command line: what `run` and `inspect` print, and that a deployed process stays light."""
+"""The command ``precast run``: its text, its JSON, and its options."""
 
-import gc
 import io
 import json
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 PROMPT = "7,200,31"
-# Of the issue that asked for the command; scripts read it.
+# Scripts read these fields.
 FIELDS = ["text", "token_ids", "prompt_token_ids", "finish_reason", "timing", "target", "compiles"]
 TIMING = ["import_s", "load_s", "prefill_s", "first_token_s", "decode_tokens_per_s", "target"]
-
-
-@pytest.fixture
-def record(cli):
-    """Runs with --json and gives the parsed line."""
-
-    def run(*arguments, stdin=""):
-        result = cli("run", *arguments, "--json", stdin=stdin)
-        assert result.exit_code == 0, result.output
-        (line,) = result.stdout.splitlines()
-        return json.loads(line)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def answer(tiny_model):
-    from precast.loaders.generation.sampling_params import SamplingParams
-
-    return tiny_model.generate([7, 200, 31], SamplingParams(ignore_eos=True))
 
 
 # --- run ----------------------------------------------------------------------------------------------------
@@ -77,7 +54,7 @@ def test_a_folder_with_one_artifact_will_do(record, tiny_artifact, answer):
 
 def test_a_prompt_may_be_piped_in(record, tiny_artifact, tiny_model):
     text = "the quick brown fox\n"
-    # One final newline, which echo and editors add, is not part of it.
+    # Echo and editors add one final newline.
     piped = record(tiny_artifact, stdin=text + "\n")
     assert piped["prompt_token_ids"] == tiny_model.tokenizer.encode(text)
     given = record(tiny_artifact, "-p", text)
@@ -91,7 +68,7 @@ def test_a_prompt_may_be_piped_in(record, tiny_artifact, tiny_model):
         (b"the fox\r\nthe dog\r\n", "the fox\nthe dog"),
         (b"\xef\xbb\xbfthe\r\n\r\n", "the\n"),
         (b"a\rb\n\r", "a\rb\n\r"),  # a carriage return alone is text
-        (b"the \xef\xbb\xbffox", "the \ufefffox"),  # as is a mark that is not at the start
+        (b"the \xef\xbb\xbffox", "the \ufefffox"),  # so is a mark that is not at the start
     ],
 )
 def test_what_editors_of_windows_add_is_not_part_of_a_piped_prompt(
@@ -322,10 +299,10 @@ def test_compiling_is_done_on_request_and_said(cli, tiny_artifact, answer, own_c
     assert result.stderr.splitlines()[-1] == "compiling decode from StableHLO …"
 
 
-def test_verify_hashes_again(cli, artifact_copy):
-    assert cli("run", artifact_copy, "--ids", PROMPT, "--verify").exit_code == 0
+def test_rehash_hashes_unchanged_files_again(cli, artifact_copy):
+    assert cli("run", artifact_copy, "--ids", PROMPT, "--rehash").exit_code == 0
     (artifact_copy / "golden.json").write_text("{}")
-    result = cli("run", artifact_copy, "--ids", PROMPT, "--verify")
+    result = cli("run", artifact_copy, "--ids", PROMPT, "--rehash")
     assert result.exit_code == 2
     assert "'golden.json'" in result.stderr
 
@@ -334,7 +311,7 @@ def test_numbers_that_are_none_are_a_usage_error(cli, tiny_artifact):
     for options in (["--ids", "1,x"], ["--ids", ""], ["--ids", "1,,2"]):
         result = cli("run", tiny_artifact, *options)
         assert result.exit_code == 2
-        assert "expected whole numbers with commas between" in result.stderr
+        assert "expected whole numbers separated by commas" in result.stderr
 
 
 def test_a_reader_that_leaves_early_is_no_error(tiny_artifact, python):
@@ -351,7 +328,7 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_artifact, python):
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
 def test_a_process_without_its_streams(tiny_artifact, closed):
-    """As a shell and some supervisors start it: whatever the process opens takes the place of no stream."""
+    """Shells and some supervisors start processes like this; no opened file may take the number of a stream."""
     command = [sys.executable, "cli.py", "run", str(tiny_artifact)]
     result = subprocess.run(
         ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
@@ -366,276 +343,3 @@ def test_a_process_without_its_streams(tiny_artifact, closed):
     assert result.stderr == (
         "error: prompt: expected at least one token, found none; give the model some text.\n"
     )
-
-
-# --- the process --------------------------------------------------------------------------------------------
-
-
-def test_run_never_imports_jax_although_it_is_installed(tiny_artifact, python):
-    code = (
-        "import importlib.util, sys\n"
-        "assert importlib.util.find_spec('jax')\n"
-        "from precast.cli import main\n"
-        "main(['run', sys.argv[1], '--ids', '7,200,31'], standalone_mode=False)\n"
-        "loaded = [m for m in sys.modules if m.partition('.')[0] in ('jax', 'flax', 'transformers', 'rich')]\n"
-        "print([m for m in loaded if sys.modules[m] is not None])"
-    )
-    result = python("-c", code, str(tiny_artifact))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "[]"
-
-
-def test_help_lists_commands_in_the_order_of_use(cli):
-    lines = cli("--help").stdout.partition("Commands:\n")[2].splitlines()
-    names, summaries = zip(*(line.split(maxsplit=1) for line in lines), strict=True)
-    assert names[:5] == ("export", "run", "chat", "add-target", "list")
-    assert all(summary.endswith(".") and not summary.endswith("...") for summary in summaries)
-
-
-def test_help_needs_no_library(python):
-    code = (
-        "import sys\n"
-        "from precast.cli import main\n"
-        "main(['run', '--help'], standalone_mode=False)\n"
-        "print(sorted({'jax', 'jaxlib', 'numpy', 'tokenizers', 'rich'} & set(sys.modules)))"
-    )
-    result = python("-c", code)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "[]"
-
-
-@pytest.mark.parametrize("command", ["check", "inspect", "diff"])
-def test_a_terminal_that_shows_less_than_is_printed(artifact_copy, python, command):
-    """Neither a character that its encoding lacks nor a name that is none in any."""
-    odd = artifact_copy.rename(artifact_copy.with_name("odd-\udcff-→"))
-    paths = [str(odd)] * (2 if command == "diff" else 1)
-    result = python("cli.py", command, *paths, env={"PYTHONIOENCODING": "ascii:strict"})
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    assert "odd-" in result.stdout
-
-
-def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
-    from precast.loaders.console import chat as chat_console
-    from precast.loaders.console import chat_input, command
-
-    command.log("name \x1b]0;gone\x07")
-    manifest = SimpleNamespace(name="\x1b[2Jname", tokenizer=SimpleNamespace(chat_template="chat.jinja"))
-    target, engine = SimpleNamespace(name="cpu\x9b2J"), SimpleNamespace(context=64)
-    monkeypatch.setattr(chat_input, "messages", lambda: iter(()))
-    monkeypatch.setenv("PRECAST_HISTORY", "off")
-    model = SimpleNamespace(manifest=manifest, target=target, engine=engine)
-    chat_console.converse(model, None, None, stats=False, literal=False)
-    shown = capsys.readouterr()
-    assert shown.err == "name �]0;gone�\n"
-    assert shown.out.startswith("�[2Jname on cpu�2J, 64 positions.")
-
-
-def test_an_interrupt_ends_it_at_once_and_says_so(python):
-    code = (
-        "from precast import cli\n"
-        "from precast.loaders.audit import inspect\n"
-        "def interrupted(*_, **__): raise KeyboardInterrupt\n"
-        "inspect.render = interrupted\n"
-        "cli.main(['inspect', 'anywhere'])"
-    )
-    result = python("-c", code)
-    assert (result.returncode, result.stderr.split()) == (130, ["interrupted"])
-
-
-@pytest.mark.parametrize("command", [[], ["export"], ["run"], ["inspect"]])
-def test_the_installed_command_is_the_one_in_the_checkout(python, command):
-    installed = Path(sysconfig.get_path("scripts")) / "precast"
-    if not installed.is_file():
-        pytest.skip("precast is not installed here, only importable")
-    ours = python("cli.py", *command, "--help")
-    # The script is Python too, and runs under the name that it then shows.
-    theirs = python(str(installed), *command, "--help")
-    assert ours.returncode == theirs.returncode == 0
-    assert ours.stdout.replace("cli.py", "precast") == theirs.stdout
-
-
-def test_the_version_is_the_package_s(cli):
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        expected = version("precast")
-    except PackageNotFoundError:
-        pytest.skip("precast is not installed here, only importable")
-    assert cli("--version").stdout == f"precast {expected}\n"
-
-
-# --- export and inspect -------------------------------------------------------------------------------------
-
-
-def test_export_then_run(cli, record, tiny_checkpoint, tmp_path, answer, monkeypatch):
-    """From a Hugging Face directory, with the default place to write to."""
-    source = tiny_checkpoint()
-    monkeypatch.chdir(tmp_path)
-    result = cli("export", source, "--buckets", "16,8", "--context", "64", "--weights", "float32")
-    assert result.exit_code == 0, result.output
-    output = tmp_path / "artifacts" / "checkpoint-float32"
-    assert "answers checked against the reference" in result.stdout
-    assert "prefill_16" in result.stdout
-    assert record(output, "--ids", PROMPT, "--ignore-eos")["token_ids"] == list(answer.token_ids)
-    before = (output / "manifest.json").read_bytes()
-    assert cli("export", source, "--buckets", "8", "--context", "64", "--weights", "float32").exit_code == 2
-    assert (output / "manifest.json").read_bytes() == before
-
-
-def test_weights_are_int8_unless_asked_for_otherwise(cli, record, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "artifacts" / "checkpoint-int8").mkdir(parents=True)  # an empty variable counts as unset
-    result = cli("export", tiny_checkpoint(), "--buckets", "8", "--context", "64")
-    assert result.exit_code == 0, result.output
-    output = tmp_path / "artifacts" / "checkpoint-int8"
-    assert len(record(output, "--ids", PROMPT, "--ignore-eos", "-n", "4")["token_ids"]) == 4
-    shown = cli("inspect", output).stdout
-    assert "weights int8" in shown
-    assert "bfloat16" in shown
-    assert "KL divergence" in shown
-
-
-def test_inspect_shows_the_facts(cli, tiny_artifact):
-    result = cli("inspect", tiny_artifact)
-    assert result.exit_code == 0
-    for fact in (
-        "tiny",
-        "llama",
-        "64 positions",
-        "prefill buckets 8, 16",
-        "decode",
-        "L=3",
-        "runs on ",
-        "jaxlib",
-    ):
-        assert fact in result.stdout
-    assert cli("inspect", tiny_artifact.parent).stdout == result.stdout
-
-
-def test_inspect_as_json_agrees_with_the_manifest(cli, tiny_artifact):
-    facts = json.loads(cli("inspect", tiny_artifact, "--json").stdout)
-    manifest = json.loads((tiny_artifact / "manifest.json").read_text())
-    assert facts["model"] == manifest["model"]
-    assert (facts["context"], facts["slots"], facts["buckets"]) == (64, 1, [8, 16])
-    assert facts["cache"]["bytes"] == sum(a["bytes"] for a in manifest["cache"]) == 2 * 3 * 2 * 64 * 12 * 4
-    assert facts["bytes"] == sum(
-        p.stat().st_size for p in tiny_artifact.rglob("*") if p.is_file() and p.name != "manifest.json"
-    )
-    target = facts["targets"][0]
-    assert [p["name"] for p in target["programs"]] == ["cache", "prefill_8", "prefill_16", "decode"]
-    for program in target["programs"]:
-        path = tiny_artifact / "programs" / "cpu" / f"{program['name']}.xla"
-        assert program["executable_bytes"] == path.stat().st_size
-    assert facts["provenance"]["versions"]["jaxlib"] == target["jaxlib"]
-
-
-def test_inspect_reads_nothing_but_the_manifest(cli, tmp_path, tiny_artifact):
-    """It also tells of artifacts that do not run here."""
-    shutil.copy(tiny_artifact / "manifest.json", tmp_path)
-    assert cli("inspect", tmp_path).exit_code == 0
-    assert sys.modules.get("jax") is not None  # the test's own process stays as it was
-
-
-# --- what a start sets in the process -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def collecting(monkeypatch):
-    """Whether garbage was collected: a list that grows when an artifact is read, and when it generates."""
-    from precast.loaders import load
-    from precast.loaders.generation.model import Model
-
-    seen = []
-
-    def watch(owner, name):
-        whole = getattr(owner, name)
-
-        def watched(*arguments, **options):
-            seen.append((name, gc.isenabled()))
-            return whole(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, watched)
-
-    watch(load, "read_manifest")
-    watch(Model, "stream")
-    yield seen
-    gc.enable()
-
-
-REFUSED, RUNS = ("--target", "none"), ()
-
-
-@pytest.mark.parametrize("on", [True, False])
-@pytest.mark.parametrize("options", [RUNS, REFUSED])
-def test_garbage_is_collected_again_once_it_is_loaded(cli, tiny_artifact, collecting, options, on):
-    """By a caller that had it collected; nothing that a start makes is garbage."""
-    (gc.enable if on else gc.disable)()
-    before = gc.get_freeze_count()
-    result = cli("run", tiny_artifact, "-p", "a", "-n", "1", *options)
-    assert result.exit_code == (2 if options == REFUSED else 0), result.output
-    assert (gc.isenabled(), gc.get_freeze_count()) == (on, before)
-    assert collecting == [("read_manifest", False), ("stream", on)][: 1 if options == REFUSED else 2]
-
-
-def test_what_was_loaded_is_old_to_the_collector(python):
-    """So that the first collection of what is young, while it generates, does not go through all of it."""
-    code = (
-        "import gc\n"
-        "from pathlib import Path\n"
-        "from precast.loaders.console.run import starting\n"
-        "gc.disable()  # or the first collection comes before it is looked at\n"
-        "with starting(Path('anywhere')):\n"
-        "    made = [[] for _ in range(50_000)]\n"
-        "young = len(gc.get_objects(generation=0))\n"
-        "assert young < 5000, young"
-    )
-    result = python("-c", code)
-    assert result.returncode == 0, result.stderr
-
-
-def test_what_a_caller_froze_stays_frozen(python):
-    code = (
-        "import gc\n"
-        "from pathlib import Path\n"
-        "from precast.loaders.console.run import starting\n"
-        "gc.freeze()\n"
-        "before = gc.get_freeze_count()\n"
-        "with starting(Path('anywhere')): pass\n"
-        "assert gc.get_freeze_count() >= before > 0"
-    )
-    result = python("-c", code)
-    assert result.returncode == 0, result.stderr
-
-
-def test_garbage_is_collected_while_it_is_pulled(record, tiny_artifact, collecting, monkeypatch):
-    from precast.loaders.store import pull as store_pull
-
-    def fetch(url, **_):
-        collecting.append((url, gc.isenabled()))
-        return tiny_artifact
-
-    monkeypatch.setattr(store_pull, "fetch", fetch)
-    record("s3://bucket/tiny", "--ids", PROMPT, "-n", "1")
-    assert collecting == [("s3://bucket/tiny", True), ("read_manifest", True), ("stream", True)]
-
-
-@pytest.mark.parametrize("own", [None, "3"])
-def test_numpy_starts_no_threads_unless_asked_to(tiny_artifact, python, own):
-    """OpenBLAS reads the variable when NumPy is imported, and children started later are not to inherit it."""
-    code = (
-        "import os, sys\n"
-        "from precast.cli import main\n"
-        f"own, name, seen = {own!r}, 'OPENBLAS_NUM_THREADS', []\n"
-        "os.environ.pop(name, None)\n"
-        "if own: os.environ[name] = own\n"
-        "class Watch:\n"
-        "    def find_spec(module, path=None, target=None):\n"
-        "        if module == 'numpy': seen.append(os.environ.get(name))\n"
-        "sys.meta_path.insert(0, Watch)\n"
-        "main(['run', sys.argv[1], '--ids', '7,200,31', '-n', '1'], standalone_mode=False)\n"
-        "assert seen == [own or '1'], seen\n"
-        "assert os.environ.get(name) == own"
-    )
-    result = python("-c", code, str(tiny_artifact))
-    assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""``precast eval``: what it prints, with references of every kind, and what it refuses."""
+"""``precast eval``: its output with references of every kind, and its errors."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def record(cli):
-    """Runs with --json and gives the parsed line."""
+    """Return a function that calls ``precast eval --json`` and parses the line."""
 
     def run(*arguments):
         result = cli("eval", *arguments, "--json")
@@ -37,7 +37,7 @@ def record(cli):
 
 @pytest.fixture
 def refused(cli):
-    """Runs what must fail with one line and gives it."""
+    """Return a function that calls ``precast eval``, which must fail, and returns the error."""
 
     def run(*arguments):
         result = cli("eval", *arguments)
@@ -52,7 +52,7 @@ def refused(cli):
 
 @pytest.fixture
 def unlike(artifact_copy, edit_manifest):
-    """A copy of the tiny artifact whose tokenizer is changed by a function of its JSON."""
+    """Return a function that copies the tiny artifact and edits its tokenizer."""
     import hashlib
 
     def make(change):
@@ -267,7 +267,8 @@ def test_a_reference_with_other_merges(refused, tiny_artifact, unlike):
         value["model"]["merges"] = []
 
     assert refused(tiny_artifact, "--reference", unlike(forget)) == (
-        "tiny: its tokenizer gives the text other tokens than that of tiny; compare models with the same tokenizer."
+        "tiny: its tokenizer splits the text into other tokens than that of tiny; compare models with the same"
+        " tokenizer."
     )
 
 
@@ -284,7 +285,7 @@ def test_a_source_is_refused_where_jax_is_missing(refused, tiny_artifact, tiny_c
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "jax" else find(name))
     assert refused(tiny_artifact, "--reference", tiny_checkpoint()) == (
-        "a reference that is no artifact needs jax, which is not installed: pip install 'precast[export]'"
+        "a reference that is not an artifact needs jax, which is not installed: pip install 'precast[export]'"
     )
 
 
@@ -307,7 +308,9 @@ def test_progress_is_a_line_on_a_terminal(cli, tiny_artifact, text, terminal):
     quiet = cli("eval", tiny_artifact, *options)
     assert quiet.exit_code == 0
     shown = terminal.getvalue().split("\r\x1b[K")
-    assert shown[:3] == ["", "scoring: 0 of 32 predictions", "scoring: 1 of 32 predictions"]
+    assert shown[:2] == ["", "loading cache …"]
+    first = shown.index("scoring: 0 of 32 predictions")
+    assert shown[first + 1] == "scoring: 1 of 32 predictions"
     assert shown[-2:] == ["scoring: 32 of 32 predictions", ""]
     terminal.truncate(0)
     assert cli("eval", tiny_artifact, *options, "--reference", tiny_artifact).exit_code == 0

@@ -10,9 +10,9 @@ class Precast:
     packages = ("precast", "jaxlib", "numpy")
 
     def __init__(self, model: str) -> None:
-        from precast.loaders.console.run import starting
+        from precast.loaders.console.run import fast_start
 
-        with starting(Path(model)):
+        with fast_start(Path(model)):
             from precast.loaders.load import load
 
             self._model = load(model)

@@ -1,4 +1,4 @@
-"""What ``precast check`` finds: everything about a machine that an artifact does not suit, from its manifest alone."""
+"""Check if an artifact runs on a machine, from its manifest alone."""
 
 import shlex
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from ..runtime import limits as limiting
 from ..runtime.limits import Need
 from ..runtime.resources import Limits, Memory, Processors
 
-# A promise that ends sooner than this is worth a word.
+# Report a compatibility promise that ends sooner than this.
 SOON_DAYS = 30
 
-# What a target may ask of a machine, one thing at a time, and values of its fields that ask for nothing.
+# The requirements of a target by aspect, as the names of its fields, and the values of these fields without any.
 _ASPECTS = {
     "TensorFlow": ("runtime",),
     "platform": ("platform", "device"),
@@ -29,7 +29,7 @@ _ASPECTS = {
     "CPU features": ("cpu_features",),
     "kernels": ("kernel_abi", "kernels"),
 }
-_NOTHING: dict[str, Any] = {
+_NO_REQUIREMENTS: dict[str, Any] = {
     "runtime": "pjrt",
     "platform": "cpu",
     "device": "any",
@@ -44,12 +44,12 @@ _TENSORFLOW = "'precast[savedmodel]'"
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """Something that does not suit, or soon will not.
+    """An obstacle, now or soon.
 
     Attributes:
         what: the aspect: "jaxlib", "memory".
-        problem: what is needed and what was found.
-        remedy: what to do.
+        problem: the requirement, and what was found.
+        remedy: a way to meet the requirement.
     """
 
     what: str
@@ -59,11 +59,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetReport:
-    """Attributes:
-    name: of the target.
-    runs: whether it runs as it is.
-    compiles: whether it does once it is compiled here.
-    mismatches: all that keeps it from running as it is.
+    """The findings on one target.
+
+    Attributes:
+        name: the target's name.
+        runs: True if the target runs without compiling.
+        compiles: True if the target runs once it is compiled here.
+        mismatches: the obstacles to running without compiling.
     """
 
     name: str
@@ -84,9 +86,12 @@ class Report:
         targets: the findings on each target.
         problems: other obstacles to running here.
         notes: facts that are no obstacle but worth knowing.
-        expires: day until which its StableHLO is promised to compile; the earliest if targets differ.
+        expires: last day on which newer jaxlibs must compile its StableHLO; the earliest if targets differ.
         days_left: days until `expires`; negative when it has passed.
         signed: True if a signature exists; it is not checked.
+        processors: the machine's processors.
+        need: the memory that the artifact needs.
+        memory: the machine's memory.
         cpus: a description of the CPUs that run it without compiling; None if no target is for the CPU.
     """
 
@@ -107,6 +112,7 @@ class Report:
 
     @property
     def runs(self) -> bool:
+        """True if the artifact runs here."""
         return self.target is not None and not self.problems
 
 
@@ -120,7 +126,7 @@ def check(
     today: date,
     *,
     target: str | None = None,
-    compile: bool = False,
+    allow_compile: bool = False,
 ) -> Report:
     """Compare a manifest with a machine.
 
@@ -133,12 +139,12 @@ def check(
         limits: the process's limits.
         today: for the compatibility promise of StableHLO.
         target: name of the target to run; None for the best.
-        compile: also accept a target that must be compiled first.
+        allow_compile: accept a target that must be compiled first.
 
     Raises:
         PrecastError: there is no such target.
     """
-    chosen = _choice(manifest, machine, root, target, compile)
+    chosen = _choice(manifest, machine, root, target, allow_compile)
     named = [t for t in manifest.targets if target in (None, t.name)]
     need = limiting.need(manifest, chosen or named[0])
     expires = min(_day(t.stablehlo_expires, root) for t in named)
@@ -149,10 +155,10 @@ def check(
         target=None if chosen is None else chosen.name,
         compiled=chosen is not None and chosen.runtime == "stablehlo",
         targets=tuple(_target(t, manifest, machine, root) for t in named),
-        problems=(*_too_little(need, memory.limit), *_too_low(need, processors.threads, limits)),
+        problems=(*_memory_limit(need, memory.limit), *_process_limits(need, processors.threads, limits)),
         notes=(
-            *_little_left(need, memory),
-            *_promise(expires.isoformat(), days_left, root),
+            *_available_memory(need, memory),
+            *_compatibility_promise(expires.isoformat(), days_left, root),
         ),
         processors=processors,
         need=need,
@@ -165,16 +171,19 @@ def check(
 
 
 def _choice(
-    manifest: Manifest, machine: Machine, root: Path, target: str | None, compile: bool
+    manifest: Manifest, machine: Machine, root: Path, target: str | None, allow_compile: bool
 ) -> Target | None:
-    """The target that `load` would take, by the loader's own rule."""
-    if (target is not None and target not in {t.name for t in manifest.targets}) or not manifest.targets:
-        compat.choose_target(
-            manifest, machine, str(root), name=target, allow_compile=compile
-        )  # which refuses
+    """Return the target that `load` would choose; None if it would refuse.
+
+    Raises:
+        PrecastError: there is no such target.
+    """
+    exists = target in {t.name for t in manifest.targets} if target is not None else bool(manifest.targets)
     try:
-        return compat.choose_target(manifest, machine, str(root), name=target, allow_compile=compile)
+        return compat.choose_target(manifest, machine, str(root), name=target, allow_compile=allow_compile)
     except PrecastError:
+        if not exists:
+            raise
         return None
 
 
@@ -185,25 +194,26 @@ def _target(target: Target, manifest: Manifest, machine: Machine, root: Path) ->
 
 
 def _compiles(target: Target, manifest: Manifest, machine: Machine, root: Path) -> bool:
+    """Return True if the target runs here once it is compiled."""
     alone = replace(manifest, targets=(target,))
-    chosen = _choice(alone, machine, root, target.name, compile=True)
+    chosen = _choice(alone, machine, root, target.name, allow_compile=True)
     return chosen is not None and chosen.runtime == "stablehlo"
 
 
 def _mismatches(
     target: Target, manifest: Manifest, machine: Machine, root: Path, compiles: bool
 ) -> Iterator[Finding]:
-    nothing = replace(target, **_NOTHING)
-    left = compat.mismatches(target, machine)
+    bare = replace(target, **_NO_REQUIREMENTS)
+    remaining = compat.mismatches(target, machine)
     for what, fields in _ASPECTS.items():
-        only = replace(nothing, **{field: getattr(target, field) for field in fields})
-        for problem in compat.mismatches(only, machine):
-            if problem in left:
-                left.remove(problem)
-                problem, remedy = _own_remedy(problem, machine)
+        one_aspect = replace(bare, **{field: getattr(target, field) for field in fields})
+        for problem in compat.mismatches(one_aspect, machine):
+            if problem in remaining:
+                remaining.remove(problem)
+                problem, remedy = _split_remedy(problem, machine)
                 remedy = remedy or _remedy(what, target, manifest, machine, root, compiles)
                 yield Finding(what=what, problem=problem, remedy=remedy)
-    for problem in left:
+    for problem in remaining:
         yield Finding(what="target", problem=problem, remedy=_command("add-target", root))
     if target.runtime == "stablehlo":
         yield Finding(
@@ -214,14 +224,14 @@ def _mismatches(
 
 
 def _command(*words: object) -> str:
-    """A command of precast's to be copied into a shell, whatever strangers wrote into it."""
+    """Return a precast command to copy into a shell; untrusted words are quoted."""
     return shlex.join(("precast", *map(str, words)))
 
 
-def _own_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
-    """A problem, and what it says itself is to be done; None where it says nothing."""
+def _split_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
+    """Split the installation command off a problem; None if it names none."""
     for packages in (_TENSORFLOW, compat.cuda_packages(machine.jaxlib)):
-        # Not at the first "pip install": a manifest may have written that.
+        # Not at the first "pip install", which may be text of an untrusted manifest.
         if problem.endswith(f": pip install {packages}"):
             return problem.removesuffix(f": pip install {packages}"), f"pip install {packages}"
     return problem, None
@@ -232,7 +242,7 @@ def _remedy(
 ) -> str:
     here = f"{_command('add-target', root)}, or {_command('run', root, '--compile')}" if compiles else ""
     maker = manifest.provenance.versions.get("precast")
-    made_it = shlex.quote(f"precast=={maker}" if maker else "precast")
+    maker_package = shlex.quote(f"precast=={maker}" if maker else "precast")
     remedies = {
         "TensorFlow": f"pip install {_TENSORFLOW}",
         "platform": f"a machine with {target.platform}"
@@ -240,18 +250,18 @@ def _remedy(
         "machine": here or f"export on a {machine.machine} machine",
         "jaxlib": f"pip install {shlex.quote(f'jaxlib=={target.jaxlib}')}" + (f", or {here}" if here else ""),
         "CPU features": " or ".join(filter(None, (_isa(machine), here))),
-        "kernels": f"pip install {made_it}, which made it, or export again",
+        "kernels": f"pip install {maker_package}, which made the artifact, or export the model again",
     }
     return remedies[what]
 
 
 def _isa(machine: Machine) -> str:
-    """Say how to export for this machine: for the widest level whose features it has."""
+    """Return the remedy to export for the widest level whose features the machine has."""
     level = widest_level(machine.features) if machine.machine == "x86_64" else None
     return f"export with --cpu-isa {level}" if level else "export on a machine like this one"
 
 
-def _too_little(need: Need, limit: int | None) -> Iterator[Finding]:
+def _memory_limit(need: Need, limit: int | None) -> Iterator[Finding]:
     if limit is not None and need.all > limit:
         yield Finding(
             what="memory",
@@ -260,21 +270,21 @@ def _too_little(need: Need, limit: int | None) -> Iterator[Finding]:
         )
 
 
-def _little_left(need: Need, memory: Memory) -> Iterator[Finding]:
+def _available_memory(need: Need, memory: Memory) -> Iterator[Finding]:
     if memory.available is not None and need.all > memory.available and need.all <= (memory.limit or 0):
         yield Finding(
             what="memory",
             problem=f"it needs {size_text(need.all)} of memory, {size_text(memory.available)} are available now",
-            remedy="end what else runs here, or weights will be read from the disk again and again",
+            remedy="end other programs, or weights will be read from the disk repeatedly",
         )
 
 
-def _too_low(needed: Need, threads: int, limits: Limits) -> Iterator[Finding]:
-    for problem, remedy in limiting.problems(needed, threads, limits):
+def _process_limits(need: Need, threads: int, limits: Limits) -> Iterator[Finding]:
+    for problem, remedy in limiting.problems(need, threads, limits):
         yield Finding(what="limits", problem=problem, remedy=remedy)
 
 
-def _promise(expires: str, days_left: int, root: Path) -> Iterator[Finding]:
+def _compatibility_promise(expires: str, days_left: int, root: Path) -> Iterator[Finding]:
     if days_left < SOON_DAYS:
         count = f"{abs(days_left)} day{'' if abs(days_left) == 1 else 's'}"
         when = f"in {count}" if days_left >= 0 else f"{count} ago"

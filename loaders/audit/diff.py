@@ -1,4 +1,4 @@
-"""What ``precast diff`` finds: everything that two artifacts say of themselves or hold, side by side."""
+"""Compare two artifacts: their manifests, files, and weights."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ _BLOCK = 1 << 24
 
 
 class _Absent:
-    """What stands where only the other artifact has something."""
+    """The value of a fact that only the other artifact has."""
 
 
 ABSENT = _Absent()
@@ -27,36 +27,48 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Attributes:
-    what: its name within the section.
-    before: in the first artifact; `ABSENT` where it is new.
-    after: in the second; `ABSENT` where it is gone.
+    """A difference between two artifacts.
+
+    Attributes:
+        what: name of the fact within its section.
+        before: value in the first artifact; `ABSENT` for an addition.
+        after: value in the second artifact; `ABSENT` for a removal.
     """
 
     what: str
     before: Any
     after: Any
 
+    @property
+    def is_addition(self) -> bool:
+        """True if only the second artifact has the fact."""
+        return self.before is ABSENT
+
+    @property
+    def is_removal(self) -> bool:
+        """True if only the first artifact has the fact."""
+        return self.after is ABSENT
+
 
 def diff(
     before: Path, a: Manifest, after: Path, b: Manifest, progress: Progress = silent
 ) -> dict[str, tuple[Change, ...]]:
-    """Compares two artifacts.
+    """Compare two artifacts.
 
-    Files are compared by the hashes that the manifests give them, and weights whose hashes differ tensor by tensor.
+    Files are compared by their hashes in the manifests. Weights with different hashes are compared tensor by tensor.
 
     Args:
-        before: the first artifact.
-        a: its manifest.
-        after: the second.
-        b: its manifest.
-        progress: receives the comparison's state.
+        before: folder of the first artifact.
+        a: manifest of the first artifact.
+        after: folder of the second artifact.
+        b: manifest of the second artifact.
+        progress: receives the number of bytes of weights compared.
 
     Returns:
-        Changes by section; all sections are there.
+        The changes by section, including sections without changes.
 
     Raises:
-        PrecastError: for weights that are missing, are not what the manifest says, or cannot be read.
+        PrecastError: weights are missing, damaged, or unreadable.
     """
     sections = {name: _changes(facts(a), facts(b)) for name, facts in _SECTIONS.items()}
     return {
@@ -90,18 +102,18 @@ def _geometry(m: Manifest) -> Facts:
 
 
 def _target_changes(a: Manifest, b: Manifest) -> tuple[Change, ...]:
-    """Targets in one artifact alone are one change each; those in both are compared field by field."""
+    """Compare targets of both artifacts field by field; a target of only one artifact is one change."""
     named = [{t.name: {p.name for p in t.programs} for t in m.targets} for m in (a, b)]
-    programs = {name: own & named[1][name] for name, own in named[0].items() if name in named[1]}
-    return _changes(*(_targets(m, programs) for m in (a, b)))
+    shared = {name: programs & named[1][name] for name, programs in named[0].items() if name in named[1]}
+    return _changes(*(_targets(m, shared) for m in (a, b)))
 
 
 def _targets(m: Manifest, shared: Mapping[str, set[str]]) -> Facts:
-    """Facts of all targets.
+    """Return the facts of all targets.
 
     Args:
         m: the artifact's manifest.
-        shared: names of the programs that a target has in both artifacts, of each target that is in both.
+        shared: for each target of both artifacts, the names of the programs that it has in both.
     """
     facts: dict[str, Any] = {"order": tuple(t.name for t in m.targets if t.name in shared)}
     for target in m.targets:
@@ -136,7 +148,7 @@ def _program(m: Manifest, where: str, program: Program) -> Facts:
 
 
 def _value(value: Value) -> str:
-    alias = "" if value.alias is None else f", takes over {value.alias}"
+    alias = "" if value.alias is None else f", aliases {value.alias}"
     return f"{value.role} {value.dtype} {list(value.shape)}, layout {list(value.layout)}{alias}"
 
 
@@ -169,14 +181,14 @@ def _origin(m: Manifest) -> Facts:
 
 
 def _other_files(m: Manifest) -> Facts:
-    """Files that no other section compares."""
+    """Return the files that no other section compares."""
     programs = {n for t in m.targets for p in t.programs for n in (p.executable, p.stablehlo)}
     texts = (m.tokenizer.file, m.tokenizer.chat_template, *m.tokenizer.named_templates.values())
-    known = {WEIGHTS_FILE, *texts, m.golden, *programs}
-    return {name: _file(m, name) for name in sorted(set(m.files) - known)}
+    compared = {WEIGHTS_FILE, *texts, m.golden, *programs}
+    return {name: _file(m, name) for name in sorted(set(m.files) - compared)}
 
 
-# What one manifest says at a time; targets and weights need both.
+# Functions of one manifest; the sections for targets and weights need both manifests.
 _SECTIONS: Mapping[str, Callable[[Manifest], Facts]] = {
     "model": _model,
     "geometry": _geometry,
@@ -219,19 +231,19 @@ def _contents(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], progress: Prog
         done += old.nbytes
         progress(Step(text="comparing weights", done=done, total=total, unit="bytes"))
         if differing:
-            # Of equal type and shape: what differs is how many bytes.
+            # The type and the shape are the same.
             yield Change(what=name, before=_shape(old), after=f"{differing} of {old.nbytes} bytes differ")
 
 
 def _differing(old: np.ndarray, new: np.ndarray) -> int:
-    """Bytes that differ between two arrays of one type and shape, a block at a time."""
+    """Return the number of bytes that differ between two arrays of the same type and shape; compare in blocks."""
     a, b = (array.reshape(-1).view(np.uint8) for array in (old, new))
     blocks = range(0, a.size, _BLOCK)
     return sum(int(np.count_nonzero(a[i : i + _BLOCK] != b[i : i + _BLOCK])) for i in blocks)
 
 
 def to_json(sections: Mapping[str, Sequence[Change]]) -> dict[str, Any]:
-    """Changes in plain JSON types; what is absent has no key."""
+    """Return the changes in plain JSON types, without keys for absent values."""
     return {
         "same": not any(sections.values()),
         "sections": {

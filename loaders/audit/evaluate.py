@@ -1,15 +1,15 @@
-"""How well an artifact predicts a text, and how far its predictions are from a reference's.
+"""Measure how well an artifact predicts a text, and how far its predictions are from a reference's.
 
-The method: the text is tokenised without a chat template, cut to at most N tokens and into windows of W; a last,
-shorter window counts where it has at least 64 tokens. Every window begins with what the tokenizer puts before a text
-(a beginning-of-sequence token, or nothing), which is part of its W tokens. The first half of a window is prefilled
-through the artifact's prefill programs, the second half is fed token by token through decode, whatever the artifact
-would have said itself (teacher forcing), and every prediction from the last prefilled position on is scored. So the
-numerics of prefill, of decode and of the cache all count.
+The text is tokenised without a chat template, cut to at most N tokens and into windows of W tokens; a last, shorter
+window counts if it has at least 64 tokens. Every window begins with the tokens that the tokenizer puts before a text
+(a beginning-of-sequence token, or nothing), which count towards W. The first half of a window is prefilled through
+the artifact's prefill programs. The second half is fed token by token through decode, regardless of the artifact's own
+choices (teacher forcing), and every prediction from the last prefilled position on is scored. So the numerics of
+prefill, decode and the KV cache all count.
 
-Perplexity is e to the mean of −log p(next token). The divergence of a position is the Kullback–Leibler divergence
-KL(reference ‖ artifact) = Σ p log(p / q) over the vocabulary, in nats, p the reference's probabilities and q the
-artifact's. Logits become log-probabilities in float64, position by position: nothing is kept that grows with tokens
+Perplexity is exp(mean of −log p(next token)). The divergence at a position is the Kullback–Leibler divergence
+KL(reference ‖ artifact) = Σ p log(p / q) over the vocabulary, in nats, where p and q are the probabilities of reference
+and artifact. Logits become log-probabilities in float64, position by position, so memory does not grow with tokens
 times vocabulary.
 """
 
@@ -29,18 +29,18 @@ from ..text.tokenizer import Tokenizer
 DEFAULT_TOKENS, DEFAULT_WINDOW = 3072, 512
 SHORTEST_LAST, SMALLEST_WINDOW = 64, 8
 SHIPPED_TEXT = Path(__file__).parent / "data" / "persuasion.txt"
-# Tokens of prose have 4 characters; no more of a file is read than any N tokens could need.
+# A limit for reading a file: tokens of prose have 4 characters.
 _CHARACTERS_PER_TOKEN = 64
 
 
 class Scorer(Protocol):
-    """A model whose predictions can be asked for.
+    """A model that predicts tokens.
 
     Attributes:
-        name: what messages call it.
-        tokenizer: of the model.
-        vocab: V, the length of its logits.
-        context: positions that a window may have.
+        name: the model's name in messages.
+        tokenizer: the model's tokenizer.
+        vocab: V, the number of logits.
+        context: the most positions of a window.
     """
 
     @property
@@ -53,12 +53,12 @@ class Scorer(Protocol):
     def context(self) -> int: ...
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        """Logits ``[V]`` of the positions ``first … len(window) − 2``, each a view that the next may overwrite."""
+        """Yield the logits [V] of positions `first` to ``len(window) − 2``; the next may overwrite the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactScorer:
-    """A loaded artifact: prefill up to the first position asked for, then decode. Of its slots, the first is used."""
+    """A loaded artifact as a scorer: prefill up to the first scored position, then decode, in its first slot."""
 
     model: Model
 
@@ -88,7 +88,7 @@ class ArtifactScorer:
             yield engine.logits(step)[0]
 
 
-# --- what is scored -----------------------------------------------------------------------------------------
+# --- texts and windows --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ class Tokens:
     """A text's tokens.
 
     Attributes:
-        prefix: what the tokenizer puts before any text.
-        ids: the text itself.
+        prefix: the tokens that the tokenizer puts before any text.
+        ids: the tokens of the text itself.
     """
 
     prefix: tuple[int, ...]
@@ -105,10 +105,14 @@ class Tokens:
 
 
 def read_text(path: Path, tokens: int) -> str:
-    """The beginning of a text file, as much of it as `tokens` tokens can need.
+    """Return the beginning of a text file, long enough for a number of tokens.
+
+    Args:
+        path: the file.
+        tokens: number of tokens.
 
     Raises:
-        PrecastError: for a file that is missing, empty, or no text in UTF-8.
+        PrecastError: the file is missing, empty, or not text in UTF-8.
     """
     if not path.exists():
         raise PrecastError(f"{path}: expected a text file, but it does not exist; check the spelling.")
@@ -125,24 +129,36 @@ def read_text(path: Path, tokens: int) -> str:
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Tokens:
-    """A text's tokens, apart from the special ones around it; one that ends a text is left out."""
+    """Return a text's tokens, and the special tokens before it; special tokens after it are dropped."""
     whole, plain = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return Tokens(prefix=tuple(whole[:start]), ids=tuple(plain))
-    # Special tokens that change the text's own: there is no telling them apart.
+    # The special tokens change the text's own, so they cannot be told apart.
     return Tokens(prefix=(), ids=tuple(whole))
 
 
 def plan_windows(total: int, width: int, shortest: int) -> tuple[range, ...]:
-    """Places of consecutive windows in `total` tokens: each `width` long, a last one at least `shortest`."""
+    """Return the ranges of consecutive windows.
+
+    Args:
+        total: number of tokens of the text.
+        width: tokens of a window.
+        shortest: the fewest tokens of a last window.
+    """
     full = [range(begin, begin + width) for begin in range(0, total - width + 1, width)]
     rest = range(len(full) * width, total)
     return (*full, rest) if rest and len(rest) >= shortest else tuple(full)
 
 
 def cut(tokens: Tokens, count: int, window: int) -> tuple[tuple[int, ...], ...]:
-    """Windows over the first `count` tokens of a text, of at most `window` tokens each; none where it is too short."""
+    """Return the windows of a text; none if it is too short.
+
+    Args:
+        tokens: the text.
+        count: the most tokens of the text to use.
+        window: the most tokens of a window, its prefix included.
+    """
     prefix = len(tokens.prefix)
     if prefix >= window // 2:
         return ()
@@ -151,7 +167,7 @@ def cut(tokens: Tokens, count: int, window: int) -> tuple[tuple[int, ...], ...]:
 
 
 def predictions(windows: Sequence[Sequence[int]]) -> int:
-    """How many predictions are scored."""
+    """Return the number of predictions that are scored."""
     return sum(len(window) - _prefilled(window) for window in windows)
 
 
@@ -160,10 +176,14 @@ def _prefilled(window: Sequence[int]) -> int:
 
 
 def check_window(window: int | None, scorers: Sequence[Scorer]) -> int:
-    """The window to use: the one asked for, or the default where the models have so many positions.
+    """Return the length of a window in tokens.
+
+    Args:
+        window: the requested length; None for the default, or the context if that is less.
+        scorers: the models.
 
     Raises:
-        PrecastError: for a window too small to be halved, or longer than a model's positions.
+        PrecastError: the length is less than `SMALLEST_WINDOW` or more than a model's context.
     """
     smallest = min(scorers, key=lambda s: s.context)
     if window is None:
@@ -177,10 +197,15 @@ def check_window(window: int | None, scorers: Sequence[Scorer]) -> int:
 
 
 def check_same_tokens(text: str, artifact: Scorer, reference: Scorer) -> None:
-    """Predictions of different tokens cannot be compared.
+    """Check that two models predict the same tokens.
+
+    Args:
+        text: the text to compare.
+        artifact: one model.
+        reference: the other model.
 
     Raises:
-        PrecastError: where the vocabularies have different sizes or the text has different tokens.
+        PrecastError: their vocabularies have different sizes, or their tokenizers split the text differently.
     """
     for what, found, expected in (
         ("tokens in its tokenizer", reference.tokenizer.vocab_size, artifact.tokenizer.vocab_size),
@@ -193,8 +218,8 @@ def check_same_tokens(text: str, artifact: Scorer, reference: Scorer) -> None:
             )
     if tokenize(artifact.tokenizer, text) != tokenize(reference.tokenizer, text):
         raise PrecastError(
-            f"{reference.name}: its tokenizer gives the text other tokens than that of {artifact.name}; compare models"
-            " with the same tokenizer."
+            f"{reference.name}: its tokenizer splits the text into other tokens than that of {artifact.name}; compare"
+            " models with the same tokenizer."
         )
 
 
@@ -206,10 +231,10 @@ class Comparison:
     """The artifact's predictions against a reference's.
 
     Attributes:
-        perplexity: of the reference, on the same tokens; None where it is more than a float holds.
-        kl_mean: mean KL(reference ‖ artifact), nats per token.
-        kl_p99: its 99th percentile, interpolated linearly between predictions.
-        top1: share of predictions where both find the same token likeliest, 0 to 1.
+        perplexity: the reference's perplexity on the same tokens; None if it is beyond the range of a float.
+        kl_mean: mean of KL(reference ‖ artifact), in nats per token.
+        kl_p99: 99th percentile of KL(reference ‖ artifact), interpolated linearly between predictions.
+        top1: share of predictions with the same likeliest token, 0 to 1.
     """
 
     perplexity: float | None
@@ -220,12 +245,12 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        tokens: predictions scored.
-        perplexity: None where it is more than a float holds.
-        comparison: None without a reference.
+        tokens: number of predictions scored.
+        perplexity: the artifact's perplexity; None if it is beyond the range of a float.
+        comparison: the comparison with the reference; None without a reference.
     """
 
     tokens: int
@@ -234,7 +259,7 @@ class Scores:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities, in float64, of logits ``[V]``."""
+    """Return the log-probabilities float64 [V] of logits [V]."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max()
     shifted -= np.log(np.exp(shifted).sum())
@@ -242,13 +267,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def divergence(reference: np.ndarray, artifact: np.ndarray) -> float:
-    """KL(reference ‖ artifact) in nats, of log-probabilities ``[V]``."""
-    # Never negative but for rounding.
+    """Return KL(reference ‖ artifact) in nats, given log-probabilities [V]."""
+    # Only rounding makes it negative.
     return max(float(np.exp(reference) @ (reference - artifact)), 0.0)
 
 
 def perplexity(losses: np.ndarray) -> float | None:
-    """e to the mean of −log p; None where a float does not hold it."""
+    """Return exp(mean of −log p); None if it is beyond the range of a float."""
     with np.errstate(over="ignore"):
         value = float(np.exp(losses.mean()))
     return value if np.isfinite(value) else None
@@ -260,16 +285,16 @@ def evaluate(
     reference: Scorer | None = None,
     progress: Progress = silent,
 ) -> Scores:
-    """Scores every prediction in the second halves of the windows.
+    """Score every prediction in the second halves of the windows.
 
     Args:
-        artifact: whose predictions are scored.
-        windows: token ids, each at most as long as both models' context. At least one.
-        reference: what they are compared with.
+        artifact: the model to score.
+        windows: at least one window of token ids, each at most as long as both models' context.
+        reference: the model to compare with; None for perplexity alone.
         progress: receives the number of predictions scored.
 
     Raises:
-        PrecastError: for a token outside the vocabulary, and for logits that are not finite.
+        PrecastError: a token is outside the vocabulary, or a logit is not finite.
     """
     _check_ids(windows, artifact)
     total, points = predictions(windows), []
@@ -297,7 +322,7 @@ def _comparison(losses: np.ndarray, kl: np.ndarray, same: np.ndarray) -> Compari
 
 
 def _points(artifact: Scorer, window: Sequence[int], reference: Scorer | None) -> Iterator[tuple[float, ...]]:
-    """For each prediction: the loss; with a reference also its loss, the divergence, and whether the tops agree."""
+    """Yield the loss of each prediction; with a reference also its loss, the divergence, and 1.0 if the top agrees."""
     first = _prefilled(window) - 1
     rows = artifact.logits(window, first)
     targets = window[first + 1 :]
@@ -313,9 +338,7 @@ def _points(artifact: Scorer, window: Sequence[int], reference: Scorer | None) -
 
 def _finite(row: np.ndarray, scorer: Scorer) -> np.ndarray:
     if not np.isfinite(row).all():
-        raise PrecastError(
-            f"{scorer.name}: its logits are not finite numbers, so they predict nothing; export the model again."
-        )
+        raise PrecastError(f"{scorer.name}: its logits are not finite; export the model again.")
     return row
 
 
@@ -323,6 +346,6 @@ def _check_ids(windows: Sequence[Sequence[int]], scorer: Scorer) -> None:
     largest = max(map(max, windows))
     if largest >= scorer.vocab:
         raise PrecastError(
-            f"{scorer.name}: the text has token {largest}, the model knows {scorer.vocab}; tokenizer and model do not"
-            " belong together."
+            f"{scorer.name}: expected token ids below {scorer.vocab}, found {largest}; the tokenizer belongs to another"
+            " model: export the model again."
         )

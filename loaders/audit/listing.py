@@ -1,4 +1,4 @@
-"""Find the artifacts below a folder, describe each, and check if it runs here."""
+"""Find the artifacts below a folder, and check if each runs here."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _HEAD = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class ListEntry:
     """An artifact.
 
     Attributes:
@@ -49,7 +49,7 @@ class Listed:
     reason: str | None = None
 
 
-def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> Iterator[Listed]:
+def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> Iterator[ListEntry]:
     """Yield every artifact in and below a folder, ordered by path; skip hidden folders.
 
     Args:
@@ -64,13 +64,13 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
         what = "is a file" if os.path.exists(folder) else "does not exist"
         raise PrecastError(f"{folder}: expected a folder, but it {what}; precast export writes to artifacts.")
     for path in _folders(folder):
-        if isinstance(path, Listed):
+        if isinstance(path, ListEntry):
             yield path
         elif (found := _listed(path, require_signature)) is not None:
             yield found
 
 
-def _folders(folder: Path) -> Iterator[Path | Listed]:
+def _folders(folder: Path) -> Iterator[Path | ListEntry]:
     """Yield the folders with a manifest, and unreadable folders."""
     if os.path.isfile(folder / MANIFEST_FILE):
         yield folder
@@ -79,7 +79,7 @@ def _folders(folder: Path) -> Iterator[Path | Listed]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
     except OSError as error:
-        yield Listed(path=folder, problem=f"{folder}: {error.strerror or error}.")
+        yield ListEntry(path=folder, problem=f"{folder}: {error.strerror or error}.")
         return
     for name in names:
         path = folder / name
@@ -99,16 +99,16 @@ def _is_artifact(folder: Path) -> bool:
         return False
 
 
-def _listed(folder: Path, key: Path | None) -> Listed | None:
+def _listed(folder: Path, key: Path | None) -> ListEntry | None:
     if not _is_artifact(folder):
         return None
     try:
         manifest = read_manifest(folder, require_signature=key)
     except PrecastError as error:
-        return Listed(path=folder, problem=str(error))
+        return ListEntry(path=folder, problem=str(error))
     machine = this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
     target, compiles, reason = _runs(folder, manifest, machine)
-    return Listed(
+    return ListEntry(
         path=folder,
         name=manifest.name,
         architecture=manifest.model.architecture,

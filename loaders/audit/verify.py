@@ -1,4 +1,4 @@
-"""What ``precast verify`` finds: whether an artifact is what was exported, and still answers as it did."""
+"""Verify an artifact: rehash its files, and replay its golden answers."""
 
 import math
 from collections.abc import Sequence
@@ -15,18 +15,19 @@ from ..generation.model import Model
 from ..generation.sampling_params import SamplingParams
 from ..progress import Progress, Step, silent
 
-OTHERWISE = (
-    "this artifact on this machine does not compute what was exported: do not use it here, and report this."
-)
+# The remedy for an answer that differs.
+DO_NOT_USE = "this artifact computes other numbers on this machine than at export: do not use it here, and report this."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files:
-    """Attributes:
-    checked: files of the manifest that were read from their first byte to their last.
-    bytes: of all of them.
-    problems: a sentence for each that is not what the manifest says.
-    unlisted: names of what lies beside them.
+class FileReport:
+    """The state of an artifact's files.
+
+    Attributes:
+        checked: number of files in the manifest, all of which were hashed.
+        bytes: size of these files.
+        problems: a sentence for each missing or damaged file.
+        unlisted: names of files that are not in the manifest.
     """
 
     checked: int
@@ -36,16 +37,18 @@ class Files:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replay:
-    """Attributes:
-    target: which answered.
-    answers: golden answers asked for.
-    tokens: of all of them.
-    logits: compared.
-    difference: the largest, in logits; None where it is no finite number.
-    share: the largest of an answer's difference as a share of what is allowed of that answer; 1 is the limit, None
-        as above, also where none is allowed.
-    problems: a sentence for each answer that differs.
+class ReplayReport:
+    """The result of replaying golden answers.
+
+    Attributes:
+        target: name of the target that answered.
+        answers: number of golden answers.
+        tokens: number of tokens in these answers.
+        logits: number of logits compared.
+        difference: largest absolute difference of a logit; None if it is not finite.
+        share: largest difference of an answer as a share of that answer's tolerance, 1 at the limit; None if it is not
+            finite, as for a difference with a tolerance of 0.
+        problems: a sentence for each answer that differs.
     """
 
     target: str
@@ -57,11 +60,16 @@ class Replay:
     problems: tuple[str, ...]
 
 
-def check_files(root: Path, manifest: Manifest, progress: Progress = silent) -> Files:
-    """Hashes every file of the manifest, and looks for others.
+def check_files(root: Path, manifest: Manifest, progress: Progress = silent) -> FileReport:
+    """Hash every file of the manifest, and find unlisted files.
+
+    Args:
+        root: the artifact's folder.
+        manifest: its manifest.
+        progress: receives the number of bytes hashed.
 
     Raises:
-        PrecastError: for a folder that cannot be read.
+        PrecastError: a folder cannot be read.
     """
     problems, total, done = [], sum(entry.bytes for entry in manifest.files.values()), 0
 
@@ -75,7 +83,7 @@ def check_files(root: Path, manifest: Manifest, progress: Progress = silent) -> 
             files.rehash_file(root, name, entry, read)
         except PrecastError as error:
             problems.append(str(error))
-    return Files(
+    return FileReport(
         checked=len(manifest.files),
         bytes=total,
         problems=tuple(problems),
@@ -83,28 +91,34 @@ def check_files(root: Path, manifest: Manifest, progress: Progress = silent) -> 
     )
 
 
-def replay(model: Model, golden: Golden, where: str, progress: Progress = silent) -> Replay:
-    """Lets a loaded artifact give its golden answers again, and compares tokens and logits.
+def replay(model: Model, golden: Golden, where: str, progress: Progress = silent) -> ReplayReport:
+    """Generate the golden answers again, and compare tokens and logits.
+
+    Args:
+        model: the loaded artifact.
+        golden: its golden answers.
+        where: beginning of the problems' sentences.
+        progress: receives the number of answers replayed.
 
     Raises:
-        PrecastError: when a program fails.
+        PrecastError: a program fails.
     """
     problems: list[str] = []
     difference = share = 0.0
     for i, answer in enumerate(golden.greedy):
         progress(Step(text="answering", done=i, total=len(golden.greedy), unit="prompts"))
-        problems += _tokens(model, answer, f"{where}: answer {i}")
+        problems += _token_problems(model, answer, f"{where}: answer {i}")
         found = _difference(model, answer)
         allowed = answer.first_logits.tolerance
-        # Whatever is no number is not within any tolerance.
+        # NaN is outside every tolerance.
         if not found <= allowed:
             problems.append(
-                f"{where}: answer {i}: a logit of its first step differs by {found:.3g} from the one recorded,"
-                f" {allowed:.3g} are allowed; {OTHERWISE}"
+                f"{where}: answer {i}: a logit of its first step differs from the recorded one by {found:.3g},"
+                f" the tolerance is {allowed:.3g}; {DO_NOT_USE}"
             )
         worst = math.inf if math.isnan(found) else found
         difference, share = max(difference, worst), max(share, _share(worst, allowed))
-    return Replay(
+    return ReplayReport(
         target=model.target.name,
         answers=len(golden.greedy),
         tokens=sum(len(a.token_ids) for a in golden.greedy),
@@ -125,7 +139,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tokens(model: Model, answer: Answer, where: str) -> list[str]:
+def _token_problems(model: Model, answer: Answer, where: str) -> list[str]:
     expected = answer.token_ids
     if not expected:
         return []
@@ -136,18 +150,18 @@ def _tokens(model: Model, answer: Answer, where: str) -> list[str]:
     place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
     problem = (
         f"{where}: token {place} is {found[place]}, recorded is {expected[place]} (prompt of"
-        f" {len(answer.prompt_token_ids)} tokens); {OTHERWISE}"
+        f" {len(answer.prompt_token_ids)} tokens); {DO_NOT_USE}"
     )
     return [problem]
 
 
 def first_logits(model: Model, prompt: Sequence[int]) -> np.ndarray:
-    """Logits ``[V]`` of the first step of an answer to a prompt, as a view."""
+    """Return the logits [V] of the first step of an answer to a prompt, as a view."""
     return model.engine.logits(model.engine.prefill(prompt, model.engine.new_cache()))[0]
 
 
 def _difference(model: Model, answer: Answer) -> float:
-    """The largest difference of a recorded logit from this machine's; not a number where that is none."""
+    """Return the largest absolute difference between the recorded logits and the model's; NaN if one is NaN."""
     logits = first_logits(model, answer.prompt_token_ids)
     found = logits[list(answer.first_logits.token_ids)].astype(np.float64)
     return float(np.abs(found - np.array(answer.first_logits.values)).max())

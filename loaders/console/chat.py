@@ -1,106 +1,27 @@
-"""An interactive chat in the terminal."""
+"""The command ``precast chat``."""
 
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from ..artifact.errors import PrecastError, printable
-from . import chat_input, speed
-from .chat_history import History, history_file
-from .terminal import harmless_pieces
-
-if TYPE_CHECKING:
-    from ..generation.model import Message, Model
-    from ..generation.sampling_params import SamplingParams
-    from ..generation.stream import Completion, Stream
+from . import run as run_command
+from .run import LoadOptions, Prompt, SamplingOptions
 
 
-def converse(
-    model: "Model", params: "SamplingParams", system: str | None, *, stats: bool, literal: bool
-) -> None:
-    """Answer typed messages until the end of input.
-
-    Args:
-        model: with a chat template.
-        params: how to sample.
-        system: the system message, which may be empty; None for none.
-        stats: print the speed of all answers at the end, on standard error.
-        literal: treat messages as plain text.
-
-    Raises:
-        PrecastError: when the model has no chat template.
-    """
-    if model.manifest.tokenizer.chat_template is None:
-        raise PrecastError(
-            f"{model.manifest.name}: the model has no chat template to talk through; give it"
-            " text to continue with --prompt."
-        )
-    history = History(history_file())
-    chat_input.prepare(history)
-    print(
-        f"{_name(model)}, {model.engine.context} positions. /help lists the commands, Ctrl-D ends the chat."
-    )
-    done: list[Completion] = []
-    messages = opening(system)
-    for message in chat_input.messages():
-        if message == "/exit":
-            break
-        if message == "/reset":
-            messages = opening(system)
-        elif message == "/help":
-            print(chat_input.help_text())
-        else:
-            chat_input.remember(history, message)
-            asked = [*messages, {"role": "user", "content": message}]
-            messages = _answer(partial(model.stream_chat, asked, params, literal=literal), asked, done)
-    if history.problem:
-        print(printable(history.problem), file=sys.stderr)
-    if stats and done:
-        print(speed.full(done), file=sys.stderr)
-
-
-def opening(system: str | None) -> "list[Message]":
-    """Return the messages before the user's first."""
-    return [] if system is None else [{"role": "system", "content": system}]
-
-
-def _name(model: "Model") -> str:
-    return printable(f"{model.manifest.name} on {model.target.name}")
-
-
-def _answer(
-    start: "Callable[[], Stream]", messages: "list[Message]", done: "list[Completion]"
-) -> "list[Message]":
-    """Print the answer, and note it in `done` when it is complete.
+def run(
+    artifact: Path | str,
+    *,
+    system: str | None,
+    literal: bool,
+    sampling: SamplingOptions,
+    loading: LoadOptions,
+    stats: bool,
+) -> int:
+    """Chat on a terminal, or answer standard input as the only message.
 
     Returns:
-        The conversation with the answer, or without the question if no answer was possible.
+        The exit code, 0.
+
+    Raises:
+        PrecastError: as `run`.
     """
-    said: list[str] = []
-    try:
-        stream = start()
-        for piece in harmless_pieces(_noted(stream, said)):
-            print(piece, end="", flush=True)
-        print()
-        done.append(stream.completion)
-        _whisper(speed.brief(stream.completion))
-    except KeyboardInterrupt:
-        print(" …")
-    except PrecastError as error:
-        print(f"error: {error} /reset starts over.")
-        return messages[:-1]
-    return [*messages, {"role": "assistant", "content": "".join(said)}]
-
-
-def _noted(pieces: Iterable[str], said: list[str]) -> Iterator[str]:
-    for piece in pieces:
-        said.append(piece)
-        yield piece
-
-
-def _whisper(words: str) -> None:
-    """Print a secondary line, dimmed unless the user wants no colours."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    print(f"({words})" if plain else f"\x1b[2m{words}\x1b[0m")
+    prompt = Prompt(text=None, ids=None, chat=True, system=system, literal=literal)
+    return run_command.run(artifact, prompt, sampling=sampling, loading=loading, as_json=False, stats=stats)

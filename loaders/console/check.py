@@ -1,4 +1,4 @@
-"""What ``precast check`` prints."""
+"""The command ``precast check``."""
 
 import dataclasses
 import json
@@ -10,25 +10,31 @@ from typing import Any
 from ..artifact.errors import printable
 from ..artifact.units import size_text
 from ..audit.check import SOON_DAYS, Report, TargetReport, check
+from .command import local_folder
 
 
 def run(
-    path: Path, *, target: str | None, compile: bool, as_json: bool, require_signature: Path | None = None
+    artifact: Path | str,
+    *,
+    target: str | None,
+    allow_compile: bool,
+    as_json: bool,
+    require_signature: Path | None,
 ) -> int:
-    """Checks the artifact at `path` against this machine, and prints what was found.
+    """Compare an artifact with this machine and print the result.
 
     Returns:
-        The exit code: 0 when it runs here, 1 when it does not.
+        The exit code: 0 if the artifact runs here, else 1.
 
     Raises:
-        PrecastError: when there is no artifact, it is not understood, or it has no such target.
+        PrecastError: there is no artifact, its format is unknown, or it has no such target.
     """
     from ..locate import find_artifact, read_manifest
     from ..runtime.installed import this_machine
     from ..runtime.limits import threads_started
     from ..runtime.resources import limits, memory, processors
 
-    root = find_artifact(path)
+    root = find_artifact(local_folder(artifact, require_signature))
     manifest = read_manifest(root, require_signature=require_signature)
     cores = processors()
     report = check(
@@ -40,7 +46,7 @@ def run(
         limits(threads_started(cores.threads)),
         datetime.now(UTC).date(),
         target=target,
-        compile=compile,
+        allow_compile=allow_compile,
     )
     if as_json:
         print(json.dumps(to_json(report, require_signature)))
@@ -50,7 +56,12 @@ def run(
 
 
 def to_json(report: Report, key: Path | None = None) -> dict[str, Any]:
-    """Return the report in plain JSON types; `key` is the file of the public key that checked the signature."""
+    """Return the report in plain JSON types.
+
+    Args:
+        report: result of the check.
+        key: file of the public key that checked the signature; None if the signature was not checked.
+    """
     facts = dataclasses.asdict(report)
     return {
         "runs": report.runs,
@@ -62,35 +73,40 @@ def to_json(report: Report, key: Path | None = None) -> dict[str, Any]:
 
 
 def lines(report: Report, key: Path | None = None) -> Iterator[str]:
-    """Return the report for people: verdict, targets, machine and remedies; `key` as for `to_json`."""
+    """Yield the lines of the report for people: verdict, targets, machine, and remedies.
+
+    Args:
+        report: result of the check.
+        key: as for `to_json`.
+    """
     if report.runs:
         how = ", compiled first" if report.compiled else ""
         yield f"{report.name} runs here, as target {report.target}{how}  ({report.root})"
     else:
         yield f"{report.name} does not run here  ({report.root})"
     for target in report.targets:
-        yield from _target(target)
+        yield from _target_lines(target)
     if report.cpus:
         yield f"  CPUs      {report.cpus}"
-    yield from _facts(report, key)
+    yield from _machine_lines(report, key)
     for finding in (*report.problems, *report.notes):
         yield f"  ! {finding.problem}"
         yield f"      → {finding.remedy}"
 
 
-def _target(target: TargetReport) -> Iterable[str]:
+def _target_lines(target: TargetReport) -> Iterable[str]:
     if target.runs:
         yield f"  target    {target.name}: fits"
         return
     yield f"  target    {target.name}: {'fits once it is compiled here' if target.compiles else 'does not fit'}"
-    # Of a target that is only ever compiled there is no more to say.
     for finding in target.mismatches:
+        # The line above says already that the target must be compiled.
         if finding.what != "compiling":
             yield f"    ! {finding.problem}"
         yield f"        → {finding.remedy}"
 
 
-def _facts(report: Report, key: Path | None) -> Iterable[str]:
+def _machine_lines(report: Report, key: Path | None) -> Iterable[str]:
     need, memory, p = report.need, report.memory, report.processors
     parts = {"weights": need.weights, "cache": need.cache, "temporary": need.temporary}
     yield (
@@ -101,5 +117,5 @@ def _facts(report: Report, key: Path | None) -> Iterable[str]:
     yield f"  threads   {p.threads}, on {p.usable} of {p.cores} cores{share}"
     if report.days_left >= SOON_DAYS:
         yield f"  StableHLO promised to compile until {report.expires}, {report.days_left} days"
-    unchecked = "there; whether it holds was not checked" if report.signed else "none"
-    yield f"  signature {unchecked if key is None else f'holds, by the key {key}'}"
+    unchecked = "present, not checked" if report.signed else "none"
+    yield f"  signature {unchecked if key is None else f'valid, by the key {key}'}"

@@ -1,4 +1,4 @@
-"""How long ago this process started: cold start is measured from there, imports and interpreter included."""
+"""The age of this process. Cold start counts from its beginning, and includes the interpreter and the imports."""
 
 import os
 import time
@@ -6,9 +6,12 @@ from pathlib import Path
 
 
 def process_age() -> float:
-    """Seconds since the process started, to about 10 ms; CPU seconds used where the system does not tell."""
+    """Return the seconds since the process started, to about 10 ms.
+
+    Return the CPU seconds used if the system does not tell the start.
+    """
     try:
-        # Fields after the command's name, which may itself hold spaces and brackets; see proc(5).
+        # The fields after the command's name, which may contain spaces and brackets; see proc(5).
         fields = (
             Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
         )

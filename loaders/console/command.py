@@ -18,7 +18,10 @@ FAILED = 2
 
 
 class Commands(click.Group):
-    """The group of all commands. It reports user errors in one line, also for help output."""
+    """The group of all commands, which return their exit codes.
+
+    It reports user errors in one line, also for help output.
+    """
 
     def main(self, *arguments: Any, **settings: Any) -> Any:
         open_closed_streams()
@@ -34,7 +37,7 @@ class Commands(click.Group):
     def invoke(self, context: click.Context) -> Any:
         # Also here, because click itself answers an interrupt, with another message.
         with _lines_only():
-            return super().invoke(context)
+            context.exit(super().invoke(context))
 
 
 @contextmanager
@@ -80,8 +83,16 @@ def _fail(message: str) -> NoReturn:
     sys.exit(FAILED)
 
 
-def local(artifact: Path | str, key: Path | None = None) -> Path:
-    """Return the artifact's folder; pull a URL first, unless it was pulled before."""
+def local_folder(artifact: Path | str, key: Path | None) -> Path:
+    """Return the artifact's folder; pull a URL first, unless it was pulled before.
+
+    Args:
+        artifact: a path or a URL.
+        key: file of the public key that a pulled artifact must be signed with.
+
+    Raises:
+        PrecastError: as `fetch`.
+    """
     if isinstance(artifact, Path):
         return artifact
     from ..store.pull import fetch
@@ -89,6 +100,6 @@ def local(artifact: Path | str, key: Path | None = None) -> Path:
     return fetch(artifact, require_signature=key, log=log)
 
 
-def log(line: str) -> None:
-    # It may contain text written by strangers.
-    click.echo(printable(line), err=True)
+def log(message: str) -> None:
+    """Print a message on standard error; it may contain untrusted text."""
+    click.echo(printable(message), err=True)

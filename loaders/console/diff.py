@@ -1,4 +1,4 @@
-"""What ``precast diff`` prints."""
+"""The command ``precast diff``."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import printable
 from ..progress import show_progress
+from .command import local_folder
 
 if TYPE_CHECKING:
     from ..audit.diff import Change
 
-# Lines of a section that people are shown; JSON has them all.
-_MOST = 12
-_LONGEST = 80
-# Items of two lists that are shown rather than counted.
-_ITEMS = 8
+# The most lines of a section for people; JSON has all.
+_MOST_LINES = 12
+_MOST_CHARACTERS = 80
+# Lists with more differing items show their count.
+_MOST_ITEMS = 8
 
 
-def run(before: Path, after: Path, *, as_json: bool, require_signature: Path | None = None) -> int:
+def run(before: Path | str, after: Path | str, *, as_json: bool, require_signature: Path | None) -> int:
     """Compare two artifacts and print the differences.
 
     Returns:
@@ -30,14 +31,14 @@ def run(before: Path, after: Path, *, as_json: bool, require_signature: Path | N
     from ..audit.diff import diff, to_json
     from ..locate import find_artifact, read_manifest
 
-    a, b = (find_artifact(path) for path in (before, after))
-    with show_progress() as progress:
+    a, b = (find_artifact(local_folder(artifact, require_signature)) for artifact in (before, after))
+    with show_progress() as display:
         sections = diff(
             a,
             read_manifest(a, require_signature=require_signature),
             b,
             read_manifest(b, require_signature=require_signature),
-            progress,
+            display,
         )
     same = not any(sections.values())
     print(json.dumps(to_json(sections)) if as_json else "\n".join(map(printable, lines(a, b, sections))))
@@ -45,9 +46,7 @@ def run(before: Path, after: Path, *, as_json: bool, require_signature: Path | N
 
 
 def lines(before: Path, after: Path, sections: "Mapping[str, Sequence[Change]]") -> Iterator[str]:
-    """The differences for people: + is new, - is gone, ~ has changed."""
-    from ..audit.diff import ABSENT
-
+    """Yield the differences for people: + is new, - is gone, ~ has changed."""
     if not any(sections.values()):
         yield f"{before} and {after} are the same"
         return
@@ -55,20 +54,18 @@ def lines(before: Path, after: Path, sections: "Mapping[str, Sequence[Change]]")
     for name, changes in sections.items():
         if changes:
             yield f"  {name}: {len(changes)} difference{'' if len(changes) == 1 else 's'}"
-            # What is new and what is gone first.
-            ordered = sorted(changes, key=lambda c: ABSENT not in (c.before, c.after))
-            yield from (f"    {_line(change)}" for change in ordered[:_MOST])
-        if len(changes) > _MOST:
-            yield f"    … and {len(changes) - _MOST} more (--json shows all)"
+            # Additions and removals first.
+            ordered = sorted(changes, key=lambda c: not (c.is_addition or c.is_removal))
+            yield from (f"    {_line(change)}" for change in ordered[:_MOST_LINES])
+        if len(changes) > _MOST_LINES:
+            yield f"    … and {len(changes) - _MOST_LINES} more (--json shows all)"
     yield f"  the same: {', '.join(name for name, changes in sections.items() if not changes) or 'nothing'}"
 
 
 def _line(change: "Change") -> str:
-    from ..audit.diff import ABSENT
-
-    if change.before is ABSENT:
+    if change.is_addition:
         return f"+ {change.what}: {_text(change.after)}"
-    if change.after is ABSENT:
+    if change.is_removal:
         return f"- {change.what}: {_text(change.before)}"
     if isinstance(change.before, list | tuple) and isinstance(change.after, list | tuple):
         return f"~ {change.what}: {_lists(change.before, change.after)}"
@@ -76,15 +73,15 @@ def _line(change: "Change") -> str:
 
 
 def _lists(before: Sequence[Any], after: Sequence[Any]) -> str:
-    """Two lists: what is gone and what is new, or both where only their order differs."""
-    old, now = set(before), set(after)
-    gone = [f"-{item}" for item in before if item not in now]
-    new = [f"+{item}" for item in after if item not in old]
-    if len(gone) + len(new) > _ITEMS:
-        return f"{len(gone)} of {len(before)} gone, {len(new)} new"
-    return " ".join((*gone, *new)) or f"{_text(before)} → {_text(after)}"
+    """Format the items that differ between two lists, or both lists if only their order differs."""
+    old, new = set(before), set(after)
+    removed = [f"-{item}" for item in before if item not in new]
+    added = [f"+{item}" for item in after if item not in old]
+    if len(removed) + len(added) > _MOST_ITEMS:
+        return f"{len(removed)} of {len(before)} gone, {len(added)} new"
+    return " ".join((*removed, *added)) or f"{_text(before)} → {_text(after)}"
 
 
 def _text(value: Any) -> str:
     text = "none" if value is None else "'" + value + "'" if value == "" else str(value)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= _MOST_CHARACTERS else text[: _MOST_CHARACTERS - 1] + "…"

@@ -1,39 +1,96 @@
-"""What ``precast eval`` does: measures an artifact on a text, with a reference or without."""
+"""The command ``precast eval``."""
 
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import PrecastError, printable
-from ..progress import Step, show_progress
+from ..artifact.frozen import Frozen
+from ..progress import Display, Step, show_progress
+from .command import local_folder
 
 if TYPE_CHECKING:
-    from ..audit.evaluate import Comparison, Scorer
-
+    from ..audit.evaluate import Comparison, Scorer, Scores
 
 MOST_TOKENS = 10_000_000
 
+# Opens a reference, given the artifact's context.
+_Opener = Callable[[int, Display], "Scorer"]
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to measure. `text` None is the shipped one, `window` None the default."""
 
-    text: Path | None
+class TextOptions(Frozen):
+    """The command line's options for the text.
+
+    Attributes:
+        path: the text; None for the shipped one.
+        tokens: the most tokens of the text to use.
+        window: tokens of a window; None for the default.
+    """
+
+    path: Path | None
     tokens: int
     window: int | None
-    as_json: bool
 
 
-def names_source(reference: Path) -> bool:
-    """Whether a reference is a source to be read by the exporter, and not an artifact.
+def run(
+    artifact: Path | str,
+    text: TextOptions,
+    *,
+    reference: Path | None,
+    source_opener: "Callable[[], Callable[[str, int], Scorer]]",
+    as_json: bool,
+    require_signature: Path | None,
+    threads: int | None,
+) -> int:
+    """Measure how well an artifact predicts a text, and print the result.
+
+    Args:
+        artifact: as for `load`.
+        text: what to predict.
+        reference: an artifact or a source of the exporter to compare with; None for perplexity alone.
+        source_opener: returns the exporter's function that opens a source, given its name and a context. The loaders
+            cannot import it.
+        as_json: print one line of JSON.
+        require_signature: file of the public key that artifacts must be signed with.
+        threads: number of computing threads for artifacts; None for the default.
+
+    Returns:
+        The exit code, 0.
 
     Raises:
-        PrecastError: when there is nothing of that name.
+        PrecastError: a file or an option is unsuitable, or the two models have different tokenizers.
     """
-    # The functions of os.path, unlike pathlib's, also answer for names that no file system takes.
+    from ..audit.evaluate import ArtifactScorer
+    from ..load import load
+
+    def open_artifact(path: Path, display: Display) -> "Scorer":
+        return ArtifactScorer(
+            model=load(
+                path, require_signature=require_signature, threads=threads, log=display.log, progress=display
+            )
+        )
+
+    folder = local_folder(artifact, require_signature)
+    opener: _Opener | None = None
+    if reference is not None and _is_source(reference):
+        open_source = source_opener()
+        opener = lambda context, _: open_source(str(reference), context)  # noqa: E731
+    elif reference is not None:
+        opener = lambda _, display: open_artifact(reference, display)  # noqa: E731
+    facts = _measure(lambda display: open_artifact(folder, display), opener, text)
+    print(json.dumps(facts) if as_json else "\n".join(map(printable, _lines(facts))))
+    return 0
+
+
+def _is_source(reference: Path) -> bool:
+    """Return True for a source of the exporter, False for an artifact.
+
+    Raises:
+        PrecastError: there is neither.
+    """
+    # Unlike pathlib's, the functions of os.path also accept names that are invalid in any file system.
     if not os.path.exists(reference):
         raise PrecastError(
             f"--reference: {reference} does not exist; expected an artifact, a Hugging Face directory or a .gguf file."
@@ -41,80 +98,52 @@ def names_source(reference: Path) -> bool:
     return os.path.isfile(reference) or os.path.isfile(reference / "config.json")
 
 
-def open_artifact(path: Path, key: Path | None = None, threads: int | None = None) -> "Scorer":
-    """Load an artifact to measure or to use as the reference.
-
-    Args:
-        path: as for `load`.
-        key: file of the public key that it must be signed with.
-        threads: number of computing threads; None for the default.
-
-    Raises:
-        PrecastError: as `load`.
-    """
-    from ..audit.evaluate import ArtifactScorer
-    from ..load import load
-
-    return ArtifactScorer(model=load(path, require_signature=key, threads=threads))
-
-
-def run(
-    artifact: Path,
-    request: Request,
-    open_reference: "Callable[[int], Scorer] | None",
-    require_signature: Path | None = None,
-    threads: int | None = None,
-) -> None:
-    """Measure the artifact and print the result on standard output.
-
-    Args:
-        artifact: as for `load`.
-        request: what to measure.
-        open_reference: makes the reference, given the artifact's context; None for perplexity alone.
-        require_signature: file of the public key that the artifact must be signed with.
-        threads: number of computing threads for the artifact; None for the default.
-
-    Raises:
-        PrecastError: for anything the user can put right.
-    """
+def _measure(
+    open_artifact: "Callable[[Display], Scorer]", open_reference: _Opener | None, options: TextOptions
+) -> dict[str, Any]:
+    """Return the facts that the command prints."""
     from ..audit import evaluate as e
 
-    if not 1 <= request.tokens <= MOST_TOKENS:
-        raise PrecastError(f"--tokens: {request.tokens} is not possible, expected 1 to {MOST_TOKENS}.")
-    path = e.SHIPPED_TEXT if request.text is None else request.text
-    text = e.read_text(path, request.tokens)
-    scorer = open_artifact(artifact, require_signature, threads)
-    reference = None
-    if open_reference is not None:
-        with show_progress() as progress:
-            progress(Step(text="reading the reference"))
-            reference = open_reference(scorer.context)
-    window = e.check_window(request.window, [scorer] if reference is None else [scorer, reference])
-    if reference is not None:
-        e.check_same_tokens(text, scorer, reference)
-    tokens = e.tokenize(scorer.tokenizer, text)
-    windows = e.cut(tokens, request.tokens, window)
-    if not windows:
-        raise PrecastError(
-            f"{path}: {min(len(tokens.ids), request.tokens)} tokens are too few for a window, expected at least"
-            f" {min(window, e.SHORTEST_LAST)}; give a longer text or a smaller --window."
-        )
-    with show_progress() as progress:
-        scores = e.evaluate(scorer, windows, reference, progress)
-    facts = {
-        "artifact": scorer.name,
+    if not 1 <= options.tokens <= MOST_TOKENS:
+        raise PrecastError(f"--tokens: {options.tokens} is not possible, expected 1 to {MOST_TOKENS}.")
+    path = options.path or e.SHIPPED_TEXT
+    text = e.read_text(path, options.tokens)
+    with show_progress() as display:
+        artifact = open_artifact(display)
+        reference = None
+        if open_reference is not None:
+            display(Step(text="reading the reference"))
+            reference = open_reference(artifact.context, display)
+        window = e.check_window(options.window, [artifact] if reference is None else [artifact, reference])
+        if reference is not None:
+            e.check_same_tokens(text, artifact, reference)
+        tokens = e.tokenize(artifact.tokenizer, text)
+        windows = e.cut(tokens, options.tokens, window)
+        if not windows:
+            raise PrecastError(
+                f"{path}: {min(len(tokens.ids), options.tokens)} tokens are too few for a window, expected at least"
+                f" {min(window, e.SHORTEST_LAST)}; give a longer text or a smaller --window."
+            )
+        scores = e.evaluate(artifact, windows, reference, display)
+    return {
+        "artifact": artifact.name,
         "text": path.name,
         "window": window,
         "windows": len(windows),
+        **_scores(scores, reference),
+    }
+
+
+def _scores(scores: "Scores", reference: "Scorer | None") -> dict[str, Any]:
+    return {
         "tokens": scores.tokens,
         "perplexity": scores.perplexity,
         "reference": None if reference is None else reference.name,
-        **_compared(scores.comparison),
+        **_comparison(scores.comparison),
     }
-    print(json.dumps(facts) if request.as_json else "\n".join(map(printable, _lines(facts))))
 
 
-def _compared(found: "Comparison | None") -> dict[str, float | None]:
+def _comparison(found: "Comparison | None") -> dict[str, float | None]:
     if found is None:
         return dict.fromkeys(("reference_perplexity", "kl_mean", "kl_p99", "top1"))
     return {
@@ -136,4 +165,4 @@ def _lines(facts: dict[str, Any]) -> Iterable[str]:
 
 
 def _number(perplexity: float | None) -> str:
-    return "more than a float holds" if perplexity is None else f"{perplexity:.4f}"
+    return "beyond the range of a float" if perplexity is None else f"{perplexity:.4f}"

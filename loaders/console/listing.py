@@ -1,4 +1,4 @@
-"""The output of ``precast list``."""
+"""The command ``precast list``."""
 
 import dataclasses
 import json
@@ -7,43 +7,47 @@ from pathlib import Path
 
 from ..artifact.errors import printable
 from ..artifact.units import size_text
-from ..audit.listing import Listed, artifacts_below
+from ..audit.listing import ListEntry, artifacts_below
 
 _HEAD = ("artifact", "model", "weights", "context", "size", "runs here")
 
 
-def run(folder: Path, *, as_json: bool, require_signature: Path | None) -> None:
+def run(folder: Path, *, as_json: bool, require_signature: Path | None) -> int:
     """Print the artifacts below a folder.
+
+    Returns:
+        The exit code, 0.
 
     Raises:
         PrecastError: the folder does not exist.
     """
-    found = list(artifacts_below(folder, require_signature=require_signature))
+    entries = list(artifacts_below(folder, require_signature=require_signature))
     if as_json:
-        print(json.dumps([dataclasses.asdict(one) | {"path": str(one.path)} for one in found]))
-    elif found:
-        print("\n".join(lines(found)))
+        print(json.dumps([dataclasses.asdict(entry) | {"path": str(entry.path)} for entry in entries]))
+    elif entries:
+        print("\n".join(lines(entries)))
     else:
         print(printable(f"{folder}: no artifacts below it; precast export makes one"))
+    return 0
 
 
-def lines(found: Sequence[Listed]) -> Iterator[str]:
-    """Format a table of the artifacts, with the reason below each unreadable one."""
-    rows = [_HEAD, *(_row(one) for one in found)]
+def lines(entries: Sequence[ListEntry]) -> Iterator[str]:
+    """Yield the lines of a table of artifacts, with the reason below each unreadable one."""
+    rows = [_HEAD, *(_row(entry) for entry in entries)]
     widths = [max(map(len, column)) for column in zip(*(row for row in rows if len(row) > 1), strict=True)]
-    problems = (None, *(one.problem for one in found))
+    problems = (None, *(entry.problem for entry in entries))
     for row, problem in zip(rows, problems, strict=True):
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
         if problem is not None:
             yield f"  ! {printable(problem)}"
 
 
-def _row(one: Listed) -> tuple[str, ...]:
-    path = printable(str(one.path))
-    if one.problem is not None:
+def _row(entry: ListEntry) -> tuple[str, ...]:
+    path = printable(str(entry.path))
+    if entry.problem is not None:
         return (path,)
-    count = one.parameters or 0
+    count = entry.parameters or 0
     size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-    here = printable(one.target) if one.target else "with --compile" if one.compiles else "no"
-    model = printable(f"{one.name} ({one.architecture}, {size})")
-    return (path, model, printable(str(one.weights)), str(one.context), size_text(one.bytes), here)
+    here = printable(entry.target) if entry.target else "with --compile" if entry.compiles else "no"
+    model = printable(f"{entry.name} ({entry.architecture}, {size})")
+    return (path, model, printable(str(entry.weights)), str(entry.context), size_text(entry.bytes), here)

@@ -7,7 +7,10 @@ from typing import Any
 
 import click
 
-Command = Callable[..., None]
+from ..required_key import required_key
+from .run import LoadOptions, SamplingOptions
+
+Command = Callable[..., int]
 
 
 def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -17,7 +20,7 @@ def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> 
     try:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
-        raise click.BadParameter(f"expected whole numbers with commas between, found {value!r}.") from None
+        raise click.BadParameter(f"expected whole numbers separated by commas, found {value!r}.") from None
 
 
 class Artifact(click.ParamType):
@@ -30,17 +33,14 @@ class Artifact(click.ParamType):
 
 
 def _required(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
-    """Return the given key, or the one that the whole installation requires."""
-    from ..required_key import required_key
-
+    """Return the given key, or the one that the environment or the machine requires."""
     return required_key(value)
 
 
+PATH = click.Path(path_type=Path)
 ARTIFACT = Artifact()
 STATS = click.option(
-    "--stats",
-    is_flag=True,
-    help="Print the speed on standard error at the end: prompt, first token, answer.",
+    "--stats", is_flag=True, help="Print the speed of prompt and answer on standard error at the end."
 )
 LITERAL = click.option(
     "--literal",
@@ -50,7 +50,7 @@ LITERAL = click.option(
 KEY = click.option(
     "--require-signature",
     metavar="KEY",
-    type=click.Path(path_type=Path),
+    type=PATH,
     callback=_required,
     help="Refuse an artifact without a signature by this key: a PEM file of the public key. Default: the file named by"
     " PRECAST_REQUIRE_SIGNATURE.",
@@ -60,6 +60,12 @@ THREADS = click.option(
     type=int,
     help="Compute with this many threads. Default: one per core that the process may use, within its container's CPU"
     " quota.",
+)
+COMPILE = click.option(
+    "--compile",
+    "allow_compile",
+    is_flag=True,
+    help="Compile from StableHLO on this machine if no executable fits.",
 )
 _SAMPLING = (
     click.option(
@@ -71,12 +77,14 @@ _SAMPLING = (
     click.option(
         "--temperature",
         type=float,
-        help="0 is greedy. Default of this and the options below: the model's own.",
+        help="Sample at this temperature; 0 is greedy. Default of this and the options below: the model's own.",
     ),
     click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all."),
     click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability."),
     click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the likeliest."),
-    click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that occurred less likely."),
+    click.option(
+        "--repetition-penalty", type=float, help="Make earlier tokens less likely, if this is above 1."
+    ),
     click.option("--no-repeat-ngram-size", type=int, help="Never repeat a sequence of this many tokens."),
     click.option("--min-tokens", type=int, help="Generate at least this many tokens."),
     click.option("--seed", type=int, help="Seed for sampling; the same seed gives the same tokens."),
@@ -84,9 +92,9 @@ _SAMPLING = (
     click.option("--ignore-eos", is_flag=True, help="Continue past the end token, to the limit."),
 )
 _LOADING = (
-    click.option("--verify", is_flag=True, help="Hash every file again, including unchanged ones."),
+    click.option("--rehash", is_flag=True, help="Hash every file again, including unchanged ones."),
     click.option("--target", help="Run this target of the artifact. Default: the best that fits."),
-    click.option("--compile", is_flag=True, help="Compile from StableHLO where no executable fits."),
+    COMPILE,
     KEY,
     THREADS,
 )
@@ -94,26 +102,26 @@ _LOADING = (
 
 def sampling(command: Command) -> Command:
     """Give a command the options for sampling; it receives them as one argument, `sampling`."""
-    return _gathering(command, _SAMPLING, "sampling", "SamplingOptions")
+    return _gathering(command, _SAMPLING, "sampling", SamplingOptions)
 
 
 def loading(command: Command) -> Command:
     """Give a command the options for loading an artifact; it receives them as one argument, `loading`."""
-    return _gathering(command, _LOADING, "loading", "LoadOptions")
+    return _gathering(command, _LOADING, "loading", LoadOptions)
 
 
 def _gathering(
-    command: Command, options: tuple[Callable[[Command], Command], ...], name: str, kind: str
+    command: Command,
+    options: tuple[Callable[[Command], Command], ...],
+    name: str,
+    record: type[LoadOptions | SamplingOptions],
 ) -> Command:
-    """Decorate a command with options that become the fields of a class in `console`."""
+    """Decorate a command with options that it receives as the fields of one record."""
 
     @wraps(command)
-    def wrapper(**arguments: Any) -> None:
-        from . import run as console
-
-        gathered = getattr(console, kind)
-        values = {key: arguments.pop(key) for key in gathered.__dataclass_fields__}
-        command(**arguments, **{name: gathered(**values)})
+    def wrapper(**arguments: Any) -> int:
+        values = {key: arguments.pop(key) for key in record.__dataclass_fields__}
+        return command(**arguments, **{name: record(**values)})
 
     decorated: Command = wrapper
     for option in reversed(options):

@@ -1,4 +1,4 @@
-"""``precast run``: load an artifact and answer one prompt."""
+"""The command ``precast run``: load an artifact and answer one prompt."""
 
 import atexit
 import gc
@@ -23,24 +23,23 @@ if TYPE_CHECKING:
     from ..generation.stream import Completion, Stream
 
 
-class Request(Frozen):
-    """A prompt and its form. At most one of `prompt` and `ids` is set.
+class Prompt(Frozen):
+    """A prompt and its form. At most one of `text` and `ids` is set; without both, the prompt is typed or piped in.
 
     Attributes:
+        chat: put the text through the chat template.
         system: the system message, which may be empty; None for none.
         literal: treat messages as plain text.
     """
 
-    prompt: str | None
+    text: str | None
     ids: tuple[int, ...] | None
     chat: bool
     system: str | None
     literal: bool
-    as_json: bool
-    stats: bool
 
     @property
-    def templated(self) -> bool:
+    def uses_template(self) -> bool:
         """Return True if the prompt goes through the chat template."""
         return self.chat or self.literal or self.system is not None
 
@@ -48,15 +47,15 @@ class Request(Frozen):
 class LoadOptions(Frozen):
     """The command line's options for loading."""
 
-    verify: bool
+    rehash: bool
     target: str | None
-    compile: bool
+    allow_compile: bool
     require_signature: Path | None
     threads: int | None
 
 
 class SamplingOptions(Frozen):
-    """As the command line gives them: None leaves the model's own default."""
+    """The command line's options for sampling; None selects the model's own default."""
 
     max_tokens: int | None
     temperature: float | None
@@ -71,22 +70,33 @@ class SamplingOptions(Frozen):
     ignore_eos: bool
 
     def given(self) -> Mapping[str, Any]:
+        """Return the options that differ from the defaults."""
         return {key: value for key, value in vars(self).items() if value not in (None, ())}
 
 
-def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampling: SamplingOptions) -> None:
-    """Loads the artifact and answers the request on standard output.
+def run(
+    artifact: Path | str,
+    prompt: Prompt,
+    *,
+    sampling: SamplingOptions,
+    loading: LoadOptions,
+    as_json: bool,
+    stats: bool,
+) -> int:
+    """Load an artifact and answer a prompt on standard output, or chat on a terminal.
+
+    Returns:
+        The exit code, 0.
 
     Raises:
-        PrecastError: for anything the user can put right.
+        PrecastError: the artifact does not load, or an option or the prompt is unsuitable.
     """
-    _check(request)
-    typed = request.prompt is None and request.ids is None and sys.stdin.isatty()
-    interactive = typed and sys.stdout.isatty()
-    if typed and request.as_json:
+    _check(prompt)
+    is_typed = prompt.text is None and prompt.ids is None and sys.stdin.isatty()
+    if is_typed and as_json:
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
-    with starting(artifact):
+    with fast_start(artifact):
         # Before this process exits, a garbage collection frees nothing and costs 5 % of a short answer's time.
         atexit.register(gc.freeze)
         from ..load import load
@@ -94,45 +104,46 @@ def run(artifact: Path | str, request: Request, load_options: LoadOptions, sampl
         imported = process_age()
         model = load(
             artifact,
-            rehash=load_options.verify,
-            target=load_options.target,
-            allow_compile=load_options.compile,
-            require_signature=load_options.require_signature,
-            threads=load_options.threads,
+            rehash=loading.rehash,
+            target=loading.target,
+            allow_compile=loading.allow_compile,
+            require_signature=loading.require_signature,
+            threads=loading.threads,
         )
     loaded = process_age()
     params = replace(model.default_sampling(), **sampling.given())
-    if interactive:
-        from .chat import converse
+    if is_typed and sys.stdout.isatty():
+        from .conversation import converse
 
         with raise_on_interrupt():  # KeyboardInterrupt ends an answer and resets the terminal
-            converse(model, params, request.system, stats=request.stats, literal=request.literal)
-        return
-    stream = _stream(model, request, _read_prompt(request), params)
+            converse(model, params, prompt.system, stats=stats, literal=prompt.literal)
+        return 0
+    stream = _stream(model, prompt, _read_text(prompt), params)
     asked = process_age()
-    if request.as_json:
+    if as_json:
         print(_json_line(model, stream.finish(), imported=imported, loaded=loaded, asked=asked))
     else:
         _write_pieces(stream)
-    if request.stats:
+    if stats:
         from .speed import full
 
         print(full([stream.completion], asked + stream.completion.timing.prefill_s), file=sys.stderr)
+    return 0
 
 
 @contextmanager
-def starting(artifact: Path | str) -> Iterator[None]:
-    """A quick start, for imports and the load of an artifact; what it sets in the process is then as it was.
+def fast_start(artifact: Path | str) -> Iterator[None]:
+    """Import and load with one OpenBLAS thread and, for a folder, without garbage collection; restore both afterwards.
 
     Args:
-        artifact: a folder, as a path, or a URL. What comes from a URL makes garbage, and is waited for anyway.
+        artifact: a path or a URL. A pull makes garbage, and takes longer than a collection.
     """
     collecting, threads = gc.isenabled(), "OPENBLAS_NUM_THREADS"
     limited = threads in os.environ
-    # NumPy multiplies no matrices here, and its threads, once started, spin beside ours for a tenth of the start.
+    # NumPy multiplies no matrices here, and its idle threads would spin beside ours for a tenth of the start.
     os.environ.setdefault(threads, "1")
     if isinstance(artifact, Path):
-        # Nothing that it makes is garbage, and looking for it takes a fortieth of the start.
+        # A load makes no garbage, and looking for it takes a fortieth of the start.
         gc.disable()
     try:
         yield
@@ -140,28 +151,29 @@ def starting(artifact: Path | str) -> Iterator[None]:
         if not limited:
             os.environ.pop(threads, None)
         if not gc.get_freeze_count():
-            # All of it is old now, or else the next collection, a young one, would go through it.
+            # Move all objects to the oldest generation, or the next collection of young ones would visit them.
             gc.freeze()
             gc.unfreeze()
         if collecting:
             gc.enable()
 
 
-def _check(request: Request) -> None:
-    if request.prompt is not None and request.ids is not None:
-        raise PrecastError("--prompt and --ids both say what to continue; give one of them.")
-    if request.templated and request.ids is not None:
-        option = "--chat" if request.chat else "--literal" if request.literal else "--system"
+def _check(prompt: Prompt) -> None:
+    if prompt.text is not None and prompt.ids is not None:
+        raise PrecastError("--prompt and --ids are alternatives; give one of them.")
+    if prompt.uses_template and prompt.ids is not None:
+        option = "--chat" if prompt.chat else "--literal" if prompt.literal else "--system"
         raise PrecastError(
             f"{option} needs text to put through the chat template; use --prompt instead of --ids."
         )
 
 
-def _read_prompt(request: Request) -> str:
-    if request.ids is not None:
+def _read_text(prompt: Prompt) -> str:
+    """Return the prompt's text, read from standard input if none was given; empty for token ids."""
+    if prompt.ids is not None:
         return ""
-    if request.prompt is not None:
-        return request.prompt
+    if prompt.text is not None:
+        return prompt.text
     if sys.stdin.isatty():
         print("Type the prompt; Ctrl-D on a line of its own ends it.", file=sys.stderr)
     try:
@@ -177,16 +189,16 @@ def piped_text(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 
-def _stream(model: "Model", request: Request, text: str, params: "SamplingParams") -> "Stream":
-    if request.ids is not None:
-        return model.stream(request.ids, params)
-    if request.templated:
+def _stream(model: "Model", prompt: Prompt, text: str, params: "SamplingParams") -> "Stream":
+    if prompt.ids is not None:
+        return model.stream(prompt.ids, params)
+    if prompt.uses_template:
         if not text.strip():
             raise PrecastError("prompt: expected some text, found none; give it with -p or pipe it in.")
-        from .chat import opening
+        from .conversation import opening
 
-        messages = [*opening(request.system), {"role": "user", "content": text}]
-        return model.stream_chat(messages, params, literal=request.literal)
+        messages = [*opening(prompt.system), {"role": "user", "content": text}]
+        return model.stream_chat(messages, params, literal=prompt.literal)
     return model.stream(text, params)
 
 
@@ -217,6 +229,6 @@ def _json_line(
         "target": model.target.name,
         "compiles": model.compiles,
     }
-    # Escapes are JSON too, for an output that takes less than Unicode.
+    # For an output whose encoding is not Unicode, JSON's escapes keep the text.
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
     return escaped(json.dumps(record, ensure_ascii=not encoding.startswith("utf")))

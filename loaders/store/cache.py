@@ -2,15 +2,15 @@
 
 ::
 
-    pieces/ab/abcd…        pieces that have arrived, until the artifact that they are for is complete
-    folders/HASH.json      index of a pulled artifact and where it is: its pieces need not be fetched for another
-    artifacts/KEY/SHA256/  artifacts pulled to be run from their URL, by their manifests' sha256
-    urls/KEY/HASH          manifest's sha256 that a URL led to last, for when it cannot be reached
+    pieces/ab/abcd…        pieces of incomplete artifacts
+    folders/HASH.json      folder and index of a pulled artifact: other pulls reuse its pieces
+    artifacts/KEY/SHA256/  artifacts that run from their URLs, by the sha256 of their manifests
+    urls/KEY/HASH          sha256 of the manifest that a URL last led to, for when the store is unreachable
 
 KEY is the sha256 of the public key that an artifact was checked with, or "unsigned". So a pull without a key, or with
 another key, never replaces an artifact that was checked with a key.
 
-All of it is a convenience that may be deleted at any time. Nothing read from it is used before it has been hashed.
+Any of these files may be deleted at any time. Every file is hashed before it is used.
 """
 
 import dataclasses
@@ -27,10 +27,11 @@ from ..artifact.errors import PrecastError
 from ..artifact.manifest import MANIFEST_FILE
 from .index import Index, Piece, parse_index
 
-# Age at which a piece that is being written, and one that is waiting for the others, is nobody's any more.
-_UNFINISHED_S, _ABANDONED_S = 3600, 30 * 24 * 3600
-_Place = tuple[Path, int]
-# Stands for a key's sha256 in unchecked pulls.
+# Age in seconds at which a partly written piece, and a piece of an incomplete artifact, is orphaned.
+_ORPHANED_PARTIAL_S, _ORPHANED_PIECE_S = 3600, 30 * 24 * 3600
+# A file and an offset in it.
+Place = tuple[Path, int]
+# The value of KEY for pulls without a key.
 UNSIGNED = "unsigned"
 
 
@@ -38,24 +39,24 @@ def folder() -> Path:
     """Return the folder of all these files.
 
     Raises:
-        PrecastError: others may write to it, so it is unsafe for pulling.
+        PrecastError: other users may write to it.
     """
     return files.trusted_cache("pulled")
 
 
 @contextmanager
-def keeping() -> Iterator[None]:
-    """Turns what the system refuses while the block writes to the cache folder into a sentence.
+def explaining_write_errors() -> Iterator[None]:
+    """Turn the errors of writing to the cache folder into a PrecastError.
 
     Raises:
-        PrecastError: naming the folder.
+        PrecastError: names the folder.
     """
     try:
         yield
     except OSError as error:
         raise PrecastError(
-            f"{folder()}: what arrives cannot be kept there ({error.strerror or error}); make room, or set"
-            " PRECAST_CACHE to another folder."
+            f"{folder()}: cannot be written to ({error.strerror or error}); make room, or set PRECAST_CACHE to another"
+            " folder."
         ) from None
 
 
@@ -68,16 +69,16 @@ def artifact_folder(manifest: str, key: str) -> Path:
 
 
 def load_piece(piece: Piece) -> bytes | None:
-    """A piece that has arrived; None where it has not, or is not what it should be."""
+    """Return a piece that has arrived; None if it has not arrived or is damaged."""
     try:
         with files.open_plain(folder() / piece.path) as file:
-            return _checked(file.read(piece.bytes + 1), piece)
+            return _if_intact(file.read(piece.bytes + 1), piece)
     except OSError:
         return None
 
 
 def has_piece(piece: Piece) -> bool:
-    """Whether a piece of this name and size has arrived."""
+    """Return True if a piece of this name and size has arrived."""
     try:
         return (folder() / piece.path).stat().st_size == piece.bytes
     except OSError:
@@ -85,38 +86,51 @@ def has_piece(piece: Piece) -> bool:
 
 
 def save_piece(piece: Piece, data: bytes) -> None:
+    """Save a piece that has arrived.
+
+    Raises:
+        PrecastError: the cache folder cannot be written to.
+    """
     path = folder() / piece.path
-    with keeping():
+    with explaining_write_errors():
         files.make_private(path.parent)
         files.write_atomically(path, data)
 
 
 def drop_pieces(index: Index) -> None:
-    """Removes the pieces of an artifact that is complete, and what pulls left that never came to their end."""
+    """Remove the pieces of a complete artifact, and orphaned pieces of interrupted pulls."""
     for piece in index.pieces.values():
         with suppress(OSError):
             (folder() / piece.path).unlink()
     now = time.time()
     for path in (folder() / "pieces").glob("*/*"):
         with suppress(OSError):
-            if now - path.stat().st_mtime > (_UNFINISHED_S if path.name.startswith(".") else _ABANDONED_S):
+            if now - path.stat().st_mtime > (
+                _ORPHANED_PARTIAL_S if path.name.startswith(".") else _ORPHANED_PIECE_S
+            ):
                 path.unlink()
 
 
-def _checked(data: bytes, piece: Piece) -> bytes | None:
+def _if_intact(data: bytes, piece: Piece) -> bytes | None:
     return data if hashlib.sha256(data).hexdigest() == piece.sha256 else None
 
 
-# --- artifacts that are here --------------------------------------------------------------------------------
+# --- artifacts on this machine ------------------------------------------------------------------------------
 
 
 def note_folder(path: Path, index: Index, key: str) -> None:
-    """Record that the artifact of this index is in the folder `path`, and was checked with the key of this sha256."""
+    """Record a pulled artifact.
+
+    Args:
+        path: its folder.
+        index: its index.
+        key: sha256 of the key that it was checked with, or `UNSIGNED`.
+    """
     note = {"folder": str(path.resolve()), "index": dataclasses.asdict(index), "key": key}
-    _write_note("folders", _note_of(path), json.dumps(note))
+    _write_note("folders", _note_name(path), json.dumps(note))
 
 
-def _note_of(path: Path) -> str:
+def _note_name(path: Path) -> str:
     return f"{_hash(str(path.resolve()))}.json"
 
 
@@ -126,38 +140,39 @@ def checked_with(path: Path) -> tuple[str, str] | None:
     Return None if no key was used, or if the folder now holds another artifact.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, PrecastError):
-        note = json.loads((folder() / "folders" / _note_of(path)).read_bytes())
+        note = json.loads((folder() / "folders" / _note_name(path)).read_bytes())
         key, manifest = note["key"], note["index"]["manifest"]
         if key != UNSIGNED and files.sha256_of(files.member_path(path, MANIFEST_FILE)) == manifest:
             return key, manifest
     return None
 
 
-def places(wanted: Mapping[str, Piece]) -> dict[str, _Place]:
-    """Files and offsets where pieces may be found on this machine, by the piece's sha256."""
-    found: dict[str, _Place] = {}
-    for root, index in _noted():
+def places(wanted: Mapping[str, Piece]) -> dict[str, Place]:
+    """Return the places on this machine that may hold pieces, by the piece's sha256."""
+    found: dict[str, Place] = {}
+    for root, index in _noted_artifacts():
         for name, file in index.files.items():
-            at = 0
+            offset = 0
             for piece in file.pieces:
                 if piece.sha256 in wanted:
-                    found.setdefault(piece.sha256, (root.joinpath(*files.split_name(root, name)), at))
-                at += piece.bytes
+                    found.setdefault(piece.sha256, (root.joinpath(*files.split_name(root, name)), offset))
+                offset += piece.bytes
     return found
 
 
-def read_place(place: _Place, piece: Piece) -> bytes | None:
-    """The piece, if it is still there."""
+def read_place(place: Place, piece: Piece) -> bytes | None:
+    """Return the piece at a place; None if it is no longer there."""
     path, offset = place
     try:
         with files.open_plain(path) as file:
             file.seek(offset)
-            return _checked(file.read(piece.bytes), piece)
+            return _if_intact(file.read(piece.bytes), piece)
     except OSError:
         return None
 
 
-def _noted() -> Iterator[tuple[Path, Index]]:
+def _noted_artifacts() -> Iterator[tuple[Path, Index]]:
+    """Yield the folder and index of each pulled artifact; forget those whose folder is gone."""
     for path in sorted((folder() / "folders").glob("*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError, PrecastError):
             note = json.loads(path.read_bytes())
@@ -172,12 +187,12 @@ def _noted() -> Iterator[tuple[Path, Index]]:
 
 
 def note_url(url: str, manifest: str, key: str) -> None:
-    """Notes what a URL led to. The URL itself, which may hold secrets, is not written down."""
+    """Record the manifest that a URL led to. Only a hash of the URL is stored, because it may contain secrets."""
     _write_note(f"urls/{key}", _hash(url), manifest)
 
 
-def last_of(url: str, key: str) -> Path | None:
-    """Return the artifact that a URL last led to with this key, if it is still here."""
+def last_artifact(url: str, key: str) -> Path | None:
+    """Return the artifact that a URL last led to with this key; None if there is none or it is gone."""
     with suppress(OSError, ValueError):
         manifest = (folder() / "urls" / key / _hash(url)).read_text("ascii").strip()
         root = artifact_folder(manifest, key)
@@ -187,7 +202,7 @@ def last_of(url: str, key: str) -> Path | None:
 
 
 def _write_note(kind: str, name: str, text: str) -> None:
-    # Without the note something is fetched again, no more.
+    # A missing note only costs another download.
     with suppress(OSError):
         path = folder() / kind / name
         files.make_private(path.parent)

@@ -1,12 +1,12 @@
-"""What a store says of an artifact: its files, cut into pieces that are named by their sha256.
+"""The index of an artifact in a store: its files, cut into pieces that are named by their sha256.
 
 ::
 
-    STORE/NAME.json               the index of one artifact: files and the pieces that they are made of
-    STORE/pieces/ab/abcd…         a piece; artifacts of one store that have it in common share it
+    STORE/NAME.json               the index of one artifact: files, and the pieces of each
+    STORE/pieces/ab/abcd…         a piece; all artifacts of a store share it
 
-An index is written when all its pieces are there. It is a stranger's text to whoever pulls: no name and no size in
-it is used before it has been compared with the manifest, and the manifest with a key, where one is required.
+A push writes the index after all pieces. A pull treats the index as untrusted: no name and no size in it is used
+before it has been compared with the manifest, and the manifest with a key, if one is required.
 """
 
 import re
@@ -22,29 +22,44 @@ from ..artifact.record import MAX_JSON_BYTES, from_json, parse_json
 from ..signing import MAX_SIGNATURE_BYTES
 
 INDEX_VERSION = 1
-# Small enough that an altered tensor costs little and a lost connection less, large enough that requests are few.
+# Small enough that a changed tensor or a lost connection costs little, large enough that requests are few.
 PIECE_BYTES = 16 << 20
-# What a piece may have that another version of precast cut.
-MOST_PIECE_BYTES = 64 << 20
+# The limit for a piece that another version of precast cut.
+MAX_PIECE_BYTES = 64 << 20
 # Tensors of at least this size begin a piece, wherever in the file they stand.
 _OWN_PIECE_BYTES = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
-_MAX_HEADER = 16 << 20
+_MAX_HEADER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
+    """A run of bytes of a file.
+
+    Attributes:
+        bytes: size.
+        sha256: hash, which names the piece.
+    """
+
     bytes: int
     sha256: str
 
     @property
     def path(self) -> str:
-        """Where it is, in a store and in the cache."""
+        """The piece's path in a store and in the cache folder."""
         return f"pieces/{self.sha256[:2]}/{self.sha256}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFile:
+    """A file of an artifact.
+
+    Attributes:
+        bytes: size of the whole file.
+        sha256: hash of the whole file.
+        pieces: in the order of the file.
+    """
+
     bytes: int
     sha256: str
     pieces: tuple[Piece, ...]
@@ -52,11 +67,12 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """All of an artifact's files, the manifest and its signature among them.
+    """The files of an artifact, including the manifest and its signature.
 
     Attributes:
-        index_version: of this layout.
-        manifest: the manifest's sha256, which names the artifact.
+        index_version: version of this layout.
+        manifest: sha256 of the manifest, which identifies the artifact.
+        files: by name.
     """
 
     index_version: int
@@ -65,26 +81,31 @@ class Index:
 
     @property
     def bytes(self) -> int:
+        """The size of all files."""
         return sum(file.bytes for file in self.files.values())
 
     @property
     def pieces(self) -> dict[str, Piece]:
-        """Every piece once, by its sha256."""
+        """Each distinct piece once, by its sha256."""
         return {piece.sha256: piece for file in self.files.values() for piece in file.pieces}
 
 
 def parse_index(data: bytes, where: str) -> Index:
-    """Parses and checks the text of an index, as far as it can be without the manifest.
+    """Parse an index, and check everything that needs no manifest.
+
+    Args:
+        data: contents of the file.
+        where: beginning of error messages.
 
     Raises:
-        PrecastError: for another version, for any key or value out of place, and for sizes that do not add up.
+        PrecastError: the version is another, a key or value is wrong, or sizes do not add up.
     """
     value = parse_json(data, where)
     version = value.get("index_version") if isinstance(value, dict) else None
     if version != INDEX_VERSION:
-        what = f"version {version}" if type(version) is int else "none"
+        found = f"version {version}" if type(version) is int else "none"
         raise PrecastError(
-            f"{where}: expected an index of version {INDEX_VERSION}, found {what}; check the URL, or update precast."
+            f"{where}: expected an index of version {INDEX_VERSION}, found {found}; check the URL, or update precast."
         )
     index = from_json(Index, value, where)
     for name, file in index.files.items():
@@ -98,39 +119,51 @@ def parse_index(data: bytes, where: str) -> Index:
 def _check_file(name: str, file: StoredFile, where: str) -> None:
     split_name(where, name)
     if not all(_SHA256.fullmatch(digest) for digest in (file.sha256, *(p.sha256 for p in file.pieces))):
-        raise PrecastError(f"{where}: file {name!r}: expected sha256 as 64 hex digits, found something else.")
-    if not all(1 <= piece.bytes <= MOST_PIECE_BYTES for piece in file.pieces):
         raise PrecastError(
-            f"{where}: file {name!r}: expected pieces of 1 to {MOST_PIECE_BYTES} bytes, found others."
+            f"{where}: file {name!r}: expected sha256 as 64 hex digits, found something else; push the artifact again."
+        )
+    if not all(1 <= piece.bytes <= MAX_PIECE_BYTES for piece in file.pieces):
+        raise PrecastError(
+            f"{where}: file {name!r}: expected pieces of 1 to {MAX_PIECE_BYTES} bytes, found others; push the artifact"
+            " again."
         )
     if (total := sum(piece.bytes for piece in file.pieces)) != file.bytes:
-        raise PrecastError(f"{where}: file {name!r} has {file.bytes} bytes, its pieces have {total}.")
+        raise PrecastError(
+            f"{where}: file {name!r} has {file.bytes} bytes, its pieces have {total}; push the artifact again."
+        )
 
 
 def _check_head(index: Index, where: str) -> None:
     manifest = index.files.get(MANIFEST_FILE)
-    if manifest is None or manifest.sha256 != index.manifest or manifest.bytes > MAX_JSON_BYTES:
-        raise PrecastError(
-            f"{where}: it names no {MANIFEST_FILE} of a possible size; push the artifact again."
-        )
-    if SIGNATURE_FILE in index.files and index.files[SIGNATURE_FILE].bytes > MAX_SIGNATURE_BYTES:
-        raise PrecastError(
-            f"{where}: {SIGNATURE_FILE} is larger than any signature; push the artifact again."
-        )
+    if manifest is None:
+        raise PrecastError(f"{where}: {MANIFEST_FILE} is missing; push the artifact again.")
+    if manifest.sha256 != index.manifest:
+        raise PrecastError(f"{where}: {MANIFEST_FILE} has two hashes; push the artifact again.")
+    limits = {MANIFEST_FILE: MAX_JSON_BYTES, SIGNATURE_FILE: MAX_SIGNATURE_BYTES}
+    for name, limit in limits.items():
+        if name in index.files and index.files[name].bytes > limit:
+            raise PrecastError(f"{where}: {name} is larger than {limit >> 20} MiB; push the artifact again.")
 
 
 def check_against(index: Index, manifest: Manifest, where: str) -> None:
-    """The files of an index must be the manifest's, to the byte.
+    """Check that an index has the manifest's files with the same sizes and hashes.
+
+    Args:
+        index: the index.
+        manifest: the manifest.
+        where: beginning of error messages.
 
     Raises:
-        PrecastError: naming the first that is not.
+        PrecastError: names the first file that differs.
     """
-    beside = (MANIFEST_FILE, SIGNATURE_FILE)
-    stored = {n: FileEntry(bytes=f.bytes, sha256=f.sha256) for n, f in index.files.items() if n not in beside}
+    unlisted = (MANIFEST_FILE, SIGNATURE_FILE)
+    stored = {
+        n: FileEntry(bytes=f.bytes, sha256=f.sha256) for n, f in index.files.items() if n not in unlisted
+    }
     for name in sorted({*stored, *manifest.files}):
-        if name in beside or stored.get(name) != manifest.files.get(name):
+        if name in unlisted or stored.get(name) != manifest.files.get(name):
             raise PrecastError(
-                f"{where}: its file {name!r} is not the one that the manifest lists; push the artifact again."
+                f"{where}: file {name!r} differs from the manifest's entry; push the artifact again."
             )
 
 
@@ -138,22 +171,27 @@ def check_against(index: Index, manifest: Manifest, where: str) -> None:
 
 
 def lengths(size: int, starts: Sequence[int]) -> Iterator[int]:
-    """Lengths of the pieces of a file of `size` bytes, with a new piece at each of `starts`."""
+    """Yield the lengths of the pieces of a file.
+
+    Args:
+        size: bytes of the file.
+        starts: offsets where a new piece begins.
+    """
     bounds = [0, *sorted({s for s in starts if 0 < s < size}), size]
     for begin, end in pairwise(bounds):
-        for at in range(begin, end, PIECE_BYTES):
-            yield min(PIECE_BYTES, end - at)
+        for offset in range(begin, end, PIECE_BYTES):
+            yield min(PIECE_BYTES, end - offset)
 
 
 def tensor_starts(path: Path) -> list[int]:
-    """Where large tensors of a safetensors file begin and end.
+    """Return the offsets where large tensors of a safetensors file begin and end; none for an invalid header.
 
     Pieces cut there are the same in another file with the same tensor, wherever it stands: an artifact with a longer
-    context, or with one tensor more, shares all other weights. A file that is not understood gives none.
+    context, or with one more tensor, shares all other weights.
     """
     with open_plain(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > _MAX_HEADER:
+        if length > _MAX_HEADER_BYTES:
             return []
         text = file.read(length)
     try:

@@ -1,10 +1,11 @@
-"""From a store to a folder."""
+"""Pull: from a store to a folder."""
 
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -18,10 +19,44 @@ from ..progress import Progress, Step
 from ..signing import check_bytes, fingerprint, signed_digest
 from . import cache
 from .index import Index, Piece, StoredFile, check_against, parse_index
-from .remote import Missing, Store, Unreachable, open_store
-from .transfer import Moved, in_parallel, moved, showing
+from .remote import NotFoundError, Store, UnreachableError, open_store
+from .transfer import Transfer, map_in_threads, shown, summarise
 
 _Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pull:
+    """A pull of one artifact into one folder.
+
+    Attributes:
+        store: the store.
+        index: the artifact's index in the store, not yet compared with the manifest.
+        root: the folder.
+        key: file of the public key that the artifact must be signed with, or None.
+        key_name: the key's name in the cache folder.
+    """
+
+    store: Store
+    index: Index
+    root: Path
+    key: Path | None
+    key_name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """The manifest and its signature, checked with the key and against the index.
+
+    Attributes:
+        manifest: contents of the manifest.
+        signature: contents of the signature; None if there is none.
+        fetched: the pieces that were fetched for them.
+    """
+
+    manifest: bytes
+    signature: bytes | None
+    fetched: list[Piece]
 
 
 def pull(
@@ -32,41 +67,42 @@ def pull(
     require_signature: Path | None,
     log: _Log,
     progress: Progress | None = None,
-) -> Moved:
-    """Fetches an artifact into a folder, which appears when all of it has arrived and every hash has matched.
+) -> Transfer:
+    """Fetch an artifact into a folder, which appears once every byte has arrived and every hash has matched.
 
     Args:
-        url: as it was pushed to.
-        folder: to write; ``artifacts/NAME`` by default. Where it holds this very artifact already, nothing is done.
+        url: the URL that the artifact was pushed to.
+        folder: folder to write; ``artifacts/NAME`` by default. If it holds this artifact already, nothing is fetched.
         overwrite: replace another artifact in the folder.
-        require_signature: file of a public key; no more than manifest and signature is fetched before it is checked.
-        log: where messages go.
-        progress: receives the number of bytes done; shown on standard error by default.
+        require_signature: file of a public key. Only manifest and signature are fetched before the check.
+        log: receives messages.
+        progress: receives the number of bytes done; standard error shows them by default.
 
     Raises:
-        PrecastError: when the store cannot be reached, holds no such artifact, or one that is not whole, or when it is
-            not signed as required.
+        PrecastError: the store is unreachable, or its artifact is missing, incomplete, or not signed as required.
     """
-    holder = _holder(require_signature)
+    key_name = _key_name(require_signature)
     store = open_store(url)
     index = _read_index(store)
     root = folder or Path("artifacts") / store.name
-    with _alone(root, log):
-        manifest, signature, fetched = _head(store, index, require_signature)
-        if not _is_there(root, index, manifest):
+    job = _Pull(store=store, index=index, root=root, key=require_signature, key_name=key_name)
+    with _locked(root, log):
+        head = _fetch_head(job)
+        fetched = head.fetched
+        if not _is_complete(root, index, head.manifest):
             folders.check_free(root, overwrite)
             if require_signature is None:
-                _keep_what_was_checked(root)
-            fetched += _receive_or_find(store, index, root, holder, overwrite, progress, manifest)
+                _refuse_to_replace_checked(root)
+            fetched = fetched + _receive_unless_complete(job, overwrite, progress, head.manifest)
         elif require_signature is not None or cache.checked_with(root) is None:
-            if signature is not None:
-                _put_signature(root, signature)
-            cache.note_folder(root, index, holder)
-    return moved(root, store, index, fetched)
+            if head.signature is not None:
+                _write_signature(root, head.signature)
+            cache.note_folder(root, index, key_name)
+    return summarise(root, store, index, fetched)
 
 
-def _holder(key: Path | None) -> str:
-    """Return the name of the cache's part for a key.
+def _key_name(key: Path | None) -> str:
+    """Return a key's name in the cache folder.
 
     Raises:
         PrecastError: the file does not contain a key.
@@ -74,7 +110,7 @@ def _holder(key: Path | None) -> str:
     return cache.UNSIGNED if key is None else fingerprint(key)
 
 
-def _keep_what_was_checked(root: Path) -> None:
+def _refuse_to_replace_checked(root: Path) -> None:
     """Refuse to replace an artifact that was checked with a key by an unchecked one.
 
     Raises:
@@ -82,51 +118,58 @@ def _keep_what_was_checked(root: Path) -> None:
     """
     if (checked := cache.checked_with(root)) is not None:
         raise PrecastError(
-            f"{root}: its artifact was checked with the key of sha256 {checked[0]:.12}… when it was pulled, and is not"
-            " replaced by one that is not checked; name a key with --require-signature, or another folder with -o."
+            f"{root}: its artifact was checked with the key of sha256 {checked[0]:.12}… when it was pulled, and an"
+            " unchecked one cannot replace it; name a key with --require-signature, or another folder with -o."
         )
 
 
 def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
-    """The artifact that a URL leads to, in the cache folder; fetched unless it is there already.
+    """Return the folder in the cache that holds a URL's artifact; pull the artifact unless it is there.
 
-    A copy of which a file has changed is mended. A store that cannot be reached is no reason to stop where it was
-    reached before: what the URL led to last is taken, and said.
+    Damaged files are fetched again. If the store is unreachable, the artifact that the URL last led to is used, and a
+    message says so.
+
+    Args:
+        url: the URL that the artifact was pushed to.
+        require_signature: as for `pull`.
+        log: receives messages.
 
     Raises:
         PrecastError: as `pull`.
     """
-    holder = _holder(require_signature)
-    store, last = open_store(url), cache.last_of(url, holder)
+    key_name = _key_name(require_signature)
+    store, last = open_store(url), cache.last_artifact(url, key_name)
     try:
         index = _read_index(store, attempts=4 if last is None else 1)
-    except Unreachable as error:
+    except UnreachableError as error:
         if last is None:
             raise
         pulled = date.fromtimestamp((last / MANIFEST_FILE).stat().st_mtime)
-        log(f"{error} Going on with what was pulled on {pulled}.")
+        log(f"{error} Using the artifact that was pulled on {pulled}.")
         return last
-    root = cache.artifact_folder(index.manifest, holder)
-    if not _is_whole(root, index):
-        with cache.keeping():
-            _fill_cache(store, index, root, require_signature, holder, log)
+    root = cache.artifact_folder(index.manifest, key_name)
+    job = _Pull(store=store, index=index, root=root, key=require_signature, key_name=key_name)
+    if not _is_intact(root, index):
+        with cache.explaining_write_errors():
+            _fill_cache(job, log)
     elif SIGNATURE_FILE in index.files:
-        _renew_signature(store, index, root, require_signature, log)
-    cache.note_url(url, index.manifest, holder)
+        _renew_signature(job, log)
+    cache.note_url(url, index.manifest, key_name)
     return root
 
 
-def _fill_cache(store: Store, index: Index, root: Path, key: Path | None, holder: str, log: _Log) -> None:
-    with _alone(root, log):
-        *_, fetched = _head(store, index, key)
-        if _is_whole(root, index):  # another process was quicker
+def _fill_cache(job: _Pull, log: _Log) -> None:
+    root = job.root
+    with _locked(root, log):
+        fetched = _fetch_head(job).fetched
+        if _is_intact(root, job.index):  # another process was quicker
             return
         if not (root / MANIFEST_FILE).exists():
             shutil.rmtree(root, ignore_errors=True)
         files.make_private(root.parent)
-        fetched += _receive(store, index, root, holder, overwrite=True, progress=None)
+        fetched = fetched + _receive(job, overwrite=True, progress=None)
     size = sum(piece.bytes for piece in fetched)
-    log(f"{store}: pulled {size / 1e6:,.1f} MB into {root}")
+    log(f"{job.store}: pulled {size / 1e6:,.1f} MB into {root}")
 
 
 # --- before anything is written -----------------------------------------------------------------------------
@@ -136,39 +179,46 @@ def _read_index(store: Store, *, attempts: int = 4) -> Index:
     name = f"{store.name}.json"
     try:
         data = store.read(name, MAX_JSON_BYTES, attempts=attempts)
-    except Missing:
-        raise Missing(
+    except NotFoundError:
+        raise NotFoundError(
             f"{store}: there is no artifact of this name; check the URL, or put one there with precast push."
         ) from None
     return parse_index(data, f"{store}: {name}")
 
 
-def _head(store: Store, index: Index, key: Path | None) -> tuple[bytes, bytes | None, list[Piece]]:
-    """The bytes of manifest and signature, checked against key and index, and the pieces fetched for that."""
+def _fetch_head(job: _Pull) -> _Head:
+    store, index = job.store, job.index
     fetched: list[Piece] = []
     manifest = _join(store, index.files[MANIFEST_FILE], fetched)
-    signature = _signature(store, index, manifest, key, fetched)
+    signature = _checked_signature(job, manifest, fetched)
     check_against(index, parse_manifest(manifest, f"{store}: {MANIFEST_FILE}"), f"{store}: {store.name}.json")
-    return manifest, signature, fetched
+    return _Head(manifest=manifest, signature=signature, fetched=fetched)
 
 
-def _signature(
-    store: Store, index: Index, manifest: bytes, key: Path | None, fetched: list[Piece]
-) -> bytes | None:
-    """The store's signature, checked with the key; without one it must at least be over this manifest."""
-    stored = index.files.get(SIGNATURE_FILE)
+def _checked_signature(job: _Pull, manifest: bytes, fetched: list[Piece]) -> bytes | None:
+    """Return the store's signature, checked with the key; without a key, check only that it is for the manifest.
+
+    Args:
+        job: the pull.
+        manifest: contents of the manifest.
+        fetched: receives the pieces that are fetched.
+
+    Raises:
+        PrecastError: the signature is missing or does not fit.
+    """
+    store, stored = job.store, job.index.files.get(SIGNATURE_FILE)
     signature = None if stored is None else _join(store, stored, fetched)
-    if key is not None:
-        check_bytes(manifest, signature, key, str(store))
-    elif signature is not None and signed_digest(signature, str(store)) != index.manifest:
+    if job.key is not None:
+        check_bytes(manifest, signature, job.key, str(store))
+    elif signature is not None and signed_digest(signature, str(store)) != job.index.manifest:
         raise PrecastError(
-            f"{store}: {SIGNATURE_FILE} is not over this {MANIFEST_FILE}; have the artifact signed and pushed again."
+            f"{store}: {SIGNATURE_FILE} is for another {MANIFEST_FILE}; sign the artifact and push it again."
         )
     return signature
 
 
 def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
-    """A small file, whole."""
+    """Return the contents of a small file; append the pieces that are fetched to `fetched`."""
     parts = []
     for piece in file.pieces:
         data, was_fetched = _obtain(store, piece)
@@ -176,13 +226,13 @@ def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
         parts.append(data)
     if hashlib.sha256(contents := b"".join(parts)).hexdigest() != file.sha256:
         raise PrecastError(
-            f"{store}: its index names other pieces than its files have; push the artifact again."
+            f"{store}: the index lists pieces that do not make up their file; push the artifact again."
         )
     return contents
 
 
 def _has_sizes(root: Path, index: Index) -> bool:
-    """Whether every file is in the folder, as far as names and sizes tell."""
+    """Return True if the folder has the index's manifest, and every file by name and size."""
     try:
         manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
         return hashlib.sha256(manifest).hexdigest() == index.manifest and all(
@@ -194,8 +244,8 @@ def _has_sizes(root: Path, index: Index) -> bool:
         return False
 
 
-def _is_whole(root: Path, index: Index) -> bool:
-    """Whether every file is what it should be. What was hashed before and has not changed since is not read again."""
+def _is_intact(root: Path, index: Index) -> bool:
+    """Return True if every file has its hash; a file that was hashed before and is unchanged is not read."""
     if not _has_sizes(root, index):
         return False
     try:
@@ -208,8 +258,8 @@ def _is_whole(root: Path, index: Index) -> bool:
     return True
 
 
-def _is_there(root: Path, index: Index, manifest: bytes) -> bool:
-    """Whether the folder holds this artifact, every byte of it."""
+def _is_complete(root: Path, index: Index, manifest: bytes) -> bool:
+    """Return True if every file has its hash; every file is read."""
     if not _has_sizes(root, index):
         return False
     listed = parse_manifest(manifest, str(root)).files
@@ -223,39 +273,41 @@ def _is_there(root: Path, index: Index, manifest: bytes) -> bool:
 
 
 def _obtain(
-    store: Store, piece: Piece, places: Mapping[str, tuple[Path, int]] | None = None
+    store: Store, piece: Piece, places: Mapping[str, cache.Place] | None = None
 ) -> tuple[bytes, bool]:
-    """A piece from wherever it is nearest, and whether that was the store.
+    """Return a piece from this machine or from the store, and True if it was fetched.
 
-    `places` are those where it may be on this machine, looked up if not given.
+    Args:
+        store: the store.
+        piece: the piece.
+        places: places on this machine that may hold pieces; looked up if None.
     """
     if (data := cache.load_piece(piece)) is not None:
         return data, False
     place = (cache.places({piece.sha256: piece}) if places is None else places).get(piece.sha256)
     data = None if place is None else cache.read_place(place, piece)
-    fetched = data is None
+    was_fetched = data is None
     if data is None:
-        data = _fetch(store, piece)
+        data = _download(store, piece)
     cache.save_piece(piece, data)
-    return data, fetched
+    return data, was_fetched
 
 
-def _fetch(store: Store, piece: Piece) -> bytes:
-    # Twice, for one that was damaged on the way, or was just being written.
+def _download(store: Store, piece: Piece) -> bytes:
+    # Retry a piece that was damaged on the way, or was being written.
     for _ in range(2):
         data = store.read(piece.path, piece.bytes)
         if len(data) == piece.bytes and hashlib.sha256(data).hexdigest() == piece.sha256:
             return data
     raise PrecastError(
-        f"{store}: {piece.path:.24}… is not what its name says, it is altered or cut short; have the artifact pushed"
-        " again with precast push --verify."
+        f"{store}: {piece.path:.24}… is damaged: its hash differs from its name; push the artifact again with precast"
+        " push --rehash."
     )
 
 
-def _receive(
-    store: Store, index: Index, root: Path, holder: str, overwrite: bool, progress: Progress | None
-) -> list[Piece]:
-    """Fills the folder, and returns the pieces that were fetched."""
+def _receive(job: _Pull, *, overwrite: bool, progress: Progress | None) -> list[Piece]:
+    """Fill the folder, and return the pieces that were fetched."""
+    store, index, root = job.store, job.index, job.root
     pieces = index.pieces
     total, done, fetched = sum(piece.bytes for piece in pieces.values()), 0, []
     _check_room(store, index, root)
@@ -265,8 +317,8 @@ def _receive(
         return piece, _obtain(store, piece, places)[1]
 
     with (
-        showing(progress) as show,
-        closing(in_parallel(obtain, iter(pieces.values()))) as results,
+        shown(progress) as show,
+        closing(map_in_threads(obtain, iter(pieces.values()))) as results,
     ):
         for piece, was_fetched in results:
             fetched += [piece] if was_fetched else []
@@ -276,26 +328,20 @@ def _receive(
         for name, file in index.files.items():
             _write(store, file, temporary.joinpath(*files.split_name(root, name)), name)
     files.record_hash(root / WEIGHTS_FILE, index.files[WEIGHTS_FILE].sha256)
-    # First that these pieces are here, then away with their copies: another pull finds them at any moment.
-    cache.note_folder(root, index, holder)
+    # Record the folder before dropping the pieces: so another pull finds them at any moment.
+    cache.note_folder(root, index, job.key_name)
     cache.drop_pieces(index)
     return fetched
 
 
-def _receive_or_find(
-    store: Store,
-    index: Index,
-    root: Path,
-    holder: str,
-    overwrite: bool,
-    progress: Progress | None,
-    manifest: bytes,
+def _receive_unless_complete(
+    job: _Pull, overwrite: bool, progress: Progress | None, manifest: bytes
 ) -> list[Piece]:
-    """As `_receive`; that somebody else, with another cache folder, put the same artifact there first is as good."""
+    """Receive the artifact; ignore a failure if another process, with its own cache folder, completed the folder."""
     try:
-        return _receive(store, index, root, holder, overwrite, progress)
+        return _receive(job, overwrite=overwrite, progress=progress)
     except PrecastError:
-        if not _is_there(root, index, manifest):
+        if not _is_complete(job.root, job.index, manifest):
             raise
         return []
 
@@ -304,52 +350,57 @@ def _write(store: Store, file: StoredFile, path: Path, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with path.open("xb") as out:
-        writer, at = HugePageWriter(out, file.bytes), 0
+        writer, offset = HugePageWriter(out, file.bytes), 0
         for piece in file.pieces:
             data, _ = _obtain(store, piece)
             digest.update(data)
-            writer.write(at, data)
-            at += len(data)
+            writer.write(offset, data)
+            offset += len(data)
     if digest.hexdigest() != file.sha256:
         raise PrecastError(
-            f"{store}: the pieces of {name!r} do not make the file that the manifest lists; push the artifact again."
+            f"{store}: the pieces of {name!r} do not make up the file in the manifest; push the artifact again."
         )
 
 
 def _check_room(store: Store, index: Index, root: Path) -> None:
-    """Before the first byte: pieces are kept until the folder is complete, so both must fit."""
+    """Check the free space for both the pieces and the folder, which exist at the same time.
+
+    Raises:
+        PrecastError: a disk is too full.
+    """
     missing = sum(piece.bytes for piece in index.pieces.values() if not cache.has_piece(piece))
     needed: dict[int, list] = {}
     for folder, size in ((cache.folder(), missing), (root, index.bytes)):
-        there = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.is_dir())
-        place = needed.setdefault(there.stat().st_dev, [there, 0])
-        place[1] += size
-    for there, size in needed.values():
-        free = shutil.disk_usage(there).free
+        existing = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.is_dir())
+        need = needed.setdefault(existing.stat().st_dev, [existing, 0])
+        need[1] += size
+    for existing, size in needed.values():
+        free = shutil.disk_usage(existing).free
         if size > free:
             raise PrecastError(
-                f"{store}: pulling it takes {size / 1e6:,.1f} MB in {there}, where {free / 1e6:,.1f} MB are free; make"
-                " room, or choose other folders: with -o, and with PRECAST_CACHE for what is kept meanwhile."
+                f"{store}: pulling takes {size / 1e6:,.1f} MB in {existing}, and {free / 1e6:,.1f} MB are free; make"
+                " room, or choose another folder with -o, and another cache folder with PRECAST_CACHE."
             )
 
 
 # --- in the folder ------------------------------------------------------------------------------------------
 
 
-def _renew_signature(store: Store, index: Index, root: Path, key: Path | None, log: _Log) -> None:
-    """An artifact may be signed after it was pulled first. What does not hold replaces nothing, and is said."""
+def _renew_signature(job: _Pull, log: _Log) -> None:
+    """Replace the signature of a pulled artifact by the store's newer one; log a signature that does not fit."""
+    root, index = job.root, job.index
     with suppress(OSError, PrecastError):
         if files.sha256_of(files.member_path(root, SIGNATURE_FILE)) == index.files[SIGNATURE_FILE].sha256:
             return
     try:
         manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
-        if (signature := _signature(store, index, manifest, key, [])) is not None:
-            _put_signature(root, signature)
+        if (signature := _checked_signature(job, manifest, [])) is not None:
+            _write_signature(root, signature)
     except PrecastError as error:
-        log(f"{error} Going on with what was pulled before.")
+        log(f"{error} Using the artifact that was pulled before.")
 
 
-def _put_signature(root: Path, signature: bytes) -> None:
+def _write_signature(root: Path, signature: bytes) -> None:
     path = root / SIGNATURE_FILE
     try:
         if path.is_file() and not path.is_symlink() and path.read_bytes() == signature:
@@ -363,17 +414,17 @@ def _put_signature(root: Path, signature: bytes) -> None:
 
 
 @contextmanager
-def _alone(root: Path, log: _Log) -> Iterator[None]:
-    """Of several processes that pull to one folder, the first fetches; the others wait, and find it there."""
+def _locked(root: Path, log: _Log) -> Iterator[None]:
+    """Lock the folder: of several processes that pull to it, the first fetches, and the others wait."""
     import fcntl
 
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()
     path = cache.folder() / "locks" / name
-    with cache.keeping():
+    with cache.explaining_write_errors():
         files.make_private(path.parent)
         file = path.open("w")
     with file:
-        # A file system without locks: then each fetches, and all but the first find that it is there.
+        # On a file system without locks each process fetches, and the first to finish wins.
         with suppress(OSError):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

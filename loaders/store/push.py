@@ -1,4 +1,4 @@
-"""From a folder to a store."""
+"""Push: from a folder to a store."""
 
 import dataclasses
 import hashlib
@@ -20,23 +20,23 @@ from ..progress import Progress, Step
 from ..signing import MAX_SIGNATURE_BYTES, signed_digest
 from .index import INDEX_VERSION, Index, Piece, StoredFile, lengths, tensor_starts
 from .remote import Store, open_store
-from .transfer import Moved, in_parallel, moved, showing
+from .transfer import Transfer, map_in_threads, shown, summarise
 
 
-def push(path: Path, url: str, *, verify: bool = False, progress: Progress | None = None) -> Moved:
-    """Sends an artifact to a store.
+def push(path: Path, url: str, *, rehash: bool = False, progress: Progress | None = None) -> Transfer:
+    """Send an artifact to a store.
 
-    Every file is hashed on the way and compared with the manifest. The index, with which the artifact appears in the
-    store, is sent last; nothing is ever removed from a store.
+    Every file is hashed on the way and compared with the manifest. The index, which makes the artifact visible in the
+    store, is sent last. Nothing is ever removed from a store.
 
     Args:
-        path: the artifact's folder, or a folder with exactly one in it.
-        url: of the store, with the name that the artifact gets in it at the end.
-        verify: read back the pieces that are in the store already, and send those again that are altered.
-        progress: receives the number of bytes done; shown on standard error by default.
+        path: the artifact's folder, or a folder with exactly one artifact in it.
+        url: the store's URL, with the artifact's name in the store as its last part.
+        rehash: read back the pieces that the store has already, and send damaged ones again.
+        progress: receives the number of bytes done; standard error shows them by default.
 
     Raises:
-        PrecastError: when the artifact is not whole, or the store does not take it.
+        PrecastError: the artifact is incomplete, or the store refuses it.
     """
     root = find_artifact(path)
     store = open_store(url)
@@ -45,34 +45,39 @@ def push(path: Path, url: str, *, verify: bool = False, progress: Progress | Non
     total, done, sent = sum(content.entry.bytes for content in contents), 0, []
     pieces = _cut_all(root, contents, files)
     with (
-        showing(progress) as show,
-        closing(in_parallel(lambda given: _send(store, *given, verify), pieces)) as results,
+        shown(progress) as show,
+        closing(map_in_threads(lambda item: _send(store, *item, rehash), pieces)) as results,
     ):
         for piece, was_sent in results:
             sent += [piece] if was_sent else []
             done += piece.bytes
             show(Step(text="pushing", done=done, total=total, unit="bytes"))
+        # Repeated pieces were not counted.
         show(Step(text="pushing", done=total, total=total, unit="bytes"))
     index = Index(index_version=INDEX_VERSION, manifest=files[MANIFEST_FILE].sha256, files=files)
     store.write(f"{store.name}.json", (json.dumps(dataclasses.asdict(index)) + "\n").encode())
-    return moved(root, store, index, sent)
+    return summarise(root, store, index, sent)
 
 
-def _send(store: Store, piece: Piece, data: bytes, verify: bool) -> tuple[Piece, bool]:
-    """Sends a piece that is not there, and says whether it was sent."""
-    if store.size(piece.path) == piece.bytes and not (verify and _is_altered(store, piece)):
+def _send(store: Store, piece: Piece, data: bytes, rehash: bool) -> tuple[Piece, bool]:
+    """Send a piece unless the store has it; return the piece, and True if it was sent."""
+    if store.size(piece.path) == piece.bytes and not (rehash and _is_damaged(store, piece)):
         return piece, False
     store.write(piece.path, data)
     return piece, True
 
 
-def _is_altered(store: Store, piece: Piece) -> bool:
+def _is_damaged(store: Store, piece: Piece) -> bool:
     return hashlib.sha256(store.read(piece.path, piece.bytes)).hexdigest() != piece.sha256
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Content:
-    """A file to send. Its `data` where it has been read, or None."""
+    """A file to send.
+
+    Attributes:
+        data: its contents; None if it is read later.
+    """
 
     name: str
     entry: FileEntry
@@ -87,8 +92,8 @@ def _contents(root: Path) -> list[_Content]:
         signature = read(root, SIGNATURE_FILE, limit=MAX_SIGNATURE_BYTES)
         if signed_digest(signature, str(root)) != contents[0].entry.sha256:
             raise PrecastError(
-                f"{root}: {SIGNATURE_FILE} is not over this {MANIFEST_FILE}, which changed since; sign the artifact"
-                " again, or remove the signature."
+                f"{root}: {SIGNATURE_FILE} is for another {MANIFEST_FILE} than this one, which changed since; sign the"
+                " artifact again, or remove the signature."
             )
         contents.append(_in_memory(SIGNATURE_FILE, signature))
     return contents + [_Content(name=name, entry=entry) for name, entry in sorted(listed.items())]
@@ -102,7 +107,7 @@ def _in_memory(name: str, data: bytes) -> _Content:
 def _cut_all(
     root: Path, contents: Sequence[_Content], files: dict[str, StoredFile]
 ) -> Iterator[tuple[Piece, bytes]]:
-    """Every piece once, with its bytes; `files` fills with what they make up."""
+    """Yield each distinct piece once, with its bytes; add an entry to `files` after each file."""
     seen = set()
     for content in contents:
         pieces = []
@@ -117,7 +122,11 @@ def _cut_all(
 
 
 def _cut(root: Path, content: _Content) -> Iterator[tuple[Piece, bytes]]:
-    """The pieces of a file, which is compared with the manifest when its end is reached."""
+    """Yield the pieces of a file; compare its hash with the manifest's at its end.
+
+    Raises:
+        PrecastError: the hashes differ.
+    """
     path, size = member_path(root, content.name), content.entry.bytes
     starts = tensor_starts(path) if content.name == WEIGHTS_FILE else []
     digest = hashlib.sha256()
@@ -130,6 +139,6 @@ def _cut(root: Path, content: _Content) -> Iterator[tuple[Piece, bytes]]:
             yield Piece(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()), data
         if digest.hexdigest() != content.entry.sha256 or file.read(1):
             raise PrecastError(
-                f"{root}: file {content.name!r} is not what the manifest says; it was altered: copy or export the"
+                f"{root}: file {content.name!r} is damaged: its hash differs from the manifest's; copy or export the"
                 " artifact again."
             )

@@ -1,6 +1,6 @@
-"""Where artifacts are pushed to and pulled from: a folder of a file system that fsspec knows, named by a URL.
+"""Remote stores: folders of file systems that fsspec supports, each named by a URL.
 
-What a URL may hold of secrets (``s3://KEY:SECRET@bucket/…``) is in no message and on no disk.
+Secrets in a URL (``s3://KEY:SECRET@bucket/…``) appear neither in messages nor on disk.
 """
 
 import errno
@@ -21,10 +21,10 @@ from ..artifact.interrupt import on_interrupt
 
 Result = TypeVar("Result")
 
-# Seconds between attempts, each drawn from half of it to one and a half.
+# Seconds between attempts, each multiplied by a random factor from 0.5 to 1.5.
 _WAITS = (0.5, 1.0, 2.0)
-# What no second attempt changes.
-_FINAL = (
+# Errors that a retry cannot change.
+_PERMANENT = (
     FileExistsError,
     ImportError,
     IsADirectoryError,
@@ -32,23 +32,22 @@ _FINAL = (
     NotImplementedError,
     PermissionError,
 )
-_FINAL_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
-# What a web server says to a PUT that it has no use for.
+_PERMANENT_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
+# The answers of a web server that accepts no PUT.
 _READ_ONLY = (405, 501)
-# fsspec knows it, but not without its cache of listings, and shows files that are half written.
-_NO_STORES = ("sftp", "ssh")
+# fsspec supports them only with cached listings, and shows half-written files.
+_UNSUPPORTED = ("sftp", "ssh")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-
-_NOT_FOUND = 404  # of HTTP
-
-
-class Missing(PrecastError):
-    """What was asked for is not in the store."""
+_NOT_FOUND = 404
 
 
-class Unreachable(PrecastError):
-    """The store did not answer, or not as one that works."""
+class NotFoundError(PrecastError):
+    """The store does not have the file."""
+
+
+class UnreachableError(PrecastError):
+    """The store does not answer, or answers with an error that may pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +56,9 @@ class Store:
 
     Attributes:
         files: fsspec's file system.
-        folder: the store's own, as that file system names it, with a slash at its end.
-        name: the artifact's.
-        url: of the artifact; it may hold secrets.
+        folder: the store's folder in that file system, with a final slash.
+        name: the artifact's name.
+        url: the artifact's URL, which may contain secrets.
     """
 
     files: Any
@@ -70,46 +69,51 @@ class Store:
     def __str__(self) -> str:
         return without_secrets(self.url)
 
-    def read(self, path: str, most: int, *, attempts: int = len(_WAITS) + 1) -> bytes:
-        """Contents of a file, or their first `most` + 1 bytes.
+    def read(self, path: str, limit: int, *, attempts: int = len(_WAITS) + 1) -> bytes:
+        """Return the contents of a file, at most `limit` + 1 bytes.
+
+        Args:
+            path: the file's path in the store.
+            limit: the largest size that the caller accepts.
+            attempts: number of attempts before the store counts as unreachable.
 
         Raises:
-            Missing: when there is no such file.
-            Unreachable: when the store does not answer.
-            PrecastError: when it refuses.
+            NotFoundError: the file does not exist.
+            UnreachableError: the store does not answer.
+            PrecastError: the store refuses access.
         """
-        return self._patiently(lambda: self._read(self.folder + path, most), path, attempts)
+        return self._with_retries(lambda: self._read(self.folder + path, limit), path, attempts)
 
     def size(self, path: str) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Return the size of a file in bytes; None if it does not exist."""
         try:
-            size: int = self._patiently(lambda: self.files.info(self.folder + path)["size"], path)
-        except Missing:
+            size: int = self._with_retries(lambda: self.files.info(self.folder + path)["size"], path)
+        except NotFoundError:
             return None
         return size
 
     def write(self, path: str, data: bytes) -> None:
-        """Puts a file in its place at once, also where one was.
+        """Write a file atomically, and replace an existing one.
 
         Raises:
-            PrecastError: when the store does not take it.
+            PrecastError: the store refuses the file.
         """
         try:
-            self._patiently(lambda: self._write(self.folder + path, data), path)
-        except Missing:
+            self._with_retries(lambda: self._write(self.folder + path, data), path)
+        except NotFoundError:
             raise PrecastError(
-                f"{self}: there is no such bucket or folder to write to; make it, or check the URL."
+                f"{self}: this bucket or folder does not exist; create it, or check the URL."
             ) from None
 
-    def _read(self, path: str, most: int) -> bytes:
+    def _read(self, path: str, limit: int) -> bytes:
         if "file" in self.files.protocol:
-            return _read_plain(Path(path), most)
+            return _read_plain(Path(path), limit)
         if "http" not in self.files.protocol:
-            data: bytes = self.files.cat_file(path, start=0, end=most + 1)
+            data: bytes = self.files.cat_file(path, start=0, end=limit + 1)
             return data
-        # A server may send all of a file whatever part was asked for.
+        # A web server may ignore the requested range and send the whole file.
         with self.files.open(path, "rb", block_size=0) as file:
-            blocks, left = [], most + 1
+            blocks, left = [], limit + 1
             while left and (block := file.read(left)):
                 blocks.append(block)
                 left -= len(block)
@@ -119,7 +123,7 @@ class Store:
         if "file" not in self.files.protocol:
             self.files.pipe_file(path, data)
             return
-        # Object stores show a file when it is whole; a folder does so for one that is renamed.
+        # Object stores write atomically; in a folder, renaming does.
         self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
         temporary = Path(f"{path}.{token_hex(6)}.partial")
         with on_interrupt(temporary.unlink):
@@ -130,39 +134,43 @@ class Store:
                 temporary.unlink(missing_ok=True)
                 raise
 
-    def _patiently(self, act: Callable[[], Result], path: str, attempts: int = len(_WAITS) + 1) -> Result:
+    def _with_retries(
+        self, action: Callable[[], Result], path: str, attempts: int = len(_WAITS) + 1
+    ) -> Result:
         for wait in (*_WAITS[: attempts - 1], None):
             try:
-                return act()
+                return action()
             except Exception as raised:
-                error = _behind(raised)
+                error = _underlying(raised)
                 if isinstance(error, FileNotFoundError):
-                    raise Missing(f"{self}: {path} is not there; check the URL.") from None
+                    raise NotFoundError(f"{self}: {path} does not exist; check the URL.") from None
                 if isinstance(error, _NotPlain):
                     raise PrecastError(
-                        f"{self}: {path} is not a plain file (a pipe, a device or a folder); remove it, and have the"
-                        " artifact pushed again."
+                        f"{self}: {path} is not a plain file (a pipe, a device or a folder); remove it, and push the"
+                        " artifact again."
                     ) from None
-                if _is_final(error):
-                    raise PrecastError(f"{self}: {path}: {self._told(error)}") from None
+                if _is_permanent(error):
+                    raise PrecastError(f"{self}: {path}: {self._explain(error)}") from None
                 if wait is None:
-                    raise Unreachable(f"{self}: {path}: {self._told(error)}") from None
+                    raise UnreachableError(f"{self}: {path}: {self._explain(error)}") from None
                 time.sleep(wait * (0.5 + random()))
         raise AssertionError("the last attempt returns or raises")
 
-    def _told(self, error: Exception) -> str:
+    def _explain(self, error: Exception) -> str:
         text = _hide(f"{type(error).__name__}: {error}", self.url)
         if isinstance(error, NotImplementedError) or getattr(error, "status", None) in _READ_ONLY:
-            return "this store can only be read; push to another."
+            return "this store is read-only; push to another."
         if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
-            return f"access was refused ({text}); check the credentials, as this kind of store takes them."
-        return f"the store does not answer as it should ({text}); check the URL and the connection, and try again."
+            return f"access was refused ({text}); check the credentials for this store."
+        return (
+            f"the store does not answer correctly ({text}); check the URL and the connection, and try again."
+        )
 
 
-def _read_plain(path: Path, most: int) -> bytes:
+def _read_plain(path: Path, limit: int) -> bytes:
     try:
         with open_plain(path) as file:
-            return file.read(most + 1)
+            return file.read(limit + 1)
     except OSError as error:
         if error.errno == errno.EINVAL:
             raise _NotPlain from None
@@ -170,13 +178,14 @@ def _read_plain(path: Path, most: int) -> bytes:
 
 
 class _NotPlain(Exception):
-    """A pipe, device or folder stands in place of a file."""
+    """A pipe, device or folder has the name of a file."""
 
 
-def _behind(error: Exception) -> Exception:
-    """What went wrong: of a web server that does not answer, or refuses, fsspec says that the file is not found.
+def _underlying(error: Exception) -> Exception:
+    """Return the cause of an error that fsspec disguises, or else the error.
 
-    Other stores have causes too, which say in their own words that nothing is there.
+    fsspec reports FileNotFoundError if a web server does not answer or refuses. Other stores' FileNotFoundError is
+    genuine, even if it has a cause.
     """
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or isinstance(cause, FileNotFoundError):
@@ -190,11 +199,13 @@ def _behind(error: Exception) -> Exception:
 
 
 def open_store(url: str) -> Store:
-    """Opens the store that a URL leads to; its last part is the name of an artifact.
+    """Open the store of an artifact's URL.
+
+    Args:
+        url: the store's URL, with the artifact's name as its last part.
 
     Raises:
-        PrecastError: when the URL is no such URL, or leads to no store, or the package that its protocol needs is not
-            installed.
+        PrecastError: the URL is invalid, its protocol is not supported, or a package for it is not installed.
     """
     shown = without_secrets(url)
     protocol, separator, rest = url.partition("://")
@@ -205,14 +216,14 @@ def open_store(url: str) -> Store:
     name = rest.rstrip("/").rpartition("/")[2]
     parent = rest.rstrip("/").removesuffix(name)
     if "::" in url or "?" in rest or "#" in rest or not re.fullmatch("[a-z][a-z0-9+.-]*", protocol):
-        raise PrecastError(f"{shown}: expected a plain URL, without a query and of one protocol.")
+        raise PrecastError(f"{shown}: expected a plain URL, with one protocol and without a query.")
     if not parent or not _NAME.fullmatch(name) or name == "pieces":
         raise PrecastError(
             f"{shown}: expected a folder and a name of letters, digits, '.', '_' and '-': s3://bucket/models/NAME."
         )
-    if protocol in _NO_STORES:
+    if protocol in _UNSUPPORTED:
         raise PrecastError(
-            f"{shown}: {protocol}:// is no store that precast knows; mount the folder and give it as file:///folder/NAME."
+            f"{shown}: precast does not support {protocol}://; mount the folder and give it as file:///folder/NAME."
         )
     files, folder = _file_system(protocol, parent, url)
     return Store(files=files, folder=f"{folder.rstrip('/')}/" if folder else "", name=name, url=url)
@@ -228,8 +239,8 @@ def _file_system(protocol: str, parent: str, url: str) -> tuple[Any, str]:
         ) from None
     options: dict[str, Any] = {"use_listings_cache": False}
     if protocol in ("s3", "s3a"):
-        parent, own = _s3_options(parent, fsspec.config.conf.get("s3", {}))
-        options |= own
+        parent, s3_options = _s3_options(parent, fsspec.config.conf.get("s3", {}))
+        options |= s3_options
     try:
         files, folder = fsspec.url_to_fs(f"{protocol}://{parent}", **options)
     except ImportError as error:
@@ -238,7 +249,7 @@ def _file_system(protocol: str, parent: str, url: str) -> tuple[Any, str]:
         ) from None
     except Exception as error:
         raise PrecastError(
-            f"{without_secrets(url)}: this URL cannot be opened ({_hide(str(error), url)}); check it."
+            f"{without_secrets(url)}: the URL cannot be opened ({_hide(str(error), url)}); check it."
         ) from None
     return files, str(folder)
 
@@ -251,7 +262,7 @@ def _package(protocol: str) -> str:
 
 
 def _s3_options(parent: str, configured: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Key and secret out of the URL, where they stand in it; and one layer of attempts instead of three."""
+    """Return the bucket and the options for s3fs: the key and secret in a URL, and no retries besides ours."""
     options: dict[str, Any] = {}
     if "config_kwargs" not in configured:
         options["config_kwargs"] = {"retries": {"max_attempts": 1}, "connect_timeout": 15}
@@ -263,7 +274,7 @@ def _s3_options(parent: str, configured: dict[str, Any]) -> tuple[str, dict[str,
 
 
 def without_secrets(url: str) -> str:
-    """The URL without what stands before an ``@`` and behind a ``?``."""
+    """Return the URL without user, password and query."""
     protocol, separator, rest = url.partition("://")
     if protocol in ("file", "local", "memory"):
         return url
@@ -273,7 +284,7 @@ def without_secrets(url: str) -> str:
 
 
 def _hide(text: str, url: str) -> str:
-    """A library's message, cut short, without what the URL keeps secret."""
+    """Return a library's message without the URL's secrets, in one line of at most 300 characters."""
     text = text.replace(url, without_secrets(url))
     user = url.partition("://")[2].rpartition("@")[0]
     for secret in (user, *user.split(":"), unquote(user), *map(unquote, user.split(":"))):
@@ -283,11 +294,11 @@ def _hide(text: str, url: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:300]
 
 
-def _is_final(error: Exception) -> bool:
+def _is_permanent(error: Exception) -> bool:
     status = getattr(error, "status", None)
     return (
-        isinstance(error, _FINAL)
-        or (isinstance(error, OSError) and error.errno in _FINAL_CODES)
+        isinstance(error, _PERMANENT)
+        or (isinstance(error, OSError) and error.errno in _PERMANENT_CODES)
         or (isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429))
         or status in _READ_ONLY
         or "Credentials" in type(error).__name__

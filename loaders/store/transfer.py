@@ -1,8 +1,8 @@
-"""What pushing and pulling have in common.
+"""The common part of push and pull.
 
-An artifact goes to a store and comes from it in pieces. One that is there already is not sent or fetched again, so an
-interrupted transfer goes on where it stopped, and a second version costs what changed. `store_index` describes the
-layout of a store, `store_cache` what is kept on this machine.
+An artifact travels in pieces. Pieces that are already at the destination stay there, so an interrupted transfer
+resumes, and a second version costs only the changes. `index` describes the layout of a store, `cache` the files that
+pulls keep on this machine.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,18 +23,18 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moved:
-    """What a push or a pull came to.
+class Transfer:
+    """The result of a push or a pull.
 
     Attributes:
         path: the artifact's folder.
-        store: its URL, without secrets.
-        manifest: the manifest's sha256.
-        signed: whether it has a signature.
-        pieces: of all of it.
-        bytes: of all of it.
-        moved_pieces: those that were sent or fetched.
-        moved_bytes: of those.
+        store: the artifact's URL, without secrets.
+        manifest: sha256 of the manifest.
+        signed: True if the artifact has a signature.
+        pieces: number of pieces of the artifact.
+        bytes: size of all pieces.
+        moved_pieces: number of pieces that were sent or fetched.
+        moved_bytes: size of these pieces.
     """
 
     path: Path
@@ -47,27 +47,39 @@ class Moved:
     moved_bytes: int
 
 
-def moved(root: Path, store: Store, index: Index, pieces: Sequence[Piece]) -> Moved:
-    """Sums up a transfer of which `pieces` were sent or fetched."""
-    return Moved(
+def summarise(root: Path, store: Store, index: Index, moved: Sequence[Piece]) -> Transfer:
+    """Return the result of a transfer.
+
+    Args:
+        root: the artifact's folder.
+        store: the store.
+        index: the artifact's index.
+        moved: the pieces that were sent or fetched.
+    """
+    return Transfer(
         path=root,
         store=str(store),
         manifest=index.manifest,
         signed=SIGNATURE_FILE in index.files,
         pieces=len(index.pieces),
         bytes=sum(piece.bytes for piece in index.pieces.values()),
-        moved_pieces=len(pieces),
-        moved_bytes=sum(piece.bytes for piece in pieces),
+        moved_pieces=len(moved),
+        moved_bytes=sum(piece.bytes for piece in moved),
     )
 
 
-def in_parallel(act: Callable[[Item], Result], items: Iterator[Item]) -> Generator[Result, None, None]:
-    """Results as they come. No more items are taken than the threads can use soon: each may be megabytes."""
+def map_in_threads(
+    function: Callable[[Item], Result], items: Iterator[Item]
+) -> Generator[Result, None, None]:
+    """Yield the results of a function in the order of completion.
+
+    Each item may be megabytes, so no more items are taken than the threads can use soon.
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
         pending: set[Future[Result]] = set()
         try:
             for item in items:
-                pending.add(pool.submit(act, item))
+                pending.add(pool.submit(function, item))
                 if len(pending) > _THREADS:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -76,6 +88,6 @@ def in_parallel(act: Callable[[Item], Result], items: Iterator[Item]) -> Generat
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def showing(progress: Progress | None) -> AbstractContextManager[Progress]:
-    """Yield `progress`, or by default a function that shows progress on standard error."""
+def shown(progress: Progress | None) -> AbstractContextManager[Progress]:
+    """Yield `progress`, or a function that shows progress on standard error if that is None."""
     return show_progress() if progress is None else nullcontext(progress)

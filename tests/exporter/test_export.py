@@ -15,8 +15,8 @@ from precast.exporter.export import ExportOptions, Progress, _far_rope, _geometr
 from precast.exporter.models.registry import read_model
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
-from precast.loaders.audit.inspect import render
 from precast.loaders.compiling.isa import default_isa
+from precast.loaders.console.inspect import render
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 from precast.loaders.locate import read_manifest

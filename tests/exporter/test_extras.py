@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from precast.cli import _need_export
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.console.extras import need_export
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Packages whose module has another name.
@@ -39,7 +39,7 @@ def missing(monkeypatch):
     """What is asked for where none of it is installed, as the sentence names it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PrecastError) as raised:
-        _need_export()
+        need_export()
     names = re.fullmatch(
         r"exporting needs (.+), which are not installed: pip install 'precast\[export\]'", str(raised.value)
     )

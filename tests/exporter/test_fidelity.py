@@ -13,7 +13,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Fidelity
 from precast.loaders.artifact.manifest_parser import parse_manifest
 from precast.loaders.artifact.record import to_json
-from precast.loaders.audit import inspect
+from precast.loaders.console import inspect
 from precast.loaders.load import load
 
 FIGURES = {
@@ -223,4 +223,4 @@ def test_a_perplexity_that_no_float_holds_is_said_in_words(artifact_copy, edit_m
     edit_manifest(artifact_copy, lambda m: m.update(fidelity=FIGURES | {"perplexity": None}))
     manifest = parse_manifest((artifact_copy / "manifest.json").read_bytes(), "m.json")
     assert "| perplexity | beyond the range of a float (float32: 12.2500) |" in model_card.render(manifest)
-    assert "perplexity beyond a float, of the" in inspect.render(artifact_copy, as_json=False)
+    assert "perplexity beyond the range of a float, of the" in inspect.render(artifact_copy, as_json=False)

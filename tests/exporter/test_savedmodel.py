@@ -16,7 +16,7 @@ from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets import savedmodel as exporting
 from precast.exporter.weights import plan_weights, write_model_weights
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.audit.verify import OTHERWISE, Replay
+from precast.loaders.audit.verify import DO_NOT_USE, ReplayReport
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 from precast.loaders.locate import read_manifest
@@ -169,8 +169,8 @@ def test_an_export_asks_for_the_golden_answers(savedmodel_packages, tmp_path, ti
         assert model.target.runtime == "savedmodel"
         assert max(len(answer.token_ids) for answer in recorded.greedy) == 4
         assert any(len(answer.prompt_token_ids) > 8 for answer in recorded.greedy), "a chunked prompt"
-        problem = f"{where}: answer 0: token 0 is 1, recorded is 2; {OTHERWISE}"
-        return Replay(target=model.target.name, problems=(problem,), **nothing)
+        problem = f"{where}: answer 0: token 0 is 1, recorded is 2; {DO_NOT_USE}"
+        return ReplayReport(target=model.target.name, problems=(problem,), **nothing)
 
     monkeypatch.setattr(whole_export, "replay", replay)
     options = ExportOptions(buckets=(8,), context=64, targets=("cpu", "savedmodel"))

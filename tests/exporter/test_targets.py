@@ -362,7 +362,7 @@ def test_a_further_target_that_answers_otherwise_is_not_shipped(tmp_path, tiny_s
     def replay(model, recorded, where):
         found = original(model, recorded, where)
         assert found.problems == ()
-        return dataclasses.replace(found, problems=(f"{where}: a token differs; {exporting.OTHERWISE}",))
+        return dataclasses.replace(found, problems=(f"{where}: a token differs; {exporting.DO_NOT_USE}",))
 
     monkeypatch.setattr(exporting, "replay", replay)
     options = ExportOptions(buckets=(8,), context=64, targets=("cpu",), cpu_isas=("x86-64-v3", "x86-64-v2"))

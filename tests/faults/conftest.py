@@ -1,4 +1,4 @@
-"""What an attack on an artifact takes: files with hashes that are right, sentences, and a disk that fails."""
+"""Tools for attacks on an artifact: files with correct hashes, error messages, and a failing disk."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture
 def put() -> Callable[[Path, str, bytes], Path]:
-    """Writes a file into an artifact and makes the manifest list it as it is: no hash will tell."""
+    """Return a function that writes a file into an artifact and its correct hash into the manifest."""
 
     def write(root: Path, name: str, data: bytes) -> Path:
         path = root / name
@@ -30,7 +30,7 @@ def put() -> Callable[[Path, str, bytes], Path]:
 
 @pytest.fixture
 def refusal(cli: Callable[..., Any]) -> Callable[..., str]:
-    """Runs a command that must end in one sentence and exit code 2, and returns the sentence."""
+    """Return a function that runs a command, which must fail in one sentence, and returns the sentence."""
 
     def run(*arguments: object, stdin: str = "") -> str:
         result = cli(*arguments, stdin=stdin)
@@ -46,13 +46,13 @@ def refusal(cli: Callable[..., Any]) -> Callable[..., str]:
 
 @pytest.fixture
 def run_refused(refusal: Callable[..., str]) -> Callable[..., str]:
-    """As `refusal`, for `precast run` with a prompt."""
+    """Return a function like `refusal` for `precast run` with a prompt."""
     return lambda root, *options: refusal("run", root, "--ids", "7,200,31", "-n", "4", *options)
 
 
 @pytest.fixture
 def answers(cli: Callable[..., Any]) -> Callable[[Path], list[int]]:
-    """What `precast run` answers, as token ids."""
+    """Return a function that gives the token ids of the answer of `precast run`."""
 
     def run(root: Path) -> list[int]:
         result = cli("run", root, "--ids", "7,200,31", "-n", "4", "--ignore-eos", "--json")
@@ -64,7 +64,7 @@ def answers(cli: Callable[..., Any]) -> Callable[[Path], list[int]]:
 
 @pytest.fixture(scope="session")
 def disks() -> ModuleType:
-    """The module with the disk that fails."""
+    """Return the module with the failing disk."""
     spec = importlib.util.spec_from_file_location("failing_disk", Path(__file__).parent / "disk.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,6 +1,6 @@
-"""A disk that fails at its n-th operation: every file created or written to, every folder, name and fsync counts.
+"""A disk that fails at its n-th operation. Operations create or write files, make folders, rename, link, or fsync.
 
-Writes are counted as the system sees them, after Python's buffers, and the one that fails leaves half of its bytes.
+A write counts when it leaves Python's buffer, and a failing write leaves half of its bytes.
 """
 
 import builtins
@@ -16,9 +16,11 @@ ONCE, FOR_GOOD, KILLED = "once", "for good", "killed"
 
 
 class Disk:
-    """Attributes:
-    operations: counted so far.
-    failed: of them.
+    """A failing disk.
+
+    Attributes:
+        operations: number of operations so far.
+        failed: number of failed operations.
     """
 
     def __init__(self, fails_at: int, how: str = ONCE) -> None:
@@ -75,7 +77,7 @@ class Disk:
 
     @contextmanager
     def at_work(self) -> Iterator["Disk"]:
-        """Everything that this process writes meanwhile goes through it."""
+        """Count all operations of this process while the block runs."""
         patches = [
             mock.patch.object(owner, name, wrap(getattr(owner, name)))
             for owner, names, wrap in (

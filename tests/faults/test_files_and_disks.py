@@ -1,4 +1,4 @@
-"""FAULTS 12 and 13: bytes that change or are not written, and files that should not be there."""
+"""FAULTS 12 and 13: bytes that change or are not written, and unexpected files."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_fault_12_a_flipped_bit_anywhere_is_found(artifact_copy, cli, own_cache)
         result = cli("verify", artifact_copy)
         assert result.exit_code == 1
         assert f"file {name!r} has sha256 " in result.stderr
-        assert "not asked for: nothing is run of files that differ" in result.stdout
+        assert "not replayed, because files differ" in result.stdout
         path.write_bytes(data)
     assert cli("verify", artifact_copy).exit_code == 0
 
@@ -49,7 +49,7 @@ def test_fault_12_a_flipped_bit_anywhere_is_found(artifact_copy, cli, own_cache)
 def test_fault_12_a_flipped_bit_of_the_manifest_is_found_or_harmless(
     artifact_copy, answers, cli, tiny_artifact
 ):
-    """It has no hash of its own, unless it is signed; but it is read strictly."""
+    """Only a signature protects the manifest's own bytes, but parsing is strict."""
     chance, data = random.Random(1), (artifact_copy / "manifest.json").read_bytes()
     right, refused = answers(tiny_artifact), 0
     for _ in range(150):
@@ -82,7 +82,7 @@ def test_fault_12_a_truncated_file_is_named(artifact_copy, cli, own_cache, share
 
 @pytest.fixture
 def quick_export(tiny_artifact, tiny_source, monkeypatch):
-    """An export of the tiny model that writes what every export writes, but compiles and computes nothing."""
+    """Return an export of the tiny model that writes every file without compiling or computing."""
     made, source = read_manifest(tiny_artifact), tiny_source()
 
     def build(*arguments, **options):
@@ -120,8 +120,8 @@ def quick_export(tiny_artifact, tiny_source, monkeypatch):
 def test_fault_12_an_export_whose_nth_write_fails_is_whole_or_absent(
     quick_export, tiny_artifact, disks, tmp_path, own_cache, how, there
 ):
-    """For every n, until an export needs fewer than n: no file half written, and nothing lost that was there."""
-    # The old artifact is known from the new one by its name.
+    """Fail at every operation of an export: no file is half-written, and no earlier file is lost."""
+    # The names of the old artifact and the new one differ.
     old = json.loads((tiny_artifact / "manifest.json").read_text()) | {"name": "old"}
     refused = 0
     for n in range(1, 1000):
@@ -145,7 +145,7 @@ def test_fault_12_an_export_whose_nth_write_fails_is_whole_or_absent(
             refused += 1
             assert "No space left on device" in str(error)
             kept = [p.parent for p in parent.rglob("manifest.json")] if there else []
-            # What could not be put back because no name can be written any more lies beside it.
+            # A file that could not be renamed back stays beside it.
             assert [p for p in kept if read_manifest(p).name == "old" and is_whole(p)] == kept
             assert len(kept) == there
             if how == "once":
@@ -160,7 +160,7 @@ def test_fault_12_an_export_whose_nth_write_fails_is_whole_or_absent(
 
 
 def test_fault_12_killed_at_the_nth_write_an_artifact_is_whole_or_absent(tiny_artifact, tmp_path, python):
-    """A process writes an artifact and is killed at its n-th operation, for every n; the next one succeeds."""
+    """Kill a process at every operation while it writes an artifact; the next process succeeds."""
     code = f"""
 import importlib.util, os, shutil, sys
 from pathlib import Path
@@ -219,7 +219,7 @@ print(killed)
 
 @pytest.mark.parametrize("change", ["a byte", "truncated", "zeros", "longer"])
 def test_fault_12_weights_rewritten_while_mapped_are_noticed(artifact_copy, change):
-    """Truncation would end the process (SIGBUS) at the next touch; other changes would go into the answers."""
+    """Truncation would end the process with SIGBUS at the next access; other changes would alter the answers."""
     path = artifact_copy / "weights.safetensors"
     model = load(artifact_copy)
     before = model.generate(PROMPT, FREE).token_ids
@@ -254,7 +254,7 @@ def test_fault_12_weights_rewritten_in_the_middle_of_an_answer_end_it(artifact_c
 def test_fault_12_an_artifact_replaced_or_removed_while_in_use_goes_on_answering(
     artifact_copy, tiny_artifact
 ):
-    """Whole files take the place of whole files: what is mapped stays as it was."""
+    """Renaming replaces whole files, so a mapping keeps the old contents."""
     model = load(artifact_copy)
     expected = model.generate(PROMPT, FREE).token_ids
     artifact_copy.rename(artifact_copy.parent / "old")
@@ -293,7 +293,7 @@ def test_fault_13_extra_files_are_named_by_verify_and_read_by_nobody(
 def test_fault_13_modules_in_the_folder_it_is_run_from_are_not_imported(
     artifact_copy, tmp_path, own_cache, monkeypatch, answers
 ):
-    """Of the process that tries an artifact first, too."""
+    """This includes the child process that tries the artifact first."""
     for name in ("numpy.py", "jaxlib.py", "json.py", "precast.py"):
         (artifact_copy / name).write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
     monkeypatch.chdir(artifact_copy)
@@ -308,7 +308,7 @@ def test_fault_13_an_altered_record_of_the_cache_hides_nothing(artifact_copy, ow
     path = artifact_copy / "weights.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    # A record for the altered file must name it, and what it holds must be the hash that the manifest expects.
+    # The record must name the altered file and contain the hash that the manifest expects.
     status = path.stat()
     fields = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     mine = record.with_name("-".join(map(str, fields)) + ".json")
@@ -341,6 +341,6 @@ def test_fault_13_what_is_no_file_in_the_cache_is_no_record(artifact_copy, own_c
 
 
 def test_signals_are_as_they_were():
-    """Nothing above leaves an alarm or a handler behind."""
+    """No test above leaves an alarm or a handler."""
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     assert cache_folder().is_dir()

@@ -1,4 +1,4 @@
-"""FAULTS 1 to 7: artifacts and checkpoints that mean harm. Every hash in them is right."""
+"""FAULTS 1 to 7: malicious artifacts and checkpoints. Every hash in them is correct."""
 
 import ast
 import json
@@ -15,7 +15,7 @@ PROGRAM = "programs/cpu/decode.xla"
 
 
 class Payload:
-    """A pickle that makes a file when it is read."""
+    """A pickle that creates a file when loaded."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -45,7 +45,7 @@ def test_fault_01_no_pickle_is_ever_read(artifact_copy, put, run_refused, tmp_pa
         put(artifact_copy, name, proof)
     assert text in run_refused(artifact_copy)
     assert not (tmp_path / "ran").exists()
-    pickle.loads(proof)  # it would have shown
+    pickle.loads(proof)  # the exploit works
     assert (tmp_path / "ran").exists()
 
 
@@ -184,7 +184,7 @@ def test_fault_04_a_name_never_leaves_the_folder(artifact_copy, edit_manifest, c
     (tmp_path / "secret").write_bytes((artifact_copy / file).read_bytes())
     edit_manifest(artifact_copy, lambda manifest: rename_file(manifest, file, name))
     commands = [("verify", artifact_copy)]
-    if file != "golden.json":  # which only verify reads
+    if file != "golden.json":  # only verify reads it
         commands.append(("run", artifact_copy, "--ids", "7"))
     for command in commands:
         result = cli(*command)
@@ -238,7 +238,7 @@ def test_fault_04_a_link_in_place_of_the_manifest_is_refused(artifact_copy, refu
 def test_fault_04_a_hard_link_shows_nothing_of_what_it_leads_to(
     artifact_copy, run_refused, tmp_path, own_cache
 ):
-    """It cannot be told from a file; but what is not the content that was hashed is neither used nor shown."""
+    """A hard link looks like a file, but contents with another hash are neither used nor shown."""
     secret = tmp_path / "secret"
     secret.write_text("the launch code is 0000")
     path = artifact_copy / "tokenizer.json"
@@ -317,7 +317,7 @@ def test_fault_05_numbers_of_a_manifest_that_lie(artifact_copy, edit_manifest, r
 
 
 def test_fault_05_a_manifest_that_lies_about_a_model_consistently(artifact_copy, run_refused, edit_manifest):
-    """Twice the positions everywhere; the programs were compiled for half of them, which shows when they are tried."""
+    """The manifest claims twice the positions that the programs were compiled for, which the trial detects."""
 
     def double(manifest):
         manifest["capacity"] *= 2

@@ -26,8 +26,8 @@ import kinds
 from precast.loaders import signing
 from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.audit import inspect
 from precast.loaders.compiling import trial
+from precast.loaders.console import inspect
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 

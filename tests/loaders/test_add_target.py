@@ -6,11 +6,11 @@ import json
 import pytest
 
 from precast.loaders import add_target as adding
-from precast.loaders.add_target import summary
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import cpu_features
 from precast.loaders.compiling import compiler as compiling
 from precast.loaders.compiling import isa
+from precast.loaders.console.add_target import lines as summary_lines
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 from precast.loaders.locate import read_manifest
@@ -50,7 +50,7 @@ def test_the_user_is_told_the_result(add, artifact_copy):
     (artifact_copy / "manifest.json.sig").write_text("signed")
     added, messages = add()
     assert messages[-1] == "checking its answers against the recorded ones"
-    lines = summary(added, artifact_copy)
+    lines = list(summary_lines(added, artifact_copy))
     assert lines[0].startswith(f"{artifact_copy}: target {NAME} added: 4 programs, ")
     assert lines[0].endswith(f"jaxlib {pjrt.jaxlib_version}, {added.answers} answers as recorded")
     assert lines[1].startswith(

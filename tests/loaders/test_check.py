@@ -1,4 +1,4 @@
-"""``precast check``: everything that does not suit at once, each with its remedy, from the manifest alone."""
+"""``precast check``: all obstacles at once, each with its remedy, from the manifest alone."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ TODAY = date(2026, 1, 1)
 
 @pytest.fixture(scope="module")
 def good(tiny_artifact):
-    """The tiny artifact's manifest, with a StableHLO that is promised for a hundred days more."""
+    """Return the tiny artifact's manifest; the promise for its StableHLO lasts 100 more days."""
     manifest = read_manifest(tiny_artifact)
     targets = tuple(dataclasses.replace(t, stablehlo_expires="2026-04-11") for t in manifest.targets)
     return dataclasses.replace(manifest, targets=targets)
@@ -89,7 +89,10 @@ def test_every_mismatch_at_once_each_with_its_remedy(good):
         ("kernels", "it calls kernels that are not installed (precast.new.v7)"),
     }
     maker = good.provenance.versions["precast"]
-    assert found["kernels", abi] == f"pip install precast=={maker}, which made it, or export again"
+    assert (
+        found["kernels", abi]
+        == f"pip install precast=={maker}, which made the artifact, or export the model again"
+    )
     shown = text(report)
     assert shown.startswith("tiny does not run here  (/art)\n")
     for (_, problem), remedy in found.items():
@@ -100,7 +103,7 @@ HOSTILE = "1; touch $(x) `y` 'z'"
 
 
 def test_what_a_manifest_says_is_one_word_of_a_command(good):
-    """Remedies are copied into shells."""
+    """Users copy remedies into shells."""
     provenance = dataclasses.replace(
         good.provenance, versions={**good.provenance.versions, "precast": HOSTILE}
     )
@@ -110,7 +113,7 @@ def test_what_a_manifest_says_is_one_word_of_a_command(good):
     assert shlex.split(jaxlib.remedy.partition(", or precast")[0]) == [
         "pip", "install", f"jaxlib=={HOSTILE}"
     ]  # fmt: skip
-    assert shlex.split(kernels.remedy.partition(", which made it")[0]) == [
+    assert shlex.split(kernels.remedy.partition(", which made the artifact")[0]) == [
         "pip", "install", f"precast=={HOSTILE}"
     ]  # fmt: skip
     only = dataclasses.replace(good, targets=(dataclasses.replace(good.targets[1], name=HOSTILE),))
@@ -145,7 +148,7 @@ def test_the_instruction_set_to_export_for_is_the_widest_that_is_there(good):
         machine = dataclasses.replace(this_machine(), machine="x86_64", features=(*facts.features, "aes"))
         (finding,) = examine(bad, machine=machine).targets[0].mismatches
         assert finding.remedy.startswith(f"export with --cpu-isa {level} or ")
-    # A machine that lacks one feature of the narrowest level has no level; nor does another family.
+    # Without one feature of the narrowest level, or in another family, a machine has no level.
     few = isa.LEVELS["x86-64-v2"].features[1:]
     for changes in ({"machine": "x86_64", "features": few}, {"machine": "aarch64", "features": ("neon",)}):
         machine = dataclasses.replace(this_machine(), **changes)
@@ -160,7 +163,7 @@ def test_what_compiling_here_would_mend_says_so(good):
     assert jaxlib.remedy == (
         "pip install jaxlib==0.9.9, or precast add-target /art, or precast run /art --compile"
     )
-    compiled = examine(with_target(good, jaxlib="0.9.9"), compile=True)
+    compiled = examine(with_target(good, jaxlib="0.9.9"), allow_compile=True)
     assert (compiled.runs, compiled.compiled) == (True, True)
     assert f"runs here, as target {compiled.target}, compiled first" in text(compiled)
 
@@ -172,7 +175,7 @@ def test_a_target_that_is_only_ever_compiled(good):
         "  target    portable: fits once it is compiled here",
         "        → precast run /art --target portable --compile",
     ]
-    assert examine(good, target="portable", compile=True).runs
+    assert examine(good, target="portable", allow_compile=True).runs
 
 
 def test_another_platform_and_a_package_that_is_missing(good):

@@ -78,7 +78,7 @@ def test_only_where_a_target_is_for_a_gpu_somebody_looks_for_one(artifact_copy, 
     monkeypatch.setattr(installed, "nvidia_gpus", lambda: looked.append("gpus") or (H100,))
     monkeypatch.setattr(installed, "_cuda_plugin", lambda: looked.append("plugin") or "0.1")
     loading.load(artifact_copy, trusted=True)
-    check_console.run(artifact_copy, target=None, compile=False, as_json=True)
+    check_console.run(artifact_copy, target=None, allow_compile=False, as_json=True, require_signature=None)
     assert looked == []
     assert installed.this_machine(cuda=False).gpus == ()
     assert (installed.this_machine().gpus, installed.this_machine().cuda_plugin) == ((H100,), "0.1")
@@ -87,7 +87,7 @@ def test_only_where_a_target_is_for_a_gpu_somebody_looks_for_one(artifact_copy, 
     with pytest.raises(PrecastError, match=f"compiled for {A100}, but this machine has {H100}"):
         loading.load(artifact_copy, trusted=True)
     assert looked == ["gpus", "plugin"]
-    check_console.run(artifact_copy, target=None, compile=False, as_json=True)
+    check_console.run(artifact_copy, target=None, allow_compile=False, as_json=True, require_signature=None)
     assert looked == ["gpus", "plugin"] * 2
 
 

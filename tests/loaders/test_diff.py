@@ -1,4 +1,4 @@
-"""``precast diff``: what changed from one artifact to another, by section."""
+"""``precast diff``: the differences between two artifacts, by section."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from precast.loaders.progress import Step
 
 @pytest.fixture
 def compare(tiny_artifact):
-    """Changes of each section that has any, by name of what changed."""
+    """Return a function that gives the changes of each section by the fact's name."""
 
     def run(other):
         found = diff(tiny_artifact, read_manifest(tiny_artifact), other, read_manifest(other))

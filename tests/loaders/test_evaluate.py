@@ -21,7 +21,7 @@ def ids(length: int, seed: int = 0) -> tuple[int, ...]:
 
 
 class Table:
-    """A scorer whose logits at each position are given."""
+    """A scorer with fixed logits for each position."""
 
     tokenizer = None
 
@@ -42,7 +42,7 @@ LOGITS = st.lists(st.floats(-80, 80, width=32), min_size=2, max_size=12)
 
 
 def exact(logits) -> list[float]:
-    """Probabilities, by the definition."""
+    """Compute probabilities by the definition."""
     total = math.fsum(math.exp(x) for x in logits)
     return [math.exp(x) / total for x in logits]
 
@@ -142,7 +142,7 @@ def test_every_window_begins_with_what_comes_before_a_text():
     assert [len(w) for w in found] == [12] * 7
     assert all(w[:2] == (7, 8) for w in found)
     assert [token for w in found for token in w[2:]] == list(range(100, 170))
-    # The last window's 64 tokens include it.
+    # The 64 tokens of the last window include the prefix.
     assert [len(w) for w in e.cut(e.Tokens(prefix=(7,), ids=tuple(range(63))), 3072, 512)] == [64]
     assert e.cut(e.Tokens(prefix=(7,), ids=tuple(range(62))), 3072, 512) == ()
 
@@ -181,7 +181,7 @@ def test_the_shipped_text_is_prose_enough():
     assert text == e.SHIPPED_TEXT.read_text(encoding="utf-8")
     assert text.isascii()
     assert 16_000 < len(text) < 20_000
-    # More words than tokens are asked for, about: no tokenizer has fewer tokens than words.
+    # Every tokenizer needs at least one token a word, so the text is long enough.
     assert len(text.split()) > 3000
 
 
@@ -244,7 +244,7 @@ def test_logits_that_are_no_numbers_are_refused(bad):
 
 
 def test_a_token_without_an_embedding_is_refused():
-    with pytest.raises(PrecastError, match="the text has token 3, the model knows 3;"):
+    with pytest.raises(PrecastError, match="expected token ids below 3, found 3;"):
         e.evaluate(Table(np.zeros((8, 3))), [(0, 1, 2, 0), (0, 3, 0, 0)])
 
 
@@ -252,7 +252,7 @@ def test_a_token_without_an_embedding_is_refused():
 
 
 def test_the_logits_are_those_of_the_uncached_model(tiny_model, reference):
-    """Prefill in one bucket and in chunks, then decode up to the last position of the cache."""
+    """Prefill in one bucket and in chunks, then decode up to the last position of the KV cache."""
     scorer = e.ArtifactScorer(model=tiny_model)
     for length in (8, 9, 33, 64):
         window, first = ids(length), length // 2 - 1
@@ -318,7 +318,7 @@ def test_a_window_outside_the_models_is_refused(window, found):
             "reference: expected a reference with the 290 tokens in its tokenizer that model has, found 291",
         ),
         ({"vocab": 320}, "reference: expected a reference with the 300 logits that model has, found 320"),
-        ({"plain": (6, 5)}, "reference: its tokenizer gives the text other tokens than that of model"),
+        ({"plain": (6, 5)}, "reference: its tokenizer splits the text into other tokens than that of model"),
     ],
 )
 def test_models_with_other_tokens_are_refused(other, text):

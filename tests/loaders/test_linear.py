@@ -23,6 +23,7 @@ from precast.loaders.audit import check, diff, inspect
 from precast.loaders.compiling import trial
 from precast.loaders.console import check as check_console
 from precast.loaders.console import diff as diff_console
+from precast.loaders.console import inspect as inspect_console
 from precast.loaders.runtime.resources import Limits, Memory, Processors
 
 MACHINE = Machine(machine="x86_64", features=("avx",), jaxlib="1", kernel_abi=3, kernels=())
@@ -119,7 +120,7 @@ def compared(m: Manifest, other: Manifest) -> None:
 
 COMMANDS: Mapping[str, Callable[[Manifest, Manifest], object]] = {
     "check": checked,
-    "inspect": lambda m, _: list(inspect._lines(ROOT, inspect.gather(m))),
+    "inspect": lambda m, _: list(inspect_console.lines(ROOT, inspect.describe(m))),
     "diff": compared,
     "the name of a trial": lambda m, _: trial._record(m, m.targets[0], MACHINE),
 }

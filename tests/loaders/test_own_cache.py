@@ -181,7 +181,7 @@ def test_what_a_url_led_to_last_is_what_its_note_says(cache, tiny_artifact, tmp_
     here = store_pull.fetch(url, require_signature=None, log=lambda _: None)
 
     def fail(*_, **__):
-        raise store_pull.Unreachable("the store does not answer.")
+        raise store_pull.UnreachableError("the store does not answer.")
 
     monkeypatch.setattr(store_pull, "_read_index", fail)
     assert store_pull.fetch(url, require_signature=None, log=lambda _: None) == here

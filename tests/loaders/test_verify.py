@@ -20,7 +20,7 @@ def golden(tiny_artifact):
 
 
 def rewrite_golden(root, edit_manifest, change):
-    """Changes the golden answers, hash and all."""
+    """Edit the golden answers and their hash in the manifest."""
     from hashlib import sha256
 
     value = json.loads((root / "golden.json").read_text())
@@ -38,7 +38,7 @@ def test_an_artifact_that_is_what_it_was(cli, tiny_artifact, tiny_model):
     result = cli("verify", tiny_artifact)
     assert (result.exit_code, result.stderr) == (0, "")
     first, files, answers, logits = result.stdout.splitlines()
-    assert first == f"tiny is what was exported, and answers as it did  ({tiny_artifact})"
+    assert first == f"tiny is as exported: the same files, the same answers  ({tiny_artifact})"
     manifest = read_manifest(tiny_artifact)
     assert files.startswith(f"  files     {len(manifest.files)} of {len(manifest.files)} as listed, ")
     assert answers.endswith(f"tokens, by target {tiny_model.target.name}")
@@ -68,7 +68,7 @@ def test_every_file_that_differs_is_named_and_nothing_is_run(cli, artifact_copy)
     assert result.exit_code == 1
     shown = result.stdout.splitlines()
     assert shown[0] == f"tiny differs from what was exported  ({artifact_copy})"
-    assert "  answers   not asked for: nothing is run of files that differ" in shown
+    assert "  answers   not replayed, because files differ" in shown
     for name in ("'README.md'", "'programs/cpu/decode.stablehlo'", "'tokenizer.json'", "'note.txt'"):
         assert any(line.startswith(f"  ! {artifact_copy}: ") and name in line for line in shown)
     (sentence,) = result.stderr.splitlines()
@@ -86,7 +86,10 @@ def test_tokens_that_differ(cli, artifact_copy, edit_manifest):
     assert result.exit_code == 1
     (sentence,) = result.stderr.splitlines()
     assert f"error: {artifact_copy}: answer 1: token 3 is " in sentence
-    assert "recorded is 7 (prompt of 10 tokens); this artifact on this machine does not" in sentence
+    assert (
+        "recorded is 7 (prompt of 10 tokens); this artifact computes other numbers on this machine"
+        in sentence
+    )
 
 
 def test_logits_that_differ(cli, artifact_copy, edit_manifest):
@@ -97,7 +100,10 @@ def test_logits_that_differ(cli, artifact_copy, edit_manifest):
     result = cli("verify", artifact_copy, "--json")
     assert result.exit_code == 1
     (sentence,) = result.stderr.splitlines()
-    assert "answer 2: a logit of its first step differs by 0.01 from the one recorded, 0.0015" in sentence
+    assert (
+        "answer 2: a logit of its first step differs from the recorded one by 0.01, the tolerance is 0.0015"
+        in sentence
+    )
     found = json.loads(result.stdout)
     assert found["problems"] == [sentence.removeprefix("error: ")]
     assert found["replay"]["share"] > 5
@@ -110,18 +116,18 @@ def test_a_difference_that_is_no_number_is_still_json(cli, tiny_artifact, monkey
     def no_constant(name):
         raise AssertionError(f"{name} is not JSON")
 
-    monkeypatch.setattr(verify, "_tokens", lambda *_: [])
+    monkeypatch.setattr(verify, "_token_problems", lambda *_: [])
     monkeypatch.setattr(verify, "_difference", lambda model, answer: value)
     result = cli("verify", tiny_artifact, "--json")
     assert result.exit_code == 1
     played = json.loads(result.stdout, parse_constant=no_constant)["replay"]
     assert (played["difference"], played["share"]) == (None, None)
     shown = cli("verify", tiny_artifact).stdout.splitlines()
-    assert "  logits    48 compared, largest difference no number, beyond what is allowed" in shown
+    assert "  logits    48 compared, largest difference not finite, beyond the tolerance" in shown
 
 
 def test_a_name_that_no_encoding_has_is_still_json(python, artifact_copy):
-    (artifact_copy / "README.md").unlink()  # so that nothing is run
+    (artifact_copy / "README.md").unlink()  # so that no program runs
     (artifact_copy / os.fsdecode(b"na\xefve")).touch()
     result = python("-m", "precast.cli", "verify", artifact_copy, "--json", env={"PYTHONIOENCODING": "ascii"})
     assert (result.returncode, "Traceback" in result.stderr) == (1, False)
@@ -129,7 +135,7 @@ def test_a_name_that_no_encoding_has_is_still_json(python, artifact_copy):
 
 
 def test_nothing_is_run_where_tensorflow_would_read_an_unlisted_file(cli, artifact_copy, edit_manifest):
-    """The runtime refuses such a folder by an error; here it is what was found."""
+    """The runtime raises an error for such a folder; the command reports it as a difference."""
     folder = artifact_copy / "programs/model"
     folder.mkdir()
     (folder / "saved_model.pb").touch()
@@ -192,12 +198,12 @@ def test_a_logit_that_is_no_number_is_outside_any_tolerance(tiny_model, golden, 
     monkeypatch.setattr(tiny_model.engine, "logits", lambda step: np.full_like(original(step), value))
     found = replay(tiny_model, golden, "x")
     assert len(found.problems) == len(golden.greedy)
-    assert "a logit of its first step differs by" in found.problems[0]
+    assert "a logit of its first step differs from the recorded one by" in found.problems[0]
     assert (found.difference, found.share) == (None, None)
 
 
 def with_tolerances(golden, *tolerances):
-    """The first answers, each with another tolerance and no tokens."""
+    """Return the first answers, each with a tolerance of its own and without tokens."""
     greedy = []
     for answer, tolerance in zip(golden.greedy, tolerances, strict=False):
         first = dataclasses.replace(answer.first_logits, tolerance=tolerance)
