@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 import click
 
 from precast.loaders.console import command, options
-from precast.loaders.console.extras import need_export
 
 if TYPE_CHECKING:
     from precast.loaders.audit.evaluate import Scorer
@@ -98,6 +97,8 @@ def export(
     SOURCE is a Hugging Face directory, a .gguf file or a hub id (org/name); without it the demo model
     SmolLM2-135M-Instruct is fetched.
     """
+    from precast.loaders.console.extras import need_export
+
     need_export()
     from precast.exporter import console
     from precast.exporter.export import DEFAULT_TARGETS, ExportOptions
@@ -390,6 +391,8 @@ def _source_opener() -> "Callable[[str, int], Scorer]":
     Raises:
         PrecastError: the export extra is not installed.
     """
+    from precast.loaders.console.extras import need_export
+
     need_export("a reference that is not an artifact")
     from precast.exporter.reference.fidelity import open_reference
 

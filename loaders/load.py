@@ -63,7 +63,7 @@ def load(
             SavedModel, has one number for the whole process, and takes it only before its first operation; a GPU takes
             none. A number without effect is logged.
         log: receives messages; standard error by default.
-        progress: receives each program before it is loaded.
+        progress: receives the bytes of weights hashed, and each program before it is loaded.
 
     Raises:
         PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
@@ -134,9 +134,9 @@ def load_new_target(
     Raises:
         PrecastError: as `load`.
     """
-    artifact = _check_files(root, manifest, target, rehash=False, trusted=executables)
-    _check_weights(artifact)
     options = _Options(trusted=True, threads=limits.checked_threads(None), log=_to_stderr)
+    artifact = _check_files(root, manifest, target, options, trusted=executables)
+    _check_weights(artifact)
     return _model(artifact, {}, options)
 
 
@@ -191,7 +191,7 @@ def _load(root: Path, manifest: Manifest, options: _Options) -> Model:
         has_client = pjrt.has_client(options.threads)
         limits.ensure(root, manifest, target, options.threads, has_client=has_client)
     try:
-        artifact = _check_files(root, manifest, target, rehash=options.rehash, trusted={})
+        artifact = _check_files(root, manifest, target, options, trusted={})
     except PrecastError as error:
         raise _DamagedArtifact(str(error)) from None
     check_calls(root, target, artifact.contents, machine.kernels)
@@ -215,7 +215,7 @@ def _load(root: Path, manifest: Manifest, options: _Options) -> Model:
 
 
 def _check_files(
-    root: Path, manifest: Manifest, target: Target, *, rehash: bool, trusted: Mapping[str, bytes]
+    root: Path, manifest: Manifest, target: Target, options: _Options, *, trusted: Mapping[str, bytes]
 ) -> _CheckedArtifact:
     """Read the files that a target needs, and compare them with the manifest.
 
@@ -223,7 +223,7 @@ def _check_files(
         root: the artifact's folder.
         manifest: the artifact's manifest.
         target: the target.
-        rehash: compare all files of the artifact, including unchanged ones that were compared before.
+        options: with `rehash`, all files of the artifact are compared, even unchanged ones that were compared before.
         trusted: contents that need not be read, by file.
 
     Raises:
@@ -231,10 +231,10 @@ def _check_files(
     """
     names = _needed(manifest, target) - set(trusted)
     contents = {name: files.read_checked(root, name, manifest.files[name]) for name in sorted(names)}
-    if rehash:
+    if options.rehash:
         for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):
             files.open_checked(root, name, manifest.files[name], rehash=True).close()
-    weights, check_unchanged = _read_weights(root, manifest, target, rehash=rehash)
+    weights, check_unchanged = _read_weights(root, manifest, target, options)
     return _CheckedArtifact(
         root=root,
         manifest=manifest,
@@ -255,16 +255,18 @@ def _needed(manifest: Manifest, target: Target) -> set[str]:
 
 
 def _read_weights(
-    root: Path, manifest: Manifest, target: Target, *, rehash: bool
+    root: Path, manifest: Manifest, target: Target, options: _Options
 ) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
     """Map weights and tables; return them by name, with a function that raises if their file has been written to.
 
     A SavedModel has its own, so nothing is mapped for it.
     """
     has_own = target.runtime == "savedmodel"
-    if has_own and not rehash:
+    if has_own and not options.rehash:
         return {}, lambda: None
-    with files.open_checked(root, WEIGHTS_FILE, manifest.files[WEIGHTS_FILE], rehash=rehash) as file:
+    entry = manifest.files[WEIGHTS_FILE]
+    on_read = _hash_progress(options.progress, entry.bytes)
+    with files.open_checked(root, WEIGHTS_FILE, entry, rehash=options.rehash, on_read=on_read) as file:
         return ({}, lambda: None) if has_own else (map_weights(file), files.Watch(file).check)
 
 
@@ -475,6 +477,15 @@ def _report(options: _Options, name: str) -> None:
         from .progress import Step  # a start without progress saves the import
 
         options.progress(Step(text=f"loading {name}"))
+
+
+def _hash_progress(progress: "Progress | None", total: int) -> Callable[[int], None]:
+    """Return a function that takes the size of each block hashed, and reports the sum."""
+    if progress is None:
+        return lambda _: None
+    from .progress import byte_counter
+
+    return byte_counter(progress, "hashing", total)
 
 
 def _to_stderr(message: str) -> None:

@@ -38,6 +38,24 @@ def silent(_: Step) -> None:
     """Ignore progress."""
 
 
+def byte_counter(progress: Progress, text: str, total: int) -> Callable[[int], None]:
+    """Return a function that takes the size of each finished block, and reports the sum.
+
+    Args:
+        progress: receives the sum.
+        text: the work, as for `Step`.
+        total: bytes in all.
+    """
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(Step(text=text, done=done, total=total, unit="bytes"))
+
+    return count
+
+
 class Display:
     """Progress and messages on standard error.
 

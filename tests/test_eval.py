@@ -303,12 +303,13 @@ def test_the_method_is_in_the_help(cli):
 # --- progress -----------------------------------------------------------------------------------------------
 
 
-def test_progress_is_a_line_on_a_terminal(cli, tiny_artifact, text, terminal):
+def test_progress_is_a_line_on_a_terminal(cli, tiny_artifact, text, terminal, own_cache):
     options = ("--text", text, "--tokens", "64", "--window", "32")
     quiet = cli("eval", tiny_artifact, *options)
     assert quiet.exit_code == 0
     shown = terminal.getvalue().split("\r\x1b[K")
-    assert shown[:2] == ["", "loading cache …"]
+    assert shown[1].startswith("hashing: 0.")
+    assert shown[2] == "loading cache …"
     first = shown.index("scoring: 0 of 32 predictions")
     assert shown[first + 1] == "scoring: 1 of 32 predictions"
     assert shown[-2:] == ["scoring: 32 of 32 predictions", ""]

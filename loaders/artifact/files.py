@@ -249,7 +249,14 @@ def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
     return data
 
 
-def open_checked(root: Path, name: str, entry: FileEntry, *, rehash: bool) -> BinaryIO:
+def open_checked(
+    root: Path,
+    name: str,
+    entry: FileEntry,
+    *,
+    rehash: bool,
+    on_read: Callable[[int], None] = lambda _: None,
+) -> BinaryIO:
     """Open a file that is too large to hash at every start, and check it.
 
     The hash of a file is recorded in the cache folder, and is valid while its device, inode, size and times stay the
@@ -260,6 +267,7 @@ def open_checked(root: Path, name: str, entry: FileEntry, *, rehash: bool) -> Bi
         name: the file's name in the manifest.
         entry: the file's size and hash in the manifest.
         rehash: hash the file even if its hash is recorded.
+        on_read: called with the number of bytes of each block that is hashed.
 
     Raises:
         PrecastError: the file does not match `entry`.
@@ -270,7 +278,7 @@ def open_checked(root: Path, name: str, entry: FileEntry, *, rehash: bool) -> Bi
         _check_size(root, name, entry, status.st_size)
         identity = _identity(status)
         if rehash or _recorded_hash(identity) != entry.sha256:
-            digest = digest_of(file)
+            digest = digest_of(file, on_read)
             _check_hash(root, name, entry, digest)
             _check_unchanged(str(root / name), file, status)
             # The identity from before the read: a later change gives the file another.

@@ -13,7 +13,7 @@ from ..artifact.golden import Answer, Golden
 from ..artifact.manifest import Manifest
 from ..generation.model import Model
 from ..generation.sampling_params import SamplingParams
-from ..progress import Progress, Step, silent
+from ..progress import Progress, Step, byte_counter, silent
 
 # The remedy for an answer that differs.
 DO_NOT_USE = "this artifact computes other numbers on this machine than at export: do not use it here, and report this."
@@ -71,16 +71,11 @@ def check_files(root: Path, manifest: Manifest, progress: Progress = silent) -> 
     Raises:
         PrecastError: a folder cannot be read.
     """
-    problems, total, done = [], sum(entry.bytes for entry in manifest.files.values()), 0
-
-    def read(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(Step(text="hashing", done=done, total=total, unit="bytes"))
-
+    problems, total = [], sum(entry.bytes for entry in manifest.files.values())
+    on_read = byte_counter(progress, "hashing", total)
     for name, entry in sorted(manifest.files.items()):
         try:
-            files.rehash_file(root, name, entry, read)
+            files.rehash_file(root, name, entry, on_read)
         except PrecastError as error:
             problems.append(str(error))
     return FileReport(
