@@ -101,7 +101,8 @@ def export(
 
     need_export()
     from precast.exporter import console
-    from precast.exporter.export import DEFAULT_TARGETS, ExportOptions
+    from precast.exporter.options import ExportOptions
+    from precast.exporter.targets.kinds import DEFAULT_TARGETS
 
     wanted = ExportOptions(
         buckets=buckets,

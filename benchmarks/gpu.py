@@ -196,7 +196,8 @@ def bandwidth(device, gigabytes: float, rounds: int) -> float:
 
 def export_model(shape: str, platform: str, capacity: int, folder: Path) -> tuple[Path, float]:
     """Exports the model for one target; the artifact and the seconds it took."""
-    from precast.exporter.export import ExportOptions, export
+    from precast.exporter.export import export
+    from precast.exporter.options import ExportOptions
 
     started, output = time.perf_counter(), folder / f"random-{shape}"
     options = ExportOptions(

@@ -278,8 +278,9 @@ MODELS = {"smollm2": _demo_source, "qwen2": _qwen2_source}
 
 def _export(source, folder: Path) -> tuple[Path, dict]:
     """The artifact, and the facts about the model that the variants need and the artifact's programs do not."""
-    from precast.exporter.export import ExportOptions, export
+    from precast.exporter.export import export
     from precast.exporter.models.registry import read_model
+    from precast.exporter.options import ExportOptions
 
     spec = read_model(source.config, source.name)
     artifact = folder / source.name

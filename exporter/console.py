@@ -1,13 +1,15 @@
-"""What ``precast export`` shows while it works, and when it is done."""
+"""The command ``precast export``: its progress on standard error, and its summary on standard output."""
 
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
@@ -16,29 +18,42 @@ from precast.loaders.artifact.folders import check_free
 from precast.loaders.artifact.interrupt import on_interrupt
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 from precast.loaders.compiling.isa import audience_of
+from precast.loaders.progress import Progress, Step, show_progress
 
-from .export import ExportOptions, Progress, check_options, export
+from .export import export
+from .options import ExportOptions, check_options
 from .sources.open import open_source
-from .targets.built import Built
+from .targets.built import BuiltProgram
 
 
 def run_export(spec: str | None, output: Path | None, options: ExportOptions) -> None:
-    """Exports with progress on standard error and a summary on standard output.
+    """Export a model, with progress on standard error and a summary on standard output.
+
+    Args:
+        spec: the model, as for `open_source`.
+        output: folder to write; None for ``artifacts/NAME-WEIGHTS``.
+        options: the form of the artifact.
 
     Raises:
-        PrecastError: for anything the user can put right.
+        PrecastError: the user can correct the cause.
     """
     started = time.perf_counter()
     check_options(options)
     if output is not None:
         check_free(output, options.overwrite)
     console = _console(stderr=True)
-    console.print(printable(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}"))
+
+    def log(line: str) -> None:
+        # Remarks quote the source.
+        console.print(printable(line))
+
+    log(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}")
     source = open_source(spec)
     path = output or Path("artifacts") / f"{source.name}-{options.weights}"
-    built: list[Built] = []
-    with on_interrupt(partial(_show_cursor, console)), _bars(console) as bars:
-        manifest = export(source, path, options, _progress(console, bars, built))
+    built: list[BuiltProgram] = []
+    with on_interrupt(partial(_show_cursor, console)), _shown(console) as show:
+        progress = partial(_report, console, built, show)
+        manifest = export(source, path, options, log=log, progress=progress)
     output_console = _console(stderr=False)
     output_console.print(_summary(path, manifest, built, time.perf_counter() - started))
     if (cpus := audience_of(manifest.targets)) is not None:
@@ -46,7 +61,7 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
 
 
 def _console(*, stderr: bool) -> Console:
-    # Names of files and models are text, whatever brackets and colons they have.
+    # Names of files and models may contain rich's markup.
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
@@ -56,30 +71,59 @@ def _show_cursor(console: Console) -> None:
         os.write(sys.stderr.fileno(), b"\x1b[?25h")
 
 
-def _bars(console: Console) -> Bars:
-    columns = (TextColumn("  {task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    return Bars(*columns, console=console, transient=True)
+def _report(console: Console, built: list[BuiltProgram], show: Progress, step: Step) -> None:
+    """Print and collect a built program; show any other step."""
+    if not isinstance(step, BuiltProgram):
+        show(step)
+        return
+    built.append(step)
+    compiled = f", compiled {step.compile_s:.2f} s" if step.compile_s else ""
+    size = f"{step.bytes / 1e3:.1f} kB"
+    console.print(f"  {step.program.name:<14} lowered {step.lower_s:.2f} s{compiled}, {size}")
 
 
-def _progress(console: Console, bars: Bars, built: list[Built]) -> Progress:
-    task = bars.add_task("weights", total=None, visible=False)
-
-    def weights(done: int, total: int) -> None:
-        bars.update(task, completed=done, total=total, visible=done < total)
-
-    def program(b: Built) -> None:
-        built.append(b)
-        compiled = f", compiled {b.compile_s:.2f} s" if b.compile_s else ""
-        console.print(f"  {b.program.name:<14} lowered {b.lower_s:.2f} s{compiled}, {b.bytes / 1e3:.1f} kB")
-
-    def stage(words: str) -> None:
-        # Remarks quote the source.
-        console.print(printable(words))
-
-    return Progress(stage=stage, weights=weights, built=program)
+@contextmanager
+def _shown(console: Console) -> Iterator[Progress]:
+    """Yield a function that shows progress: as a bar on a terminal, as occasional lines elsewhere."""
+    if not console.is_terminal:
+        with show_progress() as progress:
+            yield progress
+        return
+    amount = TextColumn("{task.fields[amount]}")
+    columns = (TextColumn("  {task.description}"), BarColumn(), amount, TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True) as bars:
+        yield _bar(bars)
 
 
-def _summary(path: Path, manifest: Manifest, built: list[Built], seconds: float) -> Table:
+def _bar(bars: Bars) -> Progress:
+    """Return a function that shows a step as a bar until the step is done."""
+    task = bars.add_task("", total=None, visible=False, amount="")
+    text = ""
+
+    def progress(step: Step) -> None:
+        nonlocal text
+        if step.text != text:
+            text = step.text
+            bars.reset(task)  # the elapsed time
+        bars.update(
+            task,
+            description=step.text,
+            completed=step.done,
+            total=step.total,
+            amount=_amount(step),
+            visible=step.done < step.total,
+        )
+
+    return progress
+
+
+def _amount(step: Step) -> str:
+    if step.unit == "bytes":
+        return f"{step.done / 1e6:,.1f} of {step.total / 1e6:,.1f} MB"
+    return f"{step.done:,} of {step.total:,} {step.unit}"
+
+
+def _summary(path: Path, manifest: Manifest, built: list[BuiltProgram], seconds: float) -> Table:
     table = Table(title=printable(str(path)), title_justify="left", caption_justify="left")
     for name, justify in (("target", "left"), ("program", "left"), ("bytes", "right"), ("seconds", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Where an export computes."""
+"""The device and the precision that an export computes with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,27 +9,31 @@ from precast.loaders.artifact.errors import PrecastError
 
 
 @contextmanager
-def on_cpu(what: str) -> Iterator[None]:
-    """Computes on the CPU, whatever else JAX finds here.
+def on_cpu(user: str) -> Iterator[None]:
+    """Make the CPU JAX's default device.
 
     Args:
-        what: begins the message: who needs a CPU.
+        user: the work that needs the CPU, which begins the error message.
 
     Raises:
-        PrecastError: where JAX is told to leave CPUs alone.
+        PrecastError: JAX may not use the CPU.
     """
     try:
         cpu = jax.devices("cpu")[0]
     except RuntimeError:
         raise PrecastError(
-            f"{what} CPUs, which JAX is told to leave alone here; add cpu to JAX_PLATFORMS or unset it."
+            f"{user} needs the CPU, which JAX may not use here; add cpu to JAX_PLATFORMS or unset it."
         ) from None
     with jax.default_device(cpu):
         yield
 
 
 @contextmanager
-def precisely() -> Iterator[None]:
-    """On the CPU, whatever else JAX finds here, and with products that are float32 throughout."""
-    with on_cpu("the reference runs on"), jax.default_matmul_precision("highest"):
+def on_cpu_in_float32() -> Iterator[None]:
+    """Make the CPU JAX's default device, and compute matrix products in full float32 precision.
+
+    Raises:
+        PrecastError: JAX may not use the CPU.
+    """
+    with on_cpu("the reference"), jax.default_matmul_precision("highest"):
         yield

@@ -1,4 +1,4 @@
-"""The functions that become programs, with flat arguments and results: inputs, caches, constants, in that order."""
+"""The functions that become programs, with flat arguments: inputs, KV caches, RoPE tables and weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,25 +26,29 @@ CACHE_TYPES = ("float32", "bfloat16", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How much a set of programs holds: S positions for each of B slots, and the prefill buckets.
+    """The sizes of an artifact's programs.
 
     Attributes:
-        cache: type of the cached keys and values, one of `CACHE_TYPES`.
+        context: S, positions of a slot.
+        slots: B, sequences decoded together.
+        buckets: prompt lengths with a prefill program.
+        kv_cache: type of the cached keys and values, one of `CACHE_TYPES`.
     """
 
     context: int
     slots: int
     buckets: tuple[int, ...]
-    cache: str = "float32"
+    kv_cache: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredModel:
-    """A model whose parameters are stored in given formats.
+    """A model and the storage format of each parameter.
 
     Attributes:
+        spec: the model.
         abstract: the model without weights.
-        formats: by parameter name, a key of `FORMATS`.
+        formats: a key of `FORMATS` by parameter name.
     """
 
     spec: ModelSpec
@@ -56,39 +60,44 @@ class StoredModel:
         return self.abstract.parameters
 
     def arrays(self) -> tuple[tuple[str, StoredArray], ...]:
-        """Every array of every parameter with its name in the artifact, in the order that `bind` takes them."""
+        """Return the arrays of all parameters with their names in the artifact, in the order of `bind`."""
         return tuple((p.name + a.suffix, a) for p in self.parameters for a in stored_arrays(p, self.formats))
 
     def bind(self, arrays: Sequence[Array]) -> Decoder:
-        """The module over arrays."""
-        left = iter(arrays)
+        """Bind arrays, in the order of `arrays`, to the model."""
+        rest = iter(arrays)
         counts = [len(stored_arrays(p, self.formats)) for p in self.parameters]
-        groups = [tuple(islice(left, count)) for count in counts]
+        groups = [tuple(islice(rest, count)) for count in counts]
         return self.abstract.bind([g[0] if len(g) == 1 else PackedWeight(*g) for g in groups])
 
 
 def stored_model(spec: ModelSpec, weights: str) -> StoredModel:
-    """A model whose weights are stored as `weights`, a key of `FORMATS`, says.
+    """Return a model whose weights are stored in the format `weights`, a key of `FORMATS`.
 
     Raises:
-        PrecastError: for a format that is not known.
+        PrecastError: the format is unknown.
     """
     abstract = abstract_model(spec)
     return StoredModel(spec=spec, abstract=abstract, formats=formats_of(abstract.parameters, weights))
 
 
 def stored_arrays(parameter: Parameter, formats: Mapping[str, str]) -> tuple[StoredArray, ...]:
-    """What a parameter is stored as."""
+    """Return the arrays that store a parameter."""
     return FORMATS[formats[parameter.name]].arrays(parameter.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramSpec:
-    """A function about to be compiled; `Program` in the manifest is what becomes of it.
+    """A function to compile; once compiled, `Program` describes it in the manifest.
 
     Attributes:
-        function: takes the arguments flat, returns the results flat.
-        donated: places of the arguments that results take over.
+        name: name of the program: "decode", "prefill_64".
+        kind: "cache", "prefill" or "decode".
+        tokens: tokens of a sequence in each call.
+        arguments: the arguments, in order.
+        results: the results, in order; `alias` names the argument whose memory a result reuses.
+        function: takes the arguments and returns the results, both flat.
+        flops: multiplications and additions of a call.
     """
 
     name: str
@@ -101,23 +110,25 @@ class ProgramSpec:
 
     @property
     def donated(self) -> tuple[int, ...]:
+        """Indices of the arguments whose memory results reuse."""
         aliased = {r.alias for r in self.results}
         return tuple(i for i, a in enumerate(self.arguments) if a.name in aliased)
 
     def abstract_arguments(self) -> list[jax.ShapeDtypeStruct]:
+        """Return shapes and types of the arguments as they lie in memory."""
         return [jax.ShapeDtypeStruct(a.physical, a.dtype) for a in self.arguments]
 
 
-def arranged(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> ProgramSpec:
-    """The same program with its caches and weights laid out otherwise.
+def with_layouts(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> ProgramSpec:
+    """Return the same program with other layouts of its caches and weights.
 
-    What it takes has the axes in the order of the layout, and is turned back first; what it returns is turned last.
-    For a compiler that would have chosen this layout itself, turning is another name for the same memory. So a program
-    needs no more of a runtime than arrays that lie row after row.
+    The new program takes row-major arrays whose axes are in the order of the layout. It transposes them back before
+    the computation, and transposes its results after it. A compiler that prefers the layout does so without copying,
+    and the runtime only needs row-major arrays.
 
     Args:
-        spec: the program, its layouts all of axes in order.
-        layouts: by name of an argument or a result, axes from the slowest to the fastest. Others stay as they are.
+        spec: the program, with all axes in order.
+        layouts: axes from the slowest to the fastest, by name of an argument or a result; other values keep theirs.
     """
 
     def laid_out(values: Sequence[Value]) -> tuple[Value, ...]:
@@ -126,14 +137,14 @@ def arranged(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> Progr
     arguments, results = laid_out(spec.arguments), laid_out(spec.results)
 
     def function(*arrays: Array) -> tuple[Array, ...]:
-        given = zip(arrays, arguments, strict=True)
-        returned = spec.function(*(_turned(a, tuple(np.argsort(v.layout).tolist())) for a, v in given))
-        return tuple(_turned(a, v.layout) for a, v in zip(returned, results, strict=True))
+        pairs = zip(arrays, arguments, strict=True)
+        returned = spec.function(*(_transposed(a, tuple(np.argsort(v.layout).tolist())) for a, v in pairs))
+        return tuple(_transposed(a, v.layout) for a, v in zip(returned, results, strict=True))
 
     return replace(spec, arguments=arguments, results=results, function=function)
 
 
-def _turned(array: Array, axes: tuple[int, ...]) -> Array:
+def _transposed(array: Array, axes: tuple[int, ...]) -> Array:
     return array if axes == tuple(range(array.ndim)) else jnp.transpose(array, axes)
 
 
@@ -143,24 +154,24 @@ def _value(name: str, role: str, shape: Sequence[int], dtype: str, alias: str | 
     )
 
 
-# A ring is a multiple of as many positions.
+# The positions of a ring are a multiple of this.
 _RING_STEP = 16
 
 
 def ring_size(window: int, geometry: Geometry) -> int:
-    """Positions that a layer with this window keeps.
+    """Return the positions in the KV cache of a layer with this window; 0 means no window.
 
-    A chunk of a prompt is written before its tokens attend, and must not overwrite what the first of them sees.
+    A chunk of a prompt is written before its tokens attend, and must not overwrite the window of its first token.
     """
     needed = window + max(geometry.buckets) - 1
     return min(geometry.context, -(-needed // _RING_STEP) * _RING_STEP) if window else geometry.context
 
 
 def cache_groups(c: DecoderConfig, geometry: Geometry) -> tuple[tuple[CacheArray, ...], ...]:
-    """The arrays of each cache; layers that see equally far share one.
+    """Return the arrays of each KV cache; layers with the same window share a cache.
 
-    Keys and values ``[L, B, K, S, H]``: a head's positions follow one another, as attention reads them. Those of int8
-    have a scale for each position and head, ``[L, B, K, S]``.
+    Keys and values are ``[L, B, K, S, H]``: the positions of a head are contiguous, as attention reads them. int8 adds
+    a scale for each position and head, ``[L, B, K, S]``.
     """
     windows = c.layer_windows
     return tuple(
@@ -187,19 +198,19 @@ def _cache_group(
             bytes=DTYPE_BYTES[dtype] * int(np.prod(shape)),
         )
 
-    arrays = [array(name, "LBKSH", shape, geometry.cache) for name in ("keys", "values")]
-    if geometry.cache == "int8":
+    arrays = [array(name, "LBKSH", shape, geometry.kv_cache) for name in ("keys", "values")]
+    if geometry.kv_cache == "int8":
         arrays += [array(name, "LBKS", shape[:-1], "float32") for name in ("key_scale", "value_scale")]
     return tuple(arrays)
 
 
 def cache_arrays(c: DecoderConfig, geometry: Geometry) -> tuple[CacheArray, ...]:
-    """The arrays of all caches, one after another."""
+    """Return the arrays of all KV caches, in order."""
     return tuple(array for group in cache_groups(c, geometry) for array in group)
 
 
 def build_programs(model: StoredModel, geometry: Geometry, ops: Ops) -> tuple[ProgramSpec, ...]:
-    """All programs of a target: the empty cache, a prefill for each bucket, and decode."""
+    """Return the programs of a target: the empty KV cache, a prefill for each bucket, and decode."""
     builder = _Builder(model=model, geometry=geometry, ops=ops)
     return (builder.cache(), *(builder.prefill(t) for t in geometry.buckets), builder.decode())
 
@@ -277,11 +288,16 @@ class _Builder:
 def _step_arguments(
     arrays: Sequence[Array], caches: Sequence[int]
 ) -> tuple[KVCaches, Array, Array, Sequence[Array]]:
-    """KVCaches (of so many arrays each), tables and weights out of what follows a program's inputs."""
-    left = iter(arrays)
-    taken = tuple(KVCache.from_arrays(tuple(islice(left, count))) for count in caches)
-    cos, sin = islice(left, len(TABLES))
-    return taken, cos, sin, tuple(left)
+    """Split the arrays after a program's inputs into KV caches, tables and weights.
+
+    Args:
+        arrays: all arguments but the inputs.
+        caches: number of arrays of each KV cache.
+    """
+    rest = iter(arrays)
+    kv_caches = tuple(KVCache.from_arrays(tuple(islice(rest, count))) for count in caches)
+    cos, sin = islice(rest, len(TABLES))
+    return kv_caches, cos, sin, tuple(rest)
 
 
 def _prefill(
@@ -294,13 +310,13 @@ def _prefill(
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """One chunk of one slot's prompt: ``tokens [T]`` at ``start``, of which ``length`` are true."""
-    held, cos, sin, weights = _step_arguments(arrays, caches)
+    """Run one chunk of a slot's prompt: ``tokens [T]`` from position ``start``, padding from ``length`` on."""
+    kv_caches, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
     batch = Batch(slots=slot[None], starts=start[None], lengths=length[None])
-    x, held = model.step(tokens[None], batch, cos, sin, held, ops)  # [1, T, D]
+    x, kv_caches = model.step(tokens[None], batch, cos, sin, kv_caches, ops)  # [1, T, D]
     last = gather_rows(x[0], (length - 1).reshape(1, 1))[0]  # [1, D]
-    return _results(model.logits(last, ops), held, ops)
+    return _results(model.logits(last, ops), kv_caches, ops)
 
 
 def _decode(
@@ -311,16 +327,16 @@ def _decode(
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """One token of every slot: ``tokens [B]`` at ``positions [B]``, −1 where a slot is not in use."""
-    held, cos, sin, weights = _step_arguments(arrays, caches)
+    """Run one token of every slot: ``tokens [B]`` at ``positions [B]``, −1 for unused slots."""
+    kv_caches, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
     batch = Batch(
         slots=jnp.arange(tokens.shape[0], dtype=jnp.int32),
         starts=positions + (positions < 0),
         lengths=(positions >= 0).astype(jnp.int32),
     )
-    x, held = model.step(tokens[:, None], batch, cos, sin, held, ops)  # [B, 1, D]
-    return _results(model.logits(x[:, 0], ops), held, ops)
+    x, kv_caches = model.step(tokens[:, None], batch, cos, sin, kv_caches, ops)  # [B, 1, D]
+    return _results(model.logits(x[:, 0], ops), kv_caches, ops)
 
 
 def _results(logits: Array, caches: KVCaches, ops: Ops) -> tuple[Array, ...]:
@@ -328,13 +344,12 @@ def _results(logits: Array, caches: KVCaches, ops: Ops) -> tuple[Array, ...]:
 
 
 def _flops(c: DecoderConfig, context: int, *, tokens: int, rows: int) -> int:
-    """Multiplications and additions of a call: the compiler cannot count those inside kernels."""
+    """Return the multiplications and additions of a call; the compiler cannot count those inside kernels."""
     attention_width = c.heads * c.head_dim
     experts = 1 if c.mixture is None else c.mixture.experts_per_token
-    fed = (3 if c.gated else 2) * c.width * c.ff_width * experts + (
-        0 if c.mixture is None else c.width * c.mixture.experts
-    )
-    projections = c.width * (2 * attention_width + 2 * c.kv_heads * c.head_dim) + fed
+    router = 0 if c.mixture is None else c.width * c.mixture.experts
+    feed_forward = (3 if c.gated else 2) * c.width * c.ff_width * experts + router
+    projections = c.width * (2 * attention_width + 2 * c.kv_heads * c.head_dim) + feed_forward
     seen = sum(min(window, context) if window else context for window in c.layer_windows)
     scores = 2 * attention_width * seen
     return 2 * rows * (tokens * (c.layers * projections + scores) + c.vocab * c.width)

@@ -1,14 +1,15 @@
-"""How a matrix of weights is stored: as it is, in half the bytes, or as small integers with shared scales.
+"""Storage formats of weights: float32, bfloat16, and small integers with shared scales.
 
 A linear layer's weight is ``[out, in]``; a stack of layers puts L in front. In the integer formats `GROUP` inputs of
-one output share a scale (and int4 a minimum), and `PANEL` outputs lie together, as the kernels read them:
+one output share a scale (with int4 also a minimum), and a panel of `PANEL` outputs is contiguous, as the kernels read
+it:
 
 - int8: values ``[out/16, in/2, 16, 2]``, scale ``[out/16, in/32, 16]``; a weight is scale · value.
 - int4: two values a byte ``[out/16, in/8, 16, 4]``, low nibbles the first four of eight inputs; scale and minimum
   ``[out/16, in/32, 16]``; a weight is scale · value + minimum.
 
-What pads out to whole panels and inputs to whole groups is zero: values, scales and minima. Padded values of a group
-that holds real ones decode to its minimum; what multiplies them must be zero.
+Outputs are padded to whole panels and inputs to whole groups, with values, scales and minima of zero. The padding of a
+partly filled group decodes to the group's minimum, so its inputs must be zero.
 """
 
 import os
@@ -27,29 +28,29 @@ from .sources.base import QuantisedBlocks
 GROUP = 32
 PANEL = 16
 
-# Weights quantised at a time: what is computed with then stays in the cache.
+# Weights quantised at a time: the intermediate arrays fit into the CPU's cache.
 _BLOCK = 1 << 18
-# Blocks at a time, at most: they are independent, NumPy computes without Python's lock, each takes about 12 MB.
+# The most blocks at a time. NumPy releases the GIL, and a block needs about 12 MB.
 _THREADS = 8
 _HALF_MAX = float(np.finfo(np.float16).max)
-# What an int4 candidate leaves out of a group's range at its bottom and top (or adds, where negative). The last one
-# has 15 steps for 14, as weights need that were rounded to -7..7 before.
+# The shares of a group's range that an int4 candidate clips at its bottom and top; negative shares widen the range.
+# The last candidate spreads 15 steps over 14, which suits weights that were rounded to -7..7 before.
 _ENDS = (-0.03, 0.0, 0.03, 0.06)
 _CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14))
-# By how much an int8 candidate stretches a group before it is rounded.
-_STRETCHED = np.linspace(0.98, 1.02, 17).tolist()
+# The factors by which int8 candidates stretch a group before rounding.
+_STRETCHES = np.linspace(0.98, 1.02, 17).tolist()
 _REFITS = 2
-# Ranges below this are lost in float16 anyway, and their inverse is not in float32.
+# Smaller ranges vanish in float16, and their inverse overflows float32.
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One of the arrays that a parameter is stored as.
+    """One of the arrays that store a parameter.
 
     Attributes:
-        suffix: follows the parameter's name: "", ".scale" or ".minimum".
-        shape: as the programs take it.
+        suffix: ending of its name after the parameter's: "", ".scale" or ".minimum".
+        shape: shape in the programs.
         dtype: "float32", "bfloat16", "float16", "int8" or "uint8".
     """
 
@@ -64,12 +65,12 @@ class StoredArray:
 
 @dataclass(frozen=True, kw_only=True)
 class Format(ABC):
-    """A way to store weights.
+    """A storage format of weights.
 
     Attributes:
         name: its key in `FORMATS`.
-        largest: magnitude that it can hold.
-        takes_blocks: whether `repack` can ever succeed.
+        largest: largest magnitude that it can hold.
+        takes_blocks: True if `repack` can succeed.
     """
 
     name: str
@@ -78,30 +79,34 @@ class Format(ABC):
 
     @abstractmethod
     def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
-        """What a parameter of this shape, ``[L, out, in]``, is stored as; a matrix alone counts as L = 1."""
+        """Return the arrays that store a parameter of this shape: ``[L, out, in]``, or a matrix, which has L = 1."""
 
     @abstractmethod
     def encode(self, matrix: np.ndarray, name: str = "a matrix") -> tuple[np.ndarray, ...]:
-        """Stores one layer's float32 matrix ``[out, in]``.
+        """Store one layer's float32 matrix ``[out, in]``.
+
+        Args:
+            matrix: the matrix.
+            name: its name in messages.
 
         Returns:
             Its arrays in the order of `arrays`, without the L axis.
 
         Raises:
-            PrecastError: for a value that the format cannot hold, with `name` for the matrix.
+            PrecastError: the format cannot hold a value.
         """
 
     @abstractmethod
     def decode(self, arrays: Sequence[np.ndarray], rows: int, columns: int) -> np.ndarray:
-        """The float32 matrix ``[out, in]`` that one layer's arrays stand for."""
+        """Dequantise one layer's arrays into a float32 matrix ``[rows, columns]``."""
 
     def repack(self, blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-        """Stores what is quantised already, to the bit; None where this format cannot."""
+        """Store quantised blocks without any change of values; return None if this format cannot."""
         return None
 
     def _check(self, matrix: np.ndarray, name: str) -> None:
         most = max(float(matrix.max()), -float(matrix.min())) if matrix.size else 0.0
-        if not most <= self.largest:  # nor is NaN
+        if not most <= self.largest:  # also for NaN
             raise PrecastError(
                 f"{name}: holds a value of {most:.6g}, expected at most {self.largest:.6g}, the most that {self.name}"
                 " can hold; store the weights in a wider type."
@@ -110,7 +115,7 @@ class Format(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class _Plain(Format):
-    """Every weight by itself, in rows."""
+    """A format of plain floating-point arrays."""
 
     def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
         return (StoredArray("", shape, self.name),)
@@ -123,26 +128,26 @@ class _Plain(Format):
         return arrays[0].astype(np.float32).reshape(rows, columns)
 
 
-# The values of a block ``[n, G]`` (G groups of n), their scales ``[G]``, and their minima where there are.
+# The values of a block ``[n, G]`` (G groups of n), the scales ``[G]``, and for int4 the minima ``[G]``.
 _Quantised = tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Grouped(Format):
-    """Integers in panels, with what a group of them shares.
+    """Integers in panels, with coefficients for each group.
 
     Attributes:
-        dtype: of the packed values.
-        inputs: that a panel keeps together for each output: the last axis holds as many bytes.
+        dtype: type of the packed values.
+        inputs: bytes of the last axis: consecutive inputs of one output.
         nibbles: values in a byte.
-        shared: suffixes of what a group shares.
-        quantise: finds all that for groups ``[n, G]``.
+        suffixes: endings of the names of a group's coefficients.
+        quantise: quantises groups ``[n, G]``.
     """
 
     dtype: str
     inputs: int
     nibbles: int
-    shared: tuple[str, ...]
+    suffixes: tuple[str, ...]
     quantise: Callable[[np.ndarray], _Quantised]
 
     def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
@@ -150,10 +155,10 @@ class _Grouped(Format):
         panels, groups = -(-rows // PANEL), -(-columns // GROUP)
         chunk = self.inputs * self.nibbles
         values = (layers, panels, groups * GROUP // chunk, PANEL, self.inputs)
-        coefficients = (layers, panels, groups, PANEL)
+        of_groups = (layers, panels, groups, PANEL)
         return (
             StoredArray("", values, self.dtype),
-            *(StoredArray(suffix, coefficients, "float16") for suffix in self.shared),
+            *(StoredArray(suffix, of_groups, "float16") for suffix in self.suffixes),
         )
 
     def encode(self, matrix: np.ndarray, name: str = "a matrix") -> tuple[np.ndarray, ...]:
@@ -170,15 +175,15 @@ class _Grouped(Format):
         return values
 
     def repack(self, blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-        found = _as_int4(blocks) if self.nibbles == 2 else _as_int8(blocks)
-        if found is None:
+        converted = _as_int4(blocks) if self.nibbles == 2 else _as_int8(blocks)
+        if converted is None:
             return None
-        return self._store(blocks.values.shape, lambda rows: tuple(part[rows] for part in found))
+        return self._store(blocks.values.shape, lambda rows: tuple(part[rows] for part in converted))
 
     def _store(
         self, shape: tuple[int, ...], quantised: Callable[[slice], tuple[np.ndarray, ...]]
     ) -> tuple[np.ndarray, ...]:
-        """Packs values ``[rows, in]`` and coefficients ``[rows, groups]``, asked for some panels of rows at a time."""
+        """Pack values ``[rows, in]`` and coefficients ``[rows, groups]``; `quantised` returns those of some panels."""
         arrays = [np.zeros(a.shape[1:], a.numpy_dtype) for a in self.arrays(shape)]
 
         def store(rows: slice) -> None:
@@ -190,15 +195,15 @@ class _Grouped(Format):
 
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             for _ in pool.map(store, _row_blocks(*shape)):
-                pass  # but for what one may raise
+                pass  # raises the exception of a failed thread
         return tuple(arrays)
 
     def _quantise_rows(self, block: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Values ``[rows, in]`` and coefficients ``[rows, groups]`` of a few rows."""
+        """Return values ``[rows, in]`` and coefficients ``[rows, groups]`` of a few rows."""
         rows, columns = block.shape
         whole = columns // GROUP * GROUP
         parts = [(block[:, :whole], GROUP)] if whole else []
-        if whole < columns:  # a last group that is shorter is fitted to what it holds
+        if whole < columns:  # fit a shorter last group to its own values, without padding
             parts.append((block[:, whole:], columns - whole))
         found = []
         for part, size in parts:
@@ -225,12 +230,12 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
-    """With zeros up to whole panels of rows, and columns up to a multiple."""
+    """Pad rows to whole panels and columns to a multiple, with zeros."""
     rows, columns = array.shape
     return np.pad(array, ((0, -rows % PANEL), (0, -columns % multiple)))
 
 
-# --- what is quantised already ------------------------------------------------------------------------------
+# --- blocks of a quantised checkpoint -----------------------------------------------------------------------
 
 
 def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
@@ -240,7 +245,7 @@ def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 
 
 def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    """Signed values -8..7 become 0..15 over a minimum of -8 scales, which is exact unless it overflows."""
+    """Shift signed values -8..7 to 0..15 over a minimum of -8 scales, which is exact unless it overflows."""
     low, high = blocks.values.min(initial=0), blocks.values.max(initial=0)
     if blocks.minimum is not None:
         return (blocks.values, blocks.scale, blocks.minimum) if low >= 0 and high <= 15 else None
@@ -254,17 +259,17 @@ def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 
 
 def _quantise_int8(x: np.ndarray) -> _Quantised:
-    """Values -127..127 and a scale for each column; scales around max / 127 are tried, and the best refitted."""
+    """Find values -127..127 and a scale for each column: try scales around max / 127, and refit the best."""
     most = np.maximum(x.max(0), -x.min(0))
     step = most / np.float32(127)
     best, least = step, np.full(most.shape, np.inf, np.float32)
     t = x * _inverse(step)
     u, q = np.empty_like(t), np.empty_like(t)
-    for stretch in _STRETCHED:
+    for stretch in _STRETCHES:
         np.multiply(t, np.float32(stretch), out=u)
         np.clip(np.rint(u, out=q), -127, 127, out=q)
         u -= q
-        # The error left once the scale is refitted to these values, from what rounding left of each.
+        # The error after the scale is refitted to these values, computed from the rounding errors u.
         qq, qu = np.maximum(_dot(q, q), 1), _dot(q, u)
         error = (_dot(u, u) - qu * qu / qq) / np.float32(stretch**2)
         better = error < least
@@ -274,10 +279,10 @@ def _quantise_int8(x: np.ndarray) -> _Quantised:
 
 
 def _quantise_int4(x: np.ndarray) -> _Quantised:
-    """Values 0..15, a scale and a minimum for each column.
+    """Find values 0..15, a scale and a minimum for each column.
 
-    Several ranges are tried, clipped a little at either end or widened; each is rounded and its scale and minimum
-    refitted by least squares. The best is rounded and refitted again, and must then beat plain rounding.
+    Try several ranges, slightly clipped or widened at each end; round each, and refit its scale and minimum by least
+    squares. Round and refit the best range again, and keep it if it beats plain rounding.
     """
     low, high = x.min(0), x.max(0)
     step = (high - low) / np.float32(15)
@@ -292,14 +297,14 @@ def _quantise_int4(x: np.ndarray) -> _Quantised:
     return _closest(x, 0, 15, [
         (_near(scale * step), _near(low + minimum * step)),
         (_near(step), _near(low)),
-        # For groups far from zero, or of next to no magnitude, where float16 is the coarser grid.
+        # For groups far from zero or of tiny magnitude, where the coefficients' float16 is the coarser grid.
         (_near(rest), below),
         (_above(rest), below),
     ])  # fmt: skip
 
 
 def _search_int4(t: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best of the clipped ranges for columns that span 0 to 15, as the scale and minimum fitted to it."""
+    """Return the scale and the minimum fitted to the best clipped range, for columns that span 0 to 15."""
     q = np.empty_like(t)
     scale = minimum = np.zeros(t.shape[1], np.float32)
     most = np.full(t.shape[1], -np.inf, np.float32)
@@ -316,7 +321,7 @@ def _search_int4(t: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _fit(t: np.ndarray, mean: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scale and minimum of least squared error for values q, and how much of t's variance they explain."""
+    """Return the least-squares scale and minimum for values q, and the variance of t that they explain."""
     total = q.sum(0)
     covariance = _dot(q, t) - total * mean
     variance = _dot(q, q) - total * total / len(t)
@@ -327,7 +332,7 @@ def _fit(t: np.ndarray, mean: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np
 def _closest(
     x: np.ndarray, lowest: int, highest: int, candidates: Sequence[tuple[np.ndarray, np.ndarray | None]]
 ) -> _Quantised:
-    """The values for whichever stored scale (and minimum) leaves the least error in each column."""
+    """Return the values, scale and minimum of the candidate with the least error, for each column."""
     (scale, minimum), *others = candidates
     values, least = _rounded(x, lowest, highest, scale, minimum)
     for other_scale, other_minimum in others:
@@ -344,7 +349,7 @@ def _closest(
 def _rounded(
     x: np.ndarray, lowest: int, highest: int, scale: np.ndarray, minimum: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The closest values under stored coefficients, and the squared error of each column."""
+    """Return the closest values under stored coefficients, and the squared error of each column."""
     scale = scale.astype(np.float32)
     offset = np.float32(0) if minimum is None else minimum.astype(np.float32)
     values = (x - offset) * _inverse(scale)
@@ -360,23 +365,24 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _inverse(x: np.ndarray) -> np.ndarray:
-    """1 / x, and zero for what is next to nothing."""
+    """Return 1 / x, or 0 for |x| up to `_TINY`."""
     return np.divide(np.float32(1), x, out=np.zeros_like(x), where=np.abs(x) > _TINY)
 
 
 def _near(x: np.ndarray) -> np.ndarray:
+    """Return the nearest finite float16."""
     return np.clip(x, -_HALF_MAX, _HALF_MAX).astype(np.float16)
 
 
 def _below(x: np.ndarray) -> np.ndarray:
-    """The largest float16 that is not above x."""
+    """Return the largest float16 at most x."""
     half = _near(x)
     with np.errstate(over="ignore"):
         return np.where(half > x, np.nextafter(half, np.float16(-np.inf)), half)
 
 
 def _above(x: np.ndarray) -> np.ndarray:
-    """The smallest float16 that is not below x, or the largest there is."""
+    """Return the smallest float16 at least x, or the largest finite one."""
     half = _near(x)
     with np.errstate(over="ignore"):
         up = np.nextafter(half, np.float16(np.inf))
@@ -396,7 +402,7 @@ FORMATS: Mapping[str, Format] = {
             dtype="int8",
             inputs=2,
             nibbles=1,
-            shared=(".scale",),
+            suffixes=(".scale",),
             takes_blocks=True,
             quantise=_quantise_int8,
         ),
@@ -406,7 +412,7 @@ FORMATS: Mapping[str, Format] = {
             dtype="uint8",
             inputs=4,
             nibbles=2,
-            shared=(".scale", ".minimum"),
+            suffixes=(".scale", ".minimum"),
             takes_blocks=True,
             quantise=_quantise_int4,
         ),

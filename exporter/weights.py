@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the artifact's weight file, one tensor at a time."""
+"""Writing a checkpoint's tensors to the artifact's weight file, one tensor at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,28 +16,32 @@ from .models.tensor_names import HEAD
 from .quantize import FORMATS, Format
 from .sources.base import QuantisedBlocks, Source, SourceTensor
 
-# Buffers that old checkpoints carry and the config says again.
+# Buffers of old checkpoints, which the config implies.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
-_NAMED = 2  # of them, in a message
+# Ignored tensors that a message names.
+_NAMED = 2
 _VOCABULARY = ("model.embed_tokens.weight", HEAD)
-_ROUTER = ".mlp.gate.weight"  # of a mixture of experts: small, and what it decides cannot be undone
-_MATRIX_AXES = 3  # of a stack [L, out, in]
+# A mixture's router stays float32: it is small, and an error in its choice of experts is large.
+_ROUTER = ".mlp.gate.weight"
+_MATRIX_AXES = 3  # a stack [L, out, in]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightPlan:
-    """Which source tensors fill which parameters, checked before anything is written.
+    """The source tensors of each parameter, checked before anything is written.
 
     Attributes:
-        ignored: source tensors that are knowingly left out.
+        parameters: the model's parameters.
+        tensors: source tensors by name.
+        ignored: names of the source tensors without a use.
     """
 
     parameters: Sequence[Parameter]
     tensors: Mapping[str, SourceTensor]
     ignored: Sequence[str]
 
-    def left_out(self) -> str | None:
-        """What is left out, for people: the first names, and how many more; None where nothing is."""
+    def remark(self) -> str | None:
+        """Name the first ignored tensors and count the others; return None if there are none."""
         if not self.ignored:
             return None
         more = len(self.ignored) - _NAMED
@@ -45,10 +49,15 @@ class WeightPlan:
 
 
 def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool) -> WeightPlan:
-    """Matches a source's tensors with a model's parameters.
+    """Match a source's tensors with a model's parameters.
+
+    Args:
+        source: the source, its tensors adapted to the model.
+        parameters: the model's parameters.
+        tied: the output head is the embedding.
 
     Raises:
-        PrecastError: for a tensor that is missing, has another shape, or belongs nowhere.
+        PrecastError: a tensor is missing, has another shape, or belongs to no parameter.
     """
     for parameter in parameters:
         for name in parameter.sources:
@@ -68,7 +77,14 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
 def read_floats(
     tensors: Mapping[str, SourceTensor], parameter: Parameter, sources: Sequence[str], shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Some of a parameter's sources in float32, one behind the other in an array that XLA takes over as it lies."""
+    """Read some of a parameter's source tensors in float32 into one array, aligned for zero-copy use by XLA.
+
+    Args:
+        tensors: source tensors by name.
+        parameter: the parameter.
+        sources: names of the tensors to read.
+        shape: shape of the returned array.
+    """
     if len(sources) == 1:
         return _aligned(tensors[sources[0]].read()).reshape(shape)
     array = aligned_zeros(shape, np.dtype(np.float32))
@@ -78,7 +94,7 @@ def read_floats(
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    """The array itself where XLA takes it over as it lies: a copy of an embedding may be the largest thing there is."""
+    """Return the array, copied only if XLA would have to copy it: an embedding may be the largest array of all."""
     if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
         return array
     copy = aligned_zeros(array.shape, array.dtype)
@@ -87,7 +103,7 @@ def _aligned(array: np.ndarray) -> np.ndarray:
 
 
 def _check_tied(source: Source) -> None:
-    """A checkpoint may say that its head is the embedding, and bring another; which is meant, only its owner knows."""
+    """Refuse a checkpoint whose config ties the head to the embedding, but whose tensors differ."""
     head, embedding = (source.tensors[f"{name}.weight"].read() for name in ("lm_head", "model.embed_tokens"))
     if not np.array_equal(head, embedding):
         raise PrecastError(
@@ -100,9 +116,9 @@ def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
     tensor = source.tensors.get(name)
     if tensor is None and name == HEAD:
         raise PrecastError(
-            f"{source.name}: has no {HEAD}, though its config.json does not say that the output head is the embedding;"
-            ' if it is, set "tie_word_embeddings" to true there, and if the checkpoint was saved without its head (as'
-            " those that embed texts are), export the one that it was made from."
+            f"{source.name}: {HEAD} is missing, and config.json does not tie the output head to the embedding; if they"
+            ' are tied, set "tie_word_embeddings" to true there; if this is a text-embedding checkpoint without a head,'
+            " export the checkpoint that it was made from."
         )
     if tensor is None:
         raise PrecastError(
@@ -115,13 +131,13 @@ def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
 
 
 def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, str]:
-    """The format of each parameter, by name, when matrices are to be stored as `weights`.
+    """Return the format of each parameter, by name, for matrices stored as `weights`.
 
-    Norms and biases stay float32. Embedding and output head are stored as int8 where the other matrices are int4:
-    they err the most, and every answer goes through them.
+    Norms, biases and routers stay float32. With int4 matrices the embedding and the output head are int8: they lose
+    the most precision, and every token depends on them.
 
     Raises:
-        PrecastError: for a format that is not known.
+        PrecastError: the format is unknown.
     """
     if weights not in FORMATS:
         raise PrecastError(f"--weights: {weights!r} is not supported, expected one of {', '.join(FORMATS)}.")
@@ -136,7 +152,7 @@ def _format_of(parameter: Parameter, weights: str) -> str:
 
 
 def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> int:
-    """Bytes that the parameters take in the weight file: what `write_model_weights` reports, added up."""
+    """Return the bytes of the parameters in the weight file, which `write_model_weights` counts to."""
     return sum(spec.bytes for p in parameters for spec in _specs(p, formats))
 
 
@@ -152,40 +168,40 @@ def write_model_weights(
     plan: WeightPlan,
     formats: Mapping[str, str],
     tables: Mapping[str, np.ndarray],
-    report: Callable[[int], None],
+    count: Callable[[int], None],
 ) -> str:
-    """Writes weights and tables; no more than one source tensor is in memory at a time.
+    """Write weights and tables with at most one source tensor in memory.
 
     Args:
         path: file to write.
-        plan: what fills what.
-        formats: a key of `FORMATS` for every parameter, as `formats_of` gives them.
-        tables: arrays that are computed, not read; written as they are.
-        report: called with the bytes written of each source tensor, which make `stored_bytes` in all.
+        plan: the source tensors of each parameter.
+        formats: a key of `FORMATS` by parameter name, as `formats_of` returns them.
+        tables: further arrays, written unchanged.
+        count: called with the written bytes of each source tensor; their sum is `stored_bytes`.
 
     Returns:
         The file's sha256.
 
     Raises:
-        PrecastError: when a tensor has values that are no numbers, or too large for its format.
+        PrecastError: a tensor has values that are not finite, or too large for its format.
     """
     specs = [spec for p in plan.parameters for spec in _specs(p, formats)]
     specs += [TensorSpec(name=n, shape=t.shape, dtype=t.dtype) for n, t in tables.items()]
-    return write_weights(path, specs, chain(tables.items(), _pieces(plan, formats, report)))
+    return write_weights(path, specs, chain(tables.items(), _pieces(plan, formats, count)))
 
 
 def _pieces(
-    plan: WeightPlan, formats: Mapping[str, str], report: Callable[[int], None]
+    plan: WeightPlan, formats: Mapping[str, str], count: Callable[[int], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Every source tensor as it is stored, with the name of the array of which it is the next part."""
+    """Yield the stored form of every source tensor: names of arrays, each with its next part."""
     for parameter in sorted(plan.parameters, key=lambda p: p.name):
         stored = FORMATS[formats[parameter.name]]
         names = [parameter.name + array.suffix for array in stored.arrays(parameter.shape)]
         for name in parameter.sources:
             arrays = _encode(name, plan.tensors[name], stored, parameter.source_shape)
             yield from zip(names, arrays, strict=True)
-            report(sum(array.nbytes for array in arrays))
-            del arrays  # before the next tensor is read
+            count(sum(array.nbytes for array in arrays))
+            del arrays  # free them before the next tensor is read
 
 
 def _encode(
@@ -211,7 +227,7 @@ def _check_blocks(name: str, blocks: QuantisedBlocks, shape: tuple[int, ...]) ->
 
 def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     _check_shape(name, array.shape, shape)
-    # A sum is not a number, or infinite, when any of its terms is; cheaper than a mask of the array.
+    # A sum with a NaN or infinite term is NaN or infinite; it needs less memory than a mask of the array.
     with np.errstate(over="ignore", invalid="ignore"):
         total = array.sum(dtype=np.float64)
     if not np.isfinite(total):
@@ -219,7 +235,7 @@ def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
 
 
 def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    # Of another shape but the same size, it would be written all the same, and in another order.
+    # A tensor of the same size but another shape would be written in the wrong order.
     if found != shape:
         raise PrecastError(
             f"{name}: expected shape {list(shape)}, found {list(found)} when reading it; the source's"

@@ -239,7 +239,8 @@ def export_tiny(
     tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[..., Any]
 ) -> Callable[..., Path]:
     """Exports a source (the tiny one by default) into a folder of its own; keyword arguments are export options."""
-    from precast.exporter.export import ExportOptions, export
+    from precast.exporter.export import export
+    from precast.exporter.options import ExportOptions
 
     def make(source: Any = None, **options: Any) -> Path:
         output = tmp_path_factory.mktemp("exported") / "tiny"
@@ -280,7 +281,7 @@ def windowed_savedmodel(
 ) -> Path:
     """The same with int4 weights, an int8 cache, two slots, and layers with a window. Not to be written to."""
     source = tiny_source(config={"model_type": "mistral", "sliding_window": 8})
-    return export_tiny(source, targets=("portable", "savedmodel"), weights="int4", cache="int8", slots=2)
+    return export_tiny(source, targets=("portable", "savedmodel"), weights="int4", kv_cache="int8", slots=2)
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.export import ExportOptions, export
+from precast.exporter.export import export
 from precast.exporter.models.parameters import abstract_model
 from precast.exporter.models.registry import ARCHITECTURES, read_model
+from precast.exporter.options import ExportOptions
 from precast.exporter.programs import Geometry, ring_size
 from precast.exporter.reference.fidelity import read_weights
 from precast.exporter.sources.base import Source

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from precast.exporter.export import ExportOptions, export
+from precast.exporter.export import export
+from precast.exporter.options import ExportOptions
 from precast.exporter.sources.generation import KEYS, Treatment
 from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.manifest import SamplingDefaults

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.export import DEFAULT_BUCKETS, ExportOptions, export
+from precast.exporter.export import export
 from precast.exporter.models.parameters import abstract_model
 from precast.exporter.models.registry import read_model
+from precast.exporter.options import DEFAULT_BUCKETS, ExportOptions
 from precast.exporter.programs import TABLES
 from precast.exporter.sources.base import Source
 from precast.exporter.sources.open import open_source

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from precast.exporter.export import ExportOptions, export
+from precast.exporter.export import export
 from precast.exporter.models.parameters import abstract_model
 from precast.exporter.models.registry import read_model
+from precast.exporter.options import ExportOptions
 from precast.exporter.sources.base import Source
 from precast.exporter.sources.open import open_source
 from precast.loaders.generation.model import Model

@@ -1,4 +1,4 @@
-"""How far an artifact's predictions are from those of the float32 model it was made from."""
+"""The fidelity of an artifact: its predictions compared with those of its source in float32."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,7 +13,7 @@ from precast.loaders.generation.model import Model
 from precast.loaders.progress import Progress, silent
 from precast.loaders.text.tokenizer import Tokenizer
 
-from ..devices import precisely
+from ..devices import on_cpu_in_float32
 from ..models.parameters import abstract_model
 from ..models.registry import ModelSpec, read_model
 from ..sources.base import Source
@@ -22,21 +22,21 @@ from ..texts import read_tokenizer
 from ..weights import plan_weights, read_floats
 from .layerwise import LayerwiseReference
 
-# What an export measures: two windows of 512, or more of a smaller context.
+# Tokens that an export measures: two windows of 512, or more windows with a smaller context.
 TOKENS = 1024
 
 
 class Reference:
-    """The uncached float32 forward pass, as a scorer: all positions of a window at once.
+    """The uncached float32 forward pass as a scorer, for all positions of a window at once.
 
     Args:
-        name: what messages call it.
-        spec: of the model.
-        weights: float32 arrays by parameter name, as the forward pass takes them.
-        tokenizer: of the model.
-        context: positions that a window may have.
-        exported: context of the artifact that it is held against, which some kinds of RoPE depend on; None where
-            windows decide, as they do in transformers.
+        name: name in messages.
+        spec: the model.
+        weights: float32 arrays by parameter name, in the shapes of the forward pass.
+        tokenizer: the model's tokenizer.
+        context: the most positions of a window.
+        exported: context of the artifact to compare with, on which some kinds of RoPE depend; None to use each
+            window's length instead, as transformers does.
     """
 
     def __init__(
@@ -56,31 +56,31 @@ class Reference:
         self._forward = jax.jit(
             lambda tokens, cos, sin, *arrays: model.bind(arrays).forward(tokens[None], cos, sin)[0]
         )
-        with precisely():
+        with on_cpu_in_float32():
             self._weights: list[Array] = [jnp.from_dlpack(weights[p.name]) for p in model.parameters]
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        # A shorter window is padded to the longest so far: no position sees what is behind it, and one
-        # program will do.
+        """Yield the logits [V] of every position of the window from `first` to the last but one."""
+        # Pad a shorter window to the longest so far, to reuse its program: no position sees the padding.
         self._width = max(self._width, len(window))
         padded = np.zeros(self._width, np.int32)
         padded[: len(window)] = window
         tables = (self._fitted(t) for t in self._spec.tables(self._exported or len(window)))
-        with precisely():
+        with on_cpu_in_float32():
             rows = np.asarray(self._forward(padded, *tables, *self._weights))  # [W, V]
         yield from rows[first : len(window) - 1]
 
     def _fitted(self, table: np.ndarray) -> np.ndarray:
-        """A table ``[Z, S, P]`` for as many positions as the program takes; what is behind a window means nothing."""
+        """Cut or pad a table ``[Z, S, P]`` to the program's positions; the values behind a window are unused."""
         missing = max(0, self._width - table.shape[1])
         return np.pad(table, ((0, 0), (0, missing), (0, 0)))[:, : self._width]
 
 
 def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
-    """A source's tensors in float32, one array for each parameter of the forward pass.
+    """Read a source's tensors in float32, as one array for each parameter of the forward pass.
 
     Raises:
-        PrecastError: when the tensors do not fit the model.
+        PrecastError: the tensors do not fit the model.
     """
     parameters = abstract_model(spec).parameters
     plan = plan_weights(spec.adapt(source), parameters, tied=spec.config.tied_embeddings)
@@ -88,10 +88,14 @@ def read_weights(source: Source, spec: ModelSpec) -> dict[str, np.ndarray]:
 
 
 def open_reference(path: str, exported: int | None = None) -> Reference:
-    """The reference for what `path` names: a Hugging Face directory or a .gguf file; `exported` as of `Reference`.
+    """Open a Hugging Face directory or a .gguf file as a reference.
+
+    Args:
+        path: the directory or file.
+        exported: as for `Reference`.
 
     Raises:
-        PrecastError: when it cannot be read or is not supported.
+        PrecastError: the source cannot be read, or its model is not supported.
     """
     source = open_source(path)
     spec = read_model(source.config, source.name)
@@ -113,20 +117,20 @@ def measure(
     weights: Mapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> Fidelity | None:
-    """Measures a finished artifact against the float32 model it was made from, on the shipped text.
+    """Compare a finished artifact with its source in float32, on the shipped text.
 
     Args:
         model: the artifact, loaded.
-        spec: of the model.
-        source: whose own tensors are the reference, read layer by layer for every window.
-        weights: float32 arrays by parameter name, where they are at hand already; then the source is not read.
-        progress: receives the number of predictions scored.
+        spec: the model.
+        source: the reference, whose tensors are read layer by layer for every window.
+        weights: float32 arrays by parameter name to use in place of the source's tensors; None to read them.
+        progress: called with the predictions scored so far.
 
     Returns:
-        The figures for the manifest; None where the context is too small for a window.
+        The figures for the manifest; None if the context is too small for a window.
 
     Raises:
-        PrecastError: when the logits of either are not finite.
+        PrecastError: logits of the artifact or the reference are not finite.
     """
     artifact = evaluate.ArtifactScorer(model=model)
     window = min(evaluate.DEFAULT_WINDOW, artifact.context)

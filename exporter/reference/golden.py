@@ -1,4 +1,4 @@
-"""Golden answers: what the artifact says, held against the uncached reference before it is shipped."""
+"""Golden answers: greedy answers of a new artifact, checked against the uncached reference before shipping."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.golden import Answer, FirstLogits, Golden
+from precast.loaders.artifact.manifest import Manifest
 from precast.loaders.audit.verify import first_logits
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
@@ -16,7 +17,7 @@ from precast.loaders.generation.sampling_params import SamplingParams
 from ..programs import StoredModel
 from .stored import answer_logits
 
-# Two of them go on in one way alone, so that some answers are far from any tie.
+# The last two have one obvious continuation, so that some answers are far from any tie.
 TEXTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -25,20 +26,39 @@ TEXTS = (
     "one, two, three, four, one, two, three, four, one, two, three, four, one,",
 )
 TOKENS = 16
-# Programs that sum in another order give logits that differ by about 1e-5 of their spread (standard deviation); two
-# candidates closer than this share of it may rightly change places.
+# Ties, as shares of the logits' spread (standard deviation): two candidates closer than this may change places.
+# Programs that sum in different orders give logits that differ by about 1e-5 of the spread.
 TIE = 1e-3
-# The same where activations are rounded to 16 bits, or keys and values to the type of the cache: the reference has the
-# same weights and rounds alike, but what lies close to a border falls to either side of it.
+# With activations rounded to 16 bits, or keys and values to the type of the KV cache: the reference has the same
+# weights and rounds the same way, but a value close to a rounding boundary can fall to either side.
 REDUCED_TIE = 0.05
-# Where a target computes in bfloat16: measured, leads among the eight likeliest tokens change by up to 0.06 of the
-# spread (12 steps of the demo model).
+# With bfloat16 arithmetic: leads among the eight likeliest tokens were measured to change by up to 0.06 (12 steps of
+# the demo model).
 BFLOAT16_TIE = 0.15
-# With int4 weights a prompt's activations are rounded to 8 bits: measured, leads change by 0.06 of the spread
-# (standard deviation, prompts of 5 to 65 tokens of the demo model).
+# With int4 weights, which round a prompt's activations to 8 bits: leads were measured to change by 0.06 (prompts of 5
+# to 65 tokens of the demo model).
 INT4_TIE = 0.25
-# Logits of an answer's first step that are kept, the largest ones.
+# Logits recorded of an answer's first step, the largest ones.
 LOGITS = 8
+
+
+def is_exact(manifest: Manifest) -> bool:
+    """Return True if weights, KV cache and arithmetic are all float32, so that the golden answers prove fidelity."""
+    is_stored = manifest.model.weights == "float32" and manifest.cache[0].dtype == "float32"
+    return is_stored and not _computes_bfloat16(manifest)
+
+
+def tie_of(manifest: Manifest) -> float:
+    """Return the lead below which two candidates are tied, as a share of the logits' spread."""
+    if is_exact(manifest):
+        return TIE
+    reduced = INT4_TIE if manifest.model.weights == "int4" else REDUCED_TIE
+    return max(reduced, BFLOAT16_TIE) if _computes_bfloat16(manifest) else reduced
+
+
+def _computes_bfloat16(manifest: Manifest) -> bool:
+    """Return True if any target computes in bfloat16: all targets share the golden answers."""
+    return any(target.platform == "cuda" for target in manifest.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +66,9 @@ class Case:
     """An answer.
 
     Attributes:
-        first: logits of its first step; their tolerance is what a tie is, as a share of all logits' spread.
+        prompt: token ids.
+        tokens: token ids of the answer.
+        first: logits of its first step; their tolerance is that of a tie.
     """
 
     prompt: tuple[int, ...]
@@ -55,7 +77,10 @@ class Case:
 
 
 def prompts(model: Model) -> list[tuple[int, ...]]:
-    """Texts, and a prompt that is one token longer than the smallest bucket where the cache holds it."""
+    """Return token ids of the texts, and of a prompt one token longer than the smallest bucket, if the context allows.
+
+    Each prompt leaves room for an answer.
+    """
     vocab, context = model.engine.vocab, model.engine.context
     room = max(1, context - TOKENS)
     spread = tuple(i * 7919 % vocab for i in range(1, min(model.manifest.buckets[0] + 2, room + 1)))
@@ -64,11 +89,11 @@ def prompts(model: Model) -> list[tuple[int, ...]]:
 
 
 def answers(model: Model, tie: float) -> tuple[Case, ...]:
-    """Lets the artifact answer every prompt, greedily and past any end token.
+    """Answer every prompt greedily, ignoring end tokens.
 
     Args:
         model: the artifact, loaded.
-        tie: as for `check`; logits of another machine may be so far off too.
+        tie: as for `check`; also the tolerance for another machine's logits.
     """
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
     completions = [model.generate(prompt, params) for prompt in prompts(model)]
@@ -83,7 +108,6 @@ def answers(model: Model, tie: float) -> tuple[Case, ...]:
 def _first_logits(model: Model, prompt: Sequence[int], tie: float) -> FirstLogits:
     logits = first_logits(model, prompt)
     ids = np.argsort(-logits, kind="stable")[:LOGITS]
-    # Six digits are more than any two machines agree on, and keep the file small.
     return FirstLogits(
         token_ids=tuple(int(i) for i in ids),
         values=tuple(_six_digits(logits[i]) for i in ids),
@@ -92,51 +116,58 @@ def _first_logits(model: Model, prompt: Sequence[int], tie: float) -> FirstLogit
 
 
 def _six_digits(value: float) -> float:
+    # Machines agree on fewer digits, and more would only enlarge the file.
     return float(f"{value:.6g}")
 
 
 def check(
     cases: Sequence[Case],
     model: StoredModel,
-    cached: str,
+    kv_cache: str,
     tie: float,
     weights: Mapping[str, np.ndarray],
     where: str,
 ) -> tuple[Case, ...]:
-    """Holds every token against the reference: the uncached forward pass with the weights as they are stored.
+    """Check every token against the reference: the uncached forward pass with the weights as stored.
 
     Args:
-        cached: type of the cache, to which the reference rounds keys and values too.
-        tie: leads of the likeliest token below this share of the logits' spread decide nothing.
+        cases: answers of the artifact.
+        model: the model.
+        kv_cache: type of the KV cache, to which the reference rounds keys and values too.
+        tie: smallest lead of the likeliest token that decides, as a share of the logits' spread.
+        weights: the artifact's arrays by name.
+        where: name of the artifact in messages.
 
     Returns:
-        The answers, each cut where the reference itself cannot tell two candidates apart.
+        The answers, each cut before the first tie of the reference.
 
     Raises:
-        PrecastError: when the artifact says anything else than the reference: it must not be shipped.
+        PrecastError: an answer differs from the reference's, or nothing can be checked; the artifact must not ship.
     """
     logits = answer_logits(
-        model, cached, weights, [c.prompt + c.tokens for c in cases], [len(c.prompt) - 1 for c in cases]
+        model, kv_cache, weights, [c.prompt + c.tokens for c in cases], [len(c.prompt) - 1 for c in cases]
     )
-    agreed = tuple(
-        _agreed(case, *_judged(rows), tie, where) for case, rows in zip(cases, logits, strict=True)
+    checked = tuple(
+        _check_case(case, *_best_and_leads(rows), tie, where)
+        for case, rows in zip(cases, logits, strict=True)
     )
-    if not any(case.tokens for case in agreed):
+    if not any(case.tokens for case in checked):
         raise PrecastError(
             f"{where}: the reference finds no token likelier than another, so nothing can be checked; are the weights"
             " those of a trained model?"
         )
-    return agreed
+    return checked
 
 
-def _agreed(case: Case, best: np.ndarray, margins: np.ndarray, tie: float, where: str) -> Case:
-    if not np.isfinite(margins).all():
+def _check_case(case: Case, best: np.ndarray, leads: np.ndarray, tie: float, where: str) -> Case:
+    """Compare an answer with the reference's `best` tokens and their `leads`; cut it before the first tie."""
+    if not np.isfinite(leads).all():
         raise PrecastError(
             f"{where}: the reference's logits are not finite (prompt of {len(case.prompt)} tokens); the weights do not"
             " compute in float32: nothing was written."
         )
     for i, token in enumerate(case.tokens):
-        if margins[i] < tie:
+        if leads[i] < tie:
             return dataclasses.replace(case, tokens=case.tokens[:i])
         if best[i] != token:
             raise PrecastError(
@@ -146,8 +177,8 @@ def _agreed(case: Case, best: np.ndarray, margins: np.ndarray, tie: float, where
     return case
 
 
-def _judged(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best token of each row ``[R, V]``, and its lead in shares of the row's spread (standard deviation)."""
+def _best_and_leads(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best token of each row ``[R, V]``, and its lead as a share of the row's spread."""
     with np.errstate(invalid="ignore", over="ignore"):
         second, first = np.partition(logits, -2, axis=1)[:, -2:].T
         spread = np.maximum(logits.std(axis=1), np.finfo(logits.dtype).tiny)
@@ -155,6 +186,7 @@ def _judged(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_json(cases: Sequence[Case]) -> bytes:
+    """Return the content of an artifact's file of golden answers."""
     golden = Golden(
         greedy=tuple(
             Answer(prompt_token_ids=c.prompt, token_ids=c.tokens, first_logits=c.first) for c in cases

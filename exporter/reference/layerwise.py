@@ -1,4 +1,4 @@
-"""The reference one layer at a time, for models whose float32 copy would not fit beside everything else."""
+"""The reference one layer at a time, for models whose float32 weights do not fit in memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from jax import Array
 
 from precast.loaders.text.tokenizer import Tokenizer
 
-from ..devices import precisely
+from ..devices import on_cpu_in_float32
 from ..models.ops import Rotary
 from ..models.parameters import LAYERS, Parameter, abstract_model
 from ..models.registry import ModelSpec
@@ -21,19 +21,19 @@ from .output_head import EMBEDDING, blockwise_logits, head_of
 
 
 class LayerwiseReference:
-    """The uncached float32 forward pass as a scorer, of whose weights one layer is in memory at a time.
+    """The uncached float32 forward pass as a scorer, with the weights of one layer in memory at a time.
 
-    Every window reads them again: for a few windows.
+    Every window reads all weights again, so this reference suits a few windows.
 
     Args:
-        name: what messages call it.
-        spec: of the model.
-        source: of its tensors.
-        tokenizer: of the model.
-        context: positions that a window may have, and of the artifact that it is held against.
+        name: name in messages.
+        spec: the model.
+        source: the source of its tensors.
+        tokenizer: the model's tokenizer.
+        context: the most positions of a window, and the context of the artifact to compare with.
 
     Raises:
-        PrecastError: when the tensors do not fit the model.
+        PrecastError: the tensors do not fit the model.
     """
 
     def __init__(
@@ -56,13 +56,14 @@ class LayerwiseReference:
         self._layer = jax.jit(self._run_layer)
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
+        """Yield the logits [V] of every position of the window from `first` to the last but one."""
         c = self._spec.config
         cos, sin = (table[:, None, : len(window)] for table in self._spec.tables(self.context))
-        with precisely():
+        with on_cpu_in_float32():
             x = self._embedded(window)
             for i, (seen, rope) in enumerate(zip(c.layer_windows, c.layer_ropes, strict=True)):
                 arrays = map(jnp.from_dlpack, self._read(LAYERS, layer=i))
-                # Waited for, so that no two layers' weights are in memory.
+                # Wait, so that the weights of two layers are never in memory together.
                 x = self._layer(x, cos[rope], sin[rope], np.int32(seen), *arrays).block_until_ready()
             ends = self._read("model.norm", head_of(self._spec))
             yield from blockwise_logits(
@@ -74,7 +75,7 @@ class LayerwiseReference:
             )
 
     def _embedded(self, window: Sequence[int]) -> Array:
-        """What the first layer is given, ``[1, T, D]``. Of the embedding only the window's rows become JAX's."""
+        """Return the input ``[1, T, D]`` of the first layer; only the window's rows of the embedding are copied."""
         used, tokens = np.unique(np.array(window), return_inverse=True)
         arrays = [
             array[used] if p.name == EMBEDDING else array
@@ -87,7 +88,7 @@ class LayerwiseReference:
         return self._bound(arrays).forward_layer(x, Rotary(cos, sin), window, jnp.int32(0))
 
     def _read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
-        """An array for every parameter of a layer and of what is around it; of those not asked for a single zero."""
+        """Read the parameters with one of the prefixes, stacks for one layer; the others become a single zero."""
         return [
             self._array(p, layer)
             if p.name.startswith(prefixes)

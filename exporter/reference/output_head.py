@@ -1,4 +1,4 @@
-"""The output head of the references, a block of the vocabulary at a time: in float32 it may be the largest matrix."""
+"""The references' output head, one block of the vocabulary at a time: in float32 it may be the largest matrix."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,12 +17,12 @@ _BLOCK = 8192  # tokens
 
 EMBEDDING = "model.embed_tokens.weight"
 
-# From the arrays of a model's parameters to the model.
+# Binds the arrays of a model's parameters to the model.
 Bind = Callable[[Sequence[Array]], Decoder]
 
 
 def head_of(spec: ModelSpec) -> str:
-    """Name of the parameter that hidden states are multiplied with in the end."""
+    """Return the name of the output head's parameter: the embedding if they are tied."""
     return EMBEDDING if spec.config.tied_embeddings else "lm_head.weight"
 
 
@@ -34,15 +34,15 @@ def blockwise_logits(
     *,
     packed: bool,
 ) -> np.ndarray:
-    """Final norm and output head.
+    """Apply the final norm and the output head.
 
     Args:
-        spec: of the model.
-        bind: gives what binds arrays to a model like this one with a smaller vocabulary.
+        spec: the model.
+        bind: returns the function that binds arrays to a given variant of the model with a smaller vocabulary.
         x: hidden states ``[R, D]``.
-        arrays: of all parameters in the order in which they are bound. Those of the head, whose names begin with its
-            name, are NumPy's: only a block of them becomes JAX's.
-        packed: whether the head's arrays keep panels of outputs together.
+        arrays: all parameters in the order of binding. The head's, whose names begin with its name, are NumPy arrays,
+            of which one block at a time becomes a JAX array.
+        packed: the head's arrays consist of panels of `PANEL` outputs.
 
     Returns:
         Logits ``[R, V]`` float32.
@@ -53,11 +53,11 @@ def blockwise_logits(
     logits = np.empty((x.shape[0], vocab), np.float32)
     for start in starts:
         count = min(_BLOCK, vocab - start)
-        given = [
+        block = [
             _outputs(np.asarray(array), start, count, packed=packed) if name.startswith(head) else array
             for name, array in arrays.items()
         ]
-        logits[:, start : start + count] = run[count](x, *given)
+        logits[:, start : start + count] = run[count](x, *block)
     return logits
 
 
@@ -67,6 +67,6 @@ def _jitted(spec: ModelSpec, bind: Callable[[ModelSpec], Bind], vocab: int) -> C
 
 
 def _outputs(stack: np.ndarray, start: int, count: int, *, packed: bool) -> np.ndarray:
-    """Rows of an embedding ``[V, D]`` or of a stack of one matrix ``[1, V, D]``; of packed ones, whole panels."""
+    """Return rows of an embedding ``[V, D]`` or of a stack of one matrix ``[1, V, D]``; whole panels if packed."""
     rows = slice(start // PANEL, -(-(start + count) // PANEL)) if packed else slice(start, start + count)
     return stack[rows] if stack.ndim == 2 else stack[:, rows]

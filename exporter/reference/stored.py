@@ -1,4 +1,4 @@
-"""The reference with weights as an artifact stores them: what golden answers are held against."""
+"""The reference with an artifact's stored weights, against which the golden answers are checked."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,40 +16,40 @@ from .output_head import Bind, blockwise_logits, head_of
 
 def answer_logits(
     model: StoredModel,
-    cached: str,
+    kv_cache: str,
     weights: Mapping[str, np.ndarray],
     sequences: Sequence[tuple[int, ...]],
     firsts: Sequence[int],
 ) -> list[np.ndarray]:
-    """The uncached forward pass, and of its logits those that tell about an answer.
+    """Run the uncached forward pass over sequences, and return the logits of their answers.
 
     Args:
         model: the model.
-        cached: type of the cache, to which keys and values are rounded.
+        kv_cache: type of the KV cache, to which keys and values are rounded.
         weights: the artifact's arrays by name.
-        sequences: token ids.
-        firsts: of each sequence, the first position whose logits are asked for.
+        sequences: token ids of each prompt and its answer.
+        firsts: the first position of each sequence whose logits are returned.
 
     Returns:
-        Of each sequence ``[R, V]`` float32: of its positions from the first asked for to the last but one.
+        For each sequence float32 ``[R, V]``: the logits from that position to the last but one.
     """
     names = [name for name, _ in model.arrays()]
-    given = {name: _on_device(weights[name]) for name in (*TABLES, *names)}
+    arrays = {name: _on_device(weights[name]) for name in (*TABLES, *names)}
     run = jax.jit(
-        lambda tokens, cos, sin, *arrays: model.bind(arrays).hidden(tokens[None], cos, sin, cached)[0]
+        lambda tokens, cos, sin, *flat: model.bind(flat).hidden(tokens[None], cos, sin, kv_cache)[0]
     )
-    # One length for all, so that it compiles once.
+    # Pad all sequences to one length, so that the pass compiles once.
     length = max(map(len, sequences))
     rows = []
     for sequence, first in zip(sequences, firsts, strict=True):
         padded = np.array([*sequence, *[0] * (length - len(sequence))], np.int32)
-        rows.append(run(padded, *given.values())[first : len(sequence) - 1])
+        rows.append(run(padded, *arrays.values())[first : len(sequence) - 1])
     head = head_of(model.spec)
     logits = blockwise_logits(
         model.spec,
         lambda spec: _binder(model, spec),
         jnp.concatenate(rows),
-        {name: weights[name] if name.startswith(head) else given[name] for name in names},
+        {name: weights[name] if name.startswith(head) else arrays[name] for name in names},
         packed=model.formats[head].startswith("int"),
     )
     return np.split(logits, np.cumsum([len(r) for r in rows])[:-1])
@@ -60,5 +60,5 @@ def _binder(model: StoredModel, spec: ModelSpec) -> Bind:
 
 
 def _on_device(array: np.ndarray) -> Array:
-    """Mapped weights as they lie; of bfloat16, which NumPy cannot hand over, a copy."""
+    """Return a JAX array over mapped weights: zero-copy, except for bfloat16, which NumPy cannot share."""
     return jnp.from_dlpack(array) if array.dtype.isbuiltin == 1 else jnp.asarray(array)

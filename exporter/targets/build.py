@@ -1,4 +1,4 @@
-"""Lowers and compiles the programs of a target and writes them."""
+"""Lowering, compiling and writing the programs of a target."""
 
 import dataclasses
 import os
@@ -21,9 +21,9 @@ from precast.loaders.compiling.compiler import Compilation, compile_target
 from precast.loaders.compiling.isa import LEVELS, NATIVE, default_isa, target_name
 from precast.loaders.runtime.pjrt import register_kernels
 
-from ..programs import ProgramSpec, arranged
-from . import TargetKind
-from .built import STABLEHLO_LIFE, Built, without_source_locations
+from ..programs import ProgramSpec, with_layouts
+from .built import STABLEHLO_LIFE, BuiltProgram, OnBuilt, without_source_locations
+from .kinds import TargetKind
 from .savedmodel import build_savedmodel
 from .stablehlo import for_all_jaxlibs
 
@@ -33,22 +33,22 @@ def build_target(
     programs: Sequence[ProgramSpec],
     root: Path,
     created: date,
-    report: Callable[[Built], None],
+    on_built: OnBuilt,
 ) -> Target:
     """Write every program of a target below ``root/programs/<kind>/``.
 
     Args:
-        kind: the target. `build_targets` makes executables for the CPU instead.
-        programs: built with the target's operations.
+        kind: the kind of target, except executables for the CPU, which `build_targets` makes.
+        programs: the programs, of the kind's operations.
         root: the artifact's folder.
         created: day of the export.
-        report: called with each program as it is done.
+        on_built: called with each program that has been written.
 
     Raises:
-        PrecastError: when the compiler gives the cache different layouts in different programs.
+        PrecastError: the compiler gives the KV cache different layouts in different programs.
     """
     if kind.runtime == "savedmodel":
-        return build_savedmodel(kind, programs, root, created, report)
+        return build_savedmodel(kind, programs, root, created, on_built)
     register_kernels()
     folder = root / "programs" / kind.name
     folder.mkdir(parents=True)
@@ -57,7 +57,7 @@ def build_target(
     with without_source_locations():
         for spec in _laid_out(kind, programs, device):
             built.append(_build_program(kind, spec, folder, device))
-            report(built[-1])
+            on_built(built[-1])
     compiled = kind.runtime == "pjrt"
     target = Target(
         name=_target_name(kind, device),
@@ -83,49 +83,57 @@ def build_targets(
     root: Path,
     created: date,
     isas: Sequence[str] | None,
-    stage: Callable[[str], None],
-    report: Callable[[Built], None],
+    log: Callable[[str], None],
+    on_built: OnBuilt,
 ) -> list[Target]:
-    """Write a target, or one for each instruction set.
+    """Write a target; for the CPU, one target for each instruction set.
 
-    A child process compiles executables for the CPU, from one StableHLO: XLA reads its instruction set only at
-    process start, and this process uses all of the machine's for the reference.
+    A child process compiles executables for the CPU from shared StableHLO: XLA reads its instruction set once per
+    process, and this process uses all of the machine's instructions for the reference.
 
     Args:
-        isas: instruction sets to compile for, on the CPU; None for the default one, or a wider one if XLA uses more.
-        stage: called with the name of each stage as it begins.
+        kind: the kind of target.
+        programs: as for `build_target`, like `root` and `created`.
+        root: the artifact's folder.
+        created: day of the export.
+        isas: instruction sets of CPU executables; None for the default one, or for a wider one if XLA needs it.
+        log: called with the name of each step.
+        on_built: called with each program that has been written.
 
-    Other arguments, and errors, as for `build_target` and `precast.loaders.compiling.compiler.compile_target`.
+    Raises:
+        PrecastError: as `build_target` and `precast.loaders.compiling.compiler.compile_target`.
     """
     if kind.runtime != "pjrt" or kind.platform != "cpu":
-        stage(f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}")
-        return [build_target(kind, programs, root, created, report)]
-    stage(f"lowering target {kind.name}")
-    lowered: list[Built] = []
-    shared = dataclasses.replace(kind, runtime="stablehlo")
-    source = build_target(shared, programs, root, created, lowered.append)
-    made: list[Target] = []
-    # Widest first: the first target's answers become the recorded ones. Native last: its level is not known yet.
+        log(f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}")
+        return [build_target(kind, programs, root, created, on_built)]
+    log(f"lowering target {kind.name}")
+    lowered: list[BuiltProgram] = []
+    as_stablehlo = dataclasses.replace(kind, runtime="stablehlo")
+    source = build_target(as_stablehlo, programs, root, created, lowered.append)
+    targets: list[Target] = []
+    # Widest first, because the first target's answers become the golden ones. Native last: its level is known once it
+    # is compiled.
     wanted = (default_isa(),) if isas is None else isas
     for isa in (name for name in (*reversed(list(LEVELS)), NATIVE) if name in wanted):
-        stage(f"compiling target {kind.name} for {isa}")
-        target, files, compiled = _compiled(
-            source, kind, root, isa, exact=isas is not None, is_first=not made
+        log(f"compiling target {kind.name} for {isa}")
+        target, files, compiled = _compile(
+            source, kind, root, isa, exact=isas is not None, is_first=not targets
         )
-        if any(other.name == target.name for other in made):
-            stage(f"what {isa} gives needs {target.name.removeprefix(f'{kind.name}-')}, which is there")
+        if any(other.name == target.name for other in targets):
+            level = target.name.removeprefix(f"{kind.name}-")
+            log(f"executables for {isa} need {level}, which is a target already")
             continue
         _write_executables(root, files)
         for program in target.programs:
-            report(_built(target, program, files, compiled, lowered if not made else ()))
-        made.append(target)
-    return made
+            on_built(_built_program(target, program, files, compiled, lowered if not targets else ()))
+        targets.append(target)
+    return targets
 
 
-def _compiled(
+def _compile(
     source: Target, kind: TargetKind, root: Path, isa: str, *, exact: bool, is_first: bool
 ) -> tuple[Target, dict[str, bytes], dict[str, Compilation]]:
-    """Compile the programs of `source` for an instruction set; the first target's lie beside their StableHLO."""
+    """Compile the programs of `source` for an instruction set; put the first target's beside their StableHLO."""
     names = {str(p.stablehlo) for p in source.programs}
     return compile_target(
         source,
@@ -146,32 +154,32 @@ def _write_executables(root: Path, files: Mapping[str, bytes]) -> None:
         (root / name).write_bytes(data)
 
 
-def _built(
+def _built_program(
     target: Target,
     program: Program,
     files: Mapping[str, bytes],
     compiled: Mapping[str, Compilation],
-    lowered: Sequence[Built],
-) -> Built:
-    """Describe a built program, with its lowering if this target reports it."""
-    before = next((b for b in lowered if b.program.name == program.name), None)
-    return Built(
+    lowered: Sequence[BuiltProgram],
+) -> BuiltProgram:
+    """Describe a compiled program; add the cost of its lowering if `lowered` has it."""
+    lowering = next((b for b in lowered if b.program.name == program.name), None)
+    return BuiltProgram(
         target=target.name,
         program=program,
-        lower_s=before.lower_s if before else 0.0,
+        lower_s=lowering.lower_s if lowering else 0.0,
         compile_s=compiled[program.name].seconds,
-        bytes=len(files[str(program.executable)]) + (before.bytes if before else 0),
+        bytes=len(files[str(program.executable)]) + (lowering.bytes if lowering else 0),
     )
 
 
 def _laid_out(
     kind: TargetKind, programs: Sequence[ProgramSpec], device: jax.Device | None
 ) -> Sequence[ProgramSpec]:
-    """The programs with their caches and weights as the decode program wants them, where that is asked for."""
+    """Return the programs with the decode program's layouts of caches and weights, if the kind has layouts."""
     if kind.layouts is None or device is None:
         return programs
     layouts = kind.layouts(next(spec for spec in programs if spec.kind == "decode"), device)
-    return [arranged(spec, layouts) for spec in programs]
+    return [with_layouts(spec, layouts) for spec in programs]
 
 
 def _target_name(kind: TargetKind, device: jax.Device | None) -> str:
@@ -180,8 +188,10 @@ def _target_name(kind: TargetKind, device: jax.Device | None) -> str:
     return "-".join([kind.name, *re.findall(r"[a-z0-9]+", device.device_kind.lower())])
 
 
-def _build_program(kind: TargetKind, spec: ProgramSpec, folder: Path, device: jax.Device | None) -> Built:
-    # Arguments a program does not read stay in its signature, so that the signature says what it takes.
+def _build_program(
+    kind: TargetKind, spec: ProgramSpec, folder: Path, device: jax.Device | None
+) -> BuiltProgram:
+    # Unused arguments stay in the signature, so that it matches the manifest.
     function = jax.jit(spec.function, donate_argnums=spec.donated, keep_unused=True)
     started = time.perf_counter()
     stablehlo = _stablehlo(kind, spec, function)
@@ -204,7 +214,7 @@ def _build_program(kind: TargetKind, spec: ProgramSpec, folder: Path, device: ja
         files["xla"] = bytes(executable.serialize())
     for suffix, data in files.items():
         (folder / f"{spec.name}.{suffix}").write_bytes(data)
-    return Built(
+    return BuiltProgram(
         target=kind.name,
         program=_program(spec, f"programs/{kind.name}/{spec.name}", compiled),
         lower_s=lowered_at - started,
@@ -214,11 +224,10 @@ def _build_program(kind: TargetKind, spec: ProgramSpec, folder: Path, device: ja
 
 
 def _stablehlo(kind: TargetKind, spec: ProgramSpec, function: jax.stages.Wrapped) -> bytes:
-    """The portable artifact inside what jax.export serialises: what jaxlib alone can compile.
+    """Return the StableHLO inside a jax.export, which jaxlib alone can compile, for all platforms of the target.
 
-    One for all platforms of the target. A module that jax.export makes for several takes their number as an argument
-    of its own, and branches on it even where the branches are alike. So each platform's is made by itself, and they
-    must be the same bytes: then none needs to be told where it runs.
+    A module that jax.export makes for several platforms takes the platform's index as an extra argument, and branches
+    on it even if the branches are equal. So each platform is lowered alone, and the modules must be equal.
     """
     checks = [jax_export.DisabledSafetyCheck.custom_call(name) for name in kind.ops.kernels]
     modules = {}
@@ -270,7 +279,7 @@ def _program(spec: ProgramSpec, stem: str, compiled: jax.stages.Compiled | None)
 
 
 def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Value, ...]:
-    """Values with the layouts that the compiler chose, of arrays whose axes are in the order of their own."""
+    """Return values with the compiler's layouts, which permute the axes in the order of the given layouts."""
     return tuple(
         dataclasses.replace(v, layout=tuple(v.layout[axis] for axis in f.layout.major_to_minor))
         for v, f in zip(values, formats, strict=True)
@@ -278,7 +287,7 @@ def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Valu
 
 
 def _check_cache_layouts(target: Target) -> None:
-    """All programs hand the same cache on, so they must lay it out alike."""
+    """Refuse different layouts of the KV cache, which all programs share."""
     layouts = {
         (value.name, value.layout)
         for program in target.programs
@@ -287,5 +296,6 @@ def _check_cache_layouts(target: Target) -> None:
     }
     if len(layouts) != len({name for name, _ in layouts}):
         raise PrecastError(
-            f"target {target.name!r}: the compiler lays the cache out differently in different programs: {layouts}."
+            f"target {target.name!r}: the compiler lays the KV cache out differently in different programs: {layouts};"
+            " please report this."
         )

@@ -1,28 +1,30 @@
-"""What every builder of a target needs: the record of a built program, and programs without this machine's paths."""
+"""Shared parts of the builders: the record of a built program, and programs free of this machine's paths."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import jax
 
 from precast.loaders.artifact.manifest import Program
+from precast.loaders.progress import Step
 
-# jax.export promises to read what it wrote for six months.
+# jax.export promises that its output can be read for six months.
 STABLEHLO_LIFE = timedelta(days=180)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Built:
-    """A program that has been written, for progress and summary.
+class BuiltProgram(Step):
+    """A program that has been written, as progress and summary show it.
 
     Attributes:
-        lower_s: seconds to trace and lower it, twice: for the executable and for the StableHLO.
-        compile_s: seconds to compile it; 0 where nothing was compiled.
-        bytes: of its files.
+        target: name of its target.
+        program: its record in the manifest.
+        lower_s: seconds of tracing and lowering; a target with executables does both twice.
+        compile_s: seconds of compiling; 0 for StableHLO alone.
+        bytes: size of its files.
     """
 
+    text: str = "building programs"
     target: str
     program: Program
     lower_s: float
@@ -30,9 +32,13 @@ class Built:
     bytes: int
 
 
+# Called with each program that has been written.
+OnBuilt = Callable[[BuiltProgram], None]
+
+
 @contextmanager
 def without_source_locations() -> Iterator[None]:
-    """Keeps paths and lines of this machine's Python files out of the programs."""
+    """Keep the paths and line numbers of Python files out of lowered programs."""
     before = jax.config.values["jax_traceback_in_locations_limit"]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:

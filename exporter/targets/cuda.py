@@ -1,8 +1,8 @@
-"""The CUDA target: XLA's own operations in bfloat16, with caches and weights laid out as decoding wants them.
+"""The CUDA target: XLA's own operations in bfloat16, with caches and weights laid out for decoding.
 
-Decoding is what an artifact does most, so its program is compiled first with every layout of caches and weights left
-to the compiler. What it chose is then said to all programs, prefill and the empty cache included, because they hand
-the same memory on. `precast.exporter.programs.arranged` says how a layout is pinned.
+An artifact mostly decodes, so the decode program is compiled first, and the compiler chooses all layouts of caches and
+weights. All programs then use these layouts, because they share the memory. `precast.exporter.programs.with_layouts`
+fixes a layout.
 """
 
 import os
@@ -18,24 +18,24 @@ from precast.loaders.artifact.errors import PrecastError
 from ..models.xla_ops import xla_ops
 from ..programs import ProgramSpec
 
-# Axes from the slowest to the fastest, by name of a cache or a weight.
+# Axes from the slowest to the fastest, by name of a cache array or a weight.
 Layouts = Mapping[str, tuple[int, ...]]
 
 CUDA_OPS = xla_ops("bfloat16")
-# What the compiler may lay out as it likes.
+# Roles whose layouts the compiler chooses.
 _FREE = ("cache", "weight")
 
 
 def cuda_device() -> jax.Device:
-    """The GPU to compile for: the first one that jax sees.
+    """Return the GPU to compile for: the first one that jax sees.
 
     Raises:
-        PrecastError: when jax sees none.
+        PrecastError: jax sees none.
     """
-    # The finished artifact is loaded in this process too, by a client of its own, and needs memory then. jax looks
-    # when it first asks for devices.
+    # This process later loads the finished artifact with a second client, which needs GPU memory too. jax reads the
+    # variable when it first lists devices.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # jax asserts, rather than raises, where JAX_PLATFORMS names nothing that there is.
+    # jax fails an assertion if JAX_PLATFORMS names only missing platforms.
     with suppress(RuntimeError, AssertionError):
         return jax.devices("cuda")[0]
     found = "nothing"
@@ -48,11 +48,11 @@ def cuda_device() -> jax.Device:
 
 
 def decode_layouts(decode: ProgramSpec, device: jax.Device) -> Layouts:
-    """How the compiler lays out caches and weights of a program when it is free to choose.
+    """Compile the decode program with free layouts, and return those that the compiler chooses.
 
     Args:
-        decode: the program, its own layouts all of axes in order.
-        device: what to compile for.
+        decode: the program, with all axes in order.
+        device: the device to compile for.
     """
     sharding = SingleDeviceSharding(device)
     free, fixed = Format(Layout.AUTO, sharding), sharding
@@ -68,7 +68,7 @@ def decode_layouts(decode: ProgramSpec, device: jax.Device) -> Layouts:
         keep_unused=True,
     )
     chosen = function.lower(*decode.abstract_arguments()).compile().input_formats[0]
-    # Of a cache, argument and result share their memory, and so their layout.
+    # A cache's argument and result share their memory and therefore their layout.
     return {
         value.name: tuple(format.layout.major_to_minor)
         for value, format in zip(decode.arguments, chosen, strict=True)

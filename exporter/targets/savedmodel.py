@@ -1,6 +1,6 @@
-"""A SavedModel, through orbax-export: a signature for each program, the weights as variables that all of them share.
+"""A SavedModel, written with orbax-export: a signature for each program, and shared variables for the weights.
 
-TensorFlow and orbax-export are imported when one is written, and not before.
+TensorFlow and orbax-export are slow to import, so they are imported when a SavedModel is written.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from precast.loaders.runtime.savedmodel import (
 )
 
 from ..programs import ProgramSpec
-from . import TargetKind
-from .built import STABLEHLO_LIFE, Built, without_source_locations
+from .built import STABLEHLO_LIFE, BuiltProgram, OnBuilt, without_source_locations
+from .kinds import TargetKind
 
-# Roles of what becomes a variable. Constants would stand in the graph, whose message holds 2 GB at most.
-_CONSTANTS = ("table", "weight")
+# Roles of the arguments that become variables. Constants would be part of the graph, a message of at most 2 GB.
+_VARIABLES = ("table", "weight")
 
 
 def check_packages() -> None:
-    """Looks for what writing a SavedModel takes, without importing it.
+    """Check that the packages for writing a SavedModel are installed, without importing them.
 
     Raises:
-        PrecastError: with the command that installs what is missing.
+        PrecastError: a package is missing; the message has the command that installs it.
     """
     used = {"orbax.export": "orbax-export", "tensorflow": "TensorFlow"}
     missing = [package for module, package in used.items() if not _is_installed(module)]
@@ -52,7 +52,7 @@ def check_packages() -> None:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # the package around it is missing, or refused
+    except (ImportError, ValueError):  # the parent package is missing or blocked
         return False
 
 
@@ -61,33 +61,33 @@ def build_savedmodel(
     programs: Sequence[ProgramSpec],
     root: Path,
     created: date,
-    report: Callable[[Built], None],
+    on_built: OnBuilt,
 ) -> Target:
-    """Writes one SavedModel of all programs, with the weights of ``weights.safetensors``.
+    """Write one SavedModel of all programs, with the weights of ``weights.safetensors``.
 
-    The weights are mapped, and copied once: into the variables. In the manifest they are no arguments of the programs,
-    and nothing is aliased.
+    The weights are mapped, and copied once, into the variables. The manifest lists them for no program, and no result
+    as aliased.
 
     Args:
-        kind: which target.
-        programs: built with operations in pure XLA.
-        root: the artifact's folder, its weights in it.
+        kind: the kind of target.
+        programs: the programs, of pure XLA operations.
+        root: the artifact's folder, which has the weights already.
         created: day of the export.
-        report: called with each program as it is lowered.
+        on_built: called with each program that has been lowered.
 
     Raises:
-        PrecastError: when packages are missing.
-        OSError: when the disk does not take it.
+        PrecastError: packages are missing, or TensorFlow refuses the model.
+        OSError: the disk refuses a file.
     """
     check_packages()
     folder = root / "programs" / kind.name
     with without_source_locations(), _quietly():
-        described = _write(kind, programs, root, folder, report)
-    gc.collect()  # functions of TensorFlow's refer to themselves, and to the variables
-    # A random number in it would make every export another; nothing needs it.
+        records = _write(kind, programs, root, folder, on_built)
+    gc.collect()  # TensorFlow's functions are reference cycles that hold the variables
+    # It contains a random number, so exports would differ; no reader needs it.
     (folder / "fingerprint.pb").unlink(missing_ok=True)
     for empty in [path for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())]:
-        empty.rmdir()  # for assets; what copies files alone would lose it
+        empty.rmdir()  # the folder for assets, which a copy of the files would lose
     return Target(
         name=kind.name,
         runtime=kind.runtime,
@@ -99,9 +99,9 @@ def build_savedmodel(
         kernel_abi=0,
         kernels=(),
         xla_flags="",
-        # XLA's programs inside it keep what jax.export promises.
+        # It contains StableHLO of jax.export, whose promise holds here too.
         stablehlo_expires=(created + STABLEHLO_LIFE).isoformat(),
-        programs=described,
+        programs=records,
     )
 
 
@@ -110,13 +110,13 @@ def _write(
     programs: Sequence[ProgramSpec],
     root: Path,
     folder: Path,
-    report: Callable[[Built], None],
+    on_built: OnBuilt,
 ) -> tuple[Program, ...]:
     tf = import_tensorflow()
     from orbax.export import ExportManager, JaxModule
 
     weights = map_weights(root / WEIGHTS_FILE)
-    used = {v.name for spec in programs for v in spec.arguments if v.role in _CONSTANTS}
+    used = {v.name for spec in programs for v in spec.arguments if v.role in _VARIABLES}
     module = JaxModule(
         {name: weights[name] for name in sorted(used)},
         {spec.name: _method(spec) for spec in programs},
@@ -124,17 +124,19 @@ def _write(
         jax2tf_kwargs={spec.name: {"native_serialization_platforms": kind.lowered_for} for spec in programs},
     )
     manager = ExportManager(module, [_serving(tf, spec) for spec in programs])
-    described = []
+    records = []
     for spec in programs:
         started = time.perf_counter()
         function: Any = manager.serving_signatures[spec.name]
         graph = function.get_concrete_function().graph.as_graph_def()
-        program = _described(spec, (folder / SAVED_MODEL).relative_to(root).as_posix())
+        program = _record(spec, (folder / SAVED_MODEL).relative_to(root).as_posix())
         seconds = time.perf_counter() - started
-        report(
-            Built(target=kind.name, program=program, lower_s=seconds, compile_s=0.0, bytes=graph.ByteSize())
+        on_built(
+            BuiltProgram(
+                target=kind.name, program=program, lower_s=seconds, compile_s=0.0, bytes=graph.ByteSize()
+            )
         )
-        described.append(program)
+        records.append(program)
     try:
         manager.save(str(folder))
     except (
@@ -142,18 +144,18 @@ def _write(
         tf.errors.PermissionDeniedError,
         tf.errors.UnknownError,
     ) as error:
-        raise OSError(error.message) from error  # which a full disk is to TensorFlow
+        raise OSError(error.message) from error  # TensorFlow's errors for a full disk
     except tf.errors.OpError as error:
         raise PrecastError(
-            f"target {kind.name!r}: TensorFlow cannot write it ({error.message}); nothing was written: please report"
-            " this."
+            f"target {kind.name!r}: TensorFlow cannot write the SavedModel ({error.message}); nothing was written:"
+            " please report this."
         ) from error
-    return tuple(described)
+    return tuple(records)
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps TensorFlow from telling what it has written, and where."""
+    """Hide TensorFlow's log lines about the files it writes."""
     logger = logging.getLogger("tensorflow")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -164,22 +166,22 @@ def _quietly() -> Iterator[None]:
 
 
 def _inputs(spec: ProgramSpec) -> tuple[Value, ...]:
-    """Arguments that are given to every call."""
-    return tuple(v for v in spec.arguments if v.role not in _CONSTANTS)
+    """Return the arguments of a call: those that are not variables."""
+    return tuple(v for v in spec.arguments if v.role not in _VARIABLES)
 
 
 def _method(spec: ProgramSpec) -> Callable[[Mapping[str, Array], Sequence[Array]], tuple[Array, ...]]:
-    """A program as orbax takes one: ``(parameters by name, inputs) -> results``."""
-    constants = [v.name for v in spec.arguments if v.role in _CONSTANTS]
+    """Return a program in orbax's form: ``(parameters by name, inputs) -> results``."""
+    variables = [v.name for v in spec.arguments if v.role in _VARIABLES]
 
     def method(parameters: Mapping[str, Array], inputs: Sequence[Array]) -> tuple[Array, ...]:
-        return spec.function(*inputs, *(parameters[name] for name in constants))
+        return spec.function(*inputs, *(parameters[name] for name in variables))
 
     return method
 
 
 def _serving(tf: Any, spec: ProgramSpec) -> Any:
-    """The signature of a program: flat, with the manifest's names."""
+    """Return the signature of a program: flat, with the manifest's names."""
     from orbax.export import ServingConfig
 
     results = [_checked_name(v.name) for v in spec.results]
@@ -189,19 +191,20 @@ def _serving(tf: Any, spec: ProgramSpec) -> Any:
             tf.TensorSpec(v.shape, numpy_dtype(v.dtype), name=_checked_name(v.name)) for v in _inputs(spec)
         ],
         tf_preprocessor=lambda *inputs: inputs,
-        tf_postprocessor=lambda given: dict(zip(results, given, strict=True)),
+        tf_postprocessor=lambda arrays: dict(zip(results, arrays, strict=True)),
         method_key=spec.name,
     )
 
 
 def _checked_name(name: str) -> str:
-    written = signature_name(name)
-    if manifest_name(written) != name:
-        raise RuntimeError(f"{name}: no name of a signature leads back to it")
-    return written
+    """Translate a name of the manifest for a signature; it must translate back."""
+    translated = signature_name(name)
+    if manifest_name(translated) != name:
+        raise RuntimeError(f"{name}: its name in a signature, {translated}, does not translate back")
+    return translated
 
 
-def _described(spec: ProgramSpec, executable: str) -> Program:
+def _record(spec: ProgramSpec, executable: str) -> Program:
     return Program(
         name=spec.name,
         kind=spec.kind,

@@ -1,29 +1,29 @@
-"""StableHLO that every supported jaxlib reads, also one older than the jax that exports."""
+"""StableHLO for every supported jaxlib, including those older than the exporting jax."""
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
 from precast.loaders.artifact.errors import PrecastError
 
-# What the oldest supported jaxlib, 0.10.1, reads. jax writes for readers four weeks old at most.
+# The version that the oldest supported jaxlib, 0.10.1, reads. jax itself targets readers at most four weeks old.
 OLDEST_READER = "1.17.0"
 
 
 def for_all_jaxlibs(module: bytes, where: str) -> bytes:
-    """The same portable artifact (VHLO), in a version that the oldest supported jaxlib reads.
+    """Rewrite a portable artifact (VHLO) in the version that the oldest supported jaxlib reads.
 
-    https://openxla.org/stablehlo/compatibility: a program that uses nothing newer can be written in an older version.
+    A program without newer features can be written in an older version: https://openxla.org/stablehlo/compatibility.
 
     Args:
-        module: as jax.export has serialised it.
-        where: what messages call it.
+        module: the serialised module of a jax.export.
+        where: name of the program in messages.
 
     Raises:
-        PrecastError: for a program that uses something newer.
+        PrecastError: the program uses a newer feature.
     """
     requirement = stablehlo.StablehloCompatibilityRequirement
-    written = stablehlo.get_version_from_compatibility_requirement(requirement.WEEK_4)
-    if stablehlo.get_smaller_version(written, OLDEST_READER) == written:
+    version = stablehlo.get_version_from_compatibility_requirement(requirement.WEEK_4)
+    if stablehlo.get_smaller_version(version, OLDEST_READER) == version:
         return module
     with ir.Context() as context:
         stablehlo.register_dialect(context)

@@ -1,6 +1,7 @@
-"""Small checkpoints to read: GGUF files and Hugging Face directories, written afresh for each test."""
+"""Small checkpoints to read, written for each test: GGUF files and Hugging Face directories."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,3 +200,22 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def export_refusal(tmp_path: Path) -> Callable[..., str]:
+    """Run an export that must fail and leave no file; return its error."""
+    from precast.exporter.export import export
+    from precast.exporter.options import ExportOptions
+    from precast.loaders.artifact.errors import PrecastError
+
+    quick = ExportOptions(buckets=(8,), context=32, weights="float32", targets=("cpu",))
+
+    def run(source: Any, options: ExportOptions = quick) -> str:
+        with pytest.raises(PrecastError) as raised:
+            export(source, tmp_path / "output" / "artifact", options)
+        assert not (tmp_path / "output").exists() or os.listdir(tmp_path / "output") == []
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    return run

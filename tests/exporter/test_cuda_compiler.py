@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 from precast.exporter.models.registry import read_model
 from precast.exporter.programs import Geometry, build_programs, stored_model
-from precast.exporter.targets import TARGET_KINDS
+from precast.exporter.targets.kinds import TARGET_KINDS
 from precast.exporter.targets.build import build_target
 
 H100 = """
@@ -38,7 +38,7 @@ device = topologies.get_topology_desc("", "cuda", target_config=H100, topology="
 config, weights = json.loads(sys.argv[1]), sys.argv[2]
 model = stored_model(read_model(config, "m").with_context(256), weights)
 kind = dataclasses.replace(TARGET_KINDS["cuda"], device=lambda: device)
-programs = build_programs(model, Geometry(context=256, slots=1, buckets=(64,), cache="bfloat16"), kind.ops)
+programs = build_programs(model, Geometry(context=256, slots=1, buckets=(64,), kv_cache="bfloat16"), kind.ops)
 with tempfile.TemporaryDirectory() as folder:
     target = build_target(kind, programs, Path(folder), datetime.date(2026, 1, 1), lambda _: None)
     sizes = {p.name: (Path(folder) / p.executable).stat().st_size for p in target.programs}

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from precast.exporter import export as exporting
 from precast.exporter.models.registry import read_model
 from precast.exporter.models.xla_ops import XLA_OPS, xla_ops
-from precast.exporter.programs import Geometry, ProgramSpec, arranged, build_programs, stored_model
-from precast.exporter.targets import TARGET_KINDS
+from precast.exporter.programs import Geometry, ProgramSpec, build_programs, stored_model, with_layouts
 from precast.exporter.targets.cuda import CUDA_OPS, cuda_device, decode_layouts
+from precast.exporter.targets.kinds import TARGET_KINDS
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Value
 from precast.loaders.artifact.manifest_parser import parse_manifest
@@ -68,7 +68,7 @@ def answers(model):
     return [token for token, _ in found], np.array([logits for _, logits in found])
 
 
-# --- arranged -----------------------------------------------------------------------------------------------
+# --- with_layouts -----------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=20)
@@ -85,7 +85,7 @@ def test_an_arranged_program_is_the_same_in_other_memory(cache_order, weight_ord
         flops=0,
     )
     layouts = {"cache": tuple(cache_order), "w": tuple(weight_order)}
-    turned = arranged(spec, layouts)
+    turned = with_layouts(spec, layouts)
     c, w = np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.arange(20, dtype=np.float32).reshape(4, 5)
     given_arrays = [c.transpose(cache_order), w.transpose(weight_order)]
     assert [a.shape for a in turned.abstract_arguments()] == [a.shape for a in given_arrays]
@@ -100,7 +100,7 @@ def test_an_arranged_program_is_the_same_in_other_memory(cache_order, weight_ord
 
 def test_layouts_that_are_those_already_change_nothing():
     spec = build_programs(*tiny_programs("float32"))[-1]
-    same = arranged(spec, {v.name: v.layout for v in spec.arguments})
+    same = with_layouts(spec, {v.name: v.layout for v in spec.arguments})
     texts = [jax.jit(s.function).lower(*s.abstract_arguments()).as_text() for s in (spec, same)]
     # The names of the functions differ, what they do does not.
     assert len(set(re.sub(r"@jit_\w+|jit\(\w+\)", "", text) for text in texts)) == 1
@@ -120,8 +120,8 @@ def tiny_programs(weights, ops=XLA_OPS, **config):
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
-    model = stored_model(read_model({**tiny, **config}, "tiny").with_context(32), weights)
-    return model, Geometry(context=32, slots=1, buckets=(8,), cache="bfloat16"), ops
+    model = stored_model(read_model({**tiny, **config}, "tiny").within(32), weights)
+    return model, Geometry(context=32, slots=1, buckets=(8,), kv_cache="bfloat16"), ops
 
 
 # --- the whole way ------------------------------------------------------------------------------------------

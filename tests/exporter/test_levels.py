@@ -11,8 +11,8 @@ import pytest
 from precast.exporter.models.registry import ARCHITECTURES, read_model
 from precast.exporter.programs import Geometry, build_programs, stored_model
 from precast.exporter.sources.open import open_source
-from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets.build import build_target
+from precast.exporter.targets.kinds import TARGET_KINDS
 from precast.loaders.artifact.machine import cpu_features, processor_family
 from precast.loaders.compiling import isa
 from precast.loaders.compiling.compiler import compile_programs
@@ -49,7 +49,7 @@ def lowered(tmp_path_factory) -> dict[str, bytes]:
         source = open_source(str(folder / name))
         spec = read_model(source.config, source.name).with_context(SCRIPT.CAPACITY)
         weights, cache, slots = KINDS[i % len(KINDS)]
-        geometry = Geometry(context=SCRIPT.CAPACITY, slots=slots, buckets=(8,), cache=cache)
+        geometry = Geometry(context=SCRIPT.CAPACITY, slots=slots, buckets=(8,), kv_cache=cache)
         specs = build_programs(stored_model(spec, weights), geometry, kind.ops)
         target = build_target(kind, specs, folder, datetime.date(2026, 1, 1), lambda _: None)
         for program in target.programs:

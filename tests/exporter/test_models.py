@@ -225,7 +225,7 @@ def test_published_programs_have_shapes(name: str, weights: str, cache: str) -> 
     from precast.exporter.programs import Geometry, build_programs, stored_model
 
     spec = _spec(PUBLISHED[name][0])
-    geometry = Geometry(context=256, slots=2, buckets=(32,), cache=cache)
+    geometry = Geometry(context=256, slots=2, buckets=(32,), kv_cache=cache)
     for program in build_programs(stored_model(spec, weights), geometry, XLA_OPS):
         results = jax.eval_shape(program.function, *program.abstract_arguments())
         found = [SimpleNamespace(shape=r.shape, dtype=str(r.dtype)) for r in results]

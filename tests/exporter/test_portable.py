@@ -7,8 +7,8 @@ import pytest
 from jax import export as jax_export
 
 from precast.exporter.programs import ProgramSpec
-from precast.exporter.targets import DEFAULT_TARGETS, TARGET_KINDS
 from precast.exporter.targets.build import _stablehlo
+from precast.exporter.targets.kinds import DEFAULT_TARGETS, TARGET_KINDS
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Value
 from precast.loaders.artifact.manifest_parser import parse_manifest

@@ -54,7 +54,7 @@ def uncached(model: StoredModel, root: Path, ids: Sequence[int]) -> np.ndarray:
 def test_logits_are_the_references(
     export_tiny: Callable[..., Path], tiny_source: Callable[..., Any], weights: str, cache: str
 ) -> None:
-    root = export_tiny(weights=weights, cache=cache, targets=("cpu",))
+    root = export_tiny(weights=weights, kv_cache=cache, targets=("cpu",))
     source = tiny_source()
     stored = stored_model(read_model(source.config, source.name), weights)
     ids = PROMPT + [i * 11 % 60 for i in range(STEPS)]
@@ -73,7 +73,7 @@ def test_the_portable_target_computes_the_same(export_tiny: Callable[..., Path],
 
 
 def test_what_the_manifest_says(export_tiny: Callable[..., Path]) -> None:
-    manifest = load(export_tiny(weights="int4", cache="int8", targets=("cpu",))).manifest
+    manifest = load(export_tiny(weights="int4", kv_cache="int8", targets=("cpu",))).manifest
     assert manifest.model.weights == "int4"
     assert [(a.name, a.dtype, a.axes) for a in manifest.cache] == [
         ("cache.keys", "int8", "LBKSH"),
@@ -104,7 +104,7 @@ def test_what_the_manifest_says(export_tiny: Callable[..., Path]) -> None:
 def test_the_cache_goes_with_the_weights(
     export_tiny: Callable[..., Path], weights: str, cache: str | None, kept: str
 ) -> None:
-    manifest = load(export_tiny(weights=weights, cache=cache, targets=("cpu",))).manifest
+    manifest = load(export_tiny(weights=weights, kv_cache=cache, targets=("cpu",))).manifest
     assert {a.dtype for a in manifest.cache if a.axes == "LBKSH"} == {kept}
     assert (manifest.fidelity is None) == (weights == "float32")
 

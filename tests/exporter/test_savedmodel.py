@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from precast.exporter import export as whole_export
-from precast.exporter.export import ExportOptions, export
+from precast.exporter.export import export
 from precast.exporter.models.registry import read_model
+from precast.exporter.options import ExportOptions
 from precast.exporter.programs import TABLES, Geometry, build_programs, stored_model
-from precast.exporter.targets import TARGET_KINDS
 from precast.exporter.targets import savedmodel as exporting
+from precast.exporter.targets.kinds import TARGET_KINDS
 from precast.exporter.weights import plan_weights, write_model_weights
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.audit.verify import DO_NOT_USE, ReplayReport
@@ -153,7 +154,7 @@ def test_a_full_disk_is_an_error_of_the_system_s(savedmodel_packages, tiny_sourc
 def test_names_of_signatures_lead_back_to_those_of_the_manifest(tiny_source):
     source = tiny_source(config={"model_type": "mistral", "sliding_window": 8})
     model = stored_model(read_model(source.config, source.name), "int8")
-    geometry = Geometry(context=64, slots=1, buckets=(8,), cache="int8")
+    geometry = Geometry(context=64, slots=1, buckets=(8,), kv_cache="int8")
     programs = build_programs(model, geometry, TARGET_KINDS["savedmodel"].ops)
     names = {
         v.name for p in programs for v in (*p.arguments, *p.results) if v.role not in ("table", "weight")
@@ -193,7 +194,8 @@ def test_an_export_asks_for_the_golden_answers(savedmodel_packages, tmp_path, ti
 def test_missing_packages_are_named_before_anything_is_written(
     there, sentence, monkeypatch, tiny_source, tmp_path
 ):
-    from precast.exporter.export import ExportOptions, export
+    from precast.exporter.export import export
+    from precast.exporter.options import ExportOptions
 
     monkeypatch.setattr(exporting, "find_spec", lambda name: object() if name in there else None)
     with pytest.raises(PrecastError) as raised:

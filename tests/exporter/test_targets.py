@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from precast.exporter import export as exporting
-from precast.exporter.export import ExportOptions, check_options, export
+from precast.exporter.export import export
+from precast.exporter.options import ExportOptions
 from precast.loaders.add_target import add_target
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import cpu_features, processor_family
@@ -172,60 +172,6 @@ def test_programs_of_pure_xla_stay_within_their_level(artifact_copy):
     assert told[2] == ", ".join(sorted(beyond))
     assert set() < beyond <= set(isa.LEVELS["x86-64-v3"].features)
     assert "portable-x86-64-v2" not in {t.name for t in read_manifest(artifact_copy).targets}
-
-
-# --- what is refused ----------------------------------------------------------------------------------------
-
-
-def refusal(**options) -> str:
-    with pytest.raises(PrecastError) as raised:
-        check_options(ExportOptions(**options))
-    return str(raised.value)
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Makes this machine another one."""
-
-    def be(family, *features) -> None:
-        monkeypatch.setattr(isa, "processor_family", lambda: family)
-        monkeypatch.setattr(isa, "cpu_features", lambda: features)
-
-    return be
-
-
-def test_instruction_sets_that_cannot_be_had_are_refused(machine):
-    machine("x86_64", *isa.LEVELS["x86-64-v3"].features)
-    assert refusal(cpu_isas=("mmx",)) == (
-        "--cpu-isa: 'mmx' is not known, expected one of x86-64-v2, x86-64-v3, x86-64-v4, native."
-    )
-    for former, level in (("sse4.2", "v2"), ("avx", "v2"), ("avx2", "v3"), ("avx512", "v4")):
-        assert refusal(cpu_isas=(former,)).endswith(f"the name used before 0.3; write x86-64-{level}.")
-    text = refusal(cpu_isas=("x86-64-v2", "x86-64-v4"))
-    assert text.startswith("--cpu-isa: x86-64-v4 is wider than this machine, which lacks avx512bw, avx512cd")
-    assert text.endswith("copy the artifact there and run precast add-target --cpu-isa x86-64-v4.")
-    assert "each once, found one of them twice" in refusal(cpu_isas=("native", "native"))
-    assert "each once, found none" in refusal(cpu_isas=())
-    assert refusal(cpu_isas=("native",), targets=("portable",)) == (
-        "--cpu-isa: only the target cpu is compiled for it; add --target cpu."
-    )
-    check_options(ExportOptions(cpu_isas=("native", "x86-64-v2", "x86-64-v3")))
-    check_options(ExportOptions(targets=("portable",)))
-    machine("aarch64", "neon")
-    assert refusal(cpu_isas=("x86-64-v2",)).startswith(
-        "--cpu-isa: x86-64-v2 is a level of x86-64, this machine is aarch64; leave it out"
-    )
-    check_options(ExportOptions(cpu_isas=("native",)))
-
-
-def test_the_default_is_what_most_machines_have(machine):
-    for level in isa.LEVELS.values():
-        machine("x86_64", *level.features)
-        assert isa.default_isa() == "x86-64-v2"
-    machine("x86_64", *isa.LEVELS["x86-64-v2"].features[1:])
-    assert isa.default_isa() == "native"
-    machine("aarch64", "neon")
-    assert isa.default_isa() == "native"
 
 
 # --- what an executable needs -------------------------------------------------------------------------------

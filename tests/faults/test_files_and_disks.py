@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from precast.exporter import export as exporting
-from precast.exporter.export import ExportOptions
+from precast.exporter.options import ExportOptions
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.files import cache_folder
 from precast.loaders.audit.verify import check_files

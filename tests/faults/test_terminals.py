@@ -89,7 +89,7 @@ def test_files_that_do_not_belong(cli, artifact_copy):
 
 def test_what_an_export_quotes(capsys, monkeypatch, tmp_path):
     from precast.exporter import console
-    from precast.exporter.export import ExportOptions
+    from precast.exporter.options import ExportOptions
 
     def export(source: Any, path: Any, options: Any, progress: Any) -> Any:
         progress.stage(f"  remark on {HOSTILE}")

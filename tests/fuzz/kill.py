@@ -55,7 +55,8 @@ def commands(folder: Path, base: Path) -> list[Command]:
     import make
 
     # Imported before anything forks; none of these starts a thread.
-    from precast.exporter.export import ExportOptions, export
+    from precast.exporter.export import export
+    from precast.exporter.options import ExportOptions
     from precast.loaders.add_target import add_target
     from precast.loaders.store.pull import pull
 

@@ -95,7 +95,8 @@ def source() -> Any:
 
 def export_golden(folder: Path) -> None:
     """Exports for every target that this precast makes by default; weights in half the bytes where it can."""
-    from precast.exporter.export import ExportOptions, export
+    from precast.exporter.export import export
+    from precast.exporter.options import ExportOptions
     from precast.loaders.artifact.manifest import FORMAT_VERSION
 
     # The first format knew float32 alone.

@@ -1,0 +1,128 @@
+"""The options of an export, and their checks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.compiling import isa
+
+from .models.registry import ModelSpec
+from .programs import CACHE_TYPES, Geometry
+from .quantize import FORMATS
+from .targets import savedmodel
+from .targets.kinds import DEFAULT_TARGETS, TARGET_KINDS
+
+DEFAULT_CONTEXT = 2048
+DEFAULT_BUCKETS = (64, 128, 512)
+_MOST_SLOTS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The options of an export.
+
+    Attributes:
+        buckets: prompt lengths to compile a prefill program for; None for those of `DEFAULT_BUCKETS` that fit the
+            context.
+        context: S, positions of a slot; None for the model's own limit, at most `DEFAULT_CONTEXT`.
+        slots: B, sequences decoded together.
+        weights: storage format of the weights, a key of `FORMATS`.
+        kv_cache: type of the KV cache, one of `CACHE_TYPES`; None for float32 with float32 weights, else bfloat16.
+        targets: keys of `TARGET_KINDS`.
+        cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native"
+            for this machine's; None for `precast.loaders.compiling.isa.default_isa`.
+        overwrite: permission to replace an existing artifact.
+    """
+
+    buckets: tuple[int, ...] | None = None
+    context: int | None = None
+    slots: int = 1
+    weights: str = "int8"
+    kv_cache: str | None = None
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    cpu_isas: tuple[str, ...] | None = None
+    overwrite: bool = False
+
+
+def check_options(options: ExportOptions) -> None:
+    """Check the options as far as possible before a model is read.
+
+    Raises:
+        PrecastError: an option has an impossible value; the message names the option.
+    """
+    _check_choice("weights", options.weights, tuple(FORMATS))
+    if options.kv_cache is not None:
+        _check_choice("kv-cache", options.kv_cache, CACHE_TYPES)
+    if not 1 <= options.slots <= _MOST_SLOTS:
+        raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to {_MOST_SLOTS}.")
+    _check_targets(options.targets)
+    if options.cpu_isas is not None:
+        _check_isas(options.cpu_isas, options.targets)
+    if options.buckets is not None:
+        _check_buckets(options.buckets)
+
+
+def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
+    """Choose context, buckets and KV cache for a model.
+
+    Raises:
+        PrecastError: an option has an impossible value, or one that does not fit the model.
+    """
+    check_options(options)
+    limit = spec.config.max_positions
+    context = min(DEFAULT_CONTEXT, limit) if options.context is None else options.context
+    if not 2 <= context <= limit:
+        raise PrecastError(
+            f"--context: {context} is not possible, expected 2 to {limit} (the model's own limit)."
+        )
+    buckets = options.buckets
+    if buckets is None:
+        buckets = tuple(b for b in DEFAULT_BUCKETS if b <= context) or (context,)
+    for bucket in buckets:
+        if bucket > context:
+            raise PrecastError(
+                f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
+            )
+    # Reduced weights lose more than a bfloat16 cache does; float32 weights mean the user wants full precision.
+    kv_cache = options.kv_cache or ("float32" if options.weights == "float32" else "bfloat16")
+    return Geometry(context=context, slots=options.slots, buckets=tuple(sorted(buckets)), kv_cache=kv_cache)
+
+
+def _check_choice(option: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise PrecastError(f"--{option}: {value!r} is not supported, expected one of {', '.join(known)}.")
+
+
+def _check_buckets(buckets: Sequence[int]) -> None:
+    if not buckets:
+        raise PrecastError("--buckets: expected at least one prompt length, found none.")
+    for bucket in buckets:
+        if bucket < 1:
+            raise PrecastError(f"--buckets: {bucket} is not possible, expected prompt lengths of 1 or more.")
+        if buckets.count(bucket) > 1:
+            raise PrecastError(f"--buckets: {bucket} is named twice; name each length once.")
+
+
+def _check_targets(targets: Sequence[str]) -> None:
+    unknown = [repr(name) for name in targets if name not in TARGET_KINDS]
+    if not targets or unknown or len(set(targets)) < len(targets):
+        found = ", ".join(unknown) or ("one of them twice" if targets else "none")
+        raise PrecastError(
+            f"targets: expected one or more of {', '.join(TARGET_KINDS)}, each once, found {found}."
+        )
+    kinds = [TARGET_KINDS[name] for name in targets]
+    if any(kind.runtime == "savedmodel" for kind in kinds):
+        savedmodel.check_packages()
+    for kind in kinds:
+        if kind.device is not None:
+            kind.device()
+
+
+def _check_isas(isas: Sequence[str], targets: Sequence[str]) -> None:
+    if not isas or len(set(isas)) < len(isas):
+        found = "one of them twice" if isas else "none"
+        raise PrecastError(f"--cpu-isa: expected one or more instruction sets, each once, found {found}.")
+    for name in isas:
+        isa.check_isa(name)
+    if "cpu" not in targets:
+        raise PrecastError("--cpu-isa: only the target cpu is compiled for it; add --target cpu.")

@@ -1,0 +1,134 @@
+"""The plan of an export: every decision and every check that comes before the first file."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import SamplingDefaults
+from precast.loaders.generation.sampling_params import SamplingParams
+
+from . import texts
+from .models.registry import ModelSpec, read_model
+from .options import ExportOptions, choose_geometry
+from .programs import Geometry, StoredModel, stored_model
+from .sources.base import Source
+from .weights import WeightPlan, plan_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """A checked source, and the decisions about its artifact.
+
+    Attributes:
+        source: the model to export.
+        weights: storage format of the weights, a key of `FORMATS`.
+        geometry: context, slots, buckets and type of the KV cache.
+        stored: the model with the formats of its parameters; its spec is limited to the context.
+        weight_plan: the source tensors of each parameter.
+        sampling: the model's own sampling defaults.
+        created: day of the export.
+        remarks: sentences for the user about the source and its artifact.
+    """
+
+    source: Source
+    weights: str
+    geometry: Geometry
+    stored: StoredModel
+    weight_plan: WeightPlan
+    sampling: SamplingDefaults
+    created: date
+    remarks: tuple[str, ...]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.stored.spec
+
+
+def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
+    """Check a source and the options, and decide everything about the artifact.
+
+    Raises:
+        PrecastError: the source or the options cannot be exported faithfully.
+    """
+    spec = read_model(source.config, source.name)
+    geometry = choose_geometry(options, spec)
+    spec = spec.with_context(geometry.context)
+    stored = stored_model(spec, options.weights)
+    weight_plan = plan_weights(spec.adapt(source), stored.parameters, tied=spec.config.tied_embeddings)
+    _check_tokenizer(source, spec.config.vocab)
+    remarks = (
+        *source.remarks,
+        *texts.marker_remarks(source),
+        texts.bare_tokens(source, spec.config.vocab),
+        weight_plan.remark(),
+        _rope_remark(spec, geometry.context),
+    )
+    return ExportPlan(
+        source=source,
+        weights=options.weights,
+        geometry=geometry,
+        stored=stored,
+        weight_plan=weight_plan,
+        sampling=_sampling_defaults(source),
+        created=_today(),
+        remarks=tuple(remark for remark in remarks if remark is not None),
+    )
+
+
+def _check_tokenizer(source: Source, vocab: int) -> None:
+    """Refuse chat templates that do not compile, and tokens beyond the model's `vocab` embeddings."""
+    texts.check_templates(source)
+    tokenizer = texts.read_tokenizer(source)
+    if tokenizer.largest_own_id >= vocab:
+        raise PrecastError(
+            f"{source.name}: the tokenizer has ids up to {tokenizer.largest_own_id}, not counting added tokens, and the"
+            f" model embeds {vocab} tokens; they do not belong together, so fetch both from one place."
+        )
+    for token in source.eos_token_ids:
+        if not 0 <= token < vocab:
+            raise PrecastError(
+                f"{source.name}: end token {token} is outside the model's {vocab} tokens; correct eos_token_id in its"
+                " configuration."
+            )
+
+
+def _rope_remark(spec: ModelSpec, context: int) -> str | None:
+    """Describe RoPE frequencies that depend on the context; None if the model's do not."""
+    reaches = [
+        rope.max_context for rope in spec.ropes if rope.max_context is not None and rope.max_context < context
+    ]
+    if not reaches:
+        return None
+    return (
+        f"this model's RoPE has other frequencies beyond {min(reaches)} positions: the artifact uses them for every"
+        f" prompt (transformers chooses by the length of each); --context {min(reaches)} keeps the original ones"
+    )
+
+
+def _sampling_defaults(source: Source) -> SamplingDefaults:
+    """Return the model's own sampling defaults, checked by the loader's rules."""
+    where = (
+        f"{source.name}: the sampling defaults in its generation_config.json or GGUF metadata cannot be used"
+    )
+    known = [field.name for field in dataclasses.fields(SamplingDefaults)]
+    if unknown := sorted(set(source.sampling) - set(known)):
+        raise PrecastError(f"{where}: {unknown[0]!r} is unknown, expected one of {', '.join(known)}.")
+    try:
+        params = SamplingParams(**source.sampling)  # type: ignore[arg-type]  # it checks the types itself
+        return SamplingDefaults(**{key: getattr(params, key) for key in source.sampling})
+    except PrecastError as error:
+        reason = str(error).removeprefix("Sampling parameters: ").rstrip(".")
+        raise PrecastError(f"{where}: {reason}; correct or remove it there.") from None
+
+
+def _today() -> date:
+    """Return the day of the export; SOURCE_DATE_EPOCH (reproducible-builds.org) overrides the clock."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        return (datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)).date()
+    except (ValueError, OverflowError, OSError):
+        raise PrecastError(
+            f"SOURCE_DATE_EPOCH: expected seconds since 1970, found {epoch!r:.40}; correct or unset it."
+        ) from None

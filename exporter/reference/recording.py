@@ -1,0 +1,89 @@
+"""Recording the golden answers of a new artifact, and replaying them on its other targets."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.golden import Golden, parse_golden
+from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
+from precast.loaders.artifact.weights import map_weights
+from precast.loaders.audit.verify import OTHERWISE, replay
+from precast.loaders.compiling import trial
+from precast.loaders.generation.model import Model
+from precast.loaders.load import load_export
+from precast.loaders.progress import Progress
+from precast.loaders.runtime.installed import this_machine
+
+from ..manifest import write_manifest
+from ..programs import StoredModel
+from . import golden
+
+# Tokens of each golden answer that a SavedModel repeats: TensorFlow needs 1 s where kernels need 50 ms.
+_SAVEDMODEL_TOKENS = 4
+
+
+def record_golden(folder: Path, manifest: Manifest, stored: StoredModel, weights_sha256: str) -> None:
+    """Let the first target answer, check the answers against the reference, and write them.
+
+    Raises:
+        PrecastError: an answer differs from the reference's.
+    """
+    path = folder / manifest.golden
+    path.write_bytes(golden.to_json(()))
+    # `_answer` frees its model before the reference maps the weights, so that they are in memory once at a time.
+    cases = _answer(folder, write_manifest(folder, manifest, weights_sha256))
+    weights = map_weights(folder / WEIGHTS_FILE)
+    with jax.default_matmul_precision("highest"):  # for the reference; the programs are compiled already
+        checked = golden.check(
+            cases, stored, manifest.cache[0].dtype, golden.tie_of(manifest), weights, manifest.name
+        )
+    path.write_bytes(golden.to_json(checked))
+
+
+def load_first(folder: Path, manifest: Manifest) -> Model:
+    """Load the first target; compile it if it consists of StableHLO alone."""
+    return load_export(folder, target=manifest.targets[0].name, allow_compile=True)
+
+
+def _answer(folder: Path, manifest: Manifest) -> tuple[golden.Case, ...]:
+    """Return the answers of the first target, and remember that it runs here, which spares the first load a trial."""
+    model = load_first(folder, manifest)
+    cases = golden.answers(model, golden.tie_of(manifest))
+    trial.record_success(manifest, model.target, this_machine())
+    return cases
+
+
+def replay_on_others(
+    folder: Path, manifest: Manifest, log: Callable[[str], None], progress: Progress
+) -> None:
+    """Replay the golden answers on every target but the first, except those that need compiling.
+
+    Args:
+        folder: the finished artifact.
+        manifest: its manifest.
+        log: called with the name of each target.
+        progress: called with each answer.
+
+    Raises:
+        PrecastError: a target gives another answer.
+    """
+    recorded = parse_golden((folder / manifest.golden).read_bytes(), manifest, manifest.golden)
+    for target in manifest.targets[1:]:
+        if target.runtime == "stablehlo":
+            continue
+        log(f"checking answers of target {target.name}")
+        model = load_export(folder, target=target.name)
+        expected = _shortened(recorded) if target.runtime == "savedmodel" else recorded
+        found = replay(model, expected, f"target {target.name!r}", progress)
+        if found.problems:
+            problem = found.problems[0].removesuffix(OTHERWISE)
+            raise PrecastError(f"{problem}nothing was written: please report this.")
+        trial.record_success(manifest, target, this_machine())
+
+
+def _shortened(recorded: Golden) -> Golden:
+    answers = (dataclasses.replace(a, token_ids=a.token_ids[:_SAVEDMODEL_TOKENS]) for a in recorded.greedy)
+    return dataclasses.replace(recorded, greedy=tuple(answers))

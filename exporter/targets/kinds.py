@@ -1,0 +1,68 @@
+"""The kinds of target: how each computes, what it is compiled for, and what the loader needs to run it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+
+from ..models.cpu_ops import CPU_OPS
+from ..models.ops import Ops
+from ..models.xla_ops import XLA_OPS
+from ..programs import ProgramSpec
+from .cuda import CUDA_OPS, Layouts, cuda_device, decode_layouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetKind:
+    """A kind of target that an export can make.
+
+    Attributes:
+        name: the user's name for the kind, and its folder below ``programs/``.
+        ops: the operations of its programs.
+        runtime: "pjrt" for executables, "stablehlo" for programs that the loader compiles on request, "savedmodel"
+            for TensorFlow.
+        platform: the platform that the loader must have; "any" if all of `lowered_for` share the programs.
+        lowered_for: platforms that its StableHLO is lowered for, in XLA's names.
+        device: returns the device to compile for, or raises PrecastError if there is none; None for the CPU.
+        layouts: returns the layouts of caches and weights that suit the decode program; None for axes in order.
+    """
+
+    name: str
+    ops: Ops
+    runtime: str
+    platform: str = "cpu"
+    lowered_for: tuple[str, ...] = ("cpu",)
+    device: Callable[[], jax.Device] | None = None
+    layouts: Callable[[ProgramSpec, jax.Device], Layouts] | None = None
+
+
+TARGET_KINDS: Mapping[str, TargetKind] = {
+    kind.name: kind
+    for kind in (
+        TargetKind(name="cpu", ops=CPU_OPS, runtime="pjrt"),
+        TargetKind(
+            name="portable",
+            ops=XLA_OPS,
+            runtime="stablehlo",
+            platform="any",
+            lowered_for=("cpu", "cuda", "tpu"),
+        ),
+        TargetKind(
+            name="cuda",
+            ops=CUDA_OPS,
+            runtime="pjrt",
+            platform="cuda",
+            lowered_for=("cuda",),
+            device=cuda_device,
+            layouts=decode_layouts,
+        ),
+        TargetKind(
+            name="savedmodel",
+            ops=XLA_OPS,
+            runtime="savedmodel",
+            platform="any",
+            lowered_for=("cpu", "cuda", "tpu"),
+        ),
+    )
+}
+DEFAULT_TARGETS = ("cpu", "portable")

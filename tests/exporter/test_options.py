@@ -1,0 +1,137 @@
+"""The options of an export: defaults, and refusals before a model is read or a file is written."""
+
+from dataclasses import replace
+
+import pytest
+
+from precast.exporter.export import export
+from precast.exporter.models.registry import read_model
+from precast.exporter.options import ExportOptions, check_options, choose_geometry
+from precast.exporter.plan import _rope_remark
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.compiling import isa
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.load import load
+
+
+def test_default_buckets_are_those_within_the_context(tmp_path, tiny_source):
+    options = ExportOptions(weights="float32", targets=("cpu",))
+    short = replace(options, context=40)
+    assert export(tiny_source(), tmp_path / "short", short).buckets == (40,)
+    assert choose_geometry(options, longrope(limit=600)).buckets == (64, 128, 512)
+    assert choose_geometry(options, longrope(limit=200)).buckets == (64, 128)
+
+
+def longrope(limit):
+    """Return a model whose RoPE changes beyond 96 positions."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"vocab_size": 9, "max_position_embeddings": limit, "original_max_position_embeddings": 96}
+    return read_model({"model_type": "phi3", **config, "rope_scaling": scaling}, "config.json")
+
+
+def test_a_rope_that_depends_on_the_context_gets_a_remark():
+    assert _rope_remark(longrope(limit=600), 96) is None
+    assert "other frequencies beyond 96 positions" in _rope_remark(longrope(limit=600), 97)
+
+
+def test_buckets_are_sorted_and_the_context_defaults_to_the_model_s_limit(tmp_path, tiny_source):
+    options = ExportOptions(buckets=(32, 1), weights="float32", targets=("cpu",))
+    manifest = export(tiny_source(config={"max_position_embeddings": 40}), tmp_path / "a", options)
+    assert (manifest.buckets, manifest.context) == ((1, 32), 40)
+
+
+def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
+    export(
+        tiny_source(),
+        tmp_path / "a",
+        ExportOptions(buckets=(32,), context=32, weights="float32", targets=("cpu",)),
+    )
+    found = load(tmp_path / "a").generate([5] * 31, SamplingParams(ignore_eos=True))
+    assert len(found.token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"buckets": ()}, "--buckets: expected at least one prompt length, found none."),
+        ({"buckets": (0,)}, "--buckets: 0 is not possible"),
+        ({"buckets": (8, 8)}, "--buckets: 8 is named twice"),
+        ({"buckets": (33,), "context": 32}, "--buckets: 33 is larger than the context of 32"),
+        (
+            {"targets": ()},
+            "--target: expected one or more of cpu, portable, cuda, savedmodel, each once, found none.",
+        ),
+        (
+            {"targets": ("gpu",)},
+            "--target: expected one or more of cpu, portable, cuda, savedmodel, each once, found 'gpu'.",
+        ),
+        ({"targets": ("cpu", "cpu")}, "each once, found one of them twice."),
+        ({"context": 129}, "--context: 129 is not possible, expected 2 to 128"),
+        ({"slots": 0}, "--slots: 0 is not possible"),
+        ({"weights": "int2"}, "--weights: 'int2' is not supported"),
+        (
+            {"kv_cache": "int4"},
+            "--kv-cache: 'int4' is not supported, expected one of float32, bfloat16, int8.",
+        ),
+    ],
+)
+def test_impossible_options_are_refused(export_refusal, tiny_source, options, text):
+    assert text in export_refusal(
+        tiny_source(), ExportOptions(**{"buckets": (8,), "weights": "float32", **options})
+    )
+
+
+# --- instruction sets ---------------------------------------------------------------------------------------
+
+
+def refusal(**options) -> str:
+    """Return the error of `check_options`."""
+    with pytest.raises(PrecastError) as raised:
+        check_options(ExportOptions(**options))
+    return str(raised.value)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Replace the machine's processor."""
+
+    def be(family, *features) -> None:
+        monkeypatch.setattr(isa, "processor_family", lambda: family)
+        monkeypatch.setattr(isa, "cpu_features", lambda: features)
+
+    return be
+
+
+def test_impossible_instruction_sets_are_refused(machine):
+    machine("x86_64", *isa.LEVELS["x86-64-v3"].features)
+    assert refusal(cpu_isas=("mmx",)) == (
+        "--cpu-isa: 'mmx' is not known, expected one of x86-64-v2, x86-64-v3, x86-64-v4, native."
+    )
+    for former, level in (("sse4.2", "v2"), ("avx", "v2"), ("avx2", "v3"), ("avx512", "v4")):
+        assert refusal(cpu_isas=(former,)).endswith(f"the name used before 0.3; write x86-64-{level}.")
+    text = refusal(cpu_isas=("x86-64-v2", "x86-64-v4"))
+    assert text.startswith("--cpu-isa: x86-64-v4 is wider than this machine, which lacks avx512bw, avx512cd")
+    assert text.endswith("copy the artifact there and run precast add-target --cpu-isa x86-64-v4.")
+    assert "each once, found one of them twice" in refusal(cpu_isas=("native", "native"))
+    assert "each once, found none" in refusal(cpu_isas=())
+    assert refusal(cpu_isas=("native",), targets=("portable",)) == (
+        "--cpu-isa: only the target cpu is compiled for it; add --target cpu."
+    )
+    check_options(ExportOptions(cpu_isas=("native", "x86-64-v2", "x86-64-v3")))
+    check_options(ExportOptions(targets=("portable",)))
+    machine("aarch64", "neon")
+    assert refusal(cpu_isas=("x86-64-v2",)).startswith(
+        "--cpu-isa: x86-64-v2 is a level of x86-64, this machine is aarch64; leave it out"
+    )
+    check_options(ExportOptions(cpu_isas=("native",)))
+
+
+def test_the_default_instruction_set_suits_most_machines(machine):
+    for level in isa.LEVELS.values():
+        machine("x86_64", *level.features)
+        assert isa.default_isa() == "x86-64-v2"
+    machine("x86_64", *isa.LEVELS["x86-64-v2"].features[1:])
+    assert isa.default_isa() == "native"
+    machine("aarch64", "neon")
+    assert isa.default_isa() == "native"
