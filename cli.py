@@ -63,7 +63,7 @@ def main() -> None:
     help="How weights are stored: float32, bfloat16, int8, int4.",
 )
 @click.option(
-    "--cache",
+    "--kv-cache",
     help="How keys and values are kept: float32, bfloat16, int8. Default: float32 with float32 weights, else bfloat16.",
 )
 @click.option(
@@ -87,7 +87,7 @@ def export(
     context: int | None,
     slots: int,
     weights: str,
-    cache: str | None,
+    kv_cache: str | None,
     targets: tuple[str, ...],
     cpu_isas: tuple[str, ...],
     overwrite: bool,
@@ -109,7 +109,7 @@ def export(
         context=context,
         slots=slots,
         weights=weights,
-        cache=cache,
+        kv_cache=kv_cache,
         targets=targets or DEFAULT_TARGETS,
         cpu_isas=cpu_isas or None,
         overwrite=overwrite,

@@ -1,16 +1,16 @@
-"""Decoding of a 7B shape on a GPU, in bfloat16, against the card's bandwidth and against transformers.
+"""Decoding of a 7B model on a GPU in bfloat16, compared with the GPU's bandwidth and with transformers.
 
-Decoding one token reads every weight once and the filled part of the cache, so these bytes over the bandwidth of the
-card's memory are a lower bound on a step. The bandwidth is measured in the same process, right before. The model has
-the shape of Mistral 7B and random weights, which take as long as trained ones; it goes through precast's own export
-into an artifact, golden answers and all, and is loaded from there. The peer is transformers with torch.compile
-("reduce-overhead", which replays CUDA graphs): the same shape, a static cache, bfloat16, a process of its own.
+A decode step reads every weight and the filled part of the KV cache once, so its time is at least these bytes divided
+by the bandwidth of the GPU's memory, which is measured just before in the same process. The model has the shape of
+Mistral 7B and random weights, which are as fast as trained ones; precast exports it into an artifact with golden
+answers, and loads that. The peer is transformers with torch.compile ("reduce-overhead", which replays CUDA graphs) in
+another process, with the same shape, a static cache and bfloat16.
 
     python benchmarks/gpu.py [--shape 7b|tiny] [--platform cuda|cpu] [--steps 128] [--rounds 5]
 
-Needs a GPU of 24 GB or more, memory for the float32 reference that the export checks against (about 35 GB) and 15 GB
-of disk; without a GPU it says so and ends. On a CPU (--platform cpu --shape tiny) its figures mean nothing: that is for
-its own test. Prints a table and ends in one JSON line.
+It needs a GPU of at least 24 GB, about 35 GB of memory for the export's float32 reference, and 15 GB of disk. The
+option --platform cpu with --shape tiny is for the benchmark's test; its figures have no meaning. The output is a table,
+and one line of JSON at the end.
 """
 
 import argparse
@@ -79,7 +79,7 @@ SHAPES: Mapping[str, Mapping[str, object]] = {
 
 
 def tensor_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama of this shape, by its name in a checkpoint."""
+    """Return the shape of every tensor of a Llama model, by its name in a checkpoint."""
     d, f, v = (int(str(config[k])) for k in ("hidden_size", "intermediate_size", "vocab_size"))
     heads, kv, h = (int(str(config[k])) for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     layer = {
@@ -104,17 +104,17 @@ def tensor_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The same numbers for a name every time, so that nothing need be kept; as large as trained ones are."""
+    """Return random numbers of trained weights' magnitude, always the same for a name, so that none is stored."""
     if len(shape) == 1:
         return np.ones(shape, np.float32)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     values = np.random.default_rng(seed).integers(-127, 128, shape, np.int8).astype(np.float32)
-    values *= (1.0 if "embed" in name else 1.5 * shape[1] ** -0.5) / 73.6  # whose standard deviation is 73.6
+    values *= (1.0 if "embed" in name else 1.5 * shape[1] ** -0.5) / 73.6  # 73.6 is the standard deviation
     return values
 
 
 def random_source(shape: str):
-    """A source of precast's exporter, made as it is read."""
+    """Return a source whose tensors are generated when read."""
     from precast.exporter.sources.base import Source, SourceTensor
 
     config = SHAPES[shape]
@@ -137,7 +137,7 @@ def random_source(shape: str):
 
 
 def _tokenizer() -> bytes:
-    """Bytes as tokens: the benchmark gives ids, but an artifact has a tokenizer."""
+    """Return a tokenizer of bytes: the benchmark uses ids, but an artifact needs a tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -155,7 +155,7 @@ def prompt(vocab: int) -> list[int]:
 
 
 def step_bytes(manifest: dict, target: str, filled: int) -> int:
-    """Bytes that a step must read: the weights, of an embedding that is not the head's a row, and the filled cache."""
+    """Return the bytes that a step reads: the weights, except an untied embedding, and the filled KV cache."""
     programs = next(t for t in manifest["targets"] if t["name"] == target)["programs"]
     decode = next(p for p in programs if p["kind"] == "decode")
     weights = [a for a in decode["arguments"] if a["role"] == "weight"]
@@ -171,7 +171,7 @@ def _bytes(value: dict) -> int:
 
 
 def bandwidth(device, gigabytes: float, rounds: int) -> float:
-    """Bytes per second of a device's memory: the faster of reading alone, and of reading and writing."""
+    """Measure the bytes per second of a device's memory: the faster of reading, and of reading and writing."""
     import jax
     import jax.numpy as jnp
 
@@ -195,7 +195,7 @@ def bandwidth(device, gigabytes: float, rounds: int) -> float:
 
 
 def export_model(shape: str, platform: str, capacity: int, folder: Path) -> tuple[Path, float]:
-    """Exports the model for one target; the artifact and the seconds it took."""
+    """Export the model for one target; return the artifact and the seconds of the export."""
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
 
@@ -208,7 +208,7 @@ def export_model(shape: str, platform: str, capacity: int, folder: Path) -> tupl
 
 
 def decode_speeds(artifact: Path, steps: int, rounds: int) -> dict:
-    """Prefill seconds and decoded tokens per second of an artifact, of every round."""
+    """Measure an artifact's prefill in seconds, and its decoding in tokens per second, for every round."""
     from precast.loaders.load import load
 
     model = load(artifact)
@@ -224,7 +224,7 @@ def decode_speeds(artifact: Path, steps: int, rounds: int) -> dict:
             token = int(engine.decode([token], [position], cache).token[0])
         prefills.append(decoding - started)
         speeds.append(steps / (time.perf_counter() - decoding))
-    # The first round is for whatever is done once.
+    # The first round includes work that is done once.
     return {"target": model.target.name, "prefill_s": prefills[1:], "tokens_per_s": speeds[1:]}
 
 
@@ -232,7 +232,7 @@ def decode_speeds(artifact: Path, steps: int, rounds: int) -> dict:
 
 
 def run_torch(shape: str, platform: str, capacity: int, steps: int, rounds: int, backend: str) -> dict:
-    """The same with transformers and torch.compile; call it in a process of its own."""
+    """Measure transformers with torch.compile, in a process that has done nothing else."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -245,7 +245,7 @@ def run_torch(shape: str, platform: str, capacity: int, steps: int, rounds: int,
     ids = torch.tensor([prompt(config.vocab_size)], device=platform)
     prefills, speeds = [], []
     with torch.inference_mode():
-        # One cache for all rounds: a new one has other addresses, and CUDA graphs would be recorded anew.
+        # Reuse one cache: another one has other addresses, for which CUDA graphs would be recorded again.
         cache = StaticCache(config=config, max_cache_len=capacity)
         for _ in range(rounds + 2):
             cache.reset()
@@ -256,7 +256,7 @@ def run_torch(shape: str, platform: str, capacity: int, steps: int, rounds: int,
 
 
 def _torch_round(torch, model, forward, cache, ids, steps: int) -> tuple[float, float]:
-    """Seconds of the prompt, and of all steps after it; each token goes to the host, as with precast."""
+    """Return the seconds of prefill and of all steps; each token is copied to the host, as in precast."""
     started = time.perf_counter()
     places = torch.arange(ids.shape[1], device=ids.device)
     out = model(input_ids=ids, past_key_values=cache, cache_position=places, use_cache=True)
@@ -272,7 +272,7 @@ def _torch_round(torch, model, forward, cache, ids, steps: int) -> tuple[float, 
 
 
 def torch_in_a_child(arguments: argparse.Namespace) -> dict:
-    """What `run_torch` gives, or why it gives nothing."""
+    """Return the result of `run_torch`, or the reason for skipping it."""
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
         return {"skipped": f"{' and '.join(missing)} not installed"}
@@ -291,7 +291,7 @@ def summary(values: list[float]) -> dict:
 
 
 def report(facts: dict) -> str:
-    """The table."""
+    """Return the table."""
     limit = facts["limit_tokens_per_s"]
     rows = [
         ("memory bandwidth, measured", f"{facts['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s"),
@@ -323,7 +323,7 @@ def _figures(found: dict) -> dict:
 
 
 def find_device(platform: str):
-    """The device to measure on; ends the benchmark with a sentence where there is none."""
+    """Return the device to measure; exit with an error if it is missing."""
     if find_spec("jax") is None:
         raise SystemExit("benchmarks/gpu.py exports the model itself: pip install 'precast[export]'.")
     import jax
@@ -338,9 +338,9 @@ def find_device(platform: str):
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """All figures."""
+    """Measure all figures."""
     device = find_device(arguments.platform)
-    # First, while nothing here has taken memory of the device.
+    # The peer goes first, while this process uses none of the device's memory.
     peer = torch_in_a_child(arguments)
     with tempfile.TemporaryDirectory(prefix="precast-gpu-") as folder:
         artifact, export_s = export_model(

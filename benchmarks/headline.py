@@ -1,13 +1,12 @@
-"""The figures of one artifact of the demo model, from export to the last token.
+"""Figures of the demo model's artifact, from export to the last token.
 
-Decoding one token reads every weight once, so bytes of weights over the bandwidth of memory is a lower bound on a
-step; the table shows what share of that limit a step reaches. Prefill is bound by arithmetic instead. Cold start is
-taken from the start of the process, interpreter and imports included, in fresh processes with files in the page
-cache.
+A decode step reads every weight once, so its time is at least the bytes of the weights divided by the memory's
+bandwidth; the table shows how close a step comes to this limit. Prefill is bound by arithmetic instead. A cold start is
+timed from the start of a new process, with interpreter and imports, and with all files in the page cache.
 
     python benchmarks/headline.py [--rounds 7]
 
-Prints a table and ends in one JSON line.
+The output is a table, and one line of JSON at the end.
 """
 
 import argparse
@@ -44,7 +43,7 @@ def _precast(*arguments: str) -> str:
 
 
 def export(folder: Path, context: int) -> tuple[Path, dict]:
-    """Exports the demo model; its time and the peak of its memory."""
+    """Export the demo model; return the artifact, and the time and peak memory of the export."""
     artifact = folder / f"demo-{context}"
     started = time.perf_counter()
     _precast("export", "--output", str(artifact), "--context", str(context))
@@ -66,7 +65,7 @@ def sizes(artifact: Path) -> dict:
 
 
 def cold_start(artifact: Path, rounds: int) -> dict:
-    """Fresh processes: from their start to the first token of a 128-token prompt."""
+    """Time new processes from their start to the first token of a 128-token prompt."""
     ids = ",".join(map(str, _prompt(PROMPT_TOKENS)))
     timings = [
         json.loads(_precast("run", str(artifact), "--ids", ids, "-n", "1", "--json"))["timing"]
@@ -93,7 +92,7 @@ def _timed(work: Callable[[], object], rounds: int) -> float:
 
 
 def warm(artifact: Path, rounds: int) -> dict:
-    """In this process: loading of programs, prefill, decode, bandwidth, memory. Call it in a fresh one."""
+    """Measure loading of programs, prefill, decode, bandwidth and memory, in a process that has done nothing else."""
     from precast.loaders.load import load
     from precast.loaders.locate import read_manifest
     from precast.loaders.runtime import pjrt
@@ -109,7 +108,7 @@ def warm(artifact: Path, rounds: int) -> dict:
             facts[f"prefill_{length}_s"] = _timed(
                 lambda ids=ids: engine.prefill(ids, engine.new_cache()), rounds
             )
-    # With tied embeddings the output head reads the whole matrix: every weight is read once a step.
+    # The embedding is also the output head, so a step reads every weight once.
     weights = sum(v.bytes for v in model.target.of_kind("decode")[0].arguments if v.role == "weight")
     speeds, bandwidths = [], []
     for _ in range(rounds):
@@ -118,14 +117,14 @@ def warm(artifact: Path, rounds: int) -> dict:
     return facts | {
         "decode_tokens_per_s": median(speeds),
         "bandwidth_bytes_per_s": median(bandwidths),
-        # Side by side, because the memory of a shared machine is faster at times.
+        # Measured alternately, because the bandwidth of a shared machine varies.
         "decode_share_of_limit": median([s * weights / b for s, b in zip(speeds, bandwidths, strict=True)]),
         "resident": _resident(),
     }
 
 
 def _decode_speed(engine) -> float:
-    """Greedy tokens per second after a prompt of 128 tokens."""
+    """Return greedy tokens per second after a prompt of 128 tokens."""
     cache = engine.new_cache()
     step = engine.prefill(_prompt(PROMPT_TOKENS), cache)
     started = time.perf_counter()
@@ -135,7 +134,7 @@ def _decode_speed(engine) -> float:
 
 
 def _resident() -> dict:
-    """Resident memory by kind, in bytes: what is the process's own, and what are pages of mapped files."""
+    """Return resident memory in bytes: anonymous pages ("own"), and pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
     return {"own": int(fields["RssAnon"]) * 1024, "mapped": int(fields["RssFile"]) * 1024}

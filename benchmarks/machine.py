@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for its JSON line: processor, cores, versions, and the bandwidth of memory."""
+"""The machine of a benchmark, for its JSON line: processor, cores, versions and memory bandwidth."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def describe(packages: tuple[str, ...] = ("precast", "jax", "jaxlib", "numpy")) -> dict:
-    """Hardware and versions."""
+    """Return the hardware and the installed versions of the packages."""
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -33,11 +33,11 @@ def _processor() -> str:
 
 
 def read_bandwidth(megabytes: int = 512, rounds: int = 10) -> float:
-    """Bytes per second that all cores together read from memory: the fastest of several plain loops.
+    """Measure the bytes per second that all cores together read from memory, with the fastest of several loops.
 
-    The limit of a decode step is the bytes it must read over this. Reductions of NumPy are used because they are
-    not ours; the fastest of them comes closest to what the memory gives. What it gives changes by a third from one
-    hundredth of a second to the next: a loop counts by all its rounds, as a step counts by all tokens, not by its best.
+    The bytes that a decode step reads, divided by this, are a lower bound on its time. The loops are NumPy's
+    reductions, so that none of our code is measured; the fastest comes closest to the hardware's limit. Bandwidth
+    varies by a third within hundredths of a second, so a loop is timed over all rounds, as a step is over all tokens.
     """
     cores = len(os.sched_getaffinity(0))
     parts = [np.ones(megabytes * 1_000_000 // cores // 64 * 16, np.float32) for _ in range(cores)]

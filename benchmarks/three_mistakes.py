@@ -1,16 +1,16 @@
-"""Three mistakes of a JAX decoder, alone and together, against the artifact that cannot make them.
+"""Three mistakes of a JAX decoder, alone and together, compared with an artifact, which avoids them.
 
-1. RoPE tables are built again in every layer at every step, instead of once.
-2. There is no key/value cache: every step runs the whole sequence again.
-3. The shape grows with the sequence, so that jit traces and compiles at every step.
+1. Every layer rebuilds the RoPE tables at every step, instead of once.
+2. There is no KV cache: every step runs the whole sequence again.
+3. The shapes grow with the sequence, so jit traces and compiles at every step.
 
-Greedy generation of the same tokens from the same weights, each variant in a process of its own: with all three
-mistakes, with each one fixed alone, with all fixed under jit, and from the artifact. Layers are unrolled and their
-weights are separate arrays, as such code is usually written. Time is what a user waits: compiling included.
+All variants generate the same tokens greedily from the same weights, each in a new process: with all three mistakes,
+with one of them fixed, with all fixed under jit, and from the artifact. Layers are unrolled and their weights are
+separate arrays, as in most code of this kind. Times include compiling, because the user waits for it.
 
     python benchmarks/three_mistakes.py [--models smollm2 qwen2] [--tokens 24]
 
-Prints a table a model and ends in one JSON line.
+The output is a table for each model, and one line of JSON at the end.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CAPACITY = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Which of the mistakes are fixed."""
+    """A decoder with some of the mistakes fixed."""
 
     title: str
     tables_once: bool
@@ -57,9 +57,10 @@ class Result:
     """One generation.
 
     Attributes:
-        first_token_s: from the start of the process to the first token.
-        tokens_per_s: tokens after the first over the time they took, compiling included.
-        steady_tokens_per_s: one over the median time of a step.
+        token_ids: the answer.
+        first_token_s: seconds from the start of the process to the first token.
+        tokens_per_s: rate of the tokens after the first, including compiling.
+        steady_tokens_per_s: inverse of the median time of a step.
         compiles: programs compiled by the process.
     """
 
@@ -71,11 +72,11 @@ class Result:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The decoder as it is usually written: a list of layers, a loop in Python, plain jax.numpy.
+# A decoder in the usual style: a list of layers, a loop in Python, plain jax.numpy.
 
 
 def _build(variant: Variant, shape: dict, weights: dict) -> Callable:
-    """Returns ``generate(prompt, n) -> (tokens, seconds at which each was there)``."""
+    """Return a function ``generate(prompt, n) -> (tokens, time of each token in seconds)``."""
     import jax
     import jax.numpy as jnp
 
@@ -114,7 +115,7 @@ def _build(variant: Variant, shape: dict, weights: dict) -> Callable:
         return jnp.einsum("kgts,skh->tkgh", weights, v).reshape(q.shape[0], heads * dim)
 
     def forward(params, tokens, start, past, rope):
-        """Tokens ``[T]`` at `start`, after `past`: a list of (k, v) a layer, or None without a cache."""
+        """Run tokens ``[T]`` from position `start`, after `past`: (k, v) of each layer, or None without a cache."""
         positions = start + jnp.arange(tokens.shape[0])
         x, new = params["embed"][tokens], []
         for i, layer in enumerate(params["layers"]):
@@ -180,7 +181,7 @@ def _build(variant: Variant, shape: dict, weights: dict) -> Callable:
 
 
 def run_variant(name: str, artifact: Path, facts: dict, prompt: Sequence[int], tokens: int) -> Result:
-    """Generates in this process; call it in a fresh one."""
+    """Generate in this process, which must be new."""
     import jax
 
     from precast.loaders.artifact.manifest_parser import parse_manifest
@@ -215,7 +216,7 @@ def run_variant(name: str, artifact: Path, facts: dict, prompt: Sequence[int], t
 
 
 def _qwen2_source():
-    """A 24-layer Qwen2 of the 0.5B shape with random weights, as a source like any other."""
+    """Return a source with the shape of Qwen2 0.5B (24 layers) and random weights."""
     from tokenizers import Tokenizer, models
 
     from precast.exporter.models.parameters import abstract_model
@@ -277,7 +278,7 @@ MODELS = {"smollm2": _demo_source, "qwen2": _qwen2_source}
 
 
 def _export(source, folder: Path) -> tuple[Path, dict]:
-    """The artifact, and the facts about the model that the variants need and the artifact's programs do not."""
+    """Export a model; return the artifact, and further facts about the model for the variants."""
     from precast.exporter.export import export
     from precast.exporter.models.registry import read_model
     from precast.exporter.options import ExportOptions
@@ -305,7 +306,7 @@ def _child(arguments: Sequence[str], given: str | None = None) -> dict:
 
 
 def _run_artifact(artifact: Path, prompt: Sequence[int], tokens: int) -> Result:
-    """``precast run`` as a user would call it; the middle of three."""
+    """Return the median of three calls of ``precast run``."""
     ids = ",".join(map(str, prompt))
     arguments = [
         "-m",
@@ -331,7 +332,7 @@ def _run_artifact(artifact: Path, prompt: Sequence[int], tokens: int) -> Result:
 
 
 def measure(model: str, tokens: int) -> dict:
-    """All variants of one model; raises SystemExit when any of them says something else."""
+    """Run all variants of a model; exit with an error if their tokens differ."""
     with tempfile.TemporaryDirectory(prefix="precast-benchmark-") as folder:
         print(f"{model}: exporting", file=sys.stderr)
         artifact, facts = _export(MODELS[model](), Path(folder))

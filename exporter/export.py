@@ -11,7 +11,7 @@ from precast.loaders.progress import Progress, Step, silent
 from . import texts
 from .devices import on_cpu
 from .manifest import make_manifest, write_manifest
-from .options import ExportOptions
+from .options import DEFAULT_OPTIONS, ExportOptions
 from .plan import ExportPlan, make_plan
 from .programs import TABLES, build_programs
 from .reference import fidelity, golden
@@ -27,7 +27,7 @@ Log = Callable[[str], None]
 def export(
     source: Source,
     output: Path,
-    options: ExportOptions = ExportOptions(),
+    options: ExportOptions = DEFAULT_OPTIONS,
     *,
     log: Log = lambda _: None,
     progress: Progress = silent,

@@ -44,6 +44,9 @@ class ExportOptions:
     overwrite: bool = False
 
 
+DEFAULT_OPTIONS = ExportOptions()
+
+
 def check_options(options: ExportOptions) -> None:
     """Check the options as far as possible before a model is read.
 
@@ -108,7 +111,7 @@ def _check_targets(targets: Sequence[str]) -> None:
     if not targets or unknown or len(set(targets)) < len(targets):
         found = ", ".join(unknown) or ("one of them twice" if targets else "none")
         raise PrecastError(
-            f"targets: expected one or more of {', '.join(TARGET_KINDS)}, each once, found {found}."
+            f"--target: expected one or more of {', '.join(TARGET_KINDS)}, each once, found {found}."
         )
     kinds = [TARGET_KINDS[name] for name in targets]
     if any(kind.runtime == "savedmodel" for kind in kinds):

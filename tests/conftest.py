@@ -1,6 +1,6 @@
-"""Fixtures that all tests share: a tiny model with a real tokenizer, exported once, and ways to break it.
+"""Shared fixtures: a tiny model with a real tokenizer, exported once, and ways to break its artifact.
 
-Nothing may write to a shared artifact; `artifact_copy` gives one that may be written to.
+Shared artifacts are read-only by convention; `artifact_copy` is for tests that write.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The vocabulary is larger than the tokenizer's, as padded models have it. 12 of 48 are no multiple of any vector.
+# The vocabulary is larger than the tokenizer's, as in padded models. Heads of 12 fill no vector register.
 TINY_CONFIG: Mapping[str, Any] = {
     "model_type": "llama",
     "hidden_size": 48,
@@ -44,8 +44,8 @@ TEXT = ["the quick brown fox jumps over the lazy dog", "def fibonacci(n): return
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps what tests make out of the user's cache; a demo model that is there already is not fetched again."""
+def tests_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give the tests a cache folder of their own, with the user's demo model if it has been fetched."""
     from precast.loaders.artifact.files import cache_folder
 
     folder, demo = tmp_path_factory.mktemp("cache"), cache_folder() / "demo"
@@ -59,19 +59,19 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder for this test alone."""
+    """Return an empty cache folder for one test."""
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "own-cache"))
     return tmp_path / "own-cache"
 
 
 # --- optional packages ------------------------------------------------------------------------------------------
 
-# Fixtures that skip a test where their packages are missing. `pytest -m extra` runs the tests that use one.
+# Fixtures that skip a test if their packages are missing. `pytest -m extra` runs the tests that use one.
 EXTRA_FIXTURES = frozenset({"torch", "savedmodel_packages"})
 
 
 def pytest_configure() -> None:
-    # A shell starts background jobs with SIGINT ignored, which children would inherit.
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -101,7 +101,7 @@ def one_thread(torch: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def savedmodel_packages() -> None:
-    """Skip where a SavedModel cannot be exported."""
+    """Skip the test if a SavedModel cannot be exported."""
     pytest.importorskip("tensorflow", reason="a SavedModel needs TensorFlow")
     pytest.importorskip("orbax.export", reason="a SavedModel needs orbax-export")
 
@@ -140,7 +140,7 @@ def _tokenizer_json() -> bytes:
 
 
 def _tensors(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Random weights by checkpoint name; strong enough that the answer depends on every token of the prompt."""
+    """Return random weights by checkpoint name, strong enough for answers to depend on every token of the prompt."""
     d, f = config["hidden_size"], config["intermediate_size"]
     q, kv = (config[k] * config["head_dim"] for k in ("num_attention_heads", "num_key_value_heads"))
     layer = {
@@ -171,10 +171,10 @@ def _random(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def tiny_source() -> Callable[..., Any]:
-    """Makes a `Source` in memory.
+    """Return a function that makes a `Source` in memory.
 
-    `config` replaces keys of the config (None drops one), and weights follow it; `tensors` then replaces weights
-    (None drops one); `fields` replaces fields of the source itself.
+    `config` replaces keys of the config, which shapes the weights; `tensors` replaces weights; `fields` replaces
+    fields of the source. A value of None in `config` or `tensors` drops the key.
     """
     from precast.exporter.sources.base import Source, SourceTensor
 
@@ -212,7 +212,7 @@ def tiny_source() -> Callable[..., Any]:
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path: Path, tiny_source: Callable[..., Any]) -> Callable[..., Path]:
-    """Writes the tiny source as a Hugging Face directory; arguments as for `tiny_source`."""
+    """Return a function that writes the tiny source as a Hugging Face directory; arguments as for `tiny_source`."""
 
     def write(
         *, config: Mapping[str, Any] | None = None, tensors: Mapping[str, np.ndarray | None] | None = None
@@ -238,7 +238,7 @@ def tiny_checkpoint(tmp_path: Path, tiny_source: Callable[..., Any]) -> Callable
 def export_tiny(
     tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[..., Any]
 ) -> Callable[..., Path]:
-    """Exports a source (the tiny one by default) into a folder of its own; keyword arguments are export options."""
+    """Return a function that exports a source, by default the tiny one, with the given export options."""
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
 
@@ -253,25 +253,25 @@ def export_tiny(
 
 @pytest.fixture(scope="session")
 def tiny_artifact(export_tiny: Callable[..., Path]) -> Path:
-    """The tiny model, buckets 8 and 16, context 64. Not to be written to."""
+    """Return the shared artifact of the tiny model, with buckets 8 and 16 and context 64."""
     return export_tiny()
 
 
 @pytest.fixture(scope="session")
 def slots_artifact(export_tiny: Callable[..., Path]) -> Path:
-    """The same with three slots. Not to be written to."""
+    """Return the shared artifact with three slots."""
     return export_tiny(slots=3, targets=("cpu",))
 
 
 @pytest.fixture(scope="session")
 def depths(export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]) -> Mapping[int, Path]:
-    """The tiny model with 2 and with 12 layers, by depth. Not to be written to."""
+    """Return shared artifacts of the tiny model with 2 and with 12 layers, by depth."""
     return {n: export_tiny(tiny_source(config={"num_hidden_layers": n}), targets=("cpu",)) for n in (2, 12)}
 
 
 @pytest.fixture(scope="session")
 def savedmodel_artifact(savedmodel_packages: None, export_tiny: Callable[..., Path]) -> Path:
-    """The tiny model for the CPU and as a SavedModel. Not to be written to."""
+    """Return a shared artifact with targets cpu and savedmodel."""
     return export_tiny(targets=("cpu", "savedmodel"))
 
 
@@ -279,14 +279,14 @@ def savedmodel_artifact(savedmodel_packages: None, export_tiny: Callable[..., Pa
 def windowed_savedmodel(
     savedmodel_packages: None, export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]
 ) -> Path:
-    """The same with int4 weights, an int8 cache, two slots, and layers with a window. Not to be written to."""
+    """Return a shared artifact as a SavedModel, with int4 weights, an int8 KV cache, two slots, and windows."""
     source = tiny_source(config={"model_type": "mistral", "sliding_window": 8})
     return export_tiny(source, targets=("portable", "savedmodel"), weights="int4", kv_cache="int8", slots=2)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_artifact: Path) -> Any:
-    """The tiny artifact, loaded."""
+    """Return the tiny artifact, loaded."""
     from precast.loaders.load import load
 
     return load(tiny_artifact)
@@ -294,7 +294,7 @@ def tiny_model(tiny_artifact: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def slots_model(slots_artifact: Path) -> Any:
-    """The artifact with three slots, loaded."""
+    """Return the artifact with three slots, loaded."""
     from precast.loaders.load import load
 
     return load(slots_artifact)
@@ -302,13 +302,13 @@ def slots_model(slots_artifact: Path) -> Any:
 
 @pytest.fixture
 def artifact_copy(tmp_path: Path, tiny_artifact: Path) -> Path:
-    """A copy of the tiny artifact that a test may break."""
+    """Return a copy of the tiny artifact that the test may break."""
     return Path(shutil.copytree(tiny_artifact, tmp_path / "copy"))
 
 
 @pytest.fixture
 def edit_manifest() -> Callable[[Path, Callable[[dict[str, Any]], Any]], None]:
-    """Lets a function change the parsed manifest of an artifact, and writes it back."""
+    """Return a function that applies a change to an artifact's parsed manifest and writes it back."""
 
     def edit(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         value = json.loads((root / "manifest.json").read_text())
@@ -334,7 +334,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 @pytest.fixture
 def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user without a home folder, who has set no folder for the cache either."""
+    """Simulate a user without a home folder and without a configured cache folder."""
 
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -350,7 +350,7 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def reference(tiny_source: Callable[..., Any]) -> Callable[[Sequence[int]], np.ndarray]:
-    """The tiny model without cache, buckets or kernels: ids [T] to logits [T, V]. Compiled once, for T ≤ 64."""
+    """Return the tiny model's uncached forward pass, from ids [T] to logits [T, V]; it compiles once, for T ≤ 64."""
     import jax
 
     from precast.exporter.models.parameters import abstract_model
@@ -379,7 +379,7 @@ def reference(tiny_source: Callable[..., Any]) -> Callable[[Sequence[int]], np.n
 
 @pytest.fixture(scope="session")
 def python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs Python in a process of its own, in the checkout, and returns what it said. It must not hang."""
+    """Return a function that runs Python in a child process in the checkout, with a time limit."""
 
     def run(*arguments: str, stdin: str = "", env: Mapping[str, str] | None = None) -> Any:
         return subprocess.run(
@@ -398,8 +398,8 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Any]:
-    """Runs the command line in this process; the result has exit_code, stdout and stderr."""
-    # `precast run` keeps its process from importing jax from then on, but this process needs it: so it is first.
+    """Return a function that runs a command in this process; the result has exit_code, stdout and stderr."""
+    # Import jax first: `precast run` blocks later imports of it in its process, which other tests need.
     import jax  # noqa: F401
     from click.testing import CliRunner
 

@@ -136,7 +136,10 @@ NAME = "model.layers.2.mlp.down_proj.weight"
             {NAME: np.full((48, 80), np.nan, np.float32)},
             f"{NAME}: the tensor holds values that are not finite",
         ),
-        ({"lm_head.weight": None}, "has no lm_head.weight, though its config.json does not say"),
+        (
+            {"lm_head.weight": None},
+            "lm_head.weight is missing, and config.json does not tie the output head to the embedding;",
+        ),
         (
             {NAME: np.zeros((48, 80), np.int32)},
             f"expected {NAME} to be F32, F16 or BF16, found I32",

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic: limits, divergences, ratios and what the tables say of them."""
+"""The benchmarks' arithmetic: limits, divergences and ratios, and the tables that show them."""
 
 import json
 import math
@@ -13,7 +13,7 @@ PEERS = Path(__file__).parents[1] / "benchmarks" / "peers"
 
 @pytest.fixture
 def peers(monkeypatch):
-    """The folder's modules, which its scripts import by their bare names."""
+    """Return the modules of benchmarks/peers, whose scripts import them by bare names."""
     monkeypatch.syspath_prepend(str(PEERS))
     before = set(sys.modules)
     import fidelity
@@ -48,13 +48,13 @@ def test_tied_weights_are_read_whole_and_an_untied_embedding_is_not(peers):
 
 def test_decode_share_counts_weights_and_filled_cache(peers):
     manifest = _manifest(_argument("a", [100], "uint8"))
-    # 100 bytes of weights and 10 positions of 20 bytes, at 1000 bytes a second: 0.3 s at best.
+    # 100 bytes of weights and 10 positions of 20 bytes at 1000 bytes per second need at least 0.3 s.
     assert peers["limits"].decode_share(manifest, 0.6, 10, 1000.0) == pytest.approx(0.5)
 
 
 def test_prompt_operations_by_hand(peers):
     model = {"layers": 1, "width": 2, "heads": 1, "kv_heads": 1, "head_dim": 2, "ff_width": 3, "vocab": 5}
-    # A token: q, k, v, o of 2×2 and three of 2×3; it sees itself (scores and values: 2 + 2); the head is 5×2.
+    # A token needs q, k, v, o of 2×2, three matrices of 2×3, attention to itself (2 + 2), and the head of 5×2.
     assert peers["limits"].prompt_operations(model, 1) == 2 * (16 + 18 + 4 + 10)
 
 
@@ -98,7 +98,7 @@ def test_each_figure_is_compared_with_the_best_peer_of_its_group(peers):
     assert "- precast int8: decode after 128, tokens/s: 0.90× of llama.cpp Q8_0" in text
 
 
-def test_without_peers_nothing_is_said_of_being_ahead(peers):
+def test_without_peers_the_table_compares_nothing(peers):
     text = peers["report"].tables(_result(("precast-int8", _contender("precast int8", "int8", 0.1, 90.0))))
     assert "behind" not in text
     assert "| **precast int8** | 100 | 90.0 |" in text
@@ -122,7 +122,7 @@ def test_the_7b_shape_has_7b_parameters(gpu):
     assert sum(math.prod(shape) for shape in shapes.values()) == 7_241_732_096  # as Mistral 7B
 
 
-def test_random_tensors_are_the_same_every_time_and_as_large_as_trained_ones(gpu):
+def test_random_tensors_are_reproducible_and_as_large_as_trained_ones(gpu):
     first, second = (gpu.random_tensor("model.layers.0.mlp.up_proj.weight", (64, 256)) for _ in range(2))
     assert np.array_equal(first, second)
     assert first.std() == pytest.approx(1.5 / 16, rel=0.02)
@@ -134,13 +134,13 @@ def test_bytes_of_a_step_on_a_gpu(gpu):
     head = _argument("lm_head.weight", [1, 10, 4], "bfloat16")
     manifest = _manifest(embedding, head, _argument("a", [100], "int8"))
     manifest["targets"] = [{"name": "cuda", **manifest["targets"][1]}]
-    # The head, the other weight, and a tenth of two caches of 1000 bytes.
+    # The head, the other weight, and a tenth of two cache arrays of 1000 bytes.
     assert gpu.step_bytes(manifest, "cuda", 10) == 80 + 100 + 200
     manifest["targets"][0]["programs"][0]["arguments"].remove(head)
     assert gpu.step_bytes(manifest, "cuda", 0) == 80 + 100
 
 
-def test_without_a_gpu_the_benchmark_ends_in_a_sentence(gpu, monkeypatch, capsys):
+def test_without_a_gpu_the_benchmark_ends_with_an_error(gpu, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit) as raised:
         gpu.main()
@@ -167,6 +167,6 @@ def test_the_gpu_benchmark_runs_on_a_cpu_for_this_test_alone(gpu, monkeypatch, c
     assert "precast over torch" in "\n".join(table)
 
 
-def test_a_peer_that_is_not_there_is_named(gpu, monkeypatch):
+def test_a_missing_peer_is_named(gpu, monkeypatch):
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
     assert gpu.torch_in_a_child(None) == {"skipped": "torch and transformers not installed"}

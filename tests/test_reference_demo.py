@@ -1,7 +1,7 @@
-"""The demo model, exported as users export it, against transformers with torch in float32.
+"""The demo model, exported with the defaults, compared with transformers and torch in float32.
 
-What transformers says was written down by ``tests/reference/make_reference.py``; where torch is installed, it is
-asked again for some prompts. Every recorded step's best token leads clearly, so nothing may differ.
+``tests/reference/make_reference.py`` recorded the answers of transformers; with torch installed, some are computed
+again. The best token of every recorded step leads clearly, so all tokens must be equal.
 """
 
 import json
@@ -49,7 +49,7 @@ def demo_source() -> Source:
 
 @pytest.fixture(scope="session")
 def demo_artifact(demo_source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model with default buckets and context. Not to be written to."""
+    """Return the shared artifact of the demo model, with default buckets and context."""
     output = tmp_path_factory.mktemp("demo") / "artifact"
     export(demo_source, output, ExportOptions(weights="float32", targets=("cpu",)))
     return output
@@ -60,7 +60,7 @@ def demo_model(demo_artifact: Path) -> Model:
     return load(demo_artifact)
 
 
-def test_the_reference_covers_what_it_should() -> None:
+def test_the_reference_covers_every_kind_of_prompt() -> None:
     lengths = [len(case["prompt_token_ids"]) for case in CASES]
     assert len(CASES) >= 20
     assert {1, 1000} | {bucket + d for bucket in BUCKETS for d in (-1, 0, 1)} <= set(lengths)
@@ -90,7 +90,7 @@ def test_texts_and_chats_become_the_same_tokens(demo_model: Model) -> None:
 
 
 def test_the_uncached_pass_chooses_the_same_tokens(demo_source: Source, demo_artifact: Path) -> None:
-    """Given prompt and answer, every position of the answer has the recorded token as its best."""
+    """At every position of an answer, the recorded token is the best."""
     chosen = [c for c in CASES if len(c["prompt_token_ids"]) in (1, 64, 129) or "messages" in c]
     assert len(chosen) >= 5
     best = _uncached_best(
@@ -102,7 +102,7 @@ def test_the_uncached_pass_chooses_the_same_tokens(demo_source: Source, demo_art
 
 
 def _uncached_best(source: Source, artifact: Path, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """The Flax forward pass: for each sequence the best token after each position ``[T]``."""
+    """Run the Flax forward pass; return for each sequence the best token after each position ``[T]``."""
     import jax
     import jax.numpy as jnp
 
@@ -115,13 +115,13 @@ def _uncached_best(source: Source, artifact: Path, sequences: Sequence[Sequence[
     def forward(tokens: Any, cos: Any, sin: Any, *weights: Any) -> Any:
         return jnp.argmax(model.bind(weights).forward(tokens[None], cos, sin)[0], axis=-1)
 
-    # One length for all, so that it compiles once; what is behind a position says nothing about it.
+    # Pad to one length, so that it compiles once; no position sees the padding.
     length = max(map(len, sequences))
     padded = [np.array([*s, *[0] * (length - len(s))], np.int32) for s in sequences]
     return [np.asarray(forward(tokens, *constants)) for tokens in padded]
 
 
-# --- where torch is installed -------------------------------------------------------------------------------
+# --- with torch ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def transformers_model(script: Any, demo_source: Source) -> Any:
 
 
 def test_tensors_are_those_of_transformers(transformers_model: Any, demo_source: Source) -> None:
-    """Also where rows of q and k were permuted in the file: both undo it alike."""
+    """Both readers undo the file's permutation of the rows of q and k."""
     state = transformers_model.state_dict()
     assert set(state) - set(demo_source.tensors) == {"lm_head.weight"}  # tied
     for name, tensor in demo_source.tensors.items():
@@ -145,7 +145,7 @@ def test_tensors_are_those_of_transformers(transformers_model: Any, demo_source:
 
 
 def test_the_reference_is_up_to_date(script: Any, transformers_model: Any) -> None:
-    """The beginnings of three answers; ``make_reference.py --check`` compares everything."""
+    """Compare the first tokens of three answers; ``make_reference.py --check`` compares all answers."""
     chosen = [next(c for c in CASES if len(c["prompt_token_ids"]) == n) for n in (1, 65)]
     chosen.append(next(c for c in CASES if "messages" in c))
     beginnings = [{**case, "token_ids": case["token_ids"][:8]} for case in chosen]

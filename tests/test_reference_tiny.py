@@ -1,7 +1,7 @@
-"""precast against transformers with torch, in float32, on tiny checkpoints of every supported shape.
+"""precast compared with transformers and torch in float32, on tiny checkpoints of every supported shape.
 
-What transformers says was written down by ``tests/reference/make_reference.py``; where torch is installed, it is
-asked again.
+``tests/reference/make_reference.py`` recorded the answers of transformers; with torch installed, they are computed
+again.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ REFERENCE = Path(__file__).parent / "reference"
 TINY = REFERENCE / "tiny"
 NAMES = sorted(path.parent.name for path in TINY.glob("*/config.json"))
 
-# The checkpoints whose portable target is compared too.
+# The checkpoints whose portable target is also compared.
 PORTABLE = ("llama-untied-linear-biases", "qwen2-tied-llama3")
 
 BUCKETS, CAPACITY = (8, 16, 32), 160
 STRIDE = 20
-# Logits spread over a few units, and float32 sums of some dozens of terms in another order differ by 1e-6 of that.
+# Logits spread over a few units; float32 sums of some dozens of terms in another order differ by 1e-6 of that.
 TOLERANCE = 1e-4
 
 
@@ -46,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A checkpoint, what transformers says of it, and what precast makes of it."""
+    """A checkpoint, the answers of transformers, and the artifact."""
 
     folder: Path
     source: Source
@@ -57,13 +57,13 @@ class Exported:
 
     @property
     def sequence(self) -> list[int]:
-        """The longest prompt with its continuation: as many tokens as the cache has positions."""
+        """Return the longest prompt and its answer, which fill the context."""
         return max((case.prompt + case.tokens for case in self.cases if len(case.tokens) > 1), key=len)
 
 
 @pytest.fixture(scope="session")
 def export_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Exports a checkpoint of the reference, once."""
+    """Return a function that exports a checkpoint of the reference, once each."""
     made: dict[str, Exported] = {}
 
     def make(name: str) -> Exported:
@@ -99,7 +99,7 @@ def exported(request: pytest.FixtureRequest, export_reference: Callable[[str], E
 
 @pytest.fixture(scope="session")
 def make_reference(import_reference_script: Callable[[str], Any]) -> Any:
-    """The script that writes the reference."""
+    """Return the script that writes the reference."""
     return import_reference_script("make_reference")
 
 
@@ -108,7 +108,7 @@ def _answers(model: Model, cases: Sequence[Case]) -> list[list[int]]:
     return [list(model.generate(case.prompt, params).token_ids) for case in cases]
 
 
-def test_the_reference_covers_what_it_should(make_reference: Any) -> None:
+def test_the_reference_covers_every_variant(make_reference: Any) -> None:
     assert sorted(tiny.name for tiny in make_reference.tinies()) == NAMES
     assert (make_reference.BUCKETS, make_reference.CAPACITY, make_reference.STRIDE) == (
         BUCKETS,
@@ -134,7 +134,7 @@ def test_greedy_tokens_are_those_of_transformers(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize("name", PORTABLE)
-def test_the_portable_target_says_the_same(export_reference: Callable[[str], Exported], name: str) -> None:
+def test_the_portable_target_answers_the_same(export_reference: Callable[[str], Exported], name: str) -> None:
     exported = export_reference(name)
     model = load(exported.artifact, target="portable", allow_compile=True, log=lambda _: None)
     assert model.target.runtime == "stablehlo"
@@ -155,7 +155,7 @@ def test_logits_of_prefill_and_decode(exported: Exported) -> None:
 
 
 def _uncached(source: Source, sequence: Sequence[int]) -> np.ndarray:
-    """The Flax forward pass, straight from the source: logits ``[T, V]``."""
+    """Run the Flax forward pass on the source's tensors; return logits ``[T, V]``."""
     import jax
 
     spec = read_model(source.config, source.name)
@@ -177,15 +177,15 @@ def test_the_uncached_pass_gives_every_logit(exported: Exported) -> None:
     np.testing.assert_allclose(found[:, ::STRIDE], exported.logits["uncached"], rtol=0, atol=TOLERANCE)
 
 
-def test_a_wrong_frequency_would_be_seen(export_reference: Callable[[str], Exported]) -> None:
-    """The comparison is worth something: the model read without its RoPE scaling is not the same."""
+def test_a_wrong_rope_frequency_is_detected(export_reference: Callable[[str], Exported]) -> None:
+    """The comparison is sensitive enough: without its RoPE scaling the model gives other logits."""
     exported = export_reference("llama-untied-linear-biases")
     unscaled = dataclasses.replace(exported.source, config={**exported.source.config, "rope_scaling": None})
     found = _uncached(unscaled, exported.sequence)
     assert np.abs(found[:, ::STRIDE] - exported.logits["uncached"]).max() > 100 * TOLERANCE
 
 
-# --- where torch is installed -------------------------------------------------------------------------------
+# --- with torch ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

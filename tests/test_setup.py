@@ -1,8 +1,8 @@
-"""Building the kernels: which headers are taken."""
+"""Building the kernels: the choice of headers."""
 
 import pytest
 
-# Says what it is told to build; the true one comes with the build, in whatever version.
+# A replacement that prints its arguments; a build has a real setuptools of some version.
 SETUPTOOLS = """
 def Extension(*_, extra_compile_args, **__):
     return extra_compile_args[1]
@@ -15,7 +15,7 @@ def setup(*, ext_modules, **_):
 
 @pytest.fixture
 def build(tmp_path, python):
-    """Runs setup.py where a jaxlib of this version is found first."""
+    """Return a function that runs setup.py with a given version of jaxlib."""
 
     def run(version):
         (tmp_path / "setuptools.py").write_text(SETUPTOOLS)
@@ -39,7 +39,7 @@ def test_headers_of_a_newer_jaxlib_are_refused(build, version):
     )
 
 
-def test_headers_of_the_oldest_jaxlib_are_taken(build, tmp_path):
+def test_headers_of_the_oldest_jaxlib_are_used(build, tmp_path):
     result = build("0.10.1")
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'jaxlib' / 'include'}\n"

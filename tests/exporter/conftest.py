@@ -16,7 +16,7 @@ D, N, K, H, F, L = 256, 4, 2, 64, 256, 2
 
 
 def byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable character for each byte, as its paper's code defines it."""
+    """Return GPT-2's printable character for each byte, as its published code defines it."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
@@ -42,7 +42,7 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def byte_level_vocabulary() -> dict[str, Any]:
-    """Metadata of a small byte-level tokenizer with control, user-defined and unused tokens."""
+    """Return the metadata of a small byte-level tokenizer with control, user-defined and unused tokens."""
     tokens = [*SPECIALS, *byte_alphabet().values(), *(merge.replace(" ", "") for merge in MERGES)]
     tokens += ["<tool>", "[PAD0]"]
     return {
@@ -71,7 +71,7 @@ def gguf_metadata(architecture: str) -> dict[str, Any]:
 
 
 def gguf_shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor of the tiny model without biases, by GGUF name."""
+    """Return the shapes of the tiny model's tensors, without biases, by GGUF name."""
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (len(byte_level_vocabulary()["tokenizer.ggml.tokens"]), D),
         "output_norm.weight": (D,),
@@ -98,9 +98,15 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarra
 
 @dataclass(kw_only=True)
 class GgufFile:
-    """What to write: the tiny model unless changed. A metadata value of None leaves the key out.
+    """A GGUF file to write, by default of the tiny model.
 
-    `types` gives a tensor a quantised type; `raw` gives its bytes as they are, with their type.
+    Attributes:
+        architecture: its name in the metadata.
+        metadata: changes of the metadata; a value of None drops the key.
+        tensors: tensors by name.
+        types: quantised types by tensor name.
+        raw: further tensors as bytes, with their type.
+        name: name of the file.
     """
 
     architecture: str = "llama"
@@ -142,7 +148,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 @pytest.fixture
 def tiny() -> SimpleNamespace:
-    """The tiny model's numbers and helpers, for tests that cannot import this file."""
+    """Return the tiny model's numbers and helpers, because tests cannot import this file."""
 
     return SimpleNamespace(
         dims={"D": D, "N": N, "K": K, "H": H, "F": F, "L": L},
@@ -155,12 +161,12 @@ def tiny() -> SimpleNamespace:
 
 @pytest.fixture
 def gguf_spec() -> type[GgufFile]:
-    """The description of a GGUF file to write."""
+    """Return the class that describes a GGUF file to write."""
     return GgufFile
 
 
 def tokenizer_json(tokens: Sequence[str] = ("<s>", "</s>", "a", "b")) -> dict[str, Any]:
-    """A tokenizer.json whose first two tokens are added ones."""
+    """Return a tokenizer.json whose first two tokens are added tokens."""
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
@@ -177,7 +183,7 @@ def tokenizer_json(tokens: Sequence[str] = ("<s>", "</s>", "a", "b")) -> dict[st
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a small Hugging Face directory; `files` adds or replaces (text or JSON), None leaves one out."""
+    """Return a function that writes a small Hugging Face directory; a value of None in `files` drops a file."""
 
     def write(
         files: Mapping[str, Any] | None = None, tensors: Mapping[str, np.ndarray] | None = None

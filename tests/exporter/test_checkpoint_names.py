@@ -115,9 +115,9 @@ def test_a_head_that_is_missing(script, planned, model_type):
     with pytest.raises(PrecastError) as caught:
         planned(config, arrays)
     assert str(caught.value) == (
-        "m: has no lm_head.weight, though its config.json does not say that the output head is the embedding; if it is,"
-        ' set "tie_word_embeddings" to true there, and if the checkpoint was saved without its head (as those that'
-        " embed texts are), export the one that it was made from."
+        "m: lm_head.weight is missing, and config.json does not tie the output head to the embedding; if they are tied,"
+        ' set "tie_word_embeddings" to true there; if this is a text-embedding checkpoint without a head, export the'
+        " checkpoint that it was made from."
     )
 
 

@@ -1,6 +1,6 @@
-"""The CUDA target through XLA's own compiler for GPUs, which needs none: a description of an H100 stands in for one.
+"""Compiling the CUDA target without a GPU: XLA's compiler takes the description of an H100 instead.
 
-Runs where jax's plugin is installed (jax-cuda12-pjrt of the version of jaxlib: no driver, no CUDA); skips elsewhere.
+The tests need jax's plugin (jax-cuda12-pjrt in the version of jaxlib, without driver or CUDA) and skip without it.
 """
 
 import json
@@ -73,7 +73,7 @@ def compiled(config, weights="bfloat16"):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_programs_compile_for_a_gpu_that_is_not_here():
+def test_programs_compile_for_an_absent_gpu():
     target = compiled(LLAMA)
     assert (target["name"], target["platform"]) == ("cuda-nvidia-h100-80gb-hbm3", "cuda")
     assert (target["device"], target["machine"]) == ("NVIDIA H100 80GB HBM3", "any")
@@ -83,7 +83,7 @@ def test_programs_compile_for_a_gpu_that_is_not_here():
     held = cache["results"]
     assert prefill["aliased"] == decode["aliased"] == 2 * 4 * 256 * 4 * 128 * 2
     assert held >= decode["aliased"]
-    # Weights are read where they lie: no layer's matrix is copied out of its stack.
+    # Weights are read in place: no layer's matrix is copied out of its stack.
     matrix = 1024 * 4096 * 2
     assert decode["temporary"] < matrix
 

@@ -1,4 +1,4 @@
-"""The CUDA target where there is no GPU: layouts pinned through the whole loader, bfloat16 products, refusals."""
+"""The CUDA target without a GPU: fixed layouts from export to loader, bfloat16 products, refusals."""
 
 import dataclasses
 import json
@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.exporter import export as exporting
+from precast.exporter.export import export
 from precast.exporter.models.registry import read_model
 from precast.exporter.models.xla_ops import XLA_OPS, xla_ops
+from precast.exporter.options import ExportOptions
 from precast.exporter.programs import Geometry, ProgramSpec, build_programs, stored_model, with_layouts
+from precast.exporter.reference import fidelity, golden
 from precast.exporter.targets.cuda import CUDA_OPS, cuda_device, decode_layouts
 from precast.exporter.targets.kinds import TARGET_KINDS
 from precast.loaders.artifact.errors import PrecastError
@@ -33,7 +35,7 @@ def value(name, role, shape, layout=None, alias=None):
 
 
 def turned_layouts(decode, _device=None):
-    """No two arrays alike, and none as it was: each takes another permutation of its axes."""
+    """Permute the axes of each array, differently for different arrays."""
     free = [v for v in decode.arguments if v.role in ("cache", "weight")]
     orders = {}
     for i, v in enumerate(free):
@@ -43,7 +45,7 @@ def turned_layouts(decode, _device=None):
 
 
 def on_the_cpu(name, ops, layouts):
-    """A kind of target as that for CUDA is, but compiled for the CPU."""
+    """Return the CUDA kind of target, compiled for the CPU."""
     return dataclasses.replace(
         TARGET_KINDS["cuda"],
         name=name,
@@ -56,7 +58,7 @@ def on_the_cpu(name, ops, layouts):
 
 
 def answers(model):
-    """Greedy tokens and logits: prompts in chunks, then single steps."""
+    """Return greedy tokens and logits of chunked prompts and single steps."""
     found = []
     for prompt in PROMPTS:
         engine = model.engine
@@ -73,7 +75,7 @@ def answers(model):
 
 @settings(deadline=None, max_examples=20)
 @given(st.permutations(range(3)), st.permutations(range(2)))
-def test_an_arranged_program_is_the_same_in_other_memory(cache_order, weight_order):
+def test_a_program_with_other_layouts_computes_the_same(cache_order, weight_order):
     cache, weight = value("cache", "cache", (2, 3, 4)), value("w", "weight", (4, 5))
     spec = ProgramSpec(
         name="p",
@@ -98,11 +100,11 @@ def test_an_arranged_program_is_the_same_in_other_memory(cache_order, weight_ord
     assert turned.donated == spec.donated == (0,)
 
 
-def test_layouts_that_are_those_already_change_nothing():
+def test_the_same_layouts_change_nothing():
     spec = build_programs(*tiny_programs("float32"))[-1]
     same = with_layouts(spec, {v.name: v.layout for v in spec.arguments})
     texts = [jax.jit(s.function).lower(*s.abstract_arguments()).as_text() for s in (spec, same)]
-    # The names of the functions differ, what they do does not.
+    # Only the names of the functions differ.
     assert len(set(re.sub(r"@jit_\w+|jit\(\w+\)", "", text) for text in texts)) == 1
 
 
@@ -120,23 +122,23 @@ def tiny_programs(weights, ops=XLA_OPS, **config):
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }
-    model = stored_model(read_model({**tiny, **config}, "tiny").within(32), weights)
+    model = stored_model(read_model({**tiny, **config}, "tiny").with_context(32), weights)
     return model, Geometry(context=32, slots=1, buckets=(8,), kv_cache="bfloat16"), ops
 
 
-# --- the whole way ------------------------------------------------------------------------------------------
+# --- from export to loader ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def exported(export_tiny):
-    """The same model with layouts as they are and with other ones, and in bfloat16 with other ones alone."""
+    """Export the same model with both row-major and permuted layouts, and in bfloat16 with permuted ones."""
     kinds = [on_the_cpu("plain", XLA_OPS, None), on_the_cpu("turned", XLA_OPS, turned_layouts)]
     kinds.append(on_the_cpu("bf16", CUDA_OPS, turned_layouts))
     with pytest.MonkeyPatch.context() as patch:
         for kind in kinds:
             patch.setitem(TARGET_KINDS, kind.name, kind)
-        patch.setattr(exporting.fidelity, "measure", lambda *_: None)
-        patch.setattr(exporting.golden, "REDUCED_TIE", exporting.golden.BFLOAT16_TIE)
+        patch.setattr(fidelity, "measure", lambda *_, **__: None)
+        patch.setattr(golden, "REDUCED_TIE", golden.BFLOAT16_TIE)
         both = export_tiny(targets=("plain", "turned"), buckets=(8,))
         alone = export_tiny(targets=("bf16",), buckets=(8,), weights="bfloat16")
     return both, alone
@@ -153,12 +155,12 @@ def test_pinned_layouts_give_the_same_tokens_through_the_loader(exported):
     tokens, logits = answers(load(exported[0], target=named["plain"].name))
     other, others = answers(load(exported[0], target=named["turned"].name))
     assert other == tokens
-    # The same sums in another order.
+    # The sums are equal, but in another order.
     np.testing.assert_allclose(others, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_with_pinned_layouts_answers_as_recorded(exported):
-    """That it gives the reference's answers, the export has checked; here they are given again."""
+    """The export compared the answers with the reference; this test replays them."""
     model = load(exported[1])
     golden = json.loads((exported[1] / "golden.json").read_text())["greedy"]
     assert sum(len(case["token_ids"]) for case in golden) > 5
@@ -181,7 +183,7 @@ def test_layouts_are_recorded(exported):
             for v in (*program.arguments, *program.results):
                 rows = tuple(range(len(v.shape)))
                 assert v.layout == expected.get(v.name, rows), (program.name, v.name)
-        # The cache's own record is of the first target.
+        # The manifest's record of the KV cache is the first target's.
         caches = {c.name: c.layout for c in manifest.cache}
         plain = all(layout == tuple(range(len(layout))) for layout in caches.values())
         assert plain == (first == "plain")
@@ -207,26 +209,26 @@ def test_a_target_whose_programs_disagree_is_refused(exported, program, place, t
 
 
 @pytest.mark.parametrize("layout", [[0, 0, 1, 2, 3], [0, 1], [0, 1, 2, 3, 5], []])
-def test_a_layout_that_is_none_is_refused(exported, layout):
+def test_an_invalid_layout_is_refused(exported, layout):
     record = json.loads((exported[0] / "manifest.json").read_text())
     record["targets"][1]["programs"][1]["arguments"][4]["layout"] = layout
     with pytest.raises(PrecastError, match=r"axes in the layout of 'cache\.keys'"):
         parse_manifest(json.dumps(record).encode(), "m")
 
 
-def test_what_goes_in_and_comes_out_lies_row_after_row(exported):
+def test_arguments_and_results_are_row_major(exported):
     record = json.loads((exported[0] / "manifest.json").read_text())
     record["targets"][1]["programs"][-1]["results"][1]["layout"] = [1, 0]
     with pytest.raises(PrecastError, match="layout of 'logits': expected"):
         parse_manifest(json.dumps(record).encode(), "m")
 
 
-# --- the chooser --------------------------------------------------------------------------------------------
+# --- choosing layouts ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_the_compiler_is_asked_about_caches_and_weights(weights):
-    """Here by the CPU's compiler, which takes axes in order."""
+def test_the_compiler_chooses_layouts_of_caches_and_weights(weights):
+    """The CPU's compiler keeps the axes in order."""
     decode = build_programs(*tiny_programs(weights, CUDA_OPS))[-1]
     layouts = decode_layouts(decode, jax.devices("cpu")[0])
     free = [v for v in decode.arguments if v.role in ("cache", "weight")]
@@ -242,9 +244,9 @@ def test_without_a_gpu_the_refusal_is_one_sentence(tiny_source, tmp_path):
     with pytest.raises(PrecastError) as raised:
         cuda_device()
     assert str(raised.value) == message
-    options = exporting.ExportOptions(targets=("cpu", "cuda"), buckets=(8,))
+    options = ExportOptions(targets=("cpu", "cuda"), buckets=(8,))
     with pytest.raises(PrecastError, match="jax sees cpu"):
-        exporting.export(tiny_source(), tmp_path / "none", options)
+        export(tiny_source(), tmp_path / "none", options)
     assert not any(tmp_path.iterdir())
 
 
@@ -254,7 +256,7 @@ _DOT = re.compile(r"stablehlo\.dot_general.*: \((\S+), (\S+)\) -> (\S+)")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
-def test_products_are_of_bfloat16_and_summed_in_float32(model_type):
+def test_products_take_bfloat16_and_sum_in_float32(model_type):
     config = {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "mixtral" else {}
     programs = build_programs(*tiny_programs("bfloat16", CUDA_OPS, model_type=model_type, **config))
     text = jax.jit(programs[1].function).lower(*programs[1].abstract_arguments()).as_text()
@@ -264,8 +266,8 @@ def test_products_are_of_bfloat16_and_summed_in_float32(model_type):
         assert (left[-6:], right[-6:], result[-5:]) == ("xbf16>", "xbf16>", "xf32>"), (left, right, result)
 
 
-def test_of_a_single_row_no_product_with_weights_is_a_dot():
-    """XLA for GPUs copies a layer's matrix out of the stack for a dot; two products of attention are left."""
+def test_products_of_a_single_row_with_weights_are_not_dots():
+    """XLA for GPUs copies a layer's matrix out of the stack for a dot; only attention's two products stay dots."""
     decode = build_programs(*tiny_programs("bfloat16", CUDA_OPS))[-1]
     text = jax.jit(decode.function).lower(*decode.abstract_arguments()).as_text()
     assert len(_DOT.findall(text)) == 2
@@ -278,7 +280,7 @@ def _text_of_decode(compute):
 
 
 def test_cuda_lowers_without_a_gpu_and_without_calls():
-    """What needs the GPU is compiling; the StableHLO of the target is made anywhere."""
+    """Only compiling needs the GPU, lowering does not."""
     from precast.exporter.targets.build import _stablehlo
 
     for spec in build_programs(*tiny_programs("bfloat16", CUDA_OPS)):

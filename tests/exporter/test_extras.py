@@ -1,4 +1,4 @@
-"""What the exporter imports is what it declares and checks for: no package more, none less."""
+"""The exporter imports exactly the packages that it declares and checks for."""
 
 import ast
 import importlib.util
@@ -13,7 +13,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.console.extras import need_export
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Packages whose module has another name.
+# Names of modules that differ from their package's.
 MODULES = {"pyyaml": "yaml", "orbax-export": "orbax", "tensorflow-cpu": "tensorflow"}
 
 
@@ -23,7 +23,7 @@ def declared(requirements) -> set[str]:
 
 
 def imported() -> set[str]:
-    """The top-level modules that any file of the exporter imports, anywhere in it."""
+    """Return the top-level modules that files of the exporter import, inside functions too."""
     found = set()
     for path in (ROOT / "exporter").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -36,7 +36,7 @@ def imported() -> set[str]:
 
 @pytest.fixture
 def missing(monkeypatch):
-    """What is asked for where none of it is installed, as the sentence names it."""
+    """Return the packages that the error names when none is installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PrecastError) as raised:
         need_export()
@@ -50,6 +50,6 @@ def test_declared_imported_and_checked_are_the_same(missing):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     assert declared(extras["export"]) == missing
-    # TensorFlow is imported by the loaders, whom the exporter asks for it.
+    # The loaders import TensorFlow for the exporter.
     beside = declared(extras["export-savedmodel"]) - {"precast"}
     assert imported() - declared(project["dependencies"]) == missing | beside

@@ -1,4 +1,4 @@
-"""The float32 reference as a scorer, and the figures that an export keeps."""
+"""The float32 reference as a scorer, and the figures of fidelity in the manifest."""
 
 import dataclasses
 import json
@@ -53,15 +53,15 @@ def scorer(source, spec, tiny_model):
 
 
 @pytest.mark.parametrize("lengths", [[64, 20, 9], [9, 20, 64]])
-def test_its_logits_are_the_forward_pass_s(scorer, reference, lengths):
-    """Shorter windows are padded, longer ones are not cut."""
+def test_its_logits_equal_the_forward_pass_s(scorer, reference, lengths):
+    """It pads shorter windows and does not cut longer ones."""
     for length in lengths:
         window, first = ids(length), length // 2 - 1
         rows = list(scorer.logits(window, first))
         np.testing.assert_allclose(rows, reference(window)[first:-1], rtol=1e-5, atol=1e-5)
 
 
-def test_weights_are_read_once_each_and_lie_as_jax_takes_them(spec, tiny_source):
+def test_weights_are_read_once_each_and_aligned_for_jax(spec, tiny_source):
     original = tiny_source()
     read = []
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_is_a_reference(tiny_checkpoint, reference):
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def test_a_float32_artifact_is_its_source_to_rounding(tiny_model, spec, source):
+def test_a_float32_artifact_differs_from_its_source_by_rounding(tiny_model, spec, source):
     seen = []
     found = fidelity.measure(
         tiny_model, spec, source, progress=lambda step: seen.append((step.done, step.total))
@@ -112,7 +112,7 @@ def test_a_float32_artifact_is_its_source_to_rounding(tiny_model, spec, source):
     assert found.top1 == 1
 
 
-def test_another_source_is_told_apart_by_its_own_tensors(tiny_model, spec, tiny_source):
+def test_another_source_scores_worse(tiny_model, spec, tiny_source):
     rng = np.random.default_rng(9)
     noise = 0.3 * rng.standard_normal((320, 48), np.float32)
     original = tiny_source().tensors["lm_head.weight"].read()
@@ -125,19 +125,19 @@ def test_another_source_is_told_apart_by_its_own_tensors(tiny_model, spec, tiny_
     )
 
 
-def test_weights_at_hand_are_not_read_again(tiny_model, spec, source, tiny_source):
+def test_given_weights_are_not_read_again(tiny_model, spec, source, tiny_source):
     weights = fidelity.read_weights(source, spec)
     empty = tiny_source(fields={"tensors": {}})
     at_hand = dataclasses.astuple(fidelity.measure(tiny_model, spec, empty, weights=weights))
     layerwise = dataclasses.astuple(fidelity.measure(tiny_model, spec, source))
     assert at_hand[0] == layerwise[0]  # the text's name
-    # One program of all layers, and one of each: they round alike but for the last digits.
+    # A program of all layers and a program for each layer differ in the last digits.
     assert at_hand[1:] == pytest.approx(layerwise[1:], rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize(("context", "tokens"), [(8, 512), (100, 500)])
-def test_any_context_with_room_for_a_window_is_measured(export_tiny, source, spec, context, tokens):
-    # 1,024 tokens are 128 windows of 8; or ten of 100, the last 24 left out.
+def test_every_context_with_room_for_a_window_is_measured(export_tiny, source, spec, context, tokens):
+    # 1,024 tokens are 128 windows of 8, or 10 windows of 100 without the last 24 tokens.
     model = load(export_tiny(buckets=(4,), context=context, slots=2, targets=("cpu",)))
     found = fidelity.measure(model, spec, source)
     assert found.tokens == tokens
@@ -149,7 +149,7 @@ def test_a_context_without_room_is_not_measured(export_tiny, source, spec):
     assert fidelity.measure(model, spec, source) is None
 
 
-def test_the_reference_is_float32_whatever_the_process_prefers(scorer, reference):
+def test_the_reference_computes_in_float32_despite_jax_s_settings(scorer, reference):
     import jax
 
     with jax.default_matmul_precision("bfloat16"):
@@ -157,7 +157,7 @@ def test_the_reference_is_float32_whatever_the_process_prefers(scorer, reference
     np.testing.assert_allclose(rows, reference(ids(20))[9:-1], rtol=1e-5, atol=1e-5)
 
 
-# --- where the figures are shown ----------------------------------------------------------------------------
+# --- showing the figures ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def measured(artifact_copy, edit_manifest):
     return artifact_copy
 
 
-def test_the_manifest_keeps_them(measured):
+def test_the_manifest_contains_them(measured):
     manifest = parse_manifest((measured / "manifest.json").read_bytes(), "m.json")
     assert manifest.fidelity == Fidelity(**FIGURES)
     assert parse_manifest(to_json(manifest).encode(), "m.json") == manifest
@@ -180,7 +180,7 @@ def test_the_manifest_keeps_them(measured):
         ({"kl": 1}, "m.json: fidelity: key 'kl' is not known"),
     ],
 )
-def test_figures_out_of_place_are_refused(artifact_copy, change, text):
+def test_invalid_figures_are_refused(artifact_copy, change, text):
     value = json.loads((artifact_copy / "manifest.json").read_text()) | {"fidelity": FIGURES | change}
     with pytest.raises(PrecastError) as raised:
         parse_manifest(json.dumps(value).encode(), "m.json")
@@ -210,7 +210,7 @@ def test_the_model_card_shows_them(measured):
     assert "\n\n\n" not in card
 
 
-def test_nothing_is_shown_of_what_was_not_measured(artifact_copy, edit_manifest):
+def test_missing_figures_are_not_shown(artifact_copy, edit_manifest):
     edit_manifest(artifact_copy, lambda manifest: manifest.update(fidelity=None))
     manifest = parse_manifest((artifact_copy / "manifest.json").read_bytes(), "m.json")
     assert "Measured" not in model_card.render(manifest)
@@ -219,7 +219,7 @@ def test_nothing_is_shown_of_what_was_not_measured(artifact_copy, edit_manifest)
     assert json.loads(inspect.render(artifact_copy, as_json=True))["fidelity"] is None
 
 
-def test_a_perplexity_that_no_float_holds_is_said_in_words(artifact_copy, edit_manifest):
+def test_an_infinite_perplexity_is_shown_in_words(artifact_copy, edit_manifest):
     edit_manifest(artifact_copy, lambda m: m.update(fidelity=FIGURES | {"perplexity": None}))
     manifest = parse_manifest((artifact_copy / "manifest.json").read_bytes(), "m.json")
     assert "| perplexity | beyond the range of a float (float32: 12.2500) |" in model_card.render(manifest)

@@ -38,7 +38,7 @@ KINDS = (("int8", "bfloat16", 3), ("float32", "float32", 1), ("int4", "int8", 2)
 
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory) -> dict[str, bytes]:
-    """StableHLO of the CPU's programs of one checkpoint of each architecture, by name."""
+    """Return the StableHLO of the CPU programs of one checkpoint of each architecture, by name."""
     programs = {}
     kind = dataclasses.replace(TARGET_KINDS["cpu"], runtime="stablehlo")
     first = {record["config"]["model_type"]: name for name, record in reversed(RECORDS.items())}
@@ -59,7 +59,7 @@ def lowered(tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_no_architecture_needs_more_than_the_default_level(lowered):
-    """Clamps of signed indices, and of unused slots, used to compile to BMI's andn."""
+    """Clamps of signed indices and of unused slots once compiled to BMI's andn."""
     compiled = compile_programs(lowered.items(), "levels", isa="x86-64-v2", log=lambda _: None)
     executables = {name: c.executable for name, c in compiled.items()}
     assert isa.needed_features("x86-64-v2", executables, "levels") == isa.LEVELS["x86-64-v2"].features

@@ -1,4 +1,4 @@
-"""Logits computed a block of the vocabulary at a time are those computed at once."""
+"""Logits computed in blocks of the vocabulary equal those computed at once."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ SEQUENCES, FIRSTS = [(7, 300, 12, 5), (1, 2, 3, 4, 5, 6, 7)], [1, 4]
 
 @pytest.mark.parametrize(("weights", "tied"), [("int8", True), ("float32", False), ("bfloat16", True)])
 def test_blocks_of_the_vocabulary(tmp_path, tiny_source, monkeypatch, weights, tied):
-    """The tiny model's 320 tokens are no multiple of the block, and 48 of 16 outputs at a time are."""
+    """The tiny model's 320 tokens are not a multiple of the block, which is 3 panels of 16 outputs."""
     source = tiny_source(config={"tie_word_embeddings": tied})
     stored = stored_model(read_model(source.config, source.name), weights)
     plan = plan_weights(stored.spec.adapt(source), stored.parameters, tied=tied)

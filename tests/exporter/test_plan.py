@@ -100,7 +100,7 @@ def test_lists_in_sampling_defaults(tmp_path, tiny_source):
 @pytest.mark.parametrize("template", ["{% if %}", "{{ messages", "{% for m in messages %}", "{% nonsense %}"])
 def test_a_chat_template_that_does_not_compile_is_refused(export_refusal, tiny_source, template):
     text = export_refusal(tiny_source(fields={"chat_template": template}))
-    assert text.startswith("tiny: its chat template cannot be used (The chat template failed at line 1: ")
+    assert text.startswith("tiny: its chat template is unusable (The chat template failed at line 1: ")
     assert text.endswith("); correct or remove it there.")
 
 

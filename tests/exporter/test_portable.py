@@ -1,4 +1,4 @@
-"""The portable target: one module for cpu, cuda and tpu, which takes what its signature says and calls nothing."""
+"""The portable target: one module for cpu, cuda and tpu, without custom calls or extra arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +27,26 @@ def target(manifest, name):
     return next(t for t in manifest.targets if t.name.startswith(name))
 
 
-def test_it_is_for_three_platforms_and_depends_on_none(manifest):
+def test_it_serves_three_platforms_and_depends_on_none(manifest):
     assert PORTABLE.lowered_for == ("cpu", "cuda", "tpu")
     portable = target(manifest, "portable")
     about = (portable.runtime, portable.platform, portable.device, portable.machine, portable.jaxlib)
     assert about == ("stablehlo", "any", "any", "any", "any")
     assert (portable.kernels, portable.kernel_abi, portable.cpu_features) == ((), 0, ())
-    # What needs a GPU is for those who ask for it.
+    # Targets that need a GPU are made on request only.
     assert DEFAULT_TARGETS == ("cpu", "portable")
 
 
-def test_it_calls_nothing(manifest, tiny_artifact):
+def test_it_has_no_custom_calls(manifest, tiny_artifact):
     found = {}
     for name in ("cpu", "portable"):
         files = [tiny_artifact / str(p.stablehlo) for p in target(manifest, name).programs]
         found[name] = [b"custom_call" in file.read_bytes() for file in files]
     assert not any(found["portable"])
-    assert all(found["cpu"])  # the name would be found
+    assert all(found["cpu"])  # proves that the search works
 
 
-def test_it_compiles_and_takes_the_arguments_of_its_signature_and_no_other(manifest, tiny_artifact):
+def test_its_compiled_programs_take_exactly_the_arguments_of_the_manifest(manifest, tiny_artifact):
     client = pjrt.client()
     for program in target(manifest, "portable").programs:
         results = [pjrt.Result(shape=v.shape, dtype=numpy_dtype(v.dtype)) for v in program.results]
@@ -64,8 +64,8 @@ def spec_of(function):
     )
 
 
-def test_one_module_for_several_platforms_needs_no_number_of_the_platform():
-    """Which jax.export's own would take: this is why each platform's is made by itself."""
+def test_one_module_for_several_platforms_takes_no_platform_index():
+    """A module that jax.export makes for several platforms takes one: hence a lowering for each platform."""
     function = jax.jit(lambda x: (jnp.sin(x) + jnp.argmax(x),), keep_unused=True)
     spec = spec_of(function)
     shape = jax.ShapeDtypeStruct((3,), np.float32)

@@ -1,4 +1,4 @@
-"""Storage formats: the layout element by element, errors bounded and beaten, and nothing silently wrong."""
+"""Storage formats: the layout of each element, bounds on errors, and refusals."""
 
 import tracemalloc
 
@@ -28,13 +28,13 @@ def again(name: str, matrix: np.ndarray) -> np.ndarray:
 
 
 def errors(matrix: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The squared error of each group of inputs, ``[out, groups]``."""
+    """Return the squared error of each group of inputs, ``[out, groups]``."""
     starts = np.arange(0, matrix.shape[1], GROUP)
     return np.add.reduceat((matrix.astype(np.float64) - other) ** 2, starts, axis=1)
 
 
 def plain(name: str, matrix: np.ndarray) -> np.ndarray:
-    """Each group rounded over its whole range, group by group."""
+    """Round each group over its whole range."""
     out = np.zeros(matrix.shape)
     for start in range(0, matrix.shape[1], GROUP):
         group = matrix[:, start : start + GROUP].astype(np.float64)
@@ -51,7 +51,7 @@ def plain(name: str, matrix: np.ndarray) -> np.ndarray:
 
 
 def element(name: str, arrays, o: int, k: int) -> np.float32:
-    """One weight, as the description of the formats says where it lies."""
+    """Decode one weight by the formats' documentation."""
     scale = np.float32(arrays[1][o // 16, k // 32, o % 16])
     if name == "int8":
         return scale * np.float32(arrays[0][o // 16, k // 2, o % 16, k % 2])
@@ -61,7 +61,7 @@ def element(name: str, arrays, o: int, k: int) -> np.float32:
 
 
 def spread(coefficients: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """A scale or minimum for every weight."""
+    """Return a scale or minimum for every weight."""
     each = coefficients.swapaxes(1, 2).reshape(-1, coefficients.shape[1])[:rows].astype(np.float64)
     return np.repeat(each, GROUP, axis=1)[:, :columns]
 
@@ -85,7 +85,7 @@ def spread(coefficients: np.ndarray, rows: int, columns: int) -> np.ndarray:
         ),
     ],
 )
-def test_what_a_stack_is_stored_as(name, expected):
+def test_the_arrays_of_a_stack(name, expected):
     arrays = FORMATS[name].arrays((3, 20, 40))
     assert arrays == tuple(StoredArray(*array) for array in expected)
     encoded = FORMATS[name].encode(normal((20, 40)))
@@ -95,7 +95,7 @@ def test_what_a_stack_is_stored_as(name, expected):
 @pytest.mark.parametrize(
     ("name", "shape"), [("float32", (50, 40)), ("bfloat16", (50, 40)), ("int8", (1, 4, 32, 16, 2))]
 )
-def test_a_matrix_alone_is_a_stack_of_one_where_it_is_packed(name, shape):
+def test_packed_formats_store_a_matrix_as_a_stack_of_one(name, shape):
     assert FORMATS[name].arrays((50, 40))[0].shape == shape
 
 
@@ -109,7 +109,7 @@ def test_every_weight_lies_where_the_kernels_look(name, shape, seed):
     expected = [[element(name, arrays, o, k) for k in range(shape[1])] for o in range(shape[0])]
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.float32
-    # Wrongly placed, they would be off by as much as they are large.
+    # A misplaced value would be off by its own magnitude.
     assert np.abs(found - matrix).max() < 0.5
 
 
@@ -117,7 +117,7 @@ def test_every_weight_lies_where_the_kernels_look(name, shape, seed):
 @given(shape=shapes)
 @settings(deadline=None, max_examples=30)
 def test_padding_is_zero(name, shape):
-    """Full of values that are far from zero, so that nothing is zero by chance."""
+    """All values are far from zero, so that none is zero by chance."""
     arrays = FORMATS[name].encode(normal(shape) + 100)
     rows, columns = shape
     values, groups = arrays[0], -(-columns // GROUP)
@@ -180,7 +180,7 @@ def test_no_group_is_worse_than_plain_rounding(name, shape, seed, magnitude, off
 
 @pytest.mark.parametrize(("name", "part"), [("int8", 0.93), ("int4", 0.9)])
 @pytest.mark.parametrize("tails", [None, 5])
-def test_the_search_pays(name, part, tails):
+def test_the_search_beats_plain_rounding(name, part, tails):
     random = np.random.default_rng(3)
     matrix = random.standard_normal((64, 576)) if tails is None else random.standard_t(tails, (64, 576))
     matrix = matrix.astype(np.float32)
@@ -192,7 +192,7 @@ def test_the_search_pays(name, part, tails):
 @given(shape=shapes, seed=st.integers(0, 99), magnitude=st.floats(-8, 3))
 @settings(deadline=None, max_examples=50)
 def test_values_are_the_closest_under_the_scale_that_is_stored(name, shape, seed, magnitude):
-    """Which they are not when they are rounded before the scale is."""
+    """Rounding the values before the scale would miss them."""
     matrix = normal(shape, seed) * np.float32(10**magnitude)
     stored = FORMATS[name]
     arrays = stored.encode(matrix)
@@ -208,8 +208,8 @@ def test_values_are_the_closest_under_the_scale_that_is_stored(name, shape, seed
 
 @given(rows=st.integers(1, 20), groups=st.integers(1, 3), seed=st.integers(0, 999))
 @settings(deadline=None, max_examples=50)
-def test_what_lies_on_a_grid_is_kept(rows, groups, seed):
-    """Grids that reach both their ends in every group."""
+def test_values_on_a_grid_are_exact(rows, groups, seed):
+    """Every group reaches both ends of its grid."""
     random = np.random.default_rng(seed)
     scale = random.uniform(1e-3, 1, (rows, groups, 1)).astype(np.float16).astype(np.float32)
     values = random.integers(-127, 128, (rows, groups, GROUP)).astype(np.float32)
@@ -224,8 +224,8 @@ def test_what_lies_on_a_grid_is_kept(rows, groups, seed):
 
 
 @pytest.mark.parametrize("most", [1, 7])
-def test_weights_that_were_rounded_to_few_symmetric_steps_are_kept(most):
-    """As ternary training and 4-bit training without a minimum leave them."""
+def test_weights_rounded_to_few_symmetric_steps_are_exact(most):
+    """Ternary training, and 4-bit training without a minimum, give such weights."""
     values = np.random.default_rng(1).integers(-most, most + 1, (40, 64))
     values[:, ::32], values[:, 1::32] = -most, most
     matrix = values.astype(np.float32) * np.float32(0.0123)
@@ -241,7 +241,7 @@ def test_bfloat16_rounds_to_nearest_even():
     np.testing.assert_array_equal(again("bfloat16", again("bfloat16", matrix)), again("bfloat16", matrix))
 
 
-def test_float32_is_left_as_it_is():
+def test_float32_is_unchanged():
     matrix = normal((5, 7))
     np.testing.assert_array_equal(again("float32", matrix), matrix)
 
@@ -271,7 +271,7 @@ def test_a_constant_of_float16_is_exact_in_int4(constant):
 
 
 def test_a_narrow_group_far_from_zero():
-    """Float16 has steps of a half there, and one of them lies within the group."""
+    """Steps of float16 are 0.5 there, and one of them lies within the group."""
     matrix = np.linspace(1000.4, 1000.6, 64, dtype=np.float32).reshape(32, 2).T
     assert np.abs(again("int4", matrix) - matrix).max() < 0.6 / 15
 
@@ -280,14 +280,14 @@ def test_a_narrow_group_far_from_zero():
 @settings(deadline=None, max_examples=60)
 def test_any_constant_is_nearly_exact_in_int4(constant, sign):
     matrix = np.full((2, 40), sign * constant, np.float32)
-    # What float16 leaves of it is the scale, whose own steps are 2⁻²⁴ at the least, fifteen times over.
+    # The error is that of the scale in float16, whose steps are at least 2⁻²⁴, times 15.
     np.testing.assert_allclose(again("int4", matrix), matrix, rtol=2**-18, atol=2**-20)
 
 
 @INTEGERS
 @pytest.mark.parametrize("magnitude", [1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-20, 1e-38, 1e-44])
-def test_magnitudes_below_float16_are_kept_as_well_as_can_be(name, magnitude):
-    """The steps of float16 below its normal range are 2⁻²⁴ apart: no weight is further off than its own step."""
+def test_magnitudes_below_normal_float16_lose_one_step_at_most(name, magnitude):
+    """Below its normal range float16 has steps of 2⁻²⁴."""
     matrix = np.clip(normal((20, 70)), -3, 3) * np.float32(magnitude)
     found = again(name, matrix)
     step = 3 * magnitude * (2 / 15 if name == "int4" else 1 / 127) + 2**-24
@@ -318,7 +318,7 @@ def test_the_largest_values_that_fit(name, most):
         ("bfloat16", 3.4e38, "up: holds a value of 3.4e+38, expected at most 3.38953e+38"),
     ],
 )
-def test_what_does_not_fit_is_refused(name, value, text):
+def test_values_too_large_for_the_format_are_refused(name, value, text):
     matrix = normal((4, 40))
     matrix[3, 39] = value
     with pytest.raises(PrecastError) as raised:
@@ -329,7 +329,7 @@ def test_what_does_not_fit_is_refused(name, value, text):
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_is_refused(name, value):
+def test_values_that_are_not_finite_are_refused(name, value):
     matrix = normal((4, 40))
     matrix[2, 3] = value
     with pytest.raises(PrecastError, match=r"^gate: holds a value of (nan|inf), expected at most"):
@@ -348,7 +348,7 @@ def blocks(low: int, high: int, *, minimum: bool = False, rows: int = 20, groups
     return QuantisedBlocks(values=values, scale=scale, minimum=least)
 
 
-def multiplied_out(found: QuantisedBlocks) -> np.ndarray:
+def dequantised(found: QuantisedBlocks) -> np.ndarray:
     scale, minimum = (
         np.float32(0) if part is None else np.repeat(part.astype(np.float32), GROUP, axis=1)
         for part in (found.scale, found.minimum)
@@ -365,9 +365,9 @@ def multiplied_out(found: QuantisedBlocks) -> np.ndarray:
         ("int4", blocks(0, 15, minimum=True)),
     ],
 )
-def test_blocks_are_taken_to_the_bit(name, given):
+def test_blocks_are_stored_exactly(name, given):
     arrays = FORMATS[name].repack(given)
-    expected = multiplied_out(given)
+    expected = dequantised(given)
     np.testing.assert_array_equal(FORMATS[name].decode(arrays, *expected.shape), expected)
     stored = FORMATS[name].arrays((1, *expected.shape))
     assert [(a.shape, a.dtype) for a in arrays] == [(a.shape[1:], a.numpy_dtype) for a in stored]
@@ -386,7 +386,7 @@ def test_blocks_are_taken_to_the_bit(name, given):
         ("bfloat16", blocks(-8, 7)),
     ],
 )
-def test_blocks_that_a_format_cannot_say_are_left(name, given):
+def test_blocks_that_a_format_cannot_hold_are_left(name, given):
     assert FORMATS[name].repack(given) is None
 
 
@@ -398,4 +398,4 @@ def test_a_minimum_of_eight_scales_must_fit(scale, fits):
     arrays = INT4.repack(given)
     assert (arrays is not None) == fits
     if fits:
-        np.testing.assert_array_equal(INT4.decode(arrays, 20, 32), multiplied_out(given))
+        np.testing.assert_array_equal(INT4.decode(arrays, 20, 32), dequantised(given))

@@ -1,4 +1,4 @@
-"""Artifacts of every kind of weights and cache, against the uncached pass over the same stored weights."""
+"""Artifacts with every format of weights and KV cache, compared with the uncached pass over the stored weights."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ from precast.exporter.quantize import FORMATS
 from precast.loaders.artifact.weights import map_weights
 from precast.loaders.load import load
 
-PROMPT = [i * 7 % 60 for i in range(1, 22)]  # more than the largest bucket
+PROMPT = [i * 7 % 60 for i in range(1, 22)]  # longer than the largest bucket
 STEPS = 12
-# What may be lost, in shares of the logits' spread: float32 sums in another order; activations in 16 bits; keys and
-# values of eight bits and of seven.
+# Tolerances by type of the KV cache, as shares of the logits' spread: float32 sums in another order; activations in 16
+# bits; keys and values of 8 and of 7 bits.
 LOST = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
 KINDS = [
     *((weights, "bfloat16") for weights in FORMATS),
@@ -27,7 +27,7 @@ KINDS = [
 
 
 def forced(model: Any, ids: Sequence[int]) -> np.ndarray:
-    """Logits of the artifact: from the last token of the prompt on, and after each token of `ids` fed to decode."""
+    """Return the artifact's logits after the prompt, and after each further token of `ids`, which decode is given."""
     engine, cache = model.engine, model.engine.new_cache()
     step = engine.prefill(ids[: len(PROMPT)], cache)
     rows = [engine.logits(step)[0].copy()]
@@ -38,7 +38,7 @@ def forced(model: Any, ids: Sequence[int]) -> np.ndarray:
 
 
 def uncached(model: StoredModel, root: Path, ids: Sequence[int]) -> np.ndarray:
-    """The same by the reference, with the weights of the artifact."""
+    """Return the same logits of the reference, with the artifact's weights."""
     import jax
     import jax.numpy as jnp
 
@@ -72,7 +72,7 @@ def test_the_portable_target_computes_the_same(export_tiny: Callable[..., Path],
     assert np.abs(found - expected).max() <= LOST["bfloat16"] * np.ptp(expected)
 
 
-def test_what_the_manifest_says(export_tiny: Callable[..., Path]) -> None:
+def test_the_manifest_describes_the_kv_cache(export_tiny: Callable[..., Path]) -> None:
     manifest = load(export_tiny(weights="int4", kv_cache="int8", targets=("cpu",))).manifest
     assert manifest.model.weights == "int4"
     assert [(a.name, a.dtype, a.axes) for a in manifest.cache] == [
@@ -101,7 +101,7 @@ def test_what_the_manifest_says(export_tiny: Callable[..., Path]) -> None:
         ("int8", "int8", "int8"),
     ],
 )
-def test_the_cache_goes_with_the_weights(
+def test_the_default_kv_cache_depends_on_the_weights(
     export_tiny: Callable[..., Path], weights: str, cache: str | None, kept: str
 ) -> None:
     manifest = load(export_tiny(weights=weights, kv_cache=cache, targets=("cpu",))).manifest
@@ -110,7 +110,7 @@ def test_the_cache_goes_with_the_weights(
 
 
 def test_several_slots_decode_as_one(export_tiny: Callable[..., Path]) -> None:
-    """Three sequences of different lengths, one slot idle: each goes on as it would alone."""
+    """Three sequences of different lengths, with one idle slot, each continue as they would alone."""
     one, four = (load(export_tiny(weights="int8", slots=n, targets=("cpu",))).engine for n in (1, 4))
     prompts = {0: PROMPT[:5], 1: PROMPT, 3: PROMPT[:9]}
     together = four.new_cache()

@@ -1,4 +1,4 @@
-"""A SavedModel as others see it: what is in its files, and what TensorFlow alone makes of it."""
+"""The SavedModel for other tools: its files, and its answers in TensorFlow without precast."""
 
 import json
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from precast.exporter import export as whole_export
 from precast.exporter.export import export
 from precast.exporter.models.registry import read_model
 from precast.exporter.options import ExportOptions
 from precast.exporter.programs import TABLES, Geometry, build_programs, stored_model
-from precast.exporter.targets import savedmodel as exporting
+from precast.exporter.reference import recording
+from precast.exporter.targets import savedmodel as builder
 from precast.exporter.targets.kinds import TARGET_KINDS
 from precast.exporter.weights import plan_weights, write_model_weights
 from precast.loaders.artifact.errors import PrecastError
@@ -26,7 +26,7 @@ from precast.loaders.runtime.savedmodel import manifest_name, signature_name
 PROMPT = [7, 300, 12, 5, 101]
 FOLDER = "programs/savedmodel"
 
-# Prefill, then decode, as the manifest says and with nothing of precast's.
+# Prefill, then decode, by the manifest alone and without precast.
 GENERATE = """
 import json, sys
 sys.modules["jax"] = sys.modules["jaxlib"] = sys.modules["precast"] = None
@@ -50,7 +50,7 @@ print(json.dumps(answer))
 
 @pytest.fixture(scope="module")
 def answer(savedmodel_artifact) -> list[int]:
-    """What the compiled target goes on with."""
+    """Return the answer of the compiled target."""
     model = load(savedmodel_artifact, trusted=True)
     assert model.target.runtime == "pjrt"
     return list(model.generate(PROMPT, SamplingParams(max_tokens=12, ignore_eos=True)).token_ids)
@@ -71,7 +71,7 @@ def test_saved_model_cli_shows_a_signature_for_each_program(savedmodel_artifact)
     assert {k for k in keys if not k.startswith("__")} == {"cache", "prefill_8", "prefill_16", "decode"}
 
 
-def test_the_manifest_says_what_runs_it(savedmodel_artifact):
+def test_the_manifest_describes_the_target(savedmodel_artifact):
     manifest = read_manifest(savedmodel_artifact)
     target = next(t for t in manifest.targets if t.runtime == "savedmodel")
     assert (target.name, target.platform, target.device, target.machine) == (
@@ -93,14 +93,14 @@ def test_the_manifest_says_what_runs_it(savedmodel_artifact):
         p.relative_to(savedmodel_artifact).as_posix() for p in savedmodel_artifact.rglob("*") if p.is_file()
     }
     assert written - {"manifest.json"} == set(manifest.files)
-    # TensorFlow's fingerprint has a random number in it: exports would differ.
+    # TensorFlow's fingerprint contains a random number, so exports would differ.
     assert not [name for name in written if "fingerprint" in name]
-    # What copies files alone copies all of it.
+    # A copy of the files is complete: there are no empty folders.
     assert all(any(p.iterdir()) for p in savedmodel_artifact.rglob("*") if p.is_dir())
 
 
 def sizes(artifact: Path) -> tuple[int, int, int]:
-    """Bytes of the graph, of the variables, and of the artifact's own weights."""
+    """Return the bytes of the graph, of the variables, and of the artifact's own weights."""
     folder = artifact / FOLDER
     variables = sum(p.stat().st_size for p in (folder / "variables").glob("variables.data*"))
     return (
@@ -111,7 +111,7 @@ def sizes(artifact: Path) -> tuple[int, int, int]:
 
 
 def written(source, folder: Path) -> Path:
-    """The weights and the SavedModel of an artifact, without what else an export does."""
+    """Write the weights and the SavedModel of an artifact, and nothing else."""
     kind, spec = TARGET_KINDS["savedmodel"], read_model(source.config, source.name).with_context(64)
     stored = stored_model(spec, "float32")
     tables = dict(zip(TABLES, spec.tables(64), strict=True))
@@ -119,14 +119,14 @@ def written(source, folder: Path) -> Path:
     write_model_weights(folder / "weights.safetensors", plan, stored.formats, tables, lambda _: None)
     geometry = Geometry(context=64, slots=1, buckets=(8, 16))
     programs = build_programs(stored, geometry, kind.ops)
-    exporting.build_savedmodel(kind, programs, folder, date.today(), lambda _: None)
+    builder.build_savedmodel(kind, programs, folder, date.today(), lambda _: None)
     return folder
 
 
 def test_weights_are_variables_stored_once_and_the_graph_does_not_grow_with_them(
     savedmodel_artifact, tiny_source, tmp_path
 ):
-    """A message of the graph's holds 2 GB at most: constants would not fit."""
+    """A graph's message holds at most 2 GB: constants would not fit."""
     # 20,000 tokens instead of 320: 7.6 MB more of weights.
     large = written(tiny_source(config={"vocab_size": 20_000}), tmp_path)
     graph, variables, weights = sizes(savedmodel_artifact)
@@ -138,8 +138,8 @@ def test_weights_are_variables_stored_once_and_the_graph_does_not_grow_with_them
         assert abs(stored - once) < 10_000
 
 
-def test_a_full_disk_is_an_error_of_the_system_s(savedmodel_packages, tiny_source, tmp_path, monkeypatch):
-    """Which is what an export cleans up after."""
+def test_a_full_disk_raises_os_error(savedmodel_packages, tiny_source, tmp_path, monkeypatch):
+    """An export cleans up after an OSError."""
     import tensorflow
     from orbax import export
 
@@ -151,7 +151,7 @@ def test_a_full_disk_is_an_error_of_the_system_s(savedmodel_packages, tiny_sourc
         written(tiny_source(), tmp_path)
 
 
-def test_names_of_signatures_lead_back_to_those_of_the_manifest(tiny_source):
+def test_names_of_signatures_translate_back_to_the_manifest_s(tiny_source):
     source = tiny_source(config={"model_type": "mistral", "sliding_window": 8})
     model = stored_model(read_model(source.config, source.name), "int8")
     geometry = Geometry(context=64, slots=1, buckets=(8,), kv_cache="int8")
@@ -164,8 +164,8 @@ def test_names_of_signatures_lead_back_to_those_of_the_manifest(tiny_source):
     assert all("." not in signature_name(n) and manifest_name(signature_name(n)) == n for n in names)
 
 
-def test_an_export_asks_for_the_golden_answers(savedmodel_packages, tmp_path, tiny_source, monkeypatch):
-    def replay(model, recorded, where):
+def test_an_export_replays_the_golden_answers(savedmodel_packages, tmp_path, tiny_source, monkeypatch):
+    def replay(model, recorded, where, progress):
         nothing = {"answers": 0, "tokens": 0, "logits": 0, "difference": 0.0, "share": 0.0}
         assert model.target.runtime == "savedmodel"
         assert max(len(answer.token_ids) for answer in recorded.greedy) == 4
@@ -173,7 +173,7 @@ def test_an_export_asks_for_the_golden_answers(savedmodel_packages, tmp_path, ti
         problem = f"{where}: answer 0: token 0 is 1, recorded is 2; {DO_NOT_USE}"
         return ReplayReport(target=model.target.name, problems=(problem,), **nothing)
 
-    monkeypatch.setattr(whole_export, "replay", replay)
+    monkeypatch.setattr(recording, "replay", replay)
     options = ExportOptions(buckets=(8,), context=64, targets=("cpu", "savedmodel"))
     with pytest.raises(PrecastError) as raised:
         export(tiny_source(), tmp_path / "a", options)
@@ -194,10 +194,7 @@ def test_an_export_asks_for_the_golden_answers(savedmodel_packages, tmp_path, ti
 def test_missing_packages_are_named_before_anything_is_written(
     there, sentence, monkeypatch, tiny_source, tmp_path
 ):
-    from precast.exporter.export import export
-    from precast.exporter.options import ExportOptions
-
-    monkeypatch.setattr(exporting, "find_spec", lambda name: object() if name in there else None)
+    monkeypatch.setattr(builder, "find_spec", lambda name: object() if name in there else None)
     with pytest.raises(PrecastError) as raised:
         export(tiny_source(), tmp_path / "out", ExportOptions(targets=("cpu", "savedmodel")))
     assert str(raised.value) == (
@@ -206,10 +203,10 @@ def test_missing_packages_are_named_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_package_that_this_process_refuses_counts_as_missing(monkeypatch):
+def test_a_blocked_package_counts_as_missing(monkeypatch):
     def refuse(name):
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(exporting, "find_spec", refuse)
+    monkeypatch.setattr(builder, "find_spec", refuse)
     with pytest.raises(PrecastError, match="which are not installed"):
-        exporting.check_packages()
+        builder.check_packages()

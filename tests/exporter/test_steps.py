@@ -1,4 +1,4 @@
-"""What a layer asks of the target, recorded; and what cannot be."""
+"""Recording a layer's calls of the target's operations, and refusing layers that cannot be recorded."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ def stack(layer: Callable[[Any, LayerOps], Any], heads: tuple[int, int, int] = H
 
 
 def attention(x: Any, ops: LayerOps) -> Any:
-    """``x + attention(x)``."""
+    """Return ``x + attention(x)``."""
     (n, k, h), flat = HEADS, x.reshape(-1, x.shape[-1])
     q, keys, values = ops.project(flat, call(n * h, k * h, k * h, norm=jnp.ones((2, 10)), eps=1e-5))
     out = ops.attend(*(a.reshape(2, 3, -1, h) for a in (q, keys, values)))
@@ -93,7 +93,7 @@ def test_layers_of_one_window_share_a_cache() -> None:
 
 
 def test_every_architecture_is_recorded() -> None:
-    """The kernels run the layers of all of them in one call."""
+    """One call of the kernels runs all layers of an architecture."""
     import jax
 
     from precast.exporter.models.parameters import abstract_model
@@ -116,7 +116,7 @@ def test_every_architecture_is_recorded() -> None:
         assert found[0].codes[::8].count(1) == 1  # attention
 
 
-def test_packed_weights_are_handed_on() -> None:
+def test_packed_weights_are_passed_through() -> None:
     packed = PackedWeight(jnp.zeros((2, 1, 16, 16, 2), jnp.int8), jnp.zeros((2, 1, 1, 16), jnp.float16))
     steps = record(
         stack(lambda x, ops: ops.project(x, LinearCall(weights=(packed,), outs=(10,)))[0]), (6, 10)
@@ -127,7 +127,7 @@ def test_packed_weights_are_handed_on() -> None:
 
 
 def after(change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """A layer with something else between its steps."""
+    """Return a layer with another operation between its steps."""
 
     def layer(x: Any, ops: LayerOps) -> Any:
         x = change(attention(x, ops))
@@ -180,12 +180,12 @@ def test_the_result_must_be_the_last_steps(layer: Callable[..., Any]) -> None:
         record(stack(layer), SHAPE)
 
 
-def test_heads_are_those_that_were_said() -> None:
-    """The kernel takes them from there, not from what a layer makes of its values."""
+def test_the_shape_of_the_heads_comes_from_the_stack() -> None:
+    """The kernel reads it there, whatever shape a layer gives its values."""
     with pytest.raises(TypeError, match=r"expected attention heads \(2, 2, 10\), found "):
         record(stack(attention, (2, 2, 10)), SHAPE)
 
 
-def test_what_is_no_stand_in_is_refused() -> None:
+def test_a_foreign_value_is_refused() -> None:
     with pytest.raises(TypeError, match="takes only the layer's input"):
         record(stack(lambda x, ops: ops.project(x, call(10, residual=jnp.ones((6, 10))))[0]), SHAPE)

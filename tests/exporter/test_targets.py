@@ -1,4 +1,4 @@
-"""Executables for several instruction sets in one artifact: what they share, what is in them, what is refused."""
+"""Executables for several instruction sets in one artifact: shared files, instructions and refusals."""
 
 import dataclasses
 import re
@@ -9,6 +9,7 @@ import pytest
 
 from precast.exporter.export import export
 from precast.exporter.options import ExportOptions
+from precast.exporter.reference import recording
 from precast.loaders.add_target import add_target
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import cpu_features, processor_family
@@ -35,7 +36,7 @@ def several(export_tiny) -> Path:
 # --- several targets ----------------------------------------------------------------------------------------
 
 
-def test_exporting_twice_gives_the_same_bytes_of_every_file(tiny_checkpoint, python, tmp_path):
+def test_two_exports_are_equal_byte_for_byte(tiny_checkpoint, python, tmp_path):
     levels = ["--cpu-isa", "x86-64-v2"] if processor_family() == "x86_64" else []
     for name in ("a", "b"):
         result = python(
@@ -68,10 +69,10 @@ def test_weights_and_stablehlo_are_stored_once_for_all_targets(several):
     manifest = read_manifest(several)
     assert [t.name for t in manifest.targets] == [V3, V2, "portable"]
     assert [p.name for p in several.rglob("*.safetensors")] == ["weights.safetensors"]
-    # No weight is in any other file: not in a program, as a constant, either.
+    # No other file contains weights, not even a program as a constant.
     data = (several / "weights.safetensors").read_bytes()
     pieces = [data[at : at + 64] for at in range(len(data) // 2, len(data) - 64, len(data) // 20)]
-    pieces = [piece for piece in pieces if len(set(piece)) > 20]  # padding is anywhere
+    pieces = [piece for piece in pieces if len(set(piece)) > 20]  # padding occurs in every file
     assert len(pieces) > 5
     others = [p.read_bytes() for p in several.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
     assert not any(piece in other for piece in pieces for other in others)
@@ -81,7 +82,7 @@ def test_weights_and_stablehlo_are_stored_once_for_all_targets(several):
 
 
 @needs_v3
-def test_all_targets_answer_alike_and_the_widest_is_taken(several):
+def test_all_targets_give_one_answer_and_the_widest_is_chosen(several):
     params = SamplingParams(max_tokens=16, ignore_eos=True)
     names = [t.name for t in read_manifest(several).targets if t.runtime == "pjrt"]
     answers = {load(several, target=name).generate(PROMPT, params).token_ids for name in names}
@@ -90,14 +91,14 @@ def test_all_targets_answer_alike_and_the_widest_is_taken(several):
 
 
 @needs_v3
-def test_a_target_says_what_it_was_held_to(several):
+def test_a_target_records_its_level(several):
     narrow = next(t for t in read_manifest(several).targets if t.name == V2)
     assert narrow.xla_flags.endswith("--xla_cpu_max_isa=SSE4_2")
     assert narrow.cpu_features == isa.LEVELS["x86-64-v2"].features
 
 
 @needs_v3
-def test_native_makes_no_second_target_of_a_level_that_is_there(export_tiny):
+def test_native_adds_no_second_target_of_a_level(export_tiny):
     alone = export_tiny(buckets=(8,), weights="int8", targets=("cpu",), cpu_isas=("native",))
     (native,) = read_manifest(alone).targets
     assert set(native.cpu_features) <= set(cpu_features())
@@ -121,7 +122,7 @@ def disassembled(root: Path, name: str) -> Iterator:
     target = next(t for t in read_manifest(root).targets if t.name == name)
     for program in target.programs:
         objects = object_files((root / program.executable).read_bytes())
-        # Making an empty cache is one call of a kernel; the others are compiled code.
+        # The empty cache is one call of a kernel; the other programs contain compiled code.
         assert objects or program.kind == "cache"
         for section in (code for elf in objects for code in code_sections(elf)):
             found = list(engine.disasm(section, 0))
@@ -182,7 +183,7 @@ GFNI, UNKNOWN = "c4e269cfc1", "d50000000000"  # gf2p8mulb xmm0, xmm2, xmm1; the 
 
 @pytest.fixture
 def code(monkeypatch):
-    """Replace the reading of executables: these are machine code in hexadecimal digits."""
+    """Replace the reader of executables: take machine code in hexadecimal digits."""
     monkeypatch.setattr(isa, "object_files", lambda data: [data])
     monkeypatch.setattr(isa, "code_sections", lambda elf: [bytes.fromhex(elf.decode())])
     monkeypatch.setattr(isa, "processor_family", lambda: "x86_64")
@@ -214,7 +215,7 @@ def test_a_level_needs_the_level_and_native_what_it_uses(code):
         ("x86-64-v4", GFNI, "gfni", "native"),
     ],
 )
-def test_what_came_out_wider_than_its_level_is_refused(code, level, program, needs, instead):
+def test_code_wider_than_its_level_is_refused(code, level, program, needs, instead):
     with pytest.raises(PrecastError) as raised:
         code(level, LEA, LEA + program)
     assert str(raised.value) == (
@@ -223,13 +224,13 @@ def test_what_came_out_wider_than_its_level_is_refused(code, level, program, nee
     )
 
 
-def test_the_advice_is_a_level_that_this_machine_has(code, monkeypatch):
+def test_the_advice_names_a_level_of_this_machine(code, monkeypatch):
     monkeypatch.setattr(isa, "cpu_features", lambda: isa.LEVELS["x86-64-v2"].features)
     with pytest.raises(PrecastError, match="use --cpu-isa native, or unset"):
         code("x86-64-v2", ANDN)
 
 
-def test_an_instruction_that_is_not_known_is_refused(code, monkeypatch):
+def test_an_unknown_instruction_is_refused(code, monkeypatch):
     for name, advice in (("x86-64-v2", ""), ("native", " and export with --cpu-isa x86-64-v2 instead")):
         with pytest.raises(PrecastError) as raised:
             code(name, LEA + UNKNOWN)
@@ -259,7 +260,7 @@ def test_an_executable_states_what_it_needs(monkeypatch):
     assert isa.declare_features(LIST, ()) == LIST
 
 
-def test_names_say_what_is_needed(monkeypatch):
+def test_names_of_targets_state_their_needs(monkeypatch):
     for family, names in (
         ("x86_64", ("x86-64-v2", "x86-64-v3", "x86-64-v4", "x86-64-v2-sse4a")),
         ("aarch64", ("aarch64",) * 4),
@@ -270,7 +271,7 @@ def test_names_say_what_is_needed(monkeypatch):
             assert isa.target_name("cpu", features) == f"cpu-{name}"
 
 
-# --- the same bytes -----------------------------------------------------------------------------------------
+# --- canonical executables ----------------------------------------------------------------------------------
 
 
 def field(number: int, data: bytes) -> bytes:
@@ -287,7 +288,7 @@ def executable(*objects: bytes) -> bytes:
     )
 
 
-def test_object_files_are_put_in_order():
+def test_object_files_are_sorted():
     assert canonical(executable(b"b", b"a", b"c")) == executable(b"a", b"b", b"c")
     assert object_files(executable(b"b", b"a")) == (b"\x7fELFb", b"\x7fELFa")
 
@@ -295,22 +296,22 @@ def test_object_files_are_put_in_order():
 @pytest.mark.parametrize(
     "change", [lambda d: d[:-1], lambda d: d + b"\x07", lambda d: b"\xff" * 20, lambda d: b""]
 )
-def test_what_is_not_understood_is_left_alone(change):
+def test_unknown_bytes_are_unchanged(change):
     data = change(executable(b"b", b"a"))
     assert canonical(data) == data
     assert object_files(data) is None
 
 
 @needs_v3
-def test_a_further_target_that_answers_otherwise_is_not_shipped(tmp_path, tiny_source, monkeypatch):
-    original = exporting.replay
+def test_another_target_with_wrong_answers_is_not_shipped(tmp_path, tiny_source, monkeypatch):
+    original = recording.replay
 
-    def replay(model, recorded, where):
-        found = original(model, recorded, where)
+    def replay(model, recorded, where, progress):
+        found = original(model, recorded, where, progress)
         assert found.problems == ()
-        return dataclasses.replace(found, problems=(f"{where}: a token differs; {exporting.DO_NOT_USE}",))
+        return dataclasses.replace(found, problems=(f"{where}: a token differs; {recording.DO_NOT_USE}",))
 
-    monkeypatch.setattr(exporting, "replay", replay)
+    monkeypatch.setattr(recording, "replay", replay)
     options = ExportOptions(buckets=(8,), context=64, targets=("cpu",), cpu_isas=("x86-64-v3", "x86-64-v2"))
     with pytest.raises(PrecastError) as raised:
         export(tiny_source(), tmp_path / "a", options)

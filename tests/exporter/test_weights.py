@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the weight file: every tensor used or knowingly left out, every value a number."""
+"""Writing the weight file: every tensor used or deliberately ignored, every value finite."""
 
 import dataclasses
 import weakref
@@ -31,7 +31,7 @@ def tensor(array, read=None) -> SourceTensor:
 
 @pytest.fixture
 def source(tiny_source):
-    """A source of exactly these parameters' tensors, with other tensors or without some."""
+    """Make a source of exactly these parameters' tensors; arguments replace or drop some."""
     random = np.random.default_rng(0)
     arrays = {
         name: random.standard_normal(p.source_shape, np.float32) for p in PARAMETERS for name in p.sources
@@ -52,18 +52,18 @@ def refusal(source, *, tied=True) -> str:
     return str(raised.value)
 
 
-def write(path, source, tables=None, report=lambda _: None, weights="float32") -> dict[str, np.ndarray]:
+def write(path, source, tables=None, count=lambda _: None, weights="float32") -> dict[str, np.ndarray]:
     plan = plan_weights(source, PARAMETERS, tied=True)
-    write_model_weights(path, plan, formats_of(PARAMETERS, weights), tables or {}, report)
+    write_model_weights(path, plan, formats_of(PARAMETERS, weights), tables or {}, count)
     return map_weights(path)
 
 
 def stored(found, name) -> list[np.ndarray]:
-    """A parameter's arrays, in the order of its format."""
+    """Return a parameter's arrays, in the order of its format."""
     return [found[name + suffix] for suffix in ("", ".scale", ".minimum") if name + suffix in found]
 
 
-def test_layers_are_stacked_in_order_and_the_rest_is_as_it_was(source, tmp_path):
+def test_layers_are_stacked_in_order_and_other_tensors_unchanged(source, tmp_path):
     tables = {"rope.cos": np.ones((5, 2), np.float32)}
     found = write(tmp_path / "w", source(), tables)
     assert found.keys() == {p.name for p in PARAMETERS} | tables.keys()
@@ -93,7 +93,7 @@ def test_tensors_are_read_once_each_and_one_after_another(source, tmp_path):
     write(tmp_path / "w", source(**changes), report=reported.append)
     assert sorted(reads) == sorted(source.arrays)
     assert sum(reported) == sum(a.nbytes for a in source.arrays.values())
-    # The one being read, and the one before it, which is let go when the new one is there.
+    # The tensor being read, and the one before it, which is freed after the read.
     assert most <= 2 < len(reads)
 
 
@@ -110,7 +110,7 @@ def test_a_tensor_of_another_shape_is_named(source):
     )
 
 
-def test_tensors_that_belong_nowhere_are_named(source):
+def test_tensors_without_a_parameter_are_named(source):
     extra = tensor(np.zeros(3, np.float32))
     text = refusal(source(model__layers__2__mlp__up_proj__weight=extra))
     assert text == (
@@ -122,7 +122,7 @@ def test_tensors_that_belong_nowhere_are_named(source):
     )
 
 
-def test_what_is_left_out_is_left_out_knowingly(source):
+def test_known_buffers_and_tied_heads_are_ignored(source):
     extra = tensor(np.zeros(3, np.float32))
     left_out = {
         "model__layers__0__self_attn__rotary_emb__inv_freq": extra,
@@ -133,20 +133,20 @@ def test_what_is_left_out_is_left_out_knowingly(source):
     assert "'lm_head.weight' belongs to no parameter" in refusal(source(lm_head__weight=extra), tied=False)
 
 
-def test_what_is_left_out_is_named(source):
+def test_ignored_tensors_are_named(source):
     extra = tensor(np.zeros(3, np.float32))
     buffers = {f"model__layers__{i}__self_attn__rotary_emb__inv_freq": extra for i in range(4)}
     names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)]
 
     def told(**changes):
-        return plan_weights(source(**changes), PARAMETERS, tied=True).left_out()
+        return plan_weights(source(**changes), PARAMETERS, tied=True).remark()
 
     assert told() is None
     assert told(**dict(list(buffers.items())[:1])) == f"leaving out {names[0]}"
     assert told(**buffers) == f"leaving out {names[0]}, {names[1]}, … (2 more)"
 
 
-def test_a_head_that_is_not_the_embedding_it_is_said_to_be_is_refused(source):
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(source):
     other = source.arrays["model.embed_tokens.weight"].copy()
     other[5, 3] += 1
     text = refusal(source(lm_head__weight=tensor(other)))
@@ -155,21 +155,21 @@ def test_a_head_that_is_not_the_embedding_it_is_said_to_be_is_refused(source):
 
 
 @pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf], [np.inf, -np.inf], [np.nan, np.inf, 1]])
-def test_values_that_are_no_numbers_are_refused(source, tmp_path, values):
+def test_values_that_are_not_finite_are_refused(source, tmp_path, values):
     array = source.arrays[UP].copy()
     array.reshape(-1)[-len(values) :] = values
     with pytest.raises(PrecastError, match=f"^{UP}: the tensor holds values that are not finite numbers"):
         write(tmp_path / "w", source(**{UP.replace(".", "__"): tensor(array)}))
 
 
-def test_the_largest_numbers_are_still_numbers(source, tmp_path):
+def test_the_largest_finite_values_are_accepted(source, tmp_path):
     array = np.full((3, 4), np.finfo(np.float32).max, np.float32)
     found = write(tmp_path / "w", source(**{UP.replace(".", "__"): tensor(array)}))
     np.testing.assert_array_equal(found["model.layers.mlp.up_proj.weight"][1], array)
 
 
-def test_a_reader_that_gives_another_shape_than_it_said_is_caught(source, tmp_path):
-    """Of the same size, it would be written, transposed, without a word."""
+def test_a_reader_that_returns_another_shape_is_caught(source, tmp_path):
+    """A tensor of the same size would be written transposed."""
     lying = tensor(source.arrays[UP], lambda: source.arrays[UP].T.copy())
     with pytest.raises(PrecastError, match=r"expected shape \[3, 4\], found \[4, 3\] when reading it"):
         write(tmp_path / "w", source(**{UP.replace(".", "__"): lying}))
@@ -178,8 +178,8 @@ def test_a_reader_that_gives_another_shape_than_it_said_is_caught(source, tmp_pa
 # --- formats ------------------------------------------------------------------------------------------------
 
 
-def test_which_parameter_gets_which_format():
-    """Norms and biases by their axes, whatever they are called; the vocabulary by name."""
+def test_the_format_of_each_parameter():
+    """The number of axes identifies norms and biases; the name identifies the vocabulary."""
     shapes = {
         "model.embed_tokens.weight": (6, 4),
         "lm_head.weight": (1, 6, 4),
@@ -195,7 +195,7 @@ def test_which_parameter_gets_which_format():
         assert formats_of(parameters, weights) == dict(zip(shapes, expected, strict=True))
 
 
-def test_a_format_that_is_not_known():
+def test_an_unknown_format_is_refused():
     with pytest.raises(PrecastError) as raised:
         formats_of(PARAMETERS, "int2")
     assert str(raised.value) == (
@@ -217,7 +217,7 @@ def test_every_format_is_read_back(source, tmp_path, weights):
         assert [(a.shape, a.dtype) for a in arrays] == [(a.shape, a.numpy_dtype) for a in expected]
         for layer, name in enumerate(parameter.sources):
             wanted = kept.encode(source.arrays[name])
-            # The embedding has no axis of layers where it is not packed, and nor have its contents.
+            # An unpacked embedding has no axis of layers, and neither have its values.
             ours = [
                 a.reshape(len(parameter.sources), *w.shape)[layer]
                 for a, w in zip(arrays, wanted, strict=True)
@@ -228,7 +228,7 @@ def test_every_format_is_read_back(source, tmp_path, weights):
     assert len(reported) == sum(len(p.sources) for p in PARAMETERS)
 
 
-def test_the_file_is_the_same_every_time(source, tmp_path):
+def test_the_file_is_reproducible(source, tmp_path):
     for path in ("a", "b"):
         write(tmp_path / path, source(), weights="int4")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -243,7 +243,7 @@ def test_a_value_too_large_for_a_format_is_named(source, tmp_path):
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_no_numbers_are_refused_in_every_format(source, tmp_path, weights, value):
+def test_values_that_are_not_finite_are_refused_in_every_format(source, tmp_path, weights, value):
     array = source.arrays[UP].copy()
     array[1, 1] = value
     with pytest.raises(PrecastError, match=f"^{UP}: the tensor holds values that are not finite numbers"):
@@ -286,7 +286,7 @@ def test_blocks_are_not_rounded_again(tiny_source, tmp_path, weights, low):
 @pytest.mark.parametrize(
     ("weights", "low"), [("int8", -128), ("int4", -127), ("bfloat16", -8), ("float32", -8)]
 )
-def test_blocks_that_do_not_fit_are_read_as_numbers(tiny_source, tmp_path, weights, low):
+def test_blocks_that_do_not_fit_are_dequantised(tiny_source, tmp_path, weights, low):
     blocks = blocks_of(low)
     array = blocks.values * np.float32(0.5)
     found = write_blocks(tmp_path / "w", blocky(tiny_source, blocks, array), weights)
@@ -295,7 +295,7 @@ def test_blocks_that_do_not_fit_are_read_as_numbers(tiny_source, tmp_path, weigh
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("part", ["scale", "minimum"])
-def test_blocks_with_scales_that_are_no_numbers_are_refused(tiny_source, tmp_path, scale, part):
+def test_blocks_with_scales_that_are_not_finite_are_refused(tiny_source, tmp_path, scale, part):
     broken = np.array([[1], [scale], [1]], np.float16)
     blocks = dataclasses.replace(blocks_of(0), **{part: broken})
     with pytest.raises(PrecastError, match=r"^up: the tensor holds values that are not finite numbers"):

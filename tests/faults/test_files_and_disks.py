@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from precast.exporter import export as exporting
+from precast.exporter import export as pipeline
+from precast.exporter.manifest import write_manifest
 from precast.exporter.options import ExportOptions
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.files import cache_folder
@@ -93,17 +94,17 @@ def quick_export(tiny_artifact, tiny_source, monkeypatch):
             (folder / name).write_bytes((tiny_artifact / name).read_bytes())
         return [made.targets[0]]
 
-    def record(folder, manifest, stored, digest):
+    def record(folder, manifest, stored, weights_sha256):
         (folder / "golden.json").write_bytes((tiny_artifact / "golden.json").read_bytes())
-        exporting._finish(folder, manifest, digest)
+        write_manifest(folder, manifest, weights_sha256)
 
-    monkeypatch.setattr(exporting, "_build", build)
-    monkeypatch.setattr(exporting, "_record_golden", record)
+    monkeypatch.setattr(pipeline, "_build", build)
+    monkeypatch.setattr(pipeline, "record_golden", record)
     # The source is written whatever the moment, so it must not be read through the disk that fails.
     options = {"buckets": (8, 16), "context": 64, "weights": "float32", "targets": ("cpu",)}
 
     def export(output: Path, *, overwrite: bool = False) -> None:
-        exporting.export(source, output, ExportOptions(**options, overwrite=overwrite))
+        pipeline.export(source, output, ExportOptions(**options, overwrite=overwrite))
 
     return export
 

@@ -91,8 +91,8 @@ def test_what_an_export_quotes(capsys, monkeypatch, tmp_path):
     from precast.exporter import console
     from precast.exporter.options import ExportOptions
 
-    def export(source: Any, path: Any, options: Any, progress: Any) -> Any:
-        progress.stage(f"  remark on {HOSTILE}")
+    def export(source: Any, path: Any, options: Any, *, log: Any, progress: Any) -> Any:
+        log(f"  remark on {HOSTILE}")
         return SimpleNamespace(files={"weights.safetensors": SimpleNamespace(bytes=1)}, targets=())
 
     monkeypatch.setattr(console, "open_source", lambda _: SimpleNamespace(name=HOSTILE))
