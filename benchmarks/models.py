@@ -63,7 +63,7 @@ def sizes(config: Mapping[str, Any], name: str, weights: str) -> tuple[int, int,
     skipped = (
         stored_bytes(embedding, model.formats) if has_head else 0
     )  # a step reads one row of an embedding
-    geometry = Geometry(context=CONTEXT, slots=1, buckets=(64, 128, 512), cache="bfloat16")
+    geometry = Geometry(context=CONTEXT, slots=1, buckets=(64, 128, 512), kv_cache="bfloat16")
     cache = [
         (array.bytes, array.shape[array.axes.index("S")]) for array in cache_arrays(spec.config, geometry)
     ]

@@ -45,7 +45,7 @@ def record_golden(folder: Path, manifest: Manifest, stored: StoredModel, weights
 
 def load_first(folder: Path, manifest: Manifest) -> Model:
     """Load the first target; compile it if it consists of StableHLO alone."""
-    return load_export(folder, target=manifest.targets[0].name, allow_allow_compile=True)
+    return load_export(folder, target=manifest.targets[0].name, allow_compile=True)
 
 
 def _answer(folder: Path, manifest: Manifest) -> tuple[golden.Case, ...]:
