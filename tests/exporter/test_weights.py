@@ -90,7 +90,7 @@ def test_tensors_are_read_once_each_and_one_after_another(source, tmp_path):
 
     changes = {n.replace(".", "__"): tensor(a, reading(n)) for n, a in source.arrays.items()}
     reported = []
-    write(tmp_path / "w", source(**changes), report=reported.append)
+    write(tmp_path / "w", source(**changes), count=reported.append)
     assert sorted(reads) == sorted(source.arrays)
     assert sum(reported) == sum(a.nbytes for a in source.arrays.values())
     # The tensor being read, and the one before it, which is freed after the read.
