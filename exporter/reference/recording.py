@@ -10,7 +10,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.golden import Golden, parse_golden
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 from precast.loaders.artifact.weights import map_weights
-from precast.loaders.audit.verify import OTHERWISE, replay
+from precast.loaders.audit.verify import DO_NOT_USE, replay
 from precast.loaders.compiling import trial
 from precast.loaders.generation.model import Model
 from precast.loaders.load import load_export
@@ -79,7 +79,7 @@ def replay_on_others(
         expected = _shortened(recorded) if target.runtime == "savedmodel" else recorded
         found = replay(model, expected, f"target {target.name!r}", progress)
         if found.problems:
-            problem = found.problems[0].removesuffix(OTHERWISE)
+            problem = found.problems[0].removesuffix(DO_NOT_USE)
             raise PrecastError(f"{problem}nothing was written: please report this.")
         trial.record_success(manifest, target, this_machine())
 

@@ -17,7 +17,6 @@ from precast.exporter.targets.built import BuiltProgram
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.golden import FirstLogits
 from precast.loaders.compiling.isa import default_isa
-from precast.loaders.console.inspect import render
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 from precast.loaders.locate import read_manifest

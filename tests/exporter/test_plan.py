@@ -6,7 +6,7 @@ import pytest
 from precast.exporter.export import export
 from precast.exporter.options import ExportOptions
 from precast.loaders.artifact.manifest import SamplingDefaults
-from precast.loaders.audit.inspect import render
+from precast.loaders.console.inspect import render
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 
