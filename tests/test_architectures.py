@@ -1,7 +1,7 @@
 """Every architecture against transformers with torch: tiny random checkpoints, odd shapes, every RoPE.
 
-What transformers says was written down by ``tests/reference/make_architectures.py``, which also makes the checkpoints
-again, without torch; where torch is installed, transformers is asked again.
+``tests/reference/make_architectures.py`` recorded the answers of transformers and recreates the checkpoints without
+torch. Where torch is installed, the tests also compute the answers again.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ from precast.loaders.load import load
 
 REFERENCE = Path(__file__).parent / "reference"
 
-# Logits spread over a few units.
+# Logits have a standard deviation of a few units.
 TOLERANCE = 1e-3
-# Mean Kullback-Leibler divergence from the float32 predictions, in nats; of those for another position it is 2 to 7.
-# Rows have 36 to 72 numbers, of which 32 share a scale, and weights are as hard to round as they can be. Measured: at
-# most 0.002 and 0.24; where a rounded score chooses another expert, 0.017 and 1.1.
+# Limits of the mean Kullback-Leibler divergence from the float32 predictions, in nats; predictions for another position
+# have 2 to 7. Rows of 36 to 72 random numbers, 32 of which share a scale, are a worst case for rounding. Measured: at
+# most 0.002 and 0.24, or 0.017 and 1.1 if a rounded score selects another expert.
 LOST = {"int8": 0.01, "int4": 0.5}
 LOST_BY_MIXTURES = {"int8": 0.05, "int4": 1.5}
 
@@ -47,7 +47,7 @@ def _load_script() -> Any:
 SCRIPT = _load_script()
 RECORDS = SCRIPT.read_records()
 NAMES = list(RECORDS)
-# What each family stretches its positions by.
+# The RoPE types of each family.
 ROPES = {
     "llama": {"default", "linear", "llama3", "yarn"},
     "qwen2": {"default", "yarn"},
@@ -56,9 +56,9 @@ ROPES = {
     "gemma3_text": {"default", "linear"},
     "phi3": {"default", "longrope"},
 }
-# One checkpoint of each architecture: what takes long is done with these alone.
+# One checkpoint of each architecture, for slow tests.
 FIRST = list({record["config"]["model_type"]: name for name, record in reversed(RECORDS.items())}.values())
-# The same, but for one whose answers are all too close to a tie for an export in int4.
+# The same, except one whose answers are too close to ties for an export in int4.
 REDUCED = ["olmo2-tied-biases-linear" if name == "olmo2-three-heads" else name for name in FIRST]
 WINDOWED = [name for name, record in RECORDS.items() if record["config"].get("sliding_window")]
 
@@ -77,7 +77,7 @@ def _short(names: Sequence[str]) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A checkpoint, what transformers says of it, and what precast makes of it."""
+    """A checkpoint, the record of transformers' answers, and the exported artifact."""
 
     record: dict[str, Any]
     source: Source
@@ -86,14 +86,14 @@ class Exported:
 
     @property
     def sequence(self) -> list[int]:
-        """The last prompt and its answer: as many tokens as the cache has positions."""
+        """The last prompt and its answer, which together fill the KV cache."""
         case = self.record["cases"][-1]
         return case["prompt_token_ids"] + case["token_ids"]
 
 
 @pytest.fixture(scope="session")
 def open_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
-    """Makes a checkpoint of the reference and opens it."""
+    """Make a checkpoint of the reference and open it."""
 
     def make(name: str) -> Source:
         folder = tmp_path_factory.mktemp("checkpoints") / name
@@ -107,7 +107,7 @@ def open_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 def export_checkpoint(
     tmp_path_factory: pytest.TempPathFactory, open_checkpoint: Callable[[str], Source]
 ) -> Callable[[str], Exported]:
-    """Exports a checkpoint of the reference in float32, once."""
+    """Export a checkpoint of the reference in float32, once."""
     made: dict[str, Exported] = {}
 
     def make(name: str) -> Exported:
@@ -142,14 +142,14 @@ def _expected(record: dict[str, Any]) -> list[list[int]]:
 
 
 def _uncached(source: Source, sequence: Sequence[int]) -> np.ndarray:
-    """The Flax forward pass, straight from the source: logits ``[T, V]``."""
+    """Return the logits ``[T, V]`` of the Flax forward pass with the source's weights."""
     import jax
     import jax.numpy as jnp
 
     spec = read_model(source.config, source.name)
     model = abstract_model(spec)
     weights = {name: jnp.asarray(array) for name, array in read_weights(source, spec).items()}
-    # Of the capacity, as an artifact has them: some depend on how long a text may get.
+    # Tables for the exported context, because some depend on the context length.
     tables = spec.tables(SCRIPT.CAPACITY)
     with jax.default_matmul_precision("highest"):
         forward = jax.jit(lambda tokens, *arrays: model.bind(arrays).forward(tokens, *tables))
@@ -161,8 +161,8 @@ def _uncached(source: Source, sequence: Sequence[int]) -> np.ndarray:
 
 
 def test_the_reference_is_of_every_architecture() -> None:
-    tinies = SCRIPT.tinies()
-    assert sorted(tiny.name for tiny in tinies) == sorted(NAMES)
+    checkpoints = SCRIPT.tiny_checkpoints()
+    assert sorted(tiny.name for tiny in checkpoints) == sorted(NAMES)
     assert {record["config"]["model_type"] for record in RECORDS.values()} == set(ARCHITECTURES)
     for model_type in ARCHITECTURES:
         records = [r for r in RECORDS.values() if r["config"]["model_type"] == model_type]
@@ -173,7 +173,7 @@ def test_the_reference_is_of_every_architecture() -> None:
 
 
 def _rope_types(records: Sequence[dict[str, Any]]) -> set[str]:
-    """Every RoPE that configs name, in whichever spelling and place."""
+    """Return the types of all RoPEs in a config, in any spelling and place."""
     places = [r["config"].get(key) or {} for r in records for key in ("rope_parameters", "rope_scaling")]
     places += [nested for place in places for nested in place.values() if isinstance(nested, dict)]
     return {place[key] for place in places for key in ("rope_type", "type") if key in place}
@@ -185,7 +185,7 @@ def test_checkpoints_are_the_same_everywhere(name: str) -> None:
 
 
 def test_prompts_meet_every_edge() -> None:
-    """Shorter than a bucket, a bucket long, longer than the largest; windows roll over in most of them."""
+    """Prompts are shorter than a bucket, as long as one, and longer than the largest; most exceed the window."""
     small, large = SCRIPT.BUCKETS
     for record in RECORDS.values():
         lengths = [len(case["prompt_token_ids"]) for case in record["cases"]]
@@ -251,7 +251,7 @@ def test_the_portable_target_says_the_same(export_checkpoint: Callable[[str], Ex
 def test_a_changed_config_gives_the_numbers_of_transformers_or_none(
     open_checkpoint: Callable[[str], Source], model_type: str
 ) -> None:
-    """Whatever key is changed: what it does is done, or refused; never left out."""
+    """A change of any key has the same effect as in transformers or is refused."""
     record = SCRIPT.subject(model_type)
     source = open_checkpoint(record["name"])
     before = _last_logits(source, record)
@@ -269,13 +269,13 @@ def test_a_changed_config_gives_the_numbers_of_transformers_or_none(
         if expected is None or np.abs(known[shape] - expected).max() > TOLERANCE:
             wrong.append(row["change"])
     assert wrong == []
-    # Something was held against other numbers, and something refused.
+    # At least one change was compared and one refused.
     assert len(known) > 3
     assert refused > 10
 
 
 def _last_logits(source: Source, record: dict[str, Any]) -> np.ndarray:
-    """After the last prompt and its answer. Not compiled: what is the same for every config is done in no time."""
+    """Return the logits after the last prompt and its answer, without compiling a program for each config."""
     import jax
 
     case = record["cases"][-1]
@@ -284,7 +284,7 @@ def _last_logits(source: Source, record: dict[str, Any]) -> np.ndarray:
 
 
 def _fingerprint(source: Source) -> tuple[str, bytes]:
-    """All that a config says of the forward pass."""
+    """Return everything in a config that affects the forward pass."""
     spec = read_model(source.config, source.name)
     return repr(spec.config), b"".join(table.tobytes() for table in spec.tables(SCRIPT.CAPACITY))
 
@@ -310,7 +310,7 @@ def test_fewer_bits_lose_little(
 
 
 def _forced(model: Model, sequence: Sequence[int], prompt: int) -> np.ndarray:
-    """Logits ``[T - prompt, V]`` where the sequence behind its prompt is fed token by token."""
+    """Return logits ``[T - prompt, V]`` after feeding the rest of the sequence token by token."""
     engine, cache = model.engine, model.engine.new_cache()
     step = engine.prefill(sequence[:prompt], cache)
     rows = [engine.logits(step)[0].copy()]

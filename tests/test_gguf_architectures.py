@@ -34,7 +34,7 @@ Writer = Any  # gguf.GGUFWriter
 def open_both(
     case: Case, folder: Path, arrays: dict[str, np.ndarray] | None = None, kind: str = "F32"
 ) -> tuple[Source, Source]:
-    """The case as a Hugging Face checkpoint and as a GGUF file."""
+    """Open the case as a Hugging Face checkpoint and as a GGUF file."""
     arrays = case.arrays() if arrays is None else arrays
     path = cases.write_gguf(case, arrays, folder / "tiny.gguf", kind)
     return open_source(str(cases.write_checkpoint(case, arrays, folder / "tiny"))), open_source(str(path))
@@ -50,13 +50,13 @@ def assert_same_model(one: ModelSpec, other: ModelSpec) -> None:
     others = {"windows": other.config.layer_windows, "ropes": other.config.layer_ropes}
     assert dataclasses.replace(one.config, **windows) == dataclasses.replace(other.config, **others)
     assert one.model_type == other.model_type
-    for context in (32, 256):  # longrope has other frequencies for each
+    for context in (32, 256):  # the frequencies of longrope differ between these
         for table, same in zip(one.tables(context), other.tables(context), strict=True):
             np.testing.assert_array_equal(bits(table), bits(same))
 
 
 def reference(spec: ModelSpec) -> Callable[[Source], np.ndarray]:
-    """The model without cache and kernels: a source to its logits ``[T, V]`` of a prompt longer than the windows."""
+    """Return a function from a source to its logits ``[T, V]``, for a prompt longer than the windows."""
     import jax
     import jax.numpy as jnp
 
@@ -107,7 +107,7 @@ def test_a_gguf_file_is_the_checkpoint_it_was_made_from(case: Case, tmp_path: Pa
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "mixtral", "qwen3moe"])
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_a_quantised_file_keeps_its_blocks(name: str, kind: str, tmp_path: Path) -> None:
-    """The file and a checkpoint of what it stands for; and what the blocks say of each matrix is what is read."""
+    """The file equals a checkpoint of its dequantised weights, and its blocks equal the tensors."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
 
@@ -130,7 +130,7 @@ def test_a_quantised_file_keeps_its_blocks(name: str, kind: str, tmp_path: Path)
             np.testing.assert_array_equal(blocks.values.astype(np.float32) * scale, expected.read())
 
 
-# --- what cannot be carried over ----------------------------------------------------------------------------
+# --- refusals ------------------ ----------------------------------------------------------------------------
 
 
 def refusal(case: Case, folder: Path) -> str:
@@ -140,7 +140,7 @@ def refusal(case: Case, folder: Path) -> str:
 
 
 def with_keys(name: str, *more: Callable[[Writer], None]) -> Case:
-    """A case with further keys, which go in front of its own."""
+    """Return a case with additional keys."""
     case = CASES[name]
 
     def write(writer: Writer) -> None:
@@ -242,7 +242,7 @@ def test_an_attention_factor_that_is_not_what_the_lengths_imply(tmp_path: Path) 
 
 @pytest.mark.parametrize(("layers", "expected"), [(7, 24), (62, cases.D // cases.N)])
 def test_gemma3_of_62_layers_scales_scores_by_its_width(tmp_path: Path, layers: int, expected: int) -> None:
-    """So does the published 27B, which its file does not say."""
+    """The published 27B does so, although its file does not say it."""
     case = dataclasses.replace(GEMMA3, layers=layers)
     config = open_source(str(cases.write_gguf(case, case.arrays(), tmp_path / "tiny.gguf"))).config
     assert config["query_pre_attn_scalar"] == expected

@@ -109,14 +109,14 @@ def _answers(model: Model, cases: Sequence[Case]) -> list[list[int]]:
 
 
 def test_the_reference_covers_every_variant(make_reference: Any) -> None:
-    assert sorted(tiny.name for tiny in make_reference.tinies()) == NAMES
+    assert sorted(tiny.name for tiny in make_reference.tiny_checkpoints()) == NAMES
     assert (make_reference.BUCKETS, make_reference.CAPACITY, make_reference.STRIDE) == (
         BUCKETS,
         CAPACITY,
         STRIDE,
     )
     for model_type in ("llama", "qwen2"):
-        variants = [t for t in make_reference.tinies() if t.model_type == model_type]
+        variants = [t for t in make_reference.tiny_checkpoints() if t.model_type == model_type]
         assert {t.tied for t in variants} == {True, False}
         assert {t.old_spelling for t in variants} == {True, False}
         assert {t.rope.get("rope_type", "default") for t in variants} == {"default", "linear", "llama3"}

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors under the module's names: what is cut, turned, scaled and renamed, and what is missing."""
+"""A checkpoint's tensors under the module's names: split, transposed, scaled and renamed; and refusals."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -33,7 +33,7 @@ def _spec(model_type: str, **changes: Any) -> ModelSpec:
 
 
 class Checkpoint:
-    """Random tensors, and how often each was read."""
+    """Random tensors that count how often each is read."""
 
     def __init__(self, shapes: Shapes) -> None:
         rng = np.random.default_rng(0)
@@ -69,12 +69,12 @@ def _source(tensors: Mapping[str, SourceTensor]) -> Source:
 
 
 def _own_shapes(spec: ModelSpec) -> Shapes:
-    """Of every tensor, were the checkpoint made for the module."""
+    """Return the shape of every tensor that fits the module without adaptation."""
     return {s: p.source_shape for p in abstract_model(spec).parameters for s in p.sources}
 
 
 def _fits(spec: ModelSpec, tensors: Mapping[str, SourceTensor]) -> bool:
-    """Whether every parameter is filled, and nothing is left."""
+    """Return True if every parameter has its sources and no tensor is left over."""
     parameters = abstract_model(spec).parameters
     shapes = all(
         tensors[s].shape == p.source_shape == tensors[s].read().shape for p in parameters for s in p.sources

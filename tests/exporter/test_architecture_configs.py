@@ -1,4 +1,4 @@
-"""Every architecture's config: its defaults, what its keys mean, and what is refused by name."""
+"""Every architecture's config: defaults, the effect of keys, and refusals by name."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ import pytest
 from precast.exporter.models.registry import ARCHITECTURES, ModelSpec, read_model
 from precast.loaders.artifact.errors import PrecastError
 
-# What has to be said; everything else has a default.
+# The required keys; all others have defaults.
 _SIZES = {
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -91,7 +91,7 @@ _VARIATIONS: Mapping[str, list[dict[str, Any]]] = {
 
 def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
     for model_type in sorted(ARCHITECTURES):
-        # transformers has more key/value heads than query heads where only the latter are few.
+        # transformers' default may exceed a small number of query heads.
         many = {} if model_type == "gpt2" else {"num_attention_heads": 32, "hidden_size": 64}
         for changes in ({}, *_VARIATIONS[model_type]):
             yield model_type, {**many, **changes}
@@ -99,7 +99,7 @@ def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize(("model_type", "changes"), list(_cases()))
 def test_what_a_config_leaves_out_is_as_in_transformers(model_type: str, changes: dict[str, Any]) -> None:
-    """transformers fills a config in and writes it out whole; both have to mean the same."""
+    """transformers fills in a sparse config and writes it whole; both must mean the same."""
     transformers = pytest.importorskip("transformers")
     sparse = _sparse(model_type, **changes)
     whole = transformers.AutoConfig.for_model(**json.loads(json.dumps(sparse))).to_diff_dict()
@@ -246,7 +246,7 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         {"final_logit_softcapping": float("inf")},
         "'final_logit_softcapping' is inf, expected a number",
     ),
-    # transformers reads this key of Gemma 3, and then makes nothing of it.
+    # transformers reads this key of Gemma 3 but ignores it.
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' may change"),
     ("gemma3_text", {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
     (

@@ -19,7 +19,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def script():
-    """Tiny checkpoints of every architecture."""
+    """Import the script that makes tiny checkpoints of every architecture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent.parent / "reference"))
         return importlib.import_module("make_architectures")

@@ -1,4 +1,4 @@
-"""A config either means what transformers makes of it, or is refused by name."""
+"""A config has the meaning that transformers gives it, or is refused by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -88,7 +88,7 @@ def test_unknown_keys_are_all_named() -> None:
     )
 
 
-# Qwen2 has these switched on or off for good, and says so by not having the key.
+# In Qwen2 these are constant, so it lacks the keys.
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "pretraining_tp", "rope_interleaved"])
 def test_keys_of_llama_are_unknown_to_qwen2(key: str) -> None:
     assert f"'{key}' is True, which " in _refusal("qwen2", **{key: True})
@@ -265,7 +265,7 @@ def test_a_factor_for_part_of_the_head_hides_nowhere() -> None:
     ],
 )
 def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[str, Any], key: str) -> None:
-    """transformers would drop the newer one without a word."""
+    """transformers silently drops the newer one."""
     assert _refusal(rope_parameters=newer, rope_scaling=older) == (
         f"m/config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the one that is wrong."
     )
@@ -337,7 +337,7 @@ def test_what_is_switched_off_changes_nothing(changes: Mapping[str, Any]) -> Non
     ],
 )
 def test_a_key_that_sets_the_shape(model_type: str, key: str, value: Any, field: str) -> None:
-    # 96 columns and 6 heads, or 48 and 12, would change the width of a head too.
+    # Other widths and numbers of heads would also change the width of a head.
     fixed = {"head_dim": 8, key: value}
     assert getattr(_read(model_type, **fixed).config, field) == value
     assert getattr(_read(model_type).config, field) != value

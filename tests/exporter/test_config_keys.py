@@ -1,4 +1,4 @@
-"""Every key that transformers' configs may have is read, harmless or refused; so are those of published files."""
+"""Every key of transformers' configs and of published files is read, harmless or refused."""
 
 import inspect
 import tracemalloc
@@ -52,7 +52,7 @@ architectures = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 
 @architectures
 def test_what_transformers_itself_writes(model_type):
-    """No key of its classes, at its default, is unknown."""
+    """Every key of transformers' classes is known at its default."""
     from transformers import AutoConfig
 
     made = AutoConfig.for_model(
@@ -65,7 +65,7 @@ def test_what_transformers_itself_writes(model_type):
 
 @architectures
 def test_attributes_of_every_config_of_transformers(model_type):
-    """The attributes that all classes share change nothing at their defaults."""
+    """The attributes that all classes share have no effect at their defaults."""
     from transformers import PretrainedConfig
 
     plain = read(model_type)
@@ -160,8 +160,8 @@ def test_types_of_layers_that_are_all_alike(model_type, changes, kind):
 
 
 @pytest.mark.parametrize("key", UNSUPPORTED)
-def test_a_switch(key):
-    """Off, it changes nothing; on, it is refused by name. Llama reads some of them itself."""
+def test_a_key_supported_with_neutral_values_only(key):
+    """A neutral value has no effect; any other is refused by name. Llama reads some keys itself."""
     for value in UNSUPPORTED[key].neutral:
         assert_same(read("gemma2", **{key: value}), read("gemma2"))
     on: Any = next(value for value in (True, 7, "x") if value not in UNSUPPORTED[key].neutral)
@@ -175,14 +175,14 @@ def test_a_switch(key):
         assert refusal("gemma2", **{key: on}).startswith(f"m/config.json: '{key}' is ")
 
 
-def test_a_switch_that_is_on_says_what_it_means():
+def test_a_refusal_names_the_effect_of_the_key():
     assert refusal(is_encoder_decoder=True) == (
         "m/config.json: 'is_encoder_decoder' is True, which describes an encoder-decoder model and is not supported;"
         " remove the key if the model was trained without it."
     )
 
 
-def test_a_number_is_no_switch():
+def test_a_number_is_not_a_boolean():
     assert "'is_encoder_decoder' is 0" in refusal(is_encoder_decoder=0)
 
 
@@ -194,7 +194,7 @@ HUGE = ((1 << 31) - 1, 1 << 31, 1 << 62, 10**40)
 @architectures
 @pytest.mark.parametrize("value", HUGE)
 def test_a_size_that_nothing_could_hold(model_type, value):
-    """Each is refused in a sentence, or gives a shape unlike the tensors'; nothing of that size is allocated."""
+    """Each is refused in a sentence or contradicts the tensors' shapes, without large allocations."""
     extra = {"num_experts": 4, "moe_intermediate_size": 16} if model_type in ("qwen3_moe", "mixtral") else {}
     sizes = {
         **config(model_type),

@@ -147,7 +147,7 @@ QWEN2 = {
 }
 QWEN2 |= {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 24}
 
-# As their config.json has them, but for keys about training; and how many parameters their cards give.
+# Their config.json without keys about training, and the number of parameters in their model cards.
 PUBLISHED: Mapping[str, tuple[Mapping[str, Any], int]] = {
     "SmolLM2-135M": (_llama(shape=(576, 1536, 30, 9, 3), **SMOLLM2), 134_515_008),
     "SmolLM2-360M": (_llama(shape=(960, 2560, 32, 15, 5), **SMOLLM2), 361_821_120),
@@ -198,7 +198,7 @@ def test_published_models_have_as_many_parameters_as_published(name: str) -> Non
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_run_in_the_abstract(name: str) -> None:
-    """The whole forward pass by shapes alone: nothing of that size is allocated."""
+    """Trace the whole forward pass by shapes, without allocating arrays of that size."""
     import jax
 
     spec = _spec(PUBLISHED[name][0])
@@ -218,7 +218,7 @@ def test_published_models_run_in_the_abstract(name: str) -> None:
 )
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_programs_have_shapes(name: str, weights: str, cache: str) -> None:
-    """Prefill and decode of the portable target, traced at full size; caches come back as they went in."""
+    """Prefill and decode of the portable target, traced at full size; results have the shapes of the caches."""
     import jax
 
     from precast.exporter.models.xla_ops import XLA_OPS
@@ -253,7 +253,7 @@ for ops in (CPU_OPS, XLA_OPS):
 
 
 def test_programs_are_the_same_where_jax_has_wide_numbers(python) -> None:
-    """The kernels take int32, which a loop does not count in under JAX_ENABLE_X64."""
+    """The kernels take int32, but under JAX_ENABLE_X64 a loop counts in int64."""
     config = {
         "model_type": "llama",
         "hidden_size": 16,

@@ -1,4 +1,4 @@
-"""Configs of well-known models are read, have the shapes that they should, and no key in them can change unseen."""
+"""Configs of well-known models: their shapes, and that changing any key has an effect or is refused."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from precast.exporter.models.parameters import abstract_model
 from precast.exporter.models.registry import ARCHITECTURES, ModelSpec, read_model
 from precast.loaders.artifact.errors import PrecastError
 
-# As the models' own config.json has them, but for the divisors of LongRoPE, which are stand-ins.
+# The models' own config.json, except for the divisors of LongRoPE, which are made up.
 PUBLISHED: Mapping[str, Any] = json.loads(Path(__file__).with_name("published_configs.json").read_text())
 
 
@@ -77,7 +77,7 @@ def test_layers_without_positions() -> None:
 
 # --- every key of every published config --------------------------------------------------------------------
 
-# Keys that transformers does not read either, by model_type; or not while other keys are as they are.
+# Keys, by model_type, that transformers ignores too, always or because of other keys.
 _SAYS_NOTHING: Mapping[str, set[str]] = {
     "gemma3_text": {"_sliding_window_pattern"},
     "gpt2": {
@@ -104,13 +104,13 @@ _SAYS_NOTHING: Mapping[str, set[str]] = {
 }
 _MODEL_SAYS_NOTHING = {
     "Phi-3-mini-4k-instruct": {"original_max_position_embeddings"},
-    # No layer is so late, there is no window, or the layers' types are said.
+    # The key exceeds the number of layers, no window is in use, or layer_types takes precedence.
     "Qwen2.5-0.5B": {"use_sliding_window"},
     "Qwen3-0.6B": {"use_sliding_window"},
     "Qwen3-30B-A3B": {"use_sliding_window"},
     "SmolLM3-3B": {"use_sliding_window"},
 }
-# What a refusal may name instead: the key that the changed one no longer fits.
+# Keys that a refusal may name instead, because the changed key contradicts them.
 _NAMED_INSTEAD = {
     "hidden_size": "short_factor",
     "num_attention_heads": "short_factor",

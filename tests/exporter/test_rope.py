@@ -33,7 +33,7 @@ PHI3_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope", "y
 
 
 def _rope(keys: Mapping[str, Any], head_dim: int = 8, max_positions: int = 64, **options: Any) -> Rope:
-    """Read from a config that has RoPE keys alone, none of which may be left."""
+    """Read a config of RoPE keys only, all of which must be taken."""
     reader = ConfigReader(keys, "config.json")
     rope = read_rope(reader, head_dim, max_positions, **options)
     reader.finish()
@@ -51,7 +51,7 @@ def _refusal(keys: Mapping[str, Any], **options: Any) -> str:
 
 
 def _check(rope: Rope, frequencies: list[float], magnitude: float = 1.0) -> None:
-    """Of every context."""
+    """Return the frequencies, which hold for every context."""
     assert rope.frequencies.dtype == np.float32
     assert (rope.max_context, rope.long_frequencies, rope.pairs) == (None, None, len(frequencies))
     np.testing.assert_allclose(rope.frequencies, frequencies, rtol=1e-6)
@@ -73,7 +73,7 @@ def test_linear_frequencies() -> None:
 
 
 def test_llama3_frequencies() -> None:
-    """Wavelengths 2π·(1, 10, 100, 1000) over 32 positions: kept below 8, divided above 32."""
+    """Wavelengths are 2π·(1, 10, 100, 1000) over 32 positions: kept below 8, divided above 32."""
     divided = [1.0, 0.1 / 8, 0.01 / 8, 0.001 / 8]
     _check(_scaled({**LLAMA3, "original_max_position_embeddings": 32}), divided)
     # With 128 positions the second wavelength, 62.8, lies between 32 and 128 and is blended.
@@ -86,12 +86,12 @@ USUAL = 0.1 * math.log(4) + 1
 
 
 def _bound(turns: float) -> float:
-    """Which of the 4 pairs turns so often in 1024 positions: one turns 10 times as often as the next."""
+    """Return the (fractional) pair with this many rotations in 1024 positions; each has 10 times those of the next."""
     return math.log10(1024 / (2 * math.pi * turns))
 
 
 def test_yarn_frequencies() -> None:
-    """By default pairs from the one that turns 32 times, 0.7, to the one that turns once, 2.2, are blended."""
+    """By default the range of interpolation is from 32 rotations (pair 0.7) to one (pair 2.2)."""
     _check(_scaled(YARN), [1.0, 0.1 * 0.75, 0.01 * 0.5, 0.001 * 0.25], USUAL)
     narrow = {**YARN, "beta_fast": 16, "beta_slow": 2}  # from 1.008 to 1.911
     _check(_scaled(narrow), [1.0, 0.1, 0.01 / 4, 0.001 / 4], USUAL)
@@ -105,13 +105,13 @@ def test_yarn_frequencies_between_fractions_of_pairs() -> None:
 
 
 def test_yarn_frequencies_where_nothing_is_between() -> None:
-    """Of 6 positions not even the first pair makes a turn: both ends are 0, and all but the first is divided."""
+    """In 6 positions no pair completes a rotation: both ends are 0, and all pairs but the first are divided."""
     short = {**YARN, "original_max_position_embeddings": 6}
     _check(_scaled(short), [1.0, 0.1 / 4, 0.01 / 4, 0.001 / 4], USUAL)
 
 
 def test_yarn_blends_no_further_than_the_last_dimension() -> None:
-    """Pair 1.03 turns 1.5e7 times in 1e9 positions, and 8.2 would turn once: the end is dimension 7, as if a pair."""
+    """In 1e9 positions pair 1.03 rotates 1.5e7 times and pair 8.2 would rotate once: the range ends at dimension 7."""
     long = {**YARN, "original_max_position_embeddings": 10**9, "beta_fast": 1.5e7}
     _check(_scaled(long), [1.0, 0.1, 0.01 * (1 - 0.75 / 6), 0.001 * (1 - 0.75 * 2 / 6)], USUAL)
 
@@ -193,7 +193,7 @@ def test_dynamic_scaling_changes_nothing_up_to_the_models_own_positions() -> Non
 def test_a_part_of_the_head(keys: Mapping[str, Any]) -> None:
     _check(_rope(keys, partial=True), [1.0, 0.01])
     _check(_rope(keys, partial=True, head_dim=12), [1.0, 10000 ** (-1 / 3), 10000 ** (-2 / 3)])
-    # Half of 10 is odd: the fifth dimension is turned with the sixth.
+    # Half of 10 is odd: the fifth dimension rotates with the sixth.
     _check(_rope(keys, partial=True, head_dim=10), [1.0, 10000**-0.4, 10000**-0.8])
 
 
@@ -246,13 +246,13 @@ def test_models_without_rope_have_empty_tables(rope: Rope) -> None:
 
 
 def test_angles_at_large_positions() -> None:
-    """The first pair's angles are whole numbers, of which float32 knows the cosine."""
+    """The first pair's angles are whole numbers, which float32 represents exactly."""
     rope = _rope({"rope_theta": 500000.0}, head_dim=128)
     cos, sin = rope.tables(131072)
     places = np.arange(131072 - 64, 131072)
     np.testing.assert_allclose(cos[places, 0], np.cos(places.astype(float)), rtol=0, atol=2e-7)
     np.testing.assert_allclose(sin[places, 0], np.sin(places.astype(float)), rtol=0, atol=2e-7)
-    # The others' are rounded to a float32, 1 / 128 from the next at most.
+    # Other angles are rounded to float32, whose spacing here is at most 1 / 128.
     angles = places[:, None] * rope.frequencies.astype(float)
     np.testing.assert_allclose(cos[places], np.cos(angles), rtol=0, atol=1 / 256 + 1e-6)
 
@@ -299,7 +299,7 @@ def test_either_spelling_may_leave_out_what_the_other_says() -> None:
     older = {"rope_type": "yarn", "original_max_position_embeddings": 1024, "factor": 4.0}
     keys = {"partial_rotary_factor": 0.5, "rope_parameters": newer, "rope_scaling": older}
     found = _rope(keys, partial=True)
-    # Of 4 dimensions the second pair is 0.01, and its place, 1, half of what is blended: 0.4 to 1.1, which is 0 to 2.
+    # With 4 dimensions the second pair has frequency 0.01 and lies in the middle of the range 0 to 2.
     _check(found, [1.0, 0.01 * (1 - 0.75 / 2)], USUAL)
 
 
@@ -320,7 +320,7 @@ def test_the_original_positions_may_stand_at_the_top(scaling: Mapping[str, Any])
 
 
 def test_original_positions_that_say_nothing() -> None:
-    """A model with such a key has it whatever its RoPE; in others, nobody knows what it says."""
+    """A model with the key has it for every RoPE type; for other models its meaning is unknown."""
     key = "original_max_position_embeddings"
     _check(_rope({key: 4096}, original_positions=4096), [1.0, 0.1, 0.01, 0.001])
     _check(_rope({}, original_positions=4096), [1.0, 0.1, 0.01, 0.001])
@@ -377,7 +377,7 @@ def _layered(keys: Mapping[str, Any], head_dim: int = 4, max_positions: int = 64
             [1 / 8, 0.01 / 8],
             [1.0, 0.1],
         ),
-        # A table's own base goes before the one outside.
+        # A table's own base takes precedence over the one outside.
         (
             {
                 "rope_theta": 7.0,

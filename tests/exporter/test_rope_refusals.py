@@ -1,4 +1,4 @@
-"""RoPE parameters that are missing, unknown, unusable or contradicting: refused by name."""
+"""Refusals of RoPE parameters that are missing, unknown, unusable or contradictory."""
 
 import math
 from collections.abc import Mapping
@@ -159,7 +159,7 @@ def test_parts_of_a_head_that_disagree() -> None:
 @pytest.mark.parametrize("scaling", [{**LLAMA3, "original_max_position_embeddings": 32}, YARN, LONGROPE])
 @pytest.mark.parametrize("outside", [{"original_max_position_embeddings": 48}, {}])
 def test_original_positions_that_disagree(scaling: Mapping[str, Any], outside: Mapping[str, int]) -> None:
-    """transformers would take the ones outside, which a model may have by default."""
+    """transformers takes the parameters outside the table, which a model may have by default."""
     inside = scaling["original_max_position_embeddings"]
     found = _refusal({"rope_scaling": scaling, **outside}, head_dim=4, original_positions=48)
     assert found == (
@@ -180,7 +180,7 @@ def test_original_positions_that_disagree(scaling: Mapping[str, Any], outside: M
     ],
 )
 def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[str, Any], key: str) -> None:
-    """transformers would drop the newer one without a word."""
+    """transformers silently drops the newer one."""
     found = _refusal({"rope_parameters": newer, "rope_scaling": older}, head_dim=4, partial=True)
     assert found == (
         f"config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the one that is wrong."

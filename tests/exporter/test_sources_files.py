@@ -15,7 +15,7 @@ from precast.loaders.artifact.errors import PrecastError
 
 W = np.arange(12, dtype=np.float32).reshape(3, 4)
 ONE = {"model.embed_tokens.weight": W}
-# Every file that is read, with valid contents.
+# All files that the readers open, with valid contents.
 FILES = {
     "config.json": {"model_type": "llama"},
     "tokenizer_config.json": {},
@@ -75,7 +75,7 @@ def make_device(path: Path) -> None:
     ],
 )
 def test_no_file_in_the_place_of_one(checkpoint, name, make, found):
-    """Each ends at once, in a sentence that names it."""
+    """Each is refused at once in a sentence that names it."""
     folder = checkpoint(FILES, ONE)
     path = folder / name
     path.unlink(missing_ok=True)
@@ -259,7 +259,7 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_value_of_a_tokenizer_in_another_type(checkpoint, kind):
-    """It is read, or refused in a sentence."""
+    """Each file is read, or refused in a sentence."""
     folder = checkpoint(FILES, ONE)
     path = folder / "tokenizer.json"
     whole = json.loads(path.read_text()) | {"model": MODELS[kind]}

@@ -186,7 +186,7 @@ def test_metadata_of_another_type(gguf_spec, tmp_path, key, value, expected, fou
 
 
 def test_an_architecture_that_is_a_list(gguf_spec, tmp_path):
-    """The library writes this key itself, so it is renamed, which moves the list behind it to its place."""
+    """The library writes this key itself, so the test renames a list to take its place."""
     path = gguf_spec(metadata={"general.architectur_": ["llama"]}).write(tmp_path)
     data = path.read_bytes().replace(b"general.architecture", b"general.architect_re")
     path.write_bytes(data.replace(b"general.architectur_", b"general.architecture"))
@@ -206,7 +206,7 @@ def test_other_architectures(gguf_spec, tmp_path):
 def divisors(
     theta: float, size: int, factor: float, original: float = 8192, low: float = 1.0, high: float = 4.0
 ):
-    """As llama.cpp's converter writes them, one frequency after the other, in float32."""
+    """Return the divisors as llama.cpp's converter computes them, one by one, in float32."""
     out = []
     for i in range(0, size, 2):
         wavelength = 2 * math.pi * float(np.float32(theta) ** np.float32(i / size))
@@ -434,7 +434,7 @@ def test_a_special_token_beyond_the_vocabulary(gguf_spec, tmp_path):
 
 @pytest.mark.parametrize("name", ["sha256-0123abcd", "model", "model.bin", "model.GGUF"])
 def test_a_gguf_file_is_known_by_its_first_bytes(gguf_spec, tmp_path, name):
-    """Other programs store models in files named by their hash."""
+    """Other programs name model files by their hash."""
     path = gguf_spec().write(tmp_path).rename(tmp_path / name)
     assert open_source(str(path)).config["model_type"] == "llama"
 
@@ -460,6 +460,6 @@ def test_without_token_types_a_sentencepiece_tokenizer_cannot_be_made(gguf_spec,
 
 
 def test_without_token_types_all_tokens_of_a_byte_level_tokenizer_are_normal(gguf_spec, tmp_path):
-    """As llama.cpp has it."""
+    """llama.cpp does the same."""
     path = gguf_spec(metadata={"tokenizer.ggml.token_type": None}).write(tmp_path)
     assert len(json.loads(open_source(str(path)).tokenizer_json)["model"]["vocab"]) == 275

@@ -1,4 +1,4 @@
-"""Lying GGUF headers: every field of a small file set to every awkward value, and malicious files."""
+"""Malicious GGUF files, and headers with every field of a small file set to awkward values."""
 
 import struct
 import tracemalloc
@@ -22,7 +22,7 @@ EVIL = {
     "I": (0, 1, 2, 3, 7, 8, 9, 13, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1),
     "Q": (0, 1, 2, 3, 31, 33, 64, 1 << 16, 1 << 27, 1 << 40, 1 << 61, (1 << 63) - 1, 1 << 63, (1 << 64) - 1),
 }
-# Far above what a small file needs, far below what its header may claim.
+# Far above the needs of a small file, far below the claims of a malicious header.
 MEMORY = 16 << 20
 
 
@@ -234,7 +234,7 @@ def read_with(gguf_spec, folder: Path, architecture: str, changes) -> str | None
     metadata = {f"{architecture}.{name}": number for name, number in (BASE | changes).items()}
     if architecture == "llama":
         metadata.pop("llama.attention.sliding_window")
-    # Every architecture knows its names; config and weights are compared later.
+    # An unknown name is refused here; later steps compare config and weights.
     tensors = {name: gguf_spec().tensors[name] for name in ("token_embd.weight", "output_norm.weight")}
     tensors |= FACTORS[architecture]
     path = gguf_spec(architecture=architecture, metadata=metadata, tensors=tensors).write(folder)
@@ -250,7 +250,7 @@ def read_with(gguf_spec, folder: Path, architecture: str, changes) -> str | None
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("architecture", FACTORS)
 def test_every_number_of_the_model_set_to_every_awkward_value(gguf_spec, tmp_path, architecture):
-    """Beyond the container, each is refused in a sentence, or gives a model with a valid config."""
+    """Each change of metadata is refused in a sentence or gives a model with a valid config."""
     assert read_with(gguf_spec, tmp_path, architecture, {}) is None
     found = [
         read_with(gguf_spec, tmp_path, architecture, {key: value})
@@ -357,7 +357,7 @@ def test_a_big_endian_file(tmp_path):
 
 
 def test_a_sparse_file_has_no_room_for_a_longer_header(tmp_path):
-    """A sparse file's length costs nothing, so it is not a sufficient bound."""
+    """A sparse file of any length costs nothing, so the length alone is not a sufficient bound."""
     path = tmp_path / "sparse.gguf"
     path.write_bytes(header(0, 2) + ARCHITECTURE + TOKENS + struct.pack("<IIQ", 9, 0, 1 << 33))
     with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers in GGUF files against the ones that transformers builds of the same pieces."""
+"""SentencePiece tokenizers of GGUF files compared with those that transformers builds from the same pieces."""
 
 import itertools
 import json
@@ -39,7 +39,7 @@ OFF_THE_ROAD = [
 
 
 def metadata_of(pieces: list[str], scores: list[float], **keys: Any) -> dict[str, Any]:
-    """<unk>, <s>, </s>, the bytes, then pieces."""
+    """Return a vocabulary of <unk>, <s>, </s>, the bytes and some pieces."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     metadata = {
         "model": "llama",
@@ -55,7 +55,7 @@ def metadata_of(pieces: list[str], scores: list[float], **keys: Any) -> dict[str
 
 
 def random_vocabulary(seed: int, **keys: Any) -> dict[str, Any]:
-    """Pieces made of one another, some in several ways; like a trained one's, scores fall from piece to piece."""
+    """Return pieces that form one another, some in several ways, with falling scores as after training."""
     generator = random.Random(seed)
     pieces = list(ALPHABET)
     while len(pieces) < 70:
@@ -78,7 +78,7 @@ def refusal(metadata: dict[str, Any]) -> str:
 
 
 def transformers_builds(builder: str, metadata: dict[str, Any]) -> Tokenizer:
-    """The backend that one of transformers' builders for GGUF files makes."""
+    """Return the tokenizer that one of transformers' builders for GGUF files makes."""
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     asked = {key: metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type")}
     tokenizer: Tokenizer = getattr(mapping, builder)(asked).backend_tokenizer
@@ -109,7 +109,7 @@ def assert_same(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_tokenizer_of_llama_2(seed):
-    """Its tokenizer.json puts a space in front of every text, one that begins with a space too."""
+    """The published tokenizer.json prepends a space to every text, even if it begins with one."""
     metadata = random_vocabulary(seed)
     ours, theirs = built(metadata), transformers_builds("phi3_tokenizer", metadata)
     assert_same(ours, theirs, TEXTS, lambda text: True)
@@ -117,7 +117,7 @@ def test_the_tokenizer_of_llama_2(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_class_of_transformers(seed):
-    """LlamaTokenizer puts no space in front of one, unlike llama.cpp and SentencePiece; all else is alike."""
+    """LlamaTokenizer prepends no space to a leading space, unlike llama.cpp and SentencePiece; the rest is equal."""
     metadata = random_vocabulary(seed)
     ours, theirs = built(metadata), transformers_builds("sentencepiece_tokenizer", metadata)
     assert_same(ours, theirs, TEXTS, lambda text: not text.startswith((" ", "▁")))
@@ -185,7 +185,7 @@ def test_what_cannot_be_carried_over():
         "gives every piece the same score (tokenizer.ggml.scores), so the order in which they are joined is unknown"
         in (refusal(same))
     )
-    built(metadata_of(["▁a", "▁", "a"], [-1000.0] * 3))  # of a single one, no order is asked
+    built(metadata_of(["▁a", "▁", "a"], [-1000.0] * 3))  # the order of a single merge does not matter
     unused = metadata_of(pieces, [0.0, -2.0, -3.0, -1.0], token_type=[2, 3, 3] + [6] * 256 + [1, 1, 1, 5])
     assert "has the unused token 'aa' that other pieces form" in refusal(unused)
     padded = metadata_of(
@@ -199,11 +199,11 @@ def test_what_cannot_be_carried_over():
 
 # --- Gemma ---------------------------------------------------------------------------------------------------
 
-RUNS = 9  # spaces of the longest token of spaces
+RUNS = 9  # length of the longest token of spaces
 
 
 def gemma(seed: int, space: str) -> dict[str, Any]:
-    """User-defined runs of spaces, as they are or as ▁, and of line ends; then pieces. No space goes in front."""
+    """Return user-defined runs of spaces (as spaces or as ▁) and of line ends, then pieces; no space is prepended."""
     metadata = random_vocabulary(seed)
     pieces = [
         piece for piece in metadata["tokenizer.ggml.tokens"][259:] if not {*piece} <= {"▁"} or piece == "▁"
@@ -255,7 +255,7 @@ PHI = ["<|endoftext|>", "<|end|>", "<|user|>", "▁", "a", "▁a"]
     ("architecture", "swallowing"), [("phi3", ["</s>", "<|end|>", "<|user|>"]), ("llama", [])]
 )
 def test_phi_3s_tokens_swallow_the_spaces_behind_them(architecture, swallowing):
-    """All but three, as llama.cpp has it; its GGUF files do not say so."""
+    """All special tokens but three strip spaces, as in llama.cpp; the GGUF files do not say so."""
     types = [2, 3, 3] + [6] * 256 + [3, 3, 4, 1, 1, 1]
     metadata = metadata_of(PHI, [0.0, 0.0, 0.0, -2.0, -3.0, -1.0], token_type=types)
     ours = built({"general.architecture": architecture, **metadata})

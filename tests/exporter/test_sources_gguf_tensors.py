@@ -22,7 +22,7 @@ EXACT = {
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to q and k, row by row."""
+    """Permute the rows of q or k one by one, as llama.cpp's converter does."""
     size = len(rows) // heads
     out = np.empty_like(rows)
     for head in range(heads):
@@ -33,7 +33,7 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def rotate_halves(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """RoPE as Hugging Face does it, on one head ``[H]``."""
+    """Apply RoPE to one head ``[H]``, as Hugging Face does."""
     first, second = np.split(x, 2)
     return np.concatenate(
         [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)]
@@ -41,7 +41,7 @@ def rotate_halves(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
 
 
 def rotate_neighbours(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """RoPE as llama.cpp does it for the llama architecture, on one head ``[H]``."""
+    """Apply RoPE to one head ``[H]``, as llama.cpp does for the llama architecture."""
     pairs = (x[0::2] + 1j * x[1::2]) * np.exp(1j * angles)
     return np.stack([pairs.real, pairs.imag], axis=1).reshape(-1)
 
@@ -84,7 +84,7 @@ def test_llama_rows_of_q_and_k_are_put_back(gguf_spec, tiny, tmp_path):
 
 
 def test_scores_with_either_rope_are_the_same(gguf_spec, tiny, tmp_path):
-    """The point of putting rows back: q·k is the same under llama.cpp's RoPE and Hugging Face's."""
+    """The reason for the permutation: q·k is the same under both forms of RoPE."""
     spec = gguf_spec()
     tensors = open_source(str(spec.write(tmp_path))).tensors
     x, y = np.random.default_rng(1).standard_normal((2, tiny.dims["D"]))
@@ -114,28 +114,28 @@ def test_qwen2_rows_stay_where_they_are(gguf_spec, tiny, tmp_path):
 
 
 def q4_0(blocks: np.ndarray) -> np.ndarray:
-    """32 values in 18 bytes: a float16 scale, then 16 values in low nibbles and 16 in high ones."""
+    """Decode 32 values in 18 bytes: a float16 scale, then 16 values in low nibbles and 16 in high ones."""
     scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
     low, high = blocks[:, 2:] & 15, blocks[:, 2:] >> 4
     return (np.concatenate([low, high], axis=1).astype(np.float32) - 8) * scale
 
 
 def q4_1(blocks: np.ndarray) -> np.ndarray:
-    """As Q4_0, with a float16 minimum after the scale in place of the offset of 8."""
+    """Decode Q4_1: Q4_0 with a float16 minimum after the scale in place of the offset of 8."""
     scale, least = blocks[:, :4].copy().view(np.float16).astype(np.float32).T
     low, high = blocks[:, 4:] & 15, blocks[:, 4:] >> 4
     return np.concatenate([low, high], axis=1).astype(np.float32) * scale[:, None] + least[:, None]
 
 
 def q8_0(blocks: np.ndarray) -> np.ndarray:
-    """32 values in 34 bytes: a float16 scale, then int8."""
+    """Decode 32 values in 34 bytes: a float16 scale, then int8."""
     return blocks[:, 2:].view(np.int8).astype(np.float32) * blocks[:, :2].copy().view(np.float16).astype(
         np.float32
     )
 
 
 def q4_k(blocks: np.ndarray) -> np.ndarray:
-    """256 values in 144 bytes: two float16 scales, 8 6-bit scales and minima, 128 bytes of nibbles."""
+    """Decode 256 values in 144 bytes: two float16 scales, 8 6-bit scales and minima, 128 bytes of nibbles."""
     out = np.empty((len(blocks), 256), np.float32)
     for row, block in enumerate(blocks):
         d, dmin = (float(value) for value in block[:4].copy().view(np.float16).astype(np.float32))
@@ -152,7 +152,7 @@ def q4_k(blocks: np.ndarray) -> np.ndarray:
 
 
 def random_blocks(rows: int, blocks: int, size: int, halves: int) -> np.ndarray:
-    """Quantised bytes with tame float16 numbers in front of each block, ``[rows, blocks * size]``."""
+    """Return random quantised bytes ``[rows, blocks * size]`` with moderate float16 coefficients in each block."""
     generator = np.random.default_rng(2)
     data = generator.integers(0, 256, (rows * blocks, size), np.uint8)
     scales = generator.uniform(0.01, 0.5, (rows * blocks, halves)).astype(np.float16)
@@ -170,7 +170,7 @@ def random_blocks(rows: int, blocks: int, size: int, halves: int) -> np.ndarray:
     ],
 )
 def test_quantised_values(gguf_spec, tiny, tmp_path, kind, decode, values, size, halves):
-    """Against decoders written from the layouts; q also has its rows put back."""
+    """Values match decoders written from the layouts; rows of q are also reordered."""
     raw = {
         "blk.0.attn_q.weight": random_blocks(256, 256 // values, size, halves),
         "blk.0.ffn_up.weight": random_blocks(256, 256 // values, size, halves)[::-1].copy(),
@@ -190,7 +190,7 @@ def test_quantised_values(gguf_spec, tiny, tmp_path, kind, decode, values, size,
 
 
 def in_format(name: str, tensor) -> np.ndarray:
-    """A tensor's blocks as an artifact would store them, multiplied out."""
+    """Return a tensor's blocks in an artifact's format, dequantised."""
     return FORMATS[name].decode(FORMATS[name].repack(tensor.blocks()), *tensor.shape)
 
 
@@ -199,14 +199,14 @@ def in_format(name: str, tensor) -> np.ndarray:
     [("Q8_0", 34, 1, "int8"), ("Q4_0", 18, 1, "int4"), ("Q4_0", 18, 1, "int8"), ("Q4_1", 20, 2, "int4")],
 )
 def test_blocks_are_what_is_read(gguf_spec, tmp_path, kind, size, halves, format_):
-    """To the bit, rows of q and k put back alike, and over more rows than are read at a time."""
+    """Blocks equal the tensor to the bit, with reordered rows of q and k, over several slabs."""
     rows = {"token_embd": 1100, "blk.0.attn_q": 256, "blk.1.attn_k": 128, "blk.0.attn_v": 128}
     raw = {f"{name}.weight": random_blocks(count, 8, size, halves) for name, count in rows.items()}
     for data in raw.values():
         blocks = data.reshape(-1, size)
-        blocks[::2, 1] |= 0x80  # half of the scales are negative, as Q4_0 has them
+        blocks[::2, 1] |= 0x80  # half of the scales are negative, as in Q4_0
         if kind == "Q8_0":
-            blocks[:, 2:][blocks[:, 2:] == 0x80] = 0x81  # -128, which no quantiser writes
+            blocks[:, 2:][blocks[:, 2:] == 0x80] = 0x81  # no quantiser writes -128
     tensors = {name: tensor for name, tensor in gguf_spec().tensors.items() if name not in raw}
     spec = gguf_spec(tensors=tensors, raw={name: (data, kind) for name, data in raw.items()})
     source = open_source(str(spec.write(tmp_path)))
@@ -217,12 +217,12 @@ def test_blocks_are_what_is_read(gguf_spec, tmp_path, kind, size, halves, format
     for name in names:
         tensor = source.tensors[f"model.{name}.weight"]
         found, read = in_format(format_, tensor), tensor.read()
-        # Zeros may differ in their sign: 0 · -d is -0, 8 · -d + 8d is +0.
+        # Zeros may differ in sign: 0 · -d is -0, 8 · -d + 8d is +0.
         np.testing.assert_array_equal((found + 0).view(np.uint32), (read + 0).view(np.uint32), err_msg=name)
 
 
 def test_blocks_of_rows_that_differ_are_put_back(gguf_spec, tiny, tmp_path):
-    """Against the tensor that was quantised, so that a mistake common to both ways of reading shows."""
+    """Compare with the tensor before quantisation, which reveals a mistake common to both readers."""
     original = gguf_spec().tensors["blk.0.attn_q.weight"]
     tensors = gguf_spec().tensors | {"blk.0.attn_q.weight": interleave(original, tiny.dims["N"])}
     spec = gguf_spec(tensors=tensors, types={"blk.0.attn_q.weight": "Q8_0"})

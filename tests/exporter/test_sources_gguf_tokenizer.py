@@ -38,7 +38,7 @@ NASTY = [
     "\U0001f600\U0010ffff\U00020000",
 ]
 
-# Only characters that this Python knows: the other libraries bring newer Unicode tables, and agree on these.
+# Only characters known to this Python: the libraries have newer Unicode tables, which agree on these.
 TEXT = st.lists(
     st.one_of(
         st.characters(exclude_categories=("Cs", "Cn")).map(str),
@@ -68,7 +68,7 @@ _CASED = (
 
 
 def cut(pattern: str, pieces: list[str], flags: int = 0) -> list[str]:
-    """Cut each piece at the matches of a pattern, keeping matches and what is between them."""
+    """Split each piece at the matches of a pattern; keep the matches and the text between them."""
     out = []
     for piece in pieces:
         end = 0
@@ -104,7 +104,7 @@ NORMALISING = ("qwen2", "olmo")
 
 
 class PlainBpe:
-    """Byte-level BPE, as slow and as plain as can be."""
+    """Apply byte-level BPE in the simplest way."""
 
     def __init__(self, metadata: dict, alphabet: dict[int, str]) -> None:
         tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
@@ -132,7 +132,7 @@ class PlainBpe:
         return ids
 
     def cut_printable(self, word: str) -> list[str]:
-        """Falcon's tokenizer looks for digits after bytes have become characters, ² and ¼ among them."""
+        """Falcon's tokenizer splits digits after bytes have become characters, which include ² and ¼."""
         return cut("[0-9][0-9][0-9]", cut(r"\p{N}+", [word])) if self.pre == "falcon" else [word]
 
     def merge(self, word: str) -> list[int]:
@@ -164,7 +164,7 @@ PRES = ["smollm", "gpt-2", "llama-bpe", "qwen2", "default", "olmo", "dbrx", "tek
 
 @pytest.fixture(params=PRES)
 def pair(request, tiny):
-    """The tiny vocabulary under each pre-tokenizer: as built, and in plain Python."""
+    """Return the tiny vocabulary's tokenizer under each pre-tokenizer: the one built, and one in plain Python."""
     metadata = tiny.vocabulary() | {
         "tokenizer.ggml.pre": request.param,
         "tokenizer.ggml.add_bos_token": False,
@@ -228,7 +228,7 @@ def test_the_demo_tokenizer_splits_digits(demo_metadata):
 
 
 def test_qwen2_is_as_transformers_has_it():
-    """The pattern and the normaliser of the published tokenizer, as far as transformers carries them."""
+    """Compare pattern and normalizer with the published tokenizer, as far as transformers contains it."""
     qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2")
     theirs = json.loads(qwen2.Qwen2Tokenizer().backend_tokenizer.to_str())
     tokens = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}
@@ -269,7 +269,7 @@ def test_names_of_the_same_cut(tiny, name, same):
 
 
 def test_a_piece_that_is_a_token_is_taken_whole_by_llama_3(tiny):
-    """`ignore_merges`: "zq" is a token that no merge makes."""
+    """With `ignore_merges`, "zq" is a token although no merge forms it."""
     metadata = tiny.vocabulary()
     metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"][:-1], "zq"]
     metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"][:-1], 1]
@@ -384,7 +384,7 @@ PIECES = [
 
 
 def sentencepiece_vocabulary() -> dict:
-    """<unk>, <s>, </s>, the bytes, then pieces; the longer a piece, the better its score."""
+    """Return a vocabulary of <unk>, <s>, </s>, the bytes and pieces; longer pieces have higher scores."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     scores = [0.0] * 259 + [-100.0 + 5 * len(piece) + 0.01 * i for i, piece in enumerate(PIECES)]
     return {
@@ -399,7 +399,7 @@ def sentencepiece_vocabulary() -> dict:
 
 
 def plain_sentencepiece(metadata: dict, text: str, prefix: bool) -> list[int]:
-    """Join the neighbours whose piece has the highest score, the leftmost of equals, until none is one."""
+    """Repeatedly join the leftmost pair of neighbours whose piece has the highest score."""
     ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     scores = metadata["tokenizer.ggml.scores"]
     out = []

@@ -1,4 +1,4 @@
-"""The hub: what is an id, and what its failures say. No test here needs a network."""
+"""The hub: the form of ids and the errors of failures. No test here needs a network."""
 
 import json
 import os
@@ -18,7 +18,7 @@ NOWHERE = "http://127.0.0.1:9"  # the discard port: refused at once
 
 
 def opened(spec: str, home, **environment: str) -> subprocess.CompletedProcess:
-    """open_source in a process of its own, since huggingface-hub reads its settings once."""
+    """Run open_source in a new process, because huggingface-hub reads its settings only once."""
     code = (
         "import sys\n"
         "from precast.exporter.sources.open import open_source\n"
@@ -38,7 +38,7 @@ def opened(spec: str, home, **environment: str) -> subprocess.CompletedProcess:
 
 
 def cache(home, repo: str, commit: str = "a" * 40) -> None:
-    """A snapshot as huggingface-hub leaves it."""
+    """Write a snapshot in the layout of huggingface-hub's cache."""
     folder = home / "hub" / ("models--" + repo.replace("/", "--"))
     snapshot = folder / "snapshots" / commit
     snapshot.mkdir(parents=True)
@@ -139,7 +139,7 @@ def test_the_hubs_own_errors(monkeypatch, name, expected):
     from huggingface_hub import errors
 
     kind = getattr(errors, name)
-    error = kind.__new__(kind)  # their constructors want an HTTP response
+    error = kind.__new__(kind)  # the constructors require an HTTP response
 
     def fail(*_, **__):
         raise error

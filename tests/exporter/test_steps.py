@@ -1,4 +1,4 @@
-"""Recording a layer's calls of the target's operations, and refusing layers that cannot be recorded."""
+"""Recording the steps of layers, and refusing layers that cannot be recorded."""
 
 from collections.abc import Callable
 from dataclasses import replace

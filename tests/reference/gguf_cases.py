@@ -23,15 +23,15 @@ Writer = Any  # gguf.GGUFWriter
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model to write twice.
+    """A model to write in both formats.
 
     Attributes:
-        architecture: its name in GGUF files.
-        config: the keys of config.json that are not those of every case.
-        layer: the tensors of a layer, by Hugging Face name.
-        metadata: writes the keys that are particular to the architecture.
-        convert: what llama.cpp's converter makes of a tensor that it does not keep as it is.
-        extra: tensors that the file has for the config's sake.
+        architecture: name of the architecture in GGUF files.
+        config: keys of config.json that differ between cases.
+        layer: shapes of a layer's tensors, by Hugging Face name.
+        metadata: writes the metadata keys of the architecture.
+        convert: converts a tensor as llama.cpp's converter does.
+        extra: additional tensors of the GGUF file, such as RoPE factors.
     """
 
     architecture: str
@@ -60,7 +60,7 @@ class Case:
         return common | dict(self.config)
 
     def arrays(self) -> Arrays:
-        """Random weights by Hugging Face name; norms about 1, or about 0 where 1 is added to them."""
+        """Return random weights by Hugging Face name; norms are around 1, or around 0 if the converter adds 1."""
         shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
         shapes |= {} if self.tied else {"lm_head.weight": (V, D)}
         for i in range(self.layers):
@@ -75,7 +75,7 @@ class Case:
         return arrays
 
 
-# --- what is in a layer -------------------------------------------------------------------------------------
+# --- tensors of a layer --------------------------------------------------------------------------------------
 
 
 def attention(head_dim: int = 16, *, bias: bool = False) -> dict[str, tuple[int, ...]]:
@@ -107,11 +107,11 @@ POST = norms("post_attention_layernorm", "post_feedforward_layernorm")
 SANDWICH = PRE | norms("pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-# --- what the converter does --------------------------------------------------------------------------------
+# --- the converter -------------------------------------------------------------------------------------------
 
 
 def permuted(name: str, array: np.ndarray) -> np.ndarray:
-    """Rows of q and k, for a RoPE that turns neighbours."""
+    """Permute the rows of q and k for a RoPE that rotates neighbours."""
     for part, heads in (("q_proj", N), ("k_proj", K)):
         if f".{part}." in name:
             halves = array.reshape(heads, 2, len(array) // heads // 2, *array.shape[1:])
@@ -124,7 +124,7 @@ def plus_one(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def stacked(arrays: Arrays) -> Arrays:
-    """Every layer's experts in one tensor, under the name that the library maps."""
+    """Stack the experts of each layer in one tensor, under the name that the library maps."""
     out: Arrays = {}
     groups: dict[str, list[np.ndarray]] = {}
     for name, array in arrays.items():
@@ -144,7 +144,7 @@ def stacked(arrays: Arrays) -> Arrays:
 
 
 def write_gguf(case: Case, arrays: Arrays, path: Path, kind: str = "F32") -> Path:
-    """The case as llama.cpp's converter would write it; its matrices as `kind`."""
+    """Write the case as llama.cpp's converter does, with matrices of type `kind`."""
     import gguf
     from gguf.quants import quantize
 
@@ -213,7 +213,7 @@ LLAMA3 = {
 
 
 def llama3_factors(theta: float, size: int) -> np.ndarray:
-    """One frequency after the other, in float32, as the converter computes them."""
+    """Compute the divisors one by one in float32, as the converter does."""
     out = []
     for i in range(0, size, 2):
         wavelength = 2 * math.pi * float(np.float32(theta) ** np.float32(i / size))
@@ -254,7 +254,7 @@ def gemma2_keys(writer: Writer) -> None:
 
 
 def gemma3_keys(writer: Writer) -> None:
-    """As converters wrote them when Gemma 3 came out: neither the pattern nor the local base."""
+    """Write the keys of early converters, without the pattern and the local base."""
     from gguf import RopeScalingType
 
     key_lengths(24)(writer)

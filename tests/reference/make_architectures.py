@@ -1,4 +1,4 @@
-"""Writes ``architectures/``: what transformers with torch answers for tiny checkpoints of every architecture.
+"""Write ``architectures/``: the answers of transformers with torch for tiny checkpoints of every architecture.
 
 Run by hand where torch is installed::
 
@@ -6,12 +6,12 @@ Run by hand where torch is installed::
     python tests/reference/make_architectures.py gemma2 phi3     # write these architectures again
     python tests/reference/make_architectures.py --check         # compute everything again and compare
 
-What is asked stands in ``architectures.json``. A record holds no weights, but what they are made of: names and
-shapes as ``save_pretrained`` writes them, and a seed. `write_checkpoint` makes the very same files of it without torch,
-which is how the tests go on where torch is not. Everything is computed in float32.
+``architectures.json`` lists the checkpoints. A record holds a seed and the tensors' names and shapes, as
+``save_pretrained`` writes them, instead of weights. `write_checkpoint` recreates the same files without torch, so the
+tests also run where torch is not installed. Everything is computed in float32.
 
-Every step's best token leads by more than `MARGIN`, so that another order of summation cannot change an answer: seeds
-are tried until it is so.
+The best token of every step leads by more than `MARGIN`, so that another order of summation cannot change an answer.
+The script tries seeds until this holds.
 """
 
 import argparse
@@ -33,14 +33,14 @@ RECORDS = HERE / "architectures"
 MUTATIONS = HERE / "mutations.json"
 
 MARGIN = 1e-3
-# Windows are shorter than some of these.
+# Some prompts exceed the windows.
 LENGTHS = (3, 8, 21, 32)
 BUCKETS, CAPACITY, TOKENS = (4, 8), 96, 64
-# To keep the files small: of logits only every so many-th, of a long pass only so many positions.
+# Strides over logits and over positions of a long pass, which keep the files small.
 STRIDE, POSITIONS = 6, 8
-# An answer with fewer different tokens might be given by a broken model too.
+# A broken model might also give an answer with fewer distinct tokens.
 DIFFERENT = 8
-PROMPTS = 12  # tried with one set of weights
+PROMPTS = 12  # candidates for each set of weights
 
 TOKEN_IDS = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 SHAPE = {"intermediate_size": 52, "num_hidden_layers": 3, "max_position_embeddings": 256}
@@ -49,18 +49,18 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiny:
+class TinyCheckpoint:
     """A checkpoint to make.
 
     Attributes:
-        config: what differs from `SHAPE`.
-        dtype: what the weights are stored as.
-        shards: over how many files.
-        lengths: of the prompts.
-        old_spelling: whether config.json spells RoPE and layers as transformers 4 wrote them.
-        with_head: whether there is an output head, although it is tied.
-        with_buffers: whether there are buffers that old checkpoints carry.
-        bare: whether names lack what transformers calls the model ("h.0.…"), as those of the first GPT-2 do.
+        config: differences from `SHAPE`.
+        dtype: type of the stored weights.
+        shards: number of weight files.
+        lengths: lengths of the prompts.
+        old_spelling: True if config.json spells RoPE and layers as transformers 4 did.
+        with_head: True if the file has an output head although it is tied.
+        with_buffers: True if the file has the buffers of old checkpoints.
+        bare: True if names lack the model's prefix ("h.0.…"), as in the first GPT-2.
     """
 
     name: str
@@ -75,42 +75,46 @@ class Tiny:
     bare: bool = False
 
 
-def tinies() -> list[Tiny]:
-    """The checkpoints, as ``architectures.json`` lists them."""
-    return [Tiny(**row) for row in json.loads((HERE / "architectures.json").read_text(encoding="utf-8"))]
+def tiny_checkpoints() -> list[TinyCheckpoint]:
+    """Return the checkpoints in ``architectures.json``."""
+    return [
+        TinyCheckpoint(**row) for row in json.loads((HERE / "architectures.json").read_text(encoding="utf-8"))
+    ]
 
 
 # --- checkpoints, without torch -----------------------------------------------------------------------------
 
 
 def read_records() -> dict[str, Record]:
-    """Every record, by name."""
+    """Return all records by name."""
     files = sorted(RECORDS.glob("*.json"))
     return {r["name"]: r for f in files for r in json.loads(f.read_text(encoding="utf-8"))["checkpoints"]}
 
 
 def read_logits(record: Record) -> dict[str, np.ndarray]:
-    """What transformers' logits are, every `STRIDE`-th: ``first`` and ``last`` ``[cases, …]``, of the logits that each
-    answer's first and last token were chosen by; ``uncached`` ``[…, …]``, of every `POSITIONS`-th position of the
-    last prompt with its answer, in one pass."""
+    """Return every `STRIDE`-th of transformers' logits.
+
+    ``first`` and ``last`` ``[cases, …]`` are the logits of each answer's first and last token; ``uncached`` ``[…, …]``
+    are those at every `POSITIONS`-th position of the last prompt with its answer, in one pass.
+    """
     with np.load(RECORDS / f"{record['config']['model_type']}.npz") as arrays:
         return {kind: arrays[f"{record['name']}.{kind}"] for kind in ("first", "last", "uncached")}
 
 
 def subject(model_type: str) -> Record:
-    """The checkpoint whose config is changed key by key: the architecture's last that carries no buffers."""
+    """Return the checkpoint whose config is changed key by key: the architecture's last one without buffers."""
     records = [r for r in read_records().values() if r["config"]["model_type"] == model_type]
     return [r for r in records if not r["buffers"]][-1]
 
 
 def read_mutations(name: str) -> list[dict[str, Any]]:
-    """Changes of a checkpoint's config and what transformers says then, as ``make_mutations.py`` wrote them."""
+    """Return changes of a checkpoint's config with transformers' results, from ``make_mutations.py``."""
     rows = json.loads(MUTATIONS.read_text(encoding="utf-8"))
     return [row for row in rows if row["name"] == name]
 
 
 def make_tensors(record: Record) -> dict[str, np.ndarray]:
-    """A checkpoint's tensors, the same bits wherever they are made."""
+    """Make a checkpoint's tensors, with the same bits on every machine."""
     import ml_dtypes  # noqa: F401 - NumPy then knows bfloat16
 
     kind = np.dtype(record["dtype"])
@@ -122,21 +126,21 @@ def make_tensors(record: Record) -> dict[str, np.ndarray]:
 
 
 def _values(record: Record, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    # Uniform: these random numbers are made without any function that rounds differently elsewhere.
+    # Uniform, because these random numbers need no function whose rounding differs between machines.
     random = np.random.RandomState(zlib.crc32(f"{record['seed']} {name}".encode()))
     spread, centre = _scale(record, name, shape)
     return (2 * random.random_sample(shape) - 1) * (spread * 3**0.5) + centre
 
 
 def _scale(record: Record, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Standard deviation and mean: every part has a say, and logits spread over a few units."""
+    """Return standard deviation and mean; every part affects the logits, whose deviation is a few units."""
     config = record["config"]
     gemma = config["model_type"].startswith("gemma")
     tied = config.get("tie_word_embeddings", True)
-    # Embeddings that are large once they are scaled would echo the newest token, and drown the layers.
+    # Large scaled embeddings would dominate the layers, and the model would repeat the newest token.
     scale = config["hidden_size"] ** 0.5 if gemma else max(config.get("embedding_multiplier", 1.0), 1.0)
     if name.endswith("bias"):
-        return 0.15, 0.0  # larger ones would say the same whatever the text
+        return 0.15, 0.0  # with larger ones the answer would not depend on the text
     if name.endswith(("q_norm.weight", "k_norm.weight")):
         return 0.3, 0.7 if gemma else 1.7
     if "norm" in name or "ln_" in name:
@@ -151,7 +155,7 @@ def _scale(record: Record, name: str, shape: tuple[int, ...]) -> tuple[float, fl
 
 
 def digest(tensors: Mapping[str, np.ndarray]) -> str:
-    """sha256 of names and values."""
+    """Return the sha256 of names and values."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(name.encode() + tensors[name].tobytes())
@@ -159,7 +163,7 @@ def digest(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def write_checkpoint(folder: Path, record: Record, config: Mapping[str, Any] | None = None) -> None:
-    """Writes a Hugging Face directory; `config` in place of the record's."""
+    """Write a Hugging Face directory; `config` replaces the record's."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,8 +186,8 @@ def write_checkpoint(folder: Path, record: Record, config: Mapping[str, Any] | N
 # --- records, with torch ------------------------------------------------------------------------------------
 
 
-def make_record(tiny: Tiny, seed: int) -> dict[str, Any]:
-    """What a checkpoint is made of; no answers yet."""
+def make_record(tiny: TinyCheckpoint, seed: int) -> dict[str, Any]:
+    """Return the record of a checkpoint without answers."""
     config, shapes = _skeleton(tiny)
     if tiny.bare:
         shapes = {name.removeprefix("transformer."): shape for name, shape in shapes.items()}
@@ -201,8 +205,8 @@ def make_record(tiny: Tiny, seed: int) -> dict[str, Any]:
     }
 
 
-def _skeleton(tiny: Tiny) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """config.json and the shapes of all tensors, as transformers saves them."""
+def _skeleton(tiny: TinyCheckpoint) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Return config.json and the shapes of all tensors, as transformers saves them."""
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -219,7 +223,7 @@ def _skeleton(tiny: Tiny) -> tuple[dict[str, Any], dict[str, list[int]]]:
 
 
 def respell(config: dict[str, Any]) -> dict[str, Any]:
-    """Keys of RoPE, layers and type as transformers 4 wrote them."""
+    """Rewrite the keys of RoPE, layers and type as transformers 4 wrote them."""
     rope = config.pop("rope_parameters")
     if "full_attention" in rope:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
@@ -238,8 +242,8 @@ def respell(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"transformers_version": "4.46.0"}
 
 
-def _buffers(tiny: Tiny, config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Made of zeros, so that nobody can take them for something that matters and get away with it."""
+def _buffers(tiny: TinyCheckpoint, config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the shapes of buffers, which are all zeros, so that a reader that uses them fails."""
     if tiny.model_type == "gpt2":
         n = config["n_positions"]
         return {f"h.{i}.attn.bias": [1, 1, n, n] for i in range(config["n_layer"])}
@@ -251,7 +255,7 @@ def _buffers(tiny: Tiny, config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What transformers says: answers to prompts, their smallest lead, and logits as `read_logits` has them."""
+    """transformers' answers to prompts, their smallest lead, and logits as in `read_logits`."""
 
     cases: list[dict[str, Any]]
     margin: float
@@ -259,14 +263,14 @@ class Answers:
 
 
 def load_reference(record: Record, config: Mapping[str, Any] | None = None) -> Any:
-    """The model as transformers has it. Eager attention: others leave soft caps out."""
+    """Load the model with transformers and eager attention, because other kinds omit soft caps."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), record, config)
         return make_reference.load_reference(Path(folder), attn_implementation="eager")
 
 
 def answer(record: Record, prompts: Sequence[Iterator[list[int]]]) -> Answers | None:
-    """Answers to the first of each length's prompts that is far from any tie; None where there is none."""
+    """Answer the first prompt of each length that is far from ties; None if a length has none."""
     model = load_reference(record)
     found = [_answer(model, candidates) for candidates in prompts]
     cases = [case for case in found if case is not None]
@@ -298,8 +302,8 @@ def candidates(seed: int, length: int) -> Iterator[list[int]]:
         yield random.randint(3, TOKEN_IDS["vocab_size"], length).tolist()
 
 
-def make(tiny: Tiny) -> tuple[dict[str, Any], Answers]:
-    """A record with its answers, of the first seed that has some for every length."""
+def make(tiny: TinyCheckpoint) -> tuple[dict[str, Any], Answers]:
+    """Return a record with answers, for the first seed that has one for every length."""
     for seed in itertools.count(1):
         record = make_record(tiny, seed)
         answers = answer(record, [candidates(seed, length) for length in tiny.lengths])
@@ -311,7 +315,7 @@ def make(tiny: Tiny) -> tuple[dict[str, Any], Answers]:
 
 
 def write_architecture(model_type: str) -> None:
-    made = [make(tiny) for tiny in tinies() if tiny.model_type == model_type]
+    made = [make(tiny) for tiny in tiny_checkpoints() if tiny.model_type == model_type]
     lines = ",\n".join(json.dumps(record) for record, _ in made)
     head = json.dumps({"transformers": make_reference.versions()})
     path = RECORDS / f"{model_type}.json"
@@ -321,7 +325,7 @@ def write_architecture(model_type: str) -> None:
 
 
 def differences(record: Record) -> list[str]:
-    """What a record says that transformers, asked again, does not."""
+    """Return the differences between a record and transformers' current answers."""
     now = answer(record, [iter([case["prompt_token_ids"]]) for case in record["cases"]])
     name = record["name"]
     if now is None:
@@ -342,8 +346,8 @@ def main() -> None:
     parser.add_argument("model_types", nargs="*", help="only these")
     parser.add_argument("--check", action="store_true", help="compare with the files instead of writing them")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # matrices this small are slower with more
-    wanted = options.model_types or list(dict.fromkeys(tiny.model_type for tiny in tinies()))
+    torch.set_num_threads(1)  # more threads are slower on such small matrices
+    wanted = options.model_types or list(dict.fromkeys(tiny.model_type for tiny in tiny_checkpoints()))
     if options.check:
         records = [r for r in read_records().values() if r["config"]["model_type"] in wanted]
         found = [line for record in records for line in differences(record)]

@@ -1,12 +1,12 @@
-"""Writes ``mutations.json``: what becomes of transformers' logits when one key of a tiny checkpoint's config changes.
+"""Write ``mutations.json``: transformers' logits after a change of one key of a tiny checkpoint's config.
 
 Run by hand where torch is installed, after ``make_architectures.py``::
 
     python tests/reference/make_mutations.py            # write everything again
     python tests/reference/make_mutations.py gemma2     # write this architecture again
 
-Every key of every architecture's config is changed in turn, and keys that other versions and models have are added.
-A config that transformers does not accept, or whose weights it would have to make up or leave out, is noted as such.
+The script changes every key of every architecture's config in turn, and adds keys of other versions and models. It
+records if transformers refuses a config, or would have to invent or drop weights.
 """
 
 import argparse
@@ -21,9 +21,9 @@ import make_architectures
 import make_reference
 import numpy as np
 
-# Not a matter of the forward pass, or what says which forward pass it is.
+# Keys without an effect on the forward pass, or that select the architecture.
 LEFT = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
-# In place of a null, and where a key is not there.
+# Replacements for null and for absent keys.
 VALUES: Mapping[str, Any] = {
     "attention_bias": True,
     "attn_logit_softcapping": 2.0,
@@ -67,7 +67,7 @@ ROPES: tuple[Mapping[str, Any], ...] = (
 
 
 def mutations(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Changes of one key each."""
+    """Return changes of one key each."""
     for key in sorted(set(config) - set(LEFT)):
         value = config[key]
         if key == "rope_parameters":
@@ -88,7 +88,7 @@ def _ropes(rope: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _others(value: Any) -> list[Any]:
-    """Values of the same type."""
+    """Return other values of the same type."""
     match value:
         case bool():
             return [not value]
@@ -110,7 +110,7 @@ def _flipped(item: Any) -> Any:
 
 
 def logits(record: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray | None:
-    """After the last prompt and its answer; None where there are none."""
+    """Return the logits after the last prompt and its answer, or None."""
     from transformers import AutoModelForCausalLM
 
     case = record["cases"][-1]
@@ -130,7 +130,7 @@ def logits(record: Mapping[str, Any], config: Mapping[str, Any]) -> np.ndarray |
 
 
 def make(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each change with what transformers says then: logits, "same", or nothing."""
+    """Return each change with transformers' result: logits, "same", or nothing."""
     before = logits(record, record["config"])
     assert before is not None
     for change in mutations(record["config"]):
@@ -155,7 +155,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    types = dict.fromkeys(tiny.model_type for tiny in make_architectures.tinies())
+    types = dict.fromkeys(tiny.model_type for tiny in make_architectures.tiny_checkpoints())
     rows = []
     for model_type in types:
         record = make_architectures.subject(model_type)

@@ -1,17 +1,17 @@
-"""Writes the reference files of this folder: what transformers with torch answers, in float32.
+"""Write the reference files of this folder: the answers of transformers with torch, in float32.
 
 Run by hand where torch and accelerate are installed::
 
     python tests/reference/make_reference.py            # write everything again
     python tests/reference/make_reference.py --check    # compute everything again and compare
 
-The tests compare precast with what is written here, so they need neither.
+The tests compare precast with these files, so they need neither.
 
-What is asked stands in ``tiny_checkpoints.json`` and ``demo_prompts.json``. ``tiny/<name>/`` is a checkpoint with
-random weights as ``save_pretrained`` writes it, and its answers; ``tiny/tokenizer.json`` belongs to all of them.
-``demo.json`` holds answers of the demo model. Every step's best token leads by more than `MARGIN`, so that another
-order of summation cannot change an answer: for the tiny models seeds are tried until it is so, for the demo model
-prompts are.
+``tiny_checkpoints.json`` and ``demo_prompts.json`` list the checkpoints and prompts. ``tiny/<name>/`` is a checkpoint
+with random weights, as ``save_pretrained`` writes it, and its answers; all share ``tiny/tokenizer.json``.
+``demo.json`` holds answers of the demo model. The best token of every step leads by more than `MARGIN`, so that
+another order of summation cannot change an answer. The script tries seeds for the tiny models, and prompts for the demo
+model, until this holds.
 """
 
 import argparse
@@ -37,9 +37,9 @@ MARGIN = 1e-3
 BUCKETS, CAPACITY = (8, 16, 32), 160
 LENGTHS = (1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70, 96, 143, 159)
 TOKENS = 20
-# Of these lengths, the one whose continuation fills the cache to its last position.
+# The prompt length whose continuation fills the cache to its last position.
 FILLED = 143
-# To keep the files small, of most logits only every so many-th is kept.
+# Stride over most logits, which keeps the files small.
 STRIDE = 20
 
 SHAPE = {
@@ -56,15 +56,15 @@ SHAPE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tiny:
+class TinyCheckpoint:
     """A checkpoint to make.
 
     Attributes:
-        config: what differs from `SHAPE`.
-        rope: scaling, as transformers 5 spells it; empty for none.
-        old_spelling: whether config.json says ``rope_theta`` and ``rope_scaling``, as transformers 4 wrote it.
-        dtype: what the weights are stored as.
-        shard_size: the largest file, as ``save_pretrained`` takes it.
+        config: differences from `SHAPE`.
+        rope: RoPE scaling in the spelling of transformers 5; empty for none.
+        old_spelling: True if config.json has ``rope_theta`` and ``rope_scaling``, as transformers 4 wrote it.
+        dtype: type of the stored weights.
+        shard_size: largest file, as an argument of ``save_pretrained``.
     """
 
     name: str
@@ -78,21 +78,24 @@ class Tiny:
     shard_size: str = "1GB"
 
 
-def tinies() -> list[Tiny]:
-    """The checkpoints, as ``tiny_checkpoints.json`` lists them."""
-    return [Tiny(**row) for row in json.loads((HERE / "tiny_checkpoints.json").read_text(encoding="utf-8"))]
+def tiny_checkpoints() -> list[TinyCheckpoint]:
+    """Return the checkpoints in ``tiny_checkpoints.json``."""
+    return [
+        TinyCheckpoint(**row)
+        for row in json.loads((HERE / "tiny_checkpoints.json").read_text(encoding="utf-8"))
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyAnswers:
-    """What a tiny model answers.
+    """The answers of a tiny model.
 
     Attributes:
         prompts: token ids of each case.
-        tokens: greedy continuation of each.
-        margin: the smallest lead of any of these over the second best.
+        tokens: greedy continuation of each prompt.
+        margin: smallest lead of any of these tokens over the second best.
         first: logits ``[cases, V]`` after each prompt.
-        last: logits ``[cases, ceil(V / STRIDE)]`` that each continuation's last token was chosen by.
+        last: logits ``[cases, ceil(V / STRIDE)]`` of each continuation's last token.
         uncached: logits ``[T, ceil(V / STRIDE)]`` of every position of the prompt of `FILLED` tokens and its
             continuation, in one pass.
     """
@@ -106,7 +109,7 @@ class TinyAnswers:
 
     @property
     def varied(self) -> bool:
-        """Whether answers are not mostly one token again and again, which a broken model may say too."""
+        """True if answers are not mostly one repeated token, which a broken model might also give."""
         return sum(len(set(t)) for t in self.tokens) * 2 > sum(map(len, self.tokens))
 
 
@@ -116,7 +119,7 @@ def tiny_prompts(seed: int, vocab: int) -> list[list[int]]:
 
 
 def answer_tiny(folder: Path, prompts: Sequence[Sequence[int]]) -> TinyAnswers:
-    """What transformers answers for the checkpoint in `folder`."""
+    """Return transformers' answers for the checkpoint in `folder`."""
     model = load_reference(folder)
     runs = [generate(model, p, min(TOKENS, CAPACITY - len(p))) for p in prompts]
     filled = next(i for i, p in enumerate(prompts) if len(p) == FILLED)
@@ -130,8 +133,8 @@ def answer_tiny(folder: Path, prompts: Sequence[Sequence[int]]) -> TinyAnswers:
     )
 
 
-def make_tiny(tiny: Tiny) -> None:
-    """The first seed whose answers are far from any tie, and not monotonous."""
+def make_tiny(tiny: TinyCheckpoint) -> None:
+    """Return the first seed with varied answers that are far from ties."""
     folder = TINY / tiny.name
     for seed in itertools.count(1):
         save_tiny(tiny, folder, seed)
@@ -152,8 +155,8 @@ def make_tiny(tiny: Tiny) -> None:
     np.savez(folder / "reference.npz", first=answers.first, last=answers.last, uncached=answers.uncached)
 
 
-def save_tiny(tiny: Tiny, folder: Path, seed: int) -> None:
-    """Writes a checkpoint with random weights, the way transformers does."""
+def save_tiny(tiny: TinyCheckpoint, folder: Path, seed: int) -> None:
+    """Write a checkpoint with random weights, with transformers."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -174,9 +177,9 @@ def save_tiny(tiny: Tiny, folder: Path, seed: int) -> None:
 
 
 def scale(name: str, parameter: Any, *, tied: bool) -> tuple[float, float]:
-    """Standard deviation and mean: every part has a say, and logits spread over a few units."""
+    """Return standard deviation and mean; every part affects the logits, whose deviation is a few units."""
     if tied and "embed_tokens" in name:
-        return 0.25, 0.0  # a larger one would echo the newest token
+        return 0.25, 0.0  # with a larger one the model would repeat the newest token
     if "norm" in name:
         return 0.3, 1.0
     if name.endswith("bias"):
@@ -187,7 +190,7 @@ def scale(name: str, parameter: Any, *, tied: bool) -> tuple[float, float]:
 
 
 def respell(path: Path) -> None:
-    """Turns the RoPE keys and the type into what transformers 4 wrote."""
+    """Rewrite the RoPE keys and the type as transformers 4 wrote them."""
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
@@ -200,7 +203,7 @@ def respell(path: Path) -> None:
 
 
 def write_tokenizer(path: Path) -> None:
-    """A byte-level tokenizer small enough for every tiny vocabulary."""
+    """Return a byte-level tokenizer small enough for every tiny vocabulary."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -228,7 +231,7 @@ def write_tokenizer(path: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A greedy continuation: tokens, the logits ``[tokens, V]`` that chose them, and the smallest lead."""
+    """Return a greedy continuation: tokens, their logits ``[tokens, V]``, and the smallest lead."""
 
     tokens: list[int]
     logits: np.ndarray
@@ -236,7 +239,7 @@ class Run:
 
 
 def load_reference(folder: Path, **options: Any) -> Any:
-    """The model in `folder` as transformers has it, in float32; it never ends a text by itself."""
+    """Load the model in `folder` with transformers in float32, without end tokens."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -266,7 +269,7 @@ def generate(model: Any, prompt: Sequence[int], tokens: int) -> Run:
 
 
 def uncached_logits(model: Any, sequence: Sequence[int]) -> np.ndarray:
-    """Logits ``[T, V]`` of one pass over the whole sequence."""
+    """Return logits ``[T, V]`` of one pass over the whole sequence."""
     import torch
 
     with torch.no_grad():
@@ -287,10 +290,10 @@ DEMO_LENGTHS = (2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 600, 1000)
 
 
 def demo_candidates(encode: Any, render: Any) -> Iterator[list[dict[str, Any]]]:
-    """The prompts, each with others to try when an answer comes close to a tie."""
+    """Return the prompts, each with alternatives in case an answer is close to a tie."""
     prompts = json.loads((HERE / "demo_prompts.json").read_text(encoding="utf-8"))
     for text in prompts["texts"]:
-        # A text that comes too close is followed by a little more of itself.
+        # An alternative to a text is the text with a little more of its continuation.
         variants = [text, *(text + more for more in (" ", " so", " and"))]
         yield [{"text": t, "prompt_token_ids": encode(t)} for t in variants]
     for messages in prompts["chats"]:
@@ -303,7 +306,7 @@ def demo_candidates(encode: Any, render: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 def demo_tokenizer() -> tuple[Any, Any]:
-    """transformers' own reading of the file's tokenizer and chat template: ``encode`` and ``render``."""
+    """Return ``encode`` and ``render`` of transformers' own tokenizer and chat template of the file."""
     from transformers import AutoTokenizer
 
     from precast.exporter.sources import demo
@@ -352,7 +355,7 @@ def versions() -> str:
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """JSON with one case a line, so that a change can be read."""
+    """Return JSON with one case a line, for readable diffs."""
     if indent is None and isinstance(value, dict) and "cases" in value:
         lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in value["cases"])
         head = json.dumps({k: v for k, v in value.items() if k != "cases"}, ensure_ascii=False)
@@ -362,7 +365,7 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 
 def tiny_differences(folder: Path) -> list[str]:
-    """What the files of a tiny checkpoint say that transformers, asked again, does not."""
+    """Return the differences between a tiny checkpoint's files and transformers' current answers."""
     cases = json.loads((folder / "reference.json").read_text(encoding="utf-8"))["cases"]
     now = answer_tiny(folder, [case["prompt_token_ids"] for case in cases])
     found = [
@@ -380,7 +383,7 @@ def tiny_differences(folder: Path) -> list[str]:
 
 
 def demo_differences(model: Any, cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """As `tiny_differences`, for some of the demo model's cases."""
+    """Return the differences for some of the demo model's cases, as `tiny_differences` does."""
     found = []
     for case in cases:
         run = generate(model, case["prompt_token_ids"], len(case["token_ids"]))
@@ -392,7 +395,7 @@ def demo_differences(model: Any, cases: Sequence[Mapping[str, Any]]) -> list[str
 
 
 def check() -> list[str]:
-    found = [line for tiny in tinies() for line in tiny_differences(TINY / tiny.name)]
+    found = [line for tiny in tiny_checkpoints() for line in tiny_differences(TINY / tiny.name)]
     cases = json.loads(DEMO.read_text(encoding="utf-8"))["cases"]
     return found + demo_differences(load_demo_reference(), cases)
 
@@ -409,9 +412,9 @@ def main() -> None:
         print("\n".join(found) or "the reference files are up to date")
         raise SystemExit(bool(found))
     if options.only != "demo":
-        torch.set_num_threads(1)  # matrices this small are slower with more
+        torch.set_num_threads(1)  # more threads are slower on such small matrices
         write_tokenizer(TINY / "tokenizer.json")
-        for tiny in tinies():
+        for tiny in tiny_checkpoints():
             make_tiny(tiny)
     if options.only != "tiny":
         torch.set_num_threads(os.cpu_count() or 1)
