@@ -1,4 +1,4 @@
-"""Builds the CPU kernels; everything else about the package stands in pyproject.toml."""
+"""Build the CPU kernels; pyproject.toml holds the rest of the package's metadata."""
 
 import importlib.metadata
 import importlib.util
@@ -7,12 +7,16 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-# The oldest supported jaxlib: it refuses handlers built against the headers of a newer one.
+# The oldest supported jaxlib: it refuses handlers built against newer headers.
 NEWEST_HEADERS = (0, 10, 1)
 
 
 def xla_headers() -> str:
-    """jaxlib's include folder, found without importing jaxlib."""
+    """Return jaxlib's include folder without importing jaxlib.
+
+    Raises:
+        SystemExit: jaxlib is missing or newer than the oldest supported one.
+    """
     spec = importlib.util.find_spec("jaxlib")
     if spec is None or spec.origin is None:
         raise SystemExit("precast's kernels need the headers of jaxlib to build: pip install jaxlib==0.10.1")
@@ -37,7 +41,7 @@ setup(
             extra_compile_args=[
                 "-isystem",
                 xla_headers(),
-                "-std=c++17",
+                "-std=c++20",
                 "-O3",
                 "-ffp-contract=fast",
                 "-fvisibility=hidden",

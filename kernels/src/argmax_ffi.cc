@@ -1,4 +1,4 @@
-// precast.argmax: of every row the index of the first of its largest numbers.
+// precast.argmax: the index of the first largest number of each row.
 #include <limits>
 #include <string>
 
@@ -13,7 +13,8 @@ namespace {
 ffi::Error ArgmaxHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::ResultBufferR1<ffi::S32> y) {
   const int64_t rows = x.dimensions()[0], width = x.dimensions()[1];
   if (y->dimensions()[0] != rows || width < 1 || width > std::numeric_limits<int32_t>::max())
-    return Bad("argmax: result " + Shape(y->dimensions()) + " of x " + Shape(x.dimensions()));
+    return Bad("argmax: expected rows of 1 to 2^31 - 1 numbers and a result for each, found x " +
+               Shape(x.dimensions()) + " and result " + Shape(y->dimensions()));
   const Ops& ops = CurrentOps();
   Team(pool).For(rows, [&](int64_t row) {
     y->typed_data()[row] = static_cast<int32_t>(ops.argmax(x.typed_data() + row * width, width));
@@ -23,10 +24,8 @@ ffi::Error ArgmaxHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::R
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(PrecastArgmaxV1, Guard<ArgmaxHandler>::Call,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::BufferR2<ffi::F32>>()
-                                  .Ret<ffi::BufferR1<ffi::S32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    PrecastArgmaxV1, Guard<ArgmaxHandler>::Call,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::BufferR2<ffi::F32>>().Ret<ffi::BufferR1<ffi::S32>>());
 
 }  // namespace precast

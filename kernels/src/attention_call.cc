@@ -1,4 +1,4 @@
-// Cuts a call of attention into tasks: blocks of tokens, or spans of positions where there are few tokens.
+// A call of attention in tasks: blocks of tokens, or, for few tokens, spans of positions.
 #include "attention_call.h"
 
 #include <algorithm>
@@ -9,38 +9,44 @@
 namespace precast {
 namespace {
 
-// Query rows (tokens times group) of a task: a tile of keys is prepared once for as many.
+// Query rows (tokens times group) of a task; they share one prepared tile of keys.
 constexpr int64_t kAttentionRows = 48;
-// Positions of a task when a call brings few tokens; a constant, so that results do not depend on the number of
-// threads.
+// Positions of a task in a call with few tokens. A constant, so that results are the same for any number of threads.
 constexpr int64_t kSpan = 128;
-// Numbers appended, and query numbers times positions attended to, below which sharing costs more time than it saves:
-// about a microsecond of one thread.
+// Below this many appended numbers, and query numbers times positions, splitting the work costs more time than it
+// saves: about a microsecond of one thread.
 constexpr int64_t kAloneAppend = 4 * 1024;
 constexpr int64_t kAloneAttend = 16 * 1024;
 
-// A sequence's share of the work: `blocks` of `block` tokens for each key/value head. A sequence of one block splits
-// the positions instead, into `spans` from `first` on: a decode step has as few blocks as heads.
+// The work of a sequence: `blocks` of `block` tokens for each key/value head. A sequence of one block splits its
+// positions instead, into `spans` of `span` positions from `first` on, because a decode step has no more blocks than
+// heads.
 struct Sequence {
   int64_t r, slot, start, length;
-  int64_t block, blocks;
-  int64_t first, span, spans;
+  int64_t block, blocks = 0;
+  int64_t first = 0, span = 0, spans = 1;
   int64_t first_task, first_float;
 };
 
 std::string SequenceText(const AttentionCall& c, int64_t r) {
-  return "sequence " + std::to_string(r) + " of slot " + std::to_string(c.slots[r]) + ", start " +
+  return "sequence " + std::to_string(r) + " in slot " + std::to_string(c.slots[r]) + " with start " +
          std::to_string(c.starts[r]) + " and length " + std::to_string(c.lengths[r]);
 }
 
-// The sequences that have tokens, and how each is cut into tasks.
+// The sequences that have tokens, each split into tasks.
 std::vector<Sequence> Plan(const AttentionCall& c) {
   const AttentionShape& d = c.d;
   const int64_t group = d.N / d.K, block = std::max<int64_t>(1, kAttentionRows / group);
   std::vector<Sequence> plan;
   int64_t task = 0, floats = 0;
   for (int64_t r = 0; r < d.R; ++r) {
-    Sequence s = {r, c.slots[r], c.starts[r], c.lengths[r], block, 0, 0, 0, 1, task, floats};
+    Sequence s = {.r = r,
+                  .slot = c.slots[r],
+                  .start = c.starts[r],
+                  .length = c.lengths[r],
+                  .block = block,
+                  .first_task = task,
+                  .first_float = floats};
     if (s.length == 0) continue;
     s.blocks = (s.length + block - 1) / block;
     s.block = std::min(block, s.length);
@@ -58,51 +64,73 @@ std::vector<Sequence> Plan(const AttentionCall& c) {
 }
 
 AttentionPartial PartialAt(float* at, int64_t rows, int64_t H) {
-  return {at, at + rows * H, at + rows * (H + 1)};
+  return {.out = at, .peak = at + rows * H, .mass = at + rows * (H + 1)};
 }
 
 void Append(const AttentionCall& c, const Ops& ops, const Sequence& s, int64_t k, bool keys, float* scratch) {
   const AttentionShape& d = c.d;
   const CacheRows& cache = keys ? c.keys : c.values;
-  // What does not fit before the ring's end goes on at its beginning.
+  // Rows that do not fit before the ring's end continue at its beginning.
   for (int64_t token = 0, n; token < s.length; token += n) {
     const int64_t place = (s.start + token) % d.S, row = c.CacheRow(s.slot, k) + place;
     n = std::min(s.length - token, d.S - place);
     const int64_t at = s.r * d.T + token;
-    ops.store_rows({(keys ? c.k : c.v) + (at * d.K + k) * d.H, d.K * d.H, c.cos + at * d.P, c.sin + at * d.P,
-                    keys ? d.P : 0, n, d.H, cache.type, cache.Row(row, d.H), cache.Scale(row)},
+    ops.store_rows({.x = (keys ? c.k : c.v) + (at * d.K + k) * d.H,
+                    .x_token = d.K * d.H,
+                    .cos = c.cos + at * d.P,
+                    .sin = c.sin + at * d.P,
+                    .pairs = keys ? d.P : 0,
+                    .tokens = n,
+                    .head_dim = d.H,
+                    .type = cache.type,
+                    .rows = cache.Row(row, d.H),
+                    .scales = cache.Scale(row)},
                    scratch);
   }
 }
 
-// One task: a block of tokens of one key/value head against all they see, or against one span of it. Where there is
-// but one span its answers are written at once.
+// Run one task: a block of tokens of one key/value head against all positions that they see, or against one span of
+// them. Write the answers of a sequence with one span at once.
 void AttendTask(const AttentionCall& c, const Ops& ops, const Sequence& s, int64_t task, float* partials) {
   const AttentionShape& d = c.d;
   const int64_t group = d.N / d.K, unit = task / s.spans, span = task % s.spans, k = unit % d.K;
-  // The last tokens see most: first drawn, they do not keep the others waiting at the end.
+  // The last tokens see most positions and run first, so that the other threads do not wait for them at the end.
   const int64_t token = (s.blocks - 1 - unit / d.K) * s.block, tokens = std::min(s.block, s.length - token);
   const int64_t rows = tokens * group, angles = s.r * d.T * d.P, row = c.CacheRow(s.slot, k);
   const int64_t query = (s.r * d.T * d.N + k * group) * d.H;
-  const AttentionHead head = {c.q + query, d.N * d.H, c.cos + angles, c.sin + angles, d.P, c.keys.type,
-                              c.keys.Row(row, d.H), c.values.Row(row, d.H), c.keys.Scale(row),
-                              c.values.Scale(row), group, d.H, d.S, s.start, c.window, c.scale, c.soft_cap};
+  const AttentionHead head = {.q = c.q + query,
+                              .q_token = d.N * d.H,
+                              .cos = c.cos + angles,
+                              .sin = c.sin + angles,
+                              .pairs = d.P,
+                              .type = c.keys.type,
+                              .keys = c.keys.Row(row, d.H),
+                              .values = c.values.Row(row, d.H),
+                              .key_scales = c.keys.Scale(row),
+                              .value_scales = c.values.Scale(row),
+                              .group = group,
+                              .head_dim = d.H,
+                              .places = d.S,
+                              .start = s.start,
+                              .window = c.window,
+                              .scale = c.scale,
+                              .soft_cap = c.soft_cap};
   const int64_t from = s.first + span * s.span, partial_floats = rows * (d.H + 2);
   const int64_t own = s.spans > 1 ? 0 : partial_floats;
   std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(AttentionScratch(rows, d.H) + own)]);
   float* at = s.spans > 1 ? partials + s.first_float + (k * s.spans + span) * partial_floats : scratch.get();
   const AttentionPartial partial = PartialAt(at, rows, d.H);
-  ops.attention(head, {token, tokens, from, from + s.span}, partial, scratch.get() + own);
-  if (s.spans == 1)
-    ops.merge_spans(partial, 0, 1, rows, group, d.H, c.out + query + token * d.N * d.H, d.N * d.H);
+  const AttentionSpan positions = {.token = token, .tokens = tokens, .from = from, .to = from + s.span};
+  ops.attention(head, positions, partial, scratch.get() + own);
+  if (s.spans == 1) ops.merge_spans(partial, 0, 1, rows, group, d.H, c.out + query + token * d.N * d.H, d.N * d.H);
 }
 
 void MergeSequence(const AttentionCall& c, const Ops& ops, const Sequence& s, float* partials) {
   const AttentionShape& d = c.d;
   const int64_t group = d.N / d.K, rows = s.length * group, stride = rows * (d.H + 2);
   for (int64_t k = 0; k < d.K; ++k)
-    ops.merge_spans(PartialAt(partials + s.first_float + k * s.spans * stride, rows, d.H), stride, s.spans, rows,
-                    group, d.H, c.out + (s.r * d.T * d.N + k * group) * d.H, d.N * d.H);
+    ops.merge_spans(PartialAt(partials + s.first_float + k * s.spans * stride, rows, d.H), stride, s.spans, rows, group,
+                    d.H, c.out + (s.r * d.T * d.N + k * group) * d.H, d.N * d.H);
 }
 
 }  // namespace
@@ -110,23 +138,23 @@ void MergeSequence(const AttentionCall& c, const Ops& ops, const Sequence& s, fl
 std::string CheckAttention(const AttentionCall& c) {
   const AttentionShape& d = c.d;
   if (c.layer < 0 || c.layer >= d.L)
-    return ("attention: layer " + std::to_string(c.layer) + " of caches of " + std::to_string(d.L) + " layers");
+    return "attention: no layer " + std::to_string(c.layer) + " in caches of " + std::to_string(d.L) + " layers";
   std::vector<char> used(static_cast<size_t>(d.B), 0);
   for (int64_t r = 0; r < d.R; ++r) {
     const int64_t slot = c.slots[r], start = c.starts[r], length = c.lengths[r];
     if (length == 0) continue;
     if (slot < 0 || slot >= d.B || start < 0 || length < 0 || length > d.T || (c.window == 0 && start + length > d.S))
-      return ("attention: " + SequenceText(c, r) + " does not fit " + std::to_string(d.B) + " slots of " +
-                 std::to_string(d.S) + " positions and " + std::to_string(d.T) + " tokens");
-    // What the first token of the call sees must not have given its place to the last.
+      return "attention: " + SequenceText(c, r) + " does not fit " + std::to_string(d.B) + " slots of " +
+             std::to_string(d.S) + " positions and " + std::to_string(d.T) + " tokens";
+    // The last token of the call must not overwrite a position that the first token sees.
     if (start + length > d.S && c.window > d.S - length + 1)
-      return ("attention: " + SequenceText(c, r) + " does not fit a ring of " + std::to_string(d.S) +
-                 " positions with a window of " + std::to_string(c.window));
-    if (used[static_cast<size_t>(slot)]++) return ("attention: two sequences in slot " + std::to_string(slot));
+      return "attention: " + SequenceText(c, r) + " does not fit a ring of " + std::to_string(d.S) +
+             " positions with a window of " + std::to_string(c.window);
+    if (used[static_cast<size_t>(slot)]++) return "attention: two sequences in slot " + std::to_string(slot);
   }
   if (!(c.soft_cap >= 0.0f) || std::isinf(c.soft_cap) || c.window < 0)
-    return ("attention: expected a window and a finite soft_cap of at least 0, found " + std::to_string(c.window) +
-               " and " + std::to_string(c.soft_cap));
+    return "attention: expected a window and a finite soft_cap of at least 0, found " + std::to_string(c.window) +
+           " and " + std::to_string(c.soft_cap);
   return "";
 }
 

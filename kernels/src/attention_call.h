@@ -1,4 +1,4 @@
-// A call of cached attention, as plain pointers: rotate queries and keys, append keys and values, attend.
+// A call of cached attention on plain pointers: rotates queries and keys, appends keys and values, attends.
 #pragma once
 
 #include <cstdint>
@@ -10,15 +10,16 @@
 
 namespace precast {
 
+// ops.h explains the letters; P is the number of rotary pairs.
 struct AttentionShape {
-  int64_t R, T, N, K, H, P, L, B, S;
+  int64_t R = 0, T = 0, N = 0, K = 0, H = 0, P = 0, L = 0, B = 0, S = 0;
 };
 
-// One of the caches: its rows, and the scale of each for int8.
+// The keys or the values of a cache.
 struct CacheRows {
-  CacheType type;
-  char* rows;     // [L, B, K, S, H]
-  float* scales;  // [L, B, K, S], or null
+  CacheType type = CacheType::kFloat32;
+  char* rows = nullptr;     // [L, B, K, S, H]
+  float* scales = nullptr;  // [L, B, K, S] for int8, else null
 
   void* Row(int64_t row, int64_t H) const {
     const int64_t size = type == CacheType::kFloat32 ? 4 : type == CacheType::kBfloat16 ? 2 : 1;
@@ -28,24 +29,26 @@ struct CacheRows {
 };
 
 struct AttentionCall {
-  AttentionShape d;
-  const float *q, *k, *v, *cos, *sin;
-  CacheRows keys, values;
-  int64_t layer;
-  const int32_t *slots, *starts, *lengths;
-  float* out;
-  float scale, soft_cap;
-  int64_t window;
+  AttentionShape d = {};
+  const float* q = nullptr;                    // [R, T, N, H]
+  const float *k = nullptr, *v = nullptr;      // [R, T, K, H]
+  const float *cos = nullptr, *sin = nullptr;  // [R, T, P]
+  CacheRows keys = {}, values = {};
+  int64_t layer = 0;
+  const int32_t *slots = nullptr, *starts = nullptr, *lengths = nullptr;  // [R]
+  float* out = nullptr;                                                   // [R, T, N, H]
+  float scale = 0.0f, soft_cap = 0.0f;
+  int64_t window = 0;
 
-  // The cache row of place 0; position p stands at place p mod S.
+  // The cache row of place 0; position p is at place p mod S.
   int64_t CacheRow(int64_t slot, int64_t k) const { return ((layer * d.B + slot) * d.K + k) * d.S; }
 };
 
-// What the numbers of a call say that cannot be run: a sequence outside the cache, two in one slot, a ring too short
-// for what the call's tokens see. Empty if nothing.
+// The reason why a call cannot run: a sequence outside the cache, two sequences in one slot, or a ring too short for
+// the window of the call's tokens. Empty for a call that can run.
 std::string CheckAttention(const AttentionCall& call);
 
-// Appends and attends; rows of `out` behind a sequence's length become zero.
+// Append and attend; rows of `out` beyond a sequence's length become zero.
 void RunAttention(Team& team, const AttentionCall& call);
 
 }  // namespace precast

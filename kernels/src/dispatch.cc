@@ -1,4 +1,4 @@
-// Which implementation runs: the widest this CPU has, unless one was forced.
+// The choice of the instruction set: the widest that this CPU runs, unless another is forced.
 #include <atomic>
 #include <cstring>
 
@@ -12,7 +12,7 @@ bool Supported(const Ops& ops) {
   if (std::strcmp(ops.name, "avx512") == 0)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  if (std::strcmp(ops.name, "avx2") == 0) 
+  if (std::strcmp(ops.name, "avx2") == 0)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
   return std::strcmp(ops.name, "portable") == 0;

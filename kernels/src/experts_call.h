@@ -1,4 +1,4 @@
-// A mixture of experts with everything checked: every row goes through the gated MLPs that its scores are highest for.
+// A checked call of a mixture of experts: every row goes through the gated MLPs with the highest scores.
 #pragma once
 
 #include <cstdint>
@@ -8,30 +8,24 @@
 
 namespace precast {
 
-// Weights of every layer's experts, layer after layer.
-struct ExpertWeights {
-  Weight first, last;
-  int64_t count;
-
-  Weight At(int64_t i) const { return Between(first, last, i, count); }
-};
-
-// y = residual + sum over a row's chosen experts of share * down(gate(x g^T) * (x u^T)), of x normed. The shares are
-// the softmax of the row's scores; renormalised, those of the chosen add up to one.
+// y = residual + the sum over a row's chosen experts of share * down(gate(x g^T) * (x u^T)), with x normalised first.
+// The shares are the softmax of the row's scores; `renormalised` scales those of the chosen experts to sum to 1.
 struct ExpertsCall {
-  int64_t rows, width, ff;        // M, D, F
-  int64_t experts, chosen, first; // of a layer; of a row; place of the layer's first in the stacks
-  const float *x, *scores;        // [M, D], [M, experts]
-  const float* norm;              // [D], or null
-  const float* residual;          // [M, D], or null
+  int64_t rows, width, ff;  // M, D, F
+  int64_t experts, chosen;  // experts of a layer; experts of a row
+  int64_t first;            // entry of the layer's first expert in the stacks
+  const float* x;           // [M, D]
+  const float* scores;      // [M, experts]
+  const float* norm;        // [D], or null
+  const float* residual;    // [M, D], or null
   float eps;
   bool renormalised;
   Gate gate;
-  ExpertWeights gates, ups, downs;  // [F, D], [F, D], [D, F]
-  float* y;                         // [M, D]
+  WeightStack gates, ups, downs;  // [F, D], [F, D], [D, F] of each expert
+  float* y;                       // [M, D]
 };
 
-// Experts that no row chose are not read. `linear` and `own` are memory for the products and for what lies between.
+// Run the call; read only experts that some row chose. `linear` holds the products' memory, `own` the mixture's.
 void RunExperts(Team& team, Arena& linear, Arena& own, const ExpertsCall& call);
 
 }  // namespace precast

@@ -1,4 +1,4 @@
-// The handlers XLA calls. A change to a handler's arguments is a new name (…V2) and a new ABI version.
+// The handlers that XLA calls. A change to the arguments of a handler takes a new name (…V2) and a new ABI version.
 #pragma once
 
 #include "xla/ffi/api/c_api.h"

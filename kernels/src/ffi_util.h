@@ -1,4 +1,4 @@
-// What the handlers share: error texts and the shapes in them.
+// Errors of the handlers, and the names and shapes in their texts.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,8 @@ inline ffi::Error Bad(const std::string& what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "precast: " + what);
 }
 
-// A handler whose exceptions, of memory above all, become errors: XLA knows none, and would end the process.
+// Turn a handler's exceptions, above all those for want of memory, into errors: an exception that reaches XLA ends the
+// process.
 template <auto kHandler>
 struct Guard;
 template <typename... Args, ffi::Error (*kHandler)(Args...)>
@@ -39,6 +40,25 @@ inline std::string Shape(ffi::AnyBuffer::Dimensions dims) {
   std::string text = "[";
   for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
   return text + "]";
+}
+
+// The name NumPy has for a type.
+inline std::string TypeName(ffi::DataType type) {
+  switch (type) {
+    case ffi::F64: return "float64";
+    case ffi::F32: return "float32";
+    case ffi::F16: return "float16";
+    case ffi::BF16: return "bfloat16";
+    case ffi::S64: return "int64";
+    case ffi::S32: return "int32";
+    case ffi::S16: return "int16";
+    case ffi::S8: return "int8";
+    case ffi::U32: return "uint32";
+    case ffi::U16: return "uint16";
+    case ffi::U8: return "uint8";
+    case ffi::PRED: return "bool";
+    default: return "another type";
+  }
 }
 
 }  // namespace precast

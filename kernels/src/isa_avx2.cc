@@ -2,44 +2,19 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cmath>
-#include <cstdint>
-#include <memory>
-#include <utility>
+#include "isa_target.h"
 
-#include "ops.h"
-
-// Only what follows is compiled for AVX2: code from the headers above stays fit for any CPU.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
-
+PRECAST_BEGIN_TARGET("avx2,fma,f16c")
 namespace precast {
 #define PRECAST_ISA 256
 namespace avx2 {
+constexpr char kName[] = "avx2";
 constexpr int kWidth = 8;
 constexpr int kQuantRows = 6;
-#include "simd.inc"
-#include "int8.inc"
-#include "quantized.inc"
-#include "cache.inc"
-#include "panels.inc"
-#include "matmul.inc"
-#include "linear.inc"
-#include "attention.inc"
-#include "argmax.inc"
+#include "isa.inc"
 }  // namespace avx2
 
-const Ops& Avx2Ops() {
-  static constexpr Ops ops = {"avx2", avx2::kLinearOps, avx2::StoreRows, avx2::Attention,
-                              avx2::MergeSpans, avx2::Argmax};
-  return ops;
-}
+const Ops& Avx2Ops() { return avx2::kOps; }
 }  // namespace precast
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+PRECAST_END_TARGET
 #endif

@@ -1,4 +1,4 @@
-// Any CPU: vectors of four, which every compiler maps to what the target has (SSE2, NEON, scalars).
+// Any CPU: vectors of four floats, which every compiler maps to the target's registers (SSE2, NEON, scalars).
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -9,22 +9,11 @@
 namespace precast {
 #define PRECAST_ISA 0
 namespace portable {
+constexpr char kName[] = "portable";
 constexpr int kWidth = 4;
 constexpr int kQuantRows = 4;
-#include "simd.inc"
-#include "int8.inc"
-#include "quantized.inc"
-#include "cache.inc"
-#include "panels.inc"
-#include "matmul.inc"
-#include "linear.inc"
-#include "attention.inc"
-#include "argmax.inc"
+#include "isa.inc"
 }  // namespace portable
 
-const Ops& PortableOps() {
-  static constexpr Ops ops = {"portable", portable::kLinearOps, portable::StoreRows, portable::Attention,
-                              portable::MergeSpans, portable::Argmax};
-  return ops;
-}
+const Ops& PortableOps() { return portable::kOps; }
 }  // namespace precast

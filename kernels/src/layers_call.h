@@ -1,4 +1,4 @@
-// All layers of a decoder with everything checked: the steps of a layer, and what each layer's are made with.
+// A checked call of all layers of a decoder: the steps of a layer, with a stack of operands each.
 #pragma once
 
 #include <cstdint>
@@ -9,63 +9,82 @@
 #include "experts_call.h"
 #include "linear_call.h"
 #include "norm_call.h"
+#include "stack.h"
 
 namespace precast {
 
-// What a layer is given, or a step's result: [M, width].
+// A layer's input or the result of a step: [M, width].
 struct Value {
   int64_t width;
-  float* data;
+  float* data = nullptr;
 };
 
-// A step's operands lie evenly from the first layer's to the last's.
+struct LinearStepPart {
+  WeightStack weights;
+  Stack<float> bias = {};  // [L, outs]
+};
 struct LinearStep {
-  LinearCall first, last;
+  int64_t in;
+  float eps;
+  Gate gate;
+  Stack<float> norm = {};  // [L, in]
+  std::vector<LinearStepPart> parts = {};
 };
+
 struct NormStep {
-  NormCall first, last;
+  int64_t width, piece;
+  float eps;
+  Stack<float> weight = {}, bias = {};  // [L, piece]
 };
+
 struct ExpertsStep {
-  ExpertsCall first;
-  const float* last_norm;
+  int64_t width, ff, experts, chosen;
+  float eps;
+  bool renormalised;
+  Gate gate;
+  Stack<float> norm = {};                        // [L, width]
+  WeightStack gates = {}, ups = {}, downs = {};  // an entry for each expert of each layer
 };
-// Cache, window and rotary table are the layer's.
+
+// The layer determines the cache, the window and the rotary table.
 struct AttentionStep {
   float scale, soft_cap;
 };
 
 struct Step {
-  std::vector<int64_t> inputs;  // values; -1 for a residual that there is none of, which comes last
+  std::vector<int64_t> inputs;  // values; the residual comes last and may be -1 for none
   size_t first_result;
   std::variant<LinearStep, AttentionStep, NormStep, ExpertsStep> call;
 };
 
-// The cache of the layers that see equally far.
+// The cache of all layers with the same window.
 struct CacheGroup {
-  int64_t window, layers, slots, places;
-  CacheRows keys, values;
+  int64_t window;
+  int64_t layers = 0, slots = 0, places = 0;
+  CacheRows keys = {}, values = {};
 };
 
-// Which cache is a layer's, which of the cache's layers it is, and which rotary table it takes.
+// The cache and the rotary table of a layer.
 struct LayerPlace {
   size_t group;
-  int64_t place, rope;
+  int64_t place;  // index among the layers of the group
+  int64_t rope;
 };
 
-// Everything a call is made of; nothing in it has been run.
+// A whole call, parsed and checked.
 struct Program {
   int64_t rows;
   std::vector<Value> values;
-  std::vector<Step> steps;
-  AttentionCall attention;  // of the first rotary table, without a cache
-  std::vector<CacheGroup> groups;
+  std::vector<Step> steps = {};
+  AttentionCall attention = {};  // with the first rotary table and without a cache
+  std::vector<CacheGroup> groups = {};
   std::vector<LayerPlace> layers;
 };
 
-// A call of attention with one of the caches, of no layer and without queries, keys and values.
+// A call of attention on the cache of a group; layer, queries, keys and values stay unset.
 AttentionCall AttentionWith(const AttentionCall& base, const CacheGroup& group, const AttentionStep& step);
 
-// Takes x [all_rows, width], of which `p.rows` are no padding, through all layers; rows of padding become zero.
+// Take x [all_rows, width] through all layers. Rows from `p.rows` on are padding and become zero.
 void RunLayers(Team& team, Program& p, int64_t all_rows, const float* x, float* y);
 
 }  // namespace precast

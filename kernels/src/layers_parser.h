@@ -1,28 +1,21 @@
-// Reads the steps of a layer from attributes and operands, checking that each fits what comes before it.
+// A parser that reads the steps of a layer from attributes and operands and checks each against the steps before it.
 #pragma once
 
 #include <algorithm>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "layers_call.h"
 #include "operands.h"
+#include "step_codes.h"
 
 namespace precast {
 
 using Integers = ffi::Span<const int64_t>;
 
-// How the attribute `steps` spells a step: eight integers. A value is a number: 0 is what a layer is given, and every
-// step adds its results. Two floats of `numbers` belong to each.
-//   linear:    kLinear, x, residual or -1, norm, bias, gate, weights, 0; takes `weights` widths from `outs`; eps, 0
-//   attention: kAttention, q, k, v, 0, 0, 0, 0; scale, soft_cap
-//   norm:      kNorm, x, residual or -1, width of a piece, bias, 0, 0, 0; eps, 0
-//   experts:   kExperts, x, scores, residual or -1, norm, gate, experts, chosen; takes a width from `outs`; eps,
-//              whether shares are renormalised
-// Of its operands a norm comes first, then weight by weight, each with its bias behind it.
-constexpr int64_t kStepLength = 8;
-enum Kind : int64_t { kLinear = 0, kAttention = 1, kNorm = 2, kExperts = 3 };
-
+// The attributes that spell the steps (step_codes.h). The operands follow the order of the steps; in each step the norm
+// comes first, then every weight with its bias.
 struct StepCodes {
   Integers steps, outs;
   ffi::Span<const float> numbers;
@@ -30,32 +23,33 @@ struct StepCodes {
 
 class Parser {
  public:
-  // `program` has its rows, what a layer is given, attention, groups and layers.
+  // `program` has its rows, the layer's input, attention, groups and layers.
   Parser(const StepCodes& codes, Operands& operands, Program& program)
       : codes_(codes), operands_(operands), program_(program) {}
 
-  // Adds the steps and their results.
+  // Add the steps and their results.
   void Parse() {
-    const size_t count = codes_.steps.size() / kStepLength;
-    if (codes_.steps.size() % kStepLength != 0 || count == 0 || codes_.numbers.size() != 2 * count)
+    const size_t count = codes_.steps.size() / kStepIntegers;
+    if (codes_.steps.size() % kStepIntegers != 0 || count == 0 || codes_.numbers.size() != kStepNumbers * count)
       Fail("expected steps of eight integers and two numbers each");
     for (size_t i = 0; i < count && !failed(); ++i)
-      ParseStep(codes_.steps.begin() + i * kStepLength, codes_.numbers.begin() + 2 * i);
+      ParseStep(codes_.steps.begin() + i * kStepIntegers, codes_.numbers.begin() + i * kStepNumbers);
     if (!operands_.AtEnd()) Fail("more operands than the steps take");
     if (next_out_ != codes_.outs.size()) Fail("more widths than the steps have weights");
     if (!failed() && program_.values.back().width != program_.values[0].width)
-      Fail("the last step's result is not as wide as what a layer is given");
+      Fail("expected a last step whose result is as wide as the layer's input");
   }
 
  private:
-  void ParseStep(const int64_t* code, const float* numbers) {
-    switch (code[0]) {
-      case kLinear: return Linear(code, numbers[0]);
-      case kAttention: return Attention(code, {numbers[0], numbers[1]});
-      case kNorm: return Norm(code, numbers[0]);
-      case kExperts: return Experts(code, numbers[0], numbers[1]);
-      default: return Fail("step of unknown kind " + std::to_string(code[0]));
+  void ParseStep(const int64_t* integers, const float* numbers) {
+    switch (static_cast<StepKind>(integers[0])) {
+      case StepKind::kLinear: return Linear(ReadCode<LinearCode>(integers), numbers[0]);
+      case StepKind::kAttention:
+        return Attention(ReadCode<AttentionCode>(integers), {.scale = numbers[0], .soft_cap = numbers[1]});
+      case StepKind::kNorm: return Norm(ReadCode<NormCode>(integers), numbers[0]);
+      case StepKind::kExperts: return Experts(ReadCode<ExpertsCode>(integers), numbers[0], numbers[1]);
     }
+    Fail("step of unknown kind " + std::to_string(integers[0]));
   }
 
   bool failed() const { return operands_.error().failure(); }
@@ -63,120 +57,105 @@ class Parser {
 
   bool Known(int64_t value) {
     if (value >= 0 && value < static_cast<int64_t>(program_.values.size())) return true;
-    Fail("value " + std::to_string(value) + " is not known yet");
+    Fail("no earlier step computes value " + std::to_string(value));
     return false;
   }
   bool KnownOrNone(int64_t value) { return value == -1 || Known(value); }
+  bool FitsOrNone(int64_t residual, int64_t width) const { return residual == -1 || Width(residual) == width; }
   int64_t Width(int64_t value) const { return program_.values[static_cast<size_t>(value)].width; }
-  int64_t layers() const { return static_cast<int64_t>(program_.layers.size()); }
+  // The last entry of a stack with an entry for each layer.
+  int64_t last_layer() const { return static_cast<int64_t>(program_.layers.size()) - 1; }
 
   template <typename Call>
-  void Add(std::vector<int64_t> inputs, Call call, std::initializer_list<int64_t> widths) {
-    program_.steps.push_back({std::move(inputs), program_.values.size(), std::move(call)});
-    for (int64_t width : widths) program_.values.push_back({width, nullptr});
+  void Add(std::vector<int64_t> inputs, Call call, const std::vector<int64_t>& widths) {
+    program_.steps.push_back(
+        {.inputs = std::move(inputs), .first_result = program_.values.size(), .call = std::move(call)});
+    for (int64_t width : widths) program_.values.push_back({.width = width});
   }
 
-  // Calls `take` with the first and the last entry of stacks of `count`; both read the same operands.
-  template <typename Take>
-  void TakeEnds(int64_t count, const Take& take) {
-    const size_t place = operands_.place();
-    take(count - 1, true);
-    operands_.Seek(place);
-    take(0, false);
+  // Return true if a linear step can have this gate, this residual and so many weights.
+  bool IsLinear(const LinearCode& code) const {
+    const bool gated = code.gate != static_cast<int64_t>(Gate::kNone);
+    return code.gate >= 0 && code.gate <= static_cast<int64_t>(Gate::kGeluTanh) && code.weights >= 1 &&
+           code.weights <= 64 && next_out_ + static_cast<size_t>(code.weights) <= codes_.outs.size() &&
+           (!gated || code.weights <= 2) && (code.residual == -1 || gated || code.weights == 1);
   }
 
-  void Linear(const int64_t* code, float eps) {
-    const int64_t x = code[1], residual = code[2], gate = code[5], weights = code[6];
-    if (!Known(x) || !KnownOrNone(residual)) return;
-    const bool gated = gate != static_cast<int64_t>(Gate::kNone);
-    if (gate < 0 || gate > static_cast<int64_t>(Gate::kGeluTanh) || weights < 1 || weights > 64 ||
-        next_out_ + static_cast<size_t>(weights) > codes_.outs.size() || (gated && weights > 2) ||
-        (residual != -1 && !gated && weights != 1))
-      return Fail("a linear step with gate " + std::to_string(gate) + " and " + std::to_string(weights) + " weights");
-    const int64_t in = Width(x);
-    const int64_t* outs = codes_.outs.begin() + next_out_;
-    next_out_ += static_cast<size_t>(weights);
-    if ((gated && outs[0] != outs[weights - 1]) || *std::min_element(outs, outs + weights) < 1 ||
-        (residual != -1 && Width(residual) != outs[0]))
-      return Fail("a linear step whose widths do not fit together");
-    LinearStep step;
-    step.first = {program_.rows, in, nullptr, nullptr, eps, nullptr, static_cast<Gate>(gate), {}};
-    step.last = step.first;
-    TakeEnds(layers(), [&](int64_t layer, bool last) { TakeLinear(code, outs, layer, last ? step.last : step.first); });
-    Add({x, residual}, std::move(step), {});
-    for (int64_t i = 0; i < (gated ? 1 : weights); ++i) program_.values.push_back({outs[i], nullptr});
-  }
-
-  void TakeLinear(const int64_t* code, const int64_t* outs, int64_t layer, LinearCall& c) {
-    if (code[3] != 0) c.norm = operands_.TakeLayer<float>("norm", layer, ffi::F32, {c.in});
-    for (int64_t i = 0; i < code[6]; ++i) {
-      const Weight weight = TakeWeight(operands_, layer, outs[i], c.in);
-      const float* bias = code[4] == 0 ? nullptr : operands_.TakeLayer<float>("bias", layer, ffi::F32, {outs[i]});
-      c.parts.push_back({weight, bias, nullptr});
+  void Linear(const LinearCode& code, float eps) {
+    if (!Known(code.x) || !KnownOrNone(code.residual)) return;
+    if (!IsLinear(code))
+      return Fail("cannot run a linear step with gate " + std::to_string(code.gate) + " and " +
+                  std::to_string(code.weights) + " weights");
+    const int64_t* first = codes_.outs.begin() + next_out_;
+    const std::vector<int64_t> outs(first, first + code.weights);
+    next_out_ += outs.size();
+    LinearStep step = {.in = Width(code.x), .eps = eps, .gate = static_cast<Gate>(code.gate)};
+    const bool gated = step.gate != Gate::kNone;
+    if ((gated && outs.front() != outs.back()) || *std::min_element(outs.begin(), outs.end()) < 1 ||
+        !FitsOrNone(code.residual, outs[0]))
+      return Fail("the widths of a linear step do not fit together");
+    if (code.has_norm != 0) step.norm = operands_.TakeStack<float>("norm", last_layer(), ffi::F32, {step.in});
+    for (int64_t out : outs) {
+      LinearStepPart part = {.weights = TakeWeights(operands_, last_layer(), out, step.in)};
+      if (code.has_bias != 0) part.bias = operands_.TakeStack<float>("bias", last_layer(), ffi::F32, {out});
+      step.parts.push_back(part);
     }
+    Add({code.x, code.residual}, std::move(step), gated ? std::vector<int64_t>{outs[0]} : outs);
   }
 
-  void Attention(const int64_t* code, const AttentionStep& step) {
+  void Attention(const AttentionCode& code, const AttentionStep& step) {
     const AttentionShape& d = program_.attention.d;
-    for (int i = 1; i <= 3; ++i) {
-      if (!Known(code[i])) return;
-      // Divided, not multiplied: a number of heads out of an attribute may be anything.
-      if (Width(code[i]) % d.H != 0 || Width(code[i]) / d.H != (i == 1 ? d.N : d.K)) return Fail("attention of values that are not heads wide");
-    }
+    // Divide, never multiply: an attribute may hold any number of heads.
+    const auto has_heads = [&](int64_t value, int64_t heads) {
+      return Width(value) % d.H == 0 && Width(value) / d.H == heads;
+    };
+    if (!Known(code.q) || !Known(code.k) || !Known(code.v)) return;
+    if (!has_heads(code.q, d.N) || !has_heads(code.k, d.K) || !has_heads(code.v, d.K))
+      return Fail("attention: expected q as wide as N heads, and k and v as wide as K heads");
     for (const CacheGroup& group : program_.groups)
-      if (const std::string wrong = CheckAttention(AttentionWith(program_.attention, group, step)); !wrong.empty())
-        return Fail(wrong);
-    Add({code[1], code[2], code[3]}, step, {d.N * d.H});
+      if (const std::string error = CheckAttention(AttentionWith(program_.attention, group, step)); !error.empty())
+        return Fail(error);
+    Add({code.q, code.k, code.v}, step, {d.N * d.H});
   }
 
-  void Norm(const int64_t* code, float eps) {
-    const int64_t x = code[1], residual = code[2], piece = code[3];
-    if (!Known(x) || !KnownOrNone(residual)) return;
-    const int64_t width = Width(x);
-    if (piece < 1 || width % piece != 0 || (residual != -1 && Width(residual) != width))
-      return Fail("a norm of pieces of " + std::to_string(piece) + " numbers, whose widths do not fit together");
-    NormStep step;
-    step.first = {program_.rows, width, piece, nullptr, nullptr, nullptr, nullptr, eps, nullptr};
-    step.last = step.first;
-    TakeEnds(layers(), [&](int64_t layer, bool last) {
-      NormCall& c = last ? step.last : step.first;
-      c.weight = operands_.TakeLayer<float>("norm", layer, ffi::F32, {piece});
-      if (code[4] != 0) c.bias = operands_.TakeLayer<float>("bias of a norm", layer, ffi::F32, {piece});
-    });
-    Add({x, residual}, step, {width});
+  void Norm(const NormCode& code, float eps) {
+    if (!Known(code.x) || !KnownOrNone(code.residual)) return;
+    NormStep step = {.width = Width(code.x), .piece = code.width, .eps = eps};
+    if (step.piece < 1 || step.width % step.piece != 0 || !FitsOrNone(code.residual, step.width))
+      return Fail("the widths of a norm of " + std::to_string(step.piece) + " numbers do not fit together");
+    step.weight = operands_.TakeStack<float>("norm", last_layer(), ffi::F32, {step.piece});
+    if (code.has_bias != 0)
+      step.bias = operands_.TakeStack<float>("bias of a norm", last_layer(), ffi::F32, {step.piece});
+    Add({code.x, code.residual}, step, {step.width});
   }
 
-  void Experts(const int64_t* code, float eps, float renormalised) {
-    const int64_t x = code[1], scores = code[2], residual = code[3];
-    const int64_t gate = code[5], experts = code[6], chosen = code[7];
-    if (!Known(x) || !Known(scores) || !KnownOrNone(residual)) return;
-    if (gate <= static_cast<int64_t>(Gate::kNone) || gate > static_cast<int64_t>(Gate::kGeluTanh) || experts < 1 ||
-        chosen < 1 || chosen > experts || next_out_ == codes_.outs.size() ||
-        !(renormalised == 0.0f || renormalised == 1.0f))
-      return Fail("an experts step with gate " + std::to_string(gate) + " and " + std::to_string(chosen) + " of " +
-                  std::to_string(experts) + " experts");
-    const int64_t width = Width(x), ff = codes_.outs[next_out_++];
-    if (ff < 1 || Width(scores) != experts || (residual != -1 && Width(residual) != width))
-      return Fail("an experts step whose widths do not fit together");
-    ExpertsStep step = {{program_.rows, width, ff, experts, chosen, 0, nullptr, nullptr, nullptr, nullptr, eps,
-                         renormalised != 0.0f, static_cast<Gate>(gate), {}, {}, {}, nullptr},
-                        nullptr};
-    if (code[4] != 0)
-      TakeEnds(layers(), [&](int64_t layer, bool last) {
-        (last ? step.last_norm : step.first.norm) = operands_.TakeLayer<float>("norm", layer, ffi::F32, {width});
-      });
-    step.first.gates = TakeExperts(experts, ff, width);
-    step.first.ups = TakeExperts(experts, ff, width);
-    step.first.downs = TakeExperts(experts, width, ff);
-    Add({x, scores, residual}, step, {width});
+  // Return true if an experts step can have this gate and so many experts, and a width is left for it.
+  bool IsExperts(const ExpertsCode& code, float renormalised) const {
+    return code.gate > static_cast<int64_t>(Gate::kNone) && code.gate <= static_cast<int64_t>(Gate::kGeluTanh) &&
+           code.experts >= 1 && code.chosen >= 1 && code.chosen <= code.experts && next_out_ < codes_.outs.size() &&
+           (renormalised == 0.0f || renormalised == 1.0f);
   }
 
-  ExpertWeights TakeExperts(int64_t experts, int64_t outs, int64_t in) {
-    ExpertWeights weights = {{}, {}, layers() * experts};
-    TakeEnds(weights.count, [&](int64_t i, bool last) {
-      (last ? weights.last : weights.first) = TakeWeight(operands_, i, outs, in);
-    });
-    return weights;
+  void Experts(const ExpertsCode& code, float eps, float renormalised) {
+    if (!Known(code.x) || !Known(code.scores) || !KnownOrNone(code.residual)) return;
+    if (!IsExperts(code, renormalised))
+      return Fail("cannot run an experts step with gate " + std::to_string(code.gate) + " and " +
+                  std::to_string(code.chosen) + " of " + std::to_string(code.experts) + " experts");
+    ExpertsStep step = {.width = Width(code.x),
+                        .ff = codes_.outs[next_out_++],
+                        .experts = code.experts,
+                        .chosen = code.chosen,
+                        .eps = eps,
+                        .renormalised = renormalised != 0.0f,
+                        .gate = static_cast<Gate>(code.gate)};
+    if (step.ff < 1 || Width(code.scores) != step.experts || !FitsOrNone(code.residual, step.width))
+      return Fail("the widths of an experts step do not fit together");
+    if (code.has_norm != 0) step.norm = operands_.TakeStack<float>("norm", last_layer(), ffi::F32, {step.width});
+    const int64_t last = static_cast<int64_t>(program_.layers.size()) * step.experts - 1;
+    step.gates = TakeWeights(operands_, last, step.ff, step.width);
+    step.ups = TakeWeights(operands_, last, step.ff, step.width);
+    step.downs = TakeWeights(operands_, last, step.width, step.ff);
+    Add({code.x, code.scores, code.residual}, step, {step.width});
   }
 
   const StepCodes codes_;

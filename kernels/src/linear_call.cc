@@ -1,4 +1,4 @@
-// Splits a linear call into tasks: first rows of activations are prepared, then weights stream past them.
+// A linear call in tasks: some prepare the rows of activations, then others stream the weights.
 #include "linear_call.h"
 
 #include <algorithm>
@@ -8,23 +8,24 @@
 namespace precast {
 namespace {
 
-// Bytes of weights a task streams: large enough to hide the cost of drawing it, small enough to share evenly.
+// Bytes of weights that a task streams: large enough to hide the cost of taking a task, small enough to split evenly.
 constexpr int64_t kFloatTaskBytes = 128 * 1024, kPackedTaskBytes = 32 * 1024;
-// Outputs of a task of float weights are a multiple of this: of every kSides, so that panels come out even, and of
-// kPanel, where a packed weight is gated with them.
+// The outputs of a task with float weights are a multiple of this. It is a multiple of every kSides, so that panels are
+// full, and of kPanel, for calls that gate float weights with packed ones.
 constexpr int64_t kTaskOutputs = 48;
-// Bytes of quantised activations that stay in the second-level cache while panels pass by.
+// Bytes of quantised activations that stay in the L2 cache while the panels stream past.
 constexpr int64_t kRowBytes = 400 * 1024;
-// Rows prepared by one task.
+// Rows that one task prepares.
 constexpr int64_t kPrepareRows = 8;
-// Rows of the residual asked for in advance: of each a task adds one or two lines, which no prefetching guesses.
+// Rows of the residual to prefetch ahead. A task adds one or two cache lines of each row, a pattern that hardware
+// prefetchers miss.
 constexpr int64_t kResidualAhead = 12;
-// Outputs a task has at most when it streams few wide rows.
+// Outputs of a task for which the stack buffer of few rows suffices.
 constexpr int64_t kTaskFloats = 256;
 
 bool IsPacked(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
 
-// Memory for the activations as the weights' formats need them: normed floats, and integers for packed weights.
+// Normalise the activations if the call says so, and quantise them for packed weights.
 LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearCall& c) {
   bool floats = false, int8 = false, int4 = false;
   for (const LinearPart& part : c.parts) {
@@ -32,13 +33,13 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
     int8 |= part.weight.format == Format::kInt8;
     int4 |= part.weight.format == Format::kInt4;
   }
-  LinearRows rows = {c.x, c.in, {}};
+  LinearRows rows = {.x = c.x, .in = c.in};
   if (c.norm == nullptr && !int8 && !int4) return rows;
   const bool few = c.rows <= kFewRows;
   const int64_t pad = RoundUp(c.in, kGroup), groups = pad / kGroup;
   const int64_t tasks = (c.rows + kPrepareRows - 1) / kPrepareRows;
   arena.Reset(c.rows * (c.in * 4 + pad * 4 + (1 + 2 * groups) * 4));
-  // Normed rows that are only quantised need not outlast the task that does both.
+  // If no product reads the normalised floats, one row for each task suffices.
   float* normed = c.norm == nullptr ? nullptr : arena.Take<float>((floats ? c.rows : tasks) * c.in);
   if (normed != nullptr && floats) rows.x = normed;
   QuantizedRows& to = rows.quantized;
@@ -82,13 +83,13 @@ int64_t TaskOutputs(const Weight& w, int64_t in, int64_t rows) {
   return std::max<int64_t>(1, kPackedTaskBytes / panel_bytes) * kPanel;
 }
 
-// Rows that pass the same weights together.
+// Rows multiplied with the same weights before the next weights.
 int64_t RowChunk(const LinearCall& c) {
   if (!IsPacked(c.parts[0].weight.format)) return std::max<int64_t>(c.rows, 1);
   return std::max<int64_t>(24, kRowBytes / (2 * RoundUp(c.in + 1, kGroup)) / 24 * 24);
 }
 
-// Outputs [from, from + outs) of one part, finished.
+// Compute outputs [from, from + outs) of one part, with bias, gate and residual.
 void Compute(const LinearOps& ops, const LinearCall& c, const LinearRows& x, const LinearPart& part, int64_t from,
              int64_t outs) {
   const int64_t chunk = RowChunk(c), y_row = part.weight.outs;

@@ -1,4 +1,4 @@
-// A linear call with everything checked: y = norm(x) W^T + b, a gate applied, a residual added.
+// A checked linear call: y = norm(x) W^T + b, with a gate applied or a residual added.
 #pragma once
 
 #include <memory>
@@ -11,10 +11,10 @@ namespace precast {
 
 inline int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Memory that serves one call after another.
+// Memory for one call after another.
 class Arena {
  public:
-  // Forgets what was taken and makes room for this many bytes, and 64 for each of up to eight arrays.
+  // Release all arrays and reserve this many bytes, plus the padding of up to eight arrays.
   void Reset(int64_t bytes) {
     const int64_t needed = bytes + 9 * kAlignment;
     if (needed > size_) {
@@ -36,21 +36,21 @@ class Arena {
   int64_t size_ = 0, used_ = 0;
 };
 
-// One product of a call: weights of the layer, its bias if any, its result.
+// One product of a call.
 struct LinearPart {
   Weight weight;
-  const float* bias;
-  float* y;  // [rows, outs]
+  const float* bias = nullptr;  // [outs], or null
+  float* y = nullptr;           // [rows, outs]
 };
 
 struct LinearCall {
   int64_t rows, in;
-  const float* x;         // [rows, in]
-  const float* norm;      // [in], or null
-  float eps;
-  const float* residual;  // [rows, outs] of the only result, or null
-  Gate gate;              // of the first part, times the second if there is one
-  std::vector<LinearPart> parts;
+  const float* x = nullptr;     // [rows, in]
+  const float* norm = nullptr;  // [in], or null
+  float eps = 0.0f;
+  const float* residual = nullptr;  // [rows, outs] for a call with one result, or null
+  Gate gate = Gate::kNone;          // gates the first part; the second part, if any, multiplies it
+  std::vector<LinearPart> parts = {};
 
   size_t results() const { return gate == Gate::kNone ? parts.size() : 1; }
 };

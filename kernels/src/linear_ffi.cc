@@ -1,5 +1,5 @@
-// precast.linear: y = norm(x) W^T + b, with a residual added or a gate applied, in one call. precast.embed: rows of
-// the same kinds of weights.
+// precast.linear: y = norm(x) W^T + b, with a residual added or a gate applied. precast.embed: looks up rows of weights
+// in the same formats.
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -11,7 +11,7 @@
 namespace precast {
 namespace {
 
-// Rows looked up by one task.
+// Rows that one task looks up.
 constexpr int64_t kEmbedRows = 8;
 
 std::optional<Gate> GateOf(std::string_view name) {
@@ -29,44 +29,44 @@ ffi::Error LinearHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Scalar
   const int64_t all = x.dimensions()[0], in = x.dimensions()[1];
   const int64_t used = true_rows.typed_data()[0], layer = layer_buffer.typed_data()[0];
   const std::optional<Gate> known = GateOf(gate);
-  if (!known.has_value()) return Bad("linear: gate '" + std::string(gate) + "' is not known");
+  if (!known.has_value())
+    return Bad("linear: expected gate '', 'silu' or 'gelu_tanh', found '" + std::string(gate) + "'");
   if (used < 0 || used > all)
-    return Bad("linear: " + std::to_string(used) + " true rows of x " + Shape(x.dimensions()));
+    return Bad("linear: expected 0 to " + std::to_string(all) + " true rows, found " + std::to_string(used));
   if (results.size() == 0 || (results.size() > 1 && (residual || *known != Gate::kNone)))
     return Bad("linear: expected one result, or several without residual and gate, found " +
                std::to_string(results.size()));
-  LinearCall c = {used, in, x.typed_data(), nullptr, eps, nullptr, *known, {}};
+  LinearCall c = {.rows = used, .in = in, .x = x.typed_data(), .eps = eps, .gate = *known};
   std::vector<int64_t> outs;
   for (size_t i = 0; i < results.size(); ++i) {
     auto y = results.get<ffi::AnyBuffer>(i);
     if (!y.has_value() || (*y)->element_type() != ffi::F32 || (*y)->dimensions().size() != 2 ||
         (*y)->dimensions()[0] != all)
-      return Bad("linear: expected float32 results of as many rows as x " + Shape(x.dimensions()));
+      return Bad("linear: expected float32 results with as many rows as x " + Shape(x.dimensions()));
     outs.push_back((*y)->dimensions()[1]);
-    c.parts.push_back({{}, nullptr, reinterpret_cast<float*>((*y)->untyped_data())});
+    c.parts.push_back({.weight = {}, .y = reinterpret_cast<float*>((*y)->untyped_data())});
   }
   Operands operands("linear", rest);
-  if (norm) c.norm = operands.TakeLayer<float>("norm", layer, ffi::F32, {in});
+  if (norm) c.norm = operands.TakeStack<float>("norm", layer, ffi::F32, {in}).At(layer);
   if (residual) c.residual = operands.Take<float>("residual", ffi::F32, {all, outs[0]});
   for (size_t i = 0; i < c.parts.size(); ++i) {
     const int64_t n = outs[std::min(i, outs.size() - 1)];
-    c.parts[i].weight = TakeWeight(operands, layer, n, in);
-    if (bias) c.parts[i].bias = operands.TakeLayer<float>("bias", layer, ffi::F32, {n});
-    // A gate has one weight, or a second whose product the first's is multiplied with.
-    if (i == 0 && c.gate != Gate::kNone && !operands.AtEnd()) c.parts.push_back({{}, nullptr, nullptr});
+    c.parts[i].weight = TakeWeights(operands, layer, n, in).At(layer);
+    if (bias) c.parts[i].bias = operands.TakeStack<float>("bias", layer, ffi::F32, {n}).At(layer);
+    // The product of a second weight multiplies the gated product of the first.
+    if (i == 0 && c.gate != Gate::kNone && !operands.AtEnd()) c.parts.push_back({.weight = {}});
   }
   if (!operands.AtEnd()) operands.Fail("more operands than weights, biases, norm and residual take");
   if (operands.error().failure()) return operands.error();
   Team team(pool);
   Arena arena;
   RunLinear(team, arena, c);
-  // Padding costs no products; it is zero, so that nothing downstream reads what was never written.
-  for (size_t i = 0; i < outs.size(); ++i)
-    std::fill(c.parts[i].y + used * outs[i], c.parts[i].y + all * outs[i], 0.0f);
+  // Padding takes no products. It becomes zero, so that later operations never read uninitialised memory.
+  for (size_t i = 0; i < outs.size(); ++i) std::fill(c.parts[i].y + used * outs[i], c.parts[i].y + all * outs[i], 0.0f);
   return ffi::Error::Success();
 }
 
-// Element (o, k) of weights of `in` inputs.
+// Element (o, k) of weights with `in` inputs.
 float Element(const Weight& w, int64_t o, int64_t k, int64_t in) {
   const int64_t pad = RoundUp(in, kGroup), panel = o / kPanel, lane = o % kPanel;
   const auto half = [&](const uint16_t* halves) {
@@ -97,15 +97,16 @@ ffi::Error EmbedHandler(ffi::ThreadPool pool, ffi::BufferR1<ffi::S32> tokens, ff
                         ffi::ResultBufferR2<ffi::F32> result, int64_t vocab) {
   const int64_t rows = tokens.dimensions()[0], width = result->dimensions()[1];
   if (result->dimensions()[0] != rows || vocab < 0)
-    return Bad("embed: result " + Shape(result->dimensions()) + " for " + std::to_string(rows) + " tokens of " +
+    return Bad("embed: expected a result for each of " + std::to_string(rows) +
+               " tokens and a vocabulary of at least 0, found " + Shape(result->dimensions()) + " and " +
                std::to_string(vocab));
   Operands operands("embed", rest);
-  const Weight w = TakeWeight(operands, 0, vocab, width);
+  const Weight w = TakeWeights(operands, 0, vocab, width).At(0);
   if (!operands.AtEnd()) operands.Fail("more operands than weights take");
   if (operands.error().failure()) return operands.error();
   for (int64_t r = 0; r < rows; ++r)
     if (const int64_t token = tokens.typed_data()[r]; token < 0 || token >= vocab)
-      return Bad("embed: token " + std::to_string(token) + " of " + std::to_string(vocab));
+      return Bad("embed: token " + std::to_string(token) + " is outside the vocabulary of " + std::to_string(vocab));
   Team(pool).For((rows + kEmbedRows - 1) / kEmbedRows, [&](int64_t task) {
     for (int64_t r = task * kEmbedRows; r < std::min(rows, (task + 1) * kEmbedRows); ++r)
       for (int64_t k = 0; k < width; ++k)

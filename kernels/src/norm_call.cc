@@ -1,4 +1,4 @@
-// Splits a normalisation into tasks of whole pieces.
+// A normalisation in tasks of whole pieces.
 #include "norm_call.h"
 
 #include <algorithm>
@@ -8,8 +8,10 @@
 namespace precast {
 namespace {
 
-// Numbers normed by one task; and below how many sharing costs more time than it saves.
-constexpr int64_t kTaskNumbers = 4 * 1024, kAloneNumbers = 8 * 1024;
+// Numbers that one task normalises.
+constexpr int64_t kTaskNumbers = 4 * 1024;
+// Below this many numbers, splitting the work costs more time than it saves.
+constexpr int64_t kAloneNumbers = 8 * 1024;
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// A normalisation with everything checked: of pieces of rows, each by itself.
+// A checked call of RMSNorm or LayerNorm on pieces of rows, each piece by itself.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 namespace precast {
 
 struct NormCall {
-  int64_t rows, width, piece;  // width is a multiple of piece
-  const float* x;              // [rows, width]
-  const float* weight;         // [piece]
-  const float* bias;           // [piece]: then the mean is subtracted first; or null
-  const float* residual;       // [rows, width], or null
+  int64_t rows, width, piece;       // width is a multiple of piece
+  const float* x = nullptr;         // [rows, width]
+  const float* weight = nullptr;    // [piece]
+  const float* bias = nullptr;      // [piece] for LayerNorm, null for RMSNorm
+  const float* residual = nullptr;  // [rows, width], or null
   float eps;
-  float* y;                    // [rows, width]
+  float* y = nullptr;  // [rows, width]
 };
 
 void RunNorm(Team& team, const NormCall& call);

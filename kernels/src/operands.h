@@ -1,4 +1,4 @@
-// Reads the operands of a call one after the other, checking each.
+// The operands of a call, read in order and checked one by one.
 #pragma once
 
 #include <initializer_list>
@@ -7,23 +7,24 @@
 
 #include "ffi_util.h"
 #include "linear_call.h"
+#include "stack.h"
 
 namespace precast {
 
-// Operands that follow one another; remembers the first that is not as it must be.
+// The operands of a call, read in order. Keeps the first error.
 class Operands {
  public:
   Operands(const char* call, const ffi::RemainingArgs& args) : call_(call), args_(args) {}
 
-  size_t place() const { return place_; }
-  void Seek(size_t place) { place_ = place; }
   bool AtEnd() const { return place_ == args_.size(); }
   const ffi::Error& error() const { return error_; }
 
-  std::optional<ffi::AnyBuffer> Next(const char* what) {
+  std::optional<ffi::AnyBuffer> Next(const char* name) {
     const std::optional<ffi::AnyBuffer> buffer = Peek();
-    if (buffer.has_value()) ++place_;
-    else Fail(std::string("operand ") + what + " is missing");
+    if (buffer.has_value())
+      ++place_;
+    else
+      Fail(std::string("operand ") + name + " is missing");
     return buffer;
   }
 
@@ -34,26 +35,26 @@ class Operands {
     return *buffer;
   }
 
-  // The next operand, of this type and these axes.
+  // The next operand, of this type and shape.
   template <typename T>
-  const T* Take(const char* what, ffi::DataType type, std::initializer_list<int64_t> axes) {
-    const std::optional<ffi::AnyBuffer> buffer = Next(what);
-    if (!buffer.has_value() || !Check(what, *buffer, type, axes, 0)) return nullptr;
+  const T* Take(const char* name, ffi::DataType type, std::initializer_list<int64_t> shape) {
+    const std::optional<ffi::AnyBuffer> buffer = Next(name);
+    if (!buffer.has_value() || !Check(name, *buffer, type, shape, 0)) return nullptr;
     return reinterpret_cast<const T*>(buffer->untyped_data());
   }
 
-  // One layer of the next operand, a stack of this type with these axes behind the layers'.
+  // The next operand: a stack of arrays of this type and shape that has an entry `last`.
   template <typename T>
-  const T* TakeLayer(const char* what, int64_t layer, ffi::DataType type, std::initializer_list<int64_t> axes) {
-    const std::optional<ffi::AnyBuffer> buffer = Next(what);
-    if (!buffer.has_value() || !Check(what, *buffer, type, axes, 1)) return nullptr;
-    if (layer < 0 || layer >= buffer->dimensions()[0]) {
-      Fail("layer " + std::to_string(layer) + " of " + what + " " + Shape(buffer->dimensions()));
-      return nullptr;
+  Stack<T> TakeStack(const char* name, int64_t last, ffi::DataType type, std::initializer_list<int64_t> shape) {
+    const std::optional<ffi::AnyBuffer> buffer = Next(name);
+    if (!buffer.has_value() || !Check(name, *buffer, type, shape, 1)) return {};
+    if (last < 0 || last >= buffer->dimensions()[0]) {
+      Fail(std::string(name) + " " + Shape(buffer->dimensions()) + ": no entry " + std::to_string(last));
+      return {};
     }
-    int64_t size = 1;
-    for (int64_t n : axes) size *= n;
-    return reinterpret_cast<const T*>(buffer->untyped_data()) + layer * size;
+    Stack<T> stack = {.base = reinterpret_cast<const T*>(buffer->untyped_data()), .stride = 1};
+    for (int64_t n : shape) stack.stride *= n;
+    return stack;
   }
 
   void Fail(const std::string& what) {
@@ -61,13 +62,18 @@ class Operands {
   }
 
  private:
-  bool Check(const char* what, const ffi::AnyBuffer& buffer, ffi::DataType type, std::initializer_list<int64_t> axes,
-             size_t before) {
+  // Return true if the buffer has this type, and this shape behind `stacked` axes of any size.
+  bool Check(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type, std::initializer_list<int64_t> shape,
+             size_t stacked) {
     const auto dims = buffer.dimensions();
-    if (buffer.element_type() == type && dims.size() == axes.size() + before &&
-        std::equal(axes.begin(), axes.end(), dims.begin() + before))
+    if (buffer.element_type() == type && dims.size() == shape.size() + stacked &&
+        std::equal(shape.begin(), shape.end(), dims.begin() + stacked))
       return true;
-    Fail(std::string(what) + " of shape " + Shape(dims) + " or of its type does not fit the call");
+    std::string expected = stacked == 0 ? "[" : "[L";
+    for (size_t i = 0; i < shape.size(); ++i)
+      expected += (i + stacked > 0 ? ", " : "") + std::to_string(shape.begin()[i]);
+    Fail(std::string(name) + ": expected " + TypeName(type) + " " + expected + "], found " +
+         TypeName(buffer.element_type()) + " " + Shape(dims));
     return false;
   }
 
@@ -87,27 +93,36 @@ inline std::optional<Format> FormatOf(ffi::DataType type) {
   }
 }
 
-// One layer of the next weights, of as many operands as their format has.
-inline Weight TakeWeight(Operands& operands, int64_t layer, int64_t outs, int64_t in) {
-  const std::optional<ffi::AnyBuffer> values = operands.Peek();
-  const std::optional<Format> format = values.has_value() ? FormatOf(values->element_type()) : std::nullopt;
-  Weight w = {format.value_or(Format::kFloat32), nullptr, nullptr, nullptr, outs};
+template <typename T>
+Stack<char> Bytes(const Stack<T>& stack) {
+  return {.base = reinterpret_cast<const char*>(stack.base), .stride = stack.stride * int64_t{sizeof(T)}};
+}
+
+// The next stack of weights, which has an entry `last`; takes as many operands as the format has.
+inline WeightStack TakeWeights(Operands& operands, int64_t last, int64_t outs, int64_t in) {
+  const std::optional<ffi::AnyBuffer> next = operands.Peek();
+  const std::optional<Format> format = next.has_value() ? FormatOf(next->element_type()) : std::nullopt;
+  WeightStack w = {.format = format.value_or(Format::kFloat32), .outs = outs};
   if (!format.has_value()) {
-    operands.Fail("weights of a type that is not known, or too few operands");
+    operands.Fail(next.has_value()
+                      ? "weights: expected float32, bfloat16, int8 or uint8, found " + TypeName(next->element_type())
+                      : "operand weights is missing");
     return w;
   }
   const int64_t panels = RoundUp(outs, kPanel) / kPanel, pad = RoundUp(in, kGroup), groups = pad / kGroup;
   switch (*format) {
-    case Format::kFloat32: w.values = operands.TakeLayer<float>("weights", layer, ffi::F32, {outs, in}); break;
-    case Format::kBfloat16: w.values = operands.TakeLayer<uint16_t>("weights", layer, ffi::BF16, {outs, in}); break;
+    case Format::kFloat32: w.values = Bytes(operands.TakeStack<float>("weights", last, ffi::F32, {outs, in})); break;
+    case Format::kBfloat16:
+      w.values = Bytes(operands.TakeStack<uint16_t>("weights", last, ffi::BF16, {outs, in}));
+      break;
     case Format::kInt8:
-      w.values = operands.TakeLayer<int8_t>("int8 weights", layer, ffi::S8, {panels, pad / 2, kPanel, 2});
-      w.scale = operands.TakeLayer<uint16_t>("scale", layer, ffi::F16, {panels, groups, kPanel});
+      w.values = Bytes(operands.TakeStack<int8_t>("int8 weights", last, ffi::S8, {panels, pad / 2, kPanel, 2}));
+      w.scale = operands.TakeStack<uint16_t>("scale", last, ffi::F16, {panels, groups, kPanel});
       break;
     case Format::kInt4:
-      w.values = operands.TakeLayer<uint8_t>("int4 weights", layer, ffi::U8, {panels, pad / 8, kPanel, 4});
-      w.scale = operands.TakeLayer<uint16_t>("scale", layer, ffi::F16, {panels, groups, kPanel});
-      w.minimum = operands.TakeLayer<uint16_t>("minimum", layer, ffi::F16, {panels, groups, kPanel});
+      w.values = Bytes(operands.TakeStack<uint8_t>("int4 weights", last, ffi::U8, {panels, pad / 8, kPanel, 4}));
+      w.scale = operands.TakeStack<uint16_t>("scale", last, ffi::F16, {panels, groups, kPanel});
+      w.minimum = operands.TakeStack<uint16_t>("minimum", last, ffi::F16, {panels, groups, kPanel});
       break;
   }
   return w;

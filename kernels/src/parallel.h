@@ -1,5 +1,5 @@
-// Splits loops over XLA's own thread pool. The calling thread works too, so a loop ends even when every pool thread
-// is busy, and no thread beyond the pool's is ever started.
+// Loops split over XLA's thread pool. The calling thread works too, so that a loop ends even if every pool thread is
+// busy. Starts no threads.
 #pragma once
 
 #include <algorithm>
@@ -14,11 +14,11 @@
 
 namespace precast {
 
-// Threads that stay together for a number of loops: they are woken once, and wait for the next loop by spinning,
-// which is a hundred times quicker than a sleep and a wake-up. Loops begin and end on the thread that made the team.
+// A team of threads for several loops. Helpers wake up once and spin until the next loop, which is a hundred times
+// faster than sleeping and waking. Loops begin and end on the thread that made the team.
 //
-// Each thread has a lane, a run of tasks that follow one another: what it reads is then one stream of memory. Who has
-// finished a lane takes tasks from the ends of the others'.
+// Each thread has a lane of consecutive tasks, so that it reads one stream of memory. A thread that finishes its lane
+// steals from the tail of another.
 class Team {
  public:
   explicit Team(xla::ffi::ThreadPool& pool)
@@ -29,8 +29,8 @@ class Team {
     if (state_ != nullptr) state_->loop.store(kOver, std::memory_order_release);
   }
 
-  // Runs body(0) to body(tasks - 1), in any order, and returns when all are done. What a body throws, the first of
-  // them, it throws on when no thread uses the body any more.
+  // Run body(0) to body(tasks - 1) in any order and return when all are done. Rethrow the first exception of a body
+  // after every thread has stopped using the body.
   template <typename Body>
   void For(int64_t tasks, const Body& body) {
     if (tasks <= 1 || threads_ == 1 || tasks > kMaxTasks) {
@@ -39,7 +39,7 @@ class Team {
     }
     Begin(tasks, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
     Work(*state_, 0);
-    // What is left is a task per helper at most: microseconds, shorter than a sleep and a wake-up.
+    // At most one task of each helper is still running: microseconds, less than a sleep and a wake-up.
     for (int spins = 0; state_->done.load(std::memory_order_acquire) < tasks; ++spins) Pause(spins);
     if (state_->failed.exchange(false, std::memory_order_acquire)) std::rethrow_exception(std::move(state_->error));
   }
@@ -50,13 +50,14 @@ class Team {
   static constexpr int64_t kMaxThreads = 64, kMaxTasks = 0xffffff;
   static constexpr uint64_t kOver = ~uint64_t{0};
 
-  // What is left of a lane, in one word: the loop's number in 16 bits, then the next task and the end in 24 each.
+  // The remaining tasks of a lane in one word: the number of the loop in 16 bits, then the next task and the end in 24
+  // bits each.
   struct alignas(64) Lane {
     std::atomic<uint64_t> left{0};
   };
 
-  // Helpers may start, or look for work, after the team is gone: they hold the state, and touch a loop's body only
-  // for a task they have drawn, which the caller waits for.
+  // Helpers share ownership of the state, because they may start or look for work after the team is destroyed. They use
+  // the body of a loop only for a task that they have taken, and the caller waits for that task.
   struct State {
     explicit State(int64_t threads) : threads(threads), lanes(new Lane[static_cast<size_t>(threads)]) {}
     const int64_t threads;
@@ -66,7 +67,7 @@ class Team {
     std::atomic<Function> function{nullptr};
     std::atomic<const void*> context{nullptr};
     std::atomic<bool> failed{false};
-    std::exception_ptr error;  // written by who sets `failed`, read when all tasks are done
+    std::exception_ptr error;  // written by the thread that sets `failed`, read when all tasks are done
   };
 
   static uint64_t Left(uint64_t loop, int64_t next, int64_t end) {
@@ -76,7 +77,8 @@ class Team {
   static void Pause(int spins) {
     if (spins >= 4096) std::this_thread::yield();
 #if defined(__x86_64__)
-    else __builtin_ia32_pause();
+    else
+      __builtin_ia32_pause();
 #endif
   }
 
@@ -84,8 +86,8 @@ class Team {
     const bool first = state_ == nullptr;
     if (first) state_ = std::make_shared<State>(threads_);
     State& s = *state_;
-    // Every lane of the loop before is empty. It is emptied in the new loop's name before anything else changes: who
-    // sees any of the new fields can no longer draw by the old ones.
+    // Every lane of the previous loop is empty. Tag the empty lanes with the new loop before changing other fields, so
+    // that a thread that sees a new field cannot take a task with the old ones.
     const uint64_t loop = s.loop.load(std::memory_order_relaxed) + 1;
     for (int64_t i = 0; i < threads_; ++i) s.lanes[i].left.store(Left(loop, 0, 0), std::memory_order_release);
     s.done.store(0, std::memory_order_relaxed);
@@ -94,7 +96,7 @@ class Team {
     for (int64_t i = 0; i < threads_; ++i)
       s.lanes[i].left.store(Left(loop, tasks * i / threads_, tasks * (i + 1) / threads_), std::memory_order_release);
     s.loop.store(loop, std::memory_order_release);
-    // A pool that cannot take a task runs it at once, on the thread that brings it, which must not wait for itself.
+    // A full pool runs the task at once on the calling thread, which must not wait for itself.
     for (int64_t i = 1; first && i < threads_; ++i)
       pool_.Schedule([state = state_, i, caller = std::this_thread::get_id()] {
         if (std::this_thread::get_id() != caller) Help(*state, i);
@@ -115,15 +117,15 @@ class Team {
     }
   }
 
-  // Works on the loop at hand, its own lane first, until nothing is left to draw.
+  // Work on the current loop, its own lane first, until all lanes are empty.
   static void Work(State& s, int64_t own) {
     for (int64_t i = 0; i < s.threads; ++i)
-      while (DrawAndRun(s, (own + i) % s.threads, i == 0)) {
+      while (TakeAndRun(s, (own + i) % s.threads, i == 0)) {
       }
   }
 
-  // Runs the first task of its own lane, or the last of another's; false when the lane is empty.
-  static bool DrawAndRun(State& s, int64_t lane, bool own) {
+  // Run the first task of the thread's own lane, or the last task of another lane. Return false if the lane is empty.
+  static bool TakeAndRun(State& s, int64_t lane, bool own) {
     std::atomic<uint64_t>& left = s.lanes[lane].left;
     uint64_t was = left.load(std::memory_order_acquire);
     for (;;) {
@@ -148,7 +150,7 @@ class Team {
   std::shared_ptr<State> state_;
 };
 
-// Too little work is done by the calling thread alone.
+// Run the loop with the team, or on the calling thread alone if the work is too little to split.
 template <typename Body>
 void For(Team& team, bool alone, int64_t tasks, const Body& body) {
   if (!alone) return team.For(tasks, body);

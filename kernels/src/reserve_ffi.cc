@@ -1,11 +1,11 @@
-// precast.reserve: memory for an empty cache.
+// precast.reserve: reserves memory for an empty cache.
 #include "ffi.h"
 #include "ffi_util.h"
 
 namespace precast {
 namespace {
 
-// XLA has allocated the results; leaving them alone leaves their pages unmapped until they are written.
+// XLA has allocated the results; the operating system maps their pages at the first write.
 ffi::Error ReserveHandler(ffi::RemainingRets) { return ffi::Error::Success(); }
 
 }  // namespace

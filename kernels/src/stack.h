@@ -1,4 +1,4 @@
-// Stacks of one kind of operand, of which a call takes one after another.
+// Stacks of equal arrays, one entry for each layer or expert.
 #pragma once
 
 #include <cstdint>
@@ -7,20 +7,25 @@
 
 namespace precast {
 
-// Entry i of a stack of `count`, from where the first and the last lie.
+// A stack of arrays; `base` is null if the call has no such operand.
 template <typename T>
-const T* Between(const T* first, const T* last, int64_t i, int64_t count) {
-  if (first == nullptr || count == 1) return first;
-  const auto begin = reinterpret_cast<intptr_t>(first), end = reinterpret_cast<intptr_t>(last);
-  return reinterpret_cast<const T*>(begin + (end - begin) / (count - 1) * i);
-}
+struct Stack {
+  const T* base = nullptr;
+  int64_t stride = 0;  // elements from one entry to the next
 
-inline Weight Between(const Weight& first, const Weight& last, int64_t i, int64_t count) {
-  Weight w = first;
-  w.values = Between(static_cast<const char*>(first.values), static_cast<const char*>(last.values), i, count);
-  w.scale = Between(first.scale, last.scale, i, count);
-  w.minimum = Between(first.minimum, last.minimum, i, count);
-  return w;
-}
+  const T* At(int64_t i) const { return base == nullptr ? nullptr : base + i * stride; }
+};
+
+// A stack of weights in one format and of one size.
+struct WeightStack {
+  Format format = Format::kFloat32;
+  int64_t outs = 0;
+  Stack<char> values = {};  // strides in bytes
+  Stack<uint16_t> scale = {}, minimum = {};
+
+  Weight At(int64_t i) const {
+    return {.format = format, .values = values.At(i), .scale = scale.At(i), .minimum = minimum.At(i), .outs = outs};
+  }
+};
 
 }  // namespace precast

@@ -47,13 +47,16 @@ CACHE_SHAPE = (2, 3, 2, 9, 8)
 INT8 = np.zeros(CACHE_SHAPE, np.int8)
 SCALES = [np.ones(CACHE_SHAPE[:-1], F32)] * 2
 ANGLES = "cos [2, 4, 5] and sin [2, 4, 5] do not fit q [2, 4, 6, 8]"
-CACHE = "expected float32, bfloat16 or int8 caches of 5 axes [L, B, K, S, H], keys and values alike"
+CACHE = "expected keys and values [L, B, K, S, H], both float32, both bfloat16 or both int8"
 ROWS = "expected slots, starts and lengths of shape [2]"
 BAD_ATTENTION = {
-    "layer too high": ({"layer": 2}, "layer 2 of caches of 2 layers"),
-    "layer negative": ({"layer": -1}, "layer -1 of caches of 2 layers"),
-    "slot too high": ({"slots": (2, 3)}, "sequence 1 of slot 3, start 0 and length 3 does not fit 3 slots"),
-    "slot negative": ({"slots": (-1, 0)}, "sequence 0 of slot -1,"),
+    "layer too high": ({"layer": 2}, "no layer 2 in caches of 2 layers"),
+    "layer negative": ({"layer": -1}, "no layer -1 in caches of 2 layers"),
+    "slot too high": (
+        {"slots": (2, 3)},
+        "sequence 1 in slot 3 with start 0 and length 3 does not fit 3 slots",
+    ),
+    "slot negative": ({"slots": (-1, 0)}, "sequence 0 in slot -1,"),
     "slot twice": ({"slots": (2, 2)}, "two sequences in slot 2"),
     "start negative": ({"starts": (5, -1)}, "start -1 and length 3 does not fit"),
     "behind the capacity": ({"starts": (6, 0)}, "start 6 and length 4 does not fit 3 slots of 9 positions"),
@@ -89,12 +92,18 @@ BAD_ATTENTION = {
     "bfloat16 keys alone": ({"keys": np.zeros(CACHE_SHAPE, ml_dtypes.bfloat16)}, CACHE),
     "int8 values alone": ({"values": np.zeros(CACHE_SHAPE, np.int8)}, CACHE),
     "int8 keys alone": ({"keys": INT8, "scales": SCALES}, CACHE),
-    "int8 without scales": ({"keys": INT8, "values": INT8}, "int8 caches come with key and value scales"),
-    "scales without int8": ({"scales": SCALES}, "int8 caches come with key and value scales"),
+    "int8 without scales": (
+        {"keys": INT8, "values": INT8},
+        "int8 caches need key and value scales, other caches take none",
+    ),
+    "scales without int8": (
+        {"scales": SCALES},
+        "int8 caches need key and value scales, other caches take none",
+    ),
     "one scale": ({"keys": INT8, "values": INT8, "scales": SCALES[:1]}, "found 7 operands and 3 results"),
     "scales of half precision": (
         {"keys": INT8, "values": INT8, "scales": [SCALES[0], np.ones((2, 3, 2, 9), np.float16)]},
-        "expected float32 scales [L, B, K, S] of caches [2, 3, 2, 9, 8], found [2, 3, 2, 9]",
+        "expected float32 scales [L, B, K, S] for caches [2, 3, 2, 9, 8], found [2, 3, 2, 9]",
     ),
     "scales of five axes": (
         {"keys": INT8, "values": INT8, "scales": [ones(2, 3, 2, 9, 1), SCALES[1]]},
@@ -163,14 +172,14 @@ RINGS = {
     "in a later round": (
         {"starts": (40, 0)},
         7,
-        "sequence 0 of slot 2, start 40 and length 4 does not fit a ring",
+        "sequence 0 in slot 2 with start 40 and length 4 does not fit a ring",
     ),
     "of one token": ({"starts": (9, 0), "lengths": (1, 3)}, 10, "9 positions with a window of 10"),
     "by far": ({"starts": (6, 0)}, 2**63 - 1, f"9 positions with a window of {2**63 - 1}"),
     "of the second": (
         {"starts": (0, 2**31 - 1)},
         8,
-        "sequence 1 of slot 0, start 2147483647 and length 3 does not fit",
+        "sequence 1 in slot 0 with start 2147483647 and length 3 does not fit",
     ),
     "negative start": ({"starts": (-1, 0)}, 3, "start -1 and length 4 does not fit 3 slots"),
 }
@@ -225,6 +234,13 @@ X = np.ones((3, 40), F32)
 W = ones(2, 20, 40)
 
 
+def expected_part(name: str, place: int) -> str:
+    """Return the part of a refusal that says which operand a format takes at a place."""
+    dtype, shape = STORED[name][place]
+    axes = ", ".join(map(str, shape[1:]))
+    return f"{PARTS[name][place]}: expected {np.dtype(dtype)} [L, {axes}]"
+
+
 def stored(name: str) -> list[np.ndarray]:
     return [np.zeros(shape, dtype) for dtype, shape in STORED[name]]
 
@@ -249,9 +265,9 @@ def test_linear_refuses_shapes_of_weights(
     shape[axis] += by
     arrays[place] = np.zeros(shape, arrays[place].dtype)
     text = refusal(lambda: linear(X, 1, [arrays], [20]))
-    found = f"{PARTS[name][place]} of shape {shape} or of its type does not fit the call"
+    found = f"{expected_part(name, place)}, found {np.dtype(STORED[name][place][0])} {shape}"
     if axis == 0:
-        found = f"layer 1 of {PARTS[name][place]} {shape}"
+        found = f"{PARTS[name][place]} {shape}: no entry 1"
     assert found in text
 
 
@@ -265,9 +281,8 @@ def test_linear_refuses_ranks_of_weights(
         arrays = stored(name)
         arrays[place] = change(arrays[place])
         text = refusal(lambda arrays=arrays: linear(X, 0, [arrays], [20]))
-        assert (
-            f"{PARTS[name][place]} of shape {list(arrays[place].shape)} or of its type does not fit" in text
-        )
+        found = f"found {arrays[place].dtype} {list(arrays[place].shape)}"
+        assert f"{expected_part(name, place)}, {found}" in text
 
 
 @pytest.mark.parametrize(("name", "place"), [("int8", 1), ("int4", 1), ("int4", 2)])
@@ -278,7 +293,7 @@ def test_linear_refuses_types_of_scales(
     arrays = stored(name)
     arrays[place] = arrays[place].astype(dtype)
     text = refusal(lambda: linear(X, 0, [arrays], [20]))
-    assert f"linear: {PARTS[name][place]} of shape [2, 2, 2, 16] or of its type does not fit the call" in text
+    assert f"linear: {expected_part(name, place)}, found {np.dtype(dtype)} [2, 2, 2, 16]" in text
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.int16, np.int32, np.uint16, np.bool_])
@@ -286,40 +301,64 @@ def test_linear_refuses_types_of_weights(
     linear: Callable[..., Any], refusal: Callable[..., str], dtype: Any
 ) -> None:
     text = refusal(lambda: linear(X, 0, [[np.ones((2, 20, 40), dtype)]], [20]))
-    assert "linear: weights of a type that is not known" in text
+    assert f"linear: weights: expected float32, bfloat16, int8 or uint8, found {np.dtype(dtype)}" in text
 
 
 BAD_LINEAR: dict[str, tuple[dict[str, Any], str]] = {
-    "layer too high": ({"layer": 2}, "layer 2 of weights [2, 20, 40]"),
-    "layer negative": ({"layer": -1}, "layer -1 of weights [2, 20, 40]"),
+    "layer too high": ({"layer": 2}, "weights [2, 20, 40]: no entry 2"),
+    "layer negative": ({"layer": -1}, "weights [2, 20, 40]: no entry -1"),
     "layer of the second": (
         {"layer": 1, "weights": [[W], [W[:1]]], "outs": [20, 20]},
-        "layer 1 of weights [1, 20, 40]",
+        "weights [1, 20, 40]: no entry 1",
     ),
-    "no layers": ({"layer": 0, "weights": [[W[:0]]]}, "layer 0 of weights [0, 20, 40]"),
-    "layer of the norm": ({"layer": 1, "norm": ones(1, 40)}, "layer 1 of norm [1, 40]"),
-    "layer of the bias": ({"layer": 1, "biases": [ones(1, 20)]}, "layer 1 of bias [1, 20]"),
-    "width of the second": ({"weights": [[W], [W]], "outs": [20, 21]}, "weights of shape [2, 20, 40]"),
-    "width of the norm": ({"norm": ones(2, 41)}, "norm of shape [2, 41] or of its type does not fit"),
-    "norm of one axis": ({"norm": ones(40)}, "norm of shape [40]"),
-    "bfloat16 norm": ({"norm": np.ones((2, 40), ml_dtypes.bfloat16)}, "norm of shape [2, 40]"),
-    "width of the bias": ({"biases": [ones(2, 40)]}, "bias of shape [2, 40]"),
-    "float16 bias": ({"biases": [np.ones((2, 20), np.float16)]}, "bias of shape [2, 20]"),
-    "rows of the residual": ({"residual": ones(2, 20)}, "residual of shape [2, 20]"),
-    "width of the residual": ({"residual": ones(3, 40)}, "residual of shape [3, 40]"),
-    "residual of three axes": ({"residual": ones(1, 3, 20)}, "residual of shape [1, 3, 20]"),
-    "integer residual": ({"residual": np.ones((3, 20), np.int32)}, "residual of shape [3, 20]"),
+    "no layers": ({"layer": 0, "weights": [[W[:0]]]}, "weights [0, 20, 40]: no entry 0"),
+    "layer of the norm": ({"layer": 1, "norm": ones(1, 40)}, "norm [1, 40]: no entry 1"),
+    "layer of the bias": ({"layer": 1, "biases": [ones(1, 20)]}, "bias [1, 20]: no entry 1"),
+    "width of the second": (
+        {"weights": [[W], [W]], "outs": [20, 21]},
+        "weights: expected float32 [L, 21, 40], found float32 [2, 20, 40]",
+    ),
+    "width of the norm": ({"norm": ones(2, 41)}, "norm: expected float32 [L, 40], found float32 [2, 41]"),
+    "norm of one axis": ({"norm": ones(40)}, "norm: expected float32 [L, 40], found float32 [40]"),
+    "bfloat16 norm": (
+        {"norm": np.ones((2, 40), ml_dtypes.bfloat16)},
+        "norm: expected float32 [L, 40], found bfloat16 [2, 40]",
+    ),
+    "width of the bias": ({"biases": [ones(2, 40)]}, "bias: expected float32 [L, 20], found float32 [2, 40]"),
+    "float16 bias": (
+        {"biases": [np.ones((2, 20), np.float16)]},
+        "bias: expected float32 [L, 20], found float16 [2, 20]",
+    ),
+    "rows of the residual": (
+        {"residual": ones(2, 20)},
+        "residual: expected float32 [3, 20], found float32 [2, 20]",
+    ),
+    "width of the residual": (
+        {"residual": ones(3, 40)},
+        "residual: expected float32 [3, 20], found float32 [3, 40]",
+    ),
+    "residual of three axes": (
+        {"residual": ones(1, 3, 20)},
+        "residual: expected float32 [3, 20], found float32 [1, 3, 20]",
+    ),
+    "integer residual": (
+        {"residual": np.ones((3, 20), np.int32)},
+        "residual: expected float32 [3, 20], found int32 [3, 20]",
+    ),
     "residual and two results": (
         {"weights": [[W], [W]], "outs": [20, 20], "residual": ones(3, 20)},
         "expected one result, or several without residual and gate, found 2",
     ),
-    "more true rows than rows": ({"used": 4}, "4 true rows of x [3, 40]"),
-    "far more true rows": ({"used": 2**31 - 1}, "2147483647 true rows of x [3, 40]"),
-    "negative true rows": ({"used": -1}, "-1 true rows of x [3, 40]"),
-    "unknown gate": ({"weights": [[W], [W]], "outs": [20, 20], "gate": "relu"}, "gate 'relu' is not known"),
+    "more true rows than rows": ({"used": 4}, "expected 0 to 3 true rows, found 4"),
+    "far more true rows": ({"used": 2**31 - 1}, "expected 0 to 3 true rows, found 2147483647"),
+    "negative true rows": ({"used": -1}, "expected 0 to 3 true rows, found -1"),
+    "unknown gate": (
+        {"weights": [[W], [W]], "outs": [20, 20], "gate": "relu"},
+        "expected gate '', 'silu' or 'gelu_tanh', found 'relu'",
+    ),
     "gate in capitals": (
         {"weights": [[W], [W]], "outs": [20, 20], "gate": "SILU"},
-        "gate 'SILU' is not known",
+        "expected gate '', 'silu' or 'gelu_tanh', found 'SILU'",
     ),
     "gate of three": (
         {"weights": [[W]] * 3, "outs": [20] * 3, "gate": "silu"},
@@ -327,10 +366,10 @@ BAD_LINEAR: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gate of two widths": (
         {"weights": [[W], [W[:, :19]]], "outs": [20, 19], "gate": "silu"},
-        "weights of shape [2, 19, 40]",
+        "weights: expected float32 [L, 20, 40], found float32 [2, 19, 40]",
     ),
-    "no weights": ({"weights": [], "outs": [20]}, "too few operands"),
-    "a weight too few": ({"weights": [[W]], "outs": [20, 20]}, "too few operands"),
+    "no weights": ({"weights": [], "outs": [20]}, "operand weights is missing"),
+    "a weight too few": ({"weights": [[W]], "outs": [20, 20]}, "operand weights is missing"),
     "a weight too many": (
         {"weights": [[W], [W]]},
         "more operands than weights, biases, norm and residual take",
@@ -359,11 +398,11 @@ LINEAR = {"norm": False, "eps": F32(0), "residual": False, "bias": False, "gate"
 @pytest.mark.parametrize(
     ("results", "text"),
     [
-        ([(2, 20)], "float32 results of as many rows as x [3, 40]"),
-        ([(20,)], "float32 results of as many rows as x [3, 40]"),
-        ([(3, 20, 1)], "float32 results of as many rows as x [3, 40]"),
-        ([(3, 40)], "weights of shape [2, 20, 40] or of its type does not fit the call"),
-        ([(3, 20), (3, 20)], "too few operands"),
+        ([(2, 20)], "float32 results with as many rows as x [3, 40]"),
+        ([(20,)], "float32 results with as many rows as x [3, 40]"),
+        ([(3, 20, 1)], "float32 results with as many rows as x [3, 40]"),
+        ([(3, 40)], "weights: expected float32 [L, 40, 40], found float32 [2, 20, 40]"),
+        ([(3, 20), (3, 20)], "operand weights is missing"),
         ([], "expected one result, or several without residual and gate, found 0"),
     ],
 )
@@ -379,7 +418,7 @@ def test_linear_refuses_results(
 def test_linear_refuses_bfloat16_results(jax: ModuleType, refusal: Callable[..., str]) -> None:
     call = jax.ffi.ffi_call("precast.linear.v1", [jax.ShapeDtypeStruct((3, 20), ml_dtypes.bfloat16)])
     text = refusal(lambda: call(X, np.int32(0), np.int32(3), W, **LINEAR))
-    assert "expected float32 results of as many rows as x [3, 40]" in text
+    assert "expected float32 results with as many rows as x [3, 40]" in text
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64])
@@ -404,24 +443,54 @@ def test_64_bit_layer_and_rows(jax: ModuleType, refusal: Callable[..., str], pla
 
 TABLE = ones(1, 20, 40)
 BAD_EMBED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "token too high": ((np.int32([0, 20]), [TABLE], 20, 40), "embed: token 20 of 20"),
-    "token far too high": ((np.int32([2**31 - 1]), [TABLE], 20, 40), "embed: token 2147483647 of 20"),
-    "token negative": ((np.int32([3, -1]), [TABLE], 20, 40), "embed: token -1 of 20"),
+    "token too high": (
+        (np.int32([0, 20]), [TABLE], 20, 40),
+        "embed: token 20 is outside the vocabulary of 20",
+    ),
+    "token far too high": (
+        (np.int32([2**31 - 1]), [TABLE], 20, 40),
+        "embed: token 2147483647 is outside the vocabulary of 20",
+    ),
+    "token negative": (
+        (np.int32([3, -1]), [TABLE], 20, 40),
+        "embed: token -1 is outside the vocabulary of 20",
+    ),
     "padding of a panel": (
         (np.int32([20]), [a[:1] for a in stored("int8")], 20, 40),
-        "embed: token 20 of 20",
+        "embed: token 20 is outside the vocabulary of 20",
     ),
-    "vocabulary": ((np.int32([0]), [TABLE], 21, 40), "embed: weights of shape [1, 20, 40]"),
-    "width": ((np.int32([0]), [TABLE], 20, 41), "embed: weights of shape [1, 20, 40]"),
-    "negative vocabulary": ((np.int32([0]), [TABLE], -1, 40), "for 1 tokens of -1"),
-    "two axes": ((np.int32([0]), [TABLE[0]], 20, 40), "embed: weights of shape [20, 40]"),
-    "no entry": ((np.int32([0]), [TABLE[:0]], 20, 40), "embed: layer 0 of weights [0, 20, 40]"),
-    "no weights": ((np.int32([0]), [], 20, 40), "too few operands"),
+    "vocabulary": (
+        (np.int32([0]), [TABLE], 21, 40),
+        "embed: weights: expected float32 [L, 21, 40], found float32 [1, 20, 40]",
+    ),
+    "width": (
+        (np.int32([0]), [TABLE], 20, 41),
+        "embed: weights: expected float32 [L, 20, 41], found float32 [1, 20, 40]",
+    ),
+    "negative vocabulary": (
+        (np.int32([0]), [TABLE], -1, 40),
+        "a result for each of 1 tokens and a vocabulary of at least 0, found [1, 40] and -1",
+    ),
+    "two axes": (
+        (np.int32([0]), [TABLE[0]], 20, 40),
+        "embed: weights: expected float32 [L, 20, 40], found float32 [20, 40]",
+    ),
+    "no entry": ((np.int32([0]), [TABLE[:0]], 20, 40), "embed: weights [0, 20, 40]: no entry 0"),
+    "no weights": ((np.int32([0]), [], 20, 40), "operand weights is missing"),
     "no scale": ((np.int32([0]), stored("int8")[:1], 20, 40), "operand scale is missing"),
-    "panels": ((np.int32([0]), stored("int8"), 33, 40), "int8 weights of shape [2, 2, 32, 16, 2]"),
-    "groups": ((np.int32([0]), stored("int4"), 20, 65), "int4 weights of shape [2, 2, 8, 16, 4]"),
+    "panels": (
+        (np.int32([0]), stored("int8"), 33, 40),
+        "int8 weights: expected int8 [L, 3, 32, 16, 2], found int8 [2, 2, 32, 16, 2]",
+    ),
+    "groups": (
+        (np.int32([0]), stored("int4"), 20, 65),
+        "int4 weights: expected uint8 [L, 2, 12, 16, 4], found uint8 [2, 2, 8, 16, 4]",
+    ),
     "too many": ((np.int32([0]), [TABLE, TABLE], 20, 40), "embed: more operands than weights take"),
-    "float16 weights": ((np.int32([0]), [TABLE.astype(np.float16)], 20, 40), "a type that is not known"),
+    "float16 weights": (
+        (np.int32([0]), [TABLE.astype(np.float16)], 20, 40),
+        "embed: weights: expected float32, bfloat16, int8 or uint8, found float16",
+    ),
     "float tokens": ((F32([0]), [TABLE], 20, 40), "F32"),
     "tokens of two axes": ((np.int32([[0]]), [TABLE], 20, 40), "rank"),
 }
@@ -437,8 +506,16 @@ def test_embed_refuses(
 @pytest.mark.parametrize(
     ("shape", "results", "text"),
     [
-        ((2, 0), 2, "argmax: result [2] of x [2, 0]"),
-        ((2, 3), 1, "argmax: result [1] of x [2, 3]"),
+        (
+            (2, 0),
+            2,
+            "argmax: expected rows of 1 to 2^31 - 1 numbers and a result for each, found x [2, 0] and result [2]",
+        ),
+        (
+            (2, 3),
+            1,
+            "argmax: expected rows of 1 to 2^31 - 1 numbers and a result for each, found x [2, 3] and result [1]",
+        ),
         ((6,), 6, "rank"),
     ],
 )
@@ -459,5 +536,8 @@ def test_argmax_refuses_other_numbers(jax: ModuleType, refusal: Callable[..., st
 def test_embed_refuses_results(jax: ModuleType, refusal: Callable[..., str]) -> None:
     call = jax.ffi.ffi_call("precast.embed.v1", jax.ShapeDtypeStruct((3, 40), F32))
     text = refusal(lambda: call(np.int32([0, 1]), TABLE, vocab=np.int64(20)))
-    assert "embed: result [3, 40] for 2 tokens of 20" in text
+    assert (
+        "embed: expected a result for each of 2 tokens and a vocabulary of at least 0, found [3, 40] and 20"
+        in text
+    )
     assert "S32" in refusal(lambda: call(np.int32([0, 1, 2]), TABLE, vocab=np.int32(21)))

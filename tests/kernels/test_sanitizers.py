@@ -39,7 +39,7 @@ def compile_all(folder: Path, sources: list[Path], flags: tuple[str, ...], inclu
     """Compiles the sources, as many at a time as there are CPUs, and links them."""
     compiler = (
         os.environ.get("CXX", "g++"),
-        "-std=c++17",
+        "-std=c++20",
         "-O1",
         "-g1",
         "-ffp-contract=fast",

@@ -1,4 +1,4 @@
-// Whole calls of linear and of attention, cut into tasks for a pool whose threads come late: against plain loops.
+// Whole calls of linear and of attention, split into tasks for a pool whose threads start late, against plain loops.
 #include <algorithm>
 #include <vector>
 
@@ -15,7 +15,7 @@ struct Around {
   Gate gate;
 };
 
-// Products of a normed row with some weights, and how far off the kernels' may be: they round activations to a unit.
+// The product of a normalised row with weights, and the error allowed: the kernels round activations to `unit`.
 struct Expected {
   double value, error;
 };
@@ -32,43 +32,54 @@ Expected Dot(const std::vector<double>& x, double unit, const Weights& w, int64_
   return {sum, (static_cast<double>(w.in) / 2 + 40) * kUnit * size + (w.packed ? unit * weights * 0.51 : 0)};
 }
 
-// Two calls with one team and one arena, as the layers of a decoder make them.
+// A call with a given team and arena, which the layers of a decoder share.
 void CheckLinear(Team& team, Arena& arena, int64_t rows, int64_t in, const std::vector<int64_t>& outs,
                  const std::vector<Format>& formats, const Around& around) {
   Floats x = Floats::Normal(rows * in), norm = Floats::Normal(in), residual = Floats::Normal(rows * outs[0]);
   std::vector<Weights> weights;
   std::vector<Floats> biases, results;
-  LinearCall call = {rows, in, x.get(), around.norm ? norm.get() : nullptr, 1e-3f,
-                     around.residual ? residual.get() : nullptr, around.gate, {}};
+  LinearCall call = {.rows = rows,
+                     .in = in,
+                     .x = x.get(),
+                     .norm = around.norm ? norm.get() : nullptr,
+                     .eps = 1e-3f,
+                     .residual = around.residual ? residual.get() : nullptr,
+                     .gate = around.gate};
   for (size_t i = 0; i < outs.size(); ++i) {
     weights.emplace_back(formats[i], outs[i], in);
     biases.push_back(Floats::Normal(outs[i]));
     results.emplace_back(around.gate == Gate::kNone || i == 0 ? rows * outs[i] : 0, -12345.0f);
   }
   for (size_t i = 0; i < outs.size(); ++i)
-    call.parts.push_back({weights[i].View(), around.bias ? biases[i].get() : nullptr, results[i].get()});
+    call.parts.push_back(
+        {.weight = weights[i].View(), .bias = around.bias ? biases[i].get() : nullptr, .y = results[i].get()});
   RunLinear(team, arena, call);
   for (int64_t r = 0; r < rows; ++r) {
     std::vector<double> row(x.get() + r * in, x.get() + (r + 1) * in);
     double squares = 0, top = 0;
     for (const double v : row) squares += v * v;
     for (int64_t k = 0; around.norm && k < in; ++k)
-      row[static_cast<size_t>(k)] *= norm[k] / std::sqrt(squares / static_cast<double>(in) + static_cast<double>(1e-3f));
+      row[static_cast<size_t>(k)] *=
+          norm[k] / std::sqrt(squares / static_cast<double>(in) + static_cast<double>(1e-3f));
     for (const double v : row) top = std::max(top, std::fabs(v));
-    // What activations are rounded to at most.
-    const auto unit = [&](const Weights& w) { return top / (w.format == Format::kInt4 && rows > kFewRows ? 127 : 32512); };
+    // The unit to which activations are rounded, at most.
+    const auto unit = [&](const Weights& w) {
+      return top / (w.format == Format::kInt4 && rows > kFewRows ? 127 : 32512);
+    };
     for (size_t i = 0; i < call.results(); ++i)
       for (int64_t o = 0; o < outs[i]; ++o) {
         Expected e = Dot(row, unit(weights[i]), weights[i], o, around.bias ? &biases[i] : nullptr);
         if (around.gate != Gate::kNone) {
-          const Expected up = outs.size() == 1 ? Expected{1, 0}
-                                               : Dot(row, unit(weights[1]), weights[1], o, around.bias ? &biases[1] : nullptr);
+          const Expected up = outs.size() == 1
+                                  ? Expected{1, 0}
+                                  : Dot(row, unit(weights[1]), weights[1], o, around.bias ? &biases[1] : nullptr);
           const double gated = GateOf(around.gate, e.value);
           // Neither gate is steeper than 1.2 anywhere.
           e = {gated * up.value, 1.2 * e.error * (std::fabs(up.value) + up.error) + std::fabs(gated) * up.error +
                                      300 * kUnit * std::fabs(gated * up.value)};
         }
-        if (around.residual) e.value += residual[r * outs[0] + o], e.error += kUnit * 2 * std::fabs(residual[r * outs[0] + o]);
+        if (around.residual)
+          e.value += residual[r * outs[0] + o], e.error += kUnit * 2 * std::fabs(residual[r * outs[0] + o]);
         Near("linear call", results[i][r * outs[i] + o], e.value, e.error + kUnit * 4 * std::fabs(e.value) + 1e-30);
       }
   }
@@ -89,7 +100,8 @@ void CheckLinearCalls(xla::ffi::ThreadPool& pool) {
       CheckLinear(team, arena, rows, 65, {70, 70}, three,
                   {rows > 1, rows % 4 == 0, rows != 6, rows % 2 ? Gate::kSilu : Gate::kGeluTanh});
     for (int64_t rows : {1, 70})
-      CheckLinear(team, arena, rows, 65, {170}, three, {rows > 1, rows > 1, true, rows > 1 ? Gate::kSilu : Gate::kGeluTanh});
+      CheckLinear(team, arena, rows, 65, {170}, three,
+                  {rows > 1, rows > 1, true, rows > 1 ? Gate::kSilu : Gate::kGeluTanh});
   }
   Team team(pool);
   Arena arena;
@@ -97,21 +109,31 @@ void CheckLinearCalls(xla::ffi::ThreadPool& pool) {
     CheckLinear(team, arena, rows, 50, {33, 20, 7, 48}, {kFormats[0], kFormats[3], kFormats[1], kFormats[2]},
                 {true, false, true, Gate::kNone});
   CheckLinear(team, arena, 3, 50, {33, 33}, {Format::kFloat32, Format::kInt4}, {true, true, false, Gate::kSilu});
-  // Tasks of the one kind of weights begin where the other's panels do.
+  // Tasks of float weights begin at panels of packed weights.
   for (int64_t rows : {2, 9})
-    CheckLinear(team, arena, rows, 2048, {150, 150}, {Format::kFloat32, Format::kInt8}, {true, false, false, Gate::kSilu});
+    CheckLinear(team, arena, rows, 2048, {150, 150}, {Format::kFloat32, Format::kInt8},
+                {true, false, false, Gate::kSilu});
 }
 
-// A cache of keys or values that holds numbers in every row.
+// A cache of keys or values with numbers in every row.
 struct Cache {
   Cache(CacheType kind, int64_t rows, int64_t head_dim)
-      : type(kind), H(head_dim), size(kind == CacheType::kFloat32 ? 4 : kind == CacheType::kBfloat16 ? 2 : 1),
+      : type(kind), H(head_dim), size(kind == CacheType::kFloat32    ? 4
+                                      : kind == CacheType::kBfloat16 ? 2
+                                                                     : 1),
         bytes(rows * H * size), scales(kind == CacheType::kInt8 ? rows : 0) {
     Floats x = Floats::Normal(rows * H), room(H);
-    CurrentOps().store_rows({x.get(), H, nullptr, nullptr, 0, rows, H, type, bytes.get(), Scales()}, room.get());
+    CurrentOps().store_rows({.x = x.get(),
+                             .x_token = H,
+                             .tokens = rows,
+                             .head_dim = H,
+                             .type = type,
+                             .rows = bytes.get(),
+                             .scales = Scales()},
+                            room.get());
   }
   float* Scales() const { return scales.size == 0 ? nullptr : scales.get(); }
-  CacheRows View() const { return {type, bytes.get(), Scales()}; }
+  CacheRows View() const { return {.type = type, .rows = bytes.get(), .scales = Scales()}; }
   double At(int64_t row, int64_t h) const {
     const char* at = bytes.get() + (row * H + h) * size;
     if (size == 1) return static_cast<double>(static_cast<signed char>(*at)) * scales[row];
@@ -134,9 +156,9 @@ struct Call {
   int64_t window;
 };
 
-// Number h of head `head` of a token, its rotary pair turned.
-double Turned(const Floats& x, const Floats& cos, const Floats& sin, int64_t token, int64_t heads, int64_t head,
-              int64_t h, const AttentionShape& d) {
+// Number h of head `head` of a token, with its rotary pair rotated.
+double Rotated(const Floats& x, const Floats& cos, const Floats& sin, int64_t token, int64_t heads, int64_t head,
+               int64_t h, const AttentionShape& d) {
   const float* row = x.get() + (token * heads + head) * d.H;
   if (h >= 2 * d.P) return row[h];
   const int64_t angle = token * d.P + h % d.P;
@@ -154,8 +176,21 @@ void CheckAttention(Team& team, const Call& c) {
   std::vector<double> before;
   for (int64_t row = 0; row < rows; ++row) before.push_back(keys.At(row, 0));
   std::vector<char> written(static_cast<size_t>(rows), 0);
-  const AttentionCall call = {d, q.get(), k.get(), v.get(), cos.get(), sin.get(), keys.View(), values.View(), layer,
-                              c.slots.data(), c.starts.data(), c.lengths.data(), out.get(), 0.3f, 0.0f, c.window};
+  const AttentionCall call = {.d = d,
+                              .q = q.get(),
+                              .k = k.get(),
+                              .v = v.get(),
+                              .cos = cos.get(),
+                              .sin = sin.get(),
+                              .keys = keys.View(),
+                              .values = values.View(),
+                              .layer = layer,
+                              .slots = c.slots.data(),
+                              .starts = c.starts.data(),
+                              .lengths = c.lengths.data(),
+                              .out = out.get(),
+                              .scale = 0.3f,
+                              .window = c.window};
   if (const std::string wrong = CheckAttention(call); !wrong.empty()) {
     std::fprintf(stderr, "%s\n", wrong.c_str());
     std::exit(1);
@@ -175,17 +210,20 @@ void CheckAttention(Team& team, const Call& c) {
         const int64_t head = n / (d.N / d.K), row = call.CacheRow(c.slots[i], head), place = row + last % d.S;
         written[static_cast<size_t>(place)] = 1;
         for (int64_t h = 0; h < d.H; ++h) {
-          const double key = Turned(k, cos, sin, token, d.K, head, h, d), value = v[(token * d.K + head) * d.H + h];
+          const double key = Rotated(k, cos, sin, token, d.K, head, h, d), value = v[(token * d.K + head) * d.H + h];
           const double step = c.type == CacheType::kInt8 ? 0.5001 : 0;
-          Near("appended key", keys.At(place, h), key, stored * 8 + stored * std::fabs(key) + (step > 0 ? step * keys.scales[place] : 0));
-          Near("appended value", values.At(place, h), value, stored * std::fabs(value) + (step > 0 ? step * values.scales[place] : 0));
+          Near("appended key", keys.At(place, h), key,
+               stored * 8 + stored * std::fabs(key) + (step > 0 ? step * keys.scales[place] : 0));
+          Near("appended value", values.At(place, h), value,
+               stored * std::fabs(value) + (step > 0 ? step * values.scales[place] : 0));
         }
         const int64_t from = c.window > 0 ? std::max<int64_t>(0, last + 1 - c.window) : 0;
         std::vector<double> scores;
         double top = -INFINITY, mass = 0;
         for (int64_t s = from; s <= last; ++s) {
           double score = 0;
-          for (int64_t h = 0; h < d.H; ++h) score += Turned(q, cos, sin, token, d.N, n, h, d) * keys.At(row + s % d.S, h) * 0.3;
+          for (int64_t h = 0; h < d.H; ++h)
+            score += Rotated(q, cos, sin, token, d.N, n, h, d) * keys.At(row + s % d.S, h) * 0.3;
           top = std::max(top, score);
           scores.push_back(score);
         }
@@ -201,20 +239,21 @@ void CheckAttention(Team& team, const Call& c) {
       }
     }
   for (int64_t row = 0; row < rows; ++row)
-    if (!written[static_cast<size_t>(row)]) Near("a row nobody appended", keys.At(row, 0), before[static_cast<size_t>(row)], 0);
+    if (!written[static_cast<size_t>(row)])
+      Near("a row that no token wrote", keys.At(row, 0), before[static_cast<size_t>(row)], 0);
 }
 
 void CheckAttentionCalls(xla::ffi::ThreadPool& pool) {
   for (CacheType type : {CacheType::kFloat32, CacheType::kBfloat16, CacheType::kInt8}) {
     Team team(pool);
-    // R, T, N, K, H, P, L, B, S; so little that it is not shared out, ragged, blocks, and spans of positions.
+    // R, T, N, K, H, P, L, B, S: too little to split, ragged, blocks of tokens, and spans of positions.
     CheckAttention(team, {{1, 1, 2, 1, 5, 2, 1, 1, 1}, type, {0}, {0}, {1}, 0});
     CheckAttention(team, {{3, 4, 6, 2, 12, 6, 2, 4, 30}, type, {2, 0, 3}, {5, 26, 0}, {4, 4, 0}, 0});
     CheckAttention(team, {{1, 70, 6, 3, 33, 16, 2, 2, 90}, type, {1}, {20}, {70}, 0});
     CheckAttention(team, {{2, 1, 8, 2, 40, 20, 1, 2, 1000}, type, {1, 0}, {999, 300}, {1, 1}, 0});
     CheckAttention(team, {{2, 3, 8, 2, 40, 0, 1, 2, 700}, type, {1, 0}, {650, 10}, {3, 2}, 300});
     CheckAttention(team, {{1, 2, 4, 4, 3, 1, 1, 1, 9}, type, {0}, {0}, {0}, 0});
-    // Rings: as short as may be, one whose end a chunk crosses, blocks, and spans of positions.
+    // Rings: the shortest possible, a chunk across the end, blocks of tokens, and spans of positions.
     CheckAttention(team, {{1, 1, 2, 1, 5, 2, 1, 1, 1}, type, {0}, {9}, {1}, 1});
     CheckAttention(team, {{3, 4, 6, 2, 12, 6, 2, 4, 30}, type, {2, 0, 3}, {58, 1000, 0}, {4, 4, 0}, 27});
     CheckAttention(team, {{1, 70, 6, 3, 33, 16, 2, 2, 90}, type, {1}, {200}, {70}, 21});

@@ -1,4 +1,4 @@
-// What the checks share: numbers to compute with, weights as they are stored, and comparisons that end the program.
+// Shared by the checks: random numbers, stored weights, and comparisons that end the program.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ inline int64_t Between(int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(generator);
 }
 
-// Exactly n numbers of their own allocation: the byte before the first and the one behind the last are poisoned.
+// Exactly n numbers in a separate allocation, with poisoned memory on both sides.
 template <typename T>
 struct Array {
   explicit Array(int64_t n) : size(n), data(new T[static_cast<size_t>(n)]) {}
@@ -52,18 +52,18 @@ inline void Near(const char* what, double found, double expected, double toleran
   if (!(std::fabs(found - expected) <= tolerance)) Fail(what, found, expected);
 }
 
-// The number that 16 bits of IEEE half precision stand for, finite.
+// The value of a finite number in IEEE half precision.
 inline double HalfValue(uint16_t half) {
   const int exponent = half >> 10 & 31, fraction = half & 1023;
   const double size = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
   return half & 0x8000 ? -size : size;
 }
 
-// Weights of one layer in any format, random, padding too but for scales and minima, which are zero there.
+// Random weights of one layer in any format. Padding values are random too; padding scales and minima are zero.
 struct Weights {
   Weights(precast::Format format, int64_t outs, int64_t in);
 
-  // Weight (o, k): of packed formats a scale times a whole number, plus a minimum.
+  // Weight (o, k); in packed formats a scale times a whole number, plus a minimum.
   double At(int64_t o, int64_t k) const { return Scale(o, k) * Whole(o, k) + Minimum(o, k); }
   double Whole(int64_t o, int64_t k) const;
   double Scale(int64_t o, int64_t k) const { return packed ? HalfValue(scale[Shared(o, k)]) : 1.0; }
@@ -71,8 +71,11 @@ struct Weights {
     return format == precast::Format::kInt4 ? HalfValue(minimum[Shared(o, k)]) : 0.0;
   }
   precast::Weight View() const {
-    return {format, values.get(), packed ? scale.get() : nullptr,
-            format == precast::Format::kInt4 ? minimum.get() : nullptr, outs};
+    return {.format = format,
+            .values = values.get(),
+            .scale = packed ? scale.get() : nullptr,
+            .minimum = format == precast::Format::kInt4 ? minimum.get() : nullptr,
+            .outs = outs};
   }
 
   precast::Format format;
@@ -83,19 +86,20 @@ struct Weights {
 
  private:
   int64_t Shared(int64_t o, int64_t k) const {
-    return (o / precast::kPanel * (pad / precast::kGroup) + k / precast::kGroup) * precast::kPanel + o % precast::kPanel;
+    return (o / precast::kPanel * (pad / precast::kGroup) + k / precast::kGroup) * precast::kPanel +
+           o % precast::kPanel;
   }
 };
 
-constexpr precast::Format kFormats[] = {precast::Format::kFloat32, precast::Format::kBfloat16,
-                                        precast::Format::kInt8, precast::Format::kInt4};
+constexpr precast::Format kFormats[] = {precast::Format::kFloat32, precast::Format::kBfloat16, precast::Format::kInt8,
+                                        precast::Format::kInt4};
 
-// What a gate does to a number.
+// A gate applied to a number.
 double GateOf(precast::Gate gate, double x);
 
 void CheckLinearOps(const precast::Ops& ops);
 
 void CheckNormsAndExperts(xla::ffi::ThreadPool& pool);
 
-// Whole calls, with the instruction set in use, on a pool of so many threads.
+// Check whole calls with the instruction set in use, on a pool of this many threads.
 void CheckCalls(int64_t threads);

@@ -1,5 +1,5 @@
-// Calls one instruction set's kernels, under sanitizers, on buffers that end where their contents end, and compares
-// with plain loops in double. Usage: driver avx2, or driver avx2 calls for whole calls alone. Ends with 1 and a line on
+// Calls one instruction set's kernels under sanitizers, on buffers without spare room, and compares the results with
+// plain loops in double. Usage: driver avx2, or driver avx2 calls for whole calls alone. Exits with 1 and a line on
 // stderr at the first wrong number.
 #include "check.h"
 
@@ -17,13 +17,22 @@ struct Case {
   CacheType type;
 };
 
-// Keys or values as a kernel stored them from floats, in allocations of their own.
+// Keys or values that a kernel stored from floats, each in a separate allocation.
 struct Stored {
   Stored(const Ops& ops, CacheType type, int64_t rows, int64_t H)
-      : size(type == CacheType::kFloat32 ? 4 : type == CacheType::kBfloat16 ? 2 : 1),
+      : size(type == CacheType::kFloat32    ? 4
+             : type == CacheType::kBfloat16 ? 2
+                                            : 1),
         bytes(new char[static_cast<size_t>(rows * H * size)]), scales(type == CacheType::kInt8 ? rows : 0) {
     Floats x = Floats::Normal(rows * H), room(H);
-    ops.store_rows({x.get(), H, nullptr, nullptr, 0, rows, H, type, bytes.get(), Scales()}, room.get());
+    ops.store_rows({.x = x.get(),
+                    .x_token = H,
+                    .tokens = rows,
+                    .head_dim = H,
+                    .type = type,
+                    .rows = bytes.get(),
+                    .scales = Scales()},
+                   room.get());
     for (int64_t i = 0; i < rows * H; ++i) {
       const double error = size == 4 ? 0 : size == 2 ? std::fabs(x[i]) / 256 : scales[i / H] * 0.50001;
       Near("stored", At(i / H, i % H, H), x[i], error);
@@ -51,15 +60,31 @@ double CapOf(double score, float cap) { return cap > 0 ? cap * std::tanh(score /
 void CheckAttention(const Ops& ops, const Case& c) {
   const int64_t N = c.group + Between(0, 2), rows = c.tokens * c.group, filled = c.start + c.token + c.tokens;
   const float scale = 0.3f;
-  // Of the last token, only the heads of the group are there.
+  // The last token has only the heads of the group.
   Floats q = Floats::Normal((c.token + c.tokens - 1) * N * c.H + c.group * c.H);
   Floats cos = Floats::Normal((c.token + c.tokens) * c.P), sin = Floats::Normal((c.token + c.tokens) * c.P);
   const int64_t places = c.window > 0 ? Between(c.window + c.tokens - 1, c.window + c.tokens + 40) : filled;
   Stored keys(ops, c.type, places, c.H), values(ops, c.type, places, c.H);
   Floats out(rows * c.H), peak(rows), mass(rows), scratch(AttentionScratch(rows, c.H));
-  ops.attention({q.get(), N * c.H, cos.get(), sin.get(), c.P, c.type, keys.bytes.get(), values.bytes.get(),
-                 keys.Scales(), values.Scales(), c.group, c.H, places, c.start, c.window, scale, c.cap},
-                {c.token, c.tokens, c.from, c.to}, {out.get(), peak.get(), mass.get()}, scratch.get());
+  const AttentionHead head = {.q = q.get(),
+                              .q_token = N * c.H,
+                              .cos = cos.get(),
+                              .sin = sin.get(),
+                              .pairs = c.P,
+                              .type = c.type,
+                              .keys = keys.bytes.get(),
+                              .values = values.bytes.get(),
+                              .key_scales = keys.Scales(),
+                              .value_scales = values.Scales(),
+                              .group = c.group,
+                              .head_dim = c.H,
+                              .places = places,
+                              .start = c.start,
+                              .window = c.window,
+                              .scale = scale,
+                              .soft_cap = c.cap};
+  ops.attention(head, {.token = c.token, .tokens = c.tokens, .from = c.from, .to = c.to},
+                {.out = out.get(), .peak = peak.get(), .mass = mass.get()}, scratch.get());
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t t = c.token + r / c.group, last = c.start + t + 1, end = c.to < last ? c.to : last;
     const int64_t from = c.window > 0 && last - c.window > c.from ? last - c.window : c.from;
@@ -107,13 +132,26 @@ void CheckAttention(const Ops& ops, const Case& c) {
   }
 }
 
-// Rotated rows of tokens that lie apart, written side by side and nowhere else.
+// Rows of tokens with a stride, rotated and written side by side.
 void CheckStore(const Ops& ops, CacheType type, int64_t tokens, int64_t H, int64_t P) {
-  const int64_t apart = H + Between(0, 9), size = type == CacheType::kFloat32 ? 4 : type == CacheType::kBfloat16 ? 2 : 1;
-  Floats x = Floats::Normal((tokens - 1) * apart + H), cos = Floats::Normal(tokens * P), sin = Floats::Normal(tokens * P);
+  const int64_t apart = H + Between(0, 9), size = type == CacheType::kFloat32    ? 4
+                                                  : type == CacheType::kBfloat16 ? 2
+                                                                                 : 1;
+  Floats x = Floats::Normal((tokens - 1) * apart + H), cos = Floats::Normal(tokens * P),
+         sin = Floats::Normal(tokens * P);
   Floats room(H), scales(tokens);
   std::unique_ptr<char[]> rows(new char[static_cast<size_t>(tokens * H * size)]);
-  ops.store_rows({x.get(), apart, cos.get(), sin.get(), P, tokens, H, type, rows.get(), scales.get()}, room.get());
+  ops.store_rows({.x = x.get(),
+                  .x_token = apart,
+                  .cos = cos.get(),
+                  .sin = sin.get(),
+                  .pairs = P,
+                  .tokens = tokens,
+                  .head_dim = H,
+                  .type = type,
+                  .rows = rows.get(),
+                  .scales = scales.get()},
+                 room.get());
   if (type != CacheType::kFloat32) return;
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t h = 0; h < H; ++h) {
@@ -126,7 +164,7 @@ void CheckStore(const Ops& ops, CacheType type, int64_t tokens, int64_t H, int64
     }
 }
 
-// Partials of several spans, of which some saw nothing; tokens of the answer lie apart.
+// Partials of several spans, some without a visible position; the tokens of the answer have a stride.
 void CheckMerge(const Ops& ops, int64_t spans, int64_t tokens, int64_t group, int64_t H) {
   const int64_t rows = tokens * group, stride = rows * (H + 2), apart = (group + 1) * H;
   Floats partials = Floats::Normal(spans * stride), out((tokens - 1) * apart + group * H);
@@ -153,15 +191,32 @@ void CheckMerge(const Ops& ops, int64_t spans, int64_t tokens, int64_t group, in
     }
 }
 
-// exp(x) to 3 units in the last place and its rounding, through an attention of one number a head: of scores 0, x, x, ... the last
-// but one (in whole vectors) or the second (in what is left) alone has a value, 1.
+// exp(x) to 3 units in the last place plus rounding, through attention with a head dimension of 1. The scores are
+// 0, x, x, ...; all values are 0 except one 1, which is the last but one (whole vectors) or the second (partial
+// vectors).
 void CheckExp(const Ops& ops, float x, int64_t positions, int64_t at) {
   Floats keys(positions), values(positions), q(1), out(1), peak(1), mass(1), scratch(AttentionScratch(1, 1));
   for (int64_t s = 0; s < positions; ++s) keys[s] = s ? x : 0.0f, values[s] = s == at ? 1.0f : 0.0f;
   q[0] = 1.0f;
-  ops.attention({q.get(), 1, nullptr, nullptr, 0, CacheType::kFloat32, keys.get(), values.get(), nullptr, nullptr, 1, 1,
-                 positions, positions - 1, 0, 1.0f, 0.0f},
-                {0, 1, 0, positions}, {out.get(), peak.get(), mass.get()}, scratch.get());
+  const AttentionHead head = {.q = q.get(),
+                              .q_token = 1,
+                              .cos = nullptr,
+                              .sin = nullptr,
+                              .pairs = 0,
+                              .type = CacheType::kFloat32,
+                              .keys = keys.get(),
+                              .values = values.get(),
+                              .key_scales = nullptr,
+                              .value_scales = nullptr,
+                              .group = 1,
+                              .head_dim = 1,
+                              .places = positions,
+                              .start = positions - 1,
+                              .window = 0,
+                              .scale = 1.0f,
+                              .soft_cap = 0.0f};
+  ops.attention(head, {.token = 0, .tokens = 1, .from = 0, .to = positions},
+                {.out = out.get(), .peak = peak.get(), .mass = mass.get()}, scratch.get());
   const double expected = x < -87.0f ? 0.0 : std::exp(static_cast<double>(x));
   const double ulp = std::ldexp(1.0, std::ilogb(std::fmax(expected, 1e-37)) - 23);
   Near("exp", out[0], expected, x < -87.0f ? 0.0 : 3.5 * ulp);
@@ -191,7 +246,7 @@ void CheckAttentions(const Ops& ops) {
     c.window = i % 5 ? 0 : Between(1, 90);
     c.cap = i % 7 ? 0.0f : 0.8f;
     const int64_t filled = c.start + c.token + c.tokens;
-    // From the start, from somewhere, or behind what most of the tokens see; to the end, short of it, or past it.
+    // From the start, from anywhere, or after the positions that most tokens see; to the end, before it, or past it.
     c.from = i % 2 ? 0 : Between(0, filled);
     c.to = c.from + Between(1, filled + 70);
     CheckAttention(ops, c);
@@ -203,7 +258,7 @@ void CheckAttentions(const Ops& ops) {
   CheckAllExp(ops);
 }
 
-// Against a plain loop; ties, NaN and infinities included.
+// Argmax against a plain loop, with ties, NaN and infinities.
 void CheckArgmax(const Ops& ops) {
   for (int i = 0; i < 2000; ++i) {
     const int64_t n = Between(1, i % 4 ? 80 : 3000);

@@ -1,4 +1,4 @@
-// Norms and mixtures of experts, cut into tasks for a pool whose threads come late: against plain loops.
+// Norms and mixtures of experts, split into tasks for a pool whose threads start late, against plain loops.
 #include <algorithm>
 #include <vector>
 
@@ -14,7 +14,7 @@ using namespace precast;
 
 namespace {
 
-// One piece as it must come out, without residual.
+// The expected result of one piece, without residual.
 std::vector<double> Normed(const float* x, int64_t n, const Floats& weight, const Floats* bias, double eps) {
   double mean = 0, squares = 0;
   for (int64_t i = 0; i < n && bias != nullptr; ++i) mean += x[i] / static_cast<double>(n);
@@ -30,8 +30,15 @@ void CheckNorm(Team& team, int64_t rows, int64_t pieces, int64_t n, bool biased,
   const int64_t width = pieces * n;
   Floats x = Floats::Normal(rows * width), residual = Floats::Normal(rows * width), y(rows * width, NAN);
   Floats weight = Floats::Normal(n), bias = Floats::Normal(n);
-  RunNorm(team, {rows, width, n, x.get(), weight.get(), biased ? bias.get() : nullptr,
-                 added ? residual.get() : nullptr, 0.25f, y.get()});
+  RunNorm(team, {.rows = rows,
+                 .width = width,
+                 .piece = n,
+                 .x = x.get(),
+                 .weight = weight.get(),
+                 .bias = biased ? bias.get() : nullptr,
+                 .residual = added ? residual.get() : nullptr,
+                 .eps = 0.25f,
+                 .y = y.get()});
   for (int64_t at = 0; at < rows * width; at += n) {
     const std::vector<double> expected = Normed(x.get() + at, n, weight, biased ? &bias : nullptr, 0.25);
     for (int64_t i = 0; i < n; ++i)
@@ -39,7 +46,7 @@ void CheckNorm(Team& team, int64_t rows, int64_t pieces, int64_t n, bool biased,
   }
 }
 
-// Weights of all experts, one behind the other; those that nobody may read are poisoned.
+// The weights of all experts, one after another. Weights that the call must not read are poisoned.
 struct ExpertStack {
   ExpertStack(Format format, int64_t count, int64_t outs, int64_t in)
       : all(Make(format, count, outs, in)), values(count * all[0].values.size), scale(count * all[0].scale.size),
@@ -50,16 +57,13 @@ struct ExpertStack {
       Copy(all[static_cast<size_t>(i)].minimum, i, minimum);
     }
   }
-  Weight At(int64_t i) const {
-    Weight w = all[0].View();
-    w.values = values.get() + i * all[0].values.size;
-    if (w.scale != nullptr) w.scale = scale.get() + i * all[0].scale.size;
-    if (w.minimum != nullptr) w.minimum = minimum.get() + i * all[0].minimum.size;
-    return w;
-  }
-  ExpertWeights View() const {
-    const auto count = static_cast<int64_t>(all.size());
-    return {At(0), At(count - 1), count};
+  WeightStack View() const {
+    const Weights& one = all[0];
+    WeightStack stack = {.format = one.format, .outs = one.outs};
+    stack.values = {.base = reinterpret_cast<const char*>(values.get()), .stride = one.values.size};
+    if (one.packed) stack.scale = {.base = scale.get(), .stride = one.scale.size};
+    if (one.format == Format::kInt4) stack.minimum = {.base = minimum.get(), .stride = one.minimum.size};
+    return stack;
   }
   void Allow(int64_t i, bool readable) const {
     Allow(values, i, readable), Allow(scale, i, readable), Allow(minimum, i, readable);
@@ -97,7 +101,7 @@ struct Mixture {
   Gate gate;
 };
 
-// What each expert counts for in a row, zero if it is not chosen.
+// The share of each expert in a row, zero for experts that the row did not choose.
 std::vector<double> SharesOf(const float* scores, const Mixture& m) {
   std::vector<double> shares;
   double total = 0, kept = 0;
@@ -112,7 +116,7 @@ std::vector<double> SharesOf(const float* scores, const Mixture& m) {
   return shares;
 }
 
-// A product, and the sum of its terms' sizes, of which a rounding of x loses a part.
+// A product, and the sum of the magnitudes of its terms, to which the rounding error of x is proportional.
 struct Product {
   double value, size;
 };
@@ -132,24 +136,42 @@ void CheckExperts(Team& team, Arena& linear, Arena& own, Format format, const Mi
   const ExpertStack gates(format, count, m.ff, D), ups(format, count, m.ff, D), downs(format, count, D, m.ff);
   Floats x = Floats::Normal(m.rows * D), norm = Floats::Normal(D), residual = Floats::Normal(m.rows * D);
   Floats scores = Floats::Normal(m.rows * m.experts), y(m.rows * D, NAN);
-  // Equal scores, of which the first are taken.
+  // Equal scores: the first experts win.
   for (int64_t e = 0; e < m.experts && m.rows > 2; ++e) scores[2 * m.experts + e] = 0.5f;
   std::vector<std::vector<double>> shares;
   for (int64_t r = 0; r < m.rows; ++r) shares.push_back(SharesOf(scores.get() + r * m.experts, m));
   const auto allow = [&](bool all) {
     for (int64_t i = 0; i < count; ++i) {
-      const auto chosen = [&](const auto& row) { return i / m.experts == kLayer && row[static_cast<size_t>(i % m.experts)] > 0; };
+      const auto chosen = [&](const auto& row) {
+        return i / m.experts == kLayer && row[static_cast<size_t>(i % m.experts)] > 0;
+      };
       const bool readable = all || std::any_of(shares.begin(), shares.end(), chosen);
       gates.Allow(i, readable), ups.Allow(i, readable), downs.Allow(i, readable);
     }
   };
   allow(false);
   RunExperts(team, linear, own,
-             {m.rows, D, m.ff, m.experts, m.chosen, kLayer * m.experts, x.get(), scores.get(),
-              m.norm ? norm.get() : nullptr, m.residual ? residual.get() : nullptr, 0.25f, m.renormalised, m.gate,
-              gates.View(), ups.View(), downs.View(), y.get()});
+             {.rows = m.rows,
+              .width = D,
+              .ff = m.ff,
+              .experts = m.experts,
+              .chosen = m.chosen,
+              .first = kLayer * m.experts,
+              .x = x.get(),
+              .scores = scores.get(),
+              .norm = m.norm ? norm.get() : nullptr,
+              .residual = m.residual ? residual.get() : nullptr,
+              .eps = 0.25f,
+              .renormalised = m.renormalised,
+              .gate = m.gate,
+              .gates = gates.View(),
+              .ups = ups.View(),
+              .downs = downs.View(),
+              .y = y.get()});
   allow(true);
-  const double lost = format == Format::kInt4 && m.rows > kFewRows ? 0.1 : format == Format::kInt8 || format == Format::kInt4 ? 4e-3 : 2e-4;
+  const double lost = format == Format::kInt4 && m.rows > kFewRows         ? 0.1
+                      : format == Format::kInt8 || format == Format::kInt4 ? 4e-3
+                                                                           : 2e-4;
   for (int64_t r = 0; r < m.rows; ++r) {
     std::vector<double> row(x.get() + r * D, x.get() + (r + 1) * D), sums(row.size(), 0), sizes(row.size(), 0);
     if (m.norm) row = Normed(x.get() + r * D, D, norm, nullptr, 0.25);
@@ -162,13 +184,14 @@ void CheckExperts(Team& team, Arena& linear, Arena& own, Format format, const Mi
         const Product gate = Dot(gates.all[at], f, row), up = Dot(ups.all[at], f, row);
         const double opened = GateOf(m.gate, gate.value);
         gated.push_back(opened * up.value);
-        // What is lost of one is multiplied by the other, however small their product is. No gate is steeper than 1.2.
+        // The error of each factor is multiplied by the other factor. No gate is steeper than 1.2.
         size.push_back(std::fabs(opened) * up.size + 1.2 * gate.size * std::fabs(up.value));
       }
       const double most = *std::max_element(size.begin(), size.end());
       for (int64_t d = 0; d < D; ++d) {
         sums[static_cast<size_t>(d)] += share * Dot(downs.all[at], d, gated).value;
-        for (int64_t f = 0; f < m.ff; ++f) sizes[static_cast<size_t>(d)] += share * std::fabs(downs.all[at].At(d, f)) * most;
+        for (int64_t f = 0; f < m.ff; ++f)
+          sizes[static_cast<size_t>(d)] += share * std::fabs(downs.all[at].At(d, f)) * most;
       }
     }
     for (int64_t d = 0; d < D; ++d)
@@ -177,7 +200,7 @@ void CheckExperts(Team& team, Arena& linear, Arena& own, Format format, const Mi
   }
 }
 
-// Scores that are not numbers must not choose what does not exist.
+// Scores that are NaN or infinite must not choose an expert that does not exist.
 void CheckOddScores(Team& team, Arena& linear, Arena& own) {
   const ExpertStack gates(Format::kFloat32, 3, 5, 4), ups(Format::kFloat32, 3, 5, 4), downs(Format::kFloat32, 3, 4, 5);
   for (float odd : {NAN, INFINITY, -INFINITY})
@@ -185,8 +208,24 @@ void CheckOddScores(Team& team, Arena& linear, Arena& own) {
       for (int64_t at : {0, 2}) {
         Floats x = Floats::Normal(8), scores(6, 0.0f), y(8);
         scores[3 + at] = odd;
-        RunExperts(team, linear, own, {2, 4, 5, 3, chosen, 0, x.get(), scores.get(), nullptr, nullptr, 0.0f, true,
-                                       Gate::kSilu, gates.View(), ups.View(), downs.View(), y.get()});
+        RunExperts(team, linear, own,
+                   {.rows = 2,
+                    .width = 4,
+                    .ff = 5,
+                    .experts = 3,
+                    .chosen = chosen,
+                    .first = 0,
+                    .x = x.get(),
+                    .scores = scores.get(),
+                    .norm = nullptr,
+                    .residual = nullptr,
+                    .eps = 0.0f,
+                    .renormalised = true,
+                    .gate = Gate::kSilu,
+                    .gates = gates.View(),
+                    .ups = ups.View(),
+                    .downs = downs.View(),
+                    .y = y.get()});
         for (int64_t d = 0; d < 4; ++d)
           if (!std::isfinite(y[d]) || std::isfinite(y[4 + d]) != (odd == -INFINITY)) Fail("odd scores", y[4 + d], odd);
       }
@@ -209,7 +248,7 @@ void CheckNormsAndExperts(xla::ffi::ThreadPool& pool) {
     CheckExperts(team, linear, own, format, {40, 66, 20, 5, 1, false, true, false, Gate::kGeluTanh});
     CheckExperts(team, linear, own, format, {5, 18, 40, 3, 3, true, false, true, Gate::kSilu});
   }
-  // Rows shared out, and experts that no row chooses.
+  // Rows split among threads, and experts that no row chooses.
   CheckExperts(team, linear, own, Format::kFloat32, {140, 66, 6, 30, 3, true, true, true, Gate::kSilu});
   CheckOddScores(team, linear, own);
 }

@@ -1,4 +1,4 @@
-// The operations of a linear call, each by itself.
+// The operations of a linear call, one by one.
 #include "check.h"
 
 using namespace precast;
@@ -20,7 +20,7 @@ Weights::Weights(Format kind, int64_t o, int64_t i)
   }
   for (int64_t row = 0; packed && row < outs; ++row)
     for (int64_t k = 0; k < pad; k += kGroup) {
-      // From zero over what is not normal up to about 1; of either sign.
+      // From zero through subnormal halves up to about 1; minima of either sign.
       scale[Shared(row, k)] = static_cast<uint16_t>(Between(0, 9) ? Between(0, 0x3bff) : Between(0, 0x7ff));
       minimum[Shared(row, k)] = static_cast<uint16_t>(Between(0, 0x3fff) | Between(0, 1) << 15);
     }
@@ -43,15 +43,15 @@ double Weights::Whole(int64_t o, int64_t k) const {
 }
 
 double GateOf(Gate gate, double x) {
-  // 1 + tanh(u) is 2 / (1 + exp(-2u)), which loses nothing far below zero.
+  // 1 + tanh(u) = 2 / (1 + exp(-2u)), which keeps its precision far below zero.
   const double u = 0.79788456080286535588 * (x + 0.044715 * x * x * x);
   return x / (1 + std::exp(gate == Gate::kSilu ? -x : -2 * u));
 }
 
 namespace {
 
-// Rows of activations in buffers of exactly their sizes, and only those that products of the format read: few rows of
-// int4 as two bytes, many as one with a scale a group.
+// Rows of activations in buffers of their exact sizes. Only the arrays that the format's products read exist: for int4,
+// few rows have two bytes, many rows one byte and a scale per group.
 struct Rows {
   Rows(const Ops& ops, const Floats& x, int64_t rows, int64_t in, Format format, bool few)
       : pad((in + kGroup - 1) / kGroup * kGroup), int4(format == Format::kInt4), bytes_only(int4 && !few),
@@ -59,26 +59,35 @@ struct Rows {
         bytes(bytes_only ? rows * pad : 0, -77), scale(bytes_only ? 0 : rows),
         group_scale(bytes_only ? rows * pad / kGroup : 0), sum(int4 ? rows * pad / kGroup : 0) {
     const auto some = [](auto& array) { return array.size == 0 ? nullptr : array.get(); };
-    view = {some(q), some(high), some(low), bytes_only ? nullptr : scale.get(), bytes_only ? bytes.get() : nullptr,
-            bytes_only ? group_scale.get() : nullptr, int4 ? sum.get() : nullptr, pad};
+    view = {some(q),
+            some(high),
+            some(low),
+            bytes_only ? nullptr : scale.get(),
+            bytes_only ? bytes.get() : nullptr,
+            bytes_only ? group_scale.get() : nullptr,
+            int4 ? sum.get() : nullptr,
+            pad};
     if (!bytes_only) view.q = q.get();
     for (int64_t row = rows; row-- > 0;) {
-      Floats own(in);  // so that nothing behind a row can be read
+      Floats own(in);  // a separate buffer, so that a read past the row is caught
       std::memcpy(own.get(), x.get() + row * in, static_cast<size_t>(in) * sizeof(float));
       ops.linear.quantize(own.get(), in, row, view);
     }
     for (int64_t i = 0; i < rows * pad; ++i) {
       const int64_t row = i / pad, k = i % pad;
       const double unit = Scale(row, k);
-      if (k >= in) Near("quantised padding", Whole(row, k), 0, 0);
-      else if (Finite(row)) Near("quantised", At(row, k), x[row * in + k], 0.505 * unit + 1e-30);
+      if (k >= in)
+        Near("quantised padding", Whole(row, k), 0, 0);
+      else if (Finite(row))
+        Near("quantised", At(row, k), x[row * in + k], 0.505 * unit + 1e-30);
       if (high.size > 0) Near("high and low byte", high[i] * 256 + low[i], q[i], 0);
     }
     for (int64_t g = 0; g < sum.size; ++g) {
       double total = 0;
       for (int64_t k = 0; k < kGroup; ++k) total += bytes_only ? bytes[g * kGroup + k] : q[g * kGroup + k];
       if (bytes_only) total *= group_scale[g];
-      if (Finite(g * kGroup / pad) && std::fabs(total) < 3e38) Near("sum of a group", sum[g], total, 2 * kUnit * std::fabs(total));
+      if (Finite(g * kGroup / pad) && std::fabs(total) < 3e38)
+        Near("sum of a group", sum[g], total, 2 * kUnit * std::fabs(total));
     }
   }
   double Whole(int64_t row, int64_t k) const { return bytes_only ? bytes[row * pad + k] : q[row * pad + k]; }
@@ -94,7 +103,7 @@ struct Rows {
   QuantizedRows view;
 };
 
-// Rows [row, row + rows) of more, times outputs [from, from + outs) of more; results lie `gap` apart.
+// Rows [row, row + rows) times outputs [from, from + outs) of larger arrays; rows of results are `gap` floats apart.
 void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64_t outs, int64_t gap, bool few) {
   const bool packed = format == Format::kInt8 || format == Format::kInt4;
   const int64_t row = Between(0, 2), from = packed ? kPanel * Between(0, 2) : Between(0, 5);
@@ -113,13 +122,14 @@ void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64
     for (int64_t k = 0; k < in; ++k) {
       const double a = packed ? quantized.At(row + r, k) : x[(row + r) * in + k];
       sum += a * w.At(from + o, k);
-      size += std::fabs(a) * (std::fabs(w.Scale(from + o, k) * w.Whole(from + o, k)) + std::fabs(w.Minimum(from + o, k)));
+      size +=
+          std::fabs(a) * (std::fabs(w.Scale(from + o, k) * w.Whole(from + o, k)) + std::fabs(w.Minimum(from + o, k)));
     }
     Near("product", y[i], sum, (static_cast<double>(in) / 4 + 16) * kUnit * size + 1e-37);
   }
 }
 
-// Root mean square normalisation; with a bias, of numbers less their mean.
+// RMSNorm; with a bias, LayerNorm.
 void CheckNormalize(const Ops& ops, int64_t n, bool biased) {
   Floats x = Floats::Normal(n), weight = Floats::Normal(n), bias = Floats::Normal(n), y(n);
   ops.linear.normalize(x.get(), weight.get(), biased ? bias.get() : nullptr, 1e-3f, n, y.get());
@@ -131,7 +141,8 @@ void CheckNormalize(const Ops& ops, int64_t n, bool biased) {
   for (int64_t i = 0; i < n; ++i) {
     const double terms = std::fabs(x[i] - mean) + (biased ? std::fabs(x[i]) + size : 0);
     Near("normed", y[i], (x[i] - mean) * scale * weight[i] + (biased ? bias[i] : 0),
-         (terms * scale * std::fabs(weight[i]) + (biased ? std::fabs(bias[i]) : 0)) * (static_cast<double>(n) / 4 + 16) * kUnit);
+         (terms * scale * std::fabs(weight[i]) + (biased ? std::fabs(bias[i]) : 0)) *
+             (static_cast<double>(n) / 4 + 16) * kUnit);
   }
 }
 
@@ -147,14 +158,14 @@ void CheckAddAndGate(const Ops& ops, int64_t n) {
         ops.linear.gate(gate, alone ? nullptr : a.get(), n, y.get());
         for (int64_t i = 0; i < n; ++i) {
           const double x = before[i] * scale, expected = GateOf(gate, x) * (alone ? 1.0f : a[i]);
-          // GELU's exponent is a polynomial, whose rounding counts as often as it is large.
+          // The exponent of GELU is a polynomial; its rounding error grows with its magnitude.
           const double exponent = gate == Gate::kSilu ? std::fabs(x) : 2 * std::fabs(x + 0.05 * x * x * x);
           Near("gated", y[i], expected, std::fabs(expected) * (exponent * 8 + 40) * kUnit + 1e-33);
         }
       }
 }
 
-// Rows that are not finite or next to nothing, in vectors and in what is left of them.
+// Rows with NaN, infinities or tiny numbers, in whole and in partial vectors.
 void CheckOddRows(const Ops& ops) {
   for (int64_t in : {1, 5, 32, 37, 64})
     for (float value : {NAN, INFINITY, -INFINITY, 0.0f, 1e-35f, 1e-42f, 3e38f})
@@ -175,7 +186,7 @@ void CheckLinearOps(const Ops& ops) {
       for (int64_t rows = 1; rows <= 9; ++rows)
         CheckProduct(ops, format, rows, in, in > 99 ? Between(1, 9) : Between(1, 50), rows % 3, rows <= kFewRows);
     CheckProduct(ops, format, 130, 33, 17, 0, false);
-    // What is left of many rows.
+    // The remaining rows of many.
     for (int64_t rows = 1; rows <= kFewRows; ++rows) CheckProduct(ops, format, rows, 70, 33, 2, false);
   }
   for (int64_t n = 1; n <= 70; ++n) {

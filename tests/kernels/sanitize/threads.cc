@@ -1,5 +1,5 @@
-// Teams of a pool whose threads come late, under a sanitizer: each task runs once, is over when its loop is, its writes
-// are seen by the caller and by the next loop, and nothing of a loop is touched when its memory is gone.
+// Teams on a pool whose threads start late, under a sanitizer. Each task runs once and ends before its loop ends; the
+// caller and the next loop see its writes; no thread uses the memory of a loop that has ended.
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -15,11 +15,11 @@ namespace {
 using precast::Team;
 using xla::ffi::ThreadPool;
 
-// Counts in plain memory, freed with the body at once: a late thread that touched either would be caught.
+// Counts in plain memory, freed with the body after the loop, so that the sanitizer catches a late access to either.
 bool Loop(Team& team, int64_t tasks, bool slow) {
   auto counts = std::make_unique<std::vector<int>>(static_cast<size_t>(tasks));
   auto add = [&counts, tasks, slow](int64_t task) {
-    // The last ones take their time: some of them are still at work when no task is left to draw.
+    // The last tasks are slow: some still run when no task is left to take.
     if (slow && task + 8 >= tasks) std::this_thread::sleep_for(std::chrono::microseconds(40 * (task % 3)));
     ++(*counts)[static_cast<size_t>(task)];
   };
@@ -31,7 +31,7 @@ bool Loop(Team& team, int64_t tasks, bool slow) {
   return true;
 }
 
-// A team for several loops, of as many tasks each or of other numbers in between.
+// A team for several loops with different numbers of tasks.
 bool Loops(ThreadPool& pool, int64_t tasks, int loops, bool slow) {
   Team team(pool);
   for (int i = 0; i < loops; ++i)
@@ -39,7 +39,7 @@ bool Loops(ThreadPool& pool, int64_t tasks, int loops, bool slow) {
   return true;
 }
 
-// Every loop reads what the one before wrote, all of it by other threads in the other order.
+// Every loop reads the results of the previous loop, in reverse order.
 bool Chain(ThreadPool& pool, int64_t tasks, int loops) {
   Team team(pool);
   std::vector<int64_t> even(static_cast<size_t>(tasks), 1), odd(even);
@@ -50,7 +50,7 @@ bool Chain(ThreadPool& pool, int64_t tasks, int loops) {
       const auto at = static_cast<size_t>(task), other = static_cast<size_t>(tasks - 1 - task);
       to[at] = from[other] + 1;
     });
-    // The caller writes between the loops too, and helpers must see it.
+    // The caller also writes between the loops, and helpers must see its writes.
     for (int64_t& number : to) ++number;
   }
   for (const int64_t number : loops % 2 ? odd : even)
@@ -58,7 +58,7 @@ bool Chain(ThreadPool& pool, int64_t tasks, int loops) {
   return true;
 }
 
-// The caller is away between two loops for longer than helpers spin without yielding.
+// The caller pauses between two loops until helpers yield instead of spinning.
 bool Waiting(ThreadPool& pool) {
   Team team(pool);
   for (int i = 0; i < 3; ++i) {
@@ -68,7 +68,7 @@ bool Waiting(ThreadPool& pool) {
   return true;
 }
 
-// Two teams of one thread at a time, as a call from within a task would make them.
+// Two teams at once on one thread, as in a call from within a task.
 bool Nested(ThreadPool& pool) {
   Team outer(pool);
   Team inner(pool);
@@ -77,7 +77,7 @@ bool Nested(ThreadPool& pool) {
   return true;
 }
 
-// More loops than a lane has room to count.
+// More loops than the loop number of a lane can count.
 bool Many(ThreadPool& pool) {
   Team team(pool);
   int64_t sums[3] = {};
@@ -88,9 +88,11 @@ bool Many(ThreadPool& pool) {
   return true;
 }
 
-// A team that never has a loop, or none worth sharing, asks for no thread and leaves none behind.
+// A team without a loop, or with loops too small to split, schedules no thread.
 bool Unused(ThreadPool& pool) {
-  { Team team(pool); }
+  {
+    Team team(pool);
+  }
   Team team(pool);
   return Loop(team, 0, false) && Loop(team, 1, false) && pool.scheduled() == 0;
 }
@@ -101,7 +103,7 @@ int Check(bool ok, const char* what, int64_t threads, int64_t tasks) {
   return 1;
 }
 
-// What a task throws comes out of the loop, once no thread uses its body any more; the team is good for another.
+// The loop rethrows the exception of a task after all threads have left its body; the team can then run another loop.
 bool Throws(xla::ffi::ThreadPool& pool) {
   precast::Team team(pool);
   bool caught = false;
@@ -129,7 +131,7 @@ int main() {
     for (int repeat = 0; repeat < 15; ++repeat) {
       xla::ffi::ThreadPool pool(threads);
       if (!Throws(pool)) {
-        std::fprintf(stderr, "%d threads: what a task threw was lost\n", static_cast<int>(threads));
+        std::fprintf(stderr, "%d threads: the exception of a task was lost\n", static_cast<int>(threads));
         return 1;
       }
     }

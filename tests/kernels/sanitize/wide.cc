@@ -1,4 +1,5 @@
-// The source of the AVX-512 kernels, compiled for any CPU: its registers are emulated, its arithmetic is the same.
+// The source of the AVX-512 kernels compiled for any CPU: the compiler emulates the registers, the arithmetic is the
+// same.
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -9,22 +10,11 @@
 namespace precast {
 #define PRECAST_ISA 0
 namespace wide {
+constexpr char kName[] = "wide";
 constexpr int kWidth = 16;
 constexpr int kQuantRows = 6;
-#include "simd.inc"
-#include "int8.inc"
-#include "quantized.inc"
-#include "cache.inc"
-#include "panels.inc"
-#include "matmul.inc"
-#include "linear.inc"
-#include "attention.inc"
-#include "argmax.inc"
+#include "isa.inc"
 }  // namespace wide
 
-const Ops& WideOps() {
-  static constexpr Ops ops = {"wide", wide::kLinearOps, wide::StoreRows, wide::Attention, wide::MergeSpans,
-                              wide::Argmax};
-  return ops;
-}
+const Ops& WideOps() { return wide::kOps; }
 }  // namespace precast

@@ -1,5 +1,5 @@
-// Stands in for XLA's header: all that parallel.h uses, a pool, here one whose threads start late and out of step, or
-// one that is full, and then does as XLA's does: runs what it is given at once, on the thread that gives it.
+// A substitute for XLA's header with the pool that parallel.h uses. Its threads start late and at different times. A
+// full pool behaves like XLA's and runs a task at once, on the thread that schedules it.
 #pragma once
 
 #include <chrono>
@@ -21,7 +21,7 @@ class ThreadPool {
   int64_t scheduled() const { return scheduled_; }
 
   void Schedule(std::function<void()> task) {
-    // None, 50, 100 or 150 microseconds later: often when the loop it was to help with has long ended.
+    // A delay of 0, 50, 100 or 150 microseconds, so that many threads start after their loop has ended.
     const auto delay = std::chrono::microseconds(50 * (scheduled_++ % 4));
     if (full_) return task();
     running_.emplace_back([task = std::move(task), delay] {

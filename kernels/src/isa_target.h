@@ -1,0 +1,20 @@
+// Macros that compile part of a file for more instruction sets than the rest: PRECAST_BEGIN_TARGET("avx2,fma") …
+// PRECAST_END_TARGET. Headers come before, so that their code runs on any CPU.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "ops.h"
+
+#define PRECAST_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define PRECAST_BEGIN_TARGET(features) \
+  PRECAST_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define PRECAST_END_TARGET PRECAST_PRAGMA(clang attribute pop)
+#else
+#define PRECAST_BEGIN_TARGET(features) PRECAST_PRAGMA(GCC push_options) PRECAST_PRAGMA(GCC target(features))
+#define PRECAST_END_TARGET PRECAST_PRAGMA(GCC pop_options)
+#endif
