@@ -6,11 +6,50 @@ does anything else with the proxies fails here; `xla_ops.layer_loop` can run suc
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from .ops import ExpertsCall, LayerOps, LayerStack, LinearCall, NormCall
 
 GATES = ("", "silu", "gelu_tanh")
-_LINEAR, _ATTENTION, _NORM, _EXPERTS = range(4)
+STEP_INTEGERS = 8
+
+
+# The codes have the fields of kernels/src/step_codes.h, which documents them.
+class LinearCode(NamedTuple):
+    x: int
+    residual: int
+    has_norm: int
+    has_bias: int
+    gate: int
+    weights: int
+
+
+class AttentionCode(NamedTuple):
+    q: int
+    k: int
+    v: int
+
+
+class NormCode(NamedTuple):
+    x: int
+    residual: int
+    width: int
+    has_bias: int
+
+
+class ExpertsCode(NamedTuple):
+    x: int
+    scores: int
+    residual: int
+    has_norm: int
+    gate: int
+    experts: int
+    chosen: int
+
+
+Code = LinearCode | AttentionCode | NormCode | ExpertsCode
+# The kind of a step is the place of its code.
+CODES: tuple[type[Code], ...] = (LinearCode, AttentionCode, NormCode, ExpertsCode)
 
 
 @dataclass(frozen=True)
@@ -37,7 +76,7 @@ class Proxy:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """A layer in the form of attributes and operands of ``precast.layers``; see kernels/src/layers_ffi.cc.
+    """A layer in the form of attributes and operands of ``precast.layers``; see kernels/src/step_codes.h.
 
     Attributes:
         codes: eight integers for each step.
@@ -74,21 +113,33 @@ class _Recorder:
         self._values += 1
         return Proxy(self._values - 1, shape)
 
-    def _add_step(self, code: tuple[int, ...], numbers: tuple[float, float]) -> None:
-        self.codes += [*code, *[0] * (8 - len(code))]
+    def _add_step(self, code: Code, numbers: tuple[float, float]) -> None:
+        integers = (CODES.index(type(code)), *code)
+        self.codes += [*integers, *[0] * (STEP_INTEGERS - len(integers))]
         self.numbers += numbers
 
     def project(self, x: Proxy, call: LinearCall) -> list[Proxy]:
-        values = _values(x, call.residual)
-        flags = (call.norm is not None, bool(call.biases), GATES.index(call.gate), len(call.weights))
-        self._add_step((_LINEAR, *values, *map(int, flags)), (call.eps, 0.0))
+        code = LinearCode(
+            x=_value(x),
+            residual=_value_or_none(call.residual),
+            has_norm=int(call.norm is not None),
+            has_bias=int(bool(call.biases)),
+            gate=GATES.index(call.gate),
+            weights=len(call.weights),
+        )
+        self._add_step(code, (call.eps, 0.0))
         self.outs += call.outs
         self.calls.append(call)
         return [self._add_value((self._rows, n)) for n in call.results]
 
     def normalize(self, x: Proxy, call: NormCall) -> Proxy:
-        values = _values(x, call.residual)
-        self._add_step((_NORM, *values, call.width, int(call.bias is not None)), (call.eps, 0.0))
+        code = NormCode(
+            x=_value(x),
+            residual=_value_or_none(call.residual),
+            width=call.width,
+            has_bias=int(call.bias is not None),
+        )
+        self._add_step(code, (call.eps, 0.0))
         self.calls.append(call)
         return self._add_value(x.shape)
 
@@ -98,28 +149,35 @@ class _Recorder:
             raise TypeError(
                 f"expected attention heads {self._stack.heads}, found {[a.shape[-2:] for a in (q, k, v)]}"
             )
-        self._add_step((_ATTENTION, q.value, k.value, v.value), (self._stack.scale, self._stack.soft_cap))
+        code = AttentionCode(q=q.value, k=k.value, v=v.value)
+        self._add_step(code, (self._stack.scale, self._stack.soft_cap))
         return self._add_value(q.shape)
 
     def mix(self, x: Proxy, scores: Proxy, call: ExpertsCall) -> Proxy:
-        values = _values(x, scores, call.residual)
-        routing = (
-            int(call.norm is not None),
-            GATES.index(call.activation),
-            call.experts,
-            call.experts_per_token,
+        code = ExpertsCode(
+            x=_value(x),
+            scores=_value(scores),
+            residual=_value_or_none(call.residual),
+            has_norm=int(call.norm is not None),
+            gate=GATES.index(call.activation),
+            experts=call.experts,
+            chosen=call.experts_per_token,
         )
-        self._add_step((_EXPERTS, *values, *routing), (call.eps, float(call.renormalised)))
+        self._add_step(code, (call.eps, float(call.renormalised)))
         self.outs.append(call.ff_width)
         self.calls.append(call)
         return self._add_value(x.shape)
 
 
-def _values(*arrays: object) -> tuple[int, ...]:
-    """Return the numbers of values, −1 for None."""
-    if not all(isinstance(a, Proxy | None) for a in arrays):
+def _value(array: object) -> int:
+    if not isinstance(array, Proxy):
         raise TypeError("a layer's step takes only the layer's input and the results of other steps")
-    return tuple(-1 if a is None else a.value for a in arrays)  # type: ignore[attr-defined]
+    return array.value
+
+
+def _value_or_none(array: object) -> int:
+    """Return the number of a value, −1 for None."""
+    return -1 if array is None else _value(array)
 
 
 def record(stack: LayerStack, shape: tuple[int, ...]) -> Steps:

@@ -56,7 +56,7 @@ BAD_ATTENTION = {
         {"slots": (2, 3)},
         "sequence 1 in slot 3 with start 0 and length 3 does not fit 3 slots",
     ),
-    "slot negative": ({"slots": (-1, 0)}, "sequence 0 in slot -1,"),
+    "slot negative": ({"slots": (-1, 0)}, "sequence 0 in slot -1 with start 5"),
     "slot twice": ({"slots": (2, 2)}, "two sequences in slot 2"),
     "start negative": ({"starts": (5, -1)}, "start -1 and length 3 does not fit"),
     "behind the capacity": ({"starts": (6, 0)}, "start 6 and length 4 does not fit 3 slots of 9 positions"),
