@@ -56,7 +56,7 @@ def with_defaults(model: Model, folder: Path) -> Model:
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=identity)
-def test_the_answer_is_transformers(record, script, model, tmp_path):
+def test_the_answer_is_that_of_transformers(record, script, model, tmp_path):
     script.write_checkpoint(tmp_path / "model", record["said"], in_config=record["in_config"])
     found = with_defaults(model, tmp_path / "model").generate(script.PROMPT)
     assert list(found.token_ids) == record["tokens"]
@@ -78,6 +78,6 @@ def test_every_applied_key_has_a_case():
 
 
 @pytest.mark.parametrize("record", [r for r in RECORDS if not r["in_config"]], ids=identity)
-def test_transformers_still_says_so(one_thread, record, script, tmp_path):
+def test_transformers_still_gives_the_recorded_answers(one_thread, record, script, tmp_path):
     script.write_checkpoint(tmp_path / "model", record["said"], in_config=False)
     assert script.answer(tmp_path / "model")[0] == record["tokens"]

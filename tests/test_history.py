@@ -1,4 +1,4 @@
-"""Artifacts of the past (`tests/golden/`): each answers as it did when it was made, or is refused by its version."""
+"""Artifacts of earlier formats (`tests/golden/`): each gives its recorded answers, or is refused by its version."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from precast.loaders.locate import read_manifest
 HERE = Path(__file__).resolve().parent
 FOLDERS = sorted(p for p in (HERE / "golden").iterdir() if (p / "manifest.json").is_file())
 NAME = re.compile(r"(\d{4}-\d{2}-\d{2})-format-(\d+)")
-# No artifact in a repository should be larger, all its files together.
+# Limit for all files of an artifact in the repository.
 LARGEST = 150_000
 
 
@@ -35,7 +35,7 @@ def readable() -> list[Path]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_it_is_small_and_named_after_its_format(folder):
+def test_an_artifact_is_small_and_named_after_its_format(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["format_version"] == version_of(folder)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= LARGEST
@@ -43,8 +43,8 @@ def test_it_is_small_and_named_after_its_format(folder):
 
 @pytest.mark.parametrize("target", [None, "portable"])
 @pytest.mark.parametrize("folder", readable(), ids=lambda folder: folder.name)
-def test_what_is_read_answers_as_it_did(folder, target, own_cache):
-    """By its executables where they fit this machine and jaxlib, and by its StableHLO, compiled here."""
+def test_supported_formats_give_their_recorded_answers(folder, target, own_cache):
+    """Test the executables if they match this machine and jaxlib, and the StableHLO, compiled here."""
     target = next(
         (t.name for t in read_manifest(folder).targets if target and t.runtime == "stablehlo"), None
     )
@@ -53,7 +53,7 @@ def test_what_is_read_answers_as_it_did(folder, target, own_cache):
     assert answers
     for answer in answers:
         expected = tuple(answer["token_ids"])
-        if expected:  # none, where the first token was a tie
+        if expected:  # empty if the first token was a tie
             params = SamplingParams(ignore_eos=True, max_tokens=len(expected))
             assert model.generate(answer["prompt_token_ids"], params).token_ids == expected
 
@@ -61,7 +61,7 @@ def test_what_is_read_answers_as_it_did(folder, target, own_cache):
 @pytest.mark.parametrize(
     "folder", [f for f in FOLDERS if f not in readable()], ids=lambda folder: folder.name
 )
-def test_what_is_not_read_is_refused_by_its_version(folder):
+def test_unsupported_formats_are_refused_by_version(folder):
     with pytest.raises(PrecastError) as raised:
         load(folder, allow_compile=True)
     version = version_of(folder)
@@ -72,8 +72,8 @@ def test_what_is_not_read_is_refused_by_its_version(folder):
     )
 
 
-def test_every_format_has_an_artifact_here_and_a_row_in_the_history():
-    """Who changes the format writes the row, and makes the artifact with tests/golden/make.py."""
+def test_every_format_has_an_artifact_and_a_row_in_the_history():
+    """A change of the format needs both; tests/golden/make.py makes the artifact."""
     versions = list(range(1, FORMAT_VERSION + 1))
     assert sorted(map(version_of, FOLDERS)) == versions
     page = (HERE.parent / "artifacts" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Ctrl-C: one word and 130 at any moment, and nothing half done. This is a short run of `make interrupt`."""
+"""Ctrl-C: one word, exit code 130 and no partial files at any moment. This is a short run of `make interrupt`."""
 
 import json
 import os
@@ -59,7 +59,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_one_word_wherever_it_comes(moment, tmp_path):
+def test_an_interrupt_prints_one_word_at_any_moment(moment, tmp_path):
     (tmp_path / "slow.py").write_text("import __main__\n__main__.now()")
     assert interrupted(READY + MOMENTS[moment], tmp_path) == (130, b"", WORD)
 
@@ -74,14 +74,14 @@ LONG = {
 
 
 @pytest.mark.parametrize("work", LONG)
-def test_compiled_code_that_takes_long_is_not_waited_for(work, tmp_path):
-    """It would run for half an hour without checking for signals."""
+def test_an_interrupt_does_not_wait_for_long_compiled_code(work, tmp_path):
+    """Such code can run for half an hour without checking for signals."""
     (tmp_path / "file").write_text("")
     assert interrupted(READY + LONG[work], tmp_path / "file") == (130, b"", WORD)
     assert os.listdir(tmp_path) == ([] if "block" in work else ["file"])
 
 
-def test_an_interrupt_that_was_answered_ends_nothing_later(tmp_path):
+def test_a_handled_interrupt_does_not_end_the_process_later(tmp_path):
     code = READY + (
         "try:\n with interrupt.raise_on_interrupt(): now()\nexcept KeyboardInterrupt: pass\n"
         "time.sleep(2)\nprint('still here')"
@@ -107,14 +107,14 @@ WORK = {
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_nothing_is_left_behind(work, tmp_path):
+def test_an_interrupt_leaves_nothing_behind(work, tmp_path):
     assert interrupted(READY + BLOCKS + WORK[work], tmp_path) == (130, b"", WORD)
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("before", ["write_programs", "replace_manifest", None])
-def test_a_target_that_is_being_added_is_not_there(before, artifact_copy):
-    """After an interrupt before any step or after the last, the artifact is whole, with nothing extra in it."""
+def test_an_interrupted_add_target_leaves_the_artifact_whole(before, artifact_copy):
+    """After an interrupt before any step or after the last, the artifact is complete and has no extra files."""
     code = f"""
 from precast.loaders import target_files as t
 from precast.loaders.locate import read_manifest
@@ -144,13 +144,13 @@ with t.lock(root, print) as handle:
     assert unlisted_files(artifact_copy, manifest.files) == []
 
 
-def test_who_ignores_it_goes_on_ignoring_it():
-    """nohup ignores it, and so does a shell for background jobs."""
+def test_an_ignored_signal_stays_ignored():
+    """nohup ignores SIGINT, and so do shells for background jobs."""
     code = READY.replace("time.sleep(60)", "time.sleep(1)") + "now()\nprint('done')"
     assert interrupted(code, ignored=True) == (0, b"done\n", b"")
 
 
-def test_a_terminal_that_is_in_use_gets_python_s_own_exception():
+def test_raise_on_interrupt_raises_keyboard_interrupt():
     code = (
         READY
         + "try:\n with interrupt.raise_on_interrupt(): now()\nexcept KeyboardInterrupt: print('put right')\nnow()"
@@ -167,7 +167,7 @@ def test_a_terminal_that_is_in_use_gets_python_s_own_exception():
     assert process.returncode == 130
 
 
-def test_a_host_keeps_its_own_handler():
+def test_a_host_process_keeps_its_own_handler():
     before = signal.getsignal(signal.SIGINT)
     import precast.cli
     import precast.start  # noqa: F401
@@ -177,7 +177,7 @@ def test_a_host_keeps_its_own_handler():
     assert interrupt._CLEAN_UPS == []
 
 
-def test_a_second_one_does_not_stop_the_tidying(tmp_path):
+def test_a_second_interrupt_does_not_stop_the_clean_up(tmp_path):
     code = READY + (
         "import os, signal\n"
         "def undo():\n os.kill(os.getpid(), signal.SIGINT); time.sleep(0.2); Path(sys.argv[1]).unlink()\n"
@@ -188,7 +188,7 @@ def test_a_second_one_does_not_stop_the_tidying(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_what_cannot_be_undone_does_not_keep_the_rest_from_it(tmp_path):
+def test_a_failing_clean_up_does_not_stop_the_others(tmp_path):
     code = READY + (
         "with interrupt.on_interrupt(Path(sys.argv[1]).unlink), interrupt.on_interrupt(lambda: 1 / 0): now()"
     )
@@ -197,7 +197,7 @@ def test_what_cannot_be_undone_does_not_keep_the_rest_from_it(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_little_is_imported_before_it_is_ready(python):
+def test_little_is_imported_before_the_handler_is_installed(python):
     """Until then Python answers interrupts, and each further import extends that time."""
     code = (
         "import json, sys\nbefore = set(sys.modules)\nfrom precast.start import main\n"
@@ -217,7 +217,7 @@ def test_little_is_imported_before_it_is_ready(python):
 
 
 def test_a_child_ends_with_its_parent():
-    """However the parent ends, a child that tries or compiles programs must not continue alone."""
+    """A child that tries or compiles programs must not be orphaned, however the parent ends."""
     child = "import sys, time; from precast.loaders.compiling.child import ready; ready()"
     parent = (
         "import subprocess, sys, time\n"
@@ -242,8 +242,8 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_a_second_one_before_the_first_is_ignored_ends_the_process():
-    """As ``timeout -s INT`` sends two, to the process and to its group."""
+def test_a_second_interrupt_before_the_first_is_ignored_ends_the_process():
+    """``timeout -s INT`` sends two signals, one to the process and one to its group."""
     code = READY + (
         "import os, signal\n"
         "ignore = interrupt.ignore\n"

@@ -1,4 +1,4 @@
-"""The package from outside: typed, run as a module, and as a clone that is not installed."""
+"""The package from a user's point of view: typed, run as a module, and run from a clone without installation."""
 
 import shutil
 import subprocess
@@ -64,7 +64,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_types_reach_a_user_s_program(installed: Path, tmp_path: Path) -> None:
+def test_a_user_s_program_sees_the_types(installed: Path, tmp_path: Path) -> None:
     """mypy uses an installed package's types only if it finds py.typed."""
     (tmp_path / "user.py").write_text(USER)
     packages = tmp_path / "venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
@@ -102,7 +102,7 @@ def test_python_m_precast_is_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_checkout_on_the_path_does_not_break_transformers() -> None:
-    """It asks for a package called kernels, and takes this folder for it; its tokenizers need the answer."""
+    """transformers looks for a package named kernels, and finds this folder; its tokenizers depend on the result."""
     code = "import transformers; transformers.AutoTokenizer; import kernels; print(kernels.__file__)"
     result = run("-c", code, cwd=ROOT, HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Makes the small artifact of this folder that is named after today and the format version at hand.
+"""Make a small artifact in this folder, named after today's date and the current format version.
 
     python tests/golden/make.py [--date 2026-11-22] [--output tests/golden] [--bare]
 
@@ -36,7 +36,7 @@ LARGEST = 150_000
 
 
 def tokenizer_json() -> bytes:
-    """A token for each byte, and two more."""
+    """Return a tokenizer with a token for each byte and two more."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -94,24 +94,24 @@ def source() -> Any:
 
 
 def export_golden(folder: Path) -> None:
-    """Exports for every target that this precast makes by default; weights in half the bytes where it can."""
+    """Export the default targets, with bfloat16 weights if this format has them."""
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
     from precast.loaders.artifact.manifest import FORMAT_VERSION
 
-    # The first format knew float32 alone.
+    # Format 1 has only float32.
     weights = "bfloat16" if FORMAT_VERSION > 1 else "float32"
     export(source(), folder, ExportOptions(buckets=(8,), context=32, weights=weights))
 
 
 def strip(folder: Path) -> None:
-    """Leaves the executables out; the manifest still lists them."""
+    """Remove the executables; the manifest still lists them."""
     for path in folder.rglob("*.xla"):
         path.unlink()
 
 
 def make(output: Path, day: str, *, bare: bool = False) -> Path:
-    """Returns the folder that was made."""
+    """Make the artifact and return its folder."""
     from precast.loaders.artifact.manifest import FORMAT_VERSION
 
     folder = output / f"{day}-format-{FORMAT_VERSION}"

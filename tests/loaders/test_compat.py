@@ -1,4 +1,4 @@
-"""Which target runs on which machine: every mismatch named, alone and together."""
+"""Matching targets with machines: every mismatch is named, alone and together."""
 
 import dataclasses
 from itertools import permutations
@@ -84,7 +84,7 @@ def test_each_mismatch_alone(change, text):
     assert message.endswith("or compile from StableHLO with --compile.")
 
 
-def test_kernels_are_of_an_abi():
+def test_kernels_require_their_abi():
     text = "it calls kernels of ABI 0, but ABI 3 is installed"
     assert mismatches(dataclasses.replace(COMPILED, kernel_abi=0), MACHINE) == [text]
     assert mismatches(dataclasses.replace(COMPILED, kernel_abi=0, kernels=()), MACHINE) == []
@@ -114,13 +114,13 @@ def test_the_widest_target_that_fits_is_taken():
     assert "lacks (avx, avx2, avx512f); target 'cpu-x86_64-avx2': it uses" in text
 
 
-def test_of_equals_the_first_is_taken():
+def test_the_first_of_equal_targets_is_taken():
     twin = dataclasses.replace(COMPILED, name="twin")
     assert choose(twin, COMPILED) is twin
     assert choose(COMPILED, twin) is COMPILED
 
 
-def test_executables_go_before_a_savedmodel_and_that_before_compiling():
+def test_executables_rank_above_a_savedmodel_and_that_above_compiling():
     able = dataclasses.replace(MACHINE, tensorflow=True)
     for targets in permutations((PORTABLE, SAVED, NARROWER)):
         assert choose(*targets, machine=dataclasses.replace(able, features=("sse4.2",))) is NARROWER
@@ -128,14 +128,14 @@ def test_executables_go_before_a_savedmodel_and_that_before_compiling():
         assert choose(*targets, allow_compile=True).runtime == "stablehlo"
 
 
-def test_what_holds_no_stablehlo_is_not_compiled():
+def test_a_target_without_stablehlo_is_not_compiled():
     program = SimpleNamespace(stablehlo=None)
     bare = dataclasses.replace(COMPILED, jaxlib="9.9", programs=(program,))
     assert "it was compiled by jaxlib 9.9" in refusal(bare, allow_compile=True)
     assert choose(bare, PORTABLE, allow_compile=True) is PORTABLE
 
 
-def test_stablehlo_is_never_compiled_unasked():
+def test_stablehlo_is_compiled_only_on_request():
     wrong = dataclasses.replace(COMPILED, jaxlib="9.9")
     message = refusal(wrong, PORTABLE)
     assert "target 'cpu-x86_64-avx2': it was compiled by jaxlib 9.9, but 0.10.1 is installed" in message
@@ -143,15 +143,15 @@ def test_stablehlo_is_never_compiled_unasked():
     assert choose(wrong, PORTABLE, allow_compile=True).name == COMPILED.name
 
 
-def test_what_was_compiled_elsewhere_is_compiled_here_before_what_is_portable():
+def test_the_stablehlo_of_a_cpu_target_ranks_above_the_portable_target():
     wrong = dataclasses.replace(COMPILED, jaxlib="9.9", machine="riscv64", cpu_features=("warp",))
     chosen = choose(wrong, PORTABLE, allow_compile=True)
     assert (chosen.name, chosen.runtime) == (COMPILED.name, "stablehlo")
     assert mismatches(chosen, MACHINE) == []
-    # Kernels that are not there cannot be compiled either.
+    # A target with kernels that are not installed cannot be compiled either.
     other_abi = dataclasses.replace(wrong, kernel_abi=COMPILED.kernel_abi + 1)
     assert choose(other_abi, PORTABLE, allow_compile=True).name == PORTABLE.name
-    # An executable that fits goes before compiling, even where compiling is allowed.
+    # A matching executable ranks above compiling, even with permission to compile.
     assert choose(PORTABLE, allow_compile=True) == PORTABLE
     assert choose(COMPILED, PORTABLE, allow_compile=True) is COMPILED
 
@@ -172,7 +172,7 @@ def test_an_artifact_without_targets_is_refused():
     assert refusal(name="cpu") == refusal()
 
 
-def test_this_machine_is_what_it_is():
+def test_this_machine_is_described():
     assert processor_family() in ("x86_64", "aarch64")
     features = cpu_features()
     assert list(features) == sorted(set(features))

@@ -100,7 +100,7 @@ def test_which_targets_run_where(name):
 
 
 @pytest.mark.parametrize("name", CPUS)
-def test_what_a_default_export_makes_runs_wherever_jaxlib_does(name):
+def test_a_default_export_runs_wherever_jaxlib_does(name):
     assert chosen((target(isa.LEVELS["x86-64-v2"].features),), name) or name in WITHOUT_AVX
 
 
@@ -136,7 +136,7 @@ def test_an_export_on_any_cpu(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CPUS)
-def test_a_cpu_that_jaxlib_does_not_run_on_is_a_sentence(name, monkeypatch):
+def test_a_cpu_without_jaxlib_s_instructions_gets_an_error_message(name, monkeypatch):
     """The message replaces SIGILL at jaxlib's first instruction."""
 
     def refuse() -> None:
@@ -159,7 +159,7 @@ def test_a_cpu_that_jaxlib_does_not_run_on_is_a_sentence(name, monkeypatch):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_who_can_run_it_in_a_line(level):
+def test_the_line_about_machines_that_can_run_a_level(level):
     features = isa.LEVELS[level].features
     line = isa.audience("x86_64", features)
     assert f"({level})" in line

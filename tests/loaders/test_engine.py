@@ -15,7 +15,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def greedy(engine, cache, ids, count, *, slot=0) -> list[int]:
-    """Prefill and greedy decode of one slot, the others idle."""
+    """Prefill and decode one slot greedily; the others are idle."""
     step = engine.prefill(ids, cache, slot=slot)
     tokens = [int(step.token[0])]
     while len(tokens) < count:
@@ -26,12 +26,12 @@ def greedy(engine, cache, ids, count, *, slot=0) -> list[int]:
 
 
 def contents(cache) -> dict[str, np.ndarray]:
-    """A copy of the cache's arrays, [L, B, K, S, H]."""
+    """Return a copy of the cache's arrays, [L, B, K, S, H]."""
     return {name: pjrt.client().get(buffer).copy() for name, buffer in cache.buffers.items()}
 
 
 def assert_greedy(reference, ids, tokens) -> None:
-    """Every token is the reference's best one. Random weights make no ties, so none are forgiven."""
+    """Check that every token is the reference's argmax. Random weights make no ties, so none are allowed."""
     best = reference([*ids, *tokens]).argmax(-1)
     assert tokens == best[len(ids) - 1 : -1].tolist()
 
@@ -43,8 +43,8 @@ def test_every_prompt_length_answers_as_the_reference_does(tiny_model, reference
     assert_greedy(reference, ids, greedy(engine, engine.new_cache(), ids, count))
 
 
-def test_logits_are_the_reference_s_to_rounding(tiny_model, reference):
-    """Chunks, single steps and the last position of the cache; float32 sums in another order."""
+def test_logits_match_the_reference_up_to_rounding(tiny_model, reference):
+    """Test chunks, single steps and the last position; the order of float32 sums differs."""
     engine, ids = tiny_model.engine, prompt(CAPACITY, seed=1)
     expected = reference(ids)
     for length in (1, 7, 8, 9, 16, 17, 33, 63):
@@ -64,7 +64,7 @@ def test_the_token_of_a_step_is_the_best_of_its_logits(tiny_model):
 
 
 @pytest.mark.parametrize("cut", [1, 3, 8, 15])
-def test_a_prompt_in_pieces_is_the_prompt_in_one(tiny_model, cut):
+def test_a_prompt_in_pieces_equals_the_prompt_in_one(tiny_model, cut):
     engine, ids = tiny_model.engine, prompt(16)
     whole, pieces = engine.new_cache(), engine.new_cache()
     one = engine.logits(engine.prefill(ids, whole))
@@ -76,8 +76,8 @@ def test_a_prompt_in_pieces_is_the_prompt_in_one(tiny_model, cut):
         np.testing.assert_allclose(array[..., :16, :], second[name][..., :16, :], rtol=1e-4, atol=1e-4)
 
 
-def test_what_was_in_a_cache_behind_the_prompt_never_matters(tiny_model, reference):
-    """A longer, older sequence lies where the new one's padding and future are."""
+def test_old_contents_behind_the_prompt_have_no_effect(tiny_model, reference):
+    """An older, longer sequence fills the positions of the new one's padding and future."""
     engine, cache = tiny_model.engine, tiny_model.engine.new_cache()
     engine.prefill(prompt(60, seed=2), cache)
     for length in (1, 5, 8, 13, 20):
@@ -105,11 +105,11 @@ def test_start_and_slot_may_be_numpy_s_integers(slots_model, integer):
         engine.prefill(ids[:3], cache, start=of(0), slot=of(1))
         engine.prefill(ids[3:], cache, start=of(3), slot=of(1))
     for name, array in contents(ours).items():
-        # What lies behind the prompt, and in other slots, was never written.
+        # Positions behind the prompt and other slots were never written.
         np.testing.assert_array_equal(array[:, 1, :, :20], contents(theirs)[name][:, 1, :, :20])
 
 
-def test_start_and_slot_are_whole_numbers(tiny_model):
+def test_start_and_slot_must_be_integers(tiny_model):
     engine = tiny_model.engine
     for place in ({"start": 1.0}, {"slot": 0.0}):
         with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
@@ -119,7 +119,7 @@ def test_start_and_slot_are_whole_numbers(tiny_model):
 # --- slots --------------------------------------------------------------------------------------------------
 
 
-def test_sequences_decoded_together_answer_as_alone(slots_model, reference):
+def test_sequences_decoded_together_answer_as_if_alone(slots_model, reference):
     engine, prompts = slots_model.engine, [prompt(n, seed=4) for n in (5, 23, 12)]
     cache = engine.new_cache()
     tokens = [[int(engine.prefill(ids, cache, slot=slot).token[0])] for slot, ids in enumerate(prompts)]
@@ -135,7 +135,7 @@ def test_sequences_decoded_together_answer_as_alone(slots_model, reference):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_any_slot_answers_the_same_whatever_the_others_hold(slots_model, order):
+def test_the_contents_of_other_slots_do_not_change_an_answer(slots_model, order):
     engine, prompts = slots_model.engine, [prompt(n, seed=5) for n in (17, 3, 9)]
     alone = [greedy(engine, engine.new_cache(), ids, 5) for ids in prompts]
     cache = engine.new_cache()
@@ -143,7 +143,7 @@ def test_any_slot_answers_the_same_whatever_the_others_hold(slots_model, order):
         assert greedy(engine, cache, prompts[index], 5, slot=slot) == alone[index]
 
 
-def test_slots_not_in_use_are_not_touched(slots_model):
+def test_idle_slots_are_not_written(slots_model):
     engine, cache = slots_model.engine, slots_model.engine.new_cache()
     for slot in range(3):
         engine.prefill(prompt(20, seed=slot), cache, slot=slot)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.generation.sampling import Sampler, SamplingParams
 
-V = 6  # so few tokens that sequences repeat
+V = 6  # a small vocabulary makes sequences repeat
 TOKEN = st.integers(0, V - 1)
 TOKENS = st.lists(TOKEN, max_size=4)
 PARAMS = st.builds(
@@ -33,7 +33,7 @@ ENDS = st.sets(TOKEN, max_size=2)
 
 
 def attempt(call):
-    """Return a call's result and the text of its refusal."""
+    """Return a call's result and its error message."""
     try:
         return call(), None
     except PrecastError as error:
@@ -69,7 +69,7 @@ def forbidden(params: SamplingParams, prompt: list[int], answer: list[int], ends
 
 @settings(deadline=None, max_examples=500)
 @given(params=PARAMS, prompt=PROMPT, answer=st.lists(TOKEN, max_size=6), ends=ENDS)
-def test_forbidden_tokens_are_the_reference(params, prompt, answer, ends) -> None:
+def test_forbidden_tokens_match_the_reference(params, prompt, answer, ends) -> None:
     assert forbidden(params, prompt, answer, ends) == reference(params, prompt, answer, ends)
 
 
@@ -113,7 +113,7 @@ def test_scores_are_those_of_transformers(torch, params, prompt, answer, ends, l
     np.testing.assert_array_equal(found, expected[0].numpy())
 
 
-def test_what_forbids_nothing_is_greedy() -> None:
+def test_parameters_that_forbid_nothing_are_greedy() -> None:
     assert Sampler(SamplingParams(max_tokens=5, max_length=9, seed=1, ignore_eos=True), [1], V).is_greedy
     for said in (
         {"min_tokens": 1},
@@ -126,7 +126,7 @@ def test_what_forbids_nothing_is_greedy() -> None:
         assert not Sampler(SamplingParams(**said), [1], V).is_greedy
 
 
-def test_no_token_left_is_one_sentence() -> None:
+def test_the_error_if_no_token_is_left() -> None:
     sampler = Sampler(SamplingParams(suppress_tokens=[0, 1, 99]), [0], 3)
     assert sampler.sample(np.zeros(3, np.float32)) == 2
     with pytest.raises(PrecastError) as raised:
@@ -199,7 +199,7 @@ EXTREMES = st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=1000)
 @given(said=st.one_of(ANY, EXTREMES), prompt=PROMPT, ends=ENDS, rows=st.lists(ROW, min_size=1, max_size=4))
-def test_what_is_accepted_chooses_a_token(said, prompt, ends, rows) -> None:
+def test_accepted_parameters_choose_a_token(said, prompt, ends, rows) -> None:
     """Accepted settings never crash the sampler, warn, or choose an impossible token."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -235,13 +235,13 @@ def test_what_is_accepted_chooses_a_token(said, prompt, ends, rows) -> None:
         ("temprature", 1.0, "'temprature' is not one of them, expected max_tokens, max_length, min_tokens,"),
     ],
 )  # fmt: skip
-def test_a_number_that_its_type_does_not_hold_is_one_sentence(field, value, text) -> None:
+def test_the_error_for_a_number_out_of_range(field, value, text) -> None:
     with pytest.raises(PrecastError) as raised:
         SamplingParams(**{field: value})
     assert str(raised.value).startswith(f"Sampling parameters: {field if text[0] == ' ' else ''}{text}")
 
 
-def test_parameters_have_names() -> None:
+def test_parameters_must_be_named() -> None:
     with pytest.raises(PrecastError) as raised:
         SamplingParams(0.7)
     assert str(raised.value) == (
@@ -249,7 +249,7 @@ def test_parameters_have_names() -> None:
     )
 
 
-def test_the_constructor_s_signature_is_its_fields() -> None:
+def test_the_constructor_s_signature_lists_the_fields() -> None:
     import dataclasses
     import inspect
 

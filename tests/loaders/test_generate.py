@@ -1,4 +1,4 @@
-"""Generation: where it ends, what it costs, and that nothing of one leaks into another."""
+"""Generation: its end, its cost, and the independence of generations."""
 
 import dataclasses
 import gc
@@ -21,7 +21,7 @@ FREE = SamplingParams(ignore_eos=True)
 
 
 def with_manifest(model: Model, *, eos=None, sampling=None) -> Model:
-    """The same model with other end tokens or sampling defaults in its manifest."""
+    """Return the same model with other end tokens or sampling defaults in its manifest."""
     manifest = model.manifest
     if eos is not None:
         tokenizer = dataclasses.replace(manifest.tokenizer, eos_token_ids=tuple(eos))
@@ -35,17 +35,17 @@ def with_manifest(model: Model, *, eos=None, sampling=None) -> Model:
 
 @pytest.fixture(scope="module")
 def free(tiny_model):
-    """The greedy answer to PROMPT, up to the end of the cache."""
+    """The greedy answer to PROMPT, up to the end of the context."""
     return tiny_model.generate(PROMPT, FREE)
 
 
 def test_the_answer_is_the_reference_s(free, reference):
     best = reference([*PROMPT, *free.token_ids]).argmax(-1)
     assert list(free.token_ids) == best[len(PROMPT) - 1 : -1].tolist()
-    assert len(set(free.token_ids)) > 5  # or this would say little
+    assert len(set(free.token_ids)) > 5  # otherwise the test proves little
 
 
-def test_what_a_completion_holds(free, tiny_model):
+def test_the_fields_of_a_completion(free, tiny_model):
     assert free.prompt_token_ids == tuple(PROMPT)
     assert free.text == tiny_model.tokenizer.decode(free.token_ids)
     assert free.timing.prefill_s > 0
@@ -60,16 +60,16 @@ def test_text_and_its_tokens_are_the_same_prompt(tiny_model):
 
 
 @pytest.mark.parametrize("kind", [tuple, np.array, lambda ids: np.array(ids, np.uint16)])
-def test_ids_may_come_in_any_sequence_of_whole_numbers(tiny_model, free, kind):
+def test_ids_may_be_any_sequence_of_integers(tiny_model, free, kind):
     found = tiny_model.generate(kind(PROMPT), FREE)
     assert found.token_ids == free.token_ids
     assert [type(token) for token in found.prompt_token_ids] == [int] * 3
 
 
-# --- where it ends ------------------------------------------------------------------------------------------
+# --- the end ------------------------------------------------------------------------------------------------
 
 
-def test_the_end_token_ends_it_and_is_not_in_the_text(tiny_model, free):
+def test_the_end_token_ends_a_generation_and_is_not_in_the_text(tiny_model, free):
     end = next(token for token in free.token_ids if tiny_model.tokenizer.decode([token]).isascii())
     cut = free.token_ids.index(end)
     model = with_manifest(tiny_model, eos=[end])
@@ -80,21 +80,21 @@ def test_the_end_token_ends_it_and_is_not_in_the_text(tiny_model, free):
     assert model.generate(PROMPT, FREE).token_ids == free.token_ids
 
 
-def test_any_of_several_end_tokens_ends_it(tiny_model, free):
+def test_any_of_several_end_tokens_ends_a_generation(tiny_model, free):
     ends = set(free.token_ids[2:6])
     cut = next(i for i, token in enumerate(free.token_ids) if token in ends)
     found = with_manifest(tiny_model, eos=sorted(ends)).generate(PROMPT, SamplingParams())
     assert (found.token_ids, found.finish_reason) == (free.token_ids[: cut + 1], "stop")
 
 
-def test_an_end_token_that_comes_first_gives_no_text(tiny_model, free):
+def test_an_end_token_as_the_first_token_gives_no_text(tiny_model, free):
     found = with_manifest(tiny_model, eos=free.token_ids[:1]).generate(PROMPT, SamplingParams())
     assert (found.text, found.token_ids, found.finish_reason) == ("", free.token_ids[:1], "stop")
     assert found.timing.decode_tokens_per_s == 0
 
 
-def test_a_stop_string_across_tokens_ends_it_and_never_shows(tiny_model, free):
-    """The stop string is made of the end of one token's text and the beginning of the next one's."""
+def test_a_stop_string_across_tokens_ends_a_generation_and_is_not_shown(tiny_model, free):
+    """The stop string consists of the end of one token's text and the start of the next one's."""
     pieces = [tiny_model.tokenizer.decode([token]) for token in free.token_ids]
     place = next(
         i
@@ -111,14 +111,14 @@ def test_a_stop_string_across_tokens_ends_it_and_never_shows(tiny_model, free):
     assert found.text == "".join(shown) == tiny_model.tokenizer.decode(free.token_ids[: place + 1])[:-1]
 
 
-def test_a_stop_string_that_never_comes_loses_nothing(tiny_model, free):
+def test_a_stop_string_that_never_occurs_loses_no_text(tiny_model, free):
     last = free.text[-1]
     found = tiny_model.generate(PROMPT, SamplingParams(ignore_eos=True, stop=(last + "no more",)))
     assert (found.text, found.finish_reason) == (free.text, "length")
 
 
 @pytest.mark.parametrize("count", [1, 2, 10])
-def test_max_tokens_ends_it(tiny_model, free, count):
+def test_max_tokens_ends_a_generation(tiny_model, free, count):
     found = tiny_model.generate(PROMPT, dataclasses.replace(FREE, max_tokens=count))
     assert found.finish_reason == "length"
     assert found.token_ids == free.token_ids[:count]
@@ -126,14 +126,14 @@ def test_max_tokens_ends_it(tiny_model, free, count):
 
 @pytest.mark.parametrize("length", [1, 2, 62, 63])
 @pytest.mark.parametrize("wanted", [None, 1000])
-def test_the_end_of_the_cache_ends_it(tiny_model, length, wanted):
+def test_a_full_context_ends_a_generation(tiny_model, length, wanted):
     found = tiny_model.generate([3] * length, dataclasses.replace(FREE, max_tokens=wanted))
     assert found.finish_reason == "length"
     assert len(found.prompt_token_ids) + len(found.token_ids) == CAPACITY
 
 
-def test_an_end_token_at_the_last_place_is_a_stop(tiny_model, free):
-    """A token that fills the cache and ends the answer was the model's own end."""
+def test_an_end_token_at_the_last_position_is_a_stop(tiny_model, free):
+    """The finish reason is "stop" if an end token fills the context."""
     once = [t for t in free.token_ids if free.token_ids.count(t) == 1]
     end = once[-1]
     cut = free.token_ids.index(end)
@@ -141,7 +141,7 @@ def test_an_end_token_at_the_last_place_is_a_stop(tiny_model, free):
     assert with_manifest(tiny_model, eos=[end]).generate(PROMPT, params).finish_reason == "stop"
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ def test_an_end_token_at_the_last_place_is_a_stop(tiny_model, free):
 )
 @pytest.mark.parametrize("how", ["generate", "stream"])
 def test_prompts_that_cannot_be_continued(tiny_model, prompt, text, how):
-    """`stream` refuses at once, not with the first piece."""
+    """`stream` raises at once, before the first piece."""
     with pytest.raises(PrecastError) as raised:
         getattr(tiny_model, how)(prompt)
     assert text in str(raised.value)
 
 
-def test_chats_are_rendered_and_checked_like_prompts(tiny_model):
+def test_chats_are_rendered_and_checked_as_prompts(tiny_model):
     messages = [{"role": "user", "content": "the cat"}]
     ids = tiny_model.chat_prompt(messages)
     assert tiny_model.tokenizer.decode(ids, skip_special_tokens=False) == (
@@ -226,7 +226,7 @@ def test_the_same_seed_gives_the_same_tokens(tiny_model, free):
     assert len({sampled(seed) for seed in range(5)} | {free.token_ids}) == 6
 
 
-def test_streams_side_by_side_do_not_disturb_each_other(tiny_model):
+def test_concurrent_streams_are_independent(tiny_model):
     prompts = [PROMPT, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], PROMPT]
     alone = [tiny_model.generate(ids, FREE) for ids in prompts]
     streams = [tiny_model.stream(ids, FREE) for ids in prompts]
@@ -239,7 +239,7 @@ def test_streams_side_by_side_do_not_disturb_each_other(tiny_model):
         assert stream.completion.token_ids == expected.token_ids
 
 
-def test_a_stream_left_early_stops_the_work_and_the_model_goes_on(tiny_model, free):
+def test_leaving_a_stream_early_ends_its_work(tiny_model, free):
     stream = tiny_model.stream(PROMPT, FREE)
     next(iter(stream))
     iter(stream).close()
@@ -247,7 +247,7 @@ def test_a_stream_left_early_stops_the_work_and_the_model_goes_on(tiny_model, fr
     assert tiny_model.generate(PROMPT, FREE).token_ids == free.token_ids
 
 
-def test_a_model_with_slots_generates_in_the_first_of_them(slots_model, free):
+def test_a_model_with_slots_generates_in_the_first(slots_model, free):
     assert slots_model.generate(PROMPT, FREE).token_ids == free.token_ids
 
 
@@ -255,7 +255,7 @@ def test_a_model_with_slots_generates_in_the_first_of_them(slots_model, free):
 
 
 def calls_of(work) -> int:
-    """Function calls that Python makes, its own and those into C."""
+    """Count function calls, in Python and into C."""
     count = 0
 
     def profile(frame, event, argument):
@@ -263,7 +263,7 @@ def calls_of(work) -> int:
         count += event in ("call", "c_call")
 
     gc.collect()
-    gc.disable()  # what the garbage of other tests has to say when it goes is not of this
+    gc.disable()  # exclude finalisers of other tests' garbage
     sys.setprofile(profile)
     try:
         work()
@@ -273,7 +273,7 @@ def calls_of(work) -> int:
     return count
 
 
-def test_what_python_does_for_a_token_does_not_grow_with_the_model(depths):
+def test_python_s_work_per_token_does_not_grow_with_the_model(depths):
     def step(model) -> int:
         cache = model.engine.new_cache()
         model.engine.prefill(PROMPT, cache)
@@ -289,20 +289,20 @@ def test_what_python_does_for_a_token_does_not_grow_with_the_model(depths):
 
     models = [load(depths[n]) for n in (2, 12)]
     assert len({step(model) for model in models}) == 1
-    # The tokens differ, and with them how often a character is whole and text is shown.
+    # The models generate different tokens, so the number of text pieces differs.
     shallow, deep = map(token, models)
     assert 5 < shallow < 200
     assert deep == pytest.approx(shallow, rel=0.1)
 
 
-def test_bytes_and_empty_text_are_no_prompt(tiny_model):
+def test_bytes_and_empty_text_are_not_prompts(tiny_model):
     with pytest.raises(PrecastError, match=r"expected text or token ids, found bytes; decode them first"):
         tiny_model.stream(b"ab")
     with pytest.raises(PrecastError, match=r"expected at least one token, found none"):
         tiny_model.stream("")
 
 
-def test_the_reader_of_a_stream_costs_the_model_no_speed(tiny_model):
+def test_the_time_of_a_stream_s_reader_is_not_counted(tiny_model):
     stream = tiny_model.stream([7, 200, 31], SamplingParams(max_tokens=12, ignore_eos=True))
     began = time.perf_counter()
     for _ in stream:
@@ -313,7 +313,7 @@ def test_the_reader_of_a_stream_costs_the_model_no_speed(tiny_model):
 
 
 class Unfinished:
-    """A decoder whose tokens never make a whole character."""
+    """A decoder whose tokens never complete a character."""
 
     def push(self, token: int) -> str:
         return ""
@@ -323,7 +323,7 @@ class Unfinished:
 
 
 @pytest.mark.parametrize(("stop", "text", "reason"), [("\ufffd", "", "stop"), ("x", "\ufffd", "length")])
-def test_a_stop_string_that_the_tail_completes_is_a_stop(tiny_model, monkeypatch, stop, text, reason):
+def test_a_stop_string_completed_by_the_tail_is_a_stop(tiny_model, monkeypatch, stop, text, reason):
     monkeypatch.setattr(tiny_model.tokenizer, "stream", Unfinished)
     answer = tiny_model.generate([7, 200, 31], SamplingParams(max_tokens=3, ignore_eos=True, stop=(stop,)))
     assert (answer.text, answer.finish_reason) == (text, reason)

@@ -1,4 +1,4 @@
-"""``golden.json``: read strictly, and only answers that the model can give."""
+"""``golden.json``: strict parsing, and rejection of answers that the model cannot give."""
 
 import json
 
@@ -23,7 +23,7 @@ def parse(value, manifest):
     return parse_golden(json.dumps(value).encode(), manifest, "g")
 
 
-def test_what_an_export_writes_is_read(value, manifest, tiny_artifact):
+def test_an_export_s_golden_answers_are_read(value, manifest, tiny_artifact):
     golden = parse(value, manifest)
     assert len(golden.greedy) == len(value["greedy"]) > 3
     for answer in golden.greedy:
@@ -31,12 +31,12 @@ def test_what_an_export_writes_is_read(value, manifest, tiny_artifact):
         assert len(first.token_ids) == len(set(first.token_ids)) == len(first.values) == 8
         assert list(first.values) == sorted(first.values, reverse=True)
         assert 0 < first.tolerance < 0.01
-        # The greedy token is the likeliest, where there is no tie.
+        # Without a tie, the greedy token is the most likely one.
         assert answer.token_ids[:1] in ((), first.token_ids[:1])
     assert (tiny_artifact / "golden.json").stat().st_size < 4000
 
 
-def test_logits_are_those_of_the_reference(value, manifest, reference):
+def test_logits_match_the_reference(value, manifest, reference):
     for answer in parse(value, manifest).greedy:
         row = reference(answer.prompt_token_ids)[-1]
         found = row[list(answer.first_logits.token_ids)]
@@ -63,7 +63,7 @@ def test_logits_are_those_of_the_reference(value, manifest, reference):
         (["greedy", 0, "first_logits", "tolerance"], "x", "tolerance: expected a number, found 'x'."),
     ],
 )
-def test_anything_else_is_named(value, manifest, path, new, text):
+def test_invalid_values_are_named(value, manifest, path, new, text):
     place = value
     for key in path[:-1]:
         place = place[key]

@@ -148,14 +148,14 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_work_grows_with_a_list_and_not_with_its_square(template, monkeypatch, name, tmp_path):
+def test_work_grows_linearly_with_the_length_of_a_list(template, monkeypatch, name, tmp_path):
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path))
     work: dict[str, list[int]] = {command: [] for command in ("parsing", *COMMANDS)}
     for length in (100, 400):
         value = fresh(template)
         LISTS[name](value, length)
         text = json.dumps(value).encode()
-        other = re.sub(rb'"name(\d)', rb'"other\1', text)  # each item is another
+        other = re.sub(rb'"name(\d)', rb'"other\1', text)  # all items differ
         with counting(monkeypatch) as count:
             manifest = parse_manifest(text, "m.json")
         work["parsing"].append(count[0])
@@ -167,44 +167,44 @@ def test_work_grows_with_a_list_and_not_with_its_square(template, monkeypatch, n
     assert {c: few for c, (few, many) in work.items() if many > 5 * few} == {}
 
 
-class Told(str):
-    """A text that counts how often it is compared."""
+class CountedText(str):
+    """A string that counts its comparisons."""
 
-    asked = 0
+    comparisons = 0
 
     def __eq__(self, other: object) -> bool:
-        Told.asked += 1
+        CountedText.comparisons += 1
         return str.__eq__(self, other)
 
     __hash__ = str.__hash__
 
     def startswith(self, *arguments: Any) -> bool:
-        Told.asked += len(arguments[0]) if isinstance(arguments[0], tuple) else 1
+        CountedText.comparisons += len(arguments[0]) if isinstance(arguments[0], tuple) else 1
         return str.startswith(self, *arguments)
 
 
 @pytest.mark.parametrize(
     "act",
     [
-        lambda names: diff_console._lists(names, [Told(f"{n}+") for n in names]),
-        lambda names: list(trial._below({f"{n}/" for n in names}, [Told(f"{n}/x") for n in names])),
+        lambda names: diff_console._lists(names, [CountedText(f"{n}+") for n in names]),
+        lambda names: list(trial._below({f"{n}/" for n in names}, [CountedText(f"{n}/x") for n in names])),
     ],
     ids=["lists that differ", "files of programs"],
 )
-def test_long_lists_are_not_compared_each_with_each(act):
-    names: Sequence[Told] = [Told(f"name{i}") for i in range(1000)]
-    Told.asked = 0
+def test_long_lists_are_not_compared_pairwise(act):
+    names: Sequence[CountedText] = [CountedText(f"name{i}") for i in range(1000)]
+    CountedText.comparisons = 0
     act(names)
-    assert Told.asked <= 3000
+    assert CountedText.comparisons <= 3000
 
 
-def test_files_below_folders_are_found_as_by_comparing_each_with_each():
+def test_files_below_folders_are_found_as_by_pairwise_comparison():
     folders = {"a/", "a/b/", "a-/", "b/c/", "é/"}
     names = ["a", "a/", "a/x", "a/b", "a/b/x", "a-", "a-/x", "a.", "b/x", "b/c", "b/c/d", "b/cc", "é/x", ""]
     assert list(trial._below(folders, names)) == [n for n in names if n.startswith(tuple(folders))]
 
 
-def test_a_cache_that_is_not_the_artifact_s_is_told_in_a_line_that_can_be_read(template):
+def test_the_error_for_another_cache_is_short(template):
     value = fresh(template)
     many_caches(value, 500)
     value["targets"][0]["programs"][0]["results"].pop()

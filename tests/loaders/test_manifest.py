@@ -1,4 +1,4 @@
-"""The manifest: read strictly, and in agreement with itself."""
+"""Manifests: strict parsing, and rejection of inconsistent ones."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ def error(value) -> str:
 
 
 def changed(good, path, value):
-    """A copy with the value at a path of keys and places replaced; ... removes it."""
+    """Return a copy with the value at a path of keys and indices replaced, or removed if it is `...`."""
     result = copy.deepcopy(good)
     *way, last = path
     place = result
@@ -58,19 +58,19 @@ def test_another_format_version_is_named_before_anything_else(good, version, adv
 
 
 @pytest.mark.parametrize("value", [None, "1", True, 1.0, []])
-def test_a_format_version_is_a_whole_number(good, value):
+def test_a_format_version_must_be_an_integer(good, value):
     assert error(changed(good, ["format_version"], value)).startswith(
         "m.json: expected a precast manifest with a"
     )
 
 
 @pytest.mark.parametrize("value", [[], 1, "x", {}, None])
-def test_other_json_is_no_manifest(value):
+def test_other_json_is_not_a_manifest(value):
     assert error(value) == "m.json: expected a precast manifest with a format_version, found none."
 
 
 def in_format_4(good):
-    """Return the same artifact as written by a precast with format 4."""
+    """Return the manifest as a precast with format 4 would have written it."""
     sampling = {"temperature": 1.0, "top_k": 20.0}
     tokenizer = {key: value for key, value in good["tokenizer"].items() if key != "named_templates"}
     return {**good, "format_version": 4, "tokenizer": tokenizer, "sampling": sampling}
@@ -107,7 +107,7 @@ FOUR_LISTS = {key: [] for key in ("suppress_tokens", "begin_suppress_tokens", "b
         (["tokenizer"], ..., "m.json: key 'tokenizer' is missing."),
     ],
 )
-def test_format_4_is_read_as_strictly(good, path, value, text):
+def test_format_4_is_checked_as_strictly(good, path, value, text):
     assert error(changed(in_format_4(good), path, value)).startswith(text)
 
 
@@ -215,13 +215,13 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         ([*PROGRAM, 0, "results", 0], ..., "program 'cache': its cache is not the artifact's"),
     ],
 )
-def test_every_disagreement_is_named(good, path, value, text):
+def test_every_inconsistency_is_named(good, path, value, text):
     value = good["targets"][0]["name"] if value == "TWIN" else value
     assert text in error(changed(good, path, value))
 
 
-def test_every_key_of_every_record_is_needed(good):
-    """Removes each key in turn, wherever a record stands, and wants it named."""
+def test_every_key_of_every_record_is_required(good):
+    """Remove each key of each record in turn; the error must name it."""
 
     def records(value, path):
         names = ("files", "versions", "named_templates", "source_files")
@@ -260,7 +260,7 @@ JUNK = st.sampled_from(
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_change_is_read_or_refused_for_the_user(good, data):
+def test_any_change_is_accepted_or_raises_precast_error(good, data):
     value = good
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(sorted(leaves(value), key=str)))

@@ -1,4 +1,4 @@
-"""The cache folder: precast ignores files that another user can have written, and says so."""
+"""The cache folder: precast ignores an untrusted one, and says so."""
 
 import json
 import os
@@ -24,20 +24,20 @@ def give(path: Path) -> None:
 
 
 def linked(folder: Path) -> None:
-    """Make a stranger's link to a safe folder."""
+    """Make another user's symlink to a safe folder."""
     folder.rename(folder.with_name("elsewhere"))
     folder.symlink_to(folder.with_name("elsewhere"))
     give(folder)
 
 
 def to_a_stranger_s(folder: Path) -> None:
-    """Make our own link to a stranger's folder."""
+    """Make this user's symlink to another user's folder."""
     folder.rename(folder.with_name("elsewhere"))
     folder.symlink_to(folder.with_name("elsewhere"))
     give(folder.with_name("elsewhere"))
 
 
-# Ways in which a cache folder may be unsafe, each with the message.
+# Untrusted cache folders, each with the message.
 WRONG = {
     "group": (lambda folder: folder.chmod(0o770), "others may write to {folder} (mode 770)"),
     "others": (lambda folder: folder.chmod(0o707), "others may write to {folder} (mode 707)"),
@@ -58,7 +58,7 @@ CASES = [pytest.param(name, marks=as_root if "12345" in text else ()) for name, 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """Make a safe cache folder, in a folder that a test may change."""
+    """Make a safe cache folder inside a folder that a test may change."""
     folder = tmp_path / "parent" / "cache"
     monkeypatch.setenv("PRECAST_CACHE", str(folder))
     files.make_private(folder / "verified")
@@ -72,7 +72,7 @@ def sentence(case: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_folder_that_others_may_write_to_is_not_used(cache, case):
+def test_a_folder_that_others_can_write_to_is_not_used(cache, case):
     assert files.trusted_cache("verified") == cache / "verified"
     text = sentence(case, cache)
     with pytest.raises(files.UntrustedCache) as raised:
@@ -86,8 +86,8 @@ def test_a_folder_that_others_may_write_to_is_not_used(cache, case):
 
 @pytest.mark.parametrize("mode", [0o700, 0o755, 0o500])
 @pytest.mark.parametrize("parent", [0o755, 0o775, 0o1777])
-def test_a_folder_in_order_is_used(cache, mode, parent):
-    """A group may write to the parent: it can move the folder away, but cannot make one that belongs to this user."""
+def test_a_safe_folder_is_used(cache, mode, parent):
+    """A group may write to the parent: it can move the folder away, but cannot create one owned by this user."""
     cache.chmod(mode)
     cache.parent.chmod(parent)
     try:
@@ -97,7 +97,7 @@ def test_a_folder_in_order_is_used(cache, mode, parent):
         cache.chmod(0o700)
 
 
-def test_what_is_made_is_this_user_s_alone_whatever_the_umask(tmp_path, monkeypatch):
+def test_new_folders_are_private_under_any_umask(tmp_path, monkeypatch):
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "a" / "b"))
     before = os.umask(0)
     try:
@@ -111,7 +111,7 @@ def test_what_is_made_is_this_user_s_alone_whatever_the_umask(tmp_path, monkeypa
 
 @pytest.fixture
 def forged(cache, artifact_copy, tiny_model, monkeypatch):
-    """Make a cache where a stranger recorded altered weights as whole, and the target as tried."""
+    """Make a cache in which another user recorded hashes of altered weights, and the target as tried."""
     weights = artifact_copy / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"evil")
     manifest = loading.read_manifest(artifact_copy)
@@ -123,17 +123,17 @@ def forged(cache, artifact_copy, tiny_model, monkeypatch):
     return artifact_copy, tried
 
 
-def test_a_note_that_a_stranger_may_have_written_is_not_believed(cache, forged):
+def test_an_untrusted_record_of_hashes_is_ignored(cache, forged):
     artifact, _ = forged
     said: list[str] = []
-    loading.load(artifact, log=said.append)  # so far all of it is this user's
+    loading.load(artifact, log=said.append)  # all of it still belongs to this user
     cache.chmod(0o777)
     with pytest.raises(PrecastError, match=r"'weights\.safetensors' has sha256"):
         loading.load(artifact, log=said.append)
     assert [line for line in said if "others may write" in line] == [f"{files.cache_problem('verified')}."]
 
 
-def test_a_trial_is_taken_again_where_its_note_is_not_believed(cache, tiny_artifact, monkeypatch):
+def test_an_untrusted_record_of_a_trial_is_ignored(cache, tiny_artifact, monkeypatch):
     tried: list[str] = []
     monkeypatch.setattr(trial, "_attempt", lambda *_: bool(tried.append("tried")) or True)
     for _ in range(2):
@@ -148,7 +148,7 @@ def test_a_trial_is_taken_again_where_its_note_is_not_believed(cache, tiny_artif
     assert sorted(cache.rglob("*")) == before, "nothing is written there either"
 
 
-def test_nothing_that_was_compiled_is_taken_from_there(cache, monkeypatch):
+def test_no_compiled_program_is_loaded_from_an_untrusted_cache(cache, monkeypatch):
     from precast.loaders.runtime.installed import this_machine
 
     machine = this_machine(cuda=False)
@@ -159,7 +159,7 @@ def test_nothing_that_was_compiled_is_taken_from_there(cache, monkeypatch):
     assert not compile_cache._write(b"code", machine, b"executable")
 
 
-def test_nothing_is_pulled_through_it(cache, tiny_artifact, tmp_path):
+def test_nothing_is_pulled_through_an_untrusted_cache(cache, tiny_artifact, tmp_path):
     url = f"file://{tmp_path}/store/tiny"
     store_push.push(tiny_artifact, url)
     store_pull.fetch(url, require_signature=None, log=lambda _: None)
@@ -175,7 +175,7 @@ def test_nothing_is_pulled_through_it(cache, tiny_artifact, tmp_path):
     assert not (tmp_path / "here").exists()
 
 
-def test_what_a_url_led_to_last_is_what_its_note_says(cache, tiny_artifact, tmp_path, monkeypatch):
+def test_the_record_of_a_url_names_its_last_artifact(cache, tiny_artifact, tmp_path, monkeypatch):
     url = f"file://{tmp_path}/store/tiny"
     store_push.push(tiny_artifact, url)
     here = store_pull.fetch(url, require_signature=None, log=lambda _: None)

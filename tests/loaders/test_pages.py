@@ -1,4 +1,4 @@
-"""Files written in huge pages: in any order, the same contents; where the system can, in huge pages."""
+"""HugePageWriter: the contents are the same in any order of writes, and lie in huge pages if the system has them."""
 
 import mmap
 import os
@@ -42,7 +42,7 @@ def test_parts_in_any_order_make_the_file(tmp_path_factory, data):
 
 
 def huge_pages_of(path: Path) -> int:
-    """Bytes of a file that are mapped in huge pages once all of it was read."""
+    """Return the number of a file's bytes that are mapped in huge pages after reading it all."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapping:
         advise_huge_pages(mapping, 0, len(mapping))
         for at in range(0, len(mapping), 4096):
@@ -53,8 +53,8 @@ def huge_pages_of(path: Path) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
-def test_small_parts_lie_in_huge_pages_where_large_ones_do(tmp_path):
-    """What the file system and memory at hand can do is seen by a file written at once."""
+def test_small_writes_get_huge_pages_if_large_ones_do(tmp_path):
+    """A file written in one piece shows whether this file system and its free memory allow huge pages."""
     data = contents(8 * HUGE_PAGE)
     cuts = list(range(0, len(data), 10_007))
     order = sorted(range(len(cuts) + 1), key=lambda i: i % 7)
@@ -70,13 +70,13 @@ def test_small_parts_lie_in_huge_pages_where_large_ones_do(tmp_path):
         write(path, data, cuts, order)
         if huge_pages_of(path) >= HUGE_PAGE:  # as many as memory had together
             return
-        # Others use memory too: it counts only where there was enough of it before and after.
+        # Other processes use memory too: compare only if enough was free before and after.
         if not could_be_huge(f"at once, after {attempt}"):
             pytest.skip("memory has no huge pages left")
     pytest.fail("a file written in parts lies in small pages, one written at once in huge ones")
 
 
-def test_a_mapping_without_advice_is_left_alone(monkeypatch, tmp_path):
+def test_a_system_without_madvise_for_huge_pages(monkeypatch, tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     with (
         (tmp_path / "file").open("rb") as file,
@@ -87,7 +87,7 @@ def test_a_mapping_without_advice_is_left_alone(monkeypatch, tmp_path):
         assert mapping[:] == b"abc"
 
 
-def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+def test_a_full_disk_raises_os_error(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     with Path("/dev/full").open("r+b", buffering=0) as file, pytest.raises(OSError, match="No space"):

@@ -1,4 +1,4 @@
-"""Pipes, devices, sockets and folders in place of files: every command ends at once, with a sentence."""
+"""Pipes, devices, sockets and folders in place of files: every command ends at once with an error message."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ LIMIT_S = 60
 
 
 def _socket(path: Path) -> None:
-    # The name of a socket is short.
+    # Paths of sockets are limited to about 100 bytes.
     here = os.open(path.parent, os.O_RDONLY)
     try:
         with socket.socket(socket.AF_UNIX) as made:
@@ -42,7 +42,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture
 def instead(own_cache) -> Iterator[Callable[[Path, str], None]]:
-    """Replace a file by something of another kind; unblock all waiting readers at the end."""
+    """Yield a function that replaces a file with a pipe, device, socket or folder; unblock all readers at the end."""
     pipes: list[Path] = []
 
     def put(path: Path, kind: str) -> None:
@@ -87,7 +87,7 @@ def test_in_a_store(instead, url, tiny_artifact, tmp_path, kind, place):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_push_puts_a_file_there_or_says_that_it_cannot(instead, url, tiny_artifact, tmp_path, kind):
+def test_a_push_writes_a_file_or_fails_with_a_message(instead, url, tiny_artifact, tmp_path, kind):
     store_push.push(tiny_artifact, url)
     for piece in (p for p in (tmp_path / "store" / "pieces").rglob("*") if p.is_file()):
         instead(piece, kind)
@@ -141,8 +141,10 @@ def test_a_signature(instead, artifact_copy, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_pulled_before_is_fetched_again(instead, url, tiny_artifact, tmp_path, kind):
-    """Pieces are also sought in folders of earlier pulls, whose files may have become anything."""
+def test_pieces_of_earlier_pulls_that_are_not_files_are_fetched_again(
+    instead, url, tiny_artifact, tmp_path, kind
+):
+    """A pull reuses pieces from folders of earlier pulls, whose files may have been replaced with anything."""
     store_push.push(tiny_artifact, url)
     pull(url, tmp_path / "first")
     for path in sorted(p for p in (tmp_path / "first").rglob("*") if p.is_file()):
@@ -154,14 +156,14 @@ def test_what_was_pulled_before_is_fetched_again(instead, url, tiny_artifact, tm
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_becomes_of_a_file_between_a_look_and_a_read(instead, tmp_path, kind):
+def test_a_file_that_is_replaced_between_its_check_and_its_read(instead, tmp_path, kind):
     (tmp_path / "file").write_text("")
     instead(tmp_path / "file", kind)
     with pytest.raises(OSError, match="not a plain file"):
         files.open_plain(tmp_path / "file")
 
 
-def test_a_file_is_opened_under_its_name_and_leaves_nothing_open(tmp_path):
+def test_an_opened_file_has_its_name_and_leaks_no_descriptor(tmp_path):
     (tmp_path / "file").write_bytes(b"contents")
     before = os.listdir("/proc/self/fd")
     with files.open_plain(tmp_path / "file") as file:

@@ -1,4 +1,4 @@
-"""Records from JSON: strict, and every error says where."""
+"""Records from JSON: strict parsing, and errors that name the place."""
 
 import dataclasses
 import json
@@ -63,11 +63,11 @@ def test_round_trip():
     assert json.loads(text) == GOOD
 
 
-def test_keys_stand_in_the_order_of_the_fields():
+def test_keys_are_written_in_field_order():
     assert list(json.loads(to_json(read(json.dumps(GOOD))))) == [f.name for f in dataclasses.fields(Tree)]
 
 
-def test_a_whole_number_will_do_for_a_fraction():
+def test_an_integer_is_accepted_as_a_float():
     assert read(json.dumps(GOOD | {"ratio": 2})).ratio == 2.0
 
 
@@ -118,13 +118,13 @@ def test_unknown_keys_are_named():
     assert error(nested).startswith("m.json: leaves[0]: key 'scale' is not known")
 
 
-def test_a_key_given_twice_is_refused():
+def test_a_repeated_key_is_refused():
     with pytest.raises(PrecastError, match=r"m\.json: .*a key occurs twice"):
         read(json.dumps(GOOD)[:-1] + ', "flag": false}')
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-def test_what_is_no_finite_number_is_refused(value):
+def test_numbers_that_are_not_finite_are_refused(value):
     with pytest.raises(PrecastError, match=r"^m\.json: "):
         read(json.dumps(GOOD | {"ratio": 7.25}).replace("7.25", value))
 
@@ -142,7 +142,7 @@ def test_what_is_no_finite_number_is_refused(value):
         (b"null", "m.json: expected an object, found None."),
     ],
 )
-def test_what_is_no_json_object_is_refused(data, text):
+def test_anything_but_a_json_object_is_refused(data, text):
     with pytest.raises(PrecastError) as raised:
         read(data)
     assert str(raised.value).startswith(text)
@@ -150,13 +150,13 @@ def test_what_is_no_json_object_is_refused(data, text):
 
 @pytest.mark.parametrize("depth", [*range(900, 1000, 5), 2000])
 def test_a_deep_value_in_a_wrong_place_is_refused_at_any_depth(depth):
-    """Parsing may just succeed where showing the value would not."""
+    """At some depths parsing succeeds, but repr of the value exceeds the recursion limit."""
     text = json.dumps(GOOD | {"name": "@"}).replace('"@"', "[" * depth + "]" * depth)
     with pytest.raises(PrecastError, match=r"^m\.json: "):
         read(text)
 
 
-def test_numbers_that_json_does_not_have_are_not_written():
+def test_numbers_that_json_lacks_are_not_written():
     with pytest.raises(ValueError, match="JSON"):
         to_json(dataclasses.replace(read(json.dumps(GOOD)), ratio=float("nan")))
 
@@ -170,7 +170,7 @@ ANYTHING = st.recursive(
 
 @given(st.fixed_dictionaries({key: st.just(value) | ANYTHING for key, value in GOOD.items()}))
 @settings(deadline=None)
-def test_any_json_is_a_record_or_an_error_for_the_user(value):
+def test_any_json_is_a_record_or_raises_precast_error(value):
     text, tree = "m.json", None
     try:
         tree = read(json.dumps(value))
@@ -182,6 +182,6 @@ def test_any_json_is_a_record_or_an_error_for_the_user(value):
 
 @given(st.binary())
 @settings(deadline=None)
-def test_any_bytes_are_a_record_or_an_error_for_the_user(data):
+def test_any_bytes_are_a_record_or_raise_precast_error(data):
     with pytest.raises(PrecastError, match=r"^m\.json"):
         read(data)

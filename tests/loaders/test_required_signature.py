@@ -1,4 +1,4 @@
-"""A required key is required everywhere, and unchecked artifacts never replace checked ones."""
+"""A required key applies everywhere, and unverified artifacts never replace verified ones."""
 
 import hashlib
 import json
@@ -69,7 +69,7 @@ def no_requirement_of_this_machine(monkeypatch, tmp_path, own_cache):
 # --- commands -----------------------------------------------------------------------------------------------
 
 
-def test_every_command_requires_a_signature_or_says_why_not():
+def test_every_command_requires_a_signature_or_is_listed_with_a_reason():
     assert set(main.commands) <= set(REQUIRING) | set(EXEMPT)
     for name in set(main.commands) & set(REQUIRING):
         assert "require_signature" in {p.name for p in main.commands[name].params}, name
@@ -106,7 +106,7 @@ def test_an_artifact_that_is_not_signed_is_refused(
     assert result.stdout == ""
 
 
-def test_what_is_signed_passes(cli, unsigned_and_signed, keys, monkeypatch):
+def test_signed_artifacts_pass(cli, unsigned_and_signed, keys, monkeypatch):
     _, signed = unsigned_and_signed
     monkeypatch.setenv(VARIABLE, str(keys.a.public))
     for command in ("inspect", "check", "run"):
@@ -121,7 +121,7 @@ def test_what_is_signed_passes(cli, unsigned_and_signed, keys, monkeypatch):
 # --- the setting --------------------------------------------------------------------------------------------
 
 
-def test_load_follows_the_environment_and_a_key_that_is_named(unsigned_and_signed, keys, monkeypatch):
+def test_load_uses_the_environment_s_key_and_a_given_key(unsigned_and_signed, keys, monkeypatch):
     unsigned, signed = unsigned_and_signed
     monkeypatch.setenv(VARIABLE, str(keys.b.public))
     for artifact, text in ((unsigned, "expected a signature, found no"), (signed, "made with another key")):
@@ -133,7 +133,7 @@ def test_load_follows_the_environment_and_a_key_that_is_named(unsigned_and_signe
     assert precast.load(unsigned).manifest.name == "tiny"
 
 
-def test_which_key_is_required(monkeypatch, tmp_path):
+def test_the_order_of_required_keys(monkeypatch, tmp_path):
     assert required.required_key(None) is None
     required.SYSTEM_KEY.parent.mkdir()
     required.SYSTEM_KEY.symlink_to("nothing")
@@ -143,14 +143,14 @@ def test_which_key_is_required(monkeypatch, tmp_path):
     assert required.required_key("own.pem") == Path("own.pem")
 
 
-def test_a_key_that_is_not_there_is_no_requirement_less(unsigned_and_signed, monkeypatch, tmp_path):
+def test_a_missing_key_file_does_not_lift_the_requirement(unsigned_and_signed, monkeypatch, tmp_path):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "gone.pem"))
     for artifact in unsigned_and_signed:
         with pytest.raises(PrecastError, match=r"gone\.pem: expected a key, which cannot be read"):
             precast.load(artifact)
 
 
-def test_an_export_does_not_ask_for_the_signature_that_nobody_can_have_made(export_tiny, keys, monkeypatch):
+def test_an_export_loads_its_own_unsigned_artifact(export_tiny, keys, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(keys.a.public))
     made = export_tiny(targets=("cpu", "portable"))
     with pytest.raises(PrecastError, match="expected a signature, found no"):
@@ -201,10 +201,10 @@ def unreachable(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("then", ["b", "none"])
-def test_what_was_checked_with_a_key_stays_whatever_the_url_leads_to_for_others(
+def test_an_artifact_verified_with_a_key_stays_when_the_url_changes_for_others(
     versions, url, keys, monkeypatch, then
 ):
-    """Check with key a; then the store changes, and somebody runs it with key b or without a key."""
+    """Pull with key a; then the store changes, and another run uses key b or no key."""
     versions("a", url)
     checked = fetch(url, keys.a.public)
     before = contents(checked)
@@ -215,14 +215,14 @@ def test_what_was_checked_with_a_key_stays_whatever_the_url_leads_to_for_others(
     assert contents(checked) == before
     with pytest.raises(PrecastError, match=r"expected a signature|made with another key"):
         fetch(url, keys.a.public)
-    # If the store is unreachable, each key's runs, and those without a key, use their own last artifact.
+    # Without the store, runs with each key and runs without a key use their own last artifact.
     unreachable(monkeypatch)
     assert fetch(url, keys.a.public) == checked
     assert fetch(url, None if then == "none" else keys.b.public) == other
     loading.read_manifest(checked, require_signature=keys.a.public)
 
 
-def test_without_a_key_first_and_with_one_then(versions, url, keys, monkeypatch):
+def test_a_pull_without_a_key_and_then_with_one(versions, url, keys, monkeypatch):
     versions("none", url)
     unchecked = fetch(url, None)
     with pytest.raises(PrecastError, match="expected a signature"):
@@ -236,8 +236,8 @@ def test_without_a_key_first_and_with_one_then(versions, url, keys, monkeypatch)
         fetch(url, keys.b.public)
 
 
-def test_another_signature_of_the_same_artifact_takes_no_place(versions, url, keys, tmp_path):
-    """The store serves the same artifact, signed by somebody else; without a key nobody notices."""
+def test_another_signature_of_the_same_artifact_does_not_replace_the_first(versions, url, keys, tmp_path):
+    """The store serves the same artifact with a signature by another maker; a pull without a key accepts it."""
     versions("a", url)
     checked = fetch(url, keys.a.public)
     store_pull.pull(url, tmp_path / "here", overwrite=False, require_signature=keys.a.public, log=print)
@@ -250,7 +250,7 @@ def test_another_signature_of_the_same_artifact_takes_no_place(versions, url, ke
         loading.read_manifest(root, require_signature=keys.a.public)
 
 
-def test_a_pull_without_a_key_does_not_replace_a_folder_that_was_checked(versions, url, keys, tmp_path):
+def test_a_pull_without_a_key_does_not_replace_a_verified_folder(versions, url, keys, tmp_path):
     here = tmp_path / "here"
 
     def pull(key: Path | None, *, overwrite: bool = True) -> str:
@@ -271,7 +271,7 @@ def test_a_pull_without_a_key_does_not_replace_a_folder_that_was_checked(version
     versions("none", url)
     with pytest.raises(PrecastError, match="its artifact was checked with the key"):
         pull(None)
-    # Files that somebody put there since were not checked.
+    # Files added since the pull are unverified.
     shutil.rmtree(here)
     shutil.copytree(tmp_path / "version-a", here)
     assert pull(None) == "card of none"

@@ -15,7 +15,7 @@ from precast.loaders.generation.sampling import Sampler, SamplingParams, kept_we
 
 
 def reference(logits: np.ndarray, history: list[int], params: SamplingParams) -> np.ndarray:
-    """Probabilities [V], float64, as slowly and plainly as it can be said."""
+    """Return the probabilities [V], float64, by the simplest code."""
     scores = [float(x) for x in logits]
     for token in set(history):
         factor = float(np.float32(params.repetition_penalty))
@@ -38,7 +38,7 @@ def reference(logits: np.ndarray, history: list[int], params: SamplingParams) ->
 
 
 def probabilities(logits: np.ndarray, history: list[int], params: SamplingParams) -> np.ndarray:
-    """What the sampler draws from, [V]."""
+    """Return the sampler's distribution, [V]."""
     ids, weights = kept_weights(Sampler(params, history, logits.size)._penalised(logits), params)
     dense = np.zeros(logits.size)
     dense[slice(None) if ids is None else ids] = weights
@@ -71,7 +71,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, list[int], SamplingParams]:
 @given(case=cases())
 def test_probabilities_are_the_reference(case: tuple[np.ndarray, list[int], SamplingParams]) -> None:
     expected, found = reference(*case), probabilities(*case)
-    # What is filtered out is exactly zero; between zero and the smallest normal float32, rounding decides.
+    # Dropped tokens are exactly zero. Values below the smallest normal float32 may round either way.
     normal = float(np.finfo(np.float32).tiny)
     assert np.all(found[expected >= 2 * normal] > 0)
     assert np.all(expected[found > 0] > 0)
@@ -99,7 +99,7 @@ def test_probabilities_are_those_of_transformers(
     for step in chain:
         scores = step(ids, scores)
     expected = torch.softmax(scores.double(), dim=-1)[0].numpy()
-    # Which of equal tokens top-p drops is up to torch's sort; here it is the highest id. Compare them sorted.
+    # Of tied tokens, top-p drops the highest ids here, and arbitrary ones in torch. Compare them sorted.
     found = probabilities(logits, history, params)
     np.testing.assert_allclose(np.sort(found), np.sort(expected), rtol=1e-4, atol=1e-30)
     for same in (logits == level for level in set(logits.tolist()) if params.repetition_penalty == 1):
@@ -109,7 +109,7 @@ def test_probabilities_are_those_of_transformers(
 @pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
 @pytest.mark.parametrize("top_p", [0.001, 0.5, 0.9, 0.999])
 def test_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
-    """The histogram must cut where a full sort does."""
+    """The histogram must find the same boundary as a full sort."""
     rng = np.random.default_rng(7)
     logits = (rng.standard_normal(20_000) * spread).astype(np.float32)
     found = probabilities(logits, [], SamplingParams(temperature=1.0, top_p=top_p))
@@ -117,7 +117,7 @@ def test_nucleus_of_a_large_vocabulary(spread: float, top_p: float) -> None:
     order = np.argsort(-weights, kind="stable")
     above = np.cumsum(weights[order]) - weights[order]
     kept = order[above < top_p * weights.sum()]
-    # Where sums in another order round differently the edge may move by one token.
+    # Another order of sums may round differently and move the boundary by one token.
     assert abs(np.count_nonzero(found) - kept.size) <= 1
     assert len(set(np.flatnonzero(found)) ^ set(kept)) <= 1
 
@@ -134,8 +134,8 @@ PLAIN = SamplingParams(temperature=1.0)
         SamplingParams(temperature=1.0, top_k=3, repetition_penalty=1.3),
     ],
 )
-def test_draws_follow_the_probabilities(params: SamplingParams) -> None:
-    """Pearson's chi-square over 20,000 draws with a fixed seed."""
+def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+    """Apply Pearson's chi-square test to 20,000 draws with a fixed seed."""
     logits = np.random.default_rng(1).standard_normal(1500).astype(np.float32) * 2
     prompt = [3, 5, 8]
     expected = probabilities(logits, prompt, params)
@@ -166,25 +166,25 @@ def test_the_same_seed_gives_the_same_tokens() -> None:
     assert run(None) != run(None)
 
 
-def test_greedy_takes_the_lowest_of_equals() -> None:
+def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
     sampler = Sampler(SamplingParams(), [], 4)
     assert sampler.is_greedy
     assert sampler.sample(np.array([0, 2, 2, 1], np.float32)) == 1
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.3, [0, 1, 2]), (0.0, [0])])
-def test_the_nucleus_of_equals_are_the_lowest(top_p: float, kept: list[int]) -> None:
+def test_the_nucleus_of_a_tie_is_the_lowest_ids(top_p: float, kept: list[int]) -> None:
     found = probabilities(np.zeros(8, np.float32), [], SamplingParams(temperature=1, top_p=top_p))
     assert np.flatnonzero(found).tolist() == kept
 
 
-def test_a_penalty_sees_prompt_and_answer() -> None:
-    sampler = Sampler(SamplingParams(repetition_penalty=2.0), [0, 99], 4)  # 99 never comes out of the model
+def test_the_penalty_applies_to_prompt_and_answer() -> None:
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), [0, 99], 4)  # the model never predicts 99
     assert not sampler.is_greedy
     logits = np.array([3.0, 2.0, 1.6, -1.0], np.float32)
     given = logits.copy()
     assert [sampler.sample(logits) for _ in range(3)] == [1, 2, 0]
-    assert np.array_equal(logits, given)  # the caller's array is not touched
+    assert np.array_equal(logits, given)  # the caller's array is unchanged
 
 
 def test_tokens_of_probability_zero_are_never_drawn() -> None:
@@ -255,7 +255,7 @@ def test_negative_ids_are_refused() -> None:
         ("ignore_eos", 1, "true or false"),
     ],
 )
-def test_a_bad_parameter_is_one_sentence(field: str, value: object, wanted: str) -> None:
+def test_the_error_for_an_invalid_parameter(field: str, value: object, wanted: str) -> None:
     with pytest.raises(
         PrecastError, match=rf"^Sampling parameters: {field} must be {re.escape(wanted)}, found .*\.$"
     ):

@@ -1,4 +1,4 @@
-"""Signatures: what is signed loads, and every way of not being signed is told apart."""
+"""Signatures: signed artifacts load, and each kind of invalid signature has its own error message."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ SIGNATURE = "manifest.json.sig"
 
 
 def write_keys(folder: Path, name: str, key, password: bytes | None = None) -> tuple[Path, Path]:
-    """Writes a key pair; returns the private and the public file."""
+    """Write a key pair; return the files of the private and the public key."""
     private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
     protection = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     private.write_bytes(
@@ -66,7 +66,7 @@ def refusal(root: Path, key: Path) -> str:
     return str(caught.value)
 
 
-# --- what holds ---------------------------------------------------------------------------------------------
+# --- valid --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["maker", "p384", "p521"])
@@ -80,7 +80,7 @@ def test_a_signed_artifact_is_accepted_with_the_makers_key(artifact_copy, keys, 
     assert mode == (artifact_copy / "manifest.json").stat().st_mode
 
 
-def test_what_is_signed_is_not_tried_in_a_child_process(signed, keys, monkeypatch):
+def test_a_signed_artifact_is_loaded_without_a_trial(signed, keys, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a signed artifact was tried")
 
@@ -102,14 +102,14 @@ def test_signing_and_running_from_the_command_line(cli, artifact_copy, keys):
     assert "it was made with another key" in refused.stderr
 
 
-def test_verify_asks_for_a_signature_too(cli, signed, keys):
+def test_verify_requires_a_signature_too(cli, signed, keys):
     assert cli("verify", signed, "--require-signature", keys / "maker.pub.pem").exit_code == 0
     refused = cli("verify", signed, "--require-signature", keys / "other.pub.pem")
     assert refused.exit_code == 2
     assert "it was made with another key" in refused.stderr
 
 
-def test_model_signings_own_command_verifies_it_and_makes_such_signatures(signed, keys):
+def test_model_signing_s_own_command_verifies_and_creates_the_same_signatures(signed, keys):
     def command(*arguments) -> int:
         line = [sys.executable, "-m", "model_signing", *map(str, arguments), str(signed / "manifest.json")]
         return subprocess.run(line, capture_output=True, check=False).returncode
@@ -122,7 +122,7 @@ def test_model_signings_own_command_verifies_it_and_makes_such_signatures(signed
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command")
-def test_keys_made_as_the_documentation_says(artifact_copy, tmp_path):
+def test_the_documentation_s_commands_for_keys(artifact_copy, tmp_path):
     private, public = tmp_path / "private.pem", tmp_path / "public.pem"
     make = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private]
     subprocess.run(make, check=True, capture_output=True)
@@ -136,7 +136,7 @@ def test_keys_made_as_the_documentation_says(artifact_copy, tmp_path):
     loading.read_manifest(artifact_copy, require_signature=public)
 
 
-# --- what does not ------------------------------------------------------------------------------------------
+# --- invalid ------------------------------------------------------------------------------------------------
 
 
 def test_no_signature(artifact_copy, keys):
@@ -157,7 +157,7 @@ def test_an_altered_manifest(signed, keys):
     assert "manifest.json is not the one that was signed" in refusal(signed, keys / "maker.pub.pem")
 
 
-def test_the_manifest_is_not_parsed_before_its_signature_has_been_checked(signed, keys):
+def test_the_signature_is_verified_before_the_manifest_is_parsed(signed, keys):
     (signed / "manifest.json").write_text("no JSON at all")
     assert "is not the one that was signed" in refusal(signed, keys / "maker.pub.pem")
 
@@ -169,7 +169,7 @@ def test_the_signature_of_another_artifact(signed, keys, slots_artifact, tmp_pat
 
 
 def forge(root: Path, change) -> None:
-    """Lets a function change the statement inside of a signature, and leaves the rest."""
+    """Apply a function to the statement inside a signature."""
     bundle = json.loads((root / SIGNATURE).read_text())
     statement = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
     change(statement)
@@ -177,7 +177,7 @@ def forge(root: Path, change) -> None:
     (root / SIGNATURE).write_text(json.dumps(bundle))
 
 
-def test_a_statement_that_was_made_to_fit(signed, keys):
+def test_a_forged_statement(signed, keys):
     from hashlib import sha256
 
     (signed / "manifest.json").write_bytes((signed / "manifest.json").read_bytes() + b"\n")
@@ -191,7 +191,7 @@ def test_a_statement_that_was_made_to_fit(signed, keys):
     assert "the signature does not hold; it was altered" in refusal(signed, keys / "maker.pub.pem")
 
 
-def test_a_key_named_in_the_signature_counts_for_nothing(signed, keys, artifact_copy):
+def test_a_key_inside_the_signature_is_ignored(signed, keys, artifact_copy):
     mine = json.loads((signed / SIGNATURE).read_text())
     hint = mine["verificationMaterial"]["publicKey"]["hint"]
     signing.sign(artifact_copy, keys / "other.pem", no_password)
@@ -235,7 +235,7 @@ def test_damage_anywhere_in_signature_or_statement(signed, keys):
     ],
     ids=lambda text: repr(text[:20]),
 )
-def test_what_is_no_signature(artifact_copy, keys, text):
+def test_files_that_are_not_signatures(artifact_copy, keys, text):
     (artifact_copy / SIGNATURE).write_text(text)
     message = refusal(artifact_copy, keys / "maker.pub.pem")
     assert SIGNATURE in message
@@ -243,7 +243,7 @@ def test_what_is_no_signature(artifact_copy, keys, text):
     assert "\x1b" not in message
 
 
-def test_a_signature_that_is_huge_or_a_link(signed, keys, tmp_path):
+def test_a_huge_signature_or_a_symlink(signed, keys, tmp_path):
     (signed / SIGNATURE).rename(tmp_path / "elsewhere.sig")
     (signed / SIGNATURE).symlink_to(tmp_path / "elsewhere.sig")
     assert "is not a plain file inside the artifact" in refusal(signed, keys / "maker.pub.pem")
@@ -252,8 +252,8 @@ def test_a_signature_that_is_huge_or_a_link(signed, keys, tmp_path):
     assert "expected at most 1048576 bytes" in refusal(signed, keys / "maker.pub.pem")
 
 
-def test_a_statement_about_a_folder_is_no_signature_of_a_manifest(artifact_copy, keys, tmp_path):
-    """The same key may have signed other things, an empty folder among them."""
+def test_a_statement_about_a_folder_is_not_a_signature_of_a_manifest(artifact_copy, keys, tmp_path):
+    """The same key may have signed something else, such as an empty folder."""
     from model_signing import signing as library
 
     (tmp_path / "empty").mkdir()
@@ -266,8 +266,8 @@ def test_a_statement_about_a_folder_is_no_signature_of_a_manifest(artifact_copy,
         )
 
 
-def test_what_was_checked_is_what_is_parsed(signed, keys, monkeypatch):
-    """A manifest that is exchanged right after its signature was checked comes too late."""
+def test_the_verified_bytes_are_parsed(signed, keys, monkeypatch):
+    """A manifest that is replaced right after the verification has no effect."""
     check = signing.check_signature
 
     def check_and_exchange(root, manifest, key):
@@ -279,12 +279,12 @@ def test_what_was_checked_is_what_is_parsed(signed, keys, monkeypatch):
     assert manifest.name == "tiny"
 
 
-def test_an_altered_file_is_refused_though_the_signature_holds(signed, keys):
+def test_an_altered_file_is_refused_although_the_signature_is_valid(signed, keys):
     (signed / "tokenizer.json").write_bytes((signed / "tokenizer.json").read_bytes()[:-1] + b" ")
     assert "it is altered: copy or export the artifact again" in refusal(signed, keys / "maker.pub.pem")
 
 
-# --- keys, and what is signed -------------------------------------------------------------------------------
+# --- keys and signed artifacts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_an_altered_file_is_refused_though_the_signature_holds(signed, keys):
         ("k256.pub.pem", "found secp256k1"),
     ],
 )
-def test_what_is_no_public_key(signed, keys, name, text):
+def test_files_that_are_not_public_keys(signed, keys, name, text):
     assert text in refusal(signed, keys / name)
 
 
@@ -311,7 +311,7 @@ def test_what_is_no_public_key(signed, keys, name, text):
         ("k256.pem", "found secp256k1"),
     ],
 )
-def test_what_is_no_private_key(artifact_copy, keys, name, text):
+def test_files_that_are_not_private_keys(artifact_copy, keys, name, text):
     with pytest.raises(PrecastError) as caught:
         signing.sign(artifact_copy, keys / name, no_password)
     assert text in str(caught.value)
@@ -327,7 +327,7 @@ def test_a_password(cli, artifact_copy, keys, monkeypatch):
     loading.read_manifest(artifact_copy, require_signature=keys / "locked.pub.pem")
 
 
-def test_only_what_is_whole_is_signed(artifact_copy, keys):
+def test_a_damaged_artifact_is_not_signed(artifact_copy, keys):
     (artifact_copy / "README.md").write_text("another card")
     with pytest.raises(PrecastError, match=r"README\.md"):
         signing.sign(artifact_copy, keys / "maker.pem", no_password)

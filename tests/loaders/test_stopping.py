@@ -1,4 +1,4 @@
-"""Stop strings against a plain reference, for every way to cut a text into pieces."""
+"""Stop strings against a simple reference, for text cut into pieces in any way."""
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +13,7 @@ STOPS = st.lists(st.text(alphabet="abé", min_size=1, max_size=5), max_size=4)
 
 
 def until_stop(text: str, stops: list[str]) -> tuple[str, bool]:
-    """Text before the match that ends first (of those the longest), and whether there is one."""
+    """Return the text before the match that ends first (the longest of several), and True if there is a match."""
     for end in range(len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
@@ -22,7 +22,7 @@ def until_stop(text: str, stops: list[str]) -> tuple[str, bool]:
 
 
 def could_begin(text: str, stops: list[str]) -> int:
-    """Length of the longest suffix of `text` that begins a stop string."""
+    """Return the length of the longest suffix of `text` that begins a stop string."""
     lengths = range(len(text), 0, -1)
     return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
@@ -36,7 +36,7 @@ def pieces(draw: st.DrawFn) -> list[str]:
 
 @settings(deadline=None, max_examples=1000)
 @given(pieces=pieces(), stops=STOPS)
-def test_what_is_shown_ends_where_the_first_stop_begins(pieces: list[str], stops: list[str]) -> None:
+def test_shown_text_ends_where_the_first_stop_string_begins(pieces: list[str], stops: list[str]) -> None:
     watch, shown, read = StopStrings(stops), "", ""
     for piece in pieces:
         text, stopped = watch.push(piece)
@@ -45,12 +45,12 @@ def test_what_is_shown_ends_where_the_first_stop_begins(pieces: list[str], stops
         assert stopped == found
         if found:
             assert shown == expected
-        else:  # no more and no less is held back than could still begin a stop string
+        else:  # exactly the suffix that could begin a stop string is held back
             assert shown == read[: len(read) - could_begin(read, stops)]
     assert shown + watch.flush() == until_stop(read, stops)[0]
 
 
-def test_nothing_comes_after_a_stop() -> None:
+def test_no_text_follows_a_stop() -> None:
     watch = StopStrings(["END"])
     assert watch.push("one E") == ("one ", False)
     assert watch.push("ND two") == ("", True)
@@ -58,7 +58,7 @@ def test_nothing_comes_after_a_stop() -> None:
     assert watch.flush() == ""
 
 
-def test_held_text_comes_out_at_the_end_once() -> None:
+def test_held_text_is_flushed_once() -> None:
     watch = StopStrings(["END"])
     assert watch.push("the EN") == ("the ", False)
     assert watch.flush() == "EN"
@@ -76,8 +76,8 @@ def test_without_stop_strings_everything_passes() -> None:
     assert watch.flush() == ""
 
 
-def test_a_long_text_of_false_starts_keeps_little() -> None:
-    """A stop string that nearly matches everywhere: work and memory stay linear in the text."""
+def test_work_and_memory_are_linear_in_the_text() -> None:
+    """The worst case: a stop string that almost matches everywhere."""
     watch = StopStrings(["a" * 1000 + "b"])
     shown = "".join(watch.push("a" * 100)[0] for _ in range(1000))
     assert len(shown) == 100_000 - 1000

@@ -20,7 +20,7 @@ FREE = SamplingParams(ignore_eos=True)
 
 @pytest.fixture
 def caches(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Collect weak references to every cache made meanwhile. Freeing one must not need the garbage collector."""
+    """Collect weak references to every new cache. Reference counting alone must free them."""
     made: list[Any] = []
     new_cache = tiny_model.engine.new_cache
 
@@ -94,7 +94,7 @@ def closed_by_async_block(stream: Stream) -> None:
 
 
 @pytest.mark.parametrize("close", [closed_by_name, closed_by_block, closed_by_error, closed_by_async_block])
-def test_a_closed_stream_frees_its_cache_and_keeps_what_it_gave(
+def test_a_closed_stream_frees_its_cache_and_keeps_its_result(
     tiny_model: Model, caches: list[Any], free: Completion, close: Callable[[Stream], None]
 ) -> None:
     stream = tiny_model.stream(PROMPT, FREE)
@@ -109,7 +109,9 @@ def test_a_closed_stream_frees_its_cache_and_keeps_what_it_gave(
     assert found.prompt_token_ids == tuple(PROMPT)
 
 
-def test_a_completion_generates_nothing(tiny_model: Model, caches: list[Any], free: Completion) -> None:
+def test_reading_the_completion_generates_nothing(
+    tiny_model: Model, caches: list[Any], free: Completion
+) -> None:
     stream = tiny_model.stream(PROMPT, FREE)
     found = stream.completion
     assert (found.text, found.token_ids, found.finish_reason) == ("", (), "unfinished")
@@ -118,12 +120,12 @@ def test_a_completion_generates_nothing(tiny_model: Model, caches: list[Any], fr
     next(stream)
     assert stream.completion.finish_reason == "unfinished"
     assert len(stream.completion.token_ids) < 5
-    # It does not end anything either.
+    # The stream also stays open.
     assert stream.finish().token_ids == free.token_ids
     assert stream.completion.finish_reason == "length"
 
 
-def test_finish_gives_the_rest(tiny_model: Model, free: Completion) -> None:
+def test_finish_generates_the_rest(tiny_model: Model, free: Completion) -> None:
     stream = begun(tiny_model)
     found = stream.finish()
     assert (found.text, found.token_ids, found.finish_reason) == (free.text, free.token_ids, "length")
@@ -162,7 +164,7 @@ def test_threads_share_a_stream(tiny_model: Model, free: Completion) -> None:
 
 
 def test_another_thread_closes_a_stream(tiny_model: Model, caches: list[Any], free: Completion) -> None:
-    """`close` waits for the current step, and the reader then sees the end."""
+    """`close` waits for the current step; then the reader reaches the end."""
     stream = tiny_model.stream(PROMPT, FREE)
     decode, inside, goes_on = tiny_model.engine.decode, threading.Event(), threading.Event()
 
@@ -196,7 +198,7 @@ async def collected(stream: Stream) -> list[str]:
     return [piece async for piece in stream]
 
 
-def test_async_streams_side_by_side(tiny_model: Model, caches: list[Any]) -> None:
+def test_concurrent_async_streams(tiny_model: Model, caches: list[Any]) -> None:
     prompts = [[n, 200, 31] for n in range(6)]
     expected = [list(tiny_model.stream(ids, FREE)) for ids in prompts]
 
@@ -207,9 +209,7 @@ def test_async_streams_side_by_side(tiny_model: Model, caches: list[Any]) -> Non
     assert living(caches) == 0
 
 
-def test_the_event_loop_goes_on_while_a_piece_is_computed(
-    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_event_loop_is_not_blocked_by_a_step(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill, came = tiny_model.engine.prefill, threading.Event()
 
     def until_the_loop_ran(*arguments: Any) -> Any:
@@ -228,7 +228,7 @@ def test_the_event_loop_goes_on_while_a_piece_is_computed(
 def test_a_cancelled_task_ends_the_generation(
     tiny_model: Model, caches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This must work even if no piece arrives, which would otherwise block the reader's thread."""
+    """The generation must end even if no further piece arrives to unblock the reader's thread."""
     monkeypatch.setattr(type(tiny_model.tokenizer.stream()), "push", lambda self, token: "")
     decode, inside, goes_on = tiny_model.engine.decode, threading.Event(), threading.Event()
 
@@ -251,11 +251,13 @@ def test_a_cancelled_task_ends_the_generation(
             await task
         goes_on.set()
 
-    asyncio.run(use())  # which waits for its worker threads
+    asyncio.run(use())  # asyncio.run waits for its worker threads
     assert (len(steps), len(caches), living(caches)) == (1, 1, 0)
 
 
-def test_a_task_cancelled_before_the_first_step_begins_nothing(tiny_model: Model, caches: list[Any]) -> None:
+def test_a_task_cancelled_before_the_first_step_computes_nothing(
+    tiny_model: Model, caches: list[Any]
+) -> None:
     stream = tiny_model.stream(PROMPT, FREE)
 
     async def use() -> list[str]:

@@ -1,4 +1,4 @@
-"""The weight file: a valid safetensors file, aligned, and refused when anything in its header is off."""
+"""The weight file: a valid, aligned safetensors file; a file with an invalid header is refused."""
 
 import hashlib
 import json
@@ -50,10 +50,10 @@ def same(found, expected):
         np.testing.assert_array_equal(found[name], array)
 
 
-# --- what is written ----------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
-def test_the_library_of_the_format_reads_the_same(path):
+def test_the_safetensors_library_reads_the_same(path):
     from safetensors.numpy import load_file
 
     same(load_file(path), ARRAYS)
@@ -72,8 +72,8 @@ def test_the_order_of_the_specs_does_not_matter(tmp_path):
 
 @given(st.dictionaries(st.text(max_size=8), st.lists(st.integers(0, 9), max_size=4), max_size=12))
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_tensors_start_on_boundaries_up_to_the_first_odd_one(tmp_path_factory, shapes):
-    """Read with nothing but the format's specification."""
+def test_tensors_before_the_first_odd_size_start_on_boundaries(tmp_path_factory, shapes):
+    """Read the file by the format's specification alone."""
     shapes.pop("__metadata__", None)
     path = tmp_path_factory.mktemp("aligned") / "w"
     write(path, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
@@ -92,7 +92,7 @@ def test_tensors_start_on_boundaries_up_to_the_first_odd_one(tmp_path_factory, s
     assert len(data) == start + sum(4 * prod(shape) for _, shape in tensors)
 
 
-def test_views_lie_in_the_mapping_and_keep_it(path):
+def test_views_keep_the_mapping_alive(path):
     weights = map_weights(path)
     matrix = weights["matrix"]
     assert matrix.ctypes.data % ALIGNMENT == 0
@@ -133,7 +133,7 @@ def test_parts_of_several_tensors_may_come_in_any_order(tmp_path_factory, order)
         ([], "whole: expected 256 bytes, found 0"),
     ],
 )
-def test_parts_that_do_not_make_the_tensor_are_refused(tmp_path, parts, text):
+def test_parts_that_do_not_match_the_tensor_are_refused(tmp_path, parts, text):
     with pytest.raises(ValueError, match=text):
         write(tmp_path / "w", {"whole": np.zeros((4, 16), np.float32)}, [("whole", p) for p in parts])
 
@@ -145,15 +145,15 @@ def test_a_part_that_is_too_long_does_not_reach_the_next_tensor(tmp_path):
     assert (tmp_path / "w").read_bytes().endswith(arrays["a"].tobytes() + arrays["b"].tobytes())
 
 
-def test_a_part_of_no_tensor_is_refused(tmp_path):
+def test_a_part_of_an_unknown_tensor_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match="other: expected one of the specified tensors, found a piece of another"
     ):
         write(tmp_path / "w", {"a": np.zeros(16, np.float32)}, [("other", np.zeros(16, np.float32))])
 
 
-def test_bfloat16_alone_needs_its_library(python, tmp_path):
-    """Which takes a hundredth of a second to import."""
+def test_only_bfloat16_imports_ml_dtypes(python, tmp_path):
+    """Its import takes 10 ms."""
     code = (
         "import sys; from pathlib import Path; from precast.loaders.artifact.weights import map_weights\n"
         "found = map_weights(Path(sys.argv[1])); print('ml_dtypes' in sys.modules, found['x'].dtype)"
@@ -169,11 +169,11 @@ def test_no_file_is_overwritten(path):
         write(path)
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 
 def broken(tmp_path, header, data: bytes = bytes(64)):
-    """Writes a file with any header and returns what reading it says."""
+    """Write a file with the given header, and return the error that reading it raises."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path = tmp_path / "broken"
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -195,7 +195,7 @@ def test_a_truncated_file_is_refused_at_every_length(path, tmp_path):
             map_weights(tmp_path / "cut")
 
 
-def test_a_file_with_something_behind_is_refused(path):
+def test_a_file_with_trailing_bytes_is_refused(path):
     with path.open("ab") as file:
         file.write(b"\0")
     with pytest.raises(PrecastError, match=r"the tensors cover .* bytes of data, the file holds"):
@@ -263,8 +263,8 @@ def test_a_header_that_does_not_describe_its_data_is_refused(tmp_path, header, t
     assert text in broken(tmp_path, header)
 
 
-def test_entries_may_stand_in_any_order(tmp_path):
-    """As in files that other tools write."""
+def test_header_entries_may_be_in_any_order(tmp_path):
+    """Files written by other tools have another order."""
     header = json.dumps(
         {"b": tensor(32, 64, [8]), "__metadata__": {"format": "pt"}, "a": tensor(0, 32, [8])}
     ).encode()
@@ -275,8 +275,8 @@ def test_entries_may_stand_in_any_order(tmp_path):
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_damage_to_the_header_is_read_or_refused_for_the_user(path, data):
-    """Never another exception, and never a view that leaves the file (touching it would crash)."""
+def test_any_damage_to_the_header_is_accepted_or_raises_precast_error(path, data):
+    """There is no other exception, and no view beyond the end of the file, which would crash on access."""
     original = path.read_bytes()
     end = 8 + int.from_bytes(original[:8], "little")
     damaged = bytearray(original)
@@ -298,7 +298,7 @@ def test_any_damage_to_the_header_is_read_or_refused_for_the_user(path, data):
 
 @pytest.mark.parametrize("depth", range(900, 1000, 7))
 def test_a_deep_header_is_refused_at_any_depth(tmp_path, depth):
-    """Parsing may just succeed where showing what was found would not."""
+    """At some depths parsing succeeds, but repr of the value exceeds the recursion limit."""
     deep = b"[" * depth + b"]" * depth
     broken(tmp_path, deep)
     broken(tmp_path, b'{"a":' + deep + b"}")
@@ -318,7 +318,7 @@ def asks_for_huge_pages(array: np.ndarray) -> bool:
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux")
 @pytest.mark.parametrize("head", [True, False])
-def test_an_embedding_that_is_no_head_is_read_in_small_pages(tmp_path, head):
+def test_an_embedding_beside_a_separate_head_is_read_in_small_pages(tmp_path, head):
     names = ["model.embed_tokens.weight", "model.layers.x", *(["lm_head.weight"] if head else [])]
     write(tmp_path / "w", {n: np.zeros((64, 4096), np.float32) for n in names})
     mapped = map_weights(tmp_path / "w")

@@ -24,12 +24,12 @@ MARGIN = 1e-3
 
 PROMPT = (101, 197, 110, 101, 197, 69)
 TOKENS = 16
-# The greedy answer to PROMPT begins with these, which most cases forbid or end at.
+# The first tokens of the greedy answer to PROMPT. Most cases forbid them or end at them.
 GREEDY = "greedy"
 
 
 def cases(greedy: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """Return settings by name; `greedy` has none."""
+    """Return the settings of every case by name; `greedy` has none."""
     first, second, third = greedy[:3]
     ends = {"eos_token_id": first}
     return {
@@ -65,7 +65,7 @@ def cases(greedy: Sequence[int]) -> dict[str, dict[str, Any]]:
 
 
 def settings(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a file: the case's own, plus a limit and an end token that never comes."""
+    """Return the keys of a file: the case's own, a limit, and an end token that never occurs."""
     return {"max_new_tokens": TOKENS, "eos_token_id": 330, **said}
 
 
@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, said: Mapping[str, Any], *, in_config: bool) 
 
 
 def answer(folder: Path) -> tuple[list[int], float]:
-    """Return transformers' answer and the smallest lead of a best token."""
+    """Return transformers' answer and the smallest margin of a best token."""
     import torch
     from transformers import AutoModelForCausalLM
 
