@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .loaders.artifact.errors import PrecastError
     from .loaders.generation.model import Model
-    from .loaders.generation.sampling import SamplingParams
+    from .loaders.generation.sampling_params import SamplingParams
     from .loaders.generation.stream import Completion, Stream, Timing
     from .loaders.load import load
 

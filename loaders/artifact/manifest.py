@@ -216,7 +216,7 @@ class TokenizerFiles(Frozen):
 
 
 class SamplingDefaults(Frozen):
-    """The model's own sampling defaults, in the fields of `precast.loaders.generation.sampling.SamplingParams`.
+    """The model's own sampling defaults, in fields of `precast.SamplingParams`.
 
     None or an empty list means that the model has no default.
     """

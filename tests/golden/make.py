@@ -2,10 +2,10 @@
 
     python tests/golden/make.py [--date 2026-11-22] [--output tests/golden] [--bare]
 
-Run it once for each format version, with the last code that writes it, and commit what it makes; nothing here is made
-again afterwards: it shows what later versions do with what was written then. It also runs in a checkout of an older
-precast (`PYTHONPATH` set to a folder with a link called `precast` to it). `--bare` leaves executables out, for a
-version that is refused at its manifest anyway.
+Run it once for each format version, with the last code that writes this version, and commit the artifact. It is never
+regenerated: tests load it with later versions of precast. The script also runs in a checkout of an older precast (set
+`PYTHONPATH` to a folder that contains a symlink `precast` to the checkout). `--bare` leaves out the executables, for a
+version that is no longer supported.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def source() -> Any:
-    """The tiny model as a `Source` in memory."""
+    """Return the tiny model as a `Source` in memory."""
     from precast.exporter.sources.base import Source, SourceTensor
 
     return Source(

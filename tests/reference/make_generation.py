@@ -105,7 +105,7 @@ def computed() -> list[dict[str, Any]]:
                 write_checkpoint(folder, said, in_config=in_config)
                 tokens, lead = answer(folder)
                 if lead <= MARGIN:
-                    raise SystemExit(f"{name}: the best token leads by {lead} alone; take another prompt")
+                    raise SystemExit(f"{name}: the best token leads by only {lead}; choose another prompt")
                 greedy = greedy or tokens
                 records.append({"name": name, "in_config": in_config, "said": said, "tokens": tokens})
     return records
@@ -120,7 +120,7 @@ def main() -> None:
         lines = ",\n".join(json.dumps(record) for record in records)
         FILE.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     elif json.loads(FILE.read_text(encoding="utf-8")) != records:
-        raise SystemExit(f"{FILE}: differs from what transformers answers now")
+        raise SystemExit(f"{FILE}: differs from the answers of transformers now")
     print(json.dumps({"cases": len(records), "checked": check}))
 
 
