@@ -119,7 +119,7 @@ def forged(cache, artifact_copy, tiny_model, monkeypatch):
     note = {"sha256": manifest.files["weights.safetensors"].sha256}
     (cache / "verified" / f"{identity}.json").write_text(json.dumps(note))
     tried: list[str] = []
-    monkeypatch.setattr(trial, "_attempt", lambda *_: bool(tried.append("tried")) or True)
+    monkeypatch.setattr(trial, "_attempt", lambda *_, **__: bool(tried.append("tried")) or True)
     return artifact_copy, tried
 
 
@@ -135,7 +135,7 @@ def test_an_untrusted_record_of_hashes_is_ignored(cache, forged):
 
 def test_an_untrusted_record_of_a_trial_is_ignored(cache, tiny_artifact, monkeypatch):
     tried: list[str] = []
-    monkeypatch.setattr(trial, "_attempt", lambda *_: bool(tried.append("tried")) or True)
+    monkeypatch.setattr(trial, "_attempt", lambda *_, **__: bool(tried.append("tried")) or True)
     for _ in range(2):
         loading.load(tiny_artifact, log=lambda _: None)
     assert len(tried) == 1
@@ -151,12 +151,16 @@ def test_an_untrusted_record_of_a_trial_is_ignored(cache, tiny_artifact, monkeyp
 def test_no_compiled_program_is_loaded_from_an_untrusted_cache(cache, monkeypatch):
     from precast.loaders.runtime.installed import this_machine
 
-    machine = this_machine(cuda=False)
-    assert compile_cache._write(b"code", machine, b"executable")
-    assert compile_cache._read(b"code", machine) == b"executable"
+    compiler = compile_cache._CachingCompiler(
+        machine=this_machine(cuda=False), where="here", threads=1, log=lambda _: None
+    )
+    assert compiler._write(b"code", b"executable")
+    found = compiler.cached("decode", b"code")
+    assert found is not None
+    assert found.executable == b"executable"
     cache.chmod(0o777)
-    assert compile_cache._read(b"code", machine) is None
-    assert not compile_cache._write(b"code", machine, b"executable")
+    assert compiler.cached("decode", b"code") is None
+    assert not compiler._write(b"code", b"executable")
 
 
 def test_nothing_is_pulled_through_an_untrusted_cache(cache, tiny_artifact, tmp_path):
