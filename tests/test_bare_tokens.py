@@ -1,4 +1,4 @@
-"""A tokenizer with more tokens than the model embeds, as after adding <pad> without resizing."""
+"""A tokenizer with more tokens than the model has embeddings, as after adding <pad> without resizing."""
 
 import json
 
@@ -22,7 +22,7 @@ def with_tokens(source, *texts):
 
 @pytest.fixture(scope="module")
 def padded(export_tiny, tiny_source):
-    """Make the tiny model with as many embeddings as its tokenizer had tokens before <pad>."""
+    """Return the tiny model with an embedding for every token except <pad>."""
     source = tiny_source(config={"vocab_size": V})
     data = with_tokens(source, "<pad>")
     return load(
@@ -54,7 +54,7 @@ def test_sampling_may_name_the_token(padded, fields):
     assert padded.generate("the cat", SamplingParams(max_tokens=2, **fields)).token_ids
 
 
-def test_an_export_names_the_tokens(tiny_source):
+def test_a_remark_of_the_export_names_the_tokens(tiny_source):
     from precast.exporter import texts
 
     source = tiny_source(config={"vocab_size": V})
@@ -69,7 +69,7 @@ def test_an_export_names_the_tokens(tiny_source):
     assert texts.bare_tokens(source, V + 9) is None
 
 
-def test_a_vocabulary_that_is_larger_is_that_of_another_model(export_tiny, tiny_source):
+def test_a_larger_vocabulary_belongs_to_another_model(export_tiny, tiny_source):
     with pytest.raises(
         PrecastError, match="ids up to 299, not counting added tokens, and the model embeds 299 tokens"
     ):

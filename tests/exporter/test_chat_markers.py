@@ -1,4 +1,4 @@
-"""Chat markers: each becomes one token, even if a GGUF file types it as a word; an export names the exceptions."""
+"""Chat markers: each becomes one token, even if a GGUF file types it as a word; a remark names the exceptions."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_markers_of_a_gguf_file_are_one_token_whatever_their_type(tmp_path, gguf
     assert texts.marker_remarks(source) == ()
 
 
-def test_known_markers_are_mended_without_a_template(tmp_path, gguf_spec, tiny):
+def test_known_markers_are_repaired_without_a_template(tmp_path, gguf_spec, tiny):
     source = gguf(tmp_path, gguf_spec, tiny, kind=1, template=None)
     assert texts.read_tokenizer(source).encode("<|im_end|>") == [2]
 
@@ -66,12 +66,12 @@ def test_known_markers_are_mended_without_a_template(tmp_path, gguf_spec, tiny):
         ("<b>", 1, "<b>", False),
     ],
 )
-def test_which_types_are_wrong(token, kind, template, wrong):
+def test_mistyped_markers(token, kind, template, wrong):
     for key in ("tokenizer.chat_template", "tokenizer.chat_template.tool_use"):
         assert mistyped_markers(["a", token], [1, kind], {key: template}) == ([1] if wrong else [])
 
 
-def test_a_marker_that_the_tokenizer_has_as_a_word_is_named(tmp_path, gguf_spec, tiny):
+def test_a_remark_names_a_marker_that_is_a_word(tmp_path, gguf_spec, tiny):
     source = gguf(tmp_path, gguf_spec, tiny, kind=3)
     document = json.loads(source.tokenizer_json)
     document["added_tokens"] = [

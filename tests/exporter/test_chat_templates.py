@@ -1,4 +1,4 @@
-"""Chat templates of a source: where each is read, and which one the artifact's tokenizer chooses."""
+"""Chat templates of a source: the files they come from, and the choice of the artifact's tokenizer."""
 
 import json
 from typing import Any
@@ -21,7 +21,7 @@ def listed(**named: str) -> dict[str, Any]:
     return {"chat_template": [{"name": name, "template": template} for name, template in named.items()]}
 
 
-# The files of a directory, by the name of the case.
+# The files of a directory, by case.
 PLACES: dict[str, dict[str, Any]] = {
     "text": {"tokenizer_config.json": {"chat_template": "old"}},
     "file": {"chat_template.jinja": "new", "tokenizer_config.json": {"chat_template": "old"}},
@@ -51,7 +51,7 @@ def write(checkpoint: Any, files: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("tools", [None, TOOLS, []])
 @pytest.mark.parametrize("name", [None, "default", "tool_use", "rag"])
 @pytest.mark.parametrize("place", PLACES)
-def test_the_template_is_the_one_that_transformers_takes(checkpoint, place, name, tools):
+def test_the_choice_of_the_template_equals_that_of_transformers(checkpoint, place, name, tools):
     transformers = pytest.importorskip("transformers")
     folder = write(checkpoint, PLACES[place])
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -71,7 +71,7 @@ def test_the_template_is_the_one_that_transformers_takes(checkpoint, place, name
         ours.render_chat(USER, ChatOptions(tools=tools), template=name)
 
 
-def test_a_name_that_no_template_has(checkpoint):
+def test_an_unknown_template_name(checkpoint):
     ours = texts.read_tokenizer(open_source(str(write(checkpoint, PLACES["list"]))))
     with pytest.raises(PrecastError) as caught:
         ours.render_chat(USER, template="tools")
@@ -81,7 +81,7 @@ def test_a_name_that_no_template_has(checkpoint):
     )
 
 
-def test_only_templates_with_a_name(checkpoint):
+def test_a_model_without_a_default_template(checkpoint):
     ours = texts.read_tokenizer(open_source(str(write(checkpoint, PLACES["list without default"]))))
     with pytest.raises(PrecastError) as caught:
         ours.render_chat(USER)
@@ -91,7 +91,7 @@ def test_only_templates_with_a_name(checkpoint):
     assert ours.render_chat(USER, ChatOptions(tools=TOOLS)) == "t"
 
 
-def test_the_oldest_file_is_taken_where_nothing_else_is(checkpoint):
+def test_chat_template_json_counts_without_other_templates(checkpoint):
     source = open_source(str(write(checkpoint, {"chat_template.json": {"chat_template": "oldest"}})))
     assert source.chat_template == "oldest"
     assert source.files[-1].name == "chat_template.json"
@@ -112,7 +112,7 @@ def test_a_template_that_is_not_text(checkpoint, said):
     assert str(caught.value).endswith("; write the template to chat_template.jinja.")
 
 
-def test_a_template_gets_the_other_tokens_that_it_names(tmp_path):
+def test_a_template_gets_definitions_of_the_special_tokens_that_it_uses(tmp_path):
     awkward = "<p\"a'd\\>é😀"
     tokens = {
         "pad_token": awkward,
@@ -135,7 +135,7 @@ def test_a_template_gets_the_other_tokens_that_it_names(tmp_path):
 # --- GGUF and the artifact ----------------------------------------------------------------------------------------
 
 
-def test_a_gguf_file_has_named_templates_too(tmp_path, gguf_spec):
+def test_named_templates_of_a_gguf_file(tmp_path, gguf_spec):
     metadata = {
         "tokenizer.chat_template": "d",
         "tokenizer.chat_template.tool_use": "t",
@@ -171,7 +171,7 @@ def source_with(**named: str) -> Source:
     )
 
 
-def test_templates_have_files_of_their_own(tmp_path):
+def test_each_template_gets_a_file(tmp_path):
     said = {"tool_use": "1", "Tool_Use": "2", "../x": "3", "rag": "4", "ä": "5", "8": "6", "7": "7", "ö": "8"}
     source = source_with(**said)
     files = texts.named_files(source)
@@ -191,7 +191,7 @@ def test_templates_have_files_of_their_own(tmp_path):
     assert written["chat_template.jinja"] == "default"
 
 
-def test_a_named_template_that_cannot_be_used():
+def test_an_unusable_named_template():
     with pytest.raises(PrecastError) as caught:
         texts.check_templates(source_with(rag="{% if %}"))
     assert str(caught.value).startswith(
@@ -200,7 +200,7 @@ def test_a_named_template_that_cannot_be_used():
     assert str(caught.value).endswith("; correct or remove it there.")
 
 
-def test_json_is_read_as_the_hub_has_it(tmp_path):
+def test_templates_in_tokenizer_config_json(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(listed(default="d", rag="r")))
     read = chat_templates(tmp_path, {})
     assert (read.default, read.named) == ("d", {"rag": "r"})

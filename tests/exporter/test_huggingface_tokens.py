@@ -124,7 +124,7 @@ def test_added_tokens_decoder_overrules_a_flag_of_tokenizer_json(tmp_path, flag,
     compare(write(tmp_path, tokenizer=document(added=(first,)), tokenizer_config=config))
 
 
-# --- places against each other ------------------------------------------------------------------------------------
+# --- combinations of places ---------------------------------------------------------------------------------------
 
 
 def _any_token(rng: random.Random) -> dict[str, Any]:
@@ -282,8 +282,8 @@ def test_add_prefix_space_without_a_step_that_adds_one(tmp_path):
 # --- every key ----------------------------------------------------------------------------------------------------
 
 
-def test_every_key_that_transformers_looks_for_is_known():
-    """Each key is exactly one of applied, harmless, or ending in "_token"."""
+def test_every_key_that_transformers_reads_is_known():
+    """Collect the keys from transformers' code: each is applied or harmless, or ends in "_token"."""
     import ast
 
     transformers = pytest.importorskip("transformers")
@@ -317,7 +317,7 @@ def test_every_key_that_transformers_looks_for_is_known():
     assert set() == APPLIED & HARMLESS
 
 
-def test_a_key_of_unknown_meaning_is_named(tmp_path):
+def test_a_remark_names_unknown_keys(tmp_path):
     config = {"fold_case": True, "odd": 1, "image_token": "<a>", "model_max_length": 5}
     read = read_tokenizer(write(tmp_path, tokenizer=document(), tokenizer_config=config))
     assert read.remarks == ("tokenizer_config.json: ignored, because the meaning is unknown: fold_case, odd",)

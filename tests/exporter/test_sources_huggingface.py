@@ -181,7 +181,7 @@ def test_an_index_that_names_a_missing_tensor(checkpoint):
     )
 
 
-def test_an_index_that_reaches_outside(checkpoint):
+def test_an_index_that_lists_a_file_outside(checkpoint):
     folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "../one.safetensors"}}})
     save_file({"a": W}, folder.parent / "one.safetensors")
     assert "lists a shard outside its own directory (../one.safetensors)" in refusal(folder)
@@ -334,7 +334,7 @@ def test_a_null_token_is_none_whatever_the_config_says(checkpoint):
     assert open_source(str(checkpoint(files, ONE))).bos_token is None
 
 
-def test_special_tokens_map_fills_in(checkpoint):
+def test_special_tokens_map_adds_missing_tokens(checkpoint):
     files = {
         "tokenizer_config.json": {"eos_token": "</s>"},
         "special_tokens_map.json": {"bos_token": {"content": "<s>"}},
@@ -368,7 +368,7 @@ def test_a_special_token_that_is_a_number(checkpoint):
     ],
 )
 def test_eos_token_ids(checkpoint, files, expected):
-    """All ids that the files name, and token 1 by its text </s>."""
+    """Expect the ids that the files name, and token 1 by its text </s>."""
     assert open_source(str(checkpoint(files, ONE))).eos_token_ids == expected
 
 
@@ -465,7 +465,7 @@ def test_the_files_read_are_hashed(checkpoint):
     assert files["model.safetensors"].bytes == len(data)
 
 
-def test_name_config_and_tokenizer_are_passed_on(checkpoint):
+def test_name_config_and_tokenizer_of_a_source(checkpoint):
     folder = checkpoint({"config.json": {"model_type": "llama", "rope_theta": 1e5}}, ONE)
     source = open_source(str(folder))
     assert source.name == "tiny-model_v1.5"

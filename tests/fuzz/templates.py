@@ -1,6 +1,6 @@
-"""Random Jinja programs from a small grammar: what strangers' chat templates could try."""
+"""Random Jinja programs from a small grammar, as attacks by an untrusted chat template."""
 
-# ruff: noqa: E501 - word lists and templates read best in a line
+# ruff: noqa: E501 - word lists and templates are easier to read on one line
 from random import Random
 
 _NAMES = "messages tools documents bos_token eos_token m loop namespace range dict cycler joiner lipsum self ns x y".split()
@@ -37,7 +37,7 @@ _LOOPS = (
 
 
 def program(random: Random) -> str:
-    """A template; most compile, some loop, grow, or walk from attribute to attribute."""
+    """Return a random template. Most compile; some loop, grow, or follow chains of attributes."""
     if random.random() < 0.02:
         return random.choice(("(", "{{", "{%")) * random.choice((10, 500, 100_000))
     made = "".join(_statement(random, 3) for _ in range(random.randrange(1, 5)))
@@ -52,6 +52,7 @@ def program(random: Random) -> str:
 
 
 def expression(random: Random, depth: int) -> str:
+    """Return a random expression, nested at most `depth` deep."""
     if depth <= 0 or random.random() < 0.2:
         return random.choice((*_NAMES, *_LITERALS))
     inner = expression(random, depth - 1)

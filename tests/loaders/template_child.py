@@ -1,10 +1,10 @@
-"""Run templates that try to hang or to fill the memory, in a process of bounded memory; `test_chat_sandbox` starts it.
+"""Run templates that try to hang or to exhaust memory. `test_chat_sandbox` starts this as a process.
 
-Usage: `template_child.py PART`. The last line printed is a JSON object. A case that hangs ends the process with a
-traceback, below the name of the case.
+Usage: `template_child.py PART`. The last line of the output is a JSON object. If a case hangs, the process ends with a
+traceback, after the name of the case.
 """
 
-# ruff: noqa: E501 - a template is easier to read, and means the same, on one line
+# ruff: noqa: E501 - templates are easier to read on one line
 
 import faulthandler
 import importlib.util
@@ -25,7 +25,7 @@ from precast.loaders.text.chat_template import ChatTemplate, Limits
 
 HANG = 120.0
 SLOW = 4.0
-"""Seconds of the process's own time: twice the limit."""
+"""Seconds of CPU time: the limit of a compilation plus that of a rendering."""
 SHARED = "{% set ns = namespace(x=VALUE) %}{% for i in range(LEVELS) %}{% set ns.x = PAIR %}{% endfor %}{% set x = ns.x %}"
 
 
@@ -181,7 +181,7 @@ def text_cases() -> Iterator[tuple[str, str]]:
     half = ("(x[:n])", "(x[:n] ~ 'q')", "('q' ~ x[:n])", "('a', x[:9999])", "(9000000)", "()")
     for kind, value in TEXTS.items():
         before = f"{{% set x = {value} %}}{{% set z = x ~ 'q' %}}{{% set n = x|length // 2 %}}"
-        # Every method on two kinds of text, then some on each.
+        # All arguments on one kind of text, and each method without arguments on the others.
         operations = [*methods((str,), half if kind == "ascii" else ("()",))]
         operations += [f"{{% set y = x|{name} %}}" for name in ALLOWED_FILTERS]
         operations += [*_OPERATIONS] if kind in ("ascii", "escapes") else []
@@ -194,9 +194,9 @@ def structure_cases() -> Iterator[tuple[str, str]]:
     operations = [*_OPERATIONS, *filters(), *tests(), *methods(kinds, ("()", "(z)", "(z, 1)"))]
     for number, operation in enumerate(operations):
         for index, (kind, value) in enumerate(STRUCTURES.items()):
-            # Each operator meets a third of the values, each filter, test and method one or two.
+            # Each operator runs on a third of the values, each filter, test and method on one or two.
             if (number + index) % (3 if number < len(_OPERATIONS) else 14) == 0:
-                # A second value of its own, that is equal and not the same.
+                # An equal value that is another object.
                 again = value.replace("set x =", "set z =").replace("macro x", "macro z")
                 yield f"{kind}: {operation}", value + again + operation
 
@@ -272,11 +272,12 @@ PARTS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
 
 
 def peak() -> int:
+    """Return the peak resident memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run(source: str, limits: Limits | None = None) -> str | None:
-    """Compile and render; return an error that is no sentence of ours."""
+    """Compile and render a template. Return an error other than PrecastError, or None."""
     try:
         template = ChatTemplate(source, bos_token="<s>", eos_token=None, limits=limits)
         template.render([{"role": "user", "content": "hi"}])
@@ -287,7 +288,7 @@ def run(source: str, limits: Limits | None = None) -> str | None:
     return None
 
 
-def sweep(cases: Iterator[tuple[str, str]]) -> dict:
+def run_all(cases: Iterator[tuple[str, str]]) -> dict:
     start, count, slow, unknown = peak(), 0, [], []
     for name, source in cases:
         count += 1
@@ -315,7 +316,7 @@ INTERRUPTED = (
 
 
 def interrupt() -> dict:
-    """Press Ctrl-C while a template works without end, as far as its limits go."""
+    """Press Ctrl-C while a template with very high limits runs."""
     limits = Limits(seconds=100, steps=10**12, allocated=10**13)
     interrupted, slow = 0, []
     for source in INTERRUPTED:
@@ -338,12 +339,12 @@ def interrupt() -> dict:
 
 
 def press(pressed: list[float]) -> None:
-    # The clock of the main thread, which waits for nothing else than the template.
+    # CPU time of the main thread, which runs the template.
     pressed.append(time.clock_gettime(time.pthread_getcpuclockid(threading.main_thread().ident or 0)))
     signal.raise_signal(signal.SIGINT)
 
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    result = interrupt() if sys.argv[1] == "interrupt" else sweep(PARTS[sys.argv[1]]())
+    result = interrupt() if sys.argv[1] == "interrupt" else run_all(PARTS[sys.argv[1]]())
     print(json.dumps(result))

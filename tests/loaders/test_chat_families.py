@@ -1,6 +1,6 @@
-"""Templates written with what the published ones of each family are written with, rendered as by transformers."""
+"""Templates with the features of each family's published templates: prompts equal those of transformers."""
 
-# ruff: noqa: E501 - a template is easier to read, and means the same, on one line
+# ruff: noqa: E501 - templates are easier to read on one line
 
 import re
 from datetime import datetime
@@ -29,8 +29,8 @@ CALL = {
 RESULT = {"role": "tool", "name": "weather", "tool_call_id": "abcdef123", "content": '{"t": 20}'}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " two "}]}
 JOINED = {"role": "user", "content": "one\n two "}
-# Families whose templates print content in parts as a Python repr, omit it or fail: they get a text.
-TEXT_ALONE = ("gemma", "llama3", "qwen3", "mistral", "phi3", "granite")
+# Families whose templates print content in parts as a Python repr, omit it, or fail. They receive text.
+TEXT_ONLY = ("gemma", "llama3", "qwen3", "mistral", "phi3", "granite")
 CHATS = {
     "short": [USER],
     "system": [SYSTEM, USER],
@@ -65,7 +65,7 @@ TEMPLATES = {
     {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
     {{- '<start>' + role + '\\n' + message['content'] | trim + '<end>\\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<start>model\\n' }}{% endif %}""",
-    # The system message goes into the first user's; content may come in parts.
+    # The first user message includes the system message; content may come in parts.
     "gemma3": """{{- bos_token -}}
 {%- if messages[0]['role'] == 'system' -%}
     {%- set before = (messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text']) + '\\n\\n' -%}
@@ -81,7 +81,7 @@ TEMPLATES = {
     {%- else -%}{{ raise_exception('Unknown content') }}{%- endif -%}
     {{ '<end>\\n' }}
 {%- endfor -%}""",
-    # Tools as indented JSON in the first user's message, a date, and arguments that are objects.
+    # Tools as indented JSON, a date, and arguments that are objects.
     "llama3": """{{- bos_token }}
 {%- if not tools_in_user_message is defined %}{% set tools_in_user_message = true %}{% endif %}
 {%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}
@@ -108,7 +108,7 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|h|>assistant<|/h|>\\n\\n' }}{% endif %}""",
-    # Looks back for the last question with a namespace; thoughts are cut out; results are gathered.
+    # A namespace for a backward search of the last question; removes reasoning; groups tool results.
     "qwen3": """{%- if tools %}{{ '<im>system\\n' }}
     {%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}{% endif %}
     {%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}{{ '</im>\\n' }}
@@ -142,7 +142,7 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<im>assistant\\n' }}{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}""",
-    # Filters over the whole conversation; strict about turns; tools go before the last question.
+    # Filters over the whole conversation; checks the turns; tools before the last question.
     "mistral": """{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}
 {%- if not tools is defined %}{% set tools = none %}{% endif %}
 {%- set users = rest | selectattr('role', 'equalto', 'user') | list %}
@@ -174,7 +174,7 @@ TEMPLATES = {
 {%- endfor %}""",
     # Short, and without a beginning-of-sequence token.
     "phi3": """{% for message in messages %}{% if message['role'] == 'system' and message['content'] %}{{'<|system|>\\n' + message['content'] + '<|end|>\\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\\n' ~ message['content'] ~ '<|end|>\\n'}}{% elif message['role'] == 'assistant' %}{{'<|assistant|>\\n' ~ message['content'] ~ '<|end|>\\n'}}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}""",
-    # Documents, and what is marked for training.
+    # Documents, and the tag that marks text for training.
     "granite": """{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}
 {%- else %}{% set system = 'Today is ' + strftime_now('%B %d, %Y') + '.' %}{% if tools and documents %}{% set system = system + ' Tools and texts.' %}{% endif %}{% endif %}
 {{- '<r>system</r>' + system + '<e>\\n' }}
@@ -187,7 +187,7 @@ TEMPLATES = {
     {%- else %}{{ '<r>' + message['role'] + '</r>' ~ message['content'] + '' if message.content is string else '?' }}{% endif %}
     {%- if loop.last and add_generation_prompt %}{{ '<r>assistant' }}{% if controls %}{{ ' ' + controls | tojson }}{% endif %}{{ '</r>' }}{% endif %}
 {%- endfor %}""",
-    # Macros over schemas, and loops that are left early.
+    # Macros over schemas, and loops with break and continue.
     "smollm3": """{%- macro signature(f) %}{{ f.name }}({% for name, spec in (f.parameters.properties or {}) | dictsort %}{{ name }}: {{ spec.type | default('any') }}{% if not loop.last %}, {% endif %}{% endfor %}){% endmacro %}
 {%- set ns = namespace(system='', mode='/think') %}
 {%- for message in messages %}{% if message.role != 'system' %}{% continue %}{% endif %}{% set ns.system = message.content | trim %}{% break %}{% endfor %}
@@ -217,9 +217,9 @@ VARIABLES = {
 
 
 def theirs(template: str, messages: list[dict], **given: Any) -> str | None:
-    """The prompt by transformers; None where the template fails."""
+    """Return the prompt of transformers, or None if the template fails."""
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    # apply_chat_template leaves these keys out.
+    # apply_chat_template omits keys with null values.
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
         rendered, _ = utils.render_jinja_template(
@@ -238,8 +238,8 @@ def ours(template: str, messages: list[dict], **given: Any) -> str:
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_a_prompt_is_that_of_transformers_or_neither_has_one(family: str, chat: str, given: str) -> None:
-    by_text = chat == "parts" and family in TEXT_ALONE
+def test_a_prompt_equals_that_of_transformers_or_both_fail(family: str, chat: str, given: str) -> None:
+    by_text = chat == "parts" and family in TEXT_ONLY
     expected = theirs(TEMPLATES[family], [JOINED] if by_text else CHATS[chat], **GIVEN[given])
     if expected is not None:
         assert ours(TEMPLATES[family], CHATS[chat], **GIVEN[given]) == expected
@@ -251,7 +251,7 @@ def test_a_prompt_is_that_of_transformers_or_neither_has_one(family: str, chat: 
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_variables_that_a_template_asks_for(family: str) -> None:
+def test_variables_reach_a_template(family: str) -> None:
     expected = theirs(TEMPLATES[family], CHATS["short"], tools=TOOLS, add_generation_prompt=True, **VARIABLES)
     found = ours(
         TEMPLATES[family], CHATS["short"], tools=TOOLS, add_generation_prompt=True, variables=VARIABLES
@@ -259,8 +259,8 @@ def test_variables_that_a_template_asks_for(family: str) -> None:
     assert found == expected
 
 
-def test_the_comparison_compares_something() -> None:
-    """Each template has a prompt for a simple chat, and those that know tools, documents or dates show them."""
+def test_prompts_contain_the_inputs() -> None:
+    """Check that the comparison is not empty: prompts contain the message, tools, documents and the date."""
     prompts = {family: ours(template, CHATS["short"]) for family, template in TEMPLATES.items()}
     assert all("日本? <b>&'" in prompt for prompt in prompts.values())
     for family in ("llama3", "qwen3", "mistral", "granite", "smollm3"):
@@ -278,7 +278,7 @@ def test_the_comparison_compares_something() -> None:
         ("mistral", "two of a role", "at line 6: After the optional system message, roles must alternate"),
     ],
 )
-def test_what_a_template_refuses_reaches_the_user(family: str, chat: str, said: str) -> None:
+def test_the_message_of_a_refusal_reaches_the_user(family: str, chat: str, said: str) -> None:
     sentence = rf"^The chat template refused these messages {re.escape(said)}; change the messages\.$"
     with pytest.raises(PrecastError, match=sentence):
         ours(TEMPLATES[family], CHATS[chat])

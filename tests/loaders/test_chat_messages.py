@@ -1,6 +1,6 @@
-"""Messages in every form that callers use: null keys, reasoning, content in parts."""
+"""Messages in all forms that callers use: null keys, reasoning, content in parts."""
 
-# ruff: noqa: E501 - a template is easier to read, and means the same, on one line
+# ruff: noqa: E501 - templates are easier to read on one line
 
 import itertools
 from typing import Any
@@ -26,8 +26,8 @@ def by_transformers(source: str, messages: list[dict[str, Any]]) -> str:
     return str(theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-# How templates look at a key: printed, by presence, by truth, by a test.
-LOOKS = [
+# Ways in which templates read a key: printing, `in`, `is defined`, JSON, `get`.
+READS = [
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
     "{% for m in messages %}{{ m }}{% endfor %}",
     "{% for m in messages %}{% if 'tool_calls' in m %}{{ m.tool_calls | length }}{% else %}{{ m.content }}{% endif %}{% endfor %}",
@@ -45,36 +45,36 @@ KEYS: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("look", range(len(LOOKS)))
-def test_null_keys_are_left_out_as_by_transformers(look: int) -> None:
+@pytest.mark.parametrize("read", range(len(READS)))
+def test_null_keys_are_omitted_as_by_transformers(read: int) -> None:
     for values in itertools.product(*KEYS.values()):
         given = dict(zip(KEYS, values, strict=True))
         if given["content"] is None and given["tool_calls"] is None and given["reasoning"] is None:
             continue
         messages = [{"role": "user", "content": "w?"}, {"role": "assistant", **given, "refusal": None}]
         try:
-            expected = by_transformers(LOOKS[look], messages)
+            expected = by_transformers(READS[read], messages)
         except Exception:
             with pytest.raises(PrecastError):
-                template(LOOKS[look]).render(messages)
+                template(READS[read]).render(messages)
             continue
-        assert template(LOOKS[look]).render(messages) == expected
+        assert template(READS[read]).render(messages) == expected
 
 
-def test_null_inside_a_value_stays() -> None:
+def test_null_in_a_nested_value_stays() -> None:
     messages = [{"role": "user", "content": "", "tool_calls": [{"id": None}]}]
     assert template("{{ messages[0].tool_calls[0] }}").render(messages) == "{'id': None}"
 
 
 @pytest.mark.parametrize("extra", [{"tool_calls": [CALL]}, {"reasoning_content": "r"}, {"refusal": "no"}])
-def test_content_may_be_missing_where_another_key_says_something(extra: dict[str, Any]) -> None:
+def test_content_may_be_missing_beside_another_key(extra: dict[str, Any]) -> None:
     for content in ({}, {"content": None}):
         messages = [{"role": "assistant", **content, **extra}]
         assert template("{{ messages[0].content is defined }}").render(messages) == "False"
 
 
 @pytest.mark.parametrize("extra", [{}, {"tool_calls": None}, {"name": "n"}, {"refusal": None, "audio": None}])
-def test_a_message_that_says_nothing_is_refused(extra: dict[str, Any]) -> None:
+def test_an_empty_message_is_refused(extra: dict[str, Any]) -> None:
     with pytest.raises(PrecastError, match=r"found a content of type NoneType\.$"):
         template("x").render([{"role": "assistant", "content": None, **extra}])
 
@@ -82,8 +82,8 @@ def test_a_message_that_says_nothing_is_refused(extra: dict[str, Any]) -> None:
 # --- content in parts ---------------------------------------------------------------------------------------------
 
 PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": " two "}]
-# Templates that accept content as text, as either, or only as parts; all print the content that they get.
-TEXT_ALONE = [
+# Templates that accept content as text, in either form, or only in parts. All print their content.
+TEXT_ONLY = [
     "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}",
     "{% for m in messages %}{{ m.content }}{% endfor %}",
     "{% for m in messages %}{{ m.content | trim }}|{% endfor %}",
@@ -95,28 +95,28 @@ EITHER = [
     "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}",
     "{% for m in messages %}{{ m.content | tojson }}{% endfor %}",
 ]
-PARTS_ALONE = [
+PARTS_ONLY = [
     "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}+{% endif %}{% endfor %}{% endfor %}",
     "{% for m in messages %}{% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %}",
 ]
 
 
-@pytest.mark.parametrize("source", TEXT_ALONE)
-def test_parts_are_one_text_for_a_template_that_knows_text_alone(source: str) -> None:
+@pytest.mark.parametrize("source", TEXT_ONLY)
+def test_parts_become_one_text_for_a_template_that_accepts_only_text(source: str) -> None:
     made = template(source)
     assert made.render([{"role": "user", "content": PARTS}]) == made.render(
         [{"role": "user", "content": "one\n two "}]
     )
 
 
-@pytest.mark.parametrize("source", [*EITHER, *PARTS_ALONE])
-def test_parts_are_left_to_a_template_that_knows_them(source: str) -> None:
+@pytest.mark.parametrize("source", [*EITHER, *PARTS_ONLY])
+def test_parts_reach_a_template_that_accepts_them(source: str) -> None:
     messages = [{"role": "user", "content": PARTS}]
     assert template(source).render(messages) == by_transformers(source, messages)
 
 
-@pytest.mark.parametrize("source", PARTS_ALONE)
-def test_a_text_is_a_part_for_a_template_that_knows_parts_alone(source: str) -> None:
+@pytest.mark.parametrize("source", PARTS_ONLY)
+def test_text_becomes_a_part_for_a_template_that_accepts_only_parts(source: str) -> None:
     made = template(source)
     assert made.render([{"role": "user", "content": "one"}]) == made.render(
         [{"role": "user", "content": PARTS[:1]}]
@@ -126,8 +126,8 @@ def test_a_text_is_a_part_for_a_template_that_knows_parts_alone(source: str) -> 
     assert "two" in made.render(mixed)
 
 
-@pytest.mark.parametrize("source", [*TEXT_ALONE, *EITHER])
-def test_text_is_handed_on_as_by_transformers(source: str) -> None:
+@pytest.mark.parametrize("source", [*TEXT_ONLY, *EITHER])
+def test_text_reaches_a_template_as_in_transformers(source: str) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]
     assert template(source).render(messages) == by_transformers(source, messages)
 
@@ -136,16 +136,18 @@ def test_text_is_handed_on_as_by_transformers(source: str) -> None:
     ("part", "kind"),
     [({"type": "image_url", "image_url": {}}, "'image_url'"), ({"type": "text"}, "'text'"), (5, "'int'")],
 )
-def test_a_part_that_is_not_text_is_refused_where_text_is_wanted(part: Any, kind: str) -> None:
+def test_a_part_that_is_not_text_is_refused_by_a_template_that_accepts_only_text(
+    part: Any, kind: str
+) -> None:
     with pytest.raises(PrecastError) as caught:
-        template(TEXT_ALONE[0]).render([{"role": "user", "content": [PARTS[0], part]}])
+        template(TEXT_ONLY[0]).render([{"role": "user", "content": [PARTS[0], part]}])
     assert str(caught.value) == (
         f"Chat: messages[0] has a part of type {kind}, but the model's chat template accepts only text; remove the"
         " part."
     )
 
 
-def test_a_template_that_refuses_any_short_chat_gets_content_as_it_is() -> None:
+def test_content_stays_unchanged_for_a_template_that_refuses_the_probe() -> None:
     source = "{% if messages | length < 2 %}{{ raise_exception('two!') }}{% endif %}{{ messages[1].content[0].text }}"
     assert (
         template(source).render([{"role": "system", "content": "s"}, {"role": "user", "content": PARTS}])

@@ -1,4 +1,4 @@
-"""Everything that a chat template can do: it ends soon, in little memory, and gives what jinja2 gives."""
+"""All operations of the chat sandbox: time and memory are limited, and results equal those of jinja2."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def render(source: str, **limits) -> str:
     return ChatTemplate(source, bos_token=None, eos_token=None, limits=Limits(**limits)).render(MESSAGES)
 
 
-# What exists
+# The set of operations
 
 
 def test_every_filter_test_and_function_of_jinja2_is_allowed_or_refused_by_name() -> None:
@@ -63,7 +63,9 @@ VALUES = {
 def test_every_attribute_of_a_value_is_allowed_or_refused_by_name(kind: type) -> None:
     allowed = ATTRIBUTES.get(kind, frozenset())
     assert allowed.issuperset(METHODS.get(kind, ()))
-    assert all(hasattr(kind, name) or kind is LoopContext for name in allowed - {"is_integer"})  # 3.12 has it
+    assert all(
+        hasattr(kind, name) or kind is LoopContext for name in allowed - {"is_integer"}
+    )  # Python 3.12 added it
     for name in dir(kind):
         if name in allowed:
             continue
@@ -75,11 +77,11 @@ def test_every_attribute_of_a_value_is_allowed_or_refused_by_name(kind: type) ->
                 render(source)
 
 
-# What it costs
+# Cost
 
 
 def child(what: str, *args: str) -> dict:
-    """Run cases in one child process with bounded memory. It ends by itself when a case hangs, with its name."""
+    """Run cases in a child process with limited memory, which ends itself if a case hangs, after printing its name."""
     run = subprocess.run(
         [sys.executable, str(CHILD), what, *args], capture_output=True, text=True, timeout=900, check=False
     )
@@ -88,11 +90,11 @@ def child(what: str, *args: str) -> dict:
 
 
 @pytest.mark.parametrize("part", ["text", "structure", "compile", "random"])
-def test_whatever_a_template_does_ends_soon_and_in_little_memory(part: str) -> None:
+def test_time_and_memory_stay_below_the_limits(part: str) -> None:
     found = child(part)
     assert found["cases"] > {"text": 200, "structure": 800, "compile": 30, "random": 300}[part]
     assert found["unknown"] == []
-    # Time is the process's own, and twice what the limits allow, for slow machines.
+    # In CPU time. A case compiles and renders, and each may take 2 seconds.
     assert found["slow"] == []
     assert found["grown"] < 256e6, found
 
@@ -124,12 +126,12 @@ def test_ctrl_c_ends_a_template_at_once() -> None:
         ("{{ messages[0].pop('role') }}", "access to attribute 'pop' of 'dict' object is unsafe"),
     ],
 )
-def test_what_would_be_dear_by_accident_is_refused(source: str, reason: str) -> None:
+def test_expensive_operations_without_a_use_are_refused(source: str, reason: str) -> None:
     with pytest.raises(PrecastError, match=rf"^The chat template failed at line 1: {reason}; correct it, "):
         render(source)
 
 
-def test_a_shared_list_is_weighed_as_if_written_out() -> None:
+def test_the_weight_of_a_shared_list_counts_each_occurrence() -> None:
     source = "{% set ns = namespace(x=['a']) %}{% for i in range(LEVELS) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
     assert render(source.replace("LEVELS", "17") + "{{ ns.x == ns.x }}") == "True"
     with pytest.raises(PrecastError, match=r"a list of its lists holds more than 2,000,000 items"):
@@ -149,7 +151,7 @@ def test_a_template_with_many_names_and_conditions_is_refused() -> None:
         ChatTemplate(source, bos_token=None, eos_token=None, limits=Limits(seconds=60))
 
 
-def test_a_template_that_takes_long_is_probed_for_a_short_time() -> None:
+def test_a_slow_template_is_probed_with_few_steps() -> None:
     source = "{{ messages[0].content }}{% for i in range(99999) %}{% set a = i * 2 %}{% endfor %}"
     template = ChatTemplate(source, bos_token=None, eos_token=None, limits=Limits(seconds=60))
     assert template.render(MESSAGES) == "hi"
@@ -157,14 +159,14 @@ def test_a_template_that_takes_long_is_probed_for_a_short_time() -> None:
         ChatTemplate(source, bos_token=None, eos_token=None, limits=Limits().for_probe()).render(MESSAGES)
 
 
-def test_an_error_keeps_none_of_the_templates_values_alive() -> None:
+def test_an_error_keeps_no_value_of_the_template_alive() -> None:
     with pytest.raises(PrecastError) as raised:
         render("{% set x = 'a' * 9999 %}{{ x.y.z }}")
     assert raised.value.__cause__ is None
     assert raised.value.__context__ is None
 
 
-# What it gives
+# Results
 
 SMALL = (
     "'aßŉ b' 'a,b\\n\\tc' ' x ' '7' '' 'TITLE_case' ['b','A','b'] [1,3,2] (1,2) [] {'b':1,'a':[2]} 3 -2.5 true none"
@@ -245,8 +247,8 @@ def method_calls() -> list[str]:
     ]
 
 
-# Printed by jinja2 with an address or the name of a Python type, or refused by kind. A slice of what has none fails
-# in jinja2 too, except where both are constants.
+# Refusals where jinja2 prints an address or the name of a Python type, or accepts another type. A slice of a value
+# without items fails in jinja2, too, unless both are constants.
 REFUSED = (
     "cannot become text|is not allowed|expects|unsafe|sum adds numbers only|too large|unhashable type: 'slice'"
     "|is not subscriptable"
@@ -254,7 +256,7 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("make", [expressions, method_calls])
-def test_an_expression_gives_what_it_gives_in_transformers(make) -> None:
+def test_the_result_of_an_expression_equals_that_of_transformers(make) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     compared = 0
     for expression in make():

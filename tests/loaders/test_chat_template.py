@@ -1,6 +1,6 @@
-"""Chat templates: the same prompts as transformers, one sentence for every failure, and bounds that hold."""
+"""Chat templates: prompts equal those of transformers, errors are one sentence, and limits hold."""
 
-# ruff: noqa: E501 - a template is easier to read, and means the same, on one line
+# ruff: noqa: E501 - templates are easier to read on one line
 
 import itertools
 import json
@@ -23,7 +23,7 @@ CHAT = [
 ]
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "é <&>", "parameters": {"n": [1]}}}]
 
-# Each shows one feature that templates in the wild rely on.
+# Each template uses one feature of published templates.
 TEMPLATES = {
     "chatml": """{%- for message in messages %}
         {{- '<|im_start|>' + message['role'] + '\\n' + (message.content | string) + '<|im_end|>' + '\\n' -}}
@@ -58,7 +58,7 @@ TEMPLATES = {
 }
 
 
-TEXT_ALONE = ("chatml",)  # which would get the last message's parts as one text
+TEXT_ONLY = ("chatml",)  # it would receive the parts of the last message as one text
 DOCUMENTS = [{"title": "Größe", "text": "a < b"}, {"title": "two", "text": "\n"}]
 VARIABLES = {"think": False, "tags": ["x", "y"]}
 
@@ -69,10 +69,10 @@ def render(source: str, *, limits: Limits | None = None, messages: list = CHAT, 
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_prompt_is_that_of_transformers(name: str) -> None:
+def test_a_prompt_equals_that_of_transformers(name: str) -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     expected, _ = utils.render_jinja_template(
-        [CHAT[:3] if name in TEXT_ALONE else CHAT],
+        [CHAT[:3] if name in TEXT_ONLY else CHAT],
         tools=TOOLS,
         documents=DOCUMENTS,
         chat_template=TEMPLATES[name],
@@ -81,7 +81,7 @@ def test_a_prompt_is_that_of_transformers(name: str) -> None:
         eos_token="</s>",
         **VARIABLES,
     )
-    chat = CHAT[:3] if name in TEXT_ALONE else CHAT
+    chat = CHAT[:3] if name in TEXT_ONLY else CHAT
     found = render(TEMPLATES[name], messages=chat, tools=TOOLS, documents=DOCUMENTS, variables=VARIABLES)
     assert found == expected[0]
 
@@ -100,11 +100,11 @@ def test_absent_tokens_print_nothing() -> None:
     assert template.render(CHAT) == "[]"
 
 
-def test_the_date_is_given() -> None:
+def test_a_template_reads_the_date() -> None:
     assert render("{{ strftime_now('%Y') }}").isdigit()
 
 
-def test_the_callers_messages_are_not_touched() -> None:
+def test_the_callers_messages_stay_unchanged() -> None:
     before = json.dumps(CHAT)
     with pytest.raises(PrecastError, match="failed at line 1"):
         render("{{ messages[0].update({'role': 'x'}) }}")
@@ -113,7 +113,7 @@ def test_the_callers_messages_are_not_touched() -> None:
     assert json.dumps(CHAT) == before
 
 
-def test_threads_render_at_once() -> None:
+def test_threads_render_at_the_same_time() -> None:
     source = "{% for m in messages %}{{ m.content }}{% endfor %}"
     template = ChatTemplate(source, bos_token=None, eos_token=None, limits=Limits(steps=2000))
     chats = [[{"role": "user", "content": str(n)}] * 50 for n in range(40)]
@@ -248,7 +248,7 @@ def test_deep_messages_are_one_sentence() -> None:
         render("x", messages=[{"role": "user", "content": content}])
 
 
-# Bounds. What is small enough to be allowed is shown by the templates above.
+# Limits. The templates above show that ordinary ones stay below them.
 
 STOPPED = r"^The chat template was stopped, because {}; use another template\.$"
 
@@ -308,7 +308,7 @@ def test_a_template_that_takes_too_many_steps_is_stopped(source: str) -> None:
         "{{ ('a\\n' * 1000).splitlines() }}",
     ],
 )
-def test_a_template_that_makes_too_much_is_stopped(source: str) -> None:
+def test_a_template_that_allocates_too_much_is_stopped(source: str) -> None:
     reason = "it allocated more than 100,000 bytes of text and lists"
     with pytest.raises(PrecastError, match=STOPPED.format(reason)):
         render(source, limits=Limits(allocated=100_000, seconds=60))
@@ -371,9 +371,9 @@ def test_a_template_that_takes_too_long_is_stopped() -> None:
 def test_waiting_for_the_processor_counts_only_against_the_wall_clock(
     monkeypatch: pytest.MonkeyPatch, waited: float, is_stopped: bool
 ) -> None:
-    """Let the wall clock advance by `waited` seconds at each look, and the thread's CPU time stand still."""
-    looks = itertools.count(0.0, waited)
-    clocks = SimpleNamespace(thread_time=lambda: 0.0, monotonic=lambda: next(looks))
+    """Advance the wall clock by `waited` seconds at each reading, while the thread's CPU time stands still."""
+    readings = itertools.count(0.0, waited)
+    clocks = SimpleNamespace(thread_time=lambda: 0.0, monotonic=lambda: next(readings))
     template = ChatTemplate("{{ messages[0].content }}", bos_token=None, eos_token=None)
     monkeypatch.setattr(chat_meter, "time", clocks)
     if not is_stopped:
@@ -390,13 +390,13 @@ def test_a_template_that_is_too_long_is_refused() -> None:
         render("x" * 11, limits=Limits(source=10))
 
 
-def test_a_long_conversation_is_far_from_the_limits() -> None:
+def test_a_long_conversation_stays_far_below_the_limits() -> None:
     messages = [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "ok"}] * 1000
     tenth = Limits(steps=500_000, allocated=1 << 24, output=1 << 22)
     assert render(TEMPLATES["chatml"], messages=messages, limits=tenth).count("<|im_start|>") == 2001
 
 
-def test_a_real_limit_stops_nested_loops() -> None:
+def test_the_default_limits_stop_nested_loops() -> None:
     source = "{% for a in messages[0].content %}" * 3 + "{% endfor %}" * 3
     with pytest.raises(PrecastError, match=STOPPED.format("it (took|allocated) .*")):
         render(source, messages=[{"role": "user", "content": "x" * 5000}])

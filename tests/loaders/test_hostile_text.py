@@ -1,4 +1,4 @@
-"""What fuzzing found: text that strangers wrote, where it reaches a terminal, a library or the cache folder."""
+"""Untrusted text that reaches a terminal, a library or the cache folder: findings of fuzzing."""
 
 import json
 import os
@@ -23,16 +23,16 @@ def test_a_message_is_one_printable_line_of_bounded_length():
     assert len(long) <= 4003
 
 
-def test_printable_leaves_what_people_write():
+def test_printable_keeps_ordinary_text():
     for text in ("é ﷺ 日本語 😀 – …", "<|im_start|>", ""):
         assert printable(text) == text
 
 
-def test_printable_keeps_what_a_line_is_indented_by():
+def test_printable_keeps_indentation():
     assert printable("  ! a\u00a0b\x1b[2J\n  c") == "  ! a b�[2J c"
 
 
-def test_inspect_shows_no_commands_to_a_terminal(artifact_copy, edit_manifest):
+def test_inspect_prints_no_terminal_commands(artifact_copy, edit_manifest):
     edit_manifest(artifact_copy, lambda manifest: manifest.update(name="\x1b]0;gone\x07\nsecond"))
     text = render(artifact_copy, as_json=False)
     assert all(line.isprintable() for line in text.split("\n"))
@@ -52,7 +52,7 @@ def test_a_whole_surrogate_pair_is_a_character():
 
 @pytest.fixture
 def tokenizer_with(tiny_source):
-    """The tiny tokenizer's JSON with keys replaced, as bytes."""
+    """Return a function that returns the tiny tokenizer's JSON with keys replaced."""
     data = json.loads(tiny_source().tokenizer_json)
     return lambda **keys: json.dumps(data | keys).encode()
 
@@ -66,10 +66,10 @@ def refusal(data: bytes) -> str:
     return str(raised.value)
 
 
-# 4 GB, and a table of 3 bytes; the second with its key written in escapes.
+# Tables that declare 4 GB, that are 3 bytes long, and that are empty; each also with an escape in the key.
 @pytest.mark.parametrize("key", ["precompiled_charsmap", "precompiled\\u005fcharsmap"])
 @pytest.mark.parametrize("table", ["/////w==", "AAAA", ""])
-def test_a_table_of_characters_that_claims_to_be_larger_than_it_is(tokenizer_with, key, table):
+def test_a_character_table_that_declares_too_large_a_size(tokenizer_with, key, table):
     data = tokenizer_with(normalizer={"type": "Precompiled", "precompiled_charsmap": table})
     text = refusal(data.replace(b"precompiled_charsmap", key.encode()))
     assert "a precompiled_charsmap is truncated; export the artifact again." in text
@@ -80,7 +80,7 @@ def test_a_tokenizer_that_fails_while_it_encodes(tokenizer_with):
     assert text.startswith("tokenizer.json: expected a tokenizer that encodes any text, found: ")
 
 
-def test_notes_of_the_cache_are_removed_after_half_a_year(artifact_copy, own_cache):
+def test_old_entries_of_the_cache_folder_are_removed(artifact_copy, own_cache):
     weights = artifact_copy / "weights.safetensors"
     files.record_hash(weights, "0")
     (old,) = (own_cache / "verified").iterdir()

@@ -1,4 +1,4 @@
-"""The tokenizer against the library's own decode, over arbitrary ids and texts."""
+"""The tokenizer compared with the library's own decoding, for arbitrary ids and texts."""
 
 import subprocess
 import sys
@@ -85,7 +85,7 @@ EVERY = pytest.mark.parametrize("name", TOKENIZERS)
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int], *, skip: bool = True) -> list[str]:
-    """The text shown after each token, then after `finish`."""
+    """Return the text after each token, then after `finish`."""
     stream = tokenizer.stream(skip_special_tokens=skip)
     shown = [""]
     for token_id in ids:
@@ -94,7 +94,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], *, skip: bool = True) -> list
 
 
 def grows(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> bool:
-    """Whether decode of each prefix, less its broken tail, begins decode of the whole."""
+    """Return True if the text of each prefix, without a broken tail, begins the text of all ids."""
     whole = tokenizer.decode(ids, skip_special_tokens=skip)
     texts = (tokenizer.decode(ids[:n], skip_special_tokens=skip) for n in range(len(ids)))
     return all(whole.startswith(text.rstrip(FFFD)) for text in texts)
@@ -103,8 +103,8 @@ def grows(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> bool:
 @st.composite
 def id_lists(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
     size = tokenizer.vocab_size
-    anything = st.integers(0, size + 2)  # also ids that no token has
-    # Runs that make characters of byte tokens, which random ids hardly ever do.
+    anything = st.integers(0, size + 2)  # includes ids without a token
+    # Runs of byte tokens that form characters, which random ids hardly ever do.
     texts = st.text(max_size=4).map(lambda text: tokenizer.encode(text, add_special_tokens=False))
     parts = draw(st.lists(st.one_of(anything.map(lambda i: [i]), texts), max_size=12))
     return [token_id for part in parts for token_id in part]
@@ -113,20 +113,20 @@ def id_lists(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
 @EVERY
 @settings(deadline=None, max_examples=300)
 @given(data=st.data(), skip=st.booleans())
-def test_stream_of_any_ids_is_decode(name: str, data: st.DataObject, skip: bool) -> None:
+def test_a_stream_of_any_ids_equals_decode(name: str, data: st.DataObject, skip: bool) -> None:
     tokenizer = TOKENIZERS[name]
     ids = data.draw(id_lists(tokenizer))
     shown = streamed(tokenizer, ids, skip=skip)
     if grows(tokenizer, ids, skip=skip):
         assert shown[-1] == tokenizer.decode(ids, skip_special_tokens=skip)
-    else:  # only where the library takes back characters of a run of byte tokens
+    else:  # the library takes back characters of a run of byte tokens
         assert name in {"llama", "gemma", "metaspace"}
 
 
 @EVERY
 @settings(deadline=None, max_examples=150)
 @given(text=st.text(max_size=30))
-def test_stream_of_any_text_never_shows_part_of_a_character(name: str, text: str) -> None:
+def test_a_stream_never_shows_part_of_a_character(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text)
     whole = tokenizer.decode(ids)
@@ -137,7 +137,7 @@ def test_stream_of_any_text_never_shows_part_of_a_character(name: str, text: str
 
 @settings(deadline=None, max_examples=200)
 @given(text=st.text(max_size=30))
-def test_encode_then_decode_gives_the_text_back(text: str) -> None:
+def test_decode_inverts_encode(text: str) -> None:
     tokenizer = TOKENIZERS["byte_level"]
     assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
 
@@ -163,7 +163,7 @@ def test_leading_space_is_dropped_at_the_start_only() -> None:
     assert streamed(tokenizer, [space, bos, the])[-1] == " the"
 
 
-def test_characters_shown_before_a_run_breaks_stay() -> None:
+def test_characters_returned_before_a_run_breaks_stay() -> None:
     tokenizer = TOKENIZERS["llama"]
     ids = [tokenizer._library.token_to_id(token) for token in ("<0xC3>", "<0xA9>", "<0xFF>", "<0x41>", "a")]
     assert tokenizer.decode(ids) == FFFD * 4 + "a"  # the library takes the é back
@@ -177,8 +177,8 @@ def test_characters_shown_before_a_run_breaks_stay() -> None:
     ]
 
 
-def test_a_long_stream_looks_back_at_a_few_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any decoder, and of ids that never become a character."""
+def test_a_long_stream_decodes_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count the ids of each call of the library, for all decoders and for ids that never form a character."""
     for name in TOKENIZERS:
         stream = TOKENIZERS[name].stream()
         sizes: list[int] = []
@@ -206,7 +206,7 @@ def test_special_tokens_are_skipped_or_shown() -> None:
     assert kept == streamed(tokenizer, ids, skip=False)[-1] == "<s>cat</s><think>"
 
 
-def test_special_tokens_are_added_on_request_only() -> None:
+def test_special_tokens_are_added_only_on_request() -> None:
     tokenizer = TOKENIZERS["llama"]
     with_bos, without = tokenizer.encode("the"), tokenizer.encode("the", add_special_tokens=False)
     assert with_bos == [1, *without]
@@ -231,7 +231,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off() -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"{}", b"not json", b"\xff\xfe", b'{"version": "1.0", "model": {"type": "X"}}']
 )
-def test_a_bad_file_is_one_sentence(data: bytes) -> None:
+def test_the_error_for_a_bad_file_is_one_sentence(data: bytes) -> None:
     with pytest.raises(
         PrecastError, match=r"^tokenizer\.json: expected a tokenizer .* export the artifact again\.$"
     ):
@@ -268,7 +268,7 @@ def test_chat_is_rendered_by_the_template() -> None:
     )
 
 
-def test_a_chat_has_documents_and_what_else_its_template_asks_for() -> None:
+def test_documents_and_variables_reach_the_template() -> None:
     template = "{{ documents[0].text if documents else 'none' }} {{ enable_thinking | default('unset') }}"
     tokenizer = wrap(no_decoder(), chat_template=template)
     messages = [{"role": "user", "content": "hi"}]
@@ -294,7 +294,7 @@ def test_importing_is_cheap(module: str) -> None:
     assert done.stdout.strip() == ""
 
 
-def test_jinja_is_imported_with_the_first_chat_only() -> None:
+def test_the_first_chat_imports_jinja() -> None:
     code = """if True:
         import sys
         import tokenizers

@@ -1,4 +1,4 @@
-"""Tokenizers of every family that models use, trained small: what is streamed is what is decoded."""
+"""Small tokenizers of all families that models use: a stream's text equals the decoded text."""
 
 import json
 from collections.abc import Callable
@@ -31,7 +31,7 @@ TEMPLATE = (
 
 
 def with_byte_tokens(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Byte tokens as SentencePiece has them: in the vocabulary, and no added tokens."""
+    """Return a tokenizer whose byte tokens are in the vocabulary and not added tokens, as in SentencePiece."""
     document = json.loads(library.to_str())
     document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] not in BYTES]
     document["model"]["byte_fallback"] = True
@@ -120,7 +120,7 @@ def gpt2() -> tokenizers.Tokenizer:
 
 
 def suffixed() -> tokenizers.Tokenizer:
-    """The first BPE tokenizers: the end of a word is a part of its last token."""
+    """Return a tokenizer of the oldest BPE kind, in which the last token of a word marks its end."""
     library = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
@@ -143,18 +143,23 @@ FAMILIES: dict[str, Callable[[], tokenizers.Tokenizer]] = {
 }
 BYTE_TOKENS = ("llama2", "mistral", "gemma", "unigram_bytes")
 LOSSLESS = (*BYTE_TOKENS, "llama3", "gpt2")
-ADDS = {"unigram": (1, 1), "unigram_bytes": (1, 1), "gpt2": (0, 0), "suffixed": (0, 0)}  # else: only bos
+ADDS = {
+    "unigram": (1, 1),
+    "unigram_bytes": (1, 1),
+    "gpt2": (0, 0),
+    "suffixed": (0, 0),
+}
 
 
 @pytest.fixture(scope="module")
 def family() -> Callable[[str], Tokenizer]:
-    """The tokenizer of a family, as an artifact has it; trained once."""
+    """Return the tokenizer of a family, as in an artifact. Each is trained once."""
     made: dict[str, Tokenizer] = {}
 
     def make(name: str) -> Tokenizer:
         if name not in made:
             library = FAMILIES[name]()
-            # Special, with what belongs to it, and not; and one for each byte that cannot be text any more.
+            # Special tokens that absorb spaces, an ordinary added token, and the replacement character.
             library.add_special_tokens(
                 [AddedToken("<|user|>", rstrip=True), AddedToken("<|assistant|>", rstrip=True)]
             )
@@ -181,10 +186,10 @@ def ids_of(tokenizer: Tokenizer, *tokens: str) -> list[int]:
     return ids
 
 
-def mended(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> list[int]:
-    """The ids with U+FFFD for each byte that no character comes of, from the first one of a run of bytes on.
+def replaced_bytes(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> list[int]:
+    """Return the ids with U+FFFD in place of the bytes of a run from its first invalid byte on.
 
-    The library instead replaces the whole run, also characters that were complete, which a stream has shown.
+    The library replaces the whole run, including complete characters, which a stream has already returned.
     """
     library, result, run = tokenizer._library, list[int](), bytearray()
 
@@ -222,18 +227,18 @@ def id_lists(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
 @EVERY
 @settings(deadline=None, max_examples=200)
 @given(data=st.data(), skip=st.booleans())
-def test_a_stream_of_any_ids_is_their_text(name, family, data, skip):
+def test_a_stream_of_any_ids_equals_decode(name, family, data, skip):
     tokenizer = family(name)
     ids = data.draw(id_lists(tokenizer))
     whole = "".join(streamed(tokenizer, ids, skip=skip))
-    expected = mended(tokenizer, ids, skip=skip) if name in BYTE_TOKENS else ids
+    expected = replaced_bytes(tokenizer, ids, skip=skip) if name in BYTE_TOKENS else ids
     assert whole == tokenizer.decode(expected, skip_special_tokens=skip)
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
 @settings(deadline=None, max_examples=150)
 @given(text=st.text(max_size=20).filter(lambda text: "▁" not in text and not text.startswith(" ")))
-def test_a_text_comes_back(name, family, text):
+def test_decode_inverts_encode(name, family, text):
     tokenizer = family(name)
     ids = tokenizer.encode(text)
     assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids) == text
@@ -254,7 +259,7 @@ def test_the_leading_space_is_dropped_at_the_start_of_a_text_only(name, family):
     tokenizer = family(name)
     word = max(token for token in tokenizer._library.get_vocab() if token.rfind("▁") == 0)
     middle = word.replace("▁", " ")
-    first = middle if name == "gemma" else word[1:]  # Gemma's prompts get no space in front
+    first = middle if name == "gemma" else word[1:]  # Gemma adds no leading space
     one, bos, think = ids_of(tokenizer, word, "<s>", "<think>")
     assert streamed(tokenizer, [bos, one, one, bos, one]) == ["", first, middle, "", middle, ""]
     assert streamed(tokenizer, [think, one]) == ["<think>", middle, ""]
@@ -264,7 +269,7 @@ def test_the_leading_space_is_dropped_at_the_start_of_a_text_only(name, family):
 
 
 @EVERY
-def test_special_tokens_are_shown_on_request_only(name, family):
+def test_special_tokens_are_shown_only_on_request(name, family):
     tokenizer = family(name)
     ids = ids_of(tokenizer, "<s>", "<|user|>", "<think>", "</s>")
     assert "".join(streamed(tokenizer, ids)) == "<think>"
@@ -273,7 +278,7 @@ def test_special_tokens_are_shown_on_request_only(name, family):
 
 
 @EVERY
-def test_what_is_put_around_a_prompt(name, family):
+def test_bos_and_eos_of_a_prompt(name, family):
     tokenizer = family(name)
     bos, eos = ADDS.get(name, (1, 0))
     inside = tokenizer.encode("the cat", add_special_tokens=False)
@@ -282,7 +287,7 @@ def test_what_is_put_around_a_prompt(name, family):
 
 
 @EVERY
-def test_a_chat_gets_one_bos_and_it_is_the_templates(name, family):
+def test_a_chat_has_one_bos_which_the_template_writes(name, family):
     tokenizer = family(name)
     spec = SimpleNamespace(eos_token_ids=(2,))
     model = Model(
@@ -292,7 +297,7 @@ def test_a_chat_gets_one_bos_and_it_is_the_templates(name, family):
     user, assistant = ids_of(tokenizer, "<|user|>", "<|assistant|>")
     assert [i for i in ids if i in (1, 2, user, assistant)] == [1, user, 2, assistant]
     assert ids[0] == 1
-    # What the guard is against: the rule of a plain prompt would have put a second one in front.
+    # A plain prompt's rule would add a second one.
     text = tokenizer.render_chat([{"role": "user", "content": "the cat"}])
     assert tokenizer.encode(text).count(1) == 1 + ADDS.get(name, (1, 0))[0]
 
@@ -315,7 +320,7 @@ def test_a_chat_is_tokenised_as_by_transformers(name, family):
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-def test_space_that_belongs_to_an_added_token(name, family):
+def test_spaces_that_an_added_token_absorbs(name, family):
     tokenizer = family(name)
     library = tokenizers.Tokenizer.from_str(tokenizer._library.to_str())
     library.add_tokens(
@@ -342,17 +347,17 @@ def test_space_that_belongs_to_an_added_token(name, family):
     assert word not in tokenizer.encode("cat<w>mat")
 
 
-def test_an_added_token_is_found_in_the_normalised_text_where_it_says_so(family):
+def test_an_added_token_with_the_flag_normalized_matches_normalised_text(family):
     library = tokenizers.Tokenizer.from_str(family("llama3")._library.to_str())
     library.normalizer = normalizers.Lowercase()
     library.add_tokens([AddedToken("<Aa>", normalized=True), AddedToken("<Bb>", normalized=False)])
     tokenizer = Tokenizer.from_json(
         library.to_str().encode(), chat_template=None, bos_token=None, eos_token=None
     )
-    normalised, as_it_is = ids_of(tokenizer, "<Aa>", "<Bb>")
+    normalised, exact = ids_of(tokenizer, "<Aa>", "<Bb>")
     assert normalised in tokenizer.encode("<AA>")
-    assert as_it_is in tokenizer.encode("<Bb>")
-    assert as_it_is not in tokenizer.encode("<bb>")
+    assert exact in tokenizer.encode("<Bb>")
+    assert exact not in tokenizer.encode("<bb>")
 
 
 @pytest.mark.parametrize(
@@ -363,7 +368,7 @@ def test_an_added_token_is_found_in_the_normalised_text_where_it_says_so(family)
         (decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]), r"ByteLevel \+ Strip"),
     ],
 )
-def test_a_decoder_that_no_stream_can_follow_is_one_sentence(family, decoder, name):
+def test_a_decoder_without_streaming_is_refused(family, decoder, name):
     library = tokenizers.Tokenizer.from_str(family("gpt2")._library.to_str())
     library.decoder = decoder
     with pytest.raises(
