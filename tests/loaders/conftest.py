@@ -1,6 +1,7 @@
-"""Fixtures for tests that add targets to an artifact."""
+"""Fixtures for tests that add targets to an artifact, and for tests of tokenizers."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from precast.loaders.add_target import Addition, add_target
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.compiling import compiler as compiling
 from precast.loaders.compiling import isa
+from precast.loaders.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +23,43 @@ def tree() -> Callable[[Path], dict[str, bytes]]:
         return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def replaced_bytes() -> Callable[..., list[int]]:
+    """Return a function that replaces ids of byte tokens by U+FFFD, from the first invalid byte of a run on.
+
+    The library replaces the whole run, including complete characters, which a stream has already returned.
+    """
+
+    def replace(tokenizer: Tokenizer, ids: list[int], *, skip: bool) -> list[int]:
+        library, result, run = tokenizer._library, list[int](), bytearray()
+
+        def end_run() -> None:
+            try:
+                bytes(run).decode()
+                valid = len(run)
+            except UnicodeDecodeError as error:
+                valid = error.start
+            names = [f"<0x{byte:02X}>" for byte in run[:valid]]
+            names += ["\N{REPLACEMENT CHARACTER}"] * (len(run) - valid)
+            result.extend(library.token_to_id(name) for name in names)
+            run.clear()
+
+        for token_id in ids:
+            token = library.id_to_token(token_id)
+            if not token or (skip and token_id in tokenizer._special_ids):
+                continue
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                run.append(int(token[3:5], 16))
+            else:
+                end_run()
+                result.append(token_id)
+        end_run()
+        assert None not in result
+        return result
+
+    return replace
 
 
 @pytest.fixture(scope="module")
