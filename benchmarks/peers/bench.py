@@ -1,19 +1,19 @@
-"""precast against its peers: the same model, prompts, threads and bits, alternating in one run.
+"""precast compared with its peers: the same model, prompts, threads and bits, alternating in one run.
 
-Every contender loads once in a process of its own and answers on request; all but the one that works are stopped
-(SIGSTOP), so that no thread of theirs waits actively. For each prompt length, every contender runs the prompt in an
-empty cache and decodes after it, in an order that turns with each round. The machine's own limits, the bandwidth of
-memory and the arithmetic peaks, are measured immediately before each measurement of precast. A measurement during
-which others used more than a twentieth of the machine is repeated, and what they used stands in the results.
+Every contender loads once in its own process and answers on request; all idle contenders are stopped (SIGSTOP), so
+that none of their threads spins. For each prompt length, every contender runs the prompt in an empty cache and decodes
+after it, in an order that rotates with each round. The machine's limits, memory bandwidth and arithmetic peaks, are
+measured just before each measurement of precast. A measurement is repeated if other processes used more than 5 % of the
+machine meanwhile; the results contain their share.
 
-Decoding is bound by memory (weights and the filled cache are read once a step), prefill by arithmetic; the figures
-of precast stand also as shares of those limits. Cold start is taken from the start of a fresh process to the first
-token, with all files in the page cache.
+Decoding is bound by memory (a step reads the weights and the filled cache once), prefill by arithmetic; the results
+also give precast's figures as shares of these limits. A cold start is timed from the start of a new process to the
+first token, with all files in the page cache.
 
     make bench                                        # builds .venv-bench, then runs this
     python benchmarks/peers/bench.py --precast-python .venv/bin/python [--contenders NAME …] [--rounds 5]
 
-Writes benchmarks/results/peers.json and peers.svg, prints a table, and ends in one JSON line.
+It writes benchmarks/results/peers.json and peers.svg; the output is a table, and one line of JSON at the end.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def steps_after(length: int) -> int:
 
 
 class Bench:
-    """One run: the workers, and what they measured."""
+    """A run of the benchmark: its workers and their measurements."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.patience, self.retries, self.rounds = arguments.patience, arguments.retries, arguments.rounds
@@ -74,7 +74,7 @@ class Bench:
         return Worker(contender, path, self.interpreters[contender.interpreter], self.folder / f"{name}.log")
 
     def measured(self, worker: Worker, **request: object) -> dict:
-        """The answer of the quietest attempt, with what others used."""
+        """Return the answer of the quietest attempt, with the load of other processes."""
         best = None
         for _ in range(1 + self.retries):
             wait_for_quiet(self.patience)
@@ -86,7 +86,7 @@ class Bench:
         return dict(best.values) | {"others": best.others}
 
     def limits(self, peak: Path) -> dict:
-        """Bandwidth and peaks, now; kept for the summary."""
+        """Measure bandwidth and peaks now, and keep them for the summary."""
         wait_for_quiet(self.patience)
         found = json.loads(subprocess.run([peak, str(THREADS)], check=True, capture_output=True).stdout)
         found["read_bytes_per_s"] = max(found["read_bytes_per_s"], machine.read_bandwidth())
@@ -102,7 +102,7 @@ def compile_peak(folder: Path) -> Path:
 
 
 def timed_rounds(bench: Bench, workers: Mapping[str, Worker], lengths: Sequence[int]) -> None:
-    """All contenders on all prompt lengths, round by round; fills the record."""
+    """Run all contenders on all prompt lengths, round by round, and record the results."""
     peak = compile_peak(bench.folder)
     names = list(workers)
     for name, worker in workers.items():
@@ -111,11 +111,11 @@ def timed_rounds(bench: Bench, workers: Mapping[str, Worker], lengths: Sequence[
         _say(f"warm: {name}")
     runs = {name: {length: [] for length in lengths} for name in names}
     for number in range(bench.rounds):
-        turned = names[number % len(names) :] + names[: number % len(names)]
+        rotated = names[number % len(names) :] + names[: number % len(names)]
         for length in lengths:
-            for name in turned:
+            for name in rotated:
                 steps = steps_after(length)
-                # What memory gives changes within minutes, by who else uses the machine: a share of the limit means
+                # Bandwidth changes within minutes with the load of the machine, so a share of the limit refers to
                 # the limit of the same minute.
                 limit = {"limits": bench.limits(peak)} if name.startswith("precast") else {}
                 answer = bench.measured(workers[name], run=prompt(length), steps=steps)
@@ -147,7 +147,7 @@ def _summary(bench: Bench, name: str, length: int, runs: Sequence[Mapping]) -> d
 
 
 def memory(bench: Bench) -> None:
-    """Fresh processes: resident after loading, and after a prompt and some tokens."""
+    """Measure the resident memory of new processes after loading, and after a prompt and some tokens."""
     for name in bench.contenders:
         worker = bench.start(name)
         loaded = worker.ask(memory=True).values
@@ -166,7 +166,7 @@ def cold_starts(bench: Bench) -> None:
             wait_for_quiet(bench.patience)
             interpreter = bench.interpreters[c.interpreter]
             seconds = first_token(c, bench.models[name], interpreter, prompt(COLD_TOKENS))
-            if number:  # the first fills the page cache
+            if number:  # the first round fills the page cache
                 times[name].append(seconds)
     for name, values in times.items():
         bench.record[name]["cold_start_s"] = limits.spread(values)
@@ -174,7 +174,7 @@ def cold_starts(bench: Bench) -> None:
 
 
 def contexts(bench: Bench) -> dict:
-    """precast's step at two capacities and the same filled length."""
+    """Measure precast's step at two contexts and the same filled length."""
     found = {}
     for name in (n for n in bench.contenders if n.startswith("precast")):
         weights = name.removeprefix("precast-")

@@ -1,4 +1,4 @@
-"""Who takes part: one row each. Standard library only; workers of any interpreter import it."""
+"""The contenders, one row each. Workers of every interpreter import this, so it needs the standard library alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,15 +9,15 @@ CAPACITY = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One engine on one file.
+    """An engine on a file.
 
     Attributes:
-        label: what tables and pictures call it.
-        group: "int8", "int4", "float16" or "float32": it is compared with those of its group.
+        label: name in tables and pictures.
+        group: "int8", "int4", "float16" or "float32"; comparisons are within a group.
         worker: a module beside this one.
-        interpreter: "peers" or "precast": whose packages it needs.
-        model: name of the file or folder it runs, made by `derive`.
-        options: what the worker's `load` takes besides.
+        interpreter: "peers" or "precast", by the packages it needs.
+        model: name of its file or folder, made by `derive`.
+        options: further arguments of the worker's `load`.
     """
 
     label: str
@@ -31,7 +31,7 @@ class Contender:
 def _precast(weights: str) -> Contender:
     return Contender(
         label=f"precast {weights}",
-        group="float16" if weights == "bfloat16" else weights,  # as many bits
+        group="float16" if weights == "bfloat16" else weights,  # of the same number of bits
         worker="precast_worker",
         interpreter="precast",
         model=f"precast-{weights}-{CAPACITY}",
@@ -77,4 +77,4 @@ CONTENDERS: Mapping[str, Contender] = {
         model="huggingface",
     ),
 }
-REFERENCE = "transformers"  # in float32: what the others' predictions are compared with
+REFERENCE = "transformers"  # float32, to which the other predictions are compared

@@ -1,6 +1,6 @@
-"""Every contender's file, out of the demo model's GGUF: made once, kept in precast's cache folder under bench/.
+"""The contenders' files, made once from the demo model's GGUF and kept in precast's cache folder under bench/.
 
-    python derive.py NAME FOLDER     # in the interpreter that `MAKERS` says
+    python derive.py NAME FOLDER     # in the interpreter that `MAKERS` names
 
 All of them come from the same float32 values: those that the GGUF's Q4_1 blocks and Q8_0 embedding stand for. So
 Q4_1 is the file itself, and loses nothing against the reference; every other format rounds once.
@@ -20,7 +20,7 @@ OPENVINO_GROUP = 64
 
 
 def huggingface(folder: Path) -> None:
-    """The model in float32 as transformers reads it."""
+    """Write the model in float32 for transformers."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -48,7 +48,7 @@ def huggingface(folder: Path) -> None:
 
 
 def demo_gguf(path: Path) -> None:
-    """The demo model as it is published."""
+    """Return the published file of the demo model."""
     from precast.exporter.sources import demo
     from precast.loaders.artifact.files import cache_folder
 
@@ -56,7 +56,7 @@ def demo_gguf(path: Path) -> None:
 
 
 def _gguf(source: str, file_type: str) -> Callable[[Path], None]:
-    """Another GGUF file by llama.cpp's own quantiser."""
+    """Write another GGUF file with llama.cpp's own quantiser."""
 
     def make(path: Path) -> None:
         import llama_cpp as lib
@@ -72,7 +72,7 @@ def _gguf(source: str, file_type: str) -> Callable[[Path], None]:
 
 
 def _openvino(*options: str) -> Callable[[Path], None]:
-    """OpenVINO's intermediate representation and tokenizer, weights compressed by nncf."""
+    """Write OpenVINO's intermediate representation and tokenizer, with weights compressed by nncf."""
 
     def make(folder: Path) -> None:
         tool = Path(sys.executable).parent / "optimum-cli"
@@ -84,7 +84,7 @@ def _openvino(*options: str) -> Callable[[Path], None]:
     return make
 
 
-# By name: whose packages make it, what it is made of, and how.
+# By name: the interpreter whose packages make it, its input, and its function.
 MAKERS: Mapping[str, tuple[str, tuple[str, ...], Callable[[Path], None]]] = {
     "huggingface": ("precast", (), huggingface),
     "q4_1.gguf": ("precast", (), demo_gguf),
@@ -103,13 +103,13 @@ MAKERS: Mapping[str, tuple[str, tuple[str, ...], Callable[[Path], None]]] = {
 
 
 def cache(name: str) -> Path:
-    """Where a derived file is, or will be."""
+    """Return the path of a derived file, which may not exist yet."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("PRECAST_CACHE") or Path(home) / "precast").expanduser() / "bench" / name
 
 
 def obtain(name: str, interpreters: Mapping[str, str]) -> Path:
-    """The derived file or folder, made first when it is missing; `interpreters` by "peers" and "precast"."""
+    """Return a derived file or folder, made if it is missing; `interpreters` has keys "peers" and "precast"."""
     path = cache(name)
     if path.exists():
         return path
@@ -123,7 +123,7 @@ def obtain(name: str, interpreters: Mapping[str, str]) -> Path:
 
 
 def precast_artifact(weights: str, context: int, interpreters: Mapping[str, str], *, keep: bool) -> Path:
-    """An artifact of the demo model by this checkout; exported again each time unless told to keep."""
+    """Export the demo model with this checkout, or keep an existing artifact if told to."""
     path = cache(f"precast-{weights}-{context}")
     if keep and (path / "manifest.json").exists():
         return path

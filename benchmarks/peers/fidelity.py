@@ -1,4 +1,4 @@
-"""How far a contender's predictions are from the reference's: the method of `precast eval`, for any worker."""
+"""A contender's predictions compared with the reference's, by the method of `precast eval`, for any worker."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,13 +8,13 @@ from processes import Worker
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    """Of rows of logits ``[T, V]``, in float64."""
+    """Return float64 log-probabilities of rows of logits ``[T, V]``."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def divergences(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL(reference ‖ other) of each row, in nats."""
+    """Return KL(reference ‖ other) of each row, in nats."""
     p, q = log_probabilities(reference), log_probabilities(other)
     return (np.exp(p) * (p - q)).sum(axis=-1)
 
@@ -22,9 +22,9 @@ def divergences(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 def measure(
     workers: dict[str, Worker], reference: str, windows: Sequence[Sequence[int]], folder: Path
 ) -> dict:
-    """Mean and 99th percentile of the divergence and top-1 agreement, by contender, over windows of tokens.
+    """Return mean and 99th percentile of the divergence, and top-1 agreement, by contender, over windows of tokens.
 
-    The first half of a window is prefilled, the rest fed token by token.
+    The first half of a window is prefilled, and the rest decoded token by token.
     """
     kl = {name: [] for name in workers if name != reference}
     same = {name: [] for name in kl}

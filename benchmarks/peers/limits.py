@@ -1,4 +1,4 @@
-"""What the machine allows: bytes that a decode step must read, operations that a prompt takes. Pure functions."""
+"""Lower bounds on time: the bytes that a decode step reads, and the operations of a prompt."""
 
 from collections.abc import Mapping
 from math import prod
@@ -7,15 +7,15 @@ DTYPE_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int8": 1,
 
 
 def decode_program(manifest: Mapping) -> Mapping:
-    """The decode program of an artifact's compiled target."""
+    """Return the decode program of an artifact's compiled target."""
     target = next(t for t in manifest["targets"] if t["runtime"] == "pjrt")
     return next(p for p in target["programs"] if p["kind"] == "decode")
 
 
 def weight_bytes(manifest: Mapping) -> int:
-    """Bytes of weights that a step reads: all, where the embedding is the output head too.
+    """Return the bytes of weights that a step reads.
 
-    Where it is not, the embedding's one row is little enough to leave out.
+    An embedding that is not also the output head counts as 0: a step reads one row of it.
     """
     arguments = [a for a in decode_program(manifest)["arguments"] if a["role"] == "weight"]
     untied = any(a["name"].startswith("lm_head.") for a in arguments)
@@ -24,18 +24,18 @@ def weight_bytes(manifest: Mapping) -> int:
 
 
 def cache_bytes(manifest: Mapping, filled: float) -> float:
-    """Bytes that a step reads of a cache with `filled` positions."""
+    """Return the bytes that a step reads of a KV cache with `filled` positions."""
     positions = ((array, array["shape"][array["axes"].index("S")]) for array in manifest["cache"])
     return sum(array["bytes"] / size * min(filled, array.get("window") or size) for array, size in positions)
 
 
 def decode_share(manifest: Mapping, step_s: float, filled: float, bytes_per_s: float) -> float:
-    """What part of a step the reading of weights and filled cache takes at the machine's bandwidth."""
+    """Return the share of a step's time in which the machine could read the weights and the filled cache."""
     return (weight_bytes(manifest) + cache_bytes(manifest, filled)) / bytes_per_s / step_s
 
 
 def prompt_operations(model: Mapping, tokens: int) -> int:
-    """Multiplications and additions of a prompt: projections, causal attention, and logits of its last token."""
+    """Return the multiplications and additions of a prompt: projections, causal attention, and last logits."""
     attention, key_values = model["heads"] * model["head_dim"], model["kv_heads"] * model["head_dim"]
     projections = model["width"] * (2 * attention + 2 * key_values) + 3 * model["width"] * model["ff_width"]
     scores = 2 * attention * (tokens + 1) // 2
@@ -43,12 +43,12 @@ def prompt_operations(model: Mapping, tokens: int) -> int:
 
 
 def int8_peak(peak: Mapping[str, float]) -> float:
-    """Operations per second of the fastest int8 loop."""
+    """Return the operations per second of the fastest int8 loop."""
     return max(value for name, value in peak.items() if name.startswith("int8_"))
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and extremes."""
+    """Return the median and the extremes."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: its loader, then its C functions, as a token at a time costs least so."""
+"""llama.cpp through llama-cpp-python: its loader, then its C functions, the fastest way for single tokens."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from worker import timed_run
 
 @lib.llama_log_callback
 def _silent(level: int, text: bytes, data: object) -> None:
-    """Takes the library's notes; it has to live as long as the library does."""
+    """Discard the library's log; the callback must live as long as the library."""
 
 
 class LlamaCpp:
-    """Flash attention is llama.cpp's own default, though not its Python package's: prompts take 15 % less with it."""
+    """Enable flash attention, llama.cpp's own default but not its Python package's: prompts take 15 % less time."""
 
     packages = ("llama-cpp-python", "numpy")
 
@@ -34,7 +34,7 @@ class LlamaCpp:
         self._vocab = self._model.n_vocab()
 
     def _decode(self, ids: Sequence[int]) -> np.ndarray:
-        """Appends tokens; logits ``[V]`` of the last, a view."""
+        """Append tokens; return a view of the last one's logits ``[V]``."""
         tokens = (lib.llama_token * len(ids))(*ids)
         if lib.llama_decode(self._context, lib.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError(f"llama_decode failed on {len(ids)} tokens")

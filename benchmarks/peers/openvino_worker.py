@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's pipeline for what is timed, the model's own infer request for its logits."""
+"""OpenVINO GenAI: its pipeline for times, and the model's own infer request for logits."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ class OpenVino:
             properties["KV_CACHE_PRECISION"] = cache
         if backend == "PA":
             scheduler = genai.SchedulerConfig()
-            # A prompt seen before must be computed again, and one prompt is one batch: not in pieces of 256.
+            # Compute repeated prompts again, and each prompt as one batch instead of chunks of 256.
             scheduler.enable_prefix_caching = False
             scheduler.max_num_batched_tokens = CAPACITY
             properties["scheduler_config"] = scheduler
@@ -37,7 +37,7 @@ class OpenVino:
         return int(self._generate(ids, 1).tokens[0][0])
 
     def run(self, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
-        """The prompt and its first token by the clock around a call, steps by the pipeline's own time stamps."""
+        """Time the prompt and its first token around a call, and steps by the pipeline's own time stamps."""
         started = time.perf_counter()
         self._generate(ids, 1)
         prefill = time.perf_counter() - started

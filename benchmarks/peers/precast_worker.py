@@ -1,4 +1,4 @@
-"""precast, as `precast run` uses it: an artifact, its engine, and no jax."""
+"""precast as in `precast run`: an artifact and its engine, without jax."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Workers as the driver sees them: started, asked, stopped while others measure, and watched for company."""
+"""The driver's side of the workers: it starts and asks them, stops idle ones, and measures other load."""
 
 import ctypes
 import json
@@ -18,14 +18,14 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A worker's answer, and what part of the machine others used meanwhile (0 to 1)."""
+    """A worker's answer, and the share of the machine that other processes used meanwhile (0 to 1)."""
 
     values: Mapping
     others: float
 
 
 def _machine_busy() -> float:
-    """CPU seconds that the whole machine has worked, in all processes."""
+    """Return the CPU seconds of all processes since the machine started."""
     user, nice, system, _, _, irq, soft, steal, *_ = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     )
@@ -38,7 +38,7 @@ def _process_busy(pid: int) -> float:
 
 
 def wait_for_quiet(patience: float, limit: float = 0.05) -> bool:
-    """Waits until others leave the machine alone for a moment, `patience` seconds at most."""
+    """Wait until other processes are idle for a moment, at most `patience` seconds; return True if they are."""
     ends = time.monotonic() + patience
     cores = len(os.sched_getaffinity(0))
     while time.monotonic() < ends:
@@ -54,19 +54,19 @@ def command(contender: Contender, model: Path, interpreter: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    # Nothing of the driver's environment steers a contender's threads; OpenMP's own defaults are the fastest when
-    # one works alone, and idle ones are stopped.
+    # Remove the driver's settings of threads. OpenMP's defaults are the fastest for a worker that runs alone, and idle
+    # workers are stopped.
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_", "GOMP_", "MKL_"))}
     return kept | {"TF_CPP_MIN_LOG_LEVEL": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
 
 
 def _die_with_parent() -> None:
-    """A stopped process would outlive a driver that was killed: prctl(PR_SET_PDEATHSIG, SIGKILL)."""
+    """Kill the worker with its driver, by prctl(PR_SET_PDEATHSIG, SIGKILL): a stopped process would outlive it."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Worker:
-    """A contender's process: stopped by signal except while it answers."""
+    """A contender's process, stopped by a signal except while it answers."""
 
     def __init__(self, contender: Contender, model: Path, interpreter: str, log: Path) -> None:
         self._log = log
@@ -109,7 +109,7 @@ class Worker:
 
 
 def first_token(contender: Contender, model: Path, interpreter: str, ids: Sequence[int]) -> float:
-    """Seconds from the start of a fresh process to the first token of a prompt."""
+    """Return the seconds from the start of a new process to the first token of a prompt."""
     started = time.clock_gettime(time.CLOCK_MONOTONIC)
     done = subprocess.run(
         [*command(contender, model, interpreter), json.dumps(list(ids))],

@@ -1,9 +1,9 @@
-"""Tables out of peers.json, and a plain word on where precast is behind."""
+"""Tables of peers.json, and a list of the figures in which precast is behind."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# What is compared within a group: title, its value, whether more is better, and how it is written.
+# The figures compared within a group: title, value, True if more is better, and format.
 Figure = tuple[str, Callable[[Mapping], float], bool, Callable[[float], str]]
 
 
@@ -38,7 +38,7 @@ TOP1: Figure = ("top-1", lambda c: c["fidelity"]["top1"], True, lambda v: f"{v:.
 
 
 def figures(result: Mapping) -> list[Figure]:
-    """Those that something was measured for."""
+    """Return the contenders with measurements."""
     lengths = sorted({int(n) for c in result["contenders"].values() for n in c.get("prompts", {})})
     every = [*map(_prefill, lengths), *map(_decode, lengths), COLD, RESIDENT, KL, KL99, TOP1]
     return [f for f in every if any(value(c, f) is not None for c in result["contenders"].values())]
@@ -65,7 +65,7 @@ def groups(result: Mapping) -> dict[str, dict[str, Mapping]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """How many times better precast is than the best of some peers: above 1 it is ahead."""
+    """Return the ratio of precast to the best of some peers; above 1 precast is ahead."""
 
     own: str
     figure: str
@@ -73,12 +73,12 @@ class Ratio:
     times: float
 
 
-# What "better" is measured against, where both were asked for.
+# The peer of each comparison, if both were measured.
 AGAINST = ("llama.cpp", "OpenVINO", "transformers")
 
 
 def ratios(result: Mapping) -> list[Ratio]:
-    """For each of precast's figures, against the best peer of the same number of bits."""
+    """Compare each of precast's figures with the best peer of the same number of bits."""
     found = []
     for members in groups(result).values():
         peers = [c for c in members.values() if c["label"].startswith(AGAINST)]
@@ -98,7 +98,7 @@ def _ratio(own: Mapping, peers: Sequence[Mapping], figure: Figure) -> Ratio | No
 
 
 def _compared(result: Mapping) -> str:
-    """A line for each figure, a column for each precast contender."""
+    """Return a table with a line for each figure and a column for each precast contender."""
     found = ratios(result)
     owns = list(dict.fromkeys(r.own for r in found))
     if not owns:
@@ -156,7 +156,7 @@ def _contexts(result: Mapping) -> str:
 
 
 def tables(result: Mapping) -> str:
-    """Everything, in Markdown."""
+    """Return the whole report in Markdown."""
     wanted = figures(result)
     head = "| SmolLM2-135M-Instruct | " + " | ".join(f[0] for f in wanted) + " |"
     lines = [head, "|---|" + "---:|" * len(wanted)]

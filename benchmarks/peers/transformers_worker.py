@@ -1,4 +1,4 @@
-"""transformers with torch, float32, a loop of its own: less between two steps than `generate` has."""
+"""transformers with torch in float32, in a loop with less overhead than `generate`."""
 
 from collections.abc import Iterator, Sequence
 

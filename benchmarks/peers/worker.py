@@ -1,14 +1,14 @@
-"""A contender in a process of its own: loads once, then answers lines of JSON.
+"""The process of a contender, which loads a model once and then answers lines of JSON.
 
     python worker.py MODULE MODEL OPTIONS
 
-Commands, one a line on standard input, one answer a line on standard output:
+Each line of standard input is a command, and each line of standard output an answer:
     {"run": ids, "steps": n}       -> {"prefill_s": …, "step_s": …, "tokens": […]}; a fresh cache, n greedy steps
     {"memory": true}               -> {"anonymous": …, "file": …}, bytes resident
     {"score": ids, "first": i, "out": path} -> {}; logits of the positions i … len − 2 as float32 in a .npy file
-    {"windows": [tokens, window]}  -> {"windows": [[…], …]}, of those that know how
-The first line it writes says that it is loaded: {"loaded_s": …, "versions": {…}}, and with --first-token IDS also
-"first_token_at", on the system's monotonic clock.
+    {"windows": [tokens, window]}  -> {"windows": [[…], …]}, from contenders that support it
+The first line of output reports the load: {"loaded_s": …, "versions": {…}}. With a prompt as fourth argument it also
+has "first_token_at", on the system's monotonic clock.
 """
 
 import importlib
@@ -22,22 +22,22 @@ from typing import Protocol
 
 
 class Engine(Protocol):
-    """What a contender's module makes with ``load(model, options)``."""
+    """The engine that a contender's module returns from ``load(model, options)``."""
 
     packages: Sequence[str]
 
     def prefill(self, ids: Sequence[int]) -> int:
-        """Runs a prompt in an empty cache; the greedy next token."""
+        """Run a prompt in an empty cache; return the greedy next token."""
 
     def run(self, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
-        """Seconds of the prompt, seconds a step after it, and the tokens."""
+        """Return the seconds of the prompt, the seconds of each step after it, and the tokens."""
 
     def logits(self, ids: Sequence[int], first: int) -> Iterator[object]:
-        """Logits ``[V]`` of the positions ``first … len(ids) − 2``: prefill up to `first`, then a token at a time."""
+        """Yield logits ``[V]`` of positions ``first … len(ids) − 2``, after prefill up to `first` and single steps."""
 
 
 def timed_run(engine, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
-    """`Engine.run` for an engine with `prefill` and `step`."""
+    """Implement `Engine.run` for an engine with `prefill` and `step`."""
     started = time.perf_counter()
     tokens = [engine.prefill(ids)]
     first = time.perf_counter()
@@ -48,7 +48,7 @@ def timed_run(engine, ids: Sequence[int], steps: int) -> tuple[float, float, lis
 
 
 def resident() -> dict[str, int]:
-    """Bytes of this process in memory: its own, and pages of mapped files."""
+    """Return this process's resident bytes: anonymous memory, and pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
     return {"anonymous": fields["RssAnon"] + fields["RssShmem"], "file": fields["RssFile"]}
@@ -87,7 +87,7 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    # Libraries print what they like: the answers have a channel that nothing else knows.
+    # Libraries print to standard output, so the answers use a duplicate of it.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     module, model, options, *first = sys.argv[1:]
@@ -101,7 +101,7 @@ def main() -> None:
     for line in sys.stdin:
         print(json.dumps(answer(engine, json.loads(line))), file=channel)
     channel.flush()
-    os._exit(0)  # some libraries take long to leave, or do not survive it
+    os._exit(0)  # some libraries exit slowly or crash
 
 
 if __name__ == "__main__":
