@@ -182,7 +182,7 @@ def write(target, overwrite):
             (folder / name).write_bytes(data)
 
 def whole(target):
-    return not files.unlisted(target, listed) and all(
+    return not files.unlisted_files(target, listed) and all(
         (target / name).read_bytes() == data for name, data in contents.items())
 
 killed = 0
