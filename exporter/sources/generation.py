@@ -16,7 +16,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class Treatment(Enum):
-    """How an export treats a key."""
+    """The treatment of a key by an export."""
 
     APPLIED = "applied"
     HARMLESS = "harmless"

@@ -18,7 +18,7 @@ from jinja2.utils import pass_context, pass_environment
 from markupsafe import Markup
 
 from .chat_meter import SCALARS, LazyItems, Meter, size
-from .chat_methods import charge, lines, replace
+from .chat_methods import charge, lines_cost, replace_cost
 
 NUMBER_BITS = 4096
 """The most bits of a number that a template may calculate with."""
@@ -96,9 +96,9 @@ def _replace(environment: Any, s: Any, old: Any, new: Any, count: Any = None) ->
     text, old, new = meter.to_text(s), meter.to_text(old), meter.to_text(new)
     args = (old, new) if count is None else (old, new, count)
     meter.step(len(text) >> 5)
-    made, steps = replace(meter, text, args)
+    allocated, steps = replace_cost(meter, text, args)
     meter.step(steps)
-    meter.allocate(made)
+    meter.allocate(allocated)
     return text.replace(*args)
 
 
@@ -120,11 +120,11 @@ def _on_plain_text(name: str, cost: Callable[[Meter, str, tuple[Any, ...]], None
 
 def _cost_indent(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
     meter.step(len(text) >> 4)
-    made, steps = lines(meter, text, ())
+    allocated, steps = lines_cost(meter, text, ())
     by = args[0] if args else 4
     each = size(by) if isinstance(by, str) else 4 * abs(by) if isinstance(by, int) else 0
     meter.step(steps)
-    meter.allocate(6 * made + (steps + 1) * each)
+    meter.allocate(6 * allocated + (steps + 1) * each)
 
 
 def _cost_truncate(meter: Meter, text: str, args: tuple[Any, ...]) -> None:

@@ -139,7 +139,7 @@ class Meter:
     def check_time(self) -> None:
         """Raise LimitExceeded if the time is up. Call it from the thread that made the meter."""
         if time.thread_time() > self._cpu_deadline:
-            raise LimitExceeded(f"it took more than {self.limits.seconds:g} seconds of processor time")
+            raise LimitExceeded(f"it took more than {self.limits.seconds:g} seconds of CPU time")
         if time.monotonic() > self._wall_deadline:
             raise LimitExceeded(f"it took longer than {self.limits.wall_seconds:g} seconds")
 
@@ -176,7 +176,7 @@ class Meter:
         if weight.depth > self.limits.depth:
             raise LimitExceeded(f"it nested lists more than {self.limits.depth} deep")
         if weight.steps > self.limits.operation:
-            raise LimitExceeded(f"a list of its lists holds more than {self.limits.operation:,} items")
+            raise LimitExceeded(f"a nested list has more than {self.limits.operation:,} items")
         self._weights[id(value)] = value, weight
         return weight
 
@@ -236,12 +236,12 @@ class Meter:
             self.step(len(value))
             self.allocate(64 + len(value) * _item_size(value))
             return list(value)
-        made = []
+        items = []
         for item in value:
             self.step()
             self.allocate(96)
-            made.append(item)
-        return made
+            items.append(item)
+        return items
 
 
 def _children(value: Any) -> tuple[Iterable[Any] | None, int]:

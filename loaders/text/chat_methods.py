@@ -90,8 +90,8 @@ def _split(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _split_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    made, steps = _split(meter, text, args)
-    return made, steps + _search_back(meter, text, args)[1]
+    allocated, steps = _split(meter, text, args)
+    return allocated, steps + _search_back(meter, text, args)[1]
 
 
 def _partition(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
@@ -102,7 +102,7 @@ def _partition_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
     return size(text) + 3 * _PIECE, _search_back(meter, text, args)[1]
 
 
-def lines(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
+def lines_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
     """Charge an upper bound of the lines: one more than the characters that may end a line."""
     count = 1 + sum(map(text.count, _LINE_ENDS))
     return size(text) + _PIECE * count, (len(text) >> 4) + count
@@ -118,7 +118,7 @@ def _tabs(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
     return 80 + count * width(text), count >> 4
 
 
-def replace(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
+def replace_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
     """Charge the result, after counting the occurrences as the method does."""
     old, new, most = _text(args, 0), _text(args, 1), _number(args, 2, -1)
     places = text.count(old)
@@ -171,10 +171,10 @@ _TEXT_METHODS: dict[str, CostOf] = {
     "rsplit": _split_back,
     "partition": _partition,
     "rpartition": _partition_back,
-    "splitlines": lines,
+    "splitlines": lines_cost,
     **dict.fromkeys(("center", "ljust", "rjust", "zfill"), _pad),
     "expandtabs": _tabs,
-    "replace": replace,
+    "replace": replace_cost,
     "join": _join,
     **dict.fromkeys(
         (
@@ -248,8 +248,8 @@ def charge(meter: Meter, owner: Any, name: str, args: tuple[Any, ...]) -> None:
     """Charge a call of a method in `METHODS` before it runs."""
     texts = [value for value in (owner, *args) if isinstance(value, str)]
     meter.step(1 + (sum(map(len, texts)) >> 5))  # the cost of computing the cost
-    made, steps = METHODS[type(owner)][name](meter, owner, args)
+    allocated, steps = METHODS[type(owner)][name](meter, owner, args)
     # A Markup escapes other text that it is combined with, and one character may become five.
     factor = 6 if isinstance(owner, Markup) else 1
     meter.step(factor * steps)
-    meter.allocate(factor * made)
+    meter.allocate(factor * allocated)

@@ -370,12 +370,12 @@ def _dict(environment: Any, *args: Any, **kwargs: Any) -> dict[Any, Any]:
     if len(args) > 1:
         raise TypeError(f"dict expected at most 1 argument, got {len(args)}")
     pairs = args[0].items() if args and isinstance(args[0], dict) else args[0] if args else ()
-    made = {}
+    result = {}
     for key, value in environment.meter.to_list(pairs):
         environment.meter.allocate(128)
-        made[environment.metered_key(key)] = value
-    made.update(kwargs)
-    return environment.metered_new(made)
+        result[environment.metered_key(key)] = value
+    result.update(kwargs)
+    return environment.metered_new(result)
 
 
 @pass_environment

@@ -134,7 +134,7 @@ def test_expensive_operations_without_a_use_are_refused(source: str, reason: str
 def test_the_weight_of_a_shared_list_counts_each_occurrence() -> None:
     source = "{% set ns = namespace(x=['a']) %}{% for i in range(LEVELS) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
     assert render(source.replace("LEVELS", "17") + "{{ ns.x == ns.x }}") == "True"
-    with pytest.raises(PrecastError, match=r"a list of its lists holds more than 2,000,000 items"):
+    with pytest.raises(PrecastError, match=r"a nested list has more than 2,000,000 items"):
         render(source.replace("LEVELS", "40"))
 
 

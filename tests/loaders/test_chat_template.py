@@ -363,7 +363,7 @@ def test_an_operation_that_would_be_huge_is_refused(source: str, reason: str) ->
 
 
 def test_a_template_that_takes_too_long_is_stopped() -> None:
-    with pytest.raises(PrecastError, match=STOPPED.format("it took more than 0 seconds of processor time")):
+    with pytest.raises(PrecastError, match=STOPPED.format("it took more than 0 seconds of CPU time")):
         render("{% for m in messages %}{% endfor %}", limits=Limits(seconds=0))
 
 
