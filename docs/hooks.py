@@ -72,7 +72,7 @@ def command_reference(group: click.Group) -> str:
 
 
 def modules() -> str:
-    """Return a table of all modules with the first lines of their docstrings, and of kernel files with their comments."""
+    """Return a table of all modules and kernel files, each with its first sentence."""
     paths = [path for top in ("exporter", "loaders", "kernels") for path in sorted((ROOT / top).rglob("*.*"))]
     rows = ((path, _purpose(path)) for path in paths if path.suffix in (".py", ".cc", ".h", ".inc"))
     lines = [f"| `{path.relative_to(ROOT).as_posix()}` | {_cell(text)} |" for path, text in rows if text]
