@@ -44,42 +44,42 @@ def main() -> None:
 
 @main.command()
 @click.argument("source", required=False)
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Folder to write; default artifacts/NAME-WEIGHTS."
-)
+@click.option("-o", "--output", type=options.PATH, help="Folder to write. Default: artifacts/NAME-WEIGHTS.")
 @click.option(
     "--buckets",
     callback=options.numbers,
-    help="Prompt lengths to compile prefill for; default 64,128,512 as far as the context goes.",
+    help="Prompt lengths to compile prefill for. Default: 64,128,512, up to the context.",
 )
 @click.option(
-    "--context", type=int, help="Positions a sequence may have; default 2048 or the model's own limit."
+    "--context",
+    type=int,
+    help="The most positions of a sequence. Default: 2048, or the model's limit if lower.",
 )
-@click.option("--slots", type=int, default=1, show_default=True, help="Sequences that decode together.")
+@click.option("--slots", type=int, default=1, show_default=True, help="Sequences decoded together.")
 @click.option(
     "--weights",
     default="int8",
     show_default=True,
-    help="How weights are stored: float32, bfloat16, int8, int4.",
+    help="Format of the weights: float32, bfloat16, int8, int4.",
 )
 @click.option(
     "--kv-cache",
-    help="How keys and values are kept: float32, bfloat16, int8. Default: float32 with float32 weights, else bfloat16.",
+    help="Format of keys and values: float32, bfloat16, int8. Default: float32 with float32 weights, else bfloat16.",
 )
 @click.option(
     "--target",
     "targets",
     multiple=True,
-    help="What to make: cpu, portable, savedmodel, cuda. May be given several times. Default: cpu and portable.",
+    help="Target to build: cpu, portable, savedmodel, cuda. May be given several times. Default: cpu and portable.",
 )
 @click.option(
     "--cpu-isa",
     "cpu_isas",
     multiple=True,
-    help="Instruction set to compile target cpu for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all that this"
-    " machine has. May be given several times. Default: x86-64-v2, and native on other machines.",
+    help="Instruction set to compile target cpu for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all features of"
+    " this machine. May be given several times. Default: x86-64-v2; native on other machines.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an artifact that is there already.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 def export(
     source: str | None,
     output: Path | None,
@@ -91,11 +91,13 @@ def export(
     targets: tuple[str, ...],
     cpu_isas: tuple[str, ...],
     overwrite: bool,
-) -> None:
+) -> int:
     """Compile SOURCE into an artifact.
 
     SOURCE is a Hugging Face directory, a .gguf file or a hub id (org/name); without it the demo model
     SmolLM2-135M-Instruct is fetched.
+
+    Exit code 0: success. 2: an error.
     """
     from precast.loaders.console.extras import need_export
 
@@ -104,7 +106,7 @@ def export(
     from precast.exporter.options import ExportOptions
     from precast.exporter.targets.kinds import DEFAULT_TARGETS
 
-    wanted = ExportOptions(
+    form = ExportOptions(
         buckets=buckets,
         context=context,
         slots=slots,
@@ -114,7 +116,7 @@ def export(
         cpu_isas=cpu_isas or None,
         overwrite=overwrite,
     )
-    console.run_export(source, output, wanted)
+    return console.run(source, output, form)
 
 
 @main.command()
@@ -129,7 +131,7 @@ def export(
 @click.option("--system", help="System message, which may be empty; implies --chat.")
 @options.LITERAL
 @options.sampling
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when done.")
+@options.JSON
 @options.STATS
 @options.loading
 def run(
@@ -220,7 +222,7 @@ def add_target(
 
 @main.command("list")
 @click.argument("folder", type=options.PATH, default="artifacts")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.JSON
 @options.KEY
 def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) -> int:
     """List the artifacts below FOLDER.
@@ -237,7 +239,7 @@ def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) 
 
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.JSON
 @options.KEY
 def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None) -> int:
     """Show what ARTIFACT holds: model, programs, KV cache, targets.
@@ -258,7 +260,7 @@ def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None)
     is_flag=True,
     help="Accept a target that must first be compiled from StableHLO on this machine.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.JSON
 @options.KEY
 def check(
     artifact: Path | str,
@@ -288,7 +290,7 @@ def check(
 @click.argument("artifact", type=options.ARTIFACT)
 @click.option("--target", help="Replay the answers with this target. Default: the first that fits.")
 @options.COMPILE
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.JSON
 @options.KEY
 @options.THREADS
 def verify(
@@ -321,7 +323,7 @@ def verify(
 @main.command()
 @click.argument("before", metavar="A", type=options.ARTIFACT)
 @click.argument("after", metavar="B", type=options.ARTIFACT)
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.JSON
 @options.KEY
 def diff(before: Path | str, after: Path | str, as_json: bool, require_signature: Path | None) -> int:
     """Show the differences between the artifacts A and B.
@@ -347,7 +349,7 @@ def diff(before: Path | str, after: Path | str, as_json: bool, require_signature
     "--tokens", type=int, default=3072, show_default=True, help="Use at most this many tokens of the text."
 )
 @click.option("--window", type=int, help="Tokens of a window. Default: 512, or the context if that is less.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.JSON
 @options.KEY
 @options.THREADS
 def evaluate(
@@ -429,7 +431,7 @@ def sign(artifact: Path, key: Path) -> int:
 @click.option(
     "--rehash", is_flag=True, help="Read back the pieces in the store, and send damaged ones again."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.JSON
 def push(artifact: Path, url: str, rehash: bool, as_json: bool) -> int:
     """Send ARTIFACT to a store.
 
@@ -446,10 +448,10 @@ def push(artifact: Path, url: str, rehash: bool, as_json: bool) -> int:
 
 @main.command()
 @click.argument("url")
-@click.option("-o", "--output", type=options.PATH, help="Folder to write; default artifacts/NAME.")
+@click.option("-o", "--output", type=options.PATH, help="Folder to write. Default: artifacts/NAME.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 @options.KEY
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
+@options.JSON
 def pull(
     url: str, output: Path | None, overwrite: bool, require_signature: Path | None, as_json: bool
 ) -> int:

@@ -26,13 +26,16 @@ from .sources.open import open_source
 from .targets.built import BuiltProgram
 
 
-def run_export(spec: str | None, output: Path | None, options: ExportOptions) -> None:
+def run(spec: str | None, output: Path | None, options: ExportOptions) -> int:
     """Export a model, with progress on standard error and a summary on standard output.
 
     Args:
         spec: the model, as for `open_source`.
         output: folder to write; None for ``artifacts/NAME-WEIGHTS``.
         options: the form of the artifact.
+
+    Returns:
+        The exit code, 0.
 
     Raises:
         PrecastError: the user can correct the cause.
@@ -58,6 +61,7 @@ def run_export(spec: str | None, output: Path | None, options: ExportOptions) ->
     output_console.print(_summary(path, manifest, built, time.perf_counter() - started))
     if (cpus := audience_of(manifest.targets)) is not None:
         output_console.print(f"runs on {cpus}", soft_wrap=True)
+    return 0
 
 
 def _console(*, stderr: bool) -> Console:

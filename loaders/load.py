@@ -63,7 +63,8 @@ def load(
             SavedModel, has one number for the whole process, and takes it only before its first operation; a GPU takes
             none. A number without effect is logged.
         log: receives messages; standard error by default.
-        progress: receives the bytes of weights hashed, and each program before it is loaded.
+        progress: receives the bytes pulled, the bytes of weights hashed, and each program before it is loaded. A pull
+            is shown on standard error by default.
 
     Raises:
         PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
@@ -86,7 +87,7 @@ def load(
     if url is not None:
         from .store.pull import fetch
 
-        path = fetch(url, require_signature=key, log=log)
+        path = fetch(url, require_signature=key, log=log, progress=progress)
     root = find_artifact(Path(path))
     manifest = read_manifest(root, require_signature=key)
     try:

@@ -184,7 +184,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint)
         (["--weights", "int3"], "--weights: 'int3' is not supported, expected one of float32, bfloat16"),
     ],
 )
-def test_options_that_are_not_possible(export_refused, tiny_checkpoint, options, text):
+def test_impossible_options(export_refused, tiny_checkpoint, options, text):
     assert text in export_refused(tiny_checkpoint(), *options)
 
 
@@ -291,7 +291,7 @@ def test_requests_that_cannot_be_answered(refused, tiny_artifact, options, text)
     assert text in refused("run", tiny_artifact, *options, "--json")
 
 
-def test_a_prompt_that_is_no_text(refused, tiny_artifact):
+def test_a_prompt_that_is_not_text(refused, tiny_artifact):
     assert "standard input: expected a prompt in utf-8, found other bytes." in refused(
         "run", tiny_artifact, stdin=b"\xff\xfe"
     )
@@ -361,7 +361,7 @@ def test_manifests_that_are_not_understood(refused, artifact_copy, edit_manifest
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[]", b"null", b"[" * 100_000, b'{"a": NaN}'])
-def test_manifests_that_are_no_json(refused, artifact_copy, data):
+def test_manifests_that_are_not_json(refused, artifact_copy, data):
     (artifact_copy / "manifest.json").write_bytes(data)
     for command in (("run", artifact_copy, "-p", "x"), ("inspect", artifact_copy)):
         assert refused(*command).startswith(f"{artifact_copy / 'manifest.json'}: ")
@@ -398,7 +398,7 @@ def test_files_that_are_truncated_or_altered_or_gone(refused, artifact_copy, own
     assert f"{artifact_copy}: file {name!r} is missing; copy" in refused("run", artifact_copy, "-p", "x")
 
 
-def test_what_the_system_refuses_is_one_line_too(refused, tiny_artifact, monkeypatch):
+def test_errors_of_the_system_are_one_line(refused, tiny_artifact, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", "/some/file")
 

@@ -224,7 +224,7 @@ def path(tmp_path):
     return tmp_path / "state" / "precast" / "chat_history"
 
 
-def test_a_history_is_its_user_s_alone(path):
+def test_a_history_is_private(path):
     old = os.umask(0)
     try:
         History(path).add("hi")
@@ -250,14 +250,14 @@ def test_a_history_is_bounded(path):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_lines_that_are_no_messages_are_left_out(path):
+def test_invalid_lines_of_a_history_are_skipped(path):
     path.parent.mkdir(parents=True)
     path.write_bytes(b'"a"\n"cut\n{"no": 1}\n\xff\n"\\u0000"\n"\\ud800"\n""\n"b\\nc"\n"not whole')
     assert History(path).messages == ["a", "b\nc"]
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder", "file for a folder"])
-def test_a_history_that_cannot_be_kept_is_said_and_no_reason_to_stop(path, tmp_path, kind):
+def test_a_history_that_cannot_be_written_is_reported(path, tmp_path, kind):
     path.parent.parent.mkdir()
     if kind == "file for a folder":
         path.parent.write_text("")

@@ -71,7 +71,7 @@ def test_a_prompt_may_be_piped_in(record, tiny_artifact, tiny_model):
         (b"the \xef\xbb\xbffox", "the \ufefffox"),  # so is a mark that is not at the start
     ],
 )
-def test_what_editors_of_windows_add_is_not_part_of_a_piped_prompt(
+def test_a_piped_prompt_loses_the_byte_order_mark_and_crlf(
     record, tiny_artifact, tiny_model, monkeypatch, piped, prompt
 ):
     from precast.loaders.console import run as console
@@ -83,13 +83,13 @@ def test_what_editors_of_windows_add_is_not_part_of_a_piped_prompt(
     assert found["prompt_token_ids"] == tiny_model.tokenizer.encode(prompt)
 
 
-def test_a_prompt_that_is_given_is_taken_as_it_is(record, tiny_artifact, tiny_model):
+def test_a_prompt_option_is_not_normalised(record, tiny_artifact, tiny_model):
     prompt = "\ufeffthe fox\r\nthe dog\r\n"
     found = record(tiny_artifact, "-n", "1", "-p", prompt)
     assert found["prompt_token_ids"] == tiny_model.tokenizer.encode(prompt)
 
 
-def test_an_empty_system_message_is_one(record, tiny_artifact, tiny_model):
+def test_an_empty_system_message_counts(record, tiny_artifact, tiny_model):
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "the dog"}]
     found = record(tiny_artifact, "--system", "", "-p", "the dog", "-n", "1")
     assert found["prompt_token_ids"] == tiny_model.chat_prompt(messages)
@@ -127,7 +127,7 @@ def on_a_terminal(monkeypatch):
     return switch
 
 
-def test_a_terminal_is_not_commanded_by_a_model(cli, tiny_artifact, monkeypatch, on_a_terminal):
+def test_model_text_cannot_control_a_terminal(cli, tiny_artifact, monkeypatch, on_a_terminal):
     """A file or a pipe receives the model's text unchanged."""
     from precast.loaders.generation.model import Model
 
@@ -139,7 +139,7 @@ def test_a_terminal_is_not_commanded_by_a_model(cli, tiny_artifact, monkeypatch,
     assert cli("run", tiny_artifact, "-p", "x").stdout_bytes.decode() == "".join(said) + "\n"
 
 
-def test_json_commands_no_terminal_either(cli, tiny_artifact, monkeypatch):
+def test_json_cannot_control_a_terminal(cli, tiny_artifact, monkeypatch):
     from precast.loaders.generation.stream import Stream
 
     completion = SimpleNamespace(
@@ -210,9 +210,7 @@ def test_the_same_seed_gives_the_same_text(record, tiny_artifact, answer):
     assert len({tuple(sampled(seed)) for seed in range(4)} | {answer.token_ids}) == 5
 
 
-def test_what_is_not_given_is_the_model_s_own_default(
-    record, artifact_copy, edit_manifest, answer, tiny_model
-):
+def test_missing_options_take_the_model_s_defaults(record, artifact_copy, edit_manifest, answer, tiny_model):
     from precast.loaders.generation.sampling_params import SamplingParams
 
     edit_manifest(artifact_copy, lambda manifest: manifest["sampling"].update(repetition_penalty=1.7))
@@ -273,13 +271,13 @@ def test_the_model_s_own_lists_are_kept_beside_other_options(
         ("--min-tokens", "-1", "min_tokens must be an integer from 0 to 2^63 - 1, found -1."),
     ],
 )
-def test_a_number_that_its_type_does_not_hold(cli, tiny_artifact, option, value, text):
+def test_numbers_out_of_range_are_refused(cli, tiny_artifact, option, value, text):
     result = cli("run", tiny_artifact, "--ids", PROMPT, option, value)
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"Sampling parameters: {text}" in result.stderr.replace("\n", " ")
 
 
-def test_the_least_tokens_of_an_answer(record, artifact_copy, edit_manifest, answer):
+def test_min_tokens(record, artifact_copy, edit_manifest, answer):
     def end_at_the_first(manifest):
         manifest["tokenizer"]["eos_token_ids"] = [answer.token_ids[0]]
 
@@ -290,7 +288,7 @@ def test_the_least_tokens_of_an_answer(record, artifact_copy, edit_manifest, ans
     assert len(found) >= 5
 
 
-def test_compiling_is_done_on_request_and_said(cli, tiny_artifact, answer, own_cache):
+def test_compiling_happens_on_request_and_is_logged(cli, tiny_artifact, answer, own_cache):
     result = cli(
         "run", tiny_artifact, "--ids", PROMPT, "--ignore-eos", "--target", "portable", "--compile", "--json"
     )
@@ -307,14 +305,14 @@ def test_rehash_hashes_unchanged_files_again(cli, artifact_copy):
     assert "'golden.json'" in result.stderr
 
 
-def test_numbers_that_are_none_are_a_usage_error(cli, tiny_artifact):
+def test_malformed_numbers_are_a_usage_error(cli, tiny_artifact):
     for options in (["--ids", "1,x"], ["--ids", ""], ["--ids", "1,,2"]):
         result = cli("run", tiny_artifact, *options)
         assert result.exit_code == 2
         assert "expected whole numbers separated by commas" in result.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error(tiny_artifact, python):
+def test_a_reader_that_leaves_early_is_not_an_error(tiny_artifact, python):
     code = (
         "import subprocess, sys\n"
         "run = subprocess.Popen([sys.executable, 'cli.py', 'run', sys.argv[1], '--ids', '7,200,31', '--ignore-eos'],\n"

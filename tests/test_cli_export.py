@@ -22,7 +22,7 @@ def test_export_then_run(cli, record, tiny_checkpoint, tmp_path, answer, monkeyp
     assert (output / "manifest.json").read_bytes() == before
 
 
-def test_weights_are_int8_unless_asked_for_otherwise(cli, record, tiny_checkpoint, tmp_path, monkeypatch):
+def test_weights_are_int8_by_default(cli, record, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "artifacts" / "checkpoint-int8").mkdir(parents=True)  # an empty folder may be written to
     result = cli("export", tiny_checkpoint(), "--buckets", "8", "--context", "64")

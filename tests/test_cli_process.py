@@ -54,7 +54,7 @@ def test_a_terminal_that_shows_less_than_is_printed(artifact_copy, python, comma
     assert "odd-" in result.stdout
 
 
-def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
+def test_untrusted_names_cannot_control_a_terminal(capsys, monkeypatch):
     from precast.loaders.console import chat_input, command
     from precast.loaders.console import conversation as chat_console
 
@@ -70,7 +70,7 @@ def test_what_strangers_wrote_is_no_command_to_a_terminal(capsys, monkeypatch):
     assert shown.out.startswith("�[2Jname on cpu�2J, 64 positions.")
 
 
-def test_an_interrupt_ends_it_at_once_and_says_so(python):
+def test_an_interrupt_ends_a_command_with_a_message(python):
     code = (
         "from precast import cli\n"
         "from precast.loaders.console import inspect\n"
@@ -135,7 +135,7 @@ REFUSED, RUNS = ("--target", "none"), ()
 
 @pytest.mark.parametrize("on", [True, False])
 @pytest.mark.parametrize("options", [RUNS, REFUSED])
-def test_garbage_is_collected_again_once_it_is_loaded(cli, tiny_artifact, collecting, options, on):
+def test_garbage_collection_resumes_after_the_load(cli, tiny_artifact, collecting, options, on):
     """A start makes no garbage, so collection is off until the artifact is loaded."""
     (gc.enable if on else gc.disable)()
     before = gc.get_freeze_count()
@@ -145,7 +145,7 @@ def test_garbage_is_collected_again_once_it_is_loaded(cli, tiny_artifact, collec
     assert collecting == [("read_manifest", False), ("stream", on)][: 1 if options == REFUSED else 2]
 
 
-def test_what_was_loaded_is_old_to_the_collector(python):
+def test_loaded_objects_are_in_the_oldest_generation(python):
     """Otherwise the first young collection, during generation, would visit all loaded objects."""
     code = (
         "import gc\n"
@@ -161,7 +161,7 @@ def test_what_was_loaded_is_old_to_the_collector(python):
     assert result.returncode == 0, result.stderr
 
 
-def test_what_a_caller_froze_stays_frozen(python):
+def test_objects_frozen_by_the_caller_stay_frozen(python):
     code = (
         "import gc\n"
         "from pathlib import Path\n"
@@ -175,7 +175,7 @@ def test_what_a_caller_froze_stays_frozen(python):
     assert result.returncode == 0, result.stderr
 
 
-def test_garbage_is_collected_while_it_is_pulled(record, tiny_artifact, collecting, monkeypatch):
+def test_garbage_collection_stays_on_during_a_pull(record, tiny_artifact, collecting, monkeypatch):
     from precast.loaders.store import pull as store_pull
 
     def fetch(url, **_):

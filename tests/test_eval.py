@@ -94,7 +94,7 @@ def test_the_shipped_text_is_the_default(record, tiny_artifact):
     assert (found["text"], found["windows"], found["tokens"]) == ("persuasion.txt", 2, 64)
 
 
-def test_tokens_and_window_are_taken(record, tiny_artifact, text):
+def test_the_options_tokens_and_window(record, tiny_artifact, text):
     found = record(tiny_artifact, "--text", text, "--tokens", "100", "--window", "16")
     assert (found["window"], found["windows"], found["tokens"]) == (16, 6, 48)
 
@@ -181,13 +181,13 @@ def test_the_shorter_context_is_the_window(record, tiny_artifact, export_tiny, t
         ("caf\u00e9".encode("latin-1"), "expected text in UTF-8, found other bytes; convert it first."),
     ],
 )
-def test_a_text_that_is_none(refused, tiny_artifact, tmp_path, content, expected):
+def test_files_that_are_not_text_are_refused(refused, tiny_artifact, tmp_path, content, expected):
     path = tmp_path / "text"
     path.write_bytes(content)
     assert refused(tiny_artifact, "--text", path) == f"{path}: {expected}"
 
 
-def test_a_text_that_is_not_there(refused, tiny_artifact, tmp_path):
+def test_a_missing_text_is_refused(refused, tiny_artifact, tmp_path):
     path = tmp_path / "nothing"
     expected = f"{path}: expected a text file, but it does not exist; check the spelling."
     assert refused(tiny_artifact, "--text", path) == expected
@@ -224,12 +224,12 @@ def test_a_window_that_does_not_fit_the_reference(refused, tiny_artifact, export
 
 
 @pytest.mark.parametrize("tokens", ["0", "-1", "10000001", "9" * 30])
-def test_a_number_of_tokens_that_is_none(refused, tiny_artifact, tokens):
+def test_an_impossible_number_of_tokens_is_refused(refused, tiny_artifact, tokens):
     line = refused(tiny_artifact, "--tokens", tokens)
     assert line == f"--tokens: {tokens} is not possible, expected 1 to 10000000."
 
 
-def test_an_artifact_that_is_not_there(refused, tmp_path, tiny_artifact):
+def test_a_missing_artifact_is_refused(refused, tmp_path, tiny_artifact):
     missing = tmp_path / "nothing"
     assert refused(missing) == (
         f"{missing}: expected the folder of an artifact, but it does not exist; precast export makes one."

@@ -118,7 +118,7 @@ def test_a_folder_that_is_an_artifact_or_holds_none(cli, folder, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "what"), [("none", "does not exist"), ("file", "is a file")])
-def test_what_is_no_folder_is_refused(cli, tmp_path, name, what):
+def test_a_path_that_is_not_a_folder_is_refused(cli, tmp_path, name, what):
     (tmp_path / "file").write_text("")
     result = cli("list", tmp_path / name)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -140,7 +140,7 @@ def test_folders_that_cannot_be_read_are_named(cli, folder, monkeypatch):
     assert lines[1:3] == ["artifacts/below/deeper", "  ! artifacts/below/deeper: Permission denied."]
 
 
-def test_what_is_not_signed_as_required_cannot_be_read(cli, folder, tmp_path):
+def test_an_unsigned_artifact_is_listed_as_unreadable(cli, folder, tmp_path):
     lines = cli("list", folder / "good", "--require-signature", tmp_path / "key.pem").stdout.splitlines()
     assert lines[1] == "artifacts/good"
     assert lines[2].startswith("  ! ")

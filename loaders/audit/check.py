@@ -75,7 +75,7 @@ class TargetReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class CheckReport:
     """The result of `check`.
 
     Attributes:
@@ -112,7 +112,7 @@ class Report:
 
     @property
     def runs(self) -> bool:
-        """True if the artifact runs here."""
+        """Return True if the artifact runs here."""
         return self.target is not None and not self.problems
 
 
@@ -127,7 +127,7 @@ def check(
     *,
     target: str | None = None,
     allow_compile: bool = False,
-) -> Report:
+) -> CheckReport:
     """Compare a manifest with a machine.
 
     Args:
@@ -149,7 +149,7 @@ def check(
     need = limiting.need(manifest, chosen or named[0])
     expires = min(_day(t.stablehlo_expires, root) for t in named)
     days_left = (expires - today).days
-    return Report(
+    return CheckReport(
         root=root,
         name=manifest.name,
         target=None if chosen is None else chosen.name,

@@ -17,11 +17,11 @@ from ..progress import Progress, Step, silent
 _BLOCK = 1 << 24
 
 
-class _Absent:
+class _NoValue:
     """The value of a fact that only the other artifact has."""
 
 
-ABSENT = _Absent()
+ABSENT = _NoValue()
 Facts = Mapping[str, Any]
 
 
@@ -41,12 +41,12 @@ class Change:
 
     @property
     def is_addition(self) -> bool:
-        """True if only the second artifact has the fact."""
+        """Return True if only the second artifact has the fact."""
         return self.before is ABSENT
 
     @property
     def is_removal(self) -> bool:
-        """True if only the first artifact has the fact."""
+        """Return True if only the first artifact has the fact."""
         return self.after is ABSENT
 
 

@@ -29,7 +29,7 @@ from ..text.tokenizer import Tokenizer
 DEFAULT_TOKENS, DEFAULT_WINDOW = 3072, 512
 SHORTEST_LAST, SMALLEST_WINDOW = 64, 8
 SHIPPED_TEXT = Path(__file__).parent / "data" / "persuasion.txt"
-# A limit for reading a file: tokens of prose have 4 characters.
+# Read at most this many characters of a file for each token; prose has 4.
 _CHARACTERS_PER_TOKEN = 64
 
 

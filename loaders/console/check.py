@@ -9,7 +9,7 @@ from typing import Any
 
 from ..artifact.errors import printable
 from ..artifact.units import size_text
-from ..audit.check import SOON_DAYS, Report, TargetReport, check
+from ..audit.check import SOON_DAYS, CheckReport, TargetReport, check
 from .command import local_folder
 
 
@@ -55,7 +55,7 @@ def run(
     return 0 if report.runs else 1
 
 
-def to_json(report: Report, key: Path | None = None) -> dict[str, Any]:
+def to_json(report: CheckReport, key: Path | None = None) -> dict[str, Any]:
     """Return the report in plain JSON types.
 
     Args:
@@ -72,7 +72,7 @@ def to_json(report: Report, key: Path | None = None) -> dict[str, Any]:
     }
 
 
-def lines(report: Report, key: Path | None = None) -> Iterator[str]:
+def lines(report: CheckReport, key: Path | None = None) -> Iterator[str]:
     """Yield the lines of the report for people: verdict, targets, machine, and remedies.
 
     Args:
@@ -106,7 +106,7 @@ def _target_lines(target: TargetReport) -> Iterable[str]:
         yield f"        → {finding.remedy}"
 
 
-def _machine_lines(report: Report, key: Path | None) -> Iterable[str]:
+def _machine_lines(report: CheckReport, key: Path | None) -> Iterable[str]:
     need, memory, p = report.need, report.memory, report.processors
     parts = {"weights": need.weights, "cache": need.cache, "temporary": need.temporary}
     yield (

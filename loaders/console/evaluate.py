@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 10_000_000
 
-# Opens a reference, given the artifact's context.
+# Opens a reference, given the artifact's context and a display.
 _Opener = Callable[[int, Display], "Scorer"]
 
 
@@ -62,26 +63,37 @@ def run(
     Raises:
         PrecastError: a file or an option is unsuitable, or the two models have different tokenizers.
     """
+    folder = local_folder(artifact, require_signature)
+    open_artifact = partial(_open_artifact, key=require_signature, threads=threads)
+    open_reference = None if reference is None else _reference_opener(reference, open_artifact, source_opener)
+    facts = _measure(partial(open_artifact, folder), open_reference, text)
+    print(json.dumps(facts) if as_json else "\n".join(map(printable, _lines(facts))))
+    return 0
+
+
+def _open_artifact(path: Path, display: Display, *, key: Path | None, threads: int | None) -> "Scorer":
     from ..audit.evaluate import ArtifactScorer
     from ..load import load
 
-    def open_artifact(path: Path, display: Display) -> "Scorer":
-        return ArtifactScorer(
-            model=load(
-                path, require_signature=require_signature, threads=threads, log=display.log, progress=display
-            )
-        )
+    return ArtifactScorer(
+        model=load(path, require_signature=key, threads=threads, log=display.log, progress=display)
+    )
 
-    folder = local_folder(artifact, require_signature)
-    opener: _Opener | None = None
-    if reference is not None and _is_source(reference):
+
+def _reference_opener(
+    reference: Path,
+    open_artifact: "Callable[[Path, Display], Scorer]",
+    source_opener: "Callable[[], Callable[[str, int], Scorer]]",
+) -> _Opener:
+    """Return the function that opens the reference.
+
+    Raises:
+        PrecastError: the reference does not exist, or the packages for a source are not installed.
+    """
+    if _is_source(reference):
         open_source = source_opener()
-        opener = lambda context, _: open_source(str(reference), context)  # noqa: E731
-    elif reference is not None:
-        opener = lambda _, display: open_artifact(reference, display)  # noqa: E731
-    facts = _measure(lambda display: open_artifact(folder, display), opener, text)
-    print(json.dumps(facts) if as_json else "\n".join(map(printable, _lines(facts))))
-    return 0
+        return lambda context, _: open_source(str(reference), context)
+    return lambda _, display: open_artifact(reference, display)
 
 
 def _is_source(reference: Path) -> bool:

@@ -39,6 +39,7 @@ def _required(_: click.Context, __: click.Parameter, value: Path | None) -> Path
 
 PATH = click.Path(path_type=Path)
 ARTIFACT = Artifact()
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 STATS = click.option(
     "--stats", is_flag=True, help="Print the speed of prompt and answer on standard error at the end."
 )

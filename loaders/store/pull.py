@@ -123,7 +123,7 @@ def _refuse_to_replace_checked(root: Path) -> None:
         )
 
 
-def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
+def fetch(url: str, *, require_signature: Path | None, log: _Log, progress: Progress | None = None) -> Path:
     """Return the folder in the cache that holds a URL's artifact; pull the artifact unless it is there.
 
     Damaged files are fetched again. If the store is unreachable, the artifact that the URL last led to is used, and a
@@ -133,6 +133,7 @@ def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
         url: the URL that the artifact was pushed to.
         require_signature: as for `pull`.
         log: receives messages.
+        progress: as for `pull`.
 
     Raises:
         PrecastError: as `pull`.
@@ -151,14 +152,14 @@ def fetch(url: str, *, require_signature: Path | None, log: _Log) -> Path:
     job = _Pull(store=store, index=index, root=root, key=require_signature, key_name=key_name)
     if not _is_intact(root, index):
         with cache.explaining_write_errors():
-            _fill_cache(job, log)
+            _fill_cache(job, log, progress)
     elif SIGNATURE_FILE in index.files:
         _renew_signature(job, log)
     cache.note_url(url, index.manifest, key_name)
     return root
 
 
-def _fill_cache(job: _Pull, log: _Log) -> None:
+def _fill_cache(job: _Pull, log: _Log, progress: Progress | None) -> None:
     root = job.root
     with _locked(root, log):
         fetched = _fetch_head(job).fetched
@@ -167,7 +168,7 @@ def _fill_cache(job: _Pull, log: _Log) -> None:
         if not (root / MANIFEST_FILE).exists():
             shutil.rmtree(root, ignore_errors=True)
         files.make_private(root.parent)
-        fetched = fetched + _receive(job, overwrite=True, progress=None)
+        fetched = fetched + _receive(job, overwrite=True, progress=progress)
     size = sum(piece.bytes for piece in fetched)
     log(f"{job.store}: pulled {size / 1e6:,.1f} MB into {root}")
 

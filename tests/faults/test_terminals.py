@@ -97,7 +97,7 @@ def test_what_an_export_quotes(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr(console, "open_source", lambda _: SimpleNamespace(name=HOSTILE))
     monkeypatch.setattr(console, "export", export)
-    console.run_export(HOSTILE, None, ExportOptions())
+    console.run(HOSTILE, None, ExportOptions())
     shown = capsys.readouterr()
     for text in (shown.out, shown.err):
         assert "�]52;c;eA==�" in text

@@ -102,7 +102,7 @@ def test_every_mismatch_at_once_each_with_its_remedy(good):
 HOSTILE = "1; touch $(x) `y` 'z'"
 
 
-def test_what_a_manifest_says_is_one_word_of_a_command(good):
+def test_text_of_a_manifest_is_one_word_of_a_command(good):
     """Users copy remedies into shells."""
     provenance = dataclasses.replace(
         good.provenance, versions={**good.provenance.versions, "precast": HOSTILE}
@@ -135,7 +135,7 @@ def test_the_artifact_s_path_is_one_word_of_a_command(good):
     assert sum("'/my models/a;b'" in remedy for remedy in remedies) == 3
 
 
-def test_a_remedy_is_never_what_a_manifest_says(good):
+def test_a_manifest_cannot_forge_a_remedy(good):
     machine = dataclasses.replace(this_machine(), gpus=("NVIDIA H100",), cuda_plugin=this_machine().jaxlib)
     bad = with_target(good, platform="cuda", device="A: pip install evil", machine="any", kernels=())
     for finding in examine(bad, machine=machine).targets[0].mismatches:
@@ -156,7 +156,7 @@ def test_the_instruction_set_to_export_for_is_the_widest_that_is_there(good):
         assert finding.remedy.startswith("export on a machine like this one or ")
 
 
-def test_what_compiling_here_would_mend_says_so(good):
+def test_compiling_here_is_a_remedy_where_it_helps(good):
     report = examine(with_target(good, jaxlib="0.9.9"))
     (jaxlib,) = report.targets[0].mismatches
     assert report.targets[0].compiles
@@ -168,7 +168,7 @@ def test_what_compiling_here_would_mend_says_so(good):
     assert f"runs here, as target {compiled.target}, compiled first" in text(compiled)
 
 
-def test_a_target_that_is_only_ever_compiled(good):
+def test_a_target_that_is_always_compiled(good):
     report = examine(good, target="portable")
     assert not report.runs
     assert text(report).splitlines()[1:3] == [

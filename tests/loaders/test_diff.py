@@ -43,7 +43,7 @@ def test_an_artifact_and_its_copy_are_the_same(cli, tiny_artifact, artifact_copy
     assert not any(found["sections"].values())
 
 
-def test_one_byte_of_one_tensor(compare, artifact_copy, edit_manifest):
+def test_one_byte_of_one_tensor_differs(compare, artifact_copy, edit_manifest):
     path = artifact_copy / "weights.safetensors"
     data = bytearray(path.read_bytes())
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -123,7 +123,7 @@ def test_other_weights_and_another_geometry(cli, tiny_artifact, export_tiny):
         ),
     ],
 )
-def test_each_section_sees_its_own(
+def test_each_section_reports_its_own_changes(
     compare, artifact_copy, edit_manifest, change, section, what, before, after
 ):
     edit_manifest(artifact_copy, change)

@@ -94,7 +94,7 @@ def test_divergence_is_its_definition_and_never_negative(pair):
     )
 
 
-def test_perplexity_of_even_chances_is_their_number():
+def test_perplexity_of_a_uniform_distribution_is_its_size():
     assert e.perplexity(np.full(7, math.log(50))) == pytest.approx(50)
     assert e.perplexity(np.log([2.0, 8.0])) == pytest.approx(4)
     assert e.perplexity(np.array([800.0])) is None
@@ -161,7 +161,7 @@ def test_no_window_is_scored_on_special_tokens():
         ([1, 5, 9, 6], e.Tokens(prefix=(), ids=(1, 5, 9, 6))),
     ],
 )
-def test_special_tokens_are_told_from_the_text_s(special, expected):
+def test_special_tokens_are_told_apart_from_the_text(special, expected):
     tokenizer = SimpleNamespace(
         encode=lambda _, add_special_tokens=True: special if add_special_tokens else [5, 6]
     )
@@ -188,7 +188,7 @@ def test_the_shipped_text_is_prose_enough():
 # --- scores -------------------------------------------------------------------------------------------------
 
 
-def test_what_is_scored_is_each_next_token_of_the_second_half():
+def test_each_token_of_the_second_half_is_scored():
     logits = np.log([[0.5, 0.25, 0.25]] * 8)
     table = Table(logits)
     window = (0, 1, 2, 0, 0, 1, 0, 0)  # four are prefilled; 0, 1, 0, 0 are predicted
@@ -234,13 +234,13 @@ def test_many_positions_against_formulas_over_all_of_them():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_no_numbers_are_refused(bad):
+def test_logits_that_are_not_finite_are_refused(bad):
     good, broken = np.zeros((8, 3)), np.zeros((8, 3))
     broken[5, 1] = bad
     for artifact, reference in ((broken, None), (broken, good), (good, broken)):
         with pytest.raises(PrecastError) as raised:
             e.evaluate(Table(artifact), [(0,) * 8], None if reference is None else Table(reference))
-        assert str(raised.value).startswith("table: its logits are not finite numbers")
+        assert str(raised.value).startswith("table: its logits are not finite; export")
 
 
 def test_a_token_without_an_embedding_is_refused():

@@ -22,7 +22,7 @@ COMMANDS = [
 ]
 
 
-def test_only_tab_and_newline_are_left_of_the_control_characters():
+def test_tab_and_newline_are_the_only_control_characters_kept():
     everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     shown = harmless(everything)
     left = {c for c in shown if unicodedata.category(c) == "Cc"}
@@ -50,7 +50,7 @@ def test_lines_may_end_as_on_windows(pieces):
 
 
 @pytest.mark.parametrize("text", ["emoji 👩‍👩‍👧", "می‌خواهم", "שלום\u200f!", "naïve — ‘x’", "\ufeff"])
-def test_what_scripts_and_emoji_need_is_left(text):
+def test_characters_of_scripts_and_emoji_are_kept(text):
     assert "".join(harmless_pieces([text])) == text
 
 

@@ -34,7 +34,7 @@ def rewrite_golden(root, edit_manifest, change):
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_an_artifact_that_is_what_it_was(cli, tiny_artifact, tiny_model):
+def test_an_unchanged_artifact(cli, tiny_artifact, tiny_model):
     result = cli("verify", tiny_artifact)
     assert (result.exit_code, result.stderr) == (0, "")
     first, files, answers, logits = result.stdout.splitlines()
@@ -110,7 +110,7 @@ def test_logits_that_differ(cli, artifact_copy, edit_manifest):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_difference_that_is_no_number_is_still_json(cli, tiny_artifact, monkeypatch, value):
+def test_a_difference_that_is_not_finite_is_valid_json(cli, tiny_artifact, monkeypatch, value):
     from precast.loaders.audit import verify
 
     def no_constant(name):
@@ -126,7 +126,7 @@ def test_a_difference_that_is_no_number_is_still_json(cli, tiny_artifact, monkey
     assert "  logits    48 compared, largest difference not finite, beyond the tolerance" in shown
 
 
-def test_a_name_that_no_encoding_has_is_still_json(python, artifact_copy):
+def test_an_undecodable_name_is_valid_json(python, artifact_copy):
     (artifact_copy / "README.md").unlink()  # so that no program runs
     (artifact_copy / os.fsdecode(b"na\xefve")).touch()
     result = python("-m", "precast.cli", "verify", artifact_copy, "--json", env={"PYTHONIOENCODING": "ascii"})
@@ -177,7 +177,7 @@ def test_what_cannot_run_here_is_exit_code_2(cli, artifact_copy, edit_manifest):
 # --- replaying ----------------------------------------------------------------------------------------------
 
 
-def test_progress_is_told(tiny_artifact, tiny_model, golden):
+def test_progress_is_reported(tiny_artifact, tiny_model, golden):
     from precast.loaders.audit.verify import check_files
 
     seen = []
@@ -193,7 +193,7 @@ def test_progress_is_told(tiny_artifact, tiny_model, golden):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_logit_that_is_no_number_is_outside_any_tolerance(tiny_model, golden, monkeypatch, value):
+def test_a_logit_that_is_not_finite_is_outside_any_tolerance(tiny_model, golden, monkeypatch, value):
     original = tiny_model.engine.logits
     monkeypatch.setattr(tiny_model.engine, "logits", lambda step: np.full_like(original(step), value))
     found = replay(tiny_model, golden, "x")
@@ -223,7 +223,7 @@ def test_each_difference_is_measured_by_its_own_tolerance(tiny_model, golden, mo
 @pytest.mark.parametrize(
     ("found", "share"), [(0.0, 0.0), (1e-9, None), (float("nan"), None), (float("inf"), None)]
 )
-def test_where_no_difference_is_allowed(tiny_model, golden, monkeypatch, found, share):
+def test_a_tolerance_of_zero(tiny_model, golden, monkeypatch, found, share):
     from precast.loaders.audit import verify
 
     monkeypatch.setattr(verify, "_difference", lambda model, answer: found)

@@ -60,7 +60,7 @@ def test_a_store_that_cannot_be_reached(url, tiny_artifact, traffic):
         store_pull.fetch(url + "-other", require_signature=None, log=said.append)
 
 
-def test_a_store_that_refuses_is_not_one_that_cannot_be_reached(url, tiny_artifact, traffic):
+def test_a_refusal_does_not_count_as_unreachable(url, tiny_artifact, traffic):
     store_push.push(tiny_artifact, url)
     store_pull.fetch(url, require_signature=None, log=lambda _: None)
 
@@ -103,7 +103,7 @@ def test_a_plain_web_server_is_a_store_to_pull_from(folder_url, tiny_artifact, t
     assert "cannot be reached" in said[0] or "does not answer" in said[0]
 
 
-def test_an_artifact_that_was_taken_away_is_not_run_from_the_cache(folder_url, tiny_artifact, tmp_path):
+def test_a_withdrawn_artifact_does_not_run_from_the_cache(folder_url, tiny_artifact, tmp_path):
     store_push.push(tiny_artifact, folder_url)
     store_pull.fetch(folder_url, require_signature=None, log=lambda _: None)
     (tmp_path / "store" / "tiny.json").unlink()
@@ -111,7 +111,7 @@ def test_an_artifact_that_was_taken_away_is_not_run_from_the_cache(folder_url, t
         store_pull.fetch(folder_url, require_signature=None, log=lambda _: None)
 
 
-def test_a_damaged_copy_in_the_cache_is_made_anew(folder_url, tiny_artifact, same_folder):
+def test_a_damaged_copy_in_the_cache_is_replaced(folder_url, tiny_artifact, same_folder):
     store_push.push(tiny_artifact, folder_url)
     for break_it in (
         lambda root: (root / "tokenizer.json").unlink(),

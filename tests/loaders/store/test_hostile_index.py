@@ -153,7 +153,7 @@ def test_a_hostile_index(folder_url, tiny_artifact, tmp_path, case, pull, in_ind
     ],
     ids=["empty", "HTML", "a list", "a key twice", "nesting", "size", "no UTF-8"],
 )
-def test_what_is_no_index(folder_url, tmp_path, data, text, pull):
+def test_malformed_indexes_are_refused(folder_url, tmp_path, data, text, pull):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "tiny.json").write_bytes(data)
     with pytest.raises(PrecastError, match=text):

@@ -83,7 +83,7 @@ def test_a_pull_that_was_killed_leaves_pieces_that_are_checked(
     assert same_folder(tiny_artifact, tmp_path / "here")
 
 
-def test_what_pulls_left_behind_is_removed_some_day(folder_url, tiny_artifact, tmp_path, pull):
+def test_orphaned_pieces_are_removed(folder_url, tiny_artifact, tmp_path, pull):
     store_push.push(tiny_artifact, folder_url)
     pieces = store_cache.folder() / "pieces" / "ab"
     pieces.mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_what_pulls_left_behind_is_removed_some_day(folder_url, tiny_artifact, t
 
 
 @pytest.mark.parametrize("damage", ["altered", "shorter", "longer", "missing"])
-def test_a_damaged_piece_is_refused_and_can_be_mended(
+def test_a_damaged_piece_is_refused_and_can_be_repaired(
     folder_url, tiny_artifact, tmp_path, damage, pull, same_folder, pieces_of, nothing_in
 ):
     store_push.push(tiny_artifact, folder_url)

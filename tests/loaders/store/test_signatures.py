@@ -64,7 +64,7 @@ def test_an_artifact_signed_later_is_not_fetched_again(url, artifact_copy, keys,
         ),
     ],
 )
-def test_a_signature_that_does_not_hold_replaces_none(
+def test_an_invalid_signature_replaces_nothing(
     folder_url, artifact_copy, keys, tmp_path, by_other, with_key, text, pull, replace, put_signature
 ):
     key = keys.maker.public if with_key else None
@@ -91,7 +91,7 @@ def test_a_signature_that_does_not_hold_replaces_none(
         loading.read_manifest(folder, require_signature=keys.maker.public)
 
 
-def test_a_signature_that_cannot_be_written_is_no_reason_to_stop(
+def test_a_signature_that_cannot_be_written_is_logged(
     folder_url, artifact_copy, keys, tmp_path, monkeypatch, pull
 ):
     store_push.push(artifact_copy, folder_url)

@@ -102,7 +102,7 @@ def test_pieces_cover_a_file_and_begin_where_tensors_do(size, starts):
     assert {s for s in starts if 0 < s < size} <= ends
 
 
-def test_weights_that_are_not_understood_are_cut_all_the_same(tmp_path):
+def test_weights_with_an_invalid_header_are_cut_anyway(tmp_path):
     huge, entry = (1 << 60).to_bytes(8, "little"), b'{"a": {"data_offsets": [0, 1.5e9]}}'
     for data in (b"", b"abc", huge, b"\2" + bytes(7) + b"[]", len(entry).to_bytes(8, "little") + entry):
         (tmp_path / "w").write_bytes(data)
@@ -167,7 +167,7 @@ def test_the_line_of_a_transfer_is_gone_when_it_fails(
     assert terminal.getvalue().endswith("\r\x1b[K")
 
 
-def test_messages_show_no_commands_to_a_terminal(capsys):
+def test_messages_cannot_control_a_terminal(capsys):
     for say in (loading._to_stderr, log_to_stderr):
         say("name \x1b]0;gone\x07\nsecond")
         assert (

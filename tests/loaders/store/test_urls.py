@@ -29,7 +29,7 @@ BUCKET = "models"
         ("gs://bucket/tiny", "gs:// needs a package that is not installed: pip install gcsfs"),
     ],
 )
-def test_what_is_no_url_of_a_store(cli, tiny_artifact, url, text, monkeypatch):
+def test_unsuitable_urls_are_refused(cli, tiny_artifact, url, text, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     for command in (("push", tiny_artifact, url), ("pull", url)):
         result = cli(*command)
@@ -44,7 +44,7 @@ def test_without_fsspec(tiny_artifact, monkeypatch):
         store_push.push(tiny_artifact, "s3://bucket/tiny")
 
 
-def test_secrets_in_a_url_are_told_to_nobody(cli, s3_server, tiny_artifact, tmp_path, own_cache):
+def test_secrets_in_a_url_never_appear(cli, s3_server, tiny_artifact, tmp_path, own_cache):
     url = f"s3://AKIAEXAMPLE:top%2Fsecret@{BUCKET}/{tmp_path.name}/tiny"
     results = [
         cli("push", tiny_artifact, url),
@@ -64,7 +64,7 @@ def test_secrets_in_a_url_are_told_to_nobody(cli, s3_server, tiny_artifact, tmp_
     assert f"s3://***@{BUCKET}/{tmp_path.name}/tiny" in results[0].stdout
 
 
-def test_what_a_library_says_is_shown_without_secrets():
+def test_messages_of_libraries_are_shown_without_secrets():
     url = "s3://key:sec/ret@bucket/models/tiny"
     text = "GET https://key:sec%2Fret@host/bucket?X-Amz-Signature=abc failed for key:sec/ret@bucket"
     shown = store_remote._hide(text, url)
