@@ -3,6 +3,7 @@
 Links work in the repository and on the site alike.
 """
 
+import ast
 import inspect
 import posixpath
 import re
@@ -24,7 +25,9 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
 }
 RESULTS = "benchmarks/results"
-COMMANDS = "<!-- commands -->"  # the place of the generated reference
+# Places of generated text.
+COMMANDS = "<!-- commands -->"
+MODULES = "<!-- modules -->"
 
 _LINK = re.compile(r'(?<=\]\()[^)\s#]+|(?<=src=")[^"]+|(?<=srcset=")[^"]+')
 
@@ -55,13 +58,34 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         folder = page.file.url if in_html else posixpath.dirname(name)
         return posixpath.relpath(target, folder or ".")
 
-    return _LINK.sub(translated, markdown).replace(COMMANDS, command_reference(cli.main))
+    return (
+        _LINK.sub(translated, markdown)
+        .replace(COMMANDS, command_reference(cli.main))
+        .replace(MODULES, modules())
+    )
 
 
 def command_reference(group: click.Group) -> str:
     """Return the reference of a group's commands in Markdown: usage, help, and a table of options."""
     parent = click.Context(group, info_name="precast")
     return "\n\n".join(_section(group.commands[name], parent) for name in group.list_commands(parent))
+
+
+def modules() -> str:
+    """Return a table of all modules and kernel files, each with its first sentence."""
+    paths = [path for top in ("exporter", "loaders", "kernels") for path in sorted((ROOT / top).rglob("*.*"))]
+    rows = ((path, _purpose(path)) for path in paths if path.suffix in (".py", ".cc", ".h", ".inc"))
+    lines = [f"| `{path.relative_to(ROOT).as_posix()}` | {_cell(text)} |" for path, text in rows if text]
+    return "\n".join(["| file | purpose |", "|---|---|", *lines])
+
+
+def _purpose(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return (ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].replace("\n", " ")
+    comment = re.match(r"(?://.*\n)*", text)
+    sentence = re.sub(r"\n?// ?", " ", comment[0] if comment else "").strip()
+    return sentence.partition(". ")[0].rstrip(".") + "." if sentence else ""
 
 
 def _section(command: click.Command, parent: click.Context) -> str:
