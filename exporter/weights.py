@@ -122,7 +122,7 @@ def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
         )
     if tensor is None:
         raise PrecastError(
-            f"{source.name}: tensor {name!r} is missing; the config and the weights do not fit."
+            f"{source.name}: tensor {name!r} is missing; use the config and the weights of the same model."
         )
     if tensor.shape != shape:
         raise PrecastError(

@@ -160,7 +160,7 @@ def _uncached(source: Source, sequence: Sequence[int]) -> np.ndarray:
 # --- the reference itself -----------------------------------------------------------------------------------
 
 
-def test_the_reference_is_of_every_architecture() -> None:
+def test_the_reference_covers_every_architecture() -> None:
     checkpoints = SCRIPT.tiny_checkpoints()
     assert sorted(tiny.name for tiny in checkpoints) == sorted(NAMES)
     assert {record["config"]["model_type"] for record in RECORDS.values()} == set(ARCHITECTURES)
@@ -184,7 +184,7 @@ def test_checkpoints_are_the_same_everywhere(name: str) -> None:
     assert SCRIPT.digest(SCRIPT.make_tensors(RECORDS[name])) == RECORDS[name]["sha256"]
 
 
-def test_prompts_meet_every_edge() -> None:
+def test_prompts_cover_every_edge_case() -> None:
     """Prompts are shorter than a bucket, as long as one, and longer than the largest; most exceed the window."""
     small, large = SCRIPT.BUCKETS
     for record in RECORDS.values():
@@ -237,7 +237,9 @@ def test_layers_with_a_window_keep_a_ring(export_checkpoint: Callable[[str], Exp
 
 
 @pytest.mark.parametrize("name", _short(FIRST))
-def test_the_portable_target_says_the_same(export_checkpoint: Callable[[str], Exported], name: str) -> None:
+def test_the_portable_target_gives_the_same_tokens(
+    export_checkpoint: Callable[[str], Exported], name: str
+) -> None:
     exported = export_checkpoint(name)
     model = load(exported.artifact, target="portable", allow_compile=True, log=lambda _: None)
     assert model.target.runtime == "stablehlo"
@@ -294,7 +296,7 @@ def _fingerprint(source: Source) -> tuple[str, bytes]:
 
 @pytest.mark.parametrize("weights", list(LOST))
 @pytest.mark.parametrize("name", _short(REDUCED))
-def test_fewer_bits_lose_little(
+def test_quantised_exports_stay_close(
     export_checkpoint: Callable[[str], Exported], tmp_path: Path, name: str, weights: str
 ) -> None:
     exported = export_checkpoint(name)
@@ -335,5 +337,5 @@ def live(one_thread: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_transformers_still_says_so(live: Any, name: str) -> None:
+def test_the_reference_is_up_to_date(live: Any, name: str) -> None:
     assert live.differences(RECORDS[name]) == []

@@ -119,7 +119,7 @@ NAME = "model.layers.2.mlp.down_proj.weight"
 @pytest.mark.parametrize(
     ("tensors", "text"),
     [
-        ({NAME: None}, f"tensor '{NAME}' is missing; the config and the weights do not fit."),
+        ({NAME: None}, f"tensor '{NAME}' is missing; use the config and the weights of the same model."),
         (
             {NAME: np.zeros((48, 81), np.float32)},
             f"'{NAME}' has shape [48, 81], expected [48, 80] by the config.",

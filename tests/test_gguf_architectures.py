@@ -168,7 +168,7 @@ def with_keys(name: str, *more: Callable[[Writer], None]) -> Case:
         ),
         (
             dataclasses.replace(GEMMA3, metadata=cases.newer_gemma3_keys([True])),
-            "expected gemma3.attention.sliding_window_pattern to be one for each of 7 layers, found [True]",
+            "expected gemma3.attention.sliding_window_pattern to be a list of 7 values, one per layer, found [True]",
         ),
         (
             with_keys("qwen3", lambda w: w.add_sliding_window(8)),
@@ -228,7 +228,7 @@ def test_refusals(case: Case, expected: str, tmp_path: Path) -> None:
     assert expected in refusal(case, tmp_path)
 
 
-def test_an_attention_factor_that_is_not_what_the_lengths_imply(tmp_path: Path) -> None:
+def test_an_attention_factor_that_contradicts_the_context_lengths(tmp_path: Path) -> None:
     def write(writer: Writer) -> None:
         cases.phi3_keys(0, rotated=12)(writer)
         writer.add_rope_scaling_attn_factors(1.19)

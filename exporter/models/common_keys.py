@@ -96,7 +96,7 @@ def read_mixture(
     )
     if mixture.experts_per_token > mixture.experts:
         raise reader.wrong(
-            "num_experts_per_tok", f"not more than the {mixture.experts} experts", mixture.experts_per_token
+            "num_experts_per_tok", f"at most the {mixture.experts} experts", mixture.experts_per_token
         )
     return mixture
 

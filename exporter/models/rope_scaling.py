@@ -213,7 +213,7 @@ def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, fl
     original = _original(base, parameters, base.max_positions)
     if fast < slow:
         raise PrecastError(
-            f"{parameters.where}: expected beta_fast not below beta_slow, found {fast} and {slow}."
+            f"{parameters.where}: expected beta_fast to be at least beta_slow, found {fast} and {slow}."
         )
     if base.theta <= 1:
         raise parameters.wrong("rope_theta", "a number above 1 for yarn", base.theta)

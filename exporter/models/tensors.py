@@ -24,7 +24,7 @@ def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> So
     """
     tensor = left.pop(name, None)
     if tensor is None:
-        raise PrecastError(f"tensor {name!r} is missing; the config and the weights do not fit.")
+        raise PrecastError(f"tensor {name!r} is missing; use the config and the weights of the same model.")
     if tensor.shape != shape:
         raise PrecastError(
             f"tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)} by the config."

@@ -160,10 +160,8 @@ def read_json(path: Path) -> dict[str, object]:
         raise PrecastError(
             f"{path}: expected text, found half of a character ({error.object[error.start]!a}); save the file again."
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number with thousands of digits raises a plain ValueError
+    # A number with thousands of digits raises a plain ValueError.
+    except (ValueError, RecursionError) as error:
         raise PrecastError(f"{path}: is not valid JSON ({error}); fetch the file again.") from error
     if not isinstance(value, dict):
         raise PrecastError(

@@ -72,9 +72,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
                 local_files_only=refused is not None,
             )
         )
-    except (
-        Exception
-    ) as error:  # includes the HTTP library's, which differs between versions of huggingface-hub
+    # The HTTP library, and so its exceptions, differ between versions of huggingface-hub.
+    except Exception as error:
         # The hub's own answer explains more than the absence of a cached copy.
         reason = refused if isinstance(refused, errors.HfHubHTTPError | ValueError) else error
         raise PrecastError(_explain(repo, revision, reason)) from error

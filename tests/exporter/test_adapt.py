@@ -131,7 +131,7 @@ def _fused_shapes(spec: ModelSpec) -> Shapes:
 # --- Phi-3 --------------------------------------------------------------------------------------------------
 
 
-def test_fused_projections_are_cut() -> None:
+def test_fused_projections_are_split() -> None:
     spec = _spec("phi3")
     checkpoint = Checkpoint(_phi3_shapes(spec))
     tensors = checkpoint.adapted(spec)
@@ -147,7 +147,7 @@ def test_fused_projections_are_cut() -> None:
 
 
 @pytest.mark.parametrize("with_minimum", [False, True])
-def test_blocks_are_cut_with_their_rows(with_minimum: bool) -> None:
+def test_blocks_are_split_with_their_rows(with_minimum: bool) -> None:
     spec, rng = _spec("phi3"), np.random.default_rng(1)
     blocks = QuantisedBlocks(
         values=rng.integers(0, 15, (128, 64)).astype(np.uint8 if with_minimum else np.int8),
@@ -188,7 +188,7 @@ def test_gpt2(prefix: str) -> None:
     np.testing.assert_array_equal(tensors["model.layers.1.post_attention_layernorm.bias"].read(), norm)
 
 
-def test_what_gpt2_has_too_much_is_left_under_a_name() -> None:
+def test_tensors_that_gpt2_lacks_are_left_over_by_name() -> None:
     masks = {"h.0.attn.bias": (1, 1, 8, 8), "h.1.attn.masked_bias": ()}
     spec = _spec("gpt2")
     left = unknown_sources(
@@ -202,7 +202,7 @@ def test_what_gpt2_has_too_much_is_left_under_a_name() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
-def test_norms_of_gemma_multiply_by_one_more(model_type: str) -> None:
+def test_one_is_added_to_norms_of_gemma(model_type: str) -> None:
     spec = _spec(model_type, head_dim=8)
     checkpoint = Checkpoint(_own_shapes(spec))
     tensors = checkpoint.adapted(spec)
@@ -214,7 +214,7 @@ def test_norms_of_gemma_multiply_by_one_more(model_type: str) -> None:
         np.testing.assert_array_equal(tensors[name].read(), 1 + checkpoint.arrays[name])
 
 
-def test_granite_scales_what_is_added() -> None:
+def test_granite_scales_the_weights_before_the_residual_sum() -> None:
     spec = _spec("granite", residual_multiplier=0.25, attention_bias=True, mlp_bias=True)
     checkpoint = Checkpoint(_own_shapes(spec))
     checkpoint.tensors = {n: replace(t, blocks=lambda: None) for n, t in checkpoint.tensors.items()}
@@ -238,7 +238,7 @@ def test_granite_without_a_multiplier_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-def test_experts_in_one_tensor_are_taken_apart_and_read_once(model_type: str) -> None:
+def test_stacked_experts_are_split_and_read_once(model_type: str) -> None:
     spec = _spec(model_type, **(MIXTURE if model_type == "qwen3_moe" else {}))
     checkpoint = Checkpoint(_fused_shapes(spec))
     tensors, width = checkpoint.adapted(spec), spec.config.ff_width
@@ -268,7 +268,7 @@ def test_experts_of_mixtral_by_their_older_names() -> None:
         np.testing.assert_array_equal(read, checkpoint.arrays[f"{old}{theirs}.weight"])
 
 
-def test_experts_that_are_apart_already_stay() -> None:
+def test_separate_experts_are_unchanged() -> None:
     spec = _spec("qwen3_moe", **MIXTURE)
     checkpoint = Checkpoint(_own_shapes(spec))
     assert checkpoint.adapted(spec) == checkpoint.tensors
@@ -291,7 +291,7 @@ _BROKEN: list[tuple[str, Callable[[ModelSpec], Shapes], str]] = [
 
 
 @pytest.mark.parametrize(("model_type", "shapes", "name"), _BROKEN)
-def test_what_is_missing_goes_by_the_checkpoint_s_name(
+def test_a_missing_tensor_has_the_checkpoints_name(
     model_type: str, shapes: Callable[[ModelSpec], Shapes], name: str
 ) -> None:
     spec = _spec(model_type, **(MIXTURE if model_type == "qwen3_moe" else {}))
@@ -299,11 +299,14 @@ def test_what_is_missing_goes_by_the_checkpoint_s_name(
     del found[name]
     with pytest.raises(PrecastError) as caught:
         Checkpoint(found).adapted(spec)
-    assert str(caught.value) == f"tiny: tensor '{name}' is missing; the config and the weights do not fit."
+    assert (
+        str(caught.value)
+        == f"tiny: tensor '{name}' is missing; use the config and the weights of the same model."
+    )
 
 
 @pytest.mark.parametrize(("model_type", "shapes", "name"), _BROKEN)
-def test_what_has_another_shape_goes_by_the_checkpoint_s_name(
+def test_a_tensor_of_another_shape_has_the_checkpoints_name(
     model_type: str, shapes: Callable[[ModelSpec], Shapes], name: str
 ) -> None:
     spec = _spec(model_type, **(MIXTURE if model_type == "qwen3_moe" else {}))

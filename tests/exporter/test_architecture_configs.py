@@ -98,7 +98,9 @@ def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(("model_type", "changes"), list(_cases()))
-def test_what_a_config_leaves_out_is_as_in_transformers(model_type: str, changes: dict[str, Any]) -> None:
+def test_defaults_of_a_sparse_config_are_those_of_transformers(
+    model_type: str, changes: dict[str, Any]
+) -> None:
     """transformers fills in a sparse config and writes it whole; both must mean the same."""
     transformers = pytest.importorskip("transformers")
     sparse = _sparse(model_type, **changes)
@@ -152,7 +154,7 @@ def test_an_unknown_rope_is_named(model_type: str, kind: str) -> None:
 
 
 @rotated
-def test_a_part_of_a_head_is_turned_only_where_transformers_does(model_type: str) -> None:
+def test_heads_are_rotated_partially_only_if_transformers_does_so(model_type: str) -> None:
     changes = {"head_dim": 8, "partial_rotary_factor": 0.5}
     if model_type == "phi3":
         assert _read(model_type, **changes).ropes[0].pairs == 2
@@ -212,7 +214,7 @@ _CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("model_type", "changes", "fields"), _CHANGES)
-def test_what_a_key_means(model_type: str, changes: dict[str, Any], fields: dict[str, Any]) -> None:
+def test_effects_of_keys(model_type: str, changes: dict[str, Any], fields: dict[str, Any]) -> None:
     found = vars(_read(model_type, **changes).config)
     assert {name: found[name] for name in fields} == fields
 
@@ -273,7 +275,7 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "mixtral",
         {"num_experts_per_tok": 9},
-        "'num_experts_per_tok' is 9, expected not more than the 8 experts.",
+        "'num_experts_per_tok' is 9, expected at most the 8 experts.",
     ),
     (
         "mixtral",

@@ -96,7 +96,7 @@ def test_names_without_the_body_beside_a_head(script, planned, model_type):
 
 
 @architectures
-def test_a_tied_head_that_alone_was_kept(script, planned, model_type):
+def test_a_tied_head_without_the_embedding(script, planned, model_type):
     """safetensors keeps one name of a shared tensor."""
     config, arrays = whole(script, model_type)
     config["tie_word_embeddings"] = True
@@ -130,7 +130,7 @@ def test_a_head_that_is_missing(script, planned, model_type):
         ("base_model.model.", "peft"),
     ],
 )
-def test_names_behind_that_of_a_wrapper(script, planned, wrapper, owner):
+def test_names_with_the_prefix_of_a_wrapper(script, planned, wrapper, owner):
     config, arrays = whole(script, "llama")
     with pytest.raises(PrecastError) as caught:
         planned(config, {wrapper + name: array for name, array in arrays.items()})

@@ -56,7 +56,7 @@ def test_an_architecture_that_is_not_supported(value: Any) -> None:
     )
 
 
-def test_what_to_do_about_a_model_that_reads_pictures() -> None:
+def test_a_model_that_reads_images_is_refused_with_a_remedy() -> None:
     with pytest.raises(PrecastError, match="save its text model alone with transformers' Gemma3ForCausalLM"):
         read_model({"model_type": "gemma3", "text_config": dict(BASE)}, "c.json")
 
@@ -168,7 +168,7 @@ def test_a_windowed_layer_without_a_window(switch: Mapping[str, Any]) -> None:
     )
 
 
-def test_positions_in_pictures_are_refused() -> None:
+def test_positions_in_images_are_refused() -> None:
     assert _refusal("qwen2", use_mrope=True) == "m/config.json: 'use_mrope' is True, expected False."
 
 
@@ -251,7 +251,7 @@ def test_rope_that_is_not_understood(
     assert _refusal(model_type, **{table: parameters}).startswith(f"m/config.json{message}")
 
 
-def test_a_factor_for_part_of_the_head_hides_nowhere() -> None:
+def test_a_partial_rotary_factor_is_found_in_every_place() -> None:
     nested = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
     assert "partial_rotary_factor" in _refusal(rope_parameters=nested, partial_rotary_factor=1.0)
 
@@ -301,7 +301,7 @@ def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[st
         ("cache_implementation", "hybrid"),
     ],
 )
-def test_a_key_that_changes_nothing(model_type: str, key: str, value: Any) -> None:
+def test_a_harmless_key_has_no_effect(model_type: str, key: str, value: Any) -> None:
     plain, found = _read(model_type), _read(model_type, **{key: value})
     assert found.config == plain.config
     np.testing.assert_array_equal(found.ropes[0].frequencies, plain.ropes[0].frequencies)
@@ -316,7 +316,7 @@ def test_a_key_that_changes_nothing(model_type: str, key: str, value: Any) -> No
         {"use_mrope": False},
     ],
 )
-def test_what_is_switched_off_changes_nothing(changes: Mapping[str, Any]) -> None:
+def test_a_disabled_option_has_no_effect(changes: Mapping[str, Any]) -> None:
     assert _read("qwen2", **changes).config == _read("qwen2").config
 
 
@@ -382,6 +382,6 @@ def test_both_spellings_of_rope_mean_the_same(scaling: Mapping[str, Any]) -> Non
     assert not np.array_equal(older.ropes[0].frequencies, _read(rope_scaling=scaling).ropes[0].frequencies)
 
 
-def test_the_newer_theta_goes_before_the_older() -> None:
+def test_the_newer_theta_takes_precedence() -> None:
     found = _read(rope_theta=123.0, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     np.testing.assert_array_equal(found.ropes[0].frequencies, _read(rope_theta=5e5).ropes[0].frequencies)

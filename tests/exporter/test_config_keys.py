@@ -51,7 +51,7 @@ architectures = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 
 
 @architectures
-def test_what_transformers_itself_writes(model_type):
+def test_configs_that_transformers_writes(model_type):
     """Every key of transformers' classes is known at its default."""
     from transformers import AutoConfig
 
@@ -135,7 +135,7 @@ def test_attributes_of_older_configs(model_type, key):
         ("pretraining_tp", 1),
     ],
 )
-def test_a_key_that_changes_nothing(model_type, key, value):
+def test_a_harmless_key_has_no_effect(model_type, key, value):
     assert_same(read(model_type, **{key: value}), read(model_type))
 
 
@@ -149,7 +149,7 @@ def test_a_key_that_changes_nothing(model_type, key, value):
         ("phi3", {"sliding_window": 8}, "sliding_attention"),
     ],
 )
-def test_types_of_layers_that_are_all_alike(model_type, changes, kind):
+def test_layer_types_of_uniform_layers(model_type, changes, kind):
     other = {"full_attention": "sliding_attention", "sliding_attention": "full_attention"}[kind]
     assert_same(read(model_type, **changes, layer_types=[kind] * 2), read(model_type, **changes))
     for types in ([other] * 2, [kind, other], [kind], [kind] * 3, kind):
@@ -193,7 +193,7 @@ HUGE = ((1 << 31) - 1, 1 << 31, 1 << 62, 10**40)
 
 @architectures
 @pytest.mark.parametrize("value", HUGE)
-def test_a_size_that_nothing_could_hold(model_type, value):
+def test_huge_sizes(model_type, value):
     """Each is refused in a sentence or contradicts the tensors' shapes, without large allocations."""
     extra = {"num_experts": 4, "moe_intermediate_size": 16} if model_type in ("qwen3_moe", "mixtral") else {}
     sizes = {
@@ -218,5 +218,5 @@ def test_a_size_that_nothing_could_hold(model_type, value):
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
-def test_a_number_that_is_none(key, value):
+def test_values_that_are_no_finite_numbers(key, value):
     assert refusal(**{key: value}).startswith(f"m/config.json: '{key}' is ")

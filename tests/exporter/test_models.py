@@ -92,7 +92,7 @@ def test_tied_embeddings_have_no_head() -> None:
     assert {name: shape for name, shape in untied.items() if name in tied} == tied
 
 
-def test_tensors_that_belong_nowhere_are_found() -> None:
+def test_tensors_of_no_parameter_are_found() -> None:
     parameters = abstract_model(_spec(SMALL)).parameters
     sources = [source for p in parameters for source in p.sources]
     assert len(set(sources)) == len(sources) == 3 + 9 * 2
@@ -190,7 +190,7 @@ PUBLISHED: Mapping[str, tuple[Mapping[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_have_as_many_parameters_as_published(name: str) -> None:
+def test_published_models_have_their_published_number_of_parameters(name: str) -> None:
     config, expected = PUBLISHED[name]
     model = abstract_model(_spec(config))
     assert sum(p.size for p in model.parameters) == expected
@@ -252,7 +252,7 @@ for ops in (CPU_OPS, XLA_OPS):
 """
 
 
-def test_programs_are_the_same_where_jax_has_wide_numbers(python) -> None:
+def test_programs_do_not_depend_on_jax_enable_x64(python) -> None:
     """The kernels take int32, but under JAX_ENABLE_X64 a loop counts in int64."""
     config = {
         "model_type": "llama",

@@ -145,7 +145,7 @@ def _nothing(name: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("name", "key"), list(_keys()))
-def test_another_value_is_seen_or_refused_by_name(name: str, key: str) -> None:
+def test_a_changed_value_has_an_effect_or_is_refused_by_name(name: str, key: str) -> None:
     config = PUBLISHED[name]["config"]
     assert _is_seen(config, {**config, key: _mutated(key, config[key])}, key)
 
@@ -158,7 +158,7 @@ def _is_seen(config: Mapping[str, Any], changed: Mapping[str, Any], key: str) ->
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_keys_that_say_nothing_change_nothing(name: str) -> None:
+def test_keys_that_transformers_ignores_have_no_effect(name: str) -> None:
     config = PUBLISHED[name]["config"]
     for key in config.keys() & _nothing(name):
         changed = {**config, key: _mutated(key, config[key])}

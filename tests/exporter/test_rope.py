@@ -104,13 +104,13 @@ def test_yarn_frequencies_between_fractions_of_pairs() -> None:
     _check(_scaled({**YARN, "truncate": True}), [1.0, 0.1 * 0.75, 0.01 * 0.5, 0.001 * 0.25], USUAL)
 
 
-def test_yarn_frequencies_where_nothing_is_between() -> None:
+def test_yarn_frequencies_with_an_empty_range() -> None:
     """In 6 positions no pair completes a rotation: both ends are 0, and all pairs but the first are divided."""
     short = {**YARN, "original_max_position_embeddings": 6}
     _check(_scaled(short), [1.0, 0.1 / 4, 0.01 / 4, 0.001 / 4], USUAL)
 
 
-def test_yarn_blends_no_further_than_the_last_dimension() -> None:
+def test_the_range_of_yarn_ends_at_the_last_dimension() -> None:
     """In 1e9 positions pair 1.03 rotates 1.5e7 times and pair 8.2 would rotate once: the range ends at dimension 7."""
     long = {**YARN, "original_max_position_embeddings": 10**9, "beta_fast": 1.5e7}
     _check(_scaled(long), [1.0, 0.1, 0.01 * (1 - 0.75 / 6), 0.001 * (1 - 0.75 * 2 / 6)], USUAL)
@@ -136,7 +136,7 @@ def test_yarn_magnitudes(parameters: Mapping[str, Any], magnitude: float) -> Non
     assert _scaled({**YARN, **parameters}).magnitude == pytest.approx(magnitude, rel=1e-12)
 
 
-def test_yarn_and_longrope_stretch_the_models_own_positions_by_default() -> None:
+def test_yarn_and_longrope_scale_the_models_context_by_default() -> None:
     without = {k: v for k, v in YARN.items() if k != "original_max_position_embeddings"}
     found = _scaled(without, max_positions=1024)
     np.testing.assert_array_equal(found.frequencies, _scaled(YARN).frequencies)
@@ -175,7 +175,7 @@ def test_longrope_magnitudes(parameters: Mapping[str, Any], max_positions: int, 
     assert found.magnitude == pytest.approx(magnitude, rel=1e-12)
 
 
-def test_dynamic_scaling_changes_nothing_up_to_the_models_own_positions() -> None:
+def test_dynamic_scaling_has_no_effect_within_the_models_context() -> None:
     plain, found = _rope({}), _scaled(DYNAMIC)
     for a, b in zip(found.tables(64), plain.tables(64), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -230,7 +230,7 @@ def test_a_magnitude_multiplies_both_tables() -> None:
         np.testing.assert_allclose(found, 1.25 * expected, rtol=1e-6)
 
 
-def test_layers_without_rope_are_turned_by_nothing() -> None:
+def test_layers_without_rope_are_not_rotated() -> None:
     rope = no_rope(8)
     cos, sin = rope.tables(3)
     assert (rope.pairs, cos.dtype, sin.dtype) == (4, np.float32, np.float32)
@@ -259,7 +259,7 @@ def test_angles_at_large_positions() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(theta=st.floats(2.0, 1e8), half=st.integers(1, 128), context=st.integers(1, 70))
-def test_tables_turn_by_one_position_after_the_other(theta: float, half: int, context: int) -> None:
+def test_tables_rotate_by_position(theta: float, half: int, context: int) -> None:
     rope = _rope({"rope_theta": theta}, head_dim=2 * half)
     cos, sin = (table.astype(np.float64) for table in rope.tables(context))
     assert cos.shape == sin.shape == (context, half)
@@ -294,7 +294,7 @@ def test_both_spellings_mean_the_same(scaling: Mapping[str, Any]) -> None:
     assert not np.array_equal(first.frequencies, _rope({"rope_scaling": scaling}, head_dim=4).frequencies)
 
 
-def test_either_spelling_may_leave_out_what_the_other_says() -> None:
+def test_each_spelling_may_omit_keys_of_the_other() -> None:
     newer = {"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5}
     older = {"rope_type": "yarn", "original_max_position_embeddings": 1024, "factor": 4.0}
     keys = {"partial_rotary_factor": 0.5, "rope_parameters": newer, "rope_scaling": older}
@@ -304,7 +304,7 @@ def test_either_spelling_may_leave_out_what_the_other_says() -> None:
 
 
 @pytest.mark.parametrize("scaling", [{**LLAMA3, "original_max_position_embeddings": 32}, YARN, LONGROPE])
-def test_the_original_positions_may_stand_at_the_top(scaling: Mapping[str, Any]) -> None:
+def test_the_original_context_may_be_at_the_top_level(scaling: Mapping[str, Any]) -> None:
     key = "original_max_position_embeddings"
     inside = _scaled(scaling, head_dim=4)
     above = {"rope_scaling": {k: v for k, v in scaling.items() if k != key}, key: scaling[key]}
@@ -319,7 +319,7 @@ def test_the_original_positions_may_stand_at_the_top(scaling: Mapping[str, Any])
         assert (found.max_context, found.magnitude) == (inside.max_context, inside.magnitude)
 
 
-def test_original_positions_that_say_nothing() -> None:
+def test_an_original_context_without_an_effect() -> None:
     """A model with the key has it for every RoPE type; for other models its meaning is unknown."""
     key = "original_max_position_embeddings"
     _check(_rope({key: 4096}, original_positions=4096), [1.0, 0.1, 0.01, 0.001])
@@ -329,7 +329,7 @@ def test_original_positions_that_say_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
-def test_names_of_a_models_own(name: str) -> None:
+def test_rope_types_under_a_models_own_names(name: str) -> None:
     found = _scaled({**LONGROPE, "rope_type": name}, head_dim=4, types=PHI3_TYPES)
     expected = _scaled(LONGROPE, head_dim=4)
     np.testing.assert_array_equal(found.frequencies, expected.frequencies)

@@ -70,7 +70,7 @@ KNOWN = "expected one of default, dynamic, linear, llama3, longrope, yarn."
         ({**YARN, "beta_slow": True}, " rope parameters: 'beta_slow' is True, expected a number above 0."),
         (
             {**YARN, "beta_slow": 33},
-            " rope parameters: expected beta_fast not below beta_slow, found 32.0 and 33.",
+            " rope parameters: expected beta_fast to be at least beta_slow, found 32.0 and 33.",
         ),
         ({**YARN, "truncate": "no"}, " rope parameters: 'truncate' is 'no', expected true or false."),
         ({**YARN, "mscale": 0}, " rope parameters: 'mscale' is 0, expected a number above 0."),

@@ -117,7 +117,7 @@ def test_tables_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("name", _published(2))
-def test_what_transformers_saves_means_the_same(torch: Any, name: str) -> None:
+def test_configs_that_transformers_saves_have_the_same_meaning(torch: Any, name: str) -> None:
     """transformers fills in the missing keys of a config."""
     from transformers import LlamaConfig
 
@@ -180,7 +180,7 @@ def test_far_angles_are_rounded_as_in_transformers(torch: Any) -> None:
     wider=st.floats(1.0, 64.0),
     whole=st.booleans(),
 )
-def test_any_yarn_is_that_of_transformers(
+def test_yarn_with_any_parameters_equals_transformers(
     torch: Any, theta: float, factor: float, half: int, original: int, slow: float, wider: float, whole: bool
 ) -> None:
     from transformers import LlamaConfig

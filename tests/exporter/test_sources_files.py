@@ -36,7 +36,7 @@ def refusal(path: Path) -> str:
     return text
 
 
-def test_the_files_are_read_as_they_are(checkpoint):
+def test_valid_files_are_read(checkpoint):
     assert open_source(str(checkpoint(FILES, ONE))).chat_template == "{{ bos_token }}"
 
 
@@ -74,7 +74,7 @@ def make_device(path: Path) -> None:
         (make_link_to_nothing, "is a link to not-fetched, which does not exist; fetch the file again."),
     ],
 )
-def test_no_file_in_the_place_of_one(checkpoint, name, make, found):
+def test_something_else_in_place_of_a_file(checkpoint, name, make, found):
     """Each is refused at once in a sentence that names it."""
     folder = checkpoint(FILES, ONE)
     path = folder / name
@@ -85,14 +85,14 @@ def test_no_file_in_the_place_of_one(checkpoint, name, make, found):
     assert refusal(folder).startswith(f"{path}: {found}")
 
 
-def test_a_pipe_in_the_place_of_a_shard(checkpoint):
+def test_a_pipe_in_place_of_a_shard(checkpoint):
     folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors"}}})
     make_pipe(folder / "one.safetensors")
     assert refusal(folder).startswith(f"{folder / 'one.safetensors'}: expected a file, found a FIFO")
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "model"])
-def test_a_pipe_in_the_place_of_a_gguf_file(tmp_path, name):
+def test_a_pipe_in_place_of_a_gguf_file(tmp_path, name):
     make_pipe(tmp_path / name)
     assert refusal(tmp_path / name) == (
         f"{tmp_path / name}: expected a file, found a FIFO; replace it with the file."
@@ -176,7 +176,7 @@ def test_shards_that_are_missing(checkpoint):
         ("<!DOCTYPE html>\n<html>", "a web page; fetch the file itself, with a token if the model is gated"),
     ],
 )
-def test_what_a_download_left_behind(checkpoint, name, contents, found):
+def test_stand_ins_of_downloads(checkpoint, name, contents, found):
     folder = checkpoint(FILES, ONE)
     (folder / name).write_text(contents)
     assert refusal(folder).startswith(f"{folder / name}: expected the model's file, found {found}")
@@ -188,7 +188,7 @@ def test_a_gguf_file_that_was_not_fetched(tmp_path):
     assert refusal(path).startswith(f"{path}: expected the model's file, found a pointer of Git LFS")
 
 
-def test_line_ends_are_as_text_is_opened_anywhere(checkpoint):
+def test_line_ends_are_universal(checkpoint):
     folder = checkpoint(FILES, ONE)
     (folder / "chat_template.jinja").write_bytes(b"a\r\nb\rc\n")
     assert open_source(str(folder)).chat_template == "a\nb\nc\n"
@@ -220,7 +220,7 @@ VALUES = [
 @pytest.mark.parametrize(
     "text", ["[" * 100_000, '{"a":' * 100_000, '{"a": NaN', "", "\ufeff{}", "null", "1" * 5000]
 )
-def test_json_that_is_none(checkpoint, name, text):
+def test_invalid_json(checkpoint, name, text):
     folder = checkpoint(FILES, ONE)
     if name.endswith("index.json"):
         (folder / "model.safetensors").unlink()
@@ -351,7 +351,7 @@ TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         header({"__metadata__": {"format": 1}, "a": TENSOR}),
     ],
 )
-def test_a_weight_file_made_to_do_harm(checkpoint, data):
+def test_malicious_weight_files(checkpoint, data):
     folder = checkpoint(FILES)
     path = folder / "model.safetensors"
     path.write_bytes(data + bytes(8))

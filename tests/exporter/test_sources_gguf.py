@@ -146,7 +146,7 @@ def test_biases_show_in_the_config(gguf_spec, tmp_path):
         ),
         ({"llama.logit_scale": 0.5}, "has the metadata key llama.logit_scale = 0.5"),
         ({"llama.brand_new": "x"}, "has the metadata key llama.brand_new = 'x'"),
-        ({"split.count": 3}, "is one of 3 parts of a model; join them with llama-gguf-split --merge first."),
+        ({"split.count": 3}, "is one of 3 parts of a model; join the parts with llama-gguf-split --merge."),
         ({"general.type": "adapter"}, "holds a adapter, not a model"),
     ],
 )
@@ -377,7 +377,7 @@ def test_tokens_template_licence_and_provenance(gguf_spec, tmp_path):
     ]
 
 
-def test_what_the_file_does_not_say(gguf_spec, tmp_path):
+def test_defaults_of_missing_metadata(gguf_spec, tmp_path):
     metadata = {"tokenizer.ggml.bos_token_id": None, "tokenizer.ggml.eos_token_id": None}
     source = open_source(str(gguf_spec(metadata=metadata).write(tmp_path)))
     assert (source.licence, source.chat_template, source.bos_token, source.eos_token) == (None,) * 4
@@ -439,7 +439,7 @@ def test_a_gguf_file_is_known_by_its_first_bytes(gguf_spec, tmp_path, name):
     assert open_source(str(path)).config["model_type"] == "llama"
 
 
-def test_a_file_out_of_a_checkpoint_is_named_by_its_directory(tmp_path):
+def test_a_file_of_a_checkpoint_is_refused_with_its_directory(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(16))
     assert refusal(path).endswith(f"found one file of a directory; name the directory, {tmp_path}.")

@@ -169,7 +169,7 @@ def test_every_number_of_the_header_set_to_every_awkward_value(small):
     assert refused > 0.8 * sum(len(EVIL[letter]) for _, letter in found)
 
 
-def test_a_file_cut_anywhere(small):
+def test_truncation_at_every_byte(small):
     data = small.read_bytes()
     padding = 28  # after the last tensor's 68 bytes
     for length in (*range(0, len(data) - padding, 3), len(data) - padding - 1):
@@ -339,7 +339,7 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize("name", HARMFUL)
-def test_a_file_made_to_do_harm(tmp_path, name):
+def test_malicious_files(tmp_path, name):
     data, expected = HARMFUL[name]
     path = tmp_path / "h.gguf"
     path.write_bytes(data + bytes(64))
@@ -376,7 +376,7 @@ def replace_once(path: Path, old: bytes, new: bytes) -> int:
     return data.index(old)
 
 
-def test_a_description_that_is_not_utf8_matters_to_nobody(gguf_spec, tmp_path):
+def test_a_description_may_be_invalid_utf8(gguf_spec, tmp_path):
     path = gguf_spec(metadata={"general.description": "cafe!", "general.license": "mit"}).write(tmp_path)
     expected = open_source(str(path))
     replace_once(path, b"cafe!", b"caf\xe9!")

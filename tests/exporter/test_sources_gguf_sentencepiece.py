@@ -152,7 +152,7 @@ def plainly(metadata: dict[str, Any], text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_rule_itself(seed):
+def test_merges_follow_the_rule_of_sentencepiece(seed):
     metadata = random_vocabulary(seed)
     ours = built(metadata)
 
@@ -178,7 +178,7 @@ def test_without_byte_tokens_unknown_characters_are_the_unknown_token():
     assert ours.encode("a日本b").tokens == ["▁a", "<unk>", "b"]
 
 
-def test_what_cannot_be_carried_over():
+def test_vocabularies_that_cannot_be_converted():
     pieces = ["▁a", "▁", "a", "aa"]
     same = metadata_of(pieces, [-1000.0] * 4)
     assert (
@@ -226,7 +226,7 @@ def test_gemmas_tokenizer(seed):
     assert_same(ours, theirs, TEXTS, fits)
 
 
-def test_runs_of_spaces_are_found_whole_however_they_are_spelt():
+def test_runs_of_spaces_are_single_tokens_in_either_spelling():
     old, new = built(gemma(0, "▁")), built(gemma(0, " "))
     for text in ("a  b", "   ", "  \n\n   a", " " * 13, " " * 9 + "a", "▁▁"):
         assert old.encode(text).ids == new.encode(text).ids
@@ -240,7 +240,7 @@ def test_a_run_of_spaces_in_both_spellings():
     assert "has a token of spaces written both with spaces and with ▁" in refusal(metadata)
 
 
-def test_no_space_goes_in_front_and_none_is_taken_away():
+def test_without_a_prefix_no_space_is_added_or_stripped():
     ours = built(gemma(0, " "))
     assert ours.decode(ours.encode(" a").ids) == " a"
     assert ours.encode("a").tokens == ["a"]
@@ -254,7 +254,7 @@ PHI = ["<|endoftext|>", "<|end|>", "<|user|>", "▁", "a", "▁a"]
 @pytest.mark.parametrize(
     ("architecture", "swallowing"), [("phi3", ["</s>", "<|end|>", "<|user|>"]), ("llama", [])]
 )
-def test_phi_3s_tokens_swallow_the_spaces_behind_them(architecture, swallowing):
+def test_tokens_of_phi_3_strip_the_spaces_after_them(architecture, swallowing):
     """All special tokens but three strip spaces, as in llama.cpp; the GGUF files do not say so."""
     types = [2, 3, 3] + [6] * 256 + [3, 3, 4, 1, 1, 1]
     metadata = metadata_of(PHI, [0.0, 0.0, 0.0, -2.0, -3.0, -1.0], token_type=types)

@@ -61,7 +61,7 @@ def test_names_and_values(gguf_spec, tmp_path, architecture):
         np.testing.assert_array_equal(tensor.read(), spec.tensors[gguf_name], err_msg=name)
 
 
-def test_llama_rows_of_q_and_k_are_put_back(gguf_spec, tiny, tmp_path):
+def test_rows_of_q_and_k_of_llama_are_reordered(gguf_spec, tiny, tmp_path):
     original = tiny.random_tensors(
         tiny.gguf_shapes() | {"blk.0.attn_q.bias": (256,), "blk.0.attn_k.bias": (128,)}
     )
@@ -99,7 +99,7 @@ def test_scores_with_either_rope_are_the_same(gguf_spec, tiny, tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-9)
 
 
-def test_qwen2_rows_stay_where_they_are(gguf_spec, tiny, tmp_path):
+def test_rows_of_qwen2_keep_their_order(gguf_spec, tiny, tmp_path):
     tensors = tiny.random_tensors(
         tiny.gguf_shapes()
         | {f"blk.0.attn_{part}.bias": (n,) for part, n in zip("qkv", (256, 128, 128), strict=True)}
@@ -198,7 +198,7 @@ def in_format(name: str, tensor) -> np.ndarray:
     ("kind", "size", "halves", "format_"),
     [("Q8_0", 34, 1, "int8"), ("Q4_0", 18, 1, "int4"), ("Q4_0", 18, 1, "int8"), ("Q4_1", 20, 2, "int4")],
 )
-def test_blocks_are_what_is_read(gguf_spec, tmp_path, kind, size, halves, format_):
+def test_blocks_equal_the_tensor(gguf_spec, tmp_path, kind, size, halves, format_):
     """Blocks equal the tensor to the bit, with reordered rows of q and k, over several slabs."""
     rows = {"token_embd": 1100, "blk.0.attn_q": 256, "blk.1.attn_k": 128, "blk.0.attn_v": 128}
     raw = {f"{name}.weight": random_blocks(count, 8, size, halves) for name, count in rows.items()}
@@ -221,7 +221,7 @@ def test_blocks_are_what_is_read(gguf_spec, tmp_path, kind, size, halves, format
         np.testing.assert_array_equal((found + 0).view(np.uint32), (read + 0).view(np.uint32), err_msg=name)
 
 
-def test_blocks_of_rows_that_differ_are_put_back(gguf_spec, tiny, tmp_path):
+def test_rows_of_blocks_are_reordered(gguf_spec, tiny, tmp_path):
     """Compare with the tensor before quantisation, which reveals a mistake common to both readers."""
     original = gguf_spec().tensors["blk.0.attn_q.weight"]
     tensors = gguf_spec().tensors | {"blk.0.attn_q.weight": interleave(original, tiny.dims["N"])}
@@ -241,7 +241,7 @@ def test_a_quantised_vector_has_no_blocks(gguf_spec, tmp_path):
     assert open_source(str(spec.write(tmp_path))).tensors["model.norm.weight"].blocks is None
 
 
-def test_the_least_byte_is_not_taken_as_it_is(gguf_spec, tmp_path):
+def test_blocks_with_minus_128_are_requantised(gguf_spec, tmp_path):
     """int8 is symmetric; -128 would not fit a negated value."""
     data = random_blocks(256, 8, 34, 1)
     data.reshape(-1, 34)[5, 9] = 0x80

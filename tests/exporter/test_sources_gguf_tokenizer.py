@@ -227,7 +227,7 @@ def test_the_demo_tokenizer_splits_digits(demo_metadata):
     assert built(demo_metadata).encode("In 2024").tokens == ["In", "Ġ", "2", "0", "2", "4"]
 
 
-def test_qwen2_is_as_transformers_has_it():
+def test_the_tokenizer_of_qwen2_equals_transformers():
     """Compare pattern and normalizer with the published tokenizer, as far as transformers contains it."""
     qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2")
     theirs = json.loads(qwen2.Qwen2Tokenizer().backend_tokenizer.to_str())
@@ -244,7 +244,7 @@ def test_qwen2_is_as_transformers_has_it():
 @pytest.mark.parametrize(
     "pre", ["llama-bpe", "dbrx", "tekken", "gpt-4o", "llama4", "qwen2", "deepseek-r1-qwen"]
 )
-def test_cuts_are_as_transformers_has_them(pre):
+def test_pre_tokenizers_equal_transformers(pre):
     mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
     tokens = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []}
     metadata = tokens | {"tokenizer.ggml.pre": pre, "tokenizer.ggml.add_bos_token": False}
@@ -262,13 +262,13 @@ def test_cuts_are_as_transformers_has_them(pre):
         ("llama3", "llama-bpe"),
     ],
 )
-def test_names_of_the_same_cut(tiny, name, same):
+def test_names_of_the_same_pre_tokenizer(tiny, name, same):
     metadata = tiny.vocabulary()
     built_as = [build_tokenizer(HERE, metadata | {"tokenizer.ggml.pre": pre}) for pre in (name, same)]
     assert built_as[0] == built_as[1]
 
 
-def test_a_piece_that_is_a_token_is_taken_whole_by_llama_3(tiny):
+def test_llama_3_does_not_merge_a_piece_that_is_a_token(tiny):
     """With `ignore_merges`, "zq" is a token although no merge forms it."""
     metadata = tiny.vocabulary()
     metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"][:-1], "zq"]
@@ -348,7 +348,7 @@ def test_refusals(tiny, metadata, expected):
     assert expected in refusal({key: value for key, value in changed.items() if value is not None})
 
 
-def test_a_type_and_a_token_that_cannot_be(tiny):
+def test_an_unknown_type_and_a_duplicate_token(tiny):
     metadata = tiny.vocabulary()
     types = metadata["tokenizer.ggml.token_type"]
     assert "has tokens of type 9" in refusal(metadata | {"tokenizer.ggml.token_type": [9, *types[1:]]})
@@ -460,7 +460,7 @@ def test_sentencepiece_refusals():
     assert "lacks one score for each token" in refusal(metadata | {"tokenizer.ggml.scores": [0.0]})
 
 
-def test_merges_are_written_the_short_way_where_it_says_the_same() -> None:
+def test_merges_have_the_older_spelling_if_it_is_equivalent() -> None:
     from precast.exporter.sources.gguf.tokenizer import _spell_merges
 
     assert _spell_merges([["a", "b"], ["ab", "c"]]) == ["a b", "ab c"]

@@ -76,11 +76,11 @@ def test_hub_ids(spec):
         "x@",
     ],
 )
-def test_what_is_no_hub_id(spec):
+def test_strings_that_are_no_hub_ids(spec):
     assert not is_hub_id(spec)
 
 
-def test_what_is_nothing(tmp_path):
+def test_a_name_of_nothing(tmp_path):
     with pytest.raises(PrecastError) as caught:
         open_source(str(tmp_path / "missing.gguf"))
     assert str(caught.value) == (

@@ -99,7 +99,7 @@ def test_tensors_are_read_once_each_and_one_after_another(source, tmp_path):
 
 def test_a_missing_tensor_is_named(source):
     assert refusal(source(**{UP.replace(".", "__"): None})) == (
-        f"tiny: tensor {UP!r} is missing; the config and the weights do not fit."
+        f"tiny: tensor {UP!r} is missing; use the config and the weights of the same model."
     )
 
 

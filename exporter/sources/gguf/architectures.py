@@ -106,9 +106,9 @@ def _layer_types(reader: MetadataReader, period: int) -> list[str]:
     if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:
         stated = [bool((layer + 1) % stated) for layer in range(layers)]
     if not isinstance(stated, list) or not all(isinstance(windowed, bool) for windowed in stated):
-        raise reader.unexpected(_PATTERN, "a period or true and false by layer", stated)
+        raise reader.unexpected(_PATTERN, "a period or a list of true and false", stated)
     if len(stated) < layers:
-        raise reader.unexpected(_PATTERN, f"one for each of {layers} layers", stated)
+        raise reader.unexpected(_PATTERN, f"a list of {layers} values, one per layer", stated)
     return ["sliding_attention" if windowed else "full_attention" for windowed in stated[:layers]]
 
 

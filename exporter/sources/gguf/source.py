@@ -77,7 +77,7 @@ def _check_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
     parts = metadata.get("split.count", 1)
     if parts > 1:
         raise PrecastError(
-            f"{path}: is one of {parts} parts of a model; join them with llama-gguf-split --merge first."
+            f"{path}: is one of {parts} parts of a model; join the parts with llama-gguf-split --merge."
         )
     if metadata.get("general.type", "model") != "model":
         raise PrecastError(
