@@ -218,8 +218,8 @@ def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, fl
     if base.theta <= 1:
         raise parameters.wrong("rope_theta", "a number above 1 for yarn", base.theta)
 
-    def pair(turns: float) -> float:
-        return base.dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base.theta))
+    def pair(rotations: float) -> float:
+        return base.dims * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base.theta))
 
     low, high = pair(fast), pair(slow)
     if truncate:

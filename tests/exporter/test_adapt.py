@@ -274,7 +274,7 @@ def test_separate_experts_are_unchanged() -> None:
     assert checkpoint.adapted(spec) == checkpoint.tensors
 
 
-# --- what is missing or misshapen ---------------------------------------------------------------------------
+# --- missing tensors and wrong shapes ------------------------------------------------------------------------
 
 _BROKEN: list[tuple[str, Callable[[ModelSpec], Shapes], str]] = [
     ("phi3", _phi3_shapes, "model.layers.1.self_attn.qkv_proj.weight"),

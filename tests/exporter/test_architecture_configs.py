@@ -113,7 +113,7 @@ def test_defaults_of_a_sparse_config_are_those_of_transformers(
     assert len(whole) > len(sparse) + 5
 
 
-# --- what is refused everywhere -----------------------------------------------------------------------------
+# --- refusals by every architecture --------------------------------------------------------------------------
 
 
 @every
@@ -163,7 +163,7 @@ def test_heads_are_rotated_partially_only_if_transformers_does_so(model_type: st
             _read(model_type, **changes)
 
 
-# --- what is particular to each -----------------------------------------------------------------------------
+# --- keys of single architectures ----------------------------------------------------------------------------
 
 _BIASES = {"qkv_bias": True, "out_bias": True}
 _CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

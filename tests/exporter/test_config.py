@@ -42,7 +42,7 @@ def _refusal(model_type: str = "llama", **changes: Any) -> str:
 both = pytest.mark.parametrize("model_type", ["llama", "qwen2"])
 
 
-# --- what is refused ----------------------------------------------------------------------------------------
+# --- refusals ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", ["gemma", None, 3, ["llama"], ABSENT])
@@ -271,7 +271,7 @@ def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[st
     )
 
 
-# --- what is understood -------------------------------------------------------------------------------------
+# --- keys with an effect -------------------------------------------------------------------------------------
 
 
 @both

@@ -85,9 +85,9 @@ def test_llama3_frequencies() -> None:
 USUAL = 0.1 * math.log(4) + 1
 
 
-def _bound(turns: float) -> float:
+def _bound(rotations: float) -> float:
     """Return the (fractional) pair with this many rotations in 1024 positions; each has 10 times those of the next."""
-    return math.log10(1024 / (2 * math.pi * turns))
+    return math.log10(1024 / (2 * math.pi * rotations))
 
 
 def test_yarn_frequencies() -> None:
@@ -264,8 +264,8 @@ def test_tables_rotate_by_position(theta: float, half: int, context: int) -> Non
     cos, sin = (table.astype(np.float64) for table in rope.tables(context))
     assert cos.shape == sin.shape == (context, half)
     np.testing.assert_allclose(cos**2 + sin**2, 1.0, rtol=0, atol=1e-6)
-    turned = (cos + 1j * sin)[:-1] * np.exp(1j * rope.frequencies.astype(np.float64))
-    np.testing.assert_allclose((cos + 1j * sin)[1:], turned, rtol=0, atol=1e-5)
+    rotated = (cos + 1j * sin)[:-1] * np.exp(1j * rope.frequencies.astype(np.float64))
+    np.testing.assert_allclose((cos + 1j * sin)[1:], rotated, rtol=0, atol=1e-5)
     assert (np.diff(rope.frequencies) < 0).all()
     assert rope.frequencies[0] == 1.0
 

@@ -205,13 +205,13 @@ def test_phi3_is_that_of_transformers(torch: Any, name: str, heads: int, part: f
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
     head_dim = 96 // heads
-    turned = int(head_dim * part)
-    if name and turned % 2:
+    rotated = int(head_dim * part)
+    if name and rotated % 2:
         pytest.skip("transformers checks for one divisor less than it takes")
     original = {"original_max_position_embeddings": POSITIONS}
 
     def keys(**more: int) -> dict[str, Any]:
-        scaling = {"type": name, **_divisors(turned), **more} if name else None
+        scaling = {"type": name, **_divisors(rotated), **more} if name else None
         return {"rope_theta": 1e4, "partial_rotary_factor": part, "rope_scaling": scaling, **original}
 
     # transformers 5 does not move it there for "su", as older ones did.

@@ -278,7 +278,7 @@ def test_every_value_of_a_tokenizer_in_another_type(checkpoint, kind):
 
 @pytest.mark.parametrize("name", [name for name in JSON if name != "tokenizer.json"])
 def test_every_value_of_a_config_in_another_type(checkpoint, name):
-    said = {
+    recorded = {
         "config.json": {
             "model_type": "llama",
             "bos_token_id": 0,
@@ -300,9 +300,9 @@ def test_every_value_of_a_config_in_another_type(checkpoint, name):
     if name.endswith("index.json"):
         (folder / "model.safetensors").unlink()
         save_file({"a": W}, folder / "one.safetensors")
-    for place in paths(said):
+    for place in paths(recorded):
         for value in VALUES:
-            (folder / name).write_text(json.dumps(replaced(said, place, value)))
+            (folder / name).write_text(json.dumps(replaced(recorded, place, value)))
             try:
                 open_source(str(folder))
             except PrecastError as error:

@@ -147,7 +147,10 @@ def test_biases_show_in_the_config(gguf_spec, tmp_path):
         ({"llama.logit_scale": 0.5}, "has the metadata key llama.logit_scale = 0.5"),
         ({"llama.brand_new": "x"}, "has the metadata key llama.brand_new = 'x'"),
         ({"split.count": 3}, "is one of 3 parts of a model; join the parts with llama-gguf-split --merge."),
-        ({"general.type": "adapter"}, "holds a adapter, not a model"),
+        (
+            {"general.type": "adapter"},
+            "expected general.type to be model, found adapter; name the model's own GGUF file.",
+        ),
     ],
 )
 def test_refused_metadata(gguf_spec, tmp_path, metadata, expected):
@@ -195,8 +198,8 @@ def test_an_architecture_that_is_a_list(gguf_spec, tmp_path):
 
 def test_other_architectures(gguf_spec, tmp_path):
     assert refusal(gguf_spec(architecture="mamba").write(tmp_path)).endswith(
-        "holds a model of architecture mamba, and only llama, qwen2, qwen3, gemma2, gemma3, phi3, granite, olmo2, "
-        "smollm3 and qwen3moe are supported as GGUF; use the model's Hugging Face checkpoint."
+        "expected general.architecture to be one of llama, qwen2, qwen3, gemma2, gemma3, phi3, granite, olmo2, smollm3,"
+        " qwen3moe, found mamba; use the model's Hugging Face checkpoint."
     )
 
 

@@ -320,13 +320,17 @@ def test_the_same_metadata_gives_the_same_bytes(tiny):
     [
         (
             {"pre": "deepseek-llm"},
-            "has the pre-tokenizer deepseek-llm (tokenizer.ggml.pre), and only default, gpt-2, gpt2, phi-2, olmo",
+            (
+                "expected tokenizer.ggml.pre to be one of default, gpt-2, gpt2, phi-2, olmo, llama-bpe, llama-v3,"
+                " llama3, dbrx, qwen2, deepseek-r1-qwen, smollm, starcoder, refact, falcon, tekken, gpt-4o, llama4,"
+                " found deepseek-llm; use the model's Hugging Face checkpoint."
+            ),
         ),
         (
             {"pre": None},
             "lacks the metadata key tokenizer.ggml.pre, which names the pre-tokenizer, so it comes from an outdated",
         ),
-        ({"model": "rwkv"}, "has a tokenizer of kind rwkv, and only gpt2 and llama are supported"),
+        ({"model": "rwkv"}, "expected tokenizer.ggml.model to be gpt2 or llama, found rwkv"),
         ({"tokens": None}, "holds no vocabulary (tokenizer.ggml.tokens)"),
         ({"token_type": [1]}, "tokens but 1 token types"),
         ({"merges": None}, "lacks the metadata key tokenizer.ggml.merges"),

@@ -137,12 +137,12 @@ def make(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         print(record["name"], change)
         after = logits(record, {**record["config"], **change})
         if after is None or not np.isfinite(after).all():
-            said: Any = None
+            recorded: Any = None
         elif np.array_equal(before, after):
-            said = "same"
+            recorded = "same"
         else:
-            said = [round(float(x), 5) for x in after]
-        yield {"name": record["name"], "change": change, "logits": said}
+            recorded = [round(float(x), 5) for x in after]
+        yield {"name": record["name"], "change": change, "logits": recorded}
 
 
 def main() -> None:

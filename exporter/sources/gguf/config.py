@@ -72,10 +72,9 @@ def read_architecture(path: Path, metadata: Mapping[str, Any]) -> GgufArchitectu
     """
     name = str(metadata.get("general.architecture"))
     if name not in ARCHITECTURES:
-        *others, last = ARCHITECTURES
         raise PrecastError(
-            f"{path}: holds a model of architecture {name}, and only {', '.join(others)} and {last} are "
-            "supported as GGUF; use the model's Hugging Face checkpoint."
+            f"{path}: expected general.architecture to be one of {', '.join(ARCHITECTURES)}, found {name}; use the"
+            " model's Hugging Face checkpoint."
         )
     return MIXTRAL if name == "llama" and metadata.get("llama.expert_count") else ARCHITECTURES[name]
 

@@ -56,8 +56,8 @@ def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, o
                 f"{path}: general.sampling.{key} is {value!r:.60}, a sampler that precast does not have; remove the key"
                 f" (gguf_new_metadata.py --remove-metadata general.sampling.{key})."
             )
-    said = {field: metadata.get(f"general.sampling.{key}") for key, field in _SAMPLING.items()}
-    given = {field: value for field, value in said.items() if value is not None}
+    found = {field: metadata.get(f"general.sampling.{key}") for key, field in _SAMPLING.items()}
+    given = {field: value for field, value in found.items() if value is not None}
     # Without a temperature decoding is greedy, so only the penalty has an effect.
     return (
         given if given.get("temperature") else {k: v for k, v in given.items() if k == "repetition_penalty"}

@@ -90,9 +90,9 @@ def llama3_divisors(theta: float, rotated: int, factor: float) -> np.ndarray:
     kept, and those in between are interpolated linearly. Source: `_compute_llama3_parameters` of transformers.
     """
     frequencies = theta ** -(np.arange(0, rotated, 2) / rotated)
-    turns = _LLAMA3["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    rotations = _LLAMA3["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
-    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    blend = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return 1.0 / ((1.0 - blend) / factor + blend)
 
 

@@ -81,7 +81,8 @@ def _check_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
         )
     if metadata.get("general.type", "model") != "model":
         raise PrecastError(
-            f"{path}: holds a {metadata['general.type']}, not a model; name the model's own GGUF file."
+            f"{path}: expected general.type to be model, found {metadata['general.type']}; name the model's own GGUF"
+            " file."
         )
 
 

@@ -37,8 +37,8 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> bytes:
     kind = vocabulary.get("model")
     if kind not in _BUILDERS:
         raise vocabulary.error(
-            f"has a tokenizer of kind {kind}, and only {' and '.join(_BUILDERS)} are supported; use the "
-            "model's Hugging Face checkpoint."
+            f"expected tokenizer.ggml.model to be {' or '.join(_BUILDERS)}, found {kind}; use the model's Hugging Face"
+            " checkpoint."
         )
     document = {"version": "1.0", "truncation": None, "padding": None, **_BUILDERS[kind](vocabulary)}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
@@ -88,8 +88,8 @@ def _pre_tokenizer(vocabulary: Vocabulary) -> PreTokenizer:
         )
     if name not in PRE_TOKENIZERS:
         raise vocabulary.error(
-            f"has the pre-tokenizer {name} (tokenizer.ggml.pre), and only {', '.join(PRE_TOKENIZERS)} are "
-            "supported; use the model's Hugging Face checkpoint."
+            f"expected tokenizer.ggml.pre to be one of {', '.join(PRE_TOKENIZERS)}, found {name}; use the model's"
+            " Hugging Face checkpoint."
         )
     return PRE_TOKENIZERS[name]
 
