@@ -151,7 +151,7 @@ def _verify(manifest: bytes, signature: bytes, public: Any, at: str) -> None:
         # The library documents no exceptions, and the bundle is untrusted.
         except Exception:
             raise PrecastError(
-                f"{at}: the signature does not hold; it was altered: copy the artifact again, or have it signed again."
+                f"{at}: the signature is invalid; it was altered: copy the artifact again, or have it signed again."
             ) from None
 
 
@@ -218,7 +218,7 @@ def _read_key(path: Path) -> bytes:
             data = file.read(_MAX_KEY_BYTES + 1)
     except OSError as error:
         raise PrecastError(
-            f"{path}: expected a key, which cannot be read ({error.strerror or error}); check the path."
+            f"{path}: the key cannot be read ({error.strerror or error}); check the path."
         ) from None
     if len(data) > _MAX_KEY_BYTES:
         raise PrecastError(f"{path}: expected a key in PEM, found more than {_MAX_KEY_BYTES} bytes.")

@@ -103,7 +103,7 @@ def _untrusted(path: str, own: int) -> str | None:
             status = None
         if status is not None:
             if status.st_uid not in users:
-                return f"{place} belongs to user {status.st_uid}, and this is user {users[1]}"
+                return f"{place} belongs to user {status.st_uid}, but this process runs as user {users[1]}"
             is_link = stat.S_ISLNK(status.st_mode)
             linked = linked or is_link
             # Parents may be writable by their group. The sticky bit protects files in a world-writable parent.

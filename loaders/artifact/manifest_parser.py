@@ -192,8 +192,8 @@ def _check_program(manifest: Manifest, program: Program, where: str) -> None:
         found = {v.name: (v.shape, v.dtype) for v in values if v.role == "cache"}
         if found != caches:
             raise PrecastError(
-                f"{where}: its cache is not the artifact's: expected {caches!r:.200}, found {found!r:.200}; export the"
-                " model again."
+                f"{where}: its KV cache differs from the artifact's: expected {caches!r:.200}, found {found!r:.200};"
+                " export the model again."
             )
     arguments = {v.name for v in program.arguments}
     for result in program.results:

@@ -217,4 +217,4 @@ def _check_cover(path: Path, entries: Sequence[_Entry], size: int) -> None:
             raise PrecastError(f"{path}: tensor {name!r} begins at byte {begin} of the data, expected {at}.")
         at = end
     if at != size:
-        raise PrecastError(f"{path}: the tensors cover {at} bytes of data, the file holds {size}.")
+        raise PrecastError(f"{path}: the tensors cover {at} bytes of data, but the file holds {size}.")

@@ -208,6 +208,6 @@ def test_the_error_for_another_cache_is_short(template):
     value = fresh(template)
     many_caches(value, 500)
     value["targets"][0]["programs"][0]["results"].pop()
-    with pytest.raises(PrecastError, match="its cache is not the artifact's") as raised:
+    with pytest.raises(PrecastError, match="its KV cache differs from the artifact's") as raised:
         parse_manifest(json.dumps(value).encode(), "m.json")
     assert len(str(raised.value)) < 700

@@ -179,7 +179,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (["cache", 0, "layout"], [0, 1, 2, 3, 3], "m.json: cache 'cache.keys': axes in its layout"),
         (["cache", 0, "bytes"], 1, "m.json: cache 'cache.keys': bytes: expected 18432, found 1"),
         (["cache", 0, "dtype"], "float8", "m.json: cache 'cache.keys': bytes"),
-        (["cache", 1], ..., "its cache is not the artifact's"),
+        (["cache", 1], ..., "its KV cache differs from the artifact's"),
         (
             ["targets", 0, "runtime"],
             "pickle",
@@ -203,8 +203,16 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
             "rope.cos",
             "two arguments or two results have the same name.",
         ),
-        ([*PROGRAM, 3, "arguments", 2, "shape", 3], 65, "program 'decode': its cache is not the artifact's"),
-        ([*PROGRAM, 3, "results", 2, "shape", 0], 9, "program 'decode': its cache is not the artifact's"),
+        (
+            [*PROGRAM, 3, "arguments", 2, "shape", 3],
+            65,
+            "program 'decode': its KV cache differs from the artifact's",
+        ),
+        (
+            [*PROGRAM, 3, "results", 2, "shape", 0],
+            9,
+            "program 'decode': its KV cache differs from the artifact's",
+        ),
         ([*PROGRAM, 3, "results", 2, "alias"], "nobody", "aliases 'nobody', which is not an argument."),
         (
             [*PROGRAM, 3, "results", 0],
@@ -212,7 +220,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
             "program 'decode': results: expected {'token': ('token', (1,), 'int32')",
         ),
         ([*PROGRAM, 3, "results", 1, "shape"], [1, 9], "program 'decode': results: expected"),
-        ([*PROGRAM, 0, "results", 0], ..., "program 'cache': its cache is not the artifact's"),
+        ([*PROGRAM, 0, "results", 0], ..., "program 'cache': its KV cache differs from the artifact's"),
     ],
 )
 def test_every_inconsistency_is_named(good, path, value, text):

@@ -47,7 +47,7 @@ WRONG = {
         "others may write to {folder}/verified (mode 770)",
     ),
     "parent": (lambda folder: folder.parent.chmod(0o757), "others may write to {folder.parent} (mode 757)"),
-    "owner": (give, "{folder} belongs to user 12345, and this is user {me}"),
+    "owner": (give, "{folder} belongs to user 12345, but this process runs as user {me}"),
     "part's owner": (lambda folder: give(folder / "verified"), "{folder}/verified belongs to user 12345"),
     "parent's owner": (lambda folder: give(folder.parent), "{folder.parent} belongs to user 12345"),
     "link": (linked, "{folder} belongs to user 12345"),

@@ -146,7 +146,7 @@ def test_the_order_of_required_keys(monkeypatch, tmp_path):
 def test_a_missing_key_file_does_not_lift_the_requirement(unsigned_and_signed, monkeypatch, tmp_path):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "gone.pem"))
     for artifact in unsigned_and_signed:
-        with pytest.raises(PrecastError, match=r"gone\.pem: expected a key, which cannot be read"):
+        with pytest.raises(PrecastError, match=r"gone\.pem: the key cannot be read"):
             precast.load(artifact)
 
 

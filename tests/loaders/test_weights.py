@@ -198,7 +198,7 @@ def test_a_truncated_file_is_refused_at_every_length(path, tmp_path):
 def test_a_file_with_trailing_bytes_is_refused(path):
     with path.open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(PrecastError, match=r"the tensors cover .* bytes of data, the file holds"):
+    with pytest.raises(PrecastError, match=r"the tensors cover .* bytes of data, but the file holds"):
         map_weights(path)
 
 
@@ -245,9 +245,9 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path, length):
         ({"a": tensor(begin=2**80, end=2**80 + 64)}, "entry of tensor 'a' is not understood"),
         ({"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 32, 64]}}, "entry of tensor 'a' is not"),
         ({"a": tensor(begin=64, end=128)}, "tensor 'a' begins at byte 64 of the data, expected 0."),
-        ({"a": tensor(shape=[15], end=60)}, "the tensors cover 60 bytes of data, the file holds 64."),
-        ({"a": tensor(shape=[32], end=128)}, "the tensors cover 128 bytes of data, the file holds 64."),
-        ({}, "the tensors cover 0 bytes of data, the file holds 64."),
+        ({"a": tensor(shape=[15], end=60)}, "the tensors cover 60 bytes of data, but the file holds 64."),
+        ({"a": tensor(shape=[32], end=128)}, "the tensors cover 128 bytes of data, but the file holds 64."),
+        ({}, "the tensors cover 0 bytes of data, but the file holds 64."),
         (
             {"a": tensor(shape=[8], end=32), "b": tensor(shape=[12], begin=16)},
             "tensor 'b' begins at byte 16 of the data, expected 32.",
