@@ -7,7 +7,7 @@ import pytest
 
 from precast.loaders.runtime import pjrt
 
-CAPACITY, VOCAB = 64, 320
+CONTEXT, VOCAB = 64, 320
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -36,16 +36,16 @@ def assert_greedy(reference, ids, tokens) -> None:
     assert tokens == best[len(ids) - 1 : -1].tolist()
 
 
-@pytest.mark.parametrize("length", range(1, CAPACITY))
+@pytest.mark.parametrize("length", range(1, CONTEXT))
 def test_every_prompt_length_answers_as_the_reference_does(tiny_model, reference, length):
     engine, ids = tiny_model.engine, prompt(length)
-    count = min(6, CAPACITY - length)
+    count = min(6, CONTEXT - length)
     assert_greedy(reference, ids, greedy(engine, engine.new_cache(), ids, count))
 
 
 def test_logits_match_the_reference_up_to_rounding(tiny_model, reference):
     """Test chunks, single steps and the last position; the order of float32 sums differs."""
-    engine, ids = tiny_model.engine, prompt(CAPACITY, seed=1)
+    engine, ids = tiny_model.engine, prompt(CONTEXT, seed=1)
     expected = reference(ids)
     for length in (1, 7, 8, 9, 16, 17, 33, 63):
         cache = engine.new_cache()

@@ -15,7 +15,7 @@ from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 
-CAPACITY, VOCAB = 64, 320
+CONTEXT, VOCAB = 64, 320
 PROMPT = [7, 200, 31]
 FREE = SamplingParams(ignore_eos=True)
 
@@ -129,7 +129,7 @@ def test_max_tokens_ends_a_generation(tiny_model, free, count):
 def test_a_full_context_ends_a_generation(tiny_model, length, wanted):
     found = tiny_model.generate([3] * length, dataclasses.replace(FREE, max_tokens=wanted))
     assert found.finish_reason == "length"
-    assert len(found.prompt_token_ids) + len(found.token_ids) == CAPACITY
+    assert len(found.prompt_token_ids) + len(found.token_ids) == CONTEXT
 
 
 def test_an_end_token_at_the_last_position_is_a_stop(tiny_model, free):
@@ -150,7 +150,7 @@ def test_an_end_token_at_the_last_position_is_a_stop(tiny_model, free):
         ("", "prompt: expected at least one token, found none; give the model some text."),
         ([], "prompt: expected at least one token, found none; give the model some text."),
         (np.array([], int), "prompt: expected at least one token, found none; give the model some text."),
-        ([1] * CAPACITY, "prompt: 64 tokens leave no room in a context of 64; shorten it to 63 or fewer, or"),
+        ([1] * CONTEXT, "prompt: 64 tokens leave no room in a context of 64; shorten it to 63 or fewer, or"),
         ([1] * 100_000, "prompt: 100000 tokens leave no room in a context of 64"),
         ("fox " * 500, "tokens leave no room in a context of 64"),
         ([1, VOCAB], "prompt: token 1 is 320, expected an id from 0 to 319."),
