@@ -1,9 +1,7 @@
 """Load an artifact: locate it, choose a target, check the files that it needs, and return a model."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from datetime import date
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -13,17 +11,22 @@ import numpy as np
 from .artifact import compat, files
 from .artifact.custom_calls import check_calls
 from .artifact.errors import PrecastError, printable
-from .artifact.frozen import Frozen
-from .artifact.machine import Machine
-from .artifact.manifest import WEIGHTS_FILE, Manifest, Program, Target
-from .artifact.weights import map_weights, numpy_dtype
+from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
+from .artifact.weights import map_weights
 from .compiling import trial
+from .executables import (
+    CheckedArtifact,
+    LoadSettings,
+    compile_executables,
+    open_runtime,
+    runs_on_xla_cpu,
+)
 from .generation.engine import Engine
 from .generation.model import Model
 from .locate import find_artifact, read_manifest
 from .required_key import required_key
 from .runtime import installed, limits, pjrt
-from .runtime.interface import Client, Executable
+from .runtime.interface import Executable
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -58,10 +61,9 @@ def load(
         require_signature: file of a public key. The artifact must be signed with it; only the manifest is read before
             the check. A signed artifact is trusted. None applies PRECAST_REQUIRE_SIGNATURE and the machine's own key
             (`precast.loaders.required_key`), which no argument switches off.
-        threads: number of computing threads on the CPU. The default is one per usable core, within a container's CPU
-            quota. XLA's threads are shared by the models that ask for the same number. TensorFlow, which runs a
-            SavedModel, has one number for the whole process, and takes it only before its first operation; a GPU takes
-            none. A number without effect is logged.
+        threads: number of computing threads on the CPU; one per usable core by default, within a container's CPU quota.
+            Models with the same number share XLA's threads. TensorFlow, which runs a SavedModel, takes one number for
+            the process before its first operation. A number without effect, as on a GPU, is logged.
         log: receives messages; standard error by default.
         progress: receives the bytes pulled, the bytes of weights hashed, and each program before it is loaded. A pull
             is shown on standard error by default.
@@ -73,7 +75,7 @@ def load(
     key = required_key(require_signature)
     if (problem := files.cache_problem("verified")) is not None:
         log(f"{problem}.")
-    options = _Options(
+    settings = LoadSettings(
         target=target,
         rehash=rehash,
         allow_compile=allow_compile,
@@ -83,17 +85,12 @@ def load(
         log=log,
         progress=progress,
     )
-    url = path if isinstance(path, str) and "://" in path else None
-    if url is not None:
-        from .store.pull import fetch
-
-        path = fetch(url, require_signature=key, log=log, progress=progress)
-    root = find_artifact(Path(path))
+    root = _locate(path, key, settings)
     manifest = read_manifest(root, require_signature=key)
     try:
-        return _load(root, manifest, options)
+        return _load(root, manifest, settings)
     except _DamagedArtifact as error:
-        if url is None:
+        if not _is_url(path):
             raise
         raise PrecastError(
             f"{error} It was pulled to {root}: remove that folder, and pull it again."
@@ -111,14 +108,14 @@ def load_export(root: Path, *, target: str, allow_compile: bool = False) -> Mode
     Raises:
         PrecastError: as `load`.
     """
-    options = _Options(
+    settings = LoadSettings(
         target=target,
         allow_compile=allow_compile,
         trusted=True,
         threads=limits.checked_threads(None),
         log=_ignore,
     )
-    return _load(root, read_manifest(root), options)
+    return _load(root, read_manifest(root), settings)
 
 
 def load_new_target(
@@ -135,96 +132,71 @@ def load_new_target(
     Raises:
         PrecastError: as `load`.
     """
-    options = _Options(trusted=True, threads=limits.checked_threads(None), log=_to_stderr)
-    artifact = _check_files(root, manifest, target, options, trusted=executables)
+    settings = LoadSettings(trusted=True, threads=limits.checked_threads(None), log=_to_stderr)
+    artifact = _check_files(root, manifest, target, settings, trusted=executables)
     _check_weights(artifact)
-    return _model(artifact, {}, options)
-
-
-class _Options(Frozen):
-    """The options of a load, as for `load`, except for the threads.
-
-    Attributes:
-        threads: number of XLA's computing threads.
-        requested_threads: that number if the caller chose it, else None.
-    """
-
-    target: str | None = None
-    rehash: bool = False
-    allow_compile: bool = False
-    trusted: bool
-    threads: int
-    requested_threads: int | None = None
-    log: Callable[[str], None]
-    progress: "Progress | None" = None
-
-
-class _CheckedArtifact(Frozen):
-    """A target and the files that it needs, all of them as the manifest says.
-
-    Attributes:
-        root: the artifact's folder.
-        manifest: the artifact's manifest.
-        target: the target to run.
-        contents: bytes of programs, tokenizer and templates, by file.
-        weights: arrays by name, mapped from their file; none for a SavedModel, which has its own.
-        check_unchanged: raises PrecastError if the file of the weights has been written to since.
-    """
-
-    root: Path
-    manifest: Manifest
-    target: Target
-    contents: Mapping[str, bytes]
-    weights: Mapping[str, np.ndarray]
-    check_unchanged: Callable[[], None]
+    return _model(artifact, {}, settings)
 
 
 class _DamagedArtifact(PrecastError):
     """A file of the artifact differs from its entry in the manifest."""
 
 
-def _load(root: Path, manifest: Manifest, options: _Options) -> Model:
+def _load(root: Path, manifest: Manifest, settings: LoadSettings) -> Model:
     machine = installed.this_machine(cuda=any(t.platform == "cuda" for t in manifest.targets))
     target = compat.choose_target(
-        manifest, machine, str(root), name=options.target, allow_compile=options.allow_compile
+        manifest, machine, str(root), name=settings.target, allow_compile=settings.allow_compile
     )
-    if _runs_on_xla_cpu(target):
-        has_client = pjrt.has_client(options.threads)
-        limits.ensure(root, manifest, target, options.threads, has_client=has_client)
+    if runs_on_xla_cpu(target):
+        has_client = pjrt.has_client(settings.threads)
+        limits.ensure(root, manifest, target, settings.threads, has_client=has_client)
     try:
-        artifact = _check_files(root, manifest, target, options, trusted={})
+        artifact = _check_files(root, manifest, target, settings, trusted={})
     except PrecastError as error:
         raise _DamagedArtifact(str(error)) from None
     check_calls(root, target, artifact.contents, machine.kernels)
     _check_weights(artifact)
     # Before the trial, whose child process then finds the programs compiled.
-    compiled = _compile(artifact, machine, options)
-    if not options.trusted:
+    compiled = compile_executables(artifact, machine, settings)
+    if not settings.trusted:
         trial.ensure(
             root,
             manifest,
             target,
             machine,
-            allow_compile=options.allow_compile,
-            threads=options.requested_threads,
-            log=options.log,
+            allow_compile=settings.allow_compile,
+            threads=settings.requested_threads,
+            log=settings.log,
         )
-    return _model(artifact, compiled, options)
+    return _model(artifact, compiled, settings)
+
+
+def _locate(path: str | Path, key: Path | None, settings: LoadSettings) -> Path:
+    """Return the artifact's folder, after pulling it from a URL if needed."""
+    if _is_url(path):
+        from .store.pull import fetch
+
+        path = fetch(str(path), require_signature=key, log=settings.log, progress=settings.progress)
+    return find_artifact(Path(path))
+
+
+def _is_url(path: str | Path) -> bool:
+    return isinstance(path, str) and "://" in path
 
 
 # --- check --------------------------------------------------------------------------------------------------
 
 
 def _check_files(
-    root: Path, manifest: Manifest, target: Target, options: _Options, *, trusted: Mapping[str, bytes]
-) -> _CheckedArtifact:
+    root: Path, manifest: Manifest, target: Target, settings: LoadSettings, *, trusted: Mapping[str, bytes]
+) -> CheckedArtifact:
     """Read the files that a target needs, and compare them with the manifest.
 
     Args:
         root: the artifact's folder.
         manifest: the artifact's manifest.
         target: the target.
-        options: with `rehash`, all files of the artifact are compared, even unchanged ones that were compared before.
+        settings: with `rehash`, all files of the artifact are compared, even unchanged ones that were compared before.
         trusted: contents that need not be read, by file.
 
     Raises:
@@ -232,11 +204,11 @@ def _check_files(
     """
     names = _needed(manifest, target) - set(trusted)
     contents = {name: files.read_checked(root, name, manifest.files[name]) for name in sorted(names)}
-    if options.rehash:
+    if settings.rehash:
         for name in sorted(set(manifest.files) - set(contents) - {WEIGHTS_FILE}):
             files.open_checked(root, name, manifest.files[name], rehash=True).close()
-    weights, check_unchanged = _read_weights(root, manifest, target, options)
-    return _CheckedArtifact(
+    weights, check_unchanged = _read_weights(root, manifest, target, settings)
+    return CheckedArtifact(
         root=root,
         manifest=manifest,
         target=target,
@@ -256,22 +228,22 @@ def _needed(manifest: Manifest, target: Target) -> set[str]:
 
 
 def _read_weights(
-    root: Path, manifest: Manifest, target: Target, options: _Options
+    root: Path, manifest: Manifest, target: Target, settings: LoadSettings
 ) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
     """Map weights and tables; return them by name, with a function that raises if their file has been written to.
 
     A SavedModel has its own, so nothing is mapped for it.
     """
     has_own = target.runtime == "savedmodel"
-    if has_own and not options.rehash:
+    if has_own and not settings.rehash:
         return {}, lambda: None
     entry = manifest.files[WEIGHTS_FILE]
-    on_read = _hash_progress(options.progress, entry.bytes)
-    with files.open_checked(root, WEIGHTS_FILE, entry, rehash=options.rehash, on_read=on_read) as file:
+    on_read = _hash_progress(settings.progress, entry.bytes)
+    with files.open_checked(root, WEIGHTS_FILE, entry, rehash=settings.rehash, on_read=on_read) as file:
         return ({}, lambda: None) if has_own else (map_weights(file), files.Watch(file).check)
 
 
-def _check_weights(artifact: _CheckedArtifact) -> None:
+def _check_weights(artifact: CheckedArtifact) -> None:
     """Compare the weights with the programs' signatures.
 
     Raises:
@@ -290,11 +262,13 @@ def _check_weights(artifact: _CheckedArtifact) -> None:
                 )
 
 
-# --- run ----------------------------------------------------------------------------------------------------
+# --- hand out -----------------------------------------------------------------------------------------------
 
 
-def _model(artifact: _CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", options: _Options) -> Model:
-    client, load_executables = _runtime(artifact, compiled, options)
+def _model(
+    artifact: CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", settings: LoadSettings
+) -> Model:
+    client, load_executables = open_runtime(artifact, compiled, settings)
     # XLA releases Python's lock while it loads programs, and parsing the tokenizer takes about as long.
     loading = _BackgroundCall(load_executables)
     try:
@@ -342,7 +316,7 @@ class _BackgroundCall(Thread):
         return self._result
 
 
-def _tokenizer(artifact: _CheckedArtifact) -> Tokenizer:
+def _tokenizer(artifact: CheckedArtifact) -> Tokenizer:
     spec = artifact.manifest.tokenizer
 
     def text(file: str) -> str:
@@ -362,122 +336,7 @@ def _tokenizer(artifact: _CheckedArtifact) -> Tokenizer:
     )
 
 
-def _runs_on_xla_cpu(target: Target) -> bool:
-    """Return True if XLA's CPU client runs the target, as it does "any" platform's."""
-    return target.runtime != "savedmodel" and target.platform != "cuda"
-
-
-def _runtime(
-    artifact: _CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", options: _Options
-) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
-    """Return the device that the target runs on, and a function that loads its programs."""
-    root, target = artifact.root, artifact.target
-    if target.runtime == "savedmodel":
-        return _tensorflow(artifact, options)
-    if target.platform == "cuda":
-        from .runtime import cuda  # whose import loads CUDA's libraries
-
-        if options.requested_threads is not None:
-            options.log(
-                f"{root}: target {target.name!r} runs on the GPU, so the number of threads is ignored"
-            )
-        client: pjrt.Client = cuda.client(target.device)
-    else:
-        client = pjrt.client(options.threads)
-    return client, partial(_load_executables, artifact, compiled, client, options)
-
-
-def _tensorflow(
-    artifact: _CheckedArtifact, options: _Options
-) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
-    from .runtime import savedmodel  # which imports TensorFlow
-
-    root, target = artifact.root, artifact.target
-    options.log(
-        f"{root}: TensorFlow runs target {target.name!r}, and compiles each program when it is first called"
-    )
-    _report(options, "the SavedModel")
-    client = savedmodel.client()
-    if options.requested_threads is not None and not savedmodel.set_threads(options.requested_threads):
-        options.log(f"{root}: TensorFlow already runs in this process, so the number of threads is ignored")
-    return client, partial(savedmodel.load, root, target, artifact.manifest.files, rehash=options.rehash)
-
-
-def _compile(artifact: _CheckedArtifact, machine: Machine, options: _Options) -> "dict[str, LocalExecutable]":
-    """Compile a StableHLO target for the CPU in a child process; return executables by program, else none."""
-    root, target = artifact.root, artifact.target
-    if target.runtime != "stablehlo":
-        return {}
-    if date.today().isoformat() > target.stablehlo_expires:
-        options.log(
-            f"{root}: its StableHLO was promised to compile until {target.stablehlo_expires}; compiling it anyway"
-        )
-    if target.platform == "cuda":
-        # The child compiles, and the cache keeps, executables for the CPU only.
-        options.log(
-            f"{root}: target {target.name!r}: compiling its programs for the GPU, as at every start …"
-        )
-        return {}
-    from .compiling.cache import executables
-
-    programs = [(p.name, artifact.contents[_file_of(target, p)]) for p in target.programs]
-    where = f"{root}: target {target.name!r}"
-    return executables(programs, machine, where, threads=options.threads, log=options.log)
-
-
-def _load_executables(
-    artifact: _CheckedArtifact,
-    compiled: "Mapping[str, LocalExecutable]",
-    client: pjrt.Client,
-    options: _Options,
-) -> dict[str, pjrt.Executable]:
-    """Load the programs of a target of XLA's, or compile those that are not in `compiled`."""
-    target, executables = artifact.target, {}
-    for program in target.programs:
-        results = [
-            pjrt.Result(shape=value.physical, dtype=numpy_dtype(value.dtype)) for value in program.results
-        ]
-        name = _file_of(target, program)
-        where = str(artifact.root / name)
-        _report(options, program.name)
-        if (local := compiled.get(program.name)) is not None:
-            executables[program.name] = _load_local(client, local, results, where)
-        else:
-            make = client.compile if target.runtime == "stablehlo" else client.load
-            executables[program.name] = make(artifact.contents[name], results, where)
-    return executables
-
-
-def _load_local(
-    client: pjrt.Client, local: "LocalExecutable", results: Sequence[pjrt.Result], where: str
-) -> pjrt.Executable:
-    try:
-        executable = client.load(local.executable, results, where)
-    except PrecastError:
-        if local.is_new:
-            raise
-        # A different jaxlib of the same version compiled the cached one.
-        local = local.recompile()
-        executable = client.load(local.executable, results, where)
-    executable.compiled = local.is_new
-    return executable
-
-
-def _file_of(target: Target, program: Program) -> str:
-    name = target.file_of(program)
-    assert name is not None  # the manifest has been checked for that
-    return name
-
-
 # --- messages -----------------------------------------------------------------------------------------------
-
-
-def _report(options: _Options, name: str) -> None:
-    """Report that a program is about to be loaded."""
-    if options.progress is not None:
-        from .progress import Step  # a start without progress saves the import
-
-        options.progress(Step(text=f"loading {name}"))
 
 
 def _hash_progress(progress: "Progress | None", total: int) -> Callable[[int], None]:

@@ -1,7 +1,7 @@
-"""Disks that are full or may not be written to, and several processes at one name: whole artifacts, or sentences.
+"""Full and read-only disks, and several processes at one name: the artifact is whole, or an error text says why not.
 
-A small disk is a tmpfs of a process's own mount namespace; where that is not allowed, these tests are skipped. What
-happens when any single write fails is tested in `loaders/test_files.py`.
+A small disk is a tmpfs in a private mount namespace; the tests are skipped if that is not allowed. The failure of any
+single write is tested in `loaders/test_files.py`.
 """
 
 import json
@@ -16,7 +16,7 @@ import pytest
 from precast.loaders.artifact import folders
 
 ROOT = Path(__file__).resolve().parent.parent
-# Runs a command in a mount namespace; as somebody who is root in it alone, where this user is not.
+# Runs a command in a mount namespace; a user other than root becomes root in it.
 NAMESPACE = (
     ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
 )
@@ -47,7 +47,7 @@ artifact, folder = Path(sys.argv[1]), Path(sys.argv[2])
 
 
 def in_namespace(script: str, *arguments: object) -> list:
-    """Runs a script that prints JSON; skips where there is no namespace to be had."""
+    """Run a script that prints JSON in a mount namespace; skip the test if none can be made."""
     allowed = subprocess.run([*NAMESPACE, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True)
     if allowed.returncode:
         pytest.skip("this user may not mount a small disk")
@@ -77,14 +77,14 @@ def fetch(path):
     pull(store, path, overwrite=False, require_signature=None, log=lambda _: None, progress=lambda *_: None)
 
 said, whole = {}, answer(artifact)
-# The check for room beforehand is told that there is some.
+# Have the early check for room find some.
 usage = shutil.disk_usage
 shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)
 for share in (0.1, 0.5, 0.9):
     size(int(total * share))
     said[f"pull {share}"] = refusal(lambda: fetch(disk / "tiny"))
     assert os.listdir(disk) == [], os.listdir(disk)
-# The cache that pieces are kept in.
+# The cache of pieces.
 os.environ["PRECAST_CACHE"] = str(disk / "cache")
 said["pull cache"] = refusal(lambda: fetch(folder / "pulled"))
 assert not (folder / "pulled").exists()
@@ -95,7 +95,7 @@ said["pull told before"] = refusal(lambda: fetch(disk / "tiny"))
 size(2 * total + 500_000)
 fetch(disk / "tiny")
 assert answer(disk / "tiny", rehash=True) == whole
-# A target more.
+# Add a target.
 used = usage(disk).used
 before = (disk / "tiny" / "manifest.json").read_bytes()
 for room in (8192, 40_000):
@@ -106,7 +106,7 @@ for room in (8192, 40_000):
 size(used + 1_000_000)
 add_target(disk / "tiny", source="portable", log=lambda _: None)
 assert answer(disk / "tiny", rehash=True) == whole
-# A cache with no room is one that does without.
+# Without room in the cache folder, loads go on without it.
 os.environ["PRECAST_CACHE"] = str(disk / "cache")
 (disk / "cache").mkdir()
 with (disk / "rest").open("wb", buffering=0) as rest:
@@ -122,7 +122,7 @@ print(json.dumps(said))
 
 
 def test_a_disk_that_is_full(tiny_artifact, tmp_path):
-    """pull, add-target and run --compile; what was there answers as before, and what goes on has room."""
+    """pull, add-target and run --compile: the artifacts answer as before, and later runs with room succeed."""
     said = in_namespace(FULL, tiny_artifact, tmp_path)
     for share in (0.1, 0.5, 0.9):
         assert "No space left on device" in said[f"pull {share}"]
@@ -178,14 +178,14 @@ print(json.dumps([refusal(lambda: add_target(artifact, source="portable", log=la
 
 
 def test_an_artifact_that_may_only_be_read(artifact_copy, tmp_path, own_cache):
-    """It runs, also where the cache folder may not be written to either."""
+    """It runs even if the cache folder is read-only, too."""
     (text,) = in_namespace(READ_ONLY, artifact_copy, tmp_path)
     assert "Read-only file system" in text
 
 
 # --- several at one name ------------------------------------------------------------------------------------
 
-# In a process of its own: one that has threads, as JAX's has, must not fork.
+# Runs in a new process, because one with threads, as JAX starts them, must not fork.
 TWO = """
 import json, multiprocessing, os, sys
 from pathlib import Path
@@ -221,7 +221,7 @@ print(json.dumps(results))
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_two_processes_that_export_to_one_name(tmp_path, python, overwrite):
-    """One wins; what is there is all of one's, and nothing is left of the other's."""
+    """One wins: the artifact is all its own, and nothing is left of the other's."""
     result = python("-c", TWO, str(tmp_path), str(int(overwrite)))
     assert result.returncode == 0, result.stderr
     for path, texts, contents, beside in json.loads(result.stdout):
@@ -242,18 +242,18 @@ with folders.new_folder(Path(sys.argv[1]), overwrite=False) as folder:
 """
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path, python):
+def test_leftovers_of_a_killed_export_are_removed_by_the_next(tmp_path, python):
     assert python("-c", KILLED, str(tmp_path / "tiny")).returncode == -9
     assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
     with folders.new_folder(tmp_path / "other", overwrite=False) as folder:
         (folder / "manifest.json").write_text("{}")
-    assert len(list(tmp_path.glob(".tiny.*.partial"))) == 1, "another name's is not its business"
+    assert len(list(tmp_path.glob(".tiny.*.partial"))) == 1, "it belongs to another name"
     with folders.new_folder(tmp_path / "tiny", overwrite=False) as folder:
         (folder / "manifest.json").write_text("{}")
         assert list(tmp_path.glob(".tiny.*.partial")) == [folder.parent]
         with suppress(KeyError), folders.new_folder(tmp_path / "tiny", overwrite=False):
             raise KeyError
-        assert folder.is_dir(), "of one that is at work nothing is removed"
+        assert folder.is_dir(), "a running export's folder stays"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "tiny"]
 
 
@@ -287,7 +287,7 @@ def _look_alikes(parent: Path) -> None:
         make(parent / ours.format(n) / mark)
 
 
-def test_what_only_looks_like_a_temporary_folder_is_kept(tmp_path):
+def test_lookalikes_of_temporary_folders_are_kept(tmp_path):
     _look_alikes(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for overwrite in (False, True):
@@ -297,7 +297,7 @@ def test_what_only_looks_like_a_temporary_folder_is_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == len([p for p in before if p.parent == tmp_path]) + 1
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a folder to somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 def test_a_temporary_folder_of_another_user_s_is_kept(tmp_path):
     made = folders.temporary_name(tmp_path, "tiny")
     os.close(folders.make_marked(made))
@@ -310,7 +310,7 @@ def test_a_temporary_folder_of_another_user_s_is_kept(tmp_path):
     assert not made.exists()
 
 
-def test_the_mark_is_no_part_of_an_artifact(tmp_path):
+def test_the_mark_is_not_part_of_an_artifact(tmp_path):
     with folders.new_folder(tmp_path / "tiny", overwrite=False) as folder:
         (folder / "manifest.json").write_text("{}")
     assert os.listdir(tmp_path / "tiny") == ["manifest.json"]

@@ -1,4 +1,4 @@
-"""A short run of `make kill`, and proof that it notices an artifact that is half there."""
+"""A short run of `make kill`, and proof that it notices an incomplete artifact."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ FUZZ = Path(__file__).resolve().parent / "fuzz"
 
 @pytest.mark.parametrize(("command", "kills"), [("add-target", 3), ("pull", 12)])
 def test_killed_at_random_moments(tiny_artifact, python, command, kills):
-    """Exports, which take longest, are killed by make kill."""
+    """Exports, which take longest, are left to `make kill`."""
     result = python(
         str(FUZZ / "kill.py"), "--artifact", str(tiny_artifact), "--only", command, "--kills", str(kills)
     )
@@ -29,7 +29,7 @@ whole, folder = Path(sys.argv[2]), Path(sys.argv[3])
 artifact = folder / "made" / "tiny"
 
 def careless():
-    '''Copies file by file, and takes its time.'''
+    '''Copy file by file, slowly.'''
     import time
     shutil.rmtree(artifact, ignore_errors=True)
     for path in sorted(whole.rglob("*")):
@@ -44,6 +44,6 @@ assert any("after kill" in text for text in found), (outcomes, found)
 """
 
 
-def test_an_artifact_that_is_half_there_is_noticed(tiny_artifact, python, tmp_path):
+def test_an_incomplete_artifact_is_noticed(tiny_artifact, python, tmp_path):
     result = python("-c", HALF, str(FUZZ), str(tiny_artifact), str(tmp_path))
     assert result.returncode == 0, result.stderr

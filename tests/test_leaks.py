@@ -1,4 +1,4 @@
-"""Loading again and again: memory, descriptors, threads and mappings stay where they are."""
+"""Repeated loads: memory, descriptors, threads and mappings do not grow."""
 
 import json
 
@@ -42,7 +42,7 @@ print(json.dumps([before, between, now()]))
 def test_500_loads_in_one_process_leak_nothing(
     tiny_artifact, artifact_copy, edit_manifest, python, own_cache
 ):
-    """And as many that are refused late, after the weights were mapped."""
+    """As many loads are refused after the weights were mapped."""
 
     def another_shape(manifest):
         for program in manifest["targets"][0]["programs"]:

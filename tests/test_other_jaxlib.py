@@ -1,6 +1,6 @@
-"""Artifacts between two jaxlibs: executables are refused by name, StableHLO compiles, either way.
+"""Artifacts between two jaxlibs, in both directions: executables are refused by name, StableHLO compiles.
 
-Runs where PRECAST_OTHER_PYTHON names an interpreter with precast and another jaxlib: `.ci/run` does so.
+PRECAST_OTHER_PYTHON must name an interpreter with precast and another jaxlib, as `.ci/run` does.
 """
 
 import json
@@ -37,7 +37,7 @@ def other_jaxlib() -> str:
 
 
 def tokens(result: Any, compiles: int) -> tuple[list[int], str]:
-    """The answer and the target of a run that must have compiled so many programs."""
+    """Return the answer and the target of a run that must have compiled this number of programs."""
     stderr = result.stderr
     assert (result.exit_code if hasattr(result, "exit_code") else result.returncode) == 0, stderr
     found = json.loads(result.stdout.splitlines()[-1])
@@ -49,7 +49,7 @@ def tokens(result: Any, compiles: int) -> tuple[list[int], str]:
 def check(
     root: Path, made_by: str, run_by: str, here: Callable[..., Any], there: Callable[..., Any], programs: int
 ) -> None:
-    """An artifact made `here` meets the jaxlib that is `there`."""
+    """Run an artifact that was made `here` with the jaxlib `there`."""
     answer, native = tokens(here("run", root, *IDS), 0)
     refused = there("run", root, *IDS)
     assert (refused.exit_code if hasattr(refused, "exit_code") else refused.returncode) == 2
@@ -66,19 +66,19 @@ def check(
         answer,
         "portable",
     )
-    # And once for all.
+    # Compiled once, as a new target.
     added = there("add-target", root)
     assert f"target {native}-jaxlib{run_by} added: {programs} programs" in added.stdout, added.stderr
     assert tokens(there("run", root, *IDS, "--verify"), 0) == (answer, f"{native}-jaxlib{run_by}")
     assert tokens(here("run", root, *IDS), 0) == (answer, native)
 
 
-def test_what_was_made_here_runs_there(artifact_copy, other_jaxlib, cli, own_cache):
+def test_an_artifact_made_here_runs_there(artifact_copy, other_jaxlib, cli, own_cache):
     check(artifact_copy, jaxlib_version, other_jaxlib, cli, lambda *a: other("cli.py", *a), 4)
 
 
-def test_what_was_made_there_runs_here(tiny_checkpoint, tmp_path, other_jaxlib, python, own_cache):
-    # A process of its own: what is compiled in this one would be no proof that jax is not needed.
+def test_an_artifact_made_there_runs_here(tiny_checkpoint, tmp_path, other_jaxlib, python, own_cache):
+    # In a new process, because this one has imported jax.
     root = tmp_path / "made-there"
     options = ("--buckets", "8", "--context", "64", "--weights", "float32")
     made = other("cli.py", "export", tiny_checkpoint(), "-o", root, *options)

@@ -41,11 +41,11 @@ Answer = tuple[Mapping[str, Any], bytes]
 Report = Callable[[str], None]
 
 
-class NotStarted(Exception):
+class StartError(Exception):
     """The child did not start. The text is the reason, worded to stand in brackets."""
 
 
-class Refused(Exception):
+class Refusal(Exception):
     """The child answered with an error. The text is the child's sentence."""
 
 
@@ -88,7 +88,7 @@ class Child:
             name: the executable, for messages.
 
         Raises:
-            NotStarted: the child says anything else, or nothing.
+            StartError: the child says anything else, or nothing.
         """
         until = time.monotonic() + START_S
         try:
@@ -96,12 +96,12 @@ class Child:
             while READY.startswith(self._received) and len(self._received) < len(READY):
                 self._receive_more(until)
         except TimeoutError:
-            raise NotStarted(f"{name} did not become ready within {START_S} s") from None
+            raise StartError(f"{name} did not become ready within {START_S} s") from None
         except EOFError:
             code = self._exit_code()
-            raise NotStarted(f"{name}: {_last_line(self._errors) or ending(code)}") from None
+            raise StartError(f"{name}: {_last_line(self._errors) or ending(code)}") from None
         if not self._received.startswith(READY):
-            raise NotStarted(f"{name} answers as something other than Python does")
+            raise StartError(f"{name} answers as something other than Python does")
         del self._received[: len(READY)]
 
     def ask(
@@ -124,7 +124,7 @@ class Child:
             The answer's values, and the bytes that belong to it.
 
         Raises:
-            Refused: the child answers with an error.
+            Refusal: the child answers with an error.
             Crash: the child ends without an answer.
             TimeoutError: the time is up.
         """
@@ -140,7 +140,7 @@ class Child:
         except EOFError:
             raise Crash(self._exit_code(), _last_line(self._errors)) from None
         if "error" in message:
-            raise Refused(str(message["error"]))
+            raise Refusal(str(message["error"]))
         return message["answer"], received
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ def started(module: str, *, changes: Mapping[str, str] | None = None) -> Iterato
         changes: environment variables to set.
 
     Raises:
-        NotStarted: no child can be started, or it does not become ready.
+        StartError: no child can be started, or it does not become ready.
     """
     import subprocess
     import tempfile
@@ -219,14 +219,14 @@ def started(module: str, *, changes: Mapping[str, str] | None = None) -> Iterato
     try:
         errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed below)
     except OSError as error:
-        raise NotStarted(str(error)) from None
+        raise StartError(str(error)) from None
     with errors:
         try:
             process = subprocess.Popen(
                 line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=variables
             )
         except (OSError, ValueError) as error:
-            raise NotStarted(str(error)) from None
+            raise StartError(str(error)) from None
         child = Child(process, errors)
         try:
             child.await_ready(line[0])
@@ -239,13 +239,13 @@ def command(module: str) -> list[str]:
     """Return the command line that runs a module of precast.
 
     Raises:
-        NotStarted: there is no Python to start, or this process descends from such a child.
+        StartError: there is no Python to start, or this process descends from such a child.
     """
     if module in os.environ.get(GUARD, "").split(","):
-        raise NotStarted(f"this process was started by {module} itself")
+        raise StartError(f"this process was started by {module} itself")
     python = _python()
     if python is None:
-        raise NotStarted("there is no Python to start")
+        raise StartError("there is no Python to start")
     # -P: import nothing from the working folder.
     return [python, "-P", "-m", module]
 

@@ -66,7 +66,7 @@ def compile_programs(
             for name, stablehlo in programs:
                 log(f"compiling {printable(name)} from StableHLO{suffix} …")
                 compilations[name] = _compile(compiler, name, stablehlo, where, isa, threads)
-    except child.NotStarted as reason:
+    except child.StartError as reason:
         raise PrecastError(f"{where}: the compiler's child process cannot be started ({reason}).") from None
     return compilations
 
@@ -77,7 +77,7 @@ def _compile(
     started = time.perf_counter()
     try:
         facts, executable = compiler.ask({"threads": threads}, stablehlo)
-    except child.Refused as error:
+    except child.Refusal as error:
         wider = isas.next_level(isa)
         hint = f" It was compiled for {isa}; XLA may manage --cpu-isa {wider}." if wider else ""
         sentence = str(error).removeprefix(f"{_HERE}: ")

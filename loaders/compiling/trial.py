@@ -154,10 +154,10 @@ def _attempt(
     try:
         with child.started(WORKER) as running:
             running.ask(request, limit_s=limit_s, report=steps.append)
-    except child.NotStarted as reason:
+    except child.StartError as reason:
         log(f"{root}: not tried in a child process first, because none can be started ({reason}).")
         return False
-    except child.Refused as sentence:
+    except child.Refusal as sentence:
         raise PrecastError(str(sentence)) from None
     except TimeoutError:
         raise PrecastError(_timeout_text(root, target, steps[-1], limit_s)) from None

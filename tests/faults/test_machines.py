@@ -1,4 +1,4 @@
-"""FAULTS 8 to 11: programs for another machine, another jaxlib, or other kernels than are there."""
+"""FAULTS 8 to 11: programs for another machine, another jaxlib, or other kernels than those installed."""
 
 import json
 import platform
@@ -9,7 +9,7 @@ import struct
 import pytest
 
 PROGRAMS = ("cache", "prefill_8", "prefill_16", "decode")
-# No code of any CPU: ud2 of x86, udf of aarch64.
+# Undefined instructions: ud2 of x86, udf of aarch64.
 NO_INSTRUCTION = {"x86_64": b"\x0f\x0b", "aarch64": b"\0\0\0\0"}
 
 
@@ -19,7 +19,7 @@ def change_target(**changes):
 
 @pytest.fixture
 def without_programs(artifact_copy):
-    """Whoever reads a program of this artifact is told that it is missing."""
+    """Remove all programs, so that reading one is an error."""
     for path in artifact_copy.rglob("*.xla"):
         path.unlink()
     return artifact_copy
@@ -41,14 +41,14 @@ def test_fault_08_a_wider_cpu_is_refused_before_a_program_is_read(
 
 
 def test_fault_08_the_same_host_is_not_refused(tiny_artifact, cli, python):
-    """Also not by a process of its own, which asks the CPU afresh."""
+    """A new process, which asks the CPU again, does not refuse it either."""
     assert json.loads(cli("check", tiny_artifact, "--json").stdout)["targets"][0]["mismatches"] == []
     result = python("cli.py", "run", str(tiny_artifact), "--ids", "7,200,31", "-n", "2", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["compiles"] == 0
 
 
-def test_fault_08_the_features_listed_are_those_that_the_programs_were_compiled_for(tiny_artifact):
+def test_fault_08_the_manifest_lists_the_features_of_the_executables(tiny_artifact):
     """XLA's loader compares the features stated in executables with the machine; the manifest lists the same."""
     from precast.loaders.artifact.machine import CODEGEN_FEATURES, cpu_features
     from precast.loaders.locate import read_manifest
@@ -65,7 +65,7 @@ def test_fault_08_the_features_listed_are_those_that_the_programs_were_compiled_
 
 
 def spoil(data: bytes) -> bytes:
-    """The executable with every instruction of its machine code replaced by one that no CPU has."""
+    """Replace every instruction of an executable's machine code by an undefined one."""
     spoiled, start, nothing = bytearray(data), -1, NO_INSTRUCTION[platform.machine()]
     while (start := data.find(b"\x7fELF", start + 1)) >= 0:
         (sections,) = struct.unpack_from("<Q", data, start + 0x28)
@@ -82,13 +82,13 @@ def spoil(data: bytes) -> bytes:
 
 
 @pytest.mark.skipif(
-    platform.machine() not in NO_INSTRUCTION, reason="no instruction known that this CPU lacks"
+    platform.machine() not in NO_INSTRUCTION, reason="no undefined instruction is known for this CPU"
 )
 @pytest.mark.parametrize("program", ["prefill_8", "decode"])
-def test_fault_08_code_that_this_cpu_lacks_is_a_sentence_and_no_crash(
+def test_fault_08_an_undefined_instruction_has_an_error_text(
     artifact_copy, put, run_refused, own_cache, program
 ):
-    """The manifest says that it fits, and every hash is right."""
+    """The manifest says that the target fits, and every hash is right."""
     name = f"programs/cpu/{program}.xla"
     data = (artifact_copy / name).read_bytes()
     assert spoil(data) != data
@@ -98,7 +98,7 @@ def test_fault_08_code_that_this_cpu_lacks_is_a_sentence_and_no_crash(
         rf" {program} \(SIGILL\); its programs do not suit this machine: compile them here with --compile, or export"
         " again."
     )
-    for _ in range(2):  # what failed is not noted as tried
+    for _ in range(2):  # a failed trial is not recorded
         assert re.fullmatch(expected, run_refused(artifact_copy))
 
 
@@ -120,10 +120,10 @@ def test_fault_09_another_jaxlib_is_refused_from_the_manifest_alone(
     assert f"→ pip install {shlex.quote(f'jaxlib=={version}')}" in result.stdout
 
 
-def test_fault_09_what_another_jaxlib_wrote_is_a_sentence_even_where_the_manifest_lies(
+def test_fault_09_another_jaxlib_s_executable_has_an_error_text_even_if_the_manifest_is_wrong(
     artifact_copy, put, run_refused, own_cache
 ):
-    """Parts of the serialised form that have moved or gone, as between versions."""
+    """Move or remove parts of the serialised form, as between versions."""
     name = "programs/cpu/decode.xla"
     data = (artifact_copy / name).read_bytes()
     for changed in (data[1:], data[: len(data) // 2], data[:100] + data[140:], data + data, data[::-1]):
@@ -179,7 +179,7 @@ def test_fault_10_a_manifest_that_lists_too_few_kernels(
     assert expected in refusal("run", artifact_copy, "--target", "cpu-x86-64-v2", "--compile", "--ids", "7")
 
 
-def test_fault_10_no_abi_is_no_way_round_the_kernels_abi(without_programs, edit_manifest, run_refused):
+def test_fault_10_abi_0_does_not_evade_the_check_of_the_abi(without_programs, edit_manifest, run_refused):
     edit_manifest(without_programs, change_target(kernel_abi=0))
     assert "it calls kernels of ABI 0, but ABI" in run_refused(without_programs)
 
@@ -223,7 +223,7 @@ def test_fault_10_the_manifest_lists_every_custom_call_that_was_compiled_in(tiny
 
 
 def instructions(root) -> dict[str, int]:
-    """How many instructions XLA runs of each program, counted in the executables as the loader takes them."""
+    """Return the number of instructions of each program's optimised HLO."""
     from precast.loaders.locate import read_manifest
     from precast.loaders.runtime import pjrt
 

@@ -3,11 +3,10 @@
     python tests/fuzz/interrupt.py --tries 130 --seed 1
 
 The signal goes alternately to the whole process group, as from a terminal, and to the command alone; afterwards no
-process of the group may remain. A command may also have ended before. Before precast's first line runs, Python itself
-answers the signal; these cases are counted separately.
+process of the group may remain. A command may also end before the signal. Before precast's first line runs, Python
+itself answers the signal; these cases are counted separately.
 """
 
-import argparse
 import json
 import os
 import pty
@@ -16,15 +15,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
+
+import campaign
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -64,7 +65,7 @@ class Ended:
 
 def commands(folder: Path, base: Path, checkpoint: Path | None) -> dict[str, Command]:
     """Return the commands by name; include export only if there is a source."""
-    url, added = f"file://{folder}/store/tiny", folder / "add-target" / "tiny"
+    url, added = campaign.store_url(folder), folder / "add-target" / "tiny"
     added.parent.mkdir(parents=True)
     shutil.copytree(base, added)
     made = folder / "export" / "tiny"
@@ -234,48 +235,27 @@ def make_checkpoint(folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tries", type=int, default=130, help="in all")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", help="commands, with commas between")
-    parser.add_argument("--artifact", type=Path, help="one to work on; default: a tiny one is made")
-    options = parser.parse_args()
-    folder, began = Path(tempfile.mkdtemp(prefix="precast-interrupt-")), time.monotonic()
-    os.environ["PRECAST_CACHE"], os.environ["PRECAST_HISTORY"] = str(folder / "cache"), "off"
-    found: list[str] = []
-    try:
-        only = options.only and options.only.split(",")
-        checkpoint = make_checkpoint(folder / "checkpoint") if not only or "export" in only else None
-        base = options.artifact or _made(checkpoint or make_checkpoint(folder / "checkpoint"), folder)
-        _pushed(base, folder)
-        chosen = {n: c for n, c in commands(folder, base, checkpoint).items() if not only or n in only}
-        for number, (name, command) in enumerate(chosen.items()):
-            tries = (options.tries + number) // len(chosen)
-            outcomes, wrong = interrupt(name, command, tries, Random(f"{name}:{options.seed}"))
-            found += wrong
-            told = ", ".join(f"{count} {what}" if count else what for what, count in outcomes.items())
-            print(f"{name:<12}  {tries} tries  {len(wrong)} findings  {told}", flush=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    for text in found[:20]:
-        print(text)
-    seconds = round(time.monotonic() - began)
-    print(json.dumps({"tries": options.tries, "findings": len(found), "seconds": seconds}))
-    sys.exit(1 if found else 0)
+    options = campaign.parse_options(__doc__.splitlines()[0], "tries", 130)
+    os.environ["PRECAST_HISTORY"] = "off"
+
+    def prepare(folder: Path) -> dict[str, campaign.Series]:
+        needed = not options.artifact or not options.only or "export" in options.only
+        checkpoint = make_checkpoint(folder / "checkpoint") if needed else None
+        base = options.artifact or _export(folder / "checkpoint", folder / "base")
+        campaign.push_base(base, folder)
+        return {
+            name: partial(interrupt, name, command)
+            for name, command in commands(folder, base, checkpoint).items()
+        }
+
+    campaign.run("tries", options, prepare)
 
 
-def _made(checkpoint: Path, folder: Path) -> Path:
-    made = folder / "base"
+def _export(checkpoint: Path, artifact: Path) -> Path:
     options = ("--buckets", "8", "--context", "64", "--weights", "float32")
-    ended = run(Command(("export", str(checkpoint), "-o", str(made), *options)), None, True)
+    ended = run(Command(("export", str(checkpoint), "-o", str(artifact), *options)), None, True)
     assert ended.code == 0, ended.said
-    return made
-
-
-def _pushed(base: Path, folder: Path) -> None:
-    from precast.loaders.store.push import push
-
-    push(base, f"file://{folder}/store/tiny", progress=lambda *_: None)
+    return artifact
 
 
 if __name__ == "__main__":

@@ -1,43 +1,42 @@
-"""Kills exports, add-targets and pulls at random moments: what is there afterwards is a whole artifact, or none.
+"""Kill exports, add-targets and pulls at random moments: afterwards the artifact must be whole or absent.
 
     python tests/fuzz/kill.py --kills 200 --seed 1
 
-The three share a folder each that is never tidied up, so that what one left is there for the next. After every kill the
-artifact is loaded with all its hashes checked; after every fifth the command runs to its end, which must succeed and
-leave nothing beside the artifact. Everything runs in forked processes: imports, which take longer than the work, are
-done once.
+Each command works in one folder that is never tidied up, so that it meets the remains of killed runs. After every kill
+the artifact is loaded and all its files are hashed. After every fifth kill the command runs to its end, which must
+succeed and leave nothing beside the artifact. All runs are forked processes, because imports take longer than the work.
 """
 
-import argparse
-import json
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
-HERE = Path(__file__).resolve().parent
+import campaign
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))  # for `make`
 LIMIT_S = 300
-# After how many kills a command runs to its end.
+# Kills between two complete runs of a command.
 EVERY = 5
 
 
 @dataclass(frozen=True)
 class Command:
-    """Something that makes or changes an artifact.
+    """A command that makes or changes an artifact.
 
     Attributes:
-        name: for the table.
-        artifact: the folder that it makes or changes.
-        run: does it.
-        absent: whether there may be no artifact after a kill.
+        name: name in the table.
+        artifact: the artifact's folder.
+        run: runs the command.
+        absent: True if the artifact may be absent after a kill.
     """
 
     name: str
@@ -51,10 +50,9 @@ def quiet(_: str) -> None:
 
 
 def commands(folder: Path, base: Path) -> list[Command]:
-    sys.path.insert(0, str(HERE.parent / "golden"))
+    # Imported before the forks; none of these starts a thread.
     import make
 
-    # Imported before anything forks; none of these starts a thread.
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
     from precast.loaders.add_target import add_target
@@ -64,7 +62,7 @@ def commands(folder: Path, base: Path) -> list[Command]:
     added.parent.mkdir(parents=True)
     shutil.copytree(base, added)
     options = ExportOptions(buckets=(8,), context=32, weights="bfloat16", overwrite=True)
-    url = f"file://{folder}/store/tiny"
+    url = campaign.store_url(folder)
     return [
         Command("export", made, lambda: export(make.source(), made, options), True),
         Command(
@@ -85,9 +83,9 @@ def commands(folder: Path, base: Path) -> list[Command]:
 
 
 def in_child(function: Callable[[], object], log: Path, kill_after: float | None = None) -> bool | None:
-    """Runs a function in a process of its own: whether it succeeded; None where it was killed first.
+    """Run a function in a child process; return True if it succeeded, None if the kill came first.
 
-    With its children, where it has some, and without: they may go on for a moment.
+    The kill spares the child's own children, which may go on for a moment.
     """
     child = os.fork()
     if child == 0:
@@ -117,7 +115,7 @@ def in_child(function: Callable[[], object], log: Path, kill_after: float | None
 
 
 def check(command: Command) -> None:
-    """The artifact is whole, and answers."""
+    """Check that the artifact is whole, and answers."""
     from precast.loaders.generation.sampling_params import SamplingParams
     from precast.loaders.load import load
 
@@ -128,7 +126,7 @@ def check(command: Command) -> None:
 
 
 def leftovers(command: Command) -> list[str]:
-    """What stands beside an artifact, or in it without being listed, after a command has ended well."""
+    """Return the files beside an artifact, and the unlisted ones in it, after a successful command."""
     from precast.loaders.artifact.files import unlisted_files
     from precast.loaders.locate import read_manifest
 
@@ -137,7 +135,7 @@ def leftovers(command: Command) -> list[str]:
 
 
 def kill(command: Command, kills: int, random: Random, log: Path) -> tuple[Counter[str], list[str]]:
-    """What came of the kills, and what was wrong."""
+    """Kill a command many times; return the number of each outcome, and the faults."""
     outcomes: Counter[str] = Counter()
     found: list[str] = []
 
@@ -165,56 +163,28 @@ def kill(command: Command, kills: int, random: Random, log: Path) -> tuple[Count
             if left := leftovers(command):
                 found.append(f"{command.name}: left after the run after kill {count}: {left}")
         if command.absent and random.random() < 0.3:
-            shutil.rmtree(command.artifact, ignore_errors=True)  # so that it is made anew, not replaced
+            shutil.rmtree(command.artifact, ignore_errors=True)  # then it is made anew, not replaced
     outcomes[f"{usual:.1f} s usually"] += 0
     return outcomes, found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="in all")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", choices=("export", "add-target", "pull"))
-    parser.add_argument(
-        "--artifact", type=Path, help="one to pull and to add targets to; default: a tiny one is made"
-    )
-    options = parser.parse_args()
-    folder, started = Path(tempfile.mkdtemp(prefix="precast-kill-")), time.monotonic()
-    os.environ["PRECAST_CACHE"] = str(folder / "cache")
-    found: list[str] = []
-    try:
-        base = options.artifact or folder / "base"
-        log = folder / "log"
+    options = campaign.parse_options(__doc__.splitlines()[0], "kills", 200)
+
+    def prepare(folder: Path) -> dict[str, campaign.Series]:
+        base, log = options.artifact or folder / "base", folder / "log"
         if options.artifact is None:
-            sys.path.insert(0, str(HERE.parent / "golden"))
-            import make
+            assert in_child(lambda: _make(base), log), log.read_text()
+        assert in_child(lambda: campaign.push_base(base, folder), log), log.read_text()
+        return {command.name: partial(kill, command, log=log) for command in commands(folder, base)}
 
-            assert in_child(lambda: make.export_golden(base), log), log.read_text()
-        assert in_child(lambda: _push(base, folder), log), log.read_text()
-        chosen = [c for c in commands(folder, base) if options.only in (None, c.name)]
-        for number, command in enumerate(chosen):
-            kills = (options.kills + number) // len(chosen)
-            outcomes, wrong = kill(command, kills, Random(f"{command.name}:{options.seed}"), log)
-            found += wrong
-            print(
-                f"{command.name:<10}  {kills} kills  {len(wrong)} findings  "
-                + ", ".join(f"{count} {what}" if count else what for what, count in outcomes.items()),
-                flush=True,
-            )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    for text in found[:20]:
-        print(text)
-    seconds = round(time.monotonic() - started)
-    print(json.dumps({"kills": options.kills, "findings": len(found), "seconds": seconds}))
-    sys.exit(1 if found else 0)
+    campaign.run("kills", options, prepare)
 
 
-def _push(base: Path, folder: Path) -> None:
-    from precast.loaders.store.push import push
+def _make(artifact: Path) -> None:
+    import make
 
-    (folder / "store").mkdir()
-    push(base, f"file://{folder}/store/tiny", progress=lambda *_: None)
+    make.export_golden(artifact)
 
 
 if __name__ == "__main__":

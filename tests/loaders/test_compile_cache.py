@@ -1,4 +1,4 @@
-"""What ``run --compile`` compiles is kept: said, counted, and never trusted more than compiling again."""
+"""The cache of executables that ``run --compile`` compiles: logged, counted, and checked before use."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ PROGRAMS = ("cache", "prefill_8", "prefill_16", "decode")
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory, tiny_artifact) -> tuple[Path, list[str], int]:
-    """A cache with the portable target in it; what was said, and how much was compiled."""
+    """Return a cache folder with the portable target, the messages, and the number of compiled programs."""
     folder, said = tmp_path_factory.mktemp("compiled"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRECAST_CACHE", str(folder))
@@ -29,7 +29,7 @@ def filled(tmp_path_factory, tiny_artifact) -> tuple[Path, list[str], int]:
 
 @pytest.fixture
 def run(filled, tiny_artifact, tmp_path, monkeypatch):
-    """Loads the portable target with that cache, or a copy that was changed; gives the model and what was said."""
+    """Return a function that loads the portable target with that cache or a changed copy: model and messages."""
 
     def again(change=None):
         folder = filled[0]
@@ -51,14 +51,14 @@ def entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda entry: entry.stat().st_size)
 
 
-def test_the_first_time_each_program_is_compiled_and_said(filled):
+def test_the_first_load_compiles_and_logs_each_program(filled):
     folder, said, compiles = filled
     assert said == [f"compiling {name} from StableHLO …" for name in PROGRAMS]
     assert compiles == 4
     assert len(entries(folder / "compiled")) == 4
 
 
-def test_the_next_time_none_is_compiled_and_that_is_said(run, filled, tiny_artifact, tiny_model):
+def test_the_next_load_compiles_nothing_and_logs_that(run, filled, tiny_artifact, tiny_model):
     model, said = run()
     where = f"{tiny_artifact}: target 'portable'"
     assert said == [
@@ -89,7 +89,7 @@ def remove(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, empty, remove])
-def test_an_entry_that_is_broken_is_compiled_again(run, damage):
+def test_a_damaged_entry_is_compiled_again(run, damage):
     model, said = run(damage)  # the smallest entry is the program that makes an empty cache
     assert re.search(r": 3 of 4 programs were compiled here before, and are taken from ", said[0])
     assert said[1:] == ["compiling cache from StableHLO …"]
@@ -97,9 +97,9 @@ def test_an_entry_that_is_broken_is_compiled_again(run, damage):
     assert len(model.generate(PROMPT, SamplingParams(max_tokens=4, ignore_eos=True)).token_ids) == 4
 
 
-def test_an_entry_that_xla_does_not_take_is_compiled_again(run):
+def test_an_entry_that_xla_refuses_is_compiled_again(run):
     def junk(folder: Path) -> None:
-        data = b"what another compiler made"
+        data = b"another compiler's executable"
         entries(folder)[0].write_bytes(hashlib.sha256(data).digest() + data)
 
     model, said = run(junk)
@@ -108,7 +108,7 @@ def test_an_entry_that_xla_does_not_take_is_compiled_again(run):
     assert model.compiles == 1
 
 
-def test_a_cache_that_cannot_be_written_to_is_said(tmp_path, monkeypatch, compiler):
+def test_a_cache_that_cannot_be_written_to_is_logged(tmp_path, monkeypatch, compiler):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "file" / "cache"))
     said: list[str] = []
@@ -123,14 +123,14 @@ def test_a_cache_that_cannot_be_written_to_is_said(tmp_path, monkeypatch, compil
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """One that takes no time."""
+    """Replace the compiler by one that takes no time."""
     made = compiling.Compilation(executable=b"x", memory=None, layouts=((), ()), seconds=0.0)
     monkeypatch.setattr(
         compile_cache, "compile_programs", lambda programs, *_, **__: {n: made for n, _ in programs}
     )
 
 
-def test_without_a_home_folder_it_is_compiled_every_time_and_said(homeless, compiler):
+def test_without_a_home_folder_every_load_compiles_and_logs_that(homeless, compiler):
     for _ in range(2):
         said: list[str] = []
         found = executables([("decode", b"code")], log=said.append)
@@ -142,7 +142,7 @@ def test_without_a_home_folder_it_is_compiled_every_time_and_said(homeless, comp
         )
 
 
-def test_what_was_compiled_long_ago_is_forgotten(tmp_path, monkeypatch, compiler):
+def test_old_entries_are_removed(tmp_path, monkeypatch, compiler):
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path))
     executables([("decode", b"old"), ("cache", b"new")])
     old = entry(b"old")

@@ -1,6 +1,6 @@
-"""The loader's CUDA client where there is no GPU: what is installed, what is refused, and its ways with memory.
+"""The loader's CUDA client on a machine without GPU: installed packages, refusals, copies to and from the device.
 
-XLA's CPU client stands in for the GPU's behind the same interface: arrays are copied in and out, as they are there.
+XLA's CPU client takes the place of the GPU's behind the same interface, which copies arrays in and out.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ TARGET = Target(
 )
 
 
-# --- what there is ------------------------------------------------------------------------------------------
+# --- what is installed ------------------------------------------------------------------------------------------
 
 
 def driver(root: Path, *kinds: str) -> Path:
@@ -65,7 +65,7 @@ def driver(root: Path, *kinds: str) -> Path:
     ("visible", "found"),
     [("", ()), ("-1", ()), (" -1,0", ()), ("0", (H100,)), ("GPU-0", (H100,)), (None, (H100,))],
 )
-def test_gpus_that_are_hidden_are_none(tmp_path, monkeypatch, visible, found):
+def test_hidden_gpus_do_not_count(tmp_path, monkeypatch, visible, found):
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -73,7 +73,7 @@ def test_gpus_that_are_hidden_are_none(tmp_path, monkeypatch, visible, found):
     assert nvidia_gpus(driver(tmp_path, H100)) == found
 
 
-def test_only_where_a_target_is_for_a_gpu_somebody_looks_for_one(artifact_copy, monkeypatch, capsys):
+def test_gpus_are_looked_for_only_if_a_target_needs_one(artifact_copy, monkeypatch, capsys):
     looked = []
     monkeypatch.setattr(installed, "nvidia_gpus", lambda: looked.append("gpus") or (H100,))
     monkeypatch.setattr(installed, "_cuda_plugin", lambda: looked.append("plugin") or "0.1")
@@ -105,7 +105,7 @@ def test_gpus_are_named_by_the_driver_s_files(tmp_path, monkeypatch):
 def plugin(folder: Path, name: str, package: str, version: str, contents: bytes = b"") -> None:
     (folder / "jax_plugins" / name).mkdir(parents=True)
     (folder / "jax_plugins" / name / "xla_cuda_plugin.so").write_bytes(contents)
-    # Importing it would import jax; nobody does.
+    # Importing the package would import jax.
     (folder / "jax_plugins" / name / "__init__.py").write_text("raise AssertionError\n")
     info = folder / f"{package.replace('-', '_')}_pjrt-{version}.dist-info"
     info.mkdir()
@@ -113,7 +113,7 @@ def plugin(folder: Path, name: str, package: str, version: str, contents: bytes 
 
 
 def test_the_plugin_is_found_and_not_imported(tmp_path, monkeypatch):
-    importlib.metadata.version("numpy")  # which imports what it needs while it can
+    importlib.metadata.version("numpy")  # imports its own dependencies while the path is intact
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert cuda.find_plugin() is None
     plugin(tmp_path, "xla_cuda12", "jax-cuda12", "0.12.0.1")
@@ -126,7 +126,7 @@ def test_the_plugin_is_found_and_not_imported(tmp_path, monkeypatch):
     assert newer.library.parent.name == "xla_cuda13"
 
 
-def test_nothing_of_cuda_is_imported_where_there_is_no_gpu():
+def test_without_a_gpu_nothing_of_cuda_is_imported():
     if nvidia_gpus():
         pytest.skip("there is a GPU here")
     code = (
@@ -184,7 +184,7 @@ def test_mismatches(target, machine, expected):
     assert found == expected
 
 
-def test_what_was_compiled_for_another_gpu_is_compiled_for_this_one():
+def test_a_target_for_another_gpu_is_compiled_on_request():
     program = dataclasses.make_dataclass("Program", ["stablehlo"])("p.stablehlo")
     target = dataclasses.replace(TARGET, programs=(program,))
     manifest = dataclasses.make_dataclass("Manifest", ["targets"])((target,))
@@ -200,14 +200,14 @@ def test_what_was_compiled_for_another_gpu_is_compiled_for_this_one():
 
 @pytest.fixture(scope="module")
 def stand_in():
-    """The CUDA client's code over XLA's CPU client, which runs side by side with its caller as GPUs do."""
+    """Return a CUDA client over XLA's asynchronous CPU client."""
     pjrt.client()  # registers the kernels
     return cuda.Client(_jax.get_tfrt_cpu_client(asynchronous=True))
 
 
 @pytest.fixture
 def no_client(monkeypatch):
-    """Forgets the process's client, and gives none back."""
+    """Forget the process's client before and after a test."""
     cuda._client.cache_clear()
     yield
     cuda._client.cache_clear()
@@ -252,14 +252,14 @@ def test_staged_arrays_are_uploaded_at_every_call(stand_in):
     assert [stand_in.get(k).tolist() for k in kept] == [[100 + i, 200 + i, 300 + i] for i in range(4)]
 
 
-def test_a_program_that_refuses_its_arguments_is_a_sentence(stand_in):
+def test_refused_arguments_have_an_error_text(stand_in):
     program = stand_in.compile(ADD.encode(), [pjrt.Result(shape=(3,), dtype=np.dtype(np.int32))], "add")
     with pytest.raises(PrecastError, match="the program failed"):
         stand_in.get(program([stand_in.put(np.zeros(3, np.int32))] * 3)[0])
 
 
 def as_cuda(root: Path, device: str) -> None:
-    """Says of an artifact's first target that it is for a GPU."""
+    """Declare an artifact's first target a target for a GPU."""
     record = json.loads((root / "manifest.json").read_text())
     record["targets"] = record["targets"][:1]
     record["targets"][0] |= {
@@ -312,7 +312,7 @@ def test_without_a_gpu_an_artifact_for_one_is_refused_from_its_manifest(artifact
         loading.load(artifact_copy)
 
 
-# --- making it ----------------------------------------------------------------------------------------------
+# --- making the client ----------------------------------------------------------------------------------------------
 
 
 def test_a_missing_plugin_is_named(no_client, monkeypatch):
@@ -325,7 +325,7 @@ def test_a_missing_plugin_is_named(no_client, monkeypatch):
     )
 
 
-def test_a_plugin_that_cannot_be_loaded_is_a_sentence(no_client, monkeypatch, tmp_path):
+def test_a_plugin_that_cannot_be_loaded_has_an_error_text(no_client, monkeypatch, tmp_path):
     (tmp_path / "xla_cuda_plugin.so").write_bytes(b"no library")
     found = cuda.Plugin(library=tmp_path / "xla_cuda_plugin.so", version="0.12.0.1")
     monkeypatch.setattr(cuda, "find_plugin", lambda: found)
@@ -338,7 +338,7 @@ def test_a_plugin_that_cannot_be_loaded_is_a_sentence(no_client, monkeypatch, tm
 
 
 class Calls:
-    """Stands in for jaxlib's functions about plugins, and notes what is asked of them."""
+    """Replacements for jaxlib's functions for plugins, which record their calls."""
 
     def __init__(self, *, loaded=False):
         self.loaded, self.initialized, self.asked = loaded, loaded, []
@@ -363,8 +363,8 @@ class Calls:
         return _jax.get_tfrt_cpu_client(asynchronous=True)
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["first", "where jax has loaded it"])
-def test_the_client_is_made_of_the_plugin_once(no_client, monkeypatch, tmp_path, loaded):
+@pytest.mark.parametrize("loaded", [False, True], ids=["first", "jax has loaded it"])
+def test_the_plugin_s_client_is_made_once(no_client, monkeypatch, tmp_path, loaded):
     calls = Calls(loaded=loaded)
     monkeypatch.setattr(cuda, "xla_client", calls)
     found = cuda.Plugin(library=tmp_path / "xla_cuda_plugin.so", version="0.12.0.1")
@@ -382,7 +382,7 @@ def test_the_client_is_made_of_the_plugin_once(no_client, monkeypatch, tmp_path,
     )
 
 
-def test_nvidia_s_libraries_are_found_in_the_order_they_need_one_another(tmp_path, monkeypatch):
+def test_nvidia_s_libraries_are_found_in_the_order_of_their_dependencies(tmp_path, monkeypatch):
     names = (
         "cudnn/lib/libcudnn.so.9",
         "cublas/lib/libcublasLt.so.12",

@@ -1,4 +1,4 @@
-"""Lengths and features of instructions, against capstone's answer for every opcode of every map."""
+"""Lengths and features of instructions, compared with capstone's for every opcode of every map."""
 
 from collections.abc import Iterator
 
@@ -81,7 +81,7 @@ KINDS |= {f"vex-{p}": list(vex(p)) for p in range(4)} | {f"evex-{p}": list(evex(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_opcode_is_as_capstone_has_it_or_unknown(kind):
+def test_every_opcode_agrees_with_capstone_or_is_unknown(kind):
     engine = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
     engine.detail = True
     known = 0
@@ -120,7 +120,7 @@ def test_every_opcode_is_as_capstone_has_it_or_unknown(kind):
         ("c5f1fec2", ("avx",)),
         ("c5f5fec2", ("avx", "avx2")),
         ("c4e2791801", ("avx",)),  # vbroadcastss from memory
-        ("c4e27918c1", ("avx", "avx2")),  # and from a register
+        ("c4e27918c1", ("avx", "avx2")),  # the same from a register
         ("c4e27913c1", ("avx", "f16c")),
         ("c4e27198c2", ("avx", "fma")),
         ("c4e248f2f2", ("bmi",)),
@@ -133,7 +133,7 @@ def test_every_opcode_is_as_capstone_has_it_or_unknown(kind):
         ("c5f892c8", tuple(AVX512)),  # kmovw
     ],
 )
-def test_what_an_instruction_needs(code, needs):
+def test_features_of_an_instruction(code, needs):
     (found,) = instructions(bytes.fromhex(code))
     assert (found.offset, found.raw.hex(), found.needs) == (0, code, frozenset(needs))
 
@@ -150,6 +150,6 @@ def test_what_an_instruction_needs(code, needs):
         "b801",
     ],
 )
-def test_what_is_not_known_is_not_guessed(code):
+def test_an_unknown_instruction_is_an_error(code):
     with pytest.raises(UnknownInstruction, match=f"^{code} at 0x1$"):
         list(instructions(b"\x90" + bytes.fromhex(code)))

@@ -1,4 +1,4 @@
-"""From a folder to a model: no tracing, no compiling, no jax; and nothing that is not what the manifest says."""
+"""Loading an artifact: no tracing, no compiling, no jax, and only files that match the manifest."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def test_an_artifact_is_found_by_its_folder_or_the_folder_around_it(tiny_artifac
     assert find_artifact(tiny_artifact.parent) == tiny_artifact
 
 
-def test_what_an_interrupted_export_left_is_not_found(tmp_path, tiny_artifact):
+def test_remains_of_an_interrupted_export_are_not_found(tmp_path, tiny_artifact):
     shutil.copytree(tiny_artifact, tmp_path / ".tiny.abc.partial")
     with pytest.raises(PrecastError, match=r"found no manifest\.json in it"):
         find_artifact(tmp_path)
@@ -45,7 +45,7 @@ def test_what_an_interrupted_export_left_is_not_found(tmp_path, tiny_artifact):
     assert find_artifact(tmp_path) == tmp_path / "tiny"
 
 
-def test_what_is_no_artifact_is_refused(tmp_path):
+def test_a_path_without_an_artifact_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "two" / "b").mkdir(parents=True)
@@ -125,7 +125,7 @@ def loaded_files(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "linked", "empty"])
-def test_any_damage_to_any_file_is_noticed_before_it_is_used(artifact_copy, own_cache, damage, tmp_path):
+def test_damage_to_any_file_is_noticed_before_its_use(artifact_copy, own_cache, damage, tmp_path):
     for name in loaded_files(artifact_copy):
         path = artifact_copy / name
         data = path.read_bytes()
@@ -147,14 +147,14 @@ def test_any_damage_to_any_file_is_noticed_before_it_is_used(artifact_copy, own_
 
 
 @pytest.mark.parametrize("name", ["golden.json", "README.md", "programs/portable/decode.stablehlo"])
-def test_verify_also_looks_at_files_that_are_not_loaded(artifact_copy, name):
+def test_rehash_includes_files_that_are_not_loaded(artifact_copy, name):
     with (artifact_copy / name).open("ab") as file:
         file.write(b" ")
     load(artifact_copy)
     assert repr(name) in refusal(artifact_copy, rehash=True)
 
 
-def test_verify_hashes_what_was_verified_before(artifact_copy, own_cache, monkeypatch):
+def test_rehash_includes_files_that_were_hashed_before(artifact_copy, own_cache, monkeypatch):
     from precast.loaders.artifact import files
 
     seen = []
@@ -191,8 +191,8 @@ def test_weights_that_do_not_fit_the_programs_are_named(artifact_copy, edit_mani
     )
 
 
-def test_an_executable_that_is_none_is_refused_by_xla_in_one_line(artifact_copy, edit_manifest):
-    """Its hash is right, so only XLA can tell."""
+def test_xla_refuses_an_invalid_executable_in_one_line(artifact_copy, edit_manifest):
+    """Its hash is right, so only XLA notices."""
     from precast.loaders.artifact.files import sha256_of
 
     path = artifact_copy / "programs/cpu/decode.xla"
@@ -222,7 +222,7 @@ def test_another_machine_or_jaxlib_is_refused_before_anything_is_read(artifact_c
 
 
 def test_nothing_is_compiled_unasked(tiny_artifact):
-    model = load(tiny_artifact, allow_compile=True)  # allowed, and yet not needed
+    model = load(tiny_artifact, allow_compile=True)  # allowed but not needed
     model.generate(PROMPT, FREE)
     assert model.compiles == 0
     assert model.target.runtime == "pjrt"
@@ -242,7 +242,7 @@ def test_the_portable_target_is_refused_where_compiling_is_not_asked_for(tiny_ar
 
 
 def test_the_stablehlo_of_the_compiled_target_gives_the_same(artifact_copy, edit_manifest, answer, own_cache):
-    """Where executables are of another jaxlib, theirs is compiled, by jaxlib alone, and calls the kernels."""
+    """If the executables are another jaxlib's, jaxlib compiles their StableHLO, which calls the kernels."""
     edit_manifest(artifact_copy, lambda manifest: manifest["targets"][0].update(jaxlib="0.9.9"))
     assert "or compile from StableHLO with --compile" in refusal(artifact_copy)
     model = load(artifact_copy, allow_compile=True, log=lambda _: None)
@@ -253,7 +253,7 @@ def test_the_stablehlo_of_the_compiled_target_gives_the_same(artifact_copy, edit
 
 
 def test_jax_itself_sees_no_trace_and_no_compilation(tiny_artifact, answer, python):
-    """jax's own monitoring counts what jax does, and a proxy what the loader asks of XLA; both are shown to count."""
+    """jax's monitoring counts jax's work, a proxy counts the loader's calls of XLA; the test proves that both count."""
     code = f"""
 import sys, json, jax
 from jax import monitoring
@@ -288,7 +288,7 @@ print(json.dumps([ids, model.compiles, work, seen, asked]))
     assert tuple(ids) == answer
     assert (compiles, work) == (0, [])
     assert any(event.startswith("/jax/core/compile/") for event in control)
-    # What is compiled on request is compiled in a child process: nothing in this one ever is.
+    # Programs are compiled in a child process, never in this one.
     assert set(asked) == {"deserialize_executable"}
 
 
@@ -320,7 +320,7 @@ except ImportError:
 
 
 def test_only_light_modules_are_imported(tiny_artifact, python):
-    """What the loader imports decides how soon the first token comes."""
+    """Imports delay the first token."""
     code = f"""
 import sys
 from precast.loaders.load import load
@@ -347,7 +347,7 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules if sys.modules[na
 # --- memory -------------------------------------------------------------------------------------------------
 
 
-def test_the_manifest_says_that_caches_are_taken_over_and_not_copied(tiny_artifact):
+def test_the_manifest_states_that_caches_are_aliased(tiny_artifact):
     manifest = read_manifest(tiny_artifact)
     cache = sum(array.bytes for array in manifest.cache)
     for program in manifest.targets[0].programs:
@@ -359,8 +359,8 @@ def test_the_manifest_says_that_caches_are_taken_over_and_not_copied(tiny_artifa
         assert program.memory.arguments >= sum(a.bytes for a in program.arguments)
 
 
-def test_a_call_needs_no_room_for_even_one_layer_s_cache(export_tiny):
-    """A context long enough that a copy would show beside the activations."""
+def test_a_call_needs_less_memory_than_one_layer_s_cache(export_tiny):
+    """The context is long enough for a copy to exceed the activations."""
     root = export_tiny(context=128, slots=64, buckets=(8,), targets=("cpu",))
     manifest = read_manifest(root)
     layer = sum(array.bytes for array in manifest.cache) / manifest.model.layers
@@ -385,8 +385,8 @@ def test_the_live_executables_agree_with_the_manifest(tiny_artifact):
         assert pjrt.client().load(data, (), program.name).memory().temporary == program.memory.temporary
 
 
-def test_weights_are_used_where_they_lie(tiny_artifact):
-    """The client aliases the mapping: no second copy of the weights in memory."""
+def test_weights_are_zero_copy(tiny_artifact):
+    """The client aliases the mapped weights."""
     from precast.loaders.artifact.weights import map_weights
 
     weights = map_weights(tiny_artifact / "weights.safetensors")
@@ -396,7 +396,7 @@ def test_weights_are_used_where_they_lie(tiny_artifact):
         assert address(pjrt.client().put(array)) == array.ctypes.data
 
 
-def test_the_model_holds_what_inspect_and_golden_say(tiny_artifact, tiny_model):
+def test_the_model_reproduces_the_golden_answers(tiny_artifact, tiny_model):
     golden = json.loads((tiny_artifact / "golden.json").read_text())["greedy"]
     assert len(golden) >= 2
     for case in golden:

@@ -1,4 +1,4 @@
-"""Processors and memory, read from the files of a system that is made up, and from the one at hand."""
+"""Processors and memory, read from the files of simulated systems and of this one."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_a_machine_without_limits(system):
     assert processors(root).quota is None
 
 
-def test_a_system_that_does_not_tell(tmp_path):
+def test_a_system_without_these_files(tmp_path):
     assert memory(tmp_path) == Memory(limit=None, available=None)
     assert processors(tmp_path).quota is None
 
@@ -69,7 +69,7 @@ def test_groups_of_version_1(system):
 
 
 def test_inside_a_container_its_own_group_is_the_top(system):
-    """Its name is the one outside, and nothing of that name is to be seen."""
+    """The group's name is the one outside the container, and is not visible inside."""
     root = system(
         {
             "proc/meminfo": MEMINFO,

@@ -1,4 +1,4 @@
-"""Running a SavedModel: with TensorFlow alone, and never with a file that the manifest does not vouch for."""
+"""Running a SavedModel with TensorFlow alone, and only with files that the manifest lists."""
 
 import dataclasses
 import hashlib
@@ -26,19 +26,19 @@ GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def model(savedmodel_artifact):
-    """The tiny artifact, run by TensorFlow."""
+    """Return the tiny artifact's model, run by TensorFlow."""
     return load(savedmodel_artifact, target="savedmodel", trusted=True, log=lambda _: None)
 
 
 @pytest.fixture
 def copy(savedmodel_artifact, tmp_path) -> Path:
-    """A copy that a test may break."""
+    """Return a copy that a test may damage."""
     return Path(shutil.copytree(savedmodel_artifact, tmp_path / "copy"))
 
 
 @pytest.fixture
 def no_tensorflow(monkeypatch):
-    """Fails the test where TensorFlow is asked for anything but itself."""
+    """Fail the test if anything of TensorFlow is used."""
 
     class Untouchable:
         def __getattr__(self, name):
@@ -54,18 +54,18 @@ def refusal(artifact: Path, **options) -> str:
 
 
 def accept(artifact: Path, name: str) -> None:
-    """Puts a changed file's hash into the manifest."""
+    """Put a changed file's hash into the manifest."""
     data = (artifact / name).read_bytes()
     manifest = json.loads((artifact / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (artifact / "manifest.json").write_text(json.dumps(manifest))
 
 
-# --- what it says --------------------------------------------------------------------------------------------
+# --- answers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
-def test_it_gives_the_tokens_of_the_compiled_target(savedmodel_artifact, model, prompt):
+def test_its_tokens_are_the_compiled_target_s(savedmodel_artifact, model, prompt):
     compiled = load(savedmodel_artifact, trusted=True)
     assert compiled.target.runtime == "pjrt"
     assert model.generate(prompt, GREEDY).token_ids == compiled.generate(prompt, GREEDY).token_ids
@@ -83,7 +83,7 @@ def test_its_logits_are_the_reference_s_to_rounding(model, reference):
 
 
 def test_small_weights_an_int8_cache_windows_and_slots(windowed_savedmodel):
-    """The same operations as the portable target's, compiled by another XLA."""
+    """The operations are the portable target's, compiled by another XLA."""
     logits = []
     for target in ("savedmodel", "portable"):
         engine = load(
@@ -98,7 +98,7 @@ def test_small_weights_an_int8_cache_windows_and_slots(windowed_savedmodel):
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-3 * np.std(logits))
 
 
-def test_the_command_line_runs_it_and_says_so(cli, savedmodel_artifact):
+def test_the_command_line_runs_it_and_logs_it(cli, savedmodel_artifact):
     arguments = ("run", savedmodel_artifact, "--ids", "7,300,12", "-n", 5, "--json")
     result = cli(*arguments, "--target", "savedmodel")
     assert result.exit_code == 0, result.stderr
@@ -137,14 +137,14 @@ def test_it_runs_where_jax_cannot_be_imported_and_without_a_client_of_jaxlib_s(
     assert result.stderr == ""
 
 
-def test_arguments_it_does_not_take_are_a_sentence(model):
+def test_refused_arguments_have_an_error_text(model):
     decode = next(p for p in model.target.programs if p.kind == "decode")
     arguments = [np.zeros((*v.shape, 2), v.dtype) for v in decode.arguments]
     with pytest.raises(PrecastError, match="the program failed in TensorFlow"):
         model.engine._decode.executable(arguments)
 
 
-# --- what is read ---------------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_an_altered_file_is_refused_before_tensorflow_reads_any(copy, no_tensorf
 
 @pytest.mark.parametrize("name", ["saved_model.pbtxt", "assets/vocabulary", "assets.extra/x", "variables/x"])
 def test_an_unlisted_file_in_its_folder_is_refused(copy, no_tensorflow, name):
-    """saved_model.cpb, for one, TensorFlow would take in place of saved_model.pb."""
+    """TensorFlow would prefer saved_model.cpb, for example, to saved_model.pb."""
     path = copy / FOLDER / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"")
@@ -191,7 +191,7 @@ def test_a_link_in_its_folder_is_refused(copy, no_tensorflow, tmp_path):
 
 @pytest.fixture
 def folders_listed(monkeypatch) -> list[Path]:
-    """Folders that the runtime has looked into."""
+    """Record the folders that the runtime lists."""
     listed, scan = [], savedmodel.os.scandir
 
     def scandir(folder):
@@ -228,7 +228,7 @@ def test_a_link_in_place_of_its_folder_is_not_followed(artifact_copy, no_tensorf
 
 
 def refused_executable(artifact: Path, executable: str) -> str:
-    """What is said of a target whose programs are said to be in this file, which needs no TensorFlow."""
+    """Return the refusal of a target whose programs are in this file, according to the manifest."""
     manifest = read_manifest(artifact)
     programs = tuple(dataclasses.replace(p, executable=executable) for p in manifest.targets[0].programs)
     target = dataclasses.replace(manifest.targets[0], runtime="savedmodel", programs=programs)
@@ -237,7 +237,7 @@ def refused_executable(artifact: Path, executable: str) -> str:
     return str(raised.value)
 
 
-def test_verify_says_so_of_an_unlisted_file_in_its_folder(cli, copy):
+def test_verify_reports_an_unlisted_file_in_its_folder(cli, copy):
     (copy / FOLDER / "assets").mkdir()
     (copy / FOLDER / "assets/x").touch()
     result = cli("verify", copy, "--target", "savedmodel")
@@ -246,7 +246,7 @@ def test_verify_says_so_of_an_unlisted_file_in_its_folder(cli, copy):
     assert sentence.startswith(f"error: {copy}: '{FOLDER}/assets/x' is not listed in the manifest")
 
 
-def test_verify_hashes_what_it_does_not_read(copy):
+def test_rehash_includes_files_that_it_does_not_read(copy):
     data = bytearray((copy / "weights.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "weights.safetensors").write_bytes(data)
@@ -264,11 +264,11 @@ def test_executables_that_are_no_savedmodel_are_refused(copy, no_tensorflow, edi
     assert "expected the saved_model.pb of one folder as the executable of every program" in refusal(copy)
 
 
-# --- what it may do -------------------------------------------------------------------------------------------
+# --- operations ----------------------------------------------------------------------------------------------
 
 
 def edit_graph(artifact: Path, change) -> None:
-    """Lets a function change the SavedModel, as a whole message, and vouches for what comes out."""
+    """Change the SavedModel's message with a function, and its hash in the manifest."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     path = artifact / FOLDER / "saved_model.pb"
@@ -279,7 +279,7 @@ def edit_graph(artifact: Path, change) -> None:
 
 
 def concrete(message, part: str):
-    """A function of the graph that something runs, by a part of its name."""
+    """Return a function that the graph runs, by a part of its name."""
     graph = message.meta_graphs[0]
     run = set(graph.object_graph_def.concrete_functions)
     return next(
@@ -298,8 +298,8 @@ def test_an_operation_that_no_export_has_is_refused(copy):
     )
 
 
-def test_what_saves_variables_may_not_be_called(copy):
-    """It writes files, and stands in every SavedModel: for loaders of another kind, and not for a signature."""
+def test_the_function_that_saves_variables_may_not_be_called(copy):
+    """Every SavedModel holds this function, which writes files, for other loaders; no signature calls it."""
 
     def call_it(message):
         functions = message.meta_graphs[0].graph_def.library.function
@@ -318,20 +318,20 @@ def test_a_graph_that_would_be_run_around_its_functions_is_refused(copy):
     assert "expected one graph of TensorFlow 2" in refusal(copy)
 
 
-def test_what_is_no_savedmodel_is_a_sentence(copy):
+def test_a_file_other_than_a_savedmodel_has_an_error_text(copy):
     (copy / FOLDER / "saved_model.pb").write_bytes(b"\xff" * 100)
     accept(copy, f"{FOLDER}/saved_model.pb")
     assert "expected a SavedModel, found something else" in refusal(copy)
 
 
-def test_what_tensorflow_stumbles_over_is_a_sentence(copy):
+def test_tensorflow_s_failure_has_an_error_text(copy):
     path = copy / FOLDER / "variables/variables.index"
     path.write_bytes(b"")
     accept(copy, f"{FOLDER}/variables/variables.index")
     assert "does not load this SavedModel (" in refusal(copy)
 
 
-def test_a_signature_that_is_not_there_is_refused(copy, edit_manifest):
+def test_a_missing_signature_is_refused(copy, edit_manifest):
     def rename(manifest):
         target = next(t for t in manifest["targets"] if t["runtime"] == "savedmodel")
         next(p for p in target["programs"] if p["name"] == "decode")["name"] = "decoding"
@@ -392,7 +392,7 @@ def test_tensorflow_takes_a_number_of_threads_once(savedmodel_artifact, python, 
 
 
 def bare(**fields) -> Machine:
-    """A machine for which nothing is compiled."""
+    """Return a machine that no executable fits."""
     known = {"machine": "none", "features": (), "jaxlib": "0", "kernel_abi": 0, "kernels": ()}
     return Machine(**(known | fields))
 
@@ -413,13 +413,13 @@ def test_it_is_chosen_when_nothing_else_fits(savedmodel_artifact):
     )
 
 
-def test_the_machine_tells_whether_tensorflow_is_there(monkeypatch):
+def test_the_machine_states_if_tensorflow_is_installed(monkeypatch):
     assert installed.this_machine().tensorflow == (importlib.util.find_spec("tensorflow") is not None)
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     assert installed.this_machine().tensorflow is False
 
 
-def test_a_tensorflow_that_cannot_be_imported_is_a_sentence(monkeypatch):
+def test_a_tensorflow_that_cannot_be_imported_has_an_error_text(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(PrecastError) as raised:
         savedmodel.client()

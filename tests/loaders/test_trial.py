@@ -1,4 +1,4 @@
-"""The first load in a child process: a crash is a sentence, a success is noted and looked for by later loads."""
+"""The trial of the first load in a child process: a crash becomes an error text, a success is recorded."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ PROMPT = [7, 200, 31]
 
 @pytest.fixture
 def children(monkeypatch):
-    """Command lines of child processes that a trial starts; they are run all the same."""
+    """Record the command lines of the child processes that trials start."""
     seen, original = [], subprocess.Popen
 
     def start(command, **rest):
@@ -33,7 +33,7 @@ def children(monkeypatch):
     return seen
 
 
-def notes(cache):
+def records(cache):
     return sorted((cache / "tried").iterdir()) if (cache / "tried").exists() else []
 
 
@@ -46,7 +46,7 @@ def test_an_artifact_is_tried_once(tiny_artifact, own_cache, children):
     said = []
     load(tiny_artifact, log=said.append)
     assert len(children) == 1
-    assert len(notes(own_cache)) == 1
+    assert len(records(own_cache)) == 1
     load(tiny_artifact, log=said.append)
     assert len(children) == 1
     assert said == []
@@ -71,8 +71,8 @@ def test_a_trial_computes_with_as_many_threads_as_the_load(
     assert request["threads"] == threads
 
 
-def test_an_export_has_tried_what_it_made(tiny_artifact, children):
-    """In the cache of this session, where it was exported."""
+def test_an_export_has_tried_its_artifact(tiny_artifact, children):
+    """The export recorded that in this session's cache."""
     load(tiny_artifact)
     assert children == []
 
@@ -86,15 +86,15 @@ def test_a_copy_is_the_same_artifact_and_an_altered_one_is_not(
     assert len(children) == 1
     edit_manifest(artifact_copy, lambda m: m["targets"][0]["programs"][0].update(flops=1))
     load(artifact_copy)
-    assert len(children) == len(notes(own_cache)) == 2
+    assert len(children) == len(records(own_cache)) == 2
 
 
-def test_what_is_trusted_is_not_tried(tiny_artifact, own_cache, children):
+def test_a_trusted_artifact_is_not_tried(tiny_artifact, own_cache, children):
     load(tiny_artifact, trusted=True)
-    assert (children, notes(own_cache)) == ([], [])
+    assert (children, records(own_cache)) == ([], [])
 
 
-def test_the_note_depends_on_all_that_decides_whether_a_target_runs(tiny_artifact):
+def test_the_record_depends_on_all_that_decides_if_a_target_runs(tiny_artifact):
     manifest, machine = read_manifest(tiny_artifact), this_machine()
     target, other = manifest.targets
     entry = dataclasses.replace(manifest.files["weights.safetensors"], sha256="0" * 64)
@@ -120,7 +120,7 @@ def test_the_note_depends_on_all_that_decides_whether_a_target_runs(tiny_artifac
     assert trial._record(same, target, machine) == records[0]
 
 
-def test_where_nothing_can_be_noted_it_is_tried_every_time_and_said(
+def test_without_a_writable_cache_every_load_tries_and_logs_it(
     tiny_artifact, tmp_path, monkeypatch, children
 ):
     (tmp_path / "file").write_text("")
@@ -134,7 +134,7 @@ def test_where_nothing_can_be_noted_it_is_tried_every_time_and_said(
         assert "cannot be written to; set PRECAST_CACHE to a folder that can be." in line
 
 
-def test_without_a_home_folder_it_is_tried_every_time_and_said(tiny_artifact, homeless, children):
+def test_without_a_home_folder_every_load_tries_and_logs_it(tiny_artifact, homeless, children):
     for count in (1, 2):
         said = []
         assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
@@ -145,7 +145,7 @@ def test_without_a_home_folder_it_is_tried_every_time_and_said(tiny_artifact, ho
         )
 
 
-def test_a_size_beyond_reason_is_a_day(tiny_artifact):
+def test_the_time_limit_is_a_day_at_most(tiny_artifact):
     manifest = read_manifest(tiny_artifact)
     assert trial._limit_s(manifest, False) == 120
     assert trial._limit_s(manifest, True) == 1020
@@ -155,7 +155,7 @@ def test_a_size_beyond_reason_is_a_day(tiny_artifact):
         assert trial._limit_s(dataclasses.replace(manifest, files=files), True) == 24 * 3600
 
 
-def test_gpus_are_no_matter_to_a_target_for_the_cpu(tiny_artifact):
+def test_a_cpu_target_does_not_depend_on_gpus(tiny_artifact):
     manifest, machine = read_manifest(tiny_artifact), this_machine(cuda=False)
     other = dataclasses.replace(machine, gpus=("H100",), cuda_plugin="0.1")
     for target in manifest.targets:
@@ -165,7 +165,7 @@ def test_gpus_are_no_matter_to_a_target_for_the_cpu(tiny_artifact):
         assert trial._record(manifest, on_gpu, other) != trial._record(manifest, on_gpu, machine)
 
 
-def test_programs_beside_the_manifest_matter_and_what_lies_beside_them_does_not(tiny_artifact):
+def test_programs_beside_the_manifest_count_and_other_files_there_do_not(tiny_artifact):
     manifest, machine = read_manifest(tiny_artifact), this_machine(cuda=False)
     target = manifest.targets[0]
     programs = tuple(dataclasses.replace(p, executable=f"{p.name}.xla") for p in target.programs)
@@ -183,14 +183,14 @@ def test_programs_beside_the_manifest_matter_and_what_lies_beside_them_does_not(
     assert records[0] == records[2] != records[1]
 
 
-def test_where_no_child_can_be_started_it_is_said_and_not_tried(tiny_artifact, own_cache, monkeypatch):
+def test_without_a_child_process_the_load_logs_it_and_goes_on(tiny_artifact, own_cache, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     said = []
     assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
     (line,) = said
     assert f"{tiny_artifact}: not tried in a child process first, because none can be started (" in line
     assert "/no/such/python" in line
-    assert notes(own_cache) == []
+    assert records(own_cache) == []
 
 
 # --- how children are started -------------------------------------------------------------------------------
@@ -208,12 +208,10 @@ def test_a_child_imports_from_where_this_process_does_and_not_from_its_folder(mo
     assert child.command("a.b") == [sys.executable, "-P", "-m", "a.b"]
 
 
-def test_odd_entries_of_the_path_keep_nothing_from_being_tried_and_compiled(
-    tiny_artifact, own_cache, monkeypatch, children
-):
+def test_odd_entries_of_the_path_do_no_harm(tiny_artifact, own_cache, monkeypatch, children):
     monkeypatch.setattr(sys, "path", ["", *sys.path, b"/bytes", 3])
     ensure(tiny_artifact)
-    assert len(children) == len(notes(own_cache)) == 1
+    assert len(children) == len(records(own_cache)) == 1
     program = read_manifest(tiny_artifact).targets[0].programs[0]
     code = (tiny_artifact / program.stablehlo).read_bytes()
     said = []
@@ -222,9 +220,7 @@ def test_odd_entries_of_the_path_keep_nothing_from_being_tried_and_compiled(
 
 
 @pytest.mark.parametrize("how", ["frozen", "no interpreter", "a path that no system takes"])
-def test_where_there_is_no_python_to_start_nothing_is_started(
-    tiny_artifact, own_cache, monkeypatch, children, how
-):
+def test_without_a_python_nothing_is_started(tiny_artifact, own_cache, monkeypatch, children, how):
     if how == "frozen":
         monkeypatch.setattr(sys, "frozen", True, raising=False)
     elif how == "no interpreter":
@@ -265,9 +261,7 @@ def child_that(monkeypatch, tmp_path, code, ready=True):
         ("time.sleep(600)", "did not become ready within 1 s"),
     ],
 )
-def test_a_child_that_is_no_python_is_said_to_be_that(
-    tiny_artifact, tmp_path, own_cache, monkeypatch, code, reason
-):
+def test_a_child_other_than_python_is_named(tiny_artifact, tmp_path, own_cache, monkeypatch, code, reason):
     monkeypatch.setattr(child, "START_S", 1 if "within" in reason else 60)
     child_that(monkeypatch, tmp_path, code, ready=False)
     said = []
@@ -277,7 +271,7 @@ def test_a_child_that_is_no_python_is_said_to_be_that(
         f"{tiny_artifact}: not tried in a child process first, because none can be started ({tmp_path}/python"
     )
     assert line.endswith(f"{reason}).")
-    assert notes(own_cache) == []
+    assert records(own_cache) == []
     with pytest.raises(
         PrecastError, match=r"^x: the compiler's child process cannot be started \(.*/python"
     ) as raised:
@@ -293,7 +287,7 @@ def test_in_a_server_that_embeds_python_the_interpreter_beside_it_is_started(
     ensure(tiny_artifact, log=pytest.fail)
     ((python, *_),) = children
     assert python == f"{sys.prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
-    assert len(notes(own_cache)) == 1
+    assert len(records(own_cache)) == 1
 
 
 def test_an_application_that_starts_itself_does_so_once(tiny_artifact, tmp_path, own_cache):
@@ -310,13 +304,13 @@ def test_an_application_that_starts_itself_does_so_once(tiny_artifact, tmp_path,
     start = f"{tiny_artifact}: not tried in a child process first, because none can be started ("
     assert inner == f"{start}this process was started by precast.loaders.trial_worker itself)."
     assert outer == f"{start}{app}: exit code 0)."
-    assert notes(own_cache) == []
+    assert records(own_cache) == []
 
 
 def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
     monkeypatch.setenv(child.GUARD, "precast.loaders.trial_worker")
     assert child.command("precast.loaders.compiling.compiler")[0] == sys.executable
-    with pytest.raises(child.NotStarted, match=r"started by precast\.loaders\.trial_worker itself"):
+    with pytest.raises(child.StartError, match=r"started by precast\.loaders\.trial_worker itself"):
         child.command("precast.loaders.trial_worker")
 
 
@@ -351,7 +345,7 @@ def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
         ("signal.alarm(1); time.sleep(60)", "which had not finished starting after"),
     ],
 )
-def test_whatever_happens_to_the_child_is_a_sentence(
+def test_every_end_of_the_child_has_its_error_text(
     tiny_artifact, tmp_path, own_cache, monkeypatch, code, text
 ):
     child_that(monkeypatch, tmp_path, code)
@@ -359,7 +353,7 @@ def test_whatever_happens_to_the_child_is_a_sentence(
         ensure(tiny_artifact)
     assert text in str(raised.value)
     assert text == str(raised.value) or str(raised.value).startswith(f"{tiny_artifact}: target 'cpu-")
-    assert notes(own_cache) == []
+    assert records(own_cache) == []
 
 
 def test_a_child_that_hangs_is_ended(tiny_artifact, tmp_path, own_cache, monkeypatch):
@@ -373,7 +367,7 @@ def test_a_child_that_hangs_is_ended(tiny_artifact, tmp_path, own_cache, monkeyp
             break
     text = f"which had not finished loading decode after {limit_s} s; its programs do not"
     assert text in str(raised.value)
-    assert notes(own_cache) == []
+    assert records(own_cache) == []
 
 
 def answer_of_worker(python, root):
@@ -404,7 +398,7 @@ def test_the_child_passes_a_refusal_on(artifact_copy, python):
     assert answer_of_worker(python, artifact_copy) == [{"error": text, "data": 0}]
 
 
-def test_the_child_ends_itself_where_its_parent_is_gone(python):
+def test_a_child_ends_after_its_time_even_without_a_parent(python):
     code = (
         "import time; from precast.loaders.compiling import child\n"
         "child._limit_time(-4)\n"  # and five seconds more
@@ -428,7 +422,7 @@ def test_a_child_without_a_limit_goes_on(python):
 )
 def test_small_contexts_and_several_slots(export_tiny, options, own_cache, children):
     root = export_tiny(targets=("cpu",), **options)
-    for note in notes(own_cache):
-        note.unlink()
+    for record in records(own_cache):
+        record.unlink()
     load(root)
-    assert len(children) == len(notes(own_cache)) == 1
+    assert len(children) == len(records(own_cache)) == 1

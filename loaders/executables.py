@@ -1,0 +1,176 @@
+"""The executables of a checked artifact: compile or load them, and open the device that runs them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .artifact.errors import PrecastError
+from .artifact.frozen import Frozen
+from .artifact.machine import Machine
+from .artifact.manifest import Manifest, Program, Target
+from .artifact.weights import numpy_dtype
+from .runtime import pjrt
+from .runtime.interface import Client, Executable
+
+if TYPE_CHECKING:
+    from .compiling.cache import LocalExecutable
+    from .progress import Progress
+
+
+class LoadSettings(Frozen):
+    """The settings of a load, as the arguments of `load`, except for the threads.
+
+    Attributes:
+        threads: number of XLA's computing threads.
+        requested_threads: that number if the caller chose it, else None.
+    """
+
+    target: str | None = None
+    rehash: bool = False
+    allow_compile: bool = False
+    trusted: bool
+    threads: int
+    requested_threads: int | None = None
+    log: Callable[[str], None]
+    progress: "Progress | None" = None
+
+
+class CheckedArtifact(Frozen):
+    """A target and the files that it needs, all of them as the manifest says.
+
+    Attributes:
+        root: the artifact's folder.
+        manifest: the artifact's manifest.
+        target: the target to run.
+        contents: bytes of programs, tokenizer and templates, by file.
+        weights: arrays by name, mapped from their file; none for a SavedModel, which has its own.
+        check_unchanged: raises PrecastError if the file of the weights has been written to since.
+    """
+
+    root: Path
+    manifest: Manifest
+    target: Target
+    contents: Mapping[str, bytes]
+    weights: Mapping[str, np.ndarray]
+    check_unchanged: Callable[[], None]
+
+
+def runs_on_xla_cpu(target: Target) -> bool:
+    """Return True if XLA's CPU client runs the target, as it does "any" platform's."""
+    return target.runtime != "savedmodel" and target.platform != "cuda"
+
+
+def compile_executables(
+    artifact: CheckedArtifact, machine: Machine, settings: LoadSettings
+) -> "dict[str, LocalExecutable]":
+    """Compile a StableHLO target for the CPU in a child process; return executables by program, else none."""
+    root, target = artifact.root, artifact.target
+    if target.runtime != "stablehlo":
+        return {}
+    if date.today().isoformat() > target.stablehlo_expires:
+        settings.log(
+            f"{root}: its StableHLO was promised to compile until {target.stablehlo_expires}; compiling it anyway"
+        )
+    if target.platform == "cuda":
+        # The child compiles, and the cache keeps, executables for the CPU only.
+        settings.log(
+            f"{root}: target {target.name!r}: compiling its programs for the GPU, as at every start …"
+        )
+        return {}
+    from .compiling.cache import executables
+
+    programs = [(p.name, artifact.contents[_file_of(target, p)]) for p in target.programs]
+    where = f"{root}: target {target.name!r}"
+    return executables(programs, machine, where, threads=settings.threads, log=settings.log)
+
+
+def open_runtime(
+    artifact: CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", settings: LoadSettings
+) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
+    """Return the device that the target runs on, and a function that loads its programs."""
+    root, target = artifact.root, artifact.target
+    if target.runtime == "savedmodel":
+        return _tensorflow(artifact, settings)
+    if target.platform == "cuda":
+        from .runtime import cuda  # whose import loads CUDA's libraries
+
+        if settings.requested_threads is not None:
+            settings.log(
+                f"{root}: target {target.name!r} runs on the GPU, so the number of threads is ignored"
+            )
+        client: pjrt.Client = cuda.client(target.device)
+    else:
+        client = pjrt.client(settings.threads)
+    return client, partial(_load_executables, artifact, compiled, client, settings)
+
+
+def _tensorflow(
+    artifact: CheckedArtifact, settings: LoadSettings
+) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
+    from .runtime import savedmodel  # which imports TensorFlow
+
+    root, target = artifact.root, artifact.target
+    settings.log(
+        f"{root}: TensorFlow runs target {target.name!r}, and compiles each program when it is first called"
+    )
+    _report(settings, "the SavedModel")
+    client = savedmodel.client()
+    if settings.requested_threads is not None and not savedmodel.set_threads(settings.requested_threads):
+        settings.log(f"{root}: TensorFlow already runs in this process, so the number of threads is ignored")
+    return client, partial(savedmodel.load, root, target, artifact.manifest.files, rehash=settings.rehash)
+
+
+def _load_executables(
+    artifact: CheckedArtifact,
+    compiled: "Mapping[str, LocalExecutable]",
+    client: pjrt.Client,
+    settings: LoadSettings,
+) -> dict[str, pjrt.Executable]:
+    """Load the programs of a target of XLA's, or compile those that are not in `compiled`."""
+    target, executables = artifact.target, {}
+    for program in target.programs:
+        results = [
+            pjrt.Result(shape=value.physical, dtype=numpy_dtype(value.dtype)) for value in program.results
+        ]
+        name = _file_of(target, program)
+        where = str(artifact.root / name)
+        _report(settings, program.name)
+        if (local := compiled.get(program.name)) is not None:
+            executables[program.name] = _load_local(client, local, results, where)
+        else:
+            make = client.compile if target.runtime == "stablehlo" else client.load
+            executables[program.name] = make(artifact.contents[name], results, where)
+    return executables
+
+
+def _load_local(
+    client: pjrt.Client, local: "LocalExecutable", results: Sequence[pjrt.Result], where: str
+) -> pjrt.Executable:
+    try:
+        executable = client.load(local.executable, results, where)
+    except PrecastError:
+        if local.is_new:
+            raise
+        # A different jaxlib of the same version compiled the cached one.
+        local = local.recompile()
+        executable = client.load(local.executable, results, where)
+    executable.compiled = local.is_new
+    return executable
+
+
+def _file_of(target: Target, program: Program) -> str:
+    name = target.file_of(program)
+    assert name is not None  # the manifest has been checked for that
+    return name
+
+
+def _report(settings: LoadSettings, name: str) -> None:
+    """Report that a program is about to be loaded."""
+    if settings.progress is not None:
+        from .progress import Step  # a start without progress saves the import
+
+        settings.progress(Step(text=f"loading {name}"))
