@@ -89,7 +89,7 @@ def lock(root: Path, log: Callable[[str], None]) -> Iterator[int]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f"{root}: waiting for another precast add-target, which is at work there")
+            log(f"{root}: waiting for another precast add-target to finish")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle
     finally:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .artifact.errors import PrecastError, printable
+from .artifact.errors import PrecastError
 from .compiling import child
 from .generation.engine import KVCache
 from .generation.model import Model
@@ -19,14 +19,14 @@ def main() -> None:
     child.serve(_answer)
 
 
-def _answer(request: Mapping[str, Any], _: bytes, report: child.Report) -> child.Answer:
+def _answer(request: Mapping[str, Any], _: bytes, progress: Progress) -> child.Answer:
     """Try the target of a request of `precast.loaders.compiling.trial`."""
     attempt(
         Path(request["root"]),
         request["target"],
         allow_compile=request["allow_compile"],
         threads=request["threads"],
-        progress=lambda step: report(printable(step.text)),
+        progress=progress,
     )
     return {}, b""
 

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
-from ..artifact.errors import PrecastError
+from ..artifact.errors import PrecastError, printable
+from ..progress import Progress, Step, silent
 
 if TYPE_CHECKING:
     import subprocess
@@ -38,7 +39,6 @@ _PIECE_BYTES = 1 << 20
 _SET_DEATH_SIGNAL = 1
 
 Answer = tuple[Mapping[str, Any], bytes]
-Report = Callable[[str], None]
 
 
 class StartError(Exception):
@@ -110,7 +110,7 @@ class Child:
         data: bytes = b"",
         *,
         limit_s: int | None = None,
-        report: Report = lambda _: None,
+        progress: Progress = silent,
     ) -> Answer:
         """Send a request, and wait for its answer.
 
@@ -118,7 +118,7 @@ class Child:
             request: values that JSON can hold.
             data: bytes that belong to the request.
             limit_s: seconds that the answer may take; None for any time.
-            report: receives the child's progress.
+            progress: receives the child's progress, whose steps have only a text.
 
         Returns:
             The answer's values, and the bytes that belong to it.
@@ -136,7 +136,7 @@ class Child:
                 message, received = self._receive(until)
                 if "progress" not in message:
                     break
-                report(str(message["progress"]))
+                progress(Step(text=str(message["progress"])))
         except EOFError:
             raise Crash(self._exit_code(), _last_line(self._errors)) from None
         if "error" in message:
@@ -292,22 +292,24 @@ def _last_line(errors: IO[bytes]) -> str:
 # --- the child ----------------------------------------------------------------------------------------------
 
 
-def serve(answer: Callable[[Mapping[str, Any], bytes, Report], Answer]) -> None:
+def serve(answer: Callable[[Mapping[str, Any], bytes, Progress], Answer]) -> None:
     """Answer the parent's requests until it closes the pipe.
 
     Args:
-        answer: returns the answer to a request, given the request's values and data, and a function that reports
+        answer: returns the answer to a request, given the request's values and data, and a function that receives the
             progress. A PrecastError becomes the error that the parent receives.
     """
     output = ready()
+
+    def progress(step: Step) -> None:
+        _send(output, {"progress": printable(step.text)})
+
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             message, data = _read(sys.stdin.buffer)
             _limit_time(message["limit_s"])
             try:
-                values, result = answer(
-                    message["request"], data, lambda text: _send(output, {"progress": text})
-                )
+                values, result = answer(message["request"], data, progress)
                 _send(output, {"answer": values}, result)
             except PrecastError as error:
                 _send(output, {"error": " ".join(str(error).split())})

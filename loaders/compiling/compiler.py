@@ -14,6 +14,7 @@ from typing import Any
 from ..artifact.errors import PrecastError, printable
 from ..artifact.manifest import Program, ProgramMemory, Target, Value
 from ..artifact.record import from_json
+from ..progress import Progress
 from . import child
 from . import isa as isas
 
@@ -119,7 +120,7 @@ def compile_target(
         where: name of the target in messages.
         isa: as for `compile_programs`.
         exact: refuse instructions beyond `isa`. Otherwise the target is for the level that its instructions need.
-        jaxlib: version of jaxlib, which compiles.
+        jaxlib: version of the installed jaxlib.
         folder: folder of its executables, below ``programs/``; None for one named after the target.
         log: as for `compile_programs`.
 
@@ -200,7 +201,7 @@ def main() -> None:
     child.serve(_answer)
 
 
-def _answer(request: Mapping[str, Any], stablehlo: bytes, _: child.Report) -> child.Answer:
+def _answer(request: Mapping[str, Any], stablehlo: bytes, _: Progress) -> child.Answer:
     # XLA reads XLA_FLAGS when it is loaded; if that crashes, the parent names a program.
     from ..runtime import pjrt
 

@@ -153,7 +153,7 @@ def _attempt(
     steps = ["starting"]
     try:
         with child.started(WORKER) as running:
-            running.ask(request, limit_s=limit_s, report=steps.append)
+            running.ask(request, limit_s=limit_s, progress=lambda step: steps.append(step.text))
     except child.StartError as reason:
         log(f"{root}: not tried in a child process first, because none can be started ({reason}).")
         return False

@@ -180,8 +180,8 @@ def _client() -> Client:
     except (_jax.JaxRuntimeError, RuntimeError, ValueError) as error:
         said = str(error).partition("\n")[0]
         raise PrecastError(
-            f"CUDA: XLA's plugin {plugin.version} finds no GPU that it can use ({said}); see whether nvidia-smi shows"
-            " one, and whether its driver is of the plugin's CUDA or newer."
+            f"CUDA: XLA's plugin {plugin.version} finds no GPU that it can use ({said}); check that nvidia-smi shows"
+            " one, and that its driver is new enough for the plugin's CUDA."
         ) from None
 
 

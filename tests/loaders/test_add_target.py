@@ -181,7 +181,7 @@ def test_stablehlo_that_jaxlib_refuses(artifact_copy):
     assert text.endswith("It was compiled for x86-64-v2; XLA may manage --cpu-isa x86-64-v3.")
 
 
-def test_a_compiler_that_crashes_is_a_sentence(monkeypatch):
+def test_a_compiler_that_crashes_has_an_error_text(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_there_is_no_such_flag=1")  # which ends the process that loads XLA
     with pytest.raises(
         PrecastError, match=r"^x: the process that compiled program 'decode' ended before it was done"

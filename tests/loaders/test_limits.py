@@ -1,4 +1,4 @@
-"""System limits give a sentence before XLA reaches them, and the number of threads is right."""
+"""System limits have an error text before XLA reaches them, and the number of threads is right."""
 
 import re
 import subprocess
@@ -47,7 +47,7 @@ def test_a_thread_that_never_runs_is_not_waited_for(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("most", [0, 1, 19])
-def test_too_few_threads_are_a_sentence(
+def test_too_few_threads_have_an_error_text(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     before = threading.active_count()
@@ -61,7 +61,7 @@ def test_too_few_threads_are_a_sentence(
     assert threading.active_count() == before
 
 
-def test_a_client_that_is_there_needs_no_threads(
+def test_an_existing_client_needs_no_threads(
     tiny_artifact: Path, tiny_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(tiny_artifact)
@@ -119,9 +119,7 @@ except precast.PrecastError as error:
 @pytest.mark.parametrize(
     ("beyond", "text"), [(-700 << 20, "refused"), (-1 << 20, "refused"), (8 << 20, "loaded")]
 )
-def test_address_space_is_a_sentence_or_enough(
-    tiny_artifact: Path, python: Any, beyond: int, text: str
-) -> None:
+def test_address_space_is_refused_or_enough(tiny_artifact: Path, python: Any, beyond: int, text: str) -> None:
     """Test limits around the bound in `load`, in a process whose trial is already recorded."""
     manifest = read_manifest(tiny_artifact)
     space = limits.need(manifest, manifest.targets[0]).all + limits._FIXED + 2 * limits._PER_THREAD
@@ -171,7 +169,7 @@ def test_the_memory_of_a_second_model_counts(
         )
 
 
-def test_libraries_that_do_not_fit_are_a_sentence(tiny_artifact: Path) -> None:
+def test_libraries_that_do_not_fit_have_an_error_text(tiny_artifact: Path) -> None:
     command = 'ulimit -v 300000; exec "$0" -m precast.cli run "$1" -p x'
     result = subprocess.run(
         ["sh", "-c", command, sys.executable, str(tiny_artifact)],
@@ -222,7 +220,7 @@ def test_threads_follow_the_quota_by_default(
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025, True, 1.5, "2"])
-def test_numbers_that_are_none_of_threads(tiny_artifact: Path, threads: Any) -> None:
+def test_invalid_numbers_of_threads_are_refused(tiny_artifact: Path, threads: Any) -> None:
     with pytest.raises(PrecastError) as raised:
         load(tiny_artifact, threads=threads)
     assert str(raised.value) == f"threads: expected a whole number from 1 to 1024, found {threads!r}."

@@ -346,7 +346,7 @@ def test_two_at_once_wait_for_each_other(add, artifact_copy):
     )
     other.start()
     assert waiting.wait(30)
-    assert said == [f"{artifact_copy}: waiting for another precast add-target, which is at work there"]
+    assert said == [f"{artifact_copy}: waiting for another precast add-target to finish"]
     assert NAME not in {t.name for t in read_manifest(artifact_copy).targets}
     os.close(handle)
     other.join(60)
