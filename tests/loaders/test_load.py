@@ -159,7 +159,9 @@ def test_rehash_includes_files_that_were_hashed_before(artifact_copy, own_cache,
 
     seen = []
     original = files.digest_of
-    monkeypatch.setattr(files, "digest_of", lambda file: seen.append(Path(file.name).name) or original(file))
+    monkeypatch.setattr(
+        files, "digest_of", lambda file, *rest: seen.append(Path(file.name).name) or original(file, *rest)
+    )
     load(artifact_copy)
     load(artifact_copy)
     assert seen == ["weights.safetensors"]
