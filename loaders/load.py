@@ -62,11 +62,9 @@ def load(
             the check. A signed artifact is trusted. None applies PRECAST_REQUIRE_SIGNATURE and the machine's own key
             (`precast.loaders.required_key`), which no argument switches off.
         threads: number of computing threads on the CPU; one per usable core by default, within a container's CPU quota.
-            Models with the same number share XLA's threads. TensorFlow, which runs a SavedModel, takes one number for
-            the process before its first operation. A number without effect, as on a GPU, is logged.
+            A number without effect is logged: TensorFlow takes one number per process, a GPU none.
         log: receives messages; standard error by default.
-        progress: receives the bytes pulled, the bytes of weights hashed, and each program before it is loaded. A pull
-            is shown on standard error by default.
+        progress: receives the bytes pulled (shown on standard error by default) and hashed, and each program to load.
 
     Raises:
         PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
