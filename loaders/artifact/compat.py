@@ -106,7 +106,7 @@ def _has_stablehlo(target: Target) -> bool:
 
 
 def _as_stablehlo(target: Target) -> Target:
-    """Return the target for compiling on this machine: any jaxlib and CPU, the same kernels."""
+    """Return a copy of the target that compiles from StableHLO here: any jaxlib and CPU, the same kernels."""
     return replace(target, runtime="stablehlo", device="any", machine="any", jaxlib="any", cpu_features=())
 
 

@@ -188,7 +188,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Rename `temporary` to `path`. An existing artifact ends up under the temporary name, or is removed."""
+    """Rename `temporary` to `path`; an existing artifact takes the temporary name, or is removed."""
     if not overwrite or not path.exists():
         try:
             temporary.rename(path)

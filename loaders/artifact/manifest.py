@@ -100,7 +100,7 @@ class Program(Frozen):
 
 
 class Target(Frozen):
-    """The machine and runtime that programs were compiled for, and the programs.
+    """The artifact's programs for one kind of machine and one runtime.
 
     Attributes:
         name: unique in the artifact ("cpu-x86-64-v2", "portable").

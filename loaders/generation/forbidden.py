@@ -66,7 +66,7 @@ class ForbiddenTokens:
 
 
 def _by_prefix(words: Iterable[Sequence[int]]) -> dict[int, dict[_Prefix, list[int]]]:
-    """Map prefix length to prefix to last tokens, for the sequences of two or more tokens."""
+    """Group sequences of two or more tokens by prefix length, and map their prefixes to last tokens."""
     found: dict[int, dict[_Prefix, list[int]]] = {}
     for word in words:
         if len(word) > 1:

@@ -15,7 +15,7 @@ _END = object()
 
 
 class Timing(Frozen):
-    """The duration of a generation.
+    """The duration of a generation. It is immutable.
 
     Attributes:
         prefill_s: seconds from the start to the first token.
