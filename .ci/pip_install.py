@@ -57,6 +57,7 @@ def _show(state: Installation, done: threading.Event) -> None:
 
 
 def main() -> int:
+    """Run pip, show its state in one line, and return its exit code."""
     command = [sys.executable, "-m", "pip", "--no-color", "install", "--progress-bar", "off", *sys.argv[1:]]
     state, output, done = Installation(), [], threading.Event()
     with subprocess.Popen(

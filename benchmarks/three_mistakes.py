@@ -75,7 +75,7 @@ class Result:
 # A decoder in the usual style: a list of layers, a loop in Python, plain jax.numpy.
 
 
-def _build(variant: Variant, shape: dict, weights: dict) -> Callable:
+def _build(variant: Variant, shape: dict, weights: dict) -> Callable:  # noqa: C901  # a whole decoder in the usual style
     """Return a function ``generate(prompt, n) -> (tokens, time of each token in seconds)``."""
     import jax
     import jax.numpy as jnp

@@ -255,7 +255,14 @@ class _Builder:
         return self._program("decode", "decode", 1, inputs, _decode, rows=slots)
 
     def _program(
-        self, name: str, kind: str, tokens: int, inputs: tuple[Value, ...], step: Callable, *, rows: int
+        self,
+        name: str,
+        kind: str,
+        tokens: int,
+        inputs: tuple[Value, ...],
+        step: Callable[..., tuple[Array, ...]],
+        *,
+        rows: int,
     ) -> ProgramSpec:
         c, context = self.model.spec.config, self.geometry.context
         caches = self._caches()

@@ -361,17 +361,20 @@ def _rounded(
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("kg,kg->g", a, b)
+    product: np.ndarray = np.einsum("kg,kg->g", a, b)
+    return product
 
 
 def _inverse(x: np.ndarray) -> np.ndarray:
     """Return 1 / x, or 0 for |x| up to `_TINY`."""
-    return np.divide(np.float32(1), x, out=np.zeros_like(x), where=np.abs(x) > _TINY)
+    inverse: np.ndarray = np.divide(np.float32(1), x, out=np.zeros_like(x), where=np.abs(x) > _TINY)
+    return inverse
 
 
 def _near(x: np.ndarray) -> np.ndarray:
     """Return the nearest finite float16."""
-    return np.clip(x, -_HALF_MAX, _HALF_MAX).astype(np.float16)
+    near: np.ndarray = np.clip(x, -_HALF_MAX, _HALF_MAX).astype(np.float16)
+    return near
 
 
 def _below(x: np.ndarray) -> np.ndarray:

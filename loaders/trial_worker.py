@@ -16,6 +16,7 @@ _PROMPT = (1, 2, 3)
 
 
 def main() -> None:
+    """Try the target of one request."""
     child.serve(_answer)
 
 

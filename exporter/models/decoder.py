@@ -165,7 +165,8 @@ class Decoder(nnx.Module):
                 x, layer_rotary(stack.ropes, index, rotary), windows[index], index, cache_dtype
             )
 
-        return jax.lax.fori_loop(0, stack.layers, layer, self.embed(tokens, positions, XLA_OPS))
+        x: Array = jax.lax.fori_loop(0, stack.layers, layer, self.embed(tokens, positions, XLA_OPS))
+        return x
 
     def forward_layer(
         self, x: Array, rotary: Rotary, window: Array, layer: Array, cache_dtype: str = "float32"
@@ -228,7 +229,8 @@ def gather_rows(table: Array, places: Array) -> Array:
     turns that off.
     """
     row = partial(jax.lax.dynamic_index_in_dim, table, keepdims=False)
-    return jax.vmap(jax.vmap(row))(places.astype(jnp.uint32))
+    rows: Array = jax.vmap(jax.vmap(row))(places.astype(jnp.uint32))
+    return rows
 
 
 def _no_attention(q: Array, k: Array, v: Array) -> Array:

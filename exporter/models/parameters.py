@@ -82,7 +82,8 @@ def abstract_model(spec: ModelSpec) -> AbstractModel:
 
     def bind(arrays: Sequence[Weight]) -> Decoder:
         bound = [(path, leaf.replace(array)) for (_, path, leaf), array in zip(flat, arrays, strict=True)]
-        return nnx.merge(graph, nnx.from_flat_state(bound))
+        module: Decoder = nnx.merge(graph, nnx.from_flat_state(bound))
+        return module
 
     return AbstractModel(parameters=parameters, bind=bind)
 

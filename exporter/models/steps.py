@@ -16,6 +16,8 @@ STEP_INTEGERS = 8
 
 # The codes have the fields of kernels/src/step_codes.h, which documents them.
 class LinearCode(NamedTuple):
+    """A `LinearCall`."""
+
     x: int
     residual: int
     has_norm: int
@@ -25,12 +27,16 @@ class LinearCode(NamedTuple):
 
 
 class AttentionCode(NamedTuple):
+    """Attention of a layer."""
+
     q: int
     k: int
     v: int
 
 
 class NormCode(NamedTuple):
+    """A `NormCall`."""
+
     x: int
     residual: int
     width: int
@@ -38,6 +44,8 @@ class NormCode(NamedTuple):
 
 
 class ExpertsCode(NamedTuple):
+    """An `ExpertsCall`."""
+
     x: int
     scores: int
     residual: int

@@ -118,7 +118,8 @@ class _StackReader:
         array = self._array
         if matrix == tensor.shape[0] - 1:
             self._tensor, self._array = None, np.empty(0, np.float32)
-        return array[matrix]
+        chosen: np.ndarray = array[matrix]
+        return chosen
 
 
 def _matrices(

@@ -140,7 +140,7 @@ def _experts(compute: str, x: Array, scores: Array, call: ExpertsCall, layer: Ar
         down = _layer_matrix(call.down, at, width, call.ff_width, compute)  # [D, F]
         return total + parts[:, expert, None] * _product("MF,DF->MD", gated, down, compute)
 
-    total = jax.lax.fori_loop(0, call.experts, add, jnp.zeros_like(x))
+    total: Array = jax.lax.fori_loop(0, call.experts, add, jnp.zeros_like(x))
     return total if call.residual is None else total + call.residual
 
 
@@ -341,7 +341,8 @@ def layer_loop(
 
             return stack.layer(x, layer_ops(target, layer, used, attend)), caches
 
-        return jax.lax.fori_loop(0, stack.layers, body, (x, caches))
+        result: tuple[Array, KVCaches] = jax.lax.fori_loop(0, stack.layers, body, (x, caches))
+        return result
 
     return layers
 

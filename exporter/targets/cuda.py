@@ -6,7 +6,7 @@ fixes a layout.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import jax
@@ -14,6 +14,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import Value
 
 from ..models.xla_ops import xla_ops
 from ..programs import ProgramSpec
@@ -57,7 +58,7 @@ def decode_layouts(decode: ProgramSpec, device: jax.Device) -> Layouts:
     sharding = SingleDeviceSharding(device)
     free, fixed = Format(Layout.AUTO, sharding), sharding
 
-    def formats(values: tuple) -> tuple:
+    def formats(values: Sequence[Value]) -> tuple[object, ...]:
         return tuple(free if value.role in _FREE else fixed for value in values)
 
     function = jax.jit(
@@ -70,7 +71,7 @@ def decode_layouts(decode: ProgramSpec, device: jax.Device) -> Layouts:
     chosen = function.lower(*decode.abstract_arguments()).compile().input_formats[0]
     # A cache's argument and result share their memory and therefore their layout.
     return {
-        value.name: tuple(format.layout.major_to_minor)
-        for value, format in zip(decode.arguments, chosen, strict=True)
+        value.name: tuple(memory.layout.major_to_minor)
+        for value, memory in zip(decode.arguments, chosen, strict=True)
         if value.role in _FREE
     }

@@ -29,7 +29,7 @@ def for_all_jaxlibs(module: bytes, where: str) -> bytes:
         stablehlo.register_dialect(context)
         parsed = stablehlo.deserialize_portable_artifact(context, module)
         try:
-            return stablehlo.serialize_portable_artifact(parsed, OLDEST_READER)
+            return bytes(stablehlo.serialize_portable_artifact(parsed, OLDEST_READER))
         except ValueError as error:
             raise PrecastError(
                 f"{where}: cannot be written as StableHLO {OLDEST_READER}, which the oldest jaxlib that precast"

@@ -152,7 +152,8 @@ def _token_problems(model: Model, answer: Answer, where: str) -> list[str]:
 
 def first_logits(model: Model, prompt: Sequence[int]) -> np.ndarray:
     """Return the logits [V] of the first step of an answer to a prompt, as a view."""
-    return model.engine.logits(model.engine.prefill(prompt, model.engine.new_cache()))[0]
+    logits: np.ndarray = model.engine.logits(model.engine.prefill(prompt, model.engine.new_cache()))[0]
+    return logits
 
 
 def _difference(model: Model, answer: Answer) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..artifact.errors import PrecastError, printable
+from ..artifact.machine import processor_family
 from ..artifact.manifest import Program, ProgramMemory, Target, Value
 from ..artifact.record import from_json
 from ..progress import Progress
@@ -146,7 +147,7 @@ def compile_target(
         runtime="pjrt",
         platform="cpu",
         device="any",
-        machine=isas.processor_family(),
+        machine=processor_family(),
         jaxlib=jaxlib,
         cpu_features=features,
         xla_flags=isas.xla_flags(isa, os.environ.get("XLA_FLAGS", "")),
@@ -198,6 +199,7 @@ def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], 
 
 
 def main() -> None:
+    """Compile the programs of one request."""
     child.serve(_answer)
 
 

@@ -23,7 +23,7 @@ def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> 
         raise click.BadParameter(f"expected whole numbers separated by commas, found {value!r}.") from None
 
 
-class Artifact(click.ParamType):
+class Artifact(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has no type argument
     """A parameter type: an artifact's folder, as a path, or the URL of a pushed one, as text."""
 
     name = "path or url"

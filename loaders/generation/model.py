@@ -10,7 +10,8 @@ from ..artifact.errors import PrecastError
 from ..artifact.manifest import Manifest, Target
 from ..text.tokenizer import Tokenizer
 from .engine import Engine
-from .sampling import Sampler, SamplingParams
+from .sampling import Sampler
+from .sampling_params import SamplingParams
 from .stopping import StopStrings
 from .stream import Completion, GenerationState, Stream, pieces
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 from jaxlib import _jax, xla_client
+from jaxlib.version import __version__ as jaxlib_version
 
 from ..artifact.compat import cuda_packages
 from ..artifact.errors import PrecastError
@@ -162,7 +163,7 @@ def _client() -> Client:
     if plugin is None:
         raise PrecastError(
             f"CUDA: jax's plugin for NVIDIA GPUs is not installed: pip install"
-            f" {cuda_packages(pjrt.jaxlib_version)}"
+            f" {cuda_packages(jaxlib_version)}"
         )
     for library in _nvidia_libraries():
         # If the plugin needs a library that cannot be loaded, its own error is better.

@@ -370,11 +370,12 @@ def _check_room(store: Store, index: Index, root: Path) -> None:
         PrecastError: a disk is too full.
     """
     missing = sum(piece.bytes for piece in index.pieces.values() if not cache.has_piece(piece))
-    needed: dict[int, list] = {}
+    needed: dict[int, tuple[Path, int]] = {}
     for folder, size in ((cache.folder(), missing), (root, index.bytes)):
         existing = next(f for f in (folder.absolute(), *folder.absolute().parents) if f.is_dir())
-        need = needed.setdefault(existing.stat().st_dev, [existing, 0])
-        need[1] += size
+        device = existing.stat().st_dev
+        first, sum_of_sizes = needed.get(device, (existing, 0))
+        needed[device] = first, sum_of_sizes + size
     for existing, size in needed.values():
         free = shutil.disk_usage(existing).free
         if size > free:

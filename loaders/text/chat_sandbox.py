@@ -375,7 +375,8 @@ def _dict(environment: Any, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         environment.meter.allocate(128)
         result[environment.metered_key(key)] = value
     result.update(kwargs)
-    return environment.metered_new(result)
+    environment.metered_new(result)
+    return result
 
 
 @pass_environment
@@ -398,7 +399,7 @@ def _raise_exception(environment: Any, message: Any) -> NoReturn:
 
 
 @pass_environment
-def _strftime_now(environment: Any, format: Any) -> str:
+def _strftime_now(environment: Any, format: Any) -> str:  # noqa: A002  # transformers' name
     if not isinstance(format, str):
         raise TypeError(f"strftime_now expects text, not {type(format).__name__!r}")
     if len(format) > 256 or WIDE.search(format):

@@ -266,9 +266,9 @@ def _mapping(path: Path, key: str, value: object) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _number(path: Path, value: object) -> int:
+def _number(path: Path, value: Any) -> int:
     try:
-        return int(value)  # type: ignore[call-overload]
+        return int(value)
     except (TypeError, ValueError, OverflowError):
         raise PrecastError(
             f"{path}: expected token ids, found {json.dumps(value):.80}; correct it."
