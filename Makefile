@@ -12,7 +12,7 @@ BENCH_PRECAST ?= .venv-bench-precast
 PYTEST = $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP_INSTALL = .ci/pip_install.py --constraint constraints.txt
 
-.PHONY: help demo test test-long lint docs bench fuzz kill interrupt
+.PHONY: help demo test test-long lint wheel docs bench fuzz kill interrupt
 
 help:  ## show the targets
 	@echo "make TARGET [PYTHON=python3.12] [VENV=.venv]"
@@ -37,6 +37,13 @@ lint: $(READY)  ## ruff, mypy, import-linter
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/types $(BIN)/mypy
 	$(BIN)/lint-imports
+
+# --only-plat fails for a wheel that is tied to this machine's libraries.
+wheel: $(READY)  ## build the manylinux wheel into dist/
+	rm -rf build/wheel
+	@$(BIN)/python $(PIP_INSTALL) 'precast[release]'
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip --only-plat --wheel-dir dist build/wheel/precast-*.whl
 
 docs: $(DOCS_READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 PRECAST_TYPES=$(VENV)/types $(BIN)/mkdocs build --strict

@@ -1,1 +1,0 @@
-"""The contract between exporter and loader: manifest, weight store, hashes, compatibility."""

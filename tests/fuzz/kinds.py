@@ -17,6 +17,7 @@ from typing import Any
 
 from mutate import NAMES, mutate_bytes, mutate_json, odd_value, write_json
 from templates import program
+from tokenizers_hostile import hostile_tokenizer
 
 MANIFEST, SIGNATURE, WEIGHTS = "manifest.json", "manifest.json.sig", "weights.safetensors"
 
@@ -221,138 +222,13 @@ def executable(base: Base, random: Random) -> Case:
 def tokenizer(base: Base, random: Random) -> Case:
     tree = json.loads(base.files["tokenizer.json"])
     if random.random() < 0.5:
-        tree = _hostile_tokenizer(tree, random)
+        tree = hostile_tokenizer(tree, random)
     if random.random() < 0.7:
         tree = mutate_json(tree, random)
     data = write_json(tree)
     if random.random() < 0.1:
         data = mutate_bytes(data, random)
     return Case(changes=base.rehashed({"tokenizer.json": data}), texts=_some_texts(random))
-
-
-_PATTERNS = (
-    "(a+)+$",
-    "(a|a)*b",
-    "(.*)*x",
-    "a{1,99999}",
-    "(?<=a+)b",
-    "[",
-    "(",
-    "\\p{X}",
-    "",
-    "(?:a|aa)+$",
-    "\\1",
-    "(a*)*\\1",
-    ".",
-    "(?R)",
-    "\\0",
-)
-
-
-def _hostile_tokenizer(tree: Any, random: Random) -> Any:
-    """Another model, another decoder, a catastrophic pattern, a vocabulary that nothing should hold."""
-    tree = copy.deepcopy(tree)
-    pattern = random.choice(({"Regex": random.choice(_PATTERNS)}, {"String": random.choice(("", "a", "\0"))}))
-    ids = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63, -1, 10**6)
-    match random.randrange(9):
-        case 0:
-            tree["model"] = {
-                "type": "Unigram",
-                "unk_id": random.choice((None, 0, 1, 2**40)),
-                "vocab": [["a", 0.0], ["<0x-1>", -1e308], ["", 1e308]] * random.choice((1, 50)),
-                "byte_fallback": random.random() < 0.5,
-            }
-        case 1:
-            tree["model"] = {
-                "type": "WordPiece",
-                "unk_token": random.choice(("[UNK]", "a")),
-                "continuing_subword_prefix": "##",
-                "max_input_chars_per_word": random.choice((0, 100, 2**63)),
-                "vocab": {"a": 0, "##b": random.choice(ids)},
-            }
-        case 2:
-            tree["model"]["vocab"] = {
-                f"t{i}": i * random.choice((1, 1000)) for i in range(random.choice((0, 1, 5000)))
-            } | {"<0x-1>": random.choice(ids)}
-        case 3:
-            tree["pre_tokenizer"] = {
-                "type": "Split",
-                "pattern": pattern,
-                "behavior": random.choice(("Isolated", "Removed", "MergedWithNext")),
-                "invert": random.random() < 0.5,
-            }
-        case 4:
-            tree["normalizer"] = random.choice(
-                (
-                    {"type": "Replace", "pattern": pattern, "content": "x" * random.choice((0, 1, 5000))},
-                    {
-                        "type": "Precompiled",
-                        "precompiled_charsmap": random.choice(("", "AAAA", "/////w==", "A" * 400)),
-                    },
-                    {"type": "Prepend", "prepend": "a" * 10_000},
-                    {
-                        "type": "Sequence",
-                        "normalizers": [{"type": random.choice(("NFKD", "Nmt", "Lowercase", "StripAccents"))}]
-                        * 20,
-                    },
-                )
-            )
-        case 5:
-            tree["decoder"] = random.choice(
-                (
-                    {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-                    {"type": "Replace", "pattern": pattern, "content": "x"},
-                    {"type": "Strip", "content": "a", "start": random.choice((0, 2**63)), "stop": 5},
-                    {"type": "CTC", "pad_token": "a", "word_delimiter_token": "|", "cleanup": True},
-                    {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
-                    None,
-                    {"type": "Sequence", "decoders": []},
-                )
-            )
-            tree["model"]["vocab"] |= {f"<0x{i:02X}>": 300 + i for i in range(256)}
-        case 6:
-            flags = {
-                key: random.random() < 0.5
-                for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
-            }
-            tree["added_tokens"] = [
-                {
-                    "id": random.choice((*ids, 300 + i)),
-                    "content": random.choice(("a", "", "\0", "<s>", "x" * 9999, "é")),
-                    **flags,
-                }
-                for i in range(random.choice((1, 3, 300)))
-            ]
-        case 7:
-            tree["post_processor"] = {
-                "type": "TemplateProcessing",
-                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * random.choice((1, 5000))
-                + [{"Sequence": {"id": "A", "type_id": 0}}],
-                "pair": [],
-                "special_tokens": {
-                    "<s>": {
-                        "id": "<s>",
-                        "ids": [random.choice((0, 2**32 - 1))] * random.choice((0, 1, 1000)),
-                        "tokens": ["<s>"],
-                    }
-                },
-            }
-        case _:
-            tree["truncation"] = {
-                "direction": "Right",
-                "max_length": random.choice((0, 1, 2**63)),
-                "strategy": "LongestFirst",
-                "stride": random.choice((0, 5, 2**63)),
-            }
-            tree["padding"] = {
-                "strategy": {"Fixed": random.choice((10, 2**31, 2**60))},
-                "direction": "Right",
-                "pad_to_multiple_of": random.choice((None, 0, 2**62)),
-                "pad_id": 0,
-                "pad_type_id": 0,
-                "pad_token": "x",
-            }
-    return tree
 
 
 def template(base: Base, random: Random) -> Case:

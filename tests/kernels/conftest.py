@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from layers_calls import F32, LAYERS_CACHE, OUTS, STEPS, WEIGHTS, ones
 
 from precast import kernels
 
 
 @pytest.fixture(params=kernels.ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once for every instruction set, and always gives back the choice."""
+    """Run a test once for each instruction set; restore the choice afterwards."""
     if request.param not in kernels.supported_isas():
         pytest.skip(f"this CPU does not run {request.param}")
     kernels.force_isa(request.param)
@@ -25,7 +26,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def jax() -> ModuleType:
     """jax, with precast's kernels registered."""
     jax = pytest.importorskip("jax")
-    # Not at the top: without jaxlib nothing in this folder could say what is missing.
+    # Imported late, so that the tests of this folder skip without jaxlib.
     from precast.loaders.runtime import pjrt
 
     pjrt.register_kernels()
@@ -34,10 +35,10 @@ def jax() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def refusal(jax: ModuleType) -> Callable[[Callable[[], object]], str]:
-    """What a call was refused with."""
+    """Return the error text of a refused call."""
 
     def refused(call: Callable[[], object]) -> str:
-        # Which of the two depends on whether jax has made this call before.
+        # The type depends on whether jax has compiled this call before.
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="INVALID_ARGUMENT") as error:
             jax.block_until_ready(call())
         return str(error.value)
@@ -49,7 +50,7 @@ def refusal(jax: ModuleType) -> Callable[[Callable[[], object]], str]:
 def linear(jax: ModuleType) -> Callable[..., list[np.ndarray]]:
     """``(x [M, in], layer, weights each a list of stacks, outs, …) -> results each [M, out]``.
 
-    What may follow: used, norm and eps, biases, residual, gate.
+    Keyword arguments: used, norm and eps, biases, residual, gate.
     """
 
     @partial(jax.jit, static_argnames=("outs", "eps", "norm", "residual", "bias", "gate"))
@@ -119,8 +120,8 @@ def argmax(jax: ModuleType) -> Callable[..., np.ndarray]:
 def attention(jax: ModuleType) -> Callable[..., tuple[np.ndarray, list[np.ndarray]]]:
     """``(q, k, v, cos, sin, caches, layer, slots, starts, lengths, scale=, ...) -> (out, caches)``.
 
-    `caches` are keys and values, for int8 followed by the scales of each; those given are copied, not changed.
-    `aliases` says which operand which result reuses, instead of every cache its own.
+    `caches` are keys and values, for int8 followed by the scales of each; the call copies them. `aliases` maps operands
+    to the results that reuse their memory; by default each cache result reuses its argument.
     """
 
     @partial(jax.jit, static_argnames=("aliases", "attributes"))
@@ -145,5 +146,50 @@ def attention(jax: ModuleType) -> Callable[..., tuple[np.ndarray, list[np.ndarra
         attributes = tuple(numbers.items())
         out, *after = call(operands[:5], caches, places, aliases=pairs, attributes=attributes)
         return np.asarray(out), [np.asarray(a) for a in after]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def layers(jax: ModuleType) -> Callable[..., Any]:
+    """Make a valid call of precast.layers, two sequences of four tokens, with some arguments replaced."""
+
+    def run(**changed: Any) -> Any:
+        good: dict[str, Any] = {
+            "x": ones(8, 10),
+            "used": np.int32(8),
+            "cos": ones(1, 2, 4, 2),
+            "sin": np.zeros((1, 2, 4, 2), F32),
+            "caches": [np.zeros(LAYERS_CACHE, F32)] * 2,
+            "slots": np.int32([2, 0]),
+            "starts": np.int32([5, 0]),
+            "lengths": np.int32([4, 3]),
+            "weights": WEIGHTS,
+            "heads": (6, 2, 4),
+            "windows": (0, 0),
+            "ropes": (0, 0),
+            "steps": STEPS,
+            "outs": OUTS,
+            "numbers": (1e-5, 0, 0.5, 0, 0, 0, 0, 0, 0, 0),
+            "y": (8, 10),
+            "results": None,
+            "aliases": None,
+        }
+        assert changed.keys() <= good.keys()
+        c = SimpleNamespace(**(good | changed))
+        shapes = [(a.shape, a.dtype) for a in c.caches] if c.results is None else c.results
+        results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in ((c.y, F32), *shapes)]
+        own = {4 + i: 1 + i for i in range(len(c.caches))}
+        aliases = own if c.aliases is None else c.aliases
+        call = jax.ffi.ffi_call("precast.layers.v2", results, input_output_aliases=aliases)
+        return call(
+            *(c.x, c.used, c.cos, c.sin, *c.caches, c.slots, c.starts, c.lengths, *c.weights),
+            heads=np.array(c.heads, np.int64),
+            windows=np.array(c.windows, np.int64),
+            ropes=np.array(c.ropes, np.int64),
+            steps=np.array([code for step in c.steps for code in step], np.int64),
+            outs=np.array(c.outs, np.int64),
+            numbers=np.array(c.numbers, F32),
+        )
 
     return run

@@ -1,79 +1,14 @@
-"""Calls of all layers that do not make sense: the handler says what is wrong before anything has run."""
+"""Invalid calls of precast.layers: the handler names the error before it runs a step."""
 
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from layers_calls import DOWN, F32, LAYERS_CACHE, LAYERS_INT8, OUTS, STEPS, WEIGHTS, ones
 
-F32 = np.float32
 CACHE = "expected keys and values [L, B, K, S, H], both float32, both bfloat16 or both int8"
-
-
-def ones(*shape: int) -> np.ndarray:
-    return np.ones(shape, F32)
-
-
-LAYERS_CACHE = (2, 3, 2, 9, 4)  # [L, B, K, S, H]
-LAYERS_INT8 = [np.zeros(LAYERS_CACHE, np.int8)] * 2 + [ones(*LAYERS_CACHE[:-1])] * 2
-LINEAR_QKV = (0, 0, -1, 1, 0, 0, 3, 0)
-ATTENTION = (1, 1, 2, 3, 0, 0, 0, 0)
-LINEAR_OUT = (0, 4, 0, 0, 1, 0, 1, 0)
-GATED = (0, 5, -1, 0, 0, 1, 2, 0)
-DOWN = (0, 6, 5, 0, 0, 0, 1, 0)
-STEPS = (LINEAR_QKV, ATTENTION, LINEAR_OUT, GATED, DOWN)
-OUTS = (24, 8, 8, 10, 14, 14, 10)
-WEIGHTS = [
-    *(ones(2, 10), ones(2, 24, 10), ones(2, 8, 10), ones(2, 8, 10)),
-    *(ones(2, 10, 24), ones(2, 10), ones(2, 14, 10), ones(2, 14, 10), ones(2, 10, 14)),
-]
-
-
-@pytest.fixture(scope="module")
-def layers(jax: ModuleType) -> Callable[..., Any]:
-    """A good call of precast.layers, two sequences of four tokens, with what is given put in its place."""
-
-    def run(**changed: Any) -> Any:
-        good: dict[str, Any] = {
-            "x": ones(8, 10),
-            "used": np.int32(8),
-            "cos": ones(1, 2, 4, 2),
-            "sin": np.zeros((1, 2, 4, 2), F32),
-            "caches": [np.zeros(LAYERS_CACHE, F32)] * 2,
-            "slots": np.int32([2, 0]),
-            "starts": np.int32([5, 0]),
-            "lengths": np.int32([4, 3]),
-            "weights": WEIGHTS,
-            "heads": (6, 2, 4),
-            "windows": (0, 0),
-            "ropes": (0, 0),
-            "steps": STEPS,
-            "outs": OUTS,
-            "numbers": (1e-5, 0, 0.5, 0, 0, 0, 0, 0, 0, 0),
-            "y": (8, 10),
-            "results": None,
-            "aliases": None,
-        }
-        assert changed.keys() <= good.keys()
-        c = SimpleNamespace(**(good | changed))
-        shapes = [(a.shape, a.dtype) for a in c.caches] if c.results is None else c.results
-        results = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in ((c.y, F32), *shapes)]
-        own = {4 + i: 1 + i for i in range(len(c.caches))}
-        aliases = own if c.aliases is None else c.aliases
-        call = jax.ffi.ffi_call("precast.layers.v2", results, input_output_aliases=aliases)
-        return call(
-            *(c.x, c.used, c.cos, c.sin, *c.caches, c.slots, c.starts, c.lengths, *c.weights),
-            heads=np.array(c.heads, np.int64),
-            windows=np.array(c.windows, np.int64),
-            ropes=np.array(c.ropes, np.int64),
-            steps=np.array([code for step in c.steps for code in step], np.int64),
-            outs=np.array(c.outs, np.int64),
-            numbers=np.array(c.numbers, F32),
-        )
-
-    return run
 
 
 def test_the_good_layers_are_taken(layers: Callable[..., Any]) -> None:
@@ -104,6 +39,10 @@ HEADS = "expected heads to be N, K and H, with N a multiple of K"
 CODES = "expected steps of eight integers and two numbers each"
 WIDTHS = "the widths of a linear step do not fit together"
 SCALED = "int8 caches need key and value scales, other caches take none"
+W = "weights: expected float32"
+ALIAS = "the cache results must alias the cache arguments"
+QKV = "attention: expected q as wide as N heads, and k and v as wide as K heads"
+MATCH = "to match its argument, float32 [2, 3, 2, 9, 4], found"
 SIZES = "expected keys and values [2, B, 2, S, 4], found"
 PER_WINDOW = "expected 2 cache results, or 4 with scales, for each of"
 BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -112,7 +51,7 @@ BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     "a width of nothing": ({"outs": [0, *OUTS[1:]]}, WIDTHS),
     "a huge width": (
         {"outs": [2**60, *OUTS[1:]]},
-        f"weights: expected float32 [L, {2**60}, 10], found float32 [2, 24, 10]",
+        f"{W} [L, {2**60}, 10], found float32 [2, 24, 10]",
     ),
     "no slots": (cache_of(2, 0, 2, 9, 4), "expected caches of at least one slot and one position, found"),
     "no positions": (cache_of(2, 3, 2, 0, 4), "expected caches of at least one slot and one position, found"),
@@ -166,7 +105,7 @@ BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "weights of another width": (
         {"outs": (24, 8, 8, 10, 15, 15, 10)},
-        "weights: expected float32 [L, 15, 10], found float32 [2, 14, 10]",
+        f"{W} [L, 15, 10], found float32 [2, 14, 10]",
     ),
     # Operands.
     "norm of another width": (
@@ -177,7 +116,7 @@ BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
     "weights of one layer": (with_weight(4, ones(1, 10, 24)), "weights [1, 10, 24]: no entry 1"),
     "weights of other inputs": (
         with_weight(8, ones(2, 10, 13)),
-        "weights: expected float32 [L, 10, 14], found float32 [2, 10, 13]",
+        f"{W} [L, 10, 14], found float32 [2, 10, 13]",
     ),
     "bias of another width": (
         with_weight(5, ones(2, 9)),
@@ -280,19 +219,19 @@ BAD_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
         {"caches": [*LAYERS_INT8[:3], np.ones(LAYERS_CACHE[:-1], np.float16)]},
         "expected float32 scales",
     ),
-    "no aliases": ({"aliases": {}}, "the cache results must alias the cache arguments"),
-    "keys alone aliased": ({"aliases": {4: 1}}, "the cache results must alias the cache arguments"),
+    "no aliases": ({"aliases": {}}, ALIAS),
+    "keys alone aliased": ({"aliases": {4: 1}}, ALIAS),
     "scales not aliased": (
         {"caches": LAYERS_INT8, "aliases": {4: 1, 5: 2, 6: 3}},
-        "the cache results must alias the cache arguments",
+        ALIAS,
     ),
     "results of another shape": (
         {"results": [(LAYERS_CACHE, F32), ((2, 3, 2, 10, 4), F32)], "aliases": {4: 1}},
-        "expected cache result 1 to match its argument, float32 [2, 3, 2, 9, 4], found float32 [2, 3, 2, 10, 4]",
+        f"cache result 1 {MATCH} float32 [2, 3, 2, 10, 4]",
     ),
     "results of another type": (
         {"results": [(LAYERS_CACHE, np.int32), (LAYERS_CACHE, F32)], "aliases": {}},
-        "expected cache result 0 to match its argument, float32 [2, 3, 2, 9, 4], found int32 [2, 3, 2, 9, 4]",
+        f"cache result 0 {MATCH} int32 [2, 3, 2, 9, 4]",
     ),
     # Places in the caches.
     "slot too high": (
@@ -475,7 +414,7 @@ BAD_MIXTURES: dict[str, tuple[dict[str, Any], str]] = {
     "a width of nothing": (mixture(outs=(3, 0)), EXPERTS),
     "a huge width": (
         mixture(outs=(3, 2**60)),
-        f"weights: expected float32 [L, {2**60}, 10], found float32 [6, 5, 10]",
+        f"{W} [L, {2**60}, 10], found float32 [6, 5, 10]",
     ),
     "more experts than scores": (mixture((2, 6, 4)), EXPERTS),
     "fewer experts than scores": (mixture((2, 6, 2)), EXPERTS),
@@ -486,7 +425,7 @@ BAD_MIXTURES: dict[str, tuple[dict[str, Any], str]] = {
     "too few downs": (mixture(weight=(6, ones(5, 10, 5))), "weights [5, 10, 5]: no entry 5"),
     "downs on their side": (
         mixture(weight=(6, ones(6, 5, 10))),
-        "weights: expected float32 [L, 10, 5], found float32 [6, 5, 10]",
+        f"{W} [L, 10, 5], found float32 [6, 5, 10]",
     ),
     "no downs": (mixture(weights=MIXTURE_WEIGHTS[:-1]), "operand weights is missing"),
     "an operand too many": (
