@@ -1,4 +1,4 @@
-"""The largest number of a row, against NumPy: the first of several, and NaN before any number."""
+"""precast.argmax against NumPy: the first of equal numbers wins, and NaN wins over any number."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 Argmax = Callable[[np.ndarray], np.ndarray]
-# XLA's threads count subnormal numbers as zeros.
+# XLA's threads flush subnormal numbers to zero.
 NUMBERS = st.floats(width=32, allow_subnormal=False) | st.sampled_from(
     [0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan")]
 )

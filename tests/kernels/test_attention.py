@@ -1,7 +1,7 @@
 """precast.attention against a plain softmax attention in NumPy, float64.
 
-The caches are compared first, with what their type allows; then the answers with an attention over what was stored,
-so that only float32's errors are left.
+The tests first compare the caches, within the precision of their type. They then compare the answers with an attention
+over the stored rows, which leaves only the errors of float32.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A call's sizes; sequence r has ``lengths[r]`` tokens from ``starts[r]`` on, in slot ``slots[r]``.
+    """Sizes of a call; sequence r has ``lengths[r]`` tokens from ``starts[r]`` on, in slot ``slots[r]``.
 
-    With a window the S places may be a ring: position p stands at place p mod S.
+    With a window the S places may be a ring: position p is at place p mod S.
     """
 
     starts: tuple[int, ...]
@@ -48,7 +48,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """The arguments of a call; whatever of the caches is not filled, or before every window, is NaN."""
+    """The arguments of a call; unfilled positions of the caches, and positions before every window, are NaN."""
 
     sizes: Sizes
     q: np.ndarray  # [R, T, N, H]
@@ -61,7 +61,7 @@ class Call:
 
 
 def filled(rng: np.random.Generator, kind: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a cache and their scales (meaningless but for int8)."""
+    """Return rows of a cache and their scales, which matter only for int8."""
     if kind == "int8":
         return rng.integers(-127, 128, shape, np.int8), rng.uniform(0.004, 0.02, shape[:-1]).astype(
             np.float32
@@ -91,7 +91,7 @@ def make(sizes: Sizes) -> Call:
                 rows_of[seen], scales_of[seen] = filled(rng, d.kind, (d.K, start - first, d.H))
     for r, length in enumerate(d.lengths):
         for a in (q, k, v, cos, sin):
-            a[r, length:] = np.nan  # padding is as unfit to be read as what is not filled
+            a[r, length:] = np.nan  # the kernels must not read padding either
     caches = rows + scales if d.kind == "int8" else rows
     return Call(sizes=d, q=q, k=k, v=v, cos=cos, sin=sin, caches=caches, scale=float(d.H) ** -0.5)
 
@@ -104,7 +104,7 @@ def run(attention: Attention, call: Call) -> tuple[np.ndarray, list[np.ndarray]]
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``x [R, T, heads, H]`` with its pairs turned, in float64, and the size of the terms it is a sum of."""
+    """Return ``x [R, T, heads, H]`` rotated in float64, and the magnitude of the terms of each sum."""
     x, c, s = x.astype(np.float64), cos[:, :, None].astype(np.float64), sin[:, :, None].astype(np.float64)
     P = cos.shape[-1]
     a, b, rest = x[..., :P], x[..., P : 2 * P], x[..., 2 * P :]
@@ -114,7 +114,7 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray,
 
 
 def stored(caches: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values as numbers, float64."""
+    """Return keys and values in float64."""
     keys, values = (a.astype(np.float64) for a in caches[:2])
     if len(caches) == 2:
         return keys, values
@@ -126,7 +126,7 @@ def as_bytes(array: np.ndarray) -> np.ndarray:
 
 
 def assert_stored(kind: str, x: np.ndarray, error: np.ndarray, row: np.ndarray, scale: np.ndarray) -> None:
-    """Rows `x`, exact but for `error`, are stored as `row` (int8: times `scale [...]`) as well as the type allows."""
+    """Check that `row` (int8: times `scale [...]`) holds `x`, known up to `error`, to the precision of the type."""
     number = row.astype(np.float64)
     if kind == "int8":
         top, slack = np.abs(x).max(-1), error.max(-1)
@@ -138,7 +138,7 @@ def assert_stored(kind: str, x: np.ndarray, error: np.ndarray, row: np.ndarray, 
 
 
 def assert_appended(call: Call, after: list[np.ndarray]) -> None:
-    """What the tokens brought stands in its place; all else is as before, to the bit."""
+    """Check that the tokens' rows are in their places and that all other rows keep their bits."""
     d = call.sizes
     untouched = np.ones((d.L, d.B, d.K, d.S), bool)
     scales = after[2:] or [np.zeros(untouched.shape)] * 2
@@ -157,7 +157,7 @@ def assert_appended(call: Call, after: list[np.ndarray]) -> None:
 
 
 class Query(NamedTuple):
-    """A rotated query ``[H]``, the terms it is a sum of, and how its scores are treated."""
+    """A rotated query ``[H]``, the magnitude of the terms of its sums, and the scale and cap of its scores."""
 
     q: np.ndarray
     terms: np.ndarray
@@ -168,7 +168,7 @@ class Query(NamedTuple):
 def softmax_attention(
     query: Query, keys: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, float | np.ndarray]:
-    """One query over the positions ``[P, H]`` it sees: the answer ``[H]`` and what float32 may miss it by."""
+    """Return the answer ``[H]`` of one query over its visible positions ``[P, H]``, and the error allowed."""
     with np.errstate(all="ignore"):
         scores = keys @ query.q * query.scale
         sums = (query.q.size / 4 + 12) * np.abs(keys) @ np.abs(query.q) + 3 * np.abs(keys) @ query.terms
@@ -183,7 +183,7 @@ def softmax_attention(
 
 
 def expected(call: Call, after: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Answers ``[R, T, N, H]`` over what is stored, zeros for padding, and their tolerance."""
+    """Return the answers ``[R, T, N, H]`` over the stored rows, zeros for padding, and their tolerance."""
     d, (keys, values) = call.sizes, stored(after)
     q, terms = rotate(call.q, call.cos, call.sin)
     out, tolerance = np.zeros(call.q.shape), np.zeros(call.q.shape)
@@ -207,7 +207,7 @@ def assert_answers(attention: Attention, call: Call) -> None:
 
 
 def one(start: int, length: int, **sizes: int | float | str) -> Sizes:
-    """A call of one sequence without padding."""
+    """Return the sizes of a call of one sequence without padding."""
     return Sizes(starts=(start,), lengths=(length,), slots=(sizes.pop("slot", 2),), **{"T": length, **sizes})
 
 
@@ -218,12 +218,14 @@ NAMED = {
     "decode from a span's start": one(256, 1, S=300),
     "decode over four spans": one(777, 1, S=801, G=7, H=64, P=32),
     "a short prompt over two spans": one(250, 8, S=300),
-    "two blocks of tokens over what would be two spans": one(300, 17, S=320),
+    "two blocks of tokens over as many positions as two spans": one(300, 17, S=320),
     "the last position": one(79, 1),
     "the last positions, in blocks": one(10, 70),
     "a bucket full of padding but one": Sizes(starts=(5,), lengths=(1,), slots=(0,), T=70),
     "nothing active": Sizes(starts=(0, 9), lengths=(0, 0), slots=(0, 1), T=3),
-    "an inactive slot may be nonsense": Sizes(starts=(-7, 9), lengths=(0, 2), slots=(99, 1), T=3),
+    "an inactive sequence with an invalid slot and start": Sizes(
+        starts=(-7, 9), lengths=(0, 2), slots=(99, 1), T=3
+    ),
     "two inactive in one slot": Sizes(starts=(0, 0, 4), lengths=(0, 0, 4), slots=(3, 3, 3), T=4),
     "ragged": Sizes(starts=(0, 70, 33, 1), lengths=(9, 3, 0, 5), slots=(3, 0, 1, 2), T=9),
     "decode of four": Sizes(starts=(0, 300, 513, 64), lengths=(1, 1, 1, 1), slots=(3, 0, 1, 2), T=1, S=515),
@@ -247,7 +249,7 @@ NAMED = {
     "a ring's end within a chunk": one(75, 20, window=40),
     "a ring's last place": one(159, 1, window=30),
     "a ring's first place": one(160, 1, window=30),
-    "a ring as short as may be": one(300, 20, S=59, window=40),
+    "the shortest possible ring": one(300, 20, S=59, window=40),
     "a ring of one": one(77, 1, S=1, window=1),
     "a full ring": one(64, 70, S=70, window=1),
     "a ring's end within a chunk of blocks": one(1000, 130, S=260, window=100),
@@ -269,7 +271,7 @@ def test_agrees_with_numpy(isa: str, attention: Attention, sizes: Sizes, kind: s
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("H", [1, 2, 3, 4, 7, 8, 9, 16, 24, 31, 64, 80, 100, 128])
 def test_head_dimensions(isa: str, attention: Attention, H: int, kind: str) -> None:
-    """Whole and broken vectors; all, some or none of a head rotated."""
+    """Whole and partial vectors; rotation of all, some or none of a head."""
     assert_answers(attention, make(one(7, 13, H=H, P=H // 2, S=23, kind=kind)))
     assert_answers(attention, make(one(260, 1, H=H, P=H // 3, S=271, kind=kind)))
     assert_answers(attention, make(one(7, 2, H=H, P=0, G=2, S=23, kind=kind)))
@@ -287,7 +289,7 @@ def calls(draw: st.DrawFn) -> Sizes:
     slots = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True))
     lengths = [draw(st.integers(0, T)) for _ in slots]
     window = draw(st.sampled_from([0, 1, 5, 64, 65, 299]))
-    # Hypothesis likes ends: an empty cache and a full one come up often. A ring may have been full for long.
+    # Hypothesis favours the ends of ranges, so empty and full caches are frequent. A ring may be past its end.
     rings = [0 < window <= S + 1 - length for length in lengths]
     starts = [draw(st.integers(0, 3 * S if ring else S - n)) for n, ring in zip(lengths, rings, strict=True)]
     H = draw(st.sampled_from([2, 7, 8, 24]))
@@ -309,7 +311,7 @@ def calls(draw: st.DrawFn) -> Sizes:
     )
 
 
-# The fixture is the same for every example: it says which kernels run.
+# The fixture is the same for every example: it selects the kernels.
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=calls())
 def test_any_call(isa: str, attention: Attention, sizes: Sizes) -> None:
@@ -322,14 +324,14 @@ LONG_AND_SHORT = [one(300, 1, S=310), one(40, 30, S=75)]
 @pytest.mark.parametrize("soft_cap", [0.0, 20.0])
 @pytest.mark.parametrize("sizes", LONG_AND_SHORT, ids=["decode", "prefill"])
 def test_large_scores_do_not_overflow(isa: str, attention: Attention, sizes: Sizes, soft_cap: float) -> None:
-    """Scores of thousands, of both signs: exp of any of them alone would overflow or vanish."""
+    """Scores of thousands, of both signs, whose exponentials overflow or vanish."""
     call = make(replace(sizes, soft_cap=soft_cap))
     assert_answers(attention, replace(call, q=call.q * np.float32(1000)))
 
 
 @pytest.mark.parametrize("sizes", LONG_AND_SHORT, ids=["decode", "prefill"])
 def test_a_dominant_position_anywhere(isa: str, attention: Attention, sizes: Sizes) -> None:
-    """The peak comes first, last, or in a later tile or span: what was gathered before is scaled down by it."""
+    """The peak comes first, last, or in a later tile or span, and rescales the sums before it."""
     call = make(replace(sizes, P=0))
     start = sizes.starts[0]
     for position in (0, 1, 63, 64, 65, 255, 256, start - 1):
@@ -346,7 +348,7 @@ def test_any_scale(isa: str, attention: Attention, scale: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_agree_with_the_whole(isa: str, attention: Attention, kind: str) -> None:
-    """A prompt in one call, and the same in chunks that append to the cache one after another."""
+    """A prompt in one call agrees with the same prompt in chunks."""
     whole = make(one(0, 70, H=24, P=8, window=50, kind=kind))
     out, caches = run(attention, whole)
     chunk_caches, parts = whole.caches, []

@@ -1,4 +1,4 @@
-"""precast.attention at the edges of its numbers: rounding into the cache, infinities, NaN. One sequence, unrotated."""
+"""precast.attention with rounding into the cache, infinities and NaN, for one sequence without rotation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int8": np.int8}
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """T tokens behind `start` positions that are filled."""
+    """T tokens after `start` filled positions."""
 
     q: np.ndarray  # [T, N, H]
     k: np.ndarray  # [T, K, H]
@@ -35,7 +35,7 @@ def make(start: int, tokens: int, *, K: int = 2, G: int = 3, H: int = 16) -> Cal
 
 
 def run(attention: Attention, call: Call, kind: str = "float32") -> tuple[np.ndarray, list[np.ndarray]]:
-    """Answers ``[T, N, H]``, and keys and values ``[K, S, H]`` as they are stored, for int8 then their scales."""
+    """Return the answers ``[T, N, H]``, the stored keys and values ``[K, S, H]``, and for int8 their scales."""
     tokens, (K, start, H) = len(call.q), call.keys.shape
     caches = [np.zeros((1, 1, K, start + tokens, H), KINDS[kind]) for _ in range(2)]
     for cache, rows in zip(caches, (call.keys, call.values), strict=True):
@@ -49,7 +49,7 @@ def run(attention: Attention, call: Call, kind: str = "float32") -> tuple[np.nda
 
 
 def expected(call: Call) -> np.ndarray:
-    """The answers of NumPy in float64, NaN and infinity where it says so."""
+    """Return NumPy's answers in float64, with its NaN and infinities."""
     K, start, H = call.keys.shape
     keys = np.concatenate([call.keys, call.k.swapaxes(0, 1)], axis=1).astype(np.float64)
     values = np.concatenate([call.values, call.v.swapaxes(0, 1)], axis=1).astype(np.float64)
@@ -67,7 +67,7 @@ SHAPES = pytest.mark.parametrize(("start", "tokens"), [(300, 1), (40, 30)], ids=
 
 
 def assert_same_pattern(attention: Attention, call: Call) -> None:
-    """Finite where NumPy is and right there, elsewhere the same infinity or NaN."""
+    """Check for NumPy's finite answers, and for the same infinity or NaN elsewhere."""
     out, _ = run(attention, call)
     np.testing.assert_allclose(out, expected(call), rtol=1e-4, atol=1e-5)
 
@@ -78,7 +78,7 @@ def assert_same_pattern(attention: Attention, call: Call) -> None:
 def test_non_finite_keys(
     isa: str, attention: Attention, start: int, tokens: int, number: float, end: int
 ) -> None:
-    """From none to every position before the first query; a whole tile or span of scores may be -inf."""
+    """Some or all positions before the first query, so that a whole tile or span of scores may be -inf."""
     call = make(start, tokens)
     q, keys = call.q.copy(), call.keys.copy()
     q[..., 5] = np.where(np.arange(tokens)[:, None] % 3 == 1, -1.0, 1.0)  # scores of either sign
@@ -87,7 +87,7 @@ def test_non_finite_keys(
 
 
 def test_nan_among_scores_of_minus_infinity(isa: str, attention: Attention) -> None:
-    """A first tile without any number to be the peak."""
+    """The first tile has no finite score for the peak."""
     call = make(300, 1)
     q, keys = np.abs(call.q) + 1, call.keys.copy()
     keys[:, :256] = -np.inf
@@ -98,7 +98,7 @@ def test_nan_among_scores_of_minus_infinity(isa: str, attention: Attention) -> N
 
 
 def test_every_score_minus_infinity_is_nan(isa: str, attention: Attention) -> None:
-    """As in NumPy: there is nothing to normalise by."""
+    """As in NumPy, the sum of the weights is 0 / 0."""
     call = make(290, 1)
     call = replace(call, q=np.abs(call.q) + 1, k=np.full_like(call.k, -np.inf))
     out, _ = run(attention, replace(call, keys=np.full_like(call.keys, -np.inf)))
@@ -181,7 +181,7 @@ def test_bfloat16_keeps_what_is_no_number(isa: str, attention: Attention, number
 def test_int8_says_nan_for_a_row_with_no_number(
     isa: str, attention: Attention, number: float, H: int, tokens: int
 ) -> None:
-    """It has no place for one, and it must not vanish."""
+    """int8 cannot hold NaN or infinity, so the scale becomes NaN."""
     call = make(3, tokens, H=H)
     v = call.v.copy()
     v[2, 0, H - 1] = number

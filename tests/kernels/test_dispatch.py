@@ -1,4 +1,4 @@
-"""Which kernels run, and under which names XLA knows them."""
+"""The choice of the instruction set, and the names of the XLA targets."""
 
 import re
 from collections.abc import Iterator

@@ -22,7 +22,7 @@ ALL = [
     *((name, *pair) for name in ("rings", "long ring") for pair in PAIRS[:3]),
     *((name, *PAIRS[i]) for name in ("ragged rings", "qk norms", "layer norms", "plain") for i in (0, 2)),
     *((name, *PAIRS[0]) for name in ("wide group", "whole norms")),
-    # Who is chosen changes with an error that is large enough.
+    # A larger error would change which experts are chosen.
     *((name, *pair) for name in ("experts", "one expert of a row") for pair in EXACT),
     *((name, w, "float32") for name in ("all experts", "experts alone") for w in FORMATS),
 ]
@@ -73,7 +73,7 @@ def inputs_of(case: Case, tokens: int, places: Sequence[Place]) -> tuple[Any, An
 
 
 def empty(case: Case, kind: str) -> list[list[np.ndarray]]:
-    """For each group caches that nothing may be read from: NaN, or the scales NaN."""
+    """Return unreadable caches for each group: NaN, or NaN scales."""
     _, k, h = case.heads
     groups = []
     for layers, size in zip(case.layers_of, case.sizes, strict=True):
@@ -113,7 +113,7 @@ def expected(jax: ModuleType, run: Callable[..., Any]) -> Callable[..., list[Any
 
 
 def written(case: Case, group: int, call: int) -> np.ndarray:
-    """The places ``[B, S]`` of a group's cache that a call fills."""
+    """Return a mask ``[B, S]`` of the places of a group's cache that a call fills."""
     here = np.zeros((case.slots, case.sizes[group]), bool)
     for slot, start, length in case.calls[call][1]:
         here[slot, np.arange(start, start + length) % case.sizes[group]] = case.attends
@@ -121,7 +121,7 @@ def written(case: Case, group: int, call: int) -> np.ndarray:
 
 
 def held(case: Case, group: int, calls: int) -> np.ndarray:
-    """The places ``[B, S]`` that hold something after so many calls which the next token may see."""
+    """Return a mask ``[B, S]`` of the places that the next token may see after this many calls."""
     window, size = case.groups[group], case.sizes[group]
     here = np.zeros((case.slots, size), bool)
     for call, (_, places) in enumerate(case.calls[:calls]):
@@ -137,7 +137,7 @@ def held(case: Case, group: int, calls: int) -> np.ndarray:
 def merged(
     case: Case, kind: str, calls: int, groups: Sequence[Sequence[np.ndarray]]
 ) -> list[list[np.ndarray]]:
-    """KVCaches that hold something only where it may be read."""
+    """Return caches with rows only in readable places."""
     found = []
     for group, (arrays, nothing) in enumerate(zip(groups, empty(case, kind), strict=True)):
         here = held(case, group, calls)[None, :, None, :]
@@ -147,7 +147,7 @@ def merged(
 
 
 def numbers(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Keys and values in float32."""
+    """Return keys and values in float32."""
     floats = [a.astype(np.float32) for a in arrays]
     if len(floats) == 2:
         return floats
@@ -155,7 +155,7 @@ def numbers(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
-    """NaN included, which NumPy does not find equal to itself in bfloat16."""
+    """Compare bits, because NumPy finds NaN in bfloat16 unequal to itself."""
     assert (a.dtype, a.shape) == (b.dtype, b.shape)
     np.testing.assert_array_equal(*(np.ascontiguousarray(x).view(f"uint{8 * x.itemsize}") for x in (a, b)))
 
@@ -163,7 +163,7 @@ def assert_same_bits(a: np.ndarray, b: np.ndarray) -> None:
 def assert_caches_agree(
     kind: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], lost: float
 ) -> None:
-    """Numbers at a rounding border may fall to either side of it; few do."""
+    """Compare caches; a few numbers next to a rounding border may fall to either side."""
     for mine, other, scale in zip(numbers(ours), numbers(theirs), (*theirs[2:], None, None), strict=False):
         step = np.float32(0)
         if kind == "int8":
@@ -176,7 +176,7 @@ def assert_caches_agree(
 
 
 def layers_in(case: Case, groups: Sequence[Sequence[np.ndarray]], call: int) -> Iterator[list[np.ndarray]]:
-    """What a call put into the caches, layer by layer."""
+    """Yield the rows that a call wrote, layer by layer."""
     for layer, window in enumerate(case.windows):
         group = case.groups.index(window)
         place = case.layers_of[group].index(layer)
@@ -187,7 +187,7 @@ def layers_in(case: Case, groups: Sequence[Sequence[np.ndarray]], call: int) -> 
 
 @pytest.fixture(scope="module")
 def both(jax: ModuleType) -> SimpleNamespace:
-    """The kernels' layers: all in one call, and one by one in a loop of XLA's."""
+    """The kernels' layers: all in one call, and one by one in a loop of XLA."""
     from precast.exporter.models.cpu_ops import CPU_OPS
     from precast.exporter.models.xla_ops import layer_loop
 
@@ -195,7 +195,7 @@ def both(jax: ModuleType) -> SimpleNamespace:
 
 
 def lost_of(weights: str, kind: str, *, many: bool) -> tuple[float, float]:
-    """Of the largest number, what the weights' format may lose, and what with the cache's."""
+    """Return the error allowed, relative to the largest number, for the weights' format alone and with the cache's."""
     # Activations in 16 bits, in 8 of many rows with int4 weights; and a number of the cache that falls to the other
     # side of a rounding border.
     lost = {"int8": 4e-4, "int4": 3e-2 if many else 4e-4}.get(weights, 4e-6)
@@ -231,7 +231,7 @@ def test_agrees_with_xla_and_with_the_kernels_one_by_one(
             np.testing.assert_allclose(y[r, :length], theirs[r, :length], rtol=0, atol=loose)
             if len(places) == 1:
                 assert np.all(y[r, length:] == 0.0)
-        # What was not given is as it was, to the bit.
+        # All other places keep their bits.
         for group, (given, kept) in enumerate(zip(before, after, strict=True)):
             left = ~np.broadcast_to(written(case, group, i)[None, :, None], given[0].shape[:4])
             for old, new in zip(given, kept, strict=True):
@@ -265,7 +265,7 @@ def test_donated_caches_are_written_in_place(
 
 @pytest.mark.parametrize("name", ["ragged", "ragged rings", "experts"])
 def test_nothing_to_do(isa: str, both: SimpleNamespace, run: Callable[..., Any], name: str) -> None:
-    """Sequences of no tokens at all: the caches stay as they are."""
+    """Sequences without tokens leave the caches unchanged."""
     case = CASES[name]
     x, rotary, rows, used = inputs_of(case, 3, ((0, 0, 0), (0, 0, 0)))
     before = empty(case, "float32")

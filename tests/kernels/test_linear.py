@@ -14,12 +14,12 @@ from precast.exporter.quantize import FORMATS
 Linear = Callable[..., list[np.ndarray]]
 
 UNIT = 2.0**-24  # half an ulp of one: the relative error of one float32 operation
-SMALLEST = 2.0**-126  # below it XLA's threads count as zero
+SMALLEST = 2.0**-126  # XLA's threads flush smaller numbers to zero
 ACTIVATION = 127 * 256  # the largest magnitude of an activation in 16 bits
-FEW_ROWS, GROUP, BYTE = 4, 32, 127  # more rows of int4 take bytes, with a scale a group
+FEW_ROWS, GROUP, BYTE = 4, 32, 127  # more rows with int4 weights take 8 bits, with one scale per group
 PACKED = ("int8", "int4")
-# (rows, in, outs): each a size beside a multiple of a vector, of a register block, of a panel or a group, of what is
-# summed in at a time, or of the rows of weights of a task.
+# (rows, in, outs): sizes next to a multiple of a vector, a register block, a panel, a group, a pass of inputs, or the
+# outputs of a task.
 SHAPES = (
     (1, 1, (1,)),
     (1, 577, (65,)),
@@ -42,20 +42,20 @@ LAYERS = st.integers(1, 4).flatmap(lambda layers: st.tuples(st.just(layers), st.
 
 
 def pack(name: str, stack: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """A stack ``[L, out, in]`` as the kernels take it, and the float64 numbers it then stands for."""
+    """Return a stack ``[L, out, in]`` as the kernels' operands, and its decoded values in float64."""
     layers = [FORMATS[name].encode(matrix) for matrix in stack]
     decoded = [FORMATS[name].decode(layer, *stack.shape[1:]) for layer in layers]
     return [np.stack(arrays) for arrays in zip(*layers, strict=True)], np.stack(decoded).astype(np.float64)
 
 
 def tolerance(x: np.ndarray, w: np.ndarray, name: str) -> np.ndarray:
-    """What summing in lanes of four at least, and across them, may lose in float32; and rounding activations."""
+    """Return the error allowed for float32 sums in at least four lanes and for rounded activations."""
     rows, terms = x.shape
     lost = (terms / 4 + 8) * UNIT * (np.abs(x) @ np.abs(w).T) + terms * SMALLEST
     if name not in PACKED:
         return lost
     top = np.abs(x).max(axis=1, initial=0.0, keepdims=True)
-    # Of int4, scale times value and minimum are summed apart.
+    # int4 sums scale times value and minimum separately.
     magnitude = np.abs(w).sum(axis=1) + (
         8 * np.abs(w).max(axis=1, initial=0.0) * terms if name == "int4" else 0.0
     )
@@ -109,11 +109,11 @@ def test_padding_is_not_computed_and_is_zero(isa: str, name: str, linear: Linear
 def whole_numbers(
     name: str, rng: np.random.Generator, shape: Sequence[int]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """A stack of small whole numbers that the format holds exactly, packed, and as they are."""
+    """Return a stack of small whole numbers that the format holds exactly, packed and plain."""
     values = rng.integers(-7, 9, shape).astype(np.float32)
     if name not in PACKED:
         return pack(name, values)[0], values
-    # Scale one, and for int4 minimum -7, wherever there is a weight.
+    # Scale 1, and for int4 minimum -7, for every weight.
     arrays, _ = pack(name, np.where(np.arange(shape[2]) % 2, 8.0, -7.0) * np.ones(shape, np.float32))
     blocks = FORMATS[name].arrays(tuple(shape))
     stored = [np.zeros(a.shape, a.numpy_dtype) for a in blocks]
@@ -131,7 +131,7 @@ def whole_numbers(
     return stored, values
 
 
-# The fixtures are the same for every example: they say which kernels run on what.
+# The fixtures are the same for every example: they select kernels and format.
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 41),
@@ -145,12 +145,12 @@ def whole_numbers(
 def test_small_whole_numbers_are_summed_exactly(
     isa: str, name: str, linear: Linear, rows: int, size: int, outs: list[int], layers: tuple[int, int]
 ) -> None:
-    """Every element once and in its place: sums of small whole numbers leave no room for a tolerance."""
+    """Every element counts once and in its place: sums of small whole numbers are exact."""
     count, layer = layers
     rng = np.random.default_rng(size)
     x = rng.integers(-9, 10, (rows, size)).astype(np.float32)
     if name in PACKED:
-        # Makes the scales of activations one.
+        # Make the scales of activations 1.
         if name == "int4" and rows > FEW_ROWS:
             x[:, ::GROUP] = BYTE
         else:
@@ -159,7 +159,9 @@ def test_small_whole_numbers_are_summed_exactly(
     for out in outs:
         arrays, values = whole_numbers(name, rng, (count, out, size))
         for other in set(range(count)) - {layer}:
-            arrays[0 if name not in PACKED else 1][other] = np.nan  # one element of another layer would show
+            arrays[0 if name not in PACKED else 1][other] = (
+                np.nan
+            )  # an element of another layer would make the sum NaN
         weights.append((arrays, values[layer].astype(np.float64)))
     for y, (_, w) in zip(linear(x, layer, [a for a, _ in weights], outs), weights, strict=True):
         np.testing.assert_array_equal(y, (x.astype(np.float64) @ w.T).astype(np.float32))
@@ -176,7 +178,7 @@ def test_nan_and_infinity_land_where_numpy_puts_them(
     for array in (x, w[1]):
         places = (rng.integers(0, array.shape[0], 3), rng.integers(0, array.shape[1], 3))
         array[places] = rng.permutation(np.float32([np.nan, np.inf, -np.inf]))
-    x[0, -1] = np.inf  # the last column lies in a vector that is filled up with zeros
+    x[0, -1] = np.inf  # the last column is in a vector padded with zeros
     with np.errstate(invalid="ignore"):
         expected = x.astype(np.float64) @ w[1].astype(np.float64).T
     for dtype in (np.float32, ml_dtypes.bfloat16):
@@ -190,7 +192,7 @@ def test_nan_and_infinity_land_where_numpy_puts_them(
 def test_a_row_that_is_not_finite_has_no_answer(
     isa: str, name: str, linear: Linear, rows: int, place: int, bad: float
 ) -> None:
-    """Packed weights: the row's answers are NaN, and nobody else's are."""
+    """With packed weights the answers of that row are NaN and those of other rows are not."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, 40), dtype=np.float32)
     arrays, w = pack(name, rng.standard_normal((1, 33, 40), dtype=np.float32))
@@ -203,7 +205,7 @@ def test_a_row_that_is_not_finite_has_no_answer(
 
 
 def test_the_zeros_behind_a_partial_vector_meet_no_infinity(isa: str, linear: Linear) -> None:
-    """Infinity times a padding zero would be NaN: all of these are plus infinity."""
+    """Infinity times a padding zero would be NaN; every answer here is plus infinity."""
     x, w = np.full((7, 19), np.inf, np.float32), np.ones((1, 9, 19), np.float32)
     assert np.all(linear(x, 0, [[w]], [9])[0] == np.inf)
 
@@ -216,7 +218,7 @@ def test_extreme_scales(isa: str, linear: Linear, x_scale: float, w_scale: float
     assert_product(linear(x, 1, [[w]], [33])[0], x, w[1])
 
 
-# Of int4, a group's sum must be a float32 too: 32 times 1e37 is one.
+# The sum of an int4 group must fit a float32, as 32 times 1e37 does.
 @pytest.mark.parametrize("x_scale", [1e-42, 1e-31, 1e-25, 1.0, 1e30, 1e37])
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("rows", [2, 7])
@@ -299,7 +301,7 @@ def test_gates(
 def test_gate_of_one(
     isa: str, name: str, linear: Linear, rows: int, size: int, outs: int, gate: str, around: bool
 ) -> None:
-    """An activation that nothing is multiplied with; the bias comes before it, the residual behind."""
+    """A gate without a second product; the bias comes before it, the residual after it."""
     rng = np.random.default_rng(rows)
     x = rng.standard_normal((rows, size), dtype=np.float32) * 0.3
     arrays, w = pack(name, rng.standard_normal((2, outs, size), dtype=np.float32))
@@ -314,7 +316,7 @@ def test_gate_of_one(
 
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
 def test_gates_far_out(isa: str, linear: Linear, gate: str) -> None:
-    """Where an exponential would overflow, and at NaN and infinity."""
+    """Inputs whose exponential would overflow, NaN and infinities."""
     values = np.float32([-np.inf, -1e30, -200, -90, -1e-30, 0, 1e-30, 90, 200, 1e30, np.inf, np.nan, -20])
     x = values[:, None]
     one, two = np.ones((1, 1, 1), np.float32), np.ones((1, 1, 1), np.float32)
@@ -340,7 +342,7 @@ def test_formats_may_be_mixed(isa: str, linear: Linear) -> None:
 
 
 def test_rows_do_not_depend_on_one_another(isa: str, name: str, linear: Linear) -> None:
-    """Of packed weights a row's answer is the same to the bit for few rows and for many of the same kind."""
+    """With packed weights a row's answer has the same bits among few rows and among many."""
     rng = np.random.default_rng(4)
     x = rng.standard_normal((37, 100), dtype=np.float32)
     arrays, w = pack(name, rng.standard_normal((1, 50, 100), dtype=np.float32))

@@ -23,7 +23,7 @@ CHECKS = [HERE / f"{name}.cc" for name in ("driver", "wide", "linear", "calls", 
 WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi", "-Werror")
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREADS = ("-fsanitize=thread",)
-# For one compilation or one run, of which the slowest takes half a minute on an idle machine.
+# For one compilation or one run; the slowest takes half a minute on an idle machine.
 LIMIT_S = 900
 
 
@@ -36,7 +36,7 @@ def run(command: list[str | Path]) -> subprocess.CompletedProcess[str]:
 
 
 def compile_all(folder: Path, sources: list[Path], flags: tuple[str, ...], include: Path) -> Path:
-    """Compiles the sources, as many at a time as there are CPUs, and links them."""
+    """Compile the sources, one for each CPU at a time, and link them."""
     compiler = (
         os.environ.get("CXX", "g++"),
         "-std=c++20",
@@ -59,7 +59,7 @@ def compile_all(folder: Path, sources: list[Path], flags: tuple[str, ...], inclu
 
 
 def require_sanitizer(folder: Path, flags: tuple[str, ...]) -> None:
-    """Skips where no program can be made with these flags, or none so made runs."""
+    """Skip if no program compiles with these flags, or if such a program does not run."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")
     program = folder / "empty.cc"
@@ -68,7 +68,7 @@ def require_sanitizer(folder: Path, flags: tuple[str, ...]) -> None:
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip(f"the compiler has no {flags[0]}")
     if subprocess.run([folder / "empty"], capture_output=True, check=False).returncode:
-        pytest.skip(f"a program made with {flags[0]} does not start on this machine")
+        pytest.skip(f"a program compiled with {flags[0]} does not start on this machine")
 
 
 def assert_clean(command: list[str | Path]) -> None:
@@ -83,7 +83,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_all(folder, [*KERNELS, *CHECKS], (*MEMORY, "-pthread"), HERE / "fake")
 
 
-# "wide" is the source of the AVX-512 kernels, which every CPU runs.
+# "wide" is the source of the AVX-512 kernels compiled for any CPU.
 @pytest.mark.long
 @pytest.mark.parametrize("name", [*kernels.ISAS, "wide"])
 def test_kernels_stay_within_their_buffers(driver: Path, name: str) -> None:
