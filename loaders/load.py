@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .artifact import compat, files
+from .artifact import cache_folder, compat, files
 from .artifact.custom_calls import check_calls
 from .artifact.errors import PrecastError, printable
 from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
@@ -71,7 +71,7 @@ def load(
     """
     log = log or _to_stderr
     key = required_key(require_signature)
-    if (problem := files.cache_problem("verified")) is not None:
+    if (problem := cache_folder.cache_problem("verified")) is not None:
         log(f"{problem}.")
     settings = LoadSettings(
         target=target,

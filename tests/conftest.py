@@ -46,7 +46,7 @@ TEXT = ["the quick brown fox jumps over the lazy dog", "def fibonacci(n): return
 @pytest.fixture(scope="session", autouse=True)
 def tests_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Give the tests a cache folder of their own, with the user's demo model if it has been fetched."""
-    from precast.loaders.artifact.files import cache_folder
+    from precast.loaders.artifact.cache_folder import cache_folder
 
     folder, demo = tmp_path_factory.mktemp("cache"), cache_folder() / "demo"
     if demo.is_dir():

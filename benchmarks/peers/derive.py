@@ -50,7 +50,7 @@ def huggingface(folder: Path) -> None:
 def demo_gguf(path: Path) -> None:
     """Return the published file of the demo model."""
     from precast.exporter.sources import demo
-    from precast.loaders.artifact.files import cache_folder
+    from precast.loaders.artifact.cache_folder import cache_folder
 
     shutil.copyfile(demo.fetch(demo.DEMO, cache_folder() / "demo"), path)
 

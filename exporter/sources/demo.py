@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from precast.loaders.artifact.cache_folder import cache_folder, make_private
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.files import cache_folder, make_private, sha256_of
+from precast.loaders.artifact.files import sha256_of
 from precast.loaders.artifact.interrupt import on_interrupt
 
 from .base import Source

@@ -12,8 +12,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from ..artifact.cache_folder import make_private, remove_old, trusted_cache, unwritable_reason
 from ..artifact.errors import PrecastError, printable
-from ..artifact.files import make_private, remove_old, trusted_cache, unwritable_reason, write_atomically
+from ..artifact.files import write_atomically
 from ..artifact.frozen import Frozen
 from ..artifact.machine import Machine
 from .compiler import compile_programs

@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..artifact.cache_folder import make_private, remove_old, trusted_cache, unwritable_reason
 from ..artifact.errors import PrecastError
-from ..artifact.files import make_private, remove_old, trusted_cache, unwritable_reason, write_atomically
+from ..artifact.files import write_atomically
 from ..artifact.machine import Machine
 from ..artifact.manifest import WEIGHTS_FILE, Manifest, Target
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..artifact import files
+from ..artifact import cache_folder, files
 from ..artifact.errors import PrecastError
 from ..artifact.manifest import MANIFEST_FILE
 from .index import Index, Piece, parse_index
@@ -41,7 +41,7 @@ def folder() -> Path:
     Raises:
         PrecastError: other users may write to it.
     """
-    return files.trusted_cache("pulled")
+    return cache_folder.trusted_cache("pulled")
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def save_piece(piece: Piece, data: bytes) -> None:
     """
     path = folder() / piece.path
     with explaining_write_errors():
-        files.make_private(path.parent)
+        cache_folder.make_private(path.parent)
         files.write_atomically(path, data)
 
 
@@ -205,7 +205,7 @@ def _write_note(kind: str, name: str, text: str) -> None:
     # A missing note only costs another download.
     with suppress(OSError):
         path = folder() / kind / name
-        files.make_private(path.parent)
+        cache_folder.make_private(path.parent)
         files.write_atomically(path, text.encode())
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from ..artifact import files, folders
+from ..artifact import cache_folder, files, folders
 from ..artifact.errors import PrecastError
 from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry
 from ..artifact.manifest_parser import parse_manifest
@@ -167,7 +167,7 @@ def _fill_cache(job: _Pull, log: _Log, progress: Progress | None) -> None:
             return
         if not (root / MANIFEST_FILE).exists():
             shutil.rmtree(root, ignore_errors=True)
-        files.make_private(root.parent)
+        cache_folder.make_private(root.parent)
         fetched = fetched + _receive(job, overwrite=True, progress=progress)
     size = sum(piece.bytes for piece in fetched)
     log(f"{job.store}: pulled {size / 1e6:,.1f} MB into {root}")
@@ -423,7 +423,7 @@ def _locked(root: Path, log: _Log) -> Iterator[None]:
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()
     path = cache.folder() / "locks" / name
     with cache.explaining_write_errors():
-        files.make_private(path.parent)
+        cache_folder.make_private(path.parent)
         file = path.open("w")
     with file:
         # On a file system without locks each process fetches, and the first to finish wins.

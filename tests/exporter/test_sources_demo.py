@@ -11,7 +11,7 @@ import pytest
 
 from precast.exporter.sources import demo
 from precast.exporter.sources.open import open_source
-from precast.loaders.artifact import files
+from precast.loaders.artifact import cache_folder
 from precast.loaders.artifact.errors import PrecastError
 
 CONTENT = b"not really a model" * 1000
@@ -169,7 +169,7 @@ def test_the_cache_is_the_one_of_the_loader(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "fetch", lambda file, folder: asked.append(folder) or tmp_path / "x.gguf")
     with pytest.raises(PrecastError):
         demo.open_demo()
-    assert asked == [files.cache_folder() / "demo"] == [tmp_path / "demo"]
+    assert asked == [cache_folder.cache_folder() / "demo"] == [tmp_path / "demo"]
 
 
 def test_the_pin_is_complete():

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from precast.exporter.sources.demo import DEMO, fetch
 from precast.exporter.sources.gguf.tokenizer import build_tokenizer
+from precast.loaders.artifact.cache_folder import cache_folder
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.files import cache_folder
 
 HERE = Path("tiny.gguf")
 

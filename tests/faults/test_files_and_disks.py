@@ -12,8 +12,8 @@ import pytest
 from precast.exporter import export as pipeline
 from precast.exporter.manifest import write_manifest
 from precast.exporter.options import ExportOptions
+from precast.loaders.artifact.cache_folder import cache_folder
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.files import cache_folder
 from precast.loaders.audit.verify import check_files
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load

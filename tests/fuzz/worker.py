@@ -24,7 +24,7 @@ from typing import Any
 import kinds
 
 from precast.loaders import signing
-from precast.loaders.artifact import files
+from precast.loaders.artifact import cache_folder, files
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.compiling import trial
 from precast.loaders.console import inspect
@@ -357,7 +357,7 @@ def main() -> None:
         Path("/proc/self"),
         Path("/usr/share/zoneinfo"),
     )
-    written = (files.cache_folder(), Path(tempfile.tempdir), place.pulled)
+    written = (cache_folder.cache_folder(), Path(tempfile.tempdir), place.pulled)
     whole_index = json.dumps(base.index).encode()
     place.offer(whole_index)
     pull(place, Problems())  # imports what pulling takes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from precast.loaders import load as loading
-from precast.loaders.artifact import files
+from precast.loaders.artifact import cache_folder, files
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.compiling import cache as compile_cache
 from precast.loaders.compiling import trial
@@ -61,7 +61,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     """Make a safe cache folder inside a folder that a test may change."""
     folder = tmp_path / "parent" / "cache"
     monkeypatch.setenv("PRECAST_CACHE", str(folder))
-    files.make_private(folder / "verified")
+    cache_folder.make_private(folder / "verified")
     return folder
 
 
@@ -73,10 +73,10 @@ def sentence(case: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_folder_that_others_can_write_to_is_not_used(cache, case):
-    assert files.trusted_cache("verified") == cache / "verified"
+    assert cache_folder.trusted_cache("verified") == cache / "verified"
     text = sentence(case, cache)
-    with pytest.raises(files.UntrustedCache) as raised:
-        files.trusted_cache("verified")
+    with pytest.raises(cache_folder.UntrustedCache) as raised:
+        cache_folder.trusted_cache("verified")
     assert str(raised.value).startswith(text)
     advice = f", or run chmod -R go-w {cache}" if "mode" in text else ""
     assert str(raised.value).endswith(
@@ -91,8 +91,8 @@ def test_a_safe_folder_is_used(cache, mode, parent):
     cache.chmod(mode)
     cache.parent.chmod(parent)
     try:
-        assert files.trusted_cache("verified") == cache / "verified"
-        assert files.trusted_cache("compiled") == cache / "compiled"
+        assert cache_folder.trusted_cache("verified") == cache / "verified"
+        assert cache_folder.trusted_cache("compiled") == cache / "compiled"
     finally:
         cache.chmod(0o700)
 
@@ -101,12 +101,12 @@ def test_new_folders_are_private_under_any_umask(tmp_path, monkeypatch):
     monkeypatch.setenv("PRECAST_CACHE", str(tmp_path / "a" / "b"))
     before = os.umask(0)
     try:
-        files.make_private(files.trusted_cache("verified"))
+        cache_folder.make_private(cache_folder.trusted_cache("verified"))
     finally:
         os.umask(before)
     for folder in ("a", "a/b", "a/b/verified"):
         assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
-    assert files.cache_problem("verified") is None
+    assert cache_folder.cache_problem("verified") is None
 
 
 @pytest.fixture
@@ -130,7 +130,9 @@ def test_an_untrusted_record_of_hashes_is_ignored(cache, forged):
     cache.chmod(0o777)
     with pytest.raises(PrecastError, match=r"'weights\.safetensors' has sha256"):
         loading.load(artifact, log=said.append)
-    assert [line for line in said if "others may write" in line] == [f"{files.cache_problem('verified')}."]
+    assert [line for line in said if "others may write" in line] == [
+        f"{cache_folder.cache_problem('verified')}."
+    ]
 
 
 def test_an_untrusted_record_of_a_trial_is_ignored(cache, tiny_artifact, monkeypatch):
