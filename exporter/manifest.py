@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from precast.loaders.artifact import files
+from precast.loaders.artifact.json_records import to_json
 from precast.loaders.artifact.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -19,7 +20,6 @@ from precast.loaders.artifact.manifest import (
     Target,
     TokenizerFiles,
 )
-from precast.loaders.artifact.record import to_json
 
 from . import model_card, texts
 from .plan import ExportPlan

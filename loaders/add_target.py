@@ -14,10 +14,10 @@ from .artifact import compat, files
 from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
 from .artifact.golden import parse_golden
+from .artifact.json_records import MAX_JSON_BYTES
 from .artifact.machine import Machine
 from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileEntry, Manifest, Target
 from .artifact.manifest_parser import parse_manifest
-from .artifact.record import MAX_JSON_BYTES
 from .audit.verify import replay
 from .compiling import isa as isas
 from .compiling import trial

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from .artifact import files
+from .artifact.json_records import MAX_JSON_BYTES
 from .artifact.manifest import MANIFEST_FILE, Manifest
 from .artifact.manifest_parser import parse_manifest
-from .artifact.record import MAX_JSON_BYTES
 
 
 def find_artifact(path: Path) -> Path:

@@ -20,9 +20,9 @@ from typing import Any
 from .artifact import files
 from .artifact.errors import PrecastError
 from .artifact.interrupt import on_interrupt
+from .artifact.json_records import MAX_JSON_BYTES, parse_json
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE
 from .artifact.manifest_parser import parse_manifest
-from .artifact.record import MAX_JSON_BYTES, parse_json
 
 # Far above the size of any signature or key.
 MAX_SIGNATURE_BYTES = 1 << 20

@@ -29,9 +29,9 @@ from pathlib import Path, PurePosixPath
 from .artifact import files, folders
 from .artifact.errors import PrecastError
 from .artifact.interrupt import on_interrupt
+from .artifact.json_records import MAX_JSON_BYTES, to_json
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, Manifest
 from .artifact.manifest_parser import parse_manifest
-from .artifact.record import MAX_JSON_BYTES, to_json
 
 PROGRAMS = "programs"
 _PURPOSE, _OLD, _EXECUTABLES = "add-target", "old.json", "executables"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifact.errors import PrecastError
-from .compiling import child
+from .compiling import child_process
 from .generation.engine import KVCache
 from .generation.model import Model
 from .load import load
@@ -17,10 +17,10 @@ _PROMPT = (1, 2, 3)
 
 def main() -> None:
     """Try the target of one request."""
-    child.serve(_answer)
+    child_process.serve(_answer)
 
 
-def _answer(request: Mapping[str, Any], _: bytes, progress: Progress) -> child.Answer:
+def _answer(request: Mapping[str, Any], _: bytes, progress: Progress) -> child_process.Answer:
     """Try the target of a request of `precast.loaders.compiling.trial`."""
     attempt(
         Path(request["root"]),

@@ -218,7 +218,7 @@ def test_little_is_imported_before_the_handler_is_installed(python):
 
 def test_a_child_ends_with_its_parent():
     """A child that tries or compiles programs must not be orphaned, however the parent ends."""
-    child = "import sys, time; from precast.loaders.compiling.child import ready; ready()"
+    child = "import sys, time; from precast.loaders.compiling.child_process import ready; ready()"
     parent = (
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child + '; time.sleep(60)'!r}], stdout=subprocess.PIPE)\n"

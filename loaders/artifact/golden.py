@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from .errors import PrecastError
+from .json_records import from_json, parse_json
 from .manifest import Manifest
-from .record import from_json, parse_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 from .errors import PrecastError
+from .json_records import from_json, parse_json
 from .manifest import (
     DTYPE_BYTES,
     FORMAT_VERSION,
@@ -15,7 +16,6 @@ from .manifest import (
     Program,
     Target,
 )
-from .record import from_json, parse_json
 
 _MAX_SLOTS = 1 << 16
 

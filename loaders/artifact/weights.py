@@ -20,8 +20,8 @@ import numpy as np
 
 from .errors import PrecastError
 from .frozen import Frozen
+from .json_records import parse_json
 from .pages import HugePageWriter, advise_huge_pages
-from .record import parse_json
 
 ALIGNMENT = 64
 # The limit of the safetensors library.

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..artifact.errors import PrecastError, printable
+from ..artifact.json_records import from_json
 from ..artifact.machine import processor_family
 from ..artifact.manifest import Program, ProgramMemory, Target, Value
-from ..artifact.record import from_json
 from ..progress import Progress
-from . import child
+from . import child_process
 from . import isa as isas
 
 _HERE = "child"
@@ -64,27 +64,27 @@ def compile_programs(
     suffix = "" if isa == isas.NATIVE else f" for {isa}"
     compilations = {}
     try:
-        with child.started(__name__, changes={"XLA_FLAGS": flags}) as compiler:
+        with child_process.started(__name__, changes={"XLA_FLAGS": flags}) as compiler:
             for name, stablehlo in programs:
                 log(f"compiling {printable(name)} from StableHLO{suffix} …")
                 compilations[name] = _compile(compiler, name, stablehlo, where, isa, threads)
-    except child.StartError as reason:
+    except child_process.StartError as reason:
         raise PrecastError(f"{where}: the compiler's child process cannot be started ({reason}).") from None
     return compilations
 
 
 def _compile(
-    compiler: child.Child, name: str, stablehlo: bytes, where: str, isa: str, threads: int | None
+    compiler: child_process.Child, name: str, stablehlo: bytes, where: str, isa: str, threads: int | None
 ) -> Compilation:
     started = time.perf_counter()
     try:
         facts, executable = compiler.ask({"threads": threads}, stablehlo)
-    except child.Refusal as error:
+    except child_process.Refusal as error:
         wider = isas.next_level(isa)
         hint = f" It was compiled for {isa}; XLA may manage --cpu-isa {wider}." if wider else ""
         sentence = str(error).removeprefix(f"{_HERE}: ")
         raise PrecastError(f"{where}: program {name!r}: {sentence}{hint}") from None
-    except child.Crash as crash:
+    except child_process.Crash as crash:
         advice = "; is there enough memory?" if crash.reason == "SIGKILL" else "; export the model again."
         raise PrecastError(
             f"{where}: the process that compiled program {name!r} ended before it was done ({crash.reason}){advice}"
@@ -200,10 +200,10 @@ def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], 
 
 def main() -> None:
     """Compile the programs of one request."""
-    child.serve(_answer)
+    child_process.serve(_answer)
 
 
-def _answer(request: Mapping[str, Any], stablehlo: bytes, _: Progress) -> child.Answer:
+def _answer(request: Mapping[str, Any], stablehlo: bytes, _: Progress) -> child_process.Answer:
     # XLA reads XLA_FLAGS when it is loaded; if that crashes, the parent names a program.
     from ..runtime import pjrt
 

@@ -23,7 +23,7 @@ from ..artifact.machine import Machine
 from ..artifact.manifest import WEIGHTS_FILE, Manifest, Target
 
 if TYPE_CHECKING:
-    from .child import Crash
+    from .child_process import Crash
 
 # Time for a child to start, to read weights from a slow disk, and to compile.
 START_S, WEIGHT_BYTES_PER_S, COMPILE_S = 120, 20e6, 900
@@ -143,7 +143,7 @@ def _attempt(
     Raises:
         PrecastError: as `ensure`.
     """
-    from . import child
+    from . import child_process
 
     request = {
         "root": str(root),
@@ -153,16 +153,16 @@ def _attempt(
     }
     steps = ["starting"]
     try:
-        with child.started(WORKER) as running:
+        with child_process.started(WORKER) as running:
             running.ask(request, limit_s=limit_s, progress=lambda step: steps.append(step.text))
-    except child.StartError as reason:
+    except child_process.StartError as reason:
         log(f"{root}: not tried in a child process first, because none can be started ({reason}).")
         return False
-    except child.Refusal as sentence:
+    except child_process.Refusal as sentence:
         raise PrecastError(str(sentence)) from None
     except TimeoutError:
         raise PrecastError(_timeout_text(root, target, steps[-1], limit_s)) from None
-    except child.Crash as crash:
+    except child_process.Crash as crash:
         raise PrecastError(_crash_text(root, target, crash, steps[-1], limit_s)) from None
     return True
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ..artifact.errors import PrecastError
 from ..artifact.files import open_plain, split_name
+from ..artifact.json_records import MAX_JSON_BYTES, from_json, parse_json
 from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry, Manifest
-from ..artifact.record import MAX_JSON_BYTES, from_json, parse_json
 from ..signing import MAX_SIGNATURE_BYTES
 
 INDEX_VERSION = 1

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ..artifact import cache_folder, files, folders
 from ..artifact.errors import PrecastError
+from ..artifact.json_records import MAX_JSON_BYTES
 from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry
 from ..artifact.manifest_parser import parse_manifest
 from ..artifact.pages import HugePageWriter
-from ..artifact.record import MAX_JSON_BYTES
 from ..progress import Progress, Step
 from ..signing import check_bytes, fingerprint, signed_digest
 from . import cache

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ..artifact.errors import PrecastError
 from ..artifact.files import member_path, open_plain, read
+from ..artifact.json_records import MAX_JSON_BYTES
 from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, WEIGHTS_FILE, FileEntry
 from ..artifact.manifest_parser import parse_manifest
-from ..artifact.record import MAX_JSON_BYTES
 from ..locate import find_artifact
 from ..progress import Progress, Step
 from ..signing import MAX_SIGNATURE_BYTES, signed_digest

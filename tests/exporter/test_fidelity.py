@@ -10,9 +10,9 @@ from precast.exporter import model_card
 from precast.exporter.models.registry import read_model
 from precast.exporter.reference import fidelity
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.json_records import to_json
 from precast.loaders.artifact.manifest import Fidelity
 from precast.loaders.artifact.manifest_parser import parse_manifest
-from precast.loaders.artifact.record import to_json
 from precast.loaders.console import inspect
 from precast.loaders.load import load
 

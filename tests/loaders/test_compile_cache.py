@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from precast.loaders.compiling import cache as compile_cache
-from precast.loaders.compiling import child
+from precast.loaders.compiling import child_process
 from precast.loaders.compiling import compiler as compiling
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
@@ -183,13 +183,13 @@ def test_an_entry_is_for_one_compiler_and_one_machine(monkeypatch):
 
 def test_programs_are_compiled_with_as_many_threads_as_the_load(tiny_artifact, own_cache, monkeypatch):
     """A limit of threads may leave room for no more."""
-    asked, original = [], child.Child.ask
+    asked, original = [], child_process.Child.ask
 
     def ask(self, request, *rest, **options):
         asked.append(request["threads"])
         return original(self, request, *rest, **options)
 
-    monkeypatch.setattr(child.Child, "ask", ask)
+    monkeypatch.setattr(child_process.Child, "ask", ask)
     options = {"target": "portable", "allow_compile": True, "trusted": True}
     assert load(tiny_artifact, threads=1, log=lambda _: None, **options).compiles == 4
     assert asked == [1] * 4

@@ -8,7 +8,7 @@ import pytest
 
 from precast.loaders.artifact import files
 from precast.loaders.artifact.errors import PrecastError, printable
-from precast.loaders.artifact.record import parse_json
+from precast.loaders.artifact.json_records import parse_json
 from precast.loaders.console.inspect import render
 from precast.loaders.text.tokenizer import Tokenizer
 

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.json_records import to_json
 from precast.loaders.artifact.manifest import FORMAT_VERSION
 from precast.loaders.artifact.manifest_parser import parse_manifest
-from precast.loaders.artifact.record import to_json
 
 
 @pytest.fixture(scope="module")

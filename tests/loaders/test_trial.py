@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.compiling import child, trial
+from precast.loaders.compiling import child_process, trial
 from precast.loaders.compiling import compiler as compiling
 from precast.loaders.load import load
 from precast.loaders.locate import read_manifest
@@ -57,13 +57,13 @@ def test_a_trial_computes_with_as_many_threads_as_the_load(
     tiny_artifact, own_cache, children, monkeypatch, threads
 ):
     """A limit of threads or of address space may leave room for no more."""
-    asked, original = [], child.Child.ask
+    asked, original = [], child_process.Child.ask
 
     def ask(self, request, *rest, **options):
         asked.append(request)
         return original(self, request, *rest, **options)
 
-    monkeypatch.setattr(child.Child, "ask", ask)
+    monkeypatch.setattr(child_process.Child, "ask", ask)
     load(tiny_artifact, threads=threads)
     ((*_, module),) = children
     (request,) = asked
@@ -200,12 +200,12 @@ def test_a_child_imports_from_where_this_process_does_and_not_from_its_folder(mo
     monkeypatch.setattr(sys, "path", ["/one", "", b"/bytes", None, "/two"])
     monkeypatch.setenv("PYTHONPATH", "/three")
     monkeypatch.setenv("OTHER", "kept")
-    monkeypatch.setenv(child.GUARD, "x")
-    environment = child.environment("a.b")
-    assert environment[child.GUARD] == "x,a.b"
+    monkeypatch.setenv(child_process.GUARD, "x")
+    environment = child_process.environment("a.b")
+    assert environment[child_process.GUARD] == "x,a.b"
     assert environment["PYTHONPATH"] == f"/one{os.pathsep}/two"
     assert environment["OTHER"] == "kept"
-    assert child.command("a.b") == [sys.executable, "-P", "-m", "a.b"]
+    assert child_process.command("a.b") == [sys.executable, "-P", "-m", "a.b"]
 
 
 def test_odd_entries_of_the_path_do_no_harm(tiny_artifact, own_cache, monkeypatch, children):
@@ -241,7 +241,7 @@ def test_without_a_python_nothing_is_started(tiny_artifact, own_cache, monkeypat
 def child_that(monkeypatch, tmp_path, code, ready=True):
     """Make a Python that reports ready, then runs this code instead of its task."""
     script = tmp_path / "python"
-    first = child.READY.decode() if ready else ""
+    first = child_process.READY.decode() if ready else ""
     script.write_text(
         f"#!{sys.executable}\nimport json, os, signal, sys, time\nprint({first!r}, end='', flush=True)\n"
         f"def say(**message): print(json.dumps(message | {{'data': 0}}), flush=True)\n{code}\n"
@@ -262,7 +262,7 @@ def child_that(monkeypatch, tmp_path, code, ready=True):
     ],
 )
 def test_a_child_other_than_python_is_named(tiny_artifact, tmp_path, own_cache, monkeypatch, code, reason):
-    monkeypatch.setattr(child, "START_S", 1 if "within" in reason else 60)
+    monkeypatch.setattr(child_process, "START_S", 1 if "within" in reason else 60)
     child_that(monkeypatch, tmp_path, code, ready=False)
     said = []
     ensure(tiny_artifact, log=said.append)
@@ -308,10 +308,10 @@ def test_an_application_that_starts_itself_does_so_once(tiny_artifact, tmp_path,
 
 
 def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
-    monkeypatch.setenv(child.GUARD, "precast.loaders.trial_worker")
-    assert child.command("precast.loaders.compiling.compiler")[0] == sys.executable
-    with pytest.raises(child.StartError, match=r"started by precast\.loaders\.trial_worker itself"):
-        child.command("precast.loaders.trial_worker")
+    monkeypatch.setenv(child_process.GUARD, "precast.loaders.trial_worker")
+    assert child_process.command("precast.loaders.compiling.compiler")[0] == sys.executable
+    with pytest.raises(child_process.StartError, match=r"started by precast\.loaders\.trial_worker itself"):
+        child_process.command("precast.loaders.trial_worker")
 
 
 @pytest.mark.parametrize(
@@ -400,8 +400,8 @@ def test_the_child_passes_a_refusal_on(artifact_copy, python):
 
 def test_a_child_ends_after_its_time_even_without_a_parent(python):
     code = (
-        "import time; from precast.loaders.compiling import child\n"
-        "child._limit_time(-4)\n"  # and five seconds more
+        "import time; from precast.loaders.compiling import child_process\n"
+        "child_process._limit_time(-4)\n"  # and five seconds more
         "time.sleep(60)"
     )
     assert python("-c", code).returncode == -signal.SIGALRM
@@ -409,9 +409,9 @@ def test_a_child_ends_after_its_time_even_without_a_parent(python):
 
 def test_a_child_without_a_limit_goes_on(python):
     code = (
-        "import time; from precast.loaders.compiling import child\n"
-        "child._limit_time(-4)\n"
-        "child._limit_time(None)\n"
+        "import time; from precast.loaders.compiling import child_process\n"
+        "child_process._limit_time(-4)\n"
+        "child_process._limit_time(None)\n"
         "time.sleep(2)"
     )
     assert python("-c", code).returncode == 0

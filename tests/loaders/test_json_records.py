@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.record import MAX_JSON_BYTES, from_json, parse_json, to_json
+from precast.loaders.artifact.json_records import MAX_JSON_BYTES, from_json, parse_json, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
