@@ -133,7 +133,9 @@ def reads(monkeypatch) -> list[Path]:
     """The files that were hashed, in order."""
     seen = []
     original = files.digest_of
-    monkeypatch.setattr(files, "digest_of", lambda file: seen.append(Path(file.name)) or original(file))
+    monkeypatch.setattr(
+        files, "digest_of", lambda file, *rest: seen.append(Path(file.name)) or original(file, *rest)
+    )
     return seen
 
 
@@ -175,8 +177,8 @@ def test_a_file_that_changes_during_hashing_is_refused_and_not_recorded(root, ow
     path, original = root / "a.bin", files.digest_of
     entry = entry_of(path)
 
-    def and_then_change(file):
-        digest = original(file)
+    def and_then_change(file, *rest):
+        digest = original(file, *rest)
         time.sleep(0.05)
         path.write_bytes(b"Contents")
         return digest
