@@ -1,4 +1,4 @@
-"""The command line. ``python cli.py …`` in a checkout and the installed ``precast …`` are the same."""
+"""The command line. ``python cli.py …`` in a checkout and the installed ``precast …`` are the same command."""
 
 import os
 import sys
@@ -53,7 +53,7 @@ def main() -> None:
 @click.option(
     "--context",
     type=int,
-    help="The most positions of a sequence. Default: 2048, or the model's limit if lower.",
+    help="Context length: the maximum number of tokens in a sequence. Default: 2048, or the model's limit if lower.",
 )
 @click.option("--slots", type=int, default=1, show_default=True, help="Sequences decoded together.")
 @click.option(
@@ -124,7 +124,7 @@ def export(
 @click.option(
     "-p",
     "--prompt",
-    help="Text to continue, or to answer with --chat. Default: standard input, less one final newline.",
+    help="Text to continue, or to answer with --chat. Default: standard input, without one final newline.",
 )
 @click.option("--ids", callback=options.numbers, help="Token ids to continue instead of text: 1,2,3.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
@@ -227,8 +227,8 @@ def add_target(
 def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) -> int:
     """List the artifacts below FOLDER.
 
-    FOLDER is artifacts by default. The list shows each artifact's model and size, and if it runs here. For a broken
-    artifact it shows the reason.
+    FOLDER is artifacts by default. The list shows each artifact's model and size, and whether it runs here. For a
+    broken artifact it shows the reason.
 
     Exit code 0: success. 2: an error.
     """
@@ -348,7 +348,9 @@ def diff(before: Path | str, after: Path | str, as_json: bool, require_signature
 @click.option(
     "--tokens", type=int, default=3072, show_default=True, help="Use at most this many tokens of the text."
 )
-@click.option("--window", type=int, help="Tokens of a window. Default: 512, or the context if that is less.")
+@click.option(
+    "--window", type=int, help="Length of a window in tokens. Default: 512, or the context if that is less."
+)
 @options.JSON
 @options.KEY
 @options.THREADS
@@ -413,10 +415,10 @@ def _source_opener() -> "Callable[[str, int], Scorer]":
 def sign(artifact: Path, key: Path) -> int:
     """Sign ARTIFACT.
 
-    The signature is manifest.json.sig, beside the manifest, which holds the sha256 of every other file.
+    The signature is manifest.json.sig, beside the manifest; the manifest holds the sha256 of every other file.
 
-    The command asks for the key's password, or takes it from PRECAST_KEY_PASSWORD. The signature follows OpenSSF model
-    signing, whose own command also verifies it.
+    The command asks for the key's password, or takes it from PRECAST_KEY_PASSWORD. The signature follows OpenSSF Model
+    Signing, so that project's own command can verify it too.
 
     Exit code 0: success. 2: an error.
     """
@@ -457,7 +459,7 @@ def pull(
 ) -> int:
     """Fetch an artifact from a store.
 
-    URL is the one that it was pushed to. Every byte is checked. After an interruption the next pull resumes.
+    URL is the one given to precast push. Every byte is checked. After an interruption the next pull resumes.
 
     Exit code 0: success. 2: an error.
     """

@@ -95,7 +95,7 @@ def _check_tokenizer(source: Source, vocab: int) -> None:
 
 
 def _rope_remark(spec: ModelSpec, context: int) -> str | None:
-    """Describe RoPE frequencies that depend on the context; None if the model's do not."""
+    """Return a remark on RoPE frequencies that depend on the context; None if none do."""
     reaches = [
         rope.max_context for rope in spec.ropes if rope.max_context is not None and rope.max_context < context
     ]

@@ -88,7 +88,7 @@ def stored_arrays(parameter: Parameter, formats: Mapping[str, str]) -> tuple[Sto
 
 @dataclass(frozen=True, kw_only=True)
 class ProgramSpec:
-    """A function to compile; once compiled, `Program` describes it in the manifest.
+    """A function to compile. `Program` describes the compiled function in the manifest.
 
     Attributes:
         name: name of the program: "decode", "prefill_64".
@@ -110,7 +110,7 @@ class ProgramSpec:
 
     @property
     def donated(self) -> tuple[int, ...]:
-        """Indices of the arguments whose memory results reuse."""
+        """Indices of the donated arguments: a result reuses the memory of each."""
         aliased = {r.alias for r in self.results}
         return tuple(i for i, a in enumerate(self.arguments) if a.name in aliased)
 

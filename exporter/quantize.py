@@ -40,7 +40,7 @@ _CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14
 # The factors by which int8 candidates stretch a group before rounding.
 _STRETCHES = np.linspace(0.98, 1.02, 17).tolist()
 _REFITS = 2
-# Smaller ranges vanish in float16, and their inverse overflows float32.
+# Smaller ranges underflow float16, and their inverse overflows float32.
 _TINY = 1e-30
 
 
@@ -245,7 +245,7 @@ def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 
 
 def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    """Shift signed values -8..7 to 0..15 over a minimum of -8 scales, which is exact unless it overflows."""
+    """Shift signed values -8..7 to 0..15 and set the minimum to -8 · scale; None if a value or minimum overflows."""
     low, high = blocks.values.min(initial=0), blocks.values.max(initial=0)
     if blocks.minimum is not None:
         return (blocks.values, blocks.scale, blocks.minimum) if low >= 0 and high <= 15 else None

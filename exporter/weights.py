@@ -107,8 +107,8 @@ def _check_tied(source: Source) -> None:
     head, embedding = (source.tensors[f"{name}.weight"].read() for name in ("lm_head", "model.embed_tokens"))
     if not np.array_equal(head, embedding):
         raise PrecastError(
-            f"{source.name}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; set it to"
-            " false in config.json to use both, or remove lm_head.weight."
+            f"{source.name}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; set"
+            " tie_word_embeddings to false in config.json to use both, or remove lm_head.weight."
         )
 
 
@@ -152,7 +152,7 @@ def _format_of(parameter: Parameter, weights: str) -> str:
 
 
 def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> int:
-    """Return the bytes of the parameters in the weight file, which `write_model_weights` counts to."""
+    """Return the total bytes of the parameters in the weight file, the final count of `write_model_weights`."""
     return sum(spec.bytes for p in parameters for spec in _specs(p, formats))
 
 

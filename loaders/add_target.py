@@ -205,7 +205,7 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
         )
     if not compilable:
         raise PrecastError(f"{root}: no target holds StableHLO for a CPU; export the model again.")
-    # Only the StableHLO must suit the machine, so make the executables fit any.
+    # Only the StableHLO must fit this machine, so drop the requirements of the executables.
     bare = tuple(
         replace(t, runtime="stablehlo", machine="any", jaxlib="any", cpu_features=()) for t in compilable
     )

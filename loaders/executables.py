@@ -40,7 +40,7 @@ class LoadSettings(Frozen):
 
 
 class CheckedArtifact(Frozen):
-    """A target and the files that it needs, all of them as the manifest says.
+    """A target and the files that it needs, all checked against the manifest.
 
     Attributes:
         root: the artifact's folder.
@@ -60,14 +60,14 @@ class CheckedArtifact(Frozen):
 
 
 def runs_on_xla_cpu(target: Target) -> bool:
-    """Return True if XLA's CPU client runs the target, as it does "any" platform's."""
+    """Return True if XLA's CPU client runs the target, which includes targets of the platform "any"."""
     return target.runtime != "savedmodel" and target.platform != "cuda"
 
 
 def compile_executables(
     artifact: CheckedArtifact, machine: Machine, settings: LoadSettings
 ) -> "dict[str, LocalExecutable]":
-    """Compile a StableHLO target for the CPU in a child process; return executables by program, else none."""
+    """Compile a StableHLO target for the CPU in a child process; return executables by program, or {}."""
     root, target = artifact.root, artifact.target
     if target.runtime != "stablehlo":
         return {}
@@ -130,7 +130,7 @@ def _load_executables(
     client: pjrt.Client,
     settings: LoadSettings,
 ) -> dict[str, pjrt.Executable]:
-    """Load the programs of a target of XLA's, or compile those that are not in `compiled`."""
+    """Load the programs of an XLA target; use `compiled` where it has them."""
     target, executables = artifact.target, {}
     for program in target.programs:
         results = [

@@ -20,5 +20,5 @@ def required_key(given: str | Path | None) -> Path | None:
         return Path(given)
     if named := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(named).expanduser()
-    # lexists is also True for a dangling symlink. Then no artifact loads, rather than every one.
+    # lexists is True even for a dangling symlink: a missing key then blocks every load instead of allowing every load.
     return SYSTEM_KEY if os.path.lexists(SYSTEM_KEY) else None

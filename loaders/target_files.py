@@ -1,14 +1,14 @@
 """Add a target to an existing artifact so that the artifact stays whole if this process is killed at any moment.
 
 1. Lock the folder (``flock``), so that two processes wait for each other. The lock ends with the process.
-2. Settle the remains of killed processes, as in step 7.
+2. Clean up after killed processes, as in step 7.
 3. Make ``programs/.add-target.precast-*.partial/`` with a mark, the old manifest and the new one.
 4. Write and sync the executables there, and rename their folder to ``programs/NAME/``. The artifact is still the old
    one, because its manifest does not list them.
 5. Move the signature of the old manifest there, because it does not fit the new one. If the process is killed now, the
    artifact is the old one without its signature, until step 2 of the next process.
 6. Rename the new manifest over the old one. Now the artifact is the new one.
-7. Settle: put the signature back if it fits the artifact's manifest; remove the files that only the other manifest
+7. Clean up: put the signature back if it fits the artifact's manifest; remove the files that only the other manifest
    lists, if their hashes are as listed; then remove the folder.
 
 Nothing else below ``programs/`` is ever removed. An export or a pull may replace the artifact's folder in spite of the
@@ -109,7 +109,7 @@ def explain_os_errors(root: Path) -> Iterator[None]:
 
 
 def remove_leftovers(artifact: LockedArtifact) -> None:
-    """Settle and remove the remains of killed processes below programs/."""
+    """Clean up after killed processes below programs/."""
     if (artifact.root / PROGRAMS).exists():
         folders.remove_leftovers(
             artifact.root / PROGRAMS, _PURPOSE, lambda left: _settle(artifact.root, left)
@@ -118,7 +118,7 @@ def remove_leftovers(artifact: LockedArtifact) -> None:
 
 @contextmanager
 def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path]:
-    """Yield a folder that records the change to a new manifest; settle and remove it when the block ends in any way.
+    """Yield a folder that records the change to a new manifest; clean up whenever the block ends, even by an error.
 
     Raises:
         PrecastError: the artifact was replaced.
@@ -145,7 +145,7 @@ def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path
 
 
 def _tidy(artifact: LockedArtifact, folder: Path) -> None:
-    """Settle, and remove the folder that records a change."""
+    """Make the artifact match its manifest, then remove the folder that records a change."""
     if not artifact.is_there():  # the name may belong to another artifact now
         return
     if folder.exists():
@@ -170,7 +170,7 @@ def write_programs(artifact: LockedArtifact, folder: Path, executables: Mapping[
 
 
 def replace_manifest(artifact: LockedArtifact, folder: Path) -> bool:
-    """Replace the old manifest by the new one; return True if the old one was signed."""
+    """Replace the old manifest with the new one; return True if the old one was signed."""
     root, signature = artifact.root, artifact.root / SIGNATURE_FILE
     artifact.check()
     signed, aside = signature.exists(), folder / SIGNATURE_FILE

@@ -73,7 +73,7 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
 
 
 def _check_caches(model: Model, cache: KVCache, root: Path) -> None:
-    """Compare the sizes of the cache's arrays with the manifest, which may be wrong but consistent.
+    """Compare the sizes of the cache's arrays with the manifest, which may be self-consistent but wrong.
 
     Raises:
         PrecastError: names the first array of another size.

@@ -1,4 +1,4 @@
-"""The modules that decoders are made of.
+"""The building blocks of decoders.
 
 A module holds the weights of **all** its layers, stacked ``[L, …]``, but a call runs a single layer. The target then
 reads the weights of that layer in place, without slicing the stack.
@@ -28,7 +28,7 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The dimensions and options of a decoder. Letters in docstrings are the design's: L, D, N, K, H, F, V.
+    """The dimensions and options of a decoder. Other docstrings use its letters L, D, N, K, H, F, V.
 
     Attributes:
         layers, width, heads, kv_heads, head_dim, ff_width, vocab: L, D, N, K, H, F, V.
@@ -152,7 +152,7 @@ def project(
     residual: Array | None = None,
     gate: str = "",
 ) -> list[Array]:
-    """Multiply one x ``[…, in]`` with several weights in one call to the target, fused with the operations around.
+    """Multiply x ``[…, in]`` by several weights in one target call, fused with the operations around it.
 
     Args:
         norm: applied to x first.

@@ -76,7 +76,7 @@ def read_common_keys(
 def read_mixture(
     reader: ConfigReader, *, experts: int, experts_per_token: int, renormalised: bool
 ) -> Mixture:
-    """Read the number of experts and of experts per token, with the given defaults.
+    """Read the number of experts, and the number of experts per token, with the given defaults.
 
     Raises:
         PrecastError: the numbers contradict each other.

@@ -1,4 +1,4 @@
-"""A strict reader of config.json: a key that is not understood is an error, never dropped."""
+"""A strict reader of config.json: an unknown key is an error and is never dropped."""
 
 import math
 from collections.abc import Iterable, Mapping

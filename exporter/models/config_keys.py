@@ -107,7 +107,7 @@ HARMLESS = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class UnsupportedKey:
-    """A key whose effect is not supported, so only its neutral values are.
+    """A key whose effect is not supported; only values without an effect are accepted.
 
     Attributes:
         neutral: values without an effect.

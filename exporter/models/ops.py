@@ -96,13 +96,13 @@ class LinearCall:
 
     @property
     def results(self) -> tuple[int, ...]:
-        """Outputs of each result."""
+        """The width of each result."""
         return self.outs[:1] if self.gate else self.outs
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormCall:
-    """Normalisation of each piece of `width` numbers of x: of a row, or of each head in a row.
+    """Normalisation of x in pieces of `width` numbers: whole rows, or the heads of a row.
 
     Attributes:
         weight: ``[L, width]``.
@@ -207,7 +207,7 @@ class LayerStack:
 
     @property
     def layers(self) -> int:
-        """L."""
+        """L, the number of layers."""
         return len(self.windows)
 
     @property
@@ -217,7 +217,7 @@ class LayerStack:
 
     @property
     def cache_places(self) -> tuple[tuple[int, int], ...]:
-        """For each layer, the index of its KV cache and its own index in that cache."""
+        """The index of each layer's KV cache, and the layer's index in that cache."""
         seen = dict.fromkeys(self.cache_windows, 0)
         places = []
         for window in self.windows:

@@ -24,7 +24,7 @@ _PARTIAL = "partial_rotary_factor"
 
 
 def no_rope(head_dim: int) -> Rope:
-    """Return a RoPE that rotates nothing, for layers without RoPE; a `head_dim` of 0 is for models without it."""
+    """Return a RoPE that rotates nothing, for layers without RoPE; models without any RoPE pass a `head_dim` of 0."""
     return Rope(frequencies=np.zeros(head_dim // 2, np.float32))
 
 
@@ -181,7 +181,7 @@ def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, 
 
 
 def _original(reader: ConfigReader, default: int | None, scaling: str) -> int | None:
-    """Return the original context length if the config has the key outside the parameters."""
+    """Return the original context length that the config states outside the RoPE parameters, or else `default`."""
     # For other types the key has nothing to do with RoPE; the architecture must take it or it is refused.
     if default is None and scaling not in ("llama3", "longrope", "yarn"):
         return None

@@ -85,14 +85,14 @@ class UnscaledRope:
 
     @property
     def periods(self) -> np.ndarray:
-        """``[P]`` float32, positions per radian; an odd last dimension has its own pair."""
+        """Positions per radian, ``[P]`` float32; an odd last dimension has its own pair."""
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
         # The last bit of float32 powers differs between machines; rounded float64 powers agree.
         return (np.float64(np.float32(self.theta)) ** exponents.astype(np.float64)).astype(np.float32)
 
     @property
     def frequencies(self) -> np.ndarray:
-        """``[P]`` float32, radians per position."""
+        """Radians per position, ``[P]`` float32."""
         return np.float32(1) / self.periods
 
 
@@ -194,7 +194,7 @@ def _yarn(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 
 
 def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
-    """Return the factor of section 3.4 of the paper; DeepSeek's variant divides two of them."""
+    """Return the attention factor (section 3.4 of the paper); for DeepSeek's variant, a quotient of two."""
 
     def magnitude(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -207,7 +207,7 @@ def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
 
 
 def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, float]:
-    """Return the pairs between which to interpolate, by their rotations over the original context."""
+    """Return the first and last pair to interpolate, from their rotations over the original context."""
     fast, slow = _positive(parameters, "beta_fast", 32.0), _positive(parameters, "beta_slow", 1.0)
     truncate = parameters.take_bool("truncate", True)
     original = _original(base, parameters, base.max_positions)

@@ -73,7 +73,7 @@ def _layer_matrix(weight: Weight, layer: Array, outs: int, inputs: int, compute:
 
 
 def _product(axes: str, a: Array, b: Array, compute: str) -> Array:
-    """Return an einsum in float32 of factors rounded to `compute`."""
+    """Return a float32 einsum of operands rounded to `compute`."""
     return jnp.einsum(axes, a.astype(compute), b.astype(compute), preferred_element_type=jnp.float32)
 
 
@@ -114,7 +114,7 @@ def _normalize(x: Array, call: NormCall, layer: Array) -> Array:
 
 
 def routing_weights(scores: Array, experts_per_token: int, *, renormalised: bool) -> Array:
-    """Return each row's weight for each expert, ``[M, E]`` from scores ``[M, E]``; 0 for experts of other rows."""
+    """Return each row's weight for each expert, ``[M, E]`` from scores ``[M, E]``; 0 for unused experts."""
     probabilities = jax.nn.softmax(scores, axis=-1)
     best, experts = jax.lax.top_k(probabilities, experts_per_token)  # [M, experts of a row]
     if renormalised:
@@ -205,7 +205,7 @@ def _quantise(x: Array) -> tuple[Array, Array]:
 
 
 def round_to_cache(x: Array, dtype: str) -> Array:
-    """Return keys or values ``[…, H]``, in float32, as a KV cache of this type returns them."""
+    """Round keys or values ``[…, H]`` to the precision of a KV cache of this type; return float32."""
     if dtype == "int8":
         values, scale = _quantise(x)
         return values.astype(jnp.float32) * scale[..., None]

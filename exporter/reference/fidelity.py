@@ -34,7 +34,7 @@ class Reference:
         spec: the model.
         weights: float32 arrays by parameter name, in the shapes of the forward pass.
         tokenizer: the model's tokenizer.
-        context: the most positions of a window.
+        context: maximum length of a window, in positions.
         exported: context of the artifact to compare with, on which some kinds of RoPE depend; None to use each
             window's length instead, as transformers does.
     """

@@ -63,7 +63,7 @@ def _computes_bfloat16(manifest: Manifest) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """An answer.
+    """A golden answer before it is written.
 
     Attributes:
         prompt: token ids.

@@ -88,7 +88,7 @@ class LayerwiseReference:
         return self._bound(arrays).forward_layer(x, Rotary(cos, sin), window, jnp.int32(0))
 
     def _read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
-        """Read the parameters with one of the prefixes, stacks for one layer; the others become a single zero."""
+        """Read the parameters with these prefixes, for one layer; replace every other parameter with one zero."""
         return [
             self._array(p, layer)
             if p.name.startswith(prefixes)

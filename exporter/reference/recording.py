@@ -49,7 +49,7 @@ def load_first(folder: Path, manifest: Manifest) -> Model:
 
 
 def _answer(folder: Path, manifest: Manifest) -> tuple[golden.Case, ...]:
-    """Return the answers of the first target, and remember that it runs here, which spares the first load a trial."""
+    """Return the first target's answers; record that the target runs here, so that its first load needs no trial."""
     model = load_first(folder, manifest)
     cases = golden.answers(model, golden.tie_of(manifest))
     trial.record_success(manifest, model.target, this_machine())

@@ -74,7 +74,7 @@ def end_tokens_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> 
 
 
 def named_end_tokens(folder: Path, config: Mapping[str, object]) -> tuple[int, ...]:
-    """Return the end tokens that config.json or generation_config.json names: any number of ids.
+    """Return the end tokens of config.json or generation_config.json, which may name none, one or several.
 
     Raises:
         PrecastError: `eos_token_id` is neither an id nor a list of ids.
@@ -89,5 +89,5 @@ def named_end_tokens(folder: Path, config: Mapping[str, object]) -> tuple[int, .
 
 
 def merge_end_tokens(named: Iterable[int | None], by_text: Iterable[int]) -> tuple[int, ...]:
-    """Return all end tokens without duplicates, those that the model's files name first."""
+    """Return all end tokens without duplicates, starting with those named by the model's files."""
     return tuple(dict.fromkeys(token for token in (*named, *by_text) if token is not None))

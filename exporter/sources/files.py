@@ -58,7 +58,7 @@ def plain_file(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise PrecastError(
-                f"{path}: is a link to {path.readlink()}, which does not exist; fetch the file again."
+                f"{path}: is a symlink to {path.readlink()}, which does not exist; fetch the file again."
             ) from None
         return False
     except OSError as error:
@@ -110,7 +110,7 @@ def first_bytes(path: Path, count: int) -> bytes:
 
 
 def refuse_stand_in(path: Path) -> None:
-    """Refuse a stand-in that a download left in place of a file.
+    """Refuse a placeholder that a download left in place of a file.
 
     Raises:
         PrecastError: the file is a stand-in; the error names the remedy.

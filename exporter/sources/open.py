@@ -52,7 +52,7 @@ def _is_hub_id(spec: str) -> bool:
 
 
 def _is_gguf(spec: str) -> bool:
-    """Return True for a GGUF file by its first bytes, because other programs' stores name files by their hash.
+    """Return True if the first bytes are GGUF's; a name is no guide, because some stores name files by hash.
 
     A file also counts if only its name ends in .gguf; the reader then refuses it in one sentence.
     """
@@ -110,7 +110,7 @@ def _open(spec: str | None) -> Source:
 
 
 def _found(spec: str) -> str:
-    """Describe what a path is, and the remedy."""
+    """Describe the file at a path, and name the remedy."""
     path = Path(spec)
     if not path.is_file():
         return "nothing of that name here; check the spelling"

@@ -133,7 +133,7 @@ def build_targets(
 def _compile(
     source: Target, kind: TargetKind, root: Path, isa: str, *, exact: bool, is_first: bool
 ) -> tuple[Target, dict[str, bytes], dict[str, Compilation]]:
-    """Compile the programs of `source` for an instruction set; put the first target's beside their StableHLO."""
+    """Compile the programs of `source` for an instruction set; put the first executables beside their StableHLO."""
     names = {str(p.stablehlo) for p in source.programs}
     return compile_target(
         source,
@@ -224,7 +224,7 @@ def _build_program(
 
 
 def _stablehlo(kind: TargetKind, spec: ProgramSpec, function: jax.stages.Wrapped) -> bytes:
-    """Return the StableHLO inside a jax.export, which jaxlib alone can compile, for all platforms of the target.
+    """Return StableHLO for all platforms of the target, taken from jax.export; jaxlib can compile it without jax.
 
     A module that jax.export makes for several platforms takes the platform's index as an extra argument, and branches
     on it even if the branches are equal. So each platform is lowered alone, and the modules must be equal.
@@ -279,7 +279,7 @@ def _program(spec: ProgramSpec, stem: str, compiled: jax.stages.Compiled | None)
 
 
 def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Value, ...]:
-    """Return values with the compiler's layouts, which permute the axes in the order of the given layouts."""
+    """Apply the compiler's layouts to values; each permutes the axes of the value's current layout."""
     return tuple(
         dataclasses.replace(v, layout=tuple(v.layout[axis] for axis in f.layout.major_to_minor))
         for v, f in zip(values, formats, strict=True)

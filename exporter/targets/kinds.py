@@ -1,4 +1,4 @@
-"""The kinds of target: how each computes, what it is compiled for, and what the loader needs to run it."""
+"""The kinds of target: the operations, the platforms, and the loader requirements of each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -84,7 +84,7 @@ def build_savedmodel(
     with without_source_locations(), _quietly():
         records = _write(kind, programs, root, folder, on_built)
     gc.collect()  # TensorFlow's functions are reference cycles that hold the variables
-    # It contains a random number, so exports would differ; no reader needs it.
+    # The fingerprint contains a random number, so exports would differ; no reader needs the fingerprint.
     (folder / "fingerprint.pb").unlink(missing_ok=True)
     for empty in [path for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())]:
         empty.rmdir()  # the folder for assets, which a copy of the files would lose
@@ -166,7 +166,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _inputs(spec: ProgramSpec) -> tuple[Value, ...]:
-    """Return the arguments of a call: those that are not variables."""
+    """Return the arguments that are passed at each call; all others are variables."""
     return tuple(v for v in spec.arguments if v.role not in _VARIABLES)
 
 

@@ -1,4 +1,4 @@
-"""Create folders atomically. Apart from `files`, because every start reads files and few write folders."""
+"""Create folders atomically. Separate from `files`, because every start reads files but few starts write folders."""
 
 import ctypes
 import errno

@@ -328,5 +328,5 @@ class Manifest(Frozen):
 
     @property
     def context(self) -> int:
-        """S, the most positions that a sequence may have."""
+        """S, the context length: the maximum number of positions in a sequence."""
         return self.capacity

@@ -1,4 +1,4 @@
-"""Explain what a path contains that is not an artifact, and name the remedy."""
+"""Errors for a path that is not an artifact: its contents, and the remedy."""
 
 import os
 import re

@@ -62,7 +62,7 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """Return the dtype with a manifest's name, a key of `DTYPE_BYTES`."""
+    """Return the dtype for a name in a manifest, a key of `DTYPE_BYTES`."""
     if name != "bfloat16":
         return np.dtype(name)
     import ml_dtypes  # only for bfloat16, which NumPy lacks
@@ -72,7 +72,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def _dtype(name: str) -> np.dtype:
-    """Return the dtype with a safetensors header's name."""
+    """Return the dtype for a name in a safetensors header."""
     return numpy_dtype("bfloat16") if name == _BFLOAT16 else _DTYPES[name]
 
 

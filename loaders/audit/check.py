@@ -44,7 +44,7 @@ _TENSORFLOW = "'precast[savedmodel]'"
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """An obstacle, now or soon.
+    """An obstacle that exists now or will soon.
 
     Attributes:
         what: the aspect: "jaxlib", "memory".
@@ -229,7 +229,7 @@ def _command(*words: object) -> str:
 
 
 def _split_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
-    """Split the installation command off a problem; None if it names none."""
+    """Return a problem without its trailing pip command, and that command; None if there is no command."""
     for packages in (_TENSORFLOW, compat.cuda_packages(machine.jaxlib)):
         # Not at the first "pip install", which may be text of an untrusted manifest.
         if problem.endswith(f": pip install {packages}"):

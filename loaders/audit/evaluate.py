@@ -40,7 +40,7 @@ class Scorer(Protocol):
         name: the model's name in messages.
         tokenizer: the model's tokenizer.
         vocab: V, the number of logits.
-        context: the most positions of a window.
+        context: maximum length of a window, in positions.
     """
 
     @property
@@ -53,7 +53,7 @@ class Scorer(Protocol):
     def context(self) -> int: ...
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        """Yield the logits [V] of positions `first` to ``len(window) − 2``; the next may overwrite the last."""
+        """Yield the logits [V] of positions `first` to ``len(window) − 2``; each array is valid until the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +218,7 @@ def check_same_tokens(text: str, artifact: Scorer, reference: Scorer) -> None:
             )
     if tokenize(artifact.tokenizer, text) != tokenize(reference.tokenizer, text):
         raise PrecastError(
-            f"{reference.name}: its tokenizer splits the text into other tokens than that of {artifact.name}; compare"
+            f"{reference.name}: its tokenizer splits the text differently from that of {artifact.name}; compare"
             " models with the same tokenizer."
         )
 
@@ -322,7 +322,7 @@ def _comparison(losses: np.ndarray, kl: np.ndarray, same: np.ndarray) -> Compari
 
 
 def _points(artifact: Scorer, window: Sequence[int], reference: Scorer | None) -> Iterator[tuple[float, ...]]:
-    """Yield the loss of each prediction; with a reference also its loss, the divergence, and 1.0 if the top agrees."""
+    """Yield each loss; with a reference, also its loss, the divergence, and 1.0 if both top tokens agree."""
     first = _prefilled(window) - 1
     rows = artifact.logits(window, first)
     targets = window[first + 1 :]

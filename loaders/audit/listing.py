@@ -83,7 +83,7 @@ def _folders(folder: Path) -> Iterator[Path | ListEntry]:
         return
     for name in names:
         path = folder / name
-        # A link may lead to an artifact, but is not searched: it could lead back.
+        # Accept a symlink to an artifact, but search no other symlink: it could lead back up and loop.
         if not path.is_symlink() or os.path.isfile(path / MANIFEST_FILE):
             yield from _folders(path)
 
@@ -124,7 +124,7 @@ def _listed(folder: Path, key: Path | None) -> ListEntry | None:
 
 
 def _runs(folder: Path, manifest: Manifest, machine: Machine) -> tuple[str | None, bool, str | None]:
-    """Return the target that runs here, True if one runs once compiled, and the reason why none runs directly."""
+    """Return the target that runs here, True if one runs directly or after compiling, and the obstacle if any."""
     try:
         chosen = compat.choose_target(manifest, machine, str(folder), name=None, allow_compile=False)
         return chosen.name, True, None

@@ -1,4 +1,4 @@
-"""Executables compiled by ``run --compile``, in the cache folder for the next time.
+"""Executables compiled by ``run --compile``, kept in the cache folder for later runs.
 
 An entry consists of an executable's sha256 and the executable. The file's name is a hash of all that affects the
 compiler's output: StableHLO, jaxlib, the kernels' ABI, the CPU, the number of threads, XLA_FLAGS. An entry whose hash

@@ -92,7 +92,7 @@ class Child:
         """
         until = time.monotonic() + START_S
         try:
-            # A line of another program may never end.
+            # Compare byte by byte: another program may never end its line.
             while READY.startswith(self._received) and len(self._received) < len(READY):
                 self._receive_more(until)
         except TimeoutError:

@@ -177,7 +177,7 @@ _EVEX: Mapping[tuple[int, int], _Map] = {
         gfni="ce-cf",
     ),
 }
-# Permutes of words (with W) and of bytes (without), which are a later extension.
+# Permutes: with W of words, without W of bytes. The byte forms belong to a later extension.
 _PERMUTES = _set("75 7d 8d")
 
 
@@ -199,7 +199,7 @@ def instructions(code: bytes) -> Iterator[Instruction]:
 
 
 class _Reader:
-    """Read one instruction byte by byte. IndexError and KeyError mean an unknown instruction."""
+    """A decoder of one instruction, byte by byte. IndexError and KeyError mean an unknown instruction."""
 
     def __init__(self, code: bytes, at: int) -> None:
         self._code, self.at = code, at
@@ -260,7 +260,7 @@ class _Reader:
         return "sahf" if opcode in _SAHF else _BASE
 
     def _escaped(self) -> str:
-        """Read what follows 0F."""
+        """Read the rest of an instruction after the escape byte 0F."""
         opcode, map_, prefix = self._byte(), 1, self._mandatory()
         if opcode in (0x38, 0x3A):
             map_ = 2 if opcode == 0x38 else 3

@@ -121,7 +121,7 @@ def check_isa(name: str) -> None:
 
 
 def xla_flags(isa: str, flags: str) -> str:
-    """Add the flag that limits XLA to an instruction set to `flags`, a value of XLA_FLAGS. XLA reads it when loaded."""
+    """Return `flags`, a value of XLA_FLAGS, with the flag that sets the instruction set. XLA reads it when loaded."""
     return flags if isa == NATIVE else f"{flags} --xla_cpu_max_isa={LEVELS[isa].flag}".strip()
 
 
@@ -184,7 +184,7 @@ def _wider(isa: str, program: str, instruction: Instruction, beyond: Sequence[st
 
 
 def _narrowest(features: set[str]) -> str:
-    """Return the narrowest level with all of these features that belong to any level."""
+    """Return the narrowest level that covers these features; ignore features that belong to no level."""
     known = features & set(list(LEVELS.values())[-1].features)
     return next(name for name, level in LEVELS.items() if known <= set(level.features))
 
@@ -224,7 +224,7 @@ def target_name(kind: str, features: Sequence[str]) -> str:
 
 
 def level_and_extras(features: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Return the narrowest level with all features that belong to any level, and the other features, sorted."""
+    """Return the narrowest level that covers the features, and, sorted, the features that belong to no level."""
     level = _narrowest(set(features))
     return level, tuple(sorted(set(features) - set(LEVELS[level].features)))
 

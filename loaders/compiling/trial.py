@@ -111,7 +111,7 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
 
 
 def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:
-    """Yield the names below one of the folders, in less than names times folders steps."""
+    """Yield the names below any of the folders, with one binary search for each name."""
     tops: list[str] = []
     for folder in sorted(folders):
         if not tops or not folder.startswith(tops[-1]):

@@ -1,4 +1,4 @@
-"""The group of commands, and their common way to end."""
+"""The command group, and the shared handling of errors, interrupts and exit codes."""
 
 import os
 import sys

@@ -24,7 +24,7 @@ def converse(
 
     Args:
         model: with a chat template.
-        params: how to sample.
+        params: the sampling parameters.
         system: the system message, which may be empty; None for none.
         stats: print the speed of all answers at the end, on standard error.
         literal: treat messages as plain text.

@@ -12,7 +12,7 @@ from .command import local_folder
 if TYPE_CHECKING:
     from ..audit.diff import Change
 
-# The most lines of a section for people; JSON has all.
+# Maximum lines of a section in the text output; the JSON output has all.
 _MOST_LINES = 12
 _MOST_CHARACTERS = 80
 # Lists with more differing items show their count.

@@ -49,7 +49,7 @@ def run(
 
     Args:
         artifact: as for `load`.
-        text: what to predict.
+        text: the text to predict, and its limits.
         reference: an artifact or a source of the exporter to compare with; None for perplexity alone.
         source_opener: returns the exporter's function that opens a source, given its name and a context. The loaders
             cannot import it.

@@ -87,7 +87,7 @@ def _setting(item: tuple[str, Any]) -> str:
 
 
 def _saved(facts: dict[str, Any]) -> str:
-    """Format the size that windows save, in brackets; empty if they save nothing."""
+    """Format the memory saved by sliding windows, in brackets; return "" if none is saved."""
     arrays = facts["cache"]["arrays"]
     whole = sum(a["bytes"] // a["shape"][a["axes"].index("S")] * facts["context"] for a in arrays)
     saved = whole - facts["cache"]["bytes"]

@@ -185,7 +185,7 @@ def _read_text(prompt: Prompt) -> str:
 
 
 def piped_text(text: str) -> str:
-    """Strip the byte order mark, CRLF and one final newline of editors and shells from a piped prompt."""
+    """Remove what editors and shells add to a piped prompt: byte order mark, CRs of CRLF, one final newline."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 

@@ -1,4 +1,4 @@
-"""Standard streams that a process is started without.
+"""Replacements for standard streams that were closed when the process started.
 
 This is the first thing that a command does, so it imports only modules that Python itself has imported.
 """
@@ -10,7 +10,7 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
 def open_closed_streams() -> None:
-    """Let standard streams that this process was started without read and write nothing.
+    """Open /dev/null in place of each standard stream that was closed when the process started.
 
     Otherwise a file that is opened later would have the number of the closed stream, and receive its output.
     """

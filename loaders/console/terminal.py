@@ -14,7 +14,7 @@ _SHOWN = dict.fromkeys(_COMMANDS, "\N{REPLACEMENT CHARACTER}")
 
 
 def harmless(text: str) -> str:
-    """Replace each character that could control a terminal by a visible one."""
+    """Replace each character that could control a terminal with a visible one."""
     return text.translate(_SHOWN)
 
 

@@ -150,7 +150,7 @@ class Model:
         return [int(token) for token in ids]
 
     def _advice(self, token: object) -> str:
-        """Return the advice for a token that the tokenizer knows and the model lacks; transformers fails on it too."""
+        """Return the remedy for a token that the tokenizer knows and the model lacks; transformers fails on it too."""
         if not isinstance(token, Integral) or int(token) < self.engine.vocab:
             return ""
         text = self.tokenizer.token(int(token))

@@ -102,7 +102,7 @@ class Sampler:
         if np.isneginf(scores.max()):
             raise PrecastError(
                 "Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to"
-                " choose; loosen them."
+                " choose; relax one of them."
             )
         return scores
 
@@ -173,7 +173,7 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Return the mask [n] of top-p: tokens whose higher-ranked tokens together have less than `top_p`.
+    """Return the top-p mask [n]: True for a token if the tokens ranked above it sum to less than `top_p`.
 
     Tokens are ranked by weight, then by ascending id. A full sort is not needed: the upper bits of non-negative
     float32 values have the same order as the values, so a histogram of these bits finds the bin with the boundary, and

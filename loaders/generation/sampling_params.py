@@ -105,8 +105,8 @@ class SamplingParams(Frozen):
             return room
         if prompt_tokens >= self.max_length:
             raise PrecastError(
-                f"prompt: its {prompt_tokens} tokens reach max_length, {self.max_length}; raise it, or give"
-                " max_tokens instead."
+                f"prompt: its {prompt_tokens} tokens reach max_length, {self.max_length}; raise max_length, or"
+                " give max_tokens instead."
             )
         return min(self.max_length - prompt_tokens, room)
 

@@ -118,7 +118,7 @@ class Client(pjrt.Client):
         return self._put(array, self._kinds.IMMUTABLE_ONLY_DURING_CALL)
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """Return a zeroed array, also in place of its buffer: an `Executable` copies it to the GPU at every call."""
+        """Return a zeroed array as both array and buffer; an `Executable` copies it to the GPU at every call."""
         array = np.zeros(shape, dtype)
         return array, cast(Buffer, array)
 

@@ -36,13 +36,13 @@ class Executable(Protocol):
 
 
 class Client(Protocol):
-    """One device."""
+    """A client for one device."""
 
     def put(self, array: np.ndarray) -> Buffer:
         """Hand an array to the device. The caller must not change it afterwards."""
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """Return a zeroed array and its buffer: a call sees what was written to the array before it."""
+        """Return a zeroed array and its buffer; values written to the array before a call reach that call."""
 
     def get(self, buffer: Buffer) -> np.ndarray:
         """Return a buffer's contents, read-only, valid until a call consumes the buffer."""

@@ -77,7 +77,7 @@ def ensure(root: Path, manifest: Manifest, target: Target, computing: int, *, ha
         manifest: the artifact's manifest.
         target: the target to load.
         computing: number of computing threads.
-        has_client: True if this process has a client of XLA's with this many threads, as after another load.
+        has_client: True if this process already has an XLA client with this many threads.
 
     Raises:
         PrecastError: names the first such limit.

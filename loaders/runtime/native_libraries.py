@@ -24,8 +24,8 @@ def check_cpu() -> None:
             cpu_feature_guard.check_cpu_features()
         except RuntimeError:
             raise PrecastError(
-                "jaxlib cannot run on this CPU, which lacks AVX; use a CPU of 2011 or later, or have the virtual"
-                " machine show the features of its host (CPU type host)."
+                "jaxlib cannot run on this CPU, which lacks AVX; use a CPU from 2011 or later, or have the virtual"
+                " machine expose the CPU features of its host (CPU type host)."
             ) from None
 
 

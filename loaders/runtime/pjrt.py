@@ -23,8 +23,8 @@ try:
         from jaxlib import _jax
 except ImportError as error:
     raise PrecastError(
-        f"jaxlib cannot be imported ({error}); install it again, or raise the limit of address space (ulimit -v) where"
-        " one is set."
+        f"jaxlib cannot be imported ({error}); install it again, or raise the address-space limit (ulimit -v) if one"
+        " is set."
     ) from None
 from jaxlib.version import __version__ as jaxlib_version
 
@@ -197,7 +197,7 @@ class Client:
         _jax.collect_garbage()
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """Return a zeroed array and a buffer that shares its memory: a call sees what was written before it.
+        """Return a zeroed array and a buffer that shares its memory; values written before a call reach that call.
 
         Making a buffer takes longer than a small program, so inputs of every call are made once.
         """
@@ -205,7 +205,7 @@ class Client:
         return array, self.put(array)
 
     def get(self, buffer: Buffer) -> np.ndarray:
-        """Return a read-only view of a buffer, valid until a call consumes the buffer. Not for bfloat16."""
+        """Return a read-only view of a buffer, valid until a call consumes the buffer. It rejects bfloat16."""
         return np.asarray(memoryview(cast(Any, buffer)))
 
 
@@ -215,7 +215,7 @@ def placement(device: Any) -> Any:
         return _jax.SingleDeviceSharding(device)
 
     class Placement(_jax.SingleDeviceSharding):
-        """Older jaxlibs use two attributes that jax's own Python class adds."""
+        """A sharding with the two attributes that older jaxlibs expect from jax's own class."""
 
         memory_kind = None
 

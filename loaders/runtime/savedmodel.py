@@ -112,7 +112,7 @@ def import_tensorflow() -> Any:
 
 
 def set_threads(threads: int) -> bool:
-    """Set the number of TensorFlow's computing threads in this process, all models together.
+    """Set the number of TensorFlow's computing threads, which all models in this process share.
 
     Return False if TensorFlow runs with another number already: it starts its threads at its first operation.
     """
@@ -229,7 +229,7 @@ def _check_operations(path: Path) -> None:
             continue
         if unknown := sorted({node.op for node in function.node_def} - _OPERATIONS):
             raise PrecastError(
-                f"{path}: it calls TensorFlow's {', '.join(unknown)}, which no export does: do not run it; export the"
+                f"{path}: calls TensorFlow's {', '.join(unknown)}, which no export contains: do not run it; export the"
                 " model again."
             )
 

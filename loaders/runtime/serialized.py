@@ -1,4 +1,4 @@
-"""The serialised form of XLA's CPU executables, read far enough to order their object files and to find machine code.
+"""The serialised form of XLA's CPU executables, read just far enough to order the object files and find machine code.
 
 XLA compiles the kernels of a program on several threads, and stores their object files in the order of completion.
 Nothing depends on that order, so `canonical` sorts them: two compilations of a program then give the same bytes.

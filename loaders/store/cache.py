@@ -36,7 +36,7 @@ UNSIGNED = "unsigned"
 
 
 def folder() -> Path:
-    """Return the folder of all these files.
+    """Return the folder that holds this module's files.
 
     Raises:
         PrecastError: other users may write to it.

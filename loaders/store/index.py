@@ -86,7 +86,7 @@ class Index:
 
     @property
     def pieces(self) -> dict[str, Piece]:
-        """Each distinct piece once, by its sha256."""
+        """The distinct pieces, by sha256."""
         return {piece.sha256: piece for file in self.files.values() for piece in file.pieces}
 
 

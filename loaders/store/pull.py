@@ -111,15 +111,15 @@ def _key_name(key: Path | None) -> str:
 
 
 def _refuse_to_replace_checked(root: Path) -> None:
-    """Refuse to replace an artifact that was checked with a key by an unchecked one.
+    """Refuse to replace an artifact that was verified with a key, if the new artifact is unverified.
 
     Raises:
         PrecastError: names the key.
     """
     if (checked := cache.checked_with(root)) is not None:
         raise PrecastError(
-            f"{root}: its artifact was checked with the key of sha256 {checked[0]:.12}… when it was pulled, and an"
-            " unchecked one cannot replace it; name a key with --require-signature, or another folder with -o."
+            f"{root}: the artifact here was verified with a key (sha256 {checked[0]:.12}…) when it was pulled, and an"
+            " unverified artifact cannot replace it; name a key with --require-signature, or another folder with -o."
         )
 
 
@@ -389,7 +389,7 @@ def _check_room(store: Store, index: Index, root: Path) -> None:
 
 
 def _renew_signature(job: _Pull, log: _Log) -> None:
-    """Replace the signature of a pulled artifact by the store's newer one; log a signature that does not fit."""
+    """Replace a pulled artifact's signature with the store's newer one; log a signature that does not fit."""
     root, index = job.root, job.index
     with suppress(OSError, PrecastError):
         if files.sha256_of(files.member_path(root, SIGNATURE_FILE)) == index.files[SIGNATURE_FILE].sha256:

@@ -89,5 +89,5 @@ def map_in_threads(
 
 
 def shown(progress: Progress | None) -> AbstractContextManager[Progress]:
-    """Yield `progress`, or a function that shows progress on standard error if that is None."""
+    """Yield `progress`; if it is None, a function that shows progress on standard error."""
     return show_progress() if progress is None else nullcontext(progress)

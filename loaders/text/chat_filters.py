@@ -48,7 +48,7 @@ def charge_format(meter: Meter, template: str, values: Any) -> None:
 
 
 def check_number(value: Any) -> Any:
-    """Return `value`.
+    """Return `value`, unless it is an integer with too many bits.
 
     Raises:
         TemplateRuntimeError: the number is too large to calculate with.
@@ -76,12 +76,12 @@ def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None
 
 
 def _like(method: str) -> Callable[[Meter, str, tuple[Any, ...]], None]:
-    """Charge as for a method of text."""
+    """Return a function that charges for a filter like for this method of text."""
     return lambda meter, text, args: charge(meter, text, method, args)
 
 
 def _per_character(count: int, characters: int) -> Callable[[Meter, str, tuple[Any, ...]], None]:
-    """Charge `count` bytes for each character, and one step for so many `characters`."""
+    """Charge `count` bytes for each character, and one step for every `characters` characters."""
 
     def charge_for(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
         meter.step(len(text) // characters)
@@ -204,7 +204,7 @@ def _float(environment: Any, value: Any, default: Any = 0.0) -> Any:
 
 
 def _number_text(meter: Meter, text: str) -> None:
-    # Text that is not a number occurs in the error, escaped.
+    # The error quotes text that is not a number, escaped.
     meter.step(len(text) >> 2)
     meter.allocate(0, temporary=2 * size(text) + 48 * len(text))
 

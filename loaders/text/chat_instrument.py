@@ -52,7 +52,7 @@ class TemplateTags(Extension):
 
 
 class MeteredCodeGenerator(CodeGenerator):
-    """jinja2's code generator, but it charges each node and calls the sandbox's methods directly."""
+    """A jinja2 code generator that charges each node and calls the sandbox's methods directly."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = self.environment.meter  # type: ignore[attr-defined]

@@ -125,11 +125,11 @@ class LiteralChat:
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):
             return False
-        # A marker cannot split a token of one character, so there is one on either side.
+        # A marker cannot split a one-character token, so `mark` puts a marker on either side of it.
         return len(token.content) > 1 or prompt[max(start - 1, 0) : stop + 1] != f"{marker}{text}{marker}"
 
     def _restore(self, ids: Sequence[int], real: Sequence[int], text: str) -> list[int]:
-        """Replace stand-ins by their control tokens, which are `real` in order."""
+        """Replace the stand-ins in `ids` with the control tokens in `real`, in order."""
         literal, names = self._literal
         stand_ins = {literal.token_to_id(name) for name in names.values()}
         if sum(number in stand_ins for number in ids) != len(real):
@@ -214,7 +214,7 @@ def _flags(token: "AddedToken") -> _Flags:
 def _literal_tokenizer(
     library: "LibraryTokenizer", control: Collection["AddedToken"]
 ) -> tuple["LibraryTokenizer", dict[_Flags, str]]:
-    """Return a tokenizer that treats control tokens as text, and its stand-ins for them, by the tokens' flags."""
+    """Return a tokenizer that treats control tokens as text, and the names of their stand-ins, by token flags."""
     from tokenizers import AddedToken, Tokenizer
 
     literal = Tokenizer.from_str(library.to_str())

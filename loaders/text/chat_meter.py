@@ -49,7 +49,7 @@ class Limits(Frozen):
     """Wall-clock time for the same, for a machine that swaps."""
 
     def for_probe(self) -> "Limits":
-        """Return the limits for rendering one short message, low enough in steps that time never decides."""
+        """Return the limits for rendering one short message: few enough steps that the time limit never applies."""
         steps = min(self.steps, 500_000)
         allocated = min(self.allocated, 1 << 24)
         return replace(self, steps=steps, operation=min(self.operation, steps), allocated=allocated)
@@ -88,7 +88,7 @@ class Weight:
 
     @property
     def printed(self) -> int:
-        """Return an upper bound of the characters in `repr` or JSON, where an escape takes 6, beyond U+FFFF 12."""
+        """Return an upper bound of the characters in `repr` or JSON. An escape takes 6, or 12 beyond U+FFFF."""
         return self.text * (12 if self.width == 4 else 6) + self.other + 8 * self.items
 
 
@@ -144,7 +144,7 @@ class Meter:
             raise LimitExceeded(f"it took longer than {self.limits.wall_seconds:g} seconds")
 
     def allocate(self, count: int, temporary: int = 0) -> None:
-        """Charge bytes before an operation allocates them, and `temporary` bytes that it frees when it ends."""
+        """Charge the bytes that an operation is about to allocate; it frees `temporary` more when it ends."""
         self._allocated += count
         if self._allocated + temporary > self.limits.allocated:
             raise LimitExceeded(f"it allocated more than {self.limits.allocated:,} bytes of text and lists")

@@ -93,7 +93,7 @@ class Sandbox(SandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=ShortUndefined,
-            # Nothing is evaluated at compile time, where no meter runs.
+            # No constant folding: no meter runs at compile time.
             optimized=False,
             finalize=_print_value,
             extensions=[TemplateTags, "jinja2.ext.loopcontrols"],

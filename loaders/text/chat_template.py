@@ -197,7 +197,7 @@ def _message(error: Any) -> str:
 
 
 def _line(error: Exception) -> int | None:
-    """Return the line of the template that raised an error, which the innermost frame of the template's code knows."""
+    """Return the template line that raised an error, from the innermost frame of the template's code."""
     line, step = None, error.__traceback__
     while step is not None:
         template = step.tb_frame.f_globals.get("__jinja_template__")

@@ -107,7 +107,7 @@ class Tokenizer:
 
     @property
     def largest_own_id(self) -> int:
-        """The largest id in the vocabulary without added tokens, or -1."""
+        """The largest id in the vocabulary, excluding added tokens, or -1."""
         return max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
 
     def tokens_from(self, first: int) -> list[str]:
@@ -142,7 +142,7 @@ class Tokenizer:
             raise PrecastError(f"Tokenizer: expected token ids of 0 and above, found {list(ids)}.") from error
 
     def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
-        """Return a decoder of one text, which takes one token at a time."""
+        """Return an incremental decoder for one text; it takes one token at a time."""
         skipped = self._special_ids if skip_special_tokens else frozenset[int]()
         if self._is_byte_level:
             return _ByteLevelStream(self._library, skipped)
@@ -263,7 +263,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """A decoder of one text, token by token. The cost of a token is independent of the text's length.
+    """An incremental decoder for one text. The cost of a token is independent of the text's length.
 
     The results of `push`, joined, are `decode` of the ids so far without an incomplete character at the end. With the
     result of `finish` they are `decode` of all ids. The exception is a decoder that takes text back: SentencePiece
@@ -318,7 +318,7 @@ class _ByteLevelStream(TextStream):
 
 
 class _PieceStream(TextStream):
-    """Any other decoder: the library decodes each piece together with the two pieces before it.
+    """A stream for any other decoder: the library decodes each piece together with the two pieces before it.
 
     Decoders need that context, for example to drop a leading space only at the start of a text. Byte tokens wait until
     they form a character, so that every piece is whole.
@@ -358,7 +358,7 @@ class _PieceStream(TextStream):
         return self._decode(piece)
 
     def _end_run(self) -> str:
-        """Replace each byte of an incomplete character by U+FFFD, as the library does."""
+        """Replace each byte of an incomplete character with U+FFFD, as the library does."""
         broken = "\N{REPLACEMENT CHARACTER}" * len(self._ids)
         if self._ids:
             self._remember(self._ids)

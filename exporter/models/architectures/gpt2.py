@@ -11,7 +11,7 @@ from ..ops import LayerOps
 from ..rope import Rope, no_rope
 from ..tensors import Tensors, split_rows, take, transpose
 
-# Keys of a pooling head for other tasks, of early versions, and duplicates of other keys.
+# Keys of pooling heads for other tasks, keys of early versions, and duplicates of other keys.
 _UNUSED = """
     _num_labels attn_pdrop n_ctx n_special output_past predict_special_tokens reorder_and_upcast_attn
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
@@ -71,7 +71,7 @@ class GPT2Layers(nnx.Module):
 
 
 def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
-    """Rename to Llama's names, transpose matrices to ``[out, in]`` and split the fused q, k and v."""
+    """Give tensors Llama's names, transpose matrices to ``[out, in]``, and split the fused q, k and v."""
     prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
     # Under the names in Llama's old checkpoints, masks are recognised and ignored later.
     left = {n.replace(".attn.", ".self_attn.") if n.endswith(_MASKS) else n: t for n, t in tensors.items()}

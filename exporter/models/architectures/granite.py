@@ -41,7 +41,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 
 
 def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
-    """Multiply the weights whose results go into the residual sum, once, instead of scaling in every step."""
+    """Fold the residual multiplier into the weights, so that no step has to scale its result."""
     assert isinstance(config, GraniteConfig)
     factor = config.residual_scale
     if factor == 1.0:

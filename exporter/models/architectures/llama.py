@@ -1,4 +1,4 @@
-"""Llama 1 to 3 and the many models with the same layers, SmolLM2 among them (Touvron et al. 2023)."""
+"""Llama 1 to 3 (Touvron et al. 2023), and the many models with the same layers, such as SmolLM2."""
 
 from ..blocks import DecoderConfig
 from ..common_keys import read_common_keys

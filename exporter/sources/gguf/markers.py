@@ -26,7 +26,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def mistyped_markers(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
-    """Return the ids of markers that are typed as words.
+    """Return the ids of chat markers whose token type says that they are words.
 
     Args:
         tokens: the text of each token, by id.
@@ -44,7 +44,7 @@ def mistyped_markers(tokens: Sequence[str], types: Sequence[int], metadata: Mapp
 
 
 def _written(templates: Iterable[object]) -> frozenset[str]:
-    """Return the markers in the text of templates."""
+    """Return the chat markers that occur in templates."""
     return frozenset(
         marker
         for template in templates
@@ -54,7 +54,7 @@ def _written(templates: Iterable[object]) -> frozenset[str]:
 
 
 def repaired_types(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
-    """Return the token types with those of markers repaired; arguments as `mistyped_markers`."""
+    """Return the token types, with those of chat markers corrected; takes the arguments of `mistyped_markers`."""
     wrong = frozenset(mistyped_markers(tokens, types, metadata))
     return [_CONTROL if number in wrong else kind for number, kind in enumerate(types)]
 

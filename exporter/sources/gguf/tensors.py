@@ -188,7 +188,7 @@ def _order(tensor: GgufTensor) -> np.ndarray | None:
 
 
 def half_split_order(rows: int, heads: int) -> np.ndarray:
-    """Return the row in a llama GGUF file of each row of a Hugging Face q or k projection, ``[rows]``.
+    """Map each row of a Hugging Face q or k projection to its row in a llama GGUF file: indices ``[rows]``.
 
     llama.cpp rotates neighbours (0, 1), (2, 3), …; Hugging Face rotates the first half of a head against the second.
     Its converter therefore interleaves the halves of each head, and this function undoes it: row ``2·i + half`` of a

@@ -273,7 +273,7 @@ def _added_tokens(
 
 
 def _post_processor(vocabulary: Vocabulary, *, add_bos: bool) -> dict[str, object] | None:
-    """Add BOS and EOS if the metadata says so; `add_bos` is the default for BOS."""
+    """Return the step that adds BOS and EOS as the metadata says; `add_bos` is the default for BOS."""
     before = [_special(vocabulary, "bos")] if vocabulary.get("add_bos_token", add_bos) else []
     after = [_special(vocabulary, "eos")] if vocabulary.get("add_eos_token", False) else []
     if not before and not after:

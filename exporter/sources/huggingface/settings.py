@@ -39,7 +39,7 @@ HARMLESS = frozenset(
     local_files_only name_or_path processor_class response_schema response_template special_tokens_map_file
     tokenizer_type tokenizer_version transformers_version trust_remote_code use_fast verbose
     """.split()
-    # Settings of one tokenizer class, whose effect is part of tokenizer.json.
+    # Settings of a single tokenizer class; tokenizer.json already includes their effect.
     + """
     clean_text do_basic_tokenize do_clean_text do_lower_case do_lowercase do_split_on_punc do_upper_case keep_accents
     legacy_behaviour max_input_chars_per_word never_split normalize_text remove_space
@@ -94,7 +94,7 @@ def _names_another_file(value: object, document: Mapping[str, Any]) -> bool:
 
 
 def _replaces_pre_tokenizer(value: object, document: Mapping[str, Any]) -> bool:
-    """Return True if transformers would replace the pre-tokenizer by Mistral's."""
+    """Return True if transformers would replace the pre-tokenizer with Mistral's."""
     return bool(value) and _MISTRAL not in _texts(document.get("pre_tokenizer"))
 
 
@@ -121,7 +121,7 @@ _REFUSED: Mapping[str, tuple[Callable[[object, Mapping[str, Any]], bool], str]] 
 
 
 def _cleans_up(settings: Mapping[str, object], document: Mapping[str, Any]) -> bool:
-    """Return True if transformers edits decoded text, which takes two settings for BPE."""
+    """Return True if transformers edits decoded text; for BPE, two settings must ask for that."""
     forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     is_bpe = (document.get("model") or {}).get("type") == "BPE"
     return bool(settings.get("clean_up_tokenization_spaces")) and (not is_bpe or bool(forced))
@@ -144,7 +144,7 @@ _SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 
 def with_prefix_space(path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer.json with the setting `add_prefix_space`, which adds a space before a text, applied.
+    """Apply the setting `add_prefix_space` (a space before each text) to a tokenizer.json, and return the result.
 
     Args:
         path: tokenizer_config.json, which may be missing.

@@ -31,7 +31,7 @@ class TokenizerFile:
 
 
 def read_tokenizer(folder: Path) -> TokenizerFile:
-    """Return the tokenizer.json of a directory, modified as the files beside it ask.
+    """Return the tokenizer.json of a directory, with the changes that the files beside it require.
 
     Raises:
         PrecastError: the file is missing or broken, or a setting cannot be applied.

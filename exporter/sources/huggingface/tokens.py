@@ -81,7 +81,7 @@ def _rename_extra(settings: dict[str, object]) -> None:
 
 
 def _take_own(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
-    """Remove the special tokens with names of the model's own, such as "image_token", and return them."""
+    """Remove and return the special tokens with model-specific names, such as "image_token"."""
     names = [
         key
         for key in settings
@@ -94,7 +94,7 @@ def _take_own(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
 
 
 def _merge_map(folder: Path, settings: dict[str, Any], own: dict[str, object]) -> None:
-    """Override tokenizer_config.json by special_tokens_map.json."""
+    """Override tokenizer_config.json with special_tokens_map.json."""
     path = folder / TOKENS_MAP
     for key, value in optional_json(path).items():
         if key == _EXTRA and isinstance(value, list):
@@ -186,7 +186,7 @@ def _as_token(token: "AddedToken | str") -> "AddedToken":
 def _entries(
     folder: Path, document: Mapping[str, Any], library: "Tokenizer", special: frozenset[str]
 ) -> list[dict[str, Any]]:
-    """Return `added_tokens` of tokenizer.json for a tokenizer. The tokens in `special` are special."""
+    """Return the `added_tokens` of a tokenizer.json; flag the tokens in `special` as special."""
     added = [
         {
             "id": number,
