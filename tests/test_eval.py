@@ -267,7 +267,7 @@ def test_a_reference_with_other_merges(refused, tiny_artifact, unlike):
         value["model"]["merges"] = []
 
     assert refused(tiny_artifact, "--reference", unlike(forget)) == (
-        "tiny: its tokenizer splits the text into other tokens than that of tiny; compare models with the same"
+        "tiny: its tokenizer splits the text differently from that of tiny; compare models with the same"
         " tokenizer."
     )
 

@@ -71,7 +71,7 @@ def make_device(path: Path) -> None:
         (make_folder, "expected a file, found a folder; replace it with the file."),
         (make_device, "expected a file, found a device; replace it with the file."),
         (make_loop, "cannot be read ("),
-        (make_link_to_nothing, "is a link to not-fetched, which does not exist; fetch the file again."),
+        (make_link_to_nothing, "is a symlink to not-fetched, which does not exist; fetch the file again."),
     ],
 )
 def test_something_else_in_place_of_a_file(checkpoint, name, make, found):

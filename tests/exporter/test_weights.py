@@ -151,7 +151,7 @@ def test_a_tied_head_that_differs_from_the_embedding_is_refused(source):
     other[5, 3] += 1
     text = refusal(source(lm_head__weight=tensor(other)))
     assert "tie_word_embeddings is true, but lm_head.weight differs from the embedding" in text
-    assert "set it to false in config.json to use both" in text
+    assert "set tie_word_embeddings to false in config.json to use both" in text
 
 
 @pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf], [np.inf, -np.inf], [np.nan, np.inf, 1]])

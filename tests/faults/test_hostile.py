@@ -213,7 +213,10 @@ def test_fault_04_links_and_what_is_no_file_are_refused(artifact_copy, cli, tmp_
         make = {"link": lambda: path.symlink_to(tmp_path / "elsewhere"), "folder": path.mkdir}
         make.get(kind, lambda: os.mkfifo(path))()
     name = "programs/cpu/[a-z_0-9]+.xla" if kind == "linked folder" else re.escape(file)
-    text = rf"'{name}' is not a plain file inside the artifact \(a link, or a folder\)\."
+    text = (
+        rf"expected '{name}' to be a plain file inside the artifact, found a symlink or a folder;"
+        r" copy the artifact again\."
+    )
     result = cli("verify", artifact_copy)
     assert result.exit_code == 1
     assert re.search(text, result.stdout)
@@ -232,7 +235,7 @@ def test_fault_04_a_link_in_place_of_the_manifest_is_refused(artifact_copy, refu
         ("check", artifact_copy),
         ("verify", artifact_copy),
     ):
-        assert "'manifest.json' is not a plain file inside the artifact" in refusal(*command)
+        assert "expected 'manifest.json' to be a plain file inside the artifact" in refusal(*command)
 
 
 def test_fault_04_a_hard_link_shows_nothing_of_what_it_leads_to(

@@ -151,7 +151,7 @@ def test_a_cpu_without_jaxlib_s_instructions_gets_an_error_message(name, monkeyp
     with pytest.raises(PrecastError) as raised:
         native_libraries.check_cpu()
     assert str(raised.value).startswith(
-        "jaxlib cannot run on this CPU, which lacks AVX; use a CPU of 2011 or later"
+        "jaxlib cannot run on this CPU, which lacks AVX; use a CPU from 2011 or later"
     )
     # A jaxlib that was built for such a CPU does not refuse it.
     monkeypatch.setattr(cpu_feature_guard, "check_cpu_features", lambda: None)

@@ -318,7 +318,7 @@ def test_a_window_outside_the_models_is_refused(window, found):
             "reference: expected a reference with the 290 tokens in its tokenizer that model has, found 291",
         ),
         ({"vocab": 320}, "reference: expected a reference with the 300 logits that model has, found 320"),
-        ({"plain": (6, 5)}, "reference: its tokenizer splits the text into other tokens than that of model"),
+        ({"plain": (6, 5)}, "reference: its tokenizer splits the text differently from that of model"),
     ],
 )
 def test_models_with_other_tokens_are_refused(other, text):

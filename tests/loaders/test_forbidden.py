@@ -26,7 +26,7 @@ PARAMS = st.builds(
 )
 NONE_LEFT = (
     "Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to choose;"
-    " loosen them."
+    " relax one of them."
 )
 PROMPT = st.lists(TOKEN, min_size=1, max_size=8)
 ENDS = st.sets(TOKEN, max_size=2)

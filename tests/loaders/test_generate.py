@@ -208,7 +208,7 @@ def test_a_prompt_that_reaches_the_largest_length_is_refused(tiny_model):
     with pytest.raises(PrecastError) as raised:
         tiny_model.stream(PROMPT, params)
     assert str(raised.value) == (
-        "prompt: its 3 tokens reach max_length, 3; raise it, or give max_tokens instead."
+        "prompt: its 3 tokens reach max_length, 3; raise max_length, or give max_tokens instead."
     )
     params = dataclasses.replace(params, max_length=5)
     assert len(tiny_model.generate(PROMPT, params).token_ids) == 2

@@ -264,12 +264,12 @@ def test_a_pull_without_a_key_does_not_replace_a_verified_folder(versions, url, 
         versions(other, url)
         with pytest.raises(PrecastError) as caught:
             pull(None)
-        assert str(caught.value).startswith(f"{here}: its artifact was checked with the key of sha256 ")
+        assert str(caught.value).startswith(f"{here}: the artifact here was verified with a key (sha256 ")
         assert str(caught.value).endswith("name a key with --require-signature, or another folder with -o.")
         assert contents(here) == before
     assert pull(keys.b.public) == "card of b"
     versions("none", url)
-    with pytest.raises(PrecastError, match="its artifact was checked with the key"):
+    with pytest.raises(PrecastError, match="the artifact here was verified with a key"):
         pull(None)
     # Files added since the pull are unverified.
     shutil.rmtree(here)

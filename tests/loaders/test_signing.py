@@ -246,7 +246,7 @@ def test_files_that_are_not_signatures(artifact_copy, keys, text):
 def test_a_huge_signature_or_a_symlink(signed, keys, tmp_path):
     (signed / SIGNATURE).rename(tmp_path / "elsewhere.sig")
     (signed / SIGNATURE).symlink_to(tmp_path / "elsewhere.sig")
-    assert "is not a plain file inside the artifact" in refusal(signed, keys / "maker.pub.pem")
+    assert "to be a plain file inside the artifact" in refusal(signed, keys / "maker.pub.pem")
     (signed / SIGNATURE).unlink()
     (signed / SIGNATURE).write_bytes(b" " * (signing.MAX_SIGNATURE_BYTES + 1))
     assert "expected at most 1048576 bytes" in refusal(signed, keys / "maker.pub.pem")

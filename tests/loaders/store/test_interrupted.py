@@ -125,7 +125,7 @@ def test_an_altered_artifact_is_not_pushed(folder_url, artifact_copy, tmp_path):
     (artifact_copy / "README.md").unlink()
     (tmp_path / "secret").write_text("secret")
     (artifact_copy / "README.md").symlink_to(tmp_path / "secret")
-    with pytest.raises(PrecastError, match="is not a plain file inside the artifact"):
+    with pytest.raises(PrecastError, match="to be a plain file inside the artifact"):
         store_push.push(artifact_copy, folder_url)
     assert not (tmp_path / "store" / "tiny.json").exists()
 
