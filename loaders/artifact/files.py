@@ -57,7 +57,8 @@ def member_path(root: Path, name: str) -> Path:
             ) from None
         if not (stat.S_ISREG(mode) if i == len(parts) - 1 else stat.S_ISDIR(mode)):
             raise PrecastError(
-                f"{root}: expected {name!r} to be a plain file inside the artifact, found a symlink or a folder; copy the artifact again."
+                f"{root}: expected {name!r} to be a plain file inside the artifact, found a symlink or a folder; copy"
+                " the artifact again."
             )
     return path
 
