@@ -32,11 +32,12 @@ test: $(READY)  ## set up and run the tests (15 to 25 minutes on two cores)
 test-long: $(READY)  ## half an hour more: sanitizers at each vector width, architectures with all weights and caches
 	$(PYTEST) -m long $(PYTEST_ARGS)
 
-lint: $(READY)  ## ruff, mypy, import-linter
+lint: $(READY)  ## ruff, mypy, import-linter, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=$(VENV)/types $(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror kernels/src/* tests/kernels/sanitize/*.cc tests/kernels/sanitize/*.h
 
 # --only-plat fails for a wheel that is tied to this machine's libraries.
 wheel: $(READY)  ## build the manylinux wheel into dist/
