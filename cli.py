@@ -180,8 +180,8 @@ def chat(
 
     ARTIFACT is as for run. If standard input is not a terminal, its text is the only message.
 
-    The arrow keys recall your messages of earlier chats, stored in $XDG_STATE_HOME/precast/chat_history. Set
-    PRECAST_HISTORY to another file, or to off to store none.
+    The arrow keys recall your messages from earlier chats, stored in $XDG_STATE_HOME/precast/chat_history.
+    Set PRECAST_HISTORY to another file, or to off to store none.
 
     Exit code 0: success. 2: an error.
     """

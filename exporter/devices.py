@@ -16,13 +16,13 @@ def on_cpu(user: str) -> Iterator[None]:
         user: the work that needs the CPU, which begins the error message.
 
     Raises:
-        PrecastError: JAX may not use the CPU.
+        PrecastError: JAX's CPU backend does not load.
     """
     try:
         cpu = jax.devices("cpu")[0]
     except RuntimeError:
         raise PrecastError(
-            f"{user} needs the CPU, which JAX may not use here; add cpu to JAX_PLATFORMS or unset it."
+            f"{user} needs JAX's CPU backend, which does not load with this JAX_PLATFORMS; add cpu to it or unset it."
         ) from None
     with jax.default_device(cpu):
         yield
@@ -33,7 +33,7 @@ def on_cpu_in_float32() -> Iterator[None]:
     """Make the CPU JAX's default device, and compute matrix products in full float32 precision.
 
     Raises:
-        PrecastError: JAX may not use the CPU.
+        PrecastError: JAX's CPU backend does not load.
     """
     with on_cpu("the reference"), jax.default_matmul_precision("highest"):
         yield

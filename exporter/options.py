@@ -57,7 +57,7 @@ def check_options(options: ExportOptions) -> None:
     if options.kv_cache is not None:
         _check_choice("kv-cache", options.kv_cache, CACHE_TYPES)
     if not 1 <= options.slots <= _MOST_SLOTS:
-        raise PrecastError(f"--slots: {options.slots} is not possible, expected 1 to {_MOST_SLOTS}.")
+        raise PrecastError(f"--slots: expected 1 to {_MOST_SLOTS}, found {options.slots}.")
     _check_targets(options.targets)
     if options.cpu_isas is not None:
         _check_isas(options.cpu_isas, options.targets)
@@ -75,9 +75,7 @@ def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
     limit = spec.config.max_positions
     context = min(DEFAULT_CONTEXT, limit) if options.context is None else options.context
     if not 2 <= context <= limit:
-        raise PrecastError(
-            f"--context: {context} is not possible, expected 2 to {limit} (the model's own limit)."
-        )
+        raise PrecastError(f"--context: expected 2 to {limit} (the model's own limit), found {context}.")
     buckets = options.buckets
     if buckets is None:
         buckets = tuple(b for b in DEFAULT_BUCKETS if b <= context) or (context,)
@@ -101,7 +99,7 @@ def _check_buckets(buckets: Sequence[int]) -> None:
         raise PrecastError("--buckets: expected at least one prompt length, found none.")
     for bucket in buckets:
         if bucket < 1:
-            raise PrecastError(f"--buckets: {bucket} is not possible, expected prompt lengths of 1 or more.")
+            raise PrecastError(f"--buckets: expected prompt lengths of 1 or more, found {bucket}.")
         if buckets.count(bucket) > 1:
             raise PrecastError(f"--buckets: {bucket} is named twice; name each length once.")
 
@@ -128,4 +126,4 @@ def _check_isas(isas: Sequence[str], targets: Sequence[str]) -> None:
     for name in isas:
         isa.check_isa(name)
     if "cpu" not in targets:
-        raise PrecastError("--cpu-isa: only the target cpu is compiled for it; add --target cpu.")
+        raise PrecastError("--cpu-isa: applies only to the target cpu; add --target cpu.")

@@ -83,8 +83,9 @@ def _check_tokenizer(source: Source, vocab: int) -> None:
     tokenizer = texts.read_tokenizer(source)
     if tokenizer.largest_own_id >= vocab:
         raise PrecastError(
-            f"{source.name}: the tokenizer has ids up to {tokenizer.largest_own_id}, not counting added tokens, and the"
-            f" model embeds {vocab} tokens; they do not belong together, so fetch both from one place."
+            f"{source.name}: the tokenizer has ids up to {tokenizer.largest_own_id}, not counting"
+            f" added tokens, and the model embeds {vocab} tokens; use the tokenizer and the"
+            " weights of the same model."
         )
     for token in source.eos_token_ids:
         if not 0 <= token < vocab:

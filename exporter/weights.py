@@ -69,7 +69,8 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
     if unknown := sorted(set(left) - set(ignored)):
         raise PrecastError(
             f"{source.name}: tensor {unknown[0]!r} belongs to no parameter of the model"
-            f"{f' (nor do {len(unknown) - 1} more)' if len(unknown) > 1 else ''}; config and weights do not fit."
+            f"{f' (nor do {len(unknown) - 1} more)' if len(unknown) > 1 else ''}; use the config"
+            " and the weights of the same model."
         )
     return WeightPlan(parameters=parameters, tensors=source.tensors, ignored=ignored)
 
@@ -126,7 +127,8 @@ def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
         )
     if tensor.shape != shape:
         raise PrecastError(
-            f"{source.name}: tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)} by the config."
+            f"{source.name}: tensor {name!r} has shape {list(tensor.shape)}, but the config requires"
+            f" {list(shape)}; use the config and the weights of the same model."
         )
 
 
@@ -238,8 +240,8 @@ def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> N
     # A tensor of the same size but another shape would be written in the wrong order.
     if found != shape:
         raise PrecastError(
-            f"{name}: expected shape {list(shape)}, found {list(found)} when reading it; the source's"
-            " description of it is wrong: fetch the source again."
+            f"{name}: the source declares shape {list(shape)}, but the tensor has shape {list(found)};"
+            " fetch the source again."
         )
 
 

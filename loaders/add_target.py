@@ -200,8 +200,8 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
     known = ", ".join(repr(t.name) for t in compilable)
     if name is not None and name not in {t.name for t in compilable}:
         raise PrecastError(
-            f"{root}: target {name!r} is not in the artifact, or holds no StableHLO for a CPU; those that do are"
-            f" {known or 'none'}."
+            f"{root}: target {name!r} is not in the artifact, or holds no StableHLO for a CPU; targets"
+            f" with StableHLO for a CPU: {known or 'none'}."
         )
     if not compilable:
         raise PrecastError(f"{root}: no target holds StableHLO for a CPU; export the model again.")
@@ -295,5 +295,5 @@ def _replay(root: Path, new: _NewTarget) -> int:
     recorded = parse_golden(data, manifest, manifest.golden)
     found = replay(load_new_target(root, manifest, new.target, new.executables), recorded, where)
     if found.problems:
-        raise PrecastError(f"{found.problems[0].rstrip('.')}; the artifact is as it was.")
+        raise PrecastError(f"{found.problems[0].rstrip('.')}; the artifact is unchanged.")
     return found.answers

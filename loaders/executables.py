@@ -25,7 +25,7 @@ class LoadSettings(Frozen):
     """The settings of a load, as the arguments of `load`, except for the threads.
 
     Attributes:
-        threads: number of XLA's computing threads.
+        threads: number of threads that XLA computes with.
         requested_threads: that number if the caller chose it, else None.
     """
 

@@ -128,7 +128,8 @@ def _check_bundle(manifest: bytes, signature: bytes, public: Any, key: str, wher
     if hint != _fingerprint(public):
         raise PrecastError(
             f"{at}: it was made with another key (sha256 {hint:.12}…), expected {key}"
-            f" (sha256 {_fingerprint(public):.12}…); ask the artifact's maker for theirs, or for a copy signed with it."
+            f" (sha256 {_fingerprint(public):.12}…); ask the artifact's maker for that other key, or for a"
+            " copy signed with the expected key."
         )
     if signed != hashlib.sha256(manifest).hexdigest():
         raise PrecastError(

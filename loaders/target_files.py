@@ -103,8 +103,8 @@ def explain_os_errors(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise PrecastError(
-            f"{root}: the target cannot be added ({error.strerror or error}); the artifact must be on a disk with room"
-            " and in a folder that you may write to: copy it there."
+            f"{root}: the target cannot be added ({error.strerror or error}); copy the artifact"
+            " to a writable folder on a disk with free space."
         ) from error
 
 

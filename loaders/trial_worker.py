@@ -83,8 +83,8 @@ def _check_caches(model: Model, cache: KVCache, root: Path) -> None:
     for array in model.manifest.cache:
         if (found := pjrt.size_of(cache.buffers[array.name])) != array.bytes:
             raise PrecastError(
-                f"{root}: its programs make a cache {array.name!r} of {found} bytes, expected {array.bytes} by the"
-                " manifest; export the model again."
+                f"{root}: its programs make a cache {array.name!r} of {found} bytes, but the manifest gives"
+                f" {array.bytes}; export the model again."
             )
 
 

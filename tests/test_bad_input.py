@@ -103,7 +103,10 @@ def test_a_source_that_is_missing_or_empty(export_refused, tmp_path):
             {"rope_scaling": {"rope_type": "spiral"}},
             "RoPE type 'spiral' is not supported; expected one of default",
         ),
-        ({"auto_map": {}}, "auto_map asks for Python code that came with the checkpoint"),
+        (
+            {"auto_map": {}},
+            "auto_map names Python code in the checkpoint, and precast never runs such code; use a checkpoint",
+        ),
     ],
 )
 def test_a_source_whose_config_is_not_supported(export_refused, tiny_checkpoint, config, text):
@@ -122,15 +125,15 @@ NAME = "model.layers.2.mlp.down_proj.weight"
         ({NAME: None}, f"tensor '{NAME}' is missing; use the config and the weights of the same model."),
         (
             {NAME: np.zeros((48, 81), np.float32)},
-            f"'{NAME}' has shape [48, 81], expected [48, 80] by the config.",
+            f"'{NAME}' has shape [48, 81], but the config requires [48, 80]; use the config and the weights",
         ),
         (
             {NAME: np.zeros((80, 48), np.float32)},
-            f"'{NAME}' has shape [80, 48], expected [48, 80] by the config.",
+            f"'{NAME}' has shape [80, 48], but the config requires [48, 80]; use the config and the weights",
         ),
         (
             {"model.layers.3.mlp.down_proj.weight": np.zeros((48, 80), np.float32)},
-            "tensor 'model.layers.3.mlp.down_proj.weight' belongs to no parameter of the model; config and",
+            "tensor 'model.layers.3.mlp.down_proj.weight' belongs to no parameter of the model; use the",
         ),
         (
             {NAME: np.full((48, 80), np.nan, np.float32)},
@@ -159,7 +162,7 @@ def test_a_truncated_weight_file(export_refused, tiny_checkpoint):
 def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint):
     folder = tiny_checkpoint(config={"vocab_size": 200})
     assert (
-        "the tokenizer has ids up to 299, not counting added tokens, and the model embeds 200 tokens; they do not"
+        "the tokenizer has ids up to 299, not counting added tokens, and the model embeds 200 tokens; use the"
         in export_refused(folder)
     )
 
@@ -167,20 +170,20 @@ def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint)
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--buckets", "0"], "--buckets: 0 is not possible, expected prompt lengths of 1 or more."),
-        (["--buckets", "8,-4"], "--buckets: -4 is not possible, expected prompt lengths of 1 or more."),
-        (["--buckets=-4"], "--buckets: -4 is not possible, expected prompt lengths of 1 or more."),
+        (["--buckets", "0"], "--buckets: expected prompt lengths of 1 or more, found 0."),
+        (["--buckets", "8,-4"], "--buckets: expected prompt lengths of 1 or more, found -4."),
+        (["--buckets=-4"], "--buckets: expected prompt lengths of 1 or more, found -4."),
         (["--buckets", "8,16,8"], "--buckets: 8 is named twice; name each length once."),
         (
             ["--buckets", "8,65"],
             "--buckets: 65 is larger than the context of 64; leave it out or raise --context.",
         ),
-        (["--context", "129"], "--context: 129 is not possible, expected 2 to 128 (the model's own limit)."),
-        (["--context", "1"], "--context: 1 is not possible, expected 2 to 128 (the model's own limit)."),
-        (["--context", "-5"], "--context: -5 is not possible, expected 2 to 128 (the model's own limit)."),
-        (["--slots", "0"], "--slots: 0 is not possible, expected 1 to 256."),
-        (["--slots", "-1"], "--slots: -1 is not possible, expected 1 to 256."),
-        (["--slots", "257"], "--slots: 257 is not possible, expected 1 to 256."),
+        (["--context", "129"], "--context: expected 2 to 128 (the model's own limit), found 129."),
+        (["--context", "1"], "--context: expected 2 to 128 (the model's own limit), found 1."),
+        (["--context", "-5"], "--context: expected 2 to 128 (the model's own limit), found -5."),
+        (["--slots", "0"], "--slots: expected 1 to 256, found 0."),
+        (["--slots", "-1"], "--slots: expected 1 to 256, found -1."),
+        (["--slots", "257"], "--slots: expected 1 to 256, found 257."),
         (["--weights", "int3"], "--weights: 'int3' is not supported, expected one of float32, bfloat16"),
     ],
 )

@@ -212,13 +212,13 @@ def test_a_text_too_short(refused, tiny_artifact, tmp_path, text):
 @pytest.mark.parametrize("window", ["65", "7", "0", "-3"])
 def test_a_window_that_does_not_fit(refused, tiny_artifact, window):
     assert refused(tiny_artifact, "--window", window) == (
-        f"--window: {window} is not possible, expected 8 to 64 (the positions of tiny)."
+        f"--window: expected 8 to 64 (the positions of tiny), found {window}."
     )
 
 
 def test_a_window_that_does_not_fit_the_reference(refused, tiny_artifact, export_tiny):
     short = export_tiny(context=48, targets=("cpu",))
-    assert "--window: 64 is not possible, expected 8 to 48" in refused(
+    assert "--window: expected 8 to 48 (the positions of tiny), found 64." in refused(
         tiny_artifact, "--window", "64", "--reference", short
     )
 
@@ -226,7 +226,7 @@ def test_a_window_that_does_not_fit_the_reference(refused, tiny_artifact, export
 @pytest.mark.parametrize("tokens", ["0", "-1", "10000001", "9" * 30])
 def test_an_impossible_number_of_tokens_is_refused(refused, tiny_artifact, tokens):
     line = refused(tiny_artifact, "--tokens", tokens)
-    assert line == f"--tokens: {tokens} is not possible, expected 1 to 10000000."
+    assert line == f"--tokens: expected 1 to 10000000, found {tokens}."
 
 
 def test_a_missing_artifact_is_refused(refused, tmp_path, tiny_artifact):
@@ -256,7 +256,7 @@ def test_a_reference_with_another_vocabulary(refused, tiny_artifact, unlike):
     other = unlike(shrink)
     line = refused(tiny_artifact, "--reference", other)
     assert re.fullmatch(
-        r"tiny: expected a reference with the (\d+) tokens in its tokenizer that tiny has, found \d+;"
+        r"tiny: has \d+ tokens in its tokenizer, but tiny has \d+;"
         r" compare models with the same tokenizer\.",
         line,
     )
@@ -274,9 +274,7 @@ def test_a_reference_with_other_merges(refused, tiny_artifact, unlike):
 
 def test_a_reference_with_other_logits(refused, tiny_artifact, tiny_source, export_tiny):
     wider = export_tiny(tiny_source(config={"vocab_size": 336}), targets=("cpu",))
-    assert "expected a reference with the 320 logits that tiny has, found 336;" in refused(
-        tiny_artifact, "--reference", wider
-    )
+    assert "tiny: has 336 logits, but tiny has 320;" in refused(tiny_artifact, "--reference", wider)
 
 
 def test_a_source_is_refused_where_jax_is_missing(refused, tiny_artifact, tiny_checkpoint, monkeypatch):

@@ -87,7 +87,8 @@ def read_mixture(
     ] or [experts]
     if len(set(found)) > 1:
         raise PrecastError(
-            f"{reader.where}: {' and '.join(names)} disagree: {' and '.join(map(str, found))}."
+            f"{reader.where}: {' and '.join(names)} disagree: {' and '.join(map(str, found))}; remove the one"
+            " that is wrong."
         )
     mixture = Mixture(
         experts=found[0],
@@ -144,6 +145,6 @@ def check_layer_types(reader: ConfigReader, config: DecoderConfig) -> None:
     types = [SLIDING if window else FULL for window in config.windows or (0,) * config.layers]
     if found is not None and found != types:
         raise PrecastError(
-            f"{reader.where}: 'layer_types' is {found!r:.80}, but transformers gives all {config.layers} layers of this"
-            f" architecture {types[0]}; remove the key, or correct it."
+            f"{reader.where}: expected 'layer_types' to be {types[0]} for all {config.layers} layers, as in"
+            f" transformers, found {found!r:.80}; remove or correct the key."
         )

@@ -61,7 +61,7 @@ class ConfigReader:
         return value
 
     def take_bool(self, key: str, default: bool) -> bool:
-        """Return true or false."""
+        """Return a boolean."""
         value = self.take(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false", value)
@@ -126,8 +126,8 @@ class ConfigReader:
             raise PrecastError(
                 f"{self.where}: {', '.join(map(repr, sorted(left)))} may change the model's maths and"
                 f" {'is' if len(left) == 1 else 'are'} not understood; remove {'it' if len(left) == 1 else 'them'} if"
-                " transformers' own class for this model_type has no such key, or else precast cannot export the model"
-                " faithfully."
+                " transformers' own class for this model_type has no such key; otherwise precast cannot"
+                " export the model faithfully."
             )
 
     def wrong(self, key: str, expected: str, found: object) -> PrecastError:

@@ -108,12 +108,12 @@ class ModelSpec:
     ropes: tuple[Rope, ...]
 
     def tables(self, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return cosines and sines of every position by every RoPE, each ``[Z, context, P]`` float32."""
+        """Return the cosines and sines of every RoPE at every position, each ``[Z, context, P]`` float32."""
         cos, sin = zip(*(rope.tables(context) for rope in self.ropes), strict=True)
         return np.stack(cos), np.stack(sin)
 
     def with_context(self, context: int) -> "ModelSpec":
-        """Return the model for a context; a window of at least the context becomes full attention."""
+        """Return the model for a context length; a window at least that long becomes full attention."""
         windows = tuple(w if w < context else 0 for w in self.config.windows)
         return replace(self, config=replace(self.config, windows=windows))
 
@@ -152,8 +152,8 @@ def read_model(config: Mapping[str, object], where: str) -> ModelSpec:
     # Architectures whose published configs name such code take the key themselves.
     if reader.peek("auto_map") is not None:
         raise PrecastError(
-            f"{where}: auto_map asks for Python code that came with the checkpoint, which precast never runs; use a"
-            " checkpoint of an architecture that transformers itself has."
+            f"{where}: auto_map names Python code in the checkpoint, and precast never runs such code; use a"
+            " checkpoint of an architecture that transformers itself implements."
         )
     check_layer_types(reader, decoder_config)
     reader.finish()

@@ -69,7 +69,7 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class UnscaledRope:
-    """The RoPE that a scaling starts from.
+    """The RoPE to which a scaling is applied.
 
     Attributes:
         theta: the base.
@@ -134,8 +134,8 @@ def _original(base: UnscaledRope, parameters: ConfigReader, default: int | None 
     stated = [n for n in (inside, base.original) if n is not None]
     if len(set(stated)) > 1:
         raise PrecastError(
-            f"{parameters.where}: {ORIGINAL} is {stated[0]} here and {stated[1]} for the model; correct the one that is"
-            " wrong."
+            f"{parameters.where}: {ORIGINAL} is {stated[0]} here, but {stated[1]} for the model as a"
+            " whole; correct the one that is wrong."
         )
     found = stated[0] if stated else default
     if found is None:

@@ -184,12 +184,12 @@ def _value(array: object) -> int:
 
 
 def _value_or_none(array: object) -> int:
-    """Return the number of a value, −1 for None."""
+    """Return the number that identifies a value, or −1 for None."""
     return -1 if array is None else _value(array)
 
 
 def record(stack: LayerStack, shape: tuple[int, ...]) -> Steps:
-    """Record the steps of a layer on an x of ``shape``, ``[R, T, D]``.
+    """Record the steps of a layer whose input has ``shape``, ``[R, T, D]``.
 
     Raises:
         TypeError: the layer computes something that `LayerOps` does not offer.

@@ -27,7 +27,8 @@ def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> So
         raise PrecastError(f"tensor {name!r} is missing; use the config and the weights of the same model.")
     if tensor.shape != shape:
         raise PrecastError(
-            f"tensor {name!r} has shape {list(tensor.shape)}, expected {list(shape)} by the config."
+            f"tensor {name!r} has shape {list(tensor.shape)}, but the config requires {list(shape)}; use the"
+            " config and the weights of the same model."
         )
     return tensor
 

@@ -78,7 +78,7 @@ def _product(axes: str, a: Array, b: Array, compute: str) -> Array:
 
 
 def _multiply(x: Array, matrix: Array, compute: str) -> Array:
-    """Multiply x ``[M, in]`` with a matrix ``[out, in]`` to ``[M, out]``."""
+    """Multiply x ``[M, in]`` by the transpose of a matrix ``[out, in]``; return ``[M, out]``."""
     if compute == "float32" or x.shape[0] > 1:
         return _product("MI,OI->MO", x, matrix, compute)
     # With a single row, GPUs are bound by the bytes of the matrix. XLA fuses this sum with the read from the stack of
@@ -398,7 +398,7 @@ def _attend_in_place(
 
 
 def xla_ops(compute: str) -> Ops:
-    """Return the operations with factors of products rounded to `compute`, "float32" or "bfloat16"."""
+    """Return the operations; operands of products are rounded to `compute`, "float32" or "bfloat16"."""
     ops = Ops(
         linear=partial(_linear, compute),
         normalize=_normalize,

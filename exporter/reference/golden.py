@@ -153,8 +153,8 @@ def check(
     )
     if not any(case.tokens for case in checked):
         raise PrecastError(
-            f"{where}: the reference finds no token likelier than another, so nothing can be checked; are the weights"
-            " those of a trained model?"
+            f"{where}: the reference has a tie at the first token of every answer, so nothing can be checked;"
+            " are these the weights of a trained model?"
         )
     return checked
 
@@ -163,8 +163,8 @@ def _check_case(case: Case, best: np.ndarray, leads: np.ndarray, tie: float, whe
     """Compare an answer with the reference's `best` tokens and their `leads`; cut it before the first tie."""
     if not np.isfinite(leads).all():
         raise PrecastError(
-            f"{where}: the reference's logits are not finite (prompt of {len(case.prompt)} tokens); the weights do not"
-            " compute in float32: nothing was written."
+            f"{where}: the reference's logits are not finite (prompt of {len(case.prompt)} tokens), so"
+            " the model cannot be computed in float32; nothing was written."
         )
     for i, token in enumerate(case.tokens):
         if leads[i] < tie:

@@ -1,7 +1,8 @@
 """The tokens that end a generation, found by their text.
 
-Model files seldom name all of these tokens, so the text makes a model stop at the same tokens from any source. The
-list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows only the ids that a config names.
+Model files seldom name all of these tokens. Finding them by text makes a model stop at the same tokens
+whatever its source. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows
+only the ids that a config names.
 """
 
 from collections.abc import Iterable, Mapping

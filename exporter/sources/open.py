@@ -52,9 +52,10 @@ def _is_hub_id(spec: str) -> bool:
 
 
 def _is_gguf(spec: str) -> bool:
-    """Return True if the first bytes are GGUF's; a name is no guide, because some stores name files by hash.
+    """Return True if a file begins with GGUF's magic bytes, or its name ends in .gguf.
 
-    A file also counts if only its name ends in .gguf; the reader then refuses it in one sentence.
+    Some stores name files by hash, so a file with the magic bytes counts whatever its name. The reader
+    refuses a file that has only the name.
     """
     from .files import first_bytes, plain_file
     from .gguf.container import MAGIC

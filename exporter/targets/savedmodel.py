@@ -197,7 +197,7 @@ def _serving(tf: Any, spec: ProgramSpec) -> Any:
 
 
 def _checked_name(name: str) -> str:
-    """Translate a name of the manifest for a signature; it must translate back."""
+    """Convert a name in the manifest to a signature's name, and check that it converts back."""
     translated = signature_name(name)
     if manifest_name(translated) != name:
         raise RuntimeError(f"{name}: its name in a signature, {translated}, does not translate back")

@@ -33,7 +33,7 @@ def mismatches(target: Target, machine: Machine) -> list[str]:
 
 
 def cuda_packages(jaxlib: str) -> str:
-    """Return the pip requirement for GPUs: CUDA and jax's plugin, in the version of `jaxlib`."""
+    """Return the pip requirement for GPUs: CUDA, and jax's plugin of the same version as `jaxlib`."""
     return f"'jax-cuda12-plugin[with-cuda]=={jaxlib}'"
 
 

@@ -1,6 +1,6 @@
 """Find the custom calls of programs in their bytes, before anything deserialises them.
 
-An executable of XLA's CPU client names each custom call twice: as ``custom_call_target``, field 28 of an
+An executable from XLA's CPU client names each custom call twice: as ``custom_call_target``, field 28 of an
 ``HloInstructionProto`` (xla/service/hlo.proto), and as ``target_name``, field 2 of the ``CustomCallThunkProto`` in
 field 16 of a ``ThunkProto`` (xla/backends/cpu/runtime/thunk.proto). XLA runs the second. StableHLO stores these names
 among its other strings, where only the names of installed kernels can be recognised.
@@ -20,7 +20,7 @@ _NAME = re.compile(rb"(?!__)[A-Za-z_][A-Za-z0-9_.$]*")
 
 
 def custom_calls_in(executable: bytes) -> set[str]:
-    """Return the names of the custom calls in an executable of XLA's CPU client."""
+    """Return the names of the custom calls in an executable from XLA's CPU client."""
     found = set()
     for pattern in (_HLO, _THUNK):
         for match in pattern.finditer(executable):

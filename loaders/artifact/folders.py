@@ -167,7 +167,7 @@ def check_free(path: Path, overwrite: bool) -> None:
         if os.path.ismount(path) or path.samefile(os.curdir):
             what = "a mount point" if os.path.ismount(path) else "the current folder"
             raise PrecastError(
-                f"{path}: is {what}, which nothing can replace; choose a folder in it with -o."
+                f"{path}: is {what}, which cannot be replaced; choose a folder inside it with -o."
             )
         return
     if not overwrite:

@@ -66,15 +66,19 @@ def parse_golden(data: bytes, manifest: Manifest, where: str) -> Golden:
 def _check(answer: Answer, manifest: Manifest, where: str) -> None:
     first, vocab = answer.first_logits, manifest.model.vocab
     length = len(answer.prompt_token_ids) + len(answer.token_ids)
-    if not answer.prompt_token_ids or length > manifest.context:
+    if not answer.prompt_token_ids:
         raise PrecastError(
-            f"{where}: a prompt and an answer of {length} tokens do not fit a context of {manifest.context}; export"
-            " the model again."
+            f"{where}: expected a prompt of at least one token, found none; export the model again."
+        )
+    if length > manifest.context:
+        raise PrecastError(
+            f"{where}: expected a prompt and an answer of at most {manifest.context} tokens together, found"
+            f" {length}; export the model again."
         )
     if len(answer.prompt_token_ids) >= manifest.context:
         raise PrecastError(f"{where}: the prompt leaves no room for an answer; export the model again.")
     if max((*answer.prompt_token_ids, *answer.token_ids, *first.token_ids)) >= vocab:
-        raise PrecastError(f"{where}: a token is outside the model's {vocab}; export the model again.")
+        raise PrecastError(f"{where}: a token is beyond the vocabulary of {vocab}; export the model again.")
     if not first.token_ids or len(first.token_ids) != len(first.values):
         raise PrecastError(
             f"{where}: expected a logit for each token, found {len(first.values)} for {len(first.token_ids)}; export"

@@ -1,4 +1,4 @@
-"""Ctrl-C in precast's own processes: clean up, print one word and exit with 130 at any moment.
+"""Handle Ctrl-C at any moment in precast's own processes: clean up, print "interrupted", and exit with 130.
 
 The handler raises no exception, because one could surface anywhere: in a half-done import, in a destructor that
 swallows it, or in a callback of compiled code that crashes. Instead, a block that could leave something behind
@@ -95,7 +95,7 @@ def ignore() -> None:
 
 
 def end() -> "NoReturn":
-    """Run the clean-ups, print the word, and end the process."""
+    """Run the clean-ups, print "interrupted", and end the process."""
     # If the main thread reaches its handler after all, it waits here until the process ends.
     _ENDING.acquire()
     # `ignore` works in the main thread only. If a clean-up fails, the next command removes the remains.

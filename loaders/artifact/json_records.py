@@ -181,4 +181,4 @@ def _number(value: Any, place: _Place) -> float:
     with suppress(OverflowError):
         if math.isfinite(value):
             return float(value)
-    raise PrecastError(f"{_formatted(place)}: expected a number that a float holds, found a larger one.")
+    raise PrecastError(f"{_formatted(place)}: expected a number in the range of a float, found a larger one.")

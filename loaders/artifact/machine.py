@@ -86,7 +86,7 @@ class Machine(Frozen):
 
 
 def nvidia_gpus(root: Path = Path("/")) -> tuple[str, ...]:
-    """Return the models of NVIDIA GPUs, by the driver's files, without loading the driver.
+    """Return the models of NVIDIA GPUs, read from the driver's files without loading the driver.
 
     A driver without such files, as under WSL, gives ("any",). If CUDA_VISIBLE_DEVICES hides every GPU, the result is
     empty. Otherwise it includes GPUs that the variable hides.

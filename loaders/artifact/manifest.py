@@ -299,7 +299,7 @@ class Manifest(Frozen):
         model: the model's architecture and shape.
         capacity: the context length, under its name in the file.
         slots: B, sequences decoded together.
-        buckets: prompt lengths with a prefill program of their own, ascending.
+        buckets: prompt lengths that have their own prefill program, ascending.
         cache: arrays of the KV cache.
         targets: targets in the exporter's order; the first is the reference for cache layouts, golden answers and
             fidelity.

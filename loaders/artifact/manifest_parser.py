@@ -86,7 +86,7 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
         raise PrecastError(f"{where}: expected at least one slot, one token and one bucket, found none.")
     if manifest.context >= 2**31 or manifest.slots > _MAX_SLOTS:
         raise PrecastError(
-            f"{where}: {manifest.slots} slots of {manifest.context} positions are more than any machine holds;"
+            f"{where}: {manifest.slots} slots of {manifest.context} positions exceed any machine's memory;"
             " export the model again."
         )
     if not 1 <= min(manifest.buckets) <= max(manifest.buckets) <= manifest.context:
@@ -124,7 +124,7 @@ def _check_cache_array(manifest: Manifest, array: CacheArray, where: str) -> Non
 
 
 def _check_target(manifest: Manifest, target: Target, where: str) -> None:
-    """Check that a target has a known runtime, and every program once."""
+    """Check that a target has a known runtime, and each program exactly once."""
     if target.runtime not in RUNTIMES:
         raise PrecastError(
             f"{where}: runtime {target.runtime!r} is not known, expected one of {', '.join(RUNTIMES)}."
@@ -141,7 +141,7 @@ def _check_target(manifest: Manifest, target: Target, where: str) -> None:
 
 
 def _check_layouts(manifest: Manifest, target: Target, where: str) -> None:
-    """Check that programs agree on the layouts of KV cache and constants, and that all others are row-major."""
+    """Check that programs agree on the layouts of KV cache and constants; other layouts must be row-major."""
     first = manifest.targets[0] is target
     layouts = {c.name: c.layout for c in manifest.cache} if first else {}
     for value in (v for p in target.programs for v in (*p.arguments, *p.results)):

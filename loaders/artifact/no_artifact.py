@@ -1,4 +1,4 @@
-"""Errors for a path that is not an artifact: its contents, and the remedy."""
+"""Errors for a path that is not an artifact; each names the path's contents and the remedy."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def refusal(path: Path, inside: Sequence[Path]) -> PrecastError:
         return PrecastError(f"{path}: {_EXPECTED} is a file; precast export makes one.")
     if _HUB_ID.fullmatch(str(path)) and not os.path.exists(path.parent):
         return PrecastError(
-            f"{path}: {_EXPECTED} does not exist; a model of this name on the Hugging Face hub becomes one with:"
+            f"{path}: {_EXPECTED} does not exist; to export the model of this name from the Hugging Face hub:"
             f" precast export {path}"
         )
     return PrecastError(f"{path}: {_EXPECTED} does not exist; precast export makes one.")

@@ -166,7 +166,7 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     path, size = Path(source.name), os.fstat(source.fileno()).st_size
     length = int.from_bytes(source.read(8), "little")
     if size < 8 or length > min(_MAX_HEADER, size - 8):
-        raise PrecastError(f"{path}: expected a safetensors file, found one whose header does not fit in it.")
+        raise PrecastError(f"{path}: expected a safetensors file, found no valid header length.")
     header = parse_json(source.read(length), str(path))
     # NumPy exports only writable arrays through DLPack, so the mapping is private and writable (copy-on-write).
     # Nothing writes to it, so no page is ever copied.
@@ -204,7 +204,7 @@ def _entry(path: Path, name: str, entry: object) -> _Entry:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise PrecastError(
-            f"{path}: the header's entry of tensor {name!r} is not understood: {entry!r:.80}."
+            f"{path}: the header's entry for tensor {name!r} is invalid: {entry!r:.80}."
         ) from None
     return name, dtype, shape, begin, end
 

@@ -256,7 +256,7 @@ def _remedy(
 
 
 def _isa(machine: Machine) -> str:
-    """Return the remedy to export for the widest level whose features the machine has."""
+    """Return a remedy: export for the widest level that the machine supports."""
     level = widest_level(machine.features) if machine.machine == "x86_64" else None
     return f"export with --cpu-isa {level}" if level else "export on a machine like this one"
 

@@ -18,7 +18,7 @@ _BLOCK = 1 << 24
 
 
 class _NoValue:
-    """The value of a fact that only the other artifact has."""
+    """The type of `ABSENT`, the value of a fact in the artifact that lacks it."""
 
 
 ABSENT = _NoValue()
@@ -102,7 +102,7 @@ def _geometry(m: Manifest) -> Facts:
 
 
 def _target_changes(a: Manifest, b: Manifest) -> tuple[Change, ...]:
-    """Compare targets of both artifacts field by field; a target of only one artifact is one change."""
+    """Compare shared targets field by field; a target that only one artifact has counts as one change."""
     named = [{t.name: {p.name for p in t.programs} for t in m.targets} for m in (a, b)]
     shared = {name: programs & named[1][name] for name, programs in named[0].items() if name in named[1]}
     return _changes(*(_targets(m, shared) for m in (a, b)))

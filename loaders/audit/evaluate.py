@@ -190,8 +190,8 @@ def check_window(window: int | None, scorers: Sequence[Scorer]) -> int:
         window = min(DEFAULT_WINDOW, smallest.context)
     if not SMALLEST_WINDOW <= window <= smallest.context:
         raise PrecastError(
-            f"--window: {window} is not possible, expected {SMALLEST_WINDOW} to {smallest.context} (the positions of"
-            f" {smallest.name})."
+            f"--window: expected {SMALLEST_WINDOW} to {smallest.context} (the positions of {smallest.name}), found"
+            f" {window}."
         )
     return window
 
@@ -213,8 +213,8 @@ def check_same_tokens(text: str, artifact: Scorer, reference: Scorer) -> None:
     ):
         if found != expected:
             raise PrecastError(
-                f"{reference.name}: expected a reference with the {expected} {what} that {artifact.name} has, found"
-                f" {found}; compare models with the same tokenizer."
+                f"{reference.name}: has {found} {what}, but {artifact.name} has {expected}; compare"
+                " models with the same tokenizer."
             )
     if tokenize(artifact.tokenizer, text) != tokenize(reference.tokenizer, text):
         raise PrecastError(

@@ -18,7 +18,7 @@ _HEAD = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class ListEntry:
-    """An artifact.
+    """An artifact, or a folder that cannot be read.
 
     Attributes:
         path: the artifact's folder.
@@ -124,7 +124,10 @@ def _listed(folder: Path, key: Path | None) -> ListEntry | None:
 
 
 def _runs(folder: Path, manifest: Manifest, machine: Machine) -> tuple[str | None, bool, str | None]:
-    """Return the target that runs here, True if one runs directly or after compiling, and the obstacle if any."""
+    """Return the name of a target that runs here, a flag, and the obstacle to running without compiling.
+
+    The flag is True if a target runs here directly or after compiling.
+    """
     try:
         chosen = compat.choose_target(manifest, machine, str(folder), name=None, allow_compile=False)
         return chosen.name, True, None

@@ -191,7 +191,7 @@ class Child:
         return taken
 
     def _exit_code(self) -> int:
-        """Return the exit code of a child that has closed its end."""
+        """Return the exit code of a child that has closed its end of the pipe."""
         import subprocess
 
         try:
@@ -316,7 +316,7 @@ def serve(answer: Callable[[Mapping[str, Any], bytes, Progress], Answer]) -> Non
 
 
 def ready() -> BinaryIO:
-    """Report to the parent that this child runs, and return the stream to it.
+    """Tell the parent that this child is running; return the stream for messages to the parent.
 
     Redirect the output of libraries to standard error, so that it does not count as a message. Disable core dumps, and
     end this process with its parent.

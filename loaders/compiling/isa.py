@@ -109,8 +109,8 @@ def check_isa(name: str) -> None:
         )
     if processor_family() != "x86_64":
         raise PrecastError(
-            f"--cpu-isa: {name} is a level of x86-64, this machine is {processor_family()}; leave it out (native), or"
-            " add the target on a machine that has it: precast add-target."
+            f"--cpu-isa: {name} is a level of x86-64, but this machine is {processor_family()}; omit"
+            " --cpu-isa, or run precast add-target on a machine that has the level."
         )
     if lacks := _lacks(name):
         raise PrecastError(
@@ -156,8 +156,8 @@ def _checked(isa: str, program: str, executable: bytes, where: str) -> Iterator[
     objects = object_files(executable)
     if objects is None:
         raise PrecastError(
-            f"{where}: program {program!r} has a form that precast does not know, so precast cannot tell which CPUs run"
-            " it; use a jaxlib that precast supports."
+            f"{where}: program {program!r} is in a format that precast does not know, so precast cannot tell"
+            " which CPUs run it; use a jaxlib that precast supports."
         )
     try:
         for instruction in (i for elf in objects for code in code_sections(elf) for i in instructions(code)):
@@ -216,7 +216,7 @@ def _signed(feature_list: bytes, stated: set[bytes]) -> bytes:
 
 
 def target_name(kind: str, features: Sequence[str]) -> str:
-    """Return a compiled target's name: ``cpu-x86-64-v2``, or ``cpu-x86-64-v3-gfni`` if it needs more than a level."""
+    """Return a target's name: ``cpu-x86-64-v2``, or ``cpu-x86-64-v3-gfni`` with a feature beyond a level."""
     if processor_family() != "x86_64":
         return f"{kind}-{processor_family()}"
     level, more = level_and_extras(features)

@@ -117,7 +117,7 @@ def _measure(
     from ..audit import evaluate as e
 
     if not 1 <= options.tokens <= MOST_TOKENS:
-        raise PrecastError(f"--tokens: {options.tokens} is not possible, expected 1 to {MOST_TOKENS}.")
+        raise PrecastError(f"--tokens: expected 1 to {MOST_TOKENS}, found {options.tokens}.")
     path = options.path or e.SHIPPED_TEXT
     text = e.read_text(path, options.tokens)
     with show_progress() as display:

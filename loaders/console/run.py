@@ -175,7 +175,7 @@ def _read_text(prompt: Prompt) -> str:
     if prompt.text is not None:
         return prompt.text
     if sys.stdin.isatty():
-        print("Type the prompt; Ctrl-D on a line of its own ends it.", file=sys.stderr)
+        print("Type the prompt; Ctrl-D on an empty line ends it.", file=sys.stderr)
     try:
         return piped_text(sys.stdin.read())
     except UnicodeDecodeError as error:

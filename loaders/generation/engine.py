@@ -111,7 +111,7 @@ def _in_layout(array: np.ndarray, layout: tuple[int, ...] | None) -> np.ndarray:
 class Engine:
     """The programs of one target, bound to their weights.
 
-    Threads may share an engine if each uses a KV cache of its own.
+    Threads may share an engine if each uses its own KV cache.
 
     Args:
         manifest: the artifact's manifest.

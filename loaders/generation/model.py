@@ -22,7 +22,7 @@ Prompt = str | Sequence[int]
 class Model:
     """A loaded artifact.
 
-    Threads may share a model: each generation has a KV cache of its own. A step uses all threads of the device, so
+    Threads may share a model: each generation has its own KV cache. A step uses all threads of the device, so
     concurrent generations share its speed.
 
     Attributes:

@@ -131,12 +131,12 @@ def _check_names(values: tuple[object, ...], fields: Mapping[str, object]) -> No
     known = SamplingParams.__dataclass_fields__
     if values:
         raise PrecastError(
-            f"Sampling parameters: each must be given by its name (temperature=0.7), found {values[0]!r:.60}"
-            " without one."
+            "Sampling parameters: expected keyword arguments (temperature=0.7), found the positional argument"
+            f" {values[0]!r:.60}."
         )
     if unknown := sorted(fields.keys() - known.keys()):
         raise PrecastError(
-            f"Sampling parameters: {unknown[0]!r} is not one of them, expected {', '.join(known)}."
+            f"Sampling parameters: {unknown[0]!r} is unknown, expected one of {', '.join(known)}."
         )
 
 

@@ -151,8 +151,9 @@ def client(device: str) -> Client:
         made = _client()
     if device not in ("any", made.device_kind):
         raise PrecastError(
-            f"CUDA: the executables are compiled for {device}, this machine's first GPU is {made.device_kind}; compile"
-            " them here with --compile, or choose another GPU with CUDA_VISIBLE_DEVICES."
+            f"CUDA: the executables are compiled for {device}, but this machine's first GPU is"
+            f" {made.device_kind}; compile them here with --compile, or choose another GPU with"
+            " CUDA_VISIBLE_DEVICES."
         )
     return made
 

@@ -166,8 +166,8 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
     first = PurePosixPath(executable)
     if len(named) != 1 or first.name != SAVED_MODEL or len(first.parts) < 2:
         raise PrecastError(
-            f"{root}: target {target.name!r}: expected the {SAVED_MODEL} of one folder as the executable of every"
-            f" program, found {', '.join(map(str, sorted(map(str, named))))}; export the model again."
+            f"{root}: target {target.name!r}: expected all programs to share one {SAVED_MODEL} inside a"
+            f" folder, found {', '.join(map(str, sorted(map(str, named))))}; export the model again."
         )
     # First check that neither the name nor a link leads out of the artifact.
     files.member_path(root, executable)

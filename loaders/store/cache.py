@@ -135,7 +135,7 @@ def _note_name(path: Path) -> str:
 
 
 def checked_with(path: Path) -> tuple[str, str] | None:
-    """Return the sha256 of the key and of the manifest with which a folder's artifact was checked when pulled.
+    """Return the sha256 of the key that a pulled artifact was checked with, and of the artifact's manifest.
 
     Return None if no key was used, or if the folder now holds another artifact.
     """

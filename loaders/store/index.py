@@ -129,7 +129,8 @@ def _check_file(name: str, file: StoredFile, where: str) -> None:
         )
     if (total := sum(piece.bytes for piece in file.pieces)) != file.bytes:
         raise PrecastError(
-            f"{where}: file {name!r} has {file.bytes} bytes, its pieces have {total}; push the artifact again."
+            f"{where}: file {name!r} has {file.bytes} bytes, but its pieces have {total}; push the"
+            " artifact again."
         )
 
 

@@ -219,7 +219,7 @@ def _checked_signature(job: _Pull, manifest: bytes, fetched: list[Piece]) -> byt
 
 
 def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
-    """Return the contents of a small file; append the pieces that are fetched to `fetched`."""
+    """Return the contents of a small file; `fetched` receives the pieces that came from the store."""
     parts = []
     for piece in file.pieces:
         data, was_fetched = _obtain(store, piece)
@@ -246,7 +246,7 @@ def _has_sizes(root: Path, index: Index) -> bool:
 
 
 def _is_intact(root: Path, index: Index) -> bool:
-    """Return True if every file has its hash; a file that was hashed before and is unchanged is not read."""
+    """Return True if every file has its hash; skip files that are unchanged since they were last hashed."""
     if not _has_sizes(root, index):
         return False
     try:
@@ -260,7 +260,7 @@ def _is_intact(root: Path, index: Index) -> bool:
 
 
 def _is_complete(root: Path, index: Index, manifest: bytes) -> bool:
-    """Return True if every file has its hash; every file is read."""
+    """Read every file; return True if each has its hash."""
     if not _has_sizes(root, index):
         return False
     listed = parse_manifest(manifest, str(root)).files
@@ -380,8 +380,8 @@ def _check_room(store: Store, index: Index, root: Path) -> None:
         free = shutil.disk_usage(existing).free
         if size > free:
             raise PrecastError(
-                f"{store}: pulling takes {size / 1e6:,.1f} MB in {existing}, and {free / 1e6:,.1f} MB are free; make"
-                " room, or choose another folder with -o, and another cache folder with PRECAST_CACHE."
+                f"{store}: pulling takes {size / 1e6:,.1f} MB in {existing}, but only {free / 1e6:,.1f} MB"
+                " are free; make room, or choose other folders with -o and PRECAST_CACHE."
             )
 
 

@@ -92,8 +92,8 @@ def _contents(root: Path) -> list[_Content]:
         signature = read(root, SIGNATURE_FILE, limit=MAX_SIGNATURE_BYTES)
         if signed_digest(signature, str(root)) != contents[0].entry.sha256:
             raise PrecastError(
-                f"{root}: {SIGNATURE_FILE} is for another {MANIFEST_FILE} than this one, which changed since; sign the"
-                " artifact again, or remove the signature."
+                f"{root}: {SIGNATURE_FILE} does not match {MANIFEST_FILE}, which has changed since it was"
+                " signed; sign the artifact again, or remove the signature."
             )
         contents.append(_in_memory(SIGNATURE_FILE, signature))
     return contents + [_Content(name=name, entry=entry) for name, entry in sorted(listed.items())]
@@ -122,7 +122,7 @@ def _cut_all(
 
 
 def _cut(root: Path, content: _Content) -> Iterator[tuple[Piece, bytes]]:
-    """Yield the pieces of a file; compare its hash with the manifest's at its end.
+    """Yield the pieces of a file; at the end, compare the file's hash with the manifest's.
 
     Raises:
         PrecastError: the hashes differ.

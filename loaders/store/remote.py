@@ -47,7 +47,7 @@ class NotFoundError(PrecastError):
 
 
 class UnreachableError(PrecastError):
-    """The store does not answer, or answers with an error that may pass."""
+    """The store does not answer, or answers with a transient error."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ _DICT_NAMES = frozenset(dir(dict))
 
 
 class TemplateRefusal(jinja2.TemplateError):
-    """The exception of a template's call of `raise_exception`."""
+    """The exception that `raise_exception` raises when a template calls it."""
 
 
 def compile_template(source: str, limits: Limits) -> tuple["Sandbox", CodeType]:

@@ -256,7 +256,7 @@ class Tokenizer:
         unknown = [kind for kind in self._decoder_kinds if kind not in _PIECEWISE]
         if unknown and not self._is_byte_level:
             raise PrecastError(
-                f"tokenizer.json: the decoder {' + '.join(self._decoder_kinds)} cannot work token by token"
+                f"tokenizer.json: the decoder {' + '.join(self._decoder_kinds)} cannot decode token by token"
                 f" (expected ByteLevel alone, or any of {', '.join(sorted(_PIECEWISE))}); use a checkpoint with"
                 " another tokenizer."
             )
@@ -267,7 +267,7 @@ class TextStream:
 
     The results of `push`, joined, are `decode` of the ids so far without an incomplete character at the end. With the
     result of `finish` they are `decode` of all ids. The exception is a decoder that takes text back: SentencePiece
-    replaces *every* character of a run of byte tokens by U+FFFD if one of them is broken. A stream cannot replace
+    replaces *every* character of a run of byte tokens with U+FFFD if one of them is broken. A stream cannot replace
     characters that it has returned.
     """
 

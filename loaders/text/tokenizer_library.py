@@ -1,4 +1,4 @@
-"""Calls of the tokenizers library, with its errors translated into one sentence."""
+"""Calls to the tokenizers library, with each error translated into one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

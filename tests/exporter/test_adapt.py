@@ -316,5 +316,6 @@ def test_a_tensor_of_another_shape_has_the_checkpoints_name(
     with pytest.raises(PrecastError) as caught:
         Checkpoint(found).adapted(spec)
     assert str(caught.value) == (
-        f"tiny: tensor '{name}' has shape {list(found[name])}, expected {list(expected)} by the config."
+        f"tiny: tensor '{name}' has shape {list(found[name])}, but the config requires {list(expected)}; use the"
+        " config and the weights of the same model."
     )

@@ -270,7 +270,11 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"sliding_window": 9}, "'sliding_window' may change"),
     ("llama", {"embedding_multiplier": 12.0}, "'embedding_multiplier' may change"),
     ("mistral", {"sliding_window": 0}, "'sliding_window' is 0, expected a whole number above 0."),
-    ("mistral", {"layer_types": ["full_attention"] * 7}, "'layer_types' is ['full_attention', "),
+    (
+        "mistral",
+        {"layer_types": ["full_attention"] * 7},
+        "expected 'layer_types' to be sliding_attention for all 7 layers, as in transformers, found ['full_attention'",
+    ),
     ("mistral", {"attention_bias": True}, "'attention_bias' is True, which adds biases"),
     (
         "mixtral",
@@ -280,7 +284,7 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "mixtral",
         {"num_experts": 4, "num_local_experts": 8},
-        "num_experts and num_local_experts disagree: 4 and 8.",
+        "num_experts and num_local_experts disagree: 4 and 8; remove the one that is wrong.",
     ),
     ("olmo2", {"clip_qkv": 8.0}, "'clip_qkv' may change"),
     ("phi3", {"attention_bias": True}, "'attention_bias' is True, expected False."),

@@ -78,7 +78,7 @@ def test_a_model_that_reads_images_is_refused_with_a_remedy() -> None:
 def test_an_unknown_key_is_named(model_type: str, key: str, value: Any) -> None:
     assert _refusal(model_type, **{key: value}) == (
         f"m/config.json: '{key}' may change the model's maths and is not understood; remove it if transformers' own"
-        " class for this model_type has no such key, or else precast cannot export the model faithfully."
+        " class for this model_type has no such key; otherwise precast cannot export the model faithfully."
     )
 
 

@@ -155,7 +155,8 @@ def test_layer_types_of_uniform_layers(model_type, changes, kind):
     for types in ([other] * 2, [kind, other], [kind], [kind] * 3, kind):
         text = refusal(model_type, **changes, layer_types=types)
         assert text.endswith(
-            f"but transformers gives all 2 layers of this architecture {kind}; remove the key, or correct it."
+            f": expected 'layer_types' to be {kind} for all 2 layers, as in transformers, found {types!r}; remove or"
+            " correct the key."
         )
 
 

@@ -183,7 +183,7 @@ def test_jax_without_the_cpu_is_refused(export_refusal, tiny_source, monkeypatch
 
     monkeypatch.setattr(jax, "devices", devices)
     assert export_refusal(tiny_source()) == (
-        "the export needs the CPU, which JAX may not use here; add cpu to JAX_PLATFORMS or unset it."
+        "the export needs JAX's CPU backend, which does not load with this JAX_PLATFORMS; add cpu to it or unset it."
     )
 
 

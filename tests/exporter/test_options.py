@@ -55,7 +55,7 @@ def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
     ("options", "text"),
     [
         ({"buckets": ()}, "--buckets: expected at least one prompt length, found none."),
-        ({"buckets": (0,)}, "--buckets: 0 is not possible"),
+        ({"buckets": (0,)}, "--buckets: expected prompt lengths of 1 or more, found 0."),
         ({"buckets": (8, 8)}, "--buckets: 8 is named twice"),
         ({"buckets": (33,), "context": 32}, "--buckets: 33 is larger than the context of 32"),
         (
@@ -67,8 +67,8 @@ def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
             "--target: expected one or more of cpu, portable, cuda, savedmodel, each once, found 'gpu'.",
         ),
         ({"targets": ("cpu", "cpu")}, "each once, found one of them twice."),
-        ({"context": 129}, "--context: 129 is not possible, expected 2 to 128"),
-        ({"slots": 0}, "--slots: 0 is not possible"),
+        ({"context": 129}, "--context: expected 2 to 128 (the model's own limit), found 129."),
+        ({"slots": 0}, "--slots: expected 1 to 256, found 0."),
         ({"weights": "int2"}, "--weights: 'int2' is not supported"),
         (
             {"kv_cache": "int4"},
@@ -116,13 +116,13 @@ def test_impossible_instruction_sets_are_refused(machine):
     assert "each once, found one of them twice" in refusal(cpu_isas=("native", "native"))
     assert "each once, found none" in refusal(cpu_isas=())
     assert refusal(cpu_isas=("native",), targets=("portable",)) == (
-        "--cpu-isa: only the target cpu is compiled for it; add --target cpu."
+        "--cpu-isa: applies only to the target cpu; add --target cpu."
     )
     check_options(ExportOptions(cpu_isas=("native", "x86-64-v2", "x86-64-v3")))
     check_options(ExportOptions(targets=("portable",)))
     machine("aarch64", "neon")
     assert refusal(cpu_isas=("x86-64-v2",)).startswith(
-        "--cpu-isa: x86-64-v2 is a level of x86-64, this machine is aarch64; leave it out"
+        "--cpu-isa: x86-64-v2 is a level of x86-64, but this machine is aarch64; omit --cpu-isa, or"
     )
     check_options(ExportOptions(cpu_isas=("native",)))
 

@@ -163,8 +163,8 @@ def test_original_positions_that_disagree(scaling: Mapping[str, Any], outside: M
     inside = scaling["original_max_position_embeddings"]
     found = _refusal({"rope_scaling": scaling, **outside}, head_dim=4, original_positions=48)
     assert found == (
-        f"config.json rope parameters: original_max_position_embeddings is {inside} here and 48 for the model; correct"
-        " the one that is wrong."
+        f"config.json rope parameters: original_max_position_embeddings is {inside} here, but 48 for the model as a"
+        " whole; correct the one that is wrong."
     )
 
 

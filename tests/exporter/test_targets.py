@@ -239,7 +239,7 @@ def test_an_unknown_instruction_is_refused(code, monkeypatch):
             f" tell which CPUs run it; please report this{advice}."
         )
     monkeypatch.setattr(isa, "object_files", lambda data: None)
-    with pytest.raises(PrecastError, match="program 'p0' has a form that precast does not know"):
+    with pytest.raises(PrecastError, match="program 'p0' is in a format that precast does not know"):
         code("native", LEA)
 
 

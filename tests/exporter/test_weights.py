@@ -106,7 +106,8 @@ def test_a_missing_tensor_is_named(source):
 def test_a_tensor_of_another_shape_is_named(source):
     wrong = tensor(np.zeros((4, 3), np.float32))
     assert refusal(source(**{UP.replace(".", "__"): wrong})) == (
-        f"tiny: tensor {UP!r} has shape [4, 3], expected [3, 4] by the config."
+        f"tiny: tensor {UP!r} has shape [4, 3], but the config requires [3, 4]; use the config and the weights"
+        " of the same model."
     )
 
 
@@ -114,8 +115,8 @@ def test_tensors_without_a_parameter_are_named(source):
     extra = tensor(np.zeros(3, np.float32))
     text = refusal(source(model__layers__2__mlp__up_proj__weight=extra))
     assert text == (
-        "tiny: tensor 'model.layers.2.mlp.up_proj.weight' belongs to no parameter of the model; config and weights"
-        " do not fit."
+        "tiny: tensor 'model.layers.2.mlp.up_proj.weight' belongs to no parameter of the model; use the config and"
+        " the weights of the same model."
     )
     assert "'a' belongs to no parameter of the model (nor do 2 more);" in refusal(
         source(a=extra, b=extra, c=extra)
@@ -171,7 +172,9 @@ def test_the_largest_finite_values_are_accepted(source, tmp_path):
 def test_a_reader_that_returns_another_shape_is_caught(source, tmp_path):
     """A tensor of the same size would be written transposed."""
     lying = tensor(source.arrays[UP], lambda: source.arrays[UP].T.copy())
-    with pytest.raises(PrecastError, match=r"expected shape \[3, 4\], found \[4, 3\] when reading it"):
+    with pytest.raises(
+        PrecastError, match=r"the source declares shape \[3, 4\], but the tensor has shape \[4, 3\];"
+    ):
         write(tmp_path / "w", source(**{UP.replace(".", "__"): lying}))
 
 
@@ -303,5 +306,7 @@ def test_blocks_with_scales_that_are_not_finite_are_refused(tiny_source, tmp_pat
 
 
 def test_blocks_of_another_shape_are_caught(tiny_source, tmp_path):
-    with pytest.raises(PrecastError, match=r"^up: expected shape \[3, 32\], found \[1, 96\] when reading it"):
+    with pytest.raises(
+        PrecastError, match=r"^up: the source declares shape \[3, 32\], but the tensor has shape \[1, 96\];"
+    ):
         write_blocks(tmp_path / "w", blocky(tiny_source, blocks_of(-8, shape=(1, 96))), "int4")

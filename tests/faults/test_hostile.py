@@ -277,14 +277,14 @@ NORM = "model.norm.weight"
     [
         (lambda h: h[NORM].update(data_offsets=[0, 192]), "begins at byte"),
         (lambda h: h[NORM].update(data_offsets=[10**9, 10**9 + 192]), "begins at byte"),
-        (lambda h: h[NORM].update(data_offsets=[2**64 - 192, 2**64]), "is not understood"),
-        (lambda h: h[NORM].update(data_offsets=[-192, 0]), "is not understood"),
-        (lambda h: h[NORM].update(data_offsets=[192, 0]), "is not understood"),
-        (lambda h: h[NORM].update(data_offsets=[0.0, 192.0]), "is not understood"),
-        (lambda h: h[NORM].update(shape=[2**62, 2**62], data_offsets=[0, 0]), "is not understood"),
-        (lambda h: h[NORM].update(shape=[2**32, 2**32 + 48]), "is not understood"),
-        (lambda h: h[NORM].update(shape=[48, 0]), "is not understood"),
-        (lambda h: h[NORM].update(shape=[1] * 65), "is not understood"),
+        (lambda h: h[NORM].update(data_offsets=[2**64 - 192, 2**64]), "is invalid: "),
+        (lambda h: h[NORM].update(data_offsets=[-192, 0]), "is invalid: "),
+        (lambda h: h[NORM].update(data_offsets=[192, 0]), "is invalid: "),
+        (lambda h: h[NORM].update(data_offsets=[0.0, 192.0]), "is invalid: "),
+        (lambda h: h[NORM].update(shape=[2**62, 2**62], data_offsets=[0, 0]), "is invalid: "),
+        (lambda h: h[NORM].update(shape=[2**32, 2**32 + 48]), "is invalid: "),
+        (lambda h: h[NORM].update(shape=[48, 0]), "is invalid: "),
+        (lambda h: h[NORM].update(shape=[1] * 65), "is invalid: "),
         (lambda h: h.update(more={"dtype": "F32", "shape": [0], "data_offsets": [7, 7]}), "begins at byte"),
         (lambda h: h.pop(NORM), "begins at byte"),
     ],
@@ -301,7 +301,7 @@ def test_fault_05_offsets_and_sizes_that_lie(artifact_copy, put, run_refused, ch
 def test_fault_05_a_header_longer_than_its_file(artifact_copy, put, run_refused, length):
     data = (artifact_copy / "weights.safetensors").read_bytes()
     put(artifact_copy, "weights.safetensors", length.to_bytes(8, "little") + data[8:])
-    assert "found one whose header does not fit in it" in run_refused(artifact_copy)
+    assert "expected a safetensors file, found no valid header length." in run_refused(artifact_copy)
 
 
 @pytest.mark.parametrize(
@@ -331,8 +331,9 @@ def test_fault_05_a_manifest_that_lies_about_a_model_consistently(artifact_copy,
             array["bytes"] *= 2
 
     edit_manifest(artifact_copy, double)
-    assert "its programs make a cache 'cache.keys' of 18432 bytes, expected 36864 by" in run_refused(
-        artifact_copy
+    assert (
+        "its programs make a cache 'cache.keys' of 18432 bytes, but the manifest gives 36864;"
+        in run_refused(artifact_copy)
     )
 
 
@@ -376,8 +377,8 @@ def test_fault_06_a_manifest_that_is_a_bomb(artifact_copy, refusal, data, text):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda m: m.update(slots=2**40), "are more than any machine holds"),
-        (lambda m: m.update(capacity=2**40), "are more than any machine holds"),
+        (lambda m: m.update(slots=2**40), "exceed any machine's memory"),
+        (lambda m: m.update(capacity=2**40), "exceed any machine's memory"),
         (lambda m: m.update(buckets=list(range(1, 10**5))), "expected lengths from 1 to the context"),
         (lambda m: m["model"].update(layers=2**40), "number of layers: expected 1099511627776, found 3"),
         (lambda m: m.update(targets=m["targets"] * 50), "targets of this name: expected 1, found 50"),

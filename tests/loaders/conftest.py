@@ -27,7 +27,7 @@ def tree() -> Callable[[Path], dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def replaced_bytes() -> Callable[..., list[int]]:
-    """Return a function that replaces ids of byte tokens by U+FFFD, from the first invalid byte of a run on.
+    """Return a function that replaces ids of byte tokens with U+FFFD, from the first invalid byte of a run on.
 
     The library replaces the whole run, including complete characters, which a stream has already returned.
     """

@@ -124,8 +124,8 @@ def test_overwrite_replaces(add, artifact_copy, tree):
 def test_a_source_or_level_that_cannot_be_compiled_is_refused(refused, artifact_copy, monkeypatch):
     assert refused("mmx").startswith("--cpu-isa: 'mmx' is not known, expected one of x86-64-v2, x86-64-v3")
     assert refused(source="gpu") == (
-        f"{artifact_copy}: target 'gpu' is not in the artifact, or holds no StableHLO for a CPU; those that do are"
-        f" {EXPORTED!r}, 'portable'."
+        f"{artifact_copy}: target 'gpu' is not in the artifact, or holds no StableHLO for a CPU; targets with"
+        f" StableHLO for a CPU: {EXPORTED!r}, 'portable'."
     )
     monkeypatch.setattr(isa, "cpu_features", lambda: isa.LEVELS["x86-64-v2"].features)
     assert "x86-64-v3 is wider than this machine, which lacks avx, avx2, bmi" in refused("x86-64-v3")
@@ -154,7 +154,7 @@ def test_wrong_answers_are_refused(refused, artifact_copy, edit_manifest):
     edit_manifest(artifact_copy, lambda m: m["files"].update({"golden.json": entry}))
     text = refused()
     assert f"{artifact_copy}: target {NAME!r}: answer " in text
-    assert text.endswith("; the artifact is as it was.")
+    assert text.endswith("; the artifact is unchanged.")
 
 
 @pytest.mark.parametrize("name", ["a/b", "/decode", "..", "a\0b", "a\\b", ""])

@@ -377,8 +377,8 @@ def test_the_plugin_s_client_is_made_once(no_client, monkeypatch, tmp_path, load
     with pytest.raises(PrecastError) as raised:
         cuda.client(H100)
     assert str(raised.value) == (
-        f"CUDA: the executables are compiled for {H100}, this machine's first GPU is cpu; compile them here with"
-        " --compile, or choose another GPU with CUDA_VISIBLE_DEVICES."
+        f"CUDA: the executables are compiled for {H100}, but this machine's first GPU is cpu; compile them here"
+        " with --compile, or choose another GPU with CUDA_VISIBLE_DEVICES."
     )
 
 

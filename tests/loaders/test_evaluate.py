@@ -305,9 +305,7 @@ def test_the_window_is_the_default_where_every_model_has_room():
 def test_a_window_outside_the_models_is_refused(window, found):
     with pytest.raises(PrecastError) as raised:
         e.check_window(window, [fake(context=2048), fake("short", context=100)])
-    assert str(raised.value) == (
-        f"--window: {found} is not possible, expected 8 to 100 (the positions of short)."
-    )
+    assert str(raised.value) == (f"--window: expected 8 to 100 (the positions of short), found {found}.")
 
 
 @pytest.mark.parametrize(
@@ -315,9 +313,9 @@ def test_a_window_outside_the_models_is_refused(window, found):
     [
         (
             {"size": 291},
-            "reference: expected a reference with the 290 tokens in its tokenizer that model has, found 291",
+            "reference: has 291 tokens in its tokenizer, but model has 290;",
         ),
-        ({"vocab": 320}, "reference: expected a reference with the 300 logits that model has, found 320"),
+        ({"vocab": 320}, "reference: has 320 logits, but model has 300;"),
         ({"plain": (6, 5)}, "reference: its tokenizer splits the text differently from that of model"),
     ],
 )

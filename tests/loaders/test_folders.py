@@ -132,11 +132,11 @@ def test_empty_folders_that_cannot_be_replaced_are_named(tmp_path, monkeypatch, 
     link.symlink_to(mounted)
     monkeypatch.chdir(here)
     for target in (Path("."), here):
-        with pytest.raises(PrecastError, match=r"is the current folder, which nothing can replace; choose a"):
+        with pytest.raises(PrecastError, match=r"is the current folder, which cannot be replaced; choose a"):
             make(target, overwrite=overwrite)
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == mounted)
     with pytest.raises(
-        PrecastError, match="mounted: is a mount point, which nothing can replace; choose a folder in"
+        PrecastError, match="mounted: is a mount point, which cannot be replaced; choose a folder inside"
     ):
         make(mounted, overwrite=overwrite)
     with pytest.raises(PrecastError, match="exists"):

@@ -232,7 +232,7 @@ def test_accepted_parameters_choose_a_token(said, prompt, ends, rows) -> None:
         ("bad_words_ids", [5], "bad_words_ids must be a list of lists of token ids, none empty, found [5]."),
         ("bad_words_ids", [[]], "bad_words_ids must be a list of lists of token ids, none empty, found [[]]."),
         ("bad_words_ids", [[True]], "a token id of bad_words_ids must be an integer from 0 to 2^63 - 1, found True."),
-        ("temprature", 1.0, "'temprature' is not one of them, expected max_tokens, max_length, min_tokens,"),
+        ("temprature", 1.0, "'temprature' is unknown, expected one of max_tokens, max_length, min_tokens,"),
     ],
 )  # fmt: skip
 def test_the_error_for_a_number_out_of_range(field, value, text) -> None:
@@ -245,7 +245,7 @@ def test_parameters_must_be_named() -> None:
     with pytest.raises(PrecastError) as raised:
         SamplingParams(0.7)
     assert str(raised.value) == (
-        "Sampling parameters: each must be given by its name (temperature=0.7), found 0.7 without one."
+        "Sampling parameters: expected keyword arguments (temperature=0.7), found the positional argument 0.7."
     )
 
 

@@ -52,11 +52,15 @@ def test_logits_match_the_reference(value, manifest, reference):
         (["greedy", 0, "more"], 1, "g: greedy[0]: key 'more' is not known"),
         (["greedy", 0, "first_logits", "more"], 1, "g: greedy[0].first_logits: key 'more' is not known"),
         (["greedy", 0, "first_logits"], None, "g: greedy[0].first_logits: expected an object, found None."),
-        (["greedy", 0, "prompt_token_ids"], [], "greedy[0]: a prompt and an answer of"),
-        (["greedy", 1, "prompt_token_ids"], [5] * 60, "answer of 76 tokens do not fit a context of 64;"),
+        (
+            ["greedy", 0, "prompt_token_ids"],
+            [],
+            "greedy[0]: expected a prompt of at least one token, found none;",
+        ),
+        (["greedy", 1, "prompt_token_ids"], [5] * 60, "answer of at most 64 tokens together, found 76;"),
         (["greedy", 0, "prompt_token_ids"], [5] * 64, "greedy[0]: the prompt leaves no room for an answer;"),
-        (["greedy", 0, "prompt_token_ids"], [320], "greedy[0]: a token is outside the model's 320;"),
-        (["greedy", 0, "token_ids"], [320], "greedy[0]: a token is outside the model's 320;"),
+        (["greedy", 0, "prompt_token_ids"], [320], "greedy[0]: a token is beyond the vocabulary of 320;"),
+        (["greedy", 0, "token_ids"], [320], "greedy[0]: a token is beyond the vocabulary of 320;"),
         (["greedy", 0, "token_ids"], [-1], "expected a whole number from 0 to 2^63 - 1, found -1."),
         (["greedy", 0, "first_logits", "token_ids"], [400], "expected a logit for each token"),
         (["greedy", 0, "first_logits", "values"], [1.0], "expected a logit for each token, found 1 for 8;"),
@@ -69,7 +73,7 @@ def test_invalid_values_are_named(value, manifest, path, new, text):
         place = place[key]
     place[path[-1]] = new
     if path[-1] == "token_ids" and "first_logits" in path:
-        text = "greedy[0]: a token is outside the model's 320;"
+        text = "greedy[0]: a token is beyond the vocabulary of 320;"
     with pytest.raises(PrecastError) as raised:
         parse(value, manifest)
     assert text in str(raised.value)

@@ -78,7 +78,7 @@ def test_an_integer_is_accepted_as_a_float():
         ({"name": None}, "m.json: name: expected a text, found None."),
         ({"ratio": "x"}, "m.json: ratio: expected a number, found 'x'."),
         ({"ratio": True}, "m.json: ratio: expected a number, found True."),
-        ({"ratio": 10**400}, "m.json: ratio: expected a number that a float holds, found a larger one."),
+        ({"ratio": 10**400}, "m.json: ratio: expected a number in the range of a float, found a larger one."),
         ({"flag": 1}, "m.json: flag: expected true or false, found 1."),
         ({"flag": "true"}, "m.json: flag: expected true or false, found 'true'."),
         ({"numbers": 3}, "m.json: numbers: expected a list, found 3."),

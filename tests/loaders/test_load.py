@@ -90,8 +90,8 @@ def test_the_source_of_an_artifact_is_refused_with_the_command_that_makes_one(tm
         "a model/model.safetensors": make.format("weights of a Hugging Face model", "'a model'"),
         "artifacts": "expected one artifact, found 2 (a, b); name one of them.",
         ".": "expected an artifact, found 2 (artifacts/a, artifacts/b); name one of them.",
-        "elsewhere/model-1.5B": "expected the folder of an artifact, but it does not exist; a model of this name on the"
-        " Hugging Face hub becomes one with: precast export elsewhere/model-1.5B",
+        "elsewhere/model-1.5B": "expected the folder of an artifact, but it does not exist; to export the model of this"
+        " name from the Hugging Face hub: precast export elsewhere/model-1.5B",
         "org/model": "expected the folder of an artifact, but it does not exist; precast export makes one.",
     }
     (tmp_path / "deep").rename(tmp_path / ".deep")

@@ -194,8 +194,8 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         ([*PROGRAM, 3, "arguments", 0, "dtype"], "int8", "program 'decode': inputs: expected {'tokens'"),
         ([*PROGRAM, 3, "results", 0, "dtype"], "uint8", "program 'decode': results: expected {'token'"),
         ([*PROGRAM, 3, "arguments", 5, "dtype"], "int4", "has dtype 'int4', expected one of"),
-        (["slots"], 1 << 40, "slots of 64 positions are more than any machine holds"),
-        (["capacity"], 1 << 40, "are more than any machine holds"),
+        (["slots"], 1 << 40, "slots of 64 positions exceed any machine's memory"),
+        (["capacity"], 1 << 40, "exceed any machine's memory"),
         ([*PROGRAM, 3, "arguments", 0, "name"], "positions", "program 'decode': inputs: expected"),
         ([*PROGRAM, 3, "arguments", 0, "role"], "weight", "arguments in the order inputs, caches, constants"),
         (

@@ -261,7 +261,7 @@ def test_executables_that_are_no_savedmodel_are_refused(copy, no_tensorflow, edi
         target["programs"][0]["executable"] = executable
 
     edit_manifest(copy, change)
-    assert "expected the saved_model.pb of one folder as the executable of every program" in refusal(copy)
+    assert "expected all programs to share one saved_model.pb inside a folder" in refusal(copy)
 
 
 # --- operations ----------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_no_signature(artifact_copy, keys):
 def test_another_key(signed, keys):
     text = refusal(signed, keys / "other.pub.pem")
     assert "it was made with another key (sha256 " in text
-    assert "ask the artifact's maker for theirs" in text
+    assert "ask the artifact's maker for that other key, or for a copy signed with the expected key." in text
 
 
 def test_an_altered_manifest(signed, keys):

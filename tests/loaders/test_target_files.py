@@ -168,8 +168,8 @@ def test_an_artifact_that_cannot_be_written_to(refused, artifact_copy, monkeypat
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     assert refused() == (
-        f"{artifact_copy}: the target cannot be added (Read-only file system); the artifact must be on a disk with"
-        " room and in a folder that you may write to: copy it there."
+        f"{artifact_copy}: the target cannot be added (Read-only file system); copy the artifact to a writable"
+        " folder on a disk with free space."
     )
 
 

@@ -344,6 +344,6 @@ def test_a_decoder_without_streaming_is_refused(family, decoder, name):
     library.decoder = decoder
     with pytest.raises(
         PrecastError,
-        match=rf"^tokenizer\.json: the decoder {name} cannot work token by token .*another tokenizer\.$",
+        match=rf"^tokenizer\.json: the decoder {name} cannot decode token by token .*another tokenizer\.$",
     ):
         Tokenizer.from_json(library.to_str().encode(), chat_template=None, bos_token=None, eos_token=None)

@@ -205,9 +205,7 @@ def test_a_file_with_trailing_bytes_is_refused(path):
 @pytest.mark.parametrize("length", [65, 1 << 20, 1 << 62, (1 << 64) - 1])
 def test_a_header_that_does_not_fit_is_refused(tmp_path, length):
     (tmp_path / "w").write_bytes(length.to_bytes(8, "little") + bytes(64))
-    with pytest.raises(
-        PrecastError, match="expected a safetensors file, found one whose header does not fit"
-    ):
+    with pytest.raises(PrecastError, match="expected a safetensors file, found no valid header length"):
         map_weights(tmp_path / "w")
 
 
@@ -219,31 +217,34 @@ def test_a_header_that_does_not_fit_is_refused(tmp_path, length):
         (b"[" * 980 + b"]" * 980, ""),
         (b"\xff", "expected JSON"),
         (b'{"a":1,"a":1}', "a key occurs twice"),
-        ({"a": 1}, "entry of tensor 'a' is not understood: 1."),
-        ({"a": tensor(more=1)}, "entry of tensor 'a' is not understood"),
-        ({"a": {"dtype": "F32", "shape": [16]}}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(dtype="F99")}, "entry of tensor 'a' is not understood: {'dtype': 'F99'"),
-        ({"a": tensor(dtype=["F32"])}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(shape=[17])}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(shape=[-1])}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(shape=[-4, -4])}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(shape=[16.0])}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(shape=[True] * 4 + [16])}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(shape=[2**32, 2**32])}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(shape=[0, 2**70], end=0)}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(shape=[1] * 65, end=4)}, "entry of tensor 'a' is not understood"),
+        ({"a": 1}, "entry for tensor 'a' is invalid: 1."),
+        ({"a": tensor(more=1)}, "entry for tensor 'a' is invalid"),
+        ({"a": {"dtype": "F32", "shape": [16]}}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(dtype="F99")}, "entry for tensor 'a' is invalid: {'dtype': 'F99'"),
+        ({"a": tensor(dtype=["F32"])}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(shape=[17])}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(shape=[-1])}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(shape=[-4, -4])}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(shape=[16.0])}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(shape=[True] * 4 + [16])}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(shape=[2**32, 2**32])}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(shape=[0, 2**70], end=0)}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(shape=[1] * 65, end=4)}, "entry for tensor 'a' is invalid"),
         (
             {"a": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}},
-            "entry of tensor 'a' is not understood",
+            "entry for tensor 'a' is invalid",
         ),
         (
             {"a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]}},
-            "entry of tensor 'a' is not understood",
+            "entry for tensor 'a' is invalid",
         ),
-        ({"a": tensor(begin=-64, end=0)}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(begin=64, end=0)}, "entry of tensor 'a' is not understood"),
-        ({"a": tensor(begin=2**80, end=2**80 + 64)}, "entry of tensor 'a' is not understood"),
-        ({"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 32, 64]}}, "entry of tensor 'a' is not"),
+        ({"a": tensor(begin=-64, end=0)}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(begin=64, end=0)}, "entry for tensor 'a' is invalid"),
+        ({"a": tensor(begin=2**80, end=2**80 + 64)}, "entry for tensor 'a' is invalid"),
+        (
+            {"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 32, 64]}},
+            "entry for tensor 'a' is invalid",
+        ),
         ({"a": tensor(begin=64, end=128)}, "tensor 'a' begins at byte 64 of the data, expected 0."),
         ({"a": tensor(shape=[15], end=60)}, "the tensors cover 60 bytes of data, but the file holds 64."),
         ({"a": tensor(shape=[32], end=128)}, "the tensors cover 128 bytes of data, but the file holds 64."),

@@ -37,7 +37,7 @@ def template_files(folder: Path) -> list[Path]:
 
 
 def chat_templates(folder: Path, tokens: Mapping[str, str]) -> Templates:
-    """Return the chat templates of a directory, which need only the variables bos_token and eos_token.
+    """Return a directory's chat templates; bos_token and eos_token are the only token variables they need.
 
     Template files override tokenizer_config.json, as in transformers. The older chat_template.json counts only if
     there is no other template.

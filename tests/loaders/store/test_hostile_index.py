@@ -93,7 +93,7 @@ HOSTILE = {
     ),
     "a huge piece": (set_in(*FIRST, "bytes", value=2**62), "expected pieces of 1 to 67108864 bytes"),
     "an empty piece": (set_in(*FIRST, "bytes", value=0), "expected pieces of 1 to 67108864 bytes"),
-    "sizes that do not add up": (set_in(*README, "bytes", value=7), "has 7 bytes, its pieces have"),
+    "sizes that do not add up": (set_in(*README, "bytes", value=7), "has 7 bytes, but its pieces have"),
     "one piece of two sizes": (sizes_that_add_up, "one piece has two sizes"),
     "a path for a hash": (
         set_in(*FIRST, "sha256", value="../../../etc/passwd"),

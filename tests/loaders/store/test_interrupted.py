@@ -148,7 +148,9 @@ def test_more_than_the_disk_holds_is_refused_before_the_first_piece(
 ):
     store_push.push(tiny_artifact, folder_url)
     monkeypatch.setattr(store_pull.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(PrecastError, match=r"pulling takes \d\.\d MB in .*, and 0\.0 MB are free; make room"):
+    with pytest.raises(
+        PrecastError, match=r"pulling takes \d\.\d MB in .*, but only 0\.0 MB are free; make room"
+    ):
         pull(folder_url, tmp_path / "here")
     assert traffic.reads == {"index": 1, "piece": 1}
 

@@ -33,7 +33,7 @@ def test_a_signature_over_another_manifest_is_not_pushed(folder_url, artifact_co
     signing.sign(artifact_copy, keys.maker.private, str)
     replace(artifact_copy, "README.md", b"another card")
     with pytest.raises(
-        PrecastError, match=r"is for another manifest\.json than this one, which changed since; sign"
+        PrecastError, match=r"does not match manifest\.json, which has changed since it was signed; sign"
     ):
         store_push.push(artifact_copy, folder_url)
 
