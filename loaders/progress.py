@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from .artifact.errors import printable
 from .artifact.frozen import Frozen
@@ -112,6 +112,11 @@ def show_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Displ
         yield display
     finally:
         display.clear()
+
+
+def progress_on_terminal() -> AbstractContextManager[Progress]:
+    """Yield a display if standard error is a terminal, and `silent` otherwise: for work inside library calls."""
+    return show_progress() if sys.stderr.isatty() else nullcontext(silent)
 
 
 def _columns() -> int:

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .artifact.errors import PrecastError
 from .compiling import child_process
-from .generation.engine import KVCache
-from .generation.model import Model
-from .load import load
 from .progress import Progress, Step
-from .runtime import pjrt
+
+if TYPE_CHECKING:
+    from .generation.engine import KVCache
+    from .generation.model import Model
 
 _PROMPT = (1, 2, 3)
 
@@ -45,6 +45,8 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
     Raises:
         PrecastError: as `load`; or a program fails.
     """
+    from .load import load  # after the child is ready: a crash while importing jaxlib is a failed trial
+
     model = load(
         root,
         target=name,
@@ -72,12 +74,14 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
         engine.decode([0, *[0] * idle], [position, *[-1] * idle], cache)
 
 
-def _check_caches(model: Model, cache: KVCache, root: Path) -> None:
+def _check_caches(model: "Model", cache: "KVCache", root: Path) -> None:
     """Compare the sizes of the cache's arrays with the manifest, which may be self-consistent but wrong.
 
     Raises:
         PrecastError: names the first array of another size.
     """
+    from .runtime import pjrt
+
     if model.target.platform != "cpu" or model.target.runtime == "savedmodel":
         return  # other platforms may pad their arrays
     for array in model.manifest.cache:

@@ -64,7 +64,7 @@ def test_untrusted_names_cannot_control_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(chat_input, "messages", lambda: iter(()))
     monkeypatch.setenv("PRECAST_HISTORY", "off")
     model = SimpleNamespace(manifest=manifest, target=target, engine=engine)
-    chat_console.converse(model, None, None, stats=False, literal=False)
+    chat_console.converse(model, None, [], stats=False, literal=False)
     shown = capsys.readouterr()
     assert shown.err == "name �]0;gone�\n"
     assert shown.out.startswith("�[2Jname on cpu�2J, 64 positions.")

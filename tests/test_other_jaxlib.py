@@ -69,7 +69,7 @@ def check(
     # Compiled once, as a new target.
     added = there("add-target", root)
     assert f"target {native}-jaxlib{run_by} added: {programs} programs" in added.stdout, added.stderr
-    assert tokens(there("run", root, *IDS, "--verify"), 0) == (answer, f"{native}-jaxlib{run_by}")
+    assert tokens(there("run", root, *IDS, "--rehash"), 0) == (answer, f"{native}-jaxlib{run_by}")
     assert tokens(here("run", root, *IDS), 0) == (answer, native)
 
 

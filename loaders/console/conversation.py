@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def converse(
-    model: "Model", params: "SamplingParams", system: str | None, *, stats: bool, literal: bool
+    model: "Model", params: "SamplingParams", opening: "list[Message]", *, stats: bool, literal: bool
 ) -> None:
     """Answer typed messages until the end of input.
 
     Args:
         model: with a chat template.
         params: the sampling parameters.
-        system: the system message, which may be empty; None for none.
+        opening: the messages before the user's first.
         stats: print the speed of all answers at the end, on standard error.
         literal: treat messages as plain text.
 
@@ -43,12 +43,12 @@ def converse(
         f"{_name(model)}, {model.engine.context} positions. /help lists the commands, Ctrl-D ends the chat."
     )
     done: list[Completion] = []
-    messages = opening(system)
+    messages = opening
     for message in chat_input.messages():
         if message == "/exit":
             break
         if message == "/reset":
-            messages = opening(system)
+            messages = opening
         elif message == "/help":
             print(chat_input.help_text())
         else:
@@ -59,11 +59,6 @@ def converse(
         print(printable(history.problem), file=sys.stderr)
     if stats and done:
         print(speed.full(done), file=sys.stderr)
-
-
-def opening(system: str | None) -> "list[Message]":
-    """Return the messages before the user's first."""
-    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _name(model: "Model") -> str:

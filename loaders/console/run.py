@@ -18,7 +18,7 @@ from .clock import process_age
 from .terminal import escaped, harmless_pieces
 
 if TYPE_CHECKING:
-    from ..generation.model import Model
+    from ..generation.model import Message, Model
     from ..generation.sampling_params import SamplingParams
     from ..generation.stream import Completion, Stream
 
@@ -116,7 +116,7 @@ def run(
         from .conversation import converse
 
         with raise_on_interrupt():  # KeyboardInterrupt ends an answer and resets the terminal
-            converse(model, params, prompt.system, stats=stats, literal=prompt.literal)
+            converse(model, params, _opening(prompt.system), stats=stats, literal=prompt.literal)
         return 0
     stream = _stream(model, prompt, _read_text(prompt), params)
     asked = process_age()
@@ -189,15 +189,18 @@ def piped_text(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 
+def _opening(system: str | None) -> "list[Message]":
+    """Return the messages before the user's first."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
 def _stream(model: "Model", prompt: Prompt, text: str, params: "SamplingParams") -> "Stream":
     if prompt.ids is not None:
         return model.stream(prompt.ids, params)
     if prompt.uses_template:
         if not text.strip():
             raise PrecastError("prompt: expected some text, found none; give it with -p or pipe it in.")
-        from .conversation import opening
-
-        messages = [*opening(prompt.system), {"role": "user", "content": text}]
+        messages = [*_opening(prompt.system), {"role": "user", "content": text}]
         return model.stream_chat(messages, params, literal=prompt.literal)
     return model.stream(text, params)
 

@@ -11,7 +11,7 @@ class StopStrings:
 
     The match that ends first wins; of several that end at the same character, the longest. The text before the match
     is shown. While no match is complete, the filter holds back the longest suffix that could begin a stop string. The
-    time is linear in the length of the text and in the number of stop strings.
+    time is linear in the number of stop strings, and for each piece quadratic in the length of the longest one.
 
     Raises:
         PrecastError: a stop string is empty, which would match everywhere.
@@ -21,6 +21,7 @@ class StopStrings:
         if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
             raise PrecastError(f"Stop strings: expected a list of non-empty strings, found {stops!r}.")
         self._stops = sorted(stops)
+        self._longest = max(map(len, stops), default=0)
         self._held = ""
         self._stopped = False
 
@@ -31,13 +32,16 @@ class StopStrings:
         """
         if self._stopped:
             return "", True
+        if not self._stops:
+            return text, False
         # A match that ends in the new piece begins in the held text at the earliest.
         text, self._held = self._held + text, ""
         matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if matches:
             self._stopped = True
             return text[: min(matches)[1]], True
-        safe = next((i for i in range(len(text)) if self._may_begin_stop(text[i:])), len(text))
+        first = max(0, len(text) - self._longest + 1)
+        safe = next((i for i in range(first, len(text)) if self._may_begin_stop(text[i:])), len(text))
         self._held = text[safe:]
         return text[:safe], False
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..artifact.manifest import SIGNATURE_FILE
-from ..progress import Progress, show_progress
+from ..progress import Progress, progress_on_terminal
 from .index import Index, Piece
 from .remote import Store
 
@@ -89,5 +89,5 @@ def map_in_threads(
 
 
 def shown(progress: Progress | None) -> AbstractContextManager[Progress]:
-    """Yield `progress`; if it is None, a function that shows progress on standard error."""
-    return show_progress() if progress is None else nullcontext(progress)
+    """Yield `progress`; if it is None, a function that shows progress if standard error is a terminal."""
+    return progress_on_terminal() if progress is None else nullcontext(progress)

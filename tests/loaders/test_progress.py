@@ -2,7 +2,8 @@
 
 import pytest
 
-from precast.loaders.progress import Step, show_progress, silent
+from precast.loaders import progress
+from precast.loaders.progress import Step, progress_on_terminal, show_progress, silent
 
 
 def test_a_step_replaces_the_one_before_on_a_terminal(terminal):
@@ -66,3 +67,17 @@ def test_a_message_stays_on_the_screen(terminal):
 def test_silent_shows_nothing(terminal, capsys):
     silent(Step(text="hashing"))
     assert (terminal.getvalue(), *capsys.readouterr()) == ("", "", "")
+
+
+def test_library_calls_show_progress_on_a_terminal_alone(terminal):
+    with progress_on_terminal() as show:
+        show(Step(text="pulling", done=1, total=2, unit="files"))
+    assert "pulling: 1 of 2 files" in terminal.getvalue()
+
+
+def test_library_calls_print_nothing_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_PAUSE_S", 0.0)
+    with progress_on_terminal() as show:
+        for done in (1, 2):
+            show(Step(text="pulling", done=done, total=3, unit="files"))
+    assert capsys.readouterr().err == ""
