@@ -135,7 +135,7 @@ def test_given_weights_are_not_read_again(tiny_model, spec, source, tiny_source)
     assert at_hand[1:] == pytest.approx(layerwise[1:], rel=1e-3, abs=1e-9)
 
 
-@pytest.mark.parametrize(("context", "tokens"), [(8, 512), (100, 500)])
+@pytest.mark.parametrize(("context", "tokens"), [pytest.param(8, 512, marks=pytest.mark.long), (100, 500)])
 def test_every_context_with_room_for_a_window_is_measured(export_tiny, source, spec, context, tokens):
     # 1,024 tokens are 128 windows of 8, or 10 windows of 100 without the last 24 tokens.
     model = load(export_tiny(buckets=(4,), context=context, slots=2, targets=("cpu",)))

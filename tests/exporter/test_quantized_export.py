@@ -63,7 +63,14 @@ def test_logits_are_the_references(
     assert np.abs(found - expected).max() <= lost * np.ptp(expected)
 
 
-@pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        "int4",
+        pytest.param("int8", marks=pytest.mark.long),
+        pytest.param("bfloat16", marks=pytest.mark.long),
+    ],
+)
 def test_the_portable_target_computes_the_same(export_tiny: Callable[..., Path], weights: str) -> None:
     root = export_tiny(weights=weights)
     compiled = load(root, target="portable", allow_compile=True, log=lambda _: None)
