@@ -139,7 +139,11 @@ def test_damage_to_any_file_is_noticed_before_its_use(artifact_copy, own_cache, 
             path.write_bytes({"truncated": data[:-1], "altered": flipped, "empty": b""}[damage])
         text = refusal(artifact_copy)
         assert repr(name) in text
-        expected = {"missing": "is missing", "linked": "not a plain file", "altered": "has sha256"}
+        expected = {
+            "missing": "is missing",
+            "linked": "to be a plain file inside the artifact, found a symlink",
+            "altered": "has sha256",
+        }
         assert expected.get(damage, "it is truncated or altered") in text
         path.unlink(missing_ok=True)
         path.write_bytes(data)

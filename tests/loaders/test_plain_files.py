@@ -121,9 +121,14 @@ def test_in_an_artifact(instead, cli, url, artifact_copy, kind, verb):
         if verb == "verify":
             result = cli("verify", artifact_copy)
             assert result.exit_code in (1, 2)
-            assert "is not a plain file" in result.output or "found no manifest.json" in result.output
+            assert (
+                "to be a plain file inside the artifact" in result.output
+                or "found no manifest.json" in result.output
+            )
         else:
-            with pytest.raises(PrecastError, match=r"is not a plain file|found no manifest\.json"):
+            with pytest.raises(
+                PrecastError, match=r"to be a plain file inside the artifact|found no manifest\.json"
+            ):
                 acts[verb]()
         path = artifact_copy / name
         path.rmdir() if kind == "folder" else path.unlink()
