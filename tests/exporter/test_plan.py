@@ -24,7 +24,7 @@ def test_sources_that_do_not_fit_together(export_refusal, tiny_source):
         (tiny_source(tensors={name: None}), f"tiny: tensor {name!r} is missing"),
         (
             tiny_source(tensors={name: values[1:]}),
-            f"tiny: tensor {name!r} has shape [23, 48], expected [24, 48]",
+            f"tiny: tensor {name!r} has shape [23, 48], but the config requires [24, 48]",
         ),
         (tiny_source(tensors={"odd": values}), "tiny: tensor 'odd' belongs to no parameter of the model"),
         (tiny_source(tensors={name: values}), f"{name}: the tensor holds values that are not finite numbers"),
