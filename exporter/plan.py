@@ -1,4 +1,4 @@
-"""The plan of an export: every decision and every check that comes before the first file."""
+"""The plan of an export: every decision and check before the first file is written."""
 
 import dataclasses
 import os

@@ -48,7 +48,7 @@ class StoredModel:
     Attributes:
         spec: the model.
         abstract: the model without weights.
-        formats: a key of `FORMATS` by parameter name.
+        formats: the format of each parameter by name, as a key of `FORMATS`.
     """
 
     spec: ModelSpec
@@ -115,7 +115,7 @@ class ProgramSpec:
         return tuple(i for i, a in enumerate(self.arguments) if a.name in aliased)
 
     def abstract_arguments(self) -> list[jax.ShapeDtypeStruct]:
-        """Return shapes and types of the arguments as they lie in memory."""
+        """Return the shapes and types of the arguments, with axes in memory order."""
         return [jax.ShapeDtypeStruct(a.physical, a.dtype) for a in self.arguments]
 
 
@@ -317,7 +317,7 @@ def _prefill(
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """Run one chunk of a slot's prompt: ``tokens [T]`` from position ``start``, padding from ``length`` on."""
+    """Run one chunk of a slot's prompt: ``tokens [T]`` from position ``start``, ``length`` of them valid."""
     kv_caches, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
     batch = Batch(slots=slot[None], starts=start[None], lengths=length[None])

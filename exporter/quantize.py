@@ -79,7 +79,7 @@ class Format(ABC):
 
     @abstractmethod
     def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
-        """Return the arrays that store a parameter of this shape: ``[L, out, in]``, or a matrix, which has L = 1."""
+        """Return the arrays that store a parameter of this shape: ``[L, out, in]`` or ``[out, in]``."""
 
     @abstractmethod
     def encode(self, matrix: np.ndarray, name: str = "a matrix") -> tuple[np.ndarray, ...]:
@@ -101,7 +101,7 @@ class Format(ABC):
         """Dequantise one layer's arrays into a float32 matrix ``[rows, columns]``."""
 
     def repack(self, blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-        """Store quantised blocks without any change of values; return None if this format cannot."""
+        """Store quantised blocks without changing any value; return None if this format cannot hold them."""
         return None
 
     def _check(self, matrix: np.ndarray, name: str) -> None:
@@ -138,9 +138,9 @@ class _Grouped(Format):
 
     Attributes:
         dtype: type of the packed values.
-        inputs: bytes of the last axis: consecutive inputs of one output.
-        nibbles: values in a byte.
-        suffixes: endings of the names of a group's coefficients.
+        inputs: size of the last axis in bytes; it holds consecutive inputs of one output.
+        nibbles: values per byte.
+        suffixes: name suffixes of the arrays that hold the coefficients.
         quantise: quantises groups ``[n, G]``.
     """
 
@@ -183,7 +183,7 @@ class _Grouped(Format):
     def _store(
         self, shape: tuple[int, ...], quantised: Callable[[slice], tuple[np.ndarray, ...]]
     ) -> tuple[np.ndarray, ...]:
-        """Pack values ``[rows, in]`` and coefficients ``[rows, groups]``; `quantised` returns those of some panels."""
+        """Pack values ``[rows, in]`` and coefficients ``[rows, groups]``, taken slice by slice."""
         arrays = [np.zeros(a.shape[1:], a.numpy_dtype) for a in self.arrays(shape)]
 
         def store(rows: slice) -> None:
@@ -332,7 +332,7 @@ def _fit(t: np.ndarray, mean: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np
 def _closest(
     x: np.ndarray, lowest: int, highest: int, candidates: Sequence[tuple[np.ndarray, np.ndarray | None]]
 ) -> _Quantised:
-    """Return the values, scale and minimum of the candidate with the least error, for each column."""
+    """Return, for each column, the values, scale and minimum of the candidate with the least error."""
     (scale, minimum), *others = candidates
     values, least = _rounded(x, lowest, highest, scale, minimum)
     for other_scale, other_minimum in others:
@@ -378,14 +378,14 @@ def _near(x: np.ndarray) -> np.ndarray:
 
 
 def _below(x: np.ndarray) -> np.ndarray:
-    """Return the largest float16 at most x."""
+    """Return the largest float16 not above x."""
     half = _near(x)
     with np.errstate(over="ignore"):
         return np.where(half > x, np.nextafter(half, np.float16(-np.inf)), half)
 
 
 def _above(x: np.ndarray) -> np.ndarray:
-    """Return the smallest float16 at least x, or the largest finite one."""
+    """Return the smallest float16 not below x, or the largest finite one."""
     half = _near(x)
     with np.errstate(over="ignore"):
         up = np.nextafter(half, np.float16(np.inf))

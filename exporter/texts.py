@@ -56,7 +56,7 @@ _SAMPLES = ([_SYSTEM, _USER, {"role": "assistant", "content": "c"}, _USER], [_US
 
 
 def marker_remarks(source: Source) -> tuple[str, ...]:
-    """Return a remark on the chat markers in templates that become several tokens; usually each is one token.
+    """Return a remark on the chat markers that the tokenizer splits, because a marker is usually one token.
 
     The markers come from a rendered conversation. An added token always matches whole, so the vocabulary has a reported
     marker as an ordinary word, or lacks it. Some models were trained like that, so this is not an error.

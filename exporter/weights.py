@@ -95,7 +95,7 @@ def read_floats(
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    """Return the array, copied only if XLA would have to copy it: an embedding may be the largest array of all."""
+    """Return the array if XLA can use it zero-copy (embeddings are large), or else an aligned copy."""
     if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
         return array
     copy = aligned_zeros(array.shape, array.dtype)
@@ -154,7 +154,7 @@ def _format_of(parameter: Parameter, weights: str) -> str:
 
 
 def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> int:
-    """Return the total bytes of the parameters in the weight file, the final count of `write_model_weights`."""
+    """Return the bytes of all parameters in the weight file: the sum that `write_model_weights` counts."""
     return sum(spec.bytes for p in parameters for spec in _specs(p, formats))
 
 
@@ -195,7 +195,7 @@ def write_model_weights(
 def _pieces(
     plan: WeightPlan, formats: Mapping[str, str], count: Callable[[int], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the stored form of every source tensor: names of arrays, each with its next part."""
+    """Yield every source tensor in its stored form: pairs of an array's name and its next part."""
     for parameter in sorted(plan.parameters, key=lambda p: p.name):
         stored = FORMATS[formats[parameter.name]]
         names = [parameter.name + array.suffix for array in stored.arrays(parameter.shape)]
@@ -247,5 +247,5 @@ def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> N
 
 def _refuse_not_finite(name: str) -> NoReturn:
     raise PrecastError(
-        f"{name}: the tensor holds values that are not finite numbers; is the checkpoint damaged?"
+        f"{name}: the tensor holds values that are not finite numbers; fetch the checkpoint again."
     )

@@ -271,7 +271,7 @@ def _in_free_folder(
 
 
 def _with_target(manifest: Manifest, target: Target, executables: Mapping[str, bytes]) -> Manifest:
-    """Return the manifest with the target, in place of a target of the same name or else at the end."""
+    """Return the manifest with the target, which replaces one of the same name or goes at the end."""
     targets = [target if t.name == target.name else t for t in manifest.targets]
     if target.name not in {t.name for t in manifest.targets}:
         targets.append(target)

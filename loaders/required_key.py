@@ -11,7 +11,8 @@ SYSTEM_KEY = Path("/etc/precast/require-signature.pem")
 def required_key(given: str | Path | None) -> Path | None:
     """Return the file of the public key that artifacts must be signed with; None if signatures are optional.
 
-    A given key overrides the environment's, which overrides the machine's. No argument switches the requirement off.
+    A given key overrides the environment's, which overrides the machine's. An argument can replace
+    the required key, but cannot remove the requirement.
 
     Args:
         given: file of the key named by an option or an argument.

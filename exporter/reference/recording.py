@@ -68,7 +68,7 @@ def replay_on_others(
         progress: called with each answer.
 
     Raises:
-        PrecastError: a target gives another answer.
+        PrecastError: a target's answer differs from the recorded one.
     """
     recorded = parse_golden((folder / manifest.golden).read_bytes(), manifest, manifest.golden)
     for target in manifest.targets[1:]:

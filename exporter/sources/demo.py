@@ -116,7 +116,7 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def _pip(file: WheelFile) -> list[str]:
-    """Return the command of this interpreter's pip, or else of one on the path: the wheel fits any interpreter."""
+    """Return the command of this interpreter's pip, or of any on the path: the wheel fits them all."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     for name in ("pip3", "pip"):

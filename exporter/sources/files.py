@@ -158,7 +158,7 @@ def read_json(path: Path) -> dict[str, object]:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise PrecastError(
-            f"{path}: expected text, found half of a character ({error.object[error.start]!a}); save the file again."
+            f"{path}: expected text, found an unpaired surrogate ({error.object[error.start]!a}); save the file again."
         ) from error
     # A number with thousands of digits raises a plain ValueError.
     except (ValueError, RecursionError) as error:

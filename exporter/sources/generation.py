@@ -1,6 +1,6 @@
-"""generation_config.json: every key of transformers' `GenerationConfig` is applied, harmless or refused.
+"""generation_config.json: the export applies, ignores or refuses each key of `GenerationConfig`.
 
-transformers is the reference. It ignores unknown keys; so does the export, but names them.
+The reference is transformers. The export ignores unknown keys as transformers does, but names them.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,9 @@
 """Compile StableHLO to executables in a child process with jaxlib alone: no tracing, no jax.
 
-XLA takes an instruction set only from XLA_FLAGS and only when it is loaded, hence the child process; and if the
-compiler crashes, only the child ends. `child` describes the messages: a request holds the number of threads and, as its
-data, a StableHLO artifact; the answer holds the compiler's facts and, as its data, the executable.
+XLA reads the instruction set once, from XLA_FLAGS when XLA is loaded; hence the child process. A crash of
+the compiler ends only the child. `child_process` describes the messages: a request holds the number of
+threads and, as its data, a StableHLO artifact; the answer holds the compiler's facts and, as its data, the
+executable.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The age of this process. Cold start counts from its beginning, and includes the interpreter and the imports."""
+"""The age of this process. A cold start begins with the process, so it includes interpreter and imports."""
 
 import os
 import time

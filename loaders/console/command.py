@@ -18,7 +18,7 @@ FAILED = 2
 
 
 class Commands(click.Group):
-    """The group of all commands, which return their exit codes.
+    """The group of all commands; each command returns its exit code.
 
     It reports user errors in one line, also for help output.
     """
@@ -64,7 +64,7 @@ def _lines_only() -> Iterator[None]:
 
 
 def _abandon_output() -> list[TextIO]:
-    """Discard the text that Python would flush at exit to streams that accept no more; return these streams."""
+    """Redirect to /dev/null each standard stream that cannot be flushed; return the redirected streams."""
     broken = []
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -173,7 +173,7 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Return the top-p mask [n]: True for a token if the tokens ranked above it sum to less than `top_p`.
+    """Return the top-p mask [n]: True for a token if the tokens ranked above it have a share below `top_p`.
 
     Tokens are ranked by weight, then by ascending id. A full sort is not needed: the upper bits of non-negative
     float32 values have the same order as the values, so a histogram of these bits finds the bin with the boundary, and

@@ -17,7 +17,7 @@ class SamplingParams(Frozen):
     By default decoding is greedy, and ends at an end-of-generation token or when the context is full.
 
     Raises:
-        PrecastError: a parameter is unknown, of the wrong type, out of range, or given without its name.
+        PrecastError: a parameter is unknown, of the wrong type, out of range, or passed by position.
     """
 
     max_tokens: int | None = None

@@ -75,7 +75,7 @@ class GenerationState:
         self.ids.append(token)
 
     def emit(self, piece: str) -> Iterator[str]:
-        """Yield a piece of text, unless it is empty. Exclude its reader's time from the timing."""
+        """Yield a piece of text, unless it is empty. The timing excludes the time that the reader takes."""
         self.text += piece
         if piece:
             emitted = time.perf_counter()

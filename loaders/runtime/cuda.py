@@ -1,4 +1,4 @@
-"""XLA's CUDA client from the plugin in jax's packages for NVIDIA GPUs, used without jax.
+"""XLA's CUDA client, loaded without jax from the plugin in jax's packages for NVIDIA GPUs.
 
 A plugin is a shared library with XLA's C interface. The Python package around it imports jax, so it is not imported.
 Like `pjrt`, this file holds calls of jaxlib's private functions: those that only a device with separate memory needs.

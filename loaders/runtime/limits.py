@@ -1,4 +1,4 @@
-"""Compare the needs of loading with the system's limits: XLA ends the process when it reaches one."""
+"""Compare the needs of loading with the system's limits, because XLA ends a process that reaches a limit."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +39,7 @@ def need(manifest: Manifest, target: Target) -> Need:
 
 
 def threads_started(computing: int) -> int:
-    """Return an upper bound of the threads that XLA's client (of any supported jaxlib) and the loader start."""
+    """Return the most threads that XLA's client (of any supported jaxlib) and the loader start."""
     return 1 + max(8 + 2 * computing, 4 * computing)
 
 
@@ -89,7 +89,7 @@ def ensure(root: Path, manifest: Manifest, target: Target, computing: int, *, ha
 
 
 def checked_threads(threads: int | None) -> int:
-    """Return the requested number of threads, by default what machine and container quota allow.
+    """Return the requested number of threads; the default is the number that machine and container allow.
 
     Raises:
         PrecastError: the number is not a valid number of threads.

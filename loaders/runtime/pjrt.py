@@ -96,7 +96,7 @@ class Executable:
         return canonical(bytes(self._loaded.serialize()))
 
     def memory(self) -> ProgramMemory:
-        """Return the memory that a call needs, as the compiler says."""
+        """Return the memory that a call needs, as reported by the compiler."""
         stats = self._loaded.get_compiled_memory_stats()
         return ProgramMemory(
             arguments=stats.argument_size_in_bytes,

@@ -41,7 +41,7 @@ class Processors(Frozen):
 
 
 class Limits(Frozen):
-    """The system's limits for this process; None if they leave enough.
+    """The system's limits for this process; None for a limit that leaves enough.
 
     Attributes:
         address_space: bytes that it may still map (``ulimit -v``).
@@ -96,7 +96,7 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
 
 
 def _thread_limit(system: Path) -> int:
-    """Return an upper bound of the threads that this process may still start, by the limits that are set."""
+    """Return an upper bound on the threads that this process may still start, by the limits that are set."""
     found = [_NO_LIMIT]
     for group in _groups(system, "pids"):
         if (most := _number(group / "pids.max")) is not None:

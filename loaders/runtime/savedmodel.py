@@ -32,7 +32,7 @@ _OPERATIONS = frozenset(
 
 
 def signature_name(name: str) -> str:
-    """Return a signature's name for an argument or result: TensorFlow allows no dots, and ours have no "__"."""
+    """Return a signature's name for an argument or result: TensorFlow bans dots, so each becomes "__"."""
     return name.replace(".", "__")
 
 

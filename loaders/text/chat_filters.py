@@ -76,7 +76,7 @@ def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None
 
 
 def _like(method: str) -> Callable[[Meter, str, tuple[Any, ...]], None]:
-    """Return a function that charges for a filter like for this method of text."""
+    """Return a function that charges a filter as much as this method of `str`."""
     return lambda meter, text, args: charge(meter, text, method, args)
 
 

@@ -208,7 +208,7 @@ def _operand(node: nodes.Expr) -> nodes.Expr:
 
 
 def _cheap(left: nodes.Expr, operand: nodes.Operand) -> bool:
-    """Return True if an operand is constant, because a comparison ends at the length of the constant."""
+    """Return True if an operand is constant: its length then bounds the cost of the comparison."""
     if operand.op in ("in", "notin"):
         return _constant(operand.expr)
     return isinstance(left, nodes.Const) or isinstance(operand.expr, nodes.Const)

@@ -158,7 +158,7 @@ class _TokenTexts:
         self._sizes = range(1, max(map(len, contents), default=1))
 
     def mark(self, text: str, marker: str) -> str:
-        """Split token texts in a text, and separate parts of token texts at both of its ends."""
+        """Break each token text in `text` with a marker, and mark an end that holds part of a token text."""
         pieces, end = [], 0
         for match in self._start.finditer(text):
             place = match.start() + (len(match[1]) > 1)

@@ -88,12 +88,12 @@ class Weight:
 
     @property
     def printed(self) -> int:
-        """Return an upper bound of the characters in `repr` or JSON. An escape takes 6, or 12 beyond U+FFFF."""
+        """Return the most characters that `repr` or JSON may take. An escape takes 6, or 12 beyond U+FFFF."""
         return self.text * (12 if self.width == 4 else 6) + self.other + 8 * self.items
 
 
 def width(text: str) -> int:
-    """Return an upper bound of the bytes that a character of `text` takes in memory."""
+    """Return an upper bound on the bytes that a character of `text` takes in memory."""
     if text.isascii():
         return 1
     size = sys.getsizeof(text)  # includes a cached encoding
@@ -101,7 +101,7 @@ def width(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """Return an upper bound of the bytes that a copy of `text` takes."""
+    """Return an upper bound on the bytes that a copy of `text` takes."""
     return 80 + len(text) * width(text)
 
 
@@ -144,13 +144,13 @@ class Meter:
             raise LimitExceeded(f"it took longer than {self.limits.wall_seconds:g} seconds")
 
     def allocate(self, count: int, temporary: int = 0) -> None:
-        """Charge the bytes that an operation is about to allocate; it frees `temporary` more when it ends."""
+        """Charge the bytes that an operation will allocate; `temporary` more bytes must fit while it runs."""
         self._allocated += count
         if self._allocated + temporary > self.limits.allocated:
             raise LimitExceeded(f"it allocated more than {self.limits.allocated:,} bytes of text and lists")
 
     def release(self) -> None:
-        """Release the values. A stored error may keep this meter alive, and jinja2's objects form cycles."""
+        """Release the values: a stored error may keep this meter alive, and jinja2's objects form cycles."""
         self._weights.clear()
         # Python decides by the number of objects when to collect cycles, not by their bytes.
         if self._allocated > self.limits.allocated >> 2:
@@ -273,7 +273,7 @@ def _leaf(value: Any) -> Weight:
 
 
 def _item_size(value: Any) -> int:
-    """Return the bytes an item of a list takes: a pointer, plus the item itself if the list creates it."""
+    """Return the bytes that a list item takes: a pointer, plus the item itself if the list creates it."""
     if isinstance(value, str):
         return 8 if value.isascii() else 88
     return 88 if isinstance(value, (range, ITEMS)) else 8

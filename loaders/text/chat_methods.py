@@ -66,7 +66,7 @@ def _classify(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _strip(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Charge comparing each character with those to remove."""
+    """Charge for comparing each character with those to remove."""
     return size(text), len(text) * max(1, _longest(args)) >> 6
 
 
@@ -103,7 +103,7 @@ def _partition_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def lines_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Charge an upper bound of the lines: one more than the characters that may end a line."""
+    """Charge for the greatest possible number of lines: one more than the characters that may end a line."""
     count = 1 + sum(map(text.count, _LINE_ENDS))
     return size(text) + _PIECE * count, (len(text) >> 4) + count
 
@@ -119,7 +119,7 @@ def _tabs(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def replace_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Charge the result, after counting the occurrences as the method does."""
+    """Charge for the result, whose size follows from the number of occurrences."""
     old, new, most = _text(args, 0), _text(args, 1), _number(args, 2, -1)
     places = text.count(old)
     places = places if most < 0 else min(places, most)
@@ -152,7 +152,7 @@ def _copy_dict(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
 
 
 def _look_up(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
-    """Charge hashing the key."""
+    """Charge for hashing the key."""
     return 0, 1 if args and type(args[0]) is str else meter.weigh(args).steps
 
 

@@ -207,7 +207,7 @@ class Sandbox(SandboxedEnvironment):
         return True
 
     def metered_operand(self, value: Any) -> Any:
-        """Charge comparing or hashing `value`."""
+        """Charge for comparing or hashing `value`."""
         if type(value) is str:
             self.meter.step(len(value) >> 6)
         elif type(value) not in SCALARS:

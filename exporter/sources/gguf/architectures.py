@@ -177,7 +177,7 @@ def _granite(reader: MetadataReader, shapes: Shapes) -> Config:
 
 
 def _smollm3(reader: MetadataReader, shapes: Shapes) -> Config:
-    """Return SmolLM3's keys; as in llama.cpp, every fourth layer has no RoPE, which the file does not say."""
+    """Return SmolLM3's keys; as in llama.cpp, every fourth layer has no RoPE, which the file omits."""
     layers = reader.integer("block_count")
     has_rope = [int((layer + 1) % 4 != 0) for layer in range(layers)]
     return _SILU | _biases(shapes) | {"no_rope_layers": has_rope, "use_sliding_window": False}

@@ -26,7 +26,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 def mistyped_markers(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
-    """Return the ids of chat markers whose token type says that they are words.
+    """Return the ids of chat markers that have the token type of ordinary text.
 
     Args:
         tokens: the text of each token, by id.
@@ -60,7 +60,7 @@ def repaired_types(tokens: Sequence[str], types: Sequence[int], metadata: Mappin
 
 
 def marker_remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a line that names the repaired markers, if any; arguments as `mistyped_markers`."""
+    """Return a line that names the repaired markers, or nothing if there are none."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type")
     if not types or not (wrong := mistyped_markers(tokens, types, metadata)):
         return ()

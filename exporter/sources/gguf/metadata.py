@@ -19,7 +19,7 @@ _FLOAT32 = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, kw_only=True)
 class _Type:
-    """A type of a value.
+    """The type of a metadata value.
 
     Attributes:
         name: words for it in messages.
@@ -98,7 +98,7 @@ def check_types(path: Path, metadata: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MetadataReader:
-    """Typed access to the keys of an architecture, named here without its prefix.
+    """Typed access to an architecture's keys, which are named without the architecture's prefix.
 
     Attributes:
         path: the file, for messages.

@@ -105,7 +105,7 @@ def _merge(vocabulary: Vocabulary, merge: str) -> list[str]:
 
 
 def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
-    """Return the document, like Llama 2's: spaces become ▁, one is prepended, unknown characters become bytes."""
+    """Return a document like Llama 2's: prepend a ▁, turn spaces into ▁ and unknown characters into bytes."""
     if vocabulary.get("pre", "default") != "default":
         raise vocabulary.error(
             f"has the pre-tokenizer {vocabulary.get('pre')} (tokenizer.ggml.pre), which a SentencePiece "
@@ -142,7 +142,7 @@ def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
 
 
 def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
-    """Return the vocabulary with runs of ▁ in user-defined tokens as spaces.
+    """Return the vocabulary with spaces in place of ▁ in user-defined tokens that consist of ▁ alone.
 
     Gemma's runs of spaces are matched in the text before spaces become ▁, but older converters wrote them with ▁.
     """
@@ -205,7 +205,7 @@ def _splits(piece: str, pieces: Mapping[str, int]) -> Iterator[tuple[str, str]]:
 
 
 def _refuse_unused(vocabulary: Vocabulary, pieces: Mapping[str, int]) -> None:
-    """Refuse unused pieces that can form: SentencePiece joins and splits them again, which merges cannot express."""
+    """Refuse unused pieces that others form: SentencePiece splits such a piece again, but merges cannot."""
     unused = vocabulary.of_types(TokenType.UNUSED)
     everything = {**pieces, **unused}
     for piece in unused:
@@ -243,7 +243,7 @@ def _bpe(
 
 
 def _spell_merges(merges: list[list[str]]) -> list[str] | list[list[str]]:
-    """Return merges in the older spelling, "a b", if it is equivalent: it loads in two thirds of the time.
+    """Return merges in the older spelling, "a b", if equivalent, because it loads in two thirds of the time.
 
     The older spelling has no spaces inside tokens, and lines that begin with "#version" are comments.
     """

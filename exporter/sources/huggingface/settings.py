@@ -1,4 +1,4 @@
-"""The keys of tokenizer_config.json: each is applied, harmless or refused, and a remark names any other.
+"""The keys of tokenizer_config.json: known keys are applied, harmless or refused; a remark names the others.
 
 The reference is transformers 5.23: tokenizer.json defines the normaliser, pre-tokenizer, decoder and post-processor;
 tokenizer_config.json defines added tokens, special tokens and chat templates.
