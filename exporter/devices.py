@@ -13,7 +13,7 @@ def on_cpu(user: str) -> Iterator[None]:
     """Make the CPU JAX's default device.
 
     Args:
-        user: the work that needs the CPU, which begins the error message.
+        user: noun phrase for the work that needs the CPU; the error message begins with it.
 
     Raises:
         PrecastError: JAX's CPU backend does not load.

@@ -123,12 +123,13 @@ def with_layouts(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> P
     """Return the same program with other layouts of its caches and weights.
 
     The new program takes row-major arrays whose axes are in the order of the layout. It transposes them back before
-    the computation, and transposes its results after it. A compiler that prefers the layout does so without copying,
-    and the runtime only needs row-major arrays.
+    the computation, and transposes its results after it. If the compiler prefers that layout,
+    the transpositions copy nothing, and the runtime only needs row-major arrays.
 
     Args:
         spec: the program, with all axes in order.
-        layouts: axes from the slowest to the fastest, by name of an argument or a result; other values keep theirs.
+        layouts: axes from the slowest to the fastest, by name of an argument or a result. Values not
+            listed keep their layout.
     """
 
     def laid_out(values: Sequence[Value]) -> tuple[Value, ...]:

@@ -95,7 +95,7 @@ def read_floats(
 
 
 def _aligned(array: np.ndarray) -> np.ndarray:
-    """Return the array if XLA can use it zero-copy (embeddings are large), or else an aligned copy."""
+    """Return the array itself if XLA can use it zero-copy, or else an aligned copy."""
     if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
         return array
     copy = aligned_zeros(array.shape, array.dtype)

@@ -47,7 +47,7 @@ class Addition:
         executable_bytes: size of its executables.
         answers: number of golden answers that it reproduced.
         has_replaced: True if it replaced a target of the same name.
-        signature_removed: True if the artifact was signed, which it no longer is.
+        signature_removed: True if the artifact had a signature, which the change removed.
     """
 
     target: Target
@@ -93,8 +93,8 @@ def add_target(
     Args:
         path: the artifact's folder, or a folder with exactly one artifact in it.
         isa: a key of `isa.LEVELS`, or "native" for all of this machine's features. None chooses `isa.default_isa` if
-            the programs call kernels, else "native". With None the target may need more than the default level if XLA
-            uses more, as for programs exported before 0.3.
+            the programs call kernels, else "native". With None, if XLA uses instructions beyond the
+            default level, as in programs exported before 0.3, the target requires the higher level.
         source: name of the target whose StableHLO is compiled; the fastest that runs here by default.
         overwrite: replace a target of the same name.
         require_signature: file of the public key that the artifact must be signed with before the change.

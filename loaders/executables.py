@@ -26,7 +26,7 @@ class LoadSettings(Frozen):
 
     Attributes:
         threads: number of threads that XLA computes with.
-        requested_threads: that number if the caller chose it, else None.
+        requested_threads: number of threads that the caller asked for; None if it asked for none.
     """
 
     target: str | None = None

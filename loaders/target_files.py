@@ -42,7 +42,7 @@ class LockedArtifact:
     """An artifact that this process has locked.
 
     Attributes:
-        root: the folder's path, at which another process may put another folder.
+        root: the folder's path; another process may put a different folder there.
         handle: the folder's descriptor.
         data: the manifest at the time of locking.
     """

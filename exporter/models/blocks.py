@@ -41,12 +41,13 @@ class DecoderConfig:
         gated: True if the activation gates a second product.
         attention_scale: factor of the attention scores; None for 1 / sqrt(H).
         attention_cap: if not 0, scores s become ``cap · tanh(s / cap)``.
-        windows: for each layer, the positions that a token sees, 0 for all; empty for all positions in every layer.
+        windows: for each layer, the number of positions that a token sees, 0 for all; empty if
+            every layer sees all positions.
         ropes: for each layer, the index of its RoPE among the model's; empty for the first in every layer.
-        learned_positions: True if positions are embedded instead of rotating heads.
+        learned_positions: True if the model adds learned position embeddings instead of applying RoPE.
         embedding_scale: factor of the token embeddings.
         logit_scale: factor of the logits.
-        logit_cap: if not 0, logits are capped as scores are.
+        logit_cap: if not 0, logits z become ``cap · tanh(z / cap)``.
         mixture: the mixture of experts in place of the MLP, or None.
     """
 
@@ -156,11 +157,12 @@ def project(
 
     Args:
         norm: applied to x first.
-        residual: ``[…, out]``, added to the only product.
-        gate: activation of the first of two products, which then multiplies the second; or of the only product.
+        residual: ``[…, out]``, added to the product; only for a single weight.
+        gate: name of an activation, or "". With two weights, the activated first product multiplies
+            the second; with one, the product itself is activated.
 
     Returns:
-        The products, each ``[…, out]``; with a gate a single one.
+        The products, each ``[…, out]``; a single one if there is a gate.
     """
     if isinstance(norm, LayerNorm):
         x, norm = normalize(x, norm, ops), None

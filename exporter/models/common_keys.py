@@ -40,11 +40,12 @@ def read_common_keys(
 
     Args:
         reader: the config.
-        max_positions: default of the context length; the next four arguments are defaults too.
-        norm_eps: epsilon of the norms.
-        kv_heads: K; None for the number of query heads, which null always means.
-        head_dim: H; None for the width divided by the number of query heads.
-        tied: True if the output head is the embedding.
+        max_positions: default of the context length.
+        norm_eps: default epsilon of the norms.
+        kv_heads: default of K; None for the number of query heads. A null in the config always means that
+            number.
+        head_dim: default of H; None for the width divided by the number of query heads.
+        tied: True if the output head is the embedding by default.
         attention_bias: True if the architecture has the key ``attention_bias``.
         mlp_bias: True if the architecture has the key ``mlp_bias``.
 
@@ -112,7 +113,7 @@ def read_windows(reader: ConfigReader, window: int | None, types: Sequence[str])
 
     Args:
         reader: the config, whose ``layer_types`` are taken.
-        window: the window of sliding layers; None if no layer may have one.
+        window: the window of sliding layers; None if the config has none, which rules out sliding layers.
         types: default of ``layer_types``.
 
     Raises:

@@ -101,7 +101,7 @@ class ConfigReader:
         return value
 
     def take_nullable_positive(self, key: str, default: float | None = None) -> float | None:
-        """Return a number above zero; None if the key is null, which differs from absence."""
+        """Return a number above zero; None for null; the default if the key is absent."""
         return None if self._is_none(key, default) else self.take_positive(key, default or 0.0)
 
     def _is_none(self, key: str, default: object) -> bool:

@@ -142,7 +142,7 @@ class Decoder(nnx.Module):
             tokens: ``[B, T]`` int32.
             cos: ``[Z, S, P]`` with S ≥ T.
             sin: as `cos`.
-            cache_dtype: type to which keys and values are rounded, as a KV cache of that type would.
+            cache_dtype: type to which keys and values are rounded, to match a KV cache of that type.
 
         Returns:
             Logits ``[B, T, V]`` float32.
@@ -203,7 +203,7 @@ class Decoder(nnx.Module):
         """Run R sequences through all layers and append to the KV caches.
 
         Args:
-            tokens: ``[R, T]`` int32; those from a sequence's length on are padding.
+            tokens: ``[R, T]`` int32; tokens at index `length` and above are padding.
             batch: slot, start and length of each sequence.
             cos: ``[Z, S, P]`` for the S positions of the context.
             sin: as `cos`.

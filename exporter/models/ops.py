@@ -77,13 +77,13 @@ class LinearCall:
 
     Attributes:
         weights: stacks of out × in.
-        outs: outputs of each weight, without the padding of packed ones.
+        outs: number of outputs of each weight; the padding of a packed weight does not count.
         biases: ``[L, out]`` for each weight, or empty.
         norm: weight ``[L, D]`` of an RMSNorm that is applied to x first, or None.
         eps: epsilon of `norm`.
-        residual: ``[M, out]``, added to the only result, or None.
-        gate: "silu", "gelu_tanh" or "". Of two products, the activation of the first times the second; of one, its
-            activation.
+        residual: ``[M, out]``, added to the result of a call with a single result, or None.
+        gate: activation, "silu" or "gelu_tanh"; "" for none. With two weights, the activated first
+            product multiplies the second; with one, the product itself is activated.
     """
 
     weights: tuple[Weight, ...]
@@ -241,10 +241,10 @@ class Ops:
         experts: ``(x [M, D], scores [M, E], call, layer, used) -> [M, D]``.
         embed: ``(tokens [M], weight [1, V, D], V, D) -> [M, D]`` float32.
         attention: ``(q [R, T, N, H], k and v [R, T, K, H], rotary, cache, its layer, batch, params) ->
-            (out [R, T, N, H], cache)``: rotates q and k and appends k and v to the cache; token t sees positions
-            ``0 .. start + t``, or those of them in its window.
+            (out [R, T, N, H], cache)``: rotates q and k and appends k and v to the cache. Token t sees
+            positions ``0 .. start + t``, limited to its window if there is one.
         layers: ``(stack, x [R, T, D], rotary, caches, batch, used) -> (x, caches)``: all layers, one after another,
-            with one cache for each of the stack's `cache_windows`; of the R·T rows those from `used` on are padding.
+            with one cache for each of the stack's `cache_windows`. Rows from index `used` on are padding.
         argmax: ``logits [R, V] -> [R]`` int32, the first index of the largest logit in each row.
         empty_cache: ``arrays -> arrays`` of the same shapes and types, without contents.
         kernels: the custom-call targets in use.

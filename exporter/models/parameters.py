@@ -26,8 +26,8 @@ class Parameter:
     Attributes:
         name: path in the module ("model.layers.self_attn.q_proj.weight").
         shape: shape as an argument of the programs; stacked ``[L, …]`` inside layers.
-        sources: checkpoint tensors, in order, each of which fills one entry of the first axis; a single one fills the
-            whole parameter.
+        sources: checkpoint tensors in order: one for each index of the first axis, or a single one for
+            the whole parameter.
     """
 
     name: str
@@ -64,7 +64,7 @@ class AbstractModel:
 
     Attributes:
         parameters: the parameters in a fixed order.
-        bind: returns the module with arrays, in the order of `parameters`, as its weights.
+        bind: takes arrays in the order of `parameters`, and returns the module with these weights.
     """
 
     parameters: tuple[Parameter, ...]

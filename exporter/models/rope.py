@@ -50,8 +50,8 @@ def read_rope(
         default_theta: default of the base.
         theta_key: name of the base outside ``rope_parameters``.
         partial: True if the model's code applies partial_rotary_factor, which rotates only a part of each head.
-        original_positions: default of original_max_position_embeddings, for models that have the key themselves; the
-            key is then taken for every RoPE type.
+        original_positions: default of original_max_position_embeddings, for models whose config has
+            that key outside the RoPE keys; it is then read for every RoPE type.
         types: RoPE types of the model by their names in configs, each with its name in `SCALINGS`.
 
     Raises:

@@ -25,7 +25,7 @@ class Rope:
         frequencies: ``[P]`` float32, radians per position; a pair with frequency 0 is not rotated.
         magnitude: factor of cosines and sines.
         max_context: largest context for which `frequencies` hold; None for any.
-        long_frequencies: ``[P]``, for larger contexts; None if those are refused.
+        long_frequencies: ``[P]``, for contexts above `max_context`; None if such contexts are refused.
     """
 
     frequencies: np.ndarray

@@ -62,10 +62,10 @@ CODES: tuple[type[Code], ...] = (LinearCode, AttentionCode, NormCode, ExpertsCod
 
 @dataclass(frozen=True)
 class Proxy:
-    """A proxy for an array ``[…, width]`` of the call's rows while a layer is recorded.
+    """A stand-in for an array ``[…, width]`` of the call's rows, used while a layer is recorded.
 
     Attributes:
-        value: number of the value: 0 is the layer's input, and each step adds its results.
+        value: index of the value: 0 is the layer's input; the results of each step take the next indices.
         shape: shape of the array.
     """
 

@@ -24,7 +24,8 @@ class TensorNames:
     Attributes:
         body: prefix of the model without its output head, transformers' `base_model_prefix`.
         embedding: name of the token embedding below the body.
-        allows_bare: True if the architecture itself reads the names of a body that was saved alone.
+        allows_bare: True if the architecture also accepts names without the prefix, as in a body
+            saved alone.
     """
 
     body: str = "model"

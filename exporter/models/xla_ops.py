@@ -170,7 +170,7 @@ def softmax_attention(
         v: ``[B, K, S, H]``.
         mask: ``[B, T, S]``, true if the token sees the position.
         params: scale and cap of the scores; `mask` already applies the window.
-        compute: type to which factors are rounded.
+        compute: type to which the operands of the matrix products are rounded.
 
     Returns:
         ``[B, T, N, H]`` float32.
@@ -318,8 +318,8 @@ def layer_loop(
 
     Args:
         ops: returns the target's operations.
-        attend_several: attention of a layer when there are several KV caches. None takes the target's own attention, at
-            the price of a copy of the caches.
+        attend_several: attention of a layer in a model with several KV caches. None uses the target's
+            own attention, which copies the caches.
     """
 
     def layers(

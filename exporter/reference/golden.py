@@ -68,7 +68,7 @@ class Case:
     Attributes:
         prompt: token ids.
         tokens: token ids of the answer.
-        first: logits of its first step; their tolerance is that of a tie.
+        first: logits of its first step, with the threshold of a tie as their tolerance.
     """
 
     prompt: tuple[int, ...]
@@ -134,7 +134,7 @@ def check(
         cases: answers of the artifact.
         model: the model.
         kv_cache: type of the KV cache, to which the reference rounds keys and values too.
-        tie: smallest lead of the likeliest token that decides, as a share of the logits' spread.
+        tie: the lead below which the two likeliest tokens are tied, as a share of the logits' spread.
         weights: the artifact's arrays by name.
         where: name of the artifact in messages.
 

@@ -30,7 +30,7 @@ class LayerwiseReference:
         spec: the model.
         source: the source of its tensors.
         tokenizer: the model's tokenizer.
-        context: the most positions of a window, and the context of the artifact to compare with.
+        context: context of the artifact to compare with, which is also the maximum length of a window.
 
     Raises:
         PrecastError: the tensors do not fit the model.

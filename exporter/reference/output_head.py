@@ -38,10 +38,11 @@ def blockwise_logits(
 
     Args:
         spec: the model.
-        bind: returns the function that binds arrays to a given variant of the model with a smaller vocabulary.
+        bind: takes the spec of the model with a smaller vocabulary, and returns the function that binds
+            arrays to it.
         x: hidden states ``[R, D]``.
-        arrays: all parameters in the order of binding. The head's, whose names begin with its name, are NumPy arrays,
-            of which one block at a time becomes a JAX array.
+        arrays: all parameters in the order of binding. Those of the head, whose names begin with the
+            head's name, are NumPy arrays; one block at a time becomes a JAX array.
         packed: the head's arrays consist of panels of `PANEL` outputs.
 
     Returns:

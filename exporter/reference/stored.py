@@ -28,7 +28,7 @@ def answer_logits(
         kv_cache: type of the KV cache, to which keys and values are rounded.
         weights: the artifact's arrays by name.
         sequences: token ids of each prompt and its answer.
-        firsts: the first position of each sequence whose logits are returned.
+        firsts: for each sequence, the first position whose logits are returned.
 
     Returns:
         For each sequence float32 ``[R, V]``: the logits from that position to the last but one.

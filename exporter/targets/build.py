@@ -38,7 +38,7 @@ def build_target(
     """Write every program of a target below ``root/programs/<kind>/``.
 
     Args:
-        kind: the kind of target, except executables for the CPU, which `build_targets` makes.
+        kind: a kind of target other than executables for the CPU, which `build_targets` makes.
         programs: the programs, of the kind's operations.
         root: the artifact's folder.
         created: day of the export.

@@ -65,8 +65,8 @@ def build_savedmodel(
 ) -> Target:
     """Write one SavedModel of all programs, with the weights of ``weights.safetensors``.
 
-    The weights are mapped, and copied once, into the variables. The manifest lists them for no program, and no result
-    as aliased.
+    The weights are mapped, and copied once into the variables. In the manifest, programs have no weight
+    arguments and no aliased results.
 
     Args:
         kind: the kind of target.

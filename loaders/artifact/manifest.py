@@ -114,7 +114,7 @@ class Target(Frozen):
         kernel_abi: ABI version of precast's kernels; 0 if no kernel is called.
         kernels: custom-call targets that the programs call.
         xla_flags: XLA_FLAGS at compile time.
-        stablehlo_expires: ISO date of the end of the promise that newer jaxlibs compile the StableHLO.
+        stablehlo_expires: ISO date until which newer jaxlibs are guaranteed to compile the StableHLO.
         programs: one program for the cache, one for decode, and one for each bucket.
     """
 

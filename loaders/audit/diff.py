@@ -113,7 +113,7 @@ def _targets(m: Manifest, shared: Mapping[str, set[str]]) -> Facts:
 
     Args:
         m: the artifact's manifest.
-        shared: for each target of both artifacts, the names of the programs that it has in both.
+        shared: names of the programs that both artifacts have, by target.
     """
     facts: dict[str, Any] = {"order": tuple(t.name for t in m.targets if t.name in shared)}
     for target in m.targets:

@@ -144,7 +144,7 @@ def plan_windows(total: int, width: int, shortest: int) -> tuple[range, ...]:
     Args:
         total: number of tokens of the text.
         width: tokens of a window.
-        shortest: the fewest tokens of a last window.
+        shortest: minimum number of tokens in the last window.
     """
     full = [range(begin, begin + width) for begin in range(0, total - width + 1, width)]
     rest = range(len(full) * width, total)

@@ -46,8 +46,8 @@ class ReplayReport:
         tokens: number of tokens in these answers.
         logits: number of logits compared.
         difference: largest absolute difference of a logit; None if it is not finite.
-        share: largest difference of an answer as a share of that answer's tolerance, 1 at the limit; None if it is not
-            finite, as for a difference with a tolerance of 0.
+        share: largest ratio of an answer's difference to that answer's tolerance, 1 at the limit; None if
+            it is not finite, for example if the tolerance is 0.
         problems: a sentence for each answer that differs.
     """
 

@@ -118,7 +118,7 @@ class Child:
             request: values that JSON can hold.
             data: bytes that belong to the request.
             limit_s: seconds that the answer may take; None for any time.
-            progress: receives the child's progress, whose steps have only a text.
+            progress: receives the child's steps, which have a text but no counts.
 
         Returns:
             The answer's values, and the bytes that belong to it.

@@ -23,7 +23,7 @@ class Level:
     """An x86-64 level as the psABI defines it.
 
     Attributes:
-        flag: value of XLA's ``xla_cpu_max_isa``, which leaves on more features than the level has.
+        flag: value of XLA's ``xla_cpu_max_isa``; it permits more features than the level has.
         features: the features that a machine must have and code may use, in LLVM's names, sorted.
         since: the first CPUs that have the level and run jaxlib.
         without: the CPUs that run jaxlib but lack the level.

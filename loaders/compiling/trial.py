@@ -56,8 +56,8 @@ def ensure(
         target: the target.
         machine: this machine.
         allow_compile: allow the child to compile the target.
-        threads: the child's number of computing threads, because a limit of the system may leave no room for more; None
-            for the default.
+        threads: the child's number of computing threads, which a system limit may restrict; None for the
+            default.
         log: receives messages.
 
     Raises:

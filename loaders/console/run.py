@@ -136,7 +136,8 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
     """Import and load with one OpenBLAS thread and, for a folder, without garbage collection; restore both afterwards.
 
     Args:
-        artifact: a path or a URL. A pull makes garbage, and takes longer than a collection.
+        artifact: a path or a URL. A URL leaves garbage collection on, because a pull makes garbage and takes
+            longer than a collection.
     """
     collecting, threads = gc.isenabled(), "OPENBLAS_NUM_THREADS"
     limited = threads in os.environ

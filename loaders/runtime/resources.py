@@ -41,11 +41,12 @@ class Processors(Frozen):
 
 
 class Limits(Frozen):
-    """The system's limits for this process; None for a limit that leaves enough.
+    """The system's limits for this process; None for a limit that is high enough.
 
     Attributes:
         address_space: bytes that it may still map (``ulimit -v``).
-        threads: number of threads that it can start, if too few (``ulimit -u``, pids.max of a container).
+        threads: number of threads that the process can start; None if enough (``ulimit -u``, pids.max of
+            a container).
     """
 
     address_space: int | None
@@ -86,8 +87,8 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
     """Return the limits for this process.
 
     Args:
-        threads: number of threads needed. Near a limit they are started and ended again, because the counts that the
-            system compares with its limits are partly hidden.
+        threads: number of threads needed. Near a limit the function starts and ends that many as a test,
+            because the system hides some of the counts that it compares with its limits.
         system: root of the file system.
     """
     space = _address_space()  # measured before threads take address space, which later ones reuse

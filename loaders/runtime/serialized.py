@@ -26,7 +26,7 @@ class _Field:
     Attributes:
         number: the field's number.
         raw: the encoded field with its tag.
-        value: the bytes of a field of bytes, else empty.
+        value: payload of a length-delimited field; empty for any other.
     """
 
     number: int

@@ -98,7 +98,7 @@ def parse_index(data: bytes, where: str) -> Index:
         where: beginning of error messages.
 
     Raises:
-        PrecastError: the version is another, a key or value is wrong, or sizes do not add up.
+        PrecastError: the version is unknown, a key or value is wrong, or sizes do not add up.
     """
     value = parse_json(data, where)
     version = value.get("index_version") if isinstance(value, dict) else None

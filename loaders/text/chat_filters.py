@@ -31,7 +31,7 @@ WIDE = re.compile(
 
 
 def charge_format(meter: Meter, template: str, values: Any) -> None:
-    """Charge the formatting of a string, in which each field may print all of the values."""
+    """Charge for formatting `template`, as if each of its fields printed all of the values."""
     meter.step(len(template))
     if wide := WIDE.search(template):
         raise jinja2.TemplateRuntimeError(f"the width in the format {wide.group()[:40]!r} is too large")

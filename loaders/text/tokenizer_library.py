@@ -47,7 +47,7 @@ def translate_errors(expected: str, *but: type[Exception]) -> Iterator[None]:
 
     Args:
         expected: the beginning of the error text: where, and what was expected.
-        but: errors about the caller's arguments, which pass.
+        but: exceptions that the caller's arguments cause; they propagate unchanged.
     """
     try:
         yield

@@ -21,7 +21,7 @@ class GgufArchitecture:
 
     Attributes:
         model_type: Hugging Face's name of the architecture.
-        model: transformers' class, for `architectures`.
+        model: name of transformers' class, the value of `architectures` in config.json.
         names: Hugging Face's name of each part, without "model.layers.N." for parts of layers. "{}" is the number of an
             expert, whose matrices are stacked in one tensor.
         extra_keys: returns the keys of config.json that only some architectures have.

@@ -60,7 +60,7 @@ class _Entry:
     Attributes:
         axes: its shape, innermost axis first.
         type: the number of its type.
-        offset: of its data, relative to the first tensor's.
+        offset: offset of its data from the data of the first tensor.
         at: offset of its entry in the header.
     """
 

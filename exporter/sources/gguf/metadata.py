@@ -111,7 +111,7 @@ class MetadataReader:
     metadata: Mapping[str, Any]
 
     def get(self, key: str, default: object = None) -> object:
-        """Return a value, or `default` if the file has none; equal values for all layers count as one.
+        """Return a value, or `default` if the file has none. A list of equal items becomes that item.
 
         Raises:
             PrecastError: the file has no value and there is no default.

@@ -11,7 +11,7 @@ class PreTokenizer:
     Attributes:
         steps: pre-tokenizers in the terms of tokenizer.json.
         normalizer: normalizer of the text in the same terms, or None.
-        ignore_merges: True if a piece that is a token itself is not merged from parts.
+        ignore_merges: True if a piece that is itself a token becomes that token without BPE merging.
         add_bos: default for adding BOS if the file does not say.
     """
 

@@ -26,7 +26,7 @@ def read_rope_scaling(
         reader: the architecture's keys.
         theta: base of the frequencies.
         rotated: rotated dimensions of a head, 2 P.
-        factors: the file's tensors of factors, by the names above.
+        factors: the file's tensors of RoPE factors, by tensor name.
 
     Raises:
         PrecastError: the scaling cannot be converted exactly.

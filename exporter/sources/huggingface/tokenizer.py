@@ -19,7 +19,7 @@ class TokenizerFile:
 
     Attributes:
         document: the parsed tokenizer.json, including the tokens that the files beside it define.
-        data: the same as bytes, which are the bytes of the source's file if the documents are equal.
+        data: `document` as bytes; the source file's own bytes if the document is unchanged.
         tokens: added and special tokens.
         remarks: sentences about ignored settings.
     """
