@@ -18,7 +18,7 @@ from precast.loaders.artifact.folders import check_free
 from precast.loaders.artifact.interrupt import on_interrupt
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 from precast.loaders.compiling.isa import audience_of
-from precast.loaders.progress import Progress, Step, show_progress
+from precast.loaders.progress import Progress, Step, amount, show_progress
 
 from .export import export
 from .options import ExportOptions, check_options
@@ -93,8 +93,8 @@ def _shown(console: Console) -> Iterator[Progress]:
         with show_progress() as progress:
             yield progress
         return
-    amount = TextColumn("{task.fields[amount]}")
-    columns = (TextColumn("  {task.description}"), BarColumn(), amount, TimeElapsedColumn())
+    amounts = TextColumn("{task.fields[amount]}")
+    columns = (TextColumn("  {task.description}"), BarColumn(), amounts, TimeElapsedColumn())
     with Bars(*columns, console=console, transient=True) as bars:
         yield _bar(bars)
 
@@ -114,17 +114,11 @@ def _bar(bars: Bars) -> Progress:
             description=step.text,
             completed=step.done,
             total=step.total,
-            amount=_amount(step),
+            amount=amount(step),
             visible=step.done < step.total,
         )
 
     return progress
-
-
-def _amount(step: Step) -> str:
-    if step.unit == "bytes":
-        return f"{step.done / 1e6:,.1f} of {step.total / 1e6:,.1f} MB"
-    return f"{step.done:,} of {step.total:,} {step.unit}"
 
 
 def _summary(path: Path, manifest: Manifest, built: list[BuiltProgram], seconds: float) -> Table:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from precast.loaders.artifact import folders
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest, Target
-from precast.loaders.progress import Progress, Step, silent
+from precast.loaders.progress import Progress, byte_counter, silent
 
 from . import texts
 from .devices import on_cpu
@@ -80,13 +80,8 @@ def export(
 def _write_weights(folder: Path, plan: ExportPlan, progress: Progress) -> str:
     """Write the weights and the RoPE tables; return the file's sha256."""
     tables = dict(zip(TABLES, plan.spec.tables(plan.geometry.context), strict=True))
-    total, written = stored_bytes(plan.weight_plan.parameters, plan.stored.formats), 0
-
-    def count(size: int) -> None:
-        nonlocal written
-        written += size
-        progress(Step(text="writing weights", done=written, total=total, unit="bytes"))
-
+    total = stored_bytes(plan.weight_plan.parameters, plan.stored.formats)
+    count = byte_counter(progress, "writing weights", total)
     return write_model_weights(folder / WEIGHTS_FILE, plan.weight_plan, plan.stored.formats, tables, count)
 
 

@@ -1,6 +1,5 @@
 """Load an artifact: locate it, choose a target, check the files that it needs, and return a model."""
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
@@ -10,7 +9,7 @@ import numpy as np
 
 from .artifact import cache_folder, compat, files
 from .artifact.custom_calls import check_calls
-from .artifact.errors import PrecastError, printable
+from .artifact.errors import PrecastError, log_to_stderr
 from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
 from .artifact.weights import map_weights
 from .compiling import trial
@@ -69,7 +68,7 @@ def load(
     Raises:
         PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
     """
-    log = log or _to_stderr
+    log = log or log_to_stderr
     key = required_key(require_signature)
     if (problem := cache_folder.cache_problem("verified")) is not None:
         log(f"{problem}.")
@@ -130,7 +129,7 @@ def load_new_target(
     Raises:
         PrecastError: as `load`.
     """
-    settings = LoadSettings(trusted=True, threads=limits.checked_threads(None), log=_to_stderr)
+    settings = LoadSettings(trusted=True, threads=limits.checked_threads(None), log=log_to_stderr)
     artifact = _check_files(root, manifest, target, settings, trusted=executables)
     _check_weights(artifact)
     return _model(artifact, {}, settings)
@@ -344,10 +343,6 @@ def _hash_progress(progress: "Progress | None", total: int) -> Callable[[int], N
     from .progress import byte_counter
 
     return byte_counter(progress, "hashing", total)
-
-
-def _to_stderr(message: str) -> None:
-    print(printable(message), file=sys.stderr)
 
 
 def _ignore(_: str) -> None:

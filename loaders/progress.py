@@ -38,6 +38,13 @@ def silent(_: Step) -> None:
     """Ignore progress."""
 
 
+def amount(step: Step) -> str:
+    """Return the finished and the total units in words; the total must be known."""
+    if step.unit == "bytes":
+        return f"{step.done / 1e6:,.1f} of {step.total / 1e6:,.1f} MB"
+    return f"{step.done:,} of {step.total:,} {step.unit}"
+
+
 def byte_counter(progress: Progress, text: str, total: int) -> Callable[[int], None]:
     """Return a function that takes the size of each finished block, and reports the sum.
 
@@ -129,9 +136,7 @@ def _columns() -> int:
 def _line(step: Step) -> str:
     if not step.total:
         return f"{step.text} …"
-    if step.unit == "bytes":
-        return f"{step.text}: {step.done / 1e6:,.1f} of {step.total / 1e6:,.1f} MB"
-    return f"{step.text}: {step.done:,} of {step.total:,} {step.unit}"
+    return f"{step.text}: {amount(step)}"
 
 
 def _time_left(step: Step, elapsed: float) -> str:

@@ -55,10 +55,11 @@ def test_a_terminal_that_shows_less_than_is_printed(artifact_copy, python, comma
 
 
 def test_untrusted_names_cannot_control_a_terminal(capsys, monkeypatch):
-    from precast.loaders.console import chat_input, command
+    from precast.loaders.artifact.errors import log_to_stderr
+    from precast.loaders.console import chat_input
     from precast.loaders.console import conversation as chat_console
 
-    command.log("name \x1b]0;gone\x07")
+    log_to_stderr("name \x1b]0;gone\x07")
     manifest = SimpleNamespace(name="\x1b[2Jname", tokenizer=SimpleNamespace(chat_template="chat.jinja"))
     target, engine = SimpleNamespace(name="cpu\x9b2J"), SimpleNamespace(context=64)
     monkeypatch.setattr(chat_input, "messages", lambda: iter(()))

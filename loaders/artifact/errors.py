@@ -1,4 +1,6 @@
-"""PrecastError, the exception for errors that the user can fix."""
+"""PrecastError, the exception for errors that the user can fix, and text that is safe to print."""
+
+import sys
 
 # Longer than any message of precast's own; a message may quote a file, whose text can be of any length.
 _MAX_LENGTH = 4000
@@ -23,6 +25,11 @@ def printable(text: str) -> str:
     shown = (c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
     indent = len(text) - len(text.lstrip(" "))
     return " " * indent + " ".join("".join(shown).split())
+
+
+def log_to_stderr(message: str) -> None:
+    """Print a message on standard error; it may contain untrusted text."""
+    print(printable(message), file=sys.stderr)
 
 
 def _one_line(message: str) -> str:

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..artifact.errors import printable
+from ..artifact.errors import log_to_stderr, printable
 from ..artifact.manifest import SIGNATURE_FILE
 from ..compiling.isa import audience
-from .command import log
 
 if TYPE_CHECKING:
     from ..add_target import Addition
@@ -37,7 +36,7 @@ def run(
         source=target,
         overwrite=overwrite,
         require_signature=require_signature,
-        log=log,
+        log=log_to_stderr,
     )
     print("\n".join(map(printable, lines(addition, artifact))))
     return 0

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TextIO
 import click
 
 from ..artifact import interrupt
-from ..artifact.errors import PrecastError, printable
+from ..artifact.errors import PrecastError, log_to_stderr, printable
 from .streams import open_closed_streams
 
 FAILED = 2
@@ -97,9 +97,4 @@ def local_folder(artifact: Path | str, key: Path | None) -> Path:
         return artifact
     from ..store.pull import fetch
 
-    return fetch(artifact, require_signature=key, log=log)
-
-
-def log(message: str) -> None:
-    """Print a message on standard error; it may contain untrusted text."""
-    click.echo(printable(message), err=True)
+    return fetch(artifact, require_signature=key, log=log_to_stderr)

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from ..artifact.errors import printable
-from .command import log
+from ..artifact.errors import log_to_stderr, printable
 from .transfers import json_line, share
 
 
@@ -20,7 +19,7 @@ def run(
     """
     from ..store.pull import pull
 
-    transfer = pull(url, output, overwrite=overwrite, require_signature=require_signature, log=log)
+    transfer = pull(url, output, overwrite=overwrite, require_signature=require_signature, log=log_to_stderr)
     if as_json:
         print(json_line(transfer))
         return 0

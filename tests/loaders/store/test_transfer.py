@@ -12,10 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.loaders import load as loading
-from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.errors import PrecastError, log_to_stderr
 from precast.loaders.artifact.manifest_parser import parse_manifest
-from precast.loaders.console.command import log as log_to_stderr
 from precast.loaders.store import cache as store_cache
 from precast.loaders.store import index as store_index
 from precast.loaders.store import push as store_push
@@ -168,12 +166,10 @@ def test_the_line_of_a_transfer_is_gone_when_it_fails(
 
 
 def test_messages_cannot_control_a_terminal(capsys):
-    for say in (loading._to_stderr, log_to_stderr):
-        say("name \x1b]0;gone\x07\nsecond")
-        assert (
-            capsys.readouterr().err
-            == "name \N{REPLACEMENT CHARACTER}]0;gone\N{REPLACEMENT CHARACTER} second\n"
-        )
+    log_to_stderr("name \x1b]0;gone\x07\nsecond")
+    assert (
+        capsys.readouterr().err == "name \N{REPLACEMENT CHARACTER}]0;gone\N{REPLACEMENT CHARACTER} second\n"
+    )
 
 
 def test_the_manifest_of_a_pulled_artifact_is_understood(folder_url, tiny_artifact, tmp_path, cli, in_index):
