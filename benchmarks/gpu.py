@@ -209,6 +209,7 @@ def export_model(shape: str, platform: str, capacity: int, folder: Path) -> tupl
 
 def decode_speeds(artifact: Path, steps: int, rounds: int) -> dict:
     """Measure an artifact's prefill in seconds, and its decoding in tokens per second, for every round."""
+    from precast.loaders.generation.engine import DecodeRow
     from precast.loaders.load import load
 
     model = load(artifact)
@@ -221,7 +222,7 @@ def decode_speeds(artifact: Path, steps: int, rounds: int) -> dict:
         token = int(step.token[0])
         decoding = time.perf_counter()
         for position in range(len(ids), len(ids) + steps):
-            token = int(engine.decode([token], [position], cache).token[0])
+            token = int(engine.decode([DecodeRow(0, token, position)], cache).token[0])
         prefills.append(decoding - started)
         speeds.append(steps / (time.perf_counter() - decoding))
     # The first round includes work that is done once.

@@ -125,11 +125,13 @@ def warm(artifact: Path, rounds: int) -> dict:
 
 def _decode_speed(engine) -> float:
     """Return greedy tokens per second after a prompt of 128 tokens."""
+    from precast.loaders.generation.engine import DecodeRow
+
     cache = engine.new_cache()
     step = engine.prefill(_prompt(PROMPT_TOKENS), cache)
     started = time.perf_counter()
     for position in range(PROMPT_TOKENS, PROMPT_TOKENS + DECODE_STEPS):
-        step = engine.decode([int(step.token[0])], [position], cache)
+        step = engine.decode([DecodeRow(0, int(step.token[0]), position)], cache)
     return DECODE_STEPS / (time.perf_counter() - started)
 
 

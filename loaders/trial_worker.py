@@ -45,6 +45,7 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
     Raises:
         PrecastError: as `load`; or a program fails.
     """
+    from .generation.engine import DecodeRow
     from .load import load  # after the child is ready: a crash while importing jaxlib is a failed trial
 
     model = load(
@@ -69,9 +70,8 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
     begin(min(target.of_kind("prefill"), key=lambda p: p.tokens).name)
     engine.prefill(prompt, cache)
     begin(target.of_kind("decode")[0].name)
-    idle = engine.slots - 1
     for position in range(len(prompt), min(len(prompt) + 2, engine.context)):
-        engine.decode([0, *[0] * idle], [position, *[-1] * idle], cache)
+        engine.decode([DecodeRow(0, 0, position)], cache)
 
 
 def _check_caches(model: "Model", cache: "KVCache", root: Path) -> None:

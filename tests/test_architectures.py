@@ -23,6 +23,7 @@ from precast.exporter.reference.fidelity import read_weights
 from precast.exporter.sources.base import Source
 from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
@@ -221,7 +222,7 @@ def test_logits_of_prefill_and_decode(exported: Exported) -> None:
         step = engine.prefill(case["prompt_token_ids"], cache)
         first = np.array(engine.logits(step)[0, :: SCRIPT.STRIDE])
         for position, token in enumerate(case["token_ids"][:-1], start=len(case["prompt_token_ids"])):
-            step = engine.decode([token], [position], cache)
+            step = engine.decode([DecodeRow(0, token, position)], cache)
         last = engine.logits(step)[0, :: SCRIPT.STRIDE]
         np.testing.assert_allclose(first, logits["first"][i], rtol=0, atol=TOLERANCE)
         np.testing.assert_allclose(last, logits["last"][i], rtol=0, atol=TOLERANCE)
@@ -317,7 +318,7 @@ def _forced(model: Model, sequence: Sequence[int], prompt: int) -> np.ndarray:
     step = engine.prefill(sequence[:prompt], cache)
     rows = [engine.logits(step)[0].copy()]
     for position, token in enumerate(sequence[prompt:-1], start=prompt):
-        step = engine.decode([token], [position], cache)
+        step = engine.decode([DecodeRow(0, token, position)], cache)
         rows.append(engine.logits(step)[0].copy())
     return np.stack(rows)
 

@@ -21,6 +21,7 @@ from precast.exporter.models.registry import read_model
 from precast.exporter.options import ExportOptions
 from precast.exporter.sources.base import Source
 from precast.exporter.sources.open import open_source
+from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
@@ -148,7 +149,7 @@ def test_logits_of_prefill_and_decode(exported: Exported) -> None:
         step = engine.prefill(case.prompt, cache)
         first = np.array(engine.logits(step)[0])
         for position, token in enumerate(case.tokens[:-1], start=len(case.prompt)):
-            step = engine.decode([token], [position], cache)
+            step = engine.decode([DecodeRow(0, token, position)], cache)
         last = engine.logits(step)[0, ::STRIDE]
         np.testing.assert_allclose(first, exported.logits["first"][i], rtol=0, atol=TOLERANCE)
         np.testing.assert_allclose(last, exported.logits["last"][i], rtol=0, atol=TOLERANCE)

@@ -13,9 +13,11 @@ class Precast:
         from precast.loaders.console.run import fast_start
 
         with fast_start(Path(model)):
+            from precast.loaders.generation.engine import DecodeRow
             from precast.loaders.load import load
 
             self._model = load(model)
+        self._row = DecodeRow
         self._engine = self._model.engine
 
     def prefill(self, ids: Sequence[int]) -> int:
@@ -23,7 +25,7 @@ class Precast:
         return int(self._engine.prefill(ids, self._cache).token[0])
 
     def step(self, token: int, position: int) -> int:
-        return int(self._engine.decode([token], [position], self._cache).token[0])
+        return int(self._engine.decode([self._row(0, token, position)], self._cache).token[0])
 
     def run(self, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
         return timed_run(self, ids, steps)

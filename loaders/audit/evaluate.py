@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from ..artifact.errors import PrecastError
+from ..generation.engine import DecodeRow
 from ..generation.model import Model
 from ..progress import Progress, Step, silent
 from ..text.tokenizer import Tokenizer
@@ -80,11 +81,11 @@ class ArtifactScorer:
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
         engine = self.model.engine
-        cache, idle = engine.new_cache(), engine.slots - 1
+        cache = engine.new_cache()
         step = engine.prefill(window[: first + 1], cache)
         yield engine.logits(step)[0]
         for position in range(first + 1, len(window) - 1):
-            step = engine.decode([window[position], *[0] * idle], [position, *[-1] * idle], cache)
+            step = engine.decode([DecodeRow(0, window[position], position)], cache)
             yield engine.logits(step)[0]
 
 

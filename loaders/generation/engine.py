@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import SupportsIndex
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
@@ -17,21 +17,38 @@ from ..artifact.weights import numpy_dtype
 from ..runtime.interface import Buffer, Client, Executable
 
 
+class DecodeRow(NamedTuple):
+    """The next token of one sequence.
+
+    Attributes:
+        slot: the sequence's slot in the KV cache.
+        token: the sequence's newest token.
+        position: the token's position.
+    """
+
+    slot: int
+    token: int
+    position: int
+
+
 class StepOutput:
-    """The results of one call for each of its R sequences.
+    """The R results of one call.
 
     Attributes:
         token: greedy tokens, int32 [R].
-        logits: logits, float32 [R, V], still on the device.
+        logits: logits of all rows of the program, float32, still on the device; `Engine.logits` returns those of
+            the R results.
+        rows: the R results among the program's rows.
     """
 
     # Not a `Frozen`: one is created for every token, after the weights have evicted everything else from the CPU's
     # caches; a `Frozen` then takes 35 µs.
-    __slots__ = ("logits", "token")
+    __slots__ = ("logits", "rows", "token")
 
-    def __init__(self, token: np.ndarray, logits: Buffer) -> None:
+    def __init__(self, token: np.ndarray, logits: Buffer, rows: slice | list[int]) -> None:
         self.token = token
         self.logits = logits
+        self.rows = rows
 
 
 @dataclass(kw_only=True)
@@ -113,6 +130,13 @@ class Engine:
 
     Threads may share an engine if each uses its own KV cache.
 
+    Attributes:
+        context: positions of a slot.
+        slots: B, slots of a KV cache.
+        vocab: V, size of the vocabulary.
+        buckets: prompt lengths with a prefill program, ascending.
+        score_tokens: the most tokens that `score` takes; 0 if the artifact has no program for it.
+
     Args:
         manifest: the artifact's manifest.
         target: the target to run.
@@ -145,6 +169,8 @@ class Engine:
         self._decode = bound[target.of_kind("decode")[0].name]
         prefills = sorted(target.of_kind("prefill"), key=lambda p: p.tokens)
         self._prefills = [(p.tokens, bound[p.name]) for p in prefills]
+        self.buckets = tuple(p.tokens for p in prefills)
+        self.score_tokens = 0
 
     def new_cache(self) -> KVCache:
         """Return an empty KV cache for all slots. The system allocates its memory as positions are filled."""
@@ -171,49 +197,89 @@ class Engine:
             PrecastError: the weights' file was written to.
         """
         start, slot = index(start), index(slot)  # accept NumPy's integers
+        self._check_span(tokens, start, slot)
+        self._check_unchanged()
+        largest = self.buckets[-1]
+        for begin in range(0, len(tokens), largest):
+            results = self._run_chunk(tokens[begin : begin + largest], cache, start + begin, slot)
+        return self._output(results, slice(1))
+
+    def prefill_chunk(
+        self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex, slot: SupportsIndex
+    ) -> StepOutput:
+        """Run a part of a prompt in a single call; arguments, results and errors as `prefill`.
+
+        Raises:
+            ValueError: also if there are more tokens than the largest bucket holds.
+        """
+        if len(tokens) > self.buckets[-1]:
+            raise ValueError(f"{len(tokens)} tokens exceed the largest bucket of {self.buckets[-1]}")
+        return self.prefill(tokens, cache, start=start, slot=slot)
+
+    def _run_chunk(self, chunk: Sequence[int], cache: KVCache, start: int, slot: int) -> dict[str, Buffer]:
+        program = next(p for t, p in self._prefills if t >= len(chunk))
+        return program({"tokens": chunk, "length": len(chunk), "start": start, "slot": slot}, cache)
+
+    def score(
+        self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex, slot: SupportsIndex
+    ) -> StepOutput:
+        """Run a few tokens of a sequence in a single call, with a result after each.
+
+        Args:
+            tokens: 1 to `score_tokens` ids; ``start + len(tokens)`` must not exceed the context.
+            cache: the KV cache to append to.
+            start: position of the first token.
+            slot: the sequence's slot in the cache.
+
+        Returns:
+            Token and logits after each of the tokens (R = ``len(tokens)``).
+
+        Raises:
+            ValueError: the artifact has no such program, the number of tokens is wrong, a position is outside the
+                context, or the slot does not exist.
+            PrecastError: the weights' file was written to.
+        """
+        raise ValueError("the artifact has no score program")
+
+    def _check_span(self, tokens: Sequence[int], start: int, slot: int) -> None:
         if not tokens or start < 0 or start + len(tokens) > self.context:
             raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.context} positions")
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot} of {self.slots}")
-        self._check_unchanged()
-        largest = self._prefills[-1][0]
-        for begin in range(0, len(tokens), largest):
-            chunk = tokens[begin : begin + largest]
-            results = self._prefill_chunk(chunk, cache, start + begin, slot)
-        return self._output(results)
 
-    def _prefill_chunk(
-        self, chunk: Sequence[int], cache: KVCache, start: int, slot: int
-    ) -> dict[str, Buffer]:
-        program = next(p for t, p in self._prefills if t >= len(chunk))
-        return program({"tokens": chunk, "length": len(chunk), "start": start, "slot": slot}, cache)
-
-    def decode(self, tokens: Sequence[int], positions: Sequence[int], cache: KVCache) -> StepOutput:
-        """Run the next token of every slot.
+    def decode(self, rows: Sequence[DecodeRow], cache: KVCache) -> StepOutput:
+        """Run the next token of some sequences.
 
         Args:
-            tokens: the newest token of each slot, [B].
-            positions: positions of these tokens, [B]; −1 for an idle slot.
+            rows: the sequences' tokens, at most one for each slot.
             cache: the KV cache to append to.
 
         Returns:
-            Token and logits of every slot (R = B); meaningless for idle slots.
+            Token and logits of each sequence, in the order of the rows (R = ``len(rows)``).
 
         Raises:
-            ValueError: the number of slots differs, or a position is outside the context.
+            ValueError: there are no rows, two rows have the same slot, or a slot or position does not exist.
             PrecastError: the weights' file was written to.
         """
-        if len(tokens) != self.slots or len(positions) != self.slots or max(positions) >= self.context:
-            raise ValueError(
-                f"tokens and positions {positions} do not fit {self.slots} slots of {self.context}"
-            )
+        slots = [row.slot for row in rows]
+        self._check_rows(slots, [row.position for row in rows])
         self._check_unchanged()
-        return self._output(self._decode({"tokens": tokens, "positions": positions}, cache))
+        by_slot = {"tokens": [0] * self.slots, "positions": [-1] * self.slots}
+        for row in rows:
+            by_slot["tokens"][row.slot], by_slot["positions"][row.slot] = row.token, row.position
+        places = slice(slots[0], slots[0] + 1) if len(slots) == 1 else slots
+        return self._output(self._decode(by_slot, cache), places)
+
+    def _check_rows(self, slots: Sequence[int], positions: Sequence[int]) -> None:
+        if not slots or len(set(slots)) < len(slots) or min(slots) < 0 or max(slots) >= self.slots:
+            raise ValueError(f"slots {slots}: expected different ones from 0 to {self.slots - 1}")
+        if min(positions) < 0 or max(positions) >= self.context:
+            raise ValueError(f"positions {positions} do not fit {self.context} positions")
 
     def logits(self, step: StepOutput) -> np.ndarray:
         """Return a step's logits on the host, float32 [R, V]; do not write to them."""
-        return self._client.get(step.logits)
+        return self._client.get(step.logits)[step.rows]
 
-    def _output(self, results: Mapping[str, Buffer]) -> StepOutput:
+    def _output(self, results: Mapping[str, Buffer], rows: slice | list[int]) -> StepOutput:
         self._check_unchanged()
-        return StepOutput(self._client.get(results["token"]), results["logits"])
+        return StepOutput(self._client.get(results["token"])[rows], results["logits"], rows)

@@ -9,7 +9,7 @@ from typing import Any
 from ..artifact.errors import PrecastError
 from ..artifact.manifest import Manifest, Target
 from ..text.tokenizer import Tokenizer
-from .engine import Engine
+from .engine import DecodeRow, Engine
 from .sampling import Sampler
 from .sampling_params import SamplingParams
 from .stopping import StopStrings
@@ -170,9 +170,8 @@ class Model:
         # Each generation has its own cache, so that streams of one model are independent.
         cache = self.engine.new_cache()
         step = self.engine.prefill(prompt, cache)
-        idle = self.engine.slots - 1
         for position in range(len(prompt), len(prompt) + limit):
             token = int(step.token[0]) if sampler.is_greedy else sampler.sample(self.engine.logits(step)[0])
             yield token
             if position + 1 < len(prompt) + limit:
-                step = self.engine.decode([token, *[0] * idle], [position, *[-1] * idle], cache)
+                step = self.engine.decode([DecodeRow(0, token, position)], cache)

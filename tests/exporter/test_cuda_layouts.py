@@ -23,6 +23,7 @@ from precast.exporter.targets.kinds import TARGET_KINDS
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import Value
 from precast.loaders.artifact.manifest_parser import parse_manifest
+from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 
@@ -66,7 +67,7 @@ def answers(model):
         step = engine.prefill(prompt, cache)
         for position in range(len(prompt), len(prompt) + 6):
             found.append((int(step.token[0]), engine.logits(step)[0].copy()))
-            step = engine.decode([int(step.token[0])], [position], cache)
+            step = engine.decode([DecodeRow(0, int(step.token[0]), position)], cache)
     return [token for token, _ in found], np.array([logits for _, logits in found])
 
 

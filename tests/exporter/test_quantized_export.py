@@ -11,6 +11,7 @@ from precast.exporter.models.registry import read_model
 from precast.exporter.programs import TABLES, StoredModel, stored_model
 from precast.exporter.quantize import FORMATS
 from precast.loaders.artifact.weights import map_weights
+from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.load import load
 
 PROMPT = [i * 7 % 60 for i in range(1, 22)]  # longer than the largest bucket
@@ -32,7 +33,7 @@ def forced(model: Any, ids: Sequence[int]) -> np.ndarray:
     step = engine.prefill(ids[: len(PROMPT)], cache)
     rows = [engine.logits(step)[0].copy()]
     for position in range(len(PROMPT), len(ids)):
-        step = engine.decode([ids[position]], [position], cache)
+        step = engine.decode([DecodeRow(0, ids[position], position)], cache)
         rows.append(engine.logits(step)[0].copy())
     return np.stack(rows)
 
@@ -126,8 +127,8 @@ def test_several_slots_decode_as_one(export_tiny: Callable[..., Path]) -> None:
         four.prefill(prompt, together, slot=slot)
         cache = one.new_cache()
         one.prefill(prompt, cache)
-        alone[slot] = one.logits(one.decode([7], [len(prompt)], cache))[0].copy()
-    positions = [len(prompts[slot]) if slot in prompts else -1 for slot in range(4)]
-    found = four.logits(four.decode([7] * 4, positions, together))
-    for slot, expected in alone.items():
-        np.testing.assert_allclose(found[slot], expected, atol=2e-4 * np.ptp(expected))
+        alone[slot] = one.logits(one.decode([DecodeRow(0, 7, len(prompt))], cache))[0].copy()
+    rows = [DecodeRow(slot, 7, len(prompt)) for slot, prompt in prompts.items()]
+    found = four.logits(four.decode(rows, together))
+    for logits, expected in zip(found, alone.values(), strict=True):
+        np.testing.assert_allclose(logits, expected, atol=2e-4 * np.ptp(expected))

@@ -22,6 +22,7 @@ from precast.loaders.artifact.manifest import Target
 from precast.loaders.artifact.manifest_parser import parse_manifest
 from precast.loaders.artifact.weights import numpy_dtype
 from precast.loaders.console import check as check_console
+from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.runtime import cuda, installed, pjrt
 
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"
@@ -278,7 +279,7 @@ def greedy(model, prompt, count=8):
     step = model.engine.prefill(prompt, cache)
     tokens = [int(step.token[0])]
     while len(tokens) < count:
-        step = model.engine.decode([tokens[-1]], [len(prompt) + len(tokens) - 1], cache)
+        step = model.engine.decode([DecodeRow(0, tokens[-1], len(prompt) + len(tokens) - 1)], cache)
         tokens.append(int(step.token[0]))
     return tokens
 

@@ -1,10 +1,12 @@
 """Buckets, chunks, positions and slots, against the model without cache, buckets or kernels."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
 
+from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.runtime import pjrt
 
 CONTEXT, VOCAB = 64, 320
@@ -19,9 +21,8 @@ def greedy(engine, cache, ids, count, *, slot=0) -> list[int]:
     step = engine.prefill(ids, cache, slot=slot)
     tokens = [int(step.token[0])]
     while len(tokens) < count:
-        batch, positions = np.zeros(engine.slots, int), np.full(engine.slots, -1)
-        batch[slot], positions[slot] = tokens[-1], len(ids) + len(tokens) - 1
-        tokens.append(int(engine.decode(batch, positions, cache).token[slot]))
+        row = DecodeRow(slot, tokens[-1], len(ids) + len(tokens) - 1)
+        tokens.append(int(engine.decode([row], cache).token[0]))
     return tokens
 
 
@@ -51,7 +52,7 @@ def test_logits_match_the_reference_up_to_rounding(tiny_model, reference):
         cache = engine.new_cache()
         step = engine.prefill(ids[:length], cache)
         np.testing.assert_allclose(engine.logits(step)[0], expected[length - 1], rtol=2e-4, atol=2e-4)
-    step = engine.decode([ids[63]], [63], cache)
+    step = engine.decode([DecodeRow(0, ids[63], 63)], cache)
     np.testing.assert_allclose(engine.logits(step)[0], expected[63], rtol=2e-4, atol=2e-4)
 
 
@@ -119,19 +120,22 @@ def test_start_and_slot_must_be_integers(tiny_model):
 # --- slots --------------------------------------------------------------------------------------------------
 
 
-def test_sequences_decoded_together_answer_as_if_alone(slots_model, reference):
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (2, 0), (1,)])
+def test_sequences_decoded_together_answer_as_if_alone(slots_model, reference, order):
     engine, prompts = slots_model.engine, [prompt(n, seed=4) for n in (5, 23, 12)]
     cache = engine.new_cache()
     tokens = [[int(engine.prefill(ids, cache, slot=slot).token[0])] for slot, ids in enumerate(prompts)]
     for _ in range(7):
-        positions = [len(ids) + len(done) - 1 for ids, done in zip(prompts, tokens, strict=True)]
-        step = engine.decode([done[-1] for done in tokens], positions, cache)
-        assert engine.logits(step).shape == (3, VOCAB)
-        for done, token in zip(tokens, step.token, strict=True):
-            done.append(int(token))
-    for slot, ids in enumerate(prompts):
-        assert_greedy(reference, ids, tokens[slot])
-        assert tokens[slot] == greedy(engine, engine.new_cache(), ids, 8, slot=slot)
+        rows = [DecodeRow(s, tokens[s][-1], len(prompts[s]) + len(tokens[s]) - 1) for s in order]
+        step = engine.decode(rows, cache)
+        logits = engine.logits(step)
+        assert logits.shape == (len(order), VOCAB)
+        for row, token, scores in zip(rows, step.token, logits, strict=True):
+            assert token == scores.argmax()
+            tokens[row.slot].append(int(token))
+    for slot in order:
+        assert_greedy(reference, prompts[slot], tokens[slot])
+        assert tokens[slot] == greedy(engine, engine.new_cache(), prompts[slot], 8, slot=slot)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -149,7 +153,7 @@ def test_idle_slots_are_not_written(slots_model):
         engine.prefill(prompt(20, seed=slot), cache, slot=slot)
     before = contents(cache)
     engine.prefill(prompt(11, seed=7), cache, slot=1, start=20)
-    engine.decode([0, 5, 0], [-1, 31, -1], cache)
+    engine.decode([DecodeRow(1, 5, 31)], cache)
     after = contents(cache)
     for name, array in before.items():
         assert array[:, [0, 2]].tobytes() == after[name][:, [0, 2]].tobytes()
@@ -165,3 +169,32 @@ def test_caches_are_independent(tiny_model):
     for name, array in before.items():
         np.testing.assert_array_equal(array[..., :12, :], contents(first)[name][..., :12, :])
     assert step.token[0] == engine.prefill(ids, engine.new_cache()).token[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([], "slots []: expected different ones from 0 to 2"),
+        ([(3, 5, 0)], "slots [3]: expected different ones from 0 to 2"),
+        ([(-1, 5, 0)], "slots [-1]: expected different ones from 0 to 2"),
+        ([(1, 5, 0), (1, 6, 1)], "slots [1, 1]: expected different ones from 0 to 2"),
+        ([(0, 5, 64)], "positions [64] do not fit 64 positions"),
+        ([(0, 5, 3), (1, 5, -1)], "positions [3, -1] do not fit 64 positions"),
+    ],
+)
+def test_rows_that_no_cache_holds_are_refused(slots_model, rows, problem):
+    engine = slots_model.engine
+    with pytest.raises(ValueError, match=re.escape(problem) + "$"):
+        engine.decode([DecodeRow(*row) for row in rows], engine.new_cache())
+
+
+def test_a_chunk_is_a_prompt_of_one_call(slots_model):
+    engine, ids = slots_model.engine, prompt(20)
+    assert engine.buckets == (8, 16)
+    whole, cut = engine.new_cache(), engine.new_cache()
+    expected = engine.logits(engine.prefill(ids, whole, slot=1)).copy()
+    engine.prefill_chunk(ids[:16], cut, start=0, slot=1)
+    found = engine.logits(engine.prefill_chunk(ids[16:], cut, start=16, slot=1))
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match=r"^17 tokens exceed the largest bucket of 16$"):
+        engine.prefill_chunk(ids[:17], cut, start=0, slot=1)

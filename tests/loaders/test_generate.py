@@ -11,6 +11,7 @@ import pytest
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
+from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
@@ -277,8 +278,8 @@ def test_python_s_work_per_token_does_not_grow_with_the_model(depths):
     def step(model) -> int:
         cache = model.engine.new_cache()
         model.engine.prefill(PROMPT, cache)
-        model.engine.decode([5], [3], cache)
-        return calls_of(lambda: model.engine.decode([5], [4], cache))
+        model.engine.decode([DecodeRow(0, 5, 3)], cache)
+        return calls_of(lambda: model.engine.decode([DecodeRow(0, 5, 4)], cache))
 
     def token(model) -> float:
         def generate(count):

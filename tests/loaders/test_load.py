@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 from precast.loaders.locate import find_artifact, read_manifest
@@ -376,7 +377,7 @@ def test_a_call_needs_less_memory_than_one_layer_s_cache(export_tiny):
         cache = bound.new_cache()
         bound.prefill(PROMPT, cache)
         before = {name: address(buffer) for name, buffer in cache.buffers.items()}
-        bound.decode([5] * 64, [3] + [-1] * 63, cache)
+        bound.decode([DecodeRow(0, 5, 3)], cache)
         bound.prefill(PROMPT, cache, start=4)
         assert {name: address(buffer) for name, buffer in cache.buffers.items()} == before
 

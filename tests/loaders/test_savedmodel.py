@@ -14,6 +14,7 @@ import pytest
 from precast.loaders.artifact import compat
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.machine import Machine
+from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
 from precast.loaders.locate import read_manifest
@@ -78,7 +79,7 @@ def test_its_logits_are_the_reference_s_to_rounding(model, reference):
         cache = engine.new_cache()
         step = engine.prefill(ids[:length], cache)
         np.testing.assert_allclose(engine.logits(step)[0], expected[length - 1], rtol=2e-4, atol=2e-4)
-        step = engine.decode([ids[length]], [length], cache)
+        step = engine.decode([DecodeRow(0, ids[length], length)], cache)
         np.testing.assert_allclose(engine.logits(step)[0], expected[length], rtol=2e-4, atol=2e-4)
 
 
@@ -92,8 +93,8 @@ def test_small_weights_an_int8_cache_windows_and_slots(windowed_savedmodel):
         cache = engine.new_cache()
         rows = [engine.logits(engine.prefill(PROMPTS[3], cache, slot=1))[0]]
         for position in range(len(PROMPTS[3]), len(PROMPTS[3]) + 4):
-            step = engine.decode([0, position], [-1, position], cache)
-            rows.append(engine.logits(step)[1])
+            step = engine.decode([DecodeRow(1, position, position)], cache)
+            rows.append(engine.logits(step)[0])
         logits.append(np.array(rows))
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-3 * np.std(logits))
 
