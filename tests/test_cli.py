@@ -268,6 +268,23 @@ def test_the_model_s_own_lists_are_kept_beside_other_options(
             str(2**128),
             "seed must be an integer from 0 to 2^128 - 1, found 34028236692093846346337460743",
         ),
+        (
+            "--presence-penalty",
+            "2.5",
+            "presence_penalty must be a finite number between -2 and 2, found 2.5.",
+        ),
+        (
+            "--frequency-penalty",
+            "-3",
+            "frequency_penalty must be a finite number between -2 and 2, found -3.0.",
+        ),
+        ("--logit-bias", "5+101", "a bias of logit_bias must be a finite number between -100 and 100, found"),
+        ("--logit-bias", "320+1", "expected token ids of logit_bias from 0 to 319, found 320."),
+        (
+            "--stop-token-id",
+            "-1",
+            "a token id of stop_token_ids must be an integer from 0 to 2^63 - 1, found -1.",
+        ),
         ("--min-tokens", "-1", "min_tokens must be an integer from 0 to 2^63 - 1, found -1."),
     ],
 )
@@ -275,6 +292,39 @@ def test_numbers_out_of_range_are_refused(cli, tiny_artifact, option, value, tex
     result = cli("run", tiny_artifact, "--ids", PROMPT, option, value)
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"Sampling parameters: {text}" in result.stderr.replace("\n", " ")
+
+
+def test_biases_penalties_and_further_ends(record, tiny_artifact, tiny_model, answer):
+    from precast.loaders.generation.sampling_params import SamplingParams
+
+    first, second = answer.token_ids[:2]
+    options = ["--logit-bias", f"{first}-100", "--logit-bias", f"{second}+.5", "--bad-word", "cat"]
+    options += [
+        "--presence-penalty",
+        "1.5",
+        "--frequency-penalty",
+        "0.5",
+        "--stop-token-id",
+        answer.token_ids[9],
+    ]
+    params = SamplingParams(
+        logit_bias={first: -100, second: 0.5},
+        bad_words=["cat"],
+        presence_penalty=1.5,
+        frequency_penalty=0.5,
+        stop_token_ids=[answer.token_ids[9]],
+        ignore_eos=True,
+    )
+    expected = tiny_model.generate([7, 200, 31], params).token_ids
+    assert record(tiny_artifact, "--ids", PROMPT, "--ignore-eos", *options)["token_ids"] == list(expected)
+    assert first not in expected
+
+
+@pytest.mark.parametrize("value", ["5", "5+", "-5+1", "5+nan", "x+1", "5:1"])
+def test_a_malformed_bias_is_a_usage_error(cli, tiny_artifact, value):
+    result = cli("run", tiny_artifact, "--ids", PROMPT, "--logit-bias", value)
+    assert result.exit_code == 2
+    assert f"expected a token id and a signed number, such as 15043-1, found '{value}'." in result.stderr
 
 
 def test_min_tokens(record, artifact_copy, edit_manifest, answer):

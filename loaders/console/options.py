@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -11,6 +12,8 @@ from ..required_key import required_key
 from .run import LoadOptions, SamplingOptions
 
 Command = Callable[..., int]
+# The form of llama.cpp's --logit-bias.
+_BIAS = re.compile(r"([0-9]{1,18})([+-](?:[0-9]+\.?[0-9]*|\.[0-9]+))")
 
 
 def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -21,6 +24,19 @@ def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> 
         return tuple(int(part) for part in value.split(","))
     except ValueError:
         raise click.BadParameter(f"expected whole numbers separated by commas, found {value!r}.") from None
+
+
+def biases(_: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[int, float]:
+    """Parse token ids with a signed number each: 15043+1, 15043-0.5."""
+    found = {}
+    for text in value:
+        match = _BIAS.fullmatch(text)
+        if match is None:
+            raise click.BadParameter(
+                f"expected a token id and a signed number, such as 15043-1, found {text!r}."
+            )
+        found[int(match[1])] = float(match[2])
+    return found
 
 
 class Artifact(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has no type argument
@@ -86,10 +102,40 @@ _SAMPLING = (
     click.option(
         "--repetition-penalty", type=float, help="Make earlier tokens less likely, if this is above 1."
     ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        help="Make every token of the answer so far less likely, if this is above 0. From -2 to 2.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=float,
+        help="Make a token less likely for each time that the answer has it, if this is above 0. From -2 to 2.",
+    ),
+    click.option(
+        "--logit-bias",
+        multiple=True,
+        callback=biases,
+        help="Add to the logit of a token: 15043-1 adds -1 to that of token 15043. From -100 to 100. May be given"
+        " several times.",
+    ),
     click.option("--no-repeat-ngram-size", type=int, help="Never repeat a sequence of this many tokens."),
     click.option("--min-tokens", type=int, help="Generate at least this many tokens."),
     click.option("--seed", type=int, help="Seed for sampling; the same seed gives the same tokens."),
     click.option("--stop", multiple=True, help="Stop before this text. May be given several times."),
+    click.option(
+        "--stop-token-id",
+        "stop_token_ids",
+        multiple=True,
+        type=int,
+        help="Stop at this token. May be given several times.",
+    ),
+    click.option(
+        "--bad-word",
+        "bad_words",
+        multiple=True,
+        help="Never complete this word. May be given several times.",
+    ),
     click.option("--ignore-eos", is_flag=True, help="Continue past the end token, to the limit."),
 )
 _LOADING = (

@@ -63,15 +63,20 @@ class SamplingOptions(Frozen):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float]
     no_repeat_ngram_size: int | None
     min_tokens: int | None
     seed: int | None
     stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    bad_words: tuple[str, ...]
     ignore_eos: bool
 
     def given(self) -> Mapping[str, Any]:
         """Return the options that differ from the defaults."""
-        return {key: value for key, value in vars(self).items() if value not in (None, ())}
+        return {key: value for key, value in vars(self).items() if value not in (None, (), {})}
 
 
 def run(

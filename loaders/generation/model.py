@@ -1,7 +1,7 @@
 """A loaded artifact: it continues prompts and answers conversations."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -157,16 +157,17 @@ class Model:
         return "" if text is None else f"; leave out {text!r:.40}, for which the model has no embedding"
 
     def _new_stream(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
+        params = params.with_word_ids(partial(self.tokenizer.encode, add_special_tokens=False))
         limit = params.limit(len(prompt), self.engine.context - len(prompt))
         state = GenerationState()
-        ends: Set[int] = frozenset() if params.ignore_eos else self.eos_token_ids
+        ends = params.ends(self.eos_token_ids)
         decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
         text = pieces(partial(self._tokens, prompt, params, limit), decoder, stops, ends, state)
         return Stream(text, prompt, state)
 
     def _tokens(self, prompt: Sequence[int], params: SamplingParams, limit: int) -> Iterator[int]:
         """Yield at most `limit` generated ids."""
-        sampler = Sampler(params, prompt, self.engine.vocab, self.eos_token_ids)
+        sampler = Sampler(params, prompt, self.engine.vocab, self.eos_token_ids, self.tokenizer.token_text)
         # Each generation has its own cache, so that streams of one model are independent.
         cache = self.engine.new_cache()
         step = self.engine.prefill(prompt, cache)

@@ -1,7 +1,13 @@
 """Choose the next token from the logits with NumPy, reproducibly for a given seed.
 
-The filters and their order are those of transformers (repetition penalty, forbidden tokens, temperature, top-k,
-top-p, min-p), so settings mean the same in both.
+The order is that of transformers, so settings mean the same in both:
+
+1. logit_bias
+2. repetition_penalty
+3. frequency_penalty and presence_penalty
+4. forbidden tokens
+5. temperature
+6. top_k, top_p, min_p
 """
 
 from collections.abc import Iterable
@@ -14,15 +20,16 @@ from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from .forbidden import ForbiddenTokens
+    from .logprobs import TextOf, TokenLogprob
+    from .penalties import Penalties
 
 
-_LARGEST = float(np.finfo(np.float32).max)
 # Weights per block when drawing.
 _BLOCK = 512
 
 
 class Sampler:
-    """A sampler for one sequence. It records the tokens, for the penalty and for forbidden tokens.
+    """A sampler for one sequence. It records the tokens, for penalties and for forbidden tokens.
 
     It is not thread-safe.
 
@@ -31,31 +38,48 @@ class Sampler:
         prompt_ids: tokens of the prompt; ids of `vocab_size` and above are ignored, as in transformers, because the
             model never predicts them.
         vocab_size: V, the length of the logits.
-        end_ids: end-of-generation tokens, for min_tokens and min_length.
+        end_ids: the model's end-of-generation tokens, for min_tokens and min_length.
+        text_of: a function from a token to its text, for log-probabilities.
+
+    Attributes:
+        logprobs: the log-probabilities of the chosen tokens, if the parameters ask for them.
+
+    Raises:
+        PrecastError: logit_bias names a token outside the vocabulary, or a token of the prompt is negative.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Iterable[int], vocab_size: int, end_ids: Iterable[int] = ()
+        self,
+        params: SamplingParams,
+        prompt_ids: Iterable[int],
+        vocab_size: int,
+        end_ids: Iterable[int] = (),
+        text_of: "TextOf" = str,
     ) -> None:
+        self.logprobs: list[TokenLogprob] = []
         self._params = params
         self._vocab_size = vocab_size
-        self._seen: set[int] = set()
+        self._text_of = text_of
         self._rng = np.random.Generator(np.random.PCG64(params.seed))
         prompt = [_token(token) for token in prompt_ids]
-        self._forbidden = _forbidden(params, prompt, () if params.ignore_eos else end_ids)
-        self._seen.update(token for token in prompt if token < vocab_size)
+        self._forbidden = _forbidden(params, prompt, params.ends(end_ids))
+        self._penalties = _penalties(params, prompt, vocab_size)
 
     @property
     def is_greedy(self) -> bool:
         """True if sampling is a plain argmax, so that the program's own token can be used without the logits."""
-        params = self._params
-        return params.temperature == 0 and params.repetition_penalty == 1 and self._forbidden is None
+        return (
+            self._params.temperature == 0
+            and self._params.logprobs is None
+            and self._forbidden is None
+            and self._penalties is None
+        )
 
     def observe(self, token_id: int) -> None:
         """Record a token of the answer that `sample` did not choose."""
         token_id = _token(token_id)
-        if token_id < self._vocab_size:
-            self._seen.add(token_id)
+        if self._penalties is not None:
+            self._penalties.observe(token_id)
         if self._forbidden is not None:
             self._forbidden.observe(token_id)
 
@@ -68,43 +92,48 @@ class Sampler:
         Raises:
             PrecastError: the shape is not [V], the logits contain NaN or +inf, or no token is left to choose.
         """
-        scores = self._allowed(self._penalised(_checked(logits, self._vocab_size)))
+        logits = _checked(logits, self._vocab_size)
+        scores = self._adjusted(logits)
         if self._params.temperature == 0:
             token_id = int(np.argmax(scores))
         else:
             ids, weights = kept_weights(scores, self._params)
             index = _draw(weights, self._rng.random())
             token_id = index if ids is None else int(ids[index])
+        if self._params.logprobs is not None:
+            # A lazy import, because few requests ask for log-probabilities.
+            from .logprobs import token_logprob
+
+            self.logprobs.append(token_logprob(logits, token_id, self._params.logprobs, self._text_of))
         self.observe(token_id)
         return token_id
 
-    def _penalised(self, scores: np.ndarray) -> np.ndarray:
-        penalty = np.float32(self._params.repetition_penalty)
-        if penalty == 1 or not self._seen:
-            return scores
-        seen = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
-        old = scores[seen]
-        scores = scores.copy()
-        with np.errstate(over="ignore", under="ignore"):
-            new = np.where(old < 0, old * penalty, old / penalty)
-        # Keep finite logits finite, because an infinite one would be forbidden rather than penalised.
-        scores[seen] = np.where(np.isneginf(old), old, np.clip(new, -_LARGEST, _LARGEST))
+    def _adjusted(self, logits: np.ndarray) -> np.ndarray:
+        """Return the logits after bias, penalties and forbidden tokens, without a change to the argument."""
+        tokens = () if self._forbidden is None else self._forbidden.tokens()
+        forbidden = [token for token in tokens if token < self._vocab_size]
+        if self._penalties is None and not forbidden:
+            return logits
+        scores = logits.copy()
+        if self._penalties is not None:
+            self._penalties.apply(scores)
+        if forbidden:
+            scores[forbidden] = -np.inf
+            if np.isneginf(scores.max()):
+                raise PrecastError(
+                    "Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to"
+                    " choose; relax one of them."
+                )
         return scores
 
-    def _allowed(self, scores: np.ndarray) -> np.ndarray:
-        if self._forbidden is None:
-            return scores
-        forbidden = [token for token in self._forbidden.tokens() if token < self._vocab_size]
-        if not forbidden:
-            return scores
-        scores = scores.copy()
-        scores[forbidden] = -np.inf
-        if np.isneginf(scores.max()):
-            raise PrecastError(
-                "Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to"
-                " choose; relax one of them."
-            )
-        return scores
+
+def _penalties(params: SamplingParams, prompt: list[int], vocab_size: int) -> "Penalties | None":
+    if not params.is_penalised:
+        return None
+    # A lazy import, because few models have penalties.
+    from .penalties import Penalties
+
+    return Penalties(params, prompt, vocab_size)
 
 
 def _forbidden(params: SamplingParams, prompt: list[int], end_ids: Iterable[int]) -> "ForbiddenTokens | None":

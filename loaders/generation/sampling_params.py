@@ -1,7 +1,8 @@
 """The parameters of generation, checked on construction."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,12 @@ class SamplingParams(Frozen):
     """Drop tokens less likely than this fraction of the most likely one; 0 is off."""
     repetition_penalty: float = 1.0
     """Make tokens of the prompt and the answer less likely (CTRL, arXiv:1909.05858); 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtract this from the logit of every token of the answer, as OpenAI does: -2 to 2, 0 is off."""
+    frequency_penalty: float = 0.0
+    """Subtract this from a token's logit once for each time that the answer has it: -2 to 2, 0 is off."""
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    """Numbers from -100 to 100 to add to logits, by token id; stored as pairs in ascending order of id."""
     no_repeat_ngram_size: int = 0
     """Forbid sequences of this many tokens that occurred before in the prompt or the answer; 0 is off."""
     suppress_tokens: tuple[int, ...] = ()
@@ -46,12 +53,22 @@ class SamplingParams(Frozen):
     """Tokens that may not start the answer."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """Token sequences that are never completed. A single end-of-generation token is not forbidden."""
+    bad_words: tuple[str, ...] = ()
+    """Words that are never completed, as bad_words_ids: as tokens of the word, and of the word after a space."""
     seed: int | None = None
     """Seed of the random numbers; None uses fresh entropy."""
     stop: tuple[str, ...] = ()
     """Strings that end generation; they are not part of the answer."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end generation besides the model's own end-of-generation tokens, also with ignore_eos."""
     ignore_eos: bool = False
     """Continue after an end-of-generation token."""
+    logprobs: int | None = None
+    """Return the log-probability of each token of the answer, and of this many of the likeliest tokens in its place."""
+    prompt_logprobs: int | None = None
+    """Return the same for the tokens of the prompt, which is then read without a prefix."""
+    echo: bool = False
+    """Begin the text with the prompt."""
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
 
@@ -64,18 +81,21 @@ class SamplingParams(Frozen):
         for name, low in _WHOLE.items():
             if checked[name] is not None or name not in _OPTIONAL:
                 checked[name] = _integer(name, checked[name], low=low)
-        for name, high in _REAL.items():
-            checked[name] = _real(name, checked[name], high=high)
+        for name, (smallest, largest) in _REAL.items():
+            checked[name] = _real(name, checked[name], low=smallest, high=largest)
         if self.repetition_penalty == 0:
             raise PrecastError("Sampling parameters: repetition_penalty must be greater than 0, found 0.")
-        if not isinstance(self.ignore_eos, bool):
-            raise PrecastError(
-                f"Sampling parameters: ignore_eos must be true or false, found {self.ignore_eos!r:.60}."
-            )
-        for name in ("suppress_tokens", "begin_suppress_tokens"):
+        for name in ("ignore_eos", "echo"):
+            if not isinstance(checked[name], bool):
+                raise PrecastError(
+                    f"Sampling parameters: {name} must be true or false, found {checked[name]!r:.60}."
+                )
+        for name in ("suppress_tokens", "begin_suppress_tokens", "stop_token_ids"):
             checked[name] = _token_ids(name, checked[name])
         checked["bad_words_ids"] = _sequences("bad_words_ids", checked["bad_words_ids"])
-        checked["stop"] = _checked_stop(self.stop)
+        checked["logit_bias"] = _biases(self.logit_bias)
+        for name in ("stop", "bad_words"):
+            checked[name] = _texts(name, checked[name])
 
     @property
     def is_constrained(self) -> bool:
@@ -88,6 +108,41 @@ class SamplingParams(Frozen):
             or self.begin_suppress_tokens
             or self.bad_words_ids
         )
+
+    @property
+    def is_penalised(self) -> bool:
+        """True if any parameter may add to logits, or multiply them, before the temperature."""
+        return bool(
+            self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        )
+
+    def ends(self, eos_ids: Iterable[int]) -> frozenset[int]:
+        """Return the tokens that end the answer, given the model's end-of-generation tokens."""
+        return frozenset((*(() if self.ignore_eos else eos_ids), *self.stop_token_ids))
+
+    def with_word_ids(self, encode: Callable[[str], Sequence[int]]) -> "SamplingParams":
+        """Return the parameters with the tokens of `bad_words` among `bad_words_ids`.
+
+        A word is forbidden as it is tokenised at the start of a text and after a space, as in vLLM. Other
+        tokenisations of the word stay possible, as in vLLM and transformers.
+
+        Args:
+            encode: a function from a text to its token ids, without special tokens.
+        """
+        if not self.bad_words:
+            return self
+        spellings = [text for word in self.bad_words for text in (word.lstrip(), " " + word.lstrip())]
+        found = {ids: None for text in spellings if (ids := tuple(encode(text)))}
+        return replace(self, bad_words=(), bad_words_ids=(*self.bad_words_ids, *found))
+
+    def for_answers(self, count: int) -> "list[SamplingParams]":
+        """Return the parameters of each of several answers to one prompt: the first has this seed, the next seed + 1.
+
+        These are the seeds of vLLM's `n`. Without a seed every answer uses fresh entropy.
+        """
+        if self.seed is None:
+            return [self] * count
+        return [replace(self, seed=(self.seed + i) % (1 << 128)) for i in range(count)]
 
     def limit(self, prompt_tokens: int, room: int) -> int:
         """Return the maximum number of tokens to generate after a prompt.
@@ -111,7 +166,7 @@ class SamplingParams(Frozen):
         return min(self.max_length - prompt_tokens, room)
 
 
-# Minimum of each whole number, and maximum of each real one. Integers go up to 2^63 - 1, as in a manifest, except the
+# Minimum of each whole number, and range of each real one. Integers go up to 2^63 - 1, as in a manifest, except the
 # seed: a generator's state has 128 bits.
 _WHOLE = {
     "max_tokens": 1,
@@ -121,9 +176,19 @@ _WHOLE = {
     "top_k": 0,
     "no_repeat_ngram_size": 0,
     "seed": 0,
+    "logprobs": 0,
+    "prompt_logprobs": 0,
 }
-_OPTIONAL = ("max_tokens", "max_length", "seed")
-_REAL = {"temperature": math.inf, "top_p": 1.0, "min_p": 1.0, "repetition_penalty": math.inf}
+_OPTIONAL = ("max_tokens", "max_length", "seed", "logprobs", "prompt_logprobs")
+_REAL = {
+    "temperature": (0.0, math.inf),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, math.inf),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+}
+_BIAS = (-100.0, 100.0)
 _SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
@@ -150,17 +215,40 @@ def _integer(name: str, value: Any, *, low: int) -> int:
     return int(value)
 
 
-def _real(name: str, value: Any, *, high: float) -> float:
+def _real(name: str, value: Any, *, low: float, high: float) -> float:
     """Return a number within the range of float32, the type of the logits."""
     known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     value = value.item() if isinstance(value, np.generic) else value
     # Compare before converting: an int may exceed the range of a float.
-    if known and (value == 0 or _SMALLEST <= value <= min(high, _LARGEST)):
+    if known and (value == 0 or (low <= value <= min(high, _LARGEST) and abs(value) >= _SMALLEST)):
         return float(value)
-    wanted = "at least 0" if math.isinf(high) else f"between 0 and {high:g}"
-    if known and 0 < value <= high and value < math.inf:
+    wanted = "at least 0" if math.isinf(high) else f"between {low:g} and {high:g}"
+    if known and low <= value <= high and value < math.inf:
         wanted += f" that float32 holds, which is 0 or from {_SMALLEST:.2g} to {_LARGEST:.2g}"
     raise PrecastError(f"Sampling parameters: {name} must be a finite number {wanted}, found {value!r:.60}.")
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """Return pairs of token id and bias in ascending order of id; ids in JSON are texts."""
+    pairs = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, (tuple, list)) or not all(
+        isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs
+    ):
+        raise PrecastError(
+            f"Sampling parameters: logit_bias must map token ids to numbers, found {value!r:.60}."
+        )
+    low, high = _BIAS
+    biases = {
+        _integer("a token id of logit_bias", int(token) if _is_decimal(token) else token, low=0): _real(
+            "a bias of logit_bias", bias, low=low, high=high
+        )
+        for token, bias in pairs
+    }
+    return tuple(sorted(biases.items()))
+
+
+def _is_decimal(token: Any) -> bool:
+    return isinstance(token, str) and len(token) < 20 and token.isascii() and token.isdigit()
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
@@ -179,9 +267,9 @@ def _sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(_token_ids(name, item) for item in value)
 
 
-def _checked_stop(stop: Any) -> tuple[str, ...]:
-    if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) and text for text in value):
         raise PrecastError(
-            f"Sampling parameters: stop must be a list of non-empty strings, found {stop!r:.60}."
+            f"Sampling parameters: {name} must be a list of non-empty strings, found {value!r:.60}."
         )
-    return tuple(stop)
+    return tuple(value)

@@ -8,7 +8,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,27 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """Return the spelling of a token, or None if no token has the id."""
         return self._library.id_to_token(token_id) if 0 <= token_id <= self.largest_id else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token adds to a text, special tokens included; none for an id without a token.
+
+        The bytes of an answer's tokens, joined, are the answer in UTF-8, except at the start of a text, where some
+        tokenizers drop a space.
+        """
+        token = self.token(token_id)
+        if not token:
+            return b""
+        if self._is_byte_level:
+            return _byte_level_bytes(token, _byte_alphabet())
+        if "ByteFallback" in self._decoder_kinds and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        # A token after itself is not at the start of a text.
+        once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
+        return twice[len(once) :].encode()
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of `token_bytes`, with U+FFFD in place of an incomplete character."""
+        return self.token_bytes(token_id).decode(errors="replace")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
@@ -310,11 +331,7 @@ class _ByteLevelStream(TextStream):
         return self._utf8.decode(b"", final=True)
 
     def _push(self, token_id: int, token: str) -> str:
-        try:
-            data = bytes([self._bytes_of[char] for char in token])
-        except KeyError:  # an added token, which is plain text
-            data = token.encode()
-        return self._utf8.decode(data)
+        return self._utf8.decode(_byte_level_bytes(token, self._bytes_of))
 
 
 class _PieceStream(TextStream):
@@ -376,6 +393,15 @@ class _PieceStream(TextStream):
         self._context = [*self._context[-1:], piece]
 
 
+def _byte_level_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
+    """Return the bytes of a token of GPT-2's byte-level tokenizers."""
+    try:
+        return bytes([alphabet[char] for char in token])
+    except KeyError:  # an added token, which is plain text
+        return token.encode()
+
+
+@cache
 def _byte_alphabet() -> dict[str, int]:
     """Return the byte for each character of GPT-2's alphabet (Radford et al., 2019: `bytes_to_unicode`, inverted).
 

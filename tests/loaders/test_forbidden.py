@@ -62,7 +62,7 @@ def forbidden(params: SamplingParams, prompt: list[int], answer: list[int], ends
     sampler = Sampler(params, prompt, V, ends)
     for token in answer:
         sampler.observe(token)
-    scores, refused = attempt(lambda: sampler._allowed(np.zeros(V, np.float32)))
+    scores, refused = attempt(lambda: sampler._adjusted(np.zeros(V, np.float32)))
     assert refused in (None, NONE_LEFT)
     return set(range(V)) if refused else set(np.flatnonzero(np.isneginf(scores)).tolist())
 
@@ -166,6 +166,8 @@ ANY = st.fixed_dictionaries(
     {},
     optional={
         **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), NUMBERS),
+        **dict.fromkeys(("presence_penalty", "frequency_penalty"), NUMBERS),
+        "logit_bias": st.dictionaries(st.integers(-1, V - 1), NUMBERS, max_size=3),
         **dict.fromkeys(("max_tokens", "max_length", "min_tokens", "min_length", "seed"), MIXED),
         **dict.fromkeys(("top_k", "no_repeat_ngram_size"), MIXED),
         **dict.fromkeys(
@@ -191,6 +193,9 @@ EXTREMES = st.fixed_dictionaries(
         **dict.fromkeys(("top_p", "min_p"), st.sampled_from([0, 1.2e-38, 0.5, 0.9999999, 1])),
         **dict.fromkeys(("top_k", "no_repeat_ngram_size", "min_tokens", "min_length"), LARGEST),
         "seed": st.sampled_from([0, 2**64, 2**128 - 1]),
+        "logprobs": st.sampled_from([0, 3, 2**63 - 1]),
+        **dict.fromkeys(("presence_penalty", "frequency_penalty"), st.sampled_from([-2, -1.2e-38, 2])),
+        "logit_bias": st.dictionaries(TOKEN, st.sampled_from([-100, 0.1, 100]), max_size=3),
         "suppress_tokens": st.lists(LARGEST, max_size=3),
         "bad_words_ids": st.lists(st.lists(LARGEST, min_size=1, max_size=3), max_size=3),
     },

@@ -88,6 +88,24 @@ def test_any_of_several_end_tokens_ends_a_generation(tiny_model, free):
     assert (found.token_ids, found.finish_reason) == (free.token_ids[: cut + 1], "stop")
 
 
+def test_a_stop_token_ends_a_generation(tiny_model, free):
+    stop = free.token_ids[3]
+    cut = free.token_ids.index(stop)
+    found = tiny_model.generate(PROMPT, dataclasses.replace(FREE, stop_token_ids=[VOCAB - 1, stop]))
+    assert (found.token_ids, found.finish_reason) == (free.token_ids[: cut + 1], "stop")
+    assert found.text == tiny_model.tokenizer.decode(free.token_ids[:cut])
+
+
+def test_bad_words_never_occur(tiny_model, free):
+    word = next(w for w in map(tiny_model.tokenizer.token_text, free.token_ids) if w.isascii() and w.strip())
+    found = tiny_model.generate(PROMPT, dataclasses.replace(FREE, bad_words=[word.strip()]))
+    banned = {tuple(tiny_model.tokenizer.encode(text)) for text in (word.strip(), " " + word.strip())}
+    assert found.token_ids != free.token_ids
+    for ids in banned:
+        places = range(len(found.token_ids) - len(ids) + 1)
+        assert all(found.token_ids[i : i + len(ids)] != ids for i in places)
+
+
 def test_an_end_token_as_the_first_token_gives_no_text(tiny_model, free):
     found = with_manifest(tiny_model, eos=free.token_ids[:1]).generate(PROMPT, SamplingParams())
     assert (found.text, found.token_ids, found.finish_reason) == ("", free.token_ids[:1], "stop")

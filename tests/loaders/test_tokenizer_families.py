@@ -216,6 +216,26 @@ def test_decode_inverts_encode(name, family, text):
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(max_size=20).filter(lambda text: "▁" not in text and not text.startswith(" ")))
+def test_the_bytes_of_tokens_are_the_text(name, family, text):
+    tokenizer = family(name)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    joined = b"".join(tokenizer.token_bytes(token_id) for token_id in ids).decode()
+    # Only the first token of a text loses a space.
+    assert joined.removeprefix(" ") == text
+    assert all(tokenizer.token_text(token_id) for token_id in ids)
+
+
+@EVERY
+def test_the_bytes_of_special_and_missing_tokens(name, family):
+    tokenizer = family(name)
+    assert tokenizer.token_bytes(tokenizer.largest_id + 1) == b""
+    (user,) = ids_of(tokenizer, "<|user|>")
+    assert tokenizer.token_text(user).strip() == "<|user|>"
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
 def test_a_character_of_several_tokens_is_shown_when_it_is_whole(name, family):
     tokenizer = family(name)
     ids = tokenizer.encode("the 😀 cat", add_special_tokens=False)

@@ -1,0 +1,85 @@
+"""Log-probabilities of tokens.
+
+They are the model's own: the natural logarithm of the softmax of its logits, before logit_bias, penalties, forbidden
+tokens, constraints and temperature. vLLM (`logprobs_mode="raw_logprobs"`) and llama.cpp (`post_sampling_probs=false`)
+return the same by default.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+TextOf = Callable[[int], str]
+
+
+class TokenLogprob(NamedTuple):
+    """A token and its log-probability.
+
+    Attributes:
+        token_id: the token.
+        text: its text; U+FFFD stands for the bytes of an incomplete character.
+        logprob: its log-probability, a natural logarithm; -inf for a token of probability 0.
+        top: the likeliest tokens in its place, most likely first, those of equal probability by ascending id.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
+class PromptLogprobs:
+    """The log-probabilities of a prompt's tokens, collected while the prompt is read.
+
+    Args:
+        prompt: tokens of the prompt.
+        top: number of the likeliest tokens for each place.
+        text_of: a function from a token to its text.
+    """
+
+    def __init__(self, prompt: Sequence[int], top: int, text_of: TextOf) -> None:
+        self._prompt, self._top, self._text_of = prompt, top, text_of
+        self._found: list[TokenLogprob | None] = [None]
+
+    def add(self, logits: np.ndarray) -> None:
+        """Take the logits after each of the next R tokens, float32 [R, V]; those after the last token are ignored."""
+        for row in logits[: len(self._prompt) - len(self._found)]:
+            token = self._prompt[len(self._found)]
+            self._found.append(token_logprob(row, token, self._top, self._text_of))
+
+    def result(self) -> tuple[TokenLogprob | None, ...]:
+        """Return one record for each token read so far; None for the first, which the model does not predict."""
+        return tuple(self._found)
+
+
+def token_logprob(logits: np.ndarray, token_id: int, top: int, text_of: TextOf) -> TokenLogprob:
+    """Return the log-probability of a token, and of the likeliest tokens.
+
+    Args:
+        logits: float32 [V]; at least one finite, none NaN or +inf.
+        token_id: the token, below V.
+        top: number of the likeliest tokens; 0 for none.
+        text_of: a function from a token to its text.
+    """
+    largest = logits.max()
+    with np.errstate(over="ignore", under="ignore"):  # -inf and then 0 are the right limits
+        # Sum in float64: in float32 the sum of 150,000 terms loses the last digits.
+        total = float(np.exp(logits - largest).sum(dtype=np.float64))
+    base = float(largest) + float(np.log(total))
+
+    def record(token: int, tops: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
+        # Rounding may lift a certain token above probability 1.
+        return TokenLogprob(token, text_of(token), min(float(logits[token]) - base, 0.0), tops)
+
+    return record(token_id, tuple(record(int(token)) for token in _largest_ids(logits, top)))
+
+
+def _largest_ids(logits: np.ndarray, count: int) -> np.ndarray:
+    """Return the ids of the `count` largest logits in descending order, those of equal logits by ascending id."""
+    count = min(count, logits.size)
+    if count == 0:
+        return np.empty(0, np.int64)
+    place = logits.size - count
+    ids = np.flatnonzero(logits >= np.partition(logits, place)[place])
+    return ids[np.argsort(-logits[ids], kind="stable")][:count]
