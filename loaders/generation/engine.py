@@ -15,6 +15,7 @@ from ..artifact.frozen import Frozen
 from ..artifact.manifest import Manifest, Program, Target, Value
 from ..artifact.weights import numpy_dtype
 from ..runtime.interface import Buffer, Client, Executable
+from .kv_state import slot_view
 
 
 class DecodeRow(NamedTuple):
@@ -167,6 +168,7 @@ class Engine:
         bound = {p.name: _bind(p, executables[p.name], client, constants) for p in target.programs}
         self._cache = bound[target.of_kind("cache")[0].name]
         self._decode = bound[target.of_kind("decode")[0].name]
+        self._arrays = [(array, layouts[array.name]) for array in manifest.cache]
         prefills = sorted(target.of_kind("prefill"), key=lambda p: p.tokens)
         self._prefills = [(p.tokens, bound[p.name]) for p in prefills]
         self.buckets = tuple(p.tokens for p in prefills)
@@ -177,6 +179,25 @@ class Engine:
         cache = KVCache(buffers={})
         self._cache({}, cache)
         return cache
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """The window of each array of the KV cache; 0 for none."""
+        return {array.name: array.window for array, _ in self._arrays}
+
+    def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
+        """Return writable views of a slot's keys and values, by array, valid until the next call of a program.
+
+        The views are bit patterns [L, K, S, H] or [L, K, S], as in `kv_state`. None if the host cannot reach the
+        device's memory.
+        """
+        views = {}
+        for array, layout in self._arrays:
+            memory = self._client.view(cache.buffers[array.name])
+            if memory is None:
+                return None
+            views[array.name] = slot_view(memory, array, layout, slot)
+        return views
 
     def prefill(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex = 0, slot: SupportsIndex = 0

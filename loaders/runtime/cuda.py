@@ -122,6 +122,9 @@ class Client(pjrt.Client):
         array = np.zeros(shape, dtype)
         return array, cast(Buffer, array)
 
+    def view(self, buffer: Buffer) -> np.ndarray | None:
+        """Return None: the GPU has memory of its own."""
+
     def get(self, buffer: Buffer) -> np.ndarray:
         """Wait for a buffer, and copy it to the host.
 

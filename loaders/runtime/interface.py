@@ -47,5 +47,11 @@ class Client(Protocol):
     def get(self, buffer: Buffer) -> np.ndarray:
         """Return a buffer's contents, read-only, valid until a call consumes the buffer."""
 
+    def view(self, buffer: Buffer) -> np.ndarray | None:
+        """Return the writable memory of a buffer, uint8 [bytes], valid until a call consumes the buffer.
+
+        None if the host cannot reach the memory.
+        """
+
     def free(self, buffers: Iterable[Buffer]) -> None:
         """Release buffers from `put` that no call will use again, and the arrays whose memory they share."""

@@ -4,6 +4,7 @@ All private functions of jaxlib that the loader calls are in this file, or in `c
 new jaxlib requires changes nowhere else. The tests run on each supported jaxlib.
 """
 
+import ctypes
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -203,6 +204,12 @@ class Client:
         """
         array = aligned_zeros(shape, dtype)
         return array, self.put(array)
+
+    def view(self, buffer: Buffer) -> np.ndarray | None:
+        """Return the writable memory of a buffer, uint8 [bytes], valid until a call consumes the buffer."""
+        # Without a reference to the buffer, which would keep a call from consuming it.
+        memory = (ctypes.c_uint8 * size_of(buffer)).from_address(cast(Any, buffer).unsafe_buffer_pointer())
+        return np.ctypeslib.as_array(memory)
 
     def get(self, buffer: Buffer) -> np.ndarray:
         """Return a read-only view of a buffer, valid until a call consumes the buffer. It rejects bfloat16."""

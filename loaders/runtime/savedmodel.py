@@ -78,6 +78,9 @@ class Client:
         array = np.zeros(shape, dtype)
         return array, cast(Buffer, array)
 
+    def view(self, buffer: Buffer) -> np.ndarray | None:
+        """Return None: TensorFlow's tensors are immutable."""
+
     def get(self, buffer: Buffer) -> np.ndarray:
         return np.asarray(cast(Any, buffer))
 

@@ -1,0 +1,331 @@
+"""Keys and values of prompts already read, in a radix tree over token ids: a prompt starts after its longest prefix.
+
+The tree holds copies of the KV cache's arrays by segments of tokens, and is bounded in bytes: the least recently used
+leaf goes first. Segments whose arrays are mapped from files are pinned, and take no memory of their own.
+
+An array with a window is a ring in the cache. A prompt can start at a position only if the window before that position
+is in the tree, which an array's `Span` in each segment tells.
+
+RadixAttention is by Zheng et al., SGLang (https://arxiv.org/abs/2312.07104).
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from threading import Lock
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from . import kv_state
+from .engine import KVCache
+from .kv_state import Span
+
+# Without another bound, an eighth of the memory that is available when the first prompt ends, but at most this.
+MAX_DEFAULT_BYTES = 512 << 20
+_DEFAULT_SHARE = 8
+
+
+class SlotEngine(Protocol):
+    """The part of an engine that the tree needs."""
+
+    @property
+    def windows(self) -> Mapping[str, int]:
+        """The window of each array of the KV cache; 0 for none."""
+
+    def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
+        """Return a slot's arrays."""
+
+
+class Match(NamedTuple):
+    """The longest known prefix of a prompt.
+
+    Attributes:
+        length: number of tokens.
+        spans: keys and values of these tokens, with the names of their arrays.
+    """
+
+    length: int
+    spans: tuple[tuple[str, Span], ...]
+
+
+class _Node:
+    """A segment of tokens at some position, after the segments of its parents.
+
+    Attributes:
+        tokens: the segment, int32 [n].
+        start: position of its first token.
+        spans: keys and values by array. A span ends where the segment ends; in an array with a window it may start
+            later than the segment, and be empty.
+        children: the segments after this one, by their first token.
+        parent: the segment before this one; None for the root.
+        pinned: True for a segment that stays.
+    """
+
+    __slots__ = ("children", "parent", "pinned", "spans", "start", "tokens")
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        start: int,
+        spans: Mapping[str, Span],
+        parent: "_Node | None",
+        *,
+        pinned: bool,
+    ) -> None:
+        self.tokens, self.start, self.spans, self.pinned = tokens, start, spans, pinned
+        self.children: dict[int, _Node] = {}
+        self.parent = parent
+        if parent is not None:
+            parent.children[int(tokens[0])] = self
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.tokens)
+
+    @property
+    def bytes(self) -> int:
+        """The memory that the node takes."""
+        return 0 if self.pinned else sum(span.array.nbytes for span in self.spans.values())
+
+
+class PrefixTree:
+    """The prefixes that a model knows, for one target.
+
+    Threads may share it.
+
+    Args:
+        engine: the engine whose KV caches are read and written.
+        limit: the most memory for segments that are not pinned, in bytes; 0 keeps none. None chooses it when the first
+            prompt ends.
+    """
+
+    def __init__(self, engine: SlotEngine, limit: int | None = None) -> None:
+        self._engine, self._limit = engine, limit
+        self._rings = {name: window for name, window in engine.windows.items() if window}
+        self._root = _Node(np.empty(0, np.int32), 0, {}, None, pinned=True)
+        # Segments that are not pinned, least recently used first. A parent is used whenever its child is, and is marked
+        # so after it: the first segment is always a leaf.
+        self._recent: OrderedDict[_Node, None] = OrderedDict()
+        self._bytes = 0
+        self._lock = Lock()
+
+    @property
+    def bytes(self) -> int:
+        """The memory that the tree takes, in bytes, without mapped files."""
+        return self._bytes
+
+    def match(self, tokens: Sequence[int]) -> Match:
+        """Return the longest known prefix of some tokens."""
+        with self._lock:
+            path = self._walk(np.asarray(tokens, np.int32))
+            length = self._possible_cut(path, sum(count for _, count in path))
+            return Match(length, tuple(self._needed(path, length)))
+
+    def restore(self, tokens: Sequence[int], cache: KVCache, slot: int) -> int:
+        """Write keys and values of the longest known prefix to the first positions of a slot; return its length.
+
+        Args:
+            tokens: a prompt without its last token, whose logits must be computed.
+            cache: the KV cache.
+            slot: the slot.
+        """
+        match = self.match(tokens)
+        if match.length:
+            kv_state.write(self._views(cache, slot), match.spans)
+        return match.length
+
+    def capture(self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int) -> None:
+        """Keep keys and values of a slot that are not in the tree yet.
+
+        Args:
+            tokens: the tokens whose keys and values the slot's first positions hold.
+            cache: the KV cache.
+            slot: the slot.
+            restored: the result of `restore` for this sequence. Arrays with a window have the window before that
+                position, and later positions.
+        """
+        if self._bound() == 0:
+            return
+        ids, stop = np.asarray(tokens, np.int32), len(tokens)
+        with self._lock:
+            path = self._walk(ids)
+            known = sum(count for _, count in path)
+            if known >= stop:
+                return
+            parent = self._end(path)
+            views = self._views(cache, slot)
+            starts = {}
+            for name, view in views.items():
+                window = self._rings.get(name, 0)
+                intact = max(restored - window + 1, stop - view.shape[2]) if window else 0
+                starts[name] = min(max(known, intact), stop)
+            if kv_state.size(views, starts, stop) <= self._bound():
+                spans = kv_state.read(views, starts, stop)
+                self._add(_Node(ids[known:], known, spans, parent, pinned=False))
+                self._evict()
+
+    def pin(self, tokens: Sequence[int], spans: Mapping[str, Span]) -> None:
+        """Add a prefix that stays.
+
+        Args:
+            tokens: the prefix.
+            spans: its keys and values by array, which end after the last token. Arrays with a window need only the
+                window before that position.
+        """
+        ids = np.asarray(tokens, np.int32)
+        with self._lock:
+            path = self._walk(ids)
+            parent = self._end(path)
+            for node, _ in path[:-1]:
+                self._pin(node, spans)
+            if parent is not self._root:
+                self._pin(parent, spans)
+            known = parent.stop
+            if known < len(ids):
+                parts = {name: span.part(known, len(ids)) for name, span in spans.items()}
+                _Node(ids[known:], known, parts, parent, pinned=True)
+
+    # --- the tree -----------------------------------------------------------------------------------------------
+
+    def _walk(self, ids: np.ndarray) -> list[tuple[_Node, int]]:
+        """Return the segments that some tokens pass through, each with its number of equal tokens; mark them used."""
+        node, at, path = self._root, 0, list[tuple[_Node, int]]()
+        while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
+            count = _common(child.tokens, ids[at:])
+            path.append((child, count))
+            at += count
+            if count < len(child.tokens):
+                break
+            node = child
+        for used, _ in reversed(path):
+            if not used.pinned:
+                self._recent.move_to_end(used)
+        return path
+
+    def _end(self, path: Sequence[tuple[_Node, int]]) -> _Node:
+        """Return the node that ends where a path ends, after splitting the path's last segment if necessary."""
+        if not path:
+            return self._root
+        node, count = path[-1]
+        return node if count == len(node.tokens) else self._split(node, count)
+
+    def _split(self, node: _Node, count: int) -> _Node:
+        """Split a segment, and return a new node for its first `count` tokens, the parent of the rest."""
+        assert node.parent is not None
+        cut = node.start + count
+        # A mapped array stays whole. Of an array in memory the parts are copies, so that each can be freed.
+        copied = _same if node.pinned else _copied
+        upper = {name: copied(span.part(span.start, cut)) for name, span in node.spans.items()}
+        lower = {name: copied(span.part(cut, span.stop)) for name, span in node.spans.items()}
+        first = _Node(node.tokens[:count], node.start, upper, node.parent, pinned=node.pinned)
+        if not node.pinned:
+            self._recent[first] = None
+        node.tokens, node.start, node.spans, node.parent = node.tokens[count:], cut, lower, first
+        first.children[int(node.tokens[0])] = node
+        return first
+
+    def _pin(self, node: _Node, spans: Mapping[str, Span]) -> None:
+        """Pin a segment, with arrays of a pinned prefix in place of its own where they have all that its own have."""
+        self._forget(node)
+        given = {name: spans[name].part(node.start, node.stop) for name in node.spans}
+        node.spans = {
+            name: given[name] if given[name].start <= own.start else own for name, own in node.spans.items()
+        }
+        node.pinned = True
+
+    def _add(self, node: _Node) -> None:
+        self._recent[node] = None
+        self._bytes += node.bytes
+        # The node's parents are used as recently as the node.
+        parent = node.parent
+        while parent is not None:
+            if not parent.pinned:
+                self._recent.move_to_end(parent)
+            parent = parent.parent
+
+    def _forget(self, node: _Node) -> None:
+        if not node.pinned:
+            self._bytes -= node.bytes
+            del self._recent[node]
+
+    def _evict(self) -> None:
+        while self._bytes > self._bound():
+            leaf = next(iter(self._recent))
+            assert leaf.parent is not None
+            self._forget(leaf)
+            del leaf.parent.children[int(leaf.tokens[0])]
+
+    def _bound(self) -> int:
+        if self._limit is None:
+            self._limit = default_limit()
+        return self._limit
+
+    def _views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray]:
+        views = self._engine.slot_views(cache, slot)
+        assert views is not None  # the model makes a tree only for targets whose memory the host can reach
+        return views
+
+    # --- arrays with a window -----------------------------------------------------------------------------------
+
+    def _possible_cut(self, path: Sequence[tuple[_Node, int]], length: int) -> int:
+        """Return the last position, at most `length`, with the window before it in the tree for every array."""
+        known = {name: list(_runs(path, name)) for name in self._rings}
+        while length:
+            lower = min((_last_cut(known[n], w, length) for n, w in self._rings.items()), default=length)
+            if lower == length:
+                break
+            length = lower
+        return length
+
+    def _needed(self, path: Sequence[tuple[_Node, int]], length: int) -> Iterator[tuple[str, Span]]:
+        """Yield the spans that a slot needs to continue at a position."""
+        for node, _ in path:
+            for name, span in node.spans.items():
+                window = self._rings.get(name, 0)
+                part = span.part(max(0, length - window) if window else 0, length)
+                if len(part.array[0, 0]):
+                    yield name, part
+
+
+def default_limit() -> int:
+    """Return the default bound of a model's prefixes: 512 MiB, or an eighth of the memory available if that is less."""
+    from ..runtime.resources import memory  # reads files that a short answer does without
+
+    available = memory().available
+    return MAX_DEFAULT_BYTES if available is None else min(MAX_DEFAULT_BYTES, available // _DEFAULT_SHARE)
+
+
+def _same(span: Span) -> Span:
+    return span
+
+
+def _copied(span: Span) -> Span:
+    return Span(span.start, span.array.copy())
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """Return the length of the common beginning of two arrays."""
+    size = min(len(one), len(other))
+    differ = one[:size] != other[:size]
+    return int(differ.argmax()) if differ.any() else size
+
+
+def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, int]]:
+    """Yield the runs of consecutive positions of an array on a path, as start and stop, in order."""
+    begin = end = 0
+    for node, count in path:
+        start, stop = node.spans[name].start, node.start + count
+        if start > end:
+            yield begin, end
+            begin = start
+        end = max(stop, begin)
+    yield begin, end
+
+
+def _last_cut(runs: Sequence[tuple[int, int]], window: int, length: int) -> int:
+    """Return the last position, at most `length`, at which a run holds the window before it."""
+    for begin, end in reversed(runs):
+        end = min(end, length)
+        if end > begin and (begin == 0 or end - begin >= window - 1):
+            return end
+    return 0

@@ -1,0 +1,265 @@
+"""The prefix tree: whatever it restores is what the model had computed, for any prompts, cuts and evictions."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from precast.loaders.artifact.manifest import CacheArray
+from precast.loaders.generation import kv_state, prefixes
+from precast.loaders.generation.kv_state import Span
+from precast.loaders.generation.prefixes import PrefixTree
+
+CONTEXT, LAYERS, HEADS, WIDTH = 48, 2, 2, 3
+CHUNK = 5
+# The window, and the positions of the ring: at least the window and a chunk less one.
+RINGS = {"cache.window_4.keys": (4, 8), "cache.window_7.keys": (7, 11)}
+
+
+class FakeEngine:
+    """KV caches of two slots whose contents at a position depend on all tokens up to it."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.windows = {name: RINGS.get(name, (0, CONTEXT))[0] for name in names}
+        self.sizes = {name: RINGS.get(name, (0, CONTEXT))[1] for name in names}
+
+    def new_cache(self):
+        random = np.random.default_rng(0)  # what is not written is garbage
+        shape = {n: (LAYERS, 2, HEADS, s, WIDTH)[: 4 if "scale" in n else 5] for n, s in self.sizes.items()}
+        return SimpleNamespace(
+            arrays={name: random.integers(0, 1 << 16, s).astype(np.uint16) for name, s in shape.items()}
+        )
+
+    def slot_views(self, cache, slot):
+        return {name: array[:, slot] for name, array in cache.arrays.items()}
+
+    def read(self, tokens, cache, slot, start) -> None:
+        """Write what a model computes for the tokens from a position on."""
+        for name, view in self.slot_views(cache, slot).items():
+            for position in range(start, len(tokens)):
+                view[:, :, position % view.shape[2]] = expected(name, tokens[: position + 1], view[:, :, 0])
+
+
+def expected(name: str, tokens: Sequence[int], like: np.ndarray) -> np.ndarray:
+    return computed(name, bytes(tokens), like.size).reshape(like.shape)
+
+
+@cache
+def computed(name: str, tokens: bytes, size: int) -> np.ndarray:
+    return np.frombuffer(hashlib.shake_128(name.encode() + tokens).digest(size * 2), np.uint16)
+
+
+def check(engine: FakeEngine, tokens, cache, slot) -> None:
+    """Check the positions of a slot that the next token attends to."""
+    for name, view in engine.slot_views(cache, slot).items():
+        window = engine.windows[name]
+        for position in range(max(0, len(tokens) - window + 1) if window else 0, len(tokens)):
+            found = view[:, :, position % view.shape[2]]
+            np.testing.assert_array_equal(found, expected(name, tokens[: position + 1], found))
+
+
+def recount(tree: PrefixTree) -> int:
+    """Check the tree's structure, and return the memory that it takes."""
+    total, left = 0, [tree._root]
+    unpinned = 0
+    while left:
+        node = left.pop()
+        assert node is tree._root or len(node.tokens) > 0
+        for first, child in node.children.items():
+            assert child.parent is node
+            assert child.start == node.stop
+            assert first == child.tokens[0]
+            assert set(child.spans) == set(tree._engine.windows)
+            assert not child.pinned or node.pinned
+            left.append(child)
+        total += node.bytes
+        unpinned += not node.pinned
+    assert unpinned == len(tree._recent)
+    return total
+
+
+def play(tree: PrefixTree, engine: FakeEngine, prompt: list[int], answer: list[int], slot: int) -> int:
+    """Read a prompt in chunks after its prefix, then decode an answer; return the prefix's length."""
+    cache = engine.new_cache()
+    length = tree.restore(prompt[:-1], cache, slot)
+    assert length < len(prompt)
+    check(engine, prompt[:length], cache, slot)
+    for at in range(length, len(prompt), CHUNK):
+        engine.read(prompt[: at + CHUNK], cache, slot, at)
+        tree.capture(prompt[: at + CHUNK], cache, slot, restored=length)
+    engine.read(prompt + answer, cache, slot, len(prompt))
+    tree.capture(prompt + answer, cache, slot, restored=length)
+    assert recount(tree) == tree.bytes
+    return length
+
+
+PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=30)
+NAMES = ("cache.keys", "cache.key_scale", *RINGS)
+POSITION = LAYERS * HEADS * 2  # bytes of a scale's position
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(PROMPTS, st.integers(0, 1), st.integers(0, 15), st.booleans()), min_size=1, max_size=12
+    ),
+    st.integers(0, 90),
+    st.sampled_from([NAMES[:2], NAMES[2:], NAMES]),
+)
+def test_restored_positions_are_those_computed(turns, limit, names):
+    """Any prompts share beginnings, for three tokens make few of them; small bounds evict at every turn."""
+    engine = FakeEngine(names)
+    tree = PrefixTree(engine, limit=limit * POSITION * 10)
+    for prompt, slot, count, is_pinned in turns:
+        play(tree, engine, prompt, [0] * count, slot)
+        if is_pinned:
+            pin(tree, engine, prompt)
+        assert tree.bytes <= limit * POSITION * 10
+
+
+def pin(tree: PrefixTree, engine: FakeEngine, tokens: list[int]) -> None:
+    """Pin a prefix as a file holds it: of a ring only the window."""
+    spans = {}
+    for name, window in engine.windows.items():
+        start = max(0, len(tokens) - window) if window else 0
+        like = engine.slot_views(engine.new_cache(), 0)[name][:, :, 0]
+        parts = [expected(name, tokens[: p + 1], like) for p in range(start, len(tokens))]
+        spans[name] = Span(start, np.stack(parts, axis=2))
+    tree.pin(tokens, spans)
+    assert recount(tree) == tree.bytes
+
+
+def test_the_whole_prompt_but_its_last_token_is_reused():
+    engine = FakeEngine(["cache.keys"])
+    tree = PrefixTree(engine, limit=1 << 20)
+    assert play(tree, engine, [1, 2, 3, 4, 5, 6, 7], [8, 9], 0) == 0
+    assert play(tree, engine, [1, 2, 3, 4, 5, 6, 7], [], 1) == 6
+    assert play(tree, engine, [1, 2, 3, 4, 5, 6, 7, 8, 9, 1], [], 1) == 9
+    assert play(tree, engine, [1, 2, 3, 0, 0], [], 0) == 3
+    assert play(tree, engine, [2, 2], [], 0) == 0
+    assert play(tree, engine, [2], [], 0) == 0
+
+
+def test_a_ring_is_cut_where_its_window_is_known():
+    engine = FakeEngine(["cache.window_4.keys"])
+    tree = PrefixTree(engine, limit=1 << 20)
+    tokens = list(range(30))
+    pin(tree, engine, tokens)
+    assert tree.match(tokens).length == 30
+    assert tree.match(tokens[:29]).length == 29  # the token at 29 attends to itself and three more
+    assert tree.match(tokens[:28]).length == 0
+    assert tree.match([*tokens[:20], 99]).length == 0
+    # A conversation that leaves the pinned prefix is known from the window after that point.
+    assert play(tree, engine, [*tokens[:20], *range(50, 60)], [], 0) == 0
+    assert tree.match([*tokens[:20], *range(50, 60)]).length == 30
+    assert tree.match([*tokens[:20], *range(50, 53)]).length == 23
+    assert tree.match([*tokens[:20], *range(50, 52)]).length == 0
+
+
+def test_a_ring_forgets_what_an_answer_overwrote():
+    engine = FakeEngine(["cache.keys", "cache.window_4.keys"])
+    tree, cache = PrefixTree(engine, limit=1 << 20), engine.new_cache()
+    tokens = list(range(40))
+    engine.read(tokens, cache, 0, 0)
+    tree.capture(tokens, cache, 0, restored=0)
+    # The ring holds the last 8 positions; 35 needs 32, 33 and 34.
+    assert [tree.match(tokens[:n]).length for n in (40, 36, 35, 34)] == [40, 36, 35, 0]
+
+
+def test_the_least_recently_used_leaf_goes_first():
+    engine = FakeEngine(["cache.key_scale"])
+    tree = PrefixTree(engine, limit=30 * POSITION)
+    one, two, three = [1] * 10, [2] * 10, [3] * 10
+    for prompt in (one, two, three):
+        play(tree, engine, prompt, [], 0)
+    assert tree.bytes == 30 * POSITION
+    tree.match(one)
+    play(tree, engine, [4] * 8, [], 0)  # two segments, of 5 and 3 tokens
+    assert [tree.match(p).length for p in (one, three, [4] * 8)] == [10, 10, 8]
+    assert tree.match(two).length == 0  # its first segment alone would fit, but its leaf went, then that one
+
+
+def test_a_segment_larger_than_the_bound_is_not_kept():
+    engine = FakeEngine(["cache.key_scale"])
+    tree, cache = PrefixTree(engine, limit=10 * POSITION), engine.new_cache()
+    tree.capture([1] * 10, cache, 0, restored=0)
+    tree.capture([2] * 11, cache, 0, restored=0)
+    assert (tree.match([1] * 10).length, tree.match([2] * 11).length) == (10, 0)
+
+
+def test_pinned_segments_take_no_memory_and_stay():
+    engine = FakeEngine(["cache.keys"])
+    tree = PrefixTree(engine, limit=1 << 20)
+    play(tree, engine, [1, 2, 3, 4], [5, 6], 0)
+    before = tree.bytes
+    pin(tree, engine, [1, 2, 3])
+    assert tree.bytes == before // 2
+    tree._limit = 1
+    play(tree, engine, [7, 8], [], 0)
+    assert (tree.bytes, tree.match([1, 2, 3, 4, 5]).length) == (before // 2, 5)
+    tree._evict()
+    assert (tree.bytes, tree.match([1, 2, 3, 4, 5]).length) == (0, 3)
+
+
+def test_without_memory_nothing_is_captured():
+    engine = FakeEngine(["cache.keys"])
+    tree = PrefixTree(engine, limit=0)
+    play(tree, engine, [1, 2, 3, 4], [5, 6], 0)
+    assert (tree.bytes, tree.match([1, 2, 3]).length) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("available", "limit"), [(None, 512 << 20), (16 << 30, 512 << 20), (1 << 30, 128 << 20)]
+)
+def test_the_default_bound(monkeypatch, available, limit):
+    from precast.loaders.runtime import resources
+
+    monkeypatch.setattr(resources, "memory", lambda: resources.Memory(limit=None, available=available))
+    assert prefixes.default_limit() == limit
+
+
+# --- copies -----------------------------------------------------------------------------------------------------
+
+
+def cache_array(axes: str, sizes: Mapping[str, int], layout: tuple[int, ...]) -> CacheArray:
+    shape = tuple(sizes[letter] for letter in axes)
+    return CacheArray(
+        name="cache.keys",
+        shape=shape,
+        axes=axes,
+        dtype="bfloat16",
+        layout=layout,
+        window=0,
+        layers=(0, 1),
+        bytes=2 * int(np.prod(shape)),
+    )
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3, 4), (1, 0, 3, 2, 4), (4, 3, 2, 1, 0)])
+@pytest.mark.parametrize("axes", ["LBKSH", "BSHKL"])
+def test_a_slot_of_any_layout(axes, layout):
+    array = cache_array(axes, {"L": 2, "B": 3, "K": 4, "S": 5, "H": 6}, layout)
+    whole = np.arange(2 * 3 * 4 * 5 * 6, dtype=np.uint16).reshape(array.shape)
+    memory = np.ascontiguousarray(whole.transpose(layout)).reshape(-1).view(np.uint8)
+    view = kv_state.slot_view(memory, array, layout, 1)
+    ordered = whole.transpose([axes.index(letter) for letter in "LBKSH"])
+    np.testing.assert_array_equal(view, ordered[:, 1])
+    view[0, 1, 2, 3] = 9
+    assert memory.view(np.uint16)[memory.view(np.uint16) == 9].size == 2
+
+
+def test_large_copies_use_threads():
+    view = np.random.default_rng(0).integers(0, 1 << 16, (3, 4, 4096, 64)).astype(np.uint16)
+    spans = kv_state.read({"cache.keys": view}, {"cache.keys": 5}, 4090)
+    span = spans["cache.keys"]
+    assert span.array.nbytes > kv_state._ONE_THREAD_BYTES
+    np.testing.assert_array_equal(span.array, view[:, :, 5:4090])
+    copy = np.zeros_like(view)
+    kv_state.write({"cache.keys": copy}, spans.items())
+    np.testing.assert_array_equal(copy[:, :, 5:4090], view[:, :, 5:4090])
+    assert not copy[:, :, :5].any()
