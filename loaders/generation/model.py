@@ -1,31 +1,42 @@
 """A loaded artifact: it continues prompts and answers conversations."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..artifact.errors import PrecastError
 from ..artifact.manifest import Manifest, Target
 from ..text.tokenizer import Tokenizer
-from .engine import DecodeRow, Engine
+from .engine import Engine
 from .sampling import Sampler
 from .sampling_params import SamplingParams
+from .scheduler import Scheduler
+from .sequence import UNREAD_PIECES, TokenSequence
 from .stopping import StopStrings
-from .stream import Completion, GenerationState, Stream, pieces
+from .stream import Completion, Stream
 
 Message = Mapping[str, object]
 Prompt = str | Sequence[int]
 
 
+class _Request(NamedTuple):
+    """A prompt that was checked, its parameters, and the maximum number of tokens to generate."""
+
+    ids: list[int]
+    params: SamplingParams
+    limit: int
+
+
 class Model:
     """A loaded artifact.
 
-    Threads may share a model: each generation has its own KV cache. A step uses all threads of the device, so
-    concurrent generations share its speed.
+    Threads may share a model. Concurrent generations advance together in the slots of a KV cache, and of further ones
+    if there are more generations than slots. A model without generations has no KV cache.
 
     Attributes:
+        scheduler: the generations in progress.
         manifest: the artifact's manifest.
         target: the target that runs.
         compiles: number of programs compiled while loading: 0 unless compiling from StableHLO was requested.
@@ -37,6 +48,7 @@ class Model:
         self, *, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, target: Target, compiles: int
     ) -> None:
         self.engine = engine
+        self.scheduler = Scheduler(engine)
         self.tokenizer = tokenizer
         self.manifest = manifest
         self.target = target
@@ -69,15 +81,71 @@ class Model:
 
         The prompt is checked at once. The computation starts when the first piece is read.
         """
-        if isinstance(prompt, bytes | bytearray):
-            raise PrecastError("prompt: expected text or token ids, found bytes; decode them first.")
-        if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
-            raise PrecastError(f"prompt: expected text or token ids, found {type(prompt).__name__}.")
-        if params is not None and not isinstance(params, SamplingParams):
-            raise PrecastError(f"params: expected SamplingParams, found {type(params).__name__}.")
-        # Empty text counts as no tokens, even if the tokenizer adds a special one.
-        ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
-        return self._new_stream(self._checked_prompt(ids), params or self.default_sampling())
+        return Stream(self.scheduler, self._sequence(self._request(prompt, params)))
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+    ) -> list[Completion]:
+        """Continue several prompts together, as many at a time as a KV cache has slots.
+
+        All prompts are checked before the model reads the first.
+
+        Args:
+            prompts: texts, or token ids of each.
+            params: the sampling parameters of all prompts, or those of each; None uses the model's own defaults.
+
+        Returns:
+            The completions in the order of the prompts.
+
+        Raises:
+            PrecastError: as `generate`, with the place of the prompt; the other generations end. Or the number of
+                parameters differs from the number of prompts.
+        """
+        from . import together
+
+        requests = []
+        for index, (prompt, chosen) in enumerate(together.pairs(prompts, params)):
+            try:
+                requests.append(self._request(prompt, chosen))
+            except PrecastError as error:
+                raise together.at(index, error) from None
+        sequences = (partial(self._sequence, request, most_unread=None) for request in requests)
+        found: dict[int, Completion] = {}
+        for index, result in together.results(self.scheduler, sequences, self.engine.slots):
+            if isinstance(result, PrecastError):
+                raise together.at(index, result) from result
+            found[index] = result
+        return [found[index] for index in range(len(requests))]
+
+    def generate_each(
+        self,
+        prompts: Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+    ) -> Iterator[tuple[int, Completion | PrecastError]]:
+        """Continue any number of prompts together, and yield each result as soon as it is complete.
+
+        A prompt is taken from the iterable when a slot of the KV cache becomes free. A prompt that fails yields its
+        error and leaves the others alone.
+
+        Args:
+            prompts: texts, or token ids of each.
+            params: the sampling parameters of all prompts, or those of each; None uses the model's own defaults.
+
+        Yields:
+            The place of the prompt, from 0, and its completion or error.
+
+        Raises:
+            PrecastError: `prompts` is a single text, or the number of parameters differs from the number of prompts.
+        """
+        from . import together
+
+        def make(prompt: Prompt, chosen: SamplingParams | None) -> TokenSequence:
+            return self._sequence(self._request(prompt, chosen), most_unread=None)
+
+        sequences = (partial(make, *pair) for pair in together.pairs(prompts, params))
+        return together.results(self.scheduler, sequences, self.engine.slots)
 
     def chat(
         self,
@@ -156,23 +224,32 @@ class Model:
         text = self.tokenizer.token(int(token))
         return "" if text is None else f"; leave out {text!r:.40}, for which the model has no embedding"
 
-    def _new_stream(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
-        params = params.with_word_ids(partial(self.tokenizer.encode, add_special_tokens=False))
-        limit = params.limit(len(prompt), self.engine.context - len(prompt))
-        state = GenerationState()
-        ends = params.ends(self.eos_token_ids)
-        decoder, stops = self.tokenizer.stream(), StopStrings(params.stop)
-        text = pieces(partial(self._tokens, prompt, params, limit), decoder, stops, ends, state)
-        return Stream(text, prompt, state)
+    def _request(self, prompt: Prompt, params: SamplingParams | None) -> _Request:
+        """Check a prompt and its parameters."""
+        if isinstance(prompt, bytes | bytearray):
+            raise PrecastError("prompt: expected text or token ids, found bytes; decode them first.")
+        if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
+            raise PrecastError(f"prompt: expected text or token ids, found {type(prompt).__name__}.")
+        if params is not None and not isinstance(params, SamplingParams):
+            raise PrecastError(f"params: expected SamplingParams, found {type(params).__name__}.")
+        # Empty text counts as no tokens, even if the tokenizer adds a special one.
+        ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
+        checked, chosen = self._checked_prompt(ids), params or self.default_sampling()
+        limit = chosen.limit(len(checked), self.engine.context - len(checked))
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        return _Request(checked, chosen.with_word_ids(encode), limit)
 
-    def _tokens(self, prompt: Sequence[int], params: SamplingParams, limit: int) -> Iterator[int]:
-        """Yield at most `limit` generated ids."""
-        sampler = Sampler(params, prompt, self.engine.vocab, self.eos_token_ids, self.tokenizer.token_text)
-        # Each generation has its own cache, so that streams of one model are independent.
-        cache = self.engine.new_cache()
-        step = self.engine.prefill(prompt, cache)
-        for position in range(len(prompt), len(prompt) + limit):
-            token = int(step.token[0]) if sampler.is_greedy else sampler.sample(self.engine.logits(step)[0])
-            yield token
-            if position + 1 < len(prompt) + limit:
-                step = self.engine.decode([DecodeRow(0, token, position)], cache)
+    def _sequence(self, request: _Request, *, most_unread: int | None = UNREAD_PIECES) -> TokenSequence:
+        prompt, params, limit = request
+        return TokenSequence(
+            prompt,
+            sampler=Sampler(
+                params, prompt, self.engine.vocab, self.eos_token_ids, self.tokenizer.token_text
+            ),
+            decoder=self.tokenizer.stream(),
+            stops=StopStrings(params.stop),
+            ends=params.ends(self.eos_token_ids),
+            limit=limit,
+            timeout_s=params.timeout_s,
+            most_unread=most_unread,
+        )

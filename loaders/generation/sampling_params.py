@@ -69,6 +69,8 @@ class SamplingParams(Frozen):
     """Return the same for the tokens of the prompt, which is then read without a prefix."""
     echo: bool = False
     """Begin the text with the prompt."""
+    timeout_s: float | None = None
+    """Seconds, from the start, after which generation ends with the text so far; None is off."""
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
 
@@ -96,6 +98,8 @@ class SamplingParams(Frozen):
         checked["logit_bias"] = _biases(self.logit_bias)
         for name in ("stop", "bad_words"):
             checked[name] = _texts(name, checked[name])
+        if self.timeout_s is not None:
+            checked["timeout_s"] = _seconds("timeout_s", self.timeout_s)
 
     @property
     def is_constrained(self) -> bool:
@@ -189,6 +193,7 @@ _REAL = {
     "frequency_penalty": (-2.0, 2.0),
 }
 _BIAS = (-100.0, 100.0)
+_LONGEST_S = 10**9
 _SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
@@ -249,6 +254,15 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
 
 def _is_decimal(token: Any) -> bool:
     return isinstance(token, str) and len(token) < 20 and token.isascii() and token.isdigit()
+
+
+def _seconds(name: str, value: Any) -> float:
+    known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not known or not 0 < value <= _LONGEST_S:
+        raise PrecastError(
+            f"Sampling parameters: {name} must be a number above 0 and at most {_LONGEST_S}, found {value!r:.60}."
+        )
+    return float(value)
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:

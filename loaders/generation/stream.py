@@ -1,14 +1,13 @@
 """A running generation: its pieces of text, and the result so far."""
 
-import time
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence, Set
-from threading import RLock
+from collections.abc import AsyncIterator, Iterator, Sequence
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
 from ..artifact.frozen import Frozen
-from ..text.tokenizer import TextStream
-from .stopping import StopStrings
+from .scheduler import Scheduler
+from .sequence import TokenSequence
 
 # Marks the end for `__anext__`, where StopIteration is not allowed.
 _END = object()
@@ -17,15 +16,22 @@ _END = object()
 class Timing(Frozen):
     """The duration of a generation. It is immutable.
 
+    The time that the reader of a stream takes is not counted, except in `queue_s`. Generations that run together share
+    their steps, and each of them counts the whole step.
+
     Attributes:
-        prefill_s: seconds from the start to the first token.
-        decode_s: seconds from the first token to the last, without the time spent by the reader of a stream.
+        prefill_s: seconds from the start of reading the prompt to the first token.
+        decode_s: seconds from the first token to the last.
         decode_tokens_per_s: number of tokens after the first, divided by `decode_s`; 0 without such tokens.
+        queue_s: seconds from the first read of the stream to the start of reading the prompt.
+        cached_tokens: tokens of the prompt whose keys and values were known, so that the model did not read them.
     """
 
     prefill_s: float
     decode_s: float
     decode_tokens_per_s: float
+    queue_s: float = 0.0
+    cached_tokens: int = 0
 
 
 class Completion(Frozen):
@@ -35,8 +41,8 @@ class Completion(Frozen):
         text: the text, without special tokens and the stop string.
         token_ids: all generated tokens, including the end token and those of the stop string.
         prompt_token_ids: tokens of the prompt.
-        finish_reason: "stop" (an end token or a stop string), "length" (max_tokens, max_length or a full context), or
-            "unfinished" (a stream that was closed or is still running).
+        finish_reason: "stop" (an end token or a stop string), "length" (max_tokens, max_length or a full context),
+            "timeout" (timeout_s), or "unfinished" (a stream that was closed or is still running).
         timing: duration of the generation.
     """
 
@@ -47,125 +53,87 @@ class Completion(Frozen):
     timing: Timing
 
 
-class GenerationState:
-    """The state of one generation. Only `closing` may be set from another thread.
-
-    Attributes:
-        text: the text yielded so far.
-        ids: the tokens generated so far.
-        reason: the `finish_reason` of the `Completion`.
-        closing: request to end the generation before its next token.
-    """
-
-    def __init__(self) -> None:
-        self.text, self.reason, self.closing = "", "unfinished", False
-        self.ids: list[int] = []
-        self._started = self._first = self._last = time.perf_counter()
-        self._reader_s = 0.0
-
-    def begin(self) -> None:
-        """Start the clock."""
-        self._started = self._first = self._last = time.perf_counter()
-
-    def add(self, token: int) -> None:
-        """Record a token that was just generated."""
-        self._last = time.perf_counter() - self._reader_s
-        if not self.ids:
-            self._first = self._last
-        self.ids.append(token)
-
-    def emit(self, piece: str) -> Iterator[str]:
-        """Yield a piece of text, unless it is empty. The timing excludes the time that the reader takes."""
-        self.text += piece
-        if piece:
-            emitted = time.perf_counter()
-            yield piece
-            self._reader_s += time.perf_counter() - emitted
-
-    def completion(self, prompt: Sequence[int]) -> Completion:
-        """Return the result so far."""
-        decode, tokens = self._last - self._first, len(self.ids)
-        timing = Timing(
-            prefill_s=self._first - self._started,
-            decode_s=decode,
-            decode_tokens_per_s=(tokens - 1) / decode if tokens > 1 else 0.0,
-        )
-        return Completion(
-            text=self.text,
-            token_ids=tuple(self.ids),
-            prompt_token_ids=tuple(prompt),
-            finish_reason=self.reason,
-            timing=timing,
-        )
-
-
-def pieces(
-    tokens: Callable[[], Iterator[int]],
-    decoder: TextStream,
-    stops: StopStrings,
-    ends: Set[int],
-    state: GenerationState,
-) -> Generator[str, None, None]:
-    """Yield the text of a generation in pieces.
+def completion_of(sequence: TokenSequence, text: str, token_ids: Sequence[int]) -> Completion:
+    """Return the result of a sequence.
 
     Args:
-        tokens: a function that starts the generation and returns an iterator of ids.
-        decoder: the decoder of ids to text.
-        stops: the filter for stop strings.
-        ends: ids that end the generation.
-        state: the state to update with each token.
+        sequence: the sequence, which may still run.
+        text: the text of the pieces read so far.
+        token_ids: their tokens.
     """
-    if state.closing:  # a task was cancelled before the first step
-        return
-    state.begin()
-    for token in tokens():
-        state.add(token)
-        if token in ends:
-            state.reason = "stop"
-            break
-        piece, stopped = stops.push(decoder.push(token))
-        yield from state.emit(piece)
-        if stopped:
-            state.reason = "stop"
-            return
-        if state.closing:
-            return
-    else:
-        state.reason = "length"
-    tail, stopped = stops.push(decoder.finish())
-    if stopped:
-        state.reason = "stop"
-    yield from state.emit(tail if stopped else tail + stops.flush())
+    decode, tokens = sequence.last - sequence.first, sequence.generated
+    timing = Timing(
+        prefill_s=sequence.first - sequence.began,
+        decode_s=decode,
+        decode_tokens_per_s=(tokens - 1) / decode if tokens > 1 and decode else 0.0,
+        queue_s=sequence.queue_s,
+        cached_tokens=sequence.cached_tokens,
+    )
+    return Completion(
+        text=text,
+        token_ids=tuple(token_ids),
+        prompt_token_ids=tuple(sequence.tokens[: sequence.prompt_tokens]),
+        finish_reason=sequence.reason if sequence.ended and not sequence.unread else "unfinished",
+        timing=timing,
+    )
 
 
 class Stream(Iterator[str], AsyncIterator[str]):
     """A running generation: iterate over its pieces of text, then read `completion`.
 
-    A piece contains no incomplete character and no part of a stop string. Each piece is computed on demand. The KV
-    cache is freed at the end of the generation, by `close`, at the end of a ``with`` block, or with the last reference
-    to the stream, whichever comes first.
+    A piece contains no incomplete character and no part of a stop string. The generation starts when the first piece is
+    read. While the reader waits for a piece, its thread computes, or waits for another thread that computes: streams of
+    one model advance together, each by up to 64 tokens ahead of its reader. The place in the KV cache is freed at the
+    end of the generation, by `close`, at the end of a ``with`` block, or with the last reference to the stream,
+    whichever comes first.
 
     ``async for`` computes in a worker thread of the event loop's default executor, so it never blocks the loop. A
     cancelled task ends the generation before its next token.
 
     A stream is thread-safe: threads that read concurrently get different pieces, one after the other. `close` may be
-    called from any thread, and waits for the current step.
+    called from any thread, and waits for the current step. After a failure every read raises its error.
     """
 
-    # The generator must not refer to the stream: a reference cycle would keep the KV cache until the next garbage
-    # collection.
-    def __init__(
-        self, pieces: Generator[str, None, None], prompt_ids: Sequence[int], state: GenerationState
-    ) -> None:
-        self._pieces, self._prompt, self._state = pieces, tuple(prompt_ids), state
-        self._lock = RLock()
+    # The scheduler and the sequence must not refer to the stream: its last reference frees the slot.
+    def __init__(self, scheduler: Scheduler, sequence: TokenSequence) -> None:
+        self._scheduler, self._sequence = scheduler, sequence
+        self._lock = Lock()
+        self._text: list[str] = []
+        self._ids: list[int] = []
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> str:
+        sequence = self._sequence
+        if sequence.closing:
+            raise StopIteration
+        self._start()
+        while True:
+            while (piece := self._take()) is not None:
+                if piece:
+                    return piece
+            if sequence.ended and not sequence.unread:
+                if sequence.error is not None:
+                    raise sequence.error
+                raise StopIteration
+            self._scheduler.advance(sequence.has_news)
+
+    def _start(self) -> None:
         with self._lock:
-            return next(self._pieces)
+            if not self._sequence.submitted:
+                self._scheduler.submit(self._sequence)
+
+    def _take(self) -> str | None:
+        """Return the next piece's text, possibly empty; None if there is no piece now."""
+        with self._lock:
+            if not self._sequence.unread:
+                return None
+            token, text = self._sequence.unread.popleft()
+            if token is not None:
+                self._ids.append(token)
+            self._text.append(text)
+            return text
 
     def __enter__(self) -> Self:
         return self
@@ -175,11 +143,13 @@ class Stream(Iterator[str], AsyncIterator[str]):
     ) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        if self._sequence.submitted and not self._sequence.ended:
+            self._scheduler.cancel(self._sequence)
+
     def close(self) -> None:
-        """End the generation and free its KV cache; further calls have no effect."""
-        self._state.closing = True
-        with self._lock:
-            self._pieces.close()
+        """End the generation and free its place in the KV cache; further calls have no effect."""
+        self._scheduler.close(self._sequence)
 
     def finish(self) -> Completion:
         """Generate the rest, and return the complete result."""
@@ -189,12 +159,12 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     @property
     def completion(self) -> Completion:
-        """The result so far; reading it generates nothing.
+        """The result of the pieces read so far; reading it generates nothing.
 
         The `finish_reason` of a running stream is "unfinished".
         """
         with self._lock:
-            return self._state.completion(self._prompt)
+            return completion_of(self._sequence, "".join(self._text), self._ids)
 
     def __aiter__(self) -> Self:
         return self
@@ -205,7 +175,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         try:
             piece = await asyncio.to_thread(next, self, _END)
         except asyncio.CancelledError:
-            self._state.closing = True
+            self._scheduler.cancel(self._sequence)
             raise
         if piece is _END:
             raise StopAsyncIteration
@@ -223,5 +193,5 @@ class Stream(Iterator[str], AsyncIterator[str]):
         """Close the stream as `close` does, without blocking the event loop."""
         import asyncio
 
-        self._state.closing = True
+        self._scheduler.cancel(self._sequence)
         await asyncio.to_thread(self.close)

@@ -1,0 +1,387 @@
+"""Run any number of sequences over the slots of KV caches, joining and leaving between steps.
+
+A step is one call of the engine: a chunk of one prompt, or the next token of every decoding sequence of a KV cache.
+Rounds alternate them, so that at most one chunk is read between two tokens of a sequence. Prompts are read one after
+the other, in the order of arrival.
+
+No thread belongs to the scheduler. The readers of sequences run its steps: one of them at a time, while the others wait
+for news of their own sequence. A step that one reader runs advances all sequences.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
+from typing import Protocol
+
+from ..artifact.errors import PrecastError
+from ..artifact.frozen import Frozen
+from .engine import DecodeRow, Engine, KVCache, StepOutput
+from .sequence import Batch, TokenSequence
+
+# The most tokens of a prompt that are read between two tokens of other sequences.
+_CHUNK = 128
+_LONGEST_WAIT_S = 1.0
+
+
+class Prefixes(Protocol):
+    """A store of the keys and values of earlier sequences."""
+
+    def restore(self, tokens: Sequence[int], cache: KVCache, slot: int) -> int:
+        """Write keys and values of the longest known prefix to a slot's first positions.
+
+        Args:
+            tokens: tokens of the prompt without the last, whose logits must be computed.
+            cache: the KV cache to write to.
+            slot: the sequence's slot.
+
+        Returns:
+            The length of the prefix; 0 if none is known.
+        """
+
+    def capture(self, tokens: Sequence[int], cache: KVCache, slot: int) -> None:
+        """Remember keys and values of a slot.
+
+        Args:
+            tokens: the tokens whose keys and values the slot's first positions hold.
+            cache: the KV cache to read from.
+            slot: the sequence's slot.
+        """
+
+
+class SchedulerStats(Frozen):
+    """The state of a scheduler and its work so far.
+
+    Attributes:
+        running: sequences that hold a slot.
+        waiting: sequences that wait for their prompt to be read.
+        slots: slots of the KV caches in memory.
+        steps: calls of the engine.
+        prompt_tokens: tokens of prompts that were read by the model.
+        cached_tokens: tokens of prompts whose keys and values came from prefixes.
+        tokens: generated tokens.
+    """
+
+    running: int
+    waiting: int
+    slots: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+
+
+class Scheduler:
+    """The sequences of one engine, their KV caches, and the step that advances them.
+
+    KV caches are created when a sequence needs a slot, and freed with the last sequence in their slots. Threads may
+    share a scheduler.
+
+    Args:
+        engine: the engine to run.
+        caches: maximum number of KV caches; further sequences wait for a slot. None: a further cache is created
+            whenever the slots of the others are taken.
+        prefixes: the store of keys and values to reuse; None for none.
+    """
+
+    def __init__(
+        self, engine: Engine, *, caches: int | None = None, prefixes: Prefixes | None = None
+    ) -> None:
+        self._engine, self._most_caches, self._prefixes = engine, caches, prefixes
+        self._chunk = max((b for b in engine.buckets if b <= _CHUNK), default=engine.buckets[0])
+        # The holder of the lock may change everything below, except the deques, which any thread may append to.
+        self._lock = Lock()
+        self._arrived: deque[TokenSequence] = deque()
+        self._cancelled: deque[TokenSequence] = deque()
+        self._waiters: deque[Lock] = deque()
+        self._waiting: deque[TokenSequence] = deque()
+        self._reading: tuple[TokenSequence, Batch] | None = None  # the prompt that is being read
+        self._batches: list[Batch] = []
+        self._round: deque[Batch] = deque()  # the batches whose turn in this round is yet to come
+        self._timed: dict[TokenSequence, float] = {}
+        self._broken: list[BaseException] = []
+        self._clock = 0.0
+        self._steps = self._prompt_tokens = self._cached_tokens = self._tokens = 0
+
+    # --- for clients --------------------------------------------------------------------------------------------
+
+    def submit(self, sequence: TokenSequence) -> None:
+        """Append a sequence to the queue. It never blocks."""
+        sequence.submit()
+        self._arrived.append(sequence)
+
+    def cancel(self, sequence: TokenSequence) -> None:
+        """End a sequence before its next token. It never waits: a running step is followed by the end."""
+        sequence.closing = True
+        self._cancelled.append(sequence)
+        # A finaliser may call this in a thread that holds the lock already.
+        while self._cancelled and self._lock.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self._lock.release()
+                self._wake()
+
+    def close(self, sequence: TokenSequence) -> None:
+        """End a sequence, and return when its slot is free. `notify` of a sequence must not call it."""
+        sequence.closing = True
+        self._cancelled.append(sequence)
+        self._work_until(lambda: sequence.ended, self._sweep)
+
+    def advance(self, is_done: Callable[[], bool]) -> None:
+        """Run steps, or wait for those that other threads run, until a condition holds.
+
+        Args:
+            is_done: a condition that the progress of submitted sequences fulfils. Other threads call it as well.
+        """
+        self._work_until(is_done, self._step)
+
+    def step(self) -> bool:
+        """Run one step; return False if no sequence could advance.
+
+        A failure of the engine fails the sequences of its KV cache, and a failure of a sampler fails its sequence; both
+        are raised by the readers alone. An exception that is no `Exception`, such as KeyboardInterrupt, is raised here
+        and fails all sequences that hold a slot.
+        """
+        try:
+            with self._lock:
+                return self._step()
+        finally:
+            self._wake()
+
+    def stats(self) -> SchedulerStats:
+        """Return the state now, without waiting for a step."""
+        batches = list(self._batches)
+        return SchedulerStats(
+            running=sum(len(batch.running()) for batch in batches),
+            waiting=len(self._waiting) + len(self._arrived),
+            slots=len(batches) * self._engine.slots,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            tokens=self._tokens,
+        )
+
+    # --- threads ------------------------------------------------------------------------------------------------
+
+    def _work_until(self, is_done: Callable[[], bool], work: Callable[[], object]) -> None:
+        while not is_done():
+            if self._lock.locked():
+                self._wait()
+                continue
+            try:
+                with self._lock:
+                    if not is_done():
+                        work()
+            finally:
+                self._wake()
+
+    def _wait(self) -> None:
+        """Wait until the lock may be free."""
+        waiter = Lock()
+        waiter.acquire()
+        self._waiters.append(waiter)
+        # A holder that releases the lock after this check finds the waiter.
+        if self._lock.locked():
+            # The time limit is for a holder whose thread is interrupted before it wakes others.
+            waiter.acquire(timeout=_LONGEST_WAIT_S)
+
+    def _wake(self) -> None:
+        """Wake all waiting threads: those with news leave, and one of the others runs the next step."""
+        for _ in range(len(self._waiters)):
+            try:
+                self._waiters.popleft().release()
+            except IndexError:  # another thread woke them
+                return
+
+    # --- under the lock -----------------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        began = time.perf_counter()
+        try:
+            self._sweep()
+            return self._next_call(began)
+        except BaseException:
+            for batch in list(self._batches):
+                self._break(batch, _interrupted())
+            raise
+        finally:
+            self._clock += time.perf_counter() - began
+            if self._broken:
+                self._forget_frames()
+
+    def _sweep(self) -> None:
+        """Queue what has arrived, and end what was cancelled or has run out of time."""
+        while self._arrived:
+            sequence = self._arrived.popleft()
+            self._waiting.append(sequence)
+            if (expiry := sequence.expires_at()) is not None:
+                self._timed[sequence] = expiry
+        while self._cancelled:
+            self._end(self._cancelled.popleft())
+        if self._timed:
+            now = time.perf_counter()
+            for sequence in [s for s, expiry in self._timed.items() if expiry <= now]:
+                self._guard(sequence, sequence.time_out)
+                self._end(sequence)
+        if self._broken:
+            self._forget_frames()
+
+    def _next_call(self, began: float) -> bool:
+        """Call the engine once, for the next in the round; return False if no sequence can advance."""
+        for _ in range(2):
+            while self._round:
+                batch = self._round.popleft()
+                if sequences := batch.decoding():
+                    self._decode(batch, sequences, began)
+                    return True
+            self._round.extend(self._batches)
+            if self._reading is None:
+                self._reading = self._begin_prompt(began)
+            if self._reading is not None:
+                self._read_chunk(*self._reading, began)
+                return True
+        return False
+
+    def _begin_prompt(self, began: float) -> tuple[TokenSequence, Batch] | None:
+        """Give a slot to the first sequence in the queue; return None if there is no sequence or no slot."""
+        while self._waiting:
+            batch = next((b for b in self._batches if None in b.sequences), None)
+            if batch is None and len(self._batches) == self._most_caches:
+                return None
+            sequence = self._waiting.popleft()
+            try:
+                if batch is None:
+                    batch = Batch(self._engine.new_cache(), self._engine.slots)
+                    self._batches.append(batch)
+                self._join(sequence, batch, began)
+            except Exception as error:
+                self._fail(sequence, error)
+                continue
+            return sequence, batch
+        return None
+
+    def _join(self, sequence: TokenSequence, batch: Batch, began: float) -> None:
+        batch.add(sequence)
+        sequence.queue_s = time.perf_counter() - sequence.submitted_at
+        sequence.began = sequence.first = sequence.last = self._now(began)
+        if self._prefixes is not None:
+            known = self._prefixes.restore(sequence.tokens[:-1], batch.cache, sequence.slot)
+            sequence.filled = sequence.cached_tokens = known
+            self._cached_tokens += known
+
+    def _read_chunk(self, sequence: TokenSequence, batch: Batch, began: float) -> None:
+        """Read the next chunk of a prompt; after the last, choose the first token."""
+        others_wait = any(b.decoding() for b in self._batches)
+        size = self._chunk if others_wait else self._engine.buckets[-1]
+        chunk = sequence.tokens[sequence.filled : sequence.filled + size]
+        try:
+            step = self._engine.prefill_chunk(chunk, batch.cache, start=sequence.filled, slot=sequence.slot)
+        except Exception as error:
+            self._break(batch, error)
+            return
+        self._steps += 1
+        self._prompt_tokens += len(chunk)
+        sequence.filled += len(chunk)
+        if sequence.filled == sequence.prompt_tokens:
+            self._reading = None
+            sequence.first = self._now(began)
+            self._choose([sequence], step, batch, began)
+            if self._waiting and not sequence.ended:
+                self._capture(sequence, batch)  # the next prompt may begin like this one
+
+    def _decode(self, batch: Batch, sequences: list[TokenSequence], began: float) -> None:
+        """Compute the next token of sequences in one KV cache."""
+        rows = [DecodeRow(s.slot, s.tokens[-1], len(s.tokens) - 1) for s in sequences]
+        try:
+            step = self._engine.decode(rows, batch.cache)
+        except Exception as error:
+            self._break(batch, error)
+            return
+        self._steps += 1
+        for sequence in sequences:
+            sequence.filled = len(sequence.tokens)
+        self._choose(sequences, step, batch, began)
+
+    def _choose(self, sequences: list[TokenSequence], step: StepOutput, batch: Batch, began: float) -> None:
+        """Choose the next token of each sequence from its row of a step's results."""
+        greedy = step.token.tolist()
+        sampled = [not s.sampler.is_greedy for s in sequences]
+        try:
+            logits = self._engine.logits(step) if any(sampled) else None
+        except Exception as error:
+            self._break(batch, error)
+            return
+        now = self._now(began)
+        for row, sequence in enumerate(sequences):
+            sequence.last = now
+            try:
+                is_sampled = logits is not None and sampled[row]
+                sequence.accept(sequence.sampler.sample(logits[row]) if is_sampled else greedy[row])
+            except Exception as error:
+                self._fail(sequence, error)
+                continue
+            self._tokens += 1
+            if sequence.is_finished:
+                self._end(sequence)
+
+    def _now(self, began: float) -> float:
+        """Return the clock's time within a step."""
+        return self._clock + time.perf_counter() - began
+
+    # --- ends ---------------------------------------------------------------------------------------------------
+
+    def _end(self, sequence: TokenSequence) -> None:
+        """Free what a sequence holds, and tell its reader."""
+        if sequence.ended:
+            return
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        if self._reading is not None and self._reading[0] is sequence:
+            self._reading = None
+        self._timed.pop(sequence, None)
+        if (batch := sequence.batch) is not None:
+            if sequence.error is None:
+                self._capture(sequence, batch)
+            batch.remove(sequence)
+            if not batch.running():
+                self._batches.remove(batch)
+        sequence.ended = True
+        self._guard(sequence, sequence.tell)
+
+    def _fail(self, sequence: TokenSequence, error: BaseException) -> None:
+        sequence.error = error
+        self._broken.append(error)
+        self._end(sequence)
+
+    def _break(self, batch: Batch, error: BaseException) -> None:
+        """Fail all sequences of a KV cache, whose arrays a failed call may have consumed."""
+        for sequence in batch.running():
+            self._fail(sequence, error)
+
+    def _capture(self, sequence: TokenSequence, batch: Batch) -> None:
+        if self._prefixes is not None and sequence.filled:
+            tokens = sequence.tokens[: sequence.filled]
+            self._guard(sequence, partial(self._prefixes.capture, tokens, batch.cache, sequence.slot))
+
+    def _guard(self, sequence: TokenSequence, work: Callable[[], object]) -> None:
+        """Run work for one sequence, which alone fails with it."""
+        try:
+            work()
+        except Exception as error:
+            sequence.error = error
+            self._broken.append(error)
+
+    def _forget_frames(self) -> None:
+        """Drop the local variables in tracebacks of failures, because they would keep KV caches in memory."""
+        from traceback import clear_frames
+
+        while self._broken:
+            clear_frames(self._broken.pop().__traceback__)
+
+
+def _interrupted() -> PrecastError:
+    return PrecastError(
+        "generation: interrupted while the model computed, so the answer is incomplete; ask again."
+    )

@@ -1,0 +1,178 @@
+"""One sequence: its prompt, the tokens generated so far, and the pieces of text that its reader has not taken yet."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence, Set
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ..text.tokenizer import TextStream
+    from .engine import KVCache
+    from .sampling import Sampler
+    from .stopping import StopStrings
+
+# A sequence whose reader lags this many pieces behind sits out until the reader takes some.
+UNREAD_PIECES = 64
+
+
+class Piece(NamedTuple):
+    """A generated token and the text that became certain with it.
+
+    Attributes:
+        token: the token; None if the text alone was left over when the time ran out.
+        text: complete characters without any part of a stop string; often empty.
+    """
+
+    token: int | None
+    text: str
+
+
+class Batch:
+    """The sequences that share a KV cache.
+
+    Attributes:
+        cache: the KV cache.
+        sequences: the sequence in each slot, [B].
+    """
+
+    def __init__(self, cache: "KVCache", slots: int) -> None:
+        self.cache = cache
+        self.sequences: list[TokenSequence | None] = [None] * slots
+
+    def add(self, sequence: "TokenSequence") -> None:
+        """Put a sequence into a free slot."""
+        sequence.batch, sequence.slot = self, self.sequences.index(None)
+        self.sequences[sequence.slot] = sequence
+
+    def remove(self, sequence: "TokenSequence") -> None:
+        """Free a sequence's slot."""
+        self.sequences[sequence.slot] = sequence.batch = None
+
+    def running(self) -> "list[TokenSequence]":
+        """Return the sequences that hold a slot."""
+        return [s for s in self.sequences if s is not None]
+
+    def decoding(self) -> "list[TokenSequence]":
+        """Return the sequences whose next token can be computed."""
+        return [s for s in self.sequences if s is not None and s.is_decoding]
+
+
+class TokenSequence:
+    """One sequence. The scheduler that it was submitted to changes it; other threads read it and take from `unread`.
+
+    Args:
+        prompt: tokens of the prompt, at least one.
+        sampler: the sampler of this sequence alone.
+        decoder: the decoder of ids to text, of this sequence alone.
+        stops: the filter for stop strings, of this sequence alone.
+        ends: ids that end the generation.
+        limit: maximum number of tokens to generate, at least 1.
+        timeout_s: seconds from submission after which the generation ends; None for no limit.
+        most_unread: number of unread pieces at which the sequence sits out; None for no limit.
+        notify: called in the thread that computes, after a change of `unread` and at the end. It must neither block nor
+            wait for the scheduler. An exception fails this sequence alone.
+
+    Attributes:
+        tokens: tokens of the prompt and of the answer so far.
+        prompt_tokens: length of the prompt.
+        unread: pieces that the reader has not taken yet.
+        reason: the `finish_reason` of the `Completion`.
+        error: the reason for a failure; None without one.
+        closing: request to end the generation before its next token. Any thread may set it, with `Scheduler.cancel`.
+        ended: True when nothing will be added to `unread`, and the slot is free.
+        batch: the sequences that share the KV cache; None without a slot.
+        slot: the sequence's slot in the KV cache.
+        filled: positions of the slot that hold keys and values of `tokens`.
+        cached_tokens: tokens of the prompt whose keys and values came from a prefix.
+        queue_s: seconds from submission until the reading of the prompt began.
+        began, first, last: seconds of the scheduler's clock, which stands still between steps, at the start of the
+            prompt, the first token and the last token.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        *,
+        sampler: "Sampler",
+        decoder: "TextStream",
+        stops: "StopStrings",
+        ends: Set[int],
+        limit: int,
+        timeout_s: float | None = None,
+        most_unread: int | None = UNREAD_PIECES,
+        notify: Callable[[], None] | None = None,
+    ) -> None:
+        self.tokens, self.prompt_tokens = list(prompt), len(prompt)
+        self.sampler, self.timeout_s, self._notify = sampler, timeout_s, notify
+        self._decoder, self._stops, self._ends, self._limit = decoder, stops, ends, limit
+        # A sequence adds at most one piece for each token, and one at its end.
+        self._most_unread = limit + 2 if most_unread is None else most_unread
+        self.unread: deque[Piece] = deque()
+        self.reason, self.error = "unfinished", None  # type: str, BaseException | None
+        self.submitted = self.closing = self.ended = False
+        self.batch: Batch | None = None
+        self.slot = -1
+        self.filled = self.cached_tokens = 0
+        self.submitted_at = self.queue_s = self.began = self.first = self.last = 0.0
+
+    @property
+    def generated(self) -> int:
+        """The number of generated tokens."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """True if the sequence has its first token, and its reader has room for the next."""
+        return len(self.tokens) > self.prompt_tokens and len(self.unread) < self._most_unread
+
+    def has_news(self) -> bool:
+        """True if the reader can take a piece or has reached the end."""
+        return self.ended or len(self.unread) > 0
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the generation needs no further token."""
+        return self.reason != "unfinished"
+
+    def expires_at(self) -> float | None:
+        """Return the time of `time.perf_counter` at which the generation must end; None for never."""
+        return None if self.timeout_s is None else self.submitted_at + self.timeout_s
+
+    def accept(self, token: int) -> None:
+        """Append a token and its text, and set `reason` if the token ends the generation."""
+        self.tokens.append(token)
+        if token in self._ends:
+            self.reason = "stop"
+            text = self._tail("")
+        else:
+            text, stopped = self._stops.push(self._decoder.push(token))
+            if stopped:
+                self.reason = "stop"
+            elif self.generated == self._limit:
+                self.reason = "length"
+                text = self._tail(text)
+        self.unread.append(Piece(token, text))
+        self.tell()
+
+    def tell(self) -> None:
+        """Call `notify`."""
+        if self._notify is not None:
+            self._notify()
+
+    def time_out(self) -> None:
+        """End the generation because its time ran out, and show the text held back so far."""
+        self.reason = "timeout"
+        if text := self._tail(""):
+            self.unread.append(Piece(None, text))
+
+    def _tail(self, text: str) -> str:
+        """Return the text with the rest that the decoder and the filter held back; set `reason` at a stop string."""
+        rest, stopped = self._stops.push(self._decoder.finish())
+        if stopped:
+            self.reason = "stop"
+            return text + rest
+        return text + rest + self._stops.flush()
+
+    def submit(self) -> None:
+        """Start the clock of a sequence that joins a scheduler's queue."""
+        self.submitted, self.submitted_at = True, time.perf_counter()
