@@ -11,6 +11,7 @@ for news of their own sequence. A step that one reader runs advances all sequenc
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from threading import Lock
 from typing import Protocol
@@ -22,7 +23,10 @@ from .sequence import Batch, TokenSequence
 
 # The most tokens of a prompt that are read between two tokens of other sequences.
 _CHUNK = 128
+# Seconds that a thread waits for a thread that computes, before it looks itself.
 _LONGEST_WAIT_S = 1.0
+# Seconds between attempts of a reader while no sequence can advance.
+_IDLE_S = 0.005
 
 
 class Prefixes(Protocol):
@@ -112,16 +116,10 @@ class Scheduler:
         self._arrived.append(sequence)
 
     def cancel(self, sequence: TokenSequence) -> None:
-        """End a sequence before its next token. It never waits: a running step is followed by the end."""
+        """End a sequence before its next token. It never waits: after a running step, that step's thread does it."""
         sequence.closing = True
         self._cancelled.append(sequence)
-        # A finaliser may call this in a thread that holds the lock already.
-        while self._cancelled and self._lock.acquire(blocking=False):
-            try:
-                self._sweep()
-            finally:
-                self._lock.release()
-                self._wake()
+        self._follow_up()
 
     def close(self, sequence: TokenSequence) -> None:
         """End a sequence, and return when its slot is free. `notify` of a sequence must not call it."""
@@ -148,7 +146,7 @@ class Scheduler:
             with self._lock:
                 return self._step()
         finally:
-            self._wake()
+            self._follow_up()
 
     def stats(self) -> SchedulerStats:
         """Return the state now, without waiting for a step."""
@@ -165,17 +163,18 @@ class Scheduler:
 
     # --- threads ------------------------------------------------------------------------------------------------
 
-    def _work_until(self, is_done: Callable[[], bool], work: Callable[[], object]) -> None:
+    def _work_until(self, is_done: Callable[[], bool], work: Callable[[], bool]) -> None:
         while not is_done():
             if self._lock.locked():
                 self._wait()
                 continue
             try:
                 with self._lock:
-                    if not is_done():
-                        work()
+                    is_idle = not is_done() and not work()
             finally:
-                self._wake()
+                self._follow_up()
+            if is_idle:  # every slot belongs to a sequence whose reader lags behind
+                time.sleep(_IDLE_S)
 
     def _wait(self) -> None:
         """Wait until the lock may be free."""
@@ -187,8 +186,17 @@ class Scheduler:
             # The time limit is for a holder whose thread is interrupted before it wakes others.
             waiter.acquire(timeout=_LONGEST_WAIT_S)
 
-    def _wake(self) -> None:
-        """Wake all waiting threads: those with news leave, and one of the others runs the next step."""
+    def _follow_up(self) -> None:
+        """End sequences that were cancelled while the lock was held, and wake the waiting threads.
+
+        Those with news leave, and one of the others runs the next step.
+        """
+        # A finaliser may call this in the thread that holds the lock.
+        while self._cancelled and self._lock.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self._lock.release()
         for _ in range(len(self._waiters)):
             try:
                 self._waiters.popleft().release()
@@ -211,10 +219,12 @@ class Scheduler:
             if self._broken:
                 self._forget_frames()
 
-    def _sweep(self) -> None:
-        """Queue what has arrived, and end what was cancelled or has run out of time."""
+    def _sweep(self) -> bool:
+        """Queue what has arrived, and end what was cancelled or has run out of time; return True."""
         while self._arrived:
             sequence = self._arrived.popleft()
+            if sequence.ended:
+                continue
             self._waiting.append(sequence)
             if (expiry := sequence.expires_at()) is not None:
                 self._timed[sequence] = expiry
@@ -227,6 +237,7 @@ class Scheduler:
                 self._end(sequence)
         if self._broken:
             self._forget_frames()
+        return True
 
     def _next_call(self, began: float) -> bool:
         """Call the engine once, for the next in the round; return False if no sequence can advance."""
@@ -306,19 +317,21 @@ class Scheduler:
 
     def _choose(self, sequences: list[TokenSequence], step: StepOutput, batch: Batch, began: float) -> None:
         """Choose the next token of each sequence from its row of a step's results."""
-        greedy = step.token.tolist()
-        sampled = [not s.sampler.is_greedy for s in sequences]
         try:
-            logits = self._engine.logits(step) if any(sampled) else None
+            sampled = any(not s.sampler.is_greedy for s in sequences)
+            logits = self._engine.logits(step) if sampled else None
         except Exception as error:
             self._break(batch, error)
             return
+        greedy = step.token.tolist()
         now = self._now(began)
         for row, sequence in enumerate(sequences):
             sequence.last = now
             try:
-                is_sampled = logits is not None and sampled[row]
-                sequence.accept(sequence.sampler.sample(logits[row]) if is_sampled else greedy[row])
+                if logits is None or sequence.sampler.is_greedy:
+                    sequence.accept(greedy[row])
+                else:
+                    sequence.accept(sequence.sampler.sample(logits[row]))
             except Exception as error:
                 self._fail(sequence, error)
                 continue
@@ -347,6 +360,7 @@ class Scheduler:
             batch.remove(sequence)
             if not batch.running():
                 self._batches.remove(batch)
+                self._round = deque(b for b in self._round if b is not batch)
         sequence.ended = True
         self._guard(sequence, sequence.tell)
 
@@ -378,7 +392,14 @@ class Scheduler:
         from traceback import clear_frames
 
         while self._broken:
-            clear_frames(self._broken.pop().__traceback__)
+            if (trace := self._broken.pop().__traceback__) is None:
+                continue
+            clear_frames(trace)
+            caller = trace.tb_frame.f_back
+            with suppress(RuntimeError):  # the first frame that still runs
+                while caller is not None:
+                    caller.clear()
+                    caller = caller.f_back
 
 
 def _interrupted() -> PrecastError:

@@ -109,15 +109,13 @@ class Stream(Iterator[str], AsyncIterator[str]):
         if sequence.closing:
             raise StopIteration
         self._start()
-        while True:
-            while (piece := self._take()) is not None:
-                if piece:
-                    return piece
+        while (piece := self._take()) is None:
             if sequence.ended and not sequence.unread:
                 if sequence.error is not None:
                     raise sequence.error
                 raise StopIteration
             self._scheduler.advance(sequence.has_news)
+        return piece
 
     def _start(self) -> None:
         with self._lock:
@@ -125,15 +123,17 @@ class Stream(Iterator[str], AsyncIterator[str]):
                 self._scheduler.submit(self._sequence)
 
     def _take(self) -> str | None:
-        """Return the next piece's text, possibly empty; None if there is no piece now."""
+        """Return the next piece of text that is ready; None if there is none."""
         with self._lock:
-            if not self._sequence.unread:
-                return None
-            token, text = self._sequence.unread.popleft()
-            if token is not None:
-                self._ids.append(token)
-            self._text.append(text)
-            return text
+            unread = self._sequence.unread
+            while unread:
+                token, text = unread.popleft()
+                if token is not None:
+                    self._ids.append(token)
+                if text:
+                    self._text.append(text)
+                    return text
+        return None
 
     def __enter__(self) -> Self:
         return self
@@ -172,6 +172,11 @@ class Stream(Iterator[str], AsyncIterator[str]):
     async def __anext__(self) -> str:
         import asyncio
 
+        if self._sequence.closing:
+            raise StopAsyncIteration
+        self._start()
+        if (ready := self._take()) is not None:
+            return ready
         try:
             piece = await asyncio.to_thread(next, self, _END)
         except asyncio.CancelledError:

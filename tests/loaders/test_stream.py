@@ -181,7 +181,7 @@ def test_another_thread_closes_a_stream(tiny_model: Model, caches: list[Any], fr
         assert inside.wait(60)
         closer = threading.Thread(target=stream.close)
         closer.start()
-        while not stream._state.closing:
+        while not stream._sequence.closing:
             pass
         goes_on.set()
         closer.join(60)
@@ -210,13 +210,13 @@ def test_concurrent_async_streams(tiny_model: Model, caches: list[Any]) -> None:
 
 
 def test_the_event_loop_is_not_blocked_by_a_step(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefill, came = tiny_model.engine.prefill, threading.Event()
+    read, came = tiny_model.engine.prefill_chunk, threading.Event()
 
-    def until_the_loop_ran(*arguments: Any) -> Any:
+    def until_the_loop_ran(*arguments: Any, **named: Any) -> Any:
         assert came.wait(60), "the event loop was blocked"
-        return prefill(*arguments)
+        return read(*arguments, **named)
 
-    monkeypatch.setattr(tiny_model.engine, "prefill", until_the_loop_ran)
+    monkeypatch.setattr(tiny_model.engine, "prefill_chunk", until_the_loop_ran)
 
     async def use() -> list[str]:
         asyncio.get_running_loop().call_later(0.05, came.set)

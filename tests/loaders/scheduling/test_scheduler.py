@@ -1,0 +1,503 @@
+"""The scheduler's order, its KV caches, and failures that stay with their sequence, on an engine without a model."""
+
+import gc
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation.scheduler import Scheduler
+from precast.loaders.generation.sequence import TokenSequence
+
+
+def run(scheduler: Scheduler, *sequences: TokenSequence) -> None:
+    """Submit sequences and run steps until nothing is left to do."""
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    while scheduler.step():
+        pass
+
+
+def answer(sequence: TokenSequence) -> list[int]:
+    return sequence.tokens[sequence.prompt_tokens :]
+
+
+# --- order --------------------------------------------------------------------------------------------------
+
+
+def test_sequences_together_answer_as_alone(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    engine = fake_engine()
+    prompts = [list(range(n)) for n in (1, 4, 5, 8, 9, 30)]
+    sequences = [new_sequence(ids) for ids in prompts]
+    run(Scheduler(engine, caches=1), *sequences)
+    assert [answer(s) for s in sequences] == [alone(ids) for ids in prompts]
+    assert {s.reason for s in sequences} == {"length"}
+    assert max(len(slots) for name, slots in engine.calls if name == "decode") == 3
+
+
+def test_sequences_share_each_decode_step(fake_engine: Any, new_sequence: Any) -> None:
+    """Together three answers of 8 tokens take 7 steps after the prompts, and the last starts one step later."""
+    engine = fake_engine()
+    run(Scheduler(engine), *(new_sequence([n], limit=8) for n in range(3)))
+    names = [name for name, _ in engine.calls]
+    assert (names.count("cache"), names.count("prefill"), names.count("decode")) == (1, 3, 8)
+
+
+def test_at_most_one_chunk_is_read_between_two_tokens(fake_engine: Any, new_sequence: Any) -> None:
+    engine = fake_engine(context=200)
+    scheduler = Scheduler(engine)
+    first = new_sequence([1], limit=60)
+    scheduler.submit(first)
+    scheduler.step()
+    run(scheduler, new_sequence([2] * 100), new_sequence([3] * 90))
+    names = [name for name, slots in engine.calls[1:] if name == "prefill" or 0 in slots][:60]
+    assert names[:4] == ["prefill", "prefill", "decode", "prefill"]
+    assert not any(pair == ("prefill", "prefill") for pair in itertools.pairwise(names[1:]))
+
+
+def test_prompts_are_read_in_the_order_of_arrival(fake_engine: Any, new_sequence: Any) -> None:
+    """A short prompt does not overtake a long one, and waits for one prompt at a time."""
+    scheduler = Scheduler(fake_engine(slots=8))
+    order: list[str] = []
+    lengths = {"long": 40, "short": 1, "middle": 12}
+    sequences = {
+        name: new_sequence([1] * n, notify=lambda name=name: order.append(name), limit=3)
+        for name, n in lengths.items()
+    }
+    run(scheduler, *sequences.values())
+    assert list(dict.fromkeys(order)) == ["long", "short", "middle"]
+
+
+def test_chunks_are_large_alone_and_small_while_others_decode(fake_engine: Any, new_sequence: Any) -> None:
+    engine = fake_engine(buckets=(16, 128, 512), context=4096)
+    scheduler = Scheduler(engine)
+    run(scheduler, new_sequence([1] * 1000, limit=40))
+    assert engine.lengths == [512, 488]
+    engine.lengths.clear()
+    scheduler.submit(new_sequence([2], limit=40))
+    scheduler.step()
+    run(scheduler, new_sequence([3] * 300))
+    assert engine.lengths == [1, 128, 128, 44]
+
+
+def test_with_a_bound_sequences_wait_for_a_slot_in_order(
+    fake_engine: Any, new_sequence: Any, alone: Any
+) -> None:
+    engine = fake_engine(slots=2)
+    scheduler = Scheduler(engine, caches=1)
+    sequences = [new_sequence([n], limit=3 + n) for n in range(7)]
+    ended: list[int] = []
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    while scheduler.step():
+        ended += [i for i, s in enumerate(sequences) if s.ended and i not in ended]
+        stats = scheduler.stats()
+        assert (stats.running <= 2, stats.slots in (0, 2)) == (True, True)
+    assert sorted(ended) == ended == list(range(7))
+    assert [answer(s) for s in sequences] == [alone([n], limit=3 + n) for n in range(7)]
+    assert [name for name, _ in engine.calls].count("cache") == 1
+
+
+def test_without_a_bound_a_further_cache_serves_further_sequences(
+    fake_engine: Any, new_sequence: Any, alone: Any
+) -> None:
+    engine = fake_engine(slots=2)
+    scheduler = Scheduler(engine)
+    sequences = [new_sequence([n]) for n in range(5)]
+    run(scheduler, *sequences)
+    assert [answer(s) for s in sequences] == [alone([n]) for n in range(5)]
+    assert [name for name, _ in engine.calls].count("cache") == 3
+
+
+def test_a_sequence_whose_reader_lags_sits_out(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    scheduler = Scheduler(fake_engine())
+    slow, fast = new_sequence([1], limit=20, most_unread=4), new_sequence([2], limit=20)
+    run(scheduler, slow, fast)
+    assert (len(slow.unread), slow.ended, fast.ended) == (4, False, True)
+    for _ in range(3):
+        slow.unread.popleft()
+    while scheduler.step():
+        pass
+    assert len(slow.unread) == 4
+    slow.unread.clear()
+    while not slow.ended:
+        slow.unread.clear()
+        assert scheduler.step()
+    assert answer(slow) == alone([1], limit=20)
+
+
+# --- ends ---------------------------------------------------------------------------------------------------
+
+
+def test_the_end_token_and_a_stop_string_end_a_sequence(
+    fake_engine: Any, new_sequence: Any, alone: Any
+) -> None:
+    expected = alone([5], limit=12)
+    end, stop = expected[4], "".join(chr(ord("A") + t) for t in expected[2:4])
+    by_end, by_stop = new_sequence([5], limit=12, ends=[end]), new_sequence([5], limit=12, stop=(stop,))
+    run(Scheduler(fake_engine()), by_end, by_stop)
+    assert (answer(by_end), by_end.reason) == (expected[:5], "stop")
+    assert (answer(by_stop), by_stop.reason) == (expected[:4], "stop")
+    assert "".join(p.text for p in by_stop.unread) == "".join(chr(ord("A") + t) for t in expected[:2])
+
+
+def test_a_sequence_that_is_cancelled_frees_its_slot_at_once(fake_engine: Any, new_sequence: Any) -> None:
+    scheduler = Scheduler(fake_engine(slots=2), caches=1)
+    reading, decoding, waiting = new_sequence([1] * 30), new_sequence([2]), new_sequence([3], limit=2)
+    for sequence in (decoding, reading, waiting):
+        scheduler.submit(sequence)
+    scheduler.step()
+    scheduler.step()
+    scheduler.step()
+    assert (0 < reading.filled < 30, scheduler.stats().running) == (True, 2)
+    scheduler.cancel(reading)
+    assert (reading.ended, reading.reason, scheduler.stats().running) == (True, "unfinished", 1)
+    scheduler.close(decoding)
+    assert (decoding.ended, scheduler.stats().slots) == (True, 0)
+    while scheduler.step():
+        pass
+    assert (len(answer(waiting)), waiting.reason) == (2, "length")
+
+
+def test_a_waiting_sequence_can_be_cancelled(fake_engine: Any, new_sequence: Any) -> None:
+    scheduler = Scheduler(fake_engine(slots=1), caches=1)
+    first, second = new_sequence([1]), new_sequence([2])
+    scheduler.submit(first)
+    scheduler.submit(second)
+    scheduler.step()
+    scheduler.cancel(second)
+    assert (second.ended, scheduler.stats().waiting) == (True, 0)
+    run(scheduler)
+    assert (first.generated, second.generated) == (8, 0)
+
+
+def test_a_sequence_cancelled_before_it_arrives_takes_no_slot(fake_engine: Any, new_sequence: Any) -> None:
+    engine = fake_engine()
+    scheduler, sequence = Scheduler(engine), new_sequence([1])
+    scheduler.cancel(sequence)
+    run(scheduler, sequence)
+    assert (sequence.ended, engine.calls) == (True, [])
+
+
+@pytest.mark.parametrize("state", ["waiting", "reading", "decoding"])
+def test_time_runs_out(
+    fake_engine: Any, new_sequence: Any, alone: Any, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Scheduler(fake_engine(slots=1), caches=1)
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    if state == "waiting":
+        scheduler.submit(new_sequence([9], limit=40))
+        scheduler.step()
+    sequence = new_sequence([1] * (20 if state == "reading" else 3), limit=40, timeout_s=5, stop=("ZZ",))
+    scheduler.submit(sequence)
+    for _ in range(2):
+        scheduler.step()
+    count = sequence.generated
+    assert (count > 0, sequence.filled > 0) == (state == "decoding", state != "waiting")
+    now[0] += 4.9
+    scheduler.step()
+    assert not sequence.ended
+    now[0] += 0.2
+    scheduler.step()
+    assert (sequence.ended, sequence.reason, sequence.error) == (True, "timeout", None)
+    assert (
+        answer(sequence) == alone(sequence.tokens[: sequence.prompt_tokens], limit=40)[: sequence.generated]
+    )
+
+
+def test_text_held_back_is_shown_when_the_time_runs_out(
+    fake_engine: Any, new_sequence: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = chr(ord("A") + alone([1])[0])
+    sequence = new_sequence([1], timeout_s=5, stop=(first + "never",))
+    scheduler, now = Scheduler(fake_engine()), [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    scheduler.submit(sequence)
+    scheduler.step()
+    assert [p.text for p in sequence.unread] == [""]
+    now[0] += 6
+    scheduler.step()
+    assert [tuple(p) for p in sequence.unread] == [(alone([1])[0], ""), (None, first)]
+
+
+# --- failures -----------------------------------------------------------------------------------------------
+
+
+class Broken:
+    """A decoder that fails at its third token."""
+
+    def __init__(self) -> None:
+        self._left = 2
+
+    def push(self, token: int) -> str:
+        if not self._left:
+            raise ValueError("of the decoder")
+        self._left -= 1
+        return "x"
+
+    def finish(self) -> str:
+        return ""
+
+
+def failing_after(calls: int) -> Callable[[], None]:
+    left = iter(range(calls))
+
+    def notify() -> None:
+        if next(left, None) is None:
+            raise OSError("of the reader")
+
+    return notify
+
+
+def test_one_failing_sequence_harms_no_other(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    scheduler = Scheduler(fake_engine(slots=5), caches=1)
+    sink = new_sequence([1], notify=failing_after(3))
+    decoder = new_sequence([2], decoder=Broken())
+    sampler = new_sequence([3], suppress_tokens=tuple(range(40)))
+    healthy = [new_sequence([n]) for n in (4, 5)]
+    run(scheduler, sink, decoder, sampler, *healthy)
+    assert [type(s.error) for s in (sink, decoder, sampler)] == [OSError, ValueError, PrecastError]
+    assert (sink.generated, decoder.generated, sampler.generated) == (4, 3, 0)
+    assert [(answer(s), s.error) for s in healthy] == [(alone([n]), None) for n in (4, 5)]
+    assert scheduler.stats().slots == 0
+
+
+def test_bad_logits_fail_their_sequence_alone(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    engine = fake_engine()
+    engine.poisoned = 7
+    params = {"temperature": 1.0, "seed": 1, "suppress_tokens": (7,)}
+    bad, good = new_sequence([7], **params), new_sequence([8], **params)
+    run(Scheduler(engine), bad, good)
+    assert str(bad.error) == (
+        "Sampling: the logit of token 0 is nan, so the model's output cannot be used; run precast verify to find out"
+        " whether this artifact computes correctly on this machine."
+    )
+    assert (answer(good), good.error) == (alone([8], **params), None)
+
+
+@pytest.mark.parametrize("call", ["prefill", "decode"])
+def test_a_failure_of_the_engine_fails_the_sequences_of_its_cache(
+    fake_engine: Any, new_sequence: Any, alone: Any, call: str
+) -> None:
+    engine = fake_engine(slots=2)
+    scheduler = Scheduler(engine)
+    sequences = [new_sequence([n]) for n in range(3)]  # two in the first cache, one in the second
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    while any(s.generated == 0 for s in sequences):
+        scheduler.step()
+
+    def fail(name: str) -> None:
+        if name == call:
+            raise PrecastError("weights.safetensors: the file was written to.")
+
+    engine.before = fail
+    late = new_sequence([9])
+    scheduler.submit(late)
+    while late.error is None and all(s.error is None for s in sequences):
+        scheduler.step()
+    failed = [s for s in (*sequences, late) if s.error is not None]
+    assert 1 <= len(failed) <= 2
+    assert all(str(s.error) == "weights.safetensors: the file was written to." and s.ended for s in failed)
+    engine.before = lambda name: None
+    run(scheduler, new_sequence([1]))
+    for n, sequence in zip((0, 1, 2, 9), (*sequences, late), strict=True):
+        assert sequence.error is not None or answer(sequence) == alone([n])
+    assert scheduler.stats().slots == 0
+
+
+def test_a_cache_that_cannot_be_made_fails_its_sequence(
+    fake_engine: Any, new_sequence: Any, alone: Any
+) -> None:
+    engine = fake_engine(slots=1)
+    scheduler = Scheduler(engine)
+    first, second, third = (new_sequence([n]) for n in range(3))
+    scheduler.submit(first)
+    scheduler.step()
+
+    def fail(name: str) -> None:
+        if name == "cache":
+            engine.before = lambda name: None
+            raise MemoryError
+
+    engine.before = fail
+    run(scheduler, second, third)
+    assert isinstance(second.error, MemoryError)
+    assert [answer(s) for s in (first, third)] == [alone([0]), alone([2])]
+
+
+def test_ctrl_c_reaches_the_caller_and_fails_what_it_interrupted(
+    fake_engine: Any, new_sequence: Any, alone: Any
+) -> None:
+    engine = fake_engine(slots=2)
+    scheduler = Scheduler(engine, caches=1)
+    running, waiting = [new_sequence([n]) for n in range(2)], new_sequence([2])
+    for sequence in (*running, waiting):
+        scheduler.submit(sequence)
+    for _ in range(3):
+        scheduler.step()
+
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    engine.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step()
+    assert {str(s.error) for s in running} == {
+        "generation: interrupted while the model computed, so the answer is incomplete; ask again."
+    }
+    engine.before = lambda name: None
+    run(scheduler)
+    assert (answer(waiting), waiting.error) == (alone([2]), None)
+
+
+def test_failures_keep_no_cache_in_memory(fake_engine: Any, new_sequence: Any) -> None:
+    engine, made = fake_engine(), list[Any]()
+    new_cache = engine.new_cache
+    engine.new_cache = lambda: made.append(weakref.ref(cache := new_cache())) or cache
+
+    def fail(name: str) -> None:
+        if name == "decode":
+            raise RuntimeError
+
+    scheduler, sequences = Scheduler(engine), [new_sequence([1], decoder=Broken()), new_sequence([1])]
+    gc.disable()
+    run(scheduler, sequences[0])
+    engine.before = fail
+    run(scheduler, sequences[1])
+    gc.enable()
+    assert [type(s.error) for s in sequences] == [ValueError, RuntimeError]
+    assert [cache() for cache in made] == [None, None]
+
+
+# --- prefixes -----------------------------------------------------------------------------------------------
+
+
+class FakePrefixes:
+    """A store that knows every captured sequence."""
+
+    def __init__(self) -> None:
+        self.known: list[list[int]] = []
+
+    def restore(self, tokens: list[int], cache: Any, slot: int) -> int:
+        def common(known: list[int]) -> int:
+            pairs = zip(tokens, known, strict=False)
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+        length = max(map(common, self.known), default=0)
+        cache.slots[slot].update(enumerate(tokens[:length]))
+        return length
+
+    def capture(self, tokens: list[int], cache: Any, slot: int) -> None:
+        assert tokens == [cache.slots[slot][p] for p in range(len(tokens))]
+        self.known.append(tokens)
+
+
+def test_a_known_prefix_is_not_read_again(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    engine, prefixes = fake_engine(), FakePrefixes()
+    scheduler = Scheduler(engine, prefixes=prefixes)
+    common = list(range(20))
+    first = new_sequence(common)
+    run(scheduler, first)
+    assert prefixes.known == [common + answer(first)[:-1]]
+    engine.lengths.clear()
+    longer, same = new_sequence([*common, 3, 4]), new_sequence(common)
+    run(scheduler, longer, same)
+    assert engine.lengths == [2, 1]
+    assert (longer.cached_tokens, same.cached_tokens, scheduler.stats().cached_tokens) == (20, 19, 39)
+    assert [answer(s) for s in (longer, same)] == [alone([*common, 3, 4]), alone(common)]
+
+
+def test_a_prompt_is_known_to_those_that_wait_behind_it(fake_engine: Any, new_sequence: Any) -> None:
+    engine = fake_engine()
+    common = list(range(20))
+    run(Scheduler(engine, prefixes=FakePrefixes()), *(new_sequence([*common, n]) for n in range(3)))
+    assert engine.lengths == [8, 8, 5, 1, 1]
+
+
+def test_what_a_cancelled_sequence_computed_is_known(fake_engine: Any, new_sequence: Any) -> None:
+    prefixes = FakePrefixes()
+    scheduler, sequence = Scheduler(fake_engine(), prefixes=prefixes), new_sequence(list(range(20)))
+    scheduler.submit(sequence)
+    scheduler.step()
+    scheduler.cancel(sequence)
+    assert prefixes.known == [list(range(8))]
+
+
+def test_a_failing_store_of_prefixes_fails_its_sequence(
+    fake_engine: Any, new_sequence: Any, alone: Any
+) -> None:
+    prefixes = FakePrefixes()
+    scheduler = Scheduler(fake_engine(), prefixes=prefixes)
+    prefixes.restore = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
+    bad = new_sequence([1])
+    run(scheduler, bad)
+    assert (type(bad.error), scheduler.stats().slots) == (ZeroDivisionError, 0)
+    del prefixes.restore  # type: ignore[method-assign]
+    good = new_sequence([1])
+    run(scheduler, good)
+    assert answer(good) == alone([1])
+
+
+# --- threads ------------------------------------------------------------------------------------------------
+
+
+def test_the_reader_of_one_sequence_advances_all(fake_engine: Any, new_sequence: Any) -> None:
+    scheduler = Scheduler(fake_engine())
+    first, second = new_sequence([1]), new_sequence([2], limit=4)
+    scheduler.submit(first)
+    scheduler.submit(second)
+    scheduler.advance(lambda: first.ended)
+    assert (second.ended, second.generated) == (True, 4)
+
+
+def test_many_threads_read_and_close(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    engine = fake_engine(slots=4)
+    engine.before = lambda name: time.sleep(0.0005)
+    scheduler = Scheduler(engine, caches=2)
+    found: dict[int, list[int]] = {}
+
+    def read(n: int) -> None:
+        sequence = new_sequence([n, n], limit=25, most_unread=3)
+        tokens = found[n] = []
+        scheduler.submit(sequence)
+        while True:
+            scheduler.advance(sequence.has_news)
+            if sequence.ended and not sequence.unread:
+                return
+            tokens.append(sequence.unread.popleft().token)
+            if n % 3 == 0 and len(tokens) == n:
+                scheduler.close(sequence)
+                return
+
+    threads = [threading.Thread(target=read, args=(n,)) for n in range(1, 33)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for n, tokens in found.items():
+        expected = alone([n, n], limit=25)
+        assert tokens == (expected[:n] if n % 3 == 0 else expected)
+    assert scheduler.stats().slots == scheduler.stats().running == 0
+
+
+def test_a_reader_waits_for_a_slot_that_another_thread_frees(fake_engine: Any, new_sequence: Any) -> None:
+    """No sequence can advance until then."""
+    scheduler = Scheduler(fake_engine(slots=1), caches=1)
+    slow, patient = new_sequence([1], most_unread=1), new_sequence([2])
+    scheduler.submit(slow)
+    scheduler.step()
+    scheduler.submit(patient)
+    reader = threading.Thread(target=scheduler.advance, args=(lambda: patient.ended,))
+    reader.start()
+    time.sleep(0.02)
+    assert (patient.generated, reader.is_alive()) == (0, True)
+    scheduler.close(slow)
+    reader.join(60)
+    assert patient.generated == 8
