@@ -243,9 +243,7 @@ class Model:
         prompt, params, limit = request
         return TokenSequence(
             prompt,
-            sampler=Sampler(
-                params, prompt, self.engine.vocab, self.eos_token_ids, self.tokenizer.token_text
-            ),
+            sampler=Sampler(params, prompt, self.engine.vocab, self.eos_token_ids, self.tokenizer.token_text),
             decoder=self.tokenizer.stream(),
             stops=StopStrings(params.stop),
             ends=params.ends(self.eos_token_ids),

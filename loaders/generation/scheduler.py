@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from threading import Lock
 from typing import Protocol
 
@@ -44,13 +43,14 @@ class Prefixes(Protocol):
             The length of the prefix; 0 if none is known.
         """
 
-    def capture(self, tokens: Sequence[int], cache: KVCache, slot: int) -> None:
-        """Remember keys and values of a slot.
+    def capture(self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int) -> None:
+        """Keep keys and values of a slot.
 
         Args:
             tokens: the tokens whose keys and values the slot's first positions hold.
             cache: the KV cache to read from.
             slot: the sequence's slot.
+            restored: the result of `restore` for this sequence.
         """
 
 
@@ -375,9 +375,16 @@ class Scheduler:
             self._fail(sequence, error)
 
     def _capture(self, sequence: TokenSequence, batch: Batch) -> None:
-        if self._prefixes is not None and sequence.filled:
-            tokens = sequence.tokens[: sequence.filled]
-            self._guard(sequence, partial(self._prefixes.capture, tokens, batch.cache, sequence.slot))
+        if (prefixes := self._prefixes) is not None and sequence.filled:
+            self._guard(
+                sequence,
+                lambda: prefixes.capture(
+                    sequence.tokens[: sequence.filled],
+                    batch.cache,
+                    sequence.slot,
+                    restored=sequence.cached_tokens,
+                ),
+            )
 
     def _guard(self, sequence: TokenSequence, work: Callable[[], object]) -> None:
         """Run work for one sequence, which alone fails with it."""
