@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-# The oldest supported jaxlib: it refuses handlers built against newer headers.
+# The version of the oldest supported jaxlib, because a jaxlib refuses handlers built against newer headers.
 NEWEST_HEADERS = (0, 10, 1)
 
 

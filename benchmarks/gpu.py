@@ -104,12 +104,17 @@ def tensor_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return random numbers of trained weights' magnitude, always the same for a name, so that none is stored."""
+    """Return random numbers with the magnitude of trained weights.
+
+    A name always gives the same numbers, so a tensor can be generated whenever it is read, and none is stored.
+    """
     if len(shape) == 1:
         return np.ones(shape, np.float32)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
     values = np.random.default_rng(seed).integers(-127, 128, shape, np.int8).astype(np.float32)
-    values *= (1.0 if "embed" in name else 1.5 * shape[1] ** -0.5) / 73.6  # 73.6 is the standard deviation
+    values *= (
+        1.0 if "embed" in name else 1.5 * shape[1] ** -0.5
+    ) / 73.6  # the standard deviation of `values`
     return values
 
 
@@ -137,7 +142,7 @@ def random_source(shape: str):
 
 
 def _tokenizer() -> bytes:
-    """Return a tokenizer of bytes: the benchmark uses ids, but an artifact needs a tokenizer."""
+    """Return a tokenizer whose tokens are bytes. The benchmark uses only ids, but an artifact needs a tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -171,7 +176,7 @@ def _bytes(value: dict) -> int:
 
 
 def bandwidth(device, gigabytes: float, rounds: int) -> float:
-    """Measure the bytes per second of a device's memory: the faster of reading, and of reading and writing."""
+    """Measure the bytes per second of a device's memory, with the faster of two loops: a sum, and x + 1."""
     import jax
     import jax.numpy as jnp
 
@@ -246,7 +251,7 @@ def run_torch(shape: str, platform: str, capacity: int, steps: int, rounds: int,
     ids = torch.tensor([prompt(config.vocab_size)], device=platform)
     prefills, speeds = [], []
     with torch.inference_mode():
-        # Reuse one cache: another one has other addresses, for which CUDA graphs would be recorded again.
+        # Reuse one cache: another one would have other addresses, so CUDA graphs would be recorded again.
         cache = StaticCache(config=config, max_cache_len=capacity)
         for _ in range(rounds + 2):
             cache.reset()
@@ -381,7 +386,7 @@ def main() -> None:
     parser.add_argument(
         "--gigabytes", type=float, default=4.0, help="size of the array that bandwidth is measured on"
     )
-    parser.add_argument("--torch-backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--torch-backend", default="inductor", help="backend of torch.compile")
     parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:

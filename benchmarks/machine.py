@@ -37,7 +37,8 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 10) -> float:
 
     The bytes that a decode step reads, divided by this, are a lower bound on its time. The loops are NumPy's
     reductions, so that none of our code is measured; the fastest comes closest to the hardware's limit. Bandwidth
-    varies by a third within hundredths of a second, so a loop is timed over all rounds, as a step is over all tokens.
+    varies by a third within hundredths of a second, so the result is an average over all rounds, just as the measured
+    time of a step is an average over all tokens.
     """
     cores = len(os.sched_getaffinity(0))
     parts = [np.ones(megabytes * 1_000_000 // cores // 64 * 16, np.float32) for _ in range(cores)]

@@ -21,13 +21,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 CONFIGS = ROOT / "tests" / "exporter" / "published_configs.json"
 
-CONTEXT, FILLED = (
-    2048,
-    160,
-)  # positions: of a sequence; at the middle of 64 steps after a prompt of 128 tokens
-PROCESS_BYTES = 150e6  # Python, jaxlib, NumPy and XLA's buffers, beside weights and cache
+# Positions of the KV cache, and positions filled in the middle of 64 steps after a prompt of 128 tokens.
+CONTEXT, FILLED = 2048, 160
+# Python, jaxlib, NumPy and XLA's buffers; weights and KV cache come on top.
+PROCESS_BYTES = 150e6
 
-# Changes to the config of a larger sibling: these have the same keys.
+# Changes to the published config of a larger model of the same family, whose config has the same keys.
 _LLAMA_1B = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -54,15 +53,14 @@ MODELS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
 
 
 def sizes(config: Mapping[str, Any], name: str, weights: str) -> tuple[int, int, int]:
-    """Return the bytes of a model's weights, of its whole KV cache, and of a decode step's reading."""
+    """Return the bytes of a model's weights, those of its whole KV cache, and those that a decode step reads."""
     spec = read_model(config, name)
     model = stored_model(spec, weights)
     stored = stored_bytes(model.parameters, model.formats)
     embedding = [p for p in model.parameters if p.name == "model.embed_tokens.weight"]
     has_head = any(p.name.startswith("lm_head.") for p in model.parameters)
-    skipped = (
-        stored_bytes(embedding, model.formats) if has_head else 0
-    )  # a step reads one row of an embedding
+    # Of an embedding that is not the output head too, a step reads a single row.
+    skipped = stored_bytes(embedding, model.formats) if has_head else 0
     geometry = Geometry(context=CONTEXT, slots=1, buckets=(64, 128, 512), kv_cache="bfloat16")
     cache = [
         (array.bytes, array.shape[array.axes.index("S")]) for array in cache_arrays(spec.config, geometry)

@@ -45,9 +45,9 @@ class Variant:
 
 VARIANTS = {
     "all": Variant(title="all three mistakes", tables_once=False, cache=False, one_shape=False),
-    "rope": Variant(title="RoPE tables once, alone", tables_once=True, cache=False, one_shape=False),
-    "cache": Variant(title="cache, alone", tables_once=False, cache=True, one_shape=False),
-    "shape": Variant(title="one shape, alone", tables_once=False, cache=False, one_shape=True),
+    "rope": Variant(title="only RoPE tables fixed", tables_once=True, cache=False, one_shape=False),
+    "cache": Variant(title="only the cache fixed", tables_once=False, cache=True, one_shape=False),
+    "shape": Variant(title="only the shape fixed", tables_once=False, cache=False, one_shape=True),
     "fixed": Variant(title="all fixed, under jit", tables_once=True, cache=True, one_shape=True),
 }
 
@@ -115,7 +115,7 @@ def _build(variant: Variant, shape: dict, weights: dict) -> Callable:  # noqa: C
         return jnp.einsum("kgts,skh->tkgh", weights, v).reshape(q.shape[0], heads * dim)
 
     def forward(params, tokens, start, past, rope):
-        """Run tokens ``[T]`` from position `start`, after `past`: (k, v) of each layer, or None without a cache."""
+        """Run tokens ``[T]`` from position `start` on; `past` has (k, v) of each layer, or is None without a cache."""
         positions = start + jnp.arange(tokens.shape[0])
         x, new = params["embed"][tokens], []
         for i, layer in enumerate(params["layers"]):

@@ -47,7 +47,7 @@ def run(spec: str | None, output: Path | None, options: ExportOptions) -> int:
     console = _console(stderr=True)
 
     def log(line: str) -> None:
-        # Remarks quote the source.
+        # Remarks quote names from the source, which may contain control characters.
         console.print(printable(line))
 
     log(f"reading {spec or 'the demo model, SmolLM2-135M-Instruct'}")
@@ -65,18 +65,21 @@ def run(spec: str | None, output: Path | None, options: ExportOptions) -> int:
 
 
 def _console(*, stderr: bool) -> Console:
-    # Names of files and models may contain rich's markup.
+    # Names of files and models may contain square brackets, which rich would read as markup.
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def _show_cursor(console: Console) -> None:
-    """Show the cursor that progress bars hide, bypassing any stream with a half-written line."""
+    """Show the cursor, which progress bars hide.
+
+    An interrupt may come while a line is half written, so this writes to the file descriptor and not to the stream.
+    """
     if console.is_terminal:
         os.write(sys.stderr.fileno(), b"\x1b[?25h")
 
 
 def _report(console: Console, built: list[BuiltProgram], show: Progress, step: Step) -> None:
-    """Print and collect a built program; show any other step."""
+    """Print a built program and append it to `built`; show any other step as progress."""
     if not isinstance(step, BuiltProgram):
         show(step)
         return
@@ -108,7 +111,7 @@ def _bar(bars: Bars) -> Progress:
         nonlocal text
         if step.text != text:
             text = step.text
-            bars.reset(task)  # the elapsed time
+            bars.reset(task)  # starts the elapsed time again
         bars.update(
             task,
             description=step.text,

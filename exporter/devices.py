@@ -10,7 +10,7 @@ from precast.loaders.artifact.errors import PrecastError
 
 @contextmanager
 def on_cpu(user: str) -> Iterator[None]:
-    """Make the CPU JAX's default device.
+    """Use the CPU as JAX's default device.
 
     Args:
         user: noun phrase for the work that needs the CPU; the error message begins with it.
@@ -30,7 +30,7 @@ def on_cpu(user: str) -> Iterator[None]:
 
 @contextmanager
 def on_cpu_in_float32() -> Iterator[None]:
-    """Make the CPU JAX's default device, and compute matrix products in full float32 precision.
+    """Use the CPU as JAX's default device, and compute matrix products in full float32 precision.
 
     Raises:
         PrecastError: JAX's CPU backend does not load.

@@ -34,19 +34,19 @@ def export(
 ) -> Manifest:
     """Export a model into an artifact.
 
-    The artifact is written beside `output`, and takes that name once it has been loaded and has given the reference's
-    answers.
+    The artifact is first written to a temporary folder beside `output`. The folder gets its final name only after the
+    artifact has been loaded and its answers match the reference.
 
     Args:
         source: the model.
         output: folder to write.
         options: the form of the artifact.
         log: called with remarks on the source, and with the name of each step.
-        progress: called with the state of long work, and with each program as a `BuiltProgram`.
+        progress: called with the state of long work, and with a `BuiltProgram` for each program that was built.
 
     Raises:
-        PrecastError: the source or the options cannot be exported faithfully, `output` exists, the disk refuses a
-            file, or the artifact does not answer as the reference does.
+        PrecastError: the source or the options cannot be exported faithfully, `output` exists, a file cannot be
+            written, or the artifact's answers differ from the reference's.
     """
     # 1. Check everything that can be checked before writing.
     plan = make_plan(source, options)

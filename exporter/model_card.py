@@ -4,7 +4,7 @@ from precast.loaders.artifact.manifest import Fidelity, Manifest
 
 
 def render(manifest: Manifest) -> str:
-    """Return the model card as Markdown. It omits the targets, because `add-target` may add some later."""
+    """Return the model card as Markdown. It does not list the targets, because `add-target` can add more later."""
     model, provenance = manifest.model, manifest.provenance
     version, files = provenance.versions.get("precast", ""), provenance.source_files
     sources = "\n".join(f"- `{name}`, sha256 `{entry.sha256}`" for name, entry in files.items())
@@ -37,7 +37,7 @@ def _fidelity(fidelity: Fidelity) -> str:
         for perplexity in (fidelity.perplexity, fidelity.reference_perplexity)
     )
     return f"""
-Measured against the source in float32, on {fidelity.tokens:,} predictions of {fidelity.text}:
+Compared with the source in float32, on {fidelity.tokens:,} predicted tokens of {fidelity.text}:
 
 | | |
 |---|---|

@@ -25,7 +25,7 @@ class ExportPlan:
         source: the model to export.
         weights: storage format of the weights, a key of `FORMATS`.
         geometry: context, slots, buckets and type of the KV cache.
-        stored: the model with the formats of its parameters; its spec is limited to the context.
+        stored: the model and the storage format of each of its parameters; its spec is adapted to the context.
         weight_plan: the source tensors of each parameter.
         sampling: the model's own sampling defaults.
         created: day of the export.
@@ -84,7 +84,7 @@ def _check_tokenizer(source: Source, vocab: int) -> None:
     if tokenizer.largest_own_id >= vocab:
         raise PrecastError(
             f"{source.name}: the tokenizer has ids up to {tokenizer.largest_own_id}, not counting"
-            f" added tokens, and the model embeds {vocab} tokens; use the tokenizer and the"
+            f" added tokens, but the model embeds only {vocab} tokens; use the tokenizer and the"
             " weights of the same model."
         )
     for token in source.eos_token_ids:
@@ -96,15 +96,16 @@ def _check_tokenizer(source: Source, vocab: int) -> None:
 
 
 def _rope_remark(spec: ModelSpec, context: int) -> str | None:
-    """Return a remark on RoPE frequencies that depend on the context; None if none do."""
+    """Return a remark if the context is so long that it changes the model's RoPE frequencies; None otherwise."""
     reaches = [
         rope.max_context for rope in spec.ropes if rope.max_context is not None and rope.max_context < context
     ]
     if not reaches:
         return None
     return (
-        f"this model's RoPE has other frequencies beyond {min(reaches)} positions: the artifact uses them for every"
-        f" prompt (transformers chooses by the length of each); --context {min(reaches)} keeps the original ones"
+        f"this model's RoPE has other frequencies for contexts above {min(reaches)} positions, and the artifact uses"
+        " them for every prompt (transformers uses them for long prompts only);"
+        f" --context {min(reaches)} keeps the original frequencies"
     )
 
 

@@ -1,15 +1,17 @@
 """Storage formats of weights: float32, bfloat16, and small integers with shared scales.
 
-A linear layer's weight is ``[out, in]``; a stack of layers puts L in front. In the integer formats `GROUP` inputs of
-one output share a scale (with int4 also a minimum), and a panel of `PANEL` outputs is contiguous, as the kernels read
-it:
+A linear layer's weight is ``[out, in]``; a stack of layers puts L in front. In the integer formats, each group of
+`GROUP` consecutive inputs of an output shares a scale, and in int4 also a minimum. The values of `PANEL` outputs, a
+panel, are contiguous and interleaved in the order in which the kernels read them:
 
-- int8: values ``[out/16, in/2, 16, 2]``, scale ``[out/16, in/32, 16]``; a weight is scale · value.
-- int4: two values a byte ``[out/16, in/8, 16, 4]``, low nibbles the first four of eight inputs; scale and minimum
-  ``[out/16, in/32, 16]``; a weight is scale · value + minimum.
+- int8: values ``[out/16, in/2, 16, 2]``; scale ``[out/16, in/32, 16]``; a weight is scale · value.
+- int4: values ``[out/16, in/8, 16, 4]`` with two values per byte: of eight consecutive inputs, the low nibbles hold the
+  first four and the high nibbles the last four; scale and minimum ``[out/16, in/32, 16]``; a weight is
+  scale · value + minimum.
 
-Outputs are padded to whole panels and inputs to whole groups, with values, scales and minima of zero. The padding of a
-partly filled group decodes to the group's minimum, so its inputs must be zero.
+Outputs are padded to whole panels and inputs to whole groups; the padding's values, scales and minima are zero. In a
+partly filled int4 group, the padded weights dequantise to the group's minimum and not to zero, so the activations that
+multiply them must be zero.
 """
 
 import os
@@ -28,19 +30,20 @@ from .sources.base import QuantisedBlocks
 GROUP = 32
 PANEL = 16
 
-# Weights quantised at a time: the intermediate arrays fit into the CPU's cache.
+# Number of weights quantised at a time, so that the intermediate arrays fit into the CPU's cache.
 _BLOCK = 1 << 18
-# The most blocks at a time. NumPy releases the GIL, and a block needs about 12 MB.
+# The most threads. Each works on one block, which needs about 12 MB. NumPy releases the GIL, so they run in parallel.
 _THREADS = 8
 _HALF_MAX = float(np.finfo(np.float16).max)
-# The shares of a group's range that an int4 candidate clips at its bottom and top; negative shares widen the range.
-# The last candidate spreads 15 steps over 14, which suits weights that were rounded to -7..7 before.
+# The int4 search tries several ranges for a group. Each clips a share of the group's own range at the bottom and at the
+# top; a negative share widens the range. In the last one, the group's own range takes 14 of the 15 steps, which
+# reproduces weights that an earlier quantisation rounded to -7..7.
 _ENDS = (-0.03, 0.0, 0.03, 0.06)
 _CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14))
-# The factors by which int8 candidates stretch a group before rounding.
+# The int8 search multiplies a group by each of these factors before rounding.
 _STRETCHES = np.linspace(0.98, 1.02, 17).tolist()
 _REFITS = 2
-# Smaller ranges underflow float16, and their inverse overflows float32.
+# Smaller numbers underflow float16, and the reciprocals of the smallest overflow float32.
 _TINY = 1e-30
 
 
@@ -49,7 +52,7 @@ class StoredArray:
     """One of the arrays that store a parameter.
 
     Attributes:
-        suffix: ending of its name after the parameter's: "", ".scale" or ".minimum".
+        suffix: text that its name adds to the parameter's name: "", ".scale" or ".minimum".
         shape: shape in the programs.
         dtype: "float32", "bfloat16", "float16", "int8" or "uint8".
     """
@@ -83,7 +86,7 @@ class Format(ABC):
 
     @abstractmethod
     def encode(self, matrix: np.ndarray, name: str = "a matrix") -> tuple[np.ndarray, ...]:
-        """Store one layer's float32 matrix ``[out, in]``.
+        """Convert one layer's float32 matrix ``[out, in]`` to this format.
 
         Args:
             matrix: the matrix.
@@ -101,7 +104,7 @@ class Format(ABC):
         """Dequantise one layer's arrays into a float32 matrix ``[rows, columns]``."""
 
     def repack(self, blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-        """Store quantised blocks without changing any value; return None if this format cannot hold them."""
+        """Convert quantised blocks to this format without changing any value; return None if that is impossible."""
         return None
 
     def _check(self, matrix: np.ndarray, name: str) -> None:
@@ -134,11 +137,11 @@ _Quantised = tuple[np.ndarray, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class _Grouped(Format):
-    """Integers in panels, with coefficients for each group.
+    """Integers in panels, with a scale and possibly a minimum (the coefficients) for each group.
 
     Attributes:
         dtype: type of the packed values.
-        inputs: size of the last axis in bytes; it holds consecutive inputs of one output.
+        inputs: length in bytes of the last axis of the packed values, which holds consecutive inputs of one output.
         nibbles: values per byte.
         suffixes: name suffixes of the arrays that hold the coefficients.
         quantise: quantises groups ``[n, G]``.
@@ -183,7 +186,12 @@ class _Grouped(Format):
     def _store(
         self, shape: tuple[int, ...], quantised: Callable[[slice], tuple[np.ndarray, ...]]
     ) -> tuple[np.ndarray, ...]:
-        """Pack values ``[rows, in]`` and coefficients ``[rows, groups]``, taken slice by slice."""
+        """Pack values ``[rows, in]`` and coefficients ``[rows, groups]``.
+
+        Args:
+            shape: rows and columns of the whole matrix.
+            quantised: returns the values and the coefficients of a slice of rows; several threads call it.
+        """
         arrays = [np.zeros(a.shape[1:], a.numpy_dtype) for a in self.arrays(shape)]
 
         def store(rows: slice) -> None:
@@ -245,7 +253,10 @@ def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 
 
 def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    """Shift signed values -8..7 to 0..15 and set the minimum to -8 · scale; None if a value or minimum overflows."""
+    """Return the blocks as values 0..15, scale and minimum; None if a value or a minimum is out of range.
+
+    Blocks without a minimum have signed values -8..7: these are shifted by 8, and the minimum becomes -8 · scale.
+    """
     low, high = blocks.values.min(initial=0), blocks.values.max(initial=0)
     if blocks.minimum is not None:
         return (blocks.values, blocks.scale, blocks.minimum) if low >= 0 and high <= 15 else None
@@ -259,7 +270,12 @@ def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 
 
 def _quantise_int8(x: np.ndarray) -> _Quantised:
-    """Find values -127..127 and a scale for each column: try scales around max / 127, and refit the best."""
+    """Find values -127..127 and a scale for each column.
+
+    Try scales around max / 127: round the values with each, and compute the error that is left when the scale is then
+    refitted to the rounded values by least squares. The refitted scale with the least error is used if it also beats
+    plain rounding with max / 127.
+    """
     most = np.maximum(x.max(0), -x.min(0))
     step = most / np.float32(127)
     best, least = step, np.full(most.shape, np.inf, np.float32)
@@ -269,7 +285,7 @@ def _quantise_int8(x: np.ndarray) -> _Quantised:
         np.multiply(t, np.float32(stretch), out=u)
         np.clip(np.rint(u, out=q), -127, 127, out=q)
         u -= q
-        # The error after the scale is refitted to these values, computed from the rounding errors u.
+        # u holds the rounding errors; the error after refitting follows from them.
         qq, qu = np.maximum(_dot(q, q), 1), _dot(q, u)
         error = (_dot(u, u) - qu * qu / qq) / np.float32(stretch**2)
         better = error < least
@@ -281,8 +297,9 @@ def _quantise_int8(x: np.ndarray) -> _Quantised:
 def _quantise_int4(x: np.ndarray) -> _Quantised:
     """Find values 0..15, a scale and a minimum for each column.
 
-    Try several ranges, slightly clipped or widened at each end; round each, and refit its scale and minimum by least
-    squares. Round and refit the best range again, and keep it if it beats plain rounding.
+    Try several ranges, slightly clipped or widened at each end. For each range, round the values and fit the scale and
+    the minimum to them by least squares. Then round and fit the best range `_REFITS` times more, and use the result if
+    it beats plain rounding.
     """
     low, high = x.min(0), x.max(0)
     step = (high - low) / np.float32(15)
@@ -297,14 +314,14 @@ def _quantise_int4(x: np.ndarray) -> _Quantised:
     return _closest(x, 0, 15, [
         (_near(scale * step), _near(low + minimum * step)),
         (_near(step), _near(low)),
-        # For groups far from zero or of tiny magnitude, where the coefficients' float16 is the coarser grid.
+        # For groups far from zero or of tiny magnitude, where rounding the coefficients to float16 costs the most.
         (_near(rest), below),
         (_above(rest), below),
     ])  # fmt: skip
 
 
 def _search_int4(t: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the scale and the minimum fitted to the best clipped range, for columns that span 0 to 15."""
+    """Return the fitted scale and minimum of the best range, for columns whose values span 0 to 15."""
     q = np.empty_like(t)
     scale = minimum = np.zeros(t.shape[1], np.float32)
     most = np.full(t.shape[1], -np.inf, np.float32)
@@ -349,7 +366,7 @@ def _closest(
 def _rounded(
     x: np.ndarray, lowest: int, highest: int, scale: np.ndarray, minimum: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the closest values under stored coefficients, and the squared error of each column."""
+    """Return the best values for x with these coefficients, whole numbers, and the squared error of each column."""
     scale = scale.astype(np.float32)
     offset = np.float32(0) if minimum is None else minimum.astype(np.float32)
     values = (x - offset) * _inverse(scale)

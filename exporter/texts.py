@@ -15,10 +15,10 @@ TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
 
 
 def read_tokenizer(source: Source) -> Tokenizer:
-    """Return the tokenizer of a source, made as the loader makes it.
+    """Return the tokenizer of a source, built in the same way as the loader builds an artifact's tokenizer.
 
     Raises:
-        PrecastError: the source's `tokenizer_json` is not a tokenizer, or its decoder cannot work token by token.
+        PrecastError: the source's `tokenizer_json` is not a tokenizer, or its decoder cannot decode token by token.
     """
     return Tokenizer.from_json(
         source.tokenizer_json,
@@ -30,10 +30,10 @@ def read_tokenizer(source: Source) -> Tokenizer:
 
 
 def check_templates(source: Source) -> None:
-    """Compile every chat template of a source.
+    """Compile every chat template of a source, so that a broken template fails the export and not the first chat.
 
     Raises:
-        PrecastError: a template is too long, or it is not a template.
+        PrecastError: a template is too long, or its syntax is wrong.
     """
     default = {} if source.chat_template is None else {None: source.chat_template}
     for name, template in (default | dict(source.named_templates)).items():
@@ -46,20 +46,21 @@ def check_templates(source: Source) -> None:
             ) from None
 
 
-# Names that a remark lists; "…" stands for the others.
+# The most names that a remark lists; "…" stands for the rest.
 _LISTED = 5
 
-# The spelling of chat markers.
+# The usual forms of chat markers, such as <|im_start|>, <start_of_turn> and [INST].
 _MARKER = re.compile(r"<[|｜][^\s<>]{1,60}[|｜]>|</?[a-z]+_of_[a-z]+>|\[/?[A-Z_]{2,20}\]")
 _SYSTEM, _USER = {"role": "system", "content": "a"}, {"role": "user", "content": "b"}
 _SAMPLES = ([_SYSTEM, _USER, {"role": "assistant", "content": "c"}, _USER], [_USER])
 
 
 def marker_remarks(source: Source) -> tuple[str, ...]:
-    """Return a remark on the chat markers that the tokenizer splits, because a marker is usually one token.
+    """Return a remark if the tokenizer splits a chat marker, such as <|im_start|>, into several tokens.
 
-    The markers come from a rendered conversation. An added token always matches whole, so the vocabulary has a reported
-    marker as an ordinary word, or lacks it. Some models were trained like that, so this is not an error.
+    A chat marker is usually an added token, which a tokenizer never splits. A marker that is split is therefore missing
+    from the added tokens. Some models were trained in this way, so it is a remark and not an error. The markers are
+    taken from a sample conversation, rendered with each template.
     """
     tokenizer = read_tokenizer(source)
     names = [*([] if source.chat_template is None else ["default"]), *source.named_templates]
@@ -73,7 +74,7 @@ def marker_remarks(source: Source) -> tuple[str, ...]:
 def bare_tokens(source: Source, vocab: int) -> str | None:
     """Return a remark on the added tokens without an embedding, or None.
 
-    transformers loads such a model, but fails on a text with such a token.
+    transformers loads such a model, but fails on every text that contains one of these tokens.
 
     Args:
         source: the source.
@@ -100,7 +101,10 @@ def _sample(tokenizer: Tokenizer, template: str) -> str:
 
 
 def named_files(source: Source) -> dict[str, str]:
-    """Return a file name for each named template: with its own name if valid and free, else with a free number."""
+    """Return a file name for each named template.
+
+    The file name contains the template's name if that is valid in a file name and still free; otherwise a number.
+    """
     files: dict[str, str] = {}
     taken: set[str] = set()
     for number, name in enumerate(source.named_templates, 1):

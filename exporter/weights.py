@@ -16,12 +16,12 @@ from .models.tensor_names import HEAD
 from .quantize import FORMATS, Format
 from .sources.base import QuantisedBlocks, Source, SourceTensor
 
-# Buffers of old checkpoints, which the config implies.
+# Buffers that old checkpoints store, although they can be computed from the config.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
-# Ignored tensors that a message names.
+# The most ignored tensors that a remark names.
 _NAMED = 2
 _VOCABULARY = ("model.embed_tokens.weight", HEAD)
-# A mixture's router stays float32: it is small, and an error in its choice of experts is large.
+# A mixture's router stays float32: it is small, and rounding it could choose the wrong experts.
 _ROUTER = ".mlp.gate.weight"
 _MATRIX_AXES = 3  # a stack [L, out, in]
 
@@ -33,7 +33,7 @@ class WeightPlan:
     Attributes:
         parameters: the model's parameters.
         tensors: source tensors by name.
-        ignored: names of the source tensors without a use.
+        ignored: names of the source tensors that the model does not need.
     """
 
     parameters: Sequence[Parameter]
@@ -54,7 +54,7 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
     Args:
         source: the source, its tensors adapted to the model.
         parameters: the model's parameters.
-        tied: the output head is the embedding.
+        tied: True if the output head is the embedding.
 
     Raises:
         PrecastError: a tensor is missing, has another shape, or belongs to no parameter.
@@ -133,10 +133,11 @@ def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
 
 
 def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, str]:
-    """Return the format of each parameter, by name, for matrices stored as `weights`.
+    """Return the storage format of each parameter, by name.
 
-    Norms, biases and routers stay float32. With int4 matrices the embedding and the output head are int8: they lose
-    the most precision, and every token depends on them.
+    The matrices of the layers have the format `weights`. Norms, biases and routers stay float32. If `weights` is int4,
+    the embedding and the output head are int8: they would lose the most precision as int4, and every token depends on
+    them.
 
     Raises:
         PrecastError: the format is unknown.
@@ -154,7 +155,7 @@ def _format_of(parameter: Parameter, weights: str) -> str:
 
 
 def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> int:
-    """Return the bytes of all parameters in the weight file: the sum that `write_model_weights` counts."""
+    """Return the bytes of all parameters in the weight file: the total that `write_model_weights` reports."""
     return sum(spec.bytes for p in parameters for spec in _specs(p, formats))
 
 
@@ -172,14 +173,14 @@ def write_model_weights(
     tables: Mapping[str, np.ndarray],
     count: Callable[[int], None],
 ) -> str:
-    """Write weights and tables with at most one source tensor in memory.
+    """Write weights and tables, holding at most one source tensor in memory.
 
     Args:
         path: file to write.
         plan: the source tensors of each parameter.
-        formats: a key of `FORMATS` by parameter name, as `formats_of` returns them.
+        formats: the storage format of each parameter by name, as returned by `formats_of`.
         tables: further arrays, written unchanged.
-        count: called with the written bytes of each source tensor; their sum is `stored_bytes`.
+        count: called after each source tensor with the bytes written for it; they add up to `stored_bytes`.
 
     Returns:
         The file's sha256.
@@ -195,7 +196,7 @@ def write_model_weights(
 def _pieces(
     plan: WeightPlan, formats: Mapping[str, str], count: Callable[[int], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every source tensor in its stored form: pairs of an array's name and its next part."""
+    """Yield every source tensor in its stored form, as pairs: the name of an array in the file, and its next part."""
     for parameter in sorted(plan.parameters, key=lambda p: p.name):
         stored = FORMATS[formats[parameter.name]]
         names = [parameter.name + array.suffix for array in stored.arrays(parameter.shape)]
@@ -229,7 +230,7 @@ def _check_blocks(name: str, blocks: QuantisedBlocks, shape: tuple[int, ...]) ->
 
 def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     _check_shape(name, array.shape, shape)
-    # A sum with a NaN or infinite term is NaN or infinite; it needs less memory than a mask of the array.
+    # The sum is NaN or infinite if any value is. It needs less memory than np.isfinite, which returns an array.
     with np.errstate(over="ignore", invalid="ignore"):
         total = array.sum(dtype=np.float64)
     if not np.isfinite(total):

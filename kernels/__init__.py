@@ -8,7 +8,8 @@ from pathlib import Path
 try:
     from . import _kernels
 except ImportError as error:
-    # Imported late: transformers looks for a package of this name, and finds this folder if a checkout is on the path.
+    # Imported here, because transformers imports any package called "kernels". With a checkout on sys.path, it finds
+    # this folder, and precast may not be importable.
     from precast.loaders.artifact.errors import PrecastError
 
     raise PrecastError(

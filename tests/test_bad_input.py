@@ -162,7 +162,7 @@ def test_a_truncated_weight_file(export_refused, tiny_checkpoint):
 def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint):
     folder = tiny_checkpoint(config={"vocab_size": 200})
     assert (
-        "the tokenizer has ids up to 299, not counting added tokens, and the model embeds 200 tokens; use the"
+        "the tokenizer has ids up to 299, not counting added tokens, but the model embeds only 200 tokens; use the"
         in export_refused(folder)
     )
 

@@ -71,6 +71,6 @@ def test_a_remark_of_the_export_names_the_tokens(tiny_source):
 
 def test_a_larger_vocabulary_belongs_to_another_model(export_tiny, tiny_source):
     with pytest.raises(
-        PrecastError, match="ids up to 299, not counting added tokens, and the model embeds 299 tokens"
+        PrecastError, match="ids up to 299, not counting added tokens, but the model embeds only 299 tokens"
     ):
         export_tiny(tiny_source(config={"vocab_size": V - 1}))

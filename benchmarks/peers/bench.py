@@ -4,7 +4,7 @@ Every contender loads once in its own process and answers on request; all idle c
 that none of their threads spins. For each prompt length, every contender runs the prompt in an empty cache and decodes
 after it, in an order that rotates with each round. The machine's limits, memory bandwidth and arithmetic peaks, are
 measured just before each measurement of precast. A measurement is repeated if other processes used more than 5 % of the
-machine meanwhile; the results contain their share.
+machine meanwhile; the results state the share that they used.
 
 Decoding is bound by memory (a step reads the weights and the filled cache once), prefill by arithmetic; the results
 also give precast's figures as shares of these limits. A cold start is timed from the start of a new process to the
@@ -74,7 +74,7 @@ class Bench:
         return Worker(contender, path, self.interpreters[contender.interpreter], self.folder / f"{name}.log")
 
     def measured(self, worker: Worker, **request: object) -> dict:
-        """Return the answer of the quietest attempt, with the load of other processes."""
+        """Ask again while other processes disturb; return the answer of the quietest attempt, and their load then."""
         best = None
         for _ in range(1 + self.retries):
             wait_for_quiet(self.patience)
@@ -86,7 +86,7 @@ class Bench:
         return dict(best.values) | {"others": best.others}
 
     def limits(self, peak: Path) -> dict:
-        """Measure bandwidth and peaks now, and keep them for the summary."""
+        """Measure the memory bandwidth and the arithmetic peaks now, and keep them for the summary."""
         wait_for_quiet(self.patience)
         found = json.loads(subprocess.run([peak, str(THREADS)], check=True, capture_output=True).stdout)
         found["read_bytes_per_s"] = max(found["read_bytes_per_s"], machine.read_bandwidth())
@@ -174,7 +174,7 @@ def cold_starts(bench: Bench) -> None:
 
 
 def contexts(bench: Bench) -> dict:
-    """Measure precast's step at two contexts and the same filled length."""
+    """Measure precast's decode step with two context lengths and the same number of filled positions."""
     found = {}
     for name in (n for n in bench.contenders if n.startswith("precast")):
         weights = name.removeprefix("precast-")
@@ -253,17 +253,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--precast-python", default=".venv/bin/python", help="has precast[export]")
+    parser.add_argument("--precast-python", default=".venv/bin/python", help="a Python with precast[export]")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--tokens", type=int, default=3072, help="of the text that fidelity is measured on")
+    parser.add_argument("--tokens", type=int, default=3072, help="tokens to measure fidelity on")
     parser.add_argument("--patience", type=float, default=20, help="seconds to wait for a quiet machine")
-    parser.add_argument("--retries", type=int, default=2, help="of a measurement that others disturbed")
-    parser.add_argument("--keep-artifacts", action="store_true", help="do not export those that are there")
+    parser.add_argument(
+        "--retries", type=int, default=2, help="retries if other processes disturb a measurement"
+    )
+    parser.add_argument(
+        "--keep-artifacts", action="store_true", help="use existing artifacts; export the missing"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--report", type=Path, help="only print and draw this peers.json again")
+    parser.add_argument("--report", type=Path, help="print and draw this peers.json instead of measuring")
     arguments = parser.parse_args()
     result = json.loads(arguments.report.read_text()) if arguments.report else measure(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The contenders, one row each. Workers of every interpreter import this, so it needs the standard library alone."""
+"""The contenders, one entry each. Workers import this in every interpreter, so it needs only the standard library."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ CAPACITY = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """An engine on a file.
+    """An inference engine with the model file that it runs.
 
     Attributes:
         label: name in tables and pictures.
         group: "int8", "int4", "float16" or "float32"; comparisons are within a group.
-        worker: a module beside this one.
-        interpreter: "peers" or "precast", by the packages it needs.
+        worker: name of the module beside this one that runs it.
+        interpreter: the Python that has the packages it needs, "peers" or "precast".
         model: name of its file or folder, made by `derive`.
         options: further arguments of the worker's `load`.
     """
@@ -31,7 +31,7 @@ class Contender:
 def _precast(weights: str) -> Contender:
     return Contender(
         label=f"precast {weights}",
-        group="float16" if weights == "bfloat16" else weights,  # of the same number of bits
+        group="float16" if weights == "bfloat16" else weights,  # both types have 16 bits
         worker="precast_worker",
         interpreter="precast",
         model=f"precast-{weights}-{CAPACITY}",
@@ -77,4 +77,5 @@ CONTENDERS: Mapping[str, Contender] = {
         model="huggingface",
     ),
 }
-REFERENCE = "transformers"  # float32, to which the other predictions are compared
+# The float32 contender with whose predictions all others are compared.
+REFERENCE = "transformers"

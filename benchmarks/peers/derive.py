@@ -2,8 +2,9 @@
 
     python derive.py NAME FOLDER     # in the interpreter that `MAKERS` names
 
-All of them come from the same float32 values: those that the GGUF's Q4_1 blocks and Q8_0 embedding stand for. So
-Q4_1 is the file itself, and loses nothing against the reference; every other format rounds once.
+All of them come from the same float32 values: those to which the GGUF's Q4_1 blocks and Q8_0 embedding dequantise. The
+contender in Q4_1 is that file itself, and loses nothing against the reference. Every other format rounds the values
+once.
 """
 
 import json
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-# Columns of this model's matrices are 576 and 1536: multiples of 64, not of OpenVINO's usual 128.
+# The matrices of this model have 576 or 1536 columns: multiples of 64, but not of OpenVINO's usual 128.
 OPENVINO_GROUP = 64
 
 
@@ -48,7 +49,7 @@ def huggingface(folder: Path) -> None:
 
 
 def demo_gguf(path: Path) -> None:
-    """Return the published file of the demo model."""
+    """Copy the published file of the demo model."""
     from precast.exporter.sources import demo
     from precast.loaders.artifact.cache_folder import cache_folder
 
@@ -84,7 +85,7 @@ def _openvino(*options: str) -> Callable[[Path], None]:
     return make
 
 
-# By name: the interpreter whose packages make it, its input, and its function.
+# For each file: the interpreter whose packages make it, the files that it is made from, and the function that makes it.
 MAKERS: Mapping[str, tuple[str, tuple[str, ...], Callable[[Path], None]]] = {
     "huggingface": ("precast", (), huggingface),
     "q4_1.gguf": ("precast", (), demo_gguf),
@@ -109,7 +110,12 @@ def cache(name: str) -> Path:
 
 
 def obtain(name: str, interpreters: Mapping[str, str]) -> Path:
-    """Return a derived file or folder, made if it is missing; `interpreters` has keys "peers" and "precast"."""
+    """Return the path of a derived file or folder, and make it first if it is missing.
+
+    Args:
+        name: a key of `MAKERS`.
+        interpreters: paths of the interpreters "peers" and "precast".
+    """
     path = cache(name)
     if path.exists():
         return path

@@ -30,12 +30,12 @@ def cache_bytes(manifest: Mapping, filled: float) -> float:
 
 
 def decode_share(manifest: Mapping, step_s: float, filled: float, bytes_per_s: float) -> float:
-    """Return the share of a step's time in which the machine could read the weights and the filled cache."""
+    """Return the least time for reading the weights and the filled cache, as a share of the measured `step_s`."""
     return (weight_bytes(manifest) + cache_bytes(manifest, filled)) / bytes_per_s / step_s
 
 
 def prompt_operations(model: Mapping, tokens: int) -> int:
-    """Return the multiplications and additions of a prompt: projections, causal attention, and last logits."""
+    """Count the multiplications and additions of a prompt: projections, causal attention, and the last logits."""
     attention, key_values = model["heads"] * model["head_dim"], model["kv_heads"] * model["head_dim"]
     projections = model["width"] * (2 * attention + 2 * key_values) + 3 * model["width"] * model["ff_width"]
     scores = 2 * attention * (tokens + 1) // 2

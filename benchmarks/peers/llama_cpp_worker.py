@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: its loader, then its C functions, the fastest way for single tokens."""
+"""llama.cpp through llama-cpp-python: its loader, and then its C functions, the fastest way to run single tokens."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,10 @@ def _silent(level: int, text: bytes, data: object) -> None:
 
 
 class LlamaCpp:
-    """Enable flash attention, llama.cpp's own default but not its Python package's: prompts take 15 % less time."""
+    """llama.cpp with flash attention, which saves 15 % of a prompt's time.
+
+    llama.cpp enables it by default, but its Python package does not.
+    """
 
     packages = ("llama-cpp-python", "numpy")
 

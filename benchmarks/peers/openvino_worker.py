@@ -37,7 +37,7 @@ class OpenVino:
         return int(self._generate(ids, 1).tokens[0][0])
 
     def run(self, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
-        """Time the prompt and its first token around a call, and steps by the pipeline's own time stamps."""
+        """Time the prompt by a call for one token, and the steps by the pipeline's own time stamps."""
         started = time.perf_counter()
         self._generate(ids, 1)
         prefill = time.perf_counter() - started

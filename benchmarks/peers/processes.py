@@ -1,4 +1,4 @@
-"""The driver's side of the workers: it starts and asks them, stops idle ones, and measures other load."""
+"""The driver's side of the workers: start them, ask them, stop idle ones, and measure the load of other processes."""
 
 import ctypes
 import json
@@ -54,14 +54,17 @@ def command(contender: Contender, model: Path, interpreter: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    # Remove the driver's settings of threads. OpenMP's defaults are the fastest for a worker that runs alone, and idle
-    # workers are stopped.
+    # Remove the driver's settings of threads. OpenMP's defaults are the fastest for a worker that runs alone, and every
+    # worker does, because idle ones are stopped.
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_", "GOMP_", "MKL_"))}
     return kept | {"TF_CPP_MIN_LOG_LEVEL": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
 
 
 def _die_with_parent() -> None:
-    """Kill the worker with its driver, by prctl(PR_SET_PDEATHSIG, SIGKILL): a stopped process would outlive it."""
+    """Have the kernel kill the worker when its driver dies, because a stopped process would otherwise live on.
+
+    The call is prctl(PR_SET_PDEATHSIG, SIGKILL).
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
@@ -78,7 +81,7 @@ class Worker:
                 stderr=errors,
                 text=True,
                 env=_environment(),
-                preexec_fn=_die_with_parent,  # the driver has one thread
+                preexec_fn=_die_with_parent,  # safe, because the driver has one thread
             )
         self.hello = self._read()
         self._stop()

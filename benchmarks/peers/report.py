@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# The figures compared within a group: title, value, True if more is better, and format.
+# A figure to compare within a group: its title, a function that returns it for a contender, True if more is better, and
+# a function that formats it.
 Figure = tuple[str, Callable[[Mapping], float], bool, Callable[[float], str]]
 
 
@@ -38,7 +39,7 @@ TOP1: Figure = ("top-1", lambda c: c["fidelity"]["top1"], True, lambda v: f"{v:.
 
 
 def figures(result: Mapping) -> list[Figure]:
-    """Return the contenders with measurements."""
+    """Return the figures that were measured for at least one contender."""
     lengths = sorted({int(n) for c in result["contenders"].values() for n in c.get("prompts", {})})
     every = [*map(_prefill, lengths), *map(_decode, lengths), COLD, RESIDENT, KL, KL99, TOP1]
     return [f for f in every if any(value(c, f) is not None for c in result["contenders"].values())]
@@ -65,7 +66,14 @@ def groups(result: Mapping) -> dict[str, dict[str, Mapping]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """Return the ratio of precast to the best of some peers; above 1 precast is ahead."""
+    """One of precast's figures compared with that of the best peer.
+
+    Attributes:
+        own: label of the precast contender.
+        figure: title of the figure.
+        peer: label of the best peer.
+        times: number of times that precast is better; below 1 if it is behind.
+    """
 
     own: str
     figure: str
@@ -73,7 +81,7 @@ class Ratio:
     times: float
 
 
-# The peer of each comparison, if both were measured.
+# The beginnings of the labels of peers.
 AGAINST = ("llama.cpp", "OpenVINO", "transformers")
 
 

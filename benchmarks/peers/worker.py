@@ -33,7 +33,7 @@ class Engine(Protocol):
         """Return the seconds of the prompt, the seconds of each step after it, and the tokens."""
 
     def logits(self, ids: Sequence[int], first: int) -> Iterator[object]:
-        """Yield logits ``[V]`` of positions ``first … len(ids) − 2``, after prefill up to `first` and single steps."""
+        """Yield logits ``[V]`` of positions ``first … len(ids) − 2``: prefill up to `first`, then decode the rest."""
 
 
 def timed_run(engine, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
@@ -87,7 +87,7 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    # Libraries print to standard output, so the answers use a duplicate of it.
+    # Libraries print to standard output: send that to standard error, and the answers to a duplicate of the original.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     module, model, options, *first = sys.argv[1:]

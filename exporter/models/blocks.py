@@ -35,7 +35,9 @@ class DecoderConfig:
         max_positions: context length of the model itself.
         norm_eps: epsilon of all norms.
         tied_embeddings: True if the output head is the token embedding.
-        qkv_bias, out_bias, mlp_bias: True if q, k and v, the attention's output, or the MLP have biases.
+        qkv_bias: True if the projections to q, k and v have biases.
+        out_bias: True if the output projection of the attention has a bias.
+        mlp_bias: True if the projections of the MLP have biases.
         qk_norm: norm of q and k: "" for none, "head" for each head separately, "all" for all heads together.
         activation: activation of the MLP, "silu" or "gelu_tanh".
         gated: True if the activation gates a second product.

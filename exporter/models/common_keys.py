@@ -17,7 +17,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
-# Far above any existing model. They bound the number of tensor names and the size of RoPE tables.
+# Limits far above any existing model, so that a wrong config cannot cause millions of tensor names or huge RoPE tables.
 MOST_LAYERS = MOST_EXPERTS = 1024
 _MOST_HEAD_DIM = 1 << 16
 
@@ -42,8 +42,8 @@ def read_common_keys(
         reader: the config.
         max_positions: default of the context length.
         norm_eps: default epsilon of the norms.
-        kv_heads: default of K; None for the number of query heads. A null in the config always means that
-            number.
+        kv_heads: default of K; None for the number of query heads. A null in the config always means the number of
+            query heads.
         head_dim: default of H; None for the width divided by the number of query heads.
         tied: True if the output head is the embedding by default.
         attention_bias: True if the architecture has the key ``attention_bias``.
@@ -82,7 +82,7 @@ def read_mixture(
     Raises:
         PrecastError: the numbers contradict each other.
     """
-    names = ("num_experts", "num_local_experts")  # transformers takes one for the other
+    names = ("num_experts", "num_local_experts")  # synonyms in transformers
     found = [
         reader.take_size(name, most=MOST_EXPERTS) for name in names if reader.peek(name) is not None
     ] or [experts]
@@ -104,7 +104,7 @@ def read_mixture(
 
 
 def uniform_windows(window: int | None, layers: int) -> tuple[int, ...]:
-    """Return the windows of layers that all have the same; None for full attention."""
+    """Return the window of each layer of a model whose layers all have the same window; None for full attention."""
     return () if window is None else (window,) * layers
 
 

@@ -10,13 +10,13 @@ from .config_keys import HARMLESS, UNSUPPORTED
 
 _T = TypeVar("_T")
 
-# Largest float32, the type of all computation, and largest size that XLA can count.
+# The largest float32, which is the type of all computation, and the largest size that XLA can count.
 _LARGEST_NUMBER = 3.4e38
 _LARGEST_SIZE = (1 << 31) - 1
 
 
 class ConfigReader:
-    """The keys of a config, each of which can be taken once.
+    """A config whose keys are taken one by one; `finish` refuses the keys that nobody took.
 
     Attributes:
         where: name of the config in messages.

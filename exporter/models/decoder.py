@@ -33,7 +33,7 @@ from .xla_ops import (
 
 
 class Embedding(nnx.Module):
-    """Token embeddings, weight ``[V, D]``; a packed weight is a stack of one."""
+    """Token embeddings with weight ``[V, D]``; a packed weight keeps the axis of layers, with length 1."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.weight = nnx.Param(jnp.zeros((c.vocab, c.width), jnp.float32))
@@ -217,7 +217,8 @@ class Decoder(nnx.Module):
         each = jax.vmap(gather_rows, (0, None))
         rotary = Rotary(*(each(table, positions) for table in (cos, sin)))  # [Z, R, T, P]
 
-        # The padding of a single sequence lies at the end and is skipped; that of several lies between them.
+        # With a single sequence, all padding is at the end and can be skipped. With several, each sequence has padding
+        # after it, so all rows count as used.
         used = batch.lengths[0] if tokens.shape[0] == 1 else jnp.int32(tokens.size)
         return ops.layers(self.stack(), self.embed(tokens, positions, ops), rotary, caches, batch, used)
 
@@ -225,8 +226,8 @@ class Decoder(nnx.Module):
 def gather_rows(table: Array, places: Array) -> Array:
     """Return the rows of a table ``[S, P]`` at non-negative indices ``[R, T]``.
 
-    The indices become unsigned: XLA clamps signed ones with an instruction that CPUs before x86-64-v3 lack, and no flag
-    turns that off.
+    The indices are converted to unsigned numbers: XLA clamps signed indices with an instruction that CPUs below
+    x86-64-v3 lack, and no flag prevents that.
     """
     row = partial(jax.lax.dynamic_index_in_dim, table, keepdims=False)
     rows: Array = jax.vmap(jax.vmap(row))(places.astype(jnp.uint32))

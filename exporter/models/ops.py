@@ -1,4 +1,4 @@
-"""The operations that differ between targets, as values; everything else is plain jax.numpy.
+"""The operations that differ between targets, as records of functions; the rest of a decoder is plain jax.numpy.
 
 `xla_ops.XLA_OPS` is the maths in pure XLA, for the portable StableHLO and for any platform. `cpu_ops.CPU_OPS` calls
 precast's kernels, which read stacked weights and the filled part of the KV cache in place.

@@ -15,7 +15,7 @@ from .registry import ModelSpec
 # are stacks over all layers, and over all experts of all layers.
 LAYERS, EXPERTS = "model.layers.", ".experts."
 # Matrices outside the layers that are not stacks. All other parameters outside the layers are stacks of one, because
-# their modules are those of the layers.
+# they use the same modules as the layers.
 _PLAIN = ("model.embed_tokens.weight", "model.embed_positions.weight")
 
 

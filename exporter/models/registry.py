@@ -149,7 +149,7 @@ def read_model(config: Mapping[str, object], where: str) -> ModelSpec:
         )
     reader = ConfigReader(config, where)
     decoder_config, ropes = architecture.read_config(reader)
-    # Architectures whose published configs name such code take the key themselves.
+    # An architecture whose published configs have this key, such as phi3, has taken it by now.
     if reader.peek("auto_map") is not None:
         raise PrecastError(
             f"{where}: auto_map names Python code in the checkpoint, and precast never runs such code; use a"

@@ -24,7 +24,7 @@ _PARTIAL = "partial_rotary_factor"
 
 
 def no_rope(head_dim: int) -> Rope:
-    """Return a RoPE that rotates nothing, for layers without RoPE; models without any RoPE pass a `head_dim` of 0."""
+    """Return a RoPE that rotates nothing, for layers without RoPE: all its frequencies are 0."""
     return Rope(frequencies=np.zeros(head_dim // 2, np.float32))
 
 
@@ -114,12 +114,12 @@ def _read_layer_type(
     max_positions: int,
     default_theta: float,
 ) -> Rope:
-    """Read the RoPE of one layer type from its keys, presented as a config."""
+    """Read the RoPE of one layer type: put its keys into a config of their own, and read that with `read_rope`."""
     keys = _OLDER_KEYS.get(layer_type, ())
     stated = {"rope_parameters": newer, **{key: reader.take(key) for key in keys}}
     alone = ConfigReader(stated, f"{reader.where} {layer_type}")
     for table in stated.values():
-        # transformers looks for the key beside the tables of the layer types, and so never finds it.
+        # transformers looks for this key outside the tables of the layer types, so it ignores one inside them.
         if isinstance(table, Mapping) and table.get("truncate") not in (None, True):
             raise alone.wrong(
                 "truncate", "True, because transformers ignores it for a layer type", table["truncate"]
@@ -161,7 +161,7 @@ def _scaling_type(where: str, parameters: ConfigReader, types: Mapping[str, str]
 
 
 def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, partial: bool) -> int:
-    """Return the rotated dimensions of a head: all, or the partial factor's share, rounded down."""
+    """Return the number of rotated dimensions of a head: all, or the share `partial_rotary_factor`, rounded down."""
     parts = {
         place.take_number(_PARTIAL, 1.0) for place in (reader, parameters) if place.peek(_PARTIAL) is not None
     }
@@ -182,7 +182,7 @@ def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, 
 
 def _original(reader: ConfigReader, default: int | None, scaling: str) -> int | None:
     """Return the original context length that the config states outside the RoPE parameters, or else `default`."""
-    # For other types the key has nothing to do with RoPE; the architecture must take it or it is refused.
+    # For other RoPE types the key is left unread here: unless the architecture reads it, the config is refused.
     if default is None and scaling not in ("llama3", "longrope", "yarn"):
         return None
     return default if reader.peek(ORIGINAL) is None else reader.take_size(ORIGINAL)

@@ -42,7 +42,7 @@ class Rope:
         """Return the frequencies ``[P]`` of an export with this context.
 
         Raises:
-            PrecastError: beyond `max_context` the frequencies would depend on the current length.
+            PrecastError: `context` is above `max_context`, and there are no frequencies for such contexts.
         """
         if self.max_context is None or context <= self.max_context:
             return self.frequencies
@@ -75,7 +75,7 @@ class UnscaledRope:
         theta: the base.
         dims: rotated dimensions of a head.
         max_positions: max_position_embeddings of the config.
-        original: original context length, if the config has it outside the parameters.
+        original: original context length, if the config has it outside the RoPE parameters.
     """
 
     theta: float
@@ -85,7 +85,7 @@ class UnscaledRope:
 
     @property
     def periods(self) -> np.ndarray:
-        """Positions per radian, ``[P]`` float32; an odd last dimension has its own pair."""
+        """Positions per radian, ``[P]`` float32; if `dims` is odd, the last dimension has a pair of its own."""
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
         # The last bit of float32 powers differs between machines; rounded float64 powers agree.
         return (np.float64(np.float32(self.theta)) ** exponents.astype(np.float64)).astype(np.float32)
@@ -155,9 +155,10 @@ def _linear(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 
 
 def _dynamic(base: UnscaledRope, parameters: ConfigReader) -> Rope:
-    """NTK-aware scaling by the current length (emozilla 2023): no change up to the model's own context length.
+    """NTK-aware scaling by the current length (emozilla 2023).
 
-    Beyond that, each length has its own frequencies, whatever the factor.
+    Up to the model's own context length, the frequencies stay unchanged, whatever the factor. Beyond it they would
+    change with every token, so longer contexts are refused.
     """
     _positive(parameters, "factor")
     return Rope(frequencies=base.frequencies, max_context=base.max_positions)
@@ -187,14 +188,14 @@ def _yarn(base: UnscaledRope, parameters: ConfigReader) -> Rope:
     magnitude = _yarn_magnitude(factor, parameters)
     low, high = _yarn_range(base, parameters)
     pairs = np.arange(len(base.periods), dtype=np.float32)
-    divided = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)  # [P], share of the division
+    divided = np.clip((pairs - np.float32(low)) / np.float32(high - low), 0, 1)  # [P]; 0: kept, 1: divided
     kept = 1 - divided
     slow = np.float32(1) / (np.float32(factor) * base.periods)
     return Rope(frequencies=slow * (1 - kept) + base.frequencies * kept, magnitude=magnitude)
 
 
 def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
-    """Return the attention factor (section 3.4 of the paper); for DeepSeek's variant, a quotient of two."""
+    """Return the attention factor (section 3.4 of the paper); DeepSeek's variant divides one factor by another."""
 
     def magnitude(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

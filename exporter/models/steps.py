@@ -56,7 +56,7 @@ class ExpertsCode(NamedTuple):
 
 
 Code = LinearCode | AttentionCode | NormCode | ExpertsCode
-# The kind of a step is the place of its code.
+# The first integer of a step, its kind, is the index of its code in this tuple.
 CODES: tuple[type[Code], ...] = (LinearCode, AttentionCode, NormCode, ExpertsCode)
 
 

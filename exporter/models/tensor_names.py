@@ -8,7 +8,7 @@ from .tensors import Tensors
 
 HEAD = "lm_head.weight"
 
-# A wrapper prefixes every tensor name with its own; transformers loads no such checkpoint.
+# Prefixes that wrappers add to every tensor name. transformers cannot load such a checkpoint either.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DeepSpeed",
@@ -35,8 +35,8 @@ class TensorNames:
     def canonicalise(self, tensors: Tensors, *, tied: bool) -> Tensors:
         """Return the tensors under the names of a model with a head.
 
-        The names of a body that was saved alone lack the body's prefix. Of a head tied to the embedding, safetensors
-        may have kept only the head.
+        A body that was saved without its head lacks the body's prefix. If head and embedding are tied, the file may
+        have only the head, because safetensors stores a shared tensor once.
 
         Raises:
             PrecastError: a wrapper has renamed all tensors.

@@ -17,7 +17,7 @@ Tensors = Mapping[str, SourceTensor]
 def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> SourceTensor:
     """Remove a tensor from `left` and return it.
 
-    The parameter split from the tensor has another name, so the checkpoint's own name is checked here.
+    The caller splits or renames the tensor. It is checked before that, so that an error quotes the checkpoint's name.
 
     Raises:
         PrecastError: the tensor is missing or has another shape.
@@ -69,7 +69,10 @@ def transpose(tensor: SourceTensor) -> SourceTensor:
 
 
 def scale(tensor: SourceTensor, factor: float) -> SourceTensor:
-    """Multiply the values by a factor, in float32; quantised blocks cannot represent the product exactly."""
+    """Multiply the values by a factor in float32.
+
+    The result offers no quantised blocks, because they could not represent the product exactly.
+    """
     return replace(tensor, read=lambda: tensor.read() * np.float32(factor), blocks=None)
 
 
@@ -85,7 +88,8 @@ def _plus_one(tensor: SourceTensor) -> SourceTensor:
 def split_experts(tensors: Tensors, config: DecoderConfig) -> Tensors:
     """Split the stacked experts of every layer into one matrix per expert.
 
-    Newer checkpoints have ``mlp.experts.gate_up_proj`` ``[E, 2 F, D]`` and ``mlp.experts.down_proj`` ``[E, D, F]``.
+    Newer checkpoints stack the experts of a layer in ``mlp.experts.gate_up_proj`` ``[E, 2 F, D]`` and
+    ``mlp.experts.down_proj`` ``[E, D, F]``.
 
     Raises:
         PrecastError: one of the two tensors is missing, or has another shape.

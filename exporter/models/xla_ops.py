@@ -1,7 +1,7 @@
 """The maths of every operation in pure XLA.
 
-`xla_ops` builds the operations for a compute type: factors of products are rounded to it. Sums, norms, softmax and
-logits are float32 throughout.
+`xla_ops` builds the operations for a compute type. The operands of matrix products are rounded to the compute type;
+sums, norms, softmax and logits are float32 throughout.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ GATES: dict[str, Callable[[Array], Array]] = {
 
 
 def _layer_slice(stack: Array, layer: Array) -> Array:
-    # XLA copies a slice at an unknown index, so the only entry of a stack is read in place.
+    # XLA copies the slice unless the index is a constant. In a stack of one, the constant index 0 avoids the copy.
     return stack[0] if len(stack) == 1 else stack[layer]
 
 
@@ -81,8 +81,8 @@ def _multiply(x: Array, matrix: Array, compute: str) -> Array:
     """Multiply x ``[M, in]`` by the transpose of a matrix ``[out, in]``; return ``[M, out]``."""
     if compute == "float32" or x.shape[0] > 1:
         return _product("MI,OI->MO", x, matrix, compute)
-    # With a single row, GPUs are bound by the bytes of the matrix. XLA fuses this sum with the read from the stack of
-    # layers; for a dot it first copies the layer's matrix, which triples the bytes.
+    # With a single row, a GPU spends its time on reading the matrix. XLA fuses this sum with the read from the stack of
+    # layers; for a dot it would first copy the layer's matrix, which triples the bytes to move.
     return jnp.sum(matrix.astype(jnp.float32) * x.astype(compute).astype(jnp.float32), axis=-1)[None]
 
 
@@ -129,7 +129,7 @@ def _experts(compute: str, x: Array, scores: Array, call: ExpertsCall, layer: Ar
     parts = routing_weights(scores, call.experts_per_token, renormalised=call.renormalised)
     width = x.shape[1]
 
-    # Every row goes through every expert: without kernels, shapes cannot depend on the routing.
+    # Every row goes through every expert: XLA's shapes are static, so they cannot depend on the routing.
     def add(expert: Array, total: Array) -> Array:
         at = layer * call.experts + expert
         gate, up = (
@@ -152,7 +152,7 @@ def _embed(tokens: Array, weight: Weight, vocab: int, width: int) -> Array:
 
 
 def rotate(x: Array, rotary: Rotary) -> Array:
-    """Apply RoPE to halves: rotate the first 2 P numbers of each head of x ``[R, T, N, H]``."""
+    """Apply RoPE to x ``[R, T, N, H]``: rotate the P pairs (i, i + P) of each head, and leave the rest unchanged."""
     pairs = rotary.cos.shape[-1]
     first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
     cos, sin = rotary.cos[:, :, None], rotary.sin[:, :, None]
@@ -189,9 +189,9 @@ def attention_mask(positions: Array, key_positions: Array, window: int | Array) 
     """Return the mask ``[R, T, S]`` of causal attention.
 
     Args:
-        positions: of the tokens, ``[R, T]``.
-        key_positions: of the keys, ``[R, S]``; negative for an empty place.
-        window: positions that a token sees; 0 for all.
+        positions: positions of the tokens, ``[R, T]``.
+        key_positions: positions of the keys, ``[R, S]``; negative where the KV cache is empty.
+        window: number of positions that a token sees; 0 for all.
     """
     token, key = positions[:, :, None], key_positions[:, None, :]
     return (key >= 0) & (key <= token) & ((window == 0) | (key > token - window))
@@ -254,7 +254,7 @@ def _append(
     tokens, size = k.shape[1], cache.keys.shape[3]
     step = jnp.arange(tokens, dtype=jnp.int32)
     positions = batch.starts[:, None] + step  # [R, T]
-    # Padding is written to an index beyond the cache, and so dropped.
+    # Padding gets an index beyond the end of the cache, and the scatter drops such writes.
     places = jnp.where((step < batch.lengths[:, None]) & is_written, positions % size, size)
     index = (layer, batch.slots[:, None], slice(None), places)
     pairs = zip(cache.arrays(), _to_cache_dtype(cache, k, v).arrays(), strict=True)
@@ -379,7 +379,8 @@ def _attend_in_place(
 ) -> tuple[Array, KVCaches]:
     """Run attention of a layer when there are several KV caches.
 
-    Writes to every cache, but drops the writes to those of other layers: XLA copies a cache that a switch returns.
+    XLA would copy every cache that a switch returns. The writes therefore happen outside the switch, to all caches, and
+    those to the caches of other layers are dropped. The switch only reads.
     """
     q, k, v, rotary, batch = inputs
     layer_table = layer_rotary(stack.ropes, layer, rotary)

@@ -27,7 +27,7 @@ TOKENS = 1024
 
 
 class Reference:
-    """The uncached float32 forward pass as a scorer, for all positions of a window at once.
+    """A scorer that runs the uncached float32 forward pass for all positions of a window at once.
 
     Args:
         name: name in messages.

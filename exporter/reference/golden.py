@@ -26,19 +26,21 @@ TEXTS = (
     "one, two, three, four, one, two, three, four, one, two, three, four, one,",
 )
 TOKENS = 16
-# Ties, as shares of the logits' spread (standard deviation): two candidates closer than this may change places.
-# Programs that sum in different orders give logits that differ by about 1e-5 of the spread.
+# The lead of a token is the distance from its logit to the next, as a share of the logits' spread (standard deviation).
+# With a lead below these thresholds, the two likeliest tokens are tied: rounding may swap them.
+#
+# In float32, programs that sum in different orders give logits that differ by about 1e-5 of the spread.
 TIE = 1e-3
-# With activations rounded to 16 bits, or keys and values to the type of the KV cache: the reference has the same
-# weights and rounds the same way, but a value close to a rounding boundary can fall to either side.
+# For activations rounded to 16 bits, and for a KV cache of fewer bits: the reference has the same weights and rounds in
+# the same way, but a value close to a rounding boundary can fall to either side.
 REDUCED_TIE = 0.05
-# With bfloat16 arithmetic: leads among the eight likeliest tokens were measured to change by up to 0.06 (12 steps of
-# the demo model).
+# For bfloat16 arithmetic: leads among the eight likeliest tokens were measured to change by up to 0.06 (12 steps of the
+# demo model).
 BFLOAT16_TIE = 0.15
-# With int4 weights, which round a prompt's activations to 8 bits: leads were measured to change by 0.06 (prompts of 5
-# to 65 tokens of the demo model).
+# For int4 weights, with which a prompt's activations are rounded to 8 bits: leads were measured to change by 0.06
+# (prompts of 5 to 65 tokens of the demo model).
 INT4_TIE = 0.25
-# Logits recorded of an answer's first step, the largest ones.
+# The number of logits recorded for the first step of an answer: the largest ones.
 LOGITS = 8
 
 
@@ -57,7 +59,7 @@ def tie_of(manifest: Manifest) -> float:
 
 
 def _computes_bfloat16(manifest: Manifest) -> bool:
-    """Return True if any target computes in bfloat16: all targets share the golden answers."""
+    """Return True if any target computes in bfloat16: one is enough, because all targets share the golden answers."""
     return any(target.platform == "cuda" for target in manifest.targets)
 
 

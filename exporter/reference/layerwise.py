@@ -21,9 +21,9 @@ from .output_head import EMBEDDING, blockwise_logits, head_of
 
 
 class LayerwiseReference:
-    """The uncached float32 forward pass as a scorer, with the weights of one layer in memory at a time.
+    """A scorer that runs the uncached float32 forward pass with the weights of one layer in memory at a time.
 
-    Every window reads all weights again, so this reference suits a few windows.
+    It reads all weights again for every window, so it suits a few windows only.
 
     Args:
         name: name in messages.
@@ -88,7 +88,7 @@ class LayerwiseReference:
         return self._bound(arrays).forward_layer(x, Rotary(cos, sin), window, jnp.int32(0))
 
     def _read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
-        """Read the parameters with these prefixes, for one layer; replace every other parameter with one zero."""
+        """Read the parameters with these prefixes, for one layer; a single zero stands for any other parameter."""
         return [
             self._array(p, layer)
             if p.name.startswith(prefixes)

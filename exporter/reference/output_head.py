@@ -1,4 +1,7 @@
-"""The references' output head, one block of the vocabulary at a time: in float32 it may be the largest matrix."""
+"""The output head of the references, computed for one block of the vocabulary at a time.
+
+In float32 the head may be the largest matrix of the model, so only one block at a time becomes a JAX array.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

@@ -33,7 +33,7 @@ def record_golden(folder: Path, manifest: Manifest, stored: StoredModel, weights
     """
     path = folder / manifest.golden
     path.write_bytes(golden.to_json(()))
-    # `_answer` frees its model before the reference maps the weights, so that they are in memory once at a time.
+    # `_answer` frees its model before the reference maps the weights, so that the weights are never in memory twice.
     cases = _answer(folder, write_manifest(folder, manifest, weights_sha256))
     weights = map_weights(folder / WEIGHTS_FILE)
     with jax.default_matmul_precision("highest"):  # for the reference; the programs are compiled already

@@ -1,4 +1,4 @@
-"""The reference with an artifact's stored weights, against which the golden answers are checked."""
+"""The reference that the golden answers are checked against: the uncached forward pass with the stored weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

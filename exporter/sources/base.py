@@ -32,7 +32,7 @@ class SourceTensor:
         dtype: name of the stored type ("float32", "bfloat16", "Q4_1", …), for messages and provenance.
         read: returns a new float32 array of `shape`, which the caller owns.
         blocks: returns the tensor before dequantisation, for a matrix that `QuantisedBlocks` represents exactly; None
-            for any other.
+            for any other tensor.
     """
 
     shape: tuple[int, ...]

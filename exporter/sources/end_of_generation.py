@@ -10,7 +10,7 @@ from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
 
-# No vocabulary contains these texts by chance, so they count with any token type.
+# No vocabulary contains these texts by chance, so such a token ends a generation whatever its type.
 _UNMISTAKABLE = frozenset(
     {
         "<|eot_id|>",
@@ -34,7 +34,7 @@ _UNMISTAKABLE = frozenset(
         "<|file_sep|>",
     }
 )
-# These also occur as plain text, so they count only as special tokens.
+# These also occur as plain text, so such a token ends a generation only if it is a special token.
 _IF_SPECIAL = frozenset(
     {
         "</s>",

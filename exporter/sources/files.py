@@ -88,7 +88,7 @@ def hash_file(path: Path) -> SourceFile:
         raise _unreadable(path, error) from error
 
 
-# Stand-ins that a download may leave in place of a file, by their first bytes, each with the remedy.
+# Placeholders that a download may leave in place of a file, by their first bytes, each with the remedy.
 _STAND_INS = (
     (b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull` in its folder"),
     (b"<!doctype html", "a web page; fetch the file itself, with a token if the model is gated"),
@@ -113,7 +113,7 @@ def refuse_stand_in(path: Path) -> None:
     """Refuse a placeholder that a download left in place of a file.
 
     Raises:
-        PrecastError: the file is a stand-in; the error names the remedy.
+        PrecastError: the file is such a placeholder; the error names the remedy.
     """
     begin = first_bytes(path, 32).lower()
     for mark, found in _STAND_INS:
@@ -125,7 +125,7 @@ def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file.
 
     Raises:
-        PrecastError: the file cannot be read, is not UTF-8, or is longer than any such file should be.
+        PrecastError: the file cannot be read, is not UTF-8, or is longer than `_LONGEST_TEXT`.
     """
     refuse_stand_in(path)
     try:

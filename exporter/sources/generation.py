@@ -1,6 +1,6 @@
 """generation_config.json: the export applies, ignores or refuses each key of `GenerationConfig`.
 
-The reference is transformers. The export ignores unknown keys as transformers does, but names them.
+The reference is transformers. The export ignores unknown keys, as transformers does, and names them in a remark.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class Key:
     Attributes:
         treatment: treatment by an export.
         target: for an applied key, the field of `SamplingParams` that it sets, or the function that reads it.
-        reason: for a harmless key, the reason; for a refused key, its effect, as a clause that follows "which".
+        reason: for a harmless key, why it is harmless; for a refused key, its effect, as a clause that follows "which".
         neutral: values of a refused key, besides null, that have no effect.
         sampling: True for a key that has an effect only with do_sample.
     """
@@ -151,14 +151,16 @@ KEYS: Mapping[str, Key] = {
     **_refused("eta_cutoff", "removes tokens below a probability", 0, sampling=True),
 }
 
-# transformers' defaults if do_sample is true and a key is absent or null. Other options are off by default in both.
+# transformers' defaults if do_sample is true and a key is absent or null. All other options are off by default, both in
+# transformers and here.
 _SAMPLING_DEFAULTS: Mapping[str, object] = {"temperature": 1.0, "top_k": 50}
-# transformers' default max_length, which does not describe the model.
+# transformers' default max_length. In a file it is only a saved default and says nothing about the model, so the export
+# ignores it.
 _DEFAULT_MAX_LENGTH = 20
 # In each pair the first key overrides the second.
 _PREFERRED = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
 _LISTS = frozenset({"bad_words_ids", "suppress_tokens", "begin_suppress_tokens"})
-# Keys that also describe the model.
+# Keys that also describe the model, so they stay in its config.
 _SHARED = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 
@@ -204,7 +206,7 @@ def without_generation(config: Mapping[str, object]) -> dict[str, object]:
 def _remarks(path: Path, unknown: list[str]) -> tuple[str, ...]:
     if not unknown:
         return ()
-    return (f"{path.name}: ignored, as by transformers' generate(): {', '.join(unknown)}",)
+    return (f"{path.name}: ignored these keys, as transformers' generate() does: {', '.join(unknown)}",)
 
 
 def read_sampling(path: Path, values: Mapping[str, object]) -> dict[str, object]:

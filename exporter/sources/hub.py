@@ -80,16 +80,16 @@ def _fetch(repo: str, revision: str | None) -> Path:
 
 
 def _probe(repo: str, revision: str | None) -> Exception | None:
-    """Return the hub's objection to fetching this model, or None.
+    """Ask the hub about the model, with a time limit; return the exception that this raises, or None.
 
-    `snapshot_download` asks without a time limit, and repeatedly if the revision is a commit, so it hangs for minutes
-    when packets vanish. The hub must therefore answer one question in time first.
+    `snapshot_download` sends its requests without a time limit, and several of them if the revision is a commit, so it
+    hangs for minutes if the network drops packets. It is called only if the hub has answered this request in time.
     """
     from huggingface_hub import HfApi, constants
 
     try:
         HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error:  # as above
+    except Exception as error:  # of a type that depends on the version of huggingface-hub
         return error
     return None
 
@@ -109,7 +109,7 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
         )
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return (
-            f"{repo}: is not, or not wholly, in the local hub cache, and the hub cannot be reached; connect "
+            f"{repo}: is missing from the local hub cache, or incomplete, and the hub cannot be reached; connect "
             "to the network (unset HF_HUB_OFFLINE if it is set), or name a directory or .gguf file."
         )
     reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")

@@ -14,7 +14,7 @@ class _Kind:
     """A kind of source.
 
     Attributes:
-        name: words for it in messages.
+        name: description of the kind in messages.
         matches: returns True if a spec names such a source.
         open: opens the source that a spec names.
     """
@@ -54,8 +54,8 @@ def _is_hub_id(spec: str) -> bool:
 def _is_gguf(spec: str) -> bool:
     """Return True if a file begins with GGUF's magic bytes, or its name ends in .gguf.
 
-    Some stores name files by hash, so a file with the magic bytes counts whatever its name. The reader
-    refuses a file that has only the name.
+    Some stores name files by hash, so a file with the magic bytes counts whatever its name. A file that has the name
+    but not the magic bytes counts too; the reader then refuses it with a clear message.
     """
     from .files import first_bytes, plain_file
     from .gguf.container import MAGIC

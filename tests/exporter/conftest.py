@@ -16,7 +16,7 @@ D, N, K, H, F, L = 256, 4, 2, 64, 256, 2
 
 
 def byte_alphabet() -> dict[int, str]:
-    """Return GPT-2's printable character for each byte, as its published code defines it."""
+    """Return the printable character that GPT-2's published code assigns to each byte."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(rest)}

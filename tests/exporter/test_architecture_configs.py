@@ -91,7 +91,7 @@ _VARIATIONS: Mapping[str, list[dict[str, Any]]] = {
 
 def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
     for model_type in sorted(ARCHITECTURES):
-        # transformers' default may exceed a small number of query heads.
+        # transformers' default number of key and value heads may exceed a small number of query heads.
         many = {} if model_type == "gpt2" else {"num_attention_heads": 32, "hidden_size": 64}
         for changes in ({}, *_VARIATIONS[model_type]):
             yield model_type, {**many, **changes}
@@ -101,7 +101,7 @@ def _cases() -> Iterator[tuple[str, dict[str, Any]]]:
 def test_defaults_of_a_sparse_config_are_those_of_transformers(
     model_type: str, changes: dict[str, Any]
 ) -> None:
-    """transformers fills in a sparse config and writes it whole; both must mean the same."""
+    """transformers reads a sparse config and writes it with all defaults; both configs must mean the same."""
     transformers = pytest.importorskip("transformers")
     sparse = _sparse(model_type, **changes)
     whole = transformers.AutoConfig.for_model(**json.loads(json.dumps(sparse))).to_diff_dict()

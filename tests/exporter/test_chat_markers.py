@@ -1,4 +1,4 @@
-"""Chat markers: each becomes one token, even if a GGUF file types it as a word; a remark names the exceptions."""
+"""Chat markers: each becomes one token, even if a GGUF file declares it as a word; a remark names the exceptions."""
 
 import dataclasses
 import json
@@ -36,9 +36,7 @@ def test_markers_of_a_gguf_file_are_one_token_whatever_their_type(tmp_path, gguf
     ids = tokenizer.encode(tokenizer.render_chat(CHAT), add_special_tokens=False)
     assert [ids[0], ids.count(1), ids.count(2)] == [1, 2, 1]
     assert "im_" not in tokenizer.decode(ids)
-    named = (
-        "the GGUF file has chat markers typed as words: <|im_start|>, <|im_end|>; each becomes one control"
-    )
+    named = "the GGUF file declares chat markers as words: <|im_start|>, <|im_end|>; each becomes one control"
     assert source.remarks == (() if kind == TokenType.CONTROL else (f"{named} token",))
     assert texts.marker_remarks(source) == ()
 

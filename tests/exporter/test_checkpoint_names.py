@@ -76,7 +76,7 @@ architectures = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 
 @architectures
 def test_names_without_the_body(script, planned, model_type):
-    """Saving a model without its head gives such names; the head is tied."""
+    """A model with a tied head that was saved without the head has names without the body's prefix."""
     config, arrays = whole(script, model_type)
     config["tie_word_embeddings"] = True
     arrays.pop("lm_head.weight", None)
@@ -97,7 +97,7 @@ def test_names_without_the_body_beside_a_head(script, planned, model_type):
 
 @architectures
 def test_a_tied_head_without_the_embedding(script, planned, model_type):
-    """safetensors keeps one name of a shared tensor."""
+    """safetensors stores a shared tensor once, and here under the head's name."""
     config, arrays = whole(script, model_type)
     config["tie_word_embeddings"] = True
     arrays.pop("lm_head.weight", None)

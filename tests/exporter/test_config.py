@@ -88,7 +88,7 @@ def test_unknown_keys_are_all_named() -> None:
     )
 
 
-# In Qwen2 these are constant, so it lacks the keys.
+# In Qwen2 the biases are fixed, so its configs have no keys for them.
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "pretraining_tp", "rope_interleaved"])
 def test_keys_of_llama_are_unknown_to_qwen2(key: str) -> None:
     assert f"'{key}' is True, which " in _refusal("qwen2", **{key: True})
@@ -265,7 +265,7 @@ def test_a_partial_rotary_factor_is_found_in_every_place() -> None:
     ],
 )
 def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[str, Any], key: str) -> None:
-    """transformers silently drops the newer one."""
+    """transformers silently ignores the newer spelling if both are present."""
     assert _refusal(rope_parameters=newer, rope_scaling=older) == (
         f"m/config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the one that is wrong."
     )
@@ -337,7 +337,7 @@ def test_a_disabled_option_has_no_effect(changes: Mapping[str, Any]) -> None:
     ],
 )
 def test_a_key_that_sets_the_shape(model_type: str, key: str, value: Any, field: str) -> None:
-    # Other widths and numbers of heads would also change the width of a head.
+    # A change of the width or of the number of heads would change the width of a head, too.
     fixed = {"head_dim": 8, key: value}
     assert getattr(_read(model_type, **fixed).config, field) == value
     assert getattr(_read(model_type).config, field) != value

@@ -52,7 +52,7 @@ architectures = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 
 @architectures
 def test_configs_that_transformers_writes(model_type):
-    """Every key of transformers' classes is known at its default."""
+    """A config with all keys of a transformers class at their defaults is accepted."""
     from transformers import AutoConfig
 
     made = AutoConfig.for_model(
@@ -65,7 +65,7 @@ def test_configs_that_transformers_writes(model_type):
 
 @architectures
 def test_attributes_of_every_config_of_transformers(model_type):
-    """The attributes that all classes share have no effect at their defaults."""
+    """The attributes that all config classes share are accepted at their defaults and change nothing."""
     from transformers import PretrainedConfig
 
     plain = read(model_type)
@@ -195,7 +195,7 @@ HUGE = ((1 << 31) - 1, 1 << 31, 1 << 62, 10**40)
 @architectures
 @pytest.mark.parametrize("value", HUGE)
 def test_huge_sizes(model_type, value):
-    """Each is refused in a sentence or contradicts the tensors' shapes, without large allocations."""
+    """Each size is refused in a sentence or contradicts the tensors' shapes, and no large array is allocated."""
     extra = {"num_experts": 4, "moe_intermediate_size": 16} if model_type in ("qwen3_moe", "mixtral") else {}
     sizes = {
         **config(model_type),

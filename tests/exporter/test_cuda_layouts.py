@@ -146,7 +146,7 @@ def exported(export_tiny):
 
 
 def targets_by_kind(artifact):
-    """Return the targets by the kind that their names begin with; the rest is the CPU's level."""
+    """Return the targets by kind: the part of the name before the CPU's level."""
     manifest = parse_manifest((artifact / "manifest.json").read_bytes(), "m")
     return {target.name.partition("-")[0]: target for target in manifest.targets}
 
@@ -184,7 +184,7 @@ def test_layouts_are_recorded(exported):
             for v in (*program.arguments, *program.results):
                 rows = tuple(range(len(v.shape)))
                 assert v.layout == expected.get(v.name, rows), (program.name, v.name)
-        # The manifest's record of the KV cache is the first target's.
+        # The manifest describes the KV cache as the first target stores it.
         caches = {c.name: c.layout for c in manifest.cache}
         plain = all(layout == tuple(range(len(layout))) for layout in caches.values())
         assert plain == (first == "plain")
@@ -268,7 +268,7 @@ def test_products_take_bfloat16_and_sum_in_float32(model_type):
 
 
 def test_products_of_a_single_row_with_weights_are_not_dots():
-    """XLA for GPUs copies a layer's matrix out of the stack for a dot; only attention's two products stay dots."""
+    """For a dot, XLA for GPUs copies a layer's matrix out of the stack, so only attention's two products are dots."""
     decode = build_programs(*tiny_programs("bfloat16", CUDA_OPS))[-1]
     text = jax.jit(decode.function).lower(*decode.abstract_arguments()).as_text()
     assert len(_DOT.findall(text)) == 2
@@ -281,7 +281,7 @@ def _text_of_decode(compute):
 
 
 def test_cuda_lowers_without_a_gpu_and_without_calls():
-    """Only compiling needs the GPU, lowering does not."""
+    """A GPU is needed for compiling only, not for lowering."""
     from precast.exporter.targets.build import _stablehlo
 
     for spec in build_programs(*tiny_programs("bfloat16", CUDA_OPS)):

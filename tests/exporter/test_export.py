@@ -56,7 +56,7 @@ def test_the_golden_answers_are_replayed(tiny_artifact, tiny_model, reference):
 
 
 def test_an_artifact_with_wrong_answers_is_not_shipped(export_refusal, tiny_source, monkeypatch):
-    """The programs are right, but the reference gets other weights: only the difference matters here."""
+    """The reference gets other weights here, so right programs give answers that differ from the reference's."""
     original = recording.map_weights
 
     def other_weights(path):
@@ -101,7 +101,10 @@ def test_a_source_without_template_licence_or_special_tokens(tmp_path, tiny_sour
 
 
 def test_exports_of_one_day_are_equal(export_tiny, monkeypatch):
-    """Executables may differ, because XLA numbers a process's programs; test_targets uses two processes."""
+    """All files except executables are equal.
+
+    Executables may differ, because XLA numbers the programs of a process; test_targets compares those of two processes.
+    """
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     first, second = (read_manifest(export_tiny(buckets=(8,), targets=("cpu",))) for _ in range(2))
     assert first.provenance.created == "2023-11-14"
@@ -155,7 +158,7 @@ def test_named_templates_are_exported(tmp_path, tiny_source):
 
 
 def test_it_compiles_for_the_cpu_and_checks_in_full_precision(tmp_path, tiny_source, monkeypatch):
-    """JAX's defaults may be another device and a lower precision."""
+    """JAX's defaults may be another device and a lower precision, and must not have an effect."""
     import jax
 
     seen, build, check = [], pipeline.build_targets, golden.check
@@ -222,7 +225,7 @@ def test_a_read_error_of_the_source_is_reported(export_refusal, tiny_source):
 
 @pytest.mark.parametrize("method", ["write_bytes", "write_text"])
 def test_a_full_disk_at_any_file_leaves_nothing(export_refusal, tiny_source, monkeypatch, method):
-    """Each file that is written in one call fails once; the mark of the temporary folder is the first."""
+    """Each file that is written by a single call fails once. The first is the mark of the temporary folder."""
     original, seen = getattr(Path, method), []
     stopped = "writing stopped (No space left on device); nothing was left behind"
     begun = ["cannot write there (No space left on device)"] if method == "write_bytes" else []
@@ -300,7 +303,7 @@ print(peak, 4 * sum(int(np.prod(s)) for s in shapes.values()), 4 * max(int(np.pr
 
 
 def test_the_weights_are_never_in_memory_twice(python, tmp_path, tiny_source):
-    """Compare the peak of resident memory, with mapped pages of the finished file, with a tiny model's export."""
+    """Compare the peak of resident memory, which includes mapped pages, with that of a tiny model's export."""
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak of memory is read from /proc")
     (tmp_path / "tokenizer.json").write_bytes(tiny_source().tokenizer_json)

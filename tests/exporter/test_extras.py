@@ -13,7 +13,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.console.extras import need_export
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Names of modules that differ from their package's.
+# Modules whose name differs from the name of their package.
 MODULES = {"pyyaml": "yaml", "orbax-export": "orbax", "tensorflow-cpu": "tensorflow"}
 
 

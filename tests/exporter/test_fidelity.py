@@ -54,7 +54,7 @@ def scorer(source, spec, tiny_model):
 
 @pytest.mark.parametrize("lengths", [[64, 20, 9], [9, 20, 64]])
 def test_its_logits_equal_the_forward_pass_s(scorer, reference, lengths):
-    """It pads shorter windows and does not cut longer ones."""
+    """The scorer pads a window that is shorter than an earlier one, and does not cut a longer one."""
     for length in lengths:
         window, first = ids(length), length // 2 - 1
         rows = list(scorer.logits(window, first))
@@ -200,7 +200,7 @@ def test_inspect_shows_them(measured, tiny_artifact):
 def test_the_model_card_shows_them(measured):
     manifest = parse_manifest((measured / "manifest.json").read_bytes(), "m.json")
     card = model_card.render(manifest)
-    assert "Measured against the source in float32, on 512 predictions of persuasion.txt:\n" in card
+    assert "Compared with the source in float32, on 512 predicted tokens of persuasion.txt:\n" in card
     for row in (
         "| perplexity | 12.3457 (float32: 12.2500) |",
         "| KL divergence | 0.00123 nats per token on average, 99th percentile 0.0204 |",

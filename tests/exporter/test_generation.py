@@ -189,7 +189,7 @@ def test_keys_that_transformers_does_not_know_are_named(checkpoint):
     source = open_source(str(checkpoint({"generation_config.json": said}, ONE)))
     (remark,) = source.remarks
     assert remark == (
-        "generation_config.json: ignored, as by transformers' generate(): chat_format, max_window_size"
+        "generation_config.json: ignored these keys, as transformers' generate() does: chat_format, max_window_size"
     )
     assert source.sampling == {}
 

@@ -179,7 +179,8 @@ def test_precedence_of_contradicting_places(tmp_path, seed):
         "special_tokens_map": _any_map(rng) if rng.random() < 0.4 else None,
         "added_tokens": {m: numbers[m] for m in rng.sample(MARKS, 2)} if rng.random() < 0.4 else None,
     }
-    # A tokenizer in memory decodes a token by its old flag `normalized`; a reloaded tokenizer by the new one.
+    # If the flag `normalized` of a token changes, a tokenizer in memory still decodes by the old value, and a reloaded
+    # tokenizer by the new value.
     plain = doc["normalizer"] is None or not any(entry["normalized"] for entry in first)
     compare(write(tmp_path, tokenizer=doc, **files), decoded=plain)
 
@@ -346,7 +347,7 @@ def test_clean_up_is_named_if_transformers_applies_it(tmp_path, kind, twice, nam
     [
         (
             {"split_special_tokens": True},
-            "split_special_tokens makes special tokens plain text, including chat markers",
+            "split_special_tokens splits special tokens, including chat markers, as plain text",
         ),
         (
             {"fast_tokenizer_files": ["tokenizer.4.0.json"]},

@@ -59,7 +59,7 @@ def lowered(tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_no_architecture_needs_more_than_the_default_level(lowered):
-    """Clamps of signed indices and of unused slots once compiled to BMI's andn."""
+    """Clamping signed indices and unused slots once compiled to the instruction andn of BMI1, which needs v3."""
     compiled = compile_programs(lowered.items(), "levels", isa="x86-64-v2", log=lambda _: None)
     executables = {name: c.executable for name, c in compiled.items()}
     assert isa.needed_features("x86-64-v2", executables, "levels") == isa.LEVELS["x86-64-v2"].features

@@ -147,7 +147,7 @@ QWEN2 = {
 }
 QWEN2 |= {"use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 24}
 
-# Their config.json without keys about training, and the number of parameters in their model cards.
+# The models' config.json without keys about training, and the number of parameters that the model card states.
 PUBLISHED: Mapping[str, tuple[Mapping[str, Any], int]] = {
     "SmolLM2-135M": (_llama(shape=(576, 1536, 30, 9, 3), **SMOLLM2), 134_515_008),
     "SmolLM2-360M": (_llama(shape=(960, 2560, 32, 15, 5), **SMOLLM2), 361_821_120),

@@ -23,7 +23,7 @@ def test_default_buckets_are_those_within_the_context(tmp_path, tiny_source):
 
 
 def longrope(limit):
-    """Return a model whose RoPE changes beyond 96 positions."""
+    """Return a model whose RoPE has other frequencies for contexts above 96 positions."""
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config |= {"vocab_size": 9, "max_position_embeddings": limit, "original_max_position_embeddings": 96}
@@ -32,7 +32,7 @@ def longrope(limit):
 
 def test_a_rope_that_depends_on_the_context_gets_a_remark():
     assert _rope_remark(longrope(limit=600), 96) is None
-    assert "other frequencies beyond 96 positions" in _rope_remark(longrope(limit=600), 97)
+    assert "other frequencies for contexts above 96 positions" in _rope_remark(longrope(limit=600), 97)
 
 
 def test_buckets_are_sorted_and_the_context_defaults_to_the_model_s_limit(tmp_path, tiny_source):

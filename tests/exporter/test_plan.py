@@ -30,7 +30,7 @@ def test_sources_that_do_not_fit_together(export_refusal, tiny_source):
         (tiny_source(tensors={name: values}), f"{name}: the tensor holds values that are not finite numbers"),
         (
             tiny_source(config={"vocab_size": 299}),
-            "the tokenizer has ids up to 299, not counting added tokens, and the model embeds 299 tokens",
+            "the tokenizer has ids up to 299, not counting added tokens, but the model embeds only 299 tokens",
         ),
         (
             tiny_source(fields={"tokenizer_json": b"{}"}),
@@ -79,7 +79,7 @@ def test_sampling_defaults_get_the_loader_s_types(tmp_path, tiny_source):
 
 
 def test_lists_in_sampling_defaults(tmp_path, tiny_source):
-    """The manifest's JSON carries them to the loader and to `inspect`."""
+    """Lists reach the loader and `inspect` through the manifest's JSON."""
     sampling = {
         "bad_words_ids": [[5, 6], [7]],
         "suppress_tokens": [3],

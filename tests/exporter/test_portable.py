@@ -33,7 +33,7 @@ def test_it_serves_three_platforms_and_depends_on_none(manifest):
     about = (portable.runtime, portable.platform, portable.device, portable.machine, portable.jaxlib)
     assert about == ("stablehlo", "any", "any", "any", "any")
     assert (portable.kernels, portable.kernel_abi, portable.cpu_features) == ((), 0, ())
-    # Targets that need a GPU are made on request only.
+    # An export makes targets that need a GPU only on request.
     assert DEFAULT_TARGETS == ("cpu", "portable")
 
 
@@ -65,7 +65,7 @@ def spec_of(function):
 
 
 def test_one_module_for_several_platforms_takes_no_platform_index():
-    """A module that jax.export makes for several platforms takes one: hence a lowering for each platform."""
+    """A module that jax.export makes for several platforms at once has such an argument, so each is lowered alone."""
     function = jax.jit(lambda x: (jnp.sin(x) + jnp.argmax(x),), keep_unused=True)
     spec = spec_of(function)
     shape = jax.ShapeDtypeStruct((3,), np.float32)

@@ -1,4 +1,4 @@
-"""Configs of well-known models: their shapes, and that changing any key has an effect or is refused."""
+"""Configs of well-known models: they give the right shapes, and a change of any key has an effect or is refused."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -51,7 +51,7 @@ def plain(name: str, matrix: np.ndarray) -> np.ndarray:
 
 
 def element(name: str, arrays, o: int, k: int) -> np.float32:
-    """Decode one weight by the formats' documentation."""
+    """Decode one weight in the way that the documentation of the formats describes."""
     scale = np.float32(arrays[1][o // 16, k // 32, o % 16])
     if name == "int8":
         return scale * np.float32(arrays[0][o // 16, k // 2, o % 16, k % 2])
@@ -192,7 +192,7 @@ def test_the_search_beats_plain_rounding(name, part, tails):
 @given(shape=shapes, seed=st.integers(0, 99), magnitude=st.floats(-8, 3))
 @settings(deadline=None, max_examples=50)
 def test_values_are_the_closest_under_the_scale_that_is_stored(name, shape, seed, magnitude):
-    """Rounding the values before the scale would miss them."""
+    """The scale is rounded to float16 first, and then the values; in the other order they would not be the closest."""
     matrix = normal(shape, seed) * np.float32(10**magnitude)
     stored = FORMATS[name]
     arrays = stored.encode(matrix)
@@ -225,7 +225,7 @@ def test_values_on_a_grid_are_exact(rows, groups, seed):
 
 @pytest.mark.parametrize("most", [1, 7])
 def test_weights_rounded_to_few_symmetric_steps_are_exact(most):
-    """Ternary training, and 4-bit training without a minimum, give such weights."""
+    """Training with ternary weights, or with 4-bit weights that have no minimum, gives such weights."""
     values = np.random.default_rng(1).integers(-most, most + 1, (40, 64))
     values[:, ::32], values[:, 1::32] = -most, most
     matrix = values.astype(np.float32) * np.float32(0.0123)
@@ -271,7 +271,7 @@ def test_a_constant_of_float16_is_exact_in_int4(constant):
 
 
 def test_a_narrow_group_far_from_zero():
-    """Steps of float16 are 0.5 there, and one of them lies within the group."""
+    """Far from zero the steps of float16 are 0.5, and one of them lies within the group."""
     matrix = np.linspace(1000.4, 1000.6, 64, dtype=np.float32).reshape(32, 2).T
     assert np.abs(again("int4", matrix) - matrix).max() < 0.6 / 15
 
@@ -280,7 +280,7 @@ def test_a_narrow_group_far_from_zero():
 @settings(deadline=None, max_examples=60)
 def test_any_constant_is_nearly_exact_in_int4(constant, sign):
     matrix = np.full((2, 40), sign * constant, np.float32)
-    # The error is that of the scale in float16, whose steps are at least 2⁻²⁴, times 15.
+    # The error is 15 times that of the scale, which is stored in float16 with steps of at least 2⁻²⁴.
     np.testing.assert_allclose(again("int4", matrix), matrix, rtol=2**-18, atol=2**-20)
 
 

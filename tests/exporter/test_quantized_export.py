@@ -16,8 +16,8 @@ from precast.loaders.load import load
 
 PROMPT = [i * 7 % 60 for i in range(1, 22)]  # longer than the largest bucket
 STEPS = 12
-# Tolerances by type of the KV cache, as shares of the logits' spread: float32 sums in another order; activations in 16
-# bits; keys and values of 8 and of 7 bits.
+# Tolerances by type of the KV cache, as shares of the logits' spread. They cover float32 sums in another order,
+# activations of 16 bits, and keys and values of 8 or 7 significant bits.
 LOST = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
 KINDS = [
     *((weights, "bfloat16") for weights in FORMATS),
@@ -28,7 +28,7 @@ KINDS = [
 
 
 def forced(model: Any, ids: Sequence[int]) -> np.ndarray:
-    """Return the artifact's logits after the prompt, and after each further token of `ids`, which decode is given."""
+    """Return the artifact's logits after the prompt, and after each further token of `ids`, which decode is fed."""
     engine, cache = model.engine, model.engine.new_cache()
     step = engine.prefill(ids[: len(PROMPT)], cache)
     rows = [engine.logits(step)[0].copy()]
@@ -118,7 +118,7 @@ def test_the_default_kv_cache_depends_on_the_weights(
 
 
 def test_several_slots_decode_as_one(export_tiny: Callable[..., Path]) -> None:
-    """Three sequences of different lengths, with one idle slot, each continue as they would alone."""
+    """Three sequences of different lengths decode together, beside an idle slot; each continues as it would alone."""
     one, four = (load(export_tiny(weights="int8", slots=n, targets=("cpu",))).engine for n in (1, 4))
     prompts = {0: PROMPT[:5], 1: PROMPT, 3: PROMPT[:9]}
     together = four.new_cache()

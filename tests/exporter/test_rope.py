@@ -86,7 +86,10 @@ USUAL = 0.1 * math.log(4) + 1
 
 
 def _bound(rotations: float) -> float:
-    """Return the (fractional) pair with this many rotations in 1024 positions; each has 10 times those of the next."""
+    """Return the pair, as a fraction, with this many rotations in 1024 positions.
+
+    Each pair rotates 10 times as often as the next one.
+    """
     return math.log10(1024 / (2 * math.pi * rotations))
 
 
@@ -320,7 +323,7 @@ def test_the_original_context_may_be_at_the_top_level(scaling: Mapping[str, Any]
 
 
 def test_an_original_context_without_an_effect() -> None:
-    """A model with the key has it for every RoPE type; for other models its meaning is unknown."""
+    """If a model's config class has this key, it is accepted with every RoPE type; otherwise it is refused."""
     key = "original_max_position_embeddings"
     _check(_rope({key: 4096}, original_positions=4096), [1.0, 0.1, 0.01, 0.001])
     _check(_rope({}, original_positions=4096), [1.0, 0.1, 0.01, 0.001])

@@ -159,7 +159,7 @@ def test_parts_of_a_head_that_disagree() -> None:
 @pytest.mark.parametrize("scaling", [{**LLAMA3, "original_max_position_embeddings": 32}, YARN, LONGROPE])
 @pytest.mark.parametrize("outside", [{"original_max_position_embeddings": 48}, {}])
 def test_original_positions_that_disagree(scaling: Mapping[str, Any], outside: Mapping[str, int]) -> None:
-    """transformers takes the parameters outside the table, which a model may have by default."""
+    """If both are present, transformers uses the value outside the table, which may be the model's default."""
     inside = scaling["original_max_position_embeddings"]
     found = _refusal({"rope_scaling": scaling, **outside}, head_dim=4, original_positions=48)
     assert found == (
@@ -180,7 +180,7 @@ def test_original_positions_that_disagree(scaling: Mapping[str, Any], outside: M
     ],
 )
 def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[str, Any], key: str) -> None:
-    """transformers silently drops the newer one."""
+    """transformers silently ignores the newer spelling if both are present."""
     found = _refusal({"rope_parameters": newer, "rope_scaling": older}, head_dim=4, partial=True)
     assert found == (
         f"config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the one that is wrong."

@@ -51,7 +51,7 @@ def _divisors(head_dim: int) -> dict[str, list[float]]:
 
 
 def _published(head_dim: int) -> dict[str, dict[str, Any]]:
-    """Return scalings for models with a context of 2 · POSITIONS that were trained with POSITIONS."""
+    """Return RoPE scalings for models that were trained with POSITIONS and have a context of 2 · POSITIONS."""
     original = {"original_max_position_embeddings": POSITIONS}
     long = {"rope_type": "longrope", **_divisors(head_dim)}
     return {
@@ -214,7 +214,7 @@ def test_phi3_is_that_of_transformers(torch: Any, name: str, heads: int, part: f
         scaling = {"type": name, **_divisors(rotated), **more} if name else None
         return {"rope_theta": 1e4, "partial_rotary_factor": part, "rope_scaling": scaling, **original}
 
-    # transformers 5 does not move it there for "su", as older ones did.
+    # For "su", transformers 5 does not move it there, although older versions did.
     config = Phi3Config(
         hidden_size=96,
         num_attention_heads=heads,

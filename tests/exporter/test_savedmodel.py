@@ -26,7 +26,7 @@ from precast.loaders.runtime.savedmodel import manifest_name, signature_name
 PROMPT = [7, 300, 12, 5, 101]
 FOLDER = "programs/savedmodel"
 
-# Prefill, then decode, by the manifest alone and without precast.
+# This script prefills and decodes with nothing but the manifest, without precast.
 GENERATE = """
 import json, sys
 sys.modules["jax"] = sys.modules["jaxlib"] = sys.modules["precast"] = None

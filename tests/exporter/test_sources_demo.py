@@ -158,7 +158,9 @@ def test_without_pip(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tmp_path, pip):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(PrecastError, match=r"cannot hold the demo model .* set PRECAST_CACHE"):
+    with pytest.raises(
+        PrecastError, match=r"cannot store the demo model .* set PRECAST_CACHE to another folder\.$"
+    ):
         demo.fetch(SMALL, tmp_path / "file" / "demo")
 
 

@@ -75,7 +75,7 @@ def make_device(path: Path) -> None:
     ],
 )
 def test_something_else_in_place_of_a_file(checkpoint, name, make, found):
-    """Each is refused at once in a sentence that names it."""
+    """Anything that is not a file is refused at once, in a sentence that names it."""
     folder = checkpoint(FILES, ONE)
     path = folder / name
     path.unlink(missing_ok=True)
@@ -259,7 +259,7 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_value_of_a_tokenizer_in_another_type(checkpoint, kind):
-    """Each file is read, or refused in a sentence."""
+    """The changed file is read, or refused in a sentence."""
     folder = checkpoint(FILES, ONE)
     path = folder / "tokenizer.json"
     whole = json.loads(path.read_text()) | {"model": MODELS[kind]}

@@ -209,7 +209,7 @@ def test_other_architectures(gguf_spec, tmp_path):
 def divisors(
     theta: float, size: int, factor: float, original: float = 8192, low: float = 1.0, high: float = 4.0
 ):
-    """Return the divisors as llama.cpp's converter computes them, one by one, in float32."""
+    """Compute the divisors one by one in float32, as llama.cpp's converter does."""
     out = []
     for i in range(0, size, 2):
         wavelength = 2 * math.pi * float(np.float32(theta) ** np.float32(i / size))
@@ -297,14 +297,14 @@ def test_a_truncated_header(gguf_spec, tmp_path, kept):
     path.write_bytes(data[: 4 + int(kept * header)])
     text = refusal(path)
     assert text.startswith(f"{path}: at byte ")
-    assert text.endswith("so it is truncated or damaged; fetch it again.")
+    assert text.endswith("so the file is truncated or damaged; fetch it again.")
 
 
 @pytest.mark.parametrize("missing", [1, 1000, 100_000])
 def test_tensor_data_beyond_the_end(gguf_spec, tmp_path, missing):
     path = gguf_spec().write(tmp_path)
     path.write_bytes(path.read_bytes()[:-missing])
-    assert refusal(path).endswith("so it is truncated or damaged; fetch it again.")
+    assert refusal(path).endswith("so the file is truncated or damaged; fetch it again.")
 
 
 def test_an_unknown_version(gguf_spec, tmp_path):
@@ -397,7 +397,7 @@ def test_defaults_of_missing_metadata(gguf_spec, tmp_path):
     ],
 )
 def test_ends_that_are_not_named_are_known_by_their_text(gguf_spec, tmp_path, metadata, expected):
-    """<|endoftext|> is token 0 and <|im_end|> token 2; tokens named by the file come first."""
+    """<|endoftext|> is token 0 and <|im_end|> is token 2; the tokens that the file names come before them."""
     spec = gguf_spec(metadata={f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
     assert open_source(str(spec.write(tmp_path))).eos_token_ids == expected
 
@@ -463,6 +463,6 @@ def test_without_token_types_a_sentencepiece_tokenizer_cannot_be_made(gguf_spec,
 
 
 def test_without_token_types_all_tokens_of_a_byte_level_tokenizer_are_normal(gguf_spec, tmp_path):
-    """llama.cpp does the same."""
+    """This is llama.cpp's rule."""
     path = gguf_spec(metadata={"tokenizer.ggml.token_type": None}).write(tmp_path)
     assert len(json.loads(open_source(str(path)).tokenizer_json)["model"]["vocab"]) == 275

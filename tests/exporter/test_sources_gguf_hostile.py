@@ -266,7 +266,7 @@ HARMFUL = {
     "keys": (header(0, 1 << 62) + ARCHITECTURE, "expected at most "),
     "tensors": (
         header(1 << 62, 1) + ARCHITECTURE,
-        "tensors, for which there is room, found 4,611,686,018,427,387,904",
+        "tensors, because there is no room for more, found 4,611,686,018,427,387,904",
     ),
     "text": (
         header(0, 1) + struct.pack("<Q", 1 << 62) + b"x",
@@ -330,7 +330,7 @@ HARMFUL = {
     ),
     "offset": (
         header(1, 1) + ARCHITECTURE + text(b"w") + struct.pack("<IQIQ", 1, 1, 0, 4),
-        "to lie inside, at a multiple of 32 bytes",
+        "to lie inside the file, at a multiple of 32 bytes",
     ),
     "version": (header(0, 0, 1 << 31), "expected GGUF version 2 or 3, found 2147483648"),
     "version 0": (header(0, 0, 0), "expected GGUF version 2 or 3, found 0"),
@@ -357,7 +357,7 @@ def test_a_big_endian_file(tmp_path):
 
 
 def test_a_sparse_file_has_no_room_for_a_longer_header(tmp_path):
-    """A sparse file of any length costs nothing, so the length alone is not a sufficient bound."""
+    """A sparse file can have any length at no cost, so its length alone does not limit a header."""
     path = tmp_path / "sparse.gguf"
     path.write_bytes(header(0, 2) + ARCHITECTURE + TOKENS + struct.pack("<IIQ", 9, 0, 1 << 33))
     with path.open("r+b") as file:

@@ -117,7 +117,10 @@ def test_the_tokenizer_of_llama_2(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_class_of_transformers(seed):
-    """LlamaTokenizer prepends no space to a leading space, unlike llama.cpp and SentencePiece; the rest is equal."""
+    """Unlike llama.cpp and SentencePiece, LlamaTokenizer prepends no space to a text that begins with one.
+
+    All other texts give the same tokens.
+    """
     metadata = random_vocabulary(seed)
     ours, theirs = built(metadata), transformers_builds("sentencepiece_tokenizer", metadata)
     assert_same(ours, theirs, TEXTS, lambda text: not text.startswith((" ", "▁")))
@@ -136,7 +139,7 @@ def test_equal_scores_are_in_the_order_of_transformers(seed):
 
 
 def plainly(metadata: dict[str, Any], text: str) -> list[int]:
-    """SentencePiece's rule: join the neighbours whose piece scores highest, the leftmost of equals."""
+    """Apply SentencePiece's rule: join the neighbours that form the piece of highest score, the leftmost if equal."""
     ids = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     scores = metadata["tokenizer.ggml.scores"]
     symbols = list(("▁" + text if text else text).replace(" ", "▁"))
@@ -237,7 +240,7 @@ def test_runs_of_spaces_are_single_tokens_in_either_spelling():
 
 def test_a_run_of_spaces_in_both_spellings():
     metadata = metadata_of(["  ", "▁▁"], [0.0, 0.0], token_type=[2, 3, 3] + [6] * 256 + [4, 4])
-    assert "has a token of spaces written both with spaces and with ▁" in refusal(metadata)
+    assert "has the same run of spaces twice, as a token of spaces and as a token of ▁" in refusal(metadata)
 
 
 def test_without_a_prefix_no_space_is_added_or_stripped():

@@ -84,7 +84,7 @@ def test_rows_of_q_and_k_of_llama_are_reordered(gguf_spec, tiny, tmp_path):
 
 
 def test_scores_with_either_rope_are_the_same(gguf_spec, tiny, tmp_path):
-    """The reason for the permutation: q·k is the same under both forms of RoPE."""
+    """Reordering the rows is right because q·k is then the same under both forms of RoPE."""
     spec = gguf_spec()
     tensors = open_source(str(spec.write(tmp_path))).tensors
     x, y = np.random.default_rng(1).standard_normal((2, tiny.dims["D"]))
@@ -222,7 +222,7 @@ def test_blocks_equal_the_tensor(gguf_spec, tmp_path, kind, size, halves, format
 
 
 def test_rows_of_blocks_are_reordered(gguf_spec, tiny, tmp_path):
-    """Compare with the tensor before quantisation, which reveals a mistake common to both readers."""
+    """Compare with the tensor before quantisation, because both readers could make the same mistake."""
     original = gguf_spec().tensors["blk.0.attn_q.weight"]
     tensors = gguf_spec().tensors | {"blk.0.attn_q.weight": interleave(original, tiny.dims["N"])}
     spec = gguf_spec(tensors=tensors, types={"blk.0.attn_q.weight": "Q8_0"})
@@ -242,7 +242,7 @@ def test_a_quantised_vector_has_no_blocks(gguf_spec, tmp_path):
 
 
 def test_blocks_with_minus_128_are_requantised(gguf_spec, tmp_path):
-    """int8 is symmetric; -128 would not fit a negated value."""
+    """The format int8 holds -127 to 127, so blocks with -128 cannot be kept as they are stored."""
     data = random_blocks(256, 8, 34, 1)
     data.reshape(-1, 34)[5, 9] = 0x80
     tensors = {name: t for name, t in gguf_spec().tensors.items() if name != "blk.0.ffn_up.weight"}

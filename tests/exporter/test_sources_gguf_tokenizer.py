@@ -338,7 +338,7 @@ def test_the_same_metadata_gives_the_same_bytes(tiny):
         ({"merges": ["a zz"]}, "has an inconsistent tokenizer ("),
         (
             {"add_bos_token": True, "bos_token_id": None},
-            "has the BOS token added to every text, but tokenizer.ggml.bos_token_id names no token (None)",
+            "adds the BOS token to every text, but tokenizer.ggml.bos_token_id names no token (None)",
         ),
         (
             {"brand_new": 1},

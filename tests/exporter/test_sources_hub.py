@@ -101,7 +101,7 @@ def test_offline_and_not_cached(tmp_path, environment):
     done = opened("org/name", tmp_path, **environment)
     assert done.stdout.splitlines() == [
         (
-            "org/name: is not, or not wholly, in the local hub cache, and the hub cannot be reached; "
+            "org/name: is missing from the local hub cache, or incomplete, and the hub cannot be reached; "
             "connect to the network (unset HF_HUB_OFFLINE if it is set), or name a directory or .gguf file."
         )
     ]

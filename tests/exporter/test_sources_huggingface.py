@@ -368,7 +368,7 @@ def test_a_special_token_that_is_a_number(checkpoint):
     ],
 )
 def test_eos_token_ids(checkpoint, files, expected):
-    """Expect the ids that the files name, and token 1 by its text </s>."""
+    """Expect the ids that the files name, and token 1, whose text is </s>."""
     assert open_source(str(checkpoint(files, ONE))).eos_token_ids == expected
 
 

@@ -181,7 +181,7 @@ def test_the_result_must_be_the_last_steps(layer: Callable[..., Any]) -> None:
 
 
 def test_the_shape_of_the_heads_comes_from_the_stack() -> None:
-    """The kernel reads it there, whatever shape a layer gives its values."""
+    """The kernel reads the shape from the stack, so a layer that gives its values other shapes is refused."""
     with pytest.raises(TypeError, match=r"expected attention heads \(2, 2, 10\), found "):
         record(stack(attention, (2, 2, 10)), SHAPE)
 

@@ -93,7 +93,7 @@ def test_tensors_are_read_once_each_and_one_after_another(source, tmp_path):
     write(tmp_path / "w", source(**changes), count=reported.append)
     assert sorted(reads) == sorted(source.arrays)
     assert sum(reported) == sum(a.nbytes for a in source.arrays.values())
-    # The tensor being read, and the one before it, which is freed after the read.
+    # The tensor that is being read, and the previous one, which is freed only after the read.
     assert most <= 2 < len(reads)
 
 
@@ -170,7 +170,7 @@ def test_the_largest_finite_values_are_accepted(source, tmp_path):
 
 
 def test_a_reader_that_returns_another_shape_is_caught(source, tmp_path):
-    """A tensor of the same size would be written transposed."""
+    """A tensor of the same size but another shape would be written in the wrong order."""
     lying = tensor(source.arrays[UP], lambda: source.arrays[UP].T.copy())
     with pytest.raises(
         PrecastError, match=r"the source declares shape \[3, 4\], but the tensor has shape \[4, 3\];"
@@ -220,7 +220,7 @@ def test_every_format_is_read_back(source, tmp_path, weights):
         assert [(a.shape, a.dtype) for a in arrays] == [(a.shape, a.numpy_dtype) for a in expected]
         for layer, name in enumerate(parameter.sources):
             wanted = kept.encode(source.arrays[name])
-            # An unpacked embedding has no axis of layers, and neither have its values.
+            # An embedding has no axis of layers, unless it is packed.
             ours = [
                 a.reshape(len(parameter.sources), *w.shape)[layer]
                 for a, w in zip(arrays, wanted, strict=True)

@@ -73,7 +73,7 @@ class GPT2Layers(nnx.Module):
 def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
     """Give tensors Llama's names, transpose matrices to ``[out, in]``, and split the fused q, k and v."""
     prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
-    # Under the names in Llama's old checkpoints, masks are recognised and ignored later.
+    # Masks get the names that they have in Llama's old checkpoints, because `plan_weights` ignores those names.
     left = {n.replace(".attn.", ".self_attn.") if n.endswith(_MASKS) else n: t for n, t in tensors.items()}
     made = {
         "model.embed_tokens.weight": take(left, f"{prefix}wte.weight", (config.vocab, config.width)),
@@ -106,6 +106,9 @@ def _layer(
 def _pair(
     left: dict[str, SourceTensor], old: str, new: str, shape: tuple[int, ...]
 ) -> dict[str, SourceTensor]:
-    """Return weight and bias of a module under a new name; transposing has no effect on a weight ``[D]``."""
+    """Return a module's weight, transposed to ``[out, in]``, and its bias under a new name.
+
+    Transposing has no effect on the weight ``[D]`` of a norm.
+    """
     weight, bias = take(left, f"{old}.weight", shape), take(left, f"{old}.bias", shape[-1:])
     return {f"{new}.weight": transpose(weight), f"{new}.bias": bias}

@@ -31,7 +31,10 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 
 
 def _layers_with_rope(reader: ConfigReader, layers: int) -> list[bool]:
-    """Return, for each layer, True if it uses RoPE: despite its name, ``no_rope_layers`` holds a 1 for it."""
+    """Return True for each layer that uses RoPE.
+
+    Despite its name, ``no_rope_layers`` has a 1 for layers with RoPE and a 0 for layers without it.
+    """
     interval = reader.take_size("no_rope_layer_interval", 4)
     found = reader.take("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)])
     if not isinstance(found, list) or len(found) < layers or any(flag not in (0, 1) for flag in found):

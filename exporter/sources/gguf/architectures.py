@@ -86,12 +86,12 @@ def _qwen3(_: MetadataReader, shapes: Shapes) -> Config:
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 # Keys of the RoPE base in layers with a window, by llama.cpp's converter and by Ollama's.
 _LOCAL_BASES = ("rope.freq_base_swa", "rope.local.freq_base")
-# Number of layers of the 27B models, whose scores are scaled by D / N instead of H; the file does not say so.
+# The 27B models scale attention scores by D / N instead of H. The file does not say so, but these numbers of layers do.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
 
 def _query_scalar(reader: MetadataReader) -> Config:
-    """Return Gemma's scale of scores; llama.cpp recognises 27B models by their depth, and so does this function."""
+    """Return the key for Gemma's scale of scores; as in llama.cpp, the number of layers identifies the 27B models."""
     heads = reader.integer("attention.head_count")
     by_width = reader.integer("embedding_length") // heads
     by_head = reader.integer("attention.key_length", by_width)
@@ -150,7 +150,7 @@ def _phi3(reader: MetadataReader, _: Shapes) -> Config:
     context = reader.integer("context_length")
     config: Config = {
         **_SILU,
-        # 0 means none. A file without the key comes from a converter that drops the window.
+        # 0 means no window. The key is required, because converters that omit it also drop the window.
         "sliding_window": reader.integer(_WINDOW, least=0) or None,
         "original_max_position_embeddings": reader.integer("rope.scaling.original_context_length", context),
     }
@@ -302,7 +302,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
 }
 
-# A GGUF file with experts names this architecture "llama" too.
+# GGUF files call Mixtral "llama" too; `read_architecture` recognises it by its experts.
 MIXTRAL = GgufArchitecture(
     model_type="mixtral",
     model="MixtralForCausalLM",

@@ -1,7 +1,8 @@
 """The container of a GGUF file: its metadata and the position of each tensor.
 
-A header states its own sizes. The reader checks each size against the remaining bytes before it allocates, so time and
-memory are proportional to the file. The limits below also bound sparse files of any length. Format and limits:
+The header states the size of each of its parts. The reader compares each size with the remaining bytes before it
+allocates memory, so time and memory are at most proportional to the file's length. A sparse file can be very long and
+still take no space on the disk, so fixed limits apply as well. Format and limits:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and gguf_init_from_file of ggml.
 """
 
@@ -33,7 +34,7 @@ _LEAST_KEY, _LEAST_TENSOR = 13, 24
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# Types that NumPy supports; all others are rows of bytes.
+# Types that NumPy supports; tensors of all other types become rows of bytes.
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
 
 # Texts that must be exact. In all others, which only describe the model, bytes that are not UTF-8 become U+FFFD.
@@ -134,8 +135,8 @@ class _Cursor:
         if count > left:
             raise self.error(
                 self.at,
-                f"expected {count:,} bytes of {what}, found {left:,} before the end, so it is truncated or damaged;"
-                " fetch it again",
+                f"expected {count:,} bytes of {what}, found {left:,} before the end, so the file is truncated or"
+                " damaged; fetch it again",
             )
         if self.at + count > _LONGEST_HEADER:
             raise self.error(
@@ -191,8 +192,8 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
         if count > room:
             raise cursor.error(
                 start,
-                f"expected at most {room:,} {what}, for which there is room, found {count:,}, so it is truncated or"
-                " damaged; fetch it again",
+                f"expected at most {room:,} {what}, because there is no room for more, found {count:,}, so the file is"
+                " truncated or damaged; fetch it again",
             )
     return tensors, keys
 
@@ -317,8 +318,9 @@ def _stored(
     if entry.offset % alignment or begin + length > cursor.length:
         raise cursor.error(
             entry.at,
-            f"expected the tensor {name} to lie inside, at a multiple of {alignment} bytes, found {length:,} bytes from"
-            f" {begin:,} on in a file of {cursor.length:,}, so it is truncated or damaged; fetch it again",
+            f"expected the tensor {name} to lie inside the file, at a multiple of {alignment} bytes, found"
+            f" {length:,} bytes from byte {begin:,} on in a file of {cursor.length:,}, so the file is truncated or"
+            " damaged; fetch it again",
         )
     rows = tuple(reversed(entry.axes[1:]))
     data = mapped[begin : begin + length].view(_DTYPES.get(kind.name, "u1")).reshape(*rows, -1)

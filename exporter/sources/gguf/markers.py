@@ -1,8 +1,8 @@
-"""Repair chat markers that a GGUF file types as ordinary text.
+"""Repair the token types of chat markers that a GGUF file declares as ordinary words.
 
-Converters often type `<|im_end|>` and similar markers as words, so the tokenizer splits into pieces a marker that the
-model knows as one token. llama.cpp overrides the type of tokens that end a text or a turn, by their spelling. This
-module also repairs the markers in the file's own chat templates.
+Converters often do so for `<|im_end|>` and similar markers. The tokenizer would then split a marker that is a single
+token for the model. llama.cpp recognises tokens that end a text or a turn by their spelling, and overrides their type.
+This module does the same, and also repairs markers that occur in the file's own chat templates.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 _TEMPLATE = "tokenizer.chat_template"
 
-# Tokens that are never words, whatever a file says: they end a text, or begin or end a turn.
+# Tokens that are never words, whatever type the file declares: they end a text, or begin or end a turn.
 _KNOWN = frozenset(
     """
     <|begin_of_text|> <|end_of_text|> <|endoftext|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|>
@@ -19,7 +19,7 @@ _KNOWN = frozenset(
     <end_of_utterance> <EOT> _<EOT> [EOT] [EOS] <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜>
     """.split()
 )
-# The spelling of markers. A token with such a spelling in a chat template is a marker.
+# The forms of markers. A text of such a form in a chat template is a marker.
 _SPELLING = re.compile(r"<[|｜][^\s<>]+[|｜]>|</?[a-z]+_of_[a-z]+>|</?s>|\[/?[A-Z_]+\]")
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
@@ -66,4 +66,4 @@ def marker_remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     named = ", ".join(tokens[number] for number in wrong[:5])
     more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    return (f"the GGUF file has chat markers typed as words: {named}{more}; each becomes one control token",)
+    return (f"the GGUF file declares chat markers as words: {named}{more}; each becomes one control token",)

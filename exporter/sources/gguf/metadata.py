@@ -22,7 +22,7 @@ class _Type:
     """The type of a metadata value.
 
     Attributes:
-        name: words for it in messages.
+        name: description of the type in messages.
         holds: returns True for a value of the type.
     """
 
@@ -133,7 +133,7 @@ class MetadataReader:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Return the shortest decimal that gives the float32: 1e-05, not 9.999999747378752e-06."""
+        """Return a float32 as the shortest decimal that rounds to it: 1e-05, not 9.999999747378752e-06."""
         value = self.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _FLOAT32:
             raise self.unexpected(key, "one number", value)

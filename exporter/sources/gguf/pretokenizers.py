@@ -12,7 +12,7 @@ class PreTokenizer:
         steps: pre-tokenizers in the terms of tokenizer.json.
         normalizer: normalizer of the text in the same terms, or None.
         ignore_merges: True if a piece that is itself a token becomes that token without BPE merging.
-        add_bos: default for adding BOS if the file does not say.
+        add_bos: True if texts get a BOS token when the metadata has no key for it.
     """
 
     steps: tuple[Mapping[str, object], ...]
@@ -71,7 +71,7 @@ _FALCON = PreTokenizer(
         _split(r"[0-9][0-9][0-9]"),
     )
 )
-# llama.cpp's own splits under this name, in sequence; no published tokenizer has them.
+# The splits that llama.cpp performs one after another for the name "default"; no published tokenizer has them.
 _DEFAULT = PreTokenizer(
     steps=(
         _split(r"[\p{P}\$\+<=>\^~\|]+"),

@@ -20,8 +20,8 @@ _SLAB = 512
 
 _NAME = re.compile(r"(?:(?P<layer>blk\.\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
 
-# Types whose blocks are passed on without conversion: coefficients per block of 32 values, a scale and in some types
-# a minimum.
+# Types whose blocks are passed on without conversion, with the number of coefficients in each block of 32 values: a
+# scale, and in Q4_1 also a minimum.
 _BLOCK = 32
 _COEFFICIENTS = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
 
@@ -34,7 +34,7 @@ class GgufTensor:
         shape: outermost axis first.
         type: gguf's `GGMLQuantizationType`.
         data: view of the mapped file; rows of bytes if quantised.
-        heads: number of heads of q or k with permuted rows, or None.
+        heads: number of heads, if this is q or k with permuted rows; None otherwise.
         offset: constant that the converter added to every value.
     """
 
@@ -128,7 +128,8 @@ def dequantise(tensor: GgufTensor) -> np.ndarray:
     from gguf.quants import dequantize
 
     order = _order(tensor)
-    # A vector is one row, because a quantised block cannot be split; only plain vectors are permuted, as rows of one.
+    # A vector is read as one row, because its quantised blocks cannot be split. A vector to be permuted is never
+    # quantised, and is read as rows of one value.
     rows = (
         tensor.data.reshape(tensor.shape[0], -1)
         if len(tensor.shape) > 1 or order is not None
@@ -169,7 +170,7 @@ def _blocks(tensor: GgufTensor) -> QuantisedBlocks:
 
 
 def _values(kind: str, stored: np.ndarray) -> np.ndarray:
-    """Return the 32 values of each block; low nibbles of the 16 bytes hold the first half, high ones the second."""
+    """Return the 32 values of each block. In 4-bit types, the 16 low nibbles come first, then the 16 high ones."""
     if kind == "Q8_0":
         return stored
     values = np.concatenate([stored & 15, stored >> 4], axis=-1)
@@ -191,7 +192,7 @@ def half_split_order(rows: int, heads: int) -> np.ndarray:
     """Map each row of a Hugging Face q or k projection to its row in a llama GGUF file: indices ``[rows]``.
 
     llama.cpp rotates neighbours (0, 1), (2, 3), …; Hugging Face rotates the first half of a head against the second.
-    Its converter therefore interleaves the halves of each head, and this function undoes it: row ``2·i + half`` of a
-    head in the file is row ``half·H/2 + i`` of that head. Source: `LlamaModel.permute` of convert_hf_to_gguf.py.
+    llama.cpp's converter therefore interleaves the two halves of each head: row ``2·i + half`` of a head in the file is
+    row ``half·H/2 + i`` of that head in the checkpoint. Source: `LlamaModel.permute` of convert_hf_to_gguf.py.
     """
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)

@@ -1,8 +1,8 @@
 """A tokenizer.json from a GGUF file's tokenizer.
 
-transformers has a converter too (`transformers.integrations.gguf`), but as of 5.23 it silently gives GPT-2's
-pre-tokenizer to every byte-level vocabulary whose own it does not list, "smollm" among them. It also omits Qwen2's
-normalizer and Llama 3's `ignore_merges`. This module therefore writes the JSON itself.
+transformers has a converter too (`transformers.integrations.gguf`), but as of 5.23 it silently falls back to GPT-2's
+pre-tokenizer for every pre-tokenizer that it does not know, such as "smollm". It also omits Qwen2's normalizer and
+Llama 3's `ignore_merges`. This module therefore writes the JSON itself.
 """
 
 import json
@@ -24,7 +24,7 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> bytes:
     """Return the tokenizer.json of a GGUF file.
 
     Control tokens become special added tokens, user-defined tokens become added tokens, and unused tokens are left out.
-    BOS and EOS are added as the metadata says or, if it does not, as llama.cpp does.
+    Two metadata keys tell whether texts get a BOS and an EOS token; without these keys, llama.cpp's defaults apply.
 
     Args:
         path: the file, for messages.
@@ -144,7 +144,8 @@ def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
 def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
     """Return the vocabulary with spaces in place of ▁ in user-defined tokens that consist of ▁ alone.
 
-    Gemma's runs of spaces are matched in the text before spaces become ▁, but older converters wrote them with ▁.
+    Gemma has tokens for runs of spaces. The text is searched for them before its spaces become ▁, so the tokens must
+    contain spaces, but older converters wrote them with ▁.
     """
     pairs = zip(vocabulary.tokens, vocabulary.types, strict=True)
     tokens = [
@@ -154,7 +155,7 @@ def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
     found = replace(vocabulary, tokens=tokens).of_types(TokenType.USER_DEFINED)
     if len(found) != vocabulary.types.count(TokenType.USER_DEFINED):
         raise vocabulary.error(
-            "has a token of spaces written both with spaces and with ▁; convert the model again."
+            "has the same run of spaces twice, as a token of spaces and as a token of ▁; convert the model again."
         )
     return replace(vocabulary, tokens=tokens)
 
@@ -162,7 +163,8 @@ def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
 def _stripping(vocabulary: Vocabulary) -> frozenset[str]:
     """Return the tokens that strip spaces and line ends after them.
 
-    Phi 3's tokenizer.json says so, but its GGUF files do not, and llama.cpp also identifies them by the architecture.
+    Phi 3's tokenizer.json marks these tokens, but its GGUF files do not. As in llama.cpp, the architecture tells that
+    the file has them.
     """
     if vocabulary.metadata.get("general.architecture") != "phi3":
         return frozenset()
@@ -205,7 +207,10 @@ def _splits(piece: str, pieces: Mapping[str, int]) -> Iterator[tuple[str, str]]:
 
 
 def _refuse_unused(vocabulary: Vocabulary, pieces: Mapping[str, int]) -> None:
-    """Refuse unused pieces that others form: SentencePiece splits such a piece again, but merges cannot."""
+    """Refuse an unused piece that two other pieces form.
+
+    SentencePiece joins the two pieces, and later splits the unused result again. BPE merges cannot express that.
+    """
     unused = vocabulary.of_types(TokenType.UNUSED)
     everything = {**pieces, **unused}
     for piece in unused:
@@ -243,9 +248,9 @@ def _bpe(
 
 
 def _spell_merges(merges: list[list[str]]) -> list[str] | list[list[str]]:
-    """Return merges in the older spelling, "a b", if equivalent, because it loads in two thirds of the time.
+    """Return merges in the older form, "a b", if it can express them, because it loads in two thirds of the time.
 
-    The older spelling has no spaces inside tokens, and lines that begin with "#version" are comments.
+    It cannot express a token that contains a space. A merge that begins with "#version" would be read as a comment.
     """
     if any(" " in token or token.startswith("#version") for pair in merges for token in pair):
         return merges
@@ -273,7 +278,7 @@ def _added_tokens(
 
 
 def _post_processor(vocabulary: Vocabulary, *, add_bos: bool) -> dict[str, object] | None:
-    """Return the step that adds BOS and EOS as the metadata says; `add_bos` is the default for BOS."""
+    """Return the step that adds BOS and EOS to texts, or None; `add_bos` applies if the metadata has no key for BOS."""
     before = [_special(vocabulary, "bos")] if vocabulary.get("add_bos_token", add_bos) else []
     after = [_special(vocabulary, "eos")] if vocabulary.get("add_eos_token", False) else []
     if not before and not after:
@@ -299,7 +304,7 @@ def _special(vocabulary: Vocabulary, which: str) -> tuple[str, int]:
     number = vocabulary.get(f"{which}_token_id")
     if not isinstance(number, int) or not 0 <= number < len(vocabulary.tokens):
         raise vocabulary.error(
-            f"has the {which.upper()} token added to every text, but tokenizer.ggml.{which}_token_id names "
+            f"adds the {which.upper()} token to every text, but tokenizer.ggml.{which}_token_id names "
             f"no token ({number}); convert the model again."
         )
     return vocabulary.tokens[number], number

@@ -107,7 +107,7 @@ _REFUSED: Mapping[str, tuple[Callable[[object, Mapping[str, Any]], bool], str]] 
     ),
     "split_special_tokens": (
         _is_on,
-        "makes special tokens plain text, including chat markers, which an artifact cannot do; set it to false",
+        "splits special tokens, including chat markers, as plain text, which an artifact cannot do; set it to false",
     ),
     "fast_tokenizer_files": (
         _names_another_file,
@@ -128,7 +128,7 @@ def _cleans_up(settings: Mapping[str, object], document: Mapping[str, Any]) -> b
 
 
 def _texts(part: object) -> str:
-    """Return all texts in a part of tokenizer.json, one a line."""
+    """Return all texts in a part of tokenizer.json, one per line."""
     if isinstance(part, dict):
         part = list(part.values())
     if isinstance(part, list):
@@ -198,7 +198,7 @@ def _has_prefix(document: Mapping[str, Any]) -> bool:
 
 
 def _without_prefix(part: Any) -> Any:
-    """Return a step of tokenizer.json that neither adds nor strips a leading space, or None if that is all it does."""
+    """Return a step of tokenizer.json without its adding or stripping of a leading space; None if nothing is left."""
     if isinstance(part, list):
         return [step for step in map(_without_prefix, part) if step is not None]
     if not isinstance(part, dict):

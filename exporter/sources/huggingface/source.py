@@ -136,8 +136,8 @@ def _licence(card: Path) -> str | None:
     except OSError as error:
         raise PrecastError(f"{card}: cannot be read ({error.strerror}); check its permissions.") from error
     except Exception:
-        # A card is prose for people, so broken metadata means no licence. PyYAML raises any error of Python's types,
-        # such as ValueError for an impossible date.
+        # A model card is written by hand, so broken metadata counts as no licence. PyYAML also lets errors of Python's
+        # types through, such as ValueError for an impossible date.
         return None
     if not isinstance(front, dict):
         return None

@@ -37,14 +37,15 @@ def template_files(folder: Path) -> list[Path]:
 
 
 def chat_templates(folder: Path, tokens: Mapping[str, str]) -> Templates:
-    """Return a directory's chat templates; bos_token and eos_token are the only token variables they need.
+    """Return a directory's chat templates.
 
     Template files override tokenizer_config.json, as in transformers. The older chat_template.json counts only if
-    there is no other template.
+    there is no other template. The returned templates define the special tokens that they use, except bos_token and
+    eos_token, which the artifact's tokenizer passes to them.
 
     Args:
         folder: the directory.
-        tokens: texts of special tokens, by name ("pad_token"). A template that uses one gets a definition of it.
+        tokens: texts of special tokens, by name ("pad_token").
 
     Raises:
         PrecastError: a template is not text, or has no name.

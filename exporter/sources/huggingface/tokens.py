@@ -32,7 +32,7 @@ class Tokens:
     """The added and special tokens of a tokenizer.
 
     Attributes:
-        added: value of `added_tokens` for tokenizer.json that gives the same ids and texts.
+        added: value of `added_tokens` with which tokenizer.json alone gives the same ids and texts as all five places.
         named: texts of the special tokens that have a name: "bos_token" and so on, and the model's own names, such as
             "image_token".
         has_own_files: True if the directory has tokenizer_config.json or special_tokens_map.json.
@@ -60,7 +60,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
     own = _take_own(folder, settings)
     if _DECODER not in settings:
         _merge_map(folder, settings, own)
-    # Both functions check types, on which the next one relies.
+    # `_named` and `_extra` check the types of values, on which `_decoder` relies.
     named, extra = _named(folder, settings, own), _extra(folder, settings)
     decoder = _decoder(folder, settings, document)
     special = _special_texts(library) | _add(library, decoder, named, extra)
@@ -140,7 +140,7 @@ def _decoder(
         path = folder / CONFIG
         entries = _mapping(path, _DECODER, settings[_DECODER])
         return {_number(path, key): _token(path, _DECODER, entry) for key, entry in entries.items()}
-    # transformers reads only the newer key of the list, and skips entries that it has not converted to tokens.
+    # transformers reads only the newer key of the list here, and skips entries that are still objects with "__type".
     values = [*(settings[key] for key in NAMED if settings.get(key)), *(settings.get(_EXTRA) or ())]
     special = {
         _content(_token_or_text(folder / CONFIG, _DECODER, token))
@@ -202,7 +202,7 @@ def _entries(
 
 
 def _check_ids(folder: Path, document: Mapping[str, Any], added: list[dict[str, Any]]) -> None:
-    """Read the tokenizer.json back and compare the ids.
+    """Load a tokenizer.json with these added tokens, and check that each has kept its id.
 
     Raises:
         PrecastError: a token has another id.
