@@ -88,7 +88,7 @@ def test_unknown_keys_are_all_named() -> None:
     )
 
 
-# In Qwen2 the biases are fixed, so its configs have no keys for them.
+# Qwen2 fixes these settings, so its configs have no keys for them.
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "pretraining_tp", "rope_interleaved"])
 def test_keys_of_llama_are_unknown_to_qwen2(key: str) -> None:
     assert f"'{key}' is True, which " in _refusal("qwen2", **{key: True})
