@@ -1,0 +1,156 @@
+"""The forms of tool calls and of reasoning in answers, one per family of models, chosen by the chat template's text.
+
+llama.cpp and vLLM know the same forms. A template prescribes the form, so its text tells the family.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from ..artifact.errors import PrecastError
+from ..artifact.frozen import Frozen
+from .tool_calls import BareBody, Body, CallListBody, CodeBody, JsonBody, NamedJsonBody, PythonTagBody
+
+# The name that leaves an answer as it is.
+PLAIN = "text"
+
+
+class CallSyntax(Frozen):
+    """A form of tool calls.
+
+    Attributes:
+        opening: the marker before a body; empty for a body by itself.
+        body: makes a reader of one body.
+        closing: the marker after a body, which models may omit; empty for none.
+        separator: text between a body by itself and the next one.
+        at_start: True if calls occur only at the start of an answer. Their names must be those of given tools, because
+            an answer may look like this without being a call.
+    """
+
+    opening: str
+    body: Callable[[], Body]
+    closing: str = ""
+    separator: str = ""
+    at_start: bool = False
+
+
+class ReasoningSyntax(Frozen):
+    """A form of reasoning, at the start of an answer.
+
+    Attributes:
+        opening: the marker before the reasoning.
+        closing: the marker after it.
+        answer_opening: the marker before the answer that follows, if the model writes one.
+        answer_closing: the marker after that answer.
+    """
+
+    opening: str
+    closing: str
+    answer_opening: str = ""
+    answer_closing: str = ""
+
+
+class AnswerFormat(Frozen):
+    """The form of an answer.
+
+    Attributes:
+        name: the family's name.
+        reasoning: forms of reasoning; the first that opens an answer counts.
+        calls: forms of tool calls.
+    """
+
+    name: str
+    reasoning: tuple[ReasoningSyntax, ...]
+    calls: tuple[CallSyntax, ...]
+
+    def markers(self) -> frozenset[str]:
+        """Return the markers, which may be special tokens."""
+        found = {text for syntax in self.calls for text in (syntax.opening, syntax.closing)}
+        for syntax in self.reasoning:
+            found |= {syntax.opening, syntax.closing, syntax.answer_opening, syntax.answer_closing}
+        # Parts of Mistral's bodies.
+        if self.name == "mistral":
+            found |= {"[ARGS]", "[CALL_ID]"}
+        return frozenset(found - {""})
+
+
+_HERMES = CallSyntax(opening="<tool_call>", body=JsonBody, closing="</tool_call>")
+_PIPED = CallSyntax(opening="<|tool_call|>", body=JsonBody, closing="<|/tool_call|>")
+_CALLS: Mapping[str, tuple[CallSyntax, ...]] = {
+    # Qwen 2.5 and 3, Hermes, Granite 4.
+    "hermes": (_HERMES,),
+    "llama3": (
+        CallSyntax(opening="<|python_tag|>", body=PythonTagBody, separator=";"),
+        CallSyntax(opening="", body=BareBody, separator=";", at_start=True),
+    ),
+    "mistral": (CallSyntax(opening="[TOOL_CALLS]", body=NamedJsonBody),),
+    "phi4": (_PIPED, CallSyntax(opening="functools", body=JsonBody, at_start=True)),
+    "granite": (_PIPED, _HERMES),
+    "smollm3": (
+        _HERMES,
+        CallSyntax(opening="<code>", body=partial(CodeBody, "</code>"), closing="</code>"),
+    ),
+    "gemma": (CallSyntax(opening="```tool_code\n", body=partial(CodeBody, "```"), closing="```"),),
+    "pythonic": (CallSyntax(opening="", body=CallListBody, at_start=True),),
+}
+_THINK = ReasoningSyntax(opening="<think>", closing="</think>")
+_REASONING = (
+    (
+        "<response>",
+        ReasoningSyntax(
+            opening="<think>", closing="</think>", answer_opening="<response>", answer_closing="</response>"
+        ),
+    ),
+    ("<think>", _THINK),
+    ("</think>", _THINK),
+    ("[THINK]", ReasoningSyntax(opening="[THINK]", closing="[/THINK]")),
+    (
+        "Here is my thought process:",
+        ReasoningSyntax(opening="Here is my thought process:", closing="Here is my response:"),
+    ),
+)
+
+
+def answer_format(template: str, name: str | None = None) -> AnswerFormat:
+    """Return the form of the answers to a chat template's prompts.
+
+    Args:
+        template: the template's Jinja source.
+        name: the family whose tool calls to expect; "text" leaves answers as they are; None: by the template.
+
+    Raises:
+        PrecastError: the family is unknown.
+    """
+    if name == PLAIN:
+        return AnswerFormat(name=PLAIN, reasoning=(), calls=())
+    if name is not None and name not in _CALLS:
+        raise PrecastError(
+            f"answer_format: expected one of {', '.join((*sorted(_CALLS), PLAIN))}, found {name!r:.60}."
+        )
+    family = name or _family(template)
+    reasoning = next((syntax for marker, syntax in _REASONING if marker in template), None)
+    return AnswerFormat(
+        name=family,
+        reasoning=() if reasoning is None else (reasoning,),
+        calls=_CALLS.get(family, ()),
+    )
+
+
+def _family(template: str) -> str:
+    """Return the family whose tool calls a template prescribes, or "text"."""
+    if "python_tools" in template and "<code>" in template:
+        return "smollm3"
+    if "<|tool_call|>" in template:
+        return "phi4" if "<|tool|>" in template else "granite"
+    if "<tool_call>" in template:
+        # Two families put XML into the tags of Hermes.
+        return PLAIN if "<function=" in template or "<arg_key>" in template else "hermes"
+    markers = {
+        "[TOOL_CALLS]": "mistral",
+        "<|python_tag|>": "llama3",
+        "<|start_header_id|>ipython": "llama3",
+        "<|tool|>": "phi4",
+        "functools[": "phi4",
+        "```tool_code": "gemma",
+        "func_name1(params_name1=": "pythonic",
+    }
+    return next((family for marker, family in markers.items() if marker in template), PLAIN)

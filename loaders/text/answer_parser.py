@@ -1,0 +1,262 @@
+"""Split an answer into content, reasoning and tool calls while its text arrives.
+
+The result is independent of the pieces in which the text arrives. A tool call is one event, when it is complete and
+well-formed. Anything else stays content: markers without a call, malformed calls, and calls cut off at the end.
+"""
+
+import secrets
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from .answer_formats import AnswerFormat, CallSyntax
+from .tool_calls import Body, NoCall, RawCall, ToolCall
+
+# After this many malformed calls the rest is content, so that the time stays linear.
+_MOST_FAILURES = 64
+_ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
+class ContentDelta(NamedTuple):
+    """A further piece of the answer's content."""
+
+    text: str
+
+
+class ReasoningDelta(NamedTuple):
+    """A further piece of the model's reasoning."""
+
+    text: str
+
+
+class ToolCallDelta(NamedTuple):
+    """A complete tool call.
+
+    Attributes:
+        number: number of the call within the answer, from 0.
+        call: the call.
+    """
+
+    number: int
+    call: ToolCall
+
+
+Delta = ContentDelta | ReasoningDelta | ToolCallDelta
+
+
+def new_call_id() -> str:
+    """Return a random identifier of nine letters and digits, the form that Mistral's templates demand."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(9))
+
+
+class AnswerParser:
+    """A parser for one answer.
+
+    Reasoning loses the line ends around it, and the content after it those at its start. Content loses the spaces and
+    line ends beside a tool call.
+
+    Args:
+        form: the form of the answer.
+        tools: names of the tools that the model was given; without any, nothing is a call. After a marker, a call of
+            another name counts, too, as in vLLM.
+        prompt_tail: the end of the prompt's text, which may have opened the reasoning.
+        new_id: makes the identifier of a call.
+    """
+
+    def __init__(
+        self,
+        form: AnswerFormat,
+        tools: Collection[str] = (),
+        *,
+        prompt_tail: str = "",
+        new_id: Callable[[], str] = new_call_id,
+    ) -> None:
+        self._reasonings, self._tools, self._new_id = form.reasoning, frozenset(tools), new_id
+        self._calls = form.calls if self._tools else ()
+        self._text = ""  # the text whose kind is yet to be decided
+        self._space = ""  # spaces before it, which are content unless a call follows
+        self._is_last = False
+        self._deltas: list[Delta] = []
+        self._count = self._failures = 0
+        self._has_reasoned = False
+        self._answer_closing = ""
+        self._reasoning = form.reasoning[0] if form.reasoning else None
+        self._syntax: CallSyntax | None = None
+        self._body: Body | None = None
+        is_open = any(prompt_tail.rstrip().endswith(r.opening) for r in form.reasoning)
+        # An unbound function, because a bound method would be a reference cycle.
+        self._step: Callable[[AnswerParser], bool] = AnswerParser._reason if is_open else AnswerParser._begin
+
+    def push(self, text: str) -> list[Delta]:
+        """Take the next piece of text; return what became certain with it."""
+        self._text += text
+        return self._run()
+
+    def finish(self) -> list[Delta]:
+        """Return the rest at the end of the answer."""
+        self._is_last = True
+        return self._run()
+
+    def _run(self) -> list[Delta]:
+        while self._step(self):
+            pass
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    # Each step returns True if it made progress, and False if it needs more text.
+
+    def _begin(self) -> bool:
+        """Find out if the answer begins with reasoning."""
+        text = self._text.lstrip()
+        for syntax in self._reasonings:
+            if text.startswith(syntax.opening):
+                self._text = text.removeprefix(syntax.opening)
+                self._reasoning, self._step = syntax, AnswerParser._reason
+                return True
+            if self._may_become(text, syntax.opening):
+                return False
+        self._step = AnswerParser._start
+        return True
+
+    def _reason(self) -> bool:
+        assert self._reasoning is not None
+        closing = self._reasoning.closing
+        place = self._text.find(closing)
+        is_closed = place >= 0
+        if not is_closed:
+            place = len(self._text) if self._is_last else len(self._text) - _overlap(self._text, closing)
+        piece = self._text[:place].rstrip("\n")
+        self._text = self._text[place + len(closing) :] if is_closed else self._text[len(piece) :]
+        if not self._has_reasoned:
+            piece = piece.lstrip("\n")
+        if piece:
+            self._has_reasoned = True
+            self._deltas.append(ReasoningDelta(piece))
+        if is_closed:
+            self._step = AnswerParser._after_reasoning
+        return is_closed
+
+    def _after_reasoning(self) -> bool:
+        assert self._reasoning is not None
+        self._text = self._text.lstrip("\n")
+        opening = self._reasoning.answer_opening
+        if opening and self._text.startswith(opening):
+            self._text = self._text.removeprefix(opening)
+            self._answer_closing = self._reasoning.answer_closing
+        elif self._may_become(self._text, opening) or not (self._text or self._is_last):
+            return False
+        self._step = AnswerParser._start
+        return True
+
+    def _start(self) -> bool:
+        """Find out if the answer, after the reasoning, is a tool call without a marker before it."""
+        text = self._text.lstrip()
+        for syntax in (syntax for syntax in self._calls if syntax.at_start):
+            if self._may_become(text, syntax.opening) or not (text or self._is_last):
+                return False
+            if text and text.startswith(syntax.opening):
+                self._space += self._text[: len(self._text) - len(text)]
+                self._text = text
+                self._open(syntax)
+                return True
+        self._step = AnswerParser._content
+        return True
+
+    def _content(self) -> bool:
+        text = self._text
+        syntaxes = [s for s in self._calls if not s.at_start] if self._failures < _MOST_FAILURES else []
+        markers = [syntax.opening for syntax in syntaxes] + [self._answer_closing] * bool(
+            self._answer_closing
+        )
+        place, marker = min(
+            ((place, marker) for marker in markers if (place := text.find(marker)) >= 0), default=(-1, "")
+        )
+        if place < 0:
+            held = 0 if self._is_last else max((_overlap(text, marker) for marker in markers), default=0)
+            self._text = text[len(text) - held :]
+            self._emit(text[: len(text) - held])
+            return False
+        self._text = text[place:]
+        self._emit(text[:place])
+        if marker == self._answer_closing:
+            self._text, self._answer_closing = self._text.removeprefix(marker), ""
+        else:
+            self._open(next(syntax for syntax in syntaxes if syntax.opening == marker))
+        return True
+
+    def _open(self, syntax: CallSyntax) -> None:
+        self._text = self._text.removeprefix(syntax.opening)
+        self._syntax, self._body, self._step = syntax, syntax.body(), AnswerParser._call
+
+    def _call(self) -> bool:
+        assert self._syntax is not None
+        assert self._body is not None
+        try:
+            end = self._body.end(self._text)
+            if end is None:
+                if not self._is_last:
+                    return False
+                raise NoCall
+            self._accept(self._body.calls(self._text[:end]))
+        except NoCall:
+            self._fail(self._syntax.opening)
+            return True
+        self._text, self._step = self._text[end:], AnswerParser._after_call
+        return True
+
+    def _accept(self, calls: list[RawCall]) -> None:
+        assert self._syntax is not None
+        if self._syntax.at_start and not self._tools.issuperset(call.name for call in calls):
+            raise NoCall
+        self._space = ""
+        for raw in calls:
+            call = ToolCall(raw.id or self._new_id(), raw.name, raw.arguments)
+            self._deltas.append(ToolCallDelta(self._count, call))
+            self._count += 1
+
+    def _fail(self, opening: str) -> None:
+        """Turn the marker before a malformed body into content; the body may contain markers."""
+        self._failures += 1
+        self._emit(opening)
+        self._step = AnswerParser._content
+
+    def _after_call(self) -> bool:
+        assert self._syntax is not None
+        self._text = self._text.lstrip()
+        if not self._text:
+            return False
+        closing, separator = self._syntax.closing, self._syntax.separator
+        if self._may_become(self._text, closing):
+            return False
+        if closing and self._text.startswith(closing):
+            self._text = self._text.removeprefix(closing)
+            self._step = AnswerParser._after_closing
+        elif separator and self._text.startswith(separator):
+            self._text, self._space = self._text.removeprefix(separator), separator
+            self._step = AnswerParser._start
+        else:
+            self._step = AnswerParser._content
+        return True
+
+    def _after_closing(self) -> bool:
+        self._text = self._text.lstrip()
+        if self._text:
+            self._step = AnswerParser._content
+        return bool(self._text)
+
+    def _may_become(self, text: str, marker: str) -> bool:
+        """Return True if text may become a marker with more text."""
+        return not self._is_last and len(text) < len(marker) and marker.startswith(text)
+
+    def _emit(self, text: str) -> None:
+        """Emit content, but hold back spaces at its end as long as a call may follow."""
+        text = self._space + text
+        kept = text if self._is_last and not self._text else text.rstrip() if self._calls else text
+        self._space = text[len(kept) :]
+        if kept:
+            self._deltas.append(ContentDelta(kept))
+
+
+def _overlap(text: str, marker: str) -> int:
+    """Return the length of the longest proper prefix of a marker that ends the text."""
+    longest = min(len(text), len(marker) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)

@@ -1,0 +1,331 @@
+"""Tool calls in the text of an answer: the bodies between markers, in JSON and in Python's syntax.
+
+A body finds its own end while text arrives, so that a marker inside a string ends nothing.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+from .python_calls import NotCalls, parse_call_list, parse_code
+
+# Bounds for text that a model wrote, which a prompt may have provoked.
+_DEEPEST, _LONGEST, _LONGEST_NAME = 64, 1 << 20, 256
+
+
+class NoCall(ValueError):
+    """The text is no tool call."""
+
+
+class ToolCall(NamedTuple):
+    """A call that the model asks for.
+
+    Attributes:
+        id: identifier of the call, unique among the answer's; nine letters and digits, unless the model gave one.
+        name: name of the tool.
+        arguments: a JSON object, as text.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+
+class RawCall(NamedTuple):
+    """A call as the model wrote it.
+
+    Attributes:
+        name: name of the tool.
+        arguments: a JSON object, as text.
+        id: the model's own identifier, or None.
+    """
+
+    name: str
+    arguments: str
+    id: str | None
+
+
+class Body(Protocol):
+    """The text of a call or of several, which arrives in pieces."""
+
+    def end(self, text: str) -> int | None:
+        """Return the length of the body, given the text so far; None if it is incomplete.
+
+        Raises:
+            NoCall: the text cannot become a body.
+        """
+
+    def calls(self, text: str) -> list[RawCall]:
+        """Return the calls in a complete body, at least one.
+
+        Raises:
+            NoCall: the body is malformed.
+        """
+
+
+class _Brackets:
+    """A search for the bracket that closes the first one, across pieces of text. Its time is linear.
+
+    Args:
+        start: place of the first bracket.
+        quotes: characters that enclose strings.
+    """
+
+    def __init__(self, start: int, quotes: str) -> None:
+        self._at, self._depth, self._quote = start, 0, ""
+        self._plain = re.compile(rf"[\[\](){{}}{quotes}]")
+        self._inside = {quote: re.compile(rf"[{quote}\\]") for quote in quotes}
+
+    def end(self, text: str) -> int | None:
+        """Return the place after the closing bracket, or None."""
+        if len(text) > _LONGEST:
+            raise NoCall
+        while found := (self._inside[self._quote] if self._quote else self._plain).search(text, self._at):
+            symbol, after = found[0], found.end()
+            if symbol == "\\":
+                if after == len(text):  # the escaped character is yet to come
+                    self._at = found.start()
+                    return None
+                after += 1
+            elif self._quote:
+                self._quote = ""
+            elif symbol in self._inside:
+                self._quote = symbol
+            else:
+                self._depth += 1 if symbol in "[({" else -1
+                if self._depth > _DEEPEST:
+                    raise NoCall
+            self._at = after
+            if self._depth == 0 and not self._quote and symbol in "])}":
+                return after
+        self._at = len(text)
+        return None
+
+
+class JsonBody:
+    """A JSON object, or an array of them: ``{"name": "weather", "arguments": {"place": "Paris"}}``."""
+
+    def __init__(self) -> None:
+        self._brackets: _Brackets | None = None
+
+    def end(self, text: str) -> int | None:
+        if self._brackets is None:
+            start = _first(text, "{[")
+            if start is None:
+                return None
+            self._brackets = _Brackets(start, '"')
+        return self._brackets.end(text)
+
+    def calls(self, text: str) -> list[RawCall]:
+        value = _loads(text)
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise NoCall
+        return [_json_call(item) for item in values]
+
+
+class NamedJsonBody:
+    """Mistral's bodies: a name and its arguments (``weather[ARGS]{"place": "Paris"}``), or as `JsonBody`."""
+
+    _HEAD = re.compile(r"\s*([\w.:-]+)\s*(?:\[CALL_ID\]\s*([\w-]+)\s*)?(?:\[ARGS\]\s*)?")
+
+    def __init__(self) -> None:
+        self._json = JsonBody()
+        self._brackets: _Brackets | None = None
+
+    def end(self, text: str) -> int | None:
+        if self._brackets is not None:
+            return self._brackets.end(text)
+        start = text[: _LONGEST_NAME * 2].lstrip()[:1]
+        if start in ("", "{", "["):
+            return self._json.end(text)
+        brace = text.find("{", 0, _LONGEST_NAME * 2)
+        if brace < 0:
+            if len(text) >= _LONGEST_NAME * 2:
+                raise NoCall
+            return None
+        if self._HEAD.fullmatch(text, 0, brace) is None:
+            raise NoCall
+        self._brackets = _Brackets(brace, '"')
+        return self._brackets.end(text)
+
+    def calls(self, text: str) -> list[RawCall]:
+        if self._brackets is None:
+            return self._json.calls(text)
+        brace = text.index("{")
+        head = self._HEAD.fullmatch(text, 0, brace)
+        assert head is not None
+        return [_raw_call(head[1], _loads(text[brace:]), head[2])]
+
+
+class CallListBody:
+    """A list of calls in Python's syntax: ``[weather(place="Paris")]``."""
+
+    def __init__(self) -> None:
+        self._brackets: _Brackets | None = None
+
+    def end(self, text: str) -> int | None:
+        if self._brackets is None:
+            start = _first(text, "[")
+            if start is None:
+                return None
+            self._brackets = _Brackets(start, "'\"")
+        return self._brackets.end(text)
+
+    def calls(self, text: str) -> list[RawCall]:
+        try:
+            return [_raw_call(name, arguments, None) for name, arguments in parse_call_list(text)]
+        except NotCalls:
+            raise NoCall from None
+
+
+class BareBody:
+    """Llama's body without a marker: as `JsonBody` or `CallListBody`, which differ in the first characters."""
+
+    def __init__(self) -> None:
+        self._body: JsonBody | CallListBody | None = None
+
+    def end(self, text: str) -> int | None:
+        if self._body is None:
+            start = _first(text, "{[")
+            if start is None:
+                return None
+            inner = text[start + 1 :].lstrip()[:1]
+            if text[start] == "[" and not inner:
+                return None
+            is_json = text[start] == "{" or inner in "{]"
+            self._body = JsonBody() if is_json else CallListBody()
+        return self._body.end(text)
+
+    def calls(self, text: str) -> list[RawCall]:
+        assert self._body is not None
+        return self._body.calls(text)
+
+
+class PythonTagBody:
+    """Llama's body after ``<|python_tag|>``: as `JsonBody`, or a built-in tool (``brave_search.call(query="…")``)."""
+
+    _HEAD = re.compile(r"\s*[\w.]*")
+
+    def __init__(self) -> None:
+        self._json = JsonBody()
+        self._brackets: _Brackets | None = None
+
+    def end(self, text: str) -> int | None:
+        if self._brackets is not None:
+            return self._brackets.end(text)
+        head = self._HEAD.match(text)
+        assert head is not None
+        if len(head[0]) > _LONGEST_NAME:
+            raise NoCall
+        if not head[0].strip():
+            return self._json.end(text)
+        if head.end() == len(text):
+            return None
+        if text[head.end()] != "(":
+            raise NoCall
+        self._brackets = _Brackets(head.end(), "'\"")
+        return self._brackets.end(text)
+
+    def calls(self, text: str) -> list[RawCall]:
+        if self._brackets is None:
+            return self._json.calls(text)
+        try:
+            calls = parse_code(text)
+        except NotCalls:
+            raise NoCall from None
+        return [_raw_call(name.removesuffix(".call"), arguments, None) for name, arguments in calls]
+
+
+class CodeBody:
+    """A script of calls up to a marker, which the script's strings must not contain."""
+
+    def __init__(self, closing: str) -> None:
+        self._closing, self._searched = closing, 0
+
+    def end(self, text: str) -> int | None:
+        if len(text) > _LONGEST:
+            raise NoCall
+        place = text.find(self._closing, self._searched)
+        self._searched = max(0, len(text) - len(self._closing) + 1)
+        return None if place < 0 else place
+
+    def calls(self, text: str) -> list[RawCall]:
+        try:
+            return [_raw_call(name, arguments, None) for name, arguments in parse_code(text)]
+        except NotCalls:
+            raise NoCall from None
+
+
+def _first(text: str, allowed: str) -> int | None:
+    """Return the place of the first visible character; None without one.
+
+    Raises:
+        NoCall: it is not among the allowed ones.
+    """
+    stripped = text.lstrip()
+    if not stripped:
+        return None
+    if stripped[0] not in allowed:
+        raise NoCall
+    return len(text) - len(stripped)
+
+
+def _loads(text: str) -> Any:
+    try:
+        # Models leave line ends and tabs in strings unescaped.
+        return json.loads(text, strict=False, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        raise NoCall from None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise NoCall(constant)
+
+
+def _json_call(value: Any) -> RawCall:
+    """Return a call in one of the forms that models write: name and arguments, by themselves or below "function"."""
+    if isinstance(value, dict) and isinstance(inner := value.get("function"), dict):
+        value = {"id": value.get("id"), **inner}
+    if not isinstance(value, dict):
+        raise NoCall
+    arguments: Any = next((value[key] for key in ("arguments", "parameters") if key in value), {})
+    if isinstance(arguments, str):
+        arguments = _loads(arguments)
+    identifier = value.get("id")
+    return _raw_call(value.get("name"), arguments, identifier if isinstance(identifier, str) else None)
+
+
+def _raw_call(name: Any, arguments: Any, identifier: str | None) -> RawCall:
+    if not isinstance(name, str) or not 0 < len(name) <= _LONGEST_NAME or not _is_text(name):
+        raise NoCall
+    if not isinstance(arguments, dict):
+        raise NoCall
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # an infinite number
+        raise NoCall from None
+    if not _is_text(text):
+        text = json.dumps(arguments)
+    is_usable = identifier and len(identifier) <= _LONGEST_NAME and _is_text(identifier)
+    return RawCall(name, text, identifier if is_usable else None)
+
+
+def _is_text(text: str) -> bool:
+    """Return True if UTF-8 can encode a text; it cannot encode half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def tool_names(tools: Iterable[Any]) -> frozenset[str]:
+    """Return the names of tools, given as their JSON schemas with or without the outer "function"."""
+    found = set()
+    for tool in tools:
+        inner = tool.get("function", tool)
+        if isinstance(name := inner.get("name") if hasattr(inner, "get") else None, str):
+            found.add(name)
+    return frozenset(found)
