@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
 from ..artifact.manifest import Manifest, Target
@@ -16,6 +16,9 @@ from .scheduler import Scheduler
 from .sequence import UNREAD_PIECES, TokenSequence
 from .stopping import StopStrings
 from .stream import Completion, Stream
+
+if TYPE_CHECKING:
+    from .logprobs import PromptLogprobs
 
 Message = Mapping[str, object]
 Prompt = str | Sequence[int]
@@ -250,4 +253,13 @@ class Model:
             limit=limit,
             timeout_s=params.timeout_s,
             most_unread=most_unread,
+            echo=self.tokenizer.decode(prompt) if params.echo else "",
+            prompt_logprobs=self._prompt_logprobs(prompt, params.prompt_logprobs),
         )
+
+    def _prompt_logprobs(self, prompt: Sequence[int], top: int | None) -> "PromptLogprobs | None":
+        if top is None:
+            return None
+        from .logprobs import PromptLogprobs
+
+        return PromptLogprobs(prompt, top, self.tokenizer.token_text)

@@ -209,7 +209,9 @@ class Scheduler:
         began = time.perf_counter()
         try:
             self._sweep()
-            return self._next_call(began)
+            is_busy = self._next_call(began)
+            self._steps += is_busy
+            return is_busy
         except BaseException:
             for batch in list(self._batches):
                 self._break(batch, _interrupted())
@@ -277,30 +279,42 @@ class Scheduler:
         batch.add(sequence)
         sequence.queue_s = time.perf_counter() - sequence.submitted_at
         sequence.began = sequence.first = sequence.last = self._now(began)
-        if self._prefixes is not None:
+        if self._prefixes is not None and sequence.prompt_logprobs is None:
             known = self._prefixes.restore(sequence.tokens[:-1], batch.cache, sequence.slot)
             sequence.filled = sequence.cached_tokens = known
             self._cached_tokens += known
 
     def _read_chunk(self, sequence: TokenSequence, batch: Batch, began: float) -> None:
         """Read the next chunk of a prompt; after the last, choose the first token."""
-        others_wait = any(b.decoding() for b in self._batches)
-        size = self._chunk if others_wait else self._engine.buckets[-1]
-        chunk = sequence.tokens[sequence.filled : sequence.filled + size]
         try:
-            step = self._engine.prefill_chunk(chunk, batch.cache, start=sequence.filled, slot=sequence.slot)
+            count, step = self._call_chunk(sequence, batch)
         except Exception as error:
             self._break(batch, error)
             return
-        self._steps += 1
-        self._prompt_tokens += len(chunk)
-        sequence.filled += len(chunk)
+        self._prompt_tokens += count
+        sequence.filled += count
         if sequence.filled == sequence.prompt_tokens:
             self._reading = None
             sequence.first = self._now(began)
-            self._choose([sequence], step, batch, began)
+            self._choose([sequence], step, batch, began, row=len(step.token) - 1)
             if self._waiting and not sequence.ended:
                 self._capture(sequence, batch)  # the next prompt may begin like this one
+
+    def _call_chunk(self, sequence: TokenSequence, batch: Batch) -> tuple[int, StepOutput]:
+        """Call the engine for a chunk, and return the number of its tokens and the results."""
+        engine, start = self._engine, sequence.filled
+        if (logprobs := sequence.prompt_logprobs) is not None:
+            chunk = sequence.tokens[start : start + max(engine.score_tokens, 1)]
+            if engine.score_tokens:
+                step = engine.score(chunk, batch.cache, start=start, slot=sequence.slot)
+            else:
+                step = engine.decode([DecodeRow(sequence.slot, chunk[0], start)], batch.cache)
+            logprobs.add(engine.logits(step))
+        else:
+            others_wait = any(b.decoding() for b in self._batches)
+            chunk = sequence.tokens[start : start + (self._chunk if others_wait else engine.buckets[-1])]
+            step = engine.prefill_chunk(chunk, batch.cache, start=start, slot=sequence.slot)
+        return len(chunk), step
 
     def _decode(self, batch: Batch, sequences: list[TokenSequence], began: float) -> None:
         """Compute the next token of sequences in one KV cache."""
@@ -310,28 +324,26 @@ class Scheduler:
         except Exception as error:
             self._break(batch, error)
             return
-        self._steps += 1
-        for sequence in sequences:
-            sequence.filled = len(sequence.tokens)
         self._choose(sequences, step, batch, began)
 
-    def _choose(self, sequences: list[TokenSequence], step: StepOutput, batch: Batch, began: float) -> None:
-        """Choose the next token of each sequence from its row of a step's results."""
+    def _choose(
+        self, sequences: list[TokenSequence], step: StepOutput, batch: Batch, began: float, *, row: int = 0
+    ) -> None:
+        """Choose the next token of each sequence from a step's results, the first sequence's in the given row."""
         try:
             sampled = any(not s.sampler.is_greedy for s in sequences)
             logits = self._engine.logits(step) if sampled else None
         except Exception as error:
             self._break(batch, error)
             return
-        greedy = step.token.tolist()
-        now = self._now(began)
-        for row, sequence in enumerate(sequences):
-            sequence.last = now
+        greedy, now = step.token.tolist(), self._now(began)
+        for place, sequence in enumerate(sequences, row):
+            sequence.last, sequence.filled = now, len(sequence.tokens)
             try:
                 if logits is None or sequence.sampler.is_greedy:
-                    sequence.accept(greedy[row])
+                    sequence.accept(greedy[place])
                 else:
-                    sequence.accept(sequence.sampler.sample(logits[row]))
+                    sequence.accept(sequence.sampler.sample(logits[place]))
             except Exception as error:
                 self._fail(sequence, error)
                 continue

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from ..text.tokenizer import TextStream
     from .engine import KVCache
+    from .logprobs import PromptLogprobs
     from .sampling import Sampler
     from .stopping import StopStrings
 
@@ -19,7 +20,8 @@ class Piece(NamedTuple):
     """A generated token and the text that became certain with it.
 
     Attributes:
-        token: the token; None if the text alone was left over when the time ran out.
+        token: the token; None for text without one, which is the echo of the prompt, or was left over when the time
+            ran out.
         text: complete characters without any part of a stop string; often empty.
     """
 
@@ -69,10 +71,14 @@ class TokenSequence:
         limit: maximum number of tokens to generate, at least 1.
         timeout_s: seconds from submission after which the generation ends; None for no limit.
         most_unread: number of unread pieces at which the sequence sits out; None for no limit.
+        echo: text that comes before the answer's.
+        prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
         notify: called in the thread that computes, after a change of `unread` and at the end. It must neither block nor
             wait for the scheduler. An exception fails this sequence alone.
 
     Attributes:
+        sampler: the sampler.
+        prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
         tokens: tokens of the prompt and of the answer so far.
         prompt_tokens: length of the prompt.
         unread: pieces that the reader has not taken yet.
@@ -100,14 +106,17 @@ class TokenSequence:
         limit: int,
         timeout_s: float | None = None,
         most_unread: int | None = UNREAD_PIECES,
+        echo: str = "",
+        prompt_logprobs: "PromptLogprobs | None" = None,
         notify: Callable[[], None] | None = None,
     ) -> None:
         self.tokens, self.prompt_tokens = list(prompt), len(prompt)
         self.sampler, self.timeout_s, self._notify = sampler, timeout_s, notify
         self._decoder, self._stops, self._ends, self._limit = decoder, stops, ends, limit
-        # A sequence adds at most one piece for each token, and one at its end.
+        # A sequence has at most one piece for each token, one before the first and one after the last.
         self._most_unread = limit + 2 if most_unread is None else most_unread
-        self.unread: deque[Piece] = deque()
+        self.prompt_logprobs = prompt_logprobs
+        self.unread: deque[Piece] = deque([Piece(None, echo)] if echo else ())
         self.reason, self.error = "unfinished", None  # type: str, BaseException | None
         self.submitted = self.closing = self.ended = False
         self.batch: Batch | None = None

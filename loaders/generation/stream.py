@@ -3,11 +3,14 @@
 from collections.abc import AsyncIterator, Iterator, Sequence
 from threading import Lock
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from ..artifact.frozen import Frozen
 from .scheduler import Scheduler
 from .sequence import TokenSequence
+
+if TYPE_CHECKING:
+    from .logprobs import TokenLogprob
 
 # Marks the end for `__anext__`, where StopIteration is not allowed.
 _END = object()
@@ -44,6 +47,9 @@ class Completion(Frozen):
         finish_reason: "stop" (an end token or a stop string), "length" (max_tokens, max_length or a full context),
             "timeout" (timeout_s), or "unfinished" (a stream that was closed or is still running).
         timing: duration of the generation.
+        logprobs: log-probability of each of `token_ids`; empty without `SamplingParams.logprobs`.
+        prompt_logprobs: log-probability of each of `prompt_token_ids` read so far, None for the first, which the model
+            does not predict; empty without `SamplingParams.prompt_logprobs`.
     """
 
     text: str
@@ -51,6 +57,8 @@ class Completion(Frozen):
     prompt_token_ids: tuple[int, ...]
     finish_reason: str
     timing: Timing
+    logprobs: "tuple[TokenLogprob, ...]" = ()
+    prompt_logprobs: "tuple[TokenLogprob | None, ...]" = ()
 
 
 def completion_of(sequence: TokenSequence, text: str, token_ids: Sequence[int]) -> Completion:
@@ -75,6 +83,8 @@ def completion_of(sequence: TokenSequence, text: str, token_ids: Sequence[int]) 
         prompt_token_ids=tuple(sequence.tokens[: sequence.prompt_tokens]),
         finish_reason=sequence.reason if sequence.ended and not sequence.unread else "unfinished",
         timing=timing,
+        logprobs=tuple(sequence.sampler.logprobs[: len(token_ids)]),
+        prompt_logprobs=() if sequence.prompt_logprobs is None else sequence.prompt_logprobs.result(),
     )
 
 

@@ -1,5 +1,6 @@
 """An engine without a model, whose next token depends on every token in the slot, and sequences for it."""
 
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -92,6 +93,26 @@ class FakeEngine:
         return SimpleNamespace(token=stacked.argmax(-1).astype(np.int32), logits=stacked)
 
 
+class FakePrefixes:
+    """A store that knows every captured sequence."""
+
+    def __init__(self) -> None:
+        self.known: list[list[int]] = []
+
+    def restore(self, tokens: list[int], cache: Any, slot: int) -> int:
+        def common(known: list[int]) -> int:
+            pairs = zip(tokens, known, strict=False)
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+        length = max(map(common, self.known), default=0)
+        cache.slots[slot].update(enumerate(tokens[:length]))
+        return length
+
+    def capture(self, tokens: list[int], cache: Any, slot: int, *, restored: int) -> None:
+        assert tokens == [cache.slots[slot][p] for p in range(len(tokens))]
+        self.known.append(tokens)
+
+
 class LetterStream:
     """A decoder that spells each token as one character."""
 
@@ -106,6 +127,12 @@ class LetterStream:
 def fake_engine() -> type[FakeEngine]:
     """Return the class of engines without a model."""
     return FakeEngine
+
+
+@pytest.fixture(scope="session")
+def fake_prefixes() -> type[FakePrefixes]:
+    """Return the class of stores of prefixes for fake engines."""
+    return FakePrefixes
 
 
 @pytest.fixture(scope="session")
