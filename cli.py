@@ -208,8 +208,8 @@ def add_target(
     """Compile ARTIFACT for another CPU or jaxlib.
 
     The installed jaxlib compiles the new target from the artifact's StableHLO. Nothing is traced, and jax is not
-    needed. The target must give the golden answers before it is added. The command removes a signature, because it
-    would no longer fit: sign the artifact again.
+    needed. The target is added only if it gives the golden answers. The command removes an existing signature, which
+    would no longer fit; sign the artifact again.
 
     Exit code 0: success. 2: an error.
     """
@@ -253,7 +253,7 @@ def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None)
 
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
-@click.option("--target", help="Check only this target. Default: all, until one fits.")
+@click.option("--target", help="Check only this target. Default: all targets.")
 @click.option(
     "--compile",
     "allow_compile",
@@ -369,7 +369,7 @@ def evaluate(
     The measure is perplexity. A reference adds the distance from its predictions: the mean and the 99th percentile of
     the divergence KL(reference || artifact) in nats per token, and how often both agree on the likeliest token.
 
-    The text is tokenised without a chat template and cut into windows; a last, shorter window counts if it has at
+    The text is tokenised without a chat template and cut into windows; a shorter window at the end counts if it has at
     least 64 tokens. The first half of each window is prefilled, the second half is fed token by token through decode,
     and every prediction from the last prefilled position on is scored. A reference that is not an artifact computes
     each window at once, without a cache and in float32; this needs the export extra. A required signature applies to

@@ -187,7 +187,7 @@ def _compile(
 
 
 def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) -> Target:
-    """Return the target whose StableHLO is compiled, by the rule of ``run --compile``.
+    """Return the target whose StableHLO is compiled, chosen by the same rule as for ``run --compile``.
 
     Raises:
         PrecastError: no target of this name holds StableHLO for a CPU, or none at all does.
@@ -216,7 +216,7 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
 
 
 def _check_names(source: Target, root: Path) -> None:
-    """Check the programs' names, after which executables are named.
+    """Check that each program's name can be a file name, because the executables get these names.
 
     Raises:
         PrecastError: a program's name is not a file name.
@@ -230,7 +230,7 @@ def _check_names(source: Target, root: Path) -> None:
 
 
 def _kind(source: Target) -> str:
-    """Return the first part of a name: "cpu" for a target that calls precast's kernels, "portable" for pure XLA."""
+    """Return the first part of the target's name: "cpu" if it calls precast's kernels, "portable" for pure XLA."""
     return "cpu" if source.kernels else "portable"
 
 
@@ -239,17 +239,17 @@ def _stablehlo(target: Target) -> list[str]:
 
 
 def _free_name(manifest: Manifest, name: str, machine: Machine, *, overwrite: bool, root: Path) -> str:
-    """Return `name`, with this jaxlib's version if another jaxlib's target has the name.
+    """Return a name for the new target: `name`, plus this jaxlib's version if a target of another jaxlib has that name.
 
     Raises:
-        PrecastError: this jaxlib's target has the name, and may not be replaced.
+        PrecastError: a target of this jaxlib has the name, and may not be replaced.
     """
     taken = {t.name: t for t in manifest.targets}
     if name in taken and taken[name].jaxlib != machine.jaxlib:
         name = f"{name}-jaxlib{machine.jaxlib}"
     if name in taken and not overwrite:
         raise PrecastError(
-            f"{root}: target {name!r} is there already; replace it with --overwrite, or run it with --target {name}."
+            f"{root}: target {name!r} exists already; replace it with --overwrite, or run it with --target {name}."
         )
     return name
 

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from .artifact.errors import printable
 from .artifact.frozen import Frozen
 
-# Seconds between two lines if standard error is no terminal; seconds of a step before its time left is shown.
+# Seconds between two lines if standard error is no terminal; seconds after which the remaining time of a step is shown.
 _PAUSE_S, _SETTLED_S = 15.0, 2.0
-# The width of a terminal that does not report it.
+# The assumed width of a terminal that does not report its width.
 _COLUMNS = 80
 
 
@@ -73,7 +73,7 @@ class Display:
         """Start a display.
 
         Args:
-            clock: returns seconds.
+            clock: a function that returns the time in seconds.
         """
         self._clock = clock
         self._on_terminal = sys.stderr.isatty()
@@ -122,7 +122,7 @@ def show_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Displ
 
 
 def progress_on_terminal() -> AbstractContextManager[Progress]:
-    """Yield a display if standard error is a terminal, and `silent` otherwise: for work inside library calls."""
+    """Yield a display if standard error is a terminal, else `silent`. Calls from Python use this by default."""
     return show_progress() if sys.stderr.isatty() else nullcontext(silent)
 
 

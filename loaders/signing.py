@@ -30,9 +30,8 @@ _MAX_KEY_BYTES = 1 << 16
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _PREDICATE = "https://model_signing/signature/v1.0"
-_NO_SIGNATURE = (
-    "expected a signature of OpenSSF model signing, found something else; have the artifact signed again."
-)
+_REMEDY = "have the artifact signed again"
+_NO_SIGNATURE = f"expected a signature of OpenSSF model signing, found something else; {_REMEDY}."
 
 
 def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
@@ -163,9 +162,9 @@ def _statement(signature: bytes, at: str) -> tuple[str, str]:
         PrecastError: the bundle is not a statement about exactly one file.
     """
     try:
-        bundle = parse_json(signature, at)
+        bundle = parse_json(signature, at, _REMEDY)
         hint = bundle["verificationMaterial"]["publicKey"]["hint"]
-        payload = parse_json(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True), at)
+        payload = parse_json(base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True), at, _REMEDY)
         [resource] = payload["predicate"]["resources"]
         if payload["predicateType"] != _PREDICATE or (resource["name"], resource["algorithm"]) != (
             ".",
@@ -222,7 +221,9 @@ def _read_key(path: Path) -> bytes:
             f"{path}: the key cannot be read ({error.strerror or error}); check the path."
         ) from None
     if len(data) > _MAX_KEY_BYTES:
-        raise PrecastError(f"{path}: expected a key in PEM, found more than {_MAX_KEY_BYTES} bytes.")
+        raise PrecastError(
+            f"{path}: expected a key in PEM, found more than {_MAX_KEY_BYTES} bytes; check the path."
+        )
     return data
 
 
@@ -262,8 +263,11 @@ def _open_private(path: Path, ask_password: Callable[[], str]) -> tuple[bytes | 
     try:
         key = serialization.load_pem_private_key(data, password)
     except Exception:
-        what = "this password does not open it" if password is not None else "it cannot be read"
-        raise PrecastError(f"{path}: expected a private key in PEM; {what}.") from None
+        if password is not None:
+            raise PrecastError(f"{path}: this password does not open the private key; try another.") from None
+        raise PrecastError(
+            f"{path}: expected a private key in PEM, found a damaged one; copy the key again."
+        ) from None
     return password, _checked_curve(path, key).public_key()
 
 

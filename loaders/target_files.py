@@ -2,17 +2,17 @@
 
 1. Lock the folder (``flock``), so that two processes wait for each other. The lock ends with the process.
 2. Clean up after killed processes, as in step 7.
-3. Make ``programs/.add-target.precast-*.partial/`` with a mark, the old manifest and the new one.
-4. Write and sync the executables there, and rename their folder to ``programs/NAME/``. The artifact is still the old
-   one, because its manifest does not list them.
-5. Move the signature of the old manifest there, because it does not fit the new one. If the process is killed now, the
-   artifact is the old one without its signature, until step 2 of the next process.
+3. Make a working folder, ``programs/.add-target.precast-*.partial/``, with a mark, the old manifest and the new one.
+4. Write and sync the executables in the working folder, and rename their folder to ``programs/NAME/``. The artifact is
+   still the old one, because its manifest does not list them.
+5. Move the signature of the old manifest into the working folder, because it does not fit the new manifest. If the
+   process is killed now, the artifact is the old one without its signature, until step 2 of the next process.
 6. Rename the new manifest over the old one. Now the artifact is the new one.
 7. Clean up: put the signature back if it fits the artifact's manifest; remove the files that only the other manifest
-   lists, if their hashes are as listed; then remove the folder.
+   lists, if their hashes are as listed; then remove the working folder.
 
 Nothing else below ``programs/`` is ever removed. An export or a pull may replace the artifact's folder in spite of the
-lock, so steps 3, 4 and 5 first check that it is still the same.
+lock, so steps 3, 4 and 5 first check that the folder is still the one that was locked.
 """
 
 import fcntl
@@ -83,7 +83,7 @@ class LockedArtifact:
 
 @contextmanager
 def lock(root: Path, log: Callable[[str], None]) -> Iterator[int]:
-    """Lock an artifact against other processes that add targets, after waiting for them; yield its descriptor."""
+    """Wait until no other process adds a target to an artifact, lock it, and yield the descriptor of its folder."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -160,7 +160,7 @@ def write_programs(artifact: LockedArtifact, folder: Path, executables: Mapping[
     final = artifact.root / PurePosixPath(next(iter(executables))).parent
     unfinished = folder / _EXECUTABLES
     artifact.check()
-    # Unlike mkdtemp, give it the permissions of the user's other files: it becomes part of the artifact.
+    # The folder becomes part of the artifact. Unlike mkdtemp, mkdir gives it the permissions of the user's other files.
     unfinished.mkdir()
     for name, data in executables.items():
         _write_synced(unfinished / PurePosixPath(name).name, data)
@@ -182,7 +182,7 @@ def replace_manifest(artifact: LockedArtifact, folder: Path) -> bool:
         if aside.exists() and (folder / MANIFEST_FILE).exists():
             aside.rename(signature)
         raise
-    # The new manifest is complete. Without this sync, only a power cut could restore the old one.
+    # The new manifest is in its place. If this sync fails, only a power cut could bring the old manifest back.
     with suppress(OSError):
         folders.sync(root)
     return signed

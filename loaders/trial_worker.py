@@ -45,8 +45,9 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
     Raises:
         PrecastError: as `load`; or a program fails.
     """
+    # Imported after the child has reported that it runs, so that a crash of jaxlib's import fails the trial.
     from .generation.engine import DecodeRow
-    from .load import load  # after the child is ready: a crash while importing jaxlib is a failed trial
+    from .load import load
 
     model = load(
         root,

@@ -208,7 +208,7 @@ def test_an_output_that_exists(refused, tiny_checkpoint, tmp_path, tiny_artifact
         assert text.endswith(
             "exists and is not an artifact, so --overwrite does not replace it; remove it yourself."
         )
-    assert "cannot write there" in refused("export", source, "-o", tmp_path / "file" / "below", *options)
+    assert "cannot be created" in refused("export", source, "-o", tmp_path / "file" / "below", *options)
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "thesis").read_text() == "mine"
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
@@ -233,8 +233,9 @@ def test_a_disk_that_is_full(export_refused, tiny_checkpoint, monkeypatch, place
     else:
         monkeypatch.setattr(os, "fsync", full)
     text = export_refused(source)
-    assert (
-        "writing stopped (No space left on device); nothing was left behind: make room and try again." in text
+    assert text.endswith(
+        ": writing stopped (No space left on device), and the unfinished folder was removed; free some space on the"
+        " disk, or choose another folder with -o."
     )
 
 
@@ -274,7 +275,10 @@ def test_missing_packages_for_an_export(refused, monkeypatch):
             ["--system", "be brief", "--ids", "1"],
             "--system needs text to put through the chat template; use --prompt instead",
         ),
-        (["-p", "a", "--target", "gpu"], "target 'gpu' is not in the artifact; it holds 'cpu-"),
+        (
+            ["-p", "a", "--target", "gpu"],
+            "target 'gpu' is not in the artifact; name one of its targets: 'cpu-",
+        ),
         (
             ["-p", "a", "--target", "portable"],
             "target 'portable': it must be compiled first (--compile does so)",
@@ -308,11 +312,12 @@ def test_paths_that_hold_no_artifact_or_several(refused, tmp_path, command):
         (tmp_path / "two" / name).mkdir(parents=True)
         (tmp_path / "two" / name / "manifest.json").write_text("{}")
     options = ["-p", "x"] if command == "run" else []
+    remedy = "make an artifact with precast export, or check the path."
     for name, text in {
-        "nowhere": "expected the folder of an artifact, but it does not exist; precast export makes one.",
-        "x" * 500: "expected the folder of an artifact, but it does not exist; precast export makes one.",
-        "file": "expected the folder of an artifact, but it is a file; precast export makes one.",
-        "empty": "expected an artifact, found no manifest.json in it; precast export makes one.",
+        "nowhere": f"expected the folder of an artifact, but it does not exist; {remedy}",
+        "x" * 500: f"expected the folder of an artifact, but it does not exist; {remedy}",
+        "file": f"expected the folder of an artifact, but it is a file; {remedy}",
+        "empty": f"expected the folder of an artifact, but it contains no manifest.json; {remedy}",
         "two": "expected one artifact, found 2 (a, b); name one of them.",
     }.items():
         assert refused(command, tmp_path / name, *options) == f"{tmp_path / name}: {text}"
@@ -350,7 +355,10 @@ def set_key(*path_and_value):
             set_key("format_version", 0),
             "format version 0 is not the 5 that this precast reads; export the model",
         ),
-        (set_key("capacity", "64"), "manifest.json: capacity: expected a whole number, found '64'."),
+        (
+            set_key("capacity", "64"),
+            "manifest.json: capacity: expected a whole number, found '64'; export the model again.",
+        ),
         (
             set_key("capacity", 128),
             "cache 'cache.keys': expected 128 to 128 positions, found 64; export the model again.",
@@ -414,7 +422,10 @@ def test_errors_of_the_system_are_one_line(refused, tiny_artifact, monkeypatch):
 
 def test_a_real_process_says_the_same(tiny_artifact, python, tmp_path):
     for arguments, text in (
-        (["run", str(tmp_path), "-p", "x"], "expected an artifact, found no manifest.json in it"),
+        (
+            ["run", str(tmp_path), "-p", "x"],
+            "expected the folder of an artifact, but it contains no manifest.json",
+        ),
         (
             ["run", str(tiny_artifact), "--ids", "999"],
             "prompt: token 0 is 999, expected an id from 0 to 319.",

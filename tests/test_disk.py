@@ -155,7 +155,7 @@ print(json.dumps(said))
 def test_an_export_to_a_disk_that_is_full(tiny_artifact, tmp_path):
     for text in in_namespace(EXPORT, tiny_artifact, tmp_path):
         assert text.startswith(
-            f"{tmp_path}/disk/tiny: writing stopped (No space left on device); nothing was left"
+            f"{tmp_path}/disk/tiny: writing stopped (No space left on device), and the unfinished"
         )
 
 

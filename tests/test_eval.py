@@ -200,11 +200,11 @@ def test_a_text_too_short(refused, tiny_artifact, tmp_path, text):
     path.write_text("the cat")
     line = refused(tiny_artifact, "--text", path)
     assert re.fullmatch(
-        re.escape(f"{path}: ") + r"\d tokens are too few for a window, expected at least 64;"
-        r" give a longer text or a smaller --window\.",
+        re.escape(f"{path}: ") + r"expected at least 64 tokens, enough for one window, found \d;"
+        r" give a longer text, a larger --tokens or a smaller --window\.",
         line,
     )
-    assert "20 tokens are too few for a window, expected at least 32;" in refused(
+    assert "expected at least 32 tokens, enough for one window, found 20;" in refused(
         tiny_artifact, "--text", text, "--tokens", "20", "--window", "32"
     )
 
@@ -212,13 +212,13 @@ def test_a_text_too_short(refused, tiny_artifact, tmp_path, text):
 @pytest.mark.parametrize("window", ["65", "7", "0", "-3"])
 def test_a_window_that_does_not_fit(refused, tiny_artifact, window):
     assert refused(tiny_artifact, "--window", window) == (
-        f"--window: expected 8 to 64 (the positions of tiny), found {window}."
+        f"--window: expected 8 to 64 (the context of tiny), found {window}."
     )
 
 
 def test_a_window_that_does_not_fit_the_reference(refused, tiny_artifact, export_tiny):
     short = export_tiny(context=48, targets=("cpu",))
-    assert "--window: expected 8 to 48 (the positions of tiny), found 64." in refused(
+    assert "--window: expected 8 to 48 (the context of tiny), found 64." in refused(
         tiny_artifact, "--window", "64", "--reference", short
     )
 
@@ -232,7 +232,8 @@ def test_an_impossible_number_of_tokens_is_refused(refused, tiny_artifact, token
 def test_a_missing_artifact_is_refused(refused, tmp_path, tiny_artifact):
     missing = tmp_path / "nothing"
     assert refused(missing) == (
-        f"{missing}: expected the folder of an artifact, but it does not exist; precast export makes one."
+        f"{missing}: expected the folder of an artifact, but it does not exist; make an artifact with precast"
+        " export, or check the path."
     )
     for reference in (missing, "x" * 500):
         assert refused(tiny_artifact, "--reference", reference) == (
@@ -242,7 +243,7 @@ def test_a_missing_artifact_is_refused(refused, tmp_path, tiny_artifact):
 
 def test_a_reference_that_is_neither_artifact_nor_source(refused, tmp_path, tiny_artifact, text):
     (tmp_path / "empty").mkdir()
-    assert "expected an artifact, found no manifest.json" in refused(
+    assert "expected the folder of an artifact, but it contains no manifest.json" in refused(
         tiny_artifact, "--reference", tmp_path / "empty"
     )
     assert "found a file of another kind" in refused(tiny_artifact, "--reference", text)

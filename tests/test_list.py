@@ -113,7 +113,10 @@ def test_a_folder_that_is_an_artifact_or_holds_none(cli, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     result = cli("list", tmp_path / "empty")
     assert result.exit_code == 0
-    assert result.stdout == f"{tmp_path / 'empty'}: no artifacts below it; precast export makes one\n"
+    assert (
+        result.stdout
+        == f"{tmp_path / 'empty'}: no artifacts below this folder; make one with precast export\n"
+    )
     assert json.loads(cli("list", tmp_path / "empty", "--json").stdout) == []
 
 

@@ -26,18 +26,21 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "precast"
     except RuntimeError:
         raise PrecastError(
-            "cache: this user has no home folder to keep it in; set PRECAST_CACHE to a folder."
+            "cache folder: this user has no home folder to hold it; set PRECAST_CACHE to a folder."
         ) from None
 
 
 def unwritable_reason(name: str) -> str:
-    """Explain, without a full stop, why subfolder `name` of the cache cannot be written to; name the remedy."""
+    """Return the reason why subfolder `name` of the cache folder is not used, and the remedy.
+
+    The text has no full stop, because it becomes part of a longer message.
+    """
     if cache_problem(name) is not None:  # `load` has already given the full warning
         return f"the cache folder {cache_folder()} is not used"
     try:
         return f"{cache_folder() / name} cannot be written to; set PRECAST_CACHE to a folder that can be"
     except PrecastError:
-        return "this user has no home folder to keep it in; set PRECAST_CACHE to a folder"
+        return "this user has no home folder to hold the cache folder; set PRECAST_CACHE to a folder"
 
 
 class UntrustedCache(PrecastError):
@@ -49,7 +52,7 @@ def trusted_cache(name: str) -> Path:
 
     Raises:
         UntrustedCache: another user can write to it.
-        PrecastError: as `cache_folder`.
+        PrecastError: there is no cache folder (see `cache_folder`).
     """
     if (problem := cache_problem(name)) is not None:
         raise UntrustedCache(f"{problem}.")
@@ -80,7 +83,8 @@ def _untrusted(path: str, own: int) -> str | None:
 
     Args:
         path: absolute path of a folder.
-        own: length of the leading part of `path` that is the cache folder. No group may write to it or below it.
+        own: length of the prefix of `path` that is the cache folder. A group may write to the parents of the cache
+            folder, but neither to the folder itself nor to anything below it.
     """
     users, place, linked = (0, os.geteuid()), path, False
     while True:
@@ -93,7 +97,8 @@ def _untrusted(path: str, own: int) -> str | None:
                 return f"{place} belongs to user {status.st_uid}, but this process runs as user {users[1]}"
             is_link = stat.S_ISLNK(status.st_mode)
             linked = linked or is_link
-            # Parents may be writable by their group. The sticky bit protects files in a world-writable parent.
+            # Parents may be writable by their group. The sticky bit protects the files in a world-writable parent, such
+            # as /tmp.
             is_parent = len(place) < own
             wrong = 0 if is_link else status.st_mode & (0o002 if is_parent else 0o022)
             if wrong and not (is_parent and status.st_mode & stat.S_ISVTX):

@@ -9,7 +9,7 @@ from .manifest import Manifest, Target
 
 
 def mismatches(target: Target, machine: Machine) -> list[str]:
-    """Return every reason why a target cannot run on a machine: the requirement, and what was found."""
+    """Return every reason why a target cannot run on a machine; each names the requirement and what was found."""
     found = []
     if target.platform == "cuda":
         found += _cuda_mismatches(target, machine)
@@ -48,7 +48,8 @@ def _cuda_mismatches(target: Target, machine: Machine) -> list[str]:
         found.append(
             f"it needs jax's CUDA plugin {machine.jaxlib}, {instead}: pip install {cuda_packages(machine.jaxlib)}"
         )
-    # The driver's files name a whole card. Its client may add a suffix for a partition (MIG).
+    # The driver's files name the whole GPU. The manifest's name comes from XLA, which may add a suffix for a partition
+    # of it (MIG).
     known = any(gpu == "any" or target.device.startswith(gpu) for gpu in machine.gpus)
     if target.device != "any" and not known:
         found.append(f"it was compiled for {target.device}, but this machine has {', '.join(machine.gpus)}")
@@ -68,8 +69,8 @@ def choose_target(
         machine: the machine that will run the target.
         where: the artifact's name in messages.
         name: name of the only target to consider; None considers all.
-        allow_compile: permission to compile a target from its StableHLO. It extends to targets whose executables do
-            not fit the machine.
+        allow_compile: permission to compile from StableHLO: targets without executables, and targets whose executables
+            do not fit the machine.
 
     Raises:
         PrecastError: no target matches. The message lists every mismatch and a remedy.
@@ -97,7 +98,8 @@ def _preference(target: Target) -> tuple[int, ...]:
     """Return a sort key: the best target has the smallest."""
     runtime = ("pjrt", "savedmodel", "stablehlo").index(target.runtime)
     platform = {"cuda": 0, "cpu": 1}.get(target.platform, 2)
-    # Targets compiled here share one instruction set; those that call kernels are faster.
+    # All targets that would be compiled here get the same instruction set, so they tie. Those that call precast's
+    # kernels are faster.
     return runtime, platform, -vector_width(target.cpu_features), -bool(target.kernels)
 
 
@@ -106,7 +108,7 @@ def _has_stablehlo(target: Target) -> bool:
 
 
 def _as_stablehlo(target: Target) -> Target:
-    """Return a copy of the target that compiles from StableHLO here: any jaxlib and CPU, the same kernels."""
+    """Return a copy of the target to compile here from StableHLO: it needs the same kernels, but any jaxlib and CPU."""
     return replace(target, runtime="stablehlo", device="any", machine="any", jaxlib="any", cpu_features=())
 
 
@@ -116,5 +118,7 @@ def _named(targets: Sequence[Target], name: str | None, where: str) -> Sequence[
     chosen = [t for t in targets if name in (None, t.name)]
     if not chosen:
         known = ", ".join(repr(t.name) for t in targets)
-        raise PrecastError(f"{where}: target {name!r} is not in the artifact; it holds {known}.")
+        raise PrecastError(
+            f"{where}: target {name!r} is not in the artifact; name one of its targets: {known}."
+        )
     return chosen

@@ -2,8 +2,8 @@
 
 An executable from XLA's CPU client names each custom call twice: as ``custom_call_target``, field 28 of an
 ``HloInstructionProto`` (xla/service/hlo.proto), and as ``target_name``, field 2 of the ``CustomCallThunkProto`` in
-field 16 of a ``ThunkProto`` (xla/backends/cpu/runtime/thunk.proto). XLA runs the second. StableHLO stores these names
-among its other strings, where only the names of installed kernels can be recognised.
+field 16 of a ``ThunkProto`` (xla/backends/cpu/runtime/thunk.proto). XLA calls the function that the second names.
+StableHLO stores these names among its other strings, where only the names of installed kernels can be recognised.
 """
 
 import re
@@ -42,7 +42,8 @@ def check_calls(root: Path, target: Target, contents: Mapping[str, bytes], insta
     Raises:
         PrecastError: a program makes another custom call.
     """
-    # A SavedModel is checked when TensorFlow loads it. XLA's GPU programs call libraries such as cuBLAS.
+    # A SavedModel is checked when TensorFlow loads it. GPU programs are not checked: XLA itself uses custom calls
+    # there, to call libraries such as cuBLAS.
     if target.runtime == "savedmodel" or target.platform == "cuda":
         return
     for program in target.programs:

@@ -10,8 +10,8 @@ class PrecastError(Exception):
     """An error that the user can fix.
 
     The message is one sentence: where, what was expected, what was found, what to do. The command line prints it
-    without a traceback and exits with code 2. It may quote untrusted text, so it is reduced to one line of printable
-    characters, at most 4,000: a terminal would obey control characters.
+    without a traceback and exits with code 2. A message may quote untrusted text, and a terminal would obey its control
+    characters, so every message is reduced to one line of at most 4,000 printable characters.
     """
 
     def __init__(self, message: str) -> None:

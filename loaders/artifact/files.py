@@ -1,6 +1,6 @@
-"""Read an artifact's files: reject names that lead outside, and contents that do not match their hashes.
+"""Read an artifact's files: reject names that lead out of the artifact, and contents that do not match their hashes.
 
-The cache folder records which files have been hashed.
+The cache folder records the hashes of large files, so that an unchanged file is hashed only once.
 """
 
 import errno
@@ -35,7 +35,9 @@ def split_name(root: Path | str, name: str) -> tuple[str, ...]:
         or name != "/".join(parts)
         or any(p in ("..", ".", "/") or "\\" in p or "\0" in p for p in parts)
     ):
-        raise PrecastError(f"{root}: {name!r} is not the name of a file inside an artifact.")
+        raise PrecastError(
+            f"{root}: {name!r} is not the name of a file inside an artifact; copy or export the artifact again."
+        )
     return parts
 
 
@@ -64,7 +66,9 @@ def member_path(root: Path, name: str) -> Path:
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """Open a regular file for reading; a pipe could block forever, and a device might never end.
+    """Open a regular file for reading.
+
+    Anything else is refused: reading a pipe could block forever, and a device might never end.
 
     Raises:
         OSError: the path cannot be opened, or is not a regular file.
@@ -124,7 +128,9 @@ def read(root: Path, name: str, *, limit: int | None = None) -> bytes:
     with _reading(root, name):
         path = member_path(root, name)
         if limit is not None and (size := path.stat().st_size) > limit:
-            raise PrecastError(f"{path}: expected at most {limit} bytes, found {size}.")
+            raise PrecastError(
+                f"{path}: expected at most {limit} bytes, found {size}; copy or export the artifact again."
+            )
         with open_plain(path) as file:
             return file.read()
 
@@ -151,8 +157,8 @@ def open_checked(
 ) -> BinaryIO:
     """Open a file that is too large to hash at every start, and check it.
 
-    The hash of a file is recorded in the cache folder, and is valid while its device, inode, size and times stay the
-    same.
+    The file is hashed at its first use, and the hash is recorded in the cache folder. Later calls use the record as
+    long as the file's device, inode, size and times stay the same.
 
     Args:
         root: the artifact's folder.
@@ -173,7 +179,8 @@ def open_checked(
             digest = digest_of(file, on_read)
             _check_hash(root, name, entry, digest)
             _check_unchanged(str(root / name), file, status)
-            # The identity from before the read: a later change gives the file another.
+            # Use the identity from before the read. A file that changes afterwards has another identity, so this record
+            # does not apply to it.
             _record_hash(identity, digest)
         file.seek(0)
         cleanup.pop_all()
@@ -335,7 +342,7 @@ def hash_files(root: Path, known: Mapping[str, str]) -> dict[str, FileEntry]:
 
     Args:
         root: the artifact's folder.
-        known: sha256 of files that need not be hashed, by name.
+        known: sha256 of files that the caller has hashed already, by name.
     """
     entries = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):

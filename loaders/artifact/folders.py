@@ -1,4 +1,7 @@
-"""Create folders atomically. Separate from `files`, because every start reads files but few starts write folders."""
+"""Create folders atomically.
+
+This module is separate from `files`, which every start imports, because only few commands write folders.
+"""
 
 import ctypes
 import errno
@@ -53,7 +56,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
             lock = make_marked(marked)
         except OSError as error:
             raise PrecastError(
-                f"{path}: cannot write there ({error.strerror}); choose another folder with -o."
+                f"{path}: cannot be created ({error.strerror}); choose another folder with -o."
             ) from None
         try:
             # Inside the marked folder, so that the mark stays out of the artifact.
@@ -63,8 +66,8 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
             _finish(temporary, path, overwrite)
         except OSError as error:
             raise PrecastError(
-                f"{path}: writing stopped ({error.strerror or error}); nothing was left behind: make room and try"
-                " again."
+                f"{path}: writing stopped ({error.strerror or error}), and the unfinished folder was removed; free some"
+                " space on the disk, or choose another folder with -o."
             ) from error
         finally:
             shutil.rmtree(marked, ignore_errors=True)

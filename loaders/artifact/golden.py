@@ -28,7 +28,8 @@ class Answer:
 
     Attributes:
         prompt_token_ids: the prompt.
-        token_ids: the greedy continuation, which does not stop at end tokens; empty if the first token is a tie.
+        token_ids: the greedy continuation, which does not stop at end tokens; empty if the two largest logits of the
+            first step are so close that another machine may choose the other token.
         first_logits: the largest logits of the first step.
     """
 

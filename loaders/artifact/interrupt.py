@@ -33,7 +33,8 @@ _CLEAN_UPS: "list[Callable[[], object]]" = []
 _RAISING: "list[object]" = []
 # Signals that the main thread has handled.
 _HANDLED: "list[int]" = []
-# Reentrant: a second signal may come before the first is ignored, and then ends the process in its place.
+# Reentrant: a second Ctrl-C may arrive while `end` runs but before it ignores the signal. The handler then calls `end`
+# again in the same thread, and this inner call ends the process.
 _ENDING = _thread.RLock()
 
 
@@ -98,7 +99,8 @@ def end() -> "NoReturn":
     """Run the clean-ups, print "interrupted", and end the process."""
     # If the main thread reaches its handler after all, it waits here until the process ends.
     _ENDING.acquire()
-    # `ignore` works in the main thread only. If a clean-up fails, the next command removes the remains.
+    # Each step may fail: `ignore` raises outside the main thread, and a clean-up may meet a full disk. The next command
+    # removes what a failed clean-up leaves behind.
     for step in (ignore, *reversed(_CLEAN_UPS)):
         try:
             step()

@@ -1,4 +1,4 @@
-"""Convert frozen dataclasses to and from JSON: strict about keys and types, with the place of every error."""
+"""Convert frozen dataclasses to and from JSON, with strict checks of keys and types; errors name the place."""
 
 import dataclasses
 import json
@@ -18,24 +18,31 @@ Record = TypeVar("Record")
 MAX_JSON_BYTES = 16 << 20
 
 
+class _Mismatch(Exception):
+    """A value that does not fit its field; the text says where, what was expected and what was found."""
+
+
 def to_json(record: Any) -> str:
     """Return a dataclass as JSON text, with keys in field order and a final newline."""
     return json.dumps(dataclasses.asdict(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes, where: str, remedy: str = "copy or export the artifact again") -> Any:
     """Parse untrusted JSON text.
 
     Args:
         data: the text, UTF-8.
         where: the source of the text, for messages.
+        remedy: what the user can do about invalid JSON, for messages.
 
     Raises:
         PrecastError: the text is longer than `MAX_JSON_BYTES`, nested too deeply, not UTF-8, not JSON, or repeats a
             key within an object.
     """
     if len(data) > MAX_JSON_BYTES:
-        raise PrecastError(f"{where}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {len(data)}.")
+        raise PrecastError(
+            f"{where}: expected at most {MAX_JSON_BYTES} bytes of JSON, found {len(data)}; {remedy}."
+        )
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
         # An escape may encode a lone surrogate, which breaks file names and terminals.
@@ -43,25 +50,29 @@ def parse_json(data: bytes, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except RecursionError:
-        raise PrecastError(f"{where}: the JSON is nested too deeply.") from None
+        raise PrecastError(f"{where}: the JSON is nested too deeply; {remedy}.") from None
     except ValueError as error:
-        raise PrecastError(f"{where}: expected JSON, found something else ({error}).") from None
+        raise PrecastError(f"{where}: expected JSON, found something else ({error}); {remedy}.") from None
 
 
-def from_json(kind: type[Record], value: Any, where: str) -> Record:
+def from_json(kind: type[Record], value: Any, where: str, remedy: str = "export the model again") -> Record:
     """Build a dataclass from parsed JSON.
 
     Args:
         kind: the dataclass.
         value: the parsed JSON.
         where: the source of the JSON, for messages.
+        remedy: what the user can do about an invalid value, for messages.
 
     Raises:
         PrecastError: a key is unknown or missing, or a value has the wrong type. The message names the place
             (``manifest.json: targets[0].programs[2].name``).
     """
     convert: _Converter = _converter(typing.cast(Hashable, kind))
-    return typing.cast(Record, convert(value, where))
+    try:
+        return typing.cast(Record, convert(value, where))
+    except _Mismatch as error:
+        raise PrecastError(f"{error}; {remedy}.") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -75,8 +86,8 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-# The position of a value: the name of the source, or an outer position with a field's name or with an index or key in
-# brackets. It is formatted only for an error.
+# The position of a value in the JSON. The outermost is the name of the source. Any other is a pair: the position of the
+# enclosing value, and one more step, which is a field's name or a bracketed index or key. Only an error formats it.
 _Place = str | tuple[Any, str]
 
 
@@ -89,12 +100,12 @@ def _formatted(place: _Place) -> str:
     return f"{outer}{'.' if '[' in outer or ': ' in outer else ': '}{piece}"
 
 
-def _wrong(place: _Place, expected: str, value: Any) -> PrecastError:
+def _wrong(place: _Place, expected: str, value: Any) -> _Mismatch:
     # The message shows no lists or objects: repr of a deeply nested one can exceed the recursion limit.
     found = (
         "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else f"{value!r:.60}"
     )
-    return PrecastError(f"{_formatted(place)}: expected {expected}, found {found}.")
+    return _Mismatch(f"{_formatted(place)}: expected {expected}, found {found}")
 
 
 _Converter = Callable[[Any, _Place], Any]
@@ -102,7 +113,7 @@ _Converter = Callable[[Any, _Place], Any]
 
 @cache
 def _converter(kind: Any) -> _Converter:
-    """Return the function that converts parsed JSON to a value of `kind`, or raises PrecastError."""
+    """Return the function that converts parsed JSON to a value of `kind`, or raises _Mismatch or PrecastError."""
     if dataclasses.is_dataclass(kind):
         return _record(typing.cast(type, kind))
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -129,13 +140,13 @@ def _record(kind: type) -> _Converter:
     return convert
 
 
-def _wrong_keys(place: _Place, found: Set[str], expected: Set[str]) -> PrecastError:
+def _wrong_keys(place: _Place, found: Set[str], expected: Set[str]) -> Exception:
     if unknown := sorted(found - expected):
         return PrecastError(
             f"{_formatted(place)}: key {unknown[0]!r} is not known to this format version; did a newer precast write"
             " it?"
         )
-    return PrecastError(f"{_formatted(place)}: key {min(expected - found)!r} is missing.")
+    return _Mismatch(f"{_formatted(place)}: key {min(expected - found)!r} is missing")
 
 
 def _optional(item: _Converter) -> _Converter:
@@ -181,4 +192,4 @@ def _number(value: Any, place: _Place) -> float:
     with suppress(OverflowError):
         if math.isfinite(value):
             return float(value)
-    raise PrecastError(f"{_formatted(place)}: expected a number in the range of a float, found a larger one.")
+    raise _Mismatch(f"{_formatted(place)}: expected a number in the range of a float, found a larger one")

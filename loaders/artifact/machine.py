@@ -89,12 +89,12 @@ def nvidia_gpus(root: Path = Path("/")) -> tuple[str, ...]:
     """Return the models of NVIDIA GPUs, read from the driver's files without loading the driver.
 
     A driver without such files, as under WSL, gives ("any",). If CUDA_VISIBLE_DEVICES hides every GPU, the result is
-    empty. Otherwise it includes GPUs that the variable hides.
+    empty. If the variable hides only some of them, the result still includes these.
 
     Args:
         root: root of the file system.
     """
-    # CUDA ends the list at the first invalid device.
+    # CUDA ignores the list from the first invalid device on, so an invalid first device hides all.
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1"):
         return ()
     models = []

@@ -14,6 +14,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A sentence lists at most this many names.
 _MOST_NAMES = 8
 _EXPECTED = "expected the folder of an artifact, but it"
+_REMEDY = "make an artifact with precast export, or check the path"
 
 
 def refusal(path: Path, inside: Sequence[Path]) -> PrecastError:
@@ -35,21 +36,21 @@ def refusal(path: Path, inside: Sequence[Path]) -> PrecastError:
         if deeper := [str(p.parent.relative_to(path)) for p in islice(_below(path), 1000)]:
             return PrecastError(f"{path}: expected an artifact, found {_listed(sorted(deeper))}")
         return PrecastError(
-            f"{path}: expected an artifact, found no {MANIFEST_FILE} in it; precast export makes one."
+            f"{path}: expected the folder of an artifact, but it contains no {MANIFEST_FILE}; {_REMEDY}."
         )
     if os.path.exists(path):
-        return PrecastError(f"{path}: {_EXPECTED} is a file; precast export makes one.")
+        return PrecastError(f"{path}: {_EXPECTED} is a file; {_REMEDY}.")
     if _HUB_ID.fullmatch(str(path)) and not os.path.exists(path.parent):
         return PrecastError(
             f"{path}: {_EXPECTED} does not exist; to export the model of this name from the Hugging Face hub:"
             f" precast export {path}"
         )
-    return PrecastError(f"{path}: {_EXPECTED} does not exist; precast export makes one.")
+    return PrecastError(f"{path}: {_EXPECTED} does not exist; {_REMEDY}.")
 
 
 def _listed(names: Sequence[str]) -> str:
     if len(names) == 1:
-        return f"one below it; name that: {names[0]}"
+        return f"one in a subfolder; name that subfolder: {names[0]}"
     more = f", … {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return f"{len(names)} ({', '.join(names[:_MOST_NAMES])}{more}); name one of them."
 

@@ -2,8 +2,8 @@
 
 The file is a valid safetensors file: the header's length in 8 bytes, little-endian; a JSON header; the data. Two rules
 go beyond that format. The header is padded with spaces so that the data starts on a 64-byte boundary. Tensors whose
-size is not a multiple of 64 bytes come last, so that all tensors before them, and the first of them, start on a
-boundary. XLA's CPU client uses an array zero-copy only if it is aligned to 64 bytes.
+size is not a multiple of 64 bytes come last, so that all tensors before them start on a 64-byte boundary. XLA's CPU
+client uses an array zero-copy only if it is aligned to 64 bytes.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ _MAX_HEADER = 100 << 20
 # NumPy's limit.
 _MAX_AXES = 64
 _EMBEDDING, _HEAD = "model.embed_tokens.", "lm_head.weight"
+_REMEDY = "copy or export the artifact again"
 _BFLOAT16 = "BF16"  # which NumPy lacks
 _DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype("<f4"),
@@ -166,18 +167,19 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     path, size = Path(source.name), os.fstat(source.fileno()).st_size
     length = int.from_bytes(source.read(8), "little")
     if size < 8 or length > min(_MAX_HEADER, size - 8):
-        raise PrecastError(f"{path}: expected a safetensors file, found no valid header length.")
+        raise PrecastError(f"{path}: expected a safetensors file, found no valid header length; {_REMEDY}.")
     header = parse_json(source.read(length), str(path))
     # NumPy exports only writable arrays through DLPack, so the mapping is private and writable (copy-on-write).
     # Nothing writes to it, so no page is ever copied.
     mapping = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
     if not isinstance(header, dict):
-        raise PrecastError(f"{path}: expected a safetensors header, found {header!r:.60}.")
+        raise PrecastError(f"{path}: expected a safetensors header, found {header!r:.60}; {_REMEDY}.")
     entries = [_entry(path, name, e) for name, e in header.items() if name != "__metadata__"]
     _check_cover(path, entries, size - 8 - length)
     start = 8 + length
     for name, _, _, begin, end in entries:
-        # A model with a separate output head reads only the prompt's rows of its embedding, which are scattered.
+        # A model with a separate output head reads only the rows of its embedding that belong to the prompt's tokens.
+        # They are scattered, so huge pages would read far more than is used.
         if end > begin and not (name.startswith(_EMBEDDING) and _HEAD in header):
             advise_huge_pages(mapping, start + begin, start + end)
     return {
@@ -204,7 +206,7 @@ def _entry(path: Path, name: str, entry: object) -> _Entry:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise PrecastError(
-            f"{path}: the header's entry for tensor {name!r} is invalid: {entry!r:.80}."
+            f"{path}: the header's entry for tensor {name!r} is invalid ({entry!r:.80}); {_REMEDY}."
         ) from None
     return name, dtype, shape, begin, end
 
@@ -214,7 +216,11 @@ def _check_cover(path: Path, entries: Sequence[_Entry], size: int) -> None:
     at = 0
     for name, _, _, begin, end in sorted(entries, key=lambda e: (e[3], e[4])):
         if begin != at:
-            raise PrecastError(f"{path}: tensor {name!r} begins at byte {begin} of the data, expected {at}.")
+            raise PrecastError(
+                f"{path}: tensor {name!r} begins at byte {begin} of the data, expected {at}; {_REMEDY}."
+            )
         at = end
     if at != size:
-        raise PrecastError(f"{path}: the tensors cover {at} bytes of data, but the file holds {size}.")
+        raise PrecastError(
+            f"{path}: the tensors cover {at} bytes of data, but the file holds {size}; {_REMEDY}."
+        )

@@ -20,7 +20,7 @@ from ..runtime.resources import Limits, Memory, Processors
 # Report a compatibility promise that ends sooner than this.
 SOON_DAYS = 30
 
-# The requirements of a target by aspect, as the names of its fields, and the values of these fields without any.
+# The fields of a target that state its requirements, by aspect.
 _ASPECTS = {
     "TensorFlow": ("runtime",),
     "platform": ("platform", "device"),
@@ -29,6 +29,7 @@ _ASPECTS = {
     "CPU features": ("cpu_features",),
     "kernels": ("kernel_abi", "kernels"),
 }
+# The values of these fields in a target without requirements.
 _NO_REQUIREMENTS: dict[str, Any] = {
     "runtime": "pjrt",
     "platform": "cpu",
@@ -84,9 +85,9 @@ class CheckReport:
         target: the target that would run; None if none would.
         compiled: True if that target would be compiled first.
         targets: the findings on each target.
-        problems: other obstacles to running here.
-        notes: facts that are no obstacle but worth knowing.
-        expires: last day on which newer jaxlibs must compile its StableHLO; the earliest if targets differ.
+        problems: obstacles that concern the whole artifact, such as too little memory.
+        notes: warnings. The artifact runs in spite of them.
+        expires: last day of the promise that newer jaxlibs compile its StableHLO; the earliest if targets differ.
         days_left: days until `expires`; negative when it has passed.
         signed: True if a signature exists; it is not checked.
         processors: the machine's processors.
@@ -137,12 +138,12 @@ def check(
         processors: the machine's processors.
         memory: the machine's memory.
         limits: the process's limits.
-        today: for the compatibility promise of StableHLO.
+        today: the date, which decides how long StableHLO's compatibility promise still holds.
         target: name of the target to run; None for the best.
-        allow_compile: accept a target that must be compiled first.
+        allow_compile: permission to choose a target that must be compiled first.
 
     Raises:
-        PrecastError: there is no such target.
+        PrecastError: the artifact has no target of this name.
     """
     chosen = _choice(manifest, machine, root, target, allow_compile)
     named = [t for t in manifest.targets if target in (None, t.name)]
@@ -176,7 +177,7 @@ def _choice(
     """Return the target that `load` would choose; None if it would refuse.
 
     Raises:
-        PrecastError: there is no such target.
+        PrecastError: the artifact has no target of this name.
     """
     exists = target in {t.name for t in manifest.targets} if target is not None else bool(manifest.targets)
     try:
@@ -231,7 +232,7 @@ def _command(*words: object) -> str:
 def _split_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
     """Return a problem without its trailing pip command, and that command; None if there is no command."""
     for packages in (_TENSORFLOW, compat.cuda_packages(machine.jaxlib)):
-        # Not at the first "pip install", which may be text of an untrusted manifest.
+        # Match only at the end: an untrusted manifest may put "pip install" elsewhere into the problem.
         if problem.endswith(f": pip install {packages}"):
             return problem.removesuffix(f": pip install {packages}"), f"pip install {packages}"
     return problem, None
@@ -265,7 +266,7 @@ def _memory_limit(need: Need, limit: int | None) -> Iterator[Finding]:
     if limit is not None and need.all > limit:
         yield Finding(
             what="memory",
-            problem=f"it needs {size_text(need.all)} of memory, this machine or container has {size_text(limit)}",
+            problem=f"it needs {size_text(need.all)} of memory, but this machine or container has {size_text(limit)}",
             remedy="more memory, or an export with fewer bits (--weights int8, int4) or a shorter --context",
         )
 
@@ -274,8 +275,8 @@ def _available_memory(need: Need, memory: Memory) -> Iterator[Finding]:
     if memory.available is not None and need.all > memory.available and need.all <= (memory.limit or 0):
         yield Finding(
             what="memory",
-            problem=f"it needs {size_text(need.all)} of memory, {size_text(memory.available)} are available now",
-            remedy="end other programs, or weights will be read from the disk repeatedly",
+            problem=f"it needs {size_text(need.all)} of memory, but only {size_text(memory.available)} are free now",
+            remedy="end other programs; otherwise the system reads the weights from the disk again and again",
         )
 
 
@@ -290,8 +291,8 @@ def _compatibility_promise(expires: str, days_left: int, root: Path) -> Iterator
         when = f"in {count}" if days_left >= 0 else f"{count} ago"
         yield Finding(
             what="StableHLO",
-            problem=f"its StableHLO is promised to compile with newer jaxlibs until {expires}, {when}",
-            remedy=f"add targets while that holds ({_command('add-target', root)}), or export again",
+            problem=f"newer jaxlibs are guaranteed to compile its StableHLO only until {expires} ({when})",
+            remedy=f"add the targets that you need before that day ({_command('add-target', root)}), or export again",
         )
 
 

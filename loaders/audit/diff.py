@@ -18,7 +18,7 @@ _BLOCK = 1 << 24
 
 
 class _NoValue:
-    """The type of `ABSENT`, the value of a fact in the artifact that lacks it."""
+    """The type of `ABSENT`, which stands for the value of a fact that an artifact does not have."""
 
 
 ABSENT = _NoValue()
@@ -231,7 +231,7 @@ def _contents(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], progress: Prog
         done += old.nbytes
         progress(Step(text="comparing weights", done=done, total=total, unit="bytes"))
         if differing:
-            # The type and the shape are the same.
+            # Both tensors have this type and shape, so only the bytes can differ.
             yield Change(what=name, before=_shape(old), after=f"{differing} of {old.nbytes} bytes differ")
 
 

@@ -1,9 +1,9 @@
 """Measure how well an artifact predicts a text, and how far its predictions are from a reference's.
 
-The text is tokenised without a chat template, cut to at most N tokens and into windows of W tokens; a last, shorter
-window counts if it has at least 64 tokens. Every window begins with the tokens that the tokenizer puts before a text
-(a beginning-of-sequence token, or nothing), which count towards W. The first half of a window is prefilled through
-the artifact's prefill programs. The second half is fed token by token through decode, regardless of the artifact's own
+The text is tokenised without a chat template. Its first N tokens are cut into windows of W tokens; a shorter window at
+the end counts if it has at least 64 tokens. Every window begins with the tokens that the tokenizer puts before a text
+(a beginning-of-sequence token, or nothing), which count towards W. The first half of a window is prefilled through the
+artifact's prefill programs. The second half is fed token by token through decode, regardless of the artifact's own
 choices (teacher forcing), and every prediction from the last prefilled position on is scored. So the numerics of
 prefill, decode and the KV cache all count.
 
@@ -135,7 +135,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Tokens:
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return Tokens(prefix=tuple(whole[:start]), ids=tuple(plain))
-    # The special tokens change the text's own, so they cannot be told apart.
+    # With special tokens, the text itself is split into other tokens, so there is no boundary between the two.
     return Tokens(prefix=(), ids=tuple(whole))
 
 
@@ -157,8 +157,8 @@ def cut(tokens: Tokens, count: int, window: int) -> tuple[tuple[int, ...], ...]:
 
     Args:
         tokens: the text.
-        count: the most tokens of the text to use.
-        window: the most tokens of a window, its prefix included.
+        count: maximum number of tokens of the text to use.
+        window: number of tokens in a window, including its prefix.
     """
     prefix = len(tokens.prefix)
     if prefix >= window // 2:
@@ -191,7 +191,7 @@ def check_window(window: int | None, scorers: Sequence[Scorer]) -> int:
         window = min(DEFAULT_WINDOW, smallest.context)
     if not SMALLEST_WINDOW <= window <= smallest.context:
         raise PrecastError(
-            f"--window: expected {SMALLEST_WINDOW} to {smallest.context} (the positions of {smallest.name}), found"
+            f"--window: expected {SMALLEST_WINDOW} to {smallest.context} (the context of {smallest.name}), found"
             f" {window}."
         )
     return window
@@ -269,7 +269,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def divergence(reference: np.ndarray, artifact: np.ndarray) -> float:
     """Return KL(reference ‖ artifact) in nats, given log-probabilities [V]."""
-    # Only rounding makes it negative.
+    # The divergence is never negative; rounding can make the sum so.
     return max(float(np.exp(reference) @ (reference - artifact)), 0.0)
 
 
@@ -323,7 +323,11 @@ def _comparison(losses: np.ndarray, kl: np.ndarray, same: np.ndarray) -> Compari
 
 
 def _points(artifact: Scorer, window: Sequence[int], reference: Scorer | None) -> Iterator[tuple[float, ...]]:
-    """Yield each loss; with a reference, also its loss, the divergence, and 1.0 if both top tokens agree."""
+    """Yield the artifact's loss at each scored prediction.
+
+    With a reference, also yield the reference's loss, the divergence, and 1.0 if both have the same top token, else
+    0.0.
+    """
     first = _prefilled(window) - 1
     rows = artifact.logits(window, first)
     targets = window[first + 1 :]

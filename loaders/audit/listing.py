@@ -59,7 +59,7 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
     Raises:
         PrecastError: the folder does not exist.
     """
-    # Unlike pathlib's, the functions of os.path also accept names that are invalid in any file system.
+    # os.path returns False for names that no file system allows; pathlib raises an error.
     if not os.path.isdir(folder):
         what = "is a file" if os.path.exists(folder) else "does not exist"
         raise PrecastError(f"{folder}: expected a folder, but it {what}; precast export writes to artifacts.")

@@ -92,7 +92,7 @@ def replay(model: Model, golden: Golden, where: str, progress: Progress = silent
     Args:
         model: the loaded artifact.
         golden: its golden answers.
-        where: beginning of the problems' sentences.
+        where: the artifact's name, with which the sentence about each problem begins.
         progress: receives the number of answers replayed.
 
     Raises:

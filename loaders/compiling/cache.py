@@ -1,8 +1,8 @@
 """Executables compiled by ``run --compile``, kept in the cache folder for later runs.
 
-An entry consists of an executable's sha256 and the executable. The file's name is a hash of all that affects the
-compiler's output: StableHLO, jaxlib, the kernels' ABI, the CPU, the number of threads, XLA_FLAGS. An entry whose hash
-is wrong is ignored. Writing an entry removes those older than half a year.
+An entry is a file that holds an executable's sha256 and the executable. The file's name is a hash of all that affects
+the compiler's output: StableHLO, jaxlib, the kernels' ABI, the CPU, the number of threads, and XLA_FLAGS. An entry
+whose hash is wrong is ignored. Writing an entry removes entries older than half a year.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from ..artifact.frozen import Frozen
 from ..artifact.machine import Machine
 from .compiler import compile_programs
 
-# Part of every name: a change makes older entries unknown.
+# The version of the form of an entry. It is part of every name, so entries of another version are never found.
 _FORM = "1"
 _DIGEST_BYTES = 32
 # The entries' folder in the cache folder.
@@ -48,16 +48,16 @@ def executables(
     threads: int,
     log: Callable[[str], None],
 ) -> dict[str, LocalExecutable]:
-    """Return executables for this machine; compile those that are not in the cache in a child process.
+    """Return executables for this machine: from the cache where possible, otherwise compiled in a child process.
 
-    Without a cache folder that can be written to, all are compiled every time, and the log says so.
+    If the cache folder cannot be written to, all programs are compiled every time, and the log says so.
 
     Args:
         programs: names, and hash-checked StableHLO artifacts.
         machine: this machine.
         where: name of the target in messages.
         threads: number of computing threads.
-        log: receives each compilation, and the use of the cache.
+        log: receives a message for each compilation, and one if the cache is used.
 
     Returns:
         Executables by program.

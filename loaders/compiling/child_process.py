@@ -3,14 +3,15 @@
 Parent and child exchange messages through pipes. A message is a line of JSON, followed by as many bytes of data as its
 "data" says:
 
-1. The child writes `READY` as soon as it runs. A child that writes anything else, or nothing, is an executable other
-   than Python, or an application that embeds Python and has started itself.
+1. The child writes `READY` as soon as it runs. If it writes anything else, or nothing, then the executable was not
+   Python: `sys.executable` may name an application that embeds Python, which has now started a second time.
 2. The parent sends a request: {"request": {…}}.
 3. The child reports its progress any number of times, {"progress": "…"}, and then sends either an answer, {"answer":
    {…}}, or a sentence about its failure, {"error": "…"}. Steps 2 and 3 may repeat.
 4. The parent closes the pipe, and the child exits.
 
-An environment variable of a child names its work, and no descendant starts another child for the same work.
+The environment variable `GUARD` names the modules that a process and its ancestors were started for. A process refuses
+to start a child for any of them, so children cannot start each other without end.
 """
 
 import json
@@ -27,12 +28,13 @@ from ..progress import Progress, Step, silent
 if TYPE_CHECKING:
     import subprocess
 
-# Names the modules that this process and its ancestors were started for.
+# The environment variable with the modules that this process and its ancestors were started for, separated by commas.
 GUARD = "PRECAST_CHILD_OF"
 READY = b"precast child ready\n"
 # Seconds for Python to start and import on a slow disk.
 START_S = 120
-# Seconds for a child to exit after it has closed its pipe, or after its time is up and its parent does not kill it.
+# Seconds that a child may take to exit after it has closed its pipe. Also: seconds after its time limit at which a
+# child ends itself, if its parent has not killed it by then.
 EXIT_S = 5
 _PIECE_BYTES = 1 << 20
 # Linux's PR_SET_PDEATHSIG, prctl(2).
@@ -53,8 +55,8 @@ class Crash(Exception):
     """The child ended without an answer.
 
     Attributes:
-        code: exit code, negative for a signal.
-        reason: the signal, or the last line on its standard error, or else the exit code in words.
+        code: exit code; for a child that a signal ended, the signal's number, negated.
+        reason: the signal's name; without a signal, the last line on standard error, or else the exit code in words.
     """
 
     def __init__(self, code: int, complaint: str) -> None:
@@ -88,7 +90,7 @@ class Child:
             name: the executable, for messages.
 
         Raises:
-            StartError: the child says anything else, or nothing.
+            StartError: the child writes anything else, or nothing in time.
         """
         until = time.monotonic() + START_S
         try:
@@ -130,7 +132,7 @@ class Child:
         """
         until = None if limit_s is None else time.monotonic() + limit_s
         try:
-            with suppress(BrokenPipeError):  # read the last messages of a child that crashed
+            with suppress(BrokenPipeError):  # a child that crashed; its last messages can still be read
                 _send(self._input, {"request": request, "limit_s": limit_s}, data)
             while True:
                 message, received = self._receive(until)
@@ -179,7 +181,7 @@ class Child:
             selector.register(self._output, selectors.EVENT_READ)
             if not selector.select(None if until is None else max(0.0, until - time.monotonic())):
                 raise TimeoutError
-        # Not by the stream, whose buffer would hide bytes from the selector.
+        # Read the file descriptor: the stream's buffer could hold bytes that the selector does not see.
         piece = os.read(self._output.fileno(), _PIECE_BYTES)
         if not piece:
             raise EOFError
@@ -239,7 +241,7 @@ def command(module: str) -> list[str]:
     """Return the command line that runs a module of precast.
 
     Raises:
-        StartError: there is no Python to start, or this process descends from such a child.
+        StartError: there is no Python to start, or this process or an ancestor was itself started for the module.
     """
     if module in os.environ.get(GUARD, "").split(","):
         raise StartError(f"this process was started by {module} itself")
@@ -251,9 +253,10 @@ def command(module: str) -> list[str]:
 
 
 def environment(module: str) -> dict[str, str]:
-    """Return this process's environment, with its import path and the guard variable.
+    """Return the environment for a child: this process's own, with its import path and the guard variable.
 
-    Leave out path entries that are not text, which imports ignore, and empty ones, which mean the working folder.
+    Two kinds of entries of `sys.path` are left out: those that are not text, which imports ignore, and empty ones,
+    which mean the working folder.
     """
     folders = [folder for folder in sys.path if isinstance(folder, str) and folder]
     above = os.environ.get(GUARD)
@@ -263,7 +266,7 @@ def environment(module: str) -> dict[str, str]:
 
 def _python() -> str | None:
     """Return the interpreter. `sys.executable` may be a server or an application that embeds Python."""
-    # An application frozen into one file comes without an interpreter.
+    # An application frozen into one file (PyInstaller) comes without an interpreter.
     if getattr(sys, "frozen", False):
         return None
     if sys.executable and os.path.basename(sys.executable).lower().startswith(("python", "pypy")):
@@ -296,8 +299,8 @@ def serve(answer: Callable[[Mapping[str, Any], bytes, Progress], Answer]) -> Non
     """Answer the parent's requests until it closes the pipe.
 
     Args:
-        answer: returns the answer to a request, given the request's values and data, and a function that receives the
-            progress. A PrecastError becomes the error that the parent receives.
+        answer: computes the answer to a request. It is given the request's values, the request's data, and a function
+            to report progress to. The parent receives the text of a PrecastError that it raises.
     """
     output = ready()
 
@@ -343,7 +346,7 @@ def _end_with_parent() -> None:
 
 
 def _limit_time(limit_s: int | None) -> None:
-    """Have the system end this process soon after its time is up, in case the parent does not."""
+    """Have the system end this process shortly after its time limit, in case the parent does not."""
     import signal
 
     with suppress(AttributeError):  # Windows

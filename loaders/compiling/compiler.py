@@ -1,9 +1,10 @@
 """Compile StableHLO to executables in a child process with jaxlib alone: no tracing, no jax.
 
-XLA reads the instruction set once, from XLA_FLAGS when XLA is loaded; hence the child process. A crash of
-the compiler ends only the child. `child_process` describes the messages: a request holds the number of
-threads and, as its data, a StableHLO artifact; the answer holds the compiler's facts and, as its data, the
-executable.
+The child process has two reasons. XLA reads the instruction set from XLA_FLAGS only once, when XLA is loaded, so
+another instruction set needs another process. And a crash of the compiler ends only the child.
+
+`child_process` describes the messages. A request holds the number of threads, with a StableHLO artifact as its data.
+The answer holds layouts and memory of the program, with the executable as its data.
 """
 
 import os
@@ -29,7 +30,7 @@ class Compilation:
 
     Attributes:
         executable: the input of `pjrt.Client.load`.
-        memory: memory that a call needs, as the compiler says.
+        memory: memory that a call needs, as the compiler reports it.
         layouts: layouts of the arguments and of the results.
         seconds: duration of the compilation.
     """
@@ -54,8 +55,8 @@ def compile_programs(
         programs: hash-checked StableHLO by program name.
         where: name of their target in messages.
         isa: a key of `isa.LEVELS`, or "native".
-        threads: number of the child's threads, among which XLA splits loops at compile time; None for one per usable
-            core.
+        threads: number of computing threads; None for one per usable core. XLA decides at compile time into how many
+            parts it splits a loop.
         log: called before each program is compiled.
 
     Raises:
@@ -117,11 +118,11 @@ def compile_target(
 
     Args:
         source: the target whose StableHLO is compiled.
-        contents: its StableHLO files, by name.
+        contents: contents of its StableHLO files, by name.
         name_of: returns the new target's name, given the CPU features that it needs.
         where: name of the target in messages.
         isa: as for `compile_programs`.
-        exact: refuse instructions beyond `isa`. Otherwise the target is for the level that its instructions need.
+        exact: refuse instructions beyond `isa`. If False, the target requires the level that its instructions need.
         jaxlib: version of the installed jaxlib.
         folder: folder of its executables, below ``programs/``; None for one named after the target.
         log: as for `compile_programs`.
@@ -177,7 +178,9 @@ def _compiled_program(program: Program, compilation: Compilation, folder: str, w
 
 
 def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], where: str) -> None:
-    """Compare layouts: targets share the weights, and programs pass each other the cache.
+    """Check that a compiled program has the layouts of the artifact.
+
+    They must be equal, because all targets share the weights, and programs hand the KV cache to each other.
 
     Raises:
         PrecastError: names the first argument or result with another layout.
@@ -200,12 +203,12 @@ def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], 
 
 
 def main() -> None:
-    """Compile the programs of one request."""
+    """Compile the programs that the parent sends."""
     child_process.serve(_answer)
 
 
 def _answer(request: Mapping[str, Any], stablehlo: bytes, _: Progress) -> child_process.Answer:
-    # XLA reads XLA_FLAGS when it is loaded; if that crashes, the parent names a program.
+    # Import XLA during a request: if reading XLA_FLAGS crashes it, the parent's error can name a program.
     from ..runtime import pjrt
 
     executable = pjrt.client(request["threads"]).compile(stablehlo, (), _HERE)

@@ -1,9 +1,9 @@
 """Determine the CPU features that x86-64 machine code needs.
 
-The decoder finds only lengths and features, for code from LLVM. Its tables are an allowlist: an unlisted instruction is
-an error with its bytes, so a new CPU's instruction never passes for an old one.
-Encodings and features are those of Intel's Software Developer's Manual, volume 2, and of AMD's, volumes 3 and 4; the
-tests compare every opcode with capstone's answer.
+The decoder finds only each instruction's length and the feature that it needs. It covers the code that LLVM emits. Its
+tables are an allowlist: an instruction that they do not list is an error that shows its bytes, so the instruction of a
+new CPU never passes for one of an older CPU. Encodings and features are those of Intel's Software Developer's Manual,
+volume 2, and of AMD's, volumes 3 and 4; the tests compare every opcode with capstone's answer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,16 +11,17 @@ from typing import NamedTuple
 
 # The feature that every x86-64 CPU has.
 _BASE = "base"
-# The features for EVEX and opmask instructions: except for one Xeon Phi, a CPU has all of these or none.
+# The features that EVEX and opmask instructions need. They are treated as one, because a CPU has all of them or none
+# (except for one Xeon Phi).
 AVX512 = frozenset({"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"})
 _AVX512_CODE = "avx512"
 
 _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _LONGEST = 15
-# Mandatory prefixes, by their VEX and EVEX numbers.
+# Mandatory prefixes, numbered as VEX and EVEX encode them.
 _NONE, _66, _F3, _F2 = range(4)
 
-# A map's opcodes by the feature that they need.
+# The opcodes of one opcode map, by the feature that they need.
 _Map = Mapping[str, frozenset[int]]
 
 
@@ -47,7 +48,7 @@ def _map(**opcodes: str) -> _Map:
     return {name.replace("_", "."): _set(ranges) for name, ranges in opcodes.items()}
 
 
-# --- opcodes of one byte: all of them every x86-64 CPU has -----------------------------------------------------
+# --- opcodes of one byte, which every x86-64 CPU has -----------------------------------------------------------
 
 _ONE_BYTE = _set(
     "00-05 08-0d 10-15 18-1d 20-25 28-2d 30-35 38-3d 50-5f 63 68-7f 80-81 83-99 9b-9f a4-c3 c6-c7 c9 cc d0-d3 d8-df"
@@ -57,7 +58,7 @@ _ONE_BYTE_MODRM = _set(
     "00-03 08-0b 10-13 18-1b 20-23 28-2b 30-33 38-3b 63 69 6b 80-81 83-8f c0-c1 c6-c7 d0-d3 d8-df f6-f7 fe-ff"
 )
 _ONE_BYTE_IMM8 = _set("04 0c 14 1c 24 2c 34 3c 6a 6b 70-7f 80 83 a8 b0-b7 c0-c1 c6 e3 eb")
-# Four bytes, or two after the prefix 66 except for calls and jumps.
+# Opcodes with an immediate of four bytes. With the prefix 66 it has two bytes, except for calls and jumps.
 _ONE_BYTE_IMM32 = _set("05 0d 15 1d 25 2d 35 3d 68 69 81 a9 b8-bf c7 e8-e9")
 _MOV_IMM64, _RET_IMM16, _TEST, _BRANCHES, _SAHF = (
     _set("b8-bf"),
@@ -73,7 +74,7 @@ _ANY_PREFIX = _set("18-1f")  # hints, which older CPUs ignore
 _INTEGER = _set("0b 31 40-4f 80-9f a2-a5 ab-ad ae-b1 b3 b6-b7 ba-c1 c7-cf")
 _NO_MODRM, _JUMPS, _FENCES, _CMPXCHG = _set("0b 31 77 80-8f a2 c8-cf"), _set("80-8f"), 0xAE, 0xC7
 _IMM8 = _set("70-73 a4 ac ba c2 c4-c6")
-_EXTRQ = 0x78  # with two bytes of immediate operands, as it stands here
+_EXTRQ = 0x78  # has two bytes of immediate operands
 _LEGACY: Mapping[tuple[int, int], _Map] = {
     (1, _NONE): _map(base="10-17 28-2f 50-6b 6e-77 7e-7f c2-c6 d1-d5 d7-e5 e7-ef f1-fe"),
     (1, _66): _map(
@@ -177,7 +178,7 @@ _EVEX: Mapping[tuple[int, int], _Map] = {
         gfni="ce-cf",
     ),
 }
-# Permutes: with W of words, without W of bytes. The byte forms belong to a later extension.
+# Permutes. With W set they move words; without W they move bytes, which needs a later extension (VBMI).
 _PERMUTES = _set("75 7d 8d")
 
 
@@ -247,7 +248,7 @@ class _Reader:
         return modrm
 
     def _one_byte(self, opcode: int) -> str:
-        if opcode not in _ONE_BYTE or (opcode == 0x8F and self._peek() & 0x38):  # which is XOP's prefix
+        if opcode not in _ONE_BYTE or (opcode == 0x8F and self._peek() & 0x38):  # 8F is also XOP's prefix
             raise KeyError(opcode)
         operand = self._peek() >> 3 & 7 if opcode in _TEST else 0
         if opcode in _ONE_BYTE_MODRM:
@@ -284,7 +285,7 @@ class _Reader:
             return _BASE
         is_register, operation = modrm >= 0xC0, modrm >> 3 & 7
         if prefix == _NONE and opcode == _FENCES and (is_register == (operation > 4) or operation == 7):
-            return _BASE  # fences and their like; fxsave, ldmxcsr and their like, clflush
+            return _BASE  # the fences; fxsave, ldmxcsr and their neighbours; clflush
         if opcode == _CMPXCHG and not is_register and operation == 1:
             return "cx16" if self._wide else _BASE
         raise KeyError(opcode)

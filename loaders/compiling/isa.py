@@ -1,8 +1,8 @@
 """Instruction sets of CPU executables, and the CPUs that can run them.
 
-An executable requires only the features that its instructions use. XLA may use fewer features than it is allowed and,
-on a new CPU, more than requested, so every executable is disassembled. precast's own kernels are exempt: the wheel
-holds them for several instruction sets, and they choose one by CPUID at run time.
+An executable requires only the features that its instructions use. XLA may use fewer features than the requested level
+permits and, on a new CPU, features beyond it, so every executable is disassembled. precast's own kernels do not count:
+the wheel holds them for several instruction sets, and they choose one by CPUID at run time.
 """
 
 import re
@@ -25,8 +25,8 @@ class Level:
     Attributes:
         flag: value of XLA's ``xla_cpu_max_isa``; it permits more features than the level has.
         features: the features that a machine must have and code may use, in LLVM's names, sorted.
-        since: the first CPUs that have the level and run jaxlib.
-        without: the CPUs that run jaxlib but lack the level.
+        since: in words, the first CPUs that have the level and run jaxlib.
+        without: in words, the CPUs that run jaxlib but lack the level.
     """
 
     flag: str
@@ -67,7 +67,7 @@ LEVELS: Mapping[str, Level] = {
 # Names used before 0.3.
 _FORMER = {"sse4.2": "x86-64-v2", "avx": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
-# LLVM's notation for a machine inside an executable: "+avx,+avx2,-avx512f,…".
+# An executable states the features that it was compiled for in LLVM's notation: "+avx,+avx2,-avx512f,…".
 _FEATURE_LIST = re.compile(rb"(?:[+-][a-z0-9._-]+,){4,}[+-][a-z0-9._-]+")
 _ENABLED = re.compile(rb"(?<![a-z0-9._-])\+([a-z0-9._-]+)")
 # Features of every x86-64 CPU, and those implied by SSE 4.2; manifests omit them.
@@ -75,12 +75,12 @@ _IMPLIED = frozenset({"64bit", "cmov", "crc32", "cx8", "fxsr", "mmx", "sse", "ss
 
 
 def default_isa() -> str:
-    """Return the default instruction set: the one that most machines have."""
+    """Return the default instruction set: the narrowest level, or "native" if this machine lacks every level."""
     return next((name for name in LEVELS if _lacks(name) == ()), NATIVE)
 
 
 def next_level(isa: str) -> str | None:
-    """Return the next level, if this machine has it."""
+    """Return the next wider level if this machine has it, else None."""
     names = list(LEVELS)
     wider = names[names.index(isa) + 1 :] if isa in LEVELS else []
     return wider[0] if wider and not _lacks(wider[0]) else None
@@ -196,10 +196,10 @@ def _enabled(executable: bytes) -> set[str]:
 def declare_features(executable: bytes, features: Sequence[str]) -> bytes:
     """Return the executable with only these features enabled in its list of compile-time features.
 
-    XLA enables every feature that its compiler was allowed to use, and one vendor's tuning features. Its loader logs
-    kilobytes for each that a machine lacks, although the code does not use it, so this flips the sign of unneeded
-    features. It always flips AVX-512, because to a list with AVX-512 the loader adds tuning features that no machine
-    has.
+    XLA lists every feature that its compiler was allowed to use, and tuning features of one CPU vendor. Its loader logs
+    kilobytes for each listed feature that a machine lacks, even if the code does not use the feature. So this function
+    turns "+" into "-" for features that the code does not need. It always does so for AVX-512, because the loader adds
+    tuning features, which no machine has, to a list with AVX-512.
     """
     if processor_family() != "x86_64":
         return executable

@@ -2,9 +2,9 @@
 
 An executable that does not suit its machine raises no error but ends the process: with SIGILL on another CPU, with
 SIGSEGV under another jaxlib. The loader compares the manifest with the machine, but a manifest may be wrong. So before
-the first load of a target on a machine, a child process loads it and takes a few steps. A record of its success in the
-cache folder spares later loads the trial. A trial is no protection against malicious artifacts, since programs are
-native code; signatures are.
+the first load of a target on a machine, a child process loads the target and runs a few steps. If the child succeeds, a
+record in the cache folder says so, and later loads skip the trial. A trial does not protect against malicious
+artifacts, because the child runs their native code; require a signature for that.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from ..artifact.manifest import WEIGHTS_FILE, Manifest, Target
 if TYPE_CHECKING:
     from .child_process import Crash
 
-# Time for a child to start, to read weights from a slow disk, and to compile.
+# Allowances for the time limit of a trial: seconds to start, bytes a second of a slow disk, seconds to compile.
 START_S, WEIGHT_BYTES_PER_S, COMPILE_S = 120, 20e6, 900
-# The longest time, whatever size a manifest states.
+# The maximum of the time limit, because an untrusted manifest may state any size of the weights.
 _LONGEST_S = 24 * 3600
-# The child's module, by name: it imports `load`, which imports this module.
+# The child's module. It is named, not imported, because it imports `load`, which imports this module.
 WORKER = "precast.loaders.trial_worker"
 # The records' folder in the cache folder.
 _FOLDER = "tried"
@@ -47,17 +47,16 @@ def ensure(
 ) -> None:
     """Try a target in a child process, unless it was tried on this machine before.
 
-    Without a cache folder that can be written to, every load tries the target, and logs that. If no child process can
-    be started, the target is not tried, which is logged too.
+    If the cache folder cannot be written to, every load tries the target, and logs a message about it. If no child
+    process can be started, the target is not tried, and a message says so.
 
     Args:
         root: the artifact, whose files have been checked.
         manifest: the artifact's manifest.
         target: the target.
         machine: this machine.
-        allow_compile: allow the child to compile the target.
-        threads: the child's number of computing threads, which a system limit may restrict; None for the
-            default.
+        allow_compile: permission for the child to compile the target.
+        threads: number of the child's computing threads; None for the default.
         log: receives messages.
 
     Raises:
@@ -94,12 +93,14 @@ def record_success(manifest: Manifest, target: Target, machine: Machine) -> bool
 
 
 def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
-    """Return the record's path, derived from all that affects the trial: programs, signatures, weights, cache, machine.
+    """Return the path of the record of a trial.
+
+    Its name is a hash of all that affects the trial: programs and their signatures, weights, KV cache, and machine.
 
     Raises:
         PrecastError: there is no cache folder, or others may write to it.
     """
-    if target.platform != "cuda":  # `machine` need not list GPUs then
+    if target.platform != "cuda":  # for other targets, `machine` may lack its GPUs
         machine = replace(machine, gpus=(), cuda_plugin="")
     programs = {file for p in target.programs if (file := target.file_of(p))}
     # A SavedModel's variables lie beside its program.
@@ -111,7 +112,7 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
 
 
 def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:
-    """Yield the names below any of the folders, with one binary search for each name."""
+    """Yield the names that lie below any of the folders; find each with one binary search."""
     tops: list[str] = []
     for folder in sorted(folders):
         if not tops or not folder.startswith(tops[-1]):

@@ -29,7 +29,7 @@ class History:
     """Messages in a file, oldest first, one JSON line each.
 
     Attributes:
-        messages: those of earlier chats.
+        messages: messages of earlier chats.
         problem: a sentence that explains why nothing is kept; None if the history works or is off.
     """
 
@@ -41,7 +41,7 @@ class History:
             self._guarded(self._read)
 
     def add(self, message: str) -> bool:
-        """Append a message to the file; return True if line editors accept it."""
+        """Append a message to the file; return True if the history of a line editor may take it, too."""
         fits = _is_kept(message)
         if fits and self._path is not None:
             line = json.dumps(message).encode() + b"\n"
@@ -93,7 +93,7 @@ def _open(path: Path) -> int:
     """Open the file for reading and appending, with no access for others.
 
     Raises:
-        OSError: also for a link, and for anything but a file of this user.
+        OSError: the file cannot be opened, or it is a symlink or not a regular file of this user.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     handle = os.open(path, flags, 0o600)

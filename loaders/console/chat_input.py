@@ -33,7 +33,8 @@ def prepare(history: History) -> None:
     except ImportError:
         return
     readline.set_auto_history(False)
-    # Python turns this off, because it executes pasted lines one by one. libedit lacks it.
+    # Python turns bracketed paste off, because its own prompt executes pasted lines one by one. libedit does not have
+    # bracketed paste.
     readline.parse_and_bind("set enable-bracketed-paste on")
     for message in history.messages:
         readline.add_history(message)
@@ -63,7 +64,7 @@ def messages(read: Read = input, waits: "Callable[[], bool] | None" = None) -> I
         except UnicodeDecodeError as error:
             print(f"error: expected text in {error.encoding}, found other bytes.")
             continue
-        # A command typed ahead is not part of a message.
+        # A command that was typed before the message was read is not part of the message.
         last = [lines.pop()] if len(lines) > 1 and is_command(lines[-1]) else []
         for message in ("\n".join(lines).strip(), *last):
             if message:
@@ -82,7 +83,7 @@ def _read_message(lines: list[str], read: Read, waits: Callable[[], bool]) -> bo
     """Collect the lines of a message; return True at the end of input."""
     try:
         lines.append(read("> "))
-        # Pasted quotes belong to the text.
+        # Quotes inside a paste belong to its text, and open no message of several lines.
         if lines[0].lstrip().startswith(QUOTES) and "\n" not in lines[0] and not waits():
             _read_quoted(lines, read)
             return False

@@ -1,4 +1,4 @@
-"""The age of this process. A cold start begins with the process, so it includes interpreter and imports."""
+"""The age of this process, which is the time of a cold start: it includes the interpreter's start and all imports."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 def process_age() -> float:
     """Return the seconds since the process started, to about 10 ms.
 
-    Return the CPU seconds used if the system does not tell the start.
+    If the system does not tell when the process started, return the CPU time that it has used, in seconds.
     """
     try:
         # The fields after the command's name, which may contain spaces and brackets; see proc(5).

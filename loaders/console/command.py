@@ -20,12 +20,12 @@ FAILED = 2
 class Commands(click.Group):
     """The group of all commands; each command returns its exit code.
 
-    It reports user errors in one line, also for help output.
+    The group prints an error that the user can correct as one line, even if the error occurs while help is printed.
     """
 
     def main(self, *arguments: Any, **settings: Any) -> Any:
         open_closed_streams()
-        # A terminal without a character shows a question mark.
+        # Print a question mark for a character that the terminal's encoding lacks.
         if isinstance(sys.stdout, TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
         with _lines_only():
@@ -35,7 +35,8 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of use, not of the alphabet
 
     def invoke(self, context: click.Context) -> Any:
-        # Also here, because click itself answers an interrupt, with another message.
+        # Handle errors here as well as in `main`: between the two, click would catch KeyboardInterrupt and print a
+        # message of its own.
         with _lines_only():
             context.exit(super().invoke(context))
 
@@ -54,7 +55,7 @@ def _lines_only() -> Iterator[None]:
     except KeyboardInterrupt:
         interrupt.end()
     except BrokenPipeError:
-        _abandon_output()  # the reader has seen enough
+        _abandon_output()  # the reader, such as `head`, has closed the pipe
         sys.exit(1)
     except OSError as error:
         if sys.stdout in _abandon_output():

@@ -23,10 +23,10 @@ def converse(
     """Answer typed messages until the end of input.
 
     Args:
-        model: with a chat template.
+        model: a model with a chat template.
         params: the sampling parameters.
         opening: the messages before the user's first.
-        stats: print the speed of all answers at the end, on standard error.
+        stats: print the speed of all answers on standard error at the end.
         literal: treat messages as plain text.
 
     Raises:

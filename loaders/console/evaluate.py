@@ -26,8 +26,8 @@ class TextOptions(Frozen):
 
     Attributes:
         path: the text; None for the shipped one.
-        tokens: the most tokens of the text to use.
-        window: tokens of a window; None for the default.
+        tokens: maximum number of tokens of the text to use.
+        window: number of tokens in a window; None for the default.
     """
 
     path: Path | None
@@ -51,8 +51,8 @@ def run(
         artifact: as for `load`.
         text: the text to predict, and its limits.
         reference: an artifact or a source of the exporter to compare with; None for perplexity alone.
-        source_opener: returns the exporter's function that opens a source, given its name and a context. The loaders
-            cannot import it.
+        source_opener: returns the exporter's function that opens a source as a reference, given the source's name and a
+            context length. The command line passes it in, because the loaders may not import the exporter.
         as_json: print one line of JSON.
         require_signature: file of the public key that artifacts must be signed with.
         threads: number of computing threads for artifacts; None for the default.
@@ -100,9 +100,9 @@ def _is_source(reference: Path) -> bool:
     """Return True for a source of the exporter, False for an artifact.
 
     Raises:
-        PrecastError: there is neither.
+        PrecastError: the path does not exist.
     """
-    # Unlike pathlib's, the functions of os.path also accept names that are invalid in any file system.
+    # os.path returns False for names that no file system allows; pathlib raises an error.
     if not os.path.exists(reference):
         raise PrecastError(
             f"--reference: {reference} does not exist; expected an artifact, a Hugging Face directory or a .gguf file."
@@ -133,8 +133,8 @@ def _measure(
         windows = e.cut(tokens, options.tokens, window)
         if not windows:
             raise PrecastError(
-                f"{path}: {min(len(tokens.ids), options.tokens)} tokens are too few for a window, expected at least"
-                f" {min(window, e.SHORTEST_LAST)}; give a longer text or a smaller --window."
+                f"{path}: expected at least {min(window, e.SHORTEST_LAST)} tokens, enough for one window, found"
+                f" {min(len(tokens.ids), options.tokens)}; give a longer text, a larger --tokens or a smaller --window."
             )
         scores = e.evaluate(artifact, windows, reference, display)
     return {

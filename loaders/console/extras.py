@@ -11,7 +11,7 @@ def need_export(activity: str = "exporting") -> None:
     """Check that the packages of the extra ``export`` are installed.
 
     Args:
-        activity: noun phrase for the error: what needs them.
+        activity: the activity that needs the packages, as a noun phrase for the error text.
 
     Raises:
         PrecastError: names the missing packages.

@@ -27,7 +27,7 @@ def run(folder: Path, *, as_json: bool, require_signature: Path | None) -> int:
     elif entries:
         print("\n".join(lines(entries)))
     else:
-        print(printable(f"{folder}: no artifacts below it; precast export makes one"))
+        print(printable(f"{folder}: no artifacts below this folder; make one with precast export"))
     return 0
 
 

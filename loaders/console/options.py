@@ -100,7 +100,9 @@ _SAMPLING = (
     click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability."),
     click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the likeliest."),
     click.option(
-        "--repetition-penalty", type=float, help="Make earlier tokens less likely, if this is above 1."
+        "--repetition-penalty",
+        type=float,
+        help="Above 1, make tokens that have already occurred less likely.",
     ),
     click.option(
         "--presence-penalty",

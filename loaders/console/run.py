@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Prompt(Frozen):
-    """A prompt and its form. At most one of `text` and `ids` is set; without both, the prompt is typed or piped in.
+    """A prompt and its form. At most one of `text` and `ids` is set; if neither is, the prompt is typed or piped in.
 
     Attributes:
         chat: put the text through the chat template.
@@ -102,7 +102,8 @@ def run(
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
     with fast_start(artifact):
-        # Before this process exits, a garbage collection frees nothing and costs 5 % of a short answer's time.
+        # At exit Python collects garbage, which takes 5% of a short answer's time and frees nothing that the exit would
+        # not free. Frozen objects are skipped.
         atexit.register(gc.freeze)
         from ..load import load
 
@@ -146,10 +147,10 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
     """
     collecting, threads = gc.isenabled(), "OPENBLAS_NUM_THREADS"
     limited = threads in os.environ
-    # NumPy multiplies no matrices here, and its idle threads would spin beside ours for a tenth of the start.
+    # NumPy multiplies no matrices here. With more threads, OpenBLAS's idle ones would spin during a tenth of the start.
     os.environ.setdefault(threads, "1")
     if isinstance(artifact, Path):
-        # A load makes no garbage, and looking for it takes a fortieth of the start.
+        # A load makes no garbage; looking for some would take a fortieth of the start.
         gc.disable()
     try:
         yield
@@ -157,7 +158,8 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
         if not limited:
             os.environ.pop(threads, None)
         if not gc.get_freeze_count():
-            # Move all objects to the oldest generation, or the next collection of young ones would visit them.
+            # This moves all objects to the oldest generation. Otherwise the next collection of young objects would
+            # visit everything that the load has made.
             gc.freeze()
             gc.unfreeze()
         if collecting:
@@ -238,6 +240,6 @@ def _json_line(
         "target": model.target.name,
         "compiles": model.compiles,
     }
-    # For an output whose encoding is not Unicode, JSON's escapes keep the text.
+    # If the encoding of the output is not Unicode, use JSON's escapes, so that no character is lost.
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
     return escaped(json.dumps(record, ensure_ascii=not encoding.startswith("utf")))

@@ -34,6 +34,6 @@ def _password(key: Path) -> str:
     """Return the password of a private key from the environment, or ask for it on the terminal."""
     if (password := os.environ.get(_PASSWORD)) is not None:
         return password
-    with raise_on_interrupt():  # click turns the terminal's echo on again
+    with raise_on_interrupt():  # so that click can turn the terminal's echo on again
         typed: str = click.prompt(f"password of {key}", hide_input=True, err=True)
         return typed

@@ -27,8 +27,8 @@ from .interface import Buffer
 _NAME = "cuda"
 _PACKAGES = {"xla_cuda13": "jax-cuda13", "xla_cuda12": "jax-cuda12"}
 _LIBRARY = "xla_cuda_plugin.so"
-# NVIDIA's libraries in its Python packages, each after its dependencies. The linker finds the system's if they are
-# missing.
+# NVIDIA's libraries in its Python packages, each after its dependencies. If a package is missing, the linker looks for
+# the system's library.
 _NVIDIA = "cudart nvrtc nvJitLink cublasLt cublas nccl cupti cusparse cusolver cufft nvshmem_host cudnn"
 
 
@@ -67,8 +67,10 @@ def _folders(package: str) -> Sequence[Path]:
 class Executable(pjrt.Executable):
     """A program on a GPU. A call returns before the program has finished; `Client.get` raises its errors."""
 
-    def __init__(self, loaded: Any, handlers: Sequence[Any], client: "Client", *, compiled: bool) -> None:
-        super().__init__(loaded, handlers, compiled=compiled)
+    def __init__(
+        self, loaded: Any, handlers: Sequence[Any], where: str, client: "Client", *, compiled: bool
+    ) -> None:
+        super().__init__(loaded, handlers, where, compiled=compiled)
         self._on = client
 
     def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
@@ -96,8 +98,10 @@ class Client(pjrt.Client):
         """The driver's name for the device."""
         return str(self._device.device_kind)
 
-    def _executable(self, loaded: Any, results: Sequence[pjrt.Result], *, compiled: bool) -> Executable:
-        return Executable(loaded, self._handlers(results), self, compiled=compiled)
+    def _executable(
+        self, loaded: Any, results: Sequence[pjrt.Result], where: str, *, compiled: bool
+    ) -> Executable:
+        return Executable(loaded, self._handlers(results), where, self, compiled=compiled)
 
     def _options(self) -> Any:
         options = super()._options()
@@ -134,7 +138,10 @@ class Client(pjrt.Client):
         try:
             array, _ = cast(Any, buffer)._single_device_array_to_np_array_did_copy()
         except (_jax.JaxRuntimeError, ValueError) as error:
-            raise PrecastError(f"the program failed: {error}") from None
+            raise PrecastError(
+                f"CUDA: a program failed on the GPU ({error}); check the GPU with nvidia-smi, and the artifact with"
+                " precast verify."
+            ) from None
         return cast(np.ndarray, array)
 
 
@@ -170,7 +177,7 @@ def _client() -> Client:
             f" {cuda_packages(jaxlib_version)}"
         )
     for library in _nvidia_libraries():
-        # If the plugin needs a library that cannot be loaded, its own error is better.
+        # Ignore a library that cannot be loaded: if the plugin needs it, the plugin's own error says more.
         with suppress(OSError):
             ctypes.CDLL(str(library))
     try:
@@ -179,7 +186,7 @@ def _client() -> Client:
             xla_client.load_pjrt_plugin_dynamically(_NAME, str(plugin.library))
         if not xla_client.pjrt_plugin_initialized(_NAME):
             xla_client.initialize_pjrt_plugin(_NAME)
-        # One GPU: a client takes most of the memory of each that it sees.
+        # Show it one GPU only, because a client reserves most of the memory of every GPU that it sees.
         options = {**xla_client.generate_pjrt_gpu_plugin_options(), "visible_devices": [0]}
         return Client(xla_client.make_c_api_client(_NAME, options))
     except (_jax.JaxRuntimeError, RuntimeError, ValueError) as error:

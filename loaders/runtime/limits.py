@@ -10,10 +10,10 @@ from ..artifact.units import size_text
 from . import resources
 
 MOST_THREADS = 1024
-# Measured with jaxlib 0.10.1: the address space of libraries and programs besides weights and cache, and that of each
-# computing thread: a stack, a malloc arena of 64 MB, and the same for its helper threads.
+# Address space, measured with jaxlib 0.10.1: that of libraries and programs, without weights and cache; and that of
+# each computing thread, which includes a stack and a malloc arena of 64 MB, and helper threads with the same.
 _FIXED, _PER_THREAD = 704 << 20, 112 << 20
-# Measured likewise: the address space of a further model's programs, where libraries and threads are there already.
+# Measured in the same way: the programs of a further model in a process that already has the libraries and the threads.
 _FURTHER = 16 << 20
 
 
@@ -59,12 +59,14 @@ def problems(
     if limits.address_space is not None and limits.address_space < space:
         left = size_text(limits.address_space)
         problem = (
-            f"it needs {size_text(space)} of address space, this process may take {left} more (ulimit -v)"
+            f"it needs {size_text(space)} of address space, but this process may take only {left} more"
+            " (ulimit -v)"
         )
         yield problem, f"raise that limit{fewer}"
     if limits.threads is not None and not has_client:
         problem = (
-            f"XLA starts {threads_started(computing)} threads, this process may start {limits.threads} more"
+            f"XLA starts {threads_started(computing)} threads, but this process may start only"
+            f" {limits.threads} more"
         )
         yield f"{problem} (ulimit -u, pids.max of the container)", f"raise that limit{fewer}"
 

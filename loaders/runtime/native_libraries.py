@@ -30,9 +30,9 @@ def check_cpu() -> None:
 
 
 def quiet(level: str) -> AbstractContextManager[None]:
-    """Set the log level of Google's libraries while one is imported, unless the user has set a level other than 1.
+    """Set the log level of Google's libraries while one of them is imported, unless the user has set a level.
 
-    The command line sets 1 for the libraries that an export imports; TensorFlow needs 2.
+    Level 1 counts as unset, because the command line itself sets it for the libraries that an export imports.
     """
     return variable(_LEVEL, level) if os.environ.get(_LEVEL, "1") == "1" else nullcontext()
 

@@ -36,7 +36,8 @@ from ..artifact.manifest import ProgramMemory
 from ..artifact.weights import aligned_zeros
 from .interface import Buffer
 
-# Have older result handlers skip their checks, which need jax's Python code; newer ones check nothing.
+# An argument for the result handlers of older jaxlibs: it turns off checks that need jax's Python code. Newer handlers
+# do not check anything.
 _UNCHECKED = (True,) if "_skip_checks" in (_jax.array_result_handler.__doc__ or "") else ()
 
 
@@ -66,9 +67,10 @@ class Executable:
         compiled: True if this process or its child compiled it, False if it was deserialised.
     """
 
-    def __init__(self, loaded: Any, handlers: Sequence[Any], *, compiled: bool) -> None:
+    def __init__(self, loaded: Any, handlers: Sequence[Any], where: str, *, compiled: bool) -> None:
         self._loaded = loaded
         self._handlers = handlers
+        self._where = where
         self.compiled = compiled
 
     def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
@@ -88,7 +90,9 @@ class Executable:
             # With the results' types at hand, jaxlib makes arrays without importing jax.
             return list(results.consume_with_handlers(self._handlers))
         except (_jax.JaxRuntimeError, ValueError) as error:
-            raise PrecastError(f"the program failed: {error}") from None
+            raise PrecastError(
+                f"{self._where}: the program failed ({error}); check the artifact with precast verify."
+            ) from None
 
     def serialize(self) -> bytes:
         """Return the input of `Client.load`; the same program gives the same bytes."""
@@ -125,8 +129,10 @@ class Client:
         self._devices = _jax.DeviceList((self._device,))
         self._sharding = placement(self._device)
 
-    def _executable(self, loaded: Any, results: Sequence[Result], *, compiled: bool) -> Executable:
-        return Executable(loaded, self._handlers(results), compiled=compiled)
+    def _executable(
+        self, loaded: Any, results: Sequence[Result], where: str, *, compiled: bool
+    ) -> Executable:
+        return Executable(loaded, self._handlers(results), where, compiled=compiled)
 
     def _handlers(self, results: Sequence[Result]) -> list[Any]:
         return [_jax.array_result_handler(r, self._sharding, True, *_UNCHECKED) for r in results]
@@ -153,7 +159,7 @@ class Client:
                 f"{where}: XLA does not load this executable ({error}); export the model again with jaxlib"
                 f" {jaxlib_version}."
             ) from None
-        return self._executable(loaded, results, compiled=False)
+        return self._executable(loaded, results, where, compiled=False)
 
     def compile(self, stablehlo: bytes, results: Sequence[Result], where: str) -> Executable:
         """Compile a StableHLO portable artifact; arguments as for `load`.
@@ -167,7 +173,7 @@ class Client:
             raise PrecastError(
                 f"{where}: jaxlib {jaxlib_version} does not compile this StableHLO ({error}); export the model again."
             ) from None
-        return self._executable(loaded, results, compiled=True)
+        return self._executable(loaded, results, where, compiled=True)
 
     def put(self, array: np.ndarray) -> Buffer:
         """Hand an array to the device: zero-copy if it starts on a 64-byte boundary, else as a copy.
@@ -200,7 +206,8 @@ class Client:
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
         """Return a zeroed array and a buffer that shares its memory; values written before a call reach that call.
 
-        Making a buffer takes longer than a small program, so inputs of every call are made once.
+        Making a buffer takes longer than running a small program. So a caller makes the buffers of its inputs once, and
+        writes new values into their arrays before each call.
         """
         array = aligned_zeros(shape, dtype)
         return array, self.put(array)
@@ -212,7 +219,7 @@ class Client:
         return np.ctypeslib.as_array(memory)
 
     def get(self, buffer: Buffer) -> np.ndarray:
-        """Return a read-only view of a buffer, valid until a call consumes the buffer. It rejects bfloat16."""
+        """Return a read-only view of a buffer, valid until a call consumes the buffer; bfloat16 is not supported."""
         return np.asarray(memoryview(cast(Any, buffer)))
 
 
@@ -242,7 +249,7 @@ def size_of(buffer: Buffer) -> int:
 def register_kernels() -> None:
     """Register precast's kernels with XLA in this process, before programs that call them are loaded."""
     for name, handler in kernels.targets().items():
-        # xla_client would take 4 ms to import.
+        # Not through xla_client, whose import takes 4 ms.
         _jax.register_custom_call_target(name, handler, "cpu", 1)
 
 
@@ -272,6 +279,6 @@ def _client(threads: int) -> Client:
     register_kernels()
     # XLA starts a thread per core, or as many as this variable says when a client is created.
     with nullcontext() if threads == usable_cores() else variable("NPROC", str(threads)):
-        # Synchronous: a call computes on the calling thread and returns when done. Nothing here runs concurrently, and
-        # handing each step to another thread costs more than it hides.
+        # Synchronous: a call computes on the calling thread and returns when it is done. The caller has nothing else to
+        # do meanwhile, and handing each step to another thread would take extra time.
         return Client(_jax.get_tfrt_cpu_client(asynchronous=False))

@@ -14,7 +14,8 @@ from ..artifact.machine import usable_cores
 _PASS_S = 2.0
 # Control groups of version 1 state a number just below 2^63 in place of no limit.
 _NO_LIMIT = 1 << 60
-# Threads that a user may have elsewhere: a limit higher than this plus the need is not tested.
+# More threads than a user is expected to have in other processes. A limit above this number plus the threads needed
+# counts as high enough, without a test.
 _IN_SIGHT = 4096
 
 
@@ -108,7 +109,7 @@ def _thread_limit(system: Path) -> int:
         most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
         # This limit counts threads of all the user's processes, and counting those would take a while.
         found += [most] if most != resource.RLIM_INFINITY else []
-        # Thread stacks take address space.
+        # Thread stacks take address space, so a limit on address space limits the threads as well.
         found += [0] if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY else []
     return min(found)
 

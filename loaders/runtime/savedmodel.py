@@ -21,8 +21,9 @@ SAVED_MODEL = "saved_model.pb"
 
 # Use the CPU, on which precast is tested, even if TensorFlow finds a GPU.
 _DEVICE = "/CPU:0"
-# A SavedModel is untrusted code that could write files and more. These are the operations of an export. Those that save
-# and restore variables are missing: they are for other loaders, and no function that runs calls them.
+# The operations that the functions of an export use. A SavedModel is untrusted code, and other operations could write
+# files and more. An export also has operations that save and restore variables, but only in functions for other
+# loaders, which never run here.
 _OPERATIONS = frozenset(
     """
     AssignVariableOp Const DisableCopyOnRead Identity NoOp PartitionedCall Placeholder PreventGradient ReadVariableOp
@@ -49,6 +50,7 @@ class Executable:
     def __init__(self, tensorflow: Any, function: Any, program: Program) -> None:
         self._tensorflow = tensorflow
         self._function = function
+        self._name = program.name
         self._arguments = [signature_name(v.name) for v in program.arguments]
         self._results = [signature_name(v.name) for v in program.results]
 
@@ -60,7 +62,9 @@ class Executable:
                 given = zip(self._arguments, arguments, strict=True)
                 results = self._function(**{name: tf.convert_to_tensor(value) for name, value in given})
         except (tf.errors.OpError, TypeError, ValueError) as error:
-            raise PrecastError(f"the program failed in TensorFlow: {error}") from None
+            raise PrecastError(
+                f"TensorFlow: program {self._name!r} failed ({error}); check the artifact with precast verify."
+            ) from None
         return [results[name] for name in self._results]
 
 
@@ -148,7 +152,7 @@ def load(
     try:
         with tf.device(_DEVICE):
             signatures = tf.saved_model.load(str(folder)).signatures
-    except Exception as error:  # TensorFlow documents none
+    except Exception as error:  # TensorFlow documents no exceptions
         raise PrecastError(
             f"{folder}: TensorFlow {tf.__version__} does not load this SavedModel ({error}); export the model again"
             " with this version, or install the one it was exported with."

@@ -4,7 +4,7 @@ XLA compiles the kernels of a program on several threads, and stores their objec
 Nothing depends on that order, so `canonical` sorts them: two compilations of a program then give the same bytes.
 
 The file is a protocol buffer message ``SerDesMetadata`` after its length, followed by the message
-``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto). Field 1 of that holds a ``CompilationResultProto``
+``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto). Its field 1 holds a ``CompilationResultProto``
 (xla/service/cpu/executable.proto), whose fields 8 are the object files and field 9 the target machine. The wire format
 is https://protobuf.dev/programming-guides/encoding.
 """

@@ -5,8 +5,9 @@
     STORE/NAME.json               the index of one artifact: files, and the pieces of each
     STORE/pieces/ab/abcd…         a piece; all artifacts of a store share it
 
-A push writes the index after all pieces. A pull treats the index as untrusted: no name and no size in it is used
-before it has been compared with the manifest, and the manifest with a key, if one is required.
+A push writes the index after all pieces. A pull treats the index as untrusted. It first fetches only the manifest and
+its signature, whose sizes are bounded, and verifies the signature if one is required. Then it compares every name, size
+and hash in the index with the manifest.
 """
 
 import re
@@ -24,12 +25,13 @@ from ..signing import MAX_SIGNATURE_BYTES
 INDEX_VERSION = 1
 # Small enough that a changed tensor or a lost connection costs little, large enough that requests are few.
 PIECE_BYTES = 16 << 20
-# The limit for a piece that another version of precast cut.
+# The maximum size of a piece, should another version of precast cut larger ones.
 MAX_PIECE_BYTES = 64 << 20
-# Tensors of at least this size begin a piece, wherever in the file they stand.
+# A tensor of at least this size begins a new piece, wherever it lies in the file.
 _OWN_PIECE_BYTES = 1 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 _MAX_HEADER_BYTES = 16 << 20
+_REMEDY = "push the artifact again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class StoredFile:
     Attributes:
         bytes: size of the whole file.
         sha256: hash of the whole file.
-        pieces: in the order of the file.
+        pieces: the file's pieces, in order.
     """
 
     bytes: int
@@ -72,7 +74,7 @@ class Index:
     Attributes:
         index_version: version of this layout.
         manifest: sha256 of the manifest, which identifies the artifact.
-        files: by name.
+        files: the files, by name.
     """
 
     index_version: int
@@ -100,14 +102,14 @@ def parse_index(data: bytes, where: str) -> Index:
     Raises:
         PrecastError: the version is unknown, a key or value is wrong, or sizes do not add up.
     """
-    value = parse_json(data, where)
+    value = parse_json(data, where, _REMEDY)
     version = value.get("index_version") if isinstance(value, dict) else None
     if version != INDEX_VERSION:
         found = f"version {version}" if type(version) is int else "none"
         raise PrecastError(
             f"{where}: expected an index of version {INDEX_VERSION}, found {found}; check the URL, or update precast."
         )
-    index = from_json(Index, value, where)
+    index = from_json(Index, value, where, _REMEDY)
     for name, file in index.files.items():
         _check_file(name, file, where)
     if len({(p.sha256, p.bytes) for f in index.files.values() for p in f.pieces}) != len(index.pieces):
@@ -187,8 +189,8 @@ def lengths(size: int, starts: Sequence[int]) -> Iterator[int]:
 def tensor_starts(path: Path) -> list[int]:
     """Return the offsets where large tensors of a safetensors file begin and end; none for an invalid header.
 
-    Pieces cut there are the same in another file with the same tensor, wherever it stands: an artifact with a longer
-    context, or with one more tensor, shares all other weights.
+    Pieces that are cut there do not depend on the tensor's place in the file. So a second artifact, with a longer
+    context or one more tensor, shares the pieces of all tensors that both have.
     """
     with open_plain(path) as file:
         length = int.from_bytes(file.read(8), "little")

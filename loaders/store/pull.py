@@ -213,7 +213,8 @@ def _checked_signature(job: _Pull, manifest: bytes, fetched: list[Piece]) -> byt
         check_bytes(manifest, signature, job.key, str(store))
     elif signature is not None and signed_digest(signature, str(store)) != job.index.manifest:
         raise PrecastError(
-            f"{store}: {SIGNATURE_FILE} is for another {MANIFEST_FILE}; sign the artifact and push it again."
+            f"{store}: {SIGNATURE_FILE} signs another {MANIFEST_FILE} than the one in the store; sign the artifact and"
+            " push it again."
         )
     return signature
 
@@ -227,7 +228,8 @@ def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
         parts.append(data)
     if hashlib.sha256(contents := b"".join(parts)).hexdigest() != file.sha256:
         raise PrecastError(
-            f"{store}: the index lists pieces that do not make up their file; push the artifact again."
+            f"{store}: the pieces of {MANIFEST_FILE} or its signature do not match the file's hash; push the artifact"
+            " again."
         )
     return contents
 
@@ -329,7 +331,8 @@ def _receive(job: _Pull, *, overwrite: bool, progress: Progress | None) -> list[
         for name, file in index.files.items():
             _write(store, file, temporary.joinpath(*files.split_name(root, name)), name)
     files.record_hash(root / WEIGHTS_FILE, index.files[WEIGHTS_FILE].sha256)
-    # Record the folder before dropping the pieces: so another pull finds them at any moment.
+    # Record the folder before dropping the pieces, so that another pull finds their bytes in one of the two at any
+    # moment.
     cache.note_folder(root, index, job.key_name)
     cache.drop_pieces(index)
     return fetched
@@ -359,7 +362,7 @@ def _write(store: Store, file: StoredFile, path: Path, name: str) -> None:
             offset += len(data)
     if digest.hexdigest() != file.sha256:
         raise PrecastError(
-            f"{store}: the pieces of {name!r} do not make up the file in the manifest; push the artifact again."
+            f"{store}: the pieces of {name!r} do not match the file's hash in the manifest; push the artifact again."
         )
 
 

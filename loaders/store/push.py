@@ -52,7 +52,7 @@ def push(path: Path, url: str, *, rehash: bool = False, progress: Progress | Non
             sent += [piece] if was_sent else []
             done += piece.bytes
             show(Step(text="pushing", done=done, total=total, unit="bytes"))
-        # Repeated pieces were not counted.
+        # A piece that occurs several times was counted once, so the sum may have stayed below the total.
         show(Step(text="pushing", done=total, total=total, unit="bytes"))
     index = Index(index_version=INDEX_VERSION, manifest=files[MANIFEST_FILE].sha256, files=files)
     store.write(f"{store.name}.json", (json.dumps(dataclasses.asdict(index)) + "\n").encode())
@@ -76,7 +76,7 @@ class _Content:
     """A file to send.
 
     Attributes:
-        data: its contents; None if it is read later.
+        data: the file's contents; None for a file that is read later, when it is cut into pieces.
     """
 
     name: str

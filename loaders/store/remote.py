@@ -33,9 +33,9 @@ _PERMANENT = (
     PermissionError,
 )
 _PERMANENT_CODES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM}
-# The answers of a web server that accepts no PUT.
+# The statuses with which a web server refuses PUT.
 _READ_ONLY = (405, 501)
-# fsspec supports them only with cached listings, and shows half-written files.
+# For these protocols, fsspec always caches listings, and shows half-written files.
 _UNSUPPORTED = ("sftp", "ssh")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -70,7 +70,7 @@ class Store:
         return without_secrets(self.url)
 
     def read(self, path: str, limit: int, *, attempts: int = len(_WAITS) + 1) -> bytes:
-        """Return the contents of a file, at most `limit` + 1 bytes.
+        """Return the contents of a file, at most `limit` + 1 bytes; the extra byte tells that the file is too large.
 
         Args:
             path: the file's path in the store.
@@ -178,14 +178,14 @@ def _read_plain(path: Path, limit: int) -> bytes:
 
 
 class _NotPlain(Exception):
-    """A pipe, device or folder has the name of a file."""
+    """The path of a file leads to a pipe, a device or a folder."""
 
 
 def _underlying(error: Exception) -> Exception:
-    """Return the cause of an error that fsspec disguises, or else the error.
+    """Return the true error behind one that fsspec has raised.
 
-    fsspec reports FileNotFoundError if a web server does not answer or refuses. Other stores' FileNotFoundError is
-    genuine, even if it has a cause.
+    If a web server does not answer, or refuses, fsspec raises FileNotFoundError and gives the true error as its cause.
+    From other stores a FileNotFoundError is genuine, even if it has a cause.
     """
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or isinstance(cause, FileNotFoundError):
@@ -262,7 +262,7 @@ def _package(protocol: str) -> str:
 
 
 def _s3_options(parent: str, configured: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the bucket and the options for s3fs: the key and secret in a URL, and no retries besides ours."""
+    """Return the bucket and the options for s3fs: the key and secret of the URL, and no retries, because we retry."""
     options: dict[str, Any] = {}
     if "config_kwargs" not in configured:
         options["config_kwargs"] = {"retries": {"max_attempts": 1}, "connect_timeout": 15}

@@ -73,7 +73,7 @@ def map_in_threads(
 ) -> Generator[Result, None, None]:
     """Yield the results of a function in the order of completion.
 
-    Each item may be megabytes, so no more items are taken than the threads can use soon.
+    An item may hold megabytes, so items are taken only as fast as the threads finish them.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         pending: set[Future[Result]] = set()

@@ -1,7 +1,7 @@
-"""The filters and tests that a chat template may use. Each is charged before it runs.
+"""The filters and tests that a chat template may use. Each charges its cost to the meter before it runs.
 
-The results equal those of jinja2's own filters and tests. A template sees no others. Importing this module imports
-jinja2.
+The results equal those of jinja2's own filters and tests. A template cannot use any others. `chat_meter` explains
+costs. Importing this module imports jinja2.
 """
 
 import json
@@ -23,8 +23,9 @@ from .chat_methods import charge, lines_cost, replace_cost
 NUMBER_BITS = 4096
 """The most bits of a number that a template may calculate with."""
 
-# In `%` and `{}` formats: a width or precision of at least four digits, or one from an argument, or nested brackets,
-# which could hide either. Matching takes linear time, because no two repeats can match the same character.
+# Matches a `%` or `{}` format whose width or precision has at least four digits or comes from an argument, and a format
+# with nested brackets, which could hide either. Matching takes linear time, because no two repeats of the pattern can
+# match the same character.
 WIDE = re.compile(
     r"%(\([^()]*\))?[-# +.\d]*?(\*|\d{4})|%\([^()]*\(|\{[^{}:]*:[^{}]*?(\{|\d{4})",
 )
@@ -81,7 +82,7 @@ def _like(method: str) -> Callable[[Meter, str, tuple[Any, ...]], None]:
 
 
 def _per_character(count: int, characters: int) -> Callable[[Meter, str, tuple[Any, ...]], None]:
-    """Charge `count` bytes for each character, and one step for every `characters` characters."""
+    """Return a function that charges `count` bytes for each character, and a step for every `characters` characters."""
 
     def charge_for(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
         meter.step(len(text) // characters)
@@ -204,7 +205,7 @@ def _float(environment: Any, value: Any, default: Any = 0.0) -> Any:
 
 
 def _number_text(meter: Meter, text: str) -> None:
-    # The error quotes text that is not a number, escaped.
+    # If the text is not a number, the error quotes it, with escapes.
     meter.step(len(text) >> 2)
     meter.allocate(0, temporary=2 * size(text) + 48 * len(text))
 
@@ -401,7 +402,7 @@ def _comparison(name: str) -> Callable[..., Any]:
 
 
 def _of_number(name: str) -> Callable[..., Any]:
-    """Return a test that accepts only numbers, because its `%` would format a text."""
+    """Return a test that accepts only numbers: it computes `value % n`, which would format a text."""
     function: Any = TESTS[name]
 
     def run(value: Any, *args: Any) -> Any:

@@ -95,7 +95,7 @@ class _Instrumenter(NodeTransformer):
     # Bodies
 
     def _body(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
-        """Charge all nodes of a body whenever it runs."""
+        """Insert a call that charges for all nodes of a body whenever the body runs."""
         before = self._nodes
         self.generic_visit(node)
         kept = 64
@@ -108,7 +108,7 @@ class _Instrumenter(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self._body(node)
-        if node.test is not None:  # an item that fails the test never reaches the body
+        if node.test is not None:  # charge for the test, too: an item that fails it never reaches the body
             node.test = nodes.And(_call("metered_test"), node.test)
         return node
 

@@ -1,10 +1,13 @@
 """Encode chats whose messages are plain text: special-token text in a message cannot forge a turn.
 
+A control token is a special token, or an added token that the template writes or that is spelt like `<|…|>`.
+
 1. Before the template runs, a marker (a Unicode noncharacter) splits each occurrence of a control token's text in the
    caller's values.
 2. In the rendered prompt the tokenizer finds only the template's own control tokens. A stand-in replaces each of them.
 3. The markers are removed, and a second tokenizer encodes the result. It knows the stand-ins and treats control tokens
    as plain text, so that text between two control tokens gets the same ids as in the ordinary encoding.
+4. In the result, the id of each stand-in is replaced with the id of its control token.
 
 A chat without the text of control tokens is encoded in the ordinary way.
 """
@@ -100,8 +103,8 @@ class LiteralChat:
             if marker not in text and f"\\u{ord(marker):04x}" not in text:
                 return marker
         raise PrecastError(
-            f"Chat: the messages use all {len(_MARKERS)} noncharacters U+FDD0 to U+FDEF, and literal content needs a"
-            " free one; remove one from the messages."
+            f"Chat: literal encoding needs one of the {len(_MARKERS)} noncharacters U+FDD0 to U+FDEF as a marker, but"
+            " the messages contain all of them; remove one from the messages."
         )
 
     def _encode(self, prompt: str, marker: str) -> list[int]:
@@ -121,7 +124,10 @@ class LiteralChat:
         return self._restore(encode(literal, text, add_special_tokens=False).ids, real, text)
 
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
-        """Return True if the template wrote the control token. An unknown character may produce one, too."""
+        """Return True if the template wrote the control token.
+
+        A character that the vocabulary lacks may become a control token, too: the token for unknown text.
+        """
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):
             return False
@@ -136,7 +142,7 @@ class LiteralChat:
             raise _unsupported()
         plain = text.lower()
         for number in set(ids) & self._control.keys():
-            # An unknown character also produces a control token, but not from the token's text.
+            # The token for unknown text is a control token as well, but does not come from its own spelling.
             if (content := self._control[number].content).lower() in plain:
                 raise PrecastError(
                     f"Chat: the text {content!r} cannot be encoded literally, because the vocabulary also has it as a"
@@ -158,7 +164,7 @@ class _TokenTexts:
         self._sizes = range(1, max(map(len, contents), default=1))
 
     def mark(self, text: str, marker: str) -> str:
-        """Break each token text in `text` with a marker, and mark an end that holds part of a token text."""
+        """Return `text` with a marker inside each token text, and at an end that could be part of a token text."""
         pieces, end = [], 0
         for match in self._start.finditer(text):
             place = match.start() + (len(match[1]) > 1)
@@ -174,7 +180,7 @@ class _TokenTexts:
 
 
 def _unsupported() -> PrecastError:
-    return PrecastError("Chat: this tokenizer cannot encode content literally; turn off literal.")
+    return PrecastError("Chat: this tokenizer cannot encode messages literally; turn the option literal off.")
 
 
 def _names(value: Any) -> Iterator[str]:

@@ -1,5 +1,9 @@
 """Meter the work, the memory and the time of one rendering of a chat template.
 
+Work is counted in steps, such as a node evaluated or an item visited. An operation is charged before it runs: its steps
+and the bytes that it will allocate are added to the meter, which raises `LimitExceeded` beyond a limit. The cost often
+depends on the weight of a value, which is the value's size with a shared part counted every time it occurs.
+
 Importing this module imports jinja2.
 """
 
@@ -30,13 +34,13 @@ class Limits(Frozen):
     nodes: int = 20_000
     """Nodes of its syntax tree."""
     tables: int = 500_000
-    """Names times conditions, loops and macros."""
+    """Number of names times number of conditions, loops and macros."""
     code: int = 400_000
     """Characters of the Python code that the template becomes."""
     steps: int = 20_000_000
     """Nodes evaluated and items visited in one rendering; copying 64 characters counts as one."""
     operation: int = 2_000_000
-    """Steps of one operation inside the interpreter, which delays Ctrl-C: at most 0.2 seconds."""
+    """Steps of one operation inside the interpreter. Ctrl-C waits for such an operation, at most about 0.2 seconds."""
     allocated: int = 1 << 27
     """Bytes of text and lists allocated in one rendering, including those freed again."""
     depth: int = 100
@@ -44,9 +48,9 @@ class Limits(Frozen):
     output: int = 1 << 24
     """Characters of the prompt."""
     seconds: float = 2.0
-    """CPU time of the thread for one compilation, and for one rendering. A busy machine does not use it up."""
+    """CPU time of the thread for one compilation, and for one rendering. Waiting on a busy machine does not count."""
     wall_seconds: float = 60.0
-    """Wall-clock time for the same, for a machine that swaps."""
+    """Wall-clock time for one compilation, and for one rendering, in case the machine swaps."""
 
     def for_probe(self) -> "Limits":
         """Return the limits for rendering one short message: few enough steps that the time limit never applies."""
@@ -150,9 +154,10 @@ class Meter:
             raise LimitExceeded(f"it allocated more than {self.limits.allocated:,} bytes of text and lists")
 
     def release(self) -> None:
-        """Release the values: a stored error may keep this meter alive, and jinja2's objects form cycles."""
-        self._weights.clear()
-        # Python decides by the number of objects when to collect cycles, not by their bytes.
+        """Release the values of this rendering."""
+        self._weights.clear()  # a stored error may keep this meter alive
+        # jinja2's objects form cycles. Python decides by the number of objects when to collect cycles, not by their
+        # bytes.
         if self._allocated > self.limits.allocated >> 2:
             gc.collect()
 

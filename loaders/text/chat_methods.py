@@ -124,7 +124,7 @@ def replace_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
     places = text.count(old)
     places = places if most < 0 else min(places, most)
     count = len(text) + places * max(0, len(new) - len(old))
-    # The method first widens a text whose characters take fewer bytes.
+    # `str.replace` first widens a text whose characters take fewer bytes than those of the result.
     return 80 + (count + len(text)) * max(width(text), width(new)), places + (len(text) >> 4) + (count >> 6)
 
 

@@ -2,8 +2,9 @@
 
 A template can use only a closed set of operations, and each is charged before it runs:
 
-- `chat_instrument` rewrites the syntax tree before compilation, so that the sandbox also executes loop turns, macros,
-  comparisons, slices, lists and `~`. Any jinja2 sandbox executes operators, calls and attributes.
+- `chat_instrument` rewrites the syntax tree before compilation, so that the sandbox also executes loop iterations,
+  macros, comparisons, slices, lists and `~`. Every jinja2 sandbox already executes operators, calls and attributes
+  itself.
 - `chat_meter` weighs values. The weight is the size of a value with shared parts counted each time. A list that has the
   same list twice, forty levels deep, weighs a trillion items, although it takes a few kilobytes.
 - `chat_filters` and `chat_methods` list the filters, tests and methods whose arguments determine their cost. There are
@@ -50,7 +51,7 @@ def compile_template(source: str, limits: Limits) -> tuple["Sandbox", CodeType]:
 
 
 class ShortUndefined(Undefined):
-    """An undefined value with a short message. It refers to its owner's type, so that the owner can be freed."""
+    """An undefined value with a short message. It keeps only the type of its owner, so that the owner can be freed."""
 
     __slots__ = ()
 

@@ -59,7 +59,7 @@ class ChatTemplate:
         self._needs_parts = (
             _ITERATES_CONTENT.search(source) is not None and _TESTS_FOR_TEXT.search(source) is None
         )
-        # Python's own compiler has limits, too: SyntaxError, RecursionError, MemoryError.
+        # Python's own compiler has limits, too, and raises SyntaxError, RecursionError or MemoryError beyond them.
         self._sandbox, self._code = _translate_errors(lambda: compile_template(source, self._limits))
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None) -> str:
@@ -157,7 +157,7 @@ def _limit_output(pieces: Iterable[str], most: int) -> Iterator[str]:
 
 
 def _translate_errors(work: Callable[[], Any]) -> Any:
-    """Call `work` and raise its error as a PrecastError, without the traceback, which keeps the work's values alive."""
+    """Call `work`; raise its error as a PrecastError without the traceback, which would keep `work`'s values alive."""
     try:
         return work()
     except Exception as error:

@@ -1,6 +1,6 @@
 """The tokenizer of an artifact: encoding, decoding token by token, chat prompts.
 
-Making a tokenizer imports `tokenizers`, and the first chat imports jinja2, because imports delay the first token.
+`tokenizers` is imported when a tokenizer is made, and jinja2 at the first chat, because imports delay the first token.
 """
 
 import base64
@@ -102,12 +102,12 @@ class Tokenizer:
 
     @property
     def largest_id(self) -> int:
-        """The largest id of any token, or -1."""
+        """The largest id of any token; -1 if there is none."""
         return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def largest_own_id(self) -> int:
-        """The largest id in the vocabulary, excluding added tokens, or -1."""
+        """The largest id in the vocabulary, excluding added tokens; -1 if there is none."""
         return max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
 
     def tokens_from(self, first: int) -> list[str]:
@@ -155,7 +155,7 @@ class Tokenizer:
         """Return the text of `ids`. An id without a token, as in a padded vocabulary, has no text.
 
         Raises:
-            PrecastError: an id is negative or absurdly large.
+            PrecastError: an id is negative or exceeds 32 bits.
         """
         try:
             return decode(self._library, list(ids), skip_special_tokens=skip_special_tokens)
@@ -286,10 +286,10 @@ class Tokenizer:
 class TextStream:
     """An incremental decoder for one text. The cost of a token is independent of the text's length.
 
-    The results of `push`, joined, are `decode` of the ids so far without an incomplete character at the end. With the
-    result of `finish` they are `decode` of all ids. The exception is a decoder that takes text back: SentencePiece
-    replaces *every* character of a run of byte tokens with U+FFFD if one of them is broken. A stream cannot replace
-    characters that it has returned.
+    The results of `push`, joined, equal `decode` of the ids so far, except for an incomplete character at the end. With
+    the result of `finish`, they equal `decode` of all ids. There is one exception: if a run of byte tokens is not valid
+    UTF-8, SentencePiece replaces *every* character of the run with U+FFFD, and a stream cannot replace the characters
+    that it has already returned.
     """
 
     def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int]) -> None:
@@ -300,7 +300,7 @@ class TextStream:
         """Return the text that this token completes, or "" if a character is still incomplete.
 
         Raises:
-            PrecastError: the id is negative or absurdly large.
+            PrecastError: the id is negative or exceeds 32 bits.
         """
         if token_id in self._skipped:
             return ""
@@ -425,7 +425,7 @@ def _kinds(decoder: Mapping[str, Any]) -> Iterator[str]:
         yield decoder["type"]
 
 
-# The key, or any JSON escape of an ASCII letter, which the key may be written with.
+# Matches the key, or any JSON escape of an ASCII letter, because the key may be written with such escapes.
 _CHARSMAP = re.compile(rb"precompiled_charsmap|\\u00[2-7]")
 
 

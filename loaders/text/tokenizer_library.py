@@ -35,7 +35,7 @@ def decode(library: "LibraryTokenizer", ids: list[int], *, skip_special_tokens: 
     """Return the text of token ids.
 
     Raises:
-        OverflowError: an id is negative or absurdly large.
+        OverflowError: an id is negative or exceeds 32 bits.
     """
     with translate_errors("tokenizer.json: expected a tokenizer that decodes any tokens", OverflowError):
         return library.decode(ids, skip_special_tokens=skip_special_tokens)

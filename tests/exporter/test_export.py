@@ -227,8 +227,10 @@ def test_a_read_error_of_the_source_is_reported(export_refusal, tiny_source):
 def test_a_full_disk_at_any_file_leaves_nothing(export_refusal, tiny_source, monkeypatch, method):
     """Each file that is written by a single call fails once. The first is the mark of the temporary folder."""
     original, seen = getattr(Path, method), []
-    stopped = "writing stopped (No space left on device); nothing was left behind"
-    begun = ["cannot write there (No space left on device)"] if method == "write_bytes" else []
+    stopped = (
+        "writing stopped (No space left on device), and the unfinished folder was removed; free some space"
+    )
+    begun = ["cannot be created (No space left on device)"] if method == "write_bytes" else []
 
     for place, sentence in enumerate([*begun, *[stopped] * (4 if method == "write_bytes" else 2)]):
         seen.clear()

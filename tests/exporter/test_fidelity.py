@@ -175,8 +175,11 @@ def test_the_manifest_contains_them(measured):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"top1": None}, "m.json: fidelity.top1: expected a number, found None."),
-        ({"tokens": 1.5}, "m.json: fidelity.tokens: expected a whole number, found 1.5."),
+        ({"top1": None}, "m.json: fidelity.top1: expected a number, found None; export the model again."),
+        (
+            {"tokens": 1.5},
+            "m.json: fidelity.tokens: expected a whole number, found 1.5; export the model again.",
+        ),
         ({"kl": 1}, "m.json: fidelity: key 'kl' is not known"),
     ],
 )

@@ -301,7 +301,10 @@ def test_fault_05_offsets_and_sizes_that_lie(artifact_copy, put, run_refused, ch
 def test_fault_05_a_header_longer_than_its_file(artifact_copy, put, run_refused, length):
     data = (artifact_copy / "weights.safetensors").read_bytes()
     put(artifact_copy, "weights.safetensors", length.to_bytes(8, "little") + data[8:])
-    assert "expected a safetensors file, found no valid header length." in run_refused(artifact_copy)
+    assert (
+        "expected a safetensors file, found no valid header length; copy or export the artifact again."
+        in run_refused(artifact_copy)
+    )
 
 
 @pytest.mark.parametrize(
@@ -349,7 +352,10 @@ def values_of(manifest):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b" " * (16 << 20) + b"{}", "expected at most 16777216 bytes, found 16777218."),
+        (
+            b" " * (16 << 20) + b"{}",
+            "expected at most 16777216 bytes, found 16777218; copy or export the artifact again.",
+        ),
         (b'{"a":' * 200_000, "nested too deeply"),
         (b"[" * 1_000_000, "nested too deeply"),
         (b'{"format_version": 5, "format_version": 5}', "a key occurs twice in one object"),
@@ -395,7 +401,10 @@ def test_fault_06_a_weights_header_that_is_a_bomb(artifact_copy, put, run_refuse
         (b'{"a":1,"a":1}', "a key occurs twice in one object"),
         (b"x" * 128, "expected JSON"),
         (b"[]" + b" " * 62, "expected a safetensors header, found []"),
-        (b" " * (17 << 20), "expected at most 16777216 bytes of JSON, found 17825792."),
+        (
+            b" " * (17 << 20),
+            "expected at most 16777216 bytes of JSON, found 17825792; copy or export the artifact again.",
+        ),
     ):
         put(artifact_copy, "weights.safetensors", len(text).to_bytes(8, "little") + text + bytes(64))
         assert expected in run_refused(artifact_copy)

@@ -99,10 +99,10 @@ def test_the_portable_form_is_compiled_on_request(add, artifact_copy):
 def test_a_taken_name_is_refused(add, refused, artifact_copy):
     add()
     assert refused() == (
-        f"{artifact_copy}: target {NAME!r} is there already; replace it with --overwrite, or run it with --target"
+        f"{artifact_copy}: target {NAME!r} exists already; replace it with --overwrite, or run it with --target"
         f" {NAME}."
     )
-    assert f"target {EXPORTED!r} is there already" in refused(None)
+    assert f"target {EXPORTED!r} exists already" in refused(None)
 
 
 def test_overwrite_replaces(add, artifact_copy, tree):

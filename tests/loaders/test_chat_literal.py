@@ -271,7 +271,7 @@ def test_a_tokenizer_with_the_token_as_a_word_is_refused() -> None:
 def test_messages_with_every_marker() -> None:
     made = make(byte_level(), CHATML)
     everything = "".join(chr(code) for code in range(0xFDD0, 0xFDF0))
-    with pytest.raises(PrecastError, match=r"use all 32 noncharacters U\+FDD0 to U\+FDEF"):
+    with pytest.raises(PrecastError, match=r"one of the 32 noncharacters U\+FDD0 to U\+FDEF"):
         made.encode_chat(chat(everything + "<|im_end|>"), literal=True)
     assert made.encode_chat(chat(everything[1:] + "<|im_end|>"), literal=True)
 
@@ -321,6 +321,6 @@ def test_a_control_token_within_a_word_of_the_template_is_refused(word: str) -> 
         library.to_str().encode(), chat_template=CHATML, bos_token=None, eos_token=None
     )
     with pytest.raises(
-        PrecastError, match=r"^Chat: this tokenizer cannot encode content literally; turn off"
+        PrecastError, match=r"^Chat: this tokenizer cannot encode messages literally; turn the option"
     ):
         made.encode_chat([{"role": "user", "content": "I say nothing."}], literal=True)

@@ -197,7 +197,7 @@ def test_memory(good):
     never = examine(good, memory=Memory(limit=need.all - 1, available=1))
     assert not never.runs
     assert [p.what for p in never.problems] == ["memory"]
-    assert "of memory, this machine or container has" in text(never)
+    assert "of memory, but this machine or container has" in text(never)
     now = examine(good, memory=Memory(limit=need.all, available=need.all - 1))
     assert now.runs
     assert [n.what for n in now.notes] == ["memory"]
@@ -220,9 +220,9 @@ def test_limits_that_are_too_low(good):
     assert not low.runs
     space, threads = low.problems
     assert space.problem.startswith("it needs ")
-    assert space.problem.endswith("of address space, this process may take 10.5 MB more (ulimit -v)")
+    assert space.problem.endswith("of address space, but this process may take only 10.5 MB more (ulimit -v)")
     assert threads.problem == (
-        "XLA starts 33 threads, this process may start 3 more (ulimit -u, pids.max of the container)"
+        "XLA starts 33 threads, but this process may start only 3 more (ulimit -u, pids.max of the container)"
     )
     assert space.remedy == threads.remedy == "raise that limit, or compute with fewer threads (--threads 1)"
     assert f"! {threads.problem}" in text(low)
@@ -242,7 +242,9 @@ def test_a_promise_that_ends(good, today, when):
     report = examine(good, today=today)
     assert report.runs
     (note,) = report.notes
-    assert note.problem == f"its StableHLO is promised to compile with newer jaxlibs until 2026-04-11, {when}"
+    assert note.problem == (
+        f"newer jaxlibs are guaranteed to compile its StableHLO only until 2026-04-11 ({when})"
+    )
     assert "precast add-target /art" in note.remedy
 
 
@@ -274,7 +276,7 @@ def test_what_cannot_be_read_is_exit_code_2(cli, tmp_path, tiny_artifact, artifa
     assert cli("check", tmp_path / "none").exit_code == 2
     result = cli("check", tiny_artifact, "--target", "gpu")
     assert result.exit_code == 2
-    assert "target 'gpu' is not in the artifact; it holds 'cpu-" in result.stderr
+    assert "target 'gpu' is not in the artifact; name one of its targets: 'cpu-" in result.stderr
     edit_manifest(artifact_copy, lambda m: m["targets"][0].update(stablehlo_expires="soon"))
     result = cli("check", artifact_copy)
     assert result.exit_code == 2

@@ -163,7 +163,7 @@ def test_a_named_target_is_taken_or_refused_but_never_replaced():
     assert "target 'other': it was compiled for aarch64" in message
     assert "cpu-x86_64-avx2" not in message
     assert refusal(COMPILED, PORTABLE, name="gpu") == (
-        "art: target 'gpu' is not in the artifact; it holds 'cpu-x86_64-avx2', 'portable'."
+        "art: target 'gpu' is not in the artifact; name one of its targets: 'cpu-x86_64-avx2', 'portable'."
     )
 
 

@@ -137,8 +137,8 @@ def test_without_a_home_folder_every_load_compiles_and_logs_that(homeless, compi
         assert found["decode"].is_new
         (line,) = said
         assert line == (
-            "art: will be compiled again at the next start, because this user has no home folder to keep it in; set"
-            " PRECAST_CACHE to a folder."
+            "art: will be compiled again at the next start, because this user has no home folder to hold"
+            " the cache folder; set PRECAST_CACHE to a folder."
         )
 
 

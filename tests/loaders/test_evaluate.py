@@ -305,7 +305,7 @@ def test_the_window_is_the_default_where_every_model_has_room():
 def test_a_window_outside_the_models_is_refused(window, found):
     with pytest.raises(PrecastError) as raised:
         e.check_window(window, [fake(context=2048), fake("short", context=100)])
-    assert str(raised.value) == (f"--window: expected 8 to 100 (the positions of short), found {found}.")
+    assert str(raised.value) == (f"--window: expected 8 to 100 (the context of short), found {found}.")
 
 
 @pytest.mark.parametrize(

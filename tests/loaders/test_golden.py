@@ -51,7 +51,11 @@ def test_logits_match_the_reference(value, manifest, reference):
         (["more"], 1, "g: key 'more' is not known to this format version;"),
         (["greedy", 0, "more"], 1, "g: greedy[0]: key 'more' is not known"),
         (["greedy", 0, "first_logits", "more"], 1, "g: greedy[0].first_logits: key 'more' is not known"),
-        (["greedy", 0, "first_logits"], None, "g: greedy[0].first_logits: expected an object, found None."),
+        (
+            ["greedy", 0, "first_logits"],
+            None,
+            "g: greedy[0].first_logits: expected an object, found None; export the model again.",
+        ),
         (
             ["greedy", 0, "prompt_token_ids"],
             [],
@@ -61,10 +65,18 @@ def test_logits_match_the_reference(value, manifest, reference):
         (["greedy", 0, "prompt_token_ids"], [5] * 64, "greedy[0]: the prompt leaves no room for an answer;"),
         (["greedy", 0, "prompt_token_ids"], [320], "greedy[0]: a token is beyond the vocabulary of 320;"),
         (["greedy", 0, "token_ids"], [320], "greedy[0]: a token is beyond the vocabulary of 320;"),
-        (["greedy", 0, "token_ids"], [-1], "expected a whole number from 0 to 2^63 - 1, found -1."),
+        (
+            ["greedy", 0, "token_ids"],
+            [-1],
+            "expected a whole number from 0 to 2^63 - 1, found -1; export the model again.",
+        ),
         (["greedy", 0, "first_logits", "token_ids"], [400], "expected a logit for each token"),
         (["greedy", 0, "first_logits", "values"], [1.0], "expected a logit for each token, found 1 for 8;"),
-        (["greedy", 0, "first_logits", "tolerance"], "x", "tolerance: expected a number, found 'x'."),
+        (
+            ["greedy", 0, "first_logits", "tolerance"],
+            "x",
+            "tolerance: expected a number, found 'x'; export the model again.",
+        ),
     ],
 )
 def test_invalid_values_are_named(value, manifest, path, new, text):

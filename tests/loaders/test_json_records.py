@@ -74,42 +74,44 @@ def test_an_integer_is_accepted_as_a_float():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"name": 1}, "m.json: name: expected a text, found 1."),
-        ({"name": None}, "m.json: name: expected a text, found None."),
-        ({"ratio": "x"}, "m.json: ratio: expected a number, found 'x'."),
-        ({"ratio": True}, "m.json: ratio: expected a number, found True."),
-        ({"ratio": 10**400}, "m.json: ratio: expected a number in the range of a float, found a larger one."),
-        ({"flag": 1}, "m.json: flag: expected true or false, found 1."),
-        ({"flag": "true"}, "m.json: flag: expected true or false, found 'true'."),
-        ({"numbers": 3}, "m.json: numbers: expected a list, found 3."),
-        ({"numbers": {}}, "m.json: numbers: expected a list, found an object."),
-        ({"numbers": [1, "2"]}, "m.json: numbers[1]: expected a whole number, found '2'."),
-        ({"numbers": [1.0]}, "m.json: numbers[0]: expected a whole number, found 1.0."),
-        ({"numbers": [True]}, "m.json: numbers[0]: expected a whole number, found True."),
-        ({"numbers": [-1]}, "m.json: numbers[0]: expected a whole number from 0 to 2^63 - 1, found -1."),
+        ({"name": 1}, "m.json: name: expected a text, found 1"),
+        ({"name": None}, "m.json: name: expected a text, found None"),
+        ({"ratio": "x"}, "m.json: ratio: expected a number, found 'x'"),
+        ({"ratio": True}, "m.json: ratio: expected a number, found True"),
+        ({"ratio": 10**400}, "m.json: ratio: expected a number in the range of a float, found a larger one"),
+        ({"flag": 1}, "m.json: flag: expected true or false, found 1"),
+        ({"flag": "true"}, "m.json: flag: expected true or false, found 'true'"),
+        ({"numbers": 3}, "m.json: numbers: expected a list, found 3"),
+        ({"numbers": {}}, "m.json: numbers: expected a list, found an object"),
+        ({"numbers": [1, "2"]}, "m.json: numbers[1]: expected a whole number, found '2'"),
+        ({"numbers": [1.0]}, "m.json: numbers[0]: expected a whole number, found 1.0"),
+        ({"numbers": [True]}, "m.json: numbers[0]: expected a whole number, found True"),
+        ({"numbers": [-1]}, "m.json: numbers[0]: expected a whole number from 0 to 2^63 - 1, found -1"),
         (
             {"numbers": [2**63]},
-            "numbers[0]: expected a whole number from 0 to 2^63 - 1, found 9223372036854775808.",
+            "numbers[0]: expected a whole number from 0 to 2^63 - 1, found 9223372036854775808",
         ),
-        ({"leaves": [[]]}, "m.json: leaves[0]: expected an object, found a list."),
-        ({"leaves": [{"count": 1, "label": 5}]}, "m.json: leaves[0].label: expected a text, found 5."),
-        ({"by_name": []}, "m.json: by_name: expected an object, found a list."),
-        ({"by_name": {"q": 1}}, "m.json: by_name['q']: expected an object, found 1."),
-        ({"by_name": {"q": {"count": 1}}}, "m.json: by_name['q']: key 'label' is missing."),
+        ({"leaves": [[]]}, "m.json: leaves[0]: expected an object, found a list"),
+        ({"leaves": [{"count": 1, "label": 5}]}, "m.json: leaves[0].label: expected a text, found 5"),
+        ({"by_name": []}, "m.json: by_name: expected an object, found a list"),
+        ({"by_name": {"q": 1}}, "m.json: by_name['q']: expected an object, found 1"),
+        ({"by_name": {"q": {"count": 1}}}, "m.json: by_name['q']: key 'label' is missing"),
         (
             {"extra": {"count": "1", "label": None}},
-            "m.json: extra.count: expected a whole number, found '1'.",
+            "m.json: extra.count: expected a whole number, found '1'",
         ),
-        ({"extra": False}, "m.json: extra: expected an object, found False."),
+        ({"extra": False}, "m.json: extra: expected an object, found False"),
     ],
 )
 def test_every_wrong_value_is_named_with_its_place(change, text):
-    assert error(GOOD | change).endswith(text)
+    assert error(GOOD | change).endswith(f"{text}; export the model again.")
 
 
 @pytest.mark.parametrize("key", GOOD)
 def test_every_missing_key_is_named(key):
-    assert error({k: v for k, v in GOOD.items() if k != key}) == f"m.json: key {key!r} is missing."
+    assert error({k: v for k, v in GOOD.items() if k != key}) == (
+        f"m.json: key {key!r} is missing; export the model again."
+    )
 
 
 def test_unknown_keys_are_named():
@@ -135,11 +137,11 @@ def test_numbers_that_are_not_finite_are_refused(value):
         (b"", "m.json: expected JSON"),
         (b"{", "m.json: expected JSON"),
         (b"\xff\xfe{}", "m.json: expected JSON"),
-        (b"[" * 100_000, "m.json: the JSON is nested too deeply."),
-        (b'{"a":' * 100_000, "m.json: the JSON is nested too deeply."),
+        (b"[" * 100_000, "m.json: the JSON is nested too deeply; copy or export the artifact again."),
+        (b'{"a":' * 100_000, "m.json: the JSON is nested too deeply; copy or export the artifact again."),
         (b"9" * 10_000, "m.json: expected JSON"),
         (b" " * (MAX_JSON_BYTES + 1), f"m.json: expected at most {MAX_JSON_BYTES} bytes of JSON"),
-        (b"null", "m.json: expected an object, found None."),
+        (b"null", "m.json: expected an object, found None; export the model again."),
     ],
 )
 def test_anything_but_a_json_object_is_refused(data, text):

@@ -55,7 +55,8 @@ def test_too_few_threads_have_an_error_text(
     with pytest.raises(PrecastError) as raised:
         load(tiny_artifact, threads=5)
     assert str(raised.value) == (
-        f"{tiny_artifact}: XLA starts 21 threads, this process may start {most} more (ulimit -u, pids.max of the"
+        f"{tiny_artifact}: XLA starts 21 threads, but this process may start only {most} more (ulimit -u, pids.max"
+        f" of the"
         " container); raise that limit, or compute with fewer threads (--threads 1)."
     )
     assert threading.active_count() == before
@@ -163,7 +164,7 @@ def test_the_memory_of_a_second_model_counts(
         assert result.stdout == "loaded 4\n"
     else:
         assert re.fullmatch(
-            rf"{tiny_artifact}: it needs \d+\.\d MB of address space, this process may take \d+\.\d MB more"
+            rf"{tiny_artifact}: it needs \d+\.\d MB of address space, but this process may take only \d+\.\d MB more"
             r" \(ulimit -v\); raise that limit\.\n",
             result.stdout,
         )

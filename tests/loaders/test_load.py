@@ -40,7 +40,7 @@ def test_an_artifact_is_found_by_its_folder_or_the_folder_around_it(tiny_artifac
 
 def test_remains_of_an_interrupted_export_are_not_found(tmp_path, tiny_artifact):
     shutil.copytree(tiny_artifact, tmp_path / ".tiny.abc.partial")
-    with pytest.raises(PrecastError, match=r"found no manifest\.json in it"):
+    with pytest.raises(PrecastError, match=r"contains no manifest\.json"):
         find_artifact(tmp_path)
     shutil.copytree(tiny_artifact, tmp_path / "tiny")
     assert find_artifact(tmp_path) == tmp_path / "tiny"
@@ -54,10 +54,14 @@ def test_a_path_without_an_artifact_is_refused(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "two" / name / "manifest.json").write_text("{}")
     texts = {
-        "nowhere": "expected the folder of an artifact, but it does not exist; precast export makes one.",
-        "file": "expected the folder of an artifact, but it is a file; precast export makes one.",
-        "file/below": "expected the folder of an artifact, but it does not exist; precast export makes one.",
-        "empty": "expected an artifact, found no manifest.json in it; precast export makes one.",
+        "nowhere": "expected the folder of an artifact, but it does not exist; make an artifact with precast"
+        " export, or check the path.",
+        "file": "expected the folder of an artifact, but it is a file; make an artifact with precast export, or"
+        " check the path.",
+        "file/below": "expected the folder of an artifact, but it does not exist; make an artifact with precast"
+        " export, or check the path.",
+        "empty": "expected the folder of an artifact, but it contains no manifest.json; make an artifact with"
+        " precast export, or check the path.",
         "two": "expected one artifact, found 2 (a, b); name one of them.",
     }
     for name, text in texts.items():
@@ -86,20 +90,24 @@ def test_the_source_of_an_artifact_is_refused_with_the_command_that_makes_one(tm
         "model.GGUF": make.format("a GGUF file", "model.GGUF"),
         "renamed.bin": make.format("a GGUF file", "renamed.bin"),
         "one": make.format("a GGUF file in it", "one/x.gguf"),
-        "two": "expected an artifact, found no manifest.json in it; precast export makes one.",
+        "two": "expected the folder of an artifact, but it contains no manifest.json; make an artifact with precast"
+        " export, or check the path.",
         "a model": make.format("a Hugging Face model", "'a model'"),
         "a model/model.safetensors": make.format("weights of a Hugging Face model", "'a model'"),
         "artifacts": "expected one artifact, found 2 (a, b); name one of them.",
         ".": "expected an artifact, found 2 (artifacts/a, artifacts/b); name one of them.",
         "elsewhere/model-1.5B": "expected the folder of an artifact, but it does not exist; to export the model of this"
         " name from the Hugging Face hub: precast export elsewhere/model-1.5B",
-        "org/model": "expected the folder of an artifact, but it does not exist; precast export makes one.",
+        "org/model": "expected the folder of an artifact, but it does not exist; make an artifact with precast"
+        " export, or check the path.",
     }
     (tmp_path / "deep").rename(tmp_path / ".deep")
     for name, text in expected.items():
         assert refusal(name) == f"{name}: {text}"
     (tmp_path / "artifacts" / "b" / "manifest.json").unlink()
-    assert refusal(".") == ".: expected an artifact, found one below it; name that: artifacts/a"
+    assert (
+        refusal(".") == ".: expected an artifact, found one in a subfolder; name that subfolder: artifacts/a"
+    )
     for number in range(20):
         (tmp_path / "artifacts" / f"n{number:02}").mkdir()
         (tmp_path / "artifacts" / f"n{number:02}" / "manifest.json").write_text("{}")

@@ -103,8 +103,8 @@ FOUR_LISTS = {key: [] for key in ("suppress_tokens", "begin_suppress_tokens", "b
         (["sampling", "top_k"], 20.5, "m.json: sampling.top_k: expected a whole number, found 20.5"),
         (["sampling", "top_k"], 1e300, "m.json: sampling.top_k: expected a whole number from 0 to 2^63 - 1"),
         (["sampling"], [], "m.json: sampling: expected an object, found a list"),
-        (["sampling"], ..., "m.json: key 'sampling' is missing."),
-        (["tokenizer"], ..., "m.json: key 'tokenizer' is missing."),
+        (["sampling"], ..., "m.json: key 'sampling' is missing; export the model again."),
+        (["tokenizer"], ..., "m.json: key 'tokenizer' is missing; export the model again."),
     ],
 )
 def test_format_4_is_checked_as_strictly(good, path, value, text):

@@ -123,11 +123,11 @@ def test_in_an_artifact(instead, cli, url, artifact_copy, kind, verb):
             assert result.exit_code in (1, 2)
             assert (
                 "to be a plain file inside the artifact" in result.output
-                or "found no manifest.json" in result.output
+                or "contains no manifest.json" in result.output
             )
         else:
             with pytest.raises(
-                PrecastError, match=r"to be a plain file inside the artifact|found no manifest\.json"
+                PrecastError, match=r"to be a plain file inside the artifact|contains no manifest\.json"
             ):
                 acts[verb]()
         path = artifact_copy / name

@@ -141,7 +141,10 @@ def test_it_runs_where_jax_cannot_be_imported_and_without_a_client_of_jaxlib_s(
 def test_refused_arguments_have_an_error_text(model):
     decode = next(p for p in model.target.programs if p.kind == "decode")
     arguments = [np.zeros((*v.shape, 2), v.dtype) for v in decode.arguments]
-    with pytest.raises(PrecastError, match="the program failed in TensorFlow"):
+    with pytest.raises(
+        PrecastError,
+        match=r"^TensorFlow: program 'decode' failed \(.*\); check the artifact with precast verify\.$",
+    ):
         model.engine._decode.executable(arguments)
 
 
@@ -210,7 +213,8 @@ def test_no_folder_outside_the_artifact_is_looked_into(artifact_copy, no_tensorf
     (outside / "secret").touch()
     executable = f"{where}/saved_model.pb"
     assert refused_executable(artifact_copy, executable) == (
-        f"{artifact_copy}: {executable!r} is not the name of a file inside an artifact."
+        f"{artifact_copy}: {executable!r} is not the name of a file inside an artifact; copy or export the"
+        " artifact again."
     )
     assert folders_listed == []
 

@@ -321,7 +321,9 @@ def test_files_that_are_not_private_keys(artifact_copy, keys, name, text):
 def test_a_password(cli, artifact_copy, keys, monkeypatch):
     refused = cli("sign", artifact_copy, "--key", keys / "locked.pem", stdin="wrong\n")
     assert refused.exit_code == 2
-    assert "this password does not open it" in refused.stderr
+    assert refused.stderr.endswith(
+        f"{keys / 'locked.pem'}: this password does not open the private key; try another.\n"
+    )
     monkeypatch.setenv("PRECAST_KEY_PASSWORD", "open sesame")
     assert cli("sign", artifact_copy, "--key", keys / "locked.pem").exit_code == 0
     loading.read_manifest(artifact_copy, require_signature=keys / "locked.pub.pem")

@@ -141,7 +141,7 @@ def test_without_a_home_folder_every_load_tries_and_logs_it(tiny_artifact, homel
         assert len(children) == count
         (line,) = (line for line in said if "in a child process" in line)
         assert line.endswith(
-            "at every start: this user has no home folder to keep it in; set PRECAST_CACHE to a folder."
+            "at every start: this user has no home folder to hold the cache folder; set PRECAST_CACHE to a folder."
         )
 
 

@@ -100,7 +100,10 @@ HOSTILE = {
         "expected sha256 as 64 hex digits",
     ),
     "a piece that is not there": (set_in(*FIRST, "sha256", value="0" * 64), "pieces/00/0000"),
-    "a piece with other contents": (other_contents, "the pieces of 'README.md' do not make up the file"),
+    "a piece with other contents": (
+        other_contents,
+        "the pieces of 'README.md' do not match the file's hash in the manifest; push the artifact again.",
+    ),
     "a version from the future": (
         set_in("index_version", value=2),
         "expected an index of version 1, found version 2",
