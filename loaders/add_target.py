@@ -147,7 +147,7 @@ def _compile(
     """Compile the new target.
 
     Raises:
-        PrecastError: as `add_target`.
+        PrecastError: see `add_target`.
     """
     source = _source(manifest, machine, root, request.source)
     _check_names(source, root)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class LoadSettings(Frozen):
-    """The settings of a load, as the arguments of `load`, except for the threads.
+    """The arguments of `load` after they have been checked.
 
     Attributes:
         threads: number of threads that XLA computes with.
-        requested_threads: number of threads that the caller asked for; None if it asked for none.
+        requested_threads: the caller's argument `threads`; None if the caller left it out.
     """
 
     target: str | None = None
@@ -67,7 +67,11 @@ def runs_on_xla_cpu(target: Target) -> bool:
 def compile_executables(
     artifact: CheckedArtifact, machine: Machine, settings: LoadSettings
 ) -> "dict[str, LocalExecutable]":
-    """Compile a StableHLO target for the CPU in a child process; return executables by program, or {}."""
+    """Compile the target in a child process if it is a StableHLO target for the CPU.
+
+    Returns:
+        Executables by program; empty for any other target.
+    """
     root, target = artifact.root, artifact.target
     if target.runtime != "stablehlo":
         return {}
@@ -155,7 +159,7 @@ def _load_local(
     except PrecastError:
         if local.is_new:
             raise
-        # A different jaxlib of the same version compiled the cached one.
+        # The cached executable may come from another build of jaxlib with the same version.
         local = local.recompile()
         executable = client.load(local.executable, results, where)
     executable.compiled = local.is_new

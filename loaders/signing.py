@@ -90,7 +90,7 @@ def check_bytes(manifest: bytes, signature: bytes | None, key: Path, where: str)
         where: the artifact's name in messages.
 
     Raises:
-        PrecastError: as `check_signature`.
+        PrecastError: see `check_signature`.
     """
     _need_library()
     public = _read_public(key)

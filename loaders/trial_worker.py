@@ -43,7 +43,7 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
         progress: receives each step before it begins.
 
     Raises:
-        PrecastError: as `load`; or a program fails.
+        PrecastError: see `load`; or a program fails.
     """
     # Imported after the child has reported that it runs, so that a crash of jaxlib's import fails the trial.
     from .generation.engine import DecodeRow

@@ -45,8 +45,7 @@ def member_path(root: Path, name: str) -> Path:
     """Return the path of an artifact's file.
 
     Raises:
-        PrecastError: as `split_name`; also if the file is missing, is not a regular file, or is reached through a
-            symlink.
+        PrecastError: see `split_name`; or the file is missing, is not a regular file, or is reached through a symlink.
     """
     parts, path = split_name(root, name), root
     for i, part in enumerate(parts):

@@ -63,7 +63,7 @@ def executables(
         Executables by program.
 
     Raises:
-        PrecastError: as `compile_programs`.
+        PrecastError: see `compile_programs`.
     """
     compiler = _CachingCompiler(machine=machine, where=where, threads=threads, log=log)
     cached = {name: entry for name, code in programs if (entry := compiler.cached(name, code)) is not None}

@@ -1,6 +1,6 @@
 """Compile StableHLO to executables in a child process with jaxlib alone: no tracing, no jax.
 
-The child process has two reasons. XLA reads the instruction set from XLA_FLAGS only once, when XLA is loaded, so
+A child process compiles for two reasons. XLA reads the instruction set from XLA_FLAGS only once, when XLA is loaded, so
 another instruction set needs another process. And a crash of the compiler ends only the child.
 
 `child_process` describes the messages. A request holds the number of threads, with a StableHLO artifact as its data.
@@ -131,7 +131,7 @@ def compile_target(
         The target, its executables by their names in the artifact, and the compilations by program.
 
     Raises:
-        PrecastError: as `compile_programs`; a program has no StableHLO; or the compiler used a wider instruction set
+        PrecastError: see `compile_programs`; a program has no StableHLO; or the compiler used a wider instruction set
             or other layouts than requested.
     """
     wanted = [(p.name, contents[_stablehlo(p, where)]) for p in source.programs]

@@ -142,7 +142,7 @@ def _attempt(
     """Run the child process; return False if none can be started.
 
     Raises:
-        PrecastError: as `ensure`.
+        PrecastError: see `ensure`.
     """
     from . import child_process
 

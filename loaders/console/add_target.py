@@ -26,7 +26,7 @@ def run(
         The exit code, 0.
 
     Raises:
-        PrecastError: as `add_target`.
+        PrecastError: see `add_target`.
     """
     from ..add_target import add_target
 

@@ -15,13 +15,13 @@ def run(
     loading: LoadOptions,
     stats: bool,
 ) -> int:
-    """Chat on a terminal, or answer standard input as the only message.
+    """Chat on a terminal; without a terminal, answer the text of standard input as the only message.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        PrecastError: as `run`.
+        PrecastError: see `run`.
     """
     prompt = Prompt(text=None, ids=None, chat=True, system=system, literal=literal)
     return run_command.run(artifact, prompt, sampling=sampling, loading=loading, as_json=False, stats=stats)

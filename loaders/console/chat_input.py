@@ -50,7 +50,7 @@ def messages(read: Read = input, waits: "Callable[[], bool] | None" = None) -> I
     """Yield typed messages and commands one at a time until the end of input.
 
     Args:
-        read: reads a line after a prompt, as `input`.
+        read: a function like `input`, which shows a prompt and reads a line.
         waits: returns True if more input has arrived.
     """
     waits = waits or _waits

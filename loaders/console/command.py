@@ -92,7 +92,7 @@ def local_folder(artifact: Path | str, key: Path | None) -> Path:
         key: file of the public key that a pulled artifact must be signed with.
 
     Raises:
-        PrecastError: as `fetch`.
+        PrecastError: see `fetch`.
     """
     if isinstance(artifact, Path):
         return artifact

@@ -20,7 +20,7 @@ def run(artifact: Path | str, *, as_json: bool, require_signature: Path | None) 
         The exit code, 0.
 
     Raises:
-        PrecastError: as `render`.
+        PrecastError: see `render`.
     """
     folder = local_folder(artifact, require_signature)
     print(render(folder, as_json=as_json, require_signature=require_signature))

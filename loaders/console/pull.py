@@ -15,7 +15,7 @@ def run(
         The exit code, 0.
 
     Raises:
-        PrecastError: as `store.pull.pull`.
+        PrecastError: see `store.pull.pull`.
     """
     from ..store.pull import pull
 

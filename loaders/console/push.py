@@ -13,7 +13,7 @@ def run(artifact: Path, url: str, *, rehash: bool, as_json: bool) -> int:
         The exit code, 0.
 
     Raises:
-        PrecastError: as `store.push.push`.
+        PrecastError: see `store.push.push`.
     """
     from ..store.push import push
 

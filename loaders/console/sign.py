@@ -19,7 +19,7 @@ def run(artifact: Path, *, key: Path) -> int:
         The exit code, 0.
 
     Raises:
-        PrecastError: as `signing.sign`.
+        PrecastError: see `signing.sign`.
     """
     from ..signing import sign
 

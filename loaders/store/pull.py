@@ -136,7 +136,7 @@ def fetch(url: str, *, require_signature: Path | None, log: _Log, progress: Prog
         progress: as for `pull`.
 
     Raises:
-        PrecastError: as `pull`.
+        PrecastError: see `pull`.
     """
     key_name = _key_name(require_signature)
     store, last = open_store(url), cache.last_artifact(url, key_name)

@@ -219,7 +219,7 @@ def open_store(url: str) -> Store:
         raise PrecastError(f"{shown}: expected a plain URL, with one protocol and without a query.")
     if not parent or not _NAME.fullmatch(name) or name == "pieces":
         raise PrecastError(
-            f"{shown}: expected a folder and a name of letters, digits, '.', '_' and '-': s3://bucket/models/NAME."
+            f"{shown}: expected a folder and a name of letters, digits, '.', '_' and '-', as in s3://bucket/models/NAME."
         )
     if protocol in _UNSUPPORTED:
         raise PrecastError(
@@ -249,7 +249,7 @@ def _file_system(protocol: str, parent: str, url: str) -> tuple[Any, str]:
         ) from None
     except Exception as error:
         raise PrecastError(
-            f"{without_secrets(url)}: the URL cannot be opened ({_hide(str(error), url)}); check it."
+            f"{without_secrets(url)}: the URL cannot be opened ({_hide(str(error), url)}); check the URL."
         ) from None
     return files, str(folder)
 

@@ -64,7 +64,7 @@ class LiteralChat:
             render: renders the template.
 
         Raises:
-            PrecastError: as `render` and the tokenizer; or a text becomes a control token even when encoded as plain
+            PrecastError: `render` or the tokenizer fails, or a text becomes a control token even when encoded as plain
                 text.
         """
         if self._split_words:  # very rare

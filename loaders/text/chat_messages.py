@@ -90,7 +90,7 @@ def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
     for name in variables:
         if name in _RESERVED:
             raise PrecastError(
-                f"Chat: the variable {name!r} is reserved; choose another name, or use the option of that name."
+                f"Chat: the variable {name!r} is reserved; choose another name, or use the argument of that name."
             )
     plain: dict[str, Any] = _plain_json(variables, "variables")
     return plain

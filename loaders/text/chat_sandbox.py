@@ -237,10 +237,10 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_key(self, value: Any) -> Any:
-        """Return a dict key.
+        """Return a dict key after checking its type, because a template could make the hashes of some types collide.
 
         Raises:
-            TemplateRuntimeError: the hashes of such keys could be made to collide.
+            TemplateRuntimeError: the key is of another type than text, a small integer, a float, a boolean or None.
         """
         if type(value) is str or type(value) in SCALARS - {int}:
             return value

@@ -80,7 +80,7 @@ class ChatTemplate:
     def values(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
     ) -> dict[str, Any]:
-        """Return the caller's values for the template, checked and as plain JSON; arguments as `render`.
+        """Return the caller's values for the template, checked and as plain JSON; arguments as for `render`.
 
         Raises:
             PrecastError: an argument is malformed.

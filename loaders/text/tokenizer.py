@@ -207,7 +207,7 @@ class Tokenizer:
                 and so cannot forge a turn. Messages without such text get the same ids.
 
         Raises:
-            PrecastError: as `render_chat` and `encode`; or a text cannot be encoded literally.
+            PrecastError: see `render_chat` and `encode`; or a text cannot be encoded literally.
         """
         name = self._template_name(template, options)
         compiled = self._template(name)

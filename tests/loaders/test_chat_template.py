@@ -228,7 +228,7 @@ def test_malformed_messages_are_one_sentence(messages: object, message: str) -> 
         ),
         (
             {"variables": {"messages": []}},
-            "the variable 'messages' is reserved; choose another name, or use the option of that name",
+            "the variable 'messages' is reserved; choose another name, or use the argument of that name",
         ),
     ],
 )
