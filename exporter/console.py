@@ -38,7 +38,7 @@ def run(spec: str | None, output: Path | None, options: ExportOptions) -> int:
         The exit code, 0.
 
     Raises:
-        PrecastError: the user can correct the cause.
+        PrecastError: an option is wrong, `output` exists, the model cannot be opened, or the export fails.
     """
     started = time.perf_counter()
     check_options(options)

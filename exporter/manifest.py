@@ -75,7 +75,7 @@ def write_manifest(folder: Path, manifest: Manifest, weights_sha256: str) -> Man
         The manifest as written.
 
     Raises:
-        OSError: the disk refuses a file.
+        OSError: a file cannot be written.
     """
     (folder / "README.md").write_text(model_card.render(manifest), encoding="utf-8")
     written = dataclasses.replace(manifest, files=files.hash_files(folder, {WEIGHTS_FILE: weights_sha256}))

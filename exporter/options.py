@@ -84,7 +84,7 @@ def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
             raise PrecastError(
                 f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
             )
-    # Reduced weights lose more than a bfloat16 cache does; float32 weights mean the user wants full precision.
+    # Weights of fewer bits lose more precision than a bfloat16 cache; float32 weights mean the user wants all of it.
     kv_cache = options.kv_cache or ("float32" if options.weights == "float32" else "bfloat16")
     return Geometry(context=context, slots=options.slots, buckets=tuple(sorted(buckets)), kv_cache=kv_cache)
 

@@ -64,7 +64,7 @@ class StoredModel:
         return tuple((p.name + a.suffix, a) for p in self.parameters for a in stored_arrays(p, self.formats))
 
     def bind(self, arrays: Sequence[Array]) -> Decoder:
-        """Bind arrays, in the order of `arrays`, to the model."""
+        """Return the model with these arrays as its weights; they are in the order of `self.arrays()`."""
         rest = iter(arrays)
         counts = [len(stored_arrays(p, self.formats)) for p in self.parameters]
         groups = [tuple(islice(rest, count)) for count in counts]
@@ -122,9 +122,9 @@ class ProgramSpec:
 def with_layouts(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> ProgramSpec:
     """Return the same program with other layouts of its caches and weights.
 
-    The new program takes row-major arrays whose axes are in the order of the layout. It transposes them back before
-    the computation, and transposes its results after it. If the compiler prefers that layout,
-    the transpositions copy nothing, and the runtime only needs row-major arrays.
+    The new program's arguments and results are row-major arrays whose axes are permuted into the order of the layout.
+    It transposes arguments back before the computation, and results after it. If the compiler prefers these layouts
+    anyway, the transpositions copy nothing. The runtime then has to handle row-major arrays only.
 
     Args:
         spec: the program, with all axes in order.
@@ -155,14 +155,15 @@ def _value(name: str, role: str, shape: Sequence[int], dtype: str, alias: str | 
     )
 
 
-# The positions of a ring are a multiple of this.
+# The number of positions in a ring is a multiple of this.
 _RING_STEP = 16
 
 
 def ring_size(window: int, geometry: Geometry) -> int:
-    """Return the positions in the KV cache of a layer with this window; 0 means no window.
+    """Return the number of positions that the KV cache of a layer with this window holds; 0 means no window.
 
-    A chunk of a prompt is written before its tokens attend, and must not overwrite the window of its first token.
+    A chunk of a prompt is written to the cache before any of its tokens attends. It must not overwrite the window of
+    its own first token, so the cache holds a window and the longest chunk.
     """
     needed = window + max(geometry.buckets) - 1
     return min(geometry.context, -(-needed // _RING_STEP) * _RING_STEP) if window else geometry.context

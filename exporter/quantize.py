@@ -366,7 +366,7 @@ def _closest(
 def _rounded(
     x: np.ndarray, lowest: int, highest: int, scale: np.ndarray, minimum: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best values for x with these coefficients, whole numbers, and the squared error of each column."""
+    """Round x to the values that these coefficients can express; return those, and each column's squared error."""
     scale = scale.astype(np.float32)
     offset = np.float32(0) if minimum is None else minimum.astype(np.float32)
     values = (x - offset) * _inverse(scale)

@@ -135,9 +135,8 @@ def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
 def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, str]:
     """Return the storage format of each parameter, by name.
 
-    The matrices of the layers have the format `weights`. Norms, biases and routers stay float32. If `weights` is int4,
-    the embedding and the output head are int8: they would lose the most precision as int4, and every token depends on
-    them.
+    Matrices have the format `weights`; norms, biases and routers stay float32. If `weights` is int4, the embedding and
+    the output head are int8 instead: they would lose the most precision as int4, and every token depends on them.
 
     Raises:
         PrecastError: the format is unknown.

@@ -40,12 +40,12 @@ class DecoderConfig:
         mlp_bias: True if the projections of the MLP have biases.
         qk_norm: norm of q and k: "" for none, "head" for each head separately, "all" for all heads together.
         activation: activation of the MLP, "silu" or "gelu_tanh".
-        gated: True if the activation gates a second product.
+        gated: True if the MLP multiplies the activated product by a second one, as in SwiGLU.
         attention_scale: factor of the attention scores; None for 1 / sqrt(H).
         attention_cap: if not 0, scores s become ``cap · tanh(s / cap)``.
         windows: for each layer, the number of positions that a token sees, 0 for all; empty if
             every layer sees all positions.
-        ropes: for each layer, the index of its RoPE among the model's; empty for the first in every layer.
+        ropes: for each layer, the index of its RoPE among those of the model; empty if every layer has the first.
         learned_positions: True if the model adds learned position embeddings instead of applying RoPE.
         embedding_scale: factor of the token embeddings.
         logit_scale: factor of the logits.
@@ -155,7 +155,7 @@ def project(
     residual: Array | None = None,
     gate: str = "",
 ) -> list[Array]:
-    """Multiply x ``[…, in]`` by several weights in one target call, fused with the operations around it.
+    """Multiply x ``[…, in]`` by several weights in one call to the target, fused with the operations before and after.
 
     Args:
         norm: applied to x first.
@@ -226,7 +226,7 @@ class GatedMLP(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two products with an activation between them."""
+    """Two linear layers with an activation between them."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.up_proj = Linear(c.layers, c.width, c.ff_width, bias=c.mlp_bias)

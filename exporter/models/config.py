@@ -90,7 +90,7 @@ class ConfigReader:
         return value
 
     def take_nullable_size(self, key: str, default: int | None = None) -> int | None:
-        """Return a whole number above zero; None if the key is null, which differs from absence."""
+        """Return a whole number above zero; None for null; the default if the key is absent."""
         return None if self._is_none(key, default) else self.take_size(key, default)
 
     def take_positive(self, key: str, default: float) -> float:

@@ -1,6 +1,7 @@
-"""Keys of config.json that no architecture reads: harmless keys, and keys supported only with neutral values.
+"""Keys of config.json that mean the same for every architecture that does not read them itself.
 
-transformers is the reference. It keeps keys that its classes do not know, and ignores them.
+Some are harmless, and some are supported only with neutral values. transformers is the reference. It keeps keys that
+its classes do not know, and ignores them.
 """
 
 from collections.abc import Mapping
@@ -125,7 +126,7 @@ def _unsupported(effect: str, *neutral: object) -> UnsupportedKey:
 _OTHER_ATTENTION = "selects another kind of attention"
 _OTHER_LAYERS = "changes the layers"
 
-# An architecture that reads a key takes it before this table applies.
+# This table applies only to keys that the architecture has not read.
 UNSUPPORTED: Mapping[str, UnsupportedKey] = {
     "add_cross_attention": _unsupported("attends to an encoder", False),
     "alibi": _unsupported(_OTHER_ATTENTION, False),

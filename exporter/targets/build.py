@@ -39,7 +39,7 @@ def build_target(
 
     Args:
         kind: a kind of target other than executables for the CPU, which `build_targets` makes.
-        programs: the programs, of the kind's operations.
+        programs: the programs, made of the kind's operations.
         root: the artifact's folder.
         created: day of the export.
         on_built: called with each program that has been written.
@@ -88,15 +88,16 @@ def build_targets(
 ) -> list[Target]:
     """Write a target; for the CPU, one target for each instruction set.
 
-    A child process compiles executables for the CPU from shared StableHLO: XLA reads its instruction set once per
-    process, and this process uses all of the machine's instructions for the reference.
+    A child process compiles the executables for the CPU, all from the same StableHLO. XLA reads the permitted
+    instruction set only once per process, and this process permits all of the machine's instructions to compute the
+    reference.
 
     Args:
         kind: the kind of target.
         programs: as for `build_target`, like `root` and `created`.
         root: the artifact's folder.
         created: day of the export.
-        isas: instruction sets of CPU executables; None for the default one, or for a wider one if XLA needs it.
+        isas: instruction sets of CPU executables; None for the default one, or a wider one if XLA uses more than that.
         log: called with the name of each step.
         on_built: called with each program that has been written.
 
@@ -111,8 +112,8 @@ def build_targets(
     as_stablehlo = dataclasses.replace(kind, runtime="stablehlo")
     source = build_target(as_stablehlo, programs, root, created, lowered.append)
     targets: list[Target] = []
-    # Widest first, because the first target's answers become the golden ones. Native last: its level is known once it
-    # is compiled.
+    # The widest comes first, because the first target's answers become the golden ones. Native comes last, because its
+    # level is known only after compiling.
     wanted = (default_isa(),) if isas is None else isas
     for isa in (name for name in (*reversed(list(LEVELS)), NATIVE) if name in wanted):
         log(f"compiling target {kind.name} for {isa}")
@@ -133,7 +134,7 @@ def build_targets(
 def _compile(
     source: Target, kind: TargetKind, root: Path, isa: str, *, exact: bool, is_first: bool
 ) -> tuple[Target, dict[str, bytes], dict[str, Compilation]]:
-    """Compile the programs of `source` for an instruction set; put the first executables beside their StableHLO."""
+    """Compile the programs of `source` for an instruction set; the first target's executables go beside StableHLO."""
     names = {str(p.stablehlo) for p in source.programs}
     return compile_target(
         source,

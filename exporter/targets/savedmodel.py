@@ -65,8 +65,8 @@ def build_savedmodel(
 ) -> Target:
     """Write one SavedModel of all programs, with the weights of ``weights.safetensors``.
 
-    The weights are mapped, and copied once into the variables. In the manifest, programs have no weight
-    arguments and no aliased results.
+    The weights are mapped, and copied once into the SavedModel's variables. The programs of this target therefore have
+    no weight arguments in the manifest; they have no aliased results either.
 
     Args:
         kind: the kind of target.
@@ -77,7 +77,7 @@ def build_savedmodel(
 
     Raises:
         PrecastError: packages are missing, or TensorFlow refuses the model.
-        OSError: the disk refuses a file.
+        OSError: a file cannot be written.
     """
     check_packages()
     folder = root / "programs" / kind.name
@@ -99,7 +99,7 @@ def build_savedmodel(
         kernel_abi=0,
         kernels=(),
         xla_flags="",
-        # It contains StableHLO of jax.export, whose promise holds here too.
+        # The SavedModel contains StableHLO written by jax.export, so the same promise holds for it.
         stablehlo_expires=(created + STABLEHLO_LIFE).isoformat(),
         programs=records,
     )

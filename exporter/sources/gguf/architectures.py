@@ -86,7 +86,8 @@ def _qwen3(_: MetadataReader, shapes: Shapes) -> Config:
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 # Keys of the RoPE base in layers with a window, by llama.cpp's converter and by Ollama's.
 _LOCAL_BASES = ("rope.freq_base_swa", "rope.local.freq_base")
-# The 27B models scale attention scores by D / N instead of H. The file does not say so, but these numbers of layers do.
+# The 27B models scale attention scores by D / N instead of H. The file does not say so; the number of layers identifies
+# these models.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
 

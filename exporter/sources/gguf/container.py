@@ -23,7 +23,7 @@ MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
 
-# Far above published files. They bound the cost of a header in a large or sparse file.
+# Limits far above what published files need. They bound the cost of a header in a large or sparse file.
 _MOST_KEYS = _MOST_TENSORS = 1 << 16
 _LONGEST_HEADER = 1 << 27
 _LONGEST_KEY, _LONGEST_NAME, _MOST_AXES = 65_535, 63, 4
@@ -75,8 +75,8 @@ def read_container(path: Path) -> Container:
     """Read the header of a GGUF file and map its tensors.
 
     Raises:
-        PrecastError: the file cannot be read, is not little-endian GGUF of a known version, or states a size that
-            exceeds it.
+        PrecastError: the file cannot be read, is not little-endian GGUF of a known version, or states a size that is
+            larger than the rest of the file.
     """
     _check_magic(path)
     try:

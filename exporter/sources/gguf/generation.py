@@ -58,7 +58,7 @@ def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, o
             )
     found = {field: metadata.get(f"general.sampling.{key}") for key, field in _SAMPLING.items()}
     given = {field: value for field, value in found.items() if value is not None}
-    # Without a temperature decoding is greedy, so only the penalty has an effect.
+    # Without a temperature, decoding is greedy, so only the penalty has an effect.
     return (
         given if given.get("temperature") else {k: v for k, v in given.items() if k == "repetition_penalty"}
     )

@@ -163,8 +163,8 @@ def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
 def _stripping(vocabulary: Vocabulary) -> frozenset[str]:
     """Return the tokens that strip spaces and line ends after them.
 
-    Phi 3's tokenizer.json marks these tokens, but its GGUF files do not. As in llama.cpp, the architecture tells that
-    the file has them.
+    Phi 3's tokenizer.json marks these tokens, but its GGUF files do not. As in llama.cpp, a file of the architecture
+    "phi3" is taken to have them.
     """
     if vocabulary.metadata.get("general.architecture") != "phi3":
         return frozenset()

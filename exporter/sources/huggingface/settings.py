@@ -198,7 +198,7 @@ def _has_prefix(document: Mapping[str, Any]) -> bool:
 
 
 def _without_prefix(part: Any) -> Any:
-    """Return a step of tokenizer.json without its adding or stripping of a leading space; None if nothing is left."""
+    """Return a step of tokenizer.json that no longer adds or strips a leading space; None if nothing is left of it."""
     if isinstance(part, list):
         return [step for step in map(_without_prefix, part) if step is not None]
     if not isinstance(part, dict):

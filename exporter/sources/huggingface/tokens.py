@@ -75,7 +75,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
 
 
 def _rename_extra(settings: dict[str, object]) -> None:
-    """Rename the list of further special tokens from its older key to its newer key."""
+    """Move the list of further special tokens from its older key to its newer key."""
     if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
 
