@@ -57,7 +57,7 @@ def demo_gguf(path: Path) -> None:
 
 
 def _gguf(source: str, file_type: str) -> Callable[[Path], None]:
-    """Write another GGUF file with llama.cpp's own quantiser."""
+    """Return a function that writes a GGUF file of another type with llama.cpp's own quantiser."""
 
     def make(path: Path) -> None:
         import llama_cpp as lib
@@ -73,7 +73,7 @@ def _gguf(source: str, file_type: str) -> Callable[[Path], None]:
 
 
 def _openvino(*options: str) -> Callable[[Path], None]:
-    """Write OpenVINO's intermediate representation and tokenizer, with weights compressed by nncf."""
+    """Return a function that writes OpenVINO's form of model and tokenizer, with weights compressed by nncf."""
 
     def make(folder: Path) -> None:
         tool = Path(sys.executable).parent / "optimum-cli"

@@ -141,5 +141,5 @@ def _is_beyond_floats(value: float) -> bool:
 
 
 def _is_one_of(value: object, allowed: Iterable[object]) -> bool:
-    """Return True for an allowed value; 0 differs from False, and 1.0 from 1."""
+    """Return True for an allowed value of the same type: 0 is not False, and 1.0 is not 1."""
     return any(type(value) is type(one) and value == one for one in allowed)

@@ -76,7 +76,7 @@ class LinearCall:
     """Products of one x with weights of one layer, fused with the operations around them.
 
     Attributes:
-        weights: stacks of out × in.
+        weights: stacks of matrices ``[L, out, in]``.
         outs: number of outputs of each weight; the padding of a packed weight does not count.
         biases: ``[L, out]`` for each weight, or empty.
         norm: weight ``[L, D]`` of an RMSNorm that is applied to x first, or None.

@@ -84,7 +84,7 @@ class Proxy:
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """A layer in the form of attributes and operands of ``precast.layers``; see kernels/src/step_codes.h.
+    """A layer in the form that the kernel ``precast.layers`` takes; see kernels/src/step_codes.h.
 
     Attributes:
         codes: eight integers for each step.

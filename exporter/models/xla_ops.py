@@ -46,7 +46,7 @@ def _layer_slice(stack: Array, layer: Array) -> Array:
 
 
 def _dequantise(weight: PackedWeight, layer: Array, panels: Array | None = None) -> Array:
-    """Return a layer's weights as float32 ``[panels, 16, in]`` with padding, for some panels or for all."""
+    """Return a layer's weights as float32 ``[panels, 16, in]``, with padding; `panels` selects some of the panels."""
 
     def take(stack: Array) -> Array:
         return _layer_slice(stack, layer) if panels is None else _layer_slice(stack, layer)[panels]

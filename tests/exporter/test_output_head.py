@@ -39,8 +39,8 @@ def test_blocks_of_the_vocabulary(tmp_path, tiny_source, monkeypatch, weights, t
 def _reordering_error(source, gains: np.ndarray, head: str) -> np.ndarray:
     """Bound the difference between two float32 orders of summation, for each token of the vocabulary [V].
 
-    A sum of n products is within n u Σ|x_i w_i| of the exact one in any order (Higham, Accuracy and Stability of
-    Numerical Algorithms, 3.1), and Σ|x_i w_i| ≤ ‖x‖ ‖w‖.
+    In any order, a sum of n products is within n u Σ|x_i w_i| of the exact sum, with the unit roundoff u (Higham,
+    Accuracy and Stability of Numerical Algorithms, 3.1), and Σ|x_i w_i| ≤ ‖x‖ ‖w‖.
     A normed row has ‖x‖ ≤ √D max|gain|, and its norm is another sum of D terms.
     """
     name = next(name for name in source.tensors if head in name)

@@ -28,7 +28,7 @@ KINDS = [
 
 
 def forced(model: Any, ids: Sequence[int]) -> np.ndarray:
-    """Return the artifact's logits after the prompt, and after each further token of `ids`, which decode is fed."""
+    """Prefill the prompt, then decode the tokens `ids` whatever the model predicts; return the logits of each step."""
     engine, cache = model.engine, model.engine.new_cache()
     step = engine.prefill(ids[: len(PROMPT)], cache)
     rows = [engine.logits(step)[0].copy()]

@@ -108,7 +108,7 @@ def test_yarn_frequencies_between_fractions_of_pairs() -> None:
 
 
 def test_yarn_frequencies_with_an_empty_range() -> None:
-    """In 6 positions no pair completes a rotation: both ends are 0, and all pairs but the first are divided."""
+    """In 6 positions no pair completes a rotation, so the range is from 0 to 0: all pairs but the first are divided."""
     short = {**YARN, "original_max_position_embeddings": 6}
     _check(_scaled(short), [1.0, 0.1 / 4, 0.01 / 4, 0.001 / 4], USUAL)
 

@@ -189,7 +189,7 @@ def test_metadata_of_another_type(gguf_spec, tmp_path, key, value, expected, fou
 
 
 def test_an_architecture_that_is_a_list(gguf_spec, tmp_path):
-    """The library writes this key itself, so the test renames a list to take its place."""
+    """The gguf library writes this key itself, as text, so the test writes a list and then renames it in the file."""
     path = gguf_spec(metadata={"general.architectur_": ["llama"]}).write(tmp_path)
     data = path.read_bytes().replace(b"general.architecture", b"general.architect_re")
     path.write_bytes(data.replace(b"general.architectur_", b"general.architecture"))

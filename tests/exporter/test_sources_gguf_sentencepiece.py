@@ -206,7 +206,10 @@ RUNS = 9  # length of the longest token of spaces
 
 
 def gemma(seed: int, space: str) -> dict[str, Any]:
-    """Return user-defined runs of spaces (as spaces or as ▁) and of line ends, then pieces; no space is prepended."""
+    """Return a vocabulary like Gemma's: user-defined runs of `space` and of line ends, then pieces.
+
+    Texts get no leading space.
+    """
     metadata = random_vocabulary(seed)
     pieces = [
         piece for piece in metadata["tokenizer.ggml.tokens"][259:] if not {*piece} <= {"▁"} or piece == "▁"

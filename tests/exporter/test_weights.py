@@ -182,7 +182,7 @@ def test_a_reader_that_returns_another_shape_is_caught(source, tmp_path):
 
 
 def test_the_format_of_each_parameter():
-    """The number of axes identifies norms and biases; the name identifies the vocabulary."""
+    """The number of axes identifies norms and biases; the name identifies the embedding and the output head."""
     shapes = {
         "model.embed_tokens.weight": (6, 4),
         "lm_head.weight": (1, 6, 4),

@@ -22,8 +22,8 @@ class GgufArchitecture:
     Attributes:
         model_type: Hugging Face's name of the architecture.
         model: name of transformers' class, the value of `architectures` in config.json.
-        names: Hugging Face's name of each part, without "model.layers.N." for parts of layers. "{}" is the number of an
-            expert, whose matrices are stacked in one tensor.
+        names: Hugging Face's name of each module by its GGUF name ("attn_q"), without "model.layers.N.". "{}" stands
+            for the number of an expert, because GGUF stacks the experts' matrices in one tensor.
         extra_keys: returns the keys of config.json that only some architectures have.
         known_keys: metadata keys, without prefix, that `extra_keys` reads.
         interleaved: True if rows of q and k are permuted for llama.cpp's interleaved RoPE.
