@@ -299,8 +299,9 @@ def test_requests_that_cannot_be_answered(refused, tiny_artifact, options, text)
 
 
 def test_a_prompt_that_is_not_text(refused, tiny_artifact):
-    assert "standard input: expected a prompt in utf-8, found other bytes." in refused(
-        "run", tiny_artifact, stdin=b"\xff\xfe"
+    assert (
+        "standard input: expected a prompt in utf-8, found other bytes; convert the text first."
+        in refused("run", tiny_artifact, stdin=b"\xff\xfe")
     )
 
 

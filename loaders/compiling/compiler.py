@@ -71,7 +71,10 @@ def compile_programs(
                 log(f"compiling {printable(name)} from StableHLO{suffix} …")
                 compilations[name] = _compile(compiler, name, stablehlo, where, isa, threads)
     except child_process.StartError as reason:
-        raise PrecastError(f"{where}: the compiler's child process cannot be started ({reason}).") from None
+        raise PrecastError(
+            f"{where}: the compiler's child process cannot be started ({reason}); compile with precast add-target in a"
+            " shell, or on another machine."
+        ) from None
     return compilations
 
 
@@ -87,7 +90,8 @@ def _compile(
         sentence = str(error).removeprefix(f"{_HERE}: ")
         raise PrecastError(f"{where}: program {name!r}: {sentence}{hint}") from None
     except child_process.Crash as crash:
-        advice = "; is there enough memory?" if crash.reason == "SIGKILL" else "; export the model again."
+        ran_out = "; free some memory, or compile on a machine with more."
+        advice = ran_out if crash.reason == "SIGKILL" else "; export the model again."
         raise PrecastError(
             f"{where}: the process that compiled program {name!r} ended before it was done ({crash.reason}){advice}"
         ) from None

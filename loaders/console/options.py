@@ -107,12 +107,12 @@ _SAMPLING = (
     click.option(
         "--presence-penalty",
         type=float,
-        help="Make every token of the answer so far less likely, if this is above 0. From -2 to 2.",
+        help="Above 0, make tokens that the answer already contains less likely. From -2 to 2.",
     ),
     click.option(
         "--frequency-penalty",
         type=float,
-        help="Make a token less likely for each time that the answer has it, if this is above 0. From -2 to 2.",
+        help="Above 0, make a token less likely for each time that the answer already contains it. From -2 to 2.",
     ),
     click.option(
         "--logit-bias",
@@ -136,7 +136,7 @@ _SAMPLING = (
         "--bad-word",
         "bad_words",
         multiple=True,
-        help="Never complete this word. May be given several times.",
+        help="Never generate this word. May be given several times.",
     ),
     click.option("--ignore-eos", is_flag=True, help="Continue past the end token, to the limit."),
 )

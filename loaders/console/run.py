@@ -188,7 +188,7 @@ def _read_text(prompt: Prompt) -> str:
         return piped_text(sys.stdin.read())
     except UnicodeDecodeError as error:
         raise PrecastError(
-            f"standard input: expected a prompt in {error.encoding}, found other bytes."
+            f"standard input: expected a prompt in {error.encoding}, found other bytes; convert the text first."
         ) from None
 
 

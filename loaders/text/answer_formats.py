@@ -10,7 +10,7 @@ from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
 from .tool_calls import BareBody, Body, CallListBody, CodeBody, JsonBody, NamedJsonBody, PythonTagBody
 
-# The name that leaves an answer as it is.
+# The name of the format that leaves an answer as it is.
 PLAIN = "text"
 
 
@@ -18,10 +18,10 @@ class CallSyntax(Frozen):
     """A form of tool calls.
 
     Attributes:
-        opening: the marker before a body; empty for a body by itself.
-        body: makes a reader of one body.
+        opening: the marker before a body; empty for bodies without markers.
+        body: a function that makes a reader for one body.
         closing: the marker after a body, which models may omit; empty for none.
-        separator: text between a body by itself and the next one.
+        separator: text between two bodies without markers.
         at_start: True if calls occur only at the start of an answer. Their names must be those of given tools, because
             an answer may look like this without being a call.
     """
@@ -67,7 +67,7 @@ class AnswerFormat(Frozen):
         found = {text for syntax in self.calls for text in (syntax.opening, syntax.closing)}
         for syntax in self.reasoning:
             found |= {syntax.opening, syntax.closing, syntax.answer_opening, syntax.answer_closing}
-        # Parts of Mistral's bodies.
+        # Mistral's bodies have markers inside.
         if self.name == "mistral":
             found |= {"[ARGS]", "[CALL_ID]"}
         return frozenset(found - {""})
@@ -115,7 +115,8 @@ def answer_format(template: str, name: str | None = None) -> AnswerFormat:
 
     Args:
         template: the template's Jinja source.
-        name: the family whose tool calls to expect; "text" leaves answers as they are; None: by the template.
+        name: the family whose tool calls to expect; "text" leaves answers as they are, and None chooses the family by
+            the template.
 
     Raises:
         PrecastError: the family is unknown.

@@ -51,8 +51,8 @@ def new_call_id() -> str:
 class AnswerParser:
     """A parser for one answer.
 
-    Reasoning loses the line ends around it, and the content after it those at its start. Content loses the spaces and
-    line ends beside a tool call.
+    The parser removes the line ends around the reasoning and at the start of the content after it, and the spaces and
+    line ends next to a tool call.
 
     Args:
         form: the form of the answer.
@@ -87,7 +87,7 @@ class AnswerParser:
         self._step: Callable[[AnswerParser], bool] = AnswerParser._reason if is_open else AnswerParser._begin
 
     def push(self, text: str) -> list[Delta]:
-        """Take the next piece of text; return what became certain with it."""
+        """Take the next piece of text; return the deltas that this text makes certain."""
         self._text += text
         return self._run()
 
@@ -244,7 +244,7 @@ class AnswerParser:
         return bool(self._text)
 
     def _may_become(self, text: str, marker: str) -> bool:
-        """Return True if text may become a marker with more text."""
+        """Return True if the text is the beginning of a marker, and more text may come."""
         return not self._is_last and len(text) < len(marker) and marker.startswith(text)
 
     def _emit(self, text: str) -> None:
@@ -257,6 +257,6 @@ class AnswerParser:
 
 
 def _overlap(text: str, marker: str) -> int:
-    """Return the length of the longest proper prefix of a marker that ends the text."""
+    """Return the length of the longest end of the text that is the beginning of a marker, but not all of it."""
     longest = min(len(text), len(marker) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)

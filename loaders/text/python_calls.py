@@ -21,14 +21,14 @@ _DEEPEST = 64
 
 
 class NotCalls(ValueError):
-    """The text is something else than calls with literal arguments."""
+    """The text is not a list or script of calls with literal arguments."""
 
 
 def parse_call_list(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return names and arguments of the calls in a list.
+    """Return the names and arguments of the calls in a list.
 
     Raises:
-        NotCalls: the text is something else.
+        NotCalls: the text is not such a list.
     """
     reader = _Reader(text)
     reader.expect("[")
@@ -43,10 +43,12 @@ def parse_call_list(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def parse_code(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return names and arguments of the calls in a script of nothing but calls, in ``print()`` or not, or in a list.
+    """Return the names and arguments of the calls in a list, or in a script whose lines are calls.
+
+    A call in a script may stand inside ``print()``.
 
     Raises:
-        NotCalls: the text is something else.
+        NotCalls: the text is neither such a list nor such a script.
     """
     if text.lstrip().startswith("["):
         return parse_call_list(text)

@@ -132,7 +132,7 @@ class Tokenizer:
             return _byte_level_bytes(token, _byte_alphabet())
         if "ByteFallback" in self._decoder_kinds and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
-        # A token after itself is not at the start of a text.
+        # Take the second of two: at the start of a text, some decoders drop a space.
         once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once) :].encode()
 

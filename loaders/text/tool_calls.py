@@ -1,6 +1,7 @@
-"""Tool calls in the text of an answer: the bodies between markers, in JSON and in Python's syntax.
+"""Tool calls in the text of an answer, in JSON and in Python's syntax.
 
-A body finds its own end while text arrives, so that a marker inside a string ends nothing.
+A body is the text between two markers. Each kind of body finds its own end while text arrives, so that a marker inside
+a string does not end it.
 """
 
 import json
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 from .python_calls import NotCalls, parse_call_list, parse_code
 
-# Bounds for text that a model wrote, which a prompt may have provoked.
+# Limits for text that a model wrote, because a hostile prompt may have provoked it.
 _DEEPEST, _LONGEST, _LONGEST_NAME = 64, 1 << 20, 256
 
 
@@ -126,7 +127,7 @@ class JsonBody:
 
 
 class NamedJsonBody:
-    """Mistral's bodies: a name and its arguments (``weather[ARGS]{"place": "Paris"}``), or as `JsonBody`."""
+    """Mistral's bodies: a name and its arguments (``weather[ARGS]{"place": "Paris"}``), or a `JsonBody`."""
 
     _HEAD = re.compile(r"\s*([\w.:-]+)\s*(?:\[CALL_ID\]\s*([\w-]+)\s*)?(?:\[ARGS\]\s*)?")
 
@@ -181,7 +182,7 @@ class CallListBody:
 
 
 class BareBody:
-    """Llama's body without a marker: as `JsonBody` or `CallListBody`, which differ in the first characters."""
+    """Llama's body without a marker: a `JsonBody` or a `CallListBody`, told apart by the first characters."""
 
     def __init__(self) -> None:
         self._body: JsonBody | CallListBody | None = None
@@ -204,7 +205,7 @@ class BareBody:
 
 
 class PythonTagBody:
-    """Llama's body after ``<|python_tag|>``: as `JsonBody`, or a built-in tool (``brave_search.call(query="…")``)."""
+    """Llama's body after ``<|python_tag|>``: a `JsonBody`, or a built-in tool (``brave_search.call(query="…")``)."""
 
     _HEAD = re.compile(r"\s*[\w.]*")
 
@@ -285,7 +286,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _json_call(value: Any) -> RawCall:
-    """Return a call in one of the forms that models write: name and arguments, by themselves or below "function"."""
+    """Return a call from JSON: models write its name and arguments into the object, or below its key "function"."""
     if isinstance(value, dict) and isinstance(inner := value.get("function"), dict):
         value = {"id": value.get("id"), **inner}
     if not isinstance(value, dict):

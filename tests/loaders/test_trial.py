@@ -276,7 +276,9 @@ def test_a_child_other_than_python_is_named(tiny_artifact, tmp_path, own_cache, 
         PrecastError, match=r"^x: the compiler's child process cannot be started \(.*/python"
     ) as raised:
         compiling.compile_programs([("decode", b"code")], "x", log=said.append)
-    assert str(raised.value).endswith(f"{reason}).")
+    assert str(raised.value).endswith(
+        f"{reason}); compile with precast add-target in a shell, or on another machine."
+    )
 
 
 @pytest.mark.parametrize("name", ["uwsgi", "uwsgi_python3", "app", ""])
