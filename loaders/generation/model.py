@@ -18,10 +18,14 @@ from .stopping import StopStrings
 from .stream import Completion, Stream
 
 if TYPE_CHECKING:
+    from ..text.answer_parser import AnswerParser
     from .logprobs import PromptLogprobs
 
 Message = Mapping[str, object]
 Prompt = str | Sequence[int]
+
+# The most tokens at the end of a prompt that may open the reasoning.
+_TAIL = 16
 
 
 class _Request(NamedTuple):
@@ -158,6 +162,7 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         literal: bool = False,
+        answer_format: str | None = None,
     ) -> Completion:
         """Answer a conversation.
 
@@ -167,12 +172,16 @@ class Model:
             tools: JSON schemas of functions, for templates that support them.
             template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
+            answer_format: family of models in whose form to expect tool calls ("hermes", "llama3", "mistral", …), or
+                "text" to leave reasoning and tool calls in the text; None: by the template.
 
         Raises:
-            PrecastError: the model has no such chat template, or the template rejects the messages; also as
-                `generate`.
+            PrecastError: the model has no such chat template, the template rejects the messages, or the answer format
+                is unknown; also as `generate`.
         """
-        return self.stream_chat(messages, params, tools=tools, template=template, literal=literal).finish()
+        return self.stream_chat(
+            messages, params, tools=tools, template=template, literal=literal, answer_format=answer_format
+        ).finish()
 
     def stream_chat(
         self,
@@ -182,11 +191,34 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         literal: bool = False,
+        answer_format: str | None = None,
     ) -> Stream:
         """Answer a conversation as `chat` does, piece by piece."""
-        return self.stream(
-            self.chat_prompt(messages, tools=tools, template=template, literal=literal), params
-        )
+        ids = self.chat_prompt(messages, tools=tools, template=template, literal=literal)
+        parser = self._answer_parser(ids, tools, template, answer_format)
+        shown = () if parser is None else parser.markers
+        return Stream(self.scheduler, self._sequence(self._request(ids, params), shown=shown), parser)
+
+    def _answer_parser(
+        self,
+        prompt: Sequence[int],
+        tools: Sequence[Mapping[str, Any]] | None,
+        template: str | None,
+        answer_format: str | None,
+    ) -> "AnswerParser | None":
+        """Return the parser of the answer to a chat; None if all of the answer is content."""
+        from ..text import answer_formats
+        from ..text.chat_messages import ChatOptions
+
+        source = self.tokenizer.chat_template(template, ChatOptions(tools=tools))
+        form = answer_formats.answer_format(source, answer_format)
+        if not form.reasoning and not (form.calls and tools):
+            return None
+        from ..text.answer_parser import AnswerParser
+        from ..text.tool_calls import tool_names
+
+        tail = self.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
+        return AnswerParser(form, tool_names(tools or ()), prompt_tail=tail)
 
     def chat_prompt(
         self,
@@ -242,12 +274,14 @@ class Model:
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
         return _Request(checked, chosen.with_word_ids(encode), limit)
 
-    def _sequence(self, request: _Request, *, most_unread: int | None = UNREAD_PIECES) -> TokenSequence:
+    def _sequence(
+        self, request: _Request, *, most_unread: int | None = UNREAD_PIECES, shown: Iterable[str] = ()
+    ) -> TokenSequence:
         prompt, params, limit = request
         return TokenSequence(
             prompt,
             sampler=Sampler(params, prompt, self.engine.vocab, self.eos_token_ids, self.tokenizer.token_text),
-            decoder=self.tokenizer.stream(),
+            decoder=self.tokenizer.stream(shown=shown),
             stops=StopStrings(params.stop),
             ends=params.ends(self.eos_token_ids),
             limit=limit,

@@ -1,5 +1,6 @@
 """A running generation: its pieces of text, and the result so far."""
 
+from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from threading import Lock
 from types import TracebackType
@@ -10,10 +11,12 @@ from .scheduler import Scheduler
 from .sequence import TokenSequence
 
 if TYPE_CHECKING:
+    from ..text.answer_parser import AnswerParser, Delta, ReasoningDelta, ToolCallDelta
+    from ..text.tool_calls import ToolCall
     from .logprobs import TokenLogprob
 
-# Marks the end for `__anext__`, where StopIteration is not allowed.
-_END = object()
+    # Content is plain text, so that a stream without a parser needs no import of it.
+    _Part = str | ReasoningDelta | ToolCallDelta
 
 
 class Timing(Frozen):
@@ -41,15 +44,18 @@ class Completion(Frozen):
     """The continuation of a prompt. It is immutable.
 
     Attributes:
-        text: the text, without special tokens and the stop string.
+        text: the text, without special tokens and the stop string; in a chat also without reasoning and tool calls.
         token_ids: all generated tokens, including the end token and those of the stop string.
         prompt_token_ids: tokens of the prompt.
-        finish_reason: "stop" (an end token or a stop string), "length" (max_tokens, max_length or a full context),
-            "timeout" (timeout_s), or "unfinished" (a stream that was closed or is still running).
+        finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same in an answer with tool calls),
+            "length" (max_tokens, max_length or a full context), "timeout" (timeout_s), or "unfinished" (a stream that
+            was closed or is still running).
         timing: duration of the generation.
         logprobs: log-probability of each of `token_ids`; empty without `SamplingParams.logprobs`.
         prompt_logprobs: log-probability of each of `prompt_token_ids` read so far, None for the first, which the model
             does not predict; empty without `SamplingParams.prompt_logprobs`.
+        reasoning: the reasoning before the answer to a chat.
+        tool_calls: the tool calls of the answer to a chat.
     """
 
     text: str
@@ -59,16 +65,31 @@ class Completion(Frozen):
     timing: Timing
     logprobs: "tuple[TokenLogprob, ...]" = ()
     prompt_logprobs: "tuple[TokenLogprob | None, ...]" = ()
+    reasoning: str = ""
+    tool_calls: "tuple[ToolCall, ...]" = ()
 
 
-def completion_of(sequence: TokenSequence, text: str, token_ids: Sequence[int]) -> Completion:
+def completion_of(
+    sequence: TokenSequence,
+    text: str,
+    token_ids: Sequence[int],
+    *,
+    reasoning: str = "",
+    tool_calls: "Sequence[ToolCall]" = (),
+    is_read: bool = True,
+) -> Completion:
     """Return the result of a sequence.
 
     Args:
         sequence: the sequence, which may still run.
         text: the text of the pieces read so far.
         token_ids: their tokens.
+        reasoning: their reasoning.
+        tool_calls: their tool calls.
+        is_read: True unless more of the answer is known already than its reader has read.
     """
+    is_complete = is_read and sequence.ended and not sequence.unread
+    reason = sequence.reason if is_complete else "unfinished"
     decode, tokens = sequence.last - sequence.first, sequence.generated
     timing = Timing(
         prefill_s=sequence.first - sequence.began,
@@ -81,15 +102,19 @@ def completion_of(sequence: TokenSequence, text: str, token_ids: Sequence[int]) 
         text=text,
         token_ids=tuple(token_ids),
         prompt_token_ids=tuple(sequence.tokens[: sequence.prompt_tokens]),
-        finish_reason=sequence.reason if sequence.ended and not sequence.unread else "unfinished",
+        finish_reason="tool_calls" if tool_calls and reason == "stop" else reason,
         timing=timing,
         logprobs=tuple(sequence.sampler.logprobs[: len(token_ids)]),
         prompt_logprobs=() if sequence.prompt_logprobs is None else sequence.prompt_logprobs.result(),
+        reasoning=reasoning,
+        tool_calls=tuple(tool_calls),
     )
 
 
 class Stream(Iterator[str], AsyncIterator[str]):
     """A running generation: iterate over its pieces of text, then read `completion`.
+
+    Of the answer to a chat these are the pieces of its content; `events` yields reasoning and tool calls as well.
 
     A piece contains no incomplete character and no part of a stop string. The generation starts when the first piece is
     read. While the reader waits for a piece, its thread computes, or waits for another thread that computes: streams of
@@ -105,45 +130,98 @@ class Stream(Iterator[str], AsyncIterator[str]):
     """
 
     # The scheduler and the sequence must not refer to the stream: its last reference frees the slot.
-    def __init__(self, scheduler: Scheduler, sequence: TokenSequence) -> None:
-        self._scheduler, self._sequence = scheduler, sequence
+    def __init__(
+        self, scheduler: Scheduler, sequence: TokenSequence, parser: "AnswerParser | None" = None
+    ) -> None:
+        self._scheduler, self._sequence, self._parser = scheduler, sequence, parser
         self._lock = Lock()
         self._text: list[str] = []
         self._ids: list[int] = []
+        self._reasoning: list[str] = []
+        self._calls: list[ToolCall] = []
+        self._parsed: deque[_Part] = deque()  # what the parser has found and nobody has read
+        self._is_parsed = parser is None  # the parser has seen the end
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> str:
+        while (part := self._next()) is not None:
+            if isinstance(part, str):
+                return part
+        raise StopIteration
+
+    def events(self) -> "Iterator[Delta]":
+        """Yield the rest of the answer in pieces of content, pieces of reasoning, and complete tool calls."""
+        while (part := self._next()) is not None:
+            yield _event(part)
+
+    async def aevents(self) -> "AsyncIterator[Delta]":
+        """Yield what `events` yields, without blocking the event loop."""
+        while (part := await self._anext()) is not None:
+            yield _event(part)
+
+    def _next(self) -> "_Part | None":
+        """Return the next part of the answer; None at its end."""
         sequence = self._sequence
         if sequence.closing:
-            raise StopIteration
+            return None
         self._start()
-        while (piece := self._take()) is None:
-            if sequence.ended and not sequence.unread:
+        while (part := self._take()) is None:
+            if sequence.ended and not sequence.unread and self._is_parsed:
                 if sequence.error is not None:
                     raise sequence.error
-                raise StopIteration
+                return None
             self._scheduler.advance(sequence.has_news)
-        return piece
+        return part
 
     def _start(self) -> None:
         with self._lock:
             if not self._sequence.submitted:
                 self._scheduler.submit(self._sequence)
 
-    def _take(self) -> str | None:
-        """Return the next piece of text that is ready; None if there is none."""
+    def _take(self) -> "_Part | None":
+        """Return the next part that is ready; None if there is none."""
         with self._lock:
-            unread = self._sequence.unread
-            while unread:
-                token, text = unread.popleft()
-                if token is not None:
-                    self._ids.append(token)
-                if text:
-                    self._text.append(text)
-                    return text
-        return None
+            while not self._parsed and self._parse_next():
+                pass
+            if not self._parsed:
+                return None
+            part = self._parsed.popleft()
+            if isinstance(part, str):
+                self._text.append(part)
+            else:
+                self._record(part)
+            return part
+
+    def _record(self, part: "ReasoningDelta | ToolCallDelta") -> None:
+        # A lazy import: content needs none.
+        from ..text.answer_parser import ReasoningDelta
+
+        if isinstance(part, ReasoningDelta):
+            self._reasoning.append(part.text)
+        else:
+            self._calls.append(part.call)
+
+    def _parse_next(self) -> bool:
+        """Take one unread piece, or tell the parser of the end; return False if there is neither."""
+        sequence, parser = self._sequence, self._parser
+        has_ended = sequence.ended  # before the look at `unread`, which grows until the end
+        if sequence.unread:
+            token, text = sequence.unread.popleft()
+            is_echo = token is None and not self._ids
+            if token is not None:
+                self._ids.append(token)
+            if parser is None or is_echo:
+                self._parsed.extend([text] if text else ())
+            else:
+                self._parsed.extend(map(_part, parser.push(text)))
+            return True
+        if parser is None or self._is_parsed or not has_ended:
+            return False
+        self._is_parsed = True
+        self._parsed.extend(map(_part, parser.finish()))
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -174,27 +252,37 @@ class Stream(Iterator[str], AsyncIterator[str]):
         The `finish_reason` of a running stream is "unfinished".
         """
         with self._lock:
-            return completion_of(self._sequence, "".join(self._text), self._ids)
+            return completion_of(
+                self._sequence,
+                "".join(self._text),
+                self._ids,
+                reasoning="".join(self._reasoning),
+                tool_calls=self._calls,
+                is_read=self._is_parsed and not self._parsed,
+            )
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> str:
+        while (part := await self._anext()) is not None:
+            if isinstance(part, str):
+                return part
+        raise StopAsyncIteration
+
+    async def _anext(self) -> "_Part | None":
         import asyncio
 
         if self._sequence.closing:
-            raise StopAsyncIteration
+            return None
         self._start()
         if (ready := self._take()) is not None:
             return ready
         try:
-            piece = await asyncio.to_thread(next, self, _END)
+            return await asyncio.to_thread(self._next)
         except asyncio.CancelledError:
             self._scheduler.cancel(self._sequence)
             raise
-        if piece is _END:
-            raise StopAsyncIteration
-        return str(piece)
 
     async def __aenter__(self) -> Self:
         return self
@@ -210,3 +298,15 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
         self._scheduler.cancel(self._sequence)
         await asyncio.to_thread(self.close)
+
+
+def _part(delta: "Delta") -> "_Part":
+    from ..text.answer_parser import ContentDelta
+
+    return delta.text if isinstance(delta, ContentDelta) else delta
+
+
+def _event(part: "_Part") -> "Delta":
+    from ..text.answer_parser import ContentDelta
+
+    return ContentDelta(part) if isinstance(part, str) else part

@@ -3,12 +3,10 @@
 llama.cpp and vLLM know the same forms. A template prescribes the form, so its text tells the family.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
-from .tool_calls import BareBody, Body, CallListBody, CodeBody, JsonBody, NamedJsonBody, PythonTagBody
 
 # The name of the format that leaves an answer as it is.
 PLAIN = "text"
@@ -19,7 +17,7 @@ class CallSyntax(Frozen):
 
     Attributes:
         opening: the marker before a body; empty for bodies without markers.
-        body: a function that makes a reader for one body.
+        body: the kind of body, a key of `tool_calls.BODIES`.
         closing: the marker after a body, which models may omit; empty for none.
         separator: text between two bodies without markers.
         at_start: True if calls occur only at the start of an answer. Their names must be those of given tools, because
@@ -27,7 +25,7 @@ class CallSyntax(Frozen):
     """
 
     opening: str
-    body: Callable[[], Body]
+    body: str
     closing: str = ""
     separator: str = ""
     at_start: bool = False
@@ -68,29 +66,29 @@ class AnswerFormat(Frozen):
         for syntax in self.reasoning:
             found |= {syntax.opening, syntax.closing, syntax.answer_opening, syntax.answer_closing}
         # Mistral's bodies have markers inside.
-        if self.name == "mistral":
+        if any(syntax.opening == "[TOOL_CALLS]" for syntax in self.calls):
             found |= {"[ARGS]", "[CALL_ID]"}
         return frozenset(found - {""})
 
 
-_HERMES = CallSyntax(opening="<tool_call>", body=JsonBody, closing="</tool_call>")
-_PIPED = CallSyntax(opening="<|tool_call|>", body=JsonBody, closing="<|/tool_call|>")
+_HERMES = CallSyntax(opening="<tool_call>", body="json", closing="</tool_call>")
+_PIPED = CallSyntax(opening="<|tool_call|>", body="json", closing="<|/tool_call|>")
 _CALLS: Mapping[str, tuple[CallSyntax, ...]] = {
     # Qwen 2.5 and 3, Hermes, Granite 4.
     "hermes": (_HERMES,),
     "llama3": (
-        CallSyntax(opening="<|python_tag|>", body=PythonTagBody, separator=";"),
-        CallSyntax(opening="", body=BareBody, separator=";", at_start=True),
+        CallSyntax(opening="<|python_tag|>", body="python_tag", separator=";"),
+        CallSyntax(opening="", body="bare", separator=";", at_start=True),
     ),
-    "mistral": (CallSyntax(opening="[TOOL_CALLS]", body=NamedJsonBody),),
-    "phi4": (_PIPED, CallSyntax(opening="functools", body=JsonBody, at_start=True)),
+    "mistral": (CallSyntax(opening="[TOOL_CALLS]", body="named_json"),),
+    "phi4": (_PIPED, CallSyntax(opening="functools", body="json", at_start=True)),
     "granite": (_PIPED, _HERMES),
     "smollm3": (
         _HERMES,
-        CallSyntax(opening="<code>", body=partial(CodeBody, "</code>"), closing="</code>"),
+        CallSyntax(opening="<code>", body="code", closing="</code>"),
     ),
-    "gemma": (CallSyntax(opening="```tool_code\n", body=partial(CodeBody, "```"), closing="```"),),
-    "pythonic": (CallSyntax(opening="", body=CallListBody, at_start=True),),
+    "gemma": (CallSyntax(opening="```tool_code\n", body="code", closing="```"),),
+    "pythonic": (CallSyntax(opening="", body="call_list", at_start=True),),
 }
 _THINK = ReasoningSyntax(opening="<think>", closing="</think>")
 _REASONING = (

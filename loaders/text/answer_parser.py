@@ -4,12 +4,12 @@ The result is independent of the pieces in which the text arrives. A tool call i
 well-formed. Anything else stays content: markers without a call, malformed calls, and calls cut off at the end.
 """
 
-import secrets
+import os
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from .answer_formats import AnswerFormat, CallSyntax
-from .tool_calls import Body, NoCall, RawCall, ToolCall
+from .tool_calls import BODIES, Body, NoCall, RawCall, ToolCall
 
 # After this many malformed calls the rest is content, so that the time stays linear.
 _MOST_FAILURES = 64
@@ -45,7 +45,7 @@ Delta = ContentDelta | ReasoningDelta | ToolCallDelta
 
 def new_call_id() -> str:
     """Return a random identifier of nine letters and digits, the form that Mistral's templates demand."""
-    return "".join(secrets.choice(_ALPHABET) for _ in range(9))
+    return "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in os.urandom(9))
 
 
 class AnswerParser:
@@ -60,6 +60,9 @@ class AnswerParser:
             another name counts, too, as in vLLM.
         prompt_tail: the end of the prompt's text, which may have opened the reasoning.
         new_id: makes the identifier of a call.
+
+    Attributes:
+        markers: texts of markers, whose tokens must not be left out of the answer's text.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class AnswerParser:
     ) -> None:
         self._reasonings, self._tools, self._new_id = form.reasoning, frozenset(tools), new_id
         self._calls = form.calls if self._tools else ()
+        self.markers = AnswerFormat(name=form.name, reasoning=form.reasoning, calls=self._calls).markers()
         self._text = ""  # the text whose kind is yet to be decided
         self._space = ""  # spaces before it, which are content unless a call follows
         self._is_last = False
@@ -185,7 +189,8 @@ class AnswerParser:
 
     def _open(self, syntax: CallSyntax) -> None:
         self._text = self._text.removeprefix(syntax.opening)
-        self._syntax, self._body, self._step = syntax, syntax.body(), AnswerParser._call
+        self._syntax, self._step = syntax, AnswerParser._call
+        self._body = BODIES[syntax.body](syntax.closing)
 
     def _call(self) -> bool:
         assert self._syntax is not None

@@ -7,7 +7,7 @@ import base64
 import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -162,9 +162,15 @@ class Tokenizer:
         except OverflowError as error:
             raise PrecastError(f"Tokenizer: expected token ids of 0 and above, found {list(ids)}.") from error
 
-    def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
-        """Return an incremental decoder for one text; it takes one token at a time."""
+    def stream(self, *, skip_special_tokens: bool = True, shown: Iterable[str] = ()) -> "TextStream":
+        """Return an incremental decoder for one text; it takes one token at a time.
+
+        Args:
+            skip_special_tokens: leave out special tokens.
+            shown: spellings of special tokens to keep nevertheless.
+        """
         skipped = self._special_ids if skip_special_tokens else frozenset[int]()
+        skipped -= {self._library.token_to_id(token) for token in shown}
         if self._is_byte_level:
             return _ByteLevelStream(self._library, skipped)
         return _PieceStream(self._library, skipped, byte_fallback="ByteFallback" in self._decoder_kinds)
@@ -216,6 +222,14 @@ class Tokenizer:
             return self._literal_chat(name).encode(values, compiled.render_values)
         # Templates write the beginning-of-sequence token themselves.
         return self.encode(compiled.render_values(values), add_special_tokens=False)
+
+    def chat_template(self, name: str | None = None, options: "ChatOptions | None" = None) -> str:
+        """Return the Jinja source of the template that `render_chat` would choose.
+
+        Raises:
+            PrecastError: the model has no such template.
+        """
+        return self._templates[self._template_name(name, options)]
 
     def _literal_chat(self, name: str) -> "LiteralChat":
         if name not in self._literal:

@@ -6,7 +6,7 @@ a string does not end it.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from .python_calls import NotCalls, parse_call_list, parse_code
@@ -257,6 +257,17 @@ class CodeBody:
             return [_raw_call(name, arguments, None) for name, arguments in parse_code(text)]
         except NotCalls:
             raise NoCall from None
+
+
+# Makers of bodies by kind; the argument is the marker after the body.
+BODIES: Mapping[str, Callable[[str], Body]] = {
+    "json": lambda _: JsonBody(),
+    "named_json": lambda _: NamedJsonBody(),
+    "call_list": lambda _: CallListBody(),
+    "bare": lambda _: BareBody(),
+    "python_tag": lambda _: PythonTagBody(),
+    "code": CodeBody,
+}
 
 
 def _first(text: str, allowed: str) -> int | None:
