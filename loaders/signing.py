@@ -58,7 +58,9 @@ def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
     _check_bundle(manifest, signature, public, str(key), str(root))
     path = root / SIGNATURE_FILE
     files.write_atomically(path, signature)
-    path.chmod((root / MANIFEST_FILE).stat().st_mode & 0o777)  # readable by the manifest's readers
+    path.chmod(
+        (root / MANIFEST_FILE).stat().st_mode & 0o777
+    )  # whoever reads the manifest may read the signature
     return _fingerprint(public)
 
 

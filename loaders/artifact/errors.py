@@ -2,7 +2,7 @@
 
 import sys
 
-# Longer than any message of precast's own; a message may quote a file, whose text can be of any length.
+# The maximum length of a message, in characters. Only a message that quotes a file can be longer.
 _MAX_LENGTH = 4000
 
 

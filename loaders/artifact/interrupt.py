@@ -108,7 +108,7 @@ def end() -> "NoReturn":
             continue
     try:
         os.write(2, b"\ninterrupted\n")
-    finally:  # also where standard error is closed
+    finally:  # even if standard error is closed
         # Exit at once: Python's ordinary exit can crash while a compiler's threads still run.
         os._exit(INTERRUPTED)
 

@@ -30,7 +30,7 @@ _MAX_HEADER = 100 << 20
 _MAX_AXES = 64
 _EMBEDDING, _HEAD = "model.embed_tokens.", "lm_head.weight"
 _REMEDY = "copy or export the artifact again"
-_BFLOAT16 = "BF16"  # which NumPy lacks
+_BFLOAT16 = "BF16"  # missing below, because NumPy has no such dtype
 _DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),

@@ -135,7 +135,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Tokens:
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return Tokens(prefix=tuple(whole[:start]), ids=tuple(plain))
-    # With special tokens, the text itself is split into other tokens, so there is no boundary between the two.
+    # The special tokens change how the text itself is split into tokens, so no boundary between the two can be found.
     return Tokens(prefix=(), ids=tuple(whole))
 
 

@@ -13,7 +13,7 @@ def _is_installed(package: str) -> bool:
     """Return True if a package can be imported, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # blocked in this process
+    except (ImportError, ValueError):  # this process has blocked the package in sys.modules
         return False
 
 

@@ -87,7 +87,7 @@ class Executable:
         """
         try:
             results = self._loaded.execute_sharded(list(arguments))
-            # With the results' types at hand, jaxlib makes arrays without importing jax.
+            # Given the results' types, jaxlib makes arrays without importing jax.
             return list(results.consume_with_handlers(self._handlers))
         except (_jax.JaxRuntimeError, ValueError) as error:
             raise PrecastError(
@@ -183,7 +183,7 @@ class Client:
         return self._put(array, _jax.HostBufferSemantics.ZERO_COPY)
 
     def _put(self, array: np.ndarray, semantics: Any) -> Buffer:
-        # With the array's type at hand, jaxlib does not import jax, as its other functions do.
+        # Given the array's type, this function does not import jax; jaxlib's other functions that make arrays do.
         about = Result(shape=array.shape, dtype=array.dtype)
         made = _jax.batched_device_put(
             about,
@@ -214,7 +214,7 @@ class Client:
 
     def view(self, buffer: Buffer) -> np.ndarray | None:
         """Return the writable memory of a buffer, uint8 [bytes], valid until a call consumes the buffer."""
-        # Without a reference to the buffer, which would keep a call from consuming it.
+        # Use the address alone: an array that refers to the buffer would keep a call from consuming it.
         memory = (ctypes.c_uint8 * size_of(buffer)).from_address(cast(Any, buffer).unsafe_buffer_pointer())
         return np.ctypeslib.as_array(memory)
 

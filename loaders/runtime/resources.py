@@ -92,7 +92,8 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
             because the system hides some of the counts that it compares with its limits.
         system: root of the file system.
     """
-    space = _address_space()  # measured before threads take address space, which later ones reuse
+    # Measure the space first: the threads of the test take some, which the threads of the client will then reuse.
+    space = _address_space()
     few = _startable(threads) if _thread_limit(system) < threads + _IN_SIGHT else None
     return Limits(address_space=space, threads=few)
 
@@ -158,7 +159,8 @@ def _groups(system: Path, controller: str) -> Iterator[Path]:
             top = system / "sys/fs/cgroup" / controller
         else:
             continue
-        # Inside a container the name may belong to the host; then the container's own group is the top.
+        # Inside a container the name may be that of the host, whose folders are missing here. Then the top folder is
+        # the container's own group.
         parts = [part for part in name.split("/") if part not in ("", "..")]
         for n in range(len(parts), -1, -1):
             folder = top.joinpath(*parts[:n])

@@ -67,7 +67,7 @@ class LiteralChat:
             PrecastError: `render` or the tokenizer fails, or a text becomes a control token even when encoded as plain
                 text.
         """
-        if self._split_words:  # very rare
+        if self._split_words:  # hardly any template has such words
             present = {key: value for key, value in values.items() if value is not None}
             if self._split_words & {*_names(present)} - {"messages"}:
                 raise _unsupported()

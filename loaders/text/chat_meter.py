@@ -100,7 +100,7 @@ def width(text: str) -> int:
     """Return an upper bound on the bytes that a character of `text` takes in memory."""
     if text.isascii():
         return 1
-    size = sys.getsizeof(text)  # includes a cached encoding
+    size = sys.getsizeof(text)  # may include a cached encoding, and then is too large
     return 4 if size >= 76 + 4 * len(text) else 2 if size >= 74 + 2 * len(text) else 1
 
 

@@ -172,7 +172,7 @@ def _translated(error: Exception) -> PrecastError:
     """Return one sentence for any error of a template."""
     if isinstance(error, PrecastError):
         return error
-    # The text of a syntax error repeats the place; its message does not.
+    # `str` of a syntax error repeats the place; its `message` does not.
     text = _message(error.message if isinstance(error, jinja2.TemplateSyntaxError) else error)
     text = " ".join(text.split()).rstrip(".")[:300]
     if isinstance(error, LimitExceeded):

@@ -163,7 +163,7 @@ class _Reader:
         return found
 
     def _skip_space(self) -> None:
-        self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it also matches an empty text
 
 
 def _number(text: str) -> int | float:

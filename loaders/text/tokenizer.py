@@ -322,7 +322,7 @@ class TextStream:
             token = self._library.id_to_token(token_id)
         except OverflowError as error:
             raise PrecastError(f"Tokenizer: expected a token id of 0 or above, found {token_id}.") from error
-        # An id without a token has no text, nor has a token with an empty name.
+        # Neither an id without a token nor a token with an empty name has a text.
         return self._push(token_id, token) if token else ""
 
     def finish(self) -> str:
