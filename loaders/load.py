@@ -55,13 +55,13 @@ def load(
         rehash: hash every file again, including unchanged files that were hashed before.
         target: name of the target to run; the first that fits the machine by default.
         allow_compile: allow compiling a target from its StableHLO. Each compilation is logged.
-        trusted: load programs that never ran on this machine directly, without a trial in a child process
-            (`precast.loaders.compiling.trial`).
+        trusted: skip the trial of a target that has never run on this machine. A trial loads the target in a child
+            process first (`precast.loaders.compiling.trial`).
         require_signature: file of a public key. The artifact must be signed with it; only the manifest is read before
-            the check. A signed artifact is trusted. None applies PRECAST_REQUIRE_SIGNATURE and the machine's own key
-            (`precast.loaders.required_key`), which no argument switches off.
+            the check. A signed artifact is trusted. With None, the key in PRECAST_REQUIRE_SIGNATURE or the machine's
+            own key still applies (`precast.loaders.required_key`).
         threads: number of computing threads on the CPU; one per usable core by default, within a container's CPU quota.
-            A number without effect is logged: TensorFlow takes one number per process, a GPU none.
+            A message tells if the number has no effect: TensorFlow takes one number per process, and a GPU takes none.
         log: receives messages; standard error by default.
         progress: receives the bytes pulled (shown on standard error by default) and hashed, and each program to load.
 
@@ -95,7 +95,7 @@ def load(
 
 
 def load_export(root: Path, *, target: str, allow_compile: bool = False) -> Model:
-    """Load a target of an artifact that this process has just exported: trusted, and not signed yet.
+    """Load a target of an artifact that this process has just exported, without a trial or a signature.
 
     Args:
         root: the artifact's folder.
@@ -103,7 +103,7 @@ def load_export(root: Path, *, target: str, allow_compile: bool = False) -> Mode
         allow_compile: allow compiling the target from its StableHLO.
 
     Raises:
-        PrecastError: as `load`.
+        PrecastError: see `load`.
     """
     settings = LoadSettings(
         target=target,
@@ -127,7 +127,7 @@ def load_new_target(
         executables: its trusted executables, by their names in the artifact.
 
     Raises:
-        PrecastError: as `load`.
+        PrecastError: see `load`.
     """
     settings = LoadSettings(trusted=True, threads=limits.checked_threads(None), log=log_to_stderr)
     artifact = _check_files(root, manifest, target, settings, trusted=executables)
@@ -153,7 +153,7 @@ def _load(root: Path, manifest: Manifest, settings: LoadSettings) -> Model:
         raise _DamagedArtifact(str(error)) from None
     check_calls(root, target, artifact.contents, machine.kernels)
     _check_weights(artifact)
-    # Before the trial, whose child process then finds the programs compiled.
+    # Compile before the trial, so that its child process finds the executables in the cache.
     compiled = compile_executables(artifact, machine, settings)
     if not settings.trusted:
         trial.ensure(
@@ -194,7 +194,7 @@ def _check_files(
         manifest: the artifact's manifest.
         target: the target.
         settings: with `rehash`, all files of the artifact are compared, even unchanged ones that were compared before.
-        trusted: contents that need not be read, by file.
+        trusted: contents of files that the caller provides, by name; these files are not read.
 
     Raises:
         PrecastError: names the first file that differs.
@@ -255,7 +255,7 @@ def _check_weights(artifact: CheckedArtifact) -> None:
                 found = "nothing" if array is None else f"{array.dtype.name} {list(array.shape)}"
                 raise PrecastError(
                     f"{artifact.root}: program {program.name!r} expects weight {value.name!r} of {value.dtype}"
-                    f" {list(value.shape)}, {WEIGHTS_FILE} holds {found}."
+                    f" {list(value.shape)}, but {WEIGHTS_FILE} holds {found}; export the model again."
                 )
 
 

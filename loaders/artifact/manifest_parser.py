@@ -49,10 +49,13 @@ def _current(value: Any, where: str) -> dict[str, Any]:
     """Check the format version of a parsed manifest, and upgrade it to the current version."""
     version = value.get("format_version") if isinstance(value, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
-        raise PrecastError(f"{where}: expected a precast manifest with a format_version, found none.")
+        raise PrecastError(
+            f"{where}: expected a precast manifest with a format_version, found none; check the path, or export the"
+            " model again."
+        )
     if version == FORMAT_VERSION:
         return dict(value)
-    from .upgrade import UPGRADES, upgrade  # the usual start, with the current version, does without
+    from .upgrade import UPGRADES, upgrade  # only for older versions, which keeps the usual start fast
 
     if version not in UPGRADES:
         raise PrecastError(
@@ -70,7 +73,9 @@ def _check_files(manifest: Manifest, where: str) -> None:
             named |= {program.executable, program.stablehlo}
     for name in sorted(n for n in named if n is not None):
         if name not in manifest.files:
-            raise PrecastError(f"{where}: file {name!r} is used but not listed under files.")
+            raise PrecastError(
+                f"{where}: file {name!r} is used but not listed under files; export the model again."
+            )
 
 
 def _expect(where: str, what: str, expected: object, found: object) -> None:
@@ -83,7 +88,9 @@ def _expect(where: str, what: str, expected: object, found: object) -> None:
 def _check_geometry(manifest: Manifest, where: str) -> None:
     """Check that context, slots, buckets and KV cache agree, because the programs' loops rely on them."""
     if manifest.slots < 1 or manifest.model.vocab < 1 or not manifest.buckets:
-        raise PrecastError(f"{where}: expected at least one slot, one token and one bucket, found none.")
+        raise PrecastError(
+            f"{where}: expected at least one slot, one token and one bucket, found none; export the model again."
+        )
     if manifest.context >= 2**31 or manifest.slots > _MAX_SLOTS:
         raise PrecastError(
             f"{where}: {manifest.slots} slots of {manifest.context} positions exceed any machine's memory;"
@@ -92,7 +99,7 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
     if not 1 <= min(manifest.buckets) <= max(manifest.buckets) <= manifest.context:
         raise PrecastError(
             f"{where}: buckets: expected lengths from 1 to the context of {manifest.context}, found"
-            f" {list(manifest.buckets)!r:.200}."
+            f" {list(manifest.buckets)!r:.200}; export the model again."
         )
     _expect(where, "buckets", tuple(sorted(set(manifest.buckets))), manifest.buckets)
     layers: dict[str, list[int]] = {}
@@ -127,7 +134,8 @@ def _check_target(manifest: Manifest, target: Target, where: str) -> None:
     """Check that a target has a known runtime, and each program exactly once."""
     if target.runtime not in RUNTIMES:
         raise PrecastError(
-            f"{where}: runtime {target.runtime!r} is not known, expected one of {', '.join(RUNTIMES)}."
+            f"{where}: runtime {target.runtime!r} is not known, expected one of {', '.join(RUNTIMES)}; update precast,"
+            " or export the model again."
         )
     kinds = sorted((p.kind, p.tokens) for p in target.programs)
     needed = [("cache", 0), ("decode", 1), *(("prefill", tokens) for tokens in manifest.buckets)]
@@ -180,11 +188,14 @@ def _check_program(manifest: Manifest, program: Program, where: str) -> None:
     _check_signature(manifest, program, where)
     for values in (program.arguments, program.results):
         if len({v.name for v in values}) != len(values):
-            raise PrecastError(f"{where}: two arguments or two results have the same name.")
+            raise PrecastError(
+                f"{where}: two arguments or two results have the same name; export the model again."
+            )
         for v in values:
             if v.dtype not in DTYPE_BYTES:
                 raise PrecastError(
-                    f"{where}: {v.name!r} has dtype {v.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}."
+                    f"{where}: {v.name!r} has dtype {v.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}; export the"
+                    " model again."
                 )
     caches = {c.name: (c.shape, c.dtype) for c in manifest.cache}
     holders = (program.results,) if program.kind == "cache" else (program.arguments, program.results)
@@ -199,5 +210,6 @@ def _check_program(manifest: Manifest, program: Program, where: str) -> None:
     for result in program.results:
         if result.alias is not None and result.alias not in arguments:
             raise PrecastError(
-                f"{where}: result {result.name!r} aliases {result.alias!r}, which is not an argument."
+                f"{where}: result {result.name!r} aliases {result.alias!r}, which is not an argument; export the model"
+                " again."
             )

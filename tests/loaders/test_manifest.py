@@ -66,7 +66,11 @@ def test_a_format_version_must_be_an_integer(good, value):
 
 @pytest.mark.parametrize("value", [[], 1, "x", {}, None])
 def test_other_json_is_not_a_manifest(value):
-    assert error(value) == "m.json: expected a precast manifest with a format_version, found none."
+    assert (
+        error(value)
+        == "m.json: expected a precast manifest with a format_version, found none; check the path, or export the"
+        " model again."
+    )
 
 
 def in_format_4(good):
@@ -131,13 +135,17 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
             "1",
             "m.json: files['golden.json'].bytes: expected a whole number",
         ),
-        (["files", "golden.json"], ..., "m.json: file 'golden.json' is used but not listed under files."),
+        (
+            ["files", "golden.json"],
+            ...,
+            "m.json: file 'golden.json' is used but not listed under files; export the model again.",
+        ),
         (["files", "weights.safetensors"], ..., "m.json: file 'weights.safetensors' is used but not listed"),
         (["files", "programs/cpu/decode.xla"], ..., "file 'programs/cpu/decode.xla' is used but not listed"),
         (
             ["tokenizer", "named_templates"],
             {"rag": "chat_templates/rag.jinja"},
-            "m.json: file 'chat_templates/rag.jinja' is used but not listed under files.",
+            "m.json: file 'chat_templates/rag.jinja' is used but not listed under files; export the model again.",
         ),
         (["tokenizer", "file"], "../tokenizer.json", "file '../tokenizer.json' is used but not listed"),
         (
@@ -183,7 +191,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             ["targets", 0, "runtime"],
             "pickle",
-            "runtime 'pickle' is not known, expected one of pjrt, stablehlo, savedmodel.",
+            "runtime 'pickle' is not known, expected one of pjrt, stablehlo, savedmodel; update precast, or",
         ),
         (["targets", 1, "name"], "TWIN", "targets of this name: expected 1, found 2"),
         ([*PROGRAM, 3], ..., "kinds and lengths of its programs: expected [('cache', 0), ('decode', 1)"),
@@ -201,7 +209,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             [*PROGRAM, 3, "arguments", 5, "name"],
             "rope.cos",
-            "two arguments or two results have the same name.",
+            "two arguments or two results have the same name; export the model again.",
         ),
         (
             [*PROGRAM, 3, "arguments", 2, "shape", 3],
@@ -213,7 +221,11 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
             9,
             "program 'decode': its KV cache differs from the artifact's",
         ),
-        ([*PROGRAM, 3, "results", 2, "alias"], "nobody", "aliases 'nobody', which is not an argument."),
+        (
+            [*PROGRAM, 3, "results", 2, "alias"],
+            "nobody",
+            "aliases 'nobody', which is not an argument; export the model again.",
+        ),
         (
             [*PROGRAM, 3, "results", 0],
             ...,
