@@ -58,8 +58,8 @@ def load(
         trusted: skip the trial of a target that has never run on this machine. A trial loads the target in a child
             process first (`precast.loaders.compiling.trial`).
         require_signature: file of a public key. The artifact must be signed with it; only the manifest is read before
-            the check. A signed artifact is trusted. With None, the key in PRECAST_REQUIRE_SIGNATURE or the machine's
-            own key still applies (`precast.loaders.required_key`).
+            the check. A signed artifact is trusted. With None, the key that PRECAST_REQUIRE_SIGNATURE names, or
+            else the machine's own key, still applies (`precast.loaders.required_key`).
         threads: number of computing threads on the CPU; one per usable core by default, within a container's CPU quota.
             A message tells if the number has no effect: TensorFlow takes one number per process, and a GPU takes none.
         log: receives messages; standard error by default.
