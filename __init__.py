@@ -10,16 +10,18 @@ if TYPE_CHECKING:
     from .loaders.artifact.errors import PrecastError
     from .loaders.generation.model import Model
     from .loaders.generation.sampling_params import SamplingParams
+    from .loaders.generation.state_file import State
     from .loaders.generation.stream import Completion, Stream, Timing
     from .loaders.load import load
 
-__all__ = ["Completion", "Model", "PrecastError", "SamplingParams", "Stream", "Timing", "load"]
+__all__ = ["Completion", "Model", "PrecastError", "SamplingParams", "State", "Stream", "Timing", "load"]
 
 _MODULES = {
     "Completion": "generation.stream",
     "Model": "generation.model",
     "PrecastError": "artifact.errors",
     "SamplingParams": "generation.sampling_params",
+    "State": "generation.state_file",
     "Stream": "generation.stream",
     "Timing": "generation.stream",
     "load": "load",

@@ -130,6 +130,7 @@ def export(
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
 @click.option("--system", help="System message, which may be empty; implies --chat.")
 @options.LITERAL
+@options.STATE
 @options.sampling
 @options.JSON
 @options.STATS
@@ -141,6 +142,7 @@ def run(
     chat: bool,
     system: str | None,
     literal: bool,
+    state: Path | None,
     as_json: bool,
     stats: bool,
     sampling: "SamplingOptions",
@@ -157,7 +159,7 @@ def run(
     """
     from precast.loaders.console import run as console
 
-    text = console.Prompt(text=prompt, ids=ids, chat=chat, system=system, literal=literal)
+    text = console.Prompt(text=prompt, ids=ids, chat=chat, system=system, literal=literal, state=state)
     return console.run(artifact, text, sampling=sampling, loading=loading, as_json=as_json, stats=stats)
 
 
@@ -165,6 +167,7 @@ def run(
 @click.argument("artifact", type=options.ARTIFACT)
 @click.option("--system", help="System message, which may be empty.")
 @options.LITERAL
+@options.STATE
 @options.sampling
 @options.STATS
 @options.loading
@@ -172,6 +175,7 @@ def chat(
     artifact: Path | str,
     system: str | None,
     literal: bool,
+    state: Path | None,
     stats: bool,
     sampling: "SamplingOptions",
     loading: "LoadOptions",
@@ -188,7 +192,7 @@ def chat(
     from precast.loaders.console import chat as console
 
     return console.run(
-        artifact, system=system, literal=literal, sampling=sampling, loading=loading, stats=stats
+        artifact, system=system, literal=literal, state=state, sampling=sampling, loading=loading, stats=stats
     )
 
 

@@ -27,6 +27,7 @@ class LoadSettings(Frozen):
     Attributes:
         threads: number of threads that XLA computes with.
         requested_threads: the caller's argument `threads`; None if the caller left it out.
+        prefix_memory: the most bytes for keys and values of earlier prompts.
     """
 
     target: str | None = None
@@ -35,6 +36,7 @@ class LoadSettings(Frozen):
     trusted: bool
     threads: int
     requested_threads: int | None = None
+    prefix_memory: int | None = 0
     log: Callable[[str], None]
     progress: "Progress | None" = None
 

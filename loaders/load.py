@@ -11,6 +11,7 @@ from .artifact import cache_folder, compat, files
 from .artifact.custom_calls import check_calls
 from .artifact.errors import PrecastError, log_to_stderr
 from .artifact.manifest import WEIGHTS_FILE, Manifest, Target
+from .artifact.origin import has_row_invariance
 from .artifact.weights import map_weights
 from .compiling import trial
 from .executables import (
@@ -22,6 +23,7 @@ from .executables import (
 )
 from .generation.engine import Engine
 from .generation.model import Model
+from .generation.prefixes import PrefixTree
 from .locate import find_artifact, read_manifest
 from .required_key import required_key
 from .runtime import installed, limits, pjrt
@@ -42,6 +44,7 @@ def load(
     trusted: bool = False,
     require_signature: str | Path | None = None,
     threads: int | None = None,
+    prefix_memory: int | None = None,
     log: Callable[[str], None] | None = None,
     progress: "Progress | None" = None,
 ) -> Model:
@@ -62,6 +65,9 @@ def load(
             else the machine's own key, still applies (`precast.loaders.required_key`).
         threads: number of computing threads on the CPU; one per usable core by default, within a container's CPU quota.
             A message tells if the number has no effect: TensorFlow takes one number per process, and a GPU takes none.
+        prefix_memory: the most bytes for keys and values of earlier prompts and answers. A prompt with the same
+            beginning starts after it, with the same answer. 0 keeps none; None chooses 512 MiB, or an eighth of the
+            available memory if that is less. Only targets of precast's own kernels for the CPU reuse keys and values.
         log: receives messages; standard error by default.
         progress: receives the bytes pulled (shown on standard error by default) and hashed, and each program to load.
 
@@ -79,6 +85,7 @@ def load(
         trusted=trusted or key is not None,
         threads=limits.checked_threads(threads),
         requested_threads=threads,
+        prefix_memory=_checked_bytes(prefix_memory),
         log=log,
         progress=progress,
     )
@@ -175,6 +182,15 @@ def _locate(path: str | Path, key: Path | None, settings: LoadSettings) -> Path:
 
         path = fetch(str(path), require_signature=key, log=settings.log, progress=settings.progress)
     return find_artifact(Path(path))
+
+
+def _checked_bytes(prefix_memory: int | None) -> int | None:
+    is_size = isinstance(prefix_memory, int) and not isinstance(prefix_memory, bool) and prefix_memory >= 0
+    if prefix_memory is not None and not is_size:
+        raise PrecastError(
+            f"prefix_memory: expected a number of bytes, 0 or more, found {prefix_memory!r:.40}; 0 keeps no prefixes."
+        )
+    return prefix_memory
 
 
 def _is_url(path: str | Path) -> bool:
@@ -287,6 +303,7 @@ def _model(
         manifest=artifact.manifest,
         target=artifact.target,
         compiles=sum(executable.compiled for executable in executables.values()),
+        prefixes=PrefixTree(engine, settings.prefix_memory) if has_row_invariance(artifact.target) else None,
     )
 
 

@@ -12,7 +12,15 @@ import pytest
 PROMPT = "7,200,31"
 # Scripts read these fields.
 FIELDS = ["text", "token_ids", "prompt_token_ids", "finish_reason", "timing", "target", "compiles"]
-TIMING = ["import_s", "load_s", "prefill_s", "first_token_s", "decode_tokens_per_s", "target"]
+TIMING = [
+    "import_s",
+    "load_s",
+    "prefill_s",
+    "first_token_s",
+    "decode_tokens_per_s",
+    "cached_tokens",
+    "target",
+]
 
 
 # --- run ----------------------------------------------------------------------------------------------------
@@ -35,6 +43,7 @@ def test_the_times_of_a_fresh_process_add_up(tiny_artifact, python):
     assert result.returncode == 0, result.stderr
     timing = json.loads(result.stdout)["timing"]
     assert timing.pop("target").startswith("cpu-")
+    assert timing.pop("cached_tokens") == 0
     assert all(value > 0 for value in timing.values())
     assert timing["first_token_s"] >= timing["import_s"] + timing["load_s"] + timing["prefill_s"] - 1e-3
     assert timing["first_token_s"] < 60
@@ -147,7 +156,7 @@ def test_json_cannot_control_a_terminal(cli, tiny_artifact, monkeypatch):
         token_ids=(),
         prompt_token_ids=(),
         finish_reason="stop",
-        timing=SimpleNamespace(prefill_s=0.0, decode_tokens_per_s=0.0),
+        timing=SimpleNamespace(prefill_s=0.0, decode_tokens_per_s=0.0, cached_tokens=0),
     )
     monkeypatch.setattr(Stream, "completion", completion)
     line = cli("run", tiny_artifact, "-p", "x", "--json").stdout

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -29,6 +29,7 @@ _MAX_HEADER = 100 << 20
 # NumPy's limit.
 _MAX_AXES = 64
 _EMBEDDING, _HEAD = "model.embed_tokens.", "lm_head.weight"
+_METADATA = "__metadata__"
 _REMEDY = "copy or export the artifact again"
 _BFLOAT16 = "BF16"  # missing below, because NumPy has no such dtype
 _DTYPES: Mapping[str, np.dtype] = {
@@ -85,8 +86,9 @@ def _name(spec: TensorSpec) -> str:
     return _BFLOAT16 if spec.dtype.name == "bfloat16" else _NAMES[spec.dtype]
 
 
-def _header(specs: Sequence[TensorSpec]) -> bytes:
-    entries, offset = {}, 0
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
+    entries: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    offset = 0
     for spec in specs:
         place = [offset, offset + spec.bytes]
         entries[spec.name] = {"dtype": _name(spec), "shape": list(spec.shape), "data_offsets": place}
@@ -149,6 +151,47 @@ def _write_pieces(
             raise ValueError(f"{spec.name}: expected {spec.bytes} bytes, found {written[spec.name]}")
 
 
+def file_parts(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """Return the contents of a safetensors file in parts, for arrays that are in memory.
+
+    Args:
+        arrays: the tensors, by name.
+        metadata: texts for the file's header.
+    """
+    specs = [TensorSpec(name=name, shape=array.shape, dtype=array.dtype) for name, array in arrays.items()]
+    ordered = _in_file_order(specs)
+    contents = (np.ascontiguousarray(arrays[spec.name]).reshape(-1).view(np.uint8).data for spec in ordered)
+    return [_header(ordered, metadata), *contents]
+
+
+def read_metadata(source: BinaryIO) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file, open and at its start; leave it there.
+
+    Raises:
+        PrecastError: the file is not a safetensors file.
+    """
+    header, _ = _read_header(source)
+    source.seek(0)
+    metadata = header.get(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise PrecastError(
+            f"{source.name}: expected texts as the header's metadata, found something else; {_REMEDY}."
+        )
+    return metadata
+
+
+def _read_header(source: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Read the header of a safetensors file at its start; return it with the offset of the data."""
+    path, size = Path(source.name), os.fstat(source.fileno()).st_size
+    length = int.from_bytes(source.read(8), "little")
+    if size < 8 or length > min(_MAX_HEADER, size - 8):
+        raise PrecastError(f"{path}: expected a safetensors file, found no valid header length; {_REMEDY}.")
+    header = parse_json(source.read(length), str(path))
+    if not isinstance(header, dict):
+        raise PrecastError(f"{path}: expected a safetensors header, found {header!r:.60}; {_REMEDY}.")
+    return header, 8 + length
+
+
 def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     """Map a file written by `write_weights`; the system reads its pages from disk on first access.
 
@@ -164,19 +207,13 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     if isinstance(source, Path):
         with source.open("rb") as file:
             return map_weights(file)
-    path, size = Path(source.name), os.fstat(source.fileno()).st_size
-    length = int.from_bytes(source.read(8), "little")
-    if size < 8 or length > min(_MAX_HEADER, size - 8):
-        raise PrecastError(f"{path}: expected a safetensors file, found no valid header length; {_REMEDY}.")
-    header = parse_json(source.read(length), str(path))
+    path = Path(source.name)
+    header, start = _read_header(source)
     # NumPy exports only writable arrays through DLPack, so the mapping is private and writable (copy-on-write).
     # Nothing writes to it, so no page is ever copied.
     mapping = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
-    if not isinstance(header, dict):
-        raise PrecastError(f"{path}: expected a safetensors header, found {header!r:.60}; {_REMEDY}.")
-    entries = [_entry(path, name, e) for name, e in header.items() if name != "__metadata__"]
-    _check_cover(path, entries, size - 8 - length)
-    start = 8 + length
+    entries = [_entry(path, name, e) for name, e in header.items() if name != _METADATA]
+    _check_cover(path, entries, len(mapping) - start)
     for name, _, _, begin, end in entries:
         # A model with a separate output head reads only the rows of its embedding that belong to the prompt's tokens.
         # They are scattered, so huge pages would read far more than is used.

@@ -11,6 +11,7 @@ def run(
     *,
     system: str | None,
     literal: bool,
+    state: Path | None,
     sampling: SamplingOptions,
     loading: LoadOptions,
     stats: bool,
@@ -23,5 +24,5 @@ def run(
     Raises:
         PrecastError: see `run`.
     """
-    prompt = Prompt(text=None, ids=None, chat=True, system=system, literal=literal)
+    prompt = Prompt(text=None, ids=None, chat=True, system=system, literal=literal, state=state)
     return run_command.run(artifact, prompt, sampling=sampling, loading=loading, as_json=False, stats=stats)

@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..artifact.errors import PrecastError, printable
@@ -18,19 +20,26 @@ if TYPE_CHECKING:
 
 
 def converse(
-    model: "Model", params: "SamplingParams", opening: "list[Message]", *, stats: bool, literal: bool
+    model: "Model",
+    params: "SamplingParams",
+    opening: "list[Message]",
+    *,
+    stats: bool,
+    literal: bool,
+    state: Path | None = None,
 ) -> None:
-    """Answer typed messages until the end of input.
+    """Answer typed messages until the end of input, then save the chat if a file is given.
 
     Args:
         model: a model with a chat template.
         params: the sampling parameters.
-        opening: the messages before the user's first.
-        stats: print the speed of all answers on standard error at the end.
+        opening: the messages before the user's first, or those of a saved chat.
+        stats: print the speed of all answers at the end, on standard error.
         literal: treat messages as plain text.
+        state: the file to save the chat to; None for none.
 
     Raises:
-        PrecastError: the model has no chat template.
+        PrecastError: the model has no chat template, or the state cannot be saved.
     """
     if model.manifest.tokenizer.chat_template is None:
         raise PrecastError(
@@ -42,23 +51,33 @@ def converse(
     print(
         f"{_name(model)}, {model.engine.context} positions. /help lists the commands, Ctrl-D ends the chat."
     )
+    if any(message.get("role") == "user" for message in opening):
+        print(f"{printable(str(state))}: {len(opening)} messages. /reset starts over.")
     done: list[Completion] = []
     messages = opening
     for message in chat_input.messages():
         if message == "/exit":
             break
         if message == "/reset":
-            messages = opening
+            messages = _system_messages(opening)
         elif message == "/help":
             print(chat_input.help_text())
         else:
             chat_input.remember(history, message)
             asked = [*messages, {"role": "user", "content": message}]
             messages = _answer(partial(model.stream_chat, asked, params, literal=literal), asked, done)
+    if state is not None and done:
+        # The file's tokens are those of the last complete answer.
+        model.save_state(state, done[-1], messages=messages)
     if history.problem:
         print(printable(history.problem), file=sys.stderr)
     if stats and done:
         print(speed.full(done), file=sys.stderr)
+
+
+def _system_messages(messages: "list[Message]") -> "list[Message]":
+    """Return the messages before the first of the user's."""
+    return list(takewhile(lambda message: message.get("role") == "system", messages))
 
 
 def _name(model: "Model") -> str:

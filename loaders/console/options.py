@@ -59,6 +59,13 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one line of J
 STATS = click.option(
     "--stats", is_flag=True, help="Print the speed of prompt and answer on standard error at the end."
 )
+STATE = click.option(
+    "--state",
+    metavar="FILE",
+    type=PATH,
+    help="Continue the sequence or the chat that FILE holds, if it exists, and save it with the answer to FILE. Its"
+    " tokens are not read again.",
+)
 LITERAL = click.option(
     "--literal",
     is_flag=True,

@@ -20,6 +20,7 @@ from .terminal import escaped, harmless_pieces
 if TYPE_CHECKING:
     from ..generation.model import Message, Model
     from ..generation.sampling_params import SamplingParams
+    from ..generation.state_file import State
     from ..generation.stream import Completion, Stream
 
 
@@ -30,6 +31,7 @@ class Prompt(Frozen):
         chat: put the text through the chat template.
         system: the system message, which may be empty; None for none.
         literal: treat messages as plain text.
+        state: the file of a sequence to continue and to save; None for none.
     """
 
     text: str | None
@@ -37,6 +39,7 @@ class Prompt(Frozen):
     chat: bool
     system: str | None
     literal: bool
+    state: Path | None = None
 
     @property
     def uses_template(self) -> bool:
@@ -98,6 +101,7 @@ def run(
     """
     _check(prompt)
     is_typed = prompt.text is None and prompt.ids is None and sys.stdin.isatty()
+    is_chat = is_typed and sys.stdout.isatty()
     if is_typed and as_json:
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
@@ -115,21 +119,56 @@ def run(
             allow_compile=loading.allow_compile,
             require_signature=loading.require_signature,
             threads=loading.threads,
+            # After a single answer, the process ends.
+            prefix_memory=None if is_chat or prompt.state is not None else 0,
         )
     loaded = process_age()
     params = replace(model.default_sampling(), **sampling.given())
-    if is_typed and sys.stdout.isatty():
-        from .conversation import converse
+    before = _saved(model, prompt)
+    if not is_chat:
+        return _answer(
+            model, prompt, before, params, as_json=as_json, stats=stats, started=(imported, loaded)
+        )
+    from .conversation import converse
 
-        with raise_on_interrupt():  # KeyboardInterrupt ends an answer and resets the terminal
-            converse(model, params, _opening(prompt.system), stats=stats, literal=prompt.literal)
-        return 0
-    stream = _stream(model, prompt, _read_text(prompt), params)
+    with raise_on_interrupt():  # KeyboardInterrupt ends an answer and resets the terminal
+        opening = _opening(prompt.system, before)
+        converse(model, params, opening, stats=stats, literal=prompt.literal, state=prompt.state)
+    return 0
+
+
+def _saved(model: "Model", prompt: Prompt) -> "State | None":
+    """Return the saved sequence that the prompt continues; None for none."""
+    if prompt.state is None:
+        return None
+    from . import state
+
+    return state.load(model, prompt.state, prompt)
+
+
+def _answer(
+    model: "Model",
+    prompt: Prompt,
+    before: "State | None",
+    params: "SamplingParams",
+    *,
+    as_json: bool,
+    stats: bool,
+    started: tuple[float, float],
+) -> int:
+    """Answer a single prompt; `started` is the process's age after the imports, and after the load."""
+    text = _read_text(prompt)
+    messages = _messages(prompt, text, before)
+    stream = _stream(model, prompt, text, messages, params, before)
     asked = process_age()
     if as_json:
-        print(_json_line(model, stream.finish(), imported=imported, loaded=loaded, asked=asked))
+        print(_json_line(model, stream.finish(), imported=started[0], loaded=started[1], asked=asked))
     else:
         _write_pieces(stream)
+    if prompt.state is not None:
+        from . import state
+
+        state.save(model, prompt.state, stream.completion, messages)
     if stats:
         from .speed import full
 
@@ -197,20 +236,37 @@ def piped_text(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 
-def _opening(system: str | None) -> "list[Message]":
-    """Return the messages before the user's first."""
+def _opening(system: str | None, before: "State | None") -> "list[Message]":
+    """Return the messages before the user's first, or before the next in a saved chat."""
+    if before is not None:
+        return list(before.messages)
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def _stream(model: "Model", prompt: Prompt, text: str, params: "SamplingParams") -> "Stream":
-    if prompt.ids is not None:
-        return model.stream(prompt.ids, params)
-    if prompt.uses_template:
-        if not text.strip():
-            raise PrecastError("prompt: expected some text, found none; give it with -p or pipe it in.")
-        messages = [*_opening(prompt.system), {"role": "user", "content": text}]
+def _messages(prompt: Prompt, text: str, before: "State | None") -> "list[Message]":
+    """Return the conversation to answer; no messages if the prompt is text to continue."""
+    if not prompt.uses_template and not (before is not None and before.messages):
+        return []
+    if not text.strip():
+        raise PrecastError("prompt: expected some text, found none; give it with -p or pipe it in.")
+    return [*_opening(prompt.system, before), {"role": "user", "content": text}]
+
+
+def _stream(
+    model: "Model",
+    prompt: Prompt,
+    text: str,
+    messages: "list[Message]",
+    params: "SamplingParams",
+    before: "State | None",
+) -> "Stream":
+    if messages:
         return model.stream_chat(messages, params, literal=prompt.literal)
-    return model.stream(text, params)
+    if before is not None:
+        from . import state
+
+        return model.stream(state.continued(model, before, prompt, text), params)
+    return model.stream(text if prompt.ids is None else prompt.ids, params)
 
 
 def _write_pieces(stream: "Stream") -> None:
@@ -235,6 +291,7 @@ def _json_line(
             "prefill_s": round(timing.prefill_s, 4),
             "first_token_s": round(asked + timing.prefill_s, 4),
             "decode_tokens_per_s": round(timing.decode_tokens_per_s, 2),
+            "cached_tokens": timing.cached_tokens,
             "target": model.target.name,
         },
         "target": model.target.name,

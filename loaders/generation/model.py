@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
@@ -20,6 +21,8 @@ from .stream import Completion, Stream
 if TYPE_CHECKING:
     from ..text.answer_parser import AnswerParser
     from .logprobs import PromptLogprobs
+    from .prefixes import PrefixTree
+    from .state_file import State
 
 Message = Mapping[str, object]
 Prompt = str | Sequence[int]
@@ -44,6 +47,8 @@ class Model:
 
     Attributes:
         scheduler: the generations in progress.
+        prefixes: keys and values of earlier prompts; None for a target that computes a position with other bits in
+            another chunk.
         manifest: the artifact's manifest.
         target: the target that runs.
         compiles: number of programs compiled while loading: 0 unless compiling from StableHLO was requested.
@@ -52,18 +57,23 @@ class Model:
     """
 
     def __init__(
-        self, *, engine: Engine, tokenizer: Tokenizer, manifest: Manifest, target: Target, compiles: int
+        self,
+        *,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        manifest: Manifest,
+        target: Target,
+        compiles: int,
+        prefixes: "PrefixTree | None" = None,
     ) -> None:
         self.engine = engine
-        self.scheduler = Scheduler(engine)
+        self.prefixes = prefixes
+        self.scheduler = Scheduler(engine, prefixes=prefixes)
         self.tokenizer = tokenizer
         self.manifest = manifest
         self.target = target
         self.compiles = compiles
         self.eos_token_ids = frozenset(manifest.tokenizer.eos_token_ids)
-        # precast's kernels compute a token alike in every program. Rejected drafts overwrite positions of a window that
-        # a prefix may still need.
-        self._verifies_exactly = bool(target.kernels) and not any(engine.windows.values())
 
     def default_sampling(self) -> SamplingParams:
         """Return the model's own sampling defaults, or greedy decoding if it has none.
@@ -237,7 +247,44 @@ class Model:
         options = ChatOptions(tools=tools)
         return self.tokenizer.encode_chat(messages, options, template=template, literal=literal)
 
-    def _checked_prompt(self, ids: Sequence[int]) -> list[int]:
+    def save_state(
+        self, path: str | Path, sequence: Completion | Sequence[int], *, messages: Sequence[Message] = ()
+    ) -> None:
+        """Save keys and values of a sequence to a file, so that another process continues it without reading it again.
+
+        Args:
+            path: the file to create or to replace; this user alone may read it.
+            sequence: a completion, or token ids. Keys and values that are no longer in memory are computed again.
+            messages: the messages of the chat, with the answer; `load_state` returns them.
+
+        Raises:
+            PrecastError: the target cannot reuse keys and values, the file cannot be written, or a token id is outside
+                the vocabulary.
+        """
+        from . import states
+
+        states.save(self, Path(path), sequence, messages)
+
+    def load_state(self, path: str | Path) -> "State":
+        """Load a state that `save_state` has written: prompts that begin with its tokens start after them.
+
+        Returns:
+            The tokens and messages of the state.
+
+        Raises:
+            PrecastError: the file is damaged or no state, or the weights, the KV cache's type, the tokenizer, the
+                target or the instruction set are not those that computed it.
+        """
+        from . import states
+
+        return states.load(self, Path(path))
+
+    def checked_prompt(self, ids: Sequence[int]) -> list[int]:
+        """Return the tokens of a prompt as Python's integers.
+
+        Raises:
+            PrecastError: as `generate`.
+        """
         context, vocab = self.engine.context, self.engine.vocab
         if len(ids) == 0:
             raise PrecastError("prompt: expected at least one token, found none; give the model some text.")
@@ -272,7 +319,7 @@ class Model:
             raise PrecastError(f"params: expected SamplingParams, found {type(params).__name__}.")
         # Empty text counts as no tokens, even if the tokenizer adds a special one.
         ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
-        checked, chosen = self._checked_prompt(ids), params or self.default_sampling()
+        checked, chosen = self.checked_prompt(ids), params or self.default_sampling()
         limit = chosen.limit(len(checked), self.engine.context - len(checked))
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
         return _Request(checked, chosen.with_word_ids(encode), limit)
@@ -290,7 +337,6 @@ class Model:
             limit=limit,
             timeout_s=params.timeout_s,
             most_unread=most_unread,
-            wants_drafts=params.prompt_lookup and self._verifies_exactly,
             echo=self.tokenizer.decode(prompt) if params.echo else "",
             prompt_logprobs=self._prompt_logprobs(prompt, params.prompt_logprobs),
         )

@@ -10,7 +10,7 @@ RadixAttention is by Zheng et al., SGLang (https://arxiv.org/abs/2312.07104).
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import NamedTuple, Protocol
 
@@ -27,6 +27,12 @@ _DEFAULT_SHARE = 8
 
 class SlotEngine(Protocol):
     """The part of an engine that the tree needs."""
+
+    def new_cache(self) -> KVCache:
+        """Return an empty KV cache."""
+
+    def prefill(self, tokens: Sequence[int], cache: KVCache, *, start: int, slot: int) -> object:
+        """Read tokens at the positions of a slot from `start` on."""
 
     @property
     def windows(self) -> Mapping[str, int]:
@@ -107,6 +113,7 @@ class PrefixTree:
         # so after it: the first segment is always a leaf.
         self._recent: OrderedDict[_Node, None] = OrderedDict()
         self._bytes = 0
+        self._checks: list[Callable[[], None]] = []
         self._lock = Lock()
 
     @property
@@ -128,10 +135,15 @@ class PrefixTree:
             tokens: a prompt without its last token, whose logits must be computed.
             cache: the KV cache.
             slot: the slot.
+
+        Raises:
+            PrecastError: a file with pinned keys and values was written to.
         """
         match = self.match(tokens)
         if match.length:
             kv_state.write(self._views(cache, slot), match.spans)
+            for check_unchanged in self._checks:
+                check_unchanged()
         return match.length
 
     def capture(self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int) -> None:
@@ -164,16 +176,41 @@ class PrefixTree:
                 self._add(_Node(ids[known:], known, spans, parent, pinned=False))
                 self._evict()
 
-    def pin(self, tokens: Sequence[int], spans: Mapping[str, Span]) -> None:
+    def compute(self, tokens: Sequence[int]) -> dict[str, Span]:
+        """Return keys and values of some tokens by array, as `pin` takes them; the model reads those after a match.
+
+        Args:
+            tokens: at least one, and at most as many as the context.
+
+        Raises:
+            PrecastError: a program fails.
+        """
+        cache, last = self._engine.new_cache(), len(tokens) - 1
+        # Reading the last token makes sure that an array with a window has all of its window.
+        known = self.restore(tokens[:last], cache, 0)
+        self._engine.prefill(tokens[known:], cache, start=known, slot=0)
+        windows = self._engine.windows
+        starts = {name: max(0, len(tokens) - window) if window else 0 for name, window in windows.items()}
+        return kv_state.read(self._views(cache, 0), starts, len(tokens))
+
+    def pin(
+        self,
+        tokens: Sequence[int],
+        spans: Mapping[str, Span],
+        check_unchanged: Callable[[], None] = lambda: None,
+    ) -> None:
         """Add a prefix that stays.
 
         Args:
             tokens: the prefix.
             spans: its keys and values by array, which end after the last token. Arrays with a window need only the
                 window before that position.
+            check_unchanged: called after each `restore`; it raises PrecastError if the file of the arrays was written
+                to.
         """
         ids = np.asarray(tokens, np.int32)
         with self._lock:
+            self._checks.append(check_unchanged)
             path = self._walk(ids)
             parent = self._end(path)
             for node, _ in path[:-1]:

@@ -108,8 +108,7 @@ def _check_magic(path: Path) -> None:
     magic = first_bytes(path, len(MAGIC))
     if magic != MAGIC:
         raise PrecastError(
-            f"{path}: is not a GGUF file (expected it to begin with {MAGIC!r}, found {magic!r}); fetch it again, or"
-            " name another file."
+            f"{path}: is not a GGUF file (expected it to begin with {MAGIC!r}, found {magic!r})."
         )
 
 

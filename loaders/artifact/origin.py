@@ -1,0 +1,94 @@
+"""The origin of stored keys and values: the model, the programs and the instruction set that computed them.
+
+precast's kernels compute a position with the same instructions in the same order for any chunk, batch and number of
+threads, so keys and values of the same origin are the same to the last bit. Only these are reused.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+from .frozen import Frozen
+from .manifest import WEIGHTS_FILE, Manifest, Target
+
+
+class Origin(Frozen):
+    """What computed keys and values, as texts to compare and to show.
+
+    Attributes:
+        weights: sha256 of the file of the weights.
+        tokenizer: sha256 of the tokenizer's file.
+        cache: types and shapes of the KV cache's arrays, without slots and positions.
+        target: name of the target.
+        programs: sha256 of the target's programs.
+        kernel_abi: ABI version of precast's kernels.
+        isa: instruction set that the kernels chose ("avx2").
+    """
+
+    weights: str
+    tokenizer: str
+    cache: str
+    target: str
+    programs: str
+    kernel_abi: str
+    isa: str
+
+    def differences(self, other: "Origin") -> Mapping[str, tuple[str, str]]:
+        """Return the own value and the other's by the name of the aspect, for all that differ."""
+        pairs = {label: (getattr(self, field), getattr(other, field)) for field, label in _LABELS.items()}
+        return {label: (mine, theirs) for label, (mine, theirs) in pairs.items() if mine != theirs}
+
+
+# The aspects in messages, the most telling first.
+_LABELS = {
+    "weights": "weights",
+    "cache": "KV cache",
+    "tokenizer": "tokenizer",
+    "target": "target",
+    "programs": "programs",
+    "kernel_abi": "kernel ABI",
+    "isa": "instruction set",
+}
+
+
+def has_row_invariance(target: Target) -> bool:
+    """Return True if a target computes a position with the same bits for any chunk, batch and number of threads.
+
+    XLA promises no such thing; precast's kernels do.
+    """
+    return target.platform == "cpu" and bool(target.kernels) and target.runtime != "savedmodel"
+
+
+def is_reproducible(target: Target) -> bool:
+    """Return True if another process that runs the target computes the same bits.
+
+    Executables do. A process that compiles StableHLO may use another version of XLA.
+    """
+    return has_row_invariance(target) and target.runtime == "pjrt"
+
+
+def origin_of(manifest: Manifest, target: Target, isa: str) -> Origin:
+    """Return the origin of what a target of an artifact computes with an instruction set of the kernels."""
+    files = {program.name: target.file_of(program) for program in target.programs}
+    hashes = [
+        f"{name} {manifest.files[file].sha256}" for name, file in sorted(files.items()) if file is not None
+    ]
+    return Origin(
+        weights=manifest.files[WEIGHTS_FILE].sha256,
+        tokenizer=manifest.files[manifest.tokenizer.file].sha256,
+        cache=_geometry(manifest),
+        target=target.name,
+        programs=hashlib.sha256("\n".join(hashes).encode()).hexdigest(),
+        kernel_abi=str(target.kernel_abi),
+        isa=isa,
+    )
+
+
+def _geometry(manifest: Manifest) -> str:
+    """Describe the KV cache's arrays: "cache.keys bfloat16 L=30 K=3 H=64; …"."""
+    described = []
+    for array in manifest.cache:
+        sizes = dict(zip(array.axes, array.shape, strict=True))
+        axes = " ".join(f"{letter}={sizes[letter]}" for letter in "LKH" if letter in sizes)
+        window = f" window={array.window}" if array.window else ""
+        described.append(f"{array.name} {array.dtype} {axes}{window}")
+    return "; ".join(described)
