@@ -1,10 +1,10 @@
-/* What the machine's arithmetic and memory give at most: one JSON line, all threads together.
+/* Measure the peak speed of the machine's arithmetic and memory, all threads together; print one line of JSON.
  *
  *   cc -O3 -march=native -pthread benchmarks/peak.c -o peak && ./peak THREADS
  *
- * Operations are multiplications and additions. Every loop has independent accumulators, enough to hide latency, and
- * its instructions are volatile: a compiler would find that their operands never change. Bandwidth reads memory that
- * no cache holds.
+ * Operations are multiplications and additions. Every loop has enough independent accumulators to hide latency. Its
+ * instructions are volatile, because the compiler would otherwise find that their operands never change, and remove
+ * them. Bandwidth is measured on memory that is too large for any cache.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -18,7 +18,7 @@
 #endif
 
 #define SECONDS 0.12
-#define BYTES ((size_t)192 << 20) /* a thread */
+#define BYTES ((size_t)192 << 20) /* per thread */
 
 static double now(void) {
   struct timespec t;
@@ -47,7 +47,7 @@ static double fma_f32(long steps, const char *memory) {
   return (double)steps * 10 * 8 * 2;
 }
 
-/* Unsigned times signed bytes, pairs to 16 bits, pairs of those to 32, added up. */
+/* Multiply unsigned by signed bytes, add pairs to 16 bits, add pairs of those to 32 bits, and accumulate. */
 static double int8_maddubs(long steps, const char *memory) {
   (void)memory;
   const __m256i x = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1);
@@ -67,7 +67,7 @@ static double int8_maddubs(long steps, const char *memory) {
   return (double)steps * 10 * 32 * 2;
 }
 
-/* Bytes already widened to 16 bits: pairs to 32, added up. */
+/* Multiply bytes that are already widened to 16 bits, add pairs to 32 bits, and accumulate. */
 static double int8_madd(long steps, const char *memory) {
   (void)memory;
   const __m256i x = _mm256_set1_epi16(1);
@@ -140,7 +140,7 @@ static double read_memory(long steps, const char *memory) {
 
 typedef struct {
   Loop loop;
-  long first; /* iterations between looks at the clock */
+  long first; /* iterations between readings of the clock */
   char *memory;
   pthread_barrier_t *barrier;
   double rate;

@@ -94,7 +94,7 @@ def build_targets(
 
     Args:
         kind: the kind of target.
-        programs: as for `build_target`, like `root` and `created`.
+        programs: the programs, made of the kind's operations.
         root: the artifact's folder.
         created: day of the export.
         isas: instruction sets of CPU executables; None for the default one, or a wider one if XLA uses more than that.
@@ -176,7 +176,7 @@ def _built_program(
 def _laid_out(
     kind: TargetKind, programs: Sequence[ProgramSpec], device: jax.Device | None
 ) -> Sequence[ProgramSpec]:
-    """Return the programs with the decode program's layouts of caches and weights, if the kind has layouts."""
+    """Return the programs with the layouts of caches and weights that suit decode, if the kind chooses layouts."""
     if kind.layouts is None or device is None:
         return programs
     layouts = kind.layouts(next(spec for spec in programs if spec.kind == "decode"), device)

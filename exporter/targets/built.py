@@ -14,7 +14,7 @@ STABLEHLO_LIFE = timedelta(days=180)
 
 
 class BuiltProgram(Step):
-    """A program that has been written, as progress and summary show it.
+    """A program that has been written, as the progress and the summary of an export show it.
 
     Attributes:
         target: name of its target.
