@@ -74,6 +74,9 @@ class Model:
         self.target = target
         self.compiles = compiles
         self.eos_token_ids = frozenset(manifest.tokenizer.eos_token_ids)
+        # precast's kernels compute a token alike in every program. Rejected drafts overwrite positions of a window that
+        # a prefix may still need.
+        self._verifies_exactly = bool(target.kernels) and not any(engine.windows.values())
 
     def default_sampling(self) -> SamplingParams:
         """Return the model's own sampling defaults, or greedy decoding if it has none.
@@ -337,6 +340,7 @@ class Model:
             limit=limit,
             timeout_s=params.timeout_s,
             most_unread=most_unread,
+            wants_drafts=params.prompt_lookup and self._verifies_exactly,
             echo=self.tokenizer.decode(prompt) if params.echo else "",
             prompt_logprobs=self._prompt_logprobs(prompt, params.prompt_logprobs),
         )

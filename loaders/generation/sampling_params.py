@@ -69,6 +69,8 @@ class SamplingParams(Frozen):
     """Return the same for the tokens of the prompt, which is then read without a prefix."""
     echo: bool = False
     """Begin the text with the prompt."""
+    prompt_lookup: bool = True
+    """Guess tokens from the text so far and verify several at once, where that is faster; the answer is the same."""
     timeout_s: float | None = None
     """Seconds, from the start, after which generation ends with the text so far; None is off."""
 
@@ -87,7 +89,7 @@ class SamplingParams(Frozen):
             checked[name] = _real(name, checked[name], low=smallest, high=largest)
         if self.repetition_penalty == 0:
             raise PrecastError("Sampling parameters: repetition_penalty must be greater than 0, found 0.")
-        for name in ("ignore_eos", "echo"):
+        for name in ("ignore_eos", "echo", "prompt_lookup"):
             if not isinstance(checked[name], bool):
                 raise PrecastError(
                     f"Sampling parameters: {name} must be true or false, found {checked[name]!r:.60}."

@@ -13,12 +13,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from threading import Lock
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
-from .engine import DecodeRow, Engine, KVCache, StepOutput
+from . import calls
+from .engine import Engine, KVCache
 from .sequence import Batch, TokenSequence
+
+if TYPE_CHECKING:
+    from .drafts import CallTimes
 
 # The most tokens of a prompt that are read between two tokens of other sequences.
 _CHUNK = 128
@@ -105,6 +109,7 @@ class Scheduler:
         self._round: deque[Batch] = deque()  # the batches whose turn in this round is yet to come
         self._timed: dict[TokenSequence, float] = {}
         self._broken: list[BaseException] = []
+        self._times: CallTimes | None = None
         self._clock = 0.0
         self._steps = self._prompt_tokens = self._cached_tokens = self._tokens = 0
 
@@ -286,68 +291,62 @@ class Scheduler:
 
     def _read_chunk(self, sequence: TokenSequence, batch: Batch, began: float) -> None:
         """Read the next chunk of a prompt; after the last, choose the first token."""
+        before, others_wait = sequence.filled, any(b.decoding() for b in self._batches)
+        most = self._chunk if others_wait else self._engine.buckets[-1]
         try:
-            count, step = self._call_chunk(sequence, batch)
+            results = calls.read_chunk(self._engine, sequence, batch, most)
         except Exception as error:
             self._break(batch, error)
             return
-        self._prompt_tokens += count
-        sequence.filled += count
+        self._prompt_tokens += sequence.filled - before
         if sequence.filled == sequence.prompt_tokens:
             self._reading = None
             sequence.first = self._now(began)
-            self._choose([sequence], step, batch, began, row=len(step.token) - 1)
+            self._take([sequence], results, began)
             if self._waiting and not sequence.ended:
                 self._capture(sequence, batch)  # the next prompt may begin like this one
 
-    def _call_chunk(self, sequence: TokenSequence, batch: Batch) -> tuple[int, StepOutput]:
-        """Call the engine for a chunk, and return the number of its tokens and the results."""
-        engine, start = self._engine, sequence.filled
-        if (logprobs := sequence.prompt_logprobs) is not None:
-            chunk = sequence.tokens[start : start + max(engine.score_tokens, 1)]
-            if engine.score_tokens:
-                step = engine.score(chunk, batch.cache, start=start, slot=sequence.slot)
-            else:
-                step = engine.decode([DecodeRow(sequence.slot, chunk[0], start)], batch.cache)
-            logprobs.add(engine.logits(step))
-        else:
-            others_wait = any(b.decoding() for b in self._batches)
-            chunk = sequence.tokens[start : start + (self._chunk if others_wait else engine.buckets[-1])]
-            step = engine.prefill_chunk(chunk, batch.cache, start=start, slot=sequence.slot)
-        return len(chunk), step
-
     def _decode(self, batch: Batch, sequences: list[TokenSequence], began: float) -> None:
-        """Compute the next token of sequences in one KV cache."""
-        rows = [DecodeRow(s.slot, s.tokens[-1], len(s.tokens) - 1) for s in sequences]
+        """Compute the next token of sequences in one KV cache; of a single sequence several, if it has a draft."""
+        draft = self._draft(sequences[0]) if len(sequences) == 1 else []
+        started = time.perf_counter()
         try:
-            step = self._engine.decode(rows, batch.cache)
+            if draft:
+                results = calls.verify(self._engine, sequences[0], batch, draft)
+            else:
+                results = calls.decode(self._engine, sequences, batch)
         except Exception as error:
             self._break(batch, error)
             return
-        self._choose(sequences, step, batch, began)
+        if self._times is not None and len(sequences) == 1:
+            self._times.add(1 + len(draft), time.perf_counter() - started)
+        self._take(sequences, results, began, draft)
 
-    def _choose(
-        self, sequences: list[TokenSequence], step: StepOutput, batch: Batch, began: float, *, row: int = 0
+    def _draft(self, sequence: TokenSequence) -> list[int]:
+        """Return tokens that may come next; empty if none are worth a try."""
+        most = min(self._engine.score_tokens, sequence.tokens_left) - 1
+        if not sequence.wants_drafts or most < 1:
+            return []
+        if sequence.drafts is None:
+            # A lazy import, because an answer of one token needs no drafts.
+            from .drafts import CallTimes, Drafts
+
+            self._times = self._times or CallTimes(self._engine.score_tokens)
+            sequence.drafts = Drafts(self._times)
+        return sequence.drafts.propose(sequence.tokens, most)
+
+    def _take(
+        self, sequences: list[TokenSequence], results: calls.Results, began: float, draft: Sequence[int] = ()
     ) -> None:
-        """Choose the next token of each sequence from a step's results, the first sequence's in the given row."""
-        try:
-            sampled = any(not s.sampler.is_greedy for s in sequences)
-            logits = self._engine.logits(step) if sampled else None
-        except Exception as error:
-            self._break(batch, error)
-            return
-        greedy, now = step.token.tolist(), self._now(began)
-        for place, sequence in enumerate(sequences, row):
-            sequence.last, sequence.filled = now, len(sequence.tokens)
+        """Choose the next tokens of each sequence from its row of results; `draft` is that of a single sequence."""
+        now = self._now(began)
+        for row, sequence in enumerate(sequences):
+            sequence.last, before = now, sequence.generated
             try:
-                if logits is None or sequence.sampler.is_greedy:
-                    sequence.accept(greedy[place])
-                else:
-                    sequence.accept(sequence.sampler.sample(logits[place]))
+                calls.take(sequence, results, row, draft)
             except Exception as error:
                 self._fail(sequence, error)
-                continue
-            self._tokens += 1
+            self._tokens += sequence.generated - before
             if sequence.is_finished:
                 self._end(sequence)
 

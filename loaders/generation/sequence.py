@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ..text.tokenizer import TextStream
+    from .drafts import Drafts
     from .engine import KVCache
     from .logprobs import PromptLogprobs
     from .sampling import Sampler
@@ -73,12 +74,14 @@ class TokenSequence:
         most_unread: number of unread pieces at which the sequence sits out; None for no limit.
         echo: text that comes before the answer's.
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
+        wants_drafts: True if the scheduler may guess tokens and verify several at once.
         notify: called in the thread that computes, after a change of `unread` and at the end. It must neither block nor
             wait for the scheduler. An exception fails this sequence alone.
 
     Attributes:
         sampler: the sampler.
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
+        drafts: the lookups of tokens that may come next, once there are any.
         tokens: tokens of the prompt and of the answer so far.
         prompt_tokens: length of the prompt.
         unread: pieces that the reader has not taken yet.
@@ -108,6 +111,7 @@ class TokenSequence:
         most_unread: int | None = UNREAD_PIECES,
         echo: str = "",
         prompt_logprobs: "PromptLogprobs | None" = None,
+        wants_drafts: bool = False,
         notify: Callable[[], None] | None = None,
     ) -> None:
         self.tokens, self.prompt_tokens = list(prompt), len(prompt)
@@ -115,7 +119,8 @@ class TokenSequence:
         self._decoder, self._stops, self._ends, self._limit = decoder, stops, ends, limit
         # A sequence has at most one piece for each token, one before the first and one after the last.
         self._most_unread = limit + 2 if most_unread is None else most_unread
-        self.prompt_logprobs = prompt_logprobs
+        self.prompt_logprobs, self.wants_drafts = prompt_logprobs, wants_drafts
+        self.drafts: Drafts | None = None
         self.unread: deque[Piece] = deque([Piece(None, echo)] if echo else ())
         self.reason, self.error = "unfinished", None  # type: str, BaseException | None
         self.submitted = self.closing = self.ended = False
@@ -128,6 +133,11 @@ class TokenSequence:
     def generated(self) -> int:
         """The number of generated tokens."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def tokens_left(self) -> int:
+        """The maximum number of further tokens."""
+        return self.prompt_tokens + self._limit - len(self.tokens)
 
     @property
     def is_decoding(self) -> bool:

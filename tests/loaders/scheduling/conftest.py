@@ -18,9 +18,10 @@ from precast.loaders.generation.stopping import StopStrings
 VOCAB = 40
 
 
-def scores(tokens: Sequence[int]) -> np.ndarray:
-    """Return logits [V] that depend on all tokens of a sequence."""
-    return np.random.default_rng(zlib.crc32(np.array(tokens, np.int32))).standard_normal(VOCAB, np.float32)
+def scores(tokens: Sequence[int], memory: int = 1000) -> np.ndarray:
+    """Return logits [V] that depend on the last `memory` tokens of a sequence."""
+    seed = zlib.crc32(np.array(tokens[-memory:], np.int32))
+    return np.random.default_rng(seed).standard_normal(VOCAB, np.float32)
 
 
 class FakeCache:
@@ -40,10 +41,17 @@ class FakeEngine:
     """
 
     def __init__(
-        self, *, slots: int = 3, context: int = 64, buckets: tuple[int, ...] = (4, 8), score_tokens: int = 0
+        self,
+        *,
+        slots: int = 3,
+        context: int = 64,
+        buckets: tuple[int, ...] = (4, 8),
+        score_tokens: int = 0,
+        memory: int = 1000,
     ) -> None:
         self.context, self.slots, self.vocab = context, slots, VOCAB
         self.buckets, self.score_tokens = buckets, score_tokens
+        self._memory = memory
         self.calls: list[tuple[str, tuple[int, ...]]] = []
         self.lengths: list[int] = []
         self.before: Callable[[str], None] = lambda name: None
@@ -85,7 +93,8 @@ class FakeEngine:
         for position, token in enumerate(tokens, start):
             held[position] = token
             known = [held[p] for p in range(position + 1)]  # a position that was never written is a KeyError
-            found.append(np.full(VOCAB, np.nan, np.float32) if self.poisoned in known else scores(known))
+            is_poisoned = self.poisoned in known
+            found.append(np.full(VOCAB, np.nan, np.float32) if is_poisoned else scores(known, self._memory))
         return found
 
     def _results(self, logits: list[np.ndarray]) -> Any:
@@ -147,6 +156,7 @@ def new_sequence() -> Callable[..., TokenSequence]:
         most_unread: int | None = None,
         notify: Callable[[], None] | None = None,
         decoder: Any = None,
+        wants_drafts: bool = False,
         **params: Any,
     ) -> TokenSequence:
         chosen = SamplingParams(**params)
@@ -160,6 +170,7 @@ def new_sequence() -> Callable[..., TokenSequence]:
             timeout_s=chosen.timeout_s,
             most_unread=most_unread,
             notify=notify,
+            wants_drafts=wants_drafts,
         )
 
     return make
@@ -170,12 +181,17 @@ def alone() -> Callable[..., list[int]]:
     """Return a function that gives the answer of a sequence that runs alone, computed without engine or scheduler."""
 
     def answer(
-        prompt: Sequence[int], *, limit: int = 8, ends: Sequence[int] = (), **params: Any
+        prompt: Sequence[int],
+        *,
+        limit: int = 8,
+        ends: Sequence[int] = (),
+        memory: int = 1000,
+        **params: Any,
     ) -> list[int]:
         chosen = SamplingParams(**params)
         sampler, tokens = Sampler(chosen, prompt, VOCAB, ends), list(prompt)
         while len(tokens) < len(prompt) + limit:
-            tokens.append(sampler.sample(scores(tokens)))
+            tokens.append(sampler.sample(scores(tokens, memory)))
             if tokens[-1] in ends:
                 break
         return tokens[len(prompt) :]

@@ -66,6 +66,7 @@ class Run:
             ends=request["ends"],
             most_unread=request["most_unread"],
             timeout_s=request["timeout_s"],
+            wants_drafts=True,
             notify=notify,
             **request["params"],
         )
@@ -131,6 +132,7 @@ def check_places(scheduler: Scheduler, bound: int | None, slots: int) -> None:
     bound=st.sampled_from([None, 1, 2]),
     slots=st.integers(1, 4),
     has_prefixes=st.booleans(),
+    drafting=st.sampled_from([{}, {"score_tokens": 6, "memory": 1}, {"score_tokens": 2, "memory": 2}]),
 )
 @settings(max_examples=400, deadline=None)
 def test_every_answer_is_that_of_its_prompt_alone(
@@ -142,11 +144,12 @@ def test_every_answer_is_that_of_its_prompt_alone(
     bound: int | None,
     slots: int,
     has_prefixes: bool,
+    drafting: dict[str, int],
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         clock = [1000.0]
         patch.setattr(time, "perf_counter", lambda: clock[0])
-        engine = fake_engine(slots=slots)
+        engine = fake_engine(slots=slots, **drafting)
         prefixes = fake_prefixes() if has_prefixes else None
         run = Run(engine, Scheduler(engine, caches=bound, prefixes=prefixes), clock)
         for operation in schedule:
@@ -155,7 +158,13 @@ def test_every_answer_is_that_of_its_prompt_alone(
         run.finish()
     assert (run.scheduler.stats().slots, run.scheduler.stats().waiting) == (0, 0)
     for request, sequence, taken in zip(run.requests, run.sequences, run.taken, strict=True):
-        expected = alone(request["prompt"], limit=request["limit"], ends=request["ends"], **request["params"])
+        expected = alone(
+            request["prompt"],
+            limit=request["limit"],
+            ends=request["ends"],
+            memory=drafting.get("memory", 1000),
+            **request["params"],
+        )
         assert taken == expected[: len(taken)]
         if sequence.reason in ("stop", "length") and sequence.error is None:
             assert taken == expected

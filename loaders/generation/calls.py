@@ -1,0 +1,90 @@
+"""The engine's calls for sequences of one KV cache, and the choice of tokens from their results."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .engine import DecodeRow, Engine, StepOutput
+from .sequence import Batch, TokenSequence
+
+
+class Results(NamedTuple):
+    """The results of one call.
+
+    Attributes:
+        tokens: greedy tokens, [R].
+        logits: float32 [R, V]; None if every sequence is greedy.
+    """
+
+    tokens: list[int]
+    logits: np.ndarray | None
+
+
+def read_chunk(engine: Engine, sequence: TokenSequence, batch: Batch, most: int) -> Results:
+    """Read the next tokens of a prompt, and append them to the sequence's slot.
+
+    Args:
+        engine: the engine.
+        sequence: the sequence.
+        batch: the sequences of its KV cache.
+        most: maximum number of tokens, which prompts with log-probabilities do not need.
+
+    Returns:
+        The results after the last token (R = 1).
+    """
+    start, slot = sequence.filled, sequence.slot
+    if (logprobs := sequence.prompt_logprobs) is None:
+        chunk = sequence.tokens[start : min(start + most, sequence.prompt_tokens)]
+        step = engine.prefill_chunk(chunk, batch.cache, start=start, slot=slot)
+        sequence.filled += len(chunk)
+        return _results(engine, step, [sequence])
+    # A call that has results for every token, or else one token after the other.
+    chunk = sequence.tokens[start : min(start + max(engine.score_tokens, 1), sequence.prompt_tokens)]
+    if engine.score_tokens:
+        step = engine.score(chunk, batch.cache, start=start, slot=slot)
+    else:
+        step = engine.decode([DecodeRow(slot, chunk[0], start)], batch.cache)
+    logits = engine.logits(step)
+    logprobs.add(logits)
+    sequence.filled += len(chunk)
+    return Results(step.token.tolist()[-1:], logits[-1:])
+
+
+def decode(engine: Engine, sequences: Sequence[TokenSequence], batch: Batch) -> Results:
+    """Run the newest token of each sequence (R = ``len(sequences)``)."""
+    rows = [DecodeRow(s.slot, s.tokens[-1], len(s.tokens) - 1) for s in sequences]
+    return _results(engine, engine.decode(rows, batch.cache), sequences)
+
+
+def verify(engine: Engine, sequence: TokenSequence, batch: Batch, draft: Sequence[int]) -> Results:
+    """Run the newest token of a sequence and a draft of the next ones (R = 1 + ``len(draft)``)."""
+    tokens = [sequence.tokens[-1], *draft]
+    step = engine.score(tokens, batch.cache, start=len(sequence.tokens) - 1, slot=sequence.slot)
+    return _results(engine, step, [sequence])
+
+
+def take(sequence: TokenSequence, results: Results, row: int, draft: Sequence[int] = ()) -> None:
+    """Choose the next token of a sequence, and further ones for as long as they are those of the draft.
+
+    Args:
+        sequence: the sequence.
+        results: the results of its call.
+        row: the row after the sequence's newest token; those after the draft's tokens follow.
+        draft: the tokens that the call took as the next ones. They are in the sequence's slot; what follows a wrong one
+            there is overwritten before it is read.
+    """
+    for place, guess in enumerate((*draft, None), row):
+        sequence.filled = len(sequence.tokens)
+        if results.logits is None or sequence.sampler.is_greedy:
+            token = results.tokens[place]
+        else:
+            token = sequence.sampler.sample(results.logits[place])
+        sequence.accept(token)
+        if token != guess or sequence.is_finished:
+            return
+
+
+def _results(engine: Engine, step: StepOutput, sequences: Sequence[TokenSequence]) -> Results:
+    is_sampled = any(not s.sampler.is_greedy for s in sequences)
+    return Results(step.token.tolist(), engine.logits(step) if is_sampled else None)

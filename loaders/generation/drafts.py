@@ -1,0 +1,131 @@
+"""Draft tokens from the text so far, for a call of the engine that verifies several tokens at once (prompt lookup).
+
+The tokens that followed the last occurrence of the latest tokens are often the next ones when an answer repeats its
+prompt: rewritten code and text, JSON, quotes. After Saxena's prompt lookup decoding
+(https://github.com/apoorvumang/prompt-lookup-decoding), with the length of each draft chosen by what it is worth: the
+expected number of accepted tokens, by the length of the match, against the measured time of a call with so many tokens.
+Lookups are also judged while nothing is drafted, by the tokens that decoding then computes.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+# A match has at least this many tokens.
+_SHORTEST = 2
+# The longest of so many latest matches counts, and of equally long ones the latest.
+_CANDIDATES = 16
+# The smallest lengths of the classes of matches, and the share of right guesses assumed before the first guess: low,
+# because wrong drafts in prose cost time, and lookups are judged without drafts as well.
+_CLASSES = (2, 3, 4, 6, 9, 16)
+_ASSUMED = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9)
+_ASSUMED_WEIGHT = 3.0
+# Each guess reduces the weight of the earlier ones of its class by this factor.
+_MEMORY = 0.95
+# A draft must promise this many times the tokens per second of decoding.
+_WORTH = 1.05
+
+
+class CallTimes:
+    """The measured time of calls by number of tokens, relative to decoding one token.
+
+    Before measurements, each further token is assumed to cost a sixth of the first.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._decode = 0.0
+        self._ratios = [1 + n / 6 for n in range(most)]
+        self._assumed = tuple(self._ratios)
+
+    def ratio(self, tokens: int) -> float:
+        """Return the time of a call with 1 or more tokens, relative to decoding one."""
+        return self._ratios[tokens - 1]
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Take the time of a call: of decode for one token, of score for more."""
+        if tokens == 1:
+            self._decode += (seconds - self._decode) * (0.1 if self._decode else 1.0)
+            # A call that happened to be slow must not be the last: its ratio returns to what was assumed.
+            self._ratios = [r + (a - r) / 256 for r, a in zip(self._ratios, self._assumed, strict=True)]
+        elif self._decode > 0:
+            found, place = seconds / self._decode, tokens - 1
+            change = 0.3 * (found - self._ratios[place])
+            # Neighbours cost about as much, and are measured less often.
+            for i in range(1, len(self._ratios)):
+                self._ratios[i] += change / (1 + abs(i - place))
+        self._ratios[0] = 1.0
+
+
+class Drafts:
+    """The lookups of one sequence.
+
+    Args:
+        times: the times of the engine's calls, which sequences share.
+    """
+
+    def __init__(self, times: CallTimes) -> None:
+        self._times = times
+        self._after: dict[tuple[int, ...], list[int]] = {}  # the positions after each n-gram
+        self._known = 0  # tokens that were looked at
+        self._source, self._length = -1, 0  # the position after the match, and the match's length
+        self._weights = [_ASSUMED_WEIGHT] * len(_CLASSES)
+        self._hits = [share * _ASSUMED_WEIGHT for share in _ASSUMED]
+
+    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
+        """Return the draft of the next tokens; empty if decoding one token is expected to be faster.
+
+        Args:
+            tokens: the sequence so far, which begins with the sequence of the call before.
+            most: maximum length of the draft.
+        """
+        self._observe(tokens)
+        if self._source < 0:
+            return []
+        guess = list[int]()
+        for i in range(self._worth(most)):
+            place = self._source + i
+            guess.append(tokens[place] if place < len(tokens) else guess[place - len(tokens)])
+        return guess
+
+    def _observe(self, tokens: Sequence[int]) -> None:
+        """Judge the lookup by the tokens that came, and look up what follows them."""
+        for place in range(self._known, len(tokens)):
+            if self._source >= 0:
+                self._judge(tokens[self._source] == tokens[place])
+            if place + 1 >= _SHORTEST:
+                ngram = tuple(tokens[place + 1 - _SHORTEST : place + 1])
+                found = self._after.setdefault(ngram, [])
+                if self._source < 0 and found and place + 1 == len(tokens):
+                    self._length, self._source = max((_common(tokens, p), p) for p in found[-_CANDIDATES:])
+                found.append(place + 1)
+        self._known = len(tokens)
+
+    def _judge(self, is_right: bool) -> None:
+        kind = self._kind(self._length)
+        self._weights[kind] = self._weights[kind] * _MEMORY + 1
+        self._hits[kind] = self._hits[kind] * _MEMORY + is_right
+        self._source, self._length = (self._source + 1, self._length + 1) if is_right else (-1, 0)
+
+    @staticmethod
+    def _kind(length: int) -> int:
+        return bisect_right(_CLASSES, length) - 1
+
+    def _worth(self, most: int) -> int:
+        """Return the length of the draft that promises the most tokens per second; 0 if none beats decoding."""
+        best, best_rate = 0, _WORTH
+        expected, reached = 1.0, 1.0
+        for count in range(1, most + 1):
+            kind = self._kind(self._length + count - 1)
+            reached *= self._hits[kind] / self._weights[kind]
+            expected += reached
+            rate = expected / self._times.ratio(count + 1)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return best
+
+
+def _common(tokens: Sequence[int], source: int) -> int:
+    """Return the length of the longest text that ends both before the source and at the end, up to a limit."""
+    length = _SHORTEST
+    while length < min(source, _CLASSES[-1]) and tokens[source - length - 1] == tokens[-length - 1]:
+        length += 1
+    return length
