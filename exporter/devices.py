@@ -22,7 +22,7 @@ def on_cpu(user: str) -> Iterator[None]:
         cpu = jax.devices("cpu")[0]
     except RuntimeError:
         raise PrecastError(
-            f"{user} needs JAX's CPU backend, which does not load with this JAX_PLATFORMS; add cpu to it or unset it."
+            f"{user} needs JAX's CPU backend, which JAX_PLATFORMS excludes; add cpu to that variable, or unset it."
         ) from None
     with jax.default_device(cpu):
         yield

@@ -180,7 +180,10 @@ def with_keys(name: str, *more: Callable[[Writer], None]) -> Case:
         ),
         (
             with_keys("phi3", lambda w: w.add_rope_scaling_attn_factors(1.25)),
-            "expected phi3.rope.scaling.attn_factor to be 1 without the tensor rope_factors_long.weight, found 1.25",
+            (
+                "expected phi3.rope.scaling.attn_factor to be 1 in a file without the tensor rope_factors_long.weight,"
+                " found 1.25"
+            ),
         ),
         (
             dataclasses.replace(

@@ -81,7 +81,7 @@ class ConfigReader:
         value = self.take(key, default)
         if value is None:
             raise PrecastError(
-                f"{self.where}: key {key!r} is missing; is this the config.json of a decoder model?"
+                f"{self.where}: key {key!r} is missing; use the complete config.json of a decoder model."
             )
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(key, "a whole number above 0" if least else "a whole number, 0 or more", value)

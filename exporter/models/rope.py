@@ -151,7 +151,9 @@ def _scaling_type(where: str, parameters: ConfigReader, types: Mapping[str, str]
     """Return the key of `SCALINGS` that the parameters name."""
     stated = [str(value) for key in ("rope_type", "type") if (value := parameters.take(key)) is not None]
     if len(set(stated)) > 1:
-        raise PrecastError(f"{where}: rope_type and type disagree: {' and '.join(stated)}.")
+        raise PrecastError(
+            f"{where}: rope_type and type disagree: {' and '.join(stated)}; remove the one that is wrong."
+        )
     name = stated[0] if stated else "default"
     if name not in types:
         raise PrecastError(
@@ -165,8 +167,11 @@ def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, 
     parts = {
         place.take_number(_PARTIAL, 1.0) for place in (reader, parameters) if place.peek(_PARTIAL) is not None
     }
-    if not partial and parts - {1.0}:
-        raise PrecastError(f"{reader.where}: {_PARTIAL} other than 1 is not supported.")
+    if not partial and (others := parts - {1.0}):
+        raise PrecastError(
+            f"{reader.where}: expected {_PARTIAL} to be 1 for this architecture, found"
+            f" {' and '.join(map(str, sorted(others)))}; correct or remove it."
+        )
     if len(parts) > 1:
         raise PrecastError(
             f"{reader.where}: {_PARTIAL} is {' and '.join(map(str, sorted(parts)))}; remove the one that is wrong."

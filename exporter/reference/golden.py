@@ -156,7 +156,7 @@ def check(
     if not any(case.tokens for case in checked):
         raise PrecastError(
             f"{where}: the reference has a tie at the first token of every answer, so nothing can be checked;"
-            " are these the weights of a trained model?"
+            " export the weights of a trained model."
         )
     return checked
 
@@ -173,8 +173,9 @@ def _check_case(case: Case, best: np.ndarray, leads: np.ndarray, tie: float, whe
             return dataclasses.replace(case, tokens=case.tokens[:i])
         if best[i] != token:
             raise PrecastError(
-                f"{where}: the compiled programs answer {token} where the reference answers {best[i]} (prompt"
-                f" of {len(case.prompt)} tokens, answer token {i}); nothing was written: please report this."
+                f"{where}: the compiled programs answer with token {token} where the reference answers with token"
+                f" {best[i]} (token {i} of the answer to a prompt of {len(case.prompt)} tokens); nothing was written:"
+                " please report this."
             )
     return case
 

@@ -130,7 +130,11 @@ def test_keys_of_llama_are_unknown_to_qwen2(key: str) -> None:
         ("rope_theta", -5.0, "'rope_theta' is -5.0, expected a number above 0."),
         ("rope_theta", float("nan"), "'rope_theta' is nan, expected a number above 0."),
         ("rope_theta", float("inf"), "'rope_theta' is inf, expected a number above 0."),
-        ("partial_rotary_factor", 0.5, "partial_rotary_factor other than 1 is not supported."),
+        (
+            "partial_rotary_factor",
+            0.5,
+            "expected partial_rotary_factor to be 1 for this architecture, found 0.5; correct or remove it.",
+        ),
         ("rope_scaling", "linear", "'rope_scaling' is 'linear', expected a table of parameters."),
         ("rope_parameters", [1], "'rope_parameters' is [1], expected a table of parameters."),
     ],
@@ -194,7 +198,7 @@ def test_windows_of_qwen2(changes: Mapping[str, Any], windows: tuple[int, ...]) 
 @pytest.mark.parametrize("value", [ABSENT, None])
 def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
     assert _refusal(model_type, **{key: value}) == (
-        f"m/config.json: key '{key}' is missing; is this the config.json of a decoder model?"
+        f"m/config.json: key '{key}' is missing; use the complete config.json of a decoder model."
     )
 
 
@@ -212,7 +216,7 @@ def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
         ({"rope_type": "longrope"}, " rope parameters: key 'short_factor' is missing."),
         (
             {"rope_type": "linear", "type": "dynamic", "factor": 2.0},
-            ": rope_type and type disagree: linear and dynamic.",
+            ": rope_type and type disagree: linear and dynamic; remove the one that is wrong.",
         ),
         ({"rope_type": "linear"}, " rope parameters: key 'factor' is missing."),
         ({"rope_type": "linear", "factor": 0}, " rope parameters: 'factor' is 0, expected a number above 0."),
@@ -229,7 +233,7 @@ def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
         ({"full_attention": {"rope_type": "default"}}, " rope parameters: 'full_attention' may change"),
         (
             {"rope_type": "default", "partial_rotary_factor": 0.5},
-            ": partial_rotary_factor other than 1 is not",
+            ": expected partial_rotary_factor to be 1 for this architecture, found",
         ),
         (
             {**LLAMA3, "low_freq_factor": 4.0},

@@ -73,7 +73,7 @@ def test_only_ties_of_the_reference_are_forgiven():
     first = FirstLogits(token_ids=(5,), values=(1.0,), tolerance=0.1)
     case = golden.Case(prompt=(1, 2), tokens=(5, 6, 7), first=first)
     best, sure = np.array([5, 9, 7]), np.full(3, 1.0)
-    with pytest.raises(PrecastError, match="answer 6 where the reference answers 9"):
+    with pytest.raises(PrecastError, match="answer with token 6 where the reference answers with token 9"):
         golden._check_case(case, best, sure, golden.TIE, "x")
     tied = np.array([1.0, golden.TIE / 2, 1.0])
     shortened = golden.Case(prompt=(1, 2), tokens=(5,), first=first)
@@ -186,7 +186,7 @@ def test_jax_without_the_cpu_is_refused(export_refusal, tiny_source, monkeypatch
 
     monkeypatch.setattr(jax, "devices", devices)
     assert export_refusal(tiny_source()) == (
-        "the export needs JAX's CPU backend, which does not load with this JAX_PLATFORMS; add cpu to it or unset it."
+        "the export needs JAX's CPU backend, which JAX_PLATFORMS excludes; add cpu to that variable, or unset it."
     )
 
 

@@ -57,10 +57,16 @@ KNOWN = "expected one of default, dynamic, linear, llama3, longrope, yarn."
         ({"rope_type": "proportional"}, f": RoPE type 'proportional' is not supported; {KNOWN}"),
         ({"type": "su"}, f": RoPE type 'su' is not supported; {KNOWN}"),
         ({"rope_type": 3}, f": RoPE type '3' is not supported; {KNOWN}"),
-        ({"rope_type": "yarn", "type": "linear"}, ": rope_type and type disagree: yarn and linear."),
+        (
+            {"rope_type": "yarn", "type": "linear"},
+            ": rope_type and type disagree: yarn and linear; remove the one that is wrong.",
+        ),
         ({"rope_theta": 0}, ": 'rope_theta' is 0, expected a number above 0."),
         ({"rope_theta": float("nan")}, ": 'rope_theta' is nan, expected a number above 0."),
-        ({"partial_rotary_factor": 0.5}, ": partial_rotary_factor other than 1 is not supported."),
+        (
+            {"partial_rotary_factor": 0.5},
+            ": expected partial_rotary_factor to be 1 for this architecture, found 0.5; correct or remove it.",
+        ),
         ({**DYNAMIC, "factor": None}, " rope parameters: key 'factor' is missing."),
         ({**DYNAMIC, "factor": -1}, " rope parameters: 'factor' is -1, expected a number above 0."),
         ({**LINEAR, "factor": math.inf}, " rope parameters: 'factor' is inf, expected a number above 0."),
@@ -153,7 +159,9 @@ def test_parts_of_a_head_that_disagree() -> None:
     assert _refusal(keys, partial=True) == (
         "config.json: partial_rotary_factor is 0.5 and 1.0; remove the one that is wrong."
     )
-    assert _refusal(keys) == "config.json: partial_rotary_factor other than 1 is not supported."
+    assert _refusal(keys) == (
+        "config.json: expected partial_rotary_factor to be 1 for this architecture, found 0.5; correct or remove it."
+    )
 
 
 @pytest.mark.parametrize("scaling", [{**LLAMA3, "original_max_position_embeddings": 32}, YARN, LONGROPE])
@@ -222,7 +230,7 @@ def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[st
         ),
         (
             {"rope_parameters": {"full_attention": {**LINEAR, "partial_rotary_factor": 0.5}}},
-            " full_attention: partial_rotary_factor other than 1 is not supported.",
+            " full_attention: expected partial_rotary_factor to be 1 for this architecture, found 0.5;",
         ),
         (
             {"rope_scaling": {**LINEAR, "factor": 4.0}, "rope_parameters": {"full_attention": LINEAR}},

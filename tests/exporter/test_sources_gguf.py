@@ -283,10 +283,11 @@ def test_not_a_gguf_file(tmp_path):
     path.write_bytes(b"PK\x03\x04 and so on")
     assert (
         refusal(path)
-        == f"{path}: is not a GGUF file (expected it to begin with b'GGUF', found b'PK\\x03\\x04')."
+        == f"{path}: is not a GGUF file (expected it to begin with b'GGUF', found b'PK\\x03\\x04'); fetch it again, or"
+        " name another file."
     )
     path.write_bytes(b"")
-    assert refusal(path).endswith("found b'').")
+    assert refusal(path).endswith("found b''); fetch it again, or name another file.")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.3, 0.6, 0.9])

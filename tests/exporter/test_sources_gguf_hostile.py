@@ -174,9 +174,8 @@ def test_truncation_at_every_byte(small):
     padding = 28  # after the last tensor's 68 bytes
     for length in (*range(0, len(data) - padding, 3), len(data) - padding - 1):
         small.write_bytes(data[:length])
-        assert refusal(small).endswith(
-            ("; fetch it again.", "found b'').", "found b'G').", "found b'GG').", "found b'GGU').")
-        )
+        endings = ("; fetch it again.", f"found {data[:length]!r}); fetch it again, or name another file.")
+        assert refusal(small).endswith(endings)
 
 
 @settings(

@@ -108,7 +108,8 @@ def _check_magic(path: Path) -> None:
     magic = first_bytes(path, len(MAGIC))
     if magic != MAGIC:
         raise PrecastError(
-            f"{path}: is not a GGUF file (expected it to begin with {MAGIC!r}, found {magic!r})."
+            f"{path}: is not a GGUF file (expected it to begin with {MAGIC!r}, found {magic!r}); fetch it again, or"
+            " name another file."
         )
 
 

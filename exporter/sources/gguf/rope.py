@@ -34,13 +34,15 @@ def read_rope_scaling(
     if LONG_FACTORS in factors or SHORT_FACTORS in factors:
         return _longrope(reader, rotated, factors)
     if (attention := reader.number("rope.scaling.attn_factor", 1.0)) != 1.0:
-        raise reader.unexpected("rope.scaling.attn_factor", f"1 without the tensor {LONG_FACTORS}", attention)
+        raise reader.unexpected(
+            "rope.scaling.attn_factor", f"1 in a file without the tensor {LONG_FACTORS}", attention
+        )
     stated = _stated(reader)
     divisors = factors.get(ROPE_FACTORS)
     recovered = None if divisors is None else _recover_llama3(reader, theta, rotated, divisors)
     if recovered is not None and stated is not None:
         raise reader.unexpected(
-            "rope.scaling.factor", f"1 beside the tensor {ROPE_FACTORS}", stated["factor"]
+            "rope.scaling.factor", f"1 in a file with the tensor {ROPE_FACTORS}", stated["factor"]
         )
     return recovered or stated
 
@@ -109,9 +111,11 @@ def _longrope(reader: MetadataReader, rotated: int, factors: Mapping[str, np.nda
                 " convert the model again."
             )
     if (kind := reader.get("rope.scaling.type", "longrope")) != "longrope":
-        raise reader.unexpected("rope.scaling.type", f"longrope beside the tensor {LONG_FACTORS}", kind)
+        raise reader.unexpected(
+            "rope.scaling.type", f"longrope in a file with the tensor {LONG_FACTORS}", kind
+        )
     if (factor := reader.number("rope.scaling.factor", 1.0)) not in (0.0, 1.0):
-        raise reader.unexpected("rope.scaling.factor", f"1 beside the tensor {LONG_FACTORS}", factor)
+        raise reader.unexpected("rope.scaling.factor", f"1 in a file with the tensor {LONG_FACTORS}", factor)
     _check_attention_factor(reader)
     return {
         "rope_type": "longrope",
