@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Weights per block when drawing.
 _BLOCK = 512
+# Scores per group whose maximum top-k looks at first.
+_TOPS_OF = 64
 
 
 class Sampler:
@@ -177,7 +179,7 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 
     Returns:
         The ids [n] of the candidates in ascending order (None: all of them, n = V), and their float32 weights [n],
-        proportional to the probabilities: the largest is 1, those of dropped tokens are 0.
+        proportional to the probabilities: the largest is 1, and those of tokens dropped by min_p are 0.
     """
     # Top-k is independent of the temperature. Applied first, it leaves fewer weights to compute.
     ids = _top_k(scores, params.top_k)
@@ -187,7 +189,8 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
         weights /= np.float32(params.temperature)
         np.exp(weights, out=weights)
     if params.top_p < 1:
-        weights *= _nucleus(weights, params.top_p)
+        kept = _nucleus(weights, params.top_p)
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
     if params.min_p > 0:
         weights *= weights >= params.min_p
     return ids, weights
@@ -197,21 +200,37 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
     """Return the ids of the k largest scores and of ties with the k-th, ascending; None for all ids."""
     if k == 0 or k >= scores.size:
         return None
-    place = scores.size - k
-    return np.flatnonzero(scores >= np.partition(scores, place)[place])
+    candidates = np.flatnonzero(scores >= _lower_bound(scores, k))
+    found = scores[candidates]
+    place = found.size - k
+    return candidates[found >= np.partition(found, place)[place]]
+
+
+def _lower_bound(scores: np.ndarray, k: int) -> np.float32:
+    """Return a number that at least k scores reach, and usually few more."""
+    tops = scores[: scores.size // _TOPS_OF * _TOPS_OF].reshape(_TOPS_OF, -1).max(0)
+    if tops.size < k:
+        return scores.min()
+    place = tops.size - k
+    return np.partition(tops, place)[place]
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Return the top-p mask [n]: True for a token if the tokens ranked above it have a share below `top_p`.
+    """Return the top-p ids [n], ascending: a token is kept if the tokens ranked above it have a share below `top_p`.
 
     Tokens are ranked by weight, then by ascending id. A full sort is not needed: the upper bits of non-negative
     float32 values have the same order as the values, so a histogram of these bits finds the bin with the boundary, and
     only that bin is sorted.
     """
+    total = weights.sum(dtype=np.float64)
+    wanted = top_p * total
+    # The weights below this bound, all together, have a share below 1 - top_p.
+    candidates = np.flatnonzero(weights >= (total - wanted) / weights.size)
+    weights = weights[candidates]
     bins = weights.view(np.uint32) >> np.uint32(16)
+    bins -= bins.min()
     reached = np.cumsum(np.bincount(bins, weights=weights)[::-1])  # from the highest bin down, float64
-    wanted = top_p * reached[-1]
-    whole_bins = int(np.searchsorted(reached, wanted))
+    whole_bins = min(int(np.searchsorted(reached, wanted)), reached.size - 1)
     boundary = reached.size - 1 - whole_bins
     members = np.flatnonzero(bins == boundary)
     order = members[np.argsort(-weights[members], kind="stable")]
@@ -220,7 +239,7 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     keep = bins > boundary
     keep[order[above < wanted]] = True
     keep[np.argmax(weights)] = True  # keep at least one, even for top_p = 0
-    return keep
+    return candidates[keep]
 
 
 def _draw(weights: np.ndarray, uniform: float) -> int:
