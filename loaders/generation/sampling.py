@@ -203,16 +203,17 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
     candidates = np.flatnonzero(scores >= _lower_bound(scores, k))
     found = scores[candidates]
     place = found.size - k
-    return candidates[found >= np.partition(found, place)[place]]
+    kept: np.ndarray = candidates[found >= np.partition(found, place)[place]]
+    return kept
 
 
-def _lower_bound(scores: np.ndarray, k: int) -> np.float32:
+def _lower_bound(scores: np.ndarray, k: int) -> float:
     """Return a number that at least k scores reach, and usually few more."""
     tops = scores[: scores.size // _TOPS_OF * _TOPS_OF].reshape(_TOPS_OF, -1).max(0)
     if tops.size < k:
-        return scores.min()
+        return float(scores.min())
     place = tops.size - k
-    return np.partition(tops, place)[place]
+    return float(np.partition(tops, place)[place])
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
