@@ -292,7 +292,7 @@ def check(
 
 @main.command()
 @click.argument("artifact", type=options.ARTIFACT)
-@click.option("--target", help="Replay the answers with this target. Default: the first that fits.")
+@click.option("--target", help="Replay the answers with this target. Default: the best that fits.")
 @options.COMPILE
 @options.JSON
 @options.KEY

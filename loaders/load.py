@@ -56,7 +56,7 @@ def load(
         path: the artifact's folder, a folder with exactly one artifact in it, or the URL string of a pushed artifact,
             which is pulled into the cache folder on first use.
         rehash: hash every file again, including unchanged files that were hashed before.
-        target: name of the target to run; the first that fits the machine by default.
+        target: name of the target to run; the best that fits the machine by default.
         allow_compile: allow compiling a target from its StableHLO. Each compilation is logged.
         trusted: skip the trial of a target that has never run on this machine. A trial loads the target in a child
             process first (`precast.loaders.compiling.trial`).
