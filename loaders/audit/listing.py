@@ -27,7 +27,7 @@ class ListEntry:
         architecture: the model's architecture.
         parameters: the model's number of parameters.
         weights: storage format of the weights.
-        context: positions of a sequence.
+        context: context length, in positions.
         bytes: size of all files.
         targets: names of the targets.
         target: the target that runs here, or None.

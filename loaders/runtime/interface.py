@@ -50,7 +50,7 @@ class Client(Protocol):
     def view(self, buffer: Buffer) -> np.ndarray | None:
         """Return the writable memory of a buffer, uint8 [bytes], valid until a call consumes the buffer.
 
-        None if the host cannot reach the memory.
+        Return None if the host cannot reach the memory.
         """
 
     def free(self, buffers: Iterable[Buffer]) -> None:

@@ -36,7 +36,8 @@ class Processors(Frozen):
     def threads(self) -> int:
         """Return the default number of computing threads, within the quota.
 
-        With one thread more than the quota, spinning uses up each period's CPU time, and then all threads wait.
+        More threads than the quota would spin away the CPU time of each scheduling period before it ends, and then all
+        of them would wait for the next period.
         """
         return self.usable if self.quota is None else max(1, min(self.usable, int(self.quota)))
 
@@ -67,13 +68,21 @@ class Memory(Frozen):
 
 
 def processors(system: Path = Path("/")) -> Processors:
-    """Read the processors from the files of a system with this root."""
+    """Return this process's processors.
+
+    Args:
+        system: root of the file system, whose files in proc and sys are read.
+    """
     quotas = [q for folder in _groups(system, "cpu") if (q := _quota(folder)) is not None]
     return Processors(cores=os.cpu_count() or 1, usable=usable_cores(), quota=min(quotas, default=None))
 
 
 def memory(system: Path = Path("/")) -> Memory:
-    """Read the memory from the files of a system with this root."""
+    """Return the memory of this process's machine and control groups.
+
+    Args:
+        system: root of the file system, whose files in proc and sys are read.
+    """
     machine = _fields(system / "proc/meminfo")
     total, free = (machine.get(key, 0) << 10 for key in ("MemTotal:", "MemAvailable:"))
     found = [(total, free)] if total else []

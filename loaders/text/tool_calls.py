@@ -274,7 +274,7 @@ def _first(text: str, allowed: str) -> int | None:
     """Return the place of the first visible character; None without one.
 
     Raises:
-        NoCall: it is not among the allowed ones.
+        NoCall: the character is not among the allowed ones.
     """
     stripped = text.lstrip()
     if not stripped:
