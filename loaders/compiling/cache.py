@@ -32,7 +32,7 @@ class LocalExecutable(Frozen):
     Attributes:
         executable: the input of `pjrt.Client.load`.
         is_new: True if it was compiled just now, False if it comes from the cache.
-        recompile: compiles the program again, if XLA refuses the cached executable.
+        recompile: a function that compiles the program again, to be called if XLA refuses the cached executable.
     """
 
     executable: bytes

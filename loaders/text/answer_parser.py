@@ -1,7 +1,8 @@
 """Split an answer into content, reasoning and tool calls while its text arrives.
 
-The result is independent of the pieces in which the text arrives. A tool call is one event, when it is complete and
-well-formed. Anything else stays content: markers without a call, malformed calls, and calls cut off at the end.
+The result is independent of the pieces in which the text arrives. A tool call is reported as a whole, once it is
+complete and if it is well-formed. Anything else stays content: markers without a call, malformed calls, and calls cut
+off at the end.
 """
 
 import os

@@ -153,7 +153,7 @@ class LiteralChat:
 
 
 class _TokenTexts:
-    """The texts of control tokens, matched regardless of case because of filters such as `lower`."""
+    """The texts of control tokens. They match regardless of case, because a template may apply `lower` to a message."""
 
     def __init__(self, contents: Sequence[str]) -> None:
         longest_first = sorted(contents, key=len, reverse=True)
