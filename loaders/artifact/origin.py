@@ -12,7 +12,7 @@ from .manifest import WEIGHTS_FILE, Manifest, Target
 
 
 class Origin(Frozen):
-    """What computed keys and values, as texts to compare and to show.
+    """The model, programs and instruction set that computed keys and values, as texts to compare and to show.
 
     Attributes:
         weights: sha256 of the file of the weights.
@@ -33,7 +33,7 @@ class Origin(Frozen):
     isa: str
 
     def differences(self, other: "Origin") -> Mapping[str, tuple[str, str]]:
-        """Return the own value and the other's by the name of the aspect, for all that differ."""
+        """Return the aspects that differ, by name: the value of this origin, and that of the other."""
         pairs = {label: (getattr(self, field), getattr(other, field)) for field, label in _LABELS.items()}
         return {label: (mine, theirs) for label, (mine, theirs) in pairs.items() if mine != theirs}
 
@@ -53,7 +53,7 @@ _LABELS = {
 def has_row_invariance(target: Target) -> bool:
     """Return True if a target computes a position with the same bits for any chunk, batch and number of threads.
 
-    XLA promises no such thing; precast's kernels do.
+    precast's kernels promise that; XLA does not.
     """
     return target.platform == "cpu" and bool(target.kernels) and target.runtime != "savedmodel"
 

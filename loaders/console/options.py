@@ -63,8 +63,8 @@ STATE = click.option(
     "--state",
     metavar="FILE",
     type=PATH,
-    help="Continue the sequence or the chat that FILE holds, if it exists, and save it with the answer to FILE. Its"
-    " tokens are not read again.",
+    help="Continue the sequence or the chat that FILE holds, if it exists, and save it with the answer to FILE. The"
+    " model does not read its tokens again.",
 )
 LITERAL = click.option(
     "--literal",

@@ -57,10 +57,10 @@ def save(model: "Model", path: Path, completion: "Completion", asked: "Sequence[
         model: the model.
         path: the file.
         completion: the answer.
-        asked: the messages that it answers; none for text.
+        asked: the messages that the answer responds to; empty for text.
 
     Raises:
-        PrecastError: as `Model.save_state`.
+        PrecastError: see `Model.save_state`.
     """
     messages = [*asked, {"role": "assistant", "content": completion.text}] if asked else ()
     model.save_state(path, completion, messages=messages)
