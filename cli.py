@@ -28,7 +28,7 @@ from precast.loaders.console import command, options
 
 if TYPE_CHECKING:
     from precast.loaders.audit.evaluate import Scorer
-    from precast.loaders.console.run import LoadOptions, SamplingOptions
+    from precast.loaders.console.run import AnswerOptions, LoadOptions, SamplingOptions
 
 # Hide XLA's notes about devices from users; errors still show. XLA reads this when loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
@@ -132,6 +132,7 @@ def export(
 @options.LITERAL
 @options.STATE
 @options.sampling
+@options.answers
 @options.JSON
 @options.STATS
 @options.loading
@@ -146,6 +147,7 @@ def run(
     as_json: bool,
     stats: bool,
     sampling: "SamplingOptions",
+    answers: "AnswerOptions",
     loading: "LoadOptions",
 ) -> int:
     """Generate text with ARTIFACT.
@@ -155,12 +157,16 @@ def run(
 
     Without a prompt, on a terminal, the command starts an interactive chat.
 
+    A terminal shows the reasoning before the answer to a chat dimmed. Elsewhere it is left out; --json has it.
+
     Exit code 0: success. 2: an error.
     """
     from precast.loaders.console import run as console
 
     text = console.Prompt(text=prompt, ids=ids, chat=chat, system=system, literal=literal, state=state)
-    return console.run(artifact, text, sampling=sampling, loading=loading, as_json=as_json, stats=stats)
+    return console.run(
+        artifact, text, sampling=sampling, loading=loading, as_json=as_json, stats=stats, answers=answers
+    )
 
 
 @main.command()

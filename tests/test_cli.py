@@ -1,5 +1,6 @@
 """The command ``precast run``: its text, its JSON, and its options."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -140,8 +141,14 @@ def test_model_text_cannot_control_a_terminal(cli, tiny_artifact, monkeypatch, o
     """A file or a pipe receives the model's text unchanged."""
     from precast.loaders.generation.model import Model
 
-    said = ["a\x1b", "]52;c;eA==\x07", "b\r", "\n\x9b2J", "\u202e"]
-    monkeypatch.setattr(Model, "stream", lambda *_: iter(said))
+    class Said(list):
+        is_split = False
+
+        def finish(self):
+            return None
+
+    said = Said(["a\x1b", "]52;c;eA==\x07", "b\r", "\n\x9b2J", "\u202e"])
+    monkeypatch.setattr(Model, "stream", lambda *_: said)
     on_a_terminal(True)
     assert cli("run", tiny_artifact, "-p", "x").stdout == "a�]52;c;eA==�b\n�2J�\n"
     on_a_terminal(False)
@@ -157,12 +164,15 @@ def test_json_cannot_control_a_terminal(cli, tiny_artifact, monkeypatch):
         prompt_token_ids=(),
         finish_reason="stop",
         timing=SimpleNamespace(prefill_s=0.0, decode_tokens_per_s=0.0, cached_tokens=0),
+        reasoning="\x1b]0;y\x07",
+        tool_calls=(),
     )
     monkeypatch.setattr(Stream, "completion", completion)
     line = cli("run", tiny_artifact, "-p", "x", "--json").stdout
     assert line.removesuffix("\n").isprintable()
     assert "é" in line
     assert json.loads(line)["text"] == completion.text
+    assert json.loads(line)["reasoning"] == completion.reasoning
 
 
 def test_a_chat_goes_through_the_template(record, tiny_artifact, tiny_model):
@@ -327,6 +337,74 @@ def test_biases_penalties_and_further_ends(record, tiny_artifact, tiny_model, an
     expected = tiny_model.generate([7, 200, 31], params).token_ids
     assert record(tiny_artifact, "--ids", PROMPT, "--ignore-eos", *options)["token_ids"] == list(expected)
     assert first not in expected
+
+
+def test_log_probabilities(record, tiny_artifact, answer):
+    found = record(
+        tiny_artifact, "--ids", PROMPT, "--ignore-eos", "-n", "3", "--logprobs", "2", "--prompt-logprobs", "0"
+    )
+    assert (
+        [item["token_id"] for item in found["logprobs"]] == list(answer.token_ids[:3]) == found["token_ids"]
+    )
+    for item in found["logprobs"]:
+        assert [sorted(other) for other in item["top"]] == [["logprob", "text", "token_id"]] * 2
+        assert item["top"][0] == {key: item[key] for key in ("token_id", "text", "logprob")}
+        assert 0 >= item["logprob"] >= item["top"][1]["logprob"]
+    assert found["prompt_logprobs"][0] is None
+    assert [item["token_id"] for item in found["prompt_logprobs"][1:]] == [200, 31]
+    assert all(item["top"] == [] for item in found["prompt_logprobs"][1:])
+
+
+def test_several_answers_have_seeds_of_their_own(cli, record, tiny_artifact):
+    options = (tiny_artifact, "--ids", PROMPT, "--ignore-eos", "-n", "6", "--temperature", "2")
+    result = cli("run", *options, "--seed", "5", "--answers", "3", "--json")
+    found = [json.loads(line)["token_ids"] for line in result.stdout.splitlines()]
+    assert found == [record(*options, "--seed", seed)["token_ids"] for seed in (5, 6, 7)]
+    assert len({tuple(ids) for ids in found}) == 3
+
+
+def test_an_echo(record, tiny_artifact):
+    plain = record(tiny_artifact, "-p", "the cat", "-n", "3")
+    assert record(tiny_artifact, "-p", "the cat", "-n", "3", "--echo")["text"] == "the cat" + plain["text"]
+
+
+def test_tools_reach_the_template(record, artifact_copy, tmp_path, edit_manifest):
+    source = (
+        "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}{{ messages[-1].content }}{# <tool_call> #}"
+    )
+    (artifact_copy / "chat_template.jinja").write_text(source)
+    entry = {"bytes": len(source), "sha256": hashlib.sha256(source.encode()).hexdigest()}
+    edit_manifest(artifact_copy, lambda manifest: manifest["files"].update({"chat_template.jinja": entry}))
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "look"}]')
+    plain, given = (
+        record(artifact_copy, "--chat", "-p", "the cat", "-n", "1", "--echo", *options)["text"]
+        for options in ((), ("--tools", tools, "--answer-format", "hermes"))
+    )
+    assert given.startswith("lookthe cat")
+    assert plain.startswith("the cat")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--answers", "2"], "--answers needs --json, which prints one line for each answer; add it."),
+        (["--logprobs", "2"], "--logprobs needs --json, which prints one line for each answer; add it."),
+        (["--prompt-logprobs", "2"], "--prompt-logprobs needs --json, which prints one line for each answer; add"),
+        (["--tools", "x"], "--tools needs a prompt that goes through the chat template; add --chat."),
+        (["--answer-format", "x"], "--answer-format needs a prompt that goes through the chat template; add --chat."),
+        (["--answers", "2", "--json", "--state", "x"], "--answers and --state are alternatives; give one of them."),
+        (["--echo", "--state", "x"], "--echo and --state are alternatives; give one of them."),
+        (["--answers", "0", "--json"], "--answers: expected a number of at least 1, found 0."),
+        (["--chat", "--tools", "/nowhere"], "--tools: cannot read /nowhere: No such file or directory."),
+        (["--chat", "--tools", __file__], "to hold a JSON array of tools, each an object, found something else."),
+        (["--chat", "--answer-format", "x"], "answer_format: expected one of gemma, granite, hermes, llama3,"),
+    ],
+)  # fmt: skip
+def test_options_of_answers_are_checked(cli, tiny_artifact, options, text):
+    result = cli("run", tiny_artifact, "-p", "the cat", *options)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert text in result.stderr
 
 
 @pytest.mark.parametrize("value", ["5", "5+", "-5+1", "5+nan", "x+1", "5:1"])

@@ -1,8 +1,7 @@
 """A chat in the terminal."""
 
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from ..artifact.errors import PrecastError, printable
 from . import chat_input, speed
+from .answer import write
 from .chat_history import History, history_file
-from .terminal import harmless_pieces
+from .terminal import DIM, RESET, has_colours
 
 if TYPE_CHECKING:
     from ..generation.model import Message, Model
@@ -92,10 +92,10 @@ def _answer(
     Returns:
         The conversation with the answer, or without the question if no answer was possible.
     """
-    text: list[str] = []
+    stream = None
     try:
         stream = start()
-        for piece in harmless_pieces(_collected(stream, text)):
+        for piece in write(stream, is_terminal=True):
             print(piece, end="", flush=True)
         print()
         done.append(stream.completion)
@@ -105,16 +105,18 @@ def _answer(
     except PrecastError as error:
         print(f"error: {error} /reset starts over.")
         return messages[:-1]
-    return [*messages, {"role": "assistant", "content": "".join(text)}]
+    return [*messages, _message(stream)]
 
 
-def _collected(pieces: Iterable[str], text: list[str]) -> Iterator[str]:
-    for piece in pieces:
-        text.append(piece)
-        yield piece
+def _message(stream: "Stream | None") -> "Message":
+    """Return an answer, or its beginning, as a message of the conversation."""
+    if stream is None:
+        return {"role": "assistant", "content": ""}
+    found = stream.completion
+    reasoning = {"reasoning_content": found.reasoning} if found.reasoning else {}
+    return {"role": "assistant", "content": found.text, **reasoning}
 
 
 def _print_aside(words: str) -> None:
     """Print a secondary line, dimmed unless the user wants no colours."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty()
-    print(f"({words})" if plain else f"\x1b[2m{words}\x1b[0m")
+    print(f"{DIM}{words}{RESET}" if has_colours() else f"({words})")

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..required_key import required_key
-from .run import LoadOptions, SamplingOptions
+from .run import AnswerOptions, LoadOptions, SamplingOptions
 
 Command = Callable[..., int]
 # The form of llama.cpp's --logit-bias.
@@ -147,6 +147,38 @@ _SAMPLING = (
     ),
     click.option("--ignore-eos", is_flag=True, help="Continue past the end token, to the limit."),
 )
+_ANSWERS = (
+    click.option(
+        "--answers",
+        type=int,
+        default=1,
+        help="Give this many answers, each with a seed of its own: --seed, the next, and so on. Needs --json.",
+    ),
+    click.option(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="Add the log-probability of each token of the answer, and of the K likeliest in its place, before"
+        " penalties and temperature. Needs --json.",
+    ),
+    click.option(
+        "--prompt-logprobs", type=int, metavar="K", help="Add the same for the prompt. Needs --json."
+    ),
+    click.option("--echo", is_flag=True, help="Begin the text with the prompt."),
+    click.option(
+        "--tools",
+        type=PATH,
+        metavar="FILE",
+        help="Give the model the tools whose schemas this file lists, as a JSON array. Its calls follow the answer, a"
+        " line of JSON each. Needs --chat.",
+    ),
+    click.option(
+        "--answer-format",
+        metavar="FAMILY",
+        help="Expect tool calls as models of this family write them: hermes, llama3, mistral, phi4, granite, smollm3,"
+        " gemma, pythonic; text leaves reasoning and calls in the text. Default: by the chat template.",
+    ),
+)
 _LOADING = (
     click.option("--rehash", is_flag=True, help="Hash every file again, including unchanged ones."),
     click.option("--target", help="Run this target of the artifact. Default: the best that fits."),
@@ -161,6 +193,11 @@ def sampling(command: Command) -> Command:
     return _gathering(command, _SAMPLING, "sampling", SamplingOptions)
 
 
+def answers(command: Command) -> Command:
+    """Give a command the options that add to answers; it receives them as one argument, `answers`."""
+    return _gathering(command, _ANSWERS, "answers", AnswerOptions)
+
+
 def loading(command: Command) -> Command:
     """Give a command the options for loading an artifact; it receives them as one argument, `loading`."""
     return _gathering(command, _LOADING, "loading", LoadOptions)
@@ -170,7 +207,7 @@ def _gathering(
     command: Command,
     options: tuple[Callable[[Command], Command], ...],
     name: str,
-    record: type[LoadOptions | SamplingOptions],
+    record: type[AnswerOptions | LoadOptions | SamplingOptions],
 ) -> Command:
     """Decorate a command with options that it receives as the fields of one record."""
 

@@ -5,9 +5,10 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,33 @@ class SamplingOptions(Frozen):
         return {key: value for key, value in vars(self).items() if value not in (None, (), {})}
 
 
+class AnswerOptions(Frozen):
+    """The options of `run` that add to its answers.
+
+    Attributes:
+        answers: number of answers.
+        logprobs: number of alternatives to each token of the answer; None for no log-probabilities.
+        prompt_logprobs: the same for the prompt.
+        echo: begin with the prompt.
+        tools: file with the JSON schemas of tools; None for none.
+        answer_format: family of models in whose form to expect tool calls; None: by the template.
+    """
+
+    answers: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    echo: bool = False
+    tools: Path | None = None
+    answer_format: str | None = None
+
+    def given(self) -> Mapping[str, Any]:
+        """Return the sampling parameters among the options."""
+        return {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs, "echo": self.echo}
+
+
+_PLAIN_ANSWER = AnswerOptions()
+
+
 def run(
     artifact: Path | str,
     prompt: Prompt,
@@ -90,6 +118,7 @@ def run(
     loading: LoadOptions,
     as_json: bool,
     stats: bool,
+    answers: AnswerOptions = _PLAIN_ANSWER,
 ) -> int:
     """Load an artifact and answer a prompt on standard output, or chat on a terminal.
 
@@ -100,8 +129,17 @@ def run(
         PrecastError: the artifact does not load, or an option or the prompt is unsuitable.
     """
     _check(prompt)
+    if answers != _PLAIN_ANSWER:
+        # A lazy import, because it would delay plain answers.
+        from . import answer
+
+        answer.check(answers, prompt, as_json=as_json)
     is_typed = prompt.text is None and prompt.ids is None and sys.stdin.isatty()
     is_chat = is_typed and sys.stdout.isatty()
+    if is_chat and answers != _PLAIN_ANSWER:
+        raise PrecastError(
+            "--echo, --tools and --answer-format need a prompt: give one with -p, or pipe it in."
+        )
     if is_typed and as_json:
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
@@ -123,12 +161,11 @@ def run(
             prefix_memory=None if is_chat or prompt.state is not None else 0,
         )
     loaded = process_age()
-    params = replace(model.default_sampling(), **sampling.given())
+    params = replace(model.default_sampling(), **sampling.given(), **answers.given())
     before = _saved(model, prompt)
     if not is_chat:
-        return _answer(
-            model, prompt, before, params, as_json=as_json, stats=stats, started=(imported, loaded)
-        )
+        started = (imported, loaded)
+        return _answer(model, prompt, before, params, answers, as_json=as_json, stats=stats, started=started)
     from .conversation import converse
 
     with raise_on_interrupt():  # KeyboardInterrupt ends an answer and resets the terminal
@@ -151,6 +188,7 @@ def _answer(
     prompt: Prompt,
     before: "State | None",
     params: "SamplingParams",
+    answers: AnswerOptions,
     *,
     as_json: bool,
     stats: bool,
@@ -159,20 +197,23 @@ def _answer(
     """Answer a single prompt; `started` is the process's age after the imports, and after the load."""
     text = _read_text(prompt)
     messages = _messages(prompt, text, before)
-    stream = _stream(model, prompt, text, messages, params, before)
+    start = partial(_stream, model, prompt, text, messages, before=before, answers=answers)
+    streams = [start(each) for each in params.for_answers(answers.answers)]
     asked = process_age()
+    if not as_json:
+        _write_pieces(streams[0])
+    done = _finish(streams, model.engine.slots)
     if as_json:
-        print(_json_line(model, stream.finish(), imported=started[0], loaded=started[1], asked=asked))
-    else:
-        _write_pieces(stream)
+        for completion in done:
+            print(_json_line(model, completion, answers, started=started, asked=asked))
     if prompt.state is not None:
         from . import state
 
-        state.save(model, prompt.state, stream.completion, messages)
+        state.save(model, prompt.state, done[0], messages)
     if stats:
         from .speed import full
 
-        print(full([stream.completion], asked + stream.completion.timing.prefill_s), file=sys.stderr)
+        print(full(done, asked + done[0].timing.prefill_s), file=sys.stderr)
     return 0
 
 
@@ -258,10 +299,18 @@ def _stream(
     text: str,
     messages: "list[Message]",
     params: "SamplingParams",
+    *,
     before: "State | None",
+    answers: AnswerOptions,
 ) -> "Stream":
     if messages:
-        return model.stream_chat(messages, params, literal=prompt.literal)
+        return model.stream_chat(
+            messages,
+            params,
+            tools=_tools(answers.tools),
+            literal=prompt.literal,
+            answer_format=answers.answer_format,
+        )
     if before is not None:
         from . import state
 
@@ -269,18 +318,48 @@ def _stream(
     return model.stream(text if prompt.ids is None else prompt.ids, params)
 
 
+def _tools(path: Path | None) -> "list[Mapping[str, Any]] | None":
+    if path is None:
+        return None
+    from .answer import read_tools
+
+    return read_tools(path)
+
+
+def _finish(streams: "list[Stream]", slots: int) -> "list[Completion]":
+    if len(streams) == 1:
+        return [streams[0].finish()]
+    from ..generation.together import finish
+
+    return finish(streams, slots)
+
+
 def _write_pieces(stream: "Stream") -> None:
-    for piece in harmless_pieces(stream) if sys.stdout.isatty() else stream:
+    is_terminal = sys.stdout.isatty()
+    pieces: Iterable[str]
+    if stream.is_split:
+        from .answer import write
+
+        pieces = write(stream, is_terminal=is_terminal)
+    else:
+        pieces = harmless_pieces(stream) if is_terminal else stream
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
 
 def _json_line(
-    model: "Model", completion: "Completion", *, imported: float, loaded: float, asked: float
+    model: "Model",
+    completion: "Completion",
+    answers: AnswerOptions,
+    *,
+    started: tuple[float, float],
+    asked: float,
 ) -> str:
+    imported, loaded = started
     timing = completion.timing
-    record = {
+    record: dict[str, Any] = {
         "text": completion.text,
         "token_ids": completion.token_ids,
         "prompt_token_ids": completion.prompt_token_ids,
@@ -297,6 +376,10 @@ def _json_line(
         "target": model.target.name,
         "compiles": model.compiles,
     }
+    if completion.reasoning or completion.tool_calls or answers != _PLAIN_ANSWER:
+        from .answer import details
+
+        record |= details(completion, answers)
     # If the encoding of the output is not Unicode, use JSON's escapes, so that no character is lost.
     encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
     return escaped(json.dumps(record, ensure_ascii=not encoding.startswith("utf")))

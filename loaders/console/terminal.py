@@ -1,5 +1,7 @@
 """Text without control characters for terminals."""
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
 
 # C0 except tab and newline, DEL, C1, and the characters that reorder nearby text (bidirectional embeddings, overrides
@@ -11,6 +13,15 @@ _COMMANDS = (
     *range(0x2066, 0x206A),
 )
 _SHOWN = dict.fromkeys(_COMMANDS, "\N{REPLACEMENT CHARACTER}")
+
+
+# The codes that dim text and end it.
+DIM, RESET = "\x1b[2m", "\x1b[0m"
+
+
+def has_colours() -> bool:
+    """Return True if standard output is a terminal, and its user wants colours."""
+    return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
 
 
 def harmless(text: str) -> str:

@@ -1,7 +1,7 @@
 """A loaded artifact: it continues prompts and answers conversations."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -169,6 +169,55 @@ class Model:
 
         sequences = (partial(make, *pair) for pair in together.pairs(prompts, params))
         return together.results(self.scheduler, sequences, self.engine.slots)
+
+    def generate_answers(
+        self, prompt: Prompt, count: int, params: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Continue one prompt several times, together.
+
+        With a seed, the first answer has that seed, the next one the seed + 1, and so on, as with vLLM's `n`.
+
+        Args:
+            prompt: text, or token ids.
+            count: number of answers, at least 1.
+            params: the sampling parameters; None uses the model's own defaults. A greedy model repeats itself.
+
+        Raises:
+            PrecastError: the count is below 1; also as `generate`.
+        """
+        return self._answers(partial(self.stream, prompt), count, params)
+
+    def chat_answers(
+        self,
+        messages: Sequence[Message],
+        count: int,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        literal: bool = False,
+        answer_format: str | None = None,
+    ) -> list[Completion]:
+        """Answer a conversation several times, together; arguments and errors as `chat` and `generate_answers`."""
+        chat = partial(
+            self.stream_chat,
+            messages,
+            tools=tools,
+            template=template,
+            literal=literal,
+            answer_format=answer_format,
+        )
+        return self._answers(chat, count, params)
+
+    def _answers(
+        self, start: Callable[[SamplingParams], Stream], count: int, params: SamplingParams | None
+    ) -> list[Completion]:
+        from .together import finish
+
+        if not isinstance(count, int) or count < 1:
+            raise PrecastError(f"count: expected a number of at least 1, found {count!r:.60}.")
+        chosen = self.default_sampling() if params is None else params
+        return finish([start(each) for each in chosen.for_answers(count)], self.engine.slots)
 
     def chat(
         self,

@@ -142,6 +142,11 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self._parsed: deque[_Part] = deque()  # what the parser has found and nobody has read
         self._is_parsed = parser is None  # the parser has seen the end
 
+    @property
+    def is_split(self) -> bool:
+        """True if the answer is split into content, reasoning and tool calls."""
+        return self._parser is not None
+
     def __iter__(self) -> Self:
         return self
 

@@ -1,5 +1,6 @@
 """Continue many prompts together."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 
@@ -7,7 +8,7 @@ from ..artifact.errors import PrecastError
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .sequence import TokenSequence
-from .stream import Completion, completion_of
+from .stream import Completion, Stream, completion_of
 
 Prompt = str | Sequence[int]
 
@@ -70,6 +71,27 @@ def results(
     finally:
         for sequence in running.values():
             scheduler.close(sequence)
+
+
+def finish(streams: Sequence[Stream], most: int) -> list[Completion]:
+    """Read streams of one model to their ends together, and return their completions.
+
+    Args:
+        streams: the streams.
+        most: maximum number of streams that run at a time.
+    """
+    waiting = deque(streams)
+    running: list[Iterator[object]] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < most:
+                running.append(waiting.popleft().events())
+            running = [events for events in running if next(events, None) is not None]
+    except BaseException:
+        for stream in streams:
+            stream.close()
+        raise
+    return [stream.completion for stream in streams]
 
 
 def _result(sequence: TokenSequence) -> Completion | PrecastError:

@@ -210,3 +210,35 @@ def test_a_closed_stream_yields_nothing(saying):
     stream.close()
     assert list(stream) == list(stream.events()) == []
     assert stream.completion.finish_reason == "unfinished"
+
+
+def test_several_answers_to_a_chat(saying):
+    model = saying(ANSWER)
+    found = model.chat_answers(MESSAGES, 3, SamplingParams(seed=1), tools=TOOLS)
+    assert [(f.text, f.reasoning, len(f.tool_calls)) for f in found] == [("I look.", "hm, é", 1)] * 3
+    assert len({call.id for f in found for call in f.tool_calls}) == 3
+    assert model.scheduler.stats().running == 0
+    assert [f.text for f in model.generate_answers("the cat", 5)] == [ANSWER] * 5
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, None])
+def test_the_number_of_answers_is_checked(saying, count):
+    with pytest.raises(PrecastError) as raised:
+        saying(ANSWER).generate_answers("the cat", count)
+    assert str(raised.value) == f"count: expected a number of at least 1, found {count}."
+
+
+def test_a_failure_of_one_answer_ends_the_others(saying):
+    model = saying(ANSWER)
+    model.engine.vocab = 3
+    with pytest.raises(PrecastError, match=r"^prompt: token 0 is "):
+        model.generate_answers("the cat", 2)
+    model.engine.vocab = 400
+
+    def fail(step: Any) -> np.ndarray:
+        raise PrecastError("the device is gone")
+
+    model.engine.logits = fail
+    with pytest.raises(PrecastError, match=r"^the device is gone$"):
+        model.generate_answers("the cat", 2, SamplingParams(repetition_penalty=1.1))
+    assert model.scheduler.stats().running == 0
