@@ -31,7 +31,11 @@ from precast.loaders.generation.model import Model
 
 class Stream:
     timing = SimpleNamespace(prefill_s=0.25, decode_s=0.5, decode_tokens_per_s=8.0)
-    completion = SimpleNamespace(token_ids=range(5), prompt_token_ids=range(10), finish_reason="stop", timing=timing)
+    completion = SimpleNamespace(
+        text="", reasoning="", tool_calls=(), token_ids=range(5), prompt_token_ids=range(10), finish_reason="stop",
+        timing=timing,
+    )
+    is_split = False
     def __init__(self, messages): self.messages = messages
     def __iter__(self):
         yield json.dumps([m["content"] for m in self.messages if m["role"] != "assistant"])

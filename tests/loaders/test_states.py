@@ -360,7 +360,7 @@ def test_a_chat_on_a_terminal_is_saved_at_its_end(monkeypatch, capsys, tmp_path)
         asked.append([m["content"] for m in messages])
         if messages[-1]["content"] == "fail":
             raise PrecastError("no.")
-        return SimpleNamespace(__iter__=None, completion=f"completion {len(asked)}")
+        return SimpleNamespace(completion=SimpleNamespace(text="yes", reasoning="", place=len(asked)))
 
     model = SimpleNamespace(
         manifest=SimpleNamespace(name="tiny", tokenizer=SimpleNamespace(chat_template="x")),
@@ -370,9 +370,7 @@ def test_a_chat_on_a_terminal_is_saved_at_its_end(monkeypatch, capsys, tmp_path)
         save_state=lambda path, completion, messages: saved.append((path, completion, messages)),
     )
     monkeypatch.setenv("PRECAST_HISTORY", "off")
-    monkeypatch.setattr(
-        conversation, "_collected", lambda stream, text: (text.append("yes") or p for p in ["yes"])
-    )
+    monkeypatch.setattr(conversation, "write", lambda stream, is_terminal: ["yes"])
     monkeypatch.setattr(conversation.speed, "brief", lambda _: "")
     opening = [{"role": "system", "content": "be"}, *MESSAGES]
 
@@ -386,7 +384,7 @@ def test_a_chat_on_a_terminal_is_saved_at_its_end(monkeypatch, capsys, tmp_path)
     chat("a", "/reset", "b", "fail")
     assert asked == [["be", "héllo", "the cat", "a"], ["be", "b"], ["be", "b", "yes", "fail"]]
     (found,) = saved
-    assert found[:2] == (tmp_path / "c.state", "completion 2")
+    assert (found[0], found[1].place) == (tmp_path / "c.state", 2)
     assert [m["content"] for m in found[2]] == ["be", "b", "yes"]
 
 
