@@ -21,7 +21,7 @@ BUCKET = "models"
         ("s3://bucket/pieces", "expected a folder and a name of letters, digits"),
         ("https://host/tiny?token=topsecret", "expected a plain URL, with one protocol and without a query"),
         ("simplecache::s3://bucket/tiny", "expected a plain URL"),
-        ("nosuch://bucket/tiny", "the URL cannot be opened (Protocol not known: nosuch); check it"),
+        ("nosuch://bucket/tiny", "the URL cannot be opened (Protocol not known: nosuch); check the URL"),
         (
             "sftp://host/models/tiny",
             "precast does not support sftp://; mount the folder and give it as file",
