@@ -32,8 +32,8 @@ from precast.loaders.generation.model import Model
 class Stream:
     timing = SimpleNamespace(prefill_s=0.25, decode_s=0.5, decode_tokens_per_s=8.0)
     completion = SimpleNamespace(
-        text="", reasoning="", tool_calls=(), token_ids=range(5), prompt_token_ids=range(10), finish_reason="stop",
-        timing=timing,
+        tool_calls=(), token_ids=range(5), prompt_token_ids=range(10), finish_reason="stop", timing=timing,
+        message=lambda: {"role": "assistant", "content": ""},
     )
     is_split = False
     def __init__(self, messages): self.messages = messages

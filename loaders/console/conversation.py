@@ -105,16 +105,10 @@ def _answer(
     except PrecastError as error:
         print(f"error: {error} /reset starts over.")
         return messages[:-1]
-    return [*messages, _message(stream)]
-
-
-def _message(stream: "Stream | None") -> "Message":
-    """Return an answer, or its beginning, as a message of the conversation."""
-    if stream is None:
-        return {"role": "assistant", "content": ""}
-    found = stream.completion
-    reasoning = {"reasoning_content": found.reasoning} if found.reasoning else {}
-    return {"role": "assistant", "content": found.text, **reasoning}
+    return [
+        *messages,
+        {"role": "assistant", "content": ""} if stream is None else stream.completion.message(),
+    ]
 
 
 def _print_aside(words: str) -> None:

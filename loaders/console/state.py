@@ -62,5 +62,5 @@ def save(model: "Model", path: Path, completion: "Completion", asked: "Sequence[
     Raises:
         PrecastError: see `Model.save_state`.
     """
-    messages = [*asked, {"role": "assistant", "content": completion.text}] if asked else ()
+    messages = [*asked, completion.message()] if asked else ()
     model.save_state(path, completion, messages=messages)

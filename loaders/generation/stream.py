@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..artifact.frozen import Frozen
 from .scheduler import Scheduler
@@ -67,6 +67,22 @@ class Completion(Frozen):
     prompt_logprobs: "tuple[TokenLogprob | None, ...]" = ()
     reasoning: str = ""
     tool_calls: "tuple[ToolCall, ...]" = ()
+
+    def message(self) -> dict[str, Any]:
+        """Return the answer as a message of the conversation, in OpenAI's form."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in self.tool_calls
+            ]
+        return message
 
 
 def completion_of(

@@ -1,5 +1,6 @@
 """The values that a chat template receives: checked, copied as plain JSON, in the form that transformers uses."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
     """Return messages as transformers passes them to a template.
 
     Omit keys whose value is null, which the OpenAI API returns. Store reasoning under each key that templates read.
+    Parse the arguments of tool calls, as vLLM does.
 
     Raises:
         PrecastError: the value is not a list of messages.
@@ -59,8 +61,22 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
             f"Chat: expected {where} to be {wanted}, found a content of type {type(content).__name__}."
         )
     plain = {key: value for key, value in _plain_json(message, where).items() if value is not None}
+    if isinstance(calls := plain.get("tool_calls"), list):
+        plain["tool_calls"] = [_with_object(call) for call in calls]
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _with_object(call: Any) -> Any:
+    """Return a tool call whose arguments are an object, as templates expect; OpenAI's API gives them as JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def plain_objects(values: Any, where: str) -> list[dict[str, Any]]:

@@ -59,6 +59,8 @@ class ChatTemplate:
         self._needs_parts = (
             _ITERATES_CONTENT.search(source) is not None and _TESTS_FOR_TEXT.search(source) is None
         )
+        # SmolLM3's template looks for tools in variables of its own.
+        self._reads_xml_tools = "xml_tools" in source
         # Python's own compiler has limits, too, and raises SyntaxError, RecursionError or MemoryError beyond them.
         self._sandbox, self._code = _translate_errors(lambda: compile_template(source, self._limits))
 
@@ -86,11 +88,18 @@ class ChatTemplate:
             PrecastError: an argument is malformed.
         """
         options = options or ChatOptions()
-        tools, documents = options.tools, options.documents
+        documents, variables = options.documents, plain_variables(options.variables or {})
+        tools = None if options.tools is None else plain_objects(options.tools, "tools")
+        if (
+            tools is not None
+            and self._reads_xml_tools
+            and not variables.keys() & {"xml_tools", "python_tools"}
+        ):
+            variables["xml_tools"] = tools
         return {
-            **plain_variables(options.variables or {}),
+            **variables,
             "messages": self._adapted(plain_messages(messages)),
-            "tools": None if tools is None else plain_objects(tools, "tools"),
+            "tools": tools,
             "documents": None if documents is None else plain_objects(documents, "documents"),
             "add_generation_prompt": options.add_generation_prompt,
         }

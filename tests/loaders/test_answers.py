@@ -3,7 +3,8 @@
 import asyncio
 import itertools
 import json
-from types import SimpleNamespace
+from collections.abc import Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from precast.loaders.artifact.manifest import SamplingDefaults
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.text.answer_parser import ContentDelta, ReasoningDelta, ToolCallDelta
+from precast.loaders.text.chat_messages import plain_messages
+from precast.loaders.text.chat_template import ChatOptions, ChatTemplate
 from precast.loaders.text.tokenizer import Tokenizer
 
 PLAIN = (
@@ -34,6 +37,7 @@ class ScriptedEngine:
     """An engine whose greedy tokens are a script, whatever it reads."""
 
     context, slots, vocab, buckets, score_tokens = 4096, 2, 400, (4096,), 0
+    windows: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, script: list[int]) -> None:
         self._script = script
@@ -71,9 +75,8 @@ def saying(tiny_source):
             tokenizer=SimpleNamespace(eos_token_ids=(END,)), sampling=SamplingDefaults(), name="scripted"
         )
         engine: Any = ScriptedEngine([*tokenizer.encode(text), END])
-        return Model(
-            engine=engine, tokenizer=tokenizer, manifest=manifest, target=SimpleNamespace(name="cpu"), compiles=0
-        )  # fmt: skip
+        target = SimpleNamespace(name="cpu", kernels=None)
+        return Model(engine=engine, tokenizer=tokenizer, manifest=manifest, target=target, compiles=0)
 
     return make
 
@@ -242,3 +245,44 @@ def test_a_failure_of_one_answer_ends_the_others(saying):
     with pytest.raises(PrecastError, match=r"^the device is gone$"):
         model.generate_answers("the cat", 2, SamplingParams(repetition_penalty=1.1))
     assert model.scheduler.stats().running == 0
+
+
+def test_an_answer_is_a_message_of_the_conversation(saying):
+    """Its tool calls reach the template with arguments as objects; text that is no object stays text."""
+    found = saying(ANSWER).chat(MESSAGES, tools=TOOLS)
+    message = found.message()
+    (call,) = found.tool_calls
+    assert message == {
+        "role": "assistant",
+        "content": "I look.",
+        "reasoning_content": "hm, é",
+        "tool_calls": [
+            {"id": call.id, "type": "function", "function": {"name": "look", "arguments": call.arguments}}
+        ],
+    }
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% endfor %}"
+    )
+    tokenizer = saying("", template).tokenizer
+    assert tokenizer.render_chat([*MESSAGES, message]) == '{"at": "é 😀"}'
+    for text in ("[1]", "{", '"x"', "[" * 100_000):
+        message["tool_calls"][0]["function"]["arguments"] = text
+        assert tokenizer.render_chat([*MESSAGES, message]) == json.dumps(text)
+    for calls in ([1], [{"function": 1}], [{}]):
+        assert plain_messages([{**message, "tool_calls": calls}])[0]["tool_calls"] == calls
+    assert saying("Yes.").chat(MESSAGES).message() == {"role": "assistant", "content": "Yes."}
+
+
+def test_tools_reach_a_template_that_looks_for_xml_tools():
+    template = ChatTemplate(
+        "{% for tool in xml_tools or [] %}{{ tool.name }}{% endfor %}{{ python_tools }}",
+        bos_token=None,
+        eos_token=None,
+    )
+    tools = [{"name": "look"}]
+    assert template.render(MESSAGES, ChatOptions(tools=tools)) == "look"
+    for name in ("xml_tools", "python_tools"):
+        given = ChatOptions(tools=tools, variables={name: []})
+        assert template.render(MESSAGES, given) == ("[]" if name == "python_tools" else "")
+    assert template.render(MESSAGES, ChatOptions()) == ""

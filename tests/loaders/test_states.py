@@ -352,6 +352,9 @@ def test_run_goes_on_with_a_chat(cli, record, tiny_artifact, tmp_path):
         assert (refused.exit_code, refused.stderr) == (2, f"error: {path}: {text}\n")
 
 
+SAID = {"role": "assistant", "content": "yes"}
+
+
 def test_a_chat_on_a_terminal_is_saved_at_its_end(monkeypatch, capsys, tmp_path):
     """The tokens are those of the last complete answer; a new start keeps the system message."""
     saved, asked = [], []
@@ -360,7 +363,7 @@ def test_a_chat_on_a_terminal_is_saved_at_its_end(monkeypatch, capsys, tmp_path)
         asked.append([m["content"] for m in messages])
         if messages[-1]["content"] == "fail":
             raise PrecastError("no.")
-        return SimpleNamespace(completion=SimpleNamespace(text="yes", reasoning="", place=len(asked)))
+        return SimpleNamespace(completion=SimpleNamespace(place=len(asked), message=lambda: dict(SAID)))
 
     model = SimpleNamespace(
         manifest=SimpleNamespace(name="tiny", tokenizer=SimpleNamespace(chat_template="x")),
