@@ -55,7 +55,11 @@ def main() -> None:
     type=int,
     help="Context length: the maximum number of tokens in a sequence. Default: 2048, or the model's limit if lower.",
 )
-@click.option("--slots", type=int, default=1, show_default=True, help="Sequences decoded together.")
+@click.option(
+    "--slots",
+    type=int,
+    help="Sequences decoded together. Default: 8, or fewer where idle slots cost memory or time.",
+)
 @click.option(
     "--weights",
     default="int8",
@@ -85,7 +89,7 @@ def export(
     output: Path | None,
     buckets: tuple[int, ...] | None,
     context: int | None,
-    slots: int,
+    slots: int | None,
     weights: str,
     kv_cache: str | None,
     targets: tuple[str, ...],

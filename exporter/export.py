@@ -15,7 +15,7 @@ from .options import DEFAULT_OPTIONS, ExportOptions
 from .plan import ExportPlan, make_plan
 from .programs import TABLES, build_programs
 from .reference import fidelity, golden
-from .reference.recording import load_first, record_golden, replay_on_others
+from .reference.recording import load_first, record_golden, replay_answers
 from .sources.base import Source
 from .targets.build import build_targets
 from .targets.kinds import TARGET_KINDS
@@ -71,9 +71,9 @@ def export(
             log("measuring fidelity to the float32 model")
             manifest = _with_fidelity(folder, manifest, plan, progress)
 
-        # 6. Write the manifest, and replay the golden answers on the other targets.
+        # 6. Write the manifest, and replay the golden answers: in batches, and on the other targets.
         manifest = write_manifest(folder, manifest, weights_sha256)
-        replay_on_others(folder, manifest, log, progress)
+        replay_answers(folder, manifest, log, progress)
         return manifest
 
 

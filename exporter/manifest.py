@@ -51,6 +51,7 @@ def make_manifest(plan: ExportPlan, targets: Sequence[Target]) -> Manifest:
         ),
         sampling=plan.sampling,
         golden=GOLDEN_FILE,
+        prefixes=(),
         provenance=Provenance(
             source=source.name,
             source_files={f.name: FileEntry(bytes=f.bytes, sha256=f.sha256) for f in source.files},

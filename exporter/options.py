@@ -1,20 +1,27 @@
 """The options of an export, and their checks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.compiling import isa
 
 from .models.registry import ModelSpec
-from .programs import CACHE_TYPES, Geometry
+from .programs import CACHE_TYPES, Geometry, cache_arrays
 from .quantize import FORMATS
 from .targets import savedmodel
 from .targets.kinds import DEFAULT_TARGETS, TARGET_KINDS
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_BUCKETS = (64, 128, 512)
+DEFAULT_SLOTS = 8
 _MOST_SLOTS = 256
+# The slots of these targets take no memory before positions are filled, and no time while they are idle. The portable
+# target, which shares the cache, gives up the former.
+_CHEAP_SLOTS = ("cpu", "portable")
+# Fewer slots than the default keep the KV cache within this address space: systems refuse to reserve more than they
+# have memory, even for pages that nobody touches.
+_MOST_DEFAULT_CACHE_BYTES = 16 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +32,8 @@ class ExportOptions:
         buckets: prompt lengths to compile a prefill program for; None for those of `DEFAULT_BUCKETS` that fit the
             context.
         context: S, positions of a slot; None for the model's own limit, at most `DEFAULT_CONTEXT`.
-        slots: B, sequences decoded together.
+        slots: B, sequences decoded together; None for `DEFAULT_SLOTS`, or fewer if the KV cache would be large, or 1 if
+            a target other than cpu and portable takes memory or time for idle slots.
         weights: storage format of the weights, a key of `FORMATS`.
         kv_cache: type of the KV cache, one of `CACHE_TYPES`; None for float32 with float32 weights, else bfloat16.
         targets: keys of `TARGET_KINDS`.
@@ -36,7 +44,7 @@ class ExportOptions:
 
     buckets: tuple[int, ...] | None = None
     context: int | None = None
-    slots: int = 1
+    slots: int | None = None
     weights: str = "int8"
     kv_cache: str | None = None
     targets: tuple[str, ...] = DEFAULT_TARGETS
@@ -56,7 +64,7 @@ def check_options(options: ExportOptions) -> None:
     _check_choice("weights", options.weights, tuple(FORMATS))
     if options.kv_cache is not None:
         _check_choice("kv-cache", options.kv_cache, CACHE_TYPES)
-    if not 1 <= options.slots <= _MOST_SLOTS:
+    if options.slots is not None and not 1 <= options.slots <= _MOST_SLOTS:
         raise PrecastError(f"--slots: expected 1 to {_MOST_SLOTS}, found {options.slots}.")
     _check_targets(options.targets)
     if options.cpu_isas is not None:
@@ -86,7 +94,19 @@ def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
             )
     # Weights of fewer bits lose more precision than a bfloat16 cache; float32 weights mean the user wants all of it.
     kv_cache = options.kv_cache or ("float32" if options.weights == "float32" else "bfloat16")
-    return Geometry(context=context, slots=options.slots, buckets=tuple(sorted(buckets)), kv_cache=kv_cache)
+    one = Geometry(context=context, slots=1, buckets=tuple(sorted(buckets)), kv_cache=kv_cache)
+    return replace(one, slots=options.slots or _default_slots(options, spec, one))
+
+
+def _default_slots(options: ExportOptions, spec: ModelSpec, one: Geometry) -> int:
+    """Return the number of slots for a model, given the geometry of one slot."""
+    if not set(options.targets) <= set(_CHEAP_SLOTS):
+        return 1
+    slot_bytes = sum(array.bytes for array in cache_arrays(spec.config, one))
+    slots = DEFAULT_SLOTS
+    while slots > 1 and slots * slot_bytes > _MOST_DEFAULT_CACHE_BYTES:
+        slots //= 2
+    return slots
 
 
 def _check_choice(option: str, value: str, known: Sequence[str]) -> None:

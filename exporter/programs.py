@@ -21,6 +21,7 @@ from .quantize import FORMATS, StoredArray
 from .weights import formats_of
 
 TABLES = ("rope.cos", "rope.sin")
+SCORE_TOKENS = 16
 CACHE_TYPES = ("float32", "bfloat16", "int8")
 
 
@@ -39,6 +40,11 @@ class Geometry:
     slots: int
     buckets: tuple[int, ...]
     kv_cache: str = "float32"
+
+    @property
+    def score_tokens(self) -> int:
+        """Tokens of the score program, at most those of a prefill: rings of the KV cache hold no longer chunk."""
+        return min(SCORE_TOKENS, max(self.buckets))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +98,7 @@ class ProgramSpec:
 
     Attributes:
         name: name of the program: "decode", "prefill_64".
-        kind: "cache", "prefill" or "decode".
+        kind: "cache", "prefill", "decode" or "score".
         tokens: tokens of a sequence in each call.
         arguments: the arguments, in order.
         results: the results, in order; `alias` names the argument whose memory a result reuses.
@@ -212,9 +218,18 @@ def cache_arrays(c: DecoderConfig, geometry: Geometry) -> tuple[CacheArray, ...]
 
 
 def build_programs(model: StoredModel, geometry: Geometry, ops: Ops) -> tuple[ProgramSpec, ...]:
-    """Return the programs of a target: the empty KV cache, a prefill for each bucket, and decode."""
+    """Return the programs of a target: the empty KV cache, a prefill for each bucket, decode, and score.
+
+    Kernels skip the idle rows of decode. Without kernels, a second program decodes a single sequence.
+    """
     builder = _Builder(model=model, geometry=geometry, ops=ops)
-    return (builder.cache(), *(builder.prefill(t) for t in geometry.buckets), builder.decode())
+    rows = {geometry.slots} if ops.kernels else {1, geometry.slots}
+    return (
+        builder.cache(),
+        *(builder.prefill(t) for t in geometry.buckets),
+        *(builder.decode(n) for n in sorted(rows)),
+        builder.score(),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,21 +255,16 @@ class _Builder:
         )
 
     def prefill(self, tokens: int) -> ProgramSpec:
-        inputs = (
-            _value("tokens", "tokens", (tokens,), "int32"),
-            _value("length", "length", (), "int32"),
-            _value("start", "start", (), "int32"),
-            _value("slot", "slot", (), "int32"),
-        )
-        return self._program(f"prefill_{tokens}", "prefill", tokens, inputs, _prefill, rows=1)
+        return self._program(f"prefill_{tokens}", "prefill", tokens, _chunk_inputs(tokens), _prefill, rows=1)
 
-    def decode(self) -> ProgramSpec:
-        slots = self.geometry.slots
-        inputs = (
-            _value("tokens", "tokens", (slots,), "int32"),
-            _value("positions", "positions", (slots,), "int32"),
-        )
-        return self._program("decode", "decode", 1, inputs, _decode, rows=slots)
+    def decode(self, rows: int) -> ProgramSpec:
+        inputs = tuple(_value(name, name, (rows,), "int32") for name in ("tokens", "positions", "slots"))
+        name = "decode" if rows == self.geometry.slots else f"decode_{rows}"
+        return self._program(name, "decode", 1, inputs, _decode, rows=rows)
+
+    def score(self) -> ProgramSpec:
+        tokens = self.geometry.score_tokens
+        return self._program("score", "score", tokens, _chunk_inputs(tokens), _score, rows=tokens)
 
     def _program(
         self,
@@ -290,8 +300,16 @@ class _Builder:
                 bind=self.model.bind,
                 ops=self.ops,
             ),
-            flops=_flops(c, context, tokens=tokens, rows=rows),
+            flops=_flops(c, context, tokens=max(tokens, rows), rows=rows),
         )
+
+
+def _chunk_inputs(tokens: int) -> tuple[Value, ...]:
+    """Return the inputs of a program that reads a chunk of a sequence."""
+    return (
+        _value("tokens", "tokens", (tokens,), "int32"),
+        *(_value(name, name, (), "int32") for name in ("length", "start", "slot")),
+    )
 
 
 def _step_arguments(
@@ -325,35 +343,63 @@ def _prefill(
     batch = Batch(slots=slot[None], starts=start[None], lengths=length[None])
     x, kv_caches = model.step(tokens[None], batch, cos, sin, kv_caches, ops)  # [1, T, D]
     last = gather_rows(x[0], (length - 1).reshape(1, 1))[0]  # [1, D]
-    return _results(model.logits(last, ops), kv_caches, ops)
+    return _results(model, last, jnp.minimum(length, 1), kv_caches, ops)
 
 
-def _decode(
+def _score(
     tokens: Array,
-    positions: Array,
+    length: Array,
+    start: Array,
+    slot: Array,
     *arrays: Array,
     caches: Sequence[int],
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """Run one token of every slot: ``tokens [B]`` at ``positions [B]``, −1 for unused slots."""
+    """Run one chunk of a slot's sequence as `_prefill` does, with a result after each token."""
     kv_caches, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
-    batch = Batch(
-        slots=jnp.arange(tokens.shape[0], dtype=jnp.int32),
-        starts=positions + (positions < 0),
-        lengths=(positions >= 0).astype(jnp.int32),
-    )
-    x, kv_caches = model.step(tokens[:, None], batch, cos, sin, kv_caches, ops)  # [B, 1, D]
-    return _results(model.logits(x[:, 0], ops), kv_caches, ops)
+    batch = Batch(slots=slot[None], starts=start[None], lengths=length[None])
+    x, kv_caches = model.step(tokens[None], batch, cos, sin, kv_caches, ops)  # [1, T, D]
+    return _results(model, x[0], length, kv_caches, ops)
 
 
-def _results(logits: Array, caches: KVCaches, ops: Ops) -> tuple[Array, ...]:
-    return ops.argmax(logits), logits, *(array for cache in caches for array in cache.arrays())
+def _decode(
+    tokens: Array,
+    positions: Array,
+    slots: Array,
+    *arrays: Array,
+    caches: Sequence[int],
+    bind: Callable[[Sequence[Array]], Decoder],
+    ops: Ops,
+) -> tuple[Array, ...]:
+    """Run one token of R sequences: ``tokens [R]`` at ``positions [R]`` of ``slots [R]``.
+
+    Idle rows come last, with position −1.
+    """
+    kv_caches, cos, sin, weights = _step_arguments(arrays, caches)
+    model = bind(weights)
+    lengths = (positions >= 0).astype(jnp.int32)
+    batch = Batch(slots=slots, starts=positions + (positions < 0), lengths=lengths)
+    x, kv_caches = model.step(tokens[:, None], batch, cos, sin, kv_caches, ops)  # [R, 1, D]
+    return _results(model, x[:, 0], jnp.sum(lengths, dtype=jnp.int32), kv_caches, ops)
+
+
+def _results(model: Decoder, x: Array, used: Array, caches: KVCaches, ops: Ops) -> tuple[Array, ...]:
+    """Return token and logits of the first `used` rows of x ``[R, D]``, and the caches."""
+    logits = model.logits(x, ops, used)
+    return ops.argmax(logits, used), logits, *(array for cache in caches for array in cache.arrays())
 
 
 def _flops(c: DecoderConfig, context: int, *, tokens: int, rows: int) -> int:
-    """Return the multiplications and additions of a call; the compiler cannot count those inside kernels."""
+    """Return the multiplications and additions of a call; the compiler cannot count those inside kernels.
+
+    Args:
+        c: the config.
+        context: S.
+        tokens: tokens of all sequences.
+        rows: tokens with logits.
+    """
     attention_width = c.heads * c.head_dim
     experts = 1 if c.mixture is None else c.mixture.experts_per_token
     router = 0 if c.mixture is None else c.width * c.mixture.experts
@@ -361,4 +407,4 @@ def _flops(c: DecoderConfig, context: int, *, tokens: int, rows: int) -> int:
     projections = c.width * (2 * attention_width + 2 * c.kv_heads * c.head_dim) + feed_forward
     seen = sum(min(window, context) if window else context for window in c.layer_windows)
     scores = 2 * attention_width * seen
-    return 2 * rows * (tokens * (c.layers * projections + scores) + c.vocab * c.width)
+    return 2 * (tokens * (c.layers * projections + scores) + rows * c.vocab * c.width)

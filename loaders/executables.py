@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from .artifact.machine import Machine
 from .artifact.manifest import Manifest, Program, Target
 from .artifact.weights import numpy_dtype
 from .runtime import pjrt
-from .runtime.interface import Client, Executable
+from .runtime.interface import Buffer, Client, Executable
 
 if TYPE_CHECKING:
     from .compiling.cache import LocalExecutable
@@ -135,9 +136,10 @@ def _load_executables(
     compiled: "Mapping[str, LocalExecutable]",
     client: pjrt.Client,
     settings: LoadSettings,
-) -> dict[str, pjrt.Executable]:
+) -> dict[str, Executable]:
     """Load the programs of an XLA target; use `compiled` where it has them."""
-    target, executables = artifact.target, {}
+    target = artifact.target
+    executables: dict[str, Executable] = {}
     for program in target.programs:
         results = [
             pjrt.Result(shape=value.physical, dtype=numpy_dtype(value.dtype)) for value in program.results
@@ -147,10 +149,36 @@ def _load_executables(
         _report(settings, program.name)
         if (local := compiled.get(program.name)) is not None:
             executables[program.name] = _load_local(client, local, results, where)
+        elif target.runtime == "stablehlo":
+            executables[program.name] = client.compile(artifact.contents[name], results, where)
         else:
-            make = client.compile if target.runtime == "stablehlo" else client.load
-            executables[program.name] = make(artifact.contents[name], results, where)
+            make = partial(client.load, artifact.contents[name], results, where)
+            # Many processes never score, so that program waits for its first call.
+            executables[program.name] = _LazyExecutable(make) if program.kind == "score" else make()
     return executables
+
+
+class _LazyExecutable:
+    """An executable that is deserialised at its first call. Threads may share it."""
+
+    compiled = False
+
+    def __init__(self, load: Callable[[], Executable]) -> None:
+        self._load: Callable[[], Executable] | None = load
+        self._loading = Lock()
+        self._loaded: Executable | None = None
+
+    def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
+        """Run the program, as `Executable` does.
+
+        Raises:
+            PrecastError: also if XLA does not load the program.
+        """
+        with self._loading:
+            if self._loaded is None:
+                assert self._load is not None
+                self._loaded, self._load = self._load(), None  # frees the serialised bytes
+        return self._loaded(arguments)
 
 
 def _load_local(

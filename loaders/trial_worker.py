@@ -33,7 +33,7 @@ def _answer(request: Mapping[str, Any], _: bytes, progress: Progress) -> child_p
 
 
 def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, progress: Progress) -> None:
-    """Load every program of a target, prefill a few tokens and decode twice.
+    """Load every program of a target, prefill, decode and score a few tokens.
 
     Args:
         root: the artifact's folder.
@@ -70,9 +70,14 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
     prompt = [token % engine.vocab for token in _PROMPT][: max(1, engine.context - 2)]
     begin(min(target.of_kind("prefill"), key=lambda p: p.tokens).name)
     engine.prefill(prompt, cache)
-    begin(target.of_kind("decode")[0].name)
-    for position in range(len(prompt), min(len(prompt) + 2, engine.context)):
-        engine.decode([DecodeRow(0, 0, position)], cache)
+    decodes = sorted(target.of_kind("decode"), key=lambda p: p.rows)
+    for program, fewer in zip(decodes, (0, *(p.rows for p in decodes)), strict=False):
+        begin(program.name)
+        for position in range(len(prompt), min(len(prompt) + 2, engine.context)):
+            engine.decode([DecodeRow(slot, 0, position) for slot in range(fewer + 1)], cache)
+    for program in target.of_kind("score"):
+        begin(program.name)
+        engine.score(prompt[: engine.score_tokens], cache, start=0, slot=0)
 
 
 def _check_caches(model: "Model", cache: "KVCache", root: Path) -> None:

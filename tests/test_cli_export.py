@@ -62,7 +62,7 @@ def test_inspect_as_json_agrees_with_the_manifest(cli, tiny_artifact):
         p.stat().st_size for p in tiny_artifact.rglob("*") if p.is_file() and p.name != "manifest.json"
     )
     target = facts["targets"][0]
-    assert [p["name"] for p in target["programs"]] == ["cache", "prefill_8", "prefill_16", "decode"]
+    assert [p["name"] for p in target["programs"]] == ["cache", "prefill_8", "prefill_16", "decode", "score"]
     for program in target["programs"]:
         path = tiny_artifact / "programs" / "cpu" / f"{program['name']}.xla"
         assert program["executable_bytes"] == path.stat().st_size

@@ -1,6 +1,6 @@
 """The operations computed by precast's kernels; kernels/src documents the operands of each call."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +97,21 @@ def _attention(
     return out, KVCache.from_arrays(caches)
 
 
-def _argmax(logits: Array) -> Array:
+def _argmax(logits: Array, used: Array) -> Array:
     result = jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32)
-    chosen: Array = jax.ffi.ffi_call("precast.argmax.v1", result)(logits)
+    chosen: Array = jax.ffi.ffi_call("precast.argmax.v2", result)(logits, used)
     return chosen
+
+
+def _each_row(function: Callable[[Array], Array], x: Array, used: Array) -> Array:
+    # One row at a time: idle rows cost nothing, and XLA computes a row the same way however many there are.
+    def apply(index: Array, y: Array) -> Array:
+        row = index.astype(jnp.uint32)  # as in `decoder.gather_rows`
+        done = function(jax.lax.dynamic_slice_in_dim(y, row, 1))
+        return jax.lax.dynamic_update_slice_in_dim(y, done, row, 0)
+
+    result: Array = jax.lax.fori_loop(0, used, apply, x)
+    return result
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
@@ -157,9 +168,10 @@ CPU_OPS = Ops(
     attention=_attention,
     layers=_layers,
     argmax=_argmax,
+    each_row=_each_row,
     empty_cache=_empty_cache,
     kernels=(
-        "precast.argmax.v1",
+        "precast.argmax.v2",
         "precast.embed.v1",
         "precast.layers.v2",
         "precast.linear.v1",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from .blocks import DecoderConfig, Linear, Norm, RMSNorm, normalize, project
+from .blocks import DecoderConfig, LayerNorm, Linear, Norm, RMSNorm, normalize, project
 from .ops import (
     AttentionParams,
     Batch,
@@ -92,29 +92,44 @@ class Decoder(nnx.Module):
         self.model = Body(c, layers, norm)
         self.lm_head = None if c.tied_embeddings else Linear(1, c.width, c.vocab)
 
-    def logits(self, x: Array, ops: Ops) -> Array:
-        """Apply the final norm and the output head: x ``[R, D]`` to ``[R, V]``."""
-        norm, all_rows = self.model.norm, jnp.int32(x.shape[0])
-        head_ops = layer_ops(ops, jnp.int32(0), all_rows, _no_attention)
+    def logits(self, x: Array, ops: Ops, used: Array | None = None) -> Array:
+        """Apply the final norm and the output head.
+
+        Args:
+            x: ``[R, D]``.
+            ops: the target's operations.
+            used: rows from this index on are padding, and their logits are meaningless; None for no padding.
+
+        Returns:
+            ``[R, V]``.
+        """
+        used = jnp.int32(x.shape[0]) if used is None else used
+        norm: Norm | None = self.model.norm
+        head_ops = layer_ops(ops, jnp.int32(0), used, _no_attention)
+        if isinstance(norm, LayerNorm):  # the product includes an RMSNorm
+            x, norm = ops.each_row(partial(normalize, norm=norm, ops=head_ops), x, used), None
         if self.lm_head is not None:
             logits = project(x, (self.lm_head,), head_ops, norm=norm)[0]
         else:
             logits = self._tied_logits(x, norm, head_ops)
-        c = self.config
-        if c.logit_scale != 1.0:
-            logits = logits * c.logit_scale
-        return c.logit_cap * jnp.tanh(logits / c.logit_cap) if c.logit_cap else logits
+        if self.config.logit_scale == 1.0 and not self.config.logit_cap:
+            return logits
+        return ops.each_row(self._scaled_logits, logits, used)
 
-    def _tied_logits(self, x: Array, norm: Norm, head_ops: LayerOps) -> Array:
+    def _tied_logits(self, x: Array, norm: Norm | None, head_ops: LayerOps) -> Array:
         embedding = self.model.embed_tokens
-        fused = isinstance(norm, RMSNorm)
         call = LinearCall(
             weights=(embedding.stack(),),
             outs=embedding.shape[:1],
-            norm=norm.weight[...] if fused else None,
-            eps=norm.eps if fused else 0.0,
+            norm=None if norm is None else norm.weight[...],
+            eps=0.0 if norm is None else norm.eps,
         )
-        return head_ops.project(x if fused else normalize(x, norm, head_ops), call)[0]
+        return head_ops.project(x, call)[0]
+
+    def _scaled_logits(self, logits: Array) -> Array:
+        c = self.config
+        scaled = logits * c.logit_scale
+        return c.logit_cap * jnp.tanh(scaled / c.logit_cap) if c.logit_cap else scaled
 
     def embed(self, tokens: Array, positions: Array, ops: Ops) -> Array:
         """Embed tokens at their positions, both ``[R, T]``, as the first layer's input ``[R, T, D]``."""
@@ -200,7 +215,7 @@ class Decoder(nnx.Module):
     def step(
         self, tokens: Array, batch: Batch, cos: Array, sin: Array, caches: KVCaches, ops: Ops
     ) -> tuple[Array, KVCaches]:
-        """Run R sequences through all layers and append to the KV caches.
+        """Run R sequences through all layers and append to the KV caches; either R or T is 1.
 
         Args:
             tokens: ``[R, T]`` int32; tokens at index `length` and above are padding.
@@ -217,9 +232,8 @@ class Decoder(nnx.Module):
         each = jax.vmap(gather_rows, (0, None))
         rotary = Rotary(*(each(table, positions) for table in (cos, sin)))  # [Z, R, T, P]
 
-        # With a single sequence, all padding is at the end and can be skipped. With several, each sequence has padding
-        # after it, so all rows count as used.
-        used = batch.lengths[0] if tokens.shape[0] == 1 else jnp.int32(tokens.size)
+        # One sequence with padding at its end, or several of one token with the idle ones at the end.
+        used = jnp.sum(batch.lengths, dtype=jnp.int32)
         return ops.layers(self.stack(), self.embed(tokens, positions, ops), rotary, caches, batch, used)
 
 

@@ -52,7 +52,8 @@ class Batch(NamedTuple):
     """The R sequences of a call: slot, first position and length of each, all ``[R]`` int32.
 
     The tokens ``0 .. length - 1`` of a sequence take the positions ``start .. start + length - 1`` of its slot. Tokens
-    from `length` on are padding: never written to the cache, and their results are meaningless.
+    from `length` on are padding: never written to the cache, and their results are meaningless. Sequences of one token
+    may be idle, with length 0; they come last.
     """
 
     slots: Array
@@ -245,7 +246,8 @@ class Ops:
             positions ``0 .. start + t``, limited to its window if there is one.
         layers: ``(stack, x [R, T, D], rotary, caches, batch, used) -> (x, caches)``: all layers, one after another,
             with one cache for each of the stack's `cache_windows`. Rows from index `used` on are padding.
-        argmax: ``logits [R, V] -> [R]`` int32, the first index of the largest logit in each row.
+        argmax: ``(logits [R, V], used) -> [R]`` int32, the first index of the largest logit in each row.
+        each_row: ``(function, x [R, n], used) -> [R, n]``: applies a function of rows ``[…, n]`` to rows of x.
         empty_cache: ``arrays -> arrays`` of the same shapes and types, without contents.
         kernels: the custom-call targets in use.
     """
@@ -258,6 +260,7 @@ class Ops:
         [Array, Array, Array, Rotary, KVCache, Array, Batch, AttentionParams], tuple[Array, KVCache]
     ]
     layers: Callable[[LayerStack, Array, Rotary, KVCaches, Batch, Array], tuple[Array, KVCaches]]
-    argmax: Callable[[Array], Array]
+    argmax: Callable[[Array, Array], Array]
+    each_row: Callable[[Callable[[Array], Array], Array, Array], Array]
     empty_cache: Callable[[Sequence[jax.ShapeDtypeStruct]], tuple[Array, ...]]
     kernels: tuple[str, ...] = ()

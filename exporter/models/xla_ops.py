@@ -276,8 +276,12 @@ def _attend_cached(
     )
 
 
-def _argmax(logits: Array) -> Array:
+def _argmax(logits: Array, used: Array) -> Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _each_row(function: Callable[[Array], Array], x: Array, used: Array) -> Array:
+    return function(x)
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
@@ -408,6 +412,7 @@ def xla_ops(compute: str) -> Ops:
         attention=partial(_attention, compute),
         layers=layer_loop(lambda: ops, partial(_attend_in_place, compute)),
         argmax=_argmax,
+        each_row=_each_row,
         empty_cache=_empty_cache,
     )
     return ops

@@ -10,7 +10,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.golden import Golden, parse_golden
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest
 from precast.loaders.artifact.weights import map_weights
-from precast.loaders.audit.verify import DO_NOT_USE, replay
+from precast.loaders.audit.verify import DO_NOT_USE, batch_problems, replay
 from precast.loaders.compiling import trial
 from precast.loaders.generation.model import Model
 from precast.loaders.load import load_export
@@ -56,10 +56,10 @@ def _answer(folder: Path, manifest: Manifest) -> tuple[golden.Case, ...]:
     return cases
 
 
-def replay_on_others(
-    folder: Path, manifest: Manifest, log: Callable[[str], None], progress: Progress
-) -> None:
-    """Replay the golden answers on every target but the first, except those that need compiling.
+def replay_answers(folder: Path, manifest: Manifest, log: Callable[[str], None], progress: Progress) -> None:
+    """Replay the golden answers on every target, except those that need compiling.
+
+    The first target gave these answers, one at a time; it repeats them in batches and with the score program.
 
     Args:
         folder: the finished artifact.
@@ -71,16 +71,24 @@ def replay_on_others(
         PrecastError: a target's answer differs from the recorded one.
     """
     recorded = parse_golden((folder / manifest.golden).read_bytes(), manifest, manifest.golden)
-    for target in manifest.targets[1:]:
+    for target in manifest.targets:
         if target.runtime == "stablehlo":
             continue
-        log(f"checking answers of target {target.name}")
+        is_first = target is manifest.targets[0]
+        if not is_first:
+            log(f"checking answers of target {target.name}")
         model = load_export(folder, target=target.name)
         expected = _shortened(recorded) if target.runtime == "savedmodel" else recorded
-        found = replay(model, expected, f"target {target.name!r}", progress)
-        if found.problems:
-            problem = found.problems[0].removesuffix(DO_NOT_USE)
-            raise PrecastError(f"{problem}nothing was written: please report this.")
+        where = f"target {target.name!r}"
+        problems = (
+            batch_problems(model, expected, where)
+            if is_first
+            else replay(model, expected, where, progress).problems
+        )
+        if problems:
+            raise PrecastError(
+                f"{problems[0].removesuffix(DO_NOT_USE)}nothing was written: please report this."
+            )
         trial.record_success(manifest, target, this_machine())
 
 

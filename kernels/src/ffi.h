@@ -1,4 +1,5 @@
-// The handlers that XLA calls. A change to the arguments of a handler takes a new name (…V2) and a new ABI version.
+// The handlers that XLA calls. A change to the arguments of a handler takes a new name (…V2); artifacts of one ABI
+// version find all handlers that they call, so a handler that is removed takes a new ABI version.
 #pragma once
 
 #include "xla/ffi/api/c_api.h"
@@ -9,6 +10,7 @@ constexpr int kAbiVersion = 3;
 
 extern "C" {
 XLA_FFI_Error* PrecastArgmaxV1(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* PrecastArgmaxV2(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PrecastEmbedV1(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PrecastLinearV1(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PrecastLayersV2(XLA_FFI_CallFrame* call_frame);

@@ -60,9 +60,8 @@ ffi::Error LinearHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Scalar
   if (operands.error().failure()) return operands.error();
   Team team(pool);
   Arena arena;
+  // The results of padding stay as they are: to fill the logits of idle slots would take as long as to compare them.
   RunLinear(team, arena, c);
-  // Padding takes no products. It becomes zero, so that later operations never read uninitialised memory.
-  for (size_t i = 0; i < outs.size(); ++i) std::fill(c.parts[i].y + used * outs[i], c.parts[i].y + all * outs[i], 0.0f);
   return ffi::Error::Success();
 }
 

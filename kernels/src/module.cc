@@ -14,10 +14,11 @@ PyObject* Capsule(XLA_FFI_Handler* handler) {
 }
 
 PyObject* Targets(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:N,s:N,s:N,s:N,s:N,s:N}", "precast.argmax.v1", Capsule(PrecastArgmaxV1),
-                       "precast.attention.v2", Capsule(PrecastAttentionV2), "precast.embed.v1", Capsule(PrecastEmbedV1),
-                       "precast.layers.v2", Capsule(PrecastLayersV2), "precast.linear.v1", Capsule(PrecastLinearV1),
-                       "precast.reserve.v1", Capsule(PrecastReserveV1));
+  return Py_BuildValue("{s:N,s:N,s:N,s:N,s:N,s:N,s:N}", "precast.argmax.v1", Capsule(PrecastArgmaxV1),
+                       "precast.argmax.v2", Capsule(PrecastArgmaxV2), "precast.attention.v2",
+                       Capsule(PrecastAttentionV2), "precast.embed.v1", Capsule(PrecastEmbedV1), "precast.layers.v2",
+                       Capsule(PrecastLayersV2), "precast.linear.v1", Capsule(PrecastLinearV1), "precast.reserve.v1",
+                       Capsule(PrecastReserveV1));
 }
 
 PyObject* Isa(PyObject*, PyObject*) { return PyUnicode_FromString(precast::CurrentOps().name); }

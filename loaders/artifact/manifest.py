@@ -6,7 +6,7 @@ from typing import Any
 
 from .frozen import Frozen
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 MANIFEST_FILE = "manifest.json"
 # A signature over the manifest. The manifest lists every file except itself and this one.
 SIGNATURE_FILE = "manifest.json.sig"
@@ -30,7 +30,8 @@ class Value(Frozen):
 
     Attributes:
         name: unique among the program's arguments, or among its results.
-        role: "tokens", "positions", "start", "length", "slot", "cache", "table", "weight", "logits" or "token".
+        role: "tokens", "positions", "slots", "start", "length", "slot", "cache", "table", "weight", "logits" or
+            "token".
         shape: axes in order.
         dtype: a key of `DTYPE_BYTES`.
         layout: axes from the slowest to the fastest in memory, as the compiler chose. Programs take and return their
@@ -77,9 +78,9 @@ class Program(Frozen):
     """A compiled function with flat arguments and results.
 
     Attributes:
-        name: unique in the target: "cache", "prefill_64", …, "decode".
-        kind: "cache" (creates an empty KV cache), "prefill" or "decode".
-        tokens: T of a prefill bucket; 1 for decode; 0 for cache.
+        name: unique in the target: "cache", "prefill_64", …, "decode", "score".
+        kind: "cache" (creates an empty KV cache), "prefill", "decode" or "score".
+        tokens: T of a prefill bucket or of score; 1 for decode; 0 for cache.
         executable: file of the serialised executable; None if the target has only StableHLO.
         stablehlo: file of the StableHLO portable artifact, which targets may share; None if there is none.
         arguments: arguments in the executable's order.
@@ -98,6 +99,16 @@ class Program(Frozen):
     flops: int
     memory: ProgramMemory | None
 
+    @property
+    def rows(self) -> int:
+        """The number of rows of the results: R sequences of decode, 1 for prefill, T for score, 0 for cache."""
+        return next((v.shape[0] for v in self.results if v.role == "token" and v.shape), 0)
+
+    @property
+    def has_slots(self) -> bool:
+        """True for a decode program whose rows may belong to any slots; up to format 5, row i is slot i."""
+        return any(v.role == "slots" for v in self.arguments)
+
 
 class Target(Frozen):
     """The artifact's programs for one kind of machine and one runtime.
@@ -115,7 +126,8 @@ class Target(Frozen):
         kernels: custom-call targets that the programs call.
         xla_flags: XLA_FLAGS at compile time.
         stablehlo_expires: ISO date until which newer jaxlibs are guaranteed to compile the StableHLO.
-        programs: one program for the cache, one for decode, and one for each bucket.
+        programs: one program for the cache, one for each bucket, one or several for decode (for different numbers of
+            rows, the largest of which is that of the slots), and at most one for score.
     """
 
     name: str
@@ -290,6 +302,33 @@ class Fidelity(Frozen):
     top1: float
 
 
+class Prefix(Frozen):
+    """Tokens whose keys and values are stored in the artifact.
+
+    Attributes:
+        name: unique in the artifact.
+        tokens: number of tokens.
+        file: JSON file with the token ids.
+        arrays: safetensors file with a tensor for each array of the KV cache, positions 0 to ``tokens − 1`` of a slot;
+            of an array with a window, only the last positions.
+        target: name of the target that computed the arrays.
+        kernels: ABI version of the kernels that computed them.
+        isa: instruction set of these kernels.
+        programs: sha256 of the target's programs, as `precast.loaders.artifact.origin` computes it.
+        weights: sha256 of the file of the weights.
+    """
+
+    name: str
+    tokens: int
+    file: str
+    arrays: str
+    target: str
+    kernels: int
+    isa: str
+    programs: str
+    weights: str
+
+
 class Manifest(Frozen):
     """The contents of ``manifest.json``.
 
@@ -306,6 +345,7 @@ class Manifest(Frozen):
         tokenizer: the tokenizer's files and special tokens.
         sampling: the model's own sampling defaults.
         golden: file of the golden answers.
+        prefixes: stored prefixes of prompts.
         provenance: origin of the artifact.
         files: size and hash of every file except the manifest and its signature, by name.
         fidelity: distance from the float32 model; None if it was not measured.
@@ -322,6 +362,7 @@ class Manifest(Frozen):
     tokenizer: TokenizerFiles
     sampling: SamplingDefaults
     golden: str
+    prefixes: tuple[Prefix, ...]
     provenance: Provenance
     files: Mapping[str, FileEntry]
     fidelity: Fidelity | None

@@ -13,11 +13,13 @@ from .manifest import (
     WEIGHTS_FILE,
     CacheArray,
     Manifest,
+    Prefix,
     Program,
     Target,
 )
 
 _MAX_SLOTS = 1 << 16
+_LONGEST_NAME = 64  # of a prefix, which is part of file names
 
 _Shape = tuple[int, ...]
 
@@ -42,6 +44,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         _check_target(manifest, target, f"{where}: target {target.name!r}")
         for program in target.programs:
             _check_program(manifest, program, f"{where}: target {target.name!r}, program {program.name!r}")
+    _expect(f"{where}: prefixes", "names", len(manifest.prefixes), len({p.name for p in manifest.prefixes}))
+    for prefix in manifest.prefixes:
+        _check_prefix(manifest, prefix, f"{where}: prefix {prefix.name!r}")
     return manifest
 
 
@@ -71,6 +76,8 @@ def _check_files(manifest: Manifest, where: str) -> None:
     for target in manifest.targets:
         for program in target.programs:
             named |= {program.executable, program.stablehlo}
+    for prefix in manifest.prefixes:
+        named |= {prefix.file, prefix.arrays}
     for name in sorted(n for n in named if n is not None):
         if name not in manifest.files:
             raise PrecastError(
@@ -137,15 +144,36 @@ def _check_target(manifest: Manifest, target: Target, where: str) -> None:
             f"{where}: runtime {target.runtime!r} is not known, expected one of {', '.join(RUNTIMES)}; update precast,"
             " or export the model again."
         )
-    kinds = sorted((p.kind, p.tokens) for p in target.programs)
-    needed = [("cache", 0), ("decode", 1), *(("prefill", tokens) for tokens in manifest.buckets)]
+    kinds = sorted((p.kind, p.tokens) for p in target.programs if p.kind not in ("decode", "score"))
+    needed = [("cache", 0), *(("prefill", tokens) for tokens in manifest.buckets)]
     _expect(where, "kinds and lengths of its programs", needed, kinds)
-    _expect(where, "names of its programs", len(kinds), len({p.name for p in target.programs}))
+    names = {p.name for p in target.programs}
+    _expect(where, "names of its programs", len(target.programs), len(names))
+    _check_decode_and_score(manifest, target, where)
     for program in target.programs:
         if target.file_of(program) is None:
             what = "StableHLO" if target.runtime == "stablehlo" else "executable"
             raise PrecastError(f"{where}: program {program.name!r} has no {what}; export the model again.")
     _check_layouts(manifest, target, where)
+
+
+def _check_decode_and_score(manifest: Manifest, target: Target, where: str) -> None:
+    """Check that a target decodes all slots at once, and scores at most as many tokens as a prefill reads."""
+    decodes = sorted(target.of_kind("decode"), key=lambda p: p.rows)
+    rows = [p.rows for p in decodes]
+    # Up to format 5, the rows of decode are the slots.
+    fits = all(p.tokens == 1 and (p.has_slots or p.rows == manifest.slots) for p in decodes)
+    if not fits or rows[-1:] != [manifest.slots] or rows[0] < 1 or len(set(rows)) < len(rows):
+        raise PrecastError(
+            f"{where}: decode programs: expected different numbers of rows up to the {manifest.slots} slots, found"
+            f" {rows!r:.200}; export the model again."
+        )
+    scores = [p.tokens for p in target.of_kind("score")]
+    if len(scores) > 1 or not all(1 <= tokens <= max(manifest.buckets) for tokens in scores):
+        raise PrecastError(
+            f"{where}: score programs: expected at most one, of 1 to {max(manifest.buckets)} tokens, found"
+            f" {scores!r:.200}; export the model again."
+        )
 
 
 def _check_layouts(manifest: Manifest, target: Target, where: str) -> None:
@@ -162,13 +190,14 @@ def _check_layouts(manifest: Manifest, target: Target, where: str) -> None:
 
 def _signature(manifest: Manifest, program: Program) -> tuple[dict[str, _Shape], dict[str, _Shape]]:
     """Return the shapes of a program's inputs and of its results, without the KV cache, by name."""
-    one, slots, vocab = 1, manifest.slots, manifest.model.vocab
     if program.kind == "cache":
         return {}, {}
+    rows = {"prefill": 1, "score": program.tokens}.get(program.kind, program.rows)
+    results: dict[str, _Shape] = {"token": (rows,), "logits": (rows, manifest.model.vocab)}
     if program.kind == "decode":
-        return {"tokens": (slots,), "positions": (slots,)}, {"token": (slots,), "logits": (slots, vocab)}
-    inputs: dict[str, _Shape] = {"tokens": (program.tokens,), "length": (), "start": (), "slot": ()}
-    return inputs, {"token": (one,), "logits": (one, vocab)}
+        names = ("tokens", "positions", "slots") if program.has_slots else ("tokens", "positions")
+        return dict.fromkeys(names, (rows,)), results
+    return {"tokens": (program.tokens,), "length": (), "start": (), "slot": ()}, results
 
 
 def _check_signature(manifest: Manifest, program: Program, where: str) -> None:
@@ -213,3 +242,33 @@ def _check_program(manifest: Manifest, program: Program, where: str) -> None:
                 f"{where}: result {result.name!r} aliases {result.alias!r}, which is not an argument; export the model"
                 " again."
             )
+
+
+def _check_prefix(manifest: Manifest, prefix: Prefix, where: str) -> None:
+    if not _is_name(prefix.name):
+        raise PrecastError(
+            f"{where}: expected a name of 1 to {_LONGEST_NAME} letters, digits, '-', '_' or '.', found another;"
+            " rename the prefix."
+        )
+    if not 1 <= prefix.tokens < manifest.context:
+        raise PrecastError(
+            f"{where}: expected 1 to {manifest.context - 1} tokens, found {prefix.tokens}; add the prefix again."
+        )
+    _expect(where, "targets of this name", 1, sum(t.name == prefix.target for t in manifest.targets))
+    for what, digest in (("programs", prefix.programs), ("weights", prefix.weights)):
+        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+            raise PrecastError(
+                f"{where}: {what}: expected a sha256 in hex, found {digest!r:.80}; add the prefix again."
+            )
+    if prefix.weights != manifest.files[WEIGHTS_FILE].sha256:
+        raise PrecastError(f"{where}: other weights computed it; add the prefix again.")
+
+
+def _is_name(name: str) -> bool:
+    letters = name.translate(dict.fromkeys(map(ord, "-_.")))
+    return (
+        0 < len(name) <= _LONGEST_NAME
+        and name[0] != "."
+        and name.isascii()
+        and (not letters or letters.isalnum())
+    )

@@ -50,6 +50,11 @@ def _from_4(value: dict[str, Any], where: str) -> dict[str, Any]:
     return value | {key: new for key, new in known.items() if key in value} | {"format_version": 5}
 
 
+def _from_5(value: dict[str, Any], where: str) -> dict[str, Any]:
+    # Its targets have no program of the kind "score", and row i of "decode" is slot i: optional in format 6.
+    return _with(value, {"prefixes": []}, where) | {"format_version": 6}
+
+
 def _with(record: dict[str, Any], added: Mapping[str, Any], where: str) -> dict[str, Any]:
     if early := sorted(record.keys() & added.keys()):
         raise PrecastError(
@@ -64,4 +69,4 @@ def _whole(top_k: Any) -> Any:
 
 
 # The upgrade from each version to the next.
-UPGRADES: Mapping[int, Callable[[dict[str, Any], str], dict[str, Any]]] = {4: _from_4}
+UPGRADES: Mapping[int, Callable[[dict[str, Any], str], dict[str, Any]]] = {4: _from_4, 5: _from_5}

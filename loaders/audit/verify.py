@@ -11,6 +11,7 @@ from ..artifact import files
 from ..artifact.errors import PrecastError
 from ..artifact.golden import Answer, Golden
 from ..artifact.manifest import Manifest
+from ..generation.engine import DecodeRow, Engine
 from ..generation.model import Model
 from ..generation.sampling_params import SamplingParams
 from ..progress import Progress, Step, byte_counter, silent
@@ -87,7 +88,7 @@ def check_files(root: Path, manifest: Manifest, progress: Progress = silent) -> 
 
 
 def replay(model: Model, golden: Golden, where: str, progress: Progress = silent) -> ReplayReport:
-    """Generate the golden answers again, and compare tokens and logits.
+    """Generate the golden answers again: alone, in batches, and with the score program; compare tokens and logits.
 
     Args:
         model: the loaded artifact.
@@ -113,6 +114,7 @@ def replay(model: Model, golden: Golden, where: str, progress: Progress = silent
             )
         worst = math.inf if math.isnan(found) else found
         difference, share = max(difference, worst), max(share, _share(worst, allowed))
+    problems = problems or batch_problems(model, golden, where)
     return ReplayReport(
         target=model.target.name,
         answers=len(golden.greedy),
@@ -139,15 +141,72 @@ def _token_problems(model: Model, answer: Answer, where: str) -> list[str]:
     if not expected:
         return []
     params = SamplingParams(max_tokens=len(expected), ignore_eos=True)
-    found = model.generate(answer.prompt_token_ids, params).token_ids
-    if found == expected:
+    return _difference_text(answer, model.generate(answer.prompt_token_ids, params).token_ids, where)
+
+
+def _difference_text(answer: Answer, found: Sequence[int], where: str) -> list[str]:
+    """Return a sentence if the tokens found are not those of an answer."""
+    expected = answer.token_ids
+    place = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
+    if place is None:
         return []
-    place = next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)
     problem = (
         f"{where}: token {place} is {found[place]}, recorded is {expected[place]} (prompt of"
         f" {len(answer.prompt_token_ids)} tokens); {DO_NOT_USE}"
     )
     return [problem]
+
+
+def batch_problems(model: Model, golden: Golden, where: str) -> list[str]:
+    """Generate the golden answers in batches of all slots, and with the score program, if the artifact has them.
+
+    Returns:
+        A sentence for each answer with other tokens.
+
+    Raises:
+        PrecastError: a program fails.
+    """
+    engine, problems = model.engine, []
+    answers = [(i, answer) for i, answer in enumerate(golden.greedy) if answer.token_ids]
+    if engine.slots > 1:
+        for begin in range(0, len(answers), engine.slots):
+            group = answers[begin : begin + engine.slots]
+            for (i, answer), found in zip(group, _decoded(engine, [a for _, a in group]), strict=True):
+                problems += _difference_text(answer, found, f"{where}: answer {i}, in a batch")
+    if engine.score_tokens:
+        for i, answer in answers:
+            problems += _difference_text(answer, _scored(engine, answer), f"{where}: answer {i}, scored")
+    return problems
+
+
+def _decoded(engine: Engine, answers: Sequence[Answer]) -> list[list[int]]:
+    """Return the tokens of answers decoded together, the first in the last slot."""
+    cache, slots = engine.new_cache(), range(engine.slots)[::-1][: len(answers)]
+    found = [
+        [int(engine.prefill(answer.prompt_token_ids, cache, slot=slot).token[0])]
+        for answer, slot in zip(answers, slots, strict=True)
+    ]
+    while busy := [i for i, answer in enumerate(answers) if len(found[i]) < len(answer.token_ids)]:
+        lengths = [len(answers[i].prompt_token_ids) + len(found[i]) for i in busy]
+        rows = [
+            DecodeRow(slots[i], found[i][-1], length - 1) for i, length in zip(busy, lengths, strict=True)
+        ]
+        for i, token in zip(busy, engine.decode(rows, cache).token, strict=True):
+            found[i].append(int(token))
+    return found
+
+
+def _scored(engine: Engine, answer: Answer) -> list[int]:
+    """Return the score program's tokens after the prompt and after each token of an answer but the last."""
+    cache, start = engine.new_cache(), len(answer.prompt_token_ids) - 1
+    if start:
+        engine.prefill(answer.prompt_token_ids[:-1], cache)
+    fed = (answer.prompt_token_ids[-1], *answer.token_ids[:-1])
+    found: list[int] = []
+    for begin in range(0, len(fed), engine.score_tokens):
+        chunk = fed[begin : begin + engine.score_tokens]
+        found += map(int, engine.score(chunk, cache, start=start + begin, slot=0).token)
+    return found
 
 
 def first_logits(model: Model, prompt: Sequence[int]) -> np.ndarray:

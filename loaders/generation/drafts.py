@@ -13,12 +13,11 @@ from collections.abc import Sequence
 # A match has at least this many tokens.
 _SHORTEST = 2
 # The longest of so many latest matches counts, and of equally long ones the latest.
-_CANDIDATES = 4
-# The smallest lengths of the classes of matches, and the share of right guesses assumed before the first guess. Prose
-# is about as fast with these shares as without drafts, and rewriting gains a twentieth against shares that are lower by
-# 0.2.
+_CANDIDATES = 16
+# The smallest lengths of the classes of matches, and the share of right guesses assumed before the first guess: low,
+# because wrong drafts in prose cost time, and lookups are judged without drafts as well.
 _CLASSES = (2, 3, 4, 6, 9, 16)
-_ASSUMED = (0.4, 0.5, 0.6, 0.8, 0.95, 0.95)
+_ASSUMED = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9)
 _ASSUMED_WEIGHT = 3.0
 # Each guess reduces the weight of the earlier ones of its class by this factor.
 _MEMORY = 0.95

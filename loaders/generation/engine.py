@@ -69,6 +69,8 @@ class _BoundProgram(Frozen):
     """A program with its weights and tables; a call needs only inputs and a KV cache."""
 
     program: Program
+    rows: int
+    has_slots: bool
     executable: Executable
     client: Client
     constants: Sequence[Buffer]
@@ -111,6 +113,8 @@ def _bind(
     # The manifest's check guarantees the order of arguments: inputs, caches, constants.
     return _BoundProgram(
         program=program,
+        rows=program.rows,
+        has_slots=program.has_slots,
         executable=executable,
         client=client,
         constants=[constants[v.name] for v in program.arguments if v.role in ("table", "weight")],
@@ -167,12 +171,13 @@ class Engine:
         release.atexit = False  # process exit frees them faster
         bound = {p.name: _bind(p, executables[p.name], client, constants) for p in target.programs}
         self._cache = bound[target.of_kind("cache")[0].name]
-        self._decode = bound[target.of_kind("decode")[0].name]
+        self._decodes = sorted((bound[p.name] for p in target.of_kind("decode")), key=lambda b: b.rows)
         self._arrays = [(array, layouts[array.name]) for array in manifest.cache]
         prefills = sorted(target.of_kind("prefill"), key=lambda p: p.tokens)
         self._prefills = [(p.tokens, bound[p.name]) for p in prefills]
         self.buckets = tuple(p.tokens for p in prefills)
-        self.score_tokens = 0
+        self._score = next((bound[p.name] for p in target.of_kind("score")), None)
+        self.score_tokens = 0 if self._score is None else self._score.program.tokens
 
     def new_cache(self) -> KVCache:
         """Return an empty KV cache for all slots. The system allocates its memory as positions are filled."""
@@ -260,7 +265,13 @@ class Engine:
                 context, or the slot does not exist.
             PrecastError: the weights' file was written to.
         """
-        raise ValueError("the artifact has no score program")
+        if self._score is None or len(tokens) > self.score_tokens:
+            raise ValueError(f"{len(tokens)} tokens exceed the {self.score_tokens} that are scored at once")
+        start, slot = index(start), index(slot)
+        self._check_span(tokens, start, slot)
+        self._check_unchanged()
+        results = self._score({"tokens": tokens, "length": len(tokens), "start": start, "slot": slot}, cache)
+        return self._output(results, slice(len(tokens)))
 
     def _check_span(self, tokens: Sequence[int], start: int, slot: int) -> None:
         if not tokens or start < 0 or start + len(tokens) > self.context:
@@ -282,14 +293,25 @@ class Engine:
             ValueError: there are no rows, two rows have the same slot, or a slot or position does not exist.
             PrecastError: the weights' file was written to.
         """
-        slots = [row.slot for row in rows]
-        self._check_rows(slots, [row.position for row in rows])
+        slots, positions = [row.slot for row in rows], [row.position for row in rows]
+        self._check_rows(slots, positions)
         self._check_unchanged()
-        by_slot = {"tokens": [0] * self.slots, "positions": [-1] * self.slots}
+        decode = next(b for b in self._decodes if b.rows >= len(rows))
+        if not decode.has_slots:
+            return self._decode_by_slot(decode, rows, cache)
+        tokens, idle = [row.token for row in rows], [-1] * (decode.rows - len(rows))
+        results = decode({"tokens": tokens, "positions": [*positions, *idle], "slots": slots}, cache)
+        return self._output(results, slice(len(rows)))
+
+    def _decode_by_slot(self, decode: _BoundProgram, rows: Sequence[DecodeRow], cache: KVCache) -> StepOutput:
+        """Run a decode program of format 5 or earlier, whose rows are the slots."""
+        tokens, positions = [0] * self.slots, [-1] * self.slots
         for row in rows:
-            by_slot["tokens"][row.slot], by_slot["positions"][row.slot] = row.token, row.position
-        places = slice(slots[0], slots[0] + 1) if len(slots) == 1 else slots
-        return self._output(self._decode(by_slot, cache), places)
+            tokens[row.slot], positions[row.slot] = row.token, row.position
+        results = decode({"tokens": tokens, "positions": positions}, cache)
+        # A slice of one row is a view, where a list of rows would copy their logits.
+        places = slice(rows[0].slot, rows[0].slot + 1) if len(rows) == 1 else [row.slot for row in rows]
+        return self._output(results, places)
 
     def _check_rows(self, slots: Sequence[int], positions: Sequence[int]) -> None:
         if not slots or len(set(slots)) < len(slots) or min(slots) < 0 or max(slots) >= self.slots:

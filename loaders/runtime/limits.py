@@ -18,23 +18,38 @@ _FURTHER = 16 << 20
 
 
 class Need(Frozen):
-    """Memory in bytes: weights, the full cache of all slots, and the largest extra memory of a program."""
+    """The memory that one full sequence needs, in bytes.
+
+    Attributes:
+        weights: the weights.
+        cache: the KV cache of one slot, or of all slots on targets that fill the cache with zeros.
+        temporary: the largest extra memory of a program.
+        idle: address space of the other slots, whose pages the system allocates as their positions fill.
+        largest: the largest array of the KV cache, with all slots.
+    """
 
     weights: int
     cache: int
     temporary: int
+    idle: int
+    largest: int
 
     @property
     def all(self) -> int:
+        """The memory, without the address space of other slots."""
         return self.weights + self.cache + self.temporary
 
 
 def need(manifest: Manifest, target: Target) -> Need:
-    """Return the memory that a target takes."""
+    """Return the memory that a target takes for one sequence."""
+    cache = sum(array.bytes for array in manifest.cache)
+    filled = cache // manifest.slots if target.kernels else cache
     return Need(
         weights=manifest.files[WEIGHTS_FILE].bytes,
-        cache=sum(array.bytes for array in manifest.cache),
+        cache=filled,
         temporary=max((p.memory.temporary for p in target.programs if p.memory is not None), default=0),
+        idle=cache - filled,
+        largest=max(array.bytes for array in manifest.cache),
     )
 
 
@@ -55,14 +70,21 @@ def problems(
         has_client: True if the threads run already.
     """
     fewer = ", or compute with fewer threads (--threads 1)" if computing > 1 and not has_client else ""
-    space = needed.all + (_FURTHER if has_client else _FIXED + computing * _PER_THREAD)
+    space = needed.all + needed.idle + (_FURTHER if has_client else _FIXED + computing * _PER_THREAD)
     if limits.address_space is not None and limits.address_space < space:
         left = size_text(limits.address_space)
         problem = (
             f"it needs {size_text(space)} of address space, but this process may take only {left} more"
             " (ulimit -v)"
         )
-        yield problem, f"raise that limit{fewer}"
+        slots = ", or export with fewer --slots" if limits.address_space >= space - needed.idle else ""
+        yield problem, f"raise that limit{fewer}{slots}"
+    if limits.allocation is not None and limits.allocation < needed.largest:
+        problem = (
+            f"an array of its KV cache takes {size_text(needed.largest)} of address space, this system allocates at"
+            f" most {size_text(limits.allocation)} at once"
+        )
+        yield problem, "set vm.overcommit_memory to 1, or export with fewer --slots or a shorter --context"
     if limits.threads is not None and not has_client:
         problem = (
             f"XLA starts {threads_started(computing)} threads, but this process may start only"

@@ -49,10 +49,12 @@ class Limits(Frozen):
         address_space: bytes that it may still map (``ulimit -v``).
         threads: number of threads that the process can start; None if enough (``ulimit -u``, pids.max of
             a container).
+        allocation: bytes that it may allocate at once (vm.overcommit_memory).
     """
 
     address_space: int | None
     threads: int | None
+    allocation: int | None = None
 
 
 class Memory(Frozen):
@@ -104,7 +106,17 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
     # Measure the space first: the threads of the test take some, which the threads of the client will then reuse.
     space = _address_space()
     few = _startable(threads) if _thread_limit(system) < threads + _IN_SIGHT else None
-    return Limits(address_space=space, threads=few)
+    return Limits(address_space=space, threads=few, allocation=_allocation(system))
+
+
+def _allocation(system: Path) -> int | None:
+    """Return the size above which Linux refuses to allocate memory, even if it is never touched."""
+    mode, sizes = _number(system / "proc/sys/vm/overcommit_memory"), _fields(system / "proc/meminfo")
+    if mode == 0 and "MemTotal:" in sizes:  # the heuristic
+        return (sizes["MemTotal:"] + sizes.get("SwapTotal:", 0)) << 10
+    if mode == 2 and "CommitLimit:" in sizes:
+        return max(0, sizes["CommitLimit:"] - sizes.get("Committed_AS:", 0)) << 10
+    return None
 
 
 def _thread_limit(system: Path) -> int:

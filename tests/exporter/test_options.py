@@ -35,6 +35,41 @@ def test_a_rope_that_depends_on_the_context_gets_a_remark():
     assert "other frequencies for contexts above 96 positions" in _rope_remark(longrope(limit=600), 97)
 
 
+def llama(layers, kv_heads, context):
+    """Return a model with heads of 128 dimensions."""
+    config = {"hidden_size": 4096, "intermediate_size": 64, "num_attention_heads": 32, "vocab_size": 9}
+    config |= {
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": context,
+    }
+    return read_model({"model_type": "llama", **config}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("layers", "kv_heads", "context", "slots"),
+    [
+        (32, 32, 2048, 8),  # 8 GiB in bfloat16
+        (32, 32, 4096, 8),
+        (32, 32, 4097, 4),
+        (32, 32, 32768, 1),
+        (32, 32, 131072, 1),  # one slot takes 64 GiB
+        (32, 4, 32768, 8),
+    ],
+)
+def test_the_default_slots_keep_the_kv_cache_within_16_gib(layers, kv_heads, context, slots):
+    geometry = choose_geometry(ExportOptions(context=context), llama(layers, kv_heads, context))
+    assert geometry.slots == slots
+    asked = choose_geometry(ExportOptions(context=context, slots=5), llama(layers, kv_heads, context))
+    assert asked.slots == 5
+
+
+def test_targets_on_which_idle_slots_cost_something_get_one(monkeypatch):
+    monkeypatch.setattr("precast.exporter.targets.savedmodel.check_packages", lambda: None)
+    for targets, slots in ((("cpu",), 8), (("portable",), 8), (("cpu", "savedmodel"), 1)):
+        assert choose_geometry(ExportOptions(targets=targets), longrope(limit=600)).slots == slots
+
+
 def test_buckets_are_sorted_and_the_context_defaults_to_the_model_s_limit(tmp_path, tiny_source):
     options = ExportOptions(buckets=(32, 1), weights="float32", targets=("cpu",))
     manifest = export(tiny_source(config={"max_position_embeddings": 40}), tmp_path / "a", options)

@@ -43,7 +43,8 @@ for position in range(len(prompt), len(prompt) + count):
     results = signature(**inputs, **caches)
     answer.append(int(results["token"][0]))
     caches = {name: results[name] for name in caches}
-    signature, inputs = signatures["decode"], {"tokens": results["token"], "positions": tf.constant([position])}
+    signature = signatures["decode"]
+    inputs = {"tokens": results["token"], "positions": tf.constant([position]), "slots": tf.constant([0])}
 print(json.dumps(answer))
 """
 
@@ -68,7 +69,8 @@ def test_saved_model_cli_shows_a_signature_for_each_program(savedmodel_artifact)
     command += ["--tag_set", "serve"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     keys = [line.split('"')[1] for line in shown.splitlines() if line.startswith("SignatureDef key")]
-    assert {k for k in keys if not k.startswith("__")} == {"cache", "prefill_8", "prefill_16", "decode"}
+    names = {k for k in keys if not k.startswith("__")}
+    assert names == {"cache", "prefill_8", "prefill_16", "decode", "score"}
 
 
 def test_the_manifest_describes_the_target(savedmodel_artifact):

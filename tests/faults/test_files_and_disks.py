@@ -323,7 +323,7 @@ def test_fault_13_an_altered_executable_in_the_cache_is_compiled_again(artifact_
     first = cli("run", artifact_copy, *options)
     assert first.exit_code == 0, first.output
     entries = list((own_cache / "compiled").iterdir())
-    assert len(entries) == 4
+    assert len(entries) == 6
     data = bytearray(entries[0].read_bytes())
     data[len(data) // 2] ^= 1
     entries[0].write_bytes(data)

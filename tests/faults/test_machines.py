@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-PROGRAMS = ("cache", "prefill_8", "prefill_16", "decode")
+PROGRAMS = ("cache", "prefill_8", "prefill_16", "decode", "score")
 # Undefined instructions: ud2 of x86, udf of aarch64.
 NO_INSTRUCTION = {"x86_64": b"\x0f\x0b", "aarch64": b"\0\0\0\0"}
 

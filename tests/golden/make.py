@@ -32,7 +32,7 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}<assistant>"
-LARGEST = 150_000
+LARGEST = 200_000
 
 
 def tokenizer_json() -> bytes:

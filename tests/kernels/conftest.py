@@ -107,11 +107,13 @@ def embed(jax: ModuleType) -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="session")
 def argmax(jax: ModuleType) -> Callable[..., np.ndarray]:
-    """``x [R, V] -> [R]``."""
+    """``(x [R, V], used: rows to compare, by default all) -> [R]``; version 1 has no `used` and compares all."""
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def run(x: np.ndarray, used: int | None = None, version: int = 2) -> np.ndarray:
         result = jax.ShapeDtypeStruct(x.shape[:1], np.int32)
-        return np.asarray(jax.ffi.ffi_call("precast.argmax.v1", result)(x))
+        call = jax.ffi.ffi_call(f"precast.argmax.v{version}", result)
+        rows = [np.int32(len(x) if used is None else used)] if version == 2 else []
+        return np.asarray(call(x, *rows))
 
     return run
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-Argmax = Callable[[np.ndarray], np.ndarray]
+Argmax = Callable[..., np.ndarray]
 # XLA's threads flush subnormal numbers to zero.
 NUMBERS = st.floats(width=32, allow_subnormal=False) | st.sampled_from(
     [0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan")]
@@ -49,3 +49,14 @@ def test_nan_goes_before_infinity(isa: str, argmax: Argmax) -> None:
 
 def test_no_rows(argmax: Argmax) -> None:
     assert argmax(np.zeros((0, 8), np.float32)).shape == (0,)
+
+
+@pytest.mark.parametrize("used", [0, 1, 3, 5])
+def test_padding_is_not_compared(isa: str, argmax: Argmax, used: int) -> None:
+    x = np.random.default_rng(used).standard_normal((5, 600)).astype(np.float32)
+    assert argmax(x, used).tolist() == [*x[:used].argmax(1), *[0] * (5 - used)]
+
+
+def test_version_1_compares_all_rows(isa: str, argmax: Argmax) -> None:
+    x = np.random.default_rng(0).standard_normal((5, 600)).astype(np.float32)
+    assert argmax(x, version=1).tolist() == x.argmax(1).tolist()

@@ -95,7 +95,7 @@ def test_agrees_with_numpy(
 
 
 @pytest.mark.parametrize("used", [0, 1, 5, 8, 13])
-def test_padding_is_not_computed_and_is_zero(isa: str, name: str, linear: Linear, used: int) -> None:
+def test_padding_is_not_computed(isa: str, name: str, linear: Linear, used: int) -> None:
     rng = np.random.default_rng(used)
     x = rng.standard_normal((13, 70), dtype=np.float32)
     x[used:] = np.nan
@@ -103,7 +103,6 @@ def test_padding_is_not_computed_and_is_zero(isa: str, name: str, linear: Linear
     results = linear(x, 1, [arrays for arrays, _ in packed], (33, 9), used=used)
     for y, (_, w) in zip(results, packed, strict=True):
         assert_product(y[:used], x[:used], w[1], name)
-        assert np.all(y[used:] == 0.0)
 
 
 def whole_numbers(

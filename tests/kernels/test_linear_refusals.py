@@ -316,15 +316,22 @@ def test_embed_refuses(
 def test_argmax_refuses(
     jax: ModuleType, refusal: Callable[..., str], shape: tuple[int, ...], results: int, text: str
 ) -> None:
-    call = jax.ffi.ffi_call("precast.argmax.v1", jax.ShapeDtypeStruct((results,), np.int32))
-    assert text in refusal(lambda: call(np.zeros(shape, F32)))
+    call = jax.ffi.ffi_call("precast.argmax.v2", jax.ShapeDtypeStruct((results,), np.int32))
+    assert text in refusal(lambda: call(np.zeros(shape, F32), np.int32(0)))
+
+
+@pytest.mark.parametrize("used", [-1, 3])
+def test_argmax_refuses_more_or_less_rows(jax: ModuleType, refusal: Callable[..., str], used: int) -> None:
+    call = jax.ffi.ffi_call("precast.argmax.v2", jax.ShapeDtypeStruct((2,), np.int32))
+    text = refusal(lambda: call(np.zeros((2, 3), F32), np.int32(used)))
+    assert f"argmax: expected 0 to 2 true rows, found {used}" in text
 
 
 def test_argmax_refuses_other_numbers(jax: ModuleType, refusal: Callable[..., str]) -> None:
-    call = jax.ffi.ffi_call("precast.argmax.v1", jax.ShapeDtypeStruct((2,), np.int32))
-    assert "F32" in refusal(lambda: call(np.zeros((2, 3), np.int32)))
-    call = jax.ffi.ffi_call("precast.argmax.v1", jax.ShapeDtypeStruct((2,), F32))
-    assert "S32" in refusal(lambda: call(np.zeros((2, 3), F32)))
+    call = jax.ffi.ffi_call("precast.argmax.v2", jax.ShapeDtypeStruct((2,), np.int32))
+    assert "F32" in refusal(lambda: call(np.zeros((2, 3), np.int32), np.int32(2)))
+    call = jax.ffi.ffi_call("precast.argmax.v2", jax.ShapeDtypeStruct((2,), F32))
+    assert "S32" in refusal(lambda: call(np.zeros((2, 3), F32), np.int32(2)))
 
 
 def test_embed_refuses_results(jax: ModuleType, refusal: Callable[..., str]) -> None:

@@ -31,7 +31,7 @@ def test_a_target_is_added_and_nothing_else_changes(add, artifact_copy, tiny_mod
     added, _ = add()
     after, manifest = tree(artifact_copy), read_manifest(artifact_copy)
     assert after.keys() - before.keys() == {
-        f"programs/{NAME}/{p}.xla" for p in ("cache", "prefill_8", "prefill_16", "decode")
+        f"programs/{NAME}/{p}.xla" for p in ("cache", "prefill_8", "prefill_16", "decode", "score")
     }
     assert [name for name in before if after[name] != before[name]] == ["manifest.json"]
     assert (artifact_copy / "weights.safetensors").stat() == weights
@@ -74,7 +74,7 @@ assert "jax" not in sys.modules
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
     assert f"target {NAME} added: 4 programs" in result.stdout
-    for program in ("cache", "prefill_8", "prefill_16", "decode"):
+    for program in ("cache", "prefill_8", "prefill_16", "decode", "score"):
         assert f"compiling {program} from StableHLO for x86-64-v3 …" in result.stderr
     assert load(artifact_copy, target=NAME).compiles == 0
 

@@ -164,7 +164,8 @@ def test_a_signature_that_differs(compare, artifact_copy, edit_manifest):
 
     edit_manifest(artifact_copy, change)
     found = compare(artifact_copy)["targets"]
-    assert set(found) == {f"portable {p} signature" for p in ("prefill_8", "prefill_16", "decode")}
+    names = ("prefill_8", "prefill_16", "decode_1", "decode", "score")
+    assert set(found) == {f"portable {p} signature" for p in names}
     old, new = found["portable decode signature"]
     (gone,) = set(old) - set(new)
     assert gone.startswith("argument rope.cos: table float32 [")

@@ -2,10 +2,12 @@
 
 import itertools
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.runtime import pjrt
 
@@ -74,7 +76,7 @@ def test_a_prompt_in_pieces_equals_the_prompt_in_one(tiny_model, cut):
     np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
     first, second = contents(whole), contents(pieces)
     for name, array in first.items():
-        np.testing.assert_allclose(array[..., :16, :], second[name][..., :16, :], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(array[:, 0, :, :16], second[name][:, 0, :, :16], rtol=1e-4, atol=1e-4)
 
 
 def test_old_contents_behind_the_prompt_have_no_effect(tiny_model, reference):
@@ -198,3 +200,108 @@ def test_a_chunk_is_a_prompt_of_one_call(slots_model):
     np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match=r"^17 tokens exceed the largest bucket of 16$"):
         engine.prefill_chunk(ids[:17], cut, start=0, slot=1)
+
+
+# --- several results of one sequence ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 16), (5, 3), (20, 7), (48, 16), (63, 1)])
+def test_score_answers_after_every_token(tiny_model, reference, start, count):
+    engine, ids, cache = tiny_model.engine, prompt(CONTEXT, seed=6), tiny_model.engine.new_cache()
+    if start:
+        engine.prefill(ids[:start], cache, slot=5)
+    step = engine.score(ids[start : start + count], cache, start=start, slot=5)
+    logits = engine.logits(step)
+    assert (step.token.shape, logits.shape) == ((count,), (count, VOCAB))
+    np.testing.assert_allclose(logits, reference(ids)[start : start + count], rtol=2e-4, atol=2e-4)
+    assert step.token.tolist() == logits.argmax(1).tolist()
+
+
+def test_scored_tokens_can_be_replaced(tiny_model, reference):
+    """A draft's tokens that turn out wrong are overwritten by the next ones."""
+    engine, ids, cache = tiny_model.engine, prompt(20, seed=7), tiny_model.engine.new_cache()
+    engine.prefill(ids[:10], cache, slot=7)
+    engine.score([*ids[10:14], 3, 3, 3], cache, start=10, slot=7)
+    step = engine.decode([DecodeRow(7, ids[14], 14)], cache)
+    np.testing.assert_allclose(engine.logits(step)[0], reference(ids)[14], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "place", "problem"),
+    [
+        (17, (0, 0), "17 tokens exceed the 16 that are scored at once"),
+        (0, (0, 0), "0 tokens at position 0 do not fit 64 positions"),
+        (2, (63, 0), "2 tokens at position 63 do not fit 64 positions"),
+        (2, (-1, 0), "2 tokens at position -1 do not fit 64 positions"),
+        (2, (0, 8), "slot 8 of 8"),
+    ],
+)
+def test_tokens_that_cannot_be_scored_are_refused(tiny_model, tokens, place, problem):
+    engine = tiny_model.engine
+    with pytest.raises(ValueError, match=f"^{problem}$"):
+        engine.score(prompt(tokens), engine.new_cache(), start=place[0], slot=place[1])
+
+
+def test_the_portable_target_decodes_one_sequence_and_several(tiny_artifact, reference):
+    """Its programs for one sequence and for all slots, and scoring, without kernels."""
+    from precast.loaders.load import load
+
+    engine = load(
+        tiny_artifact, target="portable", allow_compile=True, trusted=True, log=lambda _: None
+    ).engine
+    cache, prompts = engine.new_cache(), {6: prompt(9, seed=8), 2: prompt(21, seed=9)}
+    for slot, ids in prompts.items():
+        engine.prefill(ids[:-2], cache, slot=slot)
+    alone = DecodeRow(6, prompts[6][-2], 7)
+    found = [engine.logits(engine.decode([alone], cache))[0].copy()]
+    both = [DecodeRow(2, prompts[2][-2], 19), DecodeRow(6, prompts[6][-1], 8)]
+    found += list(engine.logits(engine.decode(both, cache)))
+    scored = engine.logits(engine.score(prompts[2][-1:], cache, start=20, slot=2))
+    expected = [reference(prompts[6])[-2], reference(prompts[2])[-2], reference(prompts[6])[-1]]
+    np.testing.assert_allclose(
+        [*found, *scored], [*expected, reference(prompts[2])[-1]], rtol=2e-4, atol=2e-4
+    )
+
+
+# --- programs that wait for their first call ----------------------------------------------------------------
+
+
+@pytest.fixture
+def deserialised(monkeypatch):
+    """Return the names of the programs that XLA deserialises, in order."""
+    names, load = [], pjrt.Client.load
+
+    def recorded(self, serialized, results, where):
+        names.append(where.rpartition("/")[2])
+        return load(self, serialized, results, where)
+
+    monkeypatch.setattr(pjrt.Client, "load", recorded)
+    return names
+
+
+def test_score_is_deserialised_once_by_its_first_call(tiny_artifact, deserialised):
+    from precast.loaders.load import load
+
+    engine, ids = load(tiny_artifact, trusted=True).engine, prompt(5)
+    assert "score.xla" not in deserialised
+    assert len(deserialised) == 4
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(engine.score, ids, engine.new_cache(), start=0, slot=0) for _ in range(8)]
+    assert len({tuple(call.result().token.tolist()) for call in calls}) == 1
+    assert deserialised[4:] == ["score.xla"]
+
+
+def test_a_score_program_that_xla_refuses_is_named_at_its_first_call(artifact_copy, edit_manifest):
+    """The manifest lists the damaged file, so only XLA notices."""
+    from hashlib import sha256
+
+    from precast.loaders.load import load
+
+    data = b"no executable"
+    (artifact_copy / "programs/cpu/score.xla").write_bytes(data)
+    entry = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+    edit_manifest(artifact_copy, lambda m: m["files"].update({"programs/cpu/score.xla": entry}))
+    engine = load(artifact_copy, trusted=True).engine
+    for _ in range(2):
+        with pytest.raises(PrecastError, match=r"programs/cpu/score\.xla: XLA does not load this executable"):
+            engine.score(prompt(3), engine.new_cache(), start=0, slot=0)

@@ -123,7 +123,8 @@ except precast.PrecastError as error:
 def test_address_space_is_refused_or_enough(tiny_artifact: Path, python: Any, beyond: int, text: str) -> None:
     """Test limits around the bound in `load`, in a process whose trial is already recorded."""
     manifest = read_manifest(tiny_artifact)
-    space = limits.need(manifest, manifest.targets[0]).all + limits._FIXED + 2 * limits._PER_THREAD
+    needed = limits.need(manifest, manifest.targets[0])
+    space = needed.all + needed.idle + limits._FIXED + 2 * limits._PER_THREAD
     result = python("-c", UNDER_A_LIMIT, str(tiny_artifact), str(space + beyond))
     assert (result.returncode, result.stderr) == (0, "")
     if text == "loaded":
@@ -157,7 +158,8 @@ def test_the_memory_of_a_second_model_counts(
 ) -> None:
     """Its threads do not: the first model started them."""
     manifest = read_manifest(tiny_artifact)
-    space = limits.need(manifest, manifest.targets[0]).all + limits._FURTHER
+    needed = limits.need(manifest, manifest.targets[0])
+    space = needed.all + needed.idle + limits._FURTHER
     result = python("-c", SECOND_UNDER_A_LIMIT, str(tiny_artifact), str(space + beyond))
     assert (result.returncode, result.stderr) == (0, "")
     if text == "loaded":
@@ -168,6 +170,53 @@ def test_the_memory_of_a_second_model_counts(
             r" \(ulimit -v\); raise that limit\.\n",
             result.stdout,
         )
+
+
+def test_idle_slots_need_address_space_and_no_memory(tiny_artifact: Path) -> None:
+    """Without kernels the programs fill the whole cache with zeros."""
+    manifest = read_manifest(tiny_artifact)
+    cpu, portable = (limits.need(manifest, target) for target in manifest.targets)
+    assert manifest.slots == 8
+    cache = sum(array.bytes for array in manifest.cache)
+    assert (cpu.cache * 8, cpu.idle) == (cache, cache - cpu.cache)
+    assert (portable.cache, portable.idle) == (cache, 0)
+
+
+def test_address_space_that_fewer_slots_would_fit_has_that_remedy(tiny_artifact: Path) -> None:
+    manifest = read_manifest(tiny_artifact)
+    needed = limits.need(manifest, manifest.targets[0])
+    space = needed.all + needed.idle + limits._FURTHER
+    for less, remedy in (
+        (0, None),
+        (1, "fewer --slots"),
+        (needed.idle, "fewer --slots"),
+        (space, "that limit"),
+    ):
+        left = resources.Limits(address_space=space - less, threads=None)
+        found = [advice for _, advice in limits.problems(needed, 2, left, has_client=True)]
+        assert [advice.endswith(str(remedy)) for advice in found] == [True] * (remedy is not None)
+
+
+def test_a_cache_that_the_system_does_not_allocate_has_an_error_text(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "_allocation", lambda system: 10_000)
+    with pytest.raises(PrecastError) as raised:
+        load(tiny_artifact)
+    assert str(raised.value) == (
+        f"{tiny_artifact}: an array of its KV cache takes 147.5 kB of address space, this system allocates at most"
+        " 10.0 kB at once; set vm.overcommit_memory to 1, or export with fewer --slots or a shorter --context."
+    )
+
+
+@pytest.mark.parametrize(("mode", "most"), [("0", 30 << 10), ("1", None), ("2", 5 << 10), ("", None)])
+def test_the_largest_allocation_follows_linux(tmp_path: Path, mode: str, most: int | None) -> None:
+    (tmp_path / "proc/sys/vm").mkdir(parents=True)
+    (tmp_path / "proc/sys/vm/overcommit_memory").write_text(f"{mode}\n")
+    (tmp_path / "proc/meminfo").write_text(
+        "MemTotal: 20 kB\nSwapTotal: 10 kB\nCommitLimit: 9 kB\nCommitted_AS: 4 kB\n"
+    )
+    assert resources._allocation(tmp_path) == most
 
 
 def test_libraries_that_do_not_fit_have_an_error_text(tiny_artifact: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_copy_is_as_good(artifact_copy, answer, own_cache):
 
 
 def loaded_files(root: Path) -> list[str]:
-    compiled = [f"programs/cpu/{n}.xla" for n in ("cache", "prefill_8", "prefill_16", "decode")]
+    compiled = [f"programs/cpu/{n}.xla" for n in ("cache", "prefill_8", "prefill_16", "decode", "score")]
     return [*compiled, "weights.safetensors", "tokenizer.json", "chat_template.jinja"]
 
 
@@ -247,7 +247,7 @@ def test_the_portable_target_is_compiled_on_request_and_says_so(tiny_artifact, a
     said = []
     model = load(tiny_artifact, target="portable", allow_compile=True, log=said.append)
     assert model.target.name == "portable"
-    assert model.compiles == len(model.target.programs) == 4
+    assert model.compiles == len(model.target.programs) == 6
     assert said == [f"compiling {p.name} from StableHLO …" for p in model.target.programs]
     assert model.generate(PROMPT, FREE).token_ids == answer
 
@@ -261,7 +261,7 @@ def test_the_stablehlo_of_the_compiled_target_gives_the_same(artifact_copy, edit
     edit_manifest(artifact_copy, lambda manifest: manifest["targets"][0].update(jaxlib="0.9.9"))
     assert "or compile from StableHLO with --compile" in refusal(artifact_copy)
     model = load(artifact_copy, allow_compile=True, log=lambda _: None)
-    assert model.compiles == 4
+    assert model.compiles == 5
     assert model.target.name.startswith("cpu-")
     assert model.target.kernels
     assert model.generate(PROMPT, FREE).token_ids == answer

@@ -42,8 +42,10 @@ def test_round_trip(tiny_artifact):
     data = (tiny_artifact / "manifest.json").read_bytes()
     manifest = parse_manifest(data, "m.json")
     assert to_json(manifest).encode() == data
-    assert (manifest.context, manifest.slots, manifest.buckets) == (64, 1, (8, 16))
-    assert [p.name for p in manifest.targets[0].programs] == ["cache", "prefill_8", "prefill_16", "decode"]
+    assert (manifest.context, manifest.slots, manifest.buckets) == (64, 8, (8, 16))
+    names = ["cache", "prefill_8", "prefill_16", "decode", "score"]
+    assert [p.name for p in manifest.targets[0].programs] == names
+    assert [p.name for p in manifest.targets[1].programs] == [*names[:3], "decode_1", *names[3:]]
     assert [t.runtime for t in manifest.targets] == ["pjrt", "stablehlo"]
 
 
@@ -77,10 +79,47 @@ def in_format_4(good):
     """Return the manifest as a precast with format 4 would have written it."""
     sampling = {"temperature": 1.0, "top_k": 20.0}
     tokenizer = {key: value for key, value in good["tokenizer"].items() if key != "named_templates"}
-    return {**good, "format_version": 4, "tokenizer": tokenizer, "sampling": sampling}
+    return {**in_format_5(good), "format_version": 4, "tokenizer": tokenizer, "sampling": sampling}
 
 
-def test_format_4_is_read_as_format_5(good):
+def in_format_5(good):
+    """Return the manifest as a precast with format 5 would have written it, with the programs of format 6."""
+    return {key: value for key, value in good.items() if key != "prefixes"} | {"format_version": 5}
+
+
+def test_format_5_is_read_as_format_6(good):
+    found = parse_manifest(json.dumps(in_format_5(good)).encode(), "m.json")
+    assert json.loads(to_json(found)) == good
+
+
+def test_format_5_has_no_prefixes(good):
+    assert error(in_format_5(good) | {"prefixes": []}) == (
+        "m.json: key 'prefixes' is not known to this format version; did a newer precast write it?"
+    )
+
+
+def without(good, programs, inputs):
+    """Return the manifest without the programs of some kinds, and without inputs of decode."""
+    result = copy.deepcopy(good)
+    for target in result["targets"]:
+        target["programs"] = [p for p in target["programs"] if p["name"] not in programs]
+        for program in target["programs"]:
+            if program["kind"] == "decode":
+                program["arguments"] = [a for a in program["arguments"] if a["name"] not in inputs]
+    return result
+
+
+def test_targets_of_earlier_formats_have_no_score_and_no_slots(good):
+    found = parse_manifest(json.dumps(without(good, {"score", "decode_1"}, {"slots"})).encode(), "m.json")
+    assert not any(p.has_slots for target in found.targets for p in target.of_kind("decode"))
+    text = error(without(good, {"score"}, {"slots"}))  # decode_1 does not say whose its row is
+    assert text == (
+        "m.json: target 'portable': decode programs: expected different numbers of rows up to the 8 slots, found"
+        " [1, 8]; export the model again."
+    )
+
+
+def test_format_4_is_read_as_the_current_one(good):
     found = parse_manifest(json.dumps(in_format_4(good)).encode(), "m.json")
     assert json.loads(to_json(found)) == {**good, "sampling": found.sampling.__dict__ | FOUR_LISTS}
     assert found.sampling.given() == {"temperature": 1.0, "top_k": 20}
@@ -115,7 +154,7 @@ def test_format_4_is_checked_as_strictly(good, path, value, text):
     assert error(changed(in_format_4(good), path, value)).startswith(text)
 
 
-PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 decode
+PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 decode, 4 score
 
 
 @pytest.mark.parametrize(
@@ -177,7 +216,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             ["cache", 0, "layers"],
             [0, 1],
-            "m.json: cache 'cache.keys': slots and layers: expected {'B': 1, 'L': 2}",
+            "m.json: cache 'cache.keys': slots and layers: expected {'B': 8, 'L': 2}",
         ),
         (
             ["cache", 0, "axes"],
@@ -185,7 +224,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
             "m.json: cache 'cache.keys': letters of its axes: expected 5, found 4",
         ),
         (["cache", 0, "layout"], [0, 1, 2, 3, 3], "m.json: cache 'cache.keys': axes in its layout"),
-        (["cache", 0, "bytes"], 1, "m.json: cache 'cache.keys': bytes: expected 18432, found 1"),
+        (["cache", 0, "bytes"], 1, "m.json: cache 'cache.keys': bytes: expected 147456, found 1"),
         (["cache", 0, "dtype"], "float8", "m.json: cache 'cache.keys': bytes"),
         (["cache", 1], ..., "its KV cache differs from the artifact's"),
         (
@@ -194,10 +233,24 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
             "runtime 'pickle' is not known, expected one of pjrt, stablehlo, savedmodel; update precast, or",
         ),
         (["targets", 1, "name"], "TWIN", "targets of this name: expected 1, found 2"),
-        ([*PROGRAM, 3], ..., "kinds and lengths of its programs: expected [('cache', 0), ('decode', 1)"),
+        ([*PROGRAM, 2], ..., "kinds and lengths of its programs: expected [('cache', 0), ('prefill', 8)"),
+        (
+            [*PROGRAM, 3],
+            ...,
+            "decode programs: expected different numbers of rows up to the 8 slots, found []",
+        ),
+        ([*PROGRAM, 3, "tokens"], 2, "decode programs: expected different numbers of rows up to the 8 slots"),
+        (["targets", 1, "programs", 4], ..., "rows up to the 8 slots, found [1]; export the model again."),
+        ([*PROGRAM, 4, "tokens"], 17, "score programs: expected at most one, of 1 to 16 tokens, found [17];"),
+        (
+            [*PROGRAM, 4, "tokens"],
+            15,
+            "program 'score': inputs: expected {'tokens': ('tokens', (15,), 'int32')",
+        ),
+        ([*PROGRAM, 1, "kind"], "score", "kinds and lengths of its programs: expected"),
         ([*PROGRAM, 3, "kind"], "train", "kinds and lengths of its programs"),
         ([*PROGRAM, 1, "tokens"], 9, "kinds and lengths of its programs"),
-        ([*PROGRAM, 2, "name"], "prefill_8", "names of its programs: expected 4, found 3"),
+        ([*PROGRAM, 2, "name"], "prefill_8", "names of its programs: expected 5, found 4"),
         ([*PROGRAM, 3, "arguments", 0, "dtype"], "float32", "program 'decode': inputs: expected {'tokens'"),
         ([*PROGRAM, 3, "arguments", 0, "dtype"], "int8", "program 'decode': inputs: expected {'tokens'"),
         ([*PROGRAM, 3, "results", 0, "dtype"], "uint8", "program 'decode': results: expected {'token'"),
@@ -207,12 +260,12 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         ([*PROGRAM, 3, "arguments", 0, "name"], "positions", "program 'decode': inputs: expected"),
         ([*PROGRAM, 3, "arguments", 0, "role"], "weight", "arguments in the order inputs, caches, constants"),
         (
-            [*PROGRAM, 3, "arguments", 5, "name"],
+            [*PROGRAM, 3, "arguments", 6, "name"],
             "rope.cos",
             "two arguments or two results have the same name; export the model again.",
         ),
         (
-            [*PROGRAM, 3, "arguments", 2, "shape", 3],
+            [*PROGRAM, 3, "arguments", 3, "shape", 3],
             65,
             "program 'decode': its KV cache differs from the artifact's",
         ),
@@ -229,7 +282,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             [*PROGRAM, 3, "results", 0],
             ...,
-            "program 'decode': results: expected {'token': ('token', (1,), 'int32')",
+            "decode programs: expected different numbers of rows up to the 8 slots, found [0]; export",
         ),
         ([*PROGRAM, 3, "results", 1, "shape"], [1, 9], "program 'decode': results: expected"),
         ([*PROGRAM, 0, "results", 0], ..., "program 'cache': its KV cache differs from the artifact's"),
@@ -238,6 +291,70 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
 def test_every_inconsistency_is_named(good, path, value, text):
     value = good["targets"][0]["name"] if value == "TWIN" else value
     assert text in error(changed(good, path, value))
+
+
+def with_prefix(good, **changes):
+    """Return the manifest with a stored prefix, changed."""
+    prefix = {
+        "name": "system",
+        "tokens": 63,
+        "file": "tokenizer.json",
+        "arrays": "golden.json",
+        "target": good["targets"][0]["name"],
+        "kernels": 3,
+        "isa": "avx2",
+        "programs": "0" * 64,
+        "weights": good["files"]["weights.safetensors"]["sha256"],
+    }
+    return good | {"prefixes": [prefix | changes]}
+
+
+def test_prefixes_are_read(good):
+    value = with_prefix(good)
+    assert json.loads(to_json(parse_manifest(json.dumps(value).encode(), "m.json"))) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"file": "x"}, "m.json: file 'x' is used but not listed under files."),
+        ({"arrays": "../x"}, "m.json: file '../x' is used but not listed under files."),
+        ({"tokens": 0}, "m.json: prefix 'system': expected 1 to 63 tokens, found 0; add the prefix again."),
+        ({"tokens": 64}, "m.json: prefix 'system': expected 1 to 63 tokens, found 64; add the prefix again."),
+        (
+            {"target": "gone"},
+            "m.json: prefix 'system': targets of this name: expected 1, found 0; export the model again.",
+        ),
+        (
+            {"programs": "ab"},
+            "m.json: prefix 'system': programs: expected a sha256 in hex, found 'ab'; add the prefix again.",
+        ),
+        (
+            {"weights": "A" * 64},
+            f"m.json: prefix 'system': weights: expected a sha256 in hex, found '{'A' * 64}'; add the prefix again.",
+        ),
+        ({"weights": "0" * 64}, "m.json: prefix 'system': other weights computed it; add the prefix again."),
+        ({"more": 1}, "m.json: prefixes[0]: key 'more' is not known to this format version; did a newer"),
+        ({"isa": 2}, "m.json: prefixes[0].isa: expected a text, found 2."),
+    ],
+)
+def test_invalid_prefixes_are_named(good, changes, text):
+    assert error(with_prefix(good, **changes)).startswith(text)
+
+
+@pytest.mark.parametrize("name", ["", ".x", "a/b", "..", "a b", "x" * 65, "é", "a\nb"])
+def test_a_prefix_s_name_can_be_part_of_a_file_s(good, name):
+    assert error(with_prefix(good, name=name)) == (
+        f"m.json: prefix {name!r}: expected a name of 1 to 64 letters, digits, '-', '_' or '.', found another; rename"
+        " the prefix."
+    )
+
+
+def test_names_of_prefixes_are_unique(good):
+    twice = with_prefix(good)["prefixes"] * 2
+    assert error(good | {"prefixes": twice}) == (
+        "m.json: prefixes: names: expected 2, found 1; export the model again."
+    )
 
 
 def test_every_key_of_every_record_is_required(good):
@@ -255,6 +372,7 @@ def test_every_key_of_every_record_is_required(good):
             if not isinstance(key, int) or key == 0:  # the first of a list stands for all
                 yield from records(inner, [*path, key])
 
+    good = with_prefix(good)
     paths = list(records(good, []))
     assert len(paths) > 60
     for path in paths:

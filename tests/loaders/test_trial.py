@@ -385,8 +385,8 @@ def answer_of_worker(python, root):
 
 
 def test_the_child_reports_its_steps(tiny_artifact, python):
-    programs = ("cache", "prefill_8", "prefill_16", "decode")
-    running = ("cache", "prefill_8", "decode")
+    programs = ("cache", "prefill_8", "prefill_16", "decode", "score")
+    running = ("cache", "prefill_8", "decode", "score")
     assert answer_of_worker(python, tiny_artifact) == [
         *({"progress": f"loading {name}", "data": 0} for name in programs),
         *({"progress": f"running {name}", "data": 0} for name in running),
