@@ -39,6 +39,18 @@ def biases(_: click.Context, parameter: click.Parameter, value: tuple[str, ...])
     return found
 
 
+def text_file(_: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Return the text of a file."""
+    if value is None:
+        return None
+    try:
+        return Path(value).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"expected a file of UTF-8 text, found other bytes in {value!r}.") from None
+    except OSError as error:
+        raise click.BadParameter(f"cannot read {value!r}: {error.strerror}.") from None
+
+
 class Artifact(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has no type argument
     """A parameter type: an artifact's folder, as a path, or the URL of a pushed one, as text."""
 
@@ -146,6 +158,25 @@ _SAMPLING = (
         help="Never generate this word. May be given several times.",
     ),
     click.option("--ignore-eos", is_flag=True, help="Continue past the end token, to the limit."),
+    click.option(
+        "--json-schema",
+        metavar="FILE",
+        callback=text_file,
+        help="Answer in JSON by the JSON Schema in this file. This and the four options below need the extra grammar.",
+    ),
+    click.option("--json-object", is_flag=True, help="Answer with any JSON object."),
+    click.option(
+        "--regex", help="Answer with a text that this regular expression matches, in Rust's syntax."
+    ),
+    click.option(
+        "--grammar",
+        metavar="FILE",
+        callback=text_file,
+        help="Answer with a text of the Lark grammar in this file.",
+    ),
+    click.option(
+        "--choice", multiple=True, help="Answer with this text. Given several times: with one of them."
+    ),
 )
 _ANSWERS = (
     click.option(

@@ -58,6 +58,9 @@ class LoadOptions(Frozen):
     threads: int | None
 
 
+_ANY_OBJECT = '{"type": "object"}'
+
+
 class SamplingOptions(Frozen):
     """The command line's options for sampling; None selects the model's own default."""
 
@@ -77,10 +80,18 @@ class SamplingOptions(Frozen):
     stop_token_ids: tuple[int, ...]
     bad_words: tuple[str, ...]
     ignore_eos: bool
+    json_schema: str | None
+    json_object: bool
+    regex: str | None
+    grammar: str | None
+    choice: tuple[str, ...]
 
     def given(self) -> Mapping[str, Any]:
-        """Return the options that differ from the defaults."""
-        return {key: value for key, value in vars(self).items() if value not in (None, (), {})}
+        """Return the options that differ from the defaults, as sampling parameters."""
+        given = {key: value for key, value in vars(self).items() if value not in (None, (), {})}
+        if given.pop("json_object") and given.setdefault("json_schema", _ANY_OBJECT) != _ANY_OBJECT:
+            raise PrecastError("--json-object and --json-schema are alternatives; give one of them.")
+        return given
 
 
 class AnswerOptions(Frozen):

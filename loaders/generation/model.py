@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
@@ -20,6 +21,8 @@ from .stream import Completion, Stream
 
 if TYPE_CHECKING:
     from ..text.answer_parser import AnswerParser
+    from .constraints import Constraint
+    from .grammars import Grammars
     from .logprobs import PromptLogprobs
     from .prefixes import PrefixTree
     from .state_file import State
@@ -77,6 +80,8 @@ class Model:
         # precast's kernels compute a token alike in every program. Rejected drafts overwrite positions of a window that
         # a prefix may still need.
         self._verifies_exactly = bool(target.kernels) and not any(engine.windows.values())
+        self._grammars: Grammars | None = None
+        self._grammars_lock = Lock()
 
     def default_sampling(self) -> SamplingParams:
         """Return the model's own sampling defaults, or greedy decoding if it has none.
@@ -374,6 +379,7 @@ class Model:
         checked, chosen = self.checked_prompt(ids), params or self.default_sampling()
         limit = chosen.limit(len(checked), self.engine.context - len(checked))
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        self._constraint(chosen)  # refuse an unsuitable constraint before the model reads other prompts
         return _Request(checked, chosen.with_word_ids(encode), limit)
 
     def _sequence(
@@ -382,7 +388,14 @@ class Model:
         prompt, params, limit = request
         return TokenSequence(
             prompt,
-            sampler=Sampler(params, prompt, self.engine.vocab, self.eos_token_ids, self.tokenizer.token_text),
+            sampler=Sampler(
+                params,
+                prompt,
+                self.engine.vocab,
+                self.eos_token_ids,
+                self.tokenizer.token_text,
+                self._constraint(params),
+            ),
             decoder=self.tokenizer.stream(shown=shown),
             stops=StopStrings(params.stop),
             ends=params.ends(self.eos_token_ids),
@@ -393,6 +406,19 @@ class Model:
             echo=self.tokenizer.decode(prompt) if params.echo else "",
             prompt_logprobs=self._prompt_logprobs(prompt, params.prompt_logprobs),
         )
+
+    def _constraint(self, params: SamplingParams) -> "Constraint | None":
+        """Return the constraint of a new answer, after building its grammar if it is new."""
+        text = params.constraint
+        if text is None:
+            return None
+        with self._grammars_lock:
+            if self._grammars is None:
+                # A lazy import, because few answers are constrained.
+                from .grammars import Grammars
+
+                self._grammars = Grammars(self.tokenizer, self.engine.vocab, self.eos_token_ids)
+        return self._grammars.start(text)
 
     def _prompt_logprobs(self, prompt: Sequence[int], top: int | None) -> "PromptLogprobs | None":
         if top is None:

@@ -5,7 +5,7 @@ The order is that of transformers, so settings mean the same in both:
 1. logit_bias
 2. repetition_penalty
 3. frequency_penalty and presence_penalty
-4. forbidden tokens
+4. forbidden tokens, and the constraint of the answer
 5. temperature
 6. top_k, top_p, min_p
 """
@@ -19,6 +19,7 @@ from ..artifact.errors import PrecastError
 from .sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from .constraints import Constraint
     from .forbidden import ForbiddenTokens
     from .logprobs import TextOf, TokenLogprob
     from .penalties import Penalties
@@ -42,6 +43,7 @@ class Sampler:
         vocab_size: V, the length of the logits.
         end_ids: the model's end-of-generation tokens, for min_tokens and min_length.
         text_of: a function from a token to its text, for log-probabilities.
+        constraint: the constraint of this answer alone; None for a free answer.
 
     Attributes:
         logprobs: the log-probabilities of the chosen tokens, if the parameters ask for them.
@@ -57,11 +59,13 @@ class Sampler:
         vocab_size: int,
         end_ids: Iterable[int] = (),
         text_of: "TextOf" = str,
+        constraint: "Constraint | None" = None,
     ) -> None:
         self.logprobs: list[TokenLogprob] = []
         self._params = params
         self._vocab_size = vocab_size
         self._text_of = text_of
+        self._constraint = constraint
         self._rng = np.random.Generator(np.random.PCG64(params.seed))
         prompt = [_token(token) for token in prompt_ids]
         self._forbidden = _forbidden(params, prompt, params.ends(end_ids))
@@ -75,6 +79,7 @@ class Sampler:
             and self._params.logprobs is None
             and self._forbidden is None
             and self._penalties is None
+            and self._constraint is None
         )
 
     def observe(self, token_id: int) -> None:
@@ -84,6 +89,8 @@ class Sampler:
             self._penalties.observe(token_id)
         if self._forbidden is not None:
             self._forbidden.observe(token_id)
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
 
     def sample(self, logits: np.ndarray) -> int:
         """Choose the next token and record it; of tokens tied for the argmax, choose the lowest id.
@@ -92,7 +99,9 @@ class Sampler:
             logits: float32 [V].
 
         Raises:
-            PrecastError: the shape is not [V], the logits contain NaN or +inf, or no token is left to choose.
+            DeadEnd: the constraint allows no token.
+            PrecastError: the shape is not [V], the logits contain NaN or +inf, no token is left to choose, or the
+                constraint cannot be followed further.
         """
         logits = _checked(logits, self._vocab_size)
         scores = self._adjusted(logits)
@@ -111,22 +120,30 @@ class Sampler:
         return token_id
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
-        """Return the logits after bias, penalties and forbidden tokens, without a change to the argument."""
-        tokens = () if self._forbidden is None else self._forbidden.tokens()
-        forbidden = [token for token in tokens if token < self._vocab_size]
-        if self._penalties is None and not forbidden:
+        """Return a copy of the logits after bias, penalties, forbidden tokens and constraint, if there are any."""
+        forbidden = self._forbidden_ids()
+        if self._penalties is None and not forbidden and self._constraint is None:
             return logits
         scores = logits.copy()
         if self._penalties is not None:
             self._penalties.apply(scores)
-        if forbidden:
-            scores[forbidden] = -np.inf
-            if np.isneginf(scores.max()):
-                raise PrecastError(
-                    "Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to"
-                    " choose; relax one of them."
-                )
+        scores[forbidden] = -np.inf
+        if self._constraint is not None:
+            bits = np.unpackbits(self._constraint.mask().view(np.uint8), count=scores.size, bitorder="little")
+            scores[bits == 0] = -np.inf
+        if (forbidden or self._constraint is not None) and np.isneginf(scores.max()):
+            constraint = "" if self._constraint is None else " within the constraint"
+            raise PrecastError(
+                "Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to"
+                f" choose{constraint}; relax one of them."
+            )
         return scores
+
+    def _forbidden_ids(self) -> list[int]:
+        # A complete answer ends, even below min_tokens: only an end token may follow.
+        if self._forbidden is None or (self._constraint is not None and self._constraint.is_complete):
+            return []
+        return [token for token in self._forbidden.tokens() if token < self._vocab_size]
 
 
 def _penalties(params: SamplingParams, prompt: list[int], vocab_size: int) -> "Penalties | None":

@@ -11,6 +11,9 @@ import numpy as np
 from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
 
+if TYPE_CHECKING:
+    from .constraint_texts import ConstraintText
+
 
 class SamplingParams(Frozen):
     """Immutable parameters of a generation; threads may share them.
@@ -73,6 +76,15 @@ class SamplingParams(Frozen):
     """Guess tokens from the text so far and verify several at once, where that is faster; the answer is the same."""
     timeout_s: float | None = None
     """Seconds, from the start, after which generation ends with the text so far; None is off."""
+    json_schema: Mapping[str, Any] | str | None = None
+    """Schema of the JSON that the answer is, as a mapping or its text; {"type": "object"} allows any object. Stored as
+    text. This and the next three need the extra `grammar`; at most one of them can be given."""
+    regex: str | None = None
+    """Regular expression of the whole answer, in the syntax of Rust's crate regex."""
+    grammar: str | None = None
+    """Grammar of the whole answer, in llguidance's variant of Lark's syntax."""
+    choice: tuple[str, ...] = ()
+    """Texts of which the answer is one."""
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
 
@@ -102,6 +114,31 @@ class SamplingParams(Frozen):
             checked[name] = _texts(name, checked[name])
         if self.timeout_s is not None:
             checked["timeout_s"] = _seconds("timeout_s", self.timeout_s)
+        self._check_constraint()
+
+    def _check_constraint(self) -> None:
+        given = {name: value for name in _CONSTRAINTS if (value := self.__dict__[name]) not in (None, ())}
+        if not given:
+            return
+        # A lazy import, because few answers are constrained.
+        from .constraint_texts import checked_constraint
+
+        kind, value = checked_constraint(given)
+        self.__dict__[kind] = value
+        if self.ignore_eos:
+            raise PrecastError(
+                f"Sampling parameters: ignore_eos must be false with {kind}, because the end token ends the answer."
+            )
+
+    @property
+    def constraint(self) -> "ConstraintText | None":
+        """The constraint of the answer; None without one."""
+        for name in _CONSTRAINTS:
+            if value := self.__dict__[name]:
+                from .constraint_texts import ConstraintText
+
+                return ConstraintText(name, value)
+        return None
 
     @property
     def is_constrained(self) -> bool:
@@ -196,6 +233,7 @@ _REAL = {
 }
 _BIAS = (-100.0, 100.0)
 _LONGEST_S = 10**9
+_CONSTRAINTS = ("json_schema", "regex", "grammar", "choice")
 _SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .chat_template import ChatTemplate
 
 # SentencePiece's spelling of a byte token. There is one for each byte, for text that the vocabulary lacks.
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 # Names of the default template and of the template for conversations with tools.
 _DEFAULT, _TOOL_USE = "default", "tool_use"
@@ -96,6 +96,11 @@ class Tokenizer:
         return tokenizer
 
     @property
+    def library(self) -> "LibraryTokenizer":
+        """The tokenizer of the `tokenizers` library."""
+        return self._library
+
+    @property
     def vocab_size(self) -> int:
         """The number of tokens, including added tokens. The model's V may be larger (padding)."""
         return self._library.get_vocab_size(with_added_tokens=True)
@@ -129,8 +134,8 @@ class Tokenizer:
         if not token:
             return b""
         if self._is_byte_level:
-            return _byte_level_bytes(token, _byte_alphabet())
-        if "ByteFallback" in self._decoder_kinds and (match := _BYTE_TOKEN.fullmatch(token)):
+            return byte_level_bytes(token, byte_alphabet())
+        if "ByteFallback" in self._decoder_kinds and (match := BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
         # Take the second of two: at the start of a text, some decoders drop a space.
         once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
@@ -338,14 +343,14 @@ class _ByteLevelStream(TextStream):
 
     def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int]) -> None:
         super().__init__(library, skipped)
-        self._bytes_of = _byte_alphabet()
+        self._bytes_of = byte_alphabet()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
     def _push(self, token_id: int, token: str) -> str:
-        return self._utf8.decode(_byte_level_bytes(token, self._bytes_of))
+        return self._utf8.decode(byte_level_bytes(token, self._bytes_of))
 
 
 class _PieceStream(TextStream):
@@ -367,7 +372,7 @@ class _PieceStream(TextStream):
         return self._end_run()
 
     def _push(self, token_id: int, token: str) -> str:
-        match = _BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
+        match = BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
         if match is None:
             return self._end_run() + self._decode([token_id])
         return self._push_byte(token_id, int(match[1], 16))
@@ -407,7 +412,7 @@ class _PieceStream(TextStream):
         self._context = [*self._context[-1:], piece]
 
 
-def _byte_level_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
+def byte_level_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
     """Return the bytes of a token of GPT-2's byte-level tokenizers."""
     try:
         return bytes([alphabet[char] for char in token])
@@ -416,7 +421,7 @@ def _byte_level_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
 
 
 @cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Return the byte for each character of GPT-2's alphabet (Radford et al., 2019: `bytes_to_unicode`, inverted).
 
     Printable characters of Latin-1 stand for their own byte, and those from U+0100 on for the other bytes, in order.

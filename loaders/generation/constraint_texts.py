@@ -1,0 +1,230 @@
+"""Check the texts of constraints before a grammar is built: form, size, and what makes grammars grow without bound.
+
+The limits keep the grammar library within seconds and a few hundred megabytes: its own limits count work between the
+steps of some algorithms, not within one.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from math import prod
+from typing import Any, NamedTuple
+
+from ..artifact.errors import PrecastError
+
+# Characters. The grammar library takes quadratic time for some schemas, and for regular expressions.
+_LONGEST = {"json_schema": 100_000, "regex": 10_000, "grammar": 20_000, "choice": 100_000}
+# The library's parser ends at 128 levels, of which the grammar around a schema takes some.
+_DEEPEST = 100
+# The time for an intersection of regular expressions doubles with each: 16 take a second.
+_MOST_INTERSECTED = 12
+# Some divisors of ten million take hours.
+_MOST_REMAINDERS = 1_000_000
+
+
+class ConstraintText(NamedTuple):
+    """A constraint as the user gives it.
+
+    Attributes:
+        kind: the sampling parameter's name: json_schema, regex, grammar or choice.
+        value: the text of the schema, expression or grammar; or the choices.
+    """
+
+    kind: str
+    value: str | tuple[str, ...]
+
+
+def checked_constraint(given: Mapping[str, Any]) -> ConstraintText:
+    """Return the constraint among sampling parameters.
+
+    Args:
+        given: the values that are not None, by kind; at least one.
+
+    Raises:
+        PrecastError: there are several, or one is malformed or beyond a limit.
+    """
+    if len(given) > 1:
+        first, second, *_ = given
+        raise PrecastError(
+            f"Sampling parameters: {first} and {second} are alternatives; give one of them, or one grammar for both."
+        )
+    ((kind, value),) = given.items()
+    if kind == "choice":
+        return ConstraintText(kind, _checked_choice(value))
+    if kind == "json_schema":
+        return ConstraintText(kind, _checked_schema(value))
+    if not isinstance(value, str) or not value.strip():
+        raise PrecastError(
+            f"Sampling parameters: {kind} must be a text that is not empty, found {value!r:.60}."
+        )
+    _check_text(kind, value)
+    if kind == "grammar" and value.count("&") > _MOST_INTERSECTED:
+        raise PrecastError(
+            f"Sampling parameters: grammar must have at most {_MOST_INTERSECTED} intersections (&), found"
+            f" {value.count('&')}; use fewer."
+        )
+    return ConstraintText(kind, value)
+
+
+def _check_text(kind: str, text: str) -> None:
+    if len(text) > _LONGEST[kind]:
+        raise PrecastError(
+            f"Sampling parameters: {kind} must have at most {_LONGEST[kind]:,} characters, found {len(text):,};"
+            " shorten it."
+        )
+    if half := re.search("[\ud800-\udfff]", text):
+        raise PrecastError(
+            f"Sampling parameters: {kind} must be Unicode text, found half of a surrogate pair, {half[0]!r}."
+        )
+
+
+def _checked_choice(value: Any) -> tuple[str, ...]:
+    if (
+        not isinstance(value, (tuple, list))
+        or not value
+        or not all(isinstance(text, str) and text for text in value)
+    ):
+        raise PrecastError(
+            f"Sampling parameters: choice must be a list of texts, none empty, found {value!r:.60}."
+        )
+    _check_text("choice", "".join(value))
+    return tuple(dict.fromkeys(value))
+
+
+# --- JSON Schema --------------------------------------------------------------------------------------------
+
+
+def _checked_schema(value: Any) -> str:
+    """Return a schema as compact JSON, with its properties in the given order."""
+    schema = value
+    if isinstance(value, str):
+        _check_text("json_schema", value)
+        schema = _parsed(value)
+    if not isinstance(schema, Mapping):
+        raise PrecastError(
+            f"Sampling parameters: json_schema must be a JSON object, as a mapping or its text, found {value!r:.60}."
+        )
+    try:
+        text = json.dumps(schema, allow_nan=False, separators=(",", ":"))
+    except RecursionError:
+        raise _too_deep() from None
+    except (TypeError, ValueError) as error:
+        raise PrecastError(f"Sampling parameters: json_schema must be JSON, found: {error}.") from None
+    _check_text("json_schema", text)
+    schema = json.loads(text)  # plain dictionaries and lists
+    if _depth(schema) > _DEEPEST:
+        raise _too_deep()
+    _check_merges(schema)
+    guidance = schema.get("x-guidance", {})
+    if not isinstance(guidance, dict) or guidance.get("lenient"):
+        raise PrecastError(
+            "Sampling parameters: json_schema: x-guidance must be an object without lenient, which ignores parts of the"
+            f" schema, found {json.dumps(guidance):.60}."
+        )
+    return text
+
+
+def _parsed(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {json.dumps(twice)} twice in one object")
+        return found
+
+    def no_number(name: str) -> None:
+        raise ValueError(f"{name}, which JSON does not have")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
+        raise PrecastError(f"Sampling parameters: json_schema must be JSON, found: {error}.") from None
+
+
+def _too_deep() -> PrecastError:
+    return PrecastError(
+        f"Sampling parameters: json_schema must be nested at most {_DEEPEST} levels deep; move parts to $defs."
+    )
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [child for parent in level for child in _children(parent)]:
+        depth += 1
+    return depth
+
+
+def _children(value: Any) -> Sequence[Any]:
+    return [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield every JSON object within a JSON value with its JSON pointer, the outer before the inner."""
+    left = [("", schema)]
+    while left:
+        pointer, value = left.pop()
+        if isinstance(value, dict):
+            yield pointer, value
+            left += [(f"{pointer or '#'}/{_escaped(key)}", child) for key, child in reversed(value.items())]
+        elif isinstance(value, list):
+            left += [(f"{pointer or '#'}/{i}", child) for i, child in reversed(list(enumerate(value)))]
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")
+
+
+def _check_merges(schema: dict[str, Any]) -> None:
+    """Bound the expressions and divisors that one value may have to satisfy at once.
+
+    Raises:
+        PrecastError: there are too many expressions, or the divisors are too large.
+    """
+    patterns: set[str] = set()
+    divisors: set[Decimal] = set()
+    merges = False
+    for _, part in parts(schema):
+        patterns.update(value for key in ("pattern", "format") if isinstance(value := part.get(key), str))
+        if isinstance(named := part.get("patternProperties"), dict):
+            patterns.update(named)
+        if isinstance(divisor := part.get("multipleOf"), int | float):
+            divisors.add(Decimal(str(divisor)))
+        alternatives = part.keys() & {"$ref", "anyOf", "oneOf"}
+        merges |= (
+            "allOf" in part
+            or len(alternatives) > 1
+            or (bool(alternatives) and not part.keys().isdisjoint(_MERGED))
+        )
+    if merges and len(patterns) > _MOST_INTERSECTED:
+        raise PrecastError(
+            "Sampling parameters: json_schema: with allOf, or with $ref, anyOf or oneOf beside other keys, there must"
+            f" be at most {_MOST_INTERSECTED} patterns and formats, found {len(patterns)}; use fewer."
+        )
+    longest = max(patterns, key=len, default="")
+    if len(longest) > _LONGEST["regex"]:
+        raise PrecastError(
+            f"Sampling parameters: json_schema: a pattern must have at most {_LONGEST['regex']:,} characters, found"
+            f" {len(longest):,}; shorten it."
+        )
+    if any(
+        _remainders(group) > _MOST_REMAINDERS for group in ([divisors] if merges else [{d} for d in divisors])
+    ):
+        raise PrecastError(
+            f"Sampling parameters: json_schema: multipleOf, and the product of several that allOf merges, must be at"
+            f" most {_MOST_REMAINDERS:,} without the decimal point, found {max(divisors):g}; use smaller ones."
+        )
+
+
+def _remainders(divisors: set[Decimal]) -> int:
+    """Return a bound for the states of an automaton that checks if a decimal number is a multiple of all divisors."""
+    places = max((-int(d.as_tuple().exponent) for d in divisors), default=0)
+    return prod(int(d.scaleb(max(places, 0))) for d in divisors)
+
+
+_MERGED = frozenset(
+    "additionalProperties format items multipleOf pattern patternProperties prefixItems properties".split()
+)

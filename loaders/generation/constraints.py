@@ -1,0 +1,90 @@
+"""The constraint of one answer: before each token, the tokens that may come next.
+
+llguidance follows the answer with a parser. It takes some 50 µs to find the tokens that may come next, and releases
+Python's lock meanwhile, so that a thread finds them while the model computes their logits.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..artifact.errors import PrecastError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class DeadEnd(PrecastError):
+    """No token of the vocabulary continues the answer."""
+
+
+class Constraint:
+    """The constraint of one answer. It is not thread-safe.
+
+    Args:
+        matcher: a parser at the beginning of its grammar.
+        mask: its first mask.
+        name: the constraint's name in error texts.
+        worker: the thread that computes masks.
+    """
+
+    def __init__(
+        self, matcher: "LLMatcher", mask: np.ndarray, *, name: str, worker: ThreadPoolExecutor
+    ) -> None:
+        self._matcher, self._mask, self._name, self._worker = matcher, mask, name, worker
+        self._pending: Future[np.ndarray] | None = None
+        self._accepted = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the answer is complete, and only an end token may follow."""
+        self.mask()
+        return bool(self._matcher.is_stopped())
+
+    def mask(self) -> np.ndarray:
+        """Return the tokens that may come next, as bits: uint32 [ceil(V / 32)], the lowest bit first.
+
+        Raises:
+            DeadEnd: no token may come next.
+            PrecastError: the grammar is too ambiguous to follow further.
+        """
+        if self._pending is not None:
+            self._mask, self._pending = self._pending.result(), None
+        if self._matcher.is_error():
+            raise self._error()
+        return self._mask
+
+    def accept(self, token_id: int) -> None:
+        """Follow a token of the answer, and begin to compute the next mask in the background.
+
+        Raises:
+            DeadEnd: the token does not continue the answer.
+            PrecastError: the grammar is too ambiguous to follow further.
+        """
+        self.mask()
+        if not self._matcher.consume_token(token_id):
+            raise self._error()
+        self._accepted += 1
+        self._pending = self._worker.submit(compute_mask, self._matcher, self._mask.size)
+
+    def _error(self) -> PrecastError:
+        reason = self._matcher.get_error()
+        where = f"{self._name}: after {self._accepted} tokens of the answer"
+        if "NoExtension" in reason or "doesn't satisfy the grammar" in reason:
+            return DeadEnd(f"{where} no token of the model's vocabulary continues it; change the constraint.")
+        return PrecastError(
+            f"{where} the grammar is too ambiguous to follow ({first_line(reason)}); simplify the constraint."
+        )
+
+
+def compute_mask(matcher: "LLMatcher", words: int) -> np.ndarray:
+    """Return a new mask, uint32 [words]; an error is left in the matcher."""
+    mask = np.zeros(words, np.uint32)
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    return mask
+
+
+def first_line(message: str) -> str:
+    """Return the first line of one of llguidance's messages, without a full stop."""
+    return message.strip().partition("\n")[0].rstrip(". ")[:300]

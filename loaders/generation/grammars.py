@@ -1,0 +1,233 @@
+"""The grammars of a model's constraints, built by llguidance.
+
+Building one takes milliseconds, and is bounded by the limits of `constraint_texts` and by llguidance's own.
+"""
+
+import json
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from ..artifact.errors import PrecastError
+from ..text.vocabulary_bytes import drops_first_space, vocabulary_bytes
+from .constraint_texts import ConstraintText, parts
+from .constraints import Constraint, compute_mask, first_line
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+    from ..text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+# Whitespace between the parts of JSON. Without a limit a model may repeat line feeds to the end of its context.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+_MOST_LEXER_STATES = 50_000  # of up to 2 KB
+_MOST_GRAMMARS = 32
+_SEARCH_S = 0.5
+# llguidance descends into references and rules by recursion: up to 16 KB for each of the 3,000 that a text can hold.
+_STACK_BYTES = 256 << 20
+# The size of new stacks is a setting of the process.
+_STACK_SIZE = threading.Lock()
+
+
+class Grammars:
+    """The grammars of one model. Threads may share it.
+
+    The vocabulary is read when the first constraint starts. The latest grammars are kept.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        vocab_size: V, the length of the logits.
+        end_ids: tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", vocab_size: int, end_ids: Iterable[int]) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._end_ids = sorted(token for token in end_ids if token < vocab_size)
+        self._lock = threading.Lock()
+        self._vocabulary: tuple[LLTokenizer, str] | None = None
+        self._kept: OrderedDict[ConstraintText, tuple[LLMatcher, np.ndarray]] = OrderedDict()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="precast-constraints")
+
+    def start(self, text: ConstraintText) -> Constraint:
+        """Return a constraint for a new answer.
+
+        Raises:
+            PrecastError: the extra `grammar` is not installed, the tokenizer or the model is unsuitable, or the text is
+                no valid constraint, or one beyond llguidance's limits.
+        """
+        with self._lock:
+            if text not in self._kept:
+                self._kept[text] = _with_deep_stack(lambda: self._compile(text))
+                if len(self._kept) > _MOST_GRAMMARS:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(text)
+            matcher, mask = self._kept[text]
+            return Constraint(matcher.deep_copy(), mask, name=text.kind, worker=self._worker)
+
+    def _compile(self, text: ConstraintText) -> "tuple[LLMatcher, np.ndarray]":
+        llguidance = _library()
+        if self._vocabulary is None:
+            self._vocabulary = self._read_vocabulary()
+        vocabulary, opening = self._vocabulary
+        limits = llguidance.LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
+        body = _body(text)
+        matcher = llguidance.LLMatcher(vocabulary, _program(body, opening), log_level=0, limits=limits)
+        if matcher.is_error():
+            raise _refusal(text, matcher.get_error(), body, limits)
+        mask = compute_mask(matcher, -(-self._vocab_size // 32))
+        if matcher.is_error():
+            reason = matcher.get_error()
+            unsatisfiable = "NoExtension" in reason
+            raise _refusal(text, "no text satisfies it" if unsatisfiable else reason, body, limits)
+        return matcher, mask
+
+    def _read_vocabulary(self) -> "tuple[LLTokenizer, str]":
+        """Return the vocabulary, and the grammar of what precedes every constrained text."""
+        if not self._end_ids:
+            raise PrecastError(
+                "A constrained answer needs an end token, and this model has none; generate without a constraint."
+            )
+        tokens = vocabulary_bytes(self._tokenizer, self._vocab_size)
+        vocabulary = _library().LLTokenizer(
+            _Vocabulary(tokens, self._end_ids[0], self._tokenizer), eos_token=self._end_ids
+        )
+        return vocabulary, '" "' if drops_first_space(self._tokenizer, tokens) else ""
+
+
+class _Vocabulary:
+    """A vocabulary in the form that llguidance reads."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+    special_token_ids: tuple[int, ...] = ()
+
+    def __init__(self, tokens: list[bytes], eos_token_id: int, tokenizer: "Tokenizer") -> None:
+        self.tokens, self.eos_token_id, self._tokenizer = tokens, eos_token_id, tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise PrecastError(
+            "constraints need llguidance, which is not installed: pip install 'precast[grammar]'"
+        ) from None
+    return llguidance
+
+
+def _with_deep_stack(call: Callable[[], T]) -> T:
+    """Call a function in a thread with a stack for deep recursion, and return its result."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    with _STACK_SIZE:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    for error in errors:
+        raise error
+    return results[0]
+
+
+# --- texts for llguidance -----------------------------------------------------------------------------------
+
+
+def _body(text: ConstraintText) -> dict[str, Any]:
+    """Return a constraint as a grammar in llguidance's form."""
+    if text.kind == "json_schema":
+        return _json_body(json.loads(str(text.value)))
+    if text.kind == "regex":
+        (grammar,) = json.loads(_library().LLMatcher.grammar_from_regex(text.value))["grammars"]
+        return {"lark_grammar": grammar["lark_grammar"]}
+    if text.kind == "grammar":
+        return {"lark_grammar": text.value}
+    # A terminal, because a rule would have an item of the parser for each choice.
+    return {
+        "lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in text.value)
+    }
+
+
+def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
+    options = schema.get("x-guidance", {})
+    if not {"whitespace_flexible", "whitespace_pattern"} & options.keys():
+        options = {"whitespace_pattern": _WHITESPACE, **options}
+    return {"json_schema": {**schema, "x-guidance": options}}
+
+
+def _program(body: dict[str, Any], opening: str) -> str:
+    """Return a grammar of any tokenisation of the opening and the body.
+
+    Args:
+        body: a grammar in llguidance's form.
+        opening: what precedes it, in Lark's form.
+    """
+    # no_forcing: the model chooses among all tokens that spell the text. Otherwise llguidance calls the tokenizer.
+    start = f'%llguidance {{"no_forcing": true}}\nstart: {opening} @body'
+    return json.dumps({"grammars": [{"name": "start", "lark_grammar": start}, {"name": "body", **body}]})
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def _refusal(
+    text: ConstraintText, reason: str, body: dict[str, Any], limits: "LLParserLimits"
+) -> PrecastError:
+    """Return the error for a constraint that llguidance refuses."""
+    if text.kind == "json_schema":
+        part = _refused_part(body["json_schema"], reason, limits)
+        return PrecastError(
+            f"json_schema{part}: expected a schema that llguidance can enforce, found: {first_line(_cause(reason))};"
+            " change the schema."
+        )
+    cause = first_line(_cause(reason))
+    if text.kind == "regex":
+        expected = "a regular expression in Rust's syntax"
+    else:
+        expected = "a Lark grammar" if text.kind == "grammar" else "fewer choices"
+        if place := re.match(r"(?:at )?(\d+)\((\d+)\): ", cause):
+            cause = f"{cause[place.end() :]} (line {place[1]}, column {place[2]})"
+    return PrecastError(
+        f"{text.kind}: expected {expected} within llguidance's limits, found: {cause}; change it."
+    )
+
+
+def _cause(reason: str) -> str:
+    """Return the message of the regular expressions' parser, which stands at the end, or else the whole."""
+    found = re.search(r"^error: (.*)$", reason, re.MULTILINE)
+    return f"a regular expression with an error: {found[1]}" if found else reason
+
+
+def _refused_part(schema: dict[str, Any], reason: str, limits: "LLParserLimits") -> str:
+    """Return " at POINTER" for the smallest part that is refused for the same reason; empty for the whole schema."""
+    matcher, until = _library().LLMatcher, time.monotonic() + _SEARCH_S
+    shared: dict[str, Any] = {
+        key: schema[key] for key in ("$schema", "$defs", "definitions") if key in schema
+    }
+    # The inner before the outer.
+    for pointer, part in reversed(list(parts(schema))):
+        if not pointer or time.monotonic() > until:
+            break
+        if matcher.validate_grammar(_program(_json_body({**shared, **part}), ""), limits=limits) == reason:
+            return f" at {pointer}"
+    return ""

@@ -1,0 +1,104 @@
+"""The bytes that each token of a vocabulary adds to a text, for grammars."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..artifact.errors import PrecastError
+from .tokenizer import BYTE_TOKEN, byte_alphabet, byte_level_bytes
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+# The first byte of a special token. It never occurs in UTF-8, so that no text matches a special token.
+SPECIAL = b"\xff"
+
+
+def vocabulary_bytes(tokenizer: "Tokenizer", size: int) -> list[bytes]:
+    """Return the bytes of each token.
+
+    Special tokens, and added tokens spelt ``<…>``, are no text: theirs are `SPECIAL` and the spelling.
+
+    Args:
+        tokenizer: the tokenizer.
+        size: V, the number of ids; an id without a token gets `SPECIAL` and its number.
+
+    Raises:
+        PrecastError: a token's text depends on its neighbours.
+    """
+    decoder = tokenizer.library.decoder
+    steps = [] if decoder is None else list(_steps(json.loads(decoder.__getstate__())))
+    read, has_byte_tokens = _reader(steps), any(step["type"] == "ByteFallback" for step in steps)
+    added = tokenizer.library.get_added_tokens_decoder()
+    found = [SPECIAL + b"<[%d]>" % token for token in range(size)]
+    for text, token in tokenizer.library.get_vocab(with_added_tokens=True).items():
+        if token >= size:
+            continue
+        if token not in added or (has_byte_tokens and BYTE_TOKEN.fullmatch(text)):
+            found[token] = read(text)
+        else:
+            is_mark = added[token].special or (text.startswith("<") and text.endswith(">"))
+            found[token] = SPECIAL * is_mark + text.encode()
+    return found
+
+
+def drops_first_space(tokenizer: "Tokenizer", tokens: list[bytes]) -> bool:
+    """Return True if decoding drops a space at the beginning of a text, as most SentencePiece decoders do.
+
+    Args:
+        tokenizer: the tokenizer.
+        tokens: the result of `vocabulary_bytes`.
+    """
+    for token, data in enumerate(tokens):
+        if len(data) > 1 and data.startswith(b" "):
+            return tokenizer.decode([token]).encode() != data
+    return False
+
+
+def _steps(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a decoder in order, with nested sequences flattened."""
+    if decoder["type"] == "Sequence":
+        for step in decoder["decoders"]:
+            yield from _steps(step)
+    else:
+        yield decoder
+
+
+def _reader(steps: list[Mapping[str, Any]]) -> Callable[[str], bytes]:
+    """Return the function from a token's spelling to its bytes.
+
+    Raises:
+        PrecastError: the decoder has other steps than those of byte-level and SentencePiece tokenizers.
+    """
+    spaces = ""
+    for step in steps:
+        match step:
+            case {"type": "ByteFallback" | "ByteLevel" | "Fuse"} | {
+                "type": "Strip",
+                "content": " ",
+                "stop": 0,
+            }:
+                pass
+            case {"type": "Replace", "pattern": {"String": str(char)}, "content": " "} | {
+                "type": "Metaspace",
+                "replacement": str(char),
+            } if len(char) == 1:
+                spaces += char
+            case _:
+                raise PrecastError(
+                    "tokenizer.json: a constrained answer needs a byte-level or SentencePiece decoder, found"
+                    f" {step['type']}; generate without a constraint."
+                )
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        return partial(byte_level_bytes, alphabet=byte_alphabet())
+    table = str.maketrans(dict.fromkeys(spaces, " "))
+    if "ByteFallback" not in kinds:
+        return lambda text: text.translate(table).encode()
+
+    def read(text: str) -> bytes:
+        match = BYTE_TOKEN.fullmatch(text)
+        return text.translate(table).encode() if match is None else bytes([int(match[1], 16)])
+
+    return read
