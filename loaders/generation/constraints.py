@@ -4,19 +4,17 @@ llguidance follows the answer with a parser. It takes some 50 µs to find the to
 Python's lock meanwhile, so that a thread finds them while the model computes their logits.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..artifact.errors import PrecastError
+from .stopping import DeadEnd
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     from llguidance import LLMatcher
-
-
-class DeadEnd(PrecastError):
-    """No token of the vocabulary continues the answer."""
 
 
 class Constraint:
@@ -30,7 +28,7 @@ class Constraint:
     """
 
     def __init__(
-        self, matcher: "LLMatcher", mask: np.ndarray, *, name: str, worker: ThreadPoolExecutor
+        self, matcher: "LLMatcher", mask: np.ndarray, *, name: str, worker: "ThreadPoolExecutor"
     ) -> None:
         self._matcher, self._mask, self._name, self._worker = matcher, mask, name, worker
         self._pending: Future[np.ndarray] | None = None

@@ -83,8 +83,7 @@ class Grammars:
         if matcher.is_error():
             raise _refusal(text, matcher.get_error(), body, limits)
         mask = compute_mask(matcher, -(-self._vocab_size // 32))
-        if matcher.is_error():
-            reason = matcher.get_error()
+        if reason := matcher.get_error() or _error_after_opening(matcher, mask, opening):
             unsatisfiable = "NoExtension" in reason
             raise _refusal(text, "no text satisfies it" if unsatisfiable else reason, body, limits)
         return matcher, mask
@@ -100,6 +99,17 @@ class Grammars:
             _Vocabulary(tokens, self._end_ids[0], self._tokenizer), eos_token=self._end_ids
         )
         return vocabulary, '" "' if drops_first_space(self._tokenizer, tokens) else ""
+
+
+def _error_after_opening(matcher: "LLMatcher", mask: np.ndarray, opening: str) -> str:
+    """Return the error of a grammar whose first tokens are the opening alone; empty without an error."""
+    first = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    if not opening or len(first) > 2:  # a space, and the byte token of a space
+        return ""
+    ahead = matcher.deep_copy()
+    ahead.consume_token(int(first[0]))
+    compute_mask(ahead, mask.size)
+    return str(ahead.get_error())
 
 
 class _Vocabulary:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +21,7 @@ from ..artifact.frozen import Frozen
 from . import calls
 from .engine import Engine, KVCache
 from .sequence import Batch, TokenSequence
+from .stopping import DeadEnd
 
 if TYPE_CHECKING:
     from .drafts import CallTimes
@@ -240,7 +242,7 @@ class Scheduler:
         if self._timed:
             now = time.perf_counter()
             for sequence in [s for s, expiry in self._timed.items() if expiry <= now]:
-                self._guard(sequence, sequence.time_out)
+                self._guard(sequence, partial(sequence.cut, "timeout"))
                 self._end(sequence)
         if self._broken:
             self._forget_frames()
@@ -344,6 +346,8 @@ class Scheduler:
             sequence.last, before = now, sequence.generated
             try:
                 calls.take(sequence, results, row, draft)
+            except DeadEnd:
+                self._guard(sequence, partial(sequence.cut, "length"))
             except Exception as error:
                 self._fail(sequence, error)
             self._tokens += sequence.generated - before

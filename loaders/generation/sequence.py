@@ -178,9 +178,9 @@ class TokenSequence:
         if self._notify is not None:
             self._notify()
 
-    def time_out(self) -> None:
-        """End the generation because its time ran out, and show the text held back so far."""
-        self.reason = "timeout"
+    def cut(self, reason: str) -> None:
+        """End the generation for a `finish_reason`, and show the text held back so far."""
+        self.reason = reason
         if text := self._tail(""):
             self.unread.append(Piece(None, text))
 

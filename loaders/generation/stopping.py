@@ -1,9 +1,13 @@
-"""Stop strings: text that ends generation, found across token boundaries and never shown."""
+"""Ends of a generation: stop strings, found across token boundaries and never shown, and dead ends."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
 from ..artifact.errors import PrecastError
+
+
+class DeadEnd(PrecastError):
+    """No token can continue the answer. The generation ends with the `finish_reason` "length"."""
 
 
 class StopStrings:

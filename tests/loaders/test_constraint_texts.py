@@ -1,0 +1,119 @@
+"""The texts of constraints among the sampling parameters: how they are stored, and what is refused."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation.sampling_params import SamplingParams
+
+
+def test_parameters_are_stored_as_immutable_text() -> None:
+    params = SamplingParams(json_schema={"type": "object", "properties": {"b": {}, "a": {}}})
+    assert params.json_schema == '{"type":"object","properties":{"b":{},"a":{}}}'
+    assert replace(params, seed=1).constraint == params.constraint == ("json_schema", params.json_schema)
+    assert SamplingParams(choice=["a", "b", "a"]).constraint == ("choice", ("a", "b"))
+    assert SamplingParams().constraint is None
+
+
+def deep(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (
+            {"regex": "a", "choice": ["a"]},
+            "regex and choice are alternatives; give one of them, or one grammar for both.",
+        ),
+        (
+            {"regex": "a", "ignore_eos": True},
+            "ignore_eos must be false with regex, because the end token ends the answer.",
+        ),
+        ({"regex": ""}, "regex must be a text that is not empty, found ''."),
+        ({"grammar": b"x"}, "grammar must be a text that is not empty, found b'x'."),
+        ({"choice": "yes"}, "choice must be a list of texts, none empty, found 'yes'."),
+        ({"choice": ["a", ""]}, "choice must be a list of texts, none empty, found ['a', '']."),
+        (
+            {"choice": ["\ud800"]},
+            "choice must be Unicode text, found half of a surrogate pair, '\\ud800'.",
+        ),
+        (
+            {"regex": "a" * 10_001},
+            "regex must have at most 10,000 characters, found 10,001; shorten it.",
+        ),
+        (
+            {"grammar": "&" * 13},
+            "grammar must have at most 12 intersections (&), found 13; use fewer.",
+        ),
+        (
+            {"json_schema": "[]"},
+            "json_schema must be a JSON object, as a mapping or its text, found '[]'.",
+        ),
+        (
+            {"json_schema": "{"},
+            (
+                "json_schema must be JSON, found: Expecting property name enclosed in double quotes: line 1 column 2"
+                " (char 1)."
+            ),
+        ),
+        (
+            {"json_schema": '{"a": 1, "a": 2}'},
+            'json_schema must be JSON, found: the key "a" twice in one object.',
+        ),
+        (
+            {"json_schema": '{"const": NaN}'},
+            "json_schema must be JSON, found: NaN, which JSON does not have.",
+        ),
+        (
+            {"json_schema": {"const": {1, 2}}},
+            "json_schema must be JSON, found: Object of type set is not JSON serializable.",
+        ),
+        (
+            {"json_schema": deep(101)},
+            "json_schema must be nested at most 100 levels deep; move parts to $defs.",
+        ),
+        (
+            {"json_schema": deep(900)},
+            "json_schema must be nested at most 100 levels deep; move parts to $defs.",
+        ),
+        (
+            {"json_schema": '{"items":' * 90_000},
+            "json_schema must have at most 100,000 characters, found 810,000; shorten it.",
+        ),
+        (
+            {"json_schema": {"allOf": [{"pattern": str(i)} for i in range(13)]}},
+            (
+                "json_schema: with allOf, or with $ref, anyOf or oneOf beside other keys, there must be at most 12"
+                " patterns and formats, found 13; use fewer."
+            ),
+        ),
+        (
+            {"json_schema": {"pattern": "a" * 10_001}},
+            "json_schema: a pattern must have at most 10,000 characters, found 10,001; shorten it.",
+        ),
+        (
+            {"json_schema": {"multipleOf": 2**31}},
+            (
+                "json_schema: multipleOf, and the product of several that allOf merges, must be at most 1,000,000"
+                " without the decimal point, found 2147483648; use smaller ones."
+            ),
+        ),
+        (
+            {"json_schema": {"x-guidance": {"lenient": True}}},
+            (
+                "json_schema: x-guidance must be an object without lenient, which ignores parts of the schema, found"
+                ' {"lenient": true}.'
+            ),
+        ),
+    ],
+)
+def test_unsuitable_parameters_are_refused(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(PrecastError) as refused:
+        SamplingParams(**given)
+    assert str(refused.value) == f"Sampling parameters: {text}"
