@@ -67,6 +67,30 @@ def test_ids_may_be_any_sequence_of_integers(tiny_model, free, kind):
     assert [type(token) for token in found.prompt_token_ids] == [int] * 3
 
 
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.3}])
+def test_log_probabilities_are_those_of_the_reference(tiny_model, reference, params):
+    """They are the model's own, whatever the sampling; the prompt's come from the same computation."""
+    found = tiny_model.generate(
+        PROMPT, SamplingParams(ignore_eos=True, max_tokens=20, logprobs=3, prompt_logprobs=2, **params)
+    )
+    plain = tiny_model.generate(PROMPT, SamplingParams(ignore_eos=True, max_tokens=20, **params))
+    assert (found.token_ids, found.text) == (plain.token_ids, plain.text)
+    assert plain.logprobs == plain.prompt_logprobs == ()
+    logits = reference([*PROMPT, *found.token_ids]).astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    answer, prompt = found.logprobs, found.prompt_logprobs
+    assert prompt[0] is None
+    assert [r.token_id for r in (*prompt[1:], *answer)] == [*PROMPT[1:], *found.token_ids]
+    for place, record in enumerate((*prompt[1:], *answer)):
+        for token in (record, *record.top):
+            assert token.logprob == pytest.approx(expected[place, token.token_id], abs=1e-3)
+            assert token.text == tiny_model.tokenizer.token_text(token.token_id)
+        tops = [token.logprob for token in record.top]
+        assert tops == sorted(tops, reverse=True)
+        assert len(tops) == (2 if place < len(PROMPT) - 1 else 3)
+        assert tops[0] == pytest.approx(expected[place].max(), abs=1e-3)
+
+
 # --- the end ------------------------------------------------------------------------------------------------
 
 
