@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,12 +207,15 @@ def _answer(
     """Answer a single prompt; `started` is the process's age after the imports, and after the load."""
     text = _read_text(prompt)
     messages = _messages(prompt, text, before)
-    start = partial(_stream, model, prompt, text, messages, before=before, answers=answers)
-    streams = [start(each) for each in params.for_answers(answers.answers)]
     asked = process_age()
-    if not as_json:
-        _write_pieces(streams[0])
-    done = _finish(streams, model.engine.slots)
+    if answers.answers > 1:
+        done = _several(model, prompt, text, messages, params, answers)
+    else:
+        stream = _stream(model, prompt, text, messages, params, before=before, answers=answers)
+        asked = process_age()
+        if not as_json:
+            _write_pieces(stream)
+        done = [stream.finish()]
     if as_json:
         for completion in done:
             print(_json_line(model, completion, answers, started=started, asked=asked))
@@ -337,12 +339,24 @@ def _tools(path: Path | None) -> "list[Mapping[str, Any]] | None":
     return read_tools(path)
 
 
-def _finish(streams: "list[Stream]", slots: int) -> "list[Completion]":
-    if len(streams) == 1:
-        return [streams[0].finish()]
-    from ..generation.together import finish
-
-    return finish(streams, slots)
+def _several(
+    model: "Model",
+    prompt: Prompt,
+    text: str,
+    messages: "list[Message]",
+    params: "SamplingParams",
+    answers: AnswerOptions,
+) -> "list[Completion]":
+    if messages:
+        return model.chat_answers(
+            messages,
+            answers.answers,
+            params,
+            tools=_tools(answers.tools),
+            literal=prompt.literal,
+            answer_format=answers.answer_format,
+        )
+    return model.generate_answers(text if prompt.ids is None else prompt.ids, answers.answers, params)
 
 
 def _write_pieces(stream: "Stream") -> None:

@@ -42,6 +42,15 @@ class _Request(NamedTuple):
     limit: int
 
 
+class _ChatForm(NamedTuple):
+    """The form of a conversation's prompt and of its answer: arguments of `Model.chat`."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    template: str | None
+    literal: bool
+    answer_format: str | None
+
+
 class Model:
     """A loaded artifact.
 
@@ -190,39 +199,25 @@ class Model:
         Raises:
             PrecastError: the count is below 1; also as `generate`.
         """
-        return self._answers(partial(self.stream, prompt), count, params)
-
-    def chat_answers(
-        self,
-        messages: Sequence[Message],
-        count: int,
-        params: SamplingParams | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template: str | None = None,
-        literal: bool = False,
-        answer_format: str | None = None,
-    ) -> list[Completion]:
-        """Answer a conversation several times, together; arguments and errors as `chat` and `generate_answers`."""
-        chat = partial(
-            self.stream_chat,
-            messages,
-            tools=tools,
-            template=template,
-            literal=literal,
-            answer_format=answer_format,
+        return self._answers(
+            lambda p: self._sequence(self._request(prompt, p), most_unread=None), count, params
         )
-        return self._answers(chat, count, params)
 
     def _answers(
-        self, start: Callable[[SamplingParams], Stream], count: int, params: SamplingParams | None
+        self, make: Callable[[SamplingParams], TokenSequence], count: int, params: SamplingParams | None
     ) -> list[Completion]:
-        from .together import finish
+        from . import together
 
         if not isinstance(count, int) or count < 1:
             raise PrecastError(f"count: expected a number of at least 1, found {count!r:.60}.")
         chosen = self.default_sampling() if params is None else params
-        return finish([start(each) for each in chosen.for_answers(count)], self.engine.slots)
+        sequences = (partial(make, each) for each in chosen.for_answers(count))
+        found: dict[int, Completion] = {}
+        for index, result in together.results(self.scheduler, sequences, self.engine.slots):
+            if isinstance(result, PrecastError):
+                raise result
+            found[index] = result
+        return [found[index] for index in range(count)]
 
     def chat(
         self,
@@ -264,31 +259,73 @@ class Model:
         answer_format: str | None = None,
     ) -> Stream:
         """Answer a conversation as `chat` does, piece by piece."""
-        ids = self.chat_prompt(messages, tools=tools, template=template, literal=literal)
-        parser = self._answer_parser(ids, tools, template, answer_format)
-        shown = () if parser is None else parser.markers
-        return Stream(self.scheduler, self._sequence(self._request(ids, params), shown=shown), parser)
+        form = _ChatForm(tools, template, literal, answer_format)
+        return Stream(self.scheduler, self._chat_sequence(messages, params, form))
 
-    def _answer_parser(
+    def chat_each(
         self,
-        prompt: Sequence[int],
-        tools: Sequence[Mapping[str, Any]] | None,
-        template: str | None,
-        answer_format: str | None,
-    ) -> "AnswerParser | None":
+        conversations: Iterable[Sequence[Message]],
+        params: SamplingParams | Iterable[SamplingParams | None] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        literal: bool = False,
+        answer_format: str | None = None,
+    ) -> Iterator[tuple[int, Completion | PrecastError]]:
+        """Answer any number of conversations together, as `generate_each` does prompts; arguments as for `chat`."""
+        from . import together
+
+        form = _ChatForm(tools, template, literal, answer_format)
+
+        def make(messages: Sequence[Message], chosen: SamplingParams | None) -> TokenSequence:
+            return self._chat_sequence(messages, chosen, form, most_unread=None)
+
+        sequences = (partial(make, *pair) for pair in together.pairs(conversations, params))
+        return together.results(self.scheduler, sequences, self.engine.slots)
+
+    def chat_answers(
+        self,
+        messages: Sequence[Message],
+        count: int,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        literal: bool = False,
+        answer_format: str | None = None,
+    ) -> list[Completion]:
+        """Answer a conversation several times, together; arguments and errors as `chat` and `generate_answers`."""
+        form = _ChatForm(tools, template, literal, answer_format)
+        return self._answers(
+            lambda p: self._chat_sequence(messages, p, form, most_unread=None), count, params
+        )
+
+    def _chat_sequence(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None,
+        form: "_ChatForm",
+        *,
+        most_unread: int | None = UNREAD_PIECES,
+    ) -> TokenSequence:
+        ids = self.chat_prompt(messages, tools=form.tools, template=form.template, literal=form.literal)
+        parser = self._answer_parser(ids, form)
+        return self._sequence(self._request(ids, params), most_unread=most_unread, parser=parser)
+
+    def _answer_parser(self, prompt: Sequence[int], form: "_ChatForm") -> "AnswerParser | None":
         """Return the parser of the answer to a chat; None if all of the answer is content."""
-        from ..text import answer_formats
+        from ..text.answer_formats import answer_format
         from ..text.chat_messages import ChatOptions
 
-        source = self.tokenizer.chat_template(template, ChatOptions(tools=tools))
-        form = answer_formats.answer_format(source, answer_format)
-        if not form.reasoning and not (form.calls and tools):
+        source = self.tokenizer.chat_template(form.template, ChatOptions(tools=form.tools))
+        found = answer_format(source, form.answer_format)
+        if not found.reasoning and not (found.calls and form.tools):
             return None
         from ..text.answer_parser import AnswerParser
         from ..text.tool_calls import tool_names
 
         tail = self.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
-        return AnswerParser(form, tool_names(tools or ()), prompt_tail=tail)
+        return AnswerParser(found, tool_names(form.tools or ()), prompt_tail=tail)
 
     def chat_prompt(
         self,
@@ -383,7 +420,11 @@ class Model:
         return _Request(checked, chosen.with_word_ids(encode), limit)
 
     def _sequence(
-        self, request: _Request, *, most_unread: int | None = UNREAD_PIECES, shown: Iterable[str] = ()
+        self,
+        request: _Request,
+        *,
+        most_unread: int | None = UNREAD_PIECES,
+        parser: "AnswerParser | None" = None,
     ) -> TokenSequence:
         prompt, params, limit = request
         return TokenSequence(
@@ -396,7 +437,7 @@ class Model:
                 self.tokenizer.token_text,
                 self._constraint(params),
             ),
-            decoder=self.tokenizer.stream(shown=shown),
+            decoder=self.tokenizer.stream(shown=() if parser is None else parser.markers),
             stops=StopStrings(params.stop),
             ends=params.ends(self.eos_token_ids),
             limit=limit,
@@ -405,6 +446,7 @@ class Model:
             wants_drafts=params.prompt_lookup and self._verifies_exactly,
             echo=self.tokenizer.decode(prompt) if params.echo else "",
             prompt_logprobs=self._prompt_logprobs(prompt, params.prompt_logprobs),
+            parser=parser,
         )
 
     def _constraint(self, params: SamplingParams) -> "Constraint | None":

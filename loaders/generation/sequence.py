@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from ..text.answer_parser import AnswerParser
     from ..text.tokenizer import TextStream
     from .drafts import Drafts
     from .engine import KVCache
@@ -75,12 +76,14 @@ class TokenSequence:
         echo: text that comes before the answer's.
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
         wants_drafts: True if the scheduler may guess tokens and verify several at once.
+        parser: splits the answer to a chat for its reader, which alone uses it; None if all of it is content.
         notify: called in the thread that computes, after a change of `unread` and at the end. It must neither block nor
             wait for the scheduler. An exception fails this sequence alone.
 
     Attributes:
         sampler: the sampler.
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
+        parser: splits the answer to a chat for its reader, which alone uses it; None if all of it is content.
         drafts: the lookups of tokens that may come next, once there are any.
         tokens: tokens of the prompt and of the answer so far.
         prompt_tokens: length of the prompt.
@@ -112,6 +115,7 @@ class TokenSequence:
         echo: str = "",
         prompt_logprobs: "PromptLogprobs | None" = None,
         wants_drafts: bool = False,
+        parser: "AnswerParser | None" = None,
         notify: Callable[[], None] | None = None,
     ) -> None:
         self.tokens, self.prompt_tokens = list(prompt), len(prompt)
@@ -120,6 +124,7 @@ class TokenSequence:
         # A sequence has at most one piece for each token, one before the first and one after the last.
         self._most_unread = limit + 2 if most_unread is None else most_unread
         self.prompt_logprobs, self.wants_drafts = prompt_logprobs, wants_drafts
+        self.parser = parser
         self.drafts: Drafts | None = None
         self.unread: deque[Piece] = deque([Piece(None, echo)] if echo else ())
         self.reason, self.error = "unfinished", None  # type: str, BaseException | None

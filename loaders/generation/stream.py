@@ -11,7 +11,7 @@ from .scheduler import Scheduler
 from .sequence import TokenSequence
 
 if TYPE_CHECKING:
-    from ..text.answer_parser import AnswerParser, Delta, ReasoningDelta, ToolCallDelta
+    from ..text.answer_parser import Delta, ReasoningDelta, ToolCallDelta
     from ..text.tool_calls import ToolCall
     from .logprobs import TokenLogprob
 
@@ -146,17 +146,15 @@ class Stream(Iterator[str], AsyncIterator[str]):
     """
 
     # The scheduler and the sequence must not refer to the stream: its last reference frees the slot.
-    def __init__(
-        self, scheduler: Scheduler, sequence: TokenSequence, parser: "AnswerParser | None" = None
-    ) -> None:
-        self._scheduler, self._sequence, self._parser = scheduler, sequence, parser
+    def __init__(self, scheduler: Scheduler, sequence: TokenSequence) -> None:
+        self._scheduler, self._sequence, self._parser = scheduler, sequence, sequence.parser
         self._lock = Lock()
         self._text: list[str] = []
         self._ids: list[int] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCall] = []
         self._parsed: deque[_Part] = deque()  # what the parser has found and nobody has read
-        self._is_parsed = parser is None  # the parser has seen the end
+        self._is_parsed = sequence.parser is None  # the parser has seen the end
 
     @property
     def is_split(self) -> bool:

@@ -1,21 +1,21 @@
 """Continue many prompts together."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
+from typing import TypeVar
 
 from ..artifact.errors import PrecastError
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
 from .sequence import TokenSequence
-from .stream import Completion, Stream, completion_of
+from .stream import Completion, Stream
 
-Prompt = str | Sequence[int]
+_Prompt = TypeVar("_Prompt")
 
 
 def pairs(
-    prompts: Iterable[Prompt], params: SamplingParams | Iterable[SamplingParams | None] | None
-) -> Iterator[tuple[Prompt, SamplingParams | None]]:
+    prompts: Iterable[_Prompt], params: SamplingParams | Iterable[SamplingParams | None] | None
+) -> Iterator[tuple[_Prompt, SamplingParams | None]]:
     """Return each prompt with its parameters.
 
     Raises:
@@ -67,34 +67,13 @@ def results(
                 return
             scheduler.advance(lambda: any(s.ended for s in running.values()))
             for index in [i for i, s in running.items() if s.ended]:
-                yield index, _result(running.pop(index))
+                yield index, _result(scheduler, running.pop(index))
     finally:
         for sequence in running.values():
             scheduler.close(sequence)
 
 
-def finish(streams: Sequence[Stream], most: int) -> list[Completion]:
-    """Read streams of one model to their ends together, and return their completions.
-
-    Args:
-        streams: the streams.
-        most: maximum number of streams that run at a time.
-    """
-    waiting = deque(streams)
-    running: list[Iterator[object]] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < most:
-                running.append(waiting.popleft().events())
-            running = [events for events in running if next(events, None) is not None]
-    except BaseException:
-        for stream in streams:
-            stream.close()
-        raise
-    return [stream.completion for stream in streams]
-
-
-def _result(sequence: TokenSequence) -> Completion | PrecastError:
+def _result(scheduler: Scheduler, sequence: TokenSequence) -> Completion | PrecastError:
     """Return the result of a sequence that has ended.
 
     Raises:
@@ -104,8 +83,5 @@ def _result(sequence: TokenSequence) -> Completion | PrecastError:
         return sequence.error
     if sequence.error is not None:
         raise sequence.error
-    pieces = list(sequence.unread)
-    sequence.unread.clear()
-    return completion_of(
-        sequence, "".join(p.text for p in pieces), [p.token for p in pieces if p.token is not None]
-    )
+    # A stream that reads to the end splits the answer, too.
+    return Stream(scheduler, sequence).finish()

@@ -224,6 +224,18 @@ def test_several_answers_to_a_chat(saying):
     assert [f.text for f in model.generate_answers("the cat", 5)] == [ANSWER] * 5
 
 
+def test_conversations_together(saying):
+    model = saying(ANSWER)
+    chats = [MESSAGES, [], MESSAGES, [{"role": "user", "content": "the dog"}]]
+    results = sorted(model.chat_each(chats, tools=TOOLS))
+    assert [index for index, _ in results] == [0, 1, 2, 3]
+    assert str(results[1][1]) == "Chat: expected a list of at least one message, found an empty list."
+    for index in (0, 2, 3):
+        found = results[index][1]
+        assert (found.text, found.reasoning, found.finish_reason) == ("I look.", "hm, é", "tool_calls")
+        assert calls_of(found) == [("look", '{"at": "é 😀"}')]
+
+
 @pytest.mark.parametrize("count", [0, -1, 1.5, None])
 def test_the_number_of_answers_is_checked(saying, count):
     with pytest.raises(PrecastError) as raised:
