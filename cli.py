@@ -161,7 +161,8 @@ def run(
 
     Without a prompt, on a terminal, the command starts an interactive chat.
 
-    A terminal shows the reasoning before the answer to a chat dimmed. Elsewhere it is left out; --json has it.
+    In a chat, a terminal shows the reasoning before the answer, dimmed. Elsewhere the reasoning is left out; --json
+    has it.
 
     Exit code 0: success. 2: an error.
     """

@@ -33,12 +33,12 @@ def _processor() -> str:
 
 
 def read_bandwidth(megabytes: int = 512, rounds: int = 10) -> float:
-    """Measure the bytes per second that all cores together read from memory, with the fastest of several loops.
+    """Measure the bytes per second that all cores together read from memory.
 
-    The bytes that a decode step reads, divided by this, are a lower bound on its time. The loops are NumPy's
-    reductions, so that none of our code is measured; the fastest comes closest to the hardware's limit. Bandwidth
-    varies by a third within hundredths of a second, so the result is an average over all rounds, just as the measured
-    time of a step is an average over all tokens.
+    The bytes that a decode step reads, divided by the result, are a lower bound on the step's time. The loops are
+    NumPy's reductions, so that none of our code is measured; of the loops, the fastest comes closest to the hardware's
+    limit. A loop's speed is its average over all rounds, because bandwidth varies by a third within hundredths of a
+    second, and the measured time of a step is an average over all tokens, too.
     """
     cores = len(os.sched_getaffinity(0))
     parts = [np.ones(megabytes * 1_000_000 // cores // 64 * 16, np.float32) for _ in range(cores)]

@@ -65,9 +65,10 @@ def load(
             else the machine's own key, still applies (`precast.loaders.required_key`).
         threads: number of computing threads on the CPU; one per usable core by default, within a container's CPU quota.
             A message tells if the number has no effect: TensorFlow takes one number per process, and a GPU takes none.
-        prefix_memory: the most bytes for keys and values of earlier prompts and answers. A prompt with the same
-            beginning starts after it, with the same answer. 0 keeps none; None chooses 512 MiB, or an eighth of the
-            available memory if that is less. Only targets of precast's own kernels for the CPU reuse keys and values.
+        prefix_memory: the most bytes for keys and values of earlier prompts and answers. A prompt that begins
+            like one of them reuses these, and gets the same answer. 0 keeps none; None chooses 512 MiB, or an eighth of
+            the available memory if that is less. Only targets of precast's own kernels for the CPU reuse keys and
+            values.
         log: receives messages; standard error by default.
         progress: receives the bytes pulled (shown on standard error by default) and hashed, and each program to load.
 

@@ -74,7 +74,10 @@ class Bench:
         return Worker(contender, path, self.interpreters[contender.interpreter], self.folder / f"{name}.log")
 
     def measured(self, worker: Worker, **request: object) -> dict:
-        """Ask again while other processes disturb; return the answer of the quietest attempt, and their load then."""
+        """Repeat a request while other processes disturb it; return the answer of the quietest attempt.
+
+        The answer's "others" is the share of the machine that other processes used during that attempt.
+        """
         best = None
         for _ in range(1 + self.retries):
             wait_for_quiet(self.patience)

@@ -72,7 +72,7 @@ class Ratio:
         own: label of the precast contender.
         figure: title of the figure.
         peer: label of the best peer.
-        times: number of times that precast is better; below 1 if it is behind.
+        times: factor by which precast is better; below 1 if it is behind.
     """
 
     own: str

@@ -195,7 +195,10 @@ def _yarn(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 
 
 def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
-    """Return the attention factor (section 3.4 of the paper); DeepSeek's variant divides one factor by another."""
+    """Return the attention factor of the config, or else compute it (section 3.4 of the YaRN paper).
+
+    If the config has both of DeepSeek's mscale keys, the factor for one is divided by the factor for the other.
+    """
 
     def magnitude(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

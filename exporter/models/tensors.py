@@ -110,7 +110,7 @@ def split_experts(tensors: Tensors, config: DecoderConfig) -> Tensors:
 
 
 class _StackReader:
-    """A reader of stacks that reads each stack once and keeps it until its last matrix has been read."""
+    """A reader of stacked experts: it reads each stack once, and keeps it until the last expert has been taken."""
 
     def __init__(self) -> None:
         self._tensor: SourceTensor | None = None

@@ -46,7 +46,13 @@ def _layer_slice(stack: Array, layer: Array) -> Array:
 
 
 def _dequantise(weight: PackedWeight, layer: Array, panels: Array | None = None) -> Array:
-    """Return a layer's weights as float32 ``[panels, 16, in]``, with padding; `panels` selects some of the panels."""
+    """Return a layer's weights as float32 ``[P, 16, I]``: P panels of 16 outputs, including the padding.
+
+    Args:
+        weight: the packed weights of all layers.
+        layer: index of the layer.
+        panels: indices of the panels to return; None for all.
+    """
 
     def take(stack: Array) -> Array:
         return _layer_slice(stack, layer) if panels is None else _layer_slice(stack, layer)[panels]

@@ -79,9 +79,10 @@ class Case:
 
 
 def prompts(model: Model) -> list[tuple[int, ...]]:
-    """Return token ids of the texts, and of a prompt one token longer than the smallest bucket, if the context allows.
+    """Return the prompts of the golden answers as token ids.
 
-    Each prompt leaves room for an answer.
+    They are `TEXTS`, and a prompt that is one token longer than the smallest bucket, if the context allows. Each prompt
+    leaves room for an answer.
     """
     vocab, context = model.engine.vocab, model.engine.context
     room = max(1, context - TOKENS)

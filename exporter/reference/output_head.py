@@ -71,6 +71,9 @@ def _jitted(spec: ModelSpec, bind: Callable[[ModelSpec], Bind], vocab: int) -> C
 
 
 def _outputs(stack: np.ndarray, start: int, count: int, *, packed: bool) -> np.ndarray:
-    """Return rows of an embedding ``[V, D]`` or of a stack of one matrix ``[1, V, D]``; whole panels if packed."""
+    """Return the part of a head's array with `count` outputs from `start` on; whole panels if it is packed.
+
+    The outputs are the first axis of an embedding ``[V, D]``, and the second of a stack of one matrix ``[1, V, D]``.
+    """
     rows = slice(start // PANEL, -(-(start + count) // PANEL)) if packed else slice(start, start + count)
     return stack[rows] if stack.ndim == 2 else stack[:, rows]

@@ -77,7 +77,10 @@ def _check(answer: Answer, manifest: Manifest, where: str) -> None:
             f" {length}; export the model again."
         )
     if len(answer.prompt_token_ids) >= manifest.context:
-        raise PrecastError(f"{where}: the prompt leaves no room for an answer; export the model again.")
+        raise PrecastError(
+            f"{where}: expected a prompt shorter than the context of {manifest.context} tokens, found"
+            f" {len(answer.prompt_token_ids)}; export the model again."
+        )
     if max((*answer.prompt_token_ids, *answer.token_ids, *first.token_ids)) >= vocab:
         raise PrecastError(f"{where}: a token is beyond the vocabulary of {vocab}; export the model again.")
     if not first.token_ids or len(first.token_ids) != len(first.values):

@@ -67,7 +67,7 @@ def is_reproducible(target: Target) -> bool:
 
 
 def origin_of(manifest: Manifest, target: Target, isa: str) -> Origin:
-    """Return the origin of what a target of an artifact computes with an instruction set of the kernels."""
+    """Return the origin of the keys and values that a target computes with this instruction set of the kernels."""
     files = {program.name: target.file_of(program) for program in target.programs}
     hashes = [
         f"{name} {manifest.files[file].sha256}" for name, file in sorted(files.items()) if file is not None

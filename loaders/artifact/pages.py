@@ -1,8 +1,8 @@
 """Huge pages for files in the page cache.
 
 Linux caches a file in folios as large as the writes or reads that filled them, and maps a folio of 2 MiB with one TLB
-entry. Weights written tensor by tensor end up in 4 KiB pages, and TLB misses slow reading from 30 to 25 GB/s. A file
-system without large folios ignores all of this; the contents are the same.
+entry. Weights written tensor by tensor end up in 4 KiB pages, where TLB misses reduce the speed of reading from 30 to
+25 GB/s. A file system without large folios ignores all of this; the contents are the same.
 """
 
 import mmap

@@ -123,7 +123,7 @@ def read_text(path: Path, tokens: int) -> str:
     except UnicodeDecodeError:
         raise PrecastError(f"{path}: expected text in UTF-8, found other bytes; convert it first.") from None
     if "\0" in text:
-        raise PrecastError(f"{path}: expected text, found zero bytes; is it a binary file?")
+        raise PrecastError(f"{path}: expected text, found zero bytes; name a text file.")
     if not text.strip():
         raise PrecastError(f"{path}: expected some text, found none; name another file.")
     return text

@@ -191,7 +191,8 @@ def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], 
     """
     if len(values) != len(layouts):
         raise PrecastError(
-            f"{where}: its StableHLO has {len(layouts)} arguments or results, expected {len(values)}; export again."
+            f"{where}: its StableHLO has {len(layouts)} arguments or results, expected {len(values)}; export the"
+            " model again."
         )
     for value, layout in zip(values, layouts, strict=True):
         # A program takes the array with its axes in the order of `value.layout`; `layout` permutes those.

@@ -196,10 +196,10 @@ def _enabled(executable: bytes) -> set[str]:
 def declare_features(executable: bytes, features: Sequence[str]) -> bytes:
     """Return the executable with only these features enabled in its list of compile-time features.
 
-    XLA lists every feature that its compiler was allowed to use, and tuning features of one CPU vendor. Its loader logs
-    kilobytes for each listed feature that a machine lacks, even if the code does not use the feature. So this function
-    turns "+" into "-" for features that the code does not need. It always does so for AVX-512, because the loader adds
-    tuning features, which no machine has, to a list with AVX-512.
+    XLA's list contains every feature that the compiler was allowed to use, and also tuning features of one CPU vendor.
+    XLA's loader logs kilobytes for each listed feature that a machine lacks, even if the code does not use the feature.
+    So this function turns "+" into "-" for features that the code does not need, and always for AVX-512: if AVX-512 is
+    listed, the loader adds tuning features, which no machine has.
     """
     if processor_family() != "x86_64":
         return executable

@@ -21,7 +21,7 @@ _LOWEST = -9999.0
 
 
 def check(options: "AnswerOptions", prompt: "Prompt", *, as_json: bool) -> None:
-    """Check options that need others.
+    """Check that the options for answers fit each other and the prompt.
 
     Raises:
         PrecastError: an option needs or excludes another one, or the number of answers is below 1.
@@ -63,7 +63,7 @@ def read_tools(path: Path) -> list[Mapping[str, Any]]:
 
 
 def write(stream: "Stream", *, is_terminal: bool) -> Iterator[str]:
-    """Yield the text to print of an answer: its content, then a line of JSON for each tool call.
+    """Yield an answer as printed text: its content, then a line of JSON for each tool call.
 
     A terminal also shows the reasoning, dimmed.
     """

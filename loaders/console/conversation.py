@@ -36,7 +36,7 @@ def converse(
         opening: the messages before the user's first, or those of a saved chat.
         stats: print the speed of all answers at the end, on standard error.
         literal: treat messages as plain text.
-        state: the file to save the chat to; None for none.
+        state: the file to save the chat to, or None.
 
     Raises:
         PrecastError: the model has no chat template, or the state cannot be saved.
@@ -44,7 +44,7 @@ def converse(
     if model.manifest.tokenizer.chat_template is None:
         raise PrecastError(
             f"{model.manifest.name}: the model has no chat template, so it cannot chat; give it"
-            " text to continue with --prompt."
+            " a text to continue (precast run --prompt)."
         )
     history = History(history_file())
     chat_input.prepare(history)

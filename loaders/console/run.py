@@ -29,9 +29,9 @@ class Prompt(Frozen):
 
     Attributes:
         chat: put the text through the chat template.
-        system: the system message, which may be empty; None for none.
+        system: the system message, which may be empty, or None.
         literal: treat messages as plain text.
-        state: the file of a sequence to continue and to save; None for none.
+        state: the file of a sequence to continue and to save, or None.
     """
 
     text: str | None
@@ -101,8 +101,8 @@ class AnswerOptions(Frozen):
         logprobs: number of alternatives to each token of the answer; None for no log-probabilities.
         prompt_logprobs: the same for the prompt.
         echo: begin with the prompt.
-        tools: file with the JSON schemas of tools; None for none.
-        answer_format: family of models in whose form to expect tool calls; None: by the template.
+        tools: file with the JSON schemas of tools, or None.
+        answer_format: family of models whose form of tool calls to expect; None to choose it by the template.
     """
 
     answers: int = 1
@@ -185,7 +185,7 @@ def run(
 
 
 def _saved(model: "Model", prompt: Prompt) -> "State | None":
-    """Return the saved sequence that the prompt continues; None for none."""
+    """Return the saved sequence that the prompt continues, or None."""
     if prompt.state is None:
         return None
     from . import state
@@ -204,7 +204,7 @@ def _answer(
     stats: bool,
     started: tuple[float, float],
 ) -> int:
-    """Answer a single prompt; `started` is the process's age after the imports, and after the load."""
+    """Answer a single prompt; `started` holds the process's age after the imports and its age after the load."""
     text = _read_text(prompt)
     messages = _messages(prompt, text, before)
     asked = process_age()
@@ -291,7 +291,7 @@ def piped_text(text: str) -> str:
 
 
 def _opening(system: str | None, before: "State | None") -> "list[Message]":
-    """Return the messages before the user's first, or before the next in a saved chat."""
+    """Return the messages before the user's new one: those of a saved chat, or else the system message, if any."""
     if before is not None:
         return list(before.messages)
     return [] if system is None else [{"role": "system", "content": system}]

@@ -42,7 +42,7 @@ class Client(Protocol):
         """Hand an array to the device. The caller must not change it afterwards."""
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """Return a zeroed array and its buffer; values written to the array before a call reach that call."""
+        """Return a zeroed array and its buffer. A call with this buffer reads the array's current values."""
 
     def get(self, buffer: Buffer) -> np.ndarray:
         """Return a buffer's contents, read-only, valid until a call consumes the buffer."""

@@ -66,7 +66,7 @@ def problems(
     Args:
         needed: memory that the target needs.
         computing: number of computing threads.
-        limits: this process's limits, measured for `threads_started`.
+        limits: this process's limits, from `resources.limits` for `threads_started(computing)` threads.
         has_client: True if the threads run already.
     """
     fewer = ", or compute with fewer threads (--threads 1)" if computing > 1 and not has_client else ""

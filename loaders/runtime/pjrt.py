@@ -204,7 +204,7 @@ class Client:
         _jax.collect_garbage()
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """Return a zeroed array and a buffer that shares its memory; values written before a call reach that call.
+        """Return a zeroed array and a buffer that shares its memory. A call with the buffer reads the current values.
 
         Making a buffer takes longer than running a small program. So a caller makes the buffers of its inputs once, and
         writes new values into their arrays before each call.

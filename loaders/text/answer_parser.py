@@ -263,6 +263,6 @@ class AnswerParser:
 
 
 def _overlap(text: str, marker: str) -> int:
-    """Return the length of the longest end of the text that is the beginning of a marker, but not all of it."""
+    """Return the length of the longest proper prefix of the marker with which the text ends."""
     longest = min(len(text), len(marker) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)

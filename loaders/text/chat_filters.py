@@ -1,7 +1,7 @@
-"""The filters and tests that a chat template may use. Each charges its cost to the meter before it runs.
+"""All filters and tests that a chat template may use. Each charges its cost to the meter before it runs.
 
-The results equal those of jinja2's own filters and tests. A template cannot use any others. `chat_meter` explains
-costs. Importing this module imports jinja2.
+The results equal those of jinja2's own filters and tests, except that `tojson` writes JSON as transformers does.
+`chat_meter` explains costs. Importing this module imports jinja2.
 """
 
 import json

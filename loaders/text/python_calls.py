@@ -147,7 +147,7 @@ class _Reader:
         return pairs
 
     def _string(self) -> str:
-        """Return a string, or several in a row, which Python joins."""
+        """Return a string; several in a row are joined, as in Python."""
         found = self._match(_STRING)
         parts = [found]
         while self.peek("'") or self.peek('"'):

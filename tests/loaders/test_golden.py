@@ -62,7 +62,11 @@ def test_logits_match_the_reference(value, manifest, reference):
             "greedy[0]: expected a prompt of at least one token, found none;",
         ),
         (["greedy", 1, "prompt_token_ids"], [5] * 60, "answer of at most 64 tokens together, found 76;"),
-        (["greedy", 0, "prompt_token_ids"], [5] * 64, "greedy[0]: the prompt leaves no room for an answer;"),
+        (
+            ["greedy", 0, "prompt_token_ids"],
+            [5] * 64,
+            "greedy[0]: expected a prompt shorter than the context of 64 tokens, found 64;",
+        ),
         (["greedy", 0, "prompt_token_ids"], [320], "greedy[0]: a token is beyond the vocabulary of 320;"),
         (["greedy", 0, "token_ids"], [320], "greedy[0]: a token is beyond the vocabulary of 320;"),
         (

@@ -92,7 +92,7 @@ _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
 
 def _query_scalar(reader: MetadataReader) -> Config:
-    """Return the key for Gemma's scale of scores; as in llama.cpp, the number of layers identifies the 27B models."""
+    """Return the key for Gemma's scale of scores, which depends on the number of layers, as in llama.cpp."""
     heads = reader.integer("attention.head_count")
     by_width = reader.integer("embedding_length") // heads
     by_head = reader.integer("attention.key_length", by_width)
@@ -178,7 +178,7 @@ def _granite(reader: MetadataReader, shapes: Shapes) -> Config:
 
 
 def _smollm3(reader: MetadataReader, shapes: Shapes) -> Config:
-    """Return SmolLM3's keys; as in llama.cpp, every fourth layer has no RoPE, which the file omits."""
+    """Return SmolLM3's keys. The file does not say that every fourth layer has no RoPE; llama.cpp assumes it, too."""
     layers = reader.integer("block_count")
     has_rope = [int((layer + 1) % 4 != 0) for layer in range(layers)]
     return _SILU | _biases(shapes) | {"no_rope_layers": has_rope, "use_sliding_window": False}
@@ -197,7 +197,7 @@ def _mixtral(reader: MetadataReader, _: Shapes) -> Config:
 
 
 def _qwen3moe(reader: MetadataReader, shapes: Shapes) -> Config:
-    """Return Qwen3's keys; llama.cpp always renormalises the weights of a token's experts."""
+    """Return Qwen3's keys and those of the experts; `norm_topk_prob` is true, because llama.cpp always renormalises."""
     return {
         **_qwen3(reader, shapes),
         "num_experts": reader.integer("expert_count"),
