@@ -430,8 +430,8 @@ def test_compiling_happens_on_request_and_is_logged(cli, tiny_artifact, answer, 
         "run", tiny_artifact, "--ids", PROMPT, "--ignore-eos", "--target", "portable", "--compile", "--json"
     )
     found = json.loads(result.stdout)
-    assert (found["target"], found["compiles"], found["token_ids"]) == ("portable", 4, list(answer.token_ids))
-    assert result.stderr.splitlines()[-1] == "compiling decode from StableHLO …"
+    assert (found["target"], found["compiles"], found["token_ids"]) == ("portable", 6, list(answer.token_ids))
+    assert result.stderr.splitlines()[-1] == "compiling score from StableHLO …"
 
 
 def test_rehash_hashes_unchanged_files_again(cli, artifact_copy):

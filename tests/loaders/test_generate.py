@@ -367,6 +367,6 @@ class Unfinished:
 
 @pytest.mark.parametrize(("stop", "text", "reason"), [("\ufffd", "", "stop"), ("x", "\ufffd", "length")])
 def test_a_stop_string_completed_by_the_tail_is_a_stop(tiny_model, monkeypatch, stop, text, reason):
-    monkeypatch.setattr(tiny_model.tokenizer, "stream", Unfinished)
+    monkeypatch.setattr(tiny_model.tokenizer, "stream", lambda shown: Unfinished())
     answer = tiny_model.generate([7, 200, 31], SamplingParams(max_tokens=3, ignore_eos=True, stop=(stop,)))
     assert (answer.text, answer.finish_reason) == (text, reason)
