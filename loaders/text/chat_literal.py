@@ -126,7 +126,7 @@ class LiteralChat:
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
         """Return True if the template wrote the control token.
 
-        A character that the vocabulary lacks may become a control token, too: the token for unknown text.
+        The tokenizer may also give one for a character that the vocabulary lacks: the token for unknown text.
         """
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):
