@@ -116,11 +116,15 @@ def _copy(pairs: Sequence[_Pair]) -> None:
         _copy_layers(pairs, 0)
         return
     threads = [Thread(target=_copy_layers, args=(pairs, i, _THREADS)) for i in range(1, _THREADS)]
-    for thread in threads:
-        thread.start()
-    _copy_layers(pairs, 0, _THREADS)
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        _copy_layers(pairs, 0, _THREADS)
+    finally:
+        # Ctrl-C must not leave a thread behind that writes to a KV cache, which may be freed next.
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 def _copy_layers(pairs: Sequence[_Pair], first: int, step: int = 1) -> None:

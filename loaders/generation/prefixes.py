@@ -23,6 +23,8 @@ from .kv_state import Span
 # Without another bound, an eighth of the memory that is available when the first prompt ends, but at most this.
 MAX_DEFAULT_BYTES = 512 << 20
 _DEFAULT_SHARE = 8
+# Seconds that the end of a generation waits for the tree; after that, its keys and values are not kept.
+_LONGEST_WAIT_S = 1.0
 
 
 class SlotEngine(Protocol):
@@ -158,23 +160,28 @@ class PrefixTree:
         """
         if self._bound() == 0:
             return
-        ids, stop = np.asarray(tokens, np.int32), len(tokens)
-        with self._lock:
-            path = self._walk(ids)
-            known = sum(count for _, count in path)
-            if known >= stop:
-                return
-            parent = self._end(path)
-            views = self._views(cache, slot)
-            starts = {}
-            for name, view in views.items():
-                window = self._rings.get(name, 0)
-                intact = max(restored - window + 1, stop - view.shape[2]) if window else 0
-                starts[name] = min(max(known, intact), stop)
-            if kv_state.size(views, starts, stop) <= self._bound():
-                spans = kv_state.read(views, starts, stop)
-                self._add(_Node(ids[known:], known, spans, parent, pinned=False))
-                self._evict()
+        # A finaliser that ends a generation may call this in a thread that holds the lock.
+        if not self._lock.acquire(timeout=_LONGEST_WAIT_S):
+            return
+        try:
+            self._capture(np.asarray(tokens, np.int32), self._views(cache, slot), restored)
+        finally:
+            self._lock.release()
+
+    def _capture(self, ids: np.ndarray, views: Mapping[str, np.ndarray], restored: int) -> None:
+        path, stop = self._walk(ids), len(ids)
+        known = sum(count for _, count in path)
+        if known >= stop:
+            return
+        starts = {}
+        for name, view in views.items():
+            window = self._rings.get(name, 0)
+            intact = max(restored - window + 1, stop - view.shape[2]) if window else 0
+            starts[name] = min(max(known, intact), stop)
+        if kv_state.size(views, starts, stop) <= self._bound():
+            spans = kv_state.read(views, starts, stop)
+            self._add(_Node(ids[known:], known, spans, self._end(path), pinned=False))
+            self._evict()
 
     def compute(self, tokens: Sequence[int]) -> dict[str, Span]:
         """Return keys and values of some tokens by array, as `pin` takes them; the model reads those after a match.

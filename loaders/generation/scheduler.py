@@ -131,8 +131,9 @@ class Scheduler:
     def close(self, sequence: TokenSequence) -> None:
         """End a sequence, and return when its slot is free. `notify` of a sequence must not call it."""
         sequence.closing = True
-        self._cancelled.append(sequence)
-        self._work_until(lambda: sequence.ended, self._sweep)
+        if not sequence.ended:
+            self._cancelled.append(sequence)
+            self._work_until(lambda: sequence.ended, self._sweep)
 
     def advance(self, is_done: Callable[[], bool]) -> None:
         """Run steps, or wait for those that other threads run, until a condition holds.
@@ -238,7 +239,9 @@ class Scheduler:
             if (expiry := sequence.expires_at()) is not None:
                 self._timed[sequence] = expiry
         while self._cancelled:
-            self._end(self._cancelled.popleft())
+            # Ctrl-C may interrupt `_end`, and the next sweep then tries again.
+            self._end(self._cancelled[0])
+            self._cancelled.popleft()
         if self._timed:
             now = time.perf_counter()
             for sequence in [s for s, expiry in self._timed.items() if expiry <= now]:
@@ -270,7 +273,7 @@ class Scheduler:
             batch = next((b for b in self._batches if None in b.sequences), None)
             if batch is None and len(self._batches) == self._most_caches:
                 return None
-            sequence = self._waiting.popleft()
+            sequence = self._waiting[0]  # it keeps its place if Ctrl-C interrupts the creation of a cache
             try:
                 if batch is None:
                     batch = Batch(self._engine.new_cache(), self._engine.slots)
@@ -279,6 +282,7 @@ class Scheduler:
             except Exception as error:
                 self._fail(sequence, error)
                 continue
+            self._waiting.popleft()
             return sequence, batch
         return None
 

@@ -69,8 +69,9 @@ def results(
             for index in [i for i, s in running.items() if s.ended]:
                 yield index, _result(scheduler, running.pop(index))
     finally:
+        # Without waiting: the garbage collector may close this generator within a step, in the thread that runs it.
         for sequence in running.values():
-            scheduler.close(sequence)
+            scheduler.cancel(sequence)
 
 
 def _result(scheduler: Scheduler, sequence: TokenSequence) -> Completion | PrecastError:

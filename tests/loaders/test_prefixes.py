@@ -1,6 +1,8 @@
 """The prefix tree: whatever it restores is what the model had computed, for any prompts, cuts and evictions."""
 
 import hashlib
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -213,6 +215,18 @@ def test_without_memory_nothing_is_captured():
     assert (tree.bytes, tree.match([1, 2, 3]).length) == (0, 0)
 
 
+def test_a_finaliser_in_a_thread_that_uses_the_tree_does_not_wait_for_itself(monkeypatch):
+    """The garbage collector may end a generation while its thread looks up a prefix."""
+    monkeypatch.setattr(prefixes, "_LONGEST_WAIT_S", 0.01)
+    engine = FakeEngine(["cache.keys"])
+    tree, cache = PrefixTree(engine, limit=1 << 20), engine.new_cache()
+    with tree._lock:
+        tree.capture([1, 2], cache, 0, restored=0)
+    assert tree.match([1, 2]).length == 0
+    tree.capture([1, 2], cache, 0, restored=0)
+    assert tree.match([1, 2]).length == 2
+
+
 @pytest.mark.parametrize(
     ("available", "limit"), [(None, 512 << 20), (16 << 30, 512 << 20), (1 << 30, 128 << 20)]
 )
@@ -263,3 +277,24 @@ def test_large_copies_use_threads():
     kv_state.write({"cache.keys": copy}, spans.items())
     np.testing.assert_array_equal(copy[:, :, 5:4090], view[:, :, 5:4090])
     assert not copy[:, :, :5].any()
+
+
+def test_an_interrupted_copy_leaves_no_thread_that_writes(monkeypatch):
+    """The KV cache may be freed as soon as the caller has the exception."""
+    view = np.zeros((4, 4, 4096, 64), np.uint16)
+    span = Span(0, np.ones_like(view))
+    assert span.array.nbytes > kv_state._ONE_THREAD_BYTES
+    begun, copy_layers = threading.Event(), kv_state._copy_layers
+
+    def interrupted(pairs, first, step=1):
+        if first == 0:
+            begun.wait()
+            raise KeyboardInterrupt
+        begun.set()
+        time.sleep(0.1)
+        copy_layers(pairs, first, step)
+
+    monkeypatch.setattr(kv_state, "_copy_layers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kv_state.write({"cache.keys": view}, [("cache.keys", span)])
+    assert view[1::2].all()

@@ -1,13 +1,16 @@
 """Failures that stay with their sequence, and prefixes, on an engine without a model."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation import together
 from precast.loaders.generation.scheduler import Scheduler
 from precast.loaders.generation.sequence import TokenSequence
 
@@ -153,6 +156,68 @@ def test_ctrl_c_reaches_the_caller_and_fails_what_it_interrupted(
     engine.before = lambda name: None
     run(scheduler)
     assert (answer(waiting), waiting.error) == (alone([2]), None)
+
+
+def test_ctrl_c_while_a_cache_is_made_leaves_its_sequence_in_the_queue(
+    fake_engine: Any, new_sequence: Any, alone: Any
+) -> None:
+    engine = fake_engine()
+    scheduler, sequences = Scheduler(engine), [new_sequence([n]) for n in range(2)]
+    for sequence in sequences:
+        scheduler.submit(sequence)
+
+    def interrupt(name: str) -> None:
+        engine.before = lambda name: None
+        raise KeyboardInterrupt
+
+    engine.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step()
+    assert scheduler.stats().waiting == 2
+    run(scheduler)
+    assert [answer(s) for s in sequences] == [alone([0]), alone([1])]
+
+
+def test_ctrl_c_while_a_cancelled_sequence_ends_does_not_keep_its_slot(
+    fake_engine: Any, fake_prefixes: Any, new_sequence: Any
+) -> None:
+    prefixes = fake_prefixes()
+    scheduler, sequence = Scheduler(fake_engine(), prefixes=prefixes), new_sequence([1])
+    scheduler.submit(sequence)
+    scheduler.step()
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        del prefixes.capture
+        raise KeyboardInterrupt
+
+    prefixes.capture = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.cancel(sequence)
+    scheduler.step()
+    assert (sequence.ended, scheduler.stats().slots, prefixes.known) == (True, 0, [[1]])
+
+
+def test_results_dropped_within_a_step_end_after_it(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    """The garbage collector may close the generator in the thread that runs the step."""
+    engine = fake_engine()
+    scheduler, sequence = Scheduler(engine), new_sequence([3])
+    held = [together.results(scheduler, [partial(new_sequence, [n], limit=3 + 20 * n) for n in range(2)], 2)]
+    next(held[0])
+    engine.before = lambda name: held.clear()
+    scheduler.submit(sequence)
+    thread = threading.Thread(target=lambda: scheduler.advance(lambda: sequence.ended), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert (answer(sequence), scheduler.stats().running) == (alone([3]), 0)
+
+
+def test_an_idle_scheduler_keeps_no_sequence_in_memory(fake_engine: Any, new_sequence: Any) -> None:
+    scheduler, sequence = Scheduler(fake_engine()), new_sequence([1])
+    run(scheduler, sequence)
+    scheduler.close(sequence)
+    found = weakref.ref(sequence)
+    del sequence
+    assert found() is None
 
 
 def test_failures_keep_no_cache_in_memory(fake_engine: Any, new_sequence: Any) -> None:
