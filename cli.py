@@ -207,6 +207,32 @@ def chat(
     )
 
 
+@main.command()
+@click.argument("artifact", type=options.ARTIFACT)
+@click.argument("source", metavar="INPUT", type=options.PATH)
+@click.argument("output", metavar="OUTPUT", type=options.PATH)
+@options.sampling
+@options.loading
+def batch(
+    artifact: Path | str, source: Path, output: Path, sampling: "SamplingOptions", loading: "LoadOptions"
+) -> int:
+    """Answer every line of INPUT with ARTIFACT, into as many lines of OUTPUT.
+
+    A line of INPUT is a JSON object with a "prompt" or with "messages", and with sampling parameters by their names; or
+    a line of OpenAI's batch API. The options are for lines without parameters of their own. A line of OUTPUT has the
+    "text" of the answer or an "error", and the line's "custom_id". Names that end in .parquet are those of Parquet
+    files, which need the extra parquet.
+
+    As many lines are answered together as the artifact has slots. After an interrupt the same command goes on with the
+    lines that are left.
+
+    Exit code 0: every line is answered. 1: some lines have an error. 2: an error.
+    """
+    from precast.loaders.console import batch as console
+
+    return console.run(artifact, source, output, sampling=sampling, loading=loading)
+
+
 @main.command("add-target")
 @click.argument("artifact", type=options.PATH)
 @click.option(

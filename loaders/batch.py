@@ -1,0 +1,393 @@
+"""Answer every line of a file, many together, into a file of as many lines in the same order.
+
+A request is a JSON object, or a row of a Parquet file::
+
+    {"prompt": "text, or token ids", "max_tokens": 20}
+    {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.7, "custom_id": "1"}
+    {"custom_id": "2", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
+
+Besides the prompt it holds sampling parameters by their names, `tools` for messages, and OpenAI's names for some:
+`max_completion_tokens`, `response_format`, `stop` as a single text. A record of the output is one of::
+
+    {"custom_id": "1", "key": "5f0…", "text": "Hi", "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 2}
+    {"custom_id": "1", "key": "5f0…", "error": "one sentence"}
+
+with `reasoning`, `tool_calls` and `logprobs` if there are any. `key` tells which request the record answers, by which
+model and with which options: a later run of the same keeps the records and goes on after them. An interrupt may leave
+an incomplete last record, which is dropped.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from .artifact.errors import PrecastError
+from .generation.sampling_params import SamplingParams
+from .progress import Progress, Step, silent
+
+if TYPE_CHECKING:
+    from .generation.model import Model
+    from .generation.stream import Completion, Stream
+
+# Requests whose answers are put into order in memory. At the end of a window some slots are idle.
+_WINDOW = 1024
+_PARQUET = ".parquet"
+# Fields of OpenAI's requests that do not change the answer, and the values that are supported of those that would.
+_IGNORED = frozenset({"model", "user", "metadata", "store"})
+_SUPPORTED: Mapping[str, tuple[object, ...]] = {"n": (1, None), "stream": (False, None)}
+
+
+class BatchResult(NamedTuple):
+    """The number of records in the output: those of an earlier run, and all answers and errors."""
+
+    kept: int
+    answers: int
+    errors: int
+
+
+class _Request(NamedTuple):
+    """A request: its key, and its form or the error that it has none."""
+
+    key: str
+    fields: Mapping[str, Any] | PrecastError
+
+
+def run(
+    model: "Model",
+    source: Path,
+    target: Path,
+    params: SamplingParams,
+    *,
+    progress: Progress = silent,
+) -> BatchResult:
+    """Answer every request of a file.
+
+    An error of one request becomes its record. After an exception or an interrupt the output holds the records so far.
+
+    Args:
+        model: the model.
+        source: the requests: JSON lines in UTF-8, or a Parquet file if the name ends in .parquet.
+        target: the records: JSON lines, or a Parquet file if the name ends in .parquet. Until all records are there,
+            those for a Parquet file are in a file with `.partial.jsonl` appended to its name.
+        params: the sampling parameters of requests that do not give their own.
+        progress: receives the number of records.
+
+    Raises:
+        PrecastError: a file cannot be read or written, the output holds records of other requests, or the extra
+            `parquet` is needed and not installed.
+    """
+    is_parquet = target.suffix == _PARQUET
+    if is_parquet and target.exists():
+        raise PrecastError(f"{target}: exists already; remove it, or choose another output.")
+    records = target.with_name(target.name + ".partial.jsonl") if is_parquet else target
+    identity = _identity(model, params)
+    total = _count(source)
+    with _opened(records) as file:
+        requests = _requests(source, identity)
+        counts = _keep_records(file, requests, records, source)
+        kept = sum(counts)
+        progress(_step(kept, total))
+        for record in _answers(model, requests, params):
+            counts["error" in record] += 1
+            # Half of a surrogate pair, which JSON may hold, becomes the escape that JSON has for it.
+            file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
+            file.flush()
+            progress(_step(sum(counts), total))
+    if is_parquet:
+        _write_parquet(records, target)
+        records.unlink()
+    return BatchResult(kept, *counts)
+
+
+def _identity(model: "Model", params: SamplingParams) -> bytes:
+    """Return what answers depend on besides the request: model and default parameters."""
+    weights = {
+        name: entry.sha256 for name, entry in model.manifest.files.items() if name.endswith(".safetensors")
+    }
+    return repr((model.manifest.name, sorted(weights.items()), params)).encode()
+
+
+def _step(done: int, total: int) -> Step:
+    return Step(text="answering", done=done, total=total, unit="requests")
+
+
+# --- requests -----------------------------------------------------------------------------------------------
+
+
+def _count(source: Path) -> int:
+    """Return the number of requests."""
+    if source.suffix == _PARQUET:
+        return int(_parquet(source).metadata.num_rows)
+    with _reading(source) as file:
+        return sum(1 for _ in file)
+
+
+def _requests(source: Path, identity: bytes) -> Iterator[_Request]:
+    """Yield the requests of a file."""
+    if source.suffix == _PARQUET:
+        for batch in _parquet(source).iter_batches(batch_size=_WINDOW):
+            for row in batch.to_pylist():
+                given = {name: value for name, value in row.items() if value is not None}
+                yield _Request(_key(identity, repr(given).encode()), given)
+        return
+    with _reading(source) as file:
+        for number, line in enumerate(file, 1):
+            yield _Request(_key(identity, line.rstrip(b"\r\n")), _parsed(line, f"{source}: line {number}"))
+
+
+def _reading(source: Path) -> IO[bytes]:
+    try:
+        return source.open("rb")
+    except OSError as error:
+        raise PrecastError(f"{source}: cannot be read ({error.strerror}); check the path.") from None
+
+
+def _key(identity: bytes, request: bytes) -> str:
+    return hashlib.sha256(identity + b"\0" + request).hexdigest()[:16]
+
+
+def _parsed(line: bytes, where: str) -> Mapping[str, Any] | PrecastError:
+    try:
+        value = json.loads(line)
+    except RecursionError:
+        return PrecastError(f"{where}: expected a JSON object, found one nested too deeply.")
+    except ValueError:
+        return PrecastError(f"{where}: expected a JSON object, found {_shortened(line)}.")
+    if not isinstance(value, dict):
+        return PrecastError(f"{where}: expected a JSON object, found {_shortened(line)}.")
+    return value
+
+
+def _shortened(line: bytes) -> str:
+    text = line.decode("utf-8", "replace").strip()
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+# --- records of an earlier run ------------------------------------------------------------------------------
+
+
+def _opened(records: Path) -> IO[bytes]:
+    try:
+        records.touch()
+        return records.open("r+b")
+    except OSError as error:
+        raise PrecastError(
+            f"{records}: cannot be written ({error.strerror}); choose another output."
+        ) from None
+
+
+def _keep_records(file: IO[bytes], requests: Iterator[_Request], records: Path, source: Path) -> list[int]:
+    """Move past the records of an earlier run, and past their requests; drop an incomplete last record.
+
+    Returns:
+        The numbers of answers and of errors.
+
+    Raises:
+        PrecastError: a record belongs to another request.
+    """
+    counts, end = [0, 0], 0
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            break
+        record, request = _parsed(line, f"{records}: line {number}"), next(requests, None)
+        if isinstance(record, PrecastError) or request is None or record.get("key") != request.key:
+            raise PrecastError(
+                f"{records}: line {number} is no record of line {number} of {source} with this model and these options;"
+                " choose another output, or remove it."
+            )
+        counts["error" in record] += 1
+        end += len(line)
+    file.seek(end)
+    file.truncate()
+    return counts
+
+
+# --- answers ------------------------------------------------------------------------------------------------
+
+
+def _answers(
+    model: "Model", requests: Iterator[_Request], params: SamplingParams
+) -> Iterator[dict[str, Any]]:
+    """Yield the record of each request, in order."""
+    while window := list(islice(requests, _WINDOW)):
+        done: dict[int, dict[str, Any]] = {}
+        place = 0
+        for index, result in _results(model, window, params):
+            done[index] = _record(window[index], result)
+            while place in done:
+                yield done.pop(place)
+                place += 1
+
+
+def _results(
+    model: "Model", window: Sequence[_Request], params: SamplingParams
+) -> "Iterator[tuple[int, Completion | PrecastError]]":
+    """Run as many requests at a time as the model has slots, and yield each result when it is complete."""
+    waiting = iter(enumerate(window))
+    running: dict[int, tuple[Stream, Iterator[object]]] = {}
+    try:
+        while True:
+            while len(running) < model.engine.slots and (following := next(waiting, None)) is not None:
+                index, request = following
+                try:
+                    stream = _stream(model, request, params)
+                except PrecastError as error:
+                    yield index, error
+                    continue
+                running[index] = stream, stream.events()
+            if not running:
+                return
+            for index, (stream, events) in list(running.items()):
+                try:
+                    if next(events, None) is not None:
+                        continue
+                    result: Completion | PrecastError = stream.completion
+                except PrecastError as error:
+                    result = error
+                del running[index]
+                yield index, result
+    finally:
+        for stream, _ in running.values():
+            stream.close()
+
+
+def _stream(model: "Model", request: _Request, params: SamplingParams) -> "Stream":
+    """Start the generation of a request.
+
+    Raises:
+        PrecastError: the request is malformed, or unsuitable for the model.
+    """
+    if isinstance(request.fields, PrecastError):
+        raise request.fields
+    fields = request_fields(request.fields)
+    prompt, messages, tools = (fields.pop(name, None) for name in ("prompt", "messages", "tools"))
+    if (prompt is None) == (messages is None):
+        found = "neither" if prompt is None else "both"
+        raise PrecastError(f"request: expected either prompt or messages, found {found}.")
+    given = replace(params, **fields)
+    if prompt is not None:
+        if tools is not None:
+            raise PrecastError("request: tools need messages, found a prompt.")
+        return model.stream(prompt, given)
+    return model.stream_chat(messages, given, tools=tools)
+
+
+def request_fields(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return prompt, messages, tools and sampling parameters of a request, by precast's names.
+
+    Args:
+        request: a request of this module, or of OpenAI's batch API.
+
+    Raises:
+        PrecastError: a field is malformed, or asks for what a batch cannot do.
+    """
+    body = request.get("body", request)
+    if not isinstance(body, Mapping):
+        raise PrecastError(f"request: body must be an object, found {body!r:.60}.")
+    # As in OpenAI's API, null is the default.
+    fields = {name: value for name, value in body.items() if value is not None}
+    if "body" not in request:
+        fields.pop("custom_id", None)
+    for name in _IGNORED:
+        fields.pop(name, None)
+    for name, supported in _SUPPORTED.items():
+        if (value := fields.pop(name, None)) not in supported:
+            raise PrecastError(f"request: {name} must be {json.dumps(supported[0])}, found {value!r:.60}.")
+    if (limit := fields.pop("max_completion_tokens", None)) is not None:
+        fields["max_tokens"] = limit
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = (fields["stop"],)
+    return fields | _schema_of(fields.pop("response_format", None))
+
+
+def _schema_of(response_format: Any) -> dict[str, Any]:
+    """Return the sampling parameter for OpenAI's `response_format`."""
+    match response_format:
+        case None | {"type": "text"}:
+            return {}
+        case {"type": "json_object"}:
+            return {"json_schema": {"type": "object"}}
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return {"json_schema": schema}
+    raise PrecastError(
+        "request: response_format must have the type text, json_object or json_schema, found"
+        f" {response_format!r:.60}."
+    )
+
+
+def _record(request: _Request, result: "Completion | PrecastError") -> dict[str, Any]:
+    fields = {} if isinstance(request.fields, PrecastError) else request.fields
+    record = {"custom_id": fields["custom_id"]} if "custom_id" in fields else {}
+    record["key"] = request.key
+    if isinstance(result, PrecastError):
+        return record | {"error": str(result)}
+    record |= {
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": len(result.prompt_token_ids),
+        "completion_tokens": len(result.token_ids),
+    }
+    if result.reasoning:
+        record["reasoning"] = result.reasoning
+    if result.tool_calls:
+        record["tool_calls"] = result.message()["tool_calls"]
+    if result.logprobs:
+        record["logprobs"] = [
+            {"token_id": t.token_id, "text": t.text, "logprob": t.logprob} for t in result.logprobs
+        ]
+    return record
+
+
+# --- Parquet ------------------------------------------------------------------------------------------------
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise PrecastError(
+            "Parquet files need pyarrow, which is not installed: pip install 'precast[parquet]'"
+        ) from None
+    return pyarrow
+
+
+def _parquet(source: Path) -> Any:
+    arrow = _pyarrow()
+    try:
+        return arrow.parquet.ParquetFile(source)
+    except (OSError, arrow.ArrowException) as error:
+        raise PrecastError(f"{source}: cannot be read as Parquet ({str(error).splitlines()[0]}).") from None
+
+
+def _write_parquet(records: Path, target: Path) -> None:
+    """Write records as a Parquet file. Its columns are all fields; those that are no texts or numbers hold JSON."""
+    arrow = _pyarrow()
+    types = {"prompt_tokens": arrow.int64(), "completion_tokens": arrow.int64()}
+    names = (
+        "custom_id",
+        "key",
+        "text",
+        "finish_reason",
+        *types,
+        "reasoning",
+        "tool_calls",
+        "logprobs",
+        "error",
+    )
+    schema = arrow.schema([(name, types.get(name, arrow.string())) for name in names])
+    partial = target.with_name(target.name + ".partial")
+    with records.open("rb") as file, arrow.parquet.ParquetWriter(partial, schema) as writer:
+        while lines := list(islice(file, _WINDOW)):
+            rows = [{name: _plain(value) for name, value in json.loads(line).items()} for line in lines]
+            writer.write_table(arrow.Table.from_pylist(rows, schema=schema))
+    os.replace(partial, target)
+
+
+def _plain(value: Any) -> str | int:
+    return value if isinstance(value, str | int) else json.dumps(value)

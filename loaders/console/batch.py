@@ -1,0 +1,51 @@
+"""The command ``precast batch``."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from ..artifact.errors import PrecastError, printable
+from ..artifact.interrupt import raise_on_interrupt
+from ..progress import show_progress
+from .run import LoadOptions, SamplingOptions
+
+
+def run(
+    artifact: Path | str, source: Path, target: Path, *, sampling: SamplingOptions, loading: LoadOptions
+) -> int:
+    """Answer every request of a file, and print how many were answered on standard error.
+
+    Returns:
+        The exit code: 0 if all requests were answered, 1 if some have an error.
+
+    Raises:
+        PrecastError: the artifact does not load, or a file is unsuitable.
+    """
+    from .. import batch
+    from ..load import load
+
+    if source.exists() and target.exists() and source.samefile(target):
+        raise PrecastError(f"{target}: is the input; choose another output.")
+    with show_progress() as display:
+        model = load(
+            artifact,
+            rehash=loading.rehash,
+            target=loading.target,
+            allow_compile=loading.allow_compile,
+            require_signature=loading.require_signature,
+            threads=loading.threads,
+            log=display.log,
+            progress=display,
+        )
+        params = replace(model.default_sampling(), **sampling.given())
+        try:
+            with raise_on_interrupt():
+                found = batch.run(model, source, target, params, progress=display)
+        except KeyboardInterrupt:
+            display.log("Interrupted: the same command goes on after the records so far.")
+            raise
+    kept = f", {found.kept:,} of them from an earlier run" if found.kept else ""
+    print(
+        printable(f"{target}: {found.answers:,} answers and {found.errors:,} errors{kept}"), file=sys.stderr
+    )
+    return 1 if found.errors else 0
