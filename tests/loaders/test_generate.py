@@ -91,6 +91,17 @@ def test_log_probabilities_are_those_of_the_reference(tiny_model, reference, par
         assert tops[0] == pytest.approx(expected[place].max(), abs=1e-3)
 
 
+def test_answers_to_one_prompt_share_its_reading(tiny_model):
+    params = SamplingParams(ignore_eos=True, temperature=1.5, seed=4, max_tokens=12)
+    prompt = [9, 8, 7, 6, 5, 4, 3, 2]
+    found = tiny_model.generate_answers(prompt, 4, params)
+    alone = [tiny_model.generate(prompt, dataclasses.replace(params, seed=4 + i)) for i in range(4)]
+    assert [f.token_ids for f in found] == [f.token_ids for f in alone]
+    assert len({f.token_ids for f in found}) == 4
+    # The last token of the prompt gives the logits.
+    assert [f.timing.cached_tokens for f in found[1:]] == [len(prompt) - 1] * 3
+
+
 # --- the end ------------------------------------------------------------------------------------------------
 
 
