@@ -306,7 +306,9 @@ def _json_call(value: Any) -> RawCall:
     if isinstance(arguments, str):
         arguments = _loads(arguments)
     identifier = value.get("id")
-    return _raw_call(value.get("name"), arguments, identifier if isinstance(identifier, str) else None)
+    # Llama 3.1 also writes {"type": "function", "function": "weather", "parameters": {…}}.
+    name = value.get("name", value.get("function"))
+    return _raw_call(name, arguments, identifier if isinstance(identifier, str) else None)
 
 
 def _raw_call(name: Any, arguments: Any, identifier: str | None) -> RawCall:

@@ -259,6 +259,7 @@ def test_a_call_within_the_reasoning_is_no_call():
         ("llama3", '<|python_tag|>brave_search.call(query="a \\"b\\" c")', "", [("brave_search", '{"query": "a \\"b\\" c"}')]),
         ("llama3", '{"name": "weather", "parameters": {}}; {"name": "weather", "parameters": {"a": 1}}', "", [("weather", "{}"), ("weather", '{"a": 1}')]),
         ("llama3", '{"name": "weather", "parameters": {}}; no', "; no", [("weather", "{}")]),
+        ("llama3", '{"type": "function", "function": "weather", "parameters": {"a": 1}}', "", [("weather", '{"a": 1}')]),
         ("llama3", '{"name": "other", "parameters": {}}', None, []),
         ("llama3", '{"answer": 42}', None, []),
         ("llama3", "[1, 2, 3]", None, []),
