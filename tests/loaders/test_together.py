@@ -28,14 +28,14 @@ def prompts(count: int) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def alone(slots_model: Model) -> Callable[..., Completion]:
+def alone(tiny_model: Model) -> Callable[..., Completion]:
     """Return a function that generates alone, with a memory."""
     known: dict[Any, Completion] = {}
 
     def generate(ids: list[int], params: SamplingParams = FREE) -> Completion:
         key = (tuple(ids), params)
         if key not in known:
-            known[key] = slots_model.generate(ids, params)
+            known[key] = tiny_model.generate(ids, params)
         return known[key]
 
     return generate
@@ -48,17 +48,17 @@ def same(found: Completion, expected: Completion) -> bool:
 # --- many prompts -------------------------------------------------------------------------------------------
 
 
-def test_completions_come_in_the_order_of_the_prompts(slots_model: Model, alone: Any) -> None:
+def test_completions_come_in_the_order_of_the_prompts(tiny_model: Model, alone: Any) -> None:
     params = [FREE if n % 3 else SAMPLED for n in range(10)]
-    found = slots_model.generate_many(prompts(10), params)
+    found = tiny_model.generate_many(prompts(10), params)
     assert [c.prompt_token_ids for c in found] == [tuple(ids) for ids in prompts(10)]
     for completion, ids, chosen in zip(found, prompts(10), params, strict=True):
         assert same(completion, alone(ids, chosen))
-    assert slots_model.scheduler.stats().slots == 0
+    assert tiny_model.scheduler.stats().slots == 0
 
 
-def test_no_prompts_give_no_completions(slots_model: Model) -> None:
-    assert slots_model.generate_many([]) == []
+def test_no_prompts_give_no_completions(tiny_model: Model) -> None:
+    assert tiny_model.generate_many([]) == []
 
 
 @given(
@@ -68,24 +68,24 @@ def test_no_prompts_give_no_completions(slots_model: Model) -> None:
 )
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_batch_answers_as_each_prompt_alone(
-    slots_model: Model, alone: Any, lengths: list[int], limits: list[int], seed: int
+    tiny_model: Model, alone: Any, lengths: list[int], limits: list[int], seed: int
 ) -> None:
     ids = [np.random.default_rng([seed, n]).integers(0, VOCAB, n).tolist() for n in lengths]
     params = [dataclasses.replace(FREE, max_tokens=n) for n in limits[: len(ids)]]
-    for found, prompt, chosen in zip(slots_model.generate_many(ids, params), ids, params, strict=True):
+    for found, prompt, chosen in zip(tiny_model.generate_many(ids, params), ids, params, strict=True):
         assert found.token_ids == alone(prompt).token_ids[: chosen.max_tokens]
 
 
-def test_results_come_as_they_complete(slots_model: Model, alone: Any) -> None:
+def test_results_come_as_they_complete(tiny_model: Model, alone: Any) -> None:
     params = [dataclasses.replace(FREE, max_tokens=n) for n in (12, 1, 5)]
-    found = list(slots_model.generate_each(prompts(3), params))
+    found = list(tiny_model.generate_each(prompts(3), params))
     assert [index for index, _ in found] == [1, 2, 0]
     for index, completion in found:
         assert isinstance(completion, Completion)
         assert completion.token_ids == alone(prompts(3)[index]).token_ids[: params[index].max_tokens]
 
 
-def test_prompts_are_taken_when_a_slot_is_free(slots_model: Model) -> None:
+def test_prompts_are_taken_when_a_slot_is_free(tiny_model: Model) -> None:
     taken: list[int] = []
 
     def endless() -> Any:
@@ -93,17 +93,17 @@ def test_prompts_are_taken_when_a_slot_is_free(slots_model: Model) -> None:
             taken.append(1)
             yield [7, len(taken)]
 
-    results = slots_model.generate_each(endless(), dataclasses.replace(FREE, max_tokens=2))
+    results = tiny_model.generate_each(endless(), dataclasses.replace(FREE, max_tokens=2))
     first = [index for index, _ in itertools.islice(results, 4)]
     assert sorted(first) == [0, 1, 2, 3]
-    assert len(taken) <= 4 + slots_model.engine.slots
+    assert len(taken) <= 4 + tiny_model.engine.slots
     results.close()  # type: ignore[attr-defined]
-    assert slots_model.scheduler.stats().slots == 0
+    assert tiny_model.scheduler.stats().slots == 0
 
 
-def test_a_failing_prompt_leaves_the_others_alone(slots_model: Model, alone: Any) -> None:
+def test_a_failing_prompt_leaves_the_others_alone(tiny_model: Model, alone: Any) -> None:
     bad = dataclasses.replace(FREE, suppress_tokens=tuple(range(VOCAB)))
-    found = dict(slots_model.generate_each([[1], [], [2], [3]], [FREE, FREE, bad, FREE]))
+    found = dict(tiny_model.generate_each([[1], [], [2], [3]], [FREE, FREE, bad, FREE]))
     assert str(found[1]) == "prompt: expected at least one token, found none; give the model some text."
     assert str(found[2]) == (
         "Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to choose; relax"
@@ -119,55 +119,55 @@ def refusal(work: Callable[[], object]) -> str:
     return str(raised.value)
 
 
-def test_a_prompt_that_cannot_be_continued_is_named_before_any_work(slots_model: Model) -> None:
-    before = slots_model.scheduler.stats().steps
-    assert refusal(lambda: slots_model.generate_many([[1], [2, VOCAB]])) == (
+def test_a_prompt_that_cannot_be_continued_is_named_before_any_work(tiny_model: Model) -> None:
+    before = tiny_model.scheduler.stats().steps
+    assert refusal(lambda: tiny_model.generate_many([[1], [2, VOCAB]])) == (
         "prompts[1]: token 1 is 320, expected an id from 0 to 319."
     )
-    assert refusal(lambda: slots_model.generate_many([[1], [2]], [FREE])) == (
+    assert refusal(lambda: tiny_model.generate_many([[1], [2]], [FREE])) == (
         "params: expected one for each of the 2 prompts, found 1; give one for all, or as many as prompts."
     )
-    assert refusal(lambda: slots_model.generate_many("the cat")) == (
+    assert refusal(lambda: tiny_model.generate_many("the cat")) == (
         "prompts: expected a list of prompts, found a single one; give it to generate instead."
     )
-    assert refusal(lambda: slots_model.generate_many([1, 2])) == (  # type: ignore[list-item]
+    assert refusal(lambda: tiny_model.generate_many([1, 2])) == (  # type: ignore[list-item]
         "prompts[0]: expected text or token ids, found int."
     )
-    assert slots_model.scheduler.stats().steps == before
+    assert tiny_model.scheduler.stats().steps == before
 
 
-def test_a_failure_while_generating_names_its_prompt_and_ends_the_others(slots_model: Model) -> None:
+def test_a_failure_while_generating_names_its_prompt_and_ends_the_others(tiny_model: Model) -> None:
     bad = dataclasses.replace(FREE, suppress_tokens=tuple(range(VOCAB)))
-    assert refusal(lambda: slots_model.generate_many([[1], [2]], [FREE, bad])) == (
+    assert refusal(lambda: tiny_model.generate_many([[1], [2]], [FREE, bad])) == (
         "prompts[1]: Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to"
         " choose; relax one of them."
     )
-    assert slots_model.scheduler.stats().slots == 0
+    assert tiny_model.scheduler.stats().slots == 0
 
 
 # --- streams ------------------------------------------------------------------------------------------------
 
 
-def test_sixteen_threads_stream_at_once(slots_model: Model, alone: Any) -> None:
+def test_sixteen_threads_stream_at_once(tiny_model: Model, alone: Any) -> None:
     expected = [alone(ids) for ids in prompts(16)]
-    streams = [slots_model.stream(ids, FREE) for ids in prompts(16)]
+    streams = [tiny_model.stream(ids, FREE) for ids in prompts(16)]
     threads = [threading.Thread(target=stream.finish) for stream in streams]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert all(same(s.completion, e) for s, e in zip(streams, expected, strict=True))
-    assert slots_model.scheduler.stats().slots == 0
+    assert tiny_model.scheduler.stats().slots == 0
 
 
-def test_streams_share_their_steps(slots_model: Model) -> None:
-    before = slots_model.scheduler.stats().steps
-    streams = [slots_model.stream([n], FREE) for n in range(3)]
+def test_streams_share_their_steps(tiny_model: Model) -> None:
+    before = tiny_model.scheduler.stats().steps
+    streams = [tiny_model.stream([n], FREE) for n in range(3)]
     for stream in streams:
         next(stream)
     for stream in streams:
         stream.finish()
-    assert slots_model.scheduler.stats().steps - before <= 3 + 12 + 2
+    assert tiny_model.scheduler.stats().steps - before <= 3 + 12 + 2
 
 
 async def read(stream: Stream, most: int) -> str:
@@ -177,10 +177,10 @@ async def read(stream: Stream, most: int) -> str:
     return text
 
 
-def test_twenty_tasks_with_cancellations(slots_model: Model, alone: Any) -> None:
+def test_twenty_tasks_with_cancellations(tiny_model: Model, alone: Any) -> None:
     """Every third task is cancelled at a random place; the others get their whole answers."""
     expected = [alone(ids) for ids in prompts(20)]
-    streams = [slots_model.stream(ids, FREE) for ids in prompts(20)]
+    streams = [tiny_model.stream(ids, FREE) for ids in prompts(20)]
 
     async def use() -> list[Any]:
         tasks = [asyncio.create_task(read(stream, 20)) for stream in streams]
@@ -196,11 +196,11 @@ def test_twenty_tasks_with_cancellations(slots_model: Model, alone: Any) -> None
             assert expected[n].token_ids[: len(stream.completion.token_ids)] == stream.completion.token_ids
         else:
             assert (found, stream.completion.token_ids) == (expected[n].text, expected[n].token_ids)
-    assert slots_model.scheduler.stats().slots == 0
+    assert tiny_model.scheduler.stats().slots == 0
 
 
-def test_pieces_that_are_ready_need_no_thread(slots_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = (slots_model.stream([n], FREE) for n in (1, 2))
+def test_pieces_that_are_ready_need_no_thread(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (tiny_model.stream([n], FREE) for n in (1, 2))
     next(second)
     first.finish()  # advances the second, too
     ready = len(second._sequence.unread)
@@ -216,29 +216,29 @@ def test_pieces_that_are_ready_need_no_thread(slots_model: Model, monkeypatch: p
 
 
 def test_a_failure_of_the_engine_reaches_every_reader_and_frees_the_slots(
-    slots_model: Model, alone: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Model, alone: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    streams = [slots_model.stream([n], FREE) for n in range(2)]
+    streams = [tiny_model.stream([n], FREE) for n in range(2)]
     for stream in streams:
         next(stream)
 
     def broken(*_: Any) -> None:
         raise PrecastError("weights.safetensors: the file was written to.")
 
-    monkeypatch.setattr(slots_model.engine, "decode", broken)
+    monkeypatch.setattr(tiny_model.engine, "decode", broken)
     for _ in range(2):
         for stream in streams:
             assert refusal(stream.finish) == "weights.safetensors: the file was written to."
-    assert slots_model.scheduler.stats().slots == 0
+    assert tiny_model.scheduler.stats().slots == 0
     monkeypatch.undo()
-    assert same(slots_model.generate([1], FREE), alone([1]))
+    assert same(tiny_model.generate([1], FREE), alone([1]))
 
 
 # --- what a request asks for --------------------------------------------------------------------------------
 
 
-def test_time_runs_out(slots_model: Model) -> None:
-    found = slots_model.generate([1, 2], dataclasses.replace(FREE, timeout_s=1e-9))
+def test_time_runs_out(tiny_model: Model) -> None:
+    found = tiny_model.generate([1, 2], dataclasses.replace(FREE, timeout_s=1e-9))
     assert (found.finish_reason, found.text, found.token_ids) == ("timeout", "", ())
 
 
@@ -249,18 +249,18 @@ def test_time_limits_that_are_refused(value: Any) -> None:
     )
 
 
-def test_the_echo_of_the_prompt_comes_first(slots_model: Model, alone: Any) -> None:
-    ids = slots_model.tokenizer.encode("the quick brown fox")
-    stream = slots_model.stream(ids, dataclasses.replace(FREE, echo=True))
+def test_the_echo_of_the_prompt_comes_first(tiny_model: Model, alone: Any) -> None:
+    ids = tiny_model.tokenizer.encode("the quick brown fox")
+    stream = tiny_model.stream(ids, dataclasses.replace(FREE, echo=True))
     assert next(stream) == "the quick brown fox"
     assert stream.finish().text == "the quick brown fox" + alone(ids).text
     assert stream.completion.token_ids == alone(ids).token_ids
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 40])
-def test_log_probabilities_of_prompt_and_answer(slots_model: Model, reference: Any, length: int) -> None:
+def test_log_probabilities_of_prompt_and_answer(tiny_model: Model, reference: Any, length: int) -> None:
     ids = np.random.default_rng(length).integers(0, VOCAB, length).tolist()
-    found = slots_model.generate(ids, dataclasses.replace(FREE, logprobs=2, prompt_logprobs=0))
+    found = tiny_model.generate(ids, dataclasses.replace(FREE, logprobs=2, prompt_logprobs=0))
     logits = reference([*ids, *found.token_ids]).astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     records = [*found.prompt_logprobs, *found.logprobs]
