@@ -59,8 +59,9 @@ def decode(engine: Engine, sequences: Sequence[TokenSequence], batch: Batch) -> 
 
 def verify(engine: Engine, sequence: TokenSequence, batch: Batch, draft: Sequence[int]) -> Results:
     """Run the newest token of a sequence and a draft of the next ones (R = 1 + ``len(draft)``)."""
-    tokens = [sequence.tokens[-1], *draft]
-    step = engine.score(tokens, batch.cache, start=len(sequence.tokens) - 1, slot=sequence.slot)
+    start, tokens = len(sequence.tokens) - 1, [sequence.tokens[-1], *draft]
+    sequence.written = max(sequence.written, start + len(tokens))
+    step = engine.score(tokens, batch.cache, start=start, slot=sequence.slot)
     return _results(engine, step, [sequence])
 
 

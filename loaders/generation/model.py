@@ -86,9 +86,7 @@ class Model:
         self.target = target
         self.compiles = compiles
         self.eos_token_ids = frozenset(manifest.tokenizer.eos_token_ids)
-        # precast's kernels compute a token alike in every program. Rejected drafts overwrite positions of a window that
-        # a prefix may still need.
-        self._verifies_exactly = bool(target.kernels) and not any(engine.windows.values())
+        self._verifies_exactly = bool(target.kernels)  # they compute a token alike in every program
         self._grammars: Grammars | None = None
         self._grammars_lock = Lock()
 

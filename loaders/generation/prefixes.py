@@ -148,7 +148,9 @@ class PrefixTree:
                 check_unchanged()
         return match.length
 
-    def capture(self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int) -> None:
+    def capture(
+        self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int, written: int = 0
+    ) -> None:
         """Keep keys and values of a slot that are not in the tree yet.
 
         Args:
@@ -157,6 +159,8 @@ class PrefixTree:
             slot: the slot.
             restored: the result of `restore` for this sequence. Arrays with a window have the window before that
                 position, and later positions.
+            written: number of positions that the sequence wrote, if that is more than its tokens. Each of them took a
+                place in the arrays with a window.
         """
         if self._bound() == 0:
             return
@@ -164,11 +168,13 @@ class PrefixTree:
         if not self._lock.acquire(timeout=_LONGEST_WAIT_S):
             return
         try:
-            self._capture(np.asarray(tokens, np.int32), self._views(cache, slot), restored)
+            self._capture(
+                np.asarray(tokens, np.int32), self._views(cache, slot), restored, max(written, len(tokens))
+            )
         finally:
             self._lock.release()
 
-    def _capture(self, ids: np.ndarray, views: Mapping[str, np.ndarray], restored: int) -> None:
+    def _capture(self, ids: np.ndarray, views: Mapping[str, np.ndarray], restored: int, written: int) -> None:
         path, stop = self._walk(ids), len(ids)
         known = sum(count for _, count in path)
         if known >= stop:
@@ -176,7 +182,7 @@ class PrefixTree:
         starts = {}
         for name, view in views.items():
             window = self._rings.get(name, 0)
-            intact = max(restored - window + 1, stop - view.shape[2]) if window else 0
+            intact = max(restored - window + 1, written - view.shape[2]) if window else 0
             starts[name] = min(max(known, intact), stop)
         if kv_state.size(views, starts, stop) <= self._bound():
             spans = kv_state.read(views, starts, stop)

@@ -49,7 +49,9 @@ class Prefixes(Protocol):
             The length of the prefix; 0 if none is known.
         """
 
-    def capture(self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int) -> None:
+    def capture(
+        self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int, written: int
+    ) -> None:
         """Keep keys and values of a slot.
 
         Args:
@@ -57,6 +59,7 @@ class Prefixes(Protocol):
             cache: the KV cache to read from.
             slot: the sequence's slot.
             restored: the result of `restore` for this sequence.
+            written: number of positions that the sequence wrote, which rejected drafts may raise above its tokens.
         """
 
 
@@ -402,6 +405,7 @@ class Scheduler:
                     batch.cache,
                     sequence.slot,
                     restored=sequence.cached_tokens,
+                    written=sequence.written,
                 ),
             )
 

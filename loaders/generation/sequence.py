@@ -95,6 +95,7 @@ class TokenSequence:
         batch: the sequences that share the KV cache; None without a slot.
         slot: the sequence's slot in the KV cache.
         filled: positions of the slot that hold keys and values of `tokens`.
+        written: positions of the slot that drafts wrote, right or wrong; 0 without drafts.
         cached_tokens: tokens of the prompt whose keys and values came from a prefix.
         queue_s: seconds from submission until the reading of the prompt began.
         began, first, last: seconds of the scheduler's clock, which stands still between steps, at the start of the
@@ -131,7 +132,7 @@ class TokenSequence:
         self.submitted = self.closing = self.ended = False
         self.batch: Batch | None = None
         self.slot = -1
-        self.filled = self.cached_tokens = 0
+        self.filled = self.written = self.cached_tokens = 0
         self.submitted_at = self.queue_s = self.began = self.first = self.last = 0.0
 
     @property

@@ -85,8 +85,19 @@ def recount(tree: PrefixTree) -> int:
     return total
 
 
-def play(tree: PrefixTree, engine: FakeEngine, prompt: list[int], answer: list[int], slot: int) -> int:
-    """Read a prompt in chunks after its prefix, then decode an answer; return the prefix's length."""
+def play(
+    tree: PrefixTree,
+    engine: FakeEngine,
+    prompt: list[int],
+    answer: list[int],
+    slot: int,
+    *,
+    rejected: int = 0,
+) -> int:
+    """Read a prompt in chunks after its prefix, then decode an answer; return the prefix's length.
+
+    Rejected drafts are written after the answer.
+    """
     cache = engine.new_cache()
     length = tree.restore(prompt[:-1], cache, slot)
     assert length < len(prompt)
@@ -94,8 +105,10 @@ def play(tree: PrefixTree, engine: FakeEngine, prompt: list[int], answer: list[i
     for at in range(length, len(prompt), CHUNK):
         engine.read(prompt[: at + CHUNK], cache, slot, at)
         tree.capture(prompt[: at + CHUNK], cache, slot, restored=length)
-    engine.read(prompt + answer, cache, slot, len(prompt))
-    tree.capture(prompt + answer, cache, slot, restored=length)
+    tokens = prompt + answer
+    engine.read(tokens, cache, slot, len(prompt))
+    engine.read(tokens + [9] * rejected, cache, slot, len(tokens))
+    tree.capture(tokens, cache, slot, restored=length, written=len(tokens) + rejected)
     assert recount(tree) == tree.bytes
     return length
 
@@ -108,7 +121,9 @@ POSITION = LAYERS * HEADS * 2  # bytes of a scale's position
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
-        st.tuples(PROMPTS, st.integers(0, 1), st.integers(0, 15), st.booleans()), min_size=1, max_size=12
+        st.tuples(PROMPTS, st.integers(0, 1), st.integers(0, 15), st.integers(0, CHUNK - 1), st.booleans()),
+        min_size=1,
+        max_size=12,
     ),
     st.integers(0, 90),
     st.sampled_from([NAMES[:2], NAMES[2:], NAMES]),
@@ -117,8 +132,8 @@ def test_restored_positions_are_those_computed(turns, limit, names):
     """Any prompts share beginnings, for three tokens make few of them; small bounds evict at every turn."""
     engine = FakeEngine(names)
     tree = PrefixTree(engine, limit=limit * POSITION * 10)
-    for prompt, slot, count, is_pinned in turns:
-        play(tree, engine, prompt, [0] * count, slot)
+    for prompt, slot, count, rejected, is_pinned in turns:
+        play(tree, engine, prompt, [0] * count, slot, rejected=min(rejected, 47 - len(prompt) - count))
         if is_pinned:
             pin(tree, engine, prompt)
         assert tree.bytes <= limit * POSITION * 10
@@ -171,6 +186,15 @@ def test_a_ring_forgets_what_an_answer_overwrote():
     tree.capture(tokens, cache, 0, restored=0)
     # The ring holds the last 8 positions; 35 needs 32, 33 and 34.
     assert [tree.match(tokens[:n]).length for n in (40, 36, 35, 34)] == [40, 36, 35, 0]
+
+
+def test_a_ring_forgets_what_rejected_drafts_overwrote():
+    engine = FakeEngine(["cache.keys", "cache.window_4.keys"])
+    tree, cache = PrefixTree(engine, limit=1 << 20), engine.new_cache()
+    tokens = list(range(40))
+    engine.read([*tokens, 9, 9, 9], cache, 0, 0)
+    tree.capture(tokens, cache, 0, restored=0, written=43)
+    assert [tree.match(tokens[:n]).length for n in (40, 39, 38, 37)] == [40, 39, 38, 0]
 
 
 def test_the_least_recently_used_leaf_goes_first():

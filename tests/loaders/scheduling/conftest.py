@@ -117,7 +117,7 @@ class FakePrefixes:
         cache.slots[slot].update(enumerate(tokens[:length]))
         return length
 
-    def capture(self, tokens: list[int], cache: Any, slot: int, *, restored: int) -> None:
+    def capture(self, tokens: list[int], cache: Any, slot: int, *, restored: int, written: int) -> None:
         assert tokens == [cache.slots[slot][p] for p in range(len(tokens))]
         self.known.append(tokens)
 
