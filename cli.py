@@ -261,6 +261,72 @@ def add_target(
     )
 
 
+@main.command("add-prefix")
+@click.argument("artifact", type=options.PATH)
+@click.argument("name")
+@click.option(
+    "--system", type=options.PATH, help="File of a system message: the prefix of all chats with it."
+)
+@click.option(
+    "--chat", type=options.PATH, help="JSON file of messages: the prefix of all chats that go on from them."
+)
+@click.option("--text", type=options.PATH, help="File of text that prompts continue.")
+@click.option("--tools", type=options.PATH, help="JSON file of the functions of --system or --chat.")
+@click.option(
+    "--target", help="Compute with this target, which alone can use the prefix. Default: the best that fits."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a prefix of the same name.")
+@options.KEY
+@options.THREADS
+def add_prefix(
+    artifact: Path,
+    name: str,
+    system: Path | None,
+    chat: Path | None,
+    text: Path | None,
+    tools: Path | None,
+    target: str | None,
+    overwrite: bool,
+    require_signature: Path | None,
+    threads: int | None,
+) -> int:
+    """Store the keys and values of a prompt's beginning in ARTIFACT as NAME.
+
+    A prompt that begins with the same tokens then starts after them: nothing is read again, and the answer is the same.
+    Only the target that computed them uses them, on CPUs with the same instruction set of precast's kernels. The
+    command removes a signature, because it would no longer fit: sign the artifact again.
+
+    Exit code 0: success. 2: an error.
+    """
+    from precast.loaders.console import add_prefix as console
+
+    return console.add(
+        artifact,
+        name,
+        console.PrefixFiles(system=system, chat=chat, text=text, tools=tools),
+        target=target,
+        overwrite=overwrite,
+        require_signature=require_signature,
+        threads=threads,
+    )
+
+
+@main.command("remove-prefix")
+@click.argument("artifact", type=options.PATH)
+@click.argument("name")
+@options.KEY
+def remove_prefix(artifact: Path, name: str, require_signature: Path | None) -> int:
+    """Remove the prefix NAME from ARTIFACT.
+
+    The command removes a signature, because it would no longer fit: sign the artifact again.
+
+    Exit code 0: success. 2: an error.
+    """
+    from precast.loaders.console import add_prefix as console
+
+    return console.remove(artifact, name, require_signature=require_signature)
+
+
 @main.command("list")
 @click.argument("folder", type=options.PATH, default="artifacts")
 @options.JSON

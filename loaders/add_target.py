@@ -1,8 +1,8 @@
 """``precast add-target``: compile a further target of an existing artifact from its StableHLO.
 
 A further target makes an artifact run under another jaxlib, or on an older CPU, than it was exported for. jaxlib alone
-compiles it, without tracing. All targets share the weights, which stay untouched. `target_files` writes the result so
-that the artifact is whole at any moment, either the old one or the new one.
+compiles it, without tracing. All targets share the weights, which stay untouched. `artifact_changes` writes the result
+so that the artifact is whole at any moment, either the old one or the new one.
 """
 
 import hashlib
@@ -14,10 +14,17 @@ from .artifact import compat, files
 from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
 from .artifact.golden import parse_golden
-from .artifact.json_records import MAX_JSON_BYTES
 from .artifact.machine import Machine
-from .artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, FileEntry, Manifest, Target
-from .artifact.manifest_parser import parse_manifest
+from .artifact.manifest import WEIGHTS_FILE, FileEntry, Manifest, Target
+from .artifact_changes import (
+    TARGETS,
+    LockedArtifact,
+    changing,
+    free_folder,
+    record_change,
+    replace_manifest,
+    write_files,
+)
 from .audit.verify import replay
 from .compiling import isa as isas
 from .compiling import trial
@@ -25,17 +32,6 @@ from .compiling.compiler import compile_target
 from .load import load_new_target
 from .locate import find_artifact
 from .runtime import installed
-from .signing import check_signature
-from .target_files import (
-    PROGRAMS,
-    LockedArtifact,
-    explain_os_errors,
-    lock,
-    record_change,
-    remove_leftovers,
-    replace_manifest,
-    write_programs,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +105,7 @@ def add_target(
         isas.check_isa(isa)
     root = find_artifact(path)
     request = _Request(isa=isa, source=source, overwrite=overwrite)
-    with explain_os_errors(root), lock(root, log) as handle:
-        artifact = LockedArtifact(
-            root=root, handle=handle, data=files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
-        )
-        if require_signature is not None:
-            check_signature(root, artifact.data, require_signature)
-        manifest = parse_manifest(artifact.data, str(root / MANIFEST_FILE))
-        artifact.check()
-        remove_leftovers(artifact)
+    with changing(root, TARGETS, require_signature, log) as (artifact, manifest):
         return _add(artifact, manifest, request, log)
 
 
@@ -129,7 +117,7 @@ def _add(
     log("checking its answers against the recorded ones")
     answers = _replay(root, new)
     with record_change(artifact, new.manifest) as folder:
-        write_programs(artifact, folder, new.executables)
+        write_files(artifact, folder, {name: [data] for name, data in new.executables.items()})
         was_signed = replace_manifest(artifact, folder)
     trial.record_success(new.manifest, new.target, machine)
     return Addition(
@@ -258,13 +246,10 @@ def _in_free_folder(
     target: Target, executables: Mapping[str, bytes], manifest: Manifest, root: Path
 ) -> tuple[Target, dict[str, bytes]]:
     """Return the target with its executables in a folder that is free on disk and in the manifest."""
-    used = {PurePosixPath(name).parts[1] for name in manifest.files if name.startswith(f"{PROGRAMS}/")}
-    used |= {path.name for path in (root / PROGRAMS).glob("*")}
-    names = (target.name, *(f"{target.name}.{n}" for n in range(2, len(used) + 3)))
-    folder = next(name for name in names if name not in used)
+    folder = free_folder(root, TARGETS, target.name, manifest.files)
 
     def moved(name: str) -> str:
-        return f"{PROGRAMS}/{folder}/{PurePosixPath(name).name}"
+        return f"{folder}/{PurePosixPath(name).name}"
 
     programs = tuple(replace(p, executable=moved(str(p.executable))) for p in target.programs)
     return replace(target, programs=programs), {moved(name): data for name, data in executables.items()}

@@ -1,6 +1,6 @@
 """Load an artifact: locate it, choose a target, check the files that it needs, and return a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -31,7 +31,9 @@ from .runtime.interface import Executable
 from .text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from .artifact.machine import Machine
     from .compiling.cache import LocalExecutable
+    from .generation.stored_prefixes import StoredPrefix
     from .progress import Progress
 
 
@@ -157,6 +159,7 @@ def _load(root: Path, manifest: Manifest, settings: LoadSettings) -> Model:
         limits.ensure(root, manifest, target, settings.threads, has_client=has_client)
     try:
         artifact = _check_files(root, manifest, target, settings, trusted={})
+        prefixes = _stored_prefixes(artifact, machine, settings) if manifest.prefixes else []
     except PrecastError as error:
         raise _DamagedArtifact(str(error)) from None
     check_calls(root, target, artifact.contents, machine.kernels)
@@ -173,7 +176,7 @@ def _load(root: Path, manifest: Manifest, settings: LoadSettings) -> Model:
             threads=settings.requested_threads,
             log=settings.log,
         )
-    return _model(artifact, compiled, settings)
+    return _model(artifact, compiled, settings, prefixes)
 
 
 def _locate(path: str | Path, key: Path | None, settings: LoadSettings) -> Path:
@@ -232,6 +235,24 @@ def _check_files(
     )
 
 
+def _stored_prefixes(
+    artifact: CheckedArtifact, machine: "Machine", settings: LoadSettings
+) -> "list[StoredPrefix]":
+    """Check and map the prefixes that the target may use; log the others.
+
+    Raises:
+        PrecastError: names the first file that differs.
+    """
+    from .generation import stored_prefixes  # for artifacts that have any
+
+    root, manifest = artifact.root, artifact.manifest
+    fit, others = stored_prefixes.usable(manifest, artifact.target, machine.isa)
+    if others:
+        names = ", ".join(repr(prefix.name) for prefix, _ in others)
+        settings.log(f"{root}: not used here: prefix {names}; {others[0][1]}")
+    return [stored_prefixes.open_prefix(root, manifest, p, rehash=settings.rehash) for p in fit]
+
+
 def _needed(manifest: Manifest, target: Target) -> set[str]:
     """Return the names of the files to read whole: programs, tokenizer, templates."""
     # TensorFlow reads a SavedModel itself.
@@ -280,7 +301,10 @@ def _check_weights(artifact: CheckedArtifact) -> None:
 
 
 def _model(
-    artifact: CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", settings: LoadSettings
+    artifact: CheckedArtifact,
+    compiled: "Mapping[str, LocalExecutable]",
+    settings: LoadSettings,
+    stored: "Sequence[StoredPrefix]" = (),
 ) -> Model:
     client, load_executables = open_runtime(artifact, compiled, settings)
     # XLA releases Python's lock while it loads programs, and parsing the tokenizer takes about as long.
@@ -298,13 +322,17 @@ def _model(
         client=client,
         check_unchanged=artifact.check_unchanged,
     )
+    prefixes = PrefixTree(engine, settings.prefix_memory) if has_row_invariance(artifact.target) else None
+    if prefixes is not None:
+        for prefix in stored:
+            prefixes.pin(prefix.tokens, prefix.spans, prefix.watch.check)
     return Model(
         engine=engine,
         tokenizer=tokenizer,
         manifest=artifact.manifest,
         target=artifact.target,
         compiles=sum(executable.compiled for executable in executables.values()),
-        prefixes=PrefixTree(engine, settings.prefix_memory) if has_row_invariance(artifact.target) else None,
+        prefixes=prefixes,
     )
 
 

@@ -112,24 +112,24 @@ def test_an_interrupt_leaves_nothing_behind(work, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("before", ["write_programs", "replace_manifest", None])
+@pytest.mark.parametrize("before", ["write_files", "replace_manifest", None])
 def test_an_interrupted_add_target_leaves_the_artifact_whole(before, artifact_copy):
     """After an interrupt before any step or after the last, the artifact is complete and has no extra files."""
     code = f"""
-from precast.loaders import target_files as t
+from precast.loaders import artifact_changes as t
 from precast.loaders.locate import read_manifest
 from precast.loaders.artifact import files
 from dataclasses import replace
 root = Path(sys.argv[1])
 data = (root / "manifest.json").read_bytes()
 with t.lock(root, print) as handle:
-    artifact = t.LockedArtifact(root=root, handle=handle, data=data)
+    artifact = t.LockedArtifact(root=root, handle=handle, data=data, kind=t.TARGETS)
     manifest = read_manifest(root)
     import hashlib
     entry = files.FileEntry(bytes=4, sha256=hashlib.sha256(b"code").hexdigest())
     changed = replace(manifest, files={{**manifest.files, "programs/new/a.xla": entry}})
     with t.record_change(artifact, changed) as folder:
-        for step, arguments in (("write_programs", ({{"programs/new/a.xla": b"code"}},)), ("replace_manifest", ())):
+        for step, arguments in (("write_files", ({{"programs/new/a.xla": [b"code"]}},)), ("replace_manifest", ())):
             if step == {before!r}: now()
             getattr(t, step)(artifact, folder, *arguments)
         now()

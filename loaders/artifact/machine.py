@@ -70,6 +70,7 @@ class Machine(Frozen):
         jaxlib: installed version of jaxlib.
         kernel_abi: ABI version of precast's installed kernels.
         kernels: custom-call targets of precast's installed kernels.
+        isa: instruction set that these kernels chose ("avx2").
         tensorflow: True if TensorFlow is installed.
         gpus: NVIDIA GPU models, as from `nvidia_gpus`; empty if no target needs one.
         cuda_plugin: installed version of jax's CUDA plugin; empty if it is missing or no target needs it.
@@ -80,6 +81,7 @@ class Machine(Frozen):
     jaxlib: str
     kernel_abi: int
     kernels: tuple[str, ...]
+    isa: str = "portable"
     tensorflow: bool = False
     gpus: tuple[str, ...] = ()
     cuda_plugin: str = ""

@@ -16,6 +16,7 @@ from ..compiling.isa import audience_of, widest_level
 from ..runtime import limits as limiting
 from ..runtime.limits import Need
 from ..runtime.resources import Limits, Memory, Processors
+from .prefixes import PrefixStatus, statuses
 
 # Report a compatibility promise that ends sooner than this.
 SOON_DAYS = 30
@@ -93,6 +94,7 @@ class CheckReport:
         processors: the machine's processors.
         need: the memory that the artifact needs.
         memory: the machine's memory.
+        prefixes: the prefixes that it stores.
         cpus: a description of the CPUs that run it without compiling; None if no target is for the CPU.
     """
 
@@ -109,6 +111,7 @@ class CheckReport:
     expires: str
     days_left: int
     signed: bool
+    prefixes: tuple[PrefixStatus, ...]
     cpus: str | None
 
     @property
@@ -167,6 +170,7 @@ def check(
         expires=expires.isoformat(),
         days_left=days_left,
         signed=(root / SIGNATURE_FILE).is_file(),
+        prefixes=statuses(manifest, chosen, machine.isa),
         cpus=audience_of(manifest.targets),
     )
 

@@ -180,11 +180,20 @@ def _origin(m: Manifest) -> Facts:
     return {"source": p.source, "licence": p.licence, "created": p.created, **sources}
 
 
+def _prefixes(m: Manifest) -> Facts:
+    return {
+        p.name: f"{p.tokens} tokens {_file(m, p.file)}, by target {p.target}, kernels of ABI {p.kernels} for {p.isa}:"
+        f" {_file(m, p.arrays)}"
+        for p in m.prefixes
+    }
+
+
 def _other_files(m: Manifest) -> Facts:
     """Return the files that no other section compares."""
     programs = {n for t in m.targets for p in t.programs for n in (p.executable, p.stablehlo)}
     texts = (m.tokenizer.file, m.tokenizer.chat_template, *m.tokenizer.named_templates.values())
-    compared = {WEIGHTS_FILE, *texts, m.golden, *programs}
+    prefixes = {n for p in m.prefixes for n in (p.file, p.arrays)}
+    compared = {WEIGHTS_FILE, *texts, m.golden, *programs, *prefixes}
     return {name: _file(m, name) for name in sorted(set(m.files) - compared)}
 
 
@@ -195,6 +204,7 @@ _SECTIONS: Mapping[str, Callable[[Manifest], Facts]] = {
     "tokenizer": _tokenizer,
     "sampling": lambda m: m.sampling.given(),
     "golden answers": lambda m: {"golden": _file(m, m.golden)},
+    "prefixes": _prefixes,
     "fidelity": _fidelity,
     "origin": _origin,
     "versions": lambda m: m.provenance.versions,

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ..artifact.manifest import Manifest, Program, Target
+from ..artifact.manifest import Manifest, Prefix, Program, Target
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
@@ -21,6 +21,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
             "arrays": [dataclasses.asdict(array) for array in manifest.cache],
         },
         "targets": [_target(manifest, target) for target in manifest.targets],
+        "prefixes": [_prefix(manifest, prefix) for prefix in manifest.prefixes],
         "sampling": manifest.sampling.given(),
         "fidelity": None if manifest.fidelity is None else dataclasses.asdict(manifest.fidelity),
         "provenance": dataclasses.asdict(manifest.provenance),
@@ -42,6 +43,11 @@ def _target(manifest: Manifest, target: Target) -> dict[str, Any]:
     )
     facts = {key: getattr(target, key) for key in fields}
     return facts | {"programs": [_program(manifest, program) for program in target.programs]}
+
+
+def _prefix(manifest: Manifest, prefix: Prefix) -> dict[str, Any]:
+    size = manifest.files[prefix.file].bytes + manifest.files[prefix.arrays].bytes
+    return dataclasses.asdict(prefix) | {"bytes": size}
 
 
 def _program(manifest: Manifest, program: Program) -> dict[str, Any]:

@@ -86,6 +86,9 @@ def lines(report: CheckReport, key: Path | None = None) -> Iterator[str]:
         yield f"{report.name} does not run here  ({report.root})"
     for target in report.targets:
         yield from _target_lines(target)
+    for prefix in report.prefixes:
+        used = "used" if prefix.obstacle is None else f"not used: {prefix.obstacle}"
+        yield f"  prefix    {prefix.name}: {prefix.tokens:,} tokens, {used}"
     if report.cpus:
         yield f"  CPUs      {report.cpus}"
     yield from _machine_lines(report, key)

@@ -69,6 +69,11 @@ def lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
         )
     for target in facts["targets"]:
         yield from _target_lines(target)
+    for prefix in facts["prefixes"]:
+        yield (
+            f"  prefix   {prefix['name']}: {prefix['tokens']:,} tokens, {size_text(prefix['bytes'])}, by target"
+            f" {prefix['target']} with kernels for {prefix['isa']}"
+        )
     if facts["sampling"]:
         yield "  sampling " + ", ".join(map(_setting, facts["sampling"].items()))
     if facts["fidelity"]:

@@ -14,6 +14,7 @@ from .command import local_folder
 
 if TYPE_CHECKING:
     from ..artifact.manifest import Manifest
+    from ..audit.prefixes import PrefixReport
     from ..audit.verify import FileReport, ReplayReport
 
 
@@ -36,13 +37,15 @@ def run(
     """
     from ..artifact.files import read_checked
     from ..artifact.golden import parse_golden
+    from ..audit.prefixes import replay_prefixes
     from ..audit.verify import check_files, replay
     from ..load import load
     from ..locate import find_artifact, read_manifest
+    from ..runtime.installed import this_machine
 
     root = find_artifact(local_folder(artifact, require_signature))
     manifest = read_manifest(root, require_signature=require_signature)
-    replayed = None
+    replayed = prefixes = None
     with show_progress() as display:
         files = check_files(root, manifest, display)
         # A file that differs must not reach a deserialiser.
@@ -59,11 +62,12 @@ def run(
                 progress=display,
             )
             replayed = replay(model, golden, str(root), display)
-    problems = _problems(root, files, replayed)
+            prefixes = replay_prefixes(model, root, this_machine(cuda=False).isa, display)
+    problems = _problems(root, files, replayed, prefixes)
     if as_json:
-        print(_json_line(root, manifest, files, replayed, problems))
+        print(_json_line(root, manifest, files, replayed, prefixes, problems))
     else:
-        print("\n".join(map(printable, _lines(root, manifest, files, replayed, problems))))
+        print("\n".join(map(printable, _lines(root, manifest, files, replayed, prefixes, problems))))
     if problems:
         more = f" ({len(problems) - 1} more differ)" if len(problems) > 1 else ""
         print(f"error: {printable(problems[0])}{more}", file=sys.stderr)
@@ -82,13 +86,16 @@ def _in_savedmodel(manifest: "Manifest", names: Iterable[str]) -> bool:
     return any(PurePosixPath(name).is_relative_to(folder) for name in names for folder in folders)
 
 
-def _problems(root: Path, files: "FileReport", replayed: "ReplayReport | None") -> list[str]:
+def _problems(
+    root: Path, files: "FileReport", replayed: "ReplayReport | None", prefixes: "PrefixReport | None"
+) -> list[str]:
     unlisted = [
         f"{root}: {name!r} is {'a link, and ' if (root / name).is_symlink() else ''}not listed in the manifest; remove"
         " it, or copy the artifact again."
         for name in files.unlisted
     ]
-    return [*files.problems, *unlisted, *(() if replayed is None else replayed.problems)]
+    replays = (report for report in (replayed, prefixes) if report is not None)
+    return [*files.problems, *unlisted, *(problem for report in replays for problem in report.problems)]
 
 
 def _json_line(
@@ -96,6 +103,7 @@ def _json_line(
     manifest: "Manifest",
     files: "FileReport",
     replayed: "ReplayReport | None",
+    prefixes: "PrefixReport | None",
     problems: list[str],
 ) -> str:
     facts = {
@@ -104,6 +112,7 @@ def _json_line(
         "ok": not problems,
         "files": dataclasses.asdict(files),
         "replay": None if replayed is None else dataclasses.asdict(replayed),
+        "prefixes": None if prefixes is None else dataclasses.asdict(prefixes),
         "problems": problems,
     }
     return json.dumps(facts, allow_nan=False)
@@ -114,6 +123,7 @@ def _lines(
     manifest: "Manifest",
     files: "FileReport",
     replayed: "ReplayReport | None",
+    prefixes: "PrefixReport | None",
     problems: list[str],
 ) -> Iterator[str]:
     verdict = (
@@ -128,5 +138,8 @@ def _lines(
         largest = "not finite" if replayed.difference is None else f"{replayed.difference:.2g}"
         share = "beyond" if replayed.share is None else f"{replayed.share:.0%} of"
         yield f"  logits    {replayed.logits} compared, largest difference {largest}, {share} the tolerance"
+    for prefix in () if prefixes is None else prefixes.prefixes:
+        verdict = "read again and compared" if prefix.obstacle is None else f"not compared: {prefix.obstacle}"
+        yield f"  prefix    {prefix.name}: {prefix.tokens:,} tokens, {verdict}"
     for problem in problems:
         yield f"  ! {problem}"

@@ -105,11 +105,15 @@ class PrefixTree:
         engine: the engine whose KV caches are read and written.
         limit: the most memory for segments that are not pinned, in bytes; 0 keeps none. None chooses it when the first
             prompt ends.
+
+    Attributes:
+        every_chunk: True if each chunk of a prompt must be captured before the next overwrites it.
     """
 
     def __init__(self, engine: SlotEngine, limit: int | None = None) -> None:
         self._engine, self._limit = engine, limit
         self._rings = {name: window for name, window in engine.windows.items() if window}
+        self.every_chunk = bool(self._rings)
         self._root = _Node(np.empty(0, np.int32), 0, {}, None, pinned=True)
         # Segments that are not pinned, least recently used first. A parent is used whenever its child is, and is marked
         # so after it: the first segment is always a leaf.

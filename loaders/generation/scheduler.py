@@ -35,7 +35,13 @@ _IDLE_S = 0.005
 
 
 class Prefixes(Protocol):
-    """A store of the keys and values of earlier sequences."""
+    """A store of the keys and values of earlier sequences.
+
+    Attributes:
+        every_chunk: True if each chunk of a prompt must be captured before the next overwrites it.
+    """
+
+    every_chunk: bool
 
     def restore(self, tokens: Sequence[int], cache: KVCache, slot: int) -> int:
         """Write keys and values of the longest known prefix to a slot's first positions.
@@ -314,6 +320,8 @@ class Scheduler:
             self._take([sequence], results, began)
             if self._waiting and not sequence.ended:
                 self._capture(sequence, batch)  # the next prompt may begin like this one
+        elif self._prefixes is not None and self._prefixes.every_chunk:
+            self._capture(sequence, batch)
 
     def _decode(self, batch: Batch, sequences: list[TokenSequence], began: float) -> None:
         """Compute the next token of sequences in one KV cache; of a single sequence several, if it has a draft."""

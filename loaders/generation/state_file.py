@@ -24,6 +24,7 @@ from .kv_state import Span, bits
 
 _VERSION, _VERSION_KEY, _HASH_KEY = "1", "precast_state", "sha256"
 _TOKENS = "tokens"
+_REMEDY = "save it again"
 # Bytes hashed or searched for NaN at a time.
 _BLOCK = 1 << 22
 
@@ -136,7 +137,11 @@ def read_state(
 
 
 def checked_spans(
-    where: str, tensors: Mapping[str, np.ndarray], arrays: Sequence[CacheArray], count: int
+    where: str,
+    tensors: Mapping[str, np.ndarray],
+    arrays: Sequence[CacheArray],
+    count: int,
+    remedy: str = _REMEDY,
 ) -> dict[str, Span]:
     """Return stored arrays as spans, after comparing their types and shapes with the KV cache's.
 
@@ -145,6 +150,7 @@ def checked_spans(
         tensors: the arrays by name.
         arrays: the arrays of the KV cache.
         count: number of tokens that the arrays belong to.
+        remedy: the remedy in messages.
 
     Raises:
         PrecastError: an array is missing, unknown, or of another type or shape.
@@ -157,10 +163,10 @@ def checked_spans(
         tensor = tensors.get(array.name)
         found = None if tensor is None else (tensor.dtype.name, tensor.shape)
         if tensor is None or found != expected:
-            raise _damaged(where, f"{array.name!r} as {_type(expected)}", _type(found))
+            raise _damaged(where, f"{array.name!r} as {_type(expected)}", _type(found), remedy)
         spans[array.name] = Span(count - kept, tensor.view(bits(array.dtype)))
     if unknown := sorted(set(tensors) - set(spans)):
-        raise _damaged(where, "the arrays of the KV cache", f"another, {unknown[0]!r:.40}")
+        raise _damaged(where, "the arrays of the KV cache", f"another, {unknown[0]!r:.40}", remedy)
     return spans
 
 
@@ -168,8 +174,8 @@ def _type(value: tuple[str, tuple[int, ...]] | None) -> str:
     return "nothing" if value is None else f"{value[0]} {list(value[1])}"
 
 
-def _damaged(where: Path | str, expected: str, found: str) -> PrecastError:
-    return PrecastError(f"{where}: expected {expected}, found {found}; the file is damaged: save it again.")
+def _damaged(where: Path | str, expected: str, found: str, remedy: str = _REMEDY) -> PrecastError:
+    return PrecastError(f"{where}: expected {expected}, found {found}; the file is damaged: {remedy}.")
 
 
 def _check_origin(path: Path, metadata: Mapping[str, str], origin: Origin) -> None:

@@ -30,6 +30,7 @@ def this_machine(*, cuda: bool = True) -> Machine:
         jaxlib=jaxlib_version,
         kernel_abi=kernels.ABI_VERSION,
         kernels=tuple(sorted(kernels.targets())),
+        isa=kernels.isa(),
         tensorflow=_is_installed("tensorflow"),
         gpus=gpus,
         cuda_plugin=_cuda_plugin() if gpus else "",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from precast.loaders import add_target as adding
-from precast.loaders import target_files
+from precast.loaders import artifact_changes
 from precast.loaders.add_target import add_target
 from precast.loaders.artifact import folders
 from precast.loaders.artifact.errors import PrecastError
@@ -101,7 +101,7 @@ def test_leftovers_of_a_killed_run_are_removed(add, artifact_copy, monkeypatch, 
     for n in range(1, 100):
         restore(artifact_copy, whole)
         with monkeypatch.context() as patch:
-            patch.setattr(target_files, "_settle", lambda *_: None)
+            patch.setattr(artifact_changes, "_settle", lambda *_: None)
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)
             seen = stop_at(patch, n, Stop())
             with suppress(Stop):
@@ -150,7 +150,7 @@ def test_a_file_that_was_replaced_is_kept(add, artifact_copy, monkeypatch):
     """A killed process wrote the file, and then somebody replaced it."""
     monkeypatch.setattr(adding, "_replay", lambda *_: 5)
     with monkeypatch.context() as patch:
-        patch.setattr(target_files, "_settle", lambda *_: None)
+        patch.setattr(artifact_changes, "_settle", lambda *_: None)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         patch.setattr(adding, "replace_manifest", lambda *_: (_ for _ in ()).throw(Stop()))
         with pytest.raises(Stop):
@@ -238,7 +238,7 @@ def copied(root: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [replaced_by_another, changed_in_place, copied])
-@pytest.mark.parametrize("before", ["write_programs", "replace_manifest"])
+@pytest.mark.parametrize("before", ["write_files", "replace_manifest"])
 def test_an_artifact_that_was_replaced_meanwhile_is_left_alone(
     add, artifact_copy, monkeypatch, change, before, tree
 ):
@@ -346,7 +346,7 @@ def test_two_at_once_wait_for_each_other(add, artifact_copy):
     )
     other.start()
     assert waiting.wait(30)
-    assert said == [f"{artifact_copy}: waiting for another precast add-target to finish"]
+    assert said == [f"{artifact_copy}: waiting for another precast command that changes it"]
     assert NAME not in {t.name for t in read_manifest(artifact_copy).targets}
     os.close(handle)
     other.join(60)

@@ -105,6 +105,8 @@ class FakeEngine:
 class FakePrefixes:
     """A store that knows every captured sequence."""
 
+    every_chunk = False
+
     def __init__(self) -> None:
         self.known: list[list[int]] = []
 

@@ -268,6 +268,16 @@ def test_a_prompt_is_known_to_those_that_wait_behind_it(
     assert engine.lengths == [8, 8, 5, 1, 1]
 
 
+def test_each_chunk_is_captured_where_the_next_overwrites_it(
+    fake_engine: Any, fake_prefixes: Any, new_sequence: Any
+) -> None:
+    prefixes = fake_prefixes()
+    prefixes.every_chunk = True
+    sequence = new_sequence(list(range(20)))
+    run(Scheduler(fake_engine(), prefixes=prefixes), sequence)
+    assert prefixes.known == [list(range(8)), list(range(16)), list(range(20)) + answer(sequence)[:-1]]
+
+
 def test_what_a_cancelled_sequence_computed_is_known(
     fake_engine: Any, fake_prefixes: Any, new_sequence: Any
 ) -> None:

@@ -1,4 +1,6 @@
-"""Add a target to an existing artifact so that the artifact stays whole if this process is killed at any moment.
+"""Change an existing artifact so that it stays whole if this process is killed at any moment.
+
+A change adds, replaces or removes a target or a prefix. For a target:
 
 1. Lock the folder (``flock``), so that two processes wait for each other. The lock ends with the process.
 2. Clean up after killed processes, as in step 7.
@@ -11,8 +13,9 @@
 7. Clean up: put the signature back if it fits the artifact's manifest; remove the files that only the other manifest
    lists, if their hashes are as listed; then remove the working folder.
 
-Nothing else below ``programs/`` is ever removed. An export or a pull may replace the artifact's folder in spite of the
-lock, so steps 3, 4 and 5 first check that the folder is still the one that was locked.
+A prefix's files go to ``prefixes/NAME/`` in the same way. Nothing else below these folders is ever removed. An export
+or a pull may replace the artifact's folder in spite of the lock, so steps 3, 4 and 5 first check that the folder is
+still the one that was locked.
 """
 
 import fcntl
@@ -20,7 +23,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,13 +31,63 @@ from pathlib import Path, PurePosixPath
 
 from .artifact import files, folders
 from .artifact.errors import PrecastError
+from .artifact.frozen import Frozen
 from .artifact.interrupt import on_interrupt
 from .artifact.json_records import MAX_JSON_BYTES, to_json
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, Manifest
 from .artifact.manifest_parser import parse_manifest
+from .signing import MAX_SIGNATURE_BYTES, check_signature, signed_digest
 
 PROGRAMS = "programs"
-_PURPOSE, _OLD, _EXECUTABLES = "add-target", "old.json", "executables"
+_OLD, _NEW_FILES = "old.json", "files"
+
+
+class Kind(Frozen):
+    """A kind of change.
+
+    Attributes:
+        folder: the folder of the artifact that the change adds files to.
+        purpose: the name in the working folder's name.
+        failure: the effect of an error of the system, in its message.
+        replaced: the reason and the remedy if another process has replaced the artifact.
+    """
+
+    folder: str
+    purpose: str
+    failure: str
+    replaced: str
+
+
+TARGETS = Kind(
+    folder=PROGRAMS,
+    purpose="add-target",
+    failure="the target cannot be added",
+    replaced="was replaced while its target was compiled; run precast add-target again",
+)
+PREFIXES = Kind(
+    folder="prefixes",
+    purpose="add-prefix",
+    failure="its prefixes cannot be changed",
+    replaced="was replaced while its prefixes were changed; run the command again",
+)
+
+
+Parts = Sequence[bytes | memoryview]
+
+
+def free_folder(root: Path, kind: Kind, name: str, listed: Iterable[str]) -> str:
+    """Return the name of a folder that is free on disk and in the manifest: "prefixes/NAME", "prefixes/NAME.2", ….
+
+    Args:
+        root: the artifact's folder.
+        kind: the kind of change.
+        name: the preferred name of the folder.
+        listed: names of the files that the manifest lists.
+    """
+    used = {PurePosixPath(file).parts[1] for file in listed if file.startswith(f"{kind.folder}/")}
+    used |= {path.name for path in (root / kind.folder).glob("*")}
+    names = (name, *(f"{name}.{n}" for n in range(2, len(used) + 3)))
+    return f"{kind.folder}/{next(n for n in names if n not in used)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +98,13 @@ class LockedArtifact:
         root: the folder's path; another process may put a different folder there.
         handle: the folder's descriptor.
         data: the manifest at the time of locking.
+        kind: the kind of change.
     """
 
     root: Path
     handle: int
     data: bytes
+    kind: Kind
 
     def is_there(self) -> bool:
         """Return True if `root` is still the locked folder."""
@@ -62,34 +117,33 @@ class LockedArtifact:
         """Check that the artifact has not been replaced.
 
         Raises:
-            PrecastError: `root` is now another artifact, or its programs/ is not a folder.
+            PrecastError: `root` is now another artifact, or the folder for the new files is not a folder.
         """
         try:
             same = self.is_there() and self.data == files.read(self.root, MANIFEST_FILE, limit=len(self.data))
         except PrecastError:
             same = False
         if not same:
-            raise PrecastError(
-                f"{self.root}: was replaced while its target was compiled; run precast add-target again."
-            )
+            raise PrecastError(f"{self.root}: {self.kind.replaced}.")
         with suppress(FileNotFoundError):  # `record_change` makes a missing one
-            mode = (self.root / PROGRAMS).lstat().st_mode
+            mode = (self.root / self.kind.folder).lstat().st_mode
             if not stat.S_ISDIR(mode):
                 what = "link" if stat.S_ISLNK(mode) else "file"
                 raise PrecastError(
-                    f"{self.root}: {PROGRAMS!r} is a {what}, expected a folder; copy or export the artifact again."
+                    f"{self.root}: {self.kind.folder!r} is a {what}, expected a folder; copy or export the artifact"
+                    " again."
                 )
 
 
 @contextmanager
 def lock(root: Path, log: Callable[[str], None]) -> Iterator[int]:
-    """Wait until no other process adds a target to an artifact, lock it, and yield the descriptor of its folder."""
+    """Wait until no other process changes an artifact, lock it, and yield the descriptor of its folder."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f"{root}: waiting for another precast add-target to finish")
+            log(f"{root}: waiting for another precast command that changes it")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield handle
     finally:
@@ -97,23 +151,48 @@ def lock(root: Path, log: Callable[[str], None]) -> Iterator[int]:
 
 
 @contextmanager
-def explain_os_errors(root: Path) -> Iterator[None]:
+def explain_os_errors(root: Path, kind: Kind) -> Iterator[None]:
     """Turn OSError into PrecastError, with the artifact and a remedy in its text."""
     try:
         yield
     except OSError as error:
         raise PrecastError(
-            f"{root}: the target cannot be added ({error.strerror or error}); copy the artifact"
-            " to a writable folder on a disk with free space."
+            f"{root}: {kind.failure} ({error.strerror or error}); copy the artifact to a writable folder on a disk with"
+            " free space."
         ) from error
 
 
+@contextmanager
+def changing(
+    root: Path, kind: Kind, key: Path | None, log: Callable[[str], None]
+) -> Iterator[tuple[LockedArtifact, Manifest]]:
+    """Lock an artifact, clean up after killed processes, and yield it with its manifest.
+
+    Args:
+        root: the artifact's folder.
+        kind: the kind of change.
+        key: file of the public key that the artifact must be signed with before the change; None for none.
+        log: receives a message if another process changes the artifact.
+
+    Raises:
+        PrecastError: the artifact is damaged, not signed as required, or cannot be written to.
+    """
+    with explain_os_errors(root, kind), lock(root, log) as handle:
+        data = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
+        artifact = LockedArtifact(root=root, handle=handle, data=data, kind=kind)
+        if key is not None:
+            check_signature(root, data, key)
+        manifest = parse_manifest(data, str(root / MANIFEST_FILE))
+        artifact.check()
+        remove_leftovers(artifact)
+        yield artifact, manifest
+
+
 def remove_leftovers(artifact: LockedArtifact) -> None:
-    """Clean up after killed processes below programs/."""
-    if (artifact.root / PROGRAMS).exists():
-        folders.remove_leftovers(
-            artifact.root / PROGRAMS, _PURPOSE, lambda left: _settle(artifact.root, left)
-        )
+    """Clean up after killed processes."""
+    for kind in (TARGETS, PREFIXES):
+        if (folder := artifact.root / kind.folder).is_dir() and not folder.is_symlink():
+            folders.remove_leftovers(folder, kind.purpose, lambda left: _settle(artifact.root, left))
 
 
 @contextmanager
@@ -127,10 +206,10 @@ def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path
     # Never write a manifest that the next load would refuse.
     parse_manifest(data, str(artifact.root / MANIFEST_FILE))
     artifact.check()
-    programs = artifact.root / PROGRAMS
-    if not programs.exists():
-        programs.mkdir()
-    folder, mark = folders.temporary_name(programs, _PURPOSE), None
+    parent = artifact.root / artifact.kind.folder
+    if not parent.exists():
+        parent.mkdir()
+    folder, mark = folders.temporary_name(parent, artifact.kind.purpose), None
     with on_interrupt(partial(_tidy, artifact, folder)):
         try:
             mark = folders.make_marked(folder)
@@ -155,15 +234,21 @@ def _tidy(artifact: LockedArtifact, folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def write_programs(artifact: LockedArtifact, folder: Path, executables: Mapping[str, bytes]) -> None:
-    """Write a folder of executables atomically."""
-    final = artifact.root / PurePosixPath(next(iter(executables))).parent
-    unfinished = folder / _EXECUTABLES
+def write_files(artifact: LockedArtifact, folder: Path, contents: Mapping[str, Parts]) -> None:
+    """Write the new files of an artifact, which share a new folder, atomically.
+
+    Args:
+        artifact: the artifact.
+        folder: the working folder of the change.
+        contents: the contents of each file in parts, by the file's name in the artifact.
+    """
+    final = artifact.root / PurePosixPath(next(iter(contents))).parent
+    unfinished = folder / _NEW_FILES
     artifact.check()
     # The folder becomes part of the artifact. Unlike mkdtemp, mkdir gives it the permissions of the user's other files.
     unfinished.mkdir()
-    for name, data in executables.items():
-        _write_synced(unfinished / PurePosixPath(name).name, data)
+    for name, parts in contents.items():
+        _write_synced(unfinished / PurePosixPath(name).name, *parts)
     folders.sync(unfinished)
     unfinished.rename(final)
     folders.sync(final.parent)
@@ -213,8 +298,6 @@ def _remove_if(root: Path, name: str, sha256: str) -> None:
 
 def _put_signature_back(root: Path, kept: Path, manifest: bytes) -> None:
     """Restore a signature that was put aside, if it fits the manifest."""
-    from .signing import MAX_SIGNATURE_BYTES, signed_digest
-
     signature = root / SIGNATURE_FILE
     if os.path.lexists(signature) or not os.path.lexists(kept):
         return
@@ -224,8 +307,8 @@ def _put_signature_back(root: Path, kept: Path, manifest: bytes) -> None:
             kept.rename(signature)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, *parts: bytes | memoryview) -> None:
     with path.open("wb") as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
