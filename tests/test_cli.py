@@ -395,6 +395,7 @@ def test_tools_reach_the_template(record, artifact_copy, tmp_path, edit_manifest
         (["--answer-format", "x"], "--answer-format needs a prompt that goes through the chat template; add --chat."),
         (["--answers", "2", "--json", "--state", "x"], "--answers and --state are alternatives; give one of them."),
         (["--echo", "--state", "x"], "--echo and --state are alternatives; give one of them."),
+        (["--tool-choice", "x"], "--tool-choice needs the tools to choose from; add --tools FILE."),
         (["--answers", "0", "--json"], "--answers: expected a number of at least 1, found 0."),
         (["--chat", "--tools", "/nowhere"], "--tools: cannot read /nowhere: No such file or directory."),
         (["--chat", "--tools", __file__], "to hold a JSON array of tools, each an object, found something else."),

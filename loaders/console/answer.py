@@ -36,6 +36,8 @@ def check(options: "AnswerOptions", prompt: "Prompt", *, as_json: bool) -> None:
     for name, value in (("--tools", options.tools), ("--answer-format", options.answer_format)):
         if value is not None and not prompt.uses_template and prompt.state is None:
             raise PrecastError(f"{name} needs a prompt that goes through the chat template; add --chat.")
+    if options.tool_choice != "auto" and options.tools is None:
+        raise PrecastError("--tool-choice needs the tools to choose from; add --tools FILE.")
     for name, is_given in (("--answers", options.answers != 1), ("--echo", options.echo)):
         if is_given and prompt.state is not None:
             raise PrecastError(f"{name} and --state are alternatives; give one of them.")

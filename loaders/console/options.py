@@ -204,6 +204,13 @@ _ANSWERS = (
         " line of JSON each. Needs --chat.",
     ),
     click.option(
+        "--tool-choice",
+        default="auto",
+        metavar="NAME",
+        help="Answer with calls of the tool of this name, or with required calls of any tool, by the tools' schemas."
+        " Needs the extra grammar. Default: auto, the model's choice.",
+    ),
+    click.option(
         "--answer-format",
         metavar="FAMILY",
         help="Expect tool calls as models of this family write them: hermes, llama3, mistral, phi4, granite, smollm3,"

@@ -111,6 +111,7 @@ class AnswerOptions(Frozen):
     echo: bool = False
     tools: Path | None = None
     answer_format: str | None = None
+    tool_choice: str = "auto"
 
     def given(self) -> Mapping[str, Any]:
         """Return the sampling parameters among the options."""
@@ -147,9 +148,7 @@ def run(
     is_typed = prompt.text is None and prompt.ids is None and sys.stdin.isatty()
     is_chat = is_typed and sys.stdout.isatty()
     if is_chat and answers != _PLAIN_ANSWER:
-        raise PrecastError(
-            "--echo, --tools and --answer-format need a prompt: give one with -p, or pipe it in."
-        )
+        raise PrecastError("--echo, and options for tools need a prompt: give one with -p, or pipe it in.")
     if is_typed and as_json:
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
@@ -323,6 +322,7 @@ def _stream(
             tools=_tools(answers.tools),
             literal=prompt.literal,
             answer_format=answers.answer_format,
+            tool_choice=answers.tool_choice,
         )
     if before is not None:
         from . import state
@@ -355,6 +355,7 @@ def _several(
             tools=_tools(answers.tools),
             literal=prompt.literal,
             answer_format=answers.answer_format,
+            tool_choice=answers.tool_choice,
         )
     return model.generate_answers(text if prompt.ids is None else prompt.ids, answers.answers, params)
 

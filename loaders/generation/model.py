@@ -21,6 +21,7 @@ from .stream import Completion, Stream
 
 if TYPE_CHECKING:
     from ..text.answer_parser import AnswerParser
+    from .chats import ChatForm
     from .constraints import Constraint
     from .grammars import Grammars
     from .logprobs import PromptLogprobs
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 Message = Mapping[str, object]
 Prompt = str | Sequence[int]
 
-# The most tokens at the end of a prompt that may open the reasoning.
-_TAIL = 16
-
 
 class _Request(NamedTuple):
     """A prompt that was checked, its parameters, and the maximum number of tokens to generate."""
@@ -40,15 +38,6 @@ class _Request(NamedTuple):
     ids: list[int]
     params: SamplingParams
     limit: int
-
-
-class _ChatForm(NamedTuple):
-    """The form of a conversation's prompt and of its answer: arguments of `Model.chat`."""
-
-    tools: Sequence[Mapping[str, Any]] | None
-    template: str | None
-    literal: bool
-    answer_format: str | None
 
 
 class Model:
@@ -226,6 +215,7 @@ class Model:
         template: str | None = None,
         literal: bool = False,
         answer_format: str | None = None,
+        tool_choice: str = "auto",
     ) -> Completion:
         """Answer a conversation.
 
@@ -237,13 +227,22 @@ class Model:
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
             answer_format: family of models in whose form to expect tool calls ("hermes", "llama3", "mistral", …), or
                 "text" to leave reasoning and tool calls in the text; None: by the template.
+            tool_choice: "auto" leaves the choice to the model. With "required" the answer is tool calls, and with a
+                tool's name calls of that tool: with arguments by the tools' schemas, and without reasoning. Both need
+                the extra `grammar`.
 
         Raises:
             PrecastError: the model has no such chat template, the template rejects the messages, or the answer format
-                is unknown; also as `generate`.
+                is unknown; or the tool choice is no tool, or not enforceable; also as `generate`.
         """
         return self.stream_chat(
-            messages, params, tools=tools, template=template, literal=literal, answer_format=answer_format
+            messages,
+            params,
+            tools=tools,
+            template=template,
+            literal=literal,
+            answer_format=answer_format,
+            tool_choice=tool_choice,
         ).finish()
 
     def stream_chat(
@@ -255,9 +254,10 @@ class Model:
         template: str | None = None,
         literal: bool = False,
         answer_format: str | None = None,
+        tool_choice: str = "auto",
     ) -> Stream:
         """Answer a conversation as `chat` does, piece by piece."""
-        form = _ChatForm(tools, template, literal, answer_format)
+        form = _chat_form(tools, template, literal, answer_format, tool_choice)
         return Stream(self.scheduler, self._chat_sequence(messages, params, form))
 
     def chat_each(
@@ -269,11 +269,12 @@ class Model:
         template: str | None = None,
         literal: bool = False,
         answer_format: str | None = None,
+        tool_choice: str = "auto",
     ) -> Iterator[tuple[int, Completion | PrecastError]]:
         """Answer any number of conversations together, as `generate_each` does prompts; arguments as for `chat`."""
         from . import together
 
-        form = _ChatForm(tools, template, literal, answer_format)
+        form = _chat_form(tools, template, literal, answer_format, tool_choice)
 
         def make(messages: Sequence[Message], chosen: SamplingParams | None) -> TokenSequence:
             return self._chat_sequence(messages, chosen, form, most_unread=None)
@@ -291,9 +292,10 @@ class Model:
         template: str | None = None,
         literal: bool = False,
         answer_format: str | None = None,
+        tool_choice: str = "auto",
     ) -> list[Completion]:
         """Answer a conversation several times, together; arguments and errors as `chat` and `generate_answers`."""
-        form = _ChatForm(tools, template, literal, answer_format)
+        form = _chat_form(tools, template, literal, answer_format, tool_choice)
         return self._answers(
             lambda p: self._chat_sequence(messages, p, form, most_unread=None), count, params
         )
@@ -302,28 +304,18 @@ class Model:
         self,
         messages: Sequence[Message],
         params: SamplingParams | None,
-        form: "_ChatForm",
+        form: "ChatForm",
         *,
         most_unread: int | None = UNREAD_PIECES,
     ) -> TokenSequence:
+        # A lazy import, because few prompts are chats.
+        from . import chats
+
         ids = self.chat_prompt(messages, tools=form.tools, template=form.template, literal=form.literal)
-        parser = self._answer_parser(ids, form)
+        parser = chats.parser_of(self.tokenizer, ids, form)
+        if form.tool_choice != chats.AUTO:
+            params = chats.calling(params or self.default_sampling(), parser, self.tokenizer, form)
         return self._sequence(self._request(ids, params), most_unread=most_unread, parser=parser)
-
-    def _answer_parser(self, prompt: Sequence[int], form: "_ChatForm") -> "AnswerParser | None":
-        """Return the parser of the answer to a chat; None if all of the answer is content."""
-        from ..text.answer_formats import answer_format
-        from ..text.chat_messages import ChatOptions
-
-        source = self.tokenizer.chat_template(form.template, ChatOptions(tools=form.tools))
-        found = answer_format(source, form.answer_format)
-        if not found.reasoning and not (found.calls and form.tools):
-            return None
-        from ..text.answer_parser import AnswerParser
-        from ..text.tool_calls import tool_names
-
-        tail = self.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
-        return AnswerParser(found, tool_names(form.tools or ()), prompt_tail=tail)
 
     def chat_prompt(
         self,
@@ -466,3 +458,16 @@ class Model:
         from .logprobs import PromptLogprobs
 
         return PromptLogprobs(prompt, top, self.tokenizer.token_text)
+
+
+def _chat_form(
+    tools: Sequence[Mapping[str, Any]] | None,
+    template: str | None,
+    literal: bool,
+    answer_format: str | None,
+    tool_choice: str,
+) -> "ChatForm":
+    # A lazy import, because few prompts are chats.
+    from .chats import ChatForm
+
+    return ChatForm(tools, template, literal, answer_format, tool_choice)

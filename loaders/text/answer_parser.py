@@ -63,6 +63,8 @@ class AnswerParser:
         new_id: makes the identifier of a call.
 
     Attributes:
+        form: the form of the answer.
+        is_open: True if the prompt has opened the reasoning.
         markers: texts of markers, whose tokens must not be left out of the answer's text.
     """
 
@@ -87,9 +89,12 @@ class AnswerParser:
         self._reasoning = form.reasoning[0] if form.reasoning else None
         self._syntax: CallSyntax | None = None
         self._body: Body | None = None
-        is_open = any(prompt_tail.rstrip().endswith(r.opening) for r in form.reasoning)
+        self.form = form
+        self.is_open = any(prompt_tail.rstrip().endswith(r.opening) for r in form.reasoning)
         # An unbound function, because a bound method would be a reference cycle.
-        self._step: Callable[[AnswerParser], bool] = AnswerParser._reason if is_open else AnswerParser._begin
+        self._step: Callable[[AnswerParser], bool] = (
+            AnswerParser._reason if self.is_open else AnswerParser._begin
+        )
 
     def push(self, text: str) -> list[Delta]:
         """Take the next piece of text; return the deltas that this text makes certain."""

@@ -1,0 +1,148 @@
+"""Answers that must call tools: with random logits, every answer is calls by the schemas of the tools."""
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import SamplingDefaults
+from precast.loaders.generation.model import Model
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.text.tokenizer import Tokenizer
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
+SCHEMA = {
+    "type": "object",
+    "properties": {"at": {"enum": ["é", 'a "b"']}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["at", "n"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "look", "parameters": SCHEMA}},
+    {"name": "say-hi.2", "parameters": {**SCHEMA, "properties": {"n": {"const": None}}, "required": []}},
+]
+MESSAGES = [{"role": "user", "content": "the cat"}]
+MARKERS = ["<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", "[TOOL_CALLS]", "</think>"]
+END = 1
+
+
+class RandomEngine:
+    """An engine with random logits."""
+
+    context, slots, vocab, buckets, score_tokens = 4096, 2, 320, (4096,), 0
+    windows: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def new_cache(self) -> None:
+        return None
+
+    def prefill_chunk(self, tokens: list[int], cache: None, *, start: int, slot: int) -> Any:
+        return self._step(1)
+
+    def decode(self, rows: list[Any], cache: None) -> Any:
+        return self._step(len(rows))
+
+    def logits(self, step: Any) -> np.ndarray:
+        return step.logits
+
+    def _step(self, rows: int) -> Any:
+        logits = self._rng.standard_normal((rows, self.vocab)).astype(np.float32)
+        return SimpleNamespace(token=logits.argmax(-1), logits=logits)
+
+
+@pytest.fixture(scope="module")
+def random_model(tiny_source):
+    """Return a function that makes a model with random answers, with the given special tokens and template."""
+    pytest.importorskip("llguidance", reason="constraints need llguidance")
+
+    def make(markers: list[str], template: str = TEMPLATE, seed: int = 0) -> Model:
+        data = json.loads(tiny_source().tokenizer_json)
+        special = {
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for token_id, content in enumerate(markers, len(data["model"]["vocab"])):
+            data["added_tokens"].append({"id": token_id, "content": content, **special})
+        tokenizer = Tokenizer.from_json(
+            json.dumps(data).encode(), chat_template=template, bos_token="<s>", eos_token="</s>"
+        )
+        manifest = SimpleNamespace(
+            tokenizer=SimpleNamespace(eos_token_ids=(END,)), sampling=SamplingDefaults(), name="random"
+        )
+        engine: Any = RandomEngine(seed)
+        target = SimpleNamespace(name="cpu", kernels=None)
+        return Model(engine=engine, tokenizer=tokenizer, manifest=manifest, target=target, compiles=0)
+
+    return make
+
+
+def check(call: Any) -> None:
+    arguments = json.loads(call.arguments)
+    if call.name == "look":
+        assert list(arguments) == ["at", "n"]
+        assert arguments["at"] in ("é", 'a "b"')
+        assert arguments["n"] in range(100)
+    else:
+        assert (call.name, arguments) in (("say-hi.2", {}), ("say-hi.2", {"n": None}))
+
+
+@pytest.mark.parametrize("markers", [[], MARKERS, [*MARKERS, "[ARGS]"]])
+@pytest.mark.parametrize("family", ["hermes", "llama3", "mistral", "phi4", "granite", "smollm3"])
+def test_every_answer_is_calls_by_the_schemas(random_model, family, markers):
+    names = set()
+    for seed in range(4):
+        model = random_model(markers, seed=seed)
+        found = model.chat(MESSAGES, tools=TOOLS, answer_format=family, tool_choice="required")
+        assert (found.text, found.reasoning, found.finish_reason) == ("", "", "tool_calls")
+        for call in found.tool_calls:
+            check(call)
+        names |= {call.name for call in found.tool_calls}
+    assert names <= {"look", "say-hi.2"}
+
+
+def test_a_tool_by_name(random_model):
+    for seed in range(3):
+        found = random_model(MARKERS, seed=seed).chat(
+            MESSAGES,
+            SamplingParams(temperature=1.0, seed=seed),
+            tools=TOOLS,
+            answer_format="hermes",
+            tool_choice="look",
+        )
+        assert {call.name for call in found.tool_calls} == {"look"}
+
+
+@pytest.mark.parametrize("markers", [[], MARKERS])
+def test_reasoning_that_the_prompt_opened_stays_empty(random_model, markers):
+    model = random_model(markers, TEMPLATE + "<think>\n{# <tool_call> #}")
+    found = model.chat(MESSAGES, tools=TOOLS, tool_choice="required")
+    assert (found.text, found.reasoning) == ("", "")
+    assert found.tool_calls
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"tools": TOOLS, "tool_choice": "walk"}, "tool_choice: expected 'required', 'auto' or the name of a tool"),
+        ({"tools": TOOLS, "answer_format": "gemma"}, "tool_choice: calls of the family 'gemma' cannot be required;"),
+        ({"tools": TOOLS, "answer_format": None}, "tool_choice needs tools, and a chat template that prescribes"),
+        ({"tools": None}, "tool_choice needs tools, and a chat template that prescribes the form of tool calls; give"),
+        (
+            {"tools": TOOLS, "params": SamplingParams(regex="a")},
+            "Sampling parameters: regex and grammar are alternatives; give one of them, or one grammar for both.",
+        ),
+    ],
+)  # fmt: skip
+def test_choices_that_cannot_be_enforced(random_model, options, text):
+    with pytest.raises(PrecastError) as raised:
+        random_model([]).chat(MESSAGES, **{"answer_format": "hermes", "tool_choice": "required", **options})
+    assert str(raised.value).startswith(text)
