@@ -59,11 +59,8 @@ def checked_constraint(given: Mapping[str, Any]) -> ConstraintText:
             f"Sampling parameters: {kind} must be a text that is not empty, found {value!r:.60}."
         )
     _check_text(kind, value)
-    if kind == "grammar" and value.count("&") > _MOST_INTERSECTED:
-        raise PrecastError(
-            f"Sampling parameters: grammar must have at most {_MOST_INTERSECTED} intersections (&), found"
-            f" {value.count('&')}; use fewer."
-        )
+    if kind == "grammar":
+        _check_grammar(value)
     return ConstraintText(kind, value)
 
 
@@ -76,6 +73,28 @@ def _check_text(kind: str, text: str) -> None:
     if half := re.search("[\ud800-\udfff]", text):
         raise PrecastError(
             f"Sampling parameters: {kind} must be Unicode text, found half of a surrogate pair, {half[0]!r}."
+        )
+
+
+def _check_grammar(text: str) -> None:
+    """Check the intersections of a grammar, and the schemas in it."""
+    rest, place = "", 0
+    for found in re.finditer(r"%json\s*(?=\{)", text):
+        if found.start() < place:  # within a schema
+            continue
+        try:
+            schema, end = json.JSONDecoder().raw_decode(text, found.end())
+        except RecursionError:
+            raise _too_deep("grammar") from None
+        except ValueError:
+            continue  # llguidance names the error
+        _check_schema("grammar", schema)
+        rest, place = rest + text[place : found.start()], end
+    rest += text[place:]
+    if rest.count("&") > _MOST_INTERSECTED:
+        raise PrecastError(
+            f"Sampling parameters: grammar must have at most {_MOST_INTERSECTED} intersections (&), found"
+            f" {rest.count('&')}; use fewer."
         )
 
 
@@ -108,21 +127,25 @@ def _checked_schema(value: Any) -> str:
     try:
         text = json.dumps(schema, allow_nan=False, separators=(",", ":"))
     except RecursionError:
-        raise _too_deep() from None
+        raise _too_deep("json_schema") from None
     except (TypeError, ValueError) as error:
         raise PrecastError(f"Sampling parameters: json_schema must be JSON, found: {error}.") from None
     _check_text("json_schema", text)
-    schema = json.loads(text)  # plain dictionaries and lists
+    _check_schema("json_schema", json.loads(text))  # plain dictionaries and lists
+    return text
+
+
+def _check_schema(kind: str, schema: dict[str, Any]) -> None:
+    """Check the limits of a schema, which is that of a parameter or within it."""
     if _depth(schema) > _DEEPEST:
-        raise _too_deep()
-    _check_merges(schema)
+        raise _too_deep(kind)
+    _check_merges(kind, schema)
     guidance = schema.get("x-guidance", {})
     if not isinstance(guidance, dict) or guidance.get("lenient"):
         raise PrecastError(
-            "Sampling parameters: json_schema: x-guidance must be an object without lenient, which ignores parts of the"
+            f"Sampling parameters: {kind}: x-guidance must be an object without lenient, which ignores parts of the"
             f" schema, found {json.dumps(guidance):.60}."
         )
-    return text
 
 
 def _parsed(text: str) -> Any:
@@ -140,14 +163,14 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
     except RecursionError:
-        raise _too_deep() from None
+        raise _too_deep("json_schema") from None
     except ValueError as error:
         raise PrecastError(f"Sampling parameters: json_schema must be JSON, found: {error}.") from None
 
 
-def _too_deep() -> PrecastError:
+def _too_deep(kind: str) -> PrecastError:
     return PrecastError(
-        f"Sampling parameters: json_schema must be nested at most {_DEEPEST} levels deep; move parts to $defs."
+        f"Sampling parameters: {kind} must be nested at most {_DEEPEST} levels deep; move parts to $defs."
     )
 
 
@@ -178,7 +201,7 @@ def _escaped(key: str) -> str:
     return key.replace("~", "~0").replace("/", "~1")
 
 
-def _check_merges(schema: dict[str, Any]) -> None:
+def _check_merges(kind: str, schema: dict[str, Any]) -> None:
     """Bound the expressions and divisors that one value may have to satisfy at once.
 
     Raises:
@@ -201,20 +224,20 @@ def _check_merges(schema: dict[str, Any]) -> None:
         )
     if merges and len(patterns) > _MOST_INTERSECTED:
         raise PrecastError(
-            "Sampling parameters: json_schema: with allOf, or with $ref, anyOf or oneOf beside other keys, there must"
+            f"Sampling parameters: {kind}: with allOf, or with $ref, anyOf or oneOf beside other keys, there must"
             f" be at most {_MOST_INTERSECTED} patterns and formats, found {len(patterns)}; use fewer."
         )
     longest = max(patterns, key=len, default="")
     if len(longest) > _LONGEST["regex"]:
         raise PrecastError(
-            f"Sampling parameters: json_schema: a pattern must have at most {_LONGEST['regex']:,} characters, found"
+            f"Sampling parameters: {kind}: a pattern must have at most {_LONGEST['regex']:,} characters, found"
             f" {len(longest):,}; shorten it."
         )
     if any(
         _remainders(group) > _MOST_REMAINDERS for group in ([divisors] if merges else [{d} for d in divisors])
     ):
         raise PrecastError(
-            f"Sampling parameters: json_schema: multipleOf, and the product of several that allOf merges, must be at"
+            f"Sampling parameters: {kind}: multipleOf, and the product of several that allOf merges, must be at"
             f" most {_MOST_REMAINDERS:,} without the decimal point, found {max(divisors):g}; use smaller ones."
         )
 

@@ -10,12 +10,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..artifact.errors import PrecastError
-from ..text.vocabulary_bytes import drops_first_space, vocabulary_bytes
+from ..text.vocabulary_bytes import SPECIAL, drops_first_space, vocabulary_bytes
 from .constraint_texts import ConstraintText, parts
 from .constraints import Constraint, compute_mask, first_line
 
@@ -52,7 +52,7 @@ class Grammars:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._end_ids = sorted(token for token in end_ids if token < vocab_size)
         self._lock = threading.Lock()
-        self._vocabulary: tuple[LLTokenizer, str] | None = None
+        self._vocabulary: _Vocabulary | None = None
         self._kept: OrderedDict[ConstraintText, tuple[LLMatcher, np.ndarray]] = OrderedDict()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="precast-constraints")
 
@@ -76,43 +76,61 @@ class Grammars:
         llguidance = _library()
         if self._vocabulary is None:
             self._vocabulary = self._read_vocabulary()
-        vocabulary, opening = self._vocabulary
+        vocabulary = self._vocabulary
         limits = llguidance.LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
         body = _body(text)
-        matcher = llguidance.LLMatcher(vocabulary, _program(body, opening), log_level=0, limits=limits)
+
+        def begin(opening: str) -> "tuple[LLMatcher, np.ndarray]":
+            program = _program(body, opening)
+            matcher = llguidance.LLMatcher(vocabulary.library, program, log_level=0, limits=limits)
+            return matcher, compute_mask(matcher, -(-self._vocab_size // 32))
+
+        matcher, mask = begin("")
+        opening = vocabulary.opening
+        # A space that the decoder drops precedes a text, but no special token.
+        if opening and not matcher.is_error() and not vocabulary.allows_special(mask):
+            matcher, mask = begin(opening)
         if matcher.is_error():
-            raise _refusal(text, matcher.get_error(), body, limits)
-        mask = compute_mask(matcher, -(-self._vocab_size // 32))
-        if reason := matcher.get_error() or _error_after_opening(matcher, mask, opening):
+            reason = matcher.get_error()
             unsatisfiable = "NoExtension" in reason
             raise _refusal(text, "no text satisfies it" if unsatisfiable else reason, body, limits)
         return matcher, mask
 
-    def _read_vocabulary(self) -> "tuple[LLTokenizer, str]":
-        """Return the vocabulary, and the grammar of what precedes every constrained text."""
+    def _read_vocabulary(self) -> "_Vocabulary":
         if not self._end_ids:
             raise PrecastError(
                 "A constrained answer needs an end token, and this model has none; generate without a constraint."
             )
         tokens = vocabulary_bytes(self._tokenizer, self._vocab_size)
-        vocabulary = _library().LLTokenizer(
-            _Vocabulary(tokens, self._end_ids[0], self._tokenizer), eos_token=self._end_ids
+        given = _Tokens(tokens, self._end_ids[0], self._tokenizer)
+        special = [token for token, data in enumerate(tokens) if data.startswith(SPECIAL)]
+        return _Vocabulary(
+            library=_library().LLTokenizer(given, eos_token=self._end_ids),
+            opening='" "' if drops_first_space(self._tokenizer, tokens) else "",
+            special=frozenset(special) - frozenset(self._end_ids),
         )
-        return vocabulary, '" "' if drops_first_space(self._tokenizer, tokens) else ""
 
 
-def _error_after_opening(matcher: "LLMatcher", mask: np.ndarray, opening: str) -> str:
-    """Return the error of a grammar whose first tokens are the opening alone; empty without an error."""
-    first = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-    if not opening or len(first) > 2:  # a space, and the byte token of a space
-        return ""
-    ahead = matcher.deep_copy()
-    ahead.consume_token(int(first[0]))
-    compute_mask(ahead, mask.size)
-    return str(ahead.get_error())
+class _Vocabulary(NamedTuple):
+    """A model's vocabulary.
+
+    Attributes:
+        library: the vocabulary as llguidance holds it.
+        opening: the grammar of what precedes a text; empty for nothing.
+        special: special tokens without the end tokens.
+    """
+
+    library: "LLTokenizer"
+    opening: str
+    special: frozenset[int]
+
+    def allows_special(self, mask: np.ndarray) -> bool:
+        """Return True if a mask allows a special token that does not end the answer."""
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        return not self.special.isdisjoint(allowed.tolist())
 
 
-class _Vocabulary:
+class _Tokens:
     """A vocabulary in the form that llguidance reads."""
 
     is_tokenizer_wrapper = True

@@ -305,6 +305,14 @@ def lark_noise(random: Random) -> Case:
     return {"grammar": "start: " + " ".join(random.choices((*words, '%llguidance {"x": 1}', "[lazy]"), k=12))}
 
 
+def inline(random: Random) -> Case:
+    """Put a schema into a grammar."""
+    family = random.choice(
+        (references, doubling, intersections, bounds, cycles, many_properties, contradiction)
+    )
+    return {"grammar": f"start: %json {dumps(family(random).get('json_schema', {}))}"}
+
+
 FAMILIES: tuple[Callable[[Random], Case], ...] = (
     deep,
     deep_text,
@@ -327,6 +335,7 @@ FAMILIES: tuple[Callable[[Random], Case], ...] = (
     unicode_traps,
     noise,
     lark_noise,
+    inline,
 )
 
 

@@ -52,6 +52,13 @@ def deep(levels: int) -> dict[str, Any]:
             "grammar must have at most 12 intersections (&), found 13; use fewer.",
         ),
         (
+            {"grammar": 'start: %json {"multipleOf": 1e9}'},
+            (
+                "grammar: multipleOf, and the product of several that allOf merges, must be at most 1,000,000 without"
+                " the decimal point, found 1000000000.0; use smaller ones."
+            ),
+        ),
+        (
             {"json_schema": "[]"},
             "json_schema must be a JSON object, as a mapping or its text, found '[]'.",
         ),
