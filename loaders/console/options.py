@@ -213,8 +213,9 @@ _ANSWERS = (
     click.option(
         "--answer-format",
         metavar="FAMILY",
-        help="Expect tool calls as models of this family write them: hermes, llama3, mistral, phi4, granite, smollm3,"
-        " gemma, pythonic; text leaves reasoning and calls in the text. Default: by the chat template.",
+        help="Expect tool calls as models of this family write them: hermes, qwen3_coder, llama3, mistral, phi4,"
+        " granite, smollm3, gemma, pythonic; text leaves reasoning and calls in the text. Default: by the chat"
+        " template.",
     ),
 )
 _LOADING = (

@@ -40,10 +40,10 @@ def parser_of(tokenizer: "Tokenizer", prompt: Sequence[int], form: ChatForm) -> 
     if not found.reasoning and not (found.calls and form.tools):
         return None
     from ..text.answer_parser import AnswerParser
-    from ..text.tool_calls import tool_names
+    from ..text.tool_calls import tool_schemas
 
     tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
-    return AnswerParser(found, tool_names(form.tools or ()), prompt_tail=tail)
+    return AnswerParser(found, tool_schemas(form.tools or ()), prompt_tail=tail)
 
 
 def calling(

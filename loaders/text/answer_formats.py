@@ -76,6 +76,7 @@ _PIPED = CallSyntax(opening="<|tool_call|>", body="json", closing="<|/tool_call|
 _CALLS: Mapping[str, tuple[CallSyntax, ...]] = {
     # Qwen 2.5 and 3, Hermes, Granite 4.
     "hermes": (_HERMES,),
+    "qwen3_coder": (CallSyntax(opening="<tool_call>", body="xml", closing="</tool_call>"),),
     "llama3": (
         CallSyntax(opening="<|python_tag|>", body="python_tag", separator=";"),
         CallSyntax(opening="", body="bare", separator=";", at_start=True),
@@ -141,8 +142,10 @@ def _family(template: str) -> str:
     if "<|tool_call|>" in template:
         return "phi4" if "<|tool|>" in template else "granite"
     if "<tool_call>" in template:
-        # Two families put XML into the tags of Hermes.
-        return PLAIN if "<function=" in template or "<arg_key>" in template else "hermes"
+        # Others put XML into the tags of Hermes.
+        if "<function=" in template:
+            return "qwen3_coder"
+        return PLAIN if "<arg_key>" in template else "hermes"
     markers = {
         "[TOOL_CALLS]": "mistral",
         "<|python_tag|>": "llama3",

@@ -6,11 +6,12 @@ off at the end.
 """
 
 import os
-from collections.abc import Callable, Collection
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .answer_formats import AnswerFormat, CallSyntax
-from .tool_calls import BODIES, Body, NoCall, RawCall, ToolCall
+from .tool_calls import BODIES, Body, NoCall, RawCall, ToolCall, typed
 
 # After this many malformed calls the rest is content, so that the time stays linear.
 _MOST_FAILURES = 64
@@ -57,8 +58,8 @@ class AnswerParser:
 
     Args:
         form: the form of the answer.
-        tools: names of the tools that the model was given; without any, nothing is a call. After a marker, a call of
-            another name counts, too, as in vLLM.
+        tools: JSON Schemas of the parameters of the tools that the model was given, by name; without any, nothing is a
+            call. After a marker, a call of another name counts, too, as in vLLM.
         prompt_tail: the end of the prompt's text, which may have opened the reasoning.
         new_id: makes the identifier of a call.
 
@@ -71,12 +72,12 @@ class AnswerParser:
     def __init__(
         self,
         form: AnswerFormat,
-        tools: Collection[str] = (),
+        tools: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
         *,
         prompt_tail: str = "",
         new_id: Callable[[], str] = new_call_id,
     ) -> None:
-        self._reasonings, self._tools, self._new_id = form.reasoning, frozenset(tools), new_id
+        self._reasonings, self._tools, self._new_id = form.reasoning, tools, new_id
         self._calls = form.calls if self._tools else ()
         self.markers = AnswerFormat(name=form.name, reasoning=form.reasoning, calls=self._calls).markers()
         self._text = ""  # the text whose kind is yet to be decided
@@ -216,11 +217,14 @@ class AnswerParser:
 
     def _accept(self, calls: list[RawCall]) -> None:
         assert self._syntax is not None
-        if self._syntax.at_start and not self._tools.issuperset(call.name for call in calls):
+        if self._syntax.at_start and not all(call.name in self._tools for call in calls):
             raise NoCall
         self._space = ""
         for raw in calls:
-            call = ToolCall(raw.id or self._new_id(), raw.name, raw.arguments)
+            arguments = raw.arguments
+            if self._syntax.body == "xml":
+                arguments = typed(arguments, self._tools.get(raw.name, {}))
+            call = ToolCall(raw.id or self._new_id(), raw.name, arguments)
             self._deltas.append(ToolCallDelta(self._count, call))
             self._count += 1
 

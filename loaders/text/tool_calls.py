@@ -259,6 +259,73 @@ class CodeBody:
             raise NoCall from None
 
 
+class XmlBody:
+    """Qwen3-Coder's body: ``<function=weather><parameter=place>Paris</parameter></function>``.
+
+    All arguments are texts; `typed` gives them the types of a schema. The form has no escapes, so that a text cannot
+    contain the markers.
+    """
+
+    _CLOSING = "</function>"
+    _FORM = re.compile(r"\s*<function=([^>\n]+)>\s*(.*?)\s*</function>", re.DOTALL)
+    _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+
+    def __init__(self) -> None:
+        self._searched = 0
+
+    def end(self, text: str) -> int | None:
+        if len(text) > _LONGEST:
+            raise NoCall
+        head = text[:_LONGEST_NAME].lstrip()
+        opening = "<function="
+        if not head.startswith(opening[: len(head)]):
+            raise NoCall
+        place = text.find(self._CLOSING, self._searched)
+        self._searched = max(0, len(text) - len(self._CLOSING) + 1)
+        return None if place < 0 else place + len(self._CLOSING)
+
+    def calls(self, text: str) -> list[RawCall]:
+        found = self._FORM.fullmatch(text)
+        if found is None or self._PARAMETER.sub("", found[2]).strip():
+            raise NoCall
+        return [_raw_call(found[1].strip(), dict(self._PARAMETER.findall(found[2])), None)]
+
+
+def typed(arguments: str, schema: Mapping[str, Any]) -> str:
+    """Return arguments with the types of a tool's schema, for models that write all of them as text.
+
+    Args:
+        arguments: a JSON object of texts, as text.
+        schema: JSON Schema of the tool's parameters. A text stays one if the schema allows a text, if its parameter is
+            unknown, or if it is no JSON.
+    """
+    properties = schema.get("properties")
+    known = properties if isinstance(properties, Mapping) else {}
+    values = {
+        name: value if _may_be_text(known.get(name)) else _value_of(value)
+        for name, value in json.loads(arguments).items()
+    }
+    return _raw_call("typed", values, None).arguments
+
+
+def _may_be_text(schema: Any) -> bool:
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    return kind is None or kind == "string" or (isinstance(kind, (list, tuple)) and "string" in kind)
+
+
+def _value_of(text: str) -> Any:
+    # Templates print Python's constants.
+    constants = {"True": True, "False": False, "None": None}
+    if text.strip() in constants:
+        return constants[text.strip()]
+    try:
+        value = _loads(text)
+        json.dumps(value, allow_nan=False)
+    except (NoCall, ValueError, RecursionError):
+        return text
+    return value
+
+
 # Makers of bodies by kind; the argument is the marker after the body.
 BODIES: Mapping[str, Callable[[str], Body]] = {
     "json": lambda _: JsonBody(),
@@ -267,6 +334,7 @@ BODIES: Mapping[str, Callable[[str], Body]] = {
     "bare": lambda _: BareBody(),
     "python_tag": lambda _: PythonTagBody(),
     "code": CodeBody,
+    "xml": lambda _: XmlBody(),
 }
 
 
@@ -335,11 +403,12 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def tool_names(tools: Iterable[Any]) -> frozenset[str]:
-    """Return the names of tools, given as their JSON schemas with or without the outer "function"."""
-    found = set()
+def tool_schemas(tools: Iterable[Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the JSON Schemas of tools' parameters by name; the tools come with or without the outer "function"."""
+    found: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
         inner = tool.get("function", tool)
-        if isinstance(name := inner.get("name") if hasattr(inner, "get") else None, str):
-            found.add(name)
-    return frozenset(found)
+        if isinstance(inner, Mapping) and isinstance(name := inner.get("name"), str):
+            parameters = inner.get("parameters")
+            found[name] = parameters if isinstance(parameters, Mapping) else {}
+    return found

@@ -14,13 +14,13 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.text.answer_formats import answer_format
 from precast.loaders.text.answer_parser import AnswerParser, ContentDelta, ReasoningDelta, ToolCallDelta
 from precast.loaders.text.chat_template import ChatOptions, ChatTemplate
-from precast.loaders.text.tool_calls import ToolCall, tool_names
+from precast.loaders.text.tool_calls import ToolCall, tool_schemas, typed
 
 TOOLS = [
     {"type": "function", "function": {"name": "weather", "parameters": {}}},
     {"name": "get-time.v2", "parameters": {}},
 ]
-NAMES = tool_names(TOOLS)
+SCHEMAS = tool_schemas(TOOLS)
 
 # Templates that write an assistant's message as the published ones of their family do.
 _HERMES = """{%- if m.content and m.tool_calls %}{{ m.content + '\\n' }}{% else %}{{ m.content }}{% endif %}
@@ -57,7 +57,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 ARGUMENTS = st.dictionaries(STRINGS, VALUES, max_size=3)
-CALLS = st.lists(st.tuples(st.sampled_from(sorted(NAMES)), ARGUMENTS), max_size=3)
+CALLS = st.lists(st.tuples(st.sampled_from(sorted(SCHEMAS)), ARGUMENTS), max_size=3)
 PROSE = st.lists(
     st.sampled_from(
         ["Let me see.", " ", "\n", "日本 😀", "<", "a < b", "[1, 2]", "{}", "it's", "<tool", "func"]
@@ -78,7 +78,7 @@ def parsed(parser: AnswerParser, pieces: list[str]) -> tuple[str, str, list[Tool
 
 
 def parse(
-    text: str, form: str | None, template: str = "", tools: Any = NAMES, tail: str = "", cuts: Any = ()
+    text: str, form: str | None, template: str = "", tools: Any = SCHEMAS, tail: str = "", cuts: Any = ()
 ):
     ids = (f"call{n:05}" for n in itertools.count())
     parser = AnswerParser(answer_format(template, form), tools, prompt_tail=tail, new_id=lambda: next(ids))
@@ -141,7 +141,7 @@ def python_call(name: str, arguments: dict[str, Any], show: Any) -> str:
 )
 def test_calls_in_python_are_parsed_back(calls, cuts, show, family):
     text = "[" + ", ".join(python_call(name, arguments, show) for name, arguments in calls) + "]"
-    content, _, found = parse(text, family, tools=("weather", "now_2"), cuts=cuts)
+    content, _, found = parse(text, family, tools={"weather": {}, "now_2": {}}, cuts=cuts)
     assert content == ""
     assert [(call.name, json.loads(call.arguments)) for call in found] == calls
 
@@ -161,12 +161,72 @@ def test_calls_in_code_are_parsed_back(calls, cuts, family):
     assert [(call.name, json.loads(call.arguments)) for call in found] == calls
 
 
+# Qwen3-Coder's XML
+
+KINDS = {"city": "string", "days": "integer", "all": "boolean", "where": "object", "any": ["string", "null"]}
+XML_TOOLS = {"weather": {"properties": {name: {"type": kind} for name, kind in KINDS.items()}}}
+PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=12)
+XML_ARGUMENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "city": st.one_of(PLAIN_TEXT, st.sampled_from(["12", "true", "\n\n", " {} ", "<b>"])),
+        "days": st.integers(),
+        "all": st.booleans(),
+        "where": st.dictionaries(PLAIN_TEXT, st.one_of(st.none(), st.integers(), PLAIN_TEXT), max_size=2),
+        "any": PLAIN_TEXT,
+        "unknown": PLAIN_TEXT,
+    },
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    calls=st.lists(XML_ARGUMENTS, min_size=1, max_size=3),
+    cuts=st.lists(st.integers(0, 10**6), max_size=12),
+)
+def test_calls_in_xml_are_parsed_back(calls, cuts):
+    def shown(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+
+    bodies = [
+        "<function=weather>\n"
+        + "".join(f"<parameter={key}>\n{shown(value)}\n</parameter>\n" for key, value in call.items())
+        + "</function>"
+        for call in calls
+    ]
+    text = "I look.\n" + "\n".join(f"<tool_call>\n{body}\n</tool_call>" for body in bodies)
+    content, _, found = parse(text, "qwen3_coder", tools=XML_TOOLS, cuts=cuts)
+    assert content == "I look."
+    assert [(call.name, json.loads(call.arguments)) for call in found] == [
+        ("weather", call) for call in calls
+    ]
+
+
+def test_types_of_texts():
+    schema = XML_TOOLS["weather"]
+    given = {"city": "1", "days": "1", "all": "False", "where": "{", "any": "1", "unknown": "1"}
+    assert json.loads(typed(json.dumps(given), schema)) == {**given, "days": 1, "all": False}
+    assert json.loads(typed('{"days": "1e999"}', schema)) == {"days": "1e999"}
+    assert json.loads(typed('{"days": "1"}', {"properties": 5})) == {"days": "1"}
+
+
 # Any text
 
 
-FAMILIES = ["hermes", "llama3", "mistral", "phi4", "granite", "smollm3", "gemma", "pythonic", "text"]
+FAMILIES = [
+    "hermes",
+    "qwen3_coder",
+    "llama3",
+    "mistral",
+    "phi4",
+    "granite",
+    "smollm3",
+    "gemma",
+    "pythonic",
+    "text",
+]
 FRAGMENTS = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<think>", "</think>", "[THINK]", "<response>", "</response>", "<|python_tag|>", "functools", "```tool_code\n", "```", "<code>", "</code>", '{"name": "weather", "arguments": {}}', '{"name": "x", "parameters": {"a": [1]}}', "[weather(a=1)]", "weather(", "weather", "{", "}", "[", "]", "(", ")", '"', "'", "\\", ";", ",", ":", " ", "\n", "\n\n", "word", "=", "1"]
+    ["<function=weather>", "</function>", "<parameter=a>", "</parameter>", "<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<think>", "</think>", "[THINK]", "<response>", "</response>", "<|python_tag|>", "functools", "```tool_code\n", "```", "<code>", "</code>", '{"name": "weather", "arguments": {}}', '{"name": "x", "parameters": {"a": [1]}}', "[weather(a=1)]", "weather(", "weather", "{", "}", "[", "]", "(", ")", '"', "'", "\\", ";", ",", ":", " ", "\n", "\n\n", "word", "=", "1"]
 )  # fmt: skip
 SOUP = st.lists(FRAGMENTS, max_size=14).map("".join)
 
@@ -188,7 +248,7 @@ def test_the_pieces_make_no_difference(text, family, template, tail, cuts):
 
 
 @settings(deadline=None, max_examples=300)
-@given(text=SOUP, family=st.sampled_from(FAMILIES), tools=st.sampled_from([(), NAMES]))
+@given(text=SOUP, family=st.sampled_from(FAMILIES), tools=st.sampled_from([{}, SCHEMAS]))
 def test_text_without_calls_is_unchanged(text, family, tools):
     content, reasoning, calls = parse(text, family, tools=tools)
     assert reasoning == ""
@@ -275,6 +335,10 @@ def test_a_call_within_the_reasoning_is_no_call():
         ("mistral", "[TOOL_CALLS] are called so.", None, []),
         ("phi4", "functools is a module", None, []),
         ("granite", '<tool_call>[{"name": "a", "arguments": {}}]', "", [("a", "{}")]),
+        ("qwen3_coder", "<tool_call><function=a></function></tool_call>", "", [("a", "{}")]),
+        ("qwen3_coder", "<tool_call><function=a>hm</function></tool_call>", None, []),
+        ("qwen3_coder", "<tool_call><func></tool_call>", None, []),
+        ("qwen3_coder", "<tool_call>{}</tool_call>", None, []),
     ],
 )  # fmt: skip
 def test_forms_of_calls(family, text, content, calls):
@@ -317,7 +381,7 @@ def test_hostile_text_takes_linear_time(unit):
 
 
 def test_identifiers_are_nine_letters_and_digits():
-    parser = AnswerParser(answer_format("", "hermes"), NAMES)
+    parser = AnswerParser(answer_format("", "hermes"), SCHEMAS)
     _, _, calls = parsed(parser, ['<tool_call>{"name": "a"}</tool_call>' * 50])
     assert len({call.id for call in calls}) == 50
     assert all(len(call.id) == 9 and call.id.isalnum() and call.id.isascii() for call in calls)
@@ -330,7 +394,7 @@ def test_identifiers_are_nine_letters_and_digits():
     ("template", "family"),
     [
         ("{{ '<tool_call>' }}", "hermes"),
-        ("{{ '<tool_call><function=' }}", "text"),
+        ("{{ '<tool_call><function=' }}", "qwen3_coder"),
         ("{{ '<tool_call><arg_key>' }}", "text"),
         ("{{ '<|tool_call|>' }}", "granite"),
         ("{{ '<|tool|>' }}", "phi4"),
@@ -352,7 +416,7 @@ def test_an_unknown_family_is_refused():
     with pytest.raises(PrecastError) as raised:
         answer_format("", "gpt")
     assert str(raised.value) == (
-        "answer_format: expected one of gemma, granite, hermes, llama3, mistral, phi4, pythonic, smollm3, text, found"
+        "answer_format: expected one of gemma, granite, hermes, llama3, mistral, phi4, pythonic, qwen3_coder, smollm3, text, found"
         " 'gpt'."
     )
 
@@ -367,6 +431,8 @@ def test_markers():
     assert answer_format("", "mistral").markers() == {"[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"}
 
 
-def test_names_of_tools():
-    assert {"weather", "get-time.v2"} == NAMES
-    assert tool_names([{"function": "x"}, {"name": 1}, {}]) == frozenset()
+def test_schemas_of_tools():
+    assert SCHEMAS == {"weather": {}, "get-time.v2": {}}
+    assert tool_schemas([{"function": "x"}, {"name": 1}, {}]) == {}
+    given = [{"name": "a", "parameters": 1}, {"name": "b", "parameters": {"c": 2}}]
+    assert tool_schemas(given) == {"a": {}, "b": {"c": 2}}
