@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from .frozen import Frozen
 from .manifest import WEIGHTS_FILE, Manifest, Target
 
+# Version of the kernels' arithmetic. Raise it when any kernel's results change in a bit, so that keys and values which
+# earlier kernels computed are no longer used.
+_ARITHMETIC = 1
+
 
 class Origin(Frozen):
     """The model, programs and instruction set that computed keys and values, as texts to compare and to show.
@@ -19,7 +23,7 @@ class Origin(Frozen):
         tokenizer: sha256 of the tokenizer's file.
         cache: types and shapes of the KV cache's arrays, without slots and positions.
         target: name of the target.
-        programs: sha256 of the target's programs.
+        programs: sha256 of the target's programs, and of the version of the kernels' arithmetic.
         kernel_abi: ABI version of precast's kernels.
         isa: instruction set that the kernels chose ("avx2").
     """
@@ -72,6 +76,7 @@ def origin_of(manifest: Manifest, target: Target, isa: str) -> Origin:
     hashes = [
         f"{name} {manifest.files[file].sha256}" for name, file in sorted(files.items()) if file is not None
     ]
+    hashes.append(f"arithmetic {_ARITHMETIC}")
     return Origin(
         weights=manifest.files[WEIGHTS_FILE].sha256,
         tokenizer=manifest.files[manifest.tokenizer.file].sha256,

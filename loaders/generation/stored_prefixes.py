@@ -50,7 +50,7 @@ def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> st
     if not is_reproducible(target):
         return f"executables of target {prefix.target!r} computed it, and programs compiled here may differ"
     if (origin.programs, origin.weights) != (prefix.programs, prefix.weights):
-        return f"other programs of target {prefix.target!r} computed it"
+        return f"other programs of target {prefix.target!r}, or other kernels, computed it"
     if target.kernel_abi != prefix.kernels:
         return f"kernels of ABI {prefix.kernels} computed it, and the target calls ABI {target.kernel_abi}"
     if isa != prefix.isa:

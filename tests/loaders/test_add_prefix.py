@@ -27,6 +27,7 @@ from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.generation.stored_prefixes import obstacle
 from precast.loaders.load import load
 from precast.loaders.locate import read_manifest
+from precast.loaders.store.push import push
 
 SYSTEM = "the quick brown fox"
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -231,7 +232,7 @@ def relist(root: Path, name: str) -> None:
     ("changes", "expected"),
     [
         ({"target": "portable"}, "target 'portable' computed it, and '{target}' runs"),
-        ({"programs": "0" * 64}, "other programs of target '{target}' computed it"),
+        ({"programs": "0" * 64}, "other programs of target '{target}', or other kernels, computed it"),
         ({"kernels": 1}, "kernels of ABI 1 computed it, and the target calls ABI {kernels}"),
         ({"isa": "avx1024"}, "kernels for avx1024 computed it, and this machine's use {isa}"),
     ],
@@ -255,6 +256,14 @@ def test_programs_compiled_here_do_not_use_it(prefixed):
     assert obstacle(manifest.prefixes[0], manifest, compiled, manifest.prefixes[0].isa) == (
         f"executables of target {target.name!r} computed it, and programs compiled here may differ"
     )
+
+
+def test_a_store_carries_it(prefixed, own_cache, tmp_path):
+    url = f"file://{tmp_path / 'store'}/tiny"
+    push(prefixed, url)
+    model = load(url, log=lambda _: None)
+    found = model.chat(messages("cat"), PARAMS)
+    assert found.timing.cached_tokens == model.manifest.prefixes[0].tokens
 
 
 # --- damage -----------------------------------------------------------------------------------------------------
