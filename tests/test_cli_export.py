@@ -56,8 +56,10 @@ def test_inspect_as_json_agrees_with_the_manifest(cli, tiny_artifact):
     facts = json.loads(cli("inspect", tiny_artifact, "--json").stdout)
     manifest = json.loads((tiny_artifact / "manifest.json").read_text())
     assert facts["model"] == manifest["model"]
-    assert (facts["context"], facts["slots"], facts["buckets"]) == (64, 1, [8, 16])
-    assert facts["cache"]["bytes"] == sum(a["bytes"] for a in manifest["cache"]) == 2 * 3 * 2 * 64 * 12 * 4
+    assert (facts["context"], facts["slots"], facts["buckets"]) == (64, 8, [8, 16])
+    assert (
+        facts["cache"]["bytes"] == sum(a["bytes"] for a in manifest["cache"]) == 2 * 3 * 8 * 2 * 64 * 12 * 4
+    )
     assert facts["bytes"] == sum(
         p.stat().st_size for p in tiny_artifact.rglob("*") if p.is_file() and p.name != "manifest.json"
     )

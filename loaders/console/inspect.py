@@ -58,7 +58,9 @@ def lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
         f"  context  {facts['context']} positions, slots {facts['slots']}, prefill buckets"
         f" {', '.join(map(str, facts['buckets']))}"
     )
-    yield f"  cache    {size_text(facts['cache']['bytes'])} when full{_saved(facts)}"
+    total = facts["cache"]["bytes"]
+    each = f", {size_text(total // facts['slots'])} a slot" if facts["slots"] > 1 else ""
+    yield f"  cache    {size_text(total)} when full{each}{_saved(facts)}"
     for a in facts["cache"]["arrays"]:
         axes = " ".join(f"{letter}={size}" for letter, size in zip(a["axes"], a["shape"], strict=True))
         order = "".join(a["axes"][axis] for axis in a["layout"])

@@ -39,7 +39,7 @@ def test_the_manifest_describes_the_model(tiny_artifact, tiny_source):
     assert (model.architecture, model.layers, model.width, model.heads) == ("llama", 3, 48, 4)
     assert (model.kv_heads, model.head_dim, model.ff_width, model.vocab) == (2, 12, 80, 320)
     assert model.parameters == sum(np.prod(t.shape) for t in tiny_source().tensors.values())
-    assert (manifest.context, manifest.slots, manifest.buckets) == (64, 1, (8, 16))
+    assert (manifest.context, manifest.slots, manifest.buckets) == (64, 8, (8, 16))
     assert manifest.tokenizer.eos_token_ids == (1,)
     assert manifest.provenance.licence == "Apache-2.0"
     assert {"jax", "jaxlib", "numpy", "python"} <= manifest.provenance.versions.keys()
@@ -123,7 +123,7 @@ def test_an_export_reports_its_progress(tmp_path, tiny_source):
     assert weights[-1].done == total
     assert [step.done for step in weights] == sorted(step.done for step in weights)
     built = [step for step in steps if isinstance(step, BuiltProgram)]
-    assert [b.program.name for b in built] == ["cache", "prefill_8", "decode"]
+    assert [b.program.name for b in built] == ["cache", "prefill_8", "decode", "score"]
     assert lines == [
         "a line about the source",
         "writing weights",

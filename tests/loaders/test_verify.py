@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 
 from precast.loaders.artifact.golden import parse_golden
-from precast.loaders.audit.verify import replay
+from precast.loaders.audit.verify import batch_problems, replay
+from precast.loaders.generation.engine import Engine
 from precast.loaders.locate import read_manifest
 from precast.loaders.progress import Step
 
@@ -107,6 +109,53 @@ def test_logits_that_differ(cli, artifact_copy, edit_manifest):
     found = json.loads(result.stdout)
     assert found["problems"] == [sentence.removeprefix("error: ")]
     assert found["replay"]["share"] > 5
+
+
+def test_the_answers_are_also_given_in_batches_and_scored(tiny_model, golden, monkeypatch):
+    rows, scored = [], []
+    decode, score = Engine.decode, Engine.score
+
+    def recorded_decode(self, given, cache):
+        rows.append(tuple(row.slot for row in given))
+        return decode(self, given, cache)
+
+    def recorded_score(self, tokens, cache, **place):
+        scored.append(len(tokens))
+        return score(self, tokens, cache, **place)
+
+    monkeypatch.setattr(Engine, "decode", recorded_decode)
+    monkeypatch.setattr(Engine, "score", recorded_score)
+    assert batch_problems(tiny_model, golden, "w") == []
+    lengths = [len(answer.token_ids) for answer in golden.greedy if answer.token_ids]
+    slots = range(8)[::-1][: len(lengths)]
+    expected = [
+        tuple(slot for slot, length in zip(slots, lengths, strict=True) if length > step)
+        for step in range(1, max(lengths))
+    ]
+    assert (rows, scored) == (expected, lengths)
+    assert len(lengths) > 2
+
+
+@pytest.mark.parametrize(("function", "how"), [("_decoded", "in a batch"), ("_scored", "scored")])
+def test_a_batch_or_a_score_that_differs(cli, tiny_artifact, monkeypatch, function, how):
+    from precast.loaders.audit import verify
+
+    original = getattr(verify, function)
+
+    def wrong(engine, answers):
+        found = original(engine, answers)
+        (found[1] if function == "_decoded" else found)[2] = 7
+        return found
+
+    monkeypatch.setattr(verify, function, wrong)
+    result = cli("verify", tiny_artifact, "--json")
+    assert result.exit_code == 1
+    first, *_ = json.loads(result.stdout)["problems"]
+    assert re.fullmatch(
+        rf"{tiny_artifact}: answer \d, {how}: token 2 is 7, recorded is \d+ \(prompt of \d+ tokens\);"
+        r" this artifact computes other numbers on this machine than at export: do not use it here, and report this\.",
+        first,
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
