@@ -1,5 +1,6 @@
 """A running generation: its pieces of text, and the result so far."""
 
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from threading import Lock
@@ -251,7 +252,8 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        if self._sequence.submitted and not self._sequence.ended:
+        # The end of the process frees everything, and Python can import nothing then.
+        if self._sequence.submitted and not self._sequence.ended and not sys.is_finalizing():
             self._scheduler.cancel(self._sequence)
 
     def close(self) -> None:

@@ -2,10 +2,13 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +58,16 @@ def test_a_dropped_stream_frees_its_cache_at_once(tiny_model: Model, caches: lis
     assert living(caches) == 1
     del stream
     assert living(caches) == 0
+
+
+def test_a_stream_alive_at_the_end_of_the_process_is_silent(tiny_artifact: Path) -> None:
+    script = (
+        "import sys; from precast.loaders.load import load;"
+        "stream = load(sys.argv[1]).stream([7, 200, 31]); next(stream)"
+    )
+    line = [sys.executable, "-c", script, str(tiny_artifact)]
+    done = subprocess.run(line, capture_output=True, encoding="utf-8", timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_leaving_the_loop_frees_the_cache(tiny_model: Model, caches: list[Any]) -> None:
