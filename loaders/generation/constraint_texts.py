@@ -78,23 +78,20 @@ def _check_text(kind: str, text: str) -> None:
 
 def _check_grammar(text: str) -> None:
     """Check the intersections of a grammar, and the schemas in it."""
-    rest, place = "", 0
     for found in re.finditer(r"%json\s*(?=\{)", text):
-        if found.start() < place:  # within a schema
-            continue
         try:
-            schema, end = json.JSONDecoder().raw_decode(text, found.end())
+            schema, _ = json.JSONDecoder().raw_decode(text, found.end())
+            json.dumps(schema, allow_nan=False)
         except RecursionError:
             raise _too_deep("grammar") from None
         except ValueError:
             continue  # llguidance names the error
         _check_schema("grammar", schema)
-        rest, place = rest + text[place : found.start()], end
-    rest += text[place:]
-    if rest.count("&") > _MOST_INTERSECTED:
+    # Those in schemas count, too, because regular expressions around an intersection may look like a schema.
+    if text.count("&") > _MOST_INTERSECTED:
         raise PrecastError(
             f"Sampling parameters: grammar must have at most {_MOST_INTERSECTED} intersections (&), found"
-            f" {rest.count('&')}; use fewer."
+            f" {text.count('&')}; use fewer, and write \\u0026 within schemas."
         )
 
 
@@ -214,7 +211,8 @@ def _check_merges(kind: str, schema: dict[str, Any]) -> None:
         patterns.update(value for key in ("pattern", "format") if isinstance(value := part.get(key), str))
         if isinstance(named := part.get("patternProperties"), dict):
             patterns.update(named)
-        if isinstance(divisor := part.get("multipleOf"), int | float):
+        divisor = part.get("multipleOf")
+        if isinstance(divisor, int | float) and not isinstance(divisor, bool):
             divisors.add(Decimal(str(divisor)))
         alternatives = part.keys() & {"$ref", "anyOf", "oneOf"}
         merges |= (

@@ -61,7 +61,9 @@ def tool_grammar(
         else:
             before = f'{{"name": {json.dumps(name)}, "{key}": '
             call = f'{json.dumps(before)} arguments_{n} "}}"'
-        lines += [f"call_{n}: {call}", f"arguments_{n}: %json {json.dumps(schema)}"]
+        # Elsewhere in a grammar this character is an operator, whose number is limited.
+        text = json.dumps(schema).replace("&", "\\u0026")
+        lines += [f"call_{n}: {call}", f"arguments_{n}: %json {text}"]
     return "\n".join(lines)
 
 

@@ -49,7 +49,17 @@ def deep(levels: int) -> dict[str, Any]:
         ),
         (
             {"grammar": "&" * 13},
-            "grammar must have at most 12 intersections (&), found 13; use fewer.",
+            (
+                "grammar must have at most 12 intersections (&), found 13; use fewer, and write \\u0026 within"
+                " schemas."
+            ),
+        ),
+        (  # it looks like a schema, and is two regular expressions around an intersection
+            {"grammar": 'start: T\nT: /[%json {"a":"]/ ' + "& /b/ " * 13 + '& /["}]/'},
+            (
+                "grammar must have at most 12 intersections (&), found 14; use fewer, and write \\u0026 within"
+                " schemas."
+            ),
         ),
         (
             {"grammar": 'start: %json {"multipleOf": 1e9}'},
@@ -124,3 +134,16 @@ def test_unsuitable_parameters_are_refused(given: dict[str, Any], text: str) -> 
     with pytest.raises(PrecastError) as refused:
         SamplingParams(**given)
     assert str(refused.value) == f"Sampling parameters: {text}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"grammar": 'start: %json {"multipleOf": 1e999}'},
+        {"grammar": "start: /%json [{]/"},
+        {"grammar": 'start: %json {"multipleOf": 7}'},
+        {"json_schema": {"multipleOf": True}},
+    ],
+)
+def test_other_faults_are_the_library_s_to_find(given: dict[str, Any]) -> None:
+    assert SamplingParams(**given).constraint is not None

@@ -23,7 +23,15 @@ SCHEMA = {
 }
 TOOLS = [
     {"type": "function", "function": {"name": "look", "parameters": SCHEMA}},
-    {"name": "say-hi.2", "parameters": {**SCHEMA, "properties": {"n": {"const": None}}, "required": []}},
+    {
+        "name": "say-hi.2",
+        "parameters": {
+            **SCHEMA,
+            "description": "A & B" * 13,
+            "properties": {"n": {"const": None}},
+            "required": [],
+        },
+    },
 ]
 MESSAGES = [{"role": "user", "content": "the cat"}]
 MARKERS = ["<tool_call>", "</tool_call>", "<|tool_call|>", "<|/tool_call|>", "[TOOL_CALLS]", "</think>"]
