@@ -418,8 +418,19 @@ def test_the_model_answers_within_constraints(tiny_model: Any, temperature: floa
     assert (stopped.text, stopped.finish_reason) == ("a", "stop")
 
 
+def test_answers_are_the_same_with_drafts_and_beside_others(slots_model: Any) -> None:
+    shape = {"type": "array", "items": {"const": "the cat sat on the mat"}, "minItems": 2, "maxItems": 3}
+    params = SamplingParams(json_schema=shape | {"x-guidance": {"whitespace_flexible": False}}, max_tokens=90)
+    alone = slots_model.generate("the cat sat", replace(params, prompt_lookup=False))
+    assert json.loads(alone.text) == ["the cat sat on the mat"] * len(json.loads(alone.text))
+    drafted = slots_model.generate("the cat sat", params)
+    others = [None, params, SamplingParams(regex="[a-z]{40}"), params]
+    many = slots_model.generate_many(["the", "the cat sat", "on", "the cat sat"], others)
+    assert {alone.token_ids} == {a.token_ids for a in (drafted, many[1], many[3])}
+
+
 def test_an_unsuitable_constraint_is_refused_before_the_first_step(tiny_model: Any) -> None:
-    with pytest.raises(PrecastError, match=r"prompt 1|\[1\]|regex: expected a regular expression"):
+    with pytest.raises(PrecastError, match=r"^prompts\[1\]: regex: expected a regular expression"):
         tiny_model.generate_many(["the", "cat"], [None, SamplingParams(regex="(")])
 
 
