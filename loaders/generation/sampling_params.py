@@ -88,7 +88,7 @@ class SamplingParams(Frozen):
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
 
-        def __init__(self, *values: Any, **fields: Any) -> None:
+        def __init__(self, /, *values: Any, **fields: Any) -> None:
             _check_names(values, fields)
             super().__init__(**fields)
 

@@ -238,6 +238,7 @@ def test_accepted_parameters_choose_a_token(said, prompt, ends, rows) -> None:
         ("bad_words_ids", [[]], "bad_words_ids must be a list of lists of token ids, none empty, found [[]]."),
         ("bad_words_ids", [[True]], "a token id of bad_words_ids must be an integer from 0 to 2^63 - 1, found True."),
         ("temprature", 1.0, "'temprature' is unknown, expected one of max_tokens, max_length, min_tokens,"),
+        ("self", 1, "'self' is unknown, expected one of max_tokens, max_length, min_tokens,"),
     ],
 )  # fmt: skip
 def test_the_error_for_a_number_out_of_range(field, value, text) -> None:

@@ -232,6 +232,20 @@ def test_pinned_segments_take_no_memory_and_stay():
     assert (tree.bytes, tree.match([1, 2, 3, 4, 5]).length) == (0, 3)
 
 
+def test_an_answer_does_not_fail_for_lack_of_memory(monkeypatch):
+    def read(*_):
+        raise MemoryError
+
+    engine = FakeEngine(["cache.keys"])
+    tree, cache = PrefixTree(engine, limit=1 << 20), engine.new_cache()
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_state, "read", read)
+        tree.capture([1, 2, 3], cache, 0, restored=0)
+    assert (tree.bytes, tree.match([1, 2, 3]).length) == (0, 0)
+    tree.capture([1, 2, 3], cache, 0, restored=0)
+    assert tree.match([1, 2, 3]).length == 3
+
+
 def test_without_memory_nothing_is_captured():
     engine = FakeEngine(["cache.keys"])
     tree = PrefixTree(engine, limit=0)
