@@ -43,7 +43,7 @@ setup(
                 xla_headers(),
                 "-std=c++20",
                 "-O3",
-                "-ffp-contract=fast",
+                "-ffp-contract=off",
                 "-fvisibility=hidden",
                 "-fno-math-errno",
                 "-Wall",

@@ -37,8 +37,8 @@ REDUCED_TIE = 0.05
 # For bfloat16 arithmetic: leads among the eight likeliest tokens were measured to change by up to 0.06 (12 steps of the
 # demo model).
 BFLOAT16_TIE = 0.15
-# For int4 weights, with which a prompt's activations are rounded to 8 bits: leads were measured to change by 0.06
-# (prompts of 5 to 65 tokens of the demo model).
+# For int4 weights, with which activations are rounded to 8 bits: leads were measured to change by 0.06 (prompts of 5 to
+# 65 tokens of the demo model).
 INT4_TIE = 0.25
 # The number of logits recorded for the first step of an answer: the largest ones.
 LOGITS = 8

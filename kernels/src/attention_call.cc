@@ -11,21 +11,22 @@ namespace {
 
 // Query rows (tokens times group) of a task; they share one prepared tile of keys.
 constexpr int64_t kAttentionRows = 48;
-// Positions of a task in a call with few tokens. A constant, so that results are the same for any number of threads.
-constexpr int64_t kSpan = 128;
-// Below this many appended numbers, and query numbers times positions, splitting the work costs more time than it
-// saves: about a microsecond of one thread.
+// Below this many appended numbers, query numbers times positions, and merged numbers, splitting the work costs more
+// time than it saves: about a microsecond of one thread.
 constexpr int64_t kAloneAppend = 4 * 1024;
 constexpr int64_t kAloneAttend = 16 * 1024;
+constexpr int64_t kAloneMerge = 16 * 1024;
 
 // The work of a sequence: `blocks` of `block` tokens for each key/value head. A sequence of one block splits its
-// positions instead, into `spans` of `span` positions from `first` on, because a decode step has no more blocks than
-// heads.
+// positions instead, into `spans` of a tile each, because a decode step has no more blocks than heads. `first` is the
+// first position that it sees.
 struct Sequence {
   int64_t r, slot, start, length;
   int64_t block, blocks = 0;
-  int64_t first = 0, span = 0, spans = 1;
+  int64_t first = 0, spans = 1;
   int64_t first_task, first_float;
+
+  int64_t end() const { return start + length; }
 };
 
 std::string SequenceText(const AttentionCall& c, int64_t r) {
@@ -51,11 +52,7 @@ std::vector<Sequence> Plan(const AttentionCall& c) {
     s.blocks = (s.length + block - 1) / block;
     s.block = std::min(block, s.length);
     if (c.window > 0) s.first = std::max<int64_t>(0, s.start + 1 - c.window);
-    s.span = s.start + s.length - s.first;
-    if (s.blocks == 1) {
-      s.spans = (s.span + kSpan - 1) / kSpan;
-      s.span = kSpan;
-    }
+    if (s.blocks == 1) s.spans = (s.end() - 1) / kTile - s.first / kTile + 1;
     task += d.K * s.blocks * s.spans;
     if (s.spans > 1) floats += d.K * s.spans * s.block * group * (d.H + 2);
     plan.push_back(s);
@@ -115,22 +112,22 @@ void AttendTask(const AttentionCall& c, const Ops& ops, const Sequence& s, int64
                               .window = c.window,
                               .scale = c.scale,
                               .soft_cap = c.soft_cap};
-  const int64_t from = s.first + span * s.span, partial_floats = rows * (d.H + 2);
+  const int64_t from = (s.first / kTile + span) * kTile, partial_floats = rows * (d.H + 2);
   const int64_t own = s.spans > 1 ? 0 : partial_floats;
   std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(AttentionScratch(rows, d.H) + own)]);
   float* at = s.spans > 1 ? partials + s.first_float + (k * s.spans + span) * partial_floats : scratch.get();
   const AttentionPartial partial = PartialAt(at, rows, d.H);
-  const AttentionSpan positions = {.token = token, .tokens = tokens, .from = from, .to = from + s.span};
+  const AttentionSpan positions = {
+      .token = token, .tokens = tokens, .from = from, .to = s.spans > 1 ? from + kTile : s.end()};
   ops.attention(head, positions, partial, scratch.get() + own);
   if (s.spans == 1) ops.merge_spans(partial, 0, 1, rows, group, d.H, c.out + query + token * d.N * d.H, d.N * d.H);
 }
 
-void MergeSequence(const AttentionCall& c, const Ops& ops, const Sequence& s, float* partials) {
+void MergeHead(const AttentionCall& c, const Ops& ops, const Sequence& s, int64_t k, float* partials) {
   const AttentionShape& d = c.d;
   const int64_t group = d.N / d.K, rows = s.length * group, stride = rows * (d.H + 2);
-  for (int64_t k = 0; k < d.K; ++k)
-    ops.merge_spans(PartialAt(partials + s.first_float + k * s.spans * stride, rows, d.H), stride, s.spans, rows, group,
-                    d.H, c.out + (s.r * d.T * d.N + k * group) * d.H, d.N * d.H);
+  ops.merge_spans(PartialAt(partials + s.first_float + k * s.spans * stride, rows, d.H), stride, s.spans, rows, group,
+                  d.H, c.out + (s.r * d.T * d.N + k * group) * d.H, d.N * d.H);
 }
 
 }  // namespace
@@ -170,7 +167,7 @@ void RunAttention(Team& team, const AttentionCall& c) {
   int64_t appended = 0, attended = 0;
   for (const Sequence& s : plan) {
     appended += 2 * s.length * d.K * d.H;
-    attended += s.length * d.N * d.H * (s.start + s.length - s.first);
+    attended += s.length * d.N * d.H * (s.end() - s.first);
   }
   const int64_t stores = static_cast<int64_t>(plan.size()) * d.K * 2;
   For(team, appended < kAloneAppend, stores, [&](int64_t i) {
@@ -187,8 +184,11 @@ void RunAttention(Team& team, const AttentionCall& c) {
     while (task < plan[i].first_task) --i;
     AttendTask(c, ops, plan[i], task - plan[i].first_task, partials.get());
   });
-  for (const Sequence& s : plan)
-    if (s.spans > 1) MergeSequence(c, ops, s, partials.get());
+  if (floats == 0) return;
+  For(team, floats < kAloneMerge, static_cast<int64_t>(plan.size()) * d.K, [&](int64_t i) {
+    const Sequence& s = plan[static_cast<size_t>(i / d.K)];
+    if (s.spans > 1) MergeHead(c, ops, s, i % d.K, partials.get());
+  });
 }
 
 }  // namespace precast

@@ -1,5 +1,5 @@
 // A mixture runs expert by expert, in ascending order, each with all the rows that chose it. Other rows of the call
-// then change a row's sum by rounding alone (with int4 weights, by the coarser activations of many rows).
+// change no bit of a row's sum.
 #include "experts_call.h"
 
 #include <algorithm>

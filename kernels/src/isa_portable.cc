@@ -2,9 +2,13 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "ops.h"
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace precast {
 #define PRECAST_ISA 0

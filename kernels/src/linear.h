@@ -24,16 +24,13 @@ struct Weight {
 };
 
 // Quantised activations; arrays that no weight of the call needs are null. int8 weights take 16 bits with one scale per
-// row. int4 weights with few rows take the same, and the high and low bytes of q. int4 weights with many rows take 8
-// bits with one scale per group, which halves the number of products. `sums` are the sums of each group: of q, or of
-// bytes times their scale.
+// row, int4 weights 8 bits with one scale per group, which halves the number of products.
 struct QuantizedRows {
-  int16_t* q = nullptr;                    // [rows, in_pad]
-  int8_t *high = nullptr, *low = nullptr;  // [rows, in_pad]
-  float* scale = nullptr;                  // [rows]
-  int8_t* bytes = nullptr;                 // [rows, in_pad]
-  float* group_scale = nullptr;            // [rows, in_pad / kGroup]
-  float* sums = nullptr;                   // [rows, in_pad / kGroup]
+  int16_t* q = nullptr;          // [rows, in_pad]
+  float* scale = nullptr;        // [rows]
+  int8_t* bytes = nullptr;       // [rows, in_pad]
+  float* group_scale = nullptr;  // [rows, in_pad / kGroup]
+  float* sums = nullptr;         // [rows, in_pad / kGroup]: of a group's bytes, times their scale
   int64_t in_pad = 0;
 };
 
@@ -43,8 +40,8 @@ struct LinearRows {
   QuantizedRows quantized = {};  // for packed weights
 };
 
-// Up to this many rows are multiplied one by one with packed weights; for more rows the weights are unpacked first.
-constexpr int64_t kFewRows = 4;
+// Up to this many rows meet packed weights as they are; for more rows the weights are unpacked in memory first.
+constexpr int64_t kFewRows = 12;
 
 enum class Gate { kNone, kSilu, kGeluTanh };
 

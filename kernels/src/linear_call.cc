@@ -20,8 +20,8 @@ constexpr int64_t kPrepareRows = 8;
 // Rows of the residual to prefetch ahead. A task adds one or two cache lines of each row, a pattern that hardware
 // prefetchers miss.
 constexpr int64_t kResidualAhead = 12;
-// Outputs of a task for which the stack buffer of few rows suffices.
-constexpr int64_t kTaskFloats = 256;
+// Numbers of a second product for which a buffer on the stack suffices.
+constexpr int64_t kStackFloats = 2048;
 
 bool IsPacked(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
 
@@ -35,28 +35,22 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
   }
   LinearRows rows = {.x = c.x, .in = c.in};
   if (c.norm == nullptr && !int8 && !int4) return rows;
-  const bool few = c.rows <= kFewRows;
   const int64_t pad = RoundUp(c.in, kGroup), groups = pad / kGroup;
   const int64_t tasks = (c.rows + kPrepareRows - 1) / kPrepareRows;
-  arena.Reset(c.rows * (c.in * 4 + pad * 4 + (1 + 2 * groups) * 4));
+  arena.Reset(c.rows * (c.in * 4 + pad * 3 + (1 + 2 * groups) * 4));
   // If no product reads the normalised floats, one row for each task suffices.
   float* normed = c.norm == nullptr ? nullptr : arena.Take<float>((floats ? c.rows : tasks) * c.in);
   if (normed != nullptr && floats) rows.x = normed;
   QuantizedRows& to = rows.quantized;
   to.in_pad = pad;
-  if (int8 || (int4 && few)) {
+  if (int8) {
     to.q = arena.Take<int16_t>(c.rows * pad);
     to.scale = arena.Take<float>(c.rows);
   }
   if (int4) {
+    to.bytes = arena.Take<int8_t>(c.rows * pad);
+    to.group_scale = arena.Take<float>(c.rows * groups);
     to.sums = arena.Take<float>(c.rows * groups);
-    if (few) {
-      to.high = arena.Take<int8_t>(c.rows * pad);
-      to.low = arena.Take<int8_t>(c.rows * pad);
-    } else {
-      to.bytes = arena.Take<int8_t>(c.rows * pad);
-      to.group_scale = arena.Take<float>(c.rows * groups);
-    }
   }
   team.For(tasks, [&](int64_t task) {
     const int64_t end = std::min(c.rows, (task + 1) * kPrepareRows);
@@ -94,10 +88,10 @@ void Compute(const LinearOps& ops, const LinearCall& c, const LinearRows& x, con
              int64_t outs) {
   const int64_t chunk = RowChunk(c), y_row = part.weight.outs;
   const bool gated = c.gate != Gate::kNone, multiplied = gated && c.parts.size() > 1;
-  float few[kFewRows * kTaskFloats];
+  float few[kStackFloats];
   std::unique_ptr<float[]> many;
   float* up = few;
-  if (multiplied && std::min(chunk, c.rows) * outs > kFewRows * kTaskFloats) {
+  if (multiplied && std::min(chunk, c.rows) * outs > kStackFloats) {
     many.reset(new float[static_cast<size_t>(std::min(chunk, c.rows) * outs)]);
     up = many.get();
   }

@@ -49,7 +49,8 @@ struct AttentionSpan {
   int64_t from, to;
 };
 
-// An unnormalised softmax over a span: out = sum(exp(s - peak) v), mass = sum(exp(s - peak)).
+// An unnormalised softmax over a span: out = sum(exp(s - peak) v), mass = sum(exp(s - peak)), 0 for a row that sees
+// nothing of the span.
 struct AttentionPartial {
   float* out;   // [tokens * G, H]
   float* peak;  // [tokens * G]
@@ -61,26 +62,27 @@ struct Ops {
   LinearOps linear;
   // Rotate and store; `scratch` holds H floats.
   void (*store_rows)(const CacheWrite& write, float* scratch);
-  // Fill `partial` for the positions of the span that its tokens see; `scratch` holds AttentionScratch() floats.
+  // Fill `partial` for the positions of the span that its tokens see, tile after tile; `scratch` holds
+  // AttentionScratch() floats.
   void (*attention)(const AttentionHead& head, AttentionSpan span, const AttentionPartial& partial, float* scratch);
-  // Write the answers of `rows` queries from `spans` partials, which are `stride` floats apart; tokens of `out` are
-  // `out_token` floats apart.
+  // Merge `spans` partials of `rows` queries, which are `stride` floats apart, into the first and write the answers;
+  // tokens of `out` are `out_token` floats apart.
   void (*merge_spans)(const AttentionPartial& partial, int64_t stride, int64_t spans, int64_t rows, int64_t group,
                       int64_t head_dim, float* out, int64_t out_token);
   // The index of the first largest of n >= 1 numbers; NaN counts as larger than any number.
   int64_t (*argmax)(const float* x, int64_t n);
 };
 
-// Positions scored together for many query rows: a tile of scores and of keys stays in the L1 cache.
-constexpr int64_t kTile = 64;
-// The same for few query rows, which read a tile once and in order.
-constexpr int64_t kFewTile = 256;
-// Up to this many query rows count as few.
+// Positions with a softmax of their own; they begin at multiples of kTile.
+constexpr int64_t kTile = 128;
+// Up to this many query rows read stored keys and values in one pass; for more rows they are widened first.
 constexpr int64_t kFewQueries = 8;
+// The most positions whose keys are transposed together.
+constexpr int64_t kMostColumns = 64;
 
-// Floats for queries and scores; for many rows also for the keys and values of a tile.
+// Floats for queries, scores, scales, transposed keys, widened values, and the softmax of a tile.
 constexpr int64_t AttentionScratch(int64_t rows, int64_t head_dim) {
-  return rows <= kFewQueries ? rows * (head_dim + kFewTile) : rows * (head_dim + kTile) + 2 * kTile * head_dim;
+  return rows * (2 * head_dim + kTile + 2) + kTile + (kMostColumns + kTile) * head_dim;
 }
 
 const Ops& PortableOps();

@@ -194,11 +194,11 @@ def both(jax: ModuleType) -> SimpleNamespace:
     return SimpleNamespace(call=CPU_OPS.layers, loop=layer_loop(lambda: CPU_OPS))
 
 
-def lost_of(weights: str, kind: str, *, many: bool) -> tuple[float, float]:
+def lost_of(weights: str, kind: str) -> tuple[float, float]:
     """Return the error allowed, relative to the largest number, for the weights' format alone and with the cache's."""
-    # Activations in 16 bits, in 8 of many rows with int4 weights; and a number of the cache that falls to the other
-    # side of a rounding border.
-    lost = {"int8": 4e-4, "int4": 3e-2 if many else 4e-4}.get(weights, 4e-6)
+    # Activations in 16 bits, in 8 with int4 weights; and a number of the cache that falls to the other side of a
+    # rounding border.
+    lost = {"int8": 4e-4, "int4": 3e-2}.get(weights, 4e-6)
     return lost, lost + {"float32": 0.0, "bfloat16": 4e-3, "int8": 6e-3}[kind]
 
 
@@ -225,7 +225,7 @@ def test_agrees_with_xla_and_with_the_kernels_one_by_one(
             for ours, others in zip(*flat, strict=True):
                 assert_same_bits(ours, others)
         (y, after), (theirs, their_caches) = results[0], answers[i]
-        lost, loose = (a * np.abs(theirs).max() for a in lost_of(weights, kind, many=used > 4))
+        lost, loose = (a * np.abs(theirs).max() for a in lost_of(weights, kind))
         for r, (_, _, length) in enumerate(places):
             assert np.all(np.isfinite(theirs[r, :length]))
             np.testing.assert_allclose(y[r, :length], theirs[r, :length], rtol=0, atol=loose)

@@ -42,7 +42,7 @@ def compile_all(folder: Path, sources: list[Path], flags: tuple[str, ...], inclu
         "-std=c++20",
         "-O1",
         "-g1",
-        "-ffp-contract=fast",
+        "-ffp-contract=off",
         *WARNINGS,
         *flags,
     )

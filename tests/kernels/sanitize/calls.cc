@@ -63,9 +63,7 @@ void CheckLinear(Team& team, Arena& arena, int64_t rows, int64_t in, const std::
           norm[k] / std::sqrt(squares / static_cast<double>(in) + static_cast<double>(1e-3f));
     for (const double v : row) top = std::max(top, std::fabs(v));
     // The unit to which activations are rounded, at most.
-    const auto unit = [&](const Weights& w) {
-      return top / (w.format == Format::kInt4 && rows > kFewRows ? 127 : 32512);
-    };
+    const auto unit = [&](const Weights& w) { return top / (w.format == Format::kInt4 ? 127 : 32512); };
     for (size_t i = 0; i < call.results(); ++i)
       for (int64_t o = 0; o < outs[i]; ++o) {
         Expected e = Dot(row, unit(weights[i]), weights[i], o, around.bias ? &biases[i] : nullptr);

@@ -169,9 +169,7 @@ void CheckExperts(Team& team, Arena& linear, Arena& own, Format format, const Mi
               .downs = downs.View(),
               .y = y.get()});
   allow(true);
-  const double lost = format == Format::kInt4 && m.rows > kFewRows         ? 0.1
-                      : format == Format::kInt8 || format == Format::kInt4 ? 4e-3
-                                                                           : 2e-4;
+  const double lost = format == Format::kInt4 ? 0.1 : format == Format::kInt8 ? 4e-3 : 2e-4;
   for (int64_t r = 0; r < m.rows; ++r) {
     std::vector<double> row(x.get() + r * D, x.get() + (r + 1) * D), sums(row.size(), 0), sizes(row.size(), 0);
     if (m.norm) row = Normed(x.get() + r * D, D, norm, nullptr, 0.25);

@@ -50,24 +50,16 @@ double GateOf(Gate gate, double x) {
 
 namespace {
 
-// Rows of activations in buffers of their exact sizes. Only the arrays that the format's products read exist: for int4,
-// few rows have two bytes, many rows one byte and a scale per group.
+// Rows of activations in buffers of their exact sizes. Only the arrays that the format's products read exist.
 struct Rows {
-  Rows(const Ops& ops, const Floats& x, int64_t rows, int64_t in, Format format, bool few)
-      : pad((in + kGroup - 1) / kGroup * kGroup), int4(format == Format::kInt4), bytes_only(int4 && !few),
-        q(bytes_only ? 0 : rows * pad, -77), high(int4 && few ? rows * pad : 0), low(high.size),
-        bytes(bytes_only ? rows * pad : 0, -77), scale(bytes_only ? 0 : rows),
-        group_scale(bytes_only ? rows * pad / kGroup : 0), sum(int4 ? rows * pad / kGroup : 0) {
-    const auto some = [](auto& array) { return array.size == 0 ? nullptr : array.get(); };
-    view = {some(q),
-            some(high),
-            some(low),
-            bytes_only ? nullptr : scale.get(),
-            bytes_only ? bytes.get() : nullptr,
-            bytes_only ? group_scale.get() : nullptr,
-            int4 ? sum.get() : nullptr,
-            pad};
-    if (!bytes_only) view.q = q.get();
+  Rows(const Ops& ops, const Floats& x, int64_t rows, int64_t in, Format format)
+      : pad((in + kGroup - 1) / kGroup * kGroup), int4(format == Format::kInt4), q(int4 ? 0 : rows * pad, -77),
+        bytes(int4 ? rows * pad : 0, -77), scale(int4 ? 0 : rows), group_scale(int4 ? rows * pad / kGroup : 0),
+        sum(group_scale.size) {
+    if (int4)
+      view = {.bytes = bytes.get(), .group_scale = group_scale.get(), .sums = sum.get(), .in_pad = pad};
+    else
+      view = {.q = q.get(), .scale = scale.get(), .in_pad = pad};
     for (int64_t row = rows; row-- > 0;) {
       Floats own(in);  // a separate buffer, so that a read past the row is caught
       std::memcpy(own.get(), x.get() + row * in, static_cast<size_t>(in) * sizeof(float));
@@ -80,36 +72,35 @@ struct Rows {
         Near("quantised padding", Whole(row, k), 0, 0);
       else if (Finite(row))
         Near("quantised", At(row, k), x[row * in + k], 0.505 * unit + 1e-30);
-      if (high.size > 0) Near("high and low byte", high[i] * 256 + low[i], q[i], 0);
     }
     for (int64_t g = 0; g < sum.size; ++g) {
       double total = 0;
-      for (int64_t k = 0; k < kGroup; ++k) total += bytes_only ? bytes[g * kGroup + k] : q[g * kGroup + k];
-      if (bytes_only) total *= group_scale[g];
+      for (int64_t k = 0; k < kGroup; ++k) total += bytes[g * kGroup + k];
+      total *= group_scale[g];
       if (Finite(g * kGroup / pad) && std::fabs(total) < 3e38)
         Near("sum of a group", sum[g], total, 2 * kUnit * std::fabs(total));
     }
   }
-  double Whole(int64_t row, int64_t k) const { return bytes_only ? bytes[row * pad + k] : q[row * pad + k]; }
-  double Scale(int64_t row, int64_t k) const { return bytes_only ? group_scale[(row * pad + k) / kGroup] : scale[row]; }
+  double Whole(int64_t row, int64_t k) const { return int4 ? bytes[row * pad + k] : q[row * pad + k]; }
+  double Scale(int64_t row, int64_t k) const { return int4 ? group_scale[(row * pad + k) / kGroup] : scale[row]; }
   double At(int64_t row, int64_t k) const { return Whole(row, k) * Scale(row, k); }
   bool Finite(int64_t row) const { return pad == 0 || !std::isnan(Scale(row, 0)); }
 
   int64_t pad;
-  bool int4, bytes_only;
+  bool int4;
   Array<int16_t> q;
-  Array<int8_t> high, low, bytes;
+  Array<int8_t> bytes;
   Floats scale, group_scale, sum;
   QuantizedRows view;
 };
 
 // Rows [row, row + rows) times outputs [from, from + outs) of larger arrays; rows of results are `gap` floats apart.
-void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64_t outs, int64_t gap, bool few) {
+void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64_t outs, int64_t gap) {
   const bool packed = format == Format::kInt8 || format == Format::kInt4;
   const int64_t row = Between(0, 2), from = packed ? kPanel * Between(0, 2) : Between(0, 5);
   const Weights w(format, from + outs, in);
   Floats x = Floats::Normal((row + rows) * in), y((rows - 1) * (outs + gap) + outs, -12345.0f);
-  const Rows quantized(ops, x, row + rows, in, format, few);
+  const Rows quantized(ops, x, row + rows, in, format);
   ops.linear.product(w.View(), {packed ? nullptr : x.get(), in, quantized.view}, row, rows, from, outs, y.get(),
                      outs + gap);
   for (int64_t i = 0; i < y.size; ++i) {
@@ -172,9 +163,8 @@ void CheckOddRows(const Ops& ops) {
       for (int64_t at : {int64_t{0}, in / 2, in - 1}) {
         Floats x(2 * in, value == 3e38f ? -3e38f : 0.0f);
         x[in + at] = value;
-        for (bool few : {true, false})
-          if (Rows(ops, x, 2, in, Format::kInt4, few).Finite(1) != std::isfinite(value))
-            Fail("scale of an odd row", few, value);
+        for (Format format : {Format::kInt8, Format::kInt4})
+          if (Rows(ops, x, 2, in, format).Finite(1) != std::isfinite(value)) Fail("scale of an odd row", in, value);
       }
 }
 
@@ -184,10 +174,9 @@ void CheckLinearOps(const Ops& ops) {
   for (Format format : kFormats) {
     for (int64_t in : {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 769, 2081})
       for (int64_t rows = 1; rows <= 9; ++rows)
-        CheckProduct(ops, format, rows, in, in > 99 ? Between(1, 9) : Between(1, 50), rows % 3, rows <= kFewRows);
-    CheckProduct(ops, format, 130, 33, 17, 0, false);
-    // The remaining rows of many.
-    for (int64_t rows = 1; rows <= kFewRows; ++rows) CheckProduct(ops, format, rows, 70, 33, 2, false);
+        CheckProduct(ops, format, rows, in, in > 99 ? Between(1, 9) : Between(1, 50), rows % 3);
+    for (int64_t rows = 10; rows <= 2 * kFewRows; ++rows) CheckProduct(ops, format, rows, 70, 33, 2);
+    CheckProduct(ops, format, 130, 33, 17, 0);
   }
   for (int64_t n = 1; n <= 70; ++n) {
     for (bool biased : {false, true}) CheckNormalize(ops, n, biased);
