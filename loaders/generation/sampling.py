@@ -120,24 +120,32 @@ class Sampler:
         return token_id
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
-        """Return a copy of the logits after bias, penalties, forbidden tokens and constraint, if there are any."""
+        """Return the logits after bias, penalties, forbidden tokens and constraint; the argument is unchanged."""
         forbidden = self._forbidden_ids()
-        if self._penalties is None and not forbidden and self._constraint is None:
-            return logits
-        scores = logits.copy()
-        if self._penalties is not None:
-            self._penalties.apply(scores)
-        scores[forbidden] = -np.inf
+        scores = logits
+        if self._penalties is not None or forbidden:
+            scores = logits.copy()
+            if self._penalties is not None:
+                self._penalties.apply(scores)
+            scores[forbidden] = -np.inf
         if self._constraint is not None:
-            bits = np.unpackbits(self._constraint.mask().view(np.uint8), count=scores.size, bitorder="little")
-            scores[bits == 0] = -np.inf
-        if (forbidden or self._constraint is not None) and np.isneginf(scores.max()):
+            scores = self._within(self._constraint.mask(), scores)
+        if scores is not logits and np.isneginf(scores.max()):
             constraint = "" if self._constraint is None else " within the constraint"
             raise PrecastError(
                 "Sampling: suppress_tokens, bad_words_ids, no_repeat_ngram_size and min_tokens leave no token to"
                 f" choose{constraint}; relax one of them."
             )
         return scores
+
+    def _within(self, mask: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        """Return the scores [V] with -inf for tokens outside a mask, uint32 [ceil(V / 32)]."""
+        if self._params.temperature == 0:
+            likeliest = int(np.argmax(scores))
+            if int(mask[likeliest // 32]) >> likeliest % 32 & 1:
+                return scores  # the argmax is the same, and most answers keep to their constraint
+        bits = np.unpackbits(mask.view(np.uint8), count=scores.size, bitorder="little")
+        return np.where(bits.view(np.bool_), scores, np.float32(-np.inf))
 
     def _forbidden_ids(self) -> list[int]:
         # A complete answer ends, even below min_tokens: only an end token may follow.
