@@ -25,6 +25,8 @@ from precast.loaders.generation.stopping import DeadEnd
 from precast.loaders.text.tokenizer import Tokenizer
 from precast.loaders.text.vocabulary_bytes import SPECIAL, drops_first_space, vocabulary_bytes
 
+pytest.importorskip("llguidance")
+
 CORPUS = ["the cat sat on the mat", '{"name": "cat", "age": 3}', "[1, 2, 3] yes no café 🦙"]
 SPECIALS = ["<unk>", "<s>", "</s>"]
 END = 2
@@ -82,7 +84,6 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def grammars(tokenizer: Tokenizer) -> Grammars:
-    pytest.importorskip("llguidance")
     return Grammars(tokenizer, padded(tokenizer), [END])
 
 
