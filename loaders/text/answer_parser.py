@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from .answer_formats import AnswerFormat, CallSyntax
 from .tool_calls import BODIES, Body, NoCall, RawCall, ToolCall, typed
 
+# A marker follows at most this many spaces, and at most so many are removed before it, so that the time stays linear.
+_MOST_SPACES = 1024
 # After this many malformed calls the rest is content, so that the time stays linear.
 _MOST_FAILURES = 64
 _ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -118,7 +120,7 @@ class AnswerParser:
     def _begin(self) -> bool:
         """Find out if the answer begins with reasoning."""
         text = self._text.lstrip()
-        for syntax in self._reasonings:
+        for syntax in self._reasonings if len(self._text) - len(text) <= _MOST_SPACES else ():
             if text.startswith(syntax.opening):
                 self._text = text.removeprefix(syntax.opening)
                 self._reasoning, self._step = syntax, AnswerParser._reason
@@ -135,7 +137,8 @@ class AnswerParser:
         is_closed = place >= 0
         if not is_closed:
             place = len(self._text) if self._is_last else len(self._text) - _overlap(self._text, closing)
-        piece = self._text[:place].rstrip("\n")
+        piece = self._text[:place]
+        piece = piece[: max(len(piece.rstrip("\n")), len(piece) - _MOST_SPACES)]
         self._text = self._text[place + len(closing) :] if is_closed else self._text[len(piece) :]
         if not self._has_reasoned:
             piece = piece.lstrip("\n")
@@ -161,7 +164,8 @@ class AnswerParser:
     def _start(self) -> bool:
         """Find out if the answer, after the reasoning, is a tool call without a marker before it."""
         text = self._text.lstrip()
-        for syntax in (syntax for syntax in self._calls if syntax.at_start):
+        has_many_spaces = len(self._text) - len(text) > _MOST_SPACES
+        for syntax in (syntax for syntax in self._calls if syntax.at_start and not has_many_spaces):
             if self._may_become(text, syntax.opening) or not (text or self._is_last):
                 return False
             if text and text.startswith(syntax.opening):
@@ -265,7 +269,8 @@ class AnswerParser:
     def _emit(self, text: str) -> None:
         """Emit content, but hold back spaces at its end as long as a call may follow."""
         text = self._space + text
-        kept = text if self._is_last and not self._text else text.rstrip() if self._calls else text
+        is_end = not self._calls or (self._is_last and not self._text)
+        kept = text if is_end else text[: max(len(text.rstrip()), len(text) - _MOST_SPACES)]
         self._space = text[len(kept) :]
         if kept:
             self._deltas.append(ContentDelta(kept))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 from .python_calls import NotCalls, parse_call_list, parse_code
 
 # Limits for text that a model wrote, because a hostile prompt may have provoked it.
-_DEEPEST, _LONGEST, _LONGEST_NAME = 64, 1 << 20, 256
+_DEEPEST, _LONGEST, _LONGEST_NAME, _MOST_SPACES = 64, 1 << 20, 256, 1024
 
 
 class NoCall(ValueError):
@@ -345,11 +345,10 @@ def _first(text: str, allowed: str) -> int | None:
         NoCall: the character is not among the allowed ones.
     """
     stripped = text.lstrip()
-    if not stripped:
-        return None
-    if stripped[0] not in allowed:
+    place = len(text) - len(stripped)
+    if place > _MOST_SPACES or (stripped and stripped[0] not in allowed):
         raise NoCall
-    return len(text) - len(stripped)
+    return place if stripped else None
 
 
 def _loads(text: str) -> Any:

@@ -5,12 +5,14 @@
 import itertools
 import json
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.text import answer_parser, tool_calls
 from precast.loaders.text.answer_formats import answer_format
 from precast.loaders.text.answer_parser import AnswerParser, ContentDelta, ReasoningDelta, ToolCallDelta
 from precast.loaders.text.chat_template import ChatOptions, ChatTemplate
@@ -245,6 +247,28 @@ def test_the_pieces_make_no_difference(text, family, template, tail, cuts):
     assert parse(text, family, template, tail=tail, cuts=range(len(text))) == whole
     for call in whole[2]:
         assert isinstance(json.loads(call.arguments), dict)
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    text=st.lists(st.one_of(FRAGMENTS, st.sampled_from(["\n\n\n", "\n\n \n\n"])), max_size=14).map("".join),
+    family=st.sampled_from(FAMILIES),
+    template=st.sampled_from(["", "<think>", "<think> <response>"]),
+    tail=st.sampled_from(["", "<think>\n"]),
+)
+def test_the_pieces_make_no_difference_among_many_spaces(text, family, template, tail):
+    with patch.object(answer_parser, "_MOST_SPACES", 2), patch.object(tool_calls, "_MOST_SPACES", 2):
+        whole = parse(text, family, template, tail=tail)
+        assert parse(text, family, template, tail=tail, cuts=range(len(text))) == whole
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("before", "tail"), [("", ""), ("a", ""), ("<think>", ""), ("", "<think>")])
+def test_many_spaces_are_held_back_in_part(family, before, tail):
+    """Held back, they would be searched again with every further one."""
+    parser = AnswerParser(answer_format("<think>", family), SCHEMAS, prompt_tail=tail)
+    parser.push(before + "\n" * 5000)
+    assert len(parser._text) + len(parser._space) <= 1024
 
 
 @settings(deadline=None, max_examples=300)
