@@ -269,14 +269,19 @@ def test_products_take_bfloat16_and_sum_in_float32(model_type):
 
 def test_products_of_a_single_row_with_weights_are_not_dots():
     """For a dot, XLA for GPUs copies a layer's matrix out of the stack, so only attention's two products are dots."""
-    decode = build_programs(*tiny_programs("bfloat16", CUDA_OPS))[-1]
+    decode = _decode_of_one(CUDA_OPS)
     text = jax.jit(decode.function).lower(*decode.abstract_arguments()).as_text()
     assert len(_DOT.findall(text)) == 2
     assert len(_DOT.findall(_text_of_decode("float32"))) == 10
 
 
+def _decode_of_one(ops):
+    """Return the program that decodes a single sequence."""
+    return next(p for p in build_programs(*tiny_programs("bfloat16", ops)) if p.kind == "decode")
+
+
 def _text_of_decode(compute):
-    decode = build_programs(*tiny_programs("bfloat16", xla_ops(compute)))[-1]
+    decode = _decode_of_one(xla_ops(compute))
     return jax.jit(decode.function).lower(*decode.abstract_arguments()).as_text()
 
 

@@ -51,7 +51,7 @@ def test_the_user_is_told_the_result(add, artifact_copy):
     added, messages = add()
     assert messages[-1] == "checking its answers against the recorded ones"
     lines = list(summary_lines(added, artifact_copy))
-    assert lines[0].startswith(f"{artifact_copy}: target {NAME} added: 4 programs, ")
+    assert lines[0].startswith(f"{artifact_copy}: target {NAME} added: 5 programs, ")
     assert lines[0].endswith(f"jaxlib {pjrt.jaxlib_version}, {added.answers} answers as recorded")
     assert lines[1].startswith(
         "  runs on Intel since Haswell (2013), AMD since Excavator (2015) (x86-64-v3); not "
@@ -73,7 +73,7 @@ assert "jax" not in sys.modules
 """
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
-    assert f"target {NAME} added: 4 programs" in result.stdout
+    assert f"target {NAME} added: 5 programs" in result.stdout
     for program in ("cache", "prefill_8", "prefill_16", "decode", "score"):
         assert f"compiling {program} from StableHLO for x86-64-v3 …" in result.stderr
     assert load(artifact_copy, target=NAME).compiles == 0

@@ -104,7 +104,7 @@ def test_the_command_line_runs_it_and_logs_it(cli, savedmodel_artifact):
     result = cli(*arguments, "--target", "savedmodel")
     assert result.exit_code == 0, result.stderr
     told, compiled = json.loads(result.stdout), json.loads(cli(*arguments).stdout)
-    assert (told["target"], told["compiles"], compiled["compiles"]) == ("savedmodel", 4, 0)
+    assert (told["target"], told["compiles"], compiled["compiles"]) == ("savedmodel", 5, 0)
     assert told["token_ids"] == compiled["token_ids"]
     assert (
         f"{savedmodel_artifact}: TensorFlow runs target 'savedmodel', and compiles each program when it is first called"
@@ -145,7 +145,7 @@ def test_refused_arguments_have_an_error_text(model):
         PrecastError,
         match=r"^TensorFlow: program 'decode' failed \(.*\); check the artifact with precast verify\.$",
     ):
-        model.engine._decode.executable(arguments)
+        model.engine._decodes[0].executable(arguments)
 
 
 # --- files -------------------------------------------------------------------------------------------------
