@@ -50,10 +50,12 @@ class Match(NamedTuple):
     Attributes:
         length: number of tokens.
         spans: keys and values of these tokens, with the names of their arrays.
+        checks: functions that raise PrecastError if a file of these keys and values was written to.
     """
 
     length: int
     spans: tuple[tuple[str, Span], ...]
+    checks: tuple[Callable[[], None], ...]
 
 
 class _Node:
@@ -67,9 +69,10 @@ class _Node:
         children: the segments after this one, by their first token.
         parent: the segment before this one; None for the root.
         pinned: True for a segment that stays.
+        checks: functions that raise PrecastError if a file of the segment's keys and values was written to.
     """
 
-    __slots__ = ("children", "parent", "pinned", "spans", "start", "tokens")
+    __slots__ = ("checks", "children", "parent", "pinned", "spans", "start", "tokens")
 
     def __init__(
         self,
@@ -79,8 +82,10 @@ class _Node:
         parent: "_Node | None",
         *,
         pinned: bool,
+        checks: tuple[Callable[[], None], ...] = (),
     ) -> None:
         self.tokens, self.start, self.spans, self.pinned = tokens, start, spans, pinned
+        self.checks = checks
         self.children: dict[int, _Node] = {}
         self.parent = parent
         if parent is not None:
@@ -119,7 +124,6 @@ class PrefixTree:
         # so after it: the first segment is always a leaf.
         self._recent: OrderedDict[_Node, None] = OrderedDict()
         self._bytes = 0
-        self._checks: list[Callable[[], None]] = []
         self._lock = Lock()
 
     @property
@@ -132,7 +136,8 @@ class PrefixTree:
         with self._lock:
             path = self._walk(np.asarray(tokens, np.int32))
             length = self._possible_cut(path, sum(count for _, count in path))
-            return Match(length, tuple(self._needed(path, length)))
+            checks = {check: None for node, _ in path if node.start < length for check in node.checks}
+            return Match(length, tuple(self._needed(path, length)), tuple(checks))
 
     def restore(self, tokens: Sequence[int], cache: KVCache, slot: int) -> int:
         """Write keys and values of the longest known prefix to the first positions of a slot; return its length.
@@ -148,7 +153,7 @@ class PrefixTree:
         match = self.match(tokens)
         if match.length:
             kv_state.write(self._views(cache, slot), match.spans)
-            for check_unchanged in self._checks:
+            for check_unchanged in match.checks:
                 check_unchanged()
         return match.length
 
@@ -230,17 +235,16 @@ class PrefixTree:
         """
         ids = np.asarray(tokens, np.int32)
         with self._lock:
-            self._checks.append(check_unchanged)
             path = self._walk(ids)
             parent = self._end(path)
             for node, _ in path[:-1]:
-                self._pin(node, spans)
+                self._pin(node, spans, check_unchanged)
             if parent is not self._root:
-                self._pin(parent, spans)
+                self._pin(parent, spans, check_unchanged)
             known = parent.stop
             if known < len(ids):
                 parts = {name: span.part(known, len(ids)) for name, span in spans.items()}
-                _Node(ids[known:], known, parts, parent, pinned=True)
+                _Node(ids[known:], known, parts, parent, pinned=True, checks=(check_unchanged,))
 
     # --- the tree -----------------------------------------------------------------------------------------------
 
@@ -274,20 +278,24 @@ class PrefixTree:
         copied = _same if node.pinned else _copied
         upper = {name: copied(span.part(span.start, cut)) for name, span in node.spans.items()}
         lower = {name: copied(span.part(cut, span.stop)) for name, span in node.spans.items()}
-        first = _Node(node.tokens[:count], node.start, upper, node.parent, pinned=node.pinned)
+        first = _Node(
+            node.tokens[:count], node.start, upper, node.parent, pinned=node.pinned, checks=node.checks
+        )
         if not node.pinned:
             self._recent[first] = None
         node.tokens, node.start, node.spans, node.parent = node.tokens[count:], cut, lower, first
         first.children[int(node.tokens[0])] = node
         return first
 
-    def _pin(self, node: _Node, spans: Mapping[str, Span]) -> None:
+    def _pin(self, node: _Node, spans: Mapping[str, Span], check_unchanged: Callable[[], None]) -> None:
         """Pin a segment, with arrays of a pinned prefix in place of its own where they have all that its own have."""
         self._forget(node)
         given = {name: spans[name].part(node.start, node.stop) for name in node.spans}
         node.spans = {
             name: given[name] if given[name].start <= own.start else own for name, own in node.spans.items()
         }
+        is_replaced = all(node.spans[name] is span for name, span in given.items())
+        node.checks = (check_unchanged,) if is_replaced else (*node.checks, check_unchanged)
         node.pinned = True
 
     def _add(self, node: _Node) -> None:

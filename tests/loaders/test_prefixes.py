@@ -4,7 +4,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -230,6 +230,21 @@ def test_pinned_segments_take_no_memory_and_stay():
     assert (tree.bytes, tree.match([1, 2, 3, 4, 5]).length) == (before // 2, 5)
     tree._evict()
     assert (tree.bytes, tree.match([1, 2, 3, 4, 5]).length) == (0, 3)
+
+
+def test_a_file_is_checked_for_its_own_tokens_until_another_replaces_it():
+    """A file that is no longer in use is closed with its check."""
+    engine = FakeEngine(["cache.keys"])
+    tree, cache = PrefixTree(engine, limit=1 << 20), engine.new_cache()
+    spans = {"cache.keys": Span(0, np.zeros((LAYERS, HEADS, 4, WIDTH), np.uint16))}
+    checked: list[str] = []
+    for name in ("first", "second"):
+        tree.pin([1, 2, 3, 4], spans, partial(checked.append, name))
+    tree.pin([1, 2, 8, 9], spans, partial(checked.append, "other"))
+    for prompt, expected in (([1, 2, 3, 4, 5], ["other", "second"]), ([1, 2], ["other"]), ([7], [])):
+        checked.clear()
+        tree.restore(prompt, cache, 0)
+        assert checked == expected
 
 
 def test_an_answer_does_not_fail_for_lack_of_memory(monkeypatch):
