@@ -28,7 +28,7 @@ def read_chunk(engine: Engine, sequence: TokenSequence, batch: Batch, most: int)
         engine: the engine.
         sequence: the sequence.
         batch: the sequences of its KV cache.
-        most: maximum number of tokens, which prompts with log-probabilities do not need.
+        most: maximum number of tokens, for a prompt without log-probabilities.
 
     Returns:
         The results after the last token (R = 1).
@@ -39,7 +39,7 @@ def read_chunk(engine: Engine, sequence: TokenSequence, batch: Batch, most: int)
         step = engine.prefill_chunk(chunk, batch.cache, start=start, slot=slot)
         sequence.filled += len(chunk)
         return _results(engine, step, [sequence])
-    # A call that has results for every token, or else one token after the other.
+    # Log-probabilities need the logits after every token. Without a score program, decode one token at a time.
     chunk = sequence.tokens[start : min(start + max(engine.score_tokens, 1), sequence.prompt_tokens)]
     if engine.score_tokens:
         step = engine.score(chunk, batch.cache, start=start, slot=slot)
@@ -66,14 +66,14 @@ def verify(engine: Engine, sequence: TokenSequence, batch: Batch, draft: Sequenc
 
 
 def take(sequence: TokenSequence, results: Results, row: int, draft: Sequence[int] = ()) -> None:
-    """Choose the next token of a sequence, and further ones for as long as they are those of the draft.
+    """Choose the next token of a sequence, and further ones for as long as the chosen tokens match the draft.
 
     Args:
         sequence: the sequence.
         results: the results of its call.
-        row: the row after the sequence's newest token; those after the draft's tokens follow.
-        draft: the tokens that the call took as the next ones. They are in the sequence's slot; what follows a wrong one
-            there is overwritten before it is read.
+        row: the row of results after the sequence's newest token. The rows after the draft's tokens follow.
+        draft: the guessed tokens that the call read as well. Their keys and values are in the sequence's slot; from the
+            first wrong guess on, later calls overwrite them before reading them.
     """
     for place, guess in enumerate((*draft, None), row):
         sequence.filled = len(sequence.tokens)

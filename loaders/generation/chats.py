@@ -1,4 +1,4 @@
-"""The form of a chat: how its answer is split, and which tools it must call."""
+"""The form of a chat: the parts of its answer, and the tools that the answer must call."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .sampling_params import SamplingParams
 
 AUTO = "auto"
-# The most tokens at the end of a prompt that may open the reasoning.
+# The number of tokens at the end of a prompt among which the tag that opens the reasoning may be.
 _TAIL = 16
 
 
 class ChatForm(NamedTuple):
-    """The form of a conversation's prompt and of its answer: arguments of `Model.chat`."""
+    """The arguments of `Model.chat` that decide the form of the prompt and of the answer."""
 
     tools: Sequence[Mapping[str, Any]] | None
     template: str | None
@@ -31,7 +31,7 @@ def parser_of(tokenizer: "Tokenizer", prompt: Sequence[int], form: ChatForm) -> 
     """Return the parser of the answer to a prompt; None if all of the answer is content.
 
     Raises:
-        PrecastError: the answer format is unknown, or the model has no such template.
+        PrecastError: the answer format is unknown, or the model has no template of the given name.
     """
     from ..text.chat_messages import ChatOptions
 
@@ -49,10 +49,10 @@ def parser_of(tokenizer: "Tokenizer", prompt: Sequence[int], form: ChatForm) -> 
 def calling(
     params: "SamplingParams", parser: "AnswerParser | None", tokenizer: "Tokenizer", form: ChatForm
 ) -> "SamplingParams":
-    """Return the parameters with the grammar of the tool calls that the form requires.
+    """Return the parameters with a grammar of the tool calls that the answer must consist of.
 
     Raises:
-        PrecastError: there are no tools, the choice is none of them, the template prescribes no calls in JSON, or the
+        PrecastError: there are no tools, none has the chosen name, the template prescribes no calls in JSON, or the
             parameters have a constraint already.
     """
     if parser is None or not parser.form.calls or not form.tools:

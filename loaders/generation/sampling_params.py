@@ -29,7 +29,7 @@ class SamplingParams(Frozen):
     max_length: int | None = None
     """Maximum length of prompt and answer together, in tokens; ignored if max_tokens is given."""
     min_tokens: int = 0
-    """Minimum length of the answer, in tokens: no end-of-generation token is chosen before."""
+    """Minimum length of the answer, in tokens; until then end-of-generation tokens are forbidden."""
     min_length: int = 0
     """Minimum length of prompt and answer together; ignored if min_tokens is given."""
     temperature: float = 0.0
@@ -45,7 +45,7 @@ class SamplingParams(Frozen):
     presence_penalty: float = 0.0
     """Subtract this from the logit of every token of the answer, as OpenAI does: -2 to 2, 0 is off."""
     frequency_penalty: float = 0.0
-    """Subtract this from a token's logit once for each time that the answer has it: -2 to 2, 0 is off."""
+    """Subtract this from a token's logit once for each occurrence of the token in the answer: -2 to 2, 0 is off."""
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
     """Numbers from -100 to 100 to add to logits, by token id; stored as pairs in ascending order of id."""
     no_repeat_ngram_size: int = 0
@@ -55,36 +55,36 @@ class SamplingParams(Frozen):
     begin_suppress_tokens: tuple[int, ...] = ()
     """Tokens that may not start the answer."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    """Token sequences that are never completed. A single end-of-generation token is not forbidden."""
+    """Token sequences that are never completed; a single end-of-generation token in the list has no effect."""
     bad_words: tuple[str, ...] = ()
-    """Words that are never completed, as bad_words_ids: as tokens of the word, and of the word after a space."""
+    """Words that are never completed, in their tokenisations at the start of a text and after a space."""
     seed: int | None = None
     """Seed of the random numbers; None uses fresh entropy."""
     stop: tuple[str, ...] = ()
     """Strings that end generation; they are not part of the answer."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end generation besides the model's own end-of-generation tokens, also with ignore_eos."""
+    """Tokens that end generation in addition to the model's own end-of-generation tokens; also with ignore_eos."""
     ignore_eos: bool = False
     """Continue after an end-of-generation token."""
     logprobs: int | None = None
     """Return the log-probability of each token of the answer, and of this many of the likeliest tokens in its place."""
     prompt_logprobs: int | None = None
-    """Return the same for the tokens of the prompt, which is then read without a prefix."""
+    """Return the same for the tokens of the prompt; the model then reads the whole prompt, without a cached prefix."""
     echo: bool = False
     """Begin the text with the prompt."""
     prompt_lookup: bool = True
     """Guess tokens from the text so far and verify several at once, where that is faster; the answer is the same."""
     timeout_s: float | None = None
-    """Seconds, from the start, after which generation ends with the text so far; None is off."""
+    """Seconds after the start at which generation ends with the text so far; None is off."""
     json_schema: Mapping[str, Any] | str | None = None
-    """Schema of the JSON that the answer is, as a mapping or its text; {"type": "object"} allows any object. Stored as
-    text. This and the next three need the extra `grammar`; at most one of them can be given."""
+    """JSON Schema of the whole answer, as a mapping or as JSON text; {"type": "object"} allows any object. Stored as
+    text. This parameter and the next three need the extra `grammar`; at most one of the four can be given."""
     regex: str | None = None
     """Regular expression of the whole answer, in the syntax of Rust's crate regex."""
     grammar: str | None = None
     """Grammar of the whole answer, in llguidance's variant of Lark's syntax."""
     choice: tuple[str, ...] = ()
-    """Texts of which the answer is one."""
+    """List of texts; the answer is one of them."""
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
 
@@ -154,7 +154,7 @@ class SamplingParams(Frozen):
 
     @property
     def is_penalised(self) -> bool:
-        """True if any parameter may add to logits, or multiply them, before the temperature."""
+        """True if any parameter changes logits by a bias or a penalty."""
         return bool(
             self.logit_bias or self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
         )
@@ -164,9 +164,9 @@ class SamplingParams(Frozen):
         return frozenset((*(() if self.ignore_eos else eos_ids), *self.stop_token_ids))
 
     def with_word_ids(self, encode: Callable[[str], Sequence[int]]) -> "SamplingParams":
-        """Return the parameters with the tokens of `bad_words` among `bad_words_ids`.
+        """Return the parameters with `bad_words` tokenised and appended to `bad_words_ids`.
 
-        A word is forbidden as it is tokenised at the start of a text and after a space, as in vLLM. Other
+        Two tokenisations of a word are forbidden: at the start of a text, and after a space, as in vLLM. Other
         tokenisations of the word stay possible, as in vLLM and transformers.
 
         Args:
@@ -261,7 +261,7 @@ def _integer(name: str, value: Any, *, low: int) -> int:
 
 
 def _real(name: str, value: Any, *, low: float, high: float) -> float:
-    """Return a number within the range of float32, the type of the logits."""
+    """Return a number as a float, after checking that float32, the type of the logits, can hold it."""
     known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     value = value.item() if isinstance(value, np.generic) else value
     # Compare before converting: an int may exceed the range of a float.
@@ -274,7 +274,7 @@ def _real(name: str, value: Any, *, low: float, high: float) -> float:
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
-    """Return pairs of token id and bias in ascending order of id; ids in JSON are texts."""
+    """Return pairs of token id and bias in ascending order of id. An id may be a text, as keys in JSON are."""
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(pairs, (tuple, list)) or not all(
         isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs

@@ -1,11 +1,11 @@
-"""Run any number of sequences over the slots of KV caches, joining and leaving between steps.
+"""Run any number of sequences in the slots of KV caches; sequences join and leave between steps (continuous batching).
 
-A step is one call of the engine: a chunk of one prompt, or the next token of every decoding sequence of a KV cache.
-Rounds alternate them, so that at most one chunk is read between two tokens of a sequence. Prompts are read one after
-the other, in the order of arrival.
+A step is one call of the engine: a chunk of one prompt, or the next token of every decoding sequence of a KV cache. A
+round is one chunk and one decode step for each KV cache, so a sequence waits for at most one chunk between two of its
+tokens. Prompts are read one after the other, in the order of arrival.
 
-No thread belongs to the scheduler. The readers of sequences run its steps: one of them at a time, while the others wait
-for news of their own sequence. A step that one reader runs advances all sequences.
+The scheduler has no thread of its own. The readers of sequences run its steps, one reader at a time. The step of one
+reader also advances the sequences of the others, which wait for it.
 """
 
 import time
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 # The most tokens of a prompt that are read between two tokens of other sequences.
 _CHUNK = 128
-# Seconds that a thread waits for a thread that computes, before it looks itself.
+# The most seconds that a thread waits for the thread that runs a step before it checks the lock again.
 _LONGEST_WAIT_S = 1.0
-# Seconds between attempts of a reader while no sequence can advance.
+# Seconds between a reader's attempts to run a step while no sequence can advance.
 _IDLE_S = 0.005
 
 
@@ -65,7 +65,7 @@ class Prefixes(Protocol):
             cache: the KV cache to read from.
             slot: the sequence's slot.
             restored: the result of `restore` for this sequence.
-            written: number of positions that the sequence wrote, which rejected drafts may raise above its tokens.
+            written: number of positions that the sequence wrote; with rejected drafts more than it has tokens.
         """
 
 
@@ -77,8 +77,8 @@ class SchedulerStats(Frozen):
         waiting: sequences that wait for their prompt to be read.
         slots: slots of the KV caches in memory.
         steps: calls of the engine.
-        prompt_tokens: tokens of prompts that were read by the model.
-        cached_tokens: tokens of prompts whose keys and values came from prefixes.
+        prompt_tokens: tokens of prompts that the model read.
+        cached_tokens: tokens of prompts whose keys and values came from prefixes instead.
         tokens: generated tokens.
     """
 
@@ -99,9 +99,9 @@ class Scheduler:
 
     Args:
         engine: the engine to run.
-        caches: maximum number of KV caches; further sequences wait for a slot. None: a further cache is created
-            whenever the slots of the others are taken.
-        prefixes: the store of keys and values to reuse; None for none.
+        caches: maximum number of KV caches; further sequences wait for a slot. None: no maximum, so the scheduler
+            creates another KV cache whenever all slots are taken.
+        prefixes: the store of keys and values to reuse; without one, the model reads every prompt from its start.
     """
 
     def __init__(
@@ -109,15 +109,15 @@ class Scheduler:
     ) -> None:
         self._engine, self._most_caches, self._prefixes = engine, caches, prefixes
         self._chunk = max((b for b in engine.buckets if b <= _CHUNK), default=engine.buckets[0])
-        # The holder of the lock may change everything below, except the deques, which any thread may append to.
+        # Only the holder of the lock changes the state below. Any thread may append to the first three deques.
         self._lock = Lock()
         self._arrived: deque[TokenSequence] = deque()
         self._cancelled: deque[TokenSequence] = deque()
         self._waiters: deque[Lock] = deque()
         self._waiting: deque[TokenSequence] = deque()
-        self._reading: tuple[TokenSequence, Batch] | None = None  # the prompt that is being read
+        self._reading: tuple[TokenSequence, Batch] | None = None  # the sequence whose prompt is being read
         self._batches: list[Batch] = []
-        self._round: deque[Batch] = deque()  # the batches whose turn in this round is yet to come
+        self._round: deque[Batch] = deque()  # the batches that have not decoded in this round yet
         self._timed: dict[TokenSequence, float] = {}
         self._broken: list[BaseException] = []
         self._times: CallTimes | None = None
@@ -127,37 +127,40 @@ class Scheduler:
     # --- for clients --------------------------------------------------------------------------------------------
 
     def submit(self, sequence: TokenSequence) -> None:
-        """Append a sequence to the queue. It never blocks."""
+        """Append a sequence to the queue, without blocking."""
         sequence.submit()
         self._arrived.append(sequence)
 
     def cancel(self, sequence: TokenSequence) -> None:
-        """End a sequence before its next token. It never waits: after a running step, that step's thread does it."""
+        """End a sequence before its next token, without waiting.
+
+        If another thread runs a step, that thread ends the sequence after the step.
+        """
         sequence.closing = True
         self._cancelled.append(sequence)
         self._follow_up()
 
     def close(self, sequence: TokenSequence) -> None:
-        """End a sequence, and return when its slot is free. `notify` of a sequence must not call it."""
+        """End a sequence, and return when its slot is free. A sequence's `notify` must not call this method."""
         sequence.closing = True
         if not sequence.ended:
             self._cancelled.append(sequence)
             self._work_until(lambda: sequence.ended, self._sweep)
 
     def advance(self, is_done: Callable[[], bool]) -> None:
-        """Run steps, or wait for those that other threads run, until a condition holds.
+        """Run steps, or wait while another thread runs them, until a condition holds.
 
         Args:
-            is_done: a condition that the progress of submitted sequences fulfils. Other threads call it as well.
+            is_done: a function that returns True once the submitted sequences have advanced far enough.
         """
         self._work_until(is_done, self._step)
 
     def step(self) -> bool:
         """Run one step; return False if no sequence could advance.
 
-        A failure of the engine fails the sequences of its KV cache, and a failure of a sampler fails its sequence; both
-        are raised by the readers alone. An exception that is no `Exception`, such as KeyboardInterrupt, is raised here
-        and fails all sequences that hold a slot.
+        An error of the engine fails all sequences of the KV cache, and an error of a sampler fails its sequence. This
+        method does not raise these errors; the readers of the failed sequences do. An interruption, such as
+        KeyboardInterrupt, fails all sequences that hold a slot, and this method raises it.
         """
         try:
             with self._lock:
@@ -166,7 +169,7 @@ class Scheduler:
             self._follow_up()
 
     def stats(self) -> SchedulerStats:
-        """Return the state now, without waiting for a step."""
+        """Return the current state, without waiting for a running step."""
         batches = list(self._batches)
         return SchedulerStats(
             running=sum(len(batch.running()) for batch in batches),
@@ -198,17 +201,17 @@ class Scheduler:
         waiter = Lock()
         waiter.acquire()
         self._waiters.append(waiter)
-        # A holder that releases the lock after this check finds the waiter.
+        # A thread that releases the lock after this check finds the waiter in the deque, and wakes it.
         if self._lock.locked():
-            # The time limit is for a holder whose thread is interrupted before it wakes others.
+            # The time limit is for the case that Ctrl-C interrupts that thread before it wakes the waiters.
             waiter.acquire(timeout=_LONGEST_WAIT_S)
 
     def _follow_up(self) -> None:
         """End sequences that were cancelled while the lock was held, and wake the waiting threads.
 
-        Those with news leave, and one of the others runs the next step.
+        Of the woken threads, those whose sequences have advanced return; one of the others runs the next step.
         """
-        # A finaliser may call this in the thread that holds the lock.
+        # Acquire without blocking, because a finaliser may call this method in the thread that holds the lock.
         while self._cancelled and self._lock.acquire(blocking=False):
             try:
                 self._sweep()
@@ -239,7 +242,10 @@ class Scheduler:
                 self._forget_frames()
 
     def _sweep(self) -> bool:
-        """Queue what has arrived, and end what was cancelled or has run out of time; return True."""
+        """Queue the sequences that have arrived, and end those that were cancelled or have run out of time.
+
+        Return True, as `_step` does after progress, so that `_work_until` does not sleep after a sweep.
+        """
         while self._arrived:
             sequence = self._arrived.popleft()
             if sequence.ended:
@@ -248,7 +254,7 @@ class Scheduler:
             if (expiry := sequence.expires_at()) is not None:
                 self._timed[sequence] = expiry
         while self._cancelled:
-            # Ctrl-C may interrupt `_end`, and the next sweep then tries again.
+            # Remove the sequence after `_end`: if Ctrl-C interrupts `_end`, the next sweep tries again.
             self._end(self._cancelled[0])
             self._cancelled.popleft()
         if self._timed:
@@ -261,7 +267,8 @@ class Scheduler:
         return True
 
     def _next_call(self, began: float) -> bool:
-        """Call the engine once, for the next in the round; return False if no sequence can advance."""
+        """Decode the next batch of the round, or read a chunk of a prompt; return False if no sequence can advance."""
+
         for _ in range(2):
             while self._round:
                 batch = self._round.popleft()
@@ -282,7 +289,7 @@ class Scheduler:
             batch = next((b for b in self._batches if None in b.sequences), None)
             if batch is None and len(self._batches) == self._most_caches:
                 return None
-            sequence = self._waiting[0]  # it keeps its place if Ctrl-C interrupts the creation of a cache
+            sequence = self._waiting[0]  # dequeue it later: Ctrl-C may interrupt the creation of a cache
             try:
                 if batch is None:
                     batch = Batch(self._engine.new_cache(), self._engine.slots)
@@ -319,12 +326,12 @@ class Scheduler:
             sequence.first = self._now(began)
             self._take([sequence], results, began)
             if self._waiting and not sequence.ended:
-                self._capture(sequence, batch)  # the next prompt may begin like this one
+                self._capture(sequence, batch)  # the next prompt may share a prefix with this one
         elif self._prefixes is not None and self._prefixes.every_chunk:
             self._capture(sequence, batch)
 
     def _decode(self, batch: Batch, sequences: list[TokenSequence], began: float) -> None:
-        """Compute the next token of sequences in one KV cache; of a single sequence several, if it has a draft."""
+        """Compute the next token of sequences in one KV cache, or several tokens of a single sequence with a draft."""
         draft = self._draft(sequences[0]) if len(sequences) == 1 else []
         started = time.perf_counter()
         try:
@@ -340,7 +347,7 @@ class Scheduler:
         self._take(sequences, results, began, draft)
 
     def _draft(self, sequence: TokenSequence) -> list[int]:
-        """Return tokens that may come next; empty if none are worth a try."""
+        """Return a draft of the next tokens; empty if decoding one token is expected to be faster."""
         most = min(self._engine.score_tokens, sequence.tokens_left) - 1
         if not sequence.wants_drafts or most < 1:
             return []
@@ -355,7 +362,7 @@ class Scheduler:
     def _take(
         self, sequences: list[TokenSequence], results: calls.Results, began: float, draft: Sequence[int] = ()
     ) -> None:
-        """Choose the next tokens of each sequence from its row of results; `draft` is that of a single sequence."""
+        """Choose the next tokens of each sequence from its row of results; only a single sequence has a draft."""
         now = self._now(began)
         for row, sequence in enumerate(sequences):
             sequence.last, before = now, sequence.generated
@@ -370,13 +377,13 @@ class Scheduler:
                 self._end(sequence)
 
     def _now(self, began: float) -> float:
-        """Return the clock's time within a step."""
+        """Return the scheduler's clock now, given the `time.perf_counter` at which the step began."""
         return self._clock + time.perf_counter() - began
 
     # --- ends ---------------------------------------------------------------------------------------------------
 
     def _end(self, sequence: TokenSequence) -> None:
-        """Free what a sequence holds, and tell its reader."""
+        """Free a sequence's slot, remove the sequence from all queues, and notify its reader."""
         if sequence.ended:
             return
         if sequence in self._waiting:
@@ -400,7 +407,7 @@ class Scheduler:
         self._end(sequence)
 
     def _break(self, batch: Batch, error: BaseException) -> None:
-        """Fail all sequences of a KV cache, whose arrays a failed call may have consumed."""
+        """Fail all sequences of a KV cache, because a failed call may have consumed the cache's arrays."""
         for sequence in batch.running():
             self._fail(sequence, error)
 
@@ -418,7 +425,7 @@ class Scheduler:
             )
 
     def _guard(self, sequence: TokenSequence, work: Callable[[], object]) -> None:
-        """Run work for one sequence, which alone fails with it."""
+        """Run work for one sequence; an exception fails this sequence alone."""
         try:
             work()
         except Exception as error:
@@ -434,7 +441,7 @@ class Scheduler:
                 continue
             clear_frames(trace)
             caller = trace.tb_frame.f_back
-            with suppress(RuntimeError):  # the first frame that still runs
+            with suppress(RuntimeError):  # raised at the first frame that still runs
                 while caller is not None:
                     caller.clear()
                     caller = caller.f_back

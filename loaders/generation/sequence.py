@@ -14,16 +14,15 @@ if TYPE_CHECKING:
     from .sampling import Sampler
     from .stopping import StopStrings
 
-# A sequence whose reader lags this many pieces behind sits out until the reader takes some.
+# A sequence with this many unread pieces pauses until its reader takes some.
 UNREAD_PIECES = 64
 
 
 class Piece(NamedTuple):
-    """A generated token and the text that became certain with it.
+    """A generated token, and the text that can be shown since that token.
 
     Attributes:
-        token: the token; None for text without one, which is the echo of the prompt, or was left over when the time
-            ran out.
+        token: the token; None for the echo of the prompt, and for text that was held back until the generation was cut.
         text: complete characters without any part of a stop string; often empty.
     """
 
@@ -62,44 +61,47 @@ class Batch:
 
 
 class TokenSequence:
-    """One sequence. The scheduler that it was submitted to changes it; other threads read it and take from `unread`.
+    """One sequence. Only its scheduler changes it after `submit`; other threads read it, and take from `unread`.
 
     Args:
         prompt: tokens of the prompt, at least one.
-        sampler: the sampler of this sequence alone.
-        decoder: the decoder of ids to text, of this sequence alone.
-        stops: the filter for stop strings, of this sequence alone.
+        sampler: the sequence's own sampler.
+        decoder: the sequence's own decoder from ids to text.
+        stops: the sequence's own filter for stop strings.
         ends: ids that end the generation.
         limit: maximum number of tokens to generate, at least 1.
         timeout_s: seconds from submission after which the generation ends; None for no limit.
-        most_unread: number of unread pieces at which the sequence sits out; None for no limit.
-        echo: text that comes before the answer's.
+        most_unread: number of unread pieces at which the sequence pauses; None for no limit.
+        echo: text to show before the answer; empty by default.
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
         wants_drafts: True if the scheduler may guess tokens and verify several at once.
-        parser: splits the answer to a chat for its reader, which alone uses it; None if all of it is content.
-        notify: called in the thread that computes, after a change of `unread` and at the end. It must neither block nor
-            wait for the scheduler. An exception fails this sequence alone.
+        parser: the parser that splits the answer to a chat, used by the reader alone; None if the whole answer is
+            content.
+        notify: a function that the computing thread calls after a change of `unread` and at the end. It must neither
+            block nor wait for the scheduler. Its exception fails this sequence alone.
 
     Attributes:
         sampler: the sampler.
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
-        parser: splits the answer to a chat for its reader, which alone uses it; None if all of it is content.
-        drafts: the lookups of tokens that may come next, once there are any.
+        parser: the parser that splits the answer to a chat, used by the reader alone; None if the whole answer is
+            content.
+        drafts: the maker of drafts; None before the first.
         tokens: tokens of the prompt and of the answer so far.
         prompt_tokens: length of the prompt.
         unread: pieces that the reader has not taken yet.
         reason: the `finish_reason` of the `Completion`.
-        error: the reason for a failure; None without one.
-        closing: request to end the generation before its next token. Any thread may set it, with `Scheduler.cancel`.
-        ended: True when nothing will be added to `unread`, and the slot is free.
+        error: the exception that ended the sequence; None if there was none.
+        closing: request to end the generation before its next token. Any thread may make it with `Scheduler.cancel`.
+        ended: True once all pieces are in `unread` and the slot is free.
         batch: the sequences that share the KV cache; None without a slot.
         slot: the sequence's slot in the KV cache.
         filled: positions of the slot that hold keys and values of `tokens`.
         written: positions of the slot that drafts wrote, right or wrong; 0 without drafts.
         cached_tokens: tokens of the prompt whose keys and values came from a prefix.
         queue_s: seconds from submission until the reading of the prompt began.
-        began, first, last: seconds of the scheduler's clock, which stands still between steps, at the start of the
-            prompt, the first token and the last token.
+        began: start of reading the prompt, in seconds of the scheduler's clock, which stands still between steps.
+        first: time of the first token, on the same clock.
+        last: time of the newest token, on the same clock.
     """
 
     def __init__(
@@ -151,7 +153,7 @@ class TokenSequence:
         return len(self.tokens) > self.prompt_tokens and len(self.unread) < self._most_unread
 
     def has_news(self) -> bool:
-        """True if the reader can take a piece or has reached the end."""
+        """Return True if the reader can take a piece, or the sequence has ended."""
         return self.ended or len(self.unread) > 0
 
     @property
@@ -160,7 +162,7 @@ class TokenSequence:
         return self.reason != "unfinished"
 
     def expires_at(self) -> float | None:
-        """Return the time of `time.perf_counter` at which the generation must end; None for never."""
+        """Return the time of `time.perf_counter` at which the generation must end; None without a time limit."""
         return None if self.timeout_s is None else self.submitted_at + self.timeout_s
 
     def accept(self, token: int) -> None:
@@ -185,13 +187,13 @@ class TokenSequence:
             self._notify()
 
     def cut(self, reason: str) -> None:
-        """End the generation for a `finish_reason`, and show the text held back so far."""
+        """End the generation with a `finish_reason`, and add the text held back so far to `unread`."""
         self.reason = reason
         if text := self._tail(""):
             self.unread.append(Piece(None, text))
 
     def _tail(self, text: str) -> str:
-        """Return the text with the rest that the decoder and the filter held back; set `reason` at a stop string."""
+        """Return the text and the rest that decoder and filter held back; set `reason` if a stop string is complete."""
         rest, stopped = self._stops.push(self._decoder.finish())
         if stopped:
             self.reason = "stop"

@@ -32,7 +32,7 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, bool]:
         """Take the next piece of text; return the text that may be shown now, and True if a stop string is complete.
 
-        After that every further call returns ``("", True)``.
+        Once a stop string is complete, every further call returns ``("", True)``.
         """
         if self._stopped:
             return "", True
@@ -55,6 +55,6 @@ class StopStrings:
         return held
 
     def _may_begin_stop(self, text: str) -> bool:
-        # In sorted order, the first stop string not below `text` begins with it, if any does.
+        # If any stop string begins with `text`, the first one in sorted order that is not below `text` does.
         index = bisect_left(self._stops, text)
         return index < len(self._stops) and self._stops[index].startswith(text)

@@ -36,18 +36,20 @@ def pairs(
 
 
 def at(index: int, error: PrecastError) -> PrecastError:
-    """Return an error that names the place of its prompt."""
+    """Return the error with the index of its prompt in its message."""
     return PrecastError(f"prompts[{index}]: {str(error).removeprefix('prompt: ')}")
 
 
 def results(
     scheduler: Scheduler, sequences: Iterable[Callable[[], TokenSequence]], most: int
 ) -> Iterator[tuple[int, Completion | PrecastError]]:
-    """Run sequences together, and yield the place and the result of each as soon as it has ended.
+    """Run sequences together, and yield the index and the result of each sequence as soon as it has ended.
 
     Args:
         scheduler: the scheduler to submit to.
-        sequences: functions that make the sequences, whose `unread` has no limit. An error of one is its result.
+        sequences: functions that make the sequences, whose `most_unread` must be None. A function's PrecastError is the
+            result of its sequence.
+
         most: maximum number of sequences at a time.
     """
     left = enumerate(sequences)
@@ -69,7 +71,7 @@ def results(
             for index in [i for i, s in running.items() if s.ended]:
                 yield index, _result(scheduler, running.pop(index))
     finally:
-        # Without waiting: the garbage collector may close this generator within a step, in the thread that runs it.
+        # Cancel without waiting: the garbage collector may close this generator in the thread that runs a step.
         for sequence in running.values():
             scheduler.cancel(sequence)
 
@@ -78,11 +80,12 @@ def _result(scheduler: Scheduler, sequence: TokenSequence) -> Completion | Preca
     """Return the result of a sequence that has ended.
 
     Raises:
-        Exception: the sequence failed with another error than PrecastError.
+        Exception: the sequence failed with an error that is no PrecastError.
     """
     if isinstance(sequence.error, PrecastError):
         return sequence.error
     if sequence.error is not None:
         raise sequence.error
-    # A stream that reads to the end splits the answer, too.
+    # A stream also splits the answer to a chat while it is read.
+
     return Stream(scheduler, sequence).finish()
