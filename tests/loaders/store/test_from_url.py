@@ -23,7 +23,7 @@ def test_run_from_a_url(cli, url, tiny_artifact, traffic):
     command = ("run", url, "--ids", "1,2,3", "-n", "4")
     first = cli(*command)
     assert first.exit_code == 0, first.output
-    assert f"{url}: pulled 0.5 MB into " in first.stderr
+    assert f"{url}: pulled 0.6 MB into " in first.stderr
     assert traffic.reads["piece"] > 10
     traffic.reads.clear()
     second = cli(*command)
