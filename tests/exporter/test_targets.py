@@ -78,7 +78,7 @@ def test_weights_and_stablehlo_are_stored_once_for_all_targets(several):
     assert not any(piece in other for piece in pieces for other in others)
     compiled = [t for t in manifest.targets if t.runtime == "pjrt"]
     assert len({tuple(p.stablehlo for p in t.programs) for t in compiled}) == 1
-    assert len({p.executable for t in compiled for p in t.programs}) == 3 * len(compiled)
+    assert len({p.executable for t in compiled for p in t.programs}) == 4 * len(compiled)
 
 
 @needs_v3
