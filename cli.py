@@ -161,8 +161,8 @@ def run(
 
     Without a prompt, on a terminal, the command starts an interactive chat.
 
-    In a chat, a terminal shows the reasoning before the answer, dimmed. Elsewhere the reasoning is left out; --json
-    has it.
+    In a chat, a terminal shows the model's reasoning, dimmed, before the answer. Other output leaves out the reasoning,
+    except with --json.
 
     Exit code 0: success. 2: an error.
     """
@@ -216,15 +216,15 @@ def chat(
 def batch(
     artifact: Path | str, source: Path, output: Path, sampling: "SamplingOptions", loading: "LoadOptions"
 ) -> int:
-    """Answer every line of INPUT with ARTIFACT, into as many lines of OUTPUT.
+    """Answer every line of INPUT with ARTIFACT, and write one line to OUTPUT for each.
 
-    A line of INPUT is a JSON object with a "prompt" or with "messages", and with sampling parameters by their names; or
-    a line of OpenAI's batch API. The options are for lines without parameters of their own. A line of OUTPUT has the
-    "text" of the answer or an "error", and the line's "custom_id". Names that end in .parquet are those of Parquet
-    files, which need the extra parquet.
+    A line of INPUT is a JSON object with a "prompt" or "messages", and sampling parameters by their names; or a line of
+    OpenAI's batch API. The options apply to lines without parameters of their own. A line of OUTPUT has the "text" of
+    the answer or an "error", and the "custom_id" of the line of INPUT. A file whose name ends in .parquet is a Parquet
+    file, which needs the extra parquet.
 
-    As many lines are answered together as the artifact has slots. After an interrupt the same command goes on with the
-    lines that are left.
+    One line per slot of the artifact is answered at the same time. After an interrupt, the same command goes on with
+    the lines that are left.
 
     Exit code 0: every line is answered. 1: some lines have an error. 2: an error.
     """
@@ -265,15 +265,20 @@ def add_target(
 @click.argument("artifact", type=options.PATH)
 @click.argument("name")
 @click.option(
-    "--system", type=options.PATH, help="File of a system message: the prefix of all chats with it."
+    "--system",
+    type=options.PATH,
+    help="File of a system message: the prefix of every chat that begins with it.",
 )
 @click.option(
-    "--chat", type=options.PATH, help="JSON file of messages: the prefix of all chats that go on from them."
+    "--chat", type=options.PATH, help="JSON file of messages: the prefix of every chat that continues them."
 )
-@click.option("--text", type=options.PATH, help="File of text that prompts continue.")
-@click.option("--tools", type=options.PATH, help="JSON file of the functions of --system or --chat.")
 @click.option(
-    "--target", help="Compute with this target, which alone can use the prefix. Default: the best that fits."
+    "--text", type=options.PATH, help="File of text: the prefix of every prompt that begins with it."
+)
+@click.option("--tools", type=options.PATH, help="JSON file of the tools for --system or --chat.")
+@click.option(
+    "--target",
+    help="Compute with this target; no other can use the prefix. Default: the best that runs here.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a prefix of the same name.")
 @options.KEY
@@ -292,9 +297,9 @@ def add_prefix(
 ) -> int:
     """Store the keys and values of a prompt's beginning in ARTIFACT as NAME.
 
-    A prompt that begins with the same tokens then starts after them: nothing is read again, and the answer is the same.
-    Only the target that computed them uses them, on CPUs with the same instruction set of precast's kernels. The
-    command removes a signature, because it would no longer fit: sign the artifact again.
+    A prompt that begins with the same tokens is then prefilled only from the next token on, and the answer is the same.
+    The prefix is used only by the target that computed it, on CPUs for which precast's kernels use the same instruction
+    set. The command removes an existing signature, which would no longer fit; sign the artifact again.
 
     Exit code 0: success. 2: an error.
     """
@@ -318,7 +323,7 @@ def add_prefix(
 def remove_prefix(artifact: Path, name: str, require_signature: Path | None) -> int:
     """Remove the prefix NAME from ARTIFACT.
 
-    The command removes a signature, because it would no longer fit: sign the artifact again.
+    The command removes an existing signature, which would no longer fit; sign the artifact again.
 
     Exit code 0: success. 2: an error.
     """

@@ -16,11 +16,11 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_BUCKETS = (64, 128, 512)
 DEFAULT_SLOTS = 8
 _MOST_SLOTS = 256
-# The slots of these targets take no memory before positions are filled, and no time while they are idle. The portable
-# target, which shares the cache, gives up the former.
+# Idle slots of these targets take no time. Slots of cpu also take no memory before positions are filled; slots of
+# portable, whose cache has the same shape, do.
 _CHEAP_SLOTS = ("cpu", "portable")
-# Fewer slots than the default keep the KV cache within this address space: systems refuse to reserve more than they
-# have memory, even for pages that nobody touches.
+# The largest KV cache with the default number of slots; a larger one gets fewer slots. A system may refuse to reserve
+# more address space than it has memory, even for pages that are never touched.
 _MOST_DEFAULT_CACHE_BYTES = 16 << 30
 
 

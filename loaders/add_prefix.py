@@ -1,7 +1,7 @@
-"""``precast add-prefix`` and ``remove-prefix``: store keys and values of a prompt's beginning in an artifact.
+"""``precast add-prefix`` and ``remove-prefix``: keys and values of a prefix, stored in an artifact.
 
-A target reads the tokens once. At run time, a prompt that begins with them starts after them. `artifact_changes` writes
-the result so that the artifact is whole at any moment, either the old one or the new one.
+A target computes them once. At run time, a prompt that begins with the prefix's tokens is prefilled only from the next
+token on. `artifact_changes` writes the result atomically: at any moment the artifact is either the old or the new one.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from .locate import find_artifact
 
 # The longest name, and the punctuation that it may have.
 _LONGEST_NAME, _PUNCTUATION = 64, "-_."
-# Beginnings of what may follow a prefix. Tokens that one of them changes are not part of it.
+# Samples of text that may follow a prefix. A token that depends on this text is not part of the prefix.
 _FOLLOWING = ("a", "The", " b", "\n", "0", ".", "é", "日")
 
 
@@ -45,10 +45,10 @@ class PrefixSource(Frozen):
     """The text of a prefix; exactly one of the first three is given.
 
     Attributes:
-        system: a system message: the prefix of all chats with it.
-        chat: messages, oldest first: the prefix of all chats that go on from them.
-        text: text that prompts continue.
-        tools: JSON schemas of functions, for `system` and `chat`; None for none.
+        system: a system message, the prefix of every chat that begins with it.
+        chat: messages, oldest first, the prefix of every chat that continues them.
+        text: the beginning of every prompt that uses the prefix.
+        tools: JSON schemas of functions, for `system` and `chat`; None without tools.
     """
 
     system: str | None = None
@@ -91,7 +91,8 @@ def add_prefix(
         path: the artifact's folder, or a folder with exactly one artifact in it.
         name: the prefix's name: 1 to 64 letters, digits, "-", "_" and ".", not beginning with ".".
         source: the prefix's text.
-        target: name of the target that computes them, and that alone can use them; None for the best that fits.
+        target: name of the target that computes the keys and values; no other target can use them. None chooses the
+            best that runs here.
         overwrite: replace a prefix of the same name.
         require_signature: file of the public key that the artifact must be signed with before the change.
         threads: number of computing threads; one per usable core by default.
@@ -106,7 +107,7 @@ def add_prefix(
     with changing(root, PREFIXES, require_signature, log) as (artifact, manifest):
         if name in {p.name for p in manifest.prefixes} and not overwrite:
             raise PrecastError(
-                f"{root}: prefix {name!r} is there already; replace it with --overwrite, or choose another name."
+                f"{root}: prefix {name!r} exists already; replace it with --overwrite, or choose another name."
             )
         model = load(
             root,
@@ -154,17 +155,15 @@ def remove_prefix(
 
 
 def prefix_tokens(model: Model, source: PrefixSource) -> list[int]:
-    """Return the tokens that begin every prompt with a prefix, whatever follows.
+    """Return the tokens of a prefix: those that all prompts with the prefix share, whatever text follows it.
 
     Raises:
-        PrecastError: there are none, they fill the context, or the chat template rejects the messages.
+        PrecastError: there are no such tokens, they fill the context, or the chat template rejects the messages.
     """
     prompts = [_prompt(model, source, following) for following in _FOLLOWING]
     tokens = _common_beginning(prompts)
     if not tokens:
-        raise PrecastError(
-            "prefix: expected text that prompts can begin with, found none; give a file that is not empty."
-        )
+        raise PrecastError("prefix: expected some text, found none; give a file that is not empty.")
     if len(tokens) >= model.engine.context:
         raise PrecastError(
             f"prefix: {len(tokens)} tokens leave no room in a context of {model.engine.context}; shorten it to"
@@ -176,10 +175,10 @@ def prefix_tokens(model: Model, source: PrefixSource) -> list[int]:
 def _prompt(model: Model, source: PrefixSource, following: str) -> list[int]:
     """Return a prompt that begins with the prefix."""
     if source.text is not None:
-        # Without text, there is no prefix but the special tokens that begin every prompt.
+        # An empty text would make a prefix of the special tokens that begin every prompt.
         return model.tokenizer.encode(source.text + following) if source.text else []
     messages = [{"role": "system", "content": source.system}] if source.chat is None else list(source.chat)
-    # After a message of the user comes the answer, which the prompt ends before.
+    # A chat that ends with the user's message is a complete prompt: the model's answer follows.
     if not messages or messages[-1].get("role") != "user":
         messages.append({"role": "user", "content": following})
     return model.chat_prompt(messages, tools=source.tools)
@@ -208,7 +207,7 @@ def _computed(
     artifact: LockedArtifact, manifest: Manifest, model: Model, name: str, tokens: Sequence[int]
 ) -> tuple[Prefix, dict[str, Parts]]:
     """Compute keys and values; return the prefix's entry and the contents of its files."""
-    # Not from other prefixes of the artifact: each stands alone.
+    # An empty tree, so that the prefix does not depend on other prefixes of the artifact.
     spans = PrefixTree(model.engine, 0).compute(tokens)
     folder = free_folder(artifact.root, PREFIXES, name, manifest.files)
     origin = origin_of(manifest, model.target, kernels.isa())

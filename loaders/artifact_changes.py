@@ -2,11 +2,11 @@
 
 A change adds, replaces or removes a target or a prefix. For a target:
 
-1. Lock the folder (``flock``), so that two processes wait for each other. The lock ends with the process.
+1. Lock the folder (``flock``), so that only one process at a time changes it. The lock ends with the process.
 2. Clean up after killed processes, as in step 7.
 3. Make a working folder, ``programs/.add-target.precast-*.partial/``, with a mark, the old manifest and the new one.
 4. Write and sync the executables in the working folder, and rename their folder to ``programs/NAME/``. The artifact is
-   still the old one, because its manifest does not list them.
+   still the old one, because the old manifest does not list them.
 5. Move the signature of the old manifest into the working folder, because it does not fit the new manifest. If the
    process is killed now, the artifact is the old one without its signature, until step 2 of the next process.
 6. Rename the new manifest over the old one. Now the artifact is the new one.
@@ -47,9 +47,9 @@ class Kind(Frozen):
 
     Attributes:
         folder: the folder of the artifact that the change adds files to.
-        purpose: the name in the working folder's name.
-        failure: the effect of an error of the system, in its message.
-        replaced: the reason and the remedy if another process has replaced the artifact.
+        purpose: the command in the working folder's name.
+        failure: the consequence of an operating system's error, for the error message.
+        replaced: the error message's text if another process has replaced the artifact.
     """
 
     folder: str
@@ -125,7 +125,7 @@ class LockedArtifact:
             same = False
         if not same:
             raise PrecastError(f"{self.root}: {self.kind.replaced}.")
-        with suppress(FileNotFoundError):  # `record_change` makes a missing one
+        with suppress(FileNotFoundError):  # `record_change` makes a missing folder
             mode = (self.root / self.kind.folder).lstat().st_mode
             if not stat.S_ISDIR(mode):
                 what = "link" if stat.S_ISLNK(mode) else "file"
@@ -171,7 +171,8 @@ def changing(
     Args:
         root: the artifact's folder.
         kind: the kind of change.
-        key: file of the public key that the artifact must be signed with before the change; None for none.
+        key: file of the public key that the artifact must be signed with before the change; None requires no
+            signature.
         log: receives a message if another process changes the artifact.
 
     Raises:
@@ -197,7 +198,7 @@ def remove_leftovers(artifact: LockedArtifact) -> None:
 
 @contextmanager
 def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path]:
-    """Yield a folder that records the change to a new manifest; clean up whenever the block ends, even by an error.
+    """Yield a folder that records the change to a new manifest; clean up when the block ends, even with an error.
 
     Raises:
         PrecastError: the artifact was replaced.

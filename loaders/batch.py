@@ -1,4 +1,4 @@
-"""Answer every line of a file, many together, into a file of as many lines in the same order.
+"""Answer every request of a file, several at a time, and write the records to another file in the same order.
 
 A request is a JSON object, or a row of a Parquet file::
 
@@ -6,15 +6,16 @@ A request is a JSON object, or a row of a Parquet file::
     {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.7, "custom_id": "1"}
     {"custom_id": "2", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
 
-Besides the prompt it holds sampling parameters by their names, `tools` for messages, and OpenAI's names for some:
-`max_completion_tokens`, `response_format`, `stop` as a single text. A record of the output is one of::
+A request may also hold sampling parameters by their names, and `tools` beside messages. Some of OpenAI's fields are
+supported too: `max_completion_tokens`, `response_format`, and a single text for `stop`. A record of the output is one
+of::
 
     {"custom_id": "1", "key": "5f0…", "text": "Hi", "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 2}
     {"custom_id": "1", "key": "5f0…", "error": "one sentence"}
 
-with `reasoning`, `tool_calls` and `logprobs` if there are any. `key` tells which request the record answers, by which
-model and with which options: a later run of the same keeps the records and goes on after them. An interrupt may leave
-an incomplete last record, which is dropped.
+with `reasoning`, `tool_calls` and `logprobs` if there are any. `key` identifies the request, the model and the options.
+A later run with the same three keeps the records and goes on after them. It drops an incomplete last record, which an
+interrupt may leave.
 """
 
 import hashlib
@@ -34,16 +35,16 @@ if TYPE_CHECKING:
     from .generation.model import Model
     from .generation.stream import Completion, Stream
 
-# Requests whose answers are put into order in memory. At the end of a window some slots are idle.
+# Number of requests whose answers are put into order in memory. At the end of such a window some slots are idle.
 _WINDOW = 1024
 _PARQUET = ".parquet"
-# Fields of OpenAI's requests that do not change the answer, and the values that are supported of those that would.
+# Fields of OpenAI's requests that do not change the answer; and the supported values of fields that would change it.
 _IGNORED = frozenset({"model", "user", "metadata", "store"})
 _SUPPORTED: Mapping[str, tuple[object, ...]] = {"n": (1, None), "stream": (False, None)}
 
 
 class BatchResult(NamedTuple):
-    """The number of records in the output: those of an earlier run, and all answers and errors."""
+    """The numbers of records in the output: those kept from an earlier run, all answers, and all errors."""
 
     kept: int
     answers: int
@@ -51,7 +52,7 @@ class BatchResult(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """A request: its key, and its form or the error that it has none."""
+    """A request: its key, and its fields or the error in its text."""
 
     key: str
     fields: Mapping[str, Any] | PrecastError
@@ -72,8 +73,8 @@ def run(
     Args:
         model: the model.
         source: the requests: JSON lines in UTF-8, or a Parquet file if the name ends in .parquet.
-        target: the records: JSON lines, or a Parquet file if the name ends in .parquet. Until all records are there,
-            those for a Parquet file are in a file with `.partial.jsonl` appended to its name.
+        target: the records: JSON lines, or a Parquet file if the name ends in .parquet. A Parquet file is written at
+            the end; until then its records are in a file with `.partial.jsonl` appended to the name.
         params: the sampling parameters of requests that do not give their own.
         progress: receives the number of records.
 
@@ -94,7 +95,7 @@ def run(
         progress(_step(kept, total))
         for record in _answers(model, requests, params):
             counts["error" in record] += 1
-            # Half of a surrogate pair, which JSON may hold, becomes the escape that JSON has for it.
+            # JSON may hold half of a surrogate pair, which UTF-8 cannot encode; the error handler writes JSON's escape.
             file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
             file.flush()
             progress(_step(sum(counts), total))
@@ -105,7 +106,7 @@ def run(
 
 
 def _identity(model: "Model", params: SamplingParams) -> bytes:
-    """Return what answers depend on besides the request: model and default parameters."""
+    """Return the model and the default parameters as bytes: answers depend on these and the request alone."""
     weights = {
         name: entry.sha256 for name, entry in model.manifest.files.items() if name.endswith(".safetensors")
     }
@@ -182,7 +183,7 @@ def _opened(records: Path) -> IO[bytes]:
 
 
 def _keep_records(file: IO[bytes], requests: Iterator[_Request], records: Path, source: Path) -> list[int]:
-    """Move past the records of an earlier run, and past their requests; drop an incomplete last record.
+    """Skip the records of an earlier run and their requests; drop an incomplete last record.
 
     Returns:
         The numbers of answers and of errors.
@@ -284,7 +285,7 @@ def request_fields(request: Mapping[str, Any]) -> dict[str, Any]:
         request: a request of this module, or of OpenAI's batch API.
 
     Raises:
-        PrecastError: a field is malformed, or asks for what a batch cannot do.
+        PrecastError: a field is malformed, or asks for something that a batch does not support.
     """
     body = request.get("body", request)
     if not isinstance(body, Mapping):
@@ -366,7 +367,7 @@ def _parquet(source: Path) -> Any:
 
 
 def _write_parquet(records: Path, target: Path) -> None:
-    """Write records as a Parquet file. Its columns are all fields; those that are no texts or numbers hold JSON."""
+    """Write records as a Parquet file. Each field is a column; other values than texts and numbers become JSON."""
     arrow = _pyarrow()
     types = {"prompt_tokens": arrow.int64(), "completion_tokens": arrow.int64()}
     names = (

@@ -388,8 +388,8 @@ def test_tools_reach_the_template(record, artifact_copy, tmp_path, edit_manifest
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--answers", "2"], "--answers needs --json, which prints one line for each answer; add it."),
-        (["--logprobs", "2"], "--logprobs needs --json, which prints one line for each answer; add it."),
+        (["--answers", "2"], "--answers needs --json, which prints one line for each answer; add --json."),
+        (["--logprobs", "2"], "--logprobs needs --json, which prints one line for each answer; add --json."),
         (["--prompt-logprobs", "2"], "--prompt-logprobs needs --json, which prints one line for each answer; add"),
         (["--tools", "x"], "--tools needs a prompt that goes through the chat template; add --chat."),
         (["--answer-format", "x"], "--answer-format needs a prompt that goes through the chat template; add --chat."),

@@ -104,7 +104,7 @@ def _argmax(logits: Array, used: Array) -> Array:
 
 
 def _each_row(function: Callable[[Array], Array], x: Array, used: Array) -> Array:
-    # One row at a time: idle rows cost nothing, and XLA computes a row the same way however many there are.
+    # Row by row, so that idle rows cost nothing and XLA computes each row in the same way for any number of rows.
     def apply(index: Array, y: Array) -> Array:
         row = index.astype(jnp.uint32)  # as in `decoder.gather_rows`
         done = function(jax.lax.dynamic_slice_in_dim(y, row, 1))

@@ -232,7 +232,7 @@ class Decoder(nnx.Module):
         each = jax.vmap(gather_rows, (0, None))
         rotary = Rotary(*(each(table, positions) for table in (cos, sin)))  # [Z, R, T, P]
 
-        # One sequence with padding at its end, or several of one token with the idle ones at the end.
+        # Padding comes last: at the end of a single sequence, or as idle sequences after those of one token.
         used = jnp.sum(batch.lengths, dtype=jnp.int32)
         return ops.layers(self.stack(), self.embed(tokens, positions, ops), rotary, caches, batch, used)
 

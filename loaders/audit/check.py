@@ -94,8 +94,8 @@ class CheckReport:
         processors: the machine's processors.
         need: the memory that the artifact needs.
         memory: the machine's memory.
-        prefixes: the prefixes that it stores.
-        cpus: a description of the CPUs that run it without compiling; None if no target is for the CPU.
+        prefixes: the artifact's stored prefixes.
+        cpus: a description of the CPUs that run the artifact without compiling; None if no target is for the CPU.
     """
 
     root: Path

@@ -18,7 +18,7 @@ _BLOCK = 1 << 24
 
 
 class _NoValue:
-    """The type of `ABSENT`, which stands for the value of a fact that an artifact does not have."""
+    """The type of `ABSENT`, the value of a fact that an artifact lacks."""
 
 
 ABSENT = _NoValue()

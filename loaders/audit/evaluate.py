@@ -269,7 +269,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def divergence(reference: np.ndarray, artifact: np.ndarray) -> float:
     """Return KL(reference ‖ artifact) in nats, given log-probabilities [V]."""
-    # The divergence is never negative; rounding can make the sum so.
+    # The divergence is never negative, but rounding can make the sum negative.
     return max(float(np.exp(reference) @ (reference - artifact)), 0.0)
 
 

@@ -22,7 +22,7 @@ class ListEntry:
 
     Attributes:
         path: the artifact's folder.
-        problem: the reason why it cannot be read, or None. All later fields are None if there is a problem.
+        problem: the reason if it cannot be read, or None. All later fields are None if there is a problem.
         name: the model's name.
         architecture: the model's architecture.
         parameters: the model's number of parameters.
@@ -32,7 +32,7 @@ class ListEntry:
         targets: names of the targets.
         target: the target that runs here, or None.
         compiles: True if a target runs here once it is compiled.
-        reason: the reason why no target runs here without compiling, or None.
+        reason: the reason if no target runs here without compiling, or None.
     """
 
     path: Path

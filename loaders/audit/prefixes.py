@@ -1,4 +1,4 @@
-"""The prefixes of an artifact: which of them this machine uses, and if it computes the same keys and values."""
+"""The stored prefixes of an artifact: the ones used on this machine, and a check of their keys and values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ..generation.stored_prefixes import StoredPrefix, obstacle, open_prefix, us
 from ..progress import Progress, Step, silent
 from .verify import DO_NOT_USE
 
-# Tokens of the answer that is compared.
+# The number of tokens in the answers that are compared.
 _ANSWER = 8
 
 
@@ -27,7 +27,7 @@ class PrefixStatus:
         name: its name.
         tokens: number of tokens.
         bytes: size of its files.
-        obstacle: the reason why it is not used here, without a full stop; None if it is used.
+        obstacle: the reason for not using it here, without a full stop; None if it is used.
     """
 
     name: str
@@ -38,10 +38,10 @@ class PrefixStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixReport:
-    """The result of computing the prefixes again.
+    """The result of recomputing the prefixes.
 
     Attributes:
-        prefixes: all prefixes; those with an obstacle were not computed.
+        prefixes: all prefixes; those with an obstacle were not recomputed.
         problems: a sentence for each prefix that differs.
     """
 
@@ -69,13 +69,13 @@ def statuses(manifest: Manifest, target: Target | None, isa: str) -> tuple[Prefi
 
 
 def replay_prefixes(model: Model, root: Path, isa: str, progress: Progress = silent) -> PrefixReport:
-    """Compute the keys and values of the prefixes that the model uses again, and compare them bit for bit.
+    """Recompute the keys and values of the prefixes that the model uses, and compare them bit for bit.
 
     Args:
         model: the loaded artifact.
         root: the artifact's folder.
         isa: the instruction set of the machine's kernels.
-        progress: receives the number of prefixes computed.
+        progress: receives the number of prefixes recomputed.
 
     Raises:
         PrecastError: a program fails.
@@ -98,7 +98,7 @@ def replay_prefixes(model: Model, root: Path, isa: str, progress: Progress = sil
 
 
 def _differences(engine: Engine, stored: StoredPrefix, where: str) -> list[str]:
-    """Return a sentence for each array, and for the answer, that differs."""
+    """Return a sentence for each array that differs, and one if the answer differs."""
     computed = PrefixTree(engine, 0).compute(stored.tokens)
     wrong = []
     for name, span in stored.spans.items():
@@ -106,19 +106,17 @@ def _differences(engine: Engine, stored: StoredPrefix, where: str) -> list[str]:
             np.count_nonzero((span.array != computed[name].array).any(axis=tuple(range(3, span.array.ndim))))
         )
         if count:
-            wrong.append(
-                f"{where}: {name} differs from what was computed now in {count} vectors; {DO_NOT_USE}"
-            )
+            wrong.append(f"{where}: {count} vectors of {name} differ from those recomputed now; {DO_NOT_USE}")
     tree = PrefixTree(engine, 0)
     tree.pin(stored.tokens, stored.spans)
     expected, found = (_answer(engine, t, stored.tokens) for t in (PrefixTree(engine, 0), tree))
     if found != expected:
-        wrong.append(f"{where}: the answer after it is {found}, without it {expected}; {DO_NOT_USE}")
+        wrong.append(f"{where}: with the prefix the answer is {found}, without it {expected}; {DO_NOT_USE}")
     return wrong
 
 
 def _answer(engine: Engine, tree: PrefixTree, prompt: Sequence[int]) -> list[int]:
-    """Return a few greedy tokens after a prompt, which starts after the tree's match."""
+    """Return a few greedy tokens after a prompt; the tree supplies the keys and values of tokens that it holds."""
     cache = engine.new_cache()
     known = tree.restore(prompt[:-1], cache, 0)
     step = engine.prefill(prompt[known:], cache, start=known)

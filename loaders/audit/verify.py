@@ -88,7 +88,7 @@ def check_files(root: Path, manifest: Manifest, progress: Progress = silent) -> 
 
 
 def replay(model: Model, golden: Golden, where: str, progress: Progress = silent) -> ReplayReport:
-    """Generate the golden answers again: alone, in batches, and with the score program; compare tokens and logits.
+    """Generate the golden answers again: one by one, in batches, and with the score program; compare tokens and logits.
 
     Args:
         model: the loaded artifact.
@@ -158,7 +158,7 @@ def _difference_text(answer: Answer, found: Sequence[int], where: str) -> list[s
 
 
 def batch_problems(model: Model, golden: Golden, where: str) -> list[str]:
-    """Generate the golden answers in batches of all slots, and with the score program, if the artifact has them.
+    """Generate the golden answers in batches that fill the slots, and with the score program if there is one.
 
     Returns:
         A sentence for each answer with other tokens.
@@ -180,7 +180,7 @@ def batch_problems(model: Model, golden: Golden, where: str) -> list[str]:
 
 
 def _decoded(engine: Engine, answers: Sequence[Answer]) -> list[list[int]]:
-    """Return the tokens of answers decoded together, the first in the last slot."""
+    """Return the tokens of answers decoded together, with the answers in slots from the last to the first."""
     cache, slots = engine.new_cache(), range(engine.slots)[::-1][: len(answers)]
     found = [
         [int(engine.prefill(answer.prompt_token_ids, cache, slot=slot).token[0])]
@@ -197,7 +197,7 @@ def _decoded(engine: Engine, answers: Sequence[Answer]) -> list[list[int]]:
 
 
 def _scored(engine: Engine, answer: Answer) -> list[int]:
-    """Return the score program's tokens after the prompt and after each token of an answer but the last."""
+    """Return the score program's tokens: one after the prompt, and one after each token of an answer but the last."""
     cache, start = engine.new_cache(), len(answer.prompt_token_ids) - 1
     if start:
         engine.prefill(answer.prompt_token_ids[:-1], cache)

@@ -13,7 +13,7 @@ from ..artifact.units import size_text
 if TYPE_CHECKING:
     from ..add_prefix import PrefixChange
 
-# Above the text of any context.
+# More than the text of any context.
 _MAX_BYTES = 64 << 20
 
 
@@ -42,7 +42,7 @@ def add(
         The exit code, 0.
 
     Raises:
-        PrecastError: a file is unsuitable; also as `add_prefix`.
+        PrecastError: a file is unsuitable; see also `add_prefix`.
     """
     from ..add_prefix import PrefixSource, add_prefix
 
@@ -79,7 +79,7 @@ def remove(artifact: Path, name: str, *, require_signature: Path | None) -> int:
         The exit code, 0.
 
     Raises:
-        PrecastError: as `remove_prefix`.
+        PrecastError: see `remove_prefix`.
     """
     from ..add_prefix import remove_prefix
 
@@ -93,7 +93,7 @@ def _added(change: "PrefixChange", artifact: Path) -> Iterator[str]:
     prefix = change.prefix
     verb = "replaced" if change.has_replaced else "added"
     yield f"{artifact}: prefix {prefix.name} {verb}: {prefix.tokens} tokens, {size_text(change.bytes)}"
-    yield f"  used by target {prefix.target} with kernels for {prefix.isa}, by every prompt that begins with it"
+    yield f"  target {prefix.target} with kernels for {prefix.isa} uses it for every prompt that begins with it"
     yield from _signature(change)
 
 

@@ -1,4 +1,4 @@
-"""Answers as `run` and `chat` print them: reasoning and tool calls on a terminal, and further keys of JSON lines."""
+"""The printed form of answers in `run` and `chat`: reasoning, tool calls, and further keys of JSON lines."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..text.tool_calls import ToolCall
     from .run import AnswerOptions, Prompt
 
-# OpenAI's API and vLLM replace lower values, because JSON has no infinity.
+# OpenAI's API and vLLM print this value in place of lower ones, because JSON has no infinity.
 _LOWEST = -9999.0
 
 
@@ -32,7 +32,7 @@ def check(options: "AnswerOptions", prompt: "Prompt", *, as_json: bool) -> None:
         ("--prompt-logprobs", options.prompt_logprobs is not None),
     ):
         if is_given and not as_json:
-            raise PrecastError(f"{name} needs --json, which prints one line for each answer; add it.")
+            raise PrecastError(f"{name} needs --json, which prints one line for each answer; add --json.")
     for name, value in (("--tools", options.tools), ("--answer-format", options.answer_format)):
         if value is not None and not prompt.uses_template and prompt.state is None:
             raise PrecastError(f"{name} needs a prompt that goes through the chat template; add --chat.")
@@ -49,7 +49,7 @@ def read_tools(path: Path) -> list[Mapping[str, Any]]:
     """Return the tools in a file.
 
     Raises:
-        PrecastError: the file cannot be read, or holds something else than an array of objects.
+        PrecastError: the file cannot be read, or holds anything but an array of objects.
     """
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def shown(deltas: "Iterable[Delta]") -> Iterator[str]:
         elif kind is ToolCallDelta:
             yield "\n".join(_call_line(delta.call) for delta in group if isinstance(delta, ToolCallDelta))
         elif is_dimmed:
-            # Each piece by itself, so that an interrupt leaves the terminal as it was.
+            # Dim each piece by itself, so that an interrupt leaves no dimmed terminal behind.
             yield from (f"{DIM}{text}{RESET}" for text in texts)
         else:
             yield "<think>\n"
@@ -100,7 +100,7 @@ def shown(deltas: "Iterable[Delta]") -> Iterator[str]:
 
 
 def details(completion: "Completion", options: "AnswerOptions") -> dict[str, Any]:
-    """Return the keys of a JSON line that only some answers have."""
+    """Return the keys that the JSON lines of only some answers have, with their values."""
     found: dict[str, Any] = {}
     if completion.reasoning:
         found["reasoning"] = completion.reasoning

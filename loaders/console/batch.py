@@ -13,7 +13,7 @@ from .run import LoadOptions, SamplingOptions
 def run(
     artifact: Path | str, source: Path, target: Path, *, sampling: SamplingOptions, loading: LoadOptions
 ) -> int:
-    """Answer every request of a file, and print how many were answered on standard error.
+    """Answer every request of a file, and print the numbers of answers and errors on standard error.
 
     Returns:
         The exit code: 0 if all requests were answered, 1 if some have an error.
@@ -42,7 +42,9 @@ def run(
             with raise_on_interrupt():
                 found = batch.run(model, source, target, params, progress=display)
         except KeyboardInterrupt:
-            display.log("Interrupted: the same command goes on after the records so far.")
+            display.log(
+                "Interrupted; run the same command again to continue after the records written so far."
+            )
             raise
     kept = f", {found.kept:,} of them from an earlier run" if found.kept else ""
     print(

@@ -30,7 +30,7 @@ class History:
 
     Attributes:
         messages: messages of earlier chats.
-        problem: a sentence that explains why nothing is kept; None if the history works or is off.
+        problem: a sentence with the reason if no messages are kept; None if the history works or is off.
     """
 
     def __init__(self, path: Path | None) -> None:

@@ -83,7 +83,7 @@ def _read_message(lines: list[str], read: Read, waits: Callable[[], bool]) -> bo
     """Collect the lines of a message; return True at the end of input."""
     try:
         lines.append(read("> "))
-        # Quotes inside a paste belong to its text, and open no message of several lines.
+        # Quotes inside a paste are part of its text. Only typed quotes open a message of several lines.
         if lines[0].lstrip().startswith(QUOTES) and "\n" not in lines[0] and not waits():
             _read_quoted(lines, read)
             return False

@@ -8,7 +8,7 @@ from pathlib import Path
 def process_age() -> float:
     """Return the seconds since the process started, to about 10 ms.
 
-    If the system does not tell when the process started, return the CPU time that it has used, in seconds.
+    If the system does not tell the time of the start, return the CPU time that the process has used, in seconds.
     """
     try:
         # The fields after the command's name, which may contain spaces and brackets; see proc(5).

@@ -33,7 +33,7 @@ def converse(
     Args:
         model: a model with a chat template.
         params: the sampling parameters.
-        opening: the messages before the user's first, or those of a saved chat.
+        opening: the messages before the user's first one, or the messages of a saved chat.
         stats: print the speed of all answers at the end, on standard error.
         literal: treat messages as plain text.
         state: the file to save the chat to, or None.
@@ -67,7 +67,7 @@ def converse(
             asked = [*messages, {"role": "user", "content": message}]
             messages = _answer(partial(model.stream_chat, asked, params, literal=literal), asked, done)
     if state is not None and done:
-        # The file's tokens are those of the last complete answer.
+        # Save the tokens up to the last complete answer, without those of an interrupted one.
         model.save_state(state, done[-1], messages=messages)
     if history.problem:
         print(printable(history.problem), file=sys.stderr)
@@ -76,7 +76,7 @@ def converse(
 
 
 def _system_messages(messages: "list[Message]") -> "list[Message]":
-    """Return the messages before the first of the user's."""
+    """Return the system messages at the beginning."""
     return list(takewhile(lambda message: message.get("role") == "system", messages))
 
 

@@ -27,7 +27,7 @@ def numbers(_: click.Context, parameter: click.Parameter, value: str | None) -> 
 
 
 def biases(_: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[int, float]:
-    """Parse token ids with a signed number each: 15043+1, 15043-0.5."""
+    """Parse pairs of a token id and a signed number: 15043+1, 15043-0.5."""
     found = {}
     for text in value:
         match = _BIAS.fullmatch(text)
@@ -75,8 +75,8 @@ STATE = click.option(
     "--state",
     metavar="FILE",
     type=PATH,
-    help="Continue the sequence or the chat that FILE holds, if it exists, and save it with the answer to FILE. The"
-    " model does not read its tokens again.",
+    help="Continue the text or the chat in FILE, if FILE exists, and save it with the answer to FILE. The saved tokens"
+    " are not computed again.",
 )
 LITERAL = click.option(
     "--literal",
@@ -121,24 +121,24 @@ _SAMPLING = (
     click.option(
         "--repetition-penalty",
         type=float,
-        help="Above 1, make tokens that have already occurred less likely.",
+        help="Above 1, make tokens less likely that have already occurred.",
     ),
     click.option(
         "--presence-penalty",
         type=float,
-        help="Above 0, make tokens that the answer already contains less likely. From -2 to 2.",
+        help="Above 0, make tokens less likely that the answer already contains. From -2 to 2.",
     ),
     click.option(
         "--frequency-penalty",
         type=float,
-        help="Above 0, make a token less likely for each time that the answer already contains it. From -2 to 2.",
+        help="Above 0, make a token less likely each time that it occurs in the answer. From -2 to 2.",
     ),
     click.option(
         "--logit-bias",
         multiple=True,
         callback=biases,
-        help="Add to the logit of a token: 15043-1 adds -1 to that of token 15043. From -100 to 100. May be given"
-        " several times.",
+        help="Add a number from -100 to 100 to the logit of a token: 15043-1 adds -1 to the logit of token 15043. May"
+        " be given several times.",
     ),
     click.option("--no-repeat-ngram-size", type=int, help="Never repeat a sequence of this many tokens."),
     click.option("--min-tokens", type=int, help="Generate at least this many tokens."),
@@ -162,7 +162,8 @@ _SAMPLING = (
         "--json-schema",
         metavar="FILE",
         callback=text_file,
-        help="Answer in JSON by the JSON Schema in this file. This and the four options below need the extra grammar.",
+        help="Answer in JSON that fits the JSON Schema in this file. This option and the four below need the extra"
+        " grammar.",
     ),
     click.option("--json-object", is_flag=True, help="Answer with any JSON object."),
     click.option(
@@ -172,10 +173,12 @@ _SAMPLING = (
         "--grammar",
         metavar="FILE",
         callback=text_file,
-        help="Answer with a text of the Lark grammar in this file.",
+        help="Answer with a text that the Lark grammar in this file allows.",
     ),
     click.option(
-        "--choice", multiple=True, help="Answer with this text. Given several times: with one of them."
+        "--choice",
+        multiple=True,
+        help="Answer with this text. If given several times: with one of these texts.",
     ),
 )
 _ANSWERS = (
@@ -183,39 +186,42 @@ _ANSWERS = (
         "--answers",
         type=int,
         default=1,
-        help="Give this many answers, each with a seed of its own: --seed, the next, and so on. Needs --json.",
+        help="Give this many answers, each with a seed of its own: --seed, --seed + 1, and so on. Needs --json.",
     ),
     click.option(
         "--logprobs",
         type=int,
         metavar="K",
-        help="Add the log-probability of each token of the answer, and of the K likeliest in its place, before"
-        " penalties and temperature. Needs --json.",
+        help="Add the log-probability of each token of the answer and of the K likeliest tokens at its position,"
+        " computed before penalties and temperature. Needs --json.",
     ),
     click.option(
-        "--prompt-logprobs", type=int, metavar="K", help="Add the same for the prompt. Needs --json."
+        "--prompt-logprobs",
+        type=int,
+        metavar="K",
+        help="Add the same for the tokens of the prompt. Needs --json.",
     ),
     click.option("--echo", is_flag=True, help="Begin the text with the prompt."),
     click.option(
         "--tools",
         type=PATH,
         metavar="FILE",
-        help="Give the model the tools whose schemas this file lists, as a JSON array. Its calls follow the answer, a"
-        " line of JSON each. Needs --chat.",
+        help="Offer the model the tools whose schemas are in this file, a JSON array. The model's calls are printed"
+        " after the answer, each in a line of JSON. Needs --chat.",
     ),
     click.option(
         "--tool-choice",
         default="auto",
         metavar="NAME",
-        help="Answer with calls of the tool of this name, or with required calls of any tool, by the tools' schemas."
-        " Needs the extra grammar. Default: auto, the model's choice.",
+        help="A tool's name: answer with calls of this tool. required: answer with calls of any tools. auto: let the"
+        " model choose. All but auto need the extra grammar. Default: auto.",
     ),
     click.option(
         "--answer-format",
         metavar="FAMILY",
-        help="Expect tool calls as models of this family write them: hermes, qwen3_coder, llama3, mistral, phi4,"
-        " granite, smollm3, gemma, pythonic; text leaves reasoning and calls in the text. Default: by the chat"
-        " template.",
+        help="Expect tool calls in the form of this family of models: hermes, qwen3_coder, llama3, mistral, phi4,"
+        " granite, smollm3, gemma, pythonic; text leaves reasoning and calls in the text. Default: the family that the"
+        " chat template suggests.",
     ),
 )
 _LOADING = (

@@ -31,7 +31,7 @@ class Prompt(Frozen):
         chat: put the text through the chat template.
         system: the system message, which may be empty, or None.
         literal: treat messages as plain text.
-        state: the file of a sequence to continue and to save, or None.
+        state: file to continue a sequence from and to save it to, or None.
     """
 
     text: str | None
@@ -99,10 +99,10 @@ class AnswerOptions(Frozen):
     Attributes:
         answers: number of answers.
         logprobs: number of alternatives to each token of the answer; None for no log-probabilities.
-        prompt_logprobs: the same for the prompt.
+        prompt_logprobs: number of alternatives to each token of the prompt; None for no log-probabilities.
         echo: begin with the prompt.
         tools: file with the JSON schemas of tools, or None.
-        answer_format: family of models whose form of tool calls to expect; None to choose it by the template.
+        answer_format: family of models whose form of tool calls to expect; None to let the template decide.
     """
 
     answers: int = 1
@@ -148,7 +148,7 @@ def run(
     is_typed = prompt.text is None and prompt.ids is None and sys.stdin.isatty()
     is_chat = is_typed and sys.stdout.isatty()
     if is_chat and answers != _PLAIN_ANSWER:
-        raise PrecastError("--echo, and options for tools need a prompt: give one with -p, or pipe it in.")
+        raise PrecastError("--echo and the options for tools need a prompt: give one with -p, or pipe it in.")
     if is_typed and as_json:
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
@@ -166,7 +166,7 @@ def run(
             allow_compile=loading.allow_compile,
             require_signature=loading.require_signature,
             threads=loading.threads,
-            # After a single answer, the process ends.
+            # The process ends after a single answer, so it would never use a prefix again.
             prefix_memory=None if is_chat or prompt.state is not None else 0,
         )
     loaded = process_age()
@@ -242,7 +242,7 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
     # NumPy multiplies no matrices here. With more threads, OpenBLAS's idle ones would spin during a tenth of the start.
     os.environ.setdefault(threads, "1")
     if isinstance(artifact, Path):
-        # A load makes no garbage; looking for some would take a fortieth of the start.
+        # A load makes no garbage, and a search for garbage would take a fortieth of the start.
         gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The option ``--state`` of ``run`` and ``chat``: go on with a saved sequence, and save it with its answer."""
+"""The option ``--state`` of ``run`` and ``chat``: continue a saved sequence, and save it with its answer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def load(model: "Model", path: Path, prompt: "Prompt") -> "State | None":
     state = model.load_state(path)
     if state.messages and prompt.system is not None:
         raise PrecastError(
-            f"{path}: the chat has begun, so --system cannot change its system message; leave out --system, or choose"
+            f"{path}: the chat has begun, so --system cannot change the system message; leave out --system, or choose"
             " another file."
         )
     if state.messages and prompt.ids is not None:

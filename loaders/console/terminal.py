@@ -15,12 +15,12 @@ _COMMANDS = (
 _SHOWN = dict.fromkeys(_COMMANDS, "\N{REPLACEMENT CHARACTER}")
 
 
-# The codes that dim text and end it.
+# The terminal's codes that begin and end dimmed text.
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 
 
 def has_colours() -> bool:
-    """Return True if standard output is a terminal, and its user wants colours."""
+    """Return True if standard output is a terminal, and the user wants colours."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb" and sys.stdout.isatty()
 
 

@@ -139,7 +139,7 @@ def _lines(
         share = "beyond" if replayed.share is None else f"{replayed.share:.0%} of"
         yield f"  logits    {replayed.logits} compared, largest difference {largest}, {share} the tolerance"
     for prefix in () if prefixes is None else prefixes.prefixes:
-        verdict = "read again and compared" if prefix.obstacle is None else f"not compared: {prefix.obstacle}"
+        verdict = "recomputed and compared" if prefix.obstacle is None else f"not compared: {prefix.obstacle}"
         yield f"  prefix    {prefix.name}: {prefix.tokens:,} tokens, {verdict}"
     for problem in problems:
         yield f"  ! {problem}"

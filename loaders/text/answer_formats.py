@@ -1,6 +1,6 @@
 """The forms of tool calls and of reasoning in answers, one per family of models, chosen by the chat template's text.
 
-llama.cpp and vLLM know the same forms. A template prescribes the form, so its text tells the family.
+llama.cpp and vLLM support the same forms. A template prescribes the form, so its text identifies the family.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ class CallSyntax(Frozen):
     Attributes:
         opening: the marker before a body; empty for bodies without markers.
         body: the kind of body, a key of `tool_calls.BODIES`.
-        closing: the marker after a body, which models may omit; empty for none.
+        closing: the marker after a body, which models may omit; empty if the form has none.
         separator: text between two bodies without markers.
-        at_start: True if calls occur only at the start of an answer. Their names must be those of given tools, because
-            an answer may look like this without being a call.
+        at_start: True if calls occur only at the start of an answer. Only calls of given tools count then, because an
+            ordinary answer may look like a call.
     """
 
     opening: str
@@ -52,7 +52,7 @@ class AnswerFormat(Frozen):
 
     Attributes:
         name: the family's name.
-        reasoning: forms of reasoning; the first that opens an answer counts.
+        reasoning: forms of reasoning; the first whose marker begins the answer applies.
         calls: forms of tool calls.
     """
 
@@ -142,7 +142,7 @@ def _family(template: str) -> str:
     if "<|tool_call|>" in template:
         return "phi4" if "<|tool|>" in template else "granite"
     if "<tool_call>" in template:
-        # Others put XML into the tags of Hermes.
+        # Other families put XML between the tags of Hermes.
         if "<function=" in template:
             return "qwen3_coder"
         return PLAIN if "<arg_key>" in template else "hermes"

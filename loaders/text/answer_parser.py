@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from .answer_formats import AnswerFormat, CallSyntax
 from .tool_calls import BODIES, Body, NoCall, RawCall, ToolCall, typed
 
-# A marker follows at most this many spaces, and at most so many are removed before it, so that the time stays linear.
+# The maximum number of spaces that are skipped or removed before a marker, so that the time stays linear.
 _MOST_SPACES = 1024
-# After this many malformed calls the rest is content, so that the time stays linear.
+# After this many malformed calls all further text is content, so that the time stays linear.
 _MOST_FAILURES = 64
 _ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
@@ -60,15 +60,15 @@ class AnswerParser:
 
     Args:
         form: the form of the answer.
-        tools: JSON Schemas of the parameters of the tools that the model was given, by name; without any, nothing is a
-            call. After a marker, a call of another name counts, too, as in vLLM.
+        tools: JSON Schemas of the parameters of the tools that the model was given, by name; without tools, no text is
+            a call. After a marker, a call of an unknown tool counts too, as in vLLM.
         prompt_tail: the end of the prompt's text, which may have opened the reasoning.
         new_id: makes the identifier of a call.
 
     Attributes:
         form: the form of the answer.
         is_open: True if the prompt has opened the reasoning.
-        markers: texts of markers, whose tokens must not be left out of the answer's text.
+        markers: texts of markers; the answer's text must contain their tokens, even special ones.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class AnswerParser:
         self._reasonings, self._tools, self._new_id = form.reasoning, tools, new_id
         self._calls = form.calls if self._tools else ()
         self.markers = AnswerFormat(name=form.name, reasoning=form.reasoning, calls=self._calls).markers()
-        self._text = ""  # the text whose kind is yet to be decided
-        self._space = ""  # spaces before it, which are content unless a call follows
+        self._text = ""  # the text not yet classified
+        self._space = ""  # spaces before that text, which are content unless a call follows
         self._is_last = False
         self._deltas: list[Delta] = []
         self._count = self._failures = 0
@@ -100,7 +100,7 @@ class AnswerParser:
         )
 
     def push(self, text: str) -> list[Delta]:
-        """Take the next piece of text; return the deltas that this text makes certain."""
+        """Take the next piece of text; return the deltas that are now certain."""
         self._text += text
         return self._run()
 
@@ -263,7 +263,7 @@ class AnswerParser:
         return bool(self._text)
 
     def _may_become(self, text: str, marker: str) -> bool:
-        """Return True if the text is the beginning of a marker, and more text may come."""
+        """Return True if the text is the beginning of a marker, which further text may complete."""
         return not self._is_last and len(text) < len(marker) and marker.startswith(text)
 
     def _emit(self, text: str) -> None:
@@ -277,6 +277,6 @@ class AnswerParser:
 
 
 def _overlap(text: str, marker: str) -> int:
-    """Return the length of the longest proper prefix of the marker with which the text ends."""
+    """Return the length of the text's longest suffix that is a proper prefix of the marker."""
     longest = min(len(text), len(marker) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)

@@ -126,7 +126,7 @@ class LiteralChat:
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
         """Return True if the template wrote the control token.
 
-        The tokenizer may also give one for a character that the vocabulary lacks: the token for unknown text.
+        The tokenizer also returns a control token, that for unknown text, for a character that the vocabulary lacks.
         """
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):

@@ -1,12 +1,12 @@
 """Parse function calls in Python's syntax, with literal keyword arguments: ``[weather(place="Paris", days=2)]``.
 
-Python's own parser would accept far more, warn about escapes, and recurse as deeply as the text asks for.
+Python's own parser would accept far more, warn about escapes, and recurse as deeply as the text is nested.
 """
 
 import re
 from typing import Any
 
-# JSON's names of constants are accepted, too, because models mix them up.
+# JSON's constants are accepted too, because models confuse them with Python's.
 _CONSTANTS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "\n": ""}
 _ESCAPE = re.compile(

@@ -125,7 +125,7 @@ class Tokenizer:
         return self._library.id_to_token(token_id) if 0 <= token_id <= self.largest_id else None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to a text, special tokens included; none for an id without a token.
+        """Return the bytes that a token adds to a text, even a special token; b"" for an id without a token.
 
         The bytes of an answer's tokens, joined, are the answer in UTF-8, except at the start of a text, where some
         tokenizers drop a space.
@@ -137,7 +137,7 @@ class Tokenizer:
             return byte_level_bytes(token, byte_alphabet())
         if "ByteFallback" in self._decoder_kinds and (match := BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
-        # Take the second of two: at the start of a text, some decoders drop a space.
+        # Decode the token twice and take the second text: at the start of a text, some decoders drop a space.
         once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once) :].encode()
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 from .python_calls import NotCalls, parse_call_list, parse_code
 
-# Limits for text that a model wrote, because a hostile prompt may have provoked it.
+# Limits on a model's text, which a hostile prompt may control.
 _DEEPEST, _LONGEST, _LONGEST_NAME, _MOST_SPACES = 64, 1 << 20, 256, 1024
 
 
 class NoCall(ValueError):
-    """The text is no tool call."""
+    """The text is not a tool call."""
 
 
 class ToolCall(NamedTuple):
@@ -262,7 +262,7 @@ class CodeBody:
 class XmlBody:
     """Qwen3-Coder's body: ``<function=weather><parameter=place>Paris</parameter></function>``.
 
-    All arguments are texts; `typed` gives them the types of a schema. The form has no escapes, so that a text cannot
+    All arguments are texts; `typed` gives them the types of a schema. The form has no escapes, so a text cannot
     contain the markers.
     """
 
@@ -296,8 +296,8 @@ def typed(arguments: str, schema: Mapping[str, Any]) -> str:
 
     Args:
         arguments: a JSON object of texts, as text.
-        schema: JSON Schema of the tool's parameters. A text stays one if the schema allows a text, if its parameter is
-            unknown, or if it is no JSON.
+        schema: JSON Schema of the tool's parameters. An argument stays a text if the schema allows a text, if the
+            parameter is unknown, or if the text is not JSON.
     """
     properties = schema.get("properties")
     known = properties if isinstance(properties, Mapping) else {}
@@ -326,7 +326,7 @@ def _value_of(text: str) -> Any:
     return value
 
 
-# Makers of bodies by kind; the argument is the marker after the body.
+# Functions that make a body, by kind; the argument is the marker after the body.
 BODIES: Mapping[str, Callable[[str], Body]] = {
     "json": lambda _: JsonBody(),
     "named_json": lambda _: NamedJsonBody(),
@@ -364,7 +364,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _json_call(value: Any) -> RawCall:
-    """Return a call from JSON: models write its name and arguments into the object, or below its key "function"."""
+    """Return a call from a JSON object, which holds name and arguments directly or below its key "function"."""
     if isinstance(value, dict) and isinstance(inner := value.get("function"), dict):
         value = {"id": value.get("id"), **inner}
     if not isinstance(value, dict):

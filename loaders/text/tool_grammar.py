@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .answer_formats import AnswerFormat
     from .tokenizer import Tokenizer
 
-# The choice of any tool, where a tool's name chooses that one.
+# The choice that requires a call of any tool; a tool's name as the choice requires a call of that tool.
 REQUIRED = "required"
 _MOST_CALLS = 16
-# Arguments as templates write them; without a bound on whitespace a model may repeat it.
+# Separators as templates write them. If any whitespace were allowed, a model might repeat it without end.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -33,12 +33,12 @@ def tool_grammar(
     Args:
         form: the form of the answer.
         tools: JSON schemas of the tools, with or without the outer "function".
-        choice: "required" for calls of any tools, or the name of the only one.
+        choice: "required" for calls of any tools, or the name of the only tool to call.
         tokenizer: the model's tokenizer.
-        closes_reasoning: True if the prompt has opened the reasoning, which then stays empty.
+        closes_reasoning: True if the prompt has opened the reasoning, which the answer then closes at once.
 
     Raises:
-        PrecastError: no tool has this name, or the family's calls are no JSON.
+        PrecastError: no tool has this name, or the family's calls are not JSON.
     """
     functions = [tool.get("function", tool) for tool in tools]
     chosen = [f for f in functions if choice in (REQUIRED, f.get("name"))]
@@ -61,7 +61,7 @@ def tool_grammar(
         else:
             before = f'{{"name": {json.dumps(name)}, "{key}": '
             call = f'{json.dumps(before)} arguments_{n} "}}"'
-        # Elsewhere in a grammar this character is an operator, whose number is limited.
+        # "&" is an operator of grammars. `constraint_texts` bounds the number of its occurrences, even within JSON.
         text = json.dumps(schema).replace("&", "\\u0026")
         lines += [f"call_{n}: {call}", f"arguments_{n}: %json {text}"]
     return "\n".join(lines)
@@ -93,7 +93,7 @@ def _calls(family: str, marks: Mapping[str, str], is_named: bool) -> str:
 
 
 def _mark(tokenizer: "Tokenizer", text: str) -> str:
-    """Return a marker for a grammar: its token, if `vocabulary_bytes` keeps that apart from text; else its text."""
+    """Return a marker for a grammar: its token if `vocabulary_bytes` treats the token as special, else its text."""
     library = tokenizer.library
     token, added = library.token_to_id(text), library.get_added_tokens_decoder()
     if token in added and (added[token].special or (text.startswith("<") and text.endswith(">"))):

@@ -11,14 +11,14 @@ from .tokenizer import BYTE_TOKEN, byte_alphabet, byte_level_bytes
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
-# The first byte of a special token. It never occurs in UTF-8, so that no text matches a special token.
+# The first byte of a special token. It never occurs in UTF-8, so no text matches a special token.
 SPECIAL = b"\xff"
 
 
 def vocabulary_bytes(tokenizer: "Tokenizer", size: int) -> list[bytes]:
     """Return the bytes of each token.
 
-    Special tokens, and added tokens spelt ``<…>``, are no text: theirs are `SPECIAL` and the spelling.
+    A special token, or an added token spelt ``<…>``, is not text: its bytes are `SPECIAL` and its spelling.
 
     Args:
         tokenizer: the tokenizer.

@@ -197,7 +197,7 @@ def test_inspect_check_verify_and_diff_show_it(cli, prefixed, tiny_artifact):
     assert f"  prefix    fox: {prefix.tokens} tokens, used" in cli("check", prefixed).stdout
     verified = cli("verify", prefixed)
     assert verified.exit_code == 0, verified.output
-    assert f"  prefix    fox: {prefix.tokens} tokens, read again and compared" in verified.stdout
+    assert f"  prefix    fox: {prefix.tokens} tokens, recomputed and compared" in verified.stdout
     differs = cli("diff", tiny_artifact, prefixed)
     assert "  prefixes: 1 difference\n    + fox: " in differs.stdout
     assert "other files" in differs.stdout.splitlines()[-1]
@@ -217,7 +217,7 @@ def test_verify_reports_keys_that_the_machine_does_not_compute(copy):
     model = load(copy)
     report = replay_prefixes(model, copy, prefix.isa)
     assert report.problems[0] == (
-        f"{copy}: prefix 'fox': cache.values differs from what was computed now in 1 vectors; this artifact computes"
+        f"{copy}: prefix 'fox': 1 vectors of cache.values differ from those recomputed now; this artifact computes"
         " other numbers on this machine than at export: do not use it here, and report this."
     )
 
@@ -335,7 +335,7 @@ def test_unsuitable_names_are_refused(tiny_artifact, name):
 
 def test_a_taken_name_is_replaced_on_request(copy):
     assert refusal(copy) == (
-        f"{copy}: prefix 'fox' is there already; replace it with --overwrite, or choose another name."
+        f"{copy}: prefix 'fox' exists already; replace it with --overwrite, or choose another name."
     )
     before = read_manifest(copy).prefixes[0]
     change = add(copy, "fox", PrefixSource(text="the lazy dog jumps"), overwrite=True)
@@ -350,7 +350,7 @@ def test_a_taken_name_is_replaced_on_request(copy):
 def test_text_that_is_no_prefix(artifact_copy):
     before = sorted(artifact_copy.rglob("*"))
     assert refusal(artifact_copy, "x", PrefixSource(text="")) == (
-        "prefix: expected text that prompts can begin with, found none; give a file that is not empty."
+        "prefix: expected some text, found none; give a file that is not empty."
     )
     text = "the cat sat on the mat " * 20
     assert refusal(artifact_copy, "x", PrefixSource(system=text)).startswith("prefix: ")
@@ -462,7 +462,7 @@ def test_the_command(cli, artifact_copy, tmp_path):
     assert result.exit_code == 0, result.output
     prefix = read_manifest(artifact_copy).prefixes[0]
     assert result.stdout.splitlines()[1] == (
-        f"  used by target {prefix.target} with kernels for {prefix.isa}, by every prompt that begins with it"
+        f"  target {prefix.target} with kernels for {prefix.isa} uses it for every prompt that begins with it"
     )
     assert cli("add-prefix", artifact_copy, "chat", "--chat", tmp_path / "chat.json").exit_code == 0
 

@@ -344,7 +344,7 @@ def test_run_goes_on_with_a_chat(cli, record, tiny_artifact, tmp_path):
             "x",
             "-p",
             "y",
-        ): "the chat has begun, so --system cannot change its system message; leave out"
+        ): "the chat has begun, so --system cannot change the system message; leave out"
         " --system, or choose another file.",
         ("--ids", "1"): "holds a chat, which --ids cannot continue; use --prompt instead of --ids.",
     }.items():
