@@ -30,7 +30,7 @@ class Key:
     Attributes:
         treatment: treatment by an export.
         target: for an applied key, the field of `SamplingParams` that it sets, or the function that reads it.
-        reason: for a harmless key, the reason for ignoring it; for a refused key, its effect, as a clause after "which".
+        reason: for a harmless key, the reason; for a refused key, its effect, as a clause that follows "which".
         neutral: values of a refused key, besides null, that have no effect.
         sampling: True for a key that has an effect only with do_sample.
     """
