@@ -177,7 +177,11 @@ void CheckMerge(const Ops& ops, int64_t spans, int64_t tokens, int64_t group, in
       m = 0.0f, peak[s * stride + r] = -INFINITY;
       for (int64_t h = 0; h < H; ++h) partials[s * stride + r * H + h] = 0.0f;
     }
-  ops.merge_spans({partials.get(), peak, mass}, stride, spans, rows, group, H, out.get(), apart);
+  // The merge changes the first span.
+  Floats merged(partials.size);
+  std::memcpy(merged.get(), partials.get(), static_cast<size_t>(partials.size) * sizeof(float));
+  float* own = merged.get() + rows * H;
+  ops.merge_spans({merged.get(), own, own + rows}, stride, spans, rows, group, H, out.get(), apart);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t h = 0; h < H; ++h) {
       double sum = 0, size = 0, all = 0;
