@@ -1,7 +1,7 @@
-"""Check the texts of constraints before a grammar is built: form, size, and what makes grammars grow without bound.
+"""Check the texts of constraints before a grammar is built: form, size, and constructs whose grammars are too large.
 
-The limits keep the grammar library within seconds and a few hundred megabytes: its own limits count work between the
-steps of some algorithms, not within one.
+The limits keep llguidance within seconds and a few hundred megabytes. llguidance's own limits are not enough: some of
+its algorithms check them between steps only, and a single step may take hours.
 """
 
 import json
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 from ..artifact.errors import PrecastError
 
-# Characters. The grammar library takes quadratic time for some schemas, and for regular expressions.
+# Maximum number of characters. llguidance takes quadratic time for regular expressions and for some schemas.
 _LONGEST = {"json_schema": 100_000, "regex": 10_000, "grammar": 20_000, "choice": 100_000}
-# The library's parser ends at 128 levels, of which the grammar around a schema takes some.
+# llguidance's parser takes at most 128 levels, and the grammar around a schema uses some of them.
 _DEEPEST = 100
-# The time for an intersection of regular expressions doubles with each: 16 take a second.
+# The time for an intersection of regular expressions doubles with each expression: 16 expressions take a second.
 _MOST_INTERSECTED = 12
-# Some divisors of ten million take hours.
+# A bound for `multipleOf`, because some divisors of ten million take hours.
 _MOST_REMAINDERS = 1_000_000
 
 
@@ -87,7 +87,7 @@ def _check_grammar(text: str) -> None:
         except ValueError:
             continue  # llguidance names the error
         _check_schema("grammar", schema)
-    # Those in schemas count, too, because regular expressions around an intersection may look like a schema.
+    # Count the ampersands in schemas, too: regular expressions around an intersection may look like a schema.
     if text.count("&") > _MOST_INTERSECTED:
         raise PrecastError(
             f"Sampling parameters: grammar must have at most {_MOST_INTERSECTED} intersections (&), found"
@@ -133,7 +133,7 @@ def _checked_schema(value: Any) -> str:
 
 
 def _check_schema(kind: str, schema: dict[str, Any]) -> None:
-    """Check the limits of a schema, which is that of a parameter or within it."""
+    """Check the limits of a schema: the parameter `json_schema`, or a schema within the parameter `grammar`."""
     if _depth(schema) > _DEEPEST:
         raise _too_deep(kind)
     _check_merges(kind, schema)

@@ -1,7 +1,7 @@
-"""The constraint of one answer: before each token, the tokens that may come next.
+"""The constraint of one answer: the set of tokens that may come next.
 
-llguidance follows the answer with a parser. It takes some 50 µs to find the tokens that may come next, and releases
-Python's lock meanwhile, so that a thread finds them while the model computes their logits.
+llguidance follows the answer with a parser. Finding the tokens that may come next takes it some 50 µs, without Python's
+lock, so another thread can do that while the model computes the logits.
 """
 
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ class Constraint:
 
     Args:
         matcher: a parser at the beginning of its grammar.
-        mask: its first mask.
+        mask: the mask for the first token.
         name: the constraint's name in error texts.
         worker: the thread that computes masks.
     """

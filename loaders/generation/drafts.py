@@ -1,10 +1,13 @@
 """Draft tokens from the text so far, for a call of the engine that verifies several tokens at once (prompt lookup).
 
 The tokens that followed the last occurrence of the latest tokens are often the next ones when an answer repeats its
-prompt: rewritten code and text, JSON, quotes. After Saxena's prompt lookup decoding
-(https://github.com/apoorvumang/prompt-lookup-decoding), with the length of each draft chosen by what it is worth: the
-expected number of accepted tokens, by the length of the match, against the measured time of a call with so many tokens.
-Lookups are also judged while nothing is drafted, by the tokens that decoding then computes.
+prompt: rewritten code and text, JSON, quotes. The method is Saxena's prompt lookup decoding
+(https://github.com/apoorvumang/prompt-lookup-decoding).
+
+Each draft has the length that promises the most tokens per second: the expected number of accepted tokens, estimated
+from the length of the match, divided by the measured time of a call with that many tokens. Every lookup is judged by
+the tokens that follow, even if no draft was made of it.
+
 """
 
 from bisect import bisect_right
@@ -12,10 +15,10 @@ from collections.abc import Sequence
 
 # A match has at least this many tokens.
 _SHORTEST = 2
-# The longest of so many latest matches counts, and of equally long ones the latest.
+# The longest match among this many latest ones is used; of equally long matches, the latest.
 _CANDIDATES = 16
-# The smallest lengths of the classes of matches, and the share of right guesses assumed before the first guess: low,
-# because wrong drafts in prose cost time, and lookups are judged without drafts as well.
+# Matches are classified by length. For each class: the smallest length, and the share of right guesses assumed before
+# the first guess. The shares are low, because wrong drafts in prose cost time, and lookups without drafts correct them.
 _CLASSES = (2, 3, 4, 6, 9, 16)
 _ASSUMED = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9)
 _ASSUMED_WEIGHT = 3.0
@@ -41,15 +44,15 @@ class CallTimes:
         return self._ratios[tokens - 1]
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Take the time of a call: of decode for one token, of score for more."""
+        """Record the time of a call: a call of decode for one token, a call of score for more."""
         if tokens == 1:
             self._decode += (seconds - self._decode) * (0.1 if self._decode else 1.0)
-            # A call that happened to be slow must not be the last: its ratio returns to what was assumed.
+            # Move the ratios back to the assumed ones slowly. Otherwise one slow call could rule out all later drafts.
             self._ratios = [r + (a - r) / 256 for r, a in zip(self._ratios, self._assumed, strict=True)]
         elif self._decode > 0:
             found, place = seconds / self._decode, tokens - 1
             change = 0.3 * (found - self._ratios[place])
-            # Neighbours cost about as much, and are measured less often.
+            # Correct the ratios of similar lengths as well: they are about the same, and rarely measured.
             for i in range(1, len(self._ratios)):
                 self._ratios[i] += change / (1 + abs(i - place))
         self._ratios[0] = 1.0
@@ -65,7 +68,7 @@ class Drafts:
     def __init__(self, times: CallTimes) -> None:
         self._times = times
         self._after: dict[tuple[int, ...], list[int]] = {}  # the positions after each n-gram
-        self._known = 0  # tokens that were looked at
+        self._known = 0  # number of tokens observed
         self._source, self._length = -1, 0  # the position after the match, and the match's length
         self._weights = [_ASSUMED_WEIGHT] * len(_CLASSES)
         self._hits = [share * _ASSUMED_WEIGHT for share in _ASSUMED]
@@ -74,7 +77,7 @@ class Drafts:
         """Return the draft of the next tokens; empty if decoding one token is expected to be faster.
 
         Args:
-            tokens: the sequence so far, which begins with the sequence of the call before.
+            tokens: the sequence so far, which extends the sequence of the previous call.
             most: maximum length of the draft.
         """
         self._observe(tokens)
@@ -87,7 +90,7 @@ class Drafts:
         return guess
 
     def _observe(self, tokens: Sequence[int]) -> None:
-        """Judge the lookup by the tokens that came, and look up what follows them."""
+        """Judge the lookup by the new tokens, and look up the latest tokens if there is no lookup."""
         for place in range(self._known, len(tokens)):
             if self._source >= 0:
                 self._judge(tokens[self._source] == tokens[place])
@@ -124,7 +127,7 @@ class Drafts:
 
 
 def _common(tokens: Sequence[int], source: int) -> int:
-    """Return the length of the longest text that ends both before the source and at the end, up to a limit."""
+    """Return the length, up to a limit, of the longest match between the tokens before `source` and the last tokens."""
     length = _SHORTEST
     while length < min(source, _CLASSES[-1]) and tokens[source - length - 1] == tokens[-length - 1]:
         length += 1

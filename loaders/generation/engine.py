@@ -42,8 +42,8 @@ class StepOutput:
         rows: the R results among the program's rows.
     """
 
-    # Not a `Frozen`: one is created for every token, after the weights have evicted everything else from the CPU's
-    # caches; a `Frozen` then takes 35 µs.
+    # Not a `Frozen`, because creating one would add 35 µs to every token: the weights have just evicted everything else
+    # from the CPU's caches.
     __slots__ = ("logits", "rows", "token")
 
     def __init__(self, token: np.ndarray, logits: Buffer, rows: slice | list[int]) -> None:
@@ -54,11 +54,11 @@ class StepOutput:
 
 @dataclass(kw_only=True)
 class KVCache:
-    """A KV cache of B slots. It is not thread-safe: one generation uses it at a time.
+    """A KV cache of B slots. It is not thread-safe: only one call may use it at a time.
 
     Attributes:
-        buffers: the cache's arrays by name. Each call donates them to the program and stores its results.
-        inputs: staging buffers by program and input name, which every call overwrites.
+        buffers: the cache's arrays by name. Each call donates them to the program, and stores the results here instead.
+        inputs: staging buffers by program and input name. Each call of a program overwrites its buffers.
     """
 
     buffers: dict[str, Buffer]
@@ -140,7 +140,7 @@ class Engine:
         slots: B, slots of a KV cache.
         vocab: V, size of the vocabulary.
         buckets: prompt lengths with a prefill program, ascending.
-        score_tokens: the most tokens that `score` takes; 0 if the artifact has no program for it.
+        score_tokens: maximum number of tokens for `score`; 0 if the artifact has no score program.
 
     Args:
         manifest: the artifact's manifest.
@@ -148,7 +148,8 @@ class Engine:
         executables: the target's executables by program name.
         weights: weights and tables by name.
         client: the runtime's client.
-        check_unchanged: called before and after each step; it raises PrecastError if the weights' file was written to.
+        check_unchanged: a function called before and after each step, which raises PrecastError if the file of the
+            weights was written to.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class Engine:
 
     @property
     def windows(self) -> dict[str, int]:
-        """The window of each array of the KV cache; 0 for none."""
+        """The window of each array of the KV cache; 0 for an array without a window."""
         return {array.name: array.window for array, _ in self._arrays}
 
     def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
@@ -233,7 +234,7 @@ class Engine:
     def prefill_chunk(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex, slot: SupportsIndex
     ) -> StepOutput:
-        """Run a part of a prompt in a single call; arguments, results and errors as `prefill`.
+        """Run a part of a prompt in a single call; arguments, results and errors as for `prefill`.
 
         Raises:
             ValueError: also if there are more tokens than the largest bucket holds.
@@ -261,7 +262,7 @@ class Engine:
             Token and logits after each of the tokens (R = ``len(tokens)``).
 
         Raises:
-            ValueError: the artifact has no such program, the number of tokens is wrong, a position is outside the
+            ValueError: the artifact has no score program, the number of tokens is wrong, a position is outside the
                 context, or the slot does not exist.
             PrecastError: the weights' file was written to.
         """
@@ -309,7 +310,7 @@ class Engine:
         for row in rows:
             tokens[row.slot], positions[row.slot] = row.token, row.position
         results = decode({"tokens": tokens, "positions": positions}, cache)
-        # A slice of one row is a view, where a list of rows would copy their logits.
+        # Indexing with a slice returns a view; indexing with a list would copy the row's logits.
         places = slice(rows[0].slot, rows[0].slot + 1) if len(rows) == 1 else [row.slot for row in rows]
         return self._output(results, places)
 

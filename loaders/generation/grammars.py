@@ -1,6 +1,6 @@
 """The grammars of a model's constraints, built by llguidance.
 
-Building one takes milliseconds, and is bounded by the limits of `constraint_texts` and by llguidance's own.
+Building a grammar takes milliseconds; the limits of `constraint_texts` and of llguidance bound the time.
 """
 
 import json
@@ -28,19 +28,19 @@ T = TypeVar("T")
 
 # Whitespace between the parts of JSON. Without a limit a model may repeat line feeds to the end of its context.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
-_MOST_LEXER_STATES = 50_000  # of up to 2 KB
+_MOST_LEXER_STATES = 50_000  # each takes up to 2 KB
 _MOST_GRAMMARS = 32
 _SEARCH_S = 0.5
-# llguidance descends into references and rules by recursion: up to 16 KB for each of the 3,000 that a text can hold.
+# llguidance follows references and rules by recursion. A text can hold 3,000 of them, and each takes up to 16 KB.
 _STACK_BYTES = 256 << 20
-# The size of new stacks is a setting of the process.
+# Held while the stack size of new threads is changed, because that is a setting of the whole process.
 _STACK_SIZE = threading.Lock()
 
 
 class Grammars:
     """The grammars of one model. Threads may share it.
 
-    The vocabulary is read when the first constraint starts. The latest grammars are kept.
+    The vocabulary is read when the first constraint starts. The most recently used grammars are cached.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -61,7 +61,7 @@ class Grammars:
 
         Raises:
             PrecastError: the extra `grammar` is not installed, the tokenizer or the model is unsuitable, or the text is
-                no valid constraint, or one beyond llguidance's limits.
+                invalid or exceeds llguidance's limits.
         """
         with self._lock:
             if text not in self._kept:
@@ -87,7 +87,8 @@ class Grammars:
 
         matcher, mask = begin("")
         opening = vocabulary.opening
-        # A space that the decoder drops precedes a text, but no special token.
+        # If the decoder drops the space before a text, the grammar must begin with that space. There is none before a
+        # special token.
         if opening and not matcher.is_error() and not vocabulary.allows_special(mask):
             matcher, mask = begin(opening)
         if matcher.is_error():
@@ -115,9 +116,9 @@ class _Vocabulary(NamedTuple):
     """A model's vocabulary.
 
     Attributes:
-        library: the vocabulary as llguidance holds it.
-        opening: the grammar of what precedes a text; empty for nothing.
-        special: special tokens without the end tokens.
+        library: the vocabulary in llguidance's form.
+        opening: a space, in Lark's form, if the decoder drops the space before a text; empty otherwise.
+        special: special tokens except the end tokens.
     """
 
     library: "LLTokenizer"
@@ -190,7 +191,7 @@ def _body(text: ConstraintText) -> dict[str, Any]:
         return {"lark_grammar": grammar["lark_grammar"]}
     if text.kind == "grammar":
         return {"lark_grammar": text.value}
-    # A terminal, because a rule would have an item of the parser for each choice.
+    # CHOICE is a terminal, because in a rule each choice would be an item of the parser.
     return {
         "lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in text.value)
     }
@@ -204,11 +205,11 @@ def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _program(body: dict[str, Any], opening: str) -> str:
-    """Return a grammar of any tokenisation of the opening and the body.
+    """Return a grammar of the opening and the body together, in any tokenisation.
 
     Args:
         body: a grammar in llguidance's form.
-        opening: what precedes it, in Lark's form.
+        opening: the text before the body, in Lark's form.
     """
     # no_forcing: the model chooses among all tokens that spell the text. Otherwise llguidance calls the tokenizer.
     start = f'%llguidance {{"no_forcing": true}}\nstart: {opening} @body'
@@ -241,7 +242,7 @@ def _refusal(
 
 
 def _cause(reason: str) -> str:
-    """Return the message of the regular expressions' parser, which stands at the end, or else the whole."""
+    """Return the message of the regex parser if the reason has one, and the whole reason otherwise."""
     found = re.search(r"^error: (.*)$", reason, re.MULTILINE)
     return f"a regular expression with an error: {found[1]}" if found else reason
 
@@ -252,7 +253,7 @@ def _refused_part(schema: dict[str, Any], reason: str, limits: "LLParserLimits")
     shared: dict[str, Any] = {
         key: schema[key] for key in ("$schema", "$defs", "definitions") if key in schema
     }
-    # The inner before the outer.
+    # Inner parts come before the parts that contain them.
     for pointer, part in reversed(list(parts(schema))):
         if not pointer or time.monotonic() > until:
             break

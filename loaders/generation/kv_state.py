@@ -1,7 +1,7 @@
 """Copy keys and values between the slots of a KV cache and arrays on the host.
 
-The arrays of a slot are ``[L, K, n, H]`` for n positions, scales ``[L, K, n]``. Their elements are bit patterns,
-unsigned integers as wide as the cache's type: NumPy lacks bfloat16, and copies its own types faster.
+The arrays of a slot are ``[L, K, n, H]`` for n positions, and ``[L, K, n]`` for scales. Their elements are bit patterns
+in unsigned integers as wide as the cache's type, because NumPy lacks bfloat16 and copies its own types faster.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,10 +38,10 @@ class Span(NamedTuple):
         return self.start + len(self.array[0, 0])
 
     def part(self, start: int, stop: int) -> "Span":
-        """Return the positions from `start` to `stop` that the span has, as a view."""
+        """Return the part of the span from position `start` to `stop`, as a view; it may be empty."""
         stop = min(stop, self.stop)
         start = min(max(start, self.start), stop)
-        # Before its first position a span has none, at `stop`.
+        # If the range ends before the span begins, the part is empty and starts at `stop`.
         return Span(start, self.array[:, :, max(start - self.start, 0) : max(stop - self.start, 0)])
 
 
@@ -67,7 +67,7 @@ def slot_view(memory: np.ndarray, array: CacheArray, layout: Sequence[int], slot
 
 
 def size(views: Mapping[str, np.ndarray], starts: Mapping[str, int], stop: int) -> int:
-    """Return the number of bytes that `read` copies; arguments as there."""
+    """Return the number of bytes that `read` copies; the arguments are those of `read`."""
     return sum(view[:, :, :1].nbytes * (stop - starts[name]) for name, view in views.items())
 
 
@@ -98,7 +98,7 @@ def write(views: Mapping[str, np.ndarray], spans: Iterable[tuple[str, Span]]) ->
 
 
 def _pairs(view: np.ndarray, span: Span) -> Iterator[_Pair]:
-    """Yield the parts of a slot's array and of a span that belong together.
+    """Yield pairs of views, of a slot's array and of a span, on the same positions.
 
     Position p is at index p mod S, which is p in an array without a window.
     """

@@ -33,7 +33,7 @@ Prompt = str | Sequence[int]
 
 
 class _Request(NamedTuple):
-    """A prompt that was checked, its parameters, and the maximum number of tokens to generate."""
+    """A checked prompt, its parameters, and the maximum number of tokens to generate."""
 
     ids: list[int]
     params: SamplingParams
@@ -43,13 +43,13 @@ class _Request(NamedTuple):
 class Model:
     """A loaded artifact.
 
-    Threads may share a model. Concurrent generations advance together in the slots of a KV cache, and of further ones
-    if there are more generations than slots. A model without generations has no KV cache.
+    Threads may share a model. Concurrent generations advance together, each in a slot of a KV cache. If all slots are
+    taken, a further KV cache is created. A model without generations has no KV cache.
 
     Attributes:
         scheduler: the generations in progress.
-        prefixes: keys and values of earlier prompts; None for a target that computes a position with other bits in
-            another chunk.
+        prefixes: keys and values of earlier prompts; None if the target's results for a position depend on the chunk
+            in which the position is computed, because its keys and values are not reused.
         manifest: the artifact's manifest.
         target: the target that runs.
         compiles: number of programs compiled while loading: 0 unless compiling from StableHLO was requested.
@@ -75,7 +75,7 @@ class Model:
         self.target = target
         self.compiles = compiles
         self.eos_token_ids = frozenset(manifest.tokenizer.eos_token_ids)
-        self._verifies_exactly = bool(target.kernels)  # they compute a token alike in every program
+        self._verifies_exactly = bool(target.kernels)  # precast's kernels give the same bits in every program
         self._grammars: Grammars | None = None
         self._grammars_lock = Lock()
 
@@ -95,8 +95,8 @@ class Model:
             params: the sampling parameters; None uses the model's own defaults.
 
         Raises:
-            PrecastError: the prompt is empty, fills the context, or contains ids outside the vocabulary; or the
-                artifact's weights were written to since loading.
+            PrecastError: the prompt is empty, fills the context, or contains ids outside the vocabulary; or the file of
+                the weights has been written to since loading.
         """
         return self.stream(prompt, params).finish()
 
@@ -117,15 +117,15 @@ class Model:
         All prompts are checked before the model reads the first.
 
         Args:
-            prompts: texts, or token ids of each.
+            prompts: the prompts, each as text or token ids.
             params: the sampling parameters of all prompts, or those of each; None uses the model's own defaults.
 
         Returns:
             The completions in the order of the prompts.
 
         Raises:
-            PrecastError: as `generate`, with the place of the prompt; the other generations end. Or the number of
-                parameters differs from the number of prompts.
+            PrecastError: the errors of `generate`, with the index of the prompt, in which case all other generations
+                end; or the number of parameters differs from the number of prompts.
         """
         from . import together
 
@@ -154,11 +154,11 @@ class Model:
         error and leaves the others alone.
 
         Args:
-            prompts: texts, or token ids of each.
+            prompts: the prompts, each as text or token ids.
             params: the sampling parameters of all prompts, or those of each; None uses the model's own defaults.
 
         Yields:
-            The place of the prompt, from 0, and its completion or error.
+            The index of the prompt, and its completion or error.
 
         Raises:
             PrecastError: `prompts` is a single text, or the number of parameters differs from the number of prompts.
@@ -176,15 +176,15 @@ class Model:
     ) -> list[Completion]:
         """Continue one prompt several times, together.
 
-        With a seed, the first answer has that seed, the next one the seed + 1, and so on, as with vLLM's `n`.
+        With a seed, the first answer uses that seed, the next one uses seed + 1, and so on, as with vLLM's `n`.
 
         Args:
             prompt: text, or token ids.
             count: number of answers, at least 1.
-            params: the sampling parameters; None uses the model's own defaults. A greedy model repeats itself.
+            params: the sampling parameters; None uses the model's own defaults. Greedy answers are all the same.
 
         Raises:
-            PrecastError: the count is below 1; also as `generate`.
+            PrecastError: the count is below 1; also the errors of `generate`.
         """
         return self._answers(
             lambda p: self._sequence(self._request(prompt, p), most_unread=None), count, params
@@ -225,15 +225,15 @@ class Model:
             tools: JSON schemas of functions, for templates that support them.
             template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
-            answer_format: family of models in whose form to expect tool calls ("hermes", "llama3", "mistral", …), or
-                "text" to leave reasoning and tool calls in the text; None: by the template.
-            tool_choice: "auto" leaves the choice to the model. With "required" the answer is tool calls, and with a
-                tool's name calls of that tool: with arguments by the tools' schemas, and without reasoning. Both need
-                the extra `grammar`.
+            answer_format: the model family whose form of tool calls to expect in the answer ("hermes", "llama3",
+                "mistral", …). "text" leaves reasoning and tool calls in the text. None chooses by the chat template.
+            tool_choice: "auto" leaves the choice to the model. "required" restricts the answer to tool calls, and a
+                tool's name restricts it to calls of that tool. Both keep the arguments to the tools' schemas, exclude
+                reasoning, and need the extra `grammar`.
 
         Raises:
-            PrecastError: the model has no such chat template, the template rejects the messages, or the answer format
-                is unknown; or the tool choice is no tool, or not enforceable; also as `generate`.
+            PrecastError: the model has no such chat template, the template rejects the messages, the answer format is
+                unknown, or the tool choice names no tool or cannot be enforced; also the errors of `generate`.
         """
         return self.stream_chat(
             messages,
@@ -294,7 +294,7 @@ class Model:
         answer_format: str | None = None,
         tool_choice: str = "auto",
     ) -> list[Completion]:
-        """Answer a conversation several times, together; arguments and errors as `chat` and `generate_answers`."""
+        """Answer a conversation several times, together; arguments and errors as for `chat` and `generate_answers`."""
         form = _chat_form(tools, template, literal, answer_format, tool_choice)
         return self._answers(
             lambda p: self._chat_sequence(messages, p, form, most_unread=None), count, params
@@ -334,10 +334,10 @@ class Model:
     def save_state(
         self, path: str | Path, sequence: Completion | Sequence[int], *, messages: Sequence[Message] = ()
     ) -> None:
-        """Save keys and values of a sequence to a file, so that another process continues it without reading it again.
+        """Save a sequence's keys and values to a file, so that another process need not compute them again.
 
         Args:
-            path: the file to create or to replace; this user alone may read it.
+            path: the file to create or to replace; only the current user may read it.
             sequence: a completion, or token ids. Keys and values that are no longer in memory are computed again.
             messages: the messages of the chat, with the answer; `load_state` returns them.
 
@@ -350,24 +350,24 @@ class Model:
         states.save(self, Path(path), sequence, messages)
 
     def load_state(self, path: str | Path) -> "State":
-        """Load a state that `save_state` has written: prompts that begin with its tokens start after them.
+        """Load a state from `save_state`, so that prompts that begin with its tokens reuse their keys and values.
 
         Returns:
             The tokens and messages of the state.
 
         Raises:
-            PrecastError: the file is damaged or no state, or the weights, the KV cache's type, the tokenizer, the
-                target or the instruction set are not those that computed it.
+            PrecastError: the file is damaged or is no state, or the state was computed with other weights, another type
+                of KV cache, another tokenizer, another target or another instruction set.
         """
         from . import states
 
         return states.load(self, Path(path))
 
     def checked_prompt(self, ids: Sequence[int]) -> list[int]:
-        """Return the tokens of a prompt as Python's integers.
+        """Return the tokens of a prompt as Python integers.
 
         Raises:
-            PrecastError: as `generate`.
+            PrecastError: the prompt is empty, fills the context, or contains ids outside the vocabulary.
         """
         context, vocab = self.engine.context, self.engine.vocab
         if len(ids) == 0:
@@ -440,7 +440,7 @@ class Model:
         )
 
     def _constraint(self, params: SamplingParams) -> "Constraint | None":
-        """Return the constraint of a new answer, after building its grammar if it is new."""
+        """Return the constraint of a new answer; a grammar that is not cached is built first."""
         text = params.constraint
         if text is None:
             return None

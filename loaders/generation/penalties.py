@@ -23,7 +23,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Penalties:
-    """Bias and penalties for one sequence. Its time is linear in the number of distinct tokens.
+    """Bias and penalties for one sequence. `apply` takes time linear in the number of distinct tokens.
+
 
     Args:
         params: the sampling parameters.

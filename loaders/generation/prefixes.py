@@ -1,10 +1,10 @@
-"""Keys and values of prompts already read, in a radix tree over token ids: a prompt starts after its longest prefix.
+"""A radix tree over token ids with keys and values of earlier sequences: a prompt reuses those of its longest prefix.
 
-The tree holds copies of the KV cache's arrays by segments of tokens, and is bounded in bytes: the least recently used
-leaf goes first. Segments whose arrays are mapped from files are pinned, and take no memory of their own.
+Each node holds a segment of tokens, and copies of their keys and values. The tree is bounded in bytes, and evicts the
+least recently used leaf first. Segments whose arrays are mapped from files are pinned, and take no memory of their own.
 
-An array with a window is a ring in the cache. A prompt can start at a position only if the window before that position
-is in the tree, which an array's `Span` in each segment tells.
+An array with a window is a ring buffer in the KV cache. A prompt can continue from a position only if the tree holds
+the window before that position. Each segment's `Span` of the array tells which positions the segment holds.
 
 RadixAttention is by Zheng et al., SGLang (https://arxiv.org/abs/2312.07104).
 """
@@ -20,10 +20,10 @@ from . import kv_state
 from .engine import KVCache
 from .kv_state import Span
 
-# Without another bound, an eighth of the memory that is available when the first prompt ends, but at most this.
+# The default bound is an eighth of the memory that is available when the first prompt ends, and at most this.
 MAX_DEFAULT_BYTES = 512 << 20
 _DEFAULT_SHARE = 8
-# Seconds that the end of a generation waits for the tree; after that, its keys and values are not kept.
+# Seconds that a generation waits for the tree when it ends. After that, its keys and values are discarded.
 _LONGEST_WAIT_S = 1.0
 
 
@@ -38,10 +38,10 @@ class SlotEngine(Protocol):
 
     @property
     def windows(self) -> Mapping[str, int]:
-        """The window of each array of the KV cache; 0 for none."""
+        """The window of each array of the KV cache; 0 for an array without a window."""
 
     def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
-        """Return a slot's arrays."""
+        """Return writable views of a slot's arrays, by name."""
 
 
 class Match(NamedTuple):
@@ -49,7 +49,7 @@ class Match(NamedTuple):
 
     Attributes:
         length: number of tokens.
-        spans: keys and values of these tokens, with the names of their arrays.
+        spans: keys and values of these tokens, each after the name of its array.
         checks: functions that raise PrecastError if a file of these keys and values was written to.
     """
 
@@ -59,7 +59,7 @@ class Match(NamedTuple):
 
 
 class _Node:
-    """A segment of tokens at some position, after the segments of its parents.
+    """A segment of tokens, after the segments of its ancestors.
 
     Attributes:
         tokens: the segment, int32 [n].
@@ -68,7 +68,7 @@ class _Node:
             later than the segment, and be empty.
         children: the segments after this one, by their first token.
         parent: the segment before this one; None for the root.
-        pinned: True for a segment that stays.
+        pinned: True for a segment that is never evicted.
         checks: functions that raise PrecastError if a file of the segment's keys and values was written to.
     """
 
@@ -108,8 +108,8 @@ class PrefixTree:
 
     Args:
         engine: the engine whose KV caches are read and written.
-        limit: the most memory for segments that are not pinned, in bytes; 0 keeps none. None chooses it when the first
-            prompt ends.
+        limit: the most memory for segments that are not pinned, in bytes; 0 keeps no such segments. None chooses
+            `default_limit` when the first prompt ends.
 
     Attributes:
         every_chunk: True if each chunk of a prompt must be captured before the next overwrites it.
@@ -120,8 +120,8 @@ class PrefixTree:
         self._rings = {name: window for name, window in engine.windows.items() if window}
         self.every_chunk = bool(self._rings)
         self._root = _Node(np.empty(0, np.int32), 0, {}, None, pinned=True)
-        # Segments that are not pinned, least recently used first. A parent is used whenever its child is, and is marked
-        # so after it: the first segment is always a leaf.
+        # Segments that are not pinned, least recently used first. Using a segment moves its ancestors behind it, so the
+        # first segment is always a leaf.
         self._recent: OrderedDict[_Node, None] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
@@ -166,14 +166,14 @@ class PrefixTree:
             tokens: the tokens whose keys and values the slot's first positions hold.
             cache: the KV cache.
             slot: the slot.
-            restored: the result of `restore` for this sequence. Arrays with a window have the window before that
-                position, and later positions.
-            written: number of positions that the sequence wrote, if that is more than its tokens. Each of them took a
-                place in the arrays with a window.
+            restored: the result of `restore` for this sequence. In arrays with a window, the slot holds only the window
+                before that position, and later positions.
+            written: number of positions that the sequence wrote, if rejected drafts made it write more than its tokens.
+                In arrays with a window, each of them may have overwritten an earlier position.
         """
         if self._bound() == 0:
             return
-        # A finaliser that ends a generation may call this in a thread that holds the lock.
+        # Time out, because a finaliser that ends a generation may call this in the thread that holds the lock.
         if not self._lock.acquire(timeout=_LONGEST_WAIT_S):
             return
         try:
@@ -196,13 +196,13 @@ class PrefixTree:
         if kv_state.size(views, starts, stop) <= self._bound():
             try:
                 spans = kv_state.read(views, starts, stop)
-            except MemoryError:  # the answer does not depend on it
+            except MemoryError:  # keep no prefix: answers do not depend on it
                 return
             self._add(_Node(ids[known:], known, spans, self._end(path), pinned=False))
             self._evict()
 
     def compute(self, tokens: Sequence[int]) -> dict[str, Span]:
-        """Return keys and values of some tokens by array, as `pin` takes them; the model reads those after a match.
+        """Return keys and values of tokens by array, for `pin`; the model computes those that the tree lacks.
 
         Args:
             tokens: at least one, and at most as many as the context.
@@ -211,7 +211,8 @@ class PrefixTree:
             PrecastError: a program fails.
         """
         cache, last = self._engine.new_cache(), len(tokens) - 1
-        # Reading the last token makes sure that an array with a window has all of its window.
+        # Leave the last token to the model: `restore` may write one position less than a window, and reading the token
+        # completes the window.
         known = self.restore(tokens[:last], cache, 0)
         self._engine.prefill(tokens[known:], cache, start=known, slot=0)
         windows = self._engine.windows
@@ -224,14 +225,14 @@ class PrefixTree:
         spans: Mapping[str, Span],
         check_unchanged: Callable[[], None] = lambda: None,
     ) -> None:
-        """Add a prefix that stays.
+        """Add a prefix that is never evicted.
 
         Args:
             tokens: the prefix.
             spans: its keys and values by array, which end after the last token. Arrays with a window need only the
                 window before that position.
-            check_unchanged: called after each `restore`; it raises PrecastError if the file of the arrays was written
-                to.
+            check_unchanged: a function called after each `restore`, which raises PrecastError if the file of the arrays
+                was written to.
         """
         ids = np.asarray(tokens, np.int32)
         with self._lock:
@@ -249,7 +250,7 @@ class PrefixTree:
     # --- the tree -----------------------------------------------------------------------------------------------
 
     def _walk(self, ids: np.ndarray) -> list[tuple[_Node, int]]:
-        """Return the segments that some tokens pass through, each with its number of equal tokens; mark them used."""
+        """Return the segments that match some tokens, each with its number of matching tokens; mark them as used."""
         node, at, path = self._root, 0, list[tuple[_Node, int]]()
         while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
             count = _common(child.tokens, ids[at:])
@@ -274,7 +275,7 @@ class PrefixTree:
         """Split a segment, and return a new node for its first `count` tokens, the parent of the rest."""
         assert node.parent is not None
         cut = node.start + count
-        # A mapped array stays whole. Of an array in memory the parts are copies, so that each can be freed.
+        # The parts of a mapped array are views. The parts of an array in memory are copies, so that each can be freed.
         copied = _same if node.pinned else _copied
         upper = {name: copied(span.part(span.start, cut)) for name, span in node.spans.items()}
         lower = {name: copied(span.part(cut, span.stop)) for name, span in node.spans.items()}
@@ -288,7 +289,7 @@ class PrefixTree:
         return first
 
     def _pin(self, node: _Node, spans: Mapping[str, Span], check_unchanged: Callable[[], None]) -> None:
-        """Pin a segment, with arrays of a pinned prefix in place of its own where they have all that its own have."""
+        """Pin a segment, and replace each of its arrays by the pinned prefix's if that holds all of its positions."""
         self._forget(node)
         given = {name: spans[name].part(node.start, node.stop) for name in node.spans}
         node.spans = {
@@ -333,7 +334,7 @@ class PrefixTree:
     # --- arrays with a window -----------------------------------------------------------------------------------
 
     def _possible_cut(self, path: Sequence[tuple[_Node, int]], length: int) -> int:
-        """Return the last position, at most `length`, with the window before it in the tree for every array."""
+        """Return the last position, at most `length`, before which the tree holds the window of every array."""
         known = {name: list(_runs(path, name)) for name in self._rings}
         while length:
             lower = min((_last_cut(known[n], w, length) for n, w in self._rings.items()), default=length)
@@ -354,7 +355,7 @@ class PrefixTree:
 
 def default_limit() -> int:
     """Return the default bound of a model's prefixes: 512 MiB, or an eighth of the memory available if that is less."""
-    from ..runtime.resources import memory  # reads files that a short answer does without
+    from ..runtime.resources import memory  # a lazy import, because it reads files
 
     available = memory().available
     return MAX_DEFAULT_BYTES if available is None else min(MAX_DEFAULT_BYTES, available // _DEFAULT_SHARE)
@@ -376,7 +377,7 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, int]]:
-    """Yield the runs of consecutive positions of an array on a path, as start and stop, in order."""
+    """Yield the start and stop of each run of consecutive positions of an array on a path, in order."""
     begin = end = 0
     for node, count in path:
         start, stop = node.spans[name].start, node.start + count

@@ -1,6 +1,6 @@
 """Choose the next token from the logits with NumPy, reproducibly for a given seed.
 
-The order is that of transformers, so settings mean the same in both:
+The steps have the order of transformers, so settings mean the same in both:
 
 1. logit_bias
 2. repetition_penalty
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Weights per block when drawing.
 _BLOCK = 512
-# Scores per group whose maximum top-k looks at first.
+# Scores per group. Top-k first compares the maxima of groups.
 _TOPS_OF = 64
 
 
@@ -143,7 +143,7 @@ class Sampler:
         if self._params.temperature == 0:
             likeliest = int(np.argmax(scores))
             if int(mask[likeliest // 32]) >> likeliest % 32 & 1:
-                return scores  # the argmax is the same, and most answers keep to their constraint
+                return scores  # a fast path, because most answers keep to their constraint: the argmax is the same
         bits = np.unpackbits(mask.view(np.uint8), count=scores.size, bitorder="little")
         return np.where(bits.view(np.bool_), scores, np.float32(-np.inf))
 

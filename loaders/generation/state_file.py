@@ -1,7 +1,7 @@
 """A file with the state of a sequence: its tokens, their keys and values, and the messages of a chat.
 
 It is a safetensors file with a tensor for each array of the KV cache, ``[L, K, n, H]`` or ``[L, K, n]``, and the
-tokens, int32 ``[n]``. An array with a window has the last positions only. The metadata tells the format's version, the
+tokens, int32 ``[n]``. An array with a window has the last positions only. The metadata holds the format's version, the
 origin of keys and values, the messages as JSON, and a sha256 of everything else. A state of another origin is refused.
 """
 
@@ -47,7 +47,7 @@ class StoredState(Frozen):
     Attributes:
         state: tokens and messages.
         spans: keys and values of all tokens, by array, mapped from the file.
-        watch: raises PrecastError if the file has been written to since.
+        watch: the check for later writes to the file.
     """
 
     state: State
@@ -58,17 +58,17 @@ class StoredState(Frozen):
 def write_state(
     path: Path, state: State, spans: Mapping[str, Span], arrays: Sequence[CacheArray], origin: Origin
 ) -> None:
-    """Write a state atomically, for this user alone to read.
+    """Write a state atomically; only the current user may read it.
 
     Args:
         path: the file to create or to replace.
         state: tokens and messages.
         spans: keys and values of the tokens, by array.
         arrays: the arrays of the KV cache.
-        origin: what computed the keys and values.
+        origin: the origin of the keys and values.
 
     Raises:
-        PrecastError: the file cannot be written, or a message is no JSON.
+        PrecastError: the file cannot be written, or a message cannot be stored as JSON.
     """
     tensors = {_TOKENS: np.array(state.tokens, np.int32), **stored_arrays(spans, arrays)}
     metadata = {_VERSION_KEY: _VERSION, **vars(origin), "messages": _message_text(state.messages)}
@@ -87,7 +87,7 @@ def _message_text(messages: Sequence[Mapping[str, Any]]) -> str:
         text.encode()
     except (TypeError, ValueError) as error:
         raise PrecastError(
-            f"messages: expected texts, numbers and lists, as in JSON, found others ({error})."
+            f"messages: expected values that JSON can hold, found another ({error}); leave it out."
         ) from None
     return text
 
@@ -105,19 +105,19 @@ def read_state(
     Args:
         path: the file.
         arrays: the arrays of the KV cache.
-        origin: what the state must be computed by.
-        context: the most tokens.
+        origin: the origin that the state must have.
+        context: maximum number of tokens.
         vocab: the size of the vocabulary.
 
     Raises:
-        PrecastError: the file is missing, damaged, no state, or something else computed it.
+        PrecastError: the file is missing or damaged, is no state, or has another origin.
     """
     try:
         with files.open_plain(path) as file:
             try:
                 metadata, tensors = read_metadata(file), map_weights(file)
             except PrecastError:
-                raise _damaged(path, "a safetensors file", "another, or a part of one") from None
+                raise _damaged(path, "a safetensors file", "another file, or a part of one") from None
             _check_origin(path, metadata, origin)
             watch = files.Watch(file)
     except OSError as error:
@@ -131,7 +131,7 @@ def read_state(
     spans = checked_spans(str(path), tensors, arrays, len(tokens))
     for name, span in spans.items():
         if not _is_finite(span.array, next(a.dtype for a in arrays if a.name == name)):
-            raise _damaged(path, f"finite numbers in {name!r}", "others")
+            raise _damaged(path, f"finite numbers in {name!r}", "NaN or infinity")
     state = State(tokens=tokens, messages=_messages(path, metadata.get("messages", "")))
     return StoredState(state=state, spans=spans, watch=watch)
 
@@ -149,7 +149,7 @@ def checked_spans(
         where: the file, for messages.
         tensors: the arrays by name.
         arrays: the arrays of the KV cache.
-        count: number of tokens that the arrays belong to.
+        count: number of tokens whose keys and values the arrays hold.
         remedy: the remedy in messages.
 
     Raises:
@@ -187,8 +187,8 @@ def _check_origin(path: Path, metadata: Mapping[str, str], origin: Origin) -> No
     given = Origin(**{field: metadata.get(field, "") for field in vars(origin)})
     for what, (found, expected) in given.differences(origin).items():
         raise PrecastError(
-            f"{path}: the state belongs to other {what}: expected {_short(expected)}, found {_short(found)}; choose"
-            " another file, or start a new state."
+            f"{path}: the state does not fit this model on this machine: {what}: expected {_short(expected)}, found"
+            f" {_short(found)}; choose another file, or start a new state."
         )
 
 

@@ -23,7 +23,7 @@ def save(
     """Save a state; arguments and errors as for `Model.save_state`."""
     prefixes, origin = _checked(model, path)
     if isinstance(sequence, Completion):
-        # An answer may fill the context; its last token has no room for another after it.
+        # Drop the last token of an answer that fills the context, because a prompt must leave room for one more.
         tokens = (*sequence.prompt_token_ids, *sequence.token_ids)[: model.engine.context - 1]
     else:
         tokens = tuple(sequence)

@@ -1,4 +1,4 @@
-"""The prefixes that an artifact stores: which of them a target may use, and their files."""
+"""The prefixes that an artifact stores: their files, and the choice of those that a target may use."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ class StoredPrefix(Frozen):
         name: its name.
         tokens: its tokens.
         spans: keys and values by array, mapped from the file.
-        watch: raises PrecastError if the file has been written to since.
+        watch: the check for later writes to the file.
     """
 
     name: str
@@ -74,7 +74,7 @@ def open_prefix(root: Path, manifest: Manifest, prefix: Prefix, *, rehash: bool 
         rehash: hash the keys and values again, even if they were hashed before and are unchanged.
 
     Raises:
-        PrecastError: a file does not match the manifest, or does not hold what the prefix needs.
+        PrecastError: a file differs from its hash in the manifest, or its contents do not fit the prefix.
     """
     where = str(root / prefix.file)
     data = files.read_checked(root, prefix.file, manifest.files[prefix.file])

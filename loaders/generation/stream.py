@@ -16,22 +16,23 @@ if TYPE_CHECKING:
     from ..text.tool_calls import ToolCall
     from .logprobs import TokenLogprob
 
-    # Content is plain text, so that a stream without a parser needs no import of it.
+    # Content is a plain `str`, so that a stream without a parser need not import `ContentDelta`.
     _Part = str | ReasoningDelta | ToolCallDelta
 
 
 class Timing(Frozen):
     """The duration of a generation. It is immutable.
 
-    The time that the reader of a stream takes is not counted, except in `queue_s`. Generations that run together share
-    their steps, and each of them counts the whole step.
+    Only `queue_s` includes time that the reader of a stream takes. Generations that run together share their steps, and
+    each of them counts the whole step.
 
     Attributes:
         prefill_s: seconds from the start of reading the prompt to the first token.
         decode_s: seconds from the first token to the last.
         decode_tokens_per_s: number of tokens after the first, divided by `decode_s`; 0 without such tokens.
         queue_s: seconds from the first read of the stream to the start of reading the prompt.
-        cached_tokens: tokens of the prompt whose keys and values were known, so that the model did not read them.
+        cached_tokens: number of tokens at the start of the prompt whose keys and values came from an earlier prompt or
+            answer, so that the model did not read them.
     """
 
     prefill_s: float
@@ -53,8 +54,9 @@ class Completion(Frozen):
             was closed or is still running).
         timing: duration of the generation.
         logprobs: log-probability of each of `token_ids`; empty without `SamplingParams.logprobs`.
-        prompt_logprobs: log-probability of each of `prompt_token_ids` read so far, None for the first, which the model
-            does not predict; empty without `SamplingParams.prompt_logprobs`.
+        prompt_logprobs: log-probability of each of `prompt_token_ids` read so far, and None for the first, because the
+            model does not predict it. Empty without `SamplingParams.prompt_logprobs`.
+
         reasoning: the reasoning before the answer to a chat.
         tool_calls: the tool calls of the answer to a chat.
     """
@@ -100,10 +102,10 @@ def completion_of(
     Args:
         sequence: the sequence, which may still run.
         text: the text of the pieces read so far.
-        token_ids: their tokens.
-        reasoning: their reasoning.
-        tool_calls: their tool calls.
-        is_read: True unless more of the answer is known already than its reader has read.
+        token_ids: the tokens of these pieces.
+        reasoning: the reasoning in these pieces.
+        tool_calls: the tool calls in these pieces.
+        is_read: True if the reader has taken all parts of the answer that the parser has found.
     """
     is_complete = is_read and sequence.ended and not sequence.unread
     reason = sequence.reason if is_complete else "unfinished"
@@ -131,22 +133,22 @@ def completion_of(
 class Stream(Iterator[str], AsyncIterator[str]):
     """A running generation: iterate over its pieces of text, then read `completion`.
 
-    Of the answer to a chat these are the pieces of its content; `events` yields reasoning and tool calls as well.
+    For the answer to a chat, iteration yields the content alone; `events` yields reasoning and tool calls as well.
 
     A piece contains no incomplete character and no part of a stop string. The generation starts when the first piece is
     read. While the reader waits for a piece, its thread computes, or waits for another thread that computes: streams of
-    one model advance together, each by up to 64 tokens ahead of its reader. The place in the KV cache is freed at the
+    one model advance together, each by up to 64 tokens ahead of its reader. The slot in the KV cache is freed at the
     end of the generation, by `close`, at the end of a ``with`` block, or with the last reference to the stream,
     whichever comes first.
 
-    ``async for`` computes in a worker thread of the event loop's default executor, so it never blocks the loop. A
-    cancelled task ends the generation before its next token.
+    ``async for`` computes in a worker thread of the event loop's default executor, so it never blocks the loop.
+    Cancelling the task ends the generation before its next token.
 
     A stream is thread-safe: threads that read concurrently get different pieces, one after the other. `close` may be
     called from any thread, and waits for the current step. After a failure every read raises its error.
     """
 
-    # The scheduler and the sequence must not refer to the stream: its last reference frees the slot.
+    # The scheduler and the sequence must not refer to the stream, because the end of its last reference frees the slot.
     def __init__(self, scheduler: Scheduler, sequence: TokenSequence) -> None:
         self._scheduler, self._sequence, self._parser = scheduler, sequence, sequence.parser
         self._lock = Lock()
@@ -154,7 +156,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self._ids: list[int] = []
         self._reasoning: list[str] = []
         self._calls: list[ToolCall] = []
-        self._parsed: deque[_Part] = deque()  # what the parser has found and nobody has read
+        self._parsed: deque[_Part] = deque()  # parts that the parser has found and no reader has taken
         self._is_parsed = sequence.parser is None  # the parser has seen the end
 
     @property
@@ -177,7 +179,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
             yield _event(part)
 
     async def aevents(self) -> "AsyncIterator[Delta]":
-        """Yield what `events` yields, without blocking the event loop."""
+        """Yield the same pieces as `events`, without blocking the event loop."""
         while (part := await self._anext()) is not None:
             yield _event(part)
 
@@ -215,7 +217,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
             return part
 
     def _record(self, part: "ReasoningDelta | ToolCallDelta") -> None:
-        # A lazy import: content needs none.
+        # A lazy import, because answers of plain content do not need it.
         from ..text.answer_parser import ReasoningDelta
 
         if isinstance(part, ReasoningDelta):
@@ -226,7 +228,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     def _parse_next(self) -> bool:
         """Take one unread piece, or tell the parser of the end; return False if there is neither."""
         sequence, parser = self._sequence, self._parser
-        has_ended = sequence.ended  # before the look at `unread`, which grows until the end
+        has_ended = sequence.ended  # read before `unread`, which grows until the end
         if sequence.unread:
             token, text = sequence.unread.popleft()
             is_echo = token is None and not self._ids
@@ -252,12 +254,12 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        # The end of the process frees everything, and Python can import nothing then.
+        # While Python shuts down, imports fail; and the end of the process frees the slot anyway.
         if self._sequence.submitted and not self._sequence.ended and not sys.is_finalizing():
             self._scheduler.cancel(self._sequence)
 
     def close(self) -> None:
-        """End the generation and free its place in the KV cache; further calls have no effect."""
+        """End the generation and free its slot in the KV cache; further calls have no effect."""
         self._scheduler.close(self._sequence)
 
     def finish(self) -> Completion:
@@ -268,7 +270,8 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     @property
     def completion(self) -> Completion:
-        """The result of the pieces read so far; reading it generates nothing.
+        """The result of the pieces read so far; this property does not continue the generation.
+
 
         The `finish_reason` of a running stream is "unfinished".
         """

@@ -120,7 +120,8 @@ def test_a_state_of_another_origin_is_refused(answered, tmp_path, what):
     )
     known = {k: v[:12] if len(v) == 64 else v for k, v in vars(origin).items()}
     assert refusal(model, path) == (
-        f"{path}: the state belongs to other {expected.format(**known)}; choose another file, or start a new state."
+        f"{path}: the state does not fit this model on this machine: {expected.format(**known)}; choose another file,"
+        " or start a new state."
     )
 
 
@@ -154,11 +155,11 @@ def set_item(tensors, name, index, value):
 CHANGES = {
     "nan": (
         lambda t, _: set_item(t, "cache.keys", (0, 0, 0, 0), np.nan),
-        "expected finite numbers in 'cache.keys', found others",
+        "expected finite numbers in 'cache.keys', found NaN or infinity",
     ),
     "infinite": (
         lambda t, _: set_item(t, "cache.values", (2, 1, 29, 11), -np.inf),
-        "expected finite numbers in 'cache.values', found others",
+        "expected finite numbers in 'cache.values', found NaN or infinity",
     ),
     "missing": (
         lambda t, _: t.pop("cache.values"),
@@ -295,8 +296,8 @@ def test_tokens_and_messages_are_checked(answered, tmp_path):
     with pytest.raises(PrecastError) as error:
         model.save_state(tmp_path / "x.state", PROMPT, messages=[{"role": "user", "content": b"x"}])
     assert str(error.value) == (
-        "messages: expected texts, numbers and lists, as in JSON, found others (Object of type bytes is not JSON"
-        " serializable)."
+        "messages: expected values that JSON can hold, found another (Object of type bytes is not JSON serializable);"
+        " leave it out."
     )
 
 
