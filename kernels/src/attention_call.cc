@@ -11,8 +11,8 @@ namespace {
 
 // Query rows (tokens times group) of a task; they share one prepared tile of keys.
 constexpr int64_t kAttentionRows = 48;
-// Below this many appended numbers, query numbers times positions, and merged numbers, splitting the work costs more
-// time than it saves: about a microsecond of one thread.
+// Below these amounts of work, about a microsecond of one thread, splitting it costs more time than it saves. They
+// count appended numbers, numbers of queries times positions, and merged numbers.
 constexpr int64_t kAloneAppend = 4 * 1024;
 constexpr int64_t kAloneAttend = 16 * 1024;
 constexpr int64_t kAloneMerge = 16 * 1024;

@@ -1,5 +1,5 @@
-// The handlers that XLA calls. A change to the arguments of a handler takes a new name (…V2); artifacts of one ABI
-// version find all handlers that they call, so a handler that is removed takes a new ABI version.
+// The handlers that XLA calls. A handler with other arguments needs a new name (…V2). Removing a handler requires a new
+// ABI version, because artifacts of the present version may call it.
 #pragma once
 
 #include "xla/ffi/api/c_api.h"

@@ -30,7 +30,7 @@ struct QuantizedRows {
   float* scale = nullptr;        // [rows]
   int8_t* bytes = nullptr;       // [rows, in_pad]
   float* group_scale = nullptr;  // [rows, in_pad / kGroup]
-  float* sums = nullptr;         // [rows, in_pad / kGroup]: of a group's bytes, times their scale
+  float* sums = nullptr;         // [rows, in_pad / kGroup]: sum of a group's bytes times the group's scale
   int64_t in_pad = 0;
 };
 
@@ -40,7 +40,7 @@ struct LinearRows {
   QuantizedRows quantized = {};  // for packed weights
 };
 
-// Up to this many rows meet packed weights as they are; for more rows the weights are unpacked in memory first.
+// Up to this many rows are multiplied with packed weights; for more rows, the weights are first unpacked in memory.
 constexpr int64_t kFewRows = 12;
 
 enum class Gate { kNone, kSilu, kGeluTanh };

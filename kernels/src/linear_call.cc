@@ -20,7 +20,7 @@ constexpr int64_t kPrepareRows = 8;
 // Rows of the residual to prefetch ahead. A task adds one or two cache lines of each row, a pattern that hardware
 // prefetchers miss.
 constexpr int64_t kResidualAhead = 12;
-// Numbers of a second product for which a buffer on the stack suffices.
+// The largest second product, in floats, that fits the buffer on the stack.
 constexpr int64_t kStackFloats = 2048;
 
 bool IsPacked(Format format) { return format == Format::kInt8 || format == Format::kInt4; }

@@ -60,7 +60,7 @@ ffi::Error LinearHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Scalar
   if (operands.error().failure()) return operands.error();
   Team team(pool);
   Arena arena;
-  // The results of padding stay as they are: to fill the logits of idle slots would take as long as to compare them.
+  // Results of padding are not written: filling the logits of idle slots would take as long as comparing them.
   RunLinear(team, arena, c);
   return ffi::Error::Success();
 }

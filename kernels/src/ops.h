@@ -49,8 +49,8 @@ struct AttentionSpan {
   int64_t from, to;
 };
 
-// An unnormalised softmax over a span: out = sum(exp(s - peak) v), mass = sum(exp(s - peak)), 0 for a row that sees
-// nothing of the span.
+// An unnormalised softmax over a span: out = sum(exp(s - peak) v), mass = sum(exp(s - peak)). The mass is 0 for a row
+// that sees no position of the span.
 struct AttentionPartial {
   float* out;   // [tokens * G, H]
   float* peak;  // [tokens * G]
@@ -73,9 +73,9 @@ struct Ops {
   int64_t (*argmax)(const float* x, int64_t n);
 };
 
-// Positions with a softmax of their own; they begin at multiples of kTile.
+// Positions of a tile, which has a softmax of its own and begins at a multiple of kTile.
 constexpr int64_t kTile = 128;
-// Up to this many query rows read stored keys and values in one pass; for more rows they are widened first.
+// Up to this many query rows read values in their stored type; for more rows, the values are widened first.
 constexpr int64_t kFewQueries = 8;
 // The most positions whose keys are transposed together.
 constexpr int64_t kMostColumns = 64;

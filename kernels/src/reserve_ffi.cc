@@ -14,14 +14,14 @@ namespace {
 
 constexpr size_t kHugePage = 2 << 20;
 
-// Keep a large array in small pages: a huge page would take memory for idle slots and for positions to come, because
-// the positions of one slot and head are fewer bytes.
+// Keep a large array in small pages. The positions of one slot and head take fewer bytes than a huge page, which would
+// therefore take memory for idle slots and empty positions too.
 void UseSmallPages([[maybe_unused]] void* array, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   if (bytes < kHugePage) return;
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(array);
   const uintptr_t first = (start + page - 1) / page * page, last = (start + bytes) / page * page;
-  // A kernel without huge pages refuses the advice, which it does not need.
+  // An operating system without huge pages refuses the advice; nothing is lost.
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_NOHUGEPAGE);
 #endif
 }
