@@ -1,4 +1,4 @@
-"""Whole programs on a CPU: a position has the same keys, values and logits however the prompt is read, bit for bit."""
+"""Whole programs on a CPU: however the prompt is split, a position has the same bits of keys, values and logits."""
 
 import importlib
 from collections.abc import Callable

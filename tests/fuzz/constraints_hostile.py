@@ -1,7 +1,7 @@
-"""Hostile constraints: schemas, expressions and grammars that want more time, memory or stack than they should get.
+"""Hostile constraints: schemas, expressions and grammars that demand excessive time, memory or stack.
 
 `python constraints_hostile.py SEED COUNT` tries them in this process, and prints a line of JSON for each: the case, its
-outcome, the seconds it took, and the process's peak memory so far.
+outcome, its time in seconds, and the process's peak memory so far.
 """
 
 import json

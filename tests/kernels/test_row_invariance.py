@@ -1,4 +1,4 @@
-"""A row's answer has the same bits whatever the call: its other rows, the chunks of a prompt, the slots of a batch."""
+"""A row's result has the same bits for any other rows of the call, chunks of the prompt, and slots of the batch."""
 
 from dataclasses import replace
 from typing import Any
@@ -75,7 +75,7 @@ ATTENTIONS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", ATTENTIONS.values(), ids=ATTENTIONS.keys())
 def test_attention(isa: str, attention: Attention, sizes: Sizes, kind: str) -> None:
-    """A prompt cut at random, beside other sequences in other slots, gives the answers and rows of single tokens."""
+    """A prompt cut at random, beside sequences in other slots, gives the same results and cache as single tokens."""
     rng = np.random.default_rng(sizes.seed)
     prompt, total = make(replace(sizes, kind=kind)), sizes.lengths[0]
 

@@ -1,4 +1,4 @@
-"""``precast add-prefix``: prompts start after what the artifact stores, and the artifact stays whole."""
+"""``precast add-prefix``: prompts start after a stored prefix, and the artifact stays whole."""
 
 import errno
 import json
@@ -138,7 +138,7 @@ def kinds(export_tiny, tiny_source, tiny_artifact):
     slot=st.integers(0, 7),
 )
 def test_answers_are_the_same_with_any_prefix_and_cut(kinds, kind, prefix, shared, rest, slot):
-    """The prompt leaves the prefix anywhere; the logits are, to the bit, those of a model that reads all of it."""
+    """The prompt may leave the prefix at any token; the logits have the same bits as those of the whole prompt."""
     engine = kinds[kind].engine
     tree = PrefixTree(engine, 0)
     tree.pin(prefix, tree.compute(prefix))
@@ -159,7 +159,7 @@ def models(kinds):
 
 
 def limited(model, limit: int):
-    """The model with another bound of the memory for prefixes."""
+    """Return the model with another limit on the memory for prefixes."""
     return Model(
         engine=model.engine,
         tokenizer=model.tokenizer,
@@ -174,7 +174,7 @@ def limited(model, limit: int):
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.lists(st.sampled_from([5, 200]), min_size=1, max_size=40), min_size=1, max_size=6))
 def test_answers_are_the_same_with_any_earlier_prompts(models, kind, prompts):
-    """Two tokens make common beginnings; little memory evicts them. The prompts come at once, and one by one."""
+    """Prompts of two tokens share beginnings, and little memory evicts them. Prompts run together, then one by one."""
     remembering, fresh = models[kind]
     expected = [answer.token_ids for answer in fresh.generate_many(prompts, PARAMS)]
     assert [answer.token_ids for answer in remembering.generate_many(prompts, PARAMS)] == expected
@@ -204,7 +204,7 @@ def test_inspect_check_verify_and_diff_show_it(cli, prefixed, tiny_artifact):
 
 
 def test_verify_reports_keys_that_the_machine_does_not_compute(copy):
-    """A prefix of other numbers, properly listed."""
+    """A prefix with changed keys and values, and a manifest that lists their hash."""
     prefix = read_manifest(copy).prefixes[0]
     with (copy / prefix.arrays).open("rb") as file:
         tensors = {name: array.copy() for name, array in map_weights(file).items()}
@@ -396,7 +396,7 @@ class Stop(BaseException):
 )
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_the_artifact_is_whole_whatever_fails(copy, tmp_path, tree, monkeypatch, error, is_killed):
-    """Fail at each change of a file: a second prefix, with and without any clean-up."""
+    """Add a second prefix and fail at each change of a file, with and without clean-up."""
     model = load(copy)
     monkeypatch.setattr(adding, "load", lambda *_, **__: model)
     source, before = PrefixSource(text="the lazy dog jumps"), tree(copy)

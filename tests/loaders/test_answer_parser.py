@@ -1,4 +1,4 @@
-"""Tool calls and reasoning in answers: what a template renders is parsed back, in any pieces."""
+"""Tool calls and reasoning in answers: the parser recovers them from rendered templates, in any pieces."""
 
 # ruff: noqa: E501 - templates are easier to read on one line
 
@@ -265,7 +265,7 @@ def test_the_pieces_make_no_difference_among_many_spaces(text, family, template,
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("before", "tail"), [("", ""), ("a", ""), ("<think>", ""), ("", "<think>")])
 def test_many_spaces_are_held_back_in_part(family, before, tail):
-    """Held back, they would be searched again with every further one."""
+    """If all were held back, each further space would cause a search of all of them."""
     parser = AnswerParser(answer_format("<think>", family), SCHEMAS, prompt_tail=tail)
     parser.push(before + "\n" * 5000)
     assert len(parser._text) + len(parser._space) <= 1024

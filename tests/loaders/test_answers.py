@@ -1,4 +1,4 @@
-"""Answers to chats: reasoning and tool calls in streams and completions, from an engine that says what it is told."""
+"""Answers to chats: reasoning and tool calls in streams and completions, from an engine with scripted tokens."""
 
 import asyncio
 import itertools
@@ -34,7 +34,7 @@ END = 1
 
 
 class ScriptedEngine:
-    """An engine whose greedy tokens are a script, whatever it reads."""
+    """An engine whose greedy tokens follow a script, whatever the prompt."""
 
     context, slots, vocab, buckets, score_tokens = 4096, 2, 400, (4096,), 0
     windows: Mapping[str, int] = MappingProxyType({})
@@ -260,7 +260,7 @@ def test_a_failure_of_one_answer_ends_the_others(saying):
 
 
 def test_an_answer_is_a_message_of_the_conversation(saying):
-    """Its tool calls reach the template with arguments as objects; text that is no object stays text."""
+    """The answer's tool calls reach the template with arguments as objects; text that is not an object stays text."""
     found = saying(ANSWER).chat(MESSAGES, tools=TOOLS)
     message = found.message()
     (call,) = found.tool_calls

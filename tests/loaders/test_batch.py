@@ -1,4 +1,4 @@
-"""`precast batch`: a record for each request, in order, and runs that go on where another one ended."""
+"""`precast batch`: a record for each request, in order, and runs that resume an interrupted one."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Constraints on a sample of JSONSchemaBench: which instances they allow, and what random logits generate."""
+"""Constraints on a sample of JSONSchemaBench: the instances that they allow, and answers from random logits."""
 
 import json
 import lzma
@@ -25,7 +25,7 @@ VOCABULARY = 2_000
 END = 0
 LONGEST_ANSWER = 150
 
-# What llguidance refuses, by the words of the refusal.
+# Features that llguidance refuses, by the words of its error.
 REFUSED = {
     '["uniqueItems"]': 9,
     "oneOf constraints are not supported": 7,

@@ -1,4 +1,4 @@
-"""The texts of constraints among the sampling parameters: how they are stored, and what is refused."""
+"""The texts of constraints among the sampling parameters: their storage, and the refusal of unsuitable ones."""
 
 from dataclasses import replace
 from typing import Any

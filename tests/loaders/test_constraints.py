@@ -111,7 +111,7 @@ def allowed(constraint: Constraint) -> set[int]:
 def random_answer(
     grammars: Grammars, tokenizer: Tokenizer, seed: int, longest: int = 300, **given: Any
 ) -> str:
-    """Return what random logits generate; end tokens and quotes are likelier than other tokens."""
+    """Return an answer from random logits, in which end tokens and quotes are likelier than other tokens."""
     size = padded(tokenizer)
     params = SamplingParams(temperature=1.0, seed=seed, **given)
     assert params.constraint is not None

@@ -1,4 +1,4 @@
-"""The prefix tree: whatever it restores is what the model had computed, for any prompts, cuts and evictions."""
+"""The prefix tree restores the keys and values that the model computed, for any prompts, cuts and evictions."""
 
 import hashlib
 import threading
@@ -31,7 +31,7 @@ class FakeEngine:
         self.sizes = {name: RINGS.get(name, (0, CONTEXT))[1] for name in names}
 
     def new_cache(self):
-        random = np.random.default_rng(0)  # what is not written is garbage
+        random = np.random.default_rng(0)  # positions that are not written hold garbage
         shape = {n: (LAYERS, 2, HEADS, s, WIDTH)[: 4 if "scale" in n else 5] for n, s in self.sizes.items()}
         return SimpleNamespace(
             arrays={name: random.integers(0, 1 << 16, s).astype(np.uint16) for name, s in shape.items()}
@@ -129,7 +129,7 @@ POSITION = LAYERS * HEADS * 2  # bytes of a scale's position
     st.sampled_from([NAMES[:2], NAMES[2:], NAMES]),
 )
 def test_restored_positions_are_those_computed(turns, limit, names):
-    """Any prompts share beginnings, for three tokens make few of them; small bounds evict at every turn."""
+    """Random prompts of three different tokens share beginnings; small limits evict at every turn."""
     engine = FakeEngine(names)
     tree = PrefixTree(engine, limit=limit * POSITION * 10)
     for prompt, slot, count, rejected, is_pinned in turns:
@@ -140,7 +140,7 @@ def test_restored_positions_are_those_computed(turns, limit, names):
 
 
 def pin(tree: PrefixTree, engine: FakeEngine, tokens: list[int]) -> None:
-    """Pin a prefix as a file holds it: of a ring only the window."""
+    """Pin a prefix in the form of a file, which holds only the window of a ring."""
     spans = {}
     for name, window in engine.windows.items():
         start = max(0, len(tokens) - window) if window else 0
@@ -171,7 +171,7 @@ def test_a_ring_is_cut_where_its_window_is_known():
     assert tree.match(tokens[:29]).length == 29  # the token at 29 attends to itself and three more
     assert tree.match(tokens[:28]).length == 0
     assert tree.match([*tokens[:20], 99]).length == 0
-    # A conversation that leaves the pinned prefix is known from the window after that point.
+    # Of a conversation that leaves the pinned prefix, positions are reusable from one window after that point.
     assert play(tree, engine, [*tokens[:20], *range(50, 60)], [], 0) == 0
     assert tree.match([*tokens[:20], *range(50, 60)]).length == 30
     assert tree.match([*tokens[:20], *range(50, 53)]).length == 23
@@ -207,7 +207,7 @@ def test_the_least_recently_used_leaf_goes_first():
     tree.match(one)
     play(tree, engine, [4] * 8, [], 0)  # two segments, of 5 and 3 tokens
     assert [tree.match(p).length for p in (one, three, [4] * 8)] == [10, 10, 8]
-    assert tree.match(two).length == 0  # its first segment alone would fit, but its leaf went, then that one
+    assert tree.match(two).length == 0  # its first segment alone would fit, but both were evicted, leaf first
 
 
 def test_a_segment_larger_than_the_bound_is_not_kept():
@@ -233,7 +233,7 @@ def test_pinned_segments_take_no_memory_and_stay():
 
 
 def test_a_file_is_checked_for_its_own_tokens_until_another_replaces_it():
-    """A file that is no longer in use is closed with its check."""
+    """A replaced file is closed, and no longer checked."""
     engine = FakeEngine(["cache.keys"])
     tree, cache = PrefixTree(engine, limit=1 << 20), engine.new_cache()
     spans = {"cache.keys": Span(0, np.zeros((LAYERS, HEADS, 4, WIDTH), np.uint16))}

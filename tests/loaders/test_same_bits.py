@@ -52,7 +52,7 @@ def alone(model: Model) -> Callable[[list[int], SamplingParams], Completion]:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Try every lookup as a draft, also those that are probably wrong."""
+    """Verify every draft, even one that is probably wrong."""
     monkeypatch.setattr(drafts.Drafts, "_worth", lambda self, most: most)
 
 
@@ -79,7 +79,7 @@ def bounded(examples: int) -> Callable[[Any], Any]:
 def test_other_prompts_and_prefixes_do_not_change_a_bit(
     model: Model, alone: Any, cuts: list[tuple[int, int]], seed: int
 ) -> None:
-    """Prompts begin alike up to any token, so that later ones start after the prefixes of earlier ones."""
+    """Prompts share beginnings of any length, so that later ones start after prefixes of earlier ones."""
     base = prompt(seed, 30)
     prompts = [base[:cut] + prompt(seed + 1, length) for cut, length in cuts]
     params = [KINDS[length % 2] for _, length in cuts]
@@ -90,7 +90,7 @@ def test_other_prompts_and_prefixes_do_not_change_a_bit(
 @given(length=st.integers(1, 20), seed=st.integers(0, 10_000))
 @bounded(10)
 def test_drafts_do_not_change_a_bit(model: Model, alone: Any, eager: None, length: int, seed: int) -> None:
-    """A prompt that repeats itself makes drafts, and the next prompt starts after what they leave."""
+    """A repetitive prompt makes drafts, and the next prompt starts after positions that drafts have written."""
     ids = (prompt(seed, length) * 20)[:36]
     for params in KINDS:
         first = model.generate(ids, params)

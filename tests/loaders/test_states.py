@@ -1,4 +1,4 @@
-"""State files: a sequence goes on in another process, and what does not belong to the model is refused."""
+"""State files: a sequence continues in another process, and a state of another model is refused."""
 
 import dataclasses
 import json
@@ -48,8 +48,8 @@ def test_a_sequence_goes_on_after_its_state(answered, saved, tiny_artifact):
     found = model.generate([*state.tokens, 9], PARAMS)
     assert found.token_ids == second.token_ids
     assert found.timing.cached_tokens == len(state.tokens)
-    assert model.generate(PROMPT, PARAMS).token_ids == first.token_ids  # also a part of it
-    assert model.prefixes.bytes == 0  # it is mapped
+    assert model.generate(PROMPT, PARAMS).token_ids == first.token_ids  # a part of the state is reused too
+    assert model.prefixes.bytes == 0  # the state is mapped
 
 
 def test_the_file_is_a_safetensors_file(saved):

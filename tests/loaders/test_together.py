@@ -1,4 +1,4 @@
-"""Many generations at once: the answers of prompts alone, their order, their failures, threads and event loops."""
+"""Many generations at once: answers equal to those of prompts alone, order, failures, threads and event loops."""
 
 import asyncio
 import dataclasses

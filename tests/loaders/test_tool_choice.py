@@ -1,4 +1,4 @@
-"""Answers that must call tools: with random logits, every answer is calls by the schemas of the tools."""
+"""Answers that must call tools: even from random logits, every answer consists of calls that fit the schemas."""
 
 import json
 from collections.abc import Mapping

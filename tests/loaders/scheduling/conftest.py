@@ -36,8 +36,8 @@ class FakeEngine:
 
     Attributes:
         calls: name and slots of each call.
-        before: called with the name of each call, before it; its exceptions are the call's.
-        poisoned: token whose appearance in a slot makes the slot's logits NaN; None for none.
+        before: receives the name of each call before the call runs; an exception makes the call fail.
+        poisoned: token whose appearance in a slot makes the slot's logits NaN, or None.
     """
 
     def __init__(

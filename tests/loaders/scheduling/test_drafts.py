@@ -1,4 +1,4 @@
-"""Drafts: what is looked up, when a draft is worth a call, and answers that are those without drafts."""
+"""Drafts: the lookup, the decision to verify a draft, and answers that are the same without drafts."""
 
 import itertools
 import time
@@ -112,7 +112,7 @@ def run(scheduler: Scheduler, *sequences: Any) -> None:
 
 @pytest.fixture
 def still(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stop the clock, so that calls take the time that is assumed."""
+    """Stop the clock, so that calls take the assumed time."""
     monkeypatch.setattr(time, "perf_counter", lambda: 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Failures that stay with their sequence, and prefixes, on an engine without a model."""
+"""Failures that affect only their own sequence; prefixes. The engine has no model."""
 
 import gc
 import threading

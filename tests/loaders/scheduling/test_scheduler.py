@@ -265,7 +265,7 @@ def test_many_threads_read_and_close(fake_engine: Any, new_sequence: Any, alone:
 
 
 def test_a_reader_waits_for_a_slot_that_another_thread_frees(fake_engine: Any, new_sequence: Any) -> None:
-    """No sequence can advance until then."""
+    """No sequence can advance until the slot is free."""
     scheduler = Scheduler(fake_engine(slots=1), caches=1)
     slow, patient = new_sequence([1], most_unread=1), new_sequence([2])
     scheduler.submit(slow)

@@ -1,4 +1,4 @@
-"""Random schedules: whoever joins, leaves, lags, fails or is late, every answer is that of its prompt alone."""
+"""Random schedules: sequences join, leave, lag, fail or miss deadlines, and each answer is that of its prompt alone."""
 
 import time
 from collections.abc import Callable
