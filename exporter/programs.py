@@ -43,7 +43,7 @@ class Geometry:
 
     @property
     def score_tokens(self) -> int:
-        """Tokens of the score program, at most those of a prefill: rings of the KV cache hold no longer chunk."""
+        """The tokens of the score program, at most the largest bucket, because rings of the KV cache hold no more."""
         return min(SCORE_TOKENS, max(self.buckets))
 
 
@@ -70,7 +70,7 @@ class StoredModel:
         return tuple((p.name + a.suffix, a) for p in self.parameters for a in stored_arrays(p, self.formats))
 
     def bind(self, arrays: Sequence[Array]) -> Decoder:
-        """Return the model with these arrays as its weights; they are in the order of `self.arrays()`."""
+        """Return the model with these arrays, in the order of `self.arrays()`, as its weights."""
         rest = iter(arrays)
         counts = [len(stored_arrays(p, self.formats)) for p in self.parameters]
         groups = [tuple(islice(rest, count)) for count in counts]
@@ -102,7 +102,7 @@ class ProgramSpec:
         tokens: tokens of a sequence in each call.
         arguments: the arguments, in order.
         results: the results, in order; `alias` names the argument whose memory a result reuses.
-        function: takes the arguments and returns the results, both flat.
+        function: the function from flat arguments to flat results.
         flops: multiplications and additions of a call.
     """
 
@@ -116,7 +116,7 @@ class ProgramSpec:
 
     @property
     def donated(self) -> tuple[int, ...]:
-        """Indices of the donated arguments: a result reuses the memory of each."""
+        """Indices of the donated arguments, whose memory the results reuse."""
         aliased = {r.alias for r in self.results}
         return tuple(i for i, a in enumerate(self.arguments) if a.name in aliased)
 
@@ -128,9 +128,10 @@ class ProgramSpec:
 def with_layouts(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> ProgramSpec:
     """Return the same program with other layouts of its caches and weights.
 
-    The new program's arguments and results are row-major arrays whose axes are permuted into the order of the layout.
-    It transposes arguments back before the computation, and results after it. If the compiler prefers these layouts
-    anyway, the transpositions copy nothing. The runtime then has to handle row-major arrays only.
+    The new program's arguments and results are row-major arrays whose axes are permuted into the order of the layout,
+    so the runtime handles row-major arrays only. The new program permutes the axes of its arguments back before the
+    computation, and those of its results after it. These transpositions copy nothing if the compiler prefers the given
+    layouts anyway.
 
     Args:
         spec: the program, with all axes in order.
@@ -166,10 +167,10 @@ _RING_STEP = 16
 
 
 def ring_size(window: int, geometry: Geometry) -> int:
-    """Return the number of positions that the KV cache of a layer with this window holds; 0 means no window.
+    """Return the number of positions in the KV cache of a layer with this window; a window of 0 means no window.
 
-    A chunk of a prompt is written to the cache before any of its tokens attends. It must not overwrite the window of
-    its own first token, so the cache holds a window and the longest chunk.
+    A program writes a whole chunk of a prompt to the cache before the first token of the chunk attends. The chunk must
+    not overwrite the window of that token, so the cache holds a window and the longest chunk.
     """
     needed = window + max(geometry.buckets) - 1
     return min(geometry.context, -(-needed // _RING_STEP) * _RING_STEP) if window else geometry.context
@@ -220,7 +221,8 @@ def cache_arrays(c: DecoderConfig, geometry: Geometry) -> tuple[CacheArray, ...]
 def build_programs(model: StoredModel, geometry: Geometry, ops: Ops) -> tuple[ProgramSpec, ...]:
     """Return the programs of a target: the empty KV cache, a prefill for each bucket, decode, and score.
 
-    Kernels skip the idle rows of decode. Without kernels, a second program decodes a single sequence.
+    precast's kernels skip idle rows of decode. Without these kernels an idle row costs as much as any other; a second
+    program then decodes a single sequence.
     """
     builder = _Builder(model=model, geometry=geometry, ops=ops)
     rows = {geometry.slots} if ops.kernels else {1, geometry.slots}
@@ -337,7 +339,7 @@ def _prefill(
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """Run one chunk of a slot's prompt: ``tokens [T]`` from position ``start``, ``length`` of them valid."""
+    """Run one chunk of a slot's prompt: the first ``length`` of ``tokens [T]``, from position ``start`` on."""
     kv_caches, cos, sin, weights = _step_arguments(arrays, caches)
     model = bind(weights)
     batch = Batch(slots=slot[None], starts=start[None], lengths=length[None])
@@ -392,7 +394,7 @@ def _results(model: Decoder, x: Array, used: Array, caches: KVCaches, ops: Ops) 
 
 
 def _flops(c: DecoderConfig, context: int, *, tokens: int, rows: int) -> int:
-    """Return the multiplications and additions of a call; the compiler cannot count those inside kernels.
+    """Return the number of multiplications and additions in a call; the compiler cannot count those inside kernels.
 
     Args:
         c: the config.

@@ -50,8 +50,8 @@ class CheckedArtifact(Frozen):
         manifest: the artifact's manifest.
         target: the target to run.
         contents: bytes of programs, tokenizer and templates, by file.
-        weights: arrays by name, mapped from their file; none for a SavedModel, which has its own.
-        check_unchanged: raises PrecastError if the file of the weights has been written to since.
+        weights: arrays by name, mapped from their file; empty for a SavedModel, which contains its own weights.
+        check_unchanged: the function that raises PrecastError if the file of the weights has been written to since.
     """
 
     root: Path
@@ -80,7 +80,7 @@ def compile_executables(
         return {}
     if date.today().isoformat() > target.stablehlo_expires:
         settings.log(
-            f"{root}: its StableHLO was promised to compile until {target.stablehlo_expires}; compiling it anyway"
+            f"{root}: its StableHLO was guaranteed to compile until {target.stablehlo_expires}; compiling it anyway"
         )
     if target.platform == "cuda":
         # The child compiles, and the cache keeps, executables for the CPU only.
@@ -103,7 +103,7 @@ def open_runtime(
     if target.runtime == "savedmodel":
         return _tensorflow(artifact, settings)
     if target.platform == "cuda":
-        from .runtime import cuda  # whose import loads CUDA's libraries
+        from .runtime import cuda  # a lazy import, because it loads CUDA's libraries
 
         if settings.requested_threads is not None:
             settings.log(
@@ -118,7 +118,7 @@ def open_runtime(
 def _tensorflow(
     artifact: CheckedArtifact, settings: LoadSettings
 ) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
-    from .runtime import savedmodel  # which imports TensorFlow
+    from .runtime import savedmodel  # a lazy import, because it imports TensorFlow
 
     root, target = artifact.root, artifact.target
     settings.log(
@@ -153,7 +153,7 @@ def _load_executables(
             executables[program.name] = client.compile(artifact.contents[name], results, where)
         else:
             make = partial(client.load, artifact.contents[name], results, where)
-            # Many processes never score, so that program waits for its first call.
+            # The score program is deserialised at its first call, because many processes never score.
             executables[program.name] = _LazyExecutable(make) if program.kind == "score" else make()
     return executables
 
@@ -172,7 +172,7 @@ class _LazyExecutable:
         """Run the program, as `Executable` does.
 
         Raises:
-            PrecastError: also if XLA does not load the program.
+            PrecastError: XLA cannot load the program, or the program refuses the arguments.
         """
         with self._loading:
             if self._loaded is None:
@@ -198,13 +198,13 @@ def _load_local(
 
 def _file_of(target: Target, program: Program) -> str:
     name = target.file_of(program)
-    assert name is not None  # the manifest has been checked for that
+    assert name is not None  # `parse_manifest` has checked this
     return name
 
 
 def _report(settings: LoadSettings, name: str) -> None:
     """Report that a program is about to be loaded."""
     if settings.progress is not None:
-        from .progress import Step  # a start without progress saves the import
+        from .progress import Step  # a lazy import, because few callers ask for progress
 
         settings.progress(Step(text=f"loading {name}"))

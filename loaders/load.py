@@ -58,7 +58,7 @@ def load(
         path: the artifact's folder, a folder with exactly one artifact in it, or the URL string of a pushed artifact,
             which is pulled into the cache folder on first use.
         rehash: hash every file again, including unchanged files that were hashed before.
-        target: name of the target to run; the best that fits the machine by default.
+        target: name of the target to run; by default the best one for the machine.
         allow_compile: allow compiling a target from its StableHLO. Each compilation is logged.
         trusted: skip the trial of a target that has never run on this machine. A trial loads the target in a child
             process first (`precast.loaders.compiling.trial`).
@@ -66,11 +66,12 @@ def load(
             the check. A signed artifact is trusted. With None, the key that PRECAST_REQUIRE_SIGNATURE names, or
             else the machine's own key, still applies (`precast.loaders.required_key`).
         threads: number of computing threads on the CPU; one per usable core by default, within a container's CPU quota.
-            A message tells if the number has no effect: TensorFlow takes one number per process, and a GPU takes none.
-        prefix_memory: the most bytes for keys and values of earlier prompts and answers. A prompt that begins
-            like one of them reuses these, and gets the same answer. 0 keeps none; None chooses 512 MiB, or an eighth of
-            the available memory if that is less. Only targets of precast's own kernels for the CPU reuse keys and
-            values.
+            A message is logged if the number has no effect: TensorFlow takes one number per process, and a GPU takes
+            none.
+        prefix_memory: the most bytes for keys and values of earlier prompts and answers. A prompt that shares a prefix
+            with one of them reuses the prefix's keys and values, and gets the same answer. 0 keeps none; None chooses
+            512 MiB, or an eighth of the available memory if that is less. Only targets with precast's own kernels for
+            the CPU reuse keys and values.
         log: receives messages; standard error by default.
         progress: receives the bytes pulled (shown on standard error by default) and hashed, and each program to load.
 
@@ -213,11 +214,11 @@ def _check_files(
         root: the artifact's folder.
         manifest: the artifact's manifest.
         target: the target.
-        settings: with `rehash`, all files of the artifact are compared, even unchanged ones that were compared before.
+        settings: the settings. `rehash` compares all files of the artifact, even those that were compared before.
         trusted: contents of files that the caller provides, by name; these files are not read.
 
     Raises:
-        PrecastError: names the first file that differs.
+        PrecastError: a file differs; the message names the first.
     """
     names = _needed(manifest, target) - set(trusted)
     contents = {name: files.read_checked(root, name, manifest.files[name]) for name in sorted(names)}
@@ -267,7 +268,7 @@ def _read_weights(
 ) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
     """Map weights and tables; return them by name, with a function that raises if their file has been written to.
 
-    A SavedModel has its own, so nothing is mapped for it.
+    A SavedModel contains its own weights, so nothing is mapped for it.
     """
     has_own = target.runtime == "savedmodel"
     if has_own and not settings.rehash:
@@ -282,7 +283,7 @@ def _check_weights(artifact: CheckedArtifact) -> None:
     """Compare the weights with the programs' signatures.
 
     Raises:
-        PrecastError: names the first that is missing or of another type or shape.
+        PrecastError: a weight is missing, or of another type or shape; the message names the first.
     """
     for program in artifact.target.programs:
         for value in program.arguments:
@@ -297,7 +298,7 @@ def _check_weights(artifact: CheckedArtifact) -> None:
                 )
 
 
-# --- hand out -----------------------------------------------------------------------------------------------
+# --- build the model ----------------------------------------------------------------------------------------
 
 
 def _model(
@@ -307,7 +308,7 @@ def _model(
     stored: "Sequence[StoredPrefix]" = (),
 ) -> Model:
     client, load_executables = open_runtime(artifact, compiled, settings)
-    # XLA releases Python's lock while it loads programs, and parsing the tokenizer takes about as long.
+    # Parse the tokenizer while XLA loads the programs: XLA releases Python's lock, and both take about the same time.
     loading = _BackgroundCall(load_executables)
     try:
         tokenizer = _tokenizer(artifact)

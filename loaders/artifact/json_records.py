@@ -143,8 +143,8 @@ def _record(kind: type) -> _Converter:
 def _wrong_keys(place: _Place, found: Set[str], expected: Set[str]) -> Exception:
     if unknown := sorted(found - expected):
         return PrecastError(
-            f"{_formatted(place)}: key {unknown[0]!r} is not known to this format version; did a newer precast write"
-            " it?"
+            f"{_formatted(place)}: key {unknown[0]!r} is not known to this format version; update precast, or export"
+            " the model again."
         )
     return _Mismatch(f"{_formatted(place)}: key {min(expected - found)!r} is missing")
 

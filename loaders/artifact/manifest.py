@@ -36,8 +36,8 @@ class Value(Frozen):
         dtype: a key of `DTYPE_BYTES`.
         layout: axes from the slowest to the fastest in memory, as the compiler chose. Programs take and return their
             arrays with the axes in this order.
-        alias: for a result that reuses an argument's memory, the argument's name. The argument is donated: the call
-            invalidates it.
+        alias: name of the argument whose memory a result reuses; None for arguments and other results. The argument is
+            donated: the call invalidates it.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Program(Frozen):
 
     @property
     def has_slots(self) -> bool:
-        """True for a decode program whose rows may belong to any slots; up to format 5, row i is slot i."""
+        """True for a decode program whose rows may belong to any slots; up to format 5, row i belongs to slot i."""
         return any(v.role == "slots" for v in self.arguments)
 
 
@@ -126,8 +126,8 @@ class Target(Frozen):
         kernels: custom-call targets that the programs call.
         xla_flags: XLA_FLAGS at compile time.
         stablehlo_expires: ISO date until which newer jaxlibs are guaranteed to compile the StableHLO.
-        programs: one program for the cache, one for each bucket, one or several for decode (for different numbers of
-            rows, the largest of which is that of the slots), and at most one for score.
+        programs: one cache program, one prefill program for each bucket, one or more decode programs, and at most one
+            score program. Each decode program has its own number of rows, and the largest has a row for each slot.
     """
 
     name: str
@@ -190,9 +190,9 @@ class CacheArray(Frozen):
         shape: axes in order.
         axes: one letter for each axis of the shape ("LBKSH").
         dtype: a key of `DTYPE_BYTES`.
-        layout: the first target's layout; another target's programs may declare another.
+        layout: the layout in the programs of the first target; programs of other targets may declare different ones.
         window: number of positions that a token of these layers attends to; 0 for all. An array with a window is a
-            ring buffer: position p is stored at index p mod S, where S is the array's own.
+            ring buffer: position p is stored at index p mod S, where S is the size of this array's axis "S".
         layers: indices of the model's layers in the array, in the order of its first axis.
         bytes: size in bytes.
     """
@@ -289,7 +289,7 @@ class Fidelity(Frozen):
         perplexity: perplexity of the artifact; None if it overflows a float.
         reference_perplexity: perplexity of the float32 model; None if it overflows a float.
         kl_mean: mean of KL(float32 model ‖ artifact), in nats per token.
-        kl_p99: 99th percentile of the same.
+        kl_p99: 99th percentile of the same divergence.
         top1: share of predictions with the same most likely token, 0 to 1.
     """
 
@@ -312,7 +312,7 @@ class Prefix(Frozen):
         arrays: safetensors file with a tensor for each array of the KV cache, positions 0 to ``tokens − 1`` of a slot;
             of an array with a window, only the last positions.
         target: name of the target that computed the arrays.
-        kernels: ABI version of the kernels that computed them.
+        kernels: ABI version of the kernels that computed the arrays.
         isa: instruction set of these kernels.
         programs: sha256 of the target's programs, as `precast.loaders.artifact.origin` computes it.
         weights: sha256 of the file of the weights.

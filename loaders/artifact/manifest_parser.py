@@ -19,7 +19,7 @@ from .manifest import (
 )
 
 _MAX_SLOTS = 1 << 16
-_LONGEST_NAME = 64  # of a prefix, which is part of file names
+_LONGEST_NAME = 64  # of a prefix: its name is part of file names
 
 _Shape = tuple[int, ...]
 
@@ -60,7 +60,7 @@ def _current(value: Any, where: str) -> dict[str, Any]:
         )
     if version == FORMAT_VERSION:
         return dict(value)
-    from .upgrade import UPGRADES, upgrade  # only for older versions, which keeps the usual start fast
+    from .upgrade import UPGRADES, upgrade  # a lazy import, because the current version needs no upgrade
 
     if version not in UPGRADES:
         raise PrecastError(
@@ -261,7 +261,7 @@ def _check_prefix(manifest: Manifest, prefix: Prefix, where: str) -> None:
                 f"{where}: {what}: expected a sha256 in hex, found {digest!r:.80}; add the prefix again."
             )
     if prefix.weights != manifest.files[WEIGHTS_FILE].sha256:
-        raise PrecastError(f"{where}: other weights computed it; add the prefix again.")
+        raise PrecastError(f"{where}: it was computed with other weights; add the prefix again.")
 
 
 def _is_name(name: str) -> bool:

@@ -1,7 +1,8 @@
 """The origin of stored keys and values: the model, the programs and the instruction set that computed them.
 
 precast's kernels compute a position with the same instructions in the same order for any chunk, batch and number of
-threads, so keys and values of the same origin are the same to the last bit. Only these are reused.
+threads, so keys and values of the same origin are the same to the last bit. Keys and values of another origin are not
+reused.
 """
 
 import hashlib
@@ -10,8 +11,8 @@ from collections.abc import Mapping
 from .frozen import Frozen
 from .manifest import WEIGHTS_FILE, Manifest, Target
 
-# Version of the kernels' arithmetic. Raise it when any kernel's results change in a bit, so that keys and values which
-# earlier kernels computed are no longer used.
+# Version of the kernels' arithmetic. Increment it when any bit of a kernel's results changes, so that keys and values
+# from earlier kernels are no longer used.
 _ARITHMETIC = 1
 
 
@@ -37,12 +38,12 @@ class Origin(Frozen):
     isa: str
 
     def differences(self, other: "Origin") -> Mapping[str, tuple[str, str]]:
-        """Return the aspects that differ, by name: the value of this origin, and that of the other."""
+        """Return the fields that differ, by their names in messages: the value of this origin, and the other's."""
         pairs = {label: (getattr(self, field), getattr(other, field)) for field, label in _LABELS.items()}
         return {label: (mine, theirs) for label, (mine, theirs) in pairs.items() if mine != theirs}
 
 
-# The aspects in messages, the most telling first.
+# Names of the fields in messages, the most informative first.
 _LABELS = {
     "weights": "weights",
     "cache": "KV cache",
@@ -57,7 +58,7 @@ _LABELS = {
 def has_row_invariance(target: Target) -> bool:
     """Return True if a target computes a position with the same bits for any chunk, batch and number of threads.
 
-    precast's kernels promise that; XLA does not.
+    precast's kernels guarantee this; XLA does not.
     """
     return target.platform == "cpu" and bool(target.kernels) and target.runtime != "savedmodel"
 
@@ -65,13 +66,14 @@ def has_row_invariance(target: Target) -> bool:
 def is_reproducible(target: Target) -> bool:
     """Return True if another process that runs the target computes the same bits.
 
-    Executables do. A process that compiles StableHLO may use another version of XLA.
+    A serialised executable does so in every process. StableHLO may be compiled by another version of XLA.
+
     """
     return has_row_invariance(target) and target.runtime == "pjrt"
 
 
 def origin_of(manifest: Manifest, target: Target, isa: str) -> Origin:
-    """Return the origin of the keys and values that a target computes with this instruction set of the kernels."""
+    """Return the origin of the keys and values that a target computes if its kernels use the instruction set `isa`."""
     files = {program.name: target.file_of(program) for program in target.programs}
     hashes = [
         f"{name} {manifest.files[file].sha256}" for name, file in sorted(files.items()) if file is not None

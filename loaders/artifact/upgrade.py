@@ -25,7 +25,7 @@ _SAMPLING_5: Mapping[str, Any] = {
 
 
 def upgrade(value: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a manifest of any supported version in the current version.
+    """Return a manifest of any supported version, converted to the current version.
 
     Args:
         value: parsed JSON with a known `format_version`. It is not modified.
@@ -51,14 +51,15 @@ def _from_4(value: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _from_5(value: dict[str, Any], where: str) -> dict[str, Any]:
-    # Its targets have no program of the kind "score", and row i of "decode" is slot i: optional in format 6.
+    # In format 5, targets have no program of the kind "score", and row i of "decode" belongs to slot i. Format 6 allows
+    # both.
     return _with(value, {"prefixes": []}, where) | {"format_version": 6}
 
 
 def _with(record: dict[str, Any], added: Mapping[str, Any], where: str) -> dict[str, Any]:
     if early := sorted(record.keys() & added.keys()):
         raise PrecastError(
-            f"{where}: key {early[0]!r} is not known to this format version; did a newer precast write it?"
+            f"{where}: key {early[0]!r} is not known to this format version; update precast, or export the model again."
         )
     return {**record, **added}
 

@@ -25,7 +25,8 @@ class Executable(Protocol):
         """Run the program.
 
         Args:
-            arguments: arguments in the order of the manifest's signature. A call consumes those that a result aliases.
+            arguments: arguments in the order of the manifest's signature. A call consumes every argument that a result
+                aliases.
 
         Returns:
             The results in the order of the signature.
@@ -39,7 +40,7 @@ class Client(Protocol):
     """A client for one device."""
 
     def put(self, array: np.ndarray) -> Buffer:
-        """Hand an array to the device. The caller must not change it afterwards."""
+        """Hand an array to the device. The caller must not change the array afterwards."""
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
         """Return a zeroed array and its buffer. A call with this buffer reads the array's current values."""

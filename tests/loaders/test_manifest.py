@@ -94,7 +94,7 @@ def test_format_5_is_read_as_format_6(good):
 
 def test_format_5_has_no_prefixes(good):
     assert error(in_format_5(good) | {"prefixes": []}) == (
-        "m.json: key 'prefixes' is not known to this format version; did a newer precast write it?"
+        "m.json: key 'prefixes' is not known to this format version; update precast, or export the model again."
     )
 
 
@@ -137,11 +137,15 @@ FOUR_LISTS = {key: [] for key in ("suppress_tokens", "begin_suppress_tokens", "b
             {},
             "m.json: tokenizer: key 'named_templates' is not known to this",
         ),
-        (["sampling", "stop"], [], "m.json: sampling: key 'stop' is not known to this format version; did"),
+        (
+            ["sampling", "stop"],
+            [],
+            "m.json: sampling: key 'stop' is not known to this format version; update",
+        ),
         (
             ["sampling", "top_q"],
             1.0,
-            "m.json: sampling: key 'top_q' is not known to this format version; did",
+            "m.json: sampling: key 'top_q' is not known to this format version; update",
         ),
         (["sampling", "top_k"], 20.5, "m.json: sampling.top_k: expected a whole number, found 20.5"),
         (["sampling", "top_k"], 1e300, "m.json: sampling.top_k: expected a whole number from 0 to 2^63 - 1"),
@@ -317,8 +321,11 @@ def test_prefixes_are_read(good):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"file": "x"}, "m.json: file 'x' is used but not listed under files."),
-        ({"arrays": "../x"}, "m.json: file '../x' is used but not listed under files."),
+        ({"file": "x"}, "m.json: file 'x' is used but not listed under files; export the model again."),
+        (
+            {"arrays": "../x"},
+            "m.json: file '../x' is used but not listed under files; export the model again.",
+        ),
         ({"tokens": 0}, "m.json: prefix 'system': expected 1 to 63 tokens, found 0; add the prefix again."),
         ({"tokens": 64}, "m.json: prefix 'system': expected 1 to 63 tokens, found 64; add the prefix again."),
         (
@@ -333,9 +340,12 @@ def test_prefixes_are_read(good):
             {"weights": "A" * 64},
             f"m.json: prefix 'system': weights: expected a sha256 in hex, found '{'A' * 64}'; add the prefix again.",
         ),
-        ({"weights": "0" * 64}, "m.json: prefix 'system': other weights computed it; add the prefix again."),
-        ({"more": 1}, "m.json: prefixes[0]: key 'more' is not known to this format version; did a newer"),
-        ({"isa": 2}, "m.json: prefixes[0].isa: expected a text, found 2."),
+        (
+            {"weights": "0" * 64},
+            "m.json: prefix 'system': it was computed with other weights; add the prefix again.",
+        ),
+        ({"more": 1}, "m.json: prefixes[0]: key 'more' is not known to this format version; update precast"),
+        ({"isa": 2}, "m.json: prefixes[0].isa: expected a text, found 2; export the model again."),
     ],
 )
 def test_invalid_prefixes_are_named(good, changes, text):
