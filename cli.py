@@ -223,8 +223,8 @@ def batch(
     the answer or an "error", and the "custom_id" of the line of INPUT. A file whose name ends in .parquet is a Parquet
     file, which needs the extra parquet.
 
-    One line per slot of the artifact is answered at the same time. After an interrupt, the same command goes on with
-    the lines that are left.
+    One line per slot of the artifact is answered at the same time. After an interrupt, the same command continues
+    with the lines that are left.
 
     Exit code 0: every line is answered. 1: some lines have an error. 2: an error.
     """

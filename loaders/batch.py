@@ -14,7 +14,7 @@ of::
     {"custom_id": "1", "key": "5f0…", "error": "one sentence"}
 
 with `reasoning`, `tool_calls` and `logprobs` if there are any. `key` identifies the request, the model and the options.
-A later run with the same three keeps the records and goes on after them. It drops an incomplete last record, which an
+A later run with the same three keeps the records and continues after them. It drops an incomplete last record, which an
 interrupt may leave.
 """
 

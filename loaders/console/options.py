@@ -117,16 +117,20 @@ _SAMPLING = (
     ),
     click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all."),
     click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability."),
-    click.option("--min-p", type=float, help="Keep tokens at least this likely, relative to the likeliest."),
+    click.option(
+        "--min-p",
+        type=float,
+        help="Keep tokens with at least this share of the likeliest token's probability.",
+    ),
     click.option(
         "--repetition-penalty",
         type=float,
-        help="Above 1, make tokens less likely that have already occurred.",
+        help="Above 1, make every token of the prompt and of the answer so far less likely.",
     ),
     click.option(
         "--presence-penalty",
         type=float,
-        help="Above 0, make tokens less likely that the answer already contains. From -2 to 2.",
+        help="Above 0, make every token of the answer so far less likely. From -2 to 2.",
     ),
     click.option(
         "--frequency-penalty",
@@ -213,8 +217,8 @@ _ANSWERS = (
         "--tool-choice",
         default="auto",
         metavar="NAME",
-        help="A tool's name: answer with calls of this tool. required: answer with calls of any tools. auto: let the"
-        " model choose. All but auto need the extra grammar. Default: auto.",
+        help="Answer with calls of the tool of this name. required: answer with calls of any tools. auto: let the model"
+        " choose. All but auto need the extra grammar. Default: auto.",
     ),
     click.option(
         "--answer-format",
