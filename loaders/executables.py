@@ -83,7 +83,7 @@ def compile_executables(
             f"{root}: its StableHLO was guaranteed to compile until {target.stablehlo_expires}; compiling it anyway"
         )
     if target.platform == "cuda":
-        # The child compiles, and the cache keeps, executables for the CPU only.
+        # The child process compiles for the CPU only, and the cache keeps only executables for the CPU.
         settings.log(
             f"{root}: target {target.name!r}: compiling its programs for the GPU, as at every start …"
         )

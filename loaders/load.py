@@ -244,7 +244,7 @@ def _stored_prefixes(
     Raises:
         PrecastError: names the first file that differs.
     """
-    from .generation import stored_prefixes  # for artifacts that have any
+    from .generation import stored_prefixes  # a lazy import, because few artifacts store prefixes
 
     root, manifest = artifact.root, artifact.manifest
     fit, others = stored_prefixes.usable(manifest, artifact.target, machine.isa)

@@ -349,12 +349,12 @@ def set_key(*path_and_value):
             "manifest.json: model: key 'scale' is not known to this format version;",
         ),
         (
-            set_key("format_version", 6),
-            "format version 6 is not the 5 that this precast reads; update precast.",
+            set_key("format_version", 7),
+            "expected format version 4 to 6, found 7; update precast.",
         ),
         (
             set_key("format_version", 0),
-            "format version 0 is not the 5 that this precast reads; export the model",
+            "expected format version 4 to 6, found 0; export the model again.",
         ),
         (
             set_key("capacity", "64"),

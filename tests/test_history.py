@@ -67,7 +67,7 @@ def test_unsupported_formats_are_refused_by_version(folder):
     version = version_of(folder)
     advice = "update precast." if version > FORMAT_VERSION else "export the model again."
     assert str(raised.value) == (
-        f"{folder / 'manifest.json'}: format version {version} is not the {FORMAT_VERSION} that this precast reads;"
+        f"{folder / 'manifest.json'}: expected format version {min(UPGRADES)} to {FORMAT_VERSION}, found {version};"
         f" {advice}"
     )
 

@@ -64,7 +64,7 @@ def _current(value: Any, where: str) -> dict[str, Any]:
 
     if version not in UPGRADES:
         raise PrecastError(
-            f"{where}: format version {version} is not the {FORMAT_VERSION} that this precast reads; "
+            f"{where}: expected format version {min(UPGRADES)} to {FORMAT_VERSION}, found {version}; "
             + ("update precast." if version > FORMAT_VERSION else "export the model again.")
         )
     return upgrade(value, where)

@@ -22,7 +22,7 @@ _CANDIDATES = 16
 _CLASSES = (2, 3, 4, 6, 9, 16)
 _ASSUMED = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9)
 _ASSUMED_WEIGHT = 3.0
-# Each guess reduces the weight of the earlier ones of its class by this factor.
+# Each guess multiplies the weight of the earlier guesses of its class by this factor.
 _MEMORY = 0.95
 # A draft must promise this many times the tokens per second of decoding.
 _WORTH = 1.05

@@ -211,7 +211,8 @@ def _program(body: dict[str, Any], opening: str) -> str:
         body: a grammar in llguidance's form.
         opening: the text before the body, in Lark's form.
     """
-    # no_forcing: the model chooses among all tokens that spell the text. Otherwise llguidance calls the tokenizer.
+    # With no_forcing, the model may choose any tokens that spell the text. Otherwise llguidance would let the tokenizer
+    # choose them.
     start = f'%llguidance {{"no_forcing": true}}\nstart: {opening} @body'
     return json.dumps({"grammars": [{"name": "start", "lark_grammar": start}, {"name": "body", **body}]})
 

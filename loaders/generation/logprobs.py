@@ -69,7 +69,7 @@ def token_logprob(logits: np.ndarray, token_id: int, top: int, text_of: TextOf) 
     base = float(largest) + float(np.log(total))
 
     def record(token: int, tops: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        # Rounding may lift a certain token above probability 1.
+        # Rounding may lift the log-probability of the likeliest token above 0.
         return TokenLogprob(token, text_of(token), min(float(logits[token]) - base, 0.0), tops)
 
     return record(token_id, tuple(record(int(token)) for token in _largest_ids(logits, top)))

@@ -302,7 +302,7 @@ class PrefixTree:
     def _add(self, node: _Node) -> None:
         self._recent[node] = None
         self._bytes += node.bytes
-        # The node's parents are used as recently as the node.
+        # The node's ancestors are used as recently as the node.
         parent = node.parent
         while parent is not None:
             if not parent.pinned:

@@ -157,7 +157,7 @@ class Sampler:
 def _penalties(params: SamplingParams, prompt: list[int], vocab_size: int) -> "Penalties | None":
     if not params.is_penalised:
         return None
-    # A lazy import, because few models have penalties.
+    # A lazy import, because few requests have penalties.
     from .penalties import Penalties
 
     return Penalties(params, prompt, vocab_size)
@@ -166,7 +166,7 @@ def _penalties(params: SamplingParams, prompt: list[int], vocab_size: int) -> "P
 def _forbidden(params: SamplingParams, prompt: list[int], end_ids: Iterable[int]) -> "ForbiddenTokens | None":
     if not params.is_constrained:
         return None
-    # A lazy import, because few models forbid any tokens.
+    # A lazy import, because few requests forbid any tokens.
     from .forbidden import ForbiddenTokens
 
     return ForbiddenTokens(params, prompt, end_ids)

@@ -25,7 +25,7 @@ from .kv_state import Span, bits
 _VERSION, _VERSION_KEY, _HASH_KEY = "1", "precast_state", "sha256"
 _TOKENS = "tokens"
 _REMEDY = "save it again"
-# Bytes hashed or searched for NaN at a time.
+# Number of elements that are searched for NaN and infinity at a time.
 _BLOCK = 1 << 22
 
 

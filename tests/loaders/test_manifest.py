@@ -55,7 +55,7 @@ def test_round_trip(tiny_artifact):
 )
 def test_another_format_version_is_named_before_anything_else(good, version, advice):
     text = error(changed(good, ["format_version"], version) | {"unknown": 1})
-    assert text.startswith(f"m.json: format version {version} is not the {FORMAT_VERSION} that this precast")
+    assert text.startswith(f"m.json: expected format version 4 to {FORMAT_VERSION}, found {version};")
     assert text.endswith(advice)
 
 
