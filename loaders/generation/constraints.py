@@ -77,7 +77,7 @@ class Constraint:
 
 
 def compute_mask(matcher: "LLMatcher", words: int) -> np.ndarray:
-    """Return a new mask, uint32 [words]; an error is left in the matcher."""
+    """Return a new mask, uint32 [words]. If that fails, the matcher keeps the error for `is_error` and `get_error`."""
     mask = np.zeros(words, np.uint32)
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
     return mask

@@ -48,8 +48,8 @@ class Model:
 
     Attributes:
         scheduler: the generations in progress.
-        prefixes: keys and values of earlier prompts; None if the target's results for a position depend on the chunk
-            in which the position is computed, because its keys and values are not reused.
+        prefixes: keys and values of earlier prompts. None for a target whose keys and values depend on the cuts between
+            the chunks of a prompt, because these are not reused.
         manifest: the artifact's manifest.
         target: the target that runs.
         compiles: number of programs compiled while loading: 0 unless compiling from StableHLO was requested.

@@ -1,4 +1,5 @@
-"""A radix tree over token ids with keys and values of earlier sequences: a prompt reuses those of its longest prefix.
+"""A radix tree over token ids that holds keys and values of earlier sequences, for new prompts to reuse.
+
 
 Each node holds a segment of tokens, and copies of their keys and values. The tree is bounded in bytes, and evicts the
 least recently used leaf first. Segments whose arrays are mapped from files are pinned, and take no memory of their own.
@@ -231,8 +232,8 @@ class PrefixTree:
             tokens: the prefix.
             spans: its keys and values by array, which end after the last token. Arrays with a window need only the
                 window before that position.
-            check_unchanged: a function called after each `restore`, which raises PrecastError if the file of the arrays
-                was written to.
+            check_unchanged: a function called after each `restore` from the arrays, which raises PrecastError if their
+                file was written to.
         """
         ids = np.asarray(tokens, np.int32)
         with self._lock:

@@ -179,7 +179,8 @@ class SamplingParams(Frozen):
         return replace(self, bad_words=(), bad_words_ids=(*self.bad_words_ids, *found))
 
     def for_answers(self, count: int) -> "list[SamplingParams]":
-        """Return the parameters of each of several answers to one prompt: the first has this seed, the next seed + 1.
+        """Return the parameters of each of several answers to one prompt: seed for the first, seed + 1 for the next.
+
 
         These are the seeds of vLLM's `n`. Without a seed every answer uses fresh entropy.
         """

@@ -1,11 +1,11 @@
 """Run any number of sequences in the slots of KV caches; sequences join and leave between steps (continuous batching).
 
 A step is one call of the engine: a chunk of one prompt, or the next token of every decoding sequence of a KV cache. A
-round is one chunk and one decode step for each KV cache, so a sequence waits for at most one chunk between two of its
+round is one chunk, and one decode step for each KV cache, so a sequence waits for at most one chunk between two of its
 tokens. Prompts are read one after the other, in the order of arrival.
 
-The scheduler has no thread of its own. The readers of sequences run its steps, one reader at a time. The step of one
-reader also advances the sequences of the others, which wait for it.
+The scheduler has no thread of its own. The readers of sequences run its steps, one reader at a time. Each step also
+advances the sequences of the other readers, which wait meanwhile.
 """
 
 import time
@@ -209,7 +209,7 @@ class Scheduler:
     def _follow_up(self) -> None:
         """End sequences that were cancelled while the lock was held, and wake the waiting threads.
 
-        Of the woken threads, those whose sequences have advanced return; one of the others runs the next step.
+        A woken thread returns if its sequence has advanced. One of the other threads runs the next step.
         """
         # Acquire without blocking, because a finaliser may call this method in the thread that holds the lock.
         while self._cancelled and self._lock.acquire(blocking=False):

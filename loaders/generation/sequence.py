@@ -19,7 +19,7 @@ UNREAD_PIECES = 64
 
 
 class Piece(NamedTuple):
-    """A generated token, and the text that can be shown since that token.
+    """A generated token, and the text that it completes.
 
     Attributes:
         token: the token; None for the echo of the prompt, and for text that was held back until the generation was cut.
@@ -85,19 +85,19 @@ class TokenSequence:
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
         parser: the parser that splits the answer to a chat, used by the reader alone; None if the whole answer is
             content.
-        drafts: the maker of drafts; None before the first.
+        drafts: the sequence's prompt lookups; None before the first.
         tokens: tokens of the prompt and of the answer so far.
         prompt_tokens: length of the prompt.
         unread: pieces that the reader has not taken yet.
         reason: the `finish_reason` of the `Completion`.
         error: the exception that ended the sequence; None if there was none.
         closing: request to end the generation before its next token. Any thread may make it with `Scheduler.cancel`.
-        ended: True once all pieces are in `unread` and the slot is free.
+        ended: True once no further pieces come and the slot is free.
         batch: the sequences that share the KV cache; None without a slot.
         slot: the sequence's slot in the KV cache.
         filled: positions of the slot that hold keys and values of `tokens`.
         written: positions of the slot that drafts wrote, right or wrong; 0 without drafts.
-        cached_tokens: tokens of the prompt whose keys and values came from a prefix.
+        cached_tokens: number of tokens of the prompt whose keys and values came from a prefix.
         queue_s: seconds from submission until the reading of the prompt began.
         began: start of reading the prompt, in seconds of the scheduler's clock, which stands still between steps.
         first: time of the first token, on the same clock.
