@@ -186,7 +186,8 @@ def lookup(artifact: Path, rounds: int, tokens: int = 160) -> dict:
     import precast
 
     model = precast.load(artifact)
-    rewriting = f"This is a Python file:\n\n{REWRITE}This is the same file again, in which the variable is called `value`:\n\n"
+    again = "This is the same file again, in which the variable is called `value`:\n\n"
+    rewriting = f"This is a Python file:\n\n{REWRITE}{again}"
     tasks = {"rewriting": rewriting, "prose": _text(model, 200)}
     facts = {}
     for task, text in tasks.items():
