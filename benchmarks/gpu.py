@@ -160,14 +160,14 @@ def prompt(vocab: int) -> list[int]:
 
 
 def step_bytes(manifest: dict, target: str, filled: int) -> int:
-    """Return the bytes that a step reads: the weights, except an untied embedding, and the filled KV cache."""
+    """Return the bytes that a step reads: the weights, except an untied embedding, and the filled part of one slot."""
     programs = next(t for t in manifest["targets"] if t["name"] == target)["programs"]
     decode = next(p for p in programs if p["kind"] == "decode")
     weights = [a for a in decode["arguments"] if a["role"] == "weight"]
     head = any(a["name"].startswith("lm_head.") for a in weights)
     read = sum(_bytes(a) for a in weights if not (head and a["name"].startswith("model.embed_tokens.")))
     cache = sum(a["bytes"] for a in manifest["cache"])
-    return read + cache * filled // manifest["capacity"]
+    return read + cache * filled // (manifest["slots"] * manifest["capacity"])
 
 
 def _bytes(value: dict) -> int:

@@ -35,7 +35,16 @@ def _manifest(*arguments):
         "targets": [{"runtime": "stablehlo"}, {"runtime": "pjrt", "programs": [decode]}],
         "cache": [{"bytes": 1000, "shape": [1, 1, 1, 100, 1], "axes": "LBKSH"}] * 2,
         "capacity": 100,
+        "slots": 1,
     }
+
+
+def test_a_step_of_one_sequence_reads_the_filled_part_of_one_slot(peers):
+    manifest = _manifest()
+    assert peers["limits"].cache_bytes(manifest, 10) == 200
+    eight = {"bytes": 8000, "shape": [1, 8, 1, 100, 1], "axes": "LBKSH"}
+    assert peers["limits"].cache_bytes({**manifest, "cache": [eight, eight]}, 10) == 200
+    assert peers["limits"].cache_bytes({**manifest, "cache": [{**eight, "window": 4}]}, 10) == 40
 
 
 def test_tied_weights_are_read_whole_and_an_untied_embedding_is_not(peers):

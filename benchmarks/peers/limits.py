@@ -24,9 +24,13 @@ def weight_bytes(manifest: Mapping) -> int:
 
 
 def cache_bytes(manifest: Mapping, filled: float) -> float:
-    """Return the bytes that a step reads of a KV cache with `filled` positions."""
-    positions = ((array, array["shape"][array["axes"].index("S")]) for array in manifest["cache"])
-    return sum(array["bytes"] / size * min(filled, array.get("window") or size) for array, size in positions)
+    """Return the bytes that a step of one sequence reads of a KV cache with `filled` positions."""
+    return sum(_cache_array_bytes(array, filled) for array in manifest["cache"])
+
+
+def _cache_array_bytes(array: Mapping, filled: float) -> float:
+    sizes = dict(zip(array["axes"], array["shape"], strict=True))
+    return array["bytes"] / sizes["B"] / sizes["S"] * min(filled, array.get("window") or sizes["S"])
 
 
 def decode_share(manifest: Mapping, step_s: float, filled: float, bytes_per_s: float) -> float:
