@@ -216,8 +216,9 @@ def chat(
 def batch(
     artifact: Path | str, source: Path, output: Path, sampling: "SamplingOptions", loading: "LoadOptions"
 ) -> int:
-    """Answer every line of INPUT with ARTIFACT, and write one line to OUTPUT for each.
+    """Answer the requests of a file with ARTIFACT.
 
+    Write a line to OUTPUT for each line of INPUT.
     A line of INPUT is a JSON object with a "prompt" or "messages", and sampling parameters by their names; or a line of
     OpenAI's batch API. The options apply to lines without parameters of their own. A line of OUTPUT has the "text" of
     the answer or an "error", and the "custom_id" of the line of INPUT. A file whose name ends in .parquet is a Parquet
@@ -295,7 +296,7 @@ def add_prefix(
     require_signature: Path | None,
     threads: int | None,
 ) -> int:
-    """Store the keys and values of a prompt's beginning in ARTIFACT as NAME.
+    """Store a prefix of prompts in ARTIFACT as NAME.
 
     A prompt that begins with the same tokens is then prefilled only from the next token on, and the answer is the same.
     The prefix is used only by the target that computed it, on CPUs for which precast's kernels use the same instruction
@@ -354,7 +355,7 @@ def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) 
 @options.JSON
 @options.KEY
 def inspect(artifact: Path | str, as_json: bool, require_signature: Path | None) -> int:
-    """Show what ARTIFACT holds: model, programs, KV cache, targets.
+    """Show the contents of ARTIFACT.
 
     Exit code 0: success. 2: an error.
     """

@@ -26,7 +26,10 @@ VARIABLE = "PRECAST_REQUIRE_SIGNATURE"
 REQUIRING = {
     "run": ("A", "--ids", "1,2,3", "-n", "2"),
     "chat": ("A",),
+    "batch": ("A", "requests.jsonl", "answers.jsonl"),
     "add-target": ("A",),
+    "add-prefix": ("A", "greeting", "--text", __file__),
+    "remove-prefix": ("A", "greeting"),
     "inspect": ("A",),
     "check": ("A",),
     "verify": ("A",),

@@ -282,7 +282,11 @@ def test_a_chat_has_one_bos_which_the_template_writes(name, family):
     tokenizer = family(name)
     spec = SimpleNamespace(eos_token_ids=(2,))
     model = Model(
-        engine=None, tokenizer=tokenizer, manifest=SimpleNamespace(tokenizer=spec), target=None, compiles=0
+        engine=SimpleNamespace(buckets=(64,), score_tokens=0),
+        tokenizer=tokenizer,
+        manifest=SimpleNamespace(tokenizer=spec),
+        target=SimpleNamespace(kernels=()),
+        compiles=0,
     )
     ids = model.chat_prompt([{"role": "user", "content": "the cat"}])
     user, assistant = ids_of(tokenizer, "<|user|>", "<|assistant|>")
