@@ -49,7 +49,7 @@ def need(manifest: Manifest, target: Target) -> Need:
         cache=filled,
         temporary=max((p.memory.temporary for p in target.programs if p.memory is not None), default=0),
         idle=cache - filled,
-        largest=max(array.bytes for array in manifest.cache),
+        largest=max((array.bytes for array in manifest.cache), default=0),
     )
 
 

@@ -36,7 +36,7 @@ def template(tiny_artifact: Path) -> Mapping[str, Any]:
     """Return the tiny artifact's manifest with one bucket of one token and no cache, so that lists can be long."""
     value = json.loads((tiny_artifact / "manifest.json").read_text())
     target = value["targets"][0]
-    one = [p for p in target["programs"] if p["name"] != "prefill_16"]
+    one = [p for p in target["programs"] if p["name"] not in ("prefill_16", "score")]
     for program in one:
         for key in ("arguments", "results"):
             program[key] = [v for v in program[key] if v["role"] not in ("cache", "weight", "table")]
@@ -72,7 +72,7 @@ def many_programs(m: Any, n: int) -> None:
 def many_caches(m: Any, n: int) -> None:
     capacity = m["capacity"]
     for i in range(n):
-        array = {"name": f"a.kind{i}", "shape": [0, 1, capacity], "axes": "LBS", "dtype": "int8"}
+        array = {"name": f"a.kind{i}", "shape": [0, m["slots"], capacity], "axes": "LBS", "dtype": "int8"}
         m["cache"].append({**array, "layout": [0, 1, 2], "window": 0, "layers": [], "bytes": 0})
     values = [
         {"name": a["name"], "role": "cache", "shape": a["shape"], "dtype": "int8", "layout": a["layout"]}
