@@ -99,7 +99,7 @@ def _text(model, length: int) -> str:
     from precast.loaders.audit import evaluate
 
     text = evaluate.read_text(evaluate.SHIPPED_TEXT, length)
-    return model.tokenizer.decode(evaluate.tokenize(model.tokenizer, text)[:length])
+    return model.tokenizer.decode(model.tokenizer.encode(text)[:length])
 
 
 def start(artifact: Path, rounds: int, length: int, folder: Path) -> dict:
@@ -144,7 +144,8 @@ def batch(artifact: Path, rounds: int, sequences: int = 8, length: int = 128, to
     import precast
 
     model = precast.load(artifact, prefix_memory=0)
-    params = precast.SamplingParams(max_tokens=tokens, ignore_eos=True)
+    # Drafts serve a sequence that runs alone, so they would blur what a batch gains.
+    params = precast.SamplingParams(max_tokens=tokens, ignore_eos=True, prompt_lookup=False)
     prompts = [prompt(length, seed) for seed in range(sequences)]
 
     def together() -> list[tuple[int, ...]]:
