@@ -119,7 +119,7 @@ def start(artifact: Path, rounds: int, length: int, folder: Path) -> dict:
         "short": (artifact, ["--ids", ",".join(map(str, prompt(8)))]),
         "read": (artifact, ["--ids", long]),
         "artifact": (stored, ["--ids", long]),
-        "state": (artifact, ["--ids", long, "--state", str(state)]),
+        "state": (artifact, ["--ids", ",".join(map(str, prompt(8))), "--state", str(state)]),
     }
     times: dict[str, list[float]] = {name: [] for name in commands}
     texts: dict[str, str] = {}
