@@ -329,6 +329,24 @@ def _step_arguments(
     return kv_caches, cos, sin, tuple(rest)
 
 
+def _chunk(
+    tokens: Array,
+    length: Array,
+    start: Array,
+    slot: Array,
+    arrays: Sequence[Array],
+    caches: Sequence[int],
+    bind: Callable[[Sequence[Array]], Decoder],
+    ops: Ops,
+) -> tuple[Decoder, Array, KVCaches]:
+    """Run one chunk of a slot's sequence; return the model, the hidden states ``[T, D]``, and the KV caches."""
+    kv_caches, cos, sin, weights = _step_arguments(arrays, caches)
+    model = bind(weights)
+    batch = Batch(slots=slot[None], starts=start[None], lengths=length[None])
+    x, kv_caches = model.step(tokens[None], batch, cos, sin, kv_caches, ops)  # [1, T, D]
+    return model, x[0], kv_caches
+
+
 def _prefill(
     tokens: Array,
     length: Array,
@@ -340,11 +358,8 @@ def _prefill(
     ops: Ops,
 ) -> tuple[Array, ...]:
     """Run one chunk of a slot's prompt: the first ``length`` of ``tokens [T]``, from position ``start`` on."""
-    kv_caches, cos, sin, weights = _step_arguments(arrays, caches)
-    model = bind(weights)
-    batch = Batch(slots=slot[None], starts=start[None], lengths=length[None])
-    x, kv_caches = model.step(tokens[None], batch, cos, sin, kv_caches, ops)  # [1, T, D]
-    last = gather_rows(x[0], (length - 1).reshape(1, 1))[0]  # [1, D]
+    model, x, kv_caches = _chunk(tokens, length, start, slot, arrays, caches, bind, ops)
+    last = gather_rows(x, (length - 1).reshape(1, 1))[0]  # [1, D]
     return _results(model, last, jnp.minimum(length, 1), kv_caches, ops)
 
 
@@ -359,11 +374,8 @@ def _score(
     ops: Ops,
 ) -> tuple[Array, ...]:
     """Run one chunk of a slot's sequence as `_prefill` does, with a result after each token."""
-    kv_caches, cos, sin, weights = _step_arguments(arrays, caches)
-    model = bind(weights)
-    batch = Batch(slots=slot[None], starts=start[None], lengths=length[None])
-    x, kv_caches = model.step(tokens[None], batch, cos, sin, kv_caches, ops)  # [1, T, D]
-    return _results(model, x[0], length, kv_caches, ops)
+    model, x, kv_caches = _chunk(tokens, length, start, slot, arrays, caches, bind, ops)
+    return _results(model, x, length, kv_caches, ops)
 
 
 def _decode(

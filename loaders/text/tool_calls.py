@@ -104,19 +104,32 @@ class _Brackets:
         return None
 
 
-class JsonBody:
-    """A JSON object, or an array of them: ``{"name": "weather", "arguments": {"place": "Paris"}}``."""
+class _BracketedBody:
+    """A body from an opening bracket to the bracket that closes it.
 
-    def __init__(self) -> None:
+    Args:
+        openers: the brackets that may open it.
+        quotes: the quotes of the texts within, whose brackets do not count.
+    """
+
+    def __init__(self, openers: str, quotes: str) -> None:
+        self._openers, self._quotes = openers, quotes
         self._brackets: _Brackets | None = None
 
     def end(self, text: str) -> int | None:
         if self._brackets is None:
-            start = _first(text, "{[")
+            start = _first(text, self._openers)
             if start is None:
                 return None
-            self._brackets = _Brackets(start, '"')
+            self._brackets = _Brackets(start, self._quotes)
         return self._brackets.end(text)
+
+
+class JsonBody(_BracketedBody):
+    """A JSON object, or an array of them: ``{"name": "weather", "arguments": {"place": "Paris"}}``."""
+
+    def __init__(self) -> None:
+        super().__init__("{[", '"')
 
     def calls(self, text: str) -> list[RawCall]:
         value = _loads(text)
@@ -160,19 +173,11 @@ class NamedJsonBody:
         return [_raw_call(head[1], _loads(text[brace:]), head[2])]
 
 
-class CallListBody:
+class CallListBody(_BracketedBody):
     """A list of calls in Python's syntax: ``[weather(place="Paris")]``."""
 
     def __init__(self) -> None:
-        self._brackets: _Brackets | None = None
-
-    def end(self, text: str) -> int | None:
-        if self._brackets is None:
-            start = _first(text, "[")
-            if start is None:
-                return None
-            self._brackets = _Brackets(start, "'\"")
-        return self._brackets.end(text)
+        super().__init__("[", "'\"")
 
     def calls(self, text: str) -> list[RawCall]:
         try:
