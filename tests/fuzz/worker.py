@@ -355,6 +355,8 @@ def main() -> None:
         Path(sys.prefix),
         Path(sys.base_prefix),
         Path("/proc/self"),
+        Path("/proc/meminfo"),
+        Path("/proc/sys/vm/overcommit_memory"),
         Path("/usr/share/zoneinfo"),
     )
     written = (cache_folder.cache_folder(), Path(tempfile.tempdir), place.pulled)
