@@ -18,7 +18,7 @@ def cache_folder() -> Path:
     Every file in it can be computed or fetched again.
 
     Raises:
-        PrecastError: no variable names a folder, and the user has no home folder.
+        PrecastError: the user has no home folder, and neither ``PRECAST_CACHE`` nor ``XDG_CACHE_HOME`` names a folder.
     """
     try:
         if own := os.environ.get("PRECAST_CACHE"):
@@ -48,7 +48,7 @@ class UntrustedCache(PrecastError):
 
 
 def trusted_cache(name: str) -> Path:
-    """Return a subfolder of the cache folder that only this user and root can write to.
+    """Return the path of a subfolder of the cache folder, after checking that only this user and root can write to it.
 
     Raises:
         UntrustedCache: another user can write to it.

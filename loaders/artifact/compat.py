@@ -108,7 +108,10 @@ def _has_stablehlo(target: Target) -> bool:
 
 
 def _as_stablehlo(target: Target) -> Target:
-    """Return a copy of the target to compile here from StableHLO: it needs the same kernels, but any jaxlib and CPU."""
+    """Return a copy of the target for compiling from StableHLO here.
+
+    Any jaxlib and CPU will do, but the kernels must be the same.
+    """
     return replace(target, runtime="stablehlo", device="any", machine="any", jaxlib="any", cpu_features=())
 
 

@@ -2,7 +2,7 @@
 
 An executable from XLA's CPU client names each custom call twice: as ``custom_call_target``, field 28 of an
 ``HloInstructionProto`` (xla/service/hlo.proto), and as ``target_name``, field 2 of the ``CustomCallThunkProto`` in
-field 16 of a ``ThunkProto`` (xla/backends/cpu/runtime/thunk.proto). XLA calls the function that the second names.
+field 16 of a ``ThunkProto`` (xla/backends/cpu/runtime/thunk.proto). XLA calls the function that ``target_name`` names.
 StableHLO stores these names among its other strings, where only the names of installed kernels can be recognised.
 """
 
@@ -36,11 +36,11 @@ def check_calls(root: Path, target: Target, contents: Mapping[str, bytes], insta
     Args:
         root: the artifact.
         target: the target whose programs are about to be loaded or compiled.
-        contents: the target's files, by name.
+        contents: contents of the target's files, by file name.
         installed: the installed kernels.
 
     Raises:
-        PrecastError: a program makes another custom call.
+        PrecastError: a program makes a custom call that the manifest does not list.
     """
     # A SavedModel is checked when TensorFlow loads it. GPU programs are not checked: XLA itself uses custom calls
     # there, to call libraries such as cuBLAS.

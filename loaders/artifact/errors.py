@@ -2,7 +2,7 @@
 
 import sys
 
-# The maximum length of a message, in characters. Only a message that quotes a file can be longer.
+# The maximum length of a message, in characters. A message that quotes a file may be longer, and is shortened.
 _MAX_LENGTH = 4000
 
 

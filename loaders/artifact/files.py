@@ -95,7 +95,7 @@ def sha256_of(path: Path) -> str:
 
 
 def digest_of(file: BinaryIO, on_read: Callable[[int], None] = lambda _: None) -> str:
-    """Return the sha256, in hex, of an open file from its current position; pass each block's size to `on_read`."""
+    """Return the sha256, in hex, of the rest of an open file; pass the size of each block to `on_read`."""
     digest = hashlib.sha256()
     while block := file.read(_BLOCK):
         digest.update(block)
@@ -135,7 +135,7 @@ def read(root: Path, name: str, *, limit: int | None = None) -> bytes:
 
 
 def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
-    """Return the contents of a file after comparing these same bytes with the file's hash.
+    """Return the contents of a file after checking them; the bytes returned are the bytes that were hashed.
 
     Raises:
         PrecastError: the file does not match `entry`.
@@ -294,7 +294,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview, sync: bool = False)
         parts: its contents.
         sync: flush the contents to disk before the rename, so that a power cut leaves the old file or the new one.
     """
-    import tempfile  # 2 ms of import, which a start that only reads avoids
+    import tempfile  # a lazy import, because it takes 2 ms and most starts write no file
 
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with on_interrupt(partial(os.unlink, temporary)):

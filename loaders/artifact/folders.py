@@ -1,6 +1,6 @@
 """Create folders atomically.
 
-This module is separate from `files`, which every start imports, because only few commands write folders.
+Only a few commands write folders, so this module is separate from `files`, which every start imports.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     If the block fails, `path` is unchanged and the temporary folder is removed.
 
     Raises:
-        PrecastError: `path` exists and may not be replaced (`check_free`), or writing fails.
+        PrecastError: `path` exists and may not be replaced (see `check_free`), or writing fails.
     """
     check_free(path, overwrite)
     marked = temporary_name(path.parent, path.name)
@@ -59,7 +59,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 f"{path}: cannot be created ({error.strerror}); choose another folder with -o."
             ) from None
         try:
-            # Inside the marked folder, so that the mark stays out of the artifact.
+            # Fill a subfolder of the marked folder, so that the mark stays out of the artifact.
             temporary = marked / path.name
             temporary.mkdir()
             yield temporary
@@ -121,7 +121,7 @@ def remove_leftovers(parent: Path, name: str, rescue: Callable[[Path], None] = l
     """Remove the marked temporary folders for `name` that this user's killed processes left behind.
 
     Args:
-        parent: the folder that contains them.
+        parent: the folder that contains the temporary folders.
         name: the name given to `temporary_name`.
         rescue: called with each folder before its removal.
 
@@ -147,7 +147,7 @@ def _is_marked(folder: int) -> bool:
     """Return True if an open folder belongs to this user and contains the mark."""
     if os.fstat(folder).st_uid != os.geteuid():
         return False
-    # Non-blocking, because a named pipe would wait for a writer.
+    # Open the mark without blocking, because opening a named pipe would wait for a writer.
     mark = os.open(_MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     try:
         return stat.S_ISREG(os.fstat(mark).st_mode) and os.read(mark, len(_MARK_TEXT) + 1) == _MARK_TEXT
@@ -158,10 +158,10 @@ def _is_marked(folder: int) -> bool:
 def check_free(path: Path, overwrite: bool) -> None:
     """Check that a new folder may take this path.
 
-    The path may be free, an empty folder, or with `overwrite` an artifact.
+    The path may be free, or hold an empty folder or, with `overwrite`, an artifact.
 
     Raises:
-        PrecastError: the path is taken.
+        PrecastError: the path is taken, or is a mount point or the current folder.
     """
     if not os.path.lexists(path):
         return
@@ -196,7 +196,7 @@ def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
         try:
             temporary.rename(path)
         except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process created it meanwhile
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another process has created `path` meanwhile
                 check_free(path, overwrite)
             raise
         return

@@ -3,13 +3,14 @@
 The handler raises no exception, because one could surface anywhere: in a half-done import, in a destructor that
 swallows it, or in a callback of compiled code that crashes. Instead, a block that could leave something behind
 registers its clean-up with `on_interrupt`; the handler runs the clean-ups and ends the process. `raise_on_interrupt`
-restores Python's own KeyboardInterrupt where the terminal must be reset, as after typing a password.
+restores Python's own KeyboardInterrupt for code that must reset the terminal, such as a password prompt.
 
-Python runs signal handlers between two bytecode instructions. The main thread may spend minutes inside a compiler or a
-program; a second thread waits for the signal and does the handler's work then.
+Python runs signal handlers only between two bytecode instructions, and the main thread may spend minutes inside a
+compiler or a program. So a second thread waits for the signal, too, and does the handler's work if the main thread does
+not.
 
-This module is imported first and imports almost nothing, so that it is active from nearly the start. In a host process
-no handler is installed, and `on_interrupt` has no effect.
+This module is imported first and imports almost nothing, so that it is active from nearly the start. A program that
+imports precast as a library gets no handler, and `on_interrupt` has no effect there.
 """
 
 import _thread
@@ -26,7 +27,7 @@ else:
     import _signal as signal  # has everything needed here, without importing enum
 
 INTERRUPTED = 130
-# Seconds that the main thread has to reach its handler.
+# Seconds allowed for the main thread to reach its handler.
 _PATIENCE_S = 1.0
 # A process has one handler per signal, and so one list of clean-ups.
 _CLEAN_UPS: "list[Callable[[], object]]" = []
@@ -42,7 +43,8 @@ class on_interrupt:
     """Run `clean_up` if the process is interrupted while the block runs.
 
     Args:
-        clean_up: a call that is safe at any moment, even just before the block begins or just after it ends.
+        clean_up: a function that is safe to call at any moment, even just before the block begins or just after it
+            ends.
     """
 
     def __init__(self, clean_up: "Callable[[], object]") -> None:

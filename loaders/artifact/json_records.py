@@ -19,7 +19,7 @@ MAX_JSON_BYTES = 16 << 20
 
 
 class _Mismatch(Exception):
-    """A value that does not fit its field; the text says where, what was expected and what was found."""
+    """A value that does not fit its field; the message says where, what was expected and what was found."""
 
 
 def to_json(record: Any) -> str:
@@ -86,8 +86,9 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-# The position of a value in the JSON. The outermost is the name of the source. Any other is a pair: the position of the
-# enclosing value, and one more step, which is a field's name or a bracketed index or key. Only an error formats it.
+# The position of a value in the JSON. The position of the outermost value is the name of the source. Any other position
+# is a pair: the position of the enclosing value, and a field's name or a bracketed index or key. A position becomes
+# text only if there is an error.
 _Place = str | tuple[Any, str]
 
 

@@ -91,12 +91,12 @@ def nvidia_gpus(root: Path = Path("/")) -> tuple[str, ...]:
     """Return the models of NVIDIA GPUs, read from the driver's files without loading the driver.
 
     A driver without such files, as under WSL, gives ("any",). If CUDA_VISIBLE_DEVICES hides every GPU, the result is
-    empty. If the variable hides only some of them, the result still includes these.
+    empty. If the variable hides only some GPUs, the result still includes all of them.
 
     Args:
         root: root of the file system.
     """
-    # CUDA ignores the list from the first invalid device on, so an invalid first device hides all.
+    # CUDA ignores the list from the first invalid device on, so an invalid first device hides every GPU.
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1"):
         return ()
     models = []

@@ -8,7 +8,7 @@ from .frozen import Frozen
 
 FORMAT_VERSION = 6
 MANIFEST_FILE = "manifest.json"
-# A signature over the manifest. The manifest lists every file except itself and this one.
+# A signature over the manifest. The manifest lists every file except itself and its signature.
 SIGNATURE_FILE = "manifest.json.sig"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -54,7 +54,7 @@ class Value(Frozen):
 
     @property
     def physical(self) -> tuple[int, ...]:
-        """The shape in the order of the layout, slowest axis first, which is the executable's own shape."""
+        """The executable's own shape: the axes of `shape` in the order of `layout`."""
         return tuple(self.shape[axis] for axis in self.layout)
 
 
@@ -65,7 +65,7 @@ class ProgramMemory(Frozen):
         arguments: the arguments.
         results: the results.
         aliased: the part of `results` that reuses the memory of arguments.
-        temporary: scratch memory, without that of precast's kernels.
+        temporary: scratch memory, without the scratch memory of precast's kernels.
     """
 
     arguments: int
@@ -101,12 +101,12 @@ class Program(Frozen):
 
     @property
     def rows(self) -> int:
-        """The number of rows of the results: R sequences of decode, 1 for prefill, T for score, 0 for cache."""
+        """The number of rows in each result: R for decode, 1 for prefill, T for score, 0 for cache."""
         return next((v.shape[0] for v in self.results if v.role == "token" and v.shape), 0)
 
     @property
     def has_slots(self) -> bool:
-        """True for a decode program whose rows may belong to any slots; up to format 5, row i belongs to slot i."""
+        """True for a decode program whose rows may belong to any slots. Up to format 5, row i belongs to slot i."""
         return any(v.role == "slots" for v in self.arguments)
 
 
@@ -148,7 +148,7 @@ class Target(Frozen):
         return tuple(p for p in self.programs if p.kind == kind)
 
     def file_of(self, program: Program) -> str | None:
-        """Return the file of one of this target's programs, in the form that its runtime reads."""
+        """Return the file of one of this target's programs, in the form that the target's runtime reads."""
         return program.stablehlo if self.runtime == "stablehlo" else program.executable
 
 
@@ -228,7 +228,7 @@ class TokenizerFiles(Frozen):
 
 
 class SamplingDefaults(Frozen):
-    """The model's own sampling defaults, in fields of `precast.SamplingParams`.
+    """The model's own sampling defaults, under the names of the fields of `precast.SamplingParams`.
 
     None or an empty list means that the model has no default.
     """
@@ -309,8 +309,8 @@ class Prefix(Frozen):
         name: unique in the artifact.
         tokens: number of tokens.
         file: JSON file with the token ids.
-        arrays: safetensors file with a tensor for each array of the KV cache, positions 0 to ``tokens − 1`` of a slot;
-            of an array with a window, only the last positions.
+        arrays: safetensors file with a tensor for each array of the KV cache. It holds positions 0 to ``tokens − 1``
+            of a slot, or only the last of them for an array with a window.
         target: name of the target that computed the arrays.
         kernels: ABI version of the kernels that computed the arrays.
         isa: instruction set of these kernels.
@@ -336,8 +336,8 @@ class Manifest(Frozen):
         format_version: version of the artifact format.
         name: the model's name.
         model: the model's architecture and shape.
-        capacity: the context length, under its name in the file.
-        slots: B, sequences decoded together.
+        capacity: the context length, under the name that the file uses.
+        slots: B, the number of sequences decoded together.
         buckets: prompt lengths that have their own prefill program, ascending.
         cache: arrays of the KV cache.
         targets: targets in the exporter's order; the first is the reference for cache layouts, golden answers and

@@ -19,7 +19,7 @@ from .manifest import (
 )
 
 _MAX_SLOTS = 1 << 16
-_LONGEST_NAME = 64  # of a prefix: its name is part of file names
+_LONGEST_NAME = 64  # for a prefix, whose name is part of file names
 
 _Shape = tuple[int, ...]
 
@@ -44,7 +44,8 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         _check_target(manifest, target, f"{where}: target {target.name!r}")
         for program in target.programs:
             _check_program(manifest, program, f"{where}: target {target.name!r}, program {program.name!r}")
-    _expect(f"{where}: prefixes", "names", len(manifest.prefixes), len({p.name for p in manifest.prefixes}))
+    distinct = {prefix.name for prefix in manifest.prefixes}
+    _expect(f"{where}: prefixes", "distinct names", len(manifest.prefixes), len(distinct))
     for prefix in manifest.prefixes:
         _check_prefix(manifest, prefix, f"{where}: prefix {prefix.name!r}")
     return manifest
@@ -120,10 +121,10 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
 
 
 def _check_cache_array(manifest: Manifest, array: CacheArray, where: str) -> None:
-    _expect(where, "letters of its axes", len(array.shape), len(array.axes))
+    _expect(where, "number of letters in its axes", len(array.shape), len(array.axes))
     _expect(where, "axes in its layout", list(range(len(array.shape))), sorted(array.layout))
     named = dict(zip(array.axes, array.shape, strict=True))
-    # A ring must hold the longest chunk, and the window before the chunk's first token.
+    # A ring buffer must hold the longest chunk, and the window before the chunk's first token.
     needed = array.window + max(manifest.buckets) - 1 if array.window else manifest.context
     needed = min(needed, manifest.context)
     positions = named.get("S", 0)
@@ -134,7 +135,7 @@ def _check_cache_array(manifest: Manifest, array: CacheArray, where: str) -> Non
     sizes = {"B": manifest.slots, "L": len(array.layers)}
     _expect(where, "slots and layers", sizes, {axis: named.get(axis) for axis in sizes})
     _expect(where, "bytes", prod(array.shape) * DTYPE_BYTES.get(array.dtype, 0), array.bytes)
-    _expect(where, "layers in their order", tuple(sorted(set(array.layers))), array.layers)
+    _expect(where, "layers in ascending order", tuple(sorted(set(array.layers))), array.layers)
 
 
 def _check_target(manifest: Manifest, target: Target, where: str) -> None:
@@ -148,7 +149,7 @@ def _check_target(manifest: Manifest, target: Target, where: str) -> None:
     needed = [("cache", 0), *(("prefill", tokens) for tokens in manifest.buckets)]
     _expect(where, "kinds and lengths of its programs", needed, kinds)
     names = {p.name for p in target.programs}
-    _expect(where, "names of its programs", len(target.programs), len(names))
+    _expect(where, "distinct names of its programs", len(target.programs), len(names))
     _check_decode_and_score(manifest, target, where)
     for program in target.programs:
         if target.file_of(program) is None:
@@ -158,10 +159,10 @@ def _check_target(manifest: Manifest, target: Target, where: str) -> None:
 
 
 def _check_decode_and_score(manifest: Manifest, target: Target, where: str) -> None:
-    """Check that a target decodes all slots at once, and scores at most as many tokens as a prefill reads."""
+    """Check that one decode program has a row for each slot, and that score takes at most as many tokens as prefill."""
     decodes = sorted(target.of_kind("decode"), key=lambda p: p.rows)
     rows = [p.rows for p in decodes]
-    # Up to format 5, the rows of decode are the slots.
+    # Up to format 5, decode has one row for each slot, and row i belongs to slot i.
     fits = all(p.tokens == 1 and (p.has_slots or p.rows == manifest.slots) for p in decodes)
     if not fits or rows[-1:] != [manifest.slots] or rows[0] < 1 or len(set(rows)) < len(rows):
         raise PrecastError(

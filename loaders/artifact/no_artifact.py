@@ -56,12 +56,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """Yield the manifests two levels down, outside hidden folders."""
+    """Yield the paths of manifests two levels below `path`, outside hidden folders."""
     return (p for p in path.glob(f"*/*/{MANIFEST_FILE}") if not p.relative_to(path).parts[0].startswith("."))
 
 
 def _source_at(path: Path) -> tuple[str, Path] | None:
-    """Describe the exportable model at a path; return the description and the path to export."""
+    """Return a description of the model at a path and the path to export; None if there is no model to export."""
     if os.path.isfile(path):
         if _is_gguf(path):
             return "a GGUF file", path

@@ -24,7 +24,7 @@ class Origin(Frozen):
         tokenizer: sha256 of the tokenizer's file.
         cache: types and shapes of the KV cache's arrays, without slots and positions.
         target: name of the target.
-        programs: sha256 of the target's programs, and of the version of the kernels' arithmetic.
+        programs: sha256 over the target's programs and the version of the kernels' arithmetic.
         kernel_abi: ABI version of precast's kernels.
         isa: instruction set that the kernels chose ("avx2").
     """
@@ -38,7 +38,7 @@ class Origin(Frozen):
     isa: str
 
     def differences(self, other: "Origin") -> Mapping[str, tuple[str, str]]:
-        """Return the fields that differ, by their names in messages: the value of this origin, and the other's."""
+        """Return the two values of each field that differs, this origin's first, by the field's name in messages."""
         pairs = {label: (getattr(self, field), getattr(other, field)) for field, label in _LABELS.items()}
         return {label: (mine, theirs) for label, (mine, theirs) in pairs.items() if mine != theirs}
 
@@ -66,8 +66,8 @@ def has_row_invariance(target: Target) -> bool:
 def is_reproducible(target: Target) -> bool:
     """Return True if another process that runs the target computes the same bits.
 
-    A serialised executable does so in every process. StableHLO may be compiled by another version of XLA.
-
+    A serialised executable does so in every process. StableHLO may be compiled by another version of XLA, which may
+    compute other bits.
     """
     return has_row_invariance(target) and target.runtime == "pjrt"
 

@@ -2,7 +2,7 @@
 
 Linux caches a file in folios as large as the writes or reads that filled them, and maps a folio of 2 MiB with one TLB
 entry. Weights written tensor by tensor end up in 4 KiB pages, where TLB misses reduce the speed of reading from 30 to
-25 GB/s. A file system without large folios ignores all of this; the contents are the same.
+25 GB/s. On a file system without large folios, nothing in this module has an effect on speed or contents.
 """
 
 import mmap
@@ -33,7 +33,8 @@ class HugePageWriter:
         """
         for page in range(at // HUGE_PAGE, -(-(at + len(data)) // HUGE_PAGE)):
             begin = page * HUGE_PAGE
-            # Data that covers a huge page allocates one by itself. Before a smaller write, zeros allocate it.
+            # A write that covers a whole huge page allocates that page at once. Before a smaller write, a write of
+            # zeros allocates it.
             whole = at <= begin and begin + HUGE_PAGE <= at + len(data)
             if page not in self._begun and not whole:
                 self._file.seek(begin)
@@ -44,8 +45,8 @@ class HugePageWriter:
 
 
 def advise_huge_pages(mapping: mmap.mmap, begin: int, end: int) -> None:
-    """Advise the kernel to read a range into huge pages; pages already in the page cache stay small."""
+    """Advise Linux to read a range into huge pages; pages already in the page cache stay small."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
         begin -= begin % mmap.PAGESIZE
-        with suppress(OSError):  # a kernel without huge pages for files
+        with suppress(OSError):  # this Linux has no huge pages for files
             mapping.madvise(mmap.MADV_HUGEPAGE, begin, end - begin)

@@ -32,7 +32,7 @@ def upgrade(value: dict[str, Any], where: str) -> dict[str, Any]:
         where: the file's path, for messages.
 
     Raises:
-        PrecastError: a manifest of an earlier version has a key of a later one.
+        PrecastError: a manifest of an earlier version has a key that a later version added.
     """
     while (step := UPGRADES.get(value["format_version"])) is not None:
         value = step(value, where)
@@ -51,8 +51,8 @@ def _from_4(value: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _from_5(value: dict[str, Any], where: str) -> dict[str, Any]:
-    # In format 5, targets have no program of the kind "score", and row i of "decode" belongs to slot i. Format 6 allows
-    # both.
+    # In format 5, targets have no program of the kind "score", and row i of "decode" belongs to slot i. Format 6 still
+    # allows such targets.
     return _with(value, {"prefixes": []}, where) | {"format_version": 6}
 
 

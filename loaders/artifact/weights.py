@@ -165,10 +165,10 @@ def file_parts(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) ->
 
 
 def read_metadata(source: BinaryIO) -> dict[str, str]:
-    """Return the texts in the header of a safetensors file, open and at its start; leave it there.
+    """Return the metadata of a safetensors file that is open at its start; go back to the start.
 
     Raises:
-        PrecastError: the file is not a safetensors file.
+        PrecastError: the file is not a safetensors file, or its metadata are not texts.
     """
     header, _ = _read_header(source)
     source.seek(0)
@@ -181,7 +181,7 @@ def read_metadata(source: BinaryIO) -> dict[str, str]:
 
 
 def _read_header(source: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Read the header of a safetensors file at its start; return it with the offset of the data."""
+    """Read the header of a safetensors file that is open at its start; return the header and the data's offset."""
     path, size = Path(source.name), os.fstat(source.fileno()).st_size
     length = int.from_bytes(source.read(8), "little")
     if size < 8 or length > min(_MAX_HEADER, size - 8):
@@ -216,7 +216,7 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     _check_cover(path, entries, len(mapping) - start)
     for name, _, _, begin, end in entries:
         # A model with a separate output head reads only the rows of its embedding that belong to the prompt's tokens.
-        # They are scattered, so huge pages would read far more than is used.
+        # These rows are scattered, so huge pages would read far more than is used.
         if end > begin and not (name.startswith(_EMBEDDING) and _HEAD in header):
             advise_huge_pages(mapping, start + begin, start + end)
     return {

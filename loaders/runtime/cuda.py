@@ -1,7 +1,8 @@
 """XLA's CUDA client, loaded without jax from the plugin in jax's packages for NVIDIA GPUs.
 
-A plugin is a shared library with XLA's C interface. The Python package around it imports jax, so it is not imported.
-Like `pjrt`, this file holds calls of jaxlib's private functions: those that only a device with separate memory needs.
+A plugin is a shared library with XLA's C interface. The Python package around it imports jax, so this module does not
+import that package. Like `pjrt`, this module calls private functions of jaxlib. It calls only the functions that a
+device with separate memory needs.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ from ..artifact.errors import PrecastError
 from . import pjrt
 from .interface import Buffer
 
-# jax's name for the platform; the plugins' package names by their modules, newest first.
+# jax's name for the platform, and the package of each plugin by the plugin's module, newest first.
 _NAME = "cuda"
 _PACKAGES = {"xla_cuda13": "jax-cuda13", "xla_cuda12": "jax-cuda12"}
 _LIBRARY = "xla_cuda_plugin.so"
@@ -78,7 +79,7 @@ class Executable(pjrt.Executable):
         return super().__call__([self._on.uploaded(a) if isinstance(a, np.ndarray) else a for a in arguments])
 
     def serialize(self) -> bytes:
-        """Return the input of `Client.load`."""
+        """Return the program as bytes that `Client.load` reads."""
         return bytes(self._loaded.serialize())
 
 
@@ -186,7 +187,7 @@ def _client() -> Client:
             xla_client.load_pjrt_plugin_dynamically(_NAME, str(plugin.library))
         if not xla_client.pjrt_plugin_initialized(_NAME):
             xla_client.initialize_pjrt_plugin(_NAME)
-        # Show it one GPU only, because a client reserves most of the memory of every GPU that it sees.
+        # Show one GPU only, because a client reserves most of the memory of every GPU that it sees.
         options = {**xla_client.generate_pjrt_gpu_plugin_options(), "visible_devices": [0]}
         return Client(xla_client.make_c_api_client(_NAME, options))
     except (_jax.JaxRuntimeError, RuntimeError, ValueError) as error:

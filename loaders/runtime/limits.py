@@ -1,4 +1,4 @@
-"""Compare the needs of loading with the system's limits, because XLA ends a process that reaches a limit."""
+"""Compare the needs of loading with the system's limits, because XLA aborts a process that reaches a limit."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +10,8 @@ from ..artifact.units import size_text
 from . import resources
 
 MOST_THREADS = 1024
-# Address space, measured with jaxlib 0.10.1: that of libraries and programs, without weights and cache; and that of
-# each computing thread, which includes a stack and a malloc arena of 64 MB, and helper threads with the same.
+# Address space, measured with jaxlib 0.10.1. `_FIXED` is for libraries and programs, without weights and cache.
+# `_PER_THREAD` is for each computing thread: its stack, its malloc arena of 64 MB, and its share of the helper threads.
 _FIXED, _PER_THREAD = 704 << 20, 112 << 20
 # Measured in the same way: the programs of a further model in a process that already has the libraries and the threads.
 _FURTHER = 16 << 20
@@ -54,7 +54,7 @@ def need(manifest: Manifest, target: Target) -> Need:
 
 
 def threads_started(computing: int) -> int:
-    """Return the most threads that XLA's client (of any supported jaxlib) and the loader start."""
+    """Return the maximum number of threads that the loader and the XLA client of any supported jaxlib start."""
     return 1 + max(8 + 2 * computing, 4 * computing)
 
 
@@ -81,8 +81,8 @@ def problems(
         yield problem, f"raise that limit{fewer}{slots}"
     if limits.allocation is not None and limits.allocation < needed.largest:
         problem = (
-            f"an array of its KV cache takes {size_text(needed.largest)} of address space, this system allocates at"
-            f" most {size_text(limits.allocation)} at once"
+            f"an array of its KV cache takes {size_text(needed.largest)} of address space, but this system allocates"
+            f" at most {size_text(limits.allocation)} at once"
         )
         yield problem, "set vm.overcommit_memory to 1, or export with fewer --slots or a shorter --context"
     if limits.threads is not None and not has_client:
@@ -104,7 +104,7 @@ def ensure(root: Path, manifest: Manifest, target: Target, computing: int, *, ha
         has_client: True if this process already has an XLA client with this many threads.
 
     Raises:
-        PrecastError: names the first such limit.
+        PrecastError: a limit is too low; the message names the first one.
     """
     found = resources.limits(0 if has_client else threads_started(computing))
     needed = need(manifest, target)
@@ -116,7 +116,7 @@ def checked_threads(threads: int | None) -> int:
     """Return the requested number of threads; the default is the number that machine and container allow.
 
     Raises:
-        PrecastError: the number is not a valid number of threads.
+        PrecastError: `threads` is not a whole number from 1 to `MOST_THREADS`.
     """
     if threads is None:
         return resources.processors().threads

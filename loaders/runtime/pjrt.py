@@ -77,7 +77,7 @@ class Executable:
         """Run the program.
 
         Args:
-            arguments: arguments in the order of the signature. A call consumes those that a result aliases.
+            arguments: arguments in the order of the signature. A call consumes every argument that a result aliases.
 
         Returns:
             The results in the order of the signature.
@@ -95,7 +95,7 @@ class Executable:
             ) from None
 
     def serialize(self) -> bytes:
-        """Return the input of `Client.load`; the same program gives the same bytes."""
+        """Return the program as bytes that `Client.load` reads; the same program gives the same bytes."""
         from .serialized import canonical
 
         return canonical(bytes(self._loaded.serialize()))
@@ -150,7 +150,7 @@ class Client:
             where: name of the program in messages.
 
         Raises:
-            PrecastError: XLA refuses it.
+            PrecastError: XLA refuses the executable.
         """
         try:
             loaded = self._client.deserialize_executable(serialized, executable_devices=self._devices)
@@ -165,7 +165,7 @@ class Client:
         """Compile a StableHLO portable artifact; arguments as for `load`.
 
         Raises:
-            PrecastError: XLA refuses it.
+            PrecastError: XLA refuses the StableHLO.
         """
         try:
             loaded = self._client.compile_and_load(stablehlo, self._devices, self._options())
@@ -258,7 +258,7 @@ _clients: dict[int, Client] = {}
 
 
 def client(threads: int | None = None) -> Client:
-    """Return this process's client with this many threads; models with the same number share it.
+    """Return this process's client with this many threads; models with the same number of threads share it.
 
     Args:
         threads: number of computing threads; None for one per usable core.

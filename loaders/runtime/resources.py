@@ -10,9 +10,9 @@ from time import monotonic, sleep
 from ..artifact.frozen import Frozen
 from ..artifact.machine import usable_cores
 
-# Seconds for a started thread to take its first step; a thread without memory for its stack never does.
+# Seconds allowed for a started thread to take its first step. A thread without memory for its stack never takes it.
 _PASS_S = 2.0
-# Control groups of version 1 state a number just below 2^63 in place of no limit.
+# Control groups of version 1 state a number just below 2^63 if there is no limit.
 _NO_LIMIT = 1 << 60
 # More threads than a user is expected to have in other processes. A limit above this number plus the threads needed
 # counts as high enough, without a test.
@@ -36,8 +36,8 @@ class Processors(Frozen):
     def threads(self) -> int:
         """Return the default number of computing threads, within the quota.
 
-        More threads than the quota would spin away the CPU time of each scheduling period before it ends, and then all
-        of them would wait for the next period.
+        With more threads than the quota, threads that spin would use up the quota before each scheduling period ends.
+        Then all threads would wait for the next period.
         """
         return self.usable if self.quota is None else max(1, min(self.usable, int(self.quota)))
 
@@ -61,7 +61,8 @@ class Memory(Frozen):
     """Memory in bytes; None if the system does not report it.
 
     Attributes:
-        limit: memory for this process if nothing else ran: the machine's, or its control group's limit.
+        limit: memory that this process could take if nothing else ran: the machine's memory, or the limit of a control
+            group.
         available: memory that this process can still take.
     """
 
@@ -103,7 +104,7 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
             because the system hides some of the counts that it compares with its limits.
         system: root of the file system.
     """
-    # Measure the space first: the threads of the test take some, which the threads of the client will then reuse.
+    # Measure the address space first: the test's threads take some of it, which the client's threads reuse later.
     space = _address_space()
     few = _startable(threads) if _thread_limit(system) < threads + _IN_SIGHT else None
     return Limits(address_space=space, threads=few, allocation=_allocation(system))
@@ -129,7 +130,7 @@ def _thread_limit(system: Path) -> int:
         import resource
 
         most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-        # This limit counts threads of all the user's processes, and counting those would take a while.
+        # This limit applies to the threads of all the user's processes, which would take too long to count here.
         found += [most] if most != resource.RLIM_INFINITY else []
         # Thread stacks take address space, so a limit on address space limits the threads as well.
         found += [0] if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY else []
@@ -163,7 +164,7 @@ def _startable(wanted: int) -> int | None:
 
 
 def _pass(gate: LockType, passed: list[None]) -> None:
-    """Wait for the gate to open, and record the passage."""
+    """Wait for the gate to open, and record in `passed` that this thread has started."""
     with gate:
         passed.append(None)
 
@@ -180,8 +181,8 @@ def _groups(system: Path, controller: str) -> Iterator[Path]:
             top = system / "sys/fs/cgroup" / controller
         else:
             continue
-        # Inside a container the name may be that of the host, whose folders are missing here. Then the top folder is
-        # the container's own group.
+        # Inside a container, the name may be the group's name on the host, whose folders are missing here. Then the top
+        # folder is the container's own group.
         parts = [part for part in name.split("/") if part not in ("", "..")]
         for n in range(len(parts), -1, -1):
             folder = top.joinpath(*parts[:n])
@@ -221,7 +222,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """Return the number after the first word of each line such as ``MemTotal:  16384 kB``."""
+    """Return the numbers in lines such as ``MemTotal:  16384 kB``, by the first word of the line."""
     words = [line.split() for line in _text(path).splitlines()]
     return {w[0]: int(w[1]) for w in words if len(w) >= 2 and w[1].isdigit()}
 

@@ -21,8 +21,8 @@ SAVED_MODEL = "saved_model.pb"
 
 # Use the CPU, on which precast is tested, even if TensorFlow finds a GPU.
 _DEVICE = "/CPU:0"
-# The operations that the functions of an export use. A SavedModel is untrusted code, and other operations could write
-# files and more. An export also has operations that save and restore variables, but only in functions for other
+# The operations that the functions of an export use. A SavedModel is untrusted code, and other operations could, for
+# example, write files. An export also has operations that save and restore variables, but only in functions for other
 # loaders, which never run here.
 _OPERATIONS = frozenset(
     """
@@ -143,8 +143,8 @@ def load(
         rehash: hash the variables again, even if they were hashed before and are unchanged.
 
     Raises:
-        PrecastError: the folder holds unlisted files, the SavedModel has an operation that no export has or signatures
-            other than the manifest's, or TensorFlow cannot read it.
+        PrecastError: a file in the folder differs from the manifest or is not listed there, the SavedModel has an
+            operation that no export has, its signatures differ from the manifest, or TensorFlow cannot read it.
     """
     folder = _checked_folder(root, target, entries, rehash=rehash)
     tf = import_tensorflow()
@@ -155,7 +155,7 @@ def load(
     except Exception as error:  # TensorFlow documents no exceptions
         raise PrecastError(
             f"{folder}: TensorFlow {tf.__version__} does not load this SavedModel ({error}); export the model again"
-            " with this version, or install the one it was exported with."
+            " with this version, or install the version that it was exported with."
         ) from None
     for program in target.programs:
         _check_signature(signatures.get(program.name), program, folder)
@@ -166,7 +166,8 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
     """Return a SavedModel's folder after comparing its files with the manifest.
 
     Raises:
-        PrecastError: a file differs from the manifest, or is not listed: TensorFlow may read any file of the folder.
+        PrecastError: a file differs from the manifest, or is not listed there. TensorFlow may read any file in the
+            folder, so no file is exempt.
     """
     named = {target.file_of(program) for program in target.programs}
     executable = next(iter(named)) or ""
@@ -191,7 +192,7 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
 
 
 def _files_below(root: Path, folder: str) -> Iterator[str]:
-    """Yield the names of everything but folders below a folder of the artifact, without following links."""
+    """Yield the name of every file below a folder of the artifact; a link counts as a file and is not followed."""
     try:
         with os.scandir(root / folder) as found:
             entries = list(found)
@@ -211,7 +212,7 @@ def _check_operations(path: Path) -> None:
     """Refuse a SavedModel whose functions could do anything but compute.
 
     Raises:
-        PrecastError: names the operations that no export has.
+        PrecastError: a function uses an operation that no export has; the message names it.
     """
     from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
@@ -222,7 +223,7 @@ def _check_operations(path: Path) -> None:
         raise PrecastError(
             f"{path}: expected a SavedModel, found something else; export the model again."
         ) from None
-    # TensorFlow runs only the functions of such a model; of other models it would run the whole graph.
+    # TensorFlow runs only the functions of a TensorFlow 2 model. Of any other model it would run the whole graph.
     if len(graphs) != 1 or not graphs[0].HasField("object_graph_def"):
         raise PrecastError(
             f"{path}: expected one graph of TensorFlow 2, found another; export the model again."

@@ -3,10 +3,10 @@
 XLA compiles the kernels of a program on several threads, and stores their object files in the order of completion.
 Nothing depends on that order, so `canonical` sorts them: two compilations of a program then give the same bytes.
 
-The file is a protocol buffer message ``SerDesMetadata`` after its length, followed by the message
-``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto). Its field 1 holds a ``CompilationResultProto``
-(xla/service/cpu/executable.proto), whose fields 8 are the object files and field 9 the target machine. The wire format
-is https://protobuf.dev/programming-guides/encoding.
+The file consists of two protocol buffer messages: ``SerDesMetadata``, preceded by its length, and
+``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto). Field 1 of the second message holds a
+``CompilationResultProto`` (xla/service/cpu/executable.proto). Its fields 8 are the object files, and its field 9 is the
+target machine. The wire format is https://protobuf.dev/programming-guides/encoding.
 """
 
 import struct
@@ -48,7 +48,7 @@ def canonical(executable: bytes) -> bytes:
 
 
 def object_files(executable: bytes) -> tuple[bytes, ...] | None:
-    """Return the ELF files inside; None for an unknown form."""
+    """Return the ELF object files in the executable; None if its form is unknown."""
     try:
         results = [f.value for f in _split(executable)[1] if f.number == _RESULT]
         objects = [f.value for result in results for f in _fields(result) if f.number == _OBJECT]
@@ -71,7 +71,7 @@ def code_sections(elf: bytes) -> Iterator[bytes]:
 
 
 def _split(executable: bytes) -> tuple[bytes, list[_Field]]:
-    """Return the bytes before the message, and the message's fields."""
+    """Return the bytes before the second message, and the second message's fields."""
     length, start = _varint(executable, 0)
     if start + length > len(executable):
         raise _UnknownForm

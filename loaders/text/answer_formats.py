@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
 
-# The name of the format that leaves an answer as it is.
+# The name of the format that leaves answers unchanged.
 PLAIN = "text"
 
 
 class CallSyntax(Frozen):
-    """A form of tool calls.
+    """A form of tool calls. A body holds the text of one or more calls, usually between two markers.
 
     Attributes:
         opening: the marker before a body; empty for bodies without markers.

@@ -1,8 +1,7 @@
 """Split an answer into content, reasoning and tool calls while its text arrives.
 
 The result is independent of the pieces in which the text arrives. A tool call is reported as a whole, once it is
-complete and if it is well-formed. Anything else stays content: markers without a call, malformed calls, and calls cut
-off at the end.
+complete and well-formed. Markers without a call, malformed calls, and calls cut off at the end stay content.
 """
 
 import os
@@ -68,7 +67,7 @@ class AnswerParser:
     Attributes:
         form: the form of the answer.
         is_open: True if the prompt has opened the reasoning.
-        markers: texts of markers; the answer's text must contain their tokens, even special ones.
+        markers: texts of the markers. The text given to `push` must contain them, even if they are special tokens.
     """
 
     def __init__(
@@ -233,7 +232,7 @@ class AnswerParser:
             self._count += 1
 
     def _fail(self, opening: str) -> None:
-        """Turn the marker before a malformed body into content; the body may contain markers."""
+        """Emit the marker before a malformed body as content; parse the body again, because it may contain markers."""
         self._failures += 1
         self._emit(opening)
         self._step = AnswerParser._content

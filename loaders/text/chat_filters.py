@@ -63,7 +63,7 @@ def check_number(value: Any) -> Any:
 
 
 def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """Return a filter that converts any value to text."""
+    """Return jinja2's filter `name` with a charge; it converts any value to text first."""
     function: Any = FILTERS[name]
 
     @pass_environment
@@ -104,7 +104,7 @@ def _replace(environment: Any, s: Any, old: Any, new: Any, count: Any = None) ->
 
 
 def _on_plain_text(name: str, cost: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """Return a filter that raises an error for any value other than text."""
+    """Return jinja2's filter `name` with a charge; it accepts only text and undefined values."""
     function: Any = FILTERS[name]
     takes_environment = hasattr(function, "jinja_pass_arg")
 
@@ -228,7 +228,7 @@ def _sum(environment: Any, iterable: Any, attribute: Any = None, start: Any = 0)
 
 
 def _path(attribute: Any) -> Any:
-    """Return an attribute path.
+    """Return an attribute path after checking it.
 
     Raises:
         TemplateRuntimeError: following the path would take too long.
@@ -265,7 +265,7 @@ def _list(environment: Any, value: Any) -> list[Any]:
 
 
 def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    """Return a filter that compares items with each other; `parameters` follow the value in its signature."""
+    """Return a filter that compares items with each other; `parameters` names its arguments after the value."""
     function: Any = FILTERS[name]
 
     @pass_environment

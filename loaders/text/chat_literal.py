@@ -1,4 +1,4 @@
-"""Encode chats whose messages are plain text: special-token text in a message cannot forge a turn.
+"""Encode the messages of a chat as plain text, so that special-token text in a message cannot forge a turn.
 
 A control token is a special token, or an added token that the template writes or that is spelt like `<|…|>`.
 
@@ -81,7 +81,7 @@ class LiteralChat:
 
     @cached_property
     def _split_words(self) -> frozenset[str]:
-        """The template's words that a marker would split. A key or role of that name would no longer match."""
+        """The template's words that a marker would split. A key or role with such a name would no longer match."""
         words = set(re.findall(r"\w+", self._template))
         return frozenset(word for word in words if self._all_texts.mark(word, _MARKERS[0]) != word)
 
@@ -126,7 +126,8 @@ class LiteralChat:
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
         """Return True if the template wrote the control token.
 
-        The tokenizer also returns a control token, that for unknown text, for a character that the vocabulary lacks.
+        For a character that the vocabulary lacks, the tokenizer returns the token for unknown text, which is a control
+        token as well.
         """
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):
@@ -142,7 +143,8 @@ class LiteralChat:
             raise _unsupported()
         plain = text.lower()
         for number in set(ids) & self._control.keys():
-            # The token for unknown text is a control token as well, but does not come from its own spelling.
+            # The token for unknown text is a control token as well, but it also stands for characters that the
+            # vocabulary lacks. So check that the text spells the token.
             if (content := self._control[number].content).lower() in plain:
                 raise PrecastError(
                     f"Chat: the text {content!r} cannot be encoded literally, because the vocabulary also has it as a"
@@ -180,7 +182,7 @@ class _TokenTexts:
 
 
 def _unsupported() -> PrecastError:
-    return PrecastError("Chat: this tokenizer cannot encode messages literally; turn the option literal off.")
+    return PrecastError("Chat: this tokenizer cannot encode messages literally; turn off the option literal.")
 
 
 def _names(value: Any) -> Iterator[str]:

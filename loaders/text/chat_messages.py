@@ -137,7 +137,7 @@ def has_parts(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def join_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Join content in parts into one text, one line a part, for templates that accept only text.
+    """Join the parts of each message's content with line ends, for templates that accept only text.
 
     Raises:
         PrecastError: a part is not text.

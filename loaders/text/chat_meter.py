@@ -71,7 +71,7 @@ class Weight:
     def __init__(self) -> None:
         self.items = 1
         self.text = 0  # characters of its strings
-        self.width = 1  # bytes a character, for the widest
+        self.width = 1  # bytes per character, for the widest character
         self.other = 0  # characters of its numbers and other small values when printed
         self.depth = 0
         self.opaque = ""  # type of a part that cannot be printed

@@ -1,4 +1,4 @@
-"""The methods and attributes that a chat template may use, with the cost of a call.
+"""The methods and attributes that a chat template may use, with the cost of each call.
 
 The sandbox refuses all other names, including methods that future Pythons add.
 Importing this module imports jinja2.
@@ -66,7 +66,7 @@ def _classify(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _strip(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Charge for comparing each character with those to remove."""
+    """Return the cost of comparing each character with the characters to remove."""
     return size(text), len(text) * max(1, _longest(args)) >> 6
 
 
@@ -103,7 +103,7 @@ def _partition_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def lines_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Charge for the greatest possible number of lines: one more than the characters that may end a line."""
+    """Return the cost of as many lines as possible: one more than the number of characters that may end a line."""
     count = 1 + sum(map(text.count, _LINE_ENDS))
     return size(text) + _PIECE * count, (len(text) >> 4) + count
 
@@ -119,7 +119,7 @@ def _tabs(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def replace_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Charge for the result, whose size follows from the number of occurrences."""
+    """Return the cost of the result, whose size follows from the number of occurrences."""
     old, new, most = _text(args, 0), _text(args, 1), _number(args, 2, -1)
     places = text.count(old)
     places = places if most < 0 else min(places, most)
@@ -138,7 +138,7 @@ def _join(meter: Meter, separator: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _find_item(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
-    """Charge a comparison with every item, and an error that prints the missing item."""
+    """Return the cost of a comparison with every item, and of an error that prints the missing item."""
     wanted = meter.weigh(args)
     return wanted.printed * wanted.width, meter.weigh(owner).steps + wanted.steps
 
@@ -152,7 +152,7 @@ def _copy_dict(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
 
 
 def _look_up(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
-    """Charge for hashing the key."""
+    """Return the cost of hashing the key."""
     return 0, 1 if args and type(args[0]) is str else meter.weigh(args).steps
 
 

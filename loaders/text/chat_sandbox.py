@@ -5,10 +5,10 @@ A template can use only a closed set of operations, and each is charged before i
 - `chat_instrument` rewrites the syntax tree before compilation, so that the sandbox also executes loop iterations,
   macros, comparisons, slices, lists and `~`. Every jinja2 sandbox already executes operators, calls and attributes
   itself.
-- `chat_meter` weighs values. The weight is the size of a value with shared parts counted each time. A list that has the
-  same list twice, forty levels deep, weighs a trillion items, although it takes a few kilobytes.
-- `chat_filters` and `chat_methods` list the filters, tests and methods whose arguments determine their cost. There are
-  no others.
+- `chat_meter` weighs values. The weight is the size of a value with shared parts counted each time. A list that
+  contains the same list twice, and so on forty levels deep, weighs a trillion items, although it takes a few kilobytes.
+- `chat_filters` and `chat_methods` list the filters, tests and methods that a template may use, and compute their cost
+  from the arguments.
 
 A child process with limits of the operating system is no alternative: it takes longer to start than a hundred
 renderings, and many host programs cannot start one. Importing this module imports jinja2.
@@ -94,7 +94,7 @@ class Sandbox(SandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=ShortUndefined,
-            # No constant folding: no meter runs at compile time.
+            # No constant folding, because operations are charged only while a template is rendered.
             optimized=False,
             finalize=_print_value,
             extensions=[TemplateTags, "jinja2.ext.loopcontrols"],
@@ -352,7 +352,7 @@ class FormatMethod:
 
 
 class TemplateNamespace(Namespace):
-    """A namespace that refuses private names, as that of transformers does."""
+    """A namespace that refuses private names, as in transformers."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)

@@ -25,7 +25,7 @@ from .chat_sandbox import TemplateRefusal, compile_template
 
 __all__ = ["ChatOptions", "ChatTemplate", "Limits"]
 
-# Match a template that iterates over the parts of a message's content, and one that tests for text.
+# Match a template that iterates over the parts of a message's content, and a template that tests if a value is text.
 _ITERATES_CONTENT = re.compile(r"\bin\s+[\w.]*\b(content\b|\w+\[.content.\])")
 _TESTS_FOR_TEXT = re.compile(r"\bis\s+(not\s+)?string\b")
 # The content of the message that a template is probed with.

@@ -62,7 +62,7 @@ def parse_code(text: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 class _Reader:
-    """A recursive descent over one text."""
+    """A recursive-descent parser for one text."""
 
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
@@ -147,7 +147,7 @@ class _Reader:
         return pairs
 
     def _string(self) -> str:
-        """Return a string; several in a row are joined, as in Python."""
+        """Return a string; adjacent string literals are joined, as in Python."""
         found = self._match(_STRING)
         parts = [found]
         while self.peek("'") or self.peek('"'):

@@ -148,7 +148,7 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
 
-        Encode a rendered chat with ``add_special_tokens=False``: templates write the beginning-of-sequence
+        Encode a rendered chat with ``add_special_tokens=False``, because templates write the beginning-of-sequence
         token themselves.
 
         Raises:
@@ -165,7 +165,9 @@ class Tokenizer:
         try:
             return decode(self._library, list(ids), skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
-            raise PrecastError(f"Tokenizer: expected token ids of 0 and above, found {list(ids)}.") from error
+            raise PrecastError(
+                f"Tokenizer: expected token ids from 0 to 2^32 - 1, found {list(ids)}."
+            ) from error
 
     def stream(self, *, skip_special_tokens: bool = True, shown: Iterable[str] = ()) -> "TextStream":
         """Return an incremental decoder for one text; it takes one token at a time.
@@ -214,8 +216,8 @@ class Tokenizer:
             messages: as for `ChatTemplate.render`.
             options: as for `render_chat`.
             template: as for `render_chat`.
-            literal: encode the caller's values as plain text: special-token text in a message does not become a token,
-                and so cannot forge a turn. Messages without such text get the same ids.
+            literal: encode the caller's values as plain text, so that special-token text in a message cannot become a
+                token and forge a turn. Messages without such text get the same ids.
 
         Raises:
             PrecastError: see `render_chat` and `encode`; or a text cannot be encoded literally.
@@ -326,7 +328,9 @@ class TextStream:
         try:
             token = self._library.id_to_token(token_id)
         except OverflowError as error:
-            raise PrecastError(f"Tokenizer: expected a token id of 0 or above, found {token_id}.") from error
+            raise PrecastError(
+                f"Tokenizer: expected a token id from 0 to 2^32 - 1, found {token_id}."
+            ) from error
         # Neither an id without a token nor a token with an empty name has a text.
         return self._push(token_id, token) if token else ""
 
@@ -394,7 +398,7 @@ class _PieceStream(TextStream):
         return self._decode(piece)
 
     def _end_run(self) -> str:
-        """Replace each byte of an incomplete character with U+FFFD, as the library does."""
+        """End a run of byte tokens; return U+FFFD for each byte of an incomplete character, as the library does."""
         broken = "\N{REPLACEMENT CHARACTER}" * len(self._ids)
         if self._ids:
             self._remember(self._ids)

@@ -23,7 +23,7 @@ class ToolCall(NamedTuple):
     """A call that the model asks for.
 
     Attributes:
-        id: identifier of the call, unique among the answer's; nine letters and digits, unless the model gave one.
+        id: identifier of the call, unique within the answer: the model's own, or else nine letters and digits.
         name: name of the tool.
         arguments: a JSON object, as text.
     """
@@ -48,7 +48,7 @@ class RawCall(NamedTuple):
 
 
 class Body(Protocol):
-    """The text of a call or of several, which arrives in pieces."""
+    """The text of one or more calls, which arrives in pieces."""
 
     def end(self, text: str) -> int | None:
         """Return the length of the body, given the text so far; None if it is incomplete.
@@ -108,8 +108,8 @@ class _BracketedBody:
     """A body from an opening bracket to the bracket that closes it.
 
     Args:
-        openers: the brackets that may open it.
-        quotes: the quotes of the texts within, whose brackets do not count.
+        openers: the brackets that may open the body.
+        quotes: characters that enclose strings; brackets inside strings do not count.
     """
 
     def __init__(self, openers: str, quotes: str) -> None:
@@ -245,7 +245,7 @@ class PythonTagBody:
 
 
 class CodeBody:
-    """A script of calls up to a marker, which the script's strings must not contain."""
+    """A script of calls that ends before the marker; the script's strings must not contain the marker."""
 
     def __init__(self, closing: str) -> None:
         self._closing, self._searched = closing, 0
@@ -297,7 +297,7 @@ class XmlBody:
 
 
 def typed(arguments: str, schema: Mapping[str, Any]) -> str:
-    """Return arguments with the types of a tool's schema, for models that write all of them as text.
+    """Return arguments with the types of a tool's schema, for models that write all arguments as text.
 
     Args:
         arguments: a JSON object of texts, as text.
@@ -344,10 +344,10 @@ BODIES: Mapping[str, Callable[[str], Body]] = {
 
 
 def _first(text: str, allowed: str) -> int | None:
-    """Return the place of the first visible character; None without one.
+    """Return the place of the first visible character; None if there is none yet.
 
     Raises:
-        NoCall: the character is not among the allowed ones.
+        NoCall: the character is not in `allowed`, or too many spaces come before it.
     """
     stripped = text.lstrip()
     place = len(text) - len(stripped)

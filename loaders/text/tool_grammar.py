@@ -28,7 +28,7 @@ def tool_grammar(
     *,
     closes_reasoning: bool,
 ) -> str:
-    """Return the grammar of 1 to 16 calls.
+    """Return the grammar of 1 to 16 calls, or of exactly 1 call for the family "llama3".
 
     Args:
         form: the form of the answer.
@@ -72,7 +72,7 @@ def _opening(form: "AnswerFormat", marks: Mapping[str, str], *, closes_reasoning
 
 
 def _calls(family: str, marks: Mapping[str, str], is_named: bool) -> str:
-    """Return the rule of several calls."""
+    """Return the right-hand side of the rule for one or more calls."""
     more = f"{{0,{_MOST_CALLS - 1}}}"
     array = f'"[" call (", " call){more} "]"'
     if family in ("hermes", "smollm3"):

@@ -69,7 +69,7 @@ def _reader(steps: list[Mapping[str, Any]]) -> Callable[[str], bytes]:
     """Return the function from a token's spelling to its bytes.
 
     Raises:
-        PrecastError: the decoder has other steps than those of byte-level and SentencePiece tokenizers.
+        PrecastError: the decoder has a step that neither byte-level nor SentencePiece tokenizers use.
     """
     spaces = ""
     for step in steps:

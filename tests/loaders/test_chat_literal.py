@@ -321,6 +321,6 @@ def test_a_control_token_within_a_word_of_the_template_is_refused(word: str) -> 
         library.to_str().encode(), chat_template=CHATML, bos_token=None, eos_token=None
     )
     with pytest.raises(
-        PrecastError, match=r"^Chat: this tokenizer cannot encode messages literally; turn the option"
+        PrecastError, match=r"^Chat: this tokenizer cannot encode messages literally; turn off the option"
     ):
         made.encode_chat([{"role": "user", "content": "I say nothing."}], literal=True)

@@ -204,7 +204,7 @@ def test_a_cache_that_the_system_does_not_allocate_has_an_error_text(
     with pytest.raises(PrecastError) as raised:
         load(tiny_artifact)
     assert str(raised.value) == (
-        f"{tiny_artifact}: an array of its KV cache takes 147.5 kB of address space, this system allocates at most"
+        f"{tiny_artifact}: an array of its KV cache takes 147.5 kB of address space, but this system allocates at most"
         " 10.0 kB at once; set vm.overcommit_memory to 1, or export with fewer --slots or a shorter --context."
     )
 

@@ -225,7 +225,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             ["cache", 0, "axes"],
             "LBKS",
-            "m.json: cache 'cache.keys': letters of its axes: expected 5, found 4",
+            "m.json: cache 'cache.keys': number of letters in its axes: expected 5, found 4",
         ),
         (["cache", 0, "layout"], [0, 1, 2, 3, 3], "m.json: cache 'cache.keys': axes in its layout"),
         (["cache", 0, "bytes"], 1, "m.json: cache 'cache.keys': bytes: expected 147456, found 1"),
@@ -254,7 +254,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         ([*PROGRAM, 1, "kind"], "score", "kinds and lengths of its programs: expected"),
         ([*PROGRAM, 3, "kind"], "train", "kinds and lengths of its programs"),
         ([*PROGRAM, 1, "tokens"], 9, "kinds and lengths of its programs"),
-        ([*PROGRAM, 2, "name"], "prefill_8", "names of its programs: expected 5, found 4"),
+        ([*PROGRAM, 2, "name"], "prefill_8", "distinct names of its programs: expected 5, found 4"),
         ([*PROGRAM, 3, "arguments", 0, "dtype"], "float32", "program 'decode': inputs: expected {'tokens'"),
         ([*PROGRAM, 3, "arguments", 0, "dtype"], "int8", "program 'decode': inputs: expected {'tokens'"),
         ([*PROGRAM, 3, "results", 0, "dtype"], "uint8", "program 'decode': results: expected {'token'"),
@@ -363,7 +363,7 @@ def test_a_prefix_s_name_can_be_part_of_a_file_s(good, name):
 def test_names_of_prefixes_are_unique(good):
     twice = with_prefix(good)["prefixes"] * 2
     assert error(good | {"prefixes": twice}) == (
-        "m.json: prefixes: names: expected 2, found 1; export the model again."
+        "m.json: prefixes: distinct names: expected 2, found 1; export the model again."
     )
 
 

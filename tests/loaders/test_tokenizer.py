@@ -241,9 +241,13 @@ def test_text_that_is_not_unicode_is_one_sentence() -> None:
 
 
 def test_negative_ids_are_one_sentence() -> None:
-    with pytest.raises(PrecastError, match=r"^Tokenizer: expected token ids of 0 and above, found \[-1\]\.$"):
+    with pytest.raises(
+        PrecastError, match=r"^Tokenizer: expected token ids from 0 to 2\^32 - 1, found \[-1\]\.$"
+    ):
         TOKENIZERS["byte_level"].decode([-1])
-    with pytest.raises(PrecastError, match=r"^Tokenizer: expected a token id of 0 or above, found -1\.$"):
+    with pytest.raises(
+        PrecastError, match=r"^Tokenizer: expected a token id from 0 to 2\^32 - 1, found -1\.$"
+    ):
         TOKENIZERS["byte_level"].stream().push(-1)
 
 
