@@ -45,7 +45,7 @@ class DecoderConfig:
         attention_cap: if not 0, scores s become ``cap · tanh(s / cap)``.
         windows: for each layer, the number of positions that a token sees, 0 for all; empty if
             every layer sees all positions.
-        ropes: for each layer, the index of its RoPE among those of the model; empty if every layer has the first.
+        ropes: for each layer, the index of its RoPE among the model's RoPEs; empty if every layer uses the first.
         learned_positions: True if the model adds learned position embeddings instead of applying RoPE.
         embedding_scale: factor of the token embeddings.
         logit_scale: factor of the logits.

@@ -1,4 +1,4 @@
-"""Keys that nearly all configs share."""
+"""Readers of the config.json keys that nearly all architectures share."""
 
 from collections.abc import Mapping, Sequence
 
@@ -36,14 +36,13 @@ def read_common_keys(
     attention_bias: bool = False,
     mlp_bias: bool = False,
 ) -> DecoderConfig:
-    """Read the keys that nearly all configs share; other fields keep the defaults of `DecoderConfig`.
+    """Read the keys that nearly all configs share into a `DecoderConfig`, whose other fields keep their defaults.
 
     Args:
         reader: the config.
         max_positions: default of the context length.
         norm_eps: default epsilon of the norms.
-        kv_heads: default of K; None for the number of query heads. A null in the config always means the number of
-            query heads.
+        kv_heads: default of K; None for the number of query heads, which is also the meaning of null in the config.
         head_dim: default of H; None for the width divided by the number of query heads.
         tied: True if the output head is the embedding by default.
         attention_bias: True if the architecture has the key ``attention_bias``.
@@ -77,7 +76,7 @@ def read_common_keys(
 def read_mixture(
     reader: ConfigReader, *, experts: int, experts_per_token: int, renormalised: bool
 ) -> Mixture:
-    """Read the number of experts, and the number of experts per token, with the given defaults.
+    """Read the number of experts and the number of experts per token; the arguments are the defaults.
 
     Raises:
         PrecastError: the numbers contradict each other.
@@ -88,8 +87,8 @@ def read_mixture(
     ] or [experts]
     if len(set(found)) > 1:
         raise PrecastError(
-            f"{reader.where}: {' and '.join(names)} disagree: {' and '.join(map(str, found))}; remove the one"
-            " that is wrong."
+            f"{reader.where}: {' and '.join(names)} are {' and '.join(map(str, found))}, expected the same number;"
+            " remove the wrong one."
         )
     mixture = Mixture(
         experts=found[0],
@@ -98,26 +97,28 @@ def read_mixture(
     )
     if mixture.experts_per_token > mixture.experts:
         raise reader.wrong(
-            "num_experts_per_tok", f"at most the {mixture.experts} experts", mixture.experts_per_token
+            "num_experts_per_tok",
+            f"at most {mixture.experts}, the number of experts",
+            mixture.experts_per_token,
         )
     return mixture
 
 
 def uniform_windows(window: int | None, layers: int) -> tuple[int, ...]:
-    """Return the window of each layer of a model whose layers all have the same window; None for full attention."""
+    """Return `window` once for each layer; return no windows if `window` is None, which means full attention."""
     return () if window is None else (window,) * layers
 
 
 def read_windows(reader: ConfigReader, window: int | None, types: Sequence[str]) -> tuple[int, ...]:
-    """Return the window of each layer, by ``layer_types``.
+    """Return the window of each layer, which depends on its type in ``layer_types``.
 
     Args:
-        reader: the config, whose ``layer_types`` are taken.
-        window: the window of sliding layers; None if the config has none, which rules out sliding layers.
+        reader: the config.
+        window: the window of sliding layers; None if the config has none.
         types: default of ``layer_types``.
 
     Raises:
-        PrecastError: the types are of unknown kinds or of the wrong number, or a sliding layer has no window.
+        PrecastError: a type is unknown, the number of types is wrong, or a sliding layer has no window.
     """
     found = reader.take("layer_types", list(types))
     if (
@@ -130,8 +131,8 @@ def read_windows(reader: ConfigReader, window: int | None, types: Sequence[str])
         return ()
     if window is None:
         raise PrecastError(
-            f"{reader.where}: 'layer_types' has {SLIDING}, but the config has no 'sliding_window' in use; expected"
-            " both or neither."
+            f"{reader.where}: 'layer_types' has {SLIDING}, but no 'sliding_window' is in use; correct one of the two"
+            " keys."
         )
     return tuple(window if t == SLIDING else 0 for t in found)
 

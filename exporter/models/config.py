@@ -1,4 +1,4 @@
-"""A strict reader of config.json: an unknown key is an error and is never dropped."""
+"""A strict reader of config.json: an unknown key is an error and is never ignored."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -40,10 +40,10 @@ class ConfigReader:
         return key in self._left and self._left[key] is None
 
     def take_mapping(self, key: str) -> Mapping[str, object]:
-        """Return a table of parameters; an empty one by default."""
+        """Return the object at `key`; an empty one if `key` is absent or null."""
         value = self.take(key, {})
         if not isinstance(value, Mapping):
-            raise self.wrong(key, "a table of parameters", value)
+            raise self.wrong(key, "a JSON object", value)
         return value
 
     def take_number(self, key: str, default: float) -> float:
@@ -108,7 +108,7 @@ class ConfigReader:
         return self.is_null(key) or (default is None and key not in self._left)
 
     def expect(self, key: str, *allowed: object) -> None:
-        """Refuse any value of `key` except those `allowed`; absence and null are allowed too."""
+        """Refuse any value of `key` that is not in `allowed`; an absent key and null are accepted too."""
         value = self.take(key, allowed[0])
         if value not in allowed:
             raise self.wrong(key, " or ".join(repr(a) for a in allowed), value)
@@ -126,17 +126,16 @@ class ConfigReader:
             raise PrecastError(
                 f"{self.where}: {', '.join(map(repr, sorted(left)))} may change the model's maths and"
                 f" {'is' if len(left) == 1 else 'are'} not understood; remove {'it' if len(left) == 1 else 'them'} if"
-                " transformers' own class for this model_type has no such key; otherwise precast cannot"
-                " export the model faithfully."
+                " transformers' own class for this model_type has no such key, or export another model."
             )
 
     def wrong(self, key: str, expected: str, found: object) -> PrecastError:
-        """Return an error for a value of the wrong kind."""
+        """Return an error that states the value found and the value expected."""
         return PrecastError(f"{self.where}: {key!r} is {found!r:.80}, expected {expected}.")
 
 
 def _is_beyond_floats(value: float) -> bool:
-    """Return True for an integer beyond the range of floats; JSON allows these."""
+    """Return True for an integer beyond the range of float32; JSON allows integers of any size."""
     return isinstance(value, int) and abs(value) > _LARGEST_NUMBER
 
 

@@ -1,7 +1,7 @@
 """Keys of config.json that mean the same for every architecture that does not read them itself.
 
-Some are harmless, and some are supported only with neutral values. transformers is the reference. It keeps keys that
-its classes do not know, and ignores them.
+Some keys are harmless. Others are supported only with values that have no effect. transformers is the reference; it
+ignores keys that its classes do not know.
 """
 
 from collections.abc import Mapping
@@ -74,7 +74,7 @@ HARMLESS = frozenset(
         "residual_dropout",
         "router_z_loss_coef",
         "use_cut_cross_entropy",
-        # Lengths of training texts and of the tokenizer; max_position_embeddings is the model's.
+        # Lengths of training texts and of the tokenizer; max_position_embeddings states the model's context length.
         "max_seq_len",
         "max_seq_length",
         "max_sequence_length",
@@ -147,7 +147,7 @@ UNSUPPORTED: Mapping[str, UnsupportedKey] = {
     "rope_interleaved": _unsupported("rotates other pairs of dimensions", False),
     "tie_encoder_decoder": _unsupported("describes an encoder-decoder model", False),
     "use_bidirectional_attention": _unsupported("lets tokens see what comes after them", False),
-    "use_mrope": _unsupported("has positions in three dimensions", False),
+    "use_mrope": _unsupported("uses positions in three dimensions", False),
     "use_parallel_residual": _unsupported(_OTHER_LAYERS, False),
     "use_sliding_window": _unsupported(_OTHER_ATTENTION, False),
 }

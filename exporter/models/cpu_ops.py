@@ -104,9 +104,9 @@ def _argmax(logits: Array, used: Array) -> Array:
 
 
 def _each_row(function: Callable[[Array], Array], x: Array, used: Array) -> Array:
-    # Row by row, so that idle rows cost nothing and XLA computes each row in the same way for any number of rows.
+    # A loop over rows: idle rows cost nothing, and XLA computes a row in the same way for any number of rows.
     def apply(index: Array, y: Array) -> Array:
-        row = index.astype(jnp.uint32)  # as in `decoder.gather_rows`
+        row = index.astype(jnp.uint32)  # unsigned for the reason given in `decoder.gather_rows`
         done = function(jax.lax.dynamic_slice_in_dim(y, row, 1))
         return jax.lax.dynamic_update_slice_in_dim(y, done, row, 0)
 
@@ -115,7 +115,7 @@ def _each_row(function: Callable[[Array], Array], x: Array, used: Array) -> Arra
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
-    # The kernels never read an unfilled position, so memory is reserved but stays untouched until it is filled.
+    # The kernels never read an unfilled position, so the memory is only reserved and not cleared.
     return tuple(jax.ffi.ffi_call("precast.reserve.v1", list(arrays))())
 
 

@@ -77,7 +77,7 @@ class Body(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder whose parameters have the names of checkpoints, stacked over layers.
+    """A decoder whose parameters are stacked over layers and have the names of checkpoints.
 
     Args:
         c: the config.
@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
         used = jnp.int32(x.shape[0]) if used is None else used
         norm: Norm | None = self.model.norm
         head_ops = layer_ops(ops, jnp.int32(0), used, _no_attention)
-        if isinstance(norm, LayerNorm):  # the product includes an RMSNorm
+        if isinstance(norm, LayerNorm):  # a matrix product can include an RMSNorm, but not a LayerNorm
             x, norm = ops.each_row(partial(normalize, norm=norm, ops=head_ops), x, used), None
         if self.lm_head is not None:
             logits = project(x, (self.lm_head,), head_ops, norm=norm)[0]
@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: ``[B, T]`` int32.
-            cos: ``[Z, S, P]`` with S ≥ T.
+            cos: ``[Z, S, P]`` for the model's Z RoPEs, with S ≥ T.
             sin: as `cos`.
             cache_dtype: type to which keys and values are rounded, to match a KV cache of that type.
 
@@ -167,7 +167,7 @@ class Decoder(nnx.Module):
         return self.logits(x.reshape(b * t, -1), XLA_OPS).reshape(b, t, -1)
 
     def hidden(self, tokens: Array, cos: Array, sin: Array, cache_dtype: str = "float32") -> Array:
-        """Return the input ``[B, T, D]`` of the final norm; arguments as `forward`."""
+        """Return the input ``[B, T, D]`` of the final norm; the arguments are those of `forward`."""
         b, t = tokens.shape
         stack = self.stack()
         positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
@@ -189,7 +189,7 @@ class Decoder(nnx.Module):
         """Compute one layer of the reference.
 
         Args:
-            x: ``[B, T, D]``, all positions from the first on.
+            x: ``[B, T, D]``, the layer's input at the positions 0 to T − 1.
             rotary: the layer's table, ``[B, T, P]``.
             window: the layer's window; 0 for none.
             layer: index of the layer's weights.
@@ -220,7 +220,7 @@ class Decoder(nnx.Module):
         Args:
             tokens: ``[R, T]`` int32; tokens at index `length` and above are padding.
             batch: slot, start and length of each sequence.
-            cos: ``[Z, S, P]`` for the S positions of the context.
+            cos: ``[Z, S, P]`` for the model's Z RoPEs and the S positions of the context.
             sin: as `cos`.
             caches: a KV cache for each group of layers with the same window.
             ops: the target's operations.
@@ -232,7 +232,7 @@ class Decoder(nnx.Module):
         each = jax.vmap(gather_rows, (0, None))
         rotary = Rotary(*(each(table, positions) for table in (cos, sin)))  # [Z, R, T, P]
 
-        # Padding comes last: at the end of a single sequence, or as idle sequences after those of one token.
+        # Padding comes last: after the tokens of a single sequence, or as idle sequences after the active ones.
         used = jnp.sum(batch.lengths, dtype=jnp.int32)
         return ops.layers(self.stack(), self.embed(tokens, positions, ops), rotary, caches, batch, used)
 

@@ -27,8 +27,8 @@ Weight = Array | PackedWeight
 class KVCache(NamedTuple):
     """Keys and values of some layers and all slots, each ``[L, B, K, S, H]``; scales ``[L, B, K, S]`` if int8.
 
-    The cache is a ring: position p lies at index p mod S. S is less than the context for layers with a window, where
-    a new position replaces one that no token sees any more.
+    The cache is a ring buffer: position p lies at index p mod S. For layers with a window, S is less than the context
+    length, and a new position replaces one that no token sees any more.
     """
 
     keys: Array
@@ -52,8 +52,8 @@ class Batch(NamedTuple):
     """The R sequences of a call: slot, first position and length of each, all ``[R]`` int32.
 
     The tokens ``0 .. length - 1`` of a sequence take the positions ``start .. start + length - 1`` of its slot. Tokens
-    from `length` on are padding: never written to the cache, and their results are meaningless. Sequences of one token
-    may be idle, with length 0; they come last.
+    from index `length` on are padding: they are not written to the cache, and their results are meaningless. In a call
+    with one token for each sequence, sequences may be idle, with length 0; idle sequences come last.
     """
 
     slots: Array
@@ -74,7 +74,7 @@ class Rotary(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCall:
-    """Products of one x with weights of one layer, fused with the operations around them.
+    """Products of an input x ``[M, in]`` with one or more weights of a layer, fused with the operations around them.
 
     Attributes:
         weights: stacks of matrices ``[L, out, in]``.
@@ -247,8 +247,9 @@ class Ops:
         layers: ``(stack, x [R, T, D], rotary, caches, batch, used) -> (x, caches)``: all layers, one after another,
             with one cache for each of the stack's `cache_windows`. Rows from index `used` on are padding.
         argmax: ``(logits [R, V], used) -> [R]`` int32, the first index of the largest logit in each row.
-        each_row: ``(function, x [R, n], used) -> [R, n]``: applies a function of rows ``[…, n]`` to rows of x.
-        empty_cache: ``arrays -> arrays`` of the same shapes and types, without contents.
+        each_row: ``(function, x [R, n], used) -> [R, n]``: applies a function of rows ``[…, n]`` to the rows of x; rows
+            from `used` on are padding.
+        empty_cache: ``(shapes and types) -> arrays``: makes the arrays of an empty KV cache.
         kernels: the custom-call targets in use.
     """
 

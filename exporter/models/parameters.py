@@ -1,4 +1,4 @@
-"""A module's parameters as a flat list of names, the form in which programs and artifacts refer to them."""
+"""A module's parameters as a flat list, in the order of the programs' arguments."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Parameter:
     Attributes:
         name: path in the module ("model.layers.self_attn.q_proj.weight").
         shape: shape as an argument of the programs; stacked ``[L, …]`` inside layers.
-        sources: checkpoint tensors in order: one for each index of the first axis, or a single one for
+        sources: names of the checkpoint's tensors: one for each index of the first axis, in order, or a single name for
             the whole parameter.
     """
 

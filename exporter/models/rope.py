@@ -15,7 +15,7 @@ __all__ = ["Rope", "no_rope", "read_rope", "read_rope_by_layer_type"]
 # The scalings by their names in configs.
 TYPES: Mapping[str, str] = {name: name for name in SCALINGS}
 
-# The keys of older configs for a layer type: its base, and its scaling if it may have one.
+# Keys of older configs by layer type: the base, and the scaling if layers of this type may have one.
 _OLDER_KEYS: Mapping[str, tuple[str, ...]] = {
     "full_attention": ("rope_theta", "rope_scaling"),
     "sliding_attention": ("rope_local_base_freq",),
@@ -51,8 +51,8 @@ def read_rope(
         theta_key: name of the base outside ``rope_parameters``.
         partial: True if the model's code applies partial_rotary_factor, which rotates only a part of each head.
         original_positions: default of original_max_position_embeddings, for models whose config has
-            that key outside the RoPE keys; it is then read for every RoPE type.
-        types: RoPE types of the model by their names in configs, each with its name in `SCALINGS`.
+            that key outside the RoPE keys; the key is then read for every RoPE type.
+        types: the supported RoPE types: for each name in configs, the name in `SCALINGS`.
 
     Raises:
         PrecastError: the RoPE type is not supported, or a parameter is missing, unknown, contradictory or unusable.
@@ -75,8 +75,9 @@ def read_rope_by_layer_type(
 ) -> dict[str, Rope]:
     """Read the RoPE keys of a config with a RoPE for each layer type, in both spellings.
 
-    In newer configs ``rope_parameters`` has a table for each type. In older ones ``rope_theta`` and ``rope_scaling``
-    belong to "full_attention", and ``rope_local_base_freq`` is the base of "sliding_attention", which is not scaled.
+    In newer configs, ``rope_parameters`` contains an object for each type. In older configs, ``rope_theta`` and
+    ``rope_scaling`` belong to "full_attention"; ``rope_local_base_freq`` is the base of "sliding_attention", whose RoPE
+    is not scaled.
 
     Args:
         reader: the config.
@@ -88,15 +89,15 @@ def read_rope_by_layer_type(
         The RoPE of each layer type, in the order of `default_thetas`.
 
     Raises:
-        PrecastError: as `read_rope`, and if there are tables for other layer types.
+        PrecastError: as `read_rope`, or ``rope_parameters`` contains other layer types.
     """
     newer = reader.take_mapping("rope_parameters")
     if unknown := sorted(
         key for key, value in newer.items() if key not in default_thetas and value is not None
     ):
         raise PrecastError(
-            f"{reader.where}: rope_parameters has {', '.join(map(repr, unknown))}, expected a table for each of"
-            f" {', '.join(default_thetas)} and nothing else."
+            f"{reader.where}: rope_parameters has {', '.join(map(repr, unknown))}, expected only"
+            f" {' and '.join(default_thetas)}, an object for each."
         )
     return {
         layer_type: _read_layer_type(
@@ -114,12 +115,12 @@ def _read_layer_type(
     max_positions: int,
     default_theta: float,
 ) -> Rope:
-    """Read the RoPE of one layer type: put its keys into a config of their own, and read that with `read_rope`."""
+    """Read the RoPE of one layer type with `read_rope`, from a config that contains only the keys of this type."""
     keys = _OLDER_KEYS.get(layer_type, ())
     stated = {"rope_parameters": newer, **{key: reader.take(key) for key in keys}}
     alone = ConfigReader(stated, f"{reader.where} {layer_type}")
     for table in stated.values():
-        # transformers looks for this key outside the tables of the layer types, so it ignores one inside them.
+        # transformers reads this key only outside the objects of the layer types.
         if isinstance(table, Mapping) and table.get("truncate") not in (None, True):
             raise alone.wrong(
                 "truncate", "True, because transformers ignores it for a layer type", table["truncate"]
@@ -129,9 +130,9 @@ def _read_layer_type(
 
 
 def _parameters(reader: ConfigReader) -> dict[str, object]:
-    """Return the table of parameters, under its older or its newer name.
+    """Return the RoPE parameters, from the newer or the older key.
 
-    transformers ignores the newer one if both are present, so the two must agree.
+    If the config has both keys, transformers ignores the newer one, so their values must agree.
     """
     tables = [dict(reader.take_mapping(key)) for key in ("rope_parameters", "rope_scaling")]
     newer, older = ({k: v for k, v in table.items() if v is not None} for table in tables)
@@ -142,7 +143,7 @@ def _parameters(reader: ConfigReader) -> dict[str, object]:
     if differing := sorted(key for key in newer if newer[key] != stated.get(key)):
         raise PrecastError(
             f"{reader.where}: rope_parameters and rope_scaling disagree about {', '.join(map(repr, differing))}; remove"
-            " the one that is wrong."
+            " the wrong one."
         )
     return newer | older
 
@@ -152,7 +153,7 @@ def _scaling_type(where: str, parameters: ConfigReader, types: Mapping[str, str]
     stated = [str(value) for key in ("rope_type", "type") if (value := parameters.take(key)) is not None]
     if len(set(stated)) > 1:
         raise PrecastError(
-            f"{where}: rope_type and type disagree: {' and '.join(stated)}; remove the one that is wrong."
+            f"{where}: rope_type and type are {' and '.join(stated)}, expected the same name; remove the wrong one."
         )
     name = stated[0] if stated else "default"
     if name not in types:
@@ -163,7 +164,7 @@ def _scaling_type(where: str, parameters: ConfigReader, types: Mapping[str, str]
 
 
 def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, partial: bool) -> int:
-    """Return the number of rotated dimensions of a head: all, or the share `partial_rotary_factor`, rounded down."""
+    """Return the number of rotated dimensions of a head: H times ``partial_rotary_factor``, rounded down."""
     parts = {
         place.take_number(_PARTIAL, 1.0) for place in (reader, parameters) if place.peek(_PARTIAL) is not None
     }
@@ -174,7 +175,7 @@ def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, 
         )
     if len(parts) > 1:
         raise PrecastError(
-            f"{reader.where}: {_PARTIAL} is {' and '.join(map(str, sorted(parts)))}; remove the one that is wrong."
+            f"{reader.where}: {_PARTIAL} has two values, {' and '.join(map(str, sorted(parts)))}; remove the wrong one."
         )
     part = parts.pop() if parts else 1.0
     if not 0 < part <= 1 or int(head_dim * part) < 1:
@@ -187,7 +188,8 @@ def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, 
 
 def _original(reader: ConfigReader, default: int | None, scaling: str) -> int | None:
     """Return the original context length that the config states outside the RoPE parameters, or else `default`."""
-    # For other RoPE types the key is left unread here: unless the architecture reads it, the config is refused.
+    # Other RoPE types do not use this key. It stays unread here, so the config is refused if the architecture does not
+    # read it either.
     if default is None and scaling not in ("llama3", "longrope", "yarn"):
         return None
     return default if reader.peek(ORIGINAL) is None else reader.take_size(ORIGINAL)

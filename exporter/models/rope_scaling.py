@@ -18,8 +18,8 @@ ORIGINAL = "original_max_position_embeddings"
 class Rope:
     """The frequencies of the P rotated pairs of a head, which are the first 2 P of its H dimensions.
 
-    LongRoPE has two sets of frequencies. transformers chooses between them by the current length, at every step. An
-    export has to choose once and does so by its context, as vLLM does by max_model_len.
+    LongRoPE has two sets of frequencies. At every step, transformers chooses one by the current length. An export has
+    to choose once, and chooses by its context length, as vLLM does by max_model_len.
 
     Attributes:
         frequencies: ``[P]`` float32, radians per position; a pair with frequency 0 is not rotated.
@@ -35,7 +35,7 @@ class Rope:
 
     @property
     def pairs(self) -> int:
-        """P: rotated pairs of a head."""
+        """P, the number of rotated pairs of a head."""
         return len(self.frequencies)
 
     def at_context(self, context: int) -> np.ndarray:
@@ -75,7 +75,7 @@ class UnscaledRope:
         theta: the base.
         dims: rotated dimensions of a head.
         max_positions: max_position_embeddings of the config.
-        original: original context length, if the config has it outside the RoPE parameters.
+        original: original context length that the config or the architecture states outside the RoPE parameters.
     """
 
     theta: float
@@ -85,7 +85,7 @@ class UnscaledRope:
 
     @property
     def periods(self) -> np.ndarray:
-        """Positions per radian, ``[P]`` float32; if `dims` is odd, the last dimension has a pair of its own."""
+        """Positions per radian, ``[P]`` float32; P is half of `dims`, rounded up."""
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
         # The last bit of float32 powers differs between machines; rounded float64 powers agree.
         return (np.float64(np.float32(self.theta)) ** exponents.astype(np.float64)).astype(np.float32)
@@ -134,8 +134,8 @@ def _original(base: UnscaledRope, parameters: ConfigReader, default: int | None 
     stated = [n for n in (inside, base.original) if n is not None]
     if len(set(stated)) > 1:
         raise PrecastError(
-            f"{parameters.where}: {ORIGINAL} is {stated[0]} here, but {stated[1]} for the model as a"
-            " whole; correct the one that is wrong."
+            f"{parameters.where}: {ORIGINAL} is {stated[0]} here, but the model's own value is {stated[1]}; correct"
+            " the wrong one."
         )
     found = stated[0] if stated else default
     if found is None:
@@ -157,8 +157,8 @@ def _linear(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 def _dynamic(base: UnscaledRope, parameters: ConfigReader) -> Rope:
     """NTK-aware scaling by the current length (emozilla 2023).
 
-    Up to the model's own context length, the frequencies stay unchanged, whatever the factor. Beyond it they would
-    change with every token, so longer contexts are refused.
+    Up to the model's own context length, the frequencies stay unchanged, whatever the factor. Beyond that length, they
+    would change with every token, so longer contexts are refused.
     """
     _positive(parameters, "factor")
     return Rope(frequencies=base.frequencies, max_context=base.max_positions)
@@ -197,7 +197,7 @@ def _yarn(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
     """Return the attention factor of the config, or else compute it (section 3.4 of the YaRN paper).
 
-    If the config has both of DeepSeek's mscale keys, the factor for one is divided by the factor for the other.
+    If the config has both of DeepSeek's keys, the factor for mscale is divided by the factor for mscale_all_dim.
     """
 
     def magnitude(weight: float) -> float:
@@ -211,7 +211,7 @@ def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
 
 
 def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, float]:
-    """Return the first and last pair to interpolate, from their rotations over the original context."""
+    """Return the first and last pair to interpolate; the config states their rotations over the original context."""
     fast, slow = _positive(parameters, "beta_fast", 32.0), _positive(parameters, "beta_slow", 1.0)
     truncate = parameters.take_bool("truncate", True)
     original = _original(base, parameters, base.max_positions)

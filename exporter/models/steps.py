@@ -1,7 +1,7 @@
 """A layer as a list of steps, for the kernel that runs all layers in one call.
 
-`record` calls a layer with proxies for its arrays and records the operations that it asks of the target. A layer that
-does anything else with the proxies fails here; `xla_ops.layer_loop` can run such a layer.
+`record` calls a layer with proxies in place of arrays and records the operations of `LayerOps` that the layer calls.
+It raises an error for a layer that does anything else with the proxies; `xla_ops.layer_loop` can run such a layer.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ STEP_INTEGERS = 8
 
 # The codes have the fields of kernels/src/step_codes.h, which documents them.
 class LinearCode(NamedTuple):
-    """A `LinearCall`."""
+    """The code of a `LinearCall`."""
 
     x: int
     residual: int
@@ -27,7 +27,7 @@ class LinearCode(NamedTuple):
 
 
 class AttentionCode(NamedTuple):
-    """Attention of a layer."""
+    """The code of a layer's attention."""
 
     q: int
     k: int
@@ -35,7 +35,7 @@ class AttentionCode(NamedTuple):
 
 
 class NormCode(NamedTuple):
-    """A `NormCall`."""
+    """The code of a `NormCall`."""
 
     x: int
     residual: int
@@ -44,7 +44,7 @@ class NormCode(NamedTuple):
 
 
 class ExpertsCode(NamedTuple):
-    """An `ExpertsCall`."""
+    """The code of an `ExpertsCall`."""
 
     x: int
     scores: int
@@ -62,10 +62,10 @@ CODES: tuple[type[Code], ...] = (LinearCode, AttentionCode, NormCode, ExpertsCod
 
 @dataclass(frozen=True)
 class Proxy:
-    """A stand-in for an array ``[…, width]`` of the call's rows, used while a layer is recorded.
+    """A stand-in for an array ``[…, width]``, used while a layer is recorded.
 
     Attributes:
-        value: index of the value: 0 is the layer's input; the results of each step take the next indices.
+        value: index of the array: 0 is the layer's input; the results of each step take the next indices.
         shape: shape of the array.
     """
 
@@ -100,7 +100,7 @@ class Steps:
 
 
 class _Recorder:
-    """The target's operations on proxies; each call adds a step."""
+    """Operations of `LayerOps` on proxies; each call adds a step."""
 
     def __init__(self, rows: int, stack: LayerStack) -> None:
         self._rows, self._stack, self._values = rows, stack, 1
@@ -184,7 +184,7 @@ def _value(array: object) -> int:
 
 
 def _value_or_none(array: object) -> int:
-    """Return the number that identifies a value, or −1 for None."""
+    """Return the index of an array, or −1 for None."""
     return -1 if array is None else _value(array)
 
 

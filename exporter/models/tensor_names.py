@@ -23,7 +23,7 @@ class TensorNames:
 
     Attributes:
         body: prefix of the model without its output head, transformers' `base_model_prefix`.
-        embedding: name of the token embedding below the body.
+        embedding: name of the token embedding inside the body.
         allows_bare: True if the architecture also accepts names without the prefix, as in a body
             saved alone.
     """
@@ -35,8 +35,8 @@ class TensorNames:
     def canonicalise(self, tensors: Tensors, *, tied: bool) -> Tensors:
         """Return the tensors under the names of a model with a head.
 
-        A body that was saved without its head lacks the body's prefix. If head and embedding are tied, the file may
-        have only the head, because safetensors stores a shared tensor once.
+        If a body was saved without its head, the names have no prefix. If head and embedding are tied, the file may
+        contain only the head, because safetensors stores a shared tensor once.
 
         Raises:
             PrecastError: a wrapper has renamed all tensors.

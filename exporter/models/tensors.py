@@ -1,4 +1,4 @@
-"""A checkpoint's tensors renamed, split, transposed or scaled for a module, and still read only on demand."""
+"""Rename, split, transpose and scale a checkpoint's tensors to fit a module; their data is read only on demand."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,9 +15,9 @@ Tensors = Mapping[str, SourceTensor]
 
 
 def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> SourceTensor:
-    """Remove a tensor from `left` and return it.
+    """Remove a tensor from `left`, the tensors not yet used, and return it.
 
-    The caller splits or renames the tensor. It is checked before that, so that an error quotes the checkpoint's name.
+    The tensor is checked here, before the caller splits or renames it, so that an error quotes the checkpoint's name.
 
     Raises:
         PrecastError: the tensor is missing or has another shape.
@@ -110,7 +110,7 @@ def split_experts(tensors: Tensors, config: DecoderConfig) -> Tensors:
 
 
 class _StackReader:
-    """A reader of stacked experts: it reads each stack once, and keeps it until the last expert has been taken."""
+    """A reader of stacked experts that reads each stack once and keeps it in memory until its last expert is read."""
 
     def __init__(self) -> None:
         self._tensor: SourceTensor | None = None
@@ -130,7 +130,7 @@ class _StackReader:
 def _matrices(
     stack: SourceTensor, reader: _StackReader, start: int, stop: int, name: str
 ) -> dict[str, SourceTensor]:
-    """Return the rows ``start .. stop`` of every matrix of a stack ``[E, rows, in]``, by name."""
+    """Return the rows ``[start:stop]`` of every matrix in a stack ``[E, rows, in]``, by name."""
 
     def read_matrix(matrix: int) -> Callable[[], np.ndarray]:
         return lambda: reader.read(stack, matrix)[start:stop].copy()

@@ -46,7 +46,7 @@ def _layer_slice(stack: Array, layer: Array) -> Array:
 
 
 def _dequantise(weight: PackedWeight, layer: Array, panels: Array | None = None) -> Array:
-    """Return a layer's weights as float32 ``[P, 16, I]``: P panels of 16 outputs, including the padding.
+    """Return a layer's weights as float32 ``[P, 16, I]``: P panels of 16 outputs and I inputs, including the padding.
 
     Args:
         weight: the packed weights of all layers.
@@ -87,8 +87,8 @@ def _multiply(x: Array, matrix: Array, compute: str) -> Array:
     """Multiply x ``[M, in]`` by the transpose of a matrix ``[out, in]``; return ``[M, out]``."""
     if compute == "float32" or x.shape[0] > 1:
         return _product("MI,OI->MO", x, matrix, compute)
-    # With a single row, a GPU spends its time on reading the matrix. XLA fuses this sum with the read from the stack of
-    # layers; for a dot it would first copy the layer's matrix, which triples the bytes to move.
+    # With a single row, a GPU spends its time reading the matrix. XLA fuses this sum with the read from the stack of
+    # layers. Before a dot product, XLA would copy the layer's matrix, which triples the bytes to move.
     return jnp.sum(matrix.astype(jnp.float32) * x.astype(compute).astype(jnp.float32), axis=-1)[None]
 
 
@@ -135,7 +135,7 @@ def _experts(compute: str, x: Array, scores: Array, call: ExpertsCall, layer: Ar
     parts = routing_weights(scores, call.experts_per_token, renormalised=call.renormalised)
     width = x.shape[1]
 
-    # Every row goes through every expert: XLA's shapes are static, so they cannot depend on the routing.
+    # Every row goes through every expert, because XLA's shapes are static and cannot depend on the routing.
     def add(expert: Array, total: Array) -> Array:
         at = layer * call.experts + expert
         gate, up = (
@@ -211,7 +211,7 @@ def _quantise(x: Array) -> tuple[Array, Array]:
 
 
 def round_to_cache(x: Array, dtype: str) -> Array:
-    """Round keys or values ``[…, H]`` to the precision of a KV cache of this type; return float32."""
+    """Round keys or values ``[…, H]`` to the precision of a KV cache of type `dtype`; return float32."""
     if dtype == "int8":
         values, scale = _quantise(x)
         return values.astype(jnp.float32) * scale[..., None]
@@ -273,7 +273,7 @@ def _attend_cached(
     """Compute attention of rotated queries ``[R, T, N, H]`` over the contents of a cache."""
     positions = batch.starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)  # [R, T]
     size = cache.keys.shape[3]
-    # The newest position at each place of the ring; negative if the place is empty.
+    # The newest position at each index of the ring buffer; negative if the cache is empty there.
     last = (batch.starts + batch.lengths - 1)[:, None]  # [R, 1]
     key_positions = last - (last - jnp.arange(size, dtype=jnp.int32)) % size  # [R, S]
     keys, values = _read_cache(cache, layer, batch.slots, compute)
@@ -291,7 +291,7 @@ def _each_row(function: Callable[[Array], Array], x: Array, used: Array) -> Arra
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
-    # Masked positions are multiplied by zero, but uninitialised memory may hold NaN.
+    # Attention multiplies masked positions by zero, so they must not be NaN, which uninitialised memory may contain.
     return tuple(jnp.zeros(a.shape, a.dtype) for a in arrays)
 
 
@@ -324,12 +324,12 @@ _Attend = Callable[[LayerStack, Array, KVCaches, _AttentionInputs], tuple[Array,
 def layer_loop(
     ops: Callable[[], Ops], attend_several: _Attend | None = None
 ) -> Callable[[LayerStack, Array, Rotary, KVCaches, Batch, Array], tuple[Array, KVCaches]]:
-    """Return an operation `layers` that runs the layers in an XLA loop around the target's other operations.
+    """Return an operation `layers` that runs the layers in an XLA loop, with the target's other operations.
 
     Args:
         ops: returns the target's operations.
-        attend_several: attention of a layer in a model with several KV caches. None uses the target's
-            own attention, which copies the caches.
+        attend_several: the attention to use in a model with several KV caches; None for the target's own, which
+            copies the caches.
     """
 
     def layers(
@@ -389,8 +389,8 @@ def _attend_in_place(
 ) -> tuple[Array, KVCaches]:
     """Run attention of a layer when there are several KV caches.
 
-    XLA would copy every cache that a switch returns. The writes therefore happen outside the switch, to all caches, and
-    those to the caches of other layers are dropped. The switch only reads.
+    XLA would copy every cache that a switch returns, so the switch only reads. The writes happen before the switch, to
+    all caches; a write to a cache of other layers is dropped.
     """
     q, k, v, rotary, batch = inputs
     layer_table = layer_rotary(stack.ropes, layer, rotary)
@@ -409,7 +409,7 @@ def _attend_in_place(
 
 
 def xla_ops(compute: str) -> Ops:
-    """Return the operations; operands of products are rounded to `compute`, "float32" or "bfloat16"."""
+    """Return the operations; operands of matrix products are rounded to `compute`, "float32" or "bfloat16"."""
     ops = Ops(
         linear=partial(_linear, compute),
         normalize=_normalize,

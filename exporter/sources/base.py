@@ -43,7 +43,7 @@ class SourceTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file that an export has read, for the artifact's provenance."""
+    """A file that an export has read, as the artifact's provenance records it."""
 
     name: str
     bytes: int

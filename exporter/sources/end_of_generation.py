@@ -50,7 +50,7 @@ _IF_SPECIAL = frozenset(
         "<REPO>",
     }
 )
-# The first token does not end a generation if the vocabulary has all of the others.
+# In each row, the first token does not end a generation if the vocabulary has all of the others.
 _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
     ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # it separates the messages of one answer
     ("<|end|>", frozenset({"<|flush|>", "<|calls|>"})),

@@ -11,7 +11,7 @@ from precast.loaders.artifact.files import open_plain, sha256_of
 
 from .base import SourceFile
 
-# Hugging Face and GGUF write licences in lower case, unlike SPDX. Other licences are passed on as written.
+# Hugging Face and GGUF write licences in lower case, unlike SPDX. Licences outside this list are passed on as written.
 _SPDX = {
     name.lower(): name
     for name in (
@@ -31,7 +31,7 @@ _SPDX = {
 }
 
 
-# Limit for text and JSON files. The longest is tokenizer.json: published ones reach 35 MB.
+# Limit in bytes for text and JSON files. The longest is tokenizer.json: published ones reach 35 MB.
 _LONGEST_TEXT = 1 << 28
 
 # A JSON escape for half of a surrogate pair.
@@ -51,7 +51,7 @@ def plain_file(path: Path) -> bool:
     """Return True for a regular file, False if the path does not exist.
 
     Raises:
-        PrecastError: the path is anything else, such as a FIFO, which would block a reader forever, or a dangling link.
+        PrecastError: the path is a dangling symlink or not a regular file, such as a FIFO, which could block forever.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
@@ -149,7 +149,7 @@ def read_json(path: Path) -> dict[str, object]:
     """Return the object in a JSON file.
 
     Raises:
-        PrecastError: the file cannot be read, is not valid JSON, or contains something else than an object.
+        PrecastError: the file cannot be read, is not valid JSON, or contains something other than an object.
     """
     text = read_text(path)
     try:

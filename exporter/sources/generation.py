@@ -1,4 +1,4 @@
-"""generation_config.json: the export applies, ignores or refuses each key of `GenerationConfig`.
+"""The keys of generation_config.json, each of which the export applies, ignores or refuses.
 
 The reference is transformers. The export ignores unknown keys, as transformers does, and names them in a remark.
 """
@@ -29,8 +29,10 @@ class Key:
 
     Attributes:
         treatment: treatment by an export.
-        target: for an applied key, the field of `SamplingParams` that it sets, or the function that reads it.
-        reason: for a harmless key, the reason; for a refused key, its effect, as a clause that follows "which".
+        target: for an applied key, the field of the manifest's `SamplingDefaults` that it sets; do_sample and
+            eos_token_id set no such field.
+        reason: for a harmless key, the reason to ignore it; for a refused key, its effect, as a clause that follows
+            "which".
         neutral: values of a refused key, besides null, that have no effect.
         sampling: True for a key that has an effect only with do_sample.
     """
@@ -128,7 +130,7 @@ KEYS: Mapping[str, Key] = {
         "speculation_type",
     ),
     **_harmless("it needs a second model in the call", "assistant_ensemble_weight"),
-    **_refused("is_assistant", "makes this a draft model for another one", False),
+    **_refused("is_assistant", "makes this a draft model for another model", False),
     **_refused("num_beams", "asks for a beam search", 1),
     **_refused("num_beam_groups", "asks for a beam search", 1),
     **_refused("constraints", "asks for a beam search", []),
@@ -270,7 +272,7 @@ def _checked(path: Path, key: str, value: object) -> object:
     if key == "stop_strings":
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise _wrong(path, key, "texts", value)
+            raise _wrong(path, key, "a text or a list of texts", value)
         return tuple(texts)
     if key in _LISTS:
         if not isinstance(value, list):

@@ -72,7 +72,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
                 local_files_only=refused is not None,
             )
         )
-    # The HTTP library, and so its exceptions, differ between versions of huggingface-hub.
+    # The HTTP library, and with it the class of its exceptions, depends on the version of huggingface-hub.
     except Exception as error:
         # The hub's own answer explains more than the absence of a cached copy.
         reason = refused if isinstance(refused, errors.HfHubHTTPError | ValueError) else error
@@ -82,8 +82,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
 def _probe(repo: str, revision: str | None) -> Exception | None:
     """Ask the hub about the model, with a time limit; return the exception that this raises, or None.
 
-    `snapshot_download` sends its requests without a time limit, and several of them if the revision is a commit, so it
-    hangs for minutes if the network drops packets. It is called only if the hub has answered this request in time.
+    `snapshot_download` sends its requests without a time limit, so it hangs for minutes if the network drops packets.
+    The caller therefore lets it use the network only if the hub has answered this request in time.
     """
     from huggingface_hub import HfApi, constants
 
@@ -104,8 +104,8 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
         return f"{repo}: has no revision {revision!r} on the hub; check the spelling."
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{repo}: is neither a directory or .gguf file here nor a model on the hub that you may read; "
-            "check the spelling, or run `hf auth login` if it is private."
+            f"{repo}: is not a directory or .gguf file here, and the hub has no such model that you may read; "
+            "check the spelling, or run `hf auth login` if the model is private."
         )
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return (

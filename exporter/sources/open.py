@@ -24,7 +24,7 @@ class _Kind:
     open: Callable[[str], Source]
 
 
-# The readers' libraries are slow to import, so each opener imports its own reader: `--help` must be quick.
+# The readers' libraries are slow to import. Each opener imports its own reader when called, so that `--help` is fast.
 
 
 def _open_directory(spec: str) -> Source:

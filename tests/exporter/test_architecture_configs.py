@@ -236,7 +236,7 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         "'use_bidirectional_attention' is True, expected False.",
     ),
     ("gemma2", {"hidden_act": "silu"}, "'hidden_act' is 'silu', expected 'gelu_pytorch_tanh' or 'gelu'."),
-    ("gemma2", {"sliding_window": None}, "no 'sliding_window' in use"),
+    ("gemma2", {"sliding_window": None}, "no 'sliding_window' is in use"),
     ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' is 0, expected a number above 0."),
     (
         "gemma2",
@@ -279,12 +279,12 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "mixtral",
         {"num_experts_per_tok": 9},
-        "'num_experts_per_tok' is 9, expected at most the 8 experts.",
+        "'num_experts_per_tok' is 9, expected at most 8, the number of experts.",
     ),
     (
         "mixtral",
         {"num_experts": 4, "num_local_experts": 8},
-        "num_experts and num_local_experts disagree: 4 and 8; remove the one that is wrong.",
+        "num_experts and num_local_experts are 4 and 8, expected the same number; remove the wrong one.",
     ),
     ("olmo2", {"clip_qkv": 8.0}, "'clip_qkv' may change"),
     ("phi3", {"attention_bias": True}, "'attention_bias' is True, expected False."),
@@ -305,7 +305,7 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "smollm3",
         {"layer_types": ["sliding_attention"] * 7, "sliding_window": 9},
-        "no 'sliding_window' in use",
+        "no 'sliding_window' is in use",
     ),
 ]
 

@@ -78,7 +78,7 @@ def test_a_model_that_reads_images_is_refused_with_a_remedy() -> None:
 def test_an_unknown_key_is_named(model_type: str, key: str, value: Any) -> None:
     assert _refusal(model_type, **{key: value}) == (
         f"m/config.json: '{key}' may change the model's maths and is not understood; remove it if transformers' own"
-        " class for this model_type has no such key; otherwise precast cannot export the model faithfully."
+        " class for this model_type has no such key, or export another model."
     )
 
 
@@ -135,8 +135,8 @@ def test_keys_of_llama_are_unknown_to_qwen2(key: str) -> None:
             0.5,
             "expected partial_rotary_factor to be 1 for this architecture, found 0.5; correct or remove it.",
         ),
-        ("rope_scaling", "linear", "'rope_scaling' is 'linear', expected a table of parameters."),
-        ("rope_parameters", [1], "'rope_parameters' is [1], expected a table of parameters."),
+        ("rope_scaling", "linear", "'rope_scaling' is 'linear', expected a JSON object."),
+        ("rope_parameters", [1], "'rope_parameters' is [1], expected a JSON object."),
     ],
 )
 def test_a_value_that_is_not_understood(model_type: str, key: str, value: Any, message: str) -> None:
@@ -167,8 +167,9 @@ def test_layer_types_that_are_not_understood(value: Any) -> None:
 
 @pytest.mark.parametrize("switch", [{}, {"use_sliding_window": True, "sliding_window": None}])
 def test_a_windowed_layer_without_a_window(switch: Mapping[str, Any]) -> None:
-    assert "'layer_types' has sliding_attention, but the config has no 'sliding_window' in use" in _refusal(
-        "qwen2", layer_types=["full_attention", "sliding_attention"], **switch
+    assert (
+        "'layer_types' has sliding_attention, but no 'sliding_window' is in use; correct one of"
+        in _refusal("qwen2", layer_types=["full_attention", "sliding_attention"], **switch)
     )
 
 
@@ -216,7 +217,7 @@ def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
         ({"rope_type": "longrope"}, " rope parameters: key 'short_factor' is missing."),
         (
             {"rope_type": "linear", "type": "dynamic", "factor": 2.0},
-            ": rope_type and type disagree: linear and dynamic; remove the one that is wrong.",
+            ": rope_type and type are linear and dynamic, expected the same name; remove the wrong one.",
         ),
         ({"rope_type": "linear"}, " rope parameters: key 'factor' is missing."),
         ({"rope_type": "linear", "factor": 0}, " rope parameters: 'factor' is 0, expected a number above 0."),
@@ -271,7 +272,7 @@ def test_a_partial_rotary_factor_is_found_in_every_place() -> None:
 def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[str, Any], key: str) -> None:
     """transformers silently ignores the newer spelling if both are present."""
     assert _refusal(rope_parameters=newer, rope_scaling=older) == (
-        f"m/config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the one that is wrong."
+        f"m/config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the wrong one."
     )
 
 

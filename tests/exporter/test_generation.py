@@ -174,7 +174,10 @@ def test_published_files(tmp_path, said, expected):
             "expected no_repeat_ngram_size to be a number, found true; correct it.",
         ),
         ({"suppress_tokens": 5}, "expected suppress_tokens to be a list, found 5; correct it."),
-        ({"stop_strings": [1]}, "expected stop_strings to be texts, found [1]; correct it."),
+        (
+            {"stop_strings": [1]},
+            "expected stop_strings to be a text or a list of texts, found [1]; correct it.",
+        ),
         ({"do_sample": 1}, "expected do_sample to be true or false, found 1; correct it."),
     ],
 )

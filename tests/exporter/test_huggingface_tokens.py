@@ -321,7 +321,9 @@ def test_every_key_that_transformers_reads_is_known():
 def test_a_remark_names_unknown_keys(tmp_path):
     config = {"fold_case": True, "odd": 1, "image_token": "<a>", "model_max_length": 5}
     read = read_tokenizer(write(tmp_path, tokenizer=document(), tokenizer_config=config))
-    assert read.remarks == ("tokenizer_config.json: ignored, because the meaning is unknown: fold_case, odd",)
+    assert read.remarks == (
+        "tokenizer_config.json: ignored these keys, whose meaning is unknown: fold_case, odd",
+    )
 
 
 @pytest.mark.parametrize(

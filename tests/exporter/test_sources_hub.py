@@ -128,7 +128,7 @@ def test_a_cached_snapshot_needs_no_network(tmp_path, environment, spec):
         ("GatedRepoError", "org/name: is gated on the hub; accept its terms"),
         (
             "RepositoryNotFoundError",
-            "org/name: is neither a directory or .gguf file here nor a model on the hub",
+            "org/name: is not a directory or .gguf file here, and the hub has no such model that you may read; check",
         ),
         ("RevisionNotFoundError", "org/name: has no revision 'v2' on the hub; check the spelling."),
         ("LocalEntryNotFoundError", "the hub cannot be reached"),

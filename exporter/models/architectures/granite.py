@@ -8,7 +8,7 @@ from ..config import ConfigReader
 from ..rope import Rope, read_rope
 from ..tensors import Tensors, scale
 
-# Weights whose results go into the residual sum.
+# Parameters of the projections that write to the residual stream.
 _RESIDUAL = ("self_attn.o_proj.weight", "self_attn.o_proj.bias", "mlp.down_proj.weight", "mlp.down_proj.bias")
 
 
@@ -17,7 +17,8 @@ class GraniteConfig(DecoderConfig):
     """A decoder's config with Granite's residual multiplier.
 
     Attributes:
-        residual_scale: factor of the results of attention and MLP in the residual sum; `adapt` folds it into weights.
+        residual_scale: factor of everything that attention and MLP add to the residual stream; `adapt` folds it into
+            the weights.
     """
 
     residual_scale: float = 1.0

@@ -1,4 +1,4 @@
-"""OLMo 2 (OLMo team 2024): norms after attention and MLP instead of before, and over all heads of q and of k."""
+"""OLMo 2 (OLMo team 2024): norms after attention and MLP instead of before; norms of q and k over all heads."""
 
 from dataclasses import replace
 

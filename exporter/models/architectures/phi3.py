@@ -21,7 +21,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
     """
     for bias in ("attention_bias", "mlp_bias", "lm_head_bias"):
         reader.expect(bias, False)
-    # Phi-4 mini's configs disable features of its siblings with these keys.
+    # Phi-4 mini's configs contain these keys to disable features of related models.
     reader.expect("full_attn_mod", 1)
     reader.expect("interpolate_factor", 1)
     # Published configs name code in the checkpoint; transformers prefers its own class, and so does precast.
@@ -36,7 +36,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 
 
 def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
-    """Split q, k and v, and gate and up."""
+    """Split the fused projections into q, k and v, and into gate and up."""
     left, made = dict(tensors), dict[str, SourceTensor]()
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     for i in range(config.layers):

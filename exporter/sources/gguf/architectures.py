@@ -1,6 +1,6 @@
 """The architectures that a GGUF file may contain, one entry each.
 
-Names and conventions are those of llama.cpp's converter, which the entries undo:
+llama.cpp's converter renames and changes a checkpoint's tensors and keys; the entries undo that. Source:
 https://github.com/ggml-org/llama.cpp/tree/master/conversion.
 """
 
@@ -25,7 +25,7 @@ class GgufArchitecture:
         names: Hugging Face's name of each module by its GGUF name ("attn_q"), without "model.layers.N.". "{}" stands
             for the number of an expert, because GGUF stacks the experts' matrices in one tensor.
         extra_keys: returns the keys of config.json that only some architectures have.
-        known_keys: metadata keys, without prefix, that `extra_keys` reads.
+        known_keys: metadata keys, without prefix, that are read only for this architecture.
         interleaved: True if rows of q and k are permuted for llama.cpp's interleaved RoPE.
         norm_offset: constant that the converter adds to the weights of norms.
         longrope: True if the file may have RoPE factors for short and long contexts.
@@ -60,7 +60,7 @@ _POST_NORMS = {
 _LLAMA = _ENDS | _PRE_NORMS | _ATTENTION | _MLP
 _SANDWICH_NORMS = _POST_NORMS | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
 
-# llama.cpp's only activations for these architectures.
+# Activations of these architectures. A GGUF file does not state the activation; llama.cpp has a fixed one.
 _SILU: Config = {"hidden_act": "silu"}
 _GELU: Config = {"hidden_activation": "gelu_pytorch_tanh"}
 
@@ -84,10 +84,10 @@ def _qwen3(_: MetadataReader, shapes: Shapes) -> Config:
 # --- Gemma --------------------------------------------------------------------------------------------------
 
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
-# Keys of the RoPE base in layers with a window, by llama.cpp's converter and by Ollama's.
+# Keys of the RoPE base in layers with a window, as written by llama.cpp's converter and by Ollama's.
 _LOCAL_BASES = ("rope.freq_base_swa", "rope.local.freq_base")
-# The 27B models scale attention scores by D / N instead of H. The file does not say so; the number of layers identifies
-# these models.
+# The 27B models scale attention scores by (D / N) ** -0.5 instead of H ** -0.5. The file does not say so; the number of
+# layers identifies these models.
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
 

@@ -1,4 +1,4 @@
-"""The keys of a Hugging Face config.json from a GGUF file's metadata."""
+"""Translate a GGUF file's metadata to the keys of a Hugging Face config.json."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +98,9 @@ def translate_config(
     reader = MetadataReader(path=path, prefix=metadata["general.architecture"], metadata=metadata)
     _refuse_unknown(reader, architecture)
     if (layers := reader.integer("block_count")) > len(shapes):
-        raise reader.unexpected("block_count", f"at most the {len(shapes)} tensors that the file has", layers)
+        raise reader.unexpected(
+            "block_count", f"at most {len(shapes)}, the number of tensors in the file", layers
+        )
     heads = reader.integer("attention.head_count")
     head_dim, rotated = _head_dims(reader, heads, partial=architecture.partial_rope)
     theta = reader.positive("rope.freq_base", 10000.0)

@@ -27,7 +27,7 @@ _ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
 _MOST_KEYS = _MOST_TENSORS = 1 << 16
 _LONGEST_HEADER = 1 << 27
 _LONGEST_KEY, _LONGEST_NAME, _MOST_AXES = 65_535, 63, 4
-# Minimum bytes of a key with its value, and of a tensor's entry: lengths and types, with empty texts.
+# Minimum size in bytes of a key with its value, and of a tensor's entry: lengths and types, with empty texts.
 _LEAST_KEY, _LEAST_TENSOR = 13, 24
 
 # Types by their number in the format. Each letter means the same in struct and NumPy.
@@ -37,7 +37,8 @@ _STRING, _ARRAY = 8, 9
 # Types that NumPy supports; tensors of all other types become rows of bytes.
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
 
-# Texts that must be exact. In all others, which only describe the model, bytes that are not UTF-8 become U+FFFD.
+# Prefixes of the keys whose texts must be exact. Other texts only describe the model: bytes that are not UTF-8 become
+# U+FFFD.
 _EXACT = ("tokenizer.", "general.architecture", "general.type")
 
 
@@ -59,10 +60,10 @@ class _Entry:
     """A tensor as the header describes it.
 
     Attributes:
-        axes: its shape, innermost axis first.
-        type: the number of its type.
-        offset: offset of its data from the data of the first tensor.
-        at: offset of its entry in the header.
+        axes: shape, innermost axis first.
+        type: number of the type in the format.
+        offset: offset of the data from the data of the first tensor.
+        at: offset of the header entry in the file.
     """
 
     axes: tuple[int, ...]
@@ -149,7 +150,7 @@ class _Cursor:
         return taken
 
     def number(self, letter: str, what: str) -> Any:
-        """Read one scalar of the type with this letter."""
+        """Read one scalar of the type that `letter` denotes in `struct`."""
         form = struct.Struct(f"<{letter}")
         return form.unpack(self.read(form.size, what))[0]
 
@@ -193,8 +194,8 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
         if count > room:
             raise cursor.error(
                 start,
-                f"expected at most {room:,} {what}, because there is no room for more, found {count:,}, so the file is"
-                " truncated or damaged; fetch it again",
+                f"expected at most {room:,} {what}, found {count:,}, so the file is truncated or damaged; fetch it"
+                " again",
             )
     return tensors, keys
 
@@ -255,9 +256,9 @@ def _decoded(cursor: _Cursor, key: str, text: memoryview) -> str:
         at = cursor.at - len(text) + error.start
         raise cursor.error(
             at,
-            f"expected UTF-8 in {key:.80}, found the byte 0x{text[error.start]:02x} in {bytes(text[:40])!r}; the"
-            " converter has cut a character: convert the model again with a current one, or use its Hugging Face"
-            " checkpoint",
+            f"expected UTF-8 in {key:.80}, found the byte 0x{text[error.start]:02x} in {bytes(text[:40])!r}, so the"
+            " converter has cut a character in two; convert the model again with a current converter, or use its"
+            " Hugging Face checkpoint",
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Repair the token types of chat markers that a GGUF file declares as ordinary words.
 
-Converters often do so for `<|im_end|>` and similar markers. The tokenizer would then split a marker that is a single
-token for the model. llama.cpp recognises tokens that end a text or a turn by their spelling, and overrides their type.
-This module does the same, and also repairs markers that occur in the file's own chat templates.
+Converters often declare `<|im_end|>` and similar markers as words. The tokenizer would then split a marker that is a
+single token for the model. llama.cpp recognises tokens that end a text or a turn by their spelling, and overrides their
+type. This module does the same, and also repairs markers that occur in the file's own chat templates.
 """
 
 import re
@@ -54,7 +54,7 @@ def _written(templates: Iterable[object]) -> frozenset[str]:
 
 
 def repaired_types(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
-    """Return the token types, with those of chat markers corrected; takes the arguments of `mistyped_markers`."""
+    """Return the token types after correcting chat markers; the arguments are those of `mistyped_markers`."""
     wrong = frozenset(mistyped_markers(tokens, types, metadata))
     return [_CONTROL if number in wrong else kind for number, kind in enumerate(types)]
 

@@ -102,7 +102,7 @@ class MetadataReader:
 
     Attributes:
         path: the file, for messages.
-        prefix: the architecture.
+        prefix: name of the architecture, with which its keys begin.
         metadata: all metadata of the file.
     """
 

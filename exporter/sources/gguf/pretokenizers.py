@@ -82,7 +82,7 @@ _DEFAULT = PreTokenizer(
     )
 )
 
-# By `tokenizer.ggml.pre`. A name belongs here only if its complete published tokenizer.json is known.
+# By `tokenizer.ggml.pre`. Except for "default", a name belongs here only if a published tokenizer.json defines it.
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "default": _DEFAULT,
     "gpt-2": _GPT2,

@@ -70,7 +70,7 @@ def _recover_llama3(
     """Return the Llama 3 scaling behind `factors`, or None if all are one.
 
     llama.cpp's converter stores the scaling as one divisor per frequency. This function computes the divisors from the
-    published constants and compares; it refuses any other divisors.
+    published constants, and refuses a file with other divisors.
     """
     factor = float(factors.max())
     if factor == 1.0 and float(factors.min()) == 1.0:

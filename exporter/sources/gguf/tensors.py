@@ -20,8 +20,8 @@ _SLAB = 512
 
 _NAME = re.compile(r"(?:(?P<layer>blk\.\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
 
-# Types whose blocks are passed on without conversion, with the number of coefficients in each block of 32 values: a
-# scale, and in Q4_1 also a minimum.
+# Quantised types that `QuantisedBlocks` represents exactly, with the number of coefficients in each block of 32 values:
+# a scale, and in Q4_1 also a minimum.
 _BLOCK = 32
 _COEFFICIENTS = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
 
@@ -52,12 +52,12 @@ def source_tensors(
 
     Args:
         path: the file, for messages.
-        stored: the file's tensors without those of RoPE factors.
+        stored: the file's tensors, except the RoPE factors.
         architecture: the file's architecture.
         config: the file's config from `translate_config`.
 
     Raises:
-        PrecastError: a tensor is unknown.
+        PrecastError: a tensor is unknown, or a stack of experts has the wrong shape.
     """
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors: dict[str, SourceTensor] = {}
@@ -146,7 +146,7 @@ def dequantise(tensor: GgufTensor) -> np.ndarray:
 
 
 def _blocks(tensor: GgufTensor) -> QuantisedBlocks:
-    """Return the blocks of a matrix, with rows in the order of `dequantise`.
+    """Return the blocks of a matrix, with rows in the order of Hugging Face.
 
     Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q8_0, block_q4_0, block_q4_1).
     """

@@ -1,4 +1,4 @@
-"""A tokenizer.json from a GGUF file's tokenizer.
+"""Build a tokenizer.json from the tokenizer in a GGUF file's metadata.
 
 transformers has a converter too (`transformers.integrations.gguf`), but as of 5.23 it silently falls back to GPT-2's
 pre-tokenizer for every pre-tokenizer that it does not know, such as "smollm". It also omits Qwen2's normalizer and
@@ -105,7 +105,10 @@ def _merge(vocabulary: Vocabulary, merge: str) -> list[str]:
 
 
 def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
-    """Return a document like Llama 2's: prepend a ▁, turn spaces into ▁ and unknown characters into bytes."""
+    """Return a tokenizer.json like Llama 2's.
+
+    It prepends a ▁ to each text, turns spaces into ▁, and splits unknown characters into bytes.
+    """
     if vocabulary.get("pre", "default") != "default":
         raise vocabulary.error(
             f"has the pre-tokenizer {vocabulary.get('pre')} (tokenizer.ggml.pre), which a SentencePiece "
@@ -250,7 +253,8 @@ def _bpe(
 def _spell_merges(merges: list[list[str]]) -> list[str] | list[list[str]]:
     """Return merges in the older form, "a b", if it can express them, because it loads in two thirds of the time.
 
-    It cannot express a token that contains a space. A merge that begins with "#version" would be read as a comment.
+    The older form cannot express a token that contains a space, and a merge that begins with "#version" would be read
+    as a comment.
     """
     if any(" " in token or token.startswith("#version") for pair in merges for token in pair):
         return merges

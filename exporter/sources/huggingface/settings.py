@@ -70,7 +70,7 @@ def check_settings(path: Path, document: Mapping[str, Any]) -> tuple[str, ...]:
     remarks = []
     if unknown:
         remarks.append(
-            f"tokenizer_config.json: ignored, because the meaning is unknown: {', '.join(unknown)}"
+            f"tokenizer_config.json: ignored these keys, whose meaning is unknown: {', '.join(unknown)}"
         )
     if _cleans_up(settings, document):
         remarks.append(
@@ -103,7 +103,7 @@ _SAVE_AGAIN = "save the tokenizer again (AutoTokenizer.from_pretrained(...).save
 _REFUSED: Mapping[str, tuple[Callable[[object, Mapping[str, Any]], bool], str]] = {
     "auto_map": (
         _names_code,
-        "asks for the checkpoint's own code, which precast never runs; remove the key if tokenizer.json needs none",
+        "asks for the checkpoint's own code, which precast never runs; remove the key if tokenizer.json needs no code",
     ),
     "split_special_tokens": (
         _is_on,

@@ -119,7 +119,7 @@ def _end_tokens(
     own = () if eos_token is None else (tokens.get(eos_token),)
     vocab = config.get("vocab_size")
     by_text = end_tokens_by_text(special, tokens)
-    # The model never generates a token without an embedding.
+    # Tokens without an embedding are left out, because the model never generates them.
     return merge_end_tokens((*named, *own), (i for i in by_text if not isinstance(vocab, int) or i < vocab))
 
 
@@ -136,8 +136,8 @@ def _licence(card: Path) -> str | None:
     except OSError as error:
         raise PrecastError(f"{card}: cannot be read ({error.strerror}); check its permissions.") from error
     except Exception:
-        # A model card is written by hand, so broken metadata counts as no licence. PyYAML also lets errors of Python's
-        # types through, such as ValueError for an impossible date.
+        # A model card is written by hand, so broken metadata counts as no licence. Besides its own errors, PyYAML
+        # raises errors of Python, such as ValueError for an impossible date.
         return None
     if not isinstance(front, dict):
         return None

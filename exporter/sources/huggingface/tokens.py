@@ -32,7 +32,7 @@ class Tokens:
     """The added and special tokens of a tokenizer.
 
     Attributes:
-        added: value of `added_tokens` with which tokenizer.json alone gives the same ids and texts as all five places.
+        added: the tokens of all five places, as the value of `added_tokens` in tokenizer.json.
         named: texts of the special tokens that have a name: "bos_token" and so on, and the model's own names, such as
             "image_token".
         has_own_files: True if the directory has tokenizer_config.json or special_tokens_map.json.
@@ -60,7 +60,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
     own = _take_own(folder, settings)
     if _DECODER not in settings:
         _merge_map(folder, settings, own)
-    # `_named` and `_extra` check the types of values, on which `_decoder` relies.
+    # `_named` and `_extra` check the types of values; `_decoder` relies on these checks.
     named, extra = _named(folder, settings, own), _extra(folder, settings)
     decoder = _decoder(folder, settings, document)
     special = _special_texts(library) | _add(library, decoder, named, extra)

@@ -57,7 +57,7 @@ _OTHERS = (
     ),
 )
 
-# safetensors' names for the types that float32 represents exactly.
+# safetensors' names for the types whose values float32 represents exactly.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Masks and tables in old checkpoints. They may have any type, because no architecture reads their values.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
