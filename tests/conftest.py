@@ -285,6 +285,17 @@ def windowed_savedmodel(
 
 
 @pytest.fixture(scope="session")
+def prefixed_artifact(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the shared artifact with a stored prefix, "fox"."""
+    from precast.loaders.add_prefix import PrefixSource, add_prefix
+
+    root = tmp_path_factory.mktemp("prefixed") / "tiny"
+    shutil.copytree(tiny_artifact, root)
+    add_prefix(root, "fox", PrefixSource(system="the quick brown fox"), log=lambda _: None)
+    return root
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_artifact: Path) -> Any:
     """Return the tiny artifact, loaded."""
     from precast.loaders.load import load

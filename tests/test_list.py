@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from precast.loaders.locate import read_manifest
+
 WHERE = "artifacts/good"
 
 
@@ -48,7 +50,7 @@ def test_artifacts_are_listed_by_path_and_the_broken_ones_with_the_reason(cli, f
     result = cli("list")
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["artifact", "model", "weights", "context", "size", "runs", "here"]
+    assert lines[0].split() == ["artifact", "model", "weights", "context", "size", "runs", "here", "prefixes"]
     name = tiny_model.target.name
     shown = [line.split("  ")[0] for line in lines[1:] if not line.startswith("  ! ")]
     places = (
@@ -94,6 +96,7 @@ def test_a_list_as_json(cli, folder, tiny_model):
         "target": tiny_model.target.name,
         "compiles": True,
         "reason": None,
+        "prefixes": [],
     }
     assert good["bytes"] > good["parameters"] > 50_000
     other = found["artifacts/below/deeper/other jaxlib"]
@@ -105,7 +108,28 @@ def test_a_list_as_json(cli, folder, tiny_model):
     assert found["artifacts/named"]["name"] == "\x1b]0;x\x07 \u202e"
     broken = found["artifacts/cut"]
     assert "manifest.json" in broken["problem"]
-    assert broken["target"] is broken["name"] is broken["bytes"] is None
+    assert broken["target"] is broken["name"] is broken["bytes"] is broken["prefixes"] is None
+
+
+def test_stored_prefixes_are_listed(cli, folder, prefixed_artifact, edit_manifest):
+    """A prefix that another target computed is marked as unused."""
+    shutil.copy(prefixed_artifact / "manifest.json", folder / "good")
+    manifest = read_manifest(prefixed_artifact)
+    (prefix,), other = manifest.prefixes, manifest.targets[-1].name
+    shown = f"fox ({prefix.tokens} tokens)"
+    lines = cli("list", folder / "good").stdout.splitlines()
+    assert lines[1].endswith(f"  {prefix.target}  {shown}")
+    second = {**vars(prefix), "name": "second", "target": other}
+    edit_manifest(folder / "good", lambda manifest: manifest["prefixes"].append(second))
+    lines = cli("list", folder / "good").stdout.splitlines()
+    assert lines[1].endswith(f"  {shown}, second ({prefix.tokens} tokens, not used here)")
+    (found,) = json.loads(cli("list", folder / "good", "--json").stdout)
+    size = sum((prefixed_artifact / name).stat().st_size for name in (prefix.file, prefix.arrays))
+    reason = f"target {other!r} computed it, and {prefix.target!r} runs"
+    assert found["prefixes"] == [
+        {"name": "fox", "tokens": prefix.tokens, "bytes": size, "obstacle": None},
+        {"name": "second", "tokens": prefix.tokens, "bytes": size, "obstacle": reason},
+    ]
 
 
 def test_a_folder_that_is_an_artifact_or_holds_none(cli, folder, tmp_path):

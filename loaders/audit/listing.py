@@ -4,13 +4,17 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..artifact import compat
 from ..artifact.errors import PrecastError
 from ..artifact.machine import Machine
-from ..artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
+from ..artifact.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest, Target
 from ..locate import read_manifest
 from ..runtime.installed import this_machine
+
+if TYPE_CHECKING:
+    from .prefixes import PrefixStatus
 
 # Search this many bytes of a manifest for its version.
 _HEAD = 4096
@@ -33,6 +37,7 @@ class ListEntry:
         target: the target that runs here, or None.
         compiles: True if a target runs here once it is compiled.
         reason: the reason if no target runs here without compiling, or None.
+        prefixes: the stored prefixes.
     """
 
     path: Path
@@ -47,6 +52,7 @@ class ListEntry:
     target: str | None = None
     compiles: bool | None = None
     reason: str | None = None
+    prefixes: "tuple[PrefixStatus, ...] | None" = None
 
 
 def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> Iterator[ListEntry]:
@@ -117,20 +123,30 @@ def _listed(folder: Path, key: Path | None) -> ListEntry | None:
         context=manifest.context,
         bytes=sum(entry.bytes for entry in manifest.files.values()),
         targets=tuple(t.name for t in manifest.targets),
-        target=target,
+        target=target.name if target else None,
         compiles=compiles,
         reason=reason,
+        prefixes=_prefixes(manifest, target, machine.isa),
     )
 
 
-def _runs(folder: Path, manifest: Manifest, machine: Machine) -> tuple[str | None, bool, str | None]:
-    """Return the name of a target that runs here, a flag, and the obstacle to running without compiling.
+def _prefixes(manifest: Manifest, target: Target | None, isa: str) -> "tuple[PrefixStatus, ...]":
+    if not manifest.prefixes:
+        return ()
+    # Imported only here, because its imports take 0.1 s.
+    from .prefixes import statuses
+
+    return statuses(manifest, target, isa)
+
+
+def _runs(folder: Path, manifest: Manifest, machine: Machine) -> tuple[Target | None, bool, str | None]:
+    """Return a target that runs here, a flag, and the obstacle to running without compiling.
 
     The flag is True if a target runs here directly or after compiling.
     """
     try:
         chosen = compat.choose_target(manifest, machine, str(folder), name=None, allow_compile=False)
-        return chosen.name, True, None
+        return chosen, True, None
     except PrecastError as error:
         reason = str(error)
     try:

@@ -4,12 +4,16 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..artifact.errors import printable
 from ..artifact.units import size_text
 from ..audit.listing import ListEntry, artifacts_below
 
-_HEAD = ("artifact", "model", "weights", "context", "size", "runs here")
+if TYPE_CHECKING:
+    from ..audit.prefixes import PrefixStatus
+
+_HEAD = ("artifact", "model", "weights", "context", "size", "runs here", "prefixes")
 
 
 def run(folder: Path, *, as_json: bool, require_signature: Path | None) -> int:
@@ -50,4 +54,11 @@ def _row(entry: ListEntry) -> tuple[str, ...]:
     size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
     here = printable(entry.target) if entry.target else "with --compile" if entry.compiles else "no"
     model = printable(f"{entry.name} ({entry.architecture}, {size})")
-    return (path, model, printable(str(entry.weights)), str(entry.context), size_text(entry.bytes), here)
+    weights, context = printable(str(entry.weights)), str(entry.context)
+    prefixes = ", ".join(map(_prefix, entry.prefixes or ()))
+    return (path, model, weights, context, size_text(entry.bytes), here, printable(prefixes))
+
+
+def _prefix(prefix: "PrefixStatus") -> str:
+    unused = "" if prefix.obstacle is None else ", not used here"
+    return f"{prefix.name} ({prefix.tokens:,} tokens{unused})"

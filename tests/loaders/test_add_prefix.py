@@ -43,17 +43,9 @@ def refusal(root: Path, *arguments, **options) -> str:
     return str(error.value)
 
 
-@pytest.fixture(scope="module")
-def prefixed(tiny_artifact, tmp_path_factory) -> Path:
-    """The tiny artifact with a prefix, which tests must not change."""
-    root = Path(shutil.copytree(tiny_artifact, tmp_path_factory.mktemp("prefixed") / "tiny"))
-    add(root)
-    return root
-
-
 @pytest.fixture
-def copy(prefixed, tmp_path) -> Path:
-    return Path(shutil.copytree(prefixed, tmp_path / "copy"))
+def copy(prefixed_artifact, tmp_path) -> Path:
+    return Path(shutil.copytree(prefixed_artifact, tmp_path / "copy"))
 
 
 def messages(text: str, system: str = SYSTEM):
@@ -64,8 +56,8 @@ def messages(text: str, system: str = SYSTEM):
 
 
 @pytest.mark.parametrize("text", ["a cat", "jumps over the lazy dog", "0", " x"])
-def test_every_chat_with_the_system_message_starts_after_it(prefixed, tiny_model, text):
-    model = load(prefixed, prefix_memory=0)
+def test_every_chat_with_the_system_message_starts_after_it(prefixed_artifact, tiny_model, text):
+    model = load(prefixed_artifact, prefix_memory=0)
     found = model.chat(messages(text), PARAMS)
     assert found.timing.cached_tokens == model.manifest.prefixes[0].tokens
     assert found.token_ids == greedy(tiny_model.engine, found.prompt_token_ids, 6)
@@ -186,19 +178,19 @@ def test_answers_are_the_same_with_any_earlier_prompts(models, kind, prompts):
 # --- reports ----------------------------------------------------------------------------------------------------
 
 
-def test_inspect_check_verify_and_diff_show_it(cli, prefixed, tiny_artifact):
-    prefix = read_manifest(prefixed).prefixes[0]
+def test_inspect_check_verify_and_diff_show_it(cli, prefixed_artifact, tiny_artifact):
+    prefix = read_manifest(prefixed_artifact).prefixes[0]
     by = f"by target {prefix.target} with kernels for {prefix.isa}"
-    inspected = cli("inspect", prefixed).stdout
+    inspected = cli("inspect", prefixed_artifact).stdout
     assert f"  prefix   fox: {prefix.tokens} tokens, " in inspected
     assert by in inspected
-    (facts,) = json.loads(cli("inspect", prefixed, "--json").stdout)["prefixes"]
+    (facts,) = json.loads(cli("inspect", prefixed_artifact, "--json").stdout)["prefixes"]
     assert (facts["name"], facts["tokens"]) == ("fox", prefix.tokens)
-    assert f"  prefix    fox: {prefix.tokens} tokens, used" in cli("check", prefixed).stdout
-    verified = cli("verify", prefixed)
+    assert f"  prefix    fox: {prefix.tokens} tokens, used" in cli("check", prefixed_artifact).stdout
+    verified = cli("verify", prefixed_artifact)
     assert verified.exit_code == 0, verified.output
     assert f"  prefix    fox: {prefix.tokens} tokens, recomputed and compared" in verified.stdout
-    differs = cli("diff", tiny_artifact, prefixed)
+    differs = cli("diff", tiny_artifact, prefixed_artifact)
     assert "  prefixes: 1 difference\n    + fox: " in differs.stdout
     assert "other files" in differs.stdout.splitlines()[-1]
 
@@ -253,8 +245,8 @@ def test_a_prefix_of_another_origin_is_not_used(copy, edit_manifest, cli, change
     assert f"not compared: {reason}" in cli("verify", copy).stdout
 
 
-def test_programs_compiled_here_do_not_use_it(prefixed):
-    manifest = read_manifest(prefixed)
+def test_programs_compiled_here_do_not_use_it(prefixed_artifact):
+    manifest = read_manifest(prefixed_artifact)
     target = next(t for t in manifest.targets if t.name == manifest.prefixes[0].target)
     compiled = replace(target, runtime="stablehlo", jaxlib="any")
     assert obstacle(manifest.prefixes[0], manifest, compiled, manifest.prefixes[0].isa) == (
@@ -262,9 +254,9 @@ def test_programs_compiled_here_do_not_use_it(prefixed):
     )
 
 
-def test_a_store_carries_it(prefixed, own_cache, tmp_path):
+def test_a_store_carries_it(prefixed_artifact, own_cache, tmp_path):
     url = f"file://{tmp_path / 'store'}/tiny"
-    push(prefixed, url)
+    push(prefixed_artifact, url)
     model = load(url, log=lambda _: None)
     found = model.chat(messages("cat"), PARAMS)
     assert found.timing.cached_tokens == model.manifest.prefixes[0].tokens
@@ -369,7 +361,7 @@ def test_targets_without_reproducible_keys_are_refused(artifact_copy, monkeypatc
     )
 
 
-def test_remove(copy, prefixed, tiny_artifact, cli):
+def test_remove(copy, prefixed_artifact, tiny_artifact, cli):
     assert cli("remove-prefix", copy, "cat").stderr == (
         f"error: {copy}: prefix 'cat' is not in the artifact; it holds 'fox': choose one of its names.\n"
     )
