@@ -340,8 +340,8 @@ def remove_prefix(artifact: Path, name: str, require_signature: Path | None) -> 
 def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) -> int:
     """List the artifacts below FOLDER.
 
-    FOLDER is artifacts by default. The list shows each artifact's model, size and stored prefixes, and whether it runs here. For a
-    broken artifact it shows the reason.
+    FOLDER is artifacts by default. The list shows each artifact's model, size and stored prefixes, and whether it runs
+    here. For a broken artifact it shows the reason.
 
     Exit code 0: success. 2: an error.
     """

@@ -27,16 +27,7 @@ def run(
     if source.exists() and target.exists() and source.samefile(target):
         raise PrecastError(f"{target}: is the input; choose another output.")
     with show_progress() as display:
-        model = load(
-            artifact,
-            rehash=loading.rehash,
-            target=loading.target,
-            allow_compile=loading.allow_compile,
-            require_signature=loading.require_signature,
-            threads=loading.threads,
-            log=display.log,
-            progress=display,
-        )
+        model = load(artifact, **loading.given(), log=display.log, progress=display)
         params = replace(model.default_sampling(), **sampling.given())
         try:
             with raise_on_interrupt():

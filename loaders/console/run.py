@@ -56,6 +56,10 @@ class LoadOptions(Frozen):
     require_signature: Path | None
     threads: int | None
 
+    def given(self) -> Mapping[str, Any]:
+        """Return the options as arguments of `load`."""
+        return vars(self)
+
 
 _ANY_OBJECT = '{"type": "object"}'
 
@@ -161,11 +165,7 @@ def run(
         imported = process_age()
         model = load(
             artifact,
-            rehash=loading.rehash,
-            target=loading.target,
-            allow_compile=loading.allow_compile,
-            require_signature=loading.require_signature,
-            threads=loading.threads,
+            **loading.given(),
             # The process ends after a single answer, so it would never use a prefix again.
             prefix_memory=None if is_chat or prompt.state is not None else 0,
         )
