@@ -16,6 +16,7 @@ from .artifact import files
 from .artifact.errors import PrecastError
 from .artifact.frozen import Frozen
 from .artifact.manifest import FileEntry, Manifest, Prefix
+from .artifact.manifest_parser import LONGEST_PREFIX_NAME, is_prefix_name
 from .artifact.origin import is_reproducible, origin_of
 from .artifact.weights import file_parts
 from .artifact_changes import (
@@ -35,8 +36,6 @@ from .generation.stored_prefixes import tokens_json
 from .load import load
 from .locate import find_artifact
 
-# The longest name, and the punctuation that it may have.
-_LONGEST_NAME, _PUNCTUATION = 64, "-_."
 # Samples of text that may follow a prefix. A token that depends on this text is not part of the prefix.
 _FOLLOWING = ("a", "The", " b", "\n", "0", ".", "é", "日")
 
@@ -194,12 +193,10 @@ def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _check_name(name: str) -> None:
-    letters = name.translate(dict.fromkeys(map(ord, _PUNCTUATION)))
-    is_plain = name.isascii() and not name.startswith(".") and (letters.isalnum() or (name and not letters))
-    if not is_plain or len(name) > _LONGEST_NAME:
+    if not is_prefix_name(name):
         raise PrecastError(
-            f"prefix: expected a name of 1 to {_LONGEST_NAME} letters, digits, '-', '_' or '.', not beginning with '.',"
-            f" found {name!r:.80}; choose another name."
+            f"prefix: expected a name of 1 to {LONGEST_PREFIX_NAME} letters, digits, '-', '_' or '.', not beginning"
+            f" with '.', found {name!r:.80}; choose another name."
         )
 
 

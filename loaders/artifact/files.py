@@ -23,8 +23,15 @@ from .manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry
 _BLOCK = 1 << 20
 
 
-def split_name(root: Path | str, name: str) -> tuple[str, ...]:
+def split_name(
+    root: Path | str, name: str, remedy: str = "copy or export the artifact again"
+) -> tuple[str, ...]:
     """Split the name of an artifact's file into its folders and its file name; the file may be missing.
+
+    Args:
+        root: the artifact's folder or another source of the name, for messages.
+        name: the name, untrusted.
+        remedy: what the user can do about an unsuitable name, for messages.
 
     Raises:
         PrecastError: the name is absolute, not normalised, or contains ``..``, a backslash or a NUL.
@@ -35,9 +42,7 @@ def split_name(root: Path | str, name: str) -> tuple[str, ...]:
         or name != "/".join(parts)
         or any(p in ("..", ".", "/") or "\\" in p or "\0" in p for p in parts)
     ):
-        raise PrecastError(
-            f"{root}: {name!r} is not the name of a file inside an artifact; copy or export the artifact again."
-        )
+        raise PrecastError(f"{root}: {name!r} is not the name of a file inside an artifact; {remedy}.")
     return parts
 
 

@@ -19,7 +19,19 @@ MAX_JSON_BYTES = 16 << 20
 
 
 class _Mismatch(Exception):
-    """A value that does not fit its field; the message says where, what was expected and what was found."""
+    """A value that does not fit its field; the message says where, what was expected and what was found.
+
+    Attributes:
+        other_remedy: another remedy, for messages, with a comma and "or" at its end.
+    """
+
+    other_remedy = ""
+
+
+class _UnknownKey(_Mismatch):
+    """A key that a later version may know."""
+
+    other_remedy = "update precast, or "
 
 
 def to_json(record: Any) -> str:
@@ -72,7 +84,7 @@ def from_json(kind: type[Record], value: Any, where: str, remedy: str = "export 
     try:
         return typing.cast(Record, convert(value, where))
     except _Mismatch as error:
-        raise PrecastError(f"{error}; {remedy}.") from None
+        raise PrecastError(f"{error}; {error.other_remedy}{remedy}.") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -114,7 +126,7 @@ _Converter = Callable[[Any, _Place], Any]
 
 @cache
 def _converter(kind: Any) -> _Converter:
-    """Return the function that converts parsed JSON to a value of `kind`, or raises _Mismatch or PrecastError."""
+    """Return the function that converts parsed JSON to a value of `kind`, or raises _Mismatch."""
     if dataclasses.is_dataclass(kind):
         return _record(typing.cast(type, kind))
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -141,12 +153,9 @@ def _record(kind: type) -> _Converter:
     return convert
 
 
-def _wrong_keys(place: _Place, found: Set[str], expected: Set[str]) -> Exception:
+def _wrong_keys(place: _Place, found: Set[str], expected: Set[str]) -> _Mismatch:
     if unknown := sorted(found - expected):
-        return PrecastError(
-            f"{_formatted(place)}: key {unknown[0]!r} is not known to this format version; update precast, or export"
-            " the model again."
-        )
+        return _UnknownKey(f"{_formatted(place)}: key {unknown[0]!r} is not known to this format version")
     return _Mismatch(f"{_formatted(place)}: key {min(expected - found)!r} is missing")
 
 

@@ -19,7 +19,7 @@ from .manifest import (
 )
 
 _MAX_SLOTS = 1 << 16
-_LONGEST_NAME = 64  # for a prefix, whose name is part of file names
+LONGEST_PREFIX_NAME = 64  # it is part of file names
 
 _Shape = tuple[int, ...]
 
@@ -246,29 +246,30 @@ def _check_program(manifest: Manifest, program: Program, where: str) -> None:
 
 
 def _check_prefix(manifest: Manifest, prefix: Prefix, where: str) -> None:
-    if not _is_name(prefix.name):
+    if not is_prefix_name(prefix.name):
         raise PrecastError(
-            f"{where}: expected a name of 1 to {_LONGEST_NAME} letters, digits, '-', '_' or '.', found another;"
-            " rename the prefix."
+            f"{where}: expected a name of 1 to {LONGEST_PREFIX_NAME} letters, digits, '-', '_' or '.', found another;"
+            " export the model again."
         )
     if not 1 <= prefix.tokens < manifest.context:
         raise PrecastError(
-            f"{where}: expected 1 to {manifest.context - 1} tokens, found {prefix.tokens}; add the prefix again."
+            f"{where}: expected 1 to {manifest.context - 1} tokens, found {prefix.tokens}; export the model again."
         )
     _expect(where, "targets of this name", 1, sum(t.name == prefix.target for t in manifest.targets))
     for what, digest in (("programs", prefix.programs), ("weights", prefix.weights)):
         if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
             raise PrecastError(
-                f"{where}: {what}: expected a sha256 in hex, found {digest!r:.80}; add the prefix again."
+                f"{where}: {what}: expected a sha256 in hex, found {digest!r:.80}; export the model again."
             )
     if prefix.weights != manifest.files[WEIGHTS_FILE].sha256:
-        raise PrecastError(f"{where}: it was computed with other weights; add the prefix again.")
+        raise PrecastError(f"{where}: it was computed with other weights; export the model again.")
 
 
-def _is_name(name: str) -> bool:
+def is_prefix_name(name: str) -> bool:
+    """Return True for 1 to 64 letters, digits, "-", "_" and ".", not beginning with "."."""
     letters = name.translate(dict.fromkeys(map(ord, "-_.")))
     return (
-        0 < len(name) <= _LONGEST_NAME
+        0 < len(name) <= LONGEST_PREFIX_NAME
         and name[0] != "."
         and name.isascii()
         and (not letters or letters.isalnum())

@@ -121,9 +121,8 @@ def _text(path: Path) -> str:
 
 
 def _objects(path: Path, what: str) -> list[dict[str, Any]]:
-    value = parse_json(_read(path), str(path))
+    remedy = "write a JSON list of objects"
+    value = parse_json(_read(path), str(path), remedy)
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-        raise PrecastError(
-            f"{path}: expected a list of {what}, found something else; write a JSON list of objects."
-        )
+        raise PrecastError(f"{path}: expected a list of {what}, found something else; {remedy}.")
     return value

@@ -20,11 +20,12 @@ from ..artifact.json_records import parse_json
 from ..artifact.manifest import CacheArray
 from ..artifact.origin import Origin
 from ..artifact.weights import file_parts, map_weights, numpy_dtype, read_metadata
+from ..text.chat_messages import plain_messages
 from .kv_state import Span, bits
 
 _VERSION, _VERSION_KEY, _HASH_KEY = "1", "precast_state", "sha256"
 _TOKENS = "tokens"
-_REMEDY = "save it again"
+_REMEDY = "start a new state in another file"
 # Number of elements that are searched for NaN and infinity at a time.
 _BLOCK = 1 << 22
 
@@ -205,11 +206,12 @@ def _checked_tokens(path: Path, tokens: np.ndarray | None, context: int, vocab: 
 
 
 def _messages(path: Path, text: str) -> tuple[Mapping[str, Any], ...]:
-    messages = parse_json(text.encode(), f"{path}: messages")
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
-    ):
-        raise _damaged(path, "a list of messages with roles", "something else")
+    try:
+        messages = parse_json(text.encode(), str(path))
+        if messages != []:
+            plain_messages(messages)
+    except PrecastError:
+        raise _damaged(path, "the messages of a chat", "something else") from None
     return tuple(messages)
 
 

@@ -8,6 +8,7 @@ from precast import kernels
 
 from ..artifact.errors import PrecastError
 from ..artifact.origin import Origin, is_reproducible, origin_of
+from ..text.chat_messages import plain_messages
 from . import state_file
 from .state_file import State
 from .stream import Completion
@@ -28,6 +29,8 @@ def save(
     else:
         tokens = tuple(sequence)
     ids = model.checked_prompt(tokens)
+    if messages:
+        plain_messages(messages)  # a message that no chat accepts would make the file useless
     state = State(tokens=tuple(ids), messages=tuple(messages))
     state_file.write_state(path, state, prefixes.compute(ids), model.manifest.cache, origin)
 

@@ -14,7 +14,7 @@ from ..artifact.weights import map_weights
 from .kv_state import Span
 from .state_file import checked_spans
 
-_REMEDY = "add the prefix again"
+_REMEDY = "remove the prefix with precast remove-prefix, and add it again"
 
 
 class StoredPrefix(Frozen):
@@ -78,7 +78,7 @@ def open_prefix(root: Path, manifest: Manifest, prefix: Prefix, *, rehash: bool 
     """
     where = str(root / prefix.file)
     data = files.read_checked(root, prefix.file, manifest.files[prefix.file])
-    tokens = _tokens(parse_json(data, where), prefix, manifest.model.vocab, where)
+    tokens = _tokens(parse_json(data, where, _REMEDY), prefix, manifest.model.vocab, where)
     with files.open_checked(root, prefix.arrays, manifest.files[prefix.arrays], rehash=rehash) as file:
         tensors, watch = map_weights(file), files.Watch(file)
     spans = checked_spans(str(root / prefix.arrays), tensors, manifest.cache, len(tokens), _REMEDY)

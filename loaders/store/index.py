@@ -119,7 +119,7 @@ def parse_index(data: bytes, where: str) -> Index:
 
 
 def _check_file(name: str, file: StoredFile, where: str) -> None:
-    split_name(where, name)
+    split_name(where, name, _REMEDY)
     if not all(_SHA256.fullmatch(digest) for digest in (file.sha256, *(p.sha256 for p in file.pieces))):
         raise PrecastError(
             f"{where}: file {name!r}: expected sha256 as 64 hex digits, found something else; push the artifact again."

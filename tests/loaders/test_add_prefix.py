@@ -279,9 +279,14 @@ def test_damaged_files_are_refused(copy, own_cache, which, how):
     assert str(error.value).startswith(f"{copy}: file {path.relative_to(copy).as_posix()!r} ")
 
 
+AGAIN = "remove the prefix with precast remove-prefix, and add it again"
 TOKENS = {
     "fewer": (b"[1, 2]", "expected a list of {n} token ids, found 2"),
     "object": (b"{}", "expected a list of {n} token ids, found something else"),
+    "cut": (
+        b"[1, 2",
+        "expected JSON, found something else (Expecting ',' delimiter: line 1 column 6 (char 5))",
+    ),
     "vocabulary": (None, "expected token ids from 0 to 319, found 320"),
 }
 
@@ -295,7 +300,10 @@ def test_listed_files_of_other_contents_are_refused(copy, what):
     with pytest.raises(PrecastError) as error:
         load(copy)
     text = expected.format(n=prefix.tokens)
-    assert str(error.value) == f"{copy / prefix.file}: {text}; add the prefix again."
+    assert str(error.value) == f"{copy / prefix.file}: {text}; {AGAIN}."
+    remove_prefix(copy, "fox", log=lambda _: None)
+    add(copy)
+    load(copy)
 
 
 def test_arrays_of_another_model_are_refused(copy):
@@ -310,7 +318,7 @@ def test_arrays_of_another_model_are_refused(copy):
         load(copy)
     assert str(error.value) == (
         f"{copy / prefix.arrays}: expected 'cache.keys' as float32 [3, 2, {prefix.tokens}, 12], found float32 [3, 2, 4,"
-        " 12]; the file is damaged: add the prefix again."
+        f" 12]; the file is damaged: {AGAIN}."
     )
 
 
@@ -477,11 +485,19 @@ def test_the_command(cli, artifact_copy, tmp_path):
             ("--chat", "object"),
             "object: expected a list of messages, found something else; write a JSON list of objects.",
         ),
+        (
+            ("--chat", "cut"),
+            (
+                "cut: expected JSON, found something else (Expecting value: line 1 column 2 (char 1)); write a JSON"
+                " list of objects."
+            ),
+        ),
     ],
 )
 def test_unsuitable_options(cli, tiny_artifact, tmp_path, monkeypatch, options, expected):
     monkeypatch.chdir(tmp_path)
     Path("bytes").write_bytes(b"\xff\xfe")
     Path("object").write_text("{}")
+    Path("cut").write_text("[")
     result = cli("add-prefix", tiny_artifact, "x", *options)
     assert (result.exit_code, result.stderr) == (2, f"error: {expected}\n")

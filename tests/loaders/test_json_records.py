@@ -115,7 +115,11 @@ def test_every_missing_key_is_named(key):
 
 
 def test_unknown_keys_are_named():
-    assert error(GOOD | {"rope": 1}).startswith("m.json: key 'rope' is not known to this format version;")
+    text = "m.json: key 'rope' is not known to this format version; update precast, or "
+    assert error(GOOD | {"rope": 1}) == f"{text}export the model again."
+    with pytest.raises(PrecastError) as raised:
+        from_json(Tree, GOOD | {"rope": 1}, "m.json", "push it again")
+    assert str(raised.value) == f"{text}push it again."
     nested = GOOD | {"leaves": [{"count": 1, "label": None, "scale": 2}]}
     assert error(nested).startswith("m.json: leaves[0]: key 'scale' is not known")
 

@@ -326,23 +326,26 @@ def test_prefixes_are_read(good):
             {"arrays": "../x"},
             "m.json: file '../x' is used but not listed under files; export the model again.",
         ),
-        ({"tokens": 0}, "m.json: prefix 'system': expected 1 to 63 tokens, found 0; add the prefix again."),
-        ({"tokens": 64}, "m.json: prefix 'system': expected 1 to 63 tokens, found 64; add the prefix again."),
+        ({"tokens": 0}, "m.json: prefix 'system': expected 1 to 63 tokens, found 0; export the model again."),
+        (
+            {"tokens": 64},
+            "m.json: prefix 'system': expected 1 to 63 tokens, found 64; export the model again.",
+        ),
         (
             {"target": "gone"},
             "m.json: prefix 'system': targets of this name: expected 1, found 0; export the model again.",
         ),
         (
             {"programs": "ab"},
-            "m.json: prefix 'system': programs: expected a sha256 in hex, found 'ab'; add the prefix again.",
+            "m.json: prefix 'system': programs: expected a sha256 in hex, found 'ab'; export the model again.",
         ),
         (
             {"weights": "A" * 64},
-            f"m.json: prefix 'system': weights: expected a sha256 in hex, found '{'A' * 64}'; add the prefix again.",
+            f"m.json: prefix 'system': weights: expected a sha256 in hex, found '{'A' * 64}'; export the model again.",
         ),
         (
             {"weights": "0" * 64},
-            "m.json: prefix 'system': it was computed with other weights; add the prefix again.",
+            "m.json: prefix 'system': it was computed with other weights; export the model again.",
         ),
         ({"more": 1}, "m.json: prefixes[0]: key 'more' is not known to this format version; update precast"),
         ({"isa": 2}, "m.json: prefixes[0].isa: expected a text, found 2; export the model again."),
@@ -355,8 +358,8 @@ def test_invalid_prefixes_are_named(good, changes, text):
 @pytest.mark.parametrize("name", ["", ".x", "a/b", "..", "a b", "x" * 65, "é", "a\nb"])
 def test_a_prefix_s_name_can_be_part_of_a_file_s(good, name):
     assert error(with_prefix(good, name=name)) == (
-        f"m.json: prefix {name!r}: expected a name of 1 to 64 letters, digits, '-', '_' or '.', found another; rename"
-        " the prefix."
+        f"m.json: prefix {name!r}: expected a name of 1 to 64 letters, digits, '-', '_' or '.', found another; export"
+        " the model again."
     )
 
 

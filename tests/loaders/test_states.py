@@ -192,11 +192,20 @@ CHANGES = {
     "none": (lambda t, _: t.pop("tokens"), "expected 1 to 63 tokens, found none"),
     "messages": (
         lambda _, m: m.update(messages='{"role": "user"}'),
-        "expected a list of messages with roles, found something else",
+        "expected the messages of a chat, found something else",
+    ),
+    "JSON": (
+        lambda _, m: m.update(messages='[{"role": "user"'),
+        "expected the messages of a chat, found something else",
+    ),
+    "no text": (lambda _, m: m.pop("messages"), "expected the messages of a chat, found something else"),
+    "contents": (
+        lambda _, m: m.update(messages='[{"role": "user", "content": 3}]'),
+        "expected the messages of a chat, found something else",
     ),
     "roles": (
         lambda _, m: m.update(messages='[{"content": "x"}]'),
-        "expected a list of messages with roles, found something else",
+        "expected the messages of a chat, found something else",
     ),
 }
 
@@ -205,7 +214,9 @@ CHANGES = {
 def test_contents_that_no_model_computes_are_refused(answered, saved, what):
     change, expected = CHANGES[what]
     rewritten(saved, change)
-    assert refusal(answered[0], saved) == f"{saved}: {expected}; the file is damaged: save it again."
+    assert refusal(answered[0], saved) == (
+        f"{saved}: {expected}; the file is damaged: start a new state in another file."
+    )
 
 
 def test_every_flipped_byte_is_noticed(answered, saved):
@@ -296,9 +307,16 @@ def test_tokens_and_messages_are_checked(answered, tmp_path):
     with pytest.raises(PrecastError) as error:
         model.save_state(tmp_path / "x.state", PROMPT, messages=[{"role": "user", "content": b"x"}])
     assert str(error.value) == (
-        "messages: expected values that JSON can hold, found another (Object of type bytes is not JSON serializable);"
-        " leave it out."
+        'Chat: expected messages[0] to be a message {"role": text, "content": text or a list of parts}, found a content'
+        " of type bytes."
     )
+    with pytest.raises(PrecastError) as error:
+        model.save_state(tmp_path / "x.state", PROMPT, messages=[{"role": "user", "content": "\ud800"}])
+    assert str(error.value) == (
+        "messages: expected values that JSON can hold, found another ('utf-8' codec can't encode character '\\ud800' in"
+        " position 30: surrogates not allowed); leave it out."
+    )
+    assert not (tmp_path / "x.state").exists()
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "1 GB"])

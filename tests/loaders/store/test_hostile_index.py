@@ -66,7 +66,10 @@ def other_contents(index, store):
 README = ("files", "README.md")
 FIRST = (*README, "pieces", 0)
 HOSTILE = {
-    "a name that leaves the folder": (also_as("../evil"), "'../evil' is not the name of a file inside"),
+    "a name that leaves the folder": (
+        also_as("../evil"),
+        "'../evil' is not the name of a file inside an artifact; push the artifact again.",
+    ),
     "an absolute name": (also_as("/tmp/evil"), "'/tmp/evil' is not the name of a file inside"),
     "dots within a name": (also_as("a/../../evil"), "'a/../../evil' is not the name of a file inside"),
     "a backslash": (also_as("..\\evil"), "is not the name of a file inside"),
@@ -108,7 +111,10 @@ HOSTILE = {
         set_in("index_version", value=2),
         "expected an index of version 1, found version 2",
     ),
-    "an unknown key": (set_in("hook", value="os.system"), "key 'hook' is not known"),
+    "an unknown key": (
+        set_in("hook", value="os.system"),
+        "key 'hook' is not known to this format version; update precast, or push the artifact again.",
+    ),
     "no manifest": (lambda index, store: index["files"].pop("manifest.json"), "manifest.json is missing"),
     "a manifest of another hash": (set_in("manifest", value="0" * 64), "manifest.json has two hashes"),
     "a signature that is a video": (
