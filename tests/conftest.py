@@ -311,6 +311,22 @@ def slots_model(slots_artifact: Path) -> Any:
     return load(slots_artifact)
 
 
+@pytest.fixture(scope="session")
+def greedy() -> Callable[[Any, Sequence[int], int], tuple[int, ...]]:
+    """Return a function that gives an engine's likeliest tokens after a prompt, which is read whole."""
+    from precast.loaders.generation.engine import DecodeRow
+
+    def answer(engine: Any, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+        cache = engine.new_cache()
+        tokens = [int(engine.prefill(list(prompt), cache).token[0])]
+        for position in range(len(prompt), len(prompt) + count - 1):
+            step = engine.decode([DecodeRow(0, tokens[-1], position)], cache)
+            tokens.append(int(step.token[0]))
+        return tuple(tokens)
+
+    return answer
+
+
 @pytest.fixture
 def artifact_copy(tmp_path: Path, tiny_artifact: Path) -> Path:
     """Return a copy of the tiny artifact that the test may break."""

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from precast import kernels
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import FORMAT_VERSION
 from precast.loaders.artifact.upgrade import UPGRADES
 from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.generation.stored_prefixes import obstacle
 from precast.loaders.load import load
 from precast.loaders.locate import read_manifest
 
@@ -56,6 +58,28 @@ def test_supported_formats_give_their_recorded_answers(folder, target, own_cache
         if expected:  # empty if the first token was a tie
             params = SamplingParams(ignore_eos=True, max_tokens=len(expected))
             assert model.generate(answer["prompt_token_ids"], params).token_ids == expected
+
+
+# The first format with stored prefixes.
+PREFIXES = 6
+
+
+@pytest.mark.parametrize(
+    "folder", [f for f in readable() if version_of(f) >= PREFIXES], ids=lambda folder: folder.name
+)
+def test_a_prompt_starts_after_the_stored_prefix_and_verify_replays_it(folder, cli, greedy, own_cache):
+    """On a machine whose kernels use other instructions, the prompt is read whole and the answer is still right."""
+    model = load(folder, allow_compile=True, prefix_memory=0, log=lambda _: None)
+    (prefix,) = model.manifest.prefixes
+    prompt = [*json.loads((folder / prefix.file).read_text()), 3, 4, 5]
+    found = model.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=8))
+    assert found.token_ids == greedy(model.engine, prompt, 8)
+    verified = cli("verify", folder, "--compile")
+    assert verified.exit_code == 0, verified.output
+    reason = obstacle(prefix, model.manifest, model.target, kernels.isa())
+    verdict = "recomputed and compared" if reason is None else f"not compared: {reason}"
+    assert f"  prefix    {prefix.name}: {prefix.tokens} tokens, {verdict}" in verified.stdout
+    assert found.timing.cached_tokens == (prefix.tokens if reason is None else 0)
 
 
 @pytest.mark.parametrize(

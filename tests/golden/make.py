@@ -32,6 +32,7 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}<assistant>"
+PREFIX = "Be brief: "
 LARGEST = 200_000
 
 
@@ -94,7 +95,7 @@ def source() -> Any:
 
 
 def export_golden(folder: Path) -> None:
-    """Export the default targets, with bfloat16 weights if this format has them."""
+    """Export the default targets, with bfloat16 weights and a stored prefix if this format has them."""
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
     from precast.loaders.artifact.manifest import FORMAT_VERSION
@@ -102,6 +103,10 @@ def export_golden(folder: Path) -> None:
     # Format 1 has only float32.
     weights = "bfloat16" if FORMAT_VERSION > 1 else "float32"
     export(source(), folder, ExportOptions(buckets=(8,), context=32, weights=weights))
+    if FORMAT_VERSION > 5:
+        from precast.loaders.add_prefix import PrefixSource, add_prefix
+
+        add_prefix(folder, "system", PrefixSource(text=PREFIX), log=lambda _: None)
 
 
 def strip(folder: Path) -> None:

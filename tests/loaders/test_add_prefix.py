@@ -56,7 +56,7 @@ def messages(text: str, system: str = SYSTEM):
 
 
 @pytest.mark.parametrize("text", ["a cat", "jumps over the lazy dog", "0", " x"])
-def test_every_chat_with_the_system_message_starts_after_it(prefixed_artifact, tiny_model, text):
+def test_every_chat_with_the_system_message_starts_after_it(prefixed_artifact, tiny_model, greedy, text):
     model = load(prefixed_artifact, prefix_memory=0)
     found = model.chat(messages(text), PARAMS)
     assert found.timing.cached_tokens == model.manifest.prefixes[0].tokens
@@ -66,19 +66,7 @@ def test_every_chat_with_the_system_message_starts_after_it(prefixed_artifact, t
     assert model.prefixes.bytes == 0  # mapped
 
 
-def greedy(engine, prompt, count) -> tuple[int, ...]:
-    """Answer without any prefix."""
-    from precast.loaders.generation.engine import DecodeRow
-
-    cache = engine.new_cache()
-    tokens = [int(engine.prefill(list(prompt), cache).token[0])]
-    while len(tokens) < count:
-        row = DecodeRow(0, tokens[-1], len(prompt) + len(tokens) - 1)
-        tokens.append(int(engine.decode([row], cache).token[0]))
-    return tuple(tokens)
-
-
-def test_only_a_prompt_s_last_token_is_read_after_an_equal_prefix(copy):
+def test_only_a_prompt_s_last_token_is_read_after_an_equal_prefix(copy, greedy):
     model = load(copy)
     tokens = json.loads((copy / model.manifest.prefixes[0].file).read_text())
     found = model.generate(tokens, PARAMS)
