@@ -31,9 +31,10 @@ def cache_folder() -> Path:
 
 
 def unwritable_reason(name: str) -> str:
-    """Return the reason why subfolder `name` of the cache folder is not used, and the remedy.
+    """Return the reason why subfolder `name` of the cache folder is not used.
 
-    The text has no full stop, because it becomes part of a longer message.
+    The text includes the remedy, unless `load` has named it already. It has no full stop, because it becomes part of a
+    longer message.
     """
     if cache_problem(name) is not None:  # `load` has already given the full warning
         return f"the cache folder {cache_folder()} is not used"
@@ -44,7 +45,7 @@ def unwritable_reason(name: str) -> str:
 
 
 class UntrustedCache(PrecastError):
-    """Another user may have written to the cache folder."""
+    """The error for a cache folder that another user may have written to."""
 
 
 def trusted_cache(name: str) -> Path:

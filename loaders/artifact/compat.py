@@ -1,4 +1,4 @@
-"""Match an artifact's targets with a machine, by the manifest alone: nothing is deserialised."""
+"""Match an artifact's targets with a machine by the manifest alone, without deserialising a program."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +33,7 @@ def mismatches(target: Target, machine: Machine) -> list[str]:
 
 
 def cuda_packages(jaxlib: str) -> str:
-    """Return the pip requirement for GPUs: CUDA, and jax's plugin of the same version as `jaxlib`."""
+    """Return the pip requirement that installs CUDA, and jax's CUDA plugin in the version of `jaxlib`."""
     return f"'jax-cuda12-plugin[with-cuda]=={jaxlib}'"
 
 
@@ -69,8 +69,8 @@ def choose_target(
         machine: the machine that will run the target.
         where: the artifact's name in messages.
         name: name of the only target to consider; None considers all.
-        allow_compile: permission to compile from StableHLO: targets without executables, and targets whose executables
-            do not fit the machine.
+        allow_compile: permission to compile a target from StableHLO if it has no executables, or if its executables do
+            not fit the machine.
 
     Raises:
         PrecastError: no target matches. The message lists every mismatch and a remedy.

@@ -1,4 +1,4 @@
-"""PrecastError, the exception for errors that the user can fix, and text that is safe to print."""
+"""The exception for errors that the user can fix, `PrecastError`, and functions that make text safe to print."""
 
 import sys
 
@@ -28,7 +28,7 @@ def printable(text: str) -> str:
 
 
 def log_to_stderr(message: str) -> None:
-    """Print a message on standard error; it may contain untrusted text."""
+    """Print a message, which may contain untrusted text, on standard error."""
     print(printable(message), file=sys.stderr)
 
 

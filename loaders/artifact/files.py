@@ -26,7 +26,7 @@ _BLOCK = 1 << 20
 def split_name(
     root: Path | str, name: str, remedy: str = "copy or export the artifact again"
 ) -> tuple[str, ...]:
-    """Split the name of an artifact's file into its folders and its file name; the file may be missing.
+    """Split the name of an artifact's file at the slashes, after checking it; the file need not exist.
 
     Args:
         root: the artifact's folder or another source of the name, for messages.

@@ -98,7 +98,7 @@ def make_marked(folder: Path) -> int:
         folder: a path from `temporary_name`.
 
     Returns:
-        A file descriptor whose lock protects the folder until this process ends.
+        A file descriptor with a lock, which protects the folder until the descriptor is closed.
 
     Raises:
         OSError: the folder cannot be created.
@@ -166,7 +166,7 @@ def check_free(path: Path, overwrite: bool) -> None:
     if not os.path.lexists(path):
         return
     if _is_empty_folder(path):
-        # The new folder would replace the empty one.
+        # Renaming the new folder to this path replaces the empty folder, which is wrong for these two kinds.
         if os.path.ismount(path) or path.samefile(os.curdir):
             what = "a mount point" if os.path.ismount(path) else "the current folder"
             raise PrecastError(
@@ -211,7 +211,7 @@ def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
             (old / "artifact").rename(path)
             raise
     except BaseException:
-        # rmdir removes only an empty folder: if restoring the old artifact failed, it stays here.
+        # rmdir removes only an empty folder, so the old artifact stays here if moving it back has failed.
         with suppress(OSError):
             old.rmdir()
         raise

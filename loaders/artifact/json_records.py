@@ -126,7 +126,7 @@ _Converter = Callable[[Any, _Place], Any]
 
 @cache
 def _converter(kind: Any) -> _Converter:
-    """Return the function that converts parsed JSON to a value of `kind`, or raises _Mismatch."""
+    """Return a function that converts parsed JSON to a value of `kind`; it raises _Mismatch."""
     if dataclasses.is_dataclass(kind):
         return _record(typing.cast(type, kind))
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

@@ -34,8 +34,8 @@ class Value(Frozen):
             "token".
         shape: axes in order.
         dtype: a key of `DTYPE_BYTES`.
-        layout: axes from the slowest to the fastest in memory, as the compiler chose. Programs take and return their
-            arrays with the axes in this order.
+        layout: axes from the slowest to the fastest in memory, in the order that the compiler chose. Programs take and
+            return their arrays with the axes in this order.
         alias: name of the argument whose memory a result reuses; None for arguments and other results. The argument is
             donated: the call invalidates it.
     """
@@ -117,14 +117,14 @@ class Target(Frozen):
         name: unique in the artifact ("cpu-x86-64-v2", "portable").
         runtime: "pjrt" (executables that jaxlib deserialises), "stablehlo" (compiled on request) or "savedmodel"
             (executed by TensorFlow).
-        platform: XLA's name ("cpu", "cuda"); "any" for portable programs.
+        platform: XLA's name of the platform ("cpu", "cuda"); "any" for portable programs.
         device: model of the device, as its driver names it; "any" for every device of the platform.
         machine: processor family ("x86_64", "aarch64"); "any" for StableHLO.
         jaxlib: the version that compiled the executables, and the only one that loads them; "any" for StableHLO.
         cpu_features: features that the machine must have, in LLVM's names.
         kernel_abi: ABI version of precast's kernels; 0 if no kernel is called.
         kernels: custom-call targets that the programs call.
-        xla_flags: XLA_FLAGS at compile time.
+        xla_flags: value of XLA_FLAGS at compile time.
         stablehlo_expires: ISO date until which newer jaxlibs are guaranteed to compile the StableHLO.
         programs: one cache program, one prefill program for each bucket, one or more decode programs, and at most one
             score program. Each decode program has its own number of rows, and the largest has a row for each slot.

@@ -97,7 +97,8 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
     """Check that context, slots, buckets and KV cache agree, because the programs' loops rely on them."""
     if manifest.slots < 1 or manifest.model.vocab < 1 or not manifest.buckets:
         raise PrecastError(
-            f"{where}: expected at least one slot, one token and one bucket, found none; export the model again."
+            f"{where}: expected at least one slot, one token and one bucket, found {manifest.slots},"
+            f" {manifest.model.vocab} and {len(manifest.buckets)}; export the model again."
         )
     if manifest.context >= 2**31 or manifest.slots > _MAX_SLOTS:
         raise PrecastError(
@@ -166,13 +167,13 @@ def _check_decode_and_score(manifest: Manifest, target: Target, where: str) -> N
     fits = all(p.tokens == 1 and (p.has_slots or p.rows == manifest.slots) for p in decodes)
     if not fits or rows[-1:] != [manifest.slots] or rows[0] < 1 or len(set(rows)) < len(rows):
         raise PrecastError(
-            f"{where}: decode programs: expected different numbers of rows up to the {manifest.slots} slots, found"
+            f"{where}: decode programs: expected different numbers of rows with {manifest.slots} as the largest, found"
             f" {rows!r:.200}; export the model again."
         )
     scores = [p.tokens for p in target.of_kind("score")]
     if len(scores) > 1 or not all(1 <= tokens <= max(manifest.buckets) for tokens in scores):
         raise PrecastError(
-            f"{where}: score programs: expected at most one, of 1 to {max(manifest.buckets)} tokens, found"
+            f"{where}: score programs: expected at most one, with 1 to {max(manifest.buckets)} tokens, found"
             f" {scores!r:.200}; export the model again."
         )
 

@@ -56,7 +56,7 @@ _LABELS = {
 
 
 def has_row_invariance(target: Target) -> bool:
-    """Return True if a target computes a position with the same bits for any chunk, batch and number of threads.
+    """Return True if a target computes the same bits for a position in any chunk and batch, with any number of threads.
 
     precast's kernels guarantee this; XLA does not.
     """

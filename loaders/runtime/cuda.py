@@ -39,7 +39,7 @@ class Plugin:
 
     Attributes:
         library: path of the shared library.
-        version: version of its package, and of the jaxlib that it belongs to.
+        version: version of the plugin's package, which is also the version of the jaxlib that it belongs to.
     """
 
     library: Path
@@ -134,7 +134,7 @@ class Client(pjrt.Client):
         """Wait for a buffer, and copy it to the host.
 
         Raises:
-            PrecastError: the program that computes it fails.
+            PrecastError: the program that computes the buffer fails.
         """
         try:
             array, _ = cast(Any, buffer)._single_device_array_to_np_array_did_copy()

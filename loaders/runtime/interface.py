@@ -19,7 +19,7 @@ class Executable(Protocol):
 
     @property
     def compiled(self) -> bool:
-        """True if this process or its child compiles the program, False if the program was deserialised."""
+        """True if this process or its child compiles the program, False if the program is deserialised."""
 
     def __call__(self, arguments: Sequence[Buffer]) -> list[Buffer]:
         """Run the program.

@@ -36,7 +36,7 @@ class Need(Frozen):
 
     @property
     def all(self) -> int:
-        """The memory, without the address space of other slots."""
+        """The total, without the address space of the other slots."""
         return self.weights + self.cache + self.temporary
 
 
@@ -67,7 +67,7 @@ def problems(
         needed: memory that the target needs.
         computing: number of computing threads.
         limits: this process's limits, from `resources.limits` for `threads_started(computing)` threads.
-        has_client: True if the threads run already.
+        has_client: True if this process already has an XLA client with this many threads.
     """
     fewer = ", or compute with fewer threads (--threads 1)" if computing > 1 and not has_client else ""
     space = needed.all + needed.idle + (_FURTHER if has_client else _FIXED + computing * _PER_THREAD)

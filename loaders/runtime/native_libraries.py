@@ -1,4 +1,4 @@
-"""Import native libraries: on a CPU that can run them, and without their log messages."""
+"""Import native libraries only on a CPU that can run them, and without their log messages."""
 
 import os
 from collections.abc import Iterator

@@ -64,7 +64,7 @@ class Executable:
     """A loaded program. A call returns when the program has finished.
 
     Attributes:
-        compiled: True if this process or its child compiled it, False if it was deserialised.
+        compiled: True if this process or its child compiled the program, False if the program was deserialised.
     """
 
     def __init__(self, loaded: Any, handlers: Sequence[Any], where: str, *, compiled: bool) -> None:
@@ -277,7 +277,7 @@ def has_client(threads: int) -> bool:
 
 def _client(threads: int) -> Client:
     register_kernels()
-    # XLA starts a thread per core, or as many as this variable says when a client is created.
+    # XLA starts a thread per core. If NPROC is set when a client is created, XLA starts that number of threads instead.
     with nullcontext() if threads == usable_cores() else variable("NPROC", str(threads)):
         # Synchronous: a call computes on the calling thread and returns when it is done. The caller has nothing else to
         # do meanwhile, and handing each step to another thread would take extra time.

@@ -25,7 +25,7 @@ class Processors(Frozen):
     Attributes:
         cores: the machine's number of cores.
         usable: number of cores that this process may run on.
-        quota: number of cores that its control group lets it keep busy; None for all.
+        quota: number of cores that the control group lets this process keep busy; None for all.
     """
 
     cores: int
@@ -46,10 +46,9 @@ class Limits(Frozen):
     """The system's limits for this process; None for a limit that is high enough.
 
     Attributes:
-        address_space: bytes that it may still map (``ulimit -v``).
-        threads: number of threads that the process can start; None if enough (``ulimit -u``, pids.max of
-            a container).
-        allocation: bytes that it may allocate at once (vm.overcommit_memory).
+        address_space: bytes that the process may still map (``ulimit -v``).
+        threads: number of threads that the process can start (``ulimit -u``, pids.max of a container).
+        allocation: bytes that the process may allocate at once (vm.overcommit_memory).
     """
 
     address_space: int | None
@@ -100,7 +99,7 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
     """Return the limits for this process.
 
     Args:
-        threads: number of threads needed. Near a limit the function starts and ends that many as a test,
+        threads: number of threads needed. Near a limit, the function starts and ends this many threads as a test,
             because the system hides some of the counts that it compares with its limits.
         system: root of the file system.
     """
@@ -150,7 +149,7 @@ def _address_space() -> int | None:
 
 
 def _startable(wanted: int) -> int | None:
-    """Start this many concurrent threads; return the number that started, or None for all."""
+    """Start `wanted` concurrent threads; return the number that started, or None if all started."""
     # `Thread.start` would wait forever for a thread without memory for its first step.
     gate, passed, started = allocate_lock(), list[None](), 0
     with gate, suppress(RuntimeError, MemoryError):

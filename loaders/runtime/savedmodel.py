@@ -1,4 +1,4 @@
-"""TensorFlow as the runtime: a SavedModel's signatures are the programs, its variables the weights.
+"""TensorFlow as the runtime: a SavedModel's signatures are the programs, and its variables are the weights.
 
 Only loading a SavedModel imports TensorFlow. Neither jax nor jaxlib takes part. TensorFlow compiles each program at its
 first call.

@@ -114,7 +114,7 @@ def answer_format(template: str, name: str | None = None) -> AnswerFormat:
 
     Args:
         template: the template's Jinja source.
-        name: the family whose tool calls to expect; "text" leaves answers as they are, and None chooses the family by
+        name: the family whose tool calls to expect; "text" leaves answers unchanged, and None chooses the family by
             the template.
 
     Raises:

@@ -104,7 +104,7 @@ class AnswerParser:
         return self._run()
 
     def finish(self) -> list[Delta]:
-        """Return the rest at the end of the answer."""
+        """End the answer; return the remaining deltas."""
         self._is_last = True
         return self._run()
 

@@ -23,9 +23,9 @@ from .chat_methods import charge, lines_cost, replace_cost
 NUMBER_BITS = 4096
 """The most bits of a number that a template may calculate with."""
 
-# Matches a `%` or `{}` format whose width or precision has at least four digits or comes from an argument, and a format
-# with nested brackets, which could hide either. Matching takes linear time, because no two repeats of the pattern can
-# match the same character.
+# Matches a `%` or `{}` format whose width or precision has at least four digits or comes from an argument. It also
+# matches a format with nested brackets, which could hide such a width. Matching takes linear time, because no two
+# repeats of the pattern can match the same character.
 WIDE = re.compile(
     r"%(\([^()]*\))?[-# +.\d]*?(\*|\d{4})|%\([^()]*\(|\{[^{}:]*:[^{}]*?(\{|\d{4})",
 )
@@ -77,7 +77,7 @@ def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None
 
 
 def _like(method: str) -> Callable[[Meter, str, tuple[Any, ...]], None]:
-    """Return a function that charges a filter as much as this method of `str`."""
+    """Return a function that charges as much as a call of this method of `str`."""
     return lambda meter, text, args: charge(meter, text, method, args)
 
 
@@ -350,7 +350,7 @@ def _attr(environment: Any, obj: Any, name: Any) -> Any:
 
 
 ALLOWED_FILTERS: dict[str, Callable[..., Any]] = {
-    # jinja2's own: these inspect one value or fetch one item.
+    # These filters are jinja2's own, because each only inspects one value or fetches one item.
     **{name: FILTERS[name] for name in ("abs", "count", "d", "default", "first", "last", "length")},
     **{name: _lazy(name) for name in ("map", "reject", "rejectattr", "select", "selectattr")},
     **dict.fromkeys(("e", "escape"), _on_text("e", _per_character(24, 16))),
@@ -402,7 +402,7 @@ def _comparison(name: str) -> Callable[..., Any]:
 
 
 def _of_number(name: str) -> Callable[..., Any]:
-    """Return a test that accepts only numbers: it computes `value % n`, which would format a text."""
+    """Return a test that accepts only numbers, because it computes `value % n`, which would format a text."""
     function: Any = TESTS[name]
 
     def run(value: Any, *args: Any) -> Any:

@@ -166,7 +166,7 @@ class _TokenTexts:
         self._sizes = range(1, max(map(len, contents), default=1))
 
     def mark(self, text: str, marker: str) -> str:
-        """Return `text` with a marker inside each token text, and one at each end that could belong to a token text."""
+        """Return `text` with a marker inside each token text, and at each end that could be part of a token text."""
         pieces, end = [], 0
         for match in self._start.finditer(text):
             place = match.start() + (len(match[1]) > 1)

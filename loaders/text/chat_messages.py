@@ -7,7 +7,7 @@ from typing import Any
 from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
 
-# Variables that callers set through an argument, or cannot set at all.
+# Variables that have an argument of their own, or that callers cannot set at all.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 # Keys of a message's reasoning. Most templates read the first, those of gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -19,7 +19,7 @@ class ChatOptions(Frozen):
     """The inputs of a chat template besides the messages.
 
     Attributes:
-        add_generation_prompt: end the prompt where the assistant's answer begins.
+        add_generation_prompt: end the prompt with the opening of the assistant's turn, which the answer continues.
         tools: JSON schemas of functions, for templates that support them.
         documents: texts to answer from, each usually with `title` and `text`, for templates that support them.
         variables: further variables of the template (`enable_thinking`, `date_string`, …).

@@ -44,7 +44,7 @@ class Limits(Frozen):
     allocated: int = 1 << 27
     """Bytes of text and lists allocated in one rendering, including those freed again."""
     depth: int = 100
-    """Lists within lists."""
+    """Levels of lists within lists."""
     output: int = 1 << 24
     """Characters of the prompt."""
     seconds: float = 2.0
@@ -87,12 +87,12 @@ class Weight:
 
     @property
     def steps(self) -> int:
-        """Return the steps of comparing, hashing or copying the value."""
+        """Return the number of steps of comparing, hashing or copying the value."""
         return self.items + (self.text >> 6)
 
     @property
     def printed(self) -> int:
-        """Return the most characters that `repr` or JSON may take. An escape takes 6, or 12 beyond U+FFFF."""
+        """Return the maximum length of `repr` or JSON. An escape takes 6 characters, or 12 beyond U+FFFF."""
         return self.text * (12 if self.width == 4 else 6) + self.other + 8 * self.items
 
 
@@ -148,7 +148,7 @@ class Meter:
             raise LimitExceeded(f"it took longer than {self.limits.wall_seconds:g} seconds")
 
     def allocate(self, count: int, temporary: int = 0) -> None:
-        """Charge the bytes that an operation will allocate; `temporary` more bytes must fit while it runs."""
+        """Charge the bytes that an operation will allocate; it needs `temporary` more bytes only while it runs."""
         self._allocated += count
         if self._allocated + temporary > self.limits.allocated:
             raise LimitExceeded(f"it allocated more than {self.limits.allocated:,} bytes of text and lists")

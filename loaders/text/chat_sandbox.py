@@ -36,7 +36,7 @@ _DICT_NAMES = frozenset(dir(dict))
 
 
 class TemplateRefusal(jinja2.TemplateError):
-    """The exception that `raise_exception` raises when a template calls it."""
+    """The exception for a template that calls `raise_exception`."""
 
 
 def compile_template(source: str, limits: Limits) -> tuple["Sandbox", CodeType]:
@@ -150,7 +150,7 @@ class Sandbox(SandboxedEnvironment):
         return self.undefined(obj=obj, name=argument) if value is missing else value
 
     def _attribute(self, obj: Any, name: str) -> Any:
-        """Return an allowed attribute, an undefined value for a refused one, or `missing`."""
+        """Return an allowed attribute; an undefined value if it is refused; `missing` if there is none."""
         if name in ATTRIBUTES.get(type(obj), ()):
             value = getattr(obj, name)
             if isinstance(obj, str) and name in ("format", "format_map"):
@@ -240,7 +240,7 @@ class Sandbox(SandboxedEnvironment):
         """Return a dict key after checking its type, because a template could make the hashes of some types collide.
 
         Raises:
-            TemplateRuntimeError: the key is of another type than text, a small integer, a float, a boolean or None.
+            TemplateRuntimeError: the key is not text, a small integer, a float, a boolean or None.
         """
         if type(value) is str or type(value) in SCALARS - {int}:
             return value

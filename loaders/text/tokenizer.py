@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .chat_messages import ChatOptions
     from .chat_template import ChatTemplate
 
-# SentencePiece's spelling of a byte token. There is one for each byte, for text that the vocabulary lacks.
+# SentencePiece's spelling of a byte token. There is one token for each byte, used for text that the vocabulary lacks.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 # Names of the default template and of the template for conversations with tools.
@@ -137,7 +137,7 @@ class Tokenizer:
             return byte_level_bytes(token, byte_alphabet())
         if "ByteFallback" in self._decoder_kinds and (match := BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
-        # Decode the token twice and take the second text: at the start of a text, some decoders drop a space.
+        # Decode the token twice in a row and take the second text, because some decoders drop a space at the start.
         once, twice = (self.decode([token_id] * n, skip_special_tokens=False) for n in (1, 2))
         return twice[len(once) :].encode()
 
@@ -273,7 +273,7 @@ class Tokenizer:
             reason = f"this artifact has no chat template named {name!r}"
         if name not in self._templates:
             known = ", ".join(sorted(self._templates))
-            raise PrecastError(f"Chat: {reason}; name one that it has (template=…): {known}.")
+            raise PrecastError(f"Chat: {reason}; name a template that it has (template=…): {known}.")
         return name
 
     @cached_property
@@ -428,7 +428,8 @@ def byte_level_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
 def byte_alphabet() -> dict[str, int]:
     """Return the byte for each character of GPT-2's alphabet (Radford et al., 2019: `bytes_to_unicode`, inverted).
 
-    Printable characters of Latin-1 stand for their own byte, and those from U+0100 on for the other bytes, in order.
+    Printable characters of Latin-1 stand for their own byte. Characters from U+0100 on stand for the other bytes, in
+    order.
     """
     printable = {
         *range(ord("!"), ord("~") + 1),

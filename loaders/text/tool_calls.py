@@ -66,7 +66,7 @@ class Body(Protocol):
 
 
 class _Brackets:
-    """A search for the bracket that closes the first one, across pieces of text. Its time is linear.
+    """A search for the bracket that closes the first bracket, across pieces of text. It takes linear time.
 
     Args:
         start: place of the first bracket.
@@ -79,7 +79,7 @@ class _Brackets:
         self._inside = {quote: re.compile(rf"[{quote}\\]") for quote in quotes}
 
     def end(self, text: str) -> int | None:
-        """Return the place after the closing bracket, or None."""
+        """Return the place after the closing bracket; None if that bracket has not arrived yet."""
         if len(text) > _LONGEST:
             raise NoCall
         while found := (self._inside[self._quote] if self._quote else self._plain).search(text, self._at):

@@ -114,7 +114,7 @@ def test_targets_of_earlier_formats_have_no_score_and_no_slots(good):
     assert not any(p.has_slots for target in found.targets for p in target.of_kind("decode"))
     text = error(without(good, {"score"}, {"slots"}))  # decode_1 does not say whose its row is
     assert text == (
-        "m.json: target 'portable': decode programs: expected different numbers of rows up to the 8 slots, found"
+        "m.json: target 'portable': decode programs: expected different numbers of rows with 8 as the largest, found"
         " [1, 8]; export the model again."
     )
 
@@ -241,11 +241,23 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             [*PROGRAM, 3],
             ...,
-            "decode programs: expected different numbers of rows up to the 8 slots, found []",
+            "decode programs: expected different numbers of rows with 8 as the largest, found []",
         ),
-        ([*PROGRAM, 3, "tokens"], 2, "decode programs: expected different numbers of rows up to the 8 slots"),
-        (["targets", 1, "programs", 4], ..., "rows up to the 8 slots, found [1]; export the model again."),
-        ([*PROGRAM, 4, "tokens"], 17, "score programs: expected at most one, of 1 to 16 tokens, found [17];"),
+        (
+            [*PROGRAM, 3, "tokens"],
+            2,
+            "decode programs: expected different numbers of rows with 8 as the largest",
+        ),
+        (
+            ["targets", 1, "programs", 4],
+            ...,
+            "rows with 8 as the largest, found [1]; export the model again.",
+        ),
+        (
+            [*PROGRAM, 4, "tokens"],
+            17,
+            "score programs: expected at most one, with 1 to 16 tokens, found [17];",
+        ),
         (
             [*PROGRAM, 4, "tokens"],
             15,
@@ -286,7 +298,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             [*PROGRAM, 3, "results", 0],
             ...,
-            "decode programs: expected different numbers of rows up to the 8 slots, found [0]; export",
+            "decode programs: expected different numbers of rows with 8 as the largest, found [0]; export",
         ),
         ([*PROGRAM, 3, "results", 1, "shape"], [1, 9], "program 'decode': results: expected"),
         ([*PROGRAM, 0, "results", 0], ..., "program 'cache': its KV cache differs from the artifact's"),
