@@ -22,7 +22,7 @@ class _Mismatch(Exception):
     """A value that does not fit its field; the message says where, what was expected and what was found.
 
     Attributes:
-        other_remedy: another remedy, for messages, with a comma and "or" at its end.
+        other_remedy: a remedy that the message names first; it ends with ", or ".
     """
 
     other_remedy = ""

@@ -19,7 +19,7 @@ from .manifest import (
 )
 
 _MAX_SLOTS = 1 << 16
-LONGEST_PREFIX_NAME = 64  # it is part of file names
+LONGEST_PREFIX_NAME = 64  # a prefix's name is part of file names
 
 _Shape = tuple[int, ...]
 
