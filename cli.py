@@ -8,7 +8,8 @@ if __name__ == "__main__":
 
     folder = os.path.dirname(os.path.abspath(__file__))
     if find_spec("precast") is None and os.path.basename(folder) == "precast":
-        sys.path.insert(1, os.path.dirname(folder))  # a clone without installation also serves as the package
+        # A clone that is not installed also serves as the package.
+        sys.path.insert(1, os.path.dirname(folder))
     try:
         from precast.start import main as start
     except ModuleNotFoundError:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from precast.loaders.audit.evaluate import Scorer
     from precast.loaders.console.run import AnswerOptions, LoadOptions, SamplingOptions
 
-# Hide XLA's notes about devices from users; errors still show. XLA reads this when loaded.
+# Hide XLA's notes about devices from users; errors still show. XLA reads this variable when it is loaded.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
 
@@ -81,7 +82,7 @@ def main() -> None:
     "cpu_isas",
     multiple=True,
     help="Instruction set to compile target cpu for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all features of"
-    " this machine. May be given several times. Default: x86-64-v2; native on other machines.",
+    " this machine. May be given several times. Default: x86-64-v2, or native on a machine without x86-64-v2.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 def export(
@@ -98,7 +99,7 @@ def export(
 ) -> int:
     """Compile SOURCE into an artifact.
 
-    SOURCE is a Hugging Face directory, a .gguf file or a hub id (org/name); without it the demo model
+    SOURCE is a Hugging Face directory, a .gguf file or a hub id (org/name). Without SOURCE, the demo model
     SmolLM2-135M-Instruct is fetched.
 
     Exit code 0: success. 2: an error.
@@ -131,7 +132,7 @@ def export(
     help="Text to continue, or to answer with --chat. Default: standard input, without one final newline.",
 )
 @click.option("--ids", callback=options.numbers, help="Token ids to continue instead of text: 1,2,3.")
-@click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@click.option("--chat", is_flag=True, help="Format the prompt with the model's chat template.")
 @click.option("--system", help="System message, which may be empty; implies --chat.")
 @options.LITERAL
 @options.STATE
@@ -196,7 +197,7 @@ def chat(
     ARTIFACT is as for run. If standard input is not a terminal, its text is the only message.
 
     The arrow keys recall your messages from earlier chats, stored in $XDG_STATE_HOME/precast/chat_history.
-    Set PRECAST_HISTORY to another file, or to off to store none.
+    Set PRECAST_HISTORY to use another file, or set it to off to store no messages.
 
     Exit code 0: success. 2: an error.
     """
@@ -218,16 +219,15 @@ def batch(
 ) -> int:
     """Answer the requests of a file with ARTIFACT.
 
-    Write a line to OUTPUT for each line of INPUT.
-    A line of INPUT is a JSON object with a "prompt" or "messages", and sampling parameters by their names; or a line of
-    OpenAI's batch API. The options apply to lines without parameters of their own. A line of OUTPUT has the "text" of
-    the answer or an "error", and the "custom_id" of the line of INPUT. A file whose name ends in .parquet is a Parquet
-    file, which needs the extra parquet.
+    OUTPUT gets a line for each line of INPUT. A line of INPUT is a JSON object with a "prompt" or "messages", and
+    sampling parameters by their names; or it is a line of OpenAI's batch API. A line's own parameters take precedence
+    over the options. A line of OUTPUT has the "text" of the answer or an "error", and the "custom_id" of the line of
+    INPUT. A file whose name ends in .parquet is a Parquet file, which needs the extra parquet.
 
-    One line per slot of the artifact is answered at the same time. After an interrupt, the same command continues
-    with the lines that are left.
+    The artifact answers as many lines together as it has slots. After an interruption, the same command continues with
+    the remaining lines.
 
-    Exit code 0: every line is answered. 1: some lines have an error. 2: an error.
+    Exit code 0: every line is answered. 1: some lines have an error. 2: the command failed.
     """
     from precast.loaders.console import batch as console
 
@@ -239,7 +239,7 @@ def batch(
 @click.option(
     "--cpu-isa",
     help="Instruction set to compile for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all features of this machine."
-    " Default: x86-64-v2; native for --target portable and on other machines.",
+    " Default: x86-64-v2; native with --target portable, or on a machine without x86-64-v2.",
 )
 @click.option("--target", help="Compile this target's StableHLO. Default: the fastest that runs here.")
 @click.option("--overwrite", is_flag=True, help="Replace a target of the same name.")
@@ -250,8 +250,8 @@ def add_target(
     """Compile ARTIFACT for another CPU or jaxlib.
 
     The installed jaxlib compiles the new target from the artifact's StableHLO. Nothing is traced, and jax is not
-    needed. The target is added only if it gives the golden answers. The command removes an existing signature, which
-    would no longer fit; sign the artifact again.
+    needed. The target is added only if it reproduces the golden answers. The command removes an existing signature,
+    which would no longer match; sign the artifact again.
 
     Exit code 0: success. 2: an error.
     """
@@ -298,9 +298,9 @@ def add_prefix(
 ) -> int:
     """Store a prefix of prompts in ARTIFACT as NAME.
 
-    A prompt that begins with the same tokens is then prefilled only from the next token on, and the answer is the same.
-    The prefix is used only by the target that computed it, on CPUs for which precast's kernels use the same instruction
-    set. The command removes an existing signature, which would no longer fit; sign the artifact again.
+    A prompt that begins with the prefix is then prefilled only from the first token after it, and the answer is the
+    same. Only the target that computed the prefix uses it, on CPUs for which precast's kernels use the same instruction
+    set. The command removes an existing signature, which would no longer match; sign the artifact again.
 
     Exit code 0: success. 2: an error.
     """
@@ -324,7 +324,7 @@ def add_prefix(
 def remove_prefix(artifact: Path, name: str, require_signature: Path | None) -> int:
     """Remove the prefix NAME from ARTIFACT.
 
-    The command removes an existing signature, which would no longer fit; sign the artifact again.
+    The command removes an existing signature, which would no longer match; sign the artifact again.
 
     Exit code 0: success. 2: an error.
     """
@@ -384,7 +384,7 @@ def check(
 ) -> int:
     """Check if ARTIFACT runs on this machine.
 
-    The answer names each obstacle and its remedy. The command reads only the manifest.
+    The output names each obstacle and its remedy. The command reads only the manifest.
 
     Exit code 0: the artifact runs here. 1: it does not. 2: an error, such as an artifact that cannot be read.
     """
@@ -479,14 +479,15 @@ def evaluate(
 ) -> int:
     """Measure how well ARTIFACT predicts a text.
 
-    The measure is perplexity. A reference adds the distance from its predictions: the mean and the 99th percentile of
-    the divergence KL(reference || artifact) in nats per token, and how often both agree on the likeliest token.
+    The measure is perplexity. With a reference, the command also measures how far the predictions are from the
+    reference's: the mean and the 99th percentile of the divergence KL(reference || artifact) in nats per token, and how
+    often both agree on the likeliest token.
 
-    The text is tokenised without a chat template and cut into windows; a shorter window at the end counts if it has at
-    least 64 tokens. The first half of each window is prefilled, the second half is fed token by token through decode,
-    and every prediction from the last prefilled position on is scored. A reference that is not an artifact computes
-    each window at once, without a cache and in float32; this needs the export extra. A required signature applies to
-    both artifacts, but not to another kind of reference.
+    The text is tokenised without a chat template and cut into windows. A shorter window at the end counts if it has at
+    least 64 tokens. The first half of each window is prefilled, the second half is decoded token by token, and every
+    prediction from the last prefilled position on is scored. A reference that is not an artifact computes each window
+    at once, without a cache and in float32, which needs the export extra. A required signature applies to both
+    artifacts, but not to another kind of reference.
 
     Exit code 0: success. 2: an error.
     """
@@ -528,7 +529,7 @@ def _source_opener() -> "Callable[[str, int], Scorer]":
 def sign(artifact: Path, key: Path) -> int:
     """Sign ARTIFACT.
 
-    The signature is manifest.json.sig, beside the manifest; the manifest holds the sha256 of every other file.
+    The signature is the file manifest.json.sig beside the manifest, which holds the sha256 of every other file.
 
     The command asks for the key's password, or takes it from PRECAST_KEY_PASSWORD. The signature follows OpenSSF Model
     Signing, so that project's own command can verify it too.
@@ -550,9 +551,9 @@ def sign(artifact: Path, key: Path) -> int:
 def push(artifact: Path, url: str, rehash: bool, as_json: bool) -> int:
     """Send ARTIFACT to a store.
 
-    URL is a folder of a store plus the artifact's name in it. fsspec must support the store:
-    s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts in one folder share equal pieces,
-    so a second version adds only the changes.
+    URL is a folder of a store plus the artifact's name in it. The store may be any that fsspec supports:
+    s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts in one folder share identical
+    pieces, so a second version adds only the changes.
 
     Exit code 0: success. 2: an error.
     """

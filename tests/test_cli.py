@@ -298,7 +298,7 @@ def test_the_model_s_own_lists_are_kept_beside_other_options(
             "frequency_penalty must be a finite number between -2 and 2, found -3.0.",
         ),
         ("--logit-bias", "5+101", "a bias of logit_bias must be a finite number between -100 and 100, found"),
-        ("--logit-bias", "320+1", "expected token ids of logit_bias from 0 to 319, found 320."),
+        ("--logit-bias", "320+1", "token ids of logit_bias must be from 0 to 319, found 320."),
         (
             "--stop-token-id",
             "-1",

@@ -1,4 +1,4 @@
-"""The engine's calls for sequences of one KV cache, and the choice of tokens from their results."""
+"""Call the engine for sequences of one KV cache, and choose tokens from the results."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,13 +22,13 @@ class Results(NamedTuple):
 
 
 def read_chunk(engine: Engine, sequence: TokenSequence, batch: Batch, most: int) -> Results:
-    """Read the next tokens of a prompt, and append them to the sequence's slot.
+    """Run the model on the next tokens of a prompt, and append their keys and values to the sequence's slot.
 
     Args:
         engine: the engine.
         sequence: the sequence.
         batch: the sequences of its KV cache.
-        most: maximum number of tokens, for a prompt without log-probabilities.
+        most: maximum number of tokens; ignored for a prompt with log-probabilities.
 
     Returns:
         The results after the last token (R = 1).
@@ -52,13 +52,13 @@ def read_chunk(engine: Engine, sequence: TokenSequence, batch: Batch, most: int)
 
 
 def decode(engine: Engine, sequences: Sequence[TokenSequence], batch: Batch) -> Results:
-    """Run the newest token of each sequence (R = ``len(sequences)``)."""
+    """Run the model on the newest token of each sequence (R = ``len(sequences)``)."""
     rows = [DecodeRow(s.slot, s.tokens[-1], len(s.tokens) - 1) for s in sequences]
     return _results(engine, engine.decode(rows, batch.cache), sequences)
 
 
 def verify(engine: Engine, sequence: TokenSequence, batch: Batch, draft: Sequence[int]) -> Results:
-    """Run the newest token of a sequence and a draft of the next ones (R = 1 + ``len(draft)``)."""
+    """Run the model on a sequence's newest token and a draft of the tokens after it (R = 1 + ``len(draft)``)."""
     start, tokens = len(sequence.tokens) - 1, [sequence.tokens[-1], *draft]
     sequence.written = max(sequence.written, start + len(tokens))
     step = engine.score(tokens, batch.cache, start=start, slot=sequence.slot)
@@ -66,14 +66,14 @@ def verify(engine: Engine, sequence: TokenSequence, batch: Batch, draft: Sequenc
 
 
 def take(sequence: TokenSequence, results: Results, row: int, draft: Sequence[int] = ()) -> None:
-    """Choose the next token of a sequence, and further ones for as long as the chosen tokens match the draft.
+    """Choose the next token of a sequence, and further tokens for as long as the chosen tokens match the draft.
 
     Args:
         sequence: the sequence.
         results: the results of its call.
         row: the row of results after the sequence's newest token. The rows after the draft's tokens follow.
-        draft: the guessed tokens that the call read as well. Their keys and values are in the sequence's slot; from the
-            first wrong guess on, later calls overwrite them before reading them.
+        draft: the guessed tokens that were also inputs of the call. Their keys and values are in the sequence's slot.
+            Later calls overwrite the keys and values of wrong guesses before they read them.
     """
     for place, guess in enumerate((*draft, None), row):
         sequence.filled = len(sequence.tokens)

@@ -1,4 +1,4 @@
-"""The form of a chat: the parts of its answer, and the tools that the answer must call."""
+"""The form of the answer to a chat: its parts, and the tools that it must call."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .sampling_params import SamplingParams
 
 AUTO = "auto"
-# The number of tokens at the end of a prompt among which the tag that opens the reasoning may be.
+# A tag that opens the reasoning is found if it is among this many tokens at the end of the prompt.
 _TAIL = 16
 
 
@@ -49,10 +49,10 @@ def parser_of(tokenizer: "Tokenizer", prompt: Sequence[int], form: ChatForm) -> 
 def calling(
     params: "SamplingParams", parser: "AnswerParser | None", tokenizer: "Tokenizer", form: ChatForm
 ) -> "SamplingParams":
-    """Return the parameters with a grammar of the tool calls that the answer must consist of.
+    """Return the parameters with a grammar that restricts the answer to tool calls.
 
     Raises:
-        PrecastError: there are no tools, none has the chosen name, the template prescribes no calls in JSON, or the
+        PrecastError: there are no tools, none has the chosen name, the template's form of calls is not JSON, or the
             parameters have a constraint already.
     """
     if parser is None or not parser.form.calls or not form.tools:

@@ -1,7 +1,7 @@
 """Check the texts of constraints before a grammar is built: form, size, and constructs whose grammars are too large.
 
-The limits keep llguidance within seconds and a few hundred megabytes. llguidance's own limits are not enough: some of
-its algorithms check them between steps only, and a single step may take hours.
+The limits keep llguidance within seconds and a few hundred megabytes. llguidance's own limits are not enough,
+because some of its algorithms check them only between steps, and a single step may take hours.
 """
 
 import json
@@ -15,11 +15,11 @@ from ..artifact.errors import PrecastError
 
 # Maximum number of characters. llguidance takes quadratic time for regular expressions and for some schemas.
 _LONGEST = {"json_schema": 100_000, "regex": 10_000, "grammar": 20_000, "choice": 100_000}
-# llguidance's parser takes at most 128 levels, and the grammar around a schema uses some of them.
+# llguidance's parser accepts at most 128 levels, and the grammar around a schema uses some of them.
 _DEEPEST = 100
 # The time for an intersection of regular expressions doubles with each expression: 16 expressions take a second.
 _MOST_INTERSECTED = 12
-# A bound for `multipleOf`, because some divisors of ten million take hours.
+# A bound for `multipleOf`, because some values around ten million take hours.
 _MOST_REMAINDERS = 1_000_000
 
 
@@ -36,13 +36,13 @@ class ConstraintText(NamedTuple):
 
 
 def checked_constraint(given: Mapping[str, Any]) -> ConstraintText:
-    """Return the constraint among sampling parameters.
+    """Check the constraint among sampling parameters, and return it.
 
     Args:
         given: the values that are not None, by kind; at least one.
 
     Raises:
-        PrecastError: there are several, or one is malformed or beyond a limit.
+        PrecastError: there are several constraints, or the constraint is malformed or exceeds a limit.
     """
     if len(given) > 1:
         first, second, *_ = given
@@ -55,9 +55,7 @@ def checked_constraint(given: Mapping[str, Any]) -> ConstraintText:
     if kind == "json_schema":
         return ConstraintText(kind, _checked_schema(value))
     if not isinstance(value, str) or not value.strip():
-        raise PrecastError(
-            f"Sampling parameters: {kind} must be a text that is not empty, found {value!r:.60}."
-        )
+        raise PrecastError(f"Sampling parameters: {kind} must be a non-empty text, found {value!r:.60}.")
     _check_text(kind, value)
     if kind == "grammar":
         _check_grammar(value)
@@ -87,7 +85,7 @@ def _check_grammar(text: str) -> None:
         except ValueError:
             continue  # llguidance names the error
         _check_schema("grammar", schema)
-    # Count the ampersands in schemas, too: regular expressions around an intersection may look like a schema.
+    # Count the ampersands in schemas, too, because regular expressions around an intersection may look like a schema.
     if text.count("&") > _MOST_INTERSECTED:
         raise PrecastError(
             f"Sampling parameters: grammar must have at most {_MOST_INTERSECTED} intersections (&), found"
@@ -119,7 +117,7 @@ def _checked_schema(value: Any) -> str:
         schema = _parsed(value)
     if not isinstance(schema, Mapping):
         raise PrecastError(
-            f"Sampling parameters: json_schema must be a JSON object, as a mapping or its text, found {value!r:.60}."
+            f"Sampling parameters: json_schema must be a JSON object, as a mapping or as text, found {value!r:.60}."
         )
     try:
         text = json.dumps(schema, allow_nan=False, separators=(",", ":"))
@@ -183,7 +181,7 @@ def _children(value: Any) -> Sequence[Any]:
 
 
 def parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every JSON object within a JSON value with its JSON pointer, the outer before the inner."""
+    """Yield every JSON object within a JSON value with its JSON pointer, outer objects before inner ones."""
     left = [("", schema)]
     while left:
         pointer, value = left.pop()
@@ -199,7 +197,7 @@ def _escaped(key: str) -> str:
 
 
 def _check_merges(kind: str, schema: dict[str, Any]) -> None:
-    """Bound the expressions and divisors that one value may have to satisfy at once.
+    """Limit the expressions and divisors that one value may have to satisfy at once.
 
     Raises:
         PrecastError: there are too many expressions, or the divisors are too large.
@@ -235,7 +233,7 @@ def _check_merges(kind: str, schema: dict[str, Any]) -> None:
         _remainders(group) > _MOST_REMAINDERS for group in ([divisors] if merges else [{d} for d in divisors])
     ):
         raise PrecastError(
-            f"Sampling parameters: {kind}: multipleOf, and the product of several that allOf merges, must be at"
+            f"Sampling parameters: {kind}: multipleOf, and the product of all multipleOf that allOf merges, must be at"
             f" most {_MOST_REMAINDERS:,} without the decimal point, found {max(divisors):g}; use smaller ones."
         )
 

@@ -1,7 +1,7 @@
 """The constraint of one answer: the set of tokens that may come next.
 
-llguidance follows the answer with a parser. Finding the tokens that may come next takes it some 50 µs, without Python's
-lock, so another thread can do that while the model computes the logits.
+llguidance parses the answer as it grows. It needs some 50 µs to find the tokens that may come next, and releases the
+GIL meanwhile, so another thread can do this while the model computes the logits.
 """
 
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ class Constraint:
     """The constraint of one answer. It is not thread-safe.
 
     Args:
-        matcher: a parser at the beginning of its grammar.
+        matcher: llguidance's parser at the start of an answer.
         mask: the mask for the first token.
         name: the constraint's name in error texts.
         worker: the thread that computes masks.
@@ -54,7 +54,7 @@ class Constraint:
         return self._mask
 
     def accept(self, token_id: int) -> None:
-        """Follow a token of the answer, and begin to compute the next mask in the background.
+        """Advance the parser by a token of the answer, and begin to compute the next mask in the background.
 
         Raises:
             DeadEnd: the token does not continue the answer.
@@ -68,7 +68,7 @@ class Constraint:
 
     def _error(self) -> PrecastError:
         reason = self._matcher.get_error()
-        where = f"{self._name}: after {self._accepted} tokens of the answer"
+        where = f"{self._name}: after {self._accepted} tokens of the answer,"
         if "NoExtension" in reason or "doesn't satisfy the grammar" in reason:
             return DeadEnd(f"{where} no token of the model's vocabulary continues it; change the constraint.")
         return PrecastError(

@@ -1,13 +1,12 @@
 """Draft tokens from the text so far, for a call of the engine that verifies several tokens at once (prompt lookup).
 
-The tokens that followed the last occurrence of the latest tokens are often the next ones when an answer repeats its
-prompt: rewritten code and text, JSON, quotes. The method is Saxena's prompt lookup decoding
+When an answer repeats its prompt (rewritten code and text, JSON, quotes), the latest tokens have often occurred before,
+and the tokens that followed them then are likely to follow again. The method is Saxena's prompt lookup decoding
 (https://github.com/apoorvumang/prompt-lookup-decoding).
 
-Each draft has the length that promises the most tokens per second: the expected number of accepted tokens, estimated
-from the length of the match, divided by the measured time of a call with that many tokens. Every lookup is judged by
-the tokens that follow, even if no draft was made of it.
-
+Each draft has the length that promises the most tokens per second, which is the expected number of accepted tokens,
+estimated from the length of the match, divided by the measured time of a call with that many tokens. Every lookup is
+checked against the tokens that follow, even if it led to no draft.
 """
 
 from bisect import bisect_right
@@ -15,23 +14,24 @@ from collections.abc import Sequence
 
 # A match has at least this many tokens.
 _SHORTEST = 2
-# The longest match among this many latest ones is used; of equally long matches, the latest.
+# This many of the latest matches are compared. The longest is used; of equally long matches, the latest.
 _CANDIDATES = 16
 # Matches are classified by length. For each class: the smallest length, and the share of right guesses assumed before
-# the first guess. The shares are low, because wrong drafts in prose cost time, and lookups without drafts correct them.
+# the first guess. The shares are low, because wrong drafts in prose cost time. Lookups correct the shares, even those
+# that lead to no draft.
 _CLASSES = (2, 3, 4, 6, 9, 16)
 _ASSUMED = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9)
 _ASSUMED_WEIGHT = 3.0
 # Each guess multiplies the weight of the earlier guesses of its class by this factor.
 _MEMORY = 0.95
-# A draft must promise this many times the tokens per second of decoding.
+# A draft must promise this many times the tokens per second of decoding without drafts.
 _WORTH = 1.05
 
 
 class CallTimes:
     """The measured time of calls by number of tokens, relative to decoding one token.
 
-    Before measurements, each further token is assumed to cost a sixth of the first.
+    Until measured, each further token is assumed to cost a sixth of the first.
     """
 
     def __init__(self, most: int) -> None:
@@ -44,15 +44,15 @@ class CallTimes:
         return self._ratios[tokens - 1]
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Record the time of a call: a call of decode for one token, a call of score for more."""
+        """Record the time of a call, which is a decode step for one token, and a call of score for more."""
         if tokens == 1:
             self._decode += (seconds - self._decode) * (0.1 if self._decode else 1.0)
-            # Move the ratios back to the assumed ones slowly. Otherwise one slow call could rule out all later drafts.
+            # Move the ratios slowly back to the assumed ones. Otherwise one slow call could rule out all later drafts.
             self._ratios = [r + (a - r) / 256 for r, a in zip(self._ratios, self._assumed, strict=True)]
         elif self._decode > 0:
             found, place = seconds / self._decode, tokens - 1
             change = 0.3 * (found - self._ratios[place])
-            # Correct the ratios of similar lengths as well: they are about the same, and rarely measured.
+            # Correct the ratios of similar lengths as well, because they are about the same, and rarely measured.
             for i in range(1, len(self._ratios)):
                 self._ratios[i] += change / (1 + abs(i - place))
         self._ratios[0] = 1.0
@@ -62,7 +62,7 @@ class Drafts:
     """The lookups of one sequence.
 
     Args:
-        times: the times of the engine's calls, which sequences share.
+        times: the times of the engine's calls, shared by all sequences.
     """
 
     def __init__(self, times: CallTimes) -> None:
@@ -90,7 +90,7 @@ class Drafts:
         return guess
 
     def _observe(self, tokens: Sequence[int]) -> None:
-        """Judge the lookup by the new tokens, and look up the latest tokens if there is no lookup."""
+        """Check the current match against the new tokens, and look up the latest tokens if there is no match."""
         for place in range(self._known, len(tokens)):
             if self._source >= 0:
                 self._judge(tokens[self._source] == tokens[place])
@@ -113,7 +113,7 @@ class Drafts:
         return bisect_right(_CLASSES, length) - 1
 
     def _worth(self, most: int) -> int:
-        """Return the length of the draft that promises the most tokens per second; 0 if none beats decoding."""
+        """Return the length of the draft that promises the most tokens per second; 0 if no draft is worth its time."""
         best, best_rate = 0, _WORTH
         expected, reached = 1.0, 1.0
         for count in range(1, most + 1):

@@ -19,7 +19,7 @@ from .kv_state import slot_view
 
 
 class DecodeRow(NamedTuple):
-    """The next token of one sequence.
+    """One sequence's input to a decode step.
 
     Attributes:
         slot: the sequence's slot in the KV cache.
@@ -39,11 +39,11 @@ class StepOutput:
         token: greedy tokens, int32 [R].
         logits: logits of all rows of the program, float32, still on the device; `Engine.logits` returns those of
             the R results.
-        rows: the R results among the program's rows.
+        rows: indices of the R results among the program's rows.
     """
 
-    # Not a `Frozen`, because creating one would add 35 µs to every token: the weights have just evicted everything else
-    # from the CPU's caches.
+    # Not a `Frozen`, because creating one would add 35 µs to every token. It is that slow because the weights have just
+    # evicted everything else from the CPU's caches.
     __slots__ = ("logits", "rows", "token")
 
     def __init__(self, token: np.ndarray, logits: Buffer, rows: slice | list[int]) -> None:
@@ -136,8 +136,8 @@ class Engine:
     Threads may share an engine if each uses its own KV cache.
 
     Attributes:
-        context: positions of a slot.
-        slots: B, slots of a KV cache.
+        context: number of positions in a slot.
+        slots: B, number of slots in a KV cache.
         vocab: V, size of the vocabulary.
         buckets: prompt lengths with a prefill program, ascending.
         score_tokens: maximum number of tokens for `score`; 0 if the artifact has no score program.
@@ -148,8 +148,8 @@ class Engine:
         executables: the target's executables by program name.
         weights: weights and tables by name.
         client: the runtime's client.
-        check_unchanged: a function called before and after each step, which raises PrecastError if the file of the
-            weights was written to.
+        check_unchanged: a function that raises PrecastError if the weight file was modified; called before and after
+            each step.
     """
 
     def __init__(
@@ -194,8 +194,8 @@ class Engine:
     def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
         """Return writable views of a slot's keys and values, by array, valid until the next call of a program.
 
-        The views are bit patterns [L, K, S, H] or [L, K, S], as in `kv_state`. None if the host cannot reach the
-        device's memory.
+        The views are bit patterns [L, K, S, H] or [L, K, S], as in `kv_state`. The result is None if the host cannot
+        reach the device's memory.
         """
         views = {}
         for array, layout in self._arrays:
@@ -234,7 +234,7 @@ class Engine:
     def prefill_chunk(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex, slot: SupportsIndex
     ) -> StepOutput:
-        """Run a part of a prompt in a single call; arguments, results and errors as for `prefill`.
+        """Run part of a prompt in a single call; arguments, results and errors as for `prefill`.
 
         Raises:
             ValueError: also if there are more tokens than the largest bucket holds.
@@ -278,10 +278,10 @@ class Engine:
         if not tokens or start < 0 or start + len(tokens) > self.context:
             raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.context} positions")
         if not 0 <= slot < self.slots:
-            raise ValueError(f"slot {slot} of {self.slots}")
+            raise ValueError(f"slot {slot}: expected a slot from 0 to {self.slots - 1}")
 
     def decode(self, rows: Sequence[DecodeRow], cache: KVCache) -> StepOutput:
-        """Run the next token of some sequences.
+        """Run a decode step on the newest token of each of several sequences.
 
         Args:
             rows: the sequences' tokens, at most one for each slot.
@@ -305,7 +305,7 @@ class Engine:
         return self._output(results, slice(len(rows)))
 
     def _decode_by_slot(self, decode: _BoundProgram, rows: Sequence[DecodeRow], cache: KVCache) -> StepOutput:
-        """Run a decode program of format 5 or earlier, whose rows are the slots."""
+        """Run a decode program of an artifact of format 5 or earlier, which has one row for each slot."""
         tokens, positions = [0] * self.slots, [-1] * self.slots
         for row in rows:
             tokens[row.slot], positions[row.slot] = row.token, row.position
@@ -316,7 +316,7 @@ class Engine:
 
     def _check_rows(self, slots: Sequence[int], positions: Sequence[int]) -> None:
         if not slots or len(set(slots)) < len(slots) or min(slots) < 0 or max(slots) >= self.slots:
-            raise ValueError(f"slots {slots}: expected different ones from 0 to {self.slots - 1}")
+            raise ValueError(f"slots {slots}: expected distinct slots from 0 to {self.slots - 1}")
         if min(positions) < 0 or max(positions) >= self.context:
             raise ValueError(f"positions {positions} do not fit {self.context} positions")
 

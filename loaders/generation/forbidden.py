@@ -66,7 +66,7 @@ class ForbiddenTokens:
 
 
 def _by_prefix(words: Iterable[Sequence[int]]) -> dict[int, dict[_Prefix, list[int]]]:
-    """Group sequences of two or more tokens by prefix length, and map their prefixes to last tokens."""
+    """Group sequences of two or more tokens by prefix length, and map each prefix to its possible last tokens."""
     found: dict[int, dict[_Prefix, list[int]]] = {}
     for word in words:
         if len(word) > 1:

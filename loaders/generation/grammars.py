@@ -26,21 +26,22 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Whitespace between the parts of JSON. Without a limit a model may repeat line feeds to the end of its context.
+# Whitespace between the parts of JSON. Without a limit, a model may repeat line feeds until the context is full.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _MOST_LEXER_STATES = 50_000  # each takes up to 2 KB
 _MOST_GRAMMARS = 32
 _SEARCH_S = 0.5
-# llguidance follows references and rules by recursion. A text can hold 3,000 of them, and each takes up to 16 KB.
+# llguidance follows references and rules by recursion. A text can hold 3,000 of them, and each needs up to 16 KB of
+# stack.
 _STACK_BYTES = 256 << 20
 # Held while the stack size of new threads is changed, because that is a setting of the whole process.
 _STACK_SIZE = threading.Lock()
 
 
 class Grammars:
-    """The grammars of one model. Threads may share it.
+    """A thread-safe cache of one model's grammars.
 
-    The vocabulary is read when the first constraint starts. The most recently used grammars are cached.
+    It keeps the most recently used grammars. The vocabulary is read when the first constraint starts.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -87,8 +88,8 @@ class Grammars:
 
         matcher, mask = begin("")
         opening = vocabulary.opening
-        # If the decoder drops the space before a text, the grammar must begin with that space. There is none before a
-        # special token.
+        # If the decoder drops the space at the start of a text, the grammar must begin with that space. A special token
+        # at the start has no space before it.
         if opening and not matcher.is_error() and not vocabulary.allows_special(mask):
             matcher, mask = begin(opening)
         if matcher.is_error():
@@ -117,7 +118,7 @@ class _Vocabulary(NamedTuple):
 
     Attributes:
         library: the vocabulary in llguidance's form.
-        opening: a space, in Lark's form, if the decoder drops the space before a text; empty otherwise.
+        opening: a space in Lark's syntax if the decoder drops the space at the start of a text; empty otherwise.
         special: special tokens except the end tokens.
     """
 
@@ -156,7 +157,7 @@ def _library() -> Any:
 
 
 def _with_deep_stack(call: Callable[[], T]) -> T:
-    """Call a function in a thread with a stack for deep recursion, and return its result."""
+    """Call a function in a thread whose stack allows deep recursion, and return its result."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -191,7 +192,7 @@ def _body(text: ConstraintText) -> dict[str, Any]:
         return {"lark_grammar": grammar["lark_grammar"]}
     if text.kind == "grammar":
         return {"lark_grammar": text.value}
-    # CHOICE is a terminal, because in a rule each choice would be an item of the parser.
+    # CHOICE is a terminal, because each choice of a rule would be a separate item in the parser.
     return {
         "lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in text.value)
     }
@@ -205,11 +206,11 @@ def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _program(body: dict[str, Any], opening: str) -> str:
-    """Return a grammar of the opening and the body together, in any tokenisation.
+    """Return a grammar that accepts the opening followed by the body, in any tokenisation.
 
     Args:
         body: a grammar in llguidance's form.
-        opening: the text before the body, in Lark's form.
+        opening: the text before the body, in Lark's syntax.
     """
     # With no_forcing, the model may choose any tokens that spell the text. Otherwise llguidance would let the tokenizer
     # choose them.
@@ -249,7 +250,7 @@ def _cause(reason: str) -> str:
 
 
 def _refused_part(schema: dict[str, Any], reason: str, limits: "LLParserLimits") -> str:
-    """Return " at POINTER" for the smallest part that is refused for the same reason; empty for the whole schema."""
+    """Return " at POINTER" for the smallest part that is refused for this reason; empty for the whole schema."""
     matcher, until = _library().LLMatcher, time.monotonic() + _SEARCH_S
     shared: dict[str, Any] = {
         key: schema[key] for key in ("$schema", "$defs", "definitions") if key in schema

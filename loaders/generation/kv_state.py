@@ -34,7 +34,7 @@ class Span(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """The position after the last."""
+        """The position after the last position of the span."""
         return self.start + len(self.array[0, 0])
 
     def part(self, start: int, stop: int) -> "Span":
@@ -46,7 +46,7 @@ class Span(NamedTuple):
 
 
 def bits(dtype: str) -> np.dtype:
-    """Return the type of bit patterns for a key of `DTYPE_BYTES`."""
+    """Return the unsigned integer type for the bit patterns of a type, which is a key of `DTYPE_BYTES`."""
     return np.dtype(f"<u{DTYPE_BYTES[dtype]}")
 
 
@@ -72,12 +72,12 @@ def size(views: Mapping[str, np.ndarray], starts: Mapping[str, int], stop: int) 
 
 
 def read(views: Mapping[str, np.ndarray], starts: Mapping[str, int], stop: int) -> dict[str, Span]:
-    """Copy positions of a slot.
+    """Copy a range of positions of a slot to new arrays.
 
     Args:
         views: the slot's arrays, as from `Engine.slot_views`.
         starts: the first position to copy, by array.
-        stop: the position after the last, the same for all arrays.
+        stop: the position after the last one to copy, the same for all arrays.
     """
     spans = {}
     for name, view in views.items():
@@ -88,19 +88,19 @@ def read(views: Mapping[str, np.ndarray], starts: Mapping[str, int], stop: int) 
 
 
 def write(views: Mapping[str, np.ndarray], spans: Iterable[tuple[str, Span]]) -> None:
-    """Copy spans, with the names of their arrays, to a slot.
+    """Copy spans to a slot.
 
     Args:
         views: the slot's arrays, as from `Engine.slot_views`.
-        spans: spans of at most as many positions as their arrays hold.
+        spans: pairs of an array's name and a span of at most as many positions as that array holds.
     """
     _copy([pair for name, span in spans for pair in _pairs(views[name], span)])
 
 
 def _pairs(view: np.ndarray, span: Span) -> Iterator[_Pair]:
-    """Yield pairs of views, of a slot's array and of a span, on the same positions.
+    """Yield pairs of views of the same positions: one of a slot's array, and one of a span.
 
-    Position p is at index p mod S, which is p in an array without a window.
+    Position p is at index p mod S of the slot's array, which is p in an array without a window.
     """
     size, at = view.shape[2], span.start
     while at < span.stop:

@@ -20,7 +20,7 @@ class TokenLogprob(NamedTuple):
         token_id: the token.
         text: its text; U+FFFD stands for the bytes of an incomplete character.
         logprob: its log-probability, a natural logarithm; -inf for a token of probability 0.
-        top: the likeliest tokens in its place, most likely first, those of equal probability by ascending id.
+        top: the likeliest tokens in its place, most likely first, and equally likely ones by ascending id.
     """
 
     token_id: int
@@ -34,7 +34,7 @@ class PromptLogprobs:
 
     Args:
         prompt: tokens of the prompt.
-        top: number of the likeliest tokens for each place.
+        top: number of the likeliest tokens at each position.
         text_of: a function from a token to its text.
     """
 
@@ -63,8 +63,8 @@ def token_logprob(logits: np.ndarray, token_id: int, top: int, text_of: TextOf) 
         text_of: a function from a token to its text.
     """
     largest = logits.max()
-    with np.errstate(over="ignore", under="ignore"):  # -inf and then 0 are the right limits
-        # Sum in float64: in float32 the sum of 150,000 terms loses the last digits.
+    with np.errstate(over="ignore", under="ignore"):  # overflow to -inf, and then to 0, is the correct limit
+        # Sum in float64, because in float32 the sum of 150,000 terms loses the last digits.
         total = float(np.exp(logits - largest).sum(dtype=np.float64))
     base = float(largest) + float(np.log(total))
 
@@ -76,7 +76,7 @@ def token_logprob(logits: np.ndarray, token_id: int, top: int, text_of: TextOf) 
 
 
 def _largest_ids(logits: np.ndarray, count: int) -> np.ndarray:
-    """Return the ids of the `count` largest logits in descending order, those of equal logits by ascending id."""
+    """Return the ids of the `count` largest logits, largest first, and equal logits by ascending id."""
     count = min(count, logits.size)
     if count == 0:
         return np.empty(0, np.int64)

@@ -44,15 +44,15 @@ class Model:
     """A loaded artifact.
 
     Threads may share a model. Concurrent generations advance together, each in a slot of a KV cache. If all slots are
-    taken, a further KV cache is created. A model without generations has no KV cache.
+    taken, a further KV cache is created. While nothing is being generated, the model has no KV cache.
 
     Attributes:
         scheduler: the generations in progress.
-        prefixes: keys and values of earlier prompts. None for a target whose keys and values depend on the cuts between
-            the chunks of a prompt, because these are not reused.
+        prefixes: keys and values of earlier prompts. None for a target whose keys and values depend on how a prompt is
+            split into chunks, because such keys and values are never reused.
         manifest: the artifact's manifest.
         target: the target that runs.
-        compiles: number of programs compiled while loading: 0 unless compiling from StableHLO was requested.
+        compiles: number of programs compiled while loading; above 0 only if compiling from StableHLO was allowed.
         tokenizer: the model's tokenizer.
         eos_token_ids: tokens that end a generation.
     """
@@ -95,8 +95,8 @@ class Model:
             params: the sampling parameters; None uses the model's own defaults.
 
         Raises:
-            PrecastError: the prompt is empty, fills the context, or contains ids outside the vocabulary; or the file of
-                the weights has been written to since loading.
+            PrecastError: the prompt is empty, fills the context, or contains ids outside the vocabulary; or the weight
+                file was modified after loading.
         """
         return self.stream(prompt, params).finish()
 
@@ -118,14 +118,14 @@ class Model:
 
         Args:
             prompts: the prompts, each as text or token ids.
-            params: the sampling parameters of all prompts, or those of each; None uses the model's own defaults.
+            params: one set of sampling parameters for all prompts, or one for each; None uses the model's own defaults.
 
         Returns:
             The completions in the order of the prompts.
 
         Raises:
-            PrecastError: the errors of `generate`, with the index of the prompt, in which case all other generations
-                end; or the number of parameters differs from the number of prompts.
+            PrecastError: a prompt causes an error of `generate`; the message gives the prompt's index, and all other
+                generations end. Or the number of parameters differs from the number of prompts.
         """
         from . import together
 
@@ -155,7 +155,7 @@ class Model:
 
         Args:
             prompts: the prompts, each as text or token ids.
-            params: the sampling parameters of all prompts, or those of each; None uses the model's own defaults.
+            params: one set of sampling parameters for all prompts, or one for each; None uses the model's own defaults.
 
         Yields:
             The index of the prompt, and its completion or error.
@@ -174,7 +174,7 @@ class Model:
     def generate_answers(
         self, prompt: Prompt, count: int, params: SamplingParams | None = None
     ) -> list[Completion]:
-        """Continue one prompt several times, together.
+        """Generate several answers to one prompt together.
 
         With a seed, the first answer uses that seed, the next one uses seed + 1, and so on, as with vLLM's `n`.
 
@@ -271,7 +271,7 @@ class Model:
         answer_format: str | None = None,
         tool_choice: str = "auto",
     ) -> Iterator[tuple[int, Completion | PrecastError]]:
-        """Answer any number of conversations together, as `generate_each` does prompts; arguments as for `chat`."""
+        """Answer any number of conversations together, like `generate_each` for prompts; arguments as for `chat`."""
         from . import together
 
         form = _chat_form(tools, template, literal, answer_format, tool_choice)
@@ -294,7 +294,7 @@ class Model:
         answer_format: str | None = None,
         tool_choice: str = "auto",
     ) -> list[Completion]:
-        """Answer a conversation several times, together; arguments and errors as for `chat` and `generate_answers`."""
+        """Generate several answers to a conversation; arguments and errors as for `chat` and `generate_answers`."""
         form = _chat_form(tools, template, literal, answer_format, tool_choice)
         return self._answers(
             lambda p: self._chat_sequence(messages, p, form, most_unread=None), count, params
@@ -339,7 +339,7 @@ class Model:
         Args:
             path: the file to create or to replace; only the current user may read it.
             sequence: a completion, or token ids. Keys and values that are no longer in memory are computed again.
-            messages: the messages of the chat, with the answer; `load_state` returns them.
+            messages: the messages of the chat, including the answer; `load_state` returns them.
 
         Raises:
             PrecastError: the target cannot reuse keys and values, the file cannot be written, or a token id is outside
@@ -350,7 +350,9 @@ class Model:
         states.save(self, Path(path), sequence, messages)
 
     def load_state(self, path: str | Path) -> "State":
-        """Load a state from `save_state`, so that prompts that begin with its tokens reuse their keys and values.
+        """Load a state that `save_state` wrote.
+
+        Prompts that begin with the state's tokens then reuse its keys and values.
 
         Returns:
             The tokens and messages of the state.
@@ -387,7 +389,7 @@ class Model:
         return [int(token) for token in ids]
 
     def _advice(self, token: object) -> str:
-        """Return the remedy for a token that the tokenizer knows and the model lacks; transformers fails on it too."""
+        """Return the remedy for a token that the tokenizer knows and the model lacks; empty for other tokens."""
         if not isinstance(token, Integral) or int(token) < self.engine.vocab:
             return ""
         text = self.tokenizer.token(int(token))
@@ -401,12 +403,12 @@ class Model:
             raise PrecastError(f"prompt: expected text or token ids, found {type(prompt).__name__}.")
         if params is not None and not isinstance(params, SamplingParams):
             raise PrecastError(f"params: expected SamplingParams, found {type(params).__name__}.")
-        # Empty text counts as no tokens, even if the tokenizer adds a special one.
+        # Empty text counts as no tokens, even if the tokenizer adds a special token to it.
         ids = prompt if not isinstance(prompt, str) else self.tokenizer.encode(prompt) if prompt else ()
         checked, chosen = self.checked_prompt(ids), params or self.default_sampling()
         limit = chosen.limit(len(checked), self.engine.context - len(checked))
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
-        self._constraint(chosen)  # refuse an unsuitable constraint before the model reads other prompts
+        self._constraint(chosen)  # refuse an unsuitable constraint before the model reads any prompt
         return _Request(checked, chosen.with_word_ids(encode), limit)
 
     def _sequence(
@@ -440,7 +442,7 @@ class Model:
         )
 
     def _constraint(self, params: SamplingParams) -> "Constraint | None":
-        """Return the constraint of a new answer; a grammar that is not cached is built first."""
+        """Return a constraint for a new answer, building its grammar if it is not cached."""
         text = params.constraint
         if text is None:
             return None

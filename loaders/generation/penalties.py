@@ -1,9 +1,9 @@
 """Bias and penalties: changes to the logits of single tokens, by the formulas of OpenAI and transformers.
 
-The order is that of transformers, vLLM and llama.cpp: `logit_bias`, `repetition_penalty`, then `frequency_penalty` and
-`presence_penalty`. The bias is transformers' SequenceBiasLogitsProcessor for single tokens, and the repetition penalty
-its RepetitionPenaltyLogitsProcessor (CTRL, arXiv:1909.05858), for tokens of prompt and answer. The last two are
-OpenAI's, for tokens of the answer alone, as in vLLM::
+The order is the same as in transformers, vLLM and llama.cpp: `logit_bias`, `repetition_penalty`, then
+`frequency_penalty` and `presence_penalty`. The bias is transformers' SequenceBiasLogitsProcessor for single tokens. The
+repetition penalty is transformers' RepetitionPenaltyLogitsProcessor (CTRL, arXiv:1909.05858), and applies to tokens of
+the prompt and the answer. The other two penalties are OpenAI's, and apply to tokens of the answer alone, as in vLLM::
 
     logit -= frequency_penalty * count
     logit -= presence_penalty * (count > 0)
@@ -25,7 +25,6 @@ _LARGEST = float(np.finfo(np.float32).max)
 class Penalties:
     """Bias and penalties for one sequence. `apply` takes time linear in the number of distinct tokens.
 
-
     Args:
         params: the sampling parameters.
         prompt: tokens of the prompt; ids of `vocab_size` and above are ignored, as in transformers.
@@ -40,7 +39,7 @@ class Penalties:
         biases = dict(params.logit_bias)
         if outside := [token for token in biases if token >= vocab_size]:
             raise PrecastError(
-                f"Sampling parameters: expected token ids of logit_bias from 0 to {vocab_size - 1}, found"
+                f"Sampling parameters: token ids of logit_bias must be from 0 to {vocab_size - 1}, found"
                 f" {outside[0]}."
             )
         self._bias_ids = np.fromiter(biases.keys(), np.int64, len(biases))
@@ -72,5 +71,5 @@ class Penalties:
         old = scores[seen]
         with np.errstate(over="ignore", under="ignore"):
             new = np.where(old < 0, old * self._repetition, old / self._repetition)
-        # Keep finite logits finite, because an infinite one would be forbidden rather than penalised.
+        # Keep finite logits finite, because an infinite logit would forbid its token rather than penalise it.
         scores[seen] = np.where(np.isneginf(old), old, np.clip(new, -_LARGEST, _LARGEST))

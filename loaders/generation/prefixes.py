@@ -1,11 +1,10 @@
 """A radix tree over token ids that holds keys and values of earlier sequences, for new prompts to reuse.
 
-
 Each node holds a segment of tokens, and copies of their keys and values. The tree is bounded in bytes, and evicts the
 least recently used leaf first. Segments whose arrays are mapped from files are pinned, and take no memory of their own.
 
-An array with a window is a ring buffer in the KV cache. A prompt can continue from a position only if the tree holds
-the window before that position. Each segment's `Span` of the array tells which positions the segment holds.
+In the KV cache, the array of layers with a sliding window is a ring buffer. A prompt can continue from a position only
+if the tree holds the window before that position. A segment's `Span` of the array tells which positions it holds.
 
 RadixAttention is by Zheng et al., SGLang (https://arxiv.org/abs/2312.07104).
 """
@@ -21,10 +20,10 @@ from . import kv_state
 from .engine import KVCache
 from .kv_state import Span
 
-# The default bound is an eighth of the memory that is available when the first prompt ends, and at most this.
+# The default bound is an eighth of the memory that is available when the first prompt ends, but at most this much.
 MAX_DEFAULT_BYTES = 512 << 20
 _DEFAULT_SHARE = 8
-# Seconds that a generation waits for the tree when it ends. After that, its keys and values are discarded.
+# Seconds that an ending generation waits for the tree's lock. After that, its keys and values are discarded.
 _LONGEST_WAIT_S = 1.0
 
 
@@ -35,7 +34,7 @@ class SlotEngine(Protocol):
         """Return an empty KV cache."""
 
     def prefill(self, tokens: Sequence[int], cache: KVCache, *, start: int, slot: int) -> object:
-        """Read tokens at the positions of a slot from `start` on."""
+        """Compute keys and values of tokens at the positions of a slot from `start` on."""
 
     @property
     def windows(self) -> Mapping[str, int]:
@@ -50,8 +49,8 @@ class Match(NamedTuple):
 
     Attributes:
         length: number of tokens.
-        spans: keys and values of these tokens, each after the name of its array.
-        checks: functions that raise PrecastError if a file of these keys and values was written to.
+        spans: keys and values of these tokens, as pairs of an array's name and a span.
+        checks: functions that raise PrecastError if a file that holds these keys and values was modified.
     """
 
     length: int
@@ -70,7 +69,7 @@ class _Node:
         children: the segments after this one, by their first token.
         parent: the segment before this one; None for the root.
         pinned: True for a segment that is never evicted.
-        checks: functions that raise PrecastError if a file of the segment's keys and values was written to.
+        checks: functions that raise PrecastError if a file that holds the segment's keys and values was modified.
     """
 
     __slots__ = ("checks", "children", "parent", "pinned", "spans", "start", "tokens")
@@ -98,18 +97,18 @@ class _Node:
 
     @property
     def bytes(self) -> int:
-        """The memory that the node takes."""
+        """The memory that the node takes, in bytes."""
         return 0 if self.pinned else sum(span.array.nbytes for span in self.spans.values())
 
 
 class PrefixTree:
     """The prefixes that a model knows, for one target.
 
-    Threads may share it.
+    Threads may share a tree.
 
     Args:
         engine: the engine whose KV caches are read and written.
-        limit: the most memory for segments that are not pinned, in bytes; 0 keeps no such segments. None chooses
+        limit: maximum memory for segments that are not pinned, in bytes; 0 keeps no such segments. None chooses
             `default_limit` when the first prompt ends.
 
     Attributes:
@@ -133,7 +132,7 @@ class PrefixTree:
         return self._bytes
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """Return the longest known prefix of some tokens."""
+        """Return the longest prefix of the tokens that the tree holds."""
         with self._lock:
             path = self._walk(np.asarray(tokens, np.int32))
             length = self._possible_cut(path, sum(count for _, count in path))
@@ -141,7 +140,7 @@ class PrefixTree:
             return Match(length, tuple(self._needed(path, length)), tuple(checks))
 
     def restore(self, tokens: Sequence[int], cache: KVCache, slot: int) -> int:
-        """Write keys and values of the longest known prefix to the first positions of a slot; return its length.
+        """Copy the longest known prefix's keys and values to a slot's first positions; return the prefix's length.
 
         Args:
             tokens: a prompt without its last token, whose logits must be computed.
@@ -149,7 +148,7 @@ class PrefixTree:
             slot: the slot.
 
         Raises:
-            PrecastError: a file with pinned keys and values was written to.
+            PrecastError: a file with pinned keys and values was modified.
         """
         match = self.match(tokens)
         if match.length:
@@ -161,16 +160,16 @@ class PrefixTree:
     def capture(
         self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int, written: int = 0
     ) -> None:
-        """Keep keys and values of a slot that are not in the tree yet.
+        """Copy a slot's keys and values to the tree, except those that the tree already holds.
 
         Args:
             tokens: the tokens whose keys and values the slot's first positions hold.
             cache: the KV cache.
             slot: the slot.
             restored: the result of `restore` for this sequence. In arrays with a window, the slot holds only the window
-                before that position, and later positions.
-            written: number of positions that the sequence wrote, if rejected drafts made it write more than its tokens.
-                In arrays with a window, each of them may have overwritten an earlier position.
+                before position `restored`, and later positions.
+            written: number of positions that the sequence wrote; more than its tokens if drafts were rejected. In
+                arrays with a window, each written position may have overwritten an earlier one.
         """
         if self._bound() == 0:
             return
@@ -212,7 +211,7 @@ class PrefixTree:
             PrecastError: a program fails.
         """
         cache, last = self._engine.new_cache(), len(tokens) - 1
-        # Leave the last token to the model: `restore` may write one position less than a window, and reading the token
+        # The model computes the last token, because `restore` may write one position less than a window, and that token
         # completes the window.
         known = self.restore(tokens[:last], cache, 0)
         self._engine.prefill(tokens[known:], cache, start=known, slot=0)
@@ -230,10 +229,9 @@ class PrefixTree:
 
         Args:
             tokens: the prefix.
-            spans: its keys and values by array, which end after the last token. Arrays with a window need only the
-                window before that position.
-            check_unchanged: a function called after each `restore` from the arrays, which raises PrecastError if their
-                file was written to.
+            spans: its keys and values by array, up to the last token. Arrays with a window need only the last window.
+            check_unchanged: a function that raises PrecastError if the file of the arrays was modified; called after
+                each `restore` from the arrays.
         """
         ids = np.asarray(tokens, np.int32)
         with self._lock:
@@ -251,7 +249,7 @@ class PrefixTree:
     # --- the tree -----------------------------------------------------------------------------------------------
 
     def _walk(self, ids: np.ndarray) -> list[tuple[_Node, int]]:
-        """Return the segments that match some tokens, each with its number of matching tokens; mark them as used."""
+        """Return the path of segments that match the tokens, with the number of matching tokens; mark them as used."""
         node, at, path = self._root, 0, list[tuple[_Node, int]]()
         while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
             count = _common(child.tokens, ids[at:])
@@ -290,7 +288,7 @@ class PrefixTree:
         return first
 
     def _pin(self, node: _Node, spans: Mapping[str, Span], check_unchanged: Callable[[], None]) -> None:
-        """Pin a segment, and replace each of its arrays by the pinned prefix's if that holds all of its positions."""
+        """Pin a segment, and replace each of its arrays with the prefix's array if that has all of its positions."""
         self._forget(node)
         given = {name: spans[name].part(node.start, node.stop) for name in node.spans}
         node.spans = {
@@ -303,7 +301,7 @@ class PrefixTree:
     def _add(self, node: _Node) -> None:
         self._recent[node] = None
         self._bytes += node.bytes
-        # The node's ancestors are used as recently as the node.
+        # Adding a node counts as a use of its ancestors.
         parent = node.parent
         while parent is not None:
             if not parent.pinned:
@@ -345,7 +343,7 @@ class PrefixTree:
         return length
 
     def _needed(self, path: Sequence[tuple[_Node, int]], length: int) -> Iterator[tuple[str, Span]]:
-        """Yield the spans that a slot needs to continue at a position."""
+        """Yield the spans that a slot needs to continue at position `length`, each with the name of its array."""
         for node, _ in path:
             for name, span in node.spans.items():
                 window = self._rings.get(name, 0)
@@ -355,7 +353,7 @@ class PrefixTree:
 
 
 def default_limit() -> int:
-    """Return the default bound of a model's prefixes: 512 MiB, or an eighth of the memory available if that is less."""
+    """Return the default bound of a model's prefixes: 512 MiB, or an eighth of the available memory if that is less."""
     from ..runtime.resources import memory  # a lazy import, because it reads files
 
     available = memory().available
@@ -390,7 +388,7 @@ def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, i
 
 
 def _last_cut(runs: Sequence[tuple[int, int]], window: int, length: int) -> int:
-    """Return the last position, at most `length`, at which a run holds the window before it."""
+    """Return the last position, at most `length`, for which one run holds the window before that position."""
     for begin, end in reversed(runs):
         end = min(end, length)
         if end > begin and (begin == 0 or end - begin >= window - 1):

@@ -1,6 +1,6 @@
 """Choose the next token from the logits with NumPy, reproducibly for a given seed.
 
-The steps have the order of transformers, so settings mean the same in both:
+The steps run in the same order as in transformers, so settings have the same effect:
 
 1. logit_bias
 2. repetition_penalty
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from .penalties import Penalties
 
 
-# Weights per block when drawing.
+# Weights per block in `_draw`.
 _BLOCK = 512
-# Scores per group. Top-k first compares the maxima of groups.
+# Scores per group. Top-k first compares the maxima of the groups.
 _TOPS_OF = 64
 
 
@@ -43,7 +43,7 @@ class Sampler:
         vocab_size: V, the length of the logits.
         end_ids: the model's end-of-generation tokens, for min_tokens and min_length.
         text_of: a function from a token to its text, for log-probabilities.
-        constraint: the constraint of this answer alone; None for a free answer.
+        constraint: the constraint, which no other answer shares; None for an unconstrained answer.
 
     Attributes:
         logprobs: the log-probabilities of the chosen tokens, if the parameters ask for them.
@@ -143,12 +143,12 @@ class Sampler:
         if self._params.temperature == 0:
             likeliest = int(np.argmax(scores))
             if int(mask[likeliest // 32]) >> likeliest % 32 & 1:
-                return scores  # a fast path, because most answers keep to their constraint: the argmax is the same
+                return scores  # a fast path for the usual case: the mask would not change the argmax
         bits = np.unpackbits(mask.view(np.uint8), count=scores.size, bitorder="little")
         return np.where(bits.view(np.bool_), scores, np.float32(-np.inf))
 
     def _forbidden_ids(self) -> list[int]:
-        # A complete answer ends, even below min_tokens: only an end token may follow.
+        # Once the constraint is complete, only an end token may follow, so min_tokens must not forbid it.
         if self._forbidden is None or (self._constraint is not None and self._constraint.is_complete):
             return []
         return [token for token in self._forbidden.tokens() if token < self._vocab_size]
@@ -209,7 +209,7 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
     # Top-k is independent of the temperature. Applied first, it leaves fewer weights to compute.
     ids = _top_k(scores, params.top_k)
     weights = scores if ids is None else scores[ids]
-    with np.errstate(over="ignore", under="ignore"):  # -inf and then 0 are the right limits
+    with np.errstate(over="ignore", under="ignore"):  # overflow to -inf, and then to 0, is the correct limit
         weights = weights - weights.max()
         weights /= np.float32(params.temperature)
         np.exp(weights, out=weights)
@@ -233,7 +233,7 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
 
 
 def _lower_bound(scores: np.ndarray, k: int) -> float:
-    """Return a number that at least k scores reach, and usually few more."""
+    """Return a number that at least k scores reach or exceed, and usually only a few more."""
     tops = scores[: scores.size // _TOPS_OF * _TOPS_OF].reshape(_TOPS_OF, -1).max(0)
     if tops.size < k:
         return float(scores.min())
@@ -242,7 +242,7 @@ def _lower_bound(scores: np.ndarray, k: int) -> float:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Return the top-p ids [n], ascending: a token is kept if the tokens ranked above it have a share below `top_p`.
+    """Return the top-p ids [n], ascending: a token is kept if the total share of those ranked above is below `top_p`.
 
     Tokens are ranked by weight, then by ascending id. A full sort is not needed: the upper bits of non-negative
     float32 values have the same order as the values, so a histogram of these bits finds the bin with the boundary, and
@@ -250,7 +250,7 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """
     total = weights.sum(dtype=np.float64)
     wanted = top_p * total
-    # The weights below this bound, all together, have a share below 1 - top_p.
+    # All weights below this bound have a total share below 1 - top_p.
     candidates = np.flatnonzero(weights >= (total - wanted) / weights.size)
     weights = weights[candidates]
     bins = weights.view(np.uint32) >> np.uint32(16)
@@ -271,7 +271,7 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
 def _draw(weights: np.ndarray, uniform: float) -> int:
     """Draw an index by inverting the cumulative distribution, in float64, at `uniform` in [0, 1).
 
-    A first search over sums of blocks finds the block; a second over its running sums finds the index.
+    A search over the sums of blocks finds the block; a search over the block's running sums finds the index.
     """
     starts = np.arange(0, weights.size, _BLOCK)
     blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))

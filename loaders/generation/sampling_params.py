@@ -43,9 +43,9 @@ class SamplingParams(Frozen):
     repetition_penalty: float = 1.0
     """Make tokens of the prompt and the answer less likely (CTRL, arXiv:1909.05858); 1 is off."""
     presence_penalty: float = 0.0
-    """Subtract this from the logit of every token of the answer, as OpenAI does: -2 to 2, 0 is off."""
+    """Subtract this from the logit of every token in the answer so far, as OpenAI does: -2 to 2, 0 is off."""
     frequency_penalty: float = 0.0
-    """Subtract this from a token's logit once for each occurrence of the token in the answer: -2 to 2, 0 is off."""
+    """Subtract this from a token's logit for each occurrence of the token in the answer so far: -2 to 2, 0 is off."""
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
     """Numbers from -100 to 100 to add to logits, by token id; stored as pairs in ascending order of id."""
     no_repeat_ngram_size: int = 0
@@ -55,15 +55,15 @@ class SamplingParams(Frozen):
     begin_suppress_tokens: tuple[int, ...] = ()
     """Tokens that may not start the answer."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    """Token sequences that are never completed; a single end-of-generation token in the list has no effect."""
+    """Token sequences that are never completed; a sequence of one end-of-generation token has no effect."""
     bad_words: tuple[str, ...] = ()
-    """Words that are never completed, in their tokenisations at the start of a text and after a space."""
+    """Words that are never completed, as they are tokenised at the start of a text and after a space."""
     seed: int | None = None
     """Seed of the random numbers; None uses fresh entropy."""
     stop: tuple[str, ...] = ()
     """Strings that end generation; they are not part of the answer."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end generation in addition to the model's own end-of-generation tokens; also with ignore_eos."""
+    """Tokens that end generation in addition to the model's own end-of-generation tokens, even with ignore_eos."""
     ignore_eos: bool = False
     """Continue after an end-of-generation token."""
     logprobs: int | None = None
@@ -75,7 +75,7 @@ class SamplingParams(Frozen):
     prompt_lookup: bool = True
     """Guess tokens from the text so far and verify several at once, where that is faster; the answer is the same."""
     timeout_s: float | None = None
-    """Seconds after the start at which generation ends with the text so far; None is off."""
+    """Time limit in seconds, at which generation ends with the text so far; None is off."""
     json_schema: Mapping[str, Any] | str | None = None
     """JSON Schema of the whole answer, as a mapping or as JSON text; {"type": "object"} allows any object. Stored as
     text. This parameter and the next three need the extra `grammar`; at most one of the four can be given."""
@@ -166,7 +166,7 @@ class SamplingParams(Frozen):
     def with_word_ids(self, encode: Callable[[str], Sequence[int]]) -> "SamplingParams":
         """Return the parameters with `bad_words` tokenised and appended to `bad_words_ids`.
 
-        Two tokenisations of a word are forbidden: at the start of a text, and after a space, as in vLLM. Other
+        Each word is forbidden in two tokenisations, as in vLLM: at the start of a text, and after a space. Other
         tokenisations of the word stay possible, as in vLLM and transformers.
 
         Args:
@@ -179,10 +179,9 @@ class SamplingParams(Frozen):
         return replace(self, bad_words=(), bad_words_ids=(*self.bad_words_ids, *found))
 
     def for_answers(self, count: int) -> "list[SamplingParams]":
-        """Return the parameters of each of several answers to one prompt: seed for the first, seed + 1 for the next.
+        """Return the parameters of several answers to one prompt, with the seeds seed, seed + 1, and so on.
 
-
-        These are the seeds of vLLM's `n`. Without a seed every answer uses fresh entropy.
+        vLLM's `n` uses the same seeds. Without a seed, every answer uses fresh entropy.
         """
         if self.seed is None:
             return [self] * count
@@ -210,8 +209,8 @@ class SamplingParams(Frozen):
         return min(self.max_length - prompt_tokens, room)
 
 
-# Minimum of each whole number, and range of each real one. Integers go up to 2^63 - 1, as in a manifest, except the
-# seed: a generator's state has 128 bits.
+# The minimum of each integer parameter, and the range of each real one. Integers go up to 2^63 - 1, as in a manifest,
+# except the seed, because the state of the random generator has 128 bits.
 _WHOLE = {
     "max_tokens": 1,
     "max_length": 1,

@@ -26,9 +26,9 @@ from .stopping import DeadEnd
 if TYPE_CHECKING:
     from .drafts import CallTimes
 
-# The most tokens of a prompt that are read between two tokens of other sequences.
+# Maximum number of tokens of a prompt that are read between two tokens of other sequences.
 _CHUNK = 128
-# The most seconds that a thread waits for the thread that runs a step before it checks the lock again.
+# Seconds after which a thread that waits for another thread's step checks the lock again.
 _LONGEST_WAIT_S = 1.0
 # Seconds between a reader's attempts to run a step while no sequence can advance.
 _IDLE_S = 0.005
@@ -65,12 +65,12 @@ class Prefixes(Protocol):
             cache: the KV cache to read from.
             slot: the sequence's slot.
             restored: the result of `restore` for this sequence.
-            written: number of positions that the sequence wrote; with rejected drafts more than it has tokens.
+            written: number of positions that the sequence wrote; more than its tokens if drafts were rejected.
         """
 
 
 class SchedulerStats(Frozen):
-    """The state of a scheduler and its work so far.
+    """Counts of a scheduler's sequences and slots, and of its work so far.
 
     Attributes:
         running: sequences that hold a slot.
@@ -94,7 +94,7 @@ class SchedulerStats(Frozen):
 class Scheduler:
     """The sequences of one engine, their KV caches, and the step that advances them.
 
-    KV caches are created when a sequence needs a slot, and freed with the last sequence in their slots. Threads may
+    A KV cache is created when a sequence needs a slot, and freed when the last sequence in its slots ends. Threads may
     share a scheduler.
 
     Args:
@@ -134,7 +134,7 @@ class Scheduler:
     def cancel(self, sequence: TokenSequence) -> None:
         """End a sequence before its next token, without waiting.
 
-        If another thread runs a step, that thread ends the sequence after the step.
+        If another thread is running a step, that thread ends the sequence after the step.
         """
         sequence.closing = True
         self._cancelled.append(sequence)
@@ -203,13 +203,13 @@ class Scheduler:
         self._waiters.append(waiter)
         # A thread that releases the lock after this check finds the waiter in the deque, and wakes it.
         if self._lock.locked():
-            # The time limit is for the case that Ctrl-C interrupts that thread before it wakes the waiters.
+            # The timeout is for the case that Ctrl-C interrupts that thread before it wakes the waiters.
             waiter.acquire(timeout=_LONGEST_WAIT_S)
 
     def _follow_up(self) -> None:
         """End sequences that were cancelled while the lock was held, and wake the waiting threads.
 
-        A woken thread returns if its sequence has advanced. One of the other threads runs the next step.
+        Each woken thread whose sequence has advanced returns. One of the remaining threads runs the next step.
         """
         # Acquire without blocking, because a finaliser may call this method in the thread that holds the lock.
         while self._cancelled and self._lock.acquire(blocking=False):
@@ -268,7 +268,6 @@ class Scheduler:
 
     def _next_call(self, began: float) -> bool:
         """Decode the next batch of the round, or read a chunk of a prompt; return False if no sequence can advance."""
-
         for _ in range(2):
             while self._round:
                 batch = self._round.popleft()
@@ -289,7 +288,8 @@ class Scheduler:
             batch = next((b for b in self._batches if None in b.sequences), None)
             if batch is None and len(self._batches) == self._most_caches:
                 return None
-            sequence = self._waiting[0]  # dequeue it later: Ctrl-C may interrupt the creation of a cache
+            # Dequeue the sequence later, because Ctrl-C may interrupt the creation of a cache.
+            sequence = self._waiting[0]
             try:
                 if batch is None:
                     batch = Batch(self._engine.new_cache(), self._engine.slots)
@@ -312,7 +312,7 @@ class Scheduler:
             self._cached_tokens += known
 
     def _read_chunk(self, sequence: TokenSequence, batch: Batch, began: float) -> None:
-        """Read the next chunk of a prompt; after the last, choose the first token."""
+        """Read the next chunk of a prompt; after the last chunk, choose the first token of the answer."""
         before, others_wait = sequence.filled, any(b.decoding() for b in self._batches)
         most = self._chunk if others_wait else self._engine.buckets[-1]
         try:

@@ -35,7 +35,7 @@ class Batch:
 
     Attributes:
         cache: the KV cache.
-        sequences: the sequence in each slot, [B].
+        sequences: the sequence in each slot, [B]; None for a free slot.
     """
 
     def __init__(self, cache: "KVCache", slots: int) -> None:
@@ -78,7 +78,7 @@ class TokenSequence:
         parser: the parser that splits the answer to a chat, used by the reader alone; None if the whole answer is
             content.
         notify: a function that the computing thread calls after a change of `unread` and at the end. It must neither
-            block nor wait for the scheduler. Its exception fails this sequence alone.
+            block nor wait for the scheduler. An exception that it raises fails only this sequence.
 
     Attributes:
         sampler: the sampler.
@@ -91,15 +91,17 @@ class TokenSequence:
         unread: pieces that the reader has not taken yet.
         reason: the `finish_reason` of the `Completion`.
         error: the exception that ended the sequence; None if there was none.
-        closing: request to end the generation before its next token. Any thread may make it with `Scheduler.cancel`.
+        closing: True if the generation must end before its next token. Any thread may request this with
+            `Scheduler.cancel`.
         ended: True once no further pieces come and the slot is free.
         batch: the sequences that share the KV cache; None without a slot.
         slot: the sequence's slot in the KV cache.
-        filled: positions of the slot that hold keys and values of `tokens`.
-        written: positions of the slot that drafts wrote, right or wrong; 0 without drafts.
+        filled: number of the slot's positions that hold keys and values of `tokens`.
+        written: number of the slot's positions that calls with drafts have filled, including wrong guesses; 0 without
+            drafts.
         cached_tokens: number of tokens of the prompt whose keys and values came from a prefix.
         queue_s: seconds from submission until the reading of the prompt began.
-        began: start of reading the prompt, in seconds of the scheduler's clock, which stands still between steps.
+        began: time at which reading the prompt began, in seconds on the scheduler's clock, which stops between steps.
         first: time of the first token, on the same clock.
         last: time of the newest token, on the same clock.
     """
@@ -182,7 +184,7 @@ class TokenSequence:
         self.tell()
 
     def tell(self) -> None:
-        """Call `notify`."""
+        """Call `notify`, if there is one."""
         if self._notify is not None:
             self._notify()
 
@@ -193,7 +195,7 @@ class TokenSequence:
             self.unread.append(Piece(None, text))
 
     def _tail(self, text: str) -> str:
-        """Return the text and the rest that decoder and filter held back; set `reason` if a stop string is complete."""
+        """Return the text and all text that is still held back; set `reason` if a stop string is complete."""
         rest, stopped = self._stops.push(self._decoder.finish())
         if stopped:
             self.reason = "stop"

@@ -1,8 +1,9 @@
 """A file with the state of a sequence: its tokens, their keys and values, and the messages of a chat.
 
 It is a safetensors file with a tensor for each array of the KV cache, ``[L, K, n, H]`` or ``[L, K, n]``, and the
-tokens, int32 ``[n]``. An array with a window has the last positions only. The metadata holds the format's version, the
-origin of keys and values, the messages as JSON, and a sha256 of everything else. A state of another origin is refused.
+tokens, int32 ``[n]``. The array of layers with a sliding window holds only the last positions. The metadata holds the
+format's version, the origin of the keys and values (the model, the programs and the instruction set that computed
+them), the messages as JSON, and a sha256 of everything else. A state with a different origin is refused.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from .kv_state import Span, bits
 _VERSION, _VERSION_KEY, _HASH_KEY = "1", "precast_state", "sha256"
 _TOKENS = "tokens"
 _REMEDY = "start a new state in another file"
-# Number of elements that are searched for NaN and infinity at a time.
+# Number of elements that are checked for NaN and infinity at a time.
 _BLOCK = 1 << 22
 
 
@@ -35,7 +36,7 @@ class State(Frozen):
 
     Attributes:
         tokens: all tokens of the sequence.
-        messages: the messages of the chat, oldest first; empty for text that is no chat.
+        messages: the messages of the chat, oldest first; empty if the text is not a chat.
     """
 
     tokens: tuple[int, ...]
@@ -88,20 +89,20 @@ def _message_text(messages: Sequence[Mapping[str, Any]]) -> str:
         text.encode()
     except (TypeError, ValueError) as error:
         raise PrecastError(
-            f"messages: expected values that JSON can hold, found another ({error}); leave it out."
+            f"messages: expected values that JSON can represent, found one that it cannot ({error}); leave it out."
         ) from None
     return text
 
 
 def stored_arrays(spans: Mapping[str, Span], arrays: Sequence[CacheArray]) -> dict[str, np.ndarray]:
-    """Return spans as arrays of the KV cache's own types."""
+    """Return the arrays of spans by name, viewed as the KV cache's own types."""
     return {array.name: spans[array.name].array.view(numpy_dtype(array.dtype)) for array in arrays}
 
 
 def read_state(
     path: Path, arrays: Sequence[CacheArray], origin: Origin, *, context: int, vocab: int
 ) -> StoredState:
-    """Check a state, which is untrusted, and map its keys and values.
+    """Check an untrusted state file, and map its keys and values into memory.
 
     Args:
         path: the file.
@@ -111,14 +112,14 @@ def read_state(
         vocab: the size of the vocabulary.
 
     Raises:
-        PrecastError: the file is missing or damaged, is no state, or has another origin.
+        PrecastError: the file is missing or damaged, is not a state, or has a different origin.
     """
     try:
         with files.open_plain(path) as file:
             try:
                 metadata, tensors = read_metadata(file), map_weights(file)
             except PrecastError:
-                raise _damaged(path, "a safetensors file", "another file, or a part of one") from None
+                raise _damaged(path, "a complete safetensors file", "something else") from None
             _check_origin(path, metadata, origin)
             watch = files.Watch(file)
     except OSError as error:
@@ -127,7 +128,7 @@ def read_state(
         ) from None
     stated = metadata.get(_HASH_KEY, "")
     if _digest(tensors, {k: v for k, v in metadata.items() if k != _HASH_KEY}) != stated:
-        raise _damaged(path, "contents with the sha256 in its header", "others")
+        raise _damaged(path, "contents that match the sha256 in the header", "different contents")
     tokens = _checked_tokens(path, tensors.pop(_TOKENS, None), context, vocab)
     spans = checked_spans(str(path), tensors, arrays, len(tokens))
     for name, span in spans.items():
@@ -144,14 +145,14 @@ def checked_spans(
     count: int,
     remedy: str = _REMEDY,
 ) -> dict[str, Span]:
-    """Return stored arrays as spans, after comparing their types and shapes with the KV cache's.
+    """Return stored arrays as spans, after checking their types and shapes against the KV cache.
 
     Args:
-        where: the file, for messages.
+        where: the file, for error texts.
         tensors: the arrays by name.
         arrays: the arrays of the KV cache.
         count: number of tokens whose keys and values the arrays hold.
-        remedy: the remedy in messages.
+        remedy: the remedy that error texts name.
 
     Raises:
         PrecastError: an array is missing, unknown, or of another type or shape.
@@ -167,7 +168,7 @@ def checked_spans(
             raise _damaged(where, f"{array.name!r} as {_type(expected)}", _type(found), remedy)
         spans[array.name] = Span(count - kept, tensor.view(bits(array.dtype)))
     if unknown := sorted(set(tensors) - set(spans)):
-        raise _damaged(where, "the arrays of the KV cache", f"another, {unknown[0]!r:.40}", remedy)
+        raise _damaged(where, "only the arrays of the KV cache", f"another array, {unknown[0]!r:.40}", remedy)
     return spans
 
 
@@ -181,9 +182,9 @@ def _damaged(where: Path | str, expected: str, found: str, remedy: str = _REMEDY
 
 def _check_origin(path: Path, metadata: Mapping[str, str], origin: Origin) -> None:
     if (version := metadata.get(_VERSION_KEY)) != _VERSION:
-        found = "another file" if version is None else f"version {version:.20}"
+        found = "a different file" if version is None else f"version {version:.20}"
         raise PrecastError(
-            f"{path}: expected a state of precast in version {_VERSION}, found {found}; choose another file."
+            f"{path}: expected a precast state of version {_VERSION}, found {found}; choose another file."
         )
     given = Origin(**{field: metadata.get(field, "") for field in vars(origin)})
     for what, (found, expected) in given.differences(origin).items():
@@ -199,9 +200,10 @@ def _short(value: str) -> str:
 
 def _checked_tokens(path: Path, tokens: np.ndarray | None, context: int, vocab: int) -> tuple[int, ...]:
     if tokens is None or tokens.dtype != np.int32 or tokens.ndim != 1 or not 1 <= len(tokens) <= context:
-        raise _damaged(path, f"1 to {context} tokens", "others" if tokens is not None else "none")
+        found = None if tokens is None else (tokens.dtype.name, tokens.shape)
+        raise _damaged(path, f"1 to {context} tokens as int32", _type(found))
     if tokens.min() < 0 or tokens.max() >= vocab:
-        raise _damaged(path, f"tokens from 0 to {vocab - 1}", "others")
+        raise _damaged(path, f"tokens from 0 to {vocab - 1}", "a token outside this range")
     return tuple(tokens.tolist())
 
 

@@ -24,7 +24,7 @@ def save(
     """Save a state; arguments and errors as for `Model.save_state`."""
     prefixes, origin = _checked(model, path)
     if isinstance(sequence, Completion):
-        # Drop the last token of an answer that fills the context, because a prompt must leave room for one more.
+        # Drop the last token of an answer that fills the context, because a prompt must leave room for one token.
         tokens = (*sequence.prompt_token_ids, *sequence.token_ids)[: model.engine.context - 1]
     else:
         tokens = tuple(sequence)

@@ -1,4 +1,4 @@
-"""Ends of a generation: stop strings, found across token boundaries and never shown, and dead ends."""
+"""Stop strings, which may span several tokens and are never shown, and the dead ends of constraints."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class StopStrings:
 
     The match that ends first wins; of several that end at the same character, the longest. The text before the match
     is shown. While no match is complete, the filter holds back the longest suffix that could begin a stop string. The
-    time is linear in the number of stop strings, and for each piece quadratic in the length of the longest one.
+    time for a piece is linear in the number of stop strings, and quadratic in the length of the longest stop string.
 
     Raises:
         PrecastError: a stop string is empty, which would match everywhere.
@@ -50,7 +50,7 @@ class StopStrings:
         return text[:safe], False
 
     def flush(self) -> str:
-        """Return the text still held back, when generation ends for another reason."""
+        """Return the text still held back, once generation has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 

@@ -36,7 +36,7 @@ class StoredPrefix(Frozen):
 def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> str | None:
     """Return the reason why a target must not use a prefix, without a full stop; None if there is none.
 
-    Only the target that computed it, with the same kernels, computes the same bits.
+    Only the target that computed the prefix, with the same kernels, computes the same bits.
 
     Args:
         prefix: the prefix.
@@ -54,7 +54,7 @@ def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> st
     if target.kernel_abi != prefix.kernels:
         return f"kernels of ABI {prefix.kernels} computed it, and the target calls ABI {target.kernel_abi}"
     if isa != prefix.isa:
-        return f"kernels for {prefix.isa} computed it, and this machine's use {isa}"
+        return f"kernels for {prefix.isa} computed it, and this machine's kernels use {isa}"
     return None
 
 

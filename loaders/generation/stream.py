@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Timing(Frozen):
     """The duration of a generation. It is immutable.
 
-    Only `queue_s` includes time that the reader of a stream takes. Generations that run together share their steps, and
-    each of them counts the whole step.
+    Only `queue_s` includes time that readers spend between reads. Generations that run together share their steps, and
+    each generation counts the whole step.
 
     Attributes:
         prefill_s: seconds from the start of reading the prompt to the first token.
@@ -56,7 +56,6 @@ class Completion(Frozen):
         logprobs: log-probability of each of `token_ids`; empty without `SamplingParams.logprobs`.
         prompt_logprobs: log-probability of each of `prompt_token_ids` read so far, and None for the first, because the
             model does not predict it. Empty without `SamplingParams.prompt_logprobs`.
-
         reasoning: the reasoning before the answer to a chat.
         tool_calls: the tool calls of the answer to a chat.
     """
@@ -137,7 +136,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
 
     A piece contains no incomplete character and no part of a stop string. The generation starts when the first piece is
     read. While the reader waits for a piece, its thread computes, or waits for another thread that computes: streams of
-    one model advance together, each by up to 64 tokens ahead of its reader. The slot in the KV cache is freed at the
+    one model advance together, each up to 64 tokens ahead of its reader. The slot in the KV cache is freed at the
     end of the generation, by `close`, at the end of a ``with`` block, or with the last reference to the stream,
     whichever comes first.
 
@@ -148,7 +147,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     called from any thread, and waits for the current step. After a failure every read raises its error.
     """
 
-    # The scheduler and the sequence must not refer to the stream, because the end of its last reference frees the slot.
+    # The scheduler and the sequence must not refer to the stream, so that dropping the last reference frees the slot.
     def __init__(self, scheduler: Scheduler, sequence: TokenSequence) -> None:
         self._scheduler, self._sequence, self._parser = scheduler, sequence, sequence.parser
         self._lock = Lock()
@@ -226,7 +225,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
             self._calls.append(part.call)
 
     def _parse_next(self) -> bool:
-        """Take one unread piece, or tell the parser of the end; return False if there is neither."""
+        """Parse one unread piece, or the end of the answer; return False if there is neither."""
         sequence, parser = self._sequence, self._parser
         has_ended = sequence.ended  # read before `unread`, which grows until the end
         if sequence.unread:
@@ -271,7 +270,6 @@ class Stream(Iterator[str], AsyncIterator[str]):
     @property
     def completion(self) -> Completion:
         """The result of the pieces read so far; this property does not continue the generation.
-
 
         The `finish_reason` of a running stream is "unfinished".
         """

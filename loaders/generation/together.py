@@ -16,10 +16,10 @@ _Prompt = TypeVar("_Prompt")
 def pairs(
     prompts: Iterable[_Prompt], params: SamplingParams | Iterable[SamplingParams | None] | None
 ) -> Iterator[tuple[_Prompt, SamplingParams | None]]:
-    """Return each prompt with its parameters.
+    """Pair each prompt with its sampling parameters.
 
     Raises:
-        PrecastError: the prompts are a single text, or their number differs from that of the parameters.
+        PrecastError: the prompts are a single text, or there are more or fewer parameters than prompts.
     """
     if isinstance(prompts, str | bytes | bytearray):
         raise PrecastError(
@@ -29,8 +29,8 @@ def pairs(
         return zip(prompts, repeat(params), strict=False)
     if isinstance(prompts, Sequence) and isinstance(params, Sequence) and len(prompts) != len(params):
         raise PrecastError(
-            f"params: expected one for each of the {len(prompts)} prompts, found {len(params)}; give one for all, or as"
-            " many as prompts."
+            f"params: expected one for each of the {len(prompts)} prompts, found {len(params)}; give one for all"
+            " prompts, or one for each."
         )
     return zip(prompts, params, strict=False)
 
@@ -47,9 +47,8 @@ def results(
 
     Args:
         scheduler: the scheduler to submit to.
-        sequences: functions that make the sequences, whose `most_unread` must be None. A function's PrecastError is the
-            result of its sequence.
-
+        sequences: functions that make the sequences, whose `most_unread` must be None. If a function raises
+            PrecastError, the error is the result of its sequence.
         most: maximum number of sequences at a time.
     """
     left = enumerate(sequences)
@@ -71,7 +70,7 @@ def results(
             for index in [i for i, s in running.items() if s.ended]:
                 yield index, _result(scheduler, running.pop(index))
     finally:
-        # Cancel without waiting: the garbage collector may close this generator in the thread that runs a step.
+        # Cancel without waiting, because the garbage collector may close this generator in the thread that runs a step.
         for sequence in running.values():
             scheduler.cancel(sequence)
 
@@ -80,12 +79,11 @@ def _result(scheduler: Scheduler, sequence: TokenSequence) -> Completion | Preca
     """Return the result of a sequence that has ended.
 
     Raises:
-        Exception: the sequence failed with an error that is no PrecastError.
+        Exception: the sequence failed with an error other than PrecastError.
     """
     if isinstance(sequence.error, PrecastError):
         return sequence.error
     if sequence.error is not None:
         raise sequence.error
-    # A stream also splits the answer to a chat while it is read.
-
+    # A stream splits the answer to a chat into its parts.
     return Stream(scheduler, sequence).finish()

@@ -218,7 +218,7 @@ def relist(root: Path, name: str) -> None:
         ({"target": "portable"}, "target 'portable' computed it, and '{target}' runs"),
         ({"programs": "0" * 64}, "other programs of target '{target}', or other kernels, computed it"),
         ({"kernels": 1}, "kernels of ABI 1 computed it, and the target calls ABI {kernels}"),
-        ({"isa": "avx1024"}, "kernels for avx1024 computed it, and this machine's use {isa}"),
+        ({"isa": "avx1024"}, "kernels for avx1024 computed it, and this machine's kernels use {isa}"),
     ],
 )
 def test_a_prefix_of_another_origin_is_not_used(copy, edit_manifest, cli, changes, expected):

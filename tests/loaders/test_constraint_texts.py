@@ -35,8 +35,8 @@ def deep(levels: int) -> dict[str, Any]:
             {"regex": "a", "ignore_eos": True},
             "ignore_eos must be false with regex, because the end token ends the answer.",
         ),
-        ({"regex": ""}, "regex must be a text that is not empty, found ''."),
-        ({"grammar": b"x"}, "grammar must be a text that is not empty, found b'x'."),
+        ({"regex": ""}, "regex must be a non-empty text, found ''."),
+        ({"grammar": b"x"}, "grammar must be a non-empty text, found b'x'."),
         ({"choice": "yes"}, "choice must be a list of texts, none empty, found 'yes'."),
         ({"choice": ["a", ""]}, "choice must be a list of texts, none empty, found ['a', '']."),
         (
@@ -64,13 +64,13 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"grammar": 'start: %json {"multipleOf": 1e9}'},
             (
-                "grammar: multipleOf, and the product of several that allOf merges, must be at most 1,000,000 without"
-                " the decimal point, found 1000000000.0; use smaller ones."
+                "grammar: multipleOf, and the product of all multipleOf that allOf merges, must be at most 1,000,000"
+                " without the decimal point, found 1000000000.0; use smaller ones."
             ),
         ),
         (
             {"json_schema": "[]"},
-            "json_schema must be a JSON object, as a mapping or its text, found '[]'.",
+            "json_schema must be a JSON object, as a mapping or as text, found '[]'.",
         ),
         (
             {"json_schema": "{"},
@@ -117,8 +117,8 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"json_schema": {"multipleOf": 2**31}},
             (
-                "json_schema: multipleOf, and the product of several that allOf merges, must be at most 1,000,000"
-                " without the decimal point, found 2147483648; use smaller ones."
+                "json_schema: multipleOf, and the product of all multipleOf that allOf merges, must be at most"
+                " 1,000,000 without the decimal point, found 2147483648; use smaller ones."
             ),
         ),
         (

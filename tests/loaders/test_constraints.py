@@ -271,7 +271,7 @@ def test_a_vocabulary_without_the_letter_is_a_dead_end() -> None:
     with pytest.raises(DeadEnd) as refused:
         start(small, regex="ac").accept(4)
     assert str(refused.value) == (
-        "regex: after 0 tokens of the answer no token of the model's vocabulary continues it; change the constraint."
+        "regex: after 0 tokens of the answer, no token of the model's vocabulary continues it; change the constraint."
     )
 
 

@@ -176,10 +176,10 @@ def test_caches_are_independent(tiny_model):
 @pytest.mark.parametrize(
     ("rows", "problem"),
     [
-        ([], "slots []: expected different ones from 0 to 2"),
-        ([(3, 5, 0)], "slots [3]: expected different ones from 0 to 2"),
-        ([(-1, 5, 0)], "slots [-1]: expected different ones from 0 to 2"),
-        ([(1, 5, 0), (1, 6, 1)], "slots [1, 1]: expected different ones from 0 to 2"),
+        ([], "slots []: expected distinct slots from 0 to 2"),
+        ([(3, 5, 0)], "slots [3]: expected distinct slots from 0 to 2"),
+        ([(-1, 5, 0)], "slots [-1]: expected distinct slots from 0 to 2"),
+        ([(1, 5, 0), (1, 6, 1)], "slots [1, 1]: expected distinct slots from 0 to 2"),
         ([(0, 5, 64)], "positions [64] do not fit 64 positions"),
         ([(0, 5, 3), (1, 5, -1)], "positions [3, -1] do not fit 64 positions"),
     ],
@@ -233,7 +233,7 @@ def test_scored_tokens_can_be_replaced(tiny_model, reference):
         (0, (0, 0), "0 tokens at position 0 do not fit 64 positions"),
         (2, (63, 0), "2 tokens at position 63 do not fit 64 positions"),
         (2, (-1, 0), "2 tokens at position -1 do not fit 64 positions"),
-        (2, (0, 8), "slot 8 of 8"),
+        (2, (0, 8), "slot 8: expected a slot from 0 to 7"),
     ],
 )
 def test_tokens_that_cannot_be_scored_are_refused(tiny_model, tokens, place, problem):

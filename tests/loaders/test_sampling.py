@@ -399,7 +399,7 @@ def test_the_error_for_an_invalid_bias(bias: Any, text: str) -> None:
 def test_a_bias_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(PrecastError) as raised:
         Sampler(SamplingParams(logit_bias={3: 1.0, 2: 1.0}), [], 3)
-    assert str(raised.value) == "Sampling parameters: expected token ids of logit_bias from 0 to 2, found 3."
+    assert str(raised.value) == "Sampling parameters: token ids of logit_bias must be from 0 to 2, found 3."
 
 
 def test_a_bias_is_stored_as_sorted_pairs() -> None:

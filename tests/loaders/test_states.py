@@ -167,7 +167,7 @@ CHANGES = {
     ),
     "unknown": (
         lambda t, _: t.update(more=np.zeros(16, np.float32)),
-        "expected the arrays of the KV cache, found another, 'more'",
+        "expected only the arrays of the KV cache, found another array, 'more'",
     ),
     "shorter": (
         lambda t, _: t.update({"cache.keys": t["cache.keys"][:, :, 1:].copy()}),
@@ -179,17 +179,17 @@ CHANGES = {
     ),
     "tokens": (
         lambda t, _: t.update(tokens=t["tokens"] + 1000),
-        "expected tokens from 0 to 319, found others",
+        "expected tokens from 0 to 319, found a token outside this range",
     ),
     "negative": (
         lambda t, _: t.update(tokens=-t["tokens"]),
-        "expected tokens from 0 to 319, found others",
+        "expected tokens from 0 to 319, found a token outside this range",
     ),
     "many": (
         lambda t, _: t.update(tokens=np.zeros(64, np.int32)),
-        "expected 1 to 63 tokens, found others",
+        "expected 1 to 63 tokens as int32, found int32 [64]",
     ),
-    "none": (lambda t, _: t.pop("tokens"), "expected 1 to 63 tokens, found none"),
+    "none": (lambda t, _: t.pop("tokens"), "expected 1 to 63 tokens as int32, found nothing"),
     "messages": (
         lambda _, m: m.update(messages='{"role": "user"}'),
         "expected the messages of a chat, found something else",
@@ -244,7 +244,7 @@ def test_other_files_are_refused(answered, tiny_artifact, tmp_path):
     model = answered[0]
     weights = tiny_artifact / "weights.safetensors"
     assert refusal(model, weights) == (
-        f"{weights}: expected a state of precast in version 1, found another file; choose another file."
+        f"{weights}: expected a precast state of version 1, found a different file; choose another file."
     )
     missing = tmp_path / "missing.state"
     assert refusal(model, missing) == (
@@ -260,7 +260,7 @@ def test_other_files_are_refused(answered, tiny_artifact, tmp_path):
 def test_a_later_version_is_refused(answered, saved):
     rewritten(saved, lambda _, m: m.update(precast_state="2"))
     assert refusal(answered[0], saved) == (
-        f"{saved}: expected a state of precast in version 1, found version 2; choose another file."
+        f"{saved}: expected a precast state of version 1, found version 2; choose another file."
     )
 
 
@@ -313,8 +313,8 @@ def test_tokens_and_messages_are_checked(answered, tmp_path):
     with pytest.raises(PrecastError) as error:
         model.save_state(tmp_path / "x.state", PROMPT, messages=[{"role": "user", "content": "\ud800"}])
     assert str(error.value) == (
-        "messages: expected values that JSON can hold, found another ('utf-8' codec can't encode character '\\ud800' in"
-        " position 30: surrogates not allowed); leave it out."
+        "messages: expected values that JSON can represent, found one that it cannot ('utf-8' codec can't encode character"
+        " '\\ud800' in position 30: surrogates not allowed); leave it out."
     )
     assert not (tmp_path / "x.state").exists()
 

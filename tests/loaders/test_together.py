@@ -125,7 +125,7 @@ def test_a_prompt_that_cannot_be_continued_is_named_before_any_work(tiny_model: 
         "prompts[1]: token 1 is 320, expected an id from 0 to 319."
     )
     assert refusal(lambda: tiny_model.generate_many([[1], [2]], [FREE])) == (
-        "params: expected one for each of the 2 prompts, found 1; give one for all, or as many as prompts."
+        "params: expected one for each of the 2 prompts, found 1; give one for all prompts, or one for each."
     )
     assert refusal(lambda: tiny_model.generate_many("the cat")) == (
         "prompts: expected a list of prompts, found a single one; give it to generate instead."
