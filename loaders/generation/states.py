@@ -30,7 +30,8 @@ def save(
         tokens = tuple(sequence)
     ids = model.checked_prompt(tokens)
     if messages:
-        plain_messages(messages)  # a message that no chat accepts would make the file useless
+        # Refuse a message that no chat accepts, because `load` would refuse the file.
+        plain_messages(messages)
     state = State(tokens=tuple(ids), messages=tuple(messages))
     state_file.write_state(path, state, prefixes.compute(ids), model.manifest.cache, origin)
 
