@@ -190,7 +190,7 @@ class Attention(nnx.Module):
         self.k_proj = Linear(c.layers, c.width, keys, bias=c.qkv_bias)
         self.v_proj = Linear(c.layers, c.width, keys, bias=c.qkv_bias)
         self.o_proj = Linear(c.layers, queries, c.width, bias=c.out_bias)
-        # nnx cannot replace an attribute initialised to None with a module, so each is assigned once.
+        # nnx cannot replace an attribute initialised to None with a module, so each attribute is assigned only once.
         widths = {"": None, "head": (c.head_dim, c.head_dim), "all": (queries, keys)}[c.qk_norm]
         self.q_norm = RMSNorm(c.layers, widths[0], c.norm_eps) if widths else None
         self.k_norm = RMSNorm(c.layers, widths[1], c.norm_eps) if widths else None

@@ -86,7 +86,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "smollm3": Architecture(read_config=smollm3.read_config, module=_PRE_NORM),
 }
 
-# Remedies for architectures that contain a supported one.
+# Remedies for unsupported architectures that contain a supported one.
 _HINTS = {
     "gemma3": "; this checkpoint also reads images: save its text model alone with transformers'"
     " Gemma3ForCausalLM (model_type gemma3_text)",

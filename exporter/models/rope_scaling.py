@@ -125,7 +125,7 @@ def _divisors(parameters: ConfigReader, key: str, pairs: int) -> np.ndarray:
 
 
 def _missing(parameters: ConfigReader, key: str) -> PrecastError:
-    return PrecastError(f"{parameters.where}: key {key!r} is missing.")
+    return PrecastError(f"{parameters.where}: key {key!r} is missing; use the model's complete config.json.")
 
 
 def _original(base: UnscaledRope, parameters: ConfigReader, default: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Names of a checkpoint's tensors, mapped to those of a model with an output head."""
+"""Rename a checkpoint's tensors to the names that they have in a model with an output head."""
 
 from dataclasses import dataclass
 

@@ -182,7 +182,7 @@ class Generation:
 
 
 def read_generation(folder: Path, config: Mapping[str, object]) -> Generation:
-    """Read generation_config.json or, without it, the same keys in config.json, as transformers does.
+    """Read generation_config.json or, if it is missing, the same keys in config.json, as transformers does.
 
     Raises:
         PrecastError: precast does not support a key that changes the answers, or a value has the wrong type.

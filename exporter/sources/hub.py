@@ -1,4 +1,4 @@
-"""A model on the Hugging Face hub, by its id."""
+"""Fetch a model from the Hugging Face hub by its id, and read it."""
 
 import re
 from pathlib import Path

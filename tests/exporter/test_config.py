@@ -213,13 +213,22 @@ def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
             ": RoPE type 'ntk' is not supported; expected one of default, dynamic, linear, llama3, longrope, yarn.",
         ),
         ({"type": "su", "factor": 4.0}, ": RoPE type 'su' is not supported"),
-        ({"rope_type": "yarn"}, " rope parameters: key 'factor' is missing."),
-        ({"rope_type": "longrope"}, " rope parameters: key 'short_factor' is missing."),
+        (
+            {"rope_type": "yarn"},
+            " rope parameters: key 'factor' is missing; use the model's complete config.json.",
+        ),
+        (
+            {"rope_type": "longrope"},
+            " rope parameters: key 'short_factor' is missing; use the model's complete config.json.",
+        ),
         (
             {"rope_type": "linear", "type": "dynamic", "factor": 2.0},
             ": rope_type and type are linear and dynamic, expected the same name; remove the wrong one.",
         ),
-        ({"rope_type": "linear"}, " rope parameters: key 'factor' is missing."),
+        (
+            {"rope_type": "linear"},
+            " rope parameters: key 'factor' is missing; use the model's complete config.json.",
+        ),
         ({"rope_type": "linear", "factor": 0}, " rope parameters: 'factor' is 0, expected a number above 0."),
         (
             {"rope_type": "linear", "factor": "2"},
@@ -240,10 +249,13 @@ def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
             {**LLAMA3, "low_freq_factor": 4.0},
             " rope parameters: expected high_freq_factor above low_freq_factor",
         ),
-        ({**LLAMA3, "low_freq_factor": None}, " rope parameters: key 'low_freq_factor' is missing."),
+        (
+            {**LLAMA3, "low_freq_factor": None},
+            " rope parameters: key 'low_freq_factor' is missing; use the model's complete config.json.",
+        ),
         (
             {**LLAMA3, "original_max_position_embeddings": None},
-            " rope parameters: key 'original_max_position_embeddings' is missing.",
+            " rope parameters: key 'original_max_position_embeddings' is missing; use the model's",
         ),
         ({**LLAMA3, "attention_factor": 1.2}, " rope parameters: 'attention_factor' may change"),
         ({"rope_theta": 0.0}, ": 'rope_theta' is 0.0, expected a number above 0."),

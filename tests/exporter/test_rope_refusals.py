@@ -67,10 +67,16 @@ KNOWN = "expected one of default, dynamic, linear, llama3, longrope, yarn."
             {"partial_rotary_factor": 0.5},
             ": expected partial_rotary_factor to be 1 for this architecture, found 0.5; correct or remove it.",
         ),
-        ({**DYNAMIC, "factor": None}, " rope parameters: key 'factor' is missing."),
+        (
+            {**DYNAMIC, "factor": None},
+            " rope parameters: key 'factor' is missing; use the model's complete config.json.",
+        ),
         ({**DYNAMIC, "factor": -1}, " rope parameters: 'factor' is -1, expected a number above 0."),
         ({**LINEAR, "factor": math.inf}, " rope parameters: 'factor' is inf, expected a number above 0."),
-        ({**YARN, "factor": None}, " rope parameters: key 'factor' is missing."),
+        (
+            {**YARN, "factor": None},
+            " rope parameters: key 'factor' is missing; use the model's complete config.json.",
+        ),
         ({**YARN, "factor": "4"}, " rope parameters: 'factor' is '4', expected a number above 0."),
         ({**YARN, "beta_fast": 0}, " rope parameters: 'beta_fast' is 0, expected a number above 0."),
         ({**YARN, "beta_slow": True}, " rope parameters: 'beta_slow' is True, expected a number above 0."),
@@ -102,8 +108,14 @@ KNOWN = "expected one of default, dynamic, linear, llama3, longrope, yarn."
         ),
         ({**YARN, "short_factor": [1.0]}, " rope parameters: 'short_factor' may change the model's maths"),
         ({**LONGROPE, "short_mscale": 1.1}, " rope parameters: 'short_mscale' may change the model's maths"),
-        ({**LONGROPE, "short_factor": None}, " rope parameters: key 'short_factor' is missing."),
-        ({**LONGROPE, "long_factor": None}, " rope parameters: key 'long_factor' is missing."),
+        (
+            {**LONGROPE, "short_factor": None},
+            " rope parameters: key 'short_factor' is missing; use the model's complete config.json.",
+        ),
+        (
+            {**LONGROPE, "long_factor": None},
+            " rope parameters: key 'long_factor' is missing; use the model's complete config.json.",
+        ),
         (
             {**LONGROPE, "long_factor": 4.0},
             " rope parameters: 'long_factor' is 4.0, expected a list of numbers above 0.",
@@ -131,7 +143,7 @@ KNOWN = "expected one of default, dynamic, linear, llama3, longrope, yarn."
         ),
         (
             {**LLAMA3, "original_max_position_embeddings": None},
-            " rope parameters: key 'original_max_position_embeddings' is missing.",
+            " rope parameters: key 'original_max_position_embeddings' is missing; use the model's",
         ),
         (
             {**LLAMA3, "high_freq_factor": 1.0},
@@ -218,7 +230,7 @@ def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[st
         ),
         (
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}},
-            " sliding_attention rope parameters: key 'factor' is missing.",
+            " sliding_attention rope parameters: key 'factor' is missing; use the model's complete config.json.",
         ),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "proportional"}}},

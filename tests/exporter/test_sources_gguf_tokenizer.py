@@ -461,7 +461,7 @@ def test_sentencepiece_refusals():
         "has the pre-tokenizer llama-bpe (tokenizer.ggml.pre), which a SentencePiece tokenizer does not have"
         in refusal(metadata | {"tokenizer.ggml.pre": "llama-bpe"})
     )
-    assert "lacks one score for each token" in refusal(metadata | {"tokenizer.ggml.scores": [0.0]})
+    assert "lacks a score for each token" in refusal(metadata | {"tokenizer.ggml.scores": [0.0]})
 
 
 def test_merges_have_the_older_spelling_if_it_is_equivalent() -> None:

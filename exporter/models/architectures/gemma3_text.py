@@ -35,5 +35,5 @@ def _windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
     """Return the window of each layer; by default, every `sliding_window_pattern`-th layer has full attention."""
     window = reader.take_nullable_size("sliding_window", 4096)
     pattern = reader.take_size("sliding_window_pattern", 6)
-    reader.take("_sliding_window_pattern")  # transformers writes it beside the layer_types
+    reader.take("_sliding_window_pattern")  # a key that transformers writes beside layer_types
     return read_windows(reader, window, [SLIDING if (i + 1) % pattern else FULL for i in range(layers)])

@@ -28,7 +28,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 
 
 def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
-    """Rename the experts to the names of Qwen3's mixtures, which newer checkpoints already have."""
+    """Give the experts' tensors the names of Qwen3 MoE, which newer Mixtral checkpoints already use."""
     assert config.mixture is not None
     if not any(".block_sparse_moe." in name for name in tensors):
         return split_experts(tensors, config)

@@ -9,7 +9,7 @@ from ..config import ConfigReader
 from ..rope import Rope, read_rope
 from ..tensors import Tensors, split_rows, take
 
-# The first configs call LongRoPE "su" or "yarn"; transformers refuses all other types.
+# Early configs call LongRoPE "su" or "yarn"; transformers refuses all other types.
 _ROPES = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
 
 

@@ -21,7 +21,10 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 
 
 def late_windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
-    """Return the window of each layer: if windows are in use, layers from ``max_window_layers`` on have one."""
+    """Return the window of each layer.
+
+    By default, ``use_sliding_window`` gives a window to the layers from ``max_window_layers`` on.
+    """
     if not reader.take_bool("use_sliding_window", False):
         reader.take("sliding_window")
         reader.take("max_window_layers")

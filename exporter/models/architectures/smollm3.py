@@ -43,7 +43,7 @@ def _layers_with_rope(reader: ConfigReader, layers: int) -> list[bool]:
 
 
 def _windows(reader: ConfigReader, has_rope: list[bool]) -> tuple[int, ...]:
-    """Return the window of each layer; if windows are in use, the layers without RoPE have one."""
+    """Return the window of each layer; by default, ``use_sliding_window`` gives a window to layers without RoPE."""
     window = reader.take_nullable_size("sliding_window")
     if not reader.take_bool("use_sliding_window", False):
         window = None

@@ -92,7 +92,7 @@ _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
 
 def _query_scalar(reader: MetadataReader) -> Config:
-    """Return the key for Gemma's scale of scores, which depends on the number of layers, as in llama.cpp."""
+    """Return Gemma's ``query_pre_attn_scalar``, which depends on the number of layers, as in llama.cpp."""
     heads = reader.integer("attention.head_count")
     by_width = reader.integer("embedding_length") // heads
     by_head = reader.integer("attention.key_length", by_width)

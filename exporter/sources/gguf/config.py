@@ -144,7 +144,8 @@ def _head_dims(reader: MetadataReader, heads: int, *, partial: bool) -> tuple[in
         raise reader.unexpected("attention.value_length", f"the head dimension {head_dim}", values)
     rotated = reader.integer("rope.dimension_count", head_dim)
     if rotated > head_dim or (rotated != head_dim and not partial):
-        raise reader.unexpected("rope.dimension_count", f"the head dimension {head_dim}", rotated)
+        most = "at most " if partial else ""
+        raise reader.unexpected("rope.dimension_count", f"{most}the head dimension {head_dim}", rotated)
     return head_dim, rotated
 
 

@@ -11,7 +11,7 @@ from .markers import repaired_types
 from .vocabulary import TokenType
 
 # Keys that name the tokens at which llama.cpp ends a generation: the ends of a sequence, a turn and a message, and the
-# separators of files. It ignores a separator whose id belongs to no token.
+# separators of files. llama.cpp ignores a separator whose id belongs to no token.
 _ENDS = ("eos", "eot", "eom")
 _BETWEEN_FILES = ("fim_pad", "fim_rep", "fim_sep")
 _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
@@ -45,7 +45,7 @@ def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, object]:
     """Return the recommended sampler, which newer converters copy from generation_config.json.
 
-    The values are not checked here: the export checks their ranges later.
+    The export checks the ranges of the values later.
 
     Raises:
         PrecastError: the file recommends a sampler that precast does not have.

@@ -19,7 +19,7 @@ _KNOWN = frozenset(
     <end_of_utterance> <EOT> _<EOT> [EOT] [EOS] <｜begin▁of▁sentence｜> <｜end▁of▁sentence｜>
     """.split()
 )
-# The forms of markers. A text of such a form in a chat template is a marker.
+# The forms of chat markers. Any text of such a form counts as a marker if it occurs in a chat template.
 _SPELLING = re.compile(r"<[|｜][^\s<>]+[|｜]>|</?[a-z]+_of_[a-z]+>|</?s>|\[/?[A-Z_]+\]")
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4

@@ -9,8 +9,8 @@ class PreTokenizer:
     """The steps of a tokenizer before BPE merging.
 
     Attributes:
-        steps: pre-tokenizers in the terms of tokenizer.json.
-        normalizer: normalizer of the text in the same terms, or None.
+        steps: pre-tokenizers as objects of tokenizer.json.
+        normalizer: normalizer as an object of tokenizer.json, or None.
         ignore_merges: True if a piece that is itself a token becomes that token without BPE merging.
         add_bos: True if texts get a BOS token when the metadata has no key for it.
     """

@@ -104,10 +104,10 @@ def _source(tensor: GgufTensor) -> SourceTensor:
 
 
 def check_tensor_types(path: Path, stored: Mapping[str, GgufTensor]) -> None:
-    """Refuse a type that cannot be dequantised, before a long export begins.
+    """Check, before a long export begins, that every tensor can be dequantised.
 
     Raises:
-        PrecastError: a tensor has such a type; the error names both.
+        PrecastError: a tensor's type cannot be dequantised; the error names the tensor and the type.
     """
     from gguf.constants import GGML_QUANT_SIZES
     from gguf.quants import dequantize
@@ -174,7 +174,7 @@ def _values(kind: str, stored: np.ndarray) -> np.ndarray:
     if kind == "Q8_0":
         return stored
     values = np.concatenate([stored & 15, stored >> 4], axis=-1)
-    return values - np.uint8(8) if kind == "Q4_0" else values  # wraps; the caller reads the bytes as int8
+    return values - np.uint8(8) if kind == "Q4_0" else values  # wraps below 0; the caller reads int8
 
 
 def _release_pages(array: np.ndarray) -> None:

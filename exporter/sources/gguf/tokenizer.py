@@ -166,8 +166,8 @@ def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
 def _stripping(vocabulary: Vocabulary) -> frozenset[str]:
     """Return the tokens that strip spaces and line ends after them.
 
-    Phi 3's tokenizer.json marks these tokens, but its GGUF files do not. As in llama.cpp, a file of the architecture
-    "phi3" is taken to have them.
+    Phi 3's tokenizer.json marks these tokens, but its GGUF files do not. The architecture "phi3" therefore implies
+    them, as in llama.cpp.
     """
     if vocabulary.metadata.get("general.architecture") != "phi3":
         return frozenset()
@@ -184,8 +184,8 @@ def _merges_of_scores(vocabulary: Vocabulary) -> list[list[str]]:
     scores = vocabulary.get("scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
         raise vocabulary.error(
-            "lacks one score for each token (tokenizer.ggml.scores), which determine the merges of a "
-            "SentencePiece tokenizer; convert the model again."
+            "lacks a score for each token (tokenizer.ggml.scores), without which its merges are unknown; convert the"
+            " model again."
         )
     pieces = vocabulary.of_types(TokenType.NORMAL)
     _refuse_unused(vocabulary, pieces)
@@ -264,7 +264,7 @@ def _spell_merges(merges: list[list[str]]) -> list[str] | list[list[str]]:
 def _added_tokens(
     vocabulary: Vocabulary, *, stripping: frozenset[str] = frozenset()
 ) -> list[dict[str, object]]:
-    """Return the tokens that are matched whole in the text, by id."""
+    """Return the tokens that are matched whole in the text, in the order of their ids."""
     special = vocabulary.of_types(TokenType.CONTROL, TokenType.UNKNOWN)
     found = special | vocabulary.of_types(TokenType.USER_DEFINED)
     return [

@@ -67,7 +67,7 @@ class Vocabulary:
         return self.metadata.get(f"{_PREFIX}{key}", default)
 
     def of_types(self, *types: TokenType) -> dict[str, int]:
-        """Return the tokens of some types with their ids."""
+        """Return the tokens of the given types, with their ids."""
         return {
             token: i
             for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))

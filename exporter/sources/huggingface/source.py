@@ -28,8 +28,8 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
         name: name of the model; None means the directory's name.
 
     Raises:
-        PrecastError: a file is missing or broken, the weights are quantised, a pickle or of an unsupported type, or the
-            model needs the checkpoint's own code.
+        PrecastError: a file is missing or broken; the weights are a pickle, already quantised, or of an unsupported
+            type; or the model needs the checkpoint's own code.
     """
     config = _read_config(folder)
     shards = find_shards(folder)
@@ -61,7 +61,7 @@ def _read_config(folder: Path) -> dict[str, object]:
     """Return config.json.
 
     Raises:
-        PrecastError: it is missing, or the directory has an adapter or quantised weights.
+        PrecastError: config.json is missing, or the directory has an adapter or quantised weights.
     """
     path = folder / "config.json"
     if plain_file(folder / _ADAPTER):

@@ -62,7 +62,7 @@ def read_tokenizer(folder: Path) -> TokenizerFile:
 
 
 def special_tokens(config: Mapping[str, object], tokenizer: TokenizerFile) -> dict[str, str | None]:
-    """Return the texts of bos and eos from the tokenizer's files, or else by their ids in config.json."""
+    """Return the texts of the BOS and EOS tokens from the tokenizer's files, or else from their ids in config.json."""
     if tokenizer.tokens.has_own_files:
         return {key: tokenizer.tokens.named.get(key) for key in ("bos_token", "eos_token")}
     texts = {token_id: text for text, token_id in token_ids(tokenizer.document).items()}

@@ -33,7 +33,7 @@ class Tokens:
 
     Attributes:
         added: the tokens of all five places, as the value of `added_tokens` in tokenizer.json.
-        named: texts of the special tokens that have a name: "bos_token" and so on, and the model's own names, such as
+        named: texts of special tokens, by name. The names are "bos_token" and so on, and the model's own, such as
             "image_token".
         has_own_files: True if the directory has tokenizer_config.json or special_tokens_map.json.
     """
@@ -140,7 +140,7 @@ def _decoder(
         path = folder / CONFIG
         entries = _mapping(path, _DECODER, settings[_DECODER])
         return {_number(path, key): _token(path, _DECODER, entry) for key, entry in entries.items()}
-    # transformers reads only the newer key of the list here, and skips entries that are still objects with "__type".
+    # Here transformers reads further special tokens only from the newer key, and skips objects with "__type".
     values = [*(settings[key] for key in NAMED if settings.get(key)), *(settings.get(_EXTRA) or ())]
     special = {
         _content(_token_or_text(folder / CONFIG, _DECODER, token))
