@@ -95,10 +95,10 @@ def choose_target(
 
 
 def _preference(target: Target) -> tuple[int, ...]:
-    """Return a sort key: the best target has the smallest."""
+    """Return a sort key, which is smallest for the best target."""
     runtime = ("pjrt", "savedmodel", "stablehlo").index(target.runtime)
     platform = {"cuda": 0, "cpu": 1}.get(target.platform, 2)
-    # All targets that would be compiled here get the same instruction set, so they tie. Those that call precast's
+    # All targets that would be compiled here get the same instruction set, so they tie. Targets that call precast's
     # kernels are faster.
     return runtime, platform, -vector_width(target.cpu_features), -bool(target.kernels)
 

@@ -1,4 +1,4 @@
-"""Find the custom calls of programs in their bytes, before anything deserialises them.
+"""Find the custom calls in the bytes of programs, before the programs are deserialised.
 
 An executable from XLA's CPU client names each custom call twice: as ``custom_call_target``, field 28 of an
 ``HloInstructionProto`` (xla/service/hlo.proto), and as ``target_name``, field 2 of the ``CustomCallThunkProto`` in

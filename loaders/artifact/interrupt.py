@@ -1,6 +1,6 @@
 """Handle Ctrl-C at any moment in precast's own processes: clean up, print "interrupted", and exit with 130.
 
-The handler raises no exception, because one could surface anywhere: in a half-done import, in a destructor that
+The handler raises no exception, because an exception could surface anywhere: in a half-done import, in a destructor that
 swallows it, or in a callback of compiled code that crashes. Instead, a block that could leave something behind
 registers its clean-up with `on_interrupt`; the handler runs the clean-ups and ends the process. `raise_on_interrupt`
 restores Python's own KeyboardInterrupt for code that must reset the terminal, such as a password prompt.

@@ -114,7 +114,7 @@ def _formatted(place: _Place) -> str:
 
 
 def _wrong(place: _Place, expected: str, value: Any) -> _Mismatch:
-    # The message shows no lists or objects: repr of a deeply nested one can exceed the recursion limit.
+    # The message shows no lists or objects, because the repr of a deeply nested list can exceed the recursion limit.
     found = (
         "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else f"{value!r:.60}"
     )
@@ -198,7 +198,7 @@ def _scalar(kind: type) -> _Converter:
 def _number(value: Any, place: _Place) -> float:
     if type(value) not in (int, float):
         raise _wrong(place, "a number", value)
-    # JSON has no infinity, but Python parses 1e999 as one.
+    # JSON has no infinity, but Python parses 1e999 as infinity.
     with suppress(OverflowError):
         if math.isfinite(value):
             return float(value)

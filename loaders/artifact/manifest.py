@@ -120,7 +120,7 @@ class Target(Frozen):
         platform: XLA's name of the platform ("cpu", "cuda"); "any" for portable programs.
         device: model of the device, as its driver names it; "any" for every device of the platform.
         machine: processor family ("x86_64", "aarch64"); "any" for StableHLO.
-        jaxlib: the version that compiled the executables, and the only one that loads them; "any" for StableHLO.
+        jaxlib: the version that compiled the executables and the only version that loads them; "any" for StableHLO.
         cpu_features: features that the machine must have, in LLVM's names.
         kernel_abi: ABI version of precast's kernels; 0 if no kernel is called.
         kernels: custom-call targets that the programs call.
@@ -164,7 +164,7 @@ class ModelInfo(Frozen):
         head_dim: head dimension, H.
         ff_width: feed-forward width, F.
         vocab: vocabulary size, V.
-        parameters: number of parameters; shared ones count once.
+        parameters: number of parameters; shared parameters count once.
         weights: storage format of the weights: "float32", "bfloat16", "int8" or "int4".
         max_positions: context length that the model was trained for.
     """
@@ -190,7 +190,7 @@ class CacheArray(Frozen):
         shape: axes in order.
         axes: one letter for each axis of the shape ("LBKSH").
         dtype: a key of `DTYPE_BYTES`.
-        layout: the layout in the programs of the first target; programs of other targets may declare different ones.
+        layout: the layout in the programs of the first target; programs of other targets may declare different layouts.
         window: number of positions that a token of these layers attends to; 0 for all. An array with a window is a
             ring buffer: position p is stored at index p mod S, where S is the size of this array's axis "S".
         layers: indices of the model's layers in the array, in the order of its first axis.

@@ -22,7 +22,7 @@ def refusal(path: Path, inside: Sequence[Path]) -> PrecastError:
 
     Args:
         path: the path as the user gave it.
-        inside: the artifacts among its subfolders: none, or more than one.
+        inside: the artifacts among the path's subfolders, of which there are none or several.
     """
     if inside:
         return PrecastError(f"{path}: expected one artifact, found {_listed([p.name for p in inside])}")

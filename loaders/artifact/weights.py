@@ -1,9 +1,9 @@
 """``weights.safetensors``: one copy of the weights, memory-mapped and passed to XLA without a copy.
 
-The file is a valid safetensors file: the header's length in 8 bytes, little-endian; a JSON header; the data. Two rules
-go beyond that format. The header is padded with spaces so that the data starts on a 64-byte boundary. Tensors whose
-size is not a multiple of 64 bytes come last, so that all tensors before them start on a 64-byte boundary. XLA's CPU
-client uses an array zero-copy only if it is aligned to 64 bytes.
+The file is a valid safetensors file. It begins with the header's length in 8 bytes, little-endian, followed by a JSON
+header and the data. Two rules go beyond that format. The header is padded with spaces so that the data starts on a
+64-byte boundary. Tensors whose size is not a multiple of 64 bytes come last, so that all tensors before them start on a
+64-byte boundary. XLA's CPU client uses an array zero-copy only if the array is aligned to 64 bytes.
 """
 
 import hashlib
@@ -199,7 +199,7 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
         source: the file's path, or the checked file itself, open and at its start.
 
     Returns:
-        Arrays by tensor name, views of a private mapping that lives as long as they do.
+        Arrays by tensor name. They are views of a private mapping, which lives as long as the arrays.
 
     Raises:
         PrecastError: the file is not a safetensors file, or its header does not describe its data exactly.

@@ -47,7 +47,7 @@ class Plugin:
 
 
 def find_plugin() -> Plugin | None:
-    """Return the installed CUDA plugin of jax, or None, without importing or loading it."""
+    """Find the installed CUDA plugin of jax without importing or loading it; return None if there is none."""
     from importlib.metadata import PackageNotFoundError, version
 
     for folder in _folders("jax_plugins"):
@@ -156,7 +156,7 @@ def client(device: str) -> Client:
         device: expected kind of the GPU, or "any".
 
     Raises:
-        PrecastError: the plugin is not installed, or finds no GPU or one of another kind.
+        PrecastError: the plugin is not installed, it finds no GPU, or the GPU is of another kind.
     """
     with _making_client:
         made = _client()

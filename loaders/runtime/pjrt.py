@@ -200,7 +200,7 @@ class Client:
         """Release buffers that no call will use again, and the arrays whose memory they share."""
         for buffer in buffers:
             cast(Any, buffer).delete()
-        # XLA keeps those arrays until their collection is requested.
+        # XLA keeps the arrays until their collection is requested.
         _jax.collect_garbage()
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
@@ -261,7 +261,7 @@ def client(threads: int | None = None) -> Client:
     """Return this process's client with this many threads; models with the same number of threads share it.
 
     Args:
-        threads: number of computing threads; None for one per usable core.
+        threads: number of computing threads; None for one thread per usable core.
     """
     with _making_client:
         count = threads or usable_cores()

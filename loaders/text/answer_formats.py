@@ -1,6 +1,7 @@
-"""The forms of tool calls and of reasoning in answers, one per family of models, chosen by the chat template's text.
+"""The forms of tool calls and of reasoning in answers, for each family of models.
 
-llama.cpp and vLLM support the same forms. A template prescribes the form, so its text identifies the family.
+A chat template prescribes the forms, so the template's text identifies the family. llama.cpp and vLLM support the same
+forms.
 """
 
 from collections.abc import Mapping

@@ -44,7 +44,7 @@ class TemplateTags(Extension):
         return nodes.Scope(body, lineno=line)
 
     def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
-        """Yield the tokens, and charge each."""
+        """Yield the tokens, and charge for each token."""
         meter: Meter = self.environment.meter  # type: ignore[attr-defined]
         for token in stream:
             meter.step(10)

@@ -1,4 +1,4 @@
-"""The values that a chat template receives: checked, copied as plain JSON, in the form that transformers uses."""
+"""Check the values that a chat template receives, and copy them as plain JSON in the form that transformers uses."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from ..artifact.frozen import Frozen
 
 # Variables that have an argument of their own, or that callers cannot set at all.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
-# Keys of a message's reasoning. Most templates read the first, those of gpt-oss the second.
+# Keys of a message's reasoning. Most templates read the first key, and the templates of gpt-oss read the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # A message without content needs a key other than these.
 _COMMON_KEYS = frozenset({"role", "content", "name"})

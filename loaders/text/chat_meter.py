@@ -53,7 +53,7 @@ class Limits(Frozen):
     """Wall-clock time for one compilation, and for one rendering, in case the machine swaps."""
 
     def for_probe(self) -> "Limits":
-        """Return the limits for rendering one short message: few enough steps that the time limit never applies."""
+        """Return the limits for rendering one short message, with so few steps that the time limit never applies."""
         steps = min(self.steps, 500_000)
         allocated = min(self.allocated, 1 << 24)
         return replace(self, steps=steps, operation=min(self.operation, steps), allocated=allocated)

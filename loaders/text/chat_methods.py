@@ -124,7 +124,7 @@ def replace_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
     places = text.count(old)
     places = places if most < 0 else min(places, most)
     count = len(text) + places * max(0, len(new) - len(old))
-    # `str.replace` first widens a text whose characters take fewer bytes than those of the result.
+    # If the result needs more bytes per character than the text, `str.replace` first widens the text.
     return 80 + (count + len(text)) * max(width(text), width(new)), places + (len(text) >> 4) + (count >> 6)
 
 

@@ -10,8 +10,8 @@ A template can use only a closed set of operations, and each is charged before i
 - `chat_filters` and `chat_methods` list the filters, tests and methods that a template may use, and compute their cost
   from the arguments.
 
-A child process with limits of the operating system is no alternative: it takes longer to start than a hundred
-renderings, and many host programs cannot start one. Importing this module imports jinja2.
+A child process with limits of the operating system is no alternative. Starting one takes longer than a hundred
+renderings, and many host programs cannot start child processes. Importing this module imports jinja2.
 """
 
 from collections.abc import Callable, Iterable
@@ -150,7 +150,7 @@ class Sandbox(SandboxedEnvironment):
         return self.undefined(obj=obj, name=argument) if value is missing else value
 
     def _attribute(self, obj: Any, name: str) -> Any:
-        """Return an allowed attribute; an undefined value if it is refused; `missing` if there is none."""
+        """Return an allowed attribute, an undefined value for a refused attribute, or `missing` if there is none."""
         if name in ATTRIBUTES.get(type(obj), ()):
             value = getattr(obj, name)
             if isinstance(obj, str) and name in ("format", "format_map"):

@@ -195,7 +195,7 @@ class Tokenizer:
             messages: as for `ChatTemplate.render`.
             options: the template's other inputs; None means the defaults.
             template: name of the template; None chooses as transformers does: "tool_use" if there are tools and such a
-                template, else the default one.
+                template, else the default template.
 
         Raises:
             PrecastError: the model has no such template, an argument is malformed, or the template fails.

@@ -51,7 +51,7 @@ class Body(Protocol):
     """The text of one or more calls, which arrives in pieces."""
 
     def end(self, text: str) -> int | None:
-        """Return the length of the body, given the text so far; None if it is incomplete.
+        """Return the length of the body, given the text so far; None if the body is incomplete.
 
         Raises:
             NoCall: the text cannot become a body.
