@@ -91,7 +91,7 @@ def _untrusted(path: str, own: int) -> str | None:
     while True:
         try:
             status = os.lstat(place)
-        except OSError:  # not there yet
+        except OSError:  # the folder does not exist yet
             status = None
         if status is not None:
             if status.st_uid not in users:

@@ -84,7 +84,7 @@ def _open_plain(path: str, flags: int) -> int:
     try:
         handle = os.open(path, flags | os.O_NONBLOCK)
     except OSError as error:
-        if error.errno != errno.ENXIO:  # a socket
+        if error.errno != errno.ENXIO:  # the error for a socket
             raise
     else:
         if stat.S_ISREG(os.fstat(handle).st_mode):
@@ -292,7 +292,7 @@ def _record_hash(identity: str, digest: str) -> None:
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview, sync: bool = False) -> None:
-    """Write a file through a temporary one and a rename, so that it is never half written.
+    """Write a temporary file and rename it to `path`, so that the file at `path` is never half written.
 
     Args:
         path: the file; this user alone may read it.

@@ -103,7 +103,7 @@ def make_marked(folder: Path) -> int:
     Raises:
         OSError: the folder cannot be created.
     """
-    # Not mkdtemp, which removes the permissions of group and others.
+    # Do not use mkdtemp, which removes the permissions of group and others.
     folder.mkdir()
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -38,7 +38,9 @@ class Frozen:
         __signature__ = _Signature()  # for `help` and for notebooks; type checkers derive it from the fields
 
     def __init_subclass__(cls) -> None:
-        cls.__doc__ = cls.__doc__ or cls.__name__  # otherwise `dataclass` builds one from the signature
+        cls.__doc__ = (
+            cls.__doc__ or cls.__name__
+        )  # otherwise `dataclass` builds a docstring from the signature
         dataclass(init=False, repr=False, eq=False)(cls)
 
     def __init__(self, **values: Any) -> None:

@@ -1,7 +1,7 @@
 """Handle Ctrl-C at any moment in precast's own processes: clean up, print "interrupted", and exit with 130.
 
-The handler raises no exception, because an exception could surface anywhere: in a half-done import, in a destructor that
-swallows it, or in a callback of compiled code that crashes. Instead, a block that could leave something behind
+The handler raises no exception, because an exception could surface anywhere: in a half-done import, in a destructor
+that swallows it, or in a callback of compiled code that crashes. Instead, a block that could leave something behind
 registers its clean-up with `on_interrupt`; the handler runs the clean-ups and ends the process. `raise_on_interrupt`
 restores Python's own KeyboardInterrupt for code that must reset the terminal, such as a password prompt.
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import NoReturn
 else:
-    import _signal as signal  # has everything needed here, without importing enum
+    import _signal as signal  # it suffices here, and does not import enum
 
 INTERRUPTED = 130
 # Seconds allowed for the main thread to reach its handler.
@@ -110,7 +110,7 @@ def end() -> "NoReturn":
             continue
     try:
         os.write(2, b"\ninterrupted\n")
-    finally:  # even if standard error is closed
+    finally:  # exit even if standard error is closed
         # Exit at once: Python's ordinary exit can crash while a compiler's threads still run.
         os._exit(INTERRUPTED)
 

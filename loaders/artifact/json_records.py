@@ -185,7 +185,7 @@ def _scalar(kind: type) -> _Converter:
     expected = {int: "a whole number", str: "a text", bool: "true or false"}[kind]
 
     def convert(value: Any, place: _Place) -> Any:
-        # Not isinstance: bool is a subclass of int.
+        # Do not use isinstance, because bool is a subclass of int.
         if type(value) is not kind:
             raise _wrong(place, expected, value)
         if isinstance(value, int) and not 0 <= value < 2**63:

@@ -31,7 +31,7 @@ _MAX_AXES = 64
 _EMBEDDING, _HEAD = "model.embed_tokens.", "lm_head.weight"
 _METADATA = "__metadata__"
 _REMEDY = "copy or export the artifact again"
-_BFLOAT16 = "BF16"  # missing below, because NumPy has no such dtype
+_BFLOAT16 = "BF16"  # not in `_DTYPES`, because NumPy has no such dtype
 _DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -210,7 +210,7 @@ def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
     path = Path(source.name)
     header, start = _read_header(source)
     # NumPy exports only writable arrays through DLPack, so the mapping is private and writable (copy-on-write).
-    # Nothing writes to it, so no page is ever copied.
+    # Nothing writes to the mapping, so no page is ever copied.
     mapping = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_COPY)
     entries = [_entry(path, name, e) for name, e in header.items() if name != _METADATA]
     _check_cover(path, entries, len(mapping) - start)

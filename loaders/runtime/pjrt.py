@@ -249,7 +249,7 @@ def size_of(buffer: Buffer) -> int:
 def register_kernels() -> None:
     """Register precast's kernels with XLA in this process, before programs that call them are loaded."""
     for name, handler in kernels.targets().items():
-        # Not through xla_client, whose import takes 4 ms.
+        # Avoid xla_client, whose import takes 4 ms.
         _jax.register_custom_call_target(name, handler, "cpu", 1)
 
 

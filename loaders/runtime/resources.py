@@ -112,7 +112,7 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
 def _allocation(system: Path) -> int | None:
     """Return the size above which Linux refuses to allocate memory, even if it is never touched."""
     mode, sizes = _number(system / "proc/sys/vm/overcommit_memory"), _fields(system / "proc/meminfo")
-    if mode == 0 and "MemTotal:" in sizes:  # the heuristic
+    if mode == 0 and "MemTotal:" in sizes:  # the heuristic mode
         return (sizes["MemTotal:"] + sizes.get("SwapTotal:", 0)) << 10
     if mode == 2 and "CommitLimit:" in sizes:
         return max(0, sizes["CommitLimit:"] - sizes.get("Committed_AS:", 0)) << 10
@@ -125,7 +125,7 @@ def _thread_limit(system: Path) -> int:
     for group in _groups(system, "pids"):
         if (most := _number(group / "pids.max")) is not None:
             found.append(most - (_number(group / "pids.current") or 0))
-    with suppress(ImportError):  # Windows
+    with suppress(ImportError):  # Windows lacks the module
         import resource
 
         most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
@@ -139,7 +139,7 @@ def _thread_limit(system: Path) -> int:
 def _address_space() -> int | None:
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:  # Windows lacks the module
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
@@ -174,7 +174,7 @@ def _groups(system: Path, controller: str) -> Iterator[Path]:
     for line in text.splitlines():
         number, _, rest = line.partition(":")
         controllers, _, name = rest.partition(":")
-        if number == "0":  # version 2
+        if number == "0":  # control groups of version 2
             top = system / "sys/fs/cgroup"
         elif controller in controllers.split(","):
             top = system / "sys/fs/cgroup" / controller
@@ -208,7 +208,7 @@ def _quota(group: Path) -> float | None:
         words = [_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
     try:
         quota, period = map(int, words)
-    except ValueError:  # "max", or nothing
+    except ValueError:  # the file says "max", or there is none
         return None
     return quota / period if quota > 0 and period > 0 else None
 

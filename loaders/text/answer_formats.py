@@ -75,7 +75,7 @@ class AnswerFormat(Frozen):
 _HERMES = CallSyntax(opening="<tool_call>", body="json", closing="</tool_call>")
 _PIPED = CallSyntax(opening="<|tool_call|>", body="json", closing="<|/tool_call|>")
 _CALLS: Mapping[str, tuple[CallSyntax, ...]] = {
-    # Qwen 2.5 and 3, Hermes, Granite 4.
+    # The form of Qwen 2.5 and 3, Hermes and Granite 4.
     "hermes": (_HERMES,),
     "qwen3_coder": (CallSyntax(opening="<tool_call>", body="xml", closing="</tool_call>"),),
     "llama3": (
@@ -143,7 +143,7 @@ def _family(template: str) -> str:
     if "<|tool_call|>" in template:
         return "phi4" if "<|tool|>" in template else "granite"
     if "<tool_call>" in template:
-        # Other families put XML between the tags of Hermes.
+        # Other families put XML between the tags that Hermes uses.
         if "<function=" in template:
             return "qwen3_coder"
         return PLAIN if "<arg_key>" in template else "hermes"

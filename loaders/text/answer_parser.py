@@ -93,7 +93,7 @@ class AnswerParser:
         self._body: Body | None = None
         self.form = form
         self.is_open = any(prompt_tail.rstrip().endswith(r.opening) for r in form.reasoning)
-        # An unbound function, because a bound method would be a reference cycle.
+        # Store an unbound function, because a bound method would create a reference cycle.
         self._step: Callable[[AnswerParser], bool] = (
             AnswerParser._reason if self.is_open else AnswerParser._begin
         )

@@ -247,7 +247,7 @@ ATTRIBUTES: dict[type, frozenset[str]] = {
 def charge(meter: Meter, owner: Any, name: str, args: tuple[Any, ...]) -> None:
     """Charge a call of a method in `METHODS` before it runs."""
     texts = [value for value in (owner, *args) if isinstance(value, str)]
-    meter.step(1 + (sum(map(len, texts)) >> 5))  # for computing the cost, which reads the texts
+    meter.step(1 + (sum(map(len, texts)) >> 5))  # computing the cost reads the texts
     allocated, steps = METHODS[type(owner)][name](meter, owner, args)
     # A Markup escapes other text that it is combined with, and one character may become five.
     factor = 6 if isinstance(owner, Markup) else 1

@@ -174,7 +174,7 @@ def _translate_errors(work: Callable[[], Any]) -> Any:
     try:
         raise translated
     finally:
-        del translated, work  # else the error and this frame keep each other alive
+        del translated, work  # otherwise the error and this frame keep each other alive
 
 
 def _translated(error: Exception) -> PrecastError:

@@ -170,7 +170,7 @@ class _Reader:
 def _number(text: str) -> int | float:
     try:
         return float(text) if set(text) & set(".eE") else int(text)
-    except ValueError:  # more digits than Python converts
+    except ValueError:  # the number has more digits than Python converts
         raise NotCalls from None
 
 

@@ -369,7 +369,7 @@ class _PieceStream(TextStream):
         self._byte_fallback = byte_fallback
         self._context: list[list[int]] = []  # the last two pieces
         self._ids: list[int] = []  # byte tokens of an incomplete character
-        self._bytes = b""  # their bytes
+        self._bytes = b""  # the bytes of these tokens
         self._broken = False  # the current run of byte tokens is no longer valid UTF-8
 
     def finish(self) -> str:

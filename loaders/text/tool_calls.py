@@ -390,7 +390,7 @@ def _raw_call(name: Any, arguments: Any, identifier: str | None) -> RawCall:
         raise NoCall
     try:
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # an infinite number
+    except ValueError:  # a number is infinite
         raise NoCall from None
     if not _is_text(text):
         text = json.dumps(arguments)
