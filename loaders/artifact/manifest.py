@@ -85,7 +85,7 @@ class Program(Frozen):
         stablehlo: file of the StableHLO portable artifact, which targets may share; None if there is none.
         arguments: arguments in the executable's order.
         results: results in the executable's order.
-        flops: multiplications and additions of the matrix products and of attention over the whole context.
+        flops: number of multiplications and additions in the matrix products, and in attention over the whole context.
         memory: memory of a call; None if nothing was compiled.
     """
 

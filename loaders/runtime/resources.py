@@ -120,7 +120,7 @@ def _allocation(system: Path) -> int | None:
 
 
 def _thread_limit(system: Path) -> int:
-    """Return an upper bound on the threads that this process may still start, by the limits that are set."""
+    """Return an upper bound on the number of threads that this process may still start within its limits."""
     found = [_NO_LIMIT]
     for group in _groups(system, "pids"):
         if (most := _number(group / "pids.max")) is not None:

@@ -21,8 +21,8 @@ class CallSyntax(Frozen):
         body: the kind of body, a key of `tool_calls.BODIES`.
         closing: the marker after a body, which models may omit; empty if the form has none.
         separator: text between two bodies without markers.
-        at_start: True if calls occur only at the start of an answer. Only calls of given tools count then, because an
-            ordinary answer may look like a call.
+        at_start: True if calls occur only at the start of an answer. Then only calls of tools that the model was given
+            count, because an ordinary answer may look like a call.
     """
 
     opening: str

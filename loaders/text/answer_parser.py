@@ -59,10 +59,10 @@ class AnswerParser:
 
     Args:
         form: the form of the answer.
-        tools: JSON Schemas of the parameters of the tools that the model was given, by name; without tools, no text is
-            a call. After a marker, a call of an unknown tool counts too, as in vLLM.
+        tools: JSON Schema of the parameters of each tool that the model was given, by the tool's name. Without tools,
+            no text is a call. After a marker, a call of an unknown tool counts too, as in vLLM.
         prompt_tail: the end of the prompt's text, which may have opened the reasoning.
-        new_id: makes the identifier of a call.
+        new_id: function that returns a new identifier for a call.
 
     Attributes:
         form: the form of the answer.

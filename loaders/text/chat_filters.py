@@ -40,7 +40,7 @@ def charge_format(meter: Meter, template: str, values: Any) -> None:
     if weight.opaque:
         raise jinja2.TemplateRuntimeError(f"a value of type {weight.opaque} cannot become text")
     fields = template.count("%") + template.count("{")
-    # A number takes up to 1,308 characters: 309 digits before the point and a precision of up to 999.
+    # A number takes up to 1,308 characters: 309 digits before the point, and up to 999 after it.
     count = len(template) + fields * (weight.printed + 2048)
     escaped = 5 if isinstance(template, Markup) else 1
     wide_bytes = 4 if not template.isascii() or "c" in template else weight.width
@@ -313,7 +313,7 @@ def _unique(environment: Any, value: Any, case_sensitive: Any = False, attribute
 
 
 def _charged_items(meter: Meter, value: Any) -> Any:
-    """Yield the items of `value`, and charge each for hashing and comparing."""
+    """Yield the items of `value`, and charge for hashing and comparing each item."""
     for item in value:
         weight = meter.weigh(item)
         meter.step(1 + 2 * weight.steps + (weight.text >> 2))

@@ -61,7 +61,7 @@ class LiteralChat:
 
         Args:
             values: the caller's values for the template, as plain JSON.
-            render: renders the template.
+            render: function that renders the template.
 
         Raises:
             PrecastError: `render` or the tokenizer fails, or a text becomes a control token even when encoded as plain

@@ -28,7 +28,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Names of the default template and of the template for conversations with tools.
 _DEFAULT, _TOOL_USE = "default", "tool_use"
 
-# Types of decoders that a stream can follow piece by piece, with a few pieces as context.
+# Types of decoders that can decode a text piece by piece, given the last few pieces as context.
 _PIECEWISE = frozenset({"BPEDecoder", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"})
 
 

@@ -408,7 +408,7 @@ def _is_text(text: str) -> bool:
 
 
 def tool_schemas(tools: Iterable[Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the JSON Schemas of tools' parameters by name; the tools come with or without the outer "function"."""
+    """Return the JSON Schema of each tool's parameters, by name; a tool may lack the outer key "function"."""
     found: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
         inner = tool.get("function", tool)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .answer_formats import AnswerFormat
     from .tokenizer import Tokenizer
 
-# The choice that requires a call of any tool; a tool's name as the choice requires a call of that tool.
+# The choice that requires a call, of any tool. Every other choice is the name of the tool to call.
 REQUIRED = "required"
 _MOST_CALLS = 16
 # Separators as templates write them. If any whitespace were allowed, a model might repeat it without end.
@@ -32,7 +32,7 @@ def tool_grammar(
 
     Args:
         form: the form of the answer.
-        tools: JSON schemas of the tools, with or without the outer "function".
+        tools: JSON schemas of the tools; a tool may lack the outer key "function".
         choice: "required" for calls of any tools, or the name of the only tool to call.
         tokenizer: the model's tokenizer.
         closes_reasoning: True if the prompt has opened the reasoning, which the answer then closes at once.
