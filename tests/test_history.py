@@ -105,4 +105,4 @@ def test_every_format_has_an_artifact_and_a_row_in_the_history():
         r"^\| (\d+) \| ([^|]+) \| ([^|]+) \|$", page.partition("\n## History\n")[2], re.MULTILINE
     )
     assert sorted(int(version) for version, _, _ in rows) == versions
-    assert f"version {FORMAT_VERSION}, and its history" in page
+    assert f"specifies version {FORMAT_VERSION} of the format" in page
