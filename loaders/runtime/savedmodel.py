@@ -93,7 +93,7 @@ class Client:
 
 
 def client() -> Client:
-    """Return TensorFlow's CPU.
+    """Return a client for TensorFlow's CPU.
 
     Raises:
         PrecastError: TensorFlow is not installed, or cannot be imported.
