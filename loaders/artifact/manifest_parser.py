@@ -110,7 +110,7 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
             f"{where}: buckets: expected lengths from 1 to the context of {manifest.context}, found"
             f" {list(manifest.buckets)!r:.200}; export the model again."
         )
-    _expect(where, "buckets", tuple(sorted(set(manifest.buckets))), manifest.buckets)
+    _expect(where, "buckets in ascending order", tuple(sorted(set(manifest.buckets))), manifest.buckets)
     layers: dict[str, list[int]] = {}
     for array in manifest.cache:
         _check_cache_array(manifest, array, f"{where}: cache {array.name!r}")

@@ -14,7 +14,7 @@ def check_cpu() -> None:
     """Refuse a CPU that jaxlib was not compiled for, before an illegal instruction in jaxlib ends the process.
 
     Raises:
-        PrecastError: this CPU lacks a feature that jaxlib was compiled for, which is AVX in its wheels.
+        PrecastError: this CPU lacks a feature that jaxlib was compiled for. The wheels of jaxlib need AVX.
     """
     features = cpu_features()
     if features and processor_family() == "x86_64" and "avx" not in features:

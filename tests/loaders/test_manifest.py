@@ -208,7 +208,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
             [8, 65],
             "m.json: buckets: expected lengths from 1 to the context of 64, found [8, 65]",
         ),
-        (["buckets"], [16, 8], "m.json: buckets: expected (8, 16), found (16, 8)"),
+        (["buckets"], [16, 8], "m.json: buckets in ascending order: expected (8, 16), found (16, 8)"),
         (["buckets"], [8, 32], "kinds and lengths of its programs: expected"),
         (
             ["capacity"],
