@@ -32,7 +32,7 @@ def run(spec: str | None, output: Path | None, options: ExportOptions) -> int:
     Args:
         spec: the model, as for `open_source`.
         output: folder to write; None for ``artifacts/NAME-WEIGHTS``.
-        options: the form of the artifact.
+        options: the options of the export.
 
     Returns:
         The exit code, 0.

@@ -40,7 +40,7 @@ def export(
     Args:
         source: the model.
         output: folder to write.
-        options: the form of the artifact.
+        options: the options of the export.
         log: called with remarks on the source, and with the name of each step.
         progress: called with the state of long work, and with a `BuiltProgram` for each program that was built.
 

@@ -68,8 +68,8 @@ def write_manifest(folder: Path, manifest: Manifest, weights_sha256: str) -> Man
     """Write the model card, then the manifest with the hash of every file in the folder.
 
     Args:
-        folder: the artifact, complete but for these two files.
-        manifest: as `make_manifest` returns it; its `files` are replaced.
+        folder: the artifact, complete except for these two files.
+        manifest: the manifest as returned by `make_manifest`; its `files` are replaced.
         weights_sha256: the hash of the weight file, which is too large to be read again.
 
     Returns:

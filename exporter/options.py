@@ -16,11 +16,11 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_BUCKETS = (64, 128, 512)
 DEFAULT_SLOTS = 8
 _MOST_SLOTS = 256
-# Idle slots of these targets take no time. Slots of cpu also take no memory before positions are filled; slots of
-# portable, whose cache has the same shape, do.
+# Idle slots of these targets take no time. Empty slots take no memory in target cpu. In target portable they do, but it
+# shares the number of slots with cpu.
 _CHEAP_SLOTS = ("cpu", "portable")
-# The largest KV cache with the default number of slots; a larger one gets fewer slots. A system may refuse to reserve
-# more address space than it has memory, even for pages that are never touched.
+# The largest KV cache that the default number of slots may take; the default is lower if it would take more. A system
+# may refuse to reserve more address space than it has memory, even for pages that are never touched.
 _MOST_DEFAULT_CACHE_BYTES = 16 << 30
 
 
@@ -32,13 +32,13 @@ class ExportOptions:
         buckets: prompt lengths to compile a prefill program for; None for those of `DEFAULT_BUCKETS` that fit the
             context.
         context: S, positions of a slot; None for the model's own limit, at most `DEFAULT_CONTEXT`.
-        slots: B, sequences decoded together; None for `DEFAULT_SLOTS`, or fewer if the KV cache would be large, or 1 if
-            a target other than cpu and portable takes memory or time for idle slots.
+        slots: B, sequences decoded together; None for `DEFAULT_SLOTS`, or fewer if the KV cache would be large, or 1
+            with a target other than cpu and portable, where idle slots take memory or time.
         weights: storage format of the weights, a key of `FORMATS`.
         kv_cache: type of the KV cache, one of `CACHE_TYPES`; None for float32 with float32 weights, else bfloat16.
         targets: keys of `TARGET_KINDS`.
-        cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native"
-            for this machine's; None for `precast.loaders.compiling.isa.default_isa`.
+        cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native" for
+            all features of this machine; None for `precast.loaders.compiling.isa.default_isa`.
         overwrite: permission to replace an existing artifact.
     """
 
@@ -92,7 +92,8 @@ def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
             raise PrecastError(
                 f"--buckets: {bucket} is larger than the context of {context}; leave it out or raise --context."
             )
-    # Weights of fewer bits lose more precision than a bfloat16 cache; float32 weights mean the user wants all of it.
+    # Weights of fewer bits lose more precision than a bfloat16 cache. float32 weights mean that the user wants full
+    # precision.
     kv_cache = options.kv_cache or ("float32" if options.weights == "float32" else "bfloat16")
     one = Geometry(context=context, slots=1, buckets=tuple(sorted(buckets)), kv_cache=kv_cache)
     return replace(one, slots=options.slots or _default_slots(options, spec, one))

@@ -43,7 +43,7 @@ class Geometry:
 
     @property
     def score_tokens(self) -> int:
-        """The tokens of the score program, at most the largest bucket, because rings of the KV cache hold no more."""
+        """Tokens per call of the score program; ring buffers have no room for more tokens than the largest bucket."""
         return min(SCORE_TOKENS, max(self.buckets))
 
 
@@ -103,7 +103,7 @@ class ProgramSpec:
         arguments: the arguments, in order.
         results: the results, in order; `alias` names the argument whose memory a result reuses.
         function: the function from flat arguments to flat results.
-        flops: multiplications and additions of a call.
+        flops: number of multiplications and additions in a call.
     """
 
     name: str
@@ -134,7 +134,7 @@ def with_layouts(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> P
     layouts anyway.
 
     Args:
-        spec: the program, with all axes in order.
+        spec: the program, with row-major arguments and results.
         layouts: axes from the slowest to the fastest, by name of an argument or a result. Values not
             listed keep their layout.
     """
@@ -162,7 +162,7 @@ def _value(name: str, role: str, shape: Sequence[int], dtype: str, alias: str | 
     )
 
 
-# The number of positions in a ring is a multiple of this.
+# The number of positions in a ring buffer, the KV cache of layers with a window, is a multiple of this.
 _RING_STEP = 16
 
 
@@ -221,8 +221,8 @@ def cache_arrays(c: DecoderConfig, geometry: Geometry) -> tuple[CacheArray, ...]
 def build_programs(model: StoredModel, geometry: Geometry, ops: Ops) -> tuple[ProgramSpec, ...]:
     """Return the programs of a target: the empty KV cache, a prefill for each bucket, decode, and score.
 
-    precast's kernels skip idle rows of decode. Without these kernels an idle row costs as much as any other; a second
-    program then decodes a single sequence.
+    precast's kernels skip idle rows of decode. Without these kernels an idle row costs as much as any other, so there
+    is a second decode program for a single sequence.
     """
     builder = _Builder(model=model, geometry=geometry, ops=ops)
     rows = {geometry.slots} if ops.kernels else {1, geometry.slots}
@@ -317,10 +317,10 @@ def _chunk_inputs(tokens: int) -> tuple[Value, ...]:
 def _step_arguments(
     arrays: Sequence[Array], caches: Sequence[int]
 ) -> tuple[KVCaches, Array, Array, Sequence[Array]]:
-    """Split the arrays after a program's inputs into KV caches, tables and weights.
+    """Split a program's arguments, except its inputs, into KV caches, tables and weights.
 
     Args:
-        arrays: all arguments but the inputs.
+        arrays: all arguments except the inputs.
         caches: number of arrays of each KV cache.
     """
     rest = iter(arrays)
@@ -387,7 +387,7 @@ def _decode(
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """Run one token of R sequences: ``tokens [R]`` at ``positions [R]`` of ``slots [R]``.
+    """Run one token of each of R sequences: ``tokens [R]`` at ``positions [R]`` of ``slots [R]``.
 
     Idle rows come last, with position −1.
     """

@@ -32,7 +32,8 @@ PANEL = 16
 
 # Number of weights quantised at a time, so that the intermediate arrays fit into the CPU's cache.
 _BLOCK = 1 << 18
-# The most threads. Each works on one block, which needs about 12 MB. NumPy releases the GIL, so they run in parallel.
+# Maximum number of threads. Each works on one block, which needs about 12 MB. They run in parallel, because NumPy
+# releases the GIL.
 _THREADS = 8
 _HALF_MAX = float(np.finfo(np.float16).max)
 # The int4 search tries several ranges for a group. Each clips a share of the group's own range at the bottom and at the
@@ -366,7 +367,7 @@ def _closest(
 def _rounded(
     x: np.ndarray, lowest: int, highest: int, scale: np.ndarray, minimum: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round x to the values that these coefficients can express; return those, and each column's squared error."""
+    """Quantise x with these coefficients; return the integers, and each column's squared error."""
     scale = scale.astype(np.float32)
     offset = np.float32(0) if minimum is None else minimum.astype(np.float32)
     values = (x - offset) * _inverse(scale)

@@ -18,7 +18,7 @@ from .sources.base import QuantisedBlocks, Source, SourceTensor
 
 # Buffers that old checkpoints store, although they can be computed from the config.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
-# The most ignored tensors that a remark names.
+# Maximum number of ignored tensors that a remark names.
 _NAMED = 2
 _VOCABULARY = ("model.embed_tokens.weight", HEAD)
 # A mixture's router stays float32: it is small, and rounding it could choose the wrong experts.
@@ -195,7 +195,7 @@ def write_model_weights(
 def _pieces(
     plan: WeightPlan, formats: Mapping[str, str], count: Callable[[int], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every source tensor in its stored form, as pairs: the name of an array in the file, and its next part."""
+    """Yield every source tensor in its stored form, as pairs of an array's name and the next part of that array."""
     for parameter in sorted(plan.parameters, key=lambda p: p.name):
         stored = FORMATS[formats[parameter.name]]
         names = [parameter.name + array.suffix for array in stored.arrays(parameter.shape)]

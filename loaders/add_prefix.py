@@ -1,7 +1,8 @@
-"""``precast add-prefix`` and ``remove-prefix``: keys and values of a prefix, stored in an artifact.
+"""``precast add-prefix`` and ``remove-prefix``: store the keys and values of a prefix in an artifact, or remove them.
 
-A target computes them once. At run time, a prompt that begins with the prefix's tokens is prefilled only from the next
-token on. `artifact_changes` writes the result atomically: at any moment the artifact is either the old or the new one.
+A target computes the keys and values once. At run time, a prompt that begins with the prefix's tokens needs prefill
+only for the tokens after the prefix. `artifact_changes` writes the result atomically: at any moment the artifact is
+either the old or the new one.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ _FOLLOWING = ("a", "The", " b", "\n", "0", ".", "é", "日")
 
 
 class PrefixSource(Frozen):
-    """The text of a prefix; exactly one of the first three is given.
+    """The text of a prefix; exactly one of `system`, `chat` and `text` is given.
 
     Attributes:
         system: a system message, the prefix of every chat that begins with it.
@@ -63,7 +64,7 @@ class PrefixChange:
     Attributes:
         prefix: the prefix, as the manifest describes it.
         bytes: size of its files.
-        has_replaced: True if it replaced a prefix of the same name.
+        has_replaced: True if the new prefix replaced one of the same name.
         signature_removed: True if the artifact had a signature, which the change removed.
     """
 
@@ -118,11 +119,11 @@ def add_prefix(
         )
         if not is_reproducible(model.target):
             raise PrecastError(
-                f"{root}: target {model.target.name!r} cannot reuse keys and values; choose a target of precast's"
-                " kernels for the CPU with --target, or add one with precast add-target."
+                f"{root}: target {model.target.name!r} cannot reuse keys and values; choose a target with precast's"
+                " CPU kernels (--target), or add one with precast add-target."
             )
         tokens = prefix_tokens(model, source)
-        log(f"reading {len(tokens)} tokens as target {model.target.name}")
+        log(f"computing keys and values of {len(tokens)} tokens with target {model.target.name}")
         prefix, contents = _computed(artifact, manifest, model, name, tokens)
         return _store(artifact, manifest, prefix, contents)
 
@@ -140,9 +141,8 @@ def remove_prefix(
         found = [p for p in manifest.prefixes if p.name == name]
         if not found:
             known = ", ".join(repr(p.name) for p in manifest.prefixes)
-            raise PrecastError(
-                f"{root}: prefix {name!r} is not in the artifact; it holds {known or 'none'}: choose one of its names."
-            )
+            remedy = f"choose one of its prefixes: {known}" if known else "add it with precast add-prefix"
+            raise PrecastError(f"{root}: the artifact has no prefix {name!r}; {remedy}.")
         with record_change(artifact, _without(manifest, name)) as folder:
             was_signed = replace_manifest(artifact, folder)
         return PrefixChange(
@@ -154,10 +154,10 @@ def remove_prefix(
 
 
 def prefix_tokens(model: Model, source: PrefixSource) -> list[int]:
-    """Return the tokens of a prefix: those that all prompts with the prefix share, whatever text follows it.
+    """Return the tokens of a prefix: the tokens that a prompt with the prefix begins with, whatever text follows.
 
     Raises:
-        PrecastError: there are no such tokens, they fill the context, or the chat template rejects the messages.
+        PrecastError: the prefix has no tokens or fills the context, or the chat template rejects the messages.
     """
     prompts = [_prompt(model, source, following) for following in _FOLLOWING]
     tokens = _common_beginning(prompts)
@@ -174,7 +174,7 @@ def prefix_tokens(model: Model, source: PrefixSource) -> list[int]:
 def _prompt(model: Model, source: PrefixSource, following: str) -> list[int]:
     """Return a prompt that begins with the prefix."""
     if source.text is not None:
-        # An empty text would make a prefix of the special tokens that begin every prompt.
+        # With an empty text, the prefix would consist of the special tokens that begin every prompt.
         return model.tokenizer.encode(source.text + following) if source.text else []
     messages = [{"role": "system", "content": source.system}] if source.chat is None else list(source.chat)
     # A chat that ends with the user's message is a complete prompt: the model's answer follows.
@@ -204,7 +204,7 @@ def _computed(
     artifact: LockedArtifact, manifest: Manifest, model: Model, name: str, tokens: Sequence[int]
 ) -> tuple[Prefix, dict[str, Parts]]:
     """Compute keys and values; return the prefix's entry and the contents of its files."""
-    # An empty tree, so that the prefix does not depend on other prefixes of the artifact.
+    # The tree is empty, so the result does not depend on the artifact's other prefixes.
     spans = PrefixTree(model.engine, 0).compute(tokens)
     folder = free_folder(artifact.root, PREFIXES, name, manifest.files)
     origin = origin_of(manifest, model.target, kernels.isa())

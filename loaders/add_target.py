@@ -1,8 +1,8 @@
 """``precast add-target``: compile a further target of an existing artifact from its StableHLO.
 
-A further target makes an artifact run under another jaxlib, or on an older CPU, than it was exported for. jaxlib alone
-compiles it, without tracing. All targets share the weights, which stay untouched. `artifact_changes` writes the result
-so that the artifact is whole at any moment, either the old one or the new one.
+A further target lets an artifact run under a jaxlib or on a CPU that it was not exported for. Compiling it needs only
+jaxlib, because nothing is traced. All targets share the weights, which stay untouched. `artifact_changes` writes the
+result atomically: at any moment the artifact is either the old or the new one.
 """
 
 import hashlib
@@ -41,8 +41,8 @@ class Addition:
     Attributes:
         target: the new target, as the manifest describes it.
         executable_bytes: size of its executables.
-        answers: number of golden answers that it reproduced.
-        has_replaced: True if it replaced a target of the same name.
+        answers: number of golden answers that the new target reproduced.
+        has_replaced: True if the new target replaced one of the same name.
         signature_removed: True if the artifact had a signature, which the change removed.
     """
 
@@ -89,8 +89,8 @@ def add_target(
     Args:
         path: the artifact's folder, or a folder with exactly one artifact in it.
         isa: a key of `isa.LEVELS`, or "native" for all of this machine's features. None chooses `isa.default_isa` if
-            the programs call kernels, else "native". With None, if XLA uses instructions beyond the
-            default level, as in programs exported before 0.3, the target requires the higher level.
+            the programs call kernels, else "native". XLA may use instructions beyond the default level, as in programs
+            exported before 0.3; with None, the target then requires the level that has these instructions.
         source: name of the target whose StableHLO is compiled; the fastest that runs here by default.
         overwrite: replace a target of the same name.
         require_signature: file of the public key that the artifact must be signed with before the change.
@@ -178,7 +178,7 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
     """Return the target whose StableHLO is compiled, chosen by the same rule as for ``run --compile``.
 
     Raises:
-        PrecastError: no target of this name holds StableHLO for a CPU, or none at all does.
+        PrecastError: no target of this name, or no target at all, holds StableHLO for a CPU.
     """
     compilable = [
         t
@@ -245,7 +245,7 @@ def _free_name(manifest: Manifest, name: str, machine: Machine, *, overwrite: bo
 def _in_free_folder(
     target: Target, executables: Mapping[str, bytes], manifest: Manifest, root: Path
 ) -> tuple[Target, dict[str, bytes]]:
-    """Return the target with its executables in a folder that is free on disk and in the manifest."""
+    """Name the executables after a folder that does not exist yet; return the changed target and the executables."""
     folder = free_folder(root, TARGETS, target.name, manifest.files)
 
     def moved(name: str) -> str:
@@ -256,7 +256,7 @@ def _in_free_folder(
 
 
 def _with_target(manifest: Manifest, target: Target, executables: Mapping[str, bytes]) -> Manifest:
-    """Return the manifest with the target, which replaces one of the same name or goes at the end."""
+    """Return the manifest with the target appended, or in place of the target of the same name."""
     targets = [target if t.name == target.name else t for t in manifest.targets]
     if target.name not in {t.name for t in manifest.targets}:
         targets.append(target)

@@ -8,14 +8,14 @@ A change adds, replaces or removes a target or a prefix. For a target:
 4. Write and sync the executables in the working folder, and rename their folder to ``programs/NAME/``. The artifact is
    still the old one, because the old manifest does not list them.
 5. Move the signature of the old manifest into the working folder, because it does not fit the new manifest. If the
-   process is killed now, the artifact is the old one without its signature, until step 2 of the next process.
+   process is killed now, the old artifact lacks its signature until the next process cleans up (step 2).
 6. Rename the new manifest over the old one. Now the artifact is the new one.
 7. Clean up: put the signature back if it fits the artifact's manifest; remove the files that only the other manifest
-   lists, if their hashes are as listed; then remove the working folder.
+   lists, if they have the listed hashes; then remove the working folder.
 
-A prefix's files go to ``prefixes/NAME/`` in the same way. Nothing else below these folders is ever removed. An export
-or a pull may replace the artifact's folder in spite of the lock, so steps 3, 4 and 5 first check that the folder is
-still the one that was locked.
+A prefix's files go to ``prefixes/NAME/`` in the same way. Nothing else in ``programs/`` and ``prefixes/`` is ever
+removed. An export or a pull may replace the artifact's folder in spite of the lock, so steps 3, 4 and 5 first check
+that the folder is still the one that was locked.
 """
 
 import fcntl
@@ -47,9 +47,9 @@ class Kind(Frozen):
 
     Attributes:
         folder: the folder of the artifact that the change adds files to.
-        purpose: the command in the working folder's name.
+        purpose: the command's name, which becomes part of the working folder's name.
         failure: the consequence of an operating system's error, for the error message.
-        replaced: the error message's text if another process has replaced the artifact.
+        replaced: the text of the error message if another process has replaced the artifact.
     """
 
     folder: str
@@ -76,7 +76,7 @@ Parts = Sequence[bytes | memoryview]
 
 
 def free_folder(root: Path, kind: Kind, name: str, listed: Iterable[str]) -> str:
-    """Return the name of a folder that is free on disk and in the manifest: "prefixes/NAME", "prefixes/NAME.2", ….
+    """Return a folder name that neither the disk nor the manifest has: "prefixes/NAME", or else "prefixes/NAME.2", ….
 
     Args:
         root: the artifact's folder.
@@ -137,7 +137,7 @@ class LockedArtifact:
 
 @contextmanager
 def lock(root: Path, log: Callable[[str], None]) -> Iterator[int]:
-    """Wait until no other process changes an artifact, lock it, and yield the descriptor of its folder."""
+    """Wait for other processes that change an artifact, lock it, and yield the descriptor of its folder."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -236,7 +236,7 @@ def _tidy(artifact: LockedArtifact, folder: Path) -> None:
 
 
 def write_files(artifact: LockedArtifact, folder: Path, contents: Mapping[str, Parts]) -> None:
-    """Write the new files of an artifact, which share a new folder, atomically.
+    """Write the new files of an artifact atomically, all of them into one new folder.
 
     Args:
         artifact: the artifact.
@@ -289,7 +289,7 @@ def _settle(root: Path, folder: Path) -> None:
 
 
 def _remove_if(root: Path, name: str, sha256: str) -> None:
-    """Remove a file of the artifact if it has this hash, and its folder if that is then empty."""
+    """Remove a file of the artifact if it has this hash, and its folder if the folder is then empty."""
     with suppress(OSError, PrecastError):
         path = files.member_path(root, name)
         if files.sha256_of(path) == sha256:

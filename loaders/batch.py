@@ -7,15 +7,15 @@ A request is a JSON object, or a row of a Parquet file::
     {"custom_id": "2", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
 
 A request may also hold sampling parameters by their names, and `tools` beside messages. Some of OpenAI's fields are
-supported too: `max_completion_tokens`, `response_format`, and a single text for `stop`. A record of the output is one
-of::
+supported too: `max_completion_tokens`, `response_format`, and a single text for `stop`. A record of the output has one
+of two forms::
 
     {"custom_id": "1", "key": "5f0…", "text": "Hi", "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 2}
     {"custom_id": "1", "key": "5f0…", "error": "one sentence"}
 
-with `reasoning`, `tool_calls` and `logprobs` if there are any. `key` identifies the request, the model and the options.
-A later run with the same three keeps the records and continues after them. It drops an incomplete last record, which an
-interrupt may leave.
+An answer's record also has `reasoning`, `tool_calls` and `logprobs` if there are any. `key` identifies the request, the
+model and the options. A later run with the same requests, model and options keeps the records and continues after them.
+It drops an incomplete last record, which an interrupt may leave.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from .generation.model import Model
     from .generation.stream import Completion, Stream
 
-# Number of requests whose answers are put into order in memory. At the end of such a window some slots are idle.
+# Requests are answered in windows of this many, because their answers are put into order in memory. At the end of a
+# window some slots are idle.
 _WINDOW = 1024
 _PARQUET = ".parquet"
 # Fields of OpenAI's requests that do not change the answer; and the supported values of fields that would change it.
@@ -44,7 +45,7 @@ _SUPPORTED: Mapping[str, tuple[object, ...]] = {"n": (1, None), "stream": (False
 
 
 class BatchResult(NamedTuple):
-    """The numbers of records in the output: those kept from an earlier run, all answers, and all errors."""
+    """The numbers of records in the output: records kept from an earlier run, all answers, and all errors."""
 
     kept: int
     answers: int
@@ -52,7 +53,7 @@ class BatchResult(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """A request: its key, and its fields or the error in its text."""
+    """A request: its key, and its fields, or an error if it cannot be parsed."""
 
     key: str
     fields: Mapping[str, Any] | PrecastError
@@ -106,7 +107,10 @@ def run(
 
 
 def _identity(model: "Model", params: SamplingParams) -> bytes:
-    """Return the model and the default parameters as bytes: answers depend on these and the request alone."""
+    """Return bytes that identify the model and the default parameters.
+
+    An answer depends on nothing else, except its request.
+    """
     weights = {
         name: entry.sha256 for name, entry in model.manifest.files.items() if name.endswith(".safetensors")
     }
@@ -198,8 +202,8 @@ def _keep_records(file: IO[bytes], requests: Iterator[_Request], records: Path, 
         record, request = _parsed(line, f"{records}: line {number}"), next(requests, None)
         if isinstance(record, PrecastError) or request is None or record.get("key") != request.key:
             raise PrecastError(
-                f"{records}: line {number} is no record of line {number} of {source} with this model and these options;"
-                " choose another output, or remove it."
+                f"{records}: line {number} is not the record of line {number} of {source} with this model and these"
+                " options; choose another output, or remove this one."
             )
         counts["error" in record] += 1
         end += len(line)
@@ -279,7 +283,7 @@ def _stream(model: "Model", request: _Request, params: SamplingParams) -> "Strea
 
 
 def request_fields(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return prompt, messages, tools and sampling parameters of a request, by precast's names.
+    """Return prompt, messages, tools and sampling parameters of a request, under precast's names.
 
     Args:
         request: a request of this module, or of OpenAI's batch API.
@@ -367,7 +371,7 @@ def _parquet(source: Path) -> Any:
 
 
 def _write_parquet(records: Path, target: Path) -> None:
-    """Write records as a Parquet file. Each field is a column; other values than texts and numbers become JSON."""
+    """Write records as a Parquet file with a column for each field; values other than text and integers become JSON."""
     arrow = _pyarrow()
     types = {"prompt_tokens": arrow.int64(), "completion_tokens": arrow.int64()}
     names = (

@@ -28,7 +28,7 @@ class LoadSettings(Frozen):
     Attributes:
         threads: number of threads that XLA computes with.
         requested_threads: the caller's argument `threads`; None if the caller left it out.
-        prefix_memory: the most bytes for keys and values of earlier prompts.
+        prefix_memory: maximum number of bytes for keys and values of earlier prompts.
     """
 
     target: str | None = None
@@ -51,7 +51,7 @@ class CheckedArtifact(Frozen):
         target: the target to run.
         contents: bytes of programs, tokenizer and templates, by file.
         weights: arrays by name, mapped from their file; empty for a SavedModel, which contains its own weights.
-        check_unchanged: the function that raises PrecastError if the file of the weights has been written to since.
+        check_unchanged: a function that raises PrecastError if the weight file was written to after it was mapped.
     """
 
     root: Path
@@ -137,7 +137,7 @@ def _load_executables(
     client: pjrt.Client,
     settings: LoadSettings,
 ) -> dict[str, Executable]:
-    """Load the programs of an XLA target; use `compiled` where it has them."""
+    """Load the programs of an XLA target. For a program in `compiled`, use the executable there."""
     target = artifact.target
     executables: dict[str, Executable] = {}
     for program in target.programs:

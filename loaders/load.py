@@ -66,14 +66,15 @@ def load(
             the check. A signed artifact is trusted. With None, the key that PRECAST_REQUIRE_SIGNATURE names, or
             else the machine's own key, still applies (`precast.loaders.required_key`).
         threads: number of computing threads on the CPU; one per usable core by default, within a container's CPU quota.
-            A message is logged if the number has no effect: TensorFlow takes one number per process, and a GPU takes
-            none.
-        prefix_memory: the most bytes for keys and values of earlier prompts and answers. A prompt that shares a prefix
-            with one of them reuses the prefix's keys and values, and gets the same answer. 0 keeps none; None chooses
-            512 MiB, or an eighth of the available memory if that is less. Only targets with precast's own kernels for
-            the CPU reuse keys and values.
+            A message is logged if the number has no effect: TensorFlow accepts one number per process, and a GPU
+            ignores the number.
+        prefix_memory: maximum number of bytes for keys and values of earlier prompts and answers. A prompt that shares
+            a prefix with one of them reuses the prefix's keys and values, and gets the same answer. 0 keeps none; None
+            chooses 512 MiB, or an eighth of the available memory if that is less. Only targets with precast's own
+            kernels for the CPU reuse keys and values.
         log: receives messages; standard error by default.
-        progress: receives the bytes pulled (shown on standard error by default) and hashed, and each program to load.
+        progress: receives the bytes pulled and hashed, and each program before it is loaded. By default, only pulls
+            show progress, on standard error.
 
     Raises:
         PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
@@ -101,7 +102,7 @@ def load(
         if not _is_url(path):
             raise
         raise PrecastError(
-            f"{error} It was pulled to {root}: remove that folder, and pull it again."
+            f"{error} The artifact was pulled to {root}; remove that folder, and load the URL again."
         ) from None
 
 
@@ -239,7 +240,7 @@ def _check_files(
 def _stored_prefixes(
     artifact: CheckedArtifact, machine: "Machine", settings: LoadSettings
 ) -> "list[StoredPrefix]":
-    """Check and map the prefixes that the target may use; log the others.
+    """Check and map the prefixes that the target may use; log the names of the others.
 
     Raises:
         PrecastError: names the first file that differs.
@@ -250,7 +251,7 @@ def _stored_prefixes(
     fit, others = stored_prefixes.usable(manifest, artifact.target, machine.isa)
     if others:
         names = ", ".join(repr(prefix.name) for prefix, _ in others)
-        settings.log(f"{root}: not used here: prefix {names}; {others[0][1]}")
+        settings.log(f"{root}: prefix {names} is not used here: {others[0][1]}")
     return [stored_prefixes.open_prefix(root, manifest, p, rehash=settings.rehash) for p in fit]
 
 
@@ -308,7 +309,7 @@ def _model(
     stored: "Sequence[StoredPrefix]" = (),
 ) -> Model:
     client, load_executables = open_runtime(artifact, compiled, settings)
-    # Parse the tokenizer while XLA loads the programs: XLA releases Python's lock, and both take about the same time.
+    # Parse the tokenizer while XLA loads the programs: XLA releases the GIL, and both take about the same time.
     loading = _BackgroundCall(load_executables)
     try:
         tokenizer = _tokenizer(artifact)

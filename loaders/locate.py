@@ -22,7 +22,7 @@ def find_artifact(path: Path) -> Path:
     inside = sorted(p.parent for p in candidates if not p.parent.name.startswith("."))
     if len(inside) == 1:
         return inside[0]
-    from .artifact.no_artifact import refusal  # only for an error
+    from .artifact.no_artifact import refusal  # a lazy import, because only an error needs it
 
     raise refusal(path, inside)
 

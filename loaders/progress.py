@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from .artifact.errors import printable
 from .artifact.frozen import Frozen
 
-# Seconds between two lines if standard error is no terminal; seconds after which the remaining time of a step is shown.
+# Seconds between two lines if standard error is not a terminal; seconds until the remaining time of a step is shown.
 _PAUSE_S, _SETTLED_S = 15.0, 2.0
 # The assumed width of a terminal that does not report its width.
 _COLUMNS = 80

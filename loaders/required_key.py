@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-# The variable names a key file; the system key applies to all users of this machine.
+# The variable holds the path of a key file. The system key applies to all users of this machine.
 ENVIRONMENT_VARIABLE = "PRECAST_REQUIRE_SIGNATURE"
 SYSTEM_KEY = Path("/etc/precast/require-signature.pem")
 
@@ -11,8 +11,8 @@ SYSTEM_KEY = Path("/etc/precast/require-signature.pem")
 def required_key(given: str | Path | None) -> Path | None:
     """Return the file of the public key that artifacts must be signed with; None if signatures are optional.
 
-    A given key overrides the environment's, which overrides the machine's. An argument can replace
-    the required key, but cannot remove the requirement.
+    A given key overrides the environment's, which overrides the machine's. So an argument can replace the required key,
+    but cannot remove the requirement.
 
     Args:
         given: file of the key named by an option or an argument.

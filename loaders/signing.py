@@ -1,4 +1,4 @@
-"""Detached signatures: prove an artifact's origin offline, with a public key that the reader already has.
+"""Detached signatures: prove an artifact's origin offline, with a public key that the user already has.
 
 ``manifest.json`` contains the sha256 of every other file, so a signature over its bytes covers the artifact. OpenSSF
 model signing (https://github.com/sigstore/model-transparency) creates and verifies the signature. It is stored beside
@@ -40,7 +40,7 @@ def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
     Args:
         root: the artifact's folder.
         key: file of the private key.
-        ask_password: called for the password of an encrypted key.
+        ask_password: returns the password; called only for an encrypted key.
 
     Returns:
         The sha256 of the public key.
@@ -58,9 +58,8 @@ def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
     _check_bundle(manifest, signature, public, str(key), str(root))
     path = root / SIGNATURE_FILE
     files.write_atomically(path, signature)
-    path.chmod(
-        (root / MANIFEST_FILE).stat().st_mode & 0o777
-    )  # whoever reads the manifest may read the signature
+    # Everybody who can read the manifest can then read the signature.
+    path.chmod((root / MANIFEST_FILE).stat().st_mode & 0o777)
     return _fingerprint(public)
 
 
@@ -105,7 +104,7 @@ def check_bytes(manifest: bytes, signature: bytes | None, key: Path, where: str)
 
 
 def fingerprint(key: Path) -> str:
-    """Return the sha256 of a public key, in the form that signatures use.
+    """Return the sha256 of a public key in PEM form, as signatures state it.
 
     Raises:
         PrecastError: the file does not contain a supported public key.
@@ -134,8 +133,8 @@ def _check_bundle(manifest: bytes, signature: bytes, public: Any, key: str, wher
         )
     if signed != hashlib.sha256(manifest).hexdigest():
         raise PrecastError(
-            f"{where}: {MANIFEST_FILE} is not the one that was signed; it was altered, or the signature is another"
-            " artifact's: copy the artifact again, or have it signed again."
+            f"{where}: {MANIFEST_FILE} is not the one that was signed: it was altered, or the signature belongs to"
+            " another artifact; copy the artifact again, or have it signed again."
         )
     _verify(manifest, signature, public, at)
 
@@ -153,7 +152,7 @@ def _verify(manifest: bytes, signature: bytes, public: Any, at: str) -> None:
         # The library documents no exceptions, and the bundle is untrusted.
         except Exception:
             raise PrecastError(
-                f"{at}: the signature is invalid; it was altered: copy the artifact again, or have it signed again."
+                f"{at}: the signature is invalid, so it was altered; copy the artifact again, or have it signed again."
             ) from None
 
 
@@ -249,7 +248,7 @@ def _read_public(path: Path) -> Any:
 
 
 def _open_private(path: Path, ask_password: Callable[[], str]) -> tuple[bytes | None, Any]:
-    """Open a private key; return its password, None if it is not encrypted, and its public key."""
+    """Open a private key; return its password (None if it is not encrypted) and its public key."""
     from cryptography.hazmat.primitives import serialization
 
     data = _read_key(path)

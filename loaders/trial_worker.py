@@ -45,7 +45,7 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
     Raises:
         PrecastError: see `load`; or a program fails.
     """
-    # Imported after the child has reported that it runs, so that a crash of jaxlib's import fails the trial.
+    # Imported after the child has reported that it runs, so that a crash while jaxlib is imported fails the trial.
     from .generation.engine import DecodeRow
     from .load import load
 

@@ -177,7 +177,7 @@ def test_the_shorter_context_is_the_window(record, tiny_artifact, export_tiny, t
         (b"", "expected some text, found none; name another file."),
         (b" \n\t ", "expected some text, found none; name another file."),
         (b"\x89PNG\r\n\x1a\n", "expected text in UTF-8, found other bytes; convert it first."),
-        (b"abc\0def", "expected text, found zero bytes; name a text file."),
+        (b"abc\0def", "expected text, found NUL bytes; name a text file."),
         ("caf\u00e9".encode("latin-1"), "expected text in UTF-8, found other bytes; convert it first."),
     ],
 )

@@ -61,7 +61,7 @@ class Reference:
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
         """Yield the logits [V] of every position of the window from `first` to the last but one."""
-        # Pad a shorter window to the longest so far, to reuse its program: no position sees the padding.
+        # Pad a shorter window to the longest so far, to reuse its program. No position attends to the padding.
         self._width = max(self._width, len(window))
         padded = np.zeros(self._width, np.int32)
         padded[: len(window)] = window
@@ -117,7 +117,7 @@ def measure(
     weights: Mapping[str, np.ndarray] | None = None,
     progress: Progress = silent,
 ) -> Fidelity | None:
-    """Compare a finished artifact with its source in float32, on the shipped text.
+    """Compare a finished artifact with its source in float32, on the text that precast ships.
 
     Args:
         model: the artifact, loaded.

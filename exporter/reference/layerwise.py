@@ -28,7 +28,7 @@ class LayerwiseReference:
     Args:
         name: name in messages.
         spec: the model.
-        source: the source of its tensors.
+        source: the source of the model's tensors.
         tokenizer: the model's tokenizer.
         context: context of the artifact to compare with, which is also the maximum length of a window.
 
@@ -88,7 +88,7 @@ class LayerwiseReference:
         return self._bound(arrays).forward_layer(x, Rotary(cos, sin), window, jnp.int32(0))
 
     def _read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
-        """Read the parameters with these prefixes, for one layer; a single zero stands for any other parameter."""
+        """Read the parameters with these prefixes, for one layer; replace every other parameter with a single zero."""
         return [
             self._array(p, layer)
             if p.name.startswith(prefixes)

@@ -26,7 +26,7 @@ _SAVEDMODEL_TOKENS = 4
 
 
 def record_golden(folder: Path, manifest: Manifest, stored: StoredModel, weights_sha256: str) -> None:
-    """Let the first target answer, check the answers against the reference, and write them.
+    """Generate answers with the first target, check the answers against the reference, and write them.
 
     Raises:
         PrecastError: an answer differs from the reference's.

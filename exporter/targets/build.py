@@ -102,7 +102,7 @@ def build_targets(
         on_built: called with each program that has been written.
 
     Raises:
-        PrecastError: as `build_target` and `precast.loaders.compiling.compiler.compile_target`.
+        PrecastError: see `build_target` and `precast.loaders.compiling.compiler.compile_target`.
     """
     if kind.runtime != "pjrt" or kind.platform != "cpu":
         log(f"compiling target {kind.name}" if kind.runtime == "pjrt" else f"lowering target {kind.name}")
@@ -134,7 +134,7 @@ def build_targets(
 def _compile(
     source: Target, kind: TargetKind, root: Path, isa: str, *, exact: bool, is_first: bool
 ) -> tuple[Target, dict[str, bytes], dict[str, Compilation]]:
-    """Compile the programs of `source` for an instruction set; the first target's executables go beside StableHLO."""
+    """Compile the programs of `source` for an instruction set; the first target shares the folder of its StableHLO."""
     names = {str(p.stablehlo) for p in source.programs}
     return compile_target(
         source,
@@ -176,7 +176,7 @@ def _built_program(
 def _laid_out(
     kind: TargetKind, programs: Sequence[ProgramSpec], device: jax.Device | None
 ) -> Sequence[ProgramSpec]:
-    """Return the programs with the layouts of caches and weights that suit decode, if the kind chooses layouts."""
+    """Give the programs the layouts of caches and weights that suit decode, if the kind chooses layouts."""
     if kind.layouts is None or device is None:
         return programs
     layouts = kind.layouts(next(spec for spec in programs if spec.kind == "decode"), device)
@@ -297,6 +297,6 @@ def _check_cache_layouts(target: Target) -> None:
     }
     if len(layouts) != len({name for name, _ in layouts}):
         raise PrecastError(
-            f"target {target.name!r}: the compiler lays the KV cache out differently in different programs: {layouts};"
-            " please report this."
+            f"target {target.name!r}: the compiler gives the KV cache different layouts in different programs:"
+            f" {layouts}; please report this."
         )

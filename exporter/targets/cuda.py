@@ -31,7 +31,7 @@ def cuda_device() -> jax.Device:
     """Return the GPU to compile for: the first one that jax sees.
 
     Raises:
-        PrecastError: jax sees none.
+        PrecastError: jax sees no GPU.
     """
     # This process later loads the finished artifact with a second client, which needs GPU memory too. jax reads the
     # variable when it first lists devices.
@@ -52,7 +52,7 @@ def decode_layouts(decode: ProgramSpec, device: jax.Device) -> Layouts:
     """Compile the decode program with free layouts, and return those that the compiler chooses.
 
     Args:
-        decode: the program, with all axes in order.
+        decode: the program, with row-major arguments and results.
         device: the device to compile for.
     """
     sharding = SingleDeviceSharding(device)

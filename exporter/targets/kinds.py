@@ -21,10 +21,10 @@ class TargetKind:
         ops: the operations of its programs.
         runtime: "pjrt" for executables, "stablehlo" for programs that the loader compiles on request, "savedmodel"
             for TensorFlow.
-        platform: the platform that the loader must have; "any" if all of `lowered_for` share the programs.
+        platform: the platform that the programs run on; "any" if all of `lowered_for` share the programs.
         lowered_for: platforms that its StableHLO is lowered for, in XLA's names.
         device: returns the device to compile for, or raises PrecastError if there is none; None for the CPU.
-        layouts: returns the layouts of caches and weights that suit the decode program; None for axes in order.
+        layouts: returns the layouts of caches and weights that suit the decode program; None for row-major arrays.
     """
 
     name: str

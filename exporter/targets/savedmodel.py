@@ -30,7 +30,7 @@ from ..programs import ProgramSpec
 from .built import STABLEHLO_LIFE, BuiltProgram, OnBuilt, without_source_locations
 from .kinds import TargetKind
 
-# Roles of the arguments that become variables. Constants would be part of the graph, a message of at most 2 GB.
+# Roles of the arguments that become variables. Constants would be part of the graph, a protobuf of at most 2 GB.
 _VARIABLES = ("table", "weight")
 
 
@@ -181,7 +181,7 @@ def _method(spec: ProgramSpec) -> Callable[[Mapping[str, Array], Sequence[Array]
 
 
 def _serving(tf: Any, spec: ProgramSpec) -> Any:
-    """Return the signature of a program: flat, with the manifest's names."""
+    """Return the configuration of a program's signature: flat inputs and results, named as in the manifest."""
     from orbax.export import ServingConfig
 
     results = [_checked_name(v.name) for v in spec.results]

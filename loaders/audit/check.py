@@ -18,7 +18,7 @@ from ..runtime.limits import Need
 from ..runtime.resources import Limits, Memory, Processors
 from .prefixes import PrefixStatus, statuses
 
-# Report a compatibility promise that ends sooner than this.
+# Report a compatibility promise that ends in fewer days than this.
 SOON_DAYS = 30
 
 # The fields of a target that state its requirements, by aspect.
@@ -46,7 +46,7 @@ _TENSORFLOW = "'precast[savedmodel]'"
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """An obstacle that exists now or will soon.
+    """An obstacle that exists now or will exist soon.
 
     Attributes:
         what: the aspect: "jaxlib", "memory".
@@ -178,7 +178,7 @@ def check(
 def _choice(
     manifest: Manifest, machine: Machine, root: Path, target: str | None, allow_compile: bool
 ) -> Target | None:
-    """Return the target that `load` would choose; None if it would refuse.
+    """Return the target that `load` would choose; None if `load` would refuse the artifact.
 
     Raises:
         PrecastError: the artifact has no target of this name.
@@ -234,7 +234,7 @@ def _command(*words: object) -> str:
 
 
 def _split_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
-    """Return a problem without its trailing pip command, and that command; None if there is no command."""
+    """Return a problem without its trailing pip command, and the command, which is None if there is none."""
     for packages in (_TENSORFLOW, compat.cuda_packages(machine.jaxlib)):
         # Match only at the end: an untrusted manifest may put "pip install" elsewhere into the problem.
         if problem.endswith(f": pip install {packages}"):

@@ -30,7 +30,7 @@ from ..text.tokenizer import Tokenizer
 DEFAULT_TOKENS, DEFAULT_WINDOW = 3072, 512
 SHORTEST_LAST, SMALLEST_WINDOW = 64, 8
 SHIPPED_TEXT = Path(__file__).parent / "data" / "persuasion.txt"
-# Read at most this many characters of a file for each token; prose has 4.
+# Read at most this many characters of a file for each token; prose has about 4 characters per token.
 _CHARACTERS_PER_TOKEN = 64
 
 
@@ -54,7 +54,7 @@ class Scorer(Protocol):
     def context(self) -> int: ...
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        """Yield the logits [V] of positions `first` to ``len(window) − 2``; each array is valid until the next."""
+        """Yield the logits [V] of positions `first` to ``len(window) − 2``; an array is valid until the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def read_text(path: Path, tokens: int) -> str:
     except UnicodeDecodeError:
         raise PrecastError(f"{path}: expected text in UTF-8, found other bytes; convert it first.") from None
     if "\0" in text:
-        raise PrecastError(f"{path}: expected text, found zero bytes; name a text file.")
+        raise PrecastError(f"{path}: expected text, found NUL bytes; name a text file.")
     if not text.strip():
         raise PrecastError(f"{path}: expected some text, found none; name another file.")
     return text
@@ -229,7 +229,7 @@ def check_same_tokens(text: str, artifact: Scorer, reference: Scorer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The artifact's predictions against a reference's.
+    """The artifact's predictions compared with a reference's.
 
     Attributes:
         perplexity: the reference's perplexity on the same tokens; None if it is beyond the range of a float.

@@ -68,7 +68,9 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
     # os.path returns False for names that no file system allows; pathlib raises an error.
     if not os.path.isdir(folder):
         what = "is a file" if os.path.exists(folder) else "does not exist"
-        raise PrecastError(f"{folder}: expected a folder, but it {what}; precast export writes to artifacts.")
+        raise PrecastError(
+            f"{folder}: expected a folder, but it {what}; precast export writes to the folder 'artifacts'."
+        )
     for path in _folders(folder):
         if isinstance(path, ListEntry):
             yield path

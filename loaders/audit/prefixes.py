@@ -50,7 +50,7 @@ class PrefixReport:
 
 
 def statuses(manifest: Manifest, target: Target | None, isa: str) -> tuple[PrefixStatus, ...]:
-    """Return the prefixes of an artifact.
+    """Return the status of each prefix of an artifact.
 
     Args:
         manifest: the artifact's manifest.

@@ -93,7 +93,7 @@ def replay(model: Model, golden: Golden, where: str, progress: Progress = silent
     Args:
         model: the loaded artifact.
         golden: its golden answers.
-        where: the artifact's name, with which the sentence about each problem begins.
+        where: the artifact's name, at the beginning of each problem's sentence.
         progress: receives the number of answers replayed.
 
     Raises:
@@ -110,7 +110,7 @@ def replay(model: Model, golden: Golden, where: str, progress: Progress = silent
         if not found <= allowed:
             problems.append(
                 f"{where}: answer {i}: a logit of its first step differs from the recorded one by {found:.3g},"
-                f" the tolerance is {allowed:.3g}; {DO_NOT_USE}"
+                f" but the tolerance is {allowed:.3g}; {DO_NOT_USE}"
             )
         worst = math.inf if math.isnan(found) else found
         difference, share = max(difference, worst), max(share, _share(worst, allowed))
@@ -145,13 +145,13 @@ def _token_problems(model: Model, answer: Answer, where: str) -> list[str]:
 
 
 def _difference_text(answer: Answer, found: Sequence[int], where: str) -> list[str]:
-    """Return a sentence if the tokens found are not those of an answer."""
+    """Return a sentence if the tokens found differ from the recorded ones."""
     expected = answer.token_ids
     place = next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), None)
     if place is None:
         return []
     problem = (
-        f"{where}: token {place} is {found[place]}, recorded is {expected[place]} (prompt of"
+        f"{where}: token {place} is {found[place]}, but {expected[place]} was recorded (prompt of"
         f" {len(answer.prompt_token_ids)} tokens); {DO_NOT_USE}"
     )
     return [problem]
@@ -197,7 +197,7 @@ def _decoded(engine: Engine, answers: Sequence[Answer]) -> list[list[int]]:
 
 
 def _scored(engine: Engine, answer: Answer) -> list[int]:
-    """Return the score program's tokens: one after the prompt, and one after each token of an answer but the last."""
+    """Return the score program's tokens: one after the prompt, and one after each answer token except the last."""
     cache, start = engine.new_cache(), len(answer.prompt_token_ids) - 1
     if start:
         engine.prefill(answer.prompt_token_ids[:-1], cache)

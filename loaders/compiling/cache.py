@@ -19,7 +19,7 @@ from ..artifact.frozen import Frozen
 from ..artifact.machine import Machine
 from .compiler import compile_programs
 
-# The version of the form of an entry. It is part of every name, so entries of another version are never found.
+# The version of the entries' format. It is hashed into every name, so entries of another version are never found.
 _FORM = "1"
 _DIGEST_BYTES = 32
 # The entries' folder in the cache folder.
@@ -76,7 +76,7 @@ def executables(
 
 
 class _CachingCompiler(Frozen):
-    """A compiler that looks its output up in the cache folder, and stores it there; fields as for `executables`."""
+    """A compiler that stores its output in the cache folder, and looks there first; fields as for `executables`."""
 
     machine: Machine
     where: str

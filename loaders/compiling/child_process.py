@@ -103,7 +103,7 @@ class Child:
             code = self._exit_code()
             raise StartError(f"{name}: {_last_line(self._errors) or ending(code)}") from None
         if not self._received.startswith(READY):
-            raise StartError(f"{name} answers as something other than Python does")
+            raise StartError(f"{name} does not answer as Python would")
         del self._received[: len(READY)]
 
     def ask(
@@ -119,7 +119,7 @@ class Child:
         Args:
             request: values that JSON can hold.
             data: bytes that belong to the request.
-            limit_s: seconds that the answer may take; None for any time.
+            limit_s: seconds that the answer may take; None for no limit.
             progress: receives the child's steps, which have a text but no counts.
 
         Returns:
@@ -147,7 +147,7 @@ class Child:
 
     def close(self) -> None:
         """End the child."""
-        # An idle child exits at the end of its input; a busy one must be killed.
+        # Kill the child, because a busy one would not notice the end of its input.
         if self.process.poll() is None:
             self.process.kill()
         for stream in (self._input, self._output):
@@ -244,7 +244,7 @@ def command(module: str) -> list[str]:
         StartError: there is no Python to start, or this process or an ancestor was itself started for the module.
     """
     if module in os.environ.get(GUARD, "").split(","):
-        raise StartError(f"this process was started by {module} itself")
+        raise StartError(f"this process is itself a child process for {module}")
     python = _python()
     if python is None:
         raise StartError("there is no Python to start")
@@ -255,8 +255,8 @@ def command(module: str) -> list[str]:
 def environment(module: str) -> dict[str, str]:
     """Return the environment for a child: this process's own, with its import path and the guard variable.
 
-    Two kinds of entries of `sys.path` are left out: those that are not text, which imports ignore, and empty ones,
-    which mean the working folder.
+    Two kinds of entries of `sys.path` are left out: entries other than strings, which imports ignore, and empty
+    strings, which mean the working folder.
     """
     folders = [folder for folder in sys.path if isinstance(folder, str) and folder]
     above = os.environ.get(GUARD)
@@ -265,7 +265,7 @@ def environment(module: str) -> dict[str, str]:
 
 
 def _python() -> str | None:
-    """Return the interpreter. `sys.executable` may be a server or an application that embeds Python."""
+    """Return the Python interpreter, or None; `sys.executable` may be an application that embeds Python."""
     # An application frozen into one file (PyInstaller) comes without an interpreter.
     if getattr(sys, "frozen", False):
         return None
@@ -300,7 +300,7 @@ def serve(answer: Callable[[Mapping[str, Any], bytes, Progress], Answer]) -> Non
 
     Args:
         answer: computes the answer to a request. It is given the request's values, the request's data, and a function
-            to report progress to. The parent receives the text of a PrecastError that it raises.
+            to report progress to. If it raises a PrecastError, the parent receives the error's text.
     """
     output = ready()
 
@@ -322,7 +322,7 @@ def ready() -> BinaryIO:
     """Tell the parent that this child is running; return the stream for messages to the parent.
 
     Redirect the output of libraries to standard error, so that it does not count as a message. Disable core dumps, and
-    end this process with its parent.
+    make the system end this process when its parent ends.
     """
     _end_with_parent()
     with suppress(ImportError, OSError, ValueError):
@@ -341,7 +341,7 @@ def _end_with_parent() -> None:
     import ctypes
     import signal
 
-    with suppress(AttributeError, OSError):  # another system than Linux
+    with suppress(AttributeError, OSError):  # a system other than Linux
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
 
 

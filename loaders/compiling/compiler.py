@@ -86,7 +86,7 @@ def _compile(
         facts, executable = compiler.ask({"threads": threads}, stablehlo)
     except child_process.Refusal as error:
         wider = isas.next_level(isa)
-        hint = f" It was compiled for {isa}; XLA may manage --cpu-isa {wider}." if wider else ""
+        hint = f" XLA may be able to compile it for a wider level: try --cpu-isa {wider}." if wider else ""
         sentence = str(error).removeprefix(f"{_HERE}: ")
         raise PrecastError(f"{where}: program {name!r}: {sentence}{hint}") from None
     except child_process.Crash as crash:
@@ -184,7 +184,7 @@ def _compiled_program(program: Program, compilation: Compilation, folder: str, w
 def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], where: str) -> None:
     """Check that a compiled program has the layouts of the artifact.
 
-    They must be equal, because all targets share the weights, and programs hand the KV cache to each other.
+    The layouts must be equal, because all targets share the weights, and programs hand the KV cache to each other.
 
     Raises:
         PrecastError: names the first argument or result with another layout.
@@ -195,12 +195,12 @@ def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], 
             " model again."
         )
     for value, layout in zip(values, layouts, strict=True):
-        # A program takes the array with its axes in the order of `value.layout`; `layout` permutes those.
+        # A program takes the array with its axes in the order of `value.layout`; `layout` permutes these axes again.
         found = tuple(value.layout[axis] for axis in layout)
         if found != value.layout:
             raise PrecastError(
-                f"{where}: this jaxlib lays {value.name!r} out as {list(found)}, expected {list(value.layout)} as in"
-                " the artifact; export the model again with this jaxlib."
+                f"{where}: this jaxlib gives {value.name!r} the layout {list(found)}, but the artifact has"
+                f" {list(value.layout)}; export the model again with this jaxlib."
             )
 
 

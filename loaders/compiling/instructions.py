@@ -2,8 +2,8 @@
 
 The decoder finds only each instruction's length and the feature that it needs. It covers the code that LLVM emits. Its
 tables are an allowlist: an instruction that they do not list is an error that shows its bytes, so the instruction of a
-new CPU never passes for one of an older CPU. Encodings and features are those of Intel's Software Developer's Manual,
-volume 2, and of AMD's, volumes 3 and 4; the tests compare every opcode with capstone's answer.
+new CPU never passes for one of an older CPU. Encodings and features follow Intel's Software Developer's Manual, volume
+2, and AMD's Programmer's Manual, volumes 3 and 4; the tests compare every opcode with capstone's answer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -285,7 +285,7 @@ class _Reader:
             return _BASE
         is_register, operation = modrm >= 0xC0, modrm >> 3 & 7
         if prefix == _NONE and opcode == _FENCES and (is_register == (operation > 4) or operation == 7):
-            return _BASE  # the fences; fxsave, ldmxcsr and their neighbours; clflush
+            return _BASE  # fences, fxsave, ldmxcsr and related instructions, clflush
         if opcode == _CMPXCHG and not is_register and operation == 1:
             return "cx16" if self._wide else _BASE
         raise KeyError(opcode)

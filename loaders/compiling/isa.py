@@ -61,7 +61,7 @@ LEVELS: Mapping[str, Level] = {
         flag="AVX512",
         features=_sorted(_V2, _V3, _V4),
         since="Intel's Xeons since Skylake (2017), AMD since Zen 4 (2022)",
-        without="CPUs and virtual machines without AVX-512, as AMD's before Zen 4 and most of Intel's for desktops",
+        without="CPUs and virtual machines without AVX-512, such as AMD's before Zen 4 and most Intel desktop CPUs",
     ),
 }
 # Names used before 0.3.
@@ -114,9 +114,9 @@ def check_isa(name: str) -> None:
         )
     if lacks := _lacks(name):
         raise PrecastError(
-            f"--cpu-isa: {name} is wider than this machine, which lacks {', '.join(lacks)}, so its programs could not"
-            " be checked here; export on a machine that has it, or copy the artifact there and run precast add-target"
-            f" --cpu-isa {name}."
+            f"--cpu-isa: {name} needs CPU features that this machine lacks ({', '.join(lacks)}), so its programs could"
+            " not be checked here; export on a machine that has them, or copy the artifact there and run precast"
+            f" add-target --cpu-isa {name}."
         )
 
 
@@ -177,9 +177,9 @@ def _wider(isa: str, program: str, instruction: Instruction, beyond: Sequence[st
         name for name, level in LEVELS.items() if set(beyond) <= set(level.features) and not _lacks(name)
     ]
     return (
-        f"{where}: program {program!r}: XLA was asked for {isa} and used an instruction ({instruction.raw.hex()}) that"
-        f" needs {', '.join(beyond)}; use --cpu-isa {(wider or [NATIVE])[0]}, or unset xla_cpu_max_isa where XLA_FLAGS"
-        " holds it."
+        f"{where}: program {program!r}: XLA was asked for {isa}, but used an instruction ({instruction.raw.hex()}) that"
+        f" needs {', '.join(beyond)}; use --cpu-isa {(wider or [NATIVE])[0]}, or remove xla_cpu_max_isa from XLA_FLAGS"
+        " if it is set there."
     )
 
 

@@ -4,7 +4,7 @@ An executable that does not suit its machine raises no error but ends the proces
 SIGSEGV under another jaxlib. The loader compares the manifest with the machine, but a manifest may be wrong. So before
 the first load of a target on a machine, a child process loads the target and runs a few steps. If the child succeeds, a
 record in the cache folder says so, and later loads skip the trial. A trial does not protect against malicious
-artifacts, because the child runs their native code; require a signature for that.
+artifacts, because the child runs their native code; a required signature does.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Allowances for the time limit of a trial: seconds to start, bytes a second of a slow disk, seconds to compile.
 START_S, WEIGHT_BYTES_PER_S, COMPILE_S = 120, 20e6, 900
-# The maximum of the time limit, because an untrusted manifest may state any size of the weights.
+# An upper bound for the time limit, because an untrusted manifest may state any size for the weights.
 _LONGEST_S = 24 * 3600
 # The child's module. It is named, not imported, because it imports `load`, which imports this module.
 WORKER = "precast.loaders.trial_worker"
@@ -70,8 +70,8 @@ def ensure(
         return
     if not record_success(manifest, target, machine):
         log(
-            f"{root}: tried in a child process first ({time.perf_counter() - started:.1f} s), as it will be at"
-            f" every start: {unwritable_reason(_FOLDER)}."
+            f"{root}: was tried in a child process first ({time.perf_counter() - started:.1f} s), and will be at every"
+            f" start, because {unwritable_reason(_FOLDER)}."
         )
 
 
@@ -100,7 +100,7 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
     Raises:
         PrecastError: there is no cache folder, or others may write to it.
     """
-    if target.platform != "cuda":  # for other targets, `machine` may lack its GPUs
+    if target.platform != "cuda":  # other targets do not depend on GPUs, which `machine` may or may not list
         machine = replace(machine, gpus=(), cuda_plugin="")
     programs = {file for p in target.programs if (file := target.file_of(p))}
     # A SavedModel's variables lie beside its program.
@@ -139,7 +139,7 @@ def _attempt(
     threads: int | None,
     log: Callable[[str], None],
 ) -> bool:
-    """Run the child process; return False if none can be started.
+    """Run the child process; return False if no child process can be started.
 
     Raises:
         PrecastError: see `ensure`.
@@ -157,7 +157,7 @@ def _attempt(
         with child_process.started(WORKER) as running:
             running.ask(request, limit_s=limit_s, progress=lambda step: steps.append(step.text))
     except child_process.StartError as reason:
-        log(f"{root}: not tried in a child process first, because none can be started ({reason}).")
+        log(f"{root}: was not tried in a child process first, because no child can be started ({reason}).")
         return False
     except child_process.Refusal as sentence:
         raise PrecastError(str(sentence)) from None
@@ -185,8 +185,8 @@ def _crash_text(root: Path, target: Target, crash: "Crash", step: str, limit_s: 
         return f"{begin} failed while {step} ({crash.reason}); {_advice()}"
     if crash.code == -signal.SIGKILL:
         return (
-            f"{begin} was killed while {step}, as the system does when memory runs out; precast check {root} tells"
-            " what it needs."
+            f"{begin} was killed while {step}, probably because memory ran out; precast check {root} tells how much it"
+            " needs."
         )
     return f"{begin} crashed while {step} ({crash.reason}); {_advice()}"
 

@@ -13,7 +13,7 @@ from ..artifact.units import size_text
 if TYPE_CHECKING:
     from ..add_prefix import PrefixChange
 
-# More than the text of any context.
+# Larger than any text that fits in a context.
 _MAX_BYTES = 64 << 20
 
 

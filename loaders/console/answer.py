@@ -100,7 +100,7 @@ def shown(deltas: "Iterable[Delta]") -> Iterator[str]:
 
 
 def details(completion: "Completion", options: "AnswerOptions") -> dict[str, Any]:
-    """Return the keys that the JSON lines of only some answers have, with their values."""
+    """Return the optional keys of an answer's JSON line, with their values."""
     found: dict[str, Any] = {}
     if completion.reasoning:
         found["reasoning"] = completion.reasoning

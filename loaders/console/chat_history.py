@@ -12,7 +12,7 @@ SETTING = "PRECAST_HISTORY"
 
 
 def history_file() -> Path | None:
-    """Return the history file: ``PRECAST_HISTORY``, or one in the user's state folder; None if it is "off"."""
+    """Return the history file, from ``PRECAST_HISTORY`` or in the user's state folder; None if the history is off."""
     own = os.environ.get(SETTING)
     if own == "off":
         return None
@@ -30,7 +30,7 @@ class History:
 
     Attributes:
         messages: messages of earlier chats.
-        problem: a sentence with the reason if no messages are kept; None if the history works or is off.
+        problem: the reason why messages are not kept, as a sentence; None if the history works or is off.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -49,7 +49,7 @@ class History:
         return fits
 
     def _guarded(self, work: Callable[[Path], None]) -> None:
-        """Do work on the file; after a failure, do not try again."""
+        """Call `work` with the file; if that fails, note the problem and stop using the file."""
         assert self._path is not None
         try:
             work(self._path)
@@ -82,7 +82,7 @@ def _parsed(line: bytes) -> str | None:
 
 
 def _is_kept(message: str) -> bool:
-    """Return True for a message that is short enough and that line editors accept."""
+    """Return True if a message is short enough, and line editors accept it."""
     try:
         return 0 < len(message.encode()) <= _LONGEST and "\0" not in message
     except UnicodeEncodeError:

@@ -64,7 +64,7 @@ def messages(read: Read = input, waits: "Callable[[], bool] | None" = None) -> I
         except UnicodeDecodeError as error:
             print(f"error: expected text in {error.encoding}, found other bytes.")
             continue
-        # A command that was typed before the message was read is not part of the message.
+        # A command in the last line is not part of the message.
         last = [lines.pop()] if len(lines) > 1 and is_command(lines[-1]) else []
         for message in ("\n".join(lines).strip(), *last):
             if message:

@@ -20,7 +20,7 @@ FAILED = 2
 class Commands(click.Group):
     """The group of all commands; each command returns its exit code.
 
-    The group prints an error that the user can correct as one line, even if the error occurs while help is printed.
+    If the user can correct an error, the group prints it as one line, even if it occurs while help is printed.
     """
 
     def main(self, *arguments: Any, **settings: Any) -> Any:
@@ -32,7 +32,7 @@ class Commands(click.Group):
             return super().main(*arguments, **settings)
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(self.commands)  # in the order of use, not of the alphabet
+        return list(self.commands)  # in the order of `cli.py`; click would sort the names
 
     def invoke(self, context: click.Context) -> Any:
         # Handle errors here as well as in `main`: between the two, click would catch KeyboardInterrupt and print a
@@ -59,7 +59,7 @@ def _lines_only() -> Iterator[None]:
         sys.exit(1)
     except OSError as error:
         if sys.stdout in _abandon_output():
-            _fail(f"standard output: {error.strerror or error}; send it somewhere else.")
+            _fail(f"standard output: {error.strerror or error}; redirect it elsewhere.")
         where = error.filename or "input or output"
         _fail(printable(f"{where}: {error.strerror or error}; check the path and its disk."))
 

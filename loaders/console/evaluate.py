@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 10_000_000
 
-# Opens a reference, given the artifact's context and a display.
+# A function that opens a reference, given the artifact's context length and a display.
 _Opener = Callable[[int, Display], "Scorer"]
 
 
@@ -25,7 +25,7 @@ class TextOptions(Frozen):
     """The command line's options for the text.
 
     Attributes:
-        path: the text; None for the shipped one.
+        path: the text; None for the text that precast ships.
         tokens: maximum number of tokens of the text to use.
         window: number of tokens in a window; None for the default.
     """

@@ -152,7 +152,7 @@ def _program_row(program: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Align the first column on the left, the others on the right."""
+    """Yield the rows of a table, with the first column aligned left and the others aligned right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         first, *rest = (

@@ -52,7 +52,7 @@ def text_file(_: click.Context, parameter: click.Parameter, value: str | None) -
 
 
 class Artifact(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has no type argument
-    """A parameter type: an artifact's folder, as a path, or the URL of a pushed one, as text."""
+    """A parameter type: the folder of an artifact, as a Path, or the URL of a pushed artifact, as a string."""
 
     name = "path or url"
 
@@ -61,7 +61,7 @@ class Artifact(click.ParamType):  # type: ignore[type-arg]  # click 8.1 has no t
 
 
 def _required(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
-    """Return the given key, or the one that the environment or the machine requires."""
+    """Return the given key, or the key that the environment or the machine requires."""
     return required_key(value)
 
 
@@ -166,8 +166,8 @@ _SAMPLING = (
         "--json-schema",
         metavar="FILE",
         callback=text_file,
-        help="Answer in JSON that fits the JSON Schema in this file. This option and the four below need the extra"
-        " grammar.",
+        help="Answer in JSON that fits the JSON Schema in this file. This option and the four below need"
+        " precast[grammar].",
     ),
     click.option("--json-object", is_flag=True, help="Answer with any JSON object."),
     click.option(
@@ -203,7 +203,7 @@ _ANSWERS = (
         "--prompt-logprobs",
         type=int,
         metavar="K",
-        help="Add the same for the tokens of the prompt. Needs --json.",
+        help="Like --logprobs, for the tokens of the prompt. Needs --json.",
     ),
     click.option("--echo", is_flag=True, help="Begin the text with the prompt."),
     click.option(
@@ -218,7 +218,7 @@ _ANSWERS = (
         default="auto",
         metavar="NAME",
         help="Answer with calls of the tool of this name. required: answer with calls of any tools. auto: let the model"
-        " choose. All but auto need the extra grammar. Default: auto.",
+        " choose. Every choice except auto needs precast[grammar]. Default: auto.",
     ),
     click.option(
         "--answer-format",

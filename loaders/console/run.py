@@ -107,6 +107,7 @@ class AnswerOptions(Frozen):
         echo: begin with the prompt.
         tools: file with the JSON schemas of tools, or None.
         answer_format: family of models whose form of tool calls to expect; None to let the template decide.
+        tool_choice: name of the tool to call; "required" for any tool, "auto" to let the model choose.
     """
 
     answers: int = 1
@@ -157,8 +158,8 @@ def run(
         raise PrecastError("--json needs a prompt: give one with -p or --ids, or pipe it in.")
 
     with fast_start(artifact):
-        # At exit Python collects garbage, which takes 5% of a short answer's time and frees nothing that the exit would
-        # not free. Frozen objects are skipped.
+        # At exit Python collects garbage, which takes 5% of a short answer's time, although the exit frees all memory
+        # anyway. The collection skips frozen objects.
         atexit.register(gc.freeze)
         from ..load import load
 
@@ -239,7 +240,7 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
     """
     collecting, threads = gc.isenabled(), "OPENBLAS_NUM_THREADS"
     limited = threads in os.environ
-    # NumPy multiplies no matrices here. With more threads, OpenBLAS's idle ones would spin during a tenth of the start.
+    # NumPy multiplies no matrices here, so more OpenBLAS threads would only spin, during a tenth of the start.
     os.environ.setdefault(threads, "1")
     if isinstance(artifact, Path):
         # A load makes no garbage, and a search for garbage would take a fortieth of the start.

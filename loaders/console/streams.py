@@ -12,12 +12,12 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 def open_closed_streams() -> None:
     """Open /dev/null in place of each standard stream that was closed when the process started.
 
-    Otherwise a file that is opened later would have the number of the closed stream, and receive its output.
+    Otherwise a file that is opened later would get the closed stream's file descriptor, and receive its output.
     """
     for number, (name, mode) in enumerate(_STREAMS):
         if getattr(sys, name) is not None:
             continue
-        # The lowest free number is the stream's own, because those below it are open by now.
+        # os.open returns the stream's own descriptor: the lowest free one, as all lower descriptors are open by now.
         handle = os.open(os.devnull, os.O_RDWR)
         os.set_inheritable(handle, True)
         setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))

@@ -75,7 +75,7 @@ def run(
 
 
 def _in_savedmodel(manifest: "Manifest", names: Iterable[str]) -> bool:
-    """Return True if a file is in the folder of a SavedModel: TensorFlow reads every file there."""
+    """Return True if a file is in the folder of a SavedModel, where TensorFlow reads every file."""
     folders = {
         PurePosixPath(program.executable).parent
         for target in manifest.targets

@@ -172,7 +172,7 @@ def read_place(place: Place, piece: Piece) -> bytes | None:
 
 
 def _noted_artifacts() -> Iterator[tuple[Path, Index]]:
-    """Yield the folder and index of each pulled artifact; forget those whose folder is gone."""
+    """Yield the folder and index of each recorded artifact; remove the record if the folder is gone."""
     for path in sorted((folder() / "folders").glob("*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError, PrecastError):
             note = json.loads(path.read_bytes())

@@ -23,9 +23,10 @@ from ..artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry, Manife
 from ..signing import MAX_SIGNATURE_BYTES
 
 INDEX_VERSION = 1
-# Small enough that a changed tensor or a lost connection costs little, large enough that requests are few.
+# The size of a piece: small enough that a changed tensor or a lost connection costs little, and large enough that
+# requests are few.
 PIECE_BYTES = 16 << 20
-# The maximum size of a piece, should another version of precast cut larger ones.
+# The largest piece that a pull accepts, because another version of precast may cut larger pieces.
 MAX_PIECE_BYTES = 64 << 20
 # A tensor of at least this size begins a new piece, wherever it lies in the file.
 _OWN_PIECE_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""Pull: from a store to a folder."""
+"""Pull an artifact from a store into a folder."""
 
 import hashlib
 import os
@@ -51,7 +51,7 @@ class _Head:
     Attributes:
         manifest: contents of the manifest.
         signature: contents of the signature; None if there is none.
-        fetched: the pieces that were fetched for them.
+        fetched: the pieces that were fetched for these two files.
     """
 
     manifest: bytes
@@ -182,7 +182,7 @@ def _read_index(store: Store, *, attempts: int = 4) -> Index:
         data = store.read(name, MAX_JSON_BYTES, attempts=attempts)
     except NotFoundError:
         raise NotFoundError(
-            f"{store}: there is no artifact of this name; check the URL, or put one there with precast push."
+            f"{store}: there is no artifact of this name; check the URL, or push an artifact there with precast push."
         ) from None
     return parse_index(data, f"{store}: {name}")
 
@@ -213,8 +213,8 @@ def _checked_signature(job: _Pull, manifest: bytes, fetched: list[Piece]) -> byt
         check_bytes(manifest, signature, job.key, str(store))
     elif signature is not None and signed_digest(signature, str(store)) != job.index.manifest:
         raise PrecastError(
-            f"{store}: {SIGNATURE_FILE} signs another {MANIFEST_FILE} than the one in the store; sign the artifact and"
-            " push it again."
+            f"{store}: {SIGNATURE_FILE} does not match the {MANIFEST_FILE} in the store; sign the artifact and push it"
+            " again."
         )
     return signature
 

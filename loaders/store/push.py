@@ -1,4 +1,4 @@
-"""Push: from a folder to a store."""
+"""Push an artifact from a folder to a store."""
 
 import dataclasses
 import hashlib

@@ -123,7 +123,7 @@ class Store:
         if "file" not in self.files.protocol:
             self.files.pipe_file(path, data)
             return
-        # Object stores write atomically; in a folder, renaming does.
+        # Object stores write atomically; on a local file system, the rename makes the write atomic.
         self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
         temporary = Path(f"{path}.{token_hex(6)}.partial")
         with on_interrupt(temporary.unlink):
@@ -262,7 +262,7 @@ def _package(protocol: str) -> str:
 
 
 def _s3_options(parent: str, configured: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the bucket and the options for s3fs: the key and secret of the URL, and no retries, because we retry."""
+    """Return the bucket and the options for s3fs: the URL's key and secret, and no retries, because `Store` retries."""
     options: dict[str, Any] = {}
     if "config_kwargs" not in configured:
         options["config_kwargs"] = {"retries": {"max_attempts": 1}, "connect_timeout": 15}

@@ -1,8 +1,8 @@
 """The common part of push and pull.
 
 An artifact travels in pieces. Pieces that are already at the destination stay there, so an interrupted transfer
-resumes, and a second version of an artifact transfers only the changes. `index` describes the layout of a store,
-`cache` the files that pulls keep on this machine.
+resumes, and a second version of an artifact transfers only the changes. `index` describes the layout of a store, and
+`cache` describes the files that pulls keep on this machine.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence

@@ -172,7 +172,7 @@ def test_an_export_replays_the_golden_answers(savedmodel_packages, tmp_path, tin
         assert model.target.runtime == "savedmodel"
         assert max(len(answer.token_ids) for answer in recorded.greedy) == 4
         assert any(len(answer.prompt_token_ids) > 8 for answer in recorded.greedy), "a chunked prompt"
-        problem = f"{where}: answer 0: token 0 is 1, recorded is 2; {DO_NOT_USE}"
+        problem = f"{where}: answer 0: token 0 is 1, but 2 was recorded; {DO_NOT_USE}"
         return ReplayReport(target=model.target.name, problems=(problem,), **nothing)
 
     monkeypatch.setattr(recording, "replay", replay)
@@ -180,7 +180,7 @@ def test_an_export_replays_the_golden_answers(savedmodel_packages, tmp_path, tin
     with pytest.raises(PrecastError) as raised:
         export(tiny_source(), tmp_path / "a", options)
     assert str(raised.value).endswith(
-        "target 'savedmodel': answer 0: token 0 is 1, recorded is 2; nothing was written: please report this."
+        "target 'savedmodel': answer 0: token 0 is 1, but 2 was recorded; nothing was written: please report this."
     )
     assert list(tmp_path.iterdir()) == []
 

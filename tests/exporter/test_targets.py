@@ -162,8 +162,8 @@ def test_programs_of_pure_xla_stay_within_their_level(artifact_copy):
     with pytest.raises(PrecastError) as raised:
         add_target(artifact_copy, isa="x86-64-v2", source="portable", log=lambda _: None)
     told = re.search(
-        r"program '(?:prefill_\d+|decode)': XLA was asked for x86-64-v2 and used an instruction \(([0-9a-f]+)\) that"
-        r" needs ([a-z0-9, ]+); use --cpu-isa x86-64-v3, or unset",
+        r"program '(?:prefill_\d+|decode)': XLA was asked for x86-64-v2, but used an instruction \(([0-9a-f]+)\) that"
+        r" needs ([a-z0-9, ]+); use --cpu-isa x86-64-v3, or remove",
         str(raised.value),
     )
     assert told is not None
@@ -219,8 +219,8 @@ def test_code_wider_than_its_level_is_refused(code, level, program, needs, inste
     with pytest.raises(PrecastError) as raised:
         code(level, LEA, LEA + program)
     assert str(raised.value) == (
-        f"art: program 'p1': XLA was asked for {level} and used an instruction ({program}) that needs {needs}; use"
-        f" --cpu-isa {instead}, or unset xla_cpu_max_isa where XLA_FLAGS holds it."
+        f"art: program 'p1': XLA was asked for {level}, but used an instruction ({program}) that needs {needs}; use"
+        f" --cpu-isa {instead}, or remove xla_cpu_max_isa from XLA_FLAGS if it is set there."
     )
 
 

@@ -70,7 +70,7 @@ def test_an_output_that_is_full_is_one_sentence(found):
         if "full 1" not in results:
             continue
         code, out, err = results["open"]
-        sentence = "error: standard output: No space left on device; send it somewhere else.\n"
+        sentence = "error: standard output: No space left on device; redirect it elsewhere.\n"
         assert results["full 1"][::2] == ((2, sentence) if out else (code, err)), command
 
 

@@ -227,7 +227,7 @@ def test_a_prefix_of_another_origin_is_not_used(copy, edit_manifest, cli, change
     edit_manifest(copy, lambda m: m["prefixes"][0].update(changes))
     said: list[str] = []
     model = load(copy, log=said.append)
-    assert said[-1] == f"{copy}: not used here: prefix 'fox'; {reason}"
+    assert said[-1] == f"{copy}: prefix 'fox' is not used here: {reason}"
     assert model.chat(messages("cat"), PARAMS).timing.cached_tokens == 0
     assert f"  prefix    fox: {prefix.tokens} tokens, not used: {reason}" in cli("check", copy).stdout
     assert f"not compared: {reason}" in cli("verify", copy).stdout
@@ -352,20 +352,20 @@ def test_targets_without_reproducible_keys_are_refused(artifact_copy, monkeypatc
     monkeypatch.setattr(adding, "is_reproducible", lambda _: False)
     name = read_manifest(artifact_copy).targets[0].name
     assert refusal(artifact_copy) == (
-        f"{artifact_copy}: target {name!r} cannot reuse keys and values; choose a target of precast's kernels for the"
-        " CPU with --target, or add one with precast add-target."
+        f"{artifact_copy}: target {name!r} cannot reuse keys and values; choose a target with precast's CPU kernels"
+        " (--target), or add one with precast add-target."
     )
 
 
 def test_remove(copy, prefixed_artifact, tiny_artifact, cli):
     assert cli("remove-prefix", copy, "cat").stderr == (
-        f"error: {copy}: prefix 'cat' is not in the artifact; it holds 'fox': choose one of its names.\n"
+        f"error: {copy}: the artifact has no prefix 'cat'; choose one of its prefixes: 'fox'.\n"
     )
     removed = cli("remove-prefix", copy, "fox")
     assert (removed.exit_code, removed.stdout.startswith(f"{copy}: prefix fox removed: ")) == (0, True)
     assert not (copy / "prefixes").exists()
     assert read_manifest(copy) == read_manifest(tiny_artifact)
-    with pytest.raises(PrecastError, match="it holds none: choose"):
+    with pytest.raises(PrecastError, match="has no prefix 'fox'; add it with precast add-prefix"):
         remove_prefix(copy, "fox", log=print)
 
 

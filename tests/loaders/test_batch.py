@@ -143,8 +143,8 @@ def test_records_of_other_requests_models_or_options_are_refused(
         with pytest.raises(PrecastError) as error:
             batch.run(slots_model, source, target, PARAMS)
         assert str(error.value) == (
-            f"{target}: line {number} is no record of line {number} of {source} with this model and these options;"
-            " choose another output, or remove it."
+            f"{target}: line {number} is not the record of line {number} of {source} with this model and these"
+            " options; choose another output, or remove this one."
         )
 
     lines = source.read_text().splitlines(keepends=True)

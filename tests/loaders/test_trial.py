@@ -130,7 +130,7 @@ def test_without_a_writable_cache_every_load_tries_and_logs_it(
         assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
         assert len(children) == count
         (line,) = (line for line in said if "in a child process" in line)
-        assert "as it will be at every start" in line
+        assert "and will be at every start" in line
         assert "cannot be written to; set PRECAST_CACHE to a folder that can be." in line
 
 
@@ -141,7 +141,7 @@ def test_without_a_home_folder_every_load_tries_and_logs_it(tiny_artifact, homel
         assert len(children) == count
         (line,) = (line for line in said if "in a child process" in line)
         assert line.endswith(
-            "at every start: this user has no home folder to hold the cache folder; set PRECAST_CACHE to a folder."
+            "start, because this user has no home folder to hold the cache folder; set PRECAST_CACHE to a folder."
         )
 
 
@@ -188,7 +188,9 @@ def test_without_a_child_process_the_load_logs_it_and_goes_on(tiny_artifact, own
     said = []
     assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
     (line,) = said
-    assert f"{tiny_artifact}: not tried in a child process first, because none can be started (" in line
+    assert (
+        f"{tiny_artifact}: was not tried in a child process first, because no child can be started (" in line
+    )
     assert "/no/such/python" in line
     assert records(own_cache) == []
 
@@ -232,7 +234,7 @@ def test_without_a_python_nothing_is_started(tiny_artifact, own_cache, monkeypat
     said = []
     ensure(tiny_artifact, log=said.append)
     (line,) = said
-    assert line.startswith(f"{tiny_artifact}: not tried in a child process first, because")
+    assert line.startswith(f"{tiny_artifact}: was not tried in a child process first, because")
     with pytest.raises(PrecastError, match=r"^x: the compiler's child process cannot be started \("):
         compiling.compile_programs([("decode", b"code")], "x", log=said.append)
     assert len(children) == (how == "a path that no system takes")
@@ -256,8 +258,8 @@ def child_that(monkeypatch, tmp_path, code, ready=True):
         ("sys.exit('getopt_long() error')", "getopt_long() error"),
         ("sys.exit(3)", "exit code 3"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-        ("print('error: a sentence'); sys.exit(3)", "answers as something other than Python does"),
-        ("print('precast child'); time.sleep(600)", "answers as something other than Python does"),
+        ("print('error: a sentence'); sys.exit(3)", "does not answer as Python would"),
+        ("print('precast child'); time.sleep(600)", "does not answer as Python would"),
         ("time.sleep(600)", "did not become ready within 1 s"),
     ],
 )
@@ -268,7 +270,7 @@ def test_a_child_other_than_python_is_named(tiny_artifact, tmp_path, own_cache, 
     ensure(tiny_artifact, log=said.append)
     (line,) = said
     assert line.startswith(
-        f"{tiny_artifact}: not tried in a child process first, because none can be started ({tmp_path}/python"
+        f"{tiny_artifact}: was not tried in a child process first, because no child can be started ({tmp_path}/python"
     )
     assert line.endswith(f"{reason}).")
     assert records(own_cache) == []
@@ -303,8 +305,8 @@ def test_an_application_that_starts_itself_does_so_once(tiny_artifact, tmp_path,
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     first, second, inner, outer = log.read_text().splitlines()
     assert first == second == "start"
-    start = f"{tiny_artifact}: not tried in a child process first, because none can be started ("
-    assert inner == f"{start}this process was started by precast.loaders.trial_worker itself)."
+    start = f"{tiny_artifact}: was not tried in a child process first, because no child can be started ("
+    assert inner == f"{start}this process is itself a child process for precast.loaders.trial_worker)."
     assert outer == f"{start}{app}: exit code 0)."
     assert records(own_cache) == []
 
@@ -334,7 +336,7 @@ def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
         ),
         (
             "say(progress='loading decode'); os.kill(os.getpid(), signal.SIGKILL)",
-            "which was killed while loading decode, as the system does when memory runs out; precast check",
+            "which was killed while loading decode, probably because memory ran out; precast check",
         ),
         ("sys.exit('ImportError: gone')", "which failed while starting (ImportError: gone); its programs"),
         ("sys.exit(5)", "which failed while starting (exit code 5); its programs"),

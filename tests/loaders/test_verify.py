@@ -89,7 +89,7 @@ def test_tokens_that_differ(cli, artifact_copy, edit_manifest):
     (sentence,) = result.stderr.splitlines()
     assert f"error: {artifact_copy}: answer 1: token 3 is " in sentence
     assert (
-        "recorded is 7 (prompt of 10 tokens); this artifact computes other numbers on this machine"
+        ", but 7 was recorded (prompt of 10 tokens); this artifact computes other numbers on this machine"
         in sentence
     )
 
@@ -103,7 +103,7 @@ def test_logits_that_differ(cli, artifact_copy, edit_manifest):
     assert result.exit_code == 1
     (sentence,) = result.stderr.splitlines()
     assert (
-        "answer 2: a logit of its first step differs from the recorded one by 0.01, the tolerance is 0.0015"
+        "answer 2: a logit of its first step differs from the recorded one by 0.01, but the tolerance is 0.0015"
         in sentence
     )
     found = json.loads(result.stdout)
@@ -152,7 +152,7 @@ def test_a_batch_or_a_score_that_differs(cli, tiny_artifact, monkeypatch, functi
     assert result.exit_code == 1
     first, *_ = json.loads(result.stdout)["problems"]
     assert re.fullmatch(
-        rf"{tiny_artifact}: answer \d, {how}: token 2 is 7, recorded is \d+ \(prompt of \d+ tokens\);"
+        rf"{tiny_artifact}: answer \d, {how}: token 2 is 7, but \d+ was recorded \(prompt of \d+ tokens\);"
         r" this artifact computes other numbers on this machine than at export: do not use it here, and report this\.",
         first,
     )

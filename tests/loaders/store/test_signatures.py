@@ -60,7 +60,7 @@ def test_an_artifact_signed_later_is_not_fetched_again(url, artifact_copy, keys,
         (
             False,
             False,
-            "manifest.json.sig signs another manifest.json than the one in the store; sign the artifact and push it",
+            "manifest.json.sig does not match the manifest.json in the store; sign the artifact and push it",
         ),
     ],
 )
