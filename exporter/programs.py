@@ -130,8 +130,8 @@ def with_layouts(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> P
 
     The new program's arguments and results are row-major arrays whose axes are permuted into the order of the layout,
     so the runtime handles row-major arrays only. The new program permutes the axes of its arguments back before the
-    computation, and those of its results after it. These transpositions copy nothing if the compiler prefers the given
-    layouts anyway.
+    computation, and the axes of its results after the computation. These transpositions copy nothing if the compiler
+    prefers the given layouts anyway.
 
     Args:
         spec: the program, with row-major arguments and results.

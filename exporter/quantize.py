@@ -37,7 +37,7 @@ _BLOCK = 1 << 18
 _THREADS = 8
 _HALF_MAX = float(np.finfo(np.float16).max)
 # The int4 search tries several ranges for a group. Each clips a share of the group's own range at the bottom and at the
-# top; a negative share widens the range. In the last one, the group's own range takes 14 of the 15 steps, which
+# top; a negative share widens the range. In the last range tried, the group's own range takes 14 of the 15 steps, which
 # reproduces weights that an earlier quantisation rounded to -7..7.
 _ENDS = (-0.03, 0.0, 0.03, 0.06)
 _CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14))

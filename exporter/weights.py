@@ -41,7 +41,7 @@ class WeightPlan:
     ignored: Sequence[str]
 
     def remark(self) -> str | None:
-        """Name the first ignored tensors and count the others; return None if there are none."""
+        """Return a remark that names the first ignored tensors and counts the rest; None if no tensor is ignored."""
         if not self.ignored:
             return None
         more = len(self.ignored) - _NAMED
@@ -104,7 +104,7 @@ def _aligned(array: np.ndarray) -> np.ndarray:
 
 
 def _check_tied(source: Source) -> None:
-    """Refuse a checkpoint whose config ties the head to the embedding, but whose tensors differ."""
+    """Refuse a checkpoint whose config ties the head to the embedding, but whose head and embedding differ."""
     head, embedding = (source.tensors[f"{name}.weight"].read() for name in ("lm_head", "model.embed_tokens"))
     if not np.array_equal(head, embedding):
         raise PrecastError(

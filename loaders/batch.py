@@ -160,7 +160,7 @@ def _parsed(line: bytes, where: str) -> Mapping[str, Any] | PrecastError:
     try:
         value = json.loads(line)
     except RecursionError:
-        return PrecastError(f"{where}: expected a JSON object, found one nested too deeply.")
+        return PrecastError(f"{where}: expected a JSON object, found JSON that is nested too deeply.")
     except ValueError:
         return PrecastError(f"{where}: expected a JSON object, found {_shortened(line)}.")
     if not isinstance(value, dict):

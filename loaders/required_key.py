@@ -11,8 +11,8 @@ SYSTEM_KEY = Path("/etc/precast/require-signature.pem")
 def required_key(given: str | Path | None) -> Path | None:
     """Return the file of the public key that artifacts must be signed with; None if signatures are optional.
 
-    A given key overrides the environment's, which overrides the machine's. So an argument can replace the required key,
-    but cannot remove the requirement.
+    A given key overrides the key in the environment, which overrides the key of the machine. So an argument can replace
+    the required key, but cannot remove the requirement.
 
     Args:
         given: file of the key named by an option or an argument.

@@ -1,4 +1,4 @@
-"""The reference one layer at a time, for models whose float32 weights do not fit in memory."""
+"""The reference, computed one layer at a time, for models whose float32 weights do not fit in memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

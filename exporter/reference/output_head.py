@@ -44,8 +44,8 @@ def blockwise_logits(
         bind: takes the spec of the model with a smaller vocabulary, and returns the function that binds
             arrays to it.
         x: hidden states ``[R, D]``.
-        arrays: all parameters in the order of binding. Those of the head, whose names begin with the
-            head's name, are NumPy arrays; one block at a time becomes a JAX array.
+        arrays: all parameters in the order of binding. The head's arrays, whose names begin with the head's name, are
+            NumPy arrays; one block at a time becomes a JAX array.
         packed: the head's arrays consist of panels of `PANEL` outputs.
 
     Returns:

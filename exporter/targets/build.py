@@ -97,7 +97,7 @@ def build_targets(
         programs: the programs, made of the kind's operations.
         root: the artifact's folder.
         created: day of the export.
-        isas: instruction sets of CPU executables; None for the default one, or a wider one if XLA uses more than that.
+        isas: instruction sets of CPU executables; None for `default_isa`, or a wider level if XLA uses more than that.
         log: called with the name of each step.
         on_built: called with each program that has been written.
 

@@ -1,4 +1,4 @@
-"""StableHLO for every supported jaxlib, including those older than the exporting jax."""
+"""StableHLO for every supported jaxlib, including jaxlibs that are older than the exporting jax."""
 
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo

@@ -83,7 +83,7 @@ class CheckReport:
     Attributes:
         root: the artifact.
         name: the model's name.
-        target: the target that would run; None if none would.
+        target: the target that would run; None if no target runs.
         compiled: True if that target would be compiled first.
         targets: the findings on each target.
         problems: obstacles that concern the whole artifact, such as too little memory.

@@ -54,7 +54,7 @@ def statuses(manifest: Manifest, target: Target | None, isa: str) -> tuple[Prefi
 
     Args:
         manifest: the artifact's manifest.
-        target: the target that runs; None if none does.
+        target: the target that runs; None if no target runs.
         isa: the instruction set of the machine's kernels.
     """
     return tuple(

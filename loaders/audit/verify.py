@@ -161,7 +161,7 @@ def batch_problems(model: Model, golden: Golden, where: str) -> list[str]:
     """Generate the golden answers in batches that fill the slots, and with the score program if there is one.
 
     Returns:
-        A sentence for each answer with other tokens.
+        A sentence for each answer whose tokens differ.
 
     Raises:
         PrecastError: a program fails.
@@ -216,7 +216,7 @@ def first_logits(model: Model, prompt: Sequence[int]) -> np.ndarray:
 
 
 def _difference(model: Model, answer: Answer) -> float:
-    """Return the largest absolute difference between the recorded logits and the model's; NaN if one is NaN."""
+    """Return the largest absolute difference between the recorded logits and the model's; NaN if a logit is NaN."""
     logits = first_logits(model, answer.prompt_token_ids)
     found = logits[list(answer.first_logits.token_ids)].astype(np.float64)
     return float(np.abs(found - np.array(answer.first_logits.values)).max())

@@ -128,7 +128,7 @@ def compile_target(
         isa: as for `compile_programs`.
         exact: refuse instructions beyond `isa`. If False, the target requires the level that its instructions need.
         jaxlib: version of the installed jaxlib.
-        folder: folder of its executables, below ``programs/``; None for one named after the target.
+        folder: folder of its executables, below ``programs/``; None for the target's name.
         log: as for `compile_programs`.
 
     Returns:

@@ -2,7 +2,7 @@
 
 An executable requires only the features that its instructions use. XLA may use fewer features than the requested level
 permits and, on a new CPU, features beyond it, so every executable is disassembled. precast's own kernels do not count:
-the wheel holds them for several instruction sets, and they choose one by CPUID at run time.
+the wheel holds them for several instruction sets, and chooses one by CPUID at run time.
 """
 
 import re
@@ -235,7 +235,7 @@ def widest_level(features: Sequence[str]) -> str | None:
 
 
 def audience(machine: str, features: Sequence[str]) -> str:
-    """Describe in one line the CPUs that run a target, and those that cannot.
+    """Describe in one line the CPUs that run a target, and the CPUs that cannot.
 
     Args:
         machine: processor family that it is compiled for.

@@ -25,7 +25,7 @@ def run(
     from ..load import load
 
     if source.exists() and target.exists() and source.samefile(target):
-        raise PrecastError(f"{target}: is the input; choose another output.")
+        raise PrecastError(f"{target}: is the input as well as the output; choose another output.")
     with show_progress() as display:
         model = load(artifact, **loading.given(), log=display.log, progress=display)
         params = replace(model.default_sampling(), **sampling.given())

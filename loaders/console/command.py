@@ -35,8 +35,8 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of `cli.py`; click would sort the names
 
     def invoke(self, context: click.Context) -> Any:
-        # Handle errors here as well as in `main`: between the two, click would catch KeyboardInterrupt and print a
-        # message of its own.
+        # Handle errors here as well as in `main`: click's code between `main` and `invoke` would catch
+        # KeyboardInterrupt and print a message of its own.
         with _lines_only():
             context.exit(super().invoke(context))
 

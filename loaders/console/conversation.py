@@ -33,7 +33,7 @@ def converse(
     Args:
         model: a model with a chat template.
         params: the sampling parameters.
-        opening: the messages before the user's first one, or the messages of a saved chat.
+        opening: the messages before the user's first message, or the messages of a saved chat.
         stats: print the speed of all answers at the end, on standard error.
         literal: treat messages as plain text.
         state: the file to save the chat to, or None.
@@ -67,7 +67,7 @@ def converse(
             asked = [*messages, {"role": "user", "content": message}]
             messages = _answer(partial(model.stream_chat, asked, params, literal=literal), asked, done)
     if state is not None and done:
-        # Save the tokens up to the last complete answer, without those of an interrupted one.
+        # Save the tokens up to the last complete answer, without the tokens of an interrupted answer.
         model.save_state(state, done[-1], messages=messages)
     if history.problem:
         print(printable(history.problem), file=sys.stderr)

@@ -102,7 +102,7 @@ def _saved(facts: dict[str, Any]) -> str:
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """Format layer numbers, with consecutive ones as a range: "0-4,7"."""
+    """Format layer numbers, with consecutive numbers as a range: "0-4,7"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and runs[-1][-1] == layer - 1:

@@ -27,7 +27,7 @@ from ..artifact.errors import PrecastError
 from ..artifact.manifest import MANIFEST_FILE
 from .index import Index, Piece, parse_index
 
-# Age in seconds at which a partly written piece, and a piece of an incomplete artifact, is orphaned.
+# Age in seconds from which a partly written piece, and a piece of an incomplete artifact, counts as orphaned.
 _ORPHANED_PARTIAL_S, _ORPHANED_PIECE_S = 3600, 30 * 24 * 3600
 # A file and an offset in it.
 Place = tuple[Path, int]
@@ -192,7 +192,7 @@ def note_url(url: str, manifest: str, key: str) -> None:
 
 
 def last_artifact(url: str, key: str) -> Path | None:
-    """Return the artifact that a URL last led to with this key; None if there is none or it is gone."""
+    """Return the artifact that a URL last led to with this key; None if that is unknown, or the artifact is gone."""
     with suppress(OSError, ValueError):
         manifest = (folder() / "urls" / key / _hash(url)).read_text("ascii").strip()
         root = artifact_folder(manifest, key)

@@ -2,7 +2,7 @@
 
 ::
 
-    STORE/NAME.json               the index of one artifact: files, and the pieces of each
+    STORE/NAME.json               the index of one artifact: its files, and the pieces of each file
     STORE/pieces/ab/abcd…         a piece; all artifacts of a store share it
 
 A push writes the index after all pieces. A pull treats the index as untrusted. It first fetches only the manifest and

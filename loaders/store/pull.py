@@ -331,8 +331,8 @@ def _receive(job: _Pull, *, overwrite: bool, progress: Progress | None) -> list[
         for name, file in index.files.items():
             _write(store, file, temporary.joinpath(*files.split_name(root, name)), name)
     files.record_hash(root / WEIGHTS_FILE, index.files[WEIGHTS_FILE].sha256)
-    # Record the folder before dropping the pieces, so that another pull finds their bytes in one of the two at any
-    # moment.
+    # Record the folder before dropping the pieces, so that at any moment another pull finds their bytes in the folder
+    # or in the pieces.
     cache.note_folder(root, index, job.key_name)
     cache.drop_pieces(index)
     return fetched

@@ -182,7 +182,7 @@ class _NotPlain(Exception):
 
 
 def _underlying(error: Exception) -> Exception:
-    """Return the true error behind one that fsspec has raised.
+    """Return the true error behind an error that fsspec has raised.
 
     If a web server does not answer, or refuses, fsspec raises FileNotFoundError and gives the true error as its cause.
     From other stores a FileNotFoundError is genuine, even if it has a cause.

@@ -188,7 +188,7 @@ def test_a_forged_statement(signed, keys):
         statement["subject"][0]["digest"]["sha256"] = sha256(digest.digest()).hexdigest()
 
     forge(signed, fit)
-    assert "the signature is invalid; it was altered" in refusal(signed, keys / "maker.pub.pem")
+    assert "the signature is invalid, so it was altered" in refusal(signed, keys / "maker.pub.pem")
 
 
 def test_a_key_inside_the_signature_is_ignored(signed, keys, artifact_copy):

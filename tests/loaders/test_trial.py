@@ -314,7 +314,9 @@ def test_an_application_that_starts_itself_does_so_once(tiny_artifact, tmp_path,
 def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
     monkeypatch.setenv(child_process.GUARD, "precast.loaders.trial_worker")
     assert child_process.command("precast.loaders.compiling.compiler")[0] == sys.executable
-    with pytest.raises(child_process.StartError, match=r"started by precast\.loaders\.trial_worker itself"):
+    with pytest.raises(
+        child_process.StartError, match=r"itself a child process for precast\.loaders\.trial_worker"
+    ):
         child_process.command("precast.loaders.trial_worker")
 
 

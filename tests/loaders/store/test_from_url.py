@@ -148,7 +148,7 @@ def test_an_altered_file_in_the_cache_that_cannot_be_fetched(folder_url, tiny_ar
 
     traffic.fail = fail
     with pytest.raises(
-        PrecastError, match=r"'tokenizer\.json' has sha256 .* remove that folder, and pull it again\."
+        PrecastError, match=r"'tokenizer\.json' has sha256 .* remove that folder, and load the URL again\."
     ):
         loading.load(folder_url)
     with pytest.raises(PrecastError, match=r"copy or export the artifact again\.$"):
