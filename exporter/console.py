@@ -72,7 +72,8 @@ def _console(*, stderr: bool) -> Console:
 def _show_cursor(console: Console) -> None:
     """Show the cursor, which progress bars hide.
 
-    An interrupt may come while a line is half written, so this writes to the file descriptor and not to the stream.
+    An interrupt may come while a line is half written, so the code is written to the file descriptor, not to the
+    stream.
     """
     if console.is_terminal:
         os.write(sys.stderr.fileno(), b"\x1b[?25h")

@@ -78,7 +78,7 @@ def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
 
 
 def _check_tokenizer(source: Source, vocab: int) -> None:
-    """Refuse chat templates that do not compile, and tokens beyond the model's `vocab` embeddings."""
+    """Refuse chat templates that do not compile, and token ids beyond the model's `vocab` embeddings."""
     texts.check_templates(source)
     tokenizer = texts.read_tokenizer(source)
     if tokenizer.largest_own_id >= vocab:

@@ -208,7 +208,7 @@ class _Grouped(Format):
         return tuple(arrays)
 
     def _quantise_rows(self, block: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return values ``[rows, in]`` and coefficients ``[rows, groups]`` of a few rows."""
+        """Quantise a few rows; return values ``[rows, in]`` and coefficients ``[rows, groups]``."""
         rows, columns = block.shape
         whole = columns // GROUP * GROUP
         parts = [(block[:, :whole], GROUP)] if whole else []
@@ -239,7 +239,7 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
-    """Pad rows to whole panels and columns to a multiple, with zeros."""
+    """Pad an array with zeros: rows to whole panels, and columns to a multiple of `multiple`."""
     rows, columns = array.shape
     return np.pad(array, ((0, -rows % PANEL), (0, -columns % multiple)))
 

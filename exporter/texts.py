@@ -72,9 +72,9 @@ def marker_remarks(source: Source) -> tuple[str, ...]:
 
 
 def bare_tokens(source: Source, vocab: int) -> str | None:
-    """Return a remark on the added tokens without an embedding, or None.
+    """Return a remark on added tokens that have no embedding; None if all tokens have one.
 
-    transformers loads such a model, but fails on every text that contains one of these tokens.
+    transformers loads a model with such tokens, but fails on every text that contains one of them.
 
     Args:
         source: the source.

@@ -92,7 +92,7 @@ def add_prefix(
         name: the prefix's name: 1 to 64 letters, digits, "-", "_" and ".", not beginning with ".".
         source: the prefix's text.
         target: name of the target that computes the keys and values; no other target can use them. None chooses the
-            best that runs here.
+            best target that runs here.
         overwrite: replace a prefix of the same name.
         require_signature: file of the public key that the artifact must be signed with before the change.
         threads: number of computing threads; one per usable core by default.
@@ -237,7 +237,7 @@ def _store(
     with record_change(artifact, changed) as folder:
         write_files(artifact, folder, contents)
         was_signed = replace_manifest(artifact, folder)
-    # The next load need not hash what this process has just written.
+    # Record the hash, so that the next load does not hash the file again.
     files.record_hash(artifact.root / prefix.arrays, changed.files[prefix.arrays].sha256)
     return PrefixChange(
         prefix=prefix,

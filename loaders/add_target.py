@@ -54,7 +54,7 @@ class Addition:
 
 
 class _Request(Frozen):
-    """The options of `add_target` that decide what is compiled."""
+    """The options of `add_target` that determine the new target."""
 
     isa: str | None
     source: str | None

@@ -69,7 +69,8 @@ def run(
 ) -> BatchResult:
     """Answer every request of a file.
 
-    An error of one request becomes its record. After an exception or an interrupt the output holds the records so far.
+    If a request fails, its record holds the error. After an exception or an interrupt, the output holds the records
+    written so far.
 
     Args:
         model: the model.

@@ -40,7 +40,7 @@ BFLOAT16_TIE = 0.15
 # For int4 weights, with which activations are rounded to 8 bits: leads were measured to change by 0.06 (prompts of 5 to
 # 65 tokens of the demo model).
 INT4_TIE = 0.25
-# The number of logits recorded for the first step of an answer: the largest ones.
+# The number of logits that are recorded for the first step of an answer. These are the largest logits.
 LOGITS = 8
 
 
@@ -59,7 +59,7 @@ def tie_of(manifest: Manifest) -> float:
 
 
 def _computes_bfloat16(manifest: Manifest) -> bool:
-    """Return True if any target computes in bfloat16: one is enough, because all targets share the golden answers."""
+    """Return True if any target computes in bfloat16, because all targets share the golden answers."""
     return any(target.platform == "cuda" for target in manifest.targets)
 
 

@@ -20,12 +20,12 @@ _BLOCK = 8192  # tokens
 
 EMBEDDING = "model.embed_tokens.weight"
 
-# Binds the arrays of a model's parameters to the model.
+# A function that binds the arrays of a model's parameters to the model.
 Bind = Callable[[Sequence[Array]], Decoder]
 
 
 def head_of(spec: ModelSpec) -> str:
-    """Return the name of the output head's parameter: the embedding if they are tied."""
+    """Return the name of the output head's parameter: that of the embedding if the head is tied to the embedding."""
     return EMBEDDING if spec.config.tied_embeddings else "lm_head.weight"
 
 

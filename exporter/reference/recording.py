@@ -21,7 +21,7 @@ from ..manifest import write_manifest
 from ..programs import StoredModel
 from . import golden
 
-# Tokens of each golden answer that a SavedModel repeats: TensorFlow needs 1 s where kernels need 50 ms.
+# Number of tokens of each golden answer that a SavedModel repeats. TensorFlow needs 1 s where the kernels need 50 ms.
 _SAVEDMODEL_TOKENS = 4
 
 

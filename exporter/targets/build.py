@@ -112,8 +112,8 @@ def build_targets(
     as_stablehlo = dataclasses.replace(kind, runtime="stablehlo")
     source = build_target(as_stablehlo, programs, root, created, lowered.append)
     targets: list[Target] = []
-    # The widest comes first, because the first target's answers become the golden ones. Native comes last, because its
-    # level is known only after compiling.
+    # The widest level comes first, because the first target's answers become the golden answers. Native comes last,
+    # because its level is known only after compiling.
     wanted = (default_isa(),) if isas is None else isas
     for isa in (name for name in (*reversed(list(LEVELS)), NATIVE) if name in wanted):
         log(f"compiling target {kind.name} for {isa}")
@@ -280,7 +280,7 @@ def _program(spec: ProgramSpec, stem: str, compiled: jax.stages.Compiled | None)
 
 
 def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Value, ...]:
-    """Apply the compiler's layouts to values; each permutes the axes of the value's current layout."""
+    """Apply the compiler's layouts to values; each layout permutes the axes of a value's current layout."""
     return tuple(
         dataclasses.replace(v, layout=tuple(v.layout[axis] for axis in f.layout.major_to_minor))
         for v, f in zip(values, formats, strict=True)

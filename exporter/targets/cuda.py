@@ -2,7 +2,7 @@
 
 An artifact mostly decodes, so the decode program is compiled first, and the compiler chooses all layouts of caches and
 weights. All programs then use these layouts, because they share the memory. `precast.exporter.programs.with_layouts`
-fixes a layout.
+applies the layouts.
 """
 
 import os

@@ -144,7 +144,7 @@ def _write(
         tf.errors.PermissionDeniedError,
         tf.errors.UnknownError,
     ) as error:
-        raise OSError(error.message) from error  # TensorFlow's errors for a full disk
+        raise OSError(error.message) from error  # TensorFlow reports a full disk with these errors
     except tf.errors.OpError as error:
         raise PrecastError(
             f"target {kind.name!r}: TensorFlow cannot write the SavedModel ({error.message}); nothing was written:"

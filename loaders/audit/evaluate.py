@@ -59,7 +59,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactScorer:
-    """A loaded artifact as a scorer: prefill up to the first scored position, then decode, in its first slot."""
+    """A scorer that prefills a loaded artifact up to the first scored position, and then decodes, in its first slot."""
 
     model: Model
 

@@ -180,7 +180,7 @@ def batch_problems(model: Model, golden: Golden, where: str) -> list[str]:
 
 
 def _decoded(engine: Engine, answers: Sequence[Answer]) -> list[list[int]]:
-    """Return the tokens of answers decoded together, with the answers in slots from the last to the first."""
+    """Decode answers together, in slots from the last to the first; return their tokens."""
     cache, slots = engine.new_cache(), range(engine.slots)[::-1][: len(answers)]
     found = [
         [int(engine.prefill(answer.prompt_token_ids, cache, slot=slot).token[0])]

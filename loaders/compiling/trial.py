@@ -118,7 +118,7 @@ def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:
         if not tops or not folder.startswith(tops[-1]):
             tops.append(folder)
     for name in names:
-        # Among folders that do not nest, only the last that sorts before a name can contain it.
+        # Among folders that do not nest, only the last folder that sorts before a name can contain that name.
         place = bisect_right(tops, name)
         if place and name.startswith(tops[place - 1]):
             yield name

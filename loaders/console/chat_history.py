@@ -41,7 +41,7 @@ class History:
             self._guarded(self._read)
 
     def add(self, message: str) -> bool:
-        """Append a message to the file if it is suitable (`_is_kept`); return True if it is."""
+        """Append a suitable message (`_is_kept`) to the file; return True if the message is suitable."""
         fits = _is_kept(message)
         if fits and self._path is not None:
             line = json.dumps(message).encode() + b"\n"

@@ -103,7 +103,7 @@ def _target_lines(target: TargetReport) -> Iterable[str]:
         return
     yield f"  target    {target.name}: {'fits once it is compiled here' if target.compiles else 'does not fit'}"
     for finding in target.mismatches:
-        # The line above says already that the target must be compiled.
+        # The line above already says that the target must be compiled.
         if finding.what != "compiling":
             yield f"    ! {finding.problem}"
         yield f"        → {finding.remedy}"

@@ -1,4 +1,4 @@
-"""The age of this process, which is the time of a cold start: it includes the interpreter's start and all imports."""
+"""The age of this process. It measures a cold start, because it includes the interpreter's start and all imports."""
 
 import os
 import time
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def process_age() -> float:
-    """Return the seconds since the process started, to about 10 ms.
+    """Return the seconds since the process started, accurate to about 10 ms.
 
-    If the system does not tell the time of the start, return the CPU time that the process has used, in seconds.
+    If the system does not report the time of the start, return the CPU time that the process has used, in seconds.
     """
     try:
         # The fields after the command's name, which may contain spaces and brackets; see proc(5).

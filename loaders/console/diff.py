@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Maximum lines of a section in the text output; the JSON output has all.
 _MOST_LINES = 12
 _MOST_CHARACTERS = 80
-# Lists with more differing items show their count.
+# For lists with more differing items, the output gives only the numbers of these items.
 _MOST_ITEMS = 8
 
 

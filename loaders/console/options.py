@@ -88,7 +88,7 @@ KEY = click.option(
     metavar="KEY",
     type=PATH,
     callback=_required,
-    help="Refuse an artifact without a signature by this key: a PEM file of the public key. Default: the file named by"
+    help="Refuse an artifact that is not signed with this key, a PEM file of the public key. Default: the file named by"
     " PRECAST_REQUIRE_SIGNATURE.",
 )
 THREADS = click.option(
@@ -116,7 +116,7 @@ _SAMPLING = (
         help="Sample at this temperature; 0 is greedy. Default of this and the options below: the model's own.",
     ),
     click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all."),
-    click.option("--top-p", type=float, help="Keep the likeliest tokens that make up this probability."),
+    click.option("--top-p", type=float, help="Keep the likeliest tokens whose probabilities add up to this."),
     click.option(
         "--min-p",
         type=float,
@@ -125,12 +125,12 @@ _SAMPLING = (
     click.option(
         "--repetition-penalty",
         type=float,
-        help="Above 1, make every token of the prompt and of the answer so far less likely.",
+        help="Above 1, make tokens less likely if the prompt or the answer already contains them.",
     ),
     click.option(
         "--presence-penalty",
         type=float,
-        help="Above 0, make every token of the answer so far less likely. From -2 to 2.",
+        help="Above 0, make tokens less likely if the answer already contains them. From -2 to 2.",
     ),
     click.option(
         "--frequency-penalty",
@@ -161,7 +161,7 @@ _SAMPLING = (
         multiple=True,
         help="Never generate this word. May be given several times.",
     ),
-    click.option("--ignore-eos", is_flag=True, help="Continue past the end token, to the limit."),
+    click.option("--ignore-eos", is_flag=True, help="Continue past the end token, up to the limit."),
     click.option(
         "--json-schema",
         metavar="FILE",
@@ -217,8 +217,8 @@ _ANSWERS = (
         "--tool-choice",
         default="auto",
         metavar="NAME",
-        help="Answer with calls of the tool of this name. required: answer with calls of any tools. auto: let the model"
-        " choose. Every choice except auto needs precast[grammar]. Default: auto.",
+        help="Answer with calls of the tool NAME. With required: answer with calls of any tools. With auto: let the"
+        " model choose. Every choice except auto needs precast[grammar]. Default: auto.",
     ),
     click.option(
         "--answer-format",

@@ -291,7 +291,7 @@ def piped_text(text: str) -> str:
 
 
 def _opening(system: str | None, before: "State | None") -> "list[Message]":
-    """Return the messages before the user's new one: those of a saved chat, or else the system message, if any."""
+    """Return the messages before the user's new message: a saved chat, or else the system message, if any."""
     if before is not None:
         return list(before.messages)
     return [] if system is None else [{"role": "system", "content": system}]

@@ -1,6 +1,6 @@
 """Replacements for standard streams that were closed when the process started.
 
-This is the first thing that a command does, so it imports only modules that Python itself has imported.
+A command calls this module first, so the module imports only modules that Python itself has imported.
 """
 
 import os

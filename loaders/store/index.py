@@ -114,7 +114,7 @@ def parse_index(data: bytes, where: str) -> Index:
     for name, file in index.files.items():
         _check_file(name, file, where)
     if len({(p.sha256, p.bytes) for f in index.files.values() for p in f.pieces}) != len(index.pieces):
-        raise PrecastError(f"{where}: one piece has two sizes; push the artifact again.")
+        raise PrecastError(f"{where}: one piece is listed with two sizes; push the artifact again.")
     _check_head(index, where)
     return index
 
@@ -142,7 +142,7 @@ def _check_head(index: Index, where: str) -> None:
     if manifest is None:
         raise PrecastError(f"{where}: {MANIFEST_FILE} is missing; push the artifact again.")
     if manifest.sha256 != index.manifest:
-        raise PrecastError(f"{where}: {MANIFEST_FILE} has two hashes; push the artifact again.")
+        raise PrecastError(f"{where}: {MANIFEST_FILE} is listed with two hashes; push the artifact again.")
     limits = {MANIFEST_FILE: MAX_JSON_BYTES, SIGNATURE_FILE: MAX_SIGNATURE_BYTES}
     for name, limit in limits.items():
         if name in index.files and index.files[name].bytes > limit:

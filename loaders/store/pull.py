@@ -163,7 +163,7 @@ def _fill_cache(job: _Pull, log: _Log, progress: Progress | None) -> None:
     root = job.root
     with _locked(root, log):
         fetched = _fetch_head(job).fetched
-        if _is_intact(root, job.index):  # another process was quicker
+        if _is_intact(root, job.index):  # another process has pulled it in the meantime
             return
         if not (root / MANIFEST_FILE).exists():
             shutil.rmtree(root, ignore_errors=True)
@@ -235,7 +235,7 @@ def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
 
 
 def _has_sizes(root: Path, index: Index) -> bool:
-    """Return True if the folder has the index's manifest, and every file by name and size."""
+    """Return True if the folder has the index's manifest, and every file of the index in the right size."""
     try:
         manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
         return hashlib.sha256(manifest).hexdigest() == index.manifest and all(
@@ -248,7 +248,7 @@ def _has_sizes(root: Path, index: Index) -> bool:
 
 
 def _is_intact(root: Path, index: Index) -> bool:
-    """Return True if every file has its hash; skip files that are unchanged since they were last hashed."""
+    """Return True if every file has its hash in the index; skip files that have not changed since the last hash."""
     if not _has_sizes(root, index):
         return False
     try:
@@ -262,7 +262,7 @@ def _is_intact(root: Path, index: Index) -> bool:
 
 
 def _is_complete(root: Path, index: Index, manifest: bytes) -> bool:
-    """Read every file; return True if each has its hash."""
+    """Read every file; return True if each file has its hash in the manifest."""
     if not _has_sizes(root, index):
         return False
     listed = parse_manifest(manifest, str(root)).files

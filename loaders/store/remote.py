@@ -70,7 +70,7 @@ class Store:
         return without_secrets(self.url)
 
     def read(self, path: str, limit: int, *, attempts: int = len(_WAITS) + 1) -> bytes:
-        """Return the contents of a file, at most `limit` + 1 bytes; the extra byte tells that the file is too large.
+        """Return the contents of a file, at most `limit` + 1 bytes; the extra byte shows that the file is too large.
 
         Args:
             path: the file's path in the store.
@@ -267,7 +267,7 @@ def _s3_options(parent: str, configured: dict[str, Any]) -> tuple[str, dict[str,
     if "config_kwargs" not in configured:
         options["config_kwargs"] = {"retries": {"max_attempts": 1}, "connect_timeout": 15}
     user, at, bucket = parent.rpartition("@")
-    if at and ":" in user:  # an @ may also stand in the name of a folder
+    if at and ":" in user:  # the name of a folder may contain an @, too
         key, _, secret = user.partition(":")
         return bucket, options | {"key": unquote(key), "secret": unquote(secret)}
     return parent, options

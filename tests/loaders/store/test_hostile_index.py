@@ -97,7 +97,7 @@ HOSTILE = {
     "a huge piece": (set_in(*FIRST, "bytes", value=2**62), "expected pieces of 1 to 67108864 bytes"),
     "an empty piece": (set_in(*FIRST, "bytes", value=0), "expected pieces of 1 to 67108864 bytes"),
     "sizes that do not add up": (set_in(*README, "bytes", value=7), "has 7 bytes, but its pieces have"),
-    "one piece of two sizes": (sizes_that_add_up, "one piece has two sizes"),
+    "one piece of two sizes": (sizes_that_add_up, "one piece is listed with two sizes"),
     "a path for a hash": (
         set_in(*FIRST, "sha256", value="../../../etc/passwd"),
         "expected sha256 as 64 hex digits",
@@ -116,7 +116,10 @@ HOSTILE = {
         "key 'hook' is not known to this format version; update precast, or push the artifact again.",
     ),
     "no manifest": (lambda index, store: index["files"].pop("manifest.json"), "manifest.json is missing"),
-    "a manifest of another hash": (set_in("manifest", value="0" * 64), "manifest.json has two hashes"),
+    "a manifest of another hash": (
+        set_in("manifest", value="0" * 64),
+        "manifest.json is listed with two hashes",
+    ),
     "a signature that is a video": (
         set_in(
             "files",
