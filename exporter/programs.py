@@ -179,8 +179,8 @@ def ring_size(window: int, geometry: Geometry) -> int:
 def cache_groups(c: DecoderConfig, geometry: Geometry) -> tuple[tuple[CacheArray, ...], ...]:
     """Return the arrays of each KV cache; layers with the same window share a cache.
 
-    Keys and values are ``[L, B, K, S, H]``: the positions of a head are contiguous, as attention reads them. int8 adds
-    a scale for each position and head, ``[L, B, K, S]``.
+    Keys and values are ``[L, B, K, S, H]``, so the positions of a head are contiguous, in the order in which attention
+    reads them. int8 adds a scale for each position and head, ``[L, B, K, S]``.
     """
     windows = c.layer_windows
     return tuple(

@@ -273,9 +273,9 @@ def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 def _quantise_int8(x: np.ndarray) -> _Quantised:
     """Find values -127..127 and a scale for each column.
 
-    Try scales around max / 127: round the values with each, and compute the error that is left when the scale is then
-    refitted to the rounded values by least squares. The refitted scale with the least error is used if it also beats
-    plain rounding with max / 127.
+    Try scales around max / 127. For each scale, round the values, refit the scale to the rounded values by least
+    squares, and compute the error. Use the refitted scale with the least error if it also beats plain rounding with
+    max / 127.
     """
     most = np.maximum(x.max(0), -x.min(0))
     step = most / np.float32(127)

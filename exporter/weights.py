@@ -21,7 +21,7 @@ _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.b
 # Maximum number of ignored tensors that a remark names.
 _NAMED = 2
 _VOCABULARY = ("model.embed_tokens.weight", HEAD)
-# A mixture's router stays float32: it is small, and rounding it could choose the wrong experts.
+# A mixture's router stays float32, because it is small, and rounding it could choose the wrong experts.
 _ROUTER = ".mlp.gate.weight"
 _MATRIX_AXES = 3  # a stack [L, out, in]
 
@@ -136,7 +136,7 @@ def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, st
     """Return the storage format of each parameter, by name.
 
     Matrices have the format `weights`; norms, biases and routers stay float32. If `weights` is int4, the embedding and
-    the output head are int8 instead: they would lose the most precision as int4, and every token depends on them.
+    the output head are int8, because they would lose the most precision as int4, and every token depends on them.
 
     Raises:
         PrecastError: the format is unknown.

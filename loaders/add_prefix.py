@@ -177,7 +177,7 @@ def _prompt(model: Model, source: PrefixSource, following: str) -> list[int]:
         # With an empty text, the prefix would consist of the special tokens that begin every prompt.
         return model.tokenizer.encode(source.text + following) if source.text else []
     messages = [{"role": "system", "content": source.system}] if source.chat is None else list(source.chat)
-    # A chat that ends with the user's message is a complete prompt: the model's answer follows.
+    # A chat that ends with the user's message is already a complete prompt, because the model's answer follows.
     if not messages or messages[-1].get("role") != "user":
         messages.append({"role": "user", "content": following})
     return model.chat_prompt(messages, tools=source.tools)

@@ -97,7 +97,7 @@ def run(
         progress(_step(kept, total))
         for record in _answers(model, requests, params):
             counts["error" in record] += 1
-            # JSON may hold half of a surrogate pair, which UTF-8 cannot encode; the error handler writes JSON's escape.
+            # JSON may hold half of a surrogate pair. UTF-8 cannot encode it, so the error handler writes a JSON escape.
             file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
             file.flush()
             progress(_step(sum(counts), total))

@@ -15,7 +15,7 @@ def find_artifact(path: Path) -> Path:
     Raises:
         PrecastError: there is no artifact, or more than one.
     """
-    # os.path returns False for names that no file system allows; pathlib raises an error.
+    # For names that no file system allows, os.path returns False, whereas pathlib raises an error.
     if os.path.isfile(path / MANIFEST_FILE):
         return path
     candidates = path.glob(f"*/{MANIFEST_FILE}") if os.path.isdir(path) else ()

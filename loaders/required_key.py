@@ -21,5 +21,5 @@ def required_key(given: str | Path | None) -> Path | None:
         return Path(given)
     if named := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(named).expanduser()
-    # lexists is True even for a dangling symlink: a missing key then blocks every load instead of allowing every load.
+    # lexists is True even for a dangling symlink, so a missing key blocks every load instead of allowing every load.
     return SYSTEM_KEY if os.path.lexists(SYSTEM_KEY) else None

@@ -22,7 +22,7 @@ from ..texts import read_tokenizer
 from ..weights import plan_weights, read_floats
 from .layerwise import LayerwiseReference
 
-# Tokens that an export measures: two windows of 512, or more windows with a smaller context.
+# Number of tokens that an export measures: two windows of 512, or more windows with a smaller context.
 TOKENS = 1024
 
 

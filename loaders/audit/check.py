@@ -236,7 +236,7 @@ def _command(*words: object) -> str:
 def _split_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
     """Return a problem without its trailing pip command, and the command, which is None if there is none."""
     for packages in (_TENSORFLOW, compat.cuda_packages(machine.jaxlib)):
-        # Match only at the end: an untrusted manifest may put "pip install" elsewhere into the problem.
+        # Match only at the end, because an untrusted manifest may put "pip install" elsewhere into the problem.
         if problem.endswith(f": pip install {packages}"):
             return problem.removesuffix(f": pip install {packages}"), f"pip install {packages}"
     return problem, None

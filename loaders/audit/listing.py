@@ -65,7 +65,7 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
     Raises:
         PrecastError: the folder does not exist.
     """
-    # os.path returns False for names that no file system allows; pathlib raises an error.
+    # For names that no file system allows, os.path returns False, whereas pathlib raises an error.
     if not os.path.isdir(folder):
         what = "is a file" if os.path.exists(folder) else "does not exist"
         raise PrecastError(
@@ -91,7 +91,7 @@ def _folders(folder: Path) -> Iterator[Path | ListEntry]:
         return
     for name in names:
         path = folder / name
-        # Accept a symlink to an artifact, but search no other symlink: it could lead back up and loop.
+        # Accept a symlink to an artifact, but search no other symlink, because it could lead back up and loop.
         if not path.is_symlink() or os.path.isfile(path / MANIFEST_FILE):
             yield from _folders(path)
 

@@ -94,7 +94,7 @@ class Child:
         """
         until = time.monotonic() + START_S
         try:
-            # Compare byte by byte: another program may never end its line.
+            # Compare byte by byte, because another program may never end its line.
             while READY.startswith(self._received) and len(self._received) < len(READY):
                 self._receive_more(until)
         except TimeoutError:
@@ -181,7 +181,7 @@ class Child:
             selector.register(self._output, selectors.EVENT_READ)
             if not selector.select(None if until is None else max(0.0, until - time.monotonic())):
                 raise TimeoutError
-        # Read the file descriptor: the stream's buffer could hold bytes that the selector does not see.
+        # Read the file descriptor, because the stream's buffer could hold bytes that the selector does not see.
         piece = os.read(self._output.fileno(), _PIECE_BYTES)
         if not piece:
             raise EOFError

@@ -213,7 +213,7 @@ def main() -> None:
 
 
 def _answer(request: Mapping[str, Any], stablehlo: bytes, _: Progress) -> child_process.Answer:
-    # Import XLA during a request: if reading XLA_FLAGS crashes it, the parent's error can name a program.
+    # Import XLA during a request. If XLA crashes while it reads XLA_FLAGS, the parent's error can then name a program.
     from ..runtime import pjrt
 
     executable = pjrt.client(request["threads"]).compile(stablehlo, (), _HERE)

@@ -1,8 +1,8 @@
 """Instruction sets of CPU executables, and the CPUs that can run them.
 
 An executable requires only the features that its instructions use. XLA may use fewer features than the requested level
-permits and, on a new CPU, features beyond it, so every executable is disassembled. precast's own kernels do not count:
-the wheel holds them for several instruction sets, and chooses one by CPUID at run time.
+permits and, on a new CPU, features beyond it, so every executable is disassembled. precast's own kernels do not count,
+because the wheel holds them for several instruction sets, and chooses one by CPUID at run time.
 """
 
 import re
@@ -198,7 +198,7 @@ def declare_features(executable: bytes, features: Sequence[str]) -> bytes:
 
     XLA's list contains every feature that the compiler was allowed to use, and also tuning features of one CPU vendor.
     XLA's loader logs kilobytes for each listed feature that a machine lacks, even if the code does not use the feature.
-    So this function turns "+" into "-" for features that the code does not need, and always for AVX-512: if AVX-512 is
+    So this function turns "+" into "-" for features that the code does not need, and always for AVX-512. If AVX-512 is
     listed, the loader adds tuning features, which no machine has.
     """
     if processor_family() != "x86_64":

@@ -48,7 +48,7 @@ def _lines_only() -> Iterator[None]:
         try:
             yield
         finally:
-            # Flush now: at exit Python would print a traceback for an error.
+            # Flush now, because at exit Python would print a traceback for an error.
             sys.stdout.flush()
     except PrecastError as error:
         _fail(str(error))

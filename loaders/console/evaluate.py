@@ -102,7 +102,7 @@ def _is_source(reference: Path) -> bool:
     Raises:
         PrecastError: the path does not exist.
     """
-    # os.path returns False for names that no file system allows; pathlib raises an error.
+    # For names that no file system allows, os.path returns False, whereas pathlib raises an error.
     if not os.path.exists(reference):
         raise PrecastError(
             f"--reference: {reference} does not exist; expected an artifact, a Hugging Face directory or a .gguf file."

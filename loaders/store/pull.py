@@ -197,7 +197,7 @@ def _fetch_head(job: _Pull) -> _Head:
 
 
 def _checked_signature(job: _Pull, manifest: bytes, fetched: list[Piece]) -> bytes | None:
-    """Return the store's signature, checked with the key; without a key, check only that it is for the manifest.
+    """Return the store's signature, checked with the key; without a key, check only that it matches the manifest.
 
     Args:
         job: the pull.
@@ -420,7 +420,7 @@ def _write_signature(root: Path, signature: bytes) -> None:
 
 @contextmanager
 def _locked(root: Path, log: _Log) -> Iterator[None]:
-    """Lock the folder: of several processes that pull to it, the first fetches, and the others wait."""
+    """Lock the folder, so that the first of several processes that pull to it fetches, and the others wait."""
     import fcntl
 
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()

@@ -146,7 +146,7 @@ class Store:
                     raise NotFoundError(f"{self}: {path} does not exist; check the URL.") from None
                 if isinstance(error, _NotPlain):
                     raise PrecastError(
-                        f"{self}: {path} is not a plain file (a pipe, a device or a folder); remove it, and push the"
+                        f"{self}: {path}: expected a file, found a pipe, a device or a folder; remove it, and push the"
                         " artifact again."
                     ) from None
                 if _is_permanent(error):
