@@ -53,7 +53,7 @@ class StoredArray:
     """One of the arrays that store a parameter.
 
     Attributes:
-        suffix: text that its name adds to the parameter's name: "", ".scale" or ".minimum".
+        suffix: the end of the array's name, after the parameter's name: "", ".scale" or ".minimum".
         shape: shape in the programs.
         dtype: "float32", "bfloat16", "float16", "int8" or "uint8".
     """

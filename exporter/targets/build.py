@@ -288,7 +288,7 @@ def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Valu
 
 
 def _check_cache_layouts(target: Target) -> None:
-    """Refuse different layouts of the KV cache, which all programs share."""
+    """Refuse programs with different layouts of the KV cache, because all programs share it."""
     layouts = {
         (value.name, value.layout)
         for program in target.programs
