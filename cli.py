@@ -49,7 +49,7 @@ def main() -> None:
 @click.option(
     "--buckets",
     callback=options.numbers,
-    help="Prompt lengths to compile prefill for. Default: 64,128,512, up to the context.",
+    help="Prompt lengths to compile prefill for. Default: 64,128,512, as far as the context length allows.",
 )
 @click.option(
     "--context",
@@ -59,7 +59,7 @@ def main() -> None:
 @click.option(
     "--slots",
     type=int,
-    help="Sequences decoded together. Default: 8, or fewer where idle slots cost memory or time.",
+    help="Number of sequences decoded together. Default: 8, or fewer where idle slots cost memory or time.",
 )
 @click.option(
     "--weights",
@@ -131,7 +131,7 @@ def export(
     "--prompt",
     help="Text to continue, or to answer with --chat. Default: standard input, without one final newline.",
 )
-@click.option("--ids", callback=options.numbers, help="Token ids to continue instead of text: 1,2,3.")
+@click.option("--ids", callback=options.numbers, help="Token ids to continue instead of text, such as 1,2,3.")
 @click.option("--chat", is_flag=True, help="Format the prompt with the model's chat template.")
 @click.option("--system", help="System message, which may be empty; implies --chat.")
 @options.LITERAL
@@ -162,8 +162,8 @@ def run(
 
     Without a prompt, on a terminal, the command starts an interactive chat.
 
-    In a chat, a terminal shows the model's reasoning, dimmed, before the answer. Other output leaves out the reasoning,
-    except with --json.
+    In a chat, a terminal shows the model's reasoning, dimmed, before the answer. Output to a pipe or a file omits the
+    reasoning, except with --json.
 
     Exit code 0: success. 2: an error.
     """
@@ -194,7 +194,7 @@ def chat(
 ) -> int:
     """Chat with ARTIFACT in the terminal.
 
-    ARTIFACT is as for run. If standard input is not a terminal, its text is the only message.
+    ARTIFACT takes the same forms as in run. If standard input is not a terminal, its text is the only message.
 
     The arrow keys recall your messages from earlier chats, stored in $XDG_STATE_HOME/precast/chat_history.
     Set PRECAST_HISTORY to use another file, or set it to off to store no messages.
@@ -241,7 +241,9 @@ def batch(
     help="Instruction set to compile for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all features of this machine."
     " Default: x86-64-v2; native with --target portable, or on a machine without x86-64-v2.",
 )
-@click.option("--target", help="Compile this target's StableHLO. Default: the fastest that runs here.")
+@click.option(
+    "--target", help="Target whose StableHLO to compile. Default: the fastest target that runs here."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a target of the same name.")
 @options.KEY
 def add_target(
@@ -268,18 +270,14 @@ def add_target(
 @click.option(
     "--system",
     type=options.PATH,
-    help="File of a system message: the prefix of every chat that begins with it.",
+    help="File with the system message that chats begin with.",
 )
-@click.option(
-    "--chat", type=options.PATH, help="JSON file of messages: the prefix of every chat that continues them."
-)
-@click.option(
-    "--text", type=options.PATH, help="File of text: the prefix of every prompt that begins with it."
-)
+@click.option("--chat", type=options.PATH, help="JSON file with the messages that chats begin with.")
+@click.option("--text", type=options.PATH, help="File with the text that prompts begin with.")
 @click.option("--tools", type=options.PATH, help="JSON file of the tools for --system or --chat.")
 @click.option(
     "--target",
-    help="Compute with this target; no other can use the prefix. Default: the best that runs here.",
+    help="Compute with this target; no other target can use the prefix. Default: the best that runs here.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a prefix of the same name.")
 @options.KEY
@@ -341,7 +339,7 @@ def list_artifacts(folder: Path, as_json: bool, require_signature: Path | None) 
     """List the artifacts below FOLDER.
 
     FOLDER is artifacts by default. The list shows each artifact's model, size and stored prefixes, and whether it runs
-    here. For a broken artifact it shows the reason.
+    here. For a broken artifact, it shows the error.
 
     Exit code 0: success. 2: an error.
     """
@@ -453,7 +451,7 @@ def diff(before: Path | str, after: Path | str, as_json: bool, require_signature
 @click.option(
     "--reference",
     type=options.PATH,
-    help="Compare with this: another artifact, or a Hugging Face directory or .gguf file, computed in float32.",
+    help="Compare with this artifact, or with this Hugging Face directory or .gguf file, computed in float32.",
 )
 @click.option(
     "--text", type=options.PATH, help="UTF-8 text to predict. Default: a text that precast contains."
@@ -484,9 +482,9 @@ def evaluate(
     often both agree on the likeliest token.
 
     The text is tokenised without a chat template and cut into windows. A shorter window at the end counts if it has at
-    least 64 tokens. The first half of each window is prefilled, the second half is decoded token by token, and every
-    prediction from the last prefilled position on is scored. A reference that is not an artifact computes each window
-    at once, without a cache and in float32, which needs the export extra. A required signature applies to both
+    least 64 tokens. The first half of each window is prefilled, the second half runs through decode token by token, and
+    every prediction from the last prefilled position on is scored. A reference that is not an artifact computes each
+    window at once, without a cache and in float32, which needs the export extra. A required signature applies to both
     artifacts, but not to another kind of reference.
 
     Exit code 0: success. 2: an error.

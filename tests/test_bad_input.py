@@ -284,8 +284,14 @@ def test_missing_packages_for_an_export(refused, monkeypatch):
             "target 'portable': it must be compiled first (--compile does so)",
         ),
         (["-p", "a", "-n", "0"], "max_tokens must be an integer from 1 to 2^63 - 1, found 0."),
-        (["-p", "a", "--temperature", "-1"], "temperature must be a finite number at least 0, found -1.0."),
-        (["-p", "a", "--temperature", "nan"], "temperature must be a finite number at least 0, found nan."),
+        (
+            ["-p", "a", "--temperature", "-1"],
+            "temperature must be a finite number of at least 0, found -1.0.",
+        ),
+        (
+            ["-p", "a", "--temperature", "nan"],
+            "temperature must be a finite number of at least 0, found nan.",
+        ),
         (["-p", "a", "--top-p", "2"], "top_p must be a finite number between 0 and 1, found 2.0."),
         (["-p", "a", "--top-k", "-1"], "top_k must be an integer from 0 to 2^63 - 1, found -1."),
         (["-p", "a", "--seed", "-1"], "seed must be an integer from 0 to 2^128 - 1, found -1."),

@@ -265,17 +265,17 @@ def test_the_model_s_own_lists_are_kept_beside_other_options(
         (
             "--temperature",
             "1e-300",
-            "temperature must be a finite number at least 0 that float32 holds, which is 0 or",
+            "temperature must be a finite number of at least 0 that float32 can represent: 0, or",
         ),
         (
             "--top-p",
             "5e-324",
-            "top_p must be a finite number between 0 and 1 that float32 holds, which is 0 or",
+            "top_p must be a finite number between 0 and 1 that float32 can represent: 0, or",
         ),
         (
             "--repetition-penalty",
             "1e39",
-            "repetition_penalty must be a finite number at least 0 that float32 holds",
+            "repetition_penalty must be a finite number of at least 0 that float32 can represent",
         ),
         (
             "--top-k",

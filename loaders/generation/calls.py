@@ -70,8 +70,8 @@ def take(sequence: TokenSequence, results: Results, row: int, draft: Sequence[in
 
     Args:
         sequence: the sequence.
-        results: the results of its call.
-        row: the row of results after the sequence's newest token. The rows after the draft's tokens follow.
+        results: the results of the call.
+        row: the row of results for the sequence's newest token. The rows for the draft's tokens follow it.
         draft: the guessed tokens that were also inputs of the call. Their keys and values are in the sequence's slot.
             Later calls overwrite the keys and values of wrong guesses before they read them.
     """

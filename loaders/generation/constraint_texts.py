@@ -1,4 +1,4 @@
-"""Check the texts of constraints before a grammar is built: form, size, and constructs whose grammars are too large.
+"""Check constraints before their grammars are built, and refuse those whose grammars would be too large.
 
 The limits keep llguidance within seconds and a few hundred megabytes. llguidance's own limits are not enough,
 because some of its algorithms check them only between steps, and a single step may take hours.
@@ -24,7 +24,7 @@ _MOST_REMAINDERS = 1_000_000
 
 
 class ConstraintText(NamedTuple):
-    """A constraint as the user gives it.
+    """A user's constraint, before it becomes a grammar.
 
     Attributes:
         kind: the sampling parameter's name: json_schema, regex, grammar or choice.
@@ -75,7 +75,7 @@ def _check_text(kind: str, text: str) -> None:
 
 
 def _check_grammar(text: str) -> None:
-    """Check the intersections of a grammar, and the schemas in it."""
+    """Check the number of intersections in a grammar, and the schemas in it."""
     for found in re.finditer(r"%json\s*(?=\{)", text):
         try:
             schema, _ = json.JSONDecoder().raw_decode(text, found.end())
@@ -83,13 +83,13 @@ def _check_grammar(text: str) -> None:
         except RecursionError:
             raise _too_deep("grammar") from None
         except ValueError:
-            continue  # llguidance names the error
+            continue  # llguidance reports this error later
         _check_schema("grammar", schema)
     # Count the ampersands in schemas, too, because regular expressions around an intersection may look like a schema.
     if text.count("&") > _MOST_INTERSECTED:
         raise PrecastError(
             f"Sampling parameters: grammar must have at most {_MOST_INTERSECTED} intersections (&), found"
-            f" {text.count('&')}; use fewer, and write \\u0026 within schemas."
+            f" {text.count('&')}; use fewer, and write & within schemas as \\u0026."
         )
 
 
@@ -100,7 +100,7 @@ def _checked_choice(value: Any) -> tuple[str, ...]:
         or not all(isinstance(text, str) and text for text in value)
     ):
         raise PrecastError(
-            f"Sampling parameters: choice must be a list of texts, none empty, found {value!r:.60}."
+            f"Sampling parameters: choice must be a list of non-empty texts, found {value!r:.60}."
         )
     _check_text("choice", "".join(value))
     return tuple(dict.fromkeys(value))
@@ -131,14 +131,14 @@ def _checked_schema(value: Any) -> str:
 
 
 def _check_schema(kind: str, schema: dict[str, Any]) -> None:
-    """Check the limits of a schema: the parameter `json_schema`, or a schema within the parameter `grammar`."""
+    """Check a schema, which is the parameter `json_schema` or part of the parameter `grammar`, against the limits."""
     if _depth(schema) > _DEEPEST:
         raise _too_deep(kind)
     _check_merges(kind, schema)
     guidance = schema.get("x-guidance", {})
     if not isinstance(guidance, dict) or guidance.get("lenient"):
         raise PrecastError(
-            f"Sampling parameters: {kind}: x-guidance must be an object without lenient, which ignores parts of the"
+            f'Sampling parameters: {kind}: x-guidance must be an object without "lenient", which ignores parts of the'
             f" schema, found {json.dumps(guidance):.60}."
         )
 
@@ -197,10 +197,10 @@ def _escaped(key: str) -> str:
 
 
 def _check_merges(kind: str, schema: dict[str, Any]) -> None:
-    """Limit the expressions and divisors that one value may have to satisfy at once.
+    """Limit the number of patterns and the size of divisors that one value may have to satisfy at once.
 
     Raises:
-        PrecastError: there are too many expressions, or the divisors are too large.
+        PrecastError: there are too many patterns, or a pattern or a divisor is too large.
     """
     patterns: set[str] = set()
     divisors: set[Decimal] = set()
@@ -239,7 +239,7 @@ def _check_merges(kind: str, schema: dict[str, Any]) -> None:
 
 
 def _remainders(divisors: set[Decimal]) -> int:
-    """Return a bound for the states of an automaton that checks if a decimal number is a multiple of all divisors."""
+    """Return a bound for the number of states of an automaton that recognises decimal multiples of all divisors."""
     places = max((-int(d.as_tuple().exponent) for d in divisors), default=0)
     return prod(int(d.scaleb(max(places, 0))) for d in divisors)
 

@@ -17,8 +17,8 @@ _SHORTEST = 2
 # This many of the latest matches are compared. The longest is used; of equally long matches, the latest.
 _CANDIDATES = 16
 # Matches are classified by length. For each class: the smallest length, and the share of right guesses assumed before
-# the first guess. The shares are low, because wrong drafts in prose cost time. Lookups correct the shares, even those
-# that lead to no draft.
+# the first guess. The shares are low, because wrong drafts in prose cost time. Every lookup corrects
+# the shares, even if it leads to no draft.
 _CLASSES = (2, 3, 4, 6, 9, 16)
 _ASSUMED = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9)
 _ASSUMED_WEIGHT = 3.0
@@ -31,7 +31,7 @@ _WORTH = 1.05
 class CallTimes:
     """The measured time of calls by number of tokens, relative to decoding one token.
 
-    Until measured, each further token is assumed to cost a sixth of the first.
+    Before any measurement, each further token is assumed to cost a sixth of the first.
     """
 
     def __init__(self, most: int) -> None:
@@ -40,11 +40,11 @@ class CallTimes:
         self._assumed = tuple(self._ratios)
 
     def ratio(self, tokens: int) -> float:
-        """Return the time of a call with 1 or more tokens, relative to decoding one."""
+        """Return the time of a call with 1 or more tokens, relative to decoding one token."""
         return self._ratios[tokens - 1]
 
     def add(self, tokens: int, seconds: float) -> None:
-        """Record the time of a call, which is a decode step for one token, and a call of score for more."""
+        """Record the time of a decode step (1 token), or of a score call (more tokens)."""
         if tokens == 1:
             self._decode += (seconds - self._decode) * (0.1 if self._decode else 1.0)
             # Move the ratios slowly back to the assumed ones. Otherwise one slow call could rule out all later drafts.
@@ -59,7 +59,7 @@ class CallTimes:
 
 
 class Drafts:
-    """The lookups of one sequence.
+    """The prompt lookups of one sequence.
 
     Args:
         times: the times of the engine's calls, shared by all sequences.

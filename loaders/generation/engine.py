@@ -37,8 +37,8 @@ class StepOutput:
 
     Attributes:
         token: greedy tokens, int32 [R].
-        logits: logits of all rows of the program, float32, still on the device; `Engine.logits` returns those of
-            the R results.
+        logits: logits of all rows of the program, float32, still on the device; `Engine.logits` selects the R
+            results.
         rows: indices of the R results among the program's rows.
     """
 
@@ -208,7 +208,7 @@ class Engine:
     def prefill(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex = 0, slot: SupportsIndex = 0
     ) -> StepOutput:
-        """Run a prompt through the smallest bucket that holds it, or through the largest in chunks.
+        """Run a prompt through the smallest bucket that holds it, or in chunks through the largest.
 
         Args:
             tokens: one or more ids; ``start + len(tokens)`` must not exceed the context.
@@ -221,7 +221,7 @@ class Engine:
 
         Raises:
             ValueError: there are no tokens, a position is outside the context, or the slot does not exist.
-            PrecastError: the weights' file was written to.
+            PrecastError: the weight file was modified.
         """
         start, slot = index(start), index(slot)  # accept NumPy's integers
         self._check_span(tokens, start, slot)
@@ -264,10 +264,10 @@ class Engine:
         Raises:
             ValueError: the artifact has no score program, the number of tokens is wrong, a position is outside the
                 context, or the slot does not exist.
-            PrecastError: the weights' file was written to.
+            PrecastError: the weight file was modified.
         """
         if self._score is None or len(tokens) > self.score_tokens:
-            raise ValueError(f"{len(tokens)} tokens exceed the {self.score_tokens} that are scored at once")
+            raise ValueError(f"{len(tokens)} tokens exceed the {self.score_tokens} that one call can score")
         start, slot = index(start), index(slot)
         self._check_span(tokens, start, slot)
         self._check_unchanged()
@@ -276,7 +276,9 @@ class Engine:
 
     def _check_span(self, tokens: Sequence[int], start: int, slot: int) -> None:
         if not tokens or start < 0 or start + len(tokens) > self.context:
-            raise ValueError(f"{len(tokens)} tokens at position {start} do not fit {self.context} positions")
+            raise ValueError(
+                f"{len(tokens)} tokens at position {start} do not fit a context of {self.context}"
+            )
         if not 0 <= slot < self.slots:
             raise ValueError(f"slot {slot}: expected a slot from 0 to {self.slots - 1}")
 
@@ -292,7 +294,7 @@ class Engine:
 
         Raises:
             ValueError: there are no rows, two rows have the same slot, or a slot or position does not exist.
-            PrecastError: the weights' file was written to.
+            PrecastError: the weight file was modified.
         """
         slots, positions = [row.slot for row in rows], [row.position for row in rows]
         self._check_rows(slots, positions)
@@ -318,7 +320,7 @@ class Engine:
         if not slots or len(set(slots)) < len(slots) or min(slots) < 0 or max(slots) >= self.slots:
             raise ValueError(f"slots {slots}: expected distinct slots from 0 to {self.slots - 1}")
         if min(positions) < 0 or max(positions) >= self.context:
-            raise ValueError(f"positions {positions} do not fit {self.context} positions")
+            raise ValueError(f"positions {positions}: expected positions from 0 to {self.context - 1}")
 
     def logits(self, step: StepOutput) -> np.ndarray:
         """Return a step's logits on the host, float32 [R, V]; do not write to them."""

@@ -26,7 +26,7 @@ class ForbiddenTokens:
     def __init__(self, params: "SamplingParams", prompt: Sequence[int], end_ids: Iterable[int]) -> None:
         self._ends = frozenset(end_ids)
         self._prompt = len(prompt)
-        # min_tokens wins over min_length, as min_new_tokens does in transformers.
+        # min_tokens takes precedence over min_length, as min_new_tokens does in transformers.
         self._min_length = self._prompt + params.min_tokens if params.min_tokens else params.min_length
         self._at_begin = params.begin_suppress_tokens
         words = [word for word in params.bad_words_ids if len(word) > 1 or word[0] not in self._ends]

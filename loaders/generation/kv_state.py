@@ -46,7 +46,7 @@ class Span(NamedTuple):
 
 
 def bits(dtype: str) -> np.dtype:
-    """Return the unsigned integer type for the bit patterns of a type, which is a key of `DTYPE_BYTES`."""
+    """Return the unsigned integer type that holds the bit patterns of `dtype`, a key of `DTYPE_BYTES`."""
     return np.dtype(f"<u{DTYPE_BYTES[dtype]}")
 
 

@@ -20,7 +20,7 @@ class TokenLogprob(NamedTuple):
         token_id: the token.
         text: its text; U+FFFD stands for the bytes of an incomplete character.
         logprob: its log-probability, a natural logarithm; -inf for a token of probability 0.
-        top: the likeliest tokens in its place, most likely first, and equally likely ones by ascending id.
+        top: the likeliest tokens at its position, most likely first, and equally likely ones by ascending id.
     """
 
     token_id: int
@@ -43,7 +43,7 @@ class PromptLogprobs:
         self._found: list[TokenLogprob | None] = [None]
 
     def add(self, logits: np.ndarray) -> None:
-        """Take the logits after each of the next R tokens, float32 [R, V]; those after the last token are ignored."""
+        """Take the logits after each of the next R tokens, float32 [R, V]; logits after the last token are ignored."""
         for row in logits[: len(self._prompt) - len(self._found)]:
             token = self._prompt[len(self._found)]
             self._found.append(token_logprob(row, token, self._top, self._text_of))

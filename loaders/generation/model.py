@@ -358,15 +358,15 @@ class Model:
             The tokens and messages of the state.
 
         Raises:
-            PrecastError: the file is damaged or is no state, or the state was computed with other weights, another type
-                of KV cache, another tokenizer, another target or another instruction set.
+            PrecastError: the file is damaged or is not a state, or the state was computed with other weights, another
+                type of KV cache, another tokenizer, another target or another instruction set.
         """
         from . import states
 
         return states.load(self, Path(path))
 
     def checked_prompt(self, ids: Sequence[int]) -> list[int]:
-        """Return the tokens of a prompt as Python integers.
+        """Check the tokens of a prompt, and return them as Python integers.
 
         Raises:
             PrecastError: the prompt is empty, fills the context, or contains ids outside the vocabulary.

@@ -57,7 +57,7 @@ class Penalties:
             self._counts[token] = self._counts.get(token, 0) + 1
 
     def apply(self, scores: np.ndarray) -> None:
-        """Change the logits, float32 [V], in place."""
+        """Apply the bias and the penalties to logits, float32 [V], in place."""
         scores[self._bias_ids] += self._biases
         if self._repetition != 1:
             self._discourage_repetition(scores)

@@ -59,7 +59,7 @@ class Match(NamedTuple):
 
 
 class _Node:
-    """A segment of tokens, after the segments of its ancestors.
+    """A segment of tokens that follows the segments of its ancestors.
 
     Attributes:
         tokens: the segment, int32 [n].
@@ -120,8 +120,8 @@ class PrefixTree:
         self._rings = {name: window for name, window in engine.windows.items() if window}
         self.every_chunk = bool(self._rings)
         self._root = _Node(np.empty(0, np.int32), 0, {}, None, pinned=True)
-        # Segments that are not pinned, least recently used first. Using a segment moves its ancestors behind it, so the
-        # first segment is always a leaf.
+        # Segments that are not pinned, least recently used first. Using a segment moves its ancestors behind it in
+        # this order, so the first segment is always a leaf.
         self._recent: OrderedDict[_Node, None] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
@@ -196,16 +196,16 @@ class PrefixTree:
         if kv_state.size(views, starts, stop) <= self._bound():
             try:
                 spans = kv_state.read(views, starts, stop)
-            except MemoryError:  # keep no prefix: answers do not depend on it
+            except MemoryError:  # drop the prefix, because answers do not depend on it
                 return
             self._add(_Node(ids[known:], known, spans, self._end(path), pinned=False))
             self._evict()
 
     def compute(self, tokens: Sequence[int]) -> dict[str, Span]:
-        """Return keys and values of tokens by array, for `pin`; the model computes those that the tree lacks.
+        """Return the keys and values of tokens, by array; the model computes those that the tree lacks.
 
         Args:
-            tokens: at least one, and at most as many as the context.
+            tokens: at least one, and no more than the context length.
 
         Raises:
             PrecastError: a program fails.
@@ -249,7 +249,7 @@ class PrefixTree:
     # --- the tree -----------------------------------------------------------------------------------------------
 
     def _walk(self, ids: np.ndarray) -> list[tuple[_Node, int]]:
-        """Return the path of segments that match the tokens, with the number of matching tokens; mark them as used."""
+        """Return the segments that match the tokens, each with its count of matching tokens; mark them as used."""
         node, at, path = self._root, 0, list[tuple[_Node, int]]()
         while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
             count = _common(child.tokens, ids[at:])
@@ -354,7 +354,7 @@ class PrefixTree:
 
 def default_limit() -> int:
     """Return the default bound of a model's prefixes: 512 MiB, or an eighth of the available memory if that is less."""
-    from ..runtime.resources import memory  # a lazy import, because it reads files
+    from ..runtime.resources import memory  # a lazy import, because only the first prompt needs it
 
     available = memory().available
     return MAX_DEFAULT_BYTES if available is None else min(MAX_DEFAULT_BYTES, available // _DEFAULT_SHARE)
@@ -376,7 +376,7 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, int]]:
-    """Yield the start and stop of each run of consecutive positions of an array on a path, in order."""
+    """Yield the start and stop of each run of consecutive positions that a path holds of an array, in order."""
     begin = end = 0
     for node, count in path:
         start, stop = node.spans[name].start, node.start + count

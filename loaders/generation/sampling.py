@@ -242,7 +242,7 @@ def _lower_bound(scores: np.ndarray, k: int) -> float:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Return the top-p ids [n], ascending: a token is kept if the total share of those ranked above is below `top_p`.
+    """Return the top-p ids [n], ascending: a token is kept if the tokens above it have a total share below `top_p`.
 
     Tokens are ranked by weight, then by ascending id. A full sort is not needed: the upper bits of non-negative
     float32 values have the same order as the values, so a histogram of these bits finds the bin with the boundary, and
@@ -264,7 +264,7 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     above = np.cumsum(mass) - mass + (reached[whole_bins - 1] if whole_bins else 0.0)
     keep = bins > boundary
     keep[order[above < wanted]] = True
-    keep[np.argmax(weights)] = True  # keep at least one, even for top_p = 0
+    keep[np.argmax(weights)] = True  # keep at least one token, even for top_p = 0
     return candidates[keep]
 
 

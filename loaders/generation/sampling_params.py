@@ -41,7 +41,7 @@ class SamplingParams(Frozen):
     min_p: float = 0.0
     """Drop tokens less likely than this fraction of the most likely one; 0 is off."""
     repetition_penalty: float = 1.0
-    """Make tokens of the prompt and the answer less likely (CTRL, arXiv:1909.05858); 1 is off."""
+    """Above 1, make tokens of the prompt and the answer so far less likely (CTRL, arXiv:1909.05858); 1 is off."""
     presence_penalty: float = 0.0
     """Subtract this from the logit of every token in the answer so far, as OpenAI does: -2 to 2, 0 is off."""
     frequency_penalty: float = 0.0
@@ -57,7 +57,7 @@ class SamplingParams(Frozen):
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """Token sequences that are never completed; a sequence of one end-of-generation token has no effect."""
     bad_words: tuple[str, ...] = ()
-    """Words that are never completed, as they are tokenised at the start of a text and after a space."""
+    """Words that are never completed; each is tokenised as at the start of a text, and as after a space."""
     seed: int | None = None
     """Seed of the random numbers; None uses fresh entropy."""
     stop: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class SamplingParams(Frozen):
     ignore_eos: bool = False
     """Continue after an end-of-generation token."""
     logprobs: int | None = None
-    """Return the log-probability of each token of the answer, and of this many of the likeliest tokens in its place."""
+    """Return the log-probability of each token of the answer, and of this many likeliest tokens at its position."""
     prompt_logprobs: int | None = None
     """Return the same for the tokens of the prompt; the model then reads the whole prompt, without a cached prefix."""
     echo: bool = False
@@ -132,7 +132,7 @@ class SamplingParams(Frozen):
 
     @property
     def constraint(self) -> "ConstraintText | None":
-        """The constraint of the answer; None without one."""
+        """The constraint of the answer; None for an unconstrained answer."""
         for name in _CONSTRAINTS:
             if value := self.__dict__[name]:
                 from .constraint_texts import ConstraintText
@@ -179,7 +179,7 @@ class SamplingParams(Frozen):
         return replace(self, bad_words=(), bad_words_ids=(*self.bad_words_ids, *found))
 
     def for_answers(self, count: int) -> "list[SamplingParams]":
-        """Return the parameters of several answers to one prompt, with the seeds seed, seed + 1, and so on.
+        """Return the parameters of several answers to one prompt, with the seeds `seed`, `seed` + 1, and so on.
 
         vLLM's `n` uses the same seeds. Without a seed, every answer uses fresh entropy.
         """
@@ -264,12 +264,12 @@ def _real(name: str, value: Any, *, low: float, high: float) -> float:
     """Return a number as a float, after checking that float32, the type of the logits, can hold it."""
     known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     value = value.item() if isinstance(value, np.generic) else value
-    # Compare before converting: an int may exceed the range of a float.
+    # Compare before converting, because an int may exceed the range of a float.
     if known and (value == 0 or (low <= value <= min(high, _LARGEST) and abs(value) >= _SMALLEST)):
         return float(value)
-    wanted = "at least 0" if math.isinf(high) else f"between {low:g} and {high:g}"
+    wanted = "of at least 0" if math.isinf(high) else f"between {low:g} and {high:g}"
     if known and low <= value <= high and value < math.inf:
-        wanted += f" that float32 holds, which is 0 or from {_SMALLEST:.2g} to {_LARGEST:.2g}"
+        wanted += f" that float32 can represent: 0, or from {_SMALLEST:.2g} to {_LARGEST:.2g}"
     raise PrecastError(f"Sampling parameters: {name} must be a finite number {wanted}, found {value!r:.60}.")
 
 
@@ -316,7 +316,7 @@ def _sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
         isinstance(item, (tuple, list)) and item for item in value
     ):
         raise PrecastError(
-            f"Sampling parameters: {name} must be a list of lists of token ids, none empty, found {value!r:.60}."
+            f"Sampling parameters: {name} must be a list of non-empty lists of token ids, found {value!r:.60}."
         )
     return tuple(_token_ids(name, item) for item in value)
 

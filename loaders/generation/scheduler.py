@@ -47,7 +47,7 @@ class Prefixes(Protocol):
         """Write keys and values of the longest known prefix to a slot's first positions.
 
         Args:
-            tokens: tokens of the prompt without the last, whose logits must be computed.
+            tokens: the prompt without its last token, whose logits must be computed.
             cache: the KV cache to write to.
             slot: the sequence's slot.
 
@@ -58,7 +58,7 @@ class Prefixes(Protocol):
     def capture(
         self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int, written: int
     ) -> None:
-        """Keep keys and values of a slot.
+        """Copy keys and values of a slot to the store.
 
         Args:
             tokens: the tokens whose keys and values the slot's first positions hold.
@@ -109,7 +109,7 @@ class Scheduler:
     ) -> None:
         self._engine, self._most_caches, self._prefixes = engine, caches, prefixes
         self._chunk = max((b for b in engine.buckets if b <= _CHUNK), default=engine.buckets[0])
-        # Only the holder of the lock changes the state below. Any thread may append to the first three deques.
+        # Only the holder of the lock changes the state below, but any thread may append to the first three deques.
         self._lock = Lock()
         self._arrived: deque[TokenSequence] = deque()
         self._cancelled: deque[TokenSequence] = deque()
@@ -141,7 +141,7 @@ class Scheduler:
         self._follow_up()
 
     def close(self, sequence: TokenSequence) -> None:
-        """End a sequence, and return when its slot is free. A sequence's `notify` must not call this method."""
+        """End a sequence, and return once its slot is free. A sequence's `notify` must not call this method."""
         sequence.closing = True
         if not sequence.ended:
             self._cancelled.append(sequence)
@@ -158,8 +158,8 @@ class Scheduler:
     def step(self) -> bool:
         """Run one step; return False if no sequence could advance.
 
-        An error of the engine fails all sequences of the KV cache, and an error of a sampler fails its sequence. This
-        method does not raise these errors; the readers of the failed sequences do. An interruption, such as
+        An error of the engine fails all sequences of the KV cache, and an error of a sampler fails its sequence. These
+        errors are raised to the readers of the failed sequences, not by this method. An interruption, such as
         KeyboardInterrupt, fails all sequences that hold a slot, and this method raises it.
         """
         try:
@@ -254,7 +254,7 @@ class Scheduler:
             if (expiry := sequence.expires_at()) is not None:
                 self._timed[sequence] = expiry
         while self._cancelled:
-            # Remove the sequence after `_end`: if Ctrl-C interrupts `_end`, the next sweep tries again.
+            # Remove the sequence after `_end`, so that the next sweep tries again if Ctrl-C interrupts `_end`.
             self._end(self._cancelled[0])
             self._cancelled.popleft()
         if self._timed:
@@ -425,7 +425,7 @@ class Scheduler:
             )
 
     def _guard(self, sequence: TokenSequence, work: Callable[[], object]) -> None:
-        """Run work for one sequence; an exception fails this sequence alone."""
+        """Call `work` for one sequence; an exception fails only this sequence."""
         try:
             work()
         except Exception as error:

@@ -126,7 +126,7 @@ class TokenSequence:
         self.tokens, self.prompt_tokens = list(prompt), len(prompt)
         self.sampler, self.timeout_s, self._notify = sampler, timeout_s, notify
         self._decoder, self._stops, self._ends, self._limit = decoder, stops, ends, limit
-        # A sequence has at most one piece for each token, one before the first and one after the last.
+        # A sequence has at most one piece for each token, one before the first token, and one after the last.
         self._most_unread = limit + 2 if most_unread is None else most_unread
         self.prompt_logprobs, self.wants_drafts = prompt_logprobs, wants_drafts
         self.parser = parser
@@ -195,7 +195,7 @@ class TokenSequence:
             self.unread.append(Piece(None, text))
 
     def _tail(self, text: str) -> str:
-        """Return the text and all text that is still held back; set `reason` if a stop string is complete."""
+        """Return a text followed by all text still held back; set `reason` if a stop string is complete."""
         rest, stopped = self._stops.push(self._decoder.finish())
         if stopped:
             self.reason = "stop"
@@ -203,5 +203,5 @@ class TokenSequence:
         return text + rest + self._stops.flush()
 
     def submit(self) -> None:
-        """Start the clock of a sequence that joins a scheduler's queue."""
+        """Mark the sequence as submitted to a scheduler, and record the time."""
         self.submitted, self.submitted_at = True, time.perf_counter()

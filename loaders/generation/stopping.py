@@ -55,6 +55,6 @@ class StopStrings:
         return held
 
     def _may_begin_stop(self, text: str) -> bool:
-        # If any stop string begins with `text`, the first one in sorted order that is not below `text` does.
+        # If any stop string begins with `text`, so does the first one in sorted order that is not below `text`.
         index = bisect_left(self._stops, text)
         return index < len(self._stops) and self._stops[index].startswith(text)

@@ -1,4 +1,4 @@
-"""The prefixes that an artifact stores: their files, and the choice of those that a target may use."""
+"""The prefixes stored in an artifact: their files, and the conditions under which a target may use them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> st
 
 
 def usable(manifest: Manifest, target: Target, isa: str) -> tuple[list[Prefix], list[tuple[Prefix, str]]]:
-    """Return the prefixes that a target may use, and the others with their obstacles."""
+    """Return the prefixes that a target may use, and the other prefixes, each with its obstacle."""
     pairs = [(prefix, obstacle(prefix, manifest, target, isa)) for prefix in manifest.prefixes]
     return [p for p, reason in pairs if reason is None], [(p, r) for p, r in pairs if r is not None]
 
@@ -86,7 +86,7 @@ def open_prefix(root: Path, manifest: Manifest, prefix: Prefix, *, rehash: bool 
 
 
 def tokens_json(tokens: Sequence[int]) -> bytes:
-    """Return the contents of a prefix's file of tokens."""
+    """Return the contents of the file that holds a prefix's tokens."""
     return json.dumps(list(tokens)).encode()
 
 

@@ -46,10 +46,10 @@ class Completion(Frozen):
     """The continuation of a prompt. It is immutable.
 
     Attributes:
-        text: the text, without special tokens and the stop string; in a chat also without reasoning and tool calls.
+        text: the text, without special tokens or the stop string, and in a chat without reasoning or tool calls.
         token_ids: all generated tokens, including the end token and those of the stop string.
         prompt_token_ids: tokens of the prompt.
-        finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same in an answer with tool calls),
+        finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, if the answer has tool calls),
             "length" (max_tokens, max_length or a full context), "timeout" (timeout_s), or "unfinished" (a stream that
             was closed or is still running).
         timing: duration of the generation.
@@ -135,7 +135,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     For the answer to a chat, iteration yields the content alone; `events` yields reasoning and tool calls as well.
 
     A piece contains no incomplete character and no part of a stop string. The generation starts when the first piece is
-    read. While the reader waits for a piece, its thread computes, or waits for another thread that computes: streams of
+    read. While the reader waits for a piece, its thread computes, or waits for another thread that computes. Streams of
     one model advance together, each up to 64 tokens ahead of its reader. The slot in the KV cache is freed at the
     end of the generation, by `close`, at the end of a ``with`` block, or with the last reference to the stream,
     whichever comes first.
@@ -144,7 +144,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     Cancelling the task ends the generation before its next token.
 
     A stream is thread-safe: threads that read concurrently get different pieces, one after the other. `close` may be
-    called from any thread, and waits for the current step. After a failure every read raises its error.
+    called from any thread, and waits for the current step. After a failure, every read raises its error.
     """
 
     # The scheduler and the sequence must not refer to the stream, so that dropping the last reference frees the slot.
@@ -227,7 +227,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     def _parse_next(self) -> bool:
         """Parse one unread piece, or the end of the answer; return False if there is neither."""
         sequence, parser = self._sequence, self._parser
-        has_ended = sequence.ended  # read before `unread`, which grows until the end
+        has_ended = sequence.ended  # read first, because `unread` grows until the end
         if sequence.unread:
             token, text = sequence.unread.popleft()
             is_echo = token is None and not self._ids
@@ -253,7 +253,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self.close()
 
     def __del__(self) -> None:
-        # While Python shuts down, imports fail; and the end of the process frees the slot anyway.
+        # While Python shuts down, do nothing, because imports fail and the end of the process frees the slot anyway.
         if self._sequence.submitted and not self._sequence.ended and not sys.is_finalizing():
             self._scheduler.cancel(self._sequence)
 

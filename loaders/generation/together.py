@@ -23,7 +23,7 @@ def pairs(
     """
     if isinstance(prompts, str | bytes | bytearray):
         raise PrecastError(
-            "prompts: expected a list of prompts, found a single one; give it to generate instead."
+            "prompts: expected a list of prompts, found a single prompt; pass it to generate instead."
         )
     if params is None or isinstance(params, SamplingParams):
         return zip(prompts, repeat(params), strict=False)

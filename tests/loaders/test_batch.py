@@ -75,7 +75,7 @@ def test_each_request_has_a_record_in_order(slots_model: Any, expected: bytes) -
 def test_the_error_of_a_request_is_one_sentence(expected: bytes) -> None:
     errors = [record["error"] for record in records(expected) if "error" in record]
     assert errors[0].endswith("in.jsonl: line 3: expected a JSON object, found '\"no object\"'.")
-    assert errors[1] == ("Sampling parameters: temperature must be a finite number at least 0, found -1.")
+    assert errors[1] == ("Sampling parameters: temperature must be a finite number of at least 0, found -1.")
     assert errors[2] == "prompt: expected text in UTF-8, found other bytes; convert the text first."
 
 

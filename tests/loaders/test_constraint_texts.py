@@ -37,8 +37,8 @@ def deep(levels: int) -> dict[str, Any]:
         ),
         ({"regex": ""}, "regex must be a non-empty text, found ''."),
         ({"grammar": b"x"}, "grammar must be a non-empty text, found b'x'."),
-        ({"choice": "yes"}, "choice must be a list of texts, none empty, found 'yes'."),
-        ({"choice": ["a", ""]}, "choice must be a list of texts, none empty, found ['a', '']."),
+        ({"choice": "yes"}, "choice must be a list of non-empty texts, found 'yes'."),
+        ({"choice": ["a", ""]}, "choice must be a list of non-empty texts, found ['a', '']."),
         (
             {"choice": ["\ud800"]},
             "choice must be Unicode text, found half of a surrogate pair, '\\ud800'.",
@@ -50,15 +50,15 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"grammar": "&" * 13},
             (
-                "grammar must have at most 12 intersections (&), found 13; use fewer, and write \\u0026 within"
-                " schemas."
+                "grammar must have at most 12 intersections (&), found 13; use fewer, and write & within"
+                " schemas as \\u0026."
             ),
         ),
         (  # it looks like a schema, and is two regular expressions around an intersection
             {"grammar": 'start: T\nT: /[%json {"a":"]/ ' + "& /b/ " * 13 + '& /["}]/'},
             (
-                "grammar must have at most 12 intersections (&), found 14; use fewer, and write \\u0026 within"
-                " schemas."
+                "grammar must have at most 12 intersections (&), found 14; use fewer, and write & within"
+                " schemas as \\u0026."
             ),
         ),
         (
@@ -124,7 +124,7 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"json_schema": {"x-guidance": {"lenient": True}}},
             (
-                "json_schema: x-guidance must be an object without lenient, which ignores parts of the schema, found"
+                'json_schema: x-guidance must be an object without "lenient", which ignores parts of the schema, found'
                 ' {"lenient": true}.'
             ),
         ),

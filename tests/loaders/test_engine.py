@@ -180,8 +180,8 @@ def test_caches_are_independent(tiny_model):
         ([(3, 5, 0)], "slots [3]: expected distinct slots from 0 to 2"),
         ([(-1, 5, 0)], "slots [-1]: expected distinct slots from 0 to 2"),
         ([(1, 5, 0), (1, 6, 1)], "slots [1, 1]: expected distinct slots from 0 to 2"),
-        ([(0, 5, 64)], "positions [64] do not fit 64 positions"),
-        ([(0, 5, 3), (1, 5, -1)], "positions [3, -1] do not fit 64 positions"),
+        ([(0, 5, 64)], "positions [64]: expected positions from 0 to 63"),
+        ([(0, 5, 3), (1, 5, -1)], "positions [3, -1]: expected positions from 0 to 63"),
     ],
 )
 def test_rows_that_no_cache_holds_are_refused(slots_model, rows, problem):
@@ -229,10 +229,10 @@ def test_scored_tokens_can_be_replaced(tiny_model, reference):
 @pytest.mark.parametrize(
     ("tokens", "place", "problem"),
     [
-        (17, (0, 0), "17 tokens exceed the 16 that are scored at once"),
-        (0, (0, 0), "0 tokens at position 0 do not fit 64 positions"),
-        (2, (63, 0), "2 tokens at position 63 do not fit 64 positions"),
-        (2, (-1, 0), "2 tokens at position -1 do not fit 64 positions"),
+        (17, (0, 0), "17 tokens exceed the 16 that one call can score"),
+        (0, (0, 0), "0 tokens at position 0 do not fit a context of 64"),
+        (2, (63, 0), "2 tokens at position 63 do not fit a context of 64"),
+        (2, (-1, 0), "2 tokens at position -1 do not fit a context of 64"),
         (2, (0, 8), "slot 8: expected a slot from 0 to 7"),
     ],
 )

@@ -242,7 +242,7 @@ def test_chats_are_rendered_and_checked_as_prompts(tiny_model):
 def test_sampling_defaults_that_are_out_of_range_are_refused(tiny_model):
     with pytest.raises(PrecastError) as raised:
         with_manifest(tiny_model, sampling={"temperature": -1.0}).generate(PROMPT)
-    assert "temperature must be a finite number at least 0" in str(raised.value)
+    assert "temperature must be a finite number of at least 0" in str(raised.value)
 
 
 def test_the_model_s_own_sampling_defaults_are_used(tiny_model):

@@ -128,7 +128,7 @@ def test_a_prompt_that_cannot_be_continued_is_named_before_any_work(tiny_model: 
         "params: expected one for each of the 2 prompts, found 1; give one for all prompts, or one for each."
     )
     assert refusal(lambda: tiny_model.generate_many("the cat")) == (
-        "prompts: expected a list of prompts, found a single one; give it to generate instead."
+        "prompts: expected a list of prompts, found a single prompt; pass it to generate instead."
     )
     assert refusal(lambda: tiny_model.generate_many([1, 2])) == (  # type: ignore[list-item]
         "prompts[0]: expected text or token ids, found int."
