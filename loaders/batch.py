@@ -11,11 +11,14 @@ supported too: `max_completion_tokens`, `response_format`, and a single text for
 of two forms::
 
     {"custom_id": "1", "key": "5f0…", "text": "Hi", "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 2}
-    {"custom_id": "1", "key": "5f0…", "error": "one sentence"}
+    {"custom_id": "1", "key": "5f0…", "error": {"code": "invalid_request", "message": "one sentence"}}
 
-An answer's record also has `reasoning`, `tool_calls` and `logprobs` if there are any. `key` identifies the request, the
-model and the options. A later run with the same requests, model and options keeps the records and continues after them.
-It drops an incomplete last record, which an interrupt may leave.
+An answer's record also has `reasoning`, `tool_calls` and `logprobs` if there are any. An error has the form of OpenAI's
+batch API. Its code is `invalid_json_line`, `duplicate_custom_id`, `invalid_request`, or `generation_failed` if the
+generation had begun.
+
+`key` identifies the request, the model and the options. A later run with the same requests, model and options keeps the
+records and continues after them. It drops an incomplete last record, which an interrupt may leave.
 """
 
 import hashlib
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 # window some slots are idle.
 _WINDOW = 1024
 _PARQUET = ".parquet"
+_INVALID = "invalid_request"
 # Fields of OpenAI's requests that do not change the answer; and the supported values of fields that would change it.
 _IGNORED = frozenset({"model", "user", "metadata", "store"})
 _SUPPORTED: Mapping[str, tuple[object, ...]] = {"n": (1, None), "stream": (False, None)}
@@ -52,11 +56,19 @@ class BatchResult(NamedTuple):
     errors: int
 
 
+class _Failure(NamedTuple):
+    """The error of a request: its code in a record, and one sentence."""
+
+    code: str
+    message: str
+
+
 class _Request(NamedTuple):
-    """A request: its key, and its fields, or an error if it cannot be parsed."""
+    """A request: its key, its `custom_id` (None without one), and its fields, or an error if it cannot be used."""
 
     key: str
-    fields: Mapping[str, Any] | PrecastError
+    custom_id: str | int | None
+    fields: Mapping[str, Any] | _Failure
 
 
 def run(
@@ -135,15 +147,38 @@ def _count(source: Path) -> int:
 
 def _requests(source: Path, identity: bytes) -> Iterator[_Request]:
     """Yield the requests of a file."""
+    seen: set[str | int] = set()
+    for key, fields in _lines(source, identity):
+        custom_id = None if isinstance(fields, _Failure) else fields.get("custom_id")
+        if custom_id is None:
+            yield _Request(key, None, fields)
+        elif not isinstance(custom_id, str | int) or isinstance(custom_id, bool):
+            text = f"request: custom_id must be a text or a whole number, found {custom_id!r:.60}."
+            yield _Request(key, None, _Failure(_INVALID, text))
+        elif custom_id in seen:
+            text = f"request: custom_id must be unique in a file, found {custom_id!r:.60} for a second time."
+            yield _Request(key, custom_id, _Failure("duplicate_custom_id", text))
+        else:
+            seen.add(custom_id)
+            yield _Request(key, custom_id, fields)
+
+
+def _lines(source: Path, identity: bytes) -> Iterator[tuple[str, Mapping[str, Any] | _Failure]]:
+    """Yield the key of each request of a file, and its fields or the error in its text."""
     if source.suffix == _PARQUET:
         for batch in _parquet(source).iter_batches(batch_size=_WINDOW):
             for row in batch.to_pylist():
                 given = {name: value for name, value in row.items() if value is not None}
-                yield _Request(_key(identity, repr(given).encode()), given)
+                yield _key(identity, repr(given).encode()), given
         return
     with _reading(source) as file:
         for number, line in enumerate(file, 1):
-            yield _Request(_key(identity, line.rstrip(b"\r\n")), _parsed(line, f"{source}: line {number}"))
+            parsed = _parsed(line, f"{source}: line {number}")
+            key = _key(identity, line.rstrip(b"\r\n"))
+            if isinstance(parsed, PrecastError):
+                yield key, _Failure("invalid_json_line", str(parsed))
+            else:
+                yield key, parsed
 
 
 def _reading(source: Path) -> IO[bytes]:
@@ -157,7 +192,7 @@ def _key(identity: bytes, request: bytes) -> str:
     return hashlib.sha256(identity + b"\0" + request).hexdigest()[:16]
 
 
-def _parsed(line: bytes, where: str) -> Mapping[str, Any] | PrecastError:
+def _parsed(line: bytes, where: str) -> dict[str, Any] | PrecastError:
     try:
         value = json.loads(line)
     except RecursionError:
@@ -232,7 +267,7 @@ def _answers(
 
 def _results(
     model: "Model", window: Sequence[_Request], params: SamplingParams
-) -> "Iterator[tuple[int, Completion | PrecastError]]":
+) -> "Iterator[tuple[int, Completion | _Failure]]":
     """Run as many requests at a time as the model has slots, and yield each result when it is complete."""
     waiting = iter(enumerate(window))
     running: dict[int, tuple[Stream, Iterator[object]]] = {}
@@ -240,21 +275,20 @@ def _results(
         while True:
             while len(running) < model.engine.slots and (following := next(waiting, None)) is not None:
                 index, request = following
-                try:
-                    stream = _stream(model, request, params)
-                except PrecastError as error:
-                    yield index, error
-                    continue
-                running[index] = stream, stream.events()
+                started = _start(model, request, params)
+                if isinstance(started, _Failure):
+                    yield index, started
+                else:
+                    running[index] = started, started.events()
             if not running:
                 return
             for index, (stream, events) in list(running.items()):
                 try:
                     if next(events, None) is not None:
                         continue
-                    result: Completion | PrecastError = stream.completion
+                    result: Completion | _Failure = stream.completion
                 except PrecastError as error:
-                    result = error
+                    result = _Failure("generation_failed", str(error))
                 del running[index]
                 yield index, result
     finally:
@@ -262,15 +296,23 @@ def _results(
             stream.close()
 
 
-def _stream(model: "Model", request: _Request, params: SamplingParams) -> "Stream":
+def _start(model: "Model", request: _Request, params: SamplingParams) -> "Stream | _Failure":
+    """Start the generation of a request, or return the error of a malformed or unsuitable request."""
+    if isinstance(request.fields, _Failure):
+        return request.fields
+    try:
+        return _stream(model, request.fields, params)
+    except PrecastError as error:
+        return _Failure(_INVALID, str(error))
+
+
+def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) -> "Stream":
     """Start the generation of a request.
 
     Raises:
         PrecastError: the request is malformed, or unsuitable for the model.
     """
-    if isinstance(request.fields, PrecastError):
-        raise request.fields
-    fields = request_fields(request.fields)
+    fields = request_fields(request)
     prompt, messages, tools = (fields.pop(name, None) for name in ("prompt", "messages", "tools"))
     if (prompt is None) == (messages is None):
         found = "neither" if prompt is None else "both"
@@ -326,12 +368,11 @@ def _schema_of(response_format: Any) -> dict[str, Any]:
     )
 
 
-def _record(request: _Request, result: "Completion | PrecastError") -> dict[str, Any]:
-    fields = {} if isinstance(request.fields, PrecastError) else request.fields
-    record = {"custom_id": fields["custom_id"]} if "custom_id" in fields else {}
+def _record(request: _Request, result: "Completion | _Failure") -> dict[str, Any]:
+    record: dict[str, Any] = {} if request.custom_id is None else {"custom_id": request.custom_id}
     record["key"] = request.key
-    if isinstance(result, PrecastError):
-        return record | {"error": str(result)}
+    if isinstance(result, _Failure):
+        return record | {"error": result._asdict()}
     record |= {
         "text": result.text,
         "finish_reason": result.finish_reason,
@@ -372,28 +413,35 @@ def _parquet(source: Path) -> Any:
 
 
 def _write_parquet(records: Path, target: Path) -> None:
-    """Write records as a Parquet file with a column for each field; values other than text and integers become JSON."""
+    """Write records as a Parquet file with a column for each field; lists and numeric ids become JSON."""
     arrow = _pyarrow()
-    types = {"prompt_tokens": arrow.int64(), "completion_tokens": arrow.int64()}
+    text, count = arrow.string(), arrow.int64()
+    error = arrow.struct([("code", text), ("message", text)])
+    types = {"prompt_tokens": count, "completion_tokens": count, "error": error}
     names = (
         "custom_id",
         "key",
         "text",
         "finish_reason",
-        *types,
+        "prompt_tokens",
+        "completion_tokens",
         "reasoning",
         "tool_calls",
         "logprobs",
         "error",
     )
-    schema = arrow.schema([(name, types.get(name, arrow.string())) for name in names])
+    schema = arrow.schema([(name, types.get(name, text)) for name in names])
     partial = target.with_name(target.name + ".partial")
     with records.open("rb") as file, arrow.parquet.ParquetWriter(partial, schema) as writer:
         while lines := list(islice(file, _WINDOW)):
-            rows = [{name: _plain(value) for name, value in json.loads(line).items()} for line in lines]
+            rows = [
+                {name: value if name in types else _text(value) for name, value in json.loads(line).items()}
+                for line in lines
+            ]
             writer.write_table(arrow.Table.from_pylist(rows, schema=schema))
     os.replace(partial, target)
 
 
-def _plain(value: Any) -> str | int:
-    return value if isinstance(value, str | int) else json.dumps(value)
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair becomes JSON's escape

@@ -45,6 +45,7 @@ def add(
         PrecastError: a file is unsuitable; see also `add_prefix`.
     """
     from ..add_prefix import PrefixSource, add_prefix
+    from .answer import read_tools
 
     if sum(path is not None for path in (given.system, given.chat, given.text)) != 1:
         raise PrecastError("add-prefix: expected one of --system, --chat and --text; give exactly one.")
@@ -54,9 +55,9 @@ def add(
         )
     source = PrefixSource(
         system=None if given.system is None else _text(given.system),
-        chat=None if given.chat is None else _objects(given.chat, "messages"),
+        chat=None if given.chat is None else _messages(given.chat),
         text=None if given.text is None else _text(given.text),
-        tools=None if given.tools is None else _objects(given.tools, "functions"),
+        tools=None if given.tools is None else read_tools(given.tools),
     )
     change = add_prefix(
         artifact,
@@ -120,9 +121,9 @@ def _text(path: Path) -> str:
         raise PrecastError(f"{path}: expected UTF-8 text, found other bytes; convert the file.") from None
 
 
-def _objects(path: Path, what: str) -> list[dict[str, Any]]:
+def _messages(path: Path) -> list[dict[str, Any]]:
     remedy = "write a JSON list of objects"
     value = parse_json(_read(path), str(path), remedy)
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-        raise PrecastError(f"{path}: expected a list of {what}, found something else; {remedy}.")
+        raise PrecastError(f"{path}: expected a list of messages, found something else; {remedy}.")
     return value

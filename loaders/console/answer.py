@@ -1,7 +1,7 @@
 """The printed form of answers in `run` and `chat`: reasoning, tool calls, and further keys of JSON lines."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,23 +45,22 @@ def check(options: "AnswerOptions", prompt: "Prompt", *, as_json: bool) -> None:
         raise PrecastError(f"--answers: expected a number of at least 1, found {options.answers}.")
 
 
-def read_tools(path: Path) -> list[Mapping[str, Any]]:
+def read_tools(path: Path) -> list[dict[str, Any]]:
     """Return the tools in a file.
 
     Raises:
-        PrecastError: the file cannot be read, or holds anything but an array of objects.
+        PrecastError: the file cannot be read, or holds anything but an array of tools.
     """
     try:
-        tools = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise PrecastError(f"--tools: cannot read {path}: {error.strerror}.") from None
-    except (ValueError, RecursionError):
-        tools = None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise PrecastError(
-            f"--tools: expected {path} to hold a JSON array of tools, each an object, found something else."
-        )
-    return tools
+    from ..artifact.json_records import parse_json
+    from ..text.tools import checked_tools
+
+    return checked_tools(
+        parse_json(data, f"--tools {path}", "write a JSON array of tools"), f"--tools {path}"
+    )
 
 
 def write(stream: "Stream", *, is_terminal: bool) -> Iterator[str]:

@@ -332,7 +332,7 @@ def _stream(
     return model.stream(text if prompt.ids is None else prompt.ids, params)
 
 
-def _tools(path: Path | None) -> "list[Mapping[str, Any]] | None":
+def _tools(path: Path | None) -> "list[dict[str, Any]] | None":
     if path is None:
         return None
     from .answer import read_tools

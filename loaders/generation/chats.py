@@ -1,7 +1,6 @@
 """The form of the answer to a chat: its parts, and the tools that it must call."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
@@ -10,6 +9,7 @@ from ..text.answer_formats import answer_format
 if TYPE_CHECKING:
     from ..text.answer_parser import AnswerParser
     from ..text.tokenizer import Tokenizer
+    from .constraint_texts import ConstraintText
     from .sampling_params import SamplingParams
 
 AUTO = "auto"
@@ -46,23 +46,59 @@ def parser_of(tokenizer: "Tokenizer", prompt: Sequence[int], form: ChatForm) -> 
     return AnswerParser(found, tool_schemas(form.tools or ()), prompt_tail=tail)
 
 
-def calling(
-    params: "SamplingParams", parser: "AnswerParser | None", tokenizer: "Tokenizer", form: ChatForm
-) -> "SamplingParams":
-    """Return the parameters with a grammar that restricts the answer to tool calls.
+def constraint_of(
+    params: "SamplingParams",
+    parser: "AnswerParser | None",
+    tokenizer: "Tokenizer",
+    prompt: Sequence[int],
+    form: ChatForm,
+) -> "ConstraintText | None":
+    """Return the constraint of the answer to a prompt: by the tool choice, or by the parameters; None without one.
+
+    A model that reasons may do so before the constraint applies.
+
+    Args:
+        params: the sampling parameters.
+        parser: the result of `parser_of`.
+        tokenizer: the model's tokenizer.
+        prompt: tokens of the prompt.
+        form: the form of the chat.
 
     Raises:
-        PrecastError: there are no tools, none has the chosen name, the template's form of calls is not JSON, or the
-            parameters have a constraint already.
+        PrecastError: a call is required and there are no tools, none has the chosen name, the template prescribes no
+            calls in JSON, the tools are beyond a limit, or the parameters have a constraint already.
     """
+    text = params.constraint
+    if form.tool_choice != AUTO:
+        text = _calls(params, parser, tokenizer, form)
+    if text is None or parser is None or not parser.form.reasoning:
+        return text
+    from ..text.reasoning_grammar import reasoning_grammar
+
+    shown = tokenizer.decode(prompt, skip_special_tokens=False)
+    (syntax,) = parser.form.reasoning
+    rule = reasoning_grammar(syntax, shown, tokenizer, is_open=parser.is_open)
+    return text._replace(reasoning=rule)
+
+
+def _calls(
+    params: "SamplingParams", parser: "AnswerParser | None", tokenizer: "Tokenizer", form: ChatForm
+) -> "ConstraintText":
+    """Return the constraint of an answer that is nothing but tool calls."""
     if parser is None or not parser.form.calls or not form.tools:
         raise PrecastError(
             "tool_choice needs tools, and a chat template that prescribes the form of tool calls; give tools, and name"
             " the form with answer_format."
         )
+    if params.constraint is not None:
+        raise PrecastError(
+            f"Sampling parameters: {params.constraint.kind} and tool_choice are alternatives; give one of them."
+        )
+    if params.ignore_eos:
+        raise PrecastError(
+            "Sampling parameters: ignore_eos must be false with tool_choice, because the end token ends the answer."
+        )
     from ..text.tool_grammar import tool_grammar
+    from .constraint_texts import tool_constraint
 
-    grammar = tool_grammar(
-        parser.form, form.tools, form.tool_choice, tokenizer, closes_reasoning=parser.is_open
-    )
-    return replace(params, grammar=grammar)
+    return tool_constraint(*tool_grammar(parser.form, form.tools, form.tool_choice, tokenizer))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..artifact.errors import PrecastError
 
 # Maximum number of characters. llguidance takes quadratic time for regular expressions and for some schemas.
-_LONGEST = {"json_schema": 100_000, "regex": 10_000, "grammar": 20_000, "choice": 100_000}
+_LONGEST = {"json_schema": 100_000, "regex": 10_000, "grammar": 20_000, "choice": 100_000, "tools": 100_000}
 # llguidance's parser accepts at most 128 levels, and the grammar around a schema uses some of them.
 _DEEPEST = 100
 # The time for an intersection of regular expressions doubles with each expression: 16 expressions take a second.
@@ -24,15 +24,31 @@ _MOST_REMAINDERS = 1_000_000
 
 
 class ConstraintText(NamedTuple):
-    """A user's constraint, before it becomes a grammar.
+    """A constraint as texts, before it becomes a grammar.
 
     Attributes:
-        kind: the sampling parameter's name: json_schema, regex, grammar or choice.
+        kind: the sampling parameter's name (json_schema, regex, grammar or choice), or tool_choice.
         value: the text of the schema, expression or grammar; or the choices.
+        schemas: the schemas of tools, which the grammar of tool_choice refers to as ``@arguments_0`` and so on.
+        reasoning: a rule of the text before the answer, in Lark's form; empty without such text.
     """
 
     kind: str
     value: str | tuple[str, ...]
+    schemas: "tuple[ToolSchema, ...]" = ()
+    reasoning: str = ""
+
+
+class ToolSchema(NamedTuple):
+    """The JSON Schema of a tool's arguments.
+
+    Attributes:
+        where: the place of the schema, for error texts.
+        text: the schema as JSON.
+    """
+
+    where: str
+    text: str
 
 
 def checked_constraint(given: Mapping[str, Any]) -> ConstraintText:
@@ -81,10 +97,10 @@ def _check_grammar(text: str) -> None:
             schema, _ = json.JSONDecoder().raw_decode(text, found.end())
             json.dumps(schema, allow_nan=False)
         except RecursionError:
-            raise _too_deep("grammar") from None
+            raise _too_deep(_parameter("grammar")) from None
         except ValueError:
             continue  # llguidance reports this error later
-        _check_schema("grammar", schema)
+        _check_schema(_parameter("grammar"), schema)
     # Count the ampersands in schemas, too, because regular expressions around an intersection may look like a schema.
     if text.count("&") > _MOST_INTERSECTED:
         raise PrecastError(
@@ -106,6 +122,34 @@ def _checked_choice(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(value))
 
 
+# --- tools --------------------------------------------------------------------------------------------------
+
+
+def tool_constraint(grammar: str, schemas: Sequence[tuple[str, Mapping[str, Any]]]) -> ConstraintText:
+    """Return the constraint of an answer that is nothing but tool calls.
+
+    Args:
+        grammar: the grammar of the calls, which refers to the schemas as ``@arguments_0``, ``@arguments_1`` and so on.
+        schemas: name of each tool, and JSON Schema of its arguments.
+
+    Raises:
+        PrecastError: the schemas are beyond a limit.
+    """
+    texts = [
+        ToolSchema(f"tools: parameters of {name!r:.60}", json.dumps(schema, separators=(",", ":")))
+        for name, schema in schemas
+    ]
+    size = len(grammar) + sum(len(schema.text) for schema in texts)
+    if size > _LONGEST["tools"]:
+        raise PrecastError(
+            f"tools: with tool_choice, names and parameters must have at most {_LONGEST['tools']:,} characters, found"
+            f" {size:,}; give fewer tools, or name one as the choice."
+        )
+    for where, text in texts:
+        _check_schema(where, json.loads(text))
+    return ConstraintText("tool_choice", grammar, tuple(texts))
+
+
 # --- JSON Schema --------------------------------------------------------------------------------------------
 
 
@@ -122,23 +166,28 @@ def _checked_schema(value: Any) -> str:
     try:
         text = json.dumps(schema, allow_nan=False, separators=(",", ":"))
     except RecursionError:
-        raise _too_deep("json_schema") from None
+        raise _too_deep(_parameter("json_schema")) from None
     except (TypeError, ValueError) as error:
         raise PrecastError(f"Sampling parameters: json_schema must be JSON, found: {error}.") from None
     _check_text("json_schema", text)
-    _check_schema("json_schema", json.loads(text))  # plain dictionaries and lists
+    _check_schema(_parameter("json_schema"), json.loads(text))  # plain dictionaries and lists
     return text
 
 
-def _check_schema(kind: str, schema: dict[str, Any]) -> None:
-    """Check a schema, which is the parameter `json_schema` or part of the parameter `grammar`, against the limits."""
+def _parameter(name: str) -> str:
+    """Return a sampling parameter's place, for error texts."""
+    return f"Sampling parameters: {name}"
+
+
+def _check_schema(where: str, schema: dict[str, Any]) -> None:
+    """Check a schema, which is a sampling parameter, a part of one, or the parameters of a tool, against the limits."""
     if _depth(schema) > _DEEPEST:
-        raise _too_deep(kind)
-    _check_merges(kind, schema)
+        raise _too_deep(where)
+    _check_merges(where, schema)
     guidance = schema.get("x-guidance", {})
     if not isinstance(guidance, dict) or guidance.get("lenient"):
         raise PrecastError(
-            f'Sampling parameters: {kind}: x-guidance must be an object without "lenient", which ignores parts of the'
+            f'{where}: x-guidance must be an object without "lenient", which ignores parts of the'
             f" schema, found {json.dumps(guidance):.60}."
         )
 
@@ -158,15 +207,13 @@ def _parsed(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
     except RecursionError:
-        raise _too_deep("json_schema") from None
+        raise _too_deep(_parameter("json_schema")) from None
     except ValueError as error:
         raise PrecastError(f"Sampling parameters: json_schema must be JSON, found: {error}.") from None
 
 
-def _too_deep(kind: str) -> PrecastError:
-    return PrecastError(
-        f"Sampling parameters: {kind} must be nested at most {_DEEPEST} levels deep; move parts to $defs."
-    )
+def _too_deep(where: str) -> PrecastError:
+    return PrecastError(f"{where} must be nested at most {_DEEPEST} levels deep; move parts to $defs.")
 
 
 def _depth(value: Any) -> int:
@@ -196,7 +243,7 @@ def _escaped(key: str) -> str:
     return key.replace("~", "~0").replace("/", "~1")
 
 
-def _check_merges(kind: str, schema: dict[str, Any]) -> None:
+def _check_merges(where: str, schema: dict[str, Any]) -> None:
     """Limit the number of patterns and the size of divisors that one value may have to satisfy at once.
 
     Raises:
@@ -220,20 +267,20 @@ def _check_merges(kind: str, schema: dict[str, Any]) -> None:
         )
     if merges and len(patterns) > _MOST_INTERSECTED:
         raise PrecastError(
-            f"Sampling parameters: {kind}: with allOf, or with $ref, anyOf or oneOf beside other keys, there must"
+            f"{where}: with allOf, or with $ref, anyOf or oneOf beside other keys, there must"
             f" be at most {_MOST_INTERSECTED} patterns and formats, found {len(patterns)}; use fewer."
         )
     longest = max(patterns, key=len, default="")
     if len(longest) > _LONGEST["regex"]:
         raise PrecastError(
-            f"Sampling parameters: {kind}: a pattern must have at most {_LONGEST['regex']:,} characters, found"
+            f"{where}: a pattern must have at most {_LONGEST['regex']:,} characters, found"
             f" {len(longest):,}; shorten it."
         )
     if any(
         _remainders(group) > _MOST_REMAINDERS for group in ([divisors] if merges else [{d} for d in divisors])
     ):
         raise PrecastError(
-            f"Sampling parameters: {kind}: multipleOf, and the product of all multipleOf that allOf merges, must be at"
+            f"{where}: multipleOf, and the product of all multipleOf that allOf merges, must be at"
             f" most {_MOST_REMAINDERS:,} without the decimal point, found {max(divisors):g}; use smaller ones."
         )
 

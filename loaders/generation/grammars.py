@@ -8,8 +8,8 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,6 +30,8 @@ T = TypeVar("T")
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _MOST_LEXER_STATES = 50_000  # each takes up to 2 KB
 _MOST_GRAMMARS = 32
+# Grammars that are built at the same time, each in up to a few hundred megabytes.
+_MOST_BUILDERS = 4
 _SEARCH_S = 0.5
 # llguidance follows references and rules by recursion. A text can hold 3,000 of them, and each needs up to 16 KB of
 # stack.
@@ -52,51 +54,95 @@ class Grammars:
     def __init__(self, tokenizer: "Tokenizer", vocab_size: int, end_ids: Iterable[int]) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._end_ids = sorted(token for token in end_ids if token < vocab_size)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held for a moment only: grammars are built without it
+        self._kept: OrderedDict[ConstraintText, _Grammar] = OrderedDict()
+        self._building: dict[ConstraintText, Future[_Grammar | PrecastError | None]] = {}
+        self._builders = threading.BoundedSemaphore(_MOST_BUILDERS)
         self._vocabulary: _Vocabulary | None = None
-        self._kept: OrderedDict[ConstraintText, tuple[LLMatcher, np.ndarray]] = OrderedDict()
+        self._vocabulary_lock = threading.Lock()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="precast-constraints")
 
     def start(self, text: ConstraintText) -> Constraint:
         """Return a constraint for a new answer.
 
+        Several threads may build different grammars at the same time. A thread that needs a grammar which another
+        thread builds waits for it.
+
         Raises:
             PrecastError: the extra `grammar` is not installed, the tokenizer or the model is unsuitable, or the text is
                 invalid or exceeds llguidance's limits.
         """
+        matcher, mask = self._grammar(text)
+        return Constraint(matcher.deep_copy(), mask, name=text.kind, worker=self._worker)
+
+    def _grammar(self, text: ConstraintText) -> "_Grammar":
+        while True:
+            with self._lock:
+                if (kept := self._kept.get(text)) is not None:
+                    self._kept.move_to_end(text)
+                    return kept
+                others = self._building.get(text)
+                if others is None:
+                    mine = self._building[text] = Future[_Grammar | PrecastError | None]()
+                    break
+            built = others.result()
+            if isinstance(built, PrecastError):
+                raise PrecastError(str(built))  # an error of this thread alone
+            if built is not None:
+                return built
+        try:
+            return self._build(text, mine)
+        finally:
+            with self._lock:
+                del self._building[text]
+            if not mine.done():  # an interrupt or a failure: a waiting thread tries again
+                mine.set_result(None)
+
+    def _build(self, text: ConstraintText, result: "Future[_Grammar | PrecastError | None]") -> "_Grammar":
+        """Build a grammar, and give it or its refusal to the waiting threads."""
+        try:
+            with self._builders:
+                grammar = _with_deep_stack(lambda: self._compile(text))
+        except PrecastError as error:
+            result.set_result(error)
+            raise
         with self._lock:
-            if text not in self._kept:
-                self._kept[text] = _with_deep_stack(lambda: self._compile(text))
-                if len(self._kept) > _MOST_GRAMMARS:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(text)
-            matcher, mask = self._kept[text]
-            return Constraint(matcher.deep_copy(), mask, name=text.kind, worker=self._worker)
+            self._kept[text] = grammar
+            if len(self._kept) > _MOST_GRAMMARS:
+                self._kept.popitem(last=False)
+        result.set_result(grammar)
+        return grammar
 
-    def _compile(self, text: ConstraintText) -> "tuple[LLMatcher, np.ndarray]":
+    def _compile(self, text: ConstraintText) -> "_Grammar":
+        vocabulary = self._known_vocabulary()
         llguidance = _library()
-        if self._vocabulary is None:
-            self._vocabulary = self._read_vocabulary()
-        vocabulary = self._vocabulary
         limits = llguidance.LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
-        body = _body(text)
+        bodies = _bodies(text)
 
-        def begin(opening: str) -> "tuple[LLMatcher, np.ndarray]":
-            program = _program(body, opening)
+        def begin(opening: str, reasoning: str = "") -> "_Grammar":
+            program = _program(bodies, opening, reasoning)
             matcher = llguidance.LLMatcher(vocabulary.library, program, log_level=0, limits=limits)
-            return matcher, compute_mask(matcher, -(-self._vocab_size // 32))
+            return _Grammar(matcher, compute_mask(matcher, -(-self._vocab_size // 32)))
 
-        matcher, mask = begin("")
-        opening = vocabulary.opening
+        opening, found = "", begin("")
         # If the decoder drops the space at the start of a text, the grammar must begin with that space. A special token
         # at the start has no space before it.
-        if opening and not matcher.is_error() and not vocabulary.allows_special(mask):
-            matcher, mask = begin(opening)
-        if matcher.is_error():
-            reason = matcher.get_error()
+        if vocabulary.opening and not found.matcher.is_error() and not vocabulary.allows_special(found.mask):
+            opening = vocabulary.opening
+            found = begin(opening)
+        if text.reasoning and not found.matcher.is_error():
+            found = begin(opening, text.reasoning)
+        if found.matcher.is_error():
+            reason = found.matcher.get_error()
             unsatisfiable = "NoExtension" in reason
-            raise _refusal(text, "no text satisfies it" if unsatisfiable else reason, body, limits)
-        return matcher, mask
+            raise _refusal(text, "no text satisfies it" if unsatisfiable else reason, limits)
+        return found
+
+    def _known_vocabulary(self) -> "_Vocabulary":
+        with self._vocabulary_lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary()
+            return self._vocabulary
 
     def _read_vocabulary(self) -> "_Vocabulary":
         if not self._end_ids:
@@ -111,6 +157,13 @@ class Grammars:
             opening='" "' if drops_first_space(self._tokenizer, tokens) else "",
             special=frozenset(special) - frozenset(self._end_ids),
         )
+
+
+class _Grammar(NamedTuple):
+    """A parser at the beginning of a grammar, never advanced itself, and the mask for the first token."""
+
+    matcher: "LLMatcher"
+    mask: np.ndarray
 
 
 class _Vocabulary(NamedTuple):
@@ -183,19 +236,24 @@ def _with_deep_stack(call: Callable[[], T]) -> T:
 # --- texts for llguidance -----------------------------------------------------------------------------------
 
 
+def _bodies(text: ConstraintText) -> dict[str, dict[str, Any]]:
+    """Return a constraint as grammars in llguidance's form, by name; the first is the whole answer's."""
+    schemas = (json.loads(schema.text) for schema in text.schemas)
+    return {"body": _body(text), **{f"arguments_{n}": _json_body(schema) for n, schema in enumerate(schemas)}}
+
+
 def _body(text: ConstraintText) -> dict[str, Any]:
-    """Return a constraint as a grammar in llguidance's form."""
+    """Return a constraint, without the schemas of tools, as a grammar in llguidance's form."""
     if text.kind == "json_schema":
         return _json_body(json.loads(str(text.value)))
     if text.kind == "regex":
         (grammar,) = json.loads(_library().LLMatcher.grammar_from_regex(text.value))["grammars"]
         return {"lark_grammar": grammar["lark_grammar"]}
-    if text.kind == "grammar":
-        return {"lark_grammar": text.value}
-    # CHOICE is a terminal, because each choice of a rule would be a separate item in the parser.
-    return {
-        "lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in text.value)
-    }
+    if text.kind == "choice":
+        # CHOICE is a terminal, because each choice of a rule would be a separate item in the parser.
+        choices = " | ".join(json.dumps(choice) for choice in text.value)
+        return {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}
+    return {"lark_grammar": text.value}
 
 
 def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
@@ -205,32 +263,33 @@ def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
     return {"json_schema": {**schema, "x-guidance": options}}
 
 
-def _program(body: dict[str, Any], opening: str) -> str:
-    """Return a grammar that accepts the opening followed by the body, in any tokenisation.
+def _program(bodies: Mapping[str, dict[str, Any]], opening: str, reasoning: str = "") -> str:
+    """Return a grammar that accepts reasoning, opening and body one after the other, in any tokenisation.
 
     Args:
-        body: a grammar in llguidance's form.
+        bodies: the grammars of `_bodies`.
         opening: the text before the body, in Lark's syntax.
+        reasoning: the rules of `reasoning_grammar`; empty for an answer without reasoning.
     """
     # With no_forcing, the model may choose any tokens that spell the text. Otherwise llguidance would let the tokenizer
     # choose them.
-    start = f'%llguidance {{"no_forcing": true}}\nstart: {opening} @body'
-    return json.dumps({"grammars": [{"name": "start", "lark_grammar": start}, {"name": "body", **body}]})
+    lines = ['%llguidance {"no_forcing": true}', f"start: {opening} @body"]
+    if reasoning:
+        space = opening or json.dumps("")
+        lines[1:] = ["start: reasoned", f"space: {space}", "answer: @body", reasoning]
+    named = [{"name": name, **body} for name, body in bodies.items()]
+    return json.dumps({"grammars": [{"name": "start", "lark_grammar": "\n".join(lines)}, *named]})
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-def _refusal(
-    text: ConstraintText, reason: str, body: dict[str, Any], limits: "LLParserLimits"
-) -> PrecastError:
+def _refusal(text: ConstraintText, reason: str, limits: "LLParserLimits") -> PrecastError:
     """Return the error for a constraint that llguidance refuses."""
     if text.kind == "json_schema":
-        part = _refused_part(body["json_schema"], reason, limits)
-        return PrecastError(
-            f"json_schema{part}: expected a schema that llguidance can enforce, found: {first_line(_cause(reason))};"
-            " change the schema."
-        )
+        return _schema_refusal(text.kind, json.loads(str(text.value)), reason, limits)
+    if text.kind == "tool_choice":
+        return _tool_refusal(text, reason, limits)
     cause = first_line(_cause(reason))
     if text.kind == "regex":
         expected = "a regular expression in Rust's syntax"
@@ -240,6 +299,28 @@ def _refusal(
             cause = f"{cause[place.end() :]} (line {place[1]}, column {place[2]})"
     return PrecastError(
         f"{text.kind}: expected {expected} within llguidance's limits, found: {cause}; change it."
+    )
+
+
+def _tool_refusal(text: ConstraintText, reason: str, limits: "LLParserLimits") -> PrecastError:
+    validate = _library().LLMatcher.validate_grammar
+    for where, schema_text in text.schemas:
+        schema = json.loads(schema_text)
+        if own := validate(_program({"body": _json_body(schema)}, ""), limits=limits):
+            return _schema_refusal(where, schema, own, limits)
+    return PrecastError(
+        f"tools: expected parameters that llguidance can enforce together, found: {first_line(reason)}; give fewer"
+        " tools, or name one as the choice."
+    )
+
+
+def _schema_refusal(
+    where: str, schema: dict[str, Any], reason: str, limits: "LLParserLimits"
+) -> PrecastError:
+    part = _refused_part(schema, reason, limits)
+    return PrecastError(
+        f"{where}{part}: expected a schema that llguidance can enforce, found: {first_line(_cause(reason))};"
+        " change the schema."
     )
 
 
@@ -259,6 +340,9 @@ def _refused_part(schema: dict[str, Any], reason: str, limits: "LLParserLimits")
     for pointer, part in reversed(list(parts(schema))):
         if not pointer or time.monotonic() > until:
             break
-        if matcher.validate_grammar(_program(_json_body({**shared, **part}), ""), limits=limits) == reason:
+        if (
+            matcher.validate_grammar(_program({"body": _json_body({**shared, **part})}, ""), limits=limits)
+            == reason
+        ):
             return f" at {pointer}"
     return ""

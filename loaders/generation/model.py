@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Integral
+from operator import attrgetter
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ from .stream import Completion, Stream
 if TYPE_CHECKING:
     from ..text.answer_parser import AnswerParser
     from .chats import ChatForm
+    from .constraint_texts import ConstraintText
     from .constraints import Constraint
     from .grammars import Grammars
     from .logprobs import PromptLogprobs
@@ -33,11 +35,12 @@ Prompt = str | Sequence[int]
 
 
 class _Request(NamedTuple):
-    """A checked prompt, its parameters, and the maximum number of tokens to generate."""
+    """A checked prompt, its parameters, the maximum number of tokens to generate, and the answer's constraint."""
 
     ids: list[int]
     params: SamplingParams
     limit: int
+    constraint: "ConstraintText | None"
 
 
 class Model:
@@ -219,21 +222,25 @@ class Model:
     ) -> Completion:
         """Answer a conversation.
 
+        A constraint, by the parameters or by `tool_choice`, applies after the reasoning of a model that reasons. It
+        applies from the first token if the prompt turns reasoning off, or `answer_format` is "text".
+
         Args:
             messages: mappings with "role" and "content", oldest first.
             params: the sampling parameters; None uses the model's own defaults.
-            tools: JSON schemas of functions, for templates that support them.
+            tools: JSON schemas of functions in OpenAI's form, for templates that support them.
             template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
             answer_format: the model family whose form of tool calls to expect in the answer ("hermes", "llama3",
                 "mistral", …). "text" leaves reasoning and tool calls in the text. None chooses by the chat template.
             tool_choice: "auto" leaves the choice to the model. "required" restricts the answer to tool calls, and a
-                tool's name restricts it to calls of that tool. Both keep the arguments to the tools' schemas, exclude
-                reasoning, and need the extra `grammar`.
+                tool's name restricts it to calls of that tool. Both keep the arguments to the tools' schemas, and need
+                the extra `grammar`.
 
         Raises:
-            PrecastError: the model has no such chat template, the template rejects the messages, the answer format is
-                unknown, or the tool choice names no tool or cannot be enforced; also the errors of `generate`.
+            PrecastError: the model has no such chat template, the template rejects the messages, a tool is malformed,
+                the answer format is unknown, or the tool choice names no tool or cannot be enforced; also the errors of
+                `generate`.
         """
         return self.stream_chat(
             messages,
@@ -313,9 +320,10 @@ class Model:
 
         ids = self.chat_prompt(messages, tools=form.tools, template=form.template, literal=form.literal)
         parser = chats.parser_of(self.tokenizer, ids, form)
-        if form.tool_choice != chats.AUTO:
-            params = chats.calling(params or self.default_sampling(), parser, self.tokenizer, form)
-        return self._sequence(self._request(ids, params), most_unread=most_unread, parser=parser)
+        request = self._request(
+            ids, params, lambda chosen: chats.constraint_of(chosen, parser, self.tokenizer, ids, form)
+        )
+        return self._sequence(request, most_unread=most_unread, parser=parser)
 
     def chat_prompt(
         self,
@@ -395,8 +403,13 @@ class Model:
         text = self.tokenizer.token(int(token))
         return "" if text is None else f"; leave out {text!r:.40}, for which the model has no embedding"
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None) -> _Request:
-        """Check a prompt and its parameters."""
+    def _request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        constraint_of: "Callable[[SamplingParams], ConstraintText | None]" = attrgetter("constraint"),
+    ) -> _Request:
+        """Check a prompt, its parameters and the answer's constraint."""
         if isinstance(prompt, bytes | bytearray):
             raise PrecastError("prompt: expected text or token ids, found bytes; decode them first.")
         if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
@@ -408,8 +421,9 @@ class Model:
         checked, chosen = self.checked_prompt(ids), params or self.default_sampling()
         limit = chosen.limit(len(checked), self.engine.context - len(checked))
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
-        self._constraint(chosen)  # refuse an unsuitable constraint before the model reads any prompt
-        return _Request(checked, chosen.with_word_ids(encode), limit)
+        constraint = constraint_of(chosen)
+        self._constraint(constraint)  # refuse an unsuitable constraint before the model reads any prompt
+        return _Request(checked, chosen.with_word_ids(encode), limit, constraint)
 
     def _sequence(
         self,
@@ -418,7 +432,7 @@ class Model:
         most_unread: int | None = UNREAD_PIECES,
         parser: "AnswerParser | None" = None,
     ) -> TokenSequence:
-        prompt, params, limit = request
+        prompt, params, limit, constraint = request
         return TokenSequence(
             prompt,
             sampler=Sampler(
@@ -427,7 +441,7 @@ class Model:
                 self.engine.vocab,
                 self.eos_token_ids,
                 self.tokenizer.token_text,
-                self._constraint(params),
+                self._constraint(constraint),
             ),
             decoder=self.tokenizer.stream(shown=() if parser is None else parser.markers),
             stops=StopStrings(params.stop),
@@ -441,9 +455,8 @@ class Model:
             parser=parser,
         )
 
-    def _constraint(self, params: SamplingParams) -> "Constraint | None":
+    def _constraint(self, text: "ConstraintText | None") -> "Constraint | None":
         """Return a constraint for a new answer, building its grammar if it is not cached."""
-        text = params.constraint
         if text is None:
             return None
         with self._grammars_lock:
@@ -469,7 +482,9 @@ def _chat_form(
     answer_format: str | None,
     tool_choice: str,
 ) -> "ChatForm":
-    # A lazy import, because few prompts are chats.
+    # Lazy imports, because few prompts are chats.
+    from ..text.tools import checked_tools
     from .chats import ChatForm
 
-    return ChatForm(tools, template, literal, answer_format, tool_choice)
+    checked = None if tools is None else checked_tools(tools)
+    return ChatForm(checked, template, literal, answer_format, tool_choice)

@@ -123,7 +123,7 @@ class SamplingParams(Frozen):
         # A lazy import, because few answers are constrained.
         from .constraint_texts import checked_constraint
 
-        kind, value = checked_constraint(given)
+        kind, value, *_ = checked_constraint(given)
         self.__dict__[kind] = value
         if self.ignore_eos:
             raise PrecastError(

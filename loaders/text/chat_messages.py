@@ -60,7 +60,7 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
         raise PrecastError(
             f"Chat: expected {where} to be {wanted}, found a content of type {type(content).__name__}."
         )
-    plain = {key: value for key, value in _plain_json(message, where).items() if value is not None}
+    plain = {key: value for key, value in plain_json(message, where).items() if value is not None}
     if isinstance(calls := plain.get("tool_calls"), list):
         plain["tool_calls"] = [_with_object(call) for call in calls]
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
@@ -80,7 +80,7 @@ def _with_object(call: Any) -> Any:
 
 
 def plain_objects(values: Any, where: str) -> list[dict[str, Any]]:
-    """Return tools or documents as a list of plain JSON objects.
+    """Return documents as a list of plain JSON objects.
 
     Raises:
         PrecastError: the value is not a list of JSON objects.
@@ -89,9 +89,10 @@ def plain_objects(values: Any, where: str) -> list[dict[str, Any]]:
         raise PrecastError(f"Chat: expected {where} to be a list of objects, found {type(values).__name__}.")
     for index, value in enumerate(values):
         if not isinstance(value, Mapping):
-            found = "a function; give its JSON schema" if callable(value) else type(value).__name__
-            raise PrecastError(f"Chat: expected {where}[{index}] to be a JSON object, found {found}.")
-    plain: list[dict[str, Any]] = _plain_json(values, where)
+            raise PrecastError(
+                f"Chat: expected {where}[{index}] to be a JSON object, found {type(value).__name__}."
+            )
+    plain: list[dict[str, Any]] = plain_json(values, where)
     return plain
 
 
@@ -108,22 +109,34 @@ def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
             raise PrecastError(
                 f"Chat: the variable {name!r} is reserved; choose another name, or use the argument of that name."
             )
-    plain: dict[str, Any] = _plain_json(variables, "variables")
+    plain: dict[str, Any] = plain_json(variables, "variables")
     return plain
 
 
-def _plain_json(value: Any, where: str, depth: int = 0) -> Any:
-    """Copy a value as plain JSON types, because a template could call the methods of any other object."""
+def plain_json(value: Any, where: str, source: str = "Chat", depth: int = 0) -> Any:
+    """Copy a value as plain JSON types, because a template could call the methods of any other object.
+
+    Args:
+        value: the value.
+        where: its place, for error texts.
+        source: the origin of that place, for error texts.
+        depth: number of values around it.
+
+    Raises:
+        PrecastError: JSON cannot represent the value, or the value is nested more than 64 deep.
+    """
     if value is None or type(value) in (str, int, float, bool):
         return value
     if depth > 64:
-        raise PrecastError(f"Chat: expected {where} to be nested at most 64 deep, found more; flatten it.")
+        raise PrecastError(
+            f"{source}: expected {where} to be nested at most 64 deep, found more; flatten it."
+        )
     if isinstance(value, (list, tuple)):
-        return [_plain_json(item, where, depth + 1) for item in value]
+        return [plain_json(item, where, source, depth + 1) for item in value]
     if isinstance(value, Mapping) and all(type(key) is str for key in value):
-        return {key: _plain_json(item, where, depth + 1) for key, item in value.items()}
+        return {key: plain_json(item, where, source, depth + 1) for key, item in value.items()}
     raise PrecastError(
-        f"Chat: expected {where} to be plain JSON, found a value of type {type(value).__name__}"
+        f"{source}: expected {where} to be plain JSON, found a value of type {type(value).__name__}"
         f"{' with keys that are not text' if isinstance(value, Mapping) else ''}."
     )
 

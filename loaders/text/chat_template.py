@@ -22,6 +22,7 @@ from .chat_messages import (
 )
 from .chat_meter import LimitExceeded, Limits, Meter
 from .chat_sandbox import TemplateRefusal, compile_template
+from .tools import checked_tools
 
 __all__ = ["ChatOptions", "ChatTemplate", "Limits"]
 
@@ -89,7 +90,7 @@ class ChatTemplate:
         """
         options = options or ChatOptions()
         documents, variables = options.documents, plain_variables(options.variables or {})
-        tools = None if options.tools is None else plain_objects(options.tools, "tools")
+        tools = None if options.tools is None else checked_tools(options.tools)
         if (
             tools is not None
             and self._reads_xml_tools

@@ -407,12 +407,7 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def tool_schemas(tools: Iterable[Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the JSON Schema of each tool's parameters, by name; a tool may lack the outer key "function"."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for tool in tools:
-        inner = tool.get("function", tool)
-        if isinstance(inner, Mapping) and isinstance(name := inner.get("name"), str):
-            parameters = inner.get("parameters")
-            found[name] = parameters if isinstance(parameters, Mapping) else {}
-    return found
+def tool_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the JSON Schema of each tool's parameters, by name; the tools are those of `checked_tools`."""
+    functions = (tool.get("function", tool) for tool in tools)
+    return {function["name"]: function.get("parameters") or {} for function in functions}

@@ -5,9 +5,10 @@ The arguments of a call follow the JSON Schema of its tool.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
+from .vocabulary_bytes import grammar_symbol
 
 if TYPE_CHECKING:
     from .answer_formats import AnswerFormat
@@ -20,55 +21,56 @@ _MOST_CALLS = 16
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+class ToolGrammar(NamedTuple):
+    """The grammar of tool calls.
+
+    Attributes:
+        lark: the grammar, which refers to the schemas as ``@arguments_0``, ``@arguments_1`` and so on.
+        schemas: name of each tool, and JSON Schema of its arguments.
+    """
+
+    lark: str
+    schemas: Sequence[tuple[str, Mapping[str, Any]]]
+
+
 def tool_grammar(
-    form: "AnswerFormat",
-    tools: Sequence[Mapping[str, Any]],
-    choice: str,
-    tokenizer: "Tokenizer",
-    *,
-    closes_reasoning: bool,
-) -> str:
+    form: "AnswerFormat", tools: Sequence[Mapping[str, Any]], choice: str, tokenizer: "Tokenizer"
+) -> ToolGrammar:
     """Return the grammar of 1 to 16 calls, or of exactly 1 call for the family "llama3".
 
     Args:
         form: the form of the answer.
-        tools: JSON schemas of the tools; a tool may lack the outer key "function".
+        tools: tools in the form of `checked_tools`.
         choice: "required" for calls of any tools, or the name of the only tool to call.
         tokenizer: the model's tokenizer.
-        closes_reasoning: True if the prompt has opened the reasoning, which the answer then closes at once.
 
     Raises:
         PrecastError: no tool has this name, or the family's calls are not JSON.
     """
     functions = [tool.get("function", tool) for tool in tools]
-    chosen = [f for f in functions if choice in (REQUIRED, f.get("name"))]
+    chosen = [f for f in functions if choice in (REQUIRED, f["name"])]
     if not chosen:
         raise PrecastError(
             f"tool_choice: expected {REQUIRED!r}, 'auto' or the name of a tool, found {choice!r:.60}."
         )
-    marks = {text: _mark(tokenizer, text) for text in form.markers()}
+    marks = {text: grammar_symbol(tokenizer, text) for text in form.markers()}
     is_named = form.name == "mistral" and marks["[ARGS]"].startswith("<")
     key = "parameters" if form.name == "llama3" else "arguments"
-    lines = [
-        f"start: {_opening(form, marks, closes_reasoning=closes_reasoning)}{_calls(form.name, marks, is_named)}"
-    ]
+    lines = [f"start: {_calls(form.name, marks, is_named)}"]
     lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(chosen))))
     for n, function in enumerate(chosen):
-        name = function.get("name")
-        schema = {**(function.get("parameters") or {"type": "object"}), "x-guidance": _LAYOUT}
+        name = function["name"]
         if is_named:
-            call = f"{json.dumps(name)} {marks['[ARGS]']} arguments_{n}"
+            call = f"{json.dumps(name)} {marks['[ARGS]']} @arguments_{n}"
         else:
             before = f'{{"name": {json.dumps(name)}, "{key}": '
-            call = f'{json.dumps(before)} arguments_{n} "}}"'
-        # "&" is an operator of grammars. `constraint_texts` bounds the number of its occurrences, even within JSON.
-        text = json.dumps(schema).replace("&", "\\u0026")
-        lines += [f"call_{n}: {call}", f"arguments_{n}: %json {text}"]
-    return "\n".join(lines)
+            call = f'{json.dumps(before)} @arguments_{n} "}}"'
+        lines.append(f"call_{n}: {call}")
+    return ToolGrammar("\n".join(lines), [(f["name"], _arguments(f)) for f in chosen])
 
 
-def _opening(form: "AnswerFormat", marks: Mapping[str, str], *, closes_reasoning: bool) -> str:
-    return f'{marks[form.reasoning[0].closing]} "\\n\\n" ' if closes_reasoning else ""
+def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", **(function.get("parameters") or {}), "x-guidance": _LAYOUT}
 
 
 def _calls(family: str, marks: Mapping[str, str], is_named: bool) -> str:
@@ -90,12 +92,3 @@ def _calls(family: str, marks: Mapping[str, str], is_named: bool) -> str:
         f"tool_choice: calls of the family {family!r} cannot be required; leave out tool_choice, or give the"
         " answer_format of another family."
     )
-
-
-def _mark(tokenizer: "Tokenizer", text: str) -> str:
-    """Return a marker for a grammar: its token if `vocabulary_bytes` treats the token as special, else its text."""
-    library = tokenizer.library
-    token, added = library.token_to_id(text), library.get_added_tokens_decoder()
-    if token in added and (added[token].special or (text.startswith("<") and text.endswith(">"))):
-        return f"<[{token}]>"
-    return json.dumps(text)

@@ -9,6 +9,8 @@ from ..artifact.errors import PrecastError
 from .tokenizer import BYTE_TOKEN, byte_alphabet, byte_level_bytes
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
+
     from .tokenizer import Tokenizer
 
 # The first byte of a special token. It never occurs in UTF-8, so no text matches a special token.
@@ -38,9 +40,25 @@ def vocabulary_bytes(tokenizer: "Tokenizer", size: int) -> list[bytes]:
         if token not in added or (has_byte_tokens and BYTE_TOKEN.fullmatch(text)):
             found[token] = read(text)
         else:
-            is_mark = added[token].special or (text.startswith("<") and text.endswith(">"))
-            found[token] = SPECIAL * is_mark + text.encode()
+            found[token] = SPECIAL * _is_mark(added[token]) + text.encode()
     return found
+
+
+def _is_mark(added: "AddedToken") -> bool:
+    return bool(added.special or (added.content.startswith("<") and added.content.endswith(">")))
+
+
+def mark_token(tokenizer: "Tokenizer", text: str) -> int | None:
+    """Return the token of a marker such as ``<think>``; None if `vocabulary_bytes` treats the marker as text."""
+    library = tokenizer.library
+    token, added = library.token_to_id(text), library.get_added_tokens_decoder()
+    return token if token in added and _is_mark(added[token]) else None
+
+
+def grammar_symbol(tokenizer: "Tokenizer", text: str) -> str:
+    """Return a marker in the form of a Lark grammar: as a token, or else as text."""
+    token = mark_token(tokenizer, text)
+    return json.dumps(text) if token is None else f"<[{token}]>"
 
 
 def drops_first_space(tokenizer: "Tokenizer", tokens: list[bytes]) -> bool:

@@ -313,6 +313,28 @@ def inline(random: Random) -> Case:
     return {"grammar": f"start: %json {dumps(family(random).get('json_schema', {}))}"}
 
 
+def tools(random: Random) -> Case:
+    """Require calls of tools with hostile parameters."""
+    families = (
+        references,
+        doubling,
+        intersections,
+        bounds,
+        cycles,
+        many_properties,
+        contradiction,
+        enumeration,
+    )
+    family, count = random.choice(families), size(random, 40)
+    schemas = [family(random).get("json_schema") for _ in range(count)]
+    return {
+        "tools": [
+            {"name": f"f{n}", "parameters": {"properties": {"a": json.loads(s) if isinstance(s, str) else s}}}
+            for n, s in enumerate(schemas)
+        ]
+    }
+
+
 FAMILIES: tuple[Callable[[Random], Case], ...] = (
     deep,
     deep_text,
@@ -336,6 +358,7 @@ FAMILIES: tuple[Callable[[Random], Case], ...] = (
     noise,
     lark_noise,
     inline,
+    tools,
 )
 
 
@@ -389,8 +412,9 @@ def attempt(grammars: Any, case: Case) -> str:
     from precast.loaders.generation.sampling_params import SamplingParams
 
     try:
-        params = SamplingParams(temperature=1.0, seed=0, **case)
-        sampler = Sampler(params, [], VOCABULARY, [END], constraint=grammars.start(params.constraint))
+        params = SamplingParams(temperature=1.0, seed=0, **({} if "tools" in case else case))
+        text = tool_calls(case["tools"]) if "tools" in case else params.constraint
+        sampler = Sampler(params, [], VOCABULARY, [END], constraint=grammars.start(text))
         for _ in range(STEPS):
             if sampler.sample(np.zeros(VOCABULARY, np.float32)) == END:
                 break
@@ -399,12 +423,29 @@ def attempt(grammars: Any, case: Case) -> str:
     return "generated"
 
 
+def tool_calls(given: Any) -> Any:
+    """Return the constraint of calls of any of the given tools."""
+    from precast.loaders.generation.constraint_texts import tool_constraint
+    from precast.loaders.text.answer_formats import answer_format
+    from precast.loaders.text.tool_grammar import REQUIRED, tool_grammar
+    from precast.loaders.text.tools import checked_tools
+
+    form = answer_format("", "llama3")
+    return tool_constraint(*tool_grammar(form, checked_tools(given), REQUIRED, byte_tokenizer()))
+
+
 def byte_grammars() -> Any:
     """Return the grammars of a vocabulary of all bytes and some pairs."""
+    from precast.loaders.generation.grammars import Grammars
+
+    return Grammars(byte_tokenizer(), VOCABULARY, [END])
+
+
+def byte_tokenizer() -> Any:
+    """Return a tokenizer of all bytes and some pairs."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers
 
-    from precast.loaders.generation.grammars import Grammars
     from precast.loaders.text.tokenizer import Tokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -413,10 +454,7 @@ def byte_grammars() -> Any:
     library = Library(models.BPE(vocabulary, []))
     library.add_special_tokens(["</s>"])
     library.decoder = decoders.ByteLevel()
-    tokenizer = Tokenizer.from_json(
-        library.to_str().encode(), chat_template=None, bos_token=None, eos_token=None
-    )
-    return Grammars(tokenizer, VOCABULARY, [END])
+    return Tokenizer.from_json(library.to_str().encode(), chat_template=None, bos_token=None, eos_token=None)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """Fixtures for tests that add targets to an artifact, and for tests of tokenizers."""
 
 import hashlib
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from precast.loaders.add_target import Addition, add_target
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import SamplingDefaults
 from precast.loaders.compiling import compiler as compiling
 from precast.loaders.compiling import isa
+from precast.loaders.generation.model import Model
 from precast.loaders.text.tokenizer import Tokenizer
 
 
@@ -108,3 +113,56 @@ def refused(
         return str(raised.value)
 
     return run
+
+
+class ScriptedEngine:
+    """An engine whose greedy tokens follow a script, whatever the prompt."""
+
+    context, slots, vocab, buckets, score_tokens = 4096, 2, 400, (4096,), 0
+    windows: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self, script: list[int]) -> None:
+        self._script = script
+        self._prompts: dict[int, int] = {}
+
+    def new_cache(self) -> None:
+        return None
+
+    def prefill_chunk(self, tokens: list[int], cache: None, *, start: int, slot: int) -> Any:
+        self._prompts[slot] = start + len(tokens)
+        return self._step([0])
+
+    def decode(self, rows: list[Any], cache: None) -> Any:
+        return self._step([row.position + 1 - self._prompts[row.slot] for row in rows])
+
+    def logits(self, step: Any) -> np.ndarray:
+        return np.stack([np.eye(1, self.vocab, token, np.float32)[0] for token in step.token])
+
+    def _step(self, places: list[int]) -> Any:
+        last = len(self._script) - 1
+        return SimpleNamespace(token=np.array([self._script[min(n, last)] for n in places], np.int32))
+
+
+@pytest.fixture(scope="session")
+def scripted_model(tiny_source: Any) -> Callable[..., Any]:
+    """Return a function that makes a model with a chat template, which says a text and ends."""
+    source, end = json.loads(tiny_source().tokenizer_json), 1
+
+    def make(text: str, template: str, *, special: Sequence[str] = (), marks: Sequence[str] = ()) -> Model:
+        data = json.loads(json.dumps(source))
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        for number, content in enumerate((*special, *marks)):
+            token = {"id": len(data["model"]["vocab"]) + number, "content": content}
+            data["added_tokens"].append({**token, "special": number < len(special), **flags})
+        tokenizer = Tokenizer.from_json(
+            json.dumps(data).encode(), chat_template=template, bos_token="<s>", eos_token="</s>"
+        )
+        manifest = SimpleNamespace(
+            tokenizer=SimpleNamespace(eos_token_ids=(end,)), sampling=SamplingDefaults(), name="scripted"
+        )
+        engine: Any = ScriptedEngine([*tokenizer.encode(text), end])
+        target: Any = SimpleNamespace(name="cpu", kernels=None)
+        made: Any = manifest
+        return Model(engine=engine, tokenizer=tokenizer, manifest=made, target=target, compiles=0)
+
+    return make

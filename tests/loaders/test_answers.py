@@ -3,8 +3,6 @@
 import asyncio
 import itertools
 import json
-from collections.abc import Mapping
-from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from precast.loaders.artifact.errors import PrecastError
-from precast.loaders.artifact.manifest import SamplingDefaults
-from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.text.answer_parser import ContentDelta, ReasoningDelta, ToolCallDelta
 from precast.loaders.text.chat_messages import plain_messages
 from precast.loaders.text.chat_template import ChatOptions, ChatTemplate
-from precast.loaders.text.tokenizer import Tokenizer
 
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -30,53 +25,14 @@ MESSAGES = [{"role": "user", "content": "the cat"}]
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
 CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "é 😀"}}\n</tool_call>'
 ANSWER = f"<think>\nhm, é\n</think>\n\nI look.\n{CALL}"
-END = 1
-
-
-class ScriptedEngine:
-    """An engine whose greedy tokens follow a script, whatever the prompt."""
-
-    context, slots, vocab, buckets, score_tokens = 4096, 2, 400, (4096,), 0
-    windows: Mapping[str, int] = MappingProxyType({})
-
-    def __init__(self, script: list[int]) -> None:
-        self._script = script
-        self._prompts: dict[int, int] = {}
-
-    def new_cache(self) -> None:
-        return None
-
-    def prefill_chunk(self, tokens: list[int], cache: None, *, start: int, slot: int) -> Any:
-        self._prompts[slot] = start + len(tokens)
-        return self._step([0])
-
-    def decode(self, rows: list[Any], cache: None) -> Any:
-        return self._step([row.position + 1 - self._prompts[row.slot] for row in rows])
-
-    def logits(self, step: Any) -> np.ndarray:
-        return np.stack([np.eye(1, self.vocab, token, np.float32)[0] for token in step.token])
-
-    def _step(self, places: list[int]) -> Any:
-        return SimpleNamespace(token=np.array([self._script[place] for place in places], np.int32))
 
 
 @pytest.fixture(scope="module")
-def saying(tiny_source):
+def saying(scripted_model):
     """Return a function that makes a model with a chat template, which says a text and ends."""
-    data = json.loads(tiny_source().tokenizer_json)
-    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    for token_id, content in enumerate(("[TOOL_CALLS]", "[ARGS]", "<|other|>"), len(data["model"]["vocab"])):
-        data["added_tokens"].append({"id": token_id, "content": content, **special})
-    source = json.dumps(data).encode()
 
-    def make(text: str, template: str = THINKING) -> Model:
-        tokenizer = Tokenizer.from_json(source, chat_template=template, bos_token="<s>", eos_token="</s>")
-        manifest = SimpleNamespace(
-            tokenizer=SimpleNamespace(eos_token_ids=(END,)), sampling=SamplingDefaults(), name="scripted"
-        )
-        engine: Any = ScriptedEngine([*tokenizer.encode(text), END])
-        target = SimpleNamespace(name="cpu", kernels=None)
-        return Model(engine=engine, tokenizer=tokenizer, manifest=manifest, target=target, compiles=0)
+    def make(text: str, template: str = THINKING) -> Any:
+        return scripted_model(text, template, special=("[TOOL_CALLS]", "[ARGS]", "<|other|>"))
 
     return make
 

@@ -74,9 +74,17 @@ def test_each_request_has_a_record_in_order(slots_model: Any, expected: bytes) -
 
 def test_the_error_of_a_request_is_one_sentence(expected: bytes) -> None:
     errors = [record["error"] for record in records(expected) if "error" in record]
-    assert errors[0].endswith("in.jsonl: line 3: expected a JSON object, found '\"no object\"'.")
-    assert errors[1] == ("Sampling parameters: temperature must be a finite number of at least 0, found -1.")
-    assert errors[2] == "prompt: expected text in UTF-8, found other bytes; convert the text first."
+    assert errors[0]["message"].endswith("in.jsonl: line 3: expected a JSON object, found '\"no object\"'.")
+    assert errors[1:] == [
+        {
+            "code": "invalid_request",
+            "message": "Sampling parameters: temperature must be a finite number of at least 0, found -1.",
+        },
+        {
+            "code": "invalid_request",
+            "message": "prompt: expected text in UTF-8, found other bytes; convert the text first.",
+        },
+    ]
 
 
 def test_a_run_goes_on_wherever_another_one_ended(
@@ -229,7 +237,8 @@ def test_a_request_has_one_prompt(
     (tmp_path / "in.jsonl").write_text(json.dumps(request_))  # no line feed at the end
     found = batch.run(slots_model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", PARAMS)
     assert found == BatchResult(kept=0, answers=0, errors=1)
-    assert records((tmp_path / "out.jsonl").read_bytes())[0]["error"] == text
+    (record,) = records((tmp_path / "out.jsonl").read_bytes())
+    assert record["error"] == {"code": "invalid_request", "message": text}
 
 
 def test_parquet_in_and_out(slots_model: Any, tmp_path: Path) -> None:
@@ -244,6 +253,7 @@ def test_parquet_in_and_out(slots_model: Any, tmp_path: Path) -> None:
             "temperature": 0.0,
         },
         {"prompt": None, "messages": None, "custom_id": "c", "temperature": None},
+        {"prompt": "a", "messages": None, "custom_id": "a", "temperature": None},
     ]
     source, target = tmp_path / "in.parquet", tmp_path / "out.parquet"
     parquet.write_table(arrow.Table.from_pylist(rows), source)
@@ -255,16 +265,182 @@ def test_parquet_in_and_out(slots_model: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         batch.run(slots_model, source, target, PARAMS, progress=interrupt)
     assert not target.exists()
-    assert batch.run(slots_model, source, target, PARAMS) == BatchResult(kept=1, answers=2, errors=1)
+    assert batch.run(slots_model, source, target, PARAMS) == BatchResult(kept=1, answers=2, errors=2)
     found = parquet.read_table(target).to_pylist()
-    assert [row["custom_id"] for row in found] == ["a", "b", "c"]
+    assert [row["custom_id"] for row in found] == ["a", "b", "c", "a"]
     assert found[0]["text"] == slots_model.generate("the cat", PARAMS).text
     assert found[0]["completion_tokens"] == 4
-    assert found[2]["error"] == "request: expected either prompt or messages, found neither."
+    assert [row["error"] for row in found] == [
+        None,
+        None,
+        {
+            "code": "invalid_request",
+            "message": "request: expected either prompt or messages, found neither.",
+        },
+        {
+            "code": "duplicate_custom_id",
+            "message": "request: custom_id must be unique in a file, found 'a' for a second time.",
+        },
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet", "out.parquet"]
     with pytest.raises(PrecastError) as error:
         batch.run(slots_model, source, target, PARAMS)
     assert str(error.value) == f"{target}: exists already; remove it, or choose another output."
+
+
+def test_parquet_takes_every_id(slots_model: Any, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    lines = [{"prompt": "a", "custom_id": custom_id} for custom_id in (7, "7", "half \ud800")]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    target = tmp_path / "out.parquet"
+    assert batch.run(slots_model, tmp_path / "in.jsonl", target, PARAMS).answers == 3
+    assert parquet.read_table(target)["custom_id"].to_pylist() == ["7", "7", "half \\ud800"]
+
+
+# --- many bad requests --------------------------------------------------------------------------------------
+
+LONG = "the cat " * 400
+# Bad requests of each kind, the error's code, and the beginning of its message.
+BAD: list[tuple[bytes | dict[str, Any], str, str]] = [
+    (
+        b'{"prompt": "the cat"',
+        "invalid_json_line",
+        'SOURCE: line N: expected a JSON object, found \'{"prompt": ',
+    ),
+    (b"", "invalid_json_line", "SOURCE: line N: expected a JSON object, found ''."),
+    (b"\xff\xfe{}", "invalid_json_line", "SOURCE: line N: expected a JSON object, found "),
+    (
+        b"[" * 100_000,
+        "invalid_json_line",
+        "SOURCE: line N: expected a JSON object, found JSON that is nested too deeply.",
+    ),
+    ({"prompt": "a", "top": 3}, "invalid_request", "Sampling parameters: 'top' is unknown"),
+    ({"prompt": LONG}, "invalid_request", "prompt: "),
+    ({"messages": [{"role": "user", "content": LONG}]}, "invalid_request", "prompt: "),
+    (
+        {"prompt": "a", "json_schema": {"if": {}}},
+        "invalid_request",
+        "json_schema: expected a schema that llguidance",
+    ),
+    (
+        {"prompt": "a", "json_schema": "{"},
+        "invalid_request",
+        "Sampling parameters: json_schema must be JSON, found",
+    ),
+    (
+        {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": 3}}},
+        "invalid_request",
+        "Sampling parameters: json_schema must be a JSON object",
+    ),
+    (
+        {"prompt": "a", "response_format": 3},
+        "invalid_request",
+        "request: response_format must have the type text",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a"}], "tools": [{"function": 3}]},
+        "invalid_request",
+        "Chat: expected tools[0] to be a tool",
+    ),
+    (
+        {"messages": []},
+        "invalid_request",
+        "Chat: expected a list of at least one message, found an empty list.",
+    ),
+    ({"messages": [{"role": "user"}]}, "invalid_request", "Chat: expected messages[0] to be a message"),
+    ({"messages": "hello"}, "invalid_request", "Chat: expected a list of at least one message, found str."),
+    ({"prompt": 3}, "invalid_request", "prompt: expected text or token ids, found int."),
+    (
+        {"prompt": ""},
+        "invalid_request",
+        "prompt: expected at least one token, found none; give the model some text.",
+    ),
+    ({"prompt": {"a": 1}}, "invalid_request", "prompt: token 0 is 'a', expected an id from 0 to"),
+    ({"prompt": [[1]]}, "invalid_request", "prompt: token 0 is [1], expected an id from 0 to"),
+    ({"prompt": "a", "max_tokens": "3"}, "invalid_request", "Sampling parameters: max_tokens must be"),
+    ({"prompt": "a", "stop": [3]}, "invalid_request", "Sampling parameters: stop must be"),
+    (
+        {"prompt": "a", "logit_bias": {"x": 1}},
+        "invalid_request",
+        "Sampling parameters: a token id of logit_bias",
+    ),
+    ({"body": [], "custom_id": "b"}, "invalid_request", "request: body must be an object, found []."),
+    ({}, "invalid_request", "request: expected either prompt or messages, found neither."),
+    (
+        {"prompt": "a", "custom_id": ["x"]},
+        "invalid_request",
+        "request: custom_id must be a text or a whole number,",
+    ),
+    (
+        {"prompt": "a", "custom_id": "id-0"},
+        "duplicate_custom_id",
+        "request: custom_id must be unique in a file,",
+    ),
+    (
+        {"prompt": "a", "suppress_tokens": [*range(400)]},
+        "generation_failed",
+        "Sampling: suppress_tokens, bad_words_ids",
+    ),
+]
+
+
+def requests_with_bad_ones(count: int) -> tuple[list[bytes], dict[int, int]]:
+    """Return the lines of a batch, every eighth of them bad, and the kind of each bad one."""
+    lines, bad = [], {}
+    for n in range(count):
+        request: Any = {
+            "prompt": [5 + n % 9, 6, n % 100],
+            "max_tokens": 1 + n % 3,
+            "ignore_eos": True,
+            "custom_id": f"id-{n}",
+        }
+        if n % 8 == 7:
+            bad[n] = len(bad) % len(BAD)
+            request = BAD[bad[n]][0]
+        lines.append(request if isinstance(request, bytes) else json.dumps(request).encode())
+    return lines, bad
+
+
+def check_records(found: list[dict[str, Any]], lines: list[bytes], bad: dict[int, int], source: Path) -> None:
+    assert len(found) == len(lines)
+    for n, record in enumerate(found):
+        if n not in bad:
+            assert (record["custom_id"], record["completion_tokens"]) == (f"id-{n}", 1 + n % 3)
+            assert "error" not in record
+            continue
+        _, code, text = BAD[bad[n]]
+        assert list(record)[-2:] == ["key", "error"]
+        assert list(record["error"]) == ["code", "message"]
+        assert record["error"]["code"] == code
+        text = text.replace("SOURCE", str(source)).replace("line N", f"line {n + 1}")
+        assert record["error"]["message"].startswith(text)
+        assert "\n" not in record["error"]["message"]
+
+
+def test_two_hundred_requests_with_bad_ones_of_every_kind(
+    cli: Callable[..., Any], slots_artifact: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("llguidance")
+    lines, bad = requests_with_bad_ones(len(BAD) * 8)
+    assert (len(lines) >= 200, set(bad.values())) == (True, set(range(len(BAD))))
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\n".join(lines) + b"\n")
+    result = cli("batch", slots_artifact, source, target)
+    assert (result.exit_code, result.stdout) == (1, "")
+    good = len(lines) - len(bad)
+    assert result.stderr.endswith(f"{target}: {good} answers and {len(bad)} errors\n")
+    data = target.read_bytes()
+    check_records(records(data), lines, bad, source)
+    # Ids are unique across runs, too: a run that goes on knows the ids of the records before it.
+    target.write_bytes(b"".join(data.splitlines(keepends=True)[:50]))
+    again = cli("batch", slots_artifact, source, target)
+    assert again.stderr.endswith(
+        f"{target}: {good} answers and {len(bad)} errors, 50 of them from an earlier run\n"
+    )
+    assert target.read_bytes() == data
+    source.write_bytes(b"\n".join(line for n, line in enumerate(lines) if n not in bad))
+    only_good = cli("batch", slots_artifact, source, tmp_path / "good.jsonl")
+    assert (only_good.exit_code, len(records((tmp_path / "good.jsonl").read_bytes()))) == (0, good)
 
 
 def test_the_command_answers_a_file(

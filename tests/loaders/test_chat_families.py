@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 - templates are easier to read on one line
 
+import json
 import re
 from datetime import datetime
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.text.answer_formats import answer_format
 from precast.loaders.text.chat_template import ChatOptions, ChatTemplate
+from precast.loaders.text.reasoning_grammar import reasoning_grammar
 
 SYSTEM = {"role": "system", "content": " Be brief. "}
 USER = {"role": "user", "content": "How warm is it in 日本? <b>&'\n"}
@@ -198,7 +202,7 @@ TEMPLATES = {
     {%- set content = message.content if message.content is string else message.content | map(attribute='text') | join('') if message.content else '' %}
     {%- generation %}{{ '<im>' ~ loop.index ~ message.role ~ '\\n' ~ content ~ '</im>\\n' }}{%- endgeneration %}
 {%- else %}{{ 'nothing' }}{%- endfor %}
-{{- '<im>assistant\\n' if add_generation_prompt else '' }}""",
+{%- if add_generation_prompt %}{{ '<im>assistant\\n' ~ ('<think>\\n\\n</think>\\n' if ns.mode == '/no_think' else '') }}{% endif %}""",
 }
 
 GIVEN: dict[str, dict[str, Any]] = {
@@ -282,3 +286,86 @@ def test_the_message_of_a_refusal_reaches_the_user(family: str, chat: str, said:
     sentence = rf"^The chat template refused these messages {re.escape(said)}; change the messages\.$"
     with pytest.raises(PrecastError, match=sentence):
         ours(TEMPLATES[family], CHATS[chat])
+
+
+# --- reasoning before a constrained answer ------------------------------------------------------------------
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": [3, 4]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
+MARKS = ("<think>", "</think>")
+THOUGHT = "<think>\nhm {é\n</think>\n\n"
+MENTION = {"role": "system", "content": "Begin with <think>reasoning</think>."}
+NO_THINK = {"role": "system", "content": "Be brief. /no_think"}
+GENERIC = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
+
+
+@pytest.mark.parametrize("constraint", [{"json_schema": SCHEMA}, {"regex": r'\{"a": [34]\}'}])
+@pytest.mark.parametrize(
+    ("template", "marks", "system", "before", "after"),
+    [
+        (TEMPLATES["qwen3"], MARKS, SYSTEM, THOUGHT, ""),
+        (TEMPLATES["qwen3"], (), MENTION, THOUGHT, ""),
+        (TEMPLATES["smollm3"], MARKS, SYSTEM, THOUGHT, ""),
+        (TEMPLATES["smollm3"], MARKS, SYSTEM, "<think>hm {é</think>", ""),
+        (GENERIC + "<think>\n", MARKS, SYSTEM, THOUGHT.removeprefix("<think>\n"), ""),
+        (GENERIC + "<think>\n", (), SYSTEM, THOUGHT.removeprefix("<think>\n"), ""),
+        (GENERIC + "[THINK]{# [/THINK] #}", (), SYSTEM, "hm {é[/THINK]", ""),
+        (GENERIC + "{# <response> #}", MARKS, SYSTEM, "<think>hm {é</think><response>", "</response>"),
+        (
+            GENERIC + "{# Here is my thought process: #}",
+            (),
+            {"role": "system", "content": "Write 'Here is my thought process:' first."},
+            "Here is my thought process:hm {é\nHere is my response:\n",
+            "",
+        ),
+    ],
+)
+def test_a_model_that_reasons_does_so_before_the_constraint_applies(
+    scripted_model: Any,
+    template: str,
+    marks: tuple[str, ...],
+    system: dict[str, str],
+    before: str,
+    after: str,
+    constraint: dict[str, Any],
+) -> None:
+    pytest.importorskip("llguidance")
+    model = scripted_model(f'{before}{{"a": 3}}{after}', template, marks=marks)
+    found = model.chat([system, USER], SamplingParams(**constraint))
+    assert (found.text, found.reasoning.strip(), found.finish_reason) == ('{"a": 3}', "hm {é", "stop")
+
+
+@pytest.mark.parametrize(
+    ("template", "marks", "system", "given"),
+    [
+        (TEMPLATES["qwen3"], (), SYSTEM, {}),  # a model without the marker, and no request to reason
+        (TEMPLATES["qwen3"], MARKS, SYSTEM, {"answer_format": "text"}),
+        (TEMPLATES["smollm3"], MARKS, NO_THINK, {}),
+        (TEMPLATES["granite"], MARKS, SYSTEM, {}),  # the template knows no reasoning
+        (GENERIC + "<think>\n\n</think>\n\n", MARKS, SYSTEM, {}),
+    ],
+)
+def test_without_reasoning_the_constraint_applies_from_the_first_token(
+    scripted_model: Any,
+    template: str,
+    marks: tuple[str, ...],
+    system: dict[str, str],
+    given: dict[str, Any],
+) -> None:
+    pytest.importorskip("llguidance")
+    model = scripted_model(THOUGHT + '{"a": 3}', template, marks=marks)
+    found = model.chat([system, USER], SamplingParams(json_schema=SCHEMA), **given)
+    assert (json.loads(found.text)["a"] in (3, 4), found.reasoning) == (True, "")
+
+
+@pytest.mark.parametrize("enable_thinking", [True, False])
+def test_a_variable_of_the_template_turns_reasoning_off(scripted_model: Any, enable_thinking: bool) -> None:
+    tokenizer = scripted_model("", TEMPLATES["qwen3"], marks=MARKS).tokenizer
+    options = ChatOptions(variables={"enable_thinking": enable_thinking})
+    prompt = tokenizer.render_chat([USER], options)
+    (syntax,) = answer_format(TEMPLATES["qwen3"]).reasoning
+    assert bool(reasoning_grammar(syntax, prompt, tokenizer, is_open=False)) == enable_thinking

@@ -212,10 +212,10 @@ def test_malformed_messages_are_one_sentence(messages: object, message: str) -> 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tools": {"type": "function"}}, "expected tools to be a list of objects, found dict"),
+        ({"tools": {"type": "function"}}, "expected tools to be a list of tools, found dict"),
         (
-            {"tools": [{}, print]},
-            r"expected tools\[1\] to be a JSON object, found a function; give its JSON schema",
+            {"tools": [{"name": "f"}, print]},
+            r"expected tools\[1\] to be a tool .*, found a function; give its JSON schema",
         ),
         ({"documents": ["text"]}, r"expected documents\[0\] to be a JSON object, found str"),
         (

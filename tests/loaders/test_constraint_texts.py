@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation.constraint_texts import ConstraintText
 from precast.loaders.generation.sampling_params import SamplingParams
 
 
 def test_parameters_are_stored_as_immutable_text() -> None:
     params = SamplingParams(json_schema={"type": "object", "properties": {"b": {}, "a": {}}})
     assert params.json_schema == '{"type":"object","properties":{"b":{},"a":{}}}'
-    assert replace(params, seed=1).constraint == params.constraint == ("json_schema", params.json_schema)
-    assert SamplingParams(choice=["a", "b", "a"]).constraint == ("choice", ("a", "b"))
+    text = ConstraintText("json_schema", params.json_schema)
+    assert replace(params, seed=1).constraint == params.constraint == text
+    assert SamplingParams(choice=["a", "b", "a"]).constraint == ConstraintText("choice", ("a", "b"))
     assert SamplingParams().constraint is None
 
 

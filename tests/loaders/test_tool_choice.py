@@ -12,6 +12,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.text.chat_messages import ChatOptions
 from precast.loaders.text.tokenizer import Tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
@@ -129,12 +130,20 @@ def test_a_tool_by_name(random_model):
         assert {call.name for call in found.tool_calls} == {"look"}
 
 
-@pytest.mark.parametrize("markers", [[], MARKERS])
-def test_reasoning_that_the_prompt_opened_stays_empty(random_model, markers):
-    model = random_model(markers, TEMPLATE + "<think>\n{# <tool_call> #}")
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "é", "n": 7}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("marks", [(), ("<tool_call>", "</tool_call>", "<think>", "</think>")])
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
+    tail = (
+        "<think>\n" if is_open else "<think>, or no more"
+    )  # the marker is a token, or the prompt mentions it
+    said = ("" if is_open else "<think>\n") + "hm, é\n</think>\n\n" + CALL
+    model = scripted_model(said, TEMPLATE + tail + "{# <tool_call> #}", marks=marks)
     found = model.chat(MESSAGES, tools=TOOLS, tool_choice="required")
-    assert (found.text, found.reasoning) == ("", "")
-    assert found.tool_calls
+    assert (found.text, found.reasoning, found.finish_reason) == ("", "hm, é", "tool_calls")
+    assert [(call.name, call.arguments) for call in found.tool_calls] == [("look", '{"at": "é", "n": 7}')]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +155,27 @@ def test_reasoning_that_the_prompt_opened_stays_empty(random_model, markers):
         ({"tools": None}, "tool_choice needs tools, and a chat template that prescribes the form of tool calls; give"),
         (
             {"tools": TOOLS, "params": SamplingParams(regex="a")},
-            "Sampling parameters: regex and grammar are alternatives; give one of them, or one grammar for both.",
+            "Sampling parameters: regex and tool_choice are alternatives; give one of them.",
+        ),
+        (
+            {"tools": TOOLS, "params": SamplingParams(ignore_eos=True)},
+            "Sampling parameters: ignore_eos must be false with tool_choice, because the end token ends the answer.",
+        ),
+        (
+            {"tools": [*TOOLS, {"name": "bad", "parameters": {"properties": {"a": {"if": {}}}}}]},
+            "tools: parameters of 'bad' at #/properties/a: expected a schema that llguidance can enforce, found: Unim",
+        ),
+        (
+            {"tools": [{"name": "bad", "parameters": {"properties": {"a": {"pattern": "("}}}}]},
+            "tools: parameters of 'bad' at #/properties/a: expected a schema that llguidance can enforce, found: a reg",
+        ),
+        (
+            {"tools": [{"name": "big", "parameters": {"properties": {"a" * 60_000: {}, "b" * 60_000: {}}}}]},
+            "tools: with tool_choice, names and parameters must have at most 100,000 characters, found 120,",
+        ),
+        (
+            {"tools": [{"name": "odd", "parameters": {"properties": {"a": {"multipleOf": 9_999_991}}}}]},
+            "tools: parameters of 'odd': multipleOf, and the product of several that allOf merges, must be at most 1,0",
         ),
     ],
 )  # fmt: skip
@@ -154,3 +183,70 @@ def test_choices_that_cannot_be_enforced(random_model, options, text):
     with pytest.raises(PrecastError) as raised:
         random_model([]).chat(MESSAGES, **{"answer_format": "hermes", "tool_choice": "required", **options})
     assert str(raised.value).startswith(text)
+
+
+# --- many tools ---------------------------------------------------------------------------------------------
+
+
+def large_tool(number: int) -> dict[str, Any]:
+    """Return a tool with nested parameters, in about 2,000 characters."""
+    address = {
+        "type": "object",
+        "description": "A place to deliver to, as the customer wrote it. " * 3,
+        "properties": {
+            "street": {"type": "string", "maxLength": 80, "description": "Street & number."},
+            "country": {"type": "string", "enum": ["DE", "FR", "JP", f"X{number}"]},
+            "point": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+        },
+        "required": ["street", "country"],
+        "additionalProperties": False,
+    }
+    properties = {
+        "order": {"type": "string", "pattern": f"^[A-Z]{{2}}-[0-9]{{{1 + number % 6}}}$"},
+        "address": {"$ref": "#/$defs/address"},
+        "lines": {
+            "type": "array",
+            "maxItems": 3,
+            "items": {
+                "type": "object",
+                "properties": {"code": {"type": "string", "maxLength": 9}, "count": {"type": "integer"}},
+                "required": ["code"],
+            },
+        },
+        "at": {"anyOf": [{"type": "null"}, {"type": "string", "format": "date-time"}]},
+    }
+    properties |= {
+        f"option_{n}": {"type": "boolean", "description": "Part of the order. " * 4} for n in range(8)
+    }
+    parameters = {
+        "type": "object",
+        "$defs": {"address": address},
+        "properties": properties,
+        "required": ["order"],
+    }
+    description = "Change an order of a customer. " * 5
+    return {
+        "type": "function",
+        "function": {"name": f"orders.v{number}", "description": description, "parameters": parameters},
+    }
+
+
+def test_thirty_large_tools(scripted_model):
+    tools = [large_tool(number) for number in range(30)]
+    assert 60_000 < len(json.dumps(tools)) < 80_000
+    call = (
+        '{"name": "orders.v7", "arguments": {"order": "AB-12", "address": {"street": "x", "country": "X7"}}}'
+    )
+    model = scripted_model(f"<tool_call>\n{call}\n</tool_call>", TEMPLATE)
+    for choice in ("required", "orders.v7"):
+        found = model.chat(MESSAGES, tools=tools, answer_format="hermes", tool_choice=choice)
+        assert [(c.name, c.arguments) for c in found.tool_calls] == [
+            ("orders.v7", json.dumps(json.loads(call)["arguments"]))
+        ]
+
+
+def test_the_template_may_print_large_tools(scripted_model):
+    tools = [large_tool(number) for number in range(30)]
+    template = TEMPLATE + "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    prompt = scripted_model("", template).tokenizer.render_chat(MESSAGES, ChatOptions(tools=tools))
+    assert prompt.endswith(json.dumps(tools[-1], ensure_ascii=False))

@@ -1,0 +1,132 @@
+"""The building of grammars by several threads: different ones at the same time, and each of them once."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation.constraints import Constraint
+from precast.loaders.generation.grammars import Grammars
+from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.text.tokenizer import Tokenizer
+
+pytest.importorskip("llguidance")
+
+END = 1
+
+
+def start(grammars: Grammars, regex: str) -> Constraint:
+    text = SamplingParams(regex=regex).constraint
+    assert text is not None
+    return grammars.start(text)
+
+
+def allowed(constraint: Constraint) -> set[int]:
+    return set(np.flatnonzero(np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")).tolist())
+
+
+class SlowGrammars(Grammars):
+    """Grammars of which some wait for an event before they are built.
+
+    Attributes:
+        builds: the texts built, in the order of the beginnings.
+        slow: the text that waits.
+        begun, go: set when it begins to wait, and to let it go on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer, tokenizer.vocab_size, [END])
+        self.builds: list[Any] = []
+        self.slow = "slow[ab]"
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.failures: list[BaseException] = []
+
+    def _compile(self, text: Any) -> Any:
+        self.builds.append(text.value)
+        if text.value == self.slow:
+            self.begun.set()
+            assert self.go.wait(60)
+            if self.failures:
+                raise self.failures.pop()
+        return super()._compile(text)
+
+
+def in_threads(works: list[Callable[[], object]]) -> tuple[list[threading.Thread], list[object]]:
+    """Start each function in a thread; return the threads, and a list that receives results and errors."""
+    found: list[object] = []
+
+    def run(work: Callable[[], object]) -> None:
+        try:
+            found.append(work())
+        except Exception as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    return threads, found
+
+
+@pytest.fixture
+def slow_grammars(scripted_model: Any) -> SlowGrammars:
+    return SlowGrammars(scripted_model("", "").tokenizer)
+
+
+def test_a_slow_grammar_delays_no_other(slow_grammars: SlowGrammars) -> None:
+    threads, found = in_threads([lambda: start(slow_grammars, regex="slow[ab]")])
+    assert slow_grammars.begun.wait(60)
+    others, _ = in_threads([lambda n=n: start(slow_grammars, regex=f"quick{n}") for n in range(6)])  # type: ignore[misc]
+    for thread in others:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert (threads[0].is_alive(), found) == (True, [])
+    start(slow_grammars, regex="quick3")  # built already
+    assert len(slow_grammars.builds) == 7
+    slow_grammars.go.set()
+    threads[0].join(60)
+    assert isinstance(found[0], Constraint)
+
+
+def test_threads_that_ask_for_the_same_grammar_share_its_building(slow_grammars: SlowGrammars) -> None:
+    threads, found = in_threads([lambda: start(slow_grammars, regex="slow[ab]")] * 8)
+    assert slow_grammars.begun.wait(60)
+    slow_grammars.go.set()
+    for thread in threads:
+        thread.join(60)
+    assert slow_grammars.builds == ["slow[ab]"]
+    assert len({id(constraint) for constraint in found}) == 8
+    first, second, *_ = found
+    assert isinstance(first, Constraint)
+    assert isinstance(second, Constraint)
+    (token, *_) = allowed(first)
+    first.accept(token)
+    assert allowed(second) != allowed(first)
+
+
+def test_a_refusal_is_shared_and_forgotten(slow_grammars: SlowGrammars) -> None:
+    slow_grammars.slow = "a("
+    threads, found = in_threads([lambda: start(slow_grammars, regex="a(")] * 4)
+    assert slow_grammars.begun.wait(60)
+    slow_grammars.go.set()
+    for thread in threads:
+        thread.join(60)
+    assert {str(error)[:40] for error in found} == {"regex: expected a regular expression in "}
+    assert len({id(error) for error in found}) == 4
+    count = len(slow_grammars.builds)
+    with pytest.raises(PrecastError):
+        start(slow_grammars, regex="a(")
+    assert len(slow_grammars.builds) == count + 1
+
+
+def test_after_a_failure_a_waiting_thread_builds_the_grammar(slow_grammars: SlowGrammars) -> None:
+    slow_grammars.failures.append(MemoryError("once"))
+    threads, found = in_threads([lambda: start(slow_grammars, regex="slow[ab]")] * 5)
+    assert slow_grammars.begun.wait(60)
+    slow_grammars.go.set()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(type(result).__name__ for result in found) == [*["Constraint"] * 4, "MemoryError"]
+    assert slow_grammars.builds == ["slow[ab]"] * 2
