@@ -398,7 +398,7 @@ def test_tools_reach_the_template(record, artifact_copy, tmp_path, edit_manifest
         (["--tool-choice", "x"], "--tool-choice needs the tools to choose from; add --tools FILE."),
         (["--answers", "0", "--json"], "--answers: expected a number of at least 1, found 0."),
         (["--chat", "--tools", "/nowhere"], "--tools: cannot read /nowhere: No such file or directory."),
-        (["--chat", "--tools", __file__], ": expected JSON, found something else (Expecting value: line"),
+        (["--chat", "--tools", __file__], ": expected JSON, found something else (Extra data: line 1 column 3"),
         (["--chat", "--answer-format", "x"], "answer_format: expected one of gemma, granite, hermes, llama3,"),
     ],
 )  # fmt: skip
