@@ -59,7 +59,7 @@ def marker_remarks(source: Source) -> tuple[str, ...]:
     """Return a remark if the tokenizer splits a chat marker, such as <|im_start|>, into several tokens.
 
     A chat marker is usually an added token, which a tokenizer never splits. A marker that is split is therefore missing
-    from the added tokens. Some models were trained in this way, so it is a remark and not an error. The markers are
+    from the added tokens. Some models were trained in this way, so a split marker is not an error. The markers are
     taken from a sample conversation, rendered with each template.
     """
     tokenizer = read_tokenizer(source)

@@ -64,7 +64,7 @@ class _Failure(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """A request: its key, its `custom_id` (None without one), and its fields, or an error if it cannot be used."""
+    """A request: its key, its `custom_id` (None without one), and its fields, or an error if the request is unusable."""
 
     key: str
     custom_id: str | int | None

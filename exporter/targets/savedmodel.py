@@ -1,6 +1,6 @@
 """A SavedModel, written with orbax-export: a signature for each program, and shared variables for the weights.
 
-TensorFlow and orbax-export are slow to import, so they are imported when a SavedModel is written.
+TensorFlow and orbax-export are slow to import, so they are imported only when a SavedModel is written.
 """
 
 import dataclasses

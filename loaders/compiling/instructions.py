@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 # The feature that every x86-64 CPU has.
 _BASE = "base"
-# The features that EVEX and opmask instructions need. They are treated as one, because a CPU has all of them or none
-# (except for one Xeon Phi).
+# The features that EVEX and opmask instructions need. They are treated as one feature, because a CPU has all of them or
+# none (except for one Xeon Phi).
 AVX512 = frozenset({"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"})
 _AVX512_CODE = "avx512"
 
@@ -58,7 +58,7 @@ _ONE_BYTE_MODRM = _set(
     "00-03 08-0b 10-13 18-1b 20-23 28-2b 30-33 38-3b 63 69 6b 80-81 83-8f c0-c1 c6-c7 d0-d3 d8-df f6-f7 fe-ff"
 )
 _ONE_BYTE_IMM8 = _set("04 0c 14 1c 24 2c 34 3c 6a 6b 70-7f 80 83 a8 b0-b7 c0-c1 c6 e3 eb")
-# Opcodes with an immediate of four bytes. With the prefix 66 it has two bytes, except for calls and jumps.
+# Opcodes with an immediate of four bytes. With the prefix 66 the immediate has two bytes, except for calls and jumps.
 _ONE_BYTE_IMM32 = _set("05 0d 15 1d 25 2d 35 3d 68 69 81 a9 b8-bf c7 e8-e9")
 _MOV_IMM64, _RET_IMM16, _TEST, _BRANCHES, _SAHF = (
     _set("b8-bf"),
