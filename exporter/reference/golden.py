@@ -27,7 +27,7 @@ TEXTS = (
 )
 TOKENS = 16
 # The lead of a token is the distance of its logit to the next lower logit, as a share of the logits' spread (standard
-# deviation). With a lead below these thresholds, the two likeliest tokens count as tied, because rounding may swap them.
+# deviation). With a lead below these thresholds, the two likeliest tokens count as tied: rounding may swap them.
 #
 # In float32, programs that sum in different orders give logits that differ by about 1e-5 of the spread.
 TIE = 1e-3
