@@ -239,7 +239,7 @@ def _read_public(path: Path) -> Any:
         )
     try:
         key = serialization.load_pem_public_key(data)
-    except Exception:  # cryptography raises many types for an invalid key
+    except Exception:  # cryptography raises exceptions of many types for an invalid key
         raise PrecastError(
             f"{path}: expected a public key in PEM, found something else; openssl ec -in PRIVATE.pem -pubout -out"
             " PUBLIC.pem writes one."

@@ -18,7 +18,7 @@ def full(completions: "list[Completion]", first_token_s: float | None = None) ->
     """Format the speed of answers in one line, for ``--stats``.
 
     Args:
-        completions: at least one.
+        completions: at least one answer.
         first_token_s: seconds from the start of the process to the first token, for a single answer.
     """
     prompt = sum(len(c.prompt_token_ids) for c in completions)
