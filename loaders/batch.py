@@ -64,7 +64,7 @@ class _Failure(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """A request: its key, its `custom_id` (None without one), and its fields, or an error if the request is unusable."""
+    """A request: its key, its `custom_id` (None without one), and its fields, or an error if it is unusable."""
 
     key: str
     custom_id: str | int | None
@@ -164,7 +164,7 @@ def _requests(source: Path, identity: bytes) -> Iterator[_Request]:
 
 
 def _lines(source: Path, identity: bytes) -> Iterator[tuple[str, Mapping[str, Any] | _Failure]]:
-    """Yield the key of each request of a file, and its fields or the error in its text."""
+    """Yield the key of each request of a file, and its fields, or an error if the line cannot be parsed."""
     if source.suffix == _PARQUET:
         for batch in _parquet(source).iter_batches(batch_size=_WINDOW):
             for row in batch.to_pylist():
