@@ -8,6 +8,8 @@
 #include "ops.h"
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace precast {

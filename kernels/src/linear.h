@@ -40,9 +40,6 @@ struct LinearRows {
   QuantizedRows quantized = {};  // for packed weights
 };
 
-// Up to this many rows are multiplied with packed weights; for more rows, the weights are first unpacked in memory.
-constexpr int64_t kFewRows = 12;
-
 enum class Gate { kNone, kSilu, kGeluTanh };
 
 // Convert IEEE half precision to single. Convert a subnormal half from its integer, because XLA's threads flush

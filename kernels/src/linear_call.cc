@@ -15,6 +15,8 @@ constexpr int64_t kFloatTaskBytes = 128 * 1024, kPackedTaskBytes = 32 * 1024;
 constexpr int64_t kTaskOutputs = 48;
 // Bytes of quantised activations that stay in the L2 cache while the panels stream past.
 constexpr int64_t kRowBytes = 400 * 1024;
+// With more rows than this, a panel is enough work for a task.
+constexpr int64_t kFewRows = 12;
 // Rows that one task prepares.
 constexpr int64_t kPrepareRows = 8;
 // Rows of the residual to prefetch ahead. A task adds one or two cache lines of each row, a pattern that hardware
