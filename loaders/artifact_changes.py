@@ -21,7 +21,6 @@ that the folder is still the one that was locked.
 import fcntl
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -194,6 +193,8 @@ def remove_leftovers(artifact: LockedArtifact) -> None:
     for kind in (TARGETS, PREFIXES):
         if (folder := artifact.root / kind.folder).is_dir() and not folder.is_symlink():
             folders.remove_leftovers(folder, kind.purpose, lambda left: _settle(artifact.root, left))
+            with suppress(OSError):  # an empty folder, made by a process that was killed next
+                folder.rmdir()
 
 
 @contextmanager
@@ -230,7 +231,7 @@ def _tidy(artifact: LockedArtifact, folder: Path) -> None:
         return
     if folder.exists():
         _settle(artifact.root, folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        folders.remove(folder)
     with suppress(OSError):
         folder.parent.rmdir()
 
@@ -286,15 +287,22 @@ def _settle(root: Path, folder: Path) -> None:
             noted = parse_manifest(files.read(folder, name, limit=MAX_JSON_BYTES), str(folder)).files
             for file in sorted(set(noted) - set(listed)):
                 _remove_if(root, file, noted[file].sha256)
+                _remove_empty(root, PurePosixPath(*files.split_name(root, file)).parent)
 
 
 def _remove_if(root: Path, name: str, sha256: str) -> None:
-    """Remove a file of the artifact if it has this hash, and its folder if the folder is then empty."""
+    """Remove a file of the artifact if it has this hash."""
     with suppress(OSError, PrecastError):
         path = files.member_path(root, name)
         if files.sha256_of(path) == sha256:
             path.unlink()
-            path.parent.rmdir()
+
+
+def _remove_empty(root: Path, name: PurePosixPath) -> None:
+    """Remove a folder of the artifact if it is empty, and is reached without symlinks."""
+    with suppress(OSError):
+        if (root / name).resolve() == root.resolve() / name:
+            (root / name).rmdir()
 
 
 def _put_signature_back(root: Path, kept: Path, manifest: bytes) -> None:

@@ -21,7 +21,7 @@ from .errors import PrecastError
 from .interrupt import on_interrupt
 from .manifest import MANIFEST_FILE
 
-# Marks a temporary folder. Leftovers are removed only if they contain this file and match the pattern below.
+# Marks a temporary folder. Leftovers are removed only if they match the pattern below and contain this file or nothing.
 _MARK = "precast-partial"
 _MARK_TEXT = b"precast was filling this folder. Its next command that writes here removes it.\n"
 _TEMPORARY = re.compile(r"\.(.+)\.precast-[0-9a-f]{12}\.partial", re.DOTALL)
@@ -49,7 +49,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_free(path, overwrite)
     marked = temporary_name(path.parent, path.name)
-    with on_interrupt(partial(shutil.rmtree, marked, ignore_errors=True)):
+    with on_interrupt(partial(remove, marked)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(path.parent, path.name)
@@ -70,7 +70,7 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 " space on the disk, or choose another folder with -o."
             ) from error
         finally:
-            shutil.rmtree(marked, ignore_errors=True)
+            remove(marked)
             os.close(lock)
 
 
@@ -103,22 +103,48 @@ def make_marked(folder: Path) -> int:
     Raises:
         OSError: the folder cannot be created.
     """
+    while (lock := _try_to_mark(folder)) is None:
+        pass
+    return lock
+
+
+def _try_to_mark(folder: Path) -> int | None:
+    """Create, lock and mark a folder; return None if another process has removed it before the lock."""
     # Do not use mkdtemp, which removes the permissions of group and others.
     folder.mkdir()
     with ExitStack() as undo:
-        undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        lock = os.open(folder, os.O_RDONLY)
-        undo.callback(os.close, lock)
-        with suppress(OSError):  # a file system without locks, where `remove_leftovers` removes nothing
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Mark the folder only after locking it: unmarked folders are never removed.
-        (folder / _MARK).write_bytes(_MARK_TEXT)
+        undo.callback(remove, folder)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+            undo.callback(os.close, lock)
+            with suppress(OSError):  # a file system without locks, where `remove_leftovers` removes nothing
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / _MARK).write_bytes(_MARK_TEXT)
+        except FileNotFoundError:
+            return None
         undo.pop_all()
     return lock
 
 
+def remove(folder: Path) -> None:
+    """Remove a temporary folder, the mark last, so that the folder of a killed process is marked or empty.
+
+    Errors are ignored; the mark stays as long as anything else is left.
+    """
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            path = folder / name
+            if stat.S_ISDIR(path.lstat().st_mode):
+                shutil.rmtree(path, ignore_errors=True)
+            elif name != _MARK:
+                path.unlink(missing_ok=True)
+        if os.listdir(folder) == [_MARK]:
+            (folder / _MARK).unlink()
+        folder.rmdir()
+
+
 def remove_leftovers(parent: Path, name: str, rescue: Callable[[Path], None] = lambda _: None) -> None:
-    """Remove the marked temporary folders for `name` that this user's killed processes left behind.
+    """Remove the marked or empty temporary folders for `name` that this user's killed processes left behind.
 
     Args:
         parent: the folder that contains the temporary folders.
@@ -136,17 +162,19 @@ def remove_leftovers(parent: Path, name: str, rescue: Callable[[Path], None] = l
             lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_marked(lock):
+                if _is_ours(lock):
                     rescue(leftover)
-                    shutil.rmtree(leftover)
+                    remove(leftover)
             finally:
                 os.close(lock)
 
 
-def _is_marked(folder: int) -> bool:
-    """Return True if an open folder belongs to this user and contains the mark."""
+def _is_ours(folder: int) -> bool:
+    """Return True if an open folder belongs to this user, and contains the mark or nothing."""
     if os.fstat(folder).st_uid != os.geteuid():
         return False
+    if not os.listdir(folder):
+        return True
     # Open the mark without blocking, because opening a named pipe would wait for a writer.
     mark = os.open(_MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     try:

@@ -1,4 +1,7 @@
-"""The frame of kill.py and interrupt.py: attempts at random moments, a line for each command, and a line of JSON."""
+"""The frame of kill.py and interrupt.py: attempts at random moments, a line for each command, and a line of JSON.
+
+Both campaigns share the requests of batches and the prefix that commands add and remove.
+"""
 
 import argparse
 import json
@@ -9,10 +12,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from random import Random
 from typing import NoReturn
 
+# Name and text of the prefix.
+PREFIX, TEXT = "cat", "the cat"
 # Makes a number of attempts at a command; returns the number of each outcome, and a text for each fault.
 Series = Callable[[int, Random], tuple[Counter[str], list[str]]]
 
@@ -57,7 +64,7 @@ def run(noun: str, options: argparse.Namespace, prepare: Callable[[Path], Mappin
             outcomes, found = series(count, Random(f"{name}:{options.seed}"))
             faults += found
             told = ", ".join(f"{times} {what}" if times else what for what, times in outcomes.items())
-            print(f"{name:<12}  {count} {noun}  {len(found)} findings  {told}", flush=True)
+            print(f"{name:<13}  {count} {noun}  {len(found)} findings  {told}", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     for text in faults[:20]:
@@ -78,3 +85,54 @@ def push_base(base: Path, folder: Path) -> None:
 
     (folder / "store").mkdir()
     push(base, store_url(folder), progress=lambda _: None)
+
+
+def ensure_prefix(artifact: Path) -> None:
+    """Add the prefix to an artifact that does not have it."""
+    from precast.loaders.add_prefix import PrefixSource, add_prefix
+    from precast.loaders.locate import read_manifest
+
+    if PREFIX not in {prefix.name for prefix in read_manifest(artifact).prefixes}:
+        add_prefix(artifact, PREFIX, PrefixSource(text=TEXT), log=lambda _: None)
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A file of requests, and the records of two batches that answer them.
+
+    Attributes:
+        source: the requests.
+        output: the records of the batch that is stopped.
+        expected: the records of the batch that is not stopped.
+    """
+
+    source: Path
+    output: Path
+    expected: Path
+
+    @staticmethod
+    def make(folder: Path, count: int = 200) -> "Requests":
+        """Write the requests. Every second one begins with the prefix, and every tenth is refused."""
+        made = Requests(
+            folder / "requests.jsonl", folder / "batch" / "records.jsonl", folder / "expected.jsonl"
+        )
+        made.output.parent.mkdir()
+        requests = (
+            {"prompt": f"{TEXT * (n % 2)}{n}", "temperature": 0, "max_tokens": n % 10} for n in range(count)
+        )
+        made.source.write_text("".join(f"{json.dumps(request)}\n" for request in requests))
+        return made
+
+    def restart(self) -> None:
+        """Remove the output if it holds all records."""
+        if self.output.exists() and self.output.read_bytes() == self.expected.read_bytes():
+            self.output.unlink()
+
+    def fault(self, *, complete: bool = False) -> str | None:
+        """Return the first difference between the output and the first, or all, of the expected records."""
+        found = self.output.read_bytes() if self.output.exists() else b""
+        expected = self.expected.read_bytes()
+        if expected[: None if complete else len(found)] == found:
+            return None
+        pairs = enumerate(zip_longest(found.splitlines(), expected.splitlines()), 1)
+        return next(f"record {n} is {record!r:.300}" for n, (record, right) in pairs if record != right)

@@ -1,10 +1,11 @@
-"""Kill exports, add-targets and pulls at random moments: afterwards the artifact must be whole or absent.
+"""Kill commands that write, at random moments: afterwards the artifact must be whole or absent.
 
     python tests/fuzz/kill.py --kills 200 --seed 1
 
 Each command works in one folder that is never tidied up, so that it meets the remains of killed runs. After every kill
 the artifact is loaded and all its files are hashed. After every fifth kill the command runs to its end, which must
-succeed and leave nothing beside the artifact. All runs are forked processes, because imports take longer than the work.
+succeed and leave nothing beside the artifact. After a kill of a batch, its output must hold the first of the records,
+and a complete run all of them. All runs are forked processes, because imports take longer than the work.
 """
 
 import os
@@ -28,21 +29,34 @@ LIMIT_S = 300
 EVERY = 5
 
 
+def check(artifact: Path) -> None:
+    """Check that an artifact is whole, and answers."""
+    from precast.loaders.generation.sampling_params import SamplingParams
+    from precast.loaders.load import load
+
+    model = load(artifact, rehash=True, trusted=True, log=quiet)
+    assert len(model.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True)).token_ids) == 2
+
+
 @dataclass(frozen=True)
 class Command:
-    """A command that makes or changes an artifact.
+    """A command that writes.
 
     Attributes:
         name: name in the table.
-        artifact: the artifact's folder.
+        made: the artifact's folder, or the file that the command writes.
         run: runs the command.
-        absent: True if the artifact may be absent after a kill.
+        absent: True if `made` may be absent after a kill.
+        check: raises an error if `made` is not whole.
+        prepare: runs before each run, and is not killed.
     """
 
     name: str
-    artifact: Path
+    made: Path
     run: Callable[[], object]
     absent: bool
+    check: Callable[[Path], None] = check
+    prepare: Callable[[], object] | None = None
 
 
 def quiet(_: str) -> None:
@@ -55,12 +69,15 @@ def commands(folder: Path, base: Path) -> list[Command]:
 
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
+    from precast.loaders.add_prefix import PrefixSource, add_prefix, remove_prefix
     from precast.loaders.add_target import add_target
     from precast.loaders.store.pull import pull
 
-    made, added, pulled = (folder / name / "tiny" for name in ("export", "add-target", "pull"))
-    added.parent.mkdir(parents=True)
-    shutil.copytree(base, added)
+    names = ("export", "add-target", "pull", "add-prefix", "remove-prefix")
+    made, added, pulled, prefixed, removed = (folder / name / "tiny" for name in names)
+    for artifact in (added, prefixed, removed):
+        shutil.copytree(base, artifact)
+    source, requests = PrefixSource(text=campaign.TEXT), campaign.Requests.make(folder)
     options = ExportOptions(buckets=(8,), context=32, weights="bfloat16", overwrite=True)
     url = campaign.store_url(folder)
     return [
@@ -79,7 +96,48 @@ def commands(folder: Path, base: Path) -> list[Command]:
             ),
             True,
         ),
+        Command(
+            "add-prefix",
+            prefixed,
+            lambda: add_prefix(prefixed, campaign.PREFIX, source, overwrite=True, log=quiet),
+            False,
+        ),
+        Command(
+            "remove-prefix",
+            removed,
+            lambda: remove_prefix(removed, campaign.PREFIX, log=quiet),
+            False,
+            prepare=lambda: campaign.ensure_prefix(removed),
+        ),
+        Command(
+            "batch",
+            requests.output,
+            lambda: answer(base, requests),
+            True,
+            check=lambda _: check_records(requests, complete=False),
+            prepare=requests.restart,
+        ),
     ]
+
+
+def answer(artifact: Path, requests: campaign.Requests) -> None:
+    """Answer all requests; the first call makes the expected records."""
+    from precast.loaders import batch
+    from precast.loaders.generation.sampling_params import SamplingParams
+    from precast.loaders.load import load
+
+    model = load(artifact, trusted=True, log=quiet)
+    if not requests.expected.exists():
+        batch.run(model, requests.source, requests.expected, SamplingParams())
+        return
+    batch.run(model, requests.source, requests.output, SamplingParams())
+    check_records(requests, complete=True)
+
+
+def check_records(requests: campaign.Requests, *, complete: bool) -> None:
+    """Check that the output holds the expected records; the first of them, or all."""
+    fault = requests.fault(complete=complete)
+    assert fault is None, fault
 
 
 def in_child(function: Callable[[], object], log: Path, kill_after: float | None = None) -> bool | None:
@@ -114,24 +172,15 @@ def in_child(function: Callable[[], object], log: Path, kill_after: float | None
     return None if os.WIFSIGNALED(ended[1]) and kill_after is not None else ended[1] == 0
 
 
-def check(command: Command) -> None:
-    """Check that the artifact is whole, and answers."""
-    from precast.loaders.generation.sampling_params import SamplingParams
-    from precast.loaders.load import load
-
-    if command.absent and not os.path.lexists(command.artifact):
-        return
-    model = load(command.artifact, rehash=True, trusted=True, log=quiet)
-    assert len(model.generate([1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True)).token_ids) == 2
-
-
 def leftovers(command: Command) -> list[str]:
-    """Return the files beside an artifact, and the unlisted ones in it, after a successful command."""
+    """Return the files beside what a command made, and an artifact's unlisted files, after a successful run."""
     from precast.loaders.artifact.files import unlisted_files
     from precast.loaders.locate import read_manifest
 
-    beside = [p.name for p in command.artifact.parent.iterdir() if p != command.artifact]
-    return beside + unlisted_files(command.artifact, read_manifest(command.artifact).files)
+    beside = [p.name for p in command.made.parent.iterdir() if p != command.made]
+    if not command.made.is_dir():
+        return beside
+    return beside + unlisted_files(command.made, read_manifest(command.made).files)
 
 
 def kill(command: Command, kills: int, random: Random, log: Path) -> tuple[Counter[str], list[str]]:
@@ -143,10 +192,20 @@ def kill(command: Command, kills: int, random: Random, log: Path) -> tuple[Count
         if not succeeded:
             found.append(f"{command.name}: {what}: {log.read_text(errors='replace')[-1500:]}")
 
+    def prepare() -> None:
+        if command.prepare is not None:
+            expect("the preparation", in_child(command.prepare, log))
+
+    def run_check(what: str) -> None:
+        if not command.absent or os.path.lexists(command.made):
+            expect(what, in_child(lambda: command.check(command.made), log))
+
+    prepare()
     started = time.monotonic()
     expect("the first run", in_child(command.run, log))
     usual = time.monotonic() - started
     for count in range(1, kills + 1):
+        prepare()
         after = random.uniform(0, 1.1 * usual)
         ended = in_child(command.run, log, after)
         if ended is None:
@@ -154,16 +213,17 @@ def kill(command: Command, kills: int, random: Random, log: Path) -> tuple[Count
         else:
             expect(f"run {count}, before it was killed", ended)
             outcomes["ended before"] += 1
-        there = "there" if command.artifact.exists() else "absent"
+        there = "there" if command.made.exists() else "absent"
         outcomes[there] += 1
-        expect(f"after kill {count} at {after:.3f} s", in_child(lambda: check(command), log))
+        run_check(f"after kill {count} at {after:.3f} s")
         if count % EVERY == 0 or count == kills:
+            prepare()
             expect(f"the run after kill {count}", in_child(command.run, log))
-            expect(f"after the run after kill {count}", in_child(lambda: check(command), log))
+            run_check(f"after the run after kill {count}")
             if left := leftovers(command):
                 found.append(f"{command.name}: left after the run after kill {count}: {left}")
         if command.absent and random.random() < 0.3:
-            shutil.rmtree(command.artifact, ignore_errors=True)  # then it is made anew, not replaced
+            shutil.rmtree(command.made, ignore_errors=True)  # then it is made anew, not replaced
     outcomes[f"{usual:.1f} s usually"] += 0
     return outcomes, found
 

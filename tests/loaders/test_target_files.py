@@ -102,7 +102,7 @@ def test_leftovers_of_a_killed_run_are_removed(add, artifact_copy, monkeypatch, 
         restore(artifact_copy, whole)
         with monkeypatch.context() as patch:
             patch.setattr(artifact_changes, "_settle", lambda *_: None)
-            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr(folders, "remove", lambda _: None)
             seen = stop_at(patch, n, Stop())
             with suppress(Stop):
                 add(overwrite=overwrite)
@@ -121,11 +121,11 @@ def look_alikes(programs: Path) -> None:
     for name in (".mine.partial", ".add-target.0123456789ab.partial", "mine", "empty"):
         (programs / name).mkdir()
     (programs / "mine" / "decode.xla").write_bytes(b"mine")
-    for n, contents in enumerate((None, b"", text[:-1], text + b"more")):
+    for n, contents in enumerate((b"", text[:-1], text + b"more")):
         folder = programs / f".add-target.precast-00000000000{n}.partial"
         folder.mkdir()
-        if contents is not None:
-            (folder / mark).write_bytes(contents)
+        (folder / mark).write_bytes(contents)
+    (programs / f".add-target.precast-{'c' * 12}.partial" / "unmarked").mkdir(parents=True)
     for name in ("add-target.precast-01234567890g", "add-target.precast-0123", "other.precast-" + "0" * 12):
         (programs / f".{name}.partial").mkdir()
         (programs / f".{name}.partial" / mark).write_bytes(text)
@@ -151,7 +151,7 @@ def test_a_file_that_was_replaced_is_kept(add, artifact_copy, monkeypatch):
     monkeypatch.setattr(adding, "_replay", lambda *_: 5)
     with monkeypatch.context() as patch:
         patch.setattr(artifact_changes, "_settle", lambda *_: None)
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(folders, "remove", lambda _: None)
         patch.setattr(adding, "replace_manifest", lambda *_: (_ for _ in ()).throw(Stop()))
         with pytest.raises(Stop):
             add()
