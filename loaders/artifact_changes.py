@@ -220,9 +220,11 @@ def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path
             folders.sync(folder)
             yield folder
         finally:
-            _tidy(artifact, folder)
-            if mark is not None:
-                os.close(mark)
+            try:
+                _tidy(artifact, folder)
+            finally:
+                if mark is not None:
+                    os.close(mark)
 
 
 def _tidy(artifact: LockedArtifact, folder: Path) -> None:

@@ -78,7 +78,7 @@ def remove():
 
 def replace():
     with folders.new_folder(root, overwrite=True) as folder:
-        shutil.copytree(plain, folder, dirs_exist_ok=True)
+        shutil.copytree(plain, folder, copy_function=os.link, dirs_exist_ok=True)
 
 def tidy():
     try:

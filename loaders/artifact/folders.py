@@ -70,8 +70,10 @@ def new_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
                 " space on the disk, or choose another folder with -o."
             ) from error
         finally:
-            remove(marked)
-            os.close(lock)
+            try:
+                remove(marked)
+            finally:
+                os.close(lock)
 
 
 def _finish(temporary: Path, path: Path, overwrite: bool) -> None:
