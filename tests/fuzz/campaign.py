@@ -112,13 +112,14 @@ class Requests:
 
     @staticmethod
     def make(folder: Path, count: int = 200) -> "Requests":
-        """Write the requests. Every second one begins with the prefix, and every tenth is refused."""
+        """Write the requests, of which every second one begins with the prefix."""
         made = Requests(
             folder / "requests.jsonl", folder / "batch" / "records.jsonl", folder / "expected.jsonl"
         )
         made.output.parent.mkdir()
         requests = (
-            {"prompt": f"{TEXT * (n % 2)}{n}", "temperature": 0, "max_tokens": n % 10} for n in range(count)
+            {"prompt": f"{TEXT * (n % 2)}{n}", "temperature": 0, "max_tokens": n % 10 + 1}
+            for n in range(count)
         )
         made.source.write_text("".join(f"{json.dumps(request)}\n" for request in requests))
         return made

@@ -3,7 +3,8 @@
     python tests/fuzz/interrupt.py --tries 130 --seed 1
 
 The signal goes alternately to the whole process group, as from a terminal, and to the command alone; afterwards no
-process of the group may remain. A command may also end before the signal. Before precast's first line runs, Python
+process of the group may remain. A command may also end before the signal. An interrupted batch must leave the first of
+its records, and the same command must then write the rest. Before precast's first line runs, Python
 itself answers the signal; these cases are counted separately.
 """
 
@@ -18,9 +19,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -49,11 +50,15 @@ class Command:
         arguments: command-line arguments.
         made: the artifact that it makes or changes; None if it only reads.
         terminal: True if it runs on a terminal.
+        prepare: runs before each run, and is not interrupted.
+        requests: those of a batch, whose output must be complete after the next run.
     """
 
     arguments: Sequence[str]
     made: Path | None = None
     terminal: bool = False
+    prepare: Callable[[], object] | None = None
+    requests: campaign.Requests | None = None
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,15 @@ class Ended:
 
 def commands(folder: Path, base: Path, checkpoint: Path | None) -> dict[str, Command]:
     """Return the commands by name; include export only if there is a source."""
-    url, added = campaign.store_url(folder), folder / "add-target" / "tiny"
-    added.parent.mkdir(parents=True)
-    shutil.copytree(base, added)
-    made = folder / "export" / "tiny"
+    url = campaign.store_url(folder)
+    names = ("add-target", "add-prefix", "remove-prefix", "export")
+    added, prefixed, removed, made = (folder / name / "tiny" for name in names)
+    for artifact in (added, prefixed, removed):
+        shutil.copytree(base, artifact)
+    (folder / "prefix").write_text(campaign.TEXT)
+    prefix = (campaign.PREFIX, "--text", str(folder / "prefix"), "--overwrite")
+    requests = campaign.Requests.make(folder)
+    batch = ("batch", str(base), str(requests.source))
     ids = ("--ids", "1,2,3", "--ignore-eos")
     found = {
         "run": Command(("run", str(base), *ids)),
@@ -81,6 +91,13 @@ def commands(folder: Path, base: Path, checkpoint: Path | None) -> dict[str, Com
         ),
         "run of a url": Command(("run", url, *ids)),
         "add-target": Command(("add-target", str(added), "--target", "portable", "--overwrite"), added),
+        "add-prefix": Command(("add-prefix", str(prefixed), *prefix), prefixed),
+        "remove-prefix": Command(
+            ("remove-prefix", str(removed), campaign.PREFIX),
+            removed,
+            prepare=lambda: campaign.ensure_prefix(removed),
+        ),
+        "batch": Command((*batch, str(requests.output)), prepare=requests.restart, requests=requests),
         "chat": Command(("run", str(base), "--chat"), terminal=True),
     }
     if checkpoint is not None:
@@ -111,6 +128,8 @@ def run(command: Command, after: float | None, whole_group: bool) -> Ended:
     Raises:
         TimeoutExpired: the command does not end.
     """
+    if command.prepare is not None:
+        command.prepare()
     process, terminal = start(command)
     try:
         if after is not None:
@@ -183,6 +202,8 @@ def check(command: Command) -> str | None:
     from precast.loaders.audit.verify import check_files
     from precast.loaders.locate import read_manifest
 
+    if command.requests is not None:
+        return _check_records(command, command.requests)
     made = command.made
     if made is None or not made.parent.exists():
         return None
@@ -198,10 +219,22 @@ def check(command: Command) -> str | None:
         return str(error)
 
 
+def _check_records(command: Command, requests: campaign.Requests) -> str | None:
+    """List faults in the records of an interrupted batch, and in those of the same batch afterwards."""
+    if fault := requests.fault():
+        return fault
+    again = run(command, None, True)
+    if again.code != 0:
+        return f"the same command again: exit code {again.code}: {again.said[-1000:]}"
+    return requests.fault(complete=True)
+
+
 def interrupt(name: str, command: Command, tries: int, random: Random) -> tuple[Counter[str], list[str]]:
     """Interrupt a command; return its outcome and its faults."""
     outcomes: Counter[str] = Counter()
     found: list[str] = []
+    if command.requests is not None:  # the records of a batch that nobody interrupts
+        run(replace(command, arguments=(*command.arguments[:-1], str(command.requests.expected))), None, True)
     started = time.monotonic()
     first = run(command, None, True)
     usual = time.monotonic() - started
