@@ -53,10 +53,10 @@ docs: $(DOCS_READY)  ## build the documentation into site/
 fuzz: $(READY)  ## load 20,000 mutated artifacts
 	$(BIN)/python tests/fuzz/run.py --cases 20000 --seed 1 $(FUZZ_ARGS)
 
-kill: $(READY)  ## kill export, add-target and pull 200 times
+kill: $(READY)  ## kill six commands that write, 200 times
 	$(BIN)/python tests/fuzz/kill.py --kills 200 --seed 1 $(KILL_ARGS)
 
-interrupt: $(READY)  ## press Ctrl-C in ten commands, 130 times
+interrupt: $(READY)  ## press Ctrl-C in 13 commands, 130 times
 	$(BIN)/python tests/fuzz/interrupt.py --tries 130 --seed 1 $(INTERRUPT_ARGS)
 
 bench: $(READY) $(BENCH_READY)  ## compare with llama.cpp, OpenVINO, transformers and jax.jit (6 GB of packages)

@@ -11,7 +11,7 @@ A change adds, replaces or removes a target or a prefix. For a target:
    process is killed now, the old artifact lacks its signature until the next process cleans up (step 2).
 6. Rename the new manifest over the old one. Now the artifact is the new one.
 7. Clean up: put the signature back if it fits the artifact's manifest; remove the files that only the other manifest
-   lists, if they have the listed hashes; then remove the working folder.
+   lists, if their hashes are as listed, and their folders if these are empty; then remove the working folder.
 
 A prefix's files go to ``prefixes/NAME/`` in the same way. Nothing else in ``programs/`` and ``prefixes/`` is ever
 removed. An export or a pull may replace the artifact's folder in spite of the lock, so steps 3, 4 and 5 first check

@@ -15,7 +15,10 @@ FUZZ = Path(__file__).resolve().parent / "fuzz"
 # More than `run.py` gives a worker to start, and a few cases that hang: its own limits say what is slow.
 LIMIT_S = 900
 # Each of the others starts a process a case; they are part of make fuzz.
-QUICK = "manifest,manifest_bytes,weights,weights_and_manifest,tokenizer,template,golden,names,folder,altered,store"
+QUICK = (
+    "manifest,manifest_bytes,weights,weights_and_manifest,tokenizer,template,golden,prefix,names,folder,altered,"
+    "store"
+)
 
 
 @pytest.fixture
@@ -28,12 +31,12 @@ def fuzzing(monkeypatch):
 
 
 @pytest.fixture
-def signed(tiny_artifact, tmp_path, fuzzing) -> Path:
-    """The artifact, with a signature and the key for it."""
+def signed(prefixed_artifact, tmp_path, fuzzing) -> Path:
+    """The artifact with a prefix, with a signature and the key for it."""
     from run import sign_base
 
     folder = tmp_path / "base" / "artifact"
-    shutil.copytree(tiny_artifact, folder)
+    shutil.copytree(prefixed_artifact, folder)
     sign_base(folder)
     return folder
 
@@ -50,10 +53,11 @@ def run(artifact, tmp_path, *options) -> list[str]:
     return result.stdout.splitlines()
 
 
-def test_hundreds_of_mutated_artifacts(tiny_artifact, tmp_path):
-    lines = run(tiny_artifact, tmp_path, "--cases", "250", "--only", QUICK, "--processes", "1")
+def test_hundreds_of_mutated_artifacts(prefixed_artifact, tmp_path):
+    lines = run(prefixed_artifact, tmp_path, "--cases", "250", "--only", QUICK, "--processes", "1")
     assert json.loads(lines[-1]) | {"seconds": 0} == {"cases": 250, "findings": 0, "seconds": 0}
-    assert re.search(r"^manifest +\d+ +0 +[\d.]+ s +\d+ refused", "\n".join(lines), re.MULTILINE)
+    for kind in ("manifest", "prefix"):
+        assert re.search(rf"^{kind} +\d+ +0 +[\d.]+ s +\d+ refused", "\n".join(lines), re.MULTILINE)
 
 
 def test_mutated_programs(tiny_artifact, tmp_path):
@@ -67,23 +71,36 @@ def test_mutated_signatures(signed, tmp_path):
     assert re.search(r"^signature +40 +0 +[\d.]+ s +\d+ refused", "\n".join(lines), re.MULTILINE)
 
 
-def test_signatures_of_an_artifact_without_one(tiny_artifact, tmp_path):
-    result = fuzz(tiny_artifact, tmp_path, "--cases", "3", "--only", "manifest,signature")
-    assert result.returncode == 1
-    assert result.stderr.startswith(
-        "--only signature needs a signed artifact with its public key in keys/public.pem"
-    )
-    assert len(result.stderr.splitlines()) == 1
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (
+            "signature",
+            (
+                "needs a signed artifact with its public key in keys/public.pem beside its folder; sign it with precast"
+                " sign, or leave --artifact out."
+            ),
+        ),
+        (
+            "prefix",
+            "needs an artifact with a prefix; add one with precast add-prefix, or leave --artifact out.",
+        ),
+    ],
+)
+def test_kinds_that_the_artifact_has_no_files_for(tiny_artifact, tmp_path, kind, text):
+    result = fuzz(tiny_artifact, tmp_path, "--cases", "3", "--only", f"manifest,{kind}")
+    assert (result.returncode, result.stderr) == (1, f"--only {kind} {text}\n")
 
 
 def test_what_is_planned(fuzzing):
     from run import plan
 
-    every = {kind for kind, _ in plan(500, 1, None, signed=True)}
-    assert every - {kind for kind, _ in plan(500, 1, None, signed=False)} == {"signature"}
-    assert plan(2, 7, "signature", signed=True) == [("signature", 7), ("signature", 8)]
+    every = {kind for kind, _ in plan(500, 1, None, missing={})}
+    missing = {"signature": "needs one", "prefix": "needs another"}
+    assert every - {kind for kind, _ in plan(500, 1, None, missing=missing)} == set(missing)
+    assert plan(2, 7, "signature", missing={}) == [("signature", 7), ("signature", 8)]
     with pytest.raises(SystemExit, match=r"^--only: there is no kind 'sigs'; choose of manifest, "):
-        plan(2, 7, "sigs", signed=True)
+        plan(2, 7, "sigs", missing={})
 
 
 def test_the_key_is_found_whatever_the_folder_is_called(signed, tmp_path):
@@ -131,13 +148,13 @@ def test_a_case_can_be_made_again(signed, fuzzing):
         assert all(case.changes or case.index for case in cases)
 
 
-def test_what_is_past_the_hashes_is_past_them(tiny_artifact, fuzzing):
+def test_what_is_past_the_hashes_is_past_them(prefixed_artifact, fuzzing):
     import hashlib
 
     import kinds
 
-    base = kinds.Base.read(tiny_artifact)
-    for kind in ("weights", "tokenizer", "template", "golden", "stablehlo", "executable"):
+    base = kinds.Base.read(prefixed_artifact)
+    for kind in ("weights", "tokenizer", "template", "golden", "prefix", "stablehlo", "executable"):
         for n in range(6):
             changes = kinds.make(base, kind, n).changes
             listed = json.loads(changes["manifest.json"])["files"]

@@ -17,9 +17,8 @@ WORD = b"\ninterrupted\n"
 
 
 def test_interrupted_at_random_moments(tiny_artifact, python):
-    result = python(
-        *(str(FUZZ / "interrupt.py"), "--artifact", str(tiny_artifact), "--only", "run,pull", "--tries", "8")
-    )
+    only = ("--only", "run,pull,add-prefix,remove-prefix,batch")
+    result = python(str(FUZZ / "interrupt.py"), "--artifact", str(tiny_artifact), *only, "--tries", "15")
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["findings"] == 0
 

@@ -124,7 +124,10 @@ def manifest_bytes(base: Base, random: Random) -> Case:
 
 def weights(base: Base, random: Random) -> Case:
     """The safetensors header, its length, and the data behind it."""
-    data = base.files[WEIGHTS]
+    return Case(changes=base.rehashed({WEIGHTS: _mutate_safetensors(base.files[WEIGHTS], random)}))
+
+
+def _mutate_safetensors(data: bytes, random: Random) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header, body = data[8 : 8 + length], data[8 + length :]
     match random.randrange(5):
@@ -134,14 +137,37 @@ def weights(base: Base, random: Random) -> Case:
             length_field = random.choice(
                 (0, 1, 2**63, 2**64 - 1, len(data), len(data) - 8, length + 1, length - 64, 100 << 20)
             )
-            changed = length_field.to_bytes(8, "little") + header + body
-            return Case(changes=base.rehashed({WEIGHTS: changed}))
+            return length_field.to_bytes(8, "little") + header + body
         case 2:
             body = random.choice((b"", body[:-1], body + b"\0", body * 2, body[: len(body) // 2]))
         case _:
             header = write_json(mutate_json(json.loads(header), random))
             header += b" " * (-(8 + len(header)) % 64)
-    return Case(changes=base.rehashed({WEIGHTS: len(header).to_bytes(8, "little") + header + body}))
+    return len(header).to_bytes(8, "little") + header + body
+
+
+def prefix(base: Base, random: Random) -> Case:
+    """The tokens of a stored prefix, its keys and values, or its entry in the manifest."""
+    entries = base.manifest["prefixes"]
+    number = random.randrange(len(entries))
+    tokens, arrays = entries[number]["file"], entries[number]["arrays"]
+    match random.randrange(5):
+        case 0:
+            changed = {tokens: write_json(mutate_json(json.loads(base.files[tokens]), random))}
+        case 1:
+            changed = {arrays: _mutate_safetensors(base.files[arrays], random)}
+        case 2:
+            changed = {arrays: mutate_bytes(base.files[arrays], random)}
+        case 3:
+            changed = {name: mutate_bytes(base.files[name], random) for name in (tokens, arrays)}
+        case _:
+            changed_entry = mutate_json(entries[number], random)
+            return Case(changes=base.rehashed({}, lambda tree: _put(tree["prefixes"], number, changed_entry)))
+    return Case(changes=base.rehashed(changed), rehash=random.random() < 0.2)
+
+
+def _put(values: list[Any], index: int, value: Any) -> None:
+    values[index] = value
 
 
 def weights_and_manifest(base: Base, random: Random) -> Case:
@@ -359,14 +385,29 @@ class Kind:
     )
 
 
+# The kinds that an artifact may lack the files for, and the remedies.
+SIGNATURE_REMEDY = (
+    "needs a signed artifact with its public key in keys/public.pem beside its folder; sign it with precast sign, or"
+    " leave --artifact out"
+)
+PREFIX_REMEDY = "needs an artifact with a prefix; add one with precast add-prefix, or leave --artifact out"
+
+
+def missing(base: Base) -> Mapping[str, str]:
+    """Return the kinds of cases that the artifact cannot be used for, each with its remedy."""
+    found = {} if SIGNATURE in base.files and key_of(base.root).exists() else {"signature": SIGNATURE_REMEDY}
+    return found if base.manifest.get("prefixes") else {**found, "prefix": PREFIX_REMEDY}
+
+
 KINDS: Mapping[str, Kind] = {
-    "manifest": Kind(manifest, 0.26),
+    "manifest": Kind(manifest, 0.22),
     "manifest_bytes": Kind(manifest_bytes, 0.09),
     "weights": Kind(weights, 0.12),
     "weights_and_manifest": Kind(weights_and_manifest, 0.03),
     "tokenizer": Kind(tokenizer, 0.12),
     "template": Kind(template, 0.11),
     "golden": Kind(golden, 0.03),
+    "prefix": Kind(prefix, 0.04),
     "names": Kind(names, 0.04),
     "folder": Kind(folder, 0.03),
     "altered": Kind(altered, 0.02),

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,20 +140,17 @@ def one(worker: Worker, kind: str, seed: int) -> tuple[dict[str, Any], str]:
     return result, outcome
 
 
-def plan(cases: int, first: int, only: str | None, *, signed: bool) -> list[tuple[str, int]]:
+def plan(cases: int, first: int, only: str | None, *, missing: Mapping[str, str]) -> list[tuple[str, int]]:
     """Kinds and numbers, mixed, so that a short run meets all of them.
 
     Raises:
-        SystemExit: for a kind that there is not, and for signatures of an artifact that has none.
+        SystemExit: a kind is unknown, or it is in `missing`, which holds the remedies.
     """
-    chosen = only.split(",") if only else [name for name in kinds.KINDS if signed or name != "signature"]
+    chosen = only.split(",") if only else [name for name in kinds.KINDS if name not in missing]
     if unknown := [name for name in chosen if name not in kinds.KINDS]:
         raise SystemExit(f"--only: there is no kind {unknown[0]!r}; choose of {', '.join(kinds.KINDS)}.")
-    if "signature" in chosen and not signed:
-        raise SystemExit(
-            "--only signature needs a signed artifact with its public key in keys/public.pem beside its folder; sign it"
-            " with precast sign, or leave --artifact out."
-        )
+    if impossible := [name for name in chosen if name in missing]:
+        raise SystemExit(f"--only {impossible[0]} {missing[impossible[0]]}.")
     shares = {name: kinds.KINDS[name].share for name in chosen}
     total = sum(shares.values())
     counts = {name: max(1, round(cases * share / total)) for name, share in shares.items()}
@@ -282,8 +279,8 @@ def main() -> None:
     try:
         # Resolved first: the key is looked for beside the folder, which "." does not name.
         base = (options.artifact or make_base(folder / "base" / "artifact")).resolve()
-        signed = kinds.key_of(base).exists() and (base / kinds.SIGNATURE).exists()
-        planned = plan(options.cases, first, options.only, signed=signed)
+        missing = kinds.missing(kinds.Base.read(base))
+        planned = plan(options.cases, first, options.only, missing=missing)
         tallies = fuzz(base, folder, planned, options.processes, options.findings)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -26,9 +26,12 @@ import kinds
 from precast.loaders import signing
 from precast.loaders.artifact import cache_folder, files
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.manifest import Prefix
 from precast.loaders.compiling import trial
 from precast.loaders.console import inspect
+from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.generation.stored_prefixes import open_prefix
 from precast.loaders.load import load
 
 # What a case may take beyond a process that has loaded and run the artifact.
@@ -254,7 +257,15 @@ def exercise(root: Path, case: kinds.Case, problems: Problems, *, trusted: bool)
     attempt("generate text", lambda: model.generate("the cat", SamplingParams(max_tokens=3)))
     attempt("stream", lambda: _stream(model.tokenizer))
     attempt("chat", lambda: model.chat_prompt(MESSAGES))
+    for prefix in model.manifest.prefixes[:3]:
+        attempt("prefix", lambda: _after(model, root, prefix, few))  # noqa: B023 - called at once
     return "loaded"
+
+
+def _after(model: Model, root: Path, prefix: Prefix, params: SamplingParams) -> None:
+    """Continue a prompt that begins with a stored prefix."""
+    tokens = open_prefix(root, model.manifest, prefix).tokens
+    model.generate([*tokens[: model.engine.context - 4], 3], params)
 
 
 def check_signature(place: Place, key: Path, problems: Problems) -> str:
