@@ -1,6 +1,7 @@
 """A short run of `make kill`, and proof that it notices an incomplete artifact."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,12 @@ from precast.loaders.artifact_changes import PREFIXES, changing
 from precast.loaders.audit.verify import check_files
 from precast.loaders.locate import read_manifest
 
-plain, prefixed, root = (Path(argument) for argument in sys.argv[1:])
+sys.path.insert(0, sys.argv[1])
+from run import sign_base
+
+plain, prefixed, root = (Path(argument) for argument in sys.argv[2:])
+sign_base(plain)
+sign_base(prefixed)
 (prefix,) = read_manifest(prefixed).prefixes
 contents = {name: [(prefixed / name).read_bytes()] for name in (prefix.file, prefix.arrays)}
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -84,7 +90,7 @@ def tidy():
     try:
         adding.remove_prefix(root, "none", log=quiet)
     except PrecastError as error:
-        assert "'none' is not in the artifact" in str(error)
+        assert "prefix 'none'" in str(error)
 
 def killed_before(n, function):
     '''Run a function in a process that ends before its n-th change of files; return the process's exit code.'''
@@ -121,6 +127,9 @@ for before, act, after in ((plain, add, tidy), (prefixed, remove, tidy), (plain,
         assert not check_files(root, manifest, quiet).problems, where
         after()
         assert read_manifest(root).prefixes == manifest.prefixes, where
+        signature = root / "manifest.json.sig"
+        is_signed = (root / "manifest.json").read_bytes() == (before / "manifest.json").read_bytes()
+        assert signature.exists() == is_signed, where
         left = [path.name for path in root.parent.iterdir() if path != root]
         assert left + unlisted_files(root, manifest.files) == [], where
     assert n > 10
@@ -129,6 +138,9 @@ for before, act, after in ((plain, add, tidy), (prefixed, remove, tidy), (plain,
 
 
 def test_killed_before_every_change_of_files(tiny_artifact, prefixed_artifact, python, tmp_path):
-    """The next command completes or undoes the change, and leaves nothing."""
-    result = python("-c", POINTS, str(tiny_artifact), str(prefixed_artifact), str(tmp_path / "in" / "tiny"))
+    """The next command completes or undoes the change, leaves nothing, and puts the signature back if it fits."""
+    plain, prefixed = tmp_path / "plain" / "tiny", tmp_path / "prefixed" / "tiny"
+    shutil.copytree(tiny_artifact, plain)
+    shutil.copytree(prefixed_artifact, prefixed)
+    result = python("-c", POINTS, str(FUZZ), str(plain), str(prefixed), str(tmp_path / "in" / "tiny"))
     assert result.returncode == 0, result.stderr
