@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +24,7 @@ from .sequence import Batch, TokenSequence
 from .stopping import DeadEnd
 
 if TYPE_CHECKING:
+    from .async_readers import AsyncReaders
     from .drafts import CallTimes
 
 # Maximum number of tokens of a prompt that are read between two tokens of other sequences.
@@ -123,6 +124,14 @@ class Scheduler:
         self._times: CallTimes | None = None
         self._clock = 0.0
         self._steps = self._prompt_tokens = self._cached_tokens = self._tokens = 0
+
+    @cached_property
+    def async_readers(self) -> "AsyncReaders":
+        """The asynchronous readers that wait for sequences."""
+        # A lazy import, because few programs read asynchronously.
+        from .async_readers import AsyncReaders
+
+        return AsyncReaders()
 
     # --- for clients --------------------------------------------------------------------------------------------
 
@@ -268,10 +277,11 @@ class Scheduler:
 
     def _next_call(self, began: float) -> bool:
         """Decode the next batch of the round, or read a chunk of a prompt; return False if no sequence can advance."""
+        is_full = self._lacks_slots()
         for _ in range(2):
             while self._round:
                 batch = self._round.popleft()
-                if sequences := batch.decoding():
+                if sequences := batch.decoding(includes_paused=is_full):
                     self._decode(batch, sequences, began)
                     return True
             self._round.extend(self._batches)
@@ -281,6 +291,18 @@ class Scheduler:
                 self._read_chunk(*self._reading, began)
                 return True
         return False
+
+    def _lacks_slots(self) -> bool:
+        """Return True if a sequence waits for a slot.
+
+        No sequence may then pause for its reader. If all sequences with a slot did, the reader that waits for a slot
+        would starve; and their readers may wait for the same thread.
+        """
+        return (
+            bool(self._waiting)
+            and len(self._batches) == self._most_caches
+            and all(None not in batch.sequences for batch in self._batches)
+        )
 
     def _begin_prompt(self, began: float) -> tuple[TokenSequence, Batch] | None:
         """Give a slot to the first sequence in the queue; return None if there is no sequence or no slot."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .sampling import Sampler
     from .stopping import StopStrings
 
-# A sequence with this many unread pieces pauses until its reader takes some.
+# A sequence with this many unread pieces pauses until its reader takes some, or another sequence waits for its slot.
 UNREAD_PIECES = 64
 
 
@@ -55,9 +55,9 @@ class Batch:
         """Return the sequences that hold a slot."""
         return [s for s in self.sequences if s is not None]
 
-    def decoding(self) -> "list[TokenSequence]":
-        """Return the sequences whose next token can be computed."""
-        return [s for s in self.sequences if s is not None and s.is_decoding]
+    def decoding(self, *, includes_paused: bool = False) -> "list[TokenSequence]":
+        """Return the sequences whose next token can be computed, with or without those that pause for their readers."""
+        return [s for s in self.running() if s.is_decoding and (includes_paused or not s.is_paused)]
 
 
 class TokenSequence:
@@ -71,7 +71,8 @@ class TokenSequence:
         ends: ids that end the generation.
         limit: maximum number of tokens to generate, at least 1.
         timeout_s: seconds from submission after which the generation ends; None for no limit.
-        most_unread: number of unread pieces at which the sequence pauses; None for no limit.
+        most_unread: number of unread pieces at which the sequence pauses, unless another sequence waits for its slot;
+            None for no limit.
         echo: text to show before the answer; empty by default.
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
         wants_drafts: True if the scheduler may guess tokens and verify several at once.
@@ -151,8 +152,13 @@ class TokenSequence:
 
     @property
     def is_decoding(self) -> bool:
-        """True if the sequence has its first token, and its reader has room for the next."""
-        return len(self.tokens) > self.prompt_tokens and len(self.unread) < self._most_unread
+        """True if the sequence has its first token."""
+        return len(self.tokens) > self.prompt_tokens
+
+    @property
+    def is_paused(self) -> bool:
+        """True if the reader has as many unread pieces as it may have."""
+        return len(self.unread) >= self._most_unread
 
     def has_news(self) -> bool:
         """Return True if the reader can take a piece, or the sequence has ended."""

@@ -140,8 +140,8 @@ class Stream(Iterator[str], AsyncIterator[str]):
     end of the generation, by `close`, at the end of a ``with`` block, or with the last reference to the stream,
     whichever comes first.
 
-    ``async for`` computes in a worker thread of the event loop's default executor, so it never blocks the loop.
-    Cancelling the task ends the generation before its next token.
+    ``async for`` computes in a worker thread of the event loop's default executor, so it never blocks the loop. All
+    streams of the loop share that thread. Cancelling the task ends the generation before its next token.
 
     A stream is thread-safe: threads that read concurrently get different pieces, one after the other. `close` may be
     called from any thread, and waits for the current step. After a failure, every read raises its error.
@@ -188,13 +188,18 @@ class Stream(Iterator[str], AsyncIterator[str]):
         if sequence.closing:
             return None
         self._start()
-        while (part := self._take()) is None:
-            if sequence.ended and not sequence.unread and self._is_parsed:
-                if sequence.error is not None:
-                    raise sequence.error
-                return None
+        while (part := self._take()) is None and not self._is_over():
             self._scheduler.advance(sequence.has_news)
         return part
+
+    def _is_over(self) -> bool:
+        """Return True if all parts of the answer have been read; raise the sequence's error if it failed."""
+        sequence = self._sequence
+        if not sequence.ended or sequence.unread or not self._is_parsed:
+            return False
+        if sequence.error is not None:
+            raise sequence.error
+        return True
 
     def _start(self) -> None:
         with self._lock:
@@ -298,13 +303,13 @@ class Stream(Iterator[str], AsyncIterator[str]):
         if self._sequence.closing:
             return None
         self._start()
-        if (ready := self._take()) is not None:
-            return ready
         try:
-            return await asyncio.to_thread(self._next)
+            while (part := self._take()) is None and not self._is_over():
+                await self._scheduler.async_readers.wait(self._scheduler, self._sequence)
         except asyncio.CancelledError:
             self._scheduler.cancel(self._sequence)
             raise
+        return part
 
     async def __aenter__(self) -> Self:
         return self

@@ -186,10 +186,10 @@ def test_random_answers_satisfy_each_kind_of_constraint(
     assert re.fullmatch(r"\[(-?\d+(,-?\d+)*)?\]", random_answer(grammars, tokenizer, seed, grammar=numbers))
 
 
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_size=3)
+PLAIN = st.none() | st.booleans() | st.integers() | TEXTS
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
+    PLAIN, lambda x: st.lists(x, max_size=3) | st.dictionaries(TEXTS, x, max_size=3), max_leaves=6
 )
 
 

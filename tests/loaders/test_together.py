@@ -1,9 +1,11 @@
 """Many generations at once: answers equal to those of prompts alone, order, failures, threads and event loops."""
 
 import asyncio
+import copy
 import dataclasses
 import itertools
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.generation.scheduler import Scheduler
 from precast.loaders.generation.stream import Completion, Stream
 
 VOCAB = 320
@@ -199,6 +202,42 @@ def test_twenty_tasks_with_cancellations(tiny_model: Model, alone: Any) -> None:
     assert tiny_model.scheduler.stats().slots == 0
 
 
+def test_twenty_requests_to_a_server(slots_model: Model) -> None:
+    """One thread runs the steps of a scheduler with one KV cache; tasks read, cancel, and run out of time."""
+    server = copy.copy(slots_model)
+    server.scheduler = Scheduler(slots_model.engine, caches=1, prefixes=slots_model.prefixes)
+    lengths = np.random.default_rng(20).integers(1, 30, 20).tolist()
+    ids = [[7] * (n % 5) + prompt for n, prompt in enumerate(prompts(20))]
+    limits = [dataclasses.replace(FREE, max_tokens=length) for length in lengths]
+    expected = [slots_model.generate(*request).token_ids for request in zip(ids, limits, strict=True)]
+    is_over = threading.Event()
+
+    def run() -> None:
+        while not is_over.is_set():
+            server.scheduler.step() or time.sleep(0.001)
+
+    async def answer(n: int) -> Completion:
+        timeout_s = {1: 1e-6, 2: 0.01}.get(n % 5)
+        async with server.stream(ids[n], dataclasses.replace(limits[n], timeout_s=timeout_s)) as stream:
+            async for _ in stream:
+                if n % 5 == 3 and len(stream.completion.token_ids) > lengths[n] // 2:
+                    break
+            return stream.completion
+
+    async def use() -> list[Completion]:
+        return await asyncio.wait_for(asyncio.gather(*map(answer, range(20))), 120)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    found = asyncio.run(use())
+    is_over.set()
+    thread.join(60)
+    for n, (completion, tokens) in enumerate(zip(found, expected, strict=True)):
+        assert completion.token_ids == tokens[: len(completion.token_ids)]
+        assert n % 5 in (1, 2, 3) or (completion.token_ids, completion.finish_reason) == (tokens, "length")
+    assert (server.scheduler.stats().waiting, server.scheduler.stats().slots) == (0, 0)
+
+
 def test_pieces_that_are_ready_need_no_thread(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (tiny_model.stream([n], FREE) for n in (1, 2))
     next(second)
@@ -206,10 +245,10 @@ def test_pieces_that_are_ready_need_no_thread(tiny_model: Model, monkeypatch: py
     ready = len(second._sequence.unread)
     assert ready > 5
 
-    async def refuse(*_: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(asyncio, "to_thread", refuse)
+    monkeypatch.setattr(asyncio.BaseEventLoop, "run_in_executor", refuse)
     assert asyncio.run(read(second, 1))
     assert len(second._sequence.unread) < ready
     second.close()

@@ -264,17 +264,18 @@ def test_many_threads_read_and_close(fake_engine: Any, new_sequence: Any, alone:
     assert scheduler.stats().slots == scheduler.stats().running == 0
 
 
-def test_a_reader_waits_for_a_slot_that_another_thread_frees(fake_engine: Any, new_sequence: Any) -> None:
-    """No sequence can advance until the slot is free."""
-    scheduler = Scheduler(fake_engine(slots=1), caches=1)
-    slow, patient = new_sequence([1], most_unread=1), new_sequence([2])
+def test_a_thread_waits_while_the_only_sequence_pauses_for_its_reader(
+    fake_engine: Any, new_sequence: Any, alone: Any
+) -> None:
+    scheduler, slow = Scheduler(fake_engine(slots=1), caches=1), new_sequence([1], most_unread=1)
     scheduler.submit(slow)
-    scheduler.step()
-    scheduler.submit(patient)
-    reader = threading.Thread(target=scheduler.advance, args=(lambda: patient.ended,))
-    reader.start()
+    waiter = threading.Thread(target=scheduler.advance, args=(lambda: slow.ended,))
+    waiter.start()
     time.sleep(0.02)
-    assert (patient.generated, reader.is_alive()) == (0, True)
-    scheduler.close(slow)
-    reader.join(60)
-    assert patient.generated == 8
+    assert (slow.generated, waiter.is_alive()) == (1, True)
+    found: list[int] = []
+    while not slow.ended or slow.unread:
+        if slow.unread:
+            found.append(slow.unread.popleft().token)
+    waiter.join(60)
+    assert found == alone([1])

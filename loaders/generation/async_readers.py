@@ -1,0 +1,92 @@
+"""Asynchronous readers of sequences. One thread per event loop runs the steps that its readers wait for.
+
+If each reader took a thread of its own, sequences that wait for a slot could take all threads of the event loop's
+executor. The readers of the sequences in the slots would then never get a thread.
+"""
+
+import asyncio
+from threading import Lock
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .scheduler import Scheduler
+    from .sequence import TokenSequence
+
+
+class AsyncReaders:
+    """The asynchronous readers that wait for sequences of one scheduler. Event loops may share it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        # A loop has an entry for as long as a thread runs steps for its readers.
+        self._waiting: dict[asyncio.AbstractEventLoop, dict[asyncio.Future[None], TokenSequence]] = {}
+
+    async def wait(self, scheduler: "Scheduler", sequence: "TokenSequence") -> None:
+        """Return once the reader can take a piece, or the sequence has ended.
+
+        Args:
+            scheduler: the scheduler of the sequence.
+            sequence: a sequence that has been submitted.
+
+        Raises:
+            BaseException: a step was interrupted, or the event loop's executor has been shut down.
+        """
+        loop = asyncio.get_running_loop()
+        news = loop.create_future()
+        with self._lock:
+            needs_thread = loop not in self._waiting
+            self._waiting.setdefault(loop, {})[news] = sequence
+        try:
+            if needs_thread:
+                self._start(scheduler, loop)
+            await news
+        finally:
+            with self._lock:
+                self._waiting.get(loop, {}).pop(news, None)
+
+    def _start(self, scheduler: "Scheduler", loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.run_in_executor(None, self._run, scheduler, loop)
+        except RuntimeError as error:  # the executor has been shut down
+            _fail(self._drop(loop), error)
+
+    def _run(self, scheduler: "Scheduler", loop: asyncio.AbstractEventLoop) -> None:
+        """Run steps for as long as a reader of the loop waits."""
+        try:
+            while not self._is_idle(loop):
+                scheduler.advance(lambda: self._wake(loop))
+        except BaseException as error:
+            readers = self._drop(loop)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_fail, readers, error)
+
+    def _is_idle(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Return True if no reader of the loop waits; the next one then starts a new thread."""
+        with self._lock:
+            if not self._waiting[loop]:
+                del self._waiting[loop]
+            return loop not in self._waiting
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Wake the readers whose sequences have news; return True if no reader is left."""
+        with self._lock:
+            readers = self._waiting[loop]
+            for news in [news for news, sequence in readers.items() if sequence.has_news()]:
+                loop.call_soon_threadsafe(_finish, news)
+                del readers[news]
+            return not readers
+
+    def _drop(self, loop: asyncio.AbstractEventLoop) -> list[asyncio.Future[None]]:
+        with self._lock:
+            return list(self._waiting.pop(loop, {}))
+
+
+def _finish(news: asyncio.Future[None]) -> None:
+    if not news.done():
+        news.set_result(None)
+
+
+def _fail(readers: list[asyncio.Future[None]], error: BaseException) -> None:
+    for news in readers:
+        if not news.done():
+            news.set_exception(error)
