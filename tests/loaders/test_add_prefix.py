@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from precast.loaders import add_prefix as adding
 from precast.loaders import artifact_changes
 from precast.loaders.add_prefix import PrefixSource, add_prefix, remove_prefix
+from precast.loaders.artifact import folders
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.files import unlisted_files
 from precast.loaders.artifact.weights import map_weights
@@ -405,7 +406,7 @@ def test_the_artifact_is_whole_whatever_fails(copy, tmp_path, tree, monkeypatch,
                 patch.setattr(owner, name, failing(getattr(owner, name), seen, n, error))
             if is_killed:
                 patch.setattr(artifact_changes, "_settle", lambda *_: None)
-                patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+                patch.setattr(folders, "remove", lambda _: None)
             with suppress(PrecastError, Stop):
                 add(copy, "dog", source)
         manifest = read_manifest(copy)
