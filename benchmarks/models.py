@@ -86,7 +86,7 @@ def table() -> str:
     measured = json.loads(RESULTS.read_text())
     published = json.loads(CONFIGS.read_text())
     head = (
-        "| int8 / int4 | disk, GB | memory, GB | decode, tokens/s |",
+        "| model | disk, GB | memory, GB | decode, tokens/s |",
         "|---|---:|---:|---:|",
     )
     rows = (row(name, published[base]["config"] | dict(changes), measured) for name, base, changes in MODELS)
