@@ -1,4 +1,4 @@
-"""The building of grammars by several threads: different ones at the same time, and each of them once."""
+"""Grammars with reasoning before the answer, and their building by several threads."""
 
 import threading
 from collections.abc import Callable
@@ -6,11 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, normalizers
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation.constraint_texts import ConstraintText
 from precast.loaders.generation.constraints import Constraint
 from precast.loaders.generation.grammars import Grammars
 from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.text.answer_formats import answer_format
+from precast.loaders.text.reasoning_grammar import reasoning_grammar
 from precast.loaders.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance")
@@ -26,6 +31,64 @@ def start(grammars: Grammars, regex: str) -> Constraint:
 
 def allowed(constraint: Constraint) -> set[int]:
     return set(np.flatnonzero(np.unpackbits(constraint.mask().view(np.uint8), bitorder="little")).tolist())
+
+
+# --- reasoning before the answer ----------------------------------------------------------------------------
+
+
+def spelling(*, drops: bool, marks: bool) -> Tokenizer:
+    """Return a tokenizer of single characters whose decoder drops the first space, like Llama 2's, or keeps it."""
+    texts = ["</s>", "▁", "\n", *"<>/[]3think", "▁at"]
+    library = Library(models.BPE({text: n for n, text in enumerate(dict.fromkeys(texts))}, []))
+    library.normalizer = normalizers.Replace(" ", "▁")
+    library.add_special_tokens(["</s>"])
+    if marks:
+        library.add_tokens(["<think>", "</think>"])
+    steps = [decoders.Replace("▁", " "), decoders.Fuse()]
+    library.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if drops else steps)
+    return Tokenizer.from_json(
+        library.to_str().encode(), chat_template=None, bos_token=None, eos_token="</s>"
+    )
+
+
+def accepts(constraint: Constraint, tokens: list[int]) -> bool:
+    for token in tokens:
+        if token not in allowed(constraint):
+            return False
+        constraint.accept(token)
+    return True
+
+
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("marks", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "text", "is_accepted"),
+    [
+        ("use <think>", "<think> think</think>\n\n[3]", True),
+        ("use <think>", "<think></think>[3]", True),
+        ("use <think>", "[3]", True),
+        ("use <think>", "<think>think", False),
+        ("<think>\n", "think\n</think>[3]", True),
+        ("<think>\n", "[3]", False),
+        ("<think>\n\n</think>\n", "[3]", True),
+        ("<think>\n\n</think>\n", "<think></think>[3]", False),
+    ],
+)
+def test_reasoning_in_any_tokenisation(
+    drops: bool, marks: bool, prompt: str, text: str, is_accepted: bool
+) -> None:
+    tokenizer = spelling(drops=drops, marks=marks)
+    (syntax,) = answer_format("<think>").reasoning
+    rule = reasoning_grammar(syntax, prompt, tokenizer, is_open=prompt == "<think>\n")
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, [0])
+    constraint = grammars.start(ConstraintText("grammar", 'start: "[3]"', reasoning=rule))
+    begins_with_mark = marks and text.startswith("<think>")
+    spelt = f" {text}" if drops and not begins_with_mark else text  # the space that the decoder drops
+    tokens = [*tokenizer.encode(spelt, add_special_tokens=False), 0]
+    assert accepts(constraint, tokens) == is_accepted
+
+
+# --- threads ------------------------------------------------------------------------------------------------
 
 
 class SlowGrammars(Grammars):
