@@ -269,10 +269,10 @@ def _look_alikes(parent: Path) -> None:
     ):
         (parent / name).mkdir()
         (parent / name / mark).write_bytes(text)
-    for n, contents in enumerate((None, b"", text[:-1], text + b"more")):
+    for n, contents in enumerate((b"", text[:-1], text + b"more")):
         (parent / ours.format(n)).mkdir()
-        if contents is not None:
-            (parent / ours.format(n) / mark).write_bytes(contents)
+        (parent / ours.format(n) / mark).write_bytes(contents)
+    (parent / ours.format("9") / "unmarked").mkdir(parents=True)
     (parent / ours.format("a")).write_bytes(text)
     os.mkfifo(parent / ours.format("b"))
     (parent / "elsewhere").mkdir()
