@@ -263,9 +263,15 @@ def test_missing_packages_for_an_export(refused, monkeypatch):
             f"tokens leave no room in a context of {CAPACITY}; shorten it to {CAPACITY - 1}",
         ),
         (["--ids", ",".join("5" * CAPACITY)], "prompt: 64 tokens leave no room in a context of 64"),
-        (["--ids", f"1,{VOCAB}"], f"prompt: token 1 is {VOCAB}, expected an id from 0 to {VOCAB - 1}."),
-        (["--ids", "-1"], f"prompt: token 0 is -1, expected an id from 0 to {VOCAB - 1}."),
-        (["--ids", str(2**40)], f"prompt: token 0 is {2**40}, expected an id from 0 to {VOCAB - 1}."),
+        (
+            ["--ids", f"1,{VOCAB}"],
+            f"prompt: expected token ids from 0 to {VOCAB - 1}, found {VOCAB} at index 1.",
+        ),
+        (["--ids", "-1"], f"prompt: expected token ids from 0 to {VOCAB - 1}, found -1 at index 0."),
+        (
+            ["--ids", str(2**40)],
+            f"prompt: expected token ids from 0 to {VOCAB - 1}, found {2**40} at index 0.",
+        ),
         (["-p", "a", "--ids", "1"], "--prompt and --ids are alternatives; give one of them."),
         (
             ["--chat", "--ids", "1"],
@@ -435,7 +441,7 @@ def test_a_real_process_says_the_same(tiny_artifact, python, tmp_path):
         ),
         (
             ["run", str(tiny_artifact), "--ids", "999"],
-            "prompt: token 0 is 999, expected an id from 0 to 319.",
+            "prompt: expected token ids from 0 to 319, found 999 at index 0.",
         ),
         (["inspect", str(tmp_path / "none")], "expected the folder of an artifact, but it does not exist"),
     ):

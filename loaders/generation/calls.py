@@ -1,4 +1,4 @@
-"""Call the engine for sequences of one KV cache, and choose tokens from the results."""
+"""Call the engine for the sequences of one KV cache, and choose their next tokens from the results."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,10 +10,10 @@ from .sequence import Batch, TokenSequence
 
 
 class Results(NamedTuple):
-    """The results of one call.
+    """The R results of one call of the engine.
 
     Attributes:
-        tokens: greedy tokens, [R].
+        tokens: the greedy token of each result, [R].
         logits: float32 [R, V]; None if every sequence is greedy.
     """
 
@@ -27,8 +27,8 @@ def read_chunk(engine: Engine, sequence: TokenSequence, batch: Batch, most: int)
     Args:
         engine: the engine.
         sequence: the sequence.
-        batch: the sequences of its KV cache.
-        most: maximum number of tokens; ignored for a prompt with log-probabilities.
+        batch: all sequences that share the KV cache.
+        most: maximum number of tokens to read; ignored for a prompt with log-probabilities.
 
     Returns:
         The results after the last token (R = 1).
@@ -72,8 +72,8 @@ def take(sequence: TokenSequence, results: Results, row: int, draft: Sequence[in
         sequence: the sequence.
         results: the results of the call.
         row: the row of results for the sequence's newest token. The rows for the draft's tokens follow it.
-        draft: the guessed tokens that were also inputs of the call. Their keys and values are in the sequence's slot.
-            Later calls overwrite the keys and values of wrong guesses before they read them.
+        draft: the guessed tokens that the call read after the newest token. Their keys and values are in the slot.
+            Later calls overwrite the keys and values of wrong guesses before reading them.
     """
     for place, guess in enumerate((*draft, None), row):
         sequence.filled = len(sequence.tokens)

@@ -1,4 +1,4 @@
-"""The form of the answer to a chat: its parts, and the tools that it must call."""
+"""Choose the parser and the constraint of the answer to a chat."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .sampling_params import SamplingParams
 
 AUTO = "auto"
-# A tag that opens the reasoning is found if it is among this many tokens at the end of the prompt.
+# Number of tokens at the end of the prompt in which to search for the tag that opens the reasoning.
 _TAIL = 16
 
 
@@ -28,7 +28,7 @@ class ChatForm(NamedTuple):
 
 
 def parser_of(tokenizer: "Tokenizer", prompt: Sequence[int], form: ChatForm) -> "AnswerParser | None":
-    """Return the parser of the answer to a prompt; None if all of the answer is content.
+    """Return the parser for the answer to a prompt; None if the whole answer is content.
 
     Raises:
         PrecastError: the answer format is unknown, or the model has no template of the given name.
@@ -53,9 +53,9 @@ def constraint_of(
     prompt: Sequence[int],
     form: ChatForm,
 ) -> "ConstraintText | None":
-    """Return the constraint of the answer to a prompt: by the tool choice, or by the parameters; None without one.
+    """Return the constraint that `tool_choice` or the parameters put on the answer; None if there is no constraint.
 
-    A model that reasons may do so before the constraint applies.
+    A model that reasons may reason before the constraint applies.
 
     Args:
         params: the sampling parameters.
@@ -65,8 +65,9 @@ def constraint_of(
         form: the form of the chat.
 
     Raises:
-        PrecastError: a call is required and there are no tools, none has the chosen name, the template prescribes no
-            calls in JSON, the tools are beyond a limit, or the parameters have a constraint already.
+        PrecastError: `tool_choice` requires calls, but there are no tools, no tool has the chosen name, the template
+            does not prescribe calls in JSON, the tools exceed a limit, or the parameters have a constraint or set
+            ignore_eos.
     """
     text = params.constraint
     if form.tool_choice != AUTO:
@@ -84,11 +85,11 @@ def constraint_of(
 def _calls(
     params: "SamplingParams", parser: "AnswerParser | None", tokenizer: "Tokenizer", form: ChatForm
 ) -> "ConstraintText":
-    """Return the constraint of an answer that is nothing but tool calls."""
+    """Return the constraint of an answer that consists of tool calls only."""
     if parser is None or not parser.form.calls or not form.tools:
         raise PrecastError(
-            "tool_choice needs tools, and a chat template that prescribes the form of tool calls; give tools, and name"
-            " the form with answer_format."
+            "tool_choice: expected tools, and a chat template that prescribes a known form of tool calls; give tools,"
+            " or name the form with answer_format."
         )
     if params.constraint is not None:
         raise PrecastError(

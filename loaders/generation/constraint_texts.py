@@ -19,18 +19,18 @@ _LONGEST = {"json_schema": 100_000, "regex": 10_000, "grammar": 20_000, "choice"
 _DEEPEST = 100
 # The time for an intersection of regular expressions doubles with each expression: 16 expressions take a second.
 _MOST_INTERSECTED = 12
-# A bound for `multipleOf`, because some values around ten million take hours.
+# The limit for `multipleOf`, because some values around ten million take hours.
 _MOST_REMAINDERS = 1_000_000
 
 
 class ConstraintText(NamedTuple):
-    """A constraint as texts, before it becomes a grammar.
+    """A constraint in text form, from which its grammar is built.
 
     Attributes:
         kind: the sampling parameter's name (json_schema, regex, grammar or choice), or tool_choice.
-        value: the text of the schema, expression or grammar; or the choices.
-        schemas: the schemas of tools, which the grammar of tool_choice refers to as ``@arguments_0`` and so on.
-        reasoning: a rule of the text before the answer, in Lark's form; empty without such text.
+        value: the schema, regular expression or grammar as a string; or the choices.
+        schemas: the schemas of the tools, which the grammar of tool_choice refers to as ``@arguments_0`` and so on.
+        reasoning: the Lark rules for the reasoning before the answer; empty without reasoning.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class ToolSchema(NamedTuple):
     """The JSON Schema of a tool's arguments.
 
     Attributes:
-        where: the place of the schema, for error texts.
+        where: the name of the schema in error texts.
         text: the schema as JSON.
     """
 
@@ -55,7 +55,7 @@ def checked_constraint(given: Mapping[str, Any]) -> ConstraintText:
     """Check the constraint among sampling parameters, and return it.
 
     Args:
-        given: the values that are not None, by kind; at least one.
+        given: the constraints that are set, by the name of the parameter; at least one.
 
     Raises:
         PrecastError: there are several constraints, or the constraint is malformed or exceeds a limit.
@@ -71,7 +71,7 @@ def checked_constraint(given: Mapping[str, Any]) -> ConstraintText:
     if kind == "json_schema":
         return ConstraintText(kind, _checked_schema(value))
     if not isinstance(value, str) or not value.strip():
-        raise PrecastError(f"Sampling parameters: {kind} must be a non-empty text, found {value!r:.60}.")
+        raise PrecastError(f"Sampling parameters: {kind} must be a non-empty string, found {value!r:.60}.")
     _check_text(kind, value)
     if kind == "grammar":
         _check_grammar(value)
@@ -86,7 +86,7 @@ def _check_text(kind: str, text: str) -> None:
         )
     if half := re.search("[\ud800-\udfff]", text):
         raise PrecastError(
-            f"Sampling parameters: {kind} must be Unicode text, found half of a surrogate pair, {half[0]!r}."
+            f"Sampling parameters: {kind} must be valid Unicode, found the lone surrogate {half[0]!r}; remove it."
         )
 
 
@@ -116,7 +116,7 @@ def _checked_choice(value: Any) -> tuple[str, ...]:
         or not all(isinstance(text, str) and text for text in value)
     ):
         raise PrecastError(
-            f"Sampling parameters: choice must be a list of non-empty texts, found {value!r:.60}."
+            f"Sampling parameters: choice must be a list of non-empty strings, found {value!r:.60}."
         )
     _check_text("choice", "".join(value))
     return tuple(dict.fromkeys(value))
@@ -126,14 +126,14 @@ def _checked_choice(value: Any) -> tuple[str, ...]:
 
 
 def tool_constraint(grammar: str, schemas: Sequence[tuple[str, Mapping[str, Any]]]) -> ConstraintText:
-    """Return the constraint of an answer that is nothing but tool calls.
+    """Return the constraint of an answer that consists of tool calls only.
 
     Args:
         grammar: the grammar of the calls, which refers to the schemas as ``@arguments_0``, ``@arguments_1`` and so on.
-        schemas: name of each tool, and JSON Schema of its arguments.
+        schemas: pairs of a tool's name and the JSON Schema of its arguments.
 
     Raises:
-        PrecastError: the schemas are beyond a limit.
+        PrecastError: the grammar and the schemas exceed a limit.
     """
     texts = [
         ToolSchema(f"tools: parameters of {name!r:.60}", json.dumps(schema, separators=(",", ":")))
@@ -143,7 +143,7 @@ def tool_constraint(grammar: str, schemas: Sequence[tuple[str, Mapping[str, Any]
     if size > _LONGEST["tools"]:
         raise PrecastError(
             f"tools: with tool_choice, names and parameters must have at most {_LONGEST['tools']:,} characters, found"
-            f" {size:,}; give fewer tools, or name one as the choice."
+            f" {size:,}; give fewer tools, or name one tool in tool_choice."
         )
     for where, text in texts:
         _check_schema(where, json.loads(text))
@@ -161,7 +161,8 @@ def _checked_schema(value: Any) -> str:
         schema = _parsed(value)
     if not isinstance(schema, Mapping):
         raise PrecastError(
-            f"Sampling parameters: json_schema must be a JSON object, as a mapping or as text, found {value!r:.60}."
+            f"Sampling parameters: json_schema must be a JSON object, given as a mapping or a string, found"
+            f" {value!r:.60}."
         )
     try:
         text = json.dumps(schema, allow_nan=False, separators=(",", ":"))
@@ -175,20 +176,20 @@ def _checked_schema(value: Any) -> str:
 
 
 def _parameter(name: str) -> str:
-    """Return a sampling parameter's place, for error texts."""
+    """Return the name of a sampling parameter in error texts."""
     return f"Sampling parameters: {name}"
 
 
 def _check_schema(where: str, schema: dict[str, Any]) -> None:
-    """Check a schema, which is a sampling parameter, a part of one, or the parameters of a tool, against the limits."""
+    """Check one JSON Schema against the limits; `where` names the schema in error texts."""
     if _depth(schema) > _DEEPEST:
         raise _too_deep(where)
     _check_merges(where, schema)
     guidance = schema.get("x-guidance", {})
     if not isinstance(guidance, dict) or guidance.get("lenient"):
         raise PrecastError(
-            f'{where}: x-guidance must be an object without "lenient", which ignores parts of the'
-            f" schema, found {json.dumps(guidance):.60}."
+            f'{where}: x-guidance must be an object that does not set "lenient", found'
+            f' {json.dumps(guidance):.60}; remove it, because "lenient" ignores parts of the schema.'
         )
 
 
@@ -202,7 +203,7 @@ def _parsed(text: str) -> Any:
         return found
 
     def no_number(name: str) -> None:
-        raise ValueError(f"{name}, which JSON does not have")
+        raise ValueError(f"{name}, which is not JSON")
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
@@ -228,7 +229,7 @@ def _children(value: Any) -> Sequence[Any]:
 
 
 def parts(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every JSON object within a JSON value with its JSON pointer, outer objects before inner ones."""
+    """Yield the JSON pointer and the value of each object in a JSON value, outer objects before inner ones."""
     left = [("", schema)]
     while left:
         pointer, value = left.pop()
@@ -244,7 +245,7 @@ def _escaped(key: str) -> str:
 
 
 def _check_merges(where: str, schema: dict[str, Any]) -> None:
-    """Limit the number of patterns and the size of divisors that one value may have to satisfy at once.
+    """Check the patterns and the `multipleOf` divisors that a single value may have to satisfy together.
 
     Raises:
         PrecastError: there are too many patterns, or a pattern or a divisor is too large.
@@ -267,8 +268,8 @@ def _check_merges(where: str, schema: dict[str, Any]) -> None:
         )
     if merges and len(patterns) > _MOST_INTERSECTED:
         raise PrecastError(
-            f"{where}: with allOf, or with $ref, anyOf or oneOf beside other keys, there must"
-            f" be at most {_MOST_INTERSECTED} patterns and formats, found {len(patterns)}; use fewer."
+            f"{where}: expected at most {_MOST_INTERSECTED} patterns and formats in a schema with allOf, or with $ref,"
+            f" anyOf or oneOf beside other keys, found {len(patterns)}; use fewer."
         )
     longest = max(patterns, key=len, default="")
     if len(longest) > _LONGEST["regex"]:
@@ -280,13 +281,13 @@ def _check_merges(where: str, schema: dict[str, Any]) -> None:
         _remainders(group) > _MOST_REMAINDERS for group in ([divisors] if merges else [{d} for d in divisors])
     ):
         raise PrecastError(
-            f"{where}: multipleOf, and the product of all multipleOf that allOf merges, must be at"
-            f" most {_MOST_REMAINDERS:,} without the decimal point, found {max(divisors):g}; use smaller ones."
+            f"{where}: multipleOf must be at most {_MOST_REMAINDERS:,} with its decimal point removed, and so must"
+            f" the product of all multipleOf that allOf merges, found {max(divisors):g}; use smaller numbers."
         )
 
 
 def _remainders(divisors: set[Decimal]) -> int:
-    """Return a bound for the number of states of an automaton that recognises decimal multiples of all divisors."""
+    """Return an upper bound on the states of an automaton for decimal numbers that are multiples of all divisors."""
     places = max((-int(d.as_tuple().exponent) for d in divisors), default=0)
     return prod(int(d.scaleb(max(places, 0))) for d in divisors)
 

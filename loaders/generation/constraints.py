@@ -1,6 +1,6 @@
 """The constraint of one answer: the set of tokens that may come next.
 
-llguidance parses the answer as it grows. It needs some 50 µs to find the tokens that may come next, and releases the
+llguidance parses the answer as it grows. It needs about 50 µs to find the tokens that may come next, and releases the
 GIL meanwhile, so another thread can do this while the model computes the logits.
 """
 
@@ -24,7 +24,7 @@ class Constraint:
         matcher: llguidance's parser at the start of an answer.
         mask: the mask for the first token.
         name: the constraint's name in error texts.
-        worker: the thread that computes masks.
+        worker: the executor, with a single thread, that computes masks.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Constraint:
         """Advance the parser by a token of the answer, and begin to compute the next mask in the background.
 
         Raises:
-            DeadEnd: the token does not continue the answer.
+            DeadEnd: the constraint forbids the token.
             PrecastError: the grammar is too ambiguous to follow further.
         """
         self.mask()
@@ -70,7 +70,7 @@ class Constraint:
         reason = self._matcher.get_error()
         where = f"{self._name}: after {self._accepted} tokens of the answer,"
         if "NoExtension" in reason or "doesn't satisfy the grammar" in reason:
-            return DeadEnd(f"{where} no token of the model's vocabulary continues it; change the constraint.")
+            return DeadEnd(f"{where} no token of the model's vocabulary may follow; change the constraint.")
         return PrecastError(
             f"{where} the grammar is too ambiguous to follow ({first_line(reason)}); simplify the constraint."
         )

@@ -4,9 +4,9 @@ When an answer repeats its prompt (rewritten code and text, JSON, quotes), the l
 and the tokens that followed them then are likely to follow again. The method is Saxena's prompt lookup decoding
 (https://github.com/apoorvumang/prompt-lookup-decoding).
 
-Each draft has the length that promises the most tokens per second, which is the expected number of accepted tokens,
-estimated from the length of the match, divided by the measured time of a call with that many tokens. Every lookup is
-checked against the tokens that follow, even if it led to no draft.
+Each draft has the length that promises the most tokens per second: the expected number of accepted tokens, divided by
+the measured time of a call with that many tokens. The expected number depends on the length of the match, and is learnt
+by checking every lookup against the tokens that follow, even a lookup that led to no draft.
 """
 
 from bisect import bisect_right
@@ -29,7 +29,7 @@ _WORTH = 1.05
 
 
 class CallTimes:
-    """The measured time of calls by number of tokens, relative to decoding one token.
+    """The measured times of calls by number of tokens, relative to the time of decoding one token.
 
     Before any measurement, each further token is assumed to cost a sixth of the first.
     """
@@ -77,7 +77,7 @@ class Drafts:
         """Return the draft of the next tokens; empty if decoding one token is expected to be faster.
 
         Args:
-            tokens: the sequence so far, which extends the sequence of the previous call.
+            tokens: the sequence so far, which begins with the sequence of the previous call.
             most: maximum length of the draft.
         """
         self._observe(tokens)
@@ -127,7 +127,7 @@ class Drafts:
 
 
 def _common(tokens: Sequence[int], source: int) -> int:
-    """Return the length, up to a limit, of the longest match between the tokens before `source` and the last tokens."""
+    """Return the length of the longest common suffix of ``tokens[:source]`` and `tokens`, up to a limit."""
     length = _SHORTEST
     while length < min(source, _CLASSES[-1]) and tokens[source - length - 1] == tokens[-length - 1]:
         length += 1

@@ -36,7 +36,7 @@ class StepOutput:
     """The R results of one call.
 
     Attributes:
-        token: greedy tokens, int32 [R].
+        token: the greedy token of each result, int32 [R].
         logits: logits of all rows of the program, float32, still on the device; `Engine.logits` selects the R
             results.
         rows: indices of the R results among the program's rows.
@@ -57,7 +57,7 @@ class KVCache:
     """A KV cache of B slots. It is not thread-safe: only one call may use it at a time.
 
     Attributes:
-        buffers: the cache's arrays by name. Each call donates them to the program, and stores the results here instead.
+        buffers: the cache's arrays by name. Each call donates them to the program, and replaces them with its results.
         inputs: staging buffers by program and input name. Each call of a program overwrites its buffers.
     """
 
@@ -78,7 +78,7 @@ class _BoundProgram(Frozen):
     caches: Sequence[str]
 
     def __call__(self, inputs: Mapping[str, Sequence[int] | int], cache: KVCache) -> dict[str, Buffer]:
-        """Run the program, update the cache, and return the other results by role.
+        """Run the program, replace the cache's arrays, and return all other results by role.
 
         Args:
             inputs: inputs by name; a short sequence is padded with zeros.
@@ -181,7 +181,7 @@ class Engine:
         self.score_tokens = 0 if self._score is None else self._score.program.tokens
 
     def new_cache(self) -> KVCache:
-        """Return an empty KV cache for all slots. The system allocates its memory as positions are filled."""
+        """Return an empty KV cache for all slots. The operating system allocates its memory as positions are filled."""
         cache = KVCache(buffers={})
         self._cache({}, cache)
         return cache
@@ -192,7 +192,7 @@ class Engine:
         return {array.name: array.window for array, _ in self._arrays}
 
     def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
-        """Return writable views of a slot's keys and values, by array, valid until the next call of a program.
+        """Return writable views of a slot's keys and values, by array. The next call of a program invalidates them.
 
         The views are bit patterns [L, K, S, H] or [L, K, S], as in `kv_state`. The result is None if the host cannot
         reach the device's memory.
@@ -217,7 +217,7 @@ class Engine:
             slot: the sequence's slot in the cache.
 
         Returns:
-            Token and logits after the last token (R = 1).
+            The greedy token and the logits after the last token (R = 1).
 
         Raises:
             ValueError: there are no tokens, a position is outside the context, or the slot does not exist.
@@ -250,7 +250,7 @@ class Engine:
     def score(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex, slot: SupportsIndex
     ) -> StepOutput:
-        """Run a few tokens of a sequence in a single call, with a result after each.
+        """Run a few tokens of a sequence in a single call, with a result after each token.
 
         Args:
             tokens: 1 to `score_tokens` ids; ``start + len(tokens)`` must not exceed the context.
@@ -259,7 +259,7 @@ class Engine:
             slot: the sequence's slot in the cache.
 
         Returns:
-            Token and logits after each of the tokens (R = ``len(tokens)``).
+            The greedy token and the logits after each token (R = ``len(tokens)``).
 
         Raises:
             ValueError: the artifact has no score program, the number of tokens is wrong, a position is outside the
@@ -290,7 +290,7 @@ class Engine:
             cache: the KV cache to append to.
 
         Returns:
-            Token and logits of each sequence, in the order of the rows (R = ``len(rows)``).
+            The greedy token and the logits of each sequence, in the order of the rows (R = ``len(rows)``).
 
         Raises:
             ValueError: there are no rows, two rows have the same slot, or a slot or position does not exist.
@@ -323,7 +323,7 @@ class Engine:
             raise ValueError(f"positions {positions}: expected positions from 0 to {self.context - 1}")
 
     def logits(self, step: StepOutput) -> np.ndarray:
-        """Return a step's logits on the host, float32 [R, V]; do not write to them."""
+        """Return a step's logits on the host, float32 [R, V]. Do not write to this array."""
         return self._client.get(step.logits)[step.rows]
 
     def _output(self, results: Mapping[str, Buffer], rows: slice | list[int]) -> StepOutput:

@@ -66,7 +66,7 @@ class ForbiddenTokens:
 
 
 def _by_prefix(words: Iterable[Sequence[int]]) -> dict[int, dict[_Prefix, list[int]]]:
-    """Group sequences of two or more tokens by prefix length, and map each prefix to its possible last tokens."""
+    """Return the last tokens of words by prefix length and prefix (all tokens but the last); skip one-token words."""
     found: dict[int, dict[_Prefix, list[int]]] = {}
     for word in words:
         if len(word) > 1:

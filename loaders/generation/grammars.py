@@ -1,6 +1,6 @@
 """The grammars of a model's constraints, built by llguidance.
 
-Building a grammar takes milliseconds; the limits of `constraint_texts` and of llguidance bound the time.
+Building a grammar usually takes milliseconds; the limits of `constraint_texts` and of llguidance bound the time.
 """
 
 import json
@@ -30,13 +30,13 @@ T = TypeVar("T")
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _MOST_LEXER_STATES = 50_000  # each takes up to 2 KB
 _MOST_GRAMMARS = 32
-# Grammars that are built at the same time, each in up to a few hundred megabytes.
+# Maximum number of grammars built at the same time. Each may take a few hundred megabytes.
 _MOST_BUILDERS = 4
 _SEARCH_S = 0.5
 # llguidance follows references and rules by recursion. A text can hold 3,000 of them, and each needs up to 16 KB of
 # stack.
 _STACK_BYTES = 256 << 20
-# Held while the stack size of new threads is changed, because that is a setting of the whole process.
+# Held while the stack size of new threads is changed, because the stack size is a setting of the whole process.
 _STACK_SIZE = threading.Lock()
 
 
@@ -54,7 +54,7 @@ class Grammars:
     def __init__(self, tokenizer: "Tokenizer", vocab_size: int, end_ids: Iterable[int]) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._end_ids = sorted(token for token in end_ids if token < vocab_size)
-        self._lock = threading.Lock()  # held for a moment only: grammars are built without it
+        self._lock = threading.Lock()  # held only briefly; grammars are built without it
         self._kept: OrderedDict[ConstraintText, _Grammar] = OrderedDict()
         self._building: dict[ConstraintText, Future[_Grammar | PrecastError | None]] = {}
         self._builders = threading.BoundedSemaphore(_MOST_BUILDERS)
@@ -65,12 +65,12 @@ class Grammars:
     def start(self, text: ConstraintText) -> Constraint:
         """Return a constraint for a new answer.
 
-        Several threads may build different grammars at the same time. A thread that needs a grammar which another
-        thread builds waits for it.
+        Several threads may build different grammars at the same time. A thread waits if another thread is
+        already building the grammar that it needs.
 
         Raises:
-            PrecastError: the extra `grammar` is not installed, the tokenizer or the model is unsuitable, or the text is
-                invalid or exceeds llguidance's limits.
+            PrecastError: the extra `grammar` is not installed, the model has no end token, the tokenizer's decoder is
+                not supported, or the constraint is invalid or exceeds llguidance's limits.
         """
         matcher, mask = self._grammar(text)
         return Constraint(matcher.deep_copy(), mask, name=text.kind, worker=self._worker)
@@ -87,7 +87,7 @@ class Grammars:
                     break
             built = others.result()
             if isinstance(built, PrecastError):
-                raise PrecastError(str(built))  # an error of this thread alone
+                raise PrecastError(str(built))  # a new exception, because threads must not share a traceback
             if built is not None:
                 return built
         try:
@@ -99,7 +99,7 @@ class Grammars:
                 mine.set_result(None)
 
     def _build(self, text: ConstraintText, result: "Future[_Grammar | PrecastError | None]") -> "_Grammar":
-        """Build a grammar, and give it or its refusal to the waiting threads."""
+        """Build a grammar, and pass the grammar or the error to the waiting threads."""
         try:
             with self._builders:
                 grammar = _with_deep_stack(lambda: self._compile(text))
@@ -160,7 +160,7 @@ class Grammars:
 
 
 class _Grammar(NamedTuple):
-    """A parser at the beginning of a grammar, never advanced itself, and the mask for the first token."""
+    """A parser at the start of a grammar, of which each answer takes a copy, and the mask for the first token."""
 
     matcher: "LLMatcher"
     mask: np.ndarray
@@ -237,13 +237,13 @@ def _with_deep_stack(call: Callable[[], T]) -> T:
 
 
 def _bodies(text: ConstraintText) -> dict[str, dict[str, Any]]:
-    """Return a constraint as grammars in llguidance's form, by name; the first is the whole answer's."""
+    """Return a constraint's grammars in llguidance's form, by name; the first describes the whole answer."""
     schemas = (json.loads(schema.text) for schema in text.schemas)
     return {"body": _body(text), **{f"arguments_{n}": _json_body(schema) for n, schema in enumerate(schemas)}}
 
 
 def _body(text: ConstraintText) -> dict[str, Any]:
-    """Return a constraint, without the schemas of tools, as a grammar in llguidance's form."""
+    """Return a constraint's grammar in llguidance's form, without the schemas of tools."""
     if text.kind == "json_schema":
         return _json_body(json.loads(str(text.value)))
     if text.kind == "regex":
@@ -264,7 +264,7 @@ def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _program(bodies: Mapping[str, dict[str, Any]], opening: str, reasoning: str = "") -> str:
-    """Return a grammar that accepts reasoning, opening and body one after the other, in any tokenisation.
+    """Return a grammar that accepts the reasoning, the opening and the body in this order, in any tokenisation.
 
     Args:
         bodies: the grammars of `_bodies`.
@@ -292,13 +292,15 @@ def _refusal(text: ConstraintText, reason: str, limits: "LLParserLimits") -> Pre
         return _tool_refusal(text, reason, limits)
     cause = first_line(_cause(reason))
     if text.kind == "regex":
-        expected = "a regular expression in Rust's syntax"
+        expected, remedy = "a regular expression in Rust's syntax", "change the expression"
+    elif text.kind == "choice":
+        expected, remedy = "choices", "give fewer choices"
     else:
-        expected = "a Lark grammar" if text.kind == "grammar" else "fewer choices"
+        expected, remedy = "a Lark grammar", "change the grammar"
         if place := re.match(r"(?:at )?(\d+)\((\d+)\): ", cause):
             cause = f"{cause[place.end() :]} (line {place[1]}, column {place[2]})"
     return PrecastError(
-        f"{text.kind}: expected {expected} within llguidance's limits, found: {cause}; change it."
+        f"{text.kind}: expected {expected} within llguidance's limits, found: {cause}; {remedy}."
     )
 
 
@@ -310,7 +312,7 @@ def _tool_refusal(text: ConstraintText, reason: str, limits: "LLParserLimits") -
             return _schema_refusal(where, schema, own, limits)
     return PrecastError(
         f"tools: expected parameters that llguidance can enforce together, found: {first_line(reason)}; give fewer"
-        " tools, or name one as the choice."
+        " tools, or name one tool in tool_choice."
     )
 
 
@@ -325,13 +327,13 @@ def _schema_refusal(
 
 
 def _cause(reason: str) -> str:
-    """Return the message of the regex parser if the reason has one, and the whole reason otherwise."""
+    """Return the regex parser's message if the reason contains one, otherwise the whole reason."""
     found = re.search(r"^error: (.*)$", reason, re.MULTILINE)
     return f"a regular expression with an error: {found[1]}" if found else reason
 
 
 def _refused_part(schema: dict[str, Any], reason: str, limits: "LLParserLimits") -> str:
-    """Return " at POINTER" for the smallest part that is refused for this reason; empty for the whole schema."""
+    """Return " at POINTER" for the smallest part that llguidance refuses for this reason; "" for the whole schema."""
     matcher, until = _library().LLMatcher, time.monotonic() + _SEARCH_S
     shared: dict[str, Any] = {
         key: schema[key] for key in ("$schema", "$defs", "definitions") if key in schema

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..artifact.manifest import DTYPE_BYTES, CacheArray
 
-# The axes of a slot's arrays, in their order.
+# The axes of a slot's arrays, in order.
 _AXES = "LKSH"
 # One thread copies this much in about a millisecond.
 _ONE_THREAD_BYTES = 4 << 20
@@ -92,15 +92,15 @@ def write(views: Mapping[str, np.ndarray], spans: Iterable[tuple[str, Span]]) ->
 
     Args:
         views: the slot's arrays, as from `Engine.slot_views`.
-        spans: pairs of an array's name and a span of at most as many positions as that array holds.
+        spans: pairs of an array's name and a span to copy to it. No span is longer than its array.
     """
     _copy([pair for name, span in spans for pair in _pairs(views[name], span)])
 
 
 def _pairs(view: np.ndarray, span: Span) -> Iterator[_Pair]:
-    """Yield pairs of views of the same positions: one of a slot's array, and one of a span.
+    """Yield pairs of views of the same positions: a view of a slot's array, and a view of a span.
 
-    Position p is at index p mod S of the slot's array, which is p in an array without a window.
+    A slot's array with a window is a ring buffer of S positions, with position p at index p mod S.
     """
     size, at = view.shape[2], span.start
     while at < span.stop:

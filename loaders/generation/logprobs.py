@@ -20,7 +20,7 @@ class TokenLogprob(NamedTuple):
         token_id: the token.
         text: its text; U+FFFD stands for the bytes of an incomplete character.
         logprob: its log-probability, a natural logarithm; -inf for a token of probability 0.
-        top: the likeliest tokens at its position, most likely first, and equally likely ones by ascending id.
+        top: the likeliest tokens at its position, in descending order of probability; ties by ascending id.
     """
 
     token_id: int
@@ -34,7 +34,7 @@ class PromptLogprobs:
 
     Args:
         prompt: tokens of the prompt.
-        top: number of the likeliest tokens at each position.
+        top: number of the likeliest tokens to record at each position.
         text_of: a function from a token to its text.
     """
 
@@ -59,7 +59,7 @@ def token_logprob(logits: np.ndarray, token_id: int, top: int, text_of: TextOf) 
     Args:
         logits: float32 [V]; at least one finite, none NaN or +inf.
         token_id: the token, below V.
-        top: number of the likeliest tokens; 0 for none.
+        top: number of the likeliest tokens to record; 0 for none.
         text_of: a function from a token to its text.
     """
     largest = logits.max()
@@ -76,7 +76,7 @@ def token_logprob(logits: np.ndarray, token_id: int, top: int, text_of: TextOf) 
 
 
 def _largest_ids(logits: np.ndarray, count: int) -> np.ndarray:
-    """Return the ids of the `count` largest logits, largest first, and equal logits by ascending id."""
+    """Return the ids of the `count` largest logits in descending order; ties by ascending id."""
     count = min(count, logits.size)
     if count == 0:
         return np.empty(0, np.int64)

@@ -35,7 +35,7 @@ Prompt = str | Sequence[int]
 
 
 class _Request(NamedTuple):
-    """A checked prompt, its parameters, the maximum number of tokens to generate, and the answer's constraint."""
+    """A checked prompt, its sampling parameters, the maximum number of tokens to generate, and the constraint."""
 
     ids: list[int]
     params: SamplingParams
@@ -50,7 +50,7 @@ class Model:
     taken, a further KV cache is created. While nothing is being generated, the model has no KV cache.
 
     Attributes:
-        scheduler: the generations in progress.
+        scheduler: the scheduler of the generations in progress.
         prefixes: keys and values of earlier prompts. None for a target whose keys and values depend on how a prompt is
             split into chunks, because such keys and values are never reused.
         manifest: the artifact's manifest.
@@ -127,8 +127,8 @@ class Model:
             The completions in the order of the prompts.
 
         Raises:
-            PrecastError: a prompt causes an error of `generate`; the message gives the prompt's index, and all other
-                generations end. Or the number of parameters differs from the number of prompts.
+            PrecastError: a prompt causes an error of `generate` (the message gives the prompt's index, and all other
+                generations end), or the number of parameters differs from the number of prompts.
         """
         from . import together
 
@@ -153,8 +153,8 @@ class Model:
     ) -> Iterator[tuple[int, Completion | PrecastError]]:
         """Continue any number of prompts together, and yield each result as soon as it is complete.
 
-        A prompt is taken from the iterable when a slot of the KV cache becomes free. A prompt that fails yields its
-        error and leaves the others alone.
+        A prompt is taken from the iterable when a slot of the KV cache becomes free. The error of a prompt that
+        fails is yielded as its result; the other prompts continue.
 
         Args:
             prompts: the prompts, each as text or token ids.
@@ -164,7 +164,7 @@ class Model:
             The index of the prompt, and its completion or error.
 
         Raises:
-            PrecastError: `prompts` is a single text, or the number of parameters differs from the number of prompts.
+            PrecastError: `prompts` is a single string, or `prompts` and `params` are sequences of different lengths.
         """
         from . import together
 
@@ -222,20 +222,20 @@ class Model:
     ) -> Completion:
         """Answer a conversation.
 
-        A constraint, by the parameters or by `tool_choice`, applies after the reasoning of a model that reasons. It
-        applies from the first token if the prompt turns reasoning off, or `answer_format` is "text".
+        If the model reasons, a constraint (of the parameters or of `tool_choice`) applies after the reasoning. It
+        applies from the first token if the prompt turns reasoning off, or if `answer_format` is "text".
 
         Args:
             messages: mappings with "role" and "content", oldest first.
             params: the sampling parameters; None uses the model's own defaults.
             tools: JSON schemas of functions in OpenAI's form, for templates that support them.
-            template: name of one of the model's chat templates ("rag"); None chooses as `Tokenizer.render_chat` does.
+            template: name of one of the model's chat templates, as "rag"; None chooses as `Tokenizer.render_chat` does.
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
             answer_format: the model family whose form of tool calls to expect in the answer ("hermes", "llama3",
-                "mistral", …). "text" leaves reasoning and tool calls in the text. None chooses by the chat template.
+                "mistral", …). "text" leaves reasoning and tool calls in the text. None lets the chat template decide.
             tool_choice: "auto" leaves the choice to the model. "required" restricts the answer to tool calls, and a
-                tool's name restricts it to calls of that tool. Both keep the arguments to the tools' schemas, and need
-                the extra `grammar`.
+                tool's name restricts it to calls of that tool. Both enforce the tools' schemas, and need the extra
+                `grammar`.
 
         Raises:
             PrecastError: the model has no such chat template, the template rejects the messages, a tool is malformed,
@@ -278,7 +278,7 @@ class Model:
         answer_format: str | None = None,
         tool_choice: str = "auto",
     ) -> Iterator[tuple[int, Completion | PrecastError]]:
-        """Answer any number of conversations together, like `generate_each` for prompts; arguments as for `chat`."""
+        """Answer any number of conversations together, as `generate_each` does for prompts; arguments as for `chat`."""
         from . import together
 
         form = _chat_form(tools, template, literal, answer_format, tool_choice)
@@ -350,8 +350,8 @@ class Model:
             messages: the messages of the chat, including the answer; `load_state` returns them.
 
         Raises:
-            PrecastError: the target cannot reuse keys and values, the file cannot be written, or a token id is outside
-                the vocabulary.
+            PrecastError: the target cannot reuse keys and values, a message is malformed, the file cannot be written,
+                or the sequence is empty, fills the context, or contains ids outside the vocabulary.
         """
         from . import states
 
@@ -392,12 +392,13 @@ class Model:
             is_integer = isinstance(token, Integral) and not isinstance(token, bool)
             if not is_integer or not 0 <= token < vocab:
                 raise PrecastError(
-                    f"prompt: token {i} is {token!r:.40}, expected an id from 0 to {vocab - 1}{self._advice(token)}."
+                    f"prompt: expected token ids from 0 to {vocab - 1}, found {token!r:.40} at index"
+                    f" {i}{self._advice(token)}."
                 )
         return [int(token) for token in ids]
 
     def _advice(self, token: object) -> str:
-        """Return the remedy for a token that the tokenizer knows and the model lacks; empty for other tokens."""
+        """Return the remedy for a token that the tokenizer has but the model lacks; empty for other tokens."""
         if not isinstance(token, Integral) or int(token) < self.engine.vocab:
             return ""
         text = self.tokenizer.token(int(token))
@@ -409,7 +410,7 @@ class Model:
         params: SamplingParams | None,
         constraint_of: "Callable[[SamplingParams], ConstraintText | None]" = attrgetter("constraint"),
     ) -> _Request:
-        """Check a prompt, its parameters and the answer's constraint."""
+        """Return a request after checking the prompt, its parameters and the answer's constraint."""
         if isinstance(prompt, bytes | bytearray):
             raise PrecastError("prompt: expected text or token ids, found bytes; decode them first.")
         if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
@@ -422,7 +423,7 @@ class Model:
         limit = chosen.limit(len(checked), self.engine.context - len(checked))
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
         constraint = constraint_of(chosen)
-        self._constraint(constraint)  # refuse an unsuitable constraint before the model reads any prompt
+        self._constraint(constraint)  # refuse an invalid constraint before the model reads any prompt
         return _Request(checked, chosen.with_word_ids(encode), limit, constraint)
 
     def _sequence(

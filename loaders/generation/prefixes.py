@@ -4,7 +4,7 @@ Each node holds a segment of tokens, and copies of their keys and values. The tr
 least recently used leaf first. Segments whose arrays are mapped from files are pinned, and take no memory of their own.
 
 In the KV cache, the array of layers with a sliding window is a ring buffer. A prompt can continue from a position only
-if the tree holds the window before that position. A segment's `Span` of the array tells which positions it holds.
+if the tree holds the whole window before that position. A `Span` records which positions of the array a segment holds.
 
 RadixAttention is by Zheng et al., SGLang (https://arxiv.org/abs/2312.07104).
 """
@@ -20,7 +20,7 @@ from . import kv_state
 from .engine import KVCache
 from .kv_state import Span
 
-# The default bound is an eighth of the memory that is available when the first prompt ends, but at most this much.
+# The default limit is an eighth of the memory that is available when the first prompt ends, but at most this much.
 MAX_DEFAULT_BYTES = 512 << 20
 _DEFAULT_SHARE = 8
 # Seconds that an ending generation waits for the tree's lock. After that, its keys and values are discarded.
@@ -34,7 +34,7 @@ class SlotEngine(Protocol):
         """Return an empty KV cache."""
 
     def prefill(self, tokens: Sequence[int], cache: KVCache, *, start: int, slot: int) -> object:
-        """Compute keys and values of tokens at the positions of a slot from `start` on."""
+        """Compute the keys and values of tokens, and store them in a slot from position `start` on."""
 
     @property
     def windows(self) -> Mapping[str, int]:
@@ -48,7 +48,7 @@ class Match(NamedTuple):
     """The longest known prefix of a prompt.
 
     Attributes:
-        length: number of tokens.
+        length: number of tokens in the prefix.
         spans: keys and values of these tokens, as pairs of an array's name and a span.
         checks: functions that raise PrecastError if a file that holds these keys and values was modified.
     """
@@ -102,17 +102,17 @@ class _Node:
 
 
 class PrefixTree:
-    """The prefixes that a model knows, for one target.
+    """The known prefixes of one model and target, with their keys and values.
 
     Threads may share a tree.
 
     Args:
         engine: the engine whose KV caches are read and written.
-        limit: maximum memory for segments that are not pinned, in bytes; 0 keeps no such segments. None chooses
-            `default_limit` when the first prompt ends.
+        limit: maximum memory for segments that are not pinned, in bytes; 0 keeps no such segments. None stands
+            for `default_limit`, called when the first prompt ends.
 
     Attributes:
-        every_chunk: True if each chunk of a prompt must be captured before the next overwrites it.
+        every_chunk: True if each chunk of a prompt must be captured before the next chunk overwrites it.
     """
 
     def __init__(self, engine: SlotEngine, limit: int | None = None) -> None:
@@ -163,13 +163,13 @@ class PrefixTree:
         """Copy a slot's keys and values to the tree, except those that the tree already holds.
 
         Args:
-            tokens: the tokens whose keys and values the slot's first positions hold.
+            tokens: the tokens whose keys and values are in the slot's first positions.
             cache: the KV cache.
             slot: the slot.
             restored: the result of `restore` for this sequence. In arrays with a window, the slot holds only the window
                 before position `restored`, and later positions.
-            written: number of positions that the sequence wrote; more than its tokens if drafts were rejected. In
-                arrays with a window, each written position may have overwritten an earlier one.
+            written: number of positions that the sequence wrote; more than ``len(tokens)`` if drafts were rejected. In
+                arrays with a window, each written position may have overwritten an earlier position.
         """
         if self._bound() == 0:
             return
@@ -231,7 +231,7 @@ class PrefixTree:
             tokens: the prefix.
             spans: its keys and values by array, up to the last token. Arrays with a window need only the last window.
             check_unchanged: a function that raises PrecastError if the file of the arrays was modified; called after
-                each `restore` from the arrays.
+                each `restore` that reads the arrays.
         """
         ids = np.asarray(tokens, np.int32)
         with self._lock:
@@ -271,7 +271,7 @@ class PrefixTree:
         return node if count == len(node.tokens) else self._split(node, count)
 
     def _split(self, node: _Node, count: int) -> _Node:
-        """Split a segment, and return a new node for its first `count` tokens, the parent of the rest."""
+        """Split a segment; return a new node for its first `count` tokens, which becomes the parent of the rest."""
         assert node.parent is not None
         cut = node.start + count
         # The parts of a mapped array are views. The parts of an array in memory are copies, so that each can be freed.
@@ -288,7 +288,7 @@ class PrefixTree:
         return first
 
     def _pin(self, node: _Node, spans: Mapping[str, Span], check_unchanged: Callable[[], None]) -> None:
-        """Pin a segment, and replace each of its arrays with the prefix's array if that has all of its positions."""
+        """Pin a segment; each array in `spans` that covers the segment's array replaces it."""
         self._forget(node)
         given = {name: spans[name].part(node.start, node.stop) for name in node.spans}
         node.spans = {
@@ -353,7 +353,7 @@ class PrefixTree:
 
 
 def default_limit() -> int:
-    """Return the default bound of a model's prefixes: 512 MiB, or an eighth of the available memory if that is less."""
+    """Return the default limit of a tree's memory: 512 MiB, or an eighth of the available memory if that is less."""
     from ..runtime.resources import memory  # a lazy import, because only the first prompt needs it
 
     available = memory().available
@@ -369,14 +369,14 @@ def _copied(span: Span) -> Span:
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """Return the length of the common beginning of two arrays."""
+    """Return the length of the common prefix of two arrays."""
     size = min(len(one), len(other))
     differ = one[:size] != other[:size]
     return int(differ.argmax()) if differ.any() else size
 
 
 def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, int]]:
-    """Yield the start and stop of each run of consecutive positions that a path holds of an array, in order."""
+    """Yield the start and stop of each run of consecutive positions of one array that a path holds, in order."""
     begin = end = 0
     for node, count in path:
         start, stop = node.spans[name].start, node.start + count
@@ -388,7 +388,7 @@ def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, i
 
 
 def _last_cut(runs: Sequence[tuple[int, int]], window: int, length: int) -> int:
-    """Return the last position, at most `length`, for which one run holds the window before that position."""
+    """Return the last position, at most `length`, before which a single run holds the whole window."""
     for begin, end in reversed(runs):
         end = min(end, length)
         if end > begin and (begin == 0 or end - begin >= window - 1):

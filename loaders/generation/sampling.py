@@ -1,6 +1,6 @@
 """Choose the next token from the logits with NumPy, reproducibly for a given seed.
 
-The steps run in the same order as in transformers, so settings have the same effect:
+The steps run in the same order as in transformers, so that the same settings have the same effect:
 
 1. logit_bias
 2. repetition_penalty
@@ -32,7 +32,7 @@ _TOPS_OF = 64
 
 
 class Sampler:
-    """A sampler for one sequence. It records the tokens, for penalties and for forbidden tokens.
+    """A sampler for one sequence. It records the answer's tokens, which penalties and forbidden tokens depend on.
 
     It is not thread-safe.
 
@@ -43,7 +43,7 @@ class Sampler:
         vocab_size: V, the length of the logits.
         end_ids: the model's end-of-generation tokens, for min_tokens and min_length.
         text_of: a function from a token to its text, for log-probabilities.
-        constraint: the constraint, which no other answer shares; None for an unconstrained answer.
+        constraint: the answer's own constraint; None for an unconstrained answer.
 
     Attributes:
         logprobs: the log-probabilities of the chosen tokens, if the parameters ask for them.
@@ -204,7 +204,7 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 
     Returns:
         The ids [n] of the candidates in ascending order (None: all of them, n = V), and their float32 weights [n],
-        proportional to the probabilities: the largest is 1, and those of tokens dropped by min_p are 0.
+        proportional to the probabilities. The largest weight is 1; tokens dropped by min_p have weight 0.
     """
     # Top-k is independent of the temperature. Applied first, it leaves fewer weights to compute.
     ids = _top_k(scores, params.top_k)
@@ -233,7 +233,7 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
 
 
 def _lower_bound(scores: np.ndarray, k: int) -> float:
-    """Return a number that at least k scores reach or exceed, and usually only a few more."""
+    """Return a lower bound of the k largest scores, which usually only a few other scores reach."""
     tops = scores[: scores.size // _TOPS_OF * _TOPS_OF].reshape(_TOPS_OF, -1).max(0)
     if tops.size < k:
         return float(scores.min())
@@ -242,11 +242,11 @@ def _lower_bound(scores: np.ndarray, k: int) -> float:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Return the top-p ids [n], ascending: a token is kept if the tokens above it have a total share below `top_p`.
+    """Return the top-p ids [n], ascending: a token is kept if those ranked above it have a total share below `top_p`.
 
     Tokens are ranked by weight, then by ascending id. A full sort is not needed: the upper bits of non-negative
-    float32 values have the same order as the values, so a histogram of these bits finds the bin with the boundary, and
-    only that bin is sorted.
+    float32 values have the same order as the values, so a histogram of these bits finds the bin that contains the
+    boundary, and only that bin is sorted.
     """
     total = weights.sum(dtype=np.float64)
     wanted = top_p * total
@@ -269,9 +269,9 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
 
 
 def _draw(weights: np.ndarray, uniform: float) -> int:
-    """Draw an index by inverting the cumulative distribution, in float64, at `uniform` in [0, 1).
+    """Draw an index from `uniform`, a number in [0, 1), by inverting the cumulative distribution in float64.
 
-    A search over the sums of blocks finds the block; a search over the block's running sums finds the index.
+    One search, over the running sums of whole blocks, finds the block. Another, within the block, finds the index.
     """
     starts = np.arange(0, weights.size, _BLOCK)
     blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))

@@ -35,11 +35,11 @@ class SamplingParams(Frozen):
     temperature: float = 0.0
     """Divisor of the logits; 0 is greedy, and then top_k, top_p and min_p have no effect."""
     top_k: int = 0
-    """Keep the k most likely tokens, and those tied with the last of them; 0 is off."""
+    """Keep the k most likely tokens, and any tokens tied with the k-th; 0 is off."""
     top_p: float = 1.0
     """Keep the smallest set of most likely tokens that together reach this probability; 1 is off."""
     min_p: float = 0.0
-    """Drop tokens less likely than this fraction of the most likely one; 0 is off."""
+    """Drop tokens whose probability is below this fraction of the most likely token's; 0 is off."""
     repetition_penalty: float = 1.0
     """Above 1, make tokens of the prompt and the answer so far less likely (CTRL, arXiv:1909.05858); 1 is off."""
     presence_penalty: float = 0.0
@@ -55,9 +55,9 @@ class SamplingParams(Frozen):
     begin_suppress_tokens: tuple[int, ...] = ()
     """Tokens that may not start the answer."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    """Token sequences that are never completed; a sequence of one end-of-generation token has no effect."""
+    """Token sequences that are never completed; a sequence that is a single end-of-generation token has no effect."""
     bad_words: tuple[str, ...] = ()
-    """Words that are never completed; each is tokenised as at the start of a text, and as after a space."""
+    """Words that are never completed; each is tokenised twice, as at the start of a text and as after a space."""
     seed: int | None = None
     """Seed of the random numbers; None uses fresh entropy."""
     stop: tuple[str, ...] = ()
@@ -69,22 +69,22 @@ class SamplingParams(Frozen):
     logprobs: int | None = None
     """Return the log-probability of each token of the answer, and of this many likeliest tokens at its position."""
     prompt_logprobs: int | None = None
-    """Return the same for the tokens of the prompt; the model then reads the whole prompt, without a cached prefix."""
+    """Like `logprobs`, for the tokens of the prompt; the model then reads the whole prompt, without a cached prefix."""
     echo: bool = False
     """Begin the text with the prompt."""
     prompt_lookup: bool = True
-    """Guess tokens from the text so far and verify several at once, where that is faster; the answer is the same."""
+    """Guess tokens from the text so far, and verify several at once when that is faster; the answer is the same."""
     timeout_s: float | None = None
-    """Time limit in seconds, at which generation ends with the text so far; None is off."""
+    """Time limit in seconds; generation then ends with the text so far. None is off."""
     json_schema: Mapping[str, Any] | str | None = None
-    """JSON Schema of the whole answer, as a mapping or as JSON text; {"type": "object"} allows any object. Stored as
-    text. This parameter and the next three need the extra `grammar`; at most one of the four can be given."""
+    """JSON Schema of the whole answer, as a mapping or as a string; {"type": "object"} allows any object. Stored as a
+    string. This parameter and the next three need the extra `grammar`; at most one of the four can be given."""
     regex: str | None = None
     """Regular expression of the whole answer, in the syntax of Rust's crate regex."""
     grammar: str | None = None
     """Grammar of the whole answer, in llguidance's variant of Lark's syntax."""
     choice: tuple[str, ...] = ()
-    """List of texts; the answer is one of them."""
+    """List of strings; the answer is one of them."""
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
 
@@ -203,8 +203,8 @@ class SamplingParams(Frozen):
             return room
         if prompt_tokens >= self.max_length:
             raise PrecastError(
-                f"prompt: its {prompt_tokens} tokens reach max_length, {self.max_length}; raise max_length, or"
-                " give max_tokens instead."
+                f"prompt: {prompt_tokens} tokens leave no room in a max_length of {self.max_length}; raise max_length,"
+                " or give max_tokens instead."
             )
         return min(self.max_length - prompt_tokens, room)
 
@@ -246,7 +246,7 @@ def _check_names(values: tuple[object, ...], fields: Mapping[str, object]) -> No
         )
     if unknown := sorted(fields.keys() - known.keys()):
         raise PrecastError(
-            f"Sampling parameters: {unknown[0]!r} is unknown, expected one of {', '.join(known)}."
+            f"Sampling parameters: found the unknown parameter {unknown[0]!r}; use one of {', '.join(known)}."
         )
 
 
@@ -274,7 +274,7 @@ def _real(name: str, value: Any, *, low: float, high: float) -> float:
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
-    """Return pairs of token id and bias in ascending order of id. An id may be a text, as keys in JSON are."""
+    """Return pairs of a token id and its bias, in ascending order of id; accept ids as strings, as JSON keys are."""
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(pairs, (tuple, list)) or not all(
         isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs

@@ -4,8 +4,8 @@ A step is one call of the engine: a chunk of one prompt, or the next token of ev
 round is one chunk, and one decode step for each KV cache, so a sequence waits for at most one chunk between two of its
 tokens. Prompts are read one after the other, in the order of arrival.
 
-The scheduler has no thread of its own. The readers of sequences run its steps, one reader at a time. Each step also
-advances the sequences of the other readers, which wait meanwhile.
+The scheduler has no thread of its own. The readers of sequences run its steps, one reader at a time. A decode step
+also advances the sequences of other readers, which wait meanwhile.
 """
 
 import time
@@ -39,13 +39,13 @@ class Prefixes(Protocol):
     """A store of the keys and values of earlier sequences.
 
     Attributes:
-        every_chunk: True if each chunk of a prompt must be captured before the next overwrites it.
+        every_chunk: True if each chunk of a prompt must be captured before the next chunk overwrites it.
     """
 
     every_chunk: bool
 
     def restore(self, tokens: Sequence[int], cache: KVCache, slot: int) -> int:
-        """Write keys and values of the longest known prefix to a slot's first positions.
+        """Write the keys and values of the longest known prefix to a slot's first positions.
 
         Args:
             tokens: the prompt without its last token, whose logits must be computed.
@@ -59,14 +59,14 @@ class Prefixes(Protocol):
     def capture(
         self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int, written: int
     ) -> None:
-        """Copy keys and values of a slot to the store.
+        """Copy the keys and values of a slot to the store.
 
         Args:
-            tokens: the tokens whose keys and values the slot's first positions hold.
+            tokens: the tokens whose keys and values are in the slot's first positions.
             cache: the KV cache to read from.
             slot: the sequence's slot.
             restored: the result of `restore` for this sequence.
-            written: number of positions that the sequence wrote; more than its tokens if drafts were rejected.
+            written: number of positions that the sequence wrote; more than ``len(tokens)`` if drafts were rejected.
         """
 
 
@@ -75,7 +75,7 @@ class SchedulerStats(Frozen):
 
     Attributes:
         running: sequences that hold a slot.
-        waiting: sequences that wait for their prompt to be read.
+        waiting: sequences whose prompt the model has not begun to read.
         slots: slots of the KV caches in memory.
         steps: calls of the engine.
         prompt_tokens: tokens of prompts that the model read.
@@ -206,7 +206,7 @@ class Scheduler:
                 time.sleep(_IDLE_S)
 
     def _wait(self) -> None:
-        """Wait until the lock may be free."""
+        """Wait until another thread releases the lock, or a timeout expires."""
         waiter = Lock()
         waiter.acquire()
         self._waiters.append(waiter)
@@ -384,7 +384,7 @@ class Scheduler:
     def _take(
         self, sequences: list[TokenSequence], results: calls.Results, began: float, draft: Sequence[int] = ()
     ) -> None:
-        """Choose the next tokens of each sequence from its row of results; only a single sequence has a draft."""
+        """Choose the next tokens of each sequence from its row of results; a draft belongs to a single sequence."""
         now = self._now(began)
         for row, sequence in enumerate(sequences):
             sequence.last, before = now, sequence.generated
@@ -399,7 +399,7 @@ class Scheduler:
                 self._end(sequence)
 
     def _now(self, began: float) -> float:
-        """Return the scheduler's clock now, given the `time.perf_counter` at which the step began."""
+        """Return the current time on the scheduler's clock; `began` is the `time.perf_counter` at the step's start."""
         return self._clock + time.perf_counter() - began
 
     # --- ends ---------------------------------------------------------------------------------------------------

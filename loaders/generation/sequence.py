@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     """A generated token, and the text that it completes.
 
     Attributes:
-        token: the token; None for the echo of the prompt, and for text that was held back until the generation was cut.
+        token: the token; None for the echo of the prompt, and for text that was held back until `cut`.
         text: complete characters without any part of a stop string; often empty.
     """
 
@@ -147,7 +147,7 @@ class TokenSequence:
 
     @property
     def tokens_left(self) -> int:
-        """The maximum number of further tokens."""
+        """The number of tokens that may still be generated."""
         return self.prompt_tokens + self._limit - len(self.tokens)
 
     @property
@@ -166,7 +166,7 @@ class TokenSequence:
 
     @property
     def is_finished(self) -> bool:
-        """True if the generation needs no further token."""
+        """True if no further token is to be generated."""
         return self.reason != "unfinished"
 
     def expires_at(self) -> float | None:

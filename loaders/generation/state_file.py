@@ -1,7 +1,7 @@
 """A file with the state of a sequence: its tokens, their keys and values, and the messages of a chat.
 
 It is a safetensors file with a tensor for each array of the KV cache, ``[L, K, n, H]`` or ``[L, K, n]``, and the
-tokens, int32 ``[n]``. The array of layers with a sliding window holds only the last positions. The metadata holds the
+tokens, int32 ``[n]``. An array of layers with a sliding window holds only the last positions. The metadata holds the
 format's version, the origin of the keys and values (the model, the programs and the instruction set that computed
 them), the messages as JSON, and a sha256 of everything else. A state with a different origin is refused.
 """
@@ -49,7 +49,7 @@ class StoredState(Frozen):
     Attributes:
         state: tokens and messages.
         spans: keys and values of all tokens, by array, mapped from the file.
-        watch: the check for later writes to the file.
+        watch: the detector of later writes to the file.
     """
 
     state: State
@@ -89,7 +89,7 @@ def _message_text(messages: Sequence[Mapping[str, Any]]) -> str:
         text.encode()
     except (TypeError, ValueError) as error:
         raise PrecastError(
-            f"messages: expected values that JSON can represent, found one that it cannot ({error}); leave it out."
+            f"messages: expected values that JSON can represent, found one that it cannot ({error}); remove it."
         ) from None
     return text
 
@@ -177,7 +177,7 @@ def _type(value: tuple[str, tuple[int, ...]] | None) -> str:
 
 
 def _damaged(where: Path | str, expected: str, found: str, remedy: str = _REMEDY) -> PrecastError:
-    return PrecastError(f"{where}: expected {expected}, found {found}; the file is damaged: {remedy}.")
+    return PrecastError(f"{where}: expected {expected}, found {found}, so the file is damaged; {remedy}.")
 
 
 def _check_origin(path: Path, metadata: Mapping[str, str], origin: Origin) -> None:
@@ -189,8 +189,8 @@ def _check_origin(path: Path, metadata: Mapping[str, str], origin: Origin) -> No
     given = Origin(**{field: metadata.get(field, "") for field in vars(origin)})
     for what, (found, expected) in given.differences(origin).items():
         raise PrecastError(
-            f"{path}: the state does not fit this model on this machine: {what}: expected {_short(expected)}, found"
-            f" {_short(found)}; choose another file, or start a new state."
+            f"{path}: expected a state computed with {what} {_short(expected)}, found {_short(found)}; choose another"
+            " file, or start a new state."
         )
 
 

@@ -1,4 +1,4 @@
-"""Stop strings, which may span several tokens and are never shown, and the dead ends of constraints."""
+"""A filter for stop strings, and the exception for an answer that no token can continue."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -13,9 +13,11 @@ class DeadEnd(PrecastError):
 class StopStrings:
     """A filter that ends streamed text at the first stop string. It belongs to one generation.
 
-    The match that ends first wins; of several that end at the same character, the longest. The text before the match
-    is shown. While no match is complete, the filter holds back the longest suffix that could begin a stop string. The
-    time for a piece is linear in the number of stop strings, and quadratic in the length of the longest stop string.
+    A stop string may span several tokens, and is never shown. The match that ends first wins; of matches that end at
+    the same character, the longest wins. The text before the match is shown. While no match is complete, the filter
+    holds back the longest suffix that could begin a stop string.
+
+    The time for a piece is linear in the number of stop strings, and quadratic in the length of the longest one.
 
     Raises:
         PrecastError: a stop string is empty, which would match everywhere.
@@ -50,7 +52,7 @@ class StopStrings:
         return text[:safe], False
 
     def flush(self) -> str:
-        """Return the text still held back, once generation has ended without a stop string."""
+        """Return the text still held back. Call it when the generation has ended without a stop string."""
         held, self._held = self._held, ""
         return held
 

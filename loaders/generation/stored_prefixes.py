@@ -24,7 +24,7 @@ class StoredPrefix(Frozen):
         name: its name.
         tokens: its tokens.
         spans: keys and values by array, mapped from the file.
-        watch: the check for later writes to the file.
+        watch: the detector of later writes to the file.
     """
 
     name: str
@@ -45,7 +45,7 @@ def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> st
         isa: the instruction set of the machine's kernels.
     """
     if target.name != prefix.target:
-        return f"target {prefix.target!r} computed it, and {target.name!r} runs"
+        return f"target {prefix.target!r} computed it, and target {target.name!r} runs here"
     origin = origin_of(manifest, target, isa)
     if not is_reproducible(target):
         return f"executables of target {prefix.target!r} computed it, and programs compiled here may differ"
@@ -59,7 +59,7 @@ def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> st
 
 
 def usable(manifest: Manifest, target: Target, isa: str) -> tuple[list[Prefix], list[tuple[Prefix, str]]]:
-    """Return the prefixes that a target may use, and the other prefixes, each with its obstacle."""
+    """Return the prefixes that a target may use, and pairs of each other prefix and its obstacle."""
     pairs = [(prefix, obstacle(prefix, manifest, target, isa)) for prefix in manifest.prefixes]
     return [p for p, reason in pairs if reason is None], [(p, r) for p, r in pairs if r is not None]
 

@@ -30,7 +30,8 @@ class Timing(Frozen):
         prefill_s: seconds from the start of reading the prompt to the first token.
         decode_s: seconds from the first token to the last.
         decode_tokens_per_s: number of tokens after the first, divided by `decode_s`; 0 without such tokens.
-        queue_s: seconds from the first read of the stream to the start of reading the prompt.
+        queue_s: seconds from the first read of the stream (or the submission by a method without a stream) to the start
+            of reading the prompt.
         cached_tokens: number of tokens at the start of the prompt whose keys and values came from an earlier prompt or
             answer, so that the model did not read them.
     """
@@ -46,16 +47,16 @@ class Completion(Frozen):
     """The continuation of a prompt. It is immutable.
 
     Attributes:
-        text: the text, without special tokens or the stop string, and in a chat without reasoning or tool calls.
-        token_ids: all generated tokens, including the end token and those of the stop string.
+        text: the text without special tokens and the stop string. For a chat, it excludes reasoning and tool calls.
+        token_ids: all generated tokens, including the end token and the tokens of the stop string.
         prompt_token_ids: tokens of the prompt.
-        finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, if the answer has tool calls),
+        finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, with tool calls in the answer),
             "length" (max_tokens, max_length or a full context), "timeout" (timeout_s), or "unfinished" (a stream that
             was closed or is still running).
         timing: duration of the generation.
-        logprobs: log-probability of each of `token_ids`; empty without `SamplingParams.logprobs`.
-        prompt_logprobs: log-probability of each of `prompt_token_ids` read so far, and None for the first, because the
-            model does not predict it. Empty without `SamplingParams.prompt_logprobs`.
+        logprobs: log-probability of each token in `token_ids`; empty without `SamplingParams.logprobs`.
+        prompt_logprobs: log-probability of each token of the prompt read so far; None for the first, because the model
+            does not predict it. Empty without `SamplingParams.prompt_logprobs`.
         reasoning: the reasoning before the answer to a chat.
         tool_calls: the tool calls of the answer to a chat.
     """

@@ -19,7 +19,7 @@ def pairs(
     """Pair each prompt with its sampling parameters.
 
     Raises:
-        PrecastError: the prompts are a single text, or there are more or fewer parameters than prompts.
+        PrecastError: the prompts are a single string, or both arguments are sequences and their lengths differ.
     """
     if isinstance(prompts, str | bytes | bytearray):
         raise PrecastError(
@@ -29,8 +29,8 @@ def pairs(
         return zip(prompts, repeat(params), strict=False)
     if isinstance(prompts, Sequence) and isinstance(params, Sequence) and len(prompts) != len(params):
         raise PrecastError(
-            f"params: expected one for each of the {len(prompts)} prompts, found {len(params)}; give one for all"
-            " prompts, or one for each."
+            f"params: expected {len(prompts)} sets of parameters, as many as prompts, found {len(params)}; give one set"
+            " for all prompts, or one for each."
         )
     return zip(prompts, params, strict=False)
 
@@ -47,8 +47,8 @@ def results(
 
     Args:
         scheduler: the scheduler to submit to.
-        sequences: functions that make the sequences, whose `most_unread` must be None. If a function raises
-            PrecastError, the error is the result of its sequence.
+        sequences: functions that make the sequences, each with `most_unread` None. If a function raises PrecastError,
+            that error is the result of the sequence.
         most: maximum number of sequences at a time.
     """
     left = enumerate(sequences)

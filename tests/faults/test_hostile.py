@@ -461,8 +461,8 @@ def test_fault_07_an_id_beyond_the_model_never_reaches_it(artifact_copy, put, re
     put(artifact_copy, "tokenizer.json", json.dumps(tokenizer).encode())
     found = refusal("run", artifact_copy, "-p", "<evil>")
     assert found == (
-        "prompt: token 0 is 4000000000, expected an id from 0 to 319; leave out '<evil>', for which the model has no"
-        " embedding."
+        "prompt: expected token ids from 0 to 319, found 4000000000 at index 0; leave out '<evil>', for which the"
+        " model has no embedding."
     )
 
 
@@ -478,5 +478,7 @@ def test_fault_07_enormous_ids_are_refused(tiny_artifact):
 
     model = load(tiny_artifact)
     for ids in ([2**63], [-1], [10**30], np.array([2**31], np.int64), [float("nan")]):
-        with pytest.raises(PrecastError, match=r"prompt: token 0 is .*, expected an id from 0 to 319\."):
+        with pytest.raises(
+            PrecastError, match=r"prompt: expected token ids from 0 to 319, found .* at index 0\."
+        ):
             model.generate(ids)

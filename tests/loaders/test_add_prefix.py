@@ -216,7 +216,7 @@ def relist(root: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"target": "portable"}, "target 'portable' computed it, and '{target}' runs"),
+        ({"target": "portable"}, "target 'portable' computed it, and target '{target}' runs here"),
         ({"programs": "0" * 64}, "other programs of target '{target}', or other kernels, computed it"),
         ({"kernels": 1}, "kernels of ABI 1 computed it, and the target calls ABI {kernels}"),
         ({"isa": "avx1024"}, "kernels for avx1024 computed it, and this machine's kernels use {isa}"),
@@ -307,7 +307,7 @@ def test_arrays_of_another_model_are_refused(copy):
         load(copy)
     assert str(error.value) == (
         f"{copy / prefix.arrays}: expected 'cache.keys' as float32 [3, 2, {prefix.tokens}, 12], found float32 [3, 2, 4,"
-        f" 12]; the file is damaged: {AGAIN}."
+        f" 12], so the file is damaged; {AGAIN}."
     )
 
 

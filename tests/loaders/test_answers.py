@@ -202,7 +202,7 @@ def test_the_number_of_answers_is_checked(saying, count):
 def test_a_failure_of_one_answer_ends_the_others(saying):
     model = saying(ANSWER)
     model.engine.vocab = 3
-    with pytest.raises(PrecastError, match=r"^prompt: token 0 is "):
+    with pytest.raises(PrecastError, match=r"^prompt: expected token ids from 0 to "):
         model.generate_answers("the cat", 2)
     model.engine.vocab = 400
 

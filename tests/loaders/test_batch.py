@@ -355,8 +355,8 @@ BAD: list[tuple[bytes | dict[str, Any], str, str]] = [
         "invalid_request",
         "prompt: expected at least one token, found none; give the model some text.",
     ),
-    ({"prompt": {"a": 1}}, "invalid_request", "prompt: token 0 is 'a', expected an id from 0 to"),
-    ({"prompt": [[1]]}, "invalid_request", "prompt: token 0 is [1], expected an id from 0 to"),
+    ({"prompt": {"a": 1}}, "invalid_request", "prompt: expected token ids from 0 to"),
+    ({"prompt": [[1]]}, "invalid_request", "prompt: expected token ids from 0 to"),
     ({"prompt": "a", "max_tokens": "3"}, "invalid_request", "Sampling parameters: max_tokens must be"),
     ({"prompt": "a", "stop": [3]}, "invalid_request", "Sampling parameters: stop must be"),
     (

@@ -37,13 +37,13 @@ def deep(levels: int) -> dict[str, Any]:
             {"regex": "a", "ignore_eos": True},
             "ignore_eos must be false with regex, because the end token ends the answer.",
         ),
-        ({"regex": ""}, "regex must be a non-empty text, found ''."),
-        ({"grammar": b"x"}, "grammar must be a non-empty text, found b'x'."),
-        ({"choice": "yes"}, "choice must be a list of non-empty texts, found 'yes'."),
-        ({"choice": ["a", ""]}, "choice must be a list of non-empty texts, found ['a', '']."),
+        ({"regex": ""}, "regex must be a non-empty string, found ''."),
+        ({"grammar": b"x"}, "grammar must be a non-empty string, found b'x'."),
+        ({"choice": "yes"}, "choice must be a list of non-empty strings, found 'yes'."),
+        ({"choice": ["a", ""]}, "choice must be a list of non-empty strings, found ['a', '']."),
         (
             {"choice": ["\ud800"]},
-            "choice must be Unicode text, found half of a surrogate pair, '\\ud800'.",
+            "choice must be valid Unicode, found the lone surrogate '\\ud800'; remove it.",
         ),
         (
             {"regex": "a" * 10_001},
@@ -66,13 +66,13 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"grammar": 'start: %json {"multipleOf": 1e9}'},
             (
-                "grammar: multipleOf, and the product of all multipleOf that allOf merges, must be at most 1,000,000"
-                " without the decimal point, found 1000000000.0; use smaller ones."
+                "grammar: multipleOf must be at most 1,000,000 with its decimal point removed, and so must the product"
+                " of all multipleOf that allOf merges, found 1000000000.0; use smaller numbers."
             ),
         ),
         (
             {"json_schema": "[]"},
-            "json_schema must be a JSON object, as a mapping or as text, found '[]'.",
+            "json_schema must be a JSON object, given as a mapping or a string, found '[]'.",
         ),
         (
             {"json_schema": "{"},
@@ -87,7 +87,7 @@ def deep(levels: int) -> dict[str, Any]:
         ),
         (
             {"json_schema": '{"const": NaN}'},
-            "json_schema must be JSON, found: NaN, which JSON does not have.",
+            "json_schema must be JSON, found: NaN, which is not JSON.",
         ),
         (
             {"json_schema": {"const": {1, 2}}},
@@ -108,8 +108,8 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"json_schema": {"allOf": [{"pattern": str(i)} for i in range(13)]}},
             (
-                "json_schema: with allOf, or with $ref, anyOf or oneOf beside other keys, there must be at most 12"
-                " patterns and formats, found 13; use fewer."
+                "json_schema: expected at most 12 patterns and formats in a schema with allOf, or with $ref, anyOf or"
+                " oneOf beside other keys, found 13; use fewer."
             ),
         ),
         (
@@ -119,15 +119,15 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"json_schema": {"multipleOf": 2**31}},
             (
-                "json_schema: multipleOf, and the product of all multipleOf that allOf merges, must be at most"
-                " 1,000,000 without the decimal point, found 2147483648; use smaller ones."
+                "json_schema: multipleOf must be at most 1,000,000 with its decimal point removed, and so must the"
+                " product of all multipleOf that allOf merges, found 2147483648; use smaller numbers."
             ),
         ),
         (
             {"json_schema": {"x-guidance": {"lenient": True}}},
             (
-                'json_schema: x-guidance must be an object without "lenient", which ignores parts of the schema, found'
-                ' {"lenient": true}.'
+                'json_schema: x-guidance must be an object that does not set "lenient", found {"lenient": true}; remove'
+                ' it, because "lenient" ignores parts of the schema.'
             ),
         ),
     ],

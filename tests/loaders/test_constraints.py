@@ -271,7 +271,7 @@ def test_a_vocabulary_without_the_letter_is_a_dead_end() -> None:
     with pytest.raises(DeadEnd) as refused:
         start(small, regex="ac").accept(4)
     assert str(refused.value) == (
-        "regex: after 0 tokens of the answer, no token of the model's vocabulary continues it; change the constraint."
+        "regex: after 0 tokens of the answer, no token of the model's vocabulary may follow; change the constraint."
     )
 
 
@@ -343,14 +343,14 @@ def test_the_stack_size_of_other_threads_is_unchanged(grammars: Grammars) -> Non
             {"regex": "a("},
             (
                 "regex: expected a regular expression in Rust's syntax within llguidance's limits, found: a regular"
-                " expression with an error: unclosed group; change it."
+                " expression with an error: unclosed group; change the expression."
             ),
         ),
         (
             {"grammar": 'start: "a"\n  | foo'},
             (
                 'grammar: expected a Lark grammar within llguidance\'s limits, found: unknown name: "foo" (line 1,'
-                " column 8); change it."
+                " column 8); change the grammar."
             ),
         ),
     ],

@@ -237,8 +237,8 @@ def test_accepted_parameters_choose_a_token(said, prompt, ends, rows) -> None:
         ("bad_words_ids", [5], "bad_words_ids must be a list of non-empty lists of token ids, found [5]."),
         ("bad_words_ids", [[]], "bad_words_ids must be a list of non-empty lists of token ids, found [[]]."),
         ("bad_words_ids", [[True]], "a token id of bad_words_ids must be an integer from 0 to 2^63 - 1, found True."),
-        ("temprature", 1.0, "'temprature' is unknown, expected one of max_tokens, max_length, min_tokens,"),
-        ("self", 1, "'self' is unknown, expected one of max_tokens, max_length, min_tokens,"),
+        ("temprature", 1.0, "found the unknown parameter 'temprature'; use one of max_tokens, max_length, min_tokens,"),
+        ("self", 1, "found the unknown parameter 'self'; use one of max_tokens, max_length, min_tokens,"),
     ],
 )  # fmt: skip
 def test_the_error_for_a_number_out_of_range(field, value, text) -> None:

@@ -207,15 +207,18 @@ def test_an_end_token_at_the_last_position_is_a_stop(tiny_model, free):
         ([1] * CONTEXT, "prompt: 64 tokens leave no room in a context of 64; shorten it to 63 or fewer, or"),
         ([1] * 100_000, "prompt: 100000 tokens leave no room in a context of 64"),
         ("fox " * 500, "tokens leave no room in a context of 64"),
-        ([1, VOCAB], "prompt: token 1 is 320, expected an id from 0 to 319."),
-        ([-1], "prompt: token 0 is -1, expected an id from 0 to 319."),
-        ([5, 6, 2**31], "prompt: token 2 is 2147483648, expected an id from 0 to 319."),
-        ([10**30], "prompt: token 0 is 1000000000000000000000000000000, expected an id"),
-        ([1.5], "prompt: token 0 is 1.5, expected an id from 0 to 319."),
-        ([float("nan")], "prompt: token 0 is nan, expected an id from 0 to 319."),
-        ([True], "prompt: token 0 is True, expected an id from 0 to 319."),
-        ([None], "prompt: token 0 is None, expected an id from 0 to 319."),
-        (["12"], "prompt: token 0 is '12', expected an id from 0 to 319."),
+        ([1, VOCAB], "prompt: expected token ids from 0 to 319, found 320 at index 1."),
+        ([-1], "prompt: expected token ids from 0 to 319, found -1 at index 0."),
+        ([5, 6, 2**31], "prompt: expected token ids from 0 to 319, found 2147483648 at index 2."),
+        (
+            [10**30],
+            "prompt: expected token ids from 0 to 319, found 1000000000000000000000000000000 at index 0",
+        ),
+        ([1.5], "prompt: expected token ids from 0 to 319, found 1.5 at index 0."),
+        ([float("nan")], "prompt: expected token ids from 0 to 319, found nan at index 0."),
+        ([True], "prompt: expected token ids from 0 to 319, found True at index 0."),
+        ([None], "prompt: expected token ids from 0 to 319, found None at index 0."),
+        (["12"], "prompt: expected token ids from 0 to 319, found '12' at index 0."),
         ("half \ud83d", "expected text in UTF-8, found other bytes"),
     ],
 )
@@ -262,7 +265,7 @@ def test_a_prompt_that_reaches_the_largest_length_is_refused(tiny_model):
     with pytest.raises(PrecastError) as raised:
         tiny_model.stream(PROMPT, params)
     assert str(raised.value) == (
-        "prompt: its 3 tokens reach max_length, 3; raise max_length, or give max_tokens instead."
+        "prompt: 3 tokens leave no room in a max_length of 3; raise max_length, or give max_tokens instead."
     )
     params = dataclasses.replace(params, max_length=5)
     assert len(tiny_model.generate(PROMPT, params).token_ids) == 2

@@ -90,20 +90,20 @@ def refusal(model, path) -> str:
 
 GEOMETRY = "cache.keys float32 L=3 K=2 H=12; cache.values float32 L=3 K=2 H=12"
 OTHERS = {
-    "weights": ("weights", "f" * 64, "weights: expected sha256 {weights}…, found sha256 ffffffffffff…"),
+    "weights": ("weights", "f" * 64, "weights sha256 {weights}…, found sha256 ffffffffffff…"),
     "cache": (
         "cache",
         "cache.keys bfloat16 L=3 K=2 H=12",
-        f"KV cache: expected '{GEOMETRY}', found 'cache.keys bfloat16 L=3 K=2 H=12'",
+        f"KV cache '{GEOMETRY}', found 'cache.keys bfloat16 L=3 K=2 H=12'",
     ),
     "tokenizer": (
         "tokenizer",
         "0" * 64,
-        "tokenizer: expected sha256 {tokenizer}…, found sha256 000000000000…",
+        "tokenizer sha256 {tokenizer}…, found sha256 000000000000…",
     ),
-    "target": ("target", "cpu-x86-64-v9", "target: expected '{target}', found 'cpu-x86-64-v9'"),
-    "abi": ("kernel_abi", "99", "kernel ABI: expected '{kernel_abi}', found '99'"),
-    "isa": ("isa", "avx1024", "instruction set: expected '{isa}', found 'avx1024'"),
+    "target": ("target", "cpu-x86-64-v9", "target '{target}', found 'cpu-x86-64-v9'"),
+    "abi": ("kernel_abi", "99", "kernel ABI '{kernel_abi}', found '99'"),
+    "isa": ("isa", "avx1024", "instruction set '{isa}', found 'avx1024'"),
 }
 
 
@@ -120,8 +120,7 @@ def test_a_state_of_another_origin_is_refused(answered, tmp_path, what):
     )
     known = {k: v[:12] if len(v) == 64 else v for k, v in vars(origin).items()}
     assert refusal(model, path) == (
-        f"{path}: the state does not fit this model on this machine: {expected.format(**known)}; choose another file,"
-        " or start a new state."
+        f"{path}: expected a state computed with {expected.format(**known)}; choose another file, or start a new state."
     )
 
 
@@ -215,7 +214,7 @@ def test_contents_that_no_model_computes_are_refused(answered, saved, what):
     change, expected = CHANGES[what]
     rewritten(saved, change)
     assert refusal(answered[0], saved) == (
-        f"{saved}: {expected}; the file is damaged: start a new state in another file."
+        f"{saved}: {expected}, so the file is damaged; start a new state in another file."
     )
 
 
@@ -302,7 +301,7 @@ def test_a_failed_write_leaves_the_old_state(answered, saved, monkeypatch):
 
 def test_tokens_and_messages_are_checked(answered, tmp_path):
     model = answered[0]
-    with pytest.raises(PrecastError, match="prompt: token 0 is 320, expected an id from 0 to 319"):
+    with pytest.raises(PrecastError, match="prompt: expected token ids from 0 to 319, found 320 at index 0"):
         model.save_state(tmp_path / "x.state", [320])
     with pytest.raises(PrecastError) as error:
         model.save_state(tmp_path / "x.state", PROMPT, messages=[{"role": "user", "content": b"x"}])
@@ -314,7 +313,7 @@ def test_tokens_and_messages_are_checked(answered, tmp_path):
         model.save_state(tmp_path / "x.state", PROMPT, messages=[{"role": "user", "content": "\ud800"}])
     assert str(error.value) == (
         "messages: expected values that JSON can represent, found one that it cannot ('utf-8' codec can't encode"
-        " character '\\ud800' in position 30: surrogates not allowed); leave it out."
+        " character '\\ud800' in position 30: surrogates not allowed); remove it."
     )
     assert not (tmp_path / "x.state").exists()
 

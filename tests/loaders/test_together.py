@@ -125,10 +125,11 @@ def refusal(work: Callable[[], object]) -> str:
 def test_a_prompt_that_cannot_be_continued_is_named_before_any_work(tiny_model: Model) -> None:
     before = tiny_model.scheduler.stats().steps
     assert refusal(lambda: tiny_model.generate_many([[1], [2, VOCAB]])) == (
-        "prompts[1]: token 1 is 320, expected an id from 0 to 319."
+        "prompts[1]: expected token ids from 0 to 319, found 320 at index 1."
     )
     assert refusal(lambda: tiny_model.generate_many([[1], [2]], [FREE])) == (
-        "params: expected one for each of the 2 prompts, found 1; give one for all prompts, or one for each."
+        "params: expected 2 sets of parameters, as many as prompts, found 1; give one set for all prompts, or one for"
+        " each."
     )
     assert refusal(lambda: tiny_model.generate_many("the cat")) == (
         "prompts: expected a list of prompts, found a single prompt; pass it to generate instead."

@@ -151,8 +151,8 @@ def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
     [
         ({"tools": TOOLS, "tool_choice": "walk"}, "tool_choice: expected 'required', 'auto' or the name of a tool"),
         ({"tools": TOOLS, "answer_format": "gemma"}, "tool_choice: calls of the family 'gemma' cannot be required;"),
-        ({"tools": TOOLS, "answer_format": None}, "tool_choice needs tools, and a chat template that prescribes"),
-        ({"tools": None}, "tool_choice needs tools, and a chat template that prescribes the form of tool calls; give"),
+        ({"tools": TOOLS, "answer_format": None}, "tool_choice: expected tools, and a chat template that prescribes"),
+        ({"tools": None}, "tool_choice: expected tools, and a chat template that prescribes a known form of tool"),
         (
             {"tools": TOOLS, "params": SamplingParams(regex="a")},
             "Sampling parameters: regex and tool_choice are alternatives; give one of them.",
