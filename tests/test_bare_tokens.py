@@ -40,10 +40,10 @@ def test_a_text_with_the_token_is_refused_before_the_model_sees_it(padded):
     with pytest.raises(PrecastError) as caught:
         padded.generate("the<pad>cat")
     assert (
-        "is 300, expected an id from 0 to 299; leave out '<pad>', for which the model has no embedding."
-        in str(caught.value)
+        "expected token ids from 0 to 299, found 300 at index 1; leave out '<pad>', for which the model has no"
+        " embedding." in str(caught.value)
     )
-    with pytest.raises(PrecastError, match=r"token 1 is 301, expected an id from 0 to 299\.$"):
+    with pytest.raises(PrecastError, match=r"expected token ids from 0 to 299, found 301 at index 1\.$"):
         padded.generate([1, 301])
 
 

@@ -21,8 +21,8 @@ class CallSyntax(Frozen):
         body: the kind of body, a key of `tool_calls.BODIES`.
         closing: the marker after a body, which models may omit; empty if the form has none.
         separator: text between two bodies without markers.
-        at_start: True if calls occur only at the start of an answer. Then only calls of tools that the model was given
-            count, because an ordinary answer may look like a call.
+        at_start: True if calls occur only at the start of an answer. Then a call counts only if the model was
+            given the tool, because an ordinary answer may look like a call.
     """
 
     opening: str
@@ -37,9 +37,9 @@ class ReasoningSyntax(Frozen):
 
     Attributes:
         opening: the marker before the reasoning.
-        closing: the marker after it.
-        answer_opening: the marker before the answer that follows, if the model writes one.
-        answer_closing: the marker after that answer.
+        closing: the marker after the reasoning.
+        answer_opening: the marker before the answer, which models may omit; empty if the form has none.
+        answer_closing: the marker after the answer; empty if the form has none.
     """
 
     opening: str
@@ -115,8 +115,8 @@ def answer_format(template: str, name: str | None = None) -> AnswerFormat:
 
     Args:
         template: the template's Jinja source.
-        name: the family whose tool calls to expect; "text" leaves answers unchanged, and None chooses the family by
-            the template.
+        name: the family whose tool calls to expect; "text" leaves answers unchanged, and None lets the template
+            decide.
 
     Raises:
         PrecastError: the family is unknown.

@@ -1,7 +1,7 @@
 """Split an answer into content, reasoning and tool calls while its text arrives.
 
-The result is independent of the pieces in which the text arrives. A tool call is reported as a whole, once it is
-complete and well-formed. Markers without a call, malformed calls, and calls cut off at the end stay content.
+The result does not depend on how the text is split into pieces. A tool call is reported as a whole, once it is complete
+and well-formed. Markers without a call, malformed calls, and calls cut off at the end are content.
 """
 
 import os
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from .answer_formats import AnswerFormat, CallSyntax
 from .tool_calls import BODIES, Body, NoCall, RawCall, ToolCall, typed
 
-# The maximum number of spaces that are skipped or removed before a marker, so that the time stays linear.
+# Maximum number of spaces to skip or remove before a marker. The limit keeps the time linear.
 _MOST_SPACES = 1024
-# After this many malformed calls all further text is content, so that the time stays linear.
+# After this many malformed calls, all further text is content. The limit keeps the time linear.
 _MOST_FAILURES = 64
 _ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
@@ -54,20 +54,19 @@ def new_call_id() -> str:
 class AnswerParser:
     """A parser for one answer.
 
-    The parser removes the line ends around the reasoning and at the start of the content after it, and the spaces and
-    line ends next to a tool call.
+    The parser removes newlines around the reasoning, and whitespace next to a tool call.
 
     Args:
         form: the form of the answer.
         tools: JSON Schema of the parameters of each tool that the model was given, by the tool's name. Without tools,
-            no text is a call. After a marker, a call of an unknown tool counts too, as in vLLM.
+            no text is a call. After a marker, even a call of an unknown tool counts, as in vLLM.
         prompt_tail: the end of the prompt's text, which may have opened the reasoning.
         new_id: function that returns a new identifier for a call.
 
     Attributes:
         form: the form of the answer.
         is_open: True if the prompt has opened the reasoning.
-        markers: texts of the markers. The text given to `push` must contain them, even if they are special tokens.
+        markers: the markers. The text given to `push` must include them, even if they are special tokens.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class AnswerParser:
         )
 
     def push(self, text: str) -> list[Delta]:
-        """Take the next piece of text; return the deltas that are now certain."""
+        """Take the next piece of text; return the deltas that no further text can change."""
         self._text += text
         return self._run()
 
@@ -117,7 +116,7 @@ class AnswerParser:
     # Each step returns True if it made progress, and False if it needs more text.
 
     def _begin(self) -> bool:
-        """Find out if the answer begins with reasoning."""
+        """Determine whether the answer begins with reasoning."""
         text = self._text.lstrip()
         for syntax in self._reasonings if len(self._text) - len(text) <= _MOST_SPACES else ():
             if text.startswith(syntax.opening):
@@ -161,7 +160,7 @@ class AnswerParser:
         return True
 
     def _start(self) -> bool:
-        """Find out if the answer, after the reasoning, is a tool call without a marker before it."""
+        """Determine whether the answer, after any reasoning, is a tool call without a marker before it."""
         text = self._text.lstrip()
         has_many_spaces = len(self._text) - len(text) > _MOST_SPACES
         for syntax in (syntax for syntax in self._calls if syntax.at_start and not has_many_spaces):

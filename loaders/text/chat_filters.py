@@ -21,7 +21,7 @@ from .chat_meter import SCALARS, LazyItems, Meter, size
 from .chat_methods import charge, lines_cost, replace_cost
 
 NUMBER_BITS = 4096
-"""The most bits of a number that a template may calculate with."""
+"""Maximum number of bits of a number in a template's calculations."""
 
 # Matches a `%` or `{}` format whose width or precision has at least four digits or comes from an argument. It also
 # matches a format with nested brackets, which could hide such a width. Matching takes linear time, because no two
@@ -49,7 +49,7 @@ def charge_format(meter: Meter, template: str, values: Any) -> None:
 
 
 def check_number(value: Any) -> Any:
-    """Return `value`, unless it is an integer with too many bits.
+    """Return `value` after checking that it is not an integer with too many bits.
 
     Raises:
         TemplateRuntimeError: the number is too large to calculate with.
@@ -63,7 +63,7 @@ def check_number(value: Any) -> Any:
 
 
 def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """Return jinja2's filter `name` with a charge; it converts any value to text first."""
+    """Wrap jinja2's filter `name`: convert any value to text, and charge for the call."""
     function: Any = FILTERS[name]
 
     @pass_environment
@@ -77,16 +77,16 @@ def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None
 
 
 def _like(method: str) -> Callable[[Meter, str, tuple[Any, ...]], None]:
-    """Return a function that charges as much as a call of this method of `str`."""
+    """Return a function that charges the cost of the method of `str` with this name."""
     return lambda meter, text, args: charge(meter, text, method, args)
 
 
-def _per_character(count: int, characters: int) -> Callable[[Meter, str, tuple[Any, ...]], None]:
-    """Return a function that charges `count` bytes for each character, and a step for every `characters` characters."""
+def _per_character(memory: int, stride: int) -> Callable[[Meter, str, tuple[Any, ...]], None]:
+    """Return a function that charges `memory` bytes for each character, and 1 step for every `stride` characters."""
 
     def charge_for(meter: Meter, text: str, args: tuple[Any, ...]) -> None:
-        meter.step(len(text) // characters)
-        meter.allocate(80 + count * len(text))
+        meter.step(len(text) // stride)
+        meter.allocate(80 + memory * len(text))
 
     return charge_for
 
@@ -104,7 +104,7 @@ def _replace(environment: Any, s: Any, old: Any, new: Any, count: Any = None) ->
 
 
 def _on_plain_text(name: str, cost: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """Return jinja2's filter `name` with a charge; it accepts only text and undefined values."""
+    """Wrap jinja2's filter `name`: accept only text and undefined values, and charge for the call."""
     function: Any = FILTERS[name]
     takes_environment = hasattr(function, "jinja_pass_arg")
 
@@ -265,7 +265,7 @@ def _list(environment: Any, value: Any) -> list[Any]:
 
 
 def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    """Return a filter that compares items with each other; `parameters` names its arguments after the value."""
+    """Wrap jinja2's filter `name`, which compares items; `parameters` are the names of its other arguments."""
     function: Any = FILTERS[name]
 
     @pass_environment
@@ -282,7 +282,7 @@ def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _charge_order(meter: Meter, items: list[Any], attribute: Any) -> None:
-    """Charge a sort, which compares each item once at each merge level, and copies each item in lower case."""
+    """Charge for a sort: a comparison of each item at each merge level, and a lower-case copy of each item."""
     weight = meter.weigh(items)
     keys = 1 + attribute.count(",") if isinstance(attribute, str) else 1
     levels = math.ceil(math.log2(len(items) + 2)) + 7
@@ -402,7 +402,7 @@ def _comparison(name: str) -> Callable[..., Any]:
 
 
 def _of_number(name: str) -> Callable[..., Any]:
-    """Return a test that accepts only numbers, because it computes `value % n`, which would format a text."""
+    """Wrap jinja2's test `name`: accept only numbers, because it computes `value % n`, which would format a string."""
     function: Any = TESTS[name]
 
     def run(value: Any, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rewrite the syntax tree of a chat template so that the sandbox executes its operations.
+"""Rewrite the syntax tree of a chat template so that its operations call the sandbox.
 
 Importing this module imports jinja2.
 """
@@ -25,7 +25,7 @@ def instrument(environment: jinja2.Environment, tree: nodes.Template, limits: Li
 
     Raises:
         LimitExceeded: the tree is too large.
-        TemplateSyntaxError: the template uses a statement that the sandbox lacks.
+        TemplateSyntaxError: the template uses a statement that the sandbox does not support.
     """
     changed: nodes.Template = _Instrumenter(limits).visit(tree)
     changed.set_environment(environment)
@@ -52,7 +52,7 @@ class TemplateTags(Extension):
 
 
 class MeteredCodeGenerator(CodeGenerator):
-    """A jinja2 code generator that charges each node and calls the sandbox's methods directly."""
+    """A jinja2 code generator that charges for each node and calls the sandbox's methods directly."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         meter: Meter = self.environment.meter  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ class _Instrumenter(NodeTransformer):
 
     visit_Filter = visit_Test = visit_Call
 
-    # Statements that the sandbox lacks
+    # Statements that the sandbox does not support
 
     def visit_Include(self, node: nodes.Stmt) -> NoReturn:
         raise jinja2.TemplateSyntaxError("another template cannot be included here", node.lineno)
@@ -208,7 +208,7 @@ def _operand(node: nodes.Expr) -> nodes.Expr:
 
 
 def _cheap(left: nodes.Expr, operand: nodes.Operand) -> bool:
-    """Return True if an operand is constant: its length then bounds the cost of the comparison."""
+    """Return True if an operand is constant, so that its length bounds the cost of the comparison."""
     if operand.op in ("in", "notin"):
         return _constant(operand.expr)
     return isinstance(left, nodes.Const) or isinstance(operand.expr, nodes.Const)

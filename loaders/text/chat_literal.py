@@ -81,15 +81,15 @@ class LiteralChat:
 
     @cached_property
     def _split_words(self) -> frozenset[str]:
-        """The template's words that a marker would split. A key or role with such a name would no longer match."""
+        """The template's words that a marker would split. A key or role of that name would no longer match."""
         words = set(re.findall(r"\w+", self._template))
         return frozenset(word for word in words if self._all_texts.mark(word, _MARKERS[0]) != word)
 
     def _mark_messages(self, values: Mapping[str, Any], marker: str) -> list[Any]:
         """Return the messages with markers.
 
-        The assistant's messages keep control tokens that are not special, such as `<think>` and `<tool_call>`, because
-        templates search for them.
+        In the assistant's messages, control tokens that are not special, such as `<think>` and `<tool_call>`, get no
+        marker, because templates search for them.
         """
         return [
             _mark(message, self._special_texts if message["role"] == "assistant" else self._all_texts, marker)
@@ -166,7 +166,7 @@ class _TokenTexts:
         self._sizes = range(1, max(map(len, contents), default=1))
 
     def mark(self, text: str, marker: str) -> str:
-        """Return `text` with a marker inside each token text, and at each end that could be part of a token text."""
+        """Return `text` with a marker inside each token text, and at each end that a token text could cross."""
         pieces, end = [], 0
         for match in self._start.finditer(text):
             place = match.start() + (len(match[1]) > 1)
@@ -208,7 +208,7 @@ def _mark(value: Any, texts: _TokenTexts, marker: str) -> Any:
 
 
 def _is_control(token: "AddedToken", template: str) -> bool:
-    """Return True for a token that could forge a turn. Added tokens for runs of spaces are ordinary text."""
+    """Return True for a token that could forge a turn. An added token for a run of spaces could not."""
     if token.special:
         return True
     looks_like_one = token.content in template or _SPELLING.fullmatch(token.content) is not None
@@ -222,7 +222,7 @@ def _flags(token: "AddedToken") -> _Flags:
 def _literal_tokenizer(
     library: "LibraryTokenizer", control: Collection["AddedToken"]
 ) -> tuple["LibraryTokenizer", dict[_Flags, str]]:
-    """Return a tokenizer that treats control tokens as text, and the names of their stand-ins, by token flags."""
+    """Return a tokenizer that treats control tokens as text, and the stand-ins that it knows, by token flags."""
     from tokenizers import AddedToken, Tokenizer
 
     literal = Tokenizer.from_str(library.to_str())

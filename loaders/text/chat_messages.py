@@ -34,8 +34,8 @@ class ChatOptions(Frozen):
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
     """Return messages as transformers passes them to a template.
 
-    Omit keys whose value is null, which the OpenAI API returns. Store reasoning under each key that templates read.
-    Parse the arguments of tool calls, as vLLM does.
+    Omit keys whose value is null, because OpenAI's API returns such keys. Store reasoning under each key that templates
+    read. Parse the arguments of tool calls, as vLLM does.
 
     Raises:
         PrecastError: the value is not a list of messages.
@@ -47,7 +47,7 @@ def plain_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _plain_message(message: Any, where: str) -> dict[str, Any]:
-    wanted = 'a message {"role": text, "content": text or a list of parts}'
+    wanted = 'a message {"role": string, "content": string or list of parts}'
     if not isinstance(message, Mapping):
         raise PrecastError(f"Chat: expected {where} to be {wanted}, found {type(message).__name__}.")
     role, content = message.get("role"), message.get("content")
@@ -58,7 +58,7 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
     has_other_keys = any(value is not None for key, value in message.items() if key not in _COMMON_KEYS)
     if not isinstance(content, (str, list)) and not (content is None and has_other_keys):
         raise PrecastError(
-            f"Chat: expected {where} to be {wanted}, found a content of type {type(content).__name__}."
+            f"Chat: expected {where} to be {wanted}, found content of type {type(content).__name__}."
         )
     plain = {key: value for key, value in plain_json(message, where).items() if value is not None}
     if isinstance(calls := plain.get("tool_calls"), list):
@@ -68,7 +68,7 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _with_object(call: Any) -> Any:
-    """Return a tool call whose arguments are an object, as templates expect; OpenAI's API gives them as JSON text."""
+    """Return a tool call whose arguments are an object, as templates expect, not a JSON string."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
         return call
@@ -118,18 +118,18 @@ def plain_json(value: Any, where: str, source: str = "Chat", depth: int = 0) -> 
 
     Args:
         value: the value.
-        where: its place, for error texts.
-        source: the origin of that place, for error texts.
-        depth: number of values around it.
+        where: the name of the value in error texts.
+        source: the beginning of error texts.
+        depth: number of lists and objects around the value.
 
     Raises:
-        PrecastError: JSON cannot represent the value, or the value is nested more than 64 deep.
+        PrecastError: JSON cannot represent the value, or the value is nested more than 64 levels deep.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
     if depth > 64:
         raise PrecastError(
-            f"{source}: expected {where} to be nested at most 64 deep, found more; flatten it."
+            f"{source}: expected {where} to be nested at most 64 levels deep, found more; flatten it."
         )
     if isinstance(value, (list, tuple)):
         return [plain_json(item, where, source, depth + 1) for item in value]
@@ -137,7 +137,7 @@ def plain_json(value: Any, where: str, source: str = "Chat", depth: int = 0) -> 
         return {key: plain_json(item, where, source, depth + 1) for key, item in value.items()}
     raise PrecastError(
         f"{source}: expected {where} to be plain JSON, found a value of type {type(value).__name__}"
-        f"{' with keys that are not text' if isinstance(value, Mapping) else ''}."
+        f"{' with keys that are not strings' if isinstance(value, Mapping) else ''}."
     )
 
 
@@ -150,7 +150,7 @@ def has_parts(messages: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def join_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Join the parts of each message's content with line ends, for templates that accept only text.
+    """Join the parts of each message's content with newlines, for templates that accept only text.
 
     Raises:
         PrecastError: a part is not text.

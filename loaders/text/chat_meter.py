@@ -2,7 +2,7 @@
 
 Work is counted in steps, such as a node evaluated or an item visited. An operation is charged before it runs: its steps
 and the bytes that it will allocate are added to the meter, which raises `LimitExceeded` beyond a limit. The cost often
-depends on the weight of a value, which is the value's size with a shared part counted every time it occurs.
+depends on the weight of a value: its size, counting a shared part each time it occurs.
 
 Importing this module imports jinja2.
 """
@@ -32,15 +32,15 @@ class Limits(Frozen):
     source: int = 1 << 17
     """Characters of the template."""
     nodes: int = 20_000
-    """Nodes of its syntax tree."""
+    """Nodes of the template's syntax tree."""
     tables: int = 500_000
-    """Number of names times number of conditions, loops and macros."""
+    """Number of names, multiplied by the number of conditions, loops and macros."""
     code: int = 400_000
     """Characters of the Python code that the template becomes."""
     steps: int = 20_000_000
-    """Nodes evaluated and items visited in one rendering; copying 64 characters counts as one."""
+    """Nodes evaluated and items visited in one rendering; copying 64 characters counts as one step."""
     operation: int = 2_000_000
-    """Steps of one operation inside the interpreter. Ctrl-C waits for such an operation, at most about 0.2 seconds."""
+    """Steps of one operation inside the interpreter. Ctrl-C waits for the operation, at most about 0.2 seconds."""
     allocated: int = 1 << 27
     """Bytes of text and lists allocated in one rendering, including those freed again."""
     depth: int = 100
@@ -87,12 +87,12 @@ class Weight:
 
     @property
     def steps(self) -> int:
-        """Return the number of steps of comparing, hashing or copying the value."""
+        """Return the number of steps that comparing, hashing or copying the value takes."""
         return self.items + (self.text >> 6)
 
     @property
     def printed(self) -> int:
-        """Return the maximum length of `repr` or JSON. An escape takes 6 characters, or 12 beyond U+FFFF."""
+        """Return an upper bound on the length as `repr` or JSON. An escape takes 6 characters, or 12 beyond U+FFFF."""
         return self.text * (12 if self.width == 4 else 6) + self.other + 8 * self.items
 
 
@@ -156,8 +156,8 @@ class Meter:
     def release(self) -> None:
         """Release the values of this rendering."""
         self._weights.clear()  # a stored error may keep this meter alive
-        # jinja2's objects form cycles. Python decides by the number of objects when to collect cycles, not by their
-        # bytes.
+        # jinja2's objects form cycles. The number of objects decides when Python collects cycles, not
+        # their size.
         if self._allocated > self.limits.allocated >> 2:
             gc.collect()
 
@@ -278,14 +278,14 @@ def _leaf(value: Any) -> Weight:
 
 
 def _item_size(value: Any) -> int:
-    """Return the bytes that a list item takes: a pointer, plus the item itself if the list creates it."""
+    """Return the bytes that a list item takes: a pointer, plus the item itself if making the list creates it."""
     if isinstance(value, str):
         return 8 if value.isascii() else 88
     return 88 if isinstance(value, (range, ITEMS)) else 8
 
 
 class LazyItems:
-    """The iterator of a lazy filter. It charges each item."""
+    """The iterator of a lazy filter. It charges for each item."""
 
     __slots__ = ("_items", "_meter")
 

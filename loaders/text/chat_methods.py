@@ -1,6 +1,6 @@
 """The methods and attributes that a chat template may use, with the cost of each call.
 
-The sandbox refuses all other names, including methods that future Pythons add.
+The sandbox refuses all other names, including methods that future versions of Python add.
 Importing this module imports jinja2.
 """
 
@@ -17,7 +17,7 @@ from .chat_meter import ITEMS, KEYS, VALUES, Meter, size, width
 Cost = tuple[int, int]
 """The cost of a call: bytes allocated, and steps."""
 CostOf = Callable[[Meter, Any, tuple[Any, ...]], Cost]
-"""A function that returns the cost of a method call from the owner and all arguments."""
+"""A function that returns the cost of a method call, given the meter, the owner and all arguments."""
 
 _SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
@@ -103,7 +103,7 @@ def _partition_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def lines_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Return the cost of as many lines as possible: one more than the number of characters that may end a line."""
+    """Return the cost of splitting a text into lines, if every character that may end a line ends one."""
     count = 1 + sum(map(text.count, _LINE_ENDS))
     return size(text) + _PIECE * count, (len(text) >> 4) + count
 
@@ -119,7 +119,7 @@ def _tabs(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def replace_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Return the cost of the result, whose size follows from the number of occurrences."""
+    """Return the cost of a replacement. The number of occurrences determines the size of the result."""
     old, new, most = _text(args, 0), _text(args, 1), _number(args, 2, -1)
     places = text.count(old)
     places = places if most < 0 else min(places, most)
@@ -245,7 +245,7 @@ ATTRIBUTES: dict[type, frozenset[str]] = {
 
 
 def charge(meter: Meter, owner: Any, name: str, args: tuple[Any, ...]) -> None:
-    """Charge a call of a method in `METHODS` before it runs."""
+    """Charge for a call of a method in `METHODS` before it runs."""
     texts = [value for value in (owner, *args) if isinstance(value, str)]
     meter.step(1 + (sum(map(len, texts)) >> 5))  # computing the cost reads the texts
     allocated, steps = METHODS[type(owner)][name](meter, owner, args)

@@ -5,12 +5,12 @@ A template can use only a closed set of operations, and each is charged before i
 - `chat_instrument` rewrites the syntax tree before compilation, so that the sandbox also executes loop iterations,
   macros, comparisons, slices, lists and `~`. Every jinja2 sandbox already executes operators, calls and attributes
   itself.
-- `chat_meter` weighs values. The weight is the size of a value with shared parts counted each time. A list that
+- `chat_meter` weighs values. The weight is the size of a value, counting a shared part each time it occurs. A list that
   contains the same list twice, and so on forty levels deep, weighs a trillion items, although it takes a few kilobytes.
 - `chat_filters` and `chat_methods` list the filters, tests and methods that a template may use, and compute their cost
   from the arguments.
 
-A child process with limits of the operating system is no alternative. Starting one takes longer than a hundred
+A child process with limits of the operating system is no alternative. Starting a process takes longer than a hundred
 renderings, and many host programs cannot start child processes. Importing this module imports jinja2.
 """
 
@@ -105,7 +105,7 @@ class Sandbox(SandboxedEnvironment):
         self.globals = {**FUNCTIONS}
 
     def with_meter(self, meter: Meter) -> "Sandbox":
-        """Return an environment for another rendering, which shares everything but the meter."""
+        """Return a copy of the environment for another rendering, with a meter of its own."""
         other = object.__new__(Sandbox)
         other.__dict__.update(self.__dict__)
         other.meter = meter
@@ -197,12 +197,12 @@ class Sandbox(SandboxedEnvironment):
     # Methods that the rewritten syntax tree calls
 
     def metered_turn(self, steps: int, kept: int) -> None:
-        """Charge one run of a body."""
+        """Charge for one run of a body."""
         self.meter.step(steps)
         self.meter.allocate(kept)
 
     def metered_test(self) -> bool:
-        """Charge one test of a loop's condition."""
+        """Charge for one test of a loop's condition."""
         self.meter.step()
         self.meter.allocate(96)
         return True
@@ -216,7 +216,7 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_container(self, value: Any) -> Any:
-        """Charge a search in `value`."""
+        """Charge for a search in `value`."""
         if isinstance(value, LazyItems):
             return (self.metered_operand(item) for item in value)
         if isinstance(value, (str, dict)):
@@ -224,7 +224,7 @@ class Sandbox(SandboxedEnvironment):
         return self.metered_operand(value)
 
     def metered_sequence(self, value: Any) -> Any:
-        """Charge a search for a constant in `value`."""
+        """Charge for a search for a constant in `value`."""
         if isinstance(value, str):
             self.meter.step(len(value) >> 5)
         elif isinstance(value, (list, tuple, range, *VIEWS)):
@@ -232,7 +232,7 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_new(self, value: Any) -> Any:
-        """Charge a new list, tuple or dict."""
+        """Charge for a new list, tuple or dict."""
         self.meter.weigh(value)
         return value
 
@@ -249,11 +249,11 @@ class Sandbox(SandboxedEnvironment):
         raise jinja2.TemplateRuntimeError(f"a key of type {type(value).__name__} is not allowed")
 
     def metered_arguments(self, value: Any) -> list[Any]:
-        """Charge the unpacking of `value` into arguments: `f(*value)`."""
+        """Charge for the unpacking of `value` into arguments: `f(*value)`."""
         return self.meter.to_list(value)
 
     def metered_keywords(self, value: Any) -> Any:
-        """Charge the unpacking of `value` into keyword arguments: `f(**value)`."""
+        """Charge for the unpacking of `value` into keyword arguments: `f(**value)`."""
         if not isinstance(value, dict):
             raise TypeError(f"argument after ** must be a mapping, not {type(value).__name__!r}")
         self.meter.step(len(value))

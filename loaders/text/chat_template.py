@@ -38,9 +38,9 @@ class ChatTemplate:
 
     Args:
         source: Jinja source.
-        bos_token: the variable `bos_token` of the template; None leaves it undefined, which prints as nothing.
-        eos_token: the same for `eos_token`.
-        limits: limits of a compilation and of a rendering.
+        bos_token: value of the template's variable `bos_token`; None leaves it undefined, so that it prints as nothing.
+        eos_token: value of the variable `eos_token`, likewise.
+        limits: limits of the compilation, and of each rendering.
 
     Raises:
         PrecastError: the source is too long, or it is not a template.
@@ -70,9 +70,9 @@ class ChatTemplate:
 
         Args:
             messages: each a dict with `role` (str) and `content` (str, or a list of parts such as
-                ``{"type": "text", "text": "…"}``, which are joined by line ends for a template that accepts only
+                ``{"type": "text", "text": "…"}``, which are joined with newlines for a template that accepts only
                 text). Content may be missing or None if the message has another key such as `tool_calls`. The
-                template receives all other keys that are not None.
+                template receives all other keys whose value is not None.
             options: the template's other inputs; None means the defaults.
 
         Raises:
@@ -106,7 +106,7 @@ class ChatTemplate:
         }
 
     def render_values(self, values: Mapping[str, Any]) -> str:
-        """Return the prompt for the result of `values`.
+        """Return the prompt for values that the method `values` returned.
 
         Raises:
             PrecastError: the template refuses the values, fails or exceeds a limit.

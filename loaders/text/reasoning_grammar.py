@@ -8,19 +8,19 @@ if TYPE_CHECKING:
     from .answer_formats import ReasoningSyntax
     from .tokenizer import Tokenizer
 
-# Line ends between the reasoning and the answer, which the parser of answers removes.
+# Newlines between the reasoning and the answer. The answer parser removes them.
 _GAP = r"GAP: /\n{1,4}/"
 
 
 def reasoning_grammar(
     syntax: "ReasoningSyntax", prompt: str, tokenizer: "Tokenizer", *, is_open: bool
 ) -> str:
-    """Return the rule ``reasoned`` of an answer after its reasoning; empty if the prompt allows no reasoning.
+    """Return the rule ``reasoned``: reasoning, and then the answer. Return "" if the prompt allows no reasoning.
 
-    The rule refers to the rules ``answer``, which is the answer itself, and ``space``, for a space before the text.
-    If the prompt has opened the reasoning, the answer must close it. Otherwise a model may reason if it has a token for
-    the marker, or the prompt mentions the marker. A prompt that ends with closed reasoning allows no more of it; with
-    such a prompt, templates turn reasoning off.
+    It refers to the rule ``answer``, the answer itself, and to the rule ``space``, a space before the text. If the
+    prompt has opened the reasoning, the model must close it. Otherwise the model may reason if its vocabulary has a
+    token for the opening marker, or if the prompt contains that marker. If the prompt ends with the closing marker, the
+    model must not reason, because templates end a prompt in this way to turn reasoning off.
 
     Args:
         syntax: the form of the reasoning.

@@ -1,4 +1,4 @@
-"""The tokenizer of an artifact: encoding, decoding token by token, chat prompts.
+"""The tokenizer of an artifact: encoding, decoding token by token, and chat prompts.
 
 `tokenizers` is imported when a tokenizer is made, and jinja2 at the first chat, because imports delay the first token.
 """
@@ -152,7 +152,7 @@ class Tokenizer:
         token themselves.
 
         Raises:
-            PrecastError: the text contains half of a surrogate pair, which no tokenizer can encode.
+            PrecastError: the text contains a lone surrogate, which no tokenizer can encode.
         """
         return list(encode(self._library, text, add_special_tokens=add_special_tokens).ids)
 
@@ -174,7 +174,7 @@ class Tokenizer:
 
         Args:
             skip_special_tokens: leave out special tokens.
-            shown: spellings of special tokens to keep nevertheless.
+            shown: spellings of special tokens to keep even then.
         """
         skipped = self._special_ids if skip_special_tokens else frozenset[int]()
         skipped -= {self._library.token_to_id(token) for token in shown}
@@ -273,7 +273,7 @@ class Tokenizer:
             reason = f"this artifact has no chat template named {name!r}"
         if name not in self._templates:
             known = ", ".join(sorted(self._templates))
-            raise PrecastError(f"Chat: {reason}; name a template that it has (template=…): {known}.")
+            raise PrecastError(f"Chat: {reason}; choose one of its templates with template=…: {known}.")
         return name
 
     @cached_property

@@ -18,7 +18,7 @@ def encode(library: "LibraryTokenizer", text: str, *, add_special_tokens: bool) 
         The ids, with their offsets in the text.
 
     Raises:
-        PrecastError: the text contains half of a surrogate pair, which no tokenizer can encode.
+        PrecastError: the text contains a lone surrogate, which no tokenizer can encode.
     """
     try:
         with translate_errors(

@@ -25,7 +25,7 @@ class ToolCall(NamedTuple):
     Attributes:
         id: identifier of the call, unique within the answer: the model's own, or else nine letters and digits.
         name: name of the tool.
-        arguments: a JSON object, as text.
+        arguments: the JSON of an object.
     """
 
     id: str
@@ -38,7 +38,7 @@ class RawCall(NamedTuple):
 
     Attributes:
         name: name of the tool.
-        arguments: a JSON object, as text.
+        arguments: the JSON of an object.
         id: the model's own identifier, or None.
     """
 
@@ -69,7 +69,7 @@ class _Brackets:
     """A search for the bracket that closes the first bracket, across pieces of text. It takes linear time.
 
     Args:
-        start: place of the first bracket.
+        start: index of the first bracket.
         quotes: characters that enclose strings.
     """
 
@@ -79,7 +79,7 @@ class _Brackets:
         self._inside = {quote: re.compile(rf"[{quote}\\]") for quote in quotes}
 
     def end(self, text: str) -> int | None:
-        """Return the place after the closing bracket; None if that bracket has not arrived yet."""
+        """Return the index after the closing bracket; None if that bracket has not arrived yet."""
         if len(text) > _LONGEST:
             raise NoCall
         while found := (self._inside[self._quote] if self._quote else self._plain).search(text, self._at):
@@ -126,7 +126,7 @@ class _BracketedBody:
 
 
 class JsonBody(_BracketedBody):
-    """A JSON object, or an array of them: ``{"name": "weather", "arguments": {"place": "Paris"}}``."""
+    """A JSON object, or an array of such objects: ``{"name": "weather", "arguments": {"place": "Paris"}}``."""
 
     def __init__(self) -> None:
         super().__init__("{[", '"')
@@ -267,7 +267,7 @@ class CodeBody:
 class XmlBody:
     """Qwen3-Coder's body: ``<function=weather><parameter=place>Paris</parameter></function>``.
 
-    All arguments are texts; `typed` gives them the types of a schema. The form has no escapes, so a text cannot
+    All arguments are strings; `typed` gives them the types of a schema. The form has no escapes, so a string cannot
     contain the markers.
     """
 
@@ -297,12 +297,15 @@ class XmlBody:
 
 
 def typed(arguments: str, schema: Mapping[str, Any]) -> str:
-    """Return arguments with the types of a tool's schema, for models that write all arguments as text.
+    """Convert arguments to the types of a tool's schema, for models that write every argument as a string.
 
     Args:
-        arguments: a JSON object of texts, as text.
-        schema: JSON Schema of the tool's parameters. An argument stays a text if the schema allows a text, if the
-            parameter is unknown, or if the text is not JSON.
+        arguments: the JSON of an object whose values are strings.
+        schema: JSON Schema of the tool's parameters. An argument stays a string if the schema allows a string, if the
+            parameter is unknown, or if the string is not JSON.
+
+    Returns:
+        The JSON of the object with converted values.
     """
     properties = schema.get("properties")
     known = properties if isinstance(properties, Mapping) else {}
@@ -331,7 +334,7 @@ def _value_of(text: str) -> Any:
     return value
 
 
-# Functions that make a body, by kind; the argument is the marker after the body.
+# Functions that make a body, by kind. Their argument is the marker after the body.
 BODIES: Mapping[str, Callable[[str], Body]] = {
     "json": lambda _: JsonBody(),
     "named_json": lambda _: NamedJsonBody(),
@@ -344,7 +347,7 @@ BODIES: Mapping[str, Callable[[str], Body]] = {
 
 
 def _first(text: str, allowed: str) -> int | None:
-    """Return the place of the first visible character; None if there is none yet.
+    """Return the index of the first visible character; None if there is none yet.
 
     Raises:
         NoCall: the character is not in `allowed`, or too many spaces come before it.
@@ -369,7 +372,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _json_call(value: Any) -> RawCall:
-    """Return a call from a JSON object, which holds name and arguments directly or below its key "function"."""
+    """Return a call from a JSON object, which holds name and arguments itself or under its key "function"."""
     if isinstance(value, dict) and isinstance(inner := value.get("function"), dict):
         value = {"id": value.get("id"), **inner}
     if not isinstance(value, dict):
@@ -399,7 +402,7 @@ def _raw_call(name: Any, arguments: Any, identifier: str | None) -> RawCall:
 
 
 def _is_text(text: str) -> bool:
-    """Return True if UTF-8 can encode a text; it cannot encode half of a surrogate pair."""
+    """Return True if UTF-8 can encode a text; it cannot encode a lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -408,6 +411,6 @@ def _is_text(text: str) -> bool:
 
 
 def tool_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the JSON Schema of each tool's parameters, by name; the tools are those of `checked_tools`."""
+    """Return the JSON Schema of each tool's parameters, by tool name; `tools` is a result of `checked_tools`."""
     functions = (tool.get("function", tool) for tool in tools)
     return {function["name"]: function.get("parameters") or {} for function in functions}

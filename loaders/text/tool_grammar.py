@@ -1,4 +1,4 @@
-"""The grammar of an answer that is nothing but tool calls, in llguidance's variant of Lark's syntax.
+"""The grammar of an answer that consists of tool calls only, in llguidance's variant of Lark's syntax.
 
 The arguments of a call follow the JSON Schema of its tool.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .answer_formats import AnswerFormat
     from .tokenizer import Tokenizer
 
-# The choice that requires a call, of any tool. Every other choice is the name of the tool to call.
+# The choice that requires a call of any tool. Every other choice is the name of the tool to call.
 REQUIRED = "required"
 _MOST_CALLS = 16
 # Separators as templates write them. If any whitespace were allowed, a model might repeat it without end.
@@ -26,7 +26,7 @@ class ToolGrammar(NamedTuple):
 
     Attributes:
         lark: the grammar, which refers to the schemas as ``@arguments_0``, ``@arguments_1`` and so on.
-        schemas: name of each tool, and JSON Schema of its arguments.
+        schemas: pairs of a tool's name and the JSON Schema of its arguments.
     """
 
     lark: str
@@ -40,12 +40,12 @@ def tool_grammar(
 
     Args:
         form: the form of the answer.
-        tools: tools in the form of `checked_tools`.
+        tools: a result of `checked_tools`.
         choice: "required" for calls of any tools, or the name of the only tool to call.
         tokenizer: the model's tokenizer.
 
     Raises:
-        PrecastError: no tool has this name, or the family's calls are not JSON.
+        PrecastError: no tool has the chosen name, or the calls of the model family are not JSON.
     """
     functions = [tool.get("function", tool) for tool in tools]
     chosen = [f for f in functions if choice in (REQUIRED, f["name"])]

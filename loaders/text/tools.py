@@ -7,17 +7,20 @@ from typing import Any
 from ..artifact.errors import PrecastError
 from .chat_messages import plain_json
 
-_TOOL = '{"type": "function", "function": {"name": text, "description": text, "parameters": JSON Schema of an object}}'
-# The parser of tool calls accepts no longer names.
+_TOOL = (
+    '{"type": "function", "function": {"name": string, "description": string, "parameters":'
+    " JSON Schema of an object}}"
+)
+# The parser of tool calls accepts names up to this length.
 _LONGEST_NAME = 256
 
 
 def checked_tools(tools: Any, source: str = "Chat") -> list[dict[str, Any]]:
-    """Return tools as plain JSON objects, in the given form: with the outer "function" or without.
+    """Return tools as plain JSON objects. Each keeps its form, with or without the outer key "function".
 
     Args:
         tools: the tools.
-        source: the origin of the tools, for error texts.
+        source: the beginning of error texts.
 
     Raises:
         PrecastError: the value is not a list of tools, or two tools have the same name.
@@ -39,14 +42,14 @@ def checked_tools(tools: Any, source: str = "Chat") -> list[dict[str, Any]]:
         json.dumps(plain, ensure_ascii=False, allow_nan=False).encode()
     except ValueError:
         raise PrecastError(
-            f"{source}: expected tools to be JSON, found a number that is not finite or has too many digits, or half of"
-            " a surrogate pair in a text."
+            f"{source}: expected tools to be JSON, found a number that is not finite or has too many digits, or a"
+            " string with a lone surrogate."
         ) from None
     return plain
 
 
 def _fault(tool: dict[str, Any], names: set[str]) -> str:
-    """Return the difference between a tool and the expected form, or ""; add its name to the names."""
+    """Return the first fault of a tool, or "" if it has none; add the tool's name to `names`."""
     kind = tool.get("type")
     if kind not in (None, "function"):
         return f"the type {kind!r:.60}"

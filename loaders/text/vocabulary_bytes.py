@@ -20,11 +20,11 @@ SPECIAL = b"\xff"
 def vocabulary_bytes(tokenizer: "Tokenizer", size: int) -> list[bytes]:
     """Return the bytes of each token.
 
-    A special token, or an added token spelt ``<…>``, is not text: its bytes are `SPECIAL` and its spelling.
+    A special token, or an added token spelt ``<…>``, is not text. Its bytes are `SPECIAL`, followed by its spelling.
 
     Args:
         tokenizer: the tokenizer.
-        size: V, the number of ids; an id without a token gets `SPECIAL` and its number.
+        size: V, the number of ids. The bytes of an id without a token are `SPECIAL`, followed by ``<[id]>``.
 
     Raises:
         PrecastError: a token's text depends on its neighbours.
@@ -56,7 +56,7 @@ def mark_token(tokenizer: "Tokenizer", text: str) -> int | None:
 
 
 def grammar_symbol(tokenizer: "Tokenizer", text: str) -> str:
-    """Return a marker in the form of a Lark grammar: as a token, or else as text."""
+    """Return a marker as a symbol of a Lark grammar: its token, or else a string."""
     token = mark_token(tokenizer, text)
     return json.dumps(text) if token is None else f"<[{token}]>"
 

@@ -76,7 +76,7 @@ def test_an_unknown_template_name(checkpoint):
     with pytest.raises(PrecastError) as caught:
         ours.render_chat(USER, template="tools")
     assert str(caught.value) == (
-        "Chat: this artifact has no chat template named 'tools'; name a template that it has (template=…): "
+        "Chat: this artifact has no chat template named 'tools'; choose one of its templates with template=…: "
         "default, rag, tool_use."
     )
 
@@ -86,7 +86,7 @@ def test_a_model_without_a_default_template(checkpoint):
     with pytest.raises(PrecastError) as caught:
         ours.render_chat(USER)
     assert str(caught.value) == (
-        "Chat: this artifact has no default chat template; name a template that it has (template=…): rag, tool_use."
+        "Chat: this artifact has no default chat template; choose one of its templates with template=…: rag, tool_use."
     )
     assert ours.render_chat(USER, ChatOptions(tools=TOOLS)) == "t"
 

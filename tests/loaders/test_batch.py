@@ -314,7 +314,11 @@ BAD: list[tuple[bytes | dict[str, Any], str, str]] = [
         "invalid_json_line",
         "SOURCE: line N: expected a JSON object, found JSON that is nested too deeply.",
     ),
-    ({"prompt": "a", "top": 3}, "invalid_request", "Sampling parameters: 'top' is unknown"),
+    (
+        {"prompt": "a", "top": 3},
+        "invalid_request",
+        "Sampling parameters: found the unknown parameter 'top'; use one of",
+    ),
     ({"prompt": LONG}, "invalid_request", "prompt: "),
     ({"messages": [{"role": "user", "content": LONG}]}, "invalid_request", "prompt: "),
     (

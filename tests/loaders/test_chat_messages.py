@@ -75,7 +75,7 @@ def test_content_may_be_missing_beside_another_key(extra: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("extra", [{}, {"tool_calls": None}, {"name": "n"}, {"refusal": None, "audio": None}])
 def test_an_empty_message_is_refused(extra: dict[str, Any]) -> None:
-    with pytest.raises(PrecastError, match=r"found a content of type NoneType\.$"):
+    with pytest.raises(PrecastError, match=r"found content of type NoneType\.$"):
         template("x").render([{"role": "assistant", "content": None, **extra}])
 
 

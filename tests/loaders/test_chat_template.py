@@ -192,15 +192,15 @@ def test_a_failure_is_one_sentence(source: str, message: str) -> None:
             [*CHAT, {"content": "x"}],
             r"expected messages\[4\] to be a message .*, found a role of type NoneType",
         ),
-        ([{"role": "user"}], r"expected messages\[0\] to be a message .*, found a content of type NoneType"),
-        ([{"role": "user", "content": 3}], r"expected messages\[0\] .*, found a content of type int"),
+        ([{"role": "user"}], r"expected messages\[0\] to be a message .*, found content of type NoneType"),
+        ([{"role": "user", "content": 3}], r"expected messages\[0\] .*, found content of type int"),
         (
             [{"role": "u", "content": [object()]}],
             r"expected messages\[0\] to be plain JSON, found a value of type object",
         ),
         (
             [{"role": "u", "content": "", "x": {1: 2}}],
-            r".*, found a value of type dict with keys that are not text",
+            r".*, found a value of type dict with keys that are not strings",
         ),
     ],
 )
@@ -243,7 +243,7 @@ def test_deep_messages_are_one_sentence() -> None:
         content = [content]
     with pytest.raises(
         PrecastError,
-        match=r"^Chat: expected messages\[0\] to be nested at most 64 deep, found more; flatten it\.$",
+        match=r"^Chat: expected messages\[0\] to be nested at most 64 levels deep, found more; flatten it\.$",
     ):
         render("x", messages=[{"role": "user", "content": content}])
 

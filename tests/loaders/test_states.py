@@ -306,7 +306,7 @@ def test_tokens_and_messages_are_checked(answered, tmp_path):
     with pytest.raises(PrecastError) as error:
         model.save_state(tmp_path / "x.state", PROMPT, messages=[{"role": "user", "content": b"x"}])
     assert str(error.value) == (
-        'Chat: expected messages[0] to be a message {"role": text, "content": text or a list of parts}, found a content'
+        'Chat: expected messages[0] to be a message {"role": string, "content": string or list of parts}, found content'
         " of type bytes."
     )
     with pytest.raises(PrecastError) as error:

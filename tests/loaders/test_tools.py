@@ -16,7 +16,10 @@ from precast.loaders.text.chat_template import ChatOptions
 from precast.loaders.text.tools import checked_tools
 
 GOOD: dict[str, Any] = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-FORM = '{"type": "function", "function": {"name": text, "description": text, "parameters": JSON Schema of an object}}'
+FORM = (
+    '{"type": "function", "function": {"name": string, "description": string, "parameters":'
+    " JSON Schema of an object}}"
+)
 MESSAGES = [{"role": "user", "content": "the cat"}]
 
 
@@ -70,17 +73,20 @@ MALFORMED: list[tuple[Any, str]] = [
 ]
 ERRORS = [(tool, f"expected tools[1] to be a tool {FORM}, {found}.") for tool, found in MALFORMED]
 ERRORS.append(
-    (named(parameters=deep(70)), "expected tools[1] to be nested at most 64 deep, found more; flatten it.")
+    (
+        named(parameters=deep(70)),
+        "expected tools[1] to be nested at most 64 levels deep, found more; flatten it.",
+    )
 )
 NO_JSON = (
-    "expected tools to be JSON, found a number that is not finite or has too many digits, or half of a surrogate pair"
-    " in a text."
+    "expected tools to be JSON, found a number that is not finite or has too many digits, or a string with a lone"
+    " surrogate."
 )
 # Tools that no JSON file can hold, or that a strict parser of JSON refuses.
 OBJECTS: list[tuple[Any, str]] = [
     (print, f"expected tools[1] to be a tool {FORM}, found a function; give its JSON schema."),
     (named(parameters={"a": {1, 2}}), "expected tools[1] to be plain JSON, found a value of type set."),
-    (named(x={3: 4}), "expected tools[1] to be plain JSON, found a value of type dict with keys that are not text."),
+    (named(x={3: 4}), "expected tools[1] to be plain JSON, found a value of type dict with keys that are not strings."),
     (named(parameters={"maximum": float("nan")}), NO_JSON),
     (named(parameters={"maximum": float("inf")}), NO_JSON),
     (named(parameters={"maximum": 10**5000}), NO_JSON),
