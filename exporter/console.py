@@ -72,15 +72,15 @@ def _console(*, stderr: bool) -> Console:
 def _show_cursor(console: Console) -> None:
     """Show the cursor, which progress bars hide.
 
-    An interrupt may come while a line is half written, so the code is written to the file descriptor, not to the
-    stream.
+    An interrupt may come while a line is half written, so the escape sequence goes to the file descriptor instead of
+    the stream.
     """
     if console.is_terminal:
         os.write(sys.stderr.fileno(), b"\x1b[?25h")
 
 
 def _report(console: Console, built: list[BuiltProgram], show: Progress, step: Step) -> None:
-    """Print a built program and append it to `built`; show any other step as progress."""
+    """Show a step as progress; if the step is a built program, print it and append it to `built` instead."""
     if not isinstance(step, BuiltProgram):
         show(step)
         return

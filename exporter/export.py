@@ -41,11 +41,11 @@ def export(
         source: the model.
         output: folder to write.
         options: the options of the export.
-        log: called with remarks on the source, and with the name of each step.
-        progress: called with the state of long work, and with a `BuiltProgram` for each program that was built.
+        log: called with each remark on the source, and with the name of each step.
+        progress: called with the state of long work, and with a `BuiltProgram` for each program that has been built.
 
     Raises:
-        PrecastError: the source or the options cannot be exported faithfully, `output` exists, a file cannot be
+        PrecastError: the source cannot be exported faithfully with these options, `output` exists, a file cannot be
             written, or the artifact's answers differ from the reference's.
     """
     # 1. Check everything that can be checked before writing.

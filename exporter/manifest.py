@@ -30,7 +30,7 @@ _PACKAGES = ("precast", "jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
 
 
 def make_manifest(plan: ExportPlan, targets: Sequence[Target]) -> Manifest:
-    """Return the manifest, without fidelity and file hashes."""
+    """Return the manifest of a new artifact; its fidelity and its file hashes are still empty."""
     source = plan.source
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -69,7 +69,7 @@ def write_manifest(folder: Path, manifest: Manifest, weights_sha256: str) -> Man
 
     Args:
         folder: the artifact, complete except for these two files.
-        manifest: the manifest as returned by `make_manifest`; its `files` are replaced.
+        manifest: the manifest from `make_manifest`; its `files` are replaced.
         weights_sha256: the hash of the weight file, which is too large to be read again.
 
     Returns:
@@ -103,13 +103,13 @@ def _model_info(plan: ExportPlan) -> ModelInfo:
 
 
 def _laid_out(arrays: Sequence[CacheArray], target: Target) -> tuple[CacheArray, ...]:
-    """Return the arrays of the KV cache with the layouts of a target."""
+    """Return the arrays of the KV cache with the layouts that a target gives them."""
     layouts = {value.name: value.layout for value in target.of_kind("decode")[0].arguments}
     return tuple(dataclasses.replace(array, layout=layouts[array.name]) for array in arrays)
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that shape an artifact."""
+    """Return the versions of Python and of the installed packages that affect an artifact."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

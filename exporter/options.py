@@ -16,8 +16,8 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_BUCKETS = (64, 128, 512)
 DEFAULT_SLOTS = 8
 _MOST_SLOTS = 256
-# Idle slots of these targets take no time. Empty slots take no memory in target cpu. In target portable they do, but it
-# shares the number of slots with cpu.
+# Idle slots of these targets take no time. Empty slots take no memory with cpu, but they do with portable. A default
+# export has both, and all targets of an artifact have the same number of slots.
 _CHEAP_SLOTS = ("cpu", "portable")
 # The largest KV cache that the default number of slots may take; the default is lower if it would take more. A system
 # may refuse to reserve more address space than it has memory, even for pages that are never touched.
@@ -31,9 +31,9 @@ class ExportOptions:
     Attributes:
         buckets: prompt lengths to compile a prefill program for; None for those of `DEFAULT_BUCKETS` that fit the
             context.
-        context: S, positions of a slot; None for the model's own limit, at most `DEFAULT_CONTEXT`.
-        slots: B, sequences decoded together; None for `DEFAULT_SLOTS`, or fewer if the KV cache would be large, or 1
-            with a target other than cpu and portable, where idle slots take memory or time.
+        context: S, positions of a slot; None for the model's own limit, but at most `DEFAULT_CONTEXT`.
+        slots: B, sequences decoded together; None for `DEFAULT_SLOTS`, or fewer if the KV cache would be large. None
+            means 1 if there is a target other than cpu and portable, because its idle slots take memory or time.
         weights: storage format of the weights, a key of `FORMATS`.
         kv_cache: type of the KV cache, one of `CACHE_TYPES`; None for float32 with float32 weights, else bfloat16.
         targets: keys of `TARGET_KINDS`.
@@ -74,7 +74,7 @@ def check_options(options: ExportOptions) -> None:
 
 
 def choose_geometry(options: ExportOptions, spec: ModelSpec) -> Geometry:
-    """Choose context, buckets and KV cache for a model.
+    """Choose the context, the buckets, the type of the KV cache and the number of slots for a model.
 
     Raises:
         PrecastError: an option has an impossible value, or one that does not fit the model.
@@ -112,7 +112,7 @@ def _default_slots(options: ExportOptions, spec: ModelSpec, one: Geometry) -> in
 
 def _check_choice(option: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        raise PrecastError(f"--{option}: {value!r} is not supported, expected one of {', '.join(known)}.")
+        raise PrecastError(f"--{option}: expected one of {', '.join(known)}, found {value!r}.")
 
 
 def _check_buckets(buckets: Sequence[int]) -> None:
@@ -122,7 +122,7 @@ def _check_buckets(buckets: Sequence[int]) -> None:
         if bucket < 1:
             raise PrecastError(f"--buckets: expected prompt lengths of 1 or more, found {bucket}.")
         if buckets.count(bucket) > 1:
-            raise PrecastError(f"--buckets: {bucket} is named twice; name each length once.")
+            raise PrecastError(f"--buckets: {bucket} is given twice; give each length once.")
 
 
 def _check_targets(targets: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ class ExportPlan:
         source: the model to export.
         weights: storage format of the weights, a key of `FORMATS`.
         geometry: context, slots, buckets and type of the KV cache.
-        stored: the model and the storage format of each of its parameters; its spec is adapted to the context.
+        stored: the model, adapted to the context, and the storage format of each of its parameters.
         weight_plan: the source tensors of each parameter.
         sampling: the model's own sampling defaults.
         created: day of the export.
@@ -50,7 +50,7 @@ def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
     """Check a source and the options, and decide everything about the artifact.
 
     Raises:
-        PrecastError: the source or the options cannot be exported faithfully.
+        PrecastError: the source cannot be exported faithfully with these options.
     """
     spec = read_model(source.config, source.name)
     geometry = choose_geometry(options, spec)
@@ -90,8 +90,8 @@ def _check_tokenizer(source: Source, vocab: int) -> None:
     for token in source.eos_token_ids:
         if not 0 <= token < vocab:
             raise PrecastError(
-                f"{source.name}: end token {token} is outside the model's {vocab} tokens; correct eos_token_id in its"
-                " configuration."
+                f"{source.name}: the end token has the id {token}, but the model embeds only {vocab} tokens; correct"
+                " eos_token_id in its configuration."
             )
 
 
@@ -116,13 +116,13 @@ def _sampling_defaults(source: Source) -> SamplingDefaults:
     )
     known = [field.name for field in dataclasses.fields(SamplingDefaults)]
     if unknown := sorted(set(source.sampling) - set(known)):
-        raise PrecastError(f"{where}: {unknown[0]!r} is unknown, expected one of {', '.join(known)}.")
+        raise PrecastError(f"{where}: expected one of {', '.join(known)}, found {unknown[0]!r}.")
     try:
         params = SamplingParams(**source.sampling)  # type: ignore[arg-type]  # it checks the types itself
         return SamplingDefaults(**{key: getattr(params, key) for key in source.sampling})
     except PrecastError as error:
         reason = str(error).removeprefix("Sampling parameters: ").rstrip(".")
-        raise PrecastError(f"{where}: {reason}; correct or remove it there.") from None
+        raise PrecastError(f"{where}: {reason}; correct or remove that key.") from None
 
 
 def _today() -> date:

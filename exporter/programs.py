@@ -30,7 +30,7 @@ class Geometry:
     """The sizes of an artifact's programs.
 
     Attributes:
-        context: S, positions of a slot.
+        context: S, number of positions in a slot.
         slots: B, sequences decoded together.
         buckets: prompt lengths with a prefill program.
         kv_cache: type of the cached keys and values, one of `CACHE_TYPES`.
@@ -43,7 +43,7 @@ class Geometry:
 
     @property
     def score_tokens(self) -> int:
-        """Tokens per call of the score program; ring buffers have no room for more tokens than the largest bucket."""
+        """Tokens in a call of the score program; ring buffers have no room for more tokens than the largest bucket."""
         return min(SCORE_TOKENS, max(self.buckets))
 
 
@@ -66,11 +66,11 @@ class StoredModel:
         return self.abstract.parameters
 
     def arrays(self) -> tuple[tuple[str, StoredArray], ...]:
-        """Return the arrays of all parameters with their names in the artifact, in the order of `bind`."""
+        """Return the arrays of all parameters, each with its name in the artifact, in the order that `bind` expects."""
         return tuple((p.name + a.suffix, a) for p in self.parameters for a in stored_arrays(p, self.formats))
 
     def bind(self, arrays: Sequence[Array]) -> Decoder:
-        """Return the model with these arrays, in the order of `self.arrays()`, as its weights."""
+        """Return the model with these arrays as its weights; their order is that of `self.arrays()`."""
         rest = iter(arrays)
         counts = [len(stored_arrays(p, self.formats)) for p in self.parameters]
         groups = [tuple(islice(rest, count)) for count in counts]
@@ -97,9 +97,9 @@ class ProgramSpec:
     """A function to compile. `Program` describes the compiled function in the manifest.
 
     Attributes:
-        name: name of the program: "decode", "prefill_64".
+        name: name of the program, such as "decode" or "prefill_64".
         kind: "cache", "prefill", "decode" or "score".
-        tokens: tokens of a sequence in each call.
+        tokens: number of tokens of each sequence in a call.
         arguments: the arguments, in order.
         results: the results, in order; `alias` names the argument whose memory a result reuses.
         function: the function from flat arguments to flat results.
@@ -116,7 +116,7 @@ class ProgramSpec:
 
     @property
     def donated(self) -> tuple[int, ...]:
-        """Indices of the donated arguments, whose memory the results reuse."""
+        """Indices of the donated arguments: those whose memory a result reuses."""
         aliased = {r.alias for r in self.results}
         return tuple(i for i, a in enumerate(self.arguments) if a.name in aliased)
 
@@ -129,14 +129,14 @@ def with_layouts(spec: ProgramSpec, layouts: Mapping[str, tuple[int, ...]]) -> P
     """Return the same program with other layouts of its caches and weights.
 
     The new program's arguments and results are row-major arrays whose axes are permuted into the order of the layout,
-    so the runtime handles row-major arrays only. The new program permutes the axes of its arguments back before the
-    computation, and the axes of its results after the computation. These transpositions copy nothing if the compiler
+    so the runtime handles row-major arrays only. The new program undoes the permutation of its arguments before the
+    computation, and permutes its results after the computation. These transpositions copy nothing if the compiler
     prefers the given layouts anyway.
 
     Args:
         spec: the program, with row-major arguments and results.
-        layouts: axes from the slowest to the fastest, by name of an argument or a result. Values not
-            listed keep their layout.
+        layouts: axes from the slowest to the fastest, by name of an argument or a result. Other arguments and results
+            keep their layout.
     """
 
     def laid_out(values: Sequence[Value]) -> tuple[Value, ...]:
@@ -169,8 +169,8 @@ _RING_STEP = 16
 def ring_size(window: int, geometry: Geometry) -> int:
     """Return the number of positions in the KV cache of a layer with this window; a window of 0 means no window.
 
-    A program writes a whole chunk of a prompt to the cache before the first token of the chunk attends. The chunk must
-    not overwrite the window of that token, so the cache holds a window and the longest chunk.
+    A program writes a whole chunk of a prompt to the cache before the chunk's first token attends. The chunk must not
+    overwrite the window of that token, so the cache has room for a window and the longest chunk.
     """
     needed = window + max(geometry.buckets) - 1
     return min(geometry.context, -(-needed // _RING_STEP) * _RING_STEP) if window else geometry.context
@@ -219,10 +219,10 @@ def cache_arrays(c: DecoderConfig, geometry: Geometry) -> tuple[CacheArray, ...]
 
 
 def build_programs(model: StoredModel, geometry: Geometry, ops: Ops) -> tuple[ProgramSpec, ...]:
-    """Return the programs of a target: the empty KV cache, a prefill for each bucket, decode, and score.
+    """Return the programs of a target: cache, a prefill program for each bucket, decode and score.
 
-    precast's kernels skip idle rows of decode. Without these kernels an idle row costs as much as any other, so there
-    is a second decode program for a single sequence.
+    In the decode program, precast's kernels skip idle rows. Without these kernels, an idle row costs as much as any
+    other, so there is a second decode program for a single sequence.
     """
     builder = _Builder(model=model, geometry=geometry, ops=ops)
     rows = {geometry.slots} if ops.kernels else {1, geometry.slots}
@@ -357,7 +357,7 @@ def _prefill(
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """Run one chunk of a slot's prompt: the first ``length`` of ``tokens [T]``, from position ``start`` on."""
+    """Run one chunk of a slot's prompt: the first `length` of the tokens ``[T]``, from position `start` on."""
     model, x, kv_caches = _chunk(tokens, length, start, slot, arrays, caches, bind, ops)
     last = gather_rows(x, (length - 1).reshape(1, 1))[0]  # [1, D]
     return _results(model, last, jnp.minimum(length, 1), kv_caches, ops)
@@ -373,7 +373,7 @@ def _score(
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """Run one chunk of a slot's sequence as `_prefill` does, with a result after each token."""
+    """Run one chunk of a slot's sequence as `_prefill` does, but return a result for each token."""
     model, x, kv_caches = _chunk(tokens, length, start, slot, arrays, caches, bind, ops)
     return _results(model, x, length, kv_caches, ops)
 
@@ -387,7 +387,7 @@ def _decode(
     bind: Callable[[Sequence[Array]], Decoder],
     ops: Ops,
 ) -> tuple[Array, ...]:
-    """Run one token of each of R sequences: ``tokens [R]`` at ``positions [R]`` of ``slots [R]``.
+    """Run one token of each of R sequences; tokens, positions and slots are each ``[R]``.
 
     Idle rows come last, with position −1.
     """
@@ -400,7 +400,7 @@ def _decode(
 
 
 def _results(model: Decoder, x: Array, used: Array, caches: KVCaches, ops: Ops) -> tuple[Array, ...]:
-    """Return token and logits of the first `used` rows of x ``[R, D]``, and the caches."""
+    """Return the tokens and the logits of the first `used` rows of x ``[R, D]``, and the caches."""
     logits = model.logits(x, ops, used)
     return ops.argmax(logits, used), logits, *(array for cache in caches for array in cache.arrays())
 
@@ -411,8 +411,8 @@ def _flops(c: DecoderConfig, context: int, *, tokens: int, rows: int) -> int:
     Args:
         c: the config.
         context: S.
-        tokens: tokens of all sequences.
-        rows: tokens with logits.
+        tokens: number of tokens in a call, of all sequences together.
+        rows: number of tokens whose logits are computed.
     """
     attention_width = c.heads * c.head_dim
     experts = 1 if c.mixture is None else c.mixture.experts_per_token

@@ -53,7 +53,7 @@ class StoredArray:
     """One of the arrays that store a parameter.
 
     Attributes:
-        suffix: the end of the array's name, after the parameter's name: "", ".scale" or ".minimum".
+        suffix: the part of the array's name after the parameter's name: "", ".scale" or ".minimum".
         shape: shape in the programs.
         dtype: "float32", "bfloat16", "float16", "int8" or "uint8".
     """
@@ -74,7 +74,7 @@ class Format(ABC):
     Attributes:
         name: its key in `FORMATS`.
         largest: largest magnitude that it can hold.
-        takes_blocks: True if `repack` can succeed.
+        takes_blocks: True if `repack` can convert some quantised blocks.
     """
 
     name: str
@@ -142,7 +142,7 @@ class _Grouped(Format):
 
     Attributes:
         dtype: type of the packed values.
-        inputs: length in bytes of the last axis of the packed values, which holds consecutive inputs of one output.
+        inputs: length in bytes of the last axis of the packed values, which contains consecutive inputs of one output.
         nibbles: values per byte.
         suffixes: name suffixes of the arrays that hold the coefficients.
         quantise: quantises groups ``[n, G]``.
@@ -274,8 +274,8 @@ def _quantise_int8(x: np.ndarray) -> _Quantised:
     """Find values -127..127 and a scale for each column.
 
     Try scales around max / 127. For each scale, round the values, refit the scale to the rounded values by least
-    squares, and compute the error. Use the refitted scale with the least error if it also beats plain rounding with
-    max / 127.
+    squares, and compute the error. Use the refitted scale with the least error, unless plain rounding with the scale
+    max / 127 has a smaller error.
     """
     most = np.maximum(x.max(0), -x.min(0))
     step = most / np.float32(127)
@@ -299,8 +299,8 @@ def _quantise_int4(x: np.ndarray) -> _Quantised:
     """Find values 0..15, a scale and a minimum for each column.
 
     Try several ranges, slightly clipped or widened at each end. For each range, round the values and fit the scale and
-    the minimum to them by least squares. Then round and fit the best range `_REFITS` times more, and use the result if
-    it beats plain rounding.
+    the minimum to them by least squares. Then round and fit the best range `_REFITS` times more. Use the result, unless
+    plain rounding has a smaller error.
     """
     low, high = x.min(0), x.max(0)
     step = (high - low) / np.float32(15)
@@ -339,7 +339,7 @@ def _search_int4(t: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _fit(t: np.ndarray, mean: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the least-squares scale and minimum for values q, and the variance of t that they explain."""
+    """Return the scale and minimum of the least-squares fit of t by q, and the variance of t that the fit explains."""
     total = q.sum(0)
     covariance = _dot(q, t) - total * mean
     variance = _dot(q, q) - total * total / len(t)

@@ -1,4 +1,4 @@
-"""Check and write the texts of an artifact: its tokenizer and its chat templates."""
+"""Check and write an artifact's tokenizer and chat templates."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def check_templates(source: Source) -> None:
         except PrecastError as error:
             which = "chat template" if name is None else f"chat template {name!r}"
             raise PrecastError(
-                f"{source.name}: its {which} is unusable ({str(error).rstrip('.')}); correct or remove it there."
+                f"{source.name}: its {which} is unusable ({str(error).rstrip('.')}); correct or remove the template."
             ) from None
 
 
@@ -58,9 +58,9 @@ _SAMPLES = ([_SYSTEM, _USER, {"role": "assistant", "content": "c"}, _USER], [_US
 def marker_remarks(source: Source) -> tuple[str, ...]:
     """Return a remark if the tokenizer splits a chat marker, such as <|im_start|>, into several tokens.
 
-    A chat marker is usually an added token, which a tokenizer never splits. A marker that is split is therefore missing
-    from the added tokens. Some models were trained in this way, so a split marker is not an error. The markers are
-    taken from a sample conversation, rendered with each template.
+    A chat marker is usually an added token, and a tokenizer never splits an added token. A marker that is split is
+    therefore missing from the added tokens. Some models were trained in this way, so a split marker is not an error.
+    The markers are taken from a sample conversation, which is rendered with each template.
     """
     tokenizer = read_tokenizer(source)
     names = [*([] if source.chat_template is None else ["default"]), *source.named_templates]
@@ -68,17 +68,17 @@ def marker_remarks(source: Source) -> tuple[str, ...]:
     split = [marker for marker in markers if len(tokenizer.encode(marker, add_special_tokens=False)) != 1]
     if not split:
         return ()
-    return (f"the chat template writes markers that are not one token each: {_listed(split)}",)
+    return (f"the tokenizer splits these markers of the chat template into several tokens: {_listed(split)}",)
 
 
 def bare_tokens(source: Source, vocab: int) -> str | None:
-    """Return a remark on added tokens that have no embedding; None if all tokens have one.
+    """Return a remark on the added tokens that have no embedding, or None if all of them have one.
 
     transformers loads a model with such tokens, but fails on every text that contains one of them.
 
     Args:
         source: the source.
-        vocab: number of the model's embeddings.
+        vocab: number of embeddings in the model.
     """
     bare = [f"{token!r:.40}" for token in read_tokenizer(source).tokens_from(vocab)]
     if not bare:

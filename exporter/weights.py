@@ -1,4 +1,4 @@
-"""Writing a checkpoint's tensors to the artifact's weight file, one tensor at a time."""
+"""Write a checkpoint's tensors to the artifact's weight file, one tensor at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .models.tensor_names import HEAD
 from .quantize import FORMATS, Format
 from .sources.base import QuantisedBlocks, Source, SourceTensor
 
-# Buffers that old checkpoints store, although they can be computed from the config.
+# Tensors that old checkpoints store, although they can be computed from the config.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq", "self_attn.masked_bias", "self_attn.bias")
 # Maximum number of ignored tensors that a remark names.
 _NAMED = 2
@@ -109,7 +109,7 @@ def _check_tied(source: Source) -> None:
     if not np.array_equal(head, embedding):
         raise PrecastError(
             f"{source.name}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; set"
-            " tie_word_embeddings to false in config.json to use both, or remove lm_head.weight."
+            " tie_word_embeddings to false in config.json to use both tensors, or remove lm_head.weight."
         )
 
 
@@ -142,7 +142,7 @@ def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, st
         PrecastError: the format is unknown.
     """
     if weights not in FORMATS:
-        raise PrecastError(f"--weights: {weights!r} is not supported, expected one of {', '.join(FORMATS)}.")
+        raise PrecastError(f"--weights: expected one of {', '.join(FORMATS)}, found {weights!r}.")
     return {p.name: _format_of(p, weights) for p in parameters}
 
 
@@ -154,7 +154,7 @@ def _format_of(parameter: Parameter, weights: str) -> str:
 
 
 def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> int:
-    """Return the bytes of all parameters in the weight file: the total that `write_model_weights` reports."""
+    """Return the number of bytes that all parameters take in the weight file."""
     return sum(spec.bytes for p in parameters for spec in _specs(p, formats))
 
 
@@ -179,13 +179,13 @@ def write_model_weights(
         plan: the source tensors of each parameter.
         formats: the storage format of each parameter by name, as returned by `formats_of`.
         tables: further arrays, written unchanged.
-        count: called after each source tensor with the bytes written for it; they add up to `stored_bytes`.
+        count: called after each source tensor with the number of bytes written for it; the sum is `stored_bytes`.
 
     Returns:
         The file's sha256.
 
     Raises:
-        PrecastError: a tensor has values that are not finite, or too large for its format.
+        PrecastError: a tensor has values that are not finite or are too large for its format.
     """
     specs = [spec for p in plan.parameters for spec in _specs(p, formats)]
     specs += [TensorSpec(name=n, shape=t.shape, dtype=t.dtype) for n, t in tables.items()]
@@ -195,7 +195,7 @@ def write_model_weights(
 def _pieces(
     plan: WeightPlan, formats: Mapping[str, str], count: Callable[[int], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield every source tensor in its stored form, as pairs of an array's name and the next part of that array."""
+    """Yield pairs of an array's name and the next part of that array, until all source tensors are stored."""
     for parameter in sorted(plan.parameters, key=lambda p: p.name):
         stored = FORMATS[formats[parameter.name]]
         names = [parameter.name + array.suffix for array in stored.arrays(parameter.shape)]

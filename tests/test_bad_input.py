@@ -101,7 +101,7 @@ def test_a_source_that_is_missing_or_empty(export_refused, tmp_path):
         ),
         (
             {"rope_scaling": {"rope_type": "spiral"}},
-            "RoPE type 'spiral' is not supported; expected one of default",
+            "expected the RoPE type to be one of default",
         ),
         (
             {"auto_map": {}},
@@ -173,7 +173,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint)
         (["--buckets", "0"], "--buckets: expected prompt lengths of 1 or more, found 0."),
         (["--buckets", "8,-4"], "--buckets: expected prompt lengths of 1 or more, found -4."),
         (["--buckets=-4"], "--buckets: expected prompt lengths of 1 or more, found -4."),
-        (["--buckets", "8,16,8"], "--buckets: 8 is named twice; name each length once."),
+        (["--buckets", "8,16,8"], "--buckets: 8 is given twice; give each length once."),
         (
             ["--buckets", "8,65"],
             "--buckets: 65 is larger than the context of 64; leave it out or raise --context.",
@@ -184,7 +184,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint)
         (["--slots", "0"], "--slots: expected 1 to 256, found 0."),
         (["--slots", "-1"], "--slots: expected 1 to 256, found -1."),
         (["--slots", "257"], "--slots: expected 1 to 256, found 257."),
-        (["--weights", "int3"], "--weights: 'int3' is not supported, expected one of float32, bfloat16"),
+        (["--weights", "int3"], "--weights: expected one of float32, bfloat16, int8, int4, found 'int3'."),
     ],
 )
 def test_impossible_options(export_refused, tiny_checkpoint, options, text):

@@ -3,8 +3,8 @@
 A module holds the weights of **all** its layers, stacked ``[L, …]``, but a call runs a single layer. The target then
 reads the weights of that layer in place, without slicing the stack.
 
-Parameters have the names of checkpoints: ``model.layers.self_attn.q_proj.weight`` here is the stack of all
-``model.layers.{i}.self_attn.q_proj.weight`` there.
+Parameters are named after tensors of the checkpoint: the parameter ``model.layers.self_attn.q_proj.weight`` is the
+stack of all tensors ``model.layers.{i}.self_attn.q_proj.weight``.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class DecoderConfig:
 
     Attributes:
         layers, width, heads, kv_heads, head_dim, ff_width, vocab: L, D, N, K, H, F, V.
-        max_positions: context length of the model itself.
+        max_positions: the model's own context length, which limits the context of an export.
         norm_eps: epsilon of all norms.
         tied_embeddings: True if the output head is the token embedding.
         qkv_bias: True if the projections to q, k and v have biases.
@@ -40,11 +40,11 @@ class DecoderConfig:
         mlp_bias: True if the projections of the MLP have biases.
         qk_norm: norm of q and k: "" for none, "head" for each head separately, "all" for all heads together.
         activation: activation of the MLP, "silu" or "gelu_tanh".
-        gated: True if the MLP multiplies the activated product by a second one, as in SwiGLU.
+        gated: True for a gated MLP, such as SwiGLU; False for two linear layers with an activation between them.
         attention_scale: factor of the attention scores; None for 1 / sqrt(H).
         attention_cap: if not 0, scores s become ``cap · tanh(s / cap)``.
-        windows: for each layer, the number of positions that a token sees, 0 for all; empty if
-            every layer sees all positions.
+        windows: for each layer, the number of positions that a token attends to, 0 for all; empty if every layer
+            attends to all positions.
         ropes: for each layer, the index of its RoPE among the model's RoPEs; empty if every layer uses the first.
         learned_positions: True if the model adds learned position embeddings instead of applying RoPE.
         embedding_scale: factor of the token embeddings.
@@ -130,7 +130,7 @@ Norm = RMSNorm | LayerNorm
 
 
 def normalize(x: Array, norm: Norm, ops: LayerOps, *, residual: Array | None = None) -> Array:
-    """Normalise x ``[…, D]`` in pieces of the norm's width and add `residual`, if any.
+    """Normalise x ``[…, D]``, or each head of x if the norm is as wide as a head; add `residual`, if any.
 
     Returns:
         ``[…, D]``.
@@ -155,7 +155,7 @@ def project(
     residual: Array | None = None,
     gate: str = "",
 ) -> list[Array]:
-    """Multiply x ``[…, in]`` by several weights in one call to the target, fused with the operations before and after.
+    """Multiply x ``[…, in]`` by one or more weights, fused with the operations before and after.
 
     Args:
         norm: applied to x first.
@@ -164,7 +164,7 @@ def project(
             the second; with one, the product itself is activated.
 
     Returns:
-        The products, each ``[…, out]``; a single one if there is a gate.
+        The products, each ``[…, out]``; if there is a gate, a single product.
     """
     if isinstance(norm, LayerNorm):
         x, norm = normalize(x, norm, ops), None

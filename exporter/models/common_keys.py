@@ -42,7 +42,7 @@ def read_common_keys(
         reader: the config.
         max_positions: default of the context length.
         norm_eps: default epsilon of the norms.
-        kv_heads: default of K; None for the number of query heads, which is also the meaning of null in the config.
+        kv_heads: default of K; None for the number of query heads, N. A null in the config also means N.
         head_dim: default of H; None for the width divided by the number of query heads.
         tied: True if the output head is the embedding by default.
         attention_bias: True if the architecture has the key ``attention_bias``.
@@ -76,7 +76,7 @@ def read_common_keys(
 def read_mixture(
     reader: ConfigReader, *, experts: int, experts_per_token: int, renormalised: bool
 ) -> Mixture:
-    """Read the number of experts and the number of experts per token; the arguments are the defaults.
+    """Read the number of experts and the number of experts per token, for which the arguments are the defaults.
 
     Raises:
         PrecastError: the numbers contradict each other.
@@ -87,8 +87,8 @@ def read_mixture(
     ] or [experts]
     if len(set(found)) > 1:
         raise PrecastError(
-            f"{reader.where}: {' and '.join(names)} are {' and '.join(map(str, found))}, expected the same number;"
-            " remove the wrong one."
+            f"{reader.where}: expected {' and '.join(names)} to be equal, found {' and '.join(map(str, found))}; remove"
+            " the wrong key."
         )
     mixture = Mixture(
         experts=found[0],
@@ -131,8 +131,8 @@ def read_windows(reader: ConfigReader, window: int | None, types: Sequence[str])
         return ()
     if window is None:
         raise PrecastError(
-            f"{reader.where}: 'layer_types' has {SLIDING}, but no 'sliding_window' is in use; correct one of the two"
-            " keys."
+            f"{reader.where}: 'layer_types' contains {SLIDING!r}, but 'sliding_window' is unset or turned off; correct"
+            " one of the two keys."
         )
     return tuple(window if t == SLIDING else 0 for t in found)
 

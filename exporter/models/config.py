@@ -16,7 +16,7 @@ _LARGEST_SIZE = (1 << 31) - 1
 
 
 class ConfigReader:
-    """A config whose keys are taken one by one; `finish` refuses the keys that nobody took.
+    """A config whose keys are read one by one; `finish` refuses the keys that are left.
 
     Attributes:
         where: name of the config in messages.
@@ -27,12 +27,12 @@ class ConfigReader:
         self._left = dict(config)
 
     def take(self, key: str, default: object = None) -> object:
-        """Return the value of `key` and mark it as read; `default` if it is absent or null."""
+        """Return the value of `key`, or `default` if the key is absent or null; mark the key as read."""
         value = self._left.pop(key, None)
         return default if value is None else value
 
     def peek(self, key: str) -> object:
-        """Return the value of `key` without marking it as read; None if it is absent."""
+        """Return the value of `key`, or None if the key is absent; do not mark the key as read."""
         return self._left.get(key)
 
     def is_null(self, key: str) -> bool:
@@ -68,7 +68,7 @@ class ConfigReader:
         return value
 
     def take_choice(self, key: str, choices: Mapping[str, _T], default: str) -> _T:
-        """Return the entry of `choices` for the value of `key`."""
+        """Return the entry of `choices` that the value of `key` names."""
         value = self.take(key, default)
         if not isinstance(value, str) or value not in choices:
             raise self.wrong(key, f"one of {', '.join(sorted(choices))}", value)
@@ -77,7 +77,7 @@ class ConfigReader:
     def take_size(
         self, key: str, default: int | None = None, *, least: int = 1, most: int = _LARGEST_SIZE
     ) -> int:
-        """Return a whole number from `least` to `most`; require it if `default` is None."""
+        """Return a whole number from `least` to `most`; the key is required if `default` is None."""
         value = self.take(key, default)
         if value is None:
             raise PrecastError(
@@ -114,7 +114,7 @@ class ConfigReader:
             raise self.wrong(key, " or ".join(repr(a) for a in allowed), value)
 
     def finish(self) -> None:
-        """Refuse each unread key, unless it is null, in `HARMLESS`, or in `UNSUPPORTED` with a neutral value."""
+        """Refuse unread keys, except those that are null, in `HARMLESS`, or in `UNSUPPORTED` with a neutral value."""
         left = {k: v for k, v in self._left.items() if v is not None and k not in HARMLESS}
         for key, unsupported in UNSUPPORTED.items():
             if key in left and not _is_one_of(left.pop(key), unsupported.neutral):
@@ -130,7 +130,7 @@ class ConfigReader:
             )
 
     def wrong(self, key: str, expected: str, found: object) -> PrecastError:
-        """Return an error that states the value found and the value expected."""
+        """Return an error that states the value of a key and the value expected."""
         return PrecastError(f"{self.where}: {key!r} is {found!r:.80}, expected {expected}.")
 
 
@@ -140,5 +140,5 @@ def _is_beyond_floats(value: float) -> bool:
 
 
 def _is_one_of(value: object, allowed: Iterable[object]) -> bool:
-    """Return True for an allowed value of the same type: 0 is not False, and 1.0 is not 1."""
+    """Return True if `value` equals an allowed value of the same type: 0 does not count as False, nor 1.0 as 1."""
     return any(type(value) is type(one) and value == one for one in allowed)

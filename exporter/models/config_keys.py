@@ -112,7 +112,7 @@ class UnsupportedKey:
 
     Attributes:
         neutral: values without an effect.
-        effect: words that follow "which" in the refusal of any other value.
+        effect: the effect of other values, as words that follow "which" in an error.
     """
 
     neutral: tuple[object, ...]

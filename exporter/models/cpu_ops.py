@@ -26,7 +26,7 @@ from .xla_ops import XLA_OPS
 
 
 def _operands(weight: Weight) -> list[Array]:
-    """Return a weight as a kernel's operands."""
+    """Return a weight as operands of a kernel."""
     return [weight] if not isinstance(weight, PackedWeight) else [a for a in weight if a is not None]
 
 
@@ -120,7 +120,7 @@ def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
 
 
 def _step_operands(call: LinearCall | NormCall | ExpertsCall) -> list[Array]:
-    """Return the operands of a step of ``precast.layers``, for all layers."""
+    """Return the weights of a step for all layers, as operands of ``precast.layers``."""
     match call:
         case LinearCall():
             return [*_optional(call.norm), *_weights(call)]

@@ -33,14 +33,14 @@ from .xla_ops import (
 
 
 class Embedding(nnx.Module):
-    """Token embeddings with weight ``[V, D]``; a packed weight keeps the axis of layers, with length 1."""
+    """Token embeddings with weight ``[V, D]``, or ``[1, V, D]`` if the weight is packed."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.weight = nnx.Param(jnp.zeros((c.vocab, c.width), jnp.float32))
         self.shape = (c.vocab, c.width)
 
     def stack(self) -> Weight:
-        """Return the weight as a stack ``[1, V, D]``, the form that an output head takes."""
+        """Return the weight ``[1, V, D]``, as a stack of one layer, so that the output head can use it."""
         weight: Weight = self.weight.get_value()
         return weight if isinstance(weight, PackedWeight) else weight[None]
 
@@ -77,7 +77,7 @@ class Body(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder whose parameters are stacked over layers and have the names of checkpoints.
+    """A decoder whose parameters are stacked over layers and named as in checkpoints.
 
     Args:
         c: the config.
@@ -98,7 +98,7 @@ class Decoder(nnx.Module):
         Args:
             x: ``[R, D]``.
             ops: the target's operations.
-            used: rows from this index on are padding, and their logits are meaningless; None for no padding.
+            used: index of the first row of padding; None for no padding. The logits of padding are meaningless.
 
         Returns:
             ``[R, V]``.
@@ -132,14 +132,14 @@ class Decoder(nnx.Module):
         return c.logit_cap * jnp.tanh(scaled / c.logit_cap) if c.logit_cap else scaled
 
     def embed(self, tokens: Array, positions: Array, ops: Ops) -> Array:
-        """Embed tokens at their positions, both ``[R, T]``, as the first layer's input ``[R, T, D]``."""
+        """Return the first layer's input ``[R, T, D]`` for tokens ``[R, T]`` at positions ``[R, T]``."""
         x = self.model.embed_tokens(tokens, ops)
         if self.config.embedding_scale != 1.0:
             x = x * self.config.embedding_scale
         return x if self.model.embed_positions is None else x + self.model.embed_positions(positions)
 
     def stack(self) -> LayerStack:
-        """Return the layers in the form that a target runs."""
+        """Return the layers in the form that `Ops.layers` takes."""
         c = self.config
         return LayerStack(
             layer=self.model.layers,
@@ -151,7 +151,7 @@ class Decoder(nnx.Module):
         )
 
     def forward(self, tokens: Array, cos: Array, sin: Array, cache_dtype: str = "float32") -> Array:
-        """Compute the reference: no KV cache, no kernels, all positions at once.
+        """Compute the reference logits of all positions at once, without a KV cache and without kernels.
 
         Args:
             tokens: ``[B, T]`` int32.
@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
 
         Args:
             x: ``[B, T, D]``, the layer's input at the positions 0 to T − 1.
-            rotary: the layer's table, ``[B, T, P]``.
+            rotary: the layer's cosines and sines, each ``[B, T, P]``.
             window: the layer's window; 0 for none.
             layer: index of the layer's weights.
             cache_dtype: as in `forward`.
@@ -215,7 +215,7 @@ class Decoder(nnx.Module):
     def step(
         self, tokens: Array, batch: Batch, cos: Array, sin: Array, caches: KVCaches, ops: Ops
     ) -> tuple[Array, KVCaches]:
-        """Run R sequences through all layers and append to the KV caches; either R or T is 1.
+        """Run T tokens of each of R sequences through all layers and append them to the KV caches; R or T is 1.
 
         Args:
             tokens: ``[R, T]`` int32; tokens at index `length` and above are padding.

@@ -1,4 +1,4 @@
-"""The operations that differ between targets, as records of functions; the rest of a decoder is plain jax.numpy.
+"""Records of the operations that differ between targets; the rest of a decoder is plain jax.numpy.
 
 `xla_ops.XLA_OPS` is the maths in pure XLA, for the portable StableHLO and for any platform. `cpu_ops.CPU_OPS` calls
 precast's kernels, which read stacked weights and the filled part of the KV cache in place.
@@ -13,19 +13,19 @@ from jax import Array
 
 
 class PackedWeight(NamedTuple):
-    """A stack of quantised weights in the layout of `exporter.quantize`: int8, or int4 with a minimum."""
+    """A stack of quantised weights in the layout of `exporter.quantize`: int8 without `minimum`, or int4 with it."""
 
     values: Array
     scale: Array
     minimum: Array | None = None
 
 
-# A stack of weights: [L, out, in] in float32 or bfloat16, or packed.
+# A stack of weights [L, out, in]: an array of float32 or bfloat16, or packed.
 Weight = Array | PackedWeight
 
 
 class KVCache(NamedTuple):
-    """Keys and values of some layers and all slots, each ``[L, B, K, S, H]``; scales ``[L, B, K, S]`` if int8.
+    """Keys and values ``[L, B, K, S, H]`` of L layers in all slots; an int8 cache also has scales ``[L, B, K, S]``.
 
     The cache is a ring buffer: position p lies at index p mod S. For layers with a window, S is less than the context
     length, and a new position replaces one that no token sees any more.
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
 
     The tokens ``0 .. length - 1`` of a sequence take the positions ``start .. start + length - 1`` of its slot. Tokens
     from index `length` on are padding: they are not written to the cache, and their results are meaningless. In a call
-    with one token for each sequence, sequences may be idle, with length 0; idle sequences come last.
+    with one token for each sequence, idle sequences have length 0 and come last.
     """
 
     slots: Array
@@ -64,8 +64,8 @@ class Batch(NamedTuple):
 class Rotary(NamedTuple):
     """Cosines and sines of the RoPE angles at the tokens of a call, each ``[R, T, P]``.
 
-    RoPE rotates P pairs of a head and leaves the dimensions from 2 P on unchanged. Before a layer selects its table,
-    the arrays hold all Z tables: ``[Z, R, T, P]``.
+    RoPE rotates P pairs of a head and leaves the dimensions from 2 P on unchanged. A model with Z RoPEs has Z tables of
+    cosines and sines; until a layer selects its own table, the arrays hold all of them: ``[Z, R, T, P]``.
     """
 
     cos: Array
@@ -78,11 +78,11 @@ class LinearCall:
 
     Attributes:
         weights: stacks of matrices ``[L, out, in]``.
-        outs: number of outputs of each weight; the padding of a packed weight does not count.
+        outs: number of outputs of each weight, without the padding of a packed weight.
         biases: ``[L, out]`` for each weight, or empty.
         norm: weight ``[L, D]`` of an RMSNorm that is applied to x first, or None.
         eps: epsilon of `norm`.
-        residual: ``[M, out]``, added to the result of a call with a single result, or None.
+        residual: ``[M, out]``, added to the result, or None; only for a call with a single result.
         gate: activation, "silu" or "gelu_tanh"; "" for none. With two weights, the activated first
             product multiplies the second; with one, the product itself is activated.
     """
@@ -103,7 +103,7 @@ class LinearCall:
 
 @dataclass(frozen=True, kw_only=True)
 class NormCall:
-    """Normalisation of x in pieces of `width` numbers: whole rows, or the heads of a row.
+    """Normalisation of x, where each piece of `width` numbers is normalised alone: a row, or a head of a row.
 
     Attributes:
         weight: ``[L, width]``.
@@ -128,11 +128,11 @@ class ExpertsCall:
     or, if `renormalised`, over the row's experts only.
 
     Attributes:
-        gate, up: stacks ``[L E, F, D]``.
-        down: stack ``[L E, D, F]``.
+        gate, up: stacks ``[L · E, F, D]``.
+        down: stack ``[L · E, D, F]``.
         experts: E.
         ff_width: F.
-        experts_per_token: experts of each row.
+        experts_per_token: number of experts that each row goes through.
         renormalised: True if the weights of a row's experts add up to one.
         activation: "silu" or "gelu_tanh".
         norm: weight ``[L, D]`` of an RMSNorm that is applied to x first, or None.
@@ -158,10 +158,10 @@ class LayerOps:
     """The operations of a target, bound to one layer.
 
     Attributes:
-        project: ``(x [M, in], call) -> results each [M, out]``.
-        normalize: ``(x [M, n width], call) -> [M, n width]``.
+        project: ``(x [M, in], call) -> [y [M, out], …]``, with one y for each of `LinearCall.results`.
+        normalize: ``(x [M, n · width], call) -> [M, n · width]``.
         attend: ``(q [R, T, N, H], k and v [R, T, K, H]) -> [R, T, N, H]``: rotates q and k by their positions, appends
-            k and v to the KV cache, and computes attention over the positions that each token sees.
+            k and v to the KV cache, and computes attention over the positions that each token attends to.
         mix: ``(x [M, D], scores [M, E], call) -> [M, D]``.
     """
 
@@ -178,7 +178,7 @@ class AttentionParams:
     Attributes:
         scale: factor of the scores.
         soft_cap: if not 0, scores become ``soft_cap · tanh(score / soft_cap)``.
-        window: positions that a token sees, including its own; 0 for all.
+        window: number of positions that a token attends to, including its own; 0 for all.
     """
 
     scale: float
@@ -191,11 +191,11 @@ class LayerStack:
     """All layers of a decoder.
 
     Attributes:
-        layer: ``(x [R, T, D], ops) -> x``, the same function for every layer.
+        layer: ``(x [R, T, D], ops) -> [R, T, D]``, the same function for every layer.
         heads: N, K and H.
         scale: factor of the attention scores.
         windows: window of each layer, as in `AttentionParams`.
-        ropes: index of each layer's table among the call's Z RoPE tables.
+        ropes: for each layer, the index of its table among the Z RoPE tables.
         soft_cap: as in `AttentionParams`.
     """
 
@@ -235,22 +235,24 @@ class LayerStack:
 class Ops:
     """The operations of a target.
 
+    The argument `used` is the index of the first row of padding; the results of padding are meaningless.
+
     Attributes:
-        linear: ``(x [M, in], call, layer, used) -> results each [M, out]``; rows from `used` on are padding, and their
-            results are meaningless.
-        normalize: ``(x [M, n width], call, layer) -> [M, n width]``.
+        linear: ``(x [M, in], call, layer, used) -> [y [M, out], …]``, with one y for each of `LinearCall.results`.
+        normalize: ``(x [M, n · width], call, layer) -> [M, n · width]``.
         experts: ``(x [M, D], scores [M, E], call, layer, used) -> [M, D]``.
         embed: ``(tokens [M], weight [1, V, D], V, D) -> [M, D]`` float32.
-        attention: ``(q [R, T, N, H], k and v [R, T, K, H], rotary, cache, its layer, batch, params) ->
-            (out [R, T, N, H], cache)``: rotates q and k and appends k and v to the cache. Token t sees
-            positions ``0 .. start + t``, limited to its window if there is one.
-        layers: ``(stack, x [R, T, D], rotary, caches, batch, used) -> (x, caches)``: all layers, one after another,
-            with one cache for each of the stack's `cache_windows`. Rows from index `used` on are padding.
-        argmax: ``(logits [R, V], used) -> [R]`` int32, the first index of the largest logit in each row.
-        each_row: ``(function, x [R, n], used) -> [R, n]``: applies a function of rows ``[…, n]`` to the rows of x; rows
-            from `used` on are padding.
+        attention: ``(q [R, T, N, H], k and v [R, T, K, H], rotary, cache, layer, batch, params) ->
+            (out [R, T, N, H], cache)``: rotates q and k, appends k and v to the cache, and computes attention. Token t
+            attends to the positions ``0 .. start + t``, or only to the last of them if there is a window. `layer` is an
+            index into the layers of `cache`.
+        layers: ``(stack, x [R, T, D], rotary, caches, batch, used) -> (x, caches)``: runs all layers, with one
+            cache for each of the stack's `cache_windows`.
+        argmax: ``(logits [R, V], used) -> [R]`` int32: returns the index of each row's largest logit, or the
+            first such index if several are equal.
+        each_row: ``(function, x [R, n], used) -> [R, n]``: applies a function to each row of x.
         empty_cache: ``(shapes and types) -> arrays``: makes the arrays of an empty KV cache.
-        kernels: the custom-call targets in use.
+        kernels: names of the custom-call targets that the operations call.
     """
 
     linear: Callable[[Array, LinearCall, Array, Array], list[Array]]

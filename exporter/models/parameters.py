@@ -25,9 +25,9 @@ class Parameter:
 
     Attributes:
         name: path in the module ("model.layers.self_attn.q_proj.weight").
-        shape: shape as an argument of the programs; stacked ``[L, …]`` inside layers.
-        sources: names of tensors in the checkpoint, one for each index of the first axis in order, or a single name for
-            the whole parameter.
+        shape: shape in the module; for a parameter of the layers, ``[L, …]``.
+        sources: names of the tensors in the checkpoint: one for each index of the first axis, in order, or a single
+            name for the whole parameter.
     """
 
     name: str

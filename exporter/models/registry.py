@@ -49,7 +49,7 @@ class Architecture:
             PrecastError for a key that it does not understand.
         module: builds the Flax module from the decoder's config.
         adapt: returns a checkpoint's tensors under the module's names, split and scaled to fit its parameters.
-        names: tensor names in its checkpoints.
+        names: names of the tensors in checkpoints of the architecture.
     """
 
     read_config: Callable[[ConfigReader], tuple[DecoderConfig, tuple[Rope, ...]]]
@@ -86,7 +86,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "smollm3": Architecture(read_config=smollm3.read_config, module=_PRE_NORM),
 }
 
-# Remedies for unsupported architectures that contain a supported one.
+# Remedies for unsupported architectures that contain a supported architecture.
 _HINTS = {
     "gemma3": "; this checkpoint also reads images: save its text model alone with transformers'"
     " Gemma3ForCausalLM (model_type gemma3_text)",
@@ -113,7 +113,7 @@ class ModelSpec:
         return np.stack(cos), np.stack(sin)
 
     def with_context(self, context: int) -> "ModelSpec":
-        """Return the model for a context length; a window at least that long becomes full attention."""
+        """Return the model for a context length; a window of at least that length becomes full attention."""
         windows = tuple(w if w < context else 0 for w in self.config.windows)
         return replace(self, config=replace(self.config, windows=windows))
 

@@ -1,4 +1,4 @@
-"""Readers of the RoPE keys of configs; rope_scaling.py computes the frequencies."""
+"""Readers of the RoPE keys in configs; rope_scaling.py computes the frequencies."""
 
 import math
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from .rope_scaling import ORIGINAL, SCALINGS, Rope, UnscaledRope
 
 __all__ = ["Rope", "no_rope", "read_rope", "read_rope_by_layer_type"]
 
-# The scalings by their names in configs.
+# The key in `SCALINGS` of each RoPE type, by the type's name in configs.
 TYPES: Mapping[str, str] = {name: name for name in SCALINGS}
 
-# Keys of older configs by layer type: the base, and the scaling if layers of this type may have one.
+# Keys of older configs by layer type: the base, and for some types also the scaling.
 _OLDER_KEYS: Mapping[str, tuple[str, ...]] = {
     "full_attention": ("rope_theta", "rope_scaling"),
     "sliding_attention": ("rope_local_base_freq",),
@@ -39,23 +39,24 @@ def read_rope(
     original_positions: int | None = None,
     types: Mapping[str, str] = TYPES,
 ) -> Rope:
-    """Read the RoPE keys of a config, in both spellings.
+    """Read the RoPE keys of an older or a newer config.
 
-    Older configs have ``rope_theta`` and ``rope_scaling``, newer ones ``rope_parameters`` with everything in it.
+    Older configs have ``rope_theta`` and ``rope_scaling``; newer configs have ``rope_parameters``, which contains both.
 
     Args:
         reader: the config.
         head_dim: H.
         max_positions: max_position_embeddings of the config, or its default.
         default_theta: default of the base.
-        theta_key: name of the base outside ``rope_parameters``.
+        theta_key: key of the base outside ``rope_parameters``.
         partial: True if the model's code applies partial_rotary_factor, which rotates only a part of each head.
         original_positions: default of original_max_position_embeddings, for models whose config has
             that key outside the RoPE keys; the key is then read for every RoPE type.
-        types: names in `SCALINGS` of the supported RoPE types, by their names in configs.
+        types: key in `SCALINGS` of each supported RoPE type, by the type's name in configs.
 
     Raises:
-        PrecastError: the RoPE type is not supported, or a parameter is missing, unknown, contradictory or unusable.
+        PrecastError: the RoPE type is not supported, or a parameter is missing, unknown, out of range or contradicts
+            another.
     """
     parameters = ConfigReader(_parameters(reader), f"{reader.where} rope parameters")
     theta = parameters.take_number("rope_theta", reader.take_number(theta_key, default_theta))
@@ -73,10 +74,10 @@ def read_rope(
 def read_rope_by_layer_type(
     reader: ConfigReader, head_dim: int, max_positions: int, *, default_thetas: Mapping[str, float]
 ) -> dict[str, Rope]:
-    """Read the RoPE keys of a config with a RoPE for each layer type, in both spellings.
+    """Read the RoPE keys of an older or a newer config that has a RoPE for each layer type.
 
-    In newer configs, ``rope_parameters`` contains an object for each type. In older configs, ``rope_theta`` and
-    ``rope_scaling`` belong to "full_attention"; ``rope_local_base_freq`` is the base of "sliding_attention", whose RoPE
+    In newer configs, ``rope_parameters`` contains an object for each layer type. In older configs, ``rope_theta`` and
+    ``rope_scaling`` apply to "full_attention"; ``rope_local_base_freq`` is the base of "sliding_attention", whose RoPE
     is not scaled.
 
     Args:
@@ -96,8 +97,8 @@ def read_rope_by_layer_type(
         key for key, value in newer.items() if key not in default_thetas and value is not None
     ):
         raise PrecastError(
-            f"{reader.where}: rope_parameters has {', '.join(map(repr, unknown))}, expected only"
-            f" {' and '.join(default_thetas)}, an object for each."
+            f"{reader.where}: expected rope_parameters to contain only the keys {' and '.join(default_thetas)}, found"
+            f" {', '.join(map(repr, unknown))}."
         )
     return {
         layer_type: _read_layer_type(
@@ -142,8 +143,8 @@ def _parameters(reader: ConfigReader) -> dict[str, object]:
     stated = {"rope_theta": reader.peek("rope_theta"), _PARTIAL: reader.peek(_PARTIAL), **type_keys, **older}
     if differing := sorted(key for key in newer if newer[key] != stated.get(key)):
         raise PrecastError(
-            f"{reader.where}: rope_parameters and rope_scaling disagree about {', '.join(map(repr, differing))}; remove"
-            " the wrong one."
+            f"{reader.where}: rope_parameters and rope_scaling have different values for"
+            f" {', '.join(map(repr, differing))}; remove the wrong one."
         )
     return newer | older
 
@@ -153,12 +154,12 @@ def _scaling_type(where: str, parameters: ConfigReader, types: Mapping[str, str]
     stated = [str(value) for key in ("rope_type", "type") if (value := parameters.take(key)) is not None]
     if len(set(stated)) > 1:
         raise PrecastError(
-            f"{where}: rope_type and type are {' and '.join(stated)}, expected the same name; remove the wrong one."
+            f"{where}: expected rope_type and type to be equal, found {' and '.join(stated)}; remove the wrong key."
         )
     name = stated[0] if stated else "default"
     if name not in types:
         raise PrecastError(
-            f"{where}: RoPE type {name!r} is not supported; expected one of {', '.join(sorted(types))}."
+            f"{where}: expected the RoPE type to be one of {', '.join(sorted(types))}, found {name!r}."
         )
     return types[name]
 
@@ -180,16 +181,16 @@ def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, 
     part = parts.pop() if parts else 1.0
     if not 0 < part <= 1 or int(head_dim * part) < 1:
         raise PrecastError(
-            f"{reader.where}: {_PARTIAL!r} is {part!r}, expected a number above 0 and at most 1 that rotates at"
-            f" least one of a head's {head_dim} dimensions."
+            f"{reader.where}: expected {_PARTIAL!r} to be at most 1, and large enough to rotate at least one of a"
+            f" head's {head_dim} dimensions, found {part!r}."
         )
     return int(head_dim * part)
 
 
 def _original(reader: ConfigReader, default: int | None, scaling: str) -> int | None:
     """Return the original context length that the config states outside the RoPE parameters, or else `default`."""
-    # Other RoPE types do not use this key. It stays unread here, so the config is refused if the architecture does not
-    # read it either.
+    # Other RoPE types do not use this key, so it stays unread here. If the architecture leaves it unread too, the
+    # config is refused.
     if default is None and scaling not in ("llama3", "longrope", "yarn"):
         return None
     return default if reader.peek(ORIGINAL) is None else reader.take_size(ORIGINAL)

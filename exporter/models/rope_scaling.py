@@ -16,7 +16,7 @@ ORIGINAL = "original_max_position_embeddings"
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The frequencies of the P rotated pairs of a head, which are the first 2 P of its H dimensions.
+    """The frequencies of the P rotated pairs of a head, which take up the first 2 P of its H dimensions.
 
     LongRoPE has two sets of frequencies. At every step, transformers chooses one by the current length. An export has
     to choose once, and chooses by its context length, as vLLM does by max_model_len.
@@ -85,14 +85,14 @@ class UnscaledRope:
 
     @property
     def periods(self) -> np.ndarray:
-        """Positions per radian, ``[P]`` float32; P is half of `dims`, rounded up."""
+        """Positions per radian for each pair, ``[P]`` float32; P is half of `dims`, rounded up."""
         exponents = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
         # The last bit of float32 powers differs between machines; rounded float64 powers agree.
         return (np.float64(np.float32(self.theta)) ** exponents.astype(np.float64)).astype(np.float32)
 
     @property
     def frequencies(self) -> np.ndarray:
-        """Radians per position, ``[P]`` float32."""
+        """Radians per position for each pair, ``[P]`` float32."""
         return np.float32(1) / self.periods
 
 
@@ -119,7 +119,8 @@ def _divisors(parameters: ConfigReader, key: str, pairs: int) -> np.ndarray:
         raise parameters.wrong(key, "a list of numbers above 0", values)
     if len(values) != pairs:
         raise PrecastError(
-            f"{parameters.where}: {key!r} has {len(values)} numbers, expected {pairs}, one for each rotated pair."
+            f"{parameters.where}: expected {key!r} to have {pairs} numbers, one for each rotated pair, found"
+            f" {len(values)}."
         )
     return np.array(values, np.float32)
 
@@ -134,8 +135,8 @@ def _original(base: UnscaledRope, parameters: ConfigReader, default: int | None 
     stated = [n for n in (inside, base.original) if n is not None]
     if len(set(stated)) > 1:
         raise PrecastError(
-            f"{parameters.where}: {ORIGINAL} is {stated[0]} here, but the model's own value is {stated[1]}; correct"
-            " the wrong one."
+            f"{parameters.where}: expected {ORIGINAL} to be {stated[1]}, the model's own value, found {stated[0]};"
+            " correct the wrong value."
         )
     found = stated[0] if stated else default
     if found is None:
@@ -157,15 +158,15 @@ def _linear(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 def _dynamic(base: UnscaledRope, parameters: ConfigReader) -> Rope:
     """NTK-aware scaling by the current length (emozilla 2023).
 
-    Up to the model's own context length, the frequencies stay unchanged, whatever the factor. Beyond that length, they
-    would change with every token, so longer contexts are refused.
+    Up to the model's own context length, the frequencies are unscaled, whatever the factor. Beyond that length, they
+    would change with every token, so the export refuses longer contexts.
     """
     _positive(parameters, "factor")
     return Rope(frequencies=base.frequencies, max_context=base.max_positions)
 
 
 def _llama3(base: UnscaledRope, parameters: ConfigReader) -> Rope:
-    """Llama 3.1: divide low frequencies by the factor, keep high ones, interpolate in between."""
+    """Scale as Llama 3.1: divide low frequencies by the factor, keep high ones, and interpolate in between."""
     factor = np.float32(_positive(parameters, "factor"))
     low = _positive(parameters, "low_freq_factor")
     high = _positive(parameters, "high_freq_factor")
@@ -183,7 +184,7 @@ def _llama3(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 
 
 def _yarn(base: UnscaledRope, parameters: ConfigReader) -> Rope:
-    """YaRN (Peng et al. 2023): keep high frequencies, divide low ones by the factor, interpolate in between."""
+    """YaRN (Peng et al. 2023): keep high frequencies, divide low ones by the factor, and interpolate in between."""
     factor = _positive(parameters, "factor")
     magnitude = _yarn_magnitude(factor, parameters)
     low, high = _yarn_range(base, parameters)
@@ -197,7 +198,8 @@ def _yarn(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
     """Return the attention factor of the config, or else compute it (section 3.4 of the YaRN paper).
 
-    If the config has both of DeepSeek's keys, the factor for mscale is divided by the factor for mscale_all_dim.
+    If the config has DeepSeek's keys mscale and mscale_all_dim, the result is the factor that mscale gives divided by
+    the factor that mscale_all_dim gives.
     """
 
     def magnitude(weight: float) -> float:
@@ -211,7 +213,10 @@ def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
 
 
 def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, float]:
-    """Return the first and last pair to interpolate; the config states their rotations over the original context."""
+    """Return the first and the last pair whose frequency is interpolated.
+
+    Over the original context, the first pair makes ``beta_fast`` rotations and the last pair ``beta_slow`` rotations.
+    """
     fast, slow = _positive(parameters, "beta_fast", 32.0), _positive(parameters, "beta_slow", 1.0)
     truncate = parameters.take_bool("truncate", True)
     original = _original(base, parameters, base.max_positions)
@@ -233,7 +238,7 @@ def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, fl
 
 
 def _longrope(base: UnscaledRope, parameters: ConfigReader) -> Rope:
-    """LongRoPE (Ding et al. 2024): a divisor for each pair, and other divisors beyond the original context."""
+    """LongRoPE (Ding et al. 2024): a divisor for each pair; longer contexts than the original have other divisors."""
     original = _original(base, parameters, base.max_positions)
     factor = _positive(parameters, "factor", base.max_positions / original)
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

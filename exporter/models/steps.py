@@ -14,9 +14,9 @@ GATES = ("", "silu", "gelu_tanh")
 STEP_INTEGERS = 8
 
 
-# The codes have the fields of kernels/src/step_codes.h, which documents them.
+# The fields of the step codes are those of kernels/src/step_codes.h, which documents them.
 class LinearCode(NamedTuple):
-    """The code of a `LinearCall`."""
+    """The step code of a `LinearCall`."""
 
     x: int
     residual: int
@@ -27,7 +27,7 @@ class LinearCode(NamedTuple):
 
 
 class AttentionCode(NamedTuple):
-    """The code of a layer's attention."""
+    """The step code of a layer's attention."""
 
     q: int
     k: int
@@ -35,7 +35,7 @@ class AttentionCode(NamedTuple):
 
 
 class NormCode(NamedTuple):
-    """The code of a `NormCall`."""
+    """The step code of a `NormCall`."""
 
     x: int
     residual: int
@@ -44,7 +44,7 @@ class NormCode(NamedTuple):
 
 
 class ExpertsCode(NamedTuple):
-    """The code of an `ExpertsCall`."""
+    """The step code of an `ExpertsCall`."""
 
     x: int
     scores: int
@@ -56,7 +56,7 @@ class ExpertsCode(NamedTuple):
 
 
 Code = LinearCode | AttentionCode | NormCode | ExpertsCode
-# The first integer of a step, its kind, is the index of its code in this tuple.
+# The first integer of a step is its kind: the index of its class in this tuple.
 CODES: tuple[type[Code], ...] = (LinearCode, AttentionCode, NormCode, ExpertsCode)
 
 
@@ -65,7 +65,7 @@ class Proxy:
     """A stand-in for an array ``[…, width]``, used while a layer is recorded.
 
     Attributes:
-        value: index of the array: 0 is the layer's input; the results of each step take the next indices.
+        value: index of the array; 0 is the layer's input, and the results of each step take the next indices.
         shape: shape of the array.
     """
 
@@ -87,10 +87,10 @@ class Steps:
     """A layer in the form that the kernel ``precast.layers`` takes; see kernels/src/step_codes.h.
 
     Attributes:
-        codes: eight integers for each step.
+        codes: eight integers for each step: its kind, its code and padding.
         outs: widths of the results, in the order of the steps.
-        numbers: two floats for each step.
-        calls: the calls with weights, in the order of the steps.
+        numbers: two floats for each step, such as the epsilon of a norm.
+        calls: the calls that have weights, in the order of the steps.
     """
 
     codes: tuple[int, ...]
@@ -100,7 +100,7 @@ class Steps:
 
 
 class _Recorder:
-    """Operations of `LayerOps` on proxies; each call adds a step."""
+    """The operations of `LayerOps` for proxies; each call records a step."""
 
     def __init__(self, rows: int, stack: LayerStack) -> None:
         self._rows, self._stack, self._values = rows, stack, 1

@@ -1,4 +1,4 @@
-"""Rename a checkpoint's tensors to the names that they have in a model with an output head."""
+"""Rename a checkpoint's tensors to their names in a model with an output head."""
 
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ class TensorNames:
     Attributes:
         body: prefix of the model without its output head, transformers' `base_model_prefix`.
         embedding: name of the token embedding inside the body.
-        allows_bare: True if the architecture also accepts names without the prefix, as in a body
-            saved alone.
+        allows_bare: True if the architecture also accepts names without the prefix, which a model saved without its
+            output head has.
     """
 
     body: str = "model"
@@ -33,10 +33,10 @@ class TensorNames:
     allows_bare: bool = False
 
     def canonicalise(self, tensors: Tensors, *, tied: bool) -> Tensors:
-        """Return the tensors under the names of a model with a head.
+        """Return the tensors under their names in a model with an output head.
 
-        If a body was saved without its head, the names have no prefix. If head and embedding are tied, the file may
-        contain only the head, because safetensors stores a shared tensor once.
+        In the file of a body saved without its head, the names have no prefix. If head and embedding are tied, the file
+        may contain only the head, because safetensors stores a shared tensor once.
 
         Raises:
             PrecastError: a wrapper has renamed all tensors.

@@ -1,4 +1,4 @@
-"""Rename, split, transpose and scale a checkpoint's tensors to fit a module; their data is read only on demand."""
+"""Rename, split, transpose and scale a checkpoint's tensors to fit a module, without reading their data yet."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,7 +17,8 @@ Tensors = Mapping[str, SourceTensor]
 def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> SourceTensor:
     """Remove a tensor from `left`, the tensors not yet used, and return it.
 
-    The tensor is checked here, before the caller splits or renames it, so that an error quotes the checkpoint's name.
+    The tensor is checked here, before the caller splits or renames it, so that an error
+    quotes the tensor's name in the checkpoint.
 
     Raises:
         PrecastError: the tensor is missing or has another shape.
@@ -71,13 +72,13 @@ def transpose(tensor: SourceTensor) -> SourceTensor:
 def scale(tensor: SourceTensor, factor: float) -> SourceTensor:
     """Multiply the values by a factor in float32.
 
-    The result offers no quantised blocks, because they could not represent the product exactly.
+    The result has no quantised blocks, because they could not represent the product exactly.
     """
     return replace(tensor, read=lambda: tensor.read() * np.float32(factor), blocks=None)
 
 
 def add_one_to_norms(tensors: Tensors) -> Tensors:
-    """Add one to the weights of norms, which a checkpoint stores as the difference from one."""
+    """Add one to the weights of norms, because the checkpoint stores each weight minus one."""
     return {name: _plus_one(t) if name.endswith("norm.weight") else t for name, t in tensors.items()}
 
 

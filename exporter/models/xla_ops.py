@@ -120,7 +120,7 @@ def _normalize(x: Array, call: NormCall, layer: Array) -> Array:
 
 
 def routing_weights(scores: Array, experts_per_token: int, *, renormalised: bool) -> Array:
-    """Return each row's weight for each expert, ``[M, E]`` from scores ``[M, E]``; 0 for unused experts."""
+    """Return the weight ``[M, E]`` of each expert in each row for scores ``[M, E]``; 0 for experts that a row skips."""
     probabilities = jax.nn.softmax(scores, axis=-1)
     best, experts = jax.lax.top_k(probabilities, experts_per_token)  # [M, experts of a row]
     if renormalised:
@@ -174,7 +174,7 @@ def softmax_attention(
         q: ``[B, T, N, H]``.
         k: ``[B, K, S, H]``.
         v: ``[B, K, S, H]``.
-        mask: ``[B, T, S]``, true if the token sees the position.
+        mask: ``[B, T, S]``, true if the token attends to the position.
         params: scale and cap of the scores; `mask` already applies the window.
         compute: type to which the operands of the matrix products are rounded.
 
@@ -197,7 +197,7 @@ def attention_mask(positions: Array, key_positions: Array, window: int | Array) 
     Args:
         positions: positions of the tokens, ``[R, T]``.
         key_positions: positions of the keys, ``[R, S]``; negative where the KV cache is empty.
-        window: number of positions that a token sees; 0 for all.
+        window: number of positions that a token attends to; 0 for all.
     """
     token, key = positions[:, :, None], key_positions[:, None, :]
     return (key >= 0) & (key <= token) & ((window == 0) | (key > token - window))
@@ -219,7 +219,7 @@ def round_to_cache(x: Array, dtype: str) -> Array:
 
 
 def _to_cache_dtype(cache: KVCache, k: Array, v: Array) -> KVCache:
-    """Convert keys and values to the cache's type."""
+    """Return keys and values converted to the cache's type."""
     if cache.key_scale is None:
         return KVCache(k.astype(cache.keys.dtype), v.astype(cache.values.dtype))
     (keys, key_scale), (values, value_scale) = _quantise(k), _quantise(v)
@@ -270,7 +270,7 @@ def _append(
 def _attend_cached(
     cache: KVCache, layer: Array, batch: Batch, q: Array, params: AttentionParams, compute: str
 ) -> Array:
-    """Compute attention of rotated queries ``[R, T, N, H]`` over the contents of a cache."""
+    """Compute the attention of rotated queries ``[R, T, N, H]`` over the contents of a cache."""
     positions = batch.starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)  # [R, T]
     size = cache.keys.shape[3]
     # The newest position at each index of the ring buffer; negative if the cache is empty there.
@@ -291,7 +291,7 @@ def _each_row(function: Callable[[Array], Array], x: Array, used: Array) -> Arra
 
 
 def _empty_cache(arrays: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
-    # Attention multiplies masked positions by zero, so they must not be NaN, which uninitialised memory may contain.
+    # Attention multiplies masked positions by zero. Uninitialised memory may contain NaN, and NaN times zero is NaN.
     return tuple(jnp.zeros(a.shape, a.dtype) for a in arrays)
 
 
@@ -315,21 +315,21 @@ def layer_rotary(ropes: Sequence[int], layer: Array, rotary: Rotary) -> Rotary:
     return Rotary(rotary.cos[which], rotary.sin[which])
 
 
-# q, k, v, rotary, batch.
+# The tuple (q, k, v, rotary, batch).
 _AttentionInputs = tuple[Array, Array, Array, Rotary, Batch]
-# Attention of one layer with its cache: (stack, layer, caches, inputs) -> (out, caches).
+# A function that computes the attention of one layer: (stack, layer, caches, inputs) -> (out, caches).
 _Attend = Callable[[LayerStack, Array, KVCaches, _AttentionInputs], tuple[Array, KVCaches]]
 
 
 def layer_loop(
     ops: Callable[[], Ops], attend_several: _Attend | None = None
 ) -> Callable[[LayerStack, Array, Rotary, KVCaches, Batch, Array], tuple[Array, KVCaches]]:
-    """Return an operation `layers` that runs the layers in an XLA loop, with the target's other operations.
+    """Return a function for `Ops.layers` that runs the layers in an XLA loop.
 
     Args:
-        ops: returns the target's operations.
-        attend_several: the attention to use in a model with several KV caches; None for the target's own, which
-            copies the caches.
+        ops: returns the target's operations, which the layers call.
+        attend_several: the attention to use in a model with several KV caches; None for the target's own attention,
+            which copies the caches.
     """
 
     def layers(
@@ -387,10 +387,10 @@ def _attend(
 def _attend_in_place(
     compute: str, stack: LayerStack, layer: Array, caches: KVCaches, inputs: _AttentionInputs
 ) -> tuple[Array, KVCaches]:
-    """Run attention of a layer when there are several KV caches.
+    """Compute the attention of a layer in a model with several KV caches, without copying the caches.
 
-    XLA would copy every cache that a switch returns, so the switch only reads. The writes happen before the switch, to
-    all caches; a write to a cache of other layers is dropped.
+    XLA would copy every cache that a switch returns, so the switch only reads. Before the switch, the keys and values
+    are written to every cache, and XLA drops the writes to all caches but the layer's own.
     """
     q, k, v, rotary, batch = inputs
     layer_table = layer_rotary(stack.ropes, layer, rotary)
@@ -409,7 +409,7 @@ def _attend_in_place(
 
 
 def xla_ops(compute: str) -> Ops:
-    """Return the operations; operands of matrix products are rounded to `compute`, "float32" or "bfloat16"."""
+    """Return XLA's operations for a compute type, "float32" or "bfloat16"."""
     ops = Ops(
         linear=partial(_linear, compute),
         normalize=_normalize,

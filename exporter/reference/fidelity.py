@@ -35,8 +35,8 @@ class Reference:
         weights: float32 arrays by parameter name, in the shapes of the forward pass.
         tokenizer: the model's tokenizer.
         context: maximum length of a window, in positions.
-        exported: context of the artifact to compare with, on which some kinds of RoPE depend; None to use each
-            window's length instead, as transformers does.
+        exported: context of the artifact to compare with. Some kinds of RoPE depend on the context; None means that
+            they use the length of each window, as in transformers.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Reference:
             self._weights: list[Array] = [jnp.from_dlpack(weights[p.name]) for p in model.parameters]
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        """Yield the logits [V] of every position of the window from `first` to the last but one."""
+        """Yield the logits ``[V]`` of every position of the window, from `first` to the last but one."""
         # Pad a shorter window to the longest so far, to reuse its program. No position attends to the padding.
         self._width = max(self._width, len(window))
         padded = np.zeros(self._width, np.int32)
@@ -71,7 +71,7 @@ class Reference:
         yield from rows[first : len(window) - 1]
 
     def _fitted(self, table: np.ndarray) -> np.ndarray:
-        """Cut or pad a table ``[Z, S, P]`` to the program's positions; values after the window have no effect."""
+        """Cut or pad a table ``[Z, S, P]`` to the program's number of positions; the padding has no effect."""
         missing = max(0, self._width - table.shape[1])
         return np.pad(table, ((0, 0), (0, missing), (0, 0)))[:, : self._width]
 
@@ -122,9 +122,9 @@ def measure(
     Args:
         model: the artifact, loaded.
         spec: the model.
-        source: the reference, whose tensors are read layer by layer for every window.
-        weights: float32 arrays by parameter name to use in place of the source's tensors; None to read them.
-        progress: called with the predictions scored so far.
+        source: the source, whose tensors are read layer by layer for every window.
+        weights: float32 arrays by parameter name, used instead of the source's tensors; None to read the tensors.
+        progress: called with the number of predictions scored so far.
 
     Returns:
         The figures for the manifest; None if the context is too small for a window.

@@ -1,4 +1,4 @@
-"""Golden answers: greedy answers of a new artifact, checked against the uncached reference before shipping."""
+"""Golden answers: greedy answers of a new artifact, checked against the uncached reference."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from precast.loaders.generation.sampling_params import SamplingParams
 from ..programs import StoredModel
 from .stored import answer_logits
 
-# The last two have one obvious continuation, so that some answers are far from any tie.
+# The last two texts have one obvious continuation, so that some answers are far from any tie.
 TEXTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -26,13 +26,14 @@ TEXTS = (
     "one, two, three, four, one, two, three, four, one, two, three, four, one,",
 )
 TOKENS = 16
-# The lead of a token is the distance of its logit to the next lower logit, as a share of the logits' spread (standard
-# deviation). With a lead below these thresholds, the two likeliest tokens count as tied: rounding may swap them.
+# The lead of a token is the distance from its logit to the next lower logit, divided by the logits' spread (standard
+# deviation). If the lead of the likeliest token is below the threshold, it counts as tied with the second likeliest,
+# because rounding may swap the two.
 #
 # In float32, programs that sum in different orders give logits that differ by about 1e-5 of the spread.
 TIE = 1e-3
-# For activations rounded to 16 bits, and for a KV cache of fewer bits: the reference has the same weights and rounds in
-# the same way, but a value close to a rounding boundary can fall to either side.
+# For activations rounded to 16 bits, and for a KV cache with fewer than 32 bits: the reference has the same weights and
+# rounds in the same way, but a value close to a rounding boundary can fall to either side.
 REDUCED_TIE = 0.05
 # For bfloat16 arithmetic: leads among the eight likeliest tokens were measured to change by up to 0.06 (12 steps of the
 # demo model).
@@ -40,7 +41,7 @@ BFLOAT16_TIE = 0.15
 # For int4 weights, with which activations are rounded to 8 bits: leads were measured to change by 0.06 (prompts of 5 to
 # 65 tokens of the demo model).
 INT4_TIE = 0.25
-# The number of logits that are recorded for the first step of an answer. These are the largest logits.
+# The number of logits, the largest first, that are recorded for the first step of an answer.
 LOGITS = 8
 
 
@@ -51,7 +52,7 @@ def is_exact(manifest: Manifest) -> bool:
 
 
 def tie_of(manifest: Manifest) -> float:
-    """Return the lead below which two candidates are tied, as a share of the logits' spread."""
+    """Return the lead below which the two likeliest tokens are tied, as a share of the logits' spread."""
     if is_exact(manifest):
         return TIE
     reduced = INT4_TIE if manifest.model.weights == "int4" else REDUCED_TIE
@@ -59,7 +60,7 @@ def tie_of(manifest: Manifest) -> float:
 
 
 def _computes_bfloat16(manifest: Manifest) -> bool:
-    """Return True if any target computes in bfloat16, because all targets share the golden answers."""
+    """Return True if any target computes in bfloat16; one is enough, because all targets share the golden answers."""
     return any(target.platform == "cuda" for target in manifest.targets)
 
 
@@ -70,7 +71,7 @@ class Case:
     Attributes:
         prompt: token ids.
         tokens: token ids of the answer.
-        first: logits of its first step, with the threshold of a tie as their tolerance.
+        first: the largest logits of the answer's first step, and their tolerance: the threshold of a tie.
     """
 
     prompt: tuple[int, ...]
@@ -81,8 +82,8 @@ class Case:
 def prompts(model: Model) -> list[tuple[int, ...]]:
     """Return the prompts of the golden answers as token ids.
 
-    They are `TEXTS`, and a prompt that is one token longer than the smallest bucket, if the context allows. Each prompt
-    leaves room for an answer.
+    The prompts are `TEXTS`, and a prompt that is one token longer than the smallest bucket if the context allows that
+    length. Each prompt leaves room for an answer.
     """
     vocab, context = model.engine.vocab, model.engine.context
     room = max(1, context - TOKENS)
@@ -96,7 +97,7 @@ def answers(model: Model, tie: float) -> tuple[Case, ...]:
 
     Args:
         model: the artifact, loaded.
-        tie: as for `check`; also the tolerance for another machine's logits.
+        tie: as for `check`; it also determines the tolerance of the recorded logits.
     """
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
     completions = [model.generate(prompt, params) for prompt in prompts(model)]
@@ -136,7 +137,7 @@ def check(
     Args:
         cases: answers of the artifact.
         model: the model.
-        kv_cache: type of the KV cache, to which the reference rounds keys and values too.
+        kv_cache: type of the KV cache; the reference rounds its keys and values to this type too.
         tie: the lead below which the two likeliest tokens are tied, as a share of the logits' spread.
         weights: the artifact's arrays by name.
         where: name of the artifact in messages.
@@ -145,7 +146,7 @@ def check(
         The answers, each cut before the first tie of the reference.
 
     Raises:
-        PrecastError: an answer differs from the reference's, or nothing can be checked; the artifact must not ship.
+        PrecastError: an answer differs from the reference's, or no answer can be checked. The artifact must not ship.
     """
     logits = answer_logits(
         model, kv_cache, weights, [c.prompt + c.tokens for c in cases], [len(c.prompt) - 1 for c in cases]
@@ -166,7 +167,7 @@ def _check_case(case: Case, best: np.ndarray, leads: np.ndarray, tie: float, whe
     """Compare an answer with the reference's `best` tokens and their `leads`; cut it before the first tie."""
     if not np.isfinite(leads).all():
         raise PrecastError(
-            f"{where}: the reference's logits are not finite (prompt of {len(case.prompt)} tokens), so"
+            f"{where}: the reference's logits for a prompt of {len(case.prompt)} tokens are not finite, so"
             " the model cannot be computed in float32; nothing was written."
         )
     for i, token in enumerate(case.tokens):
@@ -182,7 +183,7 @@ def _check_case(case: Case, best: np.ndarray, leads: np.ndarray, tie: float, whe
 
 
 def _best_and_leads(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best token of each row ``[R, V]``, and its lead as a share of the row's spread."""
+    """Return the likeliest token of each row ``[R, V]``, and its lead as a share of the row's spread."""
     with np.errstate(invalid="ignore", over="ignore"):
         second, first = np.partition(logits, -2, axis=1)[:, -2:].T
         spread = np.maximum(logits.std(axis=1), np.finfo(logits.dtype).tiny)

@@ -23,7 +23,7 @@ from .output_head import EMBEDDING, blockwise_logits, head_of
 class LayerwiseReference:
     """A scorer that runs the uncached float32 forward pass with the weights of one layer in memory at a time.
 
-    It reads all weights again for every window, so it suits a few windows only.
+    The scorer reads all weights again for every window, so it is slow for many windows.
 
     Args:
         name: name in messages.
@@ -56,7 +56,7 @@ class LayerwiseReference:
         self._layer = jax.jit(self._run_layer)
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        """Yield the logits [V] of every position of the window from `first` to the last but one."""
+        """Yield the logits ``[V]`` of every position of the window, from `first` to the last but one."""
         c = self._spec.config
         cos, sin = (table[:, None, : len(window)] for table in self._spec.tables(self.context))
         with on_cpu_in_float32():
@@ -88,7 +88,7 @@ class LayerwiseReference:
         return self._bound(arrays).forward_layer(x, Rotary(cos, sin), window, jnp.int32(0))
 
     def _read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
-        """Read the parameters with these prefixes, for one layer; replace every other parameter with a single zero."""
+        """Read the parameters whose names have one of these prefixes, for one layer; replace all others with a zero."""
         return [
             self._array(p, layer)
             if p.name.startswith(prefixes)

@@ -25,7 +25,7 @@ Bind = Callable[[Sequence[Array]], Decoder]
 
 
 def head_of(spec: ModelSpec) -> str:
-    """Return the name of the output head's parameter: that of the embedding if the head is tied to the embedding."""
+    """Return the name of the output head's parameter, which is the embedding's name if the two are tied."""
     return EMBEDDING if spec.config.tied_embeddings else "lm_head.weight"
 
 
@@ -46,7 +46,7 @@ def blockwise_logits(
         x: hidden states ``[R, D]``.
         arrays: all parameters in the order of binding. The head's arrays, whose names begin with the head's name, are
             NumPy arrays; one block at a time becomes a JAX array.
-        packed: the head's arrays consist of panels of `PANEL` outputs.
+        packed: True if the head's arrays consist of panels of `PANEL` outputs.
 
     Returns:
         Logits ``[R, V]`` float32.
@@ -71,9 +71,9 @@ def _jitted(spec: ModelSpec, bind: Callable[[ModelSpec], Bind], vocab: int) -> C
 
 
 def _outputs(stack: np.ndarray, start: int, count: int, *, packed: bool) -> np.ndarray:
-    """Return the part of a head's array with `count` outputs from `start` on; whole panels if it is packed.
+    """Return `count` outputs of a head's array from `start` on; if the array is packed, return whole panels.
 
-    The outputs are the first axis of an embedding ``[V, D]``, and the second of a stack of one matrix ``[1, V, D]``.
+    The outputs are the first axis of an embedding ``[V, D]``, and the second axis of a stack ``[1, V, D]``.
     """
     rows = slice(start // PANEL, -(-(start + count) // PANEL)) if packed else slice(start, start + count)
     return stack[rows] if stack.ndim == 2 else stack[:, rows]

@@ -33,7 +33,7 @@ def record_golden(folder: Path, manifest: Manifest, stored: StoredModel, weights
     """
     path = folder / manifest.golden
     path.write_bytes(golden.to_json(()))
-    # `_answer` frees its model before the reference maps the weights, so that the weights are never in memory twice.
+    # `_answer` frees its model before the reference maps the weights, so the weights are never in memory twice.
     cases = _answer(folder, write_manifest(folder, manifest, weights_sha256))
     weights = map_weights(folder / WEIGHTS_FILE)
     with jax.default_matmul_precision("highest"):  # for the reference; the programs are compiled already
@@ -49,7 +49,7 @@ def load_first(folder: Path, manifest: Manifest) -> Model:
 
 
 def _answer(folder: Path, manifest: Manifest) -> tuple[golden.Case, ...]:
-    """Return the first target's answers; record that the target runs here, so that its first load needs no trial."""
+    """Return the first target's answers; record that it runs on this machine, so its first load needs no trial."""
     model = load_first(folder, manifest)
     cases = golden.answers(model, golden.tie_of(manifest))
     trial.record_success(manifest, model.target, this_machine())
@@ -59,7 +59,8 @@ def _answer(folder: Path, manifest: Manifest) -> tuple[golden.Case, ...]:
 def replay_answers(folder: Path, manifest: Manifest, log: Callable[[str], None], progress: Progress) -> None:
     """Replay the golden answers on every target, except those that need compiling.
 
-    The first target gave these answers, one at a time; it repeats them in batches and with the score program.
+    The golden answers were recorded from the first target, one at a time. Here the first target repeats them in batches
+    and with the score program.
 
     Args:
         folder: the finished artifact.

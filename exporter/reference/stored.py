@@ -31,7 +31,7 @@ def answer_logits(
         firsts: for each sequence, the first position whose logits are returned.
 
     Returns:
-        For each sequence float32 ``[R, V]``: the logits from that position to the last but one.
+        For each sequence, the logits from that position to the last but one, float32 ``[R, V]``.
     """
     names = [name for name, _ in model.arrays()]
     arrays = {name: _on_device(weights[name]) for name in (*TABLES, *names)}

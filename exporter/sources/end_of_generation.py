@@ -1,7 +1,7 @@
-"""The tokens that end a generation, found by their text.
+"""Find the tokens that end a generation by their text.
 
-Model files seldom name all of these tokens. Finding them by text makes a model stop at the same tokens
-whatever its source. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows
+Model files seldom name all of these tokens. Because they are found by text, a model stops at the same tokens whatever
+its source. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows
 only the ids that a config names.
 """
 
@@ -50,7 +50,7 @@ _IF_SPECIAL = frozenset(
         "<REPO>",
     }
 )
-# In each row, the first token does not end a generation if the vocabulary has all of the others.
+# The first token of a pair does not end a generation if the vocabulary has all tokens of the second part.
 _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
     ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # <|end|> separates messages of one answer
     ("<|end|>", frozenset({"<|flush|>", "<|calls|>"})),
@@ -75,7 +75,7 @@ def end_tokens_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> 
 
 
 def named_end_tokens(folder: Path, config: Mapping[str, object]) -> tuple[int, ...]:
-    """Return the end tokens of config.json or generation_config.json, which may name none, one or several.
+    """Return the ids in `eos_token_id` of config.json or generation_config.json: none, one or several.
 
     Raises:
         PrecastError: `eos_token_id` is neither an id nor a list of ids.
@@ -90,5 +90,5 @@ def named_end_tokens(folder: Path, config: Mapping[str, object]) -> tuple[int, .
 
 
 def merge_end_tokens(named: Iterable[int | None], by_text: Iterable[int]) -> tuple[int, ...]:
-    """Return all end tokens without duplicates, starting with those named by the model's files."""
+    """Return all end tokens without duplicates; those that the model's files name come first."""
     return tuple(dict.fromkeys(token for token in (*named, *by_text) if token is not None))

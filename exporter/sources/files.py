@@ -34,7 +34,7 @@ _SPDX = {
 # Limit in bytes for text and JSON files. The longest is tokenizer.json: published ones reach 35 MB.
 _LONGEST_TEXT = 1 << 28
 
-# A JSON escape for half of a surrogate pair.
+# A JSON escape for one half of a surrogate pair.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # Names of file kinds, by st_mode.
@@ -48,10 +48,10 @@ _KINDS = {
 
 
 def plain_file(path: Path) -> bool:
-    """Return True for a regular file, False if the path does not exist.
+    """Return True if the path is a regular file, False if it does not exist.
 
     Raises:
-        PrecastError: the path is a dangling symlink or not a regular file, such as a FIFO, which could block forever.
+        PrecastError: the path is a dangling symlink, or is not a regular file. Reading a FIFO could block forever.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)

@@ -28,7 +28,7 @@ class Key:
     """One key of transformers' `GenerationConfig`.
 
     Attributes:
-        treatment: treatment by an export.
+        treatment: treatment of the key by an export.
         target: for an applied key, the field of the manifest's `SamplingDefaults` that it sets; do_sample and
             eos_token_id set no such field.
         reason: for a harmless key, the reason to ignore it; for a refused key, its effect, as a clause that follows
@@ -153,11 +153,11 @@ KEYS: Mapping[str, Key] = {
     **_refused("eta_cutoff", "removes tokens below a probability", 0, sampling=True),
 }
 
-# transformers' defaults if do_sample is true and a key is absent or null. All other options are off by default, both in
-# transformers and here.
+# transformers' defaults for absent and null keys if do_sample is true. All other options are off by default, both in
+# transformers and in precast.
 _SAMPLING_DEFAULTS: Mapping[str, object] = {"temperature": 1.0, "top_k": 50}
-# transformers' default max_length. In a file it is only a saved default and says nothing about the model, so the export
-# ignores it.
+# transformers' default max_length. transformers saves this default in files, where it says nothing about the model, so
+# the export ignores it.
 _DEFAULT_MAX_LENGTH = 20
 # In each pair the first key overrides the second.
 _PREFERRED = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
@@ -173,7 +173,7 @@ class Generation:
     Attributes:
         values: keys of transformers' `GenerationConfig` that are not null.
         sampling: sampling defaults, by field of the manifest's `SamplingDefaults`.
-        remarks: a sentence that names the ignored keys, if any.
+        remarks: one sentence that names the unknown keys, or nothing.
     """
 
     values: Mapping[str, object]
@@ -185,7 +185,7 @@ def read_generation(folder: Path, config: Mapping[str, object]) -> Generation:
     """Read generation_config.json or, if it is missing, the same keys in config.json, as transformers does.
 
     Raises:
-        PrecastError: precast does not support a key that changes the answers, or a value has the wrong type.
+        PrecastError: a key that changes the answers is not supported, or a value has the wrong type.
     """
     path = folder / GENERATION_CONFIG
     if plain_file(path):
@@ -222,7 +222,7 @@ def read_sampling(path: Path, values: Mapping[str, object]) -> dict[str, object]
         The defaults, by field of the manifest's `SamplingDefaults`.
 
     Raises:
-        PrecastError: precast does not support a key that changes the answers, or a value has the wrong type.
+        PrecastError: a key that changes the answers is not supported, or a value has the wrong type.
     """
     sampling = _do_sample(path, values)
     for key, value in values.items():
@@ -268,11 +268,11 @@ def _check_refused(path: Path, key: str, value: object) -> None:
 
 
 def _checked(path: Path, key: str, value: object) -> object:
-    """Return `value` if it has the right type; the export checks ranges later."""
+    """Return `value` if it has the right type; the export checks its range later."""
     if key == "stop_strings":
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise _wrong(path, key, "a text or a list of texts", value)
+            raise _wrong(path, key, "a string or a list of strings", value)
         return tuple(texts)
     if key in _LISTS:
         if not isinstance(value, list):

@@ -13,7 +13,7 @@ _HUB_ID = re.compile(rf"(?P<repo>(?:{_NAME}/)?(?P<name>{_NAME}))(?:@(?P<revision
 # A name with such an ending means a missing file, not a model on the hub.
 _FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth", ".zip", ".onnx")
 
-# Neither pickles nor Python code are ever fetched.
+# The files to fetch. Pickles and Python code are never fetched.
 _PATTERNS = (
     "config.json",
     "hf_quant_config.json",
@@ -74,16 +74,16 @@ def _fetch(repo: str, revision: str | None) -> Path:
         )
     # The HTTP library, and with it the class of its exceptions, depends on the version of huggingface-hub.
     except Exception as error:
-        # The hub's own answer explains more than the absence of a cached copy.
+        # The hub's answer explains more than the absence of a cached copy.
         reason = refused if isinstance(refused, errors.HfHubHTTPError | ValueError) else error
         raise PrecastError(_explain(repo, revision, reason)) from error
 
 
 def _probe(repo: str, revision: str | None) -> Exception | None:
-    """Ask the hub about the model, with a time limit; return the exception that this raises, or None.
+    """Ask the hub about the model, with a time limit; return the exception that the request raises, or None.
 
     `snapshot_download` sends its requests without a time limit, so it hangs for minutes if the network drops packets.
-    The caller therefore lets it use the network only if the hub has answered this request in time.
+    The caller therefore lets `snapshot_download` use the network only if the hub has answered this request in time.
     """
     from huggingface_hub import HfApi, constants
 
@@ -99,12 +99,12 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo}: is gated on the hub; accept its terms on its page there, then run `hf auth login`."
+        return f"{repo}: is gated; accept its terms on its page on the hub, then run `hf auth login`."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo}: has no revision {revision!r} on the hub; check the spelling."
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{repo}: is not a directory or .gguf file here, and the hub has no such model that you may read; "
+            f"{repo}: there is no such directory or .gguf file, and the hub has no such model that you may read; "
             "check the spelling, or run `hf auth login` if the model is private."
         )
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):

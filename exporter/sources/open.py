@@ -54,8 +54,8 @@ def _is_hub_id(spec: str) -> bool:
 def _is_gguf(spec: str) -> bool:
     """Return True if a file begins with GGUF's magic bytes, or its name ends in .gguf.
 
-    Some stores name files by hash, so a file with the magic bytes counts whatever its name. A file that has the name
-    but not the magic bytes counts too; the reader then refuses it with a clear message.
+    Some stores name files by hash, so the magic bytes suffice. The name suffices too: if the magic bytes are missing,
+    the reader refuses the file with a clear message.
     """
     from .files import first_bytes, plain_file
     from .gguf.container import MAGIC

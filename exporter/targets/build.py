@@ -38,7 +38,7 @@ def build_target(
     """Write every program of a target below ``root/programs/<kind>/``.
 
     Args:
-        kind: a kind of target other than executables for the CPU, which `build_targets` makes.
+        kind: the kind of target. `build_targets` makes executables for the CPU.
         programs: the programs, made of the kind's operations.
         root: the artifact's folder.
         created: day of the export.
@@ -86,10 +86,10 @@ def build_targets(
     log: Callable[[str], None],
     on_built: OnBuilt,
 ) -> list[Target]:
-    """Write a target; for the CPU, one target for each instruction set.
+    """Write the target of a kind; executables for the CPU get a target for each instruction set.
 
     A child process compiles the executables for the CPU, all from the same StableHLO. XLA reads the permitted
-    instruction set only once per process, and this process permits all of the machine's instructions to compute the
+    instruction set only once in a process, and this process permits all of the machine's instructions, to compute the
     reference.
 
     Args:
@@ -97,7 +97,7 @@ def build_targets(
         programs: the programs, made of the kind's operations.
         root: the artifact's folder.
         created: day of the export.
-        isas: instruction sets of CPU executables; None for `default_isa`, or a wider level if XLA uses more than that.
+        isas: instruction sets of CPU executables; None for `default_isa`, or for a wider set if XLA needs one.
         log: called with the name of each step.
         on_built: called with each program that has been written.
 
@@ -134,7 +134,10 @@ def build_targets(
 def _compile(
     source: Target, kind: TargetKind, root: Path, isa: str, *, exact: bool, is_first: bool
 ) -> tuple[Target, dict[str, bytes], dict[str, Compilation]]:
-    """Compile the programs of `source` for an instruction set; the first target shares the folder of its StableHLO."""
+    """Compile the programs of `source` for an instruction set.
+
+    The executables of the first target lie in the same folder as the StableHLO.
+    """
     names = {str(p.stablehlo) for p in source.programs}
     return compile_target(
         source,
@@ -162,7 +165,7 @@ def _built_program(
     compiled: Mapping[str, Compilation],
     lowered: Sequence[BuiltProgram],
 ) -> BuiltProgram:
-    """Describe a compiled program; add the cost of its lowering if `lowered` has it."""
+    """Describe a compiled program; include the time and the bytes of its StableHLO if `lowered` has them."""
     lowering = next((b for b in lowered if b.program.name == program.name), None)
     return BuiltProgram(
         target=target.name,
@@ -176,7 +179,7 @@ def _built_program(
 def _laid_out(
     kind: TargetKind, programs: Sequence[ProgramSpec], device: jax.Device | None
 ) -> Sequence[ProgramSpec]:
-    """Give the programs the layouts of caches and weights that suit decode, if the kind chooses layouts."""
+    """Return the programs, with the layouts of caches and weights that suit decode if the kind chooses layouts."""
     if kind.layouts is None or device is None:
         return programs
     layouts = kind.layouts(next(spec for spec in programs if spec.kind == "decode"), device)
@@ -192,7 +195,7 @@ def _target_name(kind: TargetKind, device: jax.Device | None) -> str:
 def _build_program(
     kind: TargetKind, spec: ProgramSpec, folder: Path, device: jax.Device | None
 ) -> BuiltProgram:
-    # Unused arguments stay in the signature, so that it matches the manifest.
+    # Unused arguments stay in the signature, so that the signature matches the manifest.
     function = jax.jit(spec.function, donate_argnums=spec.donated, keep_unused=True)
     started = time.perf_counter()
     stablehlo = _stablehlo(kind, spec, function)
@@ -225,10 +228,10 @@ def _build_program(
 
 
 def _stablehlo(kind: TargetKind, spec: ProgramSpec, function: jax.stages.Wrapped) -> bytes:
-    """Return StableHLO for all platforms of the target, taken from jax.export; jaxlib can compile it without jax.
+    """Return a program's StableHLO for all platforms of the target; jaxlib can compile it without jax.
 
     A module that jax.export makes for several platforms takes the platform's index as an extra argument, and branches
-    on it even if the branches are equal. So each platform is lowered alone, and the modules must be equal.
+    on it even if the branches are equal. Each platform is therefore lowered alone, and the modules must be equal.
     """
     checks = [jax_export.DisabledSafetyCheck.custom_call(name) for name in kind.ops.kernels]
     modules = {}
@@ -280,7 +283,7 @@ def _program(spec: ProgramSpec, stem: str, compiled: jax.stages.Compiled | None)
 
 
 def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Value, ...]:
-    """Apply the compiler's layouts to values; each layout permutes the axes of a value's current layout."""
+    """Return values with the compiler's layouts, each of which permutes the axes of a value's current layout."""
     return tuple(
         dataclasses.replace(v, layout=tuple(v.layout[axis] for axis in f.layout.major_to_minor))
         for v, f in zip(values, formats, strict=True)

@@ -1,4 +1,4 @@
-"""Shared parts of the builders: the record of a built program, and programs free of this machine's paths."""
+"""Code that all builders share: the record of a built program, and the removal of source paths from programs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ class BuiltProgram(Step):
     Attributes:
         target: name of its target.
         program: its record in the manifest.
-        lower_s: seconds of tracing and lowering; a target with executables does both twice.
-        compile_s: seconds of compiling; 0 for StableHLO alone.
+        lower_s: seconds spent on tracing and lowering, which happen twice for a target with executables for a GPU.
+        compile_s: seconds spent on compiling; 0 for StableHLO alone.
         bytes: size of its files.
     """
 

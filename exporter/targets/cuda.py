@@ -1,8 +1,8 @@
 """The CUDA target: XLA's own operations in bfloat16, with caches and weights laid out for decoding.
 
-An artifact mostly decodes, so the decode program is compiled first, and the compiler chooses all layouts of caches and
-weights. All programs then use these layouts, because they share the memory. `precast.exporter.programs.with_layouts`
-applies the layouts.
+Generation spends most of its time in the decode program. That program is therefore compiled first, and the compiler
+chooses the layouts of caches and weights for it. All programs use these layouts, because they share caches and weights.
+`precast.exporter.programs.with_layouts` applies the layouts.
 """
 
 import os

@@ -17,12 +17,12 @@ class TargetKind:
     """A kind of target that an export can make.
 
     Attributes:
-        name: the user's name for the kind, and its folder below ``programs/``.
+        name: the kind's name on the command line, and the name of its folder below ``programs/``.
         ops: the operations of its programs.
         runtime: "pjrt" for executables, "stablehlo" for programs that the loader compiles on request, "savedmodel"
             for TensorFlow.
-        platform: the platform that the programs run on; "any" if all of `lowered_for` share the programs.
-        lowered_for: platforms that its StableHLO is lowered for, in XLA's names.
+        platform: the platform that the programs run on; "any" if they run on every platform in `lowered_for`.
+        lowered_for: platforms for which the programs are lowered to StableHLO, by XLA's names.
         device: returns the device to compile for, or raises PrecastError if there is none; None for the CPU.
         layouts: returns the layouts of caches and weights that suit the decode program; None for row-major arrays.
     """

@@ -65,8 +65,8 @@ def build_savedmodel(
 ) -> Target:
     """Write one SavedModel of all programs, with the weights of ``weights.safetensors``.
 
-    The weights are mapped, and copied once into the SavedModel's variables. The programs of this target therefore have
-    no weight arguments in the manifest; they have no aliased results either.
+    The weights are mapped, and copied once into the SavedModel's variables. In the manifest, the programs of this
+    target therefore have no weight arguments. Their results do not reuse the memory of arguments.
 
     Args:
         kind: the kind of target.
@@ -155,7 +155,7 @@ def _write(
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Hide TensorFlow's log lines about the files it writes."""
+    """Hide TensorFlow's log lines about the files that it writes."""
     logger = logging.getLogger("tensorflow")
     before = logger.level
     logger.setLevel(logging.ERROR)

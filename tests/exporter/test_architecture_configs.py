@@ -149,7 +149,7 @@ def test_an_unknown_activation_is_named(model_type: str) -> None:
 @rotated
 @pytest.mark.parametrize("kind", ["ntk", "mrope", "proportional"])
 def test_an_unknown_rope_is_named(model_type: str, kind: str) -> None:
-    with pytest.raises(PrecastError, match=f"RoPE type '{kind}' is not supported"):
+    with pytest.raises(PrecastError, match=f"expected the RoPE type to be one of .*, found '{kind}'"):
         _read(model_type, rope_scaling={"rope_type": kind, "factor": 2.0})
 
 
@@ -236,7 +236,7 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         "'use_bidirectional_attention' is True, expected False.",
     ),
     ("gemma2", {"hidden_act": "silu"}, "'hidden_act' is 'silu', expected 'gelu_pytorch_tanh' or 'gelu'."),
-    ("gemma2", {"sliding_window": None}, "no 'sliding_window' is in use"),
+    ("gemma2", {"sliding_window": None}, "'sliding_window' is unset or turned off"),
     ("gemma2", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' is 0, expected a number above 0."),
     (
         "gemma2",
@@ -284,11 +284,15 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "mixtral",
         {"num_experts": 4, "num_local_experts": 8},
-        "num_experts and num_local_experts are 4 and 8, expected the same number; remove the wrong one.",
+        "expected num_experts and num_local_experts to be equal, found 4 and 8; remove the wrong key.",
     ),
     ("olmo2", {"clip_qkv": 8.0}, "'clip_qkv' may change"),
     ("phi3", {"attention_bias": True}, "'attention_bias' is True, expected False."),
-    ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE type 'linear' is not supported"),
+    (
+        "phi3",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "expected the RoPE type to be one of default, longrope, su",
+    ),
     ("qwen3_moe", {"mlp_only_layers": [0]}, "'mlp_only_layers' is [0], expected []."),
     ("qwen3_moe", {"decoder_sparse_step": 2}, "'decoder_sparse_step' is 2, expected 1."),
     ("qwen3_moe", {"shared_expert_intermediate_size": 9}, "'shared_expert_intermediate_size' may change"),
@@ -305,7 +309,7 @@ _REFUSALS: list[tuple[str, dict[str, Any], str]] = [
     (
         "smollm3",
         {"layer_types": ["sliding_attention"] * 7, "sliding_window": 9},
-        "no 'sliding_window' is in use",
+        "'sliding_window' is unset or turned off",
     ),
 ]
 

@@ -77,7 +77,7 @@ def test_a_remark_names_a_marker_that_is_a_word(tmp_path, gguf_spec, tiny):
     ]
     source = dataclasses.replace(source, tokenizer_json=json.dumps(document).encode())
     assert texts.marker_remarks(source) == (
-        "the chat template writes markers that are not one token each: <|im_end|>",
+        "the tokenizer splits these markers of the chat template into several tokens: <|im_end|>",
     )
     named = dataclasses.replace(source, chat_template="{{ messages }}", named_templates={"rag": CHATML})
     assert texts.marker_remarks(named) == texts.marker_remarks(source)

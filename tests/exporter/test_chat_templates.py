@@ -197,7 +197,7 @@ def test_an_unusable_named_template():
     assert str(caught.value).startswith(
         "m: its chat template 'rag' is unusable (The chat template failed at line 1"
     )
-    assert str(caught.value).endswith("; correct or remove it there.")
+    assert str(caught.value).endswith("; correct or remove the template.")
 
 
 def test_templates_in_tokenizer_config_json(tmp_path):

@@ -168,7 +168,7 @@ def test_layer_types_that_are_not_understood(value: Any) -> None:
 @pytest.mark.parametrize("switch", [{}, {"use_sliding_window": True, "sliding_window": None}])
 def test_a_windowed_layer_without_a_window(switch: Mapping[str, Any]) -> None:
     assert (
-        "'layer_types' has sliding_attention, but no 'sliding_window' is in use; correct one of"
+        "'layer_types' contains 'sliding_attention', but 'sliding_window' is unset or turned off; correct one of"
         in _refusal("qwen2", layer_types=["full_attention", "sliding_attention"], **switch)
     )
 
@@ -210,9 +210,12 @@ def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
     [
         (
             {"rope_type": "ntk", "factor": 2.0},
-            ": RoPE type 'ntk' is not supported; expected one of default, dynamic, linear, llama3, longrope, yarn.",
+            ": expected the RoPE type to be one of default, dynamic, linear, llama3, longrope, yarn, found 'ntk'.",
         ),
-        ({"type": "su", "factor": 4.0}, ": RoPE type 'su' is not supported"),
+        (
+            {"type": "su", "factor": 4.0},
+            ": expected the RoPE type to be one of default, dynamic, linear, llama3, longrope",
+        ),
         (
             {"rope_type": "yarn"},
             " rope parameters: key 'factor' is missing; use the model's complete config.json.",
@@ -223,7 +226,7 @@ def test_a_missing_size(model_type: str, key: str, value: Any) -> None:
         ),
         (
             {"rope_type": "linear", "type": "dynamic", "factor": 2.0},
-            ": rope_type and type are linear and dynamic, expected the same name; remove the wrong one.",
+            ": expected rope_type and type to be equal, found linear and dynamic; remove the wrong key.",
         ),
         (
             {"rope_type": "linear"},
@@ -284,7 +287,7 @@ def test_a_partial_rotary_factor_is_found_in_every_place() -> None:
 def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[str, Any], key: str) -> None:
     """transformers silently ignores the newer spelling if both are present."""
     assert _refusal(rope_parameters=newer, rope_scaling=older) == (
-        f"m/config.json: rope_parameters and rope_scaling disagree about '{key}'; remove the wrong one."
+        f"m/config.json: rope_parameters and rope_scaling have different values for '{key}'; remove the wrong one."
     )
 
 

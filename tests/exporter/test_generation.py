@@ -176,7 +176,7 @@ def test_published_files(tmp_path, said, expected):
         ({"suppress_tokens": 5}, "expected suppress_tokens to be a list, found 5; correct it."),
         (
             {"stop_strings": [1]},
-            "expected stop_strings to be a text or a list of texts, found [1]; correct it.",
+            "expected stop_strings to be a string or a list of strings, found [1]; correct it.",
         ),
         ({"do_sample": 1}, "expected do_sample to be true or false, found 1; correct it."),
     ],

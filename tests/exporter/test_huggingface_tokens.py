@@ -274,7 +274,7 @@ def test_add_prefix_space_without_a_step_that_adds_one(tmp_path):
     with pytest.raises(PrecastError) as caught:
         read_tokenizer(folder)
     assert str(caught.value) == (
-        f"{folder / 'tokenizer_config.json'}: add_prefix_space asks for a space before a text, but no step "
+        f"{folder / 'tokenizer_config.json'}: add_prefix_space asks for a space before each text, but no step "
         "of tokenizer.json adds one; save the tokenizer again (AutoTokenizer.from_pretrained(...)"
         ".save_pretrained(...))."
     )

@@ -91,7 +91,7 @@ def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
     [
         ({"buckets": ()}, "--buckets: expected at least one prompt length, found none."),
         ({"buckets": (0,)}, "--buckets: expected prompt lengths of 1 or more, found 0."),
-        ({"buckets": (8, 8)}, "--buckets: 8 is named twice"),
+        ({"buckets": (8, 8)}, "--buckets: 8 is given twice"),
         ({"buckets": (33,), "context": 32}, "--buckets: 33 is larger than the context of 32"),
         (
             {"targets": ()},
@@ -104,10 +104,10 @@ def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
         ({"targets": ("cpu", "cpu")}, "each once, found one of them twice."),
         ({"context": 129}, "--context: expected 2 to 128 (the model's own limit), found 129."),
         ({"slots": 0}, "--slots: expected 1 to 256, found 0."),
-        ({"weights": "int2"}, "--weights: 'int2' is not supported"),
+        ({"weights": "int2"}, "--weights: expected one of float32, bfloat16, int8, int4, found 'int2'."),
         (
             {"kv_cache": "int4"},
-            "--kv-cache: 'int4' is not supported, expected one of float32, bfloat16, int8.",
+            "--kv-cache: expected one of float32, bfloat16, int8, found 'int4'.",
         ),
     ],
 )

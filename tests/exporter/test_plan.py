@@ -46,23 +46,26 @@ def test_sources_that_do_not_fit_together(export_refusal, tiny_source):
     [
         ({"temperature": 1.0, "top_k": -1}, "top_k must be an integer from 0 to 2^63 - 1, found -1; correct"),
         ({"top_k": 2.5}, "top_k must be an integer from 0 to 2^63 - 1, found 2.5; correct"),
-        ({"temperature": float("nan")}, "temperature must be a finite number at least 0, found nan; correct"),
+        (
+            {"temperature": float("nan")},
+            "temperature must be a finite number of at least 0, found nan; correct",
+        ),
         ({"top_p": 1.5}, "top_p must be a finite number between 0 and 1, found 1.5; correct"),
         ({"min_p": "low"}, "min_p must be a finite number between 0 and 1, found 'low'; correct"),
         (
             {"temperature": 10**400},
-            "temperature must be a finite number at least 0 that float32 holds, which",
+            "temperature must be a finite number of at least 0 that float32 can represent",
         ),
         (
             {"bad_words_ids": [[]]},
-            "bad_words_ids must be a list of lists of token ids, none empty, found",
+            "bad_words_ids must be a list of non-empty lists of token ids, found [[]]; correct or remove that key.",
         ),
         (
             {"suppress_tokens": [-1]},
             "a token id of suppress_tokens must be an integer from 0 to 2^63 - 1, found -1;",
         ),
         ({"top_k": 10**400}, "top_k must be an integer from 0 to 2^63 - 1, found 1000"),
-        ({"typical_p": 0.5}, "'typical_p' is unknown, expected one of max_tokens, max_length, min_tokens"),
+        ({"typical_p": 0.5}, "expected one of max_tokens, max_length, min_tokens"),
     ],
 )
 def test_invalid_sampling_defaults_are_refused(export_refusal, tiny_source, sampling, text):
@@ -101,7 +104,7 @@ def test_lists_in_sampling_defaults(tmp_path, tiny_source):
 def test_a_chat_template_that_does_not_compile_is_refused(export_refusal, tiny_source, template):
     text = export_refusal(tiny_source(fields={"chat_template": template}))
     assert text.startswith("tiny: its chat template is unusable (The chat template failed at line 1: ")
-    assert text.endswith("); correct or remove it there.")
+    assert text.endswith("); correct or remove the template.")
 
 
 def test_ignored_tensors_get_a_remark(tmp_path, tiny_source):

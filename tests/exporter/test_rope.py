@@ -337,7 +337,7 @@ def test_rope_types_under_a_models_own_names(name: str) -> None:
     expected = _scaled(LONGROPE, head_dim=4)
     np.testing.assert_array_equal(found.frequencies, expected.frequencies)
     assert (found.max_context, found.magnitude) == (expected.max_context, expected.magnitude)
-    assert "RoPE type 'linear' is not supported; expected one of default, longrope, su, yarn." in _refusal(
+    assert "expected the RoPE type to be one of default, longrope, su, yarn, found 'linear'." in _refusal(
         {"rope_scaling": LINEAR}, types=PHI3_TYPES
     )
 

@@ -172,13 +172,13 @@ def test_refused_metadata(gguf_spec, tmp_path, metadata, expected):
         ("tokenizer.ggml.bos_token_id", "<s>", "a whole number", "'<s>'"),
         ("tokenizer.ggml.eos_token_id", [2], "a whole number", "[2]"),
         ("tokenizer.ggml.eot_token_id", "</s>", "a whole number", "'</s>'"),
-        ("tokenizer.ggml.merges", [1, 2], "a list of texts", "[1, 2]"),
+        ("tokenizer.ggml.merges", [1, 2], "a list of strings", "[1, 2]"),
         ("tokenizer.ggml.model", ["gpt2"], "text", "['gpt2']"),
         ("tokenizer.ggml.pre", ["smollm"], "text", "['smollm']"),
         ("tokenizer.ggml.scores", ["a"], "a list of numbers", "['a']"),
         ("tokenizer.ggml.token_type", 3, "a list of whole numbers", "3"),
-        ("tokenizer.ggml.tokens", 49152, "a list of texts", "49152"),
-        ("tokenizer.ggml.tokens", [1], "a list of texts", "[1]"),
+        ("tokenizer.ggml.tokens", 49152, "a list of strings", "49152"),
+        ("tokenizer.ggml.tokens", [1], "a list of strings", "[1]"),
     ],
 )
 def test_metadata_of_another_type(gguf_spec, tmp_path, key, value, expected, found):
@@ -270,7 +270,7 @@ def test_other_factors_are_refused(gguf_spec, tmp_path, factors):
         tensors=gguf_spec().tensors | {"rope_freqs.weight": factors},
     )
     assert (
-        "expected the RoPE factors of Llama 3.x (rope_freqs.weight), the only ones that can be converted exactly"
+        "expected the RoPE factors of Llama 3.x (rope_freqs.weight), found other factors, which cannot be"
         in refusal(spec.write(tmp_path))
     )
 

@@ -275,13 +275,13 @@ HARMFUL = {
         header(0, 2) + ARCHITECTURE + TOKENS + struct.pack("<IIQ", 9, 0, 1 << 61),
         "expected 2,305,843,009,213,693,952 bytes of tokenizer.ggml.tokens, found 64 before the end",
     ),
-    "list of texts": (
+    "list of strings": (
         header(0, 2) + ARCHITECTURE + TOKENS + struct.pack("<IIQ", 9, 8, 1 << 40),
         "expected 8,796,093,022,208 bytes of tokenizer.ggml.tokens",
     ),
     "nested lists": (
         header(0, 2) + ARCHITECTURE + text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000,
-        "expected a to be a list of numbers or texts, found a list of lists",
+        "expected a to be a list of numbers or strings, found a list of lists",
     ),
     "empty lists": (
         header(0, 2) + ARCHITECTURE + text(b"a") + struct.pack("<IIQ", 9, 9, 1 << 30) + bytes(1200),
@@ -391,7 +391,7 @@ def test_a_token_that_is_not_utf8(gguf_spec, tmp_path):
         f"{path}: at byte {at + 3:,}, expected UTF-8 in tokenizer.ggml.tokens, found the byte 0xfe"
     )
     assert text.endswith(
-        "convert the model again with a current converter, or use its Hugging Face checkpoint."
+        "convert the model again with a current converter, or use the model's Hugging Face checkpoint."
     )
 
 

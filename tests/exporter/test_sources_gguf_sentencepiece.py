@@ -243,7 +243,7 @@ def test_runs_of_spaces_are_single_tokens_in_either_spelling():
 
 def test_a_run_of_spaces_in_both_spellings():
     metadata = metadata_of(["  ", "▁▁"], [0.0, 0.0], token_type=[2, 3, 3] + [6] * 256 + [4, 4])
-    assert "has the same run of spaces twice, as a token of spaces and as a token of ▁" in refusal(metadata)
+    assert "has two tokens for the same run of spaces, one of spaces and one of ▁" in refusal(metadata)
 
 
 def test_without_a_prefix_no_space_is_added_or_stripped():

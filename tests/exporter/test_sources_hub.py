@@ -125,10 +125,10 @@ def test_a_cached_snapshot_needs_no_network(tmp_path, environment, spec):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("GatedRepoError", "org/name: is gated on the hub; accept its terms"),
+        ("GatedRepoError", "org/name: is gated; accept its terms on its page on the hub"),
         (
             "RepositoryNotFoundError",
-            "org/name: is not a directory or .gguf file here, and the hub has no such model that you may read; check",
+            "org/name: there is no such directory or .gguf file, and the hub has no such model that you may read",
         ),
         ("RevisionNotFoundError", "org/name: has no revision 'v2' on the hub; check the spelling."),
         ("LocalEntryNotFoundError", "the hub cannot be reached"),

@@ -197,7 +197,10 @@ def test_a_tensor_in_two_shards(checkpoint):
     )
     save_file({"a": W}, folder / "one.safetensors")
     save_file({"a": W, "b": W}, folder / "two.safetensors")
-    assert "two.safetensors: contains the tensor a, and so does an earlier shard" in refusal(folder)
+    assert (
+        "two.safetensors: contains the tensor a, as does an earlier shard; keep one of the two."
+        in refusal(folder)
+    )
 
 
 # --- missing and broken files --------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Gemma 2 (Gemma team 2024): alternating windows, capped scores and logits, norms before and after each block."""
+"""Gemma 2 (Gemma team 2024): windows in every other layer, capped scores and logits, and four norms in a layer."""
 
 from dataclasses import replace
 
@@ -44,5 +44,5 @@ def read_gemma(reader: ConfigReader, *, max_positions: int) -> DecoderConfig:
 
 
 def adapt(tensors: Tensors, _: DecoderConfig) -> Tensors:
-    """Add one to the weights of norms, which are stored as the difference from one."""
+    """Add one to the weights of norms, because checkpoints store each weight minus one."""
     return add_one_to_norms(tensors)

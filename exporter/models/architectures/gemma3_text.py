@@ -32,7 +32,10 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 
 
 def _windows(reader: ConfigReader, layers: int) -> tuple[int, ...]:
-    """Return the window of each layer; by default, every `sliding_window_pattern`-th layer has full attention."""
+    """Return the window of each layer.
+
+    Without ``layer_types``, every layer whose number is a multiple of ``sliding_window_pattern`` has full attention.
+    """
     window = reader.take_nullable_size("sliding_window", 4096)
     pattern = reader.take_size("sliding_window_pattern", 6)
     reader.take("_sliding_window_pattern")  # a key that transformers writes beside layer_types

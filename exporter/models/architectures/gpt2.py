@@ -11,7 +11,7 @@ from ..ops import LayerOps
 from ..rope import Rope, no_rope
 from ..tensors import Tensors, split_rows, take, transpose
 
-# Keys of pooling heads for other tasks, keys of early versions, and duplicates of other keys.
+# Keys of heads for other tasks, keys of early versions, and keys that repeat other keys.
 _UNUSED = """
     _num_labels attn_pdrop n_ctx n_special output_past predict_special_tokens reorder_and_upcast_attn
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
@@ -65,7 +65,7 @@ class GPT2Layers(nnx.Module):
         self.mlp = MLP(c)
 
     def __call__(self, x: Array, ops: LayerOps) -> Array:
-        """Run one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
+        """Run one layer on x ``[R, T, D]`` and return its result ``[R, T, D]``."""
         x = self.self_attn(x, ops, norm=self.input_layernorm, residual=x)
         return self.mlp(x, ops, norm=self.post_attention_layernorm, residual=x)
 
@@ -106,7 +106,7 @@ def _layer(
 def _pair(
     left: dict[str, SourceTensor], old: str, new: str, shape: tuple[int, ...]
 ) -> dict[str, SourceTensor]:
-    """Return a module's weight, transposed to ``[out, in]``, and its bias under a new name.
+    """Return a module's weight, transposed to ``[out, in]``, and its bias; both names begin with `new`.
 
     Transposing has no effect on the weight ``[D]`` of a norm.
     """

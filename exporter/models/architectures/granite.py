@@ -17,8 +17,8 @@ class GraniteConfig(DecoderConfig):
     """A decoder's config with Granite's residual multiplier.
 
     Attributes:
-        residual_scale: factor of everything that attention and MLP add to the residual stream; `adapt` folds it into
-            the weights.
+        residual_scale: factor of the results of attention and MLP before they are added to the residual stream;
+            `adapt` folds it into the weights.
     """
 
     residual_scale: float = 1.0
@@ -42,7 +42,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 
 
 def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
-    """Fold the residual multiplier into the weights, so that no step has to scale its result."""
+    """Fold the residual multiplier into the weights, so that no layer has to scale a result."""
     assert isinstance(config, GraniteConfig)
     factor = config.residual_scale
     if factor == 1.0:

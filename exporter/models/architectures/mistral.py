@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023): Llama's layers, each with a window."""
+"""Mistral (Jiang et al. 2023): Llama's layers with sliding-window attention."""
 
 from dataclasses import replace
 

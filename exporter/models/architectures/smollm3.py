@@ -31,7 +31,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 
 
 def _layers_with_rope(reader: ConfigReader, layers: int) -> list[bool]:
-    """Return True for each layer that uses RoPE.
+    """Return a boolean for each layer: True if it uses RoPE.
 
     Despite its name, ``no_rope_layers`` has a 1 for layers with RoPE and a 0 for layers without it.
     """
@@ -43,7 +43,10 @@ def _layers_with_rope(reader: ConfigReader, layers: int) -> list[bool]:
 
 
 def _windows(reader: ConfigReader, has_rope: list[bool]) -> tuple[int, ...]:
-    """Return the window of each layer; by default, ``use_sliding_window`` gives a window to layers without RoPE."""
+    """Return the window of each layer.
+
+    If ``use_sliding_window`` is true and ``layer_types`` is absent, the layers without RoPE have a window.
+    """
     window = reader.take_nullable_size("sliding_window")
     if not reader.take_bool("use_sliding_window", False):
         window = None

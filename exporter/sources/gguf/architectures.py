@@ -25,8 +25,8 @@ class GgufArchitecture:
         names: Hugging Face's name of each module by its GGUF name ("attn_q"), without "model.layers.N.". "{}" stands
             for the number of an expert, because GGUF stacks the experts' matrices in one tensor.
         extra_keys: returns the keys of config.json that only some architectures have.
-        known_keys: metadata keys, without prefix, that are read only for this architecture.
-        interleaved: True if rows of q and k are permuted for llama.cpp's interleaved RoPE.
+        known_keys: metadata keys that are read only for this architecture, without the architecture's prefix.
+        interleaved: True if the rows of q and k are permuted for llama.cpp's interleaved RoPE.
         norm_offset: constant that the converter adds to the weights of norms.
         longrope: True if the file may have RoPE factors for short and long contexts.
         partial_rope: True if RoPE may rotate only a part of a head.
@@ -101,7 +101,7 @@ def _query_scalar(reader: MetadataReader) -> Config:
 
 
 def _layer_types(reader: MetadataReader, period: int) -> list[str]:
-    """Return the type of each layer: every `period`-th has full attention, unless the file says otherwise."""
+    """Return the type of each layer; unless the file says otherwise, every `period`-th layer has full attention."""
     layers = reader.integer("block_count")
     stated = reader.metadata.get(f"{reader.prefix}.{_PATTERN}", period)
     if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:

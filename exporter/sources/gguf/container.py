@@ -27,7 +27,7 @@ _ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
 _MOST_KEYS = _MOST_TENSORS = 1 << 16
 _LONGEST_HEADER = 1 << 27
 _LONGEST_KEY, _LONGEST_NAME, _MOST_AXES = 65_535, 63, 4
-# Minimum size in bytes of a key with its value, and of a tensor's entry: lengths and types, with empty texts.
+# Minimum size in bytes of a key with its value, and of a tensor's entry: lengths and types, with empty strings.
 _LEAST_KEY, _LEAST_TENSOR = 13, 24
 
 # Types by their number in the format. Each letter means the same in struct and NumPy.
@@ -37,8 +37,8 @@ _STRING, _ARRAY = 8, 9
 # Types that NumPy supports; tensors of all other types become rows of bytes.
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
 
-# Prefixes of the keys whose texts must be exact. Other texts only describe the model: bytes that are not UTF-8 become
-# U+FFFD.
+# Prefixes of the keys whose strings must be exact. Other strings only describe the model; in them, bytes that are not
+# UTF-8 become U+FFFD.
 _EXACT = ("tokenizer.", "general.architecture", "general.type")
 
 
@@ -47,8 +47,8 @@ class Container:
     """The uninterpreted contents of a GGUF file.
 
     Attributes:
-        metadata: every value by its key, arrays as lists.
-        tensors: every tensor by its name, mapped and unread.
+        metadata: the value of each key; arrays become lists.
+        tensors: each tensor by its name, mapped but not yet read.
     """
 
     metadata: dict[str, Any]
@@ -62,7 +62,7 @@ class _Entry:
     Attributes:
         axes: shape, innermost axis first.
         type: number of the type in the format.
-        offset: offset of the data from the data of the first tensor.
+        offset: offset of the data, counted from the data of the first tensor.
         at: offset of the header entry in the file.
     """
 
@@ -166,7 +166,7 @@ class _Cursor:
         return self.read(length, what)
 
     def error(self, at: int, sentence: str) -> PrecastError:
-        """Return an error about the bytes at an offset."""
+        """Return an error that states the offset of the wrong bytes."""
         return PrecastError(f"{self.path}: at byte {at:,}, {sentence}.")
 
 
@@ -237,12 +237,12 @@ def _read_array(cursor: _Cursor, key: str, what: str) -> list[Any]:
     nested = "a list of lists" if kind == _ARRAY else f"values of type {kind}"
     raise cursor.error(
         cursor.at - 12,
-        f"expected {what} to be a list of numbers or texts, found {nested}; convert the model again",
+        f"expected {what} to be a list of numbers or strings, found {nested}; convert the model again",
     )
 
 
 def _check_room(cursor: _Cursor, count: int, what: str) -> None:
-    """Check that the values fit into the remaining bytes; a text takes at least the eight bytes of its length."""
+    """Check that `count` strings fit into the remaining bytes; each takes at least the eight bytes of its length."""
     if count * 8 > cursor.length - cursor.at:
         cursor.read(count * 8, what)
 
@@ -257,8 +257,8 @@ def _decoded(cursor: _Cursor, key: str, text: memoryview) -> str:
         raise cursor.error(
             at,
             f"expected UTF-8 in {key:.80}, found the byte 0x{text[error.start]:02x} in {bytes(text[:40])!r}, so the"
-            " converter has cut a character in two; convert the model again with a current converter, or use its"
-            " Hugging Face checkpoint",
+            " converter has cut a character in two; convert the model again with a current converter, or use the"
+            " model's Hugging Face checkpoint",
         ) from error
 
 

@@ -10,8 +10,8 @@ from ..end_of_generation import end_tokens_by_text, merge_end_tokens
 from .markers import repaired_types
 from .vocabulary import TokenType
 
-# Keys that name the tokens at which llama.cpp ends a generation: the ends of a sequence, a turn and a message, and the
-# separators of files. llama.cpp ignores a separator whose id belongs to no token.
+# Keys that name the tokens at which llama.cpp ends a generation: the ends of a sequence, of a turn and of a message,
+# and the separators of files. llama.cpp ignores a separator whose id belongs to no token.
 _ENDS = ("eos", "eot", "eom")
 _BETWEEN_FILES = ("fim_pad", "fim_rep", "fim_sep")
 _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
@@ -22,12 +22,12 @@ _SAMPLING = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-# Samplers that precast lacks, with the value that turns each off.
+# Keys of samplers that precast lacks, each with the value that turns the sampler off.
 _REFUSED = {"mirostat": 0, "xtc_probability": 0}
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids at which llama.cpp ends a generation: those named by the file, and those with a known text."""
+    """Return the ids of the tokens that end a generation: those that the file names, and those with a known text."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     types = repaired_types(tokens, types, metadata)

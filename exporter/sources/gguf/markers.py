@@ -1,8 +1,8 @@
 """Repair the token types of chat markers that a GGUF file declares as ordinary words.
 
 Converters often declare `<|im_end|>` and similar markers as words. The tokenizer would then split a marker that is a
-single token for the model. llama.cpp recognises tokens that end a text or a turn by their spelling, and overrides their
-type. This module does the same, and also repairs markers that occur in the file's own chat templates.
+single token for the model. llama.cpp knows the spelling of markers that end a text or a turn, and overrides their type.
+This module does the same, and also repairs markers that occur in the file's own chat templates.
 """
 
 import re
@@ -44,7 +44,7 @@ def mistyped_markers(tokens: Sequence[str], types: Sequence[int], metadata: Mapp
 
 
 def _written(templates: Iterable[object]) -> frozenset[str]:
-    """Return the chat markers that occur in templates."""
+    """Return the chat markers that occur in the file's chat templates."""
     return frozenset(
         marker
         for template in templates
@@ -54,13 +54,13 @@ def _written(templates: Iterable[object]) -> frozenset[str]:
 
 
 def repaired_types(tokens: Sequence[str], types: Sequence[int], metadata: Mapping[str, Any]) -> list[int]:
-    """Return the token types after correcting chat markers; the arguments are those of `mistyped_markers`."""
+    """Return the types of all tokens, corrected for chat markers; the arguments are those of `mistyped_markers`."""
     wrong = frozenset(mistyped_markers(tokens, types, metadata))
     return [_CONTROL if number in wrong else kind for number, kind in enumerate(types)]
 
 
 def marker_remarks(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a line that names the repaired markers, or nothing if there are none."""
+    """Return one remark that names the repaired markers, or none if no marker was repaired."""
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type")
     if not types or not (wrong := mistyped_markers(tokens, types, metadata)):
         return ()

@@ -69,12 +69,12 @@ _TYPES: Mapping[str, _Type] = {
     "tokenizer.ggml.fim_pad_token_id": _WHOLE,
     "tokenizer.ggml.fim_rep_token_id": _WHOLE,
     "tokenizer.ggml.fim_sep_token_id": _WHOLE,
-    "tokenizer.ggml.merges": _list_of(_TEXT, "texts"),
+    "tokenizer.ggml.merges": _list_of(_TEXT, "strings"),
     "tokenizer.ggml.model": _TEXT,
     "tokenizer.ggml.pre": _TEXT,
     "tokenizer.ggml.scores": _list_of(_NUMBER, "numbers"),
     "tokenizer.ggml.token_type": _list_of(_WHOLE, "whole numbers"),
-    "tokenizer.ggml.tokens": _list_of(_TEXT, "texts"),
+    "tokenizer.ggml.tokens": _list_of(_TEXT, "strings"),
 }
 
 
@@ -111,7 +111,7 @@ class MetadataReader:
     metadata: Mapping[str, Any]
 
     def get(self, key: str, default: object = None) -> object:
-        """Return a value, or `default` if the file has none. A list of equal items becomes that item.
+        """Return a value, or `default` if the file has none. A list of equal items is read as a single item.
 
         Raises:
             PrecastError: the file has no value and there is no default.

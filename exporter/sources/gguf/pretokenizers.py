@@ -9,8 +9,8 @@ class PreTokenizer:
     """The steps of a tokenizer before BPE merging.
 
     Attributes:
-        steps: pre-tokenizers as objects of tokenizer.json.
-        normalizer: normalizer as an object of tokenizer.json, or None.
+        steps: the pre-tokenizers, in the form of tokenizer.json.
+        normalizer: the normalizer in the form of tokenizer.json, or None.
         ignore_merges: True if a piece that is itself a token becomes that token without BPE merging.
         add_bos: True if texts get a BOS token when the metadata has no key for it.
     """
@@ -26,7 +26,7 @@ def _split(regex: str) -> Mapping[str, object]:
 
 
 def _byte_level(*, use_regex: bool) -> Mapping[str, object]:
-    """Map bytes to printable characters; `use_regex` first splits as GPT-2 does."""
+    """Return a step that maps bytes to printable characters; with `use_regex`, it first splits as GPT-2 does."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
@@ -36,13 +36,13 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _words(*, digits: str) -> tuple[Mapping[str, object], ...]:
-    """Split as cl100k, Llama 3 and Qwen2 do; they differ only in the number of digits in a piece."""
+    """Return steps that split as cl100k, Llama 3 and Qwen2 do; these differ only in the number of digits in a piece."""
     letters, others = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     return _split("|".join((_ENDINGS, letters, digits, others, _SPACES))), _byte_level(use_regex=False)
 
 
 def _cased_words(*, digits: str, endings: str) -> tuple[Mapping[str, object], ...]:
-    """Split as o200k and Tekken do: words also end before a capital."""
+    """Return steps that split as o200k and Tekken do: a word also ends before a capital letter."""
     start, upper, lower = (
         r"[^\r\n\p{L}\p{N}]?",
         r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",

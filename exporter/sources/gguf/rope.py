@@ -26,7 +26,7 @@ def read_rope_scaling(
         reader: the architecture's keys.
         theta: base of the frequencies.
         rotated: rotated dimensions of a head, 2 P.
-        factors: the file's tensors of RoPE factors, by tensor name.
+        factors: the file's tensors of RoPE factors, by name.
 
     Raises:
         PrecastError: the scaling cannot be converted exactly.
@@ -79,14 +79,14 @@ def _recover_llama3(
     # The tolerance covers the converter's float32 arithmetic; other constants differ far more.
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0.0):
         raise PrecastError(
-            f"{reader.path}: expected the RoPE factors of Llama 3.x ({ROPE_FACTORS}), the only ones that can be"
-            " converted exactly, found others; use the model's Hugging Face checkpoint."
+            f"{reader.path}: expected the RoPE factors of Llama 3.x ({ROPE_FACTORS}), found other factors, which"
+            " cannot be converted exactly; use the model's Hugging Face checkpoint."
         )
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
 
 
 def llama3_divisors(theta: float, rotated: int, factor: float) -> np.ndarray:
-    """Return Llama 3.x's divisor of each RoPE frequency, ``[P]`` float64.
+    """Return the divisor of each RoPE frequency in Llama 3.x, ``[P]`` float64.
 
     Frequencies with wavelengths above ``original / low`` are divided by `factor`, those below ``original / high`` are
     kept, and those in between are interpolated linearly. Source: `_compute_llama3_parameters` of transformers.

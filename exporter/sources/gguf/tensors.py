@@ -34,7 +34,7 @@ class GgufTensor:
         shape: outermost axis first.
         type: gguf's `GGMLQuantizationType`.
         data: view of the mapped file; rows of bytes if quantised.
-        heads: number of heads, if this is q or k with permuted rows; None otherwise.
+        heads: number of heads if this is a projection to q or k with permuted rows; None otherwise.
         offset: constant that the converter added to every value.
     """
 
@@ -80,7 +80,7 @@ def source_tensors(
 
 
 def _matrices(path: Path, gguf_name: str, name: str, tensor: GgufTensor) -> Iterator[tuple[str, GgufTensor]]:
-    """Yield the tensor itself, or the matrix of each expert in a stack ``[E, …]``."""
+    """Yield each expert's matrix of a stack ``[E, …]``, or the tensor itself if it is no stack."""
     if "{}" not in name:
         yield name, tensor
         return
@@ -124,7 +124,7 @@ def check_tensor_types(path: Path, stored: Mapping[str, GgufTensor]) -> None:
 
 
 def dequantise(tensor: GgufTensor) -> np.ndarray:
-    """Return a tensor in float32, without its offset and with rows in the order of Hugging Face."""
+    """Return a tensor in float32, without the converter's offset and with rows in the order of Hugging Face."""
     from gguf.quants import dequantize
 
     order = _order(tensor)

@@ -107,7 +107,7 @@ def _merge(vocabulary: Vocabulary, merge: str) -> list[str]:
 def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
     """Return a tokenizer.json like Llama 2's.
 
-    It prepends a ▁ to each text, turns spaces into ▁, and splits unknown characters into bytes.
+    The tokenizer prepends a ▁ to each text, turns spaces into ▁, and splits unknown characters into bytes.
     """
     if vocabulary.get("pre", "default") != "default":
         raise vocabulary.error(
@@ -148,7 +148,7 @@ def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
     """Return the vocabulary with spaces in place of ▁ in user-defined tokens that consist of ▁ alone.
 
     Gemma has tokens for runs of spaces. The text is searched for them before its spaces become ▁, so the tokens must
-    contain spaces, but older converters wrote them with ▁.
+    contain spaces. Older converters wrote these tokens with ▁.
     """
     pairs = zip(vocabulary.tokens, vocabulary.types, strict=True)
     tokens = [
@@ -158,7 +158,7 @@ def _with_spaces(vocabulary: Vocabulary) -> Vocabulary:
     found = replace(vocabulary, tokens=tokens).of_types(TokenType.USER_DEFINED)
     if len(found) != vocabulary.types.count(TokenType.USER_DEFINED):
         raise vocabulary.error(
-            "has the same run of spaces twice, as a token of spaces and as a token of ▁; convert the model again."
+            "has two tokens for the same run of spaces, one of spaces and one of ▁; convert the model again."
         )
     return replace(vocabulary, tokens=tokens)
 
@@ -176,10 +176,11 @@ def _stripping(vocabulary: Vocabulary) -> frozenset[str]:
 
 
 def _merges_of_scores(vocabulary: Vocabulary) -> list[list[str]]:
-    """Return merges in the order in which SentencePiece joins pieces: highest score of the result first.
+    """Return the merges that are equivalent to the scores of SentencePiece, in descending order of score.
 
-    SentencePiece joins the two neighbours that form the piece with the highest score, so every split of a piece into
-    two pieces is a merge. Merges of equal score are in the order of transformers' converter.
+    SentencePiece repeatedly joins the two neighbours that form the piece with the highest score. Every split of a piece
+    into two pieces is therefore a merge, and its score is that of the whole piece. Merges of equal score are in the
+    order of transformers' converter.
     """
     scores = vocabulary.get("scores")
     if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
@@ -251,10 +252,10 @@ def _bpe(
 
 
 def _spell_merges(merges: list[list[str]]) -> list[str] | list[list[str]]:
-    """Return merges in the older form, "a b", if it can express them, because it loads in two thirds of the time.
+    """Return merges in the older form, "a b", if possible, because it loads in two thirds of the newer form's time.
 
-    The older form cannot express a token that contains a space, and a merge that begins with "#version" would be read
-    as a comment.
+    In the older form, a token cannot contain a space, and a merge that begins with "#version" would be read as a
+    comment.
     """
     if any(" " in token or token.startswith("#version") for pair in merges for token in pair):
         return merges
@@ -282,7 +283,7 @@ def _added_tokens(
 
 
 def _post_processor(vocabulary: Vocabulary, *, add_bos: bool) -> dict[str, object] | None:
-    """Return the step that adds BOS and EOS to texts, or None; `add_bos` applies if the metadata has no key for BOS."""
+    """Return the step that adds BOS and EOS to texts, or None; `add_bos` is the default of the metadata key for BOS."""
     before = [_special(vocabulary, "bos")] if vocabulary.get("add_bos_token", add_bos) else []
     after = [_special(vocabulary, "eos")] if vocabulary.get("add_eos_token", False) else []
     if not before and not after:

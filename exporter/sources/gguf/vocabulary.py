@@ -48,7 +48,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """The metadata below ``tokenizer.ggml.``.
+    """The vocabulary of a GGUF file, from the metadata keys that begin with ``tokenizer.ggml.``.
 
     Attributes:
         path: the file, for messages.
@@ -63,11 +63,11 @@ class Vocabulary:
     types: list[int]
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, named without its prefix."""
+        """Return the value of a key, or `default`; `key` is given without ``tokenizer.ggml.``."""
         return self.metadata.get(f"{_PREFIX}{key}", default)
 
     def of_types(self, *types: TokenType) -> dict[str, int]:
-        """Return the tokens of the given types, with their ids."""
+        """Return the ids of the tokens that have one of the given types, by text."""
         return {
             token: i
             for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
@@ -75,12 +75,12 @@ class Vocabulary:
         }
 
     def error(self, sentence: str) -> PrecastError:
-        """Return an error about the file; the sentence continues the path, as in "lacks …"."""
+        """Return an error whose text is the path, followed by a sentence such as "lacks …"."""
         return PrecastError(f"{self.path}: {sentence}")
 
 
 def read_vocabulary(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
-    """Read the keys below ``tokenizer.ggml.``.
+    """Read the metadata keys that begin with ``tokenizer.ggml.``.
 
     Args:
         path: the file, for messages.

@@ -1,4 +1,4 @@
-"""The keys of tokenizer_config.json: known keys are applied, harmless or refused; a remark names the others.
+"""The keys of tokenizer_config.json: known keys are applied, ignored or refused; a remark names unknown keys.
 
 The reference is transformers 5.23: tokenizer.json defines the normaliser, pre-tokenizer, decoder and post-processor;
 tokenizer_config.json defines added tokens, special tokens and chat templates.
@@ -89,7 +89,7 @@ def _is_on(value: object, document: Mapping[str, Any]) -> bool:
 
 
 def _names_another_file(value: object, document: Mapping[str, Any]) -> bool:
-    """Return True if the directory has a tokenizer.json for other versions of transformers."""
+    """Return True if the key names other files than tokenizer.json, for other versions of transformers."""
     return value is not None and value != ["tokenizer.json"]
 
 
@@ -121,14 +121,14 @@ _REFUSED: Mapping[str, tuple[Callable[[object, Mapping[str, Any]], bool], str]] 
 
 
 def _cleans_up(settings: Mapping[str, object], document: Mapping[str, Any]) -> bool:
-    """Return True if transformers edits decoded text; for BPE, two settings must ask for that."""
+    """Return True if the settings make transformers edit decoded text; for a BPE tokenizer, that takes two settings."""
     forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     is_bpe = (document.get("model") or {}).get("type") == "BPE"
     return bool(settings.get("clean_up_tokenization_spaces")) and (not is_bpe or bool(forced))
 
 
 def _texts(part: object) -> str:
-    """Return all texts in a part of tokenizer.json, one per line."""
+    """Return all strings in a part of tokenizer.json, one per line."""
     if isinstance(part, dict):
         part = list(part.values())
     if isinstance(part, list):
@@ -138,7 +138,7 @@ def _texts(part: object) -> str:
 
 # --- leading space ------------------------------------------------------------------------------------------------
 
-# The classes of transformers that apply add_prefix_space. The others rely on tokenizer.json.
+# The classes of transformers that apply add_prefix_space. Other classes rely on tokenizer.json.
 _BYTE_LEVEL = ("GPT2Tokenizer", "Qwen2Tokenizer")
 _SENTENCEPIECE = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
@@ -164,7 +164,7 @@ def with_prefix_space(path: Path, document: Mapping[str, Any]) -> dict[str, Any]
         return dict(document)
     if wanted:
         raise PrecastError(
-            f"{path}: add_prefix_space asks for a space before a text, but no step of tokenizer.json adds one;"
+            f"{path}: add_prefix_space asks for a space before each text, but no step of tokenizer.json adds one;"
             f" {_SAVE_AGAIN}."
         )
     return {**document, **{key: _without_prefix(document.get(key)) for key in _PIPELINE}}

@@ -33,7 +33,7 @@ class Tokens:
 
     Attributes:
         added: the tokens of all five places, as the value of `added_tokens` in tokenizer.json.
-        named: texts of special tokens, by name. The names are "bos_token" and so on, and the model's own, such as
+        named: texts of special tokens, by name. The names are those in `NAMED` and the model's own names, such as
             "image_token".
         has_own_files: True if the directory has tokenizer_config.json or special_tokens_map.json.
     """
@@ -75,7 +75,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
 
 
 def _rename_extra(settings: dict[str, object]) -> None:
-    """Move the list of further special tokens from its older key to its newer key."""
+    """Move the list of unnamed special tokens from its older key to its newer key."""
     if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
 
@@ -122,7 +122,7 @@ def _named(
 
 
 def _extra(folder: Path, settings: Mapping[str, Any]) -> list["AddedToken | str"]:
-    """Return further special tokens, which have no name."""
+    """Return the special tokens that have no name."""
     key = _EXTRA if _EXTRA in settings else _EXTRA_BEFORE
     tokens = settings.get(key) or []
     if not isinstance(tokens, list):
@@ -140,7 +140,7 @@ def _decoder(
         path = folder / CONFIG
         entries = _mapping(path, _DECODER, settings[_DECODER])
         return {_number(path, key): _token(path, _DECODER, entry) for key, entry in entries.items()}
-    # Here transformers reads further special tokens only from the newer key, and skips objects with "__type".
+    # Here transformers reads unnamed special tokens only from the newer key, and skips objects with "__type".
     values = [*(settings[key] for key in NAMED if settings.get(key)), *(settings.get(_EXTRA) or ())]
     special = {
         _content(_token_or_text(folder / CONFIG, _DECODER, token))

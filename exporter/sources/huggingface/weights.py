@@ -74,7 +74,7 @@ REMEDIES: Mapping[str, str] = {
     "gptq": _INT4,
     "mxfp4": f"{ORIGINAL}, or load it with Mxfp4Config(dequantize=True) and save it",
 }
-# Suffixes of tensor names that reveal a quantisation method that config.json does not name.
+# Suffixes of tensor names, each with the quantisation method that it reveals if config.json names none.
 _TRACES = (
     (".qweight", "gptq"),  # AWQ uses it too, with the same remedy
     (".weight_packed", "compressed-tensors"),
@@ -87,7 +87,7 @@ _TRACES = (
 
 
 def find_shards(folder: Path) -> dict[str, frozenset[str]]:
-    """Return the weight files, each with the tensors that the index places in it (none without an index).
+    """Return the weight files, each with the names of the tensors that the index places in it; none without an index.
 
     Raises:
         PrecastError: there are no weight files, or the index is broken or lists a missing file.
@@ -135,7 +135,7 @@ def read_tensors(folder: Path, shards: Mapping[str, frozenset[str]]) -> dict[str
     """Return every tensor of every shard, including tensors missing from the index, as transformers does.
 
     Raises:
-        PrecastError: a shard is broken, lacks a tensor, repeats one, or has one of an unsupported type.
+        PrecastError: a shard is broken or lacks a tensor, or a tensor is repeated or has an unsupported type.
     """
     tensors: dict[str, SourceTensor] = {}
     for shard, expected in shards.items():
@@ -146,7 +146,7 @@ def read_tensors(folder: Path, shards: Mapping[str, frozenset[str]]) -> dict[str
             )
         if repeated := sorted(tensors.keys() & found.keys()):
             raise PrecastError(
-                f"{folder / shard}: contains the tensor {repeated[0]}, and so does an earlier shard; keep one of them."
+                f"{folder / shard}: contains the tensor {repeated[0]}, as does an earlier shard; keep one of the two."
             )
         tensors |= found
     return tensors
@@ -197,7 +197,7 @@ def _read_tensor(path: Path, name: str) -> np.ndarray:
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[Any]:
-    """Map a shard. safetensors checks that header and file length agree.
+    """Map a shard; safetensors checks that its header agrees with its length.
 
     Raises:
         PrecastError: the file is not a complete safetensors file.
