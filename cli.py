@@ -194,7 +194,7 @@ def chat(
 ) -> int:
     """Chat with ARTIFACT in the terminal.
 
-    ARTIFACT takes the same forms as in run. If standard input is not a terminal, its text is the only message.
+    ARTIFACT takes the same forms as in precast run. If standard input is not a terminal, its text is the only message.
 
     The arrow keys recall your messages from earlier chats, stored in $XDG_STATE_HOME/precast/chat_history.
     Set PRECAST_HISTORY to use another file, or set it to off to store no messages.
@@ -224,8 +224,8 @@ def batch(
     over the options. A line of OUTPUT has the "text" of the answer or an "error", and the "custom_id" of the line of
     INPUT. A file whose name ends in .parquet is a Parquet file, which needs the extra parquet.
 
-    The artifact answers as many lines together as it has slots. After an interruption, the same command continues with
-    the remaining lines.
+    As many lines are answered together as the artifact has slots. After an interruption, the same command continues
+    with the remaining lines.
 
     Exit code 0: every line is answered. 1: some lines have an error. 2: the command failed.
     """
@@ -297,8 +297,8 @@ def add_prefix(
     """Store a prefix of prompts in ARTIFACT as NAME.
 
     A prompt that begins with the prefix is then prefilled only from the first token after it, and the answer is the
-    same. Only the target that computed the prefix uses it, on CPUs for which precast's kernels use the same instruction
-    set. The command removes an existing signature, which would no longer match; sign the artifact again.
+    same. Only the target that computed the prefix uses it, and only on CPUs where precast's kernels choose the same
+    instruction set. The command removes an existing signature, which would no longer match; sign the artifact again.
 
     Exit code 0: success. 2: an error.
     """
@@ -479,13 +479,13 @@ def evaluate(
 
     The measure is perplexity. With a reference, the command also measures how far the predictions are from the
     reference's: the mean and the 99th percentile of the divergence KL(reference || artifact) in nats per token, and how
-    often both agree on the likeliest token.
+    often both models agree on the likeliest token.
 
     The text is tokenised without a chat template and cut into windows. A shorter window at the end counts if it has at
     least 64 tokens. The first half of each window is prefilled, the second half runs through decode token by token, and
     every prediction from the last prefilled position on is scored. A reference that is not an artifact computes each
-    window at once, without a cache and in float32, which needs the export extra. A required signature applies to both
-    artifacts, but not to another kind of reference.
+    window at once, without a cache and in float32, which needs the export extra. If a signature is required, a
+    reference that is an artifact must have it too.
 
     Exit code 0: success. 2: an error.
     """
@@ -571,7 +571,8 @@ def pull(
 ) -> int:
     """Fetch an artifact from a store.
 
-    URL is the one given to precast push. Every byte is checked. After an interruption the next pull resumes.
+    URL is the one given to precast push. Every byte is checked. After an interruption, the same command resumes the
+    pull.
 
     Exit code 0: success. 2: an error.
     """

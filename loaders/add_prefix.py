@@ -45,9 +45,9 @@ class PrefixSource(Frozen):
     """The text of a prefix; exactly one of `system`, `chat` and `text` is given.
 
     Attributes:
-        system: a system message, the prefix of every chat that begins with it.
-        chat: messages, oldest first, the prefix of every chat that continues them.
-        text: the beginning of every prompt that uses the prefix.
+        system: a system message, for chats that begin with it.
+        chat: messages, oldest first, for chats that continue them.
+        text: plain text, for prompts that begin with it.
         tools: JSON schemas of functions, for `system` and `chat`; None without tools.
     """
 
@@ -85,7 +85,7 @@ def add_prefix(
     threads: int | None = None,
     log: Callable[[str], None],
 ) -> PrefixChange:
-    """Compute keys and values of a prefix, and store them in an artifact.
+    """Compute the keys and values of a prefix, and store them in an artifact.
 
     Args:
         path: the artifact's folder, or a folder with exactly one artifact in it.
@@ -99,7 +99,7 @@ def add_prefix(
         log: receives a message before each stage.
 
     Raises:
-        PrecastError: the name is unsuitable or taken, the text is empty or exceeds the context, the target cannot reuse
+        PrecastError: the name is invalid or taken, the text is empty or exceeds the context, the target cannot reuse
             keys and values, or the artifact is damaged or cannot be written to. The artifact is then unchanged.
     """
     _check_name(name)
@@ -154,7 +154,7 @@ def remove_prefix(
 
 
 def prefix_tokens(model: Model, source: PrefixSource) -> list[int]:
-    """Return the tokens of a prefix: the tokens that a prompt with the prefix begins with, whatever text follows.
+    """Return the tokens of a prefix: those that stay the same whatever text follows it in a prompt.
 
     Raises:
         PrecastError: the prefix has no tokens or fills the context, or the chat template rejects the messages.
@@ -203,7 +203,7 @@ def _check_name(name: str) -> None:
 def _computed(
     artifact: LockedArtifact, manifest: Manifest, model: Model, name: str, tokens: Sequence[int]
 ) -> tuple[Prefix, dict[str, Parts]]:
-    """Compute keys and values; return the prefix's entry and the contents of its files."""
+    """Compute a prefix's keys and values; return its entry in the manifest, and the contents of its files."""
     # The tree is empty, so the result does not depend on the artifact's other prefixes.
     spans = PrefixTree(model.engine, 0).compute(tokens)
     folder = free_folder(artifact.root, PREFIXES, name, manifest.files)

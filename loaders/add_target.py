@@ -1,4 +1,4 @@
-"""``precast add-target``: compile a further target of an existing artifact from its StableHLO.
+"""``precast add-target``: add a target to an existing artifact, compiled from its StableHLO.
 
 A further target lets an artifact run under a jaxlib or on a CPU that it was not exported for. Compiling it needs only
 jaxlib, because nothing is traced. All targets share the weights, which stay untouched. `artifact_changes` writes the
@@ -84,13 +84,14 @@ def add_target(
     require_signature: Path | None = None,
     log: Callable[[str], None],
 ) -> Addition:
-    """Add a target of executables for the CPU, compiled by the installed jaxlib.
+    """Add a target for the CPU, compiled by the installed jaxlib.
 
     Args:
         path: the artifact's folder, or a folder with exactly one artifact in it.
         isa: a key of `isa.LEVELS`, or "native" for all of this machine's features. None chooses `isa.default_isa` if
-            the programs call kernels, else "native". XLA may use instructions beyond the default level, as in programs
-            exported before 0.3; with None, the target then requires the level that has these instructions.
+            the programs call kernels, else "native". If XLA uses instructions beyond this level, as in programs
+            exported before 0.3, the new target requires the level that has them; with an explicit `isa`, this is an
+            error.
         source: name of the target whose StableHLO is compiled; the fastest that runs here by default.
         overwrite: replace a target of the same name.
         require_signature: file of the public key that the artifact must be signed with before the change.
@@ -178,7 +179,7 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
     """Return the target whose StableHLO is compiled, chosen by the same rule as for ``run --compile``.
 
     Raises:
-        PrecastError: no target of this name, or no target at all, holds StableHLO for a CPU.
+        PrecastError: the named target, or every target if none is named, lacks StableHLO for a CPU.
     """
     compilable = [
         t
@@ -188,8 +189,8 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
     known = ", ".join(repr(t.name) for t in compilable)
     if name is not None and name not in {t.name for t in compilable}:
         raise PrecastError(
-            f"{root}: target {name!r} is not in the artifact, or holds no StableHLO for a CPU; targets"
-            f" with StableHLO for a CPU: {known or 'none'}."
+            f"{root}: target {name!r} is not in the artifact, or holds no StableHLO for a CPU; "
+            + (f"name a target that holds it: {known}." if known else "export the model again.")
         )
     if not compilable:
         raise PrecastError(f"{root}: no target holds StableHLO for a CPU; export the model again.")
@@ -204,7 +205,7 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
 
 
 def _check_names(source: Target, root: Path) -> None:
-    """Check that each program's name can be a file name, because the executables get these names.
+    """Check that each program's name can be a file name, because its executable gets that name.
 
     Raises:
         PrecastError: a program's name is not a file name.
@@ -245,7 +246,7 @@ def _free_name(manifest: Manifest, name: str, machine: Machine, *, overwrite: bo
 def _in_free_folder(
     target: Target, executables: Mapping[str, bytes], manifest: Manifest, root: Path
 ) -> tuple[Target, dict[str, bytes]]:
-    """Name the executables after a folder that does not exist yet; return the changed target and the executables."""
+    """Rename the executables into a folder that does not exist yet; return the changed target and the executables."""
     folder = free_folder(root, TARGETS, target.name, manifest.files)
 
     def moved(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Change an existing artifact so that it stays whole if this process is killed at any moment.
+"""Change an existing artifact so that it stays whole even if this process is killed.
 
 A change adds, replaces or removes a target or a prefix. For a target:
 
@@ -47,7 +47,7 @@ class Kind(Frozen):
     Attributes:
         folder: the folder of the artifact that the change adds files to.
         purpose: the command's name, which becomes part of the working folder's name.
-        failure: the consequence of an operating system's error, for the error message.
+        failure: the consequence of an OSError, as a clause for the error message.
         replaced: the text of the error message if another process has replaced the artifact.
     """
 
@@ -151,7 +151,7 @@ def lock(root: Path, log: Callable[[str], None]) -> Iterator[int]:
 
 @contextmanager
 def explain_os_errors(root: Path, kind: Kind) -> Iterator[None]:
-    """Turn OSError into PrecastError, with the artifact and a remedy in its text."""
+    """Turn an OSError into a PrecastError that names the artifact and a remedy."""
     try:
         yield
     except OSError as error:
@@ -172,7 +172,7 @@ def changing(
         kind: the kind of change.
         key: file of the public key that the artifact must be signed with before the change; None requires no
             signature.
-        log: receives a message if another process changes the artifact.
+        log: receives a message if this process must wait for another process that changes the artifact.
 
     Raises:
         PrecastError: the artifact is damaged, not signed as required, or cannot be written to.
@@ -193,13 +193,15 @@ def remove_leftovers(artifact: LockedArtifact) -> None:
     for kind in (TARGETS, PREFIXES):
         if (folder := artifact.root / kind.folder).is_dir() and not folder.is_symlink():
             folders.remove_leftovers(folder, kind.purpose, lambda left: _settle(artifact.root, left))
-            with suppress(OSError):  # an empty folder, made by a process that was killed next
+            with suppress(OSError):  # an empty folder, made by a process that was then killed
                 folder.rmdir()
 
 
 @contextmanager
 def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path]:
-    """Yield a folder that records the change to a new manifest; clean up when the block ends, even with an error.
+    """Yield a working folder that holds the old manifest and the new one.
+
+    When the block ends, even if it raises, make the artifact match its manifest and remove the working folder.
 
     Raises:
         PrecastError: the artifact was replaced.
@@ -228,7 +230,7 @@ def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path
 
 
 def _tidy(artifact: LockedArtifact, folder: Path) -> None:
-    """Make the artifact match its manifest, then remove the folder that records a change."""
+    """Make the artifact match its manifest, then remove the working folder."""
     if not artifact.is_there():  # the name may belong to another artifact now
         return
     if folder.exists():
@@ -244,7 +246,7 @@ def write_files(artifact: LockedArtifact, folder: Path, contents: Mapping[str, P
     Args:
         artifact: the artifact.
         folder: the working folder of the change.
-        contents: the contents of each file in parts, by the file's name in the artifact.
+        contents: the parts of each file's contents, by the file's name in the artifact.
     """
     final = artifact.root / PurePosixPath(next(iter(contents))).parent
     unfinished = folder / _NEW_FILES

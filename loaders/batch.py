@@ -7,8 +7,8 @@ A request is a JSON object, or a row of a Parquet file::
     {"custom_id": "2", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
 
 A request may also hold sampling parameters by their names, and `tools` beside messages. Some of OpenAI's fields are
-supported too: `max_completion_tokens`, `response_format`, and a single text for `stop`. A record of the output has one
-of two forms::
+supported too: `max_completion_tokens`, `response_format`, and a single string for `stop`. A record of the output has
+one of two forms::
 
     {"custom_id": "1", "key": "5f0…", "text": "Hi", "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 2}
     {"custom_id": "1", "key": "5f0…", "error": {"code": "invalid_request", "message": "one sentence"}}
@@ -90,7 +90,7 @@ def run(
         target: the records: JSON lines, or a Parquet file if the name ends in .parquet. A Parquet file is written at
             the end; until then its records are in a file with `.partial.jsonl` appended to the name.
         params: the sampling parameters of requests that do not give their own.
-        progress: receives the number of records.
+        progress: receives the number of records written.
 
     Raises:
         PrecastError: a file cannot be read or written, the output holds records of other requests, or the extra
@@ -120,10 +120,7 @@ def run(
 
 
 def _identity(model: "Model", params: SamplingParams) -> bytes:
-    """Return bytes that identify the model and the default parameters.
-
-    An answer depends on nothing else, except its request.
-    """
+    """Return bytes that stand for the model and the default parameters in each request's key."""
     weights = {
         name: entry.sha256 for name, entry in model.manifest.files.items() if name.endswith(".safetensors")
     }
@@ -153,7 +150,7 @@ def _requests(source: Path, identity: bytes) -> Iterator[_Request]:
         if custom_id is None:
             yield _Request(key, None, fields)
         elif not isinstance(custom_id, str | int) or isinstance(custom_id, bool):
-            text = f"request: custom_id must be a text or a whole number, found {custom_id!r:.60}."
+            text = f"request: custom_id must be a string or a whole number, found {custom_id!r:.60}."
             yield _Request(key, None, _Failure(_INVALID, text))
         elif custom_id in seen:
             text = f"request: custom_id must be unique in a file, found {custom_id!r:.60} for a second time."
@@ -297,7 +294,7 @@ def _results(
 
 
 def _start(model: "Model", request: _Request, params: SamplingParams) -> "Stream | _Failure":
-    """Start the generation of a request, or return the error of a malformed or unsuitable request."""
+    """Start the generation of a request; return an error if the request is malformed or does not suit the model."""
     if isinstance(request.fields, _Failure):
         return request.fields
     try:
@@ -310,7 +307,7 @@ def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) 
     """Start the generation of a request.
 
     Raises:
-        PrecastError: the request is malformed, or unsuitable for the model.
+        PrecastError: the request is malformed, or does not suit the model.
     """
     fields = request_fields(request)
     prompt, messages, tools = (fields.pop(name, None) for name in ("prompt", "messages", "tools"))
@@ -409,7 +406,9 @@ def _parquet(source: Path) -> Any:
     try:
         return arrow.parquet.ParquetFile(source)
     except (OSError, arrow.ArrowException) as error:
-        raise PrecastError(f"{source}: cannot be read as Parquet ({str(error).splitlines()[0]}).") from None
+        raise PrecastError(
+            f"{source}: cannot be read as Parquet ({str(error).splitlines()[0]}); check the path and the file."
+        ) from None
 
 
 def _write_parquet(records: Path, target: Path) -> None:
@@ -444,4 +443,4 @@ def _write_parquet(records: Path, target: Path) -> None:
 
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair becomes JSON's escape
+    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair becomes a JSON escape

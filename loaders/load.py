@@ -69,9 +69,9 @@ def load(
             A message is logged if the number has no effect: TensorFlow accepts one number per process, and a GPU
             ignores the number.
         prefix_memory: maximum number of bytes for keys and values of earlier prompts and answers. A prompt that shares
-            a prefix with one of them reuses the prefix's keys and values, and gets the same answer. 0 keeps none; None
-            chooses 512 MiB, or an eighth of the available memory if that is less. Only targets with precast's own
-            kernels for the CPU reuse keys and values.
+            a prefix with one of them reuses the prefix's keys and values, which does not change the answer. 0 keeps
+            none; None chooses 512 MiB, or an eighth of the available memory if that is less. Only targets with
+            precast's own kernels for the CPU reuse keys and values.
         log: receives messages; standard error by default.
         progress: receives the bytes pulled and hashed, and each program before it is loaded. By default, only pulls
             show progress, on standard error.
@@ -215,7 +215,7 @@ def _check_files(
         root: the artifact's folder.
         manifest: the artifact's manifest.
         target: the target.
-        settings: the settings. `rehash` compares all files of the artifact, even those that were compared before.
+        settings: the settings; with `rehash`, all files of the artifact are compared, even if they were before.
         trusted: contents of files that the caller provides, by name; these files are not read.
 
     Raises:

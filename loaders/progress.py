@@ -66,7 +66,7 @@ def byte_counter(progress: Progress, text: str, total: int) -> Callable[[int], N
 class Display:
     """Progress and messages on standard error.
 
-    On a terminal each step replaces the one before. Elsewhere a line is printed every 15 seconds at most.
+    On a terminal each step replaces the one before. Elsewhere a line is printed at most every 15 seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -113,7 +113,7 @@ class Display:
 
 @contextmanager
 def show_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Display]:
-    """Yield a display whose line is erased when the block ends, even with an error."""
+    """Yield a display whose line is erased when the block ends, even if it raises."""
     display = Display(clock)
     try:
         yield display

@@ -234,15 +234,15 @@ def _read_public(path: Path) -> Any:
     data = _read_key(path)
     if b"PRIVATE KEY" in data:
         raise PrecastError(
-            f"{path}: expected a public key, found a private one, which stays with its owner; openssl ec -in"
-            " PRIVATE.pem -pubout -out PUBLIC.pem writes the public one."
+            f"{path}: expected a public key, found a private key; write its public key with: openssl ec -in PRIVATE.pem"
+            " -pubout -out PUBLIC.pem"
         )
     try:
         key = serialization.load_pem_public_key(data)
     except Exception:  # cryptography raises exceptions of many types for an invalid key
         raise PrecastError(
-            f"{path}: expected a public key in PEM, found something else; openssl ec -in PRIVATE.pem -pubout -out"
-            " PUBLIC.pem writes one."
+            f"{path}: expected a public key in PEM, found something else; write one with: openssl ec -in PRIVATE.pem"
+            " -pubout -out PUBLIC.pem"
         ) from None
     return _checked_curve(path, key)
 
@@ -255,8 +255,8 @@ def _open_private(path: Path, ask_password: Callable[[], str]) -> tuple[bytes | 
     if b"PRIVATE KEY" not in data:
         what = "a public key" if b"PUBLIC KEY" in data else "something else"
         raise PrecastError(
-            f"{path}: expected a private key in PEM, found {what}; openssl ecparam -name prime256v1 -genkey -noout"
-            " -out PRIVATE.pem makes one."
+            f"{path}: expected a private key in PEM, found {what}; make one with: openssl ecparam -name prime256v1"
+            " -genkey -noout -out PRIVATE.pem"
         )
     password = None
     if b"ENCRYPTED" in data:
@@ -277,8 +277,8 @@ def _checked_curve(path: Path, key: Any) -> Any:
     curve = getattr(getattr(key, "curve", None), "name", type(key).__name__.strip("_"))
     if curve not in _CURVES:
         raise PrecastError(
-            f"{path}: expected an elliptic curve key of P-256, P-384 or P-521, found {curve}; openssl ecparam -name"
-            " prime256v1 -genkey -noout -out PRIVATE.pem makes one."
+            f"{path}: expected an elliptic curve key of P-256, P-384 or P-521, found {curve}; make one with: openssl"
+            " ecparam -name prime256v1 -genkey -noout -out PRIVATE.pem"
         )
     return key
 

@@ -1,4 +1,4 @@
-"""The child process of a trial: load a target, take a few steps, and report each before it begins."""
+"""The child process of a trial: load a target, run a few steps, and report each step before it begins."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +16,12 @@ _PROMPT = (1, 2, 3)
 
 
 def main() -> None:
-    """Try the target of one request."""
+    """Answer the requests of `precast.loaders.compiling.trial`."""
     child_process.serve(_answer)
 
 
 def _answer(request: Mapping[str, Any], _: bytes, progress: Progress) -> child_process.Answer:
-    """Try the target of a request of `precast.loaders.compiling.trial`."""
+    """Try the target that a request names."""
     attempt(
         Path(request["root"]),
         request["target"],
@@ -33,7 +33,7 @@ def _answer(request: Mapping[str, Any], _: bytes, progress: Progress) -> child_p
 
 
 def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, progress: Progress) -> None:
-    """Load every program of a target, prefill, decode and score a few tokens.
+    """Load every program of a target; then prefill, decode and score a few tokens.
 
     Args:
         root: the artifact's folder.

@@ -398,7 +398,7 @@ def test_manifests_that_are_not_json(refused, artifact_copy, data):
         ({"machine": "s390x"}, r"it was compiled for s390x, but this machine is \w+"),
         ({"cpu_features": ["avx1024"]}, r"it uses CPU features that this machine lacks \(avx1024\)"),
         ({"kernel_abi": 99}, r"it calls kernels of ABI 99, but ABI \d+ is installed"),
-        ({"platform": "rocm"}, r"it needs platform rocm, but this loader runs cpu and cuda"),
+        ({"platform": "rocm"}, r"it needs platform rocm, but this loader supports only cpu and cuda"),
     ],
 )
 def test_artifacts_of_another_machine(refused, artifact_copy, edit_manifest, change, text):

@@ -237,7 +237,8 @@ def test_a_missing_artifact_is_refused(refused, tmp_path, tiny_artifact):
     )
     for reference in (missing, "x" * 500):
         assert refused(tiny_artifact, "--reference", reference) == (
-            f"--reference: {reference} does not exist; expected an artifact, a Hugging Face directory or a .gguf file."
+            "--reference: expected an artifact, a Hugging Face directory or a .gguf file, but"
+            f" {reference} does not exist; check the path."
         )
 
 
@@ -268,8 +269,8 @@ def test_a_reference_with_other_merges(refused, tiny_artifact, unlike):
         value["model"]["merges"] = []
 
     assert refused(tiny_artifact, "--reference", unlike(forget)) == (
-        "tiny: its tokenizer splits the text differently from that of tiny; compare models with the same"
-        " tokenizer."
+        "tiny: its tokenizer splits the text differently from the tokenizer of tiny; compare models with"
+        " the same tokenizer."
     )
 
 

@@ -33,13 +33,13 @@ def cache_folder() -> Path:
 def unwritable_reason(name: str) -> str:
     """Return the reason why subfolder `name` of the cache folder is not used.
 
-    The text includes the remedy, unless `load` has named it already. It has no full stop, because it becomes part of a
-    longer message.
+    The reason includes the remedy, unless `load` has already logged it. The reason has no full stop, because it becomes
+    part of a longer message.
     """
     if cache_problem(name) is not None:  # `load` has already given the full warning
         return f"the cache folder {cache_folder()} is not used"
     try:
-        return f"{cache_folder() / name} cannot be written to; set PRECAST_CACHE to a folder that can be"
+        return f"{cache_folder() / name} cannot be written to; set PRECAST_CACHE to a writable folder"
     except PrecastError:
         return "this user has no home folder to hold the cache folder; set PRECAST_CACHE to a folder"
 
@@ -84,7 +84,7 @@ def _untrusted(path: str, own: int) -> str | None:
 
     Args:
         path: absolute path of a folder.
-        own: length of the prefix of `path` that is the cache folder. A group may write to the parents of the cache
+        own: length of the part of `path` that names the cache folder. A group may write to the parents of the cache
             folder, but neither to the folder itself nor to anything below it.
     """
     users, place, linked = (0, os.geteuid()), path, False

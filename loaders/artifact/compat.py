@@ -14,7 +14,7 @@ def mismatches(target: Target, machine: Machine) -> list[str]:
     if target.platform == "cuda":
         found += _cuda_mismatches(target, machine)
     elif target.platform not in ("any", "cpu"):
-        found.append(f"it needs platform {target.platform}, but this loader runs cpu and cuda")
+        found.append(f"it needs platform {target.platform}, but this loader supports only cpu and cuda")
     if target.runtime == "savedmodel" and not machine.tensorflow:
         found.append("it needs TensorFlow, which is not installed: pip install 'precast[savedmodel]'")
     if target.machine not in ("any", machine.machine):
@@ -33,7 +33,7 @@ def mismatches(target: Target, machine: Machine) -> list[str]:
 
 
 def cuda_packages(jaxlib: str) -> str:
-    """Return the pip requirement that installs CUDA, and jax's CUDA plugin in the version of `jaxlib`."""
+    """Return the pip requirement for CUDA and for jax's CUDA plugin, whose version must equal `jaxlib`."""
     return f"'jax-cuda12-plugin[with-cuda]=={jaxlib}'"
 
 
@@ -108,9 +108,9 @@ def _has_stablehlo(target: Target) -> bool:
 
 
 def _as_stablehlo(target: Target) -> Target:
-    """Return a copy of the target for compiling from StableHLO here.
+    """Return a copy of the target that is compiled from StableHLO here.
 
-    Any jaxlib and CPU will do, but the kernels must be the same.
+    The copy accepts any jaxlib and CPU, but requires the same kernels.
     """
     return replace(target, runtime="stablehlo", device="any", machine="any", jaxlib="any", cpu_features=())
 

@@ -31,7 +31,7 @@ def split_name(
     Args:
         root: the artifact's folder or another source of the name, for messages.
         name: the name, untrusted.
-        remedy: what the user can do about an unsuitable name, for messages.
+        remedy: what the user can do about an invalid name, for messages.
 
     Raises:
         PrecastError: the name is absolute, not normalised, or contains ``..``, a backslash or a NUL.
@@ -217,8 +217,8 @@ def _check_unchanged(name: str, file: BinaryIO | int, before: os.stat_result) ->
     now = os.fstat(file if isinstance(file, int) else file.fileno())
     if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise PrecastError(
-            f"{name}: was written to while it was in use; load the artifact again, and replace artifacts whole rather"
-            " than in place."
+            f"{name}: was written to while it was in use; load the artifact again, and replace its folder instead"
+            " of writing to its files."
         )
 
 
@@ -230,7 +230,7 @@ def rehash_file(
     *,
     record: bool = True,
 ) -> None:
-    """Hash a whole file again and compare it with the manifest.
+    """Hash a whole file again, and compare the hash with the manifest.
 
     Args:
         root: the artifact's folder.
@@ -295,7 +295,7 @@ def write_atomically(path: Path, *parts: bytes | memoryview, sync: bool = False)
     """Write a temporary file and rename it to `path`, so that the file at `path` is never half written.
 
     Args:
-        path: the file; this user alone may read it.
+        path: the file to write; only this user may read it.
         parts: its contents.
         sync: flush the contents to disk before the rename, so that a power cut leaves the old file or the new one.
     """

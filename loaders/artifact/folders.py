@@ -111,7 +111,7 @@ def make_marked(folder: Path) -> int:
 
 
 def _try_to_mark(folder: Path) -> int | None:
-    """Create, lock and mark a folder; return None if another process has removed it before the lock."""
+    """Create, lock and mark a folder; return None if another process removed it before it was locked."""
     # Do not use mkdtemp, which removes the permissions of group and others.
     folder.mkdir()
     with ExitStack() as undo:
@@ -129,9 +129,9 @@ def _try_to_mark(folder: Path) -> int | None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a temporary folder, the mark last, so that the folder of a killed process is marked or empty.
+    """Remove a temporary folder, and its mark last, so that an interrupted removal leaves a marked or empty one.
 
-    Errors are ignored; the mark stays as long as anything else is left.
+    Errors are ignored. The mark stays as long as anything else is left.
     """
     with suppress(OSError):
         for name in os.listdir(folder):
@@ -188,7 +188,7 @@ def _is_ours(folder: int) -> bool:
 def check_free(path: Path, overwrite: bool) -> None:
     """Check that a new folder may take this path.
 
-    The path may be free, or hold an empty folder or, with `overwrite`, an artifact.
+    The path may be free or an empty folder. With `overwrite`, it may also be an artifact.
 
     Raises:
         PrecastError: the path is taken, or is a mount point or the current folder.
@@ -196,7 +196,7 @@ def check_free(path: Path, overwrite: bool) -> None:
     if not os.path.lexists(path):
         return
     if _is_empty_folder(path):
-        # Renaming the new folder to this path replaces the empty folder, which is wrong for these two kinds.
+        # The new folder would replace the empty one, but a mount point and the current folder must stay.
         if os.path.ismount(path) or path.samefile(os.curdir):
             what = "a mount point" if os.path.ismount(path) else "the current folder"
             raise PrecastError(
@@ -221,7 +221,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Rename `temporary` to `path`; an existing artifact takes the temporary name, or is removed."""
+    """Rename `temporary` to `path`; an existing artifact is moved to the temporary name, or removed."""
     if not overwrite or not path.exists():
         try:
             temporary.rename(path)

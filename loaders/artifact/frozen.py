@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, dataclass_transform
 
 
 class _Signature:
-    """A descriptor that computes the constructor's signature from the fields on access."""
+    """A descriptor that, on access, computes the constructor's signature from the fields."""
 
     def __get__(self, _: object, owner: "type[Frozen]") -> Any:
         from inspect import Parameter, Signature

@@ -12,7 +12,7 @@ class FirstLogits:
     """The largest logits after a prompt.
 
     Attributes:
-        token_ids: tokens with the largest logits, in descending order.
+        token_ids: tokens with the largest logits, in descending order of their logits.
         values: their logits, as the first target computed them at export.
         tolerance: largest absolute difference allowed on another machine or target.
     """

@@ -1,9 +1,10 @@
 """Handle Ctrl-C at any moment in precast's own processes: clean up, print "interrupted", and exit with 130.
 
 The handler raises no exception, because an exception could surface anywhere: in a half-done import, in a destructor
-that swallows it, or in a callback of compiled code that crashes. Instead, a block that could leave something behind
-registers its clean-up with `on_interrupt`; the handler runs the clean-ups and ends the process. `raise_on_interrupt`
-restores Python's own KeyboardInterrupt for code that must reset the terminal, such as a password prompt.
+that swallows it, or in a callback from compiled code, which would crash. Instead, a block that could leave something
+behind registers its clean-up with `on_interrupt`; the handler runs the clean-ups and ends the process.
+`raise_on_interrupt` restores Python's own KeyboardInterrupt for code that must reset the terminal, such as a password
+prompt.
 
 Python runs signal handlers only between two bytecode instructions, and the main thread may spend minutes inside a
 compiler or a program. So a second thread waits for the signal, too, and does the handler's work if the main thread does
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import NoReturn
 else:
-    import _signal as signal  # it suffices here, and does not import enum
+    import _signal as signal  # unlike signal, it does not import enum
 
 INTERRUPTED = 130
 # Seconds allowed for the main thread to reach its handler.
@@ -60,7 +61,7 @@ class on_interrupt:
 
 
 class raise_on_interrupt:
-    """Raise KeyboardInterrupt on Ctrl-C while the block runs, as Python does."""
+    """Raise KeyboardInterrupt on Ctrl-C while the block runs, as Python does by default."""
 
     def __enter__(self) -> None:
         _RAISING.append(self)
@@ -83,7 +84,7 @@ def install() -> None:
 
 
 def _watch(readable: int) -> None:
-    """End the process if the main thread does not do so in time."""
+    """After Ctrl-C, end the process if the main thread does not do so in time."""
     while os.read(readable, 1):
         sleep(_PATIENCE_S)
         if not _HANDLED and not _RAISING:
@@ -92,7 +93,7 @@ def _watch(readable: int) -> None:
 
 
 def ignore() -> None:
-    """Ignore SIGINT from now on: the work is done, and only Python's own exit remains."""
+    """Ignore SIGINT from now on, because the work is done and only Python's own exit remains."""
     _HANDLED.append(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

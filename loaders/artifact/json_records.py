@@ -43,7 +43,7 @@ def parse_json(data: bytes, where: str, remedy: str = "copy or export the artifa
     """Parse untrusted JSON text.
 
     Args:
-        data: the text, UTF-8.
+        data: the text, in UTF-8.
         where: the source of the text, for messages.
         remedy: what the user can do about invalid JSON, for messages.
 
@@ -182,7 +182,7 @@ def _mapping(item: _Converter) -> _Converter:
 
 
 def _scalar(kind: type) -> _Converter:
-    expected = {int: "a whole number", str: "a text", bool: "true or false"}[kind]
+    expected = {int: "a whole number", str: "a string", bool: "true or false"}[kind]
 
     def convert(value: Any, place: _Place) -> Any:
         # Do not use isinstance, because bool is a subclass of int.

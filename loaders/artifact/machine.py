@@ -72,7 +72,7 @@ class Machine(Frozen):
         kernels: custom-call targets of precast's installed kernels.
         isa: instruction set that these kernels chose ("avx2").
         tensorflow: True if TensorFlow is installed.
-        gpus: NVIDIA GPU models, as from `nvidia_gpus`; empty if no target needs one.
+        gpus: NVIDIA GPU models, as `nvidia_gpus` returns them; empty if no target needs one.
         cuda_plugin: installed version of jax's CUDA plugin; empty if it is missing or no target needs it.
     """
 

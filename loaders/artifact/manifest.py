@@ -34,8 +34,8 @@ class Value(Frozen):
             "token".
         shape: axes in order.
         dtype: a key of `DTYPE_BYTES`.
-        layout: axes from the slowest to the fastest in memory, in the order that the compiler chose. Programs take and
-            return their arrays with the axes in this order.
+        layout: the order of the axes in memory, as the compiler chose it, from the slowest to the fastest. Programs
+            take and return their arrays with the axes in this order.
         alias: name of the argument whose memory a result reuses; None for arguments and other results. The argument is
             donated: the call invalidates it.
     """
@@ -65,7 +65,7 @@ class ProgramMemory(Frozen):
         arguments: the arguments.
         results: the results.
         aliased: the part of `results` that reuses the memory of arguments.
-        temporary: scratch memory, without the scratch memory of precast's kernels.
+        temporary: scratch memory, excluding the scratch memory of precast's kernels.
     """
 
     arguments: int
@@ -193,7 +193,7 @@ class CacheArray(Frozen):
         layout: the layout in the programs of the first target; programs of other targets may declare different layouts.
         window: number of positions that a token of these layers attends to; 0 for all. An array with a window is a
             ring buffer: position p is stored at index p mod S, where S is the size of this array's axis "S".
-        layers: indices of the model's layers in the array, in the order of its first axis.
+        layers: indices of the layers whose keys or values the array holds, in the order of its first axis.
         bytes: size in bytes.
     """
 
@@ -265,10 +265,10 @@ class Provenance(Frozen):
 
     Attributes:
         source: the source's name.
-        source_files: the source's files that were read, by name.
+        source_files: size and hash of each source file that was read, by name.
         licence: SPDX identifier; None if the source states no licence.
         created: ISO date of the export.
-        versions: versions of the packages that exported it, by package.
+        versions: versions of the packages that made the export, by package.
     """
 
     source: str
@@ -336,7 +336,7 @@ class Manifest(Frozen):
         format_version: version of the artifact format.
         name: the model's name.
         model: the model's architecture and shape.
-        capacity: the context length, under the name that the file uses.
+        capacity: the context length; the code reads it as `context`.
         slots: B, the number of sequences decoded together.
         buckets: prompt lengths that have their own prefill program, ascending.
         cache: arrays of the KV cache.

@@ -140,11 +140,11 @@ def _check_cache_array(manifest: Manifest, array: CacheArray, where: str) -> Non
 
 
 def _check_target(manifest: Manifest, target: Target, where: str) -> None:
-    """Check that a target has a known runtime, and each program exactly once."""
+    """Check that a target has a known runtime, and has each program exactly once."""
     if target.runtime not in RUNTIMES:
         raise PrecastError(
-            f"{where}: runtime {target.runtime!r} is not known, expected one of {', '.join(RUNTIMES)}; update precast,"
-            " or export the model again."
+            f"{where}: runtime: expected one of {', '.join(RUNTIMES)}, found {target.runtime!r}; update precast, or"
+            " export the model again."
         )
     kinds = sorted((p.kind, p.tokens) for p in target.programs if p.kind not in ("decode", "score"))
     needed = [("cache", 0), *(("prefill", tokens) for tokens in manifest.buckets)]
@@ -167,7 +167,7 @@ def _check_decode_and_score(manifest: Manifest, target: Target, where: str) -> N
     fits = all(p.tokens == 1 and (p.has_slots or p.rows == manifest.slots) for p in decodes)
     if not fits or rows[-1:] != [manifest.slots] or rows[0] < 1 or len(set(rows)) < len(rows):
         raise PrecastError(
-            f"{where}: decode programs: expected different numbers of rows with {manifest.slots} as the largest, found"
+            f"{where}: decode programs: expected different numbers of rows, the largest {manifest.slots}, found"
             f" {rows!r:.200}; export the model again."
         )
     scores = [p.tokens for p in target.of_kind("score")]
@@ -179,7 +179,7 @@ def _check_decode_and_score(manifest: Manifest, target: Target, where: str) -> N
 
 
 def _check_layouts(manifest: Manifest, target: Target, where: str) -> None:
-    """Check that programs agree on the layouts of KV cache and constants; other layouts must be row-major."""
+    """Check that all programs give the KV cache and the constants the same layouts, and that the rest is row-major."""
     first = manifest.targets[0] is target
     layouts = {c.name: c.layout for c in manifest.cache} if first else {}
     for value in (v for p in target.programs for v in (*p.arguments, *p.results)):
@@ -225,8 +225,8 @@ def _check_program(manifest: Manifest, program: Program, where: str) -> None:
         for v in values:
             if v.dtype not in DTYPE_BYTES:
                 raise PrecastError(
-                    f"{where}: {v.name!r} has dtype {v.dtype!r}, expected one of {', '.join(DTYPE_BYTES)}; export the"
-                    " model again."
+                    f"{where}: dtype of {v.name!r}: expected one of {', '.join(DTYPE_BYTES)}, found {v.dtype!r}; export"
+                    " the model again."
                 )
     caches = {c.name: (c.shape, c.dtype) for c in manifest.cache}
     holders = (program.results,) if program.kind == "cache" else (program.arguments, program.results)
@@ -249,8 +249,8 @@ def _check_program(manifest: Manifest, program: Program, where: str) -> None:
 def _check_prefix(manifest: Manifest, prefix: Prefix, where: str) -> None:
     if not is_prefix_name(prefix.name):
         raise PrecastError(
-            f"{where}: expected a name of 1 to {LONGEST_PREFIX_NAME} letters, digits, '-', '_' or '.', found another;"
-            " export the model again."
+            f"{where}: expected a name of 1 to {LONGEST_PREFIX_NAME} letters, digits, '-', '_' or '.', not beginning"
+            f" with '.', found {prefix.name!r:.80}; export the model again."
         )
     if not 1 <= prefix.tokens < manifest.context:
         raise PrecastError(
@@ -263,7 +263,9 @@ def _check_prefix(manifest: Manifest, prefix: Prefix, where: str) -> None:
                 f"{where}: {what}: expected a sha256 in hex, found {digest!r:.80}; export the model again."
             )
     if prefix.weights != manifest.files[WEIGHTS_FILE].sha256:
-        raise PrecastError(f"{where}: it was computed with other weights; export the model again.")
+        raise PrecastError(
+            f"{where}: its keys and values were computed with other weights; export the model again."
+        )
 
 
 def is_prefix_name(name: str) -> bool:

@@ -22,7 +22,7 @@ def refusal(path: Path, inside: Sequence[Path]) -> PrecastError:
 
     Args:
         path: the path as the user gave it.
-        inside: the artifacts among the path's subfolders, of which there are none or several.
+        inside: the artifacts among the path's subfolders: none, or more than one.
     """
     if inside:
         return PrecastError(f"{path}: expected one artifact, found {_listed([p.name for p in inside])}")
@@ -42,7 +42,7 @@ def refusal(path: Path, inside: Sequence[Path]) -> PrecastError:
         return PrecastError(f"{path}: {_EXPECTED} is a file; {_REMEDY}.")
     if _HUB_ID.fullmatch(str(path)) and not os.path.exists(path.parent):
         return PrecastError(
-            f"{path}: {_EXPECTED} does not exist; to export the model of this name from the Hugging Face hub:"
+            f"{path}: {_EXPECTED} does not exist; export the model of this name from the Hugging Face hub with:"
             f" precast export {path}"
         )
     return PrecastError(f"{path}: {_EXPECTED} does not exist; {_REMEDY}.")

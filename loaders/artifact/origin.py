@@ -17,7 +17,7 @@ _ARITHMETIC = 1
 
 
 class Origin(Frozen):
-    """The model, programs and instruction set that computed keys and values, as texts to compare and to show.
+    """The model, programs and instruction set that computed keys and values, as strings to compare and to show.
 
     Attributes:
         weights: sha256 of the file of the weights.
@@ -38,7 +38,7 @@ class Origin(Frozen):
     isa: str
 
     def differences(self, other: "Origin") -> Mapping[str, tuple[str, str]]:
-        """Return the two values of each field that differs, this origin's first, by the field's name in messages."""
+        """Return the fields that differ, by their names in messages: this origin's value, and the other's."""
         pairs = {label: (getattr(self, field), getattr(other, field)) for field, label in _LABELS.items()}
         return {label: (mine, theirs) for label, (mine, theirs) in pairs.items() if mine != theirs}
 
@@ -66,8 +66,8 @@ def has_row_invariance(target: Target) -> bool:
 def is_reproducible(target: Target) -> bool:
     """Return True if another process that runs the target computes the same bits.
 
-    A serialised executable does so in every process. StableHLO may be compiled by another version of XLA, which may
-    compute other bits.
+    A serialised executable computes the same bits in every process. StableHLO may be compiled by another version of
+    XLA, which may compute other bits.
     """
     return has_row_invariance(target) and target.runtime == "pjrt"
 

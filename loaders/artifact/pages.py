@@ -2,7 +2,7 @@
 
 Linux caches a file in folios as large as the writes or reads that filled them, and maps a folio of 2 MiB with one TLB
 entry. Weights written tensor by tensor end up in 4 KiB pages, where TLB misses reduce the speed of reading from 30 to
-25 GB/s. On a file system without large folios, nothing in this module has an effect on speed or contents.
+25 GB/s. On a file system without large folios, this module changes nothing.
 """
 
 import mmap

@@ -156,7 +156,7 @@ def file_parts(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) ->
 
     Args:
         arrays: the tensors, by name.
-        metadata: texts for the file's header.
+        metadata: strings for the file's header, by name.
     """
     specs = [TensorSpec(name=name, shape=array.shape, dtype=array.dtype) for name, array in arrays.items()]
     ordered = _in_file_order(specs)
@@ -165,17 +165,17 @@ def file_parts(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) ->
 
 
 def read_metadata(source: BinaryIO) -> dict[str, str]:
-    """Return the metadata of a safetensors file that is open at its start; go back to the start.
+    """Return the metadata of a safetensors file that is open at its start, and seek back to the start.
 
     Raises:
-        PrecastError: the file is not a safetensors file, or its metadata are not texts.
+        PrecastError: the file is not a safetensors file, or its metadata are not strings.
     """
     header, _ = _read_header(source)
     source.seek(0)
     metadata = header.get(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise PrecastError(
-            f"{source.name}: expected texts as the header's metadata, found something else; {_REMEDY}."
+            f"{source.name}: expected strings as the header's metadata, found something else; {_REMEDY}."
         )
     return metadata
 
@@ -229,7 +229,7 @@ _Entry = tuple[str, np.dtype, tuple[int, ...], int, int]
 
 
 def _entry(path: Path, name: str, entry: object) -> _Entry:
-    """Parse one tensor of an untrusted header; check that its size matches its shape and dtype."""
+    """Parse the entry of a tensor in an untrusted header; check that its size matches its shape and dtype."""
     try:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError

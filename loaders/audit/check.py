@@ -88,7 +88,7 @@ class CheckReport:
         targets: the findings on each target.
         problems: obstacles that concern the whole artifact, such as too little memory.
         notes: warnings. The artifact runs in spite of them.
-        expires: last day of the promise that newer jaxlibs compile its StableHLO; the earliest if targets differ.
+        expires: last day on which newer jaxlibs are sure to compile its StableHLO; the earliest if targets differ.
         days_left: days until `expires`; negative when it has passed.
         signed: True if a signature exists; it is not checked.
         processors: the machine's processors.
@@ -141,7 +141,7 @@ def check(
         processors: the machine's processors.
         memory: the machine's memory.
         limits: the process's limits.
-        today: the date, which decides how long StableHLO's compatibility promise still holds.
+        today: the date, compared with the end of StableHLO's compatibility promise.
         target: name of the target to run; None for the best.
         allow_compile: permission to choose a target that must be compiled first.
 
@@ -234,7 +234,7 @@ def _command(*words: object) -> str:
 
 
 def _split_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
-    """Return a problem without its trailing pip command, and the command, which is None if there is none."""
+    """Return a problem without its trailing pip command, and that command; None without a command."""
     for packages in (_TENSORFLOW, compat.cuda_packages(machine.jaxlib)):
         # Match only at the end, because an untrusted manifest may put "pip install" elsewhere into the problem.
         if problem.endswith(f": pip install {packages}"):

@@ -102,7 +102,7 @@ def _geometry(m: Manifest) -> Facts:
 
 
 def _target_changes(a: Manifest, b: Manifest) -> tuple[Change, ...]:
-    """Compare shared targets field by field; a target that only one artifact has counts as one change."""
+    """Compare the targets that both artifacts have, field by field; any other target counts as one change."""
     named = [{t.name: {p.name for p in t.programs} for t in m.targets} for m in (a, b)]
     shared = {name: programs & named[1][name] for name, programs in named[0].items() if name in named[1]}
     return _changes(*(_targets(m, shared) for m in (a, b)))

@@ -54,12 +54,12 @@ class Scorer(Protocol):
     def context(self) -> int: ...
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        """Yield the logits [V] of positions `first` to ``len(window) − 2``; an array is valid until the next one."""
+        """Yield the logits [V] of positions `first` to ``len(window) − 2``; each is valid until the next is yielded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactScorer:
-    """A scorer that prefills a loaded artifact up to the first scored position, and then decodes, in its first slot."""
+    """A loaded artifact as a scorer: prefill up to the first scored position, then decode, all in the first slot."""
 
     model: Model
 
@@ -219,8 +219,8 @@ def check_same_tokens(text: str, artifact: Scorer, reference: Scorer) -> None:
             )
     if tokenize(artifact.tokenizer, text) != tokenize(reference.tokenizer, text):
         raise PrecastError(
-            f"{reference.name}: its tokenizer splits the text differently from that of {artifact.name}; compare"
-            " models with the same tokenizer."
+            f"{reference.name}: its tokenizer splits the text differently from the tokenizer of {artifact.name};"
+            " compare models with the same tokenizer."
         )
 
 
@@ -290,7 +290,7 @@ def evaluate(
 
     Args:
         artifact: the model to score.
-        windows: at least one window of token ids, each at most as long as both models' context.
+        windows: at least one window of token ids, each within both models' contexts.
         reference: the model to compare with; None for perplexity alone.
         progress: receives the number of predictions scored.
 

@@ -26,7 +26,7 @@ class ListEntry:
 
     Attributes:
         path: the artifact's folder.
-        problem: the reason if it cannot be read, or None. All later fields are None if there is a problem.
+        problem: the reason why it cannot be read; None if it can. All later fields are None if there is a problem.
         name: the model's name.
         architecture: the model's architecture.
         parameters: the model's number of parameters.
@@ -36,7 +36,7 @@ class ListEntry:
         targets: names of the targets.
         target: the target that runs here, or None.
         compiles: True if a target runs here once it is compiled.
-        reason: the reason if no target runs here without compiling, or None.
+        reason: the reason why no target runs here without compiling; None if one does.
         prefixes: the stored prefixes.
     """
 
@@ -60,7 +60,7 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
 
     Args:
         folder: folder to search. It may be an artifact.
-        require_signature: file of a public key; artifacts without its signature are listed as unreadable.
+        require_signature: file of a public key; artifacts not signed with it are listed as unreadable.
 
     Raises:
         PrecastError: the folder does not exist.
@@ -69,7 +69,8 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
     if not os.path.isdir(folder):
         what = "is a file" if os.path.exists(folder) else "does not exist"
         raise PrecastError(
-            f"{folder}: expected a folder, but it {what}; precast export writes to the folder 'artifacts'."
+            f"{folder}: expected a folder, but it {what}; name a folder of artifacts, or make an artifact with precast"
+            " export."
         )
     for path in _folders(folder):
         if isinstance(path, ListEntry):
@@ -79,7 +80,7 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
 
 
 def _folders(folder: Path) -> Iterator[Path | ListEntry]:
-    """Yield the folders with a manifest, and unreadable folders."""
+    """Yield the folders with a manifest, and an entry for each unreadable folder."""
     if os.path.isfile(folder / MANIFEST_FILE):
         yield folder
         if _is_artifact(folder):

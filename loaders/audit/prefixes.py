@@ -42,7 +42,7 @@ class PrefixReport:
 
     Attributes:
         prefixes: all prefixes; those with an obstacle were not recomputed.
-        problems: a sentence for each prefix that differs.
+        problems: a sentence for each difference.
     """
 
     prefixes: tuple[PrefixStatus, ...]
@@ -98,7 +98,7 @@ def replay_prefixes(model: Model, root: Path, isa: str, progress: Progress = sil
 
 
 def _differences(engine: Engine, stored: StoredPrefix, where: str) -> list[str]:
-    """Return a sentence for each array that differs, and one if the answer differs."""
+    """Return a sentence for each array that differs when recomputed, and one if the answer differs."""
     computed = PrefixTree(engine, 0).compute(stored.tokens)
     wrong = []
     for name, span in stored.spans.items():
@@ -116,7 +116,7 @@ def _differences(engine: Engine, stored: StoredPrefix, where: str) -> list[str]:
 
 
 def _answer(engine: Engine, tree: PrefixTree, prompt: Sequence[int]) -> list[int]:
-    """Return a few greedy tokens after a prompt; the tree supplies the keys and values of tokens that it holds."""
+    """Return a few greedy tokens after a prompt, computed with the keys and values that the prefix tree holds."""
     cache = engine.new_cache()
     known = tree.restore(prompt[:-1], cache, 0)
     step = engine.prefill(prompt[known:], cache, start=known)

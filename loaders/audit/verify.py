@@ -46,7 +46,7 @@ class ReplayReport:
         answers: number of golden answers.
         tokens: number of tokens in these answers.
         logits: number of logits compared.
-        difference: largest absolute difference of a logit; None if it is not finite.
+        difference: largest absolute difference between a logit and the recorded one; None if it is not finite.
         share: largest ratio of an answer's difference to that answer's tolerance, 1 at the limit; None if
             it is not finite, for example if the tolerance is 0.
         problems: a sentence for each answer that differs.

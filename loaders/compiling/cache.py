@@ -53,7 +53,7 @@ def executables(
     If the cache folder cannot be written to, all programs are compiled every time, and the log says so.
 
     Args:
-        programs: names, and hash-checked StableHLO artifacts.
+        programs: pairs of a name and a hash-checked StableHLO artifact.
         machine: this machine.
         where: name of the target in messages.
         threads: number of computing threads.
@@ -76,7 +76,7 @@ def executables(
 
 
 class _CachingCompiler(Frozen):
-    """A compiler that stores its output in the cache folder, and looks there first; fields as for `executables`."""
+    """A compiler with a cache: it looks in the cache folder first, and stores its output there."""
 
     machine: Machine
     where: str

@@ -1,4 +1,4 @@
-"""Child processes for parts of the loader's work, with the same Python and packages.
+"""Run parts of the loader's work in child processes, with the same Python and packages.
 
 Parent and child exchange messages through pipes. A message is a line of JSON, followed by as many bytes of data as its
 "data" says:
@@ -44,7 +44,7 @@ Answer = tuple[Mapping[str, Any], bytes]
 
 
 class StartError(Exception):
-    """The child did not start. The text is the reason, worded to stand in brackets."""
+    """The child did not start. The text is the reason, worded to fit in brackets."""
 
 
 class Refusal(Exception):
@@ -265,7 +265,7 @@ def environment(module: str) -> dict[str, str]:
 
 
 def _python() -> str | None:
-    """Return the Python interpreter, or None; `sys.executable` may be an application that embeds Python."""
+    """Return the path of the Python interpreter, which may differ from `sys.executable`; None if there is none."""
     # An application frozen into one file (PyInstaller) comes without an interpreter.
     if getattr(sys, "frozen", False):
         return None

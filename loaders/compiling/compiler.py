@@ -1,10 +1,10 @@
 """Compile StableHLO to executables in a child process with jaxlib alone: no tracing, no jax.
 
-A child process compiles for two reasons. XLA reads the instruction set from XLA_FLAGS only once, when XLA is loaded, so
-another instruction set needs another process. And a crash of the compiler ends only the child.
+The compiler runs in a child process for two reasons. XLA reads the instruction set from XLA_FLAGS only once, when XLA
+is loaded, so another instruction set needs another process. And a crash of the compiler ends only the child.
 
 `child_process` describes the messages. A request holds the number of threads, with a StableHLO artifact as its data.
-The answer holds layouts and memory of the program, with the executable as its data.
+The answer holds the program's layouts and memory, with the executable as its data.
 """
 
 import os
@@ -90,10 +90,10 @@ def _compile(
         sentence = str(error).removeprefix(f"{_HERE}: ")
         raise PrecastError(f"{where}: program {name!r}: {sentence}{hint}") from None
     except child_process.Crash as crash:
-        ran_out = "; free some memory, or compile on a machine with more."
+        ran_out = "; free some memory, or compile on a machine with more memory."
         advice = ran_out if crash.reason == "SIGKILL" else "; export the model again."
         raise PrecastError(
-            f"{where}: the process that compiled program {name!r} ended before it was done ({crash.reason}){advice}"
+            f"{where}: the compiler ended unexpectedly while it compiled program {name!r} ({crash.reason}){advice}"
         ) from None
     return Compilation(
         executable=executable,

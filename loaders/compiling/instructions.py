@@ -1,9 +1,9 @@
 """Determine the CPU features that x86-64 machine code needs.
 
 The decoder finds only each instruction's length and the feature that it needs. It covers the code that LLVM emits. Its
-tables are an allowlist: an instruction that they do not list is an error that shows its bytes, so the instruction of a
-new CPU never passes for one of an older CPU. Encodings and features follow Intel's Software Developer's Manual, volume
-2, and AMD's Programmer's Manual, volumes 3 and 4; the tests compare every opcode with capstone's answer.
+tables are an allowlist: an instruction that is not listed raises an error that shows its bytes, so an instruction of a
+new CPU is never mistaken for one of an older CPU. Encodings and features follow Intel's Software Developer's Manual,
+volume 2, and AMD's Programmer's Manual, volumes 3 and 4; the tests compare every opcode with capstone's answer.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,7 +44,7 @@ def _set(ranges: str) -> frozenset[int]:
 
 
 def _map(**opcodes: str) -> _Map:
-    """Build a map from keywords; "_" stands for "." in the names of features."""
+    """Return the opcodes of each feature. In the keywords, "_" stands for the "." of a feature's name."""
     return {name.replace("_", "."): _set(ranges) for name, ranges in opcodes.items()}
 
 

@@ -2,7 +2,7 @@
 
 An executable requires only the features that its instructions use. XLA may use fewer features than the requested level
 permits and, on a new CPU, features beyond it, so every executable is disassembled. precast's own kernels do not count,
-because the wheel holds them for several instruction sets, and chooses one by CPUID at run time.
+because they are built for several instruction sets, and choose one by CPUID at run time.
 """
 
 import re
@@ -104,9 +104,7 @@ def check_isa(name: str) -> None:
     if name in _FORMER:
         raise PrecastError(f"--cpu-isa: {name!r} is the name used before 0.3; write {_FORMER[name]}.")
     if name not in LEVELS:
-        raise PrecastError(
-            f"--cpu-isa: {name!r} is not known, expected one of {', '.join((*LEVELS, NATIVE))}."
-        )
+        raise PrecastError(f"--cpu-isa: expected one of {', '.join((*LEVELS, NATIVE))}, found {name!r}.")
     if processor_family() != "x86_64":
         raise PrecastError(
             f"--cpu-isa: {name} is a level of x86-64, but this machine is {processor_family()}; omit"
@@ -121,7 +119,7 @@ def check_isa(name: str) -> None:
 
 
 def xla_flags(isa: str, flags: str) -> str:
-    """Return `flags`, a value of XLA_FLAGS, with the flag that sets the instruction set. XLA reads it when loaded."""
+    """Return `flags`, a value of XLA_FLAGS, plus the flag that makes XLA compile for the instruction set."""
     return flags if isa == NATIVE else f"{flags} --xla_cpu_max_isa={LEVELS[isa].flag}".strip()
 
 
@@ -216,7 +214,7 @@ def _signed(feature_list: bytes, stated: set[bytes]) -> bytes:
 
 
 def target_name(kind: str, features: Sequence[str]) -> str:
-    """Return a target's name: ``cpu-x86-64-v2``, or ``cpu-x86-64-v3-gfni`` with a feature beyond a level."""
+    """Return a target's name: ``cpu-x86-64-v2``, or ``cpu-x86-64-v3-gfni`` with a feature outside the levels."""
     if processor_family() != "x86_64":
         return f"{kind}-{processor_family()}"
     level, more = level_and_extras(features)
@@ -224,7 +222,7 @@ def target_name(kind: str, features: Sequence[str]) -> str:
 
 
 def level_and_extras(features: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Return the narrowest level that covers the features, and, sorted, the features that belong to no level."""
+    """Return the narrowest level that covers the features, and the features that belong to no level, sorted."""
     level = _narrowest(set(features))
     return level, tuple(sorted(set(features) - set(LEVELS[level].features)))
 
@@ -238,14 +236,14 @@ def audience(machine: str, features: Sequence[str]) -> str:
     """Describe in one line the CPUs that run a target, and the CPUs that cannot.
 
     Args:
-        machine: processor family that it is compiled for.
-        features: features that it needs.
+        machine: processor family that the target is compiled for.
+        features: features that the target needs.
     """
     if machine != "x86_64":
         return f"{machine} CPUs" + (f" with {' '.join(features)}" if features else "")
     level, more = level_and_extras(features)
     facts = LEVELS[level]
-    extra = f", of those with {' '.join(more)}" if more else ""
+    extra = f"; only those with {' '.join(more)}" if more else ""
     without = f"; not {facts.without}" if facts.without else ""
     return f"{facts.since} ({level}{extra}){without}"
 

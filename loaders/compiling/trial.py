@@ -4,7 +4,7 @@ An executable that does not suit its machine raises no error but ends the proces
 SIGSEGV under another jaxlib. The loader compares the manifest with the machine, but a manifest may be wrong. So before
 the first load of a target on a machine, a child process loads the target and runs a few steps. If the child succeeds, a
 record in the cache folder says so, and later loads skip the trial. A trial does not protect against malicious
-artifacts, because the child runs their native code; a required signature does.
+artifacts, because the child runs their native code. Against malicious artifacts, require a signature.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ def ensure(
         log: receives messages.
 
     Raises:
-        PrecastError: the child crashes or hangs (the message names program and signal), or refuses the artifact.
+        PrecastError: the child crashes or hangs (the message names the step), or refuses the artifact.
     """
     if _is_recorded(manifest, target, machine):
         return
@@ -70,8 +70,8 @@ def ensure(
         return
     if not record_success(manifest, target, machine):
         log(
-            f"{root}: was tried in a child process first ({time.perf_counter() - started:.1f} s), and will be at every"
-            f" start, because {unwritable_reason(_FOLDER)}."
+            f"{root}: was tried in a child process first ({time.perf_counter() - started:.1f} s), and will be tried at"
+            f" every start, because {unwritable_reason(_FOLDER)}."
         )
 
 
@@ -185,8 +185,8 @@ def _crash_text(root: Path, target: Target, crash: "Crash", step: str, limit_s: 
         return f"{begin} failed while {step} ({crash.reason}); {_advice()}"
     if crash.code == -signal.SIGKILL:
         return (
-            f"{begin} was killed while {step}, probably because memory ran out; precast check {root} tells how much it"
-            " needs."
+            f"{begin} was killed while {step}, probably because memory ran out; run precast check {root} to see how"
+            " much memory it needs."
         )
     return f"{begin} crashed while {step} ({crash.reason}); {_advice()}"
 

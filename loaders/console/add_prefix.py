@@ -18,7 +18,7 @@ _MAX_BYTES = 64 << 20
 
 
 class PrefixFiles(Frozen):
-    """The files with the text of a prefix."""
+    """The files that hold the text of a prefix, and the tools."""
 
     system: Path | None
     chat: Path | None
@@ -42,7 +42,7 @@ def add(
         The exit code, 0.
 
     Raises:
-        PrecastError: a file is unsuitable; see also `add_prefix`.
+        PrecastError: a file cannot be read or has the wrong form; see also `add_prefix`.
     """
     from ..add_prefix import PrefixSource, add_prefix
     from .answer import read_tools

@@ -19,7 +19,7 @@ def run(
         The exit code: 0 if all requests were answered, 1 if some have an error.
 
     Raises:
-        PrecastError: the artifact does not load, or a file is unsuitable.
+        PrecastError: the artifact does not load, or a file cannot be read or written.
     """
     from .. import batch
     from ..load import load

@@ -12,7 +12,7 @@ SETTING = "PRECAST_HISTORY"
 
 
 def history_file() -> Path | None:
-    """Return the history file, from ``PRECAST_HISTORY`` or in the user's state folder; None if the history is off."""
+    """Return the history file: ``PRECAST_HISTORY``, or a file in the user's state folder; None if it is off."""
     own = os.environ.get(SETTING)
     if own == "off":
         return None
@@ -41,7 +41,7 @@ class History:
             self._guarded(self._read)
 
     def add(self, message: str) -> bool:
-        """Append a suitable message (`_is_kept`) to the file; return True if the message is suitable."""
+        """If `_is_kept` accepts a message, append it to the file and return True."""
         fits = _is_kept(message)
         if fits and self._path is not None:
             line = json.dumps(message).encode() + b"\n"

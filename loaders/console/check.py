@@ -27,7 +27,7 @@ def run(
         The exit code: 0 if the artifact runs here, else 1.
 
     Raises:
-        PrecastError: there is no artifact, its format is unknown, or it has no such target.
+        PrecastError: there is no artifact, its format is unknown, or it has no target of the given name.
     """
     from ..locate import find_artifact, read_manifest
     from ..runtime.installed import this_machine
@@ -60,7 +60,7 @@ def to_json(report: CheckReport, key: Path | None = None) -> dict[str, Any]:
 
     Args:
         report: result of the check.
-        key: file of the public key that checked the signature; None if the signature was not checked.
+        key: file of the public key that the signature was checked with; None if it was not checked.
     """
     facts = dataclasses.asdict(report)
     return {

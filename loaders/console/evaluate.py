@@ -50,9 +50,9 @@ def run(
     Args:
         artifact: as for `load`.
         text: the text to predict, and its limits.
-        reference: an artifact or a source of the exporter to compare with; None for perplexity alone.
-        source_opener: returns the exporter's function that opens a source as a reference, given the source's name and a
-            context length. The command line passes it in, because the loaders may not import the exporter.
+        reference: the model to compare with, an artifact or a source of the exporter; None for perplexity alone.
+        source_opener: returns a function of the exporter, which takes a source's name and a context length, and opens
+            the source as a reference. The command line passes it in, because the loaders may not import the exporter.
         as_json: print one line of JSON.
         require_signature: file of the public key that artifacts must be signed with.
         threads: number of computing threads for artifacts; None for the default.
@@ -61,7 +61,7 @@ def run(
         The exit code, 0.
 
     Raises:
-        PrecastError: a file or an option is unsuitable, or the two models have different tokenizers.
+        PrecastError: a file cannot be read, an option is out of range, or the two models have different tokenizers.
     """
     folder = local_folder(artifact, require_signature)
     open_artifact = partial(_open_artifact, key=require_signature, threads=threads)
@@ -105,7 +105,8 @@ def _is_source(reference: Path) -> bool:
     # For names that no file system allows, os.path returns False, whereas pathlib raises an error.
     if not os.path.exists(reference):
         raise PrecastError(
-            f"--reference: {reference} does not exist; expected an artifact, a Hugging Face directory or a .gguf file."
+            f"--reference: expected an artifact, a Hugging Face directory or a .gguf file, but {reference} does not"
+            " exist; check the path."
         )
     return os.path.isfile(reference) or os.path.isfile(reference / "config.json")
 

@@ -203,7 +203,7 @@ _ANSWERS = (
         "--prompt-logprobs",
         type=int,
         metavar="K",
-        help="Like --logprobs, for the tokens of the prompt. Needs --json.",
+        help="Like --logprobs, but for the tokens of the prompt. Needs --json.",
     ),
     click.option("--echo", is_flag=True, help="Begin the text with the prompt."),
     click.option(
@@ -224,8 +224,8 @@ _ANSWERS = (
         "--answer-format",
         metavar="FAMILY",
         help="Expect tool calls in the form of this family of models: hermes, qwen3_coder, llama3, mistral, phi4,"
-        " granite, smollm3, gemma, pythonic; text leaves reasoning and calls in the text. Default: the family that the"
-        " chat template suggests.",
+        " granite, smollm3, gemma, pythonic; or text, to leave reasoning and calls in the answer's text. Default: the"
+        " family that the chat template suggests.",
     ),
 )
 _LOADING = (

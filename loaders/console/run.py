@@ -29,7 +29,7 @@ class Prompt(Frozen):
 
     Attributes:
         chat: put the text through the chat template.
-        system: the system message, which may be empty, or None.
+        system: the system message, which may be empty; None without one.
         literal: treat messages as plain text.
         state: file to continue a sequence from and to save it to, or None.
     """
@@ -106,7 +106,7 @@ class AnswerOptions(Frozen):
         prompt_logprobs: number of alternatives to each token of the prompt; None for no log-probabilities.
         echo: begin with the prompt.
         tools: file with the JSON schemas of tools, or None.
-        answer_format: family of models whose form of tool calls to expect; None to let the template decide.
+        answer_format: family of models whose form the tool calls have; None to let the chat template decide.
         tool_choice: name of the tool to call; "required" for any tool, "auto" to let the model choose.
     """
 
@@ -142,7 +142,7 @@ def run(
         The exit code, 0.
 
     Raises:
-        PrecastError: the artifact does not load, or an option or the prompt is unsuitable.
+        PrecastError: the artifact does not load, or an option or the prompt is invalid.
     """
     _check(prompt)
     if answers != _PLAIN_ANSWER:
@@ -232,7 +232,7 @@ def _answer(
 
 @contextmanager
 def fast_start(artifact: Path | str) -> Iterator[None]:
-    """Import and load with one OpenBLAS thread and, for a folder, without garbage collection; restore both afterwards.
+    """Use one OpenBLAS thread and, for a folder, no garbage collection while the block imports and loads.
 
     Args:
         artifact: a path or a URL. A URL leaves garbage collection on, because a pull makes garbage and takes

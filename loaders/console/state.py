@@ -43,7 +43,7 @@ def load(model: "Model", path: Path, prompt: "Prompt") -> "State | None":
 
 
 def continued(model: "Model", state: "State", prompt: "Prompt", text: str) -> list[int]:
-    """Return the tokens of a saved text with the prompt after them."""
+    """Return the tokens of a saved text, followed by the tokens of the prompt."""
     following = (
         prompt.ids if prompt.ids is not None else model.tokenizer.encode(text, add_special_tokens=False)
     )

@@ -1,6 +1,6 @@
 """Replacements for standard streams that were closed when the process started.
 
-A command calls this module first, so the module imports only modules that Python itself has imported.
+Each command imports this module first, so the module imports only modules that Python itself has already imported.
 """
 
 import os

@@ -44,5 +44,5 @@ def harmless_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def escaped(line: str) -> str:
-    """Escape the characters in a line of JSON that could control a terminal; its value stays the same."""
+    """In a line of JSON, escape the characters that could control a terminal; the value stays the same."""
     return line.translate({code: f"\\u{code:04x}" for code in _COMMANDS})

@@ -84,7 +84,7 @@ class Executable(pjrt.Executable):
 
 
 class Client(pjrt.Client):
-    """A device with separate memory: arguments are copied to it, results are copied back.
+    """A device with separate memory: arguments are copied to it, and results are copied back.
 
     Args:
         client: XLA's client.
@@ -119,7 +119,7 @@ class Client(pjrt.Client):
         return self._put(array, self._kinds.IMMUTABLE_UNTIL_TRANSFER_COMPLETES)
 
     def uploaded(self, array: np.ndarray) -> Buffer:
-        """Copy an array to the device. The array may change as soon as this returns."""
+        """Copy an array to the device. The array may change as soon as this method returns."""
         return self._put(array, self._kinds.IMMUTABLE_ONLY_DURING_CALL)
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:

@@ -1,8 +1,8 @@
 """The interface between the engine and the runtimes `pjrt`, `cuda` and `savedmodel`.
 
 A runtime provides a `Client`, and an `Executable` for each program of a target. The engine passes buffers from one call
-to the next without looking inside. If a device has separate memory, `staging` returns an array in the host's memory and
-a placeholder for its buffer, and the executable copies the array to the device at every call.
+to the next without inspecting them. If a device has separate memory, `staging` returns an array in the host's memory
+and a placeholder for its buffer, and the executable copies the array to the device at every call.
 """
 
 from collections.abc import Iterable, Sequence

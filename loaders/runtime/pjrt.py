@@ -1,7 +1,7 @@
 """XLA's CPU client from jaxlib, used without jax.
 
-All private functions of jaxlib that the loader calls are in this file, or in `cuda` if only GPUs need them, so that a
-new jaxlib requires changes nowhere else. The tests run on each supported jaxlib.
+In the loaders, only this module and `cuda` call private functions of jaxlib, so a new jaxlib requires changes nowhere
+else. The tests run on each supported jaxlib.
 """
 
 import ctypes

@@ -121,7 +121,7 @@ def import_tensorflow() -> Any:
 def set_threads(threads: int) -> bool:
     """Set the number of TensorFlow's computing threads, which all models in this process share.
 
-    Return False if TensorFlow runs with another number already: it starts its threads at its first operation.
+    Return False if TensorFlow runs with another number already, because it starts its threads at its first operation.
     """
     threading = import_tensorflow().config.threading
     try:

@@ -1,4 +1,4 @@
-"""The local files of pulls, below ``pulled/`` in the cache folder.
+"""The files that pulls keep on this machine, below ``pulled/`` in the cache folder.
 
 ::
 

@@ -94,7 +94,7 @@ class Index:
 
 
 def parse_index(data: bytes, where: str) -> Index:
-    """Parse an index, and check everything that needs no manifest.
+    """Parse an index, and check everything that can be checked without the manifest.
 
     Args:
         data: contents of the file.
@@ -123,12 +123,13 @@ def _check_file(name: str, file: StoredFile, where: str) -> None:
     split_name(where, name, _REMEDY)
     if not all(_SHA256.fullmatch(digest) for digest in (file.sha256, *(p.sha256 for p in file.pieces))):
         raise PrecastError(
-            f"{where}: file {name!r}: expected sha256 as 64 hex digits, found something else; push the artifact again."
+            f"{where}: file {name!r}: expected a sha256 of 64 hex digits, found something else; push the artifact"
+            " again."
         )
     if not all(1 <= piece.bytes <= MAX_PIECE_BYTES for piece in file.pieces):
         raise PrecastError(
-            f"{where}: file {name!r}: expected pieces of 1 to {MAX_PIECE_BYTES} bytes, found others; push the artifact"
-            " again."
+            f"{where}: file {name!r}: expected pieces of 1 to {MAX_PIECE_BYTES} bytes, found other sizes; push the"
+            " artifact again."
         )
     if (total := sum(piece.bytes for piece in file.pieces)) != file.bytes:
         raise PrecastError(

@@ -235,7 +235,7 @@ def _join(store: Store, file: StoredFile, fetched: list[Piece]) -> bytes:
 
 
 def _has_sizes(root: Path, index: Index) -> bool:
-    """Return True if the folder has the index's manifest, and every file of the index in the right size."""
+    """Return True if the folder has the index's manifest, and every file of the index with its listed size."""
     try:
         manifest = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
         return hashlib.sha256(manifest).hexdigest() == index.manifest and all(
@@ -248,7 +248,7 @@ def _has_sizes(root: Path, index: Index) -> bool:
 
 
 def _is_intact(root: Path, index: Index) -> bool:
-    """Return True if every file has its hash in the index; skip files that have not changed since the last hash."""
+    """Return True if every file has its hash in the index; skip files unchanged since they were last hashed."""
     if not _has_sizes(root, index):
         return False
     try:
@@ -420,7 +420,7 @@ def _write_signature(root: Path, signature: bytes) -> None:
 
 @contextmanager
 def _locked(root: Path, log: _Log) -> Iterator[None]:
-    """Lock the folder, so that the first of several processes that pull to it fetches, and the others wait."""
+    """Lock the folder: of several processes that pull to it, the first fetches, and the others wait."""
     import fcntl
 
     name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()

@@ -89,5 +89,5 @@ def map_in_threads(
 
 
 def shown(progress: Progress | None) -> AbstractContextManager[Progress]:
-    """Yield `progress`; if it is None, a function that shows progress if standard error is a terminal."""
+    """Yield `progress`; if it is None, yield a function that shows progress on a terminal, and nothing elsewhere."""
     return progress_on_terminal() if progress is None else nullcontext(progress)

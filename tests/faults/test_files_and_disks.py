@@ -234,7 +234,7 @@ def test_fault_12_weights_rewritten_while_mapped_are_noticed(artifact_copy, chan
         else:
             file.seek(size // 2)
             file.write(b"x" if change == "a byte" else bytes(size // 4))
-    text = f"{path}: was written to while it was in use; load the artifact again, and replace artifacts whole rather"
+    text = f"{path}: was written to while it was in use; load the artifact again, and replace its folder instead of"
     for _ in range(2):
         with pytest.raises(PrecastError) as raised:
             model.generate(PROMPT, FREE)

@@ -373,7 +373,7 @@ BAD: list[tuple[bytes | dict[str, Any], str, str]] = [
     (
         {"prompt": "a", "custom_id": ["x"]},
         "invalid_request",
-        "request: custom_id must be a text or a whole number,",
+        "request: custom_id must be a string or a whole number,",
     ),
     (
         {"prompt": "a", "custom_id": "id-0"},

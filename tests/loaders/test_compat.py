@@ -56,7 +56,7 @@ def refusal(*targets, **options) -> str:
 
 
 WRONG = {
-    "platform": ({"platform": "tpu"}, "it needs platform tpu, but this loader runs cpu and cuda"),
+    "platform": ({"platform": "tpu"}, "it needs platform tpu, but this loader supports only cpu and cuda"),
     "machine": ({"machine": "aarch64"}, "it was compiled for aarch64, but this machine is x86_64"),
     "jaxlib": ({"jaxlib": "0.12.0"}, "it was compiled by jaxlib 0.12.0, but 0.10.1 is installed"),
     "cpu": (

@@ -117,7 +117,7 @@ def test_a_cache_that_cannot_be_written_to_is_logged(tmp_path, monkeypatch, comp
     (line,) = said
     assert line == (
         f"art: will be compiled again at the next start, because {tmp_path}/file/cache/compiled cannot be written to;"
-        " set PRECAST_CACHE to a folder that can be."
+        " set PRECAST_CACHE to a writable folder."
     )
 
 

@@ -165,7 +165,7 @@ def test_the_line_about_machines_that_can_run_a_level(level):
     assert f"({level})" in line
     assert ("; not " in line) == (level != "x86-64-v2")
     more = isa.audience("x86_64", (*features, "gfni"))
-    assert f"({level}, of those with gfni)" in more
+    assert f"({level}; only those with gfni)" in more
     narrow, wide = target(isa.LEVELS["x86-64-v2"].features), target(features)
     assert isa.audience_of((wide, narrow)) == isa.audience("x86_64", narrow.cpu_features)
     assert isa.audience_of((dataclasses.replace(wide, runtime="stablehlo"),)) is None

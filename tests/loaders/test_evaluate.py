@@ -316,7 +316,10 @@ def test_a_window_outside_the_models_is_refused(window, found):
             "reference: has 291 tokens in its tokenizer, but model has 290;",
         ),
         ({"vocab": 320}, "reference: has 320 logits, but model has 300;"),
-        ({"plain": (6, 5)}, "reference: its tokenizer splits the text differently from that of model"),
+        (
+            {"plain": (6, 5)},
+            "reference: its tokenizer splits the text differently from the tokenizer of model",
+        ),
     ],
 )
 def test_models_with_other_tokens_are_refused(other, text):

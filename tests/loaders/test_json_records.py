@@ -74,8 +74,8 @@ def test_an_integer_is_accepted_as_a_float():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"name": 1}, "m.json: name: expected a text, found 1"),
-        ({"name": None}, "m.json: name: expected a text, found None"),
+        ({"name": 1}, "m.json: name: expected a string, found 1"),
+        ({"name": None}, "m.json: name: expected a string, found None"),
         ({"ratio": "x"}, "m.json: ratio: expected a number, found 'x'"),
         ({"ratio": True}, "m.json: ratio: expected a number, found True"),
         ({"ratio": 10**400}, "m.json: ratio: expected a number in the range of a float, found a larger one"),
@@ -92,7 +92,7 @@ def test_an_integer_is_accepted_as_a_float():
             "numbers[0]: expected a whole number from 0 to 2^63 - 1, found 9223372036854775808",
         ),
         ({"leaves": [[]]}, "m.json: leaves[0]: expected an object, found a list"),
-        ({"leaves": [{"count": 1, "label": 5}]}, "m.json: leaves[0].label: expected a text, found 5"),
+        ({"leaves": [{"count": 1, "label": 5}]}, "m.json: leaves[0].label: expected a string, found 5"),
         ({"by_name": []}, "m.json: by_name: expected an object, found a list"),
         ({"by_name": {"q": 1}}, "m.json: by_name['q']: expected an object, found 1"),
         ({"by_name": {"q": {"count": 1}}}, "m.json: by_name['q']: key 'label' is missing"),

@@ -114,7 +114,7 @@ def test_targets_of_earlier_formats_have_no_score_and_no_slots(good):
     assert not any(p.has_slots for target in found.targets for p in target.of_kind("decode"))
     text = error(without(good, {"score"}, {"slots"}))  # decode_1 does not say whose its row is
     assert text == (
-        "m.json: target 'portable': decode programs: expected different numbers of rows with 8 as the largest, found"
+        "m.json: target 'portable': decode programs: expected different numbers of rows, the largest 8, found"
         " [1, 8]; export the model again."
     )
 
@@ -167,7 +167,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (["rope"], 1, "m.json: key 'rope' is not known to this format version"),
         (["model", "rope"], 1, "m.json: model: key 'rope' is not known"),
         (["targets", 1, "x"], 1, "m.json: targets[1]: key 'x' is not known"),
-        ([*PROGRAM, 2, "name"], 1, "m.json: targets[0].programs[2].name: expected a text, found 1"),
+        ([*PROGRAM, 2, "name"], 1, "m.json: targets[0].programs[2].name: expected a string, found 1"),
         (
             [*PROGRAM, 2, "arguments", 0, "shape", 0],
             -1,
@@ -234,24 +234,24 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             ["targets", 0, "runtime"],
             "pickle",
-            "runtime 'pickle' is not known, expected one of pjrt, stablehlo, savedmodel; update precast, or",
+            "runtime: expected one of pjrt, stablehlo, savedmodel, found 'pickle'; update precast, or",
         ),
         (["targets", 1, "name"], "TWIN", "targets of this name: expected 1, found 2"),
         ([*PROGRAM, 2], ..., "kinds and lengths of its programs: expected [('cache', 0), ('prefill', 8)"),
         (
             [*PROGRAM, 3],
             ...,
-            "decode programs: expected different numbers of rows with 8 as the largest, found []",
+            "decode programs: expected different numbers of rows, the largest 8, found []",
         ),
         (
             [*PROGRAM, 3, "tokens"],
             2,
-            "decode programs: expected different numbers of rows with 8 as the largest",
+            "decode programs: expected different numbers of rows, the largest 8",
         ),
         (
             ["targets", 1, "programs", 4],
             ...,
-            "rows with 8 as the largest, found [1]; export the model again.",
+            "rows, the largest 8, found [1]; export the model again.",
         ),
         (
             [*PROGRAM, 4, "tokens"],
@@ -270,7 +270,11 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         ([*PROGRAM, 3, "arguments", 0, "dtype"], "float32", "program 'decode': inputs: expected {'tokens'"),
         ([*PROGRAM, 3, "arguments", 0, "dtype"], "int8", "program 'decode': inputs: expected {'tokens'"),
         ([*PROGRAM, 3, "results", 0, "dtype"], "uint8", "program 'decode': results: expected {'token'"),
-        ([*PROGRAM, 3, "arguments", 5, "dtype"], "int4", "has dtype 'int4', expected one of"),
+        (
+            [*PROGRAM, 3, "arguments", 5, "dtype"],
+            "int4",
+            "dtype of 'rope.cos': expected one of float32, int32, bfloat16, float16, int8, uint8, found 'int4'",
+        ),
         (["slots"], 1 << 40, "slots of 64 positions exceed any machine's memory"),
         (["capacity"], 1 << 40, "exceed any machine's memory"),
         ([*PROGRAM, 3, "arguments", 0, "name"], "positions", "program 'decode': inputs: expected"),
@@ -298,7 +302,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             [*PROGRAM, 3, "results", 0],
             ...,
-            "decode programs: expected different numbers of rows with 8 as the largest, found [0]; export",
+            "decode programs: expected different numbers of rows, the largest 8, found [0]; export",
         ),
         ([*PROGRAM, 3, "results", 1, "shape"], [1, 9], "program 'decode': results: expected"),
         ([*PROGRAM, 0, "results", 0], ..., "program 'cache': its KV cache differs from the artifact's"),
@@ -357,10 +361,10 @@ def test_prefixes_are_read(good):
         ),
         (
             {"weights": "0" * 64},
-            "m.json: prefix 'system': it was computed with other weights; export the model again.",
+            "m.json: prefix 'system': its keys and values were computed with other weights; export the model again.",
         ),
         ({"more": 1}, "m.json: prefixes[0]: key 'more' is not known to this format version; update precast"),
-        ({"isa": 2}, "m.json: prefixes[0].isa: expected a text, found 2; export the model again."),
+        ({"isa": 2}, "m.json: prefixes[0].isa: expected a string, found 2; export the model again."),
     ],
 )
 def test_invalid_prefixes_are_named(good, changes, text):
@@ -370,8 +374,8 @@ def test_invalid_prefixes_are_named(good, changes, text):
 @pytest.mark.parametrize("name", ["", ".x", "a/b", "..", "a b", "x" * 65, "é", "a\nb"])
 def test_a_prefix_s_name_can_be_part_of_a_file_s(good, name):
     assert error(with_prefix(good, name=name)) == (
-        f"m.json: prefix {name!r}: expected a name of 1 to 64 letters, digits, '-', '_' or '.', found another; export"
-        " the model again."
+        f"m.json: prefix {name!r}: expected a name of 1 to 64 letters, digits, '-', '_' or '.', not"
+        f" beginning with '.', found {name!r}; export the model again."
     )
 
 

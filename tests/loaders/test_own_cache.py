@@ -146,7 +146,9 @@ def test_an_untrusted_record_of_a_trial_is_ignored(cache, tiny_artifact, monkeyp
     for _ in range(2):
         loading.load(tiny_artifact, log=said.append)
     assert len(tried) == 3
-    assert said[1].endswith(f"and will be at every start, because the cache folder {cache} is not used.")
+    assert said[1].endswith(
+        f"and will be tried at every start, because the cache folder {cache} is not used."
+    )
     assert sorted(cache.rglob("*")) == before, "nothing is written there either"
 
 

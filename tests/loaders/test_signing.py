@@ -291,8 +291,8 @@ def test_an_altered_file_is_refused_although_the_signature_is_valid(signed, keys
     ("name", "text"),
     [
         ("none.pem", "the key cannot be read (No such file or directory)"),
-        ("text.pem", "expected a public key in PEM, found something else; openssl ec -in"),
-        ("maker.pem", "expected a public key, found a private one, which stays with its owner"),
+        ("text.pem", "expected a public key in PEM, found something else; write one with: openssl ec -in"),
+        ("maker.pem", "expected a public key, found a private key; write its public key with"),
         ("rsa.pub.pem", "expected an elliptic curve key of P-256, P-384 or P-521, found RSAPublicKey"),
         ("k256.pub.pem", "found secp256k1"),
     ],
@@ -305,7 +305,7 @@ def test_files_that_are_not_public_keys(signed, keys, name, text):
     ("name", "text"),
     [
         ("none.pem", "the key cannot be read (No such file or directory)"),
-        ("text.pem", "expected a private key in PEM, found something else; openssl ecparam"),
+        ("text.pem", "expected a private key in PEM, found something else; make one with: openssl ecparam"),
         ("maker.pub.pem", "expected a private key in PEM, found a public key"),
         ("rsa.pem", "found RSAPrivateKey"),
         ("k256.pem", "found secp256k1"),

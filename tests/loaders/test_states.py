@@ -272,8 +272,8 @@ def test_a_state_that_is_written_to_while_in_use(answered, saved, tiny_artifact)
     with pytest.raises(PrecastError) as error:
         model.generate([*state.tokens, 9], PARAMS)
     assert str(error.value) == (
-        f"{saved}: was written to while it was in use; load the artifact again, and replace artifacts whole rather than"
-        " in place."
+        f"{saved}: was written to while it was in use; load the artifact again, and replace its folder instead of"
+        " writing to its files."
     )
 
 

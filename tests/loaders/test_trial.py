@@ -130,8 +130,8 @@ def test_without_a_writable_cache_every_load_tries_and_logs_it(
         assert load(tiny_artifact, log=said.append).generate(PROMPT).token_ids
         assert len(children) == count
         (line,) = (line for line in said if "in a child process" in line)
-        assert "and will be at every start" in line
-        assert "cannot be written to; set PRECAST_CACHE to a folder that can be." in line
+        assert "and will be tried at every start" in line
+        assert "cannot be written to; set PRECAST_CACHE to a writable folder." in line
 
 
 def test_without_a_home_folder_every_load_tries_and_logs_it(tiny_artifact, homeless, children):

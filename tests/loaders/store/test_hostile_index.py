@@ -100,7 +100,7 @@ HOSTILE = {
     "one piece of two sizes": (sizes_that_add_up, "one piece is listed with two sizes"),
     "a path for a hash": (
         set_in(*FIRST, "sha256", value="../../../etc/passwd"),
-        "expected sha256 as 64 hex digits",
+        "expected a sha256 of 64 hex digits",
     ),
     "a piece that is not there": (set_in(*FIRST, "sha256", value="0" * 64), "pieces/00/0000"),
     "a piece with other contents": (
