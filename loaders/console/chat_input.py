@@ -51,7 +51,7 @@ def messages(read: Read = input, waits: "Callable[[], bool] | None" = None) -> I
 
     Args:
         read: a function like `input`, which shows a prompt and reads a line.
-        waits: returns True if more input has arrived.
+        waits: returns True if more input has arrived; None checks standard input.
     """
     waits = waits or _waits
     while True:
@@ -80,7 +80,7 @@ def is_command(line: str) -> bool:
 
 
 def _read_message(lines: list[str], read: Read, waits: Callable[[], bool]) -> bool:
-    """Collect the lines of a message; return True at the end of input."""
+    """Append the lines of a message to `lines`; return True at the end of input."""
     try:
         lines.append(read("> "))
         # Quotes inside a paste are part of its text. Only typed quotes open a message of several lines.
@@ -96,7 +96,7 @@ def _read_message(lines: list[str], read: Read, waits: Callable[[], bool]) -> bo
 
 
 def _read_quoted(lines: list[str], read: Read) -> None:
-    """Read until the closing quotes, and remove both pairs of quotes."""
+    """Append lines up to the closing quotes, and remove both pairs of quotes."""
     lines[0] = lines[0].lstrip().removeprefix(QUOTES)
     while not lines[-1].rstrip().endswith(QUOTES):
         lines.append(read("… "))

@@ -183,7 +183,7 @@ class Client:
         return self._put(array, _jax.HostBufferSemantics.ZERO_COPY)
 
     def _put(self, array: np.ndarray, semantics: Any) -> Buffer:
-        # Given the array's type, this function does not import jax; jaxlib's other functions that make arrays do.
+        # Given the array's type, this function does not import jax, unlike jaxlib's other functions that make arrays.
         about = Result(shape=array.shape, dtype=array.dtype)
         made = _jax.batched_device_put(
             about,
