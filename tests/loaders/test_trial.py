@@ -338,7 +338,7 @@ def test_a_child_that_tries_may_start_one_that_compiles(monkeypatch):
         ),
         (
             "say(progress='loading decode'); os.kill(os.getpid(), signal.SIGKILL)",
-            "which was killed while loading decode, probably because memory ran out; precast check",
+            "which was killed while loading decode, probably because memory ran out; run precast check",
         ),
         ("sys.exit('ImportError: gone')", "which failed while starting (ImportError: gone); its programs"),
         ("sys.exit(5)", "which failed while starting (exit code 5); its programs"),
