@@ -9,11 +9,11 @@ from precast.loaders.artifact.errors import PrecastError
 
 
 @contextmanager
-def on_cpu(user: str) -> Iterator[None]:
+def on_cpu(work: str) -> Iterator[None]:
     """Use the CPU as JAX's default device.
 
     Args:
-        user: noun phrase for the work that needs the CPU; the error message begins with it.
+        work: the work that needs the CPU, as the subject of an error message, such as "the export".
 
     Raises:
         PrecastError: JAX's CPU backend does not load.
@@ -22,7 +22,7 @@ def on_cpu(user: str) -> Iterator[None]:
         cpu = jax.devices("cpu")[0]
     except RuntimeError:
         raise PrecastError(
-            f"{user} needs JAX's CPU backend, which JAX_PLATFORMS excludes; add cpu to that variable, or unset it."
+            f"{work} needs JAX's CPU backend, which JAX_PLATFORMS excludes; add cpu to that variable, or unset it."
         ) from None
     with jax.default_device(cpu):
         yield

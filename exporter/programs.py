@@ -169,8 +169,8 @@ _RING_STEP = 16
 def ring_size(window: int, geometry: Geometry) -> int:
     """Return the number of positions in the KV cache of a layer with this window; a window of 0 means no window.
 
-    A program writes a whole chunk of a prompt to the cache before the chunk's first token attends. The chunk must not
-    overwrite the window of that token, so the cache has room for a window and the longest chunk.
+    A program writes a whole chunk of a prompt to the cache before it computes attention for the chunk's first token.
+    The chunk must not overwrite that token's window, so the cache has room for a window and the longest chunk.
     """
     needed = window + max(geometry.buckets) - 1
     return min(geometry.context, -(-needed // _RING_STEP) * _RING_STEP) if window else geometry.context
@@ -180,7 +180,7 @@ def cache_groups(c: DecoderConfig, geometry: Geometry) -> tuple[tuple[CacheArray
     """Return the arrays of each KV cache; layers with the same window share a cache.
 
     Keys and values are ``[L, B, K, S, H]``, so the positions of a head are contiguous, in the order in which attention
-    reads them. int8 adds a scale for each position and head, ``[L, B, K, S]``.
+    reads them. An int8 cache also has a scale for each position and head, ``[L, B, K, S]``.
     """
     windows = c.layer_windows
     return tuple(

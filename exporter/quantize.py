@@ -94,7 +94,7 @@ class Format(ABC):
             name: its name in messages.
 
         Returns:
-            Its arrays in the order of `arrays`, without the L axis.
+            The arrays that store the matrix, in the order of `arrays` and without the L axis.
 
         Raises:
             PrecastError: the format cannot hold a value.

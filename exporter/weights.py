@@ -69,7 +69,7 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
     if unknown := sorted(set(left) - set(ignored)):
         raise PrecastError(
             f"{source.name}: tensor {unknown[0]!r} belongs to no parameter of the model"
-            f"{f' (nor do {len(unknown) - 1} more)' if len(unknown) > 1 else ''}; use the config"
+            f"{f' (nor do {len(unknown) - 1} others)' if len(unknown) > 1 else ''}; use the config"
             " and the weights of the same model."
         )
     return WeightPlan(parameters=parameters, tensors=source.tensors, ignored=ignored)

@@ -84,13 +84,13 @@ def test_a_source_that_is_missing_or_empty(export_refused, tmp_path):
     [
         (
             {"model_type": "mamba"},
-            "architecture 'mamba' is not supported; expected model_type to be one of gemma2,",
+            "qwen3_moe, smollm3, found 'mamba'.",
         ),
         (
             {"model_type": None},
-            "architecture None is not supported; expected model_type to be one of gemma2",
+            "qwen3_moe, smollm3, found None.",
         ),
-        ({"model_type": ["llama"]}, "architecture ['llama'] is not supported"),
+        ({"model_type": ["llama"]}, "qwen3_moe, smollm3, found ['llama']."),
         ({"hidden_size": None}, "key 'hidden_size' is missing"),
         ({"hidden_size": "48"}, "'hidden_size' is '48', expected a whole number above 0."),
         ({"hidden_act": "relu"}, "'hidden_act' is 'relu', expected one of"),

@@ -290,7 +290,7 @@ class PreNormLayers(nnx.Module):
         self.mlp = GatedMLP(c) if c.mixture is None else MixtureMLP(c)
 
     def __call__(self, x: Array, ops: LayerOps) -> Array:
-        """Run one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
+        """Run one layer on x ``[R, T, D]`` and return its result ``[R, T, D]``."""
         x = self.self_attn(x, ops, norm=self.input_layernorm, residual=x)
         return self.mlp(x, ops, norm=self.post_attention_layernorm, residual=x)
 
@@ -305,7 +305,7 @@ class PostNormLayers(nnx.Module):
         self.post_feedforward_layernorm = RMSNorm(c.layers, c.width, c.norm_eps)
 
     def __call__(self, x: Array, ops: LayerOps) -> Array:
-        """Run one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
+        """Run one layer on x ``[R, T, D]`` and return its result ``[R, T, D]``."""
         x = normalize(self.self_attn(x, ops), self.post_attention_layernorm, ops, residual=x)
         return normalize(self.mlp(x, ops), self.post_feedforward_layernorm, ops, residual=x)
 
@@ -322,7 +322,7 @@ class SandwichLayers(nnx.Module):
         self.post_feedforward_layernorm = RMSNorm(c.layers, c.width, c.norm_eps)
 
     def __call__(self, x: Array, ops: LayerOps) -> Array:
-        """Run one layer: x ``[R, T, D]`` to ``[R, T, D]``."""
+        """Run one layer on x ``[R, T, D]`` and return its result ``[R, T, D]``."""
         attended = self.self_attn(x, ops, norm=self.input_layernorm)
         x = normalize(attended, self.post_attention_layernorm, ops, residual=x)
         fed = self.mlp(x, ops, norm=self.pre_feedforward_layernorm)

@@ -76,7 +76,7 @@ def read_common_keys(
 def read_mixture(
     reader: ConfigReader, *, experts: int, experts_per_token: int, renormalised: bool
 ) -> Mixture:
-    """Read the number of experts and the number of experts per token, for which the arguments are the defaults.
+    """Read a mixture; `experts` and `experts_per_token` are defaults, and `renormalised` is not read from the config.
 
     Raises:
         PrecastError: the numbers contradict each other.

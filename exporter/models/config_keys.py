@@ -1,7 +1,7 @@
-"""Keys of config.json that mean the same for every architecture that does not read them itself.
+"""Keys of config.json that an architecture need not read itself.
 
-Some keys are harmless. Others are supported only with values that have no effect. transformers is the reference; it
-ignores keys that its classes do not know.
+Some of these keys are harmless. Others are accepted only with values that have no effect. The reference is
+transformers, which ignores keys that its classes do not know.
 """
 
 from collections.abc import Mapping

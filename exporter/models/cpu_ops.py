@@ -104,7 +104,7 @@ def _argmax(logits: Array, used: Array) -> Array:
 
 
 def _each_row(function: Callable[[Array], Array], x: Array, used: Array) -> Array:
-    # A loop over rows: idle rows cost nothing, and XLA computes a row in the same way for any number of rows.
+    # In a loop over rows, idle rows cost nothing, and XLA computes a row in the same way for any number of rows.
     def apply(index: Array, y: Array) -> Array:
         row = index.astype(jnp.uint32)  # unsigned for the reason given in `decoder.gather_rows`
         done = function(jax.lax.dynamic_slice_in_dim(y, row, 1))

@@ -215,7 +215,7 @@ class Decoder(nnx.Module):
     def step(
         self, tokens: Array, batch: Batch, cos: Array, sin: Array, caches: KVCaches, ops: Ops
     ) -> tuple[Array, KVCaches]:
-        """Run T tokens of each of R sequences through all layers and append them to the KV caches; R or T is 1.
+        """Run T tokens of each of R sequences through all layers and append to the KV caches; R or T is 1.
 
         Args:
             tokens: ``[R, T]`` int32; tokens at index `length` and above are padding.
@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
 def gather_rows(table: Array, places: Array) -> Array:
     """Return the rows of a table ``[S, P]`` at non-negative indices ``[R, T]``.
 
-    The indices are converted to unsigned numbers: XLA clamps signed indices with an instruction that CPUs below
+    The indices are converted to unsigned numbers, because XLA clamps signed indices with an instruction that CPUs below
     x86-64-v3 lack, and no flag prevents that.
     """
     row = partial(jax.lax.dynamic_index_in_dim, table, keepdims=False)

@@ -28,7 +28,7 @@ class KVCache(NamedTuple):
     """Keys and values ``[L, B, K, S, H]`` of L layers in all slots; an int8 cache also has scales ``[L, B, K, S]``.
 
     The cache is a ring buffer: position p lies at index p mod S. For layers with a window, S is less than the context
-    length, and a new position replaces one that no token sees any more.
+    length, and a new position replaces one that no later token attends to.
     """
 
     keys: Array
@@ -161,7 +161,7 @@ class LayerOps:
         project: ``(x [M, in], call) -> [y [M, out], …]``, with one y for each of `LinearCall.results`.
         normalize: ``(x [M, n · width], call) -> [M, n · width]``.
         attend: ``(q [R, T, N, H], k and v [R, T, K, H]) -> [R, T, N, H]``: rotates q and k by their positions, appends
-            k and v to the KV cache, and computes attention over the positions that each token attends to.
+            k and v to the KV cache, and computes attention.
         mix: ``(x [M, D], scores [M, E], call) -> [M, D]``.
     """
 
@@ -244,8 +244,8 @@ class Ops:
         embed: ``(tokens [M], weight [1, V, D], V, D) -> [M, D]`` float32.
         attention: ``(q [R, T, N, H], k and v [R, T, K, H], rotary, cache, layer, batch, params) ->
             (out [R, T, N, H], cache)``: rotates q and k, appends k and v to the cache, and computes attention. Token t
-            attends to the positions ``0 .. start + t``, or only to the last of them if there is a window. `layer` is an
-            index into the layers of `cache`.
+            attends to the positions ``0 .. start + t``, or only to the last `params.window` of them if there is a
+            window. `layer` is an index into the layers of `cache`.
         layers: ``(stack, x [R, T, D], rotary, caches, batch, used) -> (x, caches)``: runs all layers, with one
             cache for each of the stack's `cache_windows`.
         argmax: ``(logits [R, V], used) -> [R]`` int32: returns the index of each row's largest logit, or the

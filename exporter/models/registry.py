@@ -49,7 +49,7 @@ class Architecture:
             PrecastError for a key that it does not understand.
         module: builds the Flax module from the decoder's config.
         adapt: returns a checkpoint's tensors under the module's names, split and scaled to fit its parameters.
-        names: names of the tensors in checkpoints of the architecture.
+        names: tensor names in the architecture's checkpoints.
     """
 
     read_config: Callable[[ConfigReader], tuple[DecoderConfig, tuple[Rope, ...]]]
@@ -144,8 +144,8 @@ def read_model(config: Mapping[str, object], where: str) -> ModelSpec:
     architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     if architecture is None:
         raise PrecastError(
-            f"{where}: architecture {model_type!r} is not supported; expected model_type to be one of"
-            f" {', '.join(sorted(ARCHITECTURES))}{_HINTS.get(str(model_type), '')}."
+            f"{where}: expected model_type to be one of {', '.join(sorted(ARCHITECTURES))}, found"
+            f" {model_type!r}{_HINTS.get(str(model_type), '')}."
         )
     reader = ConfigReader(config, where)
     decoder_config, ropes = architecture.read_config(reader)

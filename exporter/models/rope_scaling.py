@@ -166,7 +166,7 @@ def _dynamic(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 
 
 def _llama3(base: UnscaledRope, parameters: ConfigReader) -> Rope:
-    """Scale as Llama 3.1: divide low frequencies by the factor, keep high ones, and interpolate in between."""
+    """Scale as Llama 3.1 does: divide low frequencies by the factor, keep high ones, and interpolate in between."""
     factor = np.float32(_positive(parameters, "factor"))
     low = _positive(parameters, "low_freq_factor")
     high = _positive(parameters, "high_freq_factor")
@@ -198,8 +198,8 @@ def _yarn(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 def _yarn_magnitude(factor: float, parameters: ConfigReader) -> float:
     """Return the attention factor of the config, or else compute it (section 3.4 of the YaRN paper).
 
-    If the config has DeepSeek's keys mscale and mscale_all_dim, the result is the factor that mscale gives divided by
-    the factor that mscale_all_dim gives.
+    If the config has DeepSeek's keys mscale and mscale_all_dim, the factor computed from mscale is divided by the
+    factor computed from mscale_all_dim.
     """
 
     def magnitude(weight: float) -> float:
@@ -238,7 +238,7 @@ def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, fl
 
 
 def _longrope(base: UnscaledRope, parameters: ConfigReader) -> Rope:
-    """LongRoPE (Ding et al. 2024): a divisor for each pair; longer contexts than the original have other divisors."""
+    """LongRoPE (Ding et al. 2024): a divisor for each pair, and a second set for contexts above the original."""
     original = _original(base, parameters, base.max_positions)
     factor = _positive(parameters, "factor", base.max_positions / original)
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

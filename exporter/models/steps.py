@@ -87,7 +87,7 @@ class Steps:
     """A layer in the form that the kernel ``precast.layers`` takes; see kernels/src/step_codes.h.
 
     Attributes:
-        codes: eight integers for each step: its kind, its code and padding.
+        codes: eight integers for each step (kind, code and padding).
         outs: widths of the results, in the order of the steps.
         numbers: two floats for each step, such as the epsilon of a norm.
         calls: the calls that have weights, in the order of the steps.

@@ -17,8 +17,8 @@ Tensors = Mapping[str, SourceTensor]
 def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> SourceTensor:
     """Remove a tensor from `left`, the tensors not yet used, and return it.
 
-    The tensor is checked here, before the caller splits or renames it, so that an error
-    quotes the tensor's name in the checkpoint.
+    The tensor is checked here, before the caller splits or renames it, so that an error quotes the tensor's name in the
+    checkpoint.
 
     Raises:
         PrecastError: the tensor is missing or has another shape.

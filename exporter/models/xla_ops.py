@@ -390,7 +390,7 @@ def _attend_in_place(
     """Compute the attention of a layer in a model with several KV caches, without copying the caches.
 
     XLA would copy every cache that a switch returns, so the switch only reads. Before the switch, the keys and values
-    are written to every cache, and XLA drops the writes to all caches but the layer's own.
+    are written to every cache, and XLA drops the writes to the caches of other layers.
     """
     q, k, v, rotary, batch = inputs
     layer_table = layer_rotary(stack.ropes, layer, rotary)

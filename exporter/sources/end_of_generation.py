@@ -1,7 +1,7 @@
-"""Find the tokens that end a generation by their text.
+"""Search a vocabulary for the tokens that end a generation.
 
-Model files seldom name all of these tokens. Because they are found by text, a model stops at the same tokens whatever
-its source. The list is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows
+Model files seldom name all of these tokens. Because precast knows their texts, a model stops at the same tokens
+whatever its source. The list of texts is llama.cpp's (`special_eog_ids` in src/llama-vocab.cpp); transformers knows
 only the ids that a config names.
 """
 
@@ -84,7 +84,7 @@ def named_end_tokens(folder: Path, config: Mapping[str, object]) -> tuple[int, .
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise PrecastError(
-            f"{folder}: expected eos_token_id to be token ids, found {value!r:.80}; correct the config."
+            f"{folder}: expected eos_token_id to be a token id or a list of token ids, found {value!r:.80}; correct it."
         )
     return tuple(ids)
 

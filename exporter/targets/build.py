@@ -38,7 +38,7 @@ def build_target(
     """Write every program of a target below ``root/programs/<kind>/``.
 
     Args:
-        kind: the kind of target. `build_targets` makes executables for the CPU.
+        kind: the kind of target; executables for the CPU need `build_targets` instead.
         programs: the programs, made of the kind's operations.
         root: the artifact's folder.
         created: day of the export.

@@ -15,7 +15,7 @@ def for_all_jaxlibs(module: bytes, where: str) -> bytes:
     A program without newer features can be written in an older version: https://openxla.org/stablehlo/compatibility.
 
     Args:
-        module: the serialised module of a jax.export.
+        module: the serialised module from jax.export.
         where: name of the program in messages.
 
     Raises:

@@ -51,8 +51,8 @@ def test_an_architecture_that_is_not_supported(value: Any) -> None:
     with pytest.raises(PrecastError) as caught:
         read_model({k: v for k, v in {**BASE, "model_type": value}.items() if v is not ABSENT}, "c.json")
     assert str(caught.value) == (
-        f"c.json: architecture {found} is not supported; expected model_type to be one of gemma2, gemma3_text, gpt2,"
-        " granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe, smollm3."
+        "c.json: expected model_type to be one of gemma2, gemma3_text, gpt2, granite, llama, mistral, mixtral, olmo2,"
+        f" phi3, qwen2, qwen3, qwen3_moe, smollm3, found {found}."
     )
 
 

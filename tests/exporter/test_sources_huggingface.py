@@ -376,7 +376,7 @@ def test_eos_token_ids(checkpoint, files, expected):
 
 
 def test_eos_token_ids_that_are_not_ids(checkpoint):
-    assert "expected eos_token_id to be token ids, found ['</s>']" in refusal(
+    assert "expected eos_token_id to be a token id or a list of token ids, found ['</s>']" in refusal(
         checkpoint({"config.json": {"eos_token_id": ["</s>"]}}, ONE)
     )
 

@@ -1,4 +1,4 @@
-"""Gemma 2 (Gemma team 2024): windows in every other layer, capped scores and logits, and four norms in a layer."""
+"""Gemma 2 (Gemma team 2024): windows in every other layer, capped scores and logits, four norms per layer."""
 
 from dataclasses import replace
 

@@ -80,7 +80,7 @@ def source_tensors(
 
 
 def _matrices(path: Path, gguf_name: str, name: str, tensor: GgufTensor) -> Iterator[tuple[str, GgufTensor]]:
-    """Yield each expert's matrix of a stack ``[E, …]``, or the tensor itself if it is no stack."""
+    """Yield each expert's matrix of a stack ``[E, …]``, or the tensor itself if it is not a stack."""
     if "{}" not in name:
         yield name, tensor
         return
