@@ -1,4 +1,4 @@
-"""Asynchronous readers of sequences. One thread per event loop runs the steps that its readers wait for.
+"""Asynchronous readers of sequences. In each event loop, one thread runs the steps that all readers wait for.
 
 If each reader took a thread of its own, sequences that wait for a slot could take all threads of the event loop's
 executor. The readers of the sequences in the slots would then never get a thread.
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class AsyncReaders:
-    """The asynchronous readers that wait for sequences of one scheduler. Event loops may share it."""
+    """The asynchronous readers that wait for sequences of one scheduler. They may belong to several event loops."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -61,7 +61,7 @@ class AsyncReaders:
                 loop.call_soon_threadsafe(_fail, readers, error)
 
     def _is_idle(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Return True if no reader of the loop waits; the next one then starts a new thread."""
+        """Return True if no reader of the loop waits; the next reader then starts a new thread."""
         with self._lock:
             if not self._waiting[loop]:
                 del self._waiting[loop]

@@ -280,14 +280,15 @@ def _check_merges(where: str, schema: dict[str, Any]) -> None:
     if any(
         _remainders(group) > _MOST_REMAINDERS for group in ([divisors] if merges else [{d} for d in divisors])
     ):
+        limited = "the product of all multipleOf" if merges else "multipleOf"
         raise PrecastError(
-            f"{where}: multipleOf must be at most {_MOST_REMAINDERS:,} with its decimal point removed, and so must"
-            f" the product of all multipleOf that allOf merges, found {max(divisors):g}; use smaller numbers."
+            f"{where}: {limited} must be at most {_MOST_REMAINDERS:,} with the decimal point removed, found a"
+            f" multipleOf of {max(divisors):g}; use smaller numbers."
         )
 
 
 def _remainders(divisors: set[Decimal]) -> int:
-    """Return an upper bound on the states of an automaton for decimal numbers that are multiples of all divisors."""
+    """Return an upper bound on the states of an automaton that recognises decimal multiples of all divisors."""
     places = max((-int(d.as_tuple().exponent) for d in divisors), default=0)
     return prod(int(d.scaleb(max(places, 0))) for d in divisors)
 

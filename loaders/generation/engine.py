@@ -188,7 +188,7 @@ class Engine:
 
     @property
     def windows(self) -> dict[str, int]:
-        """The window of each array of the KV cache; 0 for an array without a window."""
+        """The sliding window of each array of the KV cache, in positions; 0 for an array without a window."""
         return {array.name: array.window for array, _ in self._arrays}
 
     def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:

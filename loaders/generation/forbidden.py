@@ -66,7 +66,7 @@ class ForbiddenTokens:
 
 
 def _by_prefix(words: Iterable[Sequence[int]]) -> dict[int, dict[_Prefix, list[int]]]:
-    """Return the last tokens of words by prefix length and prefix (all tokens but the last); skip one-token words."""
+    """Return the tokens that complete a word, by prefix length and by prefix; words of one token are left out."""
     found: dict[int, dict[_Prefix, list[int]]] = {}
     for word in words:
         if len(word) > 1:

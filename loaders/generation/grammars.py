@@ -160,7 +160,7 @@ class Grammars:
 
 
 class _Grammar(NamedTuple):
-    """A parser at the start of a grammar, of which each answer takes a copy, and the mask for the first token."""
+    """A parser at the start of a grammar, to be copied for each answer, and the mask for the first token."""
 
     matcher: "LLMatcher"
     mask: np.ndarray

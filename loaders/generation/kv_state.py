@@ -92,7 +92,7 @@ def write(views: Mapping[str, np.ndarray], spans: Iterable[tuple[str, Span]]) ->
 
     Args:
         views: the slot's arrays, as from `Engine.slot_views`.
-        spans: pairs of an array's name and a span to copy to it. No span is longer than its array.
+        spans: pairs of an array's name and a span to copy to that array. No span may be longer than its array.
     """
     _copy([pair for name, span in spans for pair in _pairs(views[name], span)])
 

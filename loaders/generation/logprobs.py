@@ -49,7 +49,7 @@ class PromptLogprobs:
             self._found.append(token_logprob(row, token, self._top, self._text_of))
 
     def result(self) -> tuple[TokenLogprob | None, ...]:
-        """Return one record for each token read so far; None for the first, which the model does not predict."""
+        """Return a record of each token read so far, but None for the first, which the model does not predict."""
         return tuple(self._found)
 
 

@@ -153,8 +153,8 @@ class Model:
     ) -> Iterator[tuple[int, Completion | PrecastError]]:
         """Continue any number of prompts together, and yield each result as soon as it is complete.
 
-        A prompt is taken from the iterable when a slot of the KV cache becomes free. The error of a prompt that
-        fails is yielded as its result; the other prompts continue.
+        A prompt is taken from the iterable when a slot of the KV cache becomes free. If a prompt fails, its
+        error is yielded as its result, and the other prompts continue.
 
         Args:
             prompts: the prompts, each as text or token ids.
@@ -229,7 +229,8 @@ class Model:
             messages: mappings with "role" and "content", oldest first.
             params: the sampling parameters; None uses the model's own defaults.
             tools: JSON schemas of functions in OpenAI's form, for templates that support them.
-            template: name of one of the model's chat templates, as "rag"; None chooses as `Tokenizer.render_chat` does.
+            template: name of one of the model's chat templates, such as "rag"; None chooses as `Tokenizer.render_chat`
+                does.
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
             answer_format: the model family whose form of tool calls to expect in the answer ("hermes", "llama3",
                 "mistral", …). "text" leaves reasoning and tool calls in the text. None lets the chat template decide.

@@ -38,7 +38,7 @@ class SlotEngine(Protocol):
 
     @property
     def windows(self) -> Mapping[str, int]:
-        """The window of each array of the KV cache; 0 for an array without a window."""
+        """The sliding window of each array of the KV cache, in positions; 0 for an array without a window."""
 
     def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
         """Return writable views of a slot's arrays, by name."""
@@ -108,8 +108,8 @@ class PrefixTree:
 
     Args:
         engine: the engine whose KV caches are read and written.
-        limit: maximum memory for segments that are not pinned, in bytes; 0 keeps no such segments. None stands
-            for `default_limit`, called when the first prompt ends.
+        limit: maximum memory for segments that are not pinned, in bytes; 0 keeps no such segments. None: the
+            result of `default_limit` when the first prompt ends.
 
     Attributes:
         every_chunk: True if each chunk of a prompt must be captured before the next chunk overwrites it.
@@ -376,7 +376,7 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, int]]:
-    """Yield the start and stop of each run of consecutive positions of one array that a path holds, in order."""
+    """Yield in order the start and stop of each unbroken range of positions that a path holds of one array."""
     begin = end = 0
     for node, count in path:
         start, stop = node.spans[name].start, node.start + count

@@ -139,7 +139,7 @@ class Sampler:
         return scores
 
     def _within(self, mask: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Return the scores [V] with -inf for tokens outside a mask, uint32 [ceil(V / 32)]."""
+        """Set scores [V] outside a mask, uint32 [ceil(V / 32)], to -inf; skip this if the greedy choice is inside."""
         if self._params.temperature == 0:
             likeliest = int(np.argmax(scores))
             if int(mask[likeliest // 32]) >> likeliest % 32 & 1:
@@ -222,7 +222,7 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 
 
 def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
-    """Return the ids of the k largest scores and of ties with the k-th, ascending; None for all ids."""
+    """Return the ids of the k largest scores and of ties with the k-th, ascending; None if all ids are kept."""
     if k == 0 or k >= scores.size:
         return None
     candidates = np.flatnonzero(scores >= _lower_bound(scores, k))

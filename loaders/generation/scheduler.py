@@ -293,10 +293,10 @@ class Scheduler:
         return False
 
     def _lacks_slots(self) -> bool:
-        """Return True if a sequence waits for a slot.
+        """Return True if a sequence waits for a slot and none is free.
 
-        No sequence may then pause for its reader. If all sequences with a slot did, the reader that waits for a slot
-        would starve; and their readers may wait for the same thread.
+        In this case no sequence may pause for its reader. If all sequences with a slot paused, the waiting sequence
+        would starve, because the readers of the paused sequences may wait for the same thread as its own reader.
         """
         return (
             bool(self._waiting)

@@ -56,7 +56,7 @@ class Batch:
         return [s for s in self.sequences if s is not None]
 
     def decoding(self, *, includes_paused: bool = False) -> "list[TokenSequence]":
-        """Return the sequences whose next token can be computed, with or without those that pause for their readers."""
+        """Return the sequences that have their first token; skip paused sequences unless `includes_paused`."""
         return [s for s in self.running() if s.is_decoding and (includes_paused or not s.is_paused)]
 
 
@@ -157,7 +157,7 @@ class TokenSequence:
 
     @property
     def is_paused(self) -> bool:
-        """True if the reader has as many unread pieces as it may have."""
+        """True if the number of unread pieces has reached its maximum."""
         return len(self.unread) >= self._most_unread
 
     def has_news(self) -> bool:

@@ -79,7 +79,7 @@ def write_state(
         files.write_atomically(path, *file_parts(tensors, metadata), sync=True)
     except OSError as error:
         raise PrecastError(
-            f"{path}: the state cannot be written ({error.strerror or error}); choose another file, or make room."
+            f"{path}: the state cannot be written ({error.strerror or error}); choose another file, or free disk space."
         ) from None
 
 

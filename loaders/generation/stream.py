@@ -30,8 +30,7 @@ class Timing(Frozen):
         prefill_s: seconds from the start of reading the prompt to the first token.
         decode_s: seconds from the first token to the last.
         decode_tokens_per_s: number of tokens after the first, divided by `decode_s`; 0 without such tokens.
-        queue_s: seconds from the first read of the stream (or the submission by a method without a stream) to the start
-            of reading the prompt.
+        queue_s: seconds from submission to the start of reading the prompt; a stream submits itself at its first read.
         cached_tokens: number of tokens at the start of the prompt whose keys and values came from an earlier prompt or
             answer, so that the model did not read them.
     """

@@ -33,7 +33,7 @@ def instrument(environment: jinja2.Environment, tree: nodes.Template, limits: Li
 
 
 class TemplateTags(Extension):
-    """A parser of `{% generation %}`, which marks the assistant's text for training and has no effect on a prompt."""
+    """A parser for `{% generation %}`, which marks the assistant's text for training and has no effect on a prompt."""
 
     tags = {"generation"}  # noqa: RUF012
 

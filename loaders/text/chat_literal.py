@@ -126,8 +126,8 @@ class LiteralChat:
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
         """Return True if the template wrote the control token.
 
-        For a character that the vocabulary lacks, the tokenizer returns the token for unknown text, which is a control
-        token as well.
+        The token for unknown text is a control token as well, but the tokenizer returns it for any character that the
+        vocabulary lacks.
         """
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):
@@ -222,7 +222,7 @@ def _flags(token: "AddedToken") -> _Flags:
 def _literal_tokenizer(
     library: "LibraryTokenizer", control: Collection["AddedToken"]
 ) -> tuple["LibraryTokenizer", dict[_Flags, str]]:
-    """Return a tokenizer that treats control tokens as text, and the stand-ins that it knows, by token flags."""
+    """Return a tokenizer that treats control tokens as text, and its stand-ins, by token flags."""
     from tokenizers import AddedToken, Tokenizer
 
     literal = Tokenizer.from_str(library.to_str())

@@ -27,7 +27,7 @@ SCALARS = frozenset({int, float, bool, type(None)})
 
 
 class Limits(Frozen):
-    """The limits of one rendering. Published templates stay far below them."""
+    """The limits of compiling and rendering a template. Published templates stay far below them."""
 
     source: int = 1 << 17
     """Characters of the template."""

@@ -150,7 +150,7 @@ class Sandbox(SandboxedEnvironment):
         return self.undefined(obj=obj, name=argument) if value is missing else value
 
     def _attribute(self, obj: Any, name: str) -> Any:
-        """Return an allowed attribute, an undefined value for a refused attribute, or `missing` if there is none."""
+        """Return an allowed attribute, an undefined value for a refused attribute, or `missing` if `obj` has none."""
         if name in ATTRIBUTES.get(type(obj), ()):
             value = getattr(obj, name)
             if isinstance(obj, str) and name in ("format", "format_map"):
@@ -240,7 +240,7 @@ class Sandbox(SandboxedEnvironment):
         """Return a dict key after checking its type, because a template could make the hashes of some types collide.
 
         Raises:
-            TemplateRuntimeError: the key is not text, a small integer, a float, a boolean or None.
+            TemplateRuntimeError: the key is not a string, a small integer, a float, a boolean or None.
         """
         if type(value) is str or type(value) in SCALARS - {int}:
             return value
@@ -333,7 +333,7 @@ def _charge_repeat(meter: Meter, left: Any, right: Any) -> None:
 
 
 class FormatMethod:
-    """The method `format` or `format_map` of a text."""
+    """The method `format` or `format_map` of a string."""
 
     __slots__ = ("_call", "_meter", "_text")
 

@@ -125,7 +125,7 @@ class Tokenizer:
         return self._library.id_to_token(token_id) if 0 <= token_id <= self.largest_id else None
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that a token adds to a text, even a special token; b"" for an id without a token.
+        """Return the bytes that a token, even a special token, adds to a text; b"" for an id without a token.
 
         The bytes of an answer's tokens, joined, are the answer in UTF-8, except at the start of a text, where some
         tokenizers drop a space.

@@ -105,7 +105,7 @@ class _Brackets:
 
 
 class _BracketedBody:
-    """A body from an opening bracket to the bracket that closes it.
+    """A body from an opening bracket to its matching closing bracket.
 
     Args:
         openers: the brackets that may open the body.

@@ -282,7 +282,7 @@ def test_a_file_that_cannot_be_written(answered, tmp_path):
     with pytest.raises(PrecastError) as error:
         answered[0].save_state(path, PROMPT)
     assert str(error.value) == (
-        f"{path}: the state cannot be written (No such file or directory); choose another file, or make room."
+        f"{path}: the state cannot be written (No such file or directory); choose another file, or free disk space."
     )
 
 

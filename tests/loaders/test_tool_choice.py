@@ -175,7 +175,7 @@ def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
         ),
         (
             {"tools": [{"name": "odd", "parameters": {"properties": {"a": {"multipleOf": 9_999_991}}}}]},
-            "tools: parameters of 'odd': multipleOf must be at most 1,000,000 with its decimal point removed,",
+            "tools: parameters of 'odd': multipleOf must be at most 1,000,000 with the decimal point removed,",
         ),
     ],
 )  # fmt: skip
