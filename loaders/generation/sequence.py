@@ -22,7 +22,7 @@ class Piece(NamedTuple):
     """A generated token, and the text that it completes.
 
     Attributes:
-        token: the token; None for the echo of the prompt, and for text that was held back until `cut`.
+        token: the token; None for the echo of the prompt, and for text held back until the end.
         text: complete characters without any part of a stop string; often empty.
     """
 

@@ -97,7 +97,7 @@ def plain_objects(values: Any, where: str) -> list[dict[str, Any]]:
 
 
 def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return further variables of a template as plain JSON.
+    """Return the caller's variables for a template as plain JSON.
 
     Raises:
         PrecastError: a name is reserved, or JSON cannot represent a value.

@@ -249,11 +249,11 @@ class Sandbox(SandboxedEnvironment):
         raise jinja2.TemplateRuntimeError(f"a key of type {type(value).__name__} is not allowed")
 
     def metered_arguments(self, value: Any) -> list[Any]:
-        """Charge for the unpacking of `value` into arguments: `f(*value)`."""
+        """Charge for unpacking `value` into arguments: `f(*value)`."""
         return self.meter.to_list(value)
 
     def metered_keywords(self, value: Any) -> Any:
-        """Charge for the unpacking of `value` into keyword arguments: `f(**value)`."""
+        """Charge for unpacking `value` into keyword arguments: `f(**value)`."""
         if not isinstance(value, dict):
             raise TypeError(f"argument after ** must be a mapping, not {type(value).__name__!r}")
         self.meter.step(len(value))

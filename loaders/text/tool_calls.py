@@ -25,7 +25,7 @@ class ToolCall(NamedTuple):
     Attributes:
         id: identifier of the call, unique within the answer: the model's own, or else nine letters and digits.
         name: name of the tool.
-        arguments: the JSON of an object.
+        arguments: a JSON object, as a string.
     """
 
     id: str
@@ -38,7 +38,7 @@ class RawCall(NamedTuple):
 
     Attributes:
         name: name of the tool.
-        arguments: the JSON of an object.
+        arguments: a JSON object, as a string.
         id: the model's own identifier, or None.
     """
 
@@ -300,12 +300,12 @@ def typed(arguments: str, schema: Mapping[str, Any]) -> str:
     """Convert arguments to the types of a tool's schema, for models that write every argument as a string.
 
     Args:
-        arguments: the JSON of an object whose values are strings.
+        arguments: the text of a JSON object whose values are strings.
         schema: JSON Schema of the tool's parameters. An argument stays a string if the schema allows a string, if the
             parameter is unknown, or if the string is not JSON.
 
     Returns:
-        The JSON of the object with converted values.
+        The text of the JSON object with converted values.
     """
     properties = schema.get("properties")
     known = properties if isinstance(properties, Mapping) else {}
