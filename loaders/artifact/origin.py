@@ -1,8 +1,8 @@
 """The origin of stored keys and values: the model, the programs and the instruction set that computed them.
 
 precast's kernels compute a position with the same instructions in the same order for any chunk, batch and number of
-threads, so keys and values of the same origin are the same to the last bit. Keys and values of another origin are not
-reused.
+threads, so two computations of the same tokens with the same origin give the same bits. Keys and values of another
+origin are not reused.
 """
 
 import hashlib

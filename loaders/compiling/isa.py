@@ -80,7 +80,7 @@ def default_isa() -> str:
 
 
 def next_level(isa: str) -> str | None:
-    """Return the next wider level if this machine has it, else None."""
+    """Return the next wider level if this machine supports it, else None."""
     names = list(LEVELS)
     wider = names[names.index(isa) + 1 :] if isa in LEVELS else []
     return wider[0] if wider and not _lacks(wider[0]) else None

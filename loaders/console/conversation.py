@@ -76,7 +76,7 @@ def converse(
 
 
 def _system_messages(messages: "list[Message]") -> "list[Message]":
-    """Return the system messages at the beginning."""
+    """Return the system messages at the beginning of a conversation."""
     return list(takewhile(lambda message: message.get("role") == "system", messages))
 
 

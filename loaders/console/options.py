@@ -113,7 +113,7 @@ _SAMPLING = (
     click.option(
         "--temperature",
         type=float,
-        help="Sample at this temperature; 0 is greedy. Default of this and the options below: the model's own.",
+        help="Sample at this temperature; 0 is greedy. This option and those below default to the model's own values.",
     ),
     click.option("--top-k", type=int, help="Keep the k likeliest tokens; 0 keeps all."),
     click.option("--top-p", type=float, help="Keep the likeliest tokens whose probabilities add up to this."),

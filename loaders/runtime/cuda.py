@@ -115,7 +115,7 @@ class Client(pjrt.Client):
         return options
 
     def put(self, array: np.ndarray) -> Buffer:
-        """Copy an array to the device. The array must not change before a computation has used the copy."""
+        """Start to copy an array to the device. The array must not change before a computation has used the copy."""
         return self._put(array, self._kinds.IMMUTABLE_UNTIL_TRANSFER_COMPLETES)
 
     def uploaded(self, array: np.ndarray) -> Buffer:

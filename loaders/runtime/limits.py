@@ -23,7 +23,7 @@ class Need(Frozen):
     Attributes:
         weights: the weights.
         cache: the KV cache of one slot, or of all slots on targets that fill the cache with zeros.
-        temporary: the largest extra memory of a program.
+        temporary: the largest scratch memory of any program.
         idle: address space of the other slots, whose pages the system allocates as their positions fill.
         largest: the largest array of the KV cache, with all slots.
     """
