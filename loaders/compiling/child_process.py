@@ -48,7 +48,7 @@ class StartError(Exception):
 
 
 class Refusal(Exception):
-    """The child answered with an error. The text is the child's sentence."""
+    """The child answered with an error. The text is the sentence that the child sent."""
 
 
 class Crash(Exception):

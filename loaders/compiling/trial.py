@@ -125,7 +125,7 @@ def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:
 
 
 def _limit_s(manifest: Manifest, allow_compile: bool) -> int:
-    """Return the seconds that a trial may take."""
+    """Return the time limit of a trial, in seconds."""
     seconds = START_S + manifest.files[WEIGHTS_FILE].bytes / WEIGHT_BYTES_PER_S + COMPILE_S * allow_compile
     return int(min(seconds, _LONGEST_S))
 
