@@ -197,7 +197,7 @@ def _other_files(m: Manifest) -> Facts:
     return {name: _file(m, name) for name in sorted(set(m.files) - compared)}
 
 
-# Functions of one manifest; the sections for targets and weights need both manifests.
+# The sections that need one manifest at a time. The sections for targets and weights need both manifests.
 _SECTIONS: Mapping[str, Callable[[Manifest], Facts]] = {
     "model": _model,
     "geometry": _geometry,

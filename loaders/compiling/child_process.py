@@ -33,8 +33,8 @@ GUARD = "PRECAST_CHILD_OF"
 READY = b"precast child ready\n"
 # Seconds for Python to start and import on a slow disk.
 START_S = 120
-# Seconds that a child may take to exit after it has closed its pipe. Also: seconds after its time limit at which a
-# child ends itself, if its parent has not killed it by then.
+# Seconds that a child may take to exit after it has closed its pipe. A child that its parent has not killed ends itself
+# the same number of seconds after its time limit.
 EXIT_S = 5
 _PIECE_BYTES = 1 << 20
 # Linux's PR_SET_PDEATHSIG, prctl(2).

@@ -24,8 +24,9 @@ from ..artifact.errors import PrecastError
 from . import pjrt
 from .interface import Buffer
 
-# jax's name for the platform, and the package of each plugin by the plugin's module, newest first.
+# jax's name for the platform.
 _NAME = "cuda"
+# The package of each plugin, by the plugin's module, newest first.
 _PACKAGES = {"xla_cuda13": "jax-cuda13", "xla_cuda12": "jax-cuda12"}
 _LIBRARY = "xla_cuda_plugin.so"
 # NVIDIA's libraries in its Python packages, each after its dependencies. If a package is missing, the linker looks for

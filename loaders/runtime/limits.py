@@ -13,7 +13,7 @@ MOST_THREADS = 1024
 # Address space, measured with jaxlib 0.10.1. `_FIXED` is for libraries and programs, without weights and cache.
 # `_PER_THREAD` is for each computing thread: its stack, its malloc arena of 64 MB, and its share of the helper threads.
 _FIXED, _PER_THREAD = 704 << 20, 112 << 20
-# The same for the programs of a further model, in a process that already has the libraries and the threads.
+# Address space for the programs of a further model, in a process that already has the libraries and the threads.
 _FURTHER = 16 << 20
 
 
