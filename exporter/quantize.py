@@ -1,8 +1,8 @@
 """Storage formats of weights: float32, bfloat16, and small integers with shared scales.
 
 A linear layer's weight is ``[out, in]``; a stack of layers puts L in front. In the integer formats, each group of
-`GROUP` consecutive inputs of an output shares a scale, and in int4 also a minimum. The values of `PANEL` outputs, a
-panel, are contiguous and interleaved in the order in which the kernels read them:
+`GROUP` consecutive inputs of an output shares a scale, and in int4 also a minimum. The values of `PANEL` outputs (a
+panel) are contiguous and interleaved in the order in which the kernels read them:
 
 - int8: values ``[out/16, in/2, 16, 2]``; scale ``[out/16, in/32, 16]``; a weight is scale · value.
 - int4: values ``[out/16, in/8, 16, 4]`` with two values per byte: of eight consecutive inputs, the low nibbles hold the
@@ -10,7 +10,7 @@ panel, are contiguous and interleaved in the order in which the kernels read the
   scale · value + minimum.
 
 Outputs are padded to whole panels and inputs to whole groups; the padding's values, scales and minima are zero. In a
-partly filled int4 group, the padded weights dequantise to the group's minimum and not to zero, so the activations that
+partly filled int4 group, the padded weights dequantise to the group's minimum instead of zero, so the activations that
 multiply them must be zero.
 """
 

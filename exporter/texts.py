@@ -30,7 +30,7 @@ def read_tokenizer(source: Source) -> Tokenizer:
 
 
 def check_templates(source: Source) -> None:
-    """Compile every chat template of a source, so that a broken template fails the export and not the first chat.
+    """Compile every chat template of a source, so that a broken template fails the export instead of the first chat.
 
     Raises:
         PrecastError: a template is too long, or its syntax is wrong.

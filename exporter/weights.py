@@ -52,7 +52,7 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
     """Match a source's tensors with a model's parameters.
 
     Args:
-        source: the source, its tensors adapted to the model.
+        source: the source, with tensors adapted to the model.
         parameters: the model's parameters.
         tied: True if the output head is the embedding.
 
@@ -118,8 +118,8 @@ def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
     if tensor is None and name == HEAD:
         raise PrecastError(
             f"{source.name}: {HEAD} is missing, and config.json does not tie the output head to the embedding; if they"
-            ' are tied, set "tie_word_embeddings" to true there; if this is a text-embedding checkpoint without a head,'
-            " export the checkpoint that it was made from."
+            ' are tied, set "tie_word_embeddings" to true in config.json; if this is a text-embedding checkpoint'
+            " without a head, export the checkpoint that it was made from."
         )
     if tensor is None:
         raise PrecastError(

@@ -110,7 +110,7 @@ def uniform_windows(window: int | None, layers: int) -> tuple[int, ...]:
 
 
 def read_windows(reader: ConfigReader, window: int | None, types: Sequence[str]) -> tuple[int, ...]:
-    """Return the window of each layer, which depends on its type in ``layer_types``.
+    """Return the window of each layer, which depends on the layer's type in ``layer_types``.
 
     Args:
         reader: the config.

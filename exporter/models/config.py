@@ -40,7 +40,7 @@ class ConfigReader:
         return key in self._left and self._left[key] is None
 
     def take_mapping(self, key: str) -> Mapping[str, object]:
-        """Return the object at `key`; an empty one if `key` is absent or null."""
+        """Return the object at `key`, or an empty object if `key` is absent or null."""
         value = self.take(key, {})
         if not isinstance(value, Mapping):
             raise self.wrong(key, "a JSON object", value)
@@ -90,7 +90,7 @@ class ConfigReader:
         return value
 
     def take_nullable_size(self, key: str, default: int | None = None) -> int | None:
-        """Return a whole number above zero; None for null; the default if the key is absent."""
+        """Return a whole number above zero, None for null, or the default if the key is absent."""
         return None if self._is_none(key, default) else self.take_size(key, default)
 
     def take_positive(self, key: str, default: float) -> float:
@@ -101,7 +101,7 @@ class ConfigReader:
         return value
 
     def take_nullable_positive(self, key: str, default: float | None = None) -> float | None:
-        """Return a number above zero; None for null; the default if the key is absent."""
+        """Return a number above zero, None for null, or the default if the key is absent."""
         return None if self._is_none(key, default) else self.take_positive(key, default or 0.0)
 
     def _is_none(self, key: str, default: object) -> bool:

@@ -24,7 +24,7 @@ _PARTIAL = "partial_rotary_factor"
 
 
 def no_rope(head_dim: int) -> Rope:
-    """Return a RoPE that rotates nothing, for layers without RoPE: all its frequencies are 0."""
+    """Return a RoPE for layers without RoPE; all its frequencies are 0, so it rotates nothing."""
     return Rope(frequencies=np.zeros(head_dim // 2, np.float32))
 
 

@@ -18,8 +18,8 @@ ORIGINAL = "original_max_position_embeddings"
 class Rope:
     """The frequencies of the P rotated pairs of a head, which take up the first 2 P of its H dimensions.
 
-    LongRoPE has two sets of frequencies. At every step, transformers chooses one by the current length. An export has
-    to choose once, and chooses by its context length, as vLLM does by max_model_len.
+    LongRoPE has two sets of frequencies. At every step, transformers chooses a set by the number of tokens so far. An
+    export has to choose once, and chooses by its context length, as vLLM chooses by max_model_len.
 
     Attributes:
         frequencies: ``[P]`` float32, radians per position; a pair with frequency 0 is not rotated.
@@ -49,14 +49,14 @@ class Rope:
         if self.long_frequencies is None:
             raise PrecastError(
                 f"--context: expected at most {self.max_context}, found {context}; beyond that, the frequencies of this"
-                " model's RoPE would depend on the current length."
+                " model's RoPE would change with every token."
             )
         return self.long_frequencies
 
     def tables(self, context: int) -> tuple[np.ndarray, np.ndarray]:
         """Return cosines and sines of every position, each ``[context, P]`` float32.
 
-        Angles are rounded to float32 before the cosine, as in the code that trained such models.
+        Angles are rounded to float32 before the cosine, as in the code that trained the models.
 
         Raises:
             PrecastError: as `at_context`.
@@ -156,7 +156,7 @@ def _linear(base: UnscaledRope, parameters: ConfigReader) -> Rope:
 
 
 def _dynamic(base: UnscaledRope, parameters: ConfigReader) -> Rope:
-    """NTK-aware scaling by the current length (emozilla 2023).
+    """Dynamic NTK-aware scaling (emozilla 2023).
 
     Up to the model's own context length, the frequencies are unscaled, whatever the factor. Beyond that length, they
     would change with every token, so the export refuses longer contexts.

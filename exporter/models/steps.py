@@ -1,7 +1,7 @@
 """A layer as a list of steps, for the kernel that runs all layers in one call.
 
 `record` calls a layer with proxies in place of arrays and records the operations of `LayerOps` that the layer calls.
-It raises an error for a layer that does anything else with the proxies; `xla_ops.layer_loop` can run such a layer.
+`record` raises an error for a layer that does anything else with the proxies; `xla_ops.layer_loop` can run such layers.
 """
 
 from dataclasses import dataclass

@@ -308,7 +308,7 @@ def layer_ops(
 
 
 def layer_rotary(ropes: Sequence[int], layer: Array, rotary: Rotary) -> Rotary:
-    """Select the table ``[R, T, P]`` of a layer from ``[Z, R, T, P]``."""
+    """Return a layer's cosines and sines ``[R, T, P]`` out of those of all RoPEs ``[Z, R, T, P]``."""
     if len(rotary.cos) == 1:
         return Rotary(rotary.cos[0], rotary.sin[0])
     which = jnp.asarray(ropes, jnp.int32)[layer]

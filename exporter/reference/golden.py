@@ -46,7 +46,7 @@ LOGITS = 8
 
 
 def is_exact(manifest: Manifest) -> bool:
-    """Return True if weights, KV cache and arithmetic are all float32, so that the golden answers prove fidelity."""
+    """Return True if weights, KV cache and arithmetic are all float32; the golden answers then prove fidelity."""
     is_stored = manifest.model.weights == "float32" and manifest.cache[0].dtype == "float32"
     return is_stored and not _computes_bfloat16(manifest)
 
@@ -157,14 +157,14 @@ def check(
     )
     if not any(case.tokens for case in checked):
         raise PrecastError(
-            f"{where}: the reference has a tie at the first token of every answer, so nothing can be checked;"
-            " export the weights of a trained model."
+            f"{where}: at the start of every answer, the reference's two likeliest tokens are tied, so no answer can be"
+            " checked; export the weights of a trained model."
         )
     return checked
 
 
 def _check_case(case: Case, best: np.ndarray, leads: np.ndarray, tie: float, where: str) -> Case:
-    """Compare an answer with the reference's `best` tokens and their `leads`; cut it before the first tie."""
+    """Compare an answer with the reference's `best` tokens; return the answer up to the first tie in `leads`."""
     if not np.isfinite(leads).all():
         raise PrecastError(
             f"{where}: the reference's logits for a prompt of {len(case.prompt)} tokens are not finite, so"

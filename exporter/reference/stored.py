@@ -60,5 +60,5 @@ def _binder(model: StoredModel, spec: ModelSpec) -> Bind:
 
 
 def _on_device(array: np.ndarray) -> Array:
-    """Return a JAX array over mapped weights: zero-copy, except for bfloat16, which NumPy cannot share."""
+    """Return mapped weights as a JAX array, zero-copy except for bfloat16, which NumPy cannot share."""
     return jnp.from_dlpack(array) if array.dtype.isbuiltin == 1 else jnp.asarray(array)

@@ -97,7 +97,7 @@ _STAND_INS = (
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """Return the first bytes of a plain file.
+    """Return the first `count` bytes of a plain file.
 
     Raises:
         PrecastError: the file cannot be read.
@@ -171,7 +171,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def optional_json(path: Path) -> dict[str, object]:
-    """Return the object in a JSON file, or an empty one if the file is missing.
+    """Return the object in a JSON file, or an empty object if the file is missing.
 
     Raises:
         PrecastError: as `read_json`.

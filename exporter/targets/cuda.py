@@ -49,7 +49,7 @@ def cuda_device() -> jax.Device:
 
 
 def decode_layouts(decode: ProgramSpec, device: jax.Device) -> Layouts:
-    """Compile the decode program with free layouts, and return the layouts that the compiler chooses.
+    """Compile the decode program with layouts of the compiler's choice, and return these layouts.
 
     Args:
         decode: the program, with row-major arguments and results.

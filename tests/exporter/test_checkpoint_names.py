@@ -116,8 +116,8 @@ def test_a_head_that_is_missing(script, planned, model_type):
         planned(config, arrays)
     assert str(caught.value) == (
         "m: lm_head.weight is missing, and config.json does not tie the output head to the embedding; if they are tied,"
-        ' set "tie_word_embeddings" to true there; if this is a text-embedding checkpoint without a head, export the'
-        " checkpoint that it was made from."
+        ' set "tie_word_embeddings" to true in config.json; if this is a text-embedding checkpoint without a head,'
+        " export the checkpoint that it was made from."
     )
 
 

@@ -185,8 +185,8 @@ def test_dynamic_scaling_has_no_effect_within_the_models_context() -> None:
     with pytest.raises(PrecastError) as caught:
         found.tables(65)
     assert str(caught.value) == (
-        "--context: expected at most 64, found 65; beyond that, the frequencies of this model's RoPE would depend on"
-        " the current length."
+        "--context: expected at most 64, found 65; beyond that, the frequencies of this model's RoPE would change"
+        " with every token."
     )
 
 

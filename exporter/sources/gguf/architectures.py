@@ -1,7 +1,7 @@
-"""The architectures that a GGUF file may contain, one entry each.
+"""The architectures that a GGUF file may contain.
 
-llama.cpp's converter renames and changes a checkpoint's tensors and keys; the entries undo that. Source:
-https://github.com/ggml-org/llama.cpp/tree/master/conversion.
+llama.cpp's converter renames and changes a checkpoint's tensors and keys. Each architecture's entry undoes that.
+Source: https://github.com/ggml-org/llama.cpp/tree/master/conversion.
 """
 
 from collections.abc import Callable, Mapping
@@ -132,7 +132,7 @@ _CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 def _gemma2(reader: MetadataReader, _: Shapes) -> Config:
-    """Return Gemma 2's keys; as in llama.cpp, the caps default to the published ones."""
+    """Return Gemma 2's keys; as in llama.cpp, the caps default to the published values."""
     return {
         **_GELU,
         **_query_scalar(reader),
@@ -178,7 +178,7 @@ def _granite(reader: MetadataReader, shapes: Shapes) -> Config:
 
 
 def _smollm3(reader: MetadataReader, shapes: Shapes) -> Config:
-    """Return SmolLM3's keys. The file does not say that every fourth layer has no RoPE; llama.cpp assumes it, too."""
+    """Return SmolLM3's keys. Every fourth layer has no RoPE; GGUF files do not say so, and llama.cpp assumes it too."""
     layers = reader.integer("block_count")
     has_rope = [int((layer + 1) % 4 != 0) for layer in range(layers)]
     return _SILU | _biases(shapes) | {"no_rope_layers": has_rope, "use_sliding_window": False}

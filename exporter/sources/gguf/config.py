@@ -138,7 +138,7 @@ def _refuse_unknown(reader: MetadataReader, architecture: GgufArchitecture) -> N
 
 
 def _head_dims(reader: MetadataReader, heads: int, *, partial: bool) -> tuple[int, int]:
-    """Return H and the number of dimensions that RoPE rotates, which is H unless `partial`."""
+    """Return H and the number of dimensions that RoPE rotates, which is H if `partial` is false."""
     head_dim = reader.integer("attention.key_length", reader.integer("embedding_length") // heads)
     if (values := reader.integer("attention.value_length", head_dim)) != head_dim:
         raise reader.unexpected("attention.value_length", f"the head dimension {head_dim}", values)

@@ -31,7 +31,7 @@ def mistyped_markers(tokens: Sequence[str], types: Sequence[int], metadata: Mapp
     Args:
         tokens: the text of each token, by id.
         types: llama.cpp's type number of each token.
-        metadata: all of the file's metadata, with its chat templates.
+        metadata: all metadata of the file, including its chat templates.
     """
     written = _written(
         value for key, value in metadata.items() if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")

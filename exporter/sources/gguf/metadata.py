@@ -1,6 +1,6 @@
 """A GGUF file's metadata.
 
-`check_types` checks the types of all general keys once, so that later readers can rely on them. `MetadataReader` gives
+`check_types` checks the types of all general keys once, so that readers can rely on these types. `MetadataReader` gives
 typed access to the keys of an architecture.
 """
 

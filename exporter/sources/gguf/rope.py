@@ -67,7 +67,7 @@ def _stated(reader: MetadataReader) -> dict[str, object] | None:
 def _recover_llama3(
     reader: MetadataReader, theta: float, rotated: int, factors: np.ndarray
 ) -> dict[str, object] | None:
-    """Return the Llama 3 scaling behind `factors`, or None if all are one.
+    """Return the Llama 3 scaling behind `factors`, or None if all factors are 1.
 
     llama.cpp's converter stores the scaling as one divisor per frequency. This function computes the divisors from the
     published constants, and refuses a file with other divisors.

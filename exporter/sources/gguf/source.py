@@ -87,7 +87,7 @@ def _check_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def _stem(path: Path) -> str:
-    """Return the file name without ending and quantisation: "Qwen2-0.5B" for "Qwen2-0.5B-Q4_K_M.gguf"."""
+    """Return the file name without its ending and quantisation suffix: "Qwen2-0.5B" for "Qwen2-0.5B-Q4_K_M.gguf"."""
     return _QUANTISATION.sub("", path.stem) or path.stem
 
 

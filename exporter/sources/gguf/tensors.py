@@ -191,7 +191,7 @@ def _order(tensor: GgufTensor) -> np.ndarray | None:
 
 
 def half_split_order(rows: int, heads: int) -> np.ndarray:
-    """Map each row of a Hugging Face q or k projection to its row in a llama GGUF file: indices ``[rows]``.
+    """Return, for each row of a Hugging Face q or k projection, the index of that row in a llama GGUF file.
 
     llama.cpp rotates neighbours (0, 1), (2, 3), …; Hugging Face rotates the first half of a head against the second.
     llama.cpp's converter therefore interleaves the two halves of each head: row ``2·i + half`` of a head in the file is

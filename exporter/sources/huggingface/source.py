@@ -112,7 +112,7 @@ def _end_tokens(
     tokenizer: Mapping[str, Any],
     eos_token: str | None,
 ) -> tuple[int, ...]:
-    """Return all end tokens: those named by either config or the tokenizer, and those found by their text."""
+    """Return all end tokens: those that a config or the tokenizer names, and those found by their text."""
     tokens = token_ids(tokenizer)
     special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
     named = (*named_end_tokens(folder, generation), *named_end_tokens(folder, config))

@@ -23,7 +23,7 @@ class Templates:
 
     Attributes:
         default: Jinja source of the default template, or None.
-        named: Jinja sources of the others, by name ("tool_use", "rag").
+        named: Jinja sources of the other templates, by name ("tool_use", "rag").
     """
 
     default: str | None
@@ -82,7 +82,7 @@ def _from_config(path: Path) -> dict[str, str]:
 
 
 def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
-    """Return a template that begins with definitions of the special tokens that it uses, except bos and eos."""
+    """Return a template that begins with definitions of the special tokens that it uses, except BOS and EOS."""
     lines = [
         # Jinja reads the escapes of JSON. trim_blocks removes the line end after the tag.
         f"{{% set {key} = {json.dumps(text, ensure_ascii=False)} %}}\n"

@@ -233,7 +233,7 @@ def _added(text: str, *, is_special: bool) -> "AddedToken":
 
 
 def _token(path: Path, key: str, entry: object) -> "AddedToken":
-    """Return a token from its object form."""
+    """Return the token that a JSON object describes."""
     from tokenizers import AddedToken
 
     content = entry.get("content") if isinstance(entry, dict) else None
