@@ -32,8 +32,8 @@ class ExportOptions:
         buckets: prompt lengths to compile a prefill program for; None for those of `DEFAULT_BUCKETS` that fit the
             context.
         context: S, positions of a slot; None for the model's own limit, but at most `DEFAULT_CONTEXT`.
-        slots: B, sequences decoded together; None for `DEFAULT_SLOTS`, or fewer if the KV cache would be large. None
-            means 1 if there is a target other than cpu and portable, because its idle slots take memory or time.
+        slots: B, sequences decoded together. With a target other than cpu and portable, whose idle slots take memory or
+            time, None means 1. Otherwise, None means `DEFAULT_SLOTS`, or fewer if the KV cache would be large.
         weights: storage format of the weights, a key of `FORMATS`.
         kv_cache: type of the KV cache, one of `CACHE_TYPES`; None for float32 with float32 weights, else bfloat16.
         targets: keys of `TARGET_KINDS`.

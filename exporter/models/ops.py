@@ -103,7 +103,7 @@ class LinearCall:
 
 @dataclass(frozen=True, kw_only=True)
 class NormCall:
-    """Normalisation of x, where each piece of `width` numbers is normalised alone: a row, or a head of a row.
+    """Normalisation of x in pieces of `width` numbers, each of which is a row or a head of a row.
 
     Attributes:
         weight: ``[L, width]``.

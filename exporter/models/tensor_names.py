@@ -35,8 +35,8 @@ class TensorNames:
     def canonicalise(self, tensors: Tensors, *, tied: bool) -> Tensors:
         """Return the tensors under their names in a model with an output head.
 
-        If a body was saved without its head, the names have no prefix. If head and embedding are tied, the file may
-        contain only the head, because safetensors stores a shared tensor once.
+        If a model was saved without its output head, the names have no prefix. If head and embedding are tied, the file
+        may contain only the head, because safetensors stores a shared tensor once.
 
         Raises:
             PrecastError: a wrapper has renamed all tensors.

@@ -158,8 +158,7 @@ def test_shards_that_are_missing(checkpoint):
     folder = checkpoint({"model.safetensors.index.json": {"weight_map": shards}})
     save_file({"a": W}, folder / "one.safetensors")
     assert refusal(folder).endswith(
-        "lists the shard three.safetensors, which is missing (and 1 more); the download may be incomplete:"
-        " fetch the missing files."
+        "lists the shard three.safetensors and 1 more, but these files are missing; fetch them."
     )
 
 

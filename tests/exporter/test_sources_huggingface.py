@@ -168,9 +168,7 @@ def test_a_truncated_shard(checkpoint):
 
 def test_an_index_that_names_a_missing_shard(checkpoint):
     folder = checkpoint({"model.safetensors.index.json": {"weight_map": {"a": "one.safetensors"}}})
-    assert refusal(folder).endswith(
-        "lists the shard one.safetensors, which is missing; the download may be incomplete: fetch the missing file."
-    )
+    assert refusal(folder).endswith("lists the shard one.safetensors, but this file is missing; fetch it.")
 
 
 def test_an_index_that_names_a_missing_tensor(checkpoint):

@@ -22,7 +22,7 @@ class GgufArchitecture:
     Attributes:
         model_type: Hugging Face's name of the architecture.
         model: name of transformers' class, the value of `architectures` in config.json.
-        names: Hugging Face's name of each module by its GGUF name ("attn_q"), without "model.layers.N.". "{}" stands
+        names: Hugging Face's name of each module, without "model.layers.N.", by its GGUF name ("attn_q"). "{}" stands
             for the number of an expert, because GGUF stacks the experts' matrices in one tensor.
         extra_keys: returns the keys of config.json that only some architectures have.
         known_keys: metadata keys that are read only for this architecture, without the architecture's prefix.
@@ -178,7 +178,7 @@ def _granite(reader: MetadataReader, shapes: Shapes) -> Config:
 
 
 def _smollm3(reader: MetadataReader, shapes: Shapes) -> Config:
-    """Return SmolLM3's keys. Every fourth layer has no RoPE; GGUF files do not say so, and llama.cpp assumes it too."""
+    """Return SmolLM3's keys. As in llama.cpp, every fourth layer is assumed to have no RoPE."""
     layers = reader.integer("block_count")
     has_rope = [int((layer + 1) % 4 != 0) for layer in range(layers)]
     return _SILU | _biases(shapes) | {"no_rope_layers": has_rope, "use_sliding_window": False}

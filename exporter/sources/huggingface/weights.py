@@ -123,10 +123,10 @@ def _indexed_shards(path: Path) -> dict[str, frozenset[str]]:
                 f"{path}: lists a shard outside its own directory ({shard}); fetch the file again."
             )
     if missing := [shard for shard in sorted(shards) if not plain_file(path.parent / shard)]:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise PrecastError(
-            f"{path}: lists the shard {missing[0]}, which is missing{more}; the download may be incomplete: fetch the"
-            f" missing file{'s' if more else ''}."
+            f"{path}: lists the shard {missing[0]}{more}, but {'these files are' if more else 'this file is'} missing;"
+            f" fetch {'them' if more else 'it'}."
         )
     return dict(sorted(shards.items()))
 
