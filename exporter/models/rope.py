@@ -144,7 +144,7 @@ def _parameters(reader: ConfigReader) -> dict[str, object]:
     if differing := sorted(key for key in newer if newer[key] != stated.get(key)):
         raise PrecastError(
             f"{reader.where}: rope_parameters and rope_scaling have different values for"
-            f" {', '.join(map(repr, differing))}; remove the wrong one."
+            f" {', '.join(map(repr, differing))}; remove rope_parameters or rope_scaling."
         )
     return newer | older
 

@@ -287,7 +287,8 @@ def test_a_partial_rotary_factor_is_found_in_every_place() -> None:
 def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[str, Any], key: str) -> None:
     """transformers silently ignores the newer spelling if both are present."""
     assert _refusal(rope_parameters=newer, rope_scaling=older) == (
-        f"m/config.json: rope_parameters and rope_scaling have different values for '{key}'; remove the wrong one."
+        f"m/config.json: rope_parameters and rope_scaling have different values for '{key}'; remove rope_parameters or"
+        " rope_scaling."
     )
 
 

@@ -203,7 +203,8 @@ def test_two_spellings_that_disagree(newer: Mapping[str, Any], older: Mapping[st
     """transformers silently ignores the newer spelling if both are present."""
     found = _refusal({"rope_parameters": newer, "rope_scaling": older}, head_dim=4, partial=True)
     assert found == (
-        f"config.json: rope_parameters and rope_scaling have different values for '{key}'; remove the wrong one."
+        f"config.json: rope_parameters and rope_scaling have different values for '{key}'; remove rope_parameters or"
+        " rope_scaling."
     )
 
 
