@@ -74,7 +74,7 @@ def check(
 
 
 def test_an_artifact_made_here_runs_there(artifact_copy, other_jaxlib, cli, own_cache):
-    check(artifact_copy, jaxlib_version, other_jaxlib, cli, lambda *a: other("cli.py", *a), 4)
+    check(artifact_copy, jaxlib_version, other_jaxlib, cli, lambda *a: other("cli.py", *a), 5)
 
 
 def test_an_artifact_made_there_runs_here(tiny_checkpoint, tmp_path, other_jaxlib, python, own_cache):
@@ -89,5 +89,5 @@ def test_an_artifact_made_there_runs_here(tiny_checkpoint, tmp_path, other_jaxli
         jaxlib_version,
         lambda *a: other("cli.py", *a),
         lambda *a: python("cli.py", *map(str, a)),
-        3,
+        4,
     )
