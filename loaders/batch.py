@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 # window some slots are idle.
 _WINDOW = 1024
 _PARQUET = ".parquet"
+# Files of an artifact that decide its answers.
+_DECIDING = (".safetensors", "tokenizer.json", ".jinja")
 _INVALID = "invalid_request"
 # Fields of OpenAI's requests that do not change the answer; and the supported values of fields that would change it.
 _IGNORED = frozenset({"model", "user", "metadata", "store"})
@@ -120,11 +122,18 @@ def run(
 
 
 def _identity(model: "Model", params: SamplingParams) -> bytes:
-    """Return bytes that stand for the model and the default parameters in each request's key."""
-    weights = {
-        name: entry.sha256 for name, entry in model.manifest.files.items() if name.endswith(".safetensors")
+    """Return bytes that stand for the model and the default parameters in each request's key.
+
+    These are the model's name, weights, tokenizer and chat template. Stored prefixes change no answer.
+    """
+    manifest = model.manifest
+    stored = {prefix.arrays for prefix in manifest.prefixes}
+    files = {
+        name: entry.sha256
+        for name, entry in manifest.files.items()
+        if name.endswith(_DECIDING) and name not in stored
     }
-    return repr((model.manifest.name, sorted(weights.items()), params)).encode()
+    return repr((manifest.name, sorted(files.items()), params)).encode()
 
 
 def _step(done: int, total: int) -> Step:

@@ -81,7 +81,7 @@ STATE = click.option(
 LITERAL = click.option(
     "--literal",
     is_flag=True,
-    help="Treat messages as plain text: special tokens spelt in them cannot forge a turn. Implies --chat.",
+    help="Treat messages as plain text: special tokens spelt in them cannot forge a turn. Implies run's --chat.",
 )
 KEY = click.option(
     "--require-signature",

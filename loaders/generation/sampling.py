@@ -164,7 +164,7 @@ def _penalties(params: SamplingParams, prompt: list[int], vocab_size: int) -> "P
 
 
 def _forbidden(params: SamplingParams, prompt: list[int], end_ids: Iterable[int]) -> "ForbiddenTokens | None":
-    if not params.is_constrained:
+    if not params.forbids_tokens:
         return None
     # A lazy import, because few requests forbid any tokens.
     from .forbidden import ForbiddenTokens

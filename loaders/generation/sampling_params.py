@@ -141,7 +141,7 @@ class SamplingParams(Frozen):
         return None
 
     @property
-    def is_constrained(self) -> bool:
+    def forbids_tokens(self) -> bool:
         """True if any parameter may forbid tokens."""
         return bool(
             self.min_tokens

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,19 @@ def test_a_run_goes_on_wherever_another_one_ended(
         assert target.read_bytes() == data, cut
         assert found.kept == sum(end <= cut for end in ends)
         assert (found.answers, found.errors) == (5, 3)
+
+
+def test_a_request_is_answered_again_if_the_files_that_decide_its_answer_change() -> None:
+    def identity(prefixes: tuple[Any, ...] = (), **changed: str) -> bytes:
+        names = {"weights": "weights.safetensors", "tokenizer": "tokenizer.json", "template": "chat.jinja"}
+        files = {path: SimpleNamespace(sha256=changed.get(name, "0")) for name, path in names.items()}
+        files |= {prefix.arrays: SimpleNamespace(sha256="1") for prefix in prefixes}
+        manifest = SimpleNamespace(name="m", files=files, prefixes=prefixes)
+        return batch._identity(SimpleNamespace(manifest=manifest), PARAMS)  # type: ignore[arg-type]
+
+    changes = [{}, {"weights": "1"}, {"tokenizer": "1"}, {"template": "1"}]
+    assert len({identity(**change) for change in changes}) == 4
+    assert identity((SimpleNamespace(arrays="prefixes/p/cache.safetensors"),)) == identity()
 
 
 @pytest.mark.parametrize("window", [1, 3, 8])
