@@ -191,8 +191,8 @@ class CacheArray(Frozen):
         axes: one letter for each axis of the shape ("LBKSH").
         dtype: a key of `DTYPE_BYTES`.
         layout: the layout in the programs of the first target; programs of other targets may declare different layouts.
-        window: number of positions that a token of these layers attends to; 0 for all. An array with a window is a
-            ring buffer: position p is stored at index p mod S, where S is the size of this array's axis "S".
+        window: number of positions that a token attends to in the array's layers; 0 for all. An array with a window is
+            a ring buffer: position p is stored at index p mod S, where S is the size of this array's axis "S".
         layers: indices of the layers whose keys or values the array holds, in the order of its first axis.
         bytes: size in bytes.
     """

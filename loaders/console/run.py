@@ -232,7 +232,7 @@ def _answer(
 
 @contextmanager
 def fast_start(artifact: Path | str) -> Iterator[None]:
-    """Use one OpenBLAS thread and, for a folder, no garbage collection while the block imports and loads.
+    """Limit OpenBLAS to one thread inside the block, and turn garbage collection off if the artifact is a folder.
 
     Args:
         artifact: a path or a URL. A URL leaves garbage collection on, because a pull makes garbage and takes

@@ -104,8 +104,8 @@ def _check_grammar(text: str) -> None:
     # Count the ampersands in schemas, too, because regular expressions around an intersection may look like a schema.
     if text.count("&") > _MOST_INTERSECTED:
         raise PrecastError(
-            f"Sampling parameters: grammar must have at most {_MOST_INTERSECTED} intersections (&), found"
-            f" {text.count('&')}; use fewer, and write & within schemas as \\u0026."
+            f"Sampling parameters: grammar must contain at most {_MOST_INTERSECTED} times &, found"
+            f" {text.count('&')}; use fewer intersections, and write & inside a schema as \\u0026."
         )
 
 
@@ -169,7 +169,9 @@ def _checked_schema(value: Any) -> str:
     except RecursionError:
         raise _too_deep(_parameter("json_schema")) from None
     except (TypeError, ValueError) as error:
-        raise PrecastError(f"Sampling parameters: json_schema must be JSON, found: {error}.") from None
+        raise PrecastError(
+            f"Sampling parameters: json_schema is not valid JSON: {error}; correct it."
+        ) from None
     _check_text("json_schema", text)
     _check_schema(_parameter("json_schema"), json.loads(text))  # plain dictionaries and lists
     return text
@@ -199,18 +201,20 @@ def _parsed(text: str) -> Any:
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"the key {json.dumps(twice)} twice in one object")
+            raise ValueError(f"an object has the key {json.dumps(twice)} twice")
         return found
 
     def no_number(name: str) -> None:
-        raise ValueError(f"{name}, which is not JSON")
+        raise ValueError(f"{name} is not a JSON number")
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=no_number)
     except RecursionError:
         raise _too_deep(_parameter("json_schema")) from None
     except ValueError as error:
-        raise PrecastError(f"Sampling parameters: json_schema must be JSON, found: {error}.") from None
+        raise PrecastError(
+            f"Sampling parameters: json_schema is not valid JSON: {error}; correct it."
+        ) from None
 
 
 def _too_deep(where: str) -> PrecastError:

@@ -376,7 +376,7 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, int]]:
-    """Yield in order the start and stop of each unbroken range of positions that a path holds of one array."""
+    """Yield, in order, the start and stop of each unbroken range of one array's positions that a path holds."""
     begin = end = 0
     for node, count in path:
         start, stop = node.spans[name].start, node.start + count

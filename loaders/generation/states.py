@@ -51,7 +51,7 @@ def _checked(model: "Model", path: Path) -> "tuple[PrefixTree, Origin]":
     target = model.target
     if model.prefixes is None or not is_reproducible(target):
         raise PrecastError(
-            f"{path}: target {target.name!r} computes keys and values that another process must not reuse; add a target"
-            " for this CPU with precast add-target."
+            f"{path}: target {target.name!r} cannot save or load a state, because no other process may reuse its"
+            " keys and values; add a target for this CPU with precast add-target."
         )
     return model.prefixes, origin_of(model.manifest, target, kernels.isa())

@@ -34,7 +34,7 @@ class StoredPrefix(Frozen):
 
 
 def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> str | None:
-    """Return the reason why a target must not use a prefix, without a full stop; None if there is none.
+    """Return the reason why a target must not use a prefix, or None. The text has no full stop.
 
     Only the target that computed the prefix, with the same kernels, computes the same bits.
 

@@ -99,8 +99,8 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
     """Return the limits for this process.
 
     Args:
-        threads: number of threads needed. Near a limit, the function starts and ends this many threads as a test,
-            because the system hides some of the counts that it compares with its limits.
+        threads: number of threads needed. If the system's limit is not far above it, the function starts and ends
+            this many threads as a test, because the system does not show every thread that counts towards the limit.
         system: root of the file system.
     """
     # Measure the address space first: the test's threads take some of it, which the client's threads reuse later.

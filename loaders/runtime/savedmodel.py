@@ -89,7 +89,7 @@ class Client:
         return np.asarray(cast(Any, buffer))
 
     def free(self, buffers: Iterable[Buffer]) -> None:
-        """Do nothing: TensorFlow frees a tensor with its last reference."""
+        """Do nothing: TensorFlow frees a tensor when its last reference goes."""
 
 
 def client() -> Client:

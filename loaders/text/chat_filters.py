@@ -402,7 +402,7 @@ def _comparison(name: str) -> Callable[..., Any]:
 
 
 def _of_number(name: str) -> Callable[..., Any]:
-    """Wrap jinja2's test `name`: accept only numbers, because it computes `value % n`, which would format a string."""
+    """Wrap jinja2's test `name` so that it accepts only numbers. Its operator `%` would format a string."""
     function: Any = TESTS[name]
 
     def run(value: Any, *args: Any) -> Any:

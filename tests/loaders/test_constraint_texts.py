@@ -52,15 +52,15 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"grammar": "&" * 13},
             (
-                "grammar must have at most 12 intersections (&), found 13; use fewer, and write & within"
-                " schemas as \\u0026."
+                "grammar must contain at most 12 times &, found 13; use fewer intersections, and write & inside a"
+                " schema as \\u0026."
             ),
         ),
         (  # it looks like a schema, and is two regular expressions around an intersection
             {"grammar": 'start: T\nT: /[%json {"a":"]/ ' + "& /b/ " * 13 + '& /["}]/'},
             (
-                "grammar must have at most 12 intersections (&), found 14; use fewer, and write & within"
-                " schemas as \\u0026."
+                "grammar must contain at most 12 times &, found 14; use fewer intersections, and write & inside a"
+                " schema as \\u0026."
             ),
         ),
         (
@@ -77,21 +77,21 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"json_schema": "{"},
             (
-                "json_schema must be JSON, found: Expecting property name enclosed in double quotes: line 1 column 2"
-                " (char 1)."
+                "json_schema is not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2"
+                " (char 1); correct it."
             ),
         ),
         (
             {"json_schema": '{"a": 1, "a": 2}'},
-            'json_schema must be JSON, found: the key "a" twice in one object.',
+            'json_schema is not valid JSON: an object has the key "a" twice; correct it.',
         ),
         (
             {"json_schema": '{"const": NaN}'},
-            "json_schema must be JSON, found: NaN, which is not JSON.",
+            "json_schema is not valid JSON: NaN is not a JSON number; correct it.",
         ),
         (
             {"json_schema": {"const": {1, 2}}},
-            "json_schema must be JSON, found: Object of type set is not JSON serializable.",
+            "json_schema is not valid JSON: Object of type set is not JSON serializable; correct it.",
         ),
         (
             {"json_schema": deep(101)},

@@ -131,8 +131,8 @@ def test_targets_that_cannot_reuse_anything_are_refused(tiny_artifact, tmp_path)
         with pytest.raises(PrecastError) as error:
             act(tmp_path / "x.state")
         assert str(error.value) == (
-            f"{tmp_path / 'x.state'}: target 'portable' computes keys and values that another process must not reuse;"
-            " add a target for this CPU with precast add-target."
+            f"{tmp_path / 'x.state'}: target 'portable' cannot save or load a state, because no other process may"
+            " reuse its keys and values; add a target for this CPU with precast add-target."
         )
 
 
