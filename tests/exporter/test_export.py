@@ -149,7 +149,8 @@ def test_named_templates_are_exported(tmp_path, tiny_source):
     def ids(text):
         return model.tokenizer.encode(text, add_special_tokens=False)
 
-    assert model.chat_prompt(chat, tools=[{}, {}]) == ids("<s>the 2 dogs")
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+    assert model.chat_prompt(chat, tools=tools) == ids("<s>the 2 dogs")
     assert model.chat_prompt(chat, template="rag") == ids("<s>the cat")
     assert model.chat_prompt(chat) == model.chat_prompt(chat, template="default") != ids("<s>the cat")
 

@@ -343,7 +343,7 @@ BAD: list[tuple[bytes | dict[str, Any], str, str]] = [
     (
         {"prompt": "a", "json_schema": "{"},
         "invalid_request",
-        "Sampling parameters: json_schema must be JSON, found",
+        "Sampling parameters: json_schema is not valid JSON: ",
     ),
     (
         {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"schema": 3}}},

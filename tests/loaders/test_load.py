@@ -96,8 +96,8 @@ def test_the_source_of_an_artifact_is_refused_with_the_command_that_makes_one(tm
         "a model/model.safetensors": make.format("weights of a Hugging Face model", "'a model'"),
         "artifacts": "expected one artifact, found 2 (a, b); name one of them.",
         ".": "expected an artifact, found 2 (artifacts/a, artifacts/b); name one of them.",
-        "elsewhere/model-1.5B": "expected the folder of an artifact, but it does not exist; to export the model of this"
-        " name from the Hugging Face hub: precast export elsewhere/model-1.5B",
+        "elsewhere/model-1.5B": "expected the folder of an artifact, but it does not exist; export the model of this"
+        " name from the Hugging Face hub with: precast export elsewhere/model-1.5B",
         "org/model": "expected the folder of an artifact, but it does not exist; make an artifact with precast"
         " export, or check the path.",
     }

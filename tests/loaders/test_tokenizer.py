@@ -262,7 +262,10 @@ def test_chat_is_rendered_by_the_template() -> None:
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.render_chat(messages) == "<s>[user]hi</s>[assistant]"
     assert (
-        tokenizer.render_chat(messages, ChatOptions(add_generation_prompt=False, tools=[{}]))
+        tokenizer.render_chat(
+            messages,
+            ChatOptions(add_generation_prompt=False, tools=[{"type": "function", "function": {"name": "f"}}]),
+        )
         == "<s>[user]hi</s>1"
     )
 
