@@ -310,6 +310,8 @@ def _start(model: "Model", request: _Request, params: SamplingParams) -> "Stream
         return _stream(model, request.fields, params)
     except PrecastError as error:
         return _Failure(_INVALID, str(error))
+    except RecursionError:  # a request that could just be parsed may still be nested too deeply to be checked
+        return _Failure(_INVALID, "request: expected a JSON object, found JSON that is nested too deeply.")
 
 
 def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) -> "Stream":

@@ -302,6 +302,18 @@ def test_parquet_in_and_out(slots_model: Any, tmp_path: Path) -> None:
     assert str(error.value) == f"{target}: exists already; remove it, or choose another output."
 
 
+@pytest.mark.parametrize("field", ["stop", "choice", "bad_words_ids"])
+def test_a_request_at_the_limit_of_nesting_has_an_error_record(
+    slots_model: Any, tmp_path: Path, field: str
+) -> None:
+    """Some depths can be parsed, but are too deep for the check of the field."""
+    depths = range(850, 1001)
+    lines = [f'{{"prompt": "a", "{field}": {"[" * depth}{"]" * depth}}}\n' for depth in depths]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    found = batch.run(slots_model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", PARAMS)
+    assert found == BatchResult(kept=0, answers=0, errors=len(depths))
+
+
 def test_parquet_takes_every_id(slots_model: Any, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     lines = [{"prompt": "a", "custom_id": custom_id} for custom_id in (7, "7", "half \ud800")]
