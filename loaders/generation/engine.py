@@ -191,6 +191,15 @@ class Engine:
         """The sliding window of each array of the KV cache, in positions; 0 for an array without a window."""
         return {array.name: array.window for array, _ in self._arrays}
 
+    def filled_bytes(self, filled: Sequence[int]) -> int:
+        """Return the memory that a KV cache takes, in bytes, after this number of positions was filled in each slot."""
+        return sum(
+            array.bytes // (self.slots * size) * min(positions, size)
+            for array, _ in self._arrays
+            for size in (array.shape[array.axes.index("S")],)
+            for positions in filled
+        )
+
     def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
         """Return writable views of a slot's keys and values, by array. The next call of a program invalidates them.
 

@@ -23,6 +23,8 @@ from .kv_state import Span
 # The default limit is an eighth of the memory that is available when the first prompt ends, but at most this much.
 MAX_DEFAULT_BYTES = 512 << 20
 _DEFAULT_SHARE = 8
+# An idle KV cache that takes at most this much stays in memory for the next prompt.
+_SPARE_BYTES = 128 << 20
 # Seconds that an ending generation waits for the tree's lock. After that, its keys and values are discarded.
 _LONGEST_WAIT_S = 1.0
 
@@ -130,6 +132,11 @@ class PrefixTree:
     def bytes(self) -> int:
         """The memory that the tree takes, in bytes, without mapped files."""
         return self._bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """The maximum memory of an idle KV cache, in bytes; 0 if the tree may hold nothing."""
+        return 0 if self._limit == 0 else _SPARE_BYTES
 
     def match(self, tokens: Sequence[int]) -> Match:
         """Return the longest prefix of the tokens that the tree holds."""

@@ -40,9 +40,13 @@ class Prefixes(Protocol):
 
     Attributes:
         every_chunk: True if each chunk of a prompt must be captured before the next chunk overwrites it.
+        spare_bytes: maximum memory of an idle KV cache that the scheduler keeps, in bytes.
     """
 
     every_chunk: bool
+
+    @property
+    def spare_bytes(self) -> int: ...
 
     def restore(self, tokens: Sequence[int], cache: KVCache, slot: int) -> int:
         """Write the keys and values of the longest known prefix to a slot's first positions.
@@ -76,7 +80,7 @@ class SchedulerStats(Frozen):
     Attributes:
         running: sequences that hold a slot.
         waiting: sequences whose prompt the model has not begun to read.
-        slots: slots of the KV caches in memory.
+        slots: slots of the KV caches in use.
         steps: calls of the engine.
         prompt_tokens: tokens of prompts that the model read.
         cached_tokens: tokens of prompts whose keys and values came from prefixes instead.
@@ -95,8 +99,9 @@ class SchedulerStats(Frozen):
 class Scheduler:
     """The sequences of one engine, their KV caches, and the step that advances them.
 
-    A KV cache is created when a sequence needs a slot, and freed when the last sequence in its slots ends. Threads may
-    share a scheduler.
+    A KV cache is created when a sequence needs a slot. When the last sequence in its slots ends, it is freed, or kept
+    for the next sequence: writing to memory that the operating system has to provide first takes several times as long.
+    Threads may share a scheduler.
 
     Args:
         engine: the engine to run.
@@ -118,6 +123,7 @@ class Scheduler:
         self._waiting: deque[TokenSequence] = deque()
         self._reading: tuple[TokenSequence, Batch] | None = None  # the sequence whose prompt is being read
         self._batches: list[Batch] = []
+        self._spare: Batch | None = None  # an idle KV cache
         self._round: deque[Batch] = deque()  # the batches that have not decoded in this round yet
         self._timed: dict[TokenSequence, float] = {}
         self._broken: list[BaseException] = []
@@ -314,8 +320,9 @@ class Scheduler:
             sequence = self._waiting[0]
             try:
                 if batch is None:
-                    batch = Batch(self._engine.new_cache(), self._engine.slots)
+                    batch = self._spare or Batch(self._engine.new_cache(), self._engine.slots)
                     self._batches.append(batch)
+                    self._spare = None
                 self._join(sequence, batch, began)
             except Exception as error:
                 self._fail(sequence, error)
@@ -419,9 +426,16 @@ class Scheduler:
             batch.remove(sequence)
             if not batch.running():
                 self._batches.remove(batch)
+                self._spare = batch if sequence.error is None and self._may_keep(batch) else self._spare
                 self._round = deque(b for b in self._round if b is not batch)
         sequence.ended = True
         self._guard(sequence, sequence.tell)
+
+    def _may_keep(self, batch: Batch) -> bool:
+        return (
+            self._prefixes is not None
+            and self._engine.filled_bytes(batch.filled) <= self._prefixes.spare_bytes
+        )
 
     def _fail(self, sequence: TokenSequence, error: BaseException) -> None:
         sequence.error = error

@@ -36,11 +36,13 @@ class Batch:
     Attributes:
         cache: the KV cache.
         sequences: the sequence in each slot, [B]; None for a free slot.
+        filled: number of positions in each slot, [B], that ended sequences have filled.
     """
 
     def __init__(self, cache: "KVCache", slots: int) -> None:
         self.cache = cache
         self.sequences: list[TokenSequence | None] = [None] * slots
+        self.filled = [0] * slots
 
     def add(self, sequence: "TokenSequence") -> None:
         """Put a sequence into a free slot."""
@@ -49,6 +51,8 @@ class Batch:
 
     def remove(self, sequence: "TokenSequence") -> None:
         """Free a sequence's slot."""
+        filled = max(sequence.filled, sequence.written)
+        self.filled[sequence.slot] = max(self.filled[sequence.slot], filled)
         self.sequences[sequence.slot] = sequence.batch = None
 
     def running(self) -> "list[TokenSequence]":

@@ -57,6 +57,9 @@ class FakeEngine:
         self.before: Callable[[str], None] = lambda name: None
         self.poisoned: int | None = None
 
+    def filled_bytes(self, filled: list[int]) -> int:
+        return sum(filled)
+
     def new_cache(self) -> FakeCache:
         self._call("cache", ())
         return FakeCache(self.slots)
@@ -107,8 +110,9 @@ class FakePrefixes:
 
     every_chunk = False
 
-    def __init__(self) -> None:
+    def __init__(self, spare_bytes: int = 0) -> None:
         self.known: list[list[int]] = []
+        self.spare_bytes = spare_bytes
 
     def restore(self, tokens: list[int], cache: Any, slot: int) -> int:
         def common(known: list[int]) -> int:

@@ -279,3 +279,51 @@ def test_a_thread_waits_while_the_only_sequence_pauses_for_its_reader(
             found.append(slow.unread.popleft().token)
     waiter.join(60)
     assert found == alone([1])
+
+
+# --- an idle KV cache ---------------------------------------------------------------------------------------
+
+
+def caches(engine: Any) -> int:
+    return sum(name == "cache" for name, _ in engine.calls)
+
+
+def test_an_idle_cache_serves_the_next_sequence(
+    fake_engine: Any, fake_prefixes: Any, new_sequence: Any, alone: Any
+) -> None:
+    engine = fake_engine()
+    scheduler = Scheduler(engine, prefixes=fake_prefixes(spare_bytes=100))
+    for prompt in ([1], [2, 3], [4]):
+        sequence = new_sequence(prompt)
+        run(scheduler, sequence)
+        assert answer(sequence) == alone(prompt)
+        assert scheduler.stats().slots == 0
+    assert caches(engine) == 1
+
+
+def test_a_cache_that_takes_much_memory_is_freed(
+    fake_engine: Any, fake_prefixes: Any, new_sequence: Any
+) -> None:
+    """The limit counts each slot at the most that a sequence has filled of it, since the cache was created."""
+    engine = fake_engine()
+    scheduler = Scheduler(engine, prefixes=fake_prefixes(spare_bytes=30))
+    run(scheduler, *(new_sequence([n], limit=10) for n in range(3)))  # 10 positions in each of 3 slots
+    run(scheduler, new_sequence([7], limit=5))
+    assert caches(engine) == 1
+    run(scheduler, new_sequence([8], limit=11))
+    run(scheduler, new_sequence([9], limit=5))
+    assert caches(engine) == 2
+
+
+def test_a_cache_is_freed_after_a_failure_or_without_prefixes(
+    fake_engine: Any, fake_prefixes: Any, new_sequence: Any
+) -> None:
+    for prefixes, failing in ((None, False), (fake_prefixes(spare_bytes=100), True)):
+        engine = fake_engine()
+        scheduler = Scheduler(engine, prefixes=prefixes)
+        if failing:
+            engine.before = lambda name: 1 / 0 if name == "decode" else None
+        run(scheduler, new_sequence([1]))
+        engine.before = lambda name: None
+        run(scheduler, new_sequence([1]))
+        assert caches(engine) == 2
