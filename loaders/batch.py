@@ -44,7 +44,7 @@ _WINDOW = 1024
 _PARQUET = ".parquet"
 # Files of an artifact that decide its answers.
 _DECIDING = (".safetensors", "tokenizer.json", ".jinja")
-_INVALID = "invalid_request"
+_INVALID, _TOO_DEEP = "invalid_request", "JSON that is nested too deeply"
 # Fields of OpenAI's requests that do not change the answer; and the supported values of fields that would change it.
 _IGNORED = frozenset({"model", "user", "metadata", "store"})
 _SUPPORTED: Mapping[str, tuple[object, ...]] = {"n": (1, None), "stream": (False, None)}
@@ -179,12 +179,7 @@ def _lines(source: Path, identity: bytes) -> Iterator[tuple[str, Mapping[str, An
         return
     with _reading(source) as file:
         for number, line in enumerate(file, 1):
-            parsed = _parsed(line, f"{source}: line {number}")
-            key = _key(identity, line.rstrip(b"\r\n"))
-            if isinstance(parsed, PrecastError):
-                yield key, _Failure("invalid_json_line", str(parsed))
-            else:
-                yield key, parsed
+            yield _key(identity, line.rstrip(b"\r\n")), _parsed(line, f"{source}: line {number}")
 
 
 def _reading(source: Path) -> IO[bytes]:
@@ -198,16 +193,18 @@ def _key(identity: bytes, request: bytes) -> str:
     return hashlib.sha256(identity + b"\0" + request).hexdigest()[:16]
 
 
-def _parsed(line: bytes, where: str) -> dict[str, Any] | PrecastError:
+def _parsed(line: bytes, where: str) -> dict[str, Any] | _Failure:
     try:
         value = json.loads(line)
     except RecursionError:
-        return PrecastError(f"{where}: expected a JSON object, found JSON that is nested too deeply.")
+        found = _TOO_DEEP
     except ValueError:
-        return PrecastError(f"{where}: expected a JSON object, found {_shortened(line)}.")
-    if not isinstance(value, dict):
-        return PrecastError(f"{where}: expected a JSON object, found {_shortened(line)}.")
-    return value
+        found = _shortened(line)
+    else:
+        if isinstance(value, dict):
+            return value
+        found = _shortened(line)
+    return _Failure("invalid_json_line", f"{where}: expected a JSON object, found {found}.")
 
 
 def _shortened(line: bytes) -> str:
@@ -242,7 +239,7 @@ def _keep_records(file: IO[bytes], requests: Iterator[_Request], records: Path, 
         if not line.endswith(b"\n"):
             break
         record, request = _parsed(line, f"{records}: line {number}"), next(requests, None)
-        if isinstance(record, PrecastError) or request is None or record.get("key") != request.key:
+        if isinstance(record, _Failure) or request is None or record.get("key") != request.key:
             raise PrecastError(
                 f"{records}: line {number} is not the record of line {number} of {source} with this model and these"
                 " options; choose another output, or remove this one."
@@ -311,7 +308,7 @@ def _start(model: "Model", request: _Request, params: SamplingParams) -> "Stream
     except PrecastError as error:
         return _Failure(_INVALID, str(error))
     except RecursionError:  # a request that could just be parsed may still be nested too deeply to be checked
-        return _Failure(_INVALID, "request: expected a JSON object, found JSON that is nested too deeply.")
+        return _Failure(_INVALID, f"request: expected a JSON object, found {_TOO_DEEP}.")
 
 
 def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) -> "Stream":

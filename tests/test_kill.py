@@ -54,7 +54,7 @@ def test_an_incomplete_artifact_is_noticed(tiny_artifact, python, tmp_path):
 
 
 POINTS = """
-import os, shutil, sys, traceback
+import os, shutil, sys
 from pathlib import Path
 from precast.loaders import add_prefix as adding
 from precast.loaders.artifact import folders
@@ -65,6 +65,7 @@ from precast.loaders.audit.verify import check_files
 from precast.loaders.locate import read_manifest
 
 sys.path.insert(0, sys.argv[1])
+from kill import run_and_exit
 from run import sign_base
 
 plain, prefixed, root = (Path(argument) for argument in sys.argv[2:])
@@ -106,13 +107,7 @@ def killed_before(n, function):
             if seen == n:
                 os._exit(9)
     sys.addaudithook(hook)
-    try:
-        function()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
+    run_and_exit(function)
 
 for before, act, after in ((plain, add, tidy), (prefixed, remove, tidy), (plain, replace, replace)):
     code, n = 9, 0

@@ -1,7 +1,6 @@
 // Any CPU: vectors of four floats, which every compiler maps to the target's registers (SSE2, NEON, scalars).
 #include <cmath>
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 #include <utility>
 

@@ -125,7 +125,7 @@ def _checked_choice(value: Any) -> tuple[str, ...]:
 # --- tools --------------------------------------------------------------------------------------------------
 
 
-def tool_constraint(grammar: str, schemas: Sequence[tuple[str, Mapping[str, Any]]]) -> ConstraintText:
+def tool_constraint(grammar: str, schemas: Sequence[tuple[str, dict[str, Any]]]) -> ConstraintText:
     """Return the constraint of an answer that consists of tool calls only.
 
     Args:
@@ -145,8 +145,8 @@ def tool_constraint(grammar: str, schemas: Sequence[tuple[str, Mapping[str, Any]
             f"tools: with tool_choice, names and parameters must have at most {_LONGEST['tools']:,} characters, found"
             f" {size:,}; give fewer tools, or name one tool in tool_choice."
         )
-    for where, text in texts:
-        _check_schema(where, json.loads(text))
+    for (where, _), (_, schema) in zip(texts, schemas, strict=True):
+        _check_schema(where, schema)
     return ConstraintText("tool_choice", grammar, tuple(texts))
 
 

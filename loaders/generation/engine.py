@@ -193,12 +193,11 @@ class Engine:
 
     def filled_bytes(self, filled: Sequence[int]) -> int:
         """Return the memory that a KV cache takes, in bytes, after this number of positions was filled in each slot."""
-        return sum(
-            array.bytes // (self.slots * size) * min(positions, size)
-            for array, _ in self._arrays
-            for size in (array.shape[array.axes.index("S")],)
-            for positions in filled
-        )
+        total = 0
+        for array, _ in self._arrays:
+            size = array.shape[array.axes.index("S")]
+            total += array.bytes // (self.slots * size) * sum(min(positions, size) for positions in filled)
+        return total
 
     def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
         """Return writable views of a slot's keys and values, by array. The next call of a program invalidates them.

@@ -426,7 +426,8 @@ class Scheduler:
             batch.remove(sequence)
             if not batch.running():
                 self._batches.remove(batch)
-                self._spare = batch if sequence.error is None and self._may_keep(batch) else self._spare
+                if sequence.error is None and self._may_keep(batch):
+                    self._spare = batch
                 self._round = deque(b for b in self._round if b is not batch)
         sequence.ended = True
         self._guard(sequence, sequence.tell)

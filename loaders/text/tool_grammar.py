@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
+from .tool_calls import tool_schemas
 from .vocabulary_bytes import grammar_symbol
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class ToolGrammar(NamedTuple):
     """
 
     lark: str
-    schemas: Sequence[tuple[str, Mapping[str, Any]]]
+    schemas: Sequence[tuple[str, dict[str, Any]]]
 
 
 def tool_grammar(
@@ -47,8 +48,7 @@ def tool_grammar(
     Raises:
         PrecastError: no tool has the chosen name, or the calls of the model family are not JSON.
     """
-    functions = [tool.get("function", tool) for tool in tools]
-    chosen = [f for f in functions if choice in (REQUIRED, f["name"])]
+    chosen = [(name, schema) for name, schema in tool_schemas(tools).items() if choice in (REQUIRED, name)]
     if not chosen:
         raise PrecastError(
             f"tool_choice: expected {REQUIRED!r}, 'auto' or the name of a tool, found {choice!r:.60}."
@@ -58,19 +58,18 @@ def tool_grammar(
     key = "parameters" if form.name == "llama3" else "arguments"
     lines = [f"start: {_calls(form.name, marks, is_named)}"]
     lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(chosen))))
-    for n, function in enumerate(chosen):
-        name = function["name"]
+    for n, (name, _) in enumerate(chosen):
         if is_named:
             call = f"{json.dumps(name)} {marks['[ARGS]']} @arguments_{n}"
         else:
             before = f'{{"name": {json.dumps(name)}, "{key}": '
             call = f'{json.dumps(before)} @arguments_{n} "}}"'
         lines.append(f"call_{n}: {call}")
-    return ToolGrammar("\n".join(lines), [(f["name"], _arguments(f)) for f in chosen])
+    return ToolGrammar("\n".join(lines), [(name, _arguments(schema)) for name, schema in chosen])
 
 
-def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", **(function.get("parameters") or {}), "x-guidance": _LAYOUT}
+def _arguments(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", **schema, "x-guidance": _LAYOUT}
 
 
 def _calls(family: str, marks: Mapping[str, str], is_named: bool) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import NoReturn
 
 import campaign
 
@@ -140,6 +141,17 @@ def check_records(requests: campaign.Requests, *, complete: bool) -> None:
     assert fault is None, fault
 
 
+def run_and_exit(function: Callable[[], object]) -> NoReturn:
+    """Run a function in a forked child and end the process: with 0, or with a traceback and 1 after an exception."""
+    try:
+        function()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
 def in_child(function: Callable[[], object], log: Path, kill_after: float | None = None) -> bool | None:
     """Run a function in a child process; return True if it succeeded, None if the kill came first.
 
@@ -151,13 +163,7 @@ def in_child(function: Callable[[], object], log: Path, kill_after: float | None
         with log.open("wb") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
-        try:
-            function()
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-        os._exit(0)
+        run_and_exit(function)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
