@@ -16,23 +16,36 @@ import pytest
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.generation.stream import Completion, Stream
+from precast.loaders.load import load
 
 PROMPT = [7, 200, 31]
 FREE = SamplingParams(ignore_eos=True)
 
 
-@pytest.fixture
-def caches(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """Collect weak references to every new cache. Reference counting alone must free them."""
+@pytest.fixture(scope="module")
+def tiny_model(tiny_artifact: Path) -> Model:
+    """Return a model that keeps no memory for later prompts, so that only streams hold KV caches."""
+    return load(tiny_artifact, prefix_memory=0)
+
+
+def watched_caches(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return a list that collects weak references to every new cache."""
     made: list[Any] = []
-    new_cache = tiny_model.engine.new_cache
+    new_cache = model.engine.new_cache
 
     def watched() -> Any:
         cache = new_cache()
         made.append(weakref.ref(cache))
         return cache
 
-    monkeypatch.setattr(tiny_model.engine, "new_cache", watched)
+    monkeypatch.setattr(model.engine, "new_cache", watched)
+    return made
+
+
+@pytest.fixture
+def caches(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Collect weak references to every new cache. Reference counting alone must free them."""
+    made = watched_caches(tiny_model, monkeypatch)
     gc.disable()
     yield made
     gc.enable()
@@ -81,6 +94,21 @@ def test_a_finished_stream_holds_no_cache(tiny_model: Model, caches: list[Any]) 
     stream = tiny_model.stream(PROMPT, FREE)
     stream.finish()
     assert (len(caches), living(caches)) == (1, 0)
+
+
+def test_a_model_that_may_keep_prefixes_keeps_one_cache(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_artifact)
+    made = watched_caches(model, monkeypatch)
+    for _ in range(3):
+        stream = begun(model)
+        del stream
+    assert (len(made), living(made)) == (1, 1)
+    monkeypatch.undo()
+    del model
+    gc.collect()
+    assert living(made) == 0
 
 
 def closed_by_name(stream: Stream) -> None:
