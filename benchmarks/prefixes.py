@@ -98,8 +98,9 @@ def _text(model, length: int) -> str:
     """Return a text of about `length` tokens, from the text that measures fidelity."""
     from precast.loaders.audit import evaluate
 
-    text = evaluate.read_text(evaluate.SHIPPED_TEXT, length)
-    return model.tokenizer.decode(model.tokenizer.encode(text)[:length])
+    tokens = model.tokenizer.encode(evaluate.read_text(evaluate.SHIPPED_TEXT, length))
+    # The text is repeated if it is too short.
+    return model.tokenizer.decode((tokens * -(-length // len(tokens)))[:length])
 
 
 def start(artifact: Path, rounds: int, length: int, folder: Path) -> dict:

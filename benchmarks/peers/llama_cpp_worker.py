@@ -1,6 +1,7 @@
 """llama.cpp through llama-cpp-python: its loader, and then its C functions, the fastest way to run single tokens."""
 
 import ctypes
+import time
 from collections.abc import Iterator, Sequence
 
 import llama_cpp as lib
@@ -22,7 +23,8 @@ class LlamaCpp:
 
     packages = ("llama-cpp-python", "numpy")
 
-    def __init__(self, model: str, *, flash_attention: bool = True) -> None:
+    def __init__(self, model: str, *, flash_attention: bool = True, state: str | None = None) -> None:
+        self._state = state
         lib.llama_log_set(_silent, ctypes.c_void_p(0))
         self._model = lib.Llama(
             model,
@@ -48,7 +50,36 @@ class LlamaCpp:
         return self._decode(ids)
 
     def prefill(self, ids: Sequence[int]) -> int:
-        return int(self._fresh(ids).argmax())
+        if self._state is None:
+            return int(self._fresh(ids).argmax())
+        return int(self._decode(ids[self._restore(self._state) :]).argmax())
+
+    def _restore(self, path: str) -> int:
+        """Load a state into the empty cache; return its number of tokens."""
+        tokens, count = (lib.llama_token * CAPACITY)(), ctypes.c_size_t()
+        if not lib.llama_state_seq_load_file(
+            self._context, path.encode(), 0, tokens, CAPACITY, ctypes.byref(count)
+        ):
+            raise RuntimeError(f"llama.cpp could not load the state {path}")
+        return count.value
+
+    def store(self, ids: Sequence[int], path: str) -> None:
+        self._fresh(ids)
+        tokens = (lib.llama_token * len(ids))(*ids)
+        if not lib.llama_state_seq_save_file(self._context, path.encode(), 0, tokens, len(ids)):
+            raise RuntimeError(f"llama.cpp could not save the state {path}")
+
+    def chat(self, turns: Sequence[Sequence[int]], answer: int) -> list[float]:
+        times, unread = [], list[int]()
+        lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
+        for turn in turns:
+            started = time.perf_counter()
+            token = int(self._decode([*unread, *turn]).argmax())
+            times.append(time.perf_counter() - started)
+            for _ in range(answer - 1):
+                token = int(self._decode([token]).argmax())
+            unread = [token]
+        return times
 
     def step(self, token: int, position: int) -> int:
         return int(self._decode([token]).argmax())

@@ -13,15 +13,18 @@ from contenders import CAPACITY, THREADS
 class OpenVino:
     packages = ("openvino", "openvino-genai", "openvino-tokenizers", "optimum-intel", "nncf")
 
-    def __init__(self, model: str, *, backend: str = "PA", cache: str | None = None) -> None:
+    def __init__(
+        self, model: str, *, backend: str = "PA", cache: str | None = None, prefixes: bool = False
+    ) -> None:
         self._path = model
         properties = {"INFERENCE_NUM_THREADS": THREADS, "ATTENTION_BACKEND": backend}
         if cache is not None:
             properties["KV_CACHE_PRECISION"] = cache
         if backend == "PA":
             scheduler = genai.SchedulerConfig()
-            # Compute repeated prompts again, and each prompt as one batch instead of chunks of 256.
-            scheduler.enable_prefix_caching = False
+            # Without `prefixes`, compute repeated prompts again. Compute each prompt as one batch, instead of chunks of
+            # 256 tokens.
+            scheduler.enable_prefix_caching = prefixes
             scheduler.max_num_batched_tokens = CAPACITY
             properties["scheduler_config"] = scheduler
         self._pipeline = genai.LLMPipeline(model, "CPU", **properties)
@@ -48,6 +51,15 @@ class OpenVino:
         if len(times) != steps + 1:
             raise RuntimeError(f"{len(times)} time stamps of {steps + 1} tokens")
         return prefill, (times[-1] - times[0]) / 1e3 / steps, [int(t) for t in result.tokens[0]]
+
+    def chat(self, turns: Sequence[Sequence[int]], answer: int) -> list[float]:
+        times, ids = [], list[int]()
+        for turn in turns:
+            ids += turn
+            result = self._generate(ids, answer)
+            times.append(result.perf_metrics.get_ttft().mean / 1e3)
+            ids += [int(t) for t in result.tokens[0]]
+        return times
 
     def logits(self, ids: Sequence[int], first: int) -> Iterator[object]:
         if self._request is None:

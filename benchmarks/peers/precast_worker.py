@@ -9,7 +9,7 @@ from worker import timed_run
 class Precast:
     packages = ("precast", "jaxlib", "numpy")
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, prefixes: bool = False) -> None:
         from precast.loaders.console.run import fast_start
 
         with fast_start(Path(model)):
@@ -17,10 +17,12 @@ class Precast:
             from precast.loaders.load import load
 
             self._model = load(model)
-        self._row = DecodeRow
+        self._row, self._prefixes = DecodeRow, prefixes
         self._engine = self._model.engine
 
     def prefill(self, ids: Sequence[int]) -> int:
+        if self._prefixes:
+            return self._generate(ids, 1).token_ids[0]
         self._cache = self._engine.new_cache()
         return int(self._engine.prefill(ids, self._cache).token[0])
 
@@ -29,6 +31,21 @@ class Precast:
 
     def run(self, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
         return timed_run(self, ids, steps)
+
+    def _generate(self, ids: Sequence[int], tokens: int):
+        from precast.loaders.generation.sampling_params import SamplingParams
+
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, prompt_lookup=False)
+        return self._model.generate(list(ids), params)
+
+    def chat(self, turns: Sequence[Sequence[int]], answer: int) -> list[float]:
+        times, ids = [], list[int]()
+        for turn in turns:
+            ids += turn
+            completion = self._generate(ids, answer)
+            times.append(completion.timing.queue_s + completion.timing.prefill_s)
+            ids += completion.token_ids
+        return times
 
     def logits(self, ids: Sequence[int], first: int) -> Iterator[object]:
         from precast.loaders.audit.evaluate import ArtifactScorer

@@ -6,6 +6,8 @@ Each line of standard input is a command, and each line of standard output an an
     {"run": ids, "steps": n}       -> {"prefill_s": …, "step_s": …, "tokens": […]}; a fresh cache, n greedy steps
     {"memory": true}               -> {"anonymous": …, "file": …}, bytes resident
     {"score": ids, "first": i, "out": path} -> {}; logits of the positions i … len − 2 as float32 in a .npy file
+    {"chat": turns, "answer": n} -> {"first_token_s": […]}; turns of new ids, each with a greedy answer of n tokens
+    {"store": ids, "out": path} -> {}; a file with the keys and values of the ids, from contenders that support it
     {"windows": [tokens, window]}  -> {"windows": [[…], …]}, from contenders that support it
 The first line of output reports the load: {"loaded_s": …, "versions": {…}}. With a prompt as fourth argument it also
 has "first_token_at", on the system's monotonic clock.
@@ -69,6 +71,11 @@ def answer(engine: Engine, command: dict) -> dict:
         return resident()
     if "score" in command:
         return _score(engine, command["score"], command["first"], command["out"])
+    if "chat" in command:
+        return {"first_token_s": engine.chat(command["chat"], command["answer"])}
+    if "store" in command:
+        engine.store(command["store"], command["out"])
+        return {}
     if "windows" in command:
         return {"windows": engine.windows(*command["windows"])}
     raise ValueError(f"unknown command {command!r:.60}")
