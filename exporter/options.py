@@ -8,7 +8,7 @@ from precast.loaders.compiling import isa
 
 from .models.registry import ModelSpec
 from .programs import CACHE_TYPES, Geometry, cache_arrays
-from .quantize import FORMATS
+from .quantize import WEIGHTS
 from .targets import savedmodel
 from .targets.kinds import DEFAULT_TARGETS, TARGET_KINDS
 
@@ -34,7 +34,7 @@ class ExportOptions:
         context: S, positions of a slot; None for the model's own limit, but at most `DEFAULT_CONTEXT`.
         slots: B, sequences decoded together. With a target other than cpu and portable, whose idle slots take memory or
             time, None means 1. Otherwise, None means `DEFAULT_SLOTS`, or fewer if the KV cache would be large.
-        weights: storage format of the weights, a key of `FORMATS`.
+        weights: storage format of the weights, one of `WEIGHTS`.
         kv_cache: type of the KV cache, one of `CACHE_TYPES`; None for float32 with float32 weights, else bfloat16.
         targets: keys of `TARGET_KINDS`.
         cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native" for
@@ -61,7 +61,7 @@ def check_options(options: ExportOptions) -> None:
     Raises:
         PrecastError: an option has an impossible value; the message names the option.
     """
-    _check_choice("weights", options.weights, tuple(FORMATS))
+    _check_choice("weights", options.weights, WEIGHTS)
     if options.kv_cache is not None:
         _check_choice("kv-cache", options.kv_cache, CACHE_TYPES)
     if options.slots is not None and not 1 <= options.slots <= _MOST_SLOTS:

@@ -14,7 +14,7 @@ from .models.registry import ModelSpec, read_model
 from .options import ExportOptions, choose_geometry
 from .programs import Geometry, StoredModel, stored_model
 from .sources.base import Source
-from .weights import WeightPlan, plan_weights
+from .weights import WeightPlan, plan_weights, without_minima
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class ExportPlan:
 
     Attributes:
         source: the model to export.
-        weights: storage format of the weights, a key of `FORMATS`.
+        weights: storage format of the weights, one of `WEIGHTS`.
         geometry: context, slots, buckets and type of the KV cache.
         stored: the model, adapted to the context, and the storage format of each of its parameters.
         weight_plan: the source tensors of each parameter.
@@ -57,6 +57,7 @@ def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
     spec = spec.with_context(geometry.context)
     stored = stored_model(spec, options.weights)
     weight_plan = plan_weights(spec.adapt(source), stored.parameters, tied=spec.config.tied_embeddings)
+    stored = dataclasses.replace(stored, formats=without_minima(stored.formats, weight_plan))
     _check_tokenizer(source, spec.config.vocab)
     remarks = (
         *source.remarks,

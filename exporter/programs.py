@@ -78,7 +78,7 @@ class StoredModel:
 
 
 def stored_model(spec: ModelSpec, weights: str) -> StoredModel:
-    """Return a model whose weights are stored in the format `weights`, a key of `FORMATS`.
+    """Return a model whose weights are stored in the format `weights`, one of `WEIGHTS`.
 
     Raises:
         PrecastError: the format is unknown.

@@ -8,10 +8,11 @@ panel) are contiguous and interleaved in the order in which the kernels read the
 - int4: values ``[out/16, in/8, 16, 4]`` with two values per byte: of eight consecutive inputs, the low nibbles hold the
   first four and the high nibbles the last four; scale and minimum ``[out/16, in/32, 16]``; a weight is
   scale · value + minimum.
+- int4-symmetric: the same without the minimum; a weight is scale · (value − 8).
 
 Outputs are padded to whole panels and inputs to whole groups; the padding's values, scales and minima are zero. In a
-partly filled int4 group, the padded weights dequantise to the group's minimum instead of zero, so the activations that
-multiply them must be zero.
+partly filled int4 group, the padded weights dequantise to the group's minimum, or to −8 · scale, not to zero. So the
+activations that multiply them must be zero.
 """
 
 import os
@@ -30,6 +31,9 @@ from .sources.base import QuantisedBlocks
 GROUP = 32
 PANEL = 16
 
+# The format of int4 weights whose source has no minima. An export chooses it by itself.
+INT4_SYMMETRIC = "int4-symmetric"
+
 # Number of weights quantised at a time, so that the intermediate arrays fit into the CPU's cache.
 _BLOCK = 1 << 18
 # Maximum number of threads. Each works on one block, which needs about 12 MB. They run in parallel, because NumPy
@@ -41,8 +45,12 @@ _HALF_MAX = float(np.finfo(np.float16).max)
 # reproduces weights that an earlier quantisation rounded to -7..7.
 _ENDS = (-0.03, 0.0, 0.03, 0.06)
 _CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14))
-# The int8 search multiplies a group by each of these factors before rounding.
+# The searches for int8 and int4-symmetric multiply a group by each of these factors before rounding. Before that, the
+# value of the largest magnitude is 127, or −8. The negative factors make that value positive, 7 or less.
 _STRETCHES = np.linspace(0.98, 1.02, 17).tolist()
+_SYMMETRIC_STRETCHES = [*np.linspace(0.9, 1.15, 11).tolist(), *np.linspace(-1.0, -0.8, 9).tolist()]
+# The value that represents zero in int4-symmetric.
+INT4_ZERO = 8
 _REFITS = 2
 # Smaller numbers underflow float16, and the reciprocals of the smallest overflow float32.
 _TINY = 1e-30
@@ -146,6 +154,8 @@ class _Grouped(Format):
         nibbles: values per byte.
         suffixes: name suffixes of the arrays that hold the coefficients.
         quantise: quantises groups ``[n, G]``.
+        convert: converts blocks to values and coefficients without changing a weight, or returns None.
+        zero: the value that represents zero, if there is no minimum.
     """
 
     dtype: str
@@ -153,6 +163,8 @@ class _Grouped(Format):
     nibbles: int
     suffixes: tuple[str, ...]
     quantise: Callable[[np.ndarray], _Quantised]
+    convert: Callable[[QuantisedBlocks], tuple[np.ndarray, ...] | None]
+    zero: int = 0
 
     def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
         layers, rows, columns = (1,) * (3 - len(shape)) + shape
@@ -170,7 +182,7 @@ class _Grouped(Format):
         return self._store(matrix.shape, lambda rows: self._quantise_rows(matrix[rows]))
 
     def decode(self, arrays: Sequence[np.ndarray], rows: int, columns: int) -> np.ndarray:
-        values = self._unpack(arrays[0])[:rows, :columns].astype(np.float32)
+        values = self._unpack(arrays[0])[:rows, :columns].astype(np.float32) - np.float32(self.zero)
         for i, coefficients in enumerate(arrays[1:]):
             panels, groups, _ = coefficients.shape
             each = coefficients.swapaxes(1, 2).reshape(panels * PANEL, groups)[:rows].astype(np.float32)
@@ -179,7 +191,7 @@ class _Grouped(Format):
         return values
 
     def repack(self, blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-        converted = _as_int4(blocks) if self.nibbles == 2 else _as_int8(blocks)
+        converted = self.convert(blocks)
         if converted is None:
             return None
         return self._store(blocks.values.shape, lambda rows: tuple(part[rows] for part in converted))
@@ -267,24 +279,45 @@ def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
     return (blocks.values + np.int8(8)).view(np.uint8), blocks.scale, minimum.astype(np.float16)
 
 
+def _as_symmetric(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
+    low, high = blocks.values.min(initial=0), blocks.values.max(initial=0)
+    if blocks.minimum is not None or low < -INT4_ZERO or high > 15 - INT4_ZERO:
+        return None
+    return (blocks.values + np.int8(INT4_ZERO)).view(np.uint8), blocks.scale
+
+
 # --- the search for scales ----------------------------------------------------------------------------------
 
 
 def _quantise_int8(x: np.ndarray) -> _Quantised:
-    """Find values -127..127 and a scale for each column.
+    """Find values -127..127 and a scale for each column."""
+    step = np.maximum(x.max(0), -x.min(0)) / np.float32(127)
+    return _quantise_without_minimum(x, step, -127, 127, _STRETCHES)
 
-    Try scales around max / 127. For each scale, round the values, refit the scale to the rounded values by least
+
+def _quantise_symmetric(x: np.ndarray) -> _Quantised:
+    """Find values 0..15 and a scale for each column; 8 represents zero."""
+    low, high = x.min(0), x.max(0)
+    step = np.where(-low > high, low, high) / np.float32(-INT4_ZERO)
+    values, scale = _quantise_without_minimum(x, step, -INT4_ZERO, 15 - INT4_ZERO, _SYMMETRIC_STRETCHES)
+    return values + INT4_ZERO, scale
+
+
+def _quantise_without_minimum(
+    x: np.ndarray, step: np.ndarray, lowest: int, highest: int, stretches: Sequence[float]
+) -> _Quantised:
+    """Find values and a scale for each column.
+
+    Multiply x / step by each of the stretches. Round the products, refit the scale to the rounded values by least
     squares, and compute the error. Use the refitted scale with the least error, unless plain rounding with the scale
-    max / 127 has a smaller error.
+    `step` has a smaller error.
     """
-    most = np.maximum(x.max(0), -x.min(0))
-    step = most / np.float32(127)
-    best, least = step, np.full(most.shape, np.inf, np.float32)
+    best, least = step, np.full(step.shape, np.inf, np.float32)
     t = x * _inverse(step)
     u, q = np.empty_like(t), np.empty_like(t)
-    for stretch in _STRETCHES:
+    for stretch in stretches:
         np.multiply(t, np.float32(stretch), out=u)
-        np.clip(np.rint(u, out=q), -127, 127, out=q)
+        np.clip(np.rint(u, out=q), lowest, highest, out=q)
         u -= q
         # u holds the rounding errors; the error after refitting follows from them.
         qq, qu = np.maximum(_dot(q, q), 1), _dot(q, u)
@@ -292,7 +325,7 @@ def _quantise_int8(x: np.ndarray) -> _Quantised:
         better = error < least
         least = np.where(better, error, least)
         best = np.where(better, step * (1 + qu / qq) / np.float32(stretch), best)
-    return _closest(x, -127, 127, [(_near(best), None), (_near(step), None), (_above(step), None)])
+    return _closest(x, lowest, highest, [(_near(best), None), (_near(step), None), (_above(step), None)])
 
 
 def _quantise_int4(x: np.ndarray) -> _Quantised:
@@ -426,6 +459,7 @@ FORMATS: Mapping[str, Format] = {
             suffixes=(".scale",),
             takes_blocks=True,
             quantise=_quantise_int8,
+            convert=_as_int8,
         ),
         _Grouped(
             name="int4",
@@ -436,6 +470,21 @@ FORMATS: Mapping[str, Format] = {
             suffixes=(".scale", ".minimum"),
             takes_blocks=True,
             quantise=_quantise_int4,
+            convert=_as_int4,
+        ),
+        _Grouped(
+            name=INT4_SYMMETRIC,
+            largest=INT4_ZERO * _HALF_MAX,
+            dtype="uint8",
+            inputs=4,
+            nibbles=2,
+            suffixes=(".scale",),
+            takes_blocks=True,
+            quantise=_quantise_symmetric,
+            convert=_as_symmetric,
+            zero=INT4_ZERO,
         ),
     )
 }
+# The formats that an export can be asked for.
+WEIGHTS = tuple(name for name in FORMATS if name != INT4_SYMMETRIC)

@@ -13,7 +13,7 @@ from precast.loaders.artifact.weights import ALIGNMENT, TensorSpec, aligned_zero
 
 from .models.parameters import Parameter, unknown_sources
 from .models.tensor_names import HEAD
-from .quantize import FORMATS, Format
+from .quantize import FORMATS, INT4_SYMMETRIC, WEIGHTS, Format
 from .sources.base import QuantisedBlocks, Source, SourceTensor
 
 # Tensors that old checkpoints store, although they can be computed from the config.
@@ -141,8 +141,8 @@ def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, st
     Raises:
         PrecastError: the format is unknown.
     """
-    if weights not in FORMATS:
-        raise PrecastError(f"--weights: expected one of {', '.join(FORMATS)}, found {weights!r}.")
+    if weights not in WEIGHTS:
+        raise PrecastError(f"--weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}.")
     return {p.name: _format_of(p, weights) for p in parameters}
 
 
@@ -151,6 +151,16 @@ def _format_of(parameter: Parameter, weights: str) -> str:
         return "int8" if weights == "int4" else weights
     matrix = len(parameter.shape) == _MATRIX_AXES and not parameter.name.endswith(_ROUTER)
     return weights if matrix else "float32"
+
+
+def without_minima(formats: Mapping[str, str], plan: WeightPlan) -> Mapping[str, str]:
+    """Return the formats with `INT4_SYMMETRIC` for each int4 parameter whose sources have no minima."""
+    chosen = dict(formats)
+    for parameter in plan.parameters:
+        tensors = [plan.tensors[name] for name in parameter.sources]
+        if chosen[parameter.name] == "int4" and all(t.blocks is not None and t.is_symmetric for t in tensors):
+            chosen[parameter.name] = INT4_SYMMETRIC
+    return chosen
 
 
 def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> int:

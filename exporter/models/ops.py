@@ -13,7 +13,10 @@ from jax import Array
 
 
 class PackedWeight(NamedTuple):
-    """A stack of quantised weights in the layout of `exporter.quantize`: int8 without `minimum`, or int4 with it."""
+    """A stack of quantised weights in the layout of `exporter.quantize`: int8 (values int8), or int4 (values uint8).
+
+    Symmetric int4 weights have no `minimum`.
+    """
 
     values: Array
     scale: Array

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..quantize import GROUP, PANEL
+from ..quantize import GROUP, INT4_ZERO, PANEL
 from .ops import (
     AttentionParams,
     Batch,
@@ -58,12 +58,14 @@ def _dequantise(weight: PackedWeight, layer: Array, panels: Array | None = None)
         return _layer_slice(stack, layer) if panels is None else _layer_slice(stack, layer)[panels]
 
     values = take(weight.values)  # [P, I / 2, 16, 2] or [P, I / 8, 16, 4]
-    if weight.minimum is not None:
+    if is_int4 := values.dtype == jnp.uint8:
         nibbles = jnp.stack([values & 15, values >> 4], axis=2)  # [P, I / 8, 2, 16, 4]
         values = nibbles.reshape(values.shape[0], -1, *values.shape[2:])  # [P, I / 4, 16, 4]
     matrix = jnp.swapaxes(values, 1, 2).reshape(values.shape[0], values.shape[2], -1)  # [P, 16, I]
     groups = matrix.astype(jnp.float32).reshape(*matrix.shape[:2], -1, GROUP)  # [P, 16, I / 32, 32]
     scale = jnp.swapaxes(take(weight.scale), 1, 2).astype(jnp.float32)[..., None]
+    if is_int4 and weight.minimum is None:
+        groups = groups - INT4_ZERO
     groups = groups * scale
     if weight.minimum is not None:
         groups = groups + jnp.swapaxes(take(weight.minimum), 1, 2).astype(jnp.float32)[..., None]

@@ -33,12 +33,14 @@ class SourceTensor:
         read: returns a new float32 array of `shape`, which the caller owns.
         blocks: returns the tensor before dequantisation; this attribute is None if `QuantisedBlocks` cannot represent
             the tensor exactly.
+        is_symmetric: True if the blocks have values from -8 to 7 and no minima.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
     blocks: Callable[[], QuantisedBlocks] | None = None
+    is_symmetric: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

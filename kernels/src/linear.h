@@ -14,12 +14,13 @@ enum class Format { kFloat32, kBfloat16, kInt8, kInt4 };
 
 // The weights of one layer. Float formats: values [outs, in]. Packed formats, with P = outs / kPanel and I = in, both
 // rounded up and padded with zeros: int8 values [P, I / 2, kPanel, 2]; int4 values [P, I / 8, kPanel, 4], where the low
-// nibbles hold the first four of eight inputs; scale and minimum [P, I / kGroup, kPanel] in half precision.
+// nibbles hold the first four of eight inputs; scale and minimum [P, I / kGroup, kPanel] in half precision. Symmetric
+// int4 weights have no minimum: it is -8 times the scale.
 struct Weight {
   Format format;
   const void* values = nullptr;
   const uint16_t* scale = nullptr;    // int8 and int4
-  const uint16_t* minimum = nullptr;  // int4: added to scale times value
+  const uint16_t* minimum = nullptr;  // int4: added to scale times value; null if symmetric
   int64_t outs;
 };
 

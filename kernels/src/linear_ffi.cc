@@ -86,7 +86,8 @@ float Element(const Weight& w, int64_t o, int64_t k, int64_t in) {
     case Format::kInt4: {
       const auto* values = static_cast<const uint8_t*>(w.values);
       const uint8_t byte = values[((panel * (pad / 8) + k / 8) * kPanel + lane) * 4 + k % 4];
-      return half(w.scale) * (k % 8 < 4 ? byte & 15 : byte >> 4) + half(w.minimum);
+      const float scale = half(w.scale), minimum = w.minimum == nullptr ? -8.0f * scale : half(w.minimum);
+      return scale * (k % 8 < 4 ? byte & 15 : byte >> 4) + minimum;
     }
   }
   return 0.0f;

@@ -122,7 +122,9 @@ inline WeightStack TakeWeights(Operands& operands, int64_t last, int64_t outs, i
     case Format::kInt4:
       w.values = Bytes(operands.TakeStack<uint8_t>("int4 weights", last, ffi::U8, {panels, pad / 8, kPanel, 4}));
       w.scale = operands.TakeStack<uint16_t>("scale", last, ffi::F16, {panels, groups, kPanel});
-      w.minimum = operands.TakeStack<uint16_t>("minimum", last, ffi::F16, {panels, groups, kPanel});
+      // No weight begins with a float16 array, so this operand tells whether the weights have minima.
+      if (const auto minimum = operands.Peek(); minimum.has_value() && minimum->element_type() == ffi::F16)
+        w.minimum = operands.TakeStack<uint16_t>("minimum", last, ffi::F16, {panels, groups, kPanel});
       break;
   }
   return w;

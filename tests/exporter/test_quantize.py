@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.exporter.quantize import FORMATS, GROUP, PANEL, StoredArray
+from precast.exporter.quantize import FORMATS, GROUP, INT4_SYMMETRIC, PANEL, StoredArray
 from precast.exporter.sources.base import QuantisedBlocks
 from precast.loaders.artifact.errors import PrecastError
 
@@ -57,6 +57,8 @@ def element(name: str, arrays, o: int, k: int) -> np.float32:
         return scale * np.float32(arrays[0][o // 16, k // 2, o % 16, k % 2])
     byte = int(arrays[0][o // 16, k // 8, o % 16, k % 4])
     value = byte & 15 if k % 8 < 4 else byte >> 4
+    if name == INT4_SYMMETRIC:
+        return scale * np.float32(value - 8)
     return scale * np.float32(value) + np.float32(arrays[2][o // 16, k // 32, o % 16])
 
 
@@ -83,6 +85,7 @@ def spread(coefficients: np.ndarray, rows: int, columns: int) -> np.ndarray:
                 (".minimum", (3, 2, 2, 16), "float16"),
             ],
         ),
+        (INT4_SYMMETRIC, [("", (3, 2, 8, 16, 4), "uint8"), (".scale", (3, 2, 2, 16), "float16")]),
     ],
 )
 def test_the_arrays_of_a_stack(name, expected):
@@ -99,7 +102,7 @@ def test_packed_formats_store_a_matrix_as_a_stack_of_one(name, shape):
     assert FORMATS[name].arrays((50, 40))[0].shape == shape
 
 
-@INTEGERS
+@pytest.mark.parametrize("name", ["int8", "int4", INT4_SYMMETRIC])
 @given(shape=shapes, seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=30)
 def test_every_weight_lies_where_the_kernels_look(name, shape, seed):
@@ -363,6 +366,7 @@ def dequantised(found: QuantisedBlocks) -> np.ndarray:
         ("int8", blocks(-8, 7)),
         ("int4", blocks(-8, 7)),
         ("int4", blocks(0, 15, minimum=True)),
+        (INT4_SYMMETRIC, blocks(-8, 7)),
     ],
 )
 def test_blocks_are_stored_exactly(name, given):
@@ -382,6 +386,9 @@ def test_blocks_are_stored_exactly(name, given):
         ("int4", blocks(-9, 7)),
         ("int4", blocks(-8, 8)),
         ("int4", blocks(0, 16, minimum=True)),
+        (INT4_SYMMETRIC, blocks(-8, 8)),
+        (INT4_SYMMETRIC, blocks(-9, 7)),
+        (INT4_SYMMETRIC, blocks(0, 15, minimum=True)),
         ("float32", blocks(-8, 7)),
         ("bfloat16", blocks(-8, 7)),
     ],

@@ -1,6 +1,7 @@
 """Artifacts with every format of weights and KV cache, compared with the uncached pass over the stored weights."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from precast.exporter.models.registry import read_model
 from precast.exporter.programs import TABLES, StoredModel, stored_model
-from precast.exporter.quantize import FORMATS
+from precast.exporter.quantize import GROUP, WEIGHTS
+from precast.exporter.sources.base import QuantisedBlocks, Source, SourceTensor
 from precast.loaders.artifact.weights import map_weights
 from precast.loaders.generation.engine import DecodeRow
 from precast.loaders.load import load
@@ -22,7 +24,7 @@ LOST = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
 # Further tolerances by type of the weights: their products round activations to 16 or 8 bits.
 ROUNDED = {"int8": 1e-3, "int4": 0.03}
 KINDS = [
-    *((weights, "bfloat16") for weights in FORMATS),
+    *((weights, "bfloat16") for weights in WEIGHTS),
     ("int8", "float32"),
     ("float32", "int8"),
     ("int4", "int8"),
@@ -80,6 +82,52 @@ def test_the_portable_target_computes_the_same(export_tiny: Callable[..., Path],
     ids = PROMPT + [i * 11 % 60 for i in range(STEPS)]
     found, expected = forced(load(root), ids), forced(compiled, ids)
     assert np.abs(found - expected).max() <= LOST["bfloat16"] * np.ptp(expected)
+
+
+def symmetric(source: Source) -> Source:
+    """Return the source with the matrices of its layers in 4 bits, without minima."""
+
+    def rounded(tensor: SourceTensor) -> SourceTensor:
+        rows, columns = tensor.shape
+        matrix = np.zeros((rows, -(-columns // GROUP) * GROUP), np.float32)
+        matrix[:, :columns] = tensor.read()
+        scale = np.abs(matrix.reshape(rows, -1, GROUP)).max(axis=2) / 7
+        scale = np.maximum(scale, 2.0**-10).astype(np.float16)
+        each = np.repeat(scale.astype(np.float32), GROUP, axis=1)[:, :columns]
+        values = np.rint(matrix[:, :columns] / each).clip(-8, 7).astype(np.int8)
+        blocks = QuantisedBlocks(values=values, scale=scale)
+        return replace(
+            tensor, read=lambda: values * each, blocks=lambda: blocks, dtype="Q4_0", is_symmetric=True
+        )
+
+    changed = {
+        name: rounded(tensor) if name.startswith("model.layers.") and len(tensor.shape) == 2 else tensor
+        for name, tensor in source.tensors.items()
+    }
+    return replace(source, tensors=changed)
+
+
+def test_weights_without_minima_are_stored_without_them(
+    export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]
+) -> None:
+    """The answers are those of the same weights in float32, within the rounding of activations."""
+    source = symmetric(tiny_source())
+    root = export_tiny(source, weights="int4")
+    names = {name for name in map_weights(root / "weights.safetensors") if name.startswith("model.layers.")}
+    assert "model.layers.mlp.up_proj.weight.scale" in names
+    assert not any(name.endswith(".minimum") for name in names)
+    ids = PROMPT + [i * 11 % 60 for i in range(STEPS)]
+    found, portable, exact = (
+        forced(model, ids)
+        for model in (
+            load(root),
+            load(root, target="portable", allow_compile=True, log=lambda _: None),
+            load(export_tiny(source, weights="float32", targets=("cpu",))),
+        )
+    )
+    spread = np.ptp(exact)
+    assert np.abs(found - portable).max() <= LOST["bfloat16"] * spread
+    assert np.abs(found - exact).max() <= (LOST["bfloat16"] + ROUNDED["int4"]) * spread
 
 
 def test_the_manifest_describes_the_kv_cache(export_tiny: Callable[..., Path]) -> None:

@@ -196,7 +196,13 @@ def in_format(name: str, tensor) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("kind", "size", "halves", "format_"),
-    [("Q8_0", 34, 1, "int8"), ("Q4_0", 18, 1, "int4"), ("Q4_0", 18, 1, "int8"), ("Q4_1", 20, 2, "int4")],
+    [
+        ("Q8_0", 34, 1, "int8"),
+        ("Q4_0", 18, 1, "int4"),
+        ("Q4_0", 18, 1, "int4-symmetric"),
+        ("Q4_0", 18, 1, "int8"),
+        ("Q4_1", 20, 2, "int4"),
+    ],
 )
 def test_blocks_equal_the_tensor(gguf_spec, tmp_path, kind, size, halves, format_):
     """Blocks equal the tensor to the bit, with reordered rows of q and k, over several slabs."""

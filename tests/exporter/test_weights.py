@@ -7,9 +7,15 @@ import numpy as np
 import pytest
 
 from precast.exporter.models.parameters import Parameter
-from precast.exporter.quantize import FORMATS
+from precast.exporter.quantize import FORMATS, INT4_SYMMETRIC, WEIGHTS
 from precast.exporter.sources.base import QuantisedBlocks, SourceTensor
-from precast.exporter.weights import formats_of, plan_weights, stored_bytes, write_model_weights
+from precast.exporter.weights import (
+    formats_of,
+    plan_weights,
+    stored_bytes,
+    without_minima,
+    write_model_weights,
+)
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import map_weights
 
@@ -192,7 +198,7 @@ def test_the_format_of_each_parameter():
         "model.layers.mlp.up_proj.weight": (2, 3, 4),
     }
     parameters = [Parameter(name=name, shape=shape, sources=(name,)) for name, shape in shapes.items()]
-    for weights in FORMATS:
+    for weights in WEIGHTS:
         vocabulary = "int8" if weights == "int4" else weights
         expected = [vocabulary, vocabulary, "float32", "float32", "float32", weights]
         assert formats_of(parameters, weights) == dict(zip(shapes, expected, strict=True))
@@ -204,7 +210,7 @@ def test_an_unknown_format_is_refused():
     assert str(raised.value) == ("--weights: expected one of float32, bfloat16, int8, int4, found 'int2'.")
 
 
-@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_every_format_is_read_back(source, tmp_path, weights):
     tables, reported = {"rope.cos": np.ones((5, 2), np.float32)}, []
     found = write(tmp_path / "w", source(), tables, reported.append, weights)
@@ -292,6 +298,35 @@ def test_blocks_that_do_not_fit_are_dequantised(tiny_source, tmp_path, weights, 
     array = blocks.values * np.float32(0.5)
     found = write_blocks(tmp_path / "w", blocky(tiny_source, blocks, array), weights)
     np.testing.assert_array_equal(found, FORMATS[weights].decode(FORMATS[weights].encode(array), 3, 32))
+
+
+@pytest.mark.parametrize(
+    ("weights", "symmetric", "has_blocks", "expected"),
+    [
+        ("int4", True, True, INT4_SYMMETRIC),
+        ("int4", False, True, "int4"),
+        ("int4", True, False, "int4"),
+        ("int8", True, True, "int8"),
+    ],
+)
+def test_symmetric_blocks_are_stored_without_minima(tiny_source, weights, symmetric, has_blocks, expected):
+    source = blocky(tiny_source, blocks_of(-8))
+    up = dataclasses.replace(
+        source.tensors["up"],
+        is_symmetric=symmetric,
+        blocks=source.tensors["up"].blocks if has_blocks else None,
+    )
+    plan = plan_weights(dataclasses.replace(source, tensors={"up": up}), BLOCKY, tied=False)
+    assert without_minima(formats_of(BLOCKY, weights), plan) == {"up": expected}
+
+
+def test_one_tensor_with_minima_decides_for_the_stack(tiny_source):
+    source = blocky(tiny_source, blocks_of(-8))
+    up = source.tensors["up"]
+    stack = (Parameter(name="up", shape=(2, 3, 32), sources=("up", "other")),)
+    tensors = {"up": dataclasses.replace(up, is_symmetric=True), "other": up}
+    plan = plan_weights(dataclasses.replace(source, tensors=tensors), stack, tied=False)
+    assert without_minima(formats_of(stack, "int4"), plan) == {"up": "int4"}
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf])

@@ -198,7 +198,7 @@ def lost_of(weights: str, kind: str) -> tuple[float, float]:
     """Return the error allowed, relative to the largest number, for the weights' format alone and with the cache's."""
     # Activations in 16 bits, in 8 with int4 weights; and a number of the cache that falls to the other side of a
     # rounding border.
-    lost = {"int8": 4e-4, "int4": 3e-2}.get(weights, 4e-6)
+    lost = {"int8": 4e-4, "int4": 3e-2, "int4-symmetric": 3e-2}.get(weights, 4e-6)
     return lost, lost + {"float32": 0.0, "bfloat16": 4e-3, "int8": 6e-3}[kind]
 
 

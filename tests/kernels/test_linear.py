@@ -17,7 +17,7 @@ UNIT = 2.0**-24  # half an ulp of one: the relative error of one float32 operati
 SMALLEST = 2.0**-126  # XLA's threads flush smaller numbers to zero
 ACTIVATION = 127 * 256  # the largest magnitude of an activation in 16 bits
 GROUP, BYTE = 32, 127  # activations of int4 weights take 8 bits, with one scale per group
-PACKED = ("int8", "int4")
+PACKED = ("int8", "int4", "int4-symmetric")
 # (rows, in, outs): sizes next to a multiple of a vector, a register block, a panel, a group, a pass of inputs, or the
 # outputs of a task.
 SHAPES = (
@@ -57,9 +57,9 @@ def tolerance(x: np.ndarray, w: np.ndarray, name: str) -> np.ndarray:
     top = np.abs(x).max(axis=1, initial=0.0, keepdims=True)
     # int4 sums scale times value and minimum separately.
     magnitude = np.abs(w).sum(axis=1) + (
-        8 * np.abs(w).max(axis=1, initial=0.0) * terms if name == "int4" else 0.0
+        8 * np.abs(w).max(axis=1, initial=0.0) * terms if name != "int8" else 0.0
     )
-    if name == "int4":
+    if name != "int8":
         starts = range(0, terms, GROUP)
         groups = [(np.abs(x[:, k : k + GROUP]), np.abs(w[:, k : k + GROUP]).sum(axis=1)) for k in starts]
         rounding = 0.5001 / BYTE * sum(a.max(axis=1, keepdims=True) * b for a, b in groups)
@@ -112,8 +112,12 @@ def whole_numbers(
     values = rng.integers(-7, 9, shape).astype(np.float32)
     if name not in PACKED:
         return pack(name, values)[0], values
-    # Scale 1, and for int4 minimum -7, for every weight.
-    arrays, _ = pack(name, np.where(np.arange(shape[2]) % 2, 8.0, -7.0) * np.ones(shape, np.float32))
+    # Scale 1 for every weight, for int4 the minimum -7, and symmetric weights from -8 to 7.
+    least = 8 if name == "int4-symmetric" else 7
+    values = values - (least - 7)
+    arrays, _ = pack(
+        name, np.where(np.arange(shape[2]) % 2, 15.0 - least, -least) * np.ones(shape, np.float32)
+    )
     blocks = FORMATS[name].arrays(tuple(shape))
     stored = [np.zeros(a.shape, a.numpy_dtype) for a in blocks]
     _, outs, size = shape
@@ -121,13 +125,28 @@ def whole_numbers(
     if name == "int8":
         stored[0][:, o // 16, k // 2, o % 16, k % 2] = values.astype(np.int8)
     else:
-        shifted = (values + 7).astype(np.uint8) << np.where(k % 8 < 4, 0, 4).astype(np.uint8)
+        shifted = (values + least).astype(np.uint8) << np.where(k % 8 < 4, 0, 4).astype(np.uint8)
         for half in (k % 8 < 4, k % 8 >= 4):
             stored[0][:, (o // 16)[half], (k // 8)[half], (o % 16)[half], (k % 4)[half]] |= shifted[:, half]
-        stored[2][:, o // 16, k // 32, o % 16] = -7.0
+        if name == "int4":
+            stored[2][:, o // 16, k // 32, o % 16] = -7.0
     stored[1][:, o // 16, k // 32, o % 16] = 1.0
     assert [a.shape for a in arrays] == [a.shape for a in stored]
     return stored, values
+
+
+@pytest.mark.parametrize(("rows", "size", "outs"), SHAPES)
+def test_symmetric_weights_and_stored_minima_give_the_same_bits(
+    isa: str, linear: Linear, rows: int, size: int, outs: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(rows + size)
+    x = rng.standard_normal((rows, size), dtype=np.float32)
+    symmetric = [
+        pack("int4-symmetric", rng.standard_normal((1, out, size), dtype=np.float32))[0] for out in outs
+    ]
+    stored = [[values, scale, (-8 * scale).astype(np.float16)] for values, scale in symmetric]
+    for one, other in zip(linear(x, 0, symmetric, outs), linear(x, 0, stored, outs), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # The fixtures are the same for every example: they select kernels and format.
@@ -150,7 +169,7 @@ def test_small_whole_numbers_are_summed_exactly(
     x = rng.integers(-9, 10, (rows, size)).astype(np.float32)
     if name in PACKED:
         # Make the scales of activations 1.
-        if name == "int4":
+        if name != "int8":
             x[:, ::GROUP] = BYTE
         else:
             x[:, 0] = ACTIVATION

@@ -79,7 +79,7 @@ def test_linear_refuses_ranks_of_weights(
         assert f"{expected_part(name, place)}, {found}" in text
 
 
-@pytest.mark.parametrize(("name", "place"), [("int8", 1), ("int4", 1), ("int4", 2)])
+@pytest.mark.parametrize(("name", "place"), [("int8", 1), ("int4", 1)])
 @pytest.mark.parametrize("dtype", [F32, ml_dtypes.bfloat16, np.uint16])
 def test_linear_refuses_types_of_scales(
     linear: Callable[..., Any], refusal: Callable[..., str], name: str, place: int, dtype: Any
@@ -88,6 +88,17 @@ def test_linear_refuses_types_of_scales(
     arrays[place] = arrays[place].astype(dtype)
     text = refusal(lambda: linear(X, 0, [arrays], [20]))
     assert f"linear: {expected_part(name, place)}, found {np.dtype(dtype)} [2, 2, 2, 16]" in text
+
+
+@pytest.mark.parametrize("dtype", [F32, ml_dtypes.bfloat16, np.uint16])
+def test_linear_refuses_types_of_minima(
+    linear: Callable[..., Any], refusal: Callable[..., str], dtype: Any
+) -> None:
+    """Weights without minima are valid, so an array of another type is an operand too many."""
+    arrays = stored("int4")
+    arrays[2] = arrays[2].astype(dtype)
+    text = refusal(lambda: linear(X, 0, [arrays], [20]))
+    assert "linear: more operands than weights, biases, norm and residual take" in text
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.int16, np.int32, np.uint16, np.bool_])
@@ -170,7 +181,10 @@ BAD_LINEAR: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a bias too few": ({"weights": [[W], [W]], "outs": [20, 20], "biases": [ones(2, 20)]}, "operand bias"),
     "no scale": ({"weights": [stored("int8")[:1]]}, "operand scale is missing"),
-    "no minimum": ({"weights": [stored("int4")[:2]]}, "operand minimum is missing"),
+    "a minimum of other groups": (
+        {"weights": [[*stored("int4")[:2], stored("int4")[2][:, :, :1]]]},
+        "minimum: expected float16 [L, 2, 2, 16], found float16 [2, 2, 1, 16]",
+    ),
     "int8 with a minimum": ({"weights": [[*stored("int8"), stored("int8")[1]]]}, "more operands than"),
     "float16 x": ({"x": X.astype(np.float16)}, "F16"),
     "integer x": ({"x": X.astype(np.int32)}, "S32"),

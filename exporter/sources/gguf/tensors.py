@@ -100,6 +100,7 @@ def _source(tensor: GgufTensor) -> SourceTensor:
         dtype=tensor.type.name,
         read=partial(dequantise, tensor),
         blocks=partial(_blocks, tensor) if has_blocks else None,
+        is_symmetric=tensor.type.name == "Q4_0",
     )
 
 

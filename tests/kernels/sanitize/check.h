@@ -61,25 +61,26 @@ inline double HalfValue(uint16_t half) {
 
 // Random weights of one layer in any format. Padding values are random too; padding scales and minima are zero.
 struct Weights {
-  Weights(precast::Format format, int64_t outs, int64_t in);
+  Weights(precast::Format format, int64_t outs, int64_t in, bool symmetric = false);
 
   // Weight (o, k); in packed formats a scale times a whole number, plus a minimum.
   double At(int64_t o, int64_t k) const { return Scale(o, k) * Whole(o, k) + Minimum(o, k); }
   double Whole(int64_t o, int64_t k) const;
   double Scale(int64_t o, int64_t k) const { return packed ? HalfValue(scale[Shared(o, k)]) : 1.0; }
   double Minimum(int64_t o, int64_t k) const {
-    return format == precast::Format::kInt4 ? HalfValue(minimum[Shared(o, k)]) : 0.0;
+    if (format != precast::Format::kInt4) return 0.0;
+    return symmetric ? -8.0 * Scale(o, k) : HalfValue(minimum[Shared(o, k)]);
   }
   precast::Weight View() const {
     return {.format = format,
             .values = values.get(),
             .scale = packed ? scale.get() : nullptr,
-            .minimum = format == precast::Format::kInt4 ? minimum.get() : nullptr,
+            .minimum = format == precast::Format::kInt4 && !symmetric ? minimum.get() : nullptr,
             .outs = outs};
   }
 
   precast::Format format;
-  bool packed;
+  bool packed, symmetric;  // symmetric: int4 without minima
   int64_t outs, in, pad, panels;
   Array<unsigned char> values;
   Array<uint16_t> scale, minimum;

@@ -3,14 +3,14 @@
 
 using namespace precast;
 
-Weights::Weights(Format kind, int64_t o, int64_t i)
-    : format(kind), packed(kind == Format::kInt8 || kind == Format::kInt4), outs(o), in(i),
+Weights::Weights(Format kind, int64_t o, int64_t i, bool without_minima)
+    : format(kind), packed(kind == Format::kInt8 || kind == Format::kInt4), symmetric(without_minima), outs(o), in(i),
       pad((i + kGroup - 1) / kGroup * kGroup), panels((o + kPanel - 1) / kPanel),
       values(kind == Format::kFloat32    ? o * i * 4
              : kind == Format::kBfloat16 ? o * i * 2
              : kind == Format::kInt8     ? panels * kPanel * pad
                                          : panels * kPanel * pad / 2),
-      scale(packed ? panels * kPanel * pad / kGroup : 0, 0), minimum(scale.size, 0) {
+      scale(packed ? panels * kPanel * pad / kGroup : 0, 0), minimum(symmetric ? 0 : scale.size, 0) {
   std::normal_distribution<float> normal;
   for (int64_t k = 0; packed && k < values.size; ++k) values[k] = static_cast<unsigned char>(Between(0, 255));
   for (int64_t k = 0; !packed && k < o * i; ++k) {
@@ -22,7 +22,7 @@ Weights::Weights(Format kind, int64_t o, int64_t i)
     for (int64_t k = 0; k < pad; k += kGroup) {
       // From zero through subnormal halves up to about 1; minima of either sign.
       scale[Shared(row, k)] = static_cast<uint16_t>(Between(0, 9) ? Between(0, 0x3bff) : Between(0, 0x7ff));
-      minimum[Shared(row, k)] = static_cast<uint16_t>(Between(0, 0x3fff) | Between(0, 1) << 15);
+      if (!symmetric) minimum[Shared(row, k)] = static_cast<uint16_t>(Between(0, 0x3fff) | Between(0, 1) << 15);
     }
 }
 
@@ -98,7 +98,7 @@ struct Rows {
 void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64_t outs, int64_t gap) {
   const bool packed = format == Format::kInt8 || format == Format::kInt4;
   const int64_t row = Between(0, 2), from = packed ? kPanel * Between(0, 2) : Between(0, 5);
-  const Weights w(format, from + outs, in);
+  const Weights w(format, from + outs, in, Between(0, 1) == 1);
   Floats x = Floats::Normal((row + rows) * in), y((rows - 1) * (outs + gap) + outs, -12345.0f);
   const Rows quantized(ops, x, row + rows, in, format);
   ops.linear.product(w.View(), {packed ? nullptr : x.get(), in, quantized.view}, row, rows, from, outs, y.get(),
