@@ -19,9 +19,9 @@ if __name__ == "__main__":
         sys.exit(2)
     sys.exit(start())
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -135,6 +135,7 @@ def export(
 @click.option("--chat", is_flag=True, help="Format the prompt with the model's chat template.")
 @click.option("--system", help="System message, which may be empty; implies --chat.")
 @options.LITERAL
+@options.TEMPLATE_VARIABLES
 @options.STATE
 @options.sampling
 @options.answers
@@ -148,6 +149,7 @@ def run(
     chat: bool,
     system: str | None,
     literal: bool,
+    template_variables: "Mapping[str, Any]",
     state: Path | None,
     as_json: bool,
     stats: bool,
@@ -169,7 +171,15 @@ def run(
     """
     from precast.loaders.console import run as console
 
-    text = console.Prompt(text=prompt, ids=ids, chat=chat, system=system, literal=literal, state=state)
+    text = console.Prompt(
+        text=prompt,
+        ids=ids,
+        chat=chat,
+        system=system,
+        literal=literal,
+        state=state,
+        template_variables=template_variables,
+    )
     return console.run(
         artifact, text, sampling=sampling, loading=loading, as_json=as_json, stats=stats, answers=answers
     )
@@ -179,6 +189,7 @@ def run(
 @click.argument("artifact", type=options.ARTIFACT)
 @click.option("--system", help="System message, which may be empty.")
 @options.LITERAL
+@options.TEMPLATE_VARIABLES
 @options.STATE
 @options.sampling
 @options.STATS
@@ -187,6 +198,7 @@ def chat(
     artifact: Path | str,
     system: str | None,
     literal: bool,
+    template_variables: "Mapping[str, Any]",
     state: Path | None,
     stats: bool,
     sampling: "SamplingOptions",
@@ -204,7 +216,14 @@ def chat(
     from precast.loaders.console import chat as console
 
     return console.run(
-        artifact, system=system, literal=literal, state=state, sampling=sampling, loading=loading, stats=stats
+        artifact,
+        system=system,
+        literal=literal,
+        template_variables=template_variables,
+        state=state,
+        sampling=sampling,
+        loading=loading,
+        stats=stats,
     )
 
 
@@ -275,6 +294,7 @@ def add_target(
 @click.option("--chat", type=options.PATH, help="JSON file with the messages that chats begin with.")
 @click.option("--text", type=options.PATH, help="File with the text that prompts begin with.")
 @click.option("--tools", type=options.PATH, help="JSON file of the tools for --system or --chat.")
+@options.TEMPLATE_VARIABLES
 @click.option(
     "--target",
     help="Compute with this target; no other target can use the prefix. Default: the best that runs here.",
@@ -289,6 +309,7 @@ def add_prefix(
     chat: Path | None,
     text: Path | None,
     tools: Path | None,
+    template_variables: "Mapping[str, Any]",
     target: str | None,
     overwrite: bool,
     require_signature: Path | None,
@@ -307,7 +328,9 @@ def add_prefix(
     return console.add(
         artifact,
         name,
-        console.PrefixFiles(system=system, chat=chat, text=text, tools=tools),
+        console.PrefixFiles(
+            system=system, chat=chat, text=text, tools=tools, template_variables=template_variables
+        ),
         target=target,
         overwrite=overwrite,
         require_signature=require_signature,

@@ -49,12 +49,14 @@ class PrefixSource(Frozen):
         chat: messages, oldest first, for chats that continue them.
         text: plain text, for prompts that begin with it.
         tools: JSON schemas of functions, for `system` and `chat`; None without tools.
+        template_variables: further variables of the chat template, for `system` and `chat`.
     """
 
     system: str | None = None
     chat: Sequence[Message] | None = None
     text: str | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    template_variables: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ def _prompt(model: Model, source: PrefixSource, following: str) -> list[int]:
     # A chat that ends with the user's message is already a complete prompt, because the model's answer follows.
     if not messages or messages[-1].get("role") != "user":
         messages.append({"role": "user", "content": following})
-    return model.chat_prompt(messages, tools=source.tools)
+    return model.chat_prompt(messages, tools=source.tools, template_variables=source.template_variables)
 
 
 def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:

@@ -6,9 +6,9 @@ A request is a JSON object, or a row of a Parquet file::
     {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.7, "custom_id": "1"}
     {"custom_id": "2", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
 
-A request may also hold sampling parameters by their names, and `tools` beside messages. Some of OpenAI's fields are
-supported too: `max_completion_tokens`, `response_format`, and a single string for `stop`. A record of the output has
-one of two forms::
+A request may also hold sampling parameters by their names; beside messages, it may hold `tools`, and the variables of
+the chat template in `chat_template_kwargs`. Some of OpenAI's fields are supported too: `max_completion_tokens`,
+`response_format`, and a single string for `stop`. A record of the output has one of two forms::
 
     {"custom_id": "1", "key": "5f0…", "text": "Hi", "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 2}
     {"custom_id": "1", "key": "5f0…", "error": {"code": "invalid_request", "message": "one sentence"}}
@@ -319,19 +319,21 @@ def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) 
     """
     fields = request_fields(request)
     prompt, messages, tools = (fields.pop(name, None) for name in ("prompt", "messages", "tools"))
+    variables = fields.pop("chat_template_kwargs", None)
     if (prompt is None) == (messages is None):
         found = "neither" if prompt is None else "both"
         raise PrecastError(f"request: expected either prompt or messages, found {found}.")
     given = replace(params, **fields)
     if prompt is not None:
-        if tools is not None:
-            raise PrecastError("request: tools need messages, found a prompt.")
+        for name, value in (("tools", tools), ("chat_template_kwargs", variables)):
+            if value is not None:
+                raise PrecastError(f"request: {name} need messages, found a prompt.")
         return model.stream(prompt, given)
-    return model.stream_chat(messages, given, tools=tools)
+    return model.stream_chat(messages, given, tools=tools, template_variables=variables)
 
 
 def request_fields(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return prompt, messages, tools and sampling parameters of a request, under precast's names.
+    """Return the fields of a request, sampling parameters under precast's names.
 
     Args:
         request: a request of this module, or of OpenAI's batch API.

@@ -44,7 +44,7 @@ class Stream:
         yield "\x1b"
         yield "]52;c;eA==\x07"
 
-Model.stream_chat = lambda self, messages, params, literal: Stream(messages)
+Model.stream_chat = lambda self, messages, params, literal, template_variables: Stream(messages)
 main()
 """
 

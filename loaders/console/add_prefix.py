@@ -1,6 +1,6 @@
 """The commands ``precast add-prefix`` and ``precast remove-prefix``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,13 @@ _MAX_BYTES = 64 << 20
 
 
 class PrefixFiles(Frozen):
-    """The files that hold the text of a prefix, and the tools."""
+    """The files that hold the text of a prefix and the tools, and variables of the chat template."""
 
     system: Path | None
     chat: Path | None
     text: Path | None
     tools: Path | None
+    template_variables: Mapping[str, Any]
 
 
 def add(
@@ -49,15 +50,17 @@ def add(
 
     if sum(path is not None for path in (given.system, given.chat, given.text)) != 1:
         raise PrecastError("add-prefix: expected one of --system, --chat and --text; give exactly one.")
-    if given.tools is not None and given.text is not None:
-        raise PrecastError(
-            "add-prefix: --tools needs a chat template; give --system or --chat instead of --text."
-        )
+    for option, value in (("--tools", given.tools), ("--template-variable", given.template_variables)):
+        if value and given.text is not None:
+            raise PrecastError(
+                f"add-prefix: {option} needs a chat template; give --system or --chat instead of --text."
+            )
     source = PrefixSource(
         system=None if given.system is None else _text(given.system),
         chat=None if given.chat is None else _messages(given.chat),
         text=None if given.text is None else _text(given.text),
         tools=None if given.tools is None else read_tools(given.tools),
+        template_variables=given.template_variables,
     )
     change = add_prefix(
         artifact,

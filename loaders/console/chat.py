@@ -1,6 +1,8 @@
 """The command ``precast chat``."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from . import run as run_command
 from .run import LoadOptions, Prompt, SamplingOptions
@@ -11,6 +13,7 @@ def run(
     *,
     system: str | None,
     literal: bool,
+    template_variables: Mapping[str, Any],
     state: Path | None,
     sampling: SamplingOptions,
     loading: LoadOptions,
@@ -24,5 +27,13 @@ def run(
     Raises:
         PrecastError: see `run`.
     """
-    prompt = Prompt(text=None, ids=None, chat=True, system=system, literal=literal, state=state)
+    prompt = Prompt(
+        text=None,
+        ids=None,
+        chat=True,
+        system=system,
+        literal=literal,
+        state=state,
+        template_variables=template_variables,
+    )
     return run_command.run(artifact, prompt, sampling=sampling, loading=loading, as_json=False, stats=stats)

@@ -1,11 +1,11 @@
 """A chat in the terminal."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..artifact.errors import PrecastError, printable
 from . import chat_input, speed
@@ -26,6 +26,7 @@ def converse(
     *,
     stats: bool,
     literal: bool,
+    template_variables: Mapping[str, Any] | None = None,
     state: Path | None = None,
 ) -> None:
     """Answer typed messages until the end of input, then save the chat if a file is given.
@@ -36,6 +37,7 @@ def converse(
         opening: the messages before the user's first message, or the messages of a saved chat.
         stats: print the speed of all answers at the end, on standard error.
         literal: treat messages as plain text.
+        template_variables: further variables of the chat template.
         state: the file to save the chat to, or None.
 
     Raises:
@@ -65,7 +67,10 @@ def converse(
         else:
             chat_input.remember(history, message)
             asked = [*messages, {"role": "user", "content": message}]
-            messages = _answer(partial(model.stream_chat, asked, params, literal=literal), asked, done)
+            start = partial(
+                model.stream_chat, asked, params, literal=literal, template_variables=template_variables
+            )
+            messages = _answer(start, asked, done)
     if state is not None and done:
         # Save the tokens up to the last complete answer, without the tokens of an interrupted answer.
         model.save_state(state, done[-1], messages=messages)

@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+import json
 import re
 from collections.abc import Callable
 from functools import wraps
@@ -36,6 +37,22 @@ def biases(_: click.Context, parameter: click.Parameter, value: tuple[str, ...])
                 f"expected a token id and a signed number, such as 15043-1, found {text!r}."
             )
         found[int(match[1])] = float(match[2])
+    return found
+
+
+def template_variables(
+    _: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> dict[str, Any]:
+    """Parse pairs of a name and a JSON value: enable_thinking=false."""
+    found = {}
+    for text in value:
+        name, _equals, data = text.partition("=")
+        try:
+            found[name] = json.loads(data)
+        except (ValueError, RecursionError):
+            raise click.BadParameter(
+                f"expected a name and a JSON value, such as enable_thinking=false, found {text!r:.80}."
+            ) from None
     return found
 
 
@@ -82,6 +99,15 @@ LITERAL = click.option(
     "--literal",
     is_flag=True,
     help="Treat messages as plain text: special tokens spelt in them cannot forge a turn. Implies run's --chat.",
+)
+TEMPLATE_VARIABLES = click.option(
+    "--template-variable",
+    "template_variables",
+    metavar="NAME=JSON",
+    multiple=True,
+    callback=template_variables,
+    help="Give a variable to the chat template: enable_thinking=false turns the reasoning of some models off. A string"
+    " needs JSON's quotes. May be given several times. Implies run's --chat.",
 )
 KEY = click.option(
     "--require-signature",

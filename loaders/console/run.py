@@ -32,6 +32,7 @@ class Prompt(Frozen):
         system: the system message, which may be empty; None without one.
         literal: treat messages as plain text.
         state: file to continue a sequence from and to save it to, or None.
+        template_variables: further variables of the chat template.
     """
 
     text: str | None
@@ -40,11 +41,12 @@ class Prompt(Frozen):
     system: str | None
     literal: bool
     state: Path | None = None
+    template_variables: Mapping[str, Any] | None = None
 
     @property
     def uses_template(self) -> bool:
         """Return True if the prompt goes through the chat template."""
-        return self.chat or self.literal or self.system is not None
+        return bool(self.chat or self.literal or self.template_variables or self.system is not None)
 
 
 class LoadOptions(Frozen):
@@ -180,7 +182,15 @@ def run(
 
     with raise_on_interrupt():  # KeyboardInterrupt ends an answer and resets the terminal
         opening = _opening(prompt.system, before)
-        converse(model, params, opening, stats=stats, literal=prompt.literal, state=prompt.state)
+        converse(
+            model,
+            params,
+            opening,
+            stats=stats,
+            literal=prompt.literal,
+            template_variables=prompt.template_variables,
+            state=prompt.state,
+        )
     return 0
 
 
@@ -263,7 +273,13 @@ def _check(prompt: Prompt) -> None:
     if prompt.text is not None and prompt.ids is not None:
         raise PrecastError("--prompt and --ids are alternatives; give one of them.")
     if prompt.uses_template and prompt.ids is not None:
-        option = "--chat" if prompt.chat else "--literal" if prompt.literal else "--system"
+        given = {
+            "--chat": prompt.chat,
+            "--literal": prompt.literal,
+            "--template-variable": prompt.template_variables,
+            "--system": True,
+        }
+        option = next(name for name, value in given.items() if value)
         raise PrecastError(
             f"{option} needs text to put through the chat template; use --prompt instead of --ids."
         )
@@ -324,6 +340,7 @@ def _stream(
             literal=prompt.literal,
             answer_format=answers.answer_format,
             tool_choice=answers.tool_choice,
+            template_variables=prompt.template_variables,
         )
     if before is not None:
         from . import state
@@ -357,6 +374,7 @@ def _several(
             literal=prompt.literal,
             answer_format=answers.answer_format,
             tool_choice=answers.tool_choice,
+            template_variables=prompt.template_variables,
         )
     return model.generate_answers(text if prompt.ids is None else prompt.ids, answers.answers, params)
 

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
-from ..text.answer_formats import answer_format
+from ..text.answer_formats import answer_format as format_of
+from ..text.chat_messages import ChatOptions, plain_variables
+from ..text.tools import checked_tools
 
 if TYPE_CHECKING:
     from ..text.answer_parser import AnswerParser
@@ -25,6 +27,25 @@ class ChatForm(NamedTuple):
     literal: bool
     answer_format: str | None
     tool_choice: str
+    template_variables: Mapping[str, Any] | None
+
+
+def chat_form(
+    tools: Sequence[Mapping[str, Any]] | None,
+    template: str | None,
+    literal: bool,
+    answer_format: str | None,
+    tool_choice: str,
+    template_variables: Mapping[str, Any] | None,
+) -> ChatForm:
+    """Return a form with copies of the tools and variables.
+
+    Raises:
+        PrecastError: a tool is malformed, or a variable's name is reserved or its value is not JSON.
+    """
+    tools = None if tools is None else checked_tools(tools)
+    variables = None if template_variables is None else plain_variables(template_variables)
+    return ChatForm(tools, template, literal, answer_format, tool_choice, variables)
 
 
 def parser_of(tokenizer: "Tokenizer", prompt: Sequence[int], form: ChatForm) -> "AnswerParser | None":
@@ -33,10 +54,8 @@ def parser_of(tokenizer: "Tokenizer", prompt: Sequence[int], form: ChatForm) -> 
     Raises:
         PrecastError: the answer format is unknown, or the model has no template of the given name.
     """
-    from ..text.chat_messages import ChatOptions
-
     source = tokenizer.chat_template(form.template, ChatOptions(tools=form.tools))
-    found = answer_format(source, form.answer_format)
+    found = format_of(source, form.answer_format)
     if not found.reasoning and not (found.calls and form.tools):
         return None
     from ..text.answer_parser import AnswerParser

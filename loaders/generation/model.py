@@ -189,25 +189,14 @@ class Model:
         Raises:
             PrecastError: the count is below 1; also the errors of `generate`.
         """
-        return self._answers(
-            lambda p: self._sequence(self._request(prompt, p), most_unread=None), count, params
-        )
-
-    def _answers(
-        self, make: Callable[[SamplingParams], TokenSequence], count: int, params: SamplingParams | None
-    ) -> list[Completion]:
         from . import together
 
-        if not isinstance(count, int) or count < 1:
-            raise PrecastError(f"count: expected a number of at least 1, found {count!r:.60}.")
-        chosen = self.default_sampling() if params is None else params
-        sequences = (partial(make, each) for each in chosen.for_answers(count))
-        found: dict[int, Completion] = {}
-        for index, result in together.results(self.scheduler, sequences, self.engine.slots):
-            if isinstance(result, PrecastError):
-                raise result
-            found[index] = result
-        return [found[index] for index in range(count)]
+        def make(chosen: SamplingParams) -> TokenSequence:
+            return self._sequence(self._request(prompt, chosen), most_unread=None)
+
+        return together.answers(
+            self.scheduler, make, count, params or self.default_sampling(), self.engine.slots
+        )
 
     def chat(
         self,
@@ -219,6 +208,7 @@ class Model:
         literal: bool = False,
         answer_format: str | None = None,
         tool_choice: str = "auto",
+        template_variables: Mapping[str, Any] | None = None,
     ) -> Completion:
         """Answer a conversation.
 
@@ -237,11 +227,12 @@ class Model:
             tool_choice: "auto" leaves the choice to the model. "required" restricts the answer to tool calls, and a
                 tool's name restricts it to calls of that tool. Both enforce the tools' schemas, and need the extra
                 `grammar`.
+            template_variables: further variables of the chat template, such as ``{"enable_thinking": False}``.
 
         Raises:
             PrecastError: the model has no such chat template, the template rejects the messages, a tool is malformed,
-                the answer format is unknown, or the tool choice names no tool or cannot be enforced; also the errors of
-                `generate`.
+                the answer format is unknown, the tool choice names no tool or cannot be enforced, or a variable's name
+                is reserved or its value is not JSON; also the errors of `generate`.
         """
         return self.stream_chat(
             messages,
@@ -251,6 +242,7 @@ class Model:
             literal=literal,
             answer_format=answer_format,
             tool_choice=tool_choice,
+            template_variables=template_variables,
         ).finish()
 
     def stream_chat(
@@ -263,9 +255,12 @@ class Model:
         literal: bool = False,
         answer_format: str | None = None,
         tool_choice: str = "auto",
+        template_variables: Mapping[str, Any] | None = None,
     ) -> Stream:
         """Answer a conversation as `chat` does, piece by piece."""
-        form = _chat_form(tools, template, literal, answer_format, tool_choice)
+        from . import chats
+
+        form = chats.chat_form(tools, template, literal, answer_format, tool_choice, template_variables)
         return Stream(self.scheduler, self._chat_sequence(messages, params, form))
 
     def chat_each(
@@ -278,11 +273,12 @@ class Model:
         literal: bool = False,
         answer_format: str | None = None,
         tool_choice: str = "auto",
+        template_variables: Mapping[str, Any] | None = None,
     ) -> Iterator[tuple[int, Completion | PrecastError]]:
         """Answer any number of conversations together, as `generate_each` does for prompts; arguments as for `chat`."""
-        from . import together
+        from . import chats, together
 
-        form = _chat_form(tools, template, literal, answer_format, tool_choice)
+        form = chats.chat_form(tools, template, literal, answer_format, tool_choice, template_variables)
 
         def make(messages: Sequence[Message], chosen: SamplingParams | None) -> TokenSequence:
             return self._chat_sequence(messages, chosen, form, most_unread=None)
@@ -301,11 +297,18 @@ class Model:
         literal: bool = False,
         answer_format: str | None = None,
         tool_choice: str = "auto",
+        template_variables: Mapping[str, Any] | None = None,
     ) -> list[Completion]:
         """Generate several answers to a conversation; arguments and errors as for `chat` and `generate_answers`."""
-        form = _chat_form(tools, template, literal, answer_format, tool_choice)
-        return self._answers(
-            lambda p: self._chat_sequence(messages, p, form, most_unread=None), count, params
+        from . import chats, together
+
+        form = chats.chat_form(tools, template, literal, answer_format, tool_choice, template_variables)
+
+        def make(chosen: SamplingParams) -> TokenSequence:
+            return self._chat_sequence(messages, chosen, form, most_unread=None)
+
+        return together.answers(
+            self.scheduler, make, count, params or self.default_sampling(), self.engine.slots
         )
 
     def _chat_sequence(
@@ -316,10 +319,15 @@ class Model:
         *,
         most_unread: int | None = UNREAD_PIECES,
     ) -> TokenSequence:
-        # A lazy import, because few prompts are chats.
-        from . import chats
+        from . import chats  # lazily, because few prompts are chats
 
-        ids = self.chat_prompt(messages, tools=form.tools, template=form.template, literal=form.literal)
+        ids = self.chat_prompt(
+            messages,
+            tools=form.tools,
+            template=form.template,
+            literal=form.literal,
+            template_variables=form.template_variables,
+        )
         parser = chats.parser_of(self.tokenizer, ids, form)
         request = self._request(
             ids, params, lambda chosen: chats.constraint_of(chosen, parser, self.tokenizer, ids, form)
@@ -333,11 +341,12 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         literal: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation's prompt; the arguments are those of `chat`."""
         from ..text.chat_messages import ChatOptions
 
-        options = ChatOptions(tools=tools)
+        options = ChatOptions(tools=tools, variables=template_variables)
         return self.tokenizer.encode_chat(messages, options, template=template, literal=literal)
 
     def save_state(
@@ -475,18 +484,3 @@ class Model:
         from .logprobs import PromptLogprobs
 
         return PromptLogprobs(prompt, top, self.tokenizer.token_text)
-
-
-def _chat_form(
-    tools: Sequence[Mapping[str, Any]] | None,
-    template: str | None,
-    literal: bool,
-    answer_format: str | None,
-    tool_choice: str,
-) -> "ChatForm":
-    # Lazy imports, because few prompts are chats.
-    from ..text.tools import checked_tools
-    from .chats import ChatForm
-
-    checked = None if tools is None else checked_tools(tools)
-    return ChatForm(checked, template, literal, answer_format, tool_choice)

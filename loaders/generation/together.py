@@ -1,6 +1,7 @@
 """Continue many prompts together."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import repeat
 from typing import TypeVar
 
@@ -73,6 +74,36 @@ def results(
         # Cancel without waiting, because the garbage collector may close this generator in the thread that runs a step.
         for sequence in running.values():
             scheduler.cancel(sequence)
+
+
+def answers(
+    scheduler: Scheduler,
+    make: Callable[[SamplingParams], TokenSequence],
+    count: int,
+    params: SamplingParams,
+    most: int,
+) -> list[Completion]:
+    """Generate several answers to one prompt together.
+
+    Args:
+        scheduler: the scheduler to submit to.
+        make: function that makes a sequence with the given parameters, and with `most_unread` None.
+        count: number of answers.
+        params: the sampling parameters.
+        most: maximum number of sequences at a time.
+
+    Raises:
+        PrecastError: the count is below 1, or an answer failed; the others then end.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise PrecastError(f"count: expected a number of at least 1, found {count!r:.60}.")
+    sequences = (partial(make, each) for each in params.for_answers(count))
+    found: dict[int, Completion] = {}
+    for index, result in results(scheduler, sequences, most):
+        if isinstance(result, PrecastError):
+            raise result
+        found[index] = result
+    return [found[index] for index in range(count)]
 
 
 def _result(scheduler: Scheduler, sequence: TokenSequence) -> Completion | PrecastError:

@@ -103,13 +103,16 @@ def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
         PrecastError: a name is reserved, or JSON cannot represent a value.
     """
     if not isinstance(variables, Mapping):
-        raise PrecastError(f"Chat: expected variables to be an object, found {type(variables).__name__}.")
+        raise PrecastError(
+            f"Chat: expected template variables to be an object, found {type(variables).__name__}."
+        )
     for name in variables:
         if name in _RESERVED:
             raise PrecastError(
-                f"Chat: the variable {name!r} is reserved; choose another name, or use the argument of that name."
+                f"Chat: the template variable {name!r} is reserved; choose another name, or use the argument of that"
+                " name."
             )
-    plain: dict[str, Any] = plain_json(variables, "variables")
+    plain: dict[str, Any] = plain_json(variables, "template variables")
     return plain
 
 

@@ -453,7 +453,8 @@ def test_the_command(cli, artifact_copy, tmp_path):
     assert result.stdout.splitlines()[1] == (
         f"  target {prefix.target} with kernels for {prefix.isa} uses it for every prompt that begins with it"
     )
-    assert cli("add-prefix", artifact_copy, "chat", "--chat", tmp_path / "chat.json").exit_code == 0
+    chat = ("--chat", tmp_path / "chat.json", "--template-variable", "mood=1")
+    assert cli("add-prefix", artifact_copy, "chat", *chat).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -467,6 +468,10 @@ def test_the_command(cli, artifact_copy, tmp_path):
         (
             ("--text", "s", "--tools", "t"),
             "add-prefix: --tools needs a chat template; give --system or --chat instead of --text.",
+        ),
+        (
+            ("--text", "s", "--template-variable", "a=1"),
+            "add-prefix: --template-variable needs a chat template; give --system or --chat instead of --text.",
         ),
         (("--text", "missing"), "missing: cannot be read (No such file or directory); check the path."),
         (("--text", "bytes"), "bytes: expected UTF-8 text, found other bytes; convert the file."),

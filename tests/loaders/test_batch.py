@@ -243,6 +243,14 @@ def test_requests_that_a_batch_cannot_answer_are_refused(request_: dict[str, Any
             "request: expected either prompt or messages, found both.",
         ),
         ({"prompt": "a", "tools": []}, "request: tools need messages, found a prompt."),
+        (
+            {"prompt": "a", "chat_template_kwargs": {}},
+            "request: chat_template_kwargs need messages, found a prompt.",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]},
+            "Chat: expected template variables to be an object, found list.",
+        ),
     ],
 )
 def test_a_request_has_one_prompt(

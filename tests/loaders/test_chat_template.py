@@ -224,11 +224,11 @@ def test_malformed_messages_are_one_sentence(messages: object, message: str) -> 
         ),
         (
             {"variables": {"f": print}},
-            "expected variables to be plain JSON, found a value of type builtin_.*",
+            "expected template variables to be plain JSON, found a value of type builtin_.*",
         ),
         (
             {"variables": {"messages": []}},
-            "the variable 'messages' is reserved; choose another name, or use the argument of that name",
+            "the template variable 'messages' is reserved; choose another name, or use the argument of that name",
         ),
     ],
 )

@@ -377,7 +377,7 @@ def test_a_chat_on_a_terminal_is_saved_at_its_end(monkeypatch, capsys, tmp_path)
     """The tokens are those of the last complete answer; a new start keeps the system message."""
     saved, asked = [], []
 
-    def stream_chat(messages, params, literal):
+    def stream_chat(messages, params, literal, template_variables):
         asked.append([m["content"] for m in messages])
         if messages[-1]["content"] == "fail":
             raise PrecastError("no.")
