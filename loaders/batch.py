@@ -8,7 +8,7 @@ A request is a JSON object, or a row of a Parquet file::
 
 A request may also hold sampling parameters by their names; beside messages, it may hold `tools`, and the variables of
 the chat template in `chat_template_kwargs`. Some of OpenAI's fields are supported too: `max_completion_tokens`,
-`response_format`, and a single string for `stop`. A record of the output has one of two forms::
+`response_format`, `tool_choice`, and a single string for `stop`. A record of the output has one of two forms::
 
     {"custom_id": "1", "key": "5f0…", "text": "Hi", "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 2}
     {"custom_id": "1", "key": "5f0…", "error": {"code": "invalid_request", "message": "one sentence"}}
@@ -31,8 +31,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from .artifact.errors import PrecastError
+from .generation.chats import AUTO
 from .generation.sampling_params import SamplingParams
 from .progress import Progress, Step, silent
+from .text.tool_grammar import REQUIRED
 
 if TYPE_CHECKING:
     from .generation.model import Model
@@ -319,17 +321,37 @@ def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) 
     """
     fields = request_fields(request)
     prompt, messages, tools = (fields.pop(name, None) for name in ("prompt", "messages", "tools"))
-    variables = fields.pop("chat_template_kwargs", None)
+    choice, variables = (fields.pop(name, None) for name in ("tool_choice", "chat_template_kwargs"))
     if (prompt is None) == (messages is None):
         found = "neither" if prompt is None else "both"
         raise PrecastError(f"request: expected either prompt or messages, found {found}.")
     given = replace(params, **fields)
     if prompt is not None:
-        for name, value in (("tools", tools), ("chat_template_kwargs", variables)):
+        for name, value in (("tools", tools), ("tool_choice", choice), ("chat_template_kwargs", variables)):
             if value is not None:
-                raise PrecastError(f"request: {name} need messages, found a prompt.")
+                raise PrecastError(f"request: expected messages with {name}, found a prompt.")
         return model.stream(prompt, given)
-    return model.stream_chat(messages, given, tools=tools, template_variables=variables)
+    if choice == "none":
+        # Without tools no text is a call. A template does not see them either, so the model expects none.
+        tools, choice = None, None
+    return model.stream_chat(
+        messages, given, tools=tools, tool_choice=_tool_choice(choice), template_variables=variables
+    )
+
+
+def _tool_choice(choice: Any) -> str:
+    """Return the argument of `Model.chat` for OpenAI's `tool_choice`."""
+    match choice:
+        case None:
+            return AUTO
+        case str() if choice in (AUTO, REQUIRED):
+            return choice
+        case {"type": "function", "function": {"name": str(name)}} if name not in (AUTO, REQUIRED):
+            return name
+    raise PrecastError(
+        'request: tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": NAME}},'
+        f" found {choice!r:.80}."
+    )
 
 
 def request_fields(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -242,10 +242,10 @@ def test_requests_that_a_batch_cannot_answer_are_refused(request_: dict[str, Any
             {"prompt": "a", "messages": []},
             "request: expected either prompt or messages, found both.",
         ),
-        ({"prompt": "a", "tools": []}, "request: tools need messages, found a prompt."),
+        ({"prompt": "a", "tools": []}, "request: expected messages with tools, found a prompt."),
         (
             {"prompt": "a", "chat_template_kwargs": {}},
-            "request: chat_template_kwargs need messages, found a prompt.",
+            "request: expected messages with chat_template_kwargs, found a prompt.",
         ),
         (
             {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": [1]},
