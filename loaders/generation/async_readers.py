@@ -5,7 +5,8 @@ executor. The readers of the sequences in the slots would then never get a threa
 """
 
 import asyncio
-from threading import Lock
+from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,8 +18,10 @@ class AsyncReaders:
     """The asynchronous readers that wait for sequences of one scheduler. They may belong to several event loops."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
-        # A loop has an entry for as long as a thread runs steps for its readers.
+        # Reentrant, because the garbage collector may close a waiting coroutine in the thread that holds the lock. The
+        # coroutine's reader is then in no entry, because an entry keeps its readers' coroutines alive.
+        self._lock = RLock()
+        # A loop has an entry from the start of a job, which runs steps for its readers, to the job's end.
         self._waiting: dict[asyncio.AbstractEventLoop, dict[asyncio.Future[None], TokenSequence]] = {}
 
     async def wait(self, scheduler: "Scheduler", sequence: "TokenSequence") -> None:
@@ -34,6 +37,9 @@ class AsyncReaders:
         loop = asyncio.get_running_loop()
         news = loop.create_future()
         with self._lock:
+            # A closed loop cannot tell that the job in its executor was cancelled.
+            for closed in [other for other in self._waiting if other.is_closed()]:
+                del self._waiting[closed]
             needs_thread = loop not in self._waiting
             self._waiting.setdefault(loop, {})[news] = sequence
         try:
@@ -46,9 +52,16 @@ class AsyncReaders:
 
     def _start(self, scheduler: "Scheduler", loop: asyncio.AbstractEventLoop) -> None:
         try:
-            loop.run_in_executor(None, self._run, scheduler, loop)
+            job = loop.run_in_executor(None, self._run, scheduler, loop)
         except RuntimeError as error:  # the executor has been shut down
             _fail(self._drop(loop), error)
+        else:
+            job.add_done_callback(partial(self._end, loop))
+
+    def _end(self, loop: asyncio.AbstractEventLoop, job: asyncio.Future[None]) -> None:
+        """Fail the readers if the job was cancelled while it waited in the executor's queue."""
+        if job.cancelled():
+            _fail(self._drop(loop), RuntimeError("the event loop's executor was shut down"))
 
     def _run(self, scheduler: "Scheduler", loop: asyncio.AbstractEventLoop) -> None:
         """Run steps for as long as a reader of the loop waits."""
@@ -63,14 +76,14 @@ class AsyncReaders:
     def _is_idle(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Return True if no reader of the loop waits; the next reader then starts a new thread."""
         with self._lock:
-            if not self._waiting[loop]:
-                del self._waiting[loop]
+            if not self._waiting.get(loop):
+                self._waiting.pop(loop, None)
             return loop not in self._waiting
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Wake the readers whose sequences have news; return True if no reader is left."""
         with self._lock:
-            readers = self._waiting[loop]
+            readers = self._waiting.get(loop, {})
             for news in [news for news, sequence in readers.items() if sequence.has_news()]:
                 loop.call_soon_threadsafe(_finish, news)
                 del readers[news]

@@ -1,12 +1,15 @@
 """Readers of a scheduler with fewer slots than sequences: none of them starves. The engine has no model."""
 
 import asyncio
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -160,6 +163,101 @@ def test_an_executor_that_is_shut_down_fails_the_tasks(fake_engine: Any, new_seq
     found = finished(lambda: asyncio.run(use()))
     assert isinstance(found, list)
     assert [str(error) for error in found] == ["cannot schedule new futures after shutdown"] * 3
+
+
+@contextmanager
+def busy_executor() -> Iterator[ThreadPoolExecutor]:
+    """Yield an executor whose only thread is busy, so that further jobs stay in its queue."""
+    executor, is_over = ThreadPoolExecutor(1), threading.Event()
+    executor.submit(is_over.wait)
+    try:
+        yield executor
+    finally:
+        is_over.set()
+        executor.shutdown()
+
+
+def test_a_cancelled_job_of_the_executor_fails_the_tasks(fake_engine: Any, new_sequence: Any) -> None:
+    scheduler = Scheduler(fake_engine(), caches=1)
+
+    async def use() -> list[Any]:
+        with busy_executor() as executor:
+            asyncio.get_running_loop().set_default_executor(executor)
+            streams = [Stream(scheduler, new_sequence([n])) for n in range(3)]
+            tasks = [asyncio.create_task(collect(stream)) for stream in streams]
+            await asyncio.sleep(0)
+            executor.shutdown(wait=False, cancel_futures=True)
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    found = finished(lambda: asyncio.run(use()))
+    assert isinstance(found, list)
+    assert [str(error) for error in found] == ["the event loop's executor was shut down"] * 3
+
+
+def abandoned_loop(
+    stream: Stream, executor: ThreadPoolExecutor, stopped: Callable[[], None]
+) -> "weakref.ref[asyncio.AbstractEventLoop]":
+    """Close an event loop while a task waits for a stream; return a reference to the loop.
+
+    `stopped` is called between the last step of the loop and its end.
+    """
+    loop = asyncio.new_event_loop()
+    loop.set_default_executor(executor)
+    task = loop.create_task(collect(stream))
+    loop.run_until_complete(asyncio.sleep(0))
+    stopped()
+    loop.close()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio would log an error
+    return weakref.ref(loop)
+
+
+def test_a_closed_loop_is_forgotten(fake_engine: Any, new_sequence: Any, alone: Any) -> None:
+    scheduler = Scheduler(fake_engine(), caches=1)
+    with busy_executor() as executor:
+        stop = partial(executor.shutdown, wait=False, cancel_futures=True)
+        loop = abandoned_loop(Stream(scheduler, new_sequence([1])), executor, stop)
+    assert finished(lambda: asyncio.run(collect(Stream(scheduler, new_sequence([9]))))) == alone([9])
+    gc.collect()
+    assert loop() is None
+
+
+def test_the_garbage_collector_may_close_a_reader_under_the_lock(
+    fake_engine: Any, new_sequence: Any, alone: Any
+) -> None:
+    class CollectingLoop(asyncio.SelectorEventLoop):
+        """An event loop that collects garbage when a reader, under the lock, looks it up."""
+
+        waits = False
+
+        def create_future(self) -> asyncio.Future[Any]:
+            self.waits = True
+            return super().create_future()
+
+        def __hash__(self) -> int:
+            if self.waits:
+                gc.collect()
+            return id(self)
+
+    engine, executor, may_step = fake_engine(), ThreadPoolExecutor(1), threading.Event()
+    engine.before = lambda name: may_step.wait()
+    scheduler = Scheduler(engine, caches=1)
+
+    def stop() -> None:
+        may_step.set()
+        executor.shutdown()  # after the steps for the reader
+
+    def use() -> tuple[bool, list[int], bool]:
+        gc.disable()
+        try:
+            closed = abandoned_loop(Stream(scheduler, new_sequence([1])), executor, stop)
+            was_garbage = closed() is not None
+            with asyncio.Runner(loop_factory=CollectingLoop) as runner:
+                found = runner.run(collect(Stream(scheduler, new_sequence([9]))))
+            return was_garbage, found, closed() is None
+        finally:
+            gc.enable()
+
+    assert finished(use) == (True, alone([9]), True)
 
 
 # --- as a server runs it ------------------------------------------------------------------------------------
