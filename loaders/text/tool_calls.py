@@ -142,7 +142,8 @@ class JsonBody(_BracketedBody):
 class NamedJsonBody:
     """Mistral's bodies: a name and its arguments (``weather[ARGS]{"place": "Paris"}``), or a `JsonBody`."""
 
-    _HEAD = re.compile(r"\s*([\w.:-]+)\s*(?:\[CALL_ID\]\s*([\w-]+)\s*)?(?:\[ARGS\]\s*)?")
+    NAME = re.compile(r"[\w.:-]+")
+    _HEAD = re.compile(rf"\s*({NAME.pattern})\s*(?:\[CALL_ID\]\s*([\w-]+)\s*)?(?:\[ARGS\]\s*)?")
 
     def __init__(self) -> None:
         self._json = JsonBody()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..artifact.errors import PrecastError
-from .tool_calls import tool_schemas
+from .tool_calls import NamedJsonBody, tool_schemas
 from .vocabulary_bytes import grammar_symbol
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def tool_grammar(
         tokenizer: the model's tokenizer.
 
     Raises:
-        PrecastError: no tool has the chosen name, or the calls of the model family are not JSON.
+        PrecastError: no tool has the chosen name, the calls of the model family are not JSON, or they cannot express a
+            tool's name.
     """
     chosen = [(name, schema) for name, schema in tool_schemas(tools).items() if choice in (REQUIRED, name)]
     if not chosen:
@@ -60,6 +61,11 @@ def tool_grammar(
     lines.append("call: " + " | ".join(f"call_{n}" for n in range(len(chosen))))
     for n, (name, _) in enumerate(chosen):
         if is_named:
+            if NamedJsonBody.NAME.fullmatch(name) is None:
+                raise PrecastError(
+                    f"tool_choice: expected a tool's name of letters, digits, '_', '-', '.' and ':', because calls of"
+                    f" the family {form.name!r} can hold no others, found {name!r:.60}; rename the tool."
+                )
             call = f"{json.dumps(name)} {marks['[ARGS]']} @arguments_{n}"
         else:
             before = f'{{"name": {json.dumps(name)}, "{key}": '

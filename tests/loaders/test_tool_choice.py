@@ -130,6 +130,24 @@ def test_a_tool_by_name(random_model):
         assert {call.name for call in found.tool_calls} == {"look"}
 
 
+@pytest.mark.parametrize("name", ["get weather", "a{b", 'a"b', " é", "a\nb", "[ARGS]"])
+@pytest.mark.parametrize("family", ["hermes", "llama3", "mistral", "phi4", "granite", "smollm3"])
+@pytest.mark.parametrize("markers", [[], [*MARKERS, "[ARGS]"]])
+def test_every_name_is_read_or_refused(random_model, family, markers, name):
+    tools = [{"name": name, "parameters": {"properties": {}, "additionalProperties": False}}]
+    model = random_model(markers)
+    if family == "mistral" and markers:
+        with pytest.raises(PrecastError) as raised:
+            model.chat(MESSAGES, tools=tools, answer_format=family, tool_choice="required")
+        assert str(raised.value) == (
+            "tool_choice: expected a tool's name of letters, digits, '_', '-', '.' and ':', because calls of the family"
+            f" 'mistral' can hold no others, found {name!r}; rename the tool."
+        )
+        return
+    found = model.chat(MESSAGES, tools=tools, answer_format=family, tool_choice="required")
+    assert (found.text, {call.name for call in found.tool_calls}) == ("", {name})
+
+
 CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "é", "n": 7}}\n</tool_call>'
 
 
