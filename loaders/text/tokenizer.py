@@ -16,6 +16,7 @@ from ..artifact.errors import PrecastError
 from .tokenizer_library import decode, encode, translate_errors
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as LibraryTokenizer
 
     from .chat_literal import LiteralChat
@@ -277,9 +278,13 @@ class Tokenizer:
         return name
 
     @cached_property
+    def added_tokens(self) -> "Mapping[int, AddedToken]":
+        """The added tokens, by id. The library makes all of them anew at each request."""
+        return MappingProxyType(self._library.get_added_tokens_decoder())
+
+    @cached_property
     def _special_ids(self) -> frozenset[int]:
-        added = self._library.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
+        return frozenset(token_id for token_id, token in self.added_tokens.items() if token.special)
 
     @cached_property
     def _decoder_kinds(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def vocabulary_bytes(tokenizer: "Tokenizer", size: int) -> list[bytes]:
     decoder = tokenizer.library.decoder
     steps = [] if decoder is None else list(_steps(json.loads(decoder.__getstate__())))
     read, has_byte_tokens = _reader(steps), any(step["type"] == "ByteFallback" for step in steps)
-    added = tokenizer.library.get_added_tokens_decoder()
+    added = tokenizer.added_tokens
     found = [SPECIAL + b"<[%d]>" % token for token in range(size)]
     for text, token in tokenizer.library.get_vocab(with_added_tokens=True).items():
         if token >= size:
@@ -50,9 +50,8 @@ def _is_mark(added: "AddedToken") -> bool:
 
 def mark_token(tokenizer: "Tokenizer", text: str) -> int | None:
     """Return the token of a marker such as ``<think>``; None if `vocabulary_bytes` treats the marker as text."""
-    library = tokenizer.library
-    token, added = library.token_to_id(text), library.get_added_tokens_decoder()
-    return token if token in added and _is_mark(added[token]) else None
+    token, added = tokenizer.library.token_to_id(text), tokenizer.added_tokens
+    return token if token is not None and token in added and _is_mark(added[token]) else None
 
 
 def grammar_symbol(tokenizer: "Tokenizer", text: str) -> str:

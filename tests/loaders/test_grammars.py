@@ -51,6 +51,24 @@ def spelling(*, drops: bool, marks: bool) -> Tokenizer:
     )
 
 
+@pytest.mark.parametrize("marks", [True, False])
+def test_the_added_tokens_are_fetched_once(monkeypatch: pytest.MonkeyPatch, marks: bool) -> None:
+    """Some vocabularies have thousands of them."""
+    tokenizer, fetches = spelling(drops=True, marks=marks), []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            fetches.extend([name] if name == "get_added_tokens_decoder" else [])
+            return getattr(library, name)
+
+    library = tokenizer.library
+    monkeypatch.setattr(tokenizer, "_library", Counting())
+    syntax = answer_format("<think>").reasoning[0]
+    assert reasoning_grammar(syntax, "<think>", tokenizer, is_open=False).count("<[") == 2 * marks
+    start(Grammars(tokenizer, 20, [0]), "3")
+    assert len(fetches) == 1
+
+
 def accepts(constraint: Constraint, tokens: list[int]) -> bool:
     for token in tokens:
         if token not in allowed(constraint):
