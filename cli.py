@@ -84,6 +84,13 @@ def main() -> None:
     help="Instruction set to compile target cpu for: x86-64-v2, x86-64-v3, x86-64-v4, or native for all features of"
     " this machine. May be given several times. Default: x86-64-v2, or native on a machine without x86-64-v2.",
 )
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text to read while int4 weights are rounded, so that the errors of the layers' outputs are smallest. Takes"
+    " minutes.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 def export(
     source: str | None,
@@ -95,6 +102,7 @@ def export(
     kv_cache: str | None,
     targets: tuple[str, ...],
     cpu_isas: tuple[str, ...],
+    calibrate: Path | None,
     overwrite: bool,
 ) -> int:
     """Compile SOURCE into an artifact.
@@ -119,6 +127,7 @@ def export(
         kv_cache=kv_cache,
         targets=targets or DEFAULT_TARGETS,
         cpu_isas=cpu_isas or None,
+        calibrate=calibrate,
         overwrite=overwrite,
     )
     return console.run(source, output, form)

@@ -9,6 +9,7 @@ from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest, Target
 from precast.loaders.progress import Progress, byte_counter, silent
 
 from . import texts
+from .calibration import calibrated_parameters, quantised_layers
 from .devices import on_cpu
 from .manifest import make_manifest, write_manifest
 from .options import DEFAULT_OPTIONS, ExportOptions
@@ -19,7 +20,7 @@ from .reference.recording import load_first, record_golden, replay_answers
 from .sources.base import Source
 from .targets.build import build_targets
 from .targets.kinds import TARGET_KINDS
-from .weights import stored_bytes, write_model_weights
+from .weights import Calibrated, stored_bytes, write_model_weights
 
 Log = Callable[[str], None]
 
@@ -55,7 +56,7 @@ def export(
     with folders.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("the export"):
         # 2. Write the weights, the tokenizer and the chat templates.
         log("writing weights")
-        weights_sha256 = _write_weights(folder, plan, progress)
+        weights_sha256 = _write_weights(folder, plan, options, progress)
         texts.write_texts(folder, source)
 
         # 3. Lower, compile and write the programs of every target.
@@ -77,12 +78,19 @@ def export(
         return manifest
 
 
-def _write_weights(folder: Path, plan: ExportPlan, progress: Progress) -> str:
+def _write_weights(folder: Path, plan: ExportPlan, options: ExportOptions, progress: Progress) -> str:
     """Write the weights and the RoPE tables; return the file's sha256."""
     tables = dict(zip(TABLES, plan.spec.tables(plan.geometry.context), strict=True))
     total = stored_bytes(plan.weight_plan.parameters, plan.stored.formats)
     count = byte_counter(progress, "writing weights", total)
-    return write_model_weights(folder / WEIGHTS_FILE, plan.weight_plan, plan.stored.formats, tables, count)
+    calibrated = None
+    if options.calibrate is not None:
+        chosen = calibrated_parameters(plan.stored.parameters, plan.stored.formats)
+        names = frozenset(p.name for p in chosen)
+        calibrated = Calibrated(names=names, arrays=quantised_layers(plan, options.calibrate, progress))
+    return write_model_weights(
+        folder / WEIGHTS_FILE, plan.weight_plan, plan.stored.formats, tables, count, calibrated
+    )
 
 
 def _build(

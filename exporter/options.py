@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.compiling import isa
@@ -39,6 +40,7 @@ class ExportOptions:
         targets: keys of `TARGET_KINDS`.
         cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native" for
             all features of this machine; None for `precast.loaders.compiling.isa.default_isa`.
+        calibrate: file of a text, whose words choose the roundings of int4 weights; None to round each weight alone.
         overwrite: permission to replace an existing artifact.
     """
 
@@ -49,6 +51,7 @@ class ExportOptions:
     kv_cache: str | None = None
     targets: tuple[str, ...] = DEFAULT_TARGETS
     cpu_isas: tuple[str, ...] | None = None
+    calibrate: Path | None = None
     overwrite: bool = False
 
 
@@ -66,6 +69,10 @@ def check_options(options: ExportOptions) -> None:
         _check_choice("kv-cache", options.kv_cache, CACHE_TYPES)
     if options.slots is not None and not 1 <= options.slots <= _MOST_SLOTS:
         raise PrecastError(f"--slots: expected 1 to {_MOST_SLOTS}, found {options.slots}.")
+    if options.calibrate is not None and options.weights != "int4":
+        raise PrecastError(
+            f"--calibrate: expected --weights int4, found {options.weights}; use --weights int4, or leave it out."
+        )
     _check_targets(options.targets)
     if options.cpu_isas is not None:
         _check_isas(options.cpu_isas, options.targets)

@@ -1,6 +1,6 @@
 """Write a checkpoint's tensors to the artifact's weight file, one tensor at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -73,6 +73,23 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
             " and the weights of the same model."
         )
     return WeightPlan(parameters=parameters, tensors=source.tensors, ignored=ignored)
+
+
+# The name of a parameter, and the arrays of its next source tensor.
+Encoded = tuple[str, tuple[np.ndarray, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """Parameters that calibration quantises.
+
+    Attributes:
+        names: names of the parameters.
+        arrays: their arrays; those of one parameter in the order of its sources.
+    """
+
+    names: Set[str]
+    arrays: Iterator[Encoded]
 
 
 def read_floats(
@@ -181,6 +198,7 @@ def write_model_weights(
     formats: Mapping[str, str],
     tables: Mapping[str, np.ndarray],
     count: Callable[[int], None],
+    calibrated: Calibrated | None = None,
 ) -> str:
     """Write weights and tables, holding at most one source tensor in memory.
 
@@ -190,6 +208,7 @@ def write_model_weights(
         formats: the storage format of each parameter by name, as returned by `formats_of`.
         tables: further arrays, written unchanged.
         count: called after each source tensor with the number of bytes written for it; the sum is `stored_bytes`.
+        calibrated: the parameters that calibration quantises; None for no calibration.
 
     Returns:
         The file's sha256.
@@ -199,35 +218,56 @@ def write_model_weights(
     """
     specs = [spec for p in plan.parameters for spec in _specs(p, formats)]
     specs += [TensorSpec(name=n, shape=t.shape, dtype=t.dtype) for n, t in tables.items()]
-    return write_weights(path, specs, chain(tables.items(), _pieces(plan, formats, count)))
+    names = frozenset() if calibrated is None else calibrated.names
+    encoded = _encoded(plan, formats, names)
+    if calibrated is not None:
+        encoded = chain(encoded, calibrated.arrays)
+    return write_weights(path, specs, chain(tables.items(), _pieces(encoded, plan, formats, count)))
+
+
+def _encoded(plan: WeightPlan, formats: Mapping[str, str], without: Set[str]) -> Iterator[Encoded]:
+    """Encode all source tensors, except those of the parameters `without`."""
+    for parameter in sorted(plan.parameters, key=lambda p: p.name):
+        if parameter.name not in without:
+            stored = FORMATS[formats[parameter.name]]
+            for name in parameter.sources:
+                yield parameter.name, _encode(name, plan.tensors[name], stored, parameter.source_shape)
 
 
 def _pieces(
-    plan: WeightPlan, formats: Mapping[str, str], count: Callable[[int], None]
+    encoded: Iterator[Encoded], plan: WeightPlan, formats: Mapping[str, str], count: Callable[[int], None]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield pairs of an array's name and the next part of that array, until all source tensors are stored."""
-    for parameter in sorted(plan.parameters, key=lambda p: p.name):
-        stored = FORMATS[formats[parameter.name]]
-        names = [parameter.name + array.suffix for array in stored.arrays(parameter.shape)]
-        for name in parameter.sources:
-            arrays = _encode(name, plan.tensors[name], stored, parameter.source_shape)
-            yield from zip(names, arrays, strict=True)
-            count(sum(array.nbytes for array in arrays))
-            del arrays  # free them before the next tensor is read
+    names = {p.name: [spec.name for spec in _specs(p, formats)] for p in plan.parameters}
+    for name, arrays in encoded:
+        yield from zip(names[name], arrays, strict=True)
+        count(sum(array.nbytes for array in arrays))
+        del arrays  # free them before the next tensor is read
 
 
 def _encode(
     name: str, tensor: SourceTensor, stored: Format, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, ...]:
-    if tensor.blocks is not None and stored.takes_blocks:
-        blocks = tensor.blocks()
-        _check_blocks(name, blocks, shape)
-        if (arrays := stored.repack(blocks)) is not None:
-            return arrays
-        del blocks
+    if (arrays := repack(name, tensor, stored, shape)) is not None:
+        return arrays
     array = tensor.read()
-    _check_array(name, array, shape)
+    check_array(name, array, shape)
     return stored.encode(array, name)
+
+
+def repack(
+    name: str, tensor: SourceTensor, stored: Format, shape: tuple[int, ...]
+) -> tuple[np.ndarray, ...] | None:
+    """Convert a tensor's quantised blocks to a format without changing any value; return None if that is impossible.
+
+    Raises:
+        PrecastError: the tensor has another shape, or holds values that are not finite.
+    """
+    if tensor.blocks is None or not stored.takes_blocks:
+        return None
+    blocks = tensor.blocks()
+    _check_blocks(name, blocks, shape)
+    return stored.repack(blocks)
 
 
 def _check_blocks(name: str, blocks: QuantisedBlocks, shape: tuple[int, ...]) -> None:
@@ -237,7 +277,12 @@ def _check_blocks(name: str, blocks: QuantisedBlocks, shape: tuple[int, ...]) ->
             _refuse_not_finite(name)
 
 
-def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Check a tensor after it was read.
+
+    Raises:
+        PrecastError: it has another shape, or holds values that are not finite.
+    """
     _check_shape(name, array.shape, shape)
     # The sum is NaN or infinite if any value is. It needs less memory than np.isfinite, which returns an array.
     with np.errstate(over="ignore", invalid="ignore"):

@@ -184,7 +184,13 @@ class Decoder(nnx.Module):
         return x
 
     def forward_layer(
-        self, x: Array, rotary: Rotary, window: Array, layer: Array, cache_dtype: str = "float32"
+        self,
+        x: Array,
+        rotary: Rotary,
+        window: Array,
+        layer: Array,
+        cache_dtype: str = "float32",
+        ops: Ops = XLA_OPS,
     ) -> Array:
         """Compute one layer of the reference.
 
@@ -194,6 +200,7 @@ class Decoder(nnx.Module):
             window: the layer's window; 0 for none.
             layer: index of the layer's weights.
             cache_dtype: as in `forward`.
+            ops: the operations.
 
         Returns:
             ``[B, T, D]``.
@@ -210,7 +217,7 @@ class Decoder(nnx.Module):
                 rotate(q, rotary), k, v, attention_mask(positions, positions, window), params
             )
 
-        return stack.layer(x, layer_ops(XLA_OPS, layer, jnp.int32(b * t), attend))
+        return stack.layer(x, layer_ops(ops, layer, jnp.int32(b * t), attend))
 
     def step(
         self, tokens: Array, batch: Batch, cos: Array, sin: Array, caches: KVCaches, ops: Ops

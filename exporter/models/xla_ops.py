@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..quantize import GROUP, INT4_ZERO, PANEL
+from ..quantize import GROUP, PANEL
+from ..scales import INT4_ZERO
 from .ops import (
     AttentionParams,
     Batch,

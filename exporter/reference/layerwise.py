@@ -52,20 +52,18 @@ class LayerwiseReference:
         self._tensors: Mapping[str, SourceTensor] = plan.tensors
         self._spec, self._parameters = spec, parameters
         self._one = replace(spec, config=replace(c, layers=1, windows=(), ropes=()))
-        self._bound = abstract_model(self._one).bind
-        self._layer = jax.jit(self._run_layer)
+        self.bind = abstract_model(self._one).bind
+        self._layer = jax.jit(self.run_layer)
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
         """Yield the logits ``[V]`` of every position of the window, from `first` to the last but one."""
-        c = self._spec.config
-        cos, sin = (table[:, None, : len(window)] for table in self._spec.tables(self.context))
         with on_cpu_in_float32():
-            x = self._embedded(window)
-            for i, (seen, rope) in enumerate(zip(c.layer_windows, c.layer_ropes, strict=True)):
-                arrays = map(jnp.from_dlpack, self._read(LAYERS, layer=i))
+            x = self.embedded(window)
+            for i in range(self._spec.config.layers):
+                arrays = map(jnp.from_dlpack, self.read(LAYERS, layer=i))
                 # Wait, so that the weights of two layers are never in memory together.
-                x = self._layer(x, cos[rope], sin[rope], np.int32(seen), *arrays).block_until_ready()
-            ends = self._read("model.norm", head_of(self._spec))
+                x = self._layer(x, *self.surroundings(i, x.shape), *arrays).block_until_ready()
+            ends = self.read("model.norm", head_of(self._spec))
             yield from blockwise_logits(
                 self._one,
                 lambda spec: abstract_model(spec).bind,
@@ -74,20 +72,28 @@ class LayerwiseReference:
                 packed=False,
             )
 
-    def _embedded(self, window: Sequence[int]) -> Array:
+    def embedded(self, window: Sequence[int]) -> Array:
         """Return the input ``[1, T, D]`` of the first layer; only the window's rows of the embedding are copied."""
         used, tokens = np.unique(np.array(window), return_inverse=True)
         arrays = [
             array[used] if p.name == EMBEDDING else array
-            for p, array in zip(self._parameters, self._read("model.embed_"), strict=True)
+            for p, array in zip(self._parameters, self.read("model.embed_"), strict=True)
         ]
-        module = self._bound([*map(jnp.asarray, arrays)])
+        module = self.bind([*map(jnp.asarray, arrays)])
         return module.embed(jnp.asarray(tokens[None], jnp.int32), jnp.arange(len(window))[None], XLA_OPS)
 
-    def _run_layer(self, x: Array, cos: Array, sin: Array, window: Array, *arrays: Array) -> Array:
-        return self._bound(arrays).forward_layer(x, Rotary(cos, sin), window, jnp.int32(0))
+    def surroundings(self, layer: int, shape: tuple[int, ...]) -> tuple[Rotary, np.int32]:
+        """Return the RoPE and the window of a layer, for inputs of the shape ``[B, T, D]``."""
+        c, (batch, tokens, _) = self._spec.config, shape
+        tables = (t[c.layer_ropes[layer], None, :tokens] for t in self._spec.tables(self.context))
+        rotary = Rotary(*(jnp.asarray(np.broadcast_to(t, (batch, *t.shape[1:]))) for t in tables))
+        return rotary, np.int32(c.layer_windows[layer])
 
-    def _read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
+    def run_layer(self, x: Array, rotary: Rotary, window: Array, *arrays: Array) -> Array:
+        """Return a layer's output ``[B, T, D]``; the arguments are its input and the results of the other methods."""
+        return self.bind(arrays).forward_layer(x, rotary, window, jnp.int32(0))
+
+    def read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
         """Read the parameters whose names have one of these prefixes, for one layer; replace all others with a zero."""
         return [
             self._array(p, layer)

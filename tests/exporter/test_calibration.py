@@ -1,0 +1,239 @@
+"""int4 weights that are rounded with the inputs of a text (GPTQ)."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from precast.exporter import gptq
+from precast.exporter.calibration import calibrated_parameters, quantised_layers
+from precast.exporter.models.parameters import abstract_model
+from precast.exporter.models.registry import read_model
+from precast.exporter.options import ExportOptions, check_options
+from precast.exporter.plan import make_plan
+from precast.exporter.quantize import INT4
+from precast.exporter.sources.base import QuantisedBlocks
+from precast.exporter.weights import formats_of
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.artifact.weights import map_weights
+from precast.loaders.load import load
+
+WORDS = "the quick brown fox jumps over the lazy dog; def fibonacci(n): return n; the cat sat on the mat. "
+# Configs, each with further norms of a layer: Gemma 2 has norms after attention and MLP; Qwen 3 norms q and k.
+GEMMA2 = {
+    "model_type": "gemma2",
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+ARCHITECTURES = {
+    "llama": ({}, ()),
+    "mistral": ({"model_type": "mistral", "sliding_window": 8}, ()),
+    "gemma2": (GEMMA2, ("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+    "qwen3": ({"model_type": "qwen3"}, ("self_attn.q_norm", "self_attn.k_norm")),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(WORDS * 60)
+    return path
+
+
+def correlated(rng, tokens: int, inputs: int) -> np.ndarray:
+    """Return inputs of a product ``[tokens, in]`` in which a few directions have most of the variance."""
+    mixed = rng.standard_normal((tokens, inputs)) @ rng.standard_normal((inputs, inputs))
+    return (mixed * np.exp(rng.normal(0, 1, inputs))).astype(np.float32)
+
+
+def relative_error(x: np.ndarray, matrix: np.ndarray, arrays: tuple[np.ndarray, ...]) -> float:
+    """Return the error of a product's outputs as a share of their magnitude."""
+    lost = x @ (INT4.decode(arrays, *matrix.shape) - matrix).T
+    return float(np.linalg.norm(lost) / np.linalg.norm(x @ matrix.T))
+
+
+# --- one matrix ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("outs", "inputs"), [(1, 1), (16, 32), (20, 70), (33, 160), (5, 31)])
+def test_outputs_lose_less_than_with_plain_rounding(outs: int, inputs: int) -> None:
+    rng = np.random.default_rng(inputs)
+    x, matrix = correlated(rng, 400, inputs), rng.standard_normal((outs, inputs), np.float32)
+    arrays = gptq.quantise(matrix.copy(), gptq.compensation(jnp.asarray(x.T @ x)))
+    stored = INT4.arrays(matrix.shape)
+    assert [(a.shape, a.dtype) for a in arrays] == [(s.shape[1:], s.numpy_dtype) for s in stored]
+    plain, found = (relative_error(x, matrix, a) for a in (INT4.encode(matrix), arrays))
+    # The smallest matrices can be almost exact, and lose no more than float16 coefficients do.
+    assert found <= max(plain * (0.7 if inputs >= 70 else 1.02), 2e-4)
+
+
+def test_the_compensation_is_a_factor_of_the_inverse() -> None:
+    x = correlated(np.random.default_rng(0), 300, 40)
+    gram = x.T @ x
+    upper = gptq.compensation(jnp.asarray(gram)).astype(np.float64)
+    damped = gram.astype(np.float64) + 0.01 * np.diag(gram).mean() * np.eye(40)
+    np.testing.assert_array_equal(upper, np.triu(upper))
+    np.testing.assert_allclose(upper.T @ upper @ damped, np.eye(40), atol=1e-3)
+
+
+def test_inputs_that_are_always_zero() -> None:
+    rng = np.random.default_rng(1)
+    x, matrix = correlated(rng, 200, 64), rng.standard_normal((16, 64), np.float32)
+    x[:, ::3] = 0
+    for inputs in (x, np.zeros_like(x)):
+        arrays = gptq.quantise(matrix.copy(), gptq.compensation(jnp.asarray(inputs.T @ inputs)))
+        assert all(np.isfinite(a.astype(np.float32)).all() for a in arrays)
+        assert np.abs(INT4.decode(arrays, 16, 64) - matrix).max() < 1
+
+
+# --- a model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "norms"), ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_every_matrix_of_the_layers_is_quantised(tiny_source, text: Path, config, norms) -> None:
+    plain = tiny_source(config=config)
+    width = {"self_attn": plain.config["head_dim"]}
+    tensors = {
+        f"model.layers.{layer}.{norm}.weight": np.ones(
+            width.get(norm.partition(".")[0], plain.config["hidden_size"]), np.float32
+        )
+        for layer in range(plain.config["num_hidden_layers"])
+        for norm in norms
+    }
+    source = tiny_source(config=config, tensors=tensors)
+    plan = make_plan(source, ExportOptions(buckets=(8,), context=64, weights="int4"))
+    found = list(quantised_layers(plan, text))
+    parameters = calibrated_parameters(plan.stored.parameters, plan.stored.formats)
+    assert {p.name.rpartition("layers.")[2] for p in parameters} == {
+        *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+        *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    }
+    layers = plan.spec.config.layers
+    assert sorted(name for name, _ in found) == sorted(p.name for p in parameters for _ in range(layers))
+    for name, arrays in found:
+        shape = next(p.source_shape for p in parameters if p.name == name)
+        assert [a.shape for a in arrays] == [a.shape[1:] for a in INT4.arrays(shape)]
+
+
+def test_experts_are_rounded_alone(tiny_source) -> None:
+    config = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    parameters = abstract_model(read_model(tiny_source(config=config).config, "tiny")).parameters
+    chosen = calibrated_parameters(parameters, formats_of(parameters, "int4"))
+    assert {p.name.rpartition(".self_attn.")[2] for p in chosen} == {f"{name}_proj.weight" for name in "qkvo"}
+
+
+def test_a_calibrated_artifact_is_closer_to_the_model(export_tiny, text: Path) -> None:
+    """The roundings suit the text that calibrates, so the logits after it lose less. They are the same each time."""
+    roots = [
+        export_tiny(weights=weights, kv_cache="float32", targets=("cpu",), calibrate=given)
+        for weights, given in (("float32", None), ("int4", None), ("int4", text), ("int4", text))
+    ]
+    exact, plain, calibrated = (logits(load(root), WORDS * 2) for root in roots[:3])
+    assert np.square(calibrated - exact).mean() < 0.6 * np.square(plain - exact).mean()
+    first, second = (hashlib.sha256((r / "weights.safetensors").read_bytes()).hexdigest() for r in roots[2:])
+    assert first == second
+
+
+def logits(model, text: str) -> np.ndarray:
+    """Return the logits after each of the first tokens of a text."""
+    engine, ids = model.engine, model.tokenizer.encode(text)[:60]
+    cache = engine.new_cache()
+    rows = []
+    for start in range(0, len(ids), engine.score_tokens):
+        step = engine.score(ids[start : start + engine.score_tokens], cache, start=start, slot=0)
+        rows.append(engine.logits(step).copy())
+    return np.concatenate(rows)
+
+
+def test_blocks_keep_their_values(tiny_source, export_tiny, text: Path) -> None:
+    """One matrix comes with minima, another without; the rest is calibrated."""
+    source = tiny_source()
+    rng = np.random.default_rng(0)
+
+    def with_blocks(name: str, *, has_minima: bool):
+        tensor = source.tensors[name]
+        rows, columns = tensor.shape
+        groups = -(-columns // 32)
+        blocks = QuantisedBlocks(
+            values=rng.integers(0, 16, (rows, columns)).astype(np.uint8)
+            if has_minima
+            else rng.integers(-8, 8, (rows, columns)).astype(np.int8),
+            scale=np.full((rows, groups), 0.01, np.float16),
+            minimum=np.full((rows, groups), -0.08, np.float16) if has_minima else None,
+        )
+        dense = blocks.values * np.float32(np.float16(0.01))
+        dense = dense + np.float32(np.float16(-0.08)) if has_minima else dense
+        return dataclasses.replace(
+            tensor, read=dense.copy, blocks=lambda: blocks, is_symmetric=not has_minima
+        )
+
+    changed = {
+        f"model.layers.{layer}.mlp.{part}_proj.weight": with_blocks(
+            f"model.layers.{layer}.mlp.{part}_proj.weight", has_minima=part == "up"
+        )
+        for layer in range(source.config["num_hidden_layers"])
+        for part in ("up", "gate")
+    }
+    source = dataclasses.replace(source, tensors={**source.tensors, **changed})
+    stored = [
+        map_weights(
+            export_tiny(source, weights="int4", targets=("cpu",), calibrate=given) / "weights.safetensors"
+        )
+        for given in (None, text)
+    ]
+    for part in ("mlp.up_proj", "mlp.gate_proj"):
+        name = f"model.layers.{part}.weight"
+        np.testing.assert_array_equal(stored[0][name], stored[1][name])
+    assert "model.layers.mlp.gate_proj.weight.minimum" not in stored[1]
+    other = "model.layers.mlp.down_proj.weight"
+    assert (stored[0][other] != stored[1][other]).any()
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_other_formats_are_not_calibrated(weights: str) -> None:
+    with pytest.raises(PrecastError) as raised:
+        check_options(ExportOptions(weights=weights, calibrate=Path("a.txt")))
+    assert str(raised.value) == (
+        f"--calibrate: expected --weights int4, found {weights}; use --weights int4, or leave it out."
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "expected a text file, but it does not exist; check the spelling."),
+        (b"", "expected some text, found none; name another file."),
+        (
+            b"too short",
+            "expected at least 64 tokens of text to calibrate with, found fewer; name a longer text.",
+        ),
+        (b"\xff" * 99, "expected text in UTF-8, found other bytes; convert it first."),
+    ],
+)
+def test_unusable_texts_are_refused(
+    export_tiny, tmp_path: Path, content: bytes | None, expected: str
+) -> None:
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PrecastError) as raised:
+        export_tiny(weights="int4", calibrate=path)
+    assert str(raised.value) == f"{path}: {expected}"
+
+
+def test_values_that_are_not_finite_are_refused(tiny_source, export_tiny, text: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    values = tiny_source().tensors[name].read()
+    values[3, 2] = np.nan
+    with pytest.raises(PrecastError) as raised:
+        export_tiny(tiny_source(tensors={name: values}), weights="int4", calibrate=text)
+    assert str(raised.value) == (
+        f"{name}: the tensor holds values that are not finite numbers; fetch the checkpoint again."
+    )
