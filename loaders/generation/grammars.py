@@ -10,7 +10,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
     from ..text.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 # Whitespace between the parts of JSON. Without a limit, a model may repeat line feeds until the context is full.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
@@ -56,7 +55,7 @@ class Grammars:
         self._end_ids = sorted(token for token in end_ids if token < vocab_size)
         self._lock = threading.Lock()  # held only briefly; grammars are built without it
         self._kept: OrderedDict[ConstraintText, _Grammar] = OrderedDict()
-        self._building: dict[ConstraintText, Future[_Grammar | PrecastError | None]] = {}
+        self._building: dict[ConstraintText, _Result] = {}
         self._builders = threading.BoundedSemaphore(_MOST_BUILDERS)
         self._vocabulary: _Vocabulary | None = None
         self._vocabulary_lock = threading.Lock()
@@ -82,36 +81,46 @@ class Grammars:
                     self._kept.move_to_end(text)
                     return kept
                 others = self._building.get(text)
-                if others is None:
-                    mine = self._building[text] = Future[_Grammar | PrecastError | None]()
-                    break
-            built = others.result()
+            result: _Result = Future() if others is None else others
+            if others is None:
+                _start_with_deep_stack(partial(self._build, text, result))
+            built = result.result()
             if isinstance(built, PrecastError):
                 raise PrecastError(str(built))  # a new exception, because threads must not share a traceback
-            if built is not None:
+            if isinstance(built, _Grammar):
                 return built
-        try:
-            return self._build(text, mine)
-        finally:
-            with self._lock:
-                del self._building[text]
-            if not mine.done():  # an interrupt or a failure: a waiting thread tries again
-                mine.set_result(None)
+            if built is not None and others is None:
+                raise built
+            # Another thread failed, for instance without memory; so try again.
 
-    def _build(self, text: ConstraintText, result: "Future[_Grammar | PrecastError | None]") -> "_Grammar":
-        """Build a grammar, and pass the grammar or the error to the waiting threads."""
+    def _build(self, text: ConstraintText, result: "_Result") -> None:
+        """Build a grammar, in a thread of its own. Only the main thread is interrupted, so this one always ends well.
+
+        Args:
+            text: the constraint.
+            result: receives the grammar or the error; None if another thread that builds the grammar fails.
+        """
+        with self._lock:
+            if (kept := self._kept.get(text)) is not None:
+                result.set_result(kept)
+                return
+            first = self._building.setdefault(text, result)
+        if first is not result:  # another thread asked at the same moment
+            first.add_done_callback(lambda done: result.set_result(_shared(done.result())))
+            return
+        built: _Grammar | BaseException
         try:
             with self._builders:
-                grammar = _with_deep_stack(lambda: self._compile(text))
-        except PrecastError as error:
-            result.set_result(error)
-            raise
+                built = self._compile(text)
+        except BaseException as error:
+            built = error
         with self._lock:
-            self._kept[text] = grammar
-            if len(self._kept) > _MOST_GRAMMARS:
-                self._kept.popitem(last=False)
-        result.set_result(grammar)
-        return grammar
+            if isinstance(built, _Grammar):
+                self._kept[text] = built
+                if len(self._kept) > _MOST_GRAMMARS:
+                    self._kept.popitem(last=False)
+            del self._building[text]
+        result.set_result(built)
 
     def _compile(self, text: ConstraintText) -> "_Grammar":
         vocabulary = self._known_vocabulary()
@@ -166,6 +175,9 @@ class _Grammar(NamedTuple):
     mask: np.ndarray
 
 
+_Result = Future[_Grammar | BaseException | None]
+
+
 class _Vocabulary(NamedTuple):
     """A model's vocabulary.
 
@@ -209,28 +221,21 @@ def _library() -> Any:
     return llguidance
 
 
-def _with_deep_stack(call: Callable[[], T]) -> T:
-    """Call a function in a thread whose stack allows deep recursion, and return its result."""
-    results: list[T] = []
-    errors: list[BaseException] = []
+def _shared(built: "_Grammar | BaseException | None") -> "_Grammar | PrecastError | None":
+    """Return a result for the threads that did not build it; None if they must try again."""
+    return built if isinstance(built, _Grammar | PrecastError) else None
 
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+def _start_with_deep_stack(call: Callable[[], None]) -> None:
+    """Call a function in a new thread whose stack allows deep recursion."""
+    thread = threading.Thread(target=call, daemon=True)
     with _STACK_SIZE:
-        before = threading.stack_size(_STACK_BYTES)
+        before = threading.stack_size()
         try:
+            threading.stack_size(_STACK_BYTES)
             thread.start()
         finally:
             threading.stack_size(before)
-    thread.join()
-    for error in errors:
-        raise error
-    return results[0]
 
 
 # --- texts for llguidance -----------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Grammars with reasoning before the answer, and their building by several threads."""
 
+import dis
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers
 
 from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.generation import grammars as grammars_module
 from precast.loaders.generation.constraint_texts import ConstraintText
 from precast.loaders.generation.constraints import Constraint
 from precast.loaders.generation.grammars import Grammars
@@ -211,3 +214,46 @@ def test_after_a_failure_a_waiting_thread_builds_the_grammar(slow_grammars: Slow
         thread.join(60)
     assert sorted(type(result).__name__ for result in found) == [*["Constraint"] * 4, "MemoryError"]
     assert slow_grammars.builds == ["slow[ab]"] * 2
+
+
+def interrupted_at(place: int, work: Callable[[], object]) -> bool:
+    """Call a function, and raise KeyboardInterrupt at a place in the module; return False if it ended before.
+
+    The places are those where Python handles signals: after calls, at the start of functions and at the end of loops.
+    """
+    count, last = 0, ""
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal count, last
+        if frame.f_code.co_filename != grammars_module.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            before, last = last, dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            count += before.startswith(("CALL", "RESUME", "JUMP_BACKWARD"))
+            if count == place:
+                raise KeyboardInterrupt
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(outer)
+    return False
+
+
+def test_an_interrupt_at_any_place_blocks_no_other_thread(slow_grammars: SlowGrammars) -> None:
+    slow_grammars.slow, stack = "", threading.stack_size()
+    place = 1
+    while interrupted_at(place, lambda n=place: start(slow_grammars, regex=f"quick{n}")):  # type: ignore[misc]
+        threads, found = in_threads([lambda n=place: start(slow_grammars, regex=f"quick{n}")] * 2)  # type: ignore[misc]
+        for thread in threads:
+            thread.join(60)
+        assert [type(result) for result in found] == [Constraint] * 2
+        assert threading.stack_size() == stack
+        place += 1
+    assert place > 10
