@@ -7,13 +7,16 @@ from datetime import UTC, date, datetime
 
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.manifest import SamplingDefaults
+from precast.loaders.artifact.units import size_text
 from precast.loaders.generation.sampling_params import SamplingParams
+from precast.loaders.runtime import limits, resources
 
 from . import texts
 from .models.registry import ModelSpec, read_model
 from .options import ExportOptions, choose_geometry
-from .programs import Geometry, StoredModel, stored_model
+from .programs import Geometry, StoredModel, cache_arrays, stored_model
 from .sources.base import Source
+from .targets.kinds import TARGET_KINDS
 from .weights import WeightPlan, plan_weights, without_minima
 
 
@@ -55,6 +58,7 @@ def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
     spec = read_model(source.config, source.name)
     geometry = choose_geometry(options, spec)
     spec = spec.with_context(geometry.context)
+    _check_memory(source.name, spec, geometry, options)
     stored = stored_model(spec, options.weights)
     weight_plan = plan_weights(spec.adapt(source), stored.parameters, tied=spec.config.tied_embeddings)
     stored = dataclasses.replace(stored, formats=without_minima(stored.formats, weight_plan))
@@ -94,6 +98,35 @@ def _check_tokenizer(source: Source, vocab: int) -> None:
                 f"{source.name}: the end token has the id {token}, but the model embeds only {vocab} tokens; correct"
                 " eos_token_id in its configuration."
             )
+
+
+def _check_memory(name: str, spec: ModelSpec, geometry: Geometry, options: ExportOptions) -> None:
+    """Refuse a context whose RoPE tables or KV cache this machine cannot allocate.
+
+    The positions of a KV cache take memory only as they fill, so a cache larger than memory is no obstacle as long as
+    the system grants its address space. The export needs the cache on this machine to check the artifact's answers.
+    """
+    frequencies = sum(len(rope.at_context(geometry.context)) for rope in spec.ropes)
+    # Angles, cosines, sines and the result of a multiplication exist at the same time.
+    tables, limit = 4 * 4 * geometry.context * frequencies, resources.memory().limit
+    if limit is not None and tables > limit:
+        raise PrecastError(
+            f"--context: the RoPE tables of {geometry.context} positions need {size_text(tables)} of memory, but this"
+            f" machine or container has {size_text(limit)}; choose a shorter context."
+        )
+    if all(TARGET_KINDS[target].device is not None for target in options.targets):
+        return  # the KV cache is in the memory of another device
+    arrays = cache_arrays(spec.config, geometry)
+    total = sum(array.bytes for array in arrays)
+    need = limits.Need(
+        weights=0,
+        cache=total // geometry.slots,
+        temporary=0,
+        idle=total - total // geometry.slots,
+        largest=max(array.bytes for array in arrays),
+    )
+    for problem, remedy in limits.problems(need, 1, resources.limits(0), has_client=True):
+        raise PrecastError(f"{name}: with a context of {geometry.context}, {problem}; {remedy}.")
 
 
 def _rope_remark(spec: ModelSpec, context: int) -> str | None:

@@ -1,14 +1,18 @@
 """Checks of a source before the export writes: refusals, remarks, and sampling defaults."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from precast.exporter.export import export
 from precast.exporter.options import ExportOptions
+from precast.exporter.plan import make_plan
 from precast.loaders.artifact.manifest import SamplingDefaults
 from precast.loaders.console.inspect import render
 from precast.loaders.generation.sampling_params import SamplingParams
 from precast.loaders.load import load
+from precast.loaders.runtime import resources
 
 QUICK = ExportOptions(buckets=(8,), context=32, weights="float32", targets=("cpu",))
 
@@ -118,3 +122,68 @@ def test_ignored_tensors_get_a_remark(tmp_path, tiny_source):
 def test_an_invalid_source_date_epoch_is_refused(export_refusal, tiny_source, monkeypatch, epoch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
     assert export_refusal(tiny_source()).startswith("SOURCE_DATE_EPOCH: expected seconds since 1970, found ")
+
+
+LONG = 2**31 - 1
+
+
+def limit_machine(monkeypatch, **found):
+    monkeypatch.setattr(
+        resources, "limits", lambda _: resources.Limits(**{"address_space": None, "threads": None, **found})
+    )
+    monkeypatch.setattr(resources, "memory", lambda: resources.Memory(limit=1 << 30, available=0))
+
+
+def test_a_cache_larger_than_memory_is_no_obstacle(monkeypatch, tiny_source):
+    limit_machine(monkeypatch)
+    source = tiny_source(config={"max_position_embeddings": LONG})
+    plan = make_plan(source, replace(QUICK, context=4_000_000, slots=8))
+    assert (plan.geometry.context, plan.geometry.slots) == (4_000_000, 8)
+
+
+@pytest.mark.parametrize(
+    ("context", "found", "text"),
+    [
+        (
+            LONG,
+            {},
+            (
+                "--context: the RoPE tables of 2147483647 positions need 206.2 GB of memory, but this machine or"
+                " container has 1.1 GB; choose a shorter context."
+            ),
+        ),
+        (
+            4_000_000,
+            {"allocation": 10**9},
+            (
+                "tiny: with a context of 4000000, an array of its KV cache takes 9.2 GB of address space, but this"
+                " system allocates at most 1.0 GB at once; set vm.overcommit_memory to 1, or export with fewer --slots"
+                " or a shorter --context."
+            ),
+        ),
+        (
+            4_000_000,
+            {"address_space": 4 * 10**9},
+            (
+                "tiny: with a context of 4000000, it needs 18.4 GB of address space, but this process may take only"
+                " 4.0 GB more (ulimit -v); raise that limit, or export with fewer --slots."
+            ),
+        ),
+    ],
+)
+def test_a_context_that_this_machine_cannot_allocate(
+    monkeypatch, export_refusal, tiny_source, context, found, text
+):
+    limit_machine(monkeypatch, **found)
+    source = tiny_source(config={"max_position_embeddings": LONG})
+    assert export_refusal(source, replace(QUICK, context=context, slots=8)) == text
+
+
+def test_the_memory_of_this_machine_does_not_limit_other_devices(monkeypatch, tiny_source):
+    from precast.exporter import plan
+
+    limit_machine(monkeypatch, allocation=10**9)
+    kind = replace(plan.TARGET_KINDS["cuda"], device=lambda: None)
+    monkeypatch.setitem(plan.TARGET_KINDS, "cuda", kind)
+    source = tiny_source(config={"max_position_embeddings": LONG})
+    make_plan(source, replace(QUICK, context=4_000_000, slots=8, targets=("cuda",)))
