@@ -225,10 +225,10 @@ def write_model_weights(
     return write_weights(path, specs, chain(tables.items(), _pieces(encoded, plan, formats, count)))
 
 
-def _encoded(plan: WeightPlan, formats: Mapping[str, str], without: Set[str]) -> Iterator[Encoded]:
-    """Encode all source tensors, except those of the parameters `without`."""
+def _encoded(plan: WeightPlan, formats: Mapping[str, str], omitted: Set[str]) -> Iterator[Encoded]:
+    """Encode all source tensors except those of the omitted parameters."""
     for parameter in sorted(plan.parameters, key=lambda p: p.name):
-        if parameter.name not in without:
+        if parameter.name not in omitted:
             stored = FORMATS[formats[parameter.name]]
             for name in parameter.sources:
                 yield parameter.name, _encode(name, plan.tensors[name], stored, parameter.source_shape)

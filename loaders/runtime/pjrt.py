@@ -258,7 +258,7 @@ _clients: dict[int, Client] = {}
 
 
 def client(threads: int | None = None) -> Client:
-    """Return this process's client with this many threads; models with the same number of threads share it.
+    """Return the process's client for a number of threads. Models with the same number of threads share a client.
 
     Args:
         threads: number of computing threads; None for one thread per usable core.

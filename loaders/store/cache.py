@@ -161,7 +161,7 @@ def places(wanted: Mapping[str, Piece]) -> dict[str, Place]:
 
 
 def read_place(place: Place, piece: Piece) -> bytes | None:
-    """Return the piece at a place; None if it is no longer there."""
+    """Return a piece from a file on this machine; None if the file no longer holds it."""
     path, offset = place
     try:
         with files.open_plain(path) as file:

@@ -235,6 +235,7 @@ def test_the_garbage_collector_may_close_a_reader_under_the_lock(
 
         def __hash__(self) -> int:
             if self.waits:
+                self.waits = False
                 gc.collect()
             return id(self)
 
@@ -248,6 +249,7 @@ def test_the_garbage_collector_may_close_a_reader_under_the_lock(
 
     def use() -> tuple[bool, list[int], bool]:
         gc.disable()
+        gc.freeze()  # the objects of earlier tests would make each collection slow
         try:
             closed = abandoned_loop(Stream(scheduler, new_sequence([1])), executor, stop)
             was_garbage = closed() is not None
@@ -255,6 +257,7 @@ def test_the_garbage_collector_may_close_a_reader_under_the_lock(
                 found = runner.run(collect(Stream(scheduler, new_sequence([9]))))
             return was_garbage, found, closed() is None
         finally:
+            gc.unfreeze()
             gc.enable()
 
     assert finished(use) == (True, alone([9]), True)
