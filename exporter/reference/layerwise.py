@@ -90,7 +90,13 @@ class LayerwiseReference:
         return rotary, np.int32(c.layer_windows[layer])
 
     def run_layer(self, x: Array, rotary: Rotary, window: Array, *arrays: Array) -> Array:
-        """Return a layer's output ``[B, T, D]``; the arguments are its input and the results of the other methods."""
+        """Return a layer's output ``[B, T, D]``.
+
+        Args:
+            x: the layer's input ``[B, T, D]``.
+            rotary, window: the result of `surroundings` for the layer.
+            arrays: the result of `read` for the layer.
+        """
         return self.bind(arrays).forward_layer(x, rotary, window, jnp.int32(0))
 
     def read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:

@@ -269,7 +269,7 @@ def sampling(command: Command) -> Command:
 
 
 def answers(command: Command) -> Command:
-    """Give a command the options that add to answers; it receives them as one argument, `answers`."""
+    """Give a command the options for what an answer contains; it receives them as one argument, `answers`."""
     return _gathering(command, _ANSWERS, "answers", AnswerOptions)
 
 

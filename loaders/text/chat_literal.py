@@ -222,7 +222,7 @@ def _flags(token: "AddedToken") -> _Flags:
 def _literal_tokenizer(
     library: "LibraryTokenizer", control: Collection["AddedToken"]
 ) -> tuple["LibraryTokenizer", dict[_Flags, str]]:
-    """Return a tokenizer that treats control tokens as text, and its stand-ins, by token flags."""
+    """Return a tokenizer that treats control tokens as text, and the names that stand for them there, by flags."""
     from tokenizers import AddedToken, Tokenizer
 
     literal = Tokenizer.from_str(library.to_str())
