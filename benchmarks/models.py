@@ -1,7 +1,8 @@
 """Compute what models of 135M to 8B parameters take in disk, memory and time, from their published shapes.
 
-A decode step reads every weight once and the filled part of the KV cache, so its speed is the memory's bandwidth over
-those bytes, times the share of that limit that precast reached in peers.json. Weights are counted to the byte.
+A decode step reads every weight once and the filled part of the KV cache, so its speed is at most the memory's
+bandwidth divided by these bytes. The table gives this limit times the share of it that precast reached in peers.json.
+Weights are counted to the byte.
 
     python benchmarks/models.py
 
@@ -23,7 +24,7 @@ CONFIGS = ROOT / "tests" / "exporter" / "published_configs.json"
 
 # Positions of the KV cache, and positions filled in the middle of 64 steps after a prompt of 128 tokens.
 CONTEXT, FILLED = 2048, 160
-# Python, jaxlib, NumPy and XLA's buffers; weights and KV cache come on top.
+# Memory of Python, jaxlib, NumPy and XLA's buffers, without weights and KV cache.
 PROCESS_BYTES = 150e6
 
 # Changes to the published config of a larger model of the same family, whose config has the same keys.
@@ -53,13 +54,13 @@ MODELS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
 
 
 def sizes(config: Mapping[str, Any], name: str, weights: str) -> tuple[int, int, int]:
-    """Return the bytes of a model's weights, those of its whole KV cache, and those that a decode step reads."""
+    """Return three numbers of bytes: a model's weights, its whole KV cache, and all that a decode step reads."""
     spec = read_model(config, name)
     model = stored_model(spec, weights)
     stored = stored_bytes(model.parameters, model.formats)
     embedding = [p for p in model.parameters if p.name == "model.embed_tokens.weight"]
     has_head = any(p.name.startswith("lm_head.") for p in model.parameters)
-    # Of an embedding that is not the output head too, a step reads a single row.
+    # If the embedding is not also the output head, a step reads only one row of it.
     skipped = stored_bytes(embedding, model.formats) if has_head else 0
     geometry = Geometry(context=CONTEXT, slots=1, buckets=(64, 128, 512), kv_cache="bfloat16")
     cache = [

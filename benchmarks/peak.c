@@ -47,7 +47,7 @@ static double fma_f32(long steps, const char *memory) {
   return (double)steps * 10 * 8 * 2;
 }
 
-/* Multiply unsigned by signed bytes, add pairs to 16 bits, add pairs of those to 32 bits, and accumulate. */
+/* Multiply unsigned by signed bytes, add pairs to 16-bit sums, add pairs of these to 32-bit sums, and accumulate. */
 static double int8_maddubs(long steps, const char *memory) {
   (void)memory;
   const __m256i x = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1);

@@ -18,11 +18,11 @@ CONTENDERS = (
     ("precast-int4", "llama.cpp-q4_1", "llama.cpp-q4_0", "openvino-int4"),
 )
 
-# Sizes in pixels of the picture.
+# Sizes in the picture, in pixels.
 WIDTH, MARGIN, LABELS, GAP = 880, 16, 112, 40
 TITLE, ROW, BAR, GROUP_GAP = 48, 24, 16, 14
 ASCENT = 12.5  # from the top of a row to the baseline of its text
-FIGURE_WIDTH = 44  # room for the figure behind the longest bar
+FIGURE_WIDTH = 44  # room for the figure after the longest bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Panel:
         title: the quantity and its unit.
         hint: the better direction.
         values: a figure for each label, in groups.
-        decimals: digits behind the point.
+        decimals: digits after the decimal point.
     """
 
     title: str

@@ -54,7 +54,7 @@ def prompt(length: int, seed: int = 1, vocab: int = 49152) -> list[int]:
 
 
 def chat(artifact: Path, rounds: int) -> dict:
-    """Time the first token of each turn; the answers are the same with and without prefixes, and checked to be."""
+    """Time the first token of each turn with and without prefixes, and check that the answers are the same."""
     import precast
 
     models = {"reused": precast.load(artifact), "read": precast.load(artifact, prefix_memory=0)}
@@ -65,7 +65,7 @@ def chat(artifact: Path, rounds: int) -> dict:
     for round_ in range(rounds):
         answers: dict[str, list[tuple[int, ...]]] = {}
         for name, model in models.items():
-            # Another system message in each round, so that no round finds the prefixes of the last.
+            # The system message differs between rounds, so that no round reuses the prefixes of an earlier one.
             messages = [{"role": "system", "content": f"You are a gardener. Conversation {round_}."}]
             answers[name], lengths, unread = [], [], []
             for turn, text in enumerate(TURNS):
@@ -145,7 +145,7 @@ def batch(artifact: Path, rounds: int, sequences: int = 8, length: int = 128, to
     import precast
 
     model = precast.load(artifact, prefix_memory=0)
-    # Drafts serve a sequence that runs alone, so they would blur what a batch gains.
+    # Drafts speed up only a sequence that runs alone, so they would distort the gain of a batch.
     params = precast.SamplingParams(max_tokens=tokens, ignore_eos=True, prompt_lookup=False)
     prompts = [prompt(length, seed) for seed in range(sequences)]
 

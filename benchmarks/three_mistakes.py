@@ -278,7 +278,7 @@ MODELS = {"smollm2": _demo_source, "qwen2": _qwen2_source}
 
 
 def _export(source, folder: Path) -> tuple[Path, dict]:
-    """Export a model; return the artifact, and further facts about the model for the variants."""
+    """Export a model; return the artifact, and the settings that the variants need."""
     from precast.exporter.export import export
     from precast.exporter.models.registry import read_model
     from precast.exporter.options import ExportOptions

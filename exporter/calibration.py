@@ -25,14 +25,14 @@ from .reference.layerwise import LayerwiseReference
 from .texts import read_tokenizer
 from .weights import Encoded, check_array, repack
 
-# Tokens that an export reads, and tokens of a window.
+# Maximum number of tokens that calibration reads, and number of tokens in a window.
 TOKENS, WINDOW = 8192, 512
 
 
 def calibrated_parameters(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> list[Parameter]:
-    """Return the parameters that `quantised_layers` yields: the int4 matrices of the layers, except those of experts.
+    """Return the parameters to calibrate: the int4 matrices of the layers, except those of experts.
 
-    The text would reach only some of the experts.
+    A token goes through only a few experts, so a text might not reach all of them.
 
     Args:
         parameters: the model's parameters.
@@ -46,10 +46,10 @@ def calibrated_parameters(parameters: Sequence[Parameter], formats: Mapping[str,
 
 
 def quantised_layers(plan: ExportPlan, text: Path, progress: Progress = silent) -> Iterator[Encoded]:
-    """Quantise the layers' matrices, and yield them layer after layer.
+    """Quantise the matrices of `calibrated_parameters` layer by layer; yield each matrix with its parameter's name.
 
-    A matrix whose source is in 4 bits already keeps its values. `gptq.quantise` quantises the others. The inputs of a
-    layer are those that the quantised layers before it compute.
+    A matrix that the source stores in 4 bits keeps its values; `gptq.quantise` quantises all others. The inputs of a
+    layer are computed by the quantised layers before it.
 
     Args:
         plan: the export.
@@ -86,12 +86,12 @@ def quantised_layers(plan: ExportPlan, text: Path, progress: Progress = silent) 
                     encoded = _encode(plan, parameter, layer, matrix, triangle)
                     matrix[...] = INT4.decode(encoded, *matrix.shape)
                     yield parameter.name, encoded
-            # Wait, so that the weights of two layers are never in memory together.
+            # JAX runs asynchronously. Wait, so that the weights of two layers are never in memory together.
             x = run(x, *around, *arrays).block_until_ready()
 
 
 def _windows(model: LayerwiseReference, text: Path) -> Sequence[Sequence[int]]:
-    """Return the windows of the text, all of the same length."""
+    """Cut the text into windows of the same length; return the token ids of each."""
     width = min(WINDOW, model.context)
     tokens = evaluate.tokenize(model.tokenizer, evaluate.read_text(text, TOKENS))
     windows = [w for w in evaluate.cut(tokens, TOKENS, width) if len(w) == width]
@@ -105,9 +105,9 @@ def _windows(model: LayerwiseReference, text: Path) -> Sequence[Sequence[int]]:
 def _grams(
     model: LayerwiseReference, x: Array, rotary: Rotary, window: Array, *arrays: Array
 ) -> dict[tuple[int, ...], Array]:
-    """Return the Gram matrix ``[in, in]`` of the inputs of each product in a layer.
+    """Run a layer; return the Gram matrix ``[in, in]`` of the inputs of each of its products.
 
-    The keys are the places of the product's matrices in `arrays`.
+    The key of a product is the tuple of the indices of its matrices in `arrays`.
     """
     grams: dict[tuple[int, ...], Array] = {}
 

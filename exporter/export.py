@@ -72,14 +72,14 @@ def export(
             log("measuring fidelity to the float32 model")
             manifest = _with_fidelity(folder, manifest, plan, progress)
 
-        # 6. Write the manifest, and replay the golden answers: in batches, and on the other targets.
+        # 6. Write the manifest, then replay the golden answers in batches and on the other targets.
         manifest = write_manifest(folder, manifest, weights_sha256)
         replay_answers(folder, manifest, log, progress)
         return manifest
 
 
 def _write_weights(folder: Path, plan: ExportPlan, options: ExportOptions, progress: Progress) -> str:
-    """Write the weights and the RoPE tables; return the file's sha256."""
+    """Write the weights and the RoPE tables into the weight file; return its sha256."""
     tables = dict(zip(TABLES, plan.spec.tables(plan.geometry.context), strict=True))
     total = stored_bytes(plan.weight_plan.parameters, plan.stored.formats)
     count = byte_counter(progress, "writing weights", total)

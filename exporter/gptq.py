@@ -1,8 +1,8 @@
-"""int4 weights that minimise the error of a product's outputs, instead of the error of the weights.
+"""Round weights to int4 to minimise the error of a product's outputs, instead of the error of the weights.
 
-GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds one column of a matrix after the other. After each
-column, it changes those that are not yet rounded, to compensate for the error in the outputs. The Gram matrix of the
-inputs determines the best compensation.
+GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a matrix column by column. After each column, it
+changes the columns that are not yet rounded, to compensate for the error in the outputs. The Gram matrix of the inputs
+determines the best compensation.
 """
 
 import jax
@@ -13,7 +13,7 @@ from jax import Array
 from .quantize import GROUP, INT4
 from .scales import INT4_LEVELS, fit_int4
 
-# Added to the diagonal of the Gram matrix, as a share of its mean, so that it is positive definite.
+# This fraction of the diagonal's mean is added to the diagonal of the Gram matrix, to make it positive definite.
 _DAMPING = 0.01
 
 
@@ -45,7 +45,7 @@ def quantise(matrix: np.ndarray, triangle: np.ndarray) -> tuple[np.ndarray, ...]
 def _round_group(
     part: np.ndarray, triangle: np.ndarray, scale: np.ndarray, minimum: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round the columns of a group ``[n, out]`` one by one; return the values, and the errors to compensate."""
+    """Round the n columns of a group ``[n, out]`` one by one; return the values and the scaled errors of each."""
     step, low = scale.astype(np.float32), minimum.astype(np.float32)
     inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step != 0)
     values = np.empty(part.shape, np.uint8)
@@ -65,7 +65,7 @@ def compensation(gram: Array) -> np.ndarray:
         gram: sum over the calibration's tokens of x xᵀ for inputs x ``[in]``, float32 ``[in, in]``.
     """
     diagonal = jnp.diag(gram)
-    # An input that is always zero gets a positive number, because a Gram matrix with a zero has no inverse.
+    # An input that is always zero gets a positive diagonal entry, because the matrix would otherwise have no inverse.
     raised = jnp.where(diagonal > 0, 0.0, 1.0) + _DAMPING * jnp.mean(diagonal)
     # Reversing the order of the inputs turns the lower triangle of the factor's inverse into an upper one.
     lower = jnp.linalg.cholesky((gram + jnp.diag(raised))[::-1, ::-1])

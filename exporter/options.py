@@ -17,8 +17,8 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_BUCKETS = (64, 128, 512)
 DEFAULT_SLOTS = 8
 _MOST_SLOTS = 256
-# Idle slots of these targets take no time. Empty slots take no memory with cpu, but they do with portable. A default
-# export has both, and all targets of an artifact have the same number of slots.
+# The targets whose idle slots take no time. Empty slots of portable take memory, but portable is included, because a
+# default export has both targets, and all targets of an artifact have the same number of slots.
 _CHEAP_SLOTS = ("cpu", "portable")
 # The largest KV cache that the default number of slots may take; the default is lower if it would take more. A system
 # may refuse to reserve more address space than it has memory, even for pages that are never touched.
@@ -40,7 +40,7 @@ class ExportOptions:
         targets: keys of `TARGET_KINDS`.
         cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native" for
             all features of this machine; None for `precast.loaders.compiling.isa.default_isa`.
-        calibrate: file of a text, whose words choose the roundings of int4 weights; None to round each weight alone.
+        calibrate: text file to calibrate int4 weights with (`exporter.calibration`); None to round each weight alone.
         overwrite: permission to replace an existing artifact.
     """
 
@@ -71,7 +71,8 @@ def check_options(options: ExportOptions) -> None:
         raise PrecastError(f"--slots: expected 1 to {_MOST_SLOTS}, found {options.slots}.")
     if options.calibrate is not None and options.weights != "int4":
         raise PrecastError(
-            f"--calibrate: expected --weights int4, found {options.weights}; use --weights int4, or leave it out."
+            f"--calibrate: expected --weights int4, found {options.weights}; use --weights int4, or leave out"
+            " --calibrate."
         )
     _check_targets(options.targets)
     if options.cpu_isas is not None:

@@ -39,13 +39,13 @@ from .sources.base import QuantisedBlocks
 GROUP = 32
 PANEL = 16
 
-# The format of int4 weights whose source has no minima. An export chooses it by itself.
+# The format of int4 weights whose source has no minima. The user cannot choose it: the export does.
 INT4_SYMMETRIC = "int4-symmetric"
 
 # Number of weights quantised at a time, so that the intermediate arrays fit into the CPU's cache.
 _BLOCK = 1 << 18
-# Maximum number of threads. Each works on one block, which needs about 12 MB. They run in parallel, because NumPy
-# releases the GIL.
+# Maximum number of threads. Each thread works on one block, which needs about 12 MB. The threads run in parallel,
+# because NumPy releases the GIL.
 _THREADS = 8
 
 
@@ -75,7 +75,7 @@ class Format(ABC):
     Attributes:
         name: its key in `FORMATS`.
         largest: largest magnitude that it can hold.
-        takes_blocks: True if `repack` can convert some quantised blocks.
+        takes_blocks: True if `repack` can convert some kinds of quantised blocks.
     """
 
     name: str
@@ -328,5 +328,5 @@ FORMATS: Mapping[str, Format] = {
         ),
     )
 }
-# The formats that an export can be asked for.
+# The formats that the option --weights accepts.
 WEIGHTS = tuple(name for name in FORMATS if name != INT4_SYMMETRIC)

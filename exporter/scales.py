@@ -10,8 +10,9 @@ HALF_MAX = float(np.finfo(np.float16).max)
 # reproduces weights that an earlier quantisation rounded to -7..7.
 _ENDS = (-0.03, 0.0, 0.03, 0.06)
 _CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14))
-# The searches for int8 and int4-symmetric multiply a group by each of these factors before rounding. Before that, the
-# value of the largest magnitude is 127, or −8. The negative factors make that value positive, 7 or less.
+# The searches for int8 and int4-symmetric first scale a group so that its value of the largest magnitude becomes ±127,
+# or −8. Then they multiply the group by each of these factors, and round. The negative factors turn −8 into a positive
+# value, which is clipped to 7.
 _STRETCHES = np.linspace(0.98, 1.02, 17).tolist()
 _SYMMETRIC_STRETCHES = [*np.linspace(0.9, 1.15, 11).tolist(), *np.linspace(-1.0, -0.8, 9).tolist()]
 # The value that represents zero in int4-symmetric.
@@ -45,9 +46,9 @@ def _quantise_without_minimum(
 ) -> Quantised:
     """Find values and a scale for each column.
 
-    Multiply x / step by each of the stretches. Round the products, refit the scale to the rounded values by least
-    squares, and compute the error. Use the refitted scale with the least error, unless plain rounding with the scale
-    `step` has a smaller error.
+    Divide x by the initial scale `step`, and multiply it by each of the stretches. Round the products, refit the scale
+    to the rounded values by least squares, and compute the error. Use the refitted scale with the least error, unless
+    plain rounding with the scale `step` has a smaller error.
     """
     best, least = step, np.full(step.shape, np.inf, np.float32)
     t = x * _inverse(step)

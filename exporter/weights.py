@@ -75,7 +75,7 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
     return WeightPlan(parameters=parameters, tensors=source.tensors, ignored=ignored)
 
 
-# The name of a parameter, and the arrays of its next source tensor.
+# A parameter's name, and the arrays that store one of its source tensors.
 Encoded = tuple[str, tuple[np.ndarray, ...]]
 
 
@@ -85,7 +85,7 @@ class Calibrated:
 
     Attributes:
         names: names of the parameters.
-        arrays: their arrays; those of one parameter in the order of its sources.
+        arrays: the arrays of each parameter; for one parameter, in the order of its sources.
     """
 
     names: Set[str]
@@ -226,7 +226,7 @@ def write_model_weights(
 
 
 def _encoded(plan: WeightPlan, formats: Mapping[str, str], omitted: Set[str]) -> Iterator[Encoded]:
-    """Encode all source tensors except those of the omitted parameters."""
+    """Yield the arrays that store each source tensor, except those of the parameters in `omitted`."""
     for parameter in sorted(plan.parameters, key=lambda p: p.name):
         if parameter.name not in omitted:
             stored = FORMATS[formats[parameter.name]]

@@ -21,7 +21,7 @@ ISAS = ("portable", "avx2", "avx512")
 
 
 def supported_isas() -> tuple[str, ...]:
-    """The instruction sets of `ISAS` that this CPU runs, narrowest first."""
+    """Return the instruction sets of `ISAS` that this CPU runs, narrowest first."""
     return tuple(name for name in ISAS if _kernels.supported(name))
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: its loader, and then its C functions, the fastest way to run single tokens."""
+"""llama.cpp through llama-cpp-python: its loader, then llama.cpp's C functions, which run single tokens fastest."""
 
 import ctypes
 import time
@@ -39,7 +39,7 @@ class LlamaCpp:
         self._vocab = self._model.n_vocab()
 
     def _decode(self, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens; return a view of the last one's logits ``[V]``."""
+        """Append tokens; return a view of the last token's logits ``[V]``."""
         tokens = (lib.llama_token * len(ids))(*ids)
         if lib.llama_decode(self._context, lib.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError(f"llama_decode failed on {len(ids)} tokens")

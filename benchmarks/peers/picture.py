@@ -15,7 +15,7 @@ PANELS = (
 )
 _STYLE = {
     "svg.hashsalt": "precast",
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # write text as text, not as outlines
     "font.size": 9,
     "text.color": TEXT,
     "axes.labelcolor": TEXT,

@@ -1,8 +1,8 @@
 """The time to the first token of text that was read before, in precast and its peers.
 
-    start   from the start of a new process to the first token: after a prompt of 8 tokens, and after the same 8 tokens
-            behind a prefix whose keys and values come from a file. precast reads them from the artifact, llama.cpp from
-            the file that its server's slot restore reads. OpenVINO GenAI keeps prefixes in memory only.
+    start   from the start of a new process to the first token: after a prompt of 8 tokens, and after the same prompt
+            preceded by a prefix, whose keys and values come from a file. precast reads them from the artifact,
+            llama.cpp from the file that its server's slot restore reads. OpenVINO GenAI keeps prefixes in memory only.
     chat    the first token of each of 10 turns. Each contender answers 40 tokens and continues from its own answers:
             precast by the prefixes in memory, llama.cpp by its context, OpenVINO GenAI by its prefix cache.
 
@@ -43,7 +43,7 @@ def ids(length: int, seed: int) -> list[int]:
 
 
 def turns(round_: int) -> list[list[int]]:
-    """Return the new token ids of each turn; other ones in each round, so that no round reuses the last round's."""
+    """Return the new token ids of each turn. They differ between rounds, so that no round reuses a prefix."""
     lengths = [FIRST_TURN] + [LATER_TURNS] * (TURNS - 1)
     return [ids(length, 1 + round_ * TURNS + turn) for turn, length in enumerate(lengths)]
 
@@ -115,14 +115,14 @@ class Bench:
             return _with(contender, state=str(state)), self.models[name], prefix
         artifact, text = self.folder / name, self.folder / "prefix.txt"
         shutil.copytree(self.models[name], artifact)
-        # The shipped text of `precast eval` as the prefix; the length of a prefix decides, not its contents.
+        # The prefix is the text that `precast eval` ships. Only its length affects the time.
         prefix = self._shipped_text(artifact, text)
         command = [self.interpreters["precast"], "-m", "precast.cli", "add-prefix", str(artifact), "prefix"]
         subprocess.run([*command, "--text", str(text)], check=True, stdout=subprocess.DEVNULL)
         return _with(contender, prefixes=True), artifact, prefix
 
     def _shipped_text(self, artifact: Path, text: Path) -> list[int]:
-        """Write text of `prefix` tokens to a file; return its token ids."""
+        """Write the first `self.prefix` tokens of the shipped text to a file; return the file's token ids."""
         code = (
             "import json, sys, precast; from precast.loaders.audit import evaluate;"
             "model, count = precast.load(sys.argv[1]), int(sys.argv[3]);"

@@ -11,11 +11,11 @@ from .decoder import Decoder
 from .ops import Weight
 from .registry import ModelSpec
 
-# In a checkpoint's names, a layer's number follows LAYERS and an expert's number follows EXPERTS. The parameters here
-# are stacks over all layers, and over all experts of all layers.
+# In a checkpoint's names, a layer's number follows LAYERS and an expert's number follows EXPERTS. A parameter's
+# name has neither number, because a parameter is a stack over all layers, or over all experts of all layers.
 LAYERS, EXPERTS = "model.layers.", ".experts."
-# The parameters that are not stacks. The other parameters outside the layers are stacks of one, because they use the
-# same modules as the layers.
+# The parameters that are not stacks. The other parameters outside the layers are stacks of one, because they belong to
+# modules that always hold stacks, such as `Linear`.
 _PLAIN = ("model.embed_tokens.weight", "model.embed_positions.weight")
 
 

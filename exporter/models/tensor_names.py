@@ -22,10 +22,10 @@ class TensorNames:
     """Tensor names in the checkpoints of an architecture.
 
     Attributes:
-        body: prefix of the model without its output head, transformers' `base_model_prefix`.
-        embedding: name of the token embedding inside the body.
-        allows_bare: True if the architecture also accepts names without the prefix, which a model saved without its
-            output head has.
+        body: prefix of all names except the output head's; transformers' `base_model_prefix`.
+        embedding: name of the token embedding after this prefix.
+        allows_bare: True if the architecture also accepts names without the prefix, as in a model saved without its
+            output head.
     """
 
     body: str = "model"

@@ -154,7 +154,7 @@ def measure(
 
 def _fidelity(text: str, scores: evaluate.Scores) -> Fidelity:
     found = scores.comparison
-    assert found is not None  # there was a reference
+    assert found is not None  # because a reference was given
     return Fidelity(
         text=text,
         tokens=scores.tokens,

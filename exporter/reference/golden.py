@@ -35,11 +35,11 @@ TIE = 1e-3
 # For activations rounded to 16 bits, and for a KV cache with fewer than 32 bits: the reference has the same weights and
 # rounds in the same way, but a value close to a rounding boundary can fall to either side.
 REDUCED_TIE = 0.05
-# For bfloat16 arithmetic: leads among the eight likeliest tokens were measured to change by up to 0.06 (12 steps of the
-# demo model).
+# For bfloat16 arithmetic: it changed leads among the eight likeliest tokens by up to 0.06, measured on 12 steps of the
+# demo model.
 BFLOAT16_TIE = 0.15
-# For int4 weights, with which activations are rounded to 8 bits: leads were measured to change by 0.06 (prompts of 5 to
-# 65 tokens of the demo model).
+# For int4 weights, with which activations are rounded to 8 bits: the rounding changed leads by 0.06, measured on
+# prompts of 5 to 65 tokens of the demo model.
 INT4_TIE = 0.25
 # The number of logits, the largest first, that are recorded for the first step of an answer.
 LOGITS = 8
@@ -120,7 +120,7 @@ def _first_logits(model: Model, prompt: Sequence[int], tie: float) -> FirstLogit
 
 
 def _six_digits(value: float) -> float:
-    # Machines agree on fewer digits, and more would only enlarge the file.
+    # Different machines agree on fewer than six digits, so more digits would only enlarge the file.
     return float(f"{value:.6g}")
 
 

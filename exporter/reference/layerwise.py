@@ -61,7 +61,7 @@ class LayerwiseReference:
             x = self.embedded(window)
             for i in range(self._spec.config.layers):
                 arrays = map(jnp.from_dlpack, self.read(LAYERS, layer=i))
-                # Wait, so that the weights of two layers are never in memory together.
+                # JAX runs asynchronously. Wait, so that the weights of two layers are never in memory together.
                 x = self._layer(x, *self.surroundings(i, x.shape), *arrays).block_until_ready()
             ends = self.read("model.norm", head_of(self._spec))
             yield from blockwise_logits(

@@ -36,7 +36,7 @@ def record_golden(folder: Path, manifest: Manifest, stored: StoredModel, weights
     # `_answer` frees its model before the reference maps the weights, so the weights are never in memory twice.
     cases = _answer(folder, write_manifest(folder, manifest, weights_sha256))
     weights = map_weights(folder / WEIGHTS_FILE)
-    with jax.default_matmul_precision("highest"):  # for the reference; the programs are compiled already
+    with jax.default_matmul_precision("highest"):  # for the reference only; the programs are compiled already
         checked = golden.check(
             cases, stored, manifest.cache[0].dtype, golden.tie_of(manifest), weights, manifest.name
         )

@@ -50,7 +50,7 @@ _IF_SPECIAL = frozenset(
         "<REPO>",
     }
 )
-# The first token of a pair does not end a generation if the vocabulary has all tokens of the second part.
+# The first token of a pair does not end a generation if the vocabulary has all tokens of the pair's set.
 _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
     ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # <|end|> separates messages of one answer
     ("<|end|>", frozenset({"<|flush|>", "<|calls|>"})),

@@ -87,7 +87,7 @@ def build_savedmodel(
     # The fingerprint contains a random number, so exports would differ; no reader needs the fingerprint.
     (folder / "fingerprint.pb").unlink(missing_ok=True)
     for empty in [path for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())]:
-        empty.rmdir()  # the folder for assets, which a copy of the files would lose
+        empty.rmdir()  # the folder for assets, which a copy of the listed files would lack
     return Target(
         name=kind.name,
         runtime=kind.runtime,

@@ -1,4 +1,4 @@
-// A call of attention in tasks: blocks of tokens, or, for few tokens, spans of positions.
+// A call of attention, split into tasks: blocks of tokens, or, for few tokens, spans of positions.
 #include "attention_call.h"
 
 #include <algorithm>
@@ -11,15 +11,15 @@ namespace {
 
 // Query rows (tokens times group) of a task; they share one prepared tile of keys.
 constexpr int64_t kAttentionRows = 48;
-// Below these amounts of work, about a microsecond of one thread, splitting it costs more time than it saves. They
-// count appended numbers, numbers of queries times positions, and merged numbers.
+// Below these amounts of work, about a microsecond of one thread, splitting costs more time than it saves. The units:
+// appended numbers; numbers in the queries, times positions; merged numbers.
 constexpr int64_t kAloneAppend = 4 * 1024;
 constexpr int64_t kAloneAttend = 16 * 1024;
 constexpr int64_t kAloneMerge = 16 * 1024;
 
-// The work of a sequence: `blocks` of `block` tokens for each key/value head. A sequence of one block splits its
-// positions instead, into `spans` of a tile each, because a decode step has no more blocks than heads. `first` is the
-// first position that it sees.
+// The work of a sequence. For each key/value head, its tokens are split into `blocks` blocks of `block` tokens. If
+// there is only one block, as in a decode step, its positions are split into `spans` spans of a tile each, because one
+// block per head is too little to share among many threads. `first` is the first position that the sequence sees.
 struct Sequence {
   int64_t r, slot, start, length;
   int64_t block, blocks = 0;

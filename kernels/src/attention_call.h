@@ -1,4 +1,4 @@
-// A call of cached attention on plain pointers: rotates queries and keys, appends keys and values, attends.
+// Cached attention on plain pointers: rotate queries and keys, append keys and values to the cache, and attend.
 #pragma once
 
 #include <cstdint>
@@ -44,11 +44,11 @@ struct AttentionCall {
   int64_t CacheRow(int64_t slot, int64_t k) const { return ((layer * d.B + slot) * d.K + k) * d.S; }
 };
 
-// The reason why a call cannot run: a sequence outside the cache, two sequences in one slot, or a ring too short for
-// the window of the call's tokens. Empty for a call that can run.
+// Return the reason why a call cannot run, or "" if it can. The reason is a sequence outside the cache, two sequences
+// in one slot, or a ring buffer too short for the window of the call's tokens.
 std::string CheckAttention(const AttentionCall& call);
 
-// Append and attend; rows of `out` beyond a sequence's length become zero.
+// Append keys and values to the cache, and attend; rows of `out` beyond a sequence's length become zero.
 void RunAttention(Team& team, const AttentionCall& call);
 
 }  // namespace precast

@@ -1,4 +1,4 @@
-// The operands of attention behind the projections, and their checks.
+// The operands of attention that follow q, k, v, cos and sin, and their checks.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ inline bool IsOf(const ffi::AnyBuffer& buffer, ffi::DataType type, size_t rank) 
   return buffer.element_type() == type && buffer.dimensions().size() == rank;
 }
 
-// The operands behind cos and sin, and the results behind out, in order.
+// The operands after cos and sin, and the results after `out`, in order.
 struct AttentionOperands {
   std::vector<ffi::AnyBuffer> caches, results;  // keys, values, and for int8 the scales of each
   std::vector<ffi::AnyBuffer> integers;         // layer, slots, starts, lengths

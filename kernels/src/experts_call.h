@@ -13,7 +13,7 @@ namespace precast {
 struct ExpertsCall {
   int64_t rows, width, ff;  // M, D, F
   int64_t experts, chosen;  // experts of a layer; experts of a row
-  int64_t first;            // entry of the layer's first expert in the stacks
+  int64_t first;            // index of the layer's first expert in the stacks
   const float* x;           // [M, D]
   const float* scores;      // [M, experts]
   const float* norm;        // [D], or null
@@ -25,7 +25,7 @@ struct ExpertsCall {
   float* y;                       // [M, D]
 };
 
-// Run the call; read only experts that some row chose. `linear` holds the products' memory, `own` the mixture's.
+// Run the call; read only experts that some row chose. The products use the memory of `linear`; the mixture uses `own`.
 void RunExperts(Team& team, Arena& linear, Arena& own, const ExpertsCall& call);
 
 }  // namespace precast

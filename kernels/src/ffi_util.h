@@ -19,7 +19,7 @@ inline ffi::Error Bad(const std::string& what) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "precast: " + what);
 }
 
-// Turn a handler's exceptions, above all those for want of memory, into errors: an exception that reaches XLA ends the
+// Turn a handler's exceptions, such as std::bad_alloc, into errors, because an exception that reaches XLA ends the
 // process.
 template <auto kHandler>
 struct Guard;

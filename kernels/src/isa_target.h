@@ -1,5 +1,5 @@
-// Macros that compile part of a file for more instruction sets than the rest: PRECAST_BEGIN_TARGET("avx2,fma") …
-// PRECAST_END_TARGET. Headers come before, so that their code runs on any CPU.
+// Macros that permit further instruction sets in a part of a file: PRECAST_BEGIN_TARGET("avx2,fma") …
+// PRECAST_END_TARGET. The includes of other headers come before this part, so that their code runs on any CPU.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// A checked call of all layers of a decoder: the steps of a layer, with a stack of operands each.
+// A checked call of all layers of a decoder. All layers have the same steps, and their operands are stacked.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ struct ExpertsStep {
   WeightStack gates = {}, ups = {}, downs = {};  // an entry for each expert of each layer
 };
 
-// The layer determines the cache, the window and the rotary table.
+// A step of attention; the layer determines its cache, window and rotary table.
 struct AttentionStep {
   float scale, soft_cap;
 };
@@ -81,7 +81,7 @@ struct Program {
   std::vector<LayerPlace> layers;
 };
 
-// A call of attention on the cache of a group; layer, queries, keys and values stay unset.
+// Return a call of attention on the cache of a group; leave its layer, queries, keys and values unset.
 AttentionCall AttentionWith(const AttentionCall& base, const CacheGroup& group, const AttentionStep& step);
 
 // Take x [all_rows, width] through all layers. Rows from `p.rows` on are padding and become zero.

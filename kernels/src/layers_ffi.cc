@@ -20,7 +20,7 @@ using Scalar = ffi::BufferR0<ffi::S32>;
 using Floats2 = ffi::BufferR2<ffi::F32>;
 using Floats4 = ffi::BufferR4<ffi::F32>;
 
-// Limit on the numbers of all values together: more than memory holds, and small enough that no product overflows.
+// Limit on the sum of the sizes of all values: more than memory holds, and small enough that no product overflows.
 constexpr int64_t kMostNumbers = int64_t{1} << 42;
 
 // The distinct windows in ascending order; each has a cache.
@@ -132,7 +132,7 @@ ffi::Error LayersHandler(ffi::ThreadPool pool, Floats2 x, Scalar true_rows, Floa
   const int32_t* rows[3];
   for (const int32_t*& of : rows) of = operands.Take<int32_t>("slots, starts or lengths", ffi::S32, {R});
   if (operands.error().failure()) return operands.error();
-  // Attention reads the rows that the products wrote, and products write no padding.
+  // Attention reads rows that the products wrote, and the products leave rows of padding unwritten.
   for (int64_t r = 0; r < R; ++r)
     if (rows[2][r] > 0 && r * T + rows[2][r] > used)
       return Bad("layers: sequence " + std::to_string(r) + " of length " + std::to_string(rows[2][r]) +

@@ -14,8 +14,8 @@ namespace precast {
 
 using Integers = ffi::Span<const int64_t>;
 
-// The attributes that spell the steps (step_codes.h). The operands follow the order of the steps; in each step the norm
-// comes first, then every weight with its bias.
+// The attributes that encode the steps (step_codes.h). The operands follow the order of the steps; in each step the
+// norm comes first, then every weight with its bias.
 struct StepCodes {
   Integers steps, outs;
   ffi::Span<const float> numbers;
@@ -27,7 +27,7 @@ class Parser {
   Parser(const StepCodes& codes, Operands& operands, Program& program)
       : codes_(codes), operands_(operands), program_(program) {}
 
-  // Add the steps and their results.
+  // Add the steps and their results to the program.
   void Parse() {
     const size_t count = codes_.steps.size() / kStepIntegers;
     if (codes_.steps.size() % kStepIntegers != 0 || count == 0 || codes_.numbers.size() != kStepNumbers * count)
@@ -73,7 +73,7 @@ class Parser {
     for (int64_t width : widths) program_.values.push_back({.width = width});
   }
 
-  // Return true if a linear step can have this gate, this residual and so many weights.
+  // Return true if a linear step can have this gate, this residual and this number of weights.
   bool IsLinear(const LinearCode& code) const {
     const bool gated = code.gate != static_cast<int64_t>(Gate::kNone);
     return code.gate >= 0 && code.gate <= static_cast<int64_t>(Gate::kGeluTanh) && code.weights >= 1 &&
@@ -105,7 +105,7 @@ class Parser {
 
   void Attention(const AttentionCode& code, const AttentionStep& step) {
     const AttentionShape& d = program_.attention.d;
-    // Divide, never multiply: an attribute may hold any number of heads.
+    // Divide instead of multiplying: the numbers of heads are unchecked attributes, and a product could overflow.
     const auto has_heads = [&](int64_t value, int64_t heads) {
       return Width(value) % d.H == 0 && Width(value) / d.H == heads;
     };
@@ -129,7 +129,7 @@ class Parser {
     Add({code.x, code.residual}, step, {step.width});
   }
 
-  // Return true if an experts step can have this gate and so many experts, and a width is left for it.
+  // Return true if an experts step can have this gate and these numbers of experts, and `outs` has a width left for it.
   bool IsExperts(const ExpertsCode& code, float renormalised) const {
     return code.gate > static_cast<int64_t>(Gate::kNone) && code.gate <= static_cast<int64_t>(Gate::kGeluTanh) &&
            code.experts >= 1 && code.chosen >= 1 && code.chosen <= code.experts && next_out_ < codes_.outs.size() &&

@@ -6,7 +6,7 @@
 
 namespace precast {
 
-// Packed weights interleave kPanel outputs, and kGroup inputs of an output share a scale.
+// Packed weights interleave kPanel outputs. Each group of kGroup inputs of an output shares a scale.
 constexpr int kPanel = 16;
 constexpr int kGroup = 32;
 
@@ -58,12 +58,13 @@ inline float HalfToFloat(uint16_t half) {
 }
 
 struct LinearOps {
-  // RMSNorm of n elements: y = x / sqrt(mean(x^2) + eps) * weight. With a bias, LayerNorm: x minus its mean first, plus
-  // bias at the end.
+  // RMSNorm of n elements: y = x / sqrt(mean(x^2) + eps) * weight. With a bias it is LayerNorm, which first subtracts
+  // the mean from x and adds the bias at the end.
   void (*normalize)(const float* x, const float* weight, const float* bias, float eps, int64_t n, float* y);
   // Quantise `in` floats into row `row` of those arrays of `to` that are not null.
   void (*quantize)(const float* x, int64_t in, int64_t row, const QuantizedRows& to);
-  // y[r * y_row + o] = x[row + r] . w[from + o] for r < rows, o < outs; with packed weights `from` begins a panel.
+  // y[r * y_row + o] = x[row + r] . w[from + o] for r < rows, o < outs; with packed weights, `from` must
+  // be the first output of a panel.
   void (*product)(const Weight& w, const LinearRows& x, int64_t row, int64_t rows, int64_t from, int64_t outs, float* y,
                   int64_t y_row);
   // y[o] += added[o].

@@ -1,4 +1,4 @@
-// A linear call in tasks: some prepare the rows of activations, then others stream the weights.
+// A linear call, split into tasks: some prepare the rows of activations, then others stream the weights.
 #include "linear_call.h"
 
 #include <algorithm>
@@ -79,7 +79,7 @@ int64_t TaskOutputs(const Weight& w, int64_t in, int64_t rows) {
   return std::max<int64_t>(1, kPackedTaskBytes / panel_bytes) * kPanel;
 }
 
-// Rows multiplied with the same weights before the next weights.
+// Return the number of rows that are multiplied with some weights before the next weights are read.
 int64_t RowChunk(const LinearCall& c) {
   if (!IsPacked(c.parts[0].weight.format)) return std::max<int64_t>(c.rows, 1);
   return std::max<int64_t>(24, kRowBytes / (2 * RoundUp(c.in + 1, kGroup)) / 24 * 24);

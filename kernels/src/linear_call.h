@@ -11,7 +11,7 @@ namespace precast {
 
 inline int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Memory for one call after another.
+// Memory that is reused from call to call.
 class Arena {
  public:
   // Release all arrays and reserve this many bytes, plus the padding of up to eight arrays.

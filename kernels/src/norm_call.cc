@@ -1,4 +1,4 @@
-// A normalisation in tasks of whole pieces.
+// A normalisation, split into tasks of whole pieces.
 #include "norm_call.h"
 
 #include <algorithm>

@@ -62,7 +62,7 @@ class Operands {
   }
 
  private:
-  // Return true if the buffer has this type, and this shape behind `stacked` axes of any size.
+  // Return true if the buffer has this type, and this shape after `stacked` axes of any size.
   bool Check(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type, std::initializer_list<int64_t> shape,
              size_t stacked) {
     const auto dims = buffer.dimensions();

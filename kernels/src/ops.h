@@ -65,8 +65,8 @@ struct Ops {
   // Fill `partial` for the positions of the span that its tokens see, tile after tile; `scratch` holds
   // AttentionScratch() floats.
   void (*attention)(const AttentionHead& head, AttentionSpan span, const AttentionPartial& partial, float* scratch);
-  // Merge `spans` partials of `rows` queries, which are `stride` floats apart, into the first and write the answers;
-  // tokens of `out` are `out_token` floats apart.
+  // Merge `spans` partials, each of `rows` queries, into the first, and write the answers. The partials are `stride`
+  // floats apart; the tokens of `out` are `out_token` floats apart.
   void (*merge_spans)(const AttentionPartial& partial, int64_t stride, int64_t spans, int64_t rows, int64_t group,
                       int64_t head_dim, float* out, int64_t out_token);
   // The index of the first largest of n >= 1 numbers; NaN counts as larger than any number.

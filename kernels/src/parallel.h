@@ -39,7 +39,7 @@ class Team {
     }
     Begin(tasks, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); }, &body);
     Work(*state_, 0);
-    // At most one task of each helper is still running: microseconds, less than a sleep and a wake-up.
+    // Each helper runs at most one more task, which takes microseconds: less than a sleep and a wake-up.
     for (int spins = 0; state_->done.load(std::memory_order_acquire) < tasks; ++spins) Pause(spins);
     if (state_->failed.exchange(false, std::memory_order_acquire)) std::rethrow_exception(std::move(state_->error));
   }

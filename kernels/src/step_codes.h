@@ -1,4 +1,4 @@
-// The integers and numbers that spell the steps of a layer. exporter/models/steps.py has the same names in the same
+// The integers and numbers that encode the steps of a layer. exporter/models/steps.py has the same names in the same
 // order; tests/kernels/test_step_codes.py compares the two.
 #pragma once
 

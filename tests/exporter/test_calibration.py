@@ -201,7 +201,7 @@ def test_other_formats_are_not_calibrated(weights: str) -> None:
     with pytest.raises(PrecastError) as raised:
         check_options(ExportOptions(weights=weights, calibrate=Path("a.txt")))
     assert str(raised.value) == (
-        f"--calibrate: expected --weights int4, found {weights}; use --weights int4, or leave it out."
+        f"--calibrate: expected --weights int4, found {weights}; use --weights int4, or leave out --calibrate."
     )
 
 

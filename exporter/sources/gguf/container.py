@@ -27,7 +27,7 @@ _ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
 _MOST_KEYS = _MOST_TENSORS = 1 << 16
 _LONGEST_HEADER = 1 << 27
 _LONGEST_KEY, _LONGEST_NAME, _MOST_AXES = 65_535, 63, 4
-# Minimum size in bytes of a key with its value, and of a tensor's entry: lengths and types, with empty strings.
+# Minimum sizes in bytes: a key with its type and value, and a tensor's entry. In both, the name is empty.
 _LEAST_KEY, _LEAST_TENSOR = 13, 24
 
 # Types by their number in the format. Each letter means the same in struct and NumPy.
@@ -62,7 +62,7 @@ class _Entry:
     Attributes:
         axes: shape, innermost axis first.
         type: number of the type in the format.
-        offset: offset of the data, counted from the data of the first tensor.
+        offset: offset of the data from the start of the section that holds the data of all tensors.
         at: offset of the header entry in the file.
     """
 

@@ -89,7 +89,7 @@ def _is_on(value: object, document: Mapping[str, Any]) -> bool:
 
 
 def _names_another_file(value: object, document: Mapping[str, Any]) -> bool:
-    """Return True if the key names other files than tokenizer.json, for other versions of transformers."""
+    """Return True if the key lists files besides tokenizer.json, which some versions of transformers read instead."""
     return value is not None and value != ["tokenizer.json"]
 
 
