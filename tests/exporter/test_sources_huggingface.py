@@ -266,9 +266,8 @@ def test_text_that_is_not_utf8(checkpoint):
 @pytest.mark.parametrize(
     ("quantization", "method", "remedy"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq", ", with --weights int4."),
-        ({"quant_method": "awq"}, "awq", ", with --weights int4."),
-        ({"quant_method": "fp8"}, "fp8", "FineGrainedFP8Config(dequantize=True) and save it."),
+        ({"quant_method": "gptq", "bits": 3}, "gptq", ", with --weights int4."),
+        ({"quant_method": "awq", "version": "gemv"}, "awq", ", with --weights int4."),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True},
             "bitsandbytes",
@@ -276,7 +275,7 @@ def test_text_that_is_not_utf8(checkpoint):
         ),
         ({"load_in_8bit": True}, "bitsandbytes", "the result of model.dequantize()."),
         (
-            {"quant_method": "compressed-tensors"},
+            {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}},
             "compressed-tensors",
             "CompressedTensorsConfig(dequantize=True)",
         ),
@@ -293,7 +292,9 @@ def test_quantised_checkpoints(checkpoint, quantization, method, remedy):
 
 
 def test_quantisation_in_other_keys_and_files(checkpoint):
-    folder = checkpoint({"config.json": {"compression_config": {"format": "float"}}}, ONE)
+    folder = checkpoint(
+        {"config.json": {"compression_config": {"sparsity_config": {"format": "dense"}}}}, ONE
+    )
     assert "compression_config says that the weights are already quantised (compressed-tensors)" in refusal(
         folder
     )

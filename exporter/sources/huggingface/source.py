@@ -11,6 +11,7 @@ from ..base import Source
 from ..end_of_generation import end_tokens_by_text, merge_end_tokens, named_end_tokens
 from ..files import hash_file, plain_file, read_json, slug, spdx
 from ..generation import read_generation, without_generation
+from .quantised import Quantisation, quantisation_of
 from .templates import chat_templates, template_files
 from .tokenizer import first, read_tokenizer, special_tokens, token_ids
 from .tokens import ADDED, CONFIG, TOKENS_MAP
@@ -18,6 +19,8 @@ from .weights import INDEX, ORIGINAL, REMEDIES, SINGLE, find_shards, read_tensor
 
 _ADAPTER = "adapter_config.json"
 _MODELOPT = "hf_quant_config.json"
+# Keys of config.json that say how the weights are quantised, with the method that a config without a name means.
+_QUANTISATION = {"quantization_config": "?", "compression_config": "compressed-tensors"}
 
 
 def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
@@ -32,15 +35,16 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
             type; or the model needs the checkpoint's own code.
     """
     config = _read_config(folder)
+    quantisation = _quantisation(folder, config)
     shards = find_shards(folder)
-    tensors = read_tensors(folder, shards)
+    tensors = read_tensors(folder, shards, quantisation)
     tokenizer = read_tokenizer(folder)
     generation = read_generation(folder, config)
     special = special_tokens(config, tokenizer)
     templates = chat_templates(folder, tokenizer.tokens.named)
     return Source(
         name=slug(name or folder.resolve().name),
-        config=without_generation(config),
+        config=without_generation({k: v for k, v in config.items() if k not in _QUANTISATION}),
         tensors=tensors,
         tokenizer_json=tokenizer.data,
         chat_template=templates.default,
@@ -53,7 +57,15 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
         sampling=generation.sampling,
         licence=_licence(folder / "README.md"),
         files=tuple(hash_file(path) for path in _files_read(folder, shards)),
-        remarks=(*tokenizer.remarks, *generation.remarks),
+        remarks=(
+            *(
+                []
+                if quantisation is None
+                else [f"the checkpoint's weights are quantised ({quantisation.method})"]
+            ),
+            *tokenizer.remarks,
+            *generation.remarks,
+        ),
     )
 
 
@@ -74,15 +86,20 @@ def _read_config(folder: Path) -> dict[str, object]:
         raise PrecastError(
             f"{folder}: expected config.json, found {found}; name a Hugging Face model directory."
         )
-    config = read_json(path)
-    _refuse_quantised(folder, config)
-    return config
+    return read_json(path)
 
 
-def _refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
-    for key, default in (("quantization_config", "?"), ("compression_config", "compressed-tensors")):
-        if config.get(key):
-            method = _method(config[key], default)
+def _quantisation(folder: Path, config: Mapping[str, object]) -> Quantisation | None:
+    """Return how the weights are quantised; None if they are not.
+
+    Raises:
+        PrecastError: they are quantised in a way that cannot be read.
+    """
+    for key, default in _QUANTISATION.items():
+        if stated := config.get(key):
+            method = _method(stated, default)
+            if isinstance(stated, dict) and (found := quantisation_of(method, stated)) is not None:
+                return found
             raise PrecastError(
                 f"{folder / 'config.json'}: {key} says that the weights are already quantised ({method}); "
                 f"{REMEDIES.get(method, ORIGINAL)}."
@@ -91,6 +108,7 @@ def _refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
         raise PrecastError(
             f"{folder / _MODELOPT}: says that the weights are already quantised (modelopt); {ORIGINAL}."
         )
+    return None
 
 
 def _method(quantization: object, default: str) -> str:

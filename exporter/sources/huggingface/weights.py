@@ -1,12 +1,14 @@
 """Read the weights of a Hugging Face directory: safetensors, in one file or in shards."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import ml_dtypes
 import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
@@ -14,6 +16,9 @@ from precast.loaders.artifact.weights import aligned_zeros
 
 from ..base import SourceTensor
 from ..files import plain_file, read_json, refuse_stand_in
+from .quantised import Quantisation, RawTensor, dequantised
+
+T = TypeVar("T")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,6 +62,7 @@ _OTHERS = (
     ),
 )
 
+_FLOAT8 = "F8_E4M3"
 # safetensors' names for the types whose values float32 represents exactly.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Masks and tables in old checkpoints. They may have any type, because no architecture reads their values.
@@ -131,15 +137,30 @@ def _indexed_shards(path: Path) -> dict[str, frozenset[str]]:
     return dict(sorted(shards.items()))
 
 
-def read_tensors(folder: Path, shards: Mapping[str, frozenset[str]]) -> dict[str, SourceTensor]:
+def read_tensors(
+    folder: Path, shards: Mapping[str, frozenset[str]], quantisation: Quantisation | None = None
+) -> dict[str, SourceTensor]:
     """Return every tensor of every shard, including tensors missing from the index, as transformers does.
+
+    Args:
+        folder: the folder of the shards.
+        shards: the shards, each with the names of the tensors that the index places in it.
+        quantisation: how the weights are quantised; None if they are not.
 
     Raises:
         PrecastError: a shard is broken or lacks a tensor, or a tensor is repeated or has an unsupported type.
     """
-    tensors: dict[str, SourceTensor] = {}
+    if quantisation is not None:
+        return dequantised(_merged(folder, shards, _read_raw_header), quantisation)
+    return _merged(folder, shards, _read_header)
+
+
+def _merged(
+    folder: Path, shards: Mapping[str, frozenset[str]], read_header: Callable[[Path], dict[str, T]]
+) -> dict[str, T]:
+    tensors: dict[str, T] = {}
     for shard, expected in shards.items():
-        found = _read_header(folder / shard)
+        found = read_header(folder / shard)
         if missing := sorted(expected - found.keys()):
             raise PrecastError(
                 f"{folder / shard}: lacks the tensor {missing[0]}, which {INDEX} places in it; fetch both files again."
@@ -150,6 +171,33 @@ def read_tensors(folder: Path, shards: Mapping[str, frozenset[str]]) -> dict[str
             )
         tensors |= found
     return tensors
+
+
+def _read_raw_header(path: Path) -> dict[str, RawTensor]:
+    with _open_shard(path) as shard:
+        parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - it is no mapping
+        return {
+            name: RawTensor(
+                where=str(path),
+                shape=tuple(part.get_shape()),
+                dtype=part.get_dtype(),
+                read=partial(_read_raw, path, name, part.get_dtype(), tuple(part.get_shape())),
+            )
+            for name, part in parts.items()
+        }
+
+
+def _read_raw(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    if dtype != _FLOAT8:
+        with _open_shard(path) as shard:
+            tensor: np.ndarray = shard.get_tensor(name)
+        return tensor
+    # NumPy has no such type, so safetensors cannot return it.
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+        file.seek(8 + length + begin)
+        return np.frombuffer(file.read(end - begin), ml_dtypes.float8_e4m3fn).reshape(shape)
 
 
 def _read_header(path: Path) -> dict[str, SourceTensor]:
@@ -202,7 +250,6 @@ def _open_shard(path: Path) -> Iterator[Any]:
     Raises:
         PrecastError: the file is not a complete safetensors file.
     """
-    import ml_dtypes  # noqa: F401 - registers "bfloat16" with numpy
     from safetensors import SafetensorError, safe_open
 
     refuse_stand_in(path)

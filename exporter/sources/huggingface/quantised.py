@@ -1,0 +1,414 @@
+"""Dequantise the weights of checkpoints in GPTQ, AWQ, FP8 or compressed-tensors format.
+
+The formats store a weight ``[out, in]`` as small numbers with scales, under names that begin like the weight's own. A
+weight is the product of a number and its scale, computed in float32. The formats' libraries also compute it in float16
+or bfloat16, and then round it.
+
+- GPTQ: each int32 of ``qweight [in·b/32, out]`` holds b-bit numbers of consecutive inputs, and each of
+  ``qzeros [groups, out·b/32]`` those of consecutive outputs. ``scales`` is ``[groups, out]``, and ``g_idx [in]`` gives
+  the group of each input. The stored zeros are too small by one, unless ``checkpoint_format`` is "gptq_v2".
+- AWQ, version "gemm": ``qweight [in, out/8]`` and ``qzeros [groups, out/8]``, with the outputs of an int32 in the order
+  `_AWQ_ORDER`; ``scales [groups, out]``.
+- FP8: ``weight [out, in]`` in float8_e4m3, with ``weight_scale_inv`` for each block of ``weight_block_size``.
+- compressed-tensors: ``weight_packed [out, in·b/32]`` with ``weight_shape``, or ``weight`` in int8 or float8_e4m3;
+  ``weight_scale``, ``weight_zero_point`` and ``weight_g_idx``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from precast.loaders.artifact.errors import PrecastError
+
+from ...quantize import GROUP
+from ..base import QuantisedBlocks, SourceTensor
+
+# The half byte that holds each of eight consecutive outputs, counted from the lowest bits of an int32.
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+_WORD_BITS = 32
+_BITS = (1, 2, 4, 8)
+# Bits of the numbers in `QuantisedBlocks` without minima.
+_BLOCK_BITS = 4
+# Endings of tensors that only concern activations.
+_ACTIVATIONS = (".input_scale", ".activation_scale")
+_REMEDY = "fetch the checkpoint again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawTensor:
+    """A tensor as it is stored.
+
+    Attributes:
+        where: its file, for messages.
+        shape: its shape.
+        dtype: its type in safetensors' terms, such as "F16", "I32" or "F8_E4M3".
+        read: returns the array in the stored type.
+    """
+
+    where: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """How a checkpoint says that its weights are quantised.
+
+    Attributes:
+        method: "gptq", "awq", "fp8" or "compressed-tensors".
+        bits: bits of a packed number; 0 if the shapes tell.
+        zero_offset: added to stored zeros.
+        block: rows and columns of a block with one scale; None if the shapes tell.
+    """
+
+    method: str
+    bits: int = 0
+    zero_offset: int = 0
+    block: tuple[int, int] | None = None
+
+
+def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation | None:
+    """Return the quantisation that the keys of ``quantization_config`` describe; None if it cannot be read."""
+    bits = config.get("bits", config.get("w_bit", 4))
+    match method:
+        case "gptq" if bits in (2, 4, 8) and isinstance(bits, int):
+            form = config.get("checkpoint_format") or "gptq"
+            offsets = {"gptq": 1, "gptq_v2": 0}
+            if form in offsets:
+                return Quantisation(method=method, bits=bits, zero_offset=offsets[str(form)])
+        case "awq" if bits == 4 and str(config.get("version", "gemm")).lower() == "gemm":
+            return Quantisation(method=method, bits=4)
+        case "fp8":
+            return Quantisation(method=method, block=_block(config.get("weight_block_size")))
+        case "compressed-tensors" if not config.get("sparsity_config"):
+            return Quantisation(method=method, block=_block(_block_structure(config.get("config_groups"))))
+    return None
+
+
+def _block_structure(groups: object) -> object:
+    """Return the `block_structure` of the first group of compressed-tensors' config that has one."""
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights.get("block_structure"):
+            return weights["block_structure"]
+    return None
+
+
+def _block(size: object) -> tuple[int, int] | None:
+    match size:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+    return None
+
+
+def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dict[str, SourceTensor]:
+    """Return the tensors of a quantised checkpoint, with quantised weights under the names of plain ones.
+
+    Tensors in float16, bfloat16 or float32 that belong to no quantised weight are returned as they are.
+
+    Raises:
+        PrecastError: a tensor that belongs to a quantised weight is missing, or has the wrong type or shape.
+    """
+    left = {name: tensor for name, tensor in raw.items() if not name.endswith(_ACTIVATIONS)}
+    found: dict[str, SourceTensor] = {}
+    endings = {
+        "gptq": (".qweight", partial(_gptq, quantisation)),
+        "awq": (".qweight", partial(_awq, quantisation)),
+        "fp8": (".weight_scale_inv", partial(_scaled, quantisation, ".weight_scale_inv")),
+    }
+    for ending, make in (
+        endings.get(quantisation.method, (".weight_packed", partial(_packed, quantisation))),
+        (".weight_scale", partial(_scaled, quantisation, ".weight_scale")),
+    ):
+        for name in [name for name in left if name.endswith(ending)]:
+            if name in left:
+                base = name.removesuffix(ending)
+                found[f"{base}.weight"] = make(_Parts(left, base))
+    return found | {name: _plain(name, tensor) for name, tensor in left.items()}
+
+
+class _Parts:
+    """The tensors that store one weight. Taking a tensor removes it from the checkpoint's rest.
+
+    Args:
+        left: the tensors that no weight has taken yet.
+        base: the beginning of the names.
+    """
+
+    def __init__(self, left: dict[str, RawTensor], base: str) -> None:
+        self._left, self._base = left, base
+
+    def take(self, ending: str, dtypes: tuple[str, ...], axes: int | None = 2) -> RawTensor:
+        """Return a tensor of one of these types, with this number of axes if it is not None.
+
+        Raises:
+            PrecastError: the tensor is missing, or has another type or number of axes.
+        """
+        tensor = self.find(ending, dtypes, axes)
+        if tensor is None:
+            raise PrecastError(
+                f"{self._base}{ending}: the tensor is missing, and the weight needs it; {_REMEDY}."
+            )
+        return tensor
+
+    def find(self, ending: str, dtypes: tuple[str, ...], axes: int | None = 2) -> RawTensor | None:
+        """Return the same, or None if the tensor is missing."""
+        tensor = self._left.pop(self._base + ending, None)
+        if tensor is not None and (
+            tensor.dtype not in dtypes or (axes is not None and len(tensor.shape) != axes)
+        ):
+            expected = " or ".join(dtypes) + ("" if axes is None else f" with {axes} axes")
+            raise PrecastError(
+                f"{tensor.where}: expected {self._base}{ending} to be {expected}, found {tensor.dtype}"
+                f" {list(tensor.shape)}; {_REMEDY}."
+            )
+        return tensor
+
+    def fail(self, what: str) -> PrecastError:
+        """Return the error about shapes that do not fit together."""
+        return PrecastError(f"{self._base}: {what}; {_REMEDY}.")
+
+
+_FLOATS = ("F32", "F16", "BF16")
+_NUMBERS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _plain(name: str, tensor: RawTensor) -> SourceTensor:
+    if tensor.dtype not in _FLOATS:
+        raise PrecastError(
+            f"{tensor.where}: expected {name} to be F32, F16 or BF16, or to belong to a quantised weight, found"
+            f" {tensor.dtype}; {_REMEDY}."
+        )
+    return SourceTensor(
+        shape=tensor.shape, dtype=_NUMBERS[tensor.dtype], read=lambda: tensor.read().astype(np.float32)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Affine:
+    """A weight as whole numbers with a scale and a zero for each group of inputs.
+
+    Attributes:
+        parts: the weight's tensors, for messages.
+        shape: ``[out, in]``.
+        dtype: the format, for messages.
+        bits: bits of a number.
+        groups: number of groups.
+        numbers: returns the numbers, uint8 ``[out, in]``.
+        zeros: returns the numbers that represent zero, float32 ``[out, groups]``.
+        scales: returns the scales ``[out, groups]``.
+        index: returns the group of each input ``[in]``; None for groups of consecutive inputs.
+    """
+
+    parts: "_Parts"
+    shape: tuple[int, int]
+    dtype: str
+    bits: int
+    groups: int
+    numbers: Callable[[], np.ndarray]
+    zeros: Callable[[], np.ndarray]
+    scales: Callable[[], np.ndarray]
+    index: Callable[[], np.ndarray] | None
+
+    def source(self) -> SourceTensor:
+        """Return the weight as a tensor, with blocks if `QuantisedBlocks` can represent them."""
+        has_blocks = self._has_blocks()
+        return SourceTensor(
+            shape=self.shape,
+            dtype=self.dtype,
+            read=self.read,
+            blocks=self._blocks if has_blocks else None,
+            is_symmetric=has_blocks,
+        )
+
+    def read(self) -> np.ndarray:
+        """Return ``(numbers − zeros) · scales`` in float32."""
+        scales = self.scales().astype(np.float32)
+        inputs, groups = self.shape[1], self.groups
+        group = (
+            np.arange(inputs) // -(-inputs // groups) if self.index is None else self.index().astype(np.int64)
+        )
+        if group.size and not 0 <= group.min() <= group.max() < groups:
+            raise self.parts.fail(
+                f"expected g_idx from 0 to {groups - 1}, found {int(group.min())} to {int(group.max())}"
+            )
+        result = self.numbers().astype(np.float32)
+        result -= self.zeros()[:, group]
+        result *= scales[:, group]
+        return result
+
+    def _has_blocks(self) -> bool:
+        size, rest = divmod(self.shape[1], self.groups)
+        if self.bits != _BLOCK_BITS or rest or size % GROUP:
+            return False
+        if self.index is not None and not np.array_equal(self.index(), np.arange(self.shape[1]) // size):
+            return False
+        scales = self.scales().astype(np.float32)
+        with np.errstate(over="ignore"):
+            halves = scales.astype(np.float16).astype(np.float32)
+        return bool((self.zeros() == 1 << _BLOCK_BITS - 1).all() and np.array_equal(halves, scales))
+
+    def _blocks(self) -> QuantisedBlocks:
+        size = self.shape[1] // self.groups
+        return QuantisedBlocks(
+            values=self.numbers().view(np.int8) - np.int8(1 << _BLOCK_BITS - 1),
+            scale=np.repeat(self.scales().astype(np.float16), size // GROUP, axis=1),
+        )
+
+
+def _gptq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
+    bits, per = quantisation.bits, _WORD_BITS // quantisation.bits
+    words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
+    scales, index = parts.take(".scales", _FLOATS), parts.find(".g_idx", ("I32", "I64"), 1)
+    (packed, outs), groups = words.shape, scales.shape[0]
+    inputs = packed * per
+    if scales.shape != (groups, outs) or zeros.shape != (groups, -(-outs // per)) or groups == 0:
+        raise parts.fail(
+            f"expected scales [groups, {outs}] and qzeros [groups, {-(-outs // per)}], found"
+            f" {list(scales.shape)} and {list(zeros.shape)}"
+        )
+    if index is not None and index.shape != (inputs,):
+        raise parts.fail(f"expected g_idx to have {inputs} elements, found {list(index.shape)}")
+
+    def lowest() -> np.ndarray:
+        return _unpacked(zeros.read(), bits)[:, :outs].T.astype(np.float32) + quantisation.zero_offset
+
+    return _Affine(
+        parts=parts,
+        shape=(outs, inputs),
+        dtype=f"GPTQ, {bits} bits",
+        bits=bits,
+        groups=groups,
+        numbers=lambda: _unpacked(words.read().T, bits),
+        zeros=lowest,
+        scales=lambda: scales.read().T,
+        index=None if index is None else index.read,
+    ).source()
+
+
+def _awq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
+    words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
+    scales = parts.take(".scales", _FLOATS)
+    (inputs, packed), groups = words.shape, scales.shape[0]
+    outs = packed * len(_AWQ_ORDER)
+    if scales.shape != (groups, outs) or zeros.shape != (groups, packed) or groups == 0:
+        raise parts.fail(
+            f"expected scales [groups, {outs}] and qzeros [groups, {packed}], found {list(scales.shape)} and"
+            f" {list(zeros.shape)}"
+        )
+
+    def ordered(array: np.ndarray) -> np.ndarray:
+        numbers = _unpacked(array, quantisation.bits).reshape(len(array), packed, len(_AWQ_ORDER))
+        return numbers[..., _AWQ_ORDER].reshape(len(array), outs).T  # [out, …]
+
+    return _Affine(
+        parts=parts,
+        shape=(outs, inputs),
+        dtype="AWQ, 4 bits",
+        bits=quantisation.bits,
+        groups=groups,
+        numbers=lambda: ordered(words.read()),
+        zeros=lambda: ordered(zeros.read()).astype(np.float32),
+        scales=lambda: scales.read().T,
+        index=None,
+    ).source()
+
+
+def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
+    words, stated = parts.take(".weight_packed", ("I32",)), parts.take(".weight_shape", ("I64", "I32"), 1)
+    scales, zeros = (
+        parts.take(".weight_scale", _FLOATS, None),
+        parts.find(".weight_zero_point", ("I32", "I8"), None),
+    )
+    index = parts.find(".weight_g_idx", ("I32", "I64"), 1)
+    shape = tuple(int(n) for n in stated.read())
+    bits = _WORD_BITS * words.shape[1] // shape[1] if len(shape) == 2 and shape[1] > 0 else 0
+    if bits not in _BITS or words.shape != (shape[0], -(-shape[1] * bits // _WORD_BITS)):
+        raise parts.fail(
+            f"expected weight_packed of the shape {list(shape)} in 1, 2, 4 or 8 bits, found {list(words.shape)}"
+        )
+    outs, inputs = shape
+    groups = scales.shape[1] if len(scales.shape) == 2 else 1
+    if scales.shape not in ((outs, groups), (1,), ()) or groups == 0:
+        raise parts.fail(f"expected weight_scale [{outs}, groups], found {list(scales.shape)}")
+    if index is not None and index.shape != (inputs,):
+        raise parts.fail(f"expected weight_g_idx to have {inputs} elements, found {list(index.shape)}")
+    per, half = _WORD_BITS // bits, 1 << bits - 1
+    if zeros is not None and zeros.dtype == "I32" and zeros.shape != (-(-outs // per), groups):
+        raise parts.fail(
+            f"expected weight_zero_point [{-(-outs // per)}, {groups}], found {list(zeros.shape)}"
+        )
+
+    def lowest() -> np.ndarray:
+        if zeros is not None and zeros.dtype == "I32":
+            return _unpacked(zeros.read().T, bits)[:, :outs].T.astype(np.float32)
+        signed = 0.0 if zeros is None else zeros.read().astype(np.float32).reshape(-1, groups)
+        return np.full((outs, groups), half, np.float32) + signed
+
+    return _Affine(
+        parts=parts,
+        shape=(outs, inputs),
+        dtype=f"compressed-tensors, {bits} bits",
+        bits=bits,
+        groups=groups,
+        numbers=lambda: _unpacked(words.read(), bits)[:, :inputs],
+        zeros=lowest,
+        scales=lambda: np.broadcast_to(scales.read().reshape(-1, groups), (outs, groups)),
+        index=None if index is None else index.read,
+    ).source()
+
+
+def _scaled(quantisation: Quantisation, ending: str, parts: _Parts) -> SourceTensor:
+    weight = parts.take(".weight", ("F8_E4M3", "I8"))
+    scales = parts.take(ending, _FLOATS, None)
+    zeros = parts.find(".weight_zero_point", ("I8",), None)
+    sizes = [
+        _spread(n, count, quantisation.block, axis)
+        for axis, (n, count) in enumerate(zip(weight.shape, (1, 1, *scales.shape)[-2:], strict=True))
+    ]
+    if len(scales.shape) > 2 or None in sizes or (zeros is not None and zeros.shape != scales.shape):
+        raise parts.fail(
+            f"expected {ending.removeprefix('.')} with a scale for each row or block of {list(weight.shape)}, found"
+            f" {list(scales.shape)}"
+        )
+
+    def spread(coefficients: np.ndarray) -> np.ndarray:
+        whole = coefficients.astype(np.float32).reshape((1, 1, *scales.shape)[-2:])
+        for axis, size in enumerate(sizes):
+            if size is not None and size != weight.shape[axis]:
+                whole = np.repeat(whole, size, axis)
+        return whole[: weight.shape[0], : weight.shape[1]]
+
+    def read() -> np.ndarray:
+        numbers = weight.read().astype(np.float32)
+        if zeros is not None:
+            numbers -= spread(zeros.read())
+        numbers *= spread(scales.read())
+        return numbers
+
+    rows, columns = weight.shape
+    return SourceTensor(
+        shape=(rows, columns), dtype="FP8" if weight.dtype == "F8_E4M3" else "8 bits", read=read
+    )
+
+
+def _spread(size: int, scales: int, block: tuple[int, int] | None, axis: int) -> int | None:
+    """Return the number of consecutive elements of an axis that share a scale; None if the counts do not fit."""
+    if scales == 1:
+        return size
+    if block is not None and -(-size // block[axis]) == scales:
+        return block[axis]
+    return size // scales if scales > 0 and size % scales == 0 else None
+
+
+def _unpacked(words: np.ndarray, bits: int) -> np.ndarray:
+    """Return the numbers in the last axis of int32 words, lowest bits first: ``[…, n]`` → uint8 ``[…, n·32/bits]``."""
+    shifts = np.arange(0, _WORD_BITS, bits, dtype=np.uint32)
+    unsigned = np.ascontiguousarray(words).view(np.uint32)
+    numbers = np.empty((*words.shape, len(shifts)), np.uint8)
+    for i, shift in enumerate(shifts):
+        numbers[..., i] = unsigned >> shift & np.uint32((1 << bits) - 1)
+    return numbers.reshape(*words.shape[:-1], -1)

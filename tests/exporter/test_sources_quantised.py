@@ -1,0 +1,379 @@
+"""Quantised checkpoints in safetensors: GPTQ, AWQ, FP8 and compressed-tensors.
+
+The weights are packed here, number by number, as the formats' documents describe it.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from precast.exporter.export import export
+from precast.exporter.options import ExportOptions
+from precast.exporter.sources.open import open_source
+from precast.loaders.artifact.errors import PrecastError
+
+BASE = "model.layers.0.mlp.up_proj"
+FP8 = ml_dtypes.float8_e4m3fn
+# AWQ puts these of eight consecutive outputs into the half bytes of an int32, from the lowest.
+AWQ_OUTPUTS = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def words(numbers: np.ndarray, bits: int, order: Sequence[int] | None = None) -> np.ndarray:
+    """Pack each row of numbers into int32, in this order within a word, lowest bits first."""
+    per = 32 // bits
+    order = range(per) if order is None else order
+    rows = []
+    for row in numbers:
+        packed = []
+        for start in range(0, len(row), per):
+            part = [*(int(n) for n in row[start : start + per])]
+            part += [0] * (per - len(part))
+            packed.append(sum(part[k] << i * bits for i, k in enumerate(order)))
+        rows.append(packed)
+    return np.array(rows, np.uint64).astype(np.uint32).view(np.int32)
+
+
+def random_affine(rng, outs: int, inputs: int, groups: int, bits: int):
+    """Return numbers ``[out, in]``, zeros and scales ``[out, groups]``."""
+    numbers = rng.integers(0, 1 << bits, (outs, inputs))
+    zeros = rng.integers(1, 1 << bits, (outs, groups))
+    scales = (rng.uniform(0.5, 2, (outs, groups)) / (8 << bits)).astype(np.float16)
+    return numbers, zeros, scales
+
+
+def affine(numbers, zeros, scales, group) -> np.ndarray:
+    """Return the weights in float64."""
+    return (numbers - zeros[:, group].astype(np.float64)) * scales[:, group].astype(np.float64)
+
+
+def gptq(rng, outs: int, inputs: int, groups: int, bits: int, *, offset: int = 1, order: bool = False):
+    numbers, zeros, scales = random_affine(rng, outs, inputs, groups, bits)
+    group = np.arange(inputs) // (inputs // groups)
+    if order:
+        group = rng.permutation(group)
+    stored = {
+        "qweight": np.ascontiguousarray(words(numbers, bits).T),
+        "qzeros": words((zeros - offset).T, bits),
+        "scales": np.ascontiguousarray(scales.T),
+        "g_idx": group.astype(np.int32),
+    }
+    return stored, affine(numbers, zeros, scales, group)
+
+
+def awq(rng, outs: int, inputs: int, groups: int):
+    numbers, zeros, scales = random_affine(rng, outs, inputs, groups, 4)
+    stored = {
+        "qweight": words(numbers.T, 4, AWQ_OUTPUTS),
+        "qzeros": words(zeros.T, 4, AWQ_OUTPUTS),
+        "scales": np.ascontiguousarray(scales.T),
+    }
+    return stored, affine(numbers, zeros, scales, np.arange(inputs) // (inputs // groups))
+
+
+def packed(rng, outs: int, inputs: int, groups: int, bits: int, *, symmetric: bool, order: bool = False):
+    numbers, zeros, scales = random_affine(rng, outs, inputs, groups, bits)
+    group = np.arange(inputs) // -(-inputs // groups)
+    if symmetric:
+        zeros[...] = 1 << bits - 1
+    stored = {
+        "weight_packed": words(numbers, bits),
+        "weight_shape": np.array([outs, inputs], np.int64),
+        "weight_scale": scales.astype(ml_dtypes.bfloat16),
+    }
+    if not symmetric:
+        stored["weight_zero_point"] = np.ascontiguousarray(words(zeros.T, bits).T)
+    if order:
+        group = rng.permutation(group)
+        stored["weight_g_idx"] = group.astype(np.int32)
+    return stored, affine(numbers, zeros, stored["weight_scale"], group)
+
+
+def fp8(rng, outs: int, inputs: int, block: tuple[int, int] | None, ending: str = "weight_scale_inv"):
+    weight = rng.standard_normal((outs, inputs)).astype(FP8)
+    rows, columns = block or (outs, inputs)
+    scale = rng.uniform(0.5, 2, (-(-outs // rows), -(-inputs // columns))).astype(np.float32)
+    each = np.repeat(np.repeat(scale, rows, 0), columns, 1)[:outs, :inputs]
+    return {"weight": weight, ending: scale}, weight.astype(np.float64) * each
+
+
+def opened(checkpoint, quantization: Mapping[str, Any] | None, stored: Mapping[str, np.ndarray]):
+    config = {
+        "model_type": "llama",
+        **({} if quantization is None else {"quantization_config": quantization}),
+    }
+    tensors = {f"{BASE}.{name}": array for name, array in stored.items()}
+    return open_source(str(checkpoint({"config.json": config}, tensors)))
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+GPTQ4, AWQ4 = {"quant_method": "gptq", "bits": 4}, {"quant_method": "awq", "bits": 4}
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+V2 = {"checkpoint_format": "gptq_v2"}
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+GROUPS = {"config_groups": {"group_0": {"weights": {"num_bits": 8, "block_structure": [16, 32]}}}}
+CASES = {
+    "gptq, 4 bits": (GPTQ4, gptq(rng(), 24, 64, 2, 4)),
+    "gptq, 8 bits": ({**GPTQ4, "bits": 8}, gptq(rng(), 20, 64, 4, 8)),
+    "gptq, 2 bits": ({**GPTQ4, "bits": 2}, gptq(rng(), 16, 64, 1, 2)),
+    "gptq, in the order of activations": ({**GPTQ4, "desc_act": True}, gptq(rng(), 24, 64, 4, 4, order=True)),
+    "gptq, version 2": (GPTQ4 | V2, gptq(rng(), 24, 64, 2, 4, offset=0)),
+    "gptq, outputs that do not fill a word": (GPTQ4, gptq(rng(), 20, 64, 2, 4)),
+    "awq": (AWQ4, awq(rng(), 24, 64, 2)),
+    "awq, one group": ({**AWQ4, "version": "GEMM"}, awq(rng(), 16, 40, 1)),
+    "compressed-tensors, 4 bits": (CT, packed(rng(), 24, 64, 2, 4, symmetric=True)),
+    "compressed-tensors, zero points": (CT, packed(rng(), 20, 64, 2, 4, symmetric=False)),
+    "compressed-tensors, 8 bits": (CT, packed(rng(), 24, 64, 1, 8, symmetric=True)),
+    "compressed-tensors, part of a word": (CT, packed(rng(), 5, 13, 1, 4, symmetric=False)),
+    "compressed-tensors, in the order of activations": (
+        CT,
+        packed(rng(), 24, 64, 4, 4, symmetric=True, order=True),
+    ),
+    "compressed-tensors, fp8 by rows": (CT, fp8(rng(), 24, 40, (1, 40), "weight_scale")),
+    "compressed-tensors, fp8 in blocks": ({**CT, **GROUPS}, fp8(rng(), 40, 48, (16, 32), "weight_scale")),
+    "fp8 in blocks": (BLOCKS, fp8(rng(), 40, 48, (16, 32))),
+    "fp8 with one scale": ({"quant_method": "fp8"}, fp8(rng(), 24, 40, None)),
+}
+
+
+@pytest.mark.parametrize(("quantization", "case"), CASES.values(), ids=CASES)
+def test_weights_are_dequantised(checkpoint, quantization, case) -> None:
+    """float32 represents every product, except those with scales in float32, which are rounded once."""
+    stored, expected = case
+    source = opened(checkpoint, quantization, {**stored, "input_scale": np.ones(1, np.float32)})
+    assert source.tensors.keys() == {f"{BASE}.weight"}
+    tensor = source.tensors[f"{BASE}.weight"]
+    assert tensor.shape == expected.shape
+    found = tensor.read()
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+    assert "quantization_config" not in source.config
+    assert source.remarks[0] == f"the checkpoint's weights are quantised ({quantization['quant_method']})"
+
+
+def test_int8_with_a_zero_point(checkpoint) -> None:
+    weight = rng().integers(-128, 128, (8, 12)).astype(np.int8)
+    scale, zero = np.full((8, 1), 0.25, np.float16), np.arange(-4, 4, dtype=np.int8)[:, None]
+    stored = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+    found = (
+        opened(checkpoint, {"quant_method": "compressed-tensors"}, stored).tensors[f"{BASE}.weight"].read()
+    )
+    np.testing.assert_array_equal(found, (weight.astype(np.float32) - zero) * np.float32(0.25))
+
+
+def symmetric(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensors of GPTQ with 8 as every zero; GPTQ stores 7."""
+    return {**stored, "qzeros": np.full_like(stored["qzeros"], 0x77777777)}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "stored", "has_blocks"),
+    [
+        (GPTQ4, symmetric(CASES["gptq, 4 bits"][1][0]), True),
+        (CT, CASES["compressed-tensors, 4 bits"][1][0], True),
+        (GPTQ4, CASES["gptq, 4 bits"][1][0], False),
+        (GPTQ4, symmetric(CASES["gptq, in the order of activations"][1][0]), False),
+        (CT, CASES["compressed-tensors, 8 bits"][1][0], False),
+        (AWQ4, CASES["awq, one group"][1][0], False),
+        (
+            GPTQ4,
+            symmetric(CASES["gptq, 4 bits"][1][0]) | {"scales": np.full((2, 24), 1e-9, np.float32)},
+            False,
+        ),
+    ],
+)
+def test_symmetric_numbers_of_4_bits_are_taken_over(checkpoint, quantization, stored, has_blocks) -> None:
+    tensor = opened(checkpoint, quantization, stored).tensors[f"{BASE}.weight"]
+    assert (tensor.blocks is not None) == tensor.is_symmetric == has_blocks
+    if tensor.blocks is not None:
+        blocks = tensor.blocks()
+        assert blocks.minimum is None
+        each = np.repeat(blocks.scale.astype(np.float32), 32, axis=1)
+        np.testing.assert_array_equal(blocks.values * each, tensor.read())
+
+
+def test_plain_tensors_stay(checkpoint) -> None:
+    stored, _ = CASES["gptq, 4 bits"][1]
+    norm = np.arange(4, dtype=np.float16)
+    source = opened(checkpoint, GPTQ4, {**stored, "norm": norm})
+    assert source.tensors[f"{BASE}.norm"].dtype == "float16"
+    np.testing.assert_array_equal(source.tensors[f"{BASE}.norm"].read(), norm.astype(np.float32))
+
+
+@pytest.mark.parametrize(("symmetric", "strategy"), [(True, "group"), (False, "group"), (True, "channel")])
+def test_the_librarys_own_weights(checkpoint, symmetric: bool, strategy: str) -> None:
+    """compressed-tensors computes in the type of the scales, so these are float32."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor as Library
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    groups = 2 if strategy == "group" else 1
+    weights = QuantizationArgs(
+        num_bits=4, symmetric=symmetric, strategy=strategy, group_size=32 if strategy == "group" else None
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    generator = torch.Generator().manual_seed(3)
+    state = {
+        "weight": torch.randn(24, 64, generator=generator),
+        "weight_scale": torch.rand(24, groups, generator=generator) / 4 + 0.1,
+    }
+    if not symmetric:
+        state["weight_zero_point"] = torch.randint(-8, 8, (24, groups), generator=generator, dtype=torch.int8)
+    stored = Library.compress(state, scheme)
+    expected = Library.decompress(stored, scheme)["weight"].numpy()
+    arrays = {name: array.numpy() for name, array in stored.items()}
+    found = opened(checkpoint, CT, arrays).tensors[f"{BASE}.weight"].read()
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_export_is_that_of_the_dequantised_checkpoint(tiny_checkpoint, tmp_path: Path) -> None:
+    plain = tiny_checkpoint()
+    quantised = tmp_path / "quantised"
+    shutil.copytree(plain, quantised)
+    tensors, random = load_file(plain / "model.safetensors"), rng()
+    stored, dequantised = {}, {}
+    for name, array in tensors.items():
+        if name.startswith("model.layers.") and array.ndim == 2:
+            parts, weight = gptq(random, *array.shape, 1, 4)
+            stored |= {f"{name.removesuffix('.weight')}.{part}": a for part, a in parts.items()}
+            dequantised[name] = weight.astype(np.float32)
+        else:
+            stored[name] = dequantised[name] = array
+    save_file(stored, quantised / "model.safetensors")
+    save_file(dequantised, plain / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": GPTQ4}))
+    options = ExportOptions(buckets=(8,), context=32, weights="int8", targets=("cpu",))
+    for folder in (plain, quantised):
+        export(open_source(str(folder)), tmp_path / "out" / folder.name, options)
+    one, other = (tmp_path / "out" / f.name / "weights.safetensors" for f in (plain, quantised))
+    assert one.read_bytes() == other.read_bytes()
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def changed(name: str, **arrays: np.ndarray | None) -> dict[str, np.ndarray]:
+    stored = {**CASES[name][1][0], **arrays}
+    return {key: array for key, array in stored.items() if array is not None}
+
+
+I32 = np.int32
+BROKEN = {
+    "no scales": (
+        GPTQ4,
+        changed("gptq, 4 bits", scales=None),
+        ".scales: the tensor is missing, and the weight",
+    ),
+    "no zeros": (
+        AWQ4,
+        changed("awq", qzeros=None),
+        ".qzeros: the tensor is missing, and the weight needs it",
+    ),
+    "no shape": (
+        CT,
+        changed("compressed-tensors, 4 bits", weight_shape=None),
+        ".weight_shape: the tensor is",
+    ),
+    "float numbers": (
+        GPTQ4,
+        changed("gptq, 4 bits", qweight=np.ones((8, 24), np.float16)),
+        ".qweight to be I32 with 2 axes, found F16 [8, 24]",
+    ),
+    "scales of other outputs": (
+        GPTQ4,
+        changed("gptq, 4 bits", scales=np.ones((2, 23), np.float16)),
+        "expected scales [groups, 24] and qzeros [groups, 3], found [2, 23] and [2, 3]",
+    ),
+    "no groups": (
+        GPTQ4,
+        changed("gptq, 4 bits", scales=np.ones((0, 24), np.float16), qzeros=np.ones((0, 3), I32)),
+        "expected scales [groups, 24] and qzeros [groups, 3], found [0, 24] and [0, 3]",
+    ),
+    "a short index": (
+        GPTQ4,
+        changed("gptq, 4 bits", g_idx=np.zeros(63, I32)),
+        "expected g_idx to have 64 elements, found [63]",
+    ),
+    "awq zeros of other outputs": (
+        AWQ4,
+        changed("awq", qzeros=np.ones((2, 4), I32)),
+        "expected scales [groups, 24] and qzeros [groups, 3], found [2, 24] and [2, 4]",
+    ),
+    "another shape": (
+        CT,
+        changed("compressed-tensors, 4 bits", weight_shape=np.array([24, 65], np.int64)),
+        "expected weight_packed of the shape [24, 65] in 1, 2, 4 or 8 bits, found [24, 8]",
+    ),
+    "a shape of three axes": (
+        CT,
+        changed("compressed-tensors, 4 bits", weight_shape=np.array([2, 12, 64], np.int64)),
+        "expected weight_packed of the shape [2, 12, 64] in 1, 2, 4 or 8 bits, found [24, 8]",
+    ),
+    "packed scales of other outputs": (
+        CT,
+        changed("compressed-tensors, 4 bits", weight_scale=np.ones((23, 2), np.float16)),
+        "expected weight_scale [24, groups], found [23, 2]",
+    ),
+    "packed zeros of other groups": (
+        CT,
+        changed("compressed-tensors, zero points", weight_zero_point=np.ones((3, 3), I32)),
+        "expected weight_zero_point [3, 2], found [3, 3]",
+    ),
+    "blocks of another size": (
+        {**BLOCKS, "weight_block_size": [8, 8]},
+        changed("fp8 in blocks"),
+        "expected weight_scale_inv with a scale for each row or block of [40, 48], found [3, 2]",
+    ),
+    "a number of another type": (
+        GPTQ4,
+        changed("gptq, 4 bits", odd=np.ones(3, I32)),
+        ".odd to be F32, F16 or BF16, or to belong to a quantised weight, found I32",
+    ),
+}
+
+
+@pytest.mark.parametrize(("quantization", "stored", "text"), BROKEN.values(), ids=BROKEN)
+def test_broken_checkpoints_are_refused(checkpoint, quantization, stored, text: str) -> None:
+    with pytest.raises(PrecastError) as raised:
+        opened(checkpoint, quantization, stored)
+    assert text in str(raised.value)
+    assert str(raised.value).endswith("; fetch the checkpoint again.")
+
+
+@pytest.mark.parametrize("index", [-1, 2, 2**31 - 1])
+def test_an_index_outside_the_groups_is_refused(checkpoint, index: int) -> None:
+    stored = changed("gptq, 4 bits", g_idx=np.full(64, index, I32))
+    tensor = opened(checkpoint, GPTQ4, stored).tensors[f"{BASE}.weight"]
+    with pytest.raises(PrecastError) as raised:
+        tensor.read()
+    assert str(raised.value) == (
+        f"{BASE}: expected g_idx from 0 to 1, found {index} to {index}; fetch the checkpoint again."
+    )
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "gptq", "bits": 3},
+        {"quant_method": "gptq", "bits": True},
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        {"quant_method": "awq", "bits": 4, "version": "gemv"},
+        {"quant_method": "awq", "bits": 8},
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    ],
+)
+def test_other_variants_are_refused(checkpoint, quantization) -> None:
+    with pytest.raises(PrecastError, match="quantization_config says that the weights are already quantised"):
+        opened(checkpoint, quantization, {"norm": np.ones(3, np.float32)})
