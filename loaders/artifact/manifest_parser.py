@@ -95,6 +95,10 @@ def _expect(where: str, what: str, expected: object, found: object) -> None:
 
 def _check_geometry(manifest: Manifest, where: str) -> None:
     """Check that context, slots, buckets and KV cache agree, because the programs' loops rely on them."""
+    if manifest.model.parameters < 1:
+        raise PrecastError(
+            f"{where}: expected at least one parameter, found {manifest.model.parameters}; export the model again."
+        )
     if manifest.slots < 1 or manifest.model.vocab < 1 or not manifest.buckets:
         raise PrecastError(
             f"{where}: expected at least one slot, one token and one bucket, found {manifest.slots},"

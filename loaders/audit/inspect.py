@@ -12,6 +12,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "name": manifest.name,
         "format_version": manifest.format_version,
         "model": dataclasses.asdict(manifest.model),
+        "bits_per_weight": _bits_per_weight(manifest),
         "context": manifest.context,
         "slots": manifest.slots,
         "buckets": manifest.buckets,
@@ -26,6 +27,18 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "fidelity": None if manifest.fidelity is None else dataclasses.asdict(manifest.fidelity),
         "provenance": dataclasses.asdict(manifest.provenance),
     }
+
+
+def _bits_per_weight(manifest: Manifest) -> float:
+    """Return the bits that a parameter takes on average, with scales, minima and padding."""
+    weights = {
+        value.name: value.bytes
+        for target in manifest.targets
+        for program in target.programs
+        for value in program.arguments
+        if value.role == "weight"
+    }
+    return round(8 * sum(weights.values()) / manifest.model.parameters, 2)
 
 
 def _target(manifest: Manifest, target: Target) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def lines(root: Path, facts: dict[str, Any]) -> Iterable[str]:
     yield (
         f"  model    {m['architecture']}: {m['parameters'] / 1e6:.1f} M parameters, L={m['layers']} D={m['width']}"
         f" N={m['heads']} K={m['kv_heads']} H={m['head_dim']} F={m['ff_width']} V={m['vocab']}, weights {m['weights']}"
+        f" ({facts['bits_per_weight']:g} bits each)"
     )
     yield (
         f"  context  {facts['context']} positions, slots {facts['slots']}, prefill buckets"

@@ -196,6 +196,11 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
             "hot",
             "m.json: sampling.temperature: expected a number, found 'hot'",
         ),
+        (
+            ["model", "parameters"],
+            0,
+            "m.json: expected at least one parameter, found 0; export the model again.",
+        ),
         (["slots"], 0, "m.json: expected at least one slot, one token and one bucket"),
         (["buckets"], [], "m.json: expected at least one slot, one token and one bucket"),
         (
