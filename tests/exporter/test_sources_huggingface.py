@@ -293,7 +293,7 @@ def test_quantised_checkpoints(checkpoint, quantization, method, remedy):
 
 def test_quantisation_in_other_keys_and_files(checkpoint):
     folder = checkpoint(
-        {"config.json": {"compression_config": {"sparsity_config": {"format": "dense"}}}}, ONE
+        {"config.json": {"compression_config": {"sparsity_config": {"format": "sparse-bitmask"}}}}, ONE
     )
     assert "compression_config says that the weights are already quantised (compressed-tensors)" in refusal(
         folder

@@ -201,6 +201,16 @@ def test_symmetric_numbers_of_4_bits_are_taken_over(checkpoint, quantization, st
         np.testing.assert_array_equal(blocks.values * each, tensor.read())
 
 
+@pytest.mark.parametrize("sparsity", [{}, {"format": "dense"}])
+def test_dense_weights_and_scales_of_activations(checkpoint, sparsity) -> None:
+    stored, expected = CASES["compressed-tensors, 4 bits"][1]
+    one = np.ones(1, np.float32)
+    extra = {"k_scale": one, "v_scale": one, "output_scale": one, "input_zero_point": one.astype(np.int8)}
+    source = opened(checkpoint, CT | {"sparsity_config": sparsity}, stored | extra)
+    assert source.tensors.keys() == {f"{BASE}.weight"}
+    np.testing.assert_array_equal(source.tensors[f"{BASE}.weight"].read(), expected.astype(np.float32))
+
+
 def test_plain_tensors_stay(checkpoint) -> None:
     stored, _ = CASES["gptq, 4 bits"][1]
     norm = np.arange(4, dtype=np.float16)
@@ -335,6 +345,26 @@ BROKEN = {
         changed("fp8 in blocks"),
         "expected weight_scale_inv with a scale for each row or block of [40, 48], found [3, 2]",
     ),
+    "signed zeros of another shape": (
+        CT,
+        changed("compressed-tensors, 4 bits", weight_zero_point=np.zeros((24, 3), np.int8)),
+        "expected weight_zero_point [24, 2], found [24, 3]",
+    ),
+    "groups that do not divide the inputs": (
+        AWQ4,
+        changed("awq", scales=np.ones((3, 24), np.float16), qzeros=np.ones((3, 3), I32)),
+        "expected scales for groups of equal size, found 3 groups of 64 inputs",
+    ),
+    "scales of one axis": (
+        CT,
+        {"weight": np.zeros((24, 24), FP8), "weight_scale": np.ones(24, np.float32)},
+        "expected weight_scale with a scale for each row or block of [24, 24], found [24]",
+    ),
+    "bytes with two numbers": (
+        BLOCKS,
+        {"weight": np.zeros((16, 32), np.int8), "weight_scale_inv": np.ones((1, 1), np.float32)},
+        ".weight to be F8_E4M3 with 2 axes, found I8 [16, 32]",
+    ),
     "a number of another type": (
         GPTQ4,
         changed("gptq, 4 bits", odd=np.ones(3, I32)),
@@ -368,9 +398,14 @@ def test_an_index_outside_the_groups_is_refused(checkpoint, index: int) -> None:
         {"quant_method": "gptq", "bits": 3},
         {"quant_method": "gptq", "bits": True},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": ["gptq"]},
         {"quant_method": "awq", "bits": 4, "version": "gemv"},
         {"quant_method": "awq", "bits": 8},
         {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+        {"quant_method": "compressed-tensors", "sparsity_config": ["dense"]},
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
+        {"quant_method": "compressed-tensors", "format": ["pack-quantized"]},
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R4": {}}}},
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
     ],
 )

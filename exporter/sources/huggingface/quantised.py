@@ -32,7 +32,23 @@ _BITS = (1, 2, 4, 8)
 # Bits of the numbers in `QuantisedBlocks` without minima.
 _BLOCK_BITS = 4
 # Endings of tensors that only concern activations.
-_ACTIVATIONS = (".input_scale", ".activation_scale")
+_ACTIVATIONS = (
+    ".input_scale",
+    ".input_zero_point",
+    ".activation_scale",
+    ".output_scale",
+    ".k_scale",
+    ".v_scale",
+)
+# Formats of compressed-tensors whose weights the docstring describes; a config may leave its format out.
+_COMPRESSED = (
+    None,
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "mixed-precision",
+)
 _REMEDY = "fetch the checkpoint again"
 
 
@@ -77,15 +93,23 @@ def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation |
         case "gptq" if bits in (2, 4, 8) and isinstance(bits, int):
             form = config.get("checkpoint_format") or "gptq"
             offsets = {"gptq": 1, "gptq_v2": 0}
-            if form in offsets:
-                return Quantisation(method=method, bits=bits, zero_offset=offsets[str(form)])
+            if isinstance(form, str) and form in offsets:
+                return Quantisation(method=method, bits=bits, zero_offset=offsets[form])
         case "awq" if bits == 4 and str(config.get("version", "gemm")).lower() == "gemm":
             return Quantisation(method=method, bits=4)
         case "fp8":
             return Quantisation(method=method, block=_block(config.get("weight_block_size")))
-        case "compressed-tensors" if not config.get("sparsity_config"):
+        case "compressed-tensors" if _is_readable(config):
             return Quantisation(method=method, block=_block(_block_structure(config.get("config_groups"))))
     return None
+
+
+def _is_readable(config: Mapping[str, object]) -> bool:
+    """Return True if compressed-tensors stores whole weights, in a known format, that multiply plain activations."""
+    sparsity = config.get("sparsity_config") or {"format": "dense"}
+    is_dense = isinstance(sparsity, dict) and sparsity.get("format") in (None, "dense")
+    # A transform rotates the activations at run time, so the weights alone are not the model.
+    return is_dense and config.get("format") in _COMPRESSED and not config.get("transform_config")
 
 
 def _block_structure(groups: object) -> object:
@@ -214,7 +238,15 @@ class _Affine:
     index: Callable[[], np.ndarray] | None
 
     def source(self) -> SourceTensor:
-        """Return the weight as a tensor, with blocks if `QuantisedBlocks` can represent them."""
+        """Return the weight as a tensor, with blocks if `QuantisedBlocks` can represent them.
+
+        Raises:
+            PrecastError: the inputs do not divide into the groups.
+        """
+        if self.index is None and self.shape[1] % self.groups:
+            raise self.parts.fail(
+                f"expected scales for groups of equal size, found {self.groups} groups of {self.shape[1]} inputs"
+            )
         has_blocks = self._has_blocks()
         return SourceTensor(
             shape=self.shape,
@@ -229,7 +261,7 @@ class _Affine:
         scales = self.scales().astype(np.float32)
         inputs, groups = self.shape[1], self.groups
         group = (
-            np.arange(inputs) // -(-inputs // groups) if self.index is None else self.index().astype(np.int64)
+            np.arange(inputs) // (inputs // groups) if self.index is None else self.index().astype(np.int64)
         )
         if group.size and not 0 <= group.min() <= group.max() < groups:
             raise self.parts.fail(
@@ -342,6 +374,9 @@ def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
             f"expected weight_zero_point [{-(-outs // per)}, {groups}], found {list(zeros.shape)}"
         )
 
+    if zeros is not None and zeros.dtype == "I8" and zeros.shape != scales.shape:
+        raise parts.fail(f"expected weight_zero_point {list(scales.shape)}, found {list(zeros.shape)}")
+
     def lowest() -> np.ndarray:
         if zeros is not None and zeros.dtype == "I32":
             return _unpacked(zeros.read().T, bits)[:, :outs].T.astype(np.float32)
@@ -362,14 +397,22 @@ def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
 
 
 def _scaled(quantisation: Quantisation, ending: str, parts: _Parts) -> SourceTensor:
-    weight = parts.take(".weight", ("F8_E4M3", "I8"))
+    # With the method "fp8", a byte of an int8 weight holds two numbers of 4 bits.
+    types = ("F8_E4M3",) if quantisation.method == "fp8" else ("F8_E4M3", "I8")
+    weight = parts.take(".weight", types)
     scales = parts.take(ending, _FLOATS, None)
     zeros = parts.find(".weight_zero_point", ("I8",), None)
     sizes = [
         _spread(n, count, quantisation.block, axis)
         for axis, (n, count) in enumerate(zip(weight.shape, (1, 1, *scales.shape)[-2:], strict=True))
     ]
-    if len(scales.shape) > 2 or None in sizes or (zeros is not None and zeros.shape != scales.shape):
+    is_ambiguous = len(scales.shape) == 1 and scales.shape != (1,)  # of the outputs or of the inputs
+    if (
+        len(scales.shape) > 2
+        or is_ambiguous
+        or None in sizes
+        or (zeros is not None and zeros.shape != scales.shape)
+    ):
         raise parts.fail(
             f"expected {ending.removeprefix('.')} with a scale for each row or block of {list(weight.shape)}, found"
             f" {list(scales.shape)}"
