@@ -65,7 +65,13 @@ def plan_weights(source: Source, parameters: Sequence[Parameter], *, tied: bool)
     if tied and HEAD in source.tensors:
         _check_tied(source)
     left = unknown_sources(parameters, source.tensors)
-    ignored = [name for name in left if name.endswith(_IGNORED_ENDINGS) or (tied and name == HEAD)]
+    ignored = [
+        name
+        for name in left
+        if name.endswith(_IGNORED_ENDINGS)
+        or (tied and name == HEAD)
+        or _is_zero_bias(name, source.tensors[name])
+    ]
     if unknown := sorted(set(left) - set(ignored)):
         raise PrecastError(
             f"{source.name}: tensor {unknown[0]!r} belongs to no parameter of the model"
@@ -128,6 +134,11 @@ def _check_tied(source: Source) -> None:
             f"{source.name}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; set"
             " tie_word_embeddings to false in config.json to use both tensors, or remove lm_head.weight."
         )
+
+
+def _is_zero_bias(name: str, tensor: SourceTensor) -> bool:
+    """Return True for a bias of zeros; some tools that quantise checkpoints add one to every linear layer."""
+    return name.endswith(".bias") and not tensor.read().any()
 
 
 def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from precast.exporter.export import export
 from precast.exporter.options import ExportOptions
+from precast.exporter.sources.huggingface.quantised import RawTensor, dequantised, quantisation_of
 from precast.exporter.sources.open import open_source
 from precast.loaders.artifact.errors import PrecastError
 
@@ -158,6 +159,36 @@ def test_weights_are_dequantised(checkpoint, quantization, case) -> None:
     np.testing.assert_array_equal(found, expected.astype(np.float32))
     assert "quantization_config" not in source.config
     assert source.remarks[0] == f"the checkpoint's weights are quantised ({quantization['quant_method']})"
+
+
+@pytest.mark.parametrize(("size", "reads"), [(48, True), (32, True), (64, False), (-1, True)])
+def test_the_last_group_may_be_shorter(checkpoint, size: int, reads: bool) -> None:
+    """Without an index, the config's group size decides where a group ends; 64 inputs are two groups of 48 or of 32."""
+    stored, _ = CASES["gptq, 4 bits"][1]
+    plain = {name: array for name, array in stored.items() if name != "g_idx"}
+    index = {"g_idx": (np.arange(64) // (size if size > 0 else 32)).astype(np.int32)}
+    config = {**GPTQ4, "group_size": size}
+    if not reads:
+        with pytest.raises(PrecastError) as raised:
+            opened(checkpoint, config, plain)
+        assert str(raised.value) == (
+            f"{BASE}: expected scales for groups of 64 inputs, found 2 groups of 64 inputs; fetch the checkpoint again."
+        )
+        return
+    found = opened(checkpoint, config, plain).tensors[f"{BASE}.weight"].read()
+    np.testing.assert_array_equal(found, read_raw(config, plain | index))
+
+
+def read_raw(config: Mapping[str, Any], stored: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the weight that these tensors store in a GPTQ checkpoint, without a file."""
+    types = {"int32": "I32", "float16": "F16"}
+    raw = {
+        f"w.{name}": RawTensor(where="", shape=a.shape, dtype=types[a.dtype.name], read=a.copy)
+        for name, a in stored.items()
+    }
+    quantisation = quantisation_of("gptq", config)
+    assert quantisation is not None
+    return dequantised(raw, quantisation)["w.weight"].read()
 
 
 def test_int8_with_a_zero_point(checkpoint) -> None:

@@ -140,6 +140,18 @@ def test_known_buffers_and_tied_heads_are_ignored(source):
     assert "'lm_head.weight' belongs to no parameter" in refusal(source(lm_head__weight=extra), tied=False)
 
 
+def test_only_biases_of_zeros_are_ignored(source):
+    """Adding zeros changes nothing; any other number would."""
+    name, zeros = "model__layers__0__mlp__up_proj__bias", np.zeros(3, np.float32)
+    plan = plan_weights(source(**{name: tensor(zeros)}), PARAMETERS, tied=True)
+    assert plan.ignored == ["model.layers.0.mlp.up_proj.bias"]
+    for value in (1e-30, np.nan):
+        zeros[1] = value
+        assert "'model.layers.0.mlp.up_proj.bias' belongs to no parameter" in refusal(
+            source(**{name: tensor(zeros.copy())})
+        )
+
+
 def test_ignored_tensors_are_named(source):
     extra = tensor(np.zeros(3, np.float32))
     buffers = {f"model__layers__{i}__self_attn__rotary_emb__inv_freq": extra for i in range(4)}

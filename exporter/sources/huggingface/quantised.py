@@ -77,12 +77,14 @@ class Quantisation:
         method: "gptq", "awq", "fp8" or "compressed-tensors".
         bits: bits of a packed number; 0 if the shapes tell.
         zero_offset: added to stored zeros.
+        group: inputs of a group with one scale, where no index says so; 0 if the shapes tell.
         block: rows and columns of a block with one scale; None if the shapes tell.
     """
 
     method: str
     bits: int = 0
     zero_offset: int = 0
+    group: int = 0
     block: tuple[int, int] | None = None
 
 
@@ -94,14 +96,22 @@ def quantisation_of(method: str, config: Mapping[str, object]) -> Quantisation |
             form = config.get("checkpoint_format") or "gptq"
             offsets = {"gptq": 1, "gptq_v2": 0}
             if isinstance(form, str) and form in offsets:
-                return Quantisation(method=method, bits=bits, zero_offset=offsets[form])
+                return Quantisation(
+                    method=method, bits=bits, zero_offset=offsets[form], group=_group_size(config)
+                )
         case "awq" if bits == 4 and str(config.get("version", "gemm")).lower() == "gemm":
-            return Quantisation(method=method, bits=4)
+            return Quantisation(method=method, bits=4, group=_group_size(config))
         case "fp8":
             return Quantisation(method=method, block=_block(config.get("weight_block_size")))
         case "compressed-tensors" if _is_readable(config):
             return Quantisation(method=method, block=_block(_block_structure(config.get("config_groups"))))
     return None
+
+
+def _group_size(config: Mapping[str, object]) -> int:
+    """Return the inputs of a group; 0 if the config does not say it, or has one group for all (-1)."""
+    size = config.get("group_size", config.get("q_group_size"))
+    return size if type(size) is int and size > 0 else 0
 
 
 def _is_readable(config: Mapping[str, object]) -> bool:
@@ -221,6 +231,7 @@ class _Affine:
         dtype: the format, for messages.
         bits: bits of a number.
         groups: number of groups.
+        size: inputs of a group; 0 for groups of equal size.
         numbers: returns the numbers, uint8 ``[out, in]``.
         zeros: returns the numbers that represent zero, float32 ``[out, groups]``.
         scales: returns the scales ``[out, groups]``.
@@ -232,6 +243,7 @@ class _Affine:
     dtype: str
     bits: int
     groups: int
+    size: int
     numbers: Callable[[], np.ndarray]
     zeros: Callable[[], np.ndarray]
     scales: Callable[[], np.ndarray]
@@ -243,9 +255,11 @@ class _Affine:
         Raises:
             PrecastError: the inputs do not divide into the groups.
         """
-        if self.index is None and self.shape[1] % self.groups:
+        inputs, groups, size = self.shape[1], self.groups, self.size
+        if self.index is None and (-(-inputs // size) != groups if size else inputs % groups):
             raise self.parts.fail(
-                f"expected scales for groups of equal size, found {self.groups} groups of {self.shape[1]} inputs"
+                f"expected scales for groups of {f'{size} inputs' if size else 'equal size'}, found {groups} groups of"
+                f" {inputs} inputs"
             )
         has_blocks = self._has_blocks()
         return SourceTensor(
@@ -260,9 +274,8 @@ class _Affine:
         """Return ``(numbers − zeros) · scales`` in float32."""
         scales = self.scales().astype(np.float32)
         inputs, groups = self.shape[1], self.groups
-        group = (
-            np.arange(inputs) // (inputs // groups) if self.index is None else self.index().astype(np.int64)
-        )
+        size = self.size or inputs // groups
+        group = np.arange(inputs) // size if self.index is None else self.index().astype(np.int64)
         if group.size and not 0 <= group.min() <= group.max() < groups:
             raise self.parts.fail(
                 f"expected g_idx from 0 to {groups - 1}, found {int(group.min())} to {int(group.max())}"
@@ -314,6 +327,7 @@ def _gptq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
         dtype=f"GPTQ, {bits} bits",
         bits=bits,
         groups=groups,
+        size=quantisation.group,
         numbers=lambda: _unpacked(words.read().T, bits),
         zeros=lowest,
         scales=lambda: scales.read().T,
@@ -342,6 +356,7 @@ def _awq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
         dtype="AWQ, 4 bits",
         bits=quantisation.bits,
         groups=groups,
+        size=quantisation.group,
         numbers=lambda: ordered(words.read()),
         zeros=lambda: ordered(zeros.read()).astype(np.float32),
         scales=lambda: scales.read().T,
@@ -389,6 +404,7 @@ def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
         dtype=f"compressed-tensors, {bits} bits",
         bits=bits,
         groups=groups,
+        size=0,
         numbers=lambda: _unpacked(words.read(), bits)[:, :inputs],
         zeros=lowest,
         scales=lambda: np.broadcast_to(scales.read().reshape(-1, groups), (outs, groups)),
