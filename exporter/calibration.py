@@ -81,6 +81,11 @@ def quantised_layers(plan: ExportPlan, text: Path, progress: Progress = silent) 
             around = model.surroundings(layer, x.shape)
             for places, gram in record(x, *around, *arrays).items():
                 triangle = gptq.compensation(gram)
+                if not np.isfinite(triangle).all():
+                    raise PrecastError(
+                        f"{text}: the inputs that this text gives to layer {layer} are too large to calibrate with;"
+                        " leave out --calibrate."
+                    )
                 for parameter, place in ((p, i) for i in places if (p := chosen.get(i)) is not None):
                     matrix = arrays[place][0]
                     encoded = _encode(plan, parameter, layer, matrix, triangle)

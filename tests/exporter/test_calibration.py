@@ -228,6 +228,16 @@ def test_unusable_texts_are_refused(
     assert str(raised.value) == f"{path}: {expected}"
 
 
+def test_inputs_too_large_for_float32_are_refused(tiny_source, export_tiny, text: Path) -> None:
+    name = "model.layers.1.input_layernorm.weight"
+    large = np.full_like(tiny_source().tensors[name].read(), 1e30)
+    with pytest.raises(PrecastError) as raised:
+        export_tiny(tiny_source(tensors={name: large}), weights="int4", calibrate=text)
+    assert str(raised.value) == (
+        f"{text}: the inputs that this text gives to layer 1 are too large to calibrate with; leave out --calibrate."
+    )
+
+
 def test_values_that_are_not_finite_are_refused(tiny_source, export_tiny, text: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     values = tiny_source().tensors[name].read()
