@@ -172,7 +172,7 @@ def _requests(source: Path, identity: bytes) -> Iterator[_Request]:
 
 
 def _lines(source: Path, identity: bytes) -> Iterator[tuple[str, Mapping[str, Any] | _Failure]]:
-    """Yield the key of each request of a file, and its fields, or an error if the line cannot be parsed."""
+    """Yield each request of a file: its key, and either its fields or the error of a line that cannot be parsed."""
     if source.suffix == _PARQUET:
         for batch in _parquet(source).iter_batches(batch_size=_WINDOW):
             for row in batch.to_pylist():
@@ -332,7 +332,7 @@ def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) 
                 raise PrecastError(f"request: expected messages with {name}, found a prompt.")
         return model.stream(prompt, given)
     if choice == "none":
-        # Without tools no text is a call. A template does not see them either, so the model expects none.
+        # Without tools, the template mentions none to the model, and the parser treats no text as a call.
         tools, choice = None, None
     return model.stream_chat(
         messages, given, tools=tools, tool_choice=_tool_choice(choice), template_variables=variables

@@ -108,7 +108,7 @@ def _has_stablehlo(target: Target) -> bool:
 
 
 def _as_stablehlo(target: Target) -> Target:
-    """Return a copy of the target that is compiled from StableHLO here.
+    """Return a copy of a target as one that this machine compiles from StableHLO.
 
     The copy accepts any jaxlib and CPU, but requires the same kernels.
     """

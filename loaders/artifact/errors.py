@@ -19,7 +19,7 @@ class PrecastError(Exception):
 
 
 def printable(text: str) -> str:
-    """Return untrusted text as one line of printable characters, with its indentation kept."""
+    """Return untrusted text as one line of printable characters; keep its indentation."""
     if text.isprintable():
         return text
     shown = (c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)

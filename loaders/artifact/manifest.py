@@ -310,7 +310,7 @@ class Prefix(Frozen):
         tokens: number of tokens.
         file: JSON file with the token ids.
         arrays: safetensors file with a tensor for each array of the KV cache. It holds positions 0 to ``tokens − 1``
-            of a slot, or only the last of them for an array with a window.
+            of a slot, or only the last of these positions for an array with a window.
         target: name of the target that computed the arrays.
         kernels: ABI version of the kernels that computed the arrays.
         isa: instruction set of these kernels.

@@ -145,7 +145,7 @@ def _write_pieces(
             begins[name] + written[name], np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
         )
         written[name] += piece.nbytes
-        del piece  # free its memory before the generator creates the next
+        del piece  # frees the piece's memory before the generator creates the next piece
     for spec in specs:
         if written[spec.name] != spec.bytes:
             raise ValueError(f"{spec.name}: expected {spec.bytes} bytes, found {written[spec.name]}")

@@ -135,7 +135,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Tokens:
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return Tokens(prefix=tuple(whole[:start]), ids=tuple(plain))
-    # The special tokens change how the text itself is split into tokens, so no prefix can be told from the text.
+    # The special tokens change how the text itself is split into tokens, so they cannot be separated from it.
     return Tokens(prefix=(), ids=tuple(whole))
 
 

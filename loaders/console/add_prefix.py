@@ -18,7 +18,7 @@ _MAX_BYTES = 64 << 20
 
 
 class PrefixFiles(Frozen):
-    """The files that hold the text of a prefix and the tools, and variables of the chat template."""
+    """The files that hold a prefix's text and tools, and the values of further variables of the chat template."""
 
     system: Path | None
     chat: Path | None

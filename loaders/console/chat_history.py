@@ -12,7 +12,7 @@ SETTING = "PRECAST_HISTORY"
 
 
 def history_file() -> Path | None:
-    """Return the history file: ``PRECAST_HISTORY``, or a file in the user's state folder; None if it is off."""
+    """Return the history file: ``PRECAST_HISTORY``, or a file in the user's state folder; None if history is off."""
     own = os.environ.get(SETTING)
     if own == "off":
         return None

@@ -31,7 +31,7 @@ class Prompt(Frozen):
         chat: put the text through the chat template.
         system: the system message, which may be empty; None without one.
         literal: treat messages as plain text.
-        state: file to continue a sequence from and to save it to, or None.
+        state: file with the sequence to continue, to which it is saved again; None without one.
         template_variables: further variables of the chat template.
     """
 

@@ -110,8 +110,8 @@ class PrefixTree:
 
     Args:
         engine: the engine whose KV caches are read and written.
-        limit: maximum memory for segments that are not pinned, in bytes; 0 keeps no such segments. None: the
-            result of `default_limit` when the first prompt ends.
+        limit: maximum memory for segments that are not pinned, in bytes; 0 keeps no such segments. None uses
+            the result of `default_limit` at the end of the first prompt.
 
     Attributes:
         every_chunk: True if each chunk of a prompt must be captured before the next chunk overwrites it.
@@ -295,7 +295,7 @@ class PrefixTree:
         return first
 
     def _pin(self, node: _Node, spans: Mapping[str, Span], check_unchanged: Callable[[], None]) -> None:
-        """Pin a segment; each array in `spans` that covers the segment's array replaces it."""
+        """Pin a segment; replace each of its arrays that an array in `spans` covers."""
         self._forget(node)
         given = {name: spans[name].part(node.start, node.stop) for name in node.spans}
         node.spans = {

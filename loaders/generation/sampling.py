@@ -139,7 +139,7 @@ class Sampler:
         return scores
 
     def _within(self, mask: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Restrict scores [V] to a mask, uint32 [ceil(V / 32)]; unchanged if the mask allows the greedy choice."""
+        """Restrict scores [V] to a mask, uint32 [ceil(V / 32)]; greedy decoding skips this if the argmax is allowed."""
         if self._params.temperature == 0:
             likeliest = int(np.argmax(scores))
             if int(mask[likeliest // 32]) >> likeliest % 32 & 1:

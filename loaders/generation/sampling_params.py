@@ -274,7 +274,7 @@ def _real(name: str, value: Any, *, low: float, high: float) -> float:
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
-    """Return pairs of a token id and its bias, in ascending order of id; accept ids as strings, as JSON keys are."""
+    """Return pairs of a token id and its bias, by ascending id. Ids may be given as strings, as in JSON's keys."""
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(pairs, (tuple, list)) or not all(
         isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs

@@ -99,14 +99,14 @@ class SchedulerStats(Frozen):
 class Scheduler:
     """The sequences of one engine, their KV caches, and the step that advances them.
 
-    A KV cache is created when a sequence needs a slot. When the last sequence in its slots ends, it is freed, or kept
-    for the next sequence: writing to memory that the operating system has to provide first takes several times as long.
+    A KV cache is created when a sequence needs a slot. When the last sequence in its slots ends, the cache
+    is freed, or kept for the next sequence, because writing to newly allocated memory takes several times as long.
     Threads may share a scheduler.
 
     Args:
         engine: the engine to run.
-        caches: maximum number of KV caches; further sequences wait for a slot. None: no maximum, so the scheduler
-            creates another KV cache whenever all slots are taken.
+        caches: maximum number of KV caches; further sequences wait for a slot. None sets no maximum, so the
+            scheduler creates another KV cache whenever all slots are taken.
         prefixes: the store of keys and values to reuse; without one, the model reads every prompt from its start.
     """
 

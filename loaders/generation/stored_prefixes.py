@@ -59,7 +59,7 @@ def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> st
 
 
 def usable(manifest: Manifest, target: Target, isa: str) -> tuple[list[Prefix], list[tuple[Prefix, str]]]:
-    """Return the prefixes that a target may use, and every other prefix, paired with its obstacle."""
+    """Return the prefixes that a target may use, and a pair of prefix and obstacle for each of the others."""
     pairs = [(prefix, obstacle(prefix, manifest, target, isa)) for prefix in manifest.prefixes]
     return [p for p, reason in pairs if reason is None], [(p, r) for p, r in pairs if r is not None]
 

@@ -67,7 +67,7 @@ def _folders(package: str) -> Sequence[Path]:
 
 
 class Executable(pjrt.Executable):
-    """A program on a GPU. A call returns before the program has finished; `Client.get` raises its errors."""
+    """A program on a GPU. A call returns before the program has finished; `Client.get` raises the program's errors."""
 
     def __init__(
         self, loaded: Any, handlers: Sequence[Any], where: str, client: "Client", *, compiled: bool

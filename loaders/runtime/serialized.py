@@ -6,7 +6,7 @@ Nothing depends on that order, so `canonical` sorts them: two compilations of a 
 The file consists of two protocol buffer messages: ``SerDesMetadata``, preceded by its length, and
 ``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto). Field 1 of the second message holds a
 ``CompilationResultProto`` (xla/service/cpu/executable.proto). Its field 8 occurs once for each object file, and its
-field 9 is the target machine. The wire format is https://protobuf.dev/programming-guides/encoding.
+field 9 is the target machine. The wire format is described at https://protobuf.dev/programming-guides/encoding.
 """
 
 import struct

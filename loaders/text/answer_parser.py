@@ -35,7 +35,7 @@ class ToolCallDelta(NamedTuple):
     """A complete tool call.
 
     Attributes:
-        number: number of the call within the answer, from 0.
+        number: index of the call within the answer, from 0.
         call: the call.
     """
 

@@ -92,7 +92,7 @@ class Weight:
 
     @property
     def printed(self) -> int:
-        """Return the maximum length of the value's `repr` or JSON. An escape takes 6 characters, 12 beyond U+FFFF."""
+        """Return the maximum length of the value's `repr` or JSON. An escape takes 6 characters; 12 beyond U+FFFF."""
         return self.text * (12 if self.width == 4 else 6) + self.other + 8 * self.items
 
 
@@ -100,7 +100,7 @@ def width(text: str) -> int:
     """Return an upper bound on the bytes that a character of `text` takes in memory."""
     if text.isascii():
         return 1
-    size = sys.getsizeof(text)  # may include a cached encoding, and then is too large
+    size = sys.getsizeof(text)  # too large if the text has a cached encoding
     return 4 if size >= 76 + 4 * len(text) else 2 if size >= 74 + 2 * len(text) else 1
 
 

@@ -1,7 +1,7 @@
 """Parse function calls in Python's syntax, with literal keyword arguments: ``[weather(place="Paris", days=2)]``.
 
-Python's own parser is unsuitable. It would accept far more, warn about escapes, and recurse as deeply as the text is
-nested.
+Python's own parser is unsuitable, because it would accept far more, warn about escapes, and recurse as deeply as the
+text is nested.
 """
 
 import re

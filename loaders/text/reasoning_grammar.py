@@ -17,7 +17,7 @@ def reasoning_grammar(
 ) -> str:
     """Return the rule ``reasoned``: reasoning, and then the answer. Return "" if the prompt allows no reasoning.
 
-    It refers to the rule ``answer``, the answer itself, and to the rule ``space``, a space before the text. If the
+    The result refers to the rules ``answer``, the answer itself, and ``space``, a space before the text. If the
     prompt has opened the reasoning, the model must close it. Otherwise the model may reason if its vocabulary has a
     token for the opening marker, or if the prompt contains that marker. If the prompt ends with the closing marker, the
     model must not reason, because templates end a prompt in this way to turn reasoning off.

@@ -57,7 +57,7 @@ def translate_errors(expected: str, *but: type[Exception]) -> Iterator[None]:
         # The library raises bare Exception and ValueError. A panic of its Rust code is a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise PrecastError(f"{expected}, found: {_one_line(error)}; export the artifact again.") from error
+        raise PrecastError(f"{expected}, found: {_one_line(error)}; export the model again.") from error
 
 
 def _one_line(error: BaseException) -> str:

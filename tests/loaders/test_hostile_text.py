@@ -72,7 +72,7 @@ def refusal(data: bytes) -> str:
 def test_a_character_table_that_declares_too_large_a_size(tokenizer_with, key, table):
     data = tokenizer_with(normalizer={"type": "Precompiled", "precompiled_charsmap": table})
     text = refusal(data.replace(b"precompiled_charsmap", key.encode()))
-    assert "a precompiled_charsmap is truncated; export the artifact again." in text
+    assert "a precompiled_charsmap is truncated; export the model again." in text
 
 
 def test_a_tokenizer_that_fails_while_it_encodes(tokenizer_with):

@@ -228,7 +228,7 @@ def test_truncation_and_padding_of_the_file_are_switched_off() -> None:
 )
 def test_the_error_for_a_bad_file_is_one_sentence(data: bytes) -> None:
     with pytest.raises(
-        PrecastError, match=r"^tokenizer\.json: expected a tokenizer .* export the artifact again\.$"
+        PrecastError, match=r"^tokenizer\.json: expected a tokenizer .* export the model again\.$"
     ):
         Tokenizer.from_json(data, chat_template=None, bos_token=None, eos_token=None)
 
