@@ -46,7 +46,7 @@ class Completion(Frozen):
     """The continuation of a prompt. It is immutable.
 
     Attributes:
-        text: the text, excluding special tokens and the stop string; for a chat, reasoning and tool calls too.
+        text: the text without special tokens and the stop string. For a chat, it excludes reasoning and tool calls.
         token_ids: all generated tokens, including the end token and the tokens of the stop string.
         prompt_token_ids: tokens of the prompt.
         finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, with tool calls in the answer),
