@@ -138,7 +138,7 @@ def _check_targets(targets: Sequence[str]) -> None:
     if not targets or unknown or len(set(targets)) < len(targets):
         found = ", ".join(unknown) or ("one of them twice" if targets else "none")
         raise PrecastError(
-            f"--target: expected one or more of {', '.join(TARGET_KINDS)}, each once, found {found}."
+            f"--target: expected one or more of {', '.join(TARGET_KINDS)} without repeats, found {found}."
         )
     kinds = [TARGET_KINDS[name] for name in targets]
     if any(kind.runtime == "savedmodel" for kind in kinds):
@@ -151,7 +151,9 @@ def _check_targets(targets: Sequence[str]) -> None:
 def _check_isas(isas: Sequence[str], targets: Sequence[str]) -> None:
     if not isas or len(set(isas)) < len(isas):
         found = "one of them twice" if isas else "none"
-        raise PrecastError(f"--cpu-isa: expected one or more instruction sets, each once, found {found}.")
+        raise PrecastError(
+            f"--cpu-isa: expected one or more instruction sets without repeats, found {found}."
+        )
     for name in isas:
         isa.check_isa(name)
     if "cpu" not in targets:

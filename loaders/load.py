@@ -215,7 +215,7 @@ def _check_files(
         root: the artifact's folder.
         manifest: the artifact's manifest.
         target: the target.
-        settings: the settings; with `rehash`, all files of the artifact are compared, even if they were before.
+        settings: the settings; with `rehash`, all files of the artifact are compared, even those compared before.
         trusted: contents of files that the caller provides, by name; these files are not read.
 
     Raises:

@@ -274,7 +274,7 @@ def test_missing_packages_for_an_export(refused, monkeypatch):
             ["--ids", str(2**40)],
             f"prompt: expected token ids from 0 to {VOCAB - 1}, found {2**40} at index 0.",
         ),
-        (["-p", "a", "--ids", "1"], "--prompt and --ids are alternatives; give one of them."),
+        (["-p", "a", "--ids", "1"], "--prompt and --ids cannot be combined; give one of them."),
         (
             ["--chat", "--ids", "1"],
             "--chat needs text to put through the chat template; use --prompt instead",

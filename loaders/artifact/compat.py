@@ -89,8 +89,8 @@ def choose_target(
     reasons = [f"target {t.name!r}: {', and '.join(wrong[i])}" for i, t in enumerate(candidates)]
     advice = "" if allow_compile else ", or compile from StableHLO with --compile"
     raise PrecastError(
-        f"{where}: no target runs here: {'; '.join(dict.fromkeys(reasons))}. Export on a machine like this one or"
-        f" install what the target needs{advice}."
+        f"{where}: no target runs here: {'; '.join(dict.fromkeys(reasons))}. Export the model on a machine like"
+        f" this one, or install what one of the targets needs{advice}."
     )
 
 

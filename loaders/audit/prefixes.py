@@ -1,4 +1,4 @@
-"""The stored prefixes of an artifact: the ones used on this machine, and a check of their keys and values."""
+"""Find the stored prefixes that this machine uses, and check their keys and values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

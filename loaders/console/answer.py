@@ -40,7 +40,7 @@ def check(options: "AnswerOptions", prompt: "Prompt", *, as_json: bool) -> None:
         raise PrecastError("--tool-choice needs the tools to choose from; add --tools FILE.")
     for name, is_given in (("--answers", options.answers != 1), ("--echo", options.echo)):
         if is_given and prompt.state is not None:
-            raise PrecastError(f"{name} and --state are alternatives; give one of them.")
+            raise PrecastError(f"{name} and --state cannot be combined; give one of them.")
     if options.answers < 1:
         raise PrecastError(f"--answers: expected a number of at least 1, found {options.answers}.")
 

@@ -95,7 +95,7 @@ class SamplingOptions(Frozen):
         """Return the options that differ from the defaults, as sampling parameters."""
         given = {key: value for key, value in vars(self).items() if value not in (None, (), {})}
         if given.pop("json_object") and given.setdefault("json_schema", _ANY_OBJECT) != _ANY_OBJECT:
-            raise PrecastError("--json-object and --json-schema are alternatives; give one of them.")
+            raise PrecastError("--json-object and --json-schema cannot be combined; give one of them.")
         return given
 
 
@@ -271,7 +271,7 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
 
 def _check(prompt: Prompt) -> None:
     if prompt.text is not None and prompt.ids is not None:
-        raise PrecastError("--prompt and --ids are alternatives; give one of them.")
+        raise PrecastError("--prompt and --ids cannot be combined; give one of them.")
     if prompt.uses_template and prompt.ids is not None:
         given = {
             "--chat": prompt.chat,

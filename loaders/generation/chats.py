@@ -1,4 +1,4 @@
-"""Choose the parser and the constraint of the answer to a chat."""
+"""Choose how the answer to a chat is parsed and constrained."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -112,7 +112,7 @@ def _calls(
         )
     if params.constraint is not None:
         raise PrecastError(
-            f"Sampling parameters: {params.constraint.kind} and tool_choice are alternatives; give one of them."
+            f"Sampling parameters: {params.constraint.kind} and tool_choice cannot be combined; give one of them."
         )
     if params.ignore_eos:
         raise PrecastError(

@@ -63,7 +63,8 @@ def checked_constraint(given: Mapping[str, Any]) -> ConstraintText:
     if len(given) > 1:
         first, second, *_ = given
         raise PrecastError(
-            f"Sampling parameters: {first} and {second} are alternatives; give one of them, or one grammar for both."
+            f"Sampling parameters: {first} and {second} cannot be combined; give one of them, or a grammar that covers"
+            " both."
         )
     ((kind, value),) = given.items()
     if kind == "choice":

@@ -156,7 +156,7 @@ class TokenSequence:
 
     @property
     def is_decoding(self) -> bool:
-        """True if the sequence has its first token."""
+        """True once the first token of the answer has been computed."""
         return len(self.tokens) > self.prompt_tokens
 
     @property

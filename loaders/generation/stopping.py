@@ -1,4 +1,4 @@
-"""A filter for stop strings, and the exception for an answer that no token can continue."""
+"""A filter for stop strings, and the exception that is raised when a constraint allows no next token."""
 
 from bisect import bisect_left
 from collections.abc import Sequence

@@ -2,15 +2,14 @@
 
 A template can use only a closed set of operations, and each is charged before it runs:
 
-- `chat_instrument` rewrites the syntax tree before compilation, so that the sandbox also executes loop iterations,
-  macros, comparisons, slices, lists and `~`. Every jinja2 sandbox already executes operators, calls and attributes
-  itself.
+- `chat_instrument` rewrites the syntax tree before compilation, so that loop iterations, macros, comparisons, slices,
+  lists and `~` also go through the sandbox. In any jinja2 sandbox, operators, calls and attributes already do.
 - `chat_meter` weighs values. The weight is the size of a value, counting a shared part each time it occurs. A list that
   contains the same list twice, and so on forty levels deep, weighs a trillion items, although it takes a few kilobytes.
 - `chat_filters` and `chat_methods` list the filters, tests and methods that a template may use, and compute their cost
   from the arguments.
 
-A child process with limits of the operating system is no alternative. Starting a process takes longer than a hundred
+A child process with resource limits would not do instead. Starting a process takes longer than a hundred
 renderings, and many host programs cannot start child processes. Importing this module imports jinja2.
 """
 

@@ -140,7 +140,7 @@ class JsonBody(_BracketedBody):
 
 
 class NamedJsonBody:
-    """Mistral's bodies: a name and its arguments (``weather[ARGS]{"place": "Paris"}``), or a `JsonBody`."""
+    """The body of Mistral's calls: a name and its arguments (``weather[ARGS]{"place": "Paris"}``), or JSON."""
 
     NAME = re.compile(r"[\w.:-]+")
     _HEAD = re.compile(rf"\s*({NAME.pattern})\s*(?:\[CALL_ID\]\s*([\w-]+)\s*)?(?:\[ARGS\]\s*)?")
@@ -211,7 +211,7 @@ class BareBody:
 
 
 class PythonTagBody:
-    """Llama's body after ``<|python_tag|>``: a `JsonBody`, or a built-in tool (``brave_search.call(query="…")``)."""
+    """The body of Llama's calls after ``<|python_tag|>``: JSON, or a call such as ``brave_search.call(query="…")``."""
 
     _HEAD = re.compile(r"\s*[\w.]*")
 

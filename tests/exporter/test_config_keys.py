@@ -178,8 +178,8 @@ def test_a_key_supported_with_neutral_values_only(key):
 
 def test_a_refusal_names_the_effect_of_the_key():
     assert refusal(is_encoder_decoder=True) == (
-        "m/config.json: 'is_encoder_decoder' is True, which describes an encoder-decoder model and is not supported;"
-        " remove the key if the model was trained without it."
+        "m/config.json: 'is_encoder_decoder' is True, which describes an encoder-decoder model, and this is not"
+        " supported; if the model was trained without this, remove the key."
     )
 
 

@@ -95,13 +95,13 @@ def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
         ({"buckets": (33,), "context": 32}, "--buckets: 33 is larger than the context of 32"),
         (
             {"targets": ()},
-            "--target: expected one or more of cpu, portable, cuda, savedmodel, each once, found none.",
+            "--target: expected one or more of cpu, portable, cuda, savedmodel without repeats, found none.",
         ),
         (
             {"targets": ("gpu",)},
-            "--target: expected one or more of cpu, portable, cuda, savedmodel, each once, found 'gpu'.",
+            "--target: expected one or more of cpu, portable, cuda, savedmodel without repeats, found 'gpu'.",
         ),
-        ({"targets": ("cpu", "cpu")}, "each once, found one of them twice."),
+        ({"targets": ("cpu", "cpu")}, "without repeats, found one of them twice."),
         ({"context": 129}, "--context: expected 2 to 128 (the model's own limit), found 129."),
         ({"slots": 0}, "--slots: expected 1 to 256, found 0."),
         ({"weights": "int2"}, "--weights: expected one of float32, bfloat16, int8, int4, found 'int2'."),
@@ -150,8 +150,8 @@ def test_impossible_instruction_sets_are_refused(machine):
         "--cpu-isa: x86-64-v4 needs CPU features that this machine lacks (avx512bw, avx512cd"
     )
     assert text.endswith("copy the artifact there and run precast add-target --cpu-isa x86-64-v4.")
-    assert "each once, found one of them twice" in refusal(cpu_isas=("native", "native"))
-    assert "each once, found none" in refusal(cpu_isas=())
+    assert "without repeats, found one of them twice" in refusal(cpu_isas=("native", "native"))
+    assert "without repeats, found none" in refusal(cpu_isas=())
     assert refusal(cpu_isas=("native",), targets=("portable",)) == (
         "--cpu-isa: applies only to the target cpu; add --target cpu."
     )

@@ -31,7 +31,7 @@ def deep(levels: int) -> dict[str, Any]:
     [
         (
             {"regex": "a", "choice": ["a"]},
-            "regex and choice are alternatives; give one of them, or one grammar for both.",
+            "regex and choice cannot be combined; give one of them, or a grammar that covers both.",
         ),
         (
             {"regex": "a", "ignore_eos": True},

@@ -483,7 +483,7 @@ def test_the_command_line_constrains_answers(
         (("--grammar", "latin.json"), "expected a file of UTF-8 text, found other bytes in 'latin.json'."),
         (
             ("--json-object", "--json-schema", "schema.json"),
-            "--json-object and --json-schema are alternatives; give one of them.",
+            "--json-object and --json-schema cannot be combined; give one of them.",
         ),
     ],
 )

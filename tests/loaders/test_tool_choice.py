@@ -173,7 +173,7 @@ def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
         ({"tools": None}, "tool_choice: expected tools, and a chat template that prescribes a known form of tool"),
         (
             {"tools": TOOLS, "params": SamplingParams(regex="a")},
-            "Sampling parameters: regex and tool_choice are alternatives; give one of them.",
+            "Sampling parameters: regex and tool_choice cannot be combined; give one of them.",
         ),
         (
             {"tools": TOOLS, "params": SamplingParams(ignore_eos=True)},

@@ -183,7 +183,7 @@ def _types(part: object) -> list[str]:
 
 
 def _byte_level(part: Any, wanted: bool) -> Any:
-    """Return a pre-tokenizer with `add_prefix_space` of its byte-level step set to `wanted`."""
+    """Return a copy of a pre-tokenizer whose byte-level step has `add_prefix_space` set to `wanted`."""
     if isinstance(part, list):
         return [_byte_level(step, wanted) for step in part]
     if not isinstance(part, dict):
