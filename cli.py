@@ -581,9 +581,9 @@ def sign(artifact: Path, key: Path) -> int:
 def push(artifact: Path, url: str, rehash: bool, as_json: bool) -> int:
     """Send ARTIFACT to a store.
 
-    URL is a folder of a store plus the artifact's name in it. The store may be any that fsspec supports:
-    s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts in one folder share identical
-    pieces, so a second version adds only the changes.
+    URL is a folder of a store plus the artifact's name in it. The protocol may be any that fsspec supports, except
+    sftp and ssh: s3://bucket/models/NAME, gs://bucket/models/NAME, file:///folder/NAME. Artifacts in one folder share
+    identical pieces, so a second version adds only the changes.
 
     Exit code 0: success. 2: an error.
     """

@@ -206,7 +206,7 @@ def _computed(
     artifact: LockedArtifact, manifest: Manifest, model: Model, name: str, tokens: Sequence[int]
 ) -> tuple[Prefix, dict[str, Parts]]:
     """Compute a prefix's keys and values; return its entry in the manifest, and the contents of its files."""
-    # The tree is empty, so the result does not depend on the artifact's other prefixes.
+    # This prefix tree is empty, so the result does not depend on the artifact's other prefixes.
     spans = PrefixTree(model.engine, 0).compute(tokens)
     folder = free_folder(artifact.root, PREFIXES, name, manifest.files)
     origin = origin_of(manifest, model.target, kernels.isa())

@@ -89,9 +89,9 @@ def add_target(
     Args:
         path: the artifact's folder, or a folder with exactly one artifact in it.
         isa: a key of `isa.LEVELS`, or "native" for all of this machine's features. None chooses `isa.default_isa` if
-            the programs call kernels, else "native". If XLA uses instructions beyond this level, as in programs
-            exported before 0.3, the new target requires the level that has them; with an explicit `isa`, this is an
-            error.
+            the programs call kernels, else "native". XLA may use instructions beyond the level, as in programs
+            exported before 0.3. With None, the new target then requires the level that has these instructions; an
+            explicit `isa` refuses them.
         source: name of the target whose StableHLO is compiled; the fastest that runs here by default.
         overwrite: replace a target of the same name.
         require_signature: file of the public key that the artifact must be signed with before the change.
@@ -150,7 +150,7 @@ def _compile(
             manifest, isas.target_name(kind, features), machine, overwrite=request.overwrite, root=root
         )
 
-    if isa != isas.NATIVE:  # refuse a name before the compilation
+    if isa != isas.NATIVE:  # refuse a name that is taken before the long compilation
         name_of(isas.LEVELS[isa].features)
     # Add nothing to a damaged artifact. The weights are hashed when they are mapped.
     for name, entry in manifest.files.items():

@@ -309,7 +309,7 @@ def _start(model: "Model", request: _Request, params: SamplingParams) -> "Stream
         return _stream(model, request.fields, params)
     except PrecastError as error:
         return _Failure(_INVALID, str(error))
-    except RecursionError:  # a request that could just be parsed may still be nested too deeply to be checked
+    except RecursionError:  # the checks may need more stack than the JSON parser did
         return _Failure(_INVALID, f"request: expected a JSON object, found {_TOO_DEEP}.")
 
 

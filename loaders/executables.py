@@ -137,7 +137,7 @@ def _load_executables(
     client: pjrt.Client,
     settings: LoadSettings,
 ) -> dict[str, Executable]:
-    """Load the programs of an XLA target. For a program in `compiled`, use the executable there."""
+    """Load the programs of an XLA target; take a program's executable from `compiled` if it is there."""
     target = artifact.target
     executables: dict[str, Executable] = {}
     for program in target.programs:

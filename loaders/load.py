@@ -240,18 +240,18 @@ def _check_files(
 def _stored_prefixes(
     artifact: CheckedArtifact, machine: "Machine", settings: LoadSettings
 ) -> "list[StoredPrefix]":
-    """Check and map the prefixes that the target may use; log the names of the others.
+    """Check and map the prefixes that the target may use; log the others, with the reason for each.
 
     Raises:
-        PrecastError: names the first file that differs.
+        PrecastError: a file differs from the manifest; the message names the first.
     """
     from .generation import stored_prefixes  # a lazy import, because few artifacts store prefixes
 
     root, manifest = artifact.root, artifact.manifest
     fit, others = stored_prefixes.usable(manifest, artifact.target, machine.isa)
     if others:
-        names = ", ".join(repr(prefix.name) for prefix, _ in others)
-        settings.log(f"{root}: prefix {names} is not used here: {others[0][1]}")
+        said = (f"prefix {prefix.name!r} is not used here: {reason}" for prefix, reason in others)
+        settings.log(f"{root}: {'; '.join(said)}")
     return [stored_prefixes.open_prefix(root, manifest, p, rehash=settings.rehash) for p in fit]
 
 

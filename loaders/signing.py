@@ -140,7 +140,7 @@ def _check_bundle(manifest: bytes, signature: bytes, public: Any, key: str, wher
 
 
 def _verify(manifest: bytes, signature: bytes, public: Any, at: str) -> None:
-    """Let the library verify the signature, on private copies that no other process can change."""
+    """Let the library verify the signature, on private copies of the files, which no other process can change."""
     from model_signing import verifying
 
     with _copies(manifest, signature, _pem(public)) as (manifest_path, signature_path, key_path):

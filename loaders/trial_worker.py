@@ -84,7 +84,7 @@ def _check_caches(model: "Model", cache: "KVCache", root: Path) -> None:
     """Compare the sizes of the cache's arrays with the manifest, which may be self-consistent but wrong.
 
     Raises:
-        PrecastError: names the first array of another size.
+        PrecastError: an array has another size; the message names the first.
     """
     from .runtime import pjrt
 

@@ -108,7 +108,7 @@ def _has_stablehlo(target: Target) -> bool:
 
 
 def _as_stablehlo(target: Target) -> Target:
-    """Return a copy of a target as one that this machine compiles from StableHLO.
+    """Return a copy of a target, changed to one that is compiled here from its StableHLO.
 
     The copy accepts any jaxlib and CPU, but requires the same kernels.
     """

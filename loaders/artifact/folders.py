@@ -129,9 +129,9 @@ def _try_to_mark(folder: Path) -> int | None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a temporary folder, and its mark last, so that an interrupted removal leaves a marked or empty one.
+    """Remove a temporary folder, ignoring errors.
 
-    Errors are ignored. The mark stays as long as anything else is left.
+    The mark is removed last, so that an interrupted removal leaves a folder that is marked or empty.
     """
     with suppress(OSError):
         for name in os.listdir(folder):

@@ -80,7 +80,7 @@ class Program(Frozen):
     Attributes:
         name: unique in the target: "cache", "prefill_64", …, "decode", "score".
         kind: "cache" (creates an empty KV cache), "prefill", "decode" or "score".
-        tokens: T of a prefill bucket or of score; 1 for decode; 0 for cache.
+        tokens: maximum number of tokens of a sequence in one call: T for prefill and score, 1 for decode, 0 for cache.
         executable: file of the serialised executable; None if the target has only StableHLO.
         stablehlo: file of the StableHLO portable artifact, which targets may share; None if there is none.
         arguments: arguments in the executable's order.

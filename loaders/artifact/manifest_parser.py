@@ -101,8 +101,8 @@ def _check_geometry(manifest: Manifest, where: str) -> None:
         )
     if manifest.slots < 1 or manifest.model.vocab < 1 or not manifest.buckets:
         raise PrecastError(
-            f"{where}: expected at least one slot, one token and one bucket, found {manifest.slots},"
-            f" {manifest.model.vocab} and {len(manifest.buckets)}; export the model again."
+            f"{where}: expected at least one slot, one token in the vocabulary and one bucket, found"
+            f" {manifest.slots}, {manifest.model.vocab} and {len(manifest.buckets)}; export the model again."
         )
     if manifest.context >= 2**31 or manifest.slots > _MAX_SLOTS:
         raise PrecastError(
@@ -171,8 +171,8 @@ def _check_decode_and_score(manifest: Manifest, target: Target, where: str) -> N
     fits = all(p.tokens == 1 and (p.has_slots or p.rows == manifest.slots) for p in decodes)
     if not fits or rows[-1:] != [manifest.slots] or rows[0] < 1 or len(set(rows)) < len(rows):
         raise PrecastError(
-            f"{where}: decode programs: expected different numbers of rows, the largest {manifest.slots}, found"
-            f" {rows!r:.200}; export the model again."
+            f"{where}: decode programs: expected different numbers of rows, with {manifest.slots} as the largest,"
+            f" found {rows!r:.200}; export the model again."
         )
     scores = [p.tokens for p in target.of_kind("score")]
     if len(scores) > 1 or not all(1 <= tokens <= max(manifest.buckets) for tokens in scores):

@@ -38,7 +38,7 @@ class Origin(Frozen):
     isa: str
 
     def differences(self, other: "Origin") -> Mapping[str, tuple[str, str]]:
-        """Return pairs of this origin's value and the other's for each field that differs, by its name in messages."""
+        """Return the fields that differ, by their names in messages: pairs of this origin's value and the other's."""
         pairs = {label: (getattr(self, field), getattr(other, field)) for field, label in _LABELS.items()}
         return {label: (mine, theirs) for label, (mine, theirs) in pairs.items() if mine != theirs}
 

@@ -234,7 +234,7 @@ def _command(*words: object) -> str:
 
 
 def _split_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
-    """Return a problem without its trailing pip command, and that command; None without a command."""
+    """Split a problem into its text and the pip command at its end; without such a command, return None for it."""
     for packages in (_TENSORFLOW, compat.cuda_packages(machine.jaxlib)):
         # Match only at the end, because an untrusted manifest may put "pip install" elsewhere into the problem.
         if problem.endswith(f": pip install {packages}"):

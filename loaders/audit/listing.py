@@ -143,9 +143,11 @@ def _prefixes(manifest: Manifest, target: Target | None, isa: str) -> "tuple[Pre
 
 
 def _runs(folder: Path, manifest: Manifest, machine: Machine) -> tuple[Target | None, bool, str | None]:
-    """Return a target that runs here, a flag, and the obstacle to running without compiling.
+    """Choose the target that runs here without compiling.
 
-    The flag is True if a target runs here directly or after compiling.
+    Returns:
+        The target or None; True if any target runs here, even if only after compiling; and the reason why no target
+        runs here without compiling, or None.
     """
     try:
         chosen = compat.choose_target(manifest, machine, str(folder), name=None, allow_compile=False)

@@ -98,7 +98,7 @@ def replay_prefixes(model: Model, root: Path, isa: str, progress: Progress = sil
 
 
 def _differences(engine: Engine, stored: StoredPrefix, where: str) -> list[str]:
-    """Return a sentence for each array that differs when recomputed, and one if the answer differs."""
+    """Return a sentence for each array that differs when recomputed, and a sentence if the answer differs."""
     computed = PrefixTree(engine, 0).compute(stored.tokens)
     wrong = []
     for name, span in stored.spans.items():
@@ -111,7 +111,9 @@ def _differences(engine: Engine, stored: StoredPrefix, where: str) -> list[str]:
     tree.pin(stored.tokens, stored.spans)
     expected, found = (_answer(engine, t, stored.tokens) for t in (PrefixTree(engine, 0), tree))
     if found != expected:
-        wrong.append(f"{where}: with the prefix the answer is {found}, without it {expected}; {DO_NOT_USE}")
+        wrong.append(
+            f"{where}: the answer is {found} with the prefix, but {expected} without it; {DO_NOT_USE}"
+        )
     return wrong
 
 

@@ -33,8 +33,8 @@ GUARD = "PRECAST_CHILD_OF"
 READY = b"precast child ready\n"
 # Seconds for Python to start and import on a slow disk.
 START_S = 120
-# Seconds that a child may take to exit after it has closed its pipe. A child that its parent has not killed ends itself
-# the same number of seconds after its time limit.
+# Seconds that a child may take to exit after it has closed its pipe. Also the seconds after the time limit at which a
+# child that is still running ends itself.
 EXIT_S = 5
 _PIECE_BYTES = 1 << 20
 # Linux's PR_SET_PDEATHSIG, prctl(2).
@@ -346,7 +346,7 @@ def _end_with_parent() -> None:
 
 
 def _limit_time(limit_s: int | None) -> None:
-    """Have the system end this process shortly after its time limit, in case the parent does not."""
+    """Have the system end this process shortly after its time limit, in case the parent does not end it."""
     import signal
 
     with suppress(AttributeError):  # Windows

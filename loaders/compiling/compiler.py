@@ -122,17 +122,17 @@ def compile_target(
 
     Args:
         source: the target whose StableHLO is compiled.
-        contents: contents of its StableHLO files, by name.
+        contents: contents of that target's StableHLO files, by name.
         name_of: returns the new target's name, given the CPU features that it needs.
-        where: name of the target in messages.
+        where: name of the source target in messages.
         isa: as for `compile_programs`.
-        exact: refuse instructions beyond `isa`. If False, the target requires the level that its instructions need.
+        exact: refuse instructions beyond `isa`. If False, the new target requires the level that its instructions need.
         jaxlib: version of the installed jaxlib.
-        folder: folder of its executables, below ``programs/``; None for the target's name.
+        folder: folder of the new target's executables, below ``programs/``; None for the new target's name.
         log: as for `compile_programs`.
 
     Returns:
-        The target, its executables by their names in the artifact, and the compilations by program.
+        The new target, its executables by their names in the artifact, and the compilations by program.
 
     Raises:
         PrecastError: see `compile_programs`; a program has no StableHLO; or the compiler used a wider instruction set
@@ -187,7 +187,7 @@ def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], 
     The layouts must be equal, because all targets share the weights, and programs hand the KV cache to each other.
 
     Raises:
-        PrecastError: names the first argument or result with another layout.
+        PrecastError: the numbers of layouts differ, or a layout differs; the message names the first.
     """
     if len(values) != len(layouts):
         raise PrecastError(

@@ -97,7 +97,7 @@ def check_isa(name: str) -> None:
     """Refuse an instruction set that is unknown, or that this machine cannot execute.
 
     Raises:
-        PrecastError: names the option and the remedy.
+        PrecastError: the instruction set is unknown, or this machine lacks it.
     """
     if name == NATIVE:
         return

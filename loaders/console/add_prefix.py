@@ -97,7 +97,7 @@ def _added(change: "PrefixChange", artifact: Path) -> Iterator[str]:
     prefix = change.prefix
     verb = "replaced" if change.has_replaced else "added"
     yield f"{artifact}: prefix {prefix.name} {verb}: {prefix.tokens} tokens, {size_text(change.bytes)}"
-    yield f"  target {prefix.target} with kernels for {prefix.isa} uses it for every prompt that begins with it"
+    yield f"  target {prefix.target} with kernels for {prefix.isa} reuses it in prompts that begin with the prefix"
     yield from _signature(change)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..text.tool_calls import ToolCall
     from .run import AnswerOptions, Prompt
 
-# OpenAI's API and vLLM print this value in place of lower ones, because JSON has no infinity.
+# The lowest log-probability in JSON lines, as in OpenAI's API and vLLM, because JSON has no infinity.
 _LOWEST = -9999.0
 
 

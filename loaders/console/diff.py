@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Maximum lines of a section in the text output; the JSON output has all.
 _MOST_LINES = 12
 _MOST_CHARACTERS = 80
-# For lists with more differing items, the output gives only the numbers of these items.
+# If two lists differ in more items than this, the output gives only counts.
 _MOST_ITEMS = 8
 
 
@@ -26,7 +26,7 @@ def run(before: Path | str, after: Path | str, *, as_json: bool, require_signatu
         The exit code: 0 without differences, else 1.
 
     Raises:
-        PrecastError: one of them is not an artifact, is not signed as required, or cannot be read.
+        PrecastError: a path is not an artifact, or the artifact is not signed as required or cannot be read.
     """
     from ..audit.diff import diff, to_json
     from ..locate import find_artifact, read_manifest

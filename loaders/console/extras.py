@@ -14,7 +14,7 @@ def need_export(activity: str = "exporting") -> None:
         activity: the activity that needs the packages, as a noun phrase for the error text.
 
     Raises:
-        PrecastError: names the missing packages.
+        PrecastError: packages are missing; the message names them.
     """
     missing = [name for name in _EXPORT if importlib.util.find_spec(name) is None]
     if missing:

@@ -231,7 +231,7 @@ _ANSWERS = (
         metavar="K",
         help="Like --logprobs, but for the tokens of the prompt. Needs --json.",
     ),
-    click.option("--echo", is_flag=True, help="Begin the text with the prompt."),
+    click.option("--echo", is_flag=True, help="Begin the text of the answer with the prompt."),
     click.option(
         "--tools",
         type=PATH,

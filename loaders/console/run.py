@@ -31,7 +31,7 @@ class Prompt(Frozen):
         chat: put the text through the chat template.
         system: the system message, which may be empty; None without one.
         literal: treat messages as plain text.
-        state: file with the sequence to continue, to which it is saved again; None without one.
+        state: file that holds the sequence to continue, and receives the longer sequence; None without one.
         template_variables: further variables of the chat template.
     """
 
@@ -250,7 +250,7 @@ def fast_start(artifact: Path | str) -> Iterator[None]:
     """
     collecting, threads = gc.isenabled(), "OPENBLAS_NUM_THREADS"
     limited = threads in os.environ
-    # NumPy multiplies no matrices here, so more OpenBLAS threads would only spin, during a tenth of the start.
+    # NumPy multiplies no matrices here, so more OpenBLAS threads would only spin, for a tenth of the start's time.
     os.environ.setdefault(threads, "1")
     if isinstance(artifact, Path):
         # A load makes no garbage, and a search for garbage would take a fortieth of the start.

@@ -1,7 +1,7 @@
 """Asynchronous readers of sequences. In each event loop, one thread runs the steps that all readers wait for.
 
-If each reader took a thread of its own, sequences that wait for a slot could take all threads of the event loop's
-executor. The readers of the sequences in the slots would then never get a thread.
+If each reader took a thread of its own, the readers of sequences that wait for a slot could take all threads of the
+event loop's executor. The readers of the sequences in the slots would then never get a thread.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ class AsyncReaders:
                 loop.call_soon_threadsafe(_fail, readers, error)
 
     def _is_idle(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Return True if no reader of the loop waits; the next reader then starts a new thread."""
+        """Return True if no reader of the loop waits; the next reader then starts a new job."""
         with self._lock:
             if not self._waiting.get(loop):
                 self._waiting.pop(loop, None)

@@ -102,7 +102,7 @@ def _check_grammar(text: str) -> None:
         except ValueError:
             continue  # llguidance reports this error later
         _check_schema(_parameter("grammar"), schema)
-    # Count the ampersands in schemas, too, because regular expressions around an intersection may look like a schema.
+    # Count every &, even in schemas, because what looks like a schema may be regular expressions joined by &.
     if text.count("&") > _MOST_INTERSECTED:
         raise PrecastError(
             f"Sampling parameters: grammar must contain at most {_MOST_INTERSECTED} times &, found"
@@ -192,7 +192,7 @@ def _check_schema(where: str, schema: dict[str, Any]) -> None:
     if not isinstance(guidance, dict) or guidance.get("lenient"):
         raise PrecastError(
             f'{where}: x-guidance must be an object that does not set "lenient", found'
-            f' {json.dumps(guidance):.60}; remove it, because "lenient" ignores parts of the schema.'
+            f' {json.dumps(guidance):.60}; remove x-guidance, because "lenient" ignores parts of the schema.'
         )
 
 
@@ -287,8 +287,8 @@ def _check_merges(where: str, schema: dict[str, Any]) -> None:
     ):
         limited = "the product of all multipleOf" if merges else "multipleOf"
         raise PrecastError(
-            f"{where}: {limited} must be at most {_MOST_REMAINDERS:,} with the decimal point removed, found a"
-            f" multipleOf of {max(divisors):g}; use smaller numbers."
+            f"{where}: {limited} must be at most {_MOST_REMAINDERS:,} with the decimal point removed, found"
+            f" values up to {max(divisors):g}; use numbers with fewer digits."
         )
 
 

@@ -169,7 +169,7 @@ class Engine:
         layouts = {v.name: v.layout for p in target.programs for v in p.arguments}
         constants = {n: client.put(_in_layout(a, layouts.get(n))) for n, a in weights.items()}
         release = weakref.finalize(self, client.free, tuple(constants.values()))
-        release.atexit = False  # process exit frees them faster
+        release.atexit = False  # the end of the process frees the constants faster
         bound = {p.name: _bind(p, executables[p.name], client, constants) for p in target.programs}
         self._cache = bound[target.of_kind("cache")[0].name]
         self._decodes = sorted((bound[p.name] for p in target.of_kind("decode")), key=lambda b: b.rows)

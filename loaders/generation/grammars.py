@@ -94,11 +94,12 @@ class Grammars:
             # Another thread failed, for instance without memory; so try again.
 
     def _build(self, text: ConstraintText, result: "_Result") -> None:
-        """Build a grammar, in a thread of its own. Only the main thread is interrupted, so this one always ends well.
+        """Build a grammar. This runs in a thread of its own, because Ctrl-C interrupts only the main thread.
 
         Args:
             text: the constraint.
-            result: receives the grammar or the error; None if another thread that builds the grammar fails.
+            result: always receives the grammar, the error, or None. None means that another thread was building the
+                grammar, and failed with an error other than PrecastError.
         """
         with self._lock:
             if (kept := self._kept.get(text)) is not None:

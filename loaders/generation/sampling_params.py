@@ -25,7 +25,7 @@ class SamplingParams(Frozen):
     """
 
     max_tokens: int | None = None
-    """Maximum number of tokens to generate; None: until the context is full."""
+    """Maximum number of tokens to generate; None generates until the context is full."""
     max_length: int | None = None
     """Maximum length of prompt and answer together, in tokens; ignored if max_tokens is given."""
     min_tokens: int = 0
@@ -57,7 +57,7 @@ class SamplingParams(Frozen):
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """Token sequences that are never completed; a sequence that is a single end-of-generation token has no effect."""
     bad_words: tuple[str, ...] = ()
-    """Words that are never completed; each is tokenised twice, as at the start of a text and as after a space."""
+    """Words that are never completed; each is tokenised as at the start of a text, and as after a space."""
     seed: int | None = None
     """Seed of the random numbers; None uses fresh entropy."""
     stop: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class SamplingParams(Frozen):
     prompt_logprobs: int | None = None
     """Like `logprobs`, for the tokens of the prompt; the model then reads the whole prompt, without a cached prefix."""
     echo: bool = False
-    """Begin the text with the prompt."""
+    """Begin the text of the completion with the prompt."""
     prompt_lookup: bool = True
     """Guess tokens from the text so far, and verify several at once when that is faster; the answer is the same."""
     timeout_s: float | None = None

@@ -302,7 +302,7 @@ class Scheduler:
         """Return True if a sequence waits for a slot and none is free.
 
         In this case no sequence may pause for its reader. If all sequences with a slot paused, the waiting sequence
-        would starve, because the readers of the paused sequences may wait for the same thread as its own reader.
+        would starve, because the readers of the paused sequences and its own reader may wait for the same thread.
         """
         return (
             bool(self._waiting)

@@ -156,7 +156,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self._reasoning: list[str] = []
         self._calls: list[ToolCall] = []
         self._parsed: deque[_Part] = deque()  # parts that the parser has found and no reader has taken
-        self._is_parsed = sequence.parser is None  # True once the parser has seen the end
+        self._is_parsed = sequence.parser is None  # True once the parser has seen the end of the answer
 
     @property
     def is_split(self) -> bool:

@@ -249,7 +249,7 @@ def _functions_of(node: Any) -> Iterator[str]:
 
 def _check_signature(function: Any, program: Program, folder: Path) -> None:
     if function is None:
-        raise PrecastError(f"{folder}: it has no signature {program.name!r}; export the model again.")
+        raise PrecastError(f"{folder}: has no signature {program.name!r}; export the model again.")
     _, inputs = function.structured_input_signature
     for what, values, found in (
         ("arguments", program.arguments, inputs),

@@ -49,7 +49,7 @@ def explaining_write_errors() -> Iterator[None]:
     """Turn the errors of writing to the cache folder into a PrecastError.
 
     Raises:
-        PrecastError: names the folder.
+        PrecastError: a write fails; the message names the cache folder.
     """
     try:
         yield

@@ -159,7 +159,7 @@ def check_against(index: Index, manifest: Manifest, where: str) -> None:
         where: beginning of error messages.
 
     Raises:
-        PrecastError: names the first file that differs.
+        PrecastError: a file differs; the message names the first.
     """
     unlisted = (MANIFEST_FILE, SIGNATURE_FILE)
     stored = {

@@ -114,7 +114,7 @@ def _refuse_to_replace_checked(root: Path) -> None:
     """Refuse to replace an artifact that was verified with a key, if the new artifact is unverified.
 
     Raises:
-        PrecastError: names the key.
+        PrecastError: the folder holds an artifact that was verified with a key; the message names the key.
     """
     if (checked := cache.checked_with(root)) is not None:
         raise PrecastError(

@@ -222,11 +222,11 @@ def _flags(token: "AddedToken") -> _Flags:
 def _literal_tokenizer(
     library: "LibraryTokenizer", control: Collection["AddedToken"]
 ) -> tuple["LibraryTokenizer", dict[_Flags, str]]:
-    """Return a tokenizer that treats control tokens as text, and the names that stand for them there, by flags."""
+    """Return a tokenizer that treats control tokens as text, and its stand-ins, by the flags of the replaced tokens."""
     from tokenizers import AddedToken, Tokenizer
 
     literal = Tokenizer.from_str(library.to_str())
-    # A caller cannot guess these names. They contain no marker.
+    # A caller cannot guess the spellings of the stand-ins. They contain no marker.
     names = {_flags(token): f"\U0001fffe{secrets.token_hex(16)}\U0001fffe" for token in control}
     copies = [
         AddedToken(

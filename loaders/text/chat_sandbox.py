@@ -9,8 +9,8 @@ A template can use only a closed set of operations, and each is charged before i
 - `chat_filters` and `chat_methods` list the filters, tests and methods that a template may use, and compute their cost
   from the arguments.
 
-A child process with resource limits would not do instead. Starting a process takes longer than a hundred
-renderings, and many host programs cannot start child processes. Importing this module imports jinja2.
+A child process with resource limits is no alternative: starting it takes longer than a hundred renderings, and many
+host programs cannot start child processes. Importing this module imports jinja2.
 """
 
 from collections.abc import Callable, Iterable

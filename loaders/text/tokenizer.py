@@ -175,7 +175,7 @@ class Tokenizer:
 
         Args:
             skip_special_tokens: leave out special tokens.
-            shown: spellings of special tokens to keep even then.
+            shown: spellings of special tokens that are never left out.
         """
         skipped = self._special_ids if skip_special_tokens else frozenset[int]()
         skipped -= {self._library.token_to_id(token) for token in shown}

@@ -451,7 +451,7 @@ def test_the_command(cli, artifact_copy, tmp_path):
     assert result.exit_code == 0, result.output
     prefix = read_manifest(artifact_copy).prefixes[0]
     assert result.stdout.splitlines()[1] == (
-        f"  target {prefix.target} with kernels for {prefix.isa} uses it for every prompt that begins with it"
+        f"  target {prefix.target} with kernels for {prefix.isa} reuses it in prompts that begin with the prefix"
     )
     chat = ("--chat", tmp_path / "chat.json", "--template-variable", "mood=1")
     assert cli("add-prefix", artifact_copy, "chat", *chat).exit_code == 0

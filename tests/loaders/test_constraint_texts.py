@@ -66,8 +66,8 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"grammar": 'start: %json {"multipleOf": 1e9}'},
             (
-                "grammar: multipleOf must be at most 1,000,000 with the decimal point removed, found a multipleOf of"
-                " 1000000000.0; use smaller numbers."
+                "grammar: multipleOf must be at most 1,000,000 with the decimal point removed, found values up to"
+                " 1000000000.0; use numbers with fewer digits."
             ),
         ),
         (
@@ -119,15 +119,15 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"json_schema": {"multipleOf": 2**31}},
             (
-                "json_schema: multipleOf must be at most 1,000,000 with the decimal point removed, found a multipleOf"
-                " of 2147483648; use smaller numbers."
+                "json_schema: multipleOf must be at most 1,000,000 with the decimal point removed, found values up"
+                " to 2147483648; use numbers with fewer digits."
             ),
         ),
         (
             {"json_schema": {"x-guidance": {"lenient": True}}},
             (
                 'json_schema: x-guidance must be an object that does not set "lenient", found {"lenient": true}; remove'
-                ' it, because "lenient" ignores parts of the schema.'
+                ' x-guidance, because "lenient" ignores parts of the schema.'
             ),
         ),
     ],

@@ -114,7 +114,7 @@ def test_targets_of_earlier_formats_have_no_score_and_no_slots(good):
     assert not any(p.has_slots for target in found.targets for p in target.of_kind("decode"))
     text = error(without(good, {"score"}, {"slots"}))  # decode_1 does not say whose its row is
     assert text == (
-        "m.json: target 'portable': decode programs: expected different numbers of rows, the largest 8, found"
+        "m.json: target 'portable': decode programs: expected different numbers of rows, with 8 as the largest, found"
         " [1, 8]; export the model again."
     )
 
@@ -201,8 +201,8 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
             0,
             "m.json: expected at least one parameter, found 0; export the model again.",
         ),
-        (["slots"], 0, "m.json: expected at least one slot, one token and one bucket"),
-        (["buckets"], [], "m.json: expected at least one slot, one token and one bucket"),
+        (["slots"], 0, "m.json: expected at least one slot, one token in the vocabulary and one bucket"),
+        (["buckets"], [], "m.json: expected at least one slot, one token in the vocabulary and one bucket"),
         (
             ["buckets"],
             [0, 16],
@@ -246,12 +246,12 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             [*PROGRAM, 3],
             ...,
-            "decode programs: expected different numbers of rows, the largest 8, found []",
+            "decode programs: expected different numbers of rows, with 8 as the largest, found []",
         ),
         (
             [*PROGRAM, 3, "tokens"],
             2,
-            "decode programs: expected different numbers of rows, the largest 8",
+            "decode programs: expected different numbers of rows, with 8 as the largest",
         ),
         (
             ["targets", 1, "programs", 4],
@@ -307,7 +307,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             [*PROGRAM, 3, "results", 0],
             ...,
-            "decode programs: expected different numbers of rows, the largest 8, found [0]; export",
+            "decode programs: expected different numbers of rows, with 8 as the largest, found [0]; export",
         ),
         ([*PROGRAM, 3, "results", 1, "shape"], [1, 9], "program 'decode': results: expected"),
         ([*PROGRAM, 0, "results", 0], ..., "program 'cache': its KV cache differs from the artifact's"),
