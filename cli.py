@@ -138,7 +138,7 @@ def export(
 @click.option(
     "-p",
     "--prompt",
-    help="Text to continue, or to answer with --chat. Default: standard input, without one final newline.",
+    help="Text to continue, or to answer with --chat. Default: standard input; one newline at its end is dropped.",
 )
 @click.option("--ids", callback=options.numbers, help="Token ids to continue instead of text, such as 1,2,3.")
 @click.option("--chat", is_flag=True, help="Format the prompt with the model's chat template.")

@@ -21,7 +21,7 @@ from .prefixes import PrefixStatus, statuses
 # Report a compatibility promise that ends in fewer days than this.
 SOON_DAYS = 30
 
-# The fields of a target that state its requirements, by aspect.
+# The fields of a target that state its requirements, by kind of requirement.
 _ASPECTS = {
     "TensorFlow": ("runtime",),
     "platform": ("platform", "device"),
@@ -49,7 +49,7 @@ class Finding:
     """An obstacle that exists now or will exist soon.
 
     Attributes:
-        what: the aspect: "jaxlib", "memory".
+        what: the kind of requirement: "jaxlib", "memory".
         problem: the requirement, and what was found.
         remedy: a way to meet the requirement.
     """

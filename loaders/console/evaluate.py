@@ -25,7 +25,7 @@ class TextOptions(Frozen):
     """The command line's options for the text.
 
     Attributes:
-        path: the text; None for the text that precast ships.
+        path: file of the text; None for the text that precast ships.
         tokens: maximum number of tokens of the text to use.
         window: number of tokens in a window; None for the default.
     """

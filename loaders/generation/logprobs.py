@@ -63,7 +63,7 @@ def token_logprob(logits: np.ndarray, token_id: int, top: int, text_of: TextOf) 
         text_of: a function from a token to its text.
     """
     largest = logits.max()
-    with np.errstate(over="ignore", under="ignore"):  # overflow to -inf, and then to 0, is the correct limit
+    with np.errstate(over="ignore", under="ignore"):  # an overflow is harmless: exp(-inf) is 0
         # Sum in float64, because in float32 the sum of 150,000 terms loses the last digits.
         total = float(np.exp(logits - largest).sum(dtype=np.float64))
     base = float(largest) + float(np.log(total))

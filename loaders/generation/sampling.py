@@ -209,7 +209,7 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
     # Top-k is independent of the temperature. Applied first, it leaves fewer weights to compute.
     ids = _top_k(scores, params.top_k)
     weights = scores if ids is None else scores[ids]
-    with np.errstate(over="ignore", under="ignore"):  # overflow to -inf, and then to 0, is the correct limit
+    with np.errstate(over="ignore", under="ignore"):  # an overflow is harmless: exp(-inf) is 0
         weights = weights - weights.max()
         weights /= np.float32(params.temperature)
         np.exp(weights, out=weights)

@@ -37,7 +37,7 @@ def pairs(
 
 
 def at(index: int, error: PrecastError) -> PrecastError:
-    """Return the error with the index of its prompt in its message."""
+    """Return an error with the index of the prompt in the message."""
     return PrecastError(f"prompts[{index}]: {str(error).removeprefix('prompt: ')}")
 
 

@@ -256,7 +256,7 @@ PROGRAM = ["targets", 0, "programs"]  # 0 cache, 1 prefill_8, 2 prefill_16, 3 de
         (
             ["targets", 1, "programs", 4],
             ...,
-            "rows, the largest 8, found [1]; export the model again.",
+            "rows, with 8 as the largest, found [1]; export the model again.",
         ),
         (
             [*PROGRAM, 4, "tokens"],
