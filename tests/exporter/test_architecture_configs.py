@@ -132,7 +132,8 @@ def test_defaults_of_a_sparse_config_are_those_of_transformers(
 )
 def test_an_unknown_key_is_named(model_type: str, key: str, value: Any) -> None:
     with pytest.raises(
-        PrecastError, match=f"'{key}' (may change the model's maths|is .*, which .*, and this is not supported)"
+        PrecastError,
+        match=f"'{key}' (may change the model's maths|is .*, which .*, and this is not supported)",
     ):
         _read(model_type, **{key: value})
 

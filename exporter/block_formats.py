@@ -1,0 +1,315 @@
+"""Block formats: GGUF's quantised types, in panels of 16 outputs that the kernels read from front to back.
+
+A block format stores a matrix ``[out, in]`` as small integers, the codes, with coefficients for each group of 32
+inputs of an output. A weight is scale · (code − zero), or scale · code + minimum in formats with minima. The formats
+differ in the bits of a code and in how the coefficients are stored (`Scales`).
+
+Each panel is one record of bytes. With G groups (the inputs, rounded up to whole groups), the record holds, in order:
+
+- the coefficients. For `Scales.HALF`, the scales, float16 ``[G, 16]``. For `Scales.HALF_AND_MINIMUM`, scales and
+  minima, float16 ``[G, 2, 16]``. The other two share float16 coefficients among up to 8 groups, a super-group, of
+  which there are S. For `Scales.SUPER`, float16 ``[S, 2, 16]``, then a 6-bit scale and a 6-bit minimum for each group,
+  12 bits in all: the codes of four groups are three uint16, ``[⌈G/4⌉, 3, 16]``, where the low 12 bits of the three
+  words hold the codes of the first three groups, and the high 4 bits hold that of the fourth, its lowest bits first;
+  in a code, the scale takes the low 6 bits. For `Scales.SUPER_OF_16`, float16 ``[S, 16]``, then an int8 scale for each
+  half of a group, ``[G, 2, 16]``;
+- the low 4 bits of the codes, uint8 ``[4 G, 16, 4]``: of eight consecutive inputs, the low nibbles hold the first four
+  and the high nibbles the last four. 8-bit codes are int8 ``[16 G, 16, 2]`` instead;
+- the fifth bits, uint8 ``[G, 16, 4]``: bit q at index j of the last axis belongs to input 4 q + j of the group;
+  or the fifth and sixth bits, uint8 ``[2 G, 16, 4]``, where each half of a group has four pairs of bits likewise;
+- zeros up to a multiple of 64 bytes.
+
+Outputs are padded to whole panels and inputs to whole groups; all bytes of the padding are zero. A padded weight of a
+partly filled group need not dequantise to zero, so the activations that multiply it must be zero.
+
+Source of the formats: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h. Unlike there, the number of
+inputs need not be a multiple of 32 or 256.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+GROUP, PANEL = 32, 16
+# Groups that share the float16 coefficients of a super-group, and groups whose 6-bit codes are packed together.
+SUPER, _PACKED = 8, 4
+# Entries of a stack, and records of a matrix, begin at multiples of this many bytes.
+UNIT = 64
+
+# Number of weights packed at a time, so that the intermediate arrays fit into the CPU's cache.
+_BLOCK = 1 << 18
+# Maximum number of threads. They run in parallel, because NumPy releases the GIL.
+_THREADS = 8
+
+
+class Scales(Enum):
+    """How a format stores the coefficients of its groups; the module's docstring describes each."""
+
+    HALF = "half"
+    HALF_AND_MINIMUM = "half and minimum"
+    SUPER = "super"
+    SUPER_OF_16 = "super of 16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockFormat:
+    """A block format.
+
+    Attributes:
+        name: GGUF's name, in lower case.
+        code: the number that stands for the format in an artifact and in the kernels; it never changes.
+        bits: bits of a code.
+        scales: how the coefficients are stored.
+        zero: the code that represents zero; 0 in formats with minima.
+    """
+
+    name: str
+    code: int
+    bits: int
+    scales: Scales
+    zero: int = 0
+
+    @property
+    def runs(self) -> int:
+        """Number of scales in a group: 2 if each half of a group has its own."""
+        return 2 if self.scales is Scales.SUPER_OF_16 else 1
+
+    def coefficient_shapes(self, inputs: int) -> tuple[tuple[int, np.dtype], ...]:
+        """Return the number and the dtype of each kind of coefficient of one output, in the order that `pack` takes.
+
+        `Scales.HALF`: the scales. `Scales.HALF_AND_MINIMUM`: scales, minima. `Scales.SUPER`: the factors of scales and
+        of minima of the super-groups, then the 6-bit scales and minima of the groups. `Scales.SUPER_OF_16`: the factors
+        of the super-groups, then the 8-bit scales.
+        """
+        groups = -(-inputs // GROUP)
+        supers = -(-groups // SUPER)
+        half, byte = np.dtype(np.float16), np.dtype(np.uint8)
+        match self.scales:
+            case Scales.HALF:
+                return ((groups, half),)
+            case Scales.HALF_AND_MINIMUM:
+                return (groups, half), (groups, half)
+            case Scales.SUPER:
+                return (supers, half), (supers, half), (groups, byte), (groups, byte)
+            case Scales.SUPER_OF_16:
+                return (supers, half), (2 * groups, np.dtype(np.int8))
+
+    def record_bytes(self, inputs: int) -> int:
+        """Return the size in bytes of the record of a panel with this many inputs."""
+        return -(-sum(self._sections(-(-inputs // GROUP))) // UNIT) * UNIT
+
+    def matrix_bytes(self, outs: int, inputs: int) -> int:
+        """Return the size in bytes of a matrix ``[outs, inputs]``, a multiple of `UNIT`."""
+        return -(-outs // PANEL) * self.record_bytes(inputs)
+
+    def _sections(self, groups: int) -> tuple[int, int, int]:
+        """Return the bytes of coefficients, of low codes and of high bits in a record with this many groups."""
+        supers = -(-groups // SUPER)
+        coefficients = {
+            Scales.HALF: 2 * PANEL * groups,
+            Scales.HALF_AND_MINIMUM: 4 * PANEL * groups,
+            Scales.SUPER: 4 * PANEL * supers + 6 * PANEL * -(-groups // _PACKED),
+            Scales.SUPER_OF_16: 2 * PANEL * supers + 2 * PANEL * groups,
+        }[self.scales]
+        weights = GROUP * PANEL * groups
+        if self.bits == 8:
+            return coefficients, weights, 0
+        return coefficients, weights // 2, weights * (self.bits - 4) // 8
+
+    # --- packing -----------------------------------------------------------------------------------------------
+
+    def pack(self, codes: np.ndarray, *coefficients: np.ndarray) -> np.ndarray:
+        """Return the records of a matrix.
+
+        Args:
+            codes: ``[out, in]``; int8 for 8 bits, otherwise uint8.
+            coefficients: arrays ``[out, n]`` as `coefficient_shapes` describes them.
+
+        Returns:
+            uint8 ``[panels, record_bytes]``.
+        """
+        outs, inputs = codes.shape
+        groups = -(-inputs // GROUP)
+        records = np.zeros((-(-outs // PANEL), self.record_bytes(inputs)), np.uint8)
+        first, low, high = self._sections(groups)
+
+        def store(rows: slice) -> None:
+            panels = records[rows.start // PANEL : -(-rows.stop // PANEL)]
+            own = _in_panels(codes[rows], GROUP * groups)
+            panels[:, :first] = self._packed_coefficients([_in_panels(c[rows]) for c in coefficients])
+            panels[:, first : first + low] = _packed_low(own, self.bits)
+            if high:
+                panels[:, first + low : first + low + high] = _packed_high(own, self.bits)
+
+        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(store, _row_blocks(outs, inputs)):
+                pass  # raises the exception of a failed thread
+        return records
+
+    def _packed_coefficients(self, parts: list[np.ndarray]) -> np.ndarray:
+        """Pack coefficients ``[P, n, 16]`` into bytes ``[P, n]``."""
+        match self.scales:
+            case Scales.HALF | Scales.HALF_AND_MINIMUM:
+                return _bytes(np.stack(parts, axis=2))
+            case Scales.SUPER:
+                scale, minimum, *codes = parts
+                both = codes[0].astype(np.uint16) | codes[1].astype(np.uint16) << 6
+                both = np.pad(both, ((0, 0), (0, -both.shape[1] % _PACKED), (0, 0)))
+                fours = both.reshape(len(both), -1, _PACKED, PANEL)
+                shifts = np.array([0, 4, 8], np.uint16)[:, None]
+                words = fours[:, :, :3] | (fours[:, :, 3:] >> shifts) << 12
+                return np.concatenate([_bytes(np.stack([scale, minimum], axis=2)), _bytes(words)], axis=1)
+            case Scales.SUPER_OF_16:
+                return np.concatenate([_bytes(part) for part in parts], axis=1)
+
+    # --- unpacking ---------------------------------------------------------------------------------------------
+
+    def unpack(self, records: Any, inputs: int) -> tuple[Any, Any, Any]:
+        """Return what records hold, for NumPy's and JAX's arrays alike.
+
+        Args:
+            records: uint8 ``[P, record_bytes]``.
+            inputs: number of inputs.
+
+        Returns:
+            The codes ``[P, 16, 32 G]`` as float32, with `zero` subtracted; the scales, float32 ``[P, 16, n]`` with one
+            or two in a group; and the minima in the same shape, or None for a format without minima.
+        """
+        groups = -(-inputs // GROUP)
+        first, low, high = self._sections(groups)
+        head, rest = records[:, :first], records[:, first:]
+        codes = _unpacked_low(rest[:, :low], self.bits)
+        if high:
+            codes = codes | _unpacked_high(rest[:, low : low + high], self.bits) << 4
+        scale, minimum = self._unpacked_coefficients(head, groups)
+        return codes.astype(np.float32) - np.float32(self.zero), scale, minimum
+
+    def dequantise(self, records: Any, inputs: int) -> Any:
+        """Return the weights in records ``[P, record_bytes]`` as float32 ``[P, 16, 32 G]``; for NumPy and JAX."""
+        codes, scale, minimum = self.unpack(records, inputs)
+        groups = codes.reshape(*scale.shape, -1) * scale[..., None]
+        if minimum is not None:
+            groups = groups + minimum[..., None]
+        return groups.reshape(codes.shape)
+
+    def decode(self, records: np.ndarray, outs: int, inputs: int) -> np.ndarray:
+        """Dequantise the records of a matrix into float32 ``[outs, inputs]``."""
+        matrix: np.ndarray = self.dequantise(records.reshape(-1, self.record_bytes(inputs)), inputs)
+        return np.ascontiguousarray(matrix.reshape(-1, matrix.shape[-1])[:outs, :inputs])
+
+    def _unpacked_coefficients(self, head: Any, groups: int) -> tuple[Any, Any]:
+        count, supers = len(head), -(-groups // SUPER)
+        match self.scales:
+            case Scales.HALF:
+                return _floats(head, (count, groups, PANEL)), None
+            case Scales.HALF_AND_MINIMUM:
+                both = head.reshape(count, groups, 2, -1)
+                return tuple(_floats(both[:, :, i], (count, groups, PANEL)) for i in range(2))
+            case Scales.SUPER:
+                size = 4 * PANEL * supers
+                both = head[:, :size].reshape(count, supers, 2, -1)
+                factors = [
+                    _spread(_floats(both[:, :, i], (count, supers, PANEL)), SUPER, groups) for i in range(2)
+                ]
+                words = head[:, size:].reshape(count, -1, 3, PANEL, 2).view(np.uint16)[..., 0]
+                scale, minimum = _unpacked_words(words, groups)
+                return factors[0] * scale, -(factors[1] * minimum)
+            case Scales.SUPER_OF_16:
+                size = 2 * PANEL * supers
+                factor = _spread(_floats(head[:, :size], (count, supers, PANEL)), 2 * SUPER, 2 * groups)
+                own = head[:, size:].reshape(count, 2 * groups, PANEL).view(np.int8)
+                return factor * own.swapaxes(1, 2).astype(np.float32), None
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(PANEL, _BLOCK // max(columns, 1) // PANEL * PANEL)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _in_panels(array: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Pad an array ``[out, n]`` with zeros to whole panels, and to `columns` if given; return ``[P, n, 16]``."""
+    rows, width = array.shape
+    padded = np.pad(array, ((0, -rows % PANEL), (0, 0 if columns is None else columns - width)))
+    return padded.reshape(-1, PANEL, padded.shape[1]).swapaxes(1, 2)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(len(array), -1).view(np.uint8)
+
+
+def _packed_low(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack codes ``[P, I, 16]``, or the low four bits of each, into bytes ``[P, n]``."""
+    count = len(codes)
+    if bits == 8:
+        return _bytes(codes.reshape(count, -1, 2, PANEL).swapaxes(2, 3))
+    fours = (codes & 15).reshape(count, -1, 2, 4, PANEL)
+    return _bytes((fours[:, :, 0] | fours[:, :, 1] << 4).swapaxes(2, 3))
+
+
+def _packed_high(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack the bits above the low four of codes ``[P, I, 16]`` into bytes ``[P, n]``."""
+    width = bits - 4  # bits of each code to pack, 8 / width of them into a byte
+    parts = (codes >> 4).reshape(len(codes), -1, 8 // width, 4, PANEL)
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None, None]
+    return _bytes(np.bitwise_or.reduce(parts << shifts, axis=2).swapaxes(2, 3))
+
+
+def _unpacked_low(low: Any, bits: int) -> Any:
+    """Return the codes ``[P, 16, I]``, or their low four bits."""
+    count = len(low)
+    if bits == 8:
+        return low.view(np.int8).reshape(count, -1, PANEL, 2).swapaxes(1, 2).reshape(count, PANEL, -1)
+    fours = low.reshape(count, -1, 1, PANEL, 4) >> np.array([0, 4], np.uint8)[:, None, None] & 15
+    return fours.reshape(count, -1, PANEL, 4).swapaxes(1, 2).reshape(count, PANEL, -1)
+
+
+def _unpacked_high(high: Any, bits: int) -> Any:
+    """Return the bits ``[P, 16, I]`` above the low four of each code."""
+    count, width = len(high), bits - 4
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None, None]
+    parts = high.reshape(count, -1, 1, PANEL, 4) >> shifts & ((1 << width) - 1)
+    return parts.reshape(count, -1, PANEL, 4).swapaxes(1, 2).reshape(count, PANEL, -1)
+
+
+def _floats(stored: Any, shape: tuple[int, int, int]) -> Any:
+    """Return the float16 numbers ``[P, n, 16]`` in bytes as float32 ``[P, 16, n]``."""
+    halves = stored.reshape(*shape, 2).view(np.float16)[..., 0]
+    return halves.swapaxes(1, 2).astype(np.float32)
+
+
+def _spread(factors: Any, times: int, count: int) -> Any:
+    """Repeat each of the factors ``[P, 16, S]`` `times` times; return the first `count`."""
+    return factors.repeat(times, axis=-1)[..., :count]
+
+
+def _unpacked_words(words: Any, groups: int) -> tuple[Any, Any]:
+    """Return the 6-bit scales and minima ``[P, 16, G]`` in words ``[P, ⌈G/4⌉, 3, 16]`` as float32."""
+    top = words >> 12
+    fourth = top[:, :, :1] | top[:, :, 1:2] << 4 | top[:, :, 2:] << 8
+    xp = words.__array_namespace__()
+    both = xp.concatenate([words & 0xFFF, fourth], axis=2)  # [P, ⌈G/4⌉, 4, 16]
+    both = both.reshape(len(words), -1, PANEL).swapaxes(1, 2)[..., :groups]
+    return (both & 63).astype(np.float32), (both >> 6).astype(np.float32)
+
+
+# --- the formats ------------------------------------------------------------------------------------------------
+
+BLOCK_FORMATS: Mapping[str, BlockFormat] = {
+    f.name: f
+    for f in (
+        BlockFormat(name="q8_0", code=1, bits=8, scales=Scales.HALF),
+        BlockFormat(name="q4_0", code=2, bits=4, scales=Scales.HALF, zero=8),
+        BlockFormat(name="q4_1", code=3, bits=4, scales=Scales.HALF_AND_MINIMUM),
+        BlockFormat(name="q5_0", code=4, bits=5, scales=Scales.HALF, zero=16),
+        BlockFormat(name="q5_1", code=5, bits=5, scales=Scales.HALF_AND_MINIMUM),
+        BlockFormat(name="q4_k", code=6, bits=4, scales=Scales.SUPER),
+        BlockFormat(name="q5_k", code=7, bits=5, scales=Scales.SUPER),
+        BlockFormat(name="q6_k", code=8, bits=6, scales=Scales.SUPER_OF_16, zero=32),
+    )
+}
