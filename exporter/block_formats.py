@@ -147,7 +147,7 @@ class BlockFormat:
                 panels[:, first + low : first + low + high] = _packed_high(own, self.bits)
 
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(store, _row_blocks(outs, inputs)):
+            for _ in pool.map(store, row_blocks(outs, inputs)):
                 pass  # raises the exception of a failed thread
         return records
 
@@ -226,7 +226,8 @@ class BlockFormat:
                 return factor * own.swapaxes(1, 2).astype(np.float32), None
 
 
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+def row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Yield slices of whole panels of a matrix's rows, each with about `_BLOCK` weights."""
     step = max(PANEL, _BLOCK // max(columns, 1) // PANEL * PANEL)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

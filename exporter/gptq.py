@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from .quantize import GROUP, INT4
-from .scales import INT4_LEVELS, fit_int4
+from .scales import INT4_LEVELS, fit_with_minimum, near_half
 
 # This fraction of the diagonal's mean is added to the diagonal of the Gram matrix, to make it positive definite.
 _DAMPING = 0.01
@@ -35,7 +35,9 @@ def quantise(matrix: np.ndarray, triangle: np.ndarray) -> tuple[np.ndarray, ...]
         columns = slice(group * GROUP, min((group + 1) * GROUP, inputs))
         own, later = triangle[columns, columns], triangle[columns, columns.stop :]
         part = np.ascontiguousarray(matrix[:, columns].T)
-        scale[:, group], minimum[:, group] = fit_int4(part, 1 / np.diag(own) ** 2)
+        importance = np.broadcast_to(1 / np.diag(own)[:, None] ** 2, part.shape)
+        found = fit_with_minimum(part, INT4_LEVELS, importance)
+        scale[:, group], minimum[:, group] = map(near_half, found)
         rounded, errors = _round_group(part, own, scale[:, group], minimum[:, group])
         values[:, columns] = rounded.T
         matrix[:, columns.stop :] -= errors.T @ later

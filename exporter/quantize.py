@@ -30,9 +30,9 @@ from .scales import (
     HALF_MAX,
     INT4_ZERO,
     Quantised,
-    quantise_int4,
     quantise_int8,
     quantise_symmetric,
+    quantise_with_minimum,
 )
 from .sources.base import QuantisedBlocks
 
@@ -115,12 +115,27 @@ class Format(ABC):
         Raises:
             PrecastError: it cannot hold a value.
         """
-        most = max(float(matrix.max()), -float(matrix.min())) if matrix.size else 0.0
-        if not most <= self.largest:  # also for NaN
-            raise PrecastError(
-                f"{name}: holds a value of {most:.6g}, expected at most {self.largest:.6g}, the most that {self.name}"
-                " can hold; store the weights in a wider type."
-            )
+        check_range(matrix, name, self.name, self.largest)
+
+
+def check_range(matrix: np.ndarray, name: str, format_name: str, largest: float) -> None:
+    """Check that a format can hold all values of a matrix.
+
+    Args:
+        matrix: the matrix.
+        name: its name in messages.
+        format_name: the format's name in messages.
+        largest: largest magnitude that the format can hold.
+
+    Raises:
+        PrecastError: it cannot hold a value.
+    """
+    most = max(float(matrix.max()), -float(matrix.min())) if matrix.size else 0.0
+    if not most <= largest:  # also for NaN
+        raise PrecastError(
+            f"{name}: holds a value of {most:.6g}, expected at most {largest:.6g}, the most that {format_name}"
+            " can hold; store the weights in a wider type."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,7 +309,7 @@ INT4 = _Grouped(
     nibbles=2,
     suffixes=(".scale", ".minimum"),
     takes_blocks=True,
-    quantise=quantise_int4,
+    quantise=quantise_with_minimum,
     convert=_as_int4,
 )
 FORMATS: Mapping[str, Format] = {

@@ -5,20 +5,18 @@ from collections.abc import Sequence
 import numpy as np
 
 HALF_MAX = float(np.finfo(np.float16).max)
-# The int4 search tries several ranges for a group. Each clips a share of the group's own range at the bottom and at the
-# top; a negative share widens the range. In the last range tried, the group's own range takes 14 of the 15 steps, which
-# reproduces weights that an earlier quantisation rounded to -7..7.
+# The search with minima tries several ranges for a group. Each clips a share of the group's own range at the bottom and
+# at the top; a negative share widens the range. In the last range tried, the group's own range takes 14 of the 15 steps
+# of int4, which reproduces weights that an earlier quantisation rounded to -7..7.
 _ENDS = (-0.03, 0.0, 0.03, 0.06)
 _CLIPPED = (*((bottom, top) for bottom in _ENDS for top in _ENDS), (0.0, -1 / 14))
-# The searches for int8 and int4-symmetric first scale a group so that its value of the largest magnitude becomes ±127,
+# The searches without minima first scale a group so that its value of the largest magnitude becomes ±127,
 # or −8. Then they multiply the group by each of these factors, and round. The negative factors turn −8 into a positive
 # value, which is clipped to 7.
 _STRETCHES = np.linspace(0.98, 1.02, 17).tolist()
 _SYMMETRIC_STRETCHES = [*np.linspace(0.9, 1.15, 11).tolist(), *np.linspace(-1.0, -0.8, 9).tolist()]
-# The value that represents zero in int4-symmetric.
-INT4_ZERO = 8
-# The largest value of int4.
-INT4_LEVELS = 15
+# The largest magnitude of int8, the largest value of int4, and the value that represents zero in int4-symmetric.
+INT8_MAX, INT4_LEVELS, INT4_ZERO = 127, 15, 8
 _REFITS = 2
 # Smaller numbers underflow float16, and the reciprocals of the smallest overflow float32.
 _TINY = 1e-30
@@ -29,90 +27,140 @@ Quantised = tuple[np.ndarray, ...]
 
 def quantise_int8(x: np.ndarray) -> Quantised:
     """Find values -127..127 and a scale for each column."""
-    step = np.maximum(x.max(0), -x.min(0)) / np.float32(127)
-    return _quantise_without_minimum(x, step, -127, 127, _STRETCHES)
+    step = _int8_step(x)
+    return _quantise_without_minimum(x, step, -INT8_MAX, INT8_MAX, fit_int8(x))
 
 
-def quantise_symmetric(x: np.ndarray) -> Quantised:
-    """Find values 0..15 and a scale for each column; 8 represents zero."""
-    low, high = x.min(0), x.max(0)
-    step = np.where(-low > high, low, high) / np.float32(-INT4_ZERO)
-    values, scale = _quantise_without_minimum(x, step, -INT4_ZERO, 15 - INT4_ZERO, _SYMMETRIC_STRETCHES)
-    return values + INT4_ZERO, scale
+def quantise_symmetric(x: np.ndarray, zero: int = INT4_ZERO) -> Quantised:
+    """Find values 0..2 · zero − 1 and a scale for each column; `zero` represents zero."""
+    step = _symmetric_step(x, zero)
+    values, scale = _quantise_without_minimum(x, step, -zero, zero - 1, fit_symmetric(x, zero))
+    return values + zero, scale
 
 
 def _quantise_without_minimum(
-    x: np.ndarray, step: np.ndarray, lowest: int, highest: int, stretches: Sequence[float]
+    x: np.ndarray, step: np.ndarray, lowest: int, highest: int, fitted: np.ndarray
 ) -> Quantised:
-    """Find values and a scale for each column.
+    """Find values and a scale for each column: the fitted scale, unless the scale `step` has a smaller error."""
+    return _closest(
+        x, lowest, highest, [(near_half(fitted), None), (near_half(step), None), (_above(step), None)]
+    )
+
+
+def _int8_step(x: np.ndarray) -> np.ndarray:
+    step: np.ndarray = np.maximum(x.max(0), -x.min(0)) / np.float32(INT8_MAX)
+    return step
+
+
+def _symmetric_step(x: np.ndarray, zero: int) -> np.ndarray:
+    """Return the scales that turn the value of the largest magnitude into −zero."""
+    low, high = x.min(0), x.max(0)
+    step: np.ndarray = np.where(-low > high, low, high) / np.float32(-zero)
+    return step
+
+
+def fit_int8(x: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+    """Return a scale for each column of x ``[n, G]``, float32 ``[G]``, for values -127..127.
+
+    Args:
+        x: the columns.
+        weight: the weight of each squared error, ``[n, G]``; None for equal weights.
+    """
+    return _fit_scale(x, _int8_step(x), (-INT8_MAX, INT8_MAX), _STRETCHES, weight)
+
+
+def fit_symmetric(x: np.ndarray, zero: int, weight: np.ndarray | None = None) -> np.ndarray:
+    """Return a scale for each column, as `fit_int8` does, for values −zero..zero − 1."""
+    return _fit_scale(x, _symmetric_step(x, zero), (-zero, zero - 1), _SYMMETRIC_STRETCHES, weight)
+
+
+def _fit_scale(
+    x: np.ndarray,
+    step: np.ndarray,
+    bounds: tuple[int, int],
+    stretches: Sequence[float],
+    weight: np.ndarray | None,
+) -> np.ndarray:
+    """Find a scale for each column.
 
     Divide x by the initial scale `step`, and multiply it by each of the stretches. Round the products, refit the scale
-    to the rounded values by least squares, and compute the error. Use the refitted scale with the least error, unless
-    plain rounding with the scale `step` has a smaller error.
+    to the rounded values by least squares, and compute the error. Return the refitted scale with the least error.
     """
     best, least = step, np.full(step.shape, np.inf, np.float32)
-    t = x * _inverse(step)
+    t = x * inverse(step)
     u, q = np.empty_like(t), np.empty_like(t)
     for stretch in stretches:
         np.multiply(t, np.float32(stretch), out=u)
-        np.clip(np.rint(u, out=q), lowest, highest, out=q)
+        np.clip(np.rint(u, out=q), *bounds, out=q)
         u -= q
         # u holds the rounding errors; the error after refitting follows from them.
-        qq, qu = np.maximum(_dot(q, q), 1), _dot(q, u)
-        error = (_dot(u, u) - qu * qu / qq) / np.float32(stretch**2)
+        wq, wu = (q, u) if weight is None else (q * weight, u * weight)
+        qq, qu = _dot(wq, q), _dot(wq, u)
+        qq = np.where(qq > 0, qq, 1)
+        error = (_dot(wu, u) - qu * qu / qq) / np.float32(stretch**2)
         better = error < least
         least = np.where(better, error, least)
         best = np.where(better, step * (1 + qu / qq) / np.float32(stretch), best)
-    return _closest(x, lowest, highest, [(_near(best), None), (_near(step), None), (_above(step), None)])
+    return best
 
 
-def quantise_int4(x: np.ndarray) -> Quantised:
-    """Find values 0..15, a scale and a minimum for each column.
+def quantise_with_minimum(x: np.ndarray, levels: int = INT4_LEVELS) -> Quantised:
+    """Find values 0..levels, a scale and a minimum for each column.
 
     Try several ranges, slightly clipped or widened at each end. For each range, round the values and fit the scale and
     the minimum to them by least squares. Then round and fit the best range `_REFITS` times more. Use the result, unless
     plain rounding has a smaller error.
     """
     low, high = x.min(0), x.max(0)
-    step = (high - low) / np.float32(15)
+    step = (high - low) / np.float32(levels)
     below = _below(low)
-    rest = (high - below) / np.float32(15)
-    return _closest(x, 0, 15, [
-        fit_int4(x, np.ones(len(x), np.float32)),
-        (_near(step), _near(low)),
+    rest = (high - below) / np.float32(levels)
+    scale, minimum = fit_with_minimum(x, levels)
+    return _closest(x, 0, levels, [
+        (near_half(scale), near_half(minimum)),
+        (near_half(step), near_half(low)),
         # For groups far from zero or of tiny magnitude, where rounding the coefficients to float16 costs the most.
-        (_near(rest), below),
+        (near_half(rest), below),
         (_above(rest), below),
     ])  # fmt: skip
 
 
-def fit_int4(x: np.ndarray, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a scale and a minimum for each column of x ``[n, G]``, both float16 ``[G]``.
+def fit_with_minimum(
+    x: np.ndarray, levels: int, weight: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a scale and a minimum for each column of x ``[n, G]``, both float32 ``[G]``, for values 0..levels.
 
-    They minimise the sum of squared errors, with the error of row i weighted by ``importance[i]``.
+    Args:
+        x: the columns.
+        levels: the largest value.
+        weight: the weight of each squared error, ``[n, G]``; None for equal weights.
     """
     low = x.min(0)
-    step = (x.max(0) - low) / np.float32(15)
-    t = (x - low) * _inverse(step)
-    weight = (importance / importance.sum()).astype(np.float32)[:, None]
+    step = (x.max(0) - low) / np.float32(levels)
+    t = (x - low) * inverse(step)
+    if weight is None:
+        weight = np.ones((len(x), 1), np.float32)
+    weight = weight * inverse(weight.sum(0))
     mean = (weight * t).sum(0)
-    scale, minimum = _search_int4(t, mean, weight)
+    scale, minimum = _search_ranges(t, mean, levels, weight)
     for _ in range(_REFITS):
-        q = np.clip(np.rint((t - minimum) * _inverse(scale)), 0, 15)
+        q = np.clip(np.rint((t - minimum) * inverse(scale)), 0, levels)
         scale, minimum, _ = _fit(t, mean, q, weight)
-    return _near(scale * step), _near(low + minimum * step)
+    return scale * step, low + minimum * step
 
 
-def _search_int4(t: np.ndarray, mean: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the fitted scale and minimum of the best range, for columns whose values span 0 to 15."""
+def _search_ranges(
+    t: np.ndarray, mean: np.ndarray, levels: int, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the fitted scale and minimum of the best range, for columns whose values span 0 to `levels`."""
     q = np.empty_like(t)
     scale = minimum = np.zeros(t.shape[1], np.float32)
     most = np.full(t.shape[1], -np.inf, np.float32)
     for bottom, top in _CLIPPED:
         stretch = 1 / (1 - bottom - top)
         np.multiply(t, np.float32(stretch), out=q)
-        q -= np.float32(15 * bottom * stretch)
-        np.clip(np.rint(q, out=q), 0, 15, out=q)
+        q -= np.float32(levels * bottom * stretch)
+        np.clip(np.rint(q, out=q), 0, levels, out=q)
         new_scale, new_minimum, explained = _fit(t, mean, q, weight)
         better = explained > most
         scale, minimum = np.where(better, new_scale, scale), np.where(better, new_minimum, minimum)
@@ -129,13 +177,13 @@ def _fit(
         t: ``[n, G]``.
         mean: the weighted mean of t, ``[G]``.
         q: ``[n, G]``.
-        weight: the weight of each row, ``[n, 1]``; the sum is one.
+        weight: the weight of each squared error, ``[n, 1]`` or ``[n, G]``; the sum over n is one.
     """
     weighted = q * weight
     average = weighted.sum(0)
     covariance = _dot(weighted, t) - average * mean
     variance = _dot(weighted, q) - average * average
-    scale = covariance * _inverse(variance)
+    scale = covariance * inverse(variance)
     return scale, mean - scale * average, scale * covariance
 
 
@@ -144,9 +192,9 @@ def _closest(
 ) -> Quantised:
     """Return, for each column, the values, scale and minimum of the candidate with the least error."""
     (scale, minimum), *others = candidates
-    values, least = _rounded(x, lowest, highest, scale, minimum)
+    values, least = round_to(x, lowest, highest, scale, minimum)
     for other_scale, other_minimum in others:
-        other, error = _rounded(x, lowest, highest, other_scale, other_minimum)
+        other, error = round_to(x, lowest, highest, other_scale, other_minimum)
         better = error < least
         least = np.where(better, error, least)
         values = np.where(better, other, values)
@@ -156,18 +204,28 @@ def _closest(
     return (values, scale) if minimum is None else (values, scale, minimum)
 
 
-def _rounded(
-    x: np.ndarray, lowest: int, highest: int, scale: np.ndarray, minimum: np.ndarray | None
+def round_to(
+    x: np.ndarray,
+    lowest: int,
+    highest: int,
+    scale: np.ndarray,
+    minimum: np.ndarray | None,
+    weight: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise x with these coefficients; return the integers, and each column's squared error."""
+    """Quantise the columns of x ``[n, G]`` with these coefficients ``[G]``.
+
+    Returns:
+        The integers, as float32 ``[n, G]``, and the sum of each column's squared errors, weighted by `weight`
+        ``[n, G]`` if it is not None.
+    """
     scale = scale.astype(np.float32)
     offset = np.float32(0) if minimum is None else minimum.astype(np.float32)
-    values = (x - offset) * _inverse(scale)
+    values = (x - offset) * inverse(scale)
     np.clip(np.rint(values, out=values), lowest, highest, out=values)
     error = values * scale
     error += offset
     error -= x
-    return values, _dot(error, error)
+    return values, _dot(error, error if weight is None else error * weight)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -175,13 +233,13 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return product
 
 
-def _inverse(x: np.ndarray) -> np.ndarray:
+def inverse(x: np.ndarray) -> np.ndarray:
     """Return 1 / x, or 0 for |x| up to `_TINY`."""
-    inverse: np.ndarray = np.divide(np.float32(1), x, out=np.zeros_like(x), where=np.abs(x) > _TINY)
-    return inverse
+    result: np.ndarray = np.divide(np.float32(1), x, out=np.zeros_like(x), where=np.abs(x) > _TINY)
+    return result
 
 
-def _near(x: np.ndarray) -> np.ndarray:
+def near_half(x: np.ndarray) -> np.ndarray:
     """Return the nearest finite float16."""
     near: np.ndarray = np.clip(x, -HALF_MAX, HALF_MAX).astype(np.float16)
     return near
@@ -189,14 +247,14 @@ def _near(x: np.ndarray) -> np.ndarray:
 
 def _below(x: np.ndarray) -> np.ndarray:
     """Return the largest float16 not above x."""
-    half = _near(x)
+    half = near_half(x)
     with np.errstate(over="ignore"):
         return np.where(half > x, np.nextafter(half, np.float16(-np.inf)), half)
 
 
 def _above(x: np.ndarray) -> np.ndarray:
     """Return the smallest float16 not below x, or the largest finite one."""
-    half = _near(x)
+    half = near_half(x)
     with np.errstate(over="ignore"):
         up = np.nextafter(half, np.float16(np.inf))
     return np.where((half < x) & np.isfinite(up), up, half)

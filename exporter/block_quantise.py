@@ -1,0 +1,296 @@
+"""Quantise matrices to block formats: search for the coefficients of each group, and round the weights.
+
+In formats with super-groups, the search first finds the best scale and minimum of each group alone, then the factors of
+the super-group, by which the scales and minima become small integers, their codes. With the factors given, the codes
+of each group are the best among their neighbours; with the codes given, the factors follow by least squares.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+
+import numpy as np
+
+from . import scales
+from .block_formats import GROUP, SUPER, BlockFormat, Scales, row_blocks
+from .quantize import check_range
+from .scales import HALF_MAX, INT8_MAX, inverse, near_half
+
+# Largest codes of scales and of minima, by kind of scales.
+_LARGEST_CODES = {Scales.SUPER: 63, Scales.SUPER_OF_16: 127}
+# Number of times that codes and factors of a super-group are refitted in turn.
+_REFITS = 2
+# Maximum number of threads. They run in parallel, because NumPy releases the GIL.
+_THREADS = 8
+
+# The coefficients of a matrix, as `BlockFormat.pack` takes them.
+Coefficients = tuple[np.ndarray, ...]
+
+
+def encode(block_format: BlockFormat, matrix: np.ndarray, name: str = "a matrix") -> np.ndarray:
+    """Quantise a matrix so that the sum of the squared errors of its weights is small.
+
+    Args:
+        block_format: the format.
+        matrix: float32 ``[out, in]``, finite.
+        name: its name in messages.
+
+    Returns:
+        The records, uint8 ``[panels, record_bytes]``.
+
+    Raises:
+        PrecastError: the format cannot hold a value.
+    """
+    check_range(matrix, name, block_format.name, _largest(block_format))
+    codes, *coefficients = quantise(block_format, matrix)
+    return block_format.pack(codes, *coefficients)
+
+
+def quantise(
+    block_format: BlockFormat, matrix: np.ndarray, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, ...]:
+    """Quantise a matrix; return its codes ``[out, in]`` and its coefficients, as `BlockFormat.pack` takes them.
+
+    Args:
+        block_format: the format.
+        matrix: float32 ``[out, in]``.
+        importance: the weight of the squared errors of each input ``[in]``; None for equal weights.
+    """
+    outs, inputs = matrix.shape
+    codes = np.empty(matrix.shape, np.int8 if block_format.bits == 8 else np.uint8)
+    coefficients = tuple(np.empty((outs, n), dtype) for n, dtype in block_format.coefficient_shapes(inputs))
+
+    def store(rows: slice) -> None:
+        block = matrix[rows]
+        found = fit(block_format, block, importance)
+        for array, part in zip(coefficients, found, strict=True):
+            array[rows] = part
+        codes[rows] = round_weights(block_format, block, *effective(block_format, found))
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(store, row_blocks(outs, inputs)):
+            pass  # raises the exception of a failed thread
+    return codes, *coefficients
+
+
+def fit(block_format: BlockFormat, block: np.ndarray, importance: np.ndarray | None = None) -> Coefficients:
+    """Return the coefficients with which a block ``[rows, in]`` loses least; the arguments are those of `quantise`."""
+    x, weight = _columns(block_format, block, importance)
+    shape = (len(block), -1)
+    lowest, highest = bounds(block_format)
+    match block_format.scales:
+        case Scales.HALF if importance is None:
+            whole = (
+                scales.quantise_int8
+                if highest == INT8_MAX
+                else partial(scales.quantise_symmetric, zero=-lowest)
+            )
+            return (whole(x)[1].reshape(shape),)
+        case Scales.HALF_AND_MINIMUM if importance is None:
+            return tuple(c.reshape(shape) for c in scales.quantise_with_minimum(x, highest)[1:])
+        case Scales.HALF | Scales.HALF_AND_MINIMUM:
+            found = _fit_groups(block_format, x, weight)
+            return tuple(near_half(c).reshape(shape) for c in found if c is not None)
+    return _fit_super(block_format, x, weight, len(block))
+
+
+def effective(block_format: BlockFormat, coefficients: Coefficients) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the scales and the minima that weights are computed with, float32 ``[rows, n]``; None without minima."""
+    floats = [c.astype(np.float32) for c in coefficients]
+    match block_format.scales:
+        case Scales.HALF:
+            return floats[0], None
+        case Scales.HALF_AND_MINIMUM:
+            return floats[0], floats[1]
+        case Scales.SUPER:
+            factor, low_factor, scale, minimum = floats
+            return _spread(factor, scale.shape) * scale, -(_spread(low_factor, scale.shape) * minimum)
+        case Scales.SUPER_OF_16:
+            return _spread(floats[0], floats[1].shape) * floats[1], None
+
+
+def round_weights(
+    block_format: BlockFormat, block: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None
+) -> np.ndarray:
+    """Return the codes ``[rows, in]`` of a block with the scales and minima of `effective`."""
+    x, _ = _columns(block_format, block, None)
+    low = None if minimum is None else minimum.reshape(-1)
+    codes, _ = scales.round_to(x, *bounds(block_format), scale.reshape(-1), low)
+    matrix = codes.T.reshape(len(block), -1)[:, : block.shape[1]] + block_format.zero
+    return matrix.astype(np.int8 if block_format.bits == 8 else np.uint8)
+
+
+def bounds(block_format: BlockFormat) -> tuple[int, int]:
+    """Return the smallest and the largest code, with `BlockFormat.zero` subtracted."""
+    if block_format.bits == 8:
+        return -INT8_MAX, INT8_MAX
+    return -block_format.zero, (1 << block_format.bits) - 1 - block_format.zero
+
+
+def _largest(block_format: BlockFormat) -> float:
+    """Return the largest magnitude that a format holds."""
+    largest_code = _LARGEST_CODES.get(block_format.scales, 1)
+    lowest, _ = bounds(block_format)
+    return HALF_MAX * largest_code * max(-lowest, 1)
+
+
+def _columns(
+    block_format: BlockFormat, block: np.ndarray, importance: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the weights that share a scale as columns ``[n, rows · groups]``, and the weight of each squared error.
+
+    An incomplete last group repeats its last input, which changes neither its smallest nor its largest value.
+    """
+    rows, inputs = block.shape
+    size, missing = GROUP // block_format.runs, -inputs % GROUP
+    whole = np.pad(block, ((0, 0), (0, missing)), mode="edge") if missing else block
+    x = np.ascontiguousarray(whole.reshape(-1, size).T)
+    if importance is None:
+        return x, None
+    relative = np.pad(importance / importance.mean(), (0, missing)).astype(np.float32)
+    return x, np.tile(relative.reshape(-1, size).T, rows)
+
+
+def _fit_groups(
+    block_format: BlockFormat, x: np.ndarray, weight: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the scale and the minimum of each column, float32."""
+    lowest, highest = bounds(block_format)
+    if block_format.scales in (Scales.SUPER, Scales.HALF_AND_MINIMUM):
+        return scales.fit_with_minimum(x, highest, weight)
+    if block_format.bits == 8:
+        return scales.fit_int8(x, weight), None
+    return scales.fit_symmetric(x, -lowest, weight), None
+
+
+# --- super-groups -----------------------------------------------------------------------------------------------
+
+
+def _fit_super(
+    block_format: BlockFormat, x: np.ndarray, weight: np.ndarray | None, rows: int
+) -> Coefficients:
+    """Return the coefficients of a format with super-groups for the columns of `_columns`."""
+    scale, minimum = _fit_groups(block_format, x, weight)
+    wanted = [scale.reshape(rows, -1)]
+    if minimum is not None:
+        # A stored minimum is never positive. Columns above zero span 0 to their largest value instead.
+        _, highest = bounds(block_format)
+        wanted = [np.where(minimum > 0, x.max(0) / np.float32(highest), scale).reshape(rows, -1)]
+        wanted.append(np.maximum(-minimum, 0).reshape(rows, -1))
+    factors = [_factors(block_format, part) for part in wanted]
+    codes = [_codes(block_format, part, factor) for part, factor in zip(wanted, factors, strict=True)]
+    for _ in range(_REFITS):
+        codes, q = best_codes(block_format, x, weight, factors, codes)
+        factors = _refit(block_format, x, weight, factors, codes, q)
+    codes, _ = best_codes(block_format, x, weight, factors, codes)
+    dtype = np.int8 if block_format.scales is Scales.SUPER_OF_16 else np.uint8
+    return *factors, *(c.astype(dtype) for c in codes)
+
+
+def _factors(block_format: BlockFormat, wanted: np.ndarray) -> np.ndarray:
+    """Return the factors, float16 ``[rows, S]``, that reach the largest magnitude of each super-group's scales."""
+    most = np.maximum.reduceat(np.abs(wanted), _starts(block_format, wanted.shape[1]), axis=1)
+    return near_half(most / np.float32(_LARGEST_CODES[block_format.scales]))
+
+
+def _codes(block_format: BlockFormat, wanted: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Return the codes, float32 ``[rows, n]``, with which factors are nearest to the wanted scales."""
+    codes = np.rint(wanted * inverse(_spread(factors.astype(np.float32), wanted.shape)))
+    return _clipped(block_format, codes)
+
+
+def best_codes(
+    block_format: BlockFormat,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    factors: list[np.ndarray],
+    codes: list[np.ndarray],
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Find the codes of scales and minima with the least error, each at most 1 from those given.
+
+    Args:
+        block_format: a format with super-groups.
+        x: the columns ``[n, G]``.
+        weight: the weight of each squared error, ``[n, G]``; None for equal weights.
+        factors: float16 ``[rows, S]``.
+        codes: float32 ``[rows, n]``.
+
+    Returns:
+        The codes of scales and minima, and the codes of the weights ``[n, G]`` with `BlockFormat.zero` subtracted.
+    """
+    lowest, highest = bounds(block_format)
+    shape = codes[0].shape
+    spread = [_spread(f.astype(np.float32), shape) for f in factors]
+    best, values, least = codes, np.empty_like(x), np.full(x.shape[1], np.inf, np.float32)
+    for steps in product((0, -1, 1), repeat=len(codes)):
+        tried = [_clipped(block_format, c + np.float32(s)) for c, s in zip(codes, steps, strict=True)]
+        scale, *low = (f * c for f, c in zip(spread, tried, strict=True))
+        minimum = -low[0].reshape(-1) if low else None
+        other, error = scales.round_to(x, lowest, highest, scale.reshape(-1), minimum, weight)
+        better = error < least
+        least = np.where(better, error, least)
+        values = np.where(better, other, values)
+        best = [np.where(better.reshape(shape), t, b) for t, b in zip(tried, best, strict=True)]
+    return best, values
+
+
+def _refit(
+    block_format: BlockFormat,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    factors: list[np.ndarray],
+    codes: list[np.ndarray],
+    q: np.ndarray,
+) -> list[np.ndarray]:
+    """Return the factors of the least-squares fit to all codes; a super-group without a unique fit keeps its own."""
+    shape = codes[0].shape
+    starts = _starts(block_format, shape[1])
+
+    def total(of_groups: np.ndarray) -> np.ndarray:
+        sums: np.ndarray = np.add.reduceat(of_groups.astype(np.float64), starts, axis=1)
+        return sums
+
+    wq = q if weight is None else q * weight
+    wx = x if weight is None else x * weight
+    qq, qx = (np.einsum("kg,kg->g", wq, other).reshape(shape) for other in (q, x))
+    scale = codes[0]
+    aa, ax = total(scale * scale * qq), total(scale * qx)
+    if len(codes) == 1:
+        return [_where_finite(ax, aa, factors[0])]
+    low = codes[1]
+    q1, x1 = wq.sum(0).reshape(shape), wx.sum(0).reshape(shape)
+    one = np.float32(len(x)) if weight is None else weight.sum(0).reshape(shape)
+    ab, bb, bx = -total(scale * low * q1), total(low * low * one), -total(low * x1)
+    determinant = aa * bb - ab * ab
+    return [
+        _where_finite(ax * bb - bx * ab, determinant, factors[0]),
+        np.maximum(_where_finite(bx * aa - ax * ab, determinant, factors[1]), np.float16(0)),
+    ]
+
+
+def _where_finite(numerator: np.ndarray, denominator: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    """Return the quotient as float16, or `otherwise` where the denominator is not clearly positive."""
+    fits = denominator > 1e-12
+    quotient = np.divide(numerator, denominator, out=np.zeros_like(numerator), where=fits)
+    return np.where(fits, near_half(quotient), otherwise)
+
+
+def _clipped(block_format: BlockFormat, codes: np.ndarray) -> np.ndarray:
+    largest = _LARGEST_CODES[block_format.scales]
+    clipped: np.ndarray = np.clip(
+        codes, -largest if block_format.scales is Scales.SUPER_OF_16 else 0, largest
+    )
+    return clipped
+
+
+def _starts(block_format: BlockFormat, count: int) -> np.ndarray:
+    """Return the index of the first scale of each super-group."""
+    return np.arange(0, count, SUPER * block_format.runs)
+
+
+def _spread(factors: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Repeat the factors ``[rows, S]`` for each of the scales in an array of this shape ``[rows, n]``."""
+    count = shape[1]
+    times = SUPER * (1 if count <= SUPER * factors.shape[1] else 2)
+    return np.repeat(factors, times, axis=1)[:, :count]
