@@ -1,8 +1,10 @@
-// Weights in one of four formats, and rows of activations prepared for them.
+// Weights in any format, and rows of activations prepared for them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "block_formats.h"
 
 namespace precast {
 
@@ -10,28 +12,36 @@ namespace precast {
 constexpr int kPanel = 16;
 constexpr int kGroup = 32;
 
-enum class Format { kFloat32, kBfloat16, kInt8, kInt4 };
+enum class Format { kFloat32, kBfloat16, kInt8, kInt4, kBlocks };
 
 // The weights of one layer. Float formats: values [outs, in]. Packed formats, with P = outs / kPanel and I = in, both
 // rounded up and padded with zeros: int8 values [P, I / 2, kPanel, 2]; int4 values [P, I / 8, kPanel, 4], where the low
 // nibbles hold the first four of eight inputs; scale and minimum [P, I / kGroup, kPanel] in half precision. Symmetric
-// int4 weights have no minimum: it is -8 times the scale.
+// int4 weights have no minimum: it is -8 times the scale. Block formats: one record for each panel.
 struct Weight {
   Format format;
+  const BlockFormat* blocks = nullptr;  // for kBlocks, else null
   const void* values = nullptr;
   const uint16_t* scale = nullptr;    // int8 and int4
   const uint16_t* minimum = nullptr;  // int4: added to scale times value; null if symmetric
   int64_t outs;
+
+  bool IsPacked() const { return format != Format::kFloat32 && format != Format::kBfloat16; }
+  // True if the weights have 8 bits, and their activations 16.
+  bool IsWide() const { return format == Format::kInt8 || (format == Format::kBlocks && blocks->bits == 8); }
+  // True if each half of a group has a scale of its own.
+  bool HasHalfScales() const { return format == Format::kBlocks && blocks->scales == Scales::kSuperOf16; }
 };
 
-// Quantised activations; arrays that no weight of the call needs are null. int8 weights take 16 bits with one scale per
-// row, int4 weights 8 bits with one scale per group, which halves the number of products.
+// Quantised activations; arrays that no weight of the call needs are null. 8-bit weights take 16 bits with one scale
+// per row, narrower weights 8 bits with one scale per group, which halves the number of products.
 struct QuantizedRows {
   int16_t* q = nullptr;          // [rows, in_pad]
   float* scale = nullptr;        // [rows]
   int8_t* bytes = nullptr;       // [rows, in_pad]
   float* group_scale = nullptr;  // [rows, in_pad / kGroup]
   float* sums = nullptr;         // [rows, in_pad / kGroup]: sum of a group's bytes times the group's scale
+  float* half_sums = nullptr;    // [rows, 2 * in_pad / kGroup]: the same for each half of a group
   int64_t in_pad = 0;
 };
 

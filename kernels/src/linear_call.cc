@@ -25,34 +25,34 @@ constexpr int64_t kResidualAhead = 12;
 // The largest second product, in floats, that fits the buffer on the stack.
 constexpr int64_t kStackFloats = 2048;
 
-bool IsPacked(Format format) { return format == Format::kInt8 || format == Format::kInt4; }
-
 // Normalise the activations if the call says so, and quantise them for packed weights.
 LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearCall& c) {
-  bool floats = false, int8 = false, int4 = false;
+  bool floats = false, wide = false, narrow = false, halves = false;
   for (const LinearPart& part : c.parts) {
-    floats |= !IsPacked(part.weight.format);
-    int8 |= part.weight.format == Format::kInt8;
-    int4 |= part.weight.format == Format::kInt4;
+    floats |= !part.weight.IsPacked();
+    wide |= part.weight.IsWide();
+    narrow |= part.weight.IsPacked() && !part.weight.IsWide();
+    halves |= part.weight.HasHalfScales();
   }
   LinearRows rows = {.x = c.x, .in = c.in};
-  if (c.norm == nullptr && !int8 && !int4) return rows;
+  if (c.norm == nullptr && !wide && !narrow) return rows;
   const int64_t pad = RoundUp(c.in, kGroup), groups = pad / kGroup;
   const int64_t tasks = (c.rows + kPrepareRows - 1) / kPrepareRows;
-  arena.Reset(c.rows * (c.in * 4 + pad * 3 + (1 + 2 * groups) * 4));
+  arena.Reset(c.rows * (c.in * 4 + pad * 3 + (1 + 4 * groups) * 4));
   // If no product reads the normalised floats, one row for each task suffices.
   float* normed = c.norm == nullptr ? nullptr : arena.Take<float>((floats ? c.rows : tasks) * c.in);
   if (normed != nullptr && floats) rows.x = normed;
   QuantizedRows& to = rows.quantized;
   to.in_pad = pad;
-  if (int8) {
+  if (wide) {
     to.q = arena.Take<int16_t>(c.rows * pad);
     to.scale = arena.Take<float>(c.rows);
   }
-  if (int4) {
+  if (narrow) {
     to.bytes = arena.Take<int8_t>(c.rows * pad);
     to.group_scale = arena.Take<float>(c.rows * groups);
     to.sums = arena.Take<float>(c.rows * groups);
+    if (halves) to.half_sums = arena.Take<float>(c.rows * groups * 2);
   }
   team.For(tasks, [&](int64_t task) {
     const int64_t end = std::min(c.rows, (task + 1) * kPrepareRows);
@@ -63,25 +63,27 @@ LinearRows Prepare(Team& team, const LinearOps& ops, Arena& arena, const LinearC
         ops.normalize(x, c.norm, nullptr, c.eps, c.in, to_row);
         x = to_row;
       }
-      if (int8 || int4) ops.quantize(x, c.in, row, to);
+      if (wide || narrow) ops.quantize(x, c.in, row, to);
     }
   });
   return rows;
 }
 
 int64_t TaskOutputs(const Weight& w, int64_t in, int64_t rows) {
-  if (!IsPacked(w.format)) {
+  if (!w.IsPacked()) {
     const int64_t row_bytes = std::max<int64_t>(in * (w.format == Format::kFloat32 ? 4 : 2), 1);
     return std::max(kTaskOutputs, kFloatTaskBytes / row_bytes / kTaskOutputs * kTaskOutputs);
   }
   if (rows > kFewRows) return kPanel;
-  const int64_t panel_bytes = RoundUp(in + 1, kGroup) * kPanel / (w.format == Format::kInt4 ? 2 : 1);
+  const int64_t panel_bytes = w.format == Format::kBlocks
+                                  ? std::max(w.blocks->RecordBytes(RoundUp(in, kGroup) / kGroup), kUnit)
+                                  : RoundUp(in + 1, kGroup) * kPanel / (w.format == Format::kInt4 ? 2 : 1);
   return std::max<int64_t>(1, kPackedTaskBytes / panel_bytes) * kPanel;
 }
 
 // Return the number of rows that are multiplied with some weights before the next weights are read.
 int64_t RowChunk(const LinearCall& c) {
-  if (!IsPacked(c.parts[0].weight.format)) return std::max<int64_t>(c.rows, 1);
+  if (!c.parts[0].weight.IsPacked()) return std::max<int64_t>(c.rows, 1);
   return std::max<int64_t>(24, kRowBytes / (2 * RoundUp(c.in + 1, kGroup)) / 24 * 24);
 }
 

@@ -65,6 +65,50 @@ ffi::Error LinearHandler(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, Scalar
   return ffi::Error::Success();
 }
 
+// Element (o, k) of a block format with `in` inputs.
+float BlockElement(const Weight& w, int64_t o, int64_t k, int64_t in) {
+  const BlockFormat& f = *w.blocks;
+  const int64_t groups = RoundUp(in, kGroup) / kGroup, g = k / kGroup, i = k % kGroup, lane = o % kPanel;
+  const char* record = static_cast<const char*>(w.values) + o / kPanel * f.RecordBytes(groups);
+  const auto* low = reinterpret_cast<const uint8_t*>(record + f.CoefficientBytes(groups));
+  const auto word = [&](int64_t place) {
+    uint16_t bits;
+    std::memcpy(&bits, record + 2 * place, sizeof bits);
+    return bits;
+  };
+  const auto half = [&](int64_t row) { return HalfToFloat(word(row * kPanel + lane)); };
+  int code;
+  if (f.bits == 8) {
+    code = reinterpret_cast<const int8_t*>(low)[(k / 2 * kPanel + lane) * 2 + k % 2];
+  } else {
+    const uint8_t byte = low[(k / 8 * kPanel + lane) * 4 + k % 4];
+    const uint8_t* high = low + f.LowBytes(groups);
+    const int64_t width = f.bits - 4, quad = i / 4 * width;  // the first of the quad's high bits, among 8 of each byte
+    code = k % 8 < 4 ? byte & 15 : byte >> 4;
+    if (width > 0)
+      code |= (high[((g * width + quad / 8) * kPanel + lane) * 4 + k % 4] >> quad % 8 & ((1 << width) - 1)) << 4;
+  }
+  const auto value = static_cast<float>(code - f.zero);
+  switch (f.scales) {
+    case Scales::kHalf: return half(g) * value;
+    case Scales::kHalfAndMinimum: return half(2 * g) * value + half(2 * g + 1);
+    case Scales::kSuper: {
+      const int64_t supers = (groups + kSuper - 1) / kSuper, four = 2 * supers + g / kPacked * 3;
+      const auto packed = [&](int64_t j) { return word((four + j) * kPanel + lane); };
+      const int both =
+          g % kPacked < 3 ? packed(g % kPacked) & 0xfff : packed(0) >> 12 | packed(1) >> 12 << 4 | packed(2) >> 12 << 8;
+      return half(g / kSuper * 2) * static_cast<float>(both & 63) * value -
+             half(g / kSuper * 2 + 1) * static_cast<float>(both >> 6);
+    }
+    case Scales::kSuperOf16: {
+      const int64_t supers = (groups + kSuper - 1) / kSuper;
+      const auto* scales = reinterpret_cast<const int8_t*>(record + supers * kPanel * 2);
+      return half(g / kSuper) * static_cast<float>(scales[k / 16 * kPanel + lane]) * value;
+    }
+  }
+  return 0.0f;
+}
+
 // Element (o, k) of weights with `in` inputs.
 float Element(const Weight& w, int64_t o, int64_t k, int64_t in) {
   const int64_t pad = RoundUp(in, kGroup), panel = o / kPanel, lane = o % kPanel;
@@ -72,6 +116,7 @@ float Element(const Weight& w, int64_t o, int64_t k, int64_t in) {
     return HalfToFloat(halves[(panel * (pad / kGroup) + k / kGroup) * kPanel + lane]);
   };
   switch (w.format) {
+    case Format::kBlocks: return BlockElement(w, o, k, in);
     case Format::kFloat32: return static_cast<const float*>(w.values)[o * in + k];
     case Format::kBfloat16: {
       const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(w.values)[o * in + k]) << 16;

@@ -98,8 +98,32 @@ Stack<char> Bytes(const Stack<T>& stack) {
   return {.base = reinterpret_cast<const char*>(stack.base), .stride = stack.stride * int64_t{sizeof(T)}};
 }
 
+// The next stack of mixed weights: units of bytes, then a table with an entry `last`.
+inline WeightStack TakeMixed(Operands& operands, int64_t last, int64_t outs, int64_t in) {
+  WeightStack w = {.format = Format::kBlocks, .outs = outs};
+  const int64_t units = operands.Peek()->dimensions()[0];
+  w.values = Bytes(operands.TakeStack<uint8_t>("mixed weights", units - 1, ffi::U8, {kUnit}));
+  w.table = operands.TakeStack<int32_t>("table of mixed weights", last, ffi::S32, {2});
+  if (operands.error().failure()) return w;
+  const int64_t panels = RoundUp(outs, kPanel) / kPanel, groups = RoundUp(in, kGroup) / kGroup;
+  for (int64_t i = 0; i <= last; ++i) {
+    const int32_t code = w.table.At(i)[0], unit = w.table.At(i)[1];
+    const BlockFormat* format = BlockFormatOf(code);
+    if (format == nullptr)
+      operands.Fail("table of mixed weights: entry " + std::to_string(i) + " has the unknown format " +
+                    std::to_string(code));
+    else if (unit < 0 || unit + panels * (format->RecordBytes(groups) / kUnit) > units)
+      operands.Fail("table of mixed weights: entry " + std::to_string(i) + " at unit " + std::to_string(unit) +
+                    " ends beyond the " + std::to_string(units) + " units");
+  }
+  return w;
+}
+
 // The next stack of weights, which has an entry `last`; takes as many operands as the format has.
 inline WeightStack TakeWeights(Operands& operands, int64_t last, int64_t outs, int64_t in) {
+  if (const auto mixed = operands.Peek();
+      mixed.has_value() && mixed->element_type() == ffi::U8 && mixed->dimensions().size() == 2)
+    return TakeMixed(operands, last, outs, in);
   const std::optional<ffi::AnyBuffer> next = operands.Peek();
   const std::optional<Format> format = next.has_value() ? FormatOf(next->element_type()) : std::nullopt;
   WeightStack w = {.format = format.value_or(Format::kFloat32), .outs = outs};
@@ -111,6 +135,7 @@ inline WeightStack TakeWeights(Operands& operands, int64_t last, int64_t outs, i
   }
   const int64_t panels = RoundUp(outs, kPanel) / kPanel, pad = RoundUp(in, kGroup), groups = pad / kGroup;
   switch (*format) {
+    case Format::kBlocks: break;  // no type stands for it
     case Format::kFloat32: w.values = Bytes(operands.TakeStack<float>("weights", last, ffi::F32, {outs, in})); break;
     case Format::kBfloat16:
       w.values = Bytes(operands.TakeStack<uint16_t>("weights", last, ffi::BF16, {outs, in}));

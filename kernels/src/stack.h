@@ -16,14 +16,19 @@ struct Stack {
   const T* At(int64_t i) const { return base == nullptr ? nullptr : base + i * stride; }
 };
 
-// A stack of weights in one format and of one size.
+// A stack of weights of one size: in one format, or mixed.
 struct WeightStack {
   Format format = Format::kFloat32;
   int64_t outs = 0;
   Stack<char> values = {};  // strides in bytes
   Stack<uint16_t> scale = {}, minimum = {};
+  // For mixed weights, the code of the block format and the first unit of each entry; checked. `values` then has a
+  // stride of one unit.
+  Stack<int32_t> table = {};
 
   Weight At(int64_t i) const {
+    if (const int32_t* entry = table.At(i); entry != nullptr)
+      return {.format = format, .blocks = BlockFormatOf(entry[0]), .values = values.At(entry[1]), .outs = outs};
     return {.format = format, .values = values.At(i), .scale = scale.At(i), .minimum = minimum.At(i), .outs = outs};
   }
 };

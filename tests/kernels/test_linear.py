@@ -1,6 +1,6 @@
 """precast.linear and precast.embed against NumPy in float64, for every format of weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from packed import NAMES, NARROW, WIDE, pack, pack_mixed, whole_numbers
 
+from precast.exporter.block_formats import BLOCK_FORMATS
 from precast.exporter.quantize import FORMATS
 
 Linear = Callable[..., list[np.ndarray]]
@@ -17,7 +19,7 @@ UNIT = 2.0**-24  # half an ulp of one: the relative error of one float32 operati
 SMALLEST = 2.0**-126  # XLA's threads flush smaller numbers to zero
 ACTIVATION = 127 * 256  # the largest magnitude of an activation in 16 bits
 GROUP, BYTE = 32, 127  # activations of int4 weights take 8 bits, with one scale per group
-PACKED = ("int8", "int4", "int4-symmetric")
+PACKED = (*WIDE, *NARROW)
 # (rows, in, outs): sizes next to a multiple of a vector, a register block, a panel, a group, a pass of inputs, or the
 # outputs of a task.
 SHAPES = (
@@ -41,13 +43,6 @@ SHAPES = (
 LAYERS = st.integers(1, 4).flatmap(lambda layers: st.tuples(st.just(layers), st.integers(0, layers - 1)))
 
 
-def pack(name: str, stack: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return a stack ``[L, out, in]`` as the kernels' operands, and its decoded values in float64."""
-    layers = [FORMATS[name].encode(matrix) for matrix in stack]
-    decoded = [FORMATS[name].decode(layer, *stack.shape[1:]) for layer in layers]
-    return [np.stack(arrays) for arrays in zip(*layers, strict=True)], np.stack(decoded).astype(np.float64)
-
-
 def tolerance(x: np.ndarray, w: np.ndarray, name: str) -> np.ndarray:
     """Return the error allowed for float32 sums in at least four lanes and for rounded activations."""
     terms = x.shape[1]
@@ -55,11 +50,11 @@ def tolerance(x: np.ndarray, w: np.ndarray, name: str) -> np.ndarray:
     if name not in PACKED:
         return lost
     top = np.abs(x).max(axis=1, initial=0.0, keepdims=True)
-    # int4 sums scale times value and minimum separately.
+    # Formats of fewer than 8 bits sum scale times value and minimum separately.
     magnitude = np.abs(w).sum(axis=1) + (
-        8 * np.abs(w).max(axis=1, initial=0.0) * terms if name != "int8" else 0.0
+        8 * np.abs(w).max(axis=1, initial=0.0) * terms if name in NARROW else 0.0
     )
-    if name != "int8":
+    if name in NARROW:
         starts = range(0, terms, GROUP)
         groups = [(np.abs(x[:, k : k + GROUP]), np.abs(w[:, k : k + GROUP]).sum(axis=1)) for k in starts]
         rounding = 0.5001 / BYTE * sum(a.max(axis=1, keepdims=True) * b for a, b in groups)
@@ -76,7 +71,7 @@ def assert_product(y: np.ndarray, x: np.ndarray, w: np.ndarray, name: str = "flo
     assert error.max(initial=0.0) <= 1.0
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -103,36 +98,6 @@ def test_padding_is_not_computed(isa: str, name: str, linear: Linear, used: int)
     results = linear(x, 1, [arrays for arrays, _ in packed], (33, 9), used=used)
     for y, (_, w) in zip(results, packed, strict=True):
         assert_product(y[:used], x[:used], w[1], name)
-
-
-def whole_numbers(
-    name: str, rng: np.random.Generator, shape: Sequence[int]
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return a stack of small whole numbers that the format holds exactly, packed and plain."""
-    values = rng.integers(-7, 9, shape).astype(np.float32)
-    if name not in PACKED:
-        return pack(name, values)[0], values
-    # Scale 1 for every weight, for int4 the minimum -7, and symmetric weights from -8 to 7.
-    least = 8 if name == "int4-symmetric" else 7
-    values = values - (least - 7)
-    arrays, _ = pack(
-        name, np.where(np.arange(shape[2]) % 2, 15.0 - least, -least) * np.ones(shape, np.float32)
-    )
-    blocks = FORMATS[name].arrays(tuple(shape))
-    stored = [np.zeros(a.shape, a.numpy_dtype) for a in blocks]
-    _, outs, size = shape
-    o, k = np.meshgrid(np.arange(outs), np.arange(size), indexing="ij")
-    if name == "int8":
-        stored[0][:, o // 16, k // 2, o % 16, k % 2] = values.astype(np.int8)
-    else:
-        shifted = (values + least).astype(np.uint8) << np.where(k % 8 < 4, 0, 4).astype(np.uint8)
-        for half in (k % 8 < 4, k % 8 >= 4):
-            stored[0][:, (o // 16)[half], (k // 8)[half], (o % 16)[half], (k % 4)[half]] |= shifted[:, half]
-        if name == "int4":
-            stored[2][:, o // 16, k // 32, o % 16] = -7.0
-    stored[1][:, o // 16, k // 32, o % 16] = 1.0
-    assert [a.shape for a in arrays] == [a.shape for a in stored]
-    return stored, values
 
 
 @pytest.mark.parametrize(("rows", "size", "outs"), SHAPES)
@@ -169,17 +134,14 @@ def test_small_whole_numbers_are_summed_exactly(
     x = rng.integers(-9, 10, (rows, size)).astype(np.float32)
     if name in PACKED:
         # Make the scales of activations 1.
-        if name != "int8":
+        if name in NARROW:
             x[:, ::GROUP] = BYTE
         else:
             x[:, 0] = ACTIVATION
     weights = []
     for out in outs:
-        arrays, values = whole_numbers(name, rng, (count, out, size))
-        for other in set(range(count)) - {layer}:
-            arrays[0 if name not in PACKED else 1][other] = (
-                np.nan
-            )  # an element of another layer would make the sum NaN
+        # An element of another layer would make the sum NaN.
+        arrays, values = whole_numbers(name, rng, (count, out, size), layer=layer)
         weights.append((arrays, values[layer].astype(np.float64)))
     for y, (_, w) in zip(linear(x, layer, [a for a, _ in weights], outs), weights, strict=True):
         np.testing.assert_array_equal(y, (x.astype(np.float64) @ w.T).astype(np.float32))
@@ -264,7 +226,7 @@ def test_empty_sizes(isa: str, linear: Linear, rows: int, size: int, outs: tuple
 
 
 @pytest.mark.parametrize("rows", [1, 9])
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", [name for name in PACKED if name in FORMATS])
 def test_nothing_to_sum(isa: str, name: str, linear: Linear, rows: int) -> None:
     stored = [np.zeros(a.shape, a.numpy_dtype) for a in FORMATS[name].arrays((1, 20, 0))]
     assert np.all(linear(np.ones((rows, 0), np.float32), 0, [stored], [20])[0] == 0.0)
@@ -349,14 +311,24 @@ def test_gates_far_out(isa: str, linear: Linear, gate: str) -> None:
     assert found[10] == np.inf or np.isnan(found[10])
 
 
-def test_formats_may_be_mixed(isa: str, linear: Linear) -> None:
+def test_formats_of_a_call_may_differ(isa: str, linear: Linear) -> None:
     rng = np.random.default_rng(3)
     for rows in (1, 4, 21):
         x = rng.standard_normal((rows, 70), dtype=np.float32)
-        packed = {n: pack(n, rng.standard_normal((2, 33, 70), dtype=np.float32)) for n in FORMATS}
+        packed = {n: pack(n, rng.standard_normal((2, 33, 70), dtype=np.float32)) for n in NAMES}
         results = linear(x, 1, [a for a, _ in packed.values()], [33] * len(packed))
         for y, (n, (_, w)) in zip(results, packed.items(), strict=True):
             assert_product(y, x, w[1], n)
+
+
+@pytest.mark.parametrize(("rows", "size", "out"), [(1, 70, 33), (21, 577, 17), (3, 2081, 50)])
+def test_layers_of_a_stack_may_differ(isa: str, linear: Linear, rows: int, size: int, out: int) -> None:
+    rng = np.random.default_rng(size)
+    x = rng.standard_normal((rows, size), dtype=np.float32)
+    names = [*BLOCK_FORMATS, "q4_0"]
+    arrays, w = pack_mixed(names, rng.standard_normal((len(names), out, size), dtype=np.float32))
+    for layer, name in enumerate(names):
+        assert_product(linear(x, layer, [arrays], [out])[0], x, w[layer], name)
 
 
 @pytest.mark.parametrize(("vocab", "width"), [(1, 1), (40, 17), (100, 64), (33, 576)])

@@ -356,3 +356,52 @@ def test_embed_refuses_results(jax: ModuleType, refusal: Callable[..., str]) -> 
         in text
     )
     assert "S32" in refusal(lambda: call(np.int32([0, 1, 2]), TABLE, vocab=np.int32(21)))
+
+
+# Each layer of 20 outputs of 40 inputs takes two panels: of 9 units in q4_0, and of 17 in q8_0.
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        ([[2, 18], [0, 0]], "entry 1 has the unknown format 0"),
+        ([[2, 18], [9, 0]], "entry 1 has the unknown format 9"),
+        ([[-1, 0], [2, 0]], "entry 0 has the unknown format -1"),
+        ([[2, 19], [2, 0]], "entry 0 at unit 19 ends beyond the 36 units"),
+        ([[2, -1], [2, 0]], "entry 0 at unit -1 ends beyond the 36 units"),
+        ([[2, 0], [2, 2**31 - 1]], f"entry 1 at unit {2**31 - 1} ends beyond the 36 units"),
+        ([[2, 0], [1, 3]], "entry 1 at unit 3 ends beyond the 36 units"),
+    ],
+)
+def test_linear_refuses_tables_of_mixed_weights(
+    linear: Callable[..., Any], refusal: Callable[..., str], table: list[list[int]], what: str
+) -> None:
+    values = np.zeros((36, 64), np.uint8)
+    good = np.int32([[2, 18], [2, 0]])
+    assert np.all(linear(X, 1, [[values, good]], [20])[0] == 0.0)
+    text = refusal(lambda: linear(X, 1, [[values, np.int32(table)]], [20]))
+    assert f"linear: table of mixed weights: {what}" in text
+
+
+@pytest.mark.parametrize(
+    ("arrays", "what"),
+    [
+        ([np.zeros((36, 63), np.uint8)], "mixed weights: expected uint8 [L, 64], found uint8 [36, 63]"),
+        ([np.zeros((0, 64), np.uint8)], "mixed weights [0, 64]: no entry -1"),
+        ([np.zeros((36, 64), np.uint8)], "operand table of mixed weights is missing"),
+        (
+            [np.zeros((36, 64), np.uint8), np.zeros((2, 2), F32)],
+            "table of mixed weights: expected int32 [L, 2], found float32 [2, 2]",
+        ),
+        (
+            [np.zeros((36, 64), np.uint8), np.zeros((2, 3), np.int32)],
+            "table of mixed weights: expected int32 [L, 2], found int32 [2, 3]",
+        ),
+        (
+            [np.zeros((36, 64), np.uint8), np.ones((1, 2), np.int32)],
+            "table of mixed weights [1, 2]: no entry 1",
+        ),
+    ],
+)
+def test_linear_refuses_operands_of_mixed_weights(
+    linear: Callable[..., Any], refusal: Callable[..., str], arrays: list[np.ndarray], what: str
+) -> None:
+    assert f"linear: {what}" in refusal(lambda: linear(X, 1, [arrays], [20]))

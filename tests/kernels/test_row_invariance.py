@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packed import NAMES, pack
 from test_attention import KINDS, Attention, Sizes, as_bytes, make, one
-from test_linear import FORMATS, Linear, pack
+from test_linear import Linear
 
 # (in, outs): sizes next to a multiple of a vector, a panel, a group, a pass of inputs, or a chunk of groups.
 SIZES = ((577, (65, 9)), (2081, (17,)), (39, (130, 33)), (800, (48,)))
@@ -19,7 +20,7 @@ def parts_of(rng: np.random.Generator, rows: int) -> list[np.ndarray]:
     return [*np.split(left, cuts[cuts < rows]), np.arange(rows)[:17], np.arange(rows)[rows - 1 :]]
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("size", "outs"), SIZES)
 def test_products(isa: str, name: str, linear: Linear, size: int, outs: tuple[int, ...]) -> None:
     rng = np.random.default_rng(size)
@@ -34,7 +35,7 @@ def test_products(isa: str, name: str, linear: Linear, size: int, outs: tuple[in
             np.testing.assert_array_equal(found, expected[part])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("gate", ["silu", "gelu_tanh"])
 def test_gates_biases_and_residuals(isa: str, name: str, linear: Linear, gate: str) -> None:
     rng = np.random.default_rng(5)
