@@ -26,6 +26,7 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
+from .block_formats import BLOCK_FORMATS
 from .scales import (
     HALF_MAX,
     INT4_ZERO,
@@ -75,12 +76,12 @@ class Format(ABC):
     Attributes:
         name: its key in `FORMATS`.
         largest: largest magnitude that it can hold.
-        takes_blocks: True if `repack` can convert some kinds of quantised blocks.
+        takes: the block formats that `repack` can convert, if their numbers are within the range of this format.
     """
 
     name: str
     largest: float
-    takes_blocks: bool = False
+    takes: tuple[str, ...] = ()
 
     @abstractmethod
     def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
@@ -163,7 +164,8 @@ class _Grouped(Format):
         nibbles: values per byte.
         suffixes: name suffixes of the arrays that hold the coefficients.
         quantise: quantises groups ``[n, G]``.
-        convert: converts blocks to values and coefficients without changing a weight, or returns None.
+        convert: converts blocks in a format of `takes` to values and coefficients without changing a weight, or returns
+            None.
         zero: the value that represents zero, if there is no minimum.
     """
 
@@ -200,10 +202,8 @@ class _Grouped(Format):
         return values
 
     def repack(self, blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-        converted = self.convert(blocks)
-        if converted is None:
-            return None
-        return self.pack(*converted)
+        converted = self.convert(blocks) if blocks.format in self.takes else None
+        return None if converted is None else self.pack(*converted)
 
     def pack(self, values: np.ndarray, *coefficients: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return the arrays that store values ``[rows, in]`` and coefficients ``[rows, groups]``."""
@@ -273,30 +273,23 @@ def _padded(array: np.ndarray, multiple: int) -> np.ndarray:
 
 
 def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    if blocks.minimum is not None or blocks.values.min(initial=0) < -127:
-        return None
-    return blocks.values, blocks.scale
+    values = blocks.codes.view(np.int8) - np.int8(BLOCK_FORMATS[blocks.format].zero)
+    return None if values.min(initial=0) < -127 else (values, *blocks.coefficients)
 
 
 def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    """Return the blocks as values 0..15, scale and minimum; None if a value or a minimum is out of range.
-
-    Blocks without a minimum have signed values -8..7: these are shifted by 8, and the minimum becomes -8 · scale.
-    """
-    low, high = blocks.values.min(initial=0), blocks.values.max(initial=0)
-    if blocks.minimum is not None:
-        return (blocks.values, blocks.scale, blocks.minimum) if low >= 0 and high <= 15 else None
-    minimum = -8 * blocks.scale.astype(np.float32)
-    if low < -8 or high > 7 or np.abs(minimum).max(initial=0) > HALF_MAX:
+    """Return the blocks with minima, −8 · scale if they have none; None if a minimum is out of range."""
+    scale, *minima = blocks.coefficients
+    if minima:
+        return blocks.codes, scale, *minima
+    minimum = -np.float32(INT4_ZERO) * scale.astype(np.float32)
+    if np.abs(minimum).max(initial=0) > HALF_MAX:
         return None
-    return (blocks.values + np.int8(8)).view(np.uint8), blocks.scale, minimum.astype(np.float16)
+    return blocks.codes, scale, minimum.astype(np.float16)
 
 
-def _as_symmetric(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    low, high = blocks.values.min(initial=0), blocks.values.max(initial=0)
-    if blocks.minimum is not None or low < -INT4_ZERO or high > 15 - INT4_ZERO:
-        return None
-    return (blocks.values + np.int8(INT4_ZERO)).view(np.uint8), blocks.scale
+def _as_symmetric(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...]:
+    return blocks.codes, *blocks.coefficients
 
 
 # --- the formats --------------------------------------------------------------------------------------------
@@ -308,7 +301,7 @@ INT4 = _Grouped(
     inputs=4,
     nibbles=2,
     suffixes=(".scale", ".minimum"),
-    takes_blocks=True,
+    takes=("q4_0", "q4_1"),
     quantise=quantise_with_minimum,
     convert=_as_int4,
 )
@@ -324,7 +317,7 @@ FORMATS: Mapping[str, Format] = {
             inputs=2,
             nibbles=1,
             suffixes=(".scale",),
-            takes_blocks=True,
+            takes=("q8_0", "q5_0", "q4_0"),
             quantise=quantise_int8,
             convert=_as_int8,
         ),
@@ -336,7 +329,7 @@ FORMATS: Mapping[str, Format] = {
             inputs=4,
             nibbles=2,
             suffixes=(".scale",),
-            takes_blocks=True,
+            takes=("q4_0",),
             quantise=quantise_symmetric,
             convert=_as_symmetric,
             zero=INT4_ZERO,

@@ -186,7 +186,7 @@ def without_minima(formats: Mapping[str, str], plan: WeightPlan) -> Mapping[str,
     chosen = dict(formats)
     for parameter in plan.parameters:
         tensors = [plan.tensors[name] for name in parameter.sources]
-        if chosen[parameter.name] == "int4" and all(t.blocks is not None and t.is_symmetric for t in tensors):
+        if chosen[parameter.name] == "int4" and all(t.block_format == "q4_0" for t in tensors):
             chosen[parameter.name] = INT4_SYMMETRIC
     return chosen
 
@@ -274,7 +274,7 @@ def repack(
     Raises:
         PrecastError: the tensor has another shape, or holds values that are not finite.
     """
-    if tensor.blocks is None or not stored.takes_blocks:
+    if tensor.blocks is None or tensor.block_format not in stored.takes:
         return None
     blocks = tensor.blocks()
     _check_blocks(name, blocks, shape)
@@ -282,10 +282,9 @@ def repack(
 
 
 def _check_blocks(name: str, blocks: QuantisedBlocks, shape: tuple[int, ...]) -> None:
-    _check_shape(name, blocks.values.shape, shape)
-    for coefficients in (blocks.scale, blocks.minimum):
-        if coefficients is not None and not np.isfinite(coefficients).all():
-            _refuse_not_finite(name)
+    _check_shape(name, blocks.codes.shape, shape)
+    if not all(np.isfinite(each).all() for each in blocks.coefficients):
+        _refuse_not_finite(name)
 
 
 def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -327,6 +327,18 @@ def greedy() -> Callable[[Any, Sequence[int], int], tuple[int, ...]]:
     return answer
 
 
+@pytest.fixture(scope="session")
+def decode_blocks() -> Callable[[Any], np.ndarray]:
+    """Dequantise quantised blocks into a float32 matrix ``[out, in]``."""
+    from precast.exporter.block_formats import BLOCK_FORMATS
+
+    def decode(blocks: Any) -> np.ndarray:
+        form = BLOCK_FORMATS[blocks.format]
+        return form.decode(form.pack(blocks.codes, *blocks.coefficients), *blocks.codes.shape)
+
+    return decode
+
+
 @pytest.fixture
 def artifact_copy(tmp_path: Path, tiny_artifact: Path) -> Path:
     """Return a copy of the tiny artifact that the test may break."""

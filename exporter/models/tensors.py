@@ -51,11 +51,10 @@ def _slice_rows(tensor: SourceTensor, start: int, stop: int) -> SourceTensor:
 
 
 def _slice_blocks(blocks: QuantisedBlocks, start: int, stop: int) -> QuantisedBlocks:
-    minimum = blocks.minimum
-    return QuantisedBlocks(
-        values=blocks.values[start:stop].copy(),
-        scale=blocks.scale[start:stop].copy(),
-        minimum=None if minimum is None else minimum[start:stop].copy(),
+    return replace(
+        blocks,
+        codes=blocks.codes[start:stop].copy(),
+        coefficients=tuple(each[start:stop].copy() for each in blocks.coefficients),
     )
 
 
@@ -65,6 +64,7 @@ def transpose(tensor: SourceTensor) -> SourceTensor:
         tensor,
         shape=tensor.shape[::-1],
         read=lambda: np.ascontiguousarray(tensor.read().T),
+        block_format=None,
         blocks=None,
     )
 
@@ -74,7 +74,7 @@ def scale(tensor: SourceTensor, factor: float) -> SourceTensor:
 
     The result has no quantised blocks, because they could not represent the product exactly.
     """
-    return replace(tensor, read=lambda: tensor.read() * np.float32(factor), blocks=None)
+    return replace(tensor, read=lambda: tensor.read() * np.float32(factor), block_format=None, blocks=None)
 
 
 def add_one_to_norms(tensors: Tensors) -> Tensors:
@@ -83,7 +83,7 @@ def add_one_to_norms(tensors: Tensors) -> Tensors:
 
 
 def _plus_one(tensor: SourceTensor) -> SourceTensor:
-    return replace(tensor, read=lambda: tensor.read() + np.float32(1.0), blocks=None)
+    return replace(tensor, read=lambda: tensor.read() + np.float32(1.0), block_format=None, blocks=None)
 
 
 def split_experts(tensors: Tensors, config: DecoderConfig) -> Tensors:
@@ -138,6 +138,6 @@ def _matrices(
 
     shape = (stop - start, stack.shape[2])
     return {
-        name.format(i): replace(stack, shape=shape, read=read_matrix(i), blocks=None)
+        name.format(i): replace(stack, shape=shape, read=read_matrix(i), block_format=None, blocks=None)
         for i in range(stack.shape[0])
     }

@@ -8,19 +8,17 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class QuantisedBlocks:
-    """A matrix ``[out, in]`` in a checkpoint's own quantisation, in groups of 32 inputs.
-
-    A weight is scale · value, or scale · value + minimum if there is a minimum, computed in float32.
+    """A matrix ``[out, in]`` in a checkpoint's own quantisation, as one of the block formats represents it exactly.
 
     Attributes:
-        values: ``[out, in]``; uint8 if there is a minimum, otherwise int8.
-        scale: float16 ``[out, in/32]``; may be negative.
-        minimum: float16 ``[out, in/32]``, or None.
+        format: name of the format in `block_formats.BLOCK_FORMATS`.
+        codes: ``[out, in]``; int8 for 8 bits, otherwise uint8.
+        coefficients: arrays ``[out, n]``, in the order that `BlockFormat.pack` takes; scales may be negative.
     """
 
-    values: np.ndarray
-    scale: np.ndarray
-    minimum: np.ndarray | None = None
+    format: str
+    codes: np.ndarray
+    coefficients: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +29,16 @@ class SourceTensor:
         shape: shape in the model's Hugging Face checkpoint (``[out, in]`` for a linear layer).
         dtype: name of the stored type ("float32", "bfloat16", "Q4_1", …), for messages and provenance.
         read: returns a new float32 array of `shape`, which the caller owns.
-        blocks: returns the tensor before dequantisation; this attribute is None if `QuantisedBlocks` cannot represent
-            the tensor exactly.
-        is_symmetric: True if the blocks have values from -8 to 7 and no minima.
+        block_format: the format of `blocks`, known before they are read; None if no block format represents the tensor
+            exactly.
+        blocks: returns the tensor before dequantisation; None if `block_format` is None.
     """
 
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+    block_format: str | None = None
     blocks: Callable[[], QuantisedBlocks] | None = None
-    is_symmetric: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from precast.exporter.block_formats import BLOCK_FORMATS
 from precast.exporter.models.parameters import abstract_model, unknown_sources
 from precast.exporter.models.registry import ModelSpec, read_model
 from precast.exporter.sources.base import QuantisedBlocks, Source, SourceTensor
@@ -146,25 +147,27 @@ def test_fused_projections_are_split() -> None:
     np.testing.assert_array_equal(tensors["model.layers.0.mlp.up_proj.weight"].read(), fused[32:])
 
 
-@pytest.mark.parametrize("with_minimum", [False, True])
-def test_blocks_are_split_with_their_rows(with_minimum: bool) -> None:
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k"])
+def test_blocks_are_split_with_their_rows(kind: str) -> None:
     spec, rng = _spec("phi3"), np.random.default_rng(1)
     blocks = QuantisedBlocks(
-        values=rng.integers(0, 15, (128, 64)).astype(np.uint8 if with_minimum else np.int8),
-        scale=rng.standard_normal((128, 2)).astype(np.float16),
-        minimum=rng.standard_normal((128, 2)).astype(np.float16) if with_minimum else None,
+        format=kind,
+        codes=rng.integers(0, 15, (128, 64)).astype(np.uint8),
+        coefficients=tuple(
+            rng.integers(0, 64, (128, n)).astype(dtype)
+            for n, dtype in BLOCK_FORMATS[kind].coefficient_shapes(64)
+        ),
     )
     name = "model.layers.0.self_attn.qkv_proj.weight"
     tensors = dict(Checkpoint(_phi3_shapes(spec)).tensors)
-    tensors[name] = replace(tensors[name], blocks=lambda: blocks)
-    cut = spec.architecture.adapt(tensors, spec.config)["model.layers.0.self_attn.k_proj.weight"].blocks
-    assert cut is not None
-    found = cut()
-    np.testing.assert_array_equal(found.values, blocks.values[64:96])
-    np.testing.assert_array_equal(found.scale, blocks.scale[64:96])
-    assert (found.minimum is None) == (blocks.minimum is None)
-    if blocks.minimum is not None:
-        np.testing.assert_array_equal(found.minimum, blocks.minimum[64:96])
+    tensors[name] = replace(tensors[name], block_format=kind, blocks=lambda: blocks)
+    cut = spec.architecture.adapt(tensors, spec.config)["model.layers.0.self_attn.k_proj.weight"]
+    assert cut.blocks is not None
+    found = cut.blocks()
+    assert cut.block_format == found.format == kind
+    np.testing.assert_array_equal(found.codes, blocks.codes[64:96])
+    for part, whole in zip(found.coefficients, blocks.coefficients, strict=True):
+        np.testing.assert_array_equal(part, whole[64:96])
 
 
 # --- GPT-2 --------------------------------------------------------------------------------------------------
@@ -217,13 +220,15 @@ def test_one_is_added_to_norms_of_gemma(model_type: str) -> None:
 def test_granite_scales_the_weights_before_the_residual_sum() -> None:
     spec = _spec("granite", residual_multiplier=0.25, attention_bias=True, mlp_bias=True)
     checkpoint = Checkpoint(_own_shapes(spec))
-    checkpoint.tensors = {n: replace(t, blocks=lambda: None) for n, t in checkpoint.tensors.items()}
+    checkpoint.tensors = {
+        n: replace(t, block_format="q4_0", blocks=lambda: None) for n, t in checkpoint.tensors.items()
+    }
     tensors = checkpoint.adapted(spec)
     scaled = {n for n, a in checkpoint.arrays.items() if not np.array_equal(tensors[n].read(), a)}
     assert scaled == {n for n in tensors if "o_proj." in n or "down_proj." in n}
     assert len(scaled) == 8
     for name, tensor in tensors.items():
-        assert (tensor.blocks is None) == (name in scaled)
+        assert (tensor.blocks is None) == (tensor.block_format is None) == (name in scaled)
     for name in scaled:
         np.testing.assert_array_equal(tensors[name].read(), 0.25 * checkpoint.arrays[name])
 

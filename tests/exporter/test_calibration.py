@@ -149,7 +149,7 @@ def logits(model, text: str) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def test_blocks_keep_their_values(tiny_source, export_tiny, text: Path) -> None:
+def test_blocks_keep_their_values(tiny_source, export_tiny, decode_blocks, text: Path) -> None:
     """One matrix comes with minima, another without; the rest is calibrated."""
     source = tiny_source()
     rng = np.random.default_rng(0)
@@ -158,17 +158,17 @@ def test_blocks_keep_their_values(tiny_source, export_tiny, text: Path) -> None:
         tensor = source.tensors[name]
         rows, columns = tensor.shape
         groups = -(-columns // 32)
+        scale, minimum = (np.full((rows, groups), value, np.float16) for value in (0.01, -0.08))
         blocks = QuantisedBlocks(
-            values=rng.integers(0, 16, (rows, columns)).astype(np.uint8)
-            if has_minima
-            else rng.integers(-8, 8, (rows, columns)).astype(np.int8),
-            scale=np.full((rows, groups), 0.01, np.float16),
-            minimum=np.full((rows, groups), -0.08, np.float16) if has_minima else None,
+            format="q4_1" if has_minima else "q4_0",
+            codes=rng.integers(0, 16, (rows, columns)).astype(np.uint8),
+            coefficients=(scale, minimum) if has_minima else (scale,),
         )
-        dense = blocks.values * np.float32(np.float16(0.01))
-        dense = dense + np.float32(np.float16(-0.08)) if has_minima else dense
         return dataclasses.replace(
-            tensor, read=dense.copy, blocks=lambda: blocks, is_symmetric=not has_minima
+            tensor,
+            read=lambda: decode_blocks(blocks),
+            block_format=blocks.format,
+            blocks=lambda: blocks,
         )
 
     changed = {

@@ -1,5 +1,6 @@
 """Storage formats: the layout of each element, bounds on errors, and refusals."""
 
+import dataclasses
 import tracemalloc
 
 import ml_dtypes
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from precast.exporter.block_formats import BLOCK_FORMATS
 from precast.exporter.quantize import FORMATS, GROUP, INT4_SYMMETRIC, PANEL, StoredArray
 from precast.exporter.sources.base import QuantisedBlocks
 from precast.loaders.artifact.errors import PrecastError
@@ -342,36 +344,32 @@ def test_values_that_are_not_finite_are_refused(name, value):
 # --- blocks -------------------------------------------------------------------------------------------------
 
 
-def blocks(low: int, high: int, *, minimum: bool = False, rows: int = 20, groups: int = 3) -> QuantisedBlocks:
-    random = np.random.default_rng(5)
-    values = random.integers(low, high + 1, (rows, GROUP * groups)).astype(np.uint8 if minimum else np.int8)
-    values[0, :2] = low, high
-    scale = random.uniform(-1, 1, (rows, groups)).astype(np.float16)
-    least = random.uniform(-5, 5, (rows, groups)).astype(np.float16) if minimum else None
-    return QuantisedBlocks(values=values, scale=scale, minimum=least)
-
-
-def dequantised(found: QuantisedBlocks) -> np.ndarray:
-    scale, minimum = (
-        np.float32(0) if part is None else np.repeat(part.astype(np.float32), GROUP, axis=1)
-        for part in (found.scale, found.minimum)
+def blocks(kind: str, low: int = -127, *, groups: int = 3) -> QuantisedBlocks:
+    """Return blocks with every code of a format; q8_0 begins at `low`."""
+    random, form = np.random.default_rng(5), BLOCK_FORMATS[kind]
+    low, high = (low, 127) if form.bits == 8 else (0, (1 << form.bits) - 1)
+    codes = random.integers(low, high + 1, (20, GROUP * groups)).astype(np.int8 if low < 0 else np.uint8)
+    codes[0, :2] = low, high
+    coefficients = [random.uniform(-1, 1, (20, n)) for n, _ in form.coefficient_shapes(GROUP * groups)]
+    return QuantisedBlocks(
+        format=kind, codes=codes, coefficients=tuple(each.astype(np.float16) for each in coefficients)
     )
-    return scale * found.values.astype(np.float32) + minimum
 
 
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        ("int8", blocks(-127, 127)),
-        ("int8", blocks(-8, 7)),
-        ("int4", blocks(-8, 7)),
-        ("int4", blocks(0, 15, minimum=True)),
-        (INT4_SYMMETRIC, blocks(-8, 7)),
+        ("int8", blocks("q8_0")),
+        ("int8", blocks("q5_0")),
+        ("int8", blocks("q4_0")),
+        ("int4", blocks("q4_0")),
+        ("int4", blocks("q4_1")),
+        (INT4_SYMMETRIC, blocks("q4_0")),
     ],
 )
-def test_blocks_are_stored_exactly(name, given):
+def test_blocks_are_stored_exactly(decode_blocks, name, given):
     arrays = FORMATS[name].repack(given)
-    expected = dequantised(given)
+    expected = decode_blocks(given)
     np.testing.assert_array_equal(FORMATS[name].decode(arrays, *expected.shape), expected)
     stored = FORMATS[name].arrays((1, *expected.shape))
     assert [(a.shape, a.dtype) for a in arrays] == [(a.shape[1:], a.numpy_dtype) for a in stored]
@@ -380,17 +378,15 @@ def test_blocks_are_stored_exactly(name, given):
 @pytest.mark.parametrize(
     ("name", "given"),
     [
-        ("int8", blocks(-128, 127)),
-        ("int8", blocks(0, 15, minimum=True)),
-        ("int4", blocks(-127, 127)),
-        ("int4", blocks(-9, 7)),
-        ("int4", blocks(-8, 8)),
-        ("int4", blocks(0, 16, minimum=True)),
-        (INT4_SYMMETRIC, blocks(-8, 8)),
-        (INT4_SYMMETRIC, blocks(-9, 7)),
-        (INT4_SYMMETRIC, blocks(0, 15, minimum=True)),
-        ("float32", blocks(-8, 7)),
-        ("bfloat16", blocks(-8, 7)),
+        ("int8", blocks("q8_0", -128)),
+        ("int8", blocks("q4_1")),
+        ("int4", blocks("q8_0")),
+        ("int4", blocks("q5_0")),
+        ("int4", blocks("q5_1")),
+        (INT4_SYMMETRIC, blocks("q5_0")),
+        (INT4_SYMMETRIC, blocks("q4_1")),
+        ("float32", blocks("q4_0")),
+        ("bfloat16", blocks("q4_0")),
     ],
 )
 def test_blocks_that_a_format_cannot_hold_are_left(name, given):
@@ -400,9 +396,9 @@ def test_blocks_that_a_format_cannot_hold_are_left(name, given):
 @pytest.mark.parametrize(
     ("scale", "fits"), [(8188.0, True), (8192.0, False), (-8192.0, False), (2.0**-24, True)]
 )
-def test_a_minimum_of_eight_scales_must_fit(scale, fits):
-    given = QuantisedBlocks(values=blocks(-8, 7, groups=1).values, scale=np.full((20, 1), scale, np.float16))
+def test_a_minimum_of_eight_scales_must_fit(decode_blocks, scale, fits):
+    given = dataclasses.replace(blocks("q4_0", groups=1), coefficients=(np.full((20, 1), scale, np.float16),))
     arrays = INT4.repack(given)
     assert (arrays is not None) == fits
     if fits:
-        np.testing.assert_array_equal(INT4.decode(arrays, 20, 32), dequantised(given))
+        np.testing.assert_array_equal(INT4.decode(arrays, 20, 32), decode_blocks(given))

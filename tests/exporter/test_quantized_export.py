@@ -94,10 +94,10 @@ def symmetric(source: Source) -> Source:
         scale = np.abs(matrix.reshape(rows, -1, GROUP)).max(axis=2) / 7
         scale = np.maximum(scale, 2.0**-10).astype(np.float16)
         each = np.repeat(scale.astype(np.float32), GROUP, axis=1)[:, :columns]
-        values = np.rint(matrix[:, :columns] / each).clip(-8, 7).astype(np.int8)
-        blocks = QuantisedBlocks(values=values, scale=scale)
+        values = np.rint(matrix[:, :columns] / each).clip(-8, 7)
+        blocks = QuantisedBlocks(format="q4_0", codes=(values + 8).astype(np.uint8), coefficients=(scale,))
         return replace(
-            tensor, read=lambda: values * each, blocks=lambda: blocks, dtype="Q4_0", is_symmetric=True
+            tensor, read=lambda: values * each, block_format="q4_0", blocks=lambda: blocks, dtype="Q4_0"
         )
 
     changed = {

@@ -236,15 +236,19 @@ def test_rows_of_blocks_are_reordered(gguf_spec, tiny, tmp_path):
     np.testing.assert_allclose(in_format("int8", tensor), original, atol=0.03)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "TQ2_0", "MXFP4"])
 def test_other_types_have_no_blocks(gguf_spec, tmp_path, kind):
     spec = gguf_spec(types={"blk.0.ffn_up.weight": kind})
-    assert open_source(str(spec.write(tmp_path))).tensors["model.layers.0.mlp.up_proj.weight"].blocks is None
+    tensor = open_source(str(spec.write(tmp_path))).tensors["model.layers.0.mlp.up_proj.weight"]
+    assert tensor.block_format is None
+    assert tensor.blocks is None
 
 
 def test_a_quantised_vector_has_no_blocks(gguf_spec, tmp_path):
     spec = gguf_spec(types={"output_norm.weight": "Q8_0"})
-    assert open_source(str(spec.write(tmp_path))).tensors["model.norm.weight"].blocks is None
+    tensor = open_source(str(spec.write(tmp_path))).tensors["model.norm.weight"]
+    assert tensor.block_format is None
+    assert tensor.blocks is None
 
 
 def test_blocks_with_minus_128_are_requantised(gguf_spec, tmp_path):
@@ -254,7 +258,7 @@ def test_blocks_with_minus_128_are_requantised(gguf_spec, tmp_path):
     tensors = {name: t for name, t in gguf_spec().tensors.items() if name != "blk.0.ffn_up.weight"}
     spec = gguf_spec(tensors=tensors, raw={"blk.0.ffn_up.weight": (data, "Q8_0")})
     tensor = open_source(str(spec.write(tmp_path))).tensors["model.layers.0.mlp.up_proj.weight"]
-    assert tensor.blocks().values.min() == -128
+    assert tensor.blocks().codes.min() == -128
     assert FORMATS["int8"].repack(tensor.blocks()) is None
 
 

@@ -206,30 +206,55 @@ def symmetric(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**stored, "qzeros": np.full_like(stored["qzeros"], 0x77777777)}
 
 
+# 96 inputs in groups of 64 and 32: two groups of equal size would be of 48.
+LAST_SHORTER = {name: array for name, array in gptq(rng(), 24, 96, 2, 4)[0].items() if name != "g_idx"}
+MORE_GROUPS_THAN_INPUTS = {"scales": np.ones((66, 24), np.float16), "qzeros": np.ones((66, 3), np.int32)}
+INT8 = {"weight": rng().integers(-128, 128, (40, 48)).astype(np.int8)}
+
+
 @pytest.mark.parametrize(
-    ("quantization", "stored", "has_blocks"),
+    ("quantization", "stored", "kind"),
     [
-        (GPTQ4, symmetric(CASES["gptq, 4 bits"][1][0]), True),
-        (CT, CASES["compressed-tensors, 4 bits"][1][0], True),
-        (GPTQ4, CASES["gptq, 4 bits"][1][0], False),
-        (GPTQ4, symmetric(CASES["gptq, in the order of activations"][1][0]), False),
-        (CT, CASES["compressed-tensors, 8 bits"][1][0], False),
-        (AWQ4, CASES["awq, one group"][1][0], False),
+        (GPTQ4, symmetric(CASES["gptq, 4 bits"][1][0]), "q4_0"),
+        (CT, CASES["compressed-tensors, 4 bits"][1][0], "q4_0"),
+        ({**GPTQ4, "bits": 2}, CASES["gptq, 2 bits"][1][0], "q4_0"),
+        (GPTQ4, CASES["gptq, 4 bits"][1][0], "q5_0"),
+        (GPTQ4 | V2, CASES["gptq, version 2"][1][0], "q5_0"),
+        (
+            GPTQ4 | {"group_size": 64},
+            LAST_SHORTER | {"g_idx": (np.arange(96) // 64).astype(np.int32)},
+            "q5_0",
+        ),
+        (GPTQ4, CASES["gptq, 4 bits"][1][0] | MORE_GROUPS_THAN_INPUTS, None),
+        (GPTQ4 | {"group_size": 64}, LAST_SHORTER, "q5_0"),
+        (AWQ4, CASES["awq"][1][0], "q5_0"),
+        (AWQ4, CASES["awq, one group"][1][0], "q5_0"),
+        (CT, CASES["compressed-tensors, zero points"][1][0], "q5_0"),
+        (CT, CASES["compressed-tensors, part of a word"][1][0], "q5_0"),
+        (CT, CASES["compressed-tensors, 8 bits"][1][0], "q8_0"),
+        ({**GPTQ4, "bits": 8}, CASES["gptq, 8 bits"][1][0], None),
+        (CT, INT8 | {"weight_scale": np.arange(1, 41, dtype=np.float16)[:, None]}, "q8_0"),
+        (CT | GROUPS, INT8 | {"weight_scale": np.arange(1, 7, dtype=np.float16).reshape(3, 2)}, "q8_0"),
+        (CT, INT8 | {"weight_scale": np.full((40, 1), 1e-9, np.float32)}, None),
+        (CT, INT8 | {"weight_scale": np.ones((40, 3), np.float16)}, None),
+        (GPTQ4, symmetric(CASES["gptq, in the order of activations"][1][0]), None),
         (
             GPTQ4,
             symmetric(CASES["gptq, 4 bits"][1][0]) | {"scales": np.full((2, 24), 1e-9, np.float32)},
-            False,
+            None,
         ),
     ],
 )
-def test_symmetric_numbers_of_4_bits_are_taken_over(checkpoint, quantization, stored, has_blocks) -> None:
+def test_numbers_with_scales_in_half_precision_are_taken_over(
+    checkpoint, decode_blocks, quantization, stored, kind
+) -> None:
     tensor = opened(checkpoint, quantization, stored).tensors[f"{BASE}.weight"]
-    assert (tensor.blocks is not None) == tensor.is_symmetric == has_blocks
+    assert tensor.block_format == kind
+    assert (tensor.blocks is None) == (kind is None)
     if tensor.blocks is not None:
         blocks = tensor.blocks()
-        assert blocks.minimum is None
-        each = np.repeat(blocks.scale.astype(np.float32), 32, axis=1)
-        np.testing.assert_array_equal(blocks.values * each, tensor.read())
+        assert blocks.format == kind
+        np.testing.assert_array_equal(decode_blocks(blocks), tensor.read())
 
 
 @pytest.mark.parametrize("sparsity", [{}, {"format": "dense"}])
@@ -294,7 +319,7 @@ def test_an_export_is_that_of_the_dequantised_checkpoint(tiny_checkpoint, tmp_pa
     save_file(dequantised, plain / "model.safetensors")
     config = json.loads((plain / "config.json").read_text())
     (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": GPTQ4}))
-    options = ExportOptions(buckets=(8,), context=32, weights="int8", targets=("cpu",))
+    options = ExportOptions(buckets=(8,), context=32, weights="bfloat16", targets=("cpu",))
     for folder in (plain, quantised):
         export(open_source(str(folder)), tmp_path / "out" / folder.name, options)
     one, other = (tmp_path / "out" / f.name / "weights.safetensors" for f in (plain, quantised))

@@ -279,14 +279,19 @@ def blocky(tiny_source, blocks, array=None):
         assert array is not None, "the blocks should have been enough"
         return array
 
-    up = SourceTensor(shape=(3, 32), dtype="Q8_0", read=read, blocks=lambda: blocks)
+    up = SourceTensor(
+        shape=(3, 32), dtype="Q8_0", read=read, block_format=blocks.format, blocks=lambda: blocks
+    )
     return dataclasses.replace(tiny_source(), tensors={"up": up})
 
 
-def blocks_of(low, *, scale=0.5, shape=(3, 32)):
-    values = np.random.default_rng(0).integers(low, 8, shape).astype(np.int8)
-    values[0, 0] = low
-    return QuantisedBlocks(values=values, scale=np.full((shape[0], shape[1] // 32), scale, np.float16))
+def blocks_of(kind, low=0, *, shape=(3, 32)):
+    codes = np.random.default_rng(0).integers(low, 8, shape).astype(np.int8 if low else np.uint8)
+    codes[0, 0] = low
+    scale = np.full((shape[0], shape[1] // 32), 0.5, np.float16)
+    return QuantisedBlocks(
+        format=kind, codes=codes, coefficients=(scale, -scale) if kind == "q4_1" else (scale,)
+    )
 
 
 def write_blocks(path, source, weights):
@@ -295,57 +300,62 @@ def write_blocks(path, source, weights):
     return FORMATS[weights].decode([a[0] for a in stored(map_weights(path), "up")], 3, 32)
 
 
-@pytest.mark.parametrize(("weights", "low"), [("int8", -127), ("int8", -8), ("int4", -8)])
-def test_blocks_are_not_rounded_again(tiny_source, tmp_path, weights, low):
-    blocks = blocks_of(low)
+@pytest.mark.parametrize(
+    ("weights", "blocks"),
+    [("int8", blocks_of("q8_0", -127)), ("int8", blocks_of("q4_0")), ("int4", blocks_of("q4_0"))],
+)
+def test_blocks_are_not_rounded_again(tiny_source, decode_blocks, tmp_path, weights, blocks):
     found = write_blocks(tmp_path / "w", blocky(tiny_source, blocks), weights)
-    np.testing.assert_array_equal(found, blocks.values * np.float32(0.5))
+    np.testing.assert_array_equal(found, decode_blocks(blocks))
 
 
 @pytest.mark.parametrize(
-    ("weights", "low"), [("int8", -128), ("int4", -127), ("bfloat16", -8), ("float32", -8)]
+    ("weights", "blocks"),
+    [
+        ("int8", blocks_of("q8_0", -128)),
+        ("int4", blocks_of("q8_0", -127)),
+        ("bfloat16", blocks_of("q4_0")),
+        ("float32", blocks_of("q4_0")),
+    ],
 )
-def test_blocks_that_do_not_fit_are_dequantised(tiny_source, tmp_path, weights, low):
-    blocks = blocks_of(low)
-    array = blocks.values * np.float32(0.5)
+def test_blocks_that_do_not_fit_are_dequantised(tiny_source, decode_blocks, tmp_path, weights, blocks):
+    array = decode_blocks(blocks)
     found = write_blocks(tmp_path / "w", blocky(tiny_source, blocks, array), weights)
     np.testing.assert_array_equal(found, FORMATS[weights].decode(FORMATS[weights].encode(array), 3, 32))
 
 
 @pytest.mark.parametrize(
-    ("weights", "symmetric", "has_blocks", "expected"),
+    ("weights", "kind", "expected"),
     [
-        ("int4", True, True, INT4_SYMMETRIC),
-        ("int4", False, True, "int4"),
-        ("int4", True, False, "int4"),
-        ("int8", True, True, "int8"),
+        ("int4", "q4_0", INT4_SYMMETRIC),
+        ("int4", "q4_1", "int4"),
+        ("int4", None, "int4"),
+        ("int8", "q4_0", "int8"),
     ],
 )
-def test_symmetric_blocks_are_stored_without_minima(tiny_source, weights, symmetric, has_blocks, expected):
-    source = blocky(tiny_source, blocks_of(-8))
-    up = dataclasses.replace(
-        source.tensors["up"],
-        is_symmetric=symmetric,
-        blocks=source.tensors["up"].blocks if has_blocks else None,
-    )
+def test_symmetric_blocks_are_stored_without_minima(tiny_source, weights, kind, expected):
+    source = blocky(tiny_source, blocks_of("q4_0"))
+    up = dataclasses.replace(source.tensors["up"], block_format=kind)
     plan = plan_weights(dataclasses.replace(source, tensors={"up": up}), BLOCKY, tied=False)
     assert without_minima(formats_of(BLOCKY, weights), plan) == {"up": expected}
 
 
 def test_one_tensor_with_minima_decides_for_the_stack(tiny_source):
-    source = blocky(tiny_source, blocks_of(-8))
-    up = source.tensors["up"]
+    up = blocky(tiny_source, blocks_of("q4_0")).tensors["up"]
     stack = (Parameter(name="up", shape=(2, 3, 32), sources=("up", "other")),)
-    tensors = {"up": dataclasses.replace(up, is_symmetric=True), "other": up}
-    plan = plan_weights(dataclasses.replace(source, tensors=tensors), stack, tied=False)
+    tensors = {"up": up, "other": dataclasses.replace(up, block_format="q4_1")}
+    plan = plan_weights(dataclasses.replace(tiny_source(), tensors=tensors), stack, tied=False)
     assert without_minima(formats_of(stack, "int4"), plan) == {"up": "int4"}
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("part", ["scale", "minimum"])
+@pytest.mark.parametrize("part", [0, 1])
 def test_blocks_with_scales_that_are_not_finite_are_refused(tiny_source, tmp_path, scale, part):
     broken = np.array([[1], [scale], [1]], np.float16)
-    blocks = dataclasses.replace(blocks_of(0), **{part: broken})
+    blocks = blocks_of("q4_1")
+    coefficients = list(blocks.coefficients)
+    coefficients[part] = broken
+    blocks = dataclasses.replace(blocks, coefficients=tuple(coefficients))
     with pytest.raises(PrecastError, match=r"^up: the tensor holds values that are not finite numbers"):
         write_blocks(tmp_path / "w", blocky(tiny_source, blocks), "int4")
 
@@ -354,4 +364,4 @@ def test_blocks_of_another_shape_are_caught(tiny_source, tmp_path):
     with pytest.raises(
         PrecastError, match=r"^up: the source declares shape \[3, 32\], but the tensor has shape \[1, 96\];"
     ):
-        write_blocks(tmp_path / "w", blocky(tiny_source, blocks_of(-8, shape=(1, 96))), "int4")
+        write_blocks(tmp_path / "w", blocky(tiny_source, blocks_of("q4_0", shape=(1, 96))), "int4")

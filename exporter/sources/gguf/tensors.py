@@ -12,18 +12,15 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
+from ...block_formats import BLOCK_FORMATS
 from ..base import QuantisedBlocks, SourceTensor
 from .architectures import GgufArchitecture
+from .blocks import read_blocks
 
 # Rows dequantised at a time; small, because the library holds two copies of a call's result.
 _SLAB = 512
 
 _NAME = re.compile(r"(?:(?P<layer>blk\.\d+)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
-
-# Quantised types that `QuantisedBlocks` represents exactly, with the number of coefficients in each block of 32 values:
-# a scale, and in Q4_1 also a minimum.
-_BLOCK = 32
-_COEFFICIENTS = {"Q8_0": 1, "Q4_0": 1, "Q4_1": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +91,14 @@ def _matrices(path: Path, gguf_name: str, name: str, tensor: GgufTensor) -> Iter
 
 
 def _source(tensor: GgufTensor) -> SourceTensor:
-    has_blocks = len(tensor.shape) == 2 and tensor.type.name in _COEFFICIENTS and not tensor.offset
+    kind = tensor.type.name.lower()
+    has_blocks = len(tensor.shape) == 2 and kind in BLOCK_FORMATS and not tensor.offset
     return SourceTensor(
         shape=tensor.shape,
         dtype=tensor.type.name,
         read=partial(dequantise, tensor),
+        block_format=kind if has_blocks else None,
         blocks=partial(_blocks, tensor) if has_blocks else None,
-        is_symmetric=tensor.type.name == "Q4_0",
     )
 
 
@@ -147,37 +145,10 @@ def dequantise(tensor: GgufTensor) -> np.ndarray:
 
 
 def _blocks(tensor: GgufTensor) -> QuantisedBlocks:
-    """Return the blocks of a matrix, with rows in the order of Hugging Face.
-
-    Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q8_0, block_q4_0, block_q4_1).
-    """
-    rows, columns = tensor.shape
-    kind, count = tensor.type.name, _COEFFICIENTS[tensor.type.name]
-    order = _order(tensor)
-    values = np.empty((rows, columns), np.uint8)
-    coefficients = np.empty((count, rows, columns // _BLOCK), np.float16)
-    for start in range(0, rows, _SLAB):
-        slab = slice(start, start + _SLAB)
-        stored = tensor.data[slab if order is None else order[slab]]
-        stored = stored.reshape(len(stored), columns // _BLOCK, -1)
-        head = np.ascontiguousarray(stored[..., : 2 * count]).view("<f2")
-        coefficients[:, slab] = np.moveaxis(head, -1, 0)
-        values[slab] = _values(kind, stored[..., 2 * count :]).reshape(-1, columns)
+    """Return the blocks of a matrix, with rows in the order of Hugging Face."""
+    blocks = read_blocks(tensor.type.name.lower(), tensor.data, tensor.shape[1], _order(tensor))
     _release_pages(tensor.data)
-    minimum = coefficients[1] if count > 1 else None
-    return QuantisedBlocks(
-        values=values if kind == "Q4_1" else values.view(np.int8), scale=coefficients[0], minimum=minimum
-    )
-
-
-def _values(kind: str, stored: np.ndarray) -> np.ndarray:
-    """Return the 32 values of each block. In 4-bit types, the 16 low nibbles come first, then the 16 high ones."""
-    if kind == "Q8_0":
-        return stored
-    values = np.concatenate([stored & 15, stored >> 4], axis=-1)
-    return (
-        values - np.uint8(8) if kind == "Q4_0" else values
-    )  # wraps below 0; the caller reads the bytes as int8
+    return blocks
 
 
 def _release_pages(array: np.ndarray) -> None:

@@ -22,15 +22,14 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
-from ...quantize import GROUP
+from ...block_formats import GROUP
 from ..base import QuantisedBlocks, SourceTensor
+from .affine import Affine, are_halves
 
 # The half byte that holds each of eight consecutive outputs, counted from the lowest bits of an int32.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _WORD_BITS = 32
 _BITS = (1, 2, 4, 8)
-# Bits of the numbers in `QuantisedBlocks` without minima.
-_BLOCK_BITS = 4
 # Endings of tensors that only concern activations.
 _ACTIVATIONS = (
     ".input_scale",
@@ -221,89 +220,6 @@ def _plain(name: str, tensor: RawTensor) -> SourceTensor:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Affine:
-    """A weight as whole numbers with a scale and a zero for each group of inputs.
-
-    Attributes:
-        parts: the weight's tensors, for messages.
-        shape: ``[out, in]``.
-        dtype: the format, for messages.
-        bits: bits of a number.
-        groups: number of groups.
-        size: inputs of a group; 0 for groups of equal size.
-        numbers: returns the numbers, uint8 ``[out, in]``.
-        zeros: returns the numbers that represent zero, float32 ``[out, groups]``.
-        scales: returns the scales ``[out, groups]``.
-        index: returns the group of each input ``[in]``; None for groups of consecutive inputs.
-    """
-
-    parts: "_Parts"
-    shape: tuple[int, int]
-    dtype: str
-    bits: int
-    groups: int
-    size: int
-    numbers: Callable[[], np.ndarray]
-    zeros: Callable[[], np.ndarray]
-    scales: Callable[[], np.ndarray]
-    index: Callable[[], np.ndarray] | None
-
-    def source(self) -> SourceTensor:
-        """Return the weight as a tensor, with blocks if `QuantisedBlocks` can represent them.
-
-        Raises:
-            PrecastError: the inputs do not divide into the groups.
-        """
-        inputs, groups, size = self.shape[1], self.groups, self.size
-        if self.index is None and (-(-inputs // size) != groups if size else inputs % groups):
-            raise self.parts.fail(
-                f"expected scales for groups of {f'{size} inputs' if size else 'equal size'}, found {groups} groups of"
-                f" {inputs} inputs"
-            )
-        has_blocks = self._has_blocks()
-        return SourceTensor(
-            shape=self.shape,
-            dtype=self.dtype,
-            read=self.read,
-            blocks=self._blocks if has_blocks else None,
-            is_symmetric=has_blocks,
-        )
-
-    def read(self) -> np.ndarray:
-        """Return ``(numbers − zeros) · scales`` in float32."""
-        scales = self.scales().astype(np.float32)
-        inputs, groups = self.shape[1], self.groups
-        size = self.size or inputs // groups
-        group = np.arange(inputs) // size if self.index is None else self.index().astype(np.int64)
-        if group.size and not 0 <= group.min() <= group.max() < groups:
-            raise self.parts.fail(
-                f"expected g_idx from 0 to {groups - 1}, found {int(group.min())} to {int(group.max())}"
-            )
-        result = self.numbers().astype(np.float32)
-        result -= self.zeros()[:, group]
-        result *= scales[:, group]
-        return result
-
-    def _has_blocks(self) -> bool:
-        size, rest = divmod(self.shape[1], self.groups)
-        if self.bits != _BLOCK_BITS or rest or size % GROUP:
-            return False
-        if self.index is not None and not np.array_equal(self.index(), np.arange(self.shape[1]) // size):
-            return False
-        scales = self.scales().astype(np.float32)
-        with np.errstate(over="ignore"):
-            halves = scales.astype(np.float16).astype(np.float32)
-        return bool((self.zeros() == 1 << _BLOCK_BITS - 1).all() and np.array_equal(halves, scales))
-
-    def _blocks(self) -> QuantisedBlocks:
-        size = self.shape[1] // self.groups
-        return QuantisedBlocks(
-            values=self.numbers().view(np.int8) - np.int8(1 << _BLOCK_BITS - 1),
-            scale=np.repeat(self.scales().astype(np.float16), size // GROUP, axis=1),
-        )
-
-
 def _gptq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
     bits, per = quantisation.bits, _WORD_BITS // quantisation.bits
     words, zeros = parts.take(".qweight", ("I32",)), parts.take(".qzeros", ("I32",))
@@ -321,8 +237,8 @@ def _gptq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
     def lowest() -> np.ndarray:
         return _unpacked(zeros.read(), bits)[:, :outs].T.astype(np.float32) + quantisation.zero_offset
 
-    return _Affine(
-        parts=parts,
+    return Affine(
+        fail=parts.fail,
         shape=(outs, inputs),
         dtype=f"GPTQ, {bits} bits",
         bits=bits,
@@ -350,8 +266,8 @@ def _awq(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
         numbers = _unpacked(array, quantisation.bits).reshape(len(array), packed, len(_AWQ_ORDER))
         return numbers[..., _AWQ_ORDER].reshape(len(array), outs).T  # [out, …]
 
-    return _Affine(
-        parts=parts,
+    return Affine(
+        fail=parts.fail,
         shape=(outs, inputs),
         dtype="AWQ, 4 bits",
         bits=quantisation.bits,
@@ -398,8 +314,8 @@ def _packed(quantisation: Quantisation, parts: _Parts) -> SourceTensor:
         signed = 0.0 if zeros is None else zeros.read().astype(np.float32).reshape(-1, groups)
         return np.full((outs, groups), half, np.float32) + signed
 
-    return _Affine(
-        parts=parts,
+    return Affine(
+        fail=parts.fail,
         shape=(outs, inputs),
         dtype=f"compressed-tensors, {bits} bits",
         bits=bits,
@@ -448,9 +364,19 @@ def _scaled(quantisation: Quantisation, ending: str, parts: _Parts) -> SourceTen
         numbers *= spread(scales.read())
         return numbers
 
+    def blocks() -> QuantisedBlocks:
+        scale = np.broadcast_to(spread(scales.read()), weight.shape)[:, ::GROUP].astype(np.float16)
+        return QuantisedBlocks(format="q8_0", codes=weight.read(), coefficients=(scale,))
+
     rows, columns = weight.shape
+    has_groups = sizes[1] is not None and (sizes[1] == columns or sizes[1] % GROUP == 0)
+    is_exact = weight.dtype == "I8" and zeros is None and has_groups and are_halves(scales.read())
     return SourceTensor(
-        shape=(rows, columns), dtype="FP8" if weight.dtype == "F8_E4M3" else "8 bits", read=read
+        shape=(rows, columns),
+        dtype="FP8" if weight.dtype == "F8_E4M3" else "8 bits",
+        read=read,
+        block_format="q8_0" if is_exact else None,
+        blocks=blocks if is_exact else None,
     )
 
 

@@ -1,0 +1,139 @@
+"""Codes and coefficients of a GGUF file's quantised matrices, as the block formats take them.
+
+Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0 and the structures that follow).
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ...block_formats import BLOCK_FORMATS, GROUP
+from ..base import QuantisedBlocks
+
+# Number of weights unpacked at a time, so that the intermediate arrays fit into the CPU's cache.
+_SLAB = 1 << 18
+# Maximum number of threads. They run in parallel, because NumPy releases the GIL.
+_THREADS = 8
+# Weights in a block of the types whose groups share coefficients.
+_SUPER = 256
+
+# The codes [n, weights] of n blocks, and the coefficients [n, …] of each kind.
+_Unpacked = tuple[np.ndarray, tuple[np.ndarray, ...]]
+
+
+def read_blocks(
+    kind: str, data: np.ndarray, columns: int, order: np.ndarray | None = None
+) -> QuantisedBlocks:
+    """Return the blocks of a matrix without changing a weight.
+
+    Args:
+        kind: GGUF's name of the type in lower case, a name in `BLOCK_FORMATS`.
+        data: the matrix as stored, uint8 ``[rows, bytes]``; it may be mapped.
+        columns: weights in a row.
+        order: the index in `data` of each returned row; None to keep the order.
+    """
+    unpack, weights = _LAYOUTS[kind]
+    rows = len(data)
+    form = BLOCK_FORMATS[kind]
+    codes = np.empty((rows, columns), np.int8 if form.bits == 8 else np.uint8)
+    coefficients = tuple(np.empty((rows, n), dtype) for n, dtype in form.coefficient_shapes(columns))
+
+    def read(start: int) -> None:
+        slab = slice(start, start + step)
+        stored = data[slab if order is None else order[slab]]
+        found, parts = unpack(stored.reshape(len(stored) * (columns // weights), -1))
+        codes[slab] = found.view(codes.dtype).reshape(-1, columns)
+        for whole, part in zip(coefficients, parts, strict=True):
+            whole[slab] = part.reshape(-1, whole.shape[1])
+
+    step = max(1, _SLAB // columns)
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(read, range(0, rows, step)):
+            pass  # raises the exception of a failed thread
+    return QuantisedBlocks(format=kind, codes=codes, coefficients=coefficients)
+
+
+def _q8_0(blocks: np.ndarray) -> _Unpacked:
+    return blocks[:, 2:], (_halves(blocks, 0),)
+
+
+def _q4_0(blocks: np.ndarray) -> _Unpacked:
+    return _nibbles(blocks[:, 2:]), (_halves(blocks, 0),)
+
+
+def _q4_1(blocks: np.ndarray) -> _Unpacked:
+    return _nibbles(blocks[:, 4:]), (_halves(blocks, 0), _halves(blocks, 2))
+
+
+def _q5_0(blocks: np.ndarray) -> _Unpacked:
+    return _nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6]), (_halves(blocks, 0),)
+
+
+def _q5_1(blocks: np.ndarray) -> _Unpacked:
+    codes = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])
+    return codes, (_halves(blocks, 0), _halves(blocks, 2))
+
+
+def _q4_k(blocks: np.ndarray) -> _Unpacked:
+    return _nibbles(blocks[:, 16:].reshape(-1, 4, GROUP)), _super_coefficients(blocks)
+
+
+def _q5_k(blocks: np.ndarray) -> _Unpacked:
+    # Bit g of byte i is the fifth bit of weight i of group g.
+    bits = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    low = _nibbles(blocks[:, 48:].reshape(-1, 4, GROUP)).reshape(bits.shape)
+    return low | bits << 4, _super_coefficients(blocks)
+
+
+def _q6_k(blocks: np.ndarray) -> _Unpacked:
+    # Each half of a block has 64 bytes with nibbles for its groups 0 and 1 (low) and 2 and 3 (high), and 32 bytes with
+    # two more bits for each of its groups.
+    low = _nibbles(blocks[:, :128].reshape(-1, 2, 2 * GROUP)).reshape(-1, 2, 4, GROUP)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, GROUP) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    return low | high << 4, (_halves(blocks, 208), np.ascontiguousarray(blocks[:, 192:208]).view(np.int8))
+
+
+def _halves(blocks: np.ndarray, offset: int) -> np.ndarray:
+    """Return the float16 at this byte of each block, ``[n, 1]``."""
+    return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")
+
+
+def _nibbles(stored: np.ndarray) -> np.ndarray:
+    """Return the low nibbles of the last axis's bytes, then the high ones: ``[…, b]`` → ``[…, 2 b]``."""
+    return np.concatenate([stored & 15, stored >> 4], axis=-1)
+
+
+def _fifth_bits(stored: np.ndarray) -> np.ndarray:
+    """Return the bits of four bytes, from the lowest, each as the fifth bit of a code: ``[n, 4]`` → ``[n, 32]``."""
+    return np.unpackbits(stored, axis=1, bitorder="little") << 4
+
+
+def _super_coefficients(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return the factors of scales and of minima, and the 8 scales and 8 minima of 6 bits each, of Q4_K and Q5_K.
+
+    Bytes 4 to 7 hold the first four scales, and bytes 8 to 11 the first four minima, in their low 6 bits. Bytes 12 to
+    15 hold the low nibbles of the others: of scales in the low nibbles, of minima in the high ones. Their high two bits
+    are those of bytes 4 to 11.
+    """
+    scales, minima, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    return (
+        _halves(blocks, 0),
+        _halves(blocks, 2),
+        np.concatenate([scales & 63, rest & 15 | scales >> 6 << 4], axis=1),
+        np.concatenate([minima & 63, rest >> 4 | minima >> 6 << 4], axis=1),
+    )
+
+
+# For each type, the function that unpacks blocks [n, bytes], and the weights in a block.
+_LAYOUTS: Mapping[str, tuple[Callable[[np.ndarray], _Unpacked], int]] = {
+    "q8_0": (_q8_0, GROUP),
+    "q4_0": (_q4_0, GROUP),
+    "q4_1": (_q4_1, GROUP),
+    "q5_0": (_q5_0, GROUP),
+    "q5_1": (_q5_1, GROUP),
+    "q4_k": (_q4_k, _SUPER),
+    "q5_k": (_q5_k, _SUPER),
+    "q6_k": (_q6_k, _SUPER),
+}
