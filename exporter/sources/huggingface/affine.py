@@ -68,8 +68,7 @@ class Affine:
         """Return ``(numbers − zeros) · scales`` in float32."""
         scales = self.scales().astype(np.float32)
         inputs, groups = self.shape[1], self.groups
-        size = self.size or inputs // groups
-        group = np.arange(inputs) // size if self.index is None else self.index().astype(np.int64)
+        group = np.arange(inputs) // self._size if self.index is None else self.index().astype(np.int64)
         if group.size and not 0 <= group.min() <= group.max() < groups:
             raise self.fail(
                 f"expected g_idx from 0 to {groups - 1}, found {int(group.min())} to {int(group.max())}"
@@ -103,7 +102,7 @@ class Affine:
         codes = self.numbers() + np.repeat(shift, size, axis=1)[:, :inputs]  # modulo 256
         return QuantisedBlocks(
             format=kind,
-            codes=codes.view(np.int8) if kind == "q8_0" else codes,
+            codes=codes.view(np.int8) if BLOCK_FORMATS[kind].bits == 8 else codes,
             coefficients=(self.scales()[:, np.arange(0, inputs, GROUP) // size].astype(np.float16),),
         )
 
