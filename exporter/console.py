@@ -80,7 +80,7 @@ def _show_cursor(console: Console) -> None:
 
 
 def _report(console: Console, built: list[BuiltProgram], show: Progress, step: Step) -> None:
-    """Show a step as progress; if the step is a built program, print it and append it to `built` instead."""
+    """Pass a step of long work to `show`; print a built program instead, and append it to `built`."""
     if not isinstance(step, BuiltProgram):
         show(step)
         return
@@ -112,7 +112,7 @@ def _bar(bars: Bars) -> Progress:
         nonlocal text
         if step.text != text:
             text = step.text
-            bars.reset(task)  # starts the elapsed time again
+            bars.reset(task)  # restarts the timer of the elapsed time
         bars.update(
             task,
             description=step.text,

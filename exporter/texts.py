@@ -46,7 +46,7 @@ def check_templates(source: Source) -> None:
             ) from None
 
 
-# Maximum number of names in a remark; "…" stands for the rest.
+# Maximum number of markers or tokens that a remark lists; "…" stands for the rest.
 _LISTED = 5
 
 # The usual forms of chat markers, such as <|im_start|>, <start_of_turn> and [INST].
@@ -103,7 +103,7 @@ def _sample(tokenizer: Tokenizer, template: str) -> str:
 def named_files(source: Source) -> dict[str, str]:
     """Return a file name for each named template.
 
-    The file name contains the template's name, or a number if that name is not valid in a file name or is taken.
+    The file name contains the template's name, or a number if that name is unsafe in a file name or already taken.
     """
     files: dict[str, str] = {}
     taken: set[str] = set()

@@ -16,7 +16,7 @@ PROMPT = ("--ids", "7,200,31", "-n", "2")
 OWN = re.compile(
     r"reading .*|writing weights|lowering target \w+|compiling target cpu for .*"
     r"|  \w+ +lowered [0-9.]+ s(, compiled [0-9.]+ s)?, [0-9.]+ kB|checking answers .*"
-    r"|executables for native need x86-64-v\d, which is a target already"
+    r"|skipping native: its executables need x86-64-v\d, and that target exists already"
     r"|[a-z ]+: [0-9.,]+ of [0-9.,]+ \w+.*|measuring fidelity .*|compiling \w+ from StableHLO.*|checking its answers .*"
 )
 

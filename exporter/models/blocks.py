@@ -19,7 +19,7 @@ from .ops import ExpertsCall, LayerOps, LinearCall, NormCall
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """The number of experts and the routing of a mixture; attributes as in `ops.ExpertsCall`."""
+    """The sizes of a mixture of experts. `ops.ExpertsCall` describes the attributes."""
 
     experts: int
     experts_per_token: int
@@ -45,7 +45,7 @@ class DecoderConfig:
         attention_cap: if not 0, scores s become ``cap · tanh(s / cap)``.
         windows: for each layer, the number of positions that a token attends to, 0 for all; empty if every layer
             attends to all positions.
-        ropes: for each layer, the index of its RoPE among the model's RoPEs; empty if every layer uses the first.
+        ropes: for each layer, the index of its RoPE in `ModelSpec.ropes`; empty if every layer uses the first RoPE.
         learned_positions: True if the model adds learned position embeddings instead of applying RoPE.
         embedding_scale: factor of the token embeddings.
         logit_scale: factor of the logits.
@@ -91,7 +91,7 @@ class DecoderConfig:
 
     @property
     def layer_ropes(self) -> tuple[int, ...]:
-        """The index of each layer's RoPE."""
+        """For each layer, the index of its RoPE in `ModelSpec.ropes`."""
         return self.ropes or (0,) * self.layers
 
 
@@ -109,7 +109,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation (Zhang and Sennrich 2019), weight ``[L, D]``."""
+    """Root mean square normalisation (Zhang and Sennrich 2019) with weight ``[L, width]``."""
 
     def __init__(self, layers: int, width: int, eps: float) -> None:
         self.weight = _parameter(layers, width)
@@ -118,7 +118,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation (Ba et al. 2016), weight and bias ``[L, D]``."""
+    """Layer normalisation (Ba et al. 2016) with weight and bias ``[L, width]``."""
 
     def __init__(self, layers: int, width: int, eps: float) -> None:
         self.weight = _parameter(layers, width)
@@ -130,7 +130,9 @@ Norm = RMSNorm | LayerNorm
 
 
 def normalize(x: Array, norm: Norm, ops: LayerOps, *, residual: Array | None = None) -> Array:
-    """Normalise x ``[…, D]``, or each head of x if the norm is as wide as a head; add `residual`, if any.
+    """Normalise x ``[…, D]``, then add `residual`, if any.
+
+    If the norm has the width of a head, each head of x is normalised separately.
 
     Returns:
         ``[…, D]``.
@@ -155,7 +157,7 @@ def project(
     residual: Array | None = None,
     gate: str = "",
 ) -> list[Array]:
-    """Multiply x ``[…, in]`` by one or more weights, fused with the operations before and after.
+    """Multiply x ``[…, in]`` by one or more weights, fused with the norm before and the additions after.
 
     Args:
         norm: applied to x first.
@@ -242,7 +244,7 @@ class MLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The gated MLPs of a mixture: stacks of L · E matrices, ordered by layer."""
+    """The gated MLPs of a mixture. Each stack has L · E matrices: first the E matrices of layer 0, and so on."""
 
     def __init__(self, c: DecoderConfig, experts: int) -> None:
         stack = c.layers * experts
@@ -252,7 +254,7 @@ class Experts(nnx.Module):
 
 
 class MixtureMLP(nnx.Module):
-    """A mixture of experts (Shazeer et al. 2017); `gate` is the router."""
+    """A mixture of experts (Shazeer et al. 2017). `gate` is the router, which scores the experts for each token."""
 
     def __init__(self, c: DecoderConfig) -> None:
         assert c.mixture is not None

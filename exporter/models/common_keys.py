@@ -7,7 +7,7 @@ from precast.loaders.artifact.errors import PrecastError
 from .blocks import DecoderConfig, Mixture
 from .config import ConfigReader
 
-# The supported activations by transformers' names, several of which are the same tanh approximation of GELU.
+# The supported activations by transformers' names. All names with gelu mean the tanh approximation of GELU.
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
     "swish": "silu",
@@ -36,13 +36,15 @@ def read_common_keys(
     attention_bias: bool = False,
     mlp_bias: bool = False,
 ) -> DecoderConfig:
-    """Read the keys that nearly all configs share into a `DecoderConfig`, whose other fields keep their defaults.
+    """Return a `DecoderConfig` with the values of the keys that nearly all configs share.
+
+    The architecture sets the other fields, which have their default values here.
 
     Args:
         reader: the config.
         max_positions: default of the context length.
         norm_eps: default epsilon of the norms.
-        kv_heads: default of K; None for the number of query heads, N. A null in the config also means N.
+        kv_heads: default of K; None if K defaults to N. A null in the config always means N.
         head_dim: default of H; None for the width divided by the number of query heads.
         tied: True if the output head is the embedding by default.
         attention_bias: True if the architecture has the key ``attention_bias``.
@@ -76,10 +78,16 @@ def read_common_keys(
 def read_mixture(
     reader: ConfigReader, *, experts: int, experts_per_token: int, renormalised: bool
 ) -> Mixture:
-    """Read a mixture; `experts` and `experts_per_token` are defaults, and `renormalised` is not read from the config.
+    """Read the sizes of a mixture of experts.
+
+    Args:
+        reader: the config.
+        experts: default of E.
+        experts_per_token: default number of experts for each token.
+        renormalised: as in `ops.ExpertsCall`; the same in every config of the architecture, or read by the caller.
 
     Raises:
-        PrecastError: the numbers contradict each other.
+        PrecastError: the config has two different values of E, or more experts per token than experts.
     """
     names = ("num_experts", "num_local_experts")  # synonyms in transformers
     found = [
@@ -138,10 +146,12 @@ def read_windows(reader: ConfigReader, window: int | None, types: Sequence[str])
 
 
 def check_layer_types(reader: ConfigReader, config: DecoderConfig) -> None:
-    """Check `layer_types` for an architecture that does not read it; newer configs contain the key anyway.
+    """Check that `layer_types`, if the architecture has not read it, agrees with the windows of the layers.
+
+    Newer versions of transformers write this key for architectures that do not use it.
 
     Raises:
-        PrecastError: the types differ from the model's layers.
+        PrecastError: the types differ from the layers of `config`.
     """
     found = reader.take("layer_types")
     types = [SLIDING if window else FULL for window in config.windows or (0,) * config.layers]

@@ -10,7 +10,7 @@ from .config_keys import HARMLESS, UNSUPPORTED
 
 _T = TypeVar("_T")
 
-# The largest float32, and the largest size that XLA can count.
+# The largest float32, and the largest size of an array that a 32-bit index in XLA can address.
 _LARGEST_NUMBER = 3.4e38
 _LARGEST_SIZE = (1 << 31) - 1
 
@@ -36,7 +36,7 @@ class ConfigReader:
         return self._left.get(key)
 
     def is_null(self, key: str) -> bool:
-        """Return True if `key` is present and null, for keys where null and absence differ."""
+        """Return True if `key` is present and null; `take` treats null like an absent key."""
         return key in self._left and self._left[key] is None
 
     def take_mapping(self, key: str) -> Mapping[str, object]:
@@ -47,7 +47,7 @@ class ConfigReader:
         return value
 
     def take_number(self, key: str, default: float) -> float:
-        """Return a number within the range of float32, or an infinity."""
+        """Return a number, possibly infinite; an integer must be within the range of float32."""
         value = self.take(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or _is_beyond_floats(value):
             raise self.wrong(key, "a number", value)
@@ -119,8 +119,8 @@ class ConfigReader:
         for key, unsupported in UNSUPPORTED.items():
             if key in left and not _is_one_of(left.pop(key), unsupported.neutral):
                 raise PrecastError(
-                    f"{self.where}: {key!r} is {self._left[key]!r:.80}, which {unsupported.effect}, and this"
-                    " is not supported; if the model was trained without this, remove the key."
+                    f"{self.where}: {key!r} is {self._left[key]!r:.80}, which {unsupported.effect}, but precast"
+                    " does not support that; remove the key if it does not apply to the model."
                 )
         if left:
             raise PrecastError(
@@ -140,5 +140,5 @@ def _is_beyond_floats(value: float) -> bool:
 
 
 def _is_one_of(value: object, allowed: Iterable[object]) -> bool:
-    """Return True if `value` equals an allowed value of the same type: 0 does not count as False, nor 1.0 as 1."""
+    """Return True if `value` equals an allowed value of the same type, so that 0 is not taken for False or 0.0."""
     return any(type(value) is type(one) and value == one for one in allowed)

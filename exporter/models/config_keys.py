@@ -7,8 +7,8 @@ transformers, which ignores keys that its classes do not know.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Keys that do not affect a decoder's forward pass, grouped by purpose. config.json may also contain keys of
-# generation_config.json, which the source has already removed.
+# Keys that do not affect a decoder's forward pass, grouped by purpose. Old config.json files also contain
+# settings of generation_config.json, but `without_generation` has already removed most of them.
 HARMLESS = frozenset(
     {
         # Origin of the file.
@@ -92,7 +92,7 @@ HARMLESS = frozenset(
         "return_dict_in_generate",
         "sep_token_id",
         "tokenizer_class",
-        # Heads for other tasks; a decoder has only an output head.
+        # Settings of classifiers; a decoder's only head is the output head.
         "id2label",
         "label2id",
         "_num_labels",

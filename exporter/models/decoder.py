@@ -1,4 +1,4 @@
-"""A decoder-only transformer: the uncached reference and the cached step share one body."""
+"""A decoder-only transformer, with two forward passes: the uncached reference, and a step with KV caches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -40,7 +40,7 @@ class Embedding(nnx.Module):
         self.shape = (c.vocab, c.width)
 
     def stack(self) -> Weight:
-        """Return the weight ``[1, V, D]``, as a stack of one layer, so that the output head can use it."""
+        """Return the weight as a stack of one matrix, ``[1, V, D]``, the form of an output head's weight."""
         weight: Weight = self.weight.get_value()
         return weight if isinstance(weight, PackedWeight) else weight[None]
 
@@ -50,7 +50,7 @@ class Embedding(nnx.Module):
 
 
 class PositionEmbedding(nnx.Module):
-    """Learned position embeddings, weight ``[max_positions, D]``."""
+    """Learned position embeddings with weight ``[max_positions, D]``."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.weight = nnx.Param(jnp.zeros((c.max_positions, c.width), jnp.float32))
@@ -60,7 +60,8 @@ class PositionEmbedding(nnx.Module):
         return gather_rows(self.weight[...], positions)
 
 
-# Builds a module of all layers from a config; the module is called with (x [R, T, D], layer ops).
+# Takes a config and builds the module of all layers. A call of that module, with x [R, T, D] and `LayerOps`, runs one
+# layer.
 LayersClass = Callable[[DecoderConfig], nnx.Module]
 
 
@@ -106,7 +107,7 @@ class Decoder(nnx.Module):
         used = jnp.int32(x.shape[0]) if used is None else used
         norm: Norm | None = self.model.norm
         head_ops = layer_ops(ops, jnp.int32(0), used, _no_attention)
-        if isinstance(norm, LayerNorm):  # a matrix product can include an RMSNorm, but not a LayerNorm
+        if isinstance(norm, LayerNorm):  # `project` can fuse an RMSNorm with the product, but not a LayerNorm
             x, norm = ops.each_row(partial(normalize, norm=norm, ops=head_ops), x, used), None
         if self.lm_head is not None:
             logits = project(x, (self.lm_head,), head_ops, norm=norm)[0]

@@ -1,4 +1,4 @@
-"""Records of the operations that differ between targets; the rest of a decoder is plain jax.numpy.
+"""The interface of the operations that differ between targets; the rest of a decoder is plain jax.numpy.
 
 `xla_ops.XLA_OPS` is the maths in pure XLA, for the portable StableHLO and for any platform. `cpu_ops.CPU_OPS` calls
 precast's kernels, which read stacked weights and the filled part of the KV cache in place.
@@ -77,7 +77,7 @@ class Rotary(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCall:
-    """Products of an input x ``[M, in]`` with one or more weights of a layer, fused with the operations around them.
+    """Products of an input x ``[M, in]`` with weights of a layer, fused with the operations before and after.
 
     Attributes:
         weights: stacks of matrices ``[L, out, in]``.
@@ -106,7 +106,7 @@ class LinearCall:
 
 @dataclass(frozen=True, kw_only=True)
 class NormCall:
-    """Normalisation of x in pieces of `width` numbers, each of which is a row or a head of a row.
+    """Normalisation of x in pieces of `width` numbers. A piece is a whole row of x, or one head of a row.
 
     Attributes:
         weight: ``[L, width]``.
@@ -221,7 +221,7 @@ class LayerStack:
 
     @property
     def cache_places(self) -> tuple[tuple[int, int], ...]:
-        """The index of each layer's KV cache, and the layer's index in that cache."""
+        """For each layer, the index of its KV cache, and the index of the layer within that cache."""
         seen = dict.fromkeys(self.cache_windows, 0)
         places = []
         for window in self.windows:
@@ -230,7 +230,7 @@ class LayerStack:
         return tuple(places)
 
     def attention_params(self, cache: int) -> AttentionParams:
-        """Return the parameters of the layers that share the KV cache with this index."""
+        """Return the attention parameters of all layers that use the KV cache with the index `cache`."""
         return AttentionParams(scale=self.scale, soft_cap=self.soft_cap, window=self.cache_windows[cache])
 
 

@@ -14,8 +14,8 @@ from .registry import ModelSpec
 # In a checkpoint's names, a layer's number follows LAYERS and an expert's number follows EXPERTS. A parameter's
 # name has neither number, because a parameter is a stack over all layers, or over all experts of all layers.
 LAYERS, EXPERTS = "model.layers.", ".experts."
-# The parameters that are not stacks. The other parameters outside the layers are stacks of one, because they belong to
-# modules that always hold stacks, such as `Linear`.
+# The parameters that are not stacks. Other parameters outside the layers, such as the output head's weight, are stacks
+# with a single entry, because `Linear` and the norms hold stacks.
 _PLAIN = ("model.embed_tokens.weight", "model.embed_positions.weight")
 
 
@@ -26,8 +26,8 @@ class Parameter:
     Attributes:
         name: path in the module ("model.layers.self_attn.q_proj.weight").
         shape: shape in the module; for a parameter of the layers, ``[L, …]``.
-        sources: names of the tensors in the checkpoint: one for each index of the first axis, in order, or a single
-            name for the whole parameter.
+        sources: names of the checkpoint's tensors that make up the parameter: one for each index of the first
+            axis, in order, or a single name if the parameter is not a stack.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Parameter:
 
     @property
     def source_shape(self) -> tuple[int, ...]:
-        """Shape of each source in the checkpoint."""
+        """Shape of each of the tensors in `sources`."""
         return self.shape[1:] if self._is_stack else self.shape
 
     @property

@@ -42,11 +42,11 @@ _LLAMA_NAMES = TensorNames()
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The functions that read and build the models of a ``model_type``.
+    """The functions for one ``model_type``: they read its configs, build its module and adapt its tensors.
 
     Attributes:
-        read_config: returns the decoder's config and the RoPE of its layers (indexed by ``config.ropes``); raises
-            PrecastError for a key that it does not understand.
+        read_config: returns the decoder's config and its RoPEs, to which ``config.ropes`` refers by index; raises
+            PrecastError for a value that is not supported.
         module: builds the Flax module from the decoder's config.
         adapt: returns a checkpoint's tensors under the module's names, split and scaled to fit its parameters.
         names: tensor names in the architecture's checkpoints.
@@ -99,7 +99,7 @@ class ModelSpec:
 
     Attributes:
         model_type: key of the architecture in `ARCHITECTURES`.
-        ropes: the RoPEs of the layers, indexed by ``config.ropes``.
+        ropes: the different RoPEs of the layers; ``config.ropes`` has the index of each layer's RoPE.
     """
 
     model_type: str
@@ -149,7 +149,7 @@ def read_model(config: Mapping[str, object], where: str) -> ModelSpec:
         )
     reader = ConfigReader(config, where)
     decoder_config, ropes = architecture.read_config(reader)
-    # An architecture whose published configs have this key, such as phi3, has taken it by now.
+    # If an architecture's published configs have this key, as phi3's do, `read_config` has already removed it.
     if reader.peek("auto_map") is not None:
         raise PrecastError(
             f"{where}: auto_map names Python code in the checkpoint, and precast never runs such code; use a"

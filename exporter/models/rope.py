@@ -12,10 +12,10 @@ from .rope_scaling import ORIGINAL, SCALINGS, Rope, UnscaledRope
 
 __all__ = ["Rope", "no_rope", "read_rope", "read_rope_by_layer_type"]
 
-# The key in `SCALINGS` of each RoPE type, by the type's name in configs.
+# RoPE types: the name of each type in configs, and its key in `SCALINGS`.
 TYPES: Mapping[str, str] = {name: name for name in SCALINGS}
 
-# Keys of older configs by layer type: the base, and for some types also the scaling.
+# Keys of older configs, by layer type: first the key of the base, then the key of the scaling, if there is one.
 _OLDER_KEYS: Mapping[str, tuple[str, ...]] = {
     "full_attention": ("rope_theta", "rope_scaling"),
     "sliding_attention": ("rope_local_base_freq",),
@@ -52,7 +52,7 @@ def read_rope(
         partial: True if the model's code applies partial_rotary_factor, which rotates only a part of each head.
         original_positions: default of original_max_position_embeddings, for models whose config has
             that key outside the RoPE keys; the key is then read for every RoPE type.
-        types: key in `SCALINGS` of each supported RoPE type, by the type's name in configs.
+        types: the supported RoPE types, in the form of `TYPES`.
 
     Raises:
         PrecastError: the RoPE type is not supported, or a parameter is missing, unknown, out of range or contradicts
@@ -116,7 +116,7 @@ def _read_layer_type(
     max_positions: int,
     default_theta: float,
 ) -> Rope:
-    """Read the RoPE of one layer type with `read_rope`, from a config that contains only the keys of this type."""
+    """Read the RoPE of one layer type: select the keys of this type, and pass them to `read_rope` as a config."""
     keys = _OLDER_KEYS.get(layer_type, ())
     stated = {"rope_parameters": newer, **{key: reader.take(key) for key in keys}}
     alone = ConfigReader(stated, f"{reader.where} {layer_type}")
@@ -150,7 +150,7 @@ def _parameters(reader: ConfigReader) -> dict[str, object]:
 
 
 def _scaling_type(where: str, parameters: ConfigReader, types: Mapping[str, str]) -> str:
-    """Return the key of `SCALINGS` that the parameters name."""
+    """Return the key in `SCALINGS` of the RoPE type that the parameters name."""
     stated = [str(value) for key in ("rope_type", "type") if (value := parameters.take(key)) is not None]
     if len(set(stated)) > 1:
         raise PrecastError(
@@ -189,8 +189,8 @@ def _rotary_dims(reader: ConfigReader, parameters: ConfigReader, head_dim: int, 
 
 def _original(reader: ConfigReader, default: int | None, scaling: str) -> int | None:
     """Return the original context length that the config states outside the RoPE parameters, or else `default`."""
-    # Other RoPE types do not use this key, so it stays unread here. If the architecture leaves it unread too, the
-    # config is refused.
+    # The other RoPE types do not use this key, so it is not read for them. `ConfigReader.finish` refuses the config if
+    # the architecture does not read the key either.
     if default is None and scaling not in ("llama3", "longrope", "yarn"):
         return None
     return default if reader.peek(ORIGINAL) is None else reader.take_size(ORIGINAL)

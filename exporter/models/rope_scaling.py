@@ -238,7 +238,7 @@ def _yarn_range(base: UnscaledRope, parameters: ConfigReader) -> tuple[float, fl
 
 
 def _longrope(base: UnscaledRope, parameters: ConfigReader) -> Rope:
-    """LongRoPE (Ding et al. 2024): a divisor for each pair, and a second set for contexts above the original."""
+    """LongRoPE (Ding et al. 2024): a divisor for each pair, and a second set for longer contexts."""
     original = _original(base, parameters, base.max_positions)
     factor = _positive(parameters, "factor", base.max_positions / original)
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

@@ -88,7 +88,8 @@ class Steps:
 
     Attributes:
         codes: eight integers for each step (kind, code and padding).
-        outs: widths of the results, in the order of the steps.
+        outs: the number of outputs of each weight of a `LinearCall`, and the feed-forward width of each
+            `ExpertsCall`, in the order of the steps.
         numbers: two floats for each step, such as the epsilon of a norm.
         calls: the calls that have weights, in the order of the steps.
     """
@@ -184,7 +185,7 @@ def _value(array: object) -> int:
 
 
 def _value_or_none(array: object) -> int:
-    """Return the index of an array, or −1 for None."""
+    """Return the index of the array that a proxy stands for, or −1 for None."""
     return -1 if array is None else _value(array)
 
 

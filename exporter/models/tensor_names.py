@@ -1,4 +1,4 @@
-"""Rename a checkpoint's tensors to their names in a model with an output head."""
+"""Tensor names in checkpoints. They depend on the class that saved the model, with or without an output head."""
 
 from dataclasses import dataclass
 
@@ -33,10 +33,11 @@ class TensorNames:
     allows_bare: bool = False
 
     def canonicalise(self, tensors: Tensors, *, tied: bool) -> Tensors:
-        """Return the tensors under their names in a model with an output head.
+        """Return the tensors under the names that they have if the model is saved with its output head.
 
-        If a model was saved without its output head, the names have no prefix. If head and embedding are tied, the file
-        may contain only the head, because safetensors stores a shared tensor once.
+        If the model was saved without its output head, the names lack the prefix. The prefix is added, except for an
+        architecture that allows bare names. If head and embedding are tied, the file may contain only the head, because
+        safetensors stores a shared tensor once; the head is then renamed to the embedding.
 
         Raises:
             PrecastError: a wrapper has renamed all tensors.

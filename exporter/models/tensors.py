@@ -35,7 +35,7 @@ def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> So
 
 
 def split_rows(tensor: SourceTensor, parts: Mapping[str, int]) -> dict[str, SourceTensor]:
-    """Split a tensor by rows into named tensors; `parts` maps each name to its number of rows."""
+    """Split a tensor by rows into named tensors; `parts` maps each name to the number of rows of its tensor."""
     ends = list(accumulate(parts.values()))
     return {name: _slice_rows(tensor, end - parts[name], end) for name, end in zip(parts, ends, strict=True)}
 
@@ -72,7 +72,7 @@ def transpose(tensor: SourceTensor) -> SourceTensor:
 def scale(tensor: SourceTensor, factor: float) -> SourceTensor:
     """Multiply the values by a factor in float32.
 
-    The result has no quantised blocks, because they could not represent the product exactly.
+    The result has `blocks` None, because quantised blocks could not represent the products exactly.
     """
     return replace(tensor, read=lambda: tensor.read() * np.float32(factor), block_format=None, blocks=None)
 
@@ -111,7 +111,11 @@ def split_experts(tensors: Tensors, config: DecoderConfig) -> Tensors:
 
 
 class _StackReader:
-    """A reader of stacked experts that reads each stack once and keeps it in memory until its last expert is read."""
+    """A reader of single matrices from stacks of experts.
+
+    The reader keeps one stack in memory until its last matrix is read. If the matrices are read in order, each pass
+    over a stack therefore reads it from the file only once.
+    """
 
     def __init__(self) -> None:
         self._tensor: SourceTensor | None = None
@@ -119,7 +123,7 @@ class _StackReader:
 
     def read(self, tensor: SourceTensor, matrix: int) -> np.ndarray:
         if self._tensor is not tensor:
-            self._array = np.empty(0, np.float32)  # frees the previous array before the next read
+            self._array = np.empty(0, np.float32)  # frees the previous stack before the next one is read
             self._tensor, self._array = tensor, tensor.read()
         array = self._array
         if matrix == tensor.shape[0] - 1:
@@ -131,7 +135,7 @@ class _StackReader:
 def _matrices(
     stack: SourceTensor, reader: _StackReader, start: int, stop: int, name: str
 ) -> dict[str, SourceTensor]:
-    """Return the rows ``[start:stop]`` of every matrix in a stack ``[E, rows, in]``, by name."""
+    """Return the rows ``[start:stop]`` of each matrix in a stack ``[E, rows, in]``; "{}" in `name` is its index."""
 
     def read_matrix(matrix: int) -> Callable[[], np.ndarray]:
         return lambda: reader.read(stack, matrix)[start:stop].copy()

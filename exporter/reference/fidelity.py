@@ -22,7 +22,7 @@ from ..texts import read_tokenizer
 from ..weights import plan_weights, read_floats
 from .layerwise import LayerwiseReference
 
-# Number of tokens that an export measures: two windows of 512, or more windows with a smaller context.
+# Number of tokens that an export measures: two windows of 512 tokens, or more windows if the context is shorter.
 TOKENS = 1024
 
 
@@ -35,8 +35,8 @@ class Reference:
         weights: float32 arrays by parameter name, in the shapes of the forward pass.
         tokenizer: the model's tokenizer.
         context: maximum length of a window, in positions.
-        exported: context of the artifact to compare with. Some kinds of RoPE depend on the context; None means that
-            they use the length of each window, as in transformers.
+        exported: context of the artifact to compare with, because some kinds of RoPE depend on the context. None
+            means that these RoPEs use the length of each window instead, as in transformers.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class Reference:
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
         """Yield the logits ``[V]`` of every position of the window, from `first` to the last but one."""
-        # Pad a shorter window to the longest so far, to reuse its program. No position attends to the padding.
+        # Pad a short window to the length of the longest so far, to reuse the program compiled for that length. No
+        # position attends to the padding.
         self._width = max(self._width, len(window))
         padded = np.zeros(self._width, np.int32)
         padded[: len(window)] = window
@@ -154,7 +155,7 @@ def measure(
 
 def _fidelity(text: str, scores: evaluate.Scores) -> Fidelity:
     found = scores.comparison
-    assert found is not None  # because a reference was given
+    assert found is not None  # `evaluate` compares whenever it is given a reference
     return Fidelity(
         text=text,
         tokens=scores.tokens,

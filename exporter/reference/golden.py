@@ -17,7 +17,7 @@ from precast.loaders.generation.sampling_params import SamplingParams
 from ..programs import StoredModel
 from .stored import answer_logits
 
-# The last two texts have one obvious continuation, so that some answers are far from any tie.
+# The last two texts have one obvious continuation, so that at least some answers contain no tie (see `TIE`).
 TEXTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
@@ -32,16 +32,17 @@ TOKENS = 16
 #
 # In float32, programs that sum in different orders give logits that differ by about 1e-5 of the spread.
 TIE = 1e-3
-# For activations rounded to 16 bits, and for a KV cache with fewer than 32 bits: the reference has the same weights and
-# rounds in the same way, but a value close to a rounding boundary can fall to either side.
+# The threshold for activations rounded to 16 bits, and for a KV cache with fewer than 32 bits. The reference has the
+# same weights and rounds in the same way, but if a value is close to a rounding boundary, the reference may round it up
+# and a program may round it down.
 REDUCED_TIE = 0.05
-# For bfloat16 arithmetic: it changed leads among the eight likeliest tokens by up to 0.06, measured on 12 steps of the
-# demo model.
+# The threshold for bfloat16 arithmetic, which changed leads among the eight likeliest tokens by up to 0.06, measured on
+# 12 steps of the demo model.
 BFLOAT16_TIE = 0.15
-# For int4 weights, with which activations are rounded to 8 bits: the rounding changed leads by 0.06, measured on
-# prompts of 5 to 65 tokens of the demo model.
+# The threshold for int4 weights, because activations are then rounded to 8 bits. The rounding changed leads by 0.06,
+# measured on prompts of 5 to 65 tokens of the demo model.
 INT4_TIE = 0.25
-# The number of logits, the largest first, that are recorded for the first step of an answer.
+# The number of largest logits that are recorded for the first step of an answer.
 LOGITS = 8
 
 
@@ -52,7 +53,7 @@ def is_exact(manifest: Manifest) -> bool:
 
 
 def tie_of(manifest: Manifest) -> float:
-    """Return the lead below which the two likeliest tokens are tied, as a share of the logits' spread."""
+    """Return the smallest lead (see `TIE`) with which an artifact's likeliest token counts as untied."""
     if is_exact(manifest):
         return TIE
     reduced = INT4_TIE if manifest.model.weights == "int4" else REDUCED_TIE
@@ -71,7 +72,7 @@ class Case:
     Attributes:
         prompt: token ids.
         tokens: token ids of the answer.
-        first: the largest logits of the answer's first step, and their tolerance: the threshold of a tie.
+        first: the largest logits of the answer's first step, with the difference that is tolerated in each of them.
     """
 
     prompt: tuple[int, ...]
@@ -97,7 +98,7 @@ def answers(model: Model, tie: float) -> tuple[Case, ...]:
 
     Args:
         model: the artifact, loaded.
-        tie: as for `check`; it also determines the tolerance of the recorded logits.
+        tie: the result of `tie_of`; times the logits' spread, it is the tolerance of the recorded logits.
     """
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
     completions = [model.generate(prompt, params) for prompt in prompts(model)]
@@ -138,7 +139,7 @@ def check(
         cases: answers of the artifact.
         model: the model.
         kv_cache: type of the KV cache; the reference rounds its keys and values to this type too.
-        tie: the lead below which the two likeliest tokens are tied, as a share of the logits' spread.
+        tie: the result of `tie_of`.
         weights: the artifact's arrays by name.
         where: name of the artifact in messages.
 
@@ -176,14 +177,14 @@ def _check_case(case: Case, best: np.ndarray, leads: np.ndarray, tie: float, whe
         if best[i] != token:
             raise PrecastError(
                 f"{where}: the compiled programs answer with token {token} where the reference answers with token"
-                f" {best[i]} (token {i} of the answer to a prompt of {len(case.prompt)} tokens); nothing was written:"
+                f" {best[i]} (index {i} in the answer to a prompt of {len(case.prompt)} tokens); nothing was written:"
                 " please report this."
             )
     return case
 
 
 def _best_and_leads(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the likeliest token of each row ``[R, V]``, and its lead as a share of the row's spread."""
+    """Return the likeliest token of each row of logits ``[R, V]``, and its lead (see `TIE`)."""
     with np.errstate(invalid="ignore", over="ignore"):
         second, first = np.partition(logits, -2, axis=1)[:, -2:].T
         spread = np.maximum(logits.std(axis=1), np.finfo(logits.dtype).tiny)

@@ -83,7 +83,7 @@ class LayerwiseReference:
         return module.embed(jnp.asarray(tokens[None], jnp.int32), jnp.arange(len(window))[None], XLA_OPS)
 
     def surroundings(self, layer: int, shape: tuple[int, ...]) -> tuple[Rotary, np.int32]:
-        """Return the RoPE and the window of a layer, for inputs of the shape ``[B, T, D]``."""
+        """Return a layer's cosines and sines ``[B, T, P]``, and its window, for an input of the shape ``[B, T, D]``."""
         c, (batch, tokens, _) = self._spec.config, shape
         tables = (t[c.layer_ropes[layer], None, :tokens] for t in self._spec.tables(self.context))
         rotary = Rotary(*(jnp.asarray(np.broadcast_to(t, (batch, *t.shape[1:]))) for t in tables))
@@ -100,7 +100,10 @@ class LayerwiseReference:
         return self.bind(arrays).forward_layer(x, rotary, window, jnp.int32(0))
 
     def read(self, *prefixes: str, layer: int = 0) -> list[np.ndarray]:
-        """Read the parameters whose names have one of these prefixes, for one layer; replace all others with a zero."""
+        """Return an array for every parameter; only those whose name has one of the prefixes are read.
+
+        Of a stack over layers, only the part of `layer` is read. The arrays of all other parameters hold a single zero.
+        """
         return [
             self._array(p, layer)
             if p.name.startswith(prefixes)

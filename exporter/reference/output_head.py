@@ -20,7 +20,7 @@ _BLOCK = 8192  # tokens
 
 EMBEDDING = "model.embed_tokens.weight"
 
-# A function that binds the arrays of a model's parameters to the model.
+# A function that takes the arrays of a model's parameters, and returns the model with these weights.
 Bind = Callable[[Sequence[Array]], Decoder]
 
 
@@ -41,11 +41,10 @@ def blockwise_logits(
 
     Args:
         spec: the model.
-        bind: takes the spec of the model with a smaller vocabulary, and returns the function that binds
-            arrays to it.
+        bind: returns the `Bind` function for a spec; called with specs whose vocabulary is only a block.
         x: hidden states ``[R, D]``.
-        arrays: all parameters in the order of binding. The head's arrays, whose names begin with the head's name, are
-            NumPy arrays; one block at a time becomes a JAX array.
+        arrays: the arrays of all parameters by name, in the order of `Bind`. Only arrays whose name begins with
+            `head_of(spec)` are cut into blocks.
         packed: True if the head's arrays consist of panels of `PANEL` outputs.
 
     Returns:
@@ -71,7 +70,7 @@ def _jitted(spec: ModelSpec, bind: Callable[[ModelSpec], Bind], vocab: int) -> C
 
 
 def _outputs(stack: np.ndarray, start: int, count: int, *, packed: bool) -> np.ndarray:
-    """Return `count` outputs of a head's array from `start` on; if the array is packed, return whole panels.
+    """Return the part of a head's array with `count` outputs from `start` on, in whole panels if it is packed.
 
     The outputs are the first axis of an embedding ``[V, D]``, and the second axis of a stack ``[1, V, D]``.
     """

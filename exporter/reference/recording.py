@@ -21,7 +21,7 @@ from ..manifest import write_manifest
 from ..programs import StoredModel
 from . import golden
 
-# Number of tokens of each golden answer that a SavedModel repeats. TensorFlow needs 1 s where the kernels need 50 ms.
+# A SavedModel repeats only this many tokens of each answer, because TensorFlow is slow: 1 s against 50 ms for kernels.
 _SAVEDMODEL_TOKENS = 4
 
 
@@ -36,7 +36,8 @@ def record_golden(folder: Path, manifest: Manifest, stored: StoredModel, weights
     # `_answer` frees its model before the reference maps the weights, so the weights are never in memory twice.
     cases = _answer(folder, write_manifest(folder, manifest, weights_sha256))
     weights = map_weights(folder / WEIGHTS_FILE)
-    with jax.default_matmul_precision("highest"):  # for the reference only; the programs are compiled already
+    # This setting affects only the reference, because the programs are already compiled.
+    with jax.default_matmul_precision("highest"):
         checked = golden.check(
             cases, stored, manifest.cache[0].dtype, golden.tie_of(manifest), weights, manifest.name
         )
@@ -49,7 +50,7 @@ def load_first(folder: Path, manifest: Manifest) -> Model:
 
 
 def _answer(folder: Path, manifest: Manifest) -> tuple[golden.Case, ...]:
-    """Return the first target's answers; record that it runs on this machine, so its first load needs no trial."""
+    """Return the first target's answers; record that the target runs on this machine, so that loads need no trial."""
     model = load_first(folder, manifest)
     cases = golden.answers(model, golden.tie_of(manifest))
     trial.record_success(manifest, model.target, this_machine())
@@ -65,8 +66,8 @@ def replay_answers(folder: Path, manifest: Manifest, log: Callable[[str], None],
     Args:
         folder: the finished artifact.
         manifest: its manifest.
-        log: called with the name of each target.
-        progress: called with each answer.
+        log: called before each target but the first, with a sentence that names the target.
+        progress: called before each answer of a target other than the first.
 
     Raises:
         PrecastError: a target's answer differs from the recorded one.

@@ -31,7 +31,8 @@ def answer_logits(
         firsts: for each sequence, the first position whose logits are returned.
 
     Returns:
-        For each sequence, the logits from that position to the last but one, float32 ``[R, V]``.
+        For each sequence, the logits of the positions from its entry in `firsts` to the last but one, float32
+        ``[R, V]``.
     """
     names = [name for name, _ in model.arrays()]
     arrays = {name: _on_device(weights[name]) for name in (*TABLES, *names)}

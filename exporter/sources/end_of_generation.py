@@ -10,7 +10,7 @@ from pathlib import Path
 
 from precast.loaders.artifact.errors import PrecastError
 
-# No vocabulary contains these texts by chance, so such a token ends a generation whatever its type.
+# No vocabulary contains these texts by chance, so a token with such a text ends a generation, special or not.
 _UNMISTAKABLE = frozenset(
     {
         "<|eot_id|>",
@@ -34,7 +34,7 @@ _UNMISTAKABLE = frozenset(
         "<|file_sep|>",
     }
 )
-# These texts also occur as ordinary words, so such a token ends a generation only if it is a special token.
+# These texts also occur as ordinary words, so a token with such a text ends a generation only if it is special.
 _IF_SPECIAL = frozenset(
     {
         "</s>",
@@ -50,9 +50,9 @@ _IF_SPECIAL = frozenset(
         "<REPO>",
     }
 )
-# The first token of a pair does not end a generation if the vocabulary has all tokens of the pair's set.
+# Pairs of a token and a set of tokens. If the vocabulary has the whole set, the token does not end a generation.
 _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
-    ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # <|end|> separates messages of one answer
+    ("<|end|>", frozenset({"<|return|>", "<|call|>"})),  # <|end|> only separates the messages of an answer
     ("<|end|>", frozenset({"<|flush|>", "<|calls|>"})),
     ("<|end|>", frozenset({"<|flush|>", "<|call|>"})),
     ("</s>", frozenset({"<|tool_response>"})),
@@ -60,7 +60,7 @@ _EXCEPTIONS: tuple[tuple[str, frozenset[str]], ...] = (
 
 
 def end_tokens_by_text(special: Mapping[str, int], plain: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the ids of tokens that end a generation, ascending.
+    """Return the ids of the tokens whose text shows that they end a generation, in ascending order.
 
     Args:
         special: ids of the special tokens, by text. A tokenizer always matches them whole.

@@ -1,4 +1,4 @@
-"""Helpers that the readers of all sources share: hashing, JSON, names and licences."""
+"""Helpers for reading the files of a source: hashes, JSON, names and licences."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from precast.loaders.artifact.files import open_plain, sha256_of
 
 from .base import SourceFile
 
-# Hugging Face and GGUF write licences in lower case, unlike SPDX. Licences outside this list are passed on as written.
+# Names of licences in SPDX's spelling. Hugging Face and GGUF write them in lower case. Other licences are passed on as
+# written.
 _SPDX = {
     name.lower(): name
     for name in (
@@ -88,7 +89,8 @@ def hash_file(path: Path) -> SourceFile:
         raise _unreadable(path, error) from error
 
 
-# Placeholders that a download may leave in place of a file, by their first bytes, each with the remedy.
+# Placeholders that a download may leave in place of a file: the first bytes in lower case, and a description with the
+# remedy.
 _STAND_INS = (
     (b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull` in its folder"),
     (b"<!doctype html", "a web page; fetch the file itself, with a token if the model is gated"),

@@ -1,4 +1,4 @@
-"""The keys of generation_config.json, each of which the export applies, ignores or refuses.
+"""Read generation_config.json: each known key is applied, ignored or refused.
 
 The reference is transformers. The export ignores unknown keys, as transformers does, and names them in a remark.
 """
@@ -16,7 +16,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class Treatment(Enum):
-    """The treatment of a key by an export."""
+    """The three ways in which an export treats a key."""
 
     APPLIED = "applied"
     HARMLESS = "harmless"
@@ -28,13 +28,13 @@ class Key:
     """One key of transformers' `GenerationConfig`.
 
     Attributes:
-        treatment: treatment of the key by an export.
-        target: for an applied key, the field of the manifest's `SamplingDefaults` that it sets; do_sample and
-            eos_token_id set no such field.
+        treatment: whether the export applies, ignores or refuses the key.
+        target: for an applied key other than do_sample and eos_token_id, the field of the manifest's
+            `SamplingDefaults` that the key sets.
         reason: for a harmless key, the reason to ignore it; for a refused key, its effect, as a clause that follows
             "which".
-        neutral: values of a refused key, besides null, that have no effect.
-        sampling: True for a key that has an effect only with do_sample.
+        neutral: for a refused key, values without an effect, which are accepted. Null is always accepted.
+        sampling: True for a key that has an effect only if do_sample is true.
     """
 
     treatment: Treatment
@@ -156,13 +156,13 @@ KEYS: Mapping[str, Key] = {
 # transformers' defaults for absent and null keys if do_sample is true. All other options are off by default, both in
 # transformers and in precast.
 _SAMPLING_DEFAULTS: Mapping[str, object] = {"temperature": 1.0, "top_k": 50}
-# transformers' default max_length. transformers saves this default in files, where it says nothing about the model, so
-# the export ignores it.
+# transformers' default max_length. transformers also writes this default to files, so the value says nothing about the
+# model, and the export ignores it.
 _DEFAULT_MAX_LENGTH = 20
 # In each pair the first key overrides the second.
 _PREFERRED = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))
 _LISTS = frozenset({"bad_words_ids", "suppress_tokens", "begin_suppress_tokens"})
-# Keys that also describe the model, so they stay in its config.
+# Keys that also describe the model. `without_generation` keeps them.
 _SHARED = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 
 

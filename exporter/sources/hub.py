@@ -10,7 +10,7 @@ from .base import Source
 _NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?P<repo>(?:{_NAME}/)?(?P<name>{_NAME}))(?:@(?P<revision>[A-Za-z0-9._/-]+))?")
 
-# A name with such an ending means a missing file, not a model on the hub.
+# Endings of file names. A spec with such an ending means a file that is missing, not a model on the hub.
 _FILE_ENDINGS = (".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth", ".zip", ".onnx")
 
 # The files to fetch. Pickles and Python code are never fetched.
@@ -36,7 +36,7 @@ _PATTERNS = (
 def is_hub_id(spec: str) -> bool:
     """Return True if `spec` has the form "name" or "org/name", optionally with "@revision"."""
     match = _HUB_ID.fullmatch(spec)
-    if match is None or "--" in match["repo"] or ".." in spec:  # the hub allows neither
+    if match is None or "--" in match["repo"] or ".." in spec:  # the hub allows no id with these
         return False
     return not match["name"].lower().endswith(_FILE_ENDINGS)
 
@@ -74,7 +74,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
         )
     # The HTTP library, and with it the class of its exceptions, depends on the version of huggingface-hub.
     except Exception as error:
-        # The hub's answer explains more than the absence of a cached copy.
+        # If the hub has refused the request, its reason explains more than the error about a missing cached copy.
         reason = refused if isinstance(refused, errors.HfHubHTTPError | ValueError) else error
         raise PrecastError(_explain(repo, revision, reason)) from error
 
@@ -82,8 +82,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
 def _probe(repo: str, revision: str | None) -> Exception | None:
     """Ask the hub about the model, with a time limit; return the exception that the request raises, or None.
 
-    `snapshot_download` sends its requests without a time limit, so it hangs for minutes if the network drops packets.
-    The caller therefore lets `snapshot_download` use the network only if the hub has answered this request in time.
+    `snapshot_download` has no time limit for its requests, so it hangs for minutes if the network drops packets. The
+    caller therefore lets `snapshot_download` use the network only after this request has succeeded.
     """
     from huggingface_hub import HfApi, constants
 

@@ -24,7 +24,7 @@ class _Kind:
     open: Callable[[str], Source]
 
 
-# The readers' libraries are slow to import. Each opener imports its own reader when called, so that `--help` is fast.
+# Each of these functions imports a reader when it is called, because the readers' libraries are slow to import.
 
 
 def _open_directory(spec: str) -> Source:
@@ -111,7 +111,7 @@ def _open(spec: str | None) -> Source:
 
 
 def _found(spec: str) -> str:
-    """Describe the file at a path, and name the remedy."""
+    """Describe the file or folder that `spec` names, if any, and name the remedy."""
     path = Path(spec)
     if not path.is_file():
         return "nothing of that name here; check the spelling"

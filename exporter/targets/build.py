@@ -86,11 +86,11 @@ def build_targets(
     log: Callable[[str], None],
     on_built: OnBuilt,
 ) -> list[Target]:
-    """Write the target of a kind; executables for the CPU get a target for each instruction set.
+    """Write the targets of a kind: one for each instruction set if the kind has executables for the CPU, else one.
 
-    A child process compiles the executables for the CPU, all from the same StableHLO. XLA reads the permitted
-    instruction set only once in a process, and this process permits all of the machine's instructions, to compute the
-    reference.
+    Executables for the CPU are all compiled from the same StableHLO, in child processes. XLA reads the permitted
+    instruction set only once in a process, and this process must permit all of the machine's instructions, because it
+    computes the reference.
 
     Args:
         kind: the kind of target.
@@ -122,7 +122,7 @@ def build_targets(
         )
         if any(other.name == target.name for other in targets):
             level = target.name.removeprefix(f"{kind.name}-")
-            log(f"executables for {isa} need {level}, which is a target already")
+            log(f"skipping {isa}: its executables need {level}, and that target exists already")
             continue
         _write_executables(root, files)
         for program in target.programs:
@@ -136,7 +136,8 @@ def _compile(
 ) -> tuple[Target, dict[str, bytes], dict[str, Compilation]]:
     """Compile the programs of `source` for an instruction set.
 
-    The executables of the first target lie in the same folder as the StableHLO.
+    The executables of the first target are stored in the folder of the StableHLO, and those of other targets in
+    folders of their own.
     """
     names = {str(p.stablehlo) for p in source.programs}
     return compile_target(
@@ -165,7 +166,7 @@ def _built_program(
     compiled: Mapping[str, Compilation],
     lowered: Sequence[BuiltProgram],
 ) -> BuiltProgram:
-    """Describe a compiled program; include the time and the bytes of its StableHLO if `lowered` has them."""
+    """Return the record of a compiled program, with the cost of lowering it if `lowered` contains that program."""
     lowering = next((b for b in lowered if b.program.name == program.name), None)
     return BuiltProgram(
         target=target.name,
@@ -179,7 +180,7 @@ def _built_program(
 def _laid_out(
     kind: TargetKind, programs: Sequence[ProgramSpec], device: jax.Device | None
 ) -> Sequence[ProgramSpec]:
-    """Return the programs, with the layouts of caches and weights that suit decode if the kind chooses layouts."""
+    """Return the programs, whose caches and weights have the layouts that the kind chooses, if it chooses any."""
     if kind.layouts is None or device is None:
         return programs
     layouts = kind.layouts(next(spec for spec in programs if spec.kind == "decode"), device)
@@ -283,7 +284,7 @@ def _program(spec: ProgramSpec, stem: str, compiled: jax.stages.Compiled | None)
 
 
 def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Value, ...]:
-    """Return values with the compiler's layouts, each of which permutes the axes of a value's current layout."""
+    """Return values with the layouts that the compiler chose, as permutations of their current layouts."""
     return tuple(
         dataclasses.replace(v, layout=tuple(v.layout[axis] for axis in f.layout.major_to_minor))
         for v, f in zip(values, formats, strict=True)
@@ -291,7 +292,7 @@ def _with_layouts(values: Sequence[Value], formats: Sequence[Any]) -> tuple[Valu
 
 
 def _check_cache_layouts(target: Target) -> None:
-    """Refuse programs with different layouts of the KV cache, because all programs share it."""
+    """Refuse a target whose programs have different layouts of the KV cache, because all programs share the cache."""
     layouts = {
         (value.name, value.layout)
         for program in target.programs

@@ -1,4 +1,4 @@
-"""Code that all builders share: the record of a built program, and the removal of source paths from programs."""
+"""The record of a built program, and the removal of source paths from programs, for the builders of all targets."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ STABLEHLO_LIFE = timedelta(days=180)
 
 
 class BuiltProgram(Step):
-    """A program that has been written, as the progress and the summary of an export show it.
+    """A program that has been written: its record in the manifest, and the figures that an export prints.
 
     Attributes:
         target: name of its target.
         program: its record in the manifest.
-        lower_s: seconds spent on tracing and lowering, which happen twice for a target with executables for a GPU.
+        lower_s: seconds spent on tracing and lowering; 0 if the program was lowered for an earlier target.
         compile_s: seconds spent on compiling; 0 for StableHLO alone.
         bytes: size of its files.
     """

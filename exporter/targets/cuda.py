@@ -19,11 +19,11 @@ from precast.loaders.artifact.manifest import Value
 from ..models.xla_ops import xla_ops
 from ..programs import ProgramSpec
 
-# Axes from the slowest to the fastest, by name of a cache array or a weight.
+# The layout of each cache array and each weight, by name: the axes from the slowest to the fastest.
 Layouts = Mapping[str, tuple[int, ...]]
 
 CUDA_OPS = xla_ops("bfloat16")
-# Roles whose layouts the compiler chooses.
+# Roles of the values whose layouts the compiler chooses.
 _FREE = ("cache", "weight")
 
 

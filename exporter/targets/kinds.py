@@ -23,7 +23,7 @@ class TargetKind:
             for TensorFlow.
         platform: the platform that the programs run on; "any" if they run on every platform in `lowered_for`.
         lowered_for: platforms for which the programs are lowered to StableHLO, by XLA's names.
-        device: returns the device to compile for, or raises PrecastError if there is none; None for the CPU.
+        device: returns the GPU to compile for, or raises PrecastError if there is none; None for kinds without a GPU.
         layouts: returns the layouts of caches and weights that suit the decode program; None for row-major arrays.
     """
 

@@ -66,7 +66,7 @@ def build_savedmodel(
     """Write one SavedModel of all programs, with the weights of ``weights.safetensors``.
 
     The weights are mapped, and copied once into the SavedModel's variables. In the manifest, the programs of this
-    target therefore have no weight arguments. Their results do not reuse the memory of arguments.
+    target therefore have no weight arguments, and no result reuses the memory of an argument.
 
     Args:
         kind: the kind of target.
@@ -87,7 +87,7 @@ def build_savedmodel(
     # The fingerprint contains a random number, so exports would differ; no reader needs the fingerprint.
     (folder / "fingerprint.pb").unlink(missing_ok=True)
     for empty in [path for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())]:
-        empty.rmdir()  # the folder for assets, which a copy of the listed files would lack
+        empty.rmdir()  # the manifest lists only files, so a copy of the artifact would lack an empty folder
     return Target(
         name=kind.name,
         runtime=kind.runtime,
@@ -99,7 +99,7 @@ def build_savedmodel(
         kernel_abi=0,
         kernels=(),
         xla_flags="",
-        # The SavedModel contains StableHLO written by jax.export, so the same promise holds for it.
+        # The SavedModel contains StableHLO written by jax.export, so the promise of `STABLEHLO_LIFE` holds for it.
         stablehlo_expires=(created + STABLEHLO_LIFE).isoformat(),
         programs=records,
     )
@@ -144,7 +144,7 @@ def _write(
         tf.errors.PermissionDeniedError,
         tf.errors.UnknownError,
     ) as error:
-        raise OSError(error.message) from error  # TensorFlow reports a full disk with these errors
+        raise OSError(error.message) from error  # TensorFlow raises one of these if the disk is full
     except tf.errors.OpError as error:
         raise PrecastError(
             f"target {kind.name!r}: TensorFlow cannot write the SavedModel ({error.message}); nothing was written:"
@@ -181,7 +181,7 @@ def _method(spec: ProgramSpec) -> Callable[[Mapping[str, Array], Sequence[Array]
 
 
 def _serving(tf: Any, spec: ProgramSpec) -> Any:
-    """Return the configuration of a program's signature: flat inputs and results, named as in the manifest."""
+    """Return the configuration of a program's signature, with the inputs and results that the manifest names."""
     from orbax.export import ServingConfig
 
     results = [_checked_name(v.name) for v in spec.results]
@@ -197,7 +197,7 @@ def _serving(tf: Any, spec: ProgramSpec) -> Any:
 
 
 def _checked_name(name: str) -> str:
-    """Convert a name in the manifest to a signature's name, and check that it converts back."""
+    """Convert a name in the manifest to a name in a signature, and check that it converts back."""
     translated = signature_name(name)
     if manifest_name(translated) != name:
         raise RuntimeError(f"{name}: its name in a signature, {translated}, does not translate back")

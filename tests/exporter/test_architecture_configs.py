@@ -133,7 +133,7 @@ def test_defaults_of_a_sparse_config_are_those_of_transformers(
 def test_an_unknown_key_is_named(model_type: str, key: str, value: Any) -> None:
     with pytest.raises(
         PrecastError,
-        match=f"'{key}' (may change the model's maths|is .*, which .*, and this is not supported)",
+        match=f"'{key}' (may change the model's maths|is .*, which .*, but precast does not support that)",
     ):
         _read(model_type, **{key: value})
 

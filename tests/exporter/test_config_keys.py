@@ -178,8 +178,8 @@ def test_a_key_supported_with_neutral_values_only(key):
 
 def test_a_refusal_names_the_effect_of_the_key():
     assert refusal(is_encoder_decoder=True) == (
-        "m/config.json: 'is_encoder_decoder' is True, which describes an encoder-decoder model, and this is not"
-        " supported; if the model was trained without this, remove the key."
+        "m/config.json: 'is_encoder_decoder' is True, which describes an encoder-decoder model, but precast"
+        " does not support that; remove the key if it does not apply to the model."
     )
 
 

@@ -11,7 +11,7 @@ from ..ops import LayerOps
 from ..rope import Rope, no_rope
 from ..tensors import Tensors, split_rows, take, transpose
 
-# Keys of heads for other tasks, keys of early versions, and keys that repeat other keys.
+# Keys of output heads for other tasks, keys that early versions wrote, and keys that repeat other keys.
 _UNUSED = """
     _num_labels attn_pdrop n_ctx n_special output_past predict_special_tokens reorder_and_upcast_attn
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
@@ -73,7 +73,7 @@ class GPT2Layers(nnx.Module):
 def adapt(tensors: Tensors, config: DecoderConfig) -> Tensors:
     """Give tensors Llama's names, transpose matrices to ``[out, in]``, and split the fused q, k and v."""
     prefix = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
-    # Masks get the names that they have in Llama's old checkpoints, because `plan_weights` ignores those names.
+    # Llama's old checkpoints have masks too, with names that `plan_weights` ignores. Give GPT-2's masks these names.
     left = {n.replace(".attn.", ".self_attn.") if n.endswith(_MASKS) else n: t for n, t in tensors.items()}
     made = {
         "model.embed_tokens.weight": take(left, f"{prefix}wte.weight", (config.vocab, config.width)),
@@ -106,9 +106,9 @@ def _layer(
 def _pair(
     left: dict[str, SourceTensor], old: str, new: str, shape: tuple[int, ...]
 ) -> dict[str, SourceTensor]:
-    """Return a module's weight, transposed to ``[out, in]``, and its bias; both names begin with `new`.
+    """Take the weight and the bias of module `old`, and return them under the name of module `new`.
 
-    Transposing has no effect on the weight ``[D]`` of a norm.
+    The weight is transposed to ``[out, in]``. Transposing has no effect on the weight ``[D]`` of a norm.
     """
     weight, bias = take(left, f"{old}.weight", shape), take(left, f"{old}.bias", shape[-1:])
     return {f"{new}.weight": transpose(weight), f"{new}.bias": bias}

@@ -15,7 +15,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
         PrecastError: a key has a value that is not supported.
     """
     config = read_common_keys(reader, max_positions=131_072, kv_heads=8)
-    # Later models have null, which means no window; if the key is absent, the window is 4096.
+    # The key is null in later models, which means no window. If it is absent, the window is 4096.
     window = reader.take_nullable_size("sliding_window", 4096)
     config = replace(config, windows=uniform_windows(window, config.layers))
     return config, (read_rope(reader, config.head_dim, config.max_positions),)

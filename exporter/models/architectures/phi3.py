@@ -24,7 +24,8 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
     # Phi-4 mini's configs contain these keys to disable features of related models.
     reader.expect("full_attn_mod", 1)
     reader.expect("interpolate_factor", 1)
-    # Published configs name code in the checkpoint; transformers prefers its own class, and so does precast.
+    # In published configs, auto_map names Python code in the checkpoint. transformers and precast ignore that code,
+    # because transformers has its own class for phi3.
     reader.take("auto_map")
     config = read_common_keys(reader, max_positions=4096, norm_eps=1e-5)
     window = reader.take_nullable_size("sliding_window")

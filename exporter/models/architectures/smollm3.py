@@ -14,7 +14,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
     Raises:
         PrecastError: a key has a value that is not supported.
     """
-    # The published config has both keys, but transformers reads neither.
+    # The published config has these two keys, but transformers reads neither.
     reader.take("pretraining_tp")
     reader.take("max_window_layers")
     config = read_common_keys(

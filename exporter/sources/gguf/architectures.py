@@ -10,14 +10,14 @@ from math import nextafter
 
 from .metadata import MetadataReader
 
-# The shape of every tensor by GGUF name, outermost axis first.
+# The shape of every tensor, outermost axis first, by the tensor's GGUF name.
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufArchitecture:
-    """The translation of a ``general.architecture`` to a Hugging Face checkpoint.
+    """The differences between GGUF files with a ``general.architecture`` and its Hugging Face checkpoints.
 
     Attributes:
         model_type: Hugging Face's name of the architecture.
@@ -84,7 +84,7 @@ def _qwen3(_: MetadataReader, shapes: Shapes) -> Config:
 # --- Gemma --------------------------------------------------------------------------------------------------
 
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
-# Keys of the RoPE base in layers with a window, as written by llama.cpp's converter and by Ollama's.
+# Keys of the RoPE base in layers with a window: the one of llama.cpp's converter, then the one of Ollama's.
 _LOCAL_BASES = ("rope.freq_base_swa", "rope.local.freq_base")
 # The 27B models scale attention scores by (D / N) ** -0.5 instead of H ** -0.5. The file does not say so; the number of
 # layers identifies these models.
@@ -101,7 +101,7 @@ def _query_scalar(reader: MetadataReader) -> Config:
 
 
 def _layer_types(reader: MetadataReader, period: int) -> list[str]:
-    """Return the type of each layer; unless the file says otherwise, every `period`-th layer has full attention."""
+    """Return the type of each layer. By default, every `period`-th layer has full attention."""
     layers = reader.integer("block_count")
     stated = reader.metadata.get(f"{reader.prefix}.{_PATTERN}", period)
     if isinstance(stated, int) and not isinstance(stated, bool) and stated > 0:
@@ -117,7 +117,7 @@ def _gemma3(reader: MetadataReader, _: Shapes) -> Config:
     local = next(
         (key for key in _LOCAL_BASES if f"{reader.prefix}.{key}" in reader.metadata), _LOCAL_BASES[0]
     )
-    reader.number("rope.freq_base")  # required, because the default differs between layer types
+    reader.number("rope.freq_base")  # refuses files without the key, whose default depends on the layer type
     return {
         **_GELU,
         **_query_scalar(reader),
@@ -156,7 +156,7 @@ def _phi3(reader: MetadataReader, _: Shapes) -> Config:
         "original_max_position_embeddings": reader.integer("rope.scaling.original_context_length", context),
     }
     if (rotated := reader.integer("rope.dimension_count", head_dim)) != head_dim:
-        # If rounding makes the product with H too small, the next float up gives the right dimension.
+        # `read_rope` rounds H times this factor down. If the rounded factor is too small for that, take the next float.
         part = rotated / head_dim
         config["partial_rotary_factor"] = part if int(part * head_dim) == rotated else nextafter(part, 1.0)
     return config
@@ -197,7 +197,7 @@ def _mixtral(reader: MetadataReader, _: Shapes) -> Config:
 
 
 def _qwen3moe(reader: MetadataReader, shapes: Shapes) -> Config:
-    """Return Qwen3's keys and those of the experts; `norm_topk_prob` is true, because llama.cpp always renormalises."""
+    """Return the keys of Qwen3 and of its experts; `norm_topk_prob` is true, because llama.cpp always renormalises."""
     return {
         **_qwen3(reader, shapes),
         "num_experts": reader.integer("expert_count"),

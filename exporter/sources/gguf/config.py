@@ -56,7 +56,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_parallel_residual": (False,),
 }
 
-# Keys about the origin of the file.
+# Keys about the making of the model and the file.
 _HARMLESS = frozenset({"tensor_data_layout", "rope.scaling.finetuned"})
 
 
@@ -88,7 +88,7 @@ def translate_config(
         path: the file, for messages.
         metadata: all metadata of the file.
         shapes: shapes of all tensors except `factors`, by GGUF name, outermost axis first.
-        factors: tensors of RoPE factors, by GGUF name, each ``[P]``: divisors of the RoPE frequencies.
+        factors: the tensors ``[P]`` of RoPE factors, which divide the RoPE frequencies, by GGUF name.
 
     Raises:
         PrecastError: the architecture is not supported; a key is missing, not understood or contradicts the tensors; or

@@ -27,14 +27,14 @@ _ALIGNMENT_KEY, _ALIGNMENT = "general.alignment", 32
 _MOST_KEYS = _MOST_TENSORS = 1 << 16
 _LONGEST_HEADER = 1 << 27
 _LONGEST_KEY, _LONGEST_NAME, _MOST_AXES = 65_535, 63, 4
-# Minimum sizes in bytes: a key with its type and value, and a tensor's entry. In both, the name is empty.
+# Minimum sizes in bytes, with an empty name: of a key with its type and value, and of a tensor's header entry.
 _LEAST_KEY, _LEAST_TENSOR = 13, 24
 
-# Types by their number in the format. Each letter means the same in struct and NumPy.
+# Types of metadata values, by their number in the format, as letters. `struct` and NumPy use the same letters.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-# Types that NumPy supports; tensors of all other types become rows of bytes.
+# Types of tensors that NumPy supports. Rows of tensors of all other types become rows of bytes.
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1"}
 
 # Prefixes of the keys whose strings must be exact. Other strings only describe the model; in them, bytes that are not
@@ -150,12 +150,12 @@ class _Cursor:
         return taken
 
     def number(self, letter: str, what: str) -> Any:
-        """Read one scalar of the type that `letter` denotes in `struct`."""
+        """Read one number, of the type that `letter` denotes in `struct`; `what` names it in errors."""
         form = struct.Struct(f"<{letter}")
         return form.unpack(self.read(form.size, what))[0]
 
     def text(self, what: str, longest: int | None = None) -> memoryview:
-        """Read a string: its length, then its bytes."""
+        """Read the length of a string, then the string; `what` names it in errors."""
         start = self.at
         length = self.number("Q", f"the length of {what}")
         if longest is not None and length > longest:

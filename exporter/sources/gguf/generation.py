@@ -10,8 +10,8 @@ from ..end_of_generation import end_tokens_by_text, merge_end_tokens
 from .markers import repaired_types
 from .vocabulary import TokenType
 
-# Keys that name the tokens at which llama.cpp ends a generation: the ends of a sequence, of a turn and of a message,
-# and the separators of files. llama.cpp ignores a separator whose id belongs to no token.
+# Keys of the tokens at which llama.cpp ends a generation: ends of a sequence, a turn and a message, then separators of
+# files. llama.cpp ignores a separator's key if the vocabulary has no token with that id.
 _ENDS = ("eos", "eot", "eom")
 _BETWEEN_FILES = ("fim_pad", "fim_rep", "fim_sep")
 _SPECIAL = (TokenType.CONTROL, TokenType.USER_DEFINED)
@@ -27,7 +27,7 @@ _REFUSED = {"mirostat": 0, "xtc_probability": 0}
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the ids of the tokens that end a generation: those that the file names, and those with a known text."""
+    """Return the ids of the tokens that end a generation: tokens that a key names, and tokens with a known text."""
     tokens = metadata["tokenizer.ggml.tokens"]
     types = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
     types = repaired_types(tokens, types, metadata)
@@ -58,7 +58,7 @@ def recommended_sampling(path: Path, metadata: Mapping[str, Any]) -> dict[str, o
             )
     found = {field: metadata.get(f"general.sampling.{key}") for key, field in _SAMPLING.items()}
     given = {field: value for field, value in found.items() if value is not None}
-    # Without a temperature, decoding is greedy, so only the penalty has an effect.
+    # Without a temperature, decoding is greedy, so only the repetition penalty has an effect.
     return (
         given if given.get("temperature") else {k: v for k, v in given.items() if k == "repetition_penalty"}
     )

@@ -1,7 +1,7 @@
 """Repair the token types of chat markers that a GGUF file declares as ordinary words.
 
 Converters often declare `<|im_end|>` and similar markers as words. The tokenizer would then split a marker that is a
-single token for the model. llama.cpp knows the spelling of markers that end a text or a turn, and overrides their type.
+single token for the model. llama.cpp has a list of markers that end a text or a turn, and overrides their types.
 This module does the same, and also repairs markers that occur in the file's own chat templates.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 _TEMPLATE = "tokenizer.chat_template"
 
-# Tokens that are never words, whatever type the file declares: they end a text, or begin or end a turn.
+# Tokens that are never words, whatever type the file declares. They begin or end a text, a turn or a turn's header.
 _KNOWN = frozenset(
     """
     <|begin_of_text|> <|end_of_text|> <|endoftext|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|>

@@ -13,7 +13,7 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
-_LARGEST = (1 << 31) - 1  # largest size in ggml and XLA
+_LARGEST = (1 << 31) - 1  # the largest size of an axis in ggml and XLA
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 
@@ -46,7 +46,7 @@ _NUMBER = _Type(
     name="a number", holds=lambda value: isinstance(value, int | float) and not isinstance(value, bool)
 )
 
-# `MetadataReader` checks the keys below the architecture's prefix.
+# The keys that begin with the name of the architecture are missing here, because `MetadataReader` checks them.
 _TYPES: Mapping[str, _Type] = {
     "general.architecture": _TEXT,
     "general.sampling.min_p": _NUMBER,
@@ -79,7 +79,7 @@ _TYPES: Mapping[str, _Type] = {
 
 
 def check_types(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Check the types of the keys that readers use without further checks.
+    """Check the values of the keys whose types readers do not check again.
 
     Args:
         path: the file, for messages.
@@ -111,10 +111,10 @@ class MetadataReader:
     metadata: Mapping[str, Any]
 
     def get(self, key: str, default: object = None) -> object:
-        """Return a value, or `default` if the file has none. A list of equal items is read as a single item.
+        """Return the value of a key, or `default` if the file lacks the key. A list of equal items becomes one item.
 
         Raises:
-            PrecastError: the file has no value and there is no default.
+            PrecastError: the file lacks the key, and there is no default.
         """
         value = self.metadata.get(f"{self.prefix}.{key}", default)
         if value is None:

@@ -1,4 +1,4 @@
-"""Pre-tokenizers of byte-level vocabularies, which a GGUF file only names."""
+"""Pre-tokenizers of byte-level vocabularies, by name. A GGUF file has only the name of its pre-tokenizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class PreTokenizer:
         steps: the pre-tokenizers, in the form of tokenizer.json.
         normalizer: the normalizer in the form of tokenizer.json, or None.
         ignore_merges: True if a piece that is itself a token becomes that token without BPE merging.
-        add_bos: True if texts get a BOS token when the metadata has no key for it.
+        add_bos: True if texts get a BOS token; overridden by the metadata key ``add_bos_token``.
     """
 
     steps: tuple[Mapping[str, object], ...]
@@ -36,7 +36,10 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _words(*, digits: str) -> tuple[Mapping[str, object], ...]:
-    """Return steps that split as cl100k, Llama 3 and Qwen2 do; these differ only in the number of digits in a piece."""
+    """Return steps that split as cl100k, Llama 3 and Qwen2 do.
+
+    The three differ only in `digits`, the pattern of a piece of digits.
+    """
     letters, others = r"[^\r\n\p{L}\p{N}]?\p{L}+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     return _split("|".join((_ENDINGS, letters, digits, others, _SPACES))), _byte_level(use_regex=False)
 
@@ -71,7 +74,7 @@ _FALCON = PreTokenizer(
         _split(r"[0-9][0-9][0-9]"),
     )
 )
-# The splits that llama.cpp performs one after another for the name "default"; no published tokenizer has them.
+# The splits that llama.cpp makes, one after another, for the name "default". No published tokenizer.json has these.
 _DEFAULT = PreTokenizer(
     steps=(
         _split(r"[\p{P}\$\+<=>\^~\|]+"),

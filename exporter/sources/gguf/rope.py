@@ -9,7 +9,7 @@ from precast.loaders.artifact.errors import PrecastError
 
 from .metadata import MetadataReader
 
-# Tensors of frequency divisors, ``[P]``: one for all contexts, or two for short and long ones.
+# Tensors of frequency divisors, ``[P]``: one tensor for all contexts, or two for short and for long contexts.
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
@@ -48,7 +48,7 @@ def read_rope_scaling(
 
 
 def _stated(reader: MetadataReader) -> dict[str, object] | None:
-    """Return the scaling that the keys state; as in llama.cpp, a factor without a type means linear scaling."""
+    """Return the scaling that the metadata keys state; as in llama.cpp, a factor without a type means linear."""
     kind = reader.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise reader.unexpected("rope.scaling.type", "none, linear or yarn", kind)
@@ -102,7 +102,7 @@ def llama3_divisors(theta: float, rotated: int, factor: float) -> np.ndarray:
 
 
 def _longrope(reader: MetadataReader, rotated: int, factors: Mapping[str, np.ndarray]) -> dict[str, object]:
-    """Return LongRoPE's divisors for short and long contexts (Ding et al. 2024); check the attention factor."""
+    """Return the `rope_scaling` of LongRoPE (Ding et al. 2024); check the attention factor in the file."""
     for name in (LONG_FACTORS, SHORT_FACTORS):
         if name not in factors or factors[name].shape != (rotated // 2,):
             found = list(factors[name].shape) if name in factors else "none"
@@ -130,7 +130,7 @@ def _shortest(factors: np.ndarray) -> list[float]:
 
 
 def _check_attention_factor(reader: MetadataReader) -> None:
-    """Check the factor of cosines and sines, which Hugging Face computes from the context lengths."""
+    """Check that the attention factor is the one that transformers computes from the context lengths."""
     original = reader.integer("rope.scaling.original_context_length", least=2)  # log(1) would divide by zero
     stretch = reader.integer("context_length") / original
     implied = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0

@@ -22,7 +22,7 @@ from .rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from .tensors import check_tensor_types, dequantise, source_tensors
 from .tokenizer import build_tokenizer
 
-# Quantisation suffixes of model names.
+# The end of a file name that states the type of the weights, such as "-Q4_K_M".
 _QUANTISATION = re.compile(
     r"[-._](?:(?:ud-)?(?:i?q\d|tq\d)[a-z0-9_]*|f16|f32|bf16|fp16|fp32|mxfp4|gguf)$", re.IGNORECASE
 )
@@ -106,7 +106,7 @@ def _token(path: Path, metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def _named_templates(path: Path, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Return the chat templates besides the default one; `tokenizer.chat_templates` lists only their names."""
+    """Return the named chat templates, without the default. Each has a key of its own, which ends in its name."""
     prefix = f"{_TEMPLATE}."
     keys = sorted(key for key in metadata if key.startswith(prefix) and key != f"{prefix}default")
     for key in keys:

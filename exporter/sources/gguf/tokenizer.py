@@ -16,15 +16,16 @@ from .vocabulary import TokenType, Vocabulary, read_vocabulary
 
 _SPACE = "▁"  # a space in SentencePiece's pieces
 
-# Phi 3's special tokens that do not strip the spaces and line ends after them.
+# The special tokens of Phi 3 that keep the spaces and line ends after them; all others strip them.
 _KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def build_tokenizer(path: Path, metadata: Mapping[str, Any]) -> bytes:
     """Return the tokenizer.json of a GGUF file.
 
-    Control tokens become special added tokens, user-defined tokens become added tokens, and unused tokens are left out.
-    Two metadata keys tell whether texts get a BOS and an EOS token; without these keys, llama.cpp's defaults apply.
+    Control and unknown tokens become special added tokens, user-defined tokens become added tokens, and unused tokens
+    are left out. Two metadata keys tell whether texts get a BOS and an EOS token; llama.cpp's defaults apply without
+    them.
 
     Args:
         path: the file, for messages.
@@ -211,7 +212,7 @@ def _splits(piece: str, pieces: Mapping[str, int]) -> Iterator[tuple[str, str]]:
 
 
 def _refuse_unused(vocabulary: Vocabulary, pieces: Mapping[str, int]) -> None:
-    """Refuse an unused piece that two other pieces form.
+    """Refuse a vocabulary with an unused piece that is the concatenation of two other pieces.
 
     SentencePiece joins the two pieces, and later splits the unused result again. BPE merges cannot express that.
     """
@@ -225,7 +226,7 @@ def _refuse_unused(vocabulary: Vocabulary, pieces: Mapping[str, int]) -> None:
             )
 
 
-# --- shared by both -----------------------------------------------------------------------------------------
+# --- both kinds ---------------------------------------------------------------------------------------------
 
 
 def _bpe(
@@ -252,7 +253,7 @@ def _bpe(
 
 
 def _spell_merges(merges: list[list[str]]) -> list[str] | list[list[str]]:
-    """Return merges in the older form, "a b", if possible, because it loads in two thirds of the newer form's time.
+    """Return merges in the older form, "a b", if possible, because it loads in two thirds of the time.
 
     In the older form, a token cannot contain a space, and a merge that begins with "#version" would be read as a
     comment.
@@ -283,7 +284,7 @@ def _added_tokens(
 
 
 def _post_processor(vocabulary: Vocabulary, *, add_bos: bool) -> dict[str, object] | None:
-    """Return the step that adds BOS and EOS to texts, or None; `add_bos` is the default of the metadata key for BOS."""
+    """Return the step that adds BOS and EOS to texts, or None; `add_bos` is the default of ``add_bos_token``."""
     before = [_special(vocabulary, "bos")] if vocabulary.get("add_bos_token", add_bos) else []
     after = [_special(vocabulary, "eos")] if vocabulary.get("add_eos_token", False) else []
     if not before and not after:

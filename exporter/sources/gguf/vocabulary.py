@@ -67,7 +67,7 @@ class Vocabulary:
         return self.metadata.get(f"{_PREFIX}{key}", default)
 
     def of_types(self, *types: TokenType) -> dict[str, int]:
-        """Return the ids of the tokens that have one of the given types, by text."""
+        """Return the tokens of the given types: a mapping from text to id."""
         return {
             token: i
             for i, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
@@ -75,7 +75,7 @@ class Vocabulary:
         }
 
     def error(self, sentence: str) -> PrecastError:
-        """Return an error whose text is the path, followed by a sentence such as "lacks …"."""
+        """Return an error that consists of the path and `sentence`, such as "lacks …"."""
         return PrecastError(f"{self.path}: {sentence}")
 
 

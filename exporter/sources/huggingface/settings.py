@@ -1,4 +1,4 @@
-"""The keys of tokenizer_config.json: known keys are applied, ignored or refused; a remark names unknown keys.
+"""Read tokenizer_config.json: each known key is applied, ignored or refused, and a remark names the unknown keys.
 
 The reference is transformers 5.23: tokenizer.json defines the normaliser, pre-tokenizer, decoder and post-processor;
 tokenizer_config.json defines added tokens, special tokens and chat templates.
@@ -27,13 +27,13 @@ HARMLESS = frozenset(
     add_bos_token add_eos_token from_slow merges merges_file normalizer_file sp_model_kwargs spm_file tokenizer_file
     tokenizer_object unk_id vocab vocab_file vocab_size
     """.split()
-    # Training, batches and lengths: the loader encodes one text, whole and without padding.
+    # Keys about training, batches and lengths. The loader needs none: it encodes one whole text, without padding.
     + """
     max_len max_length model_input_names model_max_length pad_to_multiple_of pad_token_type_id padding padding_side
     max_target_length return_tensors return_token_type_ids stride tokenizer_padding tokenizer_truncation truncation
     truncation_side truncation_strategy
     """.split()
-    # Files, classes and messages of transformers.
+    # Keys about the files, classes and messages of transformers.
     + """
     _commit_hash _from_auto backend chat_control_tokens device_map errors files_loaded init_inputs is_local
     local_files_only name_or_path processor_class response_schema response_template special_tokens_map_file
@@ -48,7 +48,7 @@ HARMLESS = frozenset(
     """.split()
 )
 
-# Part of the pattern that transformers sets for fix_mistral_regex.
+# A part of the pattern with which transformers splits text if fix_mistral_regex is true.
 _MISTRAL = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
 
 
@@ -89,17 +89,17 @@ def _is_on(value: object, document: Mapping[str, Any]) -> bool:
 
 
 def _names_another_file(value: object, document: Mapping[str, Any]) -> bool:
-    """Return True if the key lists files besides tokenizer.json, which some versions of transformers read instead."""
+    """Return True if the key lists other files, which some versions of transformers read instead of tokenizer.json."""
     return value is not None and value != ["tokenizer.json"]
 
 
 def _replaces_pre_tokenizer(value: object, document: Mapping[str, Any]) -> bool:
-    """Return True if transformers would replace the pre-tokenizer with Mistral's."""
+    """Return True if transformers would replace tokenizer.json's pre-tokenizer with Mistral's."""
     return bool(value) and _MISTRAL not in _texts(document.get("pre_tokenizer"))
 
 
 _SAVE_AGAIN = "save the tokenizer again (AutoTokenizer.from_pretrained(...).save_pretrained(...))"
-# Refused keys: a test of the value, and the reason, which follows the key in the error text.
+# Keys that may be refused: a function that returns True for a refused value, and the words after the key in the error.
 _REFUSED: Mapping[str, tuple[Callable[[object, Mapping[str, Any]], bool], str]] = {
     "auto_map": (
         _names_code,
@@ -121,7 +121,7 @@ _REFUSED: Mapping[str, tuple[Callable[[object, Mapping[str, Any]], bool], str]] 
 
 
 def _cleans_up(settings: Mapping[str, object], document: Mapping[str, Any]) -> bool:
-    """Return True if the settings make transformers edit decoded text; for a BPE tokenizer, that takes two settings."""
+    """Return True if transformers would remove spaces from decoded text; for BPE, two keys have to ask for it."""
     forced = settings.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     is_bpe = (document.get("model") or {}).get("type") == "BPE"
     return bool(settings.get("clean_up_tokenization_spaces")) and (not is_bpe or bool(forced))
@@ -198,7 +198,7 @@ def _has_prefix(document: Mapping[str, Any]) -> bool:
 
 
 def _without_prefix(part: Any) -> Any:
-    """Return a step of tokenizer.json that no longer adds or strips a leading space; None if nothing is left of it."""
+    """Return a step of tokenizer.json without the parts that add or strip a leading space; None if no part is left."""
     if isinstance(part, list):
         return [step for step in map(_without_prefix, part) if step is not None]
     if not isinstance(part, dict):

@@ -19,7 +19,7 @@ from .weights import INDEX, ORIGINAL, REMEDIES, SINGLE, find_shards, read_tensor
 
 _ADAPTER = "adapter_config.json"
 _MODELOPT = "hf_quant_config.json"
-# Keys of config.json that say how the weights are quantised, with the method that a config without a name means.
+# Keys of config.json that describe a quantisation, each with the method that is assumed if the value names none.
 _QUANTISATION = {"quantization_config": "?", "compression_config": "compressed-tensors"}
 
 
@@ -31,8 +31,8 @@ def open_huggingface(folder: Path, *, name: str | None = None) -> Source:
         name: name of the model; None means the directory's name.
 
     Raises:
-        PrecastError: a file is missing or broken; the weights are a pickle, already quantised, or of an unsupported
-            type; or the model needs the checkpoint's own code.
+        PrecastError: a file is missing or broken; the weights are a pickle, quantised in an unsupported way, or of an
+            unsupported type; or the tokenizer needs the checkpoint's own code.
     """
     config = _read_config(folder)
     quantisation = _quantisation(folder, config)
@@ -73,7 +73,7 @@ def _read_config(folder: Path) -> dict[str, object]:
     """Return config.json.
 
     Raises:
-        PrecastError: config.json is missing, or the directory has an adapter or quantised weights.
+        PrecastError: config.json is missing or broken, or the directory contains an adapter.
     """
     path = folder / "config.json"
     if plain_file(folder / _ADAPTER):
@@ -90,10 +90,10 @@ def _read_config(folder: Path) -> dict[str, object]:
 
 
 def _quantisation(folder: Path, config: Mapping[str, object]) -> Quantisation | None:
-    """Return how the weights are quantised; None if they are not.
+    """Return the quantisation of the weights, or None.
 
     Raises:
-        PrecastError: they are quantised in a way that cannot be read.
+        PrecastError: the weights are quantised in a way that precast cannot read.
     """
     for key, default in _QUANTISATION.items():
         if stated := config.get(key):
@@ -112,7 +112,7 @@ def _quantisation(folder: Path, config: Mapping[str, object]) -> Quantisation | 
 
 
 def _method(quantization: object, default: str) -> str:
-    """Return the name of a quantisation method. Old configs of bitsandbytes do not state it."""
+    """Return the name of the quantisation method; old bitsandbytes configs state only load_in_4bit or load_in_8bit."""
     if not isinstance(quantization, dict):
         return str(quantization)
     if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
@@ -130,7 +130,7 @@ def _end_tokens(
     tokenizer: Mapping[str, Any],
     eos_token: str | None,
 ) -> tuple[int, ...]:
-    """Return all end tokens: those that a config or the tokenizer names, and those found by their text."""
+    """Return all end tokens: tokens that a config or the tokenizer names, and tokens with a known text."""
     tokens = token_ids(tokenizer)
     special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
     named = (*named_end_tokens(folder, generation), *named_end_tokens(folder, config))
@@ -142,7 +142,7 @@ def _end_tokens(
 
 
 def _licence(card: Path) -> str | None:
-    """Return `license` of a model card's front matter, or `license_name` if `license` is "other"."""
+    """Return `license` from the front matter of a model card, or `license_name` if `license` is "other"."""
     import yaml  # type: ignore[import-untyped]
 
     if not plain_file(card):

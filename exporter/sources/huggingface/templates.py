@@ -13,7 +13,7 @@ from .tokens import CONFIG
 
 DEFAULT = "default"
 FILE, LEGACY_FILE, FOLDER = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
-# Special tokens that the artifact's tokenizer passes to a template.
+# Variables that the artifact's tokenizer passes to every template.
 _GIVEN = ("bos_token", "eos_token")
 
 
@@ -40,7 +40,7 @@ def chat_templates(folder: Path, tokens: Mapping[str, str]) -> Templates:
     """Return a directory's chat templates.
 
     Template files override tokenizer_config.json, as in transformers. The older chat_template.json counts only if
-    there is no other template. The returned templates define the special tokens that they use, except bos_token and
+    there are no other templates. The returned templates define the special tokens that they use, except bos_token and
     eos_token, which the artifact's tokenizer passes to them.
 
     Args:
@@ -84,7 +84,7 @@ def _from_config(path: Path) -> dict[str, str]:
 def with_tokens(template: str, tokens: Mapping[str, str]) -> str:
     """Return a template that begins with definitions of the special tokens that it uses, except BOS and EOS."""
     lines = [
-        # Jinja reads the escapes of JSON. trim_blocks removes the line end after the tag.
+        # A JSON string is also a string in Jinja. trim_blocks removes the line end after the tag.
         f"{{% set {key} = {json.dumps(text, ensure_ascii=False)} %}}\n"
         for key, text in tokens.items()
         if key not in _GIVEN and key.isidentifier() and re.search(rf"\b{re.escape(key)}\b", template)

@@ -19,7 +19,7 @@ class TokenizerFile:
 
     Attributes:
         document: the parsed tokenizer.json, including the tokens that the files beside it define.
-        data: `document` as bytes; the source file's own bytes if the document is unchanged.
+        data: the bytes of `document` as JSON; the bytes of the source's own file if nothing was changed.
         tokens: added and special tokens.
         remarks: sentences about ignored settings.
     """
@@ -73,7 +73,7 @@ def special_tokens(config: Mapping[str, object], tokenizer: TokenizerFile) -> di
 def token_ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     """Return the id of every token of a tokenizer.json. Added tokens override the vocabulary."""
     vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    if isinstance(vocabulary, list):  # Unigram models list [token, score]
+    if isinstance(vocabulary, list):  # a Unigram model has a list of [token, score], in the order of the ids
         vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
     return vocabulary | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
 

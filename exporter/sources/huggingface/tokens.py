@@ -75,7 +75,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
 
 
 def _rename_extra(settings: dict[str, object]) -> None:
-    """Move the list of unnamed special tokens from its older key to its newer key."""
+    """Rename the older key of the list of unnamed special tokens, if the newer key is missing or empty."""
     if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
 
@@ -94,7 +94,7 @@ def _take_own(folder: Path, settings: dict[str, Any]) -> dict[str, object]:
 
 
 def _merge_map(folder: Path, settings: dict[str, Any], own: dict[str, object]) -> None:
-    """Override tokenizer_config.json with special_tokens_map.json."""
+    """Override `settings`, the keys of tokenizer_config.json, with those of special_tokens_map.json."""
     path = folder / TOKENS_MAP
     for key, value in optional_json(path).items():
         if key == _EXTRA and isinstance(value, list):
@@ -140,7 +140,7 @@ def _decoder(
         path = folder / CONFIG
         entries = _mapping(path, _DECODER, settings[_DECODER])
         return {_number(path, key): _token(path, _DECODER, entry) for key, entry in entries.items()}
-    # Here transformers reads unnamed special tokens only from the newer key, and skips objects with "__type".
+    # As in transformers, only the newer key of unnamed special tokens is read, and objects with "__type" are skipped.
     values = [*(settings[key] for key in NAMED if settings.get(key)), *(settings.get(_EXTRA) or ())]
     special = {
         _content(_token_or_text(folder / CONFIG, _DECODER, token))
@@ -165,7 +165,7 @@ def _add(
     named: Mapping[str, "AddedToken | str"],
     extra: Iterable["AddedToken | str"],
 ) -> frozenset[str]:
-    """Add tokens in transformers' order, which determines ids and flags, and return the texts of special tokens."""
+    """Add tokens to `library` in transformers' order, on which their ids depend; return the texts of special tokens."""
     tokens = [token for _, token in sorted(decoder.items())]
     known = {token.content for token in (*library.get_added_tokens_decoder().values(), *tokens)}
     tokens += [_as_token(token) for token in (*named.values(), *extra) if _content(token) not in known]
@@ -186,7 +186,7 @@ def _as_token(token: "AddedToken | str") -> "AddedToken":
 def _entries(
     folder: Path, document: Mapping[str, Any], library: "Tokenizer", special: frozenset[str]
 ) -> list[dict[str, Any]]:
-    """Return the `added_tokens` of a tokenizer.json; flag the tokens in `special` as special."""
+    """Return the value of `added_tokens` for tokenizer.json: all tokens added to `library`, with their flags."""
     added = [
         {
             "id": number,
@@ -202,10 +202,10 @@ def _entries(
 
 
 def _check_ids(folder: Path, document: Mapping[str, Any], added: list[dict[str, Any]]) -> None:
-    """Load a tokenizer.json with these added tokens, and check that each has kept its id.
+    """Load the tokenizer.json with the tokens in `added`, and check that each token has kept its id.
 
     Raises:
-        PrecastError: a token has another id.
+        PrecastError: a token has another id after loading.
     """
     from tokenizers import Tokenizer
 

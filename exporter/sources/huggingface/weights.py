@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Other weight files: a pattern of the name, and a description with the remedy.
+# Files that precast does not read as weights: a pattern of the name, and a description with the remedy.
 _OTHERS = (
     (
         r"model\.safetensors\.index\..+\.json",
@@ -65,7 +65,8 @@ _OTHERS = (
 _FLOAT8 = "F8_E4M3"
 # safetensors' names for the types whose values float32 represents exactly.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# Masks and tables in old checkpoints. They may have any type, because no architecture reads their values.
+# Endings of the names of masks and tables in old checkpoints. These tensors may have any type, because no architecture
+# reads their values.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".self_attn.bias", ".inv_freq", "position_ids")
 
 ORIGINAL = "export the original checkpoint in bfloat16, float16 or float32"
@@ -80,9 +81,9 @@ REMEDIES: Mapping[str, str] = {
     "gptq": _INT4,
     "mxfp4": f"{ORIGINAL}, or load it with Mxfp4Config(dequantize=True) and save it",
 }
-# Suffixes of tensor names, each with the quantisation method that it reveals if config.json names none.
+# Endings of tensor names, each with the quantisation method that uses it, for checkpoints whose config names no method.
 _TRACES = (
-    (".qweight", "gptq"),  # AWQ uses it too, with the same remedy
+    (".qweight", "gptq"),  # AWQ uses the same ending, and has the same remedy
     (".weight_packed", "compressed-tensors"),
     (".weight_scale", "compressed-tensors"),
     (".weight_scale_inv", "fp8"),
@@ -93,7 +94,7 @@ _TRACES = (
 
 
 def find_shards(folder: Path) -> dict[str, frozenset[str]]:
-    """Return the weight files, each with the names of the tensors that the index places in it; none without an index.
+    """Return the weight files, each with the tensor names that the index lists for it (none if there is no index).
 
     Raises:
         PrecastError: there are no weight files, or the index is broken or lists a missing file.
@@ -144,8 +145,8 @@ def read_tensors(
 
     Args:
         folder: the folder of the shards.
-        shards: the shards, each with the names of the tensors that the index places in it.
-        quantisation: how the weights are quantised; None if they are not.
+        shards: the result of `find_shards`.
+        quantisation: the quantisation of the weights; None for floats.
 
     Raises:
         PrecastError: a shard is broken or lacks a tensor, or a tensor is repeated or has an unsupported type.
@@ -192,7 +193,7 @@ def _read_raw(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> np.n
         with _open_shard(path) as shard:
             tensor: np.ndarray = shard.get_tensor(name)
         return tensor
-    # NumPy has no such type, so safetensors cannot return it.
+    # NumPy has no 8-bit floats, so safetensors cannot return such a tensor.
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         begin, end = json.loads(file.read(length))[name]["data_offsets"]
@@ -219,7 +220,7 @@ def _read_header(path: Path) -> dict[str, SourceTensor]:
 
 
 def _trace(names: Iterable[str], dtype: str) -> str | None:
-    """Return the quantisation method that the tensors of a file suggest, or None."""
+    """Return the quantisation method that the names of tensors and the type of one suggest, or None."""
     found = {method for ending, method in _TRACES for name in names if name.endswith(ending)}
     fallback = "fp8" if dtype.startswith("F8_") else None
     return next((method for _, method in _TRACES if method in found), fallback)
@@ -245,7 +246,7 @@ def _read_tensor(path: Path, name: str) -> np.ndarray:
 
 @contextmanager
 def _open_shard(path: Path) -> Iterator[Any]:
-    """Map a shard; safetensors checks that its header agrees with its length.
+    """Yield the open shard; safetensors has checked that its header agrees with its length.
 
     Raises:
         PrecastError: the file is not a complete safetensors file.
