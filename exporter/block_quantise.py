@@ -58,7 +58,7 @@ def quantise(
         importance: the weight of the squared errors of each input ``[in]``; None for equal weights.
     """
     outs, inputs = matrix.shape
-    codes = np.empty(matrix.shape, np.int8 if block_format.bits == 8 else np.uint8)
+    codes = np.empty(matrix.shape, code_type(block_format))
     coefficients = tuple(np.empty((outs, n), dtype) for n, dtype in block_format.coefficient_shapes(inputs))
 
     def store(rows: slice) -> None:
@@ -74,25 +74,40 @@ def quantise(
     return codes, *coefficients
 
 
-def fit(block_format: BlockFormat, block: np.ndarray, importance: np.ndarray | None = None) -> Coefficients:
-    """Return the coefficients with which a block ``[rows, in]`` loses least; the arguments are those of `quantise`."""
+def fit(
+    block_format: BlockFormat,
+    block: np.ndarray,
+    importance: np.ndarray | None = None,
+    factors: Coefficients | None = None,
+) -> Coefficients:
+    """Return the coefficients with which a block ``[rows, in]`` loses least.
+
+    Args:
+        block_format: the format.
+        block: float32 ``[rows, in]``.
+        importance: the weight of the squared errors of each input ``[in]``; None for equal weights.
+        factors: the result of `fit_factors`, to be kept; None to find the best.
+    """
     x, weight = _columns(block_format, block, importance)
     shape = (len(block), -1)
     lowest, highest = bounds(block_format)
     match block_format.scales:
         case Scales.HALF if importance is None:
-            whole = (
-                scales.quantise_int8
-                if highest == INT8_MAX
-                else partial(scales.quantise_symmetric, zero=-lowest)
-            )
-            return (whole(x)[1].reshape(shape),)
+            symmetric = partial(scales.quantise_symmetric, zero=-lowest)
+            quantise_groups = scales.quantise_int8 if highest == INT8_MAX else symmetric
+            return (quantise_groups(x)[1].reshape(shape),)
         case Scales.HALF_AND_MINIMUM if importance is None:
             return tuple(c.reshape(shape) for c in scales.quantise_with_minimum(x, highest)[1:])
         case Scales.HALF | Scales.HALF_AND_MINIMUM:
             found = _fit_groups(block_format, x, weight)
             return tuple(near_half(c).reshape(shape) for c in found if c is not None)
-    return _fit_super(block_format, x, weight, len(block))
+    return _fit_super(block_format, x, weight, len(block), factors)
+
+
+def fit_factors(block_format: BlockFormat, block: np.ndarray, importance: np.ndarray) -> Coefficients:
+    """Return the factors of super-groups, which are the first of the coefficients; empty for other formats."""
+    count = {Scales.SUPER: 2, Scales.SUPER_OF_16: 1}.get(block_format.scales, 0)
+    return fit(block_format, block, importance)[:count] if count else ()
 
 
 def effective(block_format: BlockFormat, coefficients: Coefficients) -> tuple[np.ndarray, np.ndarray | None]:
@@ -118,7 +133,12 @@ def round_weights(
     low = None if minimum is None else minimum.reshape(-1)
     codes, _ = scales.round_to(x, *bounds(block_format), scale.reshape(-1), low)
     matrix = codes.T.reshape(len(block), -1)[:, : block.shape[1]] + block_format.zero
-    return matrix.astype(np.int8 if block_format.bits == 8 else np.uint8)
+    return matrix.astype(code_type(block_format))
+
+
+def code_type(block_format: BlockFormat) -> np.dtype:
+    """Return the type of the codes that `BlockFormat.pack` takes."""
+    return np.dtype(np.int8 if block_format.bits == 8 else np.uint8)
 
 
 def bounds(block_format: BlockFormat) -> tuple[int, int]:
@@ -168,9 +188,9 @@ def _fit_groups(
 
 
 def _fit_super(
-    block_format: BlockFormat, x: np.ndarray, weight: np.ndarray | None, rows: int
+    block_format: BlockFormat, x: np.ndarray, weight: np.ndarray | None, rows: int, given: Coefficients | None
 ) -> Coefficients:
-    """Return the coefficients of a format with super-groups for the columns of `_columns`."""
+    """Return the coefficients of a format with super-groups for the columns of `_columns`; keep factors if given."""
     scale, minimum = _fit_groups(block_format, x, weight)
     wanted = [scale.reshape(rows, -1)]
     if minimum is not None:
@@ -178,9 +198,9 @@ def _fit_super(
         _, highest = bounds(block_format)
         wanted = [np.where(minimum > 0, x.max(0) / np.float32(highest), scale).reshape(rows, -1)]
         wanted.append(np.maximum(-minimum, 0).reshape(rows, -1))
-    factors = [_factors(block_format, part) for part in wanted]
+    factors = [_factors(block_format, part) for part in wanted] if given is None else list(given)
     codes = [_codes(block_format, part, factor) for part, factor in zip(wanted, factors, strict=True)]
-    for _ in range(_REFITS):
+    for _ in range(0 if given else _REFITS):
         codes, q = best_codes(block_format, x, weight, factors, codes)
         factors = _refit(block_format, x, weight, factors, codes, q)
     codes, _ = best_codes(block_format, x, weight, factors, codes)

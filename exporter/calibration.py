@@ -20,7 +20,7 @@ from .models.ops import LinearCall, Rotary
 from .models.parameters import EXPERTS, LAYERS, Parameter
 from .models.xla_ops import XLA_OPS, rms_norm
 from .plan import ExportPlan
-from .quantize import INT4
+from .quantize import INT4, INT4_BLOCKS
 from .reference.layerwise import LayerwiseReference
 from .texts import read_tokenizer
 from .weights import Encoded, check_array, repack
@@ -134,4 +134,4 @@ def _encode(
     if exact is not None:
         return exact
     INT4.check(matrix, name)
-    return gptq.quantise(matrix.copy(), triangle)
+    return INT4.pack(*gptq.quantise(matrix.copy(), triangle, INT4_BLOCKS))

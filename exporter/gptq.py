@@ -1,4 +1,4 @@
-"""Round weights to int4 to minimise the error of a product's outputs, instead of the error of the weights.
+"""Round weights to minimise the error of a product's outputs, instead of the error of the weights.
 
 GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323) rounds a matrix column by column. After each column, it
 changes the columns that are not yet rounded, to compensate for the error in the outputs. The Gram matrix of the inputs
@@ -10,54 +10,68 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .quantize import GROUP, INT4
-from .scales import INT4_LEVELS, fit_with_minimum, near_half
+from .block_formats import GROUP, SUPER, BlockFormat
+from .block_quantise import Coefficients, bounds, code_type, effective, fit, fit_factors
+from .scales import inverse
 
 # This fraction of the diagonal's mean is added to the diagonal of the Gram matrix, to make it positive definite.
 _DAMPING = 0.01
 
 
-def quantise(matrix: np.ndarray, triangle: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Quantise a matrix to int4.
+def quantise(matrix: np.ndarray, triangle: np.ndarray, block_format: BlockFormat) -> tuple[np.ndarray, ...]:
+    """Quantise a matrix to a block format.
+
+    The factors of a super-group suit its weights at the time when its first column is rounded; the other coefficients
+    of a group suit its weights at the time when the first column of the group is rounded.
 
     Args:
         matrix: float32 ``[out, in]``; it is overwritten.
         triangle: the result of `compensation` for the matrix's inputs.
+        block_format: the format.
 
     Returns:
-        The arrays of the format int4, as `Format.encode` returns them.
+        The codes ``[out, in]`` and the coefficients, as `BlockFormat.pack` takes them.
     """
-    outs, inputs = matrix.shape
-    groups = -(-inputs // GROUP)
-    values = np.empty((outs, inputs), np.uint8)
-    scale, minimum = (np.empty((outs, groups), np.float16) for _ in range(2))
-    for group in range(groups):
-        columns = slice(group * GROUP, min((group + 1) * GROUP, inputs))
+    inputs = matrix.shape[1]
+    importance = 1 / np.diag(triangle) ** 2
+    codes = np.empty(matrix.shape, code_type(block_format))
+    parts: list[tuple[np.ndarray, ...]] = []
+    shared: list[tuple[np.ndarray, ...]] = []
+    for start in range(0, inputs, GROUP):
+        if start % (GROUP * SUPER) == 0:
+            whole = slice(start, start + GROUP * SUPER)
+            shared.append(fit_factors(block_format, matrix[:, whole], importance[whole]))
+        columns = slice(start, min(start + GROUP, inputs))
         own, later = triangle[columns, columns], triangle[columns, columns.stop :]
-        part = np.ascontiguousarray(matrix[:, columns].T)
-        importance = np.broadcast_to(1 / np.diag(own)[:, None] ** 2, part.shape)
-        found = fit_with_minimum(part, INT4_LEVELS, importance)
-        scale[:, group], minimum[:, group] = map(near_half, found)
-        rounded, errors = _round_group(part, own, scale[:, group], minimum[:, group])
-        values[:, columns] = rounded.T
+        found = fit(block_format, matrix[:, columns], importance[columns], shared[-1])
+        parts.append(found[len(shared[-1]) :])
+        codes[:, columns], errors = _round_group(block_format, matrix[:, columns], own, found)
         matrix[:, columns.stop :] -= errors.T @ later
-    return INT4.pack(values, scale, minimum)
+    return codes, *(
+        np.concatenate(pieces, axis=1)
+        for all_pieces in (shared, parts)
+        for pieces in zip(*all_pieces, strict=True)
+    )
 
 
 def _round_group(
-    part: np.ndarray, triangle: np.ndarray, scale: np.ndarray, minimum: np.ndarray
+    block_format: BlockFormat, block: np.ndarray, triangle: np.ndarray, coefficients: Coefficients
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round the n columns of a group ``[n, out]`` one by one; return the values and the scaled errors of each."""
-    step, low = scale.astype(np.float32), minimum.astype(np.float32)
-    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step != 0)
-    values = np.empty(part.shape, np.uint8)
-    errors = np.empty_like(part)
-    for i, column in enumerate(part):
-        rounded = np.clip(np.rint((column - low) * inverse), 0, INT4_LEVELS)
-        values[i] = rounded
-        errors[i] = (column - (rounded * step + low)) / triangle[i, i]
-        part[i + 1 :] -= triangle[i, i + 1 :, None] * errors[i]
-    return values, errors
+    """Round the n columns of a group ``[out, n]`` one by one; return the codes, and the scaled errors ``[n, out]``."""
+    columns = np.ascontiguousarray(block.T)
+    scale, minimum = effective(block_format, coefficients)
+    lowest, highest = bounds(block_format)
+    if minimum is None:
+        minimum = np.zeros_like(scale)
+    reciprocal = inverse(scale)
+    codes, errors = np.empty_like(columns), np.empty_like(columns)
+    for i, column in enumerate(columns):
+        run = i * block_format.runs // GROUP
+        low = minimum[:, run]
+        codes[i] = np.clip(np.rint((column - low) * reciprocal[:, run]), lowest, highest)
+        errors[i] = (column - (codes[i] * scale[:, run] + low)) / triangle[i, i]
+        columns[i + 1 :] -= triangle[i, i + 1 :, None] * errors[i]
+    return codes.T + block_format.zero, errors
 
 
 def compensation(gram: Array) -> np.ndarray:
@@ -71,5 +85,5 @@ def compensation(gram: Array) -> np.ndarray:
     raised = jnp.where(diagonal > 0, 0.0, 1.0) + _DAMPING * jnp.mean(diagonal)
     # Reversing the order of the inputs turns the lower triangle of the factor's inverse into an upper one.
     lower = jnp.linalg.cholesky((gram + jnp.diag(raised))[::-1, ::-1])
-    inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(lower)), lower=True)
-    return np.ascontiguousarray(inverse[::-1, ::-1])
+    inverted = jax.scipy.linalg.solve_triangular(lower, jnp.eye(len(lower)), lower=True)
+    return np.ascontiguousarray(inverted[::-1, ::-1])

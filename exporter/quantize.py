@@ -305,6 +305,8 @@ INT4 = _Grouped(
     quantise=quantise_with_minimum,
     convert=_as_int4,
 )
+# The block format with the codes and coefficients of int4, though in another layout.
+INT4_BLOCKS = BLOCK_FORMATS["q4_1"]
 FORMATS: Mapping[str, Format] = {
     f.name: f
     for f in (
