@@ -1,8 +1,9 @@
 """Quantise matrices to block formats: search for the coefficients of each group, and round the weights.
 
-In formats with super-groups, the search first finds the best scale and minimum of each group alone, then the factors of
-the super-group, by which the scales and minima become small integers, their codes. With the factors given, the codes
-of each group are the best among their neighbours; with the codes given, the factors follow by least squares.
+In a format with super-groups, each scale is the product of a code, which is a small integer, and a factor that all
+groups of the super-group share. Minima have codes and a factor too. The search first finds the best scale and minimum
+of each group alone, and rounds them to codes. It then repeats two steps: for the current factors, replace codes by
+neighbours with a smaller error; for the current codes, compute the factors by least squares.
 """
 
 import os
@@ -17,9 +18,9 @@ from .block_formats import GROUP, SUPER, BlockFormat, Scales, row_blocks
 from .quantize import check_range
 from .scales import HALF_MAX, INT8_MAX, inverse, near_half
 
-# Largest codes of scales and of minima, by kind of scales.
+# The largest code of a scale or a minimum in the formats with super-groups.
 _LARGEST_CODES = {Scales.SUPER: 63, Scales.SUPER_OF_16: 127}
-# Number of times that codes and factors of a super-group are refitted in turn.
+# Number of times that the search improves the codes and then the factors.
 _REFITS = 2
 # Maximum number of threads. They run in parallel, because NumPy releases the GIL.
 _THREADS = 8
@@ -70,7 +71,7 @@ def quantise(
 
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         for _ in pool.map(store, row_blocks(outs, inputs)):
-            pass  # raises the exception of a failed thread
+            pass  # the loop raises the exception of a failed thread
     return codes, *coefficients
 
 
@@ -80,13 +81,13 @@ def fit(
     importance: np.ndarray | None = None,
     factors: Coefficients | None = None,
 ) -> Coefficients:
-    """Return the coefficients with which a block ``[rows, in]`` loses least.
+    """Return coefficients that make the squared error of some rows of a matrix small.
 
     Args:
         block_format: the format.
-        block: float32 ``[rows, in]``.
+        block: the rows, float32 ``[rows, in]``.
         importance: the weight of the squared errors of each input ``[in]``; None for equal weights.
-        factors: the result of `fit_factors`, to be kept; None to find the best.
+        factors: the result of `fit_factors`, which the coefficients then contain; None to search for factors too.
     """
     x, weight = _columns(block_format, block, importance)
     shape = (len(block), -1)
@@ -105,13 +106,13 @@ def fit(
 
 
 def fit_factors(block_format: BlockFormat, block: np.ndarray, importance: np.ndarray) -> Coefficients:
-    """Return the factors of super-groups, which are the first of the coefficients; empty for other formats."""
+    """Return the factors of the super-groups, with which the coefficients begin; empty for other formats."""
     count = {Scales.SUPER: 2, Scales.SUPER_OF_16: 1}.get(block_format.scales, 0)
     return fit(block_format, block, importance)[:count] if count else ()
 
 
 def effective(block_format: BlockFormat, coefficients: Coefficients) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the scales and the minima that weights are computed with, float32 ``[rows, n]``; None without minima."""
+    """Return each group's scale and minimum, float32 ``[rows, n]``; None in place of the minima if there are none."""
     floats = [c.astype(np.float32) for c in coefficients]
     match block_format.scales:
         case Scales.HALF:
@@ -128,7 +129,7 @@ def effective(block_format: BlockFormat, coefficients: Coefficients) -> tuple[np
 def round_weights(
     block_format: BlockFormat, block: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None
 ) -> np.ndarray:
-    """Return the codes ``[rows, in]`` of a block with the scales and minima of `effective`."""
+    """Round the weights of a block of rows to codes ``[rows, in]``, with the scales and minima of `effective`."""
     x, _ = _columns(block_format, block, None)
     low = None if minimum is None else minimum.reshape(-1)
     codes, _ = scales.round_to(x, *bounds(block_format), scale.reshape(-1), low)
@@ -142,14 +143,14 @@ def code_type(block_format: BlockFormat) -> np.dtype:
 
 
 def bounds(block_format: BlockFormat) -> tuple[int, int]:
-    """Return the smallest and the largest code, with `BlockFormat.zero` subtracted."""
+    """Return the smallest and the largest code of a weight, both minus `BlockFormat.zero`."""
     if block_format.bits == 8:
         return -INT8_MAX, INT8_MAX
     return -block_format.zero, (1 << block_format.bits) - 1 - block_format.zero
 
 
 def _largest(block_format: BlockFormat) -> float:
-    """Return the largest magnitude that a format holds."""
+    """Return the largest magnitude of a weight that the format can hold."""
     largest_code = _LARGEST_CODES.get(block_format.scales, 1)
     lowest, _ = bounds(block_format)
     return HALF_MAX * largest_code * max(-lowest, 1)
@@ -158,9 +159,9 @@ def _largest(block_format: BlockFormat) -> float:
 def _columns(
     block_format: BlockFormat, block: np.ndarray, importance: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the weights that share a scale as columns ``[n, rows · groups]``, and the weight of each squared error.
+    """Return the groups as columns ``[n, rows · groups]`` of n weights, and the weights of their squared errors.
 
-    An incomplete last group repeats its last input, which changes neither its smallest nor its largest value.
+    An incomplete last group is filled up with copies of its last input, so that its range stays the same.
     """
     rows, inputs = block.shape
     size, missing = GROUP // block_format.runs, -inputs % GROUP
@@ -190,11 +191,11 @@ def _fit_groups(
 def _fit_super(
     block_format: BlockFormat, x: np.ndarray, weight: np.ndarray | None, rows: int, given: Coefficients | None
 ) -> Coefficients:
-    """Return the coefficients of a format with super-groups for the columns of `_columns`; keep factors if given."""
+    """Return the coefficients for columns from `_columns`, in a format with super-groups; keep factors if given."""
     scale, minimum = _fit_groups(block_format, x, weight)
     wanted = [scale.reshape(rows, -1)]
     if minimum is not None:
-        # A stored minimum is never positive. Columns above zero span 0 to their largest value instead.
+        # The format has no positive minimum. The range of a group of positive weights therefore begins at 0.
         _, highest = bounds(block_format)
         wanted = [np.where(minimum > 0, x.max(0) / np.float32(highest), scale).reshape(rows, -1)]
         wanted.append(np.maximum(-minimum, 0).reshape(rows, -1))
@@ -209,13 +210,13 @@ def _fit_super(
 
 
 def _factors(block_format: BlockFormat, wanted: np.ndarray) -> np.ndarray:
-    """Return the factors, float16 ``[rows, S]``, that reach the largest magnitude of each super-group's scales."""
+    """Return the factors, float16 ``[rows, S]``, with which each super-group's largest scale gets the largest code."""
     most = np.maximum.reduceat(np.abs(wanted), _starts(block_format, wanted.shape[1]), axis=1)
     return near_half(most / np.float32(_LARGEST_CODES[block_format.scales]))
 
 
 def _codes(block_format: BlockFormat, wanted: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Return the codes, float32 ``[rows, n]``, with which factors are nearest to the wanted scales."""
+    """Return the codes, float32 ``[rows, n]``, whose products with the factors are nearest to the wanted scales."""
     codes = np.rint(wanted * inverse(_spread(factors.astype(np.float32), wanted.shape)))
     return _clipped(block_format, codes)
 
@@ -227,7 +228,7 @@ def best_codes(
     factors: list[np.ndarray],
     codes: list[np.ndarray],
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Find the codes of scales and minima with the least error, each at most 1 from those given.
+    """Find better codes of scales and minima: for each group, the best of the given codes and their neighbours.
 
     Args:
         block_format: a format with super-groups.
@@ -237,7 +238,7 @@ def best_codes(
         codes: float32 ``[rows, n]``.
 
     Returns:
-        The codes of scales and minima, and the codes of the weights ``[n, G]`` with `BlockFormat.zero` subtracted.
+        The codes of scales and minima, and the codes of the weights ``[n, G]``, minus `BlockFormat.zero`.
     """
     lowest, highest = bounds(block_format)
     shape = codes[0].shape
@@ -263,7 +264,7 @@ def _refit(
     codes: list[np.ndarray],
     q: np.ndarray,
 ) -> list[np.ndarray]:
-    """Return the factors of the least-squares fit to all codes; a super-group without a unique fit keeps its own."""
+    """Return the factors with the least squared error for these codes; keep a factor if the fit is not unique."""
     shape = codes[0].shape
     starts = _starts(block_format, shape[1])
 
@@ -290,7 +291,7 @@ def _refit(
 
 
 def _where_finite(numerator: np.ndarray, denominator: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
-    """Return the quotient as float16, or `otherwise` where the denominator is not clearly positive."""
+    """Return the quotient as float16, and `otherwise` wherever the denominator is close to 0 or negative."""
     fits = denominator > 1e-12
     quotient = np.divide(numerator, denominator, out=np.zeros_like(numerator), where=fits)
     return np.where(fits, near_half(quotient), otherwise)
@@ -310,7 +311,7 @@ def _starts(block_format: BlockFormat, count: int) -> np.ndarray:
 
 
 def _spread(factors: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Repeat the factors ``[rows, S]`` for each of the scales in an array of this shape ``[rows, n]``."""
+    """Return the factor ``[rows, n]`` of each scale, from the factors ``[rows, S]`` of the super-groups."""
     count = shape[1]
     times = SUPER * (1 if count <= SUPER * factors.shape[1] else 2)
     return np.repeat(factors, times, axis=1)[:, :count]

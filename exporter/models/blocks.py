@@ -19,7 +19,7 @@ from .ops import ExpertsCall, LayerOps, LinearCall, NormCall
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """The sizes of a mixture of experts. `ops.ExpertsCall` describes the attributes."""
+    """The number of experts of a mixture and its routing. `ops.ExpertsCall` describes the attributes."""
 
     experts: int
     experts_per_token: int
@@ -157,7 +157,7 @@ def project(
     residual: Array | None = None,
     gate: str = "",
 ) -> list[Array]:
-    """Multiply x ``[…, in]`` by one or more weights, fused with the norm before and the additions after.
+    """Multiply x ``[…, in]`` by one or more weights. A norm, a residual and a gate are fused with the product.
 
     Args:
         norm: applied to x first.

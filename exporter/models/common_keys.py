@@ -113,7 +113,7 @@ def read_mixture(
 
 
 def uniform_windows(window: int | None, layers: int) -> tuple[int, ...]:
-    """Return `window` once for each layer; return no windows if `window` is None, which means full attention."""
+    """Return the windows of layers that all have the same window: none if it is None, for full attention."""
     return () if window is None else (window,) * layers
 
 

@@ -201,7 +201,7 @@ class Decoder(nnx.Module):
             window: the layer's window; 0 for none.
             layer: index of the layer's weights.
             cache_dtype: as in `forward`.
-            ops: the operations.
+            ops: the operations to use in place of pure XLA.
 
         Returns:
             ``[B, T, D]``.

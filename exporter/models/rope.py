@@ -121,7 +121,7 @@ def _read_layer_type(
     stated = {"rope_parameters": newer, **{key: reader.take(key) for key in keys}}
     alone = ConfigReader(stated, f"{reader.where} {layer_type}")
     for table in stated.values():
-        # transformers reads this key only outside the objects of the layer types.
+        # transformers does not read `truncate` from the object of a layer type.
         if isinstance(table, Mapping) and table.get("truncate") not in (None, True):
             raise alone.wrong(
                 "truncate", "True, because transformers ignores it for a layer type", table["truncate"]

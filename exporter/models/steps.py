@@ -14,7 +14,8 @@ GATES = ("", "silu", "gelu_tanh")
 STEP_INTEGERS = 8
 
 
-# The fields of the step codes are those of kernels/src/step_codes.h, which documents them.
+# A step code describes an operation of a layer to the kernel, in integers. kernels/src/step_codes.h has the same fields
+# and documents them.
 class LinearCode(NamedTuple):
     """The step code of a `LinearCall`."""
 
@@ -27,7 +28,7 @@ class LinearCode(NamedTuple):
 
 
 class AttentionCode(NamedTuple):
-    """The step code of a layer's attention."""
+    """The step code of a call of `LayerOps.attend`."""
 
     q: int
     k: int

@@ -1,4 +1,4 @@
-"""Tensor names in checkpoints. They depend on the class that saved the model, with or without an output head."""
+"""Tensor names in checkpoints, which differ between models saved with and without their output head."""
 
 from dataclasses import dataclass
 

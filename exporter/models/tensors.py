@@ -17,8 +17,7 @@ Tensors = Mapping[str, SourceTensor]
 def take(left: dict[str, SourceTensor], name: str, shape: tuple[int, ...]) -> SourceTensor:
     """Remove a tensor from `left`, the tensors not yet used, and return it.
 
-    The tensor is checked here, before the caller splits or renames it, so that an error quotes the tensor's name in the
-    checkpoint.
+    Call this function before splitting or renaming the tensor, so that an error quotes the name in the checkpoint.
 
     Raises:
         PrecastError: the tensor is missing or has another shape.
@@ -113,8 +112,8 @@ def split_experts(tensors: Tensors, config: DecoderConfig) -> Tensors:
 class _StackReader:
     """A reader of single matrices from stacks of experts.
 
-    The reader keeps one stack in memory until its last matrix is read. If the matrices are read in order, each pass
-    over a stack therefore reads it from the file only once.
+    The reader keeps one stack in memory until its last matrix is read. Reading all matrices of a stack in order
+    therefore reads the file once.
     """
 
     def __init__(self) -> None:

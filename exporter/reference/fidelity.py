@@ -72,7 +72,7 @@ class Reference:
         yield from rows[first : len(window) - 1]
 
     def _fitted(self, table: np.ndarray) -> np.ndarray:
-        """Cut or pad a table ``[Z, S, P]`` to the program's number of positions; the padding has no effect."""
+        """Cut or pad a table ``[Z, S, P]`` to the length of the padded window; the padding has no effect."""
         missing = max(0, self._width - table.shape[1])
         return np.pad(table, ((0, 0), (0, missing), (0, 0)))[:, : self._width]
 

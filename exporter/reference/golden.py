@@ -47,7 +47,7 @@ LOGITS = 8
 
 
 def is_exact(manifest: Manifest) -> bool:
-    """Return True if weights, KV cache and arithmetic are all float32; the golden answers then prove fidelity."""
+    """Return True if weights, KV cache and arithmetic are all float32, so that the reference is the model itself."""
     is_stored = manifest.model.weights == "float32" and manifest.cache[0].dtype == "float32"
     return is_stored and not _computes_bfloat16(manifest)
 
@@ -61,7 +61,7 @@ def tie_of(manifest: Manifest) -> float:
 
 
 def _computes_bfloat16(manifest: Manifest) -> bool:
-    """Return True if any target computes in bfloat16; one is enough, because all targets share the golden answers."""
+    """Return True if at least one target computes in bfloat16, because all targets share the golden answers."""
     return any(target.platform == "cuda" for target in manifest.targets)
 
 

@@ -41,7 +41,7 @@ def blockwise_logits(
 
     Args:
         spec: the model.
-        bind: returns the `Bind` function for a spec; called with specs whose vocabulary is only a block.
+        bind: takes a spec and returns its `Bind` function. Here the spec's vocabulary is that of a block.
         x: hidden states ``[R, D]``.
         arrays: the arrays of all parameters by name, in the order of `Bind`. Only arrays whose name begins with
             `head_of(spec)` are cut into blocks.

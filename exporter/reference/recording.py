@@ -1,4 +1,4 @@
-"""Recording the golden answers of a new artifact, and replaying them on its other targets."""
+"""Record the golden answers of a new artifact, and replay them on its other targets."""
 
 import dataclasses
 from collections.abc import Callable

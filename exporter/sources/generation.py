@@ -28,7 +28,7 @@ class Key:
     """One key of transformers' `GenerationConfig`.
 
     Attributes:
-        treatment: whether the export applies, ignores or refuses the key.
+        treatment: the way in which an export treats the key.
         target: for an applied key other than do_sample and eos_token_id, the field of the manifest's
             `SamplingDefaults` that the key sets.
         reason: for a harmless key, the reason to ignore it; for a refused key, its effect, as a clause that follows

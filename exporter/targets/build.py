@@ -1,4 +1,4 @@
-"""Lowering, compiling and writing the programs of a target."""
+"""Lower, compile and write the programs of a target."""
 
 import dataclasses
 import os
@@ -180,7 +180,7 @@ def _built_program(
 def _laid_out(
     kind: TargetKind, programs: Sequence[ProgramSpec], device: jax.Device | None
 ) -> Sequence[ProgramSpec]:
-    """Return the programs, whose caches and weights have the layouts that the kind chooses, if it chooses any."""
+    """Return the programs; if the kind chooses layouts of caches and weights, the programs have these layouts."""
     if kind.layouts is None or device is None:
         return programs
     layouts = kind.layouts(next(spec for spec in programs if spec.kind == "decode"), device)

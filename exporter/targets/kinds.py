@@ -1,4 +1,4 @@
-"""The kinds of target: the operations, the platforms, and the loader requirements of each."""
+"""The kinds of target, each with its operations, its platforms and the runtime that runs its programs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def build_savedmodel(
     """Write one SavedModel of all programs, with the weights of ``weights.safetensors``.
 
     The weights are mapped, and copied once into the SavedModel's variables. In the manifest, the programs of this
-    target therefore have no weight arguments, and no result reuses the memory of an argument.
+    target therefore have no weight arguments. No result reuses the memory of an argument.
 
     Args:
         kind: the kind of target.

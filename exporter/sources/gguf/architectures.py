@@ -17,13 +17,13 @@ Config = dict[str, object]
 
 @dataclass(frozen=True, kw_only=True)
 class GgufArchitecture:
-    """The differences between GGUF files with a ``general.architecture`` and its Hugging Face checkpoints.
+    """An architecture as GGUF files name and store it, and its translation to Hugging Face's names and values.
 
     Attributes:
         model_type: Hugging Face's name of the architecture.
         model: name of transformers' class, the value of `architectures` in config.json.
-        names: Hugging Face's name of each module, without "model.layers.N.", by its GGUF name ("attn_q"). "{}" stands
-            for the number of an expert, because GGUF stacks the experts' matrices in one tensor.
+        names: GGUF's name of each module ("attn_q"), and Hugging Face's name without "model.layers.N.". In the latter,
+            "{}" stands for the number of an expert, because GGUF stacks the experts' matrices in one tensor.
         extra_keys: returns the keys of config.json that only some architectures have.
         known_keys: metadata keys that are read only for this architecture, without the architecture's prefix.
         interleaved: True if the rows of q and k are permuted for llama.cpp's interleaved RoPE.
@@ -60,7 +60,7 @@ _POST_NORMS = {
 _LLAMA = _ENDS | _PRE_NORMS | _ATTENTION | _MLP
 _SANDWICH_NORMS = _POST_NORMS | {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"}
 
-# Activations of these architectures. A GGUF file does not state the activation; llama.cpp has a fixed one.
+# The activation as a key of config.json. GGUF files lack it, because llama.cpp has a fixed one for each architecture.
 _SILU: Config = {"hidden_act": "silu"}
 _GELU: Config = {"hidden_activation": "gelu_pytorch_tanh"}
 

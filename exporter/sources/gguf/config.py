@@ -12,7 +12,7 @@ from .architectures import ARCHITECTURES, MIXTRAL, GgufArchitecture, Shapes
 from .metadata import MetadataReader
 from .rope import read_rope_scaling
 
-# Translated keys, without the architecture's prefix.
+# Keys that this module translates, without the architecture's prefix.
 _TRANSLATED = frozenset(
     {
         "block_count",

@@ -79,7 +79,7 @@ _TYPES: Mapping[str, _Type] = {
 
 
 def check_types(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Check the values of the keys whose types readers do not check again.
+    """Check the types of the general keys, so that readers can rely on them.
 
     Args:
         path: the file, for messages.

@@ -48,7 +48,7 @@ def read_rope_scaling(
 
 
 def _stated(reader: MetadataReader) -> dict[str, object] | None:
-    """Return the scaling that the metadata keys state; as in llama.cpp, a factor without a type means linear."""
+    """Return the scaling in the metadata. As in llama.cpp, a factor without a type means linear scaling."""
     kind = reader.get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise reader.unexpected("rope.scaling.type", "none, linear or yarn", kind)

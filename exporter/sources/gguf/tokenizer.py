@@ -14,7 +14,7 @@ from typing import Any
 from .pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from .vocabulary import TokenType, Vocabulary, read_vocabulary
 
-_SPACE = "▁"  # a space in SentencePiece's pieces
+_SPACE = "▁"  # SentencePiece writes a space in a piece in this way
 
 # The special tokens of Phi 3 that keep the spaces and line ends after them; all others strip them.
 _KEEP_SPACES = ("<unk>", "<s>", "<|endoftext|>")
@@ -205,7 +205,7 @@ def _merges_of_scores(vocabulary: Vocabulary) -> list[list[str]]:
 
 
 def _splits(piece: str, pieces: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield every split of a piece into two pieces."""
+    """Yield every pair of pieces in `pieces` whose concatenation is `piece`."""
     for cut in range(1, len(piece)):
         if piece[:cut] in pieces and piece[cut:] in pieces:
             yield piece[:cut], piece[cut:]

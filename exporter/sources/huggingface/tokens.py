@@ -75,7 +75,7 @@ def read_tokens(folder: Path, document: Mapping[str, Any], library: "Tokenizer")
 
 
 def _rename_extra(settings: dict[str, object]) -> None:
-    """Rename the older key of the list of unnamed special tokens, if the newer key is missing or empty."""
+    """Move the list of unnamed special tokens to its newer key, unless that key already has tokens."""
     if _EXTRA_BEFORE in settings and not settings.get(_EXTRA):
         settings[_EXTRA] = settings.pop(_EXTRA_BEFORE)
 

@@ -176,7 +176,7 @@ def _merged(
 
 def _read_raw_header(path: Path) -> dict[str, RawTensor]:
     with _open_shard(path) as shard:
-        parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - it is no mapping
+        parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - safe_open is no mapping
         return {
             name: RawTensor(
                 where=str(path),
@@ -220,7 +220,7 @@ def _read_header(path: Path) -> dict[str, SourceTensor]:
 
 
 def _trace(names: Iterable[str], dtype: str) -> str | None:
-    """Return the quantisation method that the names of tensors and the type of one suggest, or None."""
+    """Return the quantisation method that a file's tensor names, or else this type, suggest; None if unknown."""
     found = {method for ending, method in _TRACES for name in names if name.endswith(ending)}
     fallback = "fp8" if dtype.startswith("F8_") else None
     return next((method for _, method in _TRACES if method in found), fallback)
