@@ -84,7 +84,7 @@ def read_mixture(
         reader: the config.
         experts: default of E.
         experts_per_token: default number of experts for each token.
-        renormalised: as in `ops.ExpertsCall`; the same in every config of the architecture, or read by the caller.
+        renormalised: as in `ops.ExpertsCall`; read or fixed by the architecture.
 
     Raises:
         PrecastError: the config has two different values of E, or more experts per token than experts.

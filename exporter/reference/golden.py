@@ -61,7 +61,7 @@ def tie_of(manifest: Manifest) -> float:
 
 
 def _computes_bfloat16(manifest: Manifest) -> bool:
-    """Return True if at least one target computes in bfloat16, because all targets share the golden answers."""
+    """Return True if at least one target computes in bfloat16; all targets share the golden answers."""
     return any(target.platform == "cuda" for target in manifest.targets)
 
 

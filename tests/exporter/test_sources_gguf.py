@@ -460,7 +460,9 @@ def test_without_token_types_a_sentencepiece_tokenizer_cannot_be_made(gguf_spec,
         "lacks the metadata key tokenizer.ggml.token_type, which tells bytes and control tokens from words"
         in text
     )
-    assert text.endswith("convert the model again with a current one, or use its Hugging Face checkpoint.")
+    assert text.endswith(
+        "convert the model again with a current converter, or use the model's Hugging Face checkpoint."
+    )
 
 
 def test_without_token_types_all_tokens_of_a_byte_level_tokenizer_are_normal(gguf_spec, tmp_path):

@@ -328,7 +328,7 @@ def test_the_same_metadata_gives_the_same_bytes(tiny):
         ),
         (
             {"pre": None},
-            "lacks the metadata key tokenizer.ggml.pre, which names the pre-tokenizer, so it comes from an outdated",
+            "lacks the metadata key tokenizer.ggml.pre, which names the pre-tokenizer; convert the model again with a",
         ),
         ({"model": "rwkv"}, "expected tokenizer.ggml.model to be gpt2 or llama, found rwkv"),
         ({"tokens": None}, "holds no vocabulary (tokenizer.ggml.tokens)"),

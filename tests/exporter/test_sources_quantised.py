@@ -172,7 +172,8 @@ def test_the_last_group_may_be_shorter(checkpoint, size: int, reads: bool) -> No
         with pytest.raises(PrecastError) as raised:
             opened(checkpoint, config, plain)
         assert str(raised.value) == (
-            f"{BASE}: expected scales for groups of 64 inputs, found 2 groups of 64 inputs; fetch the checkpoint again."
+            f"{BASE}: expected scales for groups of 64 inputs, found 2 groups for 64 inputs; fetch the checkpoint"
+            " again."
         )
         return
     found = opened(checkpoint, config, plain).tensors[f"{BASE}.weight"].read()
@@ -409,7 +410,7 @@ BROKEN = {
     "groups that do not divide the inputs": (
         AWQ4,
         changed("awq", scales=np.ones((3, 24), np.float16), qzeros=np.ones((3, 3), I32)),
-        "expected scales for groups of equal size, found 3 groups of 64 inputs",
+        "expected scales for groups of equal size, found 3 groups for 64 inputs",
     ),
     "scales of one axis": (
         CT,

@@ -17,8 +17,8 @@ class GraniteConfig(DecoderConfig):
     """A decoder's config with Granite's residual multiplier.
 
     Attributes:
-        residual_scale: factor of the results of attention and MLP before they are added to the residual stream;
-            `adapt` folds it into the weights.
+        residual_scale: factor by which a layer multiplies the results of attention and MLP, before it adds them to
+            the residual stream; `adapt` folds it into the weights.
     """
 
     residual_scale: float = 1.0

@@ -1,4 +1,4 @@
-"""Codes and coefficients of a GGUF file's quantised matrices, as the block formats take them.
+"""Unpack the quantised matrices of a GGUF file into the codes and coefficients of block formats.
 
 Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0 and the structures that follow).
 """
@@ -16,23 +16,23 @@ from ..base import QuantisedBlocks
 _SLAB = 1 << 18
 # Maximum number of threads. They run in parallel, because NumPy releases the GIL.
 _THREADS = 8
-# Weights in a block of the types whose groups share coefficients.
+# Number of weights in a block, for the types whose groups share coefficients.
 _SUPER = 256
 
-# The codes [n, weights] of n blocks, and the coefficients [n, …] of each kind.
+# The codes [n, weights] of n blocks, and an array [n, …] for each kind of coefficient.
 _Unpacked = tuple[np.ndarray, tuple[np.ndarray, ...]]
 
 
 def read_blocks(
     kind: str, data: np.ndarray, columns: int, order: np.ndarray | None = None
 ) -> QuantisedBlocks:
-    """Return the blocks of a matrix without changing a weight.
+    """Unpack a matrix into codes and coefficients that represent exactly the same weights.
 
     Args:
-        kind: GGUF's name of the type in lower case, a name in `BLOCK_FORMATS`.
+        kind: GGUF's name of the type in lower case, which is also its key in `BLOCK_FORMATS`.
         data: the matrix as stored, uint8 ``[rows, bytes]``; it may be mapped.
-        columns: weights in a row.
-        order: the index in `data` of each returned row; None to keep the order.
+        columns: number of weights in a row.
+        order: for each row of the result, its index in `data`; None for the same order.
     """
     unpack, weights = _LAYOUTS[kind]
     rows = len(data)
@@ -51,7 +51,7 @@ def read_blocks(
     step = max(1, _SLAB // columns)
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
         for _ in pool.map(read, range(0, rows, step)):
-            pass  # raises the exception of a failed thread
+            pass  # the loop raises the exception of a failed thread
     return QuantisedBlocks(format=kind, codes=codes, coefficients=coefficients)
 
 
@@ -88,34 +88,35 @@ def _q5_k(blocks: np.ndarray) -> _Unpacked:
 
 
 def _q6_k(blocks: np.ndarray) -> _Unpacked:
-    # Each half of a block has 64 bytes with nibbles for its groups 0 and 1 (low) and 2 and 3 (high), and 32 bytes with
-    # two more bits for each of its groups.
+    # A block has two halves of four groups each. For each half, 64 bytes hold the lower four bits of codes: those of
+    # groups 0 and 1 in the low nibbles, and those of groups 2 and 3 in the high nibbles. 32 bytes hold the other two
+    # bits of the codes of all four groups.
     low = _nibbles(blocks[:, :128].reshape(-1, 2, 2 * GROUP)).reshape(-1, 2, 4, GROUP)
     high = blocks[:, 128:192].reshape(-1, 2, 1, GROUP) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
     return low | high << 4, (_halves(blocks, 208), np.ascontiguousarray(blocks[:, 192:208]).view(np.int8))
 
 
 def _halves(blocks: np.ndarray, offset: int) -> np.ndarray:
-    """Return the float16 at this byte of each block, ``[n, 1]``."""
+    """Return the float16 at this byte offset of each block, ``[n, 1]``."""
     return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")
 
 
 def _nibbles(stored: np.ndarray) -> np.ndarray:
-    """Return the low nibbles of the last axis's bytes, then the high ones: ``[…, b]`` → ``[…, 2 b]``."""
+    """Return the low nibbles of the bytes of the last axis, then the high nibbles: ``[…, b]`` → ``[…, 2 b]``."""
     return np.concatenate([stored & 15, stored >> 4], axis=-1)
 
 
 def _fifth_bits(stored: np.ndarray) -> np.ndarray:
-    """Return the bits of four bytes, from the lowest, each as the fifth bit of a code: ``[n, 4]`` → ``[n, 32]``."""
+    """Return the bits of four bytes, lowest bit first, each shifted to bit 4 of a code: ``[n, 4]`` → ``[n, 32]``."""
     return np.unpackbits(stored, axis=1, bitorder="little") << 4
 
 
 def _super_coefficients(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return the factors of scales and of minima, and the 8 scales and 8 minima of 6 bits each, of Q4_K and Q5_K.
+    """Return the coefficients of Q4_K and Q5_K: the factors of scales and of minima, then 8 scales and 8 minima.
 
-    Bytes 4 to 7 hold the first four scales, and bytes 8 to 11 the first four minima, in their low 6 bits. Bytes 12 to
-    15 hold the low nibbles of the others: of scales in the low nibbles, of minima in the high ones. Their high two bits
-    are those of bytes 4 to 11.
+    Scales and minima have 6 bits. The low 6 bits of bytes 4 to 7 are the first four scales, and those of bytes 8 to 11
+    the first four minima. The upper 2 bits of these bytes belong to the last four scales and minima, whose lower 4 bits
+    are in bytes 12 to 15: those of scales in the low nibbles, and those of minima in the high nibbles.
     """
     scales, minima, rest = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     return (
@@ -126,7 +127,7 @@ def _super_coefficients(blocks: np.ndarray) -> tuple[np.ndarray, ...]:
     )
 
 
-# For each type, the function that unpacks blocks [n, bytes], and the weights in a block.
+# For each type, the function that unpacks blocks [n, bytes], and the number of weights in a block.
 _LAYOUTS: Mapping[str, tuple[Callable[[np.ndarray], _Unpacked], int]] = {
     "q8_0": (_q8_0, GROUP),
     "q4_0": (_q4_0, GROUP),

@@ -84,8 +84,8 @@ def _pre_tokenizer(vocabulary: Vocabulary) -> PreTokenizer:
     name = vocabulary.get("pre")
     if name is None:
         raise vocabulary.error(
-            "lacks the metadata key tokenizer.ggml.pre, which names the pre-tokenizer, so it comes from an "
-            "outdated converter; convert the model again with a current one."
+            "lacks the metadata key tokenizer.ggml.pre, which names the pre-tokenizer; convert the model again"
+            " with a current converter."
         )
     if name not in PRE_TOKENIZERS:
         raise vocabulary.error(
@@ -117,9 +117,8 @@ def _sentencepiece_document(vocabulary: Vocabulary) -> dict[str, object]:
         )
     if vocabulary.get("token_type") is None:
         raise vocabulary.error(
-            "lacks the metadata key tokenizer.ggml.token_type, which tells bytes and control tokens from words, so"
-            " it comes from an outdated converter; convert the model again with a current one, or use its Hugging Face"
-            " checkpoint."
+            "lacks the metadata key tokenizer.ggml.token_type, which tells bytes and control tokens from words;"
+            " convert the model again with a current converter, or use the model's Hugging Face checkpoint."
         )
     vocabulary = _with_spaces(vocabulary)
     prefix = vocabulary.get("add_space_prefix", True)

@@ -1,4 +1,4 @@
-"""Weights as integers with a scale and a zero for each group of inputs, and the block formats that represent them."""
+"""Weights quantised to integers, with a scale and a zero point for each group of inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from precast.loaders.artifact.errors import PrecastError
 from ...block_formats import BLOCK_FORMATS, GROUP
 from ..base import QuantisedBlocks, SourceTensor
 
-# The block formats with a scale for each group, and no minimum, from the smallest.
+# The block formats in which a group has one scale and no minimum, from the smallest format to the largest.
 _SYMMETRIC = ("q4_0", "q5_0", "q8_0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """A weight as integers with a scale and a zero for each group of inputs.
+    """A weight quantised to integers, the numbers, with a scale and a zero point for each group of inputs.
 
     Attributes:
-        fail: returns the error about numbers, scales or an index that do not fit together.
+        fail: returns the error for numbers, scales or an index that contradict each other.
         shape: ``[out, in]``.
         dtype: the format, for messages.
-        bits: bits of a number.
+        bits: number of bits of each number.
         groups: number of groups.
-        size: inputs of a group; 0 for groups of equal size.
+        size: number of inputs in a group; 0 if the inputs divide evenly into the groups.
         numbers: returns the numbers, uint8 ``[out, in]``.
-        zeros: returns the numbers that represent zero, float32 ``[out, groups]``.
+        zeros: returns the zero points, which are the numbers that represent 0, float32 ``[out, groups]``.
         scales: returns the scales ``[out, groups]``.
         index: returns the group of each input ``[in]``; None for groups of consecutive inputs.
     """
@@ -44,7 +44,7 @@ class Affine:
     index: Callable[[], np.ndarray] | None
 
     def source(self) -> SourceTensor:
-        """Return the weight as a tensor, with blocks if a block format represents it.
+        """Return the weight as a tensor, with quantised blocks if a block format represents it exactly.
 
         Raises:
             PrecastError: the inputs do not divide into the groups.
@@ -52,7 +52,7 @@ class Affine:
         inputs, groups, size = self.shape[1], self.groups, self.size
         if self.index is None and (-(-inputs // size) != groups if size else inputs % groups):
             raise self.fail(
-                f"expected scales for groups of {f'{size} inputs' if size else 'equal size'}, found {groups} groups of"
+                f"expected scales for groups of {f'{size} inputs' if size else 'equal size'}, found {groups} groups for"
                 f" {inputs} inputs"
             )
         kind = self._block_format()
@@ -80,13 +80,14 @@ class Affine:
 
     @property
     def _size(self) -> int:
-        """The inputs of a group, if all groups are consecutive."""
+        """Number of inputs in a group, if each group consists of consecutive inputs."""
         return self.size or max(1, self.shape[1] // self.groups)
 
     def _block_format(self) -> str | None:
         """Return the smallest block format that represents the weight exactly; None if there is none.
 
-        The codes are numbers minus zeros, so no minima are needed: 4 bits with any zeros fit into q5_0.
+        A code is a number minus its zero point, so the format needs no minima. 4-bit numbers with any zero points fit
+        into q5_0.
         """
         inputs, size, zeros = self.shape[1], self._size, self.zeros()
         is_whole = -(-inputs // size) == self.groups and (size % GROUP == 0 or self.groups == 1)
@@ -99,7 +100,7 @@ class Affine:
     def _blocks(self, kind: str) -> QuantisedBlocks:
         inputs, size = self.shape[1], self._size
         shift = (BLOCK_FORMATS[kind].zero - self.zeros()).astype(np.int16).astype(np.uint8)
-        codes = self.numbers() + np.repeat(shift, size, axis=1)[:, :inputs]  # modulo 256
+        codes = self.numbers() + np.repeat(shift, size, axis=1)[:, :inputs]  # wraps around modulo 256
         return QuantisedBlocks(
             format=kind,
             codes=codes.view(np.int8) if BLOCK_FORMATS[kind].bits == 8 else codes,
@@ -108,7 +109,7 @@ class Affine:
 
 
 def _half(kind: str) -> int:
-    """Return half the number of a block format's codes; 0 is in their middle."""
+    """Return half the number of codes of a block format, which represent integers from −half to half − 1."""
     return 1 << BLOCK_FORMATS[kind].bits - 1
 
 

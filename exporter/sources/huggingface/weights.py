@@ -220,7 +220,7 @@ def _read_header(path: Path) -> dict[str, SourceTensor]:
 
 
 def _trace(names: Iterable[str], dtype: str) -> str | None:
-    """Return the quantisation method that a file's tensor names, or else this type, suggest; None if unknown."""
+    """Return the quantisation method that the names of tensors suggest, or else `dtype`; None if neither does."""
     found = {method for ending, method in _TRACES for name in names if name.endswith(ending)}
     fallback = "fp8" if dtype.startswith("F8_") else None
     return next((method for _, method in _TRACES if method in found), fallback)
