@@ -92,7 +92,7 @@ def hash_file(path: Path) -> SourceFile:
 # Placeholders that a download may leave in place of a file: the first bytes in lower case, and a description with the
 # remedy.
 _STAND_INS = (
-    (b"version https://git-lfs", "a pointer of Git LFS; run `git lfs pull` in its folder"),
+    (b"version https://git-lfs", "a Git LFS pointer; run `git lfs pull` in its folder"),
     (b"<!doctype html", "a web page; fetch the file itself, with a token if the model is gated"),
     (b"<html", "a web page; fetch the file itself, with a token if the model is gated"),
 )

@@ -171,7 +171,7 @@ def test_a_key_supported_with_neutral_values_only(key):
             "m/config.json: 'attention_bias' is True, which adds biases"
         )
     elif key == "is_causal":
-        assert "lets tokens see what comes after them" in refusal(**{key: False})
+        assert "lets tokens attend to later tokens" in refusal(**{key: False})
     else:
         assert refusal("gemma2", **{key: on}).startswith(f"m/config.json: '{key}' is ")
 

@@ -353,9 +353,9 @@ def test_clean_up_is_named_if_transformers_applies_it(tmp_path, kind, twice, nam
         ),
         (
             {"fast_tokenizer_files": ["tokenizer.4.0.json"]},
-            "keep the newest as tokenizer.json and remove the key.",
+            "rename the newest to tokenizer.json and remove the key.",
         ),
-        ({"fix_mistral_regex": True}, "asks for a pre-tokenizer other than that of tokenizer.json; save the"),
+        ({"fix_mistral_regex": True}, "asks for a pre-tokenizer that tokenizer.json does not have; save the"),
         ({"bos_token": 5}, "expected bos_token to be text, found 5; correct it."),
         (
             {"image_token": {"text": "x"}},

@@ -170,7 +170,7 @@ def test_shards_that_are_missing(checkpoint):
     [
         (
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-            "a pointer of Git LFS; run `git lfs pull`",
+            "a Git LFS pointer; run `git lfs pull`",
         ),
         ("<!DOCTYPE html>\n<html>", "a web page; fetch the file itself, with a token if the model is gated"),
     ],
@@ -184,7 +184,7 @@ def test_stand_ins_of_downloads(checkpoint, name, contents, found):
 def test_a_gguf_file_that_was_not_fetched(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert refusal(path).startswith(f"{path}: expected the model's file, found a pointer of Git LFS")
+    assert refusal(path).startswith(f"{path}: expected the model's file, found a Git LFS pointer")
 
 
 def test_line_ends_are_universal(checkpoint):

@@ -190,7 +190,7 @@ def test_vocabularies_that_cannot_be_converted():
     )
     built(metadata_of(["▁a", "▁", "a"], [-1000.0] * 3))  # the order of a single merge does not matter
     unused = metadata_of(pieces, [0.0, -2.0, -3.0, -1.0], token_type=[2, 3, 3] + [6] * 256 + [1, 1, 1, 5])
-    assert "has the unused token 'aa' that other pieces form" in refusal(unused)
+    assert "has the unused token 'aa', which SentencePiece forms from other tokens" in refusal(unused)
     padded = metadata_of(
         [*pieces[:3], "[PAD0]"], [0.0, -2.0, -3.0, -1.0], token_type=[2, 3, 3] + [6] * 256 + [1, 1, 1, 5]
     )

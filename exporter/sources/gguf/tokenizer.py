@@ -220,8 +220,8 @@ def _refuse_unused(vocabulary: Vocabulary, pieces: Mapping[str, int]) -> None:
     for piece in unused:
         if any(True for _ in _splits(piece, everything)):
             raise vocabulary.error(
-                f"has the unused token {piece!r} that other pieces form, which cannot be converted; use the"
-                " model's Hugging Face checkpoint."
+                f"has the unused token {piece!r}, which SentencePiece forms from other tokens, but BPE merges"
+                " cannot express that; use the model's Hugging Face checkpoint."
             )
 
 

@@ -111,11 +111,11 @@ _REFUSED: Mapping[str, tuple[Callable[[object, Mapping[str, Any]], bool], str]] 
     ),
     "fast_tokenizer_files": (
         _names_another_file,
-        "names a tokenizer.json for each version of transformers; keep the newest as tokenizer.json and remove the key",
+        "lists files for several versions of transformers; rename the newest to tokenizer.json and remove the key",
     ),
     "fix_mistral_regex": (
         _replaces_pre_tokenizer,
-        f"asks for a pre-tokenizer other than that of tokenizer.json; {_SAVE_AGAIN}",
+        f"asks for a pre-tokenizer that tokenizer.json does not have; {_SAVE_AGAIN}",
     ),
 }
 
