@@ -10,7 +10,7 @@ from .config_keys import HARMLESS, UNSUPPORTED
 
 _T = TypeVar("_T")
 
-# The largest float32, and the largest size of an array that a 32-bit index in XLA can address.
+# The largest float32, rounded down, and the largest 32-bit size.
 _LARGEST_NUMBER = 3.4e38
 _LARGEST_SIZE = (1 << 31) - 1
 

@@ -164,8 +164,8 @@ class LayerOps:
         project: ``(x [M, in], call) -> [y [M, out], …]``, with one y for each of `LinearCall.results`.
         normalize: ``(x [M, n · width], call) -> [M, n · width]``.
         attend: ``(q [R, T, N, H], k and v [R, T, K, H]) -> [R, T, N, H]``: rotates q and k by their positions, appends
-            k and v to the KV cache, and computes attention.
-        mix: ``(x [M, D], scores [M, E], call) -> [M, D]``.
+            k and v to the KV cache, if there is one, and computes attention.
+        mix: ``(x [M, D], scores [M, E], call) -> [M, D]``: computes an `ExpertsCall`.
     """
 
     project: Callable[[Array, LinearCall], list[Array]]
@@ -243,7 +243,7 @@ class Ops:
     Attributes:
         linear: ``(x [M, in], call, layer, used) -> [y [M, out], …]``, with one y for each of `LinearCall.results`.
         normalize: ``(x [M, n · width], call, layer) -> [M, n · width]``.
-        experts: ``(x [M, D], scores [M, E], call, layer, used) -> [M, D]``.
+        experts: ``(x [M, D], scores [M, E], call, layer, used) -> [M, D]``: computes an `ExpertsCall`.
         embed: ``(tokens [M], weight [1, V, D], V, D) -> [M, D]`` float32.
         attention: ``(q [R, T, N, H], k and v [R, T, K, H], rotary, cache, layer, batch, params) ->
             (out [R, T, N, H], cache)``: rotates q and k, appends k and v to the cache, and computes attention. Token t

@@ -192,7 +192,7 @@ def _best_and_leads(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_json(cases: Sequence[Case]) -> bytes:
-    """Return the content of an artifact's file of golden answers."""
+    """Return the golden answers as the content of the artifact's JSON file."""
     golden = Golden(
         greedy=tuple(
             Answer(prompt_token_ids=c.prompt, token_ids=c.tokens, first_logits=c.first) for c in cases

@@ -97,7 +97,7 @@ def _q6_k(blocks: np.ndarray) -> _Unpacked:
 
 
 def _halves(blocks: np.ndarray, offset: int) -> np.ndarray:
-    """Return the float16 at this byte offset of each block, ``[n, 1]``."""
+    """Return the float16 that begins at byte `offset` of each block, ``[n, 1]``."""
     return np.ascontiguousarray(blocks[:, offset : offset + 2]).view("<f2")
 
 

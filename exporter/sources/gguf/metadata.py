@@ -13,7 +13,7 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
-_LARGEST = (1 << 31) - 1  # the largest size of an axis in ggml and XLA
+_LARGEST = (1 << 31) - 1  # the largest 32-bit size
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 
