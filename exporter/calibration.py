@@ -16,6 +16,7 @@ from precast.loaders.progress import Progress, Step, silent
 
 from . import gptq
 from .devices import on_cpu_in_float32
+from .mixed import ParameterFormat
 from .models.ops import LinearCall, Rotary
 from .models.parameters import EXPERTS, LAYERS, Parameter
 from .models.xla_ops import XLA_OPS, rms_norm
@@ -29,7 +30,9 @@ from .weights import Encoded, check_array, repack
 TOKENS, WINDOW = 8192, 512
 
 
-def calibrated_parameters(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> list[Parameter]:
+def calibrated_parameters(
+    parameters: Sequence[Parameter], formats: Mapping[str, ParameterFormat]
+) -> list[Parameter]:
     """Return the parameters to calibrate: the int4 matrices of the layers, except those of experts.
 
     A token goes through only a few experts, so a text might not reach all of them.

@@ -15,9 +15,10 @@ from . import texts
 from .models.registry import ModelSpec, read_model
 from .options import ExportOptions, choose_geometry
 from .programs import Geometry, StoredModel, cache_arrays, stored_model
+from .quantize import SOURCE
 from .sources.base import Source
 from .targets.kinds import TARGET_KINDS
-from .weights import WeightPlan, plan_weights, without_minima
+from .weights import WeightPlan, plan_weights, widened_remark, with_source_formats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +62,14 @@ def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
     _check_memory(source.name, spec, geometry, options)
     stored = stored_model(spec, options.weights)
     weight_plan = plan_weights(spec.adapt(source), stored.parameters, tied=spec.config.tied_embeddings)
-    stored = dataclasses.replace(stored, formats=without_minima(stored.formats, weight_plan))
+    stored = dataclasses.replace(stored, formats=with_source_formats(stored.formats, weight_plan))
     _check_tokenizer(source, spec.config.vocab)
     remarks = (
         *source.remarks,
         *texts.marker_remarks(source),
         texts.bare_tokens(source, spec.config.vocab),
         weight_plan.remark(),
+        widened_remark(stored.formats, weight_plan) if options.weights == SOURCE else None,
         _rope_remark(spec, geometry.context),
     )
     return ExportPlan(

@@ -12,12 +12,13 @@ from jax import Array
 
 from precast.loaders.artifact.manifest import DTYPE_BYTES, CacheArray, Value
 
+from .mixed import ParameterFormat, stored_arrays
 from .models.blocks import DecoderConfig
 from .models.decoder import Decoder, gather_rows
-from .models.ops import Batch, KVCache, KVCaches, Ops, PackedWeight
+from .models.ops import Batch, KVCache, KVCaches, MixedWeight, Ops, PackedWeight, Weight
 from .models.parameters import AbstractModel, Parameter, abstract_model
 from .models.registry import ModelSpec
-from .quantize import FORMATS, StoredArray
+from .quantize import StoredArray
 from .weights import formats_of
 
 TABLES = ("rope.cos", "rope.sin")
@@ -54,12 +55,12 @@ class StoredModel:
     Attributes:
         spec: the model.
         abstract: the model without weights.
-        formats: the format of each parameter by name, as a key of `FORMATS`.
+        formats: the format of each parameter, by name.
     """
 
     spec: ModelSpec
     abstract: AbstractModel
-    formats: Mapping[str, str]
+    formats: Mapping[str, ParameterFormat]
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -67,14 +68,28 @@ class StoredModel:
 
     def arrays(self) -> tuple[tuple[str, StoredArray], ...]:
         """Return the arrays of all parameters, each with its name in the artifact, in the order that `bind` expects."""
-        return tuple((p.name + a.suffix, a) for p in self.parameters for a in stored_arrays(p, self.formats))
+        return tuple((p.name + a.suffix, a) for p in self.parameters for a in self._stored(p))
 
     def bind(self, arrays: Sequence[Array]) -> Decoder:
         """Return the model with these arrays as its weights; their order is that of `self.arrays()`."""
         rest = iter(arrays)
-        counts = [len(stored_arrays(p, self.formats)) for p in self.parameters]
-        groups = [tuple(islice(rest, count)) for count in counts]
-        return self.abstract.bind([g[0] if len(g) == 1 else PackedWeight(*g) for g in groups])
+        return self.abstract.bind(
+            [
+                _weight(p, self.formats[p.name], list(islice(rest, len(self._stored(p)))))
+                for p in self.parameters
+            ]
+        )
+
+    def _stored(self, parameter: Parameter) -> tuple[StoredArray, ...]:
+        return stored_arrays(self.formats[parameter.name], parameter.shape)
+
+
+def _weight(parameter: Parameter, stored: ParameterFormat, arrays: Sequence[Array]) -> Weight:
+    """Return a parameter as the model's operations take it."""
+    if not isinstance(stored, str):
+        *_, outs, inputs = parameter.shape
+        return MixedWeight(values=arrays[0], table=arrays[1], formats=stored, outs=outs, inputs=inputs)
+    return arrays[0] if len(arrays) == 1 else PackedWeight(*arrays)
 
 
 def stored_model(spec: ModelSpec, weights: str) -> StoredModel:
@@ -85,11 +100,6 @@ def stored_model(spec: ModelSpec, weights: str) -> StoredModel:
     """
     abstract = abstract_model(spec)
     return StoredModel(spec=spec, abstract=abstract, formats=formats_of(abstract.parameters, weights))
-
-
-def stored_arrays(parameter: Parameter, formats: Mapping[str, str]) -> tuple[StoredArray, ...]:
-    """Return the arrays that store a parameter."""
-    return FORMATS[formats[parameter.name]].arrays(parameter.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

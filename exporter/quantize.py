@@ -42,6 +42,8 @@ PANEL = 16
 
 # The format of int4 weights whose source has no minima. The user cannot choose it: the export does.
 INT4_SYMMETRIC = "int4-symmetric"
+# The option by which each parameter keeps its values and, where precast has it, its format in the checkpoint.
+SOURCE = "source"
 
 # Number of weights quantised at a time, so that the intermediate arrays fit into the CPU's cache.
 _BLOCK = 1 << 18
@@ -339,4 +341,4 @@ FORMATS: Mapping[str, Format] = {
     )
 }
 # The formats that the option --weights accepts.
-WEIGHTS = tuple(name for name in FORMATS if name != INT4_SYMMETRIC)
+WEIGHTS = (*(name for name in FORMATS if name != INT4_SYMMETRIC), SOURCE)

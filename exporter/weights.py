@@ -11,9 +11,12 @@ import numpy as np
 from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.artifact.weights import ALIGNMENT, TensorSpec, aligned_zeros, write_weights
 
+from . import block_quantise
+from .block_formats import BLOCK_FORMATS, UNIT, BlockFormat
+from .mixed import ParameterFormat, stored_arrays, table
 from .models.parameters import Parameter, unknown_sources
 from .models.tensor_names import HEAD
-from .quantize import FORMATS, INT4_SYMMETRIC, WEIGHTS, Format
+from .quantize import FORMATS, INT4_SYMMETRIC, SOURCE, WEIGHTS, Format
 from .sources.base import QuantisedBlocks, Source, SourceTensor
 
 # Tensors that old checkpoints store, although they can be computed from the config.
@@ -24,6 +27,8 @@ _VOCABULARY = ("model.embed_tokens.weight", HEAD)
 # A mixture's router stays float32, because it is small, and rounding it could choose the wrong experts.
 _ROUTER = ".mlp.gate.weight"
 _MATRIX_AXES = 3  # a stack [L, out, in]
+_FOUR_BITS = frozenset({"q4_0", "q4_1", "q4_k"})
+_FLOATS = frozenset({"float32", "f32", "float16", "f16", "bfloat16", "bf16", "float64", "f64"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +165,7 @@ def _check_tensor(source: Source, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, str]:
+def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, ParameterFormat]:
     """Return the storage format of each parameter, by name.
 
     Matrices have the format `weights`; norms, biases and routers stay float32. If `weights` is int4, the embedding and
@@ -177,36 +182,74 @@ def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, st
 def _format_of(parameter: Parameter, weights: str) -> str:
     if parameter.name in _VOCABULARY:
         return "int8" if weights == "int4" else weights
-    matrix = len(parameter.shape) == _MATRIX_AXES and not parameter.name.endswith(_ROUTER)
-    return weights if matrix else "float32"
+    return weights if _is_matrix(parameter) else "float32"
 
 
-def without_minima(formats: Mapping[str, str], plan: WeightPlan) -> Mapping[str, str]:
-    """Return the formats with `INT4_SYMMETRIC` for each int4 parameter whose sources have no minima."""
-    chosen = dict(formats)
-    for parameter in plan.parameters:
-        tensors = [plan.tensors[name] for name in parameter.sources]
-        if chosen[parameter.name] == "int4" and all(t.block_format == "q4_0" for t in tensors):
-            chosen[parameter.name] = INT4_SYMMETRIC
+def _is_matrix(parameter: Parameter) -> bool:
+    return len(parameter.shape) == _MATRIX_AXES and not parameter.name.endswith(_ROUTER)
+
+
+def with_source_formats(
+    formats: Mapping[str, ParameterFormat], plan: WeightPlan
+) -> Mapping[str, ParameterFormat]:
+    """Return the formats, changed where the source's own formats decide.
+
+    A parameter in the format `SOURCE` gets a format that holds its values exactly. An int4 parameter whose sources have
+    4 bits in a block format keeps them: it is mixed if q4_k is among the formats, and has no minima if all are q4_0.
+    """
+    return {p.name: _with_source_format(p, formats[p.name], plan.tensors) for p in plan.parameters}
+
+
+def _with_source_format(
+    parameter: Parameter, chosen: ParameterFormat, tensors: Mapping[str, SourceTensor]
+) -> ParameterFormat:
+    found = [tensors[name].block_format for name in parameter.sources]
+    own = tuple(name for name in found if name is not None)
+    complete = len(own) == len(found)
+    if chosen == SOURCE:
+        if complete:
+            return own
+        stored = {tensors[name].dtype.lower() for name in parameter.sources}
+        return "bfloat16" if stored <= {"bfloat16", "bf16"} else "float32"
+    if chosen == "int4" and complete:
+        if set(own) == {"q4_0"}:
+            return INT4_SYMMETRIC
+        if "q4_k" in own and set(own) <= _FOUR_BITS:
+            return own
     return chosen
 
 
-def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, str]) -> int:
+def widened_remark(formats: Mapping[str, ParameterFormat], plan: WeightPlan) -> str | None:
+    """Return a remark on the first quantised matrix that no block format holds, and is stored in float32."""
+    for parameter in plan.parameters:
+        tensors = [(name, plan.tensors[name].dtype) for name in parameter.sources]
+        wide = [(name, dtype) for name, dtype in tensors if dtype.lower() not in _FLOATS]
+        if formats[parameter.name] == "float32" and _is_stored_as_chosen(parameter) and wide:
+            name, dtype = wide[0]
+            return f"storing {name} in float32, because no format of precast holds {dtype} to the bit"
+    return None
+
+
+def _is_stored_as_chosen(parameter: Parameter) -> bool:
+    return parameter.name in _VOCABULARY or _is_matrix(parameter)
+
+
+def stored_bytes(parameters: Sequence[Parameter], formats: Mapping[str, ParameterFormat]) -> int:
     """Return the number of bytes that all parameters take in the weight file."""
     return sum(spec.bytes for p in parameters for spec in _specs(p, formats))
 
 
-def _specs(parameter: Parameter, formats: Mapping[str, str]) -> list[TensorSpec]:
+def _specs(parameter: Parameter, formats: Mapping[str, ParameterFormat]) -> list[TensorSpec]:
     return [
         TensorSpec(name=parameter.name + array.suffix, shape=array.shape, dtype=array.numpy_dtype)
-        for array in FORMATS[formats[parameter.name]].arrays(parameter.shape)
+        for array in stored_arrays(formats[parameter.name], parameter.shape)
     ]
 
 
 def write_model_weights(
     path: Path,
     plan: WeightPlan,
-    formats: Mapping[str, str],
+    formats: Mapping[str, ParameterFormat],
     tables: Mapping[str, np.ndarray],
     count: Callable[[int], None],
     calibrated: Calibrated | None = None,
@@ -236,17 +279,30 @@ def write_model_weights(
     return write_weights(path, specs, chain(tables.items(), _pieces(encoded, plan, formats, count)))
 
 
-def _encoded(plan: WeightPlan, formats: Mapping[str, str], omitted: Set[str]) -> Iterator[Encoded]:
+def _encoded(
+    plan: WeightPlan, formats: Mapping[str, ParameterFormat], omitted: Set[str]
+) -> Iterator[Encoded]:
     """Yield the arrays that store each source tensor, except those of the parameters in `omitted`."""
     for parameter in sorted(plan.parameters, key=lambda p: p.name):
         if parameter.name not in omitted:
-            stored = FORMATS[formats[parameter.name]]
-            for name in parameter.sources:
-                yield parameter.name, _encode(name, plan.tensors[name], stored, parameter.source_shape)
+            stored, shape = formats[parameter.name], parameter.source_shape
+            tensors = [(name, plan.tensors[name]) for name in parameter.sources]
+            if isinstance(stored, str):
+                for name, tensor in tensors:
+                    yield parameter.name, _encode(name, tensor, FORMATS[stored], shape)
+            else:
+                # The rows of the table are written with the matrices.
+                rows = np.split(table(stored, *shape), len(stored))
+                for (name, tensor), block_format, row in zip(tensors, stored, rows, strict=True):
+                    records = _encode_records(name, tensor, BLOCK_FORMATS[block_format], shape)
+                    yield parameter.name, (records.reshape(-1, UNIT), row)
 
 
 def _pieces(
-    encoded: Iterator[Encoded], plan: WeightPlan, formats: Mapping[str, str], count: Callable[[int], None]
+    encoded: Iterator[Encoded],
+    plan: WeightPlan,
+    formats: Mapping[str, ParameterFormat],
+    count: Callable[[int], None],
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield pairs of an array's name and the next part of that array, until all source tensors are stored."""
     names = {p.name: [spec.name for spec in _specs(p, formats)] for p in plan.parameters}
@@ -264,6 +320,19 @@ def _encode(
     array = tensor.read()
     check_array(name, array, shape)
     return stored.encode(array, name)
+
+
+def _encode_records(
+    name: str, tensor: SourceTensor, stored: BlockFormat, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return a matrix's records; a matrix that the source stores in this block format keeps its values."""
+    if tensor.blocks is not None and tensor.block_format == stored.name:
+        blocks = tensor.blocks()
+        _check_blocks(name, blocks, shape)
+        return stored.pack(blocks.codes, *blocks.coefficients)
+    array = tensor.read()
+    check_array(name, array, shape)
+    return block_quantise.encode(stored, array, name)
 
 
 def repack(

@@ -15,6 +15,7 @@ from .ops import (
     KVCaches,
     LayerStack,
     LinearCall,
+    MixedWeight,
     NormCall,
     Ops,
     PackedWeight,
@@ -27,6 +28,8 @@ from .xla_ops import XLA_OPS
 
 def _operands(weight: Weight) -> list[Array]:
     """Return a weight as operands of a kernel."""
+    if isinstance(weight, MixedWeight):
+        return [weight.values, weight.table]
     return [weight] if not isinstance(weight, PackedWeight) else [a for a in weight if a is not None]
 
 

@@ -16,6 +16,7 @@ from .ops import (
     LayerOps,
     LayerStack,
     LinearCall,
+    MixedWeight,
     Ops,
     PackedWeight,
     Rotary,
@@ -33,7 +34,7 @@ from .xla_ops import (
 
 
 class Embedding(nnx.Module):
-    """Token embeddings with weight ``[V, D]``, or ``[1, V, D]`` if the weight is packed."""
+    """Token embeddings with weight ``[V, D]``, or ``[1, V, D]`` if the weight is packed or mixed."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.weight = nnx.Param(jnp.zeros((c.vocab, c.width), jnp.float32))
@@ -42,7 +43,7 @@ class Embedding(nnx.Module):
     def stack(self) -> Weight:
         """Return the weight as a stack of one matrix, ``[1, V, D]``, the form of an output head's weight."""
         weight: Weight = self.weight.get_value()
-        return weight if isinstance(weight, PackedWeight) else weight[None]
+        return weight if isinstance(weight, PackedWeight | MixedWeight) else weight[None]
 
     def __call__(self, tokens: Array, ops: Ops) -> Array:
         """Map tokens ``[…]`` to ``[…, D]``."""

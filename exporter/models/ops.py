@@ -6,6 +6,7 @@ precast's kernels, which read stacked weights and the filled part of the KV cach
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,8 +24,32 @@ class PackedWeight(NamedTuple):
     minimum: Array | None = None
 
 
-# A stack of weights [L, out, in]: an array of float32 or bfloat16, or packed.
-Weight = Array | PackedWeight
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "table"),
+    meta_fields=("formats", "outs", "inputs"),
+)
+@dataclass(frozen=True, kw_only=True)
+class MixedWeight:
+    """A stack of weights in block formats, in the layout of `exporter.mixed`.
+
+    Attributes:
+        values: records, uint8 ``[units, 64]``.
+        table: code and first unit of each matrix, int32 ``[L, 2]``.
+        formats: the format of each matrix, keys of `BLOCK_FORMATS`.
+        inputs: number of inputs.
+        outs: number of outputs, without padding.
+    """
+
+    values: Array
+    table: Array
+    formats: tuple[str, ...]
+    outs: int
+    inputs: int
+
+
+# A stack of weights [L, out, in]: an array of float32 or bfloat16, packed, or mixed.
+Weight = Array | PackedWeight | MixedWeight
 
 
 class KVCache(NamedTuple):

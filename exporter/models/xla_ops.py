@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..block_formats import BLOCK_FORMATS, UNIT
 from ..quantize import GROUP, PANEL
 from ..scales import INT4_ZERO
 from .ops import (
@@ -22,6 +23,7 @@ from .ops import (
     LayerOps,
     LayerStack,
     LinearCall,
+    MixedWeight,
     NormCall,
     Ops,
     PackedWeight,
@@ -46,14 +48,20 @@ def _layer_slice(stack: Array, layer: Array) -> Array:
     return stack[0] if len(stack) == 1 else stack[layer]
 
 
-def _dequantise(weight: PackedWeight, layer: Array, panels: Array | None = None) -> Array:
+def _panels(weight: PackedWeight | MixedWeight, layer: Array, panels: Array | None = None) -> Array:
     """Return a layer's weights as float32 ``[P, 16, I]``: P panels of 16 outputs and I inputs, including the padding.
 
     Args:
-        weight: the packed weights of all layers.
+        weight: the weights of all layers.
         layer: index of the layer.
         panels: indices of the panels to return; None for all.
     """
+    if isinstance(weight, MixedWeight):
+        return _mixed_panels(weight, layer, panels)
+    return _packed_panels(weight, layer, panels)
+
+
+def _packed_panels(weight: PackedWeight, layer: Array, panels: Array | None) -> Array:
 
     def take(stack: Array) -> Array:
         return _layer_slice(stack, layer) if panels is None else _layer_slice(stack, layer)[panels]
@@ -73,11 +81,39 @@ def _dequantise(weight: PackedWeight, layer: Array, panels: Array | None = None)
     return groups.reshape(matrix.shape)
 
 
+def _mixed_panels(weight: MixedWeight, layer: Array, panels: Array | None) -> Array:
+    choices = tuple(dict.fromkeys(weight.formats))
+    branches = [partial(_dequantise_records, weight, name, panels) for name in choices]
+    if len(weight.formats) == 1:
+        return branches[0](jnp.int32(0))
+    unit = weight.table[layer, 1]
+    if len(choices) == 1:
+        return branches[0](unit)
+    chosen = jnp.array([choices.index(name) for name in weight.formats])[layer]
+    matrix: Array = jax.lax.switch(chosen, branches, unit)
+    return matrix
+
+
+def _dequantise_records(weight: MixedWeight, name: str, panels: Array | None, unit: Array) -> Array:
+    """Return the matrix that begins at this unit of a mixed weight, in the block format `name`."""
+    stored = BLOCK_FORMATS[name]
+    units = stored.matrix_bytes(weight.outs, weight.inputs) // UNIT
+    # In a stack of one, the whole array is the matrix, which XLA need not copy.
+    own = (
+        weight.values
+        if len(weight.formats) == 1
+        else jax.lax.dynamic_slice_in_dim(weight.values, unit, units)
+    )
+    records = own.reshape(-1, stored.record_bytes(weight.inputs))
+    matrix: Array = stored.dequantise(records if panels is None else records[panels], weight.inputs)
+    return matrix
+
+
 def _layer_matrix(weight: Weight, layer: Array, outs: int, inputs: int, compute: str) -> Array:
     """Return a layer's weights ``[out, in]`` in the compute type."""
-    if not isinstance(weight, PackedWeight):
+    if isinstance(weight, Array):
         return _layer_slice(weight, layer).astype(compute)
-    panels = _dequantise(weight, layer).astype(compute)
+    panels = _panels(weight, layer).astype(compute)
     return panels.reshape(-1, panels.shape[-1])[:outs, :inputs]
 
 
@@ -154,9 +190,9 @@ def _experts(compute: str, x: Array, scores: Array, call: ExpertsCall, layer: Ar
 
 
 def _embed(tokens: Array, weight: Weight, vocab: int, width: int) -> Array:
-    if not isinstance(weight, PackedWeight):
+    if isinstance(weight, Array):
         return weight[0][tokens].astype(jnp.float32)
-    panels = _dequantise(weight, jnp.int32(0), tokens // PANEL)  # [M, 16, in]
+    panels = _panels(weight, jnp.int32(0), tokens // PANEL)  # [M, 16, in]
     return jnp.take_along_axis(panels, (tokens % PANEL)[:, None, None], axis=1)[:, 0, :width]
 
 

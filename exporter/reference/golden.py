@@ -39,8 +39,8 @@ REDUCED_TIE = 0.05
 # The threshold for bfloat16 arithmetic, which changed leads among the eight likeliest tokens by up to 0.06, measured on
 # 12 steps of the demo model.
 BFLOAT16_TIE = 0.15
-# The threshold for int4 weights, because activations are then rounded to 8 bits. The rounding changed leads by 0.06,
-# measured on prompts of 5 to 65 tokens of the demo model.
+# The threshold for weights of fewer than 8 bits, because activations are then rounded to 8 bits. The rounding changed
+# leads by 0.06, measured on prompts of 5 to 65 tokens of the demo model.
 INT4_TIE = 0.25
 # The number of largest logits that are recorded for the first step of an answer.
 LOGITS = 8
@@ -56,7 +56,7 @@ def tie_of(manifest: Manifest) -> float:
     """Return the smallest lead (see `TIE`) with which an artifact's likeliest token counts as untied."""
     if is_exact(manifest):
         return TIE
-    reduced = INT4_TIE if manifest.model.weights == "int4" else REDUCED_TIE
+    reduced = INT4_TIE if manifest.model.weights in ("int4", "source") else REDUCED_TIE
     return max(reduced, BFLOAT16_TIE) if _computes_bfloat16(manifest) else reduced
 
 

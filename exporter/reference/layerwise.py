@@ -69,7 +69,7 @@ class LayerwiseReference:
                 lambda spec: abstract_model(spec).bind,
                 x[0, first : len(window) - 1],
                 dict(zip((p.name for p in self._parameters), ends, strict=True)),
-                packed=False,
+                panel_rows=None,
             )
 
     def embedded(self, window: Sequence[int]) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from ..mixed import TABLE
 from ..models.decoder import Decoder
 from ..models.registry import ModelSpec
 from ..models.xla_ops import XLA_OPS
@@ -35,7 +36,7 @@ def blockwise_logits(
     x: Array,
     arrays: Mapping[str, ArrayLike],
     *,
-    packed: bool,
+    panel_rows: int | None,
 ) -> np.ndarray:
     """Apply the final norm and the output head.
 
@@ -45,7 +46,7 @@ def blockwise_logits(
         x: hidden states ``[R, D]``.
         arrays: the arrays of all parameters by name, in the order of `Bind`. Only arrays whose name begins with
             `head_of(spec)` are cut into blocks.
-        packed: True if the head's arrays consist of panels of `PANEL` outputs.
+        panel_rows: the result of `mixed.panel_rows` for the head.
 
     Returns:
         Logits ``[R, V]`` float32.
@@ -57,7 +58,9 @@ def blockwise_logits(
     for start in starts:
         count = min(_BLOCK, vocab - start)
         block = [
-            _outputs(np.asarray(array), start, count, packed=packed) if name.startswith(head) else array
+            _outputs(np.asarray(array), start, count, panel_rows)
+            if name.startswith(head) and not name.endswith(TABLE)
+            else array
             for name, array in arrays.items()
         ]
         logits[:, start : start + count] = run[count](x, *block)
@@ -69,10 +72,14 @@ def _jitted(spec: ModelSpec, bind: Callable[[ModelSpec], Bind], vocab: int) -> C
     return jax.jit(lambda x, *arrays: bound(arrays).logits(x, XLA_OPS))
 
 
-def _outputs(stack: np.ndarray, start: int, count: int, *, packed: bool) -> np.ndarray:
-    """Return the part of a head's array with `count` outputs from `start` on, in whole panels if it is packed.
+def _outputs(stack: np.ndarray, start: int, count: int, panel_rows: int | None) -> np.ndarray:
+    """Return the part of a head's array with `count` outputs from `start` on, in whole panels if it has panels.
 
-    The outputs are the first axis of an embedding ``[V, D]``, and the second axis of a stack ``[1, V, D]``.
+    Outputs or panels are the first axis of an array with two axes, such as an embedding ``[V, D]``, and the second axis
+    of a stack ``[1, V, D]``.
     """
-    rows = slice(start // PANEL, -(-(start + count) // PANEL)) if packed else slice(start, start + count)
+    if panel_rows is None:
+        rows = slice(start, start + count)
+    else:
+        rows = slice(start // PANEL * panel_rows, -(-(start + count) // PANEL) * panel_rows)
     return stack[rows] if stack.ndim == 2 else stack[:, rows]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ..mixed import panel_rows
 from ..models.parameters import abstract_model
 from ..models.registry import ModelSpec
 from ..programs import TABLES, StoredModel
@@ -51,7 +52,7 @@ def answer_logits(
         lambda spec: _binder(model, spec),
         jnp.concatenate(rows),
         {name: weights[name] if name.startswith(head) else arrays[name] for name in names},
-        packed=model.formats[head].startswith("int"),
+        panel_rows=panel_rows(model.formats[head], model.spec.config.width),
     )
     return np.split(logits, np.cumsum([len(r) for r in rows])[:-1])
 

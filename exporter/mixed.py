@@ -1,0 +1,52 @@
+"""Mixed parameters: stacks of matrices, each of which may have another block format.
+
+Two arrays store a mixed parameter. The first holds the records of all its matrices (`block_formats`), one matrix after
+another, as uint8 ``[units, 64]``. The second, a table, int32 ``[L, 2]``, gives the code of each matrix's format and the
+unit at which the matrix begins.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from .block_formats import BLOCK_FORMATS, UNIT
+from .quantize import FORMATS, StoredArray
+
+# The storage format of a parameter: a key of `FORMATS`, or for a mixed parameter a key of `BLOCK_FORMATS` for each of
+# its matrices.
+ParameterFormat = str | tuple[str, ...]
+
+TABLE = ".table"
+
+
+def stored_arrays(stored: ParameterFormat, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
+    """Return the arrays that store a parameter of this shape: ``[L, out, in]`` or ``[out, in]``."""
+    if isinstance(stored, str):
+        return FORMATS[stored].arrays(shape)
+    units = sum(_units(stored, *shape[-2:]))
+    return StoredArray("", (units, UNIT), "uint8"), StoredArray(TABLE, (len(stored), 2), "int32")
+
+
+def table(formats: Sequence[str], outs: int, inputs: int) -> np.ndarray:
+    """Return the table of matrices ``[outs, inputs]`` in these block formats."""
+    starts = accumulate(_units(formats, outs, inputs)[:-1], initial=0)
+    return np.array(
+        [[BLOCK_FORMATS[f].code, unit] for f, unit in zip(formats, starts, strict=True)], np.int32
+    )
+
+
+def _units(formats: Sequence[str], outs: int, inputs: int) -> list[int]:
+    return [BLOCK_FORMATS[name].matrix_bytes(outs, inputs) // UNIT for name in formats]
+
+
+def panel_rows(stored: ParameterFormat, inputs: int) -> int | None:
+    """Return how many rows of a head's first array a panel of outputs takes; None if its outputs are not in panels.
+
+    Args:
+        stored: the head's format.
+        inputs: the number of its inputs.
+    """
+    if not isinstance(stored, str):
+        return BLOCK_FORMATS[stored[0]].record_bytes(inputs) // UNIT
+    return 1 if FORMATS[stored].takes else None
