@@ -65,7 +65,7 @@ def main() -> None:
     "--weights",
     default="int8",
     show_default=True,
-    help="Format of the weights: float32, bfloat16, int8, int4.",
+    help="Format of the weights: float32, bfloat16, int8, int4; source: as in the checkpoint.",
 )
 @click.option(
     "--kv-cache",

@@ -223,10 +223,13 @@ def widened_remark(formats: Mapping[str, ParameterFormat], plan: WeightPlan) -> 
     """Return a remark on the first quantised matrix that no block format holds, and is stored in float32."""
     for parameter in plan.parameters:
         tensors = [(name, plan.tensors[name].dtype) for name in parameter.sources]
-        wide = [(name, dtype) for name, dtype in tensors if dtype.lower() not in _FLOATS]
+        wide = [each for each in tensors if each[1].lower() not in (*_FLOATS, *BLOCK_FORMATS)]
         if formats[parameter.name] == "float32" and _is_stored_as_chosen(parameter) and wide:
             name, dtype = wide[0]
-            return f"storing {name} in float32, because no format of precast holds {dtype} to the bit"
+            return (
+                f"storing {parameter.name} in float32, because its matrix {name} is {dtype}, which no format of"
+                " precast holds to the bit"
+            )
     return None
 
 

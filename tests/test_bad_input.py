@@ -363,7 +363,7 @@ def set_key(*path_and_value):
             "manifest.json: model: key 'scale' is not known to this format version;",
         ),
         (
-            set_key("format_version", 7),
+            set_key("format_version", 8),
             "expected format version 4 to 6, found 7; update precast.",
         ),
         (

@@ -6,7 +6,7 @@ from typing import Any
 
 from .frozen import Frozen
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 MANIFEST_FILE = "manifest.json"
 # A signature over the manifest. The manifest lists every file except itself and its signature.
 SIGNATURE_FILE = "manifest.json.sig"
@@ -165,7 +165,8 @@ class ModelInfo(Frozen):
         ff_width: feed-forward width, F.
         vocab: vocabulary size, V.
         parameters: number of parameters; shared parameters count once.
-        weights: storage format of the weights: "float32", "bfloat16", "int8" or "int4".
+        weights: storage format of the weights: "float32", "bfloat16", "int8", "int4", or "source" (each matrix
+            as in the checkpoint).
         max_positions: context length that the model was trained for.
     """
 

@@ -56,6 +56,11 @@ def _from_5(value: dict[str, Any], where: str) -> dict[str, Any]:
     return _with(value, {"prefixes": []}, where) | {"format_version": 6}
 
 
+def _from_6(value: dict[str, Any], where: str) -> dict[str, Any]:
+    # Format 7 adds mixed weights, which are arguments of programs like any others.
+    return value | {"format_version": 7}
+
+
 def _with(record: dict[str, Any], added: Mapping[str, Any], where: str) -> dict[str, Any]:
     if early := sorted(record.keys() & added.keys()):
         raise PrecastError(
@@ -70,4 +75,4 @@ def _whole(top_k: Any) -> Any:
 
 
 # The upgrade from each version to the next.
-UPGRADES: Mapping[int, Callable[[dict[str, Any], str], dict[str, Any]]] = {4: _from_4, 5: _from_5}
+UPGRADES: Mapping[int, Callable[[dict[str, Any], str], dict[str, Any]]] = {4: _from_4, 5: _from_5, 6: _from_6}

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from precast.exporter.models.parameters import Parameter
-from precast.exporter.quantize import FORMATS, INT4_SYMMETRIC, WEIGHTS
+from precast.exporter.quantize import FORMATS, INT4_SYMMETRIC, SOURCE, WEIGHTS
 from precast.exporter.sources.base import QuantisedBlocks, SourceTensor
 from precast.exporter.weights import (
     formats_of,
     plan_weights,
     stored_bytes,
-    without_minima,
+    with_source_formats,
     write_model_weights,
 )
 from precast.loaders.artifact.errors import PrecastError
@@ -219,10 +219,12 @@ def test_the_format_of_each_parameter():
 def test_an_unknown_format_is_refused():
     with pytest.raises(PrecastError) as raised:
         formats_of(PARAMETERS, "int2")
-    assert str(raised.value) == ("--weights: expected one of float32, bfloat16, int8, int4, found 'int2'.")
+    assert str(raised.value) == (
+        "--weights: expected one of float32, bfloat16, int8, int4, source, found 'int2'."
+    )
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", [weights for weights in WEIGHTS if weights != SOURCE])
 def test_every_format_is_read_back(source, tmp_path, weights):
     tables, reported = {"rope.cos": np.ones((5, 2), np.float32)}, []
     found = write(tmp_path / "w", source(), tables, reported.append, weights)
@@ -333,11 +335,11 @@ def test_blocks_that_do_not_fit_are_dequantised(tiny_source, decode_blocks, tmp_
         ("int8", "q4_0", "int8"),
     ],
 )
-def test_symmetric_blocks_are_stored_without_minima(tiny_source, weights, kind, expected):
+def test_symmetric_blocks_are_stored_with_source_formats(tiny_source, weights, kind, expected):
     source = blocky(tiny_source, blocks_of("q4_0"))
     up = dataclasses.replace(source.tensors["up"], block_format=kind)
     plan = plan_weights(dataclasses.replace(source, tensors={"up": up}), BLOCKY, tied=False)
-    assert without_minima(formats_of(BLOCKY, weights), plan) == {"up": expected}
+    assert with_source_formats(formats_of(BLOCKY, weights), plan) == {"up": expected}
 
 
 def test_one_tensor_with_minima_decides_for_the_stack(tiny_source):
@@ -345,7 +347,7 @@ def test_one_tensor_with_minima_decides_for_the_stack(tiny_source):
     stack = (Parameter(name="up", shape=(2, 3, 32), sources=("up", "other")),)
     tensors = {"up": up, "other": dataclasses.replace(up, block_format="q4_1")}
     plan = plan_weights(dataclasses.replace(tiny_source(), tensors=tensors), stack, tied=False)
-    assert without_minima(formats_of(stack, "int4"), plan) == {"up": "int4"}
+    assert with_source_formats(formats_of(stack, "int4"), plan) == {"up": "int4"}
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf])

@@ -33,7 +33,7 @@ CONFIG = {
 }
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}<assistant>"
 PREFIX = "Be brief: "
-LARGEST = 200_000
+LARGEST = 300_000
 
 
 def tokenizer_json() -> bytes:
@@ -72,17 +72,34 @@ def tensors() -> dict[str, np.ndarray]:
     return {name: 1 + v / 10 if v.ndim == 1 else v * np.float32(1.5 * d**-0.5) for name, v in made.items()}
 
 
+def tensor(array: np.ndarray, number: int) -> Any:
+    """Return an array as a `SourceTensor`; from format 7 on, the matrices are in three block formats, in turn."""
+    from precast.exporter.sources.base import SourceTensor
+    from precast.loaders.artifact.manifest import FORMAT_VERSION
+
+    if FORMAT_VERSION < 7 or array.ndim < 2:
+        return SourceTensor(shape=array.shape, dtype="float32", read=array.copy)
+    from precast.exporter.block_formats import BLOCK_FORMATS
+    from precast.exporter.block_quantise import quantise
+    from precast.exporter.sources.base import QuantisedBlocks
+
+    kind = BLOCK_FORMATS[("q4_k", "q6_k", "q5_0")[number % 3]]
+    codes, *coefficients = quantise(kind, array)
+    blocks = QuantisedBlocks(format=kind.name, codes=codes, coefficients=tuple(coefficients))
+    decoded = kind.decode(kind.pack(codes, *coefficients), *array.shape)
+    return SourceTensor(
+        shape=array.shape, dtype=kind.name, read=decoded.copy, block_format=kind.name, blocks=lambda: blocks
+    )
+
+
 def source() -> Any:
     """Return the tiny model as a `Source` in memory."""
-    from precast.exporter.sources.base import Source, SourceTensor
+    from precast.exporter.sources.base import Source
 
     return Source(
         name="golden",
         config=CONFIG,
-        tensors={
-            name: SourceTensor(shape=array.shape, dtype="float32", read=array.copy)
-            for name, array in tensors().items()
-        },
+        tensors={name: tensor(array, i) for i, (name, array) in enumerate(tensors().items())},
         tokenizer_json=tokenizer_json(),
         chat_template=TEMPLATE,
         bos_token="<s>",
@@ -95,13 +112,13 @@ def source() -> Any:
 
 
 def export_golden(folder: Path) -> None:
-    """Export the default targets, with bfloat16 weights and a stored prefix if this format has them."""
+    """Export the default targets, with the newest kind of weights and, if this format has them, a stored prefix."""
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
     from precast.loaders.artifact.manifest import FORMAT_VERSION
 
-    # Format 1 has only float32.
-    weights = "bfloat16" if FORMAT_VERSION > 1 else "float32"
+    # Format 1 has only float32, and format 7 is the first with mixed weights.
+    weights = "float32" if FORMAT_VERSION == 1 else "bfloat16" if FORMAT_VERSION < 7 else "source"
     export(source(), folder, ExportOptions(buckets=(8,), context=32, weights=weights))
     if FORMAT_VERSION > 5:
         from precast.loaders.add_prefix import PrefixSource, add_prefix
