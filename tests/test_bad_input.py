@@ -184,7 +184,10 @@ def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint)
         (["--slots", "0"], "--slots: expected 1 to 256, found 0."),
         (["--slots", "-1"], "--slots: expected 1 to 256, found -1."),
         (["--slots", "257"], "--slots: expected 1 to 256, found 257."),
-        (["--weights", "int3"], "--weights: expected one of float32, bfloat16, int8, int4, found 'int3'."),
+        (
+            ["--weights", "int3"],
+            "--weights: expected one of float32, bfloat16, int8, int4, source, found 'int3'.",
+        ),
         (["--calibrate", "text"], "--calibrate: expected --weights int4, found float32;"),
         (["--weights", "int4", "--calibrate", "none"], "none: expected a text file, but it does not exist"),
     ],

@@ -12,7 +12,7 @@ enum class Scales { kHalf, kHalfAndMinimum, kSuper, kSuperOf16 };
 // Groups that share half-precision coefficients, and groups whose 6-bit codes are packed together.
 constexpr int64_t kSuper = 8, kPacked = 4;
 // Matrices begin at multiples of this many bytes, and records have sizes that are multiples of it.
-constexpr int64_t kUnit = 64;
+constexpr int64_t kBlockUnit = 64;
 
 struct BlockFormat {
   int bits;
@@ -34,7 +34,7 @@ struct BlockFormat {
   constexpr int64_t HighBytes(int64_t groups) const { return bits == 8 ? 0 : 64 * (bits - 4) * groups; }
   constexpr int64_t RecordBytes(int64_t groups) const {
     const int64_t bytes = CoefficientBytes(groups) + LowBytes(groups) + HighBytes(groups);
-    return (bytes + kUnit - 1) / kUnit * kUnit;
+    return (bytes + kBlockUnit - 1) / kBlockUnit * kBlockUnit;
   }
 };
 

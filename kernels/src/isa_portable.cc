@@ -12,7 +12,11 @@
 #endif
 
 namespace precast {
+#if defined(__SSE2__)
+#define PRECAST_ISA 128
+#else
 #define PRECAST_ISA 0
+#endif
 namespace portable {
 constexpr char kName[] = "portable";
 constexpr int kWidth = 4;

@@ -76,7 +76,7 @@ int64_t TaskOutputs(const Weight& w, int64_t in, int64_t rows) {
   }
   if (rows > kFewRows) return kPanel;
   const int64_t panel_bytes = w.format == Format::kBlocks
-                                  ? std::max(w.blocks->RecordBytes(RoundUp(in, kGroup) / kGroup), kUnit)
+                                  ? std::max(w.blocks->RecordBytes(RoundUp(in, kGroup) / kGroup), kBlockUnit)
                                   : RoundUp(in + 1, kGroup) * kPanel / (w.format == Format::kInt4 ? 2 : 1);
   return std::max<int64_t>(1, kPackedTaskBytes / panel_bytes) * kPanel;
 }

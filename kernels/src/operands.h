@@ -102,7 +102,7 @@ Stack<char> Bytes(const Stack<T>& stack) {
 inline WeightStack TakeMixed(Operands& operands, int64_t last, int64_t outs, int64_t in) {
   WeightStack w = {.format = Format::kBlocks, .outs = outs};
   const int64_t units = operands.Peek()->dimensions()[0];
-  w.values = Bytes(operands.TakeStack<uint8_t>("mixed weights", units - 1, ffi::U8, {kUnit}));
+  w.values = Bytes(operands.TakeStack<uint8_t>("mixed weights", units - 1, ffi::U8, {kBlockUnit}));
   w.table = operands.TakeStack<int32_t>("table of mixed weights", last, ffi::S32, {2});
   if (operands.error().failure()) return w;
   const int64_t panels = RoundUp(outs, kPanel) / kPanel, groups = RoundUp(in, kGroup) / kGroup;
@@ -112,7 +112,7 @@ inline WeightStack TakeMixed(Operands& operands, int64_t last, int64_t outs, int
     if (format == nullptr)
       operands.Fail("table of mixed weights: entry " + std::to_string(i) + " has the unknown format " +
                     std::to_string(code));
-    else if (unit < 0 || unit + panels * (format->RecordBytes(groups) / kUnit) > units)
+    else if (unit < 0 || unit + panels * (format->RecordBytes(groups) / kBlockUnit) > units)
       operands.Fail("table of mixed weights: entry " + std::to_string(i) + " at unit " + std::to_string(unit) +
                     " ends beyond the " + std::to_string(units) + " units");
   }

@@ -104,7 +104,10 @@ def test_a_bucket_may_fill_the_context(tmp_path, tiny_source):
         ({"targets": ("cpu", "cpu")}, "without repeats, found one of them twice."),
         ({"context": 129}, "--context: expected 2 to 128 (the model's own limit), found 129."),
         ({"slots": 0}, "--slots: expected 1 to 256, found 0."),
-        ({"weights": "int2"}, "--weights: expected one of float32, bfloat16, int8, int4, source, found 'int2'."),
+        (
+            {"weights": "int2"},
+            "--weights: expected one of float32, bfloat16, int8, int4, source, found 'int2'.",
+        ),
         (
             {"kv_cache": "int4"},
             "--kv-cache: expected one of float32, bfloat16, int8, found 'int4'.",

@@ -1,12 +1,18 @@
 """The layer of a test's decoder as `LayerStack` takes it, with its weights."""
 
 from functools import cache as memoised
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
 from layers_cases import Case
+from packed import mixed
 
+from precast.exporter.block_formats import BLOCK_FORMATS
+from precast.exporter.block_quantise import encode
 from precast.exporter.quantize import FORMATS
+
+MIXED = "mixed"
 
 
 def matrices(case: Case) -> dict[str, tuple[int, int]]:
@@ -24,18 +30,29 @@ def norms(case: Case) -> dict[str, int]:
     return around | {"q norm": n * h if whole else h, "k norm": k * h if whole else h}
 
 
+def stored(stack: np.ndarray, name: str) -> Any:
+    """Return a stack ``[L, out, in]`` as the operations take it; `MIXED`: each matrix in another block format."""
+    from precast.exporter.models.ops import MixedWeight, PackedWeight
+
+    if name == MIXED:
+        kinds = tuple(islice(cycle(BLOCK_FORMATS), len(stack)))
+        records = [encode(BLOCK_FORMATS[kind], matrix) for kind, matrix in zip(kinds, stack, strict=True)]
+        values, table = mixed(kinds, records)
+        _, outs, inputs = stack.shape
+        return MixedWeight(values=values, table=table, formats=kinds, outs=outs, inputs=inputs)
+    encoded = [FORMATS[name].encode(matrix) for matrix in stack]
+    arrays = [np.stack(parts) for parts in zip(*encoded, strict=True)]
+    return arrays[0] if len(arrays) == 1 else PackedWeight(*arrays)
+
+
 @memoised
 def weights_of(case: Case, name: str) -> dict[str, Any]:
     """Return norms, biases and stored weights; the router's weights are float32."""
-    from precast.exporter.models.ops import PackedWeight
-
     rng, found = np.random.default_rng(case.width), {}
     for key, (out, size) in matrices(case).items():
         each = case.experts[0] if key in ("gate", "up", "down") else 1
         stack = rng.standard_normal((case.layers * each, out, size), dtype=np.float32) / np.float32(size**0.5)
-        encoded = [FORMATS["float32" if key == "router" else name].encode(matrix) for matrix in stack]
-        arrays = [np.stack(parts) for parts in zip(*encoded, strict=True)]
-        found[key] = arrays[0] if len(arrays) == 1 else PackedWeight(*arrays)
+        found[key] = stored(stack, "float32" if key == "router" else name)
         if case.biased:
             found[key + ".bias"] = rng.standard_normal((case.layers, out), dtype=np.float32) / 4
     for key, width in norms(case).items():

@@ -10,28 +10,29 @@ from typing import Any
 import numpy as np
 import pytest
 from layers_cases import CACHES, CASES, Case, Place
-from layers_model import Layer, weights_of
+from layers_model import MIXED, Layer, weights_of
 
 from precast.exporter.quantize import FORMATS
 
+KINDS = (*FORMATS, MIXED)
 PAIRS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "int8"), ("int4", "bfloat16"))
 EXACT = (("float32", "float32"), ("bfloat16", "float32"), ("int8", "float32"))
 ALL = [
-    *(("one", weights, cache) for weights in FORMATS for cache in CACHES),
+    *(("one", weights, cache) for weights in KINDS for cache in CACHES),
     *((name, *pair) for name in ("biases", "ragged", "long") for pair in PAIRS),
     *((name, *pair) for name in ("rings", "long ring") for pair in PAIRS[:3]),
     *((name, *PAIRS[i]) for name in ("ragged rings", "qk norms", "layer norms", "plain") for i in (0, 2)),
     *((name, *PAIRS[0]) for name in ("wide group", "whole norms")),
     # A larger error would change which experts are chosen.
     *((name, *pair) for name in ("experts", "one expert of a row") for pair in EXACT),
-    *((name, w, "float32") for name in ("all experts", "experts alone") for w in FORMATS),
+    *((name, w, "float32") for name in ("all experts", "experts alone") for w in KINDS),
 ]
 
 
 def _once(combinations: Sequence[tuple[str, str, str]]) -> list[Any]:
     """Mark as long all but one combination of each case; of the first case keep one for each pair of formats."""
     names = list(dict.fromkeys(name for name, *_ in combinations))
-    short = {("one", *pair) for pair in PAIRS}
+    short = {("one", *pair) for pair in (*PAIRS, (MIXED, "bfloat16"))}
     for place, name in enumerate(names[1:]):
         of_name = [c for c in combinations if c[0] == name]
         short.add(of_name[place % len(of_name)])
@@ -198,7 +199,7 @@ def lost_of(weights: str, kind: str) -> tuple[float, float]:
     """Return the error allowed, relative to the largest number, for the weights' format alone and with the cache's."""
     # Activations in 16 bits, in 8 with int4 weights; and a number of the cache that falls to the other side of a
     # rounding border.
-    lost = {"int8": 4e-4, "int4": 3e-2, "int4-symmetric": 3e-2}.get(weights, 4e-6)
+    lost = {"int8": 4e-4, "int4": 3e-2, "int4-symmetric": 3e-2, MIXED: 3e-2}.get(weights, 4e-6)
     return lost, lost + {"float32": 0.0, "bfloat16": 4e-3, "int8": 6e-3}[kind]
 
 

@@ -120,6 +120,41 @@ void CheckProduct(const Ops& ops, Format format, int64_t rows, int64_t in, int64
   }
 }
 
+// Random rows times random records of a block format, from panel `skipped` on. Each row alone has the same results;
+// tests in Python compare them with decoded weights.
+void CheckBlocks(const Ops& ops, const BlockFormat& format, int64_t rows, int64_t in, int64_t outs, int64_t skipped) {
+  const int64_t pad = (in + kGroup - 1) / kGroup * kGroup, groups = pad / kGroup;
+  const int64_t panels = skipped + (outs + kPanel - 1) / kPanel, bytes = format.RecordBytes(groups);
+  Array<unsigned char> records(panels * bytes);
+  for (int64_t i = 0; i < records.size; ++i) {
+    const bool is_upper_half = i % bytes % 2 == 1 && i % bytes < format.CoefficientBytes(groups);
+    records[i] = static_cast<unsigned char>(Between(0, 255) & (is_upper_half ? 0xbb : 0xff));  // halves below 2
+  }
+  const Weight w = {
+      .format = Format::kBlocks, .blocks = &format, .values = records.get(), .outs = kPanel * skipped + outs};
+  Array<int16_t> q(w.IsWide() ? rows * pad : 0);
+  Array<int8_t> quantised(w.IsWide() ? 0 : rows * pad);
+  Floats x = Floats::Normal(rows * in), scale(rows), group_scale(rows * groups), sums(rows * groups);
+  Floats half_sums(w.HasHalfScales() ? 2 * rows * groups : 0), y(rows * outs), alone(outs);
+  const QuantizedRows view = {.q = w.IsWide() ? q.get() : nullptr,
+                              .scale = scale.get(),
+                              .bytes = w.IsWide() ? nullptr : quantised.get(),
+                              .group_scale = group_scale.get(),
+                              .sums = sums.get(),
+                              .half_sums = w.HasHalfScales() ? half_sums.get() : nullptr,
+                              .in_pad = pad};
+  for (int64_t row = 0; row < rows; ++row) ops.linear.quantize(x.get() + row * in, in, row, view);
+  const LinearRows all = {nullptr, in, view};
+  ops.linear.product(w, all, 0, rows, kPanel * skipped, outs, y.get(), outs);
+  for (int64_t row = 0; row < rows; ++row) {
+    ops.linear.product(w, all, row, 1, kPanel * skipped, outs, alone.get(), outs);
+    for (int64_t o = 0; o < outs; ++o) {
+      if (!std::isfinite(y[row * outs + o])) Fail("product with blocks", y[row * outs + o], 0);
+      Near("row of a product with blocks", y[row * outs + o], alone[o], 0);
+    }
+  }
+}
+
 // RMSNorm; with a bias, LayerNorm.
 void CheckNormalize(const Ops& ops, int64_t n, bool biased) {
   Floats x = Floats::Normal(n), weight = Floats::Normal(n), bias = Floats::Normal(n), y(n);
@@ -178,6 +213,9 @@ void CheckLinearOps(const Ops& ops) {
     for (int64_t rows = 10; rows <= 25; ++rows) CheckProduct(ops, format, rows, 70, 33, 2);
     CheckProduct(ops, format, 130, 33, 17, 0);
   }
+  for (const BlockFormat& format : kBlockFormats)
+    for (int64_t in : {1, 31, 33, 255, 257, 769, 2081, 4100})
+      for (int64_t rows : {1, 2, 7, 9, 17}) CheckBlocks(ops, format, rows, in, Between(1, 40), Between(0, 2));
   for (int64_t n = 1; n <= 70; ++n) {
     for (bool biased : {false, true}) CheckNormalize(ops, n, biased);
     CheckAddAndGate(ops, n);
