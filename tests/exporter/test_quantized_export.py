@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from precast.exporter.block_formats import BLOCK_FORMATS
+from precast.exporter.block_quantise import quantise
 from precast.exporter.models.registry import read_model
 from precast.exporter.programs import TABLES, StoredModel, stored_model
-from precast.exporter.quantize import GROUP, WEIGHTS
+from precast.exporter.quantize import SOURCE, WEIGHTS
 from precast.exporter.sources.base import QuantisedBlocks, Source, SourceTensor
 from precast.loaders.artifact.weights import map_weights
 from precast.loaders.generation.engine import DecodeRow
@@ -24,7 +27,7 @@ LOST = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.03}
 # Further tolerances by type of the weights: their products round activations to 16 or 8 bits.
 ROUNDED = {"int8": 1e-3, "int4": 0.03}
 KINDS = [
-    *((weights, "bfloat16") for weights in WEIGHTS),
+    *((weights, "bfloat16") for weights in WEIGHTS if weights != SOURCE),
     ("int8", "float32"),
     ("float32", "int8"),
     ("int4", "int8"),
@@ -84,38 +87,30 @@ def test_the_portable_target_computes_the_same(export_tiny: Callable[..., Path],
     assert np.abs(found - expected).max() <= LOST["bfloat16"] * np.ptp(expected)
 
 
-def symmetric(source: Source) -> Source:
-    """Return the source with the matrices of its layers in 4 bits, without minima."""
+def in_blocks(source: Source, kinds: Sequence[str], *, vocabulary: bool) -> Source:
+    """Return the source with the matrices of its layers, and possibly the embedding, in these block formats in turn."""
+    turn = cycle(kinds)
 
     def rounded(tensor: SourceTensor) -> SourceTensor:
-        rows, columns = tensor.shape
-        matrix = np.zeros((rows, -(-columns // GROUP) * GROUP), np.float32)
-        matrix[:, :columns] = tensor.read()
-        scale = np.abs(matrix.reshape(rows, -1, GROUP)).max(axis=2) / 7
-        scale = np.maximum(scale, 2.0**-10).astype(np.float16)
-        each = np.repeat(scale.astype(np.float32), GROUP, axis=1)[:, :columns]
-        values = np.rint(matrix[:, :columns] / each).clip(-8, 7)
-        blocks = QuantisedBlocks(format="q4_0", codes=(values + 8).astype(np.uint8), coefficients=(scale,))
+        kind = BLOCK_FORMATS[next(turn)]
+        codes, *coefficients = quantise(kind, tensor.read())
+        blocks = QuantisedBlocks(format=kind.name, codes=codes, coefficients=tuple(coefficients))
+        decoded = kind.decode(kind.pack(codes, *coefficients), *tensor.shape)
         return replace(
-            tensor, read=lambda: values * each, block_format="q4_0", blocks=lambda: blocks, dtype="Q4_0"
+            tensor, read=decoded.copy, block_format=kind.name, blocks=lambda: blocks, dtype=kind.name
         )
 
     changed = {
-        name: rounded(tensor) if name.startswith("model.layers.") and len(tensor.shape) == 2 else tensor
+        name: rounded(tensor)
+        if len(tensor.shape) == 2 and (vocabulary or name.startswith("model.layers."))
+        else tensor
         for name, tensor in source.tensors.items()
     }
     return replace(source, tensors=changed)
 
 
-def test_weights_without_minima_are_stored_without_them(
-    export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]
-) -> None:
-    """The answers are those of the same weights in float32, within the rounding of activations."""
-    source = symmetric(tiny_source())
-    root = export_tiny(source, weights="int4")
-    names = {name for name in map_weights(root / "weights.safetensors") if name.startswith("model.layers.")}
-    assert "model.layers.mlp.up_proj.weight.scale" in names
-    assert not any(name.endswith(".minimum") for name in names)
+def check_answers(export_tiny: Callable[..., Path], source: Source, root: Path) -> None:
+    """Check that the answers are those of the same weights in float32, within the rounding of activations."""
     ids = PROMPT + [i * 11 % 60 for i in range(STEPS)]
     found, portable, exact = (
         forced(model, ids)
@@ -126,8 +121,36 @@ def test_weights_without_minima_are_stored_without_them(
         )
     )
     spread = np.ptp(exact)
-    assert np.abs(found - portable).max() <= LOST["bfloat16"] * spread
+    assert np.abs(found - portable).max() <= (LOST["bfloat16"] + ROUNDED["int4"]) * spread
+    assert np.abs(portable - exact).max() <= LOST["bfloat16"] * spread
     assert np.abs(found - exact).max() <= (LOST["bfloat16"] + ROUNDED["int4"]) * spread
+
+
+def test_weights_without_minima_are_stored_without_them(
+    export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]
+) -> None:
+    source = in_blocks(tiny_source(), ["q4_0"], vocabulary=False)
+    root = export_tiny(source, weights="int4")
+    names = {name for name in map_weights(root / "weights.safetensors") if name.startswith("model.layers.")}
+    assert "model.layers.mlp.up_proj.weight.scale" in names
+    assert not any(name.endswith(".minimum") for name in names)
+    check_answers(export_tiny, source, root)
+
+
+def test_a_source_in_block_formats_keeps_them(
+    export_tiny: Callable[..., Path], tiny_source: Callable[..., Any]
+) -> None:
+    source = in_blocks(tiny_source(), list(BLOCK_FORMATS), vocabulary=True)
+    root = export_tiny(source, weights="source")
+    codes = {
+        int(code)
+        for name, array in map_weights(root / "weights.safetensors").items()
+        if name.endswith(".table")
+        for code in array[:, 0]
+    }
+    assert codes == {kind.code for kind in BLOCK_FORMATS.values()}
+    assert load(root).manifest.model.weights == "source"
+    check_answers(export_tiny, source, root)
 
 
 def test_the_manifest_describes_the_kv_cache(export_tiny: Callable[..., Path]) -> None:
