@@ -67,6 +67,7 @@ bench: $(READY) $(BENCH_READY)  ## compare with llama.cpp, OpenVINO, transformer
 	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps .
 	$(BENCH_VENV)/bin/python benchmarks/peers/bench.py --precast-python $(BENCH_PRECAST)/bin/python $(BENCH_ARGS)
 	$(BENCH_VENV)/bin/python benchmarks/peers/prefixes.py --precast-python $(BENCH_PRECAST)/bin/python
+	$(BENCH_VENV)/bin/python benchmarks/peers/sizes.py --precast-python $(BENCH_PRECAST)/bin/python --shapes 1.2b 7b
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/src/*)
 	@echo "installing precast and its packages into $(VENV): 2 to 4 minutes, 1.2 GB"
