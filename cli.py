@@ -85,11 +85,18 @@ def main() -> None:
     " this machine. May be given several times. Default: x86-64-v2, or native on a machine without x86-64-v2.",
 )
 @click.option(
+    "--bits",
+    type=float,
+    metavar="BITS",
+    help="Choose a format of 4 to 8 bits for each matrix, so that a weight takes at most BITS bits on average, for"
+    " example 5.5, and the model loses least. Takes the place of --weights; needs --calibrate.",
+)
+@click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text to read while int4 weights are rounded, so that the errors of the layers' outputs are smallest. Takes"
-    " minutes.",
+    help="Text to read while weights are rounded with --weights int4 or --bits, so that the errors of the layers'"
+    " outputs are smallest. Takes minutes.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 def export(
@@ -102,6 +109,7 @@ def export(
     kv_cache: str | None,
     targets: tuple[str, ...],
     cpu_isas: tuple[str, ...],
+    bits: float | None,
     calibrate: Path | None,
     overwrite: bool,
 ) -> int:
@@ -127,6 +135,7 @@ def export(
         kv_cache=kv_cache,
         targets=targets or DEFAULT_TARGETS,
         cpu_isas=cpu_isas or None,
+        bits=bits,
         calibrate=calibrate,
         overwrite=overwrite,
     )

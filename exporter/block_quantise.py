@@ -43,7 +43,7 @@ def encode(block_format: BlockFormat, matrix: np.ndarray, name: str = "a matrix"
     Raises:
         PrecastError: the format cannot hold a value.
     """
-    check_range(matrix, name, block_format.name, _largest(block_format))
+    check_largest(block_format, matrix, name)
     codes, *coefficients = quantise(block_format, matrix)
     return block_format.pack(codes, *coefficients)
 
@@ -149,11 +149,16 @@ def bounds(block_format: BlockFormat) -> tuple[int, int]:
     return -block_format.zero, (1 << block_format.bits) - 1 - block_format.zero
 
 
-def _largest(block_format: BlockFormat) -> float:
-    """Return the largest magnitude of a weight that the format can hold."""
+def check_largest(block_format: BlockFormat, matrix: np.ndarray, name: str) -> None:
+    """Check that a format can hold all values of a matrix.
+
+    Raises:
+        PrecastError: it cannot hold a value.
+    """
     largest_code = _LARGEST_CODES.get(block_format.scales, 1)
     lowest, _ = bounds(block_format)
-    return HALF_MAX * largest_code * max(-lowest, 1)
+    largest = HALF_MAX * largest_code * max(-lowest, 1)
+    check_range(matrix, name, block_format.name, largest)
 
 
 def _columns(

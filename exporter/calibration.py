@@ -15,8 +15,10 @@ from precast.loaders.audit import evaluate
 from precast.loaders.progress import Progress, Step, silent
 
 from . import gptq
+from .block_formats import BLOCK_FORMATS, UNIT
+from .block_quantise import check_largest
 from .devices import on_cpu_in_float32
-from .mixed import ParameterFormat
+from .mixed import ParameterFormat, table
 from .models.ops import LinearCall, Rotary
 from .models.parameters import EXPERTS, LAYERS, Parameter
 from .models.xla_ops import XLA_OPS, rms_norm
@@ -24,7 +26,7 @@ from .plan import ExportPlan
 from .quantize import INT4, INT4_BLOCKS
 from .reference.layerwise import LayerwiseReference
 from .texts import read_tokenizer
-from .weights import Encoded, check_array, repack
+from .weights import Encoded, check_array, repack, repack_records
 
 # Maximum number of tokens that calibration reads, and number of tokens in a window.
 TOKENS, WINDOW = 8192, 512
@@ -33,7 +35,7 @@ TOKENS, WINDOW = 8192, 512
 def calibrated_parameters(
     parameters: Sequence[Parameter], formats: Mapping[str, ParameterFormat]
 ) -> list[Parameter]:
-    """Return the parameters to calibrate: the int4 matrices of the layers, except those of experts.
+    """Return the parameters to calibrate: the int4 and mixed matrices of the layers, except those of experts.
 
     A token goes through only a few experts, so a text might not reach all of them.
 
@@ -44,36 +46,53 @@ def calibrated_parameters(
     return [
         p
         for p in parameters
-        if formats[p.name] == INT4.name and p.name.startswith(LAYERS) and EXPERTS not in p.name
+        if (formats[p.name] == INT4.name or not isinstance(formats[p.name], str))
+        and p.name.startswith(LAYERS)
+        and EXPERTS not in p.name
     ]
 
 
-def quantised_layers(plan: ExportPlan, text: Path, progress: Progress = silent) -> Iterator[Encoded]:
-    """Quantise the matrices of `calibrated_parameters` layer by layer; yield each matrix with its parameter's name.
-
-    A matrix that the source stores in 4 bits keeps its values; `gptq.quantise` quantises all others. The inputs of a
-    layer are computed by the quantised layers before it.
-
-    Args:
-        plan: the export.
-        text: the text to read.
-        progress: called with the number of layers quantised so far.
-
-    Raises:
-        PrecastError: the text is missing or too short, or a tensor has values that int4 cannot hold.
-    """
-    model = LayerwiseReference(
+def open_model(plan: ExportPlan) -> LayerwiseReference:
+    """Return the float32 model of an export, whose layers can be run one by one."""
+    return LayerwiseReference(
         name=plan.source.name,
         spec=plan.spec,
         source=plan.source,
         tokenizer=read_tokenizer(plan.source),
         context=plan.geometry.context,
     )
-    windows = _windows(model, text)
+
+
+def quantised_matrices(
+    plan: ExportPlan, text: Path, triangles: Mapping[str, np.ndarray], progress: Progress = silent
+) -> Iterator[Encoded]:
+    """Quantise matrices with the inputs that a text gives them; yield each with its parameter's name.
+
+    The matrices are those of the parameters in `triangles`, and then layer by layer those of `calibrated_parameters`.
+    A matrix that the source stores in its format already keeps its values; `gptq.quantise` quantises all others. The
+    inputs of a layer are computed by the quantised layers before it.
+
+    Args:
+        plan: the export.
+        text: the text to read.
+        triangles: the result of `gptq.compensation` for each parameter outside the layers to quantise, by name.
+        progress: called with the number of layers quantised so far.
+
+    Raises:
+        PrecastError: the text is missing or too short, or a tensor has values that its format cannot hold.
+    """
+    model = open_model(plan)
+    windows = cut_windows(model, text)
     parameters = plan.stored.parameters
     chosen = {parameters.index(p): p for p in calibrated_parameters(parameters, plan.stored.formats)}
     layers = plan.spec.config.layers
-    run, record = jax.jit(model.run_layer), jax.jit(partial(_grams, model))
+    run, record = jax.jit(model.run_layer), jax.jit(partial(grams, model))
+    for parameter in parameters:
+        if parameter.name in triangles:
+            matrix = plan.weight_plan.tensors[parameter.sources[0]].read()
+            check_array(parameter.sources[0], matrix, parameter.source_shape)
+            encoded, _ = _encode(plan, parameter, 0, matrix, triangles[parameter.name])
+            yield parameter.name, encoded
     with on_cpu_in_float32():
         x = jnp.concatenate([model.embedded(window) for window in windows])
         for layer in range(layers):
@@ -84,21 +103,16 @@ def quantised_layers(plan: ExportPlan, text: Path, progress: Progress = silent) 
             around = model.surroundings(layer, x.shape)
             for places, gram in record(x, *around, *arrays).items():
                 triangle = gptq.compensation(gram)
-                if not np.isfinite(triangle).all():
-                    raise PrecastError(
-                        f"{text}: the inputs that this text gives to layer {layer} are too large to calibrate with;"
-                        " leave out --calibrate."
-                    )
+                check_triangle(triangle, text, f"layer {layer}")
                 for parameter, place in ((p, i) for i in places if (p := chosen.get(i)) is not None):
                     matrix = arrays[place][0]
-                    encoded = _encode(plan, parameter, layer, matrix, triangle)
-                    matrix[...] = INT4.decode(encoded, *matrix.shape)
+                    encoded, matrix[...] = _encode(plan, parameter, layer, matrix, triangle)
                     yield parameter.name, encoded
             # JAX runs asynchronously. Wait, so that the weights of two layers are never in memory together.
             x = run(x, *around, *arrays).block_until_ready()
 
 
-def _windows(model: LayerwiseReference, text: Path) -> Sequence[Sequence[int]]:
+def cut_windows(model: LayerwiseReference, text: Path) -> Sequence[Sequence[int]]:
     """Cut the text into windows of the same length; return the token ids of each."""
     width = min(WINDOW, model.context)
     tokens = evaluate.tokenize(model.tokenizer, evaluate.read_text(text, TOKENS))
@@ -110,31 +124,68 @@ def _windows(model: LayerwiseReference, text: Path) -> Sequence[Sequence[int]]:
     return windows
 
 
-def _grams(
+def grams(
     model: LayerwiseReference, x: Array, rotary: Rotary, window: Array, *arrays: Array
 ) -> dict[tuple[int, ...], Array]:
     """Run a layer; return the Gram matrix ``[in, in]`` of the inputs of each of its products.
 
     The key of a product is the tuple of the indices of its matrices in `arrays`.
     """
-    grams: dict[tuple[int, ...], Array] = {}
+    found: dict[tuple[int, ...], Array] = {}
 
     def linear(x: Array, call: LinearCall, layer: Array, used: Array) -> list[Array]:
-        inputs = x if call.norm is None else rms_norm(x, call.norm[layer], call.eps)
+        inputs = product_input(x, call, layer)
         places = tuple(i for i, array in enumerate(arrays) if any(array is w for w in call.weights))
-        grams[places] = inputs.T @ inputs
+        found[places] = inputs.T @ inputs
         return XLA_OPS.linear(x, call, layer, used)
 
     model.bind(arrays).forward_layer(x, rotary, window, jnp.int32(0), ops=replace(XLA_OPS, linear=linear))
-    return grams
+    return found
+
+
+def product_input(x: Array, call: LinearCall, layer: Array) -> Array:
+    """Return the input ``[M, in]`` of a call's products: x, after the call's norm if it has one."""
+    return x if call.norm is None else rms_norm(x, call.norm[layer], call.eps)
+
+
+def check_triangle(triangle: np.ndarray, text: Path, place: str) -> None:
+    """Check the result of `gptq.compensation`.
+
+    Args:
+        triangle: the result.
+        text: the text that gave the inputs.
+        place: the reader of the inputs, for the message.
+
+    Raises:
+        PrecastError: the inputs were too large for float32.
+    """
+    if not np.isfinite(triangle).all():
+        raise PrecastError(
+            f"{text}: the inputs that this text gives to {place} are too large to calibrate with; leave out"
+            " --calibrate."
+        )
 
 
 def _encode(
-    plan: ExportPlan, parameter: Parameter, layer: int, matrix: np.ndarray, triangle: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    name = parameter.sources[layer]
-    exact = repack(name, plan.weight_plan.tensors[name], INT4, parameter.source_shape)
-    if exact is not None:
-        return exact
-    INT4.check(matrix, name)
-    return INT4.pack(*gptq.quantise(matrix.copy(), triangle, INT4_BLOCKS))
+    plan: ExportPlan, parameter: Parameter, place: int, matrix: np.ndarray, triangle: np.ndarray
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Return the arrays that store one of a parameter's matrices, and the weights that they hold."""
+    name, shape, stored = (
+        parameter.sources[place],
+        parameter.source_shape,
+        plan.stored.formats[parameter.name],
+    )
+    tensor = plan.weight_plan.tensors[name]
+    if isinstance(stored, str):
+        arrays = repack(name, tensor, INT4, shape)
+        if arrays is None:
+            INT4.check(matrix, name)
+            arrays = INT4.pack(*gptq.quantise(matrix.copy(), triangle, INT4_BLOCKS))
+        return arrays, INT4.decode(arrays, *shape)
+    block_format = BLOCK_FORMATS[stored[place]]
+    records = repack_records(name, tensor, block_format, shape)
+    if records is None:
+        check_largest(block_format, matrix, name)
+        records = block_format.pack(*gptq.quantise(matrix.copy(), triangle, block_format))
+    row = table(stored, *shape)[place : place + 1]
+    return (records.reshape(-1, UNIT), row), block_format.decode(records, *shape)

@@ -1,15 +1,18 @@
 """An export as a pipeline: from a source to a verified artifact."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from precast.loaders.artifact import folders
 from precast.loaders.artifact.manifest import WEIGHTS_FILE, Manifest, Target
 from precast.loaders.progress import Progress, byte_counter, silent
 
 from . import texts
-from .calibration import calibrated_parameters, quantised_layers
+from .budget import with_budget
+from .calibration import calibrated_parameters, quantised_matrices
 from .devices import on_cpu
 from .manifest import make_manifest, write_manifest
 from .options import DEFAULT_OPTIONS, ExportOptions
@@ -54,9 +57,13 @@ def export(
     for remark in plan.remarks:
         log(remark)
     with folders.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("the export"):
-        # 2. Write the weights, the tokenizer and the chat templates.
+        # 2. Choose the formats, if there is a budget, and write the weights, the tokenizer and the chat templates.
+        triangles: Mapping[str, np.ndarray] = {}
+        if options.bits is not None and options.calibrate is not None:
+            log("measuring sensitivity")
+            plan, triangles = with_budget(plan, options.bits, options.calibrate, progress)
         log("writing weights")
-        weights_sha256 = _write_weights(folder, plan, options, progress)
+        weights_sha256 = _write_weights(folder, plan, options, triangles, progress)
         texts.write_texts(folder, source)
 
         # 3. Lower, compile and write the programs of every target.
@@ -78,7 +85,13 @@ def export(
         return manifest
 
 
-def _write_weights(folder: Path, plan: ExportPlan, options: ExportOptions, progress: Progress) -> str:
+def _write_weights(
+    folder: Path,
+    plan: ExportPlan,
+    options: ExportOptions,
+    triangles: Mapping[str, np.ndarray],
+    progress: Progress,
+) -> str:
     """Write the weights and the RoPE tables into the weight file; return its sha256."""
     tables = dict(zip(TABLES, plan.spec.tables(plan.geometry.context), strict=True))
     total = stored_bytes(plan.weight_plan.parameters, plan.stored.formats)
@@ -86,8 +99,9 @@ def _write_weights(folder: Path, plan: ExportPlan, options: ExportOptions, progr
     calibrated = None
     if options.calibrate is not None:
         chosen = calibrated_parameters(plan.stored.parameters, plan.stored.formats)
-        names = frozenset(p.name for p in chosen)
-        calibrated = Calibrated(names=names, arrays=quantised_layers(plan, options.calibrate, progress))
+        names = frozenset(p.name for p in chosen) | triangles.keys()
+        arrays = quantised_matrices(plan, options.calibrate, triangles, progress)
+        calibrated = Calibrated(names=names, arrays=arrays)
     return write_model_weights(
         folder / WEIGHTS_FILE, plan.weight_plan, plan.stored.formats, tables, count, calibrated
     )

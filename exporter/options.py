@@ -17,6 +17,8 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_BUCKETS = (64, 128, 512)
 DEFAULT_SLOTS = 8
 _MOST_SLOTS = 256
+# The smallest and the largest budget of bits: those of the smallest and the largest format, with the float32 norms.
+_BITS = (4.5, 9.0)
 # The targets whose idle slots take no time. Empty slots of portable take memory, but portable is included, because a
 # default export has both targets, and all targets of an artifact have the same number of slots.
 _CHEAP_SLOTS = ("cpu", "portable")
@@ -40,7 +42,10 @@ class ExportOptions:
         targets: keys of `TARGET_KINDS`.
         cpu_isas: instruction sets of CPU executables: keys of `precast.loaders.compiling.isa.LEVELS`, or "native" for
             all features of this machine; None for `precast.loaders.compiling.isa.default_isa`.
-        calibrate: text file to calibrate int4 weights with (`exporter.calibration`); None to round each weight alone.
+        bits: maximum number of bits that a weight takes on average (`exporter.budget`), instead of a choice of
+            `weights`; None for that choice.
+        calibrate: text file to calibrate int4 weights or a budget of bits with (`exporter.calibration`); None to round
+            each weight alone.
         overwrite: permission to replace an existing artifact.
     """
 
@@ -51,6 +56,7 @@ class ExportOptions:
     kv_cache: str | None = None
     targets: tuple[str, ...] = DEFAULT_TARGETS
     cpu_isas: tuple[str, ...] | None = None
+    bits: float | None = None
     calibrate: Path | None = None
     overwrite: bool = False
 
@@ -69,10 +75,12 @@ def check_options(options: ExportOptions) -> None:
         _check_choice("kv-cache", options.kv_cache, CACHE_TYPES)
     if options.slots is not None and not 1 <= options.slots <= _MOST_SLOTS:
         raise PrecastError(f"--slots: expected 1 to {_MOST_SLOTS}, found {options.slots}.")
-    if options.calibrate is not None and options.weights != "int4":
+    if options.bits is not None:
+        _check_bits(options)
+    elif options.calibrate is not None and options.weights != "int4":
         raise PrecastError(
-            f"--calibrate: expected --weights int4, found {options.weights}; use --weights int4, or leave out"
-            " --calibrate."
+            f"--calibrate: expected --weights int4 or --bits, found --weights {options.weights}; use one of them, or"
+            " leave out --calibrate."
         )
     _check_targets(options.targets)
     if options.cpu_isas is not None:
@@ -116,6 +124,21 @@ def _default_slots(options: ExportOptions, spec: ModelSpec, one: Geometry) -> in
     while slots > 1 and slots * slot_bytes > _MOST_DEFAULT_CACHE_BYTES:
         slots //= 2
     return slots
+
+
+def _check_bits(options: ExportOptions) -> None:
+    least, most = _BITS
+    assert options.bits is not None
+    if not least <= options.bits <= most:  # also for NaN
+        raise PrecastError(f"--bits: expected {least:g} to {most:g}, found {options.bits:g}.")
+    if options.weights != DEFAULT_OPTIONS.weights:
+        raise PrecastError(
+            f"--bits: chooses the formats of all weights, but --weights is {options.weights}; leave out one of them."
+        )
+    if options.calibrate is None:
+        raise PrecastError(
+            "--bits: expected --calibrate with a text to measure the model on, found none; add --calibrate FILE."
+        )
 
 
 def _check_choice(option: str, value: str, known: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from . import texts
 from .models.registry import ModelSpec, read_model
 from .options import ExportOptions, choose_geometry
 from .programs import Geometry, StoredModel, cache_arrays, stored_model
-from .quantize import SOURCE
+from .quantize import MIXED, SOURCE
 from .sources.base import Source
 from .targets.kinds import TARGET_KINDS
 from .weights import WeightPlan, plan_weights, widened_remark, with_source_formats
@@ -27,7 +27,7 @@ class ExportPlan:
 
     Attributes:
         source: the model to export.
-        weights: storage format of the weights, one of `WEIGHTS`.
+        weights: storage format of the weights, one of `WEIGHTS`, or `MIXED` for a budget of bits.
         geometry: context, slots, buckets and type of the KV cache.
         stored: the model, adapted to the context, and the storage format of each of its parameters.
         weight_plan: the source tensors of each parameter.
@@ -60,7 +60,8 @@ def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
     geometry = choose_geometry(options, spec)
     spec = spec.with_context(geometry.context)
     _check_memory(source.name, spec, geometry, options)
-    stored = stored_model(spec, options.weights)
+    weights = options.weights if options.bits is None else MIXED
+    stored = stored_model(spec, weights)
     weight_plan = plan_weights(spec.adapt(source), stored.parameters, tied=spec.config.tied_embeddings)
     stored = dataclasses.replace(stored, formats=with_source_formats(stored.formats, weight_plan))
     _check_tokenizer(source, spec.config.vocab)
@@ -74,7 +75,7 @@ def make_plan(source: Source, options: ExportOptions) -> ExportPlan:
     )
     return ExportPlan(
         source=source,
-        weights=options.weights,
+        weights=weights,
         geometry=geometry,
         stored=stored,
         weight_plan=weight_plan,

@@ -44,6 +44,9 @@ PANEL = 16
 INT4_SYMMETRIC = "int4-symmetric"
 # The option by which each parameter keeps its values and, where precast has it, its format in the checkpoint.
 SOURCE = "source"
+# The format of weights with a budget of bits, and the formats that it chooses from, smallest first.
+MIXED = "mixed"
+BUDGET_FORMATS = ("q4_k", "q5_k", "q6_k", "q8_0")
 
 # Number of weights quantised at a time, so that the intermediate arrays fit into the CPU's cache.
 _BLOCK = 1 << 18

@@ -16,7 +16,7 @@ from .block_formats import BLOCK_FORMATS, UNIT, BlockFormat
 from .mixed import ParameterFormat, stored_arrays, table
 from .models.parameters import Parameter, unknown_sources
 from .models.tensor_names import HEAD
-from .quantize import FORMATS, INT4_SYMMETRIC, SOURCE, WEIGHTS, Format
+from .quantize import BUDGET_FORMATS, FORMATS, INT4_SYMMETRIC, MIXED, SOURCE, WEIGHTS, Format
 from .sources.base import QuantisedBlocks, Source, SourceTensor
 
 # Tensors that old checkpoints store, although they can be computed from the config.
@@ -169,17 +169,20 @@ def formats_of(parameters: Sequence[Parameter], weights: str) -> Mapping[str, Pa
     """Return the storage format of each parameter, by name.
 
     Matrices have the format `weights`; norms, biases and routers stay float32. If `weights` is int4, the embedding and
-    the output head are int8, because they would lose the most precision as int4, and every token depends on them.
+    the output head are int8, because they would lose the most precision as int4, and every token depends on them. If
+    `weights` is `MIXED`, matrices have the smallest format of `BUDGET_FORMATS`.
 
     Raises:
         PrecastError: the format is unknown.
     """
-    if weights not in WEIGHTS:
+    if weights not in (*WEIGHTS, MIXED):
         raise PrecastError(f"--weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}.")
     return {p.name: _format_of(p, weights) for p in parameters}
 
 
-def _format_of(parameter: Parameter, weights: str) -> str:
+def _format_of(parameter: Parameter, weights: str) -> ParameterFormat:
+    if weights == MIXED and _is_stored_as_chosen(parameter):
+        return BUDGET_FORMATS[:1] * len(parameter.sources)
     if parameter.name in _VOCABULARY:
         return "int8" if weights == "int4" else weights
     return weights if _is_matrix(parameter) else "float32"
@@ -329,13 +332,26 @@ def _encode_records(
     name: str, tensor: SourceTensor, stored: BlockFormat, shape: tuple[int, ...]
 ) -> np.ndarray:
     """Return a matrix's records; a matrix that the source stores in this block format keeps its values."""
-    if tensor.blocks is not None and tensor.block_format == stored.name:
-        blocks = tensor.blocks()
-        _check_blocks(name, blocks, shape)
-        return stored.pack(blocks.codes, *blocks.coefficients)
+    if (records := repack_records(name, tensor, stored, shape)) is not None:
+        return records
     array = tensor.read()
     check_array(name, array, shape)
     return block_quantise.encode(stored, array, name)
+
+
+def repack_records(
+    name: str, tensor: SourceTensor, stored: BlockFormat, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """Return the records of a matrix that the source stores in this block format; None if it stores another.
+
+    Raises:
+        PrecastError: the tensor has another shape, or holds values that are not finite.
+    """
+    if tensor.blocks is None or tensor.block_format != stored.name:
+        return None
+    blocks = tensor.blocks()
+    _check_blocks(name, blocks, shape)
+    return stored.pack(blocks.codes, *blocks.coefficients)
 
 
 def repack(

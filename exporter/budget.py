@@ -1,0 +1,122 @@
+"""Choose a format for each matrix, so that a model of a given size loses least."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from precast.loaders.artifact.errors import PrecastError
+from precast.loaders.progress import Progress, silent
+
+from .block_formats import BLOCK_FORMATS
+from .calibration import check_triangle, cut_windows, open_model
+from .plan import ExportPlan
+from .quantize import BUDGET_FORMATS
+from .sensitivity import Sensitivity, measure
+from .weights import stored_bytes
+
+# Maximum number of the text's windows on which sensitivity is measured; their states are in memory together.
+_WINDOWS = 4
+
+
+def with_budget(
+    plan: ExportPlan, bits: float, text: Path, progress: Progress = silent
+) -> tuple[ExportPlan, Mapping[str, np.ndarray]]:
+    """Choose one of `BUDGET_FORMATS` for each matrix of a plan with mixed weights.
+
+    Args:
+        plan: the plan, in which all matrices have the smallest format.
+        bits: maximum number of bits that a parameter of the model takes on average, counting everything that the
+            weight file holds of the model.
+        text: the text to measure sensitivity on.
+        progress: called with the number of layers measured so far.
+
+    Returns:
+        The plan with the chosen formats, and for each parameter outside the layers, by name, the result of
+        `gptq.compensation`.
+
+    Raises:
+        PrecastError: the budget is too small, or the text is missing or too short.
+    """
+    parameters = plan.stored.parameters
+    count = sum(p.size for p in parameters)
+    smallest = stored_bytes(parameters, plan.stored.formats)
+    budget = int(bits * count / 8)
+    if budget < smallest:
+        least = np.ceil(100 * 8 * smallest / count) / 100
+        raise PrecastError(f"--bits: expected at least {least:g} for this model, found {bits:g}; raise it.")
+    model = open_model(plan)
+    windows = cut_windows(model, text)[:_WINDOWS]
+    candidates = [BLOCK_FORMATS[name] for name in BUDGET_FORMATS]
+    found = measure(model, plan.spec, parameters, windows, candidates, progress)
+    triangles = {each.parameter.name: each.triangle for each in found if each.triangle is not None}
+    for name, triangle in triangles.items():
+        check_triangle(triangle, text, name)
+    found = [each for each in found if not isinstance(plan.stored.formats[each.parameter.name], str)]
+    sizes = [_sizes(each) for each in found]
+    spare = budget - smallest + sum(each[0] for each in sizes)
+    chosen = cheapest(sizes, [_losses(plan, each) for each in found], spare)
+    formats = dict(plan.stored.formats)
+    for each, option in zip(found, chosen, strict=True):
+        own = list(formats[each.parameter.name])
+        own[each.sources.start : each.sources.stop] = [BUDGET_FORMATS[option]] * len(each.sources)
+        formats[each.parameter.name] = tuple(own)
+    return replace(plan, stored=replace(plan.stored, formats=formats)), triangles
+
+
+def _sizes(item: Sensitivity) -> list[int]:
+    """Return the bytes that the matrices take in each format."""
+    outs, inputs = item.parameter.source_shape
+    return [BLOCK_FORMATS[name].matrix_bytes(outs, inputs) * len(item.sources) for name in BUDGET_FORMATS]
+
+
+def _losses(plan: ExportPlan, item: Sensitivity) -> list[float]:
+    """Return the expected divergence in each format; a matrix loses nothing in the format of its source."""
+    names = [item.parameter.sources[i] for i in item.sources]
+    stored = {plan.weight_plan.tensors[name].block_format for name in names}
+    return [0.0 if stored == {f} else loss for f, loss in zip(BUDGET_FORMATS, item.losses, strict=True)]
+
+
+def cheapest(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """Choose an option of each item so that the sum of sizes is at most the budget and the sum of losses is small.
+
+    Begin with the smallest options. Take the step to a larger option of an item that saves most loss for each byte, as
+    long as its bytes are left. Without the last steps, which fill the budget, the choice would be optimal for its size,
+    because all steps lie on the convex hull of an item's options (Fox 1966, https://doi.org/10.1287/mnsc.13.3.210).
+
+    Args:
+        sizes: for each item, the sizes of its options, ascending.
+        losses: for each item, the losses of its options.
+        budget: at least the sum of the smallest sizes.
+
+    Returns:
+        The index of the chosen option of each item.
+    """
+    chosen = [0] * len(sizes)
+    left = budget - sum(each[0] for each in sizes)
+    steps: list[tuple[float, int, int]] = []  # loss saved for each byte, negative; item; option
+
+    def offer(item: int) -> None:
+        now = chosen[item]
+        gains = [
+            (
+                (losses[item][option] - losses[item][now]) / (sizes[item][option] - sizes[item][now]),
+                item,
+                option,
+            )
+            for option in range(now + 1, len(sizes[item]))
+        ]
+        if gains and min(gains)[0] < 0:
+            heapq.heappush(steps, min(gains))
+
+    for item in range(len(sizes)):
+        offer(item)
+    while steps:
+        _, item, option = heapq.heappop(steps)
+        size = sizes[item][option] - sizes[item][chosen[item]]
+        if size <= left:
+            chosen[item], left = option, left - size
+            offer(item)
+    return chosen
