@@ -188,7 +188,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(export_refused, tiny_checkpoint)
             ["--weights", "int3"],
             "--weights: expected one of float32, bfloat16, int8, int4, source, found 'int3'.",
         ),
-        (["--calibrate", "text"], "--calibrate: expected --weights int4, found float32;"),
+        (["--calibrate", "text"], "--calibrate: expected --weights int4 or --bits, found --weights float32;"),
         (["--weights", "int4", "--calibrate", "none"], "none: expected a text file, but it does not exist"),
     ],
 )

@@ -56,7 +56,7 @@ def tie_of(manifest: Manifest) -> float:
     """Return the smallest lead (see `TIE`) with which an artifact's likeliest token counts as untied."""
     if is_exact(manifest):
         return TIE
-    reduced = INT4_TIE if manifest.model.weights in ("int4", "source") else REDUCED_TIE
+    reduced = INT4_TIE if manifest.model.weights in ("int4", "source", "mixed") else REDUCED_TIE
     return max(reduced, BFLOAT16_TIE) if _computes_bfloat16(manifest) else reduced
 
 

@@ -165,8 +165,8 @@ class ModelInfo(Frozen):
         ff_width: feed-forward width, F.
         vocab: vocabulary size, V.
         parameters: number of parameters; shared parameters count once.
-        weights: storage format of the weights: "float32", "bfloat16", "int8", "int4", or "source" (each matrix
-            as in the checkpoint).
+        weights: storage format of the weights: "float32", "bfloat16", "int8", "int4", "source" (each matrix
+            as in the checkpoint) or "mixed" (a format chosen for each matrix).
         max_positions: context length that the model was trained for.
     """
 

@@ -10,7 +10,7 @@ import pytest
 
 from precast.exporter import block_quantise, gptq
 from precast.exporter.block_formats import BLOCK_FORMATS, BlockFormat
-from precast.exporter.calibration import calibrated_parameters, quantised_layers
+from precast.exporter.calibration import calibrated_parameters, quantised_matrices
 from precast.exporter.models.parameters import abstract_model
 from precast.exporter.models.registry import read_model
 from precast.exporter.options import ExportOptions, check_options
@@ -112,7 +112,7 @@ def test_every_matrix_of_the_layers_is_quantised(tiny_source, text: Path, config
     }
     source = tiny_source(config=config, tensors=tensors)
     plan = make_plan(source, ExportOptions(buckets=(8,), context=64, weights="int4"))
-    found = list(quantised_layers(plan, text))
+    found = list(quantised_matrices(plan, text, {}))
     parameters = calibrated_parameters(plan.stored.parameters, plan.stored.formats)
     assert {p.name.rpartition("layers.")[2] for p in parameters} == {
         *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -207,7 +207,8 @@ def test_other_formats_are_not_calibrated(weights: str) -> None:
     with pytest.raises(PrecastError) as raised:
         check_options(ExportOptions(weights=weights, calibrate=Path("a.txt")))
     assert str(raised.value) == (
-        f"--calibrate: expected --weights int4, found {weights}; use --weights int4, or leave out --calibrate."
+        f"--calibrate: expected --weights int4 or --bits, found --weights {weights}; use one of them, or leave out"
+        " --calibrate."
     )
 
 
