@@ -223,17 +223,22 @@ def _with_source_format(
 
 
 def widened_remark(formats: Mapping[str, ParameterFormat], plan: WeightPlan) -> str | None:
-    """Return a remark on the first quantised matrix that no block format holds, and is stored in float32."""
-    for parameter in plan.parameters:
-        tensors = [(name, plan.tensors[name].dtype) for name in parameter.sources]
-        wide = [each for each in tensors if each[1].lower() not in (*_FLOATS, *BLOCK_FORMATS)]
-        if formats[parameter.name] == "float32" and _is_stored_as_chosen(parameter) and wide:
-            name, dtype = wide[0]
-            return (
-                f"storing {parameter.name} in float32, because its matrix {name} is {dtype}, which no format of"
-                " precast holds to the bit"
-            )
-    return None
+    """Return a remark on quantised parameters that are stored in float32, because no block format holds a matrix."""
+    wide = [
+        parameter
+        for parameter in plan.parameters
+        if formats[parameter.name] == "float32"
+        and _is_stored_as_chosen(parameter)
+        and any(plan.tensors[name].dtype.lower() not in _FLOATS for name in parameter.sources)
+    ]
+    if not wide:
+        return None
+    first = next(name for name in wide[0].sources if plan.tensors[name].block_format is None)
+    others = f" and {len(wide) - 1} more" if len(wide) > 1 else ""
+    return (
+        f"storing {wide[0].name}{others} in float32, because no block format holds {first}"
+        f" ({plan.tensors[first].dtype}) to the bit; --weights int8 takes less space"
+    )
 
 
 def _is_stored_as_chosen(parameter: Parameter) -> bool:

@@ -367,11 +367,11 @@ def set_key(*path_and_value):
         ),
         (
             set_key("format_version", 8),
-            "expected format version 4 to 6, found 7; update precast.",
+            "expected format version 4 to 7, found 8; update precast.",
         ),
         (
             set_key("format_version", 0),
-            "expected format version 4 to 6, found 0; export the model again.",
+            "expected format version 4 to 7, found 0; export the model again.",
         ),
         (
             set_key("capacity", "64"),

@@ -73,7 +73,13 @@ def scale(tensor: SourceTensor, factor: float) -> SourceTensor:
 
     The result has `blocks` None, because quantised blocks could not represent the products exactly.
     """
-    return replace(tensor, read=lambda: tensor.read() * np.float32(factor), block_format=None, blocks=None)
+    return replace(
+        tensor,
+        dtype=f"{tensor.dtype}, scaled",
+        read=lambda: tensor.read() * np.float32(factor),
+        block_format=None,
+        blocks=None,
+    )
 
 
 def add_one_to_norms(tensors: Tensors) -> Tensors:

@@ -105,6 +105,12 @@ inline WeightStack TakeMixed(Operands& operands, int64_t last, int64_t outs, int
   w.values = Bytes(operands.TakeStack<uint8_t>("mixed weights", units - 1, ffi::U8, {kBlockUnit}));
   w.table = operands.TakeStack<int32_t>("table of mixed weights", last, ffi::S32, {2});
   if (operands.error().failure()) return w;
+  // The sizes may be any numbers of a hostile program. A panel, and a group of inputs, take at least a unit each.
+  if (outs < 1 || in < 1 || outs / kPanel > units || in / kGroup > units) {
+    operands.Fail("mixed weights: " + std::to_string(units) + " units cannot hold " + std::to_string(outs) +
+                  " outputs of " + std::to_string(in) + " inputs");
+    return w;
+  }
   const int64_t panels = RoundUp(outs, kPanel) / kPanel, groups = RoundUp(in, kGroup) / kGroup;
   for (int64_t i = 0; i <= last; ++i) {
     const int32_t code = w.table.At(i)[0], unit = w.table.At(i)[1];
@@ -112,7 +118,7 @@ inline WeightStack TakeMixed(Operands& operands, int64_t last, int64_t outs, int
     if (format == nullptr)
       operands.Fail("table of mixed weights: entry " + std::to_string(i) + " has the unknown format " +
                     std::to_string(code));
-    else if (unit < 0 || unit + panels * (format->RecordBytes(groups) / kBlockUnit) > units)
+    else if (unit < 0 || unit > units || panels > (units - unit) / (format->RecordBytes(groups) / kBlockUnit))
       operands.Fail("table of mixed weights: entry " + std::to_string(i) + " at unit " + std::to_string(unit) +
                     " ends beyond the " + std::to_string(units) + " units");
   }

@@ -14,6 +14,7 @@ from precast.exporter.block_quantise import encode, quantise
 from precast.exporter.mixed import panel_rows, stored_arrays, table
 from precast.exporter.models.ops import LinearCall, MixedWeight
 from precast.exporter.models.parameters import Parameter
+from precast.exporter.models.tensors import scale
 from precast.exporter.models.xla_ops import XLA_OPS
 from precast.exporter.quantize import INT4_SYMMETRIC, SOURCE
 from precast.exporter.sources.base import QuantisedBlocks, Source, SourceTensor
@@ -128,8 +129,35 @@ def test_a_type_that_no_format_holds_is_named(tiny_source: Callable[[], Source])
     plan = plan_weights(dataclasses.replace(tiny_source(), tensors=tensors), [up], tied=False)
     formats = with_source_formats(formats_of([up], SOURCE), plan)
     assert widened_remark(formats, plan) == (
-        "storing up in float32, because its matrix b is IQ4_XS, which no format of precast holds to the bit"
+        "storing up in float32, because no block format holds b (IQ4_XS) to the bit; --weights int8 takes less space"
     )
+
+
+def test_a_float_matrix_among_quantised_ones_is_named(tiny_source: Callable[[], Source]) -> None:
+    up = Parameter(name="up", shape=(2, OUTS, INPUTS), sources=("a", "b"))
+    down = dataclasses.replace(up, name="down")
+    first, second = matrices(2)
+    tensors = {"a": tensor(first, "q4_0"), "b": tensor(second, None, "bfloat16")}
+    plan = plan_weights(dataclasses.replace(tiny_source(), tensors=tensors), [up, down], tied=False)
+    formats = with_source_formats(formats_of([up, down], SOURCE), plan)
+    assert widened_remark(formats, plan) == (
+        "storing up and 1 more in float32, because no block format holds b (bfloat16) to the bit; --weights int8 takes"
+        " less space"
+    )
+
+
+@pytest.mark.parametrize("kind", [None, "q4_k"])
+def test_a_scaled_matrix_is_stored_in_float32(tiny_source: Callable[[], Source], kind: str | None) -> None:
+    """The product with a factor is neither a bfloat16 number nor in a block format."""
+    up = Parameter(name="up", shape=(1, OUTS, INPUTS), sources=("a",))
+    (matrix,) = matrices(1)
+    scaled = scale(tensor(matrix, kind, "bfloat16"), 0.22)
+    plan = plan_weights(dataclasses.replace(tiny_source(), tensors={"a": scaled}), [up], tied=False)
+    formats = with_source_formats(formats_of([up], SOURCE), plan)
+    assert formats == {"up": "float32"}
+    remark = widened_remark(formats, plan)
+    assert remark is not None
+    assert f"holds a ({kind or 'bfloat16'}, scaled) to the bit" in remark
 
 
 # --- how they are stored ------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def random_records(rng: np.random.Generator, kind: BlockFormat, matrix: np.ndarr
         case Scales.SUPER_OF_16:
             scales = rng.integers(-128, 128, (outs, 2 * groups), np.int8)
             coefficients = [halves(supers, step / 127, signed=True), scales]
-    codes = rng.integers(-127, 128, (outs, size), np.int8)
+    codes = rng.integers(-128, 128, (outs, size), np.int8)
     if kind.bits < 8:
         codes = codes.view(np.uint8) & (2**kind.bits - 1)
         codes[:, :1] = 2**kind.bits - 1  # a row of zeros would allow a product no error

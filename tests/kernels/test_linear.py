@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from packed import NAMES, NARROW, WIDE, pack, pack_mixed, whole_numbers
+from packed import NAMES, NARROW, WIDE, mixed, pack, pack_mixed, whole_numbers
 
 from precast.exporter.block_formats import BLOCK_FORMATS
 from precast.exporter.quantize import FORMATS
@@ -319,6 +319,22 @@ def test_formats_of_a_call_may_differ(isa: str, linear: Linear) -> None:
         results = linear(x, 1, [a for a, _ in packed.values()], [33] * len(packed))
         for y, (n, (_, w)) in zip(results, packed.items(), strict=True):
             assert_product(y, x, w[1], n)
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+@pytest.mark.parametrize("code", ["least", "most"])
+def test_the_largest_products_do_not_overflow(isa: str, linear: Linear, name: str, code: str) -> None:
+    """16-bit sums hold the products of the largest codes with the largest activations."""
+    kind, size = BLOCK_FORMATS[name], 2100
+    lowest, highest = (-128, 127) if kind.bits == 8 else (0, 2**kind.bits - 1)
+    dtype = np.int8 if kind.bits == 8 else np.uint8
+    codes = np.full((17, size), lowest if code == "least" else highest, dtype)
+    coefficients = [np.ones((17, n), dtype) for n, dtype in kind.coefficient_shapes(size)]
+    records = kind.pack(codes, *coefficients)
+    signs = np.where(np.arange(size) % 2, 1.0, -1.0)
+    x = np.stack([np.ones(size), -np.ones(size), signs, -signs]).astype(np.float32)
+    y = linear(x, 0, [mixed([name], [records])], [17])[0]
+    assert_product(y, x, kind.decode(records, 17, size), name)
 
 
 @pytest.mark.parametrize(("rows", "size", "out"), [(1, 70, 33), (21, 577, 17), (3, 2081, 50)])

@@ -405,3 +405,15 @@ def test_linear_refuses_operands_of_mixed_weights(
     linear: Callable[..., Any], refusal: Callable[..., str], arrays: list[np.ndarray], what: str
 ) -> None:
     assert f"linear: {what}" in refusal(lambda: linear(X, 1, [arrays], [20]))
+
+
+@pytest.mark.parametrize("vocab", [2**63 - 1, 2**63 - 16, 2**60, 577, 0])
+def test_embed_refuses_a_vocabulary_that_the_units_cannot_hold(
+    embed: Callable[..., Any], refusal: Callable[..., str], vocab: int
+) -> None:
+    arrays = [np.zeros((36, 64), np.uint8), np.int32([[2, 0]])]
+    assert embed(np.int32([19]), arrays, 20, 40).shape == (1, 40)
+    text = refusal(lambda: embed(np.int32([19]), arrays, vocab, 40))
+    beyond = "table of mixed weights: entry 0 at unit 0 ends beyond the 36 units"
+    whole = f"mixed weights: 36 units cannot hold {vocab} outputs of 40 inputs"
+    assert f"embed: {beyond if vocab == 577 else whole}" in text
