@@ -361,7 +361,7 @@ def values_of(manifest):
         (b'{"format_version": 5, "format_version": 5}', "a key occurs twice in one object"),
         (
             b'{"format_version": 99}',
-            "expected format version 4 to 6, found 99; update precast.",
+            "expected format version 4 to 7, found 99; update precast.",
         ),
         (b'{"format_version": ' + b"9" * 5000 + b"}", "manifest.json: "),
         (b'{"format_version": 1e999}', "manifest.json: "),
