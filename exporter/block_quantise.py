@@ -41,7 +41,7 @@ def encode(block_format: BlockFormat, matrix: np.ndarray, name: str = "a matrix"
         The records, uint8 ``[panels, record_bytes]``.
 
     Raises:
-        PrecastError: the format cannot hold a value.
+        PrecastError: the format cannot hold one of the values.
     """
     check_largest(block_format, matrix, name)
     codes, *coefficients = quantise(block_format, matrix)
@@ -153,7 +153,7 @@ def check_largest(block_format: BlockFormat, matrix: np.ndarray, name: str) -> N
     """Check that a format can hold all values of a matrix.
 
     Raises:
-        PrecastError: it cannot hold a value.
+        PrecastError: the format cannot hold one of the values.
     """
     largest_code = _LARGEST_CODES.get(block_format.scales, 1)
     lowest, _ = bounds(block_format)

@@ -21,7 +21,7 @@ TABLE = ".table"
 
 
 def stored_arrays(stored: ParameterFormat, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
-    """Return the arrays that store a parameter of this shape: ``[L, out, in]`` or ``[out, in]``."""
+    """Return the arrays that store a parameter whose shape is ``[L, out, in]`` or ``[out, in]``."""
     if isinstance(stored, str):
         return FORMATS[stored].arrays(shape)
     units = sum(_units(stored, *shape[-2:]))

@@ -85,7 +85,7 @@ class StoredModel:
 
 
 def _weight(parameter: Parameter, stored: ParameterFormat, arrays: Sequence[Array]) -> Weight:
-    """Return a parameter as the model's operations take it."""
+    """Return a parameter in the form that the model's operations expect."""
     if not isinstance(stored, str):
         *_, outs, inputs = parameter.shape
         return MixedWeight(values=arrays[0], table=arrays[1], formats=stored, outs=outs, inputs=inputs)

@@ -81,7 +81,7 @@ class Format(ABC):
     Attributes:
         name: its key in `FORMATS`.
         largest: largest magnitude that it can hold.
-        takes: the block formats that `repack` can convert, if their numbers are within the range of this format.
+        takes: the block formats that `repack` can convert to this one, provided that their numbers fit its range.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Format(ABC):
 
     @abstractmethod
     def arrays(self, shape: tuple[int, ...]) -> tuple[StoredArray, ...]:
-        """Return the arrays that store a parameter of this shape: ``[L, out, in]`` or ``[out, in]``."""
+        """Return the arrays that store a parameter whose shape is ``[L, out, in]`` or ``[out, in]``."""
 
     @abstractmethod
     def encode(self, matrix: np.ndarray, name: str = "a matrix") -> tuple[np.ndarray, ...]:
@@ -104,7 +104,7 @@ class Format(ABC):
             The arrays that store the matrix, in the order of `arrays` and without the L axis.
 
         Raises:
-            PrecastError: the format cannot hold a value.
+            PrecastError: the format cannot hold one of the values.
         """
 
     @abstractmethod
@@ -119,7 +119,7 @@ class Format(ABC):
         """Check that the format can hold all values of a matrix.
 
         Raises:
-            PrecastError: it cannot hold a value.
+            PrecastError: the format cannot hold one of the values.
         """
         check_range(matrix, name, self.name, self.largest)
 
@@ -134,7 +134,7 @@ def check_range(matrix: np.ndarray, name: str, format_name: str, largest: float)
         largest: largest magnitude that the format can hold.
 
     Raises:
-        PrecastError: it cannot hold a value.
+        PrecastError: the format cannot hold one of the values.
     """
     most = max(float(matrix.max()), -float(matrix.min())) if matrix.size else 0.0
     if not most <= largest:  # also for NaN

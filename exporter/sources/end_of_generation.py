@@ -90,5 +90,5 @@ def named_end_tokens(folder: Path, config: Mapping[str, object]) -> tuple[int, .
 
 
 def merge_end_tokens(named: Iterable[int | None], by_text: Iterable[int]) -> tuple[int, ...]:
-    """Return all end tokens without duplicates; those that the model's files name come first."""
+    """Return all end tokens without duplicates, starting with those listed in the model's files."""
     return tuple(dict.fromkeys(token for token in (*named, *by_text) if token is not None))

@@ -14,7 +14,7 @@ STABLEHLO_LIFE = timedelta(days=180)
 
 
 class BuiltProgram(Step):
-    """A program that has been written: its record in the manifest, and the figures that an export prints.
+    """A program that has been written: its record in the manifest, and the numbers that an export prints.
 
     Attributes:
         target: name of its target.

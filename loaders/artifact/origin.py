@@ -56,7 +56,7 @@ _LABELS = {
 
 
 def has_row_invariance(target: Target) -> bool:
-    """Return True if a target computes the same bits for a position in any chunk and batch, with any number of threads.
+    """Return True if a target's results for a position have the same bits in any chunk and batch, with any threads.
 
     precast's kernels guarantee this; XLA does not.
     """

@@ -255,8 +255,8 @@ def command(module: str) -> list[str]:
 def environment(module: str) -> dict[str, str]:
     """Return the environment for a child: this process's own, with its import path and the guard variable.
 
-    Two kinds of entries of `sys.path` are left out: entries other than strings, which imports ignore, and empty
-    strings, which mean the working folder.
+    Two kinds of entries of `sys.path` are left out: those that are not strings, because Python ignores them when it
+    imports, and empty strings, because they mean the working folder.
     """
     folders = [folder for folder in sys.path if isinstance(folder, str) and folder]
     above = os.environ.get(GUARD)

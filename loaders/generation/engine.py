@@ -192,7 +192,7 @@ class Engine:
         return {array.name: array.window for array, _ in self._arrays}
 
     def filled_bytes(self, filled: Sequence[int]) -> int:
-        """Return the memory that a KV cache takes, in bytes, after this number of positions was filled in each slot."""
+        """Return the bytes that a KV cache takes after this number of positions has been filled in each slot."""
         total = 0
         for array, _ in self._arrays:
             size = array.shape[array.axes.index("S")]

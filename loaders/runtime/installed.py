@@ -21,7 +21,7 @@ def this_machine(*, cuda: bool = True) -> Machine:
     """Describe this machine for the choice of a target.
 
     Args:
-        cuda: look for GPUs and jax's plugin for them, which takes 50 ms on a machine with GPUs.
+        cuda: whether to look for GPUs and for jax's GPU plugin; the search takes 50 ms on a machine with GPUs.
     """
     gpus = nvidia_gpus() if cuda else ()
     return Machine(

@@ -69,7 +69,9 @@ class Executable:
 
 
 class Client:
-    """TensorFlow's CPU. A buffer is a TensorFlow tensor, or an array that the next call converts to one."""
+    """Runs programs on the CPU through TensorFlow.
+
+    A buffer is a TensorFlow tensor, or an array that the next call converts to a tensor."""
 
     def __init__(self, tensorflow: Any) -> None:
         self._tensorflow = tensorflow

@@ -111,12 +111,12 @@ _REASONING = (
 
 
 def answer_format(template: str, name: str | None = None) -> AnswerFormat:
-    """Return the form of the answers to a chat template's prompts.
+    """Return the format in which a model answers prompts made with this chat template.
 
     Args:
         template: the template's Jinja source.
-        name: the family whose tool calls to expect; "text" leaves answers unchanged, and None lets the template
-            decide.
+        name: the model family whose syntax of tool calls to expect; "text" leaves answers unchanged, and None lets
+            the template decide.
 
     Raises:
         PrecastError: the family is unknown.

@@ -197,7 +197,7 @@ def _names(value: Any) -> Iterator[str]:
 
 
 def _mark(value: Any, texts: _TokenTexts, marker: str) -> Any:
-    """Return a plain JSON value with markers in all texts, including keys."""
+    """Return a copy of a plain JSON value with markers added to every string, including keys."""
     if isinstance(value, str):
         return texts.mark(value, marker)
     if isinstance(value, list):

@@ -56,7 +56,7 @@ def read_config(reader: ConfigReader) -> tuple[DecoderConfig, tuple[Rope, ...]]:
 
 
 class GPT2Layers(nnx.Module):
-    """All L layers: LayerNorms before attention and MLP."""
+    """All L layers, each with a LayerNorm before its attention and another before its MLP."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.input_layernorm = LayerNorm(c.layers, c.width, c.norm_eps)

@@ -26,7 +26,7 @@ def _split(regex: str) -> Mapping[str, object]:
 
 
 def _byte_level(*, use_regex: bool) -> Mapping[str, object]:
-    """Return a step that maps bytes to printable characters; with `use_regex`, it first splits as GPT-2 does."""
+    """Return a step that maps bytes to printable characters. With `use_regex`, it first splits the text like GPT-2."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 

@@ -109,7 +109,7 @@ class Affine:
 
 
 def _half(kind: str) -> int:
-    """Return half the number of codes of a block format, which represent integers from −half to half − 1."""
+    """Return h, half the number of codes in a block format. The codes represent the integers from −h to h − 1."""
     return 1 << BLOCK_FORMATS[kind].bits - 1
 
 

@@ -138,7 +138,7 @@ def _block(size: object) -> tuple[int, int] | None:
 
 
 def dequantised(raw: Mapping[str, RawTensor], quantisation: Quantisation) -> dict[str, SourceTensor]:
-    """Return the tensors of a quantised checkpoint, with quantised weights under the names of plain ones.
+    """Return the tensors of a quantised checkpoint; each quantised weight has the name it would have if it were not.
 
     Tensors in float16, bfloat16 or float32 that belong to no quantised weight are returned as they are.
 
