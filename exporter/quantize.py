@@ -283,7 +283,7 @@ def _as_int8(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
 
 
 def _as_int4(blocks: QuantisedBlocks) -> tuple[np.ndarray, ...] | None:
-    """Return the blocks with minima, −8 · scale if they have none; None if a minimum is out of range."""
+    """Return the blocks with minima, or None if a minimum is out of range. Blocks without minima get −8 · scale."""
     scale, *minima = blocks.coefficients
     if minima:
         return blocks.codes, scale, *minima

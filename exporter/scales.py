@@ -32,7 +32,7 @@ def quantise_int8(x: np.ndarray) -> Quantised:
 
 
 def quantise_symmetric(x: np.ndarray, zero: int = INT4_ZERO) -> Quantised:
-    """Find values 0..2 · zero − 1 and a scale for each column; `zero` represents zero."""
+    """Find a scale and values from 0 to 2 · zero − 1 for each column; the value `zero` means a weight of 0."""
     step = _symmetric_step(x, zero)
     values, scale = _quantise_without_minimum(x, step, -zero, zero - 1, fit_symmetric(x, zero))
     return values + zero, scale

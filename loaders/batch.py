@@ -68,7 +68,7 @@ class _Failure(NamedTuple):
 
 
 class _Request(NamedTuple):
-    """A request: its key, its `custom_id` (None without one), and its fields, or an error if it is unusable."""
+    """A request: its key, its `custom_id` if it has one, and its fields; or, if it is unusable, an error."""
 
     key: str
     custom_id: str | int | None

@@ -95,7 +95,7 @@ def _mixed_panels(weight: MixedWeight, layer: Array, panels: Array | None) -> Ar
 
 
 def _dequantise_records(weight: MixedWeight, name: str, panels: Array | None, unit: Array) -> Array:
-    """Return the matrix that begins at this unit of a mixed weight, in the block format `name`."""
+    """Dequantise the matrix, in the block format `name`, that begins at this unit of a mixed weight."""
     stored = BLOCK_FORMATS[name]
     units = stored.matrix_bytes(weight.outs, weight.inputs) // UNIT
     # In a stack of one, the whole array is the matrix, which XLA need not copy.
