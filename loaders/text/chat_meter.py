@@ -92,7 +92,10 @@ class Weight:
 
     @property
     def printed(self) -> int:
-        """Return the maximum length of the value's `repr` or JSON. An escape takes 6 characters, or 12 for a character beyond U+FFFF."""
+        """Return the maximum length of the value's `repr` or JSON.
+
+        An escape takes 6 characters, or 12 for a character beyond U+FFFF.
+        """
         return self.text * (12 if self.width == 4 else 6) + self.other + 8 * self.items
 
 
