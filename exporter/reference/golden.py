@@ -14,6 +14,7 @@ from precast.loaders.audit.verify import first_logits
 from precast.loaders.generation.model import Model
 from precast.loaders.generation.sampling_params import SamplingParams
 
+from ..mixed import TABLE
 from ..programs import StoredModel
 from .stored import answer_logits
 
@@ -56,8 +57,14 @@ def tie_of(manifest: Manifest) -> float:
     """Return the smallest lead (see `TIE`) with which an artifact's likeliest token counts as untied."""
     if is_exact(manifest):
         return TIE
-    reduced = INT4_TIE if manifest.model.weights in ("int4", "source", "mixed") else REDUCED_TIE
+    reduced = INT4_TIE if manifest.model.weights == "int4" or _has_mixed_weights(manifest) else REDUCED_TIE
     return max(reduced, BFLOAT16_TIE) if _computes_bfloat16(manifest) else reduced
+
+
+def _has_mixed_weights(manifest: Manifest) -> bool:
+    """Return True if a program reads mixed weights, most of which have fewer than 8 bits."""
+    programs = (program for target in manifest.targets for program in target.programs)
+    return any(value.name.endswith(TABLE) for program in programs for value in program.arguments)
 
 
 def _computes_bfloat16(manifest: Manifest) -> bool:

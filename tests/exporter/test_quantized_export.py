@@ -14,6 +14,7 @@ from precast.exporter.block_quantise import quantise
 from precast.exporter.models.registry import read_model
 from precast.exporter.programs import TABLES, StoredModel, stored_model
 from precast.exporter.quantize import SOURCE, WEIGHTS
+from precast.exporter.reference.golden import INT4_TIE, REDUCED_TIE, tie_of
 from precast.exporter.sources.base import QuantisedBlocks, Source, SourceTensor
 from precast.loaders.artifact.weights import map_weights
 from precast.loaders.generation.engine import DecodeRow
@@ -149,8 +150,16 @@ def test_a_source_in_block_formats_keeps_them(
         for code in array[:, 0]
     }
     assert codes == {kind.code for kind in BLOCK_FORMATS.values()}
-    assert load(root).manifest.model.weights == "source"
+    manifest = load(root).manifest
+    assert manifest.model.weights == "source"
+    assert tie_of(manifest) == INT4_TIE
     check_answers(export_tiny, source, root)
+
+
+def test_a_source_in_float32_has_the_narrow_tie(export_tiny: Callable[..., Path]) -> None:
+    """Its activations are not rounded to 8 bits."""
+    manifest = load(export_tiny(weights="source", targets=("cpu",))).manifest
+    assert tie_of(manifest) == REDUCED_TIE
 
 
 def test_the_manifest_describes_the_kv_cache(export_tiny: Callable[..., Path]) -> None:
