@@ -89,14 +89,14 @@ def main() -> None:
     type=float,
     metavar="BITS",
     help="Choose a format of 4 to 8 bits for each matrix, so that a weight takes at most BITS bits on average, for"
-    " example 5.5, and the model loses least. Takes the place of --weights; needs --calibrate.",
+    " example 5.5, and the model loses least. Takes the place of --weights, and minutes.",
 )
 @click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Text to read while weights are rounded with --weights int4 or --bits, so that the errors of the layers'"
-    " outputs are smallest. Takes minutes.",
+    " outputs are smallest. Takes minutes. Default with --bits: the documentation that Python contains.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing artifact.")
 def export(

@@ -3,7 +3,6 @@
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from precast.loaders.artifact.errors import PrecastError
 from precast.loaders.progress import Progress, silent
 
 from .block_formats import BLOCK_FORMATS
-from .calibration import check_triangle, cut_windows, open_model
+from .calibration import CalibrationText, check_triangle, cut_windows, open_model
 from .plan import ExportPlan
 from .quantize import BUDGET_FORMATS
 from .sensitivity import Sensitivity, measure
@@ -22,7 +21,7 @@ _WINDOWS = 4
 
 
 def with_budget(
-    plan: ExportPlan, bits: float, text: Path, progress: Progress = silent
+    plan: ExportPlan, bits: float, text: CalibrationText, progress: Progress = silent
 ) -> tuple[ExportPlan, Mapping[str, np.ndarray]]:
     """Choose one of `BUDGET_FORMATS` for each matrix of a plan with mixed weights.
 
@@ -38,7 +37,7 @@ def with_budget(
         `gptq.compensation`.
 
     Raises:
-        PrecastError: the budget is too small, or the text is missing or too short.
+        PrecastError: the budget is too small, or the text too short.
     """
     parameters = plan.stored.parameters
     count = sum(p.size for p in parameters)

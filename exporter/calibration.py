@@ -1,7 +1,8 @@
 """Quantise a model layer after layer, with the inputs that each matrix has when the model reads a text."""
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,37 @@ from .weights import Encoded, check_array, repack, repack_records
 
 # Maximum number of tokens that calibration reads, and number of tokens in a window.
 TOKENS, WINDOW = 8192, 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationText:
+    """A text to calibrate with.
+
+    Attributes:
+        name: its name in messages.
+        content: the text.
+    """
+
+    name: str
+    content: str
+
+
+def read_calibration_text(path: Path | None) -> CalibrationText:
+    """Read a text file, or without a path the documentation of the language that CPython contains, for `help()`.
+
+    Raises:
+        PrecastError: the file is missing or no text, or this Python lacks its documentation.
+    """
+    if path is not None:
+        return CalibrationText(name=str(path), content=evaluate.read_text(path, TOKENS))
+    try:
+        topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError:
+        raise PrecastError(
+            "--bits: this Python lacks its own documentation (pydoc_data), the default text to calibrate with; add"
+            " --calibrate FILE."
+        ) from None
+    return CalibrationText(name="Python's documentation", content="\n\n".join(topics.values()))
 
 
 def calibrated_parameters(
@@ -64,7 +96,7 @@ def open_model(plan: ExportPlan) -> LayerwiseReference:
 
 
 def quantised_matrices(
-    plan: ExportPlan, text: Path, triangles: Mapping[str, np.ndarray], progress: Progress = silent
+    plan: ExportPlan, text: CalibrationText, triangles: Mapping[str, np.ndarray], progress: Progress = silent
 ) -> Iterator[Encoded]:
     """Quantise matrices with the inputs that a text gives them; yield each with its parameter's name.
 
@@ -79,7 +111,7 @@ def quantised_matrices(
         progress: called with the number of layers quantised so far.
 
     Raises:
-        PrecastError: the text is missing or too short, or a tensor has values that its format cannot hold.
+        PrecastError: the text is too short, or a tensor has values that its format cannot hold.
     """
     model = open_model(plan)
     windows = cut_windows(model, text)
@@ -112,14 +144,14 @@ def quantised_matrices(
             x = run(x, *around, *arrays).block_until_ready()
 
 
-def cut_windows(model: LayerwiseReference, text: Path) -> Sequence[Sequence[int]]:
+def cut_windows(model: LayerwiseReference, text: CalibrationText) -> Sequence[Sequence[int]]:
     """Cut the text into windows of the same length; return the token ids of each."""
     width = min(WINDOW, model.context)
-    tokens = evaluate.tokenize(model.tokenizer, evaluate.read_text(text, TOKENS))
+    tokens = evaluate.tokenize(model.tokenizer, text.content)
     windows = [w for w in evaluate.cut(tokens, TOKENS, width) if len(w) == width]
     if not windows:
         raise PrecastError(
-            f"{text}: expected at least {width} tokens of text to calibrate with, found fewer; name a longer text."
+            f"{text.name}: expected at least {width} tokens of text to calibrate with, found fewer; name a longer text."
         )
     return windows
 
@@ -148,7 +180,7 @@ def product_input(x: Array, call: LinearCall, layer: Array) -> Array:
     return x if call.norm is None else rms_norm(x, call.norm[layer], call.eps)
 
 
-def check_triangle(triangle: np.ndarray, text: Path, place: str) -> None:
+def check_triangle(triangle: np.ndarray, text: CalibrationText, place: str) -> None:
     """Check the result of `gptq.compensation`.
 
     Args:
@@ -161,8 +193,8 @@ def check_triangle(triangle: np.ndarray, text: Path, place: str) -> None:
     """
     if not np.isfinite(triangle).all():
         raise PrecastError(
-            f"{text}: the inputs that this text gives to {place} are too large to calibrate with; leave out"
-            " --calibrate."
+            f"{text.name}: the inputs that this text gives to {place} are too large to calibrate with; name another"
+            " text with --calibrate, or round without one: --weights int4."
         )
 
 

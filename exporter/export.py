@@ -12,7 +12,12 @@ from precast.loaders.progress import Progress, byte_counter, silent
 
 from . import texts
 from .budget import with_budget
-from .calibration import calibrated_parameters, quantised_matrices
+from .calibration import (
+    CalibrationText,
+    calibrated_parameters,
+    quantised_matrices,
+    read_calibration_text,
+)
 from .devices import on_cpu
 from .manifest import make_manifest, write_manifest
 from .options import DEFAULT_OPTIONS, ExportOptions
@@ -59,11 +64,13 @@ def export(
     with folders.new_folder(output, overwrite=options.overwrite) as folder, on_cpu("the export"):
         # 2. Choose the formats, if there is a budget, and write the weights, the tokenizer and the chat templates.
         triangles: Mapping[str, np.ndarray] = {}
-        if options.bits is not None and options.calibrate is not None:
+        calibrates = options.bits is not None or options.calibrate is not None
+        text = read_calibration_text(options.calibrate) if calibrates else None
+        if options.bits is not None and text is not None:
             log("measuring sensitivity")
-            plan, triangles = with_budget(plan, options.bits, options.calibrate, progress)
+            plan, triangles = with_budget(plan, options.bits, text, progress)
         log("writing weights")
-        weights_sha256 = _write_weights(folder, plan, options, triangles, progress)
+        weights_sha256 = _write_weights(folder, plan, text, triangles, progress)
         texts.write_texts(folder, source)
 
         # 3. Lower, compile and write the programs of every target.
@@ -88,7 +95,7 @@ def export(
 def _write_weights(
     folder: Path,
     plan: ExportPlan,
-    options: ExportOptions,
+    text: CalibrationText | None,
     triangles: Mapping[str, np.ndarray],
     progress: Progress,
 ) -> str:
@@ -97,10 +104,10 @@ def _write_weights(
     total = stored_bytes(plan.weight_plan.parameters, plan.stored.formats)
     count = byte_counter(progress, "writing weights", total)
     calibrated = None
-    if options.calibrate is not None:
+    if text is not None:
         chosen = calibrated_parameters(plan.stored.parameters, plan.stored.formats)
         names = frozenset(p.name for p in chosen) | triangles.keys()
-        arrays = quantised_matrices(plan, options.calibrate, triangles, progress)
+        arrays = quantised_matrices(plan, text, triangles, progress)
         calibrated = Calibrated(names=names, arrays=arrays)
     return write_model_weights(
         folder / WEIGHTS_FILE, plan.weight_plan, plan.stored.formats, tables, count, calibrated

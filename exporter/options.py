@@ -45,7 +45,7 @@ class ExportOptions:
         bits: maximum number of bits that a weight takes on average (`exporter.budget`), instead of a choice of
             `weights`; None for that choice.
         calibrate: text file to calibrate int4 weights or a budget of bits with (`exporter.calibration`); None to round
-            each weight alone.
+            each weight alone, or with `bits` to calibrate with the documentation that Python contains.
         overwrite: permission to replace an existing artifact.
     """
 
@@ -134,10 +134,6 @@ def _check_bits(options: ExportOptions) -> None:
     if options.weights != DEFAULT_OPTIONS.weights:
         raise PrecastError(
             f"--bits: chooses the formats of all weights, but --weights is {options.weights}; leave out one of them."
-        )
-    if options.calibrate is None:
-        raise PrecastError(
-            "--bits: expected --calibrate with a text to measure the model on, found none; add --calibrate FILE."
         )
 
 

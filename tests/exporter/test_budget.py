@@ -1,6 +1,7 @@
 """A budget of bits: the choice among formats, the measured sensitivities, and whole exports."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from precast.exporter.block_formats import BLOCK_FORMATS
 from precast.exporter.budget import cheapest
-from precast.exporter.calibration import cut_windows, open_model
+from precast.exporter.calibration import cut_windows, open_model, read_calibration_text
 from precast.exporter.options import ExportOptions, check_options
 from precast.exporter.plan import make_plan
 from precast.exporter.quantize import BUDGET_FORMATS
@@ -84,7 +85,7 @@ def test_every_matrix_is_measured_and_more_bits_lose_less(
     plan = make_plan(tiny_source(), options)
     model = open_model(plan)
     formats = [BLOCK_FORMATS[name] for name in BUDGET_FORMATS]
-    windows = cut_windows(model, text)[:2]
+    windows = cut_windows(model, read_calibration_text(text))[:2]
     found = measure(model, plan.spec, plan.stored.parameters, windows, formats)
     mixed = {name: len(kinds) for name, kinds in plan.stored.formats.items() if not isinstance(kinds, str)}
     measured: dict[str, list[int]] = {}
@@ -141,6 +142,20 @@ def test_a_budget_below_the_smallest_format_is_refused(
     assert found.endswith(" for this model, found 4.5; raise it.")
 
 
+def test_the_default_text_is_python_s_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = read_calibration_text(None)
+    assert found.name == "Python's documentation"
+    assert "Assert statements are a convenient way" in found.content
+    assert len(found.content) > 100_000
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(PrecastError) as raised:
+        read_calibration_text(None)
+    assert str(raised.value) == (
+        "--bits: this Python lacks its own documentation (pydoc_data), the default text to calibrate with; add"
+        " --calibrate FILE."
+    )
+
+
 GOOD = ExportOptions(bits=5.0, calibrate=Path("a.txt"))
 
 
@@ -152,10 +167,6 @@ GOOD = ExportOptions(bits=5.0, calibrate=Path("a.txt"))
         (
             {"weights": "int4"},
             "--bits: chooses the formats of all weights, but --weights is int4; leave out one of them.",
-        ),
-        (
-            {"calibrate": None},
-            "--bits: expected --calibrate with a text to measure the model on, found none; add --calibrate FILE.",
         ),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 
 from precast.exporter import block_quantise, gptq
 from precast.exporter.block_formats import BLOCK_FORMATS, BlockFormat
-from precast.exporter.calibration import calibrated_parameters, quantised_matrices
+from precast.exporter.calibration import calibrated_parameters, quantised_matrices, read_calibration_text
 from precast.exporter.models.parameters import abstract_model
 from precast.exporter.models.registry import read_model
 from precast.exporter.options import ExportOptions, check_options
@@ -112,7 +112,7 @@ def test_every_matrix_of_the_layers_is_quantised(tiny_source, text: Path, config
     }
     source = tiny_source(config=config, tensors=tensors)
     plan = make_plan(source, ExportOptions(buckets=(8,), context=64, weights="int4"))
-    found = list(quantised_matrices(plan, text, {}))
+    found = list(quantised_matrices(plan, read_calibration_text(text), {}))
     parameters = calibrated_parameters(plan.stored.parameters, plan.stored.formats)
     assert {p.name.rpartition("layers.")[2] for p in parameters} == {
         *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
@@ -241,7 +241,8 @@ def test_inputs_too_large_for_float32_are_refused(tiny_source, export_tiny, text
     with pytest.raises(PrecastError) as raised:
         export_tiny(tiny_source(tensors={name: large}), weights="int4", calibrate=text)
     assert str(raised.value) == (
-        f"{text}: the inputs that this text gives to layer 1 are too large to calibrate with; leave out --calibrate."
+        f"{text}: the inputs that this text gives to layer 1 are too large to calibrate with; name another text with"
+        " --calibrate, or round without one: --weights int4."
     )
 
 
