@@ -97,25 +97,23 @@ def cheapest(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], 
     left = budget - sum(each[0] for each in sizes)
     steps: list[tuple[float, int, int]] = []  # loss saved for each byte, negative; item; option
 
-    def offer(item: int) -> None:
+    def offer(item: int, room: int) -> None:
+        """Push the best step of an item that fits."""
         now = chosen[item]
         gains = [
-            (
-                (losses[item][option] - losses[item][now]) / (sizes[item][option] - sizes[item][now]),
-                item,
-                option,
-            )
+            ((losses[item][option] - losses[item][now]) / size, item, option)
             for option in range(now + 1, len(sizes[item]))
+            if (size := sizes[item][option] - sizes[item][now]) <= room
         ]
         if gains and min(gains)[0] < 0:
             heapq.heappush(steps, min(gains))
 
     for item in range(len(sizes)):
-        offer(item)
+        offer(item, left)
     while steps:
         _, item, option = heapq.heappop(steps)
         size = sizes[item][option] - sizes[item][chosen[item]]
         if size <= left:
             chosen[item], left = option, left - size
-            offer(item)
+        offer(item, left)  # if the step no longer fits, a smaller one may
     return chosen
