@@ -27,7 +27,7 @@ inputs need not be a multiple of 32 or 256.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -41,14 +41,14 @@ SUPER, _PACKED = 8, 4
 # Entries of a stack, and records of a matrix, begin at multiples of this many bytes.
 UNIT = 64
 
-# Number of weights packed at a time, so that the intermediate arrays fit into the CPU's cache.
+# Number of weights that a thread works on at a time, so that the intermediate arrays fit into the CPU's cache.
 _BLOCK = 1 << 18
-# Maximum number of threads. They run in parallel, because NumPy releases the GIL.
+# Maximum number of threads. Each needs about 12 MB. They run in parallel, because NumPy releases the GIL.
 _THREADS = 8
 
 
 class Scales(Enum):
-    """How a format stores the coefficients of its groups; the module's docstring describes each."""
+    """The ways to store the coefficients of groups; the module's docstring describes each."""
 
     HALF = "half"
     HALF_AND_MINIMUM = "half and minimum"
@@ -146,9 +146,7 @@ class BlockFormat:
             if high:
                 panels[:, first + low : first + low + high] = _packed_high(own, self.bits)
 
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(store, row_blocks(outs, inputs)):
-                pass  # raises the exception of a failed thread
+        for_row_blocks(outs, inputs, store)
         return records
 
     def _packed_coefficients(self, parts: list[np.ndarray]) -> np.ndarray:
@@ -214,23 +212,28 @@ class BlockFormat:
                 size = 4 * PANEL * supers
                 both = head[:, :size].reshape(count, supers, 2, -1)
                 factors = [
-                    _spread(_floats(both[:, :, i], (count, supers, PANEL)), SUPER, groups) for i in range(2)
+                    spread(_floats(both[:, :, i], (count, supers, PANEL)), SUPER, groups) for i in range(2)
                 ]
                 words = head[:, size:].reshape(count, -1, 3, PANEL, 2).view(np.uint16)[..., 0]
                 scale, minimum = _unpacked_words(words, groups)
                 return factors[0] * scale, -(factors[1] * minimum)
             case Scales.SUPER_OF_16:
                 size = 2 * PANEL * supers
-                factor = _spread(_floats(head[:, :size], (count, supers, PANEL)), 2 * SUPER, 2 * groups)
+                factor = spread(_floats(head[:, :size], (count, supers, PANEL)), 2 * SUPER, 2 * groups)
                 own = head[:, size:].reshape(count, 2 * groups, PANEL).view(np.int8)
                 return factor * own.swapaxes(1, 2).astype(np.float32), None
 
 
-def row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Yield slices of whole panels of a matrix's rows, each with about `_BLOCK` weights."""
+def for_row_blocks(rows: int, columns: int, work: Callable[[slice], None]) -> None:
+    """Call `work` in several threads, with slices of a matrix's rows: whole panels of about `_BLOCK` weights together.
+
+    Raises:
+        Exception: the first exception of `work`.
+    """
     step = max(PANEL, _BLOCK // max(columns, 1) // PANEL * PANEL)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(work, slices))  # raises the exception of a failed thread
 
 
 def _in_panels(array: np.ndarray, columns: int | None = None) -> np.ndarray:
@@ -284,7 +287,7 @@ def _floats(stored: Any, shape: tuple[int, int, int]) -> Any:
     return halves.swapaxes(1, 2).astype(np.float32)
 
 
-def _spread(factors: Any, times: int, count: int) -> Any:
+def spread(factors: Any, times: int, count: int) -> Any:
     """Repeat each of the factors ``[P, 16, S]`` `times` times; return the first `count`."""
     return factors.repeat(times, axis=-1)[..., :count]
 

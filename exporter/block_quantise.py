@@ -6,15 +6,13 @@ of each group alone, and rounds them to codes. It then repeats two steps: for th
 neighbours with a smaller error; for the current codes, compute the factors by least squares.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 
 import numpy as np
 
 from . import scales
-from .block_formats import GROUP, SUPER, BlockFormat, Scales, row_blocks
+from .block_formats import GROUP, SUPER, BlockFormat, Scales, for_row_blocks, spread
 from .quantize import check_range
 from .scales import HALF_MAX, INT8_MAX, inverse, near_half
 
@@ -22,8 +20,6 @@ from .scales import HALF_MAX, INT8_MAX, inverse, near_half
 _LARGEST_CODES = {Scales.SUPER: 63, Scales.SUPER_OF_16: 127}
 # Number of times that the search improves the codes and then the factors.
 _REFITS = 2
-# Maximum number of threads. They run in parallel, because NumPy releases the GIL.
-_THREADS = 8
 
 # The coefficients of a matrix, as `BlockFormat.pack` takes them.
 Coefficients = tuple[np.ndarray, ...]
@@ -69,9 +65,7 @@ def quantise(
             array[rows] = part
         codes[rows] = round_weights(block_format, block, *effective(block_format, found))
 
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(store, row_blocks(outs, inputs)):
-            pass  # the loop raises the exception of a failed thread
+    for_row_blocks(outs, inputs, store)
     return codes, *coefficients
 
 
@@ -121,9 +115,11 @@ def effective(block_format: BlockFormat, coefficients: Coefficients) -> tuple[np
             return floats[0], floats[1]
         case Scales.SUPER:
             factor, low_factor, scale, minimum = floats
-            return _spread(factor, scale.shape) * scale, -(_spread(low_factor, scale.shape) * minimum)
+            return _spread(block_format, factor, scale.shape) * scale, -(
+                _spread(block_format, low_factor, scale.shape) * minimum
+            )
         case Scales.SUPER_OF_16:
-            return _spread(floats[0], floats[1].shape) * floats[1], None
+            return _spread(block_format, floats[0], floats[1].shape) * floats[1], None
 
 
 def round_weights(
@@ -222,7 +218,7 @@ def _factors(block_format: BlockFormat, wanted: np.ndarray) -> np.ndarray:
 
 def _codes(block_format: BlockFormat, wanted: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """Return the codes, float32 ``[rows, n]``, whose products with the factors are nearest to the wanted scales."""
-    codes = np.rint(wanted * inverse(_spread(factors.astype(np.float32), wanted.shape)))
+    codes = np.rint(wanted * inverse(_spread(block_format, factors.astype(np.float32), wanted.shape)))
     return _clipped(block_format, codes)
 
 
@@ -247,7 +243,7 @@ def best_codes(
     """
     lowest, highest = bounds(block_format)
     shape = codes[0].shape
-    spread = [_spread(f.astype(np.float32), shape) for f in factors]
+    spread = [_spread(block_format, f.astype(np.float32), shape) for f in factors]
     best, values, least = codes, np.empty_like(x), np.full(x.shape[1], np.inf, np.float32)
     for steps in product((0, -1, 1), repeat=len(codes)):
         tried = [_clipped(block_format, c + np.float32(s)) for c, s in zip(codes, steps, strict=True)]
@@ -315,8 +311,7 @@ def _starts(block_format: BlockFormat, count: int) -> np.ndarray:
     return np.arange(0, count, SUPER * block_format.runs)
 
 
-def _spread(factors: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _spread(block_format: BlockFormat, factors: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Return the factor ``[rows, n]`` of each scale, from the factors ``[rows, S]`` of the super-groups."""
-    count = shape[1]
-    times = SUPER * (1 if count <= SUPER * factors.shape[1] else 2)
-    return np.repeat(factors, times, axis=1)[:, :count]
+    each: np.ndarray = spread(factors, SUPER * block_format.runs, shape[1])
+    return each

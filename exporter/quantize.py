@@ -15,10 +15,8 @@ partly filled int4 group, the padded weights dequantise to the group's minimum, 
 activations that multiply them must be zero.
 """
 
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -26,7 +24,7 @@ import numpy as np
 
 from precast.loaders.artifact.errors import PrecastError
 
-from .block_formats import BLOCK_FORMATS
+from .block_formats import BLOCK_FORMATS, GROUP, PANEL, for_row_blocks
 from .scales import (
     HALF_MAX,
     INT4_ZERO,
@@ -37,9 +35,6 @@ from .scales import (
 )
 from .sources.base import QuantisedBlocks
 
-GROUP = 32
-PANEL = 16
-
 # The format of int4 weights whose source has no minima. The user cannot choose it: the export does.
 INT4_SYMMETRIC = "int4-symmetric"
 # The option by which each parameter keeps its values and, where precast has it, its format in the checkpoint.
@@ -47,12 +42,6 @@ SOURCE = "source"
 # The format of weights with a budget of bits, and the formats that it chooses from, smallest first.
 MIXED = "mixed"
 BUDGET_FORMATS = ("q4_k", "q5_k", "q6_k", "q8_0")
-
-# Number of weights quantised at a time, so that the intermediate arrays fit into the CPU's cache.
-_BLOCK = 1 << 18
-# Maximum number of threads. Each thread works on one block, which needs about 12 MB. The threads run in parallel,
-# because NumPy releases the GIL.
-_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -232,9 +221,8 @@ class _Grouped(Format):
             for array, found in zip(arrays[1:], coefficients, strict=True):
                 array[panels] = _padded(found, 1).reshape(-1, PANEL, found.shape[1]).swapaxes(1, 2)
 
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(store, _row_blocks(*shape)):
-                pass  # raises the exception of a failed thread
+        rows, columns = shape
+        for_row_blocks(rows, columns, store)
         return tuple(arrays)
 
     def _quantise_rows(self, block: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -260,12 +248,6 @@ class _Grouped(Format):
         parts = (packed,) if self.nibbles == 1 else (packed & 15, packed >> 4)
         values = np.stack(parts, axis=-2)  # [panel, chunk, PANEL, nibble, input]
         return values.swapaxes(1, 2).reshape(len(packed) * PANEL, -1)
-
-
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(PANEL, _BLOCK // max(columns, 1) // PANEL * PANEL)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _padded(array: np.ndarray, multiple: int) -> np.ndarray:

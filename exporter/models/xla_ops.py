@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..block_formats import BLOCK_FORMATS, UNIT
-from ..quantize import GROUP, PANEL
+from ..block_formats import BLOCK_FORMATS, GROUP, PANEL, UNIT
 from ..scales import INT4_ZERO
 from .ops import (
     AttentionParams,

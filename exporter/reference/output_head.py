@@ -11,11 +11,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from ..block_formats import PANEL
 from ..mixed import TABLE
 from ..models.decoder import Decoder
 from ..models.registry import ModelSpec
 from ..models.xla_ops import XLA_OPS
-from ..quantize import PANEL
 
 _BLOCK = 8192  # tokens
 

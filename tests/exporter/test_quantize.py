@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from precast.exporter.block_formats import BLOCK_FORMATS
-from precast.exporter.quantize import FORMATS, GROUP, INT4_SYMMETRIC, PANEL, StoredArray
+from precast.exporter.block_formats import BLOCK_FORMATS, GROUP, PANEL
+from precast.exporter.quantize import FORMATS, INT4_SYMMETRIC, StoredArray
 from precast.exporter.sources.base import QuantisedBlocks
 from precast.loaders.artifact.errors import PrecastError
 

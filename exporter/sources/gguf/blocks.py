@@ -3,19 +3,13 @@
 Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h (block_q4_0 and the structures that follow).
 """
 
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ...block_formats import BLOCK_FORMATS, GROUP
+from ...block_formats import BLOCK_FORMATS, GROUP, for_row_blocks
 from ..base import QuantisedBlocks
 
-# Number of weights unpacked at a time, so that the intermediate arrays fit into the CPU's cache.
-_SLAB = 1 << 18
-# Maximum number of threads. They run in parallel, because NumPy releases the GIL.
-_THREADS = 8
 # Number of weights in a block, for the types whose groups share coefficients.
 _SUPER = 256
 
@@ -40,18 +34,14 @@ def read_blocks(
     codes = np.empty((rows, columns), np.int8 if form.bits == 8 else np.uint8)
     coefficients = tuple(np.empty((rows, n), dtype) for n, dtype in form.coefficient_shapes(columns))
 
-    def read(start: int) -> None:
-        slab = slice(start, start + step)
+    def read(slab: slice) -> None:
         stored = data[slab if order is None else order[slab]]
         found, parts = unpack(stored.reshape(len(stored) * (columns // weights), -1))
         codes[slab] = found.view(codes.dtype).reshape(-1, columns)
         for whole, part in zip(coefficients, parts, strict=True):
             whole[slab] = part.reshape(-1, whole.shape[1])
 
-    step = max(1, _SLAB // columns)
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(read, range(0, rows, step)):
-            pass  # the loop raises the exception of a failed thread
+    for_row_blocks(rows, columns, read)
     return QuantisedBlocks(format=kind, codes=codes, coefficients=coefficients)
 
 
