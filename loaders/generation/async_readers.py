@@ -1,7 +1,7 @@
-"""Asynchronous readers of sequences. In each event loop, one thread runs the steps that all readers wait for.
+"""Asynchronous readers of sequences. In each event loop, a single thread runs the steps for all readers.
 
-If each reader took a thread of its own, the readers of sequences that wait for a slot could take all threads of the
-event loop's executor. The readers of the sequences in the slots would then never get a thread.
+With one thread for each reader, the readers of sequences that wait for a slot could occupy all threads of the event
+loop's executor. The readers of the sequences in the slots would then never get a thread.
 """
 
 import asyncio
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
 
 
 class AsyncReaders:
-    """The asynchronous readers that wait for sequences of one scheduler. They may belong to several event loops."""
+    """The asynchronous readers of one scheduler's sequences. The readers may belong to several event loops."""
 
     def __init__(self) -> None:
-        # Reentrant, because the garbage collector may close a waiting coroutine in the thread that holds the lock. The
-        # coroutine's reader is then in no entry, because an entry keeps its readers' coroutines alive.
+        # Reentrant, because the garbage collector may close a waiting coroutine in the thread that holds the lock, and
+        # `wait` then acquires the lock again. This changes no entry, because an entry keeps its coroutines alive.
         self._lock = RLock()
-        # A loop has an entry from the start of a job, which runs steps for its readers, to the job's end.
+        # The waiting readers of each event loop. A loop has an entry from the submission to the end of its job, which
+        # runs the steps for its readers.
         self._waiting: dict[asyncio.AbstractEventLoop, dict[asyncio.Future[None], TokenSequence]] = {}
 
     async def wait(self, scheduler: "Scheduler", sequence: "TokenSequence") -> None:
-        """Return once the reader can take a piece, or the sequence has ended.
+        """Return once an unread piece is available, or the sequence has ended.
 
         Args:
             scheduler: the scheduler of the sequence.
@@ -37,7 +38,7 @@ class AsyncReaders:
         loop = asyncio.get_running_loop()
         news = loop.create_future()
         with self._lock:
-            # A closed loop cannot tell that the job in its executor was cancelled.
+            # A closed loop does not call `_end`, so its entry could remain after its job was cancelled.
             for closed in [other for other in self._waiting if other.is_closed()]:
                 del self._waiting[closed]
             needs_thread = loop not in self._waiting
@@ -64,7 +65,7 @@ class AsyncReaders:
             _fail(self._drop(loop), RuntimeError("the event loop's executor was shut down"))
 
     def _run(self, scheduler: "Scheduler", loop: asyncio.AbstractEventLoop) -> None:
-        """Run steps for as long as a reader of the loop waits."""
+        """Run steps while any reader of the loop is waiting."""
         try:
             while not self._is_idle(loop):
                 scheduler.advance(lambda: self._wake(loop))
@@ -74,14 +75,17 @@ class AsyncReaders:
                 loop.call_soon_threadsafe(_fail, readers, error)
 
     def _is_idle(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Return True if no reader of the loop waits; the next reader then starts a new job."""
+        """Return True if no reader of the loop is waiting.
+
+        In this case, also remove the loop's entry, so that the next reader starts a new job.
+        """
         with self._lock:
             if not self._waiting.get(loop):
                 self._waiting.pop(loop, None)
             return loop not in self._waiting
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Wake the readers whose sequences have news; return True if no reader is left."""
+        """Wake the readers whose sequence has an unread piece or has ended; return True if no reader is left."""
         with self._lock:
             readers = self._waiting.get(loop, {})
             for news in [news for news, sequence in readers.items() if sequence.has_news()]:

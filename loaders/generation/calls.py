@@ -1,4 +1,4 @@
-"""Call the engine for the sequences of one KV cache, and choose their next tokens from the results."""
+"""Call the engine for the sequences of one KV cache, and choose each sequence's next tokens from the results."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,10 +28,10 @@ def read_chunk(engine: Engine, sequence: TokenSequence, batch: Batch, most: int)
         engine: the engine.
         sequence: the sequence.
         batch: all sequences that share the KV cache.
-        most: maximum number of tokens to read; ignored for a prompt with log-probabilities.
+        most: maximum number of tokens to read; ignored if the prompt's log-probabilities are requested.
 
     Returns:
-        The results after the last token (R = 1).
+        The result for the last of these tokens (R = 1).
     """
     start, slot = sequence.filled, sequence.slot
     if (logprobs := sequence.prompt_logprobs) is None:
@@ -58,7 +58,7 @@ def decode(engine: Engine, sequences: Sequence[TokenSequence], batch: Batch) -> 
 
 
 def verify(engine: Engine, sequence: TokenSequence, batch: Batch, draft: Sequence[int]) -> Results:
-    """Run the model on a sequence's newest token and a draft of the tokens after it (R = 1 + ``len(draft)``)."""
+    """Run the model on a sequence's newest token and on a draft of the next tokens (R = 1 + ``len(draft)``)."""
     start, tokens = len(sequence.tokens) - 1, [sequence.tokens[-1], *draft]
     sequence.written = max(sequence.written, start + len(tokens))
     step = engine.score(tokens, batch.cache, start=start, slot=sequence.slot)
@@ -66,14 +66,14 @@ def verify(engine: Engine, sequence: TokenSequence, batch: Batch, draft: Sequenc
 
 
 def take(sequence: TokenSequence, results: Results, row: int, draft: Sequence[int] = ()) -> None:
-    """Choose the next token of a sequence, and further tokens for as long as the chosen tokens match the draft.
+    """Choose the next token of a sequence, and further tokens as long as the chosen tokens match the draft.
 
     Args:
         sequence: the sequence.
         results: the results of the call.
-        row: the row of results for the sequence's newest token. The rows for the draft's tokens follow it.
-        draft: the guessed tokens that the call read after the newest token. Their keys and values are in the slot.
-            Later calls overwrite the keys and values of wrong guesses before reading them.
+        row: the row of results for the sequence's newest token. The rows for the draft's tokens come directly after it.
+        draft: the guessed tokens that the call processed after the newest token. Their keys and values are in the slot.
+            The keys and values of wrong guesses are never read, because later calls overwrite them first.
     """
     for place, guess in enumerate((*draft, None), row):
         sequence.filled = len(sequence.tokens)

@@ -1,4 +1,4 @@
-"""Choose how the answer to a chat is parsed and constrained."""
+"""Choose the parser and the constraint for the answer to a chat."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .sampling_params import SamplingParams
 
 AUTO = "auto"
-# Number of tokens at the end of the prompt in which to search for the tag that opens the reasoning.
+# Number of tokens at the end of the prompt that are searched for the tag that opens the reasoning.
 _TAIL = 16
 
 
@@ -38,7 +38,7 @@ def chat_form(
     tool_choice: str,
     template_variables: Mapping[str, Any] | None,
 ) -> ChatForm:
-    """Return a form with copies of the tools and variables.
+    """Check the tools and the template variables, and return a form that contains copies of them.
 
     Raises:
         PrecastError: a tool is malformed, or a variable's name is reserved or its value is not JSON.
@@ -74,7 +74,7 @@ def constraint_of(
 ) -> "ConstraintText | None":
     """Return the constraint that `tool_choice` or the parameters put on the answer; None if there is no constraint.
 
-    A model that reasons may reason before the constraint applies.
+    If the model reasons, the constraint applies to the text after the reasoning.
 
     Args:
         params: the sampling parameters.
@@ -84,9 +84,9 @@ def constraint_of(
         form: the form of the chat.
 
     Raises:
-        PrecastError: `tool_choice` requires calls, but there are no tools, no tool has the chosen name, the template
-            does not prescribe calls in JSON, the tools exceed a limit, or the parameters have a constraint or set
-            ignore_eos.
+        PrecastError: `tool_choice` requires calls, but cannot be enforced. The cause is one of these: there are no
+            tools; no tool has the chosen name; the model family's calls are not JSON, or cannot contain a tool's name;
+            the tools exceed a limit; or the parameters contain a constraint or set ignore_eos.
     """
     text = params.constraint
     if form.tool_choice != AUTO:

@@ -1,7 +1,7 @@
-"""Check constraints before their grammars are built, and refuse those whose grammars would be too large.
+"""Check a constraint before its grammar is built, and refuse a constraint whose grammar would be too large.
 
-The limits keep llguidance within seconds and a few hundred megabytes. llguidance's own limits are not enough,
-because some of its algorithms check them only between steps, and a single step may take hours.
+The limits restrict llguidance to seconds and a few hundred megabytes. llguidance's own limits do not suffice, because
+some of its algorithms check the limits only between steps, and a single step may take hours.
 """
 
 import json
@@ -13,23 +13,24 @@ from typing import Any, NamedTuple
 
 from ..artifact.errors import PrecastError
 
-# Maximum number of characters. llguidance takes quadratic time for regular expressions and for some schemas.
+# Maximum number of characters of each kind of constraint. llguidance takes quadratic time for regular expressions and
+# for some schemas.
 _LONGEST = {"json_schema": 100_000, "regex": 10_000, "grammar": 20_000, "choice": 100_000, "tools": 100_000}
 # llguidance's parser accepts at most 128 levels, and the grammar around a schema uses some of them.
 _DEEPEST = 100
-# The time for an intersection of regular expressions doubles with each expression: 16 expressions take a second.
+# Every further regular expression in an intersection doubles the time. An intersection of 16 takes a second.
 _MOST_INTERSECTED = 12
-# The limit for `multipleOf`, because some values around ten million take hours.
+# Maximum of `multipleOf` without its decimal point. Some values around ten million take llguidance hours.
 _MOST_REMAINDERS = 1_000_000
 
 
 class ConstraintText(NamedTuple):
-    """A constraint in text form, from which its grammar is built.
+    """The text of a constraint, from which llguidance builds a grammar.
 
     Attributes:
-        kind: the sampling parameter's name (json_schema, regex, grammar or choice), or tool_choice.
-        value: the schema, regular expression or grammar as a string; or the choices.
-        schemas: the schemas of the tools, which the grammar of tool_choice refers to as ``@arguments_0`` and so on.
+        kind: the name of the sampling parameter (json_schema, regex, grammar or choice), or tool_choice.
+        value: the schema, regular expression or grammar as a string, or the choices as a tuple of strings.
+        schemas: the schemas of the tools. The grammar of tool_choice refers to them as ``@arguments_0`` and so on.
         reasoning: the Lark rules for the reasoning before the answer; empty without reasoning.
     """
 
@@ -52,13 +53,13 @@ class ToolSchema(NamedTuple):
 
 
 def checked_constraint(given: Mapping[str, Any]) -> ConstraintText:
-    """Check the constraint among sampling parameters, and return it.
+    """Check the constraint among the sampling parameters, and return its text.
 
     Args:
-        given: the constraints that are set, by the name of the parameter; at least one.
+        given: the values of the constraint parameters that are set, by name; at least one.
 
     Raises:
-        PrecastError: there are several constraints, or the constraint is malformed or exceeds a limit.
+        PrecastError: more than one constraint is set, or the constraint is malformed or exceeds a limit.
     """
     if len(given) > 1:
         first, second, *_ = given
@@ -92,7 +93,7 @@ def _check_text(kind: str, text: str) -> None:
 
 
 def _check_grammar(text: str) -> None:
-    """Check the number of intersections in a grammar, and the schemas in it."""
+    """Check the number of intersections in a Lark grammar, and the JSON Schemas that the grammar contains."""
     for found in re.finditer(r"%json\s*(?=\{)", text):
         try:
             schema, _ = json.JSONDecoder().raw_decode(text, found.end())
@@ -102,10 +103,10 @@ def _check_grammar(text: str) -> None:
         except ValueError:
             continue  # llguidance reports this error later
         _check_schema(_parameter("grammar"), schema)
-    # Count every &, even in schemas, because what looks like a schema may be regular expressions joined by &.
+    # Count every &, even in schemas, because text that looks like a schema may be regular expressions joined by &.
     if text.count("&") > _MOST_INTERSECTED:
         raise PrecastError(
-            f"Sampling parameters: grammar must contain at most {_MOST_INTERSECTED} times &, found"
+            f"Sampling parameters: grammar must contain & at most {_MOST_INTERSECTED} times, found"
             f" {text.count('&')}; use fewer intersections, and write & inside a schema as \\u0026."
         )
 
@@ -130,11 +131,11 @@ def tool_constraint(grammar: str, schemas: Sequence[tuple[str, dict[str, Any]]])
     """Return the constraint of an answer that consists of tool calls only.
 
     Args:
-        grammar: the grammar of the calls, which refers to the schemas as ``@arguments_0``, ``@arguments_1`` and so on.
+        grammar: the grammar of the calls. It refers to the schemas as ``@arguments_0``, ``@arguments_1`` and so on.
         schemas: pairs of a tool's name and the JSON Schema of its arguments.
 
     Raises:
-        PrecastError: the grammar and the schemas exceed a limit.
+        PrecastError: the grammar and the schemas together are too long, or a schema exceeds a limit.
     """
     texts = [
         ToolSchema(f"tools: parameters of {name!r:.60}", json.dumps(schema, separators=(",", ":")))
@@ -143,8 +144,8 @@ def tool_constraint(grammar: str, schemas: Sequence[tuple[str, dict[str, Any]]])
     size = len(grammar) + sum(len(schema.text) for schema in texts)
     if size > _LONGEST["tools"]:
         raise PrecastError(
-            f"tools: with tool_choice, names and parameters must have at most {_LONGEST['tools']:,} characters, found"
-            f" {size:,}; give fewer tools, or name one tool in tool_choice."
+            f"tools: with tool_choice, names and parameters must have at most {_LONGEST['tools']:,} characters in"
+            f" total, found {size:,}; give fewer tools, or name one tool in tool_choice."
         )
     for (where, _), (_, schema) in zip(texts, schemas, strict=True):
         _check_schema(where, schema)
@@ -155,7 +156,7 @@ def tool_constraint(grammar: str, schemas: Sequence[tuple[str, dict[str, Any]]])
 
 
 def _checked_schema(value: Any) -> str:
-    """Return a schema as compact JSON, with its properties in the given order."""
+    """Check a JSON Schema, and return it as compact JSON with its properties in the original order."""
     schema = value
     if isinstance(value, str):
         _check_text("json_schema", value)
@@ -179,12 +180,12 @@ def _checked_schema(value: Any) -> str:
 
 
 def _parameter(name: str) -> str:
-    """Return the name of a sampling parameter in error texts."""
+    """Return the name that error texts use for a sampling parameter."""
     return f"Sampling parameters: {name}"
 
 
 def _check_schema(where: str, schema: dict[str, Any]) -> None:
-    """Check one JSON Schema against the limits; `where` names the schema in error texts."""
+    """Check a JSON Schema against the limits; `where` names the schema in error texts."""
     if _depth(schema) > _DEEPEST:
         raise _too_deep(where)
     _check_merges(where, schema)
@@ -253,7 +254,7 @@ def _check_merges(where: str, schema: dict[str, Any]) -> None:
     """Check the patterns and the `multipleOf` divisors that a single value may have to satisfy together.
 
     Raises:
-        PrecastError: there are too many patterns, or a pattern or a divisor is too large.
+        PrecastError: there are too many patterns, a pattern is too long, or a divisor is too large.
     """
     patterns: set[str] = set()
     divisors: set[Decimal] = set()
@@ -293,7 +294,7 @@ def _check_merges(where: str, schema: dict[str, Any]) -> None:
 
 
 def _remainders(divisors: set[Decimal]) -> int:
-    """Return an upper bound on the states of an automaton that recognises decimal multiples of all divisors."""
+    """Return an upper bound on the states of an automaton that recognises the common multiples of all divisors."""
     places = max((-int(d.as_tuple().exponent) for d in divisors), default=0)
     return prod(int(d.scaleb(max(places, 0))) for d in divisors)
 

@@ -1,7 +1,7 @@
-"""The constraint of one answer: the set of tokens that may come next.
+"""The constraint of one answer, which determines the tokens that may come next.
 
-llguidance parses the answer as it grows. It needs about 50 µs to find the tokens that may come next, and releases the
-GIL meanwhile, so another thread can do this while the model computes the logits.
+llguidance parses the answer token by token. It computes the set of allowed next tokens in about 50 µs, and releases the
+GIL while it does so. Another thread can therefore compute this set while the model computes the logits.
 """
 
 from typing import TYPE_CHECKING
@@ -21,10 +21,10 @@ class Constraint:
     """The constraint of one answer. It is not thread-safe.
 
     Args:
-        matcher: llguidance's parser at the start of an answer.
+        matcher: llguidance's parser, at the start of the answer.
         mask: the mask for the first token.
         name: the constraint's name in error texts.
-        worker: the executor, with a single thread, that computes masks.
+        worker: a single-threaded executor that computes masks.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class Constraint:
 
     @property
     def is_complete(self) -> bool:
-        """True if the answer is complete, and only an end token may follow."""
+        """True if the answer is complete, so that only an end token may follow."""
         self.mask()
         return bool(self._matcher.is_stopped())
 
     def mask(self) -> np.ndarray:
-        """Return the tokens that may come next, as bits: uint32 [ceil(V / 32)], the lowest bit first.
+        """Return the allowed next tokens as a bit mask, uint32 [ceil(V / 32)], with the lowest id in the lowest bit.
 
         Raises:
             DeadEnd: no token may come next.
@@ -54,7 +54,7 @@ class Constraint:
         return self._mask
 
     def accept(self, token_id: int) -> None:
-        """Advance the parser by a token of the answer, and begin to compute the next mask in the background.
+        """Advance the parser by a token of the answer, and start to compute the next mask in the background.
 
         Raises:
             DeadEnd: the constraint forbids the token.
@@ -77,12 +77,15 @@ class Constraint:
 
 
 def compute_mask(matcher: "LLMatcher", words: int) -> np.ndarray:
-    """Return a new mask, uint32 [words]. If that fails, the matcher keeps the error for `is_error` and `get_error`."""
+    """Return the mask of the allowed next tokens, uint32 [words].
+
+    If the computation fails, `matcher.is_error()` becomes True, and `matcher.get_error()` returns the message.
+    """
     mask = np.zeros(words, np.uint32)
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
     return mask
 
 
 def first_line(message: str) -> str:
-    """Return the first line of one of llguidance's messages, without a full stop."""
+    """Return the first line of a message from llguidance, without a full stop, and at most 300 characters long."""
     return message.strip().partition("\n")[0].rstrip(". ")[:300]

@@ -1,37 +1,41 @@
-"""Draft tokens from the text so far, for a call of the engine that verifies several tokens at once (prompt lookup).
+"""Guess the next tokens from earlier text (prompt lookup), so that one call of the engine verifies several tokens.
 
-When an answer repeats its prompt (rewritten code and text, JSON, quotes), the latest tokens have often occurred before,
-and the tokens that followed them then are likely to follow again. The method is Saxena's prompt lookup decoding
-(https://github.com/apoorvumang/prompt-lookup-decoding).
+Answers such as rewritten code, JSON and quotations repeat parts of their prompt. If the latest tokens have occurred
+before, the tokens that followed the earlier occurrence are likely to follow again. The method is Saxena's prompt lookup
+decoding (https://github.com/apoorvumang/prompt-lookup-decoding).
 
-Each draft has the length that promises the most tokens per second: the expected number of accepted tokens, divided by
-the measured time of a call with that many tokens. The expected number depends on the length of the match, and is learnt
-by checking every lookup against the tokens that follow, even a lookup that led to no draft.
+The length of a draft is chosen for the most tokens per second. This rate is the expected number of accepted tokens,
+divided by the measured time of a call that verifies the draft. The expected number depends on the length of the match.
+It is learnt by comparing every match with the tokens that actually follow, even if the match led to no draft.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
 
-# A match has at least this many tokens.
+# Minimum length of a match, in tokens.
 _SHORTEST = 2
-# This many of the latest matches are compared. The longest is used; of equally long matches, the latest.
+# Number of matches that are compared, the latest ones. The longest match is used, and the latest of equally long ones.
 _CANDIDATES = 16
-# Matches are classified by length. For each class: the smallest length, and the share of right guesses assumed before
-# the first guess. The shares are low, because wrong drafts in prose cost time. Every lookup corrects
-# the shares, even if it leads to no draft.
+# Matches are divided into classes by length. This is the minimum length of each class.
 _CLASSES = (2, 3, 4, 6, 9, 16)
+# The share of right guesses that is assumed for each class at first. The shares are low, because wrong drafts in prose
+# cost time. Every match corrects the share of its class, even if it leads to no draft.
 _ASSUMED = (0.2, 0.3, 0.4, 0.6, 0.8, 0.9)
+# An assumed share has the weight of this many guesses.
 _ASSUMED_WEIGHT = 3.0
-# Each guess multiplies the weight of the earlier guesses of its class by this factor.
+# Each guess multiplies the weight of all earlier guesses of the same class by this factor.
 _MEMORY = 0.95
-# A draft must promise this many times the tokens per second of decoding without drafts.
+# A draft is used only if it is expected to be more than this many times as fast as decoding without a draft.
 _WORTH = 1.05
 
 
 class CallTimes:
     """The measured times of calls by number of tokens, relative to the time of decoding one token.
 
-    Before any measurement, each further token is assumed to cost a sixth of the first.
+    Until calls are measured, every token after the first is assumed to take a sixth of the time of the first.
+
+    Args:
+        most: maximum number of tokens in a call.
     """
 
     def __init__(self, most: int) -> None:
@@ -40,26 +44,27 @@ class CallTimes:
         self._assumed = tuple(self._ratios)
 
     def ratio(self, tokens: int) -> float:
-        """Return the time of a call with 1 or more tokens, relative to decoding one token."""
+        """Return the time of a call with this number of tokens, at least 1, relative to decoding one token."""
         return self._ratios[tokens - 1]
 
     def add(self, tokens: int, seconds: float) -> None:
         """Record the time of a decode step (1 token), or of a score call (more tokens)."""
         if tokens == 1:
             self._decode += (seconds - self._decode) * (0.1 if self._decode else 1.0)
-            # Move the ratios slowly back to the assumed ones. Otherwise one slow call could rule out all later drafts.
+            # Slowly move the ratios back to the assumed ones. Otherwise, one slow call could prevent all later drafts.
             self._ratios = [r + (a - r) / 256 for r, a in zip(self._ratios, self._assumed, strict=True)]
         elif self._decode > 0:
             found, place = seconds / self._decode, tokens - 1
             change = 0.3 * (found - self._ratios[place])
-            # Correct the ratios of similar lengths as well, because they are about the same, and rarely measured.
+            # Correct the ratios of similar lengths as well, because calls of similar length take about the same time,
+            # and few of them are measured.
             for i in range(1, len(self._ratios)):
                 self._ratios[i] += change / (1 + abs(i - place))
         self._ratios[0] = 1.0
 
 
 class Drafts:
-    """The prompt lookups of one sequence.
+    """Prompt lookup for one sequence.
 
     Args:
         times: the times of the engine's calls, shared by all sequences.
@@ -67,17 +72,20 @@ class Drafts:
 
     def __init__(self, times: CallTimes) -> None:
         self._times = times
-        self._after: dict[tuple[int, ...], list[int]] = {}  # the positions after each n-gram
+        self._after: dict[tuple[int, ...], list[int]] = {}  # the positions that follow each n-gram
         self._known = 0  # number of tokens observed
-        self._source, self._length = -1, 0  # the position after the match, and the match's length
+        self._source, self._length = (
+            -1,
+            0,
+        )  # the position after the match (-1: no match), and the length of the match
         self._weights = [_ASSUMED_WEIGHT] * len(_CLASSES)
         self._hits = [share * _ASSUMED_WEIGHT for share in _ASSUMED]
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
-        """Return the draft of the next tokens; empty if decoding one token is expected to be faster.
+        """Return a draft of the next tokens; empty if decoding one token is expected to be faster.
 
         Args:
-            tokens: the sequence so far, which begins with the sequence of the previous call.
+            tokens: the sequence so far. It must begin with the tokens of the previous call.
             most: maximum length of the draft.
         """
         self._observe(tokens)
@@ -90,7 +98,7 @@ class Drafts:
         return guess
 
     def _observe(self, tokens: Sequence[int]) -> None:
-        """Check the current match against the new tokens, and look up the latest tokens if there is no match."""
+        """Compare the current match with the new tokens, and look up the latest tokens if there is no match."""
         for place in range(self._known, len(tokens)):
             if self._source >= 0:
                 self._judge(tokens[self._source] == tokens[place])
@@ -113,7 +121,7 @@ class Drafts:
         return bisect_right(_CLASSES, length) - 1
 
     def _worth(self, most: int) -> int:
-        """Return the length of the draft that promises the most tokens per second; 0 if no draft is worth its time."""
+        """Return the length of draft with the most expected tokens per second; 0 if no draft is worth its time."""
         best, best_rate = 0, _WORTH
         expected, reached = 1.0, 1.0
         for count in range(1, most + 1):

@@ -33,17 +33,17 @@ class DecodeRow(NamedTuple):
 
 
 class StepOutput:
-    """The R results of one call.
+    """The R results of one call of the engine.
 
     Attributes:
         token: the greedy token of each result, int32 [R].
-        logits: logits of all rows of the program, float32, still on the device; `Engine.logits` selects the R
-            results.
+        logits: the logits of all rows of the program, float32, in the device's memory. `Engine.logits` selects the rows
+            of the R results.
         rows: indices of the R results among the program's rows.
     """
 
-    # Not a `Frozen`, because creating one would add 35 µs to every token. It is that slow because the weights have just
-    # evicted everything else from the CPU's caches.
+    # Not a `Frozen`, because creating a `Frozen` would add 35 µs to every token. The creation is slow here, because the
+    # weights have just evicted everything else from the CPU's caches.
     __slots__ = ("logits", "rows", "token")
 
     def __init__(self, token: np.ndarray, logits: Buffer, rows: slice | list[int]) -> None:
@@ -54,11 +54,12 @@ class StepOutput:
 
 @dataclass(kw_only=True)
 class KVCache:
-    """A KV cache of B slots. It is not thread-safe: only one call may use it at a time.
+    """A KV cache of B slots. Only one call may use the cache at a time.
 
     Attributes:
-        buffers: the cache's arrays by name. Each call donates them to the program, and replaces them with its results.
-        inputs: staging buffers by program and input name. Each call of a program overwrites its buffers.
+        buffers: the cache's arrays by name. Each call donates the arrays to the program, and replaces them with the
+            program's results.
+        inputs: the staging buffers by program name and input name. Each call of a program overwrites them.
     """
 
     buffers: dict[str, Buffer]
@@ -66,7 +67,7 @@ class KVCache:
 
 
 class _BoundProgram(Frozen):
-    """A program with its weights and tables; a call needs only inputs and a KV cache."""
+    """A program with its weights and tables. A call needs only inputs and a KV cache."""
 
     program: Program
     rows: int
@@ -81,7 +82,7 @@ class _BoundProgram(Frozen):
         """Run the program, replace the cache's arrays, and return all other results by role.
 
         Args:
-            inputs: inputs by name; a short sequence is padded with zeros.
+            inputs: inputs by name. A sequence that is shorter than the program's input is padded with zeros.
             cache: the KV cache to append to.
         """
         staged = cache.inputs.get(self.program.name)
@@ -124,7 +125,7 @@ def _bind(
 
 
 def _in_layout(array: np.ndarray, layout: tuple[int, ...] | None) -> np.ndarray:
-    """Return an array with its axes in the order of a layout, without a copy if they are in that order already."""
+    """Return an array with its axes in the order of a layout; the array itself if its axes have this order already."""
     if layout is None or layout == tuple(range(array.ndim)):
         return array
     return np.ascontiguousarray(array.transpose(layout))
@@ -133,7 +134,7 @@ def _in_layout(array: np.ndarray, layout: tuple[int, ...] | None) -> np.ndarray:
 class Engine:
     """The programs of one target, bound to their weights.
 
-    Threads may share an engine if each uses its own KV cache.
+    Threads may share an engine if each thread uses its own KV cache.
 
     Attributes:
         context: number of positions in a slot.
@@ -169,7 +170,7 @@ class Engine:
         layouts = {v.name: v.layout for p in target.programs for v in p.arguments}
         constants = {n: client.put(_in_layout(a, layouts.get(n))) for n, a in weights.items()}
         release = weakref.finalize(self, client.free, tuple(constants.values()))
-        release.atexit = False  # the end of the process frees the constants faster
+        release.atexit = False  # the operating system frees the constants faster
         bound = {p.name: _bind(p, executables[p.name], client, constants) for p in target.programs}
         self._cache = bound[target.of_kind("cache")[0].name]
         self._decodes = sorted((bound[p.name] for p in target.of_kind("decode")), key=lambda b: b.rows)
@@ -181,7 +182,10 @@ class Engine:
         self.score_tokens = 0 if self._score is None else self._score.program.tokens
 
     def new_cache(self) -> KVCache:
-        """Return an empty KV cache for all slots. The operating system allocates its memory as positions are filled."""
+        """Return an empty KV cache for all slots.
+
+        The operating system allocates the cache's memory as positions are filled.
+        """
         cache = KVCache(buffers={})
         self._cache({}, cache)
         return cache
@@ -192,7 +196,11 @@ class Engine:
         return {array.name: array.window for array, _ in self._arrays}
 
     def filled_bytes(self, filled: Sequence[int]) -> int:
-        """Return the bytes that a KV cache takes after this number of positions has been filled in each slot."""
+        """Return the number of bytes of memory that a KV cache occupies.
+
+        Args:
+            filled: number of positions that have been filled in each slot.
+        """
         total = 0
         for array, _ in self._arrays:
             size = array.shape[array.axes.index("S")]
@@ -200,10 +208,10 @@ class Engine:
         return total
 
     def slot_views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray] | None:
-        """Return writable views of a slot's keys and values, by array. The next call of a program invalidates them.
+        """Return writable views of a slot's keys and values, by array; None if the host cannot access them.
 
-        The views are bit patterns [L, K, S, H] or [L, K, S], as in `kv_state`. The result is None if the host cannot
-        reach the device's memory.
+        The views contain bit patterns, [L, K, S, H] or [L, K, S], as in `kv_state`. The next call of a program
+        invalidates the views.
         """
         views = {}
         for array, layout in self._arrays:
@@ -216,7 +224,10 @@ class Engine:
     def prefill(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex = 0, slot: SupportsIndex = 0
     ) -> StepOutput:
-        """Run a prompt through the smallest bucket that holds it, or in chunks through the largest.
+        """Compute the keys and values of prompt tokens, and the logits after the last token.
+
+        Tokens that exceed the largest bucket are processed in several calls. Each call uses the smallest bucket that
+        fits its tokens.
 
         Args:
             tokens: one or more ids; ``start + len(tokens)`` must not exceed the context.
@@ -242,10 +253,10 @@ class Engine:
     def prefill_chunk(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex, slot: SupportsIndex
     ) -> StepOutput:
-        """Run part of a prompt in a single call; arguments, results and errors as for `prefill`.
+        """Process part of a prompt as `prefill` does, but in a single call.
 
         Raises:
-            ValueError: also if there are more tokens than the largest bucket holds.
+            ValueError: there are more tokens than the largest bucket holds; also the errors of `prefill`.
         """
         if len(tokens) > self.buckets[-1]:
             raise ValueError(f"{len(tokens)} tokens exceed the largest bucket of {self.buckets[-1]}")
@@ -258,7 +269,7 @@ class Engine:
     def score(
         self, tokens: Sequence[int], cache: KVCache, *, start: SupportsIndex, slot: SupportsIndex
     ) -> StepOutput:
-        """Run a few tokens of a sequence in a single call, with a result after each token.
+        """Run the model on a few tokens of a sequence in a single call, and return a result for each token.
 
         Args:
             tokens: 1 to `score_tokens` ids; ``start + len(tokens)`` must not exceed the context.
@@ -291,10 +302,10 @@ class Engine:
             raise ValueError(f"slot {slot}: expected a slot from 0 to {self.slots - 1}")
 
     def decode(self, rows: Sequence[DecodeRow], cache: KVCache) -> StepOutput:
-        """Run a decode step on the newest token of each of several sequences.
+        """Run one decode step for one or more sequences.
 
         Args:
-            rows: the sequences' tokens, at most one for each slot.
+            rows: the newest token of each sequence, with at most one row for each slot.
             cache: the KV cache to append to.
 
         Returns:
@@ -315,7 +326,7 @@ class Engine:
         return self._output(results, slice(len(rows)))
 
     def _decode_by_slot(self, decode: _BoundProgram, rows: Sequence[DecodeRow], cache: KVCache) -> StepOutput:
-        """Run a decode program of an artifact of format 5 or earlier, which has one row for each slot."""
+        """Run a decode program from an artifact of format 5 or earlier. Such programs have one row for each slot."""
         tokens, positions = [0] * self.slots, [-1] * self.slots
         for row in rows:
             tokens[row.slot], positions[row.slot] = row.token, row.position
@@ -331,7 +342,7 @@ class Engine:
             raise ValueError(f"positions {positions}: expected positions from 0 to {self.context - 1}")
 
     def logits(self, step: StepOutput) -> np.ndarray:
-        """Return a step's logits on the host, float32 [R, V]. Do not write to this array."""
+        """Return the logits of a step's R results in the host's memory, float32 [R, V]. Do not modify this array."""
         return self._client.get(step.logits)[step.rows]
 
     def _output(self, results: Mapping[str, Buffer], rows: slice | list[int]) -> StepOutput:

@@ -1,7 +1,7 @@
-"""Find the tokens that may not come next, by transformers' rules.
+"""Find the tokens that must not come next, by the rules of transformers.
 
 One class replaces these logits processors of transformers: NoRepeatNGram, NoBadWords, MinLength, MinNewTokensLength,
-SuppressTokens and SuppressTokensAtBegin. Each sets logits to minus infinity, so their order has no effect.
+SuppressTokens and SuppressTokensAtBegin. They only set logits to minus infinity, so their order has no effect.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ _Prefix = tuple[int, ...]
 
 
 class ForbiddenTokens:
-    """The tokens that may not continue one sequence.
+    """The tokens that must not come next in one sequence.
 
     Args:
         params: the sampling parameters with the rules.
@@ -45,7 +45,7 @@ class ForbiddenTokens:
             self._ngrams.setdefault(tuple(self._tokens[-self._size : -1]), set()).add(token)
 
     def tokens(self) -> Iterator[int]:
-        """Return the tokens that may not come next, unordered and possibly with duplicates."""
+        """Return the tokens that must not come next, unordered and possibly with duplicates."""
         length = len(self._tokens)
         return chain(
             self._always,
@@ -66,7 +66,10 @@ class ForbiddenTokens:
 
 
 def _by_prefix(words: Iterable[Sequence[int]]) -> dict[int, dict[_Prefix, list[int]]]:
-    """Return the tokens that complete a word, by prefix length and by prefix; words of one token are left out."""
+    """Return the tokens that complete a word, by the length of the word's prefix and by the prefix itself.
+
+    Words of one token are omitted.
+    """
     found: dict[int, dict[_Prefix, list[int]]] = {}
     for word in words:
         if len(word) > 1:

@@ -1,6 +1,6 @@
 """The grammars of a model's constraints, built by llguidance.
 
-Building a grammar usually takes milliseconds; the limits of `constraint_texts` and of llguidance bound the time.
+Building a grammar usually takes milliseconds. The limits of `constraint_texts` and of llguidance bound this time.
 """
 
 import json
@@ -27,22 +27,23 @@ if TYPE_CHECKING:
 
 # Whitespace between the parts of JSON. Without a limit, a model may repeat line feeds until the context is full.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
-_MOST_LEXER_STATES = 50_000  # each takes up to 2 KB
+_MOST_LEXER_STATES = 50_000  # each state takes up to 2 KB
 _MOST_GRAMMARS = 32
-# Maximum number of grammars built at the same time. Each may take a few hundred megabytes.
+# Maximum number of grammars that are built at the same time. Building one may take a few hundred megabytes.
 _MOST_BUILDERS = 4
+# Maximum number of seconds to search for the part of a schema that llguidance refuses.
 _SEARCH_S = 0.5
-# llguidance follows references and rules by recursion. A text can hold 3,000 of them, and each needs up to 16 KB of
-# stack.
+# llguidance follows references and rules by recursion. A constraint can contain 3,000 references and rules, and each
+# needs up to 16 KB of stack.
 _STACK_BYTES = 256 << 20
-# Held while the stack size of new threads is changed, because the stack size is a setting of the whole process.
+# The lock for changing the stack size of new threads, which is a setting of the whole process.
 _STACK_SIZE = threading.Lock()
 
 
 class Grammars:
     """A thread-safe cache of one model's grammars.
 
-    It keeps the most recently used grammars. The vocabulary is read when the first constraint starts.
+    The cache contains the most recently used grammars. It reads the vocabulary when the first constraint starts.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -53,7 +54,7 @@ class Grammars:
     def __init__(self, tokenizer: "Tokenizer", vocab_size: int, end_ids: Iterable[int]) -> None:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._end_ids = sorted(token for token in end_ids if token < vocab_size)
-        self._lock = threading.Lock()  # held only briefly; grammars are built without it
+        self._lock = threading.Lock()  # never held while a grammar is built
         self._kept: OrderedDict[ConstraintText, _Grammar] = OrderedDict()
         self._building: dict[ConstraintText, _Result] = {}
         self._builders = threading.BoundedSemaphore(_MOST_BUILDERS)
@@ -64,8 +65,8 @@ class Grammars:
     def start(self, text: ConstraintText) -> Constraint:
         """Return a constraint for a new answer.
 
-        Several threads may build different grammars at the same time. A thread waits if another thread is
-        already building the grammar that it needs.
+        Several threads may build different grammars at the same time. If two threads need the same grammar, one of them
+        builds the grammar, and the other one waits for it.
 
         Raises:
             PrecastError: the extra `grammar` is not installed, the model has no end token, the tokenizer's decoder is
@@ -91,22 +92,24 @@ class Grammars:
                 return built
             if built is not None and others is None:
                 raise built
-            # Another thread failed, for instance without memory; so try again.
+            # Another thread failed to build the grammar, for instance because of a lack of memory, so try again.
 
     def _build(self, text: ConstraintText, result: "_Result") -> None:
-        """Build a grammar. This runs in a thread of its own, because Ctrl-C interrupts only the main thread.
+        """Build a grammar, and set the result.
+
+        This method runs in a separate thread, because Ctrl-C interrupts only the main thread.
 
         Args:
             text: the constraint.
-            result: always receives the grammar, the error, or None. None means that another thread was building the
-                grammar, and failed with an error other than PrecastError.
+            result: a future, which always receives the grammar, the error, or None. None means that another thread was
+                building the grammar, and failed with an error other than PrecastError.
         """
         with self._lock:
             if (kept := self._kept.get(text)) is not None:
                 result.set_result(kept)
                 return
             first = self._building.setdefault(text, result)
-        if first is not result:  # another thread asked at the same moment
+        if first is not result:  # another thread began first
             first.add_done_callback(lambda done: result.set_result(_shared(done.result())))
             return
         built: _Grammar | BaseException
@@ -135,8 +138,8 @@ class Grammars:
             return _Grammar(matcher, compute_mask(matcher, -(-self._vocab_size // 32)))
 
         opening, found = "", begin("")
-        # If the decoder drops the space at the start of a text, the grammar must begin with that space. A special token
-        # at the start has no space before it.
+        # If the decoder drops the space at the start of a text, the grammar must begin with that space. A grammar that
+        # may begin with a special token is an exception, because no space precedes a special token.
         if vocabulary.opening and not found.matcher.is_error() and not vocabulary.allows_special(found.mask):
             opening = vocabulary.opening
             found = begin(opening)
@@ -170,7 +173,7 @@ class Grammars:
 
 
 class _Grammar(NamedTuple):
-    """A parser at the start of a grammar, to be copied for each answer, and the mask for the first token."""
+    """A parser in its initial state, which is copied for each answer, and the mask for the first token."""
 
     matcher: "LLMatcher"
     mask: np.ndarray
@@ -199,7 +202,7 @@ class _Vocabulary(NamedTuple):
 
 
 class _Tokens:
-    """A vocabulary in the form that llguidance reads."""
+    """A vocabulary in the form that llguidance requires."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -223,7 +226,7 @@ def _library() -> Any:
 
 
 def _shared(built: "_Grammar | BaseException | None") -> "_Grammar | PrecastError | None":
-    """Return a result for the threads that did not build it; None if they must try again."""
+    """Return the result for the threads that waited for another thread; None if they must try again."""
     return built if isinstance(built, _Grammar | PrecastError) else None
 
 
@@ -243,7 +246,7 @@ def _start_with_deep_stack(call: Callable[[], None]) -> None:
 
 
 def _bodies(text: ConstraintText) -> dict[str, dict[str, Any]]:
-    """Return a constraint's grammars in llguidance's form, by name; the first describes the whole answer."""
+    """Return a constraint's grammars in llguidance's form, by name; the first grammar describes the whole answer."""
     schemas = (json.loads(schema.text) for schema in text.schemas)
     return {"body": _body(text), **{f"arguments_{n}": _json_body(schema) for n, schema in enumerate(schemas)}}
 
@@ -256,7 +259,7 @@ def _body(text: ConstraintText) -> dict[str, Any]:
         (grammar,) = json.loads(_library().LLMatcher.grammar_from_regex(text.value))["grammars"]
         return {"lark_grammar": grammar["lark_grammar"]}
     if text.kind == "choice":
-        # CHOICE is a terminal, because each choice of a rule would be a separate item in the parser.
+        # CHOICE is a terminal, because in a rule, each choice would be a separate item of the parser.
         choices = " | ".join(json.dumps(choice) for choice in text.value)
         return {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}
     return {"lark_grammar": text.value}
@@ -273,12 +276,12 @@ def _program(bodies: Mapping[str, dict[str, Any]], opening: str, reasoning: str 
     """Return a grammar that accepts the reasoning, the opening and the body in this order, in any tokenisation.
 
     Args:
-        bodies: the grammars of `_bodies`.
+        bodies: the result of `_bodies`.
         opening: the text before the body, in Lark's syntax.
         reasoning: the rules of `reasoning_grammar`; empty for an answer without reasoning.
     """
-    # With no_forcing, the model may choose any tokens that spell the text. Otherwise llguidance would let the tokenizer
-    # choose them.
+    # With no_forcing, the model may choose any tokens that spell a required text. Otherwise, llguidance would let the
+    # tokenizer choose the tokens.
     lines = ['%llguidance {"no_forcing": true}', f"start: {opening} @body"]
     if reasoning:
         space = opening or json.dumps("")
@@ -339,12 +342,12 @@ def _cause(reason: str) -> str:
 
 
 def _refused_part(schema: dict[str, Any], reason: str, limits: "LLParserLimits") -> str:
-    """Return " at POINTER" for the smallest part that llguidance refuses for this reason; "" for the whole schema."""
+    """Return " at POINTER" for the innermost part that llguidance refuses for this reason; "" for the whole schema."""
     matcher, until = _library().LLMatcher, time.monotonic() + _SEARCH_S
     shared: dict[str, Any] = {
         key: schema[key] for key in ("$schema", "$defs", "definitions") if key in schema
     }
-    # Inner parts come before the parts that contain them.
+    # In reverse order, inner parts come before the parts that contain them.
     for pointer, part in reversed(list(parts(schema))):
         if not pointer or time.monotonic() > until:
             break

@@ -1,7 +1,8 @@
 """Copy keys and values between the slots of a KV cache and arrays on the host.
 
-The arrays of a slot are ``[L, K, n, H]`` for n positions, and ``[L, K, n]`` for scales. Their elements are bit patterns
-in unsigned integers as wide as the cache's type, because NumPy lacks bfloat16 and copies its own types faster.
+For n positions, the arrays of a slot are ``[L, K, n, H]``, and ``[L, K, n]`` for scales. Their elements are bit
+patterns, stored in unsigned integers of the same width as the cache's type. NumPy has no bfloat16, and copies integers
+faster than the types of extension packages.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from ..artifact.manifest import DTYPE_BYTES, CacheArray
 
 # The axes of a slot's arrays, in order.
 _AXES = "LKSH"
-# One thread copies this much in about a millisecond.
+# Minimum size of a copy that uses several threads. One thread copies this much in about a millisecond.
 _ONE_THREAD_BYTES = 4 << 20
 _THREADS = 2
 
@@ -38,7 +39,7 @@ class Span(NamedTuple):
         return self.start + len(self.array[0, 0])
 
     def part(self, start: int, stop: int) -> "Span":
-        """Return the part of the span from position `start` to `stop`, as a view; it may be empty."""
+        """Return a view of the part of the span from position `start` to `stop`, exclusive; the part may be empty."""
         stop = min(stop, self.stop)
         start = min(max(start, self.start), stop)
         # If the range ends before the span begins, the part is empty and starts at `stop`.
@@ -46,7 +47,7 @@ class Span(NamedTuple):
 
 
 def bits(dtype: str) -> np.dtype:
-    """Return the unsigned integer type that holds the bit patterns of `dtype`, a key of `DTYPE_BYTES`."""
+    """Return the unsigned integer type for the bit patterns of `dtype`, which is a key of `DTYPE_BYTES`."""
     return np.dtype(f"<u{DTYPE_BYTES[dtype]}")
 
 
@@ -56,7 +57,7 @@ def slot_view(memory: np.ndarray, array: CacheArray, layout: Sequence[int], slot
     Args:
         memory: the array's bytes, uint8.
         array: the array's description.
-        layout: the array's axes from the slowest to the fastest in memory.
+        layout: the array's axes in memory order, from the largest stride to the smallest.
         slot: the slot.
     """
     physical = memory.view(bits(array.dtype)).reshape([array.shape[axis] for axis in layout])
@@ -72,7 +73,7 @@ def size(views: Mapping[str, np.ndarray], starts: Mapping[str, int], stop: int) 
 
 
 def read(views: Mapping[str, np.ndarray], starts: Mapping[str, int], stop: int) -> dict[str, Span]:
-    """Copy a range of positions of a slot to new arrays.
+    """Copy a range of positions of a slot to new arrays, and return them as spans, by array.
 
     Args:
         views: the slot's arrays, as from `Engine.slot_views`.
@@ -92,7 +93,7 @@ def write(views: Mapping[str, np.ndarray], spans: Iterable[tuple[str, Span]]) ->
 
     Args:
         views: the slot's arrays, as from `Engine.slot_views`.
-        spans: pairs of an array's name and a span to copy to that array. No span may be longer than its array.
+        spans: pairs of an array's name and a span to copy to that array. No span may be longer than the array.
     """
     _copy([pair for name, span in spans for pair in _pairs(views[name], span)])
 
@@ -100,7 +101,7 @@ def write(views: Mapping[str, np.ndarray], spans: Iterable[tuple[str, Span]]) ->
 def _pairs(view: np.ndarray, span: Span) -> Iterator[_Pair]:
     """Yield pairs of views of the same positions: a view of a slot's array, and a view of a span.
 
-    A slot's array with a window is a ring buffer of S positions, with position p at index p mod S.
+    An array with a window is a ring buffer of S positions, in which position p is at index p mod S.
     """
     size, at = view.shape[2], span.start
     while at < span.stop:
@@ -121,7 +122,7 @@ def _copy(pairs: Sequence[_Pair]) -> None:
             thread.start()
         _copy_layers(pairs, 0, _THREADS)
     finally:
-        # Ctrl-C must not leave a thread behind that writes to a KV cache, which may be freed next.
+        # After Ctrl-C, the KV cache may be freed, so no thread may continue to write to it.
         for thread in threads:
             if thread.ident is not None:
                 thread.join()

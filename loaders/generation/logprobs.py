@@ -1,8 +1,8 @@
 """Log-probabilities of tokens.
 
-They are the model's own: the natural logarithm of the softmax of its logits, before logit_bias, penalties, forbidden
-tokens, constraints and temperature. vLLM (`logprobs_mode="raw_logprobs"`) and llama.cpp (`post_sampling_probs=false`)
-return the same by default.
+A log-probability is the natural logarithm of the softmax of the model's logits, before logit_bias, penalties, forbidden
+tokens, constraints and temperature are applied. By default, vLLM (`logprobs_mode="raw_logprobs"`) and llama.cpp
+(`post_sampling_probs=false`) return the same values.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,10 @@ class TokenLogprob(NamedTuple):
 
     Attributes:
         token_id: the token.
-        text: its text; U+FFFD stands for the bytes of an incomplete character.
-        logprob: its log-probability, a natural logarithm; -inf for a token of probability 0.
-        top: the likeliest tokens at its position, in descending order of probability; ties by ascending id.
+        text: the token's text, with U+FFFD in place of an incomplete character.
+        logprob: the natural logarithm of the token's probability; -inf for a token of probability 0.
+        top: the most likely tokens at the same position, in descending order of probability. Tokens with equal
+            probabilities are in ascending order of id.
     """
 
     token_id: int
@@ -34,7 +35,7 @@ class PromptLogprobs:
 
     Args:
         prompt: tokens of the prompt.
-        top: number of the likeliest tokens to record at each position.
+        top: number of most likely tokens to record at each position; 0 for none.
         text_of: a function from a token to its text.
     """
 
@@ -43,23 +44,28 @@ class PromptLogprobs:
         self._found: list[TokenLogprob | None] = [None]
 
     def add(self, logits: np.ndarray) -> None:
-        """Take the logits after each of the next R tokens, float32 [R, V]; logits after the last token are ignored."""
+        """Record the log-probabilities of the prompt's next R tokens.
+
+        Args:
+            logits: float32 [R, V]. Each row predicts one of these tokens. The row after the prompt's last token is
+                ignored.
+        """
         for row in logits[: len(self._prompt) - len(self._found)]:
             token = self._prompt[len(self._found)]
             self._found.append(token_logprob(row, token, self._top, self._text_of))
 
     def result(self) -> tuple[TokenLogprob | None, ...]:
-        """Return a record of each token read so far, but None for the first, which the model does not predict."""
+        """Return the records of the tokens read so far; None for the first token, which the model does not predict."""
         return tuple(self._found)
 
 
 def token_logprob(logits: np.ndarray, token_id: int, top: int, text_of: TextOf) -> TokenLogprob:
-    """Return the log-probability of a token, and of the likeliest tokens.
+    """Return the log-probabilities of a token and of the most likely tokens.
 
     Args:
-        logits: float32 [V]; at least one finite, none NaN or +inf.
+        logits: float32 [V]; at least one is finite, none is NaN or +inf.
         token_id: the token, below V.
-        top: number of the likeliest tokens to record; 0 for none.
+        top: number of most likely tokens to include; 0 for none.
         text_of: a function from a token to its text.
     """
     largest = logits.max()
@@ -69,14 +75,14 @@ def token_logprob(logits: np.ndarray, token_id: int, top: int, text_of: TextOf) 
     base = float(largest) + float(np.log(total))
 
     def record(token: int, tops: tuple[TokenLogprob, ...] = ()) -> TokenLogprob:
-        # Rounding may lift the log-probability of the likeliest token above 0.
+        # Rounding may raise the log-probability of the most likely token above 0.
         return TokenLogprob(token, text_of(token), min(float(logits[token]) - base, 0.0), tops)
 
     return record(token_id, tuple(record(int(token)) for token in _largest_ids(logits, top)))
 
 
 def _largest_ids(logits: np.ndarray, count: int) -> np.ndarray:
-    """Return the ids of the `count` largest logits in descending order; ties by ascending id."""
+    """Return the ids of the `count` largest logits in descending order; ids of equal logits ascend."""
     count = min(count, logits.size)
     if count == 0:
         return np.empty(0, np.int64)

@@ -52,14 +52,14 @@ def deep(levels: int) -> dict[str, Any]:
         (
             {"grammar": "&" * 13},
             (
-                "grammar must contain at most 12 times &, found 13; use fewer intersections, and write & inside a"
+                "grammar must contain & at most 12 times, found 13; use fewer intersections, and write & inside a"
                 " schema as \\u0026."
             ),
         ),
         (  # it looks like a schema, and is two regular expressions around an intersection
             {"grammar": 'start: T\nT: /[%json {"a":"]/ ' + "& /b/ " * 13 + '& /["}]/'},
             (
-                "grammar must contain at most 12 times &, found 14; use fewer intersections, and write & inside a"
+                "grammar must contain & at most 12 times, found 14; use fewer intersections, and write & inside a"
                 " schema as \\u0026."
             ),
         ),

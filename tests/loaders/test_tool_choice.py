@@ -189,7 +189,7 @@ def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
         ),
         (
             {"tools": [{"name": "big", "parameters": {"properties": {"a" * 60_000: {}, "b" * 60_000: {}}}}]},
-            "tools: with tool_choice, names and parameters must have at most 100,000 characters, found 120,",
+            "tools: with tool_choice, names and parameters must have at most 100,000 characters in total, found 120,",
         ),
         (
             {"tools": [{"name": "odd", "parameters": {"properties": {"a": {"multipleOf": 9_999_991}}}}]},
