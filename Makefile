@@ -1,4 +1,4 @@
-# Each target does all of its own set-up in $(VENV); `make bench` also uses $(BENCH_VENV). `make` alone shows the targets.
+# Each target sets up everything that it needs in $(VENV). `make bench` also uses $(BENCH_VENV). `make` shows the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ DOCS_READY := $(VENV)/.ready-docs
 BENCH_VENV ?= .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 BENCH_PRECAST ?= .venv-bench-precast
-# Tests of one file share their fixtures, so a file stays with one worker. A worker takes up to 4 GB.
+# The tests of a file share fixtures, so one worker runs all of them. A worker uses up to 4 GB of memory.
 PYTEST = $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PIP_INSTALL = .ci/pip_install.py --constraint constraints.txt
 
@@ -29,7 +29,7 @@ test: $(READY)  ## set up and run the tests (15 to 25 minutes on two cores)
 	@echo "running the tests: 15 to 25 minutes on two cores"
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-long: $(READY)  ## half an hour more: sanitizers at each vector width, architectures with all weights and caches
+test-long: $(READY)  ## run long tests: sanitizers, architectures with all weights and caches (half an hour)
 	$(PYTEST) -m long $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff, mypy, import-linter, clang-format
@@ -39,7 +39,7 @@ lint: $(READY)  ## ruff, mypy, import-linter, clang-format
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror kernels/src/* tests/kernels/sanitize/*.cc tests/kernels/sanitize/*.h
 
-# --only-plat fails for a wheel that is tied to this machine's libraries.
+# With --only-plat, auditwheel fails if the wheel depends on this machine's libraries.
 wheel: $(READY)  ## build the manylinux wheel into dist/
 	rm -rf build/wheel
 	@$(BIN)/python $(PIP_INSTALL) 'precast[release]'
@@ -49,7 +49,7 @@ wheel: $(READY)  ## build the manylinux wheel into dist/
 docs: $(DOCS_READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 PRECAST_TYPES=$(VENV)/types $(BIN)/mkdocs build --strict
 
-# Each reports its findings and how to repeat them.
+# Each of these three targets prints the faults that it finds, and the commands that repeat them.
 fuzz: $(READY)  ## load 20,000 mutated artifacts
 	$(BIN)/python tests/fuzz/run.py --cases 20000 --seed 1 $(FUZZ_ARGS)
 
@@ -62,7 +62,7 @@ interrupt: $(READY)  ## press Ctrl-C in 13 commands, 130 times
 bench: $(READY) $(BENCH_READY)  ## compare with llama.cpp, OpenVINO, transformers and jax.jit (6 GB of packages)
 	$(BIN)/python benchmarks/headline.py
 	$(BIN)/python benchmarks/three_mistakes.py
-	$(PYTHON) -m venv $(BENCH_PRECAST)  # installed as for users and as the peers are: an editable install starts later
+	$(PYTHON) -m venv $(BENCH_PRECAST)  # not editable: an editable install starts more slowly, and the peers are installed normally too
 	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) '.[export]'
 	$(BENCH_PRECAST)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps .
 	$(BENCH_VENV)/bin/python benchmarks/peers/bench.py --precast-python $(BENCH_PRECAST)/bin/python $(BENCH_ARGS)
@@ -74,14 +74,14 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/src/*)
 	$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python .ci/pip_install.py --upgrade pip
 	@$(BIN)/python $(PIP_INSTALL) --editable '.[export,dev]'
-	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/precast  # mypy sees the folders as the package
+	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/precast  # so that mypy finds the folders as the package precast
 	touch $@
 
 $(DOCS_READY): $(READY)
 	@$(BIN)/python $(PIP_INSTALL) 'precast[docs]'
 	touch $@
 
-# The peers: about 6 GB of packages, and ten minutes of compiling llama.cpp for this processor.
+# The packages of the peers take about 6 GB. Compiling llama.cpp for this processor takes ten minutes.
 $(BENCH_READY): benchmarks/peers-requirements.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
 	$(BENCH_VENV)/bin/python .ci/pip_install.py --upgrade pip

@@ -2,9 +2,9 @@
 
     python .ci/pip_install.py ARGUMENTS OF pip install
 
-On a terminal the line counts packages, megabytes, and seconds; otherwise nothing appears until pip is done. pip's
-own output, its warnings included, appears only if pip fails: setuptools warns of folders named as the package at
-every editable installation, and pip of each absent folder of a local index.
+On a terminal, the line shows the numbers of packages, megabytes and seconds. Elsewhere, nothing appears until pip is
+done. pip's own output, including its warnings, appears only if pip fails. Otherwise, each editable installation would
+print setuptools' warning about folders with the package's name, and pip's warnings about absent folders of an index.
 """
 
 import os
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-# A package's name ends at its version or extras; `Processing` names a file.
+# The name of a package ends at its version or its extras. After `Processing`, pip prints a file name.
 _PACKAGE = re.compile(
     r"^(?:Collecting |Requirement already satisfied: |Processing (?:.*/)?)([\w.]+(?:-[A-Za-z]\w*)*)"
 )
@@ -24,7 +24,7 @@ _INTERVAL_S = 0.5
 
 
 class Installation:
-    """The state of an installation, read from pip's lines."""
+    """The progress of an installation, derived from the lines that pip prints."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -33,7 +33,7 @@ class Installation:
         self.stage = "looking for packages"
 
     def read(self, line: str) -> None:
-        """Take one line of pip's output into account."""
+        """Update the progress from one line of pip's output."""
         if package := _PACKAGE.match(line):
             self.packages.add(package[1].lower().replace("-", "_"))
             self.stage = "fetching"
@@ -57,12 +57,12 @@ def _show(state: Installation, done: threading.Event) -> None:
 
 
 def main() -> int:
-    """Run pip, show its state in one line, and return its exit code."""
+    """Run pip, show its progress in one line, and return its exit code."""
     command = [sys.executable, "-m", "pip", "--no-color", "install", "--progress-bar", "off", *sys.argv[1:]]
     state, output, done = Installation(), [], threading.Event()
     with subprocess.Popen(
         command,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},  # lines arrive as pip writes them
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},  # pip's lines arrive at once
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

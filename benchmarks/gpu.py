@@ -1,16 +1,17 @@
-"""Decoding of a 7B model on a GPU in bfloat16, compared with the GPU's bandwidth and with transformers.
+"""Measure the decoding of a 7B model on a GPU in bfloat16, against the memory bandwidth and against transformers.
 
-A decode step reads every weight and the filled part of the KV cache once, so its time is at least these bytes divided
-by the bandwidth of the GPU's memory, which is measured just before in the same process. The model has the shape of
-Mistral 7B and random weights, which are as fast as trained ones; precast exports it into an artifact with golden
-answers, and loads that. The peer is transformers with torch.compile ("reduce-overhead", which replays CUDA graphs) in
-another process, with the same shape, a static cache and bfloat16.
+A decode step reads every weight and the filled part of the KV cache once. It therefore takes at least the time to read
+these bytes at the bandwidth of the GPU's memory. The bandwidth is measured in the same process, just before the steps.
+The model has the shape of Mistral 7B and random weights, which are as fast as trained weights. precast exports this
+model into an artifact with golden answers, and then loads the artifact. The peer is transformers with torch.compile, in
+the mode "reduce-overhead", which replays CUDA graphs. It runs in another process, with the same shape, a static cache
+and bfloat16.
 
     python benchmarks/gpu.py [--shape 7b|tiny] [--platform cuda|cpu] [--steps 128] [--rounds 5]
 
-It needs a GPU of at least 24 GB, about 35 GB of memory for the export's float32 reference, and 15 GB of disk. The
-option --platform cpu with --shape tiny is for the benchmark's test; its figures have no meaning. The output is a table,
-and one line of JSON at the end.
+The benchmark needs a GPU with at least 24 GB, about 35 GB of memory for the export's float32 reference, and 15 GB of
+disk space. The options --platform cpu and --shape tiny are only for the test of this script; their figures have no
+meaning. The output is a table, and one line of JSON at the end.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def tensor_shapes(config: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return random numbers with the magnitude of trained weights.
 
-    A name always gives the same numbers, so a tensor can be generated whenever it is read, and none is stored.
+    The numbers depend only on the name and the shape, so each tensor is generated when it is read, and is never stored.
     """
     if len(shape) == 1:
         return np.ones(shape, np.float32)
@@ -119,7 +120,7 @@ def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def random_source(shape: str):
-    """Return a source whose tensors are generated when read."""
+    """Return a source whose tensors are generated when they are read."""
     from precast.exporter.sources.base import Source, SourceTensor
 
     config = SHAPES[shape]
@@ -142,7 +143,7 @@ def random_source(shape: str):
 
 
 def _tokenizer() -> bytes:
-    """Return a tokenizer whose tokens are bytes. The benchmark uses only ids, but an artifact needs a tokenizer."""
+    """Return a tokenizer whose tokens are bytes. It is unused, but an artifact must have a tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -160,7 +161,10 @@ def prompt(vocab: int) -> list[int]:
 
 
 def step_bytes(manifest: dict, target: str, filled: int) -> int:
-    """Return the bytes that a step reads: the weights, except an untied embedding, and the filled part of one slot."""
+    """Return the number of bytes that a step reads.
+
+    These are all weights except an untied embedding, and the filled positions of one slot.
+    """
     programs = next(t for t in manifest["targets"] if t["name"] == target)["programs"]
     decode = next(p for p in programs if p["kind"] == "decode")
     weights = [a for a in decode["arguments"] if a["role"] == "weight"]
@@ -176,7 +180,7 @@ def _bytes(value: dict) -> int:
 
 
 def bandwidth(device, gigabytes: float, rounds: int) -> float:
-    """Measure the bytes per second of a device's memory, with the faster of two loops: a sum, and x + 1."""
+    """Measure the bandwidth of a device's memory in bytes per second. Use the faster of two loops: a sum, and x + 1."""
     import jax
     import jax.numpy as jnp
 
@@ -200,7 +204,7 @@ def bandwidth(device, gigabytes: float, rounds: int) -> float:
 
 
 def export_model(shape: str, platform: str, capacity: int, folder: Path) -> tuple[Path, float]:
-    """Export the model for one target; return the artifact and the seconds of the export."""
+    """Export the model for one target; return the artifact and the duration of the export in seconds."""
     from precast.exporter.export import export
     from precast.exporter.options import ExportOptions
 
@@ -213,7 +217,7 @@ def export_model(shape: str, platform: str, capacity: int, folder: Path) -> tupl
 
 
 def decode_speeds(artifact: Path, steps: int, rounds: int) -> dict:
-    """Measure an artifact's prefill in seconds, and its decoding in tokens per second, for every round."""
+    """Return the artifact's prefill time in seconds and its decoding speed in tokens per second, for each round."""
     from precast.loaders.generation.engine import DecodeRow
     from precast.loaders.load import load
 
@@ -230,7 +234,7 @@ def decode_speeds(artifact: Path, steps: int, rounds: int) -> dict:
             token = int(engine.decode([DecodeRow(0, token, position)], cache).token[0])
         prefills.append(decoding - started)
         speeds.append(steps / (time.perf_counter() - decoding))
-    # The first round includes work that is done once.
+    # Leave out the first round, which includes one-time work.
     return {"target": model.target.name, "prefill_s": prefills[1:], "tokens_per_s": speeds[1:]}
 
 
@@ -238,7 +242,7 @@ def decode_speeds(artifact: Path, steps: int, rounds: int) -> dict:
 
 
 def run_torch(shape: str, platform: str, capacity: int, steps: int, rounds: int, backend: str) -> dict:
-    """Measure transformers with torch.compile, in a process that has done nothing else."""
+    """Measure transformers with torch.compile; run this in a new process."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -251,7 +255,7 @@ def run_torch(shape: str, platform: str, capacity: int, steps: int, rounds: int,
     ids = torch.tensor([prompt(config.vocab_size)], device=platform)
     prefills, speeds = [], []
     with torch.inference_mode():
-        # Reuse one cache: another one would have other addresses, so CUDA graphs would be recorded again.
+        # Reuse one cache. A new cache would have other addresses, so torch would record the CUDA graphs again.
         cache = StaticCache(config=config, max_cache_len=capacity)
         for _ in range(rounds + 2):
             cache.reset()
@@ -262,7 +266,7 @@ def run_torch(shape: str, platform: str, capacity: int, steps: int, rounds: int,
 
 
 def _torch_round(torch, model, forward, cache, ids, steps: int) -> tuple[float, float]:
-    """Return the seconds of prefill and of all steps; each token is copied to the host, as in precast."""
+    """Return the durations of prefill and of all steps in seconds. As in precast, each token is copied to the host."""
     started = time.perf_counter()
     places = torch.arange(ids.shape[1], device=ids.device)
     out = model(input_ids=ids, past_key_values=cache, cache_position=places, use_cache=True)
@@ -297,7 +301,7 @@ def summary(values: list[float]) -> dict:
 
 
 def report(facts: dict) -> str:
-    """Return the table."""
+    """Return the results as a Markdown table."""
     limit = facts["limit_tokens_per_s"]
     rows = [
         ("memory bandwidth, measured", f"{facts['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s"),
@@ -344,9 +348,9 @@ def find_device(platform: str):
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """Measure all figures."""
+    """Run precast and the peer; return all results."""
     device = find_device(arguments.platform)
-    # The peer goes first, while this process uses none of the device's memory.
+    # Run the peer first, while this process uses none of the device's memory.
     peer = torch_in_a_child(arguments)
     with tempfile.TemporaryDirectory(prefix="precast-gpu-") as folder:
         artifact, export_s = export_model(

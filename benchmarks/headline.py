@@ -1,8 +1,8 @@
-"""Figures of the demo model's artifact, from export to the last token.
+"""Measure the demo model: its export, its cold start, its speed and its memory.
 
-A decode step reads every weight once, so its time is at least the bytes of the weights divided by the memory's
-bandwidth; the table shows how close a step comes to this limit. Prefill is bound by arithmetic instead. A cold start is
-timed from the start of a new process, with interpreter and imports, and with all files in the page cache.
+A decode step reads every weight once, so it takes at least the bytes of the weights divided by the memory bandwidth.
+The table shows how close a step comes to this limit. Prefill is bound by arithmetic instead. The time of a cold start
+begins with the start of a new process, and includes the interpreter and all imports. All files are in the page cache.
 
     python benchmarks/headline.py [--rounds 7]
 
@@ -92,7 +92,7 @@ def _timed(work: Callable[[], object], rounds: int) -> float:
 
 
 def warm(artifact: Path, rounds: int) -> dict:
-    """Measure loading of programs, prefill, decode, bandwidth and memory, in a process that has done nothing else."""
+    """Measure the loading of programs, prefill, decode, bandwidth and memory; run this in a new process."""
     from precast.loaders.load import load
     from precast.loaders.locate import read_manifest
     from precast.loaders.runtime import pjrt
@@ -124,7 +124,7 @@ def warm(artifact: Path, rounds: int) -> dict:
 
 
 def _decode_speed(engine) -> float:
-    """Return greedy tokens per second after a prompt of 128 tokens."""
+    """Return the number of greedy tokens per second after a prompt of 128 tokens."""
     from precast.loaders.generation.engine import DecodeRow
 
     cache = engine.new_cache()
@@ -136,7 +136,7 @@ def _decode_speed(engine) -> float:
 
 
 def _resident() -> dict:
-    """Return resident memory in bytes: anonymous pages ("own"), and pages of mapped files."""
+    """Return the resident memory in bytes: anonymous pages ("own"), and pages of mapped files ("mapped")."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
     return {"own": int(fields["RssAnon"]) * 1024, "mapped": int(fields["RssFile"]) * 1024}
@@ -145,7 +145,7 @@ def _resident() -> dict:
 def _table(facts: dict) -> str:
     mb, ms, small = 1e6, 1e3, facts["context_512"]
     rows = [
-        ("cold start: process start to first token, 128-token prompt", f"{facts['cold_start_s']:.2f} s"),
+        ("cold start: from process start to first token, 128-token prompt", f"{facts['cold_start_s']:.2f} s"),
         ("of that: imports, loading", f"{facts['import_s']:.2f} s, {facts['load_s']:.2f} s"),
         ("loading all programs", f"{facts['programs_load_s'] * ms:.0f} ms"),
         (
@@ -170,7 +170,7 @@ def _table(facts: dict) -> str:
         ("export: time, peak memory", f"{facts['export_s']:.1f} s, {facts['export_peak_bytes'] / mb:.0f} MB"),
     ]
     return "\n".join(
-        ["| SmolLM2-135M-Instruct, float32 | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows)]
+        ["| SmolLM2-135M-Instruct, int8 | |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows)]
     )
 
 

@@ -1,4 +1,4 @@
-"""The machine of a benchmark, for its JSON line: processor, cores, versions and memory bandwidth."""
+"""The machine that runs a benchmark: processor, cores, package versions and memory bandwidth."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def describe(packages: tuple[str, ...] = ("precast", "jax", "jaxlib", "numpy")) -> dict:
-    """Return the hardware and the installed versions of the packages."""
+    """Return the processor, the number of cores, and the installed versions of Python and the packages."""
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -35,10 +35,10 @@ def _processor() -> str:
 def read_bandwidth(megabytes: int = 512, rounds: int = 10) -> float:
     """Measure the bytes per second that all cores together read from memory.
 
-    The bytes that a decode step reads, divided by the result, are a lower bound on the step's time. The loops are
-    NumPy's reductions, so that none of our code is measured; of the loops, the fastest comes closest to the hardware's
-    limit. A loop's speed is its average over all rounds, because bandwidth varies by a third within hundredths of a
-    second, and the measured time of a step is an average over all tokens, too.
+    A decode step takes at least the bytes that it reads divided by this bandwidth. The loops are NumPy's reductions, so
+    that none of precast's code is measured. The result is the speed of the fastest loop, which comes closest to the
+    hardware's limit. A loop's speed is its average over all rounds. The bandwidth varies by a third within hundredths
+    of a second, and the benchmarks' step times are averages over many steps too.
     """
     cores = len(os.sched_getaffinity(0))
     parts = [np.ones(megabytes * 1_000_000 // cores // 64 * 16, np.float32) for _ in range(cores)]

@@ -1,8 +1,8 @@
-"""Compute what models of 135M to 8B parameters take in disk, memory and time, from their published shapes.
+"""Compute the disk space, memory and speed of models of 135M to 8B parameters from their published shapes.
 
-A decode step reads every weight once and the filled part of the KV cache, so its speed is at most the memory's
-bandwidth divided by these bytes. The table gives this limit times the share of it that precast reached in peers.json.
-Weights are counted to the byte.
+A decode step reads every weight and the filled part of the KV cache once. The number of steps per second is therefore
+at most the memory bandwidth divided by these bytes. The table shows this limit, multiplied by the share of the limit
+that precast reached in peers.json. The sizes of weights are exact.
 
     python benchmarks/models.py
 
@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 CONFIGS = ROOT / "tests" / "exporter" / "published_configs.json"
 
-# Positions of the KV cache, and positions filled in the middle of 64 steps after a prompt of 128 tokens.
+# Positions of the KV cache, and the number of filled positions halfway through 64 steps after a prompt of 128 tokens.
 CONTEXT, FILLED = 2048, 160
 # Memory of Python, jaxlib, NumPy and XLA's buffers, without weights and KV cache.
 PROCESS_BYTES = 150e6
 
-# Changes to the published config of a larger model of the same family, whose config has the same keys.
+# Changes that turn the published config of Llama-3.1-70B, which has the same keys, into that of a smaller model.
 _LLAMA_1B = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -54,13 +54,13 @@ MODELS: tuple[tuple[str, str, Mapping[str, object]], ...] = (
 
 
 def sizes(config: Mapping[str, Any], name: str, weights: str) -> tuple[int, int, int]:
-    """Return three numbers of bytes: a model's weights, its whole KV cache, and all that a decode step reads."""
+    """Return three sizes in bytes: a model's weights, its whole KV cache, and the data that a decode step reads."""
     spec = read_model(config, name)
     model = stored_model(spec, weights)
     stored = stored_bytes(model.parameters, model.formats)
     embedding = [p for p in model.parameters if p.name == "model.embed_tokens.weight"]
     has_head = any(p.name.startswith("lm_head.") for p in model.parameters)
-    # If the embedding is not also the output head, a step reads only one row of it.
+    # If the output head has separate weights, a step reads only one row of the embedding.
     skipped = stored_bytes(embedding, model.formats) if has_head else 0
     geometry = Geometry(context=CONTEXT, slots=1, buckets=(64, 128, 512), kv_cache="bfloat16")
     cache = [
@@ -71,7 +71,7 @@ def sizes(config: Mapping[str, Any], name: str, weights: str) -> tuple[int, int,
 
 
 def row(name: str, config: Mapping[str, Any], measured: Mapping) -> str:
-    """Return a line of the table."""
+    """Return a model's row of the table."""
     cells = []
     for weights in ("int8", "int4"):
         disk, cache, read = sizes(config, name, weights)

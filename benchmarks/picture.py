@@ -1,9 +1,9 @@
-"""Draw the README's picture from peers.json: speed of decoding and time to the first token, in two panels.
+"""Draw the README's picture from peers.json: decoding speed, and time to the first token, in two panels.
 
     python benchmarks/picture.py
 
-Writes decode-and-start-light.svg and decode-and-start-dark.svg into benchmarks/results. The same figures always give
-the same bytes.
+Writes decode-and-start-light.svg and decode-and-start-dark.svg into benchmarks/results. The files depend only on the
+figures, byte for byte.
 """
 
 import json
@@ -42,8 +42,8 @@ class Panel:
 
     Attributes:
         title: the quantity and its unit.
-        hint: the better direction.
-        values: a figure for each label, in groups.
+        hint: a note on which bars are better, such as "longer is better".
+        values: groups of pairs, each of a label and its figure.
         decimals: digits after the decimal point.
     """
 

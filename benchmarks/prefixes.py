@@ -1,13 +1,13 @@
-"""The time to the first token of text that the model has read before, and the speed of batches and drafts.
+"""Measure the effect of stored prefixes on the time to the first token, and the speed of batches and of drafts.
 
-Reading a prompt is bound by arithmetic. Copying the keys and values of a prefix is bound by memory, and takes about a
-hundredth of the time. Each table compares both on the same tokens, alternately:
+Computing a prompt is bound by arithmetic. Copying the keys and values of a stored prefix is bound by memory bandwidth,
+and takes about a hundredth of the time. Each part compares two or more ways alternately:
 
-    chat      the first token of each turn of a chat with ten turns, with and without prefixes in memory
-    start     from the start of a process to its first token: a prompt of 8 tokens, and a long one that is read by the
-              model, or comes from a prefix in the artifact, or from a state file
-    batch     eight sequences of 128 + 128 tokens together, and one after the other
-    lookup    decoding with drafts from the prompt and without them, on a rewriting task and on prose
+    chat      time to the first token in each turn of a chat with ten turns, with and without prefixes in memory
+    start     time from the start of a process to its first token. The prompt has 8 tokens, or it is long. The keys and
+              values of the long prompt are computed, or come from a prefix in the artifact or from a state file
+    batch     eight sequences of 128 + 128 tokens, together and one after the other
+    lookup    decoding with and without drafts from the prompt, for a task that rewrites a text and for prose
 
     python benchmarks/prefixes.py [ARTIFACT] [--rounds 5] [--only chat,start,batch,lookup] [--prefix 2000]
 
@@ -49,7 +49,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def prompt(length: int, seed: int = 1, vocab: int = 49152) -> list[int]:
-    """Return distinct, arbitrary token ids."""
+    """Return arbitrary token ids, without repetitions."""
     return [(i * 7919 + seed * 104729) % vocab for i in range(1, length + 1)]
 
 
@@ -126,7 +126,7 @@ def start(artifact: Path, rounds: int, length: int, folder: Path) -> dict:
     texts: dict[str, str] = {}
     for _ in range(rounds + 1):
         for name, (path, arguments) in commands.items():
-            model.save_state(state, prefix)  # run --state replaces it
+            model.save_state(state, prefix)  # restore the file, which run --state replaces
             answer = json.loads(_precast("run", str(path), *arguments, "-n", "1", "--json"))
             times[name].append(answer["timing"]["first_token_s"])
             texts[name] = answer["text"]
@@ -141,7 +141,7 @@ def start(artifact: Path, rounds: int, length: int, folder: Path) -> dict:
 
 
 def batch(artifact: Path, rounds: int, sequences: int = 8, length: int = 128, tokens: int = 128) -> dict:
-    """Measure the tokens per second of sequences run together and one after the other."""
+    """Measure the tokens per second of several sequences, run together and run one after the other."""
     import precast
 
     model = precast.load(artifact, prefix_memory=0)
@@ -184,7 +184,7 @@ def surface(width, height, depth):
 
 
 def lookup(artifact: Path, rounds: int, tokens: int = 160) -> dict:
-    """Measure decoding with and without drafts, on a task that repeats its prompt and on prose."""
+    """Measure the decoding speed with and without drafts, for a task that repeats its prompt and for prose."""
     import precast
 
     model = precast.load(artifact)
@@ -235,7 +235,7 @@ def _table(facts: dict) -> str:
         s = facts["start"]
         lines += [
             f"| process start to first token | s |\n|---|---:|\n| 8 tokens | {s['short_s']:.3f} |",
-            f"| {s['prefix_tokens']} tokens and 8, read | {s['read_s']:.3f} |",
+            f"| {s['prefix_tokens']} + 8 tokens, all computed | {s['read_s']:.3f} |",
             f"| the same, prefix in the artifact | {s['artifact_s']:.3f} |",
             f"| the same, state file | {s['state_s']:.3f} |\n",
         ]

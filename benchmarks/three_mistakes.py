@@ -1,12 +1,13 @@
-"""Three mistakes of a JAX decoder, alone and together, compared with an artifact, which avoids them.
+"""Measure the cost of three mistakes in a JAX decoder, alone and together, compared with an artifact.
 
-1. Every layer rebuilds the RoPE tables at every step, instead of once.
-2. There is no KV cache: every step runs the whole sequence again.
-3. The shapes grow with the sequence, so jit traces and compiles at every step.
+1. Every layer recomputes the RoPE tables at every step.
+2. There is no KV cache, so every step processes the whole sequence again.
+3. The shapes grow with the sequence, so jit traces and compiles again at every step.
 
-All variants generate the same tokens greedily from the same weights, each in a new process: with all three mistakes,
-with one of them fixed, with all fixed under jit, and from the artifact. Layers are unrolled and their weights are
-separate arrays, as in most code of this kind. Times include compiling, because the user waits for it.
+Each variant generates the same greedy tokens from the same weights, in a new process. The variants are: all three
+mistakes, only one of them fixed, all of them fixed under jit, and the artifact. As in most code of this kind, the
+layers are unrolled, and each layer has separate arrays of weights. Times include compilation, because users wait for
+it.
 
     python benchmarks/three_mistakes.py [--models smollm2 qwen2] [--tokens 24]
 
@@ -35,7 +36,7 @@ CAPACITY = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A decoder with some of the mistakes fixed."""
+    """A decoder with none, some or all of the mistakes fixed."""
 
     title: str
     tables_once: bool
@@ -54,14 +55,14 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One generation.
+    """The result of one generation.
 
     Attributes:
         token_ids: the answer.
         first_token_s: seconds from the start of the process to the first token.
-        tokens_per_s: rate of the tokens after the first, including compiling.
+        tokens_per_s: tokens per second after the first token, including compilation.
         steady_tokens_per_s: inverse of the median time of a step.
-        compiles: programs compiled by the process.
+        compiles: number of programs that the process compiled.
     """
 
     token_ids: tuple[int, ...]
@@ -76,7 +77,7 @@ class Result:
 
 
 def _build(variant: Variant, shape: dict, weights: dict) -> Callable:  # noqa: C901  # a whole decoder in the usual style
-    """Return a function ``generate(prompt, n) -> (tokens, time of each token in seconds)``."""
+    """Return a function ``generate(prompt, n) -> (tokens, time at which each token was ready)``."""
     import jax
     import jax.numpy as jnp
 
@@ -115,7 +116,7 @@ def _build(variant: Variant, shape: dict, weights: dict) -> Callable:  # noqa: C
         return jnp.einsum("kgts,skh->tkgh", weights, v).reshape(q.shape[0], heads * dim)
 
     def forward(params, tokens, start, past, rope):
-        """Run tokens ``[T]`` from position `start` on; `past` has (k, v) of each layer, or is None without a cache."""
+        """Process tokens ``[T]`` at positions ``start …``; `past` is (k, v) for each layer, or None: no KV cache."""
         positions = start + jnp.arange(tokens.shape[0])
         x, new = params["embed"][tokens], []
         for i, layer in enumerate(params["layers"]):
@@ -181,7 +182,7 @@ def _build(variant: Variant, shape: dict, weights: dict) -> Callable:  # noqa: C
 
 
 def run_variant(name: str, artifact: Path, facts: dict, prompt: Sequence[int], tokens: int) -> Result:
-    """Generate in this process, which must be new."""
+    """Generate with a variant in this process, which must have done nothing else before."""
     import jax
 
     from precast.loaders.artifact.manifest_parser import parse_manifest
@@ -278,7 +279,7 @@ MODELS = {"smollm2": _demo_source, "qwen2": _qwen2_source}
 
 
 def _export(source, folder: Path) -> tuple[Path, dict]:
-    """Export a model; return the artifact, and the settings that the variants need."""
+    """Export a model; return the artifact, and the settings that the variants need in addition."""
     from precast.exporter.export import export
     from precast.exporter.models.registry import read_model
     from precast.exporter.options import ExportOptions

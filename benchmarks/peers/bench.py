@@ -1,19 +1,20 @@
-"""precast compared with its peers: the same model, prompts, threads and bits, alternating in one run.
+"""Compare precast with its peers: the same model, prompts and threads, and the same number of bits, alternately.
 
-Every contender loads once in its own process and answers on request; all idle contenders are stopped (SIGSTOP), so
-that none of their threads spins. For each prompt length, every contender runs the prompt in an empty cache and decodes
-after it, in an order that rotates with each round. The machine's limits, memory bandwidth and arithmetic peaks, are
-measured just before each measurement of precast. A measurement is repeated if other processes used more than 5 % of the
-machine meanwhile; the results state the share that they used.
+Each contender has a process that loads the model once and then answers requests. All idle contenders are stopped
+(SIGSTOP), so that their threads cannot spin. For each prompt length, each contender runs the prompt in an empty cache
+and then decodes. The order of the contenders rotates with each round. The memory bandwidth and the arithmetic peaks of
+the machine are measured just before each measurement of precast. If other processes used more than 5% of the machine
+during a measurement, the measurement is repeated. The results state the share that other processes used.
 
-Decoding is bound by memory (a step reads the weights and the filled cache once), prefill by arithmetic; the results
-also give precast's figures as shares of these limits. A cold start is timed from the start of a new process to the
-first token, with all files in the page cache.
+Decoding is bound by memory, because a step reads the weights and the filled part of the cache once. Prefill is bound by
+arithmetic. The results also give precast's figures as shares of these limits. A cold start is the time from the start
+of a new process to the first token, with all files in the page cache.
 
     make bench                                        # builds .venv-bench, then runs this
     python benchmarks/peers/bench.py --precast-python .venv/bin/python [--contenders NAME …] [--rounds 5]
 
-It writes benchmarks/results/peers.json and peers.svg; the output is a table, and one line of JSON at the end.
+The script writes peers.json and peers.svg into benchmarks/results. The output is a table, and one line of JSON at the
+end.
 """
 
 import argparse
@@ -74,9 +75,9 @@ class Bench:
         return Worker(contender, path, self.interpreters[contender.interpreter], self.folder / f"{name}.log")
 
     def measured(self, worker: Worker, **request: object) -> dict:
-        """Repeat a request while other processes disturb it; return the answer of the quietest attempt.
+        """Send a request, and repeat it while other processes disturb it; return the answer of the quietest attempt.
 
-        The answer's "others" is the share of the machine that other processes used during that attempt.
+        "others" in the answer is the share of the machine that other processes used during this attempt.
         """
         best = None
         for _ in range(1 + self.retries):
@@ -89,7 +90,7 @@ class Bench:
         return dict(best.values) | {"others": best.others}
 
     def limits(self, peak: Path) -> dict:
-        """Measure the memory bandwidth and the arithmetic peaks now, and keep them for the summary."""
+        """Measure the memory bandwidth and the arithmetic peaks; record them for the summary, and return them."""
         wait_for_quiet(self.patience)
         found = json.loads(subprocess.run([peak, str(THREADS)], check=True, capture_output=True).stdout)
         found["read_bytes_per_s"] = max(found["read_bytes_per_s"], machine.read_bandwidth())
@@ -118,8 +119,8 @@ def timed_rounds(bench: Bench, workers: Mapping[str, Worker], lengths: Sequence[
         for length in lengths:
             for name in rotated:
                 steps = steps_after(length)
-                # Bandwidth changes within minutes with the load of the machine, so a share of the limit refers to
-                # the limit of the same minute.
+                # The bandwidth changes within minutes with the load of the machine, so the limit is measured in the
+                # same minute as the speed.
                 limit = {"limits": bench.limits(peak)} if name.startswith("precast") else {}
                 answer = bench.measured(workers[name], run=prompt(length), steps=steps)
                 runs[name][length].append(answer | limit)
@@ -150,7 +151,7 @@ def _summary(bench: Bench, name: str, length: int, runs: Sequence[Mapping]) -> d
 
 
 def memory(bench: Bench) -> None:
-    """Measure the resident memory of new processes after loading, and after a prompt and some tokens."""
+    """Measure the resident memory of new processes twice: after loading, and after a prompt with an answer."""
     for name in bench.contenders:
         worker = bench.start(name)
         loaded = worker.ask(memory=True).values
@@ -203,7 +204,9 @@ def fidelities(bench: Bench, tokens: int) -> None:
     asked = next((n for n in bench.contenders if n.startswith("precast")), None)
     names = [n for n, c in bench.contenders.items() if c.group != "float32"]
     if REFERENCE not in bench.contenders or asked is None or not names:
-        _say("fidelity needs the reference, a precast contender and one of reduced bits: left out")
+        _say(
+            "fidelity is left out: it needs the reference, a precast contender, and a contender with fewer than 32 bits"
+        )
         return
     workers = {name: bench.start(name) for name in dict.fromkeys([REFERENCE, asked, *names])}
     windows = workers[asked].ask(windows=[tokens, 512]).values["windows"]
@@ -267,10 +270,12 @@ def main() -> None:
         "--retries", type=int, default=2, help="retries if other processes disturb a measurement"
     )
     parser.add_argument(
-        "--keep-artifacts", action="store_true", help="use existing artifacts; export the missing"
+        "--keep-artifacts", action="store_true", help="reuse existing artifacts; export only missing ones"
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--report", type=Path, help="print and draw this peers.json instead of measuring")
+    parser.add_argument(
+        "--report", type=Path, help="existing peers.json to print and draw, instead of measuring"
+    )
     arguments = parser.parse_args()
     result = json.loads(arguments.report.read_text()) if arguments.report else measure(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)

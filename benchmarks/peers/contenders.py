@@ -1,4 +1,7 @@
-"""The contenders, one entry each. Workers import this in every interpreter, so it needs only the standard library."""
+"""The contenders of the benchmark.
+
+Workers import this module in each interpreter, so it needs only the standard library.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,10 +17,10 @@ class Contender:
     Attributes:
         label: name in tables and pictures.
         group: "int8", "int4", "float16" or "float32"; comparisons are within a group.
-        worker: name of the module beside this one that runs it.
-        interpreter: the Python that has the packages it needs, "peers" or "precast".
-        model: name of its file or folder, made by `derive`.
-        options: further arguments of the worker's `load`.
+        worker: name of the module in this folder that runs the engine.
+        interpreter: the Python interpreter that has the engine's packages, "peers" or "precast".
+        model: name of the model's file or folder, as made by `derive`.
+        options: further arguments for the worker's `load`.
     """
 
     label: str
@@ -77,5 +80,5 @@ CONTENDERS: Mapping[str, Contender] = {
         model="huggingface",
     ),
 }
-# The float32 contender with whose predictions all others are compared.
+# The float32 contender that is the reference for the predictions of all other contenders.
 REFERENCE = "transformers"

@@ -1,10 +1,10 @@
-"""The contenders' files, made once from the demo model's GGUF and kept in precast's cache folder under bench/.
+"""Make the contenders' model files from the demo model's GGUF file, and keep them in bench/ in precast's cache folder.
 
     python derive.py NAME FOLDER     # in the interpreter that `MAKERS` names
 
-All of them come from the same float32 values: those to which the GGUF's Q4_1 blocks and Q8_0 embedding dequantise. The
-contender in Q4_1 is that file itself, and loses nothing against the reference. Every other format rounds the values
-once.
+All files are made from the same float32 values, to which the Q4_1 blocks and the Q8_0 embedding of the GGUF file
+dequantise. The contender in Q4_1 is the GGUF file itself, so its weights equal those of the reference. Every other
+format rounds the values once.
 """
 
 import json
@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-# The matrices of this model have 576 or 1536 columns: multiples of 64, but not of OpenVINO's usual 128.
+# The matrices of this model have 576 or 1536 columns. 576 is a multiple of 64, but not of OpenVINO's usual 128.
 OPENVINO_GROUP = 64
 
 
@@ -49,7 +49,7 @@ def huggingface(folder: Path) -> None:
 
 
 def demo_gguf(path: Path) -> None:
-    """Copy the published file of the demo model."""
+    """Copy the published GGUF file of the demo model."""
     from precast.exporter.sources import demo
     from precast.loaders.artifact.cache_folder import cache_folder
 
@@ -57,7 +57,7 @@ def demo_gguf(path: Path) -> None:
 
 
 def _gguf(source: str, file_type: str) -> Callable[[Path], None]:
-    """Return a function that writes a GGUF file of another type with llama.cpp's own quantiser."""
+    """Return a function that quantises a GGUF file to another type with llama.cpp's own quantiser."""
 
     def make(path: Path) -> None:
         import llama_cpp as lib
@@ -73,7 +73,7 @@ def _gguf(source: str, file_type: str) -> Callable[[Path], None]:
 
 
 def _openvino(*options: str) -> Callable[[Path], None]:
-    """Return a function that writes OpenVINO's form of model and tokenizer, with weights compressed by nncf."""
+    """Return a function that exports the model and its tokenizer for OpenVINO, with weights compressed by nncf."""
 
     def make(folder: Path) -> None:
         tool = Path(sys.executable).parent / "optimum-cli"
@@ -110,7 +110,7 @@ def cache(name: str) -> Path:
 
 
 def obtain(name: str, interpreters: Mapping[str, str]) -> Path:
-    """Return the path of a derived file or folder, and make it first if it is missing.
+    """Make a derived file or folder if it is missing; return its path.
 
     Args:
         name: a key of `MAKERS`.
@@ -129,7 +129,7 @@ def obtain(name: str, interpreters: Mapping[str, str]) -> Path:
 
 
 def precast_artifact(weights: str, context: int, interpreters: Mapping[str, str], *, keep: bool) -> Path:
-    """Export the demo model with this checkout, or keep an existing artifact if told to."""
+    """Export the demo model and return its artifact; with `keep`, return an existing artifact unchanged."""
     path = cache(f"precast-{weights}-{context}")
     if keep and (path / "manifest.json").exists():
         return path

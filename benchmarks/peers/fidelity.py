@@ -1,4 +1,4 @@
-"""A contender's predictions compared with the reference's, by the method of `precast eval`, for any worker."""
+"""Compare the predictions of any contender with those of the reference, by the method of `precast eval`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def divergences(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return KL(reference ‖ other) of each row, in nats."""
+    """Return KL(reference ‖ other) in nats for each row."""
     p, q = log_probabilities(reference), log_probabilities(other)
     return (np.exp(p) * (p - q)).sum(axis=-1)
 
@@ -22,9 +22,9 @@ def divergences(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 def measure(
     workers: dict[str, Worker], reference: str, windows: Sequence[Sequence[int]], folder: Path
 ) -> dict:
-    """Return mean and 99th percentile of the divergence, and top-1 agreement, by contender, over windows of tokens.
+    """Return, for each contender, the mean and 99th percentile of the divergence, and the top-1 agreement.
 
-    The first half of a window is prefilled, and the rest decoded token by token.
+    The first half of each window of tokens is prefilled, and the second half is decoded token by token.
     """
     kl = {name: [] for name in workers if name != reference}
     same = {name: [] for name in kl}

@@ -1,4 +1,4 @@
-"""This project's Flax model under plain jax.jit, in pure XLA; the first call of each shape compiles."""
+"""This project's Flax model under plain jax.jit, in pure XLA. The first call with each shape compiles a program."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ class Jit:
         self._programs = {}
 
     def _program(self, name: str, bucket: int):
-        """Return the jitted function of decode, or of a prefill bucket."""
+        """Return the jitted function for decode or for a prefill bucket."""
         if name not in self._programs:
             geometry = Geometry(context=CAPACITY, slots=1, buckets=(bucket,))
             programs = {p.name: p for p in build_programs(self._stored, geometry, XLA_OPS)}

@@ -1,4 +1,4 @@
-"""Lower bounds on time: the bytes that a decode step reads, and the operations of a prompt."""
+"""Lower bounds on times, from the bytes that a decode step reads and the operations of a prompt."""
 
 from collections.abc import Mapping
 from math import prod
@@ -7,15 +7,15 @@ DTYPE_BYTES = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int8": 1,
 
 
 def decode_program(manifest: Mapping) -> Mapping:
-    """Return the decode program of an artifact's compiled target."""
+    """Return the decode program of an artifact's first compiled target."""
     target = next(t for t in manifest["targets"] if t["runtime"] == "pjrt")
     return next(p for p in target["programs"] if p["kind"] == "decode")
 
 
 def weight_bytes(manifest: Mapping) -> int:
-    """Return the bytes of weights that a step reads.
+    """Return the number of bytes of weights that a decode step reads.
 
-    An embedding that is not also the output head counts as 0: a step reads one row of it.
+    If the output head has separate weights, the embedding counts as 0, because a step reads only one row of it.
     """
     arguments = [a for a in decode_program(manifest)["arguments"] if a["role"] == "weight"]
     untied = any(a["name"].startswith("lm_head.") for a in arguments)
@@ -24,7 +24,7 @@ def weight_bytes(manifest: Mapping) -> int:
 
 
 def cache_bytes(manifest: Mapping, filled: float) -> float:
-    """Return the bytes that a step of one sequence reads of a KV cache with `filled` positions."""
+    """Return the number of bytes that a step of one sequence reads from a KV cache with `filled` positions."""
     return sum(_cache_array_bytes(array, filled) for array in manifest["cache"])
 
 
@@ -34,12 +34,12 @@ def _cache_array_bytes(array: Mapping, filled: float) -> float:
 
 
 def decode_share(manifest: Mapping, step_s: float, filled: float, bytes_per_s: float) -> float:
-    """Return the least time for reading the weights and the filled cache, as a share of the measured `step_s`."""
+    """Return the minimum time to read the weights and the filled cache, as a share of the measured time `step_s`."""
     return (weight_bytes(manifest) + cache_bytes(manifest, filled)) / bytes_per_s / step_s
 
 
 def prompt_operations(model: Mapping, tokens: int) -> int:
-    """Count the multiplications and additions of a prompt: projections, causal attention, and the last logits."""
+    """Count the multiplications and additions for a prompt: projections, causal attention, and the last logits."""
     attention, key_values = model["heads"] * model["head_dim"], model["kv_heads"] * model["head_dim"]
     projections = model["width"] * (2 * attention + 2 * key_values) + 3 * model["width"] * model["ff_width"]
     scores = 2 * attention * (tokens + 1) // 2
@@ -52,7 +52,7 @@ def int8_peak(peak: Mapping[str, float]) -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Return the median and the extremes."""
+    """Return the median, the minimum, the maximum and the number of the values."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: its loader, then llama.cpp's C functions, which run single tokens fastest."""
+"""llama.cpp: llama-cpp-python loads the model, then llama.cpp's C functions run it, because they are fastest."""
 
 import ctypes
 import time
@@ -12,13 +12,13 @@ from worker import timed_run
 
 @lib.llama_log_callback
 def _silent(level: int, text: bytes, data: object) -> None:
-    """Discard the library's log; the callback must live as long as the library."""
+    """Discard the library's log. The callback is global, because it must live as long as the library."""
 
 
 class LlamaCpp:
-    """llama.cpp with flash attention, which saves 15 % of a prompt's time.
+    """llama.cpp with flash attention, which shortens the time of a prompt by 15%.
 
-    llama.cpp enables it by default, but its Python package does not.
+    llama.cpp enables flash attention by default, but its Python package does not.
     """
 
     packages = ("llama-cpp-python", "numpy")
@@ -39,7 +39,7 @@ class LlamaCpp:
         self._vocab = self._model.n_vocab()
 
     def _decode(self, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens; return a view of the last token's logits ``[V]``."""
+        """Append tokens to the cache; return a view of the last token's logits ``[V]``."""
         tokens = (lib.llama_token * len(ids))(*ids)
         if lib.llama_decode(self._context, lib.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError(f"llama_decode failed on {len(ids)} tokens")

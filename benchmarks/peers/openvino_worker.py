@@ -1,4 +1,4 @@
-"""OpenVINO GenAI: its pipeline for times, and the model's own infer request for logits."""
+"""OpenVINO GenAI: its pipeline measures times, and an infer request for the model computes logits."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ class OpenVino:
             properties["KV_CACHE_PRECISION"] = cache
         if backend == "PA":
             scheduler = genai.SchedulerConfig()
-            # Without `prefixes`, compute repeated prompts again. Compute each prompt as one batch, instead of chunks of
-            # 256 tokens.
+            # Unless `prefixes` is True, repeated prompts are computed again. Each prompt is one batch, instead of
+            # chunks of 256 tokens.
             scheduler.enable_prefix_caching = prefixes
             scheduler.max_num_batched_tokens = CAPACITY
             properties["scheduler_config"] = scheduler
@@ -40,7 +40,7 @@ class OpenVino:
         return int(self._generate(ids, 1).tokens[0][0])
 
     def run(self, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
-        """Time the prompt by a call for one token, and the steps by the pipeline's own time stamps."""
+        """Time the prompt with a call for one token, and the steps with the pipeline's time stamps."""
         started = time.perf_counter()
         self._generate(ids, 1)
         prefill = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Draw peers.svg: horizontal bars that are legible on white and dark pages."""
+"""Draw peers.svg: horizontal bars that are legible on white and on dark pages."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ _STYLE = {
 
 
 def draw(result: Mapping, path: Path) -> None:
-    """Draw a benchmark's result into `path`. The same figures always give the same bytes."""
+    """Draw a benchmark's result into `path`. The file depends only on the result, byte for byte."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -48,7 +48,8 @@ def draw(result: Mapping, path: Path) -> None:
 def _panel(axis, title: str, figure: report.Figure, rows: list[Mapping]) -> None:
     found = [(c, v) for c in rows if (v := report.value(c, figure)) is not None]
     better = "more is better" if figure[2] else "less is better"
-    # Cut the bars of outliers, which would leave no room for the others; an arrow marks them.
+    # Cut the bars of outliers, and mark them with an arrow. In full length, they would leave no room for the other
+    # bars.
     middle = sorted(v for _, v in found)[len(found) // 2]
     limit = 4 * middle
     for place, (contender, value) in enumerate(found):

@@ -1,4 +1,4 @@
-"""precast as in `precast run`: an artifact and its engine, without jax."""
+"""precast, loaded as by `precast run`: an artifact and its engine, without jax."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

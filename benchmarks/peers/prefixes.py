@@ -1,16 +1,18 @@
-"""The time to the first token of text that was read before, in precast and its peers.
+"""Measure the time to the first token after stored prefixes, for precast and its peers.
 
-    start   from the start of a new process to the first token: after a prompt of 8 tokens, and after the same prompt
-            preceded by a prefix, whose keys and values come from a file. precast reads them from the artifact,
-            llama.cpp from the file that its server's slot restore reads. OpenVINO GenAI keeps prefixes in memory only.
-    chat    the first token of each of 10 turns. Each contender answers 40 tokens and continues from its own answers:
-            precast by the prefixes in memory, llama.cpp by its context, OpenVINO GenAI by its prefix cache.
+    start   time from the start of a new process to the first token, after a prompt of 8 tokens alone, and after a
+            prefix and the same prompt. The prefix's keys and values come from a file: for precast from the artifact,
+            for llama.cpp from the kind of file from which its server restores a slot. OpenVINO GenAI is left out,
+            because it keeps prefixes in memory only.
+    chat    time to the first token of each of 10 turns. Each answer has 40 tokens, and each contender continues from
+            its own answers: precast with the prefixes in memory, llama.cpp with its context, OpenVINO GenAI with its
+            prefix cache.
 
-Files, workers and interpreters are those of bench.py. The contenders alternate in each round.
+The script uses the files, workers and interpreters of bench.py. In each round, the contenders run one after the other.
 
     .venv-bench/bin/python benchmarks/peers/prefixes.py --precast-python .venv/bin/python [--rounds 5] [--prefix 1900]
 
-It writes benchmarks/results/prefixes.json; the output is a table.
+The script writes benchmarks/results/prefixes.json. The output is a table.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def ids(length: int, seed: int) -> list[int]:
 
 
 def turns(round_: int) -> list[list[int]]:
-    """Return the new token ids of each turn. They differ between rounds, so that no round reuses a prefix."""
+    """Return the new token ids of each turn. The ids differ between rounds, so that no round reuses a prefix."""
     lengths = [FIRST_TURN] + [LATER_TURNS] * (TURNS - 1)
     return [ids(length, 1 + round_ * TURNS + turn) for turn, length in enumerate(lengths)]
 
@@ -67,7 +69,7 @@ class Bench:
         return Worker(contender, self.models[name], interpreter, self.folder / f"{name}.log")
 
     def chat(self) -> dict[str, list[float]]:
-        """Return the median seconds to the first token of each turn, by contender."""
+        """Return, for each contender, the median time to the first token of each turn, in seconds."""
         workers = {
             name: self.worker(name, c if c.worker == "llama_cpp_worker" else _with(c, prefixes=True))
             for name, c in self.contenders.items()
@@ -85,7 +87,7 @@ class Bench:
         }
 
     def start(self) -> dict[str, dict[str, float]]:
-        """Return the median seconds from the start of a process to its first token, by contender and kind."""
+        """Return, for each contender, the median times from a process's start to its first token, in seconds."""
         stored = {name: self._stored(name, c) for name, c in self.contenders.items() if _has_file(c)}
         times: dict[str, dict[str, list[float]]] = {name: {"short": [], "prefix": []} for name in stored}
         for _ in range(self.rounds + 1):
@@ -115,14 +117,14 @@ class Bench:
             return _with(contender, state=str(state)), self.models[name], prefix
         artifact, text = self.folder / name, self.folder / "prefix.txt"
         shutil.copytree(self.models[name], artifact)
-        # The prefix is the text that `precast eval` ships. Only its length affects the time.
+        # The prefix is the text on which `precast eval` measures by default. Only its length affects the time.
         prefix = self._shipped_text(artifact, text)
         command = [self.interpreters["precast"], "-m", "precast.cli", "add-prefix", str(artifact), "prefix"]
         subprocess.run([*command, "--text", str(text)], check=True, stdout=subprocess.DEVNULL)
         return _with(contender, prefixes=True), artifact, prefix
 
     def _shipped_text(self, artifact: Path, text: Path) -> list[int]:
-        """Write the first `self.prefix` tokens of the shipped text to a file; return the file's token ids."""
+        """Write the first `self.prefix` tokens of `precast eval`'s text to a file; return the file's token ids."""
         code = (
             "import json, sys, precast; from precast.loaders.audit import evaluate;"
             "model, count = precast.load(sys.argv[1]), int(sys.argv[3]);"

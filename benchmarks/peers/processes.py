@@ -1,4 +1,4 @@
-"""The driver's side of the workers: start them, ask them, stop idle ones, and measure the load of other processes."""
+"""The benchmark's side of the workers: start, query and stop them, and measure the load by other processes."""
 
 import ctypes
 import json
@@ -18,14 +18,14 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A worker's answer, and the share of the machine that other processes used meanwhile (0 to 1)."""
+    """A worker's answer, and the share of the machine (0 to 1) that other processes used during the request."""
 
     values: Mapping
     others: float
 
 
 def _machine_busy() -> float:
-    """Return the CPU seconds of all processes since the machine started."""
+    """Return the CPU time in seconds that all processes have used since the machine started."""
     user, nice, system, _, _, irq, soft, steal, *_ = map(
         int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     )
@@ -38,7 +38,7 @@ def _process_busy(pid: int) -> float:
 
 
 def wait_for_quiet(patience: float, limit: float = 0.05) -> bool:
-    """Wait until other processes are idle for a moment, at most `patience` seconds; return True if they are."""
+    """Wait at most `patience` seconds until the machine is idle for a moment; return True if it was."""
     ends = time.monotonic() + patience
     cores = len(os.sched_getaffinity(0))
     while time.monotonic() < ends:
@@ -54,14 +54,14 @@ def command(contender: Contender, model: Path, interpreter: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    # Remove the driver's settings of threads. OpenMP's defaults are the fastest for a worker that runs alone, and every
-    # worker does, because idle ones are stopped.
+    # Remove the benchmark's own settings of threads. OpenMP's defaults are the fastest for a worker that runs alone.
+    # Every worker runs alone, because idle workers are stopped.
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "KMP_", "GOMP_", "MKL_"))}
     return kept | {"TF_CPP_MIN_LOG_LEVEL": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
 
 
 def _die_with_parent() -> None:
-    """Have the kernel kill the worker when its driver dies, because a stopped process would otherwise live on.
+    """Make the operating system kill the worker when the benchmark dies. Otherwise, a stopped worker would remain.
 
     The call is prctl(PR_SET_PDEATHSIG, SIGKILL).
     """
@@ -69,7 +69,7 @@ def _die_with_parent() -> None:
 
 
 class Worker:
-    """A contender's process, stopped by a signal except while it answers."""
+    """The process of a contender. A signal stops it except while it answers a request."""
 
     def __init__(self, contender: Contender, model: Path, interpreter: str, log: Path) -> None:
         self._log = log
@@ -81,7 +81,7 @@ class Worker:
                 stderr=errors,
                 text=True,
                 env=_environment(),
-                preexec_fn=_die_with_parent,  # safe, because the driver has one thread
+                preexec_fn=_die_with_parent,  # safe, because the benchmark has only one thread
             )
         self.hello = self._read()
         self._stop()
@@ -112,7 +112,7 @@ class Worker:
 
 
 def first_token(contender: Contender, model: Path, interpreter: str, ids: Sequence[int]) -> float:
-    """Return the seconds from the start of a new process to the first token of a prompt."""
+    """Return the time in seconds from the start of a new process to the first token after a prompt."""
     started = time.clock_gettime(time.CLOCK_MONOTONIC)
     done = subprocess.run(
         [*command(contender, model, interpreter), json.dumps(list(ids))],

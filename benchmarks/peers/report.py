@@ -1,10 +1,10 @@
-"""Tables of peers.json, and a list of the figures in which precast is behind."""
+"""Format peers.json as tables, and list the figures in which precast is behind."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# A figure to compare within a group: its title, a function that returns it for a contender, True if more is better, and
-# a function that formats it.
+# A figure to compare within a group: the title, a function that returns the figure of a contender, True if more is
+# better, and a function that formats the figure.
 Figure = tuple[str, Callable[[Mapping], float], bool, Callable[[float], str]]
 
 
@@ -66,13 +66,13 @@ def groups(result: Mapping) -> dict[str, dict[str, Mapping]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """One of precast's figures compared with that of the best peer.
+    """A figure of precast, compared with the same figure of the best peer.
 
     Attributes:
         own: label of the precast contender.
         figure: title of the figure.
         peer: label of the best peer.
-        times: factor by which precast is better; below 1 if it is behind.
+        times: factor by which precast is better; below 1 if precast is behind.
     """
 
     own: str
@@ -81,12 +81,12 @@ class Ratio:
     times: float
 
 
-# The beginnings of the labels of peers.
+# The labels of peers begin with these names.
 AGAINST = ("llama.cpp", "OpenVINO", "transformers")
 
 
 def ratios(result: Mapping) -> list[Ratio]:
-    """Compare each of precast's figures with the best peer of the same number of bits."""
+    """Compare each figure of precast with the best peer that has the same number of bits."""
     found = []
     for members in groups(result).values():
         peers = [c for c in members.values() if c["label"].startswith(AGAINST)]

@@ -1,9 +1,9 @@
-"""GGUF files of real sizes with random weights: the demo model's tokenizer, another shape, any mixture of types.
+"""Write GGUF files of real sizes with random weights and the demo model's tokenizer, for a given shape and mixture.
 
     python shapes.py SHAPE MIXTURE FILE     # in the interpreter "precast" of `derive`
 
-The blocks themselves are random, so no float file has to be quantised. Layers change their input only a little, so that
-the model predicts the last token again, clearly enough for an export to check its answers.
+The quantised blocks are random, so no float file has to be quantised. Each layer changes its input only a little. The
+model therefore repeats the last token, and its largest logit leads clearly enough for an export to check the answers.
 """
 
 import sys
@@ -63,13 +63,14 @@ def kind_of(mixture: str, name: str, layer: int, layers: int) -> str:
     return "Q6_K" if more and ("attn_v" in name or "ffn_down" in name) else "Q4_K"
 
 
-# Of each type: the places of a block's float16 factors, and the quotients by which they give weights of about one. The
-# second factor of Q4_K belongs to the minima; it makes the mean of the weights zero.
+# For each type: the offset in bytes of each float16 factor in a block, and the divisor of the factor. A factor of
+# 1/divisor gives weights of about one. The second factor of Q4_K scales the minima, and makes the mean of the weights
+# zero.
 _FACTORS = {"Q8_0": ((0, 73),), "Q4_0": ((0, 4.6),), "Q4_K": ((0, 300), (2, 40)), "Q6_K": ((208, 1400),)}
 
 
 def random_blocks(rng: np.random.Generator, kind: str, rows: int, columns: int, size: float) -> np.ndarray:
-    """Return rows of random blocks, uint8 ``[rows, n]``, whose weights are about as large as size/√columns."""
+    """Return rows of random blocks, uint8 ``[rows, n]``, for weights of magnitude size/√columns."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     weights, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
@@ -83,7 +84,7 @@ def random_blocks(rng: np.random.Generator, kind: str, rows: int, columns: int, 
 
 
 def write(shape: Shape, mixture: str, path: Path, like: Path) -> None:
-    """Write a GGUF file with the tokenizer of the file `like`."""
+    """Write a GGUF file of a shape and mixture, with the tokenizer of the GGUF file `like`."""
     from gguf import GGUFReader, GGUFWriter
     from gguf.constants import GGMLQuantizationType
 

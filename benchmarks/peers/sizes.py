@@ -1,11 +1,11 @@
-"""precast and llama.cpp at real sizes: both read the same GGUF file, with random weights in llama.cpp's types.
+"""Compare precast and llama.cpp at real sizes: both read the same GGUF file with random weights.
 
-precast exports it with --weights source, which keeps every weight to the bit, so the answers differ by the rounding of
-activations only. The contenders alternate in each round; the idle one is stopped.
+precast exports the file with --weights source, so both engines have exactly the same weights, and their results differ
+only by the rounding of activations. The engines alternate in each round. The idle engine is stopped.
 
     .venv-bench/bin/python benchmarks/peers/sizes.py --precast-python .venv/bin/python [--shapes 1.2b 7b] [--rounds 3]
 
-It writes benchmarks/results/sizes.json; the output is a table. The 7B shape needs 9 GB of disk.
+The script writes benchmarks/results/sizes.json. The output is a table. The 7B shape needs 9 GB of disk space.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def prompt(length: int) -> list[int]:
 
 
 def obtain(shape: str, mixture: str, interpreters: Mapping[str, str]) -> Mapping[str, Path]:
-    """Return the model of each engine; make the GGUF file and the artifact first if they are missing."""
+    """Make the GGUF file if it is missing, and export it; return the path of each engine's model."""
     gguf, artifact = (derive.cache(f"{shape}-{mixture}{suffix}") for suffix in (".gguf", ""))
     gguf.parent.mkdir(parents=True, exist_ok=True)
     if not gguf.exists():
@@ -56,7 +56,7 @@ def obtain(shape: str, mixture: str, interpreters: Mapping[str, str]) -> Mapping
 def measure(
     models: Mapping[str, Path], interpreters: Mapping[str, str], lengths: Sequence[int], rounds: int
 ) -> dict:
-    """Return the times of each engine, and the share of the memory bandwidth that precast's steps use."""
+    """Return the speeds of each engine, and the share of the memory bandwidth that precast's steps use."""
     manifest = json.loads((models["precast"] / "manifest.json").read_text())
     with tempfile.TemporaryDirectory(prefix="precast-bench-") as folder:
         workers = {}

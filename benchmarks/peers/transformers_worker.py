@@ -1,4 +1,4 @@
-"""transformers with torch in float32, in a loop with less overhead than `generate`."""
+"""transformers with torch in float32, run by a loop that has less overhead than `generate`."""
 
 from collections.abc import Iterator, Sequence
 

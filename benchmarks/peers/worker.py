@@ -1,16 +1,16 @@
-"""The process of a contender, which loads a model once and then answers lines of JSON.
+"""The process of a contender: load a model once, then answer requests.
 
     python worker.py MODULE MODEL OPTIONS
 
-Each line of standard input is a command, and each line of standard output an answer:
-    {"run": ids, "steps": n}       -> {"prefill_s": …, "step_s": …, "tokens": […]}; a fresh cache, n greedy steps
-    {"memory": true}               -> {"anonymous": …, "file": …}, bytes resident
+Each line of standard input is a request in JSON, and each line of standard output is its answer:
+    {"run": ids, "steps": n}       -> {"prefill_s": …, "step_s": …, "tokens": […]}; an empty cache, then n greedy steps
+    {"memory": true}               -> {"anonymous": …, "file": …}; resident memory in bytes
     {"score": ids, "first": i, "out": path} -> {}; logits of the positions i … len − 2 as float32 in a .npy file
     {"chat": turns, "answer": n} -> {"first_token_s": […]}; turns of new ids, each with a greedy answer of n tokens
-    {"store": ids, "out": path} -> {}; a file with the keys and values of the ids, from contenders that support it
-    {"windows": [tokens, window]}  -> {"windows": [[…], …]}, from contenders that support it
-The first line of output reports the load: {"loaded_s": …, "versions": {…}}. With a prompt as fourth argument it also
-has "first_token_at", on the system's monotonic clock.
+    {"store": ids, "out": path} -> {}; writes the keys and values of the ids to a file (only llama.cpp)
+    {"windows": [tokens, window]}  -> {"windows": [[…], …]}; token ids of a text (only precast)
+The first line of output describes the load: {"loaded_s": …, "versions": {…}}. If a prompt is given as fourth argument,
+the line also has "first_token_at", a time on the system's monotonic clock.
 """
 
 import importlib
@@ -29,13 +29,13 @@ class Engine(Protocol):
     packages: Sequence[str]
 
     def prefill(self, ids: Sequence[int]) -> int:
-        """Run a prompt in an empty cache; return the greedy next token."""
+        """Run a prompt in an empty cache; return the next token, chosen greedily."""
 
     def run(self, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
-        """Return the seconds of the prompt, the seconds of each step after it, and the tokens."""
+        """Return the time of the prompt and the mean time of a step after it, in seconds, and the tokens."""
 
     def logits(self, ids: Sequence[int], first: int) -> Iterator[object]:
-        """Yield logits ``[V]`` of positions ``first … len(ids) − 2``: prefill up to `first`, then decode the rest."""
+        """Prefill up to position `first`, then decode; yield logits ``[V]`` of positions ``first … len(ids) − 2``."""
 
 
 def timed_run(engine, ids: Sequence[int], steps: int) -> tuple[float, float, list[int]]:
@@ -50,7 +50,7 @@ def timed_run(engine, ids: Sequence[int], steps: int) -> tuple[float, float, lis
 
 
 def resident() -> dict[str, int]:
-    """Return this process's resident bytes: anonymous memory, and pages of mapped files."""
+    """Return this process's resident memory in bytes: anonymous memory, and pages of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
     return {"anonymous": fields["RssAnon"] + fields["RssShmem"], "file": fields["RssFile"]}
@@ -94,7 +94,8 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    # Libraries print to standard output: send that to standard error, and the answers to a duplicate of the original.
+    # Libraries print to standard output. Redirect it to standard error, and write the answers to a duplicate of the
+    # original.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     module, model, options, *first = sys.argv[1:]
