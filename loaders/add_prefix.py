@@ -1,8 +1,8 @@
 """``precast add-prefix`` and ``remove-prefix``: store the keys and values of a prefix in an artifact, or remove them.
 
-A target computes the keys and values once. At run time, a prompt that begins with the prefix's tokens needs prefill
-only for the tokens after the prefix. `artifact_changes` writes the result atomically: at any moment the artifact is
-either the old or the new one.
+A target computes the keys and values once, when the prefix is added. At run time, a prompt that begins with the
+prefix's tokens needs prefill only for the tokens after the prefix. `artifact_changes` writes the result atomically: at
+any moment the artifact is either the old or the new one.
 """
 
 import hashlib
@@ -48,8 +48,8 @@ class PrefixSource(Frozen):
         system: a system message, for chats that begin with it.
         chat: messages, oldest first, for chats that continue them.
         text: plain text, for prompts that begin with it.
-        tools: JSON schemas of functions, for `system` and `chat`; None without tools.
-        template_variables: further variables of the chat template, for `system` and `chat`.
+        tools: JSON schemas of the functions that the model may call, for `system` and `chat`; None for no tools.
+        template_variables: additional variables of the chat template, for `system` and `chat`.
     """
 
     system: str | None = None
@@ -65,9 +65,9 @@ class PrefixChange:
 
     Attributes:
         prefix: the prefix, as the manifest describes it.
-        bytes: size of its files.
-        has_replaced: True if the new prefix replaced one of the same name.
-        signature_removed: True if the artifact had a signature, which the change removed.
+        bytes: total size of the prefix's files.
+        has_replaced: True if the new prefix replaced a prefix of the same name.
+        signature_removed: True if the change removed the artifact's signature.
     """
 
     prefix: Prefix
@@ -93,10 +93,10 @@ def add_prefix(
         path: the artifact's folder, or a folder with exactly one artifact in it.
         name: the prefix's name: 1 to 64 letters, digits, "-", "_" and ".", not beginning with ".".
         source: the prefix's text.
-        target: name of the target that computes the keys and values; no other target can use them. None chooses the
+        target: name of the target that computes the keys and values. Only this target can use them. None chooses the
             best target that runs here.
-        overwrite: replace a prefix of the same name.
-        require_signature: file of the public key that the artifact must be signed with before the change.
+        overwrite: allow replacing a prefix of the same name.
+        require_signature: file of the public key that must verify the artifact's signature before the change.
         threads: number of computing threads; one per usable core by default.
         log: receives a message before each stage.
 
@@ -156,7 +156,7 @@ def remove_prefix(
 
 
 def prefix_tokens(model: Model, source: PrefixSource) -> list[int]:
-    """Return the tokens of a prefix: those that stay the same whatever text follows it in a prompt.
+    """Return the tokens of a prefix that do not depend on the text after the prefix.
 
     Raises:
         PrecastError: the prefix has no tokens or fills the context, or the chat template rejects the messages.
@@ -174,12 +174,12 @@ def prefix_tokens(model: Model, source: PrefixSource) -> list[int]:
 
 
 def _prompt(model: Model, source: PrefixSource, following: str) -> list[int]:
-    """Return a prompt that begins with the prefix."""
+    """Return the tokens of a prompt: the prefix, then the text `following` unless a user's message ends the prefix."""
     if source.text is not None:
         # With an empty text, the prefix would consist of the special tokens that begin every prompt.
         return model.tokenizer.encode(source.text + following) if source.text else []
     messages = [{"role": "system", "content": source.system}] if source.chat is None else list(source.chat)
-    # A chat that ends with the user's message is already a complete prompt, because the model's answer follows.
+    # A chat that ends with the user's message is already a complete prompt: the model's answer comes next.
     if not messages or messages[-1].get("role") != "user":
         messages.append({"role": "user", "content": following})
     return model.chat_prompt(messages, tools=source.tools, template_variables=source.template_variables)
@@ -205,7 +205,7 @@ def _check_name(name: str) -> None:
 def _computed(
     artifact: LockedArtifact, manifest: Manifest, model: Model, name: str, tokens: Sequence[int]
 ) -> tuple[Prefix, dict[str, Parts]]:
-    """Compute a prefix's keys and values; return its entry in the manifest, and the contents of its files."""
+    """Compute a prefix's keys and values; return the prefix's entry in the manifest, and the contents of its files."""
     # This prefix tree is empty, so the result does not depend on the artifact's other prefixes.
     spans = PrefixTree(model.engine, 0).compute(tokens)
     folder = free_folder(artifact.root, PREFIXES, name, manifest.files)

@@ -1,8 +1,8 @@
-"""``precast add-target``: add a target to an existing artifact, compiled from its StableHLO.
+"""``precast add-target``: compile an additional target for an existing artifact from its StableHLO.
 
-A further target lets an artifact run under a jaxlib or on a CPU that it was not exported for. Compiling it needs only
-jaxlib, because nothing is traced. All targets share the weights, which stay untouched. `artifact_changes` writes the
-result atomically: at any moment the artifact is either the old or the new one.
+An additional target lets an artifact run under a jaxlib or on a CPU that it was not exported for. Compilation needs
+only jaxlib, because nothing is traced. The weights stay unchanged, because all targets share them. `artifact_changes`
+writes the result atomically: at any moment the artifact is either the old or the new one.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ class Addition:
 
     Attributes:
         target: the new target, as the manifest describes it.
-        executable_bytes: size of its executables.
+        executable_bytes: total size of the target's executables.
         answers: number of golden answers that the new target reproduced.
-        has_replaced: True if the new target replaced one of the same name.
-        signature_removed: True if the artifact had a signature, which the change removed.
+        has_replaced: True if the new target replaced a target of the same name.
+        signature_removed: True if the change removed the artifact's signature.
     """
 
     target: Target
@@ -66,8 +66,8 @@ class _NewTarget(Frozen):
 
     Attributes:
         target: the target, as the manifest will describe it.
-        executables: contents of its executables, by their names in the artifact.
-        manifest: the artifact's manifest with the target in it.
+        executables: contents of the target's executables, by file name in the artifact.
+        manifest: the artifact's manifest, including the target.
     """
 
     target: Target
@@ -84,17 +84,18 @@ def add_target(
     require_signature: Path | None = None,
     log: Callable[[str], None],
 ) -> Addition:
-    """Add a target for the CPU, compiled by the installed jaxlib.
+    """Compile a target for the CPU with the installed jaxlib, and add it to an artifact.
 
     Args:
         path: the artifact's folder, or a folder with exactly one artifact in it.
-        isa: a key of `isa.LEVELS`, or "native" for all of this machine's features. None chooses `isa.default_isa` if
-            the programs call kernels, else "native". XLA may use instructions beyond the level, as in programs
-            exported before 0.3. With None, the new target then requires the level that has these instructions; an
-            explicit `isa` refuses them.
-        source: name of the target whose StableHLO is compiled; the fastest that runs here by default.
-        overwrite: replace a target of the same name.
-        require_signature: file of the public key that the artifact must be signed with before the change.
+        isa: a key of `isa.LEVELS`, or "native" for all of this machine's features. None chooses `isa.default_isa` for
+            programs that call kernels, and "native" for other programs. XLA may use instructions beyond the level, for
+            example in programs exported before version 0.3. If `isa` is None, the new target then requires the level
+            that includes these instructions; otherwise they are an error.
+        source: name of the target whose StableHLO is compiled; by default, the target that ``run --compile`` would
+            choose.
+        overwrite: allow replacing a target of the same name.
+        require_signature: file of the public key that must verify the artifact's signature before the change.
         log: receives a message before each stage.
 
     Raises:
@@ -150,7 +151,7 @@ def _compile(
             manifest, isas.target_name(kind, features), machine, overwrite=request.overwrite, root=root
         )
 
-    if isa != isas.NATIVE:  # refuse a name that is taken before the long compilation
+    if isa != isas.NATIVE:  # before the long compilation, refuse a name that is taken
         name_of(isas.LEVELS[isa].features)
     # Add nothing to a damaged artifact. The weights are hashed when they are mapped.
     for name, entry in manifest.files.items():
@@ -176,7 +177,7 @@ def _compile(
 
 
 def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) -> Target:
-    """Return the target whose StableHLO is compiled, chosen by the same rule as for ``run --compile``.
+    """Choose the target whose StableHLO is compiled, by the rule of ``run --compile``.
 
     Raises:
         PrecastError: the named target, or every target if none is named, lacks StableHLO for a CPU.
@@ -189,11 +190,11 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
     known = ", ".join(repr(t.name) for t in compilable)
     if name is not None and name not in {t.name for t in compilable}:
         raise PrecastError(
-            f"{root}: target {name!r} is not in the artifact, or holds no StableHLO for a CPU; "
-            + (f"name a target that holds it: {known}." if known else "export the model again.")
+            f"{root}: target {name!r} is not in the artifact, or has no StableHLO for a CPU; "
+            + (f"name a target that has StableHLO: {known}." if known else "export the model again.")
         )
     if not compilable:
-        raise PrecastError(f"{root}: no target holds StableHLO for a CPU; export the model again.")
+        raise PrecastError(f"{root}: no target has StableHLO for a CPU; export the model again.")
     # Only the StableHLO must fit this machine, so drop the requirements of the executables.
     bare = tuple(
         replace(t, runtime="stablehlo", machine="any", jaxlib="any", cpu_features=()) for t in compilable
@@ -205,10 +206,10 @@ def _source(manifest: Manifest, machine: Machine, root: Path, name: str | None) 
 
 
 def _check_names(source: Target, root: Path) -> None:
-    """Check that each program's name can be a file name, because its executable gets that name.
+    """Check that each program's name can be a file name, because the executable's file is named after the program.
 
     Raises:
-        PrecastError: a program's name is not a file name.
+        PrecastError: a program's name cannot be a file name.
     """
     for program in source.programs:
         if len(files.split_name(root, program.name)) != 1:
@@ -246,7 +247,7 @@ def _free_name(manifest: Manifest, name: str, machine: Machine, *, overwrite: bo
 def _in_free_folder(
     target: Target, executables: Mapping[str, bytes], manifest: Manifest, root: Path
 ) -> tuple[Target, dict[str, bytes]]:
-    """Rename the executables into a folder that does not exist yet; return the changed target and the executables."""
+    """Return the target and its executables with file names in a folder that does not exist yet."""
     folder = free_folder(root, TARGETS, target.name, manifest.files)
 
     def moved(name: str) -> str:
@@ -257,7 +258,7 @@ def _in_free_folder(
 
 
 def _with_target(manifest: Manifest, target: Target, executables: Mapping[str, bytes]) -> Manifest:
-    """Return the manifest with the target appended, or in place of the target of the same name."""
+    """Return the manifest with the target appended, or put in place of the target of the same name."""
     targets = [target if t.name == target.name else t for t in manifest.targets]
     if target.name not in {t.name for t in manifest.targets}:
         targets.append(target)

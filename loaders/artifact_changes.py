@@ -1,21 +1,24 @@
-"""Change an existing artifact so that it stays whole even if this process is killed.
+"""Change an existing artifact in steps that leave it valid even if this process is killed.
 
 A change adds, replaces or removes a target or a prefix. For a target:
 
-1. Lock the folder (``flock``), so that only one process at a time changes it. The lock ends with the process.
+1. Lock the folder (``flock``), so that only one process at a time changes it. The system releases the lock when the
+   process ends.
 2. Clean up after killed processes, as in step 7.
-3. Make a working folder, ``programs/.add-target.precast-*.partial/``, with a mark, the old manifest and the new one.
-4. Write and sync the executables in the working folder, and rename their folder to ``programs/NAME/``. The artifact is
-   still the old one, because the old manifest does not list them.
-5. Move the signature of the old manifest into the working folder, because it does not fit the new manifest. If the
-   process is killed now, the old artifact lacks its signature until the next process cleans up (step 2).
-6. Rename the new manifest over the old one. Now the artifact is the new one.
-7. Clean up: put the signature back if it fits the artifact's manifest; remove the files that only the other manifest
-   lists, if their hashes are as listed, and their folders if these are empty; then remove the working folder.
+3. Create a working folder, ``programs/.add-target.precast-*.partial/``, that contains a marker file, the old manifest
+   and the new manifest.
+4. Write the executables to a subfolder of the working folder, flush them to disk, and rename the subfolder to
+   ``programs/NAME/``. The artifact is still the old one, because its manifest does not list the new files.
+5. Move the signature into the working folder, because it does not match the new manifest. If the process is killed now,
+   the artifact lacks its signature until the next process cleans up (step 2).
+6. Rename the new manifest over the old one. From this moment, the artifact is the new one.
+7. Clean up. If the signature matches the artifact's manifest, move it back. Remove every file that only the other
+   manifest lists, provided that the file's hash matches that manifest. Remove the folders that are empty as a result,
+   and the working folder.
 
-A prefix's files go to ``prefixes/NAME/`` in the same way. Nothing else in ``programs/`` and ``prefixes/`` is ever
-removed. An export or a pull may replace the artifact's folder in spite of the lock, so steps 3, 4 and 5 first check
-that the folder is still the one that was locked.
+The files of a prefix are added to ``prefixes/NAME/`` in the same way. No other file in ``programs/`` or ``prefixes/``
+is ever removed. The lock does not stop an export or a pull from replacing the artifact's folder. So steps 3, 4 and 5
+first check that the artifact's path still leads to the locked folder.
 """
 
 import fcntl
@@ -48,7 +51,7 @@ class Kind(Frozen):
         folder: the folder of the artifact that the change adds files to.
         purpose: the command's name, which becomes part of the working folder's name.
         failure: the consequence of an OSError, as a clause for the error message.
-        replaced: the text of the error message if another process has replaced the artifact.
+        replaced: the error message, after the artifact's path, if another process has replaced the artifact.
     """
 
     folder: str
@@ -75,13 +78,13 @@ Parts = Sequence[bytes | memoryview]
 
 
 def free_folder(root: Path, kind: Kind, name: str, listed: Iterable[str]) -> str:
-    """Return a folder name that neither the disk nor the manifest has: "prefixes/NAME", or else "prefixes/NAME.2", ….
+    """Return an unused folder name: "prefixes/NAME", or else the first unused name among "prefixes/NAME.2", ….
 
     Args:
         root: the artifact's folder.
         kind: the kind of change.
         name: the preferred name of the folder.
-        listed: names of the files that the manifest lists.
+        listed: names of the files that the manifest lists. Their folders count as used, even if they do not exist.
     """
     used = {PurePosixPath(file).parts[1] for file in listed if file.startswith(f"{kind.folder}/")}
     used |= {path.name for path in (root / kind.folder).glob("*")}
@@ -94,9 +97,9 @@ class LockedArtifact:
     """An artifact that this process has locked.
 
     Attributes:
-        root: the folder's path; another process may put a different folder there.
-        handle: the folder's descriptor.
-        data: the manifest at the time of locking.
+        root: the folder's path. Another process may move a different folder to this path.
+        handle: the folder's file descriptor, which owns the lock.
+        data: contents of the manifest at the time of locking.
         kind: the kind of change.
     """
 
@@ -106,7 +109,7 @@ class LockedArtifact:
     kind: Kind
 
     def is_there(self) -> bool:
-        """Return True if `root` is still the locked folder."""
+        """Return True if `root` still leads to the locked folder."""
         try:
             return os.path.samestat(self.root.stat(), os.fstat(self.handle))
         except OSError:
@@ -116,7 +119,8 @@ class LockedArtifact:
         """Check that the artifact has not been replaced.
 
         Raises:
-            PrecastError: `root` is now another artifact, or the folder for the new files is not a folder.
+            PrecastError: another artifact is now at `root`, or a file or link has the name of the folder for the new
+                files.
         """
         try:
             same = self.is_there() and self.data == files.read(self.root, MANIFEST_FILE, limit=len(self.data))
@@ -124,7 +128,7 @@ class LockedArtifact:
             same = False
         if not same:
             raise PrecastError(f"{self.root}: {self.kind.replaced}.")
-        with suppress(FileNotFoundError):  # `record_change` makes a missing folder
+        with suppress(FileNotFoundError):  # `record_change` creates a missing folder
             mode = (self.root / self.kind.folder).lstat().st_mode
             if not stat.S_ISDIR(mode):
                 what = "link" if stat.S_ISLNK(mode) else "file"
@@ -136,7 +140,7 @@ class LockedArtifact:
 
 @contextmanager
 def lock(root: Path, log: Callable[[str], None]) -> Iterator[int]:
-    """Wait for other processes that change an artifact, lock it, and yield the descriptor of its folder."""
+    """Lock an artifact, after waiting for other processes that change it, and yield its folder's file descriptor."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -170,7 +174,7 @@ def changing(
     Args:
         root: the artifact's folder.
         kind: the kind of change.
-        key: file of the public key that the artifact must be signed with before the change; None requires no
+        key: file of the public key that must verify the artifact's signature before the change. None requires no
             signature.
         log: receives a message if this process must wait for another process that changes the artifact.
 
@@ -199,7 +203,7 @@ def remove_leftovers(artifact: LockedArtifact) -> None:
 
 @contextmanager
 def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path]:
-    """Yield a working folder that holds the old manifest and the new one.
+    """Yield a working folder that contains the old manifest and the new one.
 
     When the block ends, even if it raises, make the artifact match its manifest and remove the working folder.
 
@@ -231,7 +235,7 @@ def record_change(artifact: LockedArtifact, manifest: Manifest) -> Iterator[Path
 
 def _tidy(artifact: LockedArtifact, folder: Path) -> None:
     """Make the artifact match its manifest, then remove the working folder."""
-    if not artifact.is_there():  # the name may belong to another artifact now
+    if not artifact.is_there():  # the path may now lead to another artifact
         return
     if folder.exists():
         _settle(artifact.root, folder)
@@ -241,17 +245,17 @@ def _tidy(artifact: LockedArtifact, folder: Path) -> None:
 
 
 def write_files(artifact: LockedArtifact, folder: Path, contents: Mapping[str, Parts]) -> None:
-    """Write the new files of an artifact atomically, all of them into one new folder.
+    """Add new files to an artifact atomically, all of them in one new folder.
 
     Args:
         artifact: the artifact.
         folder: the working folder of the change.
-        contents: the parts of each file's contents, by the file's name in the artifact.
+        contents: each file's contents, in parts, by the file's name in the artifact.
     """
     final = artifact.root / PurePosixPath(next(iter(contents))).parent
     unfinished = folder / _NEW_FILES
     artifact.check()
-    # The folder becomes part of the artifact. Unlike mkdtemp, mkdir gives it the permissions of the user's other files.
+    # This folder becomes part of the artifact, so it needs the user's usual permissions. mkdtemp would restrict them.
     unfinished.mkdir()
     for name, parts in contents.items():
         _write_synced(unfinished / PurePosixPath(name).name, *parts)
@@ -273,14 +277,17 @@ def replace_manifest(artifact: LockedArtifact, folder: Path) -> bool:
         if aside.exists() and (folder / MANIFEST_FILE).exists():
             aside.rename(signature)
         raise
-    # The new manifest is in its place. If this sync fails, only a power cut could bring the old manifest back.
+    # The new manifest is now in place. If this sync fails, only a power cut could undo the rename.
     with suppress(OSError):
         folders.sync(root)
     return signed
 
 
 def _settle(root: Path, folder: Path) -> None:
-    """Make the artifact match its manifest, old or new. Files that cannot be removed do no harm."""
+    """Restore the signature if it matches the manifest, and remove files that only the other manifest lists.
+
+    Ignore errors, because a file that is left behind does no harm.
+    """
     with suppress(OSError, PrecastError):
         data = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
         _put_signature_back(root, folder / SIGNATURE_FILE, data)
@@ -295,7 +302,7 @@ def _settle(root: Path, folder: Path) -> None:
 
 
 def _remove_if(root: Path, name: str, sha256: str) -> None:
-    """Remove a file of the artifact if it has this hash."""
+    """Remove a file of the artifact if its hash is `sha256`."""
     with suppress(OSError, PrecastError):
         path = files.member_path(root, name)
         if files.sha256_of(path) == sha256:
@@ -303,14 +310,14 @@ def _remove_if(root: Path, name: str, sha256: str) -> None:
 
 
 def _remove_empty(root: Path, name: PurePosixPath) -> None:
-    """Remove a folder of the artifact if it is empty, and is reached without symlinks."""
+    """Remove a folder of the artifact if it is empty and no part of its path is a symlink."""
     with suppress(OSError):
         if (root / name).resolve() == root.resolve() / name:
             (root / name).rmdir()
 
 
 def _put_signature_back(root: Path, kept: Path, manifest: bytes) -> None:
-    """Restore a signature that was put aside, if it fits the manifest."""
+    """Move the signature back from the working folder if it matches the manifest."""
     signature = root / SIGNATURE_FILE
     if os.path.lexists(signature) or not os.path.lexists(kept):
         return

@@ -6,19 +6,20 @@ A request is a JSON object, or a row of a Parquet file::
     {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0.7, "custom_id": "1"}
     {"custom_id": "2", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
 
-A request may also hold sampling parameters by their names; beside messages, it may hold `tools`, and the variables of
-the chat template in `chat_template_kwargs`. Some of OpenAI's fields are supported too: `max_completion_tokens`,
+A request may also contain sampling parameters by name. A request with messages may contain `tools`, and variables of
+the chat template in `chat_template_kwargs`. Some of OpenAI's fields are also supported: `max_completion_tokens`,
 `response_format`, `tool_choice`, and a single string for `stop`. A record of the output has one of two forms::
 
     {"custom_id": "1", "key": "5f0…", "text": "Hi", "finish_reason": "stop", "prompt_tokens": 9, "completion_tokens": 2}
     {"custom_id": "1", "key": "5f0…", "error": {"code": "invalid_request", "message": "one sentence"}}
 
-An answer's record also has `reasoning`, `tool_calls` and `logprobs` if there are any. An error has the form of OpenAI's
-batch API. Its code is `invalid_json_line`, `duplicate_custom_id`, `invalid_request`, or `generation_failed` if the
-generation had begun.
+The record of an answer also contains `reasoning`, `tool_calls` and `logprobs` if there are any. An error has the form
+of OpenAI's batch API. A refused request has the code `invalid_json_line`, `duplicate_custom_id` or `invalid_request`. A
+request that fails during generation has the code `generation_failed`.
 
 `key` identifies the request, the model and the options. A later run with the same requests, model and options keeps the
-records and continues after them. It drops an incomplete last record, which an interrupt may leave.
+existing records and continues after the last one. It drops an incomplete last record, which an interrupt may leave
+behind.
 """
 
 import hashlib
@@ -40,20 +41,20 @@ if TYPE_CHECKING:
     from .generation.model import Model
     from .generation.stream import Completion, Stream
 
-# Requests are answered in windows of this many, because their answers are put into order in memory. At the end of a
-# window some slots are idle.
+# The number of requests in a window. The records of a window are put into order in memory, which limits its size. Some
+# slots are idle at the end of each window.
 _WINDOW = 1024
 _PARQUET = ".parquet"
-# Files of an artifact that decide its answers.
+# The ends of the names of the files that determine an artifact's answers.
 _DECIDING = (".safetensors", "tokenizer.json", ".jinja")
 _INVALID, _TOO_DEEP = "invalid_request", "JSON that is nested too deeply"
-# Fields of OpenAI's requests that do not change the answer; and the supported values of fields that would change it.
+# OpenAI's fields that do not change the answer, and the supported values of OpenAI's fields that would change it.
 _IGNORED = frozenset({"model", "user", "metadata", "store"})
 _SUPPORTED: Mapping[str, tuple[object, ...]] = {"n": (1, None), "stream": (False, None)}
 
 
 class BatchResult(NamedTuple):
-    """The numbers of records in the output: records kept from an earlier run, all answers, and all errors."""
+    """The numbers of records in the output: records kept from an earlier run, all answers, all errors."""
 
     kept: int
     answers: int
@@ -61,14 +62,14 @@ class BatchResult(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """The error of a request: its code in a record, and one sentence."""
+    """The error of a request: the code for its record, and a message of one sentence."""
 
     code: str
     message: str
 
 
 class _Request(NamedTuple):
-    """A request: its key, its `custom_id` if it has one, and its fields; or, if it is unusable, an error."""
+    """A request: its key, its `custom_id` or None, and either its fields or the error that makes it unusable."""
 
     key: str
     custom_id: str | int | None
@@ -85,19 +86,19 @@ def run(
 ) -> BatchResult:
     """Answer every request of a file.
 
-    If a request fails, its record holds the error. After an exception or an interrupt, the output holds the records
-    written so far.
+    The record of a failed request contains the error. After an exception or an interrupt, the output contains the
+    records that were complete by then.
 
     Args:
         model: the model.
-        source: the requests: JSON lines in UTF-8, or a Parquet file if the name ends in .parquet.
-        target: the records: JSON lines, or a Parquet file if the name ends in .parquet. A Parquet file is written at
-            the end; until then its records are in a file with `.partial.jsonl` appended to the name.
-        params: the sampling parameters of requests that do not give their own.
+        source: the file of requests: JSON lines in UTF-8, or a Parquet file if the name ends in .parquet.
+        target: the file of records: JSON lines, or a Parquet file if the name ends in .parquet. A Parquet file is
+            written at the end; until then, the records are in a file with `.partial.jsonl` appended to the name.
+        params: default sampling parameters, which the fields of a request override.
         progress: receives the number of records written.
 
     Raises:
-        PrecastError: a file cannot be read or written, the output holds records of other requests, or the extra
+        PrecastError: a file cannot be read or written, the output contains records of other requests, or the extra
             `parquet` is needed and not installed.
     """
     is_parquet = target.suffix == _PARQUET
@@ -113,7 +114,8 @@ def run(
         progress(_step(kept, total))
         for record in _answers(model, requests, params):
             counts["error" in record] += 1
-            # JSON may hold half of a surrogate pair. UTF-8 cannot encode it, so the error handler writes a JSON escape.
+            # JSON may contain a lone surrogate, which UTF-8 cannot encode. The error handler writes it as a JSON
+            # escape.
             file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode(errors="backslashreplace"))
             file.flush()
             progress(_step(sum(counts), total))
@@ -124,9 +126,10 @@ def run(
 
 
 def _identity(model: "Model", params: SamplingParams) -> bytes:
-    """Return bytes that stand for the model and the default parameters in each request's key.
+    """Return the bytes that identify the model and the default parameters in each request's key.
 
-    These are the model's name, weights, tokenizer and chat template. Stored prefixes change no answer.
+    They cover the model's name, weights, tokenizer and chat templates. Stored prefixes are left out, because they do
+    not change answers.
     """
     manifest = model.manifest
     stored = {prefix.arrays for prefix in manifest.prefixes}
@@ -146,7 +149,7 @@ def _step(done: int, total: int) -> Step:
 
 
 def _count(source: Path) -> int:
-    """Return the number of requests."""
+    """Return the number of lines or rows in a file of requests."""
     if source.suffix == _PARQUET:
         return int(_parquet(source).metadata.num_rows)
     with _reading(source) as file:
@@ -154,7 +157,7 @@ def _count(source: Path) -> int:
 
 
 def _requests(source: Path, identity: bytes) -> Iterator[_Request]:
-    """Yield the requests of a file."""
+    """Yield the requests of a file. An invalid or repeated `custom_id` makes a request unusable."""
     seen: set[str | int] = set()
     for key, fields in _lines(source, identity):
         custom_id = None if isinstance(fields, _Failure) else fields.get("custom_id")
@@ -172,7 +175,7 @@ def _requests(source: Path, identity: bytes) -> Iterator[_Request]:
 
 
 def _lines(source: Path, identity: bytes) -> Iterator[tuple[str, Mapping[str, Any] | _Failure]]:
-    """Yield each request of a file: its key, and either its fields or the error of a line that cannot be parsed."""
+    """Yield the key of each request in a file, and either its fields or, for a line that cannot be parsed, an error."""
     if source.suffix == _PARQUET:
         for batch in _parquet(source).iter_batches(batch_size=_WINDOW):
             for row in batch.to_pylist():
@@ -228,10 +231,10 @@ def _opened(records: Path) -> IO[bytes]:
 
 
 def _keep_records(file: IO[bytes], requests: Iterator[_Request], records: Path, source: Path) -> list[int]:
-    """Skip the records of an earlier run and their requests; drop an incomplete last record.
+    """Skip the records of an earlier run and the requests that they answer; drop an incomplete last record.
 
     Returns:
-        The numbers of answers and of errors.
+        The numbers of answers and of errors among the records of the earlier run.
 
     Raises:
         PrecastError: a record belongs to another request.
@@ -259,7 +262,7 @@ def _keep_records(file: IO[bytes], requests: Iterator[_Request], records: Path, 
 def _answers(
     model: "Model", requests: Iterator[_Request], params: SamplingParams
 ) -> Iterator[dict[str, Any]]:
-    """Yield the record of each request, in order."""
+    """Yield the record of each request, in the order of the requests."""
     while window := list(islice(requests, _WINDOW)):
         done: dict[int, dict[str, Any]] = {}
         place = 0
@@ -273,7 +276,7 @@ def _answers(
 def _results(
     model: "Model", window: Sequence[_Request], params: SamplingParams
 ) -> "Iterator[tuple[int, Completion | _Failure]]":
-    """Run as many requests at a time as the model has slots, and yield each result when it is complete."""
+    """Run as many requests at a time as the model has slots; yield each request's index and result on completion."""
     waiting = iter(enumerate(window))
     running: dict[int, tuple[Stream, Iterator[object]]] = {}
     try:
@@ -332,7 +335,7 @@ def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) 
                 raise PrecastError(f"request: expected messages with {name}, found a prompt.")
         return model.stream(prompt, given)
     if choice == "none":
-        # Without tools, the template mentions none to the model, and the parser treats no text as a call.
+        # Without tools, the template offers no tools to the model, and the parser treats no text as a tool call.
         tools, choice = None, None
     return model.stream_chat(
         messages, given, tools=tools, tool_choice=_tool_choice(choice), template_variables=variables
@@ -340,7 +343,7 @@ def _stream(model: "Model", request: Mapping[str, Any], params: SamplingParams) 
 
 
 def _tool_choice(choice: Any) -> str:
-    """Return the argument of `Model.chat` for OpenAI's `tool_choice`."""
+    """Convert OpenAI's `tool_choice` to the argument of `Model.chat`."""
     match choice:
         case None:
             return AUTO
@@ -355,7 +358,7 @@ def _tool_choice(choice: Any) -> str:
 
 
 def request_fields(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a request, sampling parameters under precast's names.
+    """Return the fields of a request, with OpenAI's sampling parameters under precast's names.
 
     Args:
         request: a request of this module, or of OpenAI's batch API.
@@ -366,7 +369,7 @@ def request_fields(request: Mapping[str, Any]) -> dict[str, Any]:
     body = request.get("body", request)
     if not isinstance(body, Mapping):
         raise PrecastError(f"request: body must be an object, found {body!r:.60}.")
-    # As in OpenAI's API, null is the default.
+    # As in OpenAI's API, null means the default.
     fields = {name: value for name, value in body.items() if value is not None}
     if "body" not in request:
         fields.pop("custom_id", None)
@@ -383,7 +386,7 @@ def request_fields(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _schema_of(response_format: Any) -> dict[str, Any]:
-    """Return the sampling parameter for OpenAI's `response_format`."""
+    """Convert OpenAI's `response_format` to sampling parameters."""
     match response_format:
         case None | {"type": "text"}:
             return {}
@@ -444,7 +447,7 @@ def _parquet(source: Path) -> Any:
 
 
 def _write_parquet(records: Path, target: Path) -> None:
-    """Write records as a Parquet file with a column for each field; lists and numeric ids become JSON."""
+    """Write records as a Parquet file with a column for each field; lists and numeric ids become JSON text."""
     arrow = _pyarrow()
     text, count = arrow.string(), arrow.int64()
     error = arrow.struct([("code", text), ("message", text)])
@@ -475,4 +478,4 @@ def _write_parquet(records: Path, target: Path) -> None:
 
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text.encode(errors="backslashreplace").decode()  # half of a surrogate pair becomes a JSON escape
+    return text.encode(errors="backslashreplace").decode()  # a lone surrogate becomes a JSON escape

@@ -1,4 +1,4 @@
-"""The executables of a checked artifact: compile or load them, and open the device that runs them."""
+"""Compile or load the executables of a checked artifact, and open the device that runs them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class LoadSettings(Frozen):
-    """The arguments of `load` after they have been checked.
+    """The arguments of `load` after they have been checked; `load` describes those not listed here.
 
     Attributes:
         threads: number of threads that XLA computes with.
         requested_threads: the caller's argument `threads`; None if the caller left it out.
-        prefix_memory: maximum number of bytes for keys and values of earlier prompts.
+        prefix_memory: maximum number of bytes for keys and values of earlier prompts; None for the default.
     """
 
     target: str | None = None
@@ -49,9 +49,9 @@ class CheckedArtifact(Frozen):
         root: the artifact's folder.
         manifest: the artifact's manifest.
         target: the target to run.
-        contents: bytes of programs, tokenizer and templates, by file.
+        contents: contents of the programs, the tokenizer and the templates, by file name.
         weights: arrays by name, mapped from their file; empty for a SavedModel, which contains its own weights.
-        check_unchanged: a function that raises PrecastError if the weight file was written to after it was mapped.
+        check_unchanged: a function that raises PrecastError if the weight file has been written to since it was mapped.
     """
 
     root: Path
@@ -70,10 +70,10 @@ def runs_on_xla_cpu(target: Target) -> bool:
 def compile_executables(
     artifact: CheckedArtifact, machine: Machine, settings: LoadSettings
 ) -> "dict[str, LocalExecutable]":
-    """Compile the target in a child process if it is a StableHLO target for the CPU.
+    """Compile a StableHLO target for the CPU in a child process, or take its executables from the cache folder.
 
     Returns:
-        Executables by program; empty for any other target.
+        Executables by program name; empty for any other kind of target.
     """
     root, target = artifact.root, artifact.target
     if target.runtime != "stablehlo":
@@ -83,7 +83,7 @@ def compile_executables(
             f"{root}: its StableHLO was guaranteed to compile until {target.stablehlo_expires}; compiling it anyway"
         )
     if target.platform == "cuda":
-        # The child process compiles for the CPU only, and the cache keeps only executables for the CPU.
+        # The child process compiles for the CPU only, and the cache folder stores only executables for the CPU.
         settings.log(
             f"{root}: target {target.name!r}: compiling its programs for the GPU, as at every start …"
         )
@@ -98,7 +98,7 @@ def compile_executables(
 def open_runtime(
     artifact: CheckedArtifact, compiled: "Mapping[str, LocalExecutable]", settings: LoadSettings
 ) -> tuple[Client, Callable[[], Mapping[str, Executable]]]:
-    """Return the device that the target runs on, and a function that loads its programs."""
+    """Return a client for the device that runs the target, and a function that loads the target's programs."""
     root, target = artifact.root, artifact.target
     if target.runtime == "savedmodel":
         return _tensorflow(artifact, settings)
@@ -137,7 +137,7 @@ def _load_executables(
     client: pjrt.Client,
     settings: LoadSettings,
 ) -> dict[str, Executable]:
-    """Load the programs of an XLA target; take a program's executable from `compiled` if it is there."""
+    """Load the programs of an XLA target; prefer an executable in `compiled` to the artifact's file."""
     target = artifact.target
     executables: dict[str, Executable] = {}
     for program in target.programs:

@@ -52,7 +52,8 @@ def load(
 ) -> Model:
     """Load an artifact without tracing, and without compiling unless requested.
 
-    Several threads may load at once, and share a model. Loading changes no state that other code in the process sees.
+    Several threads may load artifacts at the same time, and may share a model. Loading changes no state that other code
+    in the process can see.
 
     Args:
         path: the artifact's folder, a folder with exactly one artifact in it, or the URL string of a pushed artifact,
@@ -60,21 +61,22 @@ def load(
         rehash: hash every file again, including unchanged files that were hashed before.
         target: name of the target to run; by default the best one for the machine.
         allow_compile: allow compiling a target from its StableHLO. Each compilation is logged.
-        trusted: skip the trial of a target that has never run on this machine. A trial loads the target in a child
+        trusted: skip the trial of a target that has never run on this machine. The trial loads the target in a child
             process first (`precast.loaders.compiling.trial`).
-        require_signature: file of a public key. The artifact must be signed with it; only the manifest is read before
-            the check. A signed artifact is trusted. With None, the key that PRECAST_REQUIRE_SIGNATURE names, or
-            else the machine's own key, still applies (`precast.loaders.required_key`).
+        require_signature: file of the public key that must verify the artifact's signature. Only the manifest and the
+            signature are read before the check. The trial is skipped for an artifact that passes. If
+            `require_signature` is None, the key that PRECAST_REQUIRE_SIGNATURE names applies, or else the machine's own
+            key, if there is one (`precast.loaders.required_key`).
         threads: number of computing threads on the CPU; one per usable core by default, within a container's CPU quota.
             A message is logged if the number has no effect: TensorFlow accepts one number per process, and a GPU
             ignores the number.
-        prefix_memory: maximum number of bytes for keys and values of earlier prompts and answers. A prompt that shares
-            a prefix with one of them reuses the prefix's keys and values, which does not change the answer. 0 keeps
-            none; None chooses 512 MiB, or an eighth of the available memory if that is less. Only targets with
-            precast's own kernels for the CPU reuse keys and values.
+        prefix_memory: maximum number of bytes for keys and values of earlier prompts and answers. A prompt that begins
+            like an earlier one reuses the keys and values of the shared prefix. The answer stays the same. 0 stores no
+            keys and values; None chooses 512 MiB, or an eighth of the available memory if that is less. Only targets
+            with precast's own kernels for the CPU reuse keys and values.
         log: receives messages; standard error by default.
-        progress: receives the bytes pulled and hashed, and each program before it is loaded. By default, only pulls
-            show progress, on standard error.
+        progress: receives the number of bytes pulled and hashed, and the name of each program before it is loaded. By
+            default, only pulls show progress, on standard error.
 
     Raises:
         PrecastError: the artifact is incomplete, has an unknown format, or does not run on this machine.
@@ -107,7 +109,7 @@ def load(
 
 
 def load_export(root: Path, *, target: str, allow_compile: bool = False) -> Model:
-    """Load a target of an artifact that this process has just exported, without a trial or a signature.
+    """Load a target of an artifact that this process has just exported, without a trial or a signature check.
 
     Args:
         root: the artifact's folder.
@@ -134,9 +136,9 @@ def load_new_target(
 
     Args:
         root: the artifact's folder.
-        manifest: the artifact's manifest with the new target in it.
+        manifest: the artifact's manifest, including the new target.
         target: the new target.
-        executables: its trusted executables, by their names in the artifact.
+        executables: the new target's executables, by file name in the artifact. They are trusted.
 
     Raises:
         PrecastError: see `load`.
@@ -166,7 +168,7 @@ def _load(root: Path, manifest: Manifest, settings: LoadSettings) -> Model:
         raise _DamagedArtifact(str(error)) from None
     check_calls(root, target, artifact.contents, machine.kernels)
     _check_weights(artifact)
-    # Compile before the trial, so that its child process finds the executables in the cache.
+    # Compile before the trial, so that the trial's child process finds the executables in the cache.
     compiled = compile_executables(artifact, machine, settings)
     if not settings.trusted:
         trial.ensure(
@@ -215,8 +217,8 @@ def _check_files(
         root: the artifact's folder.
         manifest: the artifact's manifest.
         target: the target.
-        settings: the settings; with `rehash`, all files of the artifact are compared, even those compared before.
-        trusted: contents of files that the caller provides, by name; these files are not read.
+        settings: the settings. With `rehash`, every file of the artifact is hashed, even if its hash is recorded.
+        trusted: contents of the files that the caller provides, by name. These files are not read.
 
     Raises:
         PrecastError: a file differs; the message names the first.
@@ -240,7 +242,7 @@ def _check_files(
 def _stored_prefixes(
     artifact: CheckedArtifact, machine: "Machine", settings: LoadSettings
 ) -> "list[StoredPrefix]":
-    """Check and map the prefixes that the target may use; log the others, with the reason for each.
+    """Check and map the prefixes that the target can use; log every other prefix with the reason.
 
     Raises:
         PrecastError: a file differs from the manifest; the message names the first.
@@ -256,7 +258,7 @@ def _stored_prefixes(
 
 
 def _needed(manifest: Manifest, target: Target) -> set[str]:
-    """Return the names of the files to read whole: programs, tokenizer, templates."""
+    """Return the names of the files that are read completely: programs, tokenizer, templates."""
     # TensorFlow reads a SavedModel itself.
     programs = {target.file_of(p) for p in target.programs if target.runtime != "savedmodel"}
     texts = manifest.tokenizer
@@ -267,7 +269,7 @@ def _needed(manifest: Manifest, target: Target) -> set[str]:
 def _read_weights(
     root: Path, manifest: Manifest, target: Target, settings: LoadSettings
 ) -> tuple[dict[str, np.ndarray], Callable[[], None]]:
-    """Map weights and tables; return them by name, with a function that raises if their file has been written to.
+    """Map weights and tables; return the arrays by name, and a function that raises if their file has been written to.
 
     A SavedModel contains its own weights, so nothing is mapped for it.
     """
@@ -284,7 +286,7 @@ def _check_weights(artifact: CheckedArtifact) -> None:
     """Compare the weights with the programs' signatures.
 
     Raises:
-        PrecastError: a weight is missing, or of another type or shape; the message names the first.
+        PrecastError: a weight is missing, or has another type or shape; the message names the first.
     """
     for program in artifact.target.programs:
         for value in program.arguments:
@@ -309,7 +311,7 @@ def _model(
     stored: "Sequence[StoredPrefix]" = (),
 ) -> Model:
     client, load_executables = open_runtime(artifact, compiled, settings)
-    # Parse the tokenizer while XLA loads the programs: XLA releases the GIL, and both take about the same time.
+    # Parse the tokenizer while XLA loads the programs. XLA releases the GIL, and the two tasks take about equally long.
     loading = _BackgroundCall(load_executables)
     try:
         tokenizer = _tokenizer(artifact)
@@ -339,7 +341,7 @@ def _model(
 
 
 class _BackgroundCall(Thread):
-    """A call in its own thread. concurrent.futures would take 5 ms to import."""
+    """A function call in a separate thread. Importing concurrent.futures for this would take 5 ms."""
 
     def __init__(self, call: Callable[[], Mapping[str, Executable]]) -> None:
         super().__init__(daemon=True)
@@ -385,7 +387,7 @@ def _tokenizer(artifact: CheckedArtifact) -> Tokenizer:
 
 
 def _hash_progress(progress: "Progress | None", total: int) -> Callable[[int], None]:
-    """Return a function that takes the size of each block hashed, and reports the sum."""
+    """Return a function that accepts the size of each hashed block, and reports the sum."""
     if progress is None:
         return lambda _: None
     from .progress import byte_counter

@@ -32,11 +32,11 @@ def read_manifest(root: Path, *, require_signature: Path | None = None) -> Manif
 
     Args:
         root: the artifact's folder.
-        require_signature: file of a public key. The manifest's signature is verified with it before parsing; None
-            skips verification.
+        require_signature: file of the public key that must verify the manifest's signature before the manifest is
+            parsed. None skips the verification.
 
     Raises:
-        PrecastError: the manifest is missing, not signed with this key, or invalid.
+        PrecastError: the manifest is missing or invalid, or its signature is missing or does not match the key.
     """
     data = files.read(root, MANIFEST_FILE, limit=MAX_JSON_BYTES)
     if require_signature is not None:

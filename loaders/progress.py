@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from .artifact.errors import printable
 from .artifact.frozen import Frozen
 
-# Seconds between two lines if standard error is not a terminal; seconds until the remaining time of a step is shown.
+# Minimum seconds between two lines if standard error is not a terminal, and the seconds that a step must have run
+# before its remaining time is shown.
 _PAUSE_S, _SETTLED_S = 15.0, 2.0
 # The assumed width of a terminal that does not report its width.
 _COLUMNS = 80
@@ -20,9 +21,9 @@ class Step(Frozen):
 
     Attributes:
         text: the work, as a participle: "hashing", "comparing weights".
-        done: finished units.
-        total: units in all; 0 if unknown.
-        unit: name of the units: "predictions". A display converts "bytes" to megabytes.
+        done: number of finished units.
+        total: number of all units; 0 if unknown.
+        unit: name of the units: "predictions". A display shows "bytes" in megabytes.
     """
 
     text: str
@@ -39,19 +40,19 @@ def silent(_: Step) -> None:
 
 
 def amount(step: Step) -> str:
-    """Return the finished and the total units in words; the total must be known."""
+    """Return the finished and the total units as text, such as "3 of 8 requests"; the total must be known."""
     if step.unit == "bytes":
         return f"{step.done / 1e6:,.1f} of {step.total / 1e6:,.1f} MB"
     return f"{step.done:,} of {step.total:,} {step.unit}"
 
 
 def byte_counter(progress: Progress, text: str, total: int) -> Callable[[int], None]:
-    """Return a function that takes the size of each finished block, and reports the sum.
+    """Return a function that accepts the size of each finished block, and reports the sum.
 
     Args:
         progress: receives the sum.
         text: the work, as for `Step`.
-        total: bytes in all.
+        total: total number of bytes.
     """
     done = 0
 
@@ -66,7 +67,8 @@ def byte_counter(progress: Progress, text: str, total: int) -> Callable[[int], N
 class Display:
     """Progress and messages on standard error.
 
-    On a terminal each step replaces the one before. Elsewhere a line is printed at most every 15 seconds.
+    On a terminal, each step replaces the line of the previous step. Elsewhere, a line is printed at most every 15
+    seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -99,11 +101,11 @@ class Display:
         print(printable(message), file=sys.stderr)
 
     def clear(self) -> None:
-        """Erase the line on a terminal."""
+        """Erase the progress line on a terminal."""
         self._replace("")
 
     def _replace(self, line: str) -> None:
-        # A wrapped line could not be replaced.
+        # Shorten the line, because "\r" could not return to the start of a wrapped line.
         line = line[: _columns() - 1]
         if line != self._line:
             sys.stderr.write(f"\r\x1b[K{line}")
@@ -122,7 +124,7 @@ def show_progress(clock: Callable[[], float] = time.monotonic) -> Iterator[Displ
 
 
 def progress_on_terminal() -> AbstractContextManager[Progress]:
-    """Yield a display if standard error is a terminal, else `silent`. Calls from Python use this by default."""
+    """Yield a display if standard error is a terminal, else `silent`. Pulls and pushes use this by default."""
     return show_progress() if sys.stderr.isatty() else nullcontext(silent)
 
 

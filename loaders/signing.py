@@ -24,7 +24,7 @@ from .artifact.json_records import MAX_JSON_BYTES, parse_json
 from .artifact.manifest import MANIFEST_FILE, SIGNATURE_FILE
 from .artifact.manifest_parser import parse_manifest
 
-# Far above the size of any signature or key.
+# Size limits in bytes, far above the size of any signature or key.
 MAX_SIGNATURE_BYTES = 1 << 20
 _MAX_KEY_BYTES = 1 << 16
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -40,7 +40,7 @@ def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
     Args:
         root: the artifact's folder.
         key: file of the private key.
-        ask_password: returns the password; called only for an encrypted key.
+        ask_password: a function that returns the password. It is called only for an encrypted key.
 
     Returns:
         The sha256 of the public key.
@@ -58,7 +58,7 @@ def sign(root: Path, key: Path, ask_password: Callable[[], str]) -> str:
     _check_bundle(manifest, signature, public, str(key), str(root))
     path = root / SIGNATURE_FILE
     files.write_atomically(path, signature)
-    # Everybody who can read the manifest can then read the signature.
+    # Let everybody who can read the manifest also read the signature.
     path.chmod((root / MANIFEST_FILE).stat().st_mode & 0o777)
     return _fingerprint(public)
 
@@ -67,13 +67,13 @@ def check_signature(root: Path, manifest: bytes, key: Path) -> None:
     """Verify an artifact's signature over a manifest that has not been parsed yet.
 
     Args:
-        root: the artifact's folder, with the signature.
+        root: the artifact's folder, from which the signature is read.
         manifest: contents of the manifest, untrusted.
         key: file of the public key.
 
     Raises:
-        PrecastError: the signature is missing, invalid, or made with another key or over another manifest; or the file
-            `key` is not a supported public key.
+        PrecastError: the signature is missing or invalid, was made with another key, or covers another manifest; or the
+            file `key` does not contain a supported public key.
     """
     signature = None
     if (root / SIGNATURE_FILE).exists():
@@ -104,7 +104,7 @@ def check_bytes(manifest: bytes, signature: bytes | None, key: Path, where: str)
 
 
 def fingerprint(key: Path) -> str:
-    """Return the sha256 of a public key in PEM form, as signatures state it.
+    """Return the sha256 of a public key's PEM form, by which signatures identify the key.
 
     Raises:
         PrecastError: the file does not contain a supported public key.
@@ -140,7 +140,7 @@ def _check_bundle(manifest: bytes, signature: bytes, public: Any, key: str, wher
 
 
 def _verify(manifest: bytes, signature: bytes, public: Any, at: str) -> None:
-    """Let the library verify the signature, on private copies of the files, which no other process can change."""
+    """Have the library verify the signature on private copies of the files, which no other user can change."""
     from model_signing import verifying
 
     with _copies(manifest, signature, _pem(public)) as (manifest_path, signature_path, key_path):
@@ -149,7 +149,7 @@ def _verify(manifest: bytes, signature: bytes, public: Any, at: str) -> None:
             config.set_hashing_config(_hashing()).verify(manifest_path, signature_path)
         except OSError:
             raise
-        # The library documents no exceptions, and the bundle is untrusted.
+        # Catch every exception, because the library documents none and the bundle is untrusted.
         except Exception:
             raise PrecastError(
                 f"{at}: the signature is invalid, so it was altered; copy the artifact again, or have it signed again."
@@ -157,7 +157,7 @@ def _verify(manifest: bytes, signature: bytes, public: Any, at: str) -> None:
 
 
 def _statement(signature: bytes, at: str) -> tuple[str, str]:
-    """Return the key's fingerprint and the manifest's sha256 that a bundle claims, without verifying them.
+    """Return the fingerprint of the key and the sha256 of the manifest that a bundle claims; verify neither.
 
     Raises:
         PrecastError: the bundle is not a statement about exactly one file.
@@ -248,7 +248,7 @@ def _read_public(path: Path) -> Any:
 
 
 def _open_private(path: Path, ask_password: Callable[[], str]) -> tuple[bytes | None, Any]:
-    """Open a private key; return its password (None if it is not encrypted) and its public key."""
+    """Open a private key; return its password (None if the key is not encrypted) and its public key."""
     from cryptography.hazmat.primitives import serialization
 
     data = _read_key(path)

@@ -43,9 +43,9 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
         progress: receives each step before it begins.
 
     Raises:
-        PrecastError: see `load`; or a program fails.
+        PrecastError: the target cannot be loaded (see `load`), or a program fails.
     """
-    # Imported after the child has reported that it runs, so that a crash while jaxlib is imported fails the trial.
+    # Import these after the child has reported that it runs. A crash while jaxlib is imported then fails the trial.
     from .generation.engine import DecodeRow
     from .load import load
 
@@ -66,7 +66,7 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
     begin(target.of_kind("cache")[0].name)
     cache = engine.new_cache()
     _check_caches(model, cache, root)
-    # Any ids within the vocabulary will do; leave room for two more tokens.
+    # Any token ids within the vocabulary will do. Leave room in the context for two more tokens.
     prompt = [token % engine.vocab for token in _PROMPT][: max(1, engine.context - 2)]
     begin(min(target.of_kind("prefill"), key=lambda p: p.tokens).name)
     engine.prefill(prompt, cache)
@@ -81,7 +81,7 @@ def attempt(root: Path, name: str, *, allow_compile: bool, threads: int | None, 
 
 
 def _check_caches(model: "Model", cache: "KVCache", root: Path) -> None:
-    """Compare the sizes of the cache's arrays with the manifest, which may be self-consistent but wrong.
+    """Compare the sizes of the KV cache's arrays with the manifest, which may be consistent in itself but wrong.
 
     Raises:
         PrecastError: an array has another size; the message names the first.
@@ -93,7 +93,7 @@ def _check_caches(model: "Model", cache: "KVCache", root: Path) -> None:
     for array in model.manifest.cache:
         if (found := pjrt.size_of(cache.buffers[array.name])) != array.bytes:
             raise PrecastError(
-                f"{root}: its programs make a cache {array.name!r} of {found} bytes, but the manifest gives"
+                f"{root}: its programs allocate {found} bytes for {array.name!r}, but the manifest states"
                 f" {array.bytes}; export the model again."
             )
 

@@ -1,4 +1,4 @@
-"""The cache folder: its place, its owner and mode, and the age at which its files are removed."""
+"""The cache folder: its path, the check of its owner and mode, and the removal of its old files."""
 
 import os
 import stat
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from .errors import PrecastError
 
-# Half a year.
+# Half a year, in seconds.
 _MAX_AGE_S = 180 * 24 * 3600
 
 
 def cache_folder() -> Path:
-    """Return the cache folder: ``PRECAST_CACHE``, or ``precast`` in the user's own cache folder.
+    """Return the cache folder: ``PRECAST_CACHE``, or ``precast`` in the user's general cache folder.
 
-    Every file in it can be computed or fetched again.
+    Every file in the cache folder can be computed or fetched again.
 
     Raises:
         PrecastError: the user has no home folder, and neither ``PRECAST_CACHE`` nor ``XDG_CACHE_HOME`` names a folder.
@@ -45,7 +45,7 @@ def unwritable_reason(name: str) -> str:
 
 
 class UntrustedCache(PrecastError):
-    """The error for a cache folder that another user may have written to."""
+    """The error for a cache folder that another user can write to."""
 
 
 def trusted_cache(name: str) -> Path:

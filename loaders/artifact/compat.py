@@ -9,7 +9,7 @@ from .manifest import Manifest, Target
 
 
 def mismatches(target: Target, machine: Machine) -> list[str]:
-    """Return every reason why a target cannot run on a machine; each names the requirement and what was found."""
+    """Return every reason why a target cannot run on a machine. Each states the requirement and the machine's value."""
     found = []
     if target.platform == "cuda":
         found += _cuda_mismatches(target, machine)
@@ -49,7 +49,7 @@ def _cuda_mismatches(target: Target, machine: Machine) -> list[str]:
             f"it needs jax's CUDA plugin {machine.jaxlib}, {instead}: pip install {cuda_packages(machine.jaxlib)}"
         )
     # The driver's files name the whole GPU. The manifest's name comes from XLA, which may add a suffix for a partition
-    # of it (MIG).
+    # of the GPU (MIG).
     known = any(gpu == "any" or target.device.startswith(gpu) for gpu in machine.gpus)
     if target.device != "any" and not known:
         found.append(f"it was compiled for {target.device}, but this machine has {', '.join(machine.gpus)}")
@@ -61,16 +61,17 @@ def choose_target(
 ) -> Target:
     """Return the best target that matches the machine.
 
-    XLA executables rank above a SavedModel, and a SavedModel above a target that must be compiled first. Ties go to a
-    GPU over the CPU, then to the wider instruction set, then to the first in the manifest.
+    XLA executables rank above a SavedModel, and a SavedModel ranks above a target that must be compiled first. Among
+    equals, a GPU ranks above the CPU, then a wider instruction set above a narrower one, then programs that call
+    precast's kernels above others, then the earlier target in the manifest above the later one.
 
     Args:
         manifest: the artifact's manifest.
         machine: the machine that will run the target.
-        where: the artifact's name in messages.
+        where: name of the artifact in messages.
         name: name of the only target to consider; None considers all.
-        allow_compile: permission to compile a target from StableHLO if it has no executables, or if its executables do
-            not fit the machine.
+        allow_compile: permission to choose a target that must be compiled from StableHLO, because it has no executables
+            or its executables do not fit the machine.
 
     Raises:
         PrecastError: no target matches. The message lists every mismatch and a remedy.
@@ -98,8 +99,8 @@ def _preference(target: Target) -> tuple[int, ...]:
     """Return a sort key, which is smallest for the best target."""
     runtime = ("pjrt", "savedmodel", "stablehlo").index(target.runtime)
     platform = {"cuda": 0, "cpu": 1}.get(target.platform, 2)
-    # All targets that would be compiled here get the same instruction set, so they tie. Targets that call precast's
-    # kernels are faster.
+    # All targets that would be compiled here have the same instruction set, so the kernels decide: a target that calls
+    # precast's kernels is faster.
     return runtime, platform, -vector_width(target.cpu_features), -bool(target.kernels)
 
 

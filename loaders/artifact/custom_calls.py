@@ -34,16 +34,16 @@ def check_calls(root: Path, target: Target, contents: Mapping[str, bytes], insta
     """Check that programs call only the kernels that the manifest lists.
 
     Args:
-        root: the artifact.
+        root: the artifact's folder, for messages.
         target: the target whose programs are about to be loaded or compiled.
-        contents: contents of the target's files, by file name.
-        installed: the installed kernels.
+        contents: contents of the programs' files, by file name.
+        installed: names of the installed kernels.
 
     Raises:
         PrecastError: a program makes a custom call that the manifest does not list.
     """
-    # A SavedModel is checked when TensorFlow loads it. GPU programs are not checked: XLA itself uses custom calls
-    # there, to call libraries such as cuBLAS.
+    # A SavedModel is checked when TensorFlow loads it. Programs for a GPU are not checked, because XLA itself uses
+    # custom calls in them to call libraries such as cuBLAS.
     if target.runtime == "savedmodel" or target.platform == "cuda":
         return
     for program in target.programs:

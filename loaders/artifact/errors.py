@@ -1,17 +1,17 @@
-"""The exception for errors that the user can fix, `PrecastError`, and functions that make text safe to print."""
+"""`PrecastError`, the exception for errors that the user can fix, and functions that make text safe to print."""
 
 import sys
 
-# The maximum length of a message, in characters. A message that quotes a file may be longer, and is shortened.
+# The maximum length of a message, in characters. The middle of a longer message, which may quote a file, is cut out.
 _MAX_LENGTH = 4000
 
 
 class PrecastError(Exception):
     """An error that the user can fix.
 
-    The message is one sentence: where, what was expected, what was found, what to do. The command line prints it
-    without a traceback and exits with code 2. A message may quote untrusted text, and a terminal would obey its control
-    characters, so every message is reduced to one line of at most 4,000 printable characters.
+    The message is one sentence: the place, what was expected, what was found, and the remedy. The command line prints
+    the message without a traceback and exits with code 2. A message may quote untrusted text with control characters,
+    which a terminal would obey. So every message is reduced to one line of at most about 4,000 printable characters.
     """
 
     def __init__(self, message: str) -> None:

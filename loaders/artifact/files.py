@@ -29,9 +29,9 @@ def split_name(
     """Split the name of an artifact's file at the slashes, after checking it; the file need not exist.
 
     Args:
-        root: the artifact's folder or another source of the name, for messages.
+        root: the artifact's folder, or another source of the name, for messages.
         name: the name, untrusted.
-        remedy: what the user can do about an invalid name, for messages.
+        remedy: advice to the user about an invalid name, for messages.
 
     Raises:
         PrecastError: the name is absolute, not normalised, or contains ``..``, a backslash or a NUL.
@@ -72,7 +72,7 @@ def member_path(root: Path, name: str) -> Path:
 def open_plain(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
-    Anything else is refused: reading a pipe could block forever, and a device might never end.
+    Refuse anything else, because reading a pipe could block forever, and a device might never end.
 
     Raises:
         OSError: the path cannot be opened, or is not a regular file.
@@ -100,7 +100,7 @@ def sha256_of(path: Path) -> str:
 
 
 def digest_of(file: BinaryIO, on_read: Callable[[int], None] = lambda _: None) -> str:
-    """Return the sha256, in hex, of the rest of an open file; pass the size of each block to `on_read`."""
+    """Hash an open file from its current position; pass each block's size to `on_read`; return the sha256 in hex."""
     digest = hashlib.sha256()
     while block := file.read(_BLOCK):
         digest.update(block)
@@ -119,7 +119,7 @@ def _reading(root: Path, name: str) -> Iterator[None]:
 
 
 def read(root: Path, name: str, *, limit: int | None = None) -> bytes:
-    """Return the contents of an artifact's file without comparing them with its hash.
+    """Return the contents of an artifact's file without checking their hash.
 
     Args:
         root: the artifact's folder.
@@ -140,7 +140,7 @@ def read(root: Path, name: str, *, limit: int | None = None) -> bytes:
 
 
 def read_checked(root: Path, name: str, entry: FileEntry) -> bytes:
-    """Return the contents of a file after checking them; the bytes returned are the bytes that were hashed.
+    """Return the contents of a file after checking them. The returned bytes are the bytes that were hashed.
 
     Raises:
         PrecastError: the file does not match `entry`.
@@ -161,15 +161,15 @@ def open_checked(
 ) -> BinaryIO:
     """Open a file that is too large to hash at every start, and check it.
 
-    The file is hashed at its first use, and the hash is recorded in the cache folder. Later calls use the record as
-    long as the file's device, inode, size and times stay the same.
+    The file is hashed at its first use, and the hash is recorded in the cache folder. Later calls rely on the record
+    while the file's device, inode, size and times stay the same.
 
     Args:
         root: the artifact's folder.
         name: the file's name in the manifest.
         entry: the file's size and hash in the manifest.
         rehash: hash the file even if its hash is recorded.
-        on_read: called with the number of bytes of each block that is hashed.
+        on_read: called with the size of each hashed block, in bytes.
 
     Raises:
         PrecastError: the file does not match `entry`.
@@ -183,8 +183,8 @@ def open_checked(
             digest = digest_of(file, on_read)
             _check_hash(root, name, entry, digest)
             _check_unchanged(str(root / name), file, status)
-            # Use the identity from before the read. A file that changes afterwards has another identity, so this record
-            # does not apply to it.
+            # Record the identity from before the read. If the file changes afterwards, its identity changes, and this
+            # record no longer applies.
             _record_hash(identity, digest)
         file.seek(0)
         cleanup.pop_all()
@@ -192,10 +192,10 @@ def open_checked(
 
 
 class Watch:
-    """A detector for writes to a mapped file, which would change bytes that have been checked.
+    """A detector of writes to a mapped file. A write would change bytes that have already been checked.
 
     Args:
-        file: the open file; it may be closed afterwards.
+        file: the open file. The caller may close it afterwards.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -236,7 +236,7 @@ def rehash_file(
         root: the artifact's folder.
         name: the file's name in the manifest.
         entry: the file's size and hash in the manifest.
-        on_read: called with the size of each block.
+        on_read: called with the size of each hashed block, in bytes.
         record: record the hash in the cache folder, so that `open_checked` need not hash the file.
 
     Raises:
@@ -295,9 +295,10 @@ def write_atomically(path: Path, *parts: bytes | memoryview, sync: bool = False)
     """Write a temporary file and rename it to `path`, so that the file at `path` is never half written.
 
     Args:
-        path: the file to write; only this user may read it.
+        path: the file to write. Only this user may read it afterwards.
         parts: its contents.
-        sync: flush the contents to disk before the rename, so that a power cut leaves the old file or the new one.
+        sync: flush the contents to disk before the rename. After a power cut, `path` is then either the old file or the
+            new one.
     """
     import tempfile  # a lazy import, because it takes 2 ms and most starts write no file
 
@@ -355,7 +356,7 @@ def hash_files(root: Path, known: Mapping[str, str]) -> dict[str, FileEntry]:
 
     Args:
         root: the artifact's folder.
-        known: sha256 of files that the caller has hashed already, by name.
+        known: sha256 of the files that the caller has already hashed, by name.
     """
     entries = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):

@@ -21,7 +21,8 @@ from .errors import PrecastError
 from .interrupt import on_interrupt
 from .manifest import MANIFEST_FILE
 
-# Marks a temporary folder. Leftovers are removed only if they match the pattern below and contain this file or nothing.
+# The file that marks a temporary folder. A leftover folder is removed only if its name matches the pattern below and it
+# is empty or contains this file.
 _MARK = "precast-partial"
 _MARK_TEXT = b"precast was filling this folder. Its next command that writes here removes it.\n"
 _TEMPORARY = re.compile(r"\.(.+)\.precast-[0-9a-f]{12}\.partial", re.DOTALL)
@@ -83,13 +84,13 @@ def _finish(temporary: Path, path: Path, overwrite: bool) -> None:
     sync(temporary)
     check_free(path, overwrite)
     _swap(temporary, path, overwrite)
-    # The artifact is complete; this sync keeps its new name through a power cut.
+    # The artifact is complete. This sync makes its new name survive a power cut.
     with suppress(OSError):
         sync(path.parent)
 
 
 def temporary_name(parent: Path, name: str) -> Path:
-    """Return a fresh path in `parent` for a temporary folder that will become `name`."""
+    """Return a new random path in `parent` for a temporary folder; `name` is its final name or its purpose."""
     return parent / f".{name}.precast-{token_hex(6)}.partial"
 
 
@@ -100,7 +101,7 @@ def make_marked(folder: Path) -> int:
         folder: a path from `temporary_name`.
 
     Returns:
-        A file descriptor with a lock, which protects the folder until the descriptor is closed.
+        A file descriptor of the folder. Its lock protects the folder until the descriptor is closed.
 
     Raises:
         OSError: the folder cannot be created.
@@ -111,8 +112,8 @@ def make_marked(folder: Path) -> int:
 
 
 def _try_to_mark(folder: Path) -> int | None:
-    """Create, lock and mark a folder; return None if another process removed it before it was locked."""
-    # Do not use mkdtemp, which removes the permissions of group and others.
+    """Create, lock and mark a folder; return None if another process removes the folder before it is locked."""
+    # Do not use mkdtemp, which denies access to the group and to others.
     folder.mkdir()
     with ExitStack() as undo:
         undo.callback(remove, folder)
@@ -129,7 +130,7 @@ def _try_to_mark(folder: Path) -> int | None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a temporary folder, ignoring errors.
+    """Remove a temporary folder; ignore errors.
 
     The mark is removed last, so that an interrupted removal leaves a folder that is marked or empty.
     """
@@ -186,9 +187,9 @@ def _is_ours(folder: int) -> bool:
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Check that a new folder may take this path.
+    """Check that a new folder may be created at a path.
 
-    The path may be free or an empty folder. With `overwrite`, it may also be an artifact.
+    The path must be free or lead to an empty folder. With `overwrite`, it may also lead to an artifact.
 
     Raises:
         PrecastError: the path is taken, or is a mount point or the current folder.
@@ -196,7 +197,7 @@ def check_free(path: Path, overwrite: bool) -> None:
     if not os.path.lexists(path):
         return
     if _is_empty_folder(path):
-        # The new folder would replace the empty one, but a mount point and the current folder must stay.
+        # The new folder replaces the empty one, but a mount point and the current folder cannot be replaced.
         if os.path.ismount(path) or path.samefile(os.curdir):
             what = "a mount point" if os.path.ismount(path) else "the current folder"
             raise PrecastError(
@@ -221,7 +222,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Rename `temporary` to `path`; an existing artifact is moved to the temporary name, or removed."""
+    """Rename `temporary` to `path`; an artifact at `path` is moved to the temporary name, or removed."""
     if not overwrite or not path.exists():
         try:
             temporary.rename(path)
@@ -249,7 +250,7 @@ def _swap(temporary: Path, path: Path, overwrite: bool) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap the names of two folders atomically; return False if the system cannot."""
+    """Swap the names of two folders atomically; return False if the system cannot do so."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):

@@ -13,7 +13,7 @@ class FirstLogits:
 
     Attributes:
         token_ids: tokens with the largest logits, in descending order of their logits.
-        values: their logits, as the first target computed them at export.
+        values: the logits of these tokens, as the first target computed them at export.
         tolerance: largest absolute difference allowed on another machine or target.
     """
 
@@ -28,8 +28,8 @@ class Answer:
 
     Attributes:
         prompt_token_ids: the prompt.
-        token_ids: the greedy continuation, which does not stop at end tokens; empty if the two largest logits of the
-            first step are so close that another machine may choose the other token.
+        token_ids: the greedy continuation, which does not stop at end-of-sequence tokens. It is empty if the two
+            largest logits of the first step are so close that another machine may choose the other token.
         first_logits: the largest logits of the first step.
     """
 

@@ -1,17 +1,17 @@
-"""Handle Ctrl-C at any moment in precast's own processes: clean up, print "interrupted", and exit with 130.
+"""Handle Ctrl-C at any moment in precast's own processes: clean up, print "interrupted", and exit with code 130.
 
-The handler raises no exception, because an exception could surface anywhere: in a half-done import, in a destructor
-that swallows it, or in a callback from compiled code, which would crash. Instead, a block that could leave something
-behind registers its clean-up with `on_interrupt`; the handler runs the clean-ups and ends the process.
-`raise_on_interrupt` restores Python's own KeyboardInterrupt for code that must reset the terminal, such as a password
-prompt.
+The handler raises no exception, because an exception could surface anywhere: in an unfinished import, in a destructor
+that swallows the exception, or in a callback from compiled code that would then crash. Instead, a block that could
+leave something behind registers a clean-up function with `on_interrupt`. The handler runs the registered functions and
+ends the process. `raise_on_interrupt` restores Python's own KeyboardInterrupt for code that must reset the terminal,
+such as a password prompt.
 
 Python runs signal handlers only between two bytecode instructions, and the main thread may spend minutes inside a
-compiler or a program. So a second thread waits for the signal, too, and does the handler's work if the main thread does
-not.
+compiler or a program. So a second thread also waits for the signal, and does the handler's work if the main thread does
+not respond.
 
-This module is imported first and imports almost nothing, so that it is active from nearly the start. A program that
-imports precast as a library gets no handler, and `on_interrupt` has no effect there.
+This module is imported first and imports almost nothing, so that it can handle Ctrl-C almost from the start. A program
+that imports precast as a library has no such handler, and `on_interrupt` has no effect there.
 """
 
 import _thread
@@ -28,7 +28,7 @@ else:
     import _signal as signal  # unlike signal, it does not import enum
 
 INTERRUPTED = 130
-# Seconds allowed for the main thread to reach its handler.
+# Seconds that the main thread is allowed to take until it reaches its handler.
 _PATIENCE_S = 1.0
 # A process has one handler per signal, and so one list of clean-ups.
 _CLEAN_UPS: "list[Callable[[], object]]" = []
@@ -73,7 +73,7 @@ class raise_on_interrupt:
 
 
 def install() -> None:
-    """Take over SIGINT, unless the parent process set it to be ignored."""
+    """Install the handler for SIGINT. If this process was started with SIGINT ignored, do nothing."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return
     signal.signal(signal.SIGINT, _interrupted)
@@ -100,7 +100,7 @@ def ignore() -> None:
 
 def end() -> "NoReturn":
     """Run the clean-ups, print "interrupted", and end the process."""
-    # If the main thread reaches its handler after all, it waits here until the process ends.
+    # If the main thread reaches its handler late, it waits here until the process ends.
     _ENDING.acquire()
     # Each step may fail: `ignore` raises outside the main thread, and a clean-up may meet a full disk. The next command
     # removes what a failed clean-up leaves behind.

@@ -14,15 +14,15 @@ from .errors import PrecastError
 
 Record = TypeVar("Record")
 
-# Far above the size of any manifest, and small enough to parse safely.
+# A limit far above the size of any manifest, and small enough to parse safely.
 MAX_JSON_BYTES = 16 << 20
 
 
 class _Mismatch(Exception):
-    """A value that does not fit its field; the message says where, what was expected and what was found.
+    """A value that does not fit its field. The message states the place, the expected value and the value found.
 
     Attributes:
-        other_remedy: a remedy that the message names first; it ends with ", or ".
+        other_remedy: text before the remedy in the message: empty, or a further remedy that ends with ", or ".
     """
 
     other_remedy = ""
@@ -45,7 +45,7 @@ def parse_json(data: bytes, where: str, remedy: str = "copy or export the artifa
     Args:
         data: the text, in UTF-8.
         where: the source of the text, for messages.
-        remedy: what the user can do about invalid JSON, for messages.
+        remedy: advice to the user about invalid JSON, for messages.
 
     Raises:
         PrecastError: the text is longer than `MAX_JSON_BYTES`, nested too deeply, not UTF-8, not JSON, or repeats a
@@ -57,7 +57,7 @@ def parse_json(data: bytes, where: str, remedy: str = "copy or export the artifa
         )
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        # An escape may encode a lone surrogate, which breaks file names and terminals.
+        # An escape may encode a lone surrogate, which cannot be part of a file name or be printed.
         if b"\\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
@@ -74,7 +74,7 @@ def from_json(kind: type[Record], value: Any, where: str, remedy: str = "export 
         kind: the dataclass.
         value: the parsed JSON.
         where: the source of the JSON, for messages.
-        remedy: what the user can do about an invalid value, for messages.
+        remedy: advice to the user about an invalid value, for messages.
 
     Raises:
         PrecastError: a key is unknown or missing, or a value has the wrong type. The message names the place

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .frozen import Frozen
 
-# Features that /proc/cpuinfo and LLVM spell differently.
+# LLVM's names of features that /proc/cpuinfo spells differently.
 _LLVM_NAMES = {
     "abm": "lzcnt",
     "bmi1": "bmi",
@@ -56,7 +56,7 @@ VECTOR_FEATURES = ("avx512f", "avx2", "avx", "sse4.2", "sve2", "neon")
 
 
 def vector_width(features: Iterable[str]) -> int:
-    """Return a rank for the vector width of an instruction set: larger is wider, 0 is unknown."""
+    """Return a rank for the vector width of an instruction set. A larger rank is wider; 0 means unknown."""
     known = set(features)
     return next((len(VECTOR_FEATURES) - i for i, f in enumerate(VECTOR_FEATURES) if f in known), 0)
 
@@ -72,7 +72,7 @@ class Machine(Frozen):
         kernels: custom-call targets of precast's installed kernels.
         isa: instruction set that these kernels chose ("avx2").
         tensorflow: True if TensorFlow is installed.
-        gpus: NVIDIA GPU models, as `nvidia_gpus` returns them; empty if no target needs one.
+        gpus: NVIDIA GPU models, as `nvidia_gpus` returns them; empty if there is no GPU or no target needs one.
         cuda_plugin: installed version of jax's CUDA plugin; empty if it is missing or no target needs it.
     """
 
@@ -90,13 +90,14 @@ class Machine(Frozen):
 def nvidia_gpus(root: Path = Path("/")) -> tuple[str, ...]:
     """Return the models of NVIDIA GPUs, read from the driver's files without loading the driver.
 
-    A driver without such files, as under WSL, gives ("any",). If CUDA_VISIBLE_DEVICES hides every GPU, the result is
-    empty. If the variable hides only some GPUs, the result still includes all of them.
+    If the driver has no such files, as under WSL, the result is ("any",). If CUDA_VISIBLE_DEVICES hides every GPU, the
+    result is empty. If the variable hides only some GPUs, the result still includes all of them.
 
     Args:
         root: root of the file system.
     """
-    # CUDA ignores the list from the first invalid device on, so an invalid first device hides every GPU.
+    # CUDA ignores the first invalid device in the list and all devices after it, so an invalid first one hides every
+    # GPU.
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1"):
         return ()
     models = []
@@ -123,7 +124,7 @@ def processor_family() -> str:
 
 @cache
 def cpu_features() -> tuple[str, ...]:
-    """Return the CPU features that compiled code may use, in LLVM's names; empty without /proc/cpuinfo."""
+    """Return the CPU features that compiled code may use, in LLVM's names; empty if there is no /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:

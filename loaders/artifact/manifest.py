@@ -8,7 +8,7 @@ from .frozen import Frozen
 
 FORMAT_VERSION = 7
 MANIFEST_FILE = "manifest.json"
-# A signature over the manifest. The manifest lists every file except itself and its signature.
+# The signature of the manifest. The manifest lists every file except itself and its signature.
 SIGNATURE_FILE = "manifest.json.sig"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -34,10 +34,10 @@ class Value(Frozen):
             "token".
         shape: axes in order.
         dtype: a key of `DTYPE_BYTES`.
-        layout: the order of the axes in memory, as the compiler chose it, from the slowest to the fastest. Programs
-            take and return their arrays with the axes in this order.
-        alias: name of the argument whose memory a result reuses; None for arguments and other results. The argument is
-            donated: the call invalidates it.
+        layout: the order of the axes in memory that the compiler chose, from the slowest to the fastest. Programs
+            accept and return their arrays with the axes in this order.
+        alias: name of the argument whose memory a result reuses; None for arguments and other results. The call
+            invalidates that argument (donation).
     """
 
     name: str
@@ -54,7 +54,7 @@ class Value(Frozen):
 
     @property
     def physical(self) -> tuple[int, ...]:
-        """The executable's own shape: the axes of `shape` in the order of `layout`."""
+        """The shape of the array in the executable: the axes of `shape` in the order of `layout`."""
         return tuple(self.shape[axis] for axis in self.layout)
 
 
@@ -62,8 +62,8 @@ class ProgramMemory(Frozen):
     """The memory of one call, in bytes, as the compiler reports it.
 
     Attributes:
-        arguments: the arguments.
-        results: the results.
+        arguments: size of the arguments.
+        results: size of the results.
         aliased: the part of `results` that reuses the memory of arguments.
         temporary: scratch memory, excluding the scratch memory of precast's kernels.
     """
@@ -86,7 +86,7 @@ class Program(Frozen):
         arguments: arguments in the executable's order.
         results: results in the executable's order.
         flops: number of multiplications and additions in the matrix products, and in attention over the whole context.
-        memory: memory of a call; None if nothing was compiled.
+        memory: memory of one call; None if the program was not compiled.
     """
 
     name: str
@@ -280,7 +280,7 @@ class Provenance(Frozen):
 
 
 class Fidelity(Frozen):
-    """The distance between the predictions of the first target and of the float32 model, measured at export.
+    """The distance between the first target's predictions and the float32 model's, measured at export.
 
     `precast.loaders.audit.evaluate` describes the method.
 
@@ -290,7 +290,7 @@ class Fidelity(Frozen):
         perplexity: perplexity of the artifact; None if it overflows a float.
         reference_perplexity: perplexity of the float32 model; None if it overflows a float.
         kl_mean: mean of KL(float32 model ‖ artifact), in nats per token.
-        kl_p99: 99th percentile of the same divergence.
+        kl_p99: 99th percentile of that divergence.
         top1: share of predictions with the same most likely token, 0 to 1.
     """
 
@@ -310,13 +310,13 @@ class Prefix(Frozen):
         name: unique in the artifact.
         tokens: number of tokens.
         file: JSON file with the token ids.
-        arrays: safetensors file with a tensor for each array of the KV cache. It holds positions 0 to ``tokens − 1``
-            of a slot, or only the last of these positions for an array with a window.
+        arrays: safetensors file with a tensor for each array of the KV cache. A tensor contains positions 0 to
+            ``tokens − 1`` of a slot; for an array with a window, it contains only the last of these positions.
         target: name of the target that computed the arrays.
         kernels: ABI version of the kernels that computed the arrays.
         isa: instruction set of these kernels.
         programs: sha256 of the target's programs, as `precast.loaders.artifact.origin` computes it.
-        weights: sha256 of the file of the weights.
+        weights: sha256 of the weight file.
     """
 
     name: str
@@ -337,7 +337,7 @@ class Manifest(Frozen):
         format_version: version of the artifact format.
         name: the model's name.
         model: the model's architecture and shape.
-        capacity: the context length; the code reads it as `context`.
+        capacity: the context length, which the property `context` returns.
         slots: B, the number of sequences decoded together.
         buckets: prompt lengths that have their own prefill program, ascending.
         cache: arrays of the KV cache.
@@ -346,7 +346,7 @@ class Manifest(Frozen):
         tokenizer: the tokenizer's files and special tokens.
         sampling: the model's own sampling defaults.
         golden: file of the golden answers.
-        prefixes: stored prefixes of prompts.
+        prefixes: the prefixes whose keys and values are stored.
         provenance: origin of the artifact.
         files: size and hash of every file except the manifest and its signature, by name.
         fidelity: distance from the float32 model; None if it was not measured.

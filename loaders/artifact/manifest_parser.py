@@ -94,7 +94,7 @@ def _expect(where: str, what: str, expected: object, found: object) -> None:
 
 
 def _check_geometry(manifest: Manifest, where: str) -> None:
-    """Check that context, slots, buckets and KV cache agree, because the programs' loops rely on them."""
+    """Check that context, slots, buckets and KV cache are consistent, because the engine relies on them."""
     if manifest.model.parameters < 1:
         raise PrecastError(
             f"{where}: expected at least one parameter, found {manifest.model.parameters}; export the model again."
@@ -129,7 +129,7 @@ def _check_cache_array(manifest: Manifest, array: CacheArray, where: str) -> Non
     _expect(where, "number of letters in its axes", len(array.shape), len(array.axes))
     _expect(where, "axes in its layout", list(range(len(array.shape))), sorted(array.layout))
     named = dict(zip(array.axes, array.shape, strict=True))
-    # A ring buffer must hold the longest chunk, and the window before the chunk's first token.
+    # A ring buffer must have room for the longest chunk and for the window before the chunk's first token.
     needed = array.window + max(manifest.buckets) - 1 if array.window else manifest.context
     needed = min(needed, manifest.context)
     positions = named.get("S", 0)
@@ -183,7 +183,7 @@ def _check_decode_and_score(manifest: Manifest, target: Target, where: str) -> N
 
 
 def _check_layouts(manifest: Manifest, target: Target, where: str) -> None:
-    """Check that all programs give the KV cache and the constants the same layouts, and that the rest is row-major."""
+    """Check that all programs use the same layouts for KV cache and constants, and row-major layouts elsewhere."""
     first = manifest.targets[0] is target
     layouts = {c.name: c.layout for c in manifest.cache} if first else {}
     for value in (v for p in target.programs for v in (*p.arguments, *p.results)):
@@ -195,7 +195,7 @@ def _check_layouts(manifest: Manifest, target: Target, where: str) -> None:
 
 
 def _signature(manifest: Manifest, program: Program) -> tuple[dict[str, _Shape], dict[str, _Shape]]:
-    """Return the shapes of a program's inputs and of its results, without the KV cache, by name."""
+    """Return the expected shapes of a program's inputs and of its results, by name, without the KV cache."""
     if program.kind == "cache":
         return {}, {}
     rows = {"prefill": 1, "score": program.tokens}.get(program.kind, program.rows)
@@ -207,7 +207,7 @@ def _signature(manifest: Manifest, program: Program) -> tuple[dict[str, _Shape],
 
 
 def _check_signature(manifest: Manifest, program: Program, where: str) -> None:
-    """Check names, shapes and dtypes, and that arguments come in the order inputs, caches, constants."""
+    """Check names, shapes and dtypes, and the order of the arguments: inputs, caches, constants."""
     inputs, results = _signature(manifest, program)
     order = {"cache": 1, "table": 2, "weight": 2}
     places = [order.get(v.role, 0) for v in program.arguments]
@@ -273,7 +273,7 @@ def _check_prefix(manifest: Manifest, prefix: Prefix, where: str) -> None:
 
 
 def is_prefix_name(name: str) -> bool:
-    """Return True for 1 to 64 letters, digits, "-", "_" and ".", not beginning with "."."""
+    """Return True if a name has 1 to 64 ASCII letters, digits, "-", "_" and ".", and does not begin with "."."""
     letters = name.translate(dict.fromkeys(map(ord, "-_.")))
     return (
         0 < len(name) <= LONGEST_PREFIX_NAME

@@ -1,4 +1,4 @@
-"""Errors for a path that is not an artifact; each names the path's contents and the remedy."""
+"""Errors for a path that is not an artifact. Each error states the contents of the path and a remedy."""
 
 import os
 import re

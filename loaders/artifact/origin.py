@@ -1,8 +1,8 @@
 """The origin of stored keys and values: the model, the programs and the instruction set that computed them.
 
 precast's kernels compute a position with the same instructions in the same order for any chunk, batch and number of
-threads, so two computations of the same tokens with the same origin give the same bits. Keys and values of another
-origin are not reused.
+threads. So two computations of the same tokens with the same origin have bit-identical results. Keys and values of
+another origin are not reused.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ _ARITHMETIC = 1
 
 
 class Origin(Frozen):
-    """The model, programs and instruction set that computed keys and values, as strings to compare and to show.
+    """The model, programs and instruction set that computed keys and values, as strings for comparison and display.
 
     Attributes:
-        weights: sha256 of the file of the weights.
-        tokenizer: sha256 of the tokenizer's file.
-        cache: types and shapes of the KV cache's arrays, without slots and positions.
+        weights: sha256 of the weight file.
+        tokenizer: sha256 of the tokenizer file.
+        cache: types and shapes of the KV cache's arrays, without the numbers of slots and positions.
         target: name of the target.
         programs: sha256 over the target's programs and the version of the kernels' arithmetic.
         kernel_abi: ABI version of precast's kernels.
@@ -38,7 +38,7 @@ class Origin(Frozen):
     isa: str
 
     def differences(self, other: "Origin") -> Mapping[str, tuple[str, str]]:
-        """Return the fields that differ, by their names in messages: pairs of this origin's value and the other's."""
+        """Return the differing fields by their names in messages, each as a pair: this origin's value, the other's."""
         pairs = {label: (getattr(self, field), getattr(other, field)) for field, label in _LABELS.items()}
         return {label: (mine, theirs) for label, (mine, theirs) in pairs.items() if mine != theirs}
 
@@ -56,7 +56,7 @@ _LABELS = {
 
 
 def has_row_invariance(target: Target) -> bool:
-    """Return True if a target's results for a position have the same bits in any chunk and batch, with any threads.
+    """Return True if the bits of a target's results for a position depend on neither chunk, batch nor thread count.
 
     precast's kernels guarantee this; XLA does not.
     """
@@ -64,7 +64,7 @@ def has_row_invariance(target: Target) -> bool:
 
 
 def is_reproducible(target: Target) -> bool:
-    """Return True if another process that runs the target computes the same bits.
+    """Return True if every process that runs the target computes the same bits.
 
     A serialised executable computes the same bits in every process. StableHLO may be compiled by another version of
     XLA, which may compute other bits.

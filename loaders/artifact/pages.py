@@ -1,8 +1,8 @@
 """Huge pages for files in the page cache.
 
 Linux caches a file in folios as large as the writes or reads that filled them, and maps a folio of 2 MiB with one TLB
-entry. Weights written tensor by tensor end up in 4 KiB pages, where TLB misses reduce the speed of reading from 30 to
-25 GB/s. On a file system without large folios, this module changes nothing.
+entry. Weights that are written tensor by tensor end up in 4 KiB pages, where TLB misses reduce the reading speed from
+30 to 25 GB/s. On a file system without large folios, this module has no effect.
 """
 
 import mmap
@@ -33,8 +33,8 @@ class HugePageWriter:
         """
         for page in range(at // HUGE_PAGE, -(-(at + len(data)) // HUGE_PAGE)):
             begin = page * HUGE_PAGE
-            # A write that covers a whole huge page allocates that page at once. Before a smaller write, a write of
-            # zeros allocates it.
+            # A write that covers a whole huge page allocates that page. Before a smaller write, write zeros to allocate
+            # it.
             whole = at <= begin and begin + HUGE_PAGE <= at + len(data)
             if page not in self._begun and not whole:
                 self._file.seek(begin)
@@ -45,8 +45,8 @@ class HugePageWriter:
 
 
 def advise_huge_pages(mapping: mmap.mmap, begin: int, end: int) -> None:
-    """Advise Linux to read a range into huge pages; pages already in the page cache stay small."""
+    """Advise Linux to read the bytes from `begin` to `end` into huge pages; pages cached already stay small."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
         begin -= begin % mmap.PAGESIZE
-        with suppress(OSError):  # this Linux has no huge pages for files
+        with suppress(OSError):  # this Linux does not support huge pages for files
             mapping.madvise(mmap.MADV_HUGEPAGE, begin, end - begin)

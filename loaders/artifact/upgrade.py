@@ -1,7 +1,7 @@
 """Upgrade manifests of earlier format versions to the current version before they are parsed.
 
-An upgrade adds the keys that the earlier version lacks, with values that leave an artifact's answers unchanged. The
-current version's checks apply to the result.
+An upgrade adds the keys that the earlier version lacks, with values that do not change the artifact's answers. The
+checks of the current version then apply to the result.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,7 +57,7 @@ def _from_5(value: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _from_6(value: dict[str, Any], where: str) -> dict[str, Any]:
-    # Format 7 adds mixed weights, which are arguments of programs like any others.
+    # Format 7 adds mixed weights. Programs accept them as arguments, like any other weights.
     return value | {"format_version": 7}
 
 

@@ -24,9 +24,9 @@ from .json_records import parse_json
 from .pages import HugePageWriter, advise_huge_pages
 
 ALIGNMENT = 64
-# The limit of the safetensors library.
+# The maximum size of a header in the safetensors library, in bytes.
 _MAX_HEADER = 100 << 20
-# NumPy's limit.
+# The maximum number of axes in NumPy.
 _MAX_AXES = 64
 _EMBEDDING, _HEAD = "model.embed_tokens.", "lm_head.weight"
 _METADATA = "__metadata__"
@@ -56,7 +56,7 @@ class TensorSpec(Frozen):
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return zeros that XLA's CPU client can use zero-copy: aligned to 64 bytes."""
+    """Return an array of zeros that XLA's CPU client can use zero-copy, because it is aligned to 64 bytes."""
     size = prod(shape) * dtype.itemsize
     memory = np.zeros(size + ALIGNMENT, np.uint8)
     begin = -memory.ctypes.data % ALIGNMENT
@@ -64,10 +64,10 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """Return the dtype for a name in a manifest, a key of `DTYPE_BYTES`."""
+    """Return the dtype for a name in a manifest. The name is a key of `DTYPE_BYTES`."""
     if name != "bfloat16":
         return np.dtype(name)
-    import ml_dtypes  # only for bfloat16, which NumPy lacks
+    import ml_dtypes  # a lazy import, only for bfloat16, which NumPy lacks
 
     dtype: np.dtype = np.dtype(ml_dtypes.bfloat16)
     return dtype
@@ -138,7 +138,7 @@ def _write_pieces(
             raise ValueError(f"{name}: expected one of the specified tensors, found a piece of another")
         if piece.dtype != spec.dtype:
             raise ValueError(f"{name}: expected parts of {spec.dtype}, found {piece.dtype}")
-        # Check before writing, to protect the next tensor.
+        # Check before writing, so that an overlong piece does not overwrite the next tensor.
         if written[name] + piece.nbytes > spec.bytes:
             raise ValueError(f"{name}: expected {spec.bytes} bytes, found {written[name] + piece.nbytes}")
         writer.write(
@@ -152,7 +152,7 @@ def _write_pieces(
 
 
 def file_parts(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
-    """Return the contents of a safetensors file in parts, for arrays that are in memory.
+    """Return the contents of a safetensors file for arrays in memory, as a list of parts.
 
     Args:
         arrays: the tensors, by name.
@@ -193,10 +193,10 @@ def _read_header(source: BinaryIO) -> tuple[dict[str, Any], int]:
 
 
 def map_weights(source: Path | BinaryIO) -> dict[str, np.ndarray]:
-    """Map a file written by `write_weights`; the system reads its pages from disk on first access.
+    """Map a file that `write_weights` has written. The system reads each page from disk on first access.
 
     Args:
-        source: the file's path, or the checked file itself, open and at its start.
+        source: the file's path, or the checked file, open at its start.
 
     Returns:
         Arrays by tensor name. They are views of a private mapping, which lives as long as the arrays.

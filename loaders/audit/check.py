@@ -1,4 +1,4 @@
-"""Check if an artifact runs on a machine, from its manifest alone."""
+"""Check whether an artifact runs on a machine, using only the artifact's manifest."""
 
 import shlex
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from ..runtime.limits import Need
 from ..runtime.resources import Limits, Memory, Processors
 from .prefixes import PrefixStatus, statuses
 
-# Report a compatibility promise that ends in fewer days than this.
+# A compatibility promise is reported if it ends in fewer days than this.
 SOON_DAYS = 30
 
 # The fields of a target that state its requirements, by kind of requirement.
@@ -46,11 +46,11 @@ _TENSORFLOW = "'precast[savedmodel]'"
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """An obstacle that exists now or will exist soon.
+    """An obstacle to running an artifact, now or soon.
 
     Attributes:
         what: the kind of requirement: "jaxlib", "memory".
-        problem: the requirement, and what was found.
+        problem: the requirement, and the machine's value.
         remedy: a way to meet the requirement.
     """
 
@@ -84,18 +84,20 @@ class CheckReport:
         root: the artifact.
         name: the model's name.
         target: the target that would run; None if no target runs.
-        compiled: True if that target would be compiled first.
+        compiled: True if `target` would be compiled first.
         targets: the findings on each target.
         problems: obstacles that concern the whole artifact, such as too little memory.
         notes: warnings. The artifact runs in spite of them.
-        expires: last day on which newer jaxlibs are sure to compile its StableHLO; the earliest if targets differ.
+        expires: last day on which newer jaxlibs are guaranteed to compile the artifact's StableHLO; the earliest such
+            day if targets differ.
         days_left: days until `expires`; negative when it has passed.
-        signed: True if a signature exists; it is not checked.
+        signed: True if a signature exists. The signature is not verified.
         processors: the machine's processors.
         need: the memory that the artifact needs.
         memory: the machine's memory.
         prefixes: the artifact's stored prefixes.
-        cpus: a description of the CPUs that run the artifact without compiling; None if no target is for the CPU.
+        cpus: a description of the CPUs that run the artifact without compiling; None if no compiled target is for a
+            CPU.
     """
 
     root: Path
@@ -135,8 +137,8 @@ def check(
     """Compare a manifest with a machine.
 
     Args:
-        root: the artifact.
-        manifest: its manifest.
+        root: the artifact's folder.
+        manifest: the artifact's manifest.
         machine: the machine's CPU, devices and libraries.
         processors: the machine's processors.
         memory: the machine's memory.
@@ -234,7 +236,7 @@ def _command(*words: object) -> str:
 
 
 def _split_remedy(problem: str, machine: Machine) -> tuple[str, str | None]:
-    """Split a problem into its text and the pip command at its end; without such a command, return None for it."""
+    """Split a problem into its text and the pip command at its end; return None instead of a missing command."""
     for packages in (_TENSORFLOW, compat.cuda_packages(machine.jaxlib)):
         # Match only at the end, because an untrusted manifest may put "pip install" elsewhere into the problem.
         if problem.endswith(f": pip install {packages}"):
@@ -279,7 +281,7 @@ def _available_memory(need: Need, memory: Memory) -> Iterator[Finding]:
     if memory.available is not None and need.all > memory.available and need.all <= (memory.limit or 0):
         yield Finding(
             what="memory",
-            problem=f"it needs {size_text(need.all)} of memory, but only {size_text(memory.available)} are free now",
+            problem=f"it needs {size_text(need.all)} of memory, but only {size_text(memory.available)} is free now",
             remedy="end other programs; otherwise the system reads the weights from the disk again and again",
         )
 

@@ -13,7 +13,7 @@ from ..artifact.manifest import WEIGHTS_FILE, Manifest, Program, Value
 from ..artifact.weights import map_weights
 from ..progress import Progress, Step, silent
 
-# Bytes of a tensor compared at a time.
+# The number of bytes of a tensor that are compared at a time.
 _BLOCK = 1 << 24
 
 
@@ -102,7 +102,7 @@ def _geometry(m: Manifest) -> Facts:
 
 
 def _target_changes(a: Manifest, b: Manifest) -> tuple[Change, ...]:
-    """Compare the targets that both artifacts have, field by field; any other target counts as one change."""
+    """Compare the targets in both artifacts field by field. A target in only one artifact is a single change."""
     named = [{t.name: {p.name for p in t.programs} for t in m.targets} for m in (a, b)]
     shared = {name: programs & named[1][name] for name, programs in named[0].items() if name in named[1]}
     return _changes(*(_targets(m, shared) for m in (a, b)))
@@ -241,12 +241,12 @@ def _contents(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], progress: Prog
         done += old.nbytes
         progress(Step(text="comparing weights", done=done, total=total, unit="bytes"))
         if differing:
-            # Both tensors have this type and shape, so only the bytes can differ.
+            # Both tensors have the type and shape in `before`, so `after` gives the number of differing bytes instead.
             yield Change(what=name, before=_shape(old), after=f"{differing} of {old.nbytes} bytes differ")
 
 
 def _differing(old: np.ndarray, new: np.ndarray) -> int:
-    """Return the number of bytes that differ between two arrays of the same type and shape; compare in blocks."""
+    """Return the number of bytes that differ between two arrays of the same type and shape; compare block by block."""
     a, b = (array.reshape(-1).view(np.uint8) for array in (old, new))
     blocks = range(0, a.size, _BLOCK)
     return sum(int(np.count_nonzero(a[i : i + _BLOCK] != b[i : i + _BLOCK])) for i in blocks)

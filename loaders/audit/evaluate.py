@@ -1,16 +1,16 @@
-"""Measure how well an artifact predicts a text, and how far its predictions are from a reference's.
+"""Measure how well an artifact predicts a text, and how far its predictions are from those of a reference model.
 
-The text is tokenised without a chat template. Its first N tokens are cut into windows of W tokens; a shorter window at
-the end counts if it has at least 64 tokens. Every window begins with the tokens that the tokenizer puts before a text
-(a beginning-of-sequence token, or nothing), which count towards W. The first half of a window is prefilled through the
-artifact's prefill programs. The second half is fed token by token through decode, regardless of the artifact's own
-choices (teacher forcing), and every prediction from the last prefilled position on is scored. So the numerics of
-prefill, decode and the KV cache all count.
+The text is tokenised without a chat template. Its first N tokens are cut into windows of W tokens. A shorter window at
+the end is used if it has at least 64 tokens. Every window begins with the tokens that the tokenizer puts before a text
+(a beginning-of-sequence token, or nothing). These tokens count towards W. The first half of a window is prefilled
+through the artifact's prefill programs. The second half is fed token by token through decode, regardless of the
+artifact's own choices (teacher forcing). Every prediction is scored, beginning with the one at the last prefilled
+position. So the score reflects the numerics of prefill, decode and the KV cache.
 
 Perplexity is exp(mean of −log p(next token)). The divergence at a position is the Kullback–Leibler divergence
 KL(reference ‖ artifact) = Σ p log(p / q) over the vocabulary, in nats, where p and q are the probabilities of reference
-and artifact. Logits become log-probabilities in float64, position by position, so memory does not grow with tokens
-times vocabulary.
+and artifact. Logits are converted to float64 log-probabilities one position at a time, so memory does not grow with
+tokens times vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ from ..text.tokenizer import Tokenizer
 DEFAULT_TOKENS, DEFAULT_WINDOW = 3072, 512
 SHORTEST_LAST, SMALLEST_WINDOW = 64, 8
 SHIPPED_TEXT = Path(__file__).parent / "data" / "persuasion.txt"
-# Read at most this many characters of a file for each token; prose has about 4 characters per token.
+# The maximum number of characters read from a file for each token. Prose has about 4 characters per token.
 _CHARACTERS_PER_TOKEN = 64
 
 
@@ -54,7 +54,7 @@ class Scorer(Protocol):
     def context(self) -> int: ...
 
     def logits(self, window: Sequence[int], first: int) -> Iterator[np.ndarray]:
-        """Yield the logits [V] of positions `first` to ``len(window) − 2``; each is valid until the next is yielded."""
+        """Yield the logits [V] of positions `first` to ``len(window) − 2``. An array is valid until the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ def read_text(path: Path, tokens: int) -> str:
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Tokens:
-    """Return a text's tokens, and the special tokens before it; special tokens after it are dropped."""
+    """Return a text's tokens, and the special tokens before the text; drop special tokens after the text."""
     whole, plain = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
@@ -143,8 +143,8 @@ def plan_windows(total: int, width: int, shortest: int) -> tuple[range, ...]:
     """Return the ranges of consecutive windows.
 
     Args:
-        total: number of tokens of the text.
-        width: tokens of a window.
+        total: number of tokens in the text.
+        width: number of tokens in a window.
         shortest: minimum number of tokens in the last window.
     """
     full = [range(begin, begin + width) for begin in range(0, total - width + 1, width)]
@@ -153,7 +153,7 @@ def plan_windows(total: int, width: int, shortest: int) -> tuple[range, ...]:
 
 
 def cut(tokens: Tokens, count: int, window: int) -> tuple[tuple[int, ...], ...]:
-    """Return the windows of a text; none if it is too short.
+    """Cut a text into windows; return none if the text is too short, or its prefix fills half a window.
 
     Args:
         tokens: the text.
@@ -232,7 +232,7 @@ class Comparison:
     """The artifact's predictions compared with a reference's.
 
     Attributes:
-        perplexity: the reference's perplexity on the same tokens; None if it is beyond the range of a float.
+        perplexity: the reference's perplexity on the same tokens; None if the value is beyond the range of a float.
         kl_mean: mean of KL(reference ‖ artifact), in nats per token.
         kl_p99: 99th percentile of KL(reference ‖ artifact), interpolated linearly between predictions.
         top1: share of predictions with the same likeliest token, 0 to 1.
@@ -250,7 +250,7 @@ class Scores:
 
     Attributes:
         tokens: number of predictions scored.
-        perplexity: the artifact's perplexity; None if it is beyond the range of a float.
+        perplexity: the artifact's perplexity; None if the value is beyond the range of a float.
         comparison: the comparison with the reference; None without a reference.
     """
 
@@ -274,7 +274,7 @@ def divergence(reference: np.ndarray, artifact: np.ndarray) -> float:
 
 
 def perplexity(losses: np.ndarray) -> float | None:
-    """Return exp(mean of −log p); None if it is beyond the range of a float."""
+    """Return exp(mean of losses), given the loss −log p of each prediction; None if it exceeds the range of a float."""
     with np.errstate(over="ignore"):
         value = float(np.exp(losses.mean()))
     return value if np.isfinite(value) else None
@@ -291,7 +291,7 @@ def evaluate(
     Args:
         artifact: the model to score.
         windows: at least one window of token ids, each within both models' contexts.
-        reference: the model to compare with; None for perplexity alone.
+        reference: the model to compare the artifact with; None to compute only the artifact's perplexity.
         progress: receives the number of predictions scored.
 
     Raises:
@@ -325,8 +325,8 @@ def _comparison(losses: np.ndarray, kl: np.ndarray, same: np.ndarray) -> Compari
 def _points(artifact: Scorer, window: Sequence[int], reference: Scorer | None) -> Iterator[tuple[float, ...]]:
     """Yield the artifact's loss at each scored prediction.
 
-    With a reference, also yield the reference's loss, the divergence, and 1.0 if both have the same top token, else
-    0.0.
+    With a reference, also yield the reference's loss, the divergence, and 1.0 if both models have the same top token,
+    else 0.0.
     """
     first = _prefilled(window) - 1
     rows = artifact.logits(window, first)

@@ -30,7 +30,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 
 
 def _bits_per_weight(manifest: Manifest) -> float:
-    """Return the bits that a parameter takes on average, with scales, minima and padding."""
+    """Return the average number of bits for each parameter, including scales, minima and padding."""
     weights = {
         value.name: value.bytes
         for target in manifest.targets

@@ -1,4 +1,4 @@
-"""Find the artifacts below a folder, and check if each runs here."""
+"""Find the artifacts below a folder, and check whether each artifact runs on this machine."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from ..runtime.installed import this_machine
 if TYPE_CHECKING:
     from .prefixes import PrefixStatus
 
-# Search this many bytes of a manifest for its version.
+# The number of bytes at the start of a manifest that are searched for its version.
 _HEAD = 4096
 
 
@@ -26,7 +26,7 @@ class ListEntry:
 
     Attributes:
         path: the artifact's folder.
-        problem: the reason why it cannot be read; None if it can. All later fields are None if there is a problem.
+        problem: the reason why the folder cannot be read, or None. If there is a problem, all fields below are None.
         name: the model's name.
         architecture: the model's architecture.
         parameters: the model's number of parameters.
@@ -34,9 +34,9 @@ class ListEntry:
         context: context length, in positions.
         bytes: size of all files.
         targets: names of the targets.
-        target: the target that runs here, or None.
-        compiles: True if a target runs here once it is compiled.
-        reason: the reason why no target runs here without compiling; None if one does.
+        target: name of the target that runs here without compiling; None if no target does.
+        compiles: True if a target runs here, even if only after compiling.
+        reason: the reason why no target runs here without compiling; None if a target does.
         prefixes: the stored prefixes.
     """
 
@@ -60,7 +60,8 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
 
     Args:
         folder: folder to search. It may be an artifact.
-        require_signature: file of a public key; artifacts not signed with it are listed as unreadable.
+        require_signature: file of a public key. An artifact whose signature does not match this key is listed as
+            unreadable.
 
     Raises:
         PrecastError: the folder does not exist.
@@ -80,7 +81,7 @@ def artifacts_below(folder: Path, *, require_signature: Path | None = None) -> I
 
 
 def _folders(folder: Path) -> Iterator[Path | ListEntry]:
-    """Yield the folders with a manifest, and an entry for each unreadable folder."""
+    """Yield each folder that contains a manifest.json, and an entry for each folder that cannot be read."""
     if os.path.isfile(folder / MANIFEST_FILE):
         yield folder
         if _is_artifact(folder):
@@ -92,13 +93,13 @@ def _folders(folder: Path) -> Iterator[Path | ListEntry]:
         return
     for name in names:
         path = folder / name
-        # Accept a symlink to an artifact, but search no other symlink, because it could lead back up and loop.
+        # Follow a symlink only if it leads to an artifact. Any other symlink could lead back up and cause a loop.
         if not path.is_symlink() or os.path.isfile(path / MANIFEST_FILE):
             yield from _folders(path)
 
 
 def _is_artifact(folder: Path) -> bool:
-    """Return True for an artifact, however broken, and False for another program's folder with a manifest.json."""
+    """Return True for an artifact, even a damaged one, and False for another program's folder with a manifest.json."""
     if os.path.exists(folder / WEIGHTS_FILE) or os.path.isdir(folder / "programs"):
         return True
     try:
@@ -136,18 +137,18 @@ def _listed(folder: Path, key: Path | None) -> ListEntry | None:
 def _prefixes(manifest: Manifest, target: Target | None, isa: str) -> "tuple[PrefixStatus, ...]":
     if not manifest.prefixes:
         return ()
-    # Imported only here, because its imports take 0.1 s.
+    # A lazy import, because the module's own imports take 0.1 s.
     from .prefixes import statuses
 
     return statuses(manifest, target, isa)
 
 
 def _runs(folder: Path, manifest: Manifest, machine: Machine) -> tuple[Target | None, bool, str | None]:
-    """Choose the target that runs here without compiling.
+    """Choose the best target that runs here without compiling.
 
     Returns:
-        The target or None; True if any target runs here, even if only after compiling; and the reason why no target
-        runs here without compiling, or None.
+        The target, or None; True if any target runs here, even if only after compiling; the reason why no target runs
+        here without compiling, or None.
     """
     try:
         chosen = compat.choose_target(manifest, machine, str(folder), name=None, allow_compile=False)

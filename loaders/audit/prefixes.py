@@ -24,10 +24,10 @@ class PrefixStatus:
     """A stored prefix on this machine.
 
     Attributes:
-        name: its name.
+        name: the prefix's name.
         tokens: number of tokens.
-        bytes: size of its files.
-        obstacle: the reason for not using it here, without a full stop; None if it is used.
+        bytes: total size of the prefix's files.
+        obstacle: the reason why this machine does not use the prefix, without a full stop; None if it does.
     """
 
     name: str
@@ -41,7 +41,7 @@ class PrefixReport:
     """The result of recomputing the prefixes.
 
     Attributes:
-        prefixes: all prefixes; those with an obstacle were not recomputed.
+        prefixes: all prefixes. Prefixes with an obstacle were not recomputed.
         problems: a sentence for each difference.
     """
 
@@ -98,7 +98,7 @@ def replay_prefixes(model: Model, root: Path, isa: str, progress: Progress = sil
 
 
 def _differences(engine: Engine, stored: StoredPrefix, where: str) -> list[str]:
-    """Return a sentence for each array that differs when recomputed, and a sentence if the answer differs."""
+    """Return a sentence for each array that differs from its recomputation, and one if the answer differs."""
     computed = PrefixTree(engine, 0).compute(stored.tokens)
     wrong = []
     for name, span in stored.spans.items():
@@ -118,7 +118,7 @@ def _differences(engine: Engine, stored: StoredPrefix, where: str) -> list[str]:
 
 
 def _answer(engine: Engine, tree: PrefixTree, prompt: Sequence[int]) -> list[int]:
-    """Return a few greedy tokens after a prompt, computed with the keys and values that the prefix tree holds."""
+    """Return a few greedy tokens after a prompt, computed with the keys and values in the prefix tree."""
     cache = engine.new_cache()
     known = tree.restore(prompt[:-1], cache, 0)
     step = engine.prefill(prompt[known:], cache, start=known)

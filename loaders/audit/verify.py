@@ -25,8 +25,8 @@ class FileReport:
     """The state of an artifact's files.
 
     Attributes:
-        checked: number of files in the manifest, all of which were hashed.
-        bytes: size of these files.
+        checked: number of files in the manifest. All of these were hashed.
+        bytes: total size of these files.
         problems: a sentence for each missing or damaged file.
         unlisted: names of files that are not in the manifest.
     """
@@ -47,8 +47,8 @@ class ReplayReport:
         tokens: number of tokens in these answers.
         logits: number of logits compared.
         difference: largest absolute difference between a logit and the recorded one; None if it is not finite.
-        share: largest ratio of an answer's difference to that answer's tolerance, 1 at the limit; None if
-            it is not finite, for example if the tolerance is 0.
+        share: largest ratio of an answer's difference to that answer's tolerance; a share of 1 is exactly at the
+            tolerance. None if the ratio is not finite, for example for any difference with a tolerance of 0.
         problems: a sentence for each answer that differs.
     """
 
@@ -93,7 +93,7 @@ def replay(model: Model, golden: Golden, where: str, progress: Progress = silent
     Args:
         model: the loaded artifact.
         golden: its golden answers.
-        where: the artifact's name, at the beginning of each problem's sentence.
+        where: the artifact's name, which begins the sentence of each problem.
         progress: receives the number of answers replayed.
 
     Raises:
@@ -180,7 +180,7 @@ def batch_problems(model: Model, golden: Golden, where: str) -> list[str]:
 
 
 def _decoded(engine: Engine, answers: Sequence[Answer]) -> list[list[int]]:
-    """Decode answers together, in slots from the last to the first; return their tokens."""
+    """Generate answers in one batch, using the slots from the last to the first; return the tokens of each answer."""
     cache, slots = engine.new_cache(), range(engine.slots)[::-1][: len(answers)]
     found = [
         [int(engine.prefill(answer.prompt_token_ids, cache, slot=slot).token[0])]
@@ -197,7 +197,7 @@ def _decoded(engine: Engine, answers: Sequence[Answer]) -> list[list[int]]:
 
 
 def _scored(engine: Engine, answer: Answer) -> list[int]:
-    """Return the score program's tokens: one after the prompt, and one after each answer token except the last."""
+    """Return the tokens that the score program predicts after the prompt and each answer token except the last."""
     cache, start = engine.new_cache(), len(answer.prompt_token_ids) - 1
     if start:
         engine.prefill(answer.prompt_token_ids[:-1], cache)

@@ -1,8 +1,8 @@
-"""Executables compiled by ``run --compile``, kept in the cache folder for later runs.
+"""Executables that ``run --compile`` compiles, stored in the cache folder for later runs.
 
-An entry is a file that holds an executable's sha256 and the executable. The file's name is a hash of all that affects
-the compiler's output: StableHLO, jaxlib, the kernels' ABI, the CPU, the number of threads, and XLA_FLAGS. An entry
-whose hash is wrong is ignored. Writing an entry removes entries older than half a year.
+An entry is a file that contains an executable's sha256 and the executable. The file's name is a hash of everything that
+affects the compiler's output: StableHLO, jaxlib, the kernels' ABI, the CPU, the number of threads, and XLA_FLAGS. An
+entry whose hash is wrong is ignored. Writing an entry removes entries older than half a year.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from ..artifact.frozen import Frozen
 from ..artifact.machine import Machine
 from .compiler import compile_programs
 
-# The version of the entries' format. It is hashed into every name, so entries of another version are never found.
+# The version of the entries' format. Every file name depends on it, so entries of another version are never found.
 _FORM = "1"
 _DIGEST_BYTES = 32
-# The entries' folder in the cache folder.
+# The name of the entries' folder in the cache folder.
 _FOLDER = "compiled"
 
 
@@ -30,9 +30,9 @@ class LocalExecutable(Frozen):
     """An executable for this machine.
 
     Attributes:
-        executable: the input of `pjrt.Client.load`.
+        executable: the serialised executable, for `pjrt.Client.load`.
         is_new: True if it was compiled just now, False if it comes from the cache.
-        recompile: a function that compiles the program again, to be called if XLA refuses the cached executable.
+        recompile: a function that compiles the program again. Call it if XLA refuses the cached executable.
     """
 
     executable: bytes
@@ -60,7 +60,7 @@ def executables(
         log: receives a message for each compilation, and one if the cache is used.
 
     Returns:
-        Executables by program.
+        Executables by program name.
 
     Raises:
         PrecastError: see `compile_programs`.
@@ -76,7 +76,7 @@ def executables(
 
 
 class _CachingCompiler(Frozen):
-    """A compiler with a cache: it looks in the cache folder first, and stores its output there."""
+    """A compiler that stores its output in the cache folder, and finds earlier output there."""
 
     machine: Machine
     where: str

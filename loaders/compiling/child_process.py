@@ -1,17 +1,17 @@
 """Run parts of the loader's work in child processes, with the same Python and packages.
 
-Parent and child exchange messages through pipes. A message is a line of JSON, followed by as many bytes of data as its
-"data" says:
+Parent and child exchange messages through pipes. A message is a line of JSON, followed by binary data. The key "data"
+of the JSON states the number of bytes in this data. The messages are:
 
 1. The child writes `READY` as soon as it runs. If it writes anything else, or nothing, then the executable was not
-   Python: `sys.executable` may name an application that embeds Python, which has now started a second time.
+   Python: `sys.executable` may be an application that embeds Python, and a second copy of it has now started.
 2. The parent sends a request: {"request": {…}}.
 3. The child reports its progress any number of times, {"progress": "…"}, and then sends either an answer, {"answer":
    {…}}, or a sentence about its failure, {"error": "…"}. Steps 2 and 3 may repeat.
 4. The parent closes the pipe, and the child exits.
 
 The environment variable `GUARD` names the modules that a process and its ancestors were started for. A process refuses
-to start a child for any of them, so children cannot start each other without end.
+to start a child for any of these modules, so children cannot start each other endlessly.
 """
 
 import json
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 # The environment variable with the modules that this process and its ancestors were started for, separated by commas.
 GUARD = "PRECAST_CHILD_OF"
 READY = b"precast child ready\n"
-# Seconds for Python to start and import on a slow disk.
+# Seconds that Python may take to start and import the module on a slow disk.
 START_S = 120
-# Seconds that a child may take to exit after it has closed its pipe. Also the seconds after the time limit at which a
-# child that is still running ends itself.
+# Seconds that a child may take to exit after it has closed its pipe. Also the seconds between a request's time limit
+# and the moment at which the system ends the child.
 EXIT_S = 5
 _PIECE_BYTES = 1 << 20
 # Linux's PR_SET_PDEATHSIG, prctl(2).
@@ -44,7 +44,7 @@ Answer = tuple[Mapping[str, Any], bytes]
 
 
 class StartError(Exception):
-    """The child did not start. The text is the reason, worded to fit in brackets."""
+    """The child did not start. The text is the reason, in a form that fits in brackets."""
 
 
 class Refusal(Exception):
@@ -55,8 +55,9 @@ class Crash(Exception):
     """The child ended without an answer.
 
     Attributes:
-        code: exit code; for a child that a signal ended, the signal's number, negated.
-        reason: the signal's name; without a signal, the last line on standard error, or else the exit code in words.
+        code: exit code; if a signal ended the child, the negated number of the signal.
+        reason: the signal's name; if no signal ended the child, its last line on standard error, or else the exit code
+            in words.
     """
 
     def __init__(self, code: int, complaint: str) -> None:
@@ -84,13 +85,13 @@ class Child:
         self._received = bytearray()
 
     def await_ready(self, name: str) -> None:
-        """Wait for the child's report that it runs.
+        """Wait until the child reports that it runs.
 
         Args:
             name: the executable, for messages.
 
         Raises:
-            StartError: the child writes anything else, or nothing in time.
+            StartError: the child writes anything other than `READY`, or does not write `READY` in time.
         """
         until = time.monotonic() + START_S
         try:
@@ -117,13 +118,13 @@ class Child:
         """Send a request, and wait for its answer.
 
         Args:
-            request: values that JSON can hold.
-            data: bytes that belong to the request.
+            request: values that JSON can represent.
+            data: the request's binary data.
             limit_s: seconds that the answer may take; None for no limit.
             progress: receives the child's steps, which have a text but no counts.
 
         Returns:
-            The answer's values, and the bytes that belong to it.
+            The answer's values, and the answer's binary data.
 
         Raises:
             Refusal: the child answers with an error.
@@ -132,7 +133,7 @@ class Child:
         """
         until = None if limit_s is None else time.monotonic() + limit_s
         try:
-            with suppress(BrokenPipeError):  # a child that crashed; its last messages can still be read
+            with suppress(BrokenPipeError):  # the child has crashed, but its last messages can still be read
                 _send(self._input, {"request": request, "limit_s": limit_s}, data)
             while True:
                 message, received = self._receive(until)
@@ -147,7 +148,7 @@ class Child:
 
     def close(self) -> None:
         """End the child."""
-        # Kill the child, because a busy one would not notice the end of its input.
+        # Kill the child, because a busy child would not notice the end of its input.
         if self.process.poll() is None:
             self.process.kill()
         for stream in (self._input, self._output):
@@ -205,11 +206,11 @@ class Child:
 
 @contextmanager
 def started(module: str, *, changes: Mapping[str, str] | None = None) -> Iterator[Child]:
-    """Start a module of precast as a child process, and end it after the ``with`` block.
+    """Start a module of precast as a child process; end the process after the ``with`` block.
 
     Args:
         module: the module's name; its `main` calls `serve`.
-        changes: environment variables to set.
+        changes: environment variables to set for the child.
 
     Raises:
         StartError: no child can be started, or it does not become ready.
@@ -253,10 +254,10 @@ def command(module: str) -> list[str]:
 
 
 def environment(module: str) -> dict[str, str]:
-    """Return the environment for a child: this process's own, with its import path and the guard variable.
+    """Return the environment for a child: this process's environment, import path and the guard variable.
 
-    Two kinds of entries of `sys.path` are left out: those that are not strings, because Python ignores them when it
-    imports, and empty strings, because they mean the working folder.
+    The import path is `sys.path` without two kinds of entries: values that are not strings, which Python's import
+    ignores, and empty strings, which stand for the working folder.
     """
     folders = [folder for folder in sys.path if isinstance(folder, str) and folder]
     above = os.environ.get(GUARD)
@@ -299,8 +300,8 @@ def serve(answer: Callable[[Mapping[str, Any], bytes, Progress], Answer]) -> Non
     """Answer the parent's requests until it closes the pipe.
 
     Args:
-        answer: computes the answer to a request. It is given the request's values, the request's data, and a function
-            to report progress to. If it raises a PrecastError, the parent receives the error's text.
+        answer: a function that computes the answer to a request from the request's values, the request's data, and a
+            callback for progress. If the function raises a PrecastError, the parent receives the error's text.
     """
     output = ready()
 
@@ -321,8 +322,8 @@ def serve(answer: Callable[[Mapping[str, Any], bytes, Progress], Answer]) -> Non
 def ready() -> BinaryIO:
     """Tell the parent that this child is running; return the stream for messages to the parent.
 
-    Redirect the output of libraries to standard error, so that it does not count as a message. Disable core dumps, and
-    make the system end this process when its parent ends.
+    Redirect the output of libraries to standard error, so that their output is not mistaken for a message. Disable core
+    dumps, and make the system end this process when its parent ends.
     """
     _end_with_parent()
     with suppress(ImportError, OSError, ValueError):
@@ -337,7 +338,7 @@ def ready() -> BinaryIO:
 
 
 def _end_with_parent() -> None:
-    """Have the system end this process when its parent ends for any reason."""
+    """Make the system end this process when its parent ends for any reason."""
     import ctypes
     import signal
 
@@ -346,7 +347,7 @@ def _end_with_parent() -> None:
 
 
 def _limit_time(limit_s: int | None) -> None:
-    """Have the system end this process shortly after its time limit, in case the parent does not end it."""
+    """Make the system end this process shortly after its time limit, in case the parent does not end it."""
     import signal
 
     with suppress(AttributeError):  # Windows

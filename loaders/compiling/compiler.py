@@ -1,10 +1,10 @@
-"""Compile StableHLO to executables in a child process with jaxlib alone: no tracing, no jax.
+"""Compile StableHLO to executables in a child process that needs only jaxlib, without tracing or jax.
 
 The compiler runs in a child process for two reasons. XLA reads the instruction set from XLA_FLAGS only once, when XLA
 is loaded, so another instruction set needs another process. And a crash of the compiler ends only the child.
 
-`child_process` describes the messages. A request holds the number of threads, with a StableHLO artifact as its data.
-The answer holds the program's layouts and memory, with the executable as its data.
+`child_process` describes the messages. A request states the number of threads, and its data is a StableHLO artifact.
+The answer states the program's layouts and memory, and its data is the executable.
 """
 
 import os
@@ -29,9 +29,9 @@ class Compilation:
     """The result of compiling a program.
 
     Attributes:
-        executable: the input of `pjrt.Client.load`.
+        executable: the serialised executable, for `pjrt.Client.load`.
         memory: memory that a call needs, as the compiler reports it.
-        layouts: layouts of the arguments and of the results.
+        layouts: layouts of the arguments and of the results: axes from the slowest to the fastest in memory.
         seconds: duration of the compilation.
     """
 
@@ -53,11 +53,11 @@ def compile_programs(
 
     Args:
         programs: hash-checked StableHLO by program name.
-        where: name of their target in messages.
+        where: name of the programs' target in messages.
         isa: a key of `isa.LEVELS`, or "native".
-        threads: number of computing threads; None for one per usable core. XLA decides at compile time into how many
-            parts it splits a loop.
-        log: called before each program is compiled.
+        threads: number of computing threads; None for one per usable core. XLA needs the number at compile time,
+            because it then fixes the number of parts into which it splits a loop.
+        log: receives a message before each program is compiled.
 
     Raises:
         PrecastError: XLA refuses a program or crashes, or no child can be started.
@@ -118,21 +118,22 @@ def compile_target(
     folder: str | None = None,
     log: Callable[[str], None],
 ) -> tuple[Target, dict[str, bytes], dict[str, Compilation]]:
-    """Compile the StableHLO of a target into another target.
+    """Compile the StableHLO of a target to executables, which make up a new target.
 
     Args:
         source: the target whose StableHLO is compiled.
-        contents: contents of that target's StableHLO files, by name.
+        contents: contents of the source target's StableHLO files, by name.
         name_of: returns the new target's name, given the CPU features that it needs.
         where: name of the source target in messages.
         isa: as for `compile_programs`.
-        exact: refuse instructions beyond `isa`. If False, the new target requires the level that its instructions need.
+        exact: refuse instructions beyond `isa`. If False, accept them; the new target then requires the level that
+            includes its instructions.
         jaxlib: version of the installed jaxlib.
-        folder: folder of the new target's executables, below ``programs/``; None for the new target's name.
+        folder: name of the folder in ``programs/`` for the new target's executables; None for the new target's name.
         log: as for `compile_programs`.
 
     Returns:
-        The new target, its executables by their names in the artifact, and the compilations by program.
+        The new target, its executables by file name in the artifact, and the compilations by program name.
 
     Raises:
         PrecastError: see `compile_programs`; a program has no StableHLO; or the compiler used a wider instruction set
@@ -184,7 +185,8 @@ def _compiled_program(program: Program, compilation: Compilation, folder: str, w
 def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], where: str) -> None:
     """Check that a compiled program has the layouts of the artifact.
 
-    The layouts must be equal, because all targets share the weights, and programs hand the KV cache to each other.
+    The layouts must be equal, because all targets share the weights, and because a program's KV cache is an argument of
+    the next program.
 
     Raises:
         PrecastError: the numbers of layouts differ, or a layout differs; the message names the first.
@@ -195,7 +197,8 @@ def _check_layouts(values: Sequence[Value], layouts: Sequence[tuple[int, ...]], 
             " model again."
         )
     for value, layout in zip(values, layouts, strict=True):
-        # A program takes the array with its axes in the order of `value.layout`; `layout` permutes these axes again.
+        # A program accepts the array with its axes in the order of `value.layout`, and `layout` permutes these axes
+        # again.
         found = tuple(value.layout[axis] for axis in layout)
         if found != value.layout:
             raise PrecastError(
@@ -213,7 +216,8 @@ def main() -> None:
 
 
 def _answer(request: Mapping[str, Any], stablehlo: bytes, _: Progress) -> child_process.Answer:
-    # Import XLA during a request. If XLA crashes while it reads XLA_FLAGS, the parent's error can then name a program.
+    # Import XLA only during a request. If XLA then crashes while it reads XLA_FLAGS, the parent's error names a
+    # program.
     from ..runtime import pjrt
 
     executable = pjrt.client(request["threads"]).compile(stablehlo, (), _HERE)

@@ -1,9 +1,10 @@
 """Determine the CPU features that x86-64 machine code needs.
 
-The decoder finds only each instruction's length and the feature that it needs. It covers the code that LLVM emits. Its
-tables are an allowlist: an instruction that is not listed raises an error that shows its bytes, so an instruction of a
-new CPU is never mistaken for one of an older CPU. Encodings and features follow Intel's Software Developer's Manual,
-volume 2, and AMD's Programmer's Manual, volumes 3 and 4; the tests compare every opcode with capstone's answer.
+The decoder determines only the length of each instruction and the features that the instruction needs. It covers the
+code that LLVM emits. Its tables are an allowlist: an unlisted instruction raises an error that shows its bytes. So an
+instruction of a new CPU is never mistaken for an instruction of an older CPU. Encodings and features follow Intel's
+Software Developer's Manual, volume 2, and AMD's Programmer's Manual, volumes 3 and 4. The tests compare every opcode
+with the output of the disassembler capstone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,8 @@ from typing import NamedTuple
 
 # The feature that every x86-64 CPU has.
 _BASE = "base"
-# The features that EVEX and opmask instructions need. They are treated as one feature, because a CPU has all of them or
-# none (except for one Xeon Phi).
+# The features that EVEX and opmask instructions need. They count as one feature, because every CPU except one Xeon Phi
+# has either all of them or none.
 AVX512 = frozenset({"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"})
 _AVX512_CODE = "avx512"
 
@@ -21,12 +22,12 @@ _LONGEST = 15
 # Mandatory prefixes, numbered as VEX and EVEX encode them.
 _NONE, _66, _F3, _F2 = range(4)
 
-# The opcodes of one opcode map, by the feature that they need.
+# The opcodes of an opcode map, grouped by the feature that they need.
 _Map = Mapping[str, frozenset[int]]
 
 
 class UnknownInstruction(Exception):
-    """Machine code that the tables do not list; the message shows its first bytes."""
+    """Machine code that the tables do not list. The message shows its first bytes."""
 
 
 class Instruction(NamedTuple):
@@ -44,7 +45,7 @@ def _set(ranges: str) -> frozenset[int]:
 
 
 def _map(**opcodes: str) -> _Map:
-    """Return the opcodes of each feature. In the keywords, "_" stands for the "." of a feature's name."""
+    """Return the opcodes by feature. A keyword is a feature's name with "_" in place of "."."""
     return {name.replace("_", "."): _set(ranges) for name, ranges in opcodes.items()}
 
 
@@ -68,7 +69,7 @@ _MOV_IMM64, _RET_IMM16, _TEST, _BRANCHES, _SAHF = (
     _set("9e-9f"),
 )
 
-# --- opcodes behind 0F, 0F 38 and 0F 3A, by mandatory prefix -------------------------------------------------
+# --- opcodes after 0F, 0F 38 and 0F 3A, by mandatory prefix --------------------------------------------------
 
 _ANY_PREFIX = _set("18-1f")  # hints, which older CPUs ignore
 _INTEGER = _set("0b 31 40-4f 80-9f a2-a5 ab-ad ae-b1 b3 b6-b7 ba-c1 c7-cf")
@@ -102,9 +103,9 @@ _LEGACY: Mapping[tuple[int, int], _Map] = {
     (3, _66): _map(ssse3="0f", sse4_1="08-0e 14-17 20-22 40-42", sse4_2="60-63", gfni="ce-cf"),
 }
 
-# --- opcodes behind a VEX prefix -----------------------------------------------------------------------------
+# --- opcodes after a VEX prefix ------------------------------------------------------------------------------
 
-# Integer instructions: xmm registers need AVX, ymm registers AVX2.
+# The key for integer instructions, which need AVX for xmm registers and AVX2 for ymm registers.
 _BY_WIDTH = "avx or avx2"
 _VEX: Mapping[tuple[int, int], _Map] = {
     (1, _NONE): _map(avx="10-17 28-29 2b 2e-2f 50-5f 77 c2 c6", avx512="41-42 44-47 4a-4b 90-93 98-99"),
@@ -148,11 +149,11 @@ _VEX: Mapping[tuple[int, int], _Map] = {
     },
     (3, _F2): _map(bmi2="f0"),
 }
-# Broadcasts: from memory they need AVX, from a register AVX2.
+# Broadcasts, which need AVX if the source is memory and AVX2 if it is a register.
 _BROADCASTS = _set("18-19")
 _VZEROUPPER = 0x77
 
-# --- opcodes behind an EVEX prefix ---------------------------------------------------------------------------
+# --- opcodes after an EVEX prefix ----------------------------------------------------------------------------
 
 _EVEX: Mapping[tuple[int, int], _Map] = {
     (1, _NONE): _map(avx512="10-17 28-29 2b 2e-2f 51 54-5f 78-79 c2 c6"),
@@ -178,12 +179,12 @@ _EVEX: Mapping[tuple[int, int], _Map] = {
         gfni="ce-cf",
     ),
 }
-# Permutes. With W set they move words; without W they move bytes, which needs a later extension (VBMI).
+# Permutes. With the W bit they move words. Without it they move bytes, which needs a later extension (VBMI).
 _PERMUTES = _set("75 7d 8d")
 
 
 def instructions(code: bytes) -> Iterator[Instruction]:
-    """Decode a section of code from end to end.
+    """Yield the instructions of a section of code, in order.
 
     Raises:
         UnknownInstruction: an instruction is not listed, or the code ends within it.

@@ -1,8 +1,9 @@
 """Instruction sets of CPU executables, and the CPUs that can run them.
 
 An executable requires only the features that its instructions use. XLA may use fewer features than the requested level
-permits and, on a new CPU, features beyond it, so every executable is disassembled. precast's own kernels do not count,
-because they are built for several instruction sets, and choose one by CPUID at run time.
+permits. On a new CPU, XLA may also use features beyond the level. So every executable is disassembled. The instructions
+of precast's own kernels do not count, because the kernels are built for several instruction sets, and choose one by
+CPUID at run time.
 """
 
 import re
@@ -24,9 +25,9 @@ class Level:
 
     Attributes:
         flag: value of XLA's ``xla_cpu_max_isa``; it permits more features than the level has.
-        features: the features that a machine must have and code may use, in LLVM's names, sorted.
-        since: in words, the first CPUs that have the level and run jaxlib.
-        without: in words, the CPUs that run jaxlib but lack the level.
+        features: the features that machines of the level have and that its code may use, in LLVM's names, sorted.
+        since: the first CPUs that have the level and run jaxlib, in words.
+        without: the CPUs that run jaxlib but lack the level, in words; empty if there are none.
     """
 
     flag: str
@@ -64,13 +65,13 @@ LEVELS: Mapping[str, Level] = {
         without="CPUs and virtual machines without AVX-512, such as AMD's before Zen 4 and most Intel desktop CPUs",
     ),
 }
-# Names used before 0.3.
+# The levels' names before version 0.3.
 _FORMER = {"sse4.2": "x86-64-v2", "avx": "x86-64-v2", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 # An executable states the features that it was compiled for in LLVM's notation: "+avx,+avx2,-avx512f,…".
 _FEATURE_LIST = re.compile(rb"(?:[+-][a-z0-9._-]+,){4,}[+-][a-z0-9._-]+")
 _ENABLED = re.compile(rb"(?<![a-z0-9._-])\+([a-z0-9._-]+)")
-# Features of every x86-64 CPU, and those implied by SSE 4.2; manifests omit them.
+# The features of every x86-64 CPU and the features that SSE 4.2 implies. They stay enabled in every executable's list.
 _IMPLIED = frozenset({"64bit", "cmov", "crc32", "cx8", "fxsr", "mmx", "sse", "sse2", "x87"})
 
 
@@ -80,7 +81,7 @@ def default_isa() -> str:
 
 
 def next_level(isa: str) -> str | None:
-    """Return the next wider level if this machine supports it, else None."""
+    """Return the next wider level; None if there is none or this machine lacks it."""
     names = list(LEVELS)
     wider = names[names.index(isa) + 1 :] if isa in LEVELS else []
     return wider[0] if wider and not _lacks(wider[0]) else None
@@ -123,18 +124,19 @@ def xla_flags(isa: str, flags: str) -> str:
     return flags if isa == NATIVE else f"{flags} --xla_cpu_max_isa={LEVELS[isa].flag}".strip()
 
 
-# --- what executables need --------------------------------------------------------------------------------------
+# --- requirements of executables --------------------------------------------------------------------------------
 
 
 def needed_features(isa: str, executables: Mapping[str, bytes], where: str) -> tuple[str, ...]:
     """Return the CPU features that a target's executables need, in LLVM's names, sorted.
 
-    A target for a level needs the whole level, whatever its code uses, and runs on every machine of that level. A
-    "native" target needs the highest level that its code uses, and any features it uses outside the levels.
+    A target for a level requires every feature of the level, even those that its code does not use, and so runs on
+    every machine of that level. A "native" target requires the narrowest level that covers its code, and the features
+    outside the levels that its code uses.
 
     Args:
         isa: a key of `LEVELS`, or "native".
-        executables: the executables by program.
+        executables: the executables, by program name.
         where: name of the target in messages.
 
     Raises:
@@ -150,7 +152,7 @@ def needed_features(isa: str, executables: Mapping[str, bytes], where: str) -> t
 
 
 def _checked(isa: str, program: str, executable: bytes, where: str) -> Iterator[Instruction]:
-    """Yield the instructions of an executable, and refuse any beyond the level."""
+    """Yield the instructions of an executable, and refuse an instruction beyond the level."""
     objects = object_files(executable)
     if objects is None:
         raise PrecastError(
@@ -182,7 +184,7 @@ def _wider(isa: str, program: str, instruction: Instruction, beyond: Sequence[st
 
 
 def _narrowest(features: set[str]) -> str:
-    """Return the narrowest level that covers these features; ignore features that belong to no level."""
+    """Return the narrowest level that covers these features. Ignore features that belong to no level."""
     known = features & set(list(LEVELS.values())[-1].features)
     return next(name for name, level in LEVELS.items() if known <= set(level.features))
 
@@ -196,8 +198,8 @@ def declare_features(executable: bytes, features: Sequence[str]) -> bytes:
 
     XLA's list contains every feature that the compiler was allowed to use, and also tuning features of one CPU vendor.
     XLA's loader logs kilobytes for each listed feature that a machine lacks, even if the code does not use the feature.
-    So this function turns "+" into "-" for features that the code does not need, and always for AVX-512. If AVX-512 is
-    listed, the loader adds tuning features, which no machine has.
+    So this function turns "+" into "-" for features that the code does not need. It always does so for AVX-512, because
+    the loader would add tuning features that no machine has if AVX-512 were listed.
     """
     if processor_family() != "x86_64":
         return executable
@@ -214,7 +216,7 @@ def _signed(feature_list: bytes, stated: set[bytes]) -> bytes:
 
 
 def target_name(kind: str, features: Sequence[str]) -> str:
-    """Return a target's name: ``cpu-x86-64-v2``, or ``cpu-x86-64-v3-gfni`` with a feature outside the levels."""
+    """Return a target's name: ``cpu-x86-64-v2``, or ``cpu-x86-64-v3-gfni`` if it needs a feature outside the levels."""
     if processor_family() != "x86_64":
         return f"{kind}-{processor_family()}"
     level, more = level_and_extras(features)
@@ -249,7 +251,7 @@ def audience(machine: str, features: Sequence[str]) -> str:
 
 
 def audience_of(targets: Sequence[Target]) -> str | None:
-    """Describe the CPUs that run an artifact's least demanding target; return None without a CPU target."""
+    """Describe the CPUs that run an artifact's least demanding target; return None without a compiled CPU target."""
     compiled = [t for t in targets if t.runtime == "pjrt" and t.platform == "cpu"]
     if not compiled:
         return None

@@ -1,10 +1,10 @@
 """Try a target in a child process before its first load on a machine, so that a crash becomes an error message.
 
-An executable that does not suit its machine raises no error but ends the process: with SIGILL on another CPU, with
-SIGSEGV under another jaxlib. The loader compares the manifest with the machine, but a manifest may be wrong. So before
-the first load of a target on a machine, a child process loads the target and runs a few steps. If the child succeeds, a
-record in the cache folder says so, and later loads skip the trial. A trial does not protect against malicious
-artifacts, because the child runs their native code. Against malicious artifacts, require a signature.
+An executable that does not suit its machine does not raise an error but ends the process: with SIGILL on another CPU,
+or with SIGSEGV under another jaxlib. The loader compares the manifest with the machine, but a manifest may be wrong. So
+before the first load of a target on a machine, a child process loads the target and runs a few steps. If the child
+succeeds, the success is recorded in the cache folder, and later loads skip the trial. A trial does not protect against
+malicious artifacts, because the child runs their native code. Require a signature to protect against them.
 """
 
 import hashlib
@@ -25,13 +25,14 @@ from ..artifact.manifest import WEIGHTS_FILE, Manifest, Target
 if TYPE_CHECKING:
     from .child_process import Crash
 
-# Allowances for the time limit of a trial: seconds to start, bytes a second of a slow disk, seconds to compile.
+# Parts of a trial's time limit: seconds to start, bytes per second that a slow disk reads, and seconds to compile.
 START_S, WEIGHT_BYTES_PER_S, COMPILE_S = 120, 20e6, 900
-# An upper bound for the time limit, because an untrusted manifest may state any size for the weights.
+# The maximum time limit in seconds. An untrusted manifest may state any size for the weights.
 _LONGEST_S = 24 * 3600
-# The child's module. It is named, not imported, because it imports `load`, which imports this module.
+# The name of the child's module. Importing the module here would be circular, because it imports `load`, which imports
+# this module.
 WORKER = "precast.loaders.trial_worker"
-# The records' folder in the cache folder.
+# The name of the records' folder in the cache folder.
 _FOLDER = "tried"
 
 
@@ -45,17 +46,17 @@ def ensure(
     threads: int | None,
     log: Callable[[str], None],
 ) -> None:
-    """Try a target in a child process, unless it was tried on this machine before.
+    """Try a target in a child process if no earlier trial on this machine has succeeded.
 
-    If the cache folder cannot be written to, every load tries the target, and logs a message about it. If no child
-    process can be started, the target is not tried, and a message says so.
+    If the cache folder cannot be written to, every load tries the target and logs the reason. If no child process can
+    be started, the target is not tried, and the reason is logged.
 
     Args:
-        root: the artifact, whose files have been checked.
+        root: the artifact's folder, whose files have been checked.
         manifest: the artifact's manifest.
         target: the target.
         machine: this machine.
-        allow_compile: permission for the child to compile the target.
+        allow_compile: allow the child to compile the target.
         threads: number of the child's computing threads; None for the default.
         log: receives messages.
 
@@ -95,12 +96,14 @@ def record_success(manifest: Manifest, target: Target, machine: Machine) -> bool
 def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
     """Return the path of the record of a trial.
 
-    Its name is a hash of all that affects the trial: programs and their signatures, weights, KV cache, and machine.
+    The record's name is a hash of everything that affects the trial: programs and their signatures, weights, KV cache,
+    and machine.
 
     Raises:
         PrecastError: there is no cache folder, or others may write to it.
     """
-    if target.platform != "cuda":  # other targets do not depend on GPUs, which `machine` may or may not list
+    # Targets for other platforms do not depend on GPUs, and `machine` does not always list the GPUs.
+    if target.platform != "cuda":
         machine = replace(machine, gpus=(), cuda_plugin="")
     programs = {file for p in target.programs if (file := target.file_of(p))}
     # A SavedModel's variables lie beside its program.
@@ -112,13 +115,14 @@ def _record(manifest: Manifest, target: Target, machine: Machine) -> Path:
 
 
 def _below(folders: Iterable[str], names: Iterable[str]) -> Iterator[str]:
-    """Yield the names that lie below any of the folders; find each with one binary search."""
+    """Yield the names that are below any of the folders, using one binary search for each name."""
     tops: list[str] = []
     for folder in sorted(folders):
         if not tops or not folder.startswith(tops[-1]):
             tops.append(folder)
     for name in names:
-        # Among folders that do not nest, only the last folder that sorts before a name can contain that name.
+        # `tops` contains no nested folders. So of these, only the last one that sorts before a name can contain the
+        # name.
         place = bisect_right(tops, name)
         if place and name.startswith(tops[place - 1]):
             yield name

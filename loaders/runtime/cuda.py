@@ -1,8 +1,7 @@
 """XLA's CUDA client, loaded without jax from the plugin in jax's packages for NVIDIA GPUs.
 
-A plugin is a shared library with XLA's C interface. The Python package around it imports jax, so this module does not
-import that package. Like `pjrt`, this module calls private functions of jaxlib. It calls only the functions that a
-device with separate memory needs.
+A plugin is a shared library with XLA's C interface. The Python package around the plugin imports jax, so this module
+does not import that package. Like `pjrt`, this module calls private functions of jaxlib.
 """
 
 import ctypes
@@ -26,11 +25,11 @@ from .interface import Buffer
 
 # jax's name for the platform.
 _NAME = "cuda"
-# The package of each plugin, by the plugin's module, newest first.
+# The prefix of each plugin's package name, by the plugin's module, newest first.
 _PACKAGES = {"xla_cuda13": "jax-cuda13", "xla_cuda12": "jax-cuda12"}
 _LIBRARY = "xla_cuda_plugin.so"
-# NVIDIA's libraries in its Python packages, each after its dependencies. If a package is missing, the linker looks for
-# the system's library.
+# The libraries in NVIDIA's Python packages, each after its dependencies. If a package is missing, the linker looks for
+# the library in the system's folders.
 _NVIDIA = "cudart nvrtc nvJitLink cublasLt cublas nccl cupti cusparse cusolver cufft nvshmem_host cudnn"
 
 
@@ -40,7 +39,7 @@ class Plugin:
 
     Attributes:
         library: path of the shared library.
-        version: version of the plugin's package, which is also the version of the jaxlib that it belongs to.
+        version: version of the plugin's package, which equals the version of the matching jaxlib.
     """
 
     library: Path
@@ -48,7 +47,7 @@ class Plugin:
 
 
 def find_plugin() -> Plugin | None:
-    """Find the installed CUDA plugin of jax without importing or loading it; return None if there is none."""
+    """Find jax's installed CUDA plugin without importing or loading the plugin; return None if there is none."""
     from importlib.metadata import PackageNotFoundError, version
 
     for folder in _folders("jax_plugins"):
@@ -80,7 +79,7 @@ class Executable(pjrt.Executable):
         return super().__call__([self._on.uploaded(a) if isinstance(a, np.ndarray) else a for a in arguments])
 
     def serialize(self) -> bytes:
-        """Return the program as bytes that `Client.load` reads."""
+        """Serialise the program for `Client.load`."""
         return bytes(self._loaded.serialize())
 
 
@@ -116,7 +115,7 @@ class Client(pjrt.Client):
         return options
 
     def put(self, array: np.ndarray) -> Buffer:
-        """Start to copy an array to the device. The array must not change before a computation has used the copy."""
+        """Start copying an array to the device. The array must not change before a computation has used the copy."""
         return self._put(array, self._kinds.IMMUTABLE_UNTIL_TRANSFER_COMPLETES)
 
     def uploaded(self, array: np.ndarray) -> Buffer:
@@ -124,15 +123,15 @@ class Client(pjrt.Client):
         return self._put(array, self._kinds.IMMUTABLE_ONLY_DURING_CALL)
 
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
-        """Return a zeroed array as both array and buffer; an `Executable` copies it to the GPU at every call."""
+        """Return a zeroed array, also as its own buffer. An `Executable` copies the array to the GPU at every call."""
         array = np.zeros(shape, dtype)
         return array, cast(Buffer, array)
 
     def view(self, buffer: Buffer) -> np.ndarray | None:
-        """Return None: the GPU has memory of its own."""
+        """Return None, because the host cannot reach the GPU's memory."""
 
     def get(self, buffer: Buffer) -> np.ndarray:
-        """Wait for a buffer, and copy it to the host.
+        """Wait until a buffer has been computed, and copy it to the host.
 
         Raises:
             PrecastError: the program that computes the buffer fails.
@@ -179,7 +178,8 @@ def _client() -> Client:
             f" {cuda_packages(jaxlib_version)}"
         )
     for library in _nvidia_libraries():
-        # Ignore a library that cannot be loaded: if the plugin needs it, the plugin's own error says more.
+        # Ignore a library that cannot be loaded. If the plugin needs the library, the plugin's own error is more
+        # precise.
         with suppress(OSError):
             ctypes.CDLL(str(library))
     try:
@@ -188,7 +188,7 @@ def _client() -> Client:
             xla_client.load_pjrt_plugin_dynamically(_NAME, str(plugin.library))
         if not xla_client.pjrt_plugin_initialized(_NAME):
             xla_client.initialize_pjrt_plugin(_NAME)
-        # Show one GPU only, because a client reserves most of the memory of every GPU that it sees.
+        # Make only one GPU visible, because a client reserves most of the memory of every visible GPU.
         options = {**xla_client.generate_pjrt_gpu_plugin_options(), "visible_devices": [0]}
         return Client(xla_client.make_c_api_client(_NAME, options))
     except (_jax.JaxRuntimeError, RuntimeError, ValueError) as error:

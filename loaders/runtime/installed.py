@@ -1,4 +1,4 @@
-"""This machine, and the packages installed on it that a target may need."""
+"""A description of this machine and of the installed packages that a target may need."""
 
 import importlib.util
 
@@ -18,10 +18,10 @@ def _is_installed(package: str) -> bool:
 
 
 def this_machine(*, cuda: bool = True) -> Machine:
-    """Describe this machine for the choice of a target.
+    """Describe this machine, so that a target can be chosen for it.
 
     Args:
-        cuda: whether to look for GPUs and for jax's GPU plugin; the search takes 50 ms on a machine with GPUs.
+        cuda: look for GPUs and for jax's CUDA plugin. The search takes 50 ms on a machine with GPUs.
     """
     gpus = nvidia_gpus() if cuda else ()
     return Machine(

@@ -2,7 +2,7 @@
 
 A runtime provides a `Client`, and an `Executable` for each program of a target. The engine passes buffers from one call
 to the next without inspecting them. If a device has separate memory, `staging` returns an array in the host's memory
-and a placeholder for its buffer, and the executable copies the array to the device at every call.
+and a placeholder for a buffer. The executable then copies the array to the device at every call.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from typing import NewType, Protocol
 
 import numpy as np
 
-# An array of a runtime, opaque to all code outside the runtime's module.
+# An array that belongs to a runtime. It is opaque to all code outside the runtime's module.
 Buffer = NewType("Buffer", object)
 
 
@@ -46,7 +46,7 @@ class Client(Protocol):
         """Return a zeroed array and its buffer. A call with this buffer reads the array's current values."""
 
     def get(self, buffer: Buffer) -> np.ndarray:
-        """Return a buffer's contents, read-only, valid until a call consumes the buffer."""
+        """Return a buffer's contents as a read-only array, which is valid until a call consumes the buffer."""
 
     def view(self, buffer: Buffer) -> np.ndarray | None:
         """Return the writable memory of a buffer, uint8 [bytes], valid until a call consumes the buffer.

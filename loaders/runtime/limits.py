@@ -1,4 +1,4 @@
-"""Compare the needs of loading with the system's limits, because XLA aborts a process that reaches a limit."""
+"""Compare the resources needed for loading with the system's limits; XLA aborts a process that reaches a limit."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ MOST_THREADS = 1024
 # Address space, measured with jaxlib 0.10.1. `_FIXED` is for libraries and programs, without weights and cache.
 # `_PER_THREAD` is for each computing thread: its stack, its malloc arena of 64 MB, and its share of the helper threads.
 _FIXED, _PER_THREAD = 704 << 20, 112 << 20
-# Address space for the programs of a further model, in a process that already has the libraries and the threads.
+# Address space for the programs of an additional model, if the process already has the libraries and the threads.
 _FURTHER = 16 << 20
 
 
@@ -21,11 +21,11 @@ class Need(Frozen):
     """The memory that one full sequence needs, in bytes.
 
     Attributes:
-        weights: the weights.
-        cache: the KV cache of one slot, or of all slots on targets that fill the cache with zeros.
-        temporary: the largest scratch memory of any program.
-        idle: address space of the other slots, whose pages the system allocates as their positions fill.
-        largest: the largest array of the KV cache, with all slots.
+        weights: size of the weights.
+        cache: size of the KV cache of one slot, or of all slots for targets that fill the cache with zeros.
+        temporary: scratch memory of the program that needs most.
+        idle: address space of the other slots. The system allocates their pages as their positions fill.
+        largest: size of the largest array of the KV cache, with all slots.
     """
 
     weights: int
@@ -36,12 +36,12 @@ class Need(Frozen):
 
     @property
     def all(self) -> int:
-        """The total, without the address space of the other slots."""
+        """The sum of weights, cache and scratch memory, without the address space of the other slots."""
         return self.weights + self.cache + self.temporary
 
 
 def need(manifest: Manifest, target: Target) -> Need:
-    """Return the memory that a target takes for one sequence."""
+    """Return the memory that a target needs for one sequence."""
     cache = sum(array.bytes for array in manifest.cache)
     filled = cache // manifest.slots if target.kernels else cache
     return Need(
@@ -61,7 +61,7 @@ def threads_started(computing: int) -> int:
 def problems(
     needed: Need, computing: int, limits: resources.Limits, *, has_client: bool = False
 ) -> Iterator[tuple[str, str]]:
-    """Yield each limit that is too low, with the remedy.
+    """Yield a pair for each limit that is too low: a description of the problem, and the remedy.
 
     Args:
         needed: memory that the target needs.
@@ -97,7 +97,7 @@ def ensure(root: Path, manifest: Manifest, target: Target, computing: int, *, ha
     """Refuse to load if a limit is too low.
 
     Args:
-        root: the artifact, for messages.
+        root: the artifact's folder, for messages.
         manifest: the artifact's manifest.
         target: the target to load.
         computing: number of computing threads.
@@ -113,7 +113,7 @@ def ensure(root: Path, manifest: Manifest, target: Target, computing: int, *, ha
 
 
 def checked_threads(threads: int | None) -> int:
-    """Return the requested number of threads; the default is the number that machine and container allow.
+    """Return the requested number of threads after checking it; None stands for the number that the system allows.
 
     Raises:
         PrecastError: `threads` is not a whole number from 1 to `MOST_THREADS`.

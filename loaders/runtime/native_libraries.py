@@ -1,4 +1,4 @@
-"""Import native libraries only on a CPU that can run them, and without their log messages."""
+"""Guards for importing native libraries: check the CPU first, and suppress the libraries' log messages."""
 
 import os
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ _LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 
 
 def check_cpu() -> None:
-    """Refuse a CPU that jaxlib was not compiled for, before an illegal instruction in jaxlib ends the process.
+    """Refuse a CPU that cannot run jaxlib. Otherwise, an illegal instruction in jaxlib would end the process.
 
     Raises:
         PrecastError: this CPU lacks a feature that jaxlib was compiled for. The wheels of jaxlib need AVX.
     """
     features = cpu_features()
     if features and processor_family() == "x86_64" and "avx" not in features:
-        from jaxlib import cpu_feature_guard  # records the features that jaxlib was compiled for
+        from jaxlib import cpu_feature_guard  # knows the features that jaxlib was compiled for
 
         try:
             cpu_feature_guard.check_cpu_features()
@@ -30,7 +30,7 @@ def check_cpu() -> None:
 
 
 def quiet(level: str) -> AbstractContextManager[None]:
-    """Set the log level of Google's libraries while one of them is imported, unless the user has set a level.
+    """Set the log level of Google's libraries during the import of one of them, but keep a level set by the user.
 
     Level 1 counts as unset, because the command line itself sets it for the libraries that an export imports.
     """

@@ -1,7 +1,7 @@
 """XLA's CPU client from jaxlib, used without jax.
 
-In the loaders, only this module and `cuda` call private functions of jaxlib, so a new jaxlib requires changes nowhere
-else. The tests run on each supported jaxlib.
+In the loaders, only this module and `cuda` call private functions of jaxlib, so only these two modules may need changes
+for a new jaxlib. The tests run on each supported jaxlib.
 """
 
 import ctypes
@@ -36,13 +36,13 @@ from ..artifact.manifest import ProgramMemory
 from ..artifact.weights import aligned_zeros
 from .interface import Buffer
 
-# An argument for the result handlers of older jaxlibs: it turns off checks that need jax's Python code. Newer handlers
-# do not check anything.
+# An argument for the result handlers of older jaxlibs. It turns off checks that need jax's Python code. Newer handlers
+# have no such checks.
 _UNCHECKED = (True,) if "_skip_checks" in (_jax.array_result_handler.__doc__ or "") else ()
 
 
 class Result(Frozen):
-    """The type of a result, with the attributes that jaxlib needs to make an array.
+    """The type of a result, with the attributes that jaxlib needs to create an array.
 
     Attributes:
         shape: sizes of the axes in order.
@@ -56,7 +56,7 @@ class Result(Frozen):
 
 
 def _major_to_minor(layout: Any) -> tuple[int, ...]:
-    """Return the axes of a layout, slowest first; XLA writes them fastest first: {2,1,0}."""
+    """Return the axes of a layout from slowest to fastest; XLA writes them from fastest to slowest: {2,1,0}."""
     return tuple(int(axis) for axis in reversed(str(layout).strip("{}").split(",")) if axis)
 
 
@@ -87,7 +87,7 @@ class Executable:
         """
         try:
             results = self._loaded.execute_sharded(list(arguments))
-            # Given the results' types, jaxlib makes arrays without importing jax.
+            # jaxlib creates these arrays without importing jax, because the handlers know the results' types.
             return list(results.consume_with_handlers(self._handlers))
         except (_jax.JaxRuntimeError, ValueError) as error:
             raise PrecastError(
@@ -95,7 +95,7 @@ class Executable:
             ) from None
 
     def serialize(self) -> bytes:
-        """Return the program as bytes that `Client.load` reads; the same program gives the same bytes."""
+        """Serialise the program for `Client.load`. Two compilations of a program have the same serialised bytes."""
         from .serialized import canonical
 
         return canonical(bytes(self._loaded.serialize()))
@@ -145,7 +145,7 @@ class Client:
         """Load a serialised executable, without tracing or compiling.
 
         Args:
-            serialized: the file's contents.
+            serialized: the serialised executable.
             results: types of the program's results.
             where: name of the program in messages.
 
@@ -162,7 +162,7 @@ class Client:
         return self._executable(loaded, results, where, compiled=False)
 
     def compile(self, stablehlo: bytes, results: Sequence[Result], where: str) -> Executable:
-        """Compile a StableHLO portable artifact; arguments as for `load`.
+        """Compile a StableHLO portable artifact. The other arguments are those of `load`.
 
         Raises:
             PrecastError: XLA refuses the StableHLO.
@@ -183,7 +183,8 @@ class Client:
         return self._put(array, _jax.HostBufferSemantics.ZERO_COPY)
 
     def _put(self, array: np.ndarray, semantics: Any) -> Buffer:
-        # Given the array's type, this function does not import jax, unlike jaxlib's other functions that make arrays.
+        # Unlike jaxlib's other functions that create arrays, this function accepts the array's type, and so imports no
+        # jax.
         about = Result(shape=array.shape, dtype=array.dtype)
         made = _jax.batched_device_put(
             about,
@@ -206,15 +207,16 @@ class Client:
     def staging(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Buffer]:
         """Return a zeroed array and a buffer that shares its memory. A call with the buffer reads the current values.
 
-        Making a buffer takes longer than running a small program. So a caller makes the buffers of its inputs once, and
-        writes new values into their arrays before each call.
+        Creating a buffer takes longer than running a small program. So a caller creates the buffers of its inputs once,
+        and writes new values into the arrays before each call.
         """
         array = aligned_zeros(shape, dtype)
         return array, self.put(array)
 
     def view(self, buffer: Buffer) -> np.ndarray | None:
         """Return the writable memory of a buffer, uint8 [bytes], valid until a call consumes the buffer."""
-        # Use the address alone: an array that refers to the buffer would keep a call from consuming it.
+        # Use only the address, because an array that refers to the buffer would prevent a call from consuming the
+        # buffer.
         memory = (ctypes.c_uint8 * size_of(buffer)).from_address(cast(Any, buffer).unsafe_buffer_pointer())
         return np.ctypeslib.as_array(memory)
 
@@ -258,7 +260,7 @@ _clients: dict[int, Client] = {}
 
 
 def client(threads: int | None = None) -> Client:
-    """Return the process's client for a number of threads. Models with the same number of threads share a client.
+    """Return this process's client for a number of threads. Models with the same number of threads share a client.
 
     Args:
         threads: number of computing threads; None for one thread per usable core.
@@ -279,6 +281,6 @@ def _client(threads: int) -> Client:
     register_kernels()
     # XLA starts a thread per core. If NPROC is set when a client is created, XLA starts that number of threads instead.
     with nullcontext() if threads == usable_cores() else variable("NPROC", str(threads)):
-        # Synchronous: a call computes on the calling thread and returns when it is done. The caller has nothing else to
-        # do meanwhile, and handing each step to another thread would take extra time.
+        # A synchronous call computes on the calling thread. The caller has nothing else to do meanwhile, and passing
+        # each step to another thread would take extra time.
         return Client(_jax.get_tfrt_cpu_client(asynchronous=False))

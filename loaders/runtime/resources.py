@@ -10,12 +10,12 @@ from time import monotonic, sleep
 from ..artifact.frozen import Frozen
 from ..artifact.machine import usable_cores
 
-# Seconds allowed for a started thread to take its first step. A thread without memory for its stack never takes it.
+# Seconds that a started thread may take to begin its work. A thread without memory for its stack never begins.
 _PASS_S = 2.0
-# Control groups of version 1 state a number just below 2^63 if there is no limit.
+# At this number or above, there is no limit. Control groups of version 1 then state a number just below 2^63.
 _NO_LIMIT = 1 << 60
-# More threads than a user is expected to have in other processes. A limit above this number plus the threads needed
-# counts as high enough, without a test.
+# More threads than a user is expected to run in other processes. If the limit exceeds the needed threads by this
+# number, it counts as high enough without a test.
 _IN_SIGHT = 4096
 
 
@@ -25,7 +25,7 @@ class Processors(Frozen):
     Attributes:
         cores: the machine's number of cores.
         usable: number of cores that this process may run on.
-        quota: number of cores that the control group lets this process keep busy; None for all.
+        quota: number of cores that the control group lets this process keep busy; None for no quota.
     """
 
     cores: int
@@ -36,19 +36,19 @@ class Processors(Frozen):
     def threads(self) -> int:
         """Return the default number of computing threads, within the quota.
 
-        With more threads than the quota, threads that spin would use up the quota before each scheduling period ends.
-        Then all threads would wait for the next period.
+        With more threads than the quota, spinning threads would use up the quota before a scheduling period ends. All
+        threads would then have to wait for the next period.
         """
         return self.usable if self.quota is None else max(1, min(self.usable, int(self.quota)))
 
 
 class Limits(Frozen):
-    """The system's limits for this process; None for a limit that is high enough.
+    """The system's limits for this process. None means that there is no limit, or that it is high enough.
 
     Attributes:
         address_space: bytes that the process may still map (``ulimit -v``).
         threads: number of threads that the process can start (``ulimit -u``, pids.max of a container).
-        allocation: bytes that the process may allocate at once (vm.overcommit_memory).
+        allocation: bytes that the process may allocate in one piece (vm.overcommit_memory).
     """
 
     address_space: int | None
@@ -60,9 +60,9 @@ class Memory(Frozen):
     """Memory in bytes; None if the system does not report it.
 
     Attributes:
-        limit: memory that this process could take if nothing else ran: the machine's memory, or the limit of a control
-            group.
-        available: memory that this process can still take.
+        limit: memory that this process could use if nothing else ran: the machine's memory, or the lower limit of a
+            control group.
+        available: memory that this process can still allocate.
     """
 
     limit: int | None
@@ -99,18 +99,19 @@ def limits(threads: int, system: Path = Path("/")) -> Limits:
     """Return the limits for this process.
 
     Args:
-        threads: number of threads needed. If the system's limit is not far above it, the function starts and ends
-            this many threads as a test, because the system does not show every thread that counts towards the limit.
+        threads: number of threads needed. If the system's limit is not far higher, the function starts and ends this
+            many threads as a test, because the system does not show every thread that counts towards the limit.
         system: root of the file system.
     """
-    # Measure the address space first: the test's threads take some of it, which the client's threads reuse later.
+    # Measure the address space before the test, whose threads use some of it. The client's threads reuse that part
+    # later.
     space = _address_space()
     few = _startable(threads) if _thread_limit(system) < threads + _IN_SIGHT else None
     return Limits(address_space=space, threads=few, allocation=_allocation(system))
 
 
 def _allocation(system: Path) -> int | None:
-    """Return the size above which Linux refuses to allocate memory, even if it is never touched."""
+    """Return the size in bytes above which Linux refuses an allocation, even if the memory is never used."""
     mode, sizes = _number(system / "proc/sys/vm/overcommit_memory"), _fields(system / "proc/meminfo")
     if mode == 0 and "MemTotal:" in sizes:  # the heuristic mode
         return (sizes["MemTotal:"] + sizes.get("SwapTotal:", 0)) << 10
@@ -129,7 +130,8 @@ def _thread_limit(system: Path) -> int:
         import resource
 
         most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-        # This limit applies to the threads of all the user's processes, which would take too long to count here.
+        # This limit applies to the threads of all of the user's processes together. Counting them here would take too
+        # long.
         found += [most] if most != resource.RLIM_INFINITY else []
         # Thread stacks take address space, so a limit on address space limits the threads as well.
         found += [0] if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY else []
@@ -180,8 +182,8 @@ def _groups(system: Path, controller: str) -> Iterator[Path]:
             top = system / "sys/fs/cgroup" / controller
         else:
             continue
-        # Inside a container, the name may be the group's name on the host, whose folders are missing here. Then the top
-        # folder is the container's own group.
+        # Inside a container, `name` may be the group's path on the host, which does not exist here. The top folder is
+        # then the container's own group.
         parts = [part for part in name.split("/") if part not in ("", "..")]
         for n in range(len(parts), -1, -1):
             folder = top.joinpath(*parts[:n])
@@ -190,7 +192,7 @@ def _groups(system: Path, controller: str) -> Iterator[Path]:
 
 
 def _limit(group: Path) -> tuple[int, int] | None:
-    """Return a group's limit and the remaining memory. Cached file pages count as free."""
+    """Return a group's memory limit and its memory left, in bytes, or None. Cached file pages count as free."""
     for maximum, current, inactive in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -208,7 +210,7 @@ def _quota(group: Path) -> float | None:
         words = [_text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
     try:
         quota, period = map(int, words)
-    except ValueError:  # the file says "max", or there is none
+    except ValueError:  # the file contains "max", or is missing
         return None
     return quota / period if quota > 0 and period > 0 else None
 

@@ -1,7 +1,7 @@
 """TensorFlow as the runtime: a SavedModel's signatures are the programs, and its variables are the weights.
 
-Only loading a SavedModel imports TensorFlow. Neither jax nor jaxlib takes part. TensorFlow compiles each program at its
-first call.
+TensorFlow is imported only when a SavedModel is loaded. Neither jax nor jaxlib is involved. TensorFlow compiles each
+program at the program's first call.
 """
 
 import os
@@ -19,11 +19,11 @@ from .native_libraries import quiet
 
 SAVED_MODEL = "saved_model.pb"
 
-# Use the CPU, on which precast is tested, even if TensorFlow finds a GPU.
+# Use the CPU even if TensorFlow finds a GPU, because SavedModels are tested only on the CPU.
 _DEVICE = "/CPU:0"
 # The operations that the functions of an export use. A SavedModel is untrusted code, and other operations could, for
-# example, write files. An export also has operations that save and restore variables, but only in functions for other
-# loaders, which never run here.
+# example, write files. An export also contains operations that save and restore variables, but only in functions for
+# other loaders. Those functions never run here.
 _OPERATIONS = frozenset(
     """
     AssignVariableOp Const DisableCopyOnRead Identity NoOp PartitionedCall Placeholder PreventGradient ReadVariableOp
@@ -33,7 +33,7 @@ _OPERATIONS = frozenset(
 
 
 def signature_name(name: str) -> str:
-    """Return a signature's name for an argument or result: TensorFlow bans dots, so each becomes "__"."""
+    """Return a signature's name for an argument or result. TensorFlow bans dots, so each dot becomes "__"."""
     return name.replace(".", "__")
 
 
@@ -69,9 +69,10 @@ class Executable:
 
 
 class Client:
-    """Runs programs on the CPU through TensorFlow.
+    """A client that runs programs on the CPU through TensorFlow.
 
-    A buffer is a TensorFlow tensor, or an array that the next call converts to a tensor."""
+    A buffer is a TensorFlow tensor, or an array that the next call converts to a tensor.
+    """
 
     def __init__(self, tensorflow: Any) -> None:
         self._tensorflow = tensorflow
@@ -85,13 +86,13 @@ class Client:
         return array, cast(Buffer, array)
 
     def view(self, buffer: Buffer) -> np.ndarray | None:
-        """Return None: TensorFlow's tensors are immutable."""
+        """Return None, because TensorFlow's tensors are immutable."""
 
     def get(self, buffer: Buffer) -> np.ndarray:
         return np.asarray(cast(Any, buffer))
 
     def free(self, buffers: Iterable[Buffer]) -> None:
-        """Do nothing: TensorFlow frees a tensor when its last reference goes."""
+        """Do nothing, because TensorFlow frees a tensor when its last reference is deleted."""
 
 
 def client() -> Client:
@@ -123,7 +124,7 @@ def import_tensorflow() -> Any:
 def set_threads(threads: int) -> bool:
     """Set the number of TensorFlow's computing threads, which all models in this process share.
 
-    Return False if TensorFlow runs with another number already, because it starts its threads at its first operation.
+    TensorFlow starts its threads at its first operation. Return False if another number of threads has already started.
     """
     threading = import_tensorflow().config.threading
     try:
@@ -142,11 +143,12 @@ def load(
         root: the artifact's folder.
         target: a target with the runtime "savedmodel".
         entries: the artifact's files, as the manifest lists them.
-        rehash: hash the variables again, even if they were hashed before and are unchanged.
+        rehash: hash the variables even if their hashes are recorded.
 
     Raises:
-        PrecastError: a file in the folder differs from the manifest or is not listed there, the SavedModel has an
-            operation that no export has, its signatures differ from the manifest, or TensorFlow cannot read it.
+        PrecastError: a file in the folder differs from the manifest or is not listed there, the SavedModel contains an
+            operation that no export contains, the signatures differ from the manifest, or TensorFlow cannot read the
+            SavedModel.
     """
     folder = _checked_folder(root, target, entries, rehash=rehash)
     tf = import_tensorflow()
@@ -168,8 +170,8 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
     """Return a SavedModel's folder after comparing its files with the manifest.
 
     Raises:
-        PrecastError: a file differs from the manifest, or is not listed there. TensorFlow may read any file in the
-            folder, so no file is exempt.
+        PrecastError: a file differs from the manifest, or is not listed there. No file in the folder is exempt, because
+            TensorFlow may read any of them.
     """
     named = {target.file_of(program) for program in target.programs}
     executable = next(iter(named)) or ""
@@ -179,7 +181,7 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
             f"{root}: target {target.name!r}: expected all programs to share one {SAVED_MODEL} inside a"
             f" folder, found {', '.join(map(str, sorted(map(str, named))))}; export the model again."
         )
-    # First check that neither the name nor a link leads out of the artifact.
+    # First check that neither the name nor a symlink leads out of the artifact.
     files.member_path(root, executable)
     inside = first.parent.as_posix()
     listed = {name for name in entries if name.startswith(f"{inside}/")}
@@ -194,7 +196,7 @@ def _checked_folder(root: Path, target: Target, entries: Mapping[str, FileEntry]
 
 
 def _files_below(root: Path, folder: str) -> Iterator[str]:
-    """Yield the name of every file below a folder of the artifact; a link counts as a file and is not followed."""
+    """Yield the name of every file below a folder of the artifact. A symlink counts as a file and is not followed."""
     try:
         with os.scandir(root / folder) as found:
             entries = list(found)
@@ -214,7 +216,7 @@ def _check_operations(path: Path) -> None:
     """Refuse a SavedModel whose functions could do anything but compute.
 
     Raises:
-        PrecastError: a function uses an operation that no export has; the message names it.
+        PrecastError: a function uses an operation that no export contains. The message names the operation.
     """
     from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
@@ -225,7 +227,7 @@ def _check_operations(path: Path) -> None:
         raise PrecastError(
             f"{path}: expected a SavedModel, found something else; export the model again."
         ) from None
-    # TensorFlow runs only the functions of a TensorFlow 2 model. Of any other model it would run the whole graph.
+    # For a TensorFlow 2 model, TensorFlow runs only the functions. For any other model, it would run the whole graph.
     if len(graphs) != 1 or not graphs[0].HasField("object_graph_def"):
         raise PrecastError(
             f"{path}: expected one graph of TensorFlow 2, found another; export the model again."

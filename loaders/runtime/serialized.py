@@ -1,12 +1,14 @@
-"""The serialised form of XLA's CPU executables, read just far enough to order the object files and find machine code.
+"""A partial parser for XLA's serialised CPU executables, to sort their object files and to find their machine code.
 
 XLA compiles the kernels of a program on several threads, and stores their object files in the order of completion.
-Nothing depends on that order, so `canonical` sorts them: two compilations of a program then give the same bytes.
+The order has no effect, so `canonical` sorts the object files. Two compilations of a program then result in the same
+bytes.
 
 The file consists of two protocol buffer messages: ``SerDesMetadata``, preceded by its length, and
-``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto). Field 1 of the second message holds a
-``CompilationResultProto`` (xla/service/cpu/executable.proto). Its field 8 occurs once for each object file, and its
-field 9 is the target machine. The wire format is described at https://protobuf.dev/programming-guides/encoding.
+``ExecutableAndOptionsProto`` (xla/pjrt/pjrt_executable.proto). Field 1 of the second message is a
+``CompilationResultProto`` (xla/service/cpu/executable.proto). In that message, field 8 occurs once for each object
+file, and field 9 is the target machine. The wire format is described at
+https://protobuf.dev/programming-guides/encoding.
 """
 
 import struct
@@ -35,11 +37,11 @@ class _Field:
 
 
 class _UnknownForm(Exception):
-    """The bytes do not have the form that this module knows."""
+    """The bytes do not have the format that this module knows."""
 
 
 def canonical(executable: bytes) -> bytes:
-    """Return the executable with its object files in a fixed order, or unchanged if its form is unknown."""
+    """Return the executable with its object files sorted, or unchanged if its format is unknown."""
     try:
         head, fields = _split(executable)
         return head + b"".join(_sorted_objects(f) if f.number == _RESULT else f.raw for f in fields)
@@ -48,7 +50,7 @@ def canonical(executable: bytes) -> bytes:
 
 
 def object_files(executable: bytes) -> tuple[bytes, ...] | None:
-    """Return the ELF object files in the executable; None if its form is unknown."""
+    """Return the ELF object files in the executable; None if its format is unknown."""
     try:
         results = [f.value for f in _split(executable)[1] if f.number == _RESULT]
         objects = [f.value for result in results for f in _fields(result) if f.number == _OBJECT]
@@ -58,7 +60,7 @@ def object_files(executable: bytes) -> tuple[bytes, ...] | None:
 
 
 def code_sections(elf: bytes) -> Iterator[bytes]:
-    """Yield the sections of an ELF file that hold instructions (ELF-64: System V gABI, chapter 4).
+    """Yield the sections of an ELF file that contain instructions (ELF-64: System V gABI, chapter 4).
 
     Raises:
         struct.error: the data is not an ELF file.
@@ -108,7 +110,7 @@ def _fields(data: bytes) -> Iterator[_Field]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Decode a variable-length integer; return it and the position after it."""
+    """Decode a variable-length integer; return its value and the position after the integer."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:

@@ -335,7 +335,7 @@ def test_fault_05_a_manifest_that_lies_about_a_model_consistently(artifact_copy,
 
     edit_manifest(artifact_copy, double)
     assert (
-        "its programs make a cache 'cache.keys' of 147456 bytes, but the manifest gives 294912;"
+        "its programs allocate 147456 bytes for 'cache.keys', but the manifest states 294912;"
         in run_refused(artifact_copy)
     )
 

@@ -126,8 +126,8 @@ def test_a_source_or_level_that_cannot_be_compiled_is_refused(refused, artifact_
         "--cpu-isa: expected one of x86-64-v2, x86-64-v3, x86-64-v4, native, found 'mmx'"
     )
     assert refused(source="gpu") == (
-        f"{artifact_copy}: target 'gpu' is not in the artifact, or holds no StableHLO for a CPU; name a"
-        f" target that holds it: {EXPORTED!r}, 'portable'."
+        f"{artifact_copy}: target 'gpu' is not in the artifact, or has no StableHLO for a CPU; name a"
+        f" target that has StableHLO: {EXPORTED!r}, 'portable'."
     )
     monkeypatch.setattr(isa, "cpu_features", lambda: isa.LEVELS["x86-64-v2"].features)
     assert "x86-64-v3 needs CPU features that this machine lacks (avx, avx2, bmi" in refused("x86-64-v3")
