@@ -1,7 +1,7 @@
-"""The forms of tool calls and of reasoning in answers, for each family of models.
+"""The syntax of tool calls and of reasoning in answers, for each model family.
 
-A chat template prescribes the forms, so the template's text identifies the family. llama.cpp and vLLM support the same
-forms.
+A chat template prescribes the syntax, so the template's text identifies the family. llama.cpp and vLLM support the same
+families.
 """
 
 from collections.abc import Mapping
@@ -14,15 +14,15 @@ PLAIN = "text"
 
 
 class CallSyntax(Frozen):
-    """A form of tool calls. A body holds the text of one or more calls, usually between two markers.
+    """The syntax of tool calls. A body is the text of one or more calls, usually between two markers.
 
     Attributes:
         opening: the marker before a body; empty for bodies without markers.
         body: the kind of body, a key of `tool_calls.BODIES`.
-        closing: the marker after a body, which models may omit; empty if the form has none.
-        separator: text between two bodies without markers.
-        at_start: True if calls occur only at the start of an answer. Then a call counts only if the model was
-            given the tool, because an ordinary answer may look like a call.
+        closing: the marker after a body, which models may omit; empty if the syntax has none.
+        separator: the text between two bodies without closing markers; empty if the syntax has none.
+        at_start: True if calls occur only at the start of an answer. The parser then accepts only calls of tools that
+            the model was given, because an ordinary answer may look like a call.
     """
 
     opening: str
@@ -33,13 +33,13 @@ class CallSyntax(Frozen):
 
 
 class ReasoningSyntax(Frozen):
-    """A form of reasoning, at the start of an answer.
+    """The syntax of the reasoning at the start of an answer.
 
     Attributes:
         opening: the marker before the reasoning.
         closing: the marker after the reasoning.
-        answer_opening: the marker before the answer, which models may omit; empty if the form has none.
-        answer_closing: the marker after the answer; empty if the form has none.
+        answer_opening: the marker before the answer, which models may omit; empty if the syntax has none.
+        answer_closing: the marker after the answer; empty if the syntax has none.
     """
 
     opening: str
@@ -49,12 +49,12 @@ class ReasoningSyntax(Frozen):
 
 
 class AnswerFormat(Frozen):
-    """The form of an answer.
+    """The format of an answer.
 
     Attributes:
-        name: the family's name.
-        reasoning: forms of reasoning; the first whose marker begins the answer applies.
-        calls: forms of tool calls.
+        name: the model family.
+        reasoning: possible syntaxes of the reasoning. The first one whose opening marker begins the answer applies.
+        calls: possible syntaxes of tool calls.
     """
 
     name: str
@@ -62,11 +62,11 @@ class AnswerFormat(Frozen):
     calls: tuple[CallSyntax, ...]
 
     def markers(self) -> frozenset[str]:
-        """Return the markers, which may be special tokens."""
+        """Return all markers. A marker may be a special token."""
         found = {text for syntax in self.calls for text in (syntax.opening, syntax.closing)}
         for syntax in self.reasoning:
             found |= {syntax.opening, syntax.closing, syntax.answer_opening, syntax.answer_closing}
-        # Mistral's bodies have markers inside.
+        # Mistral's bodies contain further markers.
         if any(syntax.opening == "[TOOL_CALLS]" for syntax in self.calls):
             found |= {"[ARGS]", "[CALL_ID]"}
         return frozenset(found - {""})
@@ -75,7 +75,7 @@ class AnswerFormat(Frozen):
 _HERMES = CallSyntax(opening="<tool_call>", body="json", closing="</tool_call>")
 _PIPED = CallSyntax(opening="<|tool_call|>", body="json", closing="<|/tool_call|>")
 _CALLS: Mapping[str, tuple[CallSyntax, ...]] = {
-    # The form of Qwen 2.5 and 3, Hermes and Granite 4.
+    # Qwen 2.5, Qwen 3, Hermes and Granite 4 use this syntax.
     "hermes": (_HERMES,),
     "qwen3_coder": (CallSyntax(opening="<tool_call>", body="xml", closing="</tool_call>"),),
     "llama3": (
@@ -111,12 +111,12 @@ _REASONING = (
 
 
 def answer_format(template: str, name: str | None = None) -> AnswerFormat:
-    """Return the format in which a model answers prompts made with this chat template.
+    """Return the format of a model's answers to prompts that a chat template renders.
 
     Args:
         template: the template's Jinja source.
-        name: the model family whose syntax of tool calls to expect; "text" leaves answers unchanged, and None lets
-            the template decide.
+        name: the model family, which determines the syntax of tool calls. "text" leaves answers unchanged. None detects
+            the family from the template.
 
     Raises:
         PrecastError: the family is unknown.
@@ -137,13 +137,13 @@ def answer_format(template: str, name: str | None = None) -> AnswerFormat:
 
 
 def _family(template: str) -> str:
-    """Return the family whose tool calls a template prescribes, or "text"."""
+    """Return the model family whose tool-call syntax a template prescribes, or "text" if no known family matches."""
     if "python_tools" in template and "<code>" in template:
         return "smollm3"
     if "<|tool_call|>" in template:
         return "phi4" if "<|tool|>" in template else "granite"
     if "<tool_call>" in template:
-        # Other families put XML between the tags that Hermes uses.
+        # Other families use the same tags as Hermes, but write XML between them.
         if "<function=" in template:
             return "qwen3_coder"
         return PLAIN if "<arg_key>" in template else "hermes"

@@ -1,7 +1,7 @@
 """Split an answer into content, reasoning and tool calls while its text arrives.
 
-The result does not depend on how the text is split into pieces. A tool call is reported as a whole, once it is complete
-and well-formed. Markers without a call, malformed calls, and calls cut off at the end are content.
+The result does not depend on how the text is split into pieces. A tool call is returned as a whole, once it is complete
+and well-formed. Markers without a call, malformed calls, and an incomplete call at the end of the answer are content.
 """
 
 import os
@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 from .answer_formats import AnswerFormat, CallSyntax
 from .tool_calls import BODIES, Body, NoCall, RawCall, ToolCall, typed
 
-# Maximum number of spaces to skip or remove before a marker. The limit keeps the time linear.
+# Maximum number of spaces to skip or remove before a marker. The limit keeps the parsing time linear.
 _MOST_SPACES = 1024
-# After this many malformed calls, all further text is content. The limit keeps the time linear.
+# After this many malformed calls, all further text is content. The limit keeps the parsing time linear.
 _MOST_FAILURES = 64
 _ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
 class ContentDelta(NamedTuple):
-    """A further piece of the answer's content."""
+    """The next piece of the answer's content."""
 
     text: str
 
 
 class ReasoningDelta(NamedTuple):
-    """A further piece of the model's reasoning."""
+    """The next piece of the model's reasoning."""
 
     text: str
 
@@ -47,7 +47,7 @@ Delta = ContentDelta | ReasoningDelta | ToolCallDelta
 
 
 def new_call_id() -> str:
-    """Return a random identifier of nine letters and digits, the form that Mistral's templates demand."""
+    """Return a random identifier of nine letters and digits, as Mistral's templates require."""
     return "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in os.urandom(9))
 
 
@@ -57,16 +57,18 @@ class AnswerParser:
     The parser removes newlines around the reasoning, and whitespace next to a tool call.
 
     Args:
-        form: the form of the answer.
-        tools: JSON Schema of the parameters of each tool that the model was given, by the tool's name. Without tools,
-            no text is a call. After a marker, even a call of an unknown tool counts, as in vLLM.
-        prompt_tail: the end of the prompt's text, which may have opened the reasoning.
+        form: the format of the answer.
+        tools: the JSON Schema of the parameters of each tool that the model was given, by the tool's name. Without
+            tools, no text is parsed as a call. After a marker, a call of an unknown tool is accepted, as in vLLM.
+        prompt_tail: the end of the prompt's text. If it ends with the marker that opens the reasoning, the answer
+            begins with reasoning.
         new_id: function that returns a new identifier for a call.
 
     Attributes:
-        form: the form of the answer.
-        is_open: True if the prompt has opened the reasoning.
-        markers: the markers. The text given to `push` must include them, even if they are special tokens.
+        form: the format of the answer.
+        is_open: True if the prompt ends with the marker that opens the reasoning.
+        markers: the markers that the parser recognises. The text passed to `push` must include these markers, even if
+            they are special tokens.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class AnswerParser:
         self._calls = form.calls if self._tools else ()
         self.markers = AnswerFormat(name=form.name, reasoning=form.reasoning, calls=self._calls).markers()
         self._text = ""  # the text not yet classified
-        self._space = ""  # spaces before that text, which are content unless a call follows
+        self._space = ""  # spaces before that text; they are content if no call follows
         self._is_last = False
         self._deltas: list[Delta] = []
         self._count = self._failures = 0
@@ -98,7 +100,7 @@ class AnswerParser:
         )
 
     def push(self, text: str) -> list[Delta]:
-        """Take the next piece of text; return the deltas that no further text can change."""
+        """Parse the next piece of text; return the new deltas, which further text cannot change."""
         self._text += text
         return self._run()
 
@@ -160,7 +162,7 @@ class AnswerParser:
         return True
 
     def _start(self) -> bool:
-        """Determine whether the answer, after any reasoning, is a tool call without a marker before it."""
+        """Determine whether the text at the start of the answer, after any reasoning, is a tool call."""
         text = self._text.lstrip()
         has_many_spaces = len(self._text) - len(text) > _MOST_SPACES
         for syntax in (syntax for syntax in self._calls if syntax.at_start and not has_many_spaces):
@@ -231,7 +233,7 @@ class AnswerParser:
             self._count += 1
 
     def _fail(self, opening: str) -> None:
-        """Emit the marker before a malformed body as content; parse the body again, because it may contain markers."""
+        """Emit the marker before a malformed body as content, and search the body for further markers."""
         self._failures += 1
         self._emit(opening)
         self._step = AnswerParser._content
@@ -261,11 +263,11 @@ class AnswerParser:
         return bool(self._text)
 
     def _may_become(self, text: str, marker: str) -> bool:
-        """Return True if the text is the beginning of a marker, which further text may complete."""
+        """Return True if the text is the beginning of a marker, and further text may complete the marker."""
         return not self._is_last and len(text) < len(marker) and marker.startswith(text)
 
     def _emit(self, text: str) -> None:
-        """Emit content, but hold back spaces at its end as long as a call may follow."""
+        """Emit content, but hold back the spaces at its end while a call may still follow."""
         text = self._space + text
         is_end = not self._calls or (self._is_last and not self._text)
         kept = text if is_end else text[: max(len(text.rstrip()), len(text) - _MOST_SPACES)]

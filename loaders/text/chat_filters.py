@@ -1,7 +1,8 @@
-"""All filters and tests that a chat template may use. Each charges its cost to the meter before it runs.
+"""All filters and tests that a chat template may use.
 
-The results equal those of jinja2's own filters and tests, except that `tojson` writes JSON as transformers does.
-`chat_meter` explains costs. Importing this module imports jinja2.
+If the cost of a filter or test depends on its arguments, it charges that cost to the meter before it runs. `chat_meter`
+explains the costs. The results equal those of jinja2's own filters and tests, except that `tojson` writes JSON as
+transformers does. Importing this module imports jinja2.
 """
 
 import json
@@ -23,16 +24,20 @@ from .chat_methods import charge, lines_cost, replace_cost
 NUMBER_BITS = 4096
 """Maximum number of bits of a number in a template's calculations."""
 
-# Matches a `%` or `{}` format whose width or precision has at least four digits or comes from an argument. It also
-# matches a format with nested brackets, which could hide such a width. Matching takes linear time, because no two
-# repeats of the pattern can match the same character.
+# Matches a `%` or `{}` format whose width or precision has at least four digits or is an argument. It also matches a
+# format with nested brackets, because they could contain such a width. Matching takes linear time, because no two
+# repetitions in the pattern can match the same character.
 WIDE = re.compile(
     r"%(\([^()]*\))?[-# +.\d]*?(\*|\d{4})|%\([^()]*\(|\{[^{}:]*:[^{}]*?(\{|\d{4})",
 )
 
 
 def charge_format(meter: Meter, template: str, values: Any) -> None:
-    """Charge for formatting `template`, as if each of its fields printed all of the values."""
+    """Charge for formatting `template`, on the assumption that each of its fields prints all values.
+
+    Raises:
+        TemplateRuntimeError: the width of a field is too large, or a value cannot become text.
+    """
     meter.step(len(template))
     if wide := WIDE.search(template):
         raise jinja2.TemplateRuntimeError(f"the width in the format {wide.group()[:40]!r} is too large")
@@ -63,7 +68,7 @@ def check_number(value: Any) -> Any:
 
 
 def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """Wrap jinja2's filter `name`: convert any value to text, and charge for the call."""
+    """Return jinja2's filter `name`, wrapped so that it converts any value to text and charges for the call."""
     function: Any = FILTERS[name]
 
     @pass_environment
@@ -77,7 +82,7 @@ def _on_text(name: str, charge_for: Callable[[Meter, str, tuple[Any, ...]], None
 
 
 def _like(method: str) -> Callable[[Meter, str, tuple[Any, ...]], None]:
-    """Return a function that charges the cost of the method of `str` with this name."""
+    """Return a function that charges the cost of the `str` method with this name."""
     return lambda meter, text, args: charge(meter, text, method, args)
 
 
@@ -104,7 +109,7 @@ def _replace(environment: Any, s: Any, old: Any, new: Any, count: Any = None) ->
 
 
 def _on_plain_text(name: str, cost: Callable[[Meter, str, tuple[Any, ...]], None]) -> Callable[..., Any]:
-    """Wrap jinja2's filter `name`: accept only text and undefined values, and charge for the call."""
+    """Return jinja2's filter `name`, wrapped so that it accepts only text or undefined, and charges for the call."""
     function: Any = FILTERS[name]
     takes_environment = hasattr(function, "jinja_pass_arg")
 
@@ -205,7 +210,7 @@ def _float(environment: Any, value: Any, default: Any = 0.0) -> Any:
 
 
 def _number_text(meter: Meter, text: str) -> None:
-    # If the text is not a number, the error quotes it, with escapes.
+    # If the text is not a number, Python's error message contains the text with escapes.
     meter.step(len(text) >> 2)
     meter.allocate(0, temporary=2 * size(text) + 48 * len(text))
 
@@ -265,7 +270,12 @@ def _list(environment: Any, value: Any) -> list[Any]:
 
 
 def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
-    """Wrap jinja2's filter `name`, which compares items; `parameters` are the names of its other arguments."""
+    """Return jinja2's filter `name`, which compares items, wrapped so that it charges for the comparisons.
+
+    Args:
+        name: the filter's name.
+        parameters: names of the filter's arguments after the value, in order.
+    """
     function: Any = FILTERS[name]
 
     @pass_environment
@@ -282,7 +292,7 @@ def _ordered(name: str, parameters: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _charge_order(meter: Meter, items: list[Any], attribute: Any) -> None:
-    """Charge for a sort: a comparison of each item at each merge level, and a lower-case copy of each item."""
+    """Charge for a merge sort, which compares each item once a level, and for a lower-case copy of each item."""
     weight = meter.weigh(items)
     keys = 1 + attribute.count(",") if isinstance(attribute, str) else 1
     levels = math.ceil(math.log2(len(items) + 2)) + 7
@@ -350,7 +360,7 @@ def _attr(environment: Any, obj: Any, name: Any) -> Any:
 
 
 ALLOWED_FILTERS: dict[str, Callable[..., Any]] = {
-    # These filters are jinja2's own, because each only inspects one value or fetches one item.
+    # These are jinja2's own filters, unchanged, because each one only inspects a value or returns one item.
     **{name: FILTERS[name] for name in ("abs", "count", "d", "default", "first", "last", "length")},
     **{name: _lazy(name) for name in ("map", "reject", "rejectattr", "select", "selectattr")},
     **dict.fromkeys(("e", "escape"), _on_text("e", _per_character(24, 16))),
@@ -402,7 +412,7 @@ def _comparison(name: str) -> Callable[..., Any]:
 
 
 def _of_number(name: str) -> Callable[..., Any]:
-    """Wrap jinja2's test `name` so that it accepts only numbers. Its operator `%` would format a string."""
+    """Return jinja2's test `name`, wrapped so that it accepts only numbers, because `%` would format a string."""
     function: Any = TESTS[name]
 
     def run(value: Any, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rewrite the syntax tree of a chat template so that its operations call the sandbox.
+"""Rewrite the syntax tree of a chat template, so that the template's operations call the sandbox.
 
 Importing this module imports jinja2.
 """
@@ -16,12 +16,12 @@ from jinja2.visitor import NodeTransformer
 
 from .chat_meter import LimitExceeded, Limits, Meter
 
-# Bytes that one run of a body can keep alive: a loop's context, a macro with its variables, a piece of output.
+# Bytes that one run of a body can keep allocated: for each loop, for each macro, and for each piece of output.
 _LOOP_SIZE, _MACRO_SIZE, _OUTPUT_SIZE = 512, 2048, 16
 
 
 def instrument(environment: jinja2.Environment, tree: nodes.Template, limits: Limits) -> nodes.Template:
-    """Insert calls of the sandbox's `metered_…` methods into `tree`, and return the new tree.
+    """Return `tree` with calls of the sandbox's `metered_…` methods inserted.
 
     Raises:
         LimitExceeded: the tree is too large.
@@ -33,12 +33,12 @@ def instrument(environment: jinja2.Environment, tree: nodes.Template, limits: Li
 
 
 class TemplateTags(Extension):
-    """A parser for `{% generation %}`, which marks the assistant's text for training and has no effect on a prompt."""
+    """A parser for the tag `{% generation %}`, which marks text for training and does not change a prompt."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Return the text between the tags as a scope of its own."""
+        """Return the statements between the tags as a scope."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
@@ -71,7 +71,7 @@ class MeteredCodeGenerator(CodeGenerator):
 
 
 class _Instrumenter(NodeTransformer):
-    """A transformer that inserts meter calls wherever a template repeats, compares, or makes text and lists."""
+    """A transformer that inserts meter calls into loops, macros, comparisons, and expressions that allocate memory."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -95,7 +95,7 @@ class _Instrumenter(NodeTransformer):
     # Bodies
 
     def _body(self, node: nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block) -> nodes.Node:
-        """Insert a call that charges for all nodes of a body whenever the body runs."""
+        """Insert a call at the start of a body, so that each run of the body charges for all of its nodes."""
         before = self._nodes
         self.generic_visit(node)
         kept = 64
@@ -108,7 +108,9 @@ class _Instrumenter(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self._body(node)
-        if node.test is not None:  # charge for the test, too: an item that fails it never reaches the body
+        if (
+            node.test is not None
+        ):  # charge for the test, because the body does not run for an item that fails it
             node.test = nodes.And(_call("metered_test"), node.test)
         return node
 
@@ -208,7 +210,7 @@ def _operand(node: nodes.Expr) -> nodes.Expr:
 
 
 def _cheap(left: nodes.Expr, operand: nodes.Operand) -> bool:
-    """Return True if an operand is constant, so that its length bounds the cost of the comparison."""
+    """Return True if an operand is constant. The length of the constant then limits the cost of the comparison."""
     if operand.op in ("in", "notin"):
         return _constant(operand.expr)
     return isinstance(left, nodes.Const) or isinstance(operand.expr, nodes.Const)

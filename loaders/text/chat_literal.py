@@ -1,15 +1,16 @@
 """Encode the messages of a chat as plain text, so that special-token text in a message cannot forge a turn.
 
-A control token is a special token, or an added token that the template writes or that is spelt like `<|…|>`.
+A control token is a special token, or an added token whose spelling occurs in the template or has the form `<|…|>`.
 
-1. Before the template runs, a marker (a Unicode noncharacter) splits each occurrence of a control token's text in the
-   caller's values.
-2. In the rendered prompt the tokenizer finds only the template's own control tokens. A stand-in replaces each of them.
-3. The markers are removed, and a second tokenizer encodes the result. It knows the stand-ins and treats control tokens
-   as plain text, so that text between two control tokens gets the same ids as in the ordinary encoding.
+1. A marker, which is a Unicode noncharacter, is inserted into each spelling of a control token in the caller's values.
+   Then the template is rendered.
+2. The tokenizer encodes the rendered prompt. It finds only the control tokens that the template wrote. Each of them is
+   replaced with a stand-in, which is a random string.
+3. The markers are removed, and a second tokenizer encodes the text. This tokenizer has a token for each stand-in, and
+   treats control tokens as plain text. Text between two control tokens gets the same ids as in the ordinary encoding.
 4. In the result, the id of each stand-in is replaced with the id of its control token.
 
-A chat without the text of control tokens is encoded in the ordinary way.
+If the caller's values contain no spelling of a control token, the prompt is encoded in the ordinary way.
 """
 
 import json
@@ -35,11 +36,12 @@ _SPELLING = re.compile(r"<[|｜].+[|｜]>")
 
 
 class LiteralChat:
-    """A literal encoder for the chats of one template.
+    """An encoder for prompts of one chat template that encodes the caller's values as plain text.
 
     Args:
         library: the tokenizer, which stays unchanged.
-        template: source of the template. Added tokens that occur in it are control tokens, special or not.
+        template: source of the template. An added token that occurs in it is a control token, even if the token is not
+            special.
     """
 
     def __init__(self, library: "LibraryTokenizer", template: str) -> None:
@@ -67,7 +69,7 @@ class LiteralChat:
             PrecastError: `render` or the tokenizer fails, or a text becomes a control token even when encoded as plain
                 text.
         """
-        if self._split_words:  # hardly any template has such words
+        if self._split_words:  # few templates have such words
             present = {key: value for key, value in values.items() if value is not None}
             if self._split_words & {*_names(present)} - {"messages"}:
                 raise _unsupported()
@@ -81,15 +83,15 @@ class LiteralChat:
 
     @cached_property
     def _split_words(self) -> frozenset[str]:
-        """The template's words that a marker would split. A key or role of that name would no longer match."""
+        """The template's words that a marker would split. A key or role with such a name would no longer match."""
         words = set(re.findall(r"\w+", self._template))
         return frozenset(word for word in words if self._all_texts.mark(word, _MARKERS[0]) != word)
 
     def _mark_messages(self, values: Mapping[str, Any], marker: str) -> list[Any]:
         """Return the messages with markers.
 
-        In the assistant's messages, control tokens that are not special, such as `<think>` and `<tool_call>`, get no
-        marker, because templates search for them.
+        In the assistant's messages, only special tokens get a marker. Templates search these messages for other control
+        tokens, such as `<think>` and `<tool_call>`.
         """
         return [
             _mark(message, self._special_texts if message["role"] == "assistant" else self._all_texts, marker)
@@ -126,13 +128,13 @@ class LiteralChat:
     def _is_real(self, prompt: str, start: int, stop: int, number: int, marker: str) -> bool:
         """Return True if the template wrote the control token.
 
-        The token for unknown text is a control token as well, but the tokenizer returns it for any character that the
-        vocabulary lacks.
+        The unknown token is also a control token. The tokenizer returns it for any character that the vocabulary lacks,
+        so the text in the prompt must equal the token's spelling.
         """
         token, text = self._control[number], prompt[start:stop]
         if marker in text or not (token.normalized or text.strip() == token.content.strip()):
             return False
-        # A marker cannot split a one-character token, so `mark` puts a marker on either side of it.
+        # A marker cannot split a token of one character, so `mark` inserts a marker before it and a marker after it.
         return len(token.content) > 1 or prompt[max(start - 1, 0) : stop + 1] != f"{marker}{text}{marker}"
 
     def _restore(self, ids: Sequence[int], real: Sequence[int], text: str) -> list[int]:
@@ -143,19 +145,19 @@ class LiteralChat:
             raise _unsupported()
         plain = text.lower()
         for number in set(ids) & self._control.keys():
-            # The token for unknown text is a control token as well, but it also stands for characters that the
-            # vocabulary lacks. So check that the text spells the token.
+            # The unknown token is also a control token. It is valid for a character that the vocabulary lacks, and
+            # wrong only if the text contains the token's spelling.
             if (content := self._control[number].content).lower() in plain:
                 raise PrecastError(
-                    f"Chat: the text {content!r} cannot be encoded literally, because the vocabulary also has it as a"
-                    " word; remove it from the messages."
+                    f"Chat: the text {content!r} cannot be encoded literally, because it is also an ordinary token of"
+                    " the vocabulary; remove it from the messages."
                 )
         remaining = iter(real)
         return [next(remaining) if number in stand_ins else number for number in ids]
 
 
 class _TokenTexts:
-    """The texts of control tokens. They match regardless of case, because a template may apply `lower` to a message."""
+    """The spellings of control tokens. Matching ignores case, because a template may apply `lower` to a message."""
 
     def __init__(self, contents: Sequence[str]) -> None:
         longest_first = sorted(contents, key=len, reverse=True)
@@ -166,7 +168,7 @@ class _TokenTexts:
         self._sizes = range(1, max(map(len, contents), default=1))
 
     def mark(self, text: str, marker: str) -> str:
-        """Return `text` with a marker inside each token text, and at each end that a token text could cross."""
+        """Return `text` with a marker inside each spelling, and at each end that a spelling could extend across."""
         pieces, end = [], 0
         for match in self._start.finditer(text):
             place = match.start() + (len(match[1]) > 1)
@@ -186,7 +188,7 @@ def _unsupported() -> PrecastError:
 
 
 def _names(value: Any) -> Iterator[str]:
-    """Yield the keys of plain JSON, and the roles of messages."""
+    """Yield all keys of the objects in a JSON value, and the roles of messages."""
     if isinstance(value, Mapping):
         yield from value
         if isinstance(role := value.get("role"), str):
@@ -208,7 +210,7 @@ def _mark(value: Any, texts: _TokenTexts, marker: str) -> Any:
 
 
 def _is_control(token: "AddedToken", template: str) -> bool:
-    """Return True for a token that could forge a turn. An added token for a run of spaces could not."""
+    """Return True if a token could forge a turn. An added token that consists of spaces could not."""
     if token.special:
         return True
     looks_like_one = token.content in template or _SPELLING.fullmatch(token.content) is not None
@@ -222,11 +224,14 @@ def _flags(token: "AddedToken") -> _Flags:
 def _literal_tokenizer(
     library: "LibraryTokenizer", control: Collection["AddedToken"]
 ) -> tuple["LibraryTokenizer", dict[_Flags, str]]:
-    """Return a tokenizer that treats control tokens as text, and its stand-ins, by the flags of the replaced tokens."""
+    """Return a tokenizer that treats control tokens as text, and the spellings of its stand-ins.
+
+    The tokenizer has one stand-in for each combination of flags among the control tokens.
+    """
     from tokenizers import AddedToken, Tokenizer
 
     literal = Tokenizer.from_str(library.to_str())
-    # A caller cannot guess the spellings of the stand-ins. They contain no marker.
+    # The spellings are random, so that a caller cannot guess them. They contain no marker.
     names = {_flags(token): f"\U0001fffe{secrets.token_hex(16)}\U0001fffe" for token in control}
     copies = [
         AddedToken(

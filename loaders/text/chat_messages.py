@@ -7,7 +7,7 @@ from typing import Any
 from ..artifact.errors import PrecastError
 from ..artifact.frozen import Frozen
 
-# Variables that have an argument of their own, or that callers cannot set at all.
+# Variables that other arguments set, or that callers cannot set.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 # Keys of a message's reasoning. Most templates read the first key, and the templates of gpt-oss read the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -19,9 +19,10 @@ class ChatOptions(Frozen):
     """The inputs of a chat template besides the messages.
 
     Attributes:
-        add_generation_prompt: end the prompt with the opening of the assistant's turn, which the answer continues.
-        tools: JSON schemas of functions, for templates that support them.
-        documents: texts to answer from, each usually with `title` and `text`, for templates that support them.
+        add_generation_prompt: end the prompt with the opening of the assistant's turn, so that the model answers.
+        tools: JSON schemas of functions, for templates that support tools.
+        documents: documents on which to base the answer, for templates that support documents. A document usually has
+            the keys `title` and `text`.
         variables: further variables of the template (`enable_thinking`, `date_string`, …).
     """
 
@@ -34,8 +35,8 @@ class ChatOptions(Frozen):
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
     """Return messages as transformers passes them to a template.
 
-    Omit keys whose value is null, because OpenAI's API returns such keys. Store reasoning under each key that templates
-    read. Parse the arguments of tool calls, as vLLM does.
+    Omit keys whose value is null, because OpenAI's API returns such keys. Store the reasoning under both keys that
+    templates read. Parse the arguments of tool calls, as vLLM does.
 
     Raises:
         PrecastError: the value is not a list of messages.
@@ -68,7 +69,7 @@ def _plain_message(message: Any, where: str) -> dict[str, Any]:
 
 
 def _with_object(call: Any) -> Any:
-    """Return a tool call whose arguments are an object, as templates expect, not a JSON string."""
+    """Return a tool call with its arguments parsed from a JSON string into an object, as templates expect."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(text := function.get("arguments"), str):
         return call
@@ -117,13 +118,13 @@ def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain_json(value: Any, where: str, source: str = "Chat", depth: int = 0) -> Any:
-    """Copy a value as plain JSON types, because a template could call the methods of any other object.
+    """Copy a value as plain JSON types, because a template could call methods of other types.
 
     Args:
         value: the value.
         where: the name of the value in error texts.
         source: the beginning of error texts.
-        depth: number of lists and objects around the value.
+        depth: number of lists and objects that enclose the value.
 
     Raises:
         PrecastError: JSON cannot represent the value, or the value is nested more than 64 levels deep.

@@ -1,8 +1,9 @@
 """Meter the work, the memory and the time of one rendering of a chat template.
 
-Work is counted in steps, such as a node evaluated or an item visited. An operation is charged before it runs: its steps
-and the bytes that it will allocate are added to the meter, which raises `LimitExceeded` beyond a limit. The cost often
-depends on the weight of a value: its size, counting a shared part each time it occurs.
+Work is counted in steps. A step is, for example, the evaluation of one node or a visit to one item. An operation is
+charged before it runs: the meter adds the operation's steps and the bytes that it will allocate to its totals, and
+raises `LimitExceeded` if a total exceeds its limit. The cost of an operation often depends on the weight of a value.
+The weight is the size of the value, in which a shared part counts each time that it occurs.
 
 Importing this module imports jinja2.
 """
@@ -36,24 +37,24 @@ class Limits(Frozen):
     tables: int = 500_000
     """Number of names, multiplied by the number of conditions, loops and macros."""
     code: int = 400_000
-    """Characters of the Python code that the template becomes."""
+    """Characters of the Python code that jinja2 generates from the template."""
     steps: int = 20_000_000
     """Nodes evaluated and items visited in one rendering; copying 64 characters counts as one step."""
     operation: int = 2_000_000
-    """Steps of one operation inside the interpreter. Ctrl-C waits for the operation, at most about 0.2 seconds."""
+    """Steps of one operation that Ctrl-C cannot interrupt. The limit corresponds to about 0.2 seconds."""
     allocated: int = 1 << 27
-    """Bytes of text and lists allocated in one rendering, including those freed again."""
+    """Bytes of text and lists allocated in one rendering, including bytes that are freed before its end."""
     depth: int = 100
     """Levels of lists within lists."""
     output: int = 1 << 24
     """Characters of the prompt."""
     seconds: float = 2.0
-    """CPU time of the thread for one compilation, and for one rendering. Waiting on a busy machine does not count."""
+    """CPU time of the thread for one compilation or one rendering. Time spent waiting for a CPU does not count."""
     wall_seconds: float = 60.0
-    """Wall-clock time for one compilation, and for one rendering, in case the machine swaps."""
+    """Wall-clock time for one compilation or one rendering. It limits the wait on a machine that swaps."""
 
     def for_probe(self) -> "Limits":
-        """Return the limits for rendering one short message, with so few steps that the time limit never applies."""
+        """Return the limits for rendering one short message. They allow too few steps to reach the time limit."""
         steps = min(self.steps, 500_000)
         allocated = min(self.allocated, 1 << 24)
         return replace(self, steps=steps, operation=min(self.operation, steps), allocated=allocated)
@@ -64,17 +65,17 @@ class LimitExceeded(Exception):
 
 
 class Weight:
-    """The size of a value. A part that occurs several times counts each time."""
+    """The size of a value. A part that occurs several times counts each time that it occurs."""
 
     __slots__ = ("depth", "items", "opaque", "other", "text", "width")
 
     def __init__(self) -> None:
         self.items = 1
         self.text = 0  # characters of its strings
-        self.width = 1  # bytes per character, for the widest character
+        self.width = 1  # bytes of the widest character
         self.other = 0  # characters of its numbers and other small values when printed
         self.depth = 0
-        self.opaque = ""  # type of a part that cannot be printed
+        self.opaque = ""  # type of a part that cannot be printed; empty if all parts can be printed
 
     def add(self, part: "Weight") -> None:
         """Add the weight of a part."""
@@ -100,7 +101,7 @@ class Weight:
 
 
 def width(text: str) -> int:
-    """Return an upper bound on the bytes that a character of `text` takes in memory."""
+    """Return an upper bound on the bytes that each character of `text` occupies in memory."""
     if text.isascii():
         return 1
     size = sys.getsizeof(text)  # too large if the text has a cached encoding
@@ -108,7 +109,7 @@ def width(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """Return an upper bound on the bytes that a copy of `text` takes."""
+    """Return an upper bound on the bytes that a copy of `text` occupies."""
     return 80 + len(text) * width(text)
 
 
@@ -125,7 +126,8 @@ class Meter:
         self._allocated = 0
         self._cpu_deadline = time.thread_time() + limits.seconds
         self._wall_deadline = time.monotonic() + limits.wall_seconds
-        # Each container is weighed once. The reference keeps it alive, because Python reuses the ids of dead objects.
+        # The weights of containers, by id. The stored reference keeps a container alive, because Python reuses the ids
+        # of freed objects.
         self._weights: dict[int, tuple[Any, Weight]] = {}
 
     def step(self, count: int = 1) -> None:
@@ -144,14 +146,23 @@ class Meter:
         self._next_check = min(self._steps + self._INTERVAL, limits.steps)
 
     def check_time(self) -> None:
-        """Raise LimitExceeded if the time is up. Call it from the thread that made the meter."""
+        """Check both time limits. Call this method from the thread that created the meter.
+
+        Raises:
+            LimitExceeded: the CPU time or the wall-clock time exceeds its limit.
+        """
         if time.thread_time() > self._cpu_deadline:
             raise LimitExceeded(f"it took more than {self.limits.seconds:g} seconds of CPU time")
         if time.monotonic() > self._wall_deadline:
             raise LimitExceeded(f"it took longer than {self.limits.wall_seconds:g} seconds")
 
     def allocate(self, count: int, temporary: int = 0) -> None:
-        """Charge the bytes that an operation will allocate; it needs `temporary` more bytes only while it runs."""
+        """Charge the bytes that an operation will allocate.
+
+        Args:
+            count: bytes of the result.
+            temporary: further bytes, which the operation frees before it ends.
+        """
         self._allocated += count
         if self._allocated + temporary > self.limits.allocated:
             raise LimitExceeded(f"it allocated more than {self.limits.allocated:,} bytes of text and lists")
@@ -159,15 +170,15 @@ class Meter:
     def release(self) -> None:
         """Release the values of this rendering."""
         self._weights.clear()  # a stored error may keep this meter alive
-        # jinja2's objects form cycles. The number of objects decides when Python collects cycles, not
-        # their size.
+        # jinja2's objects form reference cycles. Python starts a collection after a number of allocations, regardless
+        # of their size.
         if self._allocated > self.limits.allocated >> 2:
             gc.collect()
 
     # Weighing
 
     def weigh(self, value: Any) -> Weight:
-        """Return the weight of any value, in time proportional to the memory that it takes."""
+        """Return the weight of any value. The time is proportional to the memory that the value occupies."""
         return self._weigh(value, 0)
 
     def _weigh(self, value: Any, level: int) -> Weight:
@@ -213,7 +224,7 @@ class Meter:
     # Text and lists
 
     def to_text(self, value: Any) -> str:
-        """Return `str(value)`."""
+        """Charge for `str(value)`, and return it."""
         if type(value) is str:
             return value
         if isinstance(value, str):
@@ -227,7 +238,7 @@ class Meter:
         return str(value)
 
     def join(self, separator: str, texts: list[str]) -> str:
-        """Join texts into one."""
+        """Charge for `separator.join(texts)`, and return it."""
         count, widest = 0, width(separator)
         for text in texts:
             count += len(text)
@@ -239,7 +250,7 @@ class Meter:
         return separator.join(texts)
 
     def to_list(self, value: Any) -> list[Any]:
-        """Return `list(value)`."""
+        """Charge for `list(value)`, and return it."""
         if isinstance(value, (str, list, tuple, dict, range, *VIEWS)):
             self.step(len(value))
             self.allocate(64 + len(value) * _item_size(value))
@@ -281,7 +292,7 @@ def _leaf(value: Any) -> Weight:
 
 
 def _item_size(value: Any) -> int:
-    """Return the bytes that a list item takes: a pointer, plus the item itself if making the list creates it."""
+    """Return the bytes for each item of `list(value)`: a pointer, plus the item itself if `list` creates the item."""
     if isinstance(value, str):
         return 8 if value.isascii() else 88
     return 88 if isinstance(value, (range, ITEMS)) else 8

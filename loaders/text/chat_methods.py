@@ -1,4 +1,4 @@
-"""The methods and attributes that a chat template may use, with the cost of each call.
+"""The methods and attributes that a chat template may use, and the cost of each method call.
 
 The sandbox refuses all other names, including methods that future versions of Python add.
 Importing this module imports jinja2.
@@ -17,13 +17,13 @@ from .chat_meter import ITEMS, KEYS, VALUES, Meter, size, width
 Cost = tuple[int, int]
 """The cost of a call: bytes allocated, and steps."""
 CostOf = Callable[[Meter, Any, tuple[Any, ...]], Cost]
-"""A function that returns the cost of a method call, given the meter, the owner and all arguments."""
+"""A function that returns the cost of a method call from the meter, the method's object, and all arguments."""
 
 _SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
 _LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-# Bytes of a piece of text in a list: the object and the pointer.
+# Bytes of a string in a list without the string's characters: the object's header and the list's pointer.
 _PIECE = 104
 
 
@@ -57,7 +57,7 @@ def _fold(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _title(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    # One character may become three, of four bytes each. The interpreter's buffer takes as much again.
+    # One character may become three characters of four bytes each. The interpreter's buffer needs the same size again.
     return 80 + 24 * len(text), len(text) >> 2
 
 
@@ -103,7 +103,7 @@ def _partition_back(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
 
 
 def lines_cost(meter: Meter, text: str, args: tuple[Any, ...]) -> Cost:
-    """Return the cost of splitting a text into lines, if every character that may end a line ends one."""
+    """Return the cost of splitting a text into lines, counting every character that may end a line."""
     count = 1 + sum(map(text.count, _LINE_ENDS))
     return size(text) + _PIECE * count, (len(text) >> 4) + count
 
@@ -138,7 +138,7 @@ def _join(meter: Meter, separator: str, args: tuple[Any, ...]) -> Cost:
 
 
 def _find_item(meter: Meter, owner: Any, args: tuple[Any, ...]) -> Cost:
-    """Return the cost of a comparison with every item, and of an error that prints the missing item."""
+    """Return the cost of a comparison with every item, and of the error text that prints a missing item."""
     wanted = meter.weigh(args)
     return wanted.printed * wanted.width, meter.weigh(owner).steps + wanted.steps
 
@@ -219,7 +219,7 @@ METHODS: dict[type, dict[str, CostOf]] = {
     Cycler: dict.fromkeys(("next", "reset"), _constant),
 }
 
-# Attributes that a template may read without a call.
+# Attributes that a template may read, in addition to the names in METHODS.
 _DATA: dict[type, tuple[str, ...]] = {
     str: ("format", "format_map"),
     Markup: ("format", "format_map"),
@@ -241,7 +241,7 @@ _DATA: dict[type, tuple[str, ...]] = {
 ATTRIBUTES: dict[type, frozenset[str]] = {
     kind: frozenset((*METHODS.get(kind, ()), *_DATA.get(kind, ()))) for kind in (*METHODS, *_DATA)
 }
-"""The attributes that a template may read, by type. Any other type has none."""
+"""The attributes that a template may read, by type. A template may read no attribute of any other type."""
 
 
 def charge(meter: Meter, owner: Any, name: str, args: tuple[Any, ...]) -> None:
@@ -249,7 +249,7 @@ def charge(meter: Meter, owner: Any, name: str, args: tuple[Any, ...]) -> None:
     texts = [value for value in (owner, *args) if isinstance(value, str)]
     meter.step(1 + (sum(map(len, texts)) >> 5))  # computing the cost reads the texts
     allocated, steps = METHODS[type(owner)][name](meter, owner, args)
-    # A Markup escapes other text that it is combined with, and one character may become five.
+    # Markup escapes the text that it is combined with, and one escaped character may need five characters.
     factor = 6 if isinstance(owner, Markup) else 1
     meter.step(factor * steps)
     meter.allocate(factor * allocated)

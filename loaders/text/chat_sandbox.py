@@ -1,16 +1,17 @@
 """A Jinja sandbox with limits on time, memory and work, for untrusted templates.
 
-A template can use only a closed set of operations, and each is charged before it runs:
+A template can use only a closed set of operations. Each operation is charged before it runs:
 
 - `chat_instrument` rewrites the syntax tree before compilation, so that loop iterations, macros, comparisons, slices,
-  lists and `~` also go through the sandbox. In any jinja2 sandbox, operators, calls and attributes already do.
-- `chat_meter` weighs values. The weight is the size of a value, counting a shared part each time it occurs. A list that
-  contains the same list twice, and so on forty levels deep, weighs a trillion items, although it takes a few kilobytes.
+  lists and `~` call the sandbox. jinja2 itself makes operators, calls and attributes call the sandbox.
+- `chat_meter` weighs values. The weight is the size of a value, in which a shared part counts each time that it occurs.
+  For example, suppose that a list contains the same list twice, which again contains the same list twice, and so on for
+  forty levels. It weighs a trillion items, although it occupies a few kilobytes.
 - `chat_filters` and `chat_methods` list the filters, tests and methods that a template may use, and compute their cost
   from the arguments.
 
-A child process with resource limits is no alternative: starting it takes longer than a hundred renderings, and many
-host programs cannot start child processes. Importing this module imports jinja2.
+A child process with resource limits would be too slow, because its start takes longer than a hundred renderings. Many
+host programs cannot start child processes at all. Importing this module imports jinja2.
 """
 
 from collections.abc import Callable, Iterable
@@ -50,7 +51,7 @@ def compile_template(source: str, limits: Limits) -> tuple["Sandbox", CodeType]:
 
 
 class ShortUndefined(Undefined):
-    """An undefined value with a short message. It keeps only the type of its owner, so that the owner can be freed."""
+    """An undefined value with a short message. It stores only its owner's type, so that the owner can be freed."""
 
     __slots__ = ()
 
@@ -93,7 +94,7 @@ class Sandbox(SandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=ShortUndefined,
-            # No constant folding, because operations are charged only while a template is rendered.
+            # Turn off constant folding, because operations are charged only while a template is rendered.
             optimized=False,
             finalize=_print_value,
             extensions=[TemplateTags, "jinja2.ext.loopcontrols"],
@@ -104,7 +105,7 @@ class Sandbox(SandboxedEnvironment):
         self.globals = {**FUNCTIONS}
 
     def with_meter(self, meter: Meter) -> "Sandbox":
-        """Return a copy of the environment for another rendering, with a meter of its own."""
+        """Return a copy of the environment for another rendering, which uses `meter`."""
         other = object.__new__(Sandbox)
         other.__dict__.update(self.__dict__)
         other.meter = meter
@@ -126,7 +127,7 @@ class Sandbox(SandboxedEnvironment):
     # Attributes and items
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """Return `obj.attribute`."""
+        """Return `obj.attribute`, or else `obj["attribute"]`, or else an undefined value."""
         if type(obj) is dict and attribute not in _DICT_NAMES:
             value = obj.get(attribute, missing)
         else:
@@ -139,7 +140,7 @@ class Sandbox(SandboxedEnvironment):
         return self.undefined(obj=obj, name=attribute) if value is missing else value
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """Return `obj[argument]`."""
+        """Return `obj[argument]`, or else the attribute with this name, or else an undefined value."""
         if type(argument) is not str:
             self.metered_operand(argument)
         try:
@@ -149,7 +150,7 @@ class Sandbox(SandboxedEnvironment):
         return self.undefined(obj=obj, name=argument) if value is missing else value
 
     def _attribute(self, obj: Any, name: str) -> Any:
-        """Return an allowed attribute, an undefined value for a refused attribute, or `missing` if `obj` has none."""
+        """Return an allowed attribute, an undefined value for a refused attribute, or `missing` if there is none."""
         if name in ATTRIBUTES.get(type(obj), ()):
             value = getattr(obj, name)
             if isinstance(obj, str) and name in ("format", "format_map"):
@@ -164,7 +165,7 @@ class Sandbox(SandboxedEnvironment):
     # Calls and operators
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return `obj(…)`."""
+        """Charge for the call `obj(…)`, and return its result."""
         meter, kind = __self.meter, type(__obj)
         meter.step()
         if kind is BuiltinMethodType or kind is MethodType:
@@ -189,7 +190,7 @@ class Sandbox(SandboxedEnvironment):
         return method(*args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Return `left operator right`."""
+        """Charge for `left operator right`, and return the result."""
         _charge_operator(self.meter, operator, left, right)
         return self.binop_table[operator](left, right)
 
@@ -201,13 +202,13 @@ class Sandbox(SandboxedEnvironment):
         self.meter.allocate(kept)
 
     def metered_test(self) -> bool:
-        """Charge for one test of a loop's condition."""
+        """Charge for one evaluation of a loop's condition, and return True."""
         self.meter.step()
         self.meter.allocate(96)
         return True
 
     def metered_operand(self, value: Any) -> Any:
-        """Charge for comparing or hashing `value`."""
+        """Charge for comparing or hashing `value`, and return it."""
         if type(value) is str:
             self.meter.step(len(value) >> 6)
         elif type(value) not in SCALARS:
@@ -215,7 +216,7 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_container(self, value: Any) -> Any:
-        """Charge for a search in `value`."""
+        """Charge for a search in `value`, and return it; an iterator charges for each item instead."""
         if isinstance(value, LazyItems):
             return (self.metered_operand(item) for item in value)
         if isinstance(value, (str, dict)):
@@ -223,7 +224,7 @@ class Sandbox(SandboxedEnvironment):
         return self.metered_operand(value)
 
     def metered_sequence(self, value: Any) -> Any:
-        """Charge for a search for a constant in `value`."""
+        """Charge for a search for a constant in `value`, and return `value`."""
         if isinstance(value, str):
             self.meter.step(len(value) >> 5)
         elif isinstance(value, (list, tuple, range, *VIEWS)):
@@ -231,12 +232,12 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_new(self, value: Any) -> Any:
-        """Charge for a new list, tuple or dict."""
+        """Charge for a new list, tuple or dict, and return it."""
         self.meter.weigh(value)
         return value
 
     def metered_key(self, value: Any) -> Any:
-        """Return a dict key after checking its type, because a template could make the hashes of some types collide.
+        """Return a dict key after a check of its type, because a template could make hashes of other types collide.
 
         Raises:
             TemplateRuntimeError: the key is not a string, a small integer, a float, a boolean or None.
@@ -248,11 +249,11 @@ class Sandbox(SandboxedEnvironment):
         raise jinja2.TemplateRuntimeError(f"a key of type {type(value).__name__} is not allowed")
 
     def metered_arguments(self, value: Any) -> list[Any]:
-        """Charge for unpacking `value` into arguments: `f(*value)`."""
+        """Charge for unpacking `value` into positional arguments, as in `f(*value)`, and return them."""
         return self.meter.to_list(value)
 
     def metered_keywords(self, value: Any) -> Any:
-        """Charge for unpacking `value` into keyword arguments: `f(**value)`."""
+        """Charge for unpacking `value` into keyword arguments, as in `f(**value)`, and return `value`."""
         if not isinstance(value, dict):
             raise TypeError(f"argument after ** must be a mapping, not {type(value).__name__!r}")
         self.meter.step(len(value))
@@ -260,11 +261,11 @@ class Sandbox(SandboxedEnvironment):
         return value
 
     def metered_concat(self, *values: Any) -> str:
-        """Return `a ~ b`."""
+        """Charge for `a ~ b`, and return the result."""
         return self.meter.join("", [self.meter.to_text(value) for value in values])
 
     def metered_slice(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
-        """Return `value[start:stop:step]`."""
+        """Charge for `value[start:stop:step]`, and return the result."""
         part = slice(start, stop, step)
         if isinstance(value, (str, list, tuple)):
             count = len(range(*part.indices(len(value))))
@@ -273,7 +274,7 @@ class Sandbox(SandboxedEnvironment):
         return value[part]
 
 
-# jinja2 adds these to the arguments of each call.
+# jinja2 adds these arguments to each call.
 _JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")
 
 

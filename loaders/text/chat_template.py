@@ -26,20 +26,20 @@ from .tools import checked_tools
 
 __all__ = ["ChatOptions", "ChatTemplate", "Limits"]
 
-# Match a template that iterates over the parts of a message's content, and a template that tests if a value is text.
+# Patterns for templates that iterate over the parts of a message's content, and for those that test if a value is text.
 _ITERATES_CONTENT = re.compile(r"\bin\s+[\w.]*\b(content\b|\w+\[.content.\])")
 _TESTS_FOR_TEXT = re.compile(r"\bis\s+(not\s+)?string\b")
-# The content of the message that a template is probed with.
+# The content of the message with which a template is probed.
 _PROBE = "How are parts shown?"
 
 
 class ChatTemplate:
-    """A compiled chat template. Renderings share nothing, so any thread may call `render`.
+    """A compiled chat template. Renderings share no state, so several threads may call `render` at the same time.
 
     Args:
         source: Jinja source.
-        bos_token: value of the template's variable `bos_token`; None leaves it undefined, so that it prints as nothing.
-        eos_token: value of the variable `eos_token`, likewise.
+        bos_token: value of the template's variable `bos_token`. None leaves it undefined, so that it prints as "".
+        eos_token: value of the template's variable `eos_token`. None leaves it undefined, so that it prints as "".
         limits: limits of the compilation, and of each rendering.
 
     Raises:
@@ -60,19 +60,19 @@ class ChatTemplate:
         self._needs_parts = (
             _ITERATES_CONTENT.search(source) is not None and _TESTS_FOR_TEXT.search(source) is None
         )
-        # SmolLM3's template looks for tools in variables of its own.
+        # SmolLM3's template expects the tools in the variables `xml_tools` and `python_tools`.
         self._reads_xml_tools = "xml_tools" in source
-        # Python's own compiler has limits, too, and raises SyntaxError, RecursionError or MemoryError beyond them.
+        # Python's compiler raises SyntaxError, RecursionError or MemoryError beyond its own limits.
         self._sandbox, self._code = _translate_errors(lambda: compile_template(source, self._limits))
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None) -> str:
         """Return the prompt for `messages`.
 
         Args:
-            messages: each a dict with `role` (str) and `content` (str, or a list of parts such as
-                ``{"type": "text", "text": "…"}``, which are joined with newlines for a template that accepts only
-                text). Content may be missing or None if the message has another key such as `tool_calls`. The
-                template receives all other keys whose value is not None.
+            messages: dicts with `role` (str) and `content`. The content is a str, or a list of parts such as
+                ``{"type": "text", "text": "…"}``. If the template accepts only text, newlines join the parts. The
+                content may be missing or None if the message has another key, such as `tool_calls`. The template
+                receives all keys whose value is not None.
             options: the template's other inputs; None means the defaults.
 
         Raises:
@@ -83,7 +83,7 @@ class ChatTemplate:
     def values(
         self, messages: Sequence[Mapping[str, Any]], options: ChatOptions | None = None
     ) -> dict[str, Any]:
-        """Return the caller's values for the template, checked and as plain JSON; arguments as for `render`.
+        """Check the caller's values for the template, and return them as plain JSON. The arguments are as for `render`.
 
         Raises:
             PrecastError: an argument is malformed.
@@ -167,7 +167,10 @@ def _limit_output(pieces: Iterable[str], most: int) -> Iterator[str]:
 
 
 def _translate_errors(work: Callable[[], Any]) -> Any:
-    """Call `work`; raise its error as a PrecastError without the traceback, which would keep `work`'s values alive."""
+    """Call `work`, and translate its error into a PrecastError.
+
+    The new error has no traceback of `work`, because the traceback would keep the values of `work` alive.
+    """
     try:
         return work()
     except Exception as error:
@@ -175,14 +178,14 @@ def _translate_errors(work: Callable[[], Any]) -> Any:
     try:
         raise translated
     finally:
-        del translated, work  # otherwise the error and this frame keep each other alive
+        del translated, work  # break the reference cycle between the error and this frame
 
 
 def _translated(error: Exception) -> PrecastError:
-    """Return one sentence for any error of a template."""
+    """Return a PrecastError of one sentence for any error of a template."""
     if isinstance(error, PrecastError):
         return error
-    # `str` of a syntax error repeats the place; its `message` does not.
+    # A syntax error's `message` omits the line, which `str` would include and this function adds.
     text = _message(error.message if isinstance(error, jinja2.TemplateSyntaxError) else error)
     text = " ".join(text.split()).rstrip(".")[:300]
     if isinstance(error, LimitExceeded):
@@ -199,7 +202,7 @@ def _translated(error: Exception) -> PrecastError:
 
 
 def _message(error: Any) -> str:
-    """Return the beginning of an error's text, which a template may have made long."""
+    """Return at most 1,000 characters of an error's text, because a template can make the text long."""
     args = getattr(error, "args", (error,))
     if len(args) == 1 and isinstance(args[0], str):
         return repr(args[0][:1000]) if isinstance(error, KeyError) else args[0][:1000]
@@ -207,7 +210,7 @@ def _message(error: Any) -> str:
 
 
 def _line(error: Exception) -> int | None:
-    """Return the template line that raised an error, from the innermost frame of the template's code."""
+    """Return the line of the template that raised an error, or None if the template's code did not run."""
     line, step = None, error.__traceback__
     while step is not None:
         template = step.tb_frame.f_globals.get("__jinja_template__")

@@ -1,13 +1,13 @@
 """Parse function calls in Python's syntax, with literal keyword arguments: ``[weather(place="Paris", days=2)]``.
 
-Python's own parser is unsuitable, because it would accept far more, warn about escapes, and recurse as deeply as the
-text is nested.
+Python's own parser is unsuitable, because it accepts far more, warns about escapes, and recurses as deeply as the text
+is nested.
 """
 
 import re
 from typing import Any
 
-# JSON's constants are accepted too, because models confuse them with Python's.
+# JSON's constants are included, because models confuse them with Python's constants.
 _CONSTANTS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "\n": ""}
 _ESCAPE = re.compile(
@@ -46,7 +46,7 @@ def parse_call_list(text: str) -> list[tuple[str, dict[str, Any]]]:
 def parse_code(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Return the names and arguments of the calls in a list, or in a script whose lines are calls.
 
-    A call in a script may stand inside ``print()``.
+    In a script, a call may be the argument of ``print()``.
 
     Raises:
         NotCalls: the text is neither such a list nor such a script.
@@ -148,7 +148,7 @@ class _Reader:
         return pairs
 
     def _string(self) -> str:
-        """Return a string; adjacent string literals are joined, as in Python."""
+        """Return a string. Adjacent string literals form one string, as in Python."""
         found = self._match(_STRING)
         parts = [found]
         while self.peek("'") or self.peek('"'):

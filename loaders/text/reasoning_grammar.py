@@ -15,12 +15,14 @@ _GAP = r"GAP: /\n{1,4}/"
 def reasoning_grammar(
     syntax: "ReasoningSyntax", prompt: str, tokenizer: "Tokenizer", *, is_open: bool
 ) -> str:
-    """Return the rule ``reasoned``: reasoning, and then the answer. Return "" if the prompt allows no reasoning.
+    """Return the rule ``reasoned``, which matches reasoning and then the answer; "" if reasoning is not allowed.
 
-    The result refers to the rules ``answer``, the answer itself, and ``space``, a space before the text. If the
-    prompt has opened the reasoning, the model must close it. Otherwise the model may reason if its vocabulary has a
-    token for the opening marker, or if the prompt contains that marker. If the prompt ends with the closing marker, the
-    model must not reason, because templates end a prompt in this way to turn reasoning off.
+    The caller must define two rules that the result refers to: ``answer`` matches the answer, and ``space`` matches the
+    spaces before it.
+
+    If the prompt has opened the reasoning, the model must close it. Otherwise the model may reason if its vocabulary
+    has a token for the opening marker, or if the prompt contains that marker. If the prompt ends with the closing
+    marker, the model must not reason, because templates end a prompt in this way to turn reasoning off.
 
     Args:
         syntax: the form of the reasoning.

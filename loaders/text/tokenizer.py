@@ -1,6 +1,7 @@
 """The tokenizer of an artifact: encoding, decoding token by token, and chat prompts.
 
-`tokenizers` is imported when a tokenizer is made, and jinja2 at the first chat, because imports delay the first token.
+`tokenizers` is imported when the first tokenizer is created, and jinja2 at the first chat, because imports delay the
+first token.
 """
 
 import base64
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .chat_messages import ChatOptions
     from .chat_template import ChatTemplate
 
-# SentencePiece's spelling of a byte token. There is one token for each byte, used for text that the vocabulary lacks.
+# SentencePiece's spelling of a byte token. The 256 byte tokens encode text that the vocabulary lacks.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 # Names of the default template and of the template for conversations with tools.
@@ -34,7 +35,7 @@ _PIECEWISE = frozenset({"BPEDecoder", "ByteFallback", "Fuse", "Metaspace", "Repl
 
 
 class Tokenizer:
-    """The tokenizer of an artifact. `Tokenizer.from_json` makes one."""
+    """The tokenizer of an artifact, created with `Tokenizer.from_json`."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Tokenizer:
         eos_token: str | None,
         named_templates: Mapping[str, str] = MappingProxyType({}),
     ) -> "Tokenizer":
-        """Make a tokenizer from the bytes of a `tokenizer.json`.
+        """Create a tokenizer from the bytes of a `tokenizer.json`.
 
         Args:
             data: the contents of the file, in the format of the `tokenizers` library.
@@ -83,7 +84,7 @@ class Tokenizer:
         ):
             _check_charsmaps(data)
             library = tokenizers.Tokenizer.from_buffer(data)
-        # A file may keep truncation and padding from training, which would change prompts.
+        # A file may contain the truncation and padding settings of the training, which would change prompts.
         library.no_truncation()
         library.no_padding()
         tokenizer = cls(
@@ -103,17 +104,17 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens, including added tokens. The model's V may be larger (padding)."""
+        """The number of tokens, including added tokens. The model's V may be larger because of padding."""
         return self._library.get_vocab_size(with_added_tokens=True)
 
     @property
     def largest_id(self) -> int:
-        """The largest id of any token; -1 if there is none."""
+        """The largest id of any token; -1 if there are no tokens."""
         return max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def largest_own_id(self) -> int:
-        """The largest id in the vocabulary, excluding added tokens; -1 if there is none."""
+        """The largest id in the vocabulary, excluding added tokens; -1 if the vocabulary is empty."""
         return max(self._library.get_vocab(with_added_tokens=False).values(), default=-1)
 
     def tokens_from(self, first: int) -> list[str]:
@@ -128,8 +129,8 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token, even a special token, adds to a text; b"" for an id without a token.
 
-        The bytes of an answer's tokens, joined, are the answer in UTF-8, except at the start of a text, where some
-        tokenizers drop a space.
+        The concatenated bytes of an answer's tokens are the answer in UTF-8. The only exception is the start of a text,
+        where some tokenizers drop a space.
         """
         token = self.token(token_id)
         if not token:
@@ -143,7 +144,7 @@ class Tokenizer:
         return twice[len(once) :].encode()
 
     def token_text(self, token_id: int) -> str:
-        """Return the text of `token_bytes`, with U+FFFD in place of an incomplete character."""
+        """Return the bytes of `token_bytes` as text, with U+FFFD in place of an incomplete character."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -171,11 +172,11 @@ class Tokenizer:
             ) from error
 
     def stream(self, *, skip_special_tokens: bool = True, shown: Iterable[str] = ()) -> "TextStream":
-        """Return an incremental decoder for one text; it takes one token at a time.
+        """Return an incremental decoder for one text, which decodes one token at a time.
 
         Args:
             skip_special_tokens: leave out special tokens.
-            shown: spellings of special tokens that are never left out.
+            shown: spellings of the special tokens to include even so.
         """
         skipped = self._special_ids if skip_special_tokens else frozenset[int]()
         skipped -= {self._library.token_to_id(token) for token in shown}
@@ -195,8 +196,8 @@ class Tokenizer:
         Args:
             messages: as for `ChatTemplate.render`.
             options: the template's other inputs; None means the defaults.
-            template: name of the template; None chooses as transformers does: "tool_use" if there are tools and such a
-                template, else the default template.
+            template: name of the template. None chooses a template as transformers does: "tool_use" if there are tools
+                and the model has a template of that name, otherwise the default template.
 
         Raises:
             PrecastError: the model has no such template, an argument is malformed, or the template fails.
@@ -218,10 +219,10 @@ class Tokenizer:
             options: as for `render_chat`.
             template: as for `render_chat`.
             literal: encode the caller's values as plain text, so that special-token text in a message cannot become a
-                token and forge a turn. Messages without such text get the same ids.
+                special token and forge a turn. The option does not change the ids of messages without such text.
 
         Raises:
-            PrecastError: see `render_chat` and `encode`; or a text cannot be encoded literally.
+            PrecastError: a text cannot be encoded literally; see also `render_chat` and `encode`.
         """
         name = self._template_name(template, options)
         compiled = self._template(name)
@@ -279,7 +280,7 @@ class Tokenizer:
 
     @cached_property
     def added_tokens(self) -> "Mapping[int, AddedToken]":
-        """The added tokens, by id. The library makes all of them anew at each request."""
+        """The added tokens, by id. They are cached, because the library creates new objects at each request."""
         return MappingProxyType(self._library.get_added_tokens_decoder())
 
     @cached_property
@@ -312,10 +313,10 @@ class Tokenizer:
 class TextStream:
     """An incremental decoder for one text. The cost of a token is independent of the text's length.
 
-    The results of `push`, joined, equal `decode` of the ids so far, except for an incomplete character at the end. With
-    the result of `finish`, they equal `decode` of all ids. There is one exception: if a run of byte tokens is not valid
-    UTF-8, SentencePiece replaces *every* character of the run with U+FFFD, and a stream cannot replace the characters
-    that it has already returned.
+    The concatenated results of `push` equal the result of `Tokenizer.decode` for the same ids, without an incomplete
+    character at the end. `finish` returns the rest of that result. There is one exception. If a run of byte tokens is
+    not valid UTF-8, SentencePiece replaces *every* character of the run with U+FFFD, but a stream cannot replace the
+    characters that it has already returned.
     """
 
     def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int]) -> None:
@@ -336,7 +337,7 @@ class TextStream:
             raise PrecastError(
                 f"Tokenizer: expected a token id from 0 to 2^32 - 1, found {token_id}."
             ) from error
-        # Neither an id without a token nor a token with an empty name has a text.
+        # An id without a token, or with an empty spelling, adds no text.
         return self._push(token_id, token) if token else ""
 
     def finish(self) -> str:
@@ -363,10 +364,10 @@ class _ByteLevelStream(TextStream):
 
 
 class _PieceStream(TextStream):
-    """A stream for any other decoder: the library decodes each piece together with the two pieces before it.
+    """A stream for any other decoder. The library decodes each piece together with the two pieces before it.
 
-    Decoders need that context, for example to drop a leading space only at the start of a text. Byte tokens wait until
-    they form a character, so that every piece is whole.
+    Decoders need that context, for example to drop a leading space only at the start of a text. A piece is one token,
+    or the byte tokens of one character.
     """
 
     def __init__(self, library: "LibraryTokenizer", skipped: frozenset[int], *, byte_fallback: bool) -> None:
@@ -433,8 +434,8 @@ def byte_level_bytes(token: str, alphabet: Mapping[str, int]) -> bytes:
 def byte_alphabet() -> dict[str, int]:
     """Return the byte for each character of GPT-2's alphabet (Radford et al., 2019: `bytes_to_unicode`, inverted).
 
-    Printable characters of Latin-1 stand for their own byte. Characters from U+0100 on stand for the other bytes, in
-    order.
+    A printable character of Latin-1 represents the byte of its own code. The characters from U+0100 upwards represent
+    the other bytes, in order.
     """
     printable = {
         *range(ord("!"), ord("~") + 1),
@@ -459,7 +460,7 @@ _CHARSMAP = re.compile(rb"precompiled_charsmap|\\u00[2-7]")
 
 
 def _check_charsmaps(data: bytes) -> None:
-    """Check the declared size of SentencePiece's character tables, because the library allocates that size.
+    """Check the declared size of SentencePiece's character tables, because the library allocates that many bytes.
 
     Raises:
         ValueError: a table is shorter than it declares.
@@ -473,6 +474,6 @@ def _check_charsmaps(data: bytes) -> None:
             left += part.values()
             if isinstance(table := part.get("precompiled_charsmap"), str):
                 raw = base64.b64decode(table)
-                # A table begins with the size in bytes of its first section, which follows.
+                # The first four bytes of a table are the size of its first section, which follows them.
                 if len(raw) < 4 or int.from_bytes(raw[:4], "little") > len(raw) - 4:
                     raise ValueError("a precompiled_charsmap is truncated")

@@ -18,7 +18,7 @@ def encode(library: "LibraryTokenizer", text: str, *, add_special_tokens: bool) 
         The ids, with their offsets in the text.
 
     Raises:
-        PrecastError: the text contains a lone surrogate, which no tokenizer can encode.
+        PrecastError: the text contains a lone surrogate, which no tokenizer can encode, or the library fails.
     """
     try:
         with translate_errors(
@@ -36,6 +36,7 @@ def decode(library: "LibraryTokenizer", ids: list[int], *, skip_special_tokens: 
 
     Raises:
         OverflowError: an id is negative or exceeds 32 bits.
+        PrecastError: the library fails.
     """
     with translate_errors("tokenizer.json: expected a tokenizer that decodes any tokens", OverflowError):
         return library.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -46,8 +47,8 @@ def translate_errors(expected: str, *but: type[Exception]) -> Iterator[None]:
     """Raise the library's errors as a PrecastError.
 
     Args:
-        expected: the beginning of the error text: where, and what was expected.
-        but: exceptions that the caller's arguments cause; they propagate unchanged.
+        expected: the beginning of the error text, which names the file and the expected content.
+        but: exceptions that the caller's arguments cause. They propagate unchanged.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Tool calls in the text of an answer, in JSON and in Python's syntax.
 
-A body is the text between two markers. Each kind of body finds its own end while text arrives, so that a marker inside
-a string does not end it.
+A body is the text of one or more calls, usually between two markers. Each kind of body determines its own end while the
+text arrives, so that a marker inside a string of JSON does not end the body.
 """
 
 import json
@@ -23,7 +23,7 @@ class ToolCall(NamedTuple):
     """A call that the model asks for.
 
     Attributes:
-        id: identifier of the call, unique within the answer: the model's own, or else nine letters and digits.
+        id: identifier of the call: the model's own, or else nine random letters and digits.
         name: name of the tool.
         arguments: a JSON object, as a string.
     """
@@ -51,14 +51,14 @@ class Body(Protocol):
     """The text of one or more calls, which arrives in pieces."""
 
     def end(self, text: str) -> int | None:
-        """Return the length of the body, given the text so far; None if the body is incomplete.
+        """Return the length of the body at the beginning of `text`; None if the body is incomplete.
 
         Raises:
             NoCall: the text cannot become a body.
         """
 
     def calls(self, text: str) -> list[RawCall]:
-        """Return the calls in a complete body, at least one.
+        """Return the calls in a complete body. There is at least one.
 
         Raises:
             NoCall: the body is malformed.
@@ -85,7 +85,7 @@ class _Brackets:
         while found := (self._inside[self._quote] if self._quote else self._plain).search(text, self._at):
             symbol, after = found[0], found.end()
             if symbol == "\\":
-                if after == len(text):  # the escaped character is yet to come
+                if after == len(text):  # the escaped character has not arrived yet
                     self._at = found.start()
                     return None
                 after += 1
@@ -188,7 +188,7 @@ class CallListBody(_BracketedBody):
 
 
 class BareBody:
-    """Llama's body without a marker: a `JsonBody` or a `CallListBody`, told apart by the first characters."""
+    """Llama's body without a marker. The first characters determine if it is a `JsonBody` or a `CallListBody`."""
 
     def __init__(self) -> None:
         self._body: JsonBody | CallListBody | None = None
@@ -246,7 +246,7 @@ class PythonTagBody:
 
 
 class CodeBody:
-    """A script of calls that ends before the marker; the script's strings must not contain the marker."""
+    """A script of calls that ends before the closing marker. Strings in the script must not contain the marker."""
 
     def __init__(self, closing: str) -> None:
         self._closing, self._searched = closing, 0
@@ -268,8 +268,8 @@ class CodeBody:
 class XmlBody:
     """Qwen3-Coder's body: ``<function=weather><parameter=place>Paris</parameter></function>``.
 
-    All arguments are strings; `typed` gives them the types of a schema. The form has no escapes, so a string cannot
-    contain the markers.
+    All arguments are strings. `typed` converts them to the types of a schema. The syntax has no escapes, so a string
+    cannot contain the markers.
     """
 
     _CLOSING = "</function>"
@@ -335,7 +335,7 @@ def _value_of(text: str) -> Any:
     return value
 
 
-# Functions that make a body, by kind. Their argument is the marker after the body.
+# Functions that create a body, by the kind of body. The argument is the marker after the body.
 BODIES: Mapping[str, Callable[[str], Body]] = {
     "json": lambda _: JsonBody(),
     "named_json": lambda _: NamedJsonBody(),
@@ -362,7 +362,7 @@ def _first(text: str, allowed: str) -> int | None:
 
 def _loads(text: str) -> Any:
     try:
-        # Models leave line ends and tabs in strings unescaped.
+        # Models write line ends and tabs in strings without escapes, which `strict=False` accepts.
         return json.loads(text, strict=False, parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise NoCall from None
@@ -373,7 +373,7 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _json_call(value: Any) -> RawCall:
-    """Return a call from a JSON object, which holds name and arguments itself or under its key "function"."""
+    """Return the call in a JSON object. Name and arguments are keys of the object, or of its key "function"."""
     if isinstance(value, dict) and isinstance(inner := value.get("function"), dict):
         value = {"id": value.get("id"), **inner}
     if not isinstance(value, dict):
@@ -403,7 +403,7 @@ def _raw_call(name: Any, arguments: Any, identifier: str | None) -> RawCall:
 
 
 def _is_text(text: str) -> bool:
-    """Return True if UTF-8 can encode a text; it cannot encode a lone surrogate."""
+    """Return True if UTF-8 can encode a text, that is, if the text contains no lone surrogate."""
     try:
         text.encode()
     except UnicodeEncodeError:

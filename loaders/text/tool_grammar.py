@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # The choice that requires a call of any tool. Every other choice is the name of the tool to call.
 REQUIRED = "required"
 _MOST_CALLS = 16
-# Separators as templates write them. If any whitespace were allowed, a model might repeat it without end.
+# The separators that templates write. If the grammar allowed any whitespace, a model might repeat it without end.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -46,8 +46,8 @@ def tool_grammar(
         tokenizer: the model's tokenizer.
 
     Raises:
-        PrecastError: no tool has the chosen name, the calls of the model family are not JSON, or they cannot express a
-            tool's name.
+        PrecastError: no tool has the chosen name, the calls of the model family are not JSON, or a call cannot contain
+            a tool's name.
     """
     chosen = [(name, schema) for name, schema in tool_schemas(tools).items() if choice in (REQUIRED, name)]
     if not chosen:
@@ -64,7 +64,7 @@ def tool_grammar(
             if NamedJsonBody.NAME.fullmatch(name) is None:
                 raise PrecastError(
                     f"tool_choice: expected a tool's name of letters, digits, '_', '-', '.' and ':', because calls of"
-                    f" the family {form.name!r} can hold no others, found {name!r:.60}; rename the tool."
+                    f" the family {form.name!r} allow no other characters, found {name!r:.60}; rename the tool."
                 )
             call = f"{json.dumps(name)} {marks['[ARGS]']} @arguments_{n}"
         else:
@@ -94,6 +94,6 @@ def _calls(family: str, marks: Mapping[str, str], is_named: bool) -> str:
         opening = marks["[TOOL_CALLS]"]
         return f"({opening} call){{1,{_MOST_CALLS}}}" if is_named else f'{opening} " " {array}'
     raise PrecastError(
-        f"tool_choice: calls of the family {family!r} cannot be required; leave out tool_choice, or give the"
-        " answer_format of another family."
+        f"tool_choice: calls of the family {family!r} cannot be required; leave out tool_choice, or set answer_format"
+        " to another family."
     )

@@ -1,4 +1,4 @@
-"""Tools for a chat: the functions that the model may call, in OpenAI's form, checked before a template reads them."""
+"""Check the tools for a chat. A tool is a function that the model may call, described as in OpenAI's API."""
 
 import json
 from collections.abc import Mapping
@@ -11,15 +11,15 @@ _TOOL = (
     '{"type": "function", "function": {"name": string, "description": string, "parameters":'
     " JSON Schema of an object}}"
 )
-# The parser of tool calls accepts names up to this length.
+# The parser of tool calls accepts names of at most this length.
 _LONGEST_NAME = 256
 
 
 def checked_tools(tools: Any, source: str = "Chat") -> list[dict[str, Any]]:
-    """Return tools as plain JSON objects. Each keeps its form, with or without the outer key "function".
+    """Check tools, and return them as plain JSON objects.
 
     Args:
-        tools: the tools.
+        tools: the tools, each with or without the outer key "function".
         source: the beginning of error texts.
 
     Raises:
@@ -49,7 +49,7 @@ def checked_tools(tools: Any, source: str = "Chat") -> list[dict[str, Any]]:
 
 
 def _fault(tool: dict[str, Any], names: set[str]) -> str:
-    """Return the first fault of a tool, or "" if it has none; add the tool's name to `names`."""
+    """Return the first fault of a tool, or "" if the tool is valid; add the tool's name to `names`."""
     kind = tool.get("type")
     if kind not in (None, "function"):
         return f"the type {kind!r:.60}"

@@ -20,14 +20,16 @@ SPECIAL = b"\xff"
 def vocabulary_bytes(tokenizer: "Tokenizer", size: int) -> list[bytes]:
     """Return the bytes of each token.
 
-    A special token, or an added token spelt ``<…>``, is not text. Its bytes are `SPECIAL`, followed by its spelling.
+    A special token and an added token spelt ``<…>`` are not text. The bytes of such a token are `SPECIAL`, followed by
+    the token's spelling.
 
     Args:
         tokenizer: the tokenizer.
         size: V, the number of ids. The bytes of an id without a token are `SPECIAL`, followed by ``<[id]>``.
 
     Raises:
-        PrecastError: a token's text depends on its neighbours.
+        PrecastError: the decoder is neither byte-level nor SentencePiece's. The bytes of a token may then depend on the
+            tokens next to it.
     """
     decoder = tokenizer.library.decoder
     steps = [] if decoder is None else list(_steps(json.loads(decoder.__getstate__())))
@@ -49,13 +51,13 @@ def _is_mark(added: "AddedToken") -> bool:
 
 
 def mark_token(tokenizer: "Tokenizer", text: str) -> int | None:
-    """Return the token of a marker such as ``<think>``; None if `vocabulary_bytes` treats the marker as text."""
+    """Return the id of a marker such as ``<think>``; None if `vocabulary_bytes` treats the marker as text."""
     token, added = tokenizer.library.token_to_id(text), tokenizer.added_tokens
     return token if token is not None and token in added and _is_mark(added[token]) else None
 
 
 def grammar_symbol(tokenizer: "Tokenizer", text: str) -> str:
-    """Return a marker as a symbol of a Lark grammar: its token, or else a string."""
+    """Return the symbol for a marker in a Lark grammar: the marker's token, or else a string."""
     token = mark_token(tokenizer, text)
     return json.dumps(text) if token is None else f"<[{token}]>"
 
@@ -83,7 +85,7 @@ def _steps(decoder: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _reader(steps: list[Mapping[str, Any]]) -> Callable[[str], bytes]:
-    """Return the function from a token's spelling to its bytes.
+    """Return a function that converts a token's spelling to the token's bytes.
 
     Raises:
         PrecastError: the decoder has a step that neither byte-level nor SentencePiece tokenizers use.

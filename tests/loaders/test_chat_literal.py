@@ -263,8 +263,8 @@ def test_a_tokenizer_with_the_token_as_a_word_is_refused() -> None:
     with pytest.raises(PrecastError) as caught:
         made.encode_chat(chat("a <x> a"), literal=True)
     assert str(caught.value) == (
-        "Chat: the text '<x>' cannot be encoded literally, because the vocabulary also has it as a word; remove it from"
-        " the messages."
+        "Chat: the text '<x>' cannot be encoded literally, because it is also an ordinary token of the vocabulary;"
+        " remove it from the messages."
     )
 
 

@@ -141,7 +141,7 @@ def test_every_name_is_read_or_refused(random_model, family, markers, name):
             model.chat(MESSAGES, tools=tools, answer_format=family, tool_choice="required")
         assert str(raised.value) == (
             "tool_choice: expected a tool's name of letters, digits, '_', '-', '.' and ':', because calls of the family"
-            f" 'mistral' can hold no others, found {name!r}; rename the tool."
+            f" 'mistral' allow no other characters, found {name!r}; rename the tool."
         )
         return
     found = model.chat(MESSAGES, tools=tools, answer_format=family, tool_choice="required")
