@@ -116,7 +116,8 @@ def _calls(
         )
     if params.ignore_eos:
         raise PrecastError(
-            "Sampling parameters: ignore_eos must be false with tool_choice, because the end token ends the answer."
+            "Sampling parameters: ignore_eos must be false with tool_choice, because only an end token can follow a"
+            " complete answer."
         )
     from ..text.tool_grammar import tool_grammar
     from .constraint_texts import tool_constraint

@@ -1,4 +1,4 @@
-"""A loaded artifact: it continues prompts and answers conversations."""
+"""A loaded artifact, which continues prompts and answers conversations."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,14 +47,16 @@ class Model:
     """A loaded artifact.
 
     Threads may share a model. Concurrent generations advance together, each in a slot of a KV cache. If all slots are
-    taken, a further KV cache is created. While nothing is being generated, the model has no KV cache.
+    taken, the model creates another KV cache. While nothing is being generated, the model keeps at most one KV cache,
+    of at most 128 MiB.
 
     Attributes:
+        engine: the engine that runs the target's programs.
         scheduler: the scheduler of the generations in progress.
         prefixes: keys and values of earlier prompts. None for a target whose keys and values depend on how a prompt is
             split into chunks, because such keys and values are never reused.
         manifest: the artifact's manifest.
-        target: the target that runs.
+        target: the target whose programs run.
         compiles: number of programs compiled while loading; above 0 only if compiling from StableHLO was allowed.
         tokenizer: the model's tokenizer.
         eos_token_ids: tokens that end a generation.
@@ -78,7 +80,8 @@ class Model:
         self.target = target
         self.compiles = compiles
         self.eos_token_ids = frozenset(manifest.tokenizer.eos_token_ids)
-        self._verifies_exactly = bool(target.kernels)  # precast's kernels give the same bits in every program
+        # precast's kernels compute the same bits in every program.
+        self._verifies_exactly = bool(target.kernels)
         self._grammars: Grammars | None = None
         self._grammars_lock = Lock()
 
@@ -117,7 +120,7 @@ class Model:
     ) -> list[Completion]:
         """Continue several prompts together, as many at a time as a KV cache has slots.
 
-        All prompts are checked before the model reads the first.
+        All prompts are checked before the model reads the first prompt.
 
         Args:
             prompts: the prompts, each as text or token ids.
@@ -127,8 +130,9 @@ class Model:
             The completions in the order of the prompts.
 
         Raises:
-            PrecastError: a prompt causes an error of `generate` (the message gives the prompt's index, and all other
-                generations end), or the number of parameters differs from the number of prompts.
+            PrecastError: the number of sets of parameters differs from the number of prompts, or a prompt causes an
+                error of `generate`. In the second case, the message contains the prompt's index, and all other
+                generations end.
         """
         from . import together
 
@@ -153,8 +157,8 @@ class Model:
     ) -> Iterator[tuple[int, Completion | PrecastError]]:
         """Continue any number of prompts together, and yield each result as soon as it is complete.
 
-        A prompt is taken from the iterable when a slot of the KV cache becomes free. If a prompt fails, its
-        error is yielded as its result, and the other prompts continue.
+        The next prompt is taken from the iterable when a slot of the KV cache becomes free. If a prompt fails, its
+        result is the error, and the other prompts continue.
 
         Args:
             prompts: the prompts, each as text or token ids.
@@ -184,7 +188,7 @@ class Model:
         Args:
             prompt: text, or token ids.
             count: number of answers, at least 1.
-            params: the sampling parameters; None uses the model's own defaults. Greedy answers are all the same.
+            params: the sampling parameters; None uses the model's own defaults. All greedy answers are identical.
 
         Raises:
             PrecastError: the count is below 1; also the errors of `generate`.
@@ -212,8 +216,8 @@ class Model:
     ) -> Completion:
         """Answer a conversation.
 
-        If the model reasons, a constraint (of the parameters or of `tool_choice`) applies after the reasoning. It
-        applies from the first token if the prompt turns reasoning off, or if `answer_format` is "text".
+        If the model reasons, a constraint (of the parameters or of `tool_choice`) applies after the reasoning. If the
+        prompt turns reasoning off, or `answer_format` is "text", the constraint applies from the first token.
 
         Args:
             messages: mappings with "role" and "content", oldest first.
@@ -222,11 +226,11 @@ class Model:
             template: name of one of the model's chat templates, such as "rag"; None chooses as `Tokenizer.render_chat`
                 does.
             literal: encode messages and tools as plain text, so that special tokens spelt in them cannot forge a turn.
-            answer_format: the model family whose form of tool calls to expect in the answer ("hermes", "llama3",
+            answer_format: the model family that defines the form of tool calls in the answer ("hermes", "llama3",
                 "mistral", …). "text" leaves reasoning and tool calls in the text. None lets the chat template decide.
             tool_choice: "auto" leaves the choice to the model. "required" restricts the answer to tool calls, and a
-                tool's name restricts it to calls of that tool. Both enforce the tools' schemas, and need the extra
-                `grammar`.
+                tool's name restricts the answer to calls of that tool. Both restrictions enforce the tools' schemas,
+                and need the extra `grammar`.
             template_variables: further variables of the chat template, such as ``{"enable_thinking": False}``.
 
         Raises:
@@ -370,7 +374,7 @@ class Model:
     def load_state(self, path: str | Path) -> "State":
         """Load a state that `save_state` wrote.
 
-        Prompts that begin with the state's tokens then reuse its keys and values.
+        Later prompts that begin with the state's tokens reuse the state's keys and values.
 
         Returns:
             The tokens and messages of the state.
@@ -408,7 +412,7 @@ class Model:
         return [int(token) for token in ids]
 
     def _advice(self, token: object) -> str:
-        """Return the remedy for a token that the tokenizer has but the model lacks; empty for other tokens."""
+        """Return the remedy for a token that the tokenizer knows but the model lacks; empty for other tokens."""
         if not isinstance(token, Integral) or int(token) < self.engine.vocab:
             return ""
         text = self.tokenizer.token(int(token))
@@ -420,7 +424,7 @@ class Model:
         params: SamplingParams | None,
         constraint_of: "Callable[[SamplingParams], ConstraintText | None]" = attrgetter("constraint"),
     ) -> _Request:
-        """Return a request after checking the prompt, its parameters and the answer's constraint."""
+        """Check a prompt, its parameters and the answer's constraint, and return them as a request."""
         if isinstance(prompt, bytes | bytearray):
             raise PrecastError("prompt: expected text or token ids, found bytes; decode them first.")
         if not isinstance(prompt, str) and not hasattr(prompt, "__len__"):
@@ -467,7 +471,7 @@ class Model:
         )
 
     def _constraint(self, text: "ConstraintText | None") -> "Constraint | None":
-        """Return a constraint for a new answer, building its grammar if it is not cached."""
+        """Return a constraint for a new answer. Build its grammar if the grammar is not cached."""
         if text is None:
             return None
         with self._grammars_lock:

@@ -1,12 +1,14 @@
-"""A radix tree over token ids that holds keys and values of earlier sequences, for new prompts to reuse.
+"""A radix tree over token ids that stores the keys and values of earlier sequences, so that new prompts can reuse them.
 
-Each node holds a segment of tokens, and copies of their keys and values. The tree is bounded in bytes, and evicts the
-least recently used leaf first. Segments whose arrays are mapped from files are pinned, and take no memory of their own.
+Each node stores a segment of tokens, and copies of the segment's keys and values. The tree has a memory limit, and
+evicts the least recently used leaf first. Segments whose arrays are mapped from files are pinned, and do not count
+towards the limit.
 
-In the KV cache, the array of layers with a sliding window is a ring buffer. A prompt can continue from a position only
-if the tree holds the whole window before that position. A `Span` records which positions of the array a segment holds.
+In the KV cache, the arrays of layers with a sliding window are ring buffers. A prompt can continue from a position only
+if the tree stores the whole window before that position. A `Span` records the positions of an array that a segment
+stores.
 
-RadixAttention is by Zheng et al., SGLang (https://arxiv.org/abs/2312.07104).
+The method is RadixAttention by Zheng et al., SGLang (https://arxiv.org/abs/2312.07104).
 """
 
 from collections import OrderedDict
@@ -25,18 +27,18 @@ MAX_DEFAULT_BYTES = 512 << 20
 _DEFAULT_SHARE = 8
 # An idle KV cache that takes at most this much stays in memory for the next prompt.
 _SPARE_BYTES = 128 << 20
-# Seconds that an ending generation waits for the tree's lock. After that, its keys and values are discarded.
+# Maximum number of seconds that `capture` waits for the tree's lock before it discards the keys and values.
 _LONGEST_WAIT_S = 1.0
 
 
 class SlotEngine(Protocol):
-    """The part of an engine that the tree needs."""
+    """The methods of an engine that the tree uses."""
 
     def new_cache(self) -> KVCache:
         """Return an empty KV cache."""
 
     def prefill(self, tokens: Sequence[int], cache: KVCache, *, start: int, slot: int) -> object:
-        """Compute the keys and values of tokens, and store them in a slot from position `start` on."""
+        """Compute the keys and values of tokens, and store them in a slot, starting at position `start`."""
 
     @property
     def windows(self) -> Mapping[str, int]:
@@ -66,10 +68,10 @@ class _Node:
     Attributes:
         tokens: the segment, int32 [n].
         start: position of its first token.
-        spans: keys and values by array. A span ends where the segment ends; in an array with a window it may start
-            later than the segment, and be empty.
-        children: the segments after this one, by their first token.
-        parent: the segment before this one; None for the root.
+        spans: keys and values by array. Each span ends at the end of the segment. In an array with a window, a span may
+            start later than the segment, and may be empty.
+        children: the nodes of the segments that follow, by first token.
+        parent: the node of the preceding segment; None for the root.
         pinned: True for a segment that is never evicted.
         checks: functions that raise PrecastError if a file that holds the segment's keys and values was modified.
     """
@@ -99,7 +101,7 @@ class _Node:
 
     @property
     def bytes(self) -> int:
-        """The memory that the node takes, in bytes."""
+        """The memory of the node's keys and values, in bytes; 0 for a pinned node."""
         return 0 if self.pinned else sum(span.array.nbytes for span in self.spans.values())
 
 
@@ -110,7 +112,7 @@ class PrefixTree:
 
     Args:
         engine: the engine whose KV caches are read and written.
-        limit: maximum memory for segments that are not pinned, in bytes; 0 keeps no such segments. None uses
+        limit: maximum memory for segments that are not pinned, in bytes; 0 stores no such segments. None uses
             the result of `default_limit` at the end of the first prompt.
 
     Attributes:
@@ -122,24 +124,24 @@ class PrefixTree:
         self._rings = {name: window for name, window in engine.windows.items() if window}
         self.every_chunk = bool(self._rings)
         self._root = _Node(np.empty(0, np.int32), 0, {}, None, pinned=True)
-        # Segments that are not pinned, least recently used first. Using a segment moves its ancestors behind it in
-        # this order, so the first segment is always a leaf.
+        # Segments that are not pinned, least recently used first. The use of a segment moves the segment and then its
+        # ancestors to the end, so the first segment is always a leaf.
         self._recent: OrderedDict[_Node, None] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
 
     @property
     def bytes(self) -> int:
-        """The memory that the tree takes, in bytes, without mapped files."""
+        """The memory of the tree's keys and values, in bytes, without mapped files."""
         return self._bytes
 
     @property
     def spare_bytes(self) -> int:
-        """The maximum memory of an idle KV cache, in bytes; 0 if the tree may hold nothing."""
+        """The maximum memory of an idle KV cache that is kept, in bytes; 0 if the tree's limit is 0."""
         return 0 if self._limit == 0 else _SPARE_BYTES
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """Return the longest prefix of the tokens that the tree holds."""
+        """Return the longest prefix of the tokens that can be restored from the tree."""
         with self._lock:
             path = self._walk(np.asarray(tokens, np.int32))
             length = self._possible_cut(path, sum(count for _, count in path))
@@ -147,10 +149,10 @@ class PrefixTree:
             return Match(length, tuple(self._needed(path, length)), tuple(checks))
 
     def restore(self, tokens: Sequence[int], cache: KVCache, slot: int) -> int:
-        """Copy the longest known prefix's keys and values to a slot's first positions; return the prefix's length.
+        """Copy the keys and values of the longest known prefix to a slot's first positions; return the prefix's length.
 
         Args:
-            tokens: a prompt without its last token, whose logits must be computed.
+            tokens: a prompt without its last token. The model must read the last token, to compute its logits.
             cache: the KV cache.
             slot: the slot.
 
@@ -167,20 +169,20 @@ class PrefixTree:
     def capture(
         self, tokens: Sequence[int], cache: KVCache, slot: int, *, restored: int, written: int = 0
     ) -> None:
-        """Copy a slot's keys and values to the tree, except those that the tree already holds.
+        """Copy a slot's keys and values to the tree, except the keys and values that the tree already stores.
 
         Args:
             tokens: the tokens whose keys and values are in the slot's first positions.
             cache: the KV cache.
             slot: the slot.
-            restored: the result of `restore` for this sequence. In arrays with a window, the slot holds only the window
-                before position `restored`, and later positions.
-            written: number of positions that the sequence wrote; more than ``len(tokens)`` if drafts were rejected. In
-                arrays with a window, each written position may have overwritten an earlier position.
+            restored: the result of `restore` for this sequence. In arrays with a window, the slot contains only the
+                window before position `restored`, and later positions.
+            written: number of positions that calls with drafts have filled. It exceeds ``len(tokens)`` if drafts were
+                rejected. In arrays with a window, each filled position may have overwritten an earlier position.
         """
         if self._bound() == 0:
             return
-        # Time out, because a finaliser that ends a generation may call this in the thread that holds the lock.
+        # Time out, because a finaliser that ends a generation may run in the thread that holds the lock.
         if not self._lock.acquire(timeout=_LONGEST_WAIT_S):
             return
         try:
@@ -209,16 +211,16 @@ class PrefixTree:
             self._evict()
 
     def compute(self, tokens: Sequence[int]) -> dict[str, Span]:
-        """Return the keys and values of tokens, by array; the model computes those that the tree lacks.
+        """Return the keys and values of tokens, by array. The model computes the keys and values that the tree lacks.
 
         Args:
-            tokens: at least one, and no more than the context length.
+            tokens: at least one token, and no more than the context length.
 
         Raises:
             PrecastError: a program fails.
         """
         cache, last = self._engine.new_cache(), len(tokens) - 1
-        # The model computes the last token, because `restore` may write one position less than a window, and that token
+        # The model always computes the last token. `restore` may write one position less than a window, and this token
         # completes the window.
         known = self.restore(tokens[:last], cache, 0)
         self._engine.prefill(tokens[known:], cache, start=known, slot=0)
@@ -236,9 +238,10 @@ class PrefixTree:
 
         Args:
             tokens: the prefix.
-            spans: its keys and values by array, up to the last token. Arrays with a window need only the last window.
-            check_unchanged: a function that raises PrecastError if the file of the arrays was modified; called after
-                each `restore` that reads the arrays.
+            spans: the prefix's keys and values by array, up to the last token. Arrays with a window need only the last
+                window.
+            check_unchanged: a function that raises PrecastError if the file of the arrays was modified. `restore` calls
+                it after each copy from the arrays.
         """
         ids = np.asarray(tokens, np.int32)
         with self._lock:
@@ -256,7 +259,7 @@ class PrefixTree:
     # --- the tree -----------------------------------------------------------------------------------------------
 
     def _walk(self, ids: np.ndarray) -> list[tuple[_Node, int]]:
-        """Return the segments that match the tokens, each with its count of matching tokens; mark them as used."""
+        """Return the segments that match the tokens, each with its number of matching tokens; mark them as used."""
         node, at, path = self._root, 0, list[tuple[_Node, int]]()
         while at < len(ids) and (child := node.children.get(int(ids[at]))) is not None:
             count = _common(child.tokens, ids[at:])
@@ -271,17 +274,18 @@ class PrefixTree:
         return path
 
     def _end(self, path: Sequence[tuple[_Node, int]]) -> _Node:
-        """Return the node that ends where a path ends, after splitting the path's last segment if necessary."""
+        """Return the node that ends at the end of a path; split the path's last segment if necessary."""
         if not path:
             return self._root
         node, count = path[-1]
         return node if count == len(node.tokens) else self._split(node, count)
 
     def _split(self, node: _Node, count: int) -> _Node:
-        """Split a segment; return a new node for its first `count` tokens, which becomes the parent of the rest."""
+        """Move the first `count` tokens of a segment to a new parent node, and return the new node."""
         assert node.parent is not None
         cut = node.start + count
-        # The parts of a mapped array are views. The parts of an array in memory are copies, so that each can be freed.
+        # The parts of a mapped array are views. The parts of an array in memory are copies, so that each part can be
+        # freed separately.
         copied = _same if node.pinned else _copied
         upper = {name: copied(span.part(span.start, cut)) for name, span in node.spans.items()}
         lower = {name: copied(span.part(cut, span.stop)) for name, span in node.spans.items()}
@@ -295,7 +299,7 @@ class PrefixTree:
         return first
 
     def _pin(self, node: _Node, spans: Mapping[str, Span], check_unchanged: Callable[[], None]) -> None:
-        """Pin a segment; replace each of its arrays that an array in `spans` covers."""
+        """Pin a segment, and replace each of its arrays whose positions an array in `spans` covers."""
         self._forget(node)
         given = {name: spans[name].part(node.start, node.stop) for name in node.spans}
         node.spans = {
@@ -334,13 +338,13 @@ class PrefixTree:
 
     def _views(self, cache: KVCache, slot: int) -> dict[str, np.ndarray]:
         views = self._engine.slot_views(cache, slot)
-        assert views is not None  # the model makes a tree only for targets whose memory the host can reach
+        assert views is not None  # a model has a tree only if the host can access the device's memory
         return views
 
     # --- arrays with a window -----------------------------------------------------------------------------------
 
     def _possible_cut(self, path: Sequence[tuple[_Node, int]], length: int) -> int:
-        """Return the last position, at most `length`, before which the tree holds the window of every array."""
+        """Return the last position, at most `length`, before which the tree stores the window of every array."""
         known = {name: list(_runs(path, name)) for name in self._rings}
         while length:
             lower = min((_last_cut(known[n], w, length) for n, w in self._rings.items()), default=length)
@@ -350,7 +354,7 @@ class PrefixTree:
         return length
 
     def _needed(self, path: Sequence[tuple[_Node, int]], length: int) -> Iterator[tuple[str, Span]]:
-        """Yield the spans that a slot needs to continue at position `length`, each with the name of its array."""
+        """Yield pairs of an array's name and a span that a slot needs to continue at position `length`."""
         for node, _ in path:
             for name, span in node.spans.items():
                 window = self._rings.get(name, 0)
@@ -383,7 +387,7 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 
 def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, int]]:
-    """Yield, in order, the start and stop of each unbroken range of one array's positions that a path holds."""
+    """Yield, in order, the start and stop of each contiguous range of positions that a path stores for one array."""
     begin = end = 0
     for node, count in path:
         start, stop = node.spans[name].start, node.start + count
@@ -395,7 +399,7 @@ def _runs(path: Sequence[tuple[_Node, int]], name: str) -> Iterator[tuple[int, i
 
 
 def _last_cut(runs: Sequence[tuple[int, int]], window: int, length: int) -> int:
-    """Return the last position, at most `length`, before which a single run holds the whole window."""
+    """Return the last position, at most `length`, before which a single run contains the window; 0 if there is none."""
     for begin, end in reversed(runs):
         end = min(end, length)
         if end > begin and (begin == 0 or end - begin >= window - 1):

@@ -1,4 +1,4 @@
-"""Choose the next token from the logits with NumPy, reproducibly for a given seed.
+"""Choose the next token from the logits with NumPy. The choice is reproducible for a given seed.
 
 The steps run in the same order as in transformers, so that the same settings have the same effect:
 
@@ -32,9 +32,9 @@ _TOPS_OF = 64
 
 
 class Sampler:
-    """A sampler for one sequence. It records the answer's tokens, which penalties and forbidden tokens depend on.
+    """A sampler for one sequence. It is not thread-safe.
 
-    It is not thread-safe.
+    The sampler records the answer's tokens, because penalties and forbidden tokens depend on them.
 
     Args:
         params: the sampling parameters.
@@ -73,7 +73,7 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """True if sampling is a plain argmax, so that the program's own token can be used without the logits."""
+        """True if sampling is a plain argmax, so that the program's greedy token can replace a call of `sample`."""
         return (
             self._params.temperature == 0
             and self._params.logprobs is None
@@ -83,7 +83,7 @@ class Sampler:
         )
 
     def observe(self, token_id: int) -> None:
-        """Record a token of the answer that `sample` did not choose."""
+        """Record a token of the answer. `sample` itself calls this method for the token that it chooses."""
         token_id = _token(token_id)
         if self._penalties is not None:
             self._penalties.observe(token_id)
@@ -93,7 +93,9 @@ class Sampler:
             self._constraint.accept(token_id)
 
     def sample(self, logits: np.ndarray) -> int:
-        """Choose the next token and record it; of tokens tied for the argmax, choose the lowest id.
+        """Choose the next token, and record it.
+
+        With temperature 0, choose the token with the largest adjusted logit, and the lowest id among equal ones.
 
         Args:
             logits: float32 [V].
@@ -139,16 +141,19 @@ class Sampler:
         return scores
 
     def _within(self, mask: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Restrict scores [V] to a mask, uint32 [ceil(V / 32)]; greedy decoding skips this if the argmax is allowed."""
+        """Return scores [V] that are -inf for the tokens outside a mask, uint32 [ceil(V / 32)].
+
+        Greedy decoding returns the scores unchanged if the mask allows their argmax.
+        """
         if self._params.temperature == 0:
             likeliest = int(np.argmax(scores))
             if int(mask[likeliest // 32]) >> likeliest % 32 & 1:
-                return scores  # a fast path for the usual case: the mask would not change the argmax
+                return scores  # the usual case: the mask does not change the argmax
         bits = np.unpackbits(mask.view(np.uint8), count=scores.size, bitorder="little")
         return np.where(bits.view(np.bool_), scores, np.float32(-np.inf))
 
     def _forbidden_ids(self) -> list[int]:
-        # Once the constraint is complete, only an end token may follow, so min_tokens must not forbid it.
+        # Once the constrained answer is complete, only an end token may follow, so min_tokens must not forbid it.
         if self._forbidden is None or (self._constraint is not None and self._constraint.is_complete):
             return []
         return [token for token in self._forbidden.tokens() if token < self._vocab_size]
@@ -206,7 +211,7 @@ def kept_weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
         The ids [n] of the candidates in ascending order (None: all of them, n = V), and their float32 weights [n],
         proportional to the probabilities. The largest weight is 1; tokens dropped by min_p have weight 0.
     """
-    # Top-k is independent of the temperature. Applied first, it leaves fewer weights to compute.
+    # Top-k does not depend on the temperature. Applying top-k first leaves fewer weights to compute.
     ids = _top_k(scores, params.top_k)
     weights = scores if ids is None else scores[ids]
     with np.errstate(over="ignore", under="ignore"):  # an overflow is harmless: exp(-inf) is 0
@@ -233,7 +238,7 @@ def _top_k(scores: np.ndarray, k: int) -> np.ndarray | None:
 
 
 def _lower_bound(scores: np.ndarray, k: int) -> float:
-    """Return a lower bound of the k largest scores, which usually only a few other scores reach."""
+    """Return a lower bound on the k largest scores. Usually, few other scores reach this bound."""
     tops = scores[: scores.size // _TOPS_OF * _TOPS_OF].reshape(_TOPS_OF, -1).max(0)
     if tops.size < k:
         return float(scores.min())
@@ -242,15 +247,15 @@ def _lower_bound(scores: np.ndarray, k: int) -> float:
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Return the top-p ids [n], ascending: a token is kept if those ranked above it have a total share below `top_p`.
+    """Return the indices [n] of the weights that top-p keeps, in ascending order.
 
-    Tokens are ranked by weight, then by ascending id. A full sort is not needed: the upper bits of non-negative
-    float32 values have the same order as the values, so a histogram of these bits finds the bin that contains the
-    boundary, and only that bin is sorted.
+    Weights are ranked in descending order, and equal weights by ascending index. A weight is kept if the share of the
+    weights ranked above it is below `top_p`. The upper bits of non-negative float32 values have the same order as the
+    values. A histogram of these bits therefore finds the bin that contains the boundary, and only that bin is sorted.
     """
     total = weights.sum(dtype=np.float64)
     wanted = top_p * total
-    # All weights below this bound have a total share below 1 - top_p.
+    # The total share of all weights below this bound is below 1 - top_p.
     candidates = np.flatnonzero(weights >= (total - wanted) / weights.size)
     weights = weights[candidates]
     bins = weights.view(np.uint32) >> np.uint32(16)
@@ -271,7 +276,7 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
 def _draw(weights: np.ndarray, uniform: float) -> int:
     """Draw an index from `uniform`, a number in [0, 1), by inverting the cumulative distribution in float64.
 
-    One search, over the running sums of whole blocks, finds the block. Another, within the block, finds the index.
+    A search over the running sums of whole blocks finds the block. A search within the block finds the index.
     """
     starts = np.arange(0, weights.size, _BLOCK)
     blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
@@ -283,6 +288,6 @@ def _draw(weights: np.ndarray, uniform: float) -> int:
 
 
 def _first_above(cumulative: np.ndarray, target: float) -> int:
-    """Return the first index whose running sum exceeds the target; never an index of weight 0, even after rounding."""
+    """Return the first index whose running sum exceeds the target. Its weight is never 0, even after rounding."""
     found = np.searchsorted(cumulative, target, side="right")
     return int(min(found, np.searchsorted(cumulative, cumulative[-1], side="left")))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SamplingParams(Frozen):
-    """Immutable parameters of a generation; threads may share them.
+    """The immutable parameters of a generation. Threads may share them.
 
     By default decoding is greedy, and ends at an end-of-generation token or when the context is full.
 
@@ -29,35 +29,35 @@ class SamplingParams(Frozen):
     max_length: int | None = None
     """Maximum length of prompt and answer together, in tokens; ignored if max_tokens is given."""
     min_tokens: int = 0
-    """Minimum length of the answer, in tokens; until then end-of-generation tokens are forbidden."""
+    """Minimum length of the answer, in tokens; before this length, end-of-generation tokens are forbidden."""
     min_length: int = 0
-    """Minimum length of prompt and answer together; ignored if min_tokens is given."""
+    """Minimum length of prompt and answer together, in tokens; ignored if min_tokens is above 0."""
     temperature: float = 0.0
-    """Divisor of the logits; 0 is greedy, and then top_k, top_p and min_p have no effect."""
+    """Divisor of the logits; 0 selects greedy decoding, for which top_k, top_p and min_p have no effect."""
     top_k: int = 0
     """Keep the k most likely tokens, and any tokens tied with the k-th; 0 is off."""
     top_p: float = 1.0
     """Keep the smallest set of most likely tokens that together reach this probability; 1 is off."""
     min_p: float = 0.0
-    """Drop tokens whose probability is below this fraction of the most likely token's; 0 is off."""
+    """Drop tokens whose probability is below this fraction of the highest probability; 0 is off."""
     repetition_penalty: float = 1.0
-    """Above 1, make tokens of the prompt and the answer so far less likely (CTRL, arXiv:1909.05858); 1 is off."""
+    """Values above 1 make tokens of the prompt and the answer less likely (CTRL, arXiv:1909.05858); 1 is off."""
     presence_penalty: float = 0.0
-    """Subtract this from the logit of every token in the answer so far, as OpenAI does: -2 to 2, 0 is off."""
+    """Number from -2 to 2 to subtract from the logit of every token in the answer so far, as OpenAI does; 0 is off."""
     frequency_penalty: float = 0.0
-    """Subtract this from a token's logit for each occurrence of the token in the answer so far: -2 to 2, 0 is off."""
+    """Number from -2 to 2 to subtract from a token's logit for each occurrence in the answer so far; 0 is off."""
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
     """Numbers from -100 to 100 to add to logits, by token id; stored as pairs in ascending order of id."""
     no_repeat_ngram_size: int = 0
-    """Forbid sequences of this many tokens that occurred before in the prompt or the answer; 0 is off."""
+    """Forbid the repetition of any sequence of this many tokens from the prompt or the answer; 0 is off."""
     suppress_tokens: tuple[int, ...] = ()
     """Tokens that are never chosen."""
     begin_suppress_tokens: tuple[int, ...] = ()
-    """Tokens that may not start the answer."""
+    """Tokens that are never chosen as the first token of the answer."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """Token sequences that are never completed; a sequence that is a single end-of-generation token has no effect."""
     bad_words: tuple[str, ...] = ()
-    """Words that are never completed; each is tokenised as at the start of a text, and as after a space."""
+    """Words that are never completed. Each word is tokenised twice: at the start of a text, and after a space."""
     seed: int | None = None
     """Seed of the random numbers; None uses fresh entropy."""
     stop: tuple[str, ...] = ()
@@ -67,24 +67,25 @@ class SamplingParams(Frozen):
     ignore_eos: bool = False
     """Continue after an end-of-generation token."""
     logprobs: int | None = None
-    """Return the log-probability of each token of the answer, and of this many likeliest tokens at its position."""
+    """Return the log-probability of each token of the answer, and of this many most likely tokens at the same position.
+    None is off."""
     prompt_logprobs: int | None = None
-    """Like `logprobs`, for the tokens of the prompt; the model then reads the whole prompt, without a cached prefix."""
+    """Like `logprobs`, for the tokens of the prompt. The model then reads the whole prompt, without a cached prefix."""
     echo: bool = False
     """Begin the text of the completion with the prompt."""
     prompt_lookup: bool = True
-    """Guess tokens from the text so far, and verify several at once when that is faster; the answer is the same."""
+    """Guess the next tokens from earlier text, and verify several at once if that is faster. The answer is the same."""
     timeout_s: float | None = None
-    """Time limit in seconds; generation then ends with the text so far. None is off."""
+    """Time limit in seconds from submission. Generation then ends with the text so far. None is off."""
     json_schema: Mapping[str, Any] | str | None = None
     """JSON Schema of the whole answer, as a mapping or as a string; {"type": "object"} allows any object. Stored as a
-    string. This parameter and the next three need the extra `grammar`; at most one of the four can be given."""
+    string. This parameter and the next three need the extra `grammar`. At most one of the four can be given."""
     regex: str | None = None
     """Regular expression of the whole answer, in the syntax of Rust's crate regex."""
     grammar: str | None = None
     """Grammar of the whole answer, in llguidance's variant of Lark's syntax."""
     choice: tuple[str, ...] = ()
-    """List of strings; the answer is one of them."""
+    """List of strings, one of which is the whole answer."""
 
     if not TYPE_CHECKING:  # type checkers derive the constructor from the fields
 
@@ -127,7 +128,8 @@ class SamplingParams(Frozen):
         self.__dict__[kind] = value
         if self.ignore_eos:
             raise PrecastError(
-                f"Sampling parameters: ignore_eos must be false with {kind}, because the end token ends the answer."
+                f"Sampling parameters: ignore_eos must be false with {kind}, because only an end token can follow a"
+                " complete answer."
             )
 
     @property
@@ -167,7 +169,7 @@ class SamplingParams(Frozen):
         """Return the parameters with `bad_words` tokenised and appended to `bad_words_ids`.
 
         Each word is forbidden in two tokenisations, as in vLLM: at the start of a text, and after a space. Other
-        tokenisations of the word stay possible, as in vLLM and transformers.
+        tokenisations of the word remain possible, as in vLLM and transformers.
 
         Args:
             encode: a function from a text to its token ids, without special tokens.
@@ -192,7 +194,7 @@ class SamplingParams(Frozen):
 
         Args:
             prompt_tokens: length of the prompt.
-            room: positions left in the context.
+            room: number of positions left in the context after the prompt.
 
         Raises:
             PrecastError: the prompt reaches max_length.
@@ -209,8 +211,8 @@ class SamplingParams(Frozen):
         return min(self.max_length - prompt_tokens, room)
 
 
-# The minimum of each integer parameter, and the range of each real one. Integers go up to 2^63 - 1, as in a manifest,
-# except the seed, because the state of the random generator has 128 bits.
+# The minimum of each integer parameter, and the range of each real parameter. The maximum of an integer is 2^63 - 1, as
+# in a manifest. The maximum of the seed is 2^128 - 1, because the state of the random generator has 128 bits.
 _WHOLE = {
     "max_tokens": 1,
     "max_length": 1,
@@ -241,7 +243,7 @@ def _check_names(values: tuple[object, ...], fields: Mapping[str, object]) -> No
     known = SamplingParams.__dataclass_fields__
     if values:
         raise PrecastError(
-            "Sampling parameters: expected keyword arguments (temperature=0.7), found the positional argument"
+            "Sampling parameters: expected keyword arguments such as temperature=0.7, found the positional argument"
             f" {values[0]!r:.60}."
         )
     if unknown := sorted(fields.keys() - known.keys()):

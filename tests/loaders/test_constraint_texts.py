@@ -35,7 +35,7 @@ def deep(levels: int) -> dict[str, Any]:
         ),
         (
             {"regex": "a", "ignore_eos": True},
-            "ignore_eos must be false with regex, because the end token ends the answer.",
+            "ignore_eos must be false with regex, because only an end token can follow a complete answer.",
         ),
         ({"regex": ""}, "regex must be a non-empty string, found ''."),
         ({"grammar": b"x"}, "grammar must be a non-empty string, found b'x'."),

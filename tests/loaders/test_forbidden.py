@@ -251,7 +251,7 @@ def test_parameters_must_be_named() -> None:
     with pytest.raises(PrecastError) as raised:
         SamplingParams(0.7)
     assert str(raised.value) == (
-        "Sampling parameters: expected keyword arguments (temperature=0.7), found the positional argument 0.7."
+        "Sampling parameters: expected keyword arguments such as temperature=0.7, found the positional argument 0.7."
     )
 
 

@@ -177,7 +177,10 @@ def test_a_model_may_reason_before_the_calls(scripted_model, marks, is_open):
         ),
         (
             {"tools": TOOLS, "params": SamplingParams(ignore_eos=True)},
-            "Sampling parameters: ignore_eos must be false with tool_choice, because the end token ends the answer.",
+            (
+                "Sampling parameters: ignore_eos must be false with tool_choice, because only an end token can follow a"
+                " complete answer."
+            ),
         ),
         (
             {"tools": [*TOOLS, {"name": "bad", "parameters": {"properties": {"a": {"if": {}}}}}]},
