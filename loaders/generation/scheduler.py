@@ -1,11 +1,11 @@
 """Run any number of sequences in the slots of KV caches; sequences join and leave between steps (continuous batching).
 
-A step is one call of the engine: a chunk of one prompt, or the next token of every decoding sequence of a KV cache. A
-round is one chunk, and one decode step for each KV cache, so a sequence waits for at most one chunk between two of its
-tokens. Prompts are read one after the other, in the order of arrival.
+A step is one call of the engine. It reads a chunk of one prompt, or computes the next token of every decoding sequence
+of one KV cache. A round consists of one chunk, and of one decode step for each KV cache, so a sequence waits for at
+most one chunk between two of its tokens. Prompts are read one after the other, in the order of arrival.
 
-The scheduler has no thread of its own. The readers of sequences run its steps, one reader at a time. A decode step
-also advances the sequences of other readers, which wait meanwhile.
+The scheduler starts no threads. The threads that read sequences run its steps, one thread at a time. The other threads
+wait, and a decode step advances their sequences as well.
 """
 
 import time
@@ -52,7 +52,7 @@ class Prefixes(Protocol):
         """Write the keys and values of the longest known prefix to a slot's first positions.
 
         Args:
-            tokens: the prompt without its last token, whose logits must be computed.
+            tokens: the prompt without its last token. The model must read the last token, to compute its logits.
             cache: the KV cache to write to.
             slot: the sequence's slot.
 
@@ -70,7 +70,8 @@ class Prefixes(Protocol):
             cache: the KV cache to read from.
             slot: the sequence's slot.
             restored: the result of `restore` for this sequence.
-            written: number of positions that the sequence wrote; more than ``len(tokens)`` if drafts were rejected.
+            written: number of positions that calls with drafts have filled. It exceeds ``len(tokens)`` if drafts were
+                rejected.
         """
 
 
@@ -99,9 +100,9 @@ class SchedulerStats(Frozen):
 class Scheduler:
     """The sequences of one engine, their KV caches, and the step that advances them.
 
-    A KV cache is created when a sequence needs a slot. When the last sequence in its slots ends, the cache
-    is freed, or kept for the next sequence, because writing to newly allocated memory takes several times as long.
-    Threads may share a scheduler.
+    A KV cache is created when a sequence needs a slot and none is free. When the last sequence in a cache ends, the
+    scheduler frees the cache, or keeps it for the next sequence. Writing to newly allocated memory takes several times
+    as long as writing to a kept cache. Threads may share a scheduler.
 
     Args:
         engine: the engine to run.
@@ -115,7 +116,8 @@ class Scheduler:
     ) -> None:
         self._engine, self._most_caches, self._prefixes = engine, caches, prefixes
         self._chunk = max((b for b in engine.buckets if b <= _CHUNK), default=engine.buckets[0])
-        # Only the holder of the lock changes the state below, but any thread may append to the first three deques.
+        # Only the thread that holds the lock changes the state below, with one exception: any thread may append to the
+        # first three deques, and remove waiters.
         self._lock = Lock()
         self._arrived: deque[TokenSequence] = deque()
         self._cancelled: deque[TokenSequence] = deque()
@@ -142,7 +144,7 @@ class Scheduler:
     # --- for clients --------------------------------------------------------------------------------------------
 
     def submit(self, sequence: TokenSequence) -> None:
-        """Append a sequence to the queue, without blocking."""
+        """Append a sequence to the queue, and return without blocking."""
         sequence.submit()
         self._arrived.append(sequence)
 
@@ -156,7 +158,10 @@ class Scheduler:
         self._follow_up()
 
     def close(self, sequence: TokenSequence) -> None:
-        """End a sequence, and return once its slot is free. A sequence's `notify` must not call this method."""
+        """End a sequence, and return once its slot is free.
+
+        The sequence's `notify` must not call this method.
+        """
         sequence.closing = True
         if not sequence.ended:
             self._cancelled.append(sequence)
@@ -173,9 +178,9 @@ class Scheduler:
     def step(self) -> bool:
         """Run one step; return False if no sequence could advance.
 
-        An error of the engine fails all sequences of the KV cache, and an error of a sampler fails its sequence. These
-        errors are raised to the readers of the failed sequences, not by this method. An interruption, such as
-        KeyboardInterrupt, fails all sequences that hold a slot, and this method raises it.
+        An error in the engine fails all sequences of the KV cache. An error in a sampler fails only the sampler's
+        sequence. The readers of the failed sequences raise these errors, and this method does not. An interruption such
+        as KeyboardInterrupt fails all sequences that occupy a slot, and this method raises the interruption.
         """
         try:
             with self._lock:
@@ -184,7 +189,7 @@ class Scheduler:
             self._follow_up()
 
     def stats(self) -> SchedulerStats:
-        """Return the current state, without waiting for a running step."""
+        """Return the current counts, without waiting for a running step."""
         batches = list(self._batches)
         return SchedulerStats(
             running=sum(len(batch.running()) for batch in batches),
@@ -218,13 +223,13 @@ class Scheduler:
         self._waiters.append(waiter)
         # A thread that releases the lock after this check finds the waiter in the deque, and wakes it.
         if self._lock.locked():
-            # The timeout is for the case that Ctrl-C interrupts that thread before it wakes the waiters.
+            # The timeout is needed because Ctrl-C may interrupt that thread before it wakes the waiters.
             waiter.acquire(timeout=_LONGEST_WAIT_S)
 
     def _follow_up(self) -> None:
         """End sequences that were cancelled while the lock was held, and wake the waiting threads.
 
-        Each woken thread whose sequence has advanced returns. One of the remaining threads runs the next step.
+        A woken thread returns if its sequence has advanced. One of the other woken threads runs the next step.
         """
         # Acquire without blocking, because a finaliser may call this method in the thread that holds the lock.
         while self._cancelled and self._lock.acquire(blocking=False):
@@ -257,9 +262,9 @@ class Scheduler:
                 self._forget_frames()
 
     def _sweep(self) -> bool:
-        """Queue the sequences that have arrived, and end those that were cancelled or have run out of time.
+        """Queue the sequences that have arrived, and end the sequences that were cancelled or have run out of time.
 
-        Return True, as `_step` does after progress, so that `_work_until` does not sleep after a sweep.
+        Always return True, as `_step` does after progress, so that `_work_until` does not sleep.
         """
         while self._arrived:
             sequence = self._arrived.popleft()
@@ -301,8 +306,8 @@ class Scheduler:
     def _lacks_slots(self) -> bool:
         """Return True if a sequence waits for a slot and none is free.
 
-        In this case no sequence may pause for its reader. If all sequences with a slot paused, the waiting sequence
-        would starve, because the readers of the paused sequences and its own reader may wait for the same thread.
+        In this case, no sequence may pause. The reader of the waiting sequence may run in the thread that also reads
+        the sequences with a slot. If these sequences paused until that thread reads them, no slot would become free.
         """
         return (
             bool(self._waiting)
@@ -311,12 +316,12 @@ class Scheduler:
         )
 
     def _begin_prompt(self, began: float) -> tuple[TokenSequence, Batch] | None:
-        """Give a slot to the first sequence in the queue; return None if there is no sequence or no slot."""
+        """Give a slot to the first sequence in the queue; return None if the queue is empty or no slot is free."""
         while self._waiting:
             batch = next((b for b in self._batches if None in b.sequences), None)
             if batch is None and len(self._batches) == self._most_caches:
                 return None
-            # Dequeue the sequence later, because Ctrl-C may interrupt the creation of a cache.
+            # Dequeue the sequence at the end, because Ctrl-C may interrupt the creation of a cache.
             sequence = self._waiting[0]
             try:
                 if batch is None:
@@ -360,7 +365,7 @@ class Scheduler:
             self._capture(sequence, batch)
 
     def _decode(self, batch: Batch, sequences: list[TokenSequence], began: float) -> None:
-        """Compute the next token of sequences in one KV cache, or several tokens of a single sequence with a draft."""
+        """Compute the next token of each sequence, or several tokens of a single sequence that has a draft."""
         draft = self._draft(sequences[0]) if len(sequences) == 1 else []
         started = time.perf_counter()
         try:
@@ -391,7 +396,7 @@ class Scheduler:
     def _take(
         self, sequences: list[TokenSequence], results: calls.Results, began: float, draft: Sequence[int] = ()
     ) -> None:
-        """Choose the next tokens of each sequence from its row of results; a draft belongs to a single sequence."""
+        """Choose the next tokens of each sequence from its row of results; a draft requires a single sequence."""
         now = self._now(began)
         for row, sequence in enumerate(sequences):
             sequence.last, before = now, sequence.generated
@@ -470,7 +475,7 @@ class Scheduler:
             self._broken.append(error)
 
     def _forget_frames(self) -> None:
-        """Drop the local variables in tracebacks of failures, because they would keep KV caches in memory."""
+        """Clear the local variables in the tracebacks of failures, because these variables keep KV caches in memory."""
         from traceback import clear_frames
 
         while self._broken:

@@ -1,4 +1,4 @@
-"""One sequence: its prompt, the tokens generated so far, and the pieces of text that its reader has not taken yet."""
+"""One sequence, with its prompt, its generated tokens, and the pieces of text that its reader has not taken yet."""
 
 import time
 from collections import deque
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .sampling import Sampler
     from .stopping import StopStrings
 
-# A sequence with this many unread pieces pauses until its reader takes some, or another sequence waits for its slot.
+# A sequence with this many unread pieces pauses until its reader takes a piece. No sequence pauses while another one
+# waits and no slot is free.
 UNREAD_PIECES = 64
 
 
@@ -22,7 +23,7 @@ class Piece(NamedTuple):
     """A generated token, and the text that it completes.
 
     Attributes:
-        token: the token; None for the echo of the prompt, and for text held back until the end.
+        token: the token; None for the echo of the prompt, and for text that was held back until the end.
         text: complete characters without any part of a stop string; often empty.
     """
 
@@ -36,7 +37,7 @@ class Batch:
     Attributes:
         cache: the KV cache.
         sequences: the sequence in each slot, [B]; None for a free slot.
-        filled: number of positions in each slot, [B], that ended sequences have filled.
+        filled: the largest number of positions that an ended sequence has filled in each slot, [B].
     """
 
     def __init__(self, cache: "KVCache", slots: int) -> None:
@@ -50,13 +51,13 @@ class Batch:
         self.sequences[sequence.slot] = sequence
 
     def remove(self, sequence: "TokenSequence") -> None:
-        """Free a sequence's slot."""
+        """Free a sequence's slot, and record the number of positions that the sequence has filled."""
         filled = max(sequence.filled, sequence.written)
         self.filled[sequence.slot] = max(self.filled[sequence.slot], filled)
         self.sequences[sequence.slot] = sequence.batch = None
 
     def running(self) -> "list[TokenSequence]":
-        """Return the sequences that hold a slot."""
+        """Return the sequences that occupy a slot."""
         return [s for s in self.sequences if s is not None]
 
     def decoding(self, *, includes_paused: bool = False) -> "list[TokenSequence]":
@@ -65,7 +66,10 @@ class Batch:
 
 
 class TokenSequence:
-    """One sequence. Only its scheduler changes it after `submit`; other threads read it, and take from `unread`.
+    """One sequence.
+
+    After `submit`, only the scheduler changes a sequence. Other threads may read the attributes, and take pieces from
+    `unread`.
 
     Args:
         prompt: tokens of the prompt, at least one.
@@ -75,22 +79,22 @@ class TokenSequence:
         ends: ids that end the generation.
         limit: maximum number of tokens to generate, at least 1.
         timeout_s: seconds from submission after which the generation ends; None for no limit.
-        most_unread: number of unread pieces at which the sequence pauses, unless another sequence waits for its slot;
-            None for no limit.
+        most_unread: number of unread pieces at which the sequence pauses; None for no limit. The sequence does not
+            pause while another sequence waits and no slot is free.
         echo: text to show before the answer; empty by default.
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
         wants_drafts: True if the scheduler may guess tokens and verify several at once.
         parser: the parser that splits the answer to a chat, used by the reader alone; None if the whole answer is
             content.
-        notify: a function that the computing thread calls after a change of `unread` and at the end. It must neither
-            block nor wait for the scheduler. An exception that it raises fails only this sequence.
+        notify: a function that the computing thread calls after every new piece and at the end of the sequence. The
+            function must neither block nor wait for the scheduler. If it raises an exception, only this sequence fails.
 
     Attributes:
         sampler: the sampler.
         prompt_logprobs: the collector of the prompt's log-probabilities; None if they are not asked for.
         parser: the parser that splits the answer to a chat, used by the reader alone; None if the whole answer is
             content.
-        drafts: the sequence's prompt lookups; None before the first.
+        drafts: the sequence's prompt lookup; None before the first lookup.
         tokens: tokens of the prompt and of the answer so far.
         prompt_tokens: length of the prompt.
         unread: pieces that the reader has not taken yet.
@@ -98,11 +102,11 @@ class TokenSequence:
         error: the exception that ended the sequence; None if there was none.
         closing: True if the generation must end before its next token. Any thread may request this with
             `Scheduler.cancel`.
-        ended: True once no further pieces come and the slot is free.
+        ended: True once the slot is free and no further pieces follow.
         batch: the sequences that share the KV cache; None without a slot.
         slot: the sequence's slot in the KV cache.
-        filled: number of the slot's positions that hold keys and values of `tokens`.
-        written: number of the slot's positions that calls with drafts have filled, including wrong guesses; 0 without
+        filled: number of positions in the slot that contain keys and values of `tokens`.
+        written: number of positions in the slot that calls with drafts have filled, including wrong guesses; 0 without
             drafts.
         cached_tokens: number of tokens of the prompt whose keys and values came from a prefix.
         queue_s: seconds from submission until the reading of the prompt began.
@@ -199,13 +203,13 @@ class TokenSequence:
             self._notify()
 
     def cut(self, reason: str) -> None:
-        """End the generation with a `finish_reason`, and add the text held back so far to `unread`."""
+        """End the generation with a `finish_reason`, and add the text that was held back to `unread`."""
         self.reason = reason
         if text := self._tail(""):
             self.unread.append(Piece(None, text))
 
     def _tail(self, text: str) -> str:
-        """Return a text followed by all text still held back; set `reason` if a stop string is complete."""
+        """Return a text followed by all text that is still held back; set `reason` if a stop string is complete."""
         rest, stopped = self._stops.push(self._decoder.finish())
         if stopped:
             self.reason = "stop"

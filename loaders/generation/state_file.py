@@ -1,9 +1,10 @@
-"""A file with the state of a sequence: its tokens, their keys and values, and the messages of a chat.
+"""A file with the state of a sequence: the tokens, the keys and values of these tokens, and the messages of a chat.
 
-It is a safetensors file with a tensor for each array of the KV cache, ``[L, K, n, H]`` or ``[L, K, n]``, and the
-tokens, int32 ``[n]``. An array of layers with a sliding window holds only the last positions. The metadata holds the
-format's version, the origin of the keys and values (the model, the programs and the instruction set that computed
-them), the messages as JSON, and a sha256 of everything else. A state with a different origin is refused.
+It is a safetensors file. It contains a tensor for each array of the KV cache, ``[L, K, n, H]`` or ``[L, K, n]``, and a
+tensor for the tokens, int32 ``[n]``. Arrays of layers with a sliding window contain only the positions of the last
+window. The metadata contains the format's version, the origin of the keys and values (the model, the programs and the
+instruction set that computed them), the messages as JSON, and the sha256 of all other contents. A state with a
+different origin is refused.
 """
 
 import hashlib
@@ -36,7 +37,7 @@ class State(Frozen):
 
     Attributes:
         tokens: all tokens of the sequence.
-        messages: the messages of the chat, oldest first; empty if the text is not a chat.
+        messages: the messages of the chat, oldest first; empty if the sequence is not a chat.
     """
 
     tokens: tuple[int, ...]
@@ -60,7 +61,7 @@ class StoredState(Frozen):
 def write_state(
     path: Path, state: State, spans: Mapping[str, Span], arrays: Sequence[CacheArray], origin: Origin
 ) -> None:
-    """Write a state atomically; only the current user may read it.
+    """Write a state to a file atomically. Only the current user may read the file.
 
     Args:
         path: the file to create or to replace.
@@ -89,7 +90,7 @@ def _message_text(messages: Sequence[Mapping[str, Any]]) -> str:
         text.encode()
     except (TypeError, ValueError) as error:
         raise PrecastError(
-            f"messages: expected values that JSON can represent, found one that it cannot ({error}); remove it."
+            f"messages: expected values that JSON can represent, found another value ({error}); remove it."
         ) from None
     return text
 
@@ -151,7 +152,7 @@ def checked_spans(
         where: the file, for error texts.
         tensors: the arrays by name.
         arrays: the arrays of the KV cache.
-        count: number of tokens whose keys and values the arrays hold.
+        count: number of tokens whose keys and values the arrays must contain.
         remedy: the remedy that error texts name.
 
     Raises:
@@ -226,12 +227,12 @@ def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> s
     return digest.hexdigest()
 
 
-# The bits of the exponent, all of them 1 in NaN and infinity.
+# The mask of the exponent's bits. In NaN and infinity, all of these bits are 1.
 _EXPONENTS: Mapping[str, int] = {"float32": 0x7F800000, "bfloat16": 0x7F80}
 
 
 def _is_finite(array: np.ndarray, dtype: str) -> bool:
-    """Return True if an array of bit patterns holds neither NaN nor infinity."""
+    """Return True if an array of bit patterns contains neither NaN nor infinity."""
     exponent = _EXPONENTS.get(dtype)
     if exponent is None:  # int8
         return True

@@ -20,7 +20,7 @@ class StopStrings:
     The time for a piece is linear in the number of stop strings, and quadratic in the length of the longest one.
 
     Raises:
-        PrecastError: a stop string is empty, which would match everywhere.
+        PrecastError: `stops` is not a list of strings, or a stop string is empty and would match everywhere.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -32,7 +32,7 @@ class StopStrings:
         self._stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Take the next piece of text; return the text that may be shown now, and True if a stop string is complete.
+        """Append a piece of text; return the text that may be shown now, and True if a stop string is complete.
 
         Once a stop string is complete, every further call returns ``("", True)``.
         """
@@ -52,7 +52,7 @@ class StopStrings:
         return text[:safe], False
 
     def flush(self) -> str:
-        """Return the text still held back. Call it when the generation has ended without a stop string."""
+        """Return the text that is still held back. Call this method after a generation without a stop string."""
         held, self._held = self._held, ""
         return held
 

@@ -21,8 +21,8 @@ class StoredPrefix(Frozen):
     """A prefix from the artifact.
 
     Attributes:
-        name: its name.
-        tokens: its tokens.
+        name: the name of the prefix.
+        tokens: the tokens of the prefix.
         spans: keys and values by array, mapped from the file.
         watch: the detector of later writes to the file.
     """
@@ -34,9 +34,10 @@ class StoredPrefix(Frozen):
 
 
 def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> str | None:
-    """Return the reason why a target must not use a prefix, or None. The text has no full stop.
+    """Return the reason why a target must not use a prefix, without a full stop; None if the target may use it.
 
-    Only the target that computed the prefix, with the same kernels, computes the same bits.
+    A target may use a prefix only if it would compute the same bits. This requires that the same target computed the
+    prefix with the same kernels.
 
     Args:
         prefix: the prefix.
@@ -59,7 +60,7 @@ def obstacle(prefix: Prefix, manifest: Manifest, target: Target, isa: str) -> st
 
 
 def usable(manifest: Manifest, target: Target, isa: str) -> tuple[list[Prefix], list[tuple[Prefix, str]]]:
-    """Return the prefixes that a target may use, and a pair of prefix and obstacle for each of the others."""
+    """Return the prefixes that a target may use, and all other prefixes in pairs with their obstacles."""
     pairs = [(prefix, obstacle(prefix, manifest, target, isa)) for prefix in manifest.prefixes]
     return [p for p, reason in pairs if reason is None], [(p, r) for p, r in pairs if r is not None]
 

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 class Timing(Frozen):
     """The duration of a generation. It is immutable.
 
-    Only `queue_s` includes time that readers spend between reads. Generations that run together share their steps, and
-    each generation counts the whole step.
+    Only `queue_s` includes the time that readers spend between reads. Generations that run together share their steps,
+    and each generation counts a shared step in full.
 
     Attributes:
         prefill_s: seconds from the start of reading the prompt to the first token.
         decode_s: seconds from the first token to the last.
         decode_tokens_per_s: number of tokens after the first, divided by `decode_s`; 0 without such tokens.
-        queue_s: seconds from submission to the start of reading the prompt; a stream submits itself at its first read.
+        queue_s: seconds from submission to the start of reading the prompt. A stream is submitted at its first read.
         cached_tokens: number of tokens at the start of the prompt whose keys and values came from an earlier prompt or
-            answer, so that the model did not read them.
+            answer. The model did not read these tokens.
     """
 
     prefill_s: float
@@ -46,16 +46,16 @@ class Completion(Frozen):
     """The continuation of a prompt. It is immutable.
 
     Attributes:
-        text: the text without special tokens and the stop string. For a chat, it excludes reasoning and tool calls.
+        text: the text, without special tokens and the stop string. For a chat, it excludes reasoning and tool calls.
         token_ids: all generated tokens, including the end token and the tokens of the stop string.
         prompt_token_ids: tokens of the prompt.
         finish_reason: "stop" (an end token or a stop string), "tool_calls" (the same, with tool calls in the answer),
-            "length" (max_tokens, max_length or a full context), "timeout" (timeout_s), or "unfinished" (a stream that
-            was closed or is still running).
+            "length" (max_tokens, max_length, a full context, or a constraint that no token of the vocabulary can
+            continue), "timeout" (timeout_s), or "unfinished" (a stream that was closed or is still running).
         timing: duration of the generation.
         logprobs: log-probability of each token in `token_ids`; empty without `SamplingParams.logprobs`.
-        prompt_logprobs: log-probability of each token of the prompt read so far; None for the first, because the model
-            does not predict it. Empty without `SamplingParams.prompt_logprobs`.
+        prompt_logprobs: log-probability of each token of the prompt read so far; None for the first token, because the
+            model does not predict it. Empty without `SamplingParams.prompt_logprobs`.
         reasoning: the reasoning before the answer to a chat.
         tool_calls: the tool calls of the answer to a chat.
     """
@@ -135,16 +135,16 @@ class Stream(Iterator[str], AsyncIterator[str]):
     For the answer to a chat, iteration yields the content alone; `events` yields reasoning and tool calls as well.
 
     A piece contains no incomplete character and no part of a stop string. The generation starts when the first piece is
-    read. While the reader waits for a piece, its thread computes, or waits for another thread that computes. Streams of
-    one model advance together, each up to 64 tokens ahead of its reader. The slot in the KV cache is freed at the
+    read. While a reader waits for a piece, its thread computes, or waits for another thread that computes. Streams of
+    one model advance together, each by up to 64 pieces ahead of its reader. The slot in the KV cache is freed at the
     end of the generation, by `close`, at the end of a ``with`` block, or with the last reference to the stream,
     whichever comes first.
 
     ``async for`` computes in a worker thread of the event loop's default executor, so it never blocks the loop. All
     streams of the loop share that thread. Cancelling the task ends the generation before its next token.
 
-    A stream is thread-safe: threads that read concurrently get different pieces, one after the other. `close` may be
-    called from any thread, and waits for the current step. After a failure, every read raises its error.
+    A stream is thread-safe. Threads that read concurrently receive different pieces. `close` may be called from any
+    thread, and waits for the current step. After a failure, every read raises the error of the failure.
     """
 
     # The scheduler and the sequence must not refer to the stream, so that dropping the last reference frees the slot.
@@ -173,7 +173,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         raise StopIteration
 
     def events(self) -> "Iterator[Delta]":
-        """Yield the rest of the answer in pieces of content, pieces of reasoning, and complete tool calls."""
+        """Yield the unread part of the answer as pieces of content, pieces of reasoning, and complete tool calls."""
         while (part := self._next()) is not None:
             yield _event(part)
 
@@ -183,7 +183,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
             yield _event(part)
 
     def _next(self) -> "_Part | None":
-        """Return the next part of the answer; None at its end."""
+        """Return the next part of the answer; None at the end of the answer."""
         sequence = self._sequence
         if sequence.closing:
             return None
@@ -232,7 +232,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
     def _parse_next(self) -> bool:
         """Parse one unread piece, or the end of the answer; return False if there is neither."""
         sequence, parser = self._sequence, self._parser
-        has_ended = sequence.ended  # read first, because `unread` grows until the end
+        has_ended = sequence.ended  # read before `unread`, which may grow until the end
         if sequence.unread:
             token, text = sequence.unread.popleft()
             is_echo = token is None and not self._ids
@@ -267,7 +267,7 @@ class Stream(Iterator[str], AsyncIterator[str]):
         self._scheduler.close(self._sequence)
 
     def finish(self) -> Completion:
-        """Generate the rest, and return the complete result."""
+        """Generate the rest of the answer, and return the complete result."""
         for _ in self:
             pass
         return self.completion

@@ -30,8 +30,8 @@ def pairs(
         return zip(prompts, repeat(params), strict=False)
     if isinstance(prompts, Sequence) and isinstance(params, Sequence) and len(prompts) != len(params):
         raise PrecastError(
-            f"params: expected {len(prompts)} sets of parameters, as many as prompts, found {len(params)}; give one set"
-            " for all prompts, or one for each."
+            f"params: expected {len(prompts)} sets of parameters, one for each prompt, found {len(params)}; give one"
+            " set for all prompts, or one for each."
         )
     return zip(prompts, params, strict=False)
 
@@ -48,8 +48,8 @@ def results(
 
     Args:
         scheduler: the scheduler to submit to.
-        sequences: functions that make the sequences, each with `most_unread` None. If a function raises PrecastError,
-            that error is the result of the sequence.
+        sequences: functions that create the sequences. Every sequence must have `most_unread` None. If a function
+            raises PrecastError, that error is the result of the sequence.
         most: maximum number of sequences at a time.
     """
     left = enumerate(sequences)
@@ -87,13 +87,13 @@ def answers(
 
     Args:
         scheduler: the scheduler to submit to.
-        make: function that makes a sequence with the given parameters, and with `most_unread` None.
+        make: a function that creates a sequence with the given parameters, and with `most_unread` None.
         count: number of answers.
         params: the sampling parameters.
         most: maximum number of sequences at a time.
 
     Raises:
-        PrecastError: the count is below 1, or an answer failed; the others then end.
+        PrecastError: the count is below 1, or an answer failed. After a failure, all other answers end.
     """
     if not isinstance(count, int) or count < 1:
         raise PrecastError(f"count: expected a number of at least 1, found {count!r:.60}.")

@@ -312,7 +312,7 @@ def test_tokens_and_messages_are_checked(answered, tmp_path):
     with pytest.raises(PrecastError) as error:
         model.save_state(tmp_path / "x.state", PROMPT, messages=[{"role": "user", "content": "\ud800"}])
     assert str(error.value) == (
-        "messages: expected values that JSON can represent, found one that it cannot ('utf-8' codec can't encode"
+        "messages: expected values that JSON can represent, found another value ('utf-8' codec can't encode"
         " character '\\ud800' in position 30: surrogates not allowed); remove it."
     )
     assert not (tmp_path / "x.state").exists()
